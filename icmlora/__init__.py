@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: adapters, task vectors, generators. No SQL, no printing, no home folder."""

@@ -1,0 +1,82 @@
+"""Errors of `icmlora`: one base class, every error a fact, the path it is about and what to do next.
+
+    IcmLoraError
+    |-- AdapterRefused          an adapter that cannot be represented exactly (kind: "dora", "bias", "shape", ...)
+    |   `-- UnsafeInput         input that is not even opened or not read on (kind: "pickle", "symlink", "limits", ...)
+    |-- OutputExists            the folder to write into holds something already
+    |-- BaseModelNotFound       no local copy of the base model that an adapter names
+    |-- BaseModelMismatch       a base model whose modules or shapes are not the adapter's
+    |-- DeviceUnavailable       a device that was asked for and is not there
+    |-- GeneratorError          a generator file that is damaged or of another kind
+    |-- CodeError               a code that is damaged or belongs to another generator
+    `-- DataError               samples or held-out text that cannot be used
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class IcmLoraError(Exception):
+    """Base class of every error that this package raises on purpose.
+
+    Attributes:
+        message: The fact, in one sentence, without the path.
+        path: The file or folder it is about, or None where there is none.
+        hint: What to do next, or None.
+    """
+
+    def __init__(self, message: str, *, path: str | Path | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = None if path is None else str(path)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.path is None else f"{self.path}: {self.message}"
+
+
+class AdapterRefused(IcmLoraError):
+    """An adapter that is not taken in, because it could not be given back exactly.
+
+    Attributes:
+        kind: A short stable word for the reason, for tables and JSON ("dora", "bias", "non-finite", ...).
+    """
+
+    def __init__(
+        self, message: str, *, kind: str, path: str | Path | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, path=path, hint=hint)
+        self.kind = kind
+
+
+class UnsafeInput(AdapterRefused):
+    """Input that is refused for safety: pickles, links out of the tree, special files, broken limits."""
+
+
+class OutputExists(IcmLoraError):
+    """The output folder is not empty and overwriting was not asked for."""
+
+
+class BaseModelNotFound(IcmLoraError):
+    """No local copy of the base model was found; the network is never asked."""
+
+
+class BaseModelMismatch(IcmLoraError):
+    """The base model lacks a module of the adapter, or has it in another shape."""
+
+
+class DeviceUnavailable(IcmLoraError):
+    """The device that was asked for does not exist on this machine."""
+
+
+class GeneratorError(IcmLoraError):
+    """A generator file that is damaged, of an unknown version or for another base model."""
+
+
+class CodeError(IcmLoraError):
+    """A code that is damaged or was made by another generator."""
+
+
+class DataError(IcmLoraError):
+    """Samples or evaluation text that cannot be parsed or used."""
