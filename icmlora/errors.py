@@ -1,19 +1,21 @@
 """Errors of `icmlora`: one base class, every error a fact, the path it is about and what to do next.
 
-    IcmLoraError
-    |-- AdapterRefused          an adapter that cannot be represented exactly (kind: "dora", "bias", "shape", ...)
-    |   `-- UnsafeInput         input that is not even opened or not read on (kind: "pickle", "symlink", "limits", ...)
-    |-- OutputExists            the folder to write into holds something already
-    |-- BaseModelNotFound       no local copy of the base model that an adapter names
-    |-- BaseModelMismatch       a base model whose modules or shapes are not the adapter's
-    |-- DeviceUnavailable       a device that was asked for and is not there
-    |-- GeneratorError          a generator file that is damaged or of another kind
-    |-- CodeError               a code that is damaged or belongs to another generator
-    `-- DataError               samples or held-out text that cannot be used
+IcmLoraError
+|-- AdapterRefused          an adapter that cannot be represented exactly (kind: "dora", "bias", "shape", ...)
+|   `-- UnsafeInput         input that is not even opened or not read on (kind: "pickle", "symlink", "limits", ...)
+|-- OutputExists            the folder to write into holds something already
+|-- BaseModelNotFound       no local copy of the base model that an adapter names
+|-- BaseModelMismatch       a base model whose modules or shapes are not the adapter's
+|-- DeviceUnavailable       a device that was asked for and is not there
+|-- GeneratorError          a generator file that is damaged or of another kind
+|-- CodeError               a code that is damaged or belongs to another generator
+`-- DataError               samples or held-out text that cannot be used
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -43,9 +45,7 @@ class AdapterRefused(IcmLoraError):
         kind: A short stable word for the reason, for tables and JSON ("dora", "bias", "non-finite", ...).
     """
 
-    def __init__(
-        self, message: str, *, kind: str, path: str | Path | None = None, hint: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, kind: str, path: str | Path | None = None, hint: str | None = None) -> None:
         super().__init__(message, path=path, hint=hint)
         self.kind = kind
 
@@ -80,3 +80,17 @@ class CodeError(IcmLoraError):
 
 class DataError(IcmLoraError):
     """Samples or evaluation text that cannot be parsed or used."""
+
+
+@contextmanager
+def located(path: str | Path | None) -> Iterator[None]:
+    """Give the errors raised inside the path they are about, unless they carry a closer one.
+
+    Parsers see bytes and state facts; whoever knows where the bytes came from wraps the call.
+    """
+    try:
+        yield
+    except IcmLoraError as error:
+        if error.path is None and path is not None:
+            error.path = str(path)
+        raise

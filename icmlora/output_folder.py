@@ -1,0 +1,94 @@
+"""Write a folder of files so that it appears as a whole or not at all, and stays after a crash.
+
+The files are built in `NAME.icm-XXXXXXXX` beside the target, made durable, and renamed. What a killed run left behind
+is recognised by its lock, which died with the process, and removed by the next run for the same target.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from icmlora.errors import OutputExists
+from icmlora.files import fsync_folder, write_durably, write_synced
+
+_SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
+
+
+def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
+    """Write files as the content of a folder.
+
+    Args:
+        directory: The folder; it may exist if it is empty. Missing parents are made.
+        files: Name to content, in the order in which they are replaced under `force`.
+        force: Replace these files in a folder that holds something; other files in it stay.
+
+    Raises:
+        OutputExists: The folder holds something and `force` is not given, or is no folder.
+        OSError: The file system refused; nothing was left at `directory`.
+    """
+    target = Path(os.path.realpath(directory))
+    if target.exists() and not target.is_dir():
+        raise OutputExists("is not a folder", path=directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    if target.is_dir() and any(target.iterdir()):
+        if not force:
+            hint = "choose another folder, or replace the adapter in it with --force"
+            raise OutputExists("the folder is not empty", path=directory, hint=hint)
+        for name, data in files.items():
+            write_durably(target / name, data)
+        return
+    with _building(target) as folder:
+        for name, data in files.items():
+            write_synced(folder / name, data)
+        fsync_folder(folder)
+        try:
+            folder.rename(target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise OutputExists("the folder was filled by someone else meanwhile", path=directory) from None
+            raise
+    fsync_folder(target.parent)
+
+
+@contextmanager
+def _building(target: Path) -> Iterator[Path]:
+    """Make a locked folder beside the target; it is gone afterwards unless it was renamed."""
+    folder = target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    for entry in target.parent.iterdir():
+        suffix = entry.name.removeprefix(target.name)
+        if suffix != entry.name and _SUFFIX.fullmatch(suffix) and _is_abandoned(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

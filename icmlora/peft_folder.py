@@ -1,0 +1,153 @@
+"""Read and write PEFT LoRA folders: adapter_config.json + adapter_model.safetensors + README.md.
+
+What is written is the one form that every engine reads alike: one rank for all modules (padded with zeros), the scale
+folded into B, alpha equal to the rank, no patterns, literal target modules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+
+from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter_config import MAX_CONFIG_BYTES
+from icmlora.errors import AdapterRefused, located
+from icmlora.files import read_regular
+from icmlora.inspection import check_adapter
+from icmlora.layout import PEFT_PREFIX
+from icmlora.output_folder import write_folder
+from icmlora.tensorfile import read_header, read_tensor_file
+from icmlora.torch_tensors import decode_float32, encode_torch
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
+
+# vLLM and SGLang reserve space for ranks of 8, 16, 32, 64, ...
+_SMALLEST_RANK = 8
+
+
+def load_adapter(config: bytes, weights: bytes, *, path: str | Path | None = None) -> Adapter:
+    """Read an adapter from the bytes of its two files.
+
+    Args:
+        config: `adapter_config.json`.
+        weights: `adapter_model.safetensors`.
+        path: Where they came from, for messages.
+
+    Returns:
+        The adapter in float32, the scale folded into B; not yet canonical.
+
+    Raises:
+        UnsafeInput: A pickle, hostile names, or limits broken.
+        AdapterRefused: Damaged, or not representable exactly; `kind` says why.
+    """
+    checked = check_adapter(config, weights, path=path)
+    with located(path):
+        tensors = decode_float32(weights, read_header(weights))
+        modules = []
+        for pair in checked.pairs:
+            b = tensors[pair.b.name] * checked.config.scale_of(pair.module)
+            modules.append(LoraModule(pair.module, tensors[pair.a.name], b))
+        _check_scaled(modules)
+    summary = checked.summary
+    return Adapter(summary.base_model, summary.task_type, summary.target_modules, tuple(modules), summary.revision)
+
+
+def load_adapter_folder(folder: Path) -> Adapter:
+    """Read an adapter from a PEFT folder; raises as `load_adapter` does."""
+    config = read_regular(folder / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
+    return load_adapter(config, read_tensor_file(folder / WEIGHTS_NAME), path=folder)
+
+
+def save_adapter(
+    adapter: Adapter,
+    directory: Path,
+    *,
+    dtype: str = "bfloat16",
+    card: str,
+    metadata: Mapping[str, str],
+    force: bool = False,
+) -> None:
+    """Write an adapter as a PEFT folder, atomically and durably; the same arguments give the same bytes.
+
+    Values are rounded to nearest even. bfloat16 keeps float32's range and 8 significant bits (relative error up to
+    2^-9 per value); float16 keeps 11 bits but ends at 65504, which is refused rather than rounded to infinity.
+
+    Args:
+        adapter: What to write.
+        directory: The folder, absent or empty unless `force`.
+        dtype: "bfloat16", "float16" or "float32".
+        card: Text of README.md.
+        metadata: Text for the tensor file's header, beside `{"format": "pt"}`.
+        force: Replace the adapter in a folder that holds something: weights first, configuration last.
+
+    Raises:
+        OutputExists: The folder is not empty and `force` is not given.
+        AdapterRefused: A value that `dtype` cannot hold.
+    """
+    rank = _written_rank(adapter)
+    tensors: dict[str, torch.Tensor] = {}
+    for module in adapter.modules:
+        missing = rank - module.a.shape[0]
+        tensors[f"{PEFT_PREFIX}{module.name}.lora_A.weight"] = pad(module.a, (0, 0, 0, missing))
+        tensors[f"{PEFT_PREFIX}{module.name}.lora_B.weight"] = pad(module.b, (0, missing))
+    with located(directory):
+        weights = encode_torch(tensors, {"format": "pt", **metadata}, dtype=dtype)
+    save_original(_config(adapter, rank), weights, card, directory, force=force)
+
+
+def save_original(config: bytes, weights: bytes, card: str | bytes, directory: Path, *, force: bool = False) -> None:
+    """Write stored bytes, unchanged, as a PEFT folder.
+
+    Args:
+        config: Content of `adapter_config.json`.
+        weights: Content of `adapter_model.safetensors`.
+        card: Content of README.md.
+        directory: The folder, absent or empty unless `force`.
+        force: Replace the adapter in a folder that holds something: weights first, configuration last.
+
+    Raises:
+        OutputExists: The folder is not empty and `force` is not given.
+    """
+    text = card.encode() if isinstance(card, str) else card
+    write_folder(directory, {WEIGHTS_NAME: weights, CARD_NAME: text, CONFIG_NAME: config}, force=force)
+
+
+def _check_scaled(modules: list[LoraModule]) -> None:
+    for module in modules:
+        if not torch.isfinite(module.b).all():
+            message = f"{module.name}: B times the scale exceeds float32"
+            raise AdapterRefused(message, kind="overflow", hint="the training run diverged: take an earlier checkpoint")
+
+
+def _written_rank(adapter: Adapter) -> int:
+    largest = max(module.a.shape[0] for module in adapter.modules)
+    return max(_SMALLEST_RANK, 1 << (largest - 1).bit_length())
+
+
+def _config(adapter: Adapter, rank: int) -> bytes:
+    fields = {
+        "alpha_pattern": {},
+        "base_model_name_or_path": adapter.base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "revision": adapter.revision,
+        "target_modules": list(adapter.target_modules),
+        "task_type": adapter.task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,92 @@
+"""JSON from strangers: one object, bounded size and depth, no duplicate keys, no NaN, no Infinity.
+
+The standard parser keeps the last of two equal keys, accepts `NaN` and recurses; another reader of the same file may
+see something else. Whatever two readers could disagree on is refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+from icmlora.errors import AdapterRefused, UnsafeInput
+from icmlora.names import printable
+
+MAX_DEPTH = 32
+"""Nesting allowed; real configurations need 3."""
+
+# A string, or one structural character: enough to follow the nesting without building anything.
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
+    """Parse bytes that must hold exactly one JSON object.
+
+    Args:
+        data: UTF-8 bytes.
+        what: What the bytes are, for messages ("adapter_config.json", "safetensors header").
+        max_bytes: The most bytes that are looked at.
+
+    Returns:
+        The object; every string in it can be encoded as UTF-8.
+
+    Raises:
+        UnsafeInput: Too large, too deep, or with duplicate keys.
+        AdapterRefused: Not JSON, not an object, or with a number that is not finite.
+    """
+    if len(data) > max_bytes:
+        raise UnsafeInput(f"{what} has {len(data):,} bytes, more than {max_bytes:,}", kind="limits")
+    _check_depth(data, what)
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in items:
+            if key in found:
+                raise UnsafeInput(f"{what} has the key {printable(key)!r} twice", kind="duplicate-key")
+            found[key] = value
+        return found
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"the number {text[:32]} is not finite")
+        return value
+
+    def constant(text: str) -> NoReturn:
+        raise ValueError(f"{text} is not a JSON number")
+
+    try:
+        text = data.decode("utf-8")
+        parsed = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise AdapterRefused(f"{what} is not valid JSON: {printable(str(error))}", kind="json") from None
+    if not isinstance(parsed, dict):
+        raise AdapterRefused(f"{what} is not a JSON object", kind="json")
+    if "\\u" in text and _has_surrogate(parsed):
+        raise UnsafeInput(f"{what} holds text that is not Unicode (a lone surrogate)", kind="text")
+    return parsed
+
+
+def _check_depth(data: bytes, what: str) -> None:
+    depth = 0
+    for token in _TOKENS.finditer(data):
+        char = token[0]
+        if char in (b"{", b"["):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise UnsafeInput(f"{what} is nested deeper than {MAX_DEPTH} levels", kind="limits")
+        elif char in (b"}", b"]"):
+            depth -= 1
+
+
+def _has_surrogate(value: object) -> bool:
+    if isinstance(value, str):
+        return _SURROGATES.search(value) is not None
+    if isinstance(value, dict):
+        return any(_has_surrogate(key) or _has_surrogate(item) for key, item in value.items())
+    if isinstance(value, list):
+        return any(_has_surrogate(item) for item in value)
+    return False

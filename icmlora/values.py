@@ -1,0 +1,65 @@
+"""Look for NaN and infinity in the raw bits of a tensor file; numpy only, so that ingest never imports torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from icmlora.errors import AdapterRefused
+from icmlora.tensorfile import ITEM_BYTES, TensorHeader, TensorInfo, dtype_runs
+
+Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+# All bits of the exponent: a value that has them all set is NaN or infinite.
+_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+_MANTISSA = {"F32": 0x007FFFFF, "F16": 0x03FF, "BF16": 0x007F}
+# Elements looked at together: the temporary array stays in the processor's cache.
+_CHUNK = 64 * 1024
+
+
+def check_finite(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
+    """Check that every value of a file is finite.
+
+    Raises:
+        AdapterRefused: Names the tensor, the value and the position of the first one that is not.
+    """
+    for dtype, run in dtype_runs(header):
+        if not _all_finite(bits(data, dtype, run[0].begin, run[-1].end), _EXPONENT[dtype]):
+            _refuse_first(data, header)
+
+
+def bits(data: bytes | bytearray | memoryview, dtype: str, begin: int, end: int) -> Bits:
+    """View the bytes from `begin` to `end` as unsigned integers of the type's width, without a copy."""
+    kind = np.dtype("<u4" if ITEM_BYTES[dtype] == 4 else "<u2")
+    return np.frombuffer(data, dtype=kind, count=(end - begin) // kind.itemsize, offset=begin)
+
+
+def _all_finite(values: Bits, exponent: int) -> bool:
+    mask = values.dtype.type(exponent)
+    return all(
+        int((values[start : start + _CHUNK] & mask).max()) != exponent for start in range(0, values.size, _CHUNK)
+    )
+
+
+def _refuse_first(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
+    for tensor in header.tensors:
+        values = bits(data, tensor.dtype, tensor.begin, tensor.end)
+        wrong = np.flatnonzero((values & _EXPONENT[tensor.dtype]) == _EXPONENT[tensor.dtype])
+        if wrong.size:
+            index = int(wrong[0])
+            raise AdapterRefused(
+                f"{tensor.name} holds {_value_name(int(values[index]), tensor)} at {_position(index, tensor)}"
+                f" ({wrong.size:,} such values in it)",
+                kind="non-finite",
+                hint="the training run diverged: take an earlier checkpoint",
+            )
+
+
+def _value_name(value: int, tensor: TensorInfo) -> str:
+    if value & _MANTISSA[tensor.dtype]:
+        return "NaN"
+    return "-Inf" if value >> (8 * ITEM_BYTES[tensor.dtype] - 1) else "Inf"
+
+
+def _position(index: int, tensor: TensorInfo) -> str:
+    return str([int(axis) for axis in np.unravel_index(index, tensor.shape)]) if tensor.shape else "[]"
