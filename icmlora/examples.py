@@ -1,0 +1,96 @@
+"""Text of a task: `samples.jsonl` and `eval.jsonl`, one JSON object a line. Never imports torch.
+
+{"text": "..."}                              all of it counts
+{"prompt": "...", "completion": "..."}       only the completion is scored
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from icmlora.errors import DataError
+
+MAX_BYTES = 256 * 2**20
+MAX_EXAMPLES = 100_000
+_HINT = 'every line must be {"text": "..."} or {"prompt": "...", "completion": "..."}'
+
+
+@dataclass(frozen=True)
+class Example:
+    """One piece of text of a task; `prompt` is empty for plain text."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def text(self) -> str:
+        """Prompt and completion as one text."""
+        return self.prompt + self.completion
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Held-out text of a task.
+
+    Attributes:
+        examples: The texts, in the order of the file.
+        digest: SHA-256 of the file's bytes, which names the data in stored results.
+    """
+
+    examples: tuple[Example, ...]
+    digest: str
+
+    @classmethod
+    def parse(cls, data: bytes, *, path: str | Path | None = None) -> EvaluationData:
+        """Parse the bytes of an `eval.jsonl`.
+
+        Raises:
+            DataError: See `parse_examples`.
+        """
+        return cls(parse_examples(data, path=path), hashlib.sha256(data).hexdigest())
+
+
+def parse_examples(data: bytes, *, path: str | Path | None = None) -> tuple[Example, ...]:
+    """Parse JSON lines of text; blank lines are skipped.
+
+    Args:
+        data: The file's bytes, UTF-8.
+        path: Where they came from, for the messages.
+
+    Raises:
+        DataError: The data is no such file, holds no example, or breaks a limit; the message names the line.
+    """
+    if len(data) > MAX_BYTES:
+        raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
+    examples = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        examples.append(_example(line, number, path))
+        if len(examples) > MAX_EXAMPLES:
+            raise DataError(f"more than {MAX_EXAMPLES} examples", path=path, hint="keep a sample of the task's text")
+    if not examples:
+        raise DataError("the file holds no example", path=path, hint=_HINT)
+    return tuple(examples)
+
+
+def _example(line: bytes, number: int, path: str | Path | None) -> Example:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"line {number} is not JSON: {error}", path=path, hint=_HINT) from error
+    match value:
+        case {"text": str(text)}:
+            example = Example("", text)
+        case {"prompt": str(prompt), "completion": str(completion)}:
+            example = Example(prompt, completion)
+        case _:
+            raise DataError(f"line {number} has no text", path=path, hint=_HINT)
+    if not example.completion.strip():
+        raise DataError(f"line {number} is empty text", path=path, hint=_HINT)
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in example.text):
+        raise DataError(f"line {number} holds half a surrogate pair, which is not text", path=path, hint=_HINT)
+    return example

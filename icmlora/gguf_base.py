@@ -1,0 +1,75 @@
+"""Base models in GGUF files: dequantise one, and write it down once as a Hugging Face folder.
+
+model.gguf --load_gguf--> model, tokenizer          (slow: every tensor is dequantised and the vocabulary rebuilt)
+--convert_gguf--> folder of safetensors  (then loading takes a second)
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from icmlora.base_lookup import inspect_base
+from icmlora.errors import OutputExists
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and tokenizer of a GGUF file, dequantised to `dtype`.
+
+    Raises:
+        OSError, ValueError, ImportError: What transformers raises for a file it cannot read; `convert_gguf` and
+            `load_base_model` turn them into `BaseModelNotFound`.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    # The tensors are plain by now, but the model is still marked as quantised, which refuses saving and misleads peft.
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    return model, tokenizer
+
+
+def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:
+    """Write a GGUF base model as a float32 Hugging Face folder.
+
+    Args:
+        source: The `.gguf` file.
+        directory: The folder to make; it appears complete or not at all.
+        label: The name the adapters use, for messages.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        BaseModelNotFound: The file is no GGUF file that transformers can read.
+        OutputExists: `directory` exists and is not empty.
+    """
+    from icmlora.base_model import quiet_loading
+
+    found = inspect_base(label, source)
+    if directory.exists() and any(directory.iterdir()):
+        raise OutputExists(
+            "the folder for the converted base model is not empty", path=directory, hint="choose another folder"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(mkdtemp(prefix=f"{directory.name}.icm-", dir=directory.parent))
+    try:
+        with quiet_loading(found):
+            model, tokenizer = load_gguf(found.path, torch.float32)
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+        for file in work.iterdir():
+            file.chmod(0o644)  # safetensors leaves 0600
+        work.chmod(0o755)
+        work.replace(directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return directory
