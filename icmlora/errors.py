@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from icmlora.names import printable
+
 
 class IcmLoraError(Exception):
     """Base class of every error that this package raises on purpose.
@@ -35,7 +37,7 @@ class IcmLoraError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return self.message if self.path is None else f"{self.path}: {self.message}"
+        return self.message if self.path is None else f"{printable(self.path, 4096)}: {self.message}"
 
 
 class AdapterRefused(IcmLoraError):

@@ -20,12 +20,9 @@ from icmlora.files import read_regular
 from icmlora.inspection import check_adapter
 from icmlora.layout import PEFT_PREFIX
 from icmlora.output_folder import write_folder
+from icmlora.peft_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from icmlora.tensorfile import read_header, read_tensor_file
 from icmlora.torch_tensors import decode_float32, encode_torch
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-CARD_NAME = "README.md"
 
 # vLLM and SGLang reserve space for ranks of 8, 16, 32, 64, ...
 _SMALLEST_RANK = 8

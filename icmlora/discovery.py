@@ -1,0 +1,228 @@
+"""Find adapters under the folders a user gives, and make tasks of them.
+
+    loras/shakespeare/                       the task "shakespeare"
+        adapter_config.json ...              its final adapter
+        checkpoint-80/  checkpoint-100/      its checkpoints, steps 80 and 100
+        samples.jsonl  eval.jsonl            its texts
+
+A run without an adapter of its own has its best checkpoint as final adapter if the trainer noted which one that is,
+else its last. Nothing is opened here but the notes of a trainer and the first bytes of files in other dialects.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from icmlora.dialect import foreign_adapters
+from icmlora.errors import AdapterRefused
+from icmlora.names import natural_key, task_name_problem
+from icmlora.peft_names import CARD_NAME, CONFIG_NAME, EVAL_NAME, SAMPLES_NAME, WEIGHTS_NAME
+from icmlora.trainer_run import STATE_NAME, best_step, step_of
+from icmlora.tree_walk import Folder, walk
+
+_WATCHED = frozenset({CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, SAMPLES_NAME, EVAL_NAME, STATE_NAME})
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """One adapter on disk; the paths lead to regular files.
+
+    Attributes:
+        folder: Where it is.
+        config: Its `adapter_config.json`.
+        weights: Its `adapter_model.safetensors`.
+        card: Its README.md, or None.
+        step: The training step of a checkpoint, or None for a folder that is no checkpoint.
+        is_final: Whether this is *the* adapter of its task; true for exactly one.
+    """
+
+    folder: Path
+    config: Path
+    weights: Path
+    card: Path | None
+    step: int | None
+    is_final: bool
+
+
+@dataclass(frozen=True)
+class FoundTask:
+    """A task: its final adapter, its checkpoints, and the texts beside them.
+
+    Attributes:
+        name: A valid task name, the folder's.
+        folder: The folder of the run.
+        adapters: In order of steps; an adapter that is no checkpoint comes last.
+        samples: `samples.jsonl`, or None.
+        eval_data: `eval.jsonl`, or None.
+    """
+
+    name: str
+    folder: Path
+    adapters: tuple[FoundAdapter, ...]
+    samples: Path | None
+    eval_data: Path | None
+
+    @property
+    def final(self) -> FoundAdapter:
+        """The adapter that stands for the task."""
+        return next(adapter for adapter in self.adapters if adapter.is_final)
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What lies under the folders given: tasks in natural order of names, refusals in order of paths."""
+
+    tasks: tuple[FoundTask, ...]
+    refused: tuple[AdapterRefused, ...]
+
+
+@dataclass
+class _Run:
+    """What was met of one task so far: step (None: no checkpoint) to folder."""
+
+    adapters: dict[int | None, Folder] = field(default_factory=dict)
+    notes: dict[str, dict[int | None, Path]] = field(default_factory=dict)
+
+    def note(self, name: str) -> Path | None:
+        """Return a file beside the adapters: the run's own, else the one in its last checkpoint that has it."""
+        places = self.notes.get(name, {})
+        return places[max(places, key=_order)] if places else None
+
+
+def find_adapters(paths: Sequence[Path], *, name: str | None = None) -> Discovery:
+    """Find every adapter under some folders.
+
+    Args:
+        paths: Folders: adapters, runs, checkpoints, or folders of those at any depth.
+        name: A name for the task, instead of its folder's; for exactly one task.
+
+    Returns:
+        Tasks, and everything that looks like an adapter but is not taken: other dialects, links out of the tree,
+        names that cannot be a task's, and folders of one name (which are not merged).
+
+    Raises:
+        AdapterRefused: `name` is no task name, or there is not exactly one task to give it to.
+        UnsafeInput: More than a million files.
+    """
+    refused: list[AdapterRefused] = []
+    runs: defaultdict[Path, _Run] = defaultdict(_Run)
+    for path in paths:
+        root = Path(os.path.realpath(path))
+        if root.is_dir():
+            for folder in walk(root, _WATCHED, refused.append):
+                _collect(folder, root, runs, refused)
+        else:
+            fact = "is no folder" if root.exists() else "does not exist"
+            hint = "give the folder that holds adapter_config.json"
+            refused.append(AdapterRefused(fact, kind="not-a-folder", path=path, hint=hint))
+    found = {folder: run for folder, run in runs.items() if run.adapters}
+    names = _names(found, name, refused)
+    tasks = [_task(task_name, folder, found[folder]) for folder, task_name in names.items()]
+    tasks.sort(key=lambda task: natural_key(task.name))
+    return Discovery(tuple(tasks), tuple(_unique(refused)))
+
+
+def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
+    home, step = _home(folder.path, root)
+    run = runs[home]
+    if CONFIG_NAME in folder.files and WEIGHTS_NAME in folder.files:
+        known = run.adapters.setdefault(step, folder)
+        if known.path != folder.path:
+            message = f"step {step} again, which {known.path.name} has already"
+            refused.append(AdapterRefused(message, kind="name-collision", path=folder.path))
+            return
+    else:
+        refused.extend(foreign_adapters(folder.files, has_config=CONFIG_NAME in folder.files))
+    for name in (SAMPLES_NAME, EVAL_NAME, STATE_NAME):
+        if name in folder.files:
+            run.notes.setdefault(name, {})[step] = folder.files[name]
+
+
+def _home(path: Path, root: Path) -> tuple[Path, int | None]:
+    """Return the folder of the run that a folder belongs to, and its step.
+
+    `run/checkpoint-80` belongs to `run`. PEFT saves an adapter that is not called "default" one level deeper: so
+    `run/checkpoint-80/NAME` belongs to `run/NAME`, where the same trainer puts the final adapter.
+    """
+    for part in (path, *path.parents):
+        step = step_of(part.name)
+        if step is not None:
+            return part.parent / path.relative_to(part), step
+        if part == root:
+            break
+    return path, None
+
+
+def _names(found: dict[Path, _Run], name: str | None, refused: list[AdapterRefused]) -> dict[Path, str]:
+    if name is not None:
+        return _given_name(list(found), name)
+    by_name: defaultdict[str, list[Path]] = defaultdict(list)
+    for folder in sorted(found):
+        problem = task_name_problem(folder.name)
+        if problem is None:
+            by_name[folder.name.lower()].append(folder)
+        else:
+            hint = "rename the folder, or ingest it alone with --name"
+            refused.append(AdapterRefused(f"cannot name a task: {problem}", kind="name", path=folder, hint=hint))
+    for twins in by_name.values():
+        for folder in twins if len(twins) > 1 else ():
+            message = f"{len(twins)} folders are called {folder.name}: they are not merged"
+            hint = "ingest them one by one with --name"
+            refused.append(AdapterRefused(message, kind="name-collision", path=folder, hint=hint))
+    return {twins[0]: twins[0].name for twins in by_name.values() if len(twins) == 1}
+
+
+def _given_name(folders: list[Path], name: str) -> dict[Path, str]:
+    problem = task_name_problem(name)
+    if problem is not None:
+        raise AdapterRefused(f"--name cannot name a task: {problem}", kind="name")
+    if len(folders) != 1:
+        hint = "give --name with the folder of one task"
+        raise AdapterRefused(f"--name names one task, but {len(folders)} were found", kind="name", hint=hint)
+    return {folders[0]: name}
+
+
+def _task(name: str, folder: Path, run: _Run) -> FoundTask:
+    final = _final_step(run)
+    steps = sorted(run.adapters, key=_order)
+    return FoundTask(
+        name=name,
+        folder=folder,
+        adapters=tuple(_adapter(run.adapters[step], step, is_final=step == final) for step in steps),
+        samples=run.note(SAMPLES_NAME) or _beside(folder, SAMPLES_NAME),
+        eval_data=run.note(EVAL_NAME) or _beside(folder, EVAL_NAME),
+    )
+
+
+def _final_step(run: _Run) -> int | None:
+    if None in run.adapters:
+        return None
+    state = run.note(STATE_NAME)
+    best = best_step(state) if state is not None else None
+    return best if best in run.adapters else max(run.adapters, key=_order)
+
+
+def _order(step: int | None) -> tuple[bool, int]:
+    """Order steps; what is no checkpoint comes last, because it was saved when training was over."""
+    return (step is None, step or 0)
+
+
+def _adapter(folder: Folder, step: int | None, *, is_final: bool) -> FoundAdapter:
+    files = folder.files
+    return FoundAdapter(folder.path, files[CONFIG_NAME], files[WEIGHTS_NAME], files.get(CARD_NAME), step, is_final)
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    """Find a text in the run's folder when only a checkpoint of the run was given."""
+    path = folder / name
+    return path if path.is_file() and not path.is_symlink() else None
+
+
+def _unique(refused: list[AdapterRefused]) -> list[AdapterRefused]:
+    """Drop what was met twice because the paths given overlap."""
+    met = {(error.path, error.kind): error for error in refused}
+    return sorted(met.values(), key=lambda error: (error.path or "", error.kind))

@@ -1,0 +1,101 @@
+"""Walk a tree from outside: no link out of it is followed, no special file is opened, no depth overflows a stack."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from icmlora.errors import AdapterRefused, UnsafeInput
+
+MAX_ENTRIES = 1_000_000
+
+Refuse = Callable[[AdapterRefused], None]
+
+# Output of `icmlora.output_folder` that is being built, or was when its process died.
+_UNFINISHED = re.compile(r".+\.icm-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One folder of the tree and the regular files in it.
+
+    Attributes:
+        path: The folder, without links.
+        files: Name to real path; a link inside the tree is listed under its own name.
+    """
+
+    path: Path
+    files: Mapping[str, Path]
+
+
+def walk(root: Path, watched: Collection[str], refuse: Refuse) -> Iterator[Folder]:
+    """Yield every folder of a tree, parents first, in order of names.
+
+    A link to a folder inside the tree is skipped, because its target is met anyway; hidden folders are skipped too.
+
+    Args:
+        root: A real folder (no link).
+        watched: File names whose links and special files are worth a refusal; others are ignored.
+        refuse: Called with everything that was not followed or not readable.
+
+    Raises:
+        UnsafeInput: More than a million entries.
+    """
+    pending = [root]
+    budget = MAX_ENTRIES
+    while pending:
+        path = pending.pop()
+        try:
+            with os.scandir(path) as scan:
+                entries = []
+                for entry in scan:
+                    entries.append(entry)
+                    budget -= 1
+                    if budget < 0:
+                        raise UnsafeInput(f"holds more than {MAX_ENTRIES:,} files", kind="limits", path=root)
+        except OSError as error:
+            refuse(AdapterRefused(f"cannot be read: {error.strerror}", kind="unreadable", path=path))
+            continue
+        entries.sort(key=lambda entry: entry.name)
+        files, folders = _sort_entries(entries, root, watched, refuse)
+        yield Folder(path, files)
+        pending.extend(reversed(folders))
+
+
+def _sort_entries(
+    entries: list[os.DirEntry[str]], root: Path, watched: Collection[str], refuse: Refuse
+) -> tuple[dict[str, Path], list[Path]]:
+    files: dict[str, Path] = {}
+    folders: list[Path] = []
+    for entry in entries:
+        if entry.is_symlink():
+            target = _inside(entry, root, watched, refuse)
+            if target is not None and target.is_file():
+                files[entry.name] = target
+        elif entry.is_dir(follow_symlinks=False):
+            if not entry.name.startswith(".") and not _UNFINISHED.fullmatch(entry.name):
+                folders.append(Path(entry.path))
+        elif entry.is_file(follow_symlinks=False):
+            files[entry.name] = Path(entry.path)
+        elif entry.name in watched:
+            refuse(UnsafeInput("not a regular file", kind="special-file", path=entry.path))
+    return files, folders
+
+
+def _inside(entry: os.DirEntry[str], root: Path, watched: Collection[str], refuse: Refuse) -> Path | None:
+    """Resolve a link; None, and a refusal where it matters, if it leaves the tree, loops or leads nowhere."""
+    try:
+        target = Path(os.path.realpath(entry.path, strict=True))
+    except OSError:
+        if entry.name in watched:
+            refuse(UnsafeInput("a symbolic link that leads nowhere", kind="symlink", path=entry.path))
+        return None
+    if target.is_relative_to(root):
+        return target
+    if entry.name in watched or target.is_dir():
+        hint = "give the folder it leads to, or one that holds both"
+        refuse(UnsafeInput("a symbolic link out of the folder given", kind="symlink", path=entry.path, hint=hint))
+    return None
