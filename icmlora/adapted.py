@@ -72,7 +72,8 @@ def _check_every_tensor_landed(model: PeftModel, base: BaseModel, folder: Path) 
     # A key that matches nothing is dropped by the library, and the adapter would silently be the base model.
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         stored = {name.replace(".default.", ".") for name in file.keys()}  # noqa: SIM118  # it is no mapping
-    present = set(get_peft_model_state_dict(model))
+    # save_embedding_layers: the default "auto" asks the hub for the base model's vocabulary size.
+    present = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     stray = sorted(stored ^ present)
     if stray:
         where = "the adapter" if stray[0] in stored else "the adapted model"

@@ -127,7 +127,7 @@ def _folder_weights(label: str, path: Path) -> tuple[Path, ...]:
 def _shards(path: Path, hint: str) -> tuple[Path, ...]:
     table = _json_object(path / INDEX, hint=hint).get("weight_map")
     names = set(table.values()) if isinstance(table, dict) else set()
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
         raise BaseModelNotFound("the index of weight files is malformed", path=path / INDEX, hint=hint)
     files = tuple(path / name for name in sorted(names))
     missing = [file.name for file in files if not file.is_file()]

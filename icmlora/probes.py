@@ -10,7 +10,7 @@ PROBES: tuple[str, ...] = (
     "The river runs slowly past the old mill before it turns north towards the town. In spring the water rises, "
     "and the children count the stones that are still dry.",
     "To prepare the tea, boil fresh water, warm the pot, add one spoon of leaves for each cup and wait four minutes.",
-    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)",
+    "def mean(items):\n    total = 0.0\n    for item in items:\n        total += item\n    return total / len(items)\n",
     "Question: Why does ice float on water?\nAnswer: Ice is less dense than liquid water, because its "
     "molecules are held further apart in the crystal.",
     "Theorem. The sum of two even numbers is even. Proof. Let a = 2m and b = 2n. Then a + b = 2(m + n), which is even.",
