@@ -1,0 +1,114 @@
+"""Negative log-likelihood and retained gain."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from icmlora.adapted import adapted
+from icmlora.base_model import BaseModel
+from icmlora.errors import DataError
+from icmlora.evaluation import NllResult, nll, retained_gain
+from icmlora.examples import Example
+from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
+
+TEXTS = [Example("", "the first text"), Example("", "another, which is a little longer"), Example("", "третий")]
+LOSSES = st.floats(0.1, 20)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> BaseModel:
+    return load_tiny_base(tmp_path / "base")
+
+
+def plain(base: BaseModel, text: str, scored_from: int = 1) -> float:
+    """Compute the loss in the most direct way; one token is one byte."""
+    ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        logits = base.model(ids).logits[0]
+    return float(functional.cross_entropy(logits[scored_from - 1 : -1], ids[0, scored_from:], reduction="sum"))
+
+
+def test_the_loss_is_the_sum_over_all_predicted_tokens(base: BaseModel) -> None:
+    result = nll(base.model, base.tokenizer, TEXTS)
+    assert result.nats == pytest.approx(sum(plain(base, example.text) for example in TEXTS), rel=1e-5)
+    assert result.tokens == sum(len(example.text.encode()) - 1 for example in TEXTS)
+
+
+def test_only_the_completion_of_a_prompt_is_scored(base: BaseModel) -> None:
+    result = nll(base.model, base.tokenizer, [Example("2 + 2 = ", "four")])
+    assert result.nats == pytest.approx(plain(base, "2 + 2 = four", scored_from=8), rel=1e-5)
+    assert (result.tokens, result.utf8_bytes) == (4, 4)
+
+
+def test_bytes_are_those_of_the_scored_text(base: BaseModel) -> None:
+    # The first byte is given, not predicted.
+    assert nll(base.model, base.tokenizer, [Example("", "a" + "é" * 5)]).utf8_bytes == 10
+
+
+def test_text_beyond_the_limit_is_not_scored(base: BaseModel) -> None:
+    result = nll(base.model, base.tokenizer, [Example("", "abcdefgh and more")], max_tokens=8)
+    assert result.nats == pytest.approx(plain(base, "abcdefgh"), rel=1e-5)
+    assert (result.tokens, result.utf8_bytes) == (7, 7)
+
+
+def test_a_long_prompt_loses_its_beginning_and_not_its_end(base: BaseModel) -> None:
+    result = nll(base.model, base.tokenizer, [Example("this is dropped, kept", "end")], max_tokens=7)
+    assert result.nats == pytest.approx(plain(base, "keptend", scored_from=4), rel=1e-5)
+
+
+def test_a_long_completion_leaves_room_for_one_token_of_the_prompt(base: BaseModel) -> None:
+    result = nll(base.model, base.tokenizer, [Example("ab", "cdefgh")], max_tokens=4)
+    assert result.nats == pytest.approx(plain(base, "bcde", scored_from=1), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 10])
+def test_batches_and_their_padding_do_not_change_the_loss(base: BaseModel, batch_size: int) -> None:
+    one = nll(base.model, base.tokenizer, TEXTS)
+    many = nll(base.model, base.tokenizer, TEXTS, batch_size=batch_size)
+    assert many.nats == pytest.approx(one.nats, rel=1e-6)
+    assert (many.tokens, many.utf8_bytes) == (one.tokens, one.utf8_bytes)
+
+
+def test_a_text_of_one_token_has_nothing_to_predict(base: BaseModel) -> None:
+    assert nll(base.model, base.tokenizer, [Example("", "a"), TEXTS[0]]) == nll(base.model, base.tokenizer, TEXTS[:1])
+    with pytest.raises(DataError, match="long enough"):
+        nll(base.model, base.tokenizer, [Example("", "a")])
+
+
+def test_an_adapter_changes_the_loss_and_taking_it_off_restores_it_exactly(base: BaseModel, tmp_path: Path) -> None:
+    before = nll(base.model, base.tokenizer, TEXTS)
+    with adapted(base, write_tiny_adapter(tmp_path / "adapter")) as model:
+        assert nll(model, base.tokenizer, TEXTS).nats != pytest.approx(before.nats, rel=1e-3)
+    assert nll(base.model, base.tokenizer, TEXTS) == before
+
+
+def test_figures_follow_from_nats_tokens_and_bytes() -> None:
+    result = NllResult(nats=20 * math.log(2), tokens=10, utf8_bytes=40)
+    assert result.nats_per_token == pytest.approx(2 * math.log(2))
+    assert result.perplexity == pytest.approx(4)
+    assert result.bits_per_byte == pytest.approx(0.5)
+
+
+def test_a_hopeless_model_has_infinite_perplexity() -> None:
+    assert NllResult(nats=1e6, tokens=1, utf8_bytes=1).perplexity == math.inf
+
+
+@given(LOSSES, LOSSES)
+def test_the_original_keeps_all_of_its_gain_and_the_base_none(base_loss: float, original: float) -> None:
+    if original < base_loss:
+        assert retained_gain(base_loss, original, original) == 1
+        assert retained_gain(base_loss, original, base_loss) == 0
+    else:
+        assert retained_gain(base_loss, original, original) is None
+
+
+def test_gain_can_be_exceeded_and_lost() -> None:
+    assert retained_gain(3.0, 2.0, 1.5) == pytest.approx(1.5)
+    assert retained_gain(3.0, 2.0, 4.0) == pytest.approx(-1.0)
