@@ -1,0 +1,95 @@
+"""Careful reading and durable writing."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from icmlora import files
+from icmlora.errors import AdapterRefused, UnsafeInput
+from icmlora.files import open_regular, read_exactly, read_regular, write_durably
+
+
+def test_a_regular_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert read_regular(tmp_path / "a", max_bytes=3) == b"abc"
+
+
+def test_a_file_over_the_limit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abcd")
+    with pytest.raises(UnsafeInput) as caught:
+        read_regular(tmp_path / "a", max_bytes=3)
+    assert caught.value.kind == "limits"
+
+
+def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(UnsafeInput) as caught:
+        read_regular(tmp_path / "link", max_bytes=3)
+    assert caught.value.kind == "symlink"
+
+
+def test_a_fifo_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UnsafeInput) as caught:
+        read_regular(tmp_path / "fifo", max_bytes=3)
+    assert caught.value.kind == "special-file"
+
+
+def test_a_device_is_refused() -> None:
+    with pytest.raises(UnsafeInput, match="not a regular file"):
+        read_regular(Path("/dev/zero"), max_bytes=3)
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsafeInput, match="not a regular file"):
+        read_regular(tmp_path, max_bytes=3)
+
+
+def test_a_missing_file_is_refused_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(AdapterRefused, match="No such file") as caught:
+        read_regular(tmp_path / "none", max_bytes=3)
+    assert caught.value.path == str(tmp_path / "none")
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    with pytest.raises(UnsafeInput, match="changed"), open_regular(path, max_bytes=10):
+        path.write_bytes(b"abcdef")
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    descriptor = os.open(path, os.O_RDONLY)
+    os.truncate(path, 1)
+    with pytest.raises(UnsafeInput, match="cut"):
+        read_exactly(descriptor, 3, 0)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_written_file_has_the_mode_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_durably(tmp_path / "a", b"abc")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_durably(tmp_path / "a", b"old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_durably(tmp_path / "a", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}

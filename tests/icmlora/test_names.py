@@ -1,0 +1,79 @@
+"""Names from outside, and patterns over module names."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icmlora.module_pattern import ModulePattern
+from icmlora.names import is_module_name, natural_key, printable, task_name_problem
+
+
+@pytest.mark.parametrize("name", ["a", "wordnet-gloss", "v1.2_b", "0", "x" * 128, "console", "com10"])
+def test_a_plain_name_can_name_a_task(name: str) -> None:
+    assert task_name_problem(name) is None
+
+
+HOSTILE = (
+    *("", ".", "..", "../x", "/abs", "-rf", "--help", "a\0b", "x" * 300, "con", "CON.txt", "nul", "a\nb", "a\x1b[31m"),
+    *("a\u202eb", "e\u0301", "\u00e9", "\ud800", "\U0001f600", "[red]", "[/nope]", "'; DROP TABLE x", "a b", "_a"),
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_cannot_name_a_task(name: str) -> None:
+    assert task_name_problem(name)
+
+
+@given(st.text())
+def test_shown_text_never_holds_a_control_or_bidi_character(text: str) -> None:
+    assert printable(text).isprintable()
+
+
+def test_shown_text_is_shortened() -> None:
+    assert len(printable("x" * 10_000)) == 120
+
+
+@pytest.mark.parametrize(("text", "shown"), [("\x1b", "\\x1b"), ("\u202e", "\\u202e"), ("\U000e0001", "\\U000e0001")])
+def test_escapes_show_the_code_point(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_layer_two_comes_before_layer_ten() -> None:
+    names = ["layers.10.q", "layers.2.q", "layers.2.k", "head"]
+    assert sorted(names, key=natural_key) == ["head", "layers.2.k", "layers.2.q", "layers.10.q"]
+
+
+@given(st.text(alphabet="a.019"), st.text(alphabet="a.019"))
+def test_different_names_have_different_places_in_the_order(left: str, right: str) -> None:
+    assert (natural_key(left) == natural_key(right)) == (left == right)
+
+
+@pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a..b", "a-b", "a b", "\u00e9"])
+def test_a_broken_path_is_no_module_name(name: str) -> None:
+    assert not is_module_name(name)
+
+
+NAMES = st.text(alphabet="ab.0_", min_size=1, max_size=8)
+
+
+@given(key=st.builds("".join, st.tuples(st.sampled_from(["", "^"]), NAMES)), module=NAMES)
+def test_a_plain_pattern_matches_exactly_what_peft_matches(key: str, module: str) -> None:
+    pattern = ModulePattern.parse(key)
+    assert pattern is not None
+    assert pattern.matches(module) == bool(re.match(rf"(.*\.)?({key})$", module))
+
+
+def test_an_escaped_dot_matches_only_a_dot() -> None:
+    pattern = ModulePattern.parse(r"layers\.0\.q")
+    assert pattern is not None
+    assert pattern.matches("model.layers.0.q")
+    assert not pattern.matches("model.layersx0.q")
+
+
+@pytest.mark.parametrize("key", ["", "(a|a)*b", "q.*", "a|b", "a$", "[ab]", "a+", "q_proj\n", "a\\d", "^"])
+def test_a_regular_expression_is_no_pattern_of_ours(key: str) -> None:
+    assert ModulePattern.parse(key) is None
