@@ -1,0 +1,119 @@
+"""The `icm` program: one line per command, and `main`, which turns exceptions into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from icm_cli.commands.doctor import doctor
+from icm_cli.commands.path import path
+from icm_cli.config import log_file, switched_on
+from icm_cli.errors import ExitCode, Failure, StdoutClosed, describe
+from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
+from icm_cli.output import Output
+from icm_cli.session import GlobalOptions
+from icm_cli.text import utc
+
+LOOK_AFTER = "Look after the store"
+
+app = typer.Typer(name="icm", rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
+app.command(rich_help_panel=LOOK_AFTER)(doctor)
+app.command(rich_help_panel=LOOK_AFTER)(path)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"icm {version('icm-lora')}\n")
+        raise typer.Exit
+
+
+VersionOpt = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def icm(
+    ctx: typer.Context,
+    version: VersionOpt = False,
+    store: StoreOpt = None,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = 0,
+    no_progress: NoProgressOpt = False,
+    lock_timeout: LockTimeoutOpt = None,
+) -> None:
+    """One generator plus a few kilobytes per task, instead of a folder of LoRA adapters.
+
+    icm ingest ./loras                 take adapters into the store
+    icm train                          fit the generator, keep a code per task
+    icm materialize TASK -o adapter/   write an adapter as a PEFT folder
+    icm stats                          what that saved, and what it cost
+    """
+    ctx.obj = GlobalOptions(store, json, quiet, verbose, no_progress, lock_timeout)
+    if ctx.invoked_subcommand is None:
+        sys.stdout.write(ctx.get_help() + "\n")
+        raise typer.Exit(ExitCode.USAGE)
+
+
+def main() -> None:
+    """Run the program and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Returns:
+        The exit code; every failure has been told on stderr by then.
+    """
+    try:
+        code = typer.main.get_command(app).main(args=list(arguments), prog_name="icm", standalone_mode=False)
+        sys.stdout.flush()
+    except (BrokenPipeError, StdoutClosed):
+        _silence_stdout()
+        return ExitCode.STDOUT_CLOSED
+    except (Exception, KeyboardInterrupt) as error:
+        return _tell(error, as_json="--json" in arguments)
+    return code if isinstance(code, int) else ExitCode.DONE
+
+
+def _tell(error: BaseException, *, as_json: bool) -> ExitCode:
+    failure = describe(error)
+    if switched_on("ICM_DEBUG"):
+        traceback.print_exception(error)
+    elif not failure.expected:
+        failure = _logged(failure, error)
+    # A usage error of Typer knows which command it is about.
+    command_path = getattr(getattr(error, "ctx", None), "command_path", None)
+    if failure.hint is None and command_path is not None:
+        failure = Failure(failure.code, "usage", failure.message, f"`{command_path} --help` shows the usage")
+    Output(as_json=as_json).failure(failure)
+    return failure.code
+
+
+def _logged(failure: Failure, error: BaseException) -> Failure:
+    """Leave the traceback of an unexpected error in the log and say where it is."""
+    log = log_file()
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{utc(datetime.now(UTC))}\n{''.join(traceback.format_exception(error))}\n")
+    except OSError:
+        hint = "set ICM_DEBUG=1 to see the traceback"
+    else:
+        hint = f"this is a bug in icm; the traceback is at the end of {log}, and `icm doctor` lists what a report needs"
+    return Failure(failure.code, failure.kind, failure.message, hint)
+
+
+def _silence_stdout() -> None:
+    """Keep Python from reporting the closed pipe again while it shuts down."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

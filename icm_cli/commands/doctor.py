@@ -1,0 +1,50 @@
+"""`icm doctor`: what a report of a problem needs."""
+
+from __future__ import annotations
+
+import typer
+
+from icm_cli.errors import ExitCode
+from icm_cli.session import Session, command
+from icm_cli.text import human_size
+
+
+@command
+def doctor(session: Session) -> None:
+    """Show versions, devices, settings and the state of the store; exit 1 if something is wrong.
+
+    Its output belongs into every report of a problem. It changes nothing.
+
+    Example:
+      icm doctor --json
+    """
+    from icm_cli.workflows.diagnosis import examine
+
+    settings = session.settings
+    checks = examine(settings.store.value)
+    problems = [check for check in checks if check.problem is not None]
+    configured = {
+        "store": (str(settings.store.value), settings.store.source),
+        "device": (settings.device.value, settings.device.source),
+        "lock_timeout": (settings.lock_timeout.value, settings.lock_timeout.source),
+    }
+    session.out.document(
+        {
+            "ok": not problems,
+            "settings": {name: {"value": value, "source": source} for name, (value, source) in configured.items()},
+            "checks": {check.name: {"value": check.value, "problem": check.problem} for check in checks},
+        }
+    )
+    session.out.record([(name, f"{value} ({source})") for name, (value, source) in configured.items()])
+    session.out.line()
+    session.out.record([(check.name, _shown(check.name, check.value)) for check in checks])
+    for check in problems:
+        session.out.warn(f"{check.name}: {check.problem}", kind=check.name)
+    if problems:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _shown(name: str, value: str | int | None) -> str:
+    if value is None:
+        return "-"
+    return human_size(value) if name == "free_bytes" and isinstance(value, int) else str(value)

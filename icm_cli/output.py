@@ -1,0 +1,199 @@
+"""The one sink: stdout carries the answer, stderr the talk.
+
+Modes:
+    human   stdout is a terminal: aligned, cut to its width, headings in bold
+    plain   stdout is a pipe: aligned, nothing cut, no colour
+    json    --json: documents or JSON lines on stdout, JSON lines on stderr, no progress, no questions
+    quiet   -q: the bare answer (names, paths) and errors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TextIO
+
+from icm_cli.config import switched_on
+from icm_cli.errors import Failure, UsageProblem, escape_lines
+from icm_cli.progress import PlainProgress, Progress, RichProgress, SilentProgress
+from icm_cli.text import escape, shortened, width
+
+_GAP = "  "
+_NARROWEST = 8  # cells that a shrinking column keeps
+
+
+class Mode(Enum):
+    """How the answer is written."""
+
+    HUMAN = "human"
+    PLAIN = "plain"
+    JSON = "json"
+    QUIET = "quiet"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        title: The heading, printed in capitals.
+        right: Whether the values stand at the right, as numbers do.
+        shrink: Whether the column may be cut when the terminal is narrow.
+    """
+
+    title: str
+    right: bool = False
+    shrink: bool = False
+
+
+class Output:
+    """Where a command says everything it says."""
+
+    def __init__(
+        self, *, as_json: bool = False, quiet: bool = False, verbosity: int = 0, progress: bool = True
+    ) -> None:
+        self.verbosity = verbosity
+        self._progress = progress and not switched_on("ICM_NO_PROGRESS")
+        if as_json:
+            self.mode = Mode.JSON
+        elif quiet:
+            self.mode = Mode.QUIET
+        else:
+            self.mode = Mode.HUMAN if sys.stdout.isatty() else Mode.PLAIN
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the answer is JSON."""
+        return self.mode is Mode.JSON
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether only the bare answer is wanted."""
+        return self.mode is Mode.QUIET
+
+    # The answer, on stdout.
+
+    def document(self, value: object) -> None:
+        """Print the one JSON document of a command; nothing in the other modes."""
+        if self.is_json:
+            _write(sys.stdout, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Print one JSON line `{"type": kind, ...}`; nothing in the other modes."""
+        if self.is_json:
+            _write(sys.stdout, json.dumps({"type": kind, **fields}, ensure_ascii=False, allow_nan=False))
+            sys.stdout.flush()
+
+    def answer(self, text: str) -> None:
+        """Print a line that is the bare answer (a name, a path): in all modes but JSON."""
+        if not self.is_json:
+            _write(sys.stdout, escape_lines(text))
+
+    def line(self, text: str = "") -> None:
+        """Print a line for people on stdout: human and plain modes."""
+        if self.mode in (Mode.HUMAN, Mode.PLAIN):
+            _write(sys.stdout, escape_lines(text))
+
+    def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]], *, total: bool = False) -> None:
+        """Print a table for people; `total` says that the last row sums up the others."""
+        if self.mode not in (Mode.HUMAN, Mode.PLAIN) or not rows:
+            return
+        cells = [[escape(cell) for cell in row] for row in rows]
+        limit = shutil.get_terminal_size().columns if self.mode is Mode.HUMAN else None
+        widths = _widths(columns, cells, limit)
+        _write(sys.stdout, self._bold(_row([column.title.upper() for column in columns], columns, widths)))
+        for index, row in enumerate(cells):
+            text = _row(row, columns, widths)
+            _write(sys.stdout, self._bold(text) if total and index == len(cells) - 1 else text)
+
+    def record(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Print name-value pairs for people, one a line."""
+        if self.mode not in (Mode.HUMAN, Mode.PLAIN) or not pairs:
+            return
+        widest = max(width(name) for name, _ in pairs)
+        for name, value in pairs:
+            _write(sys.stdout, f"{self._bold(name.ljust(widest))}{_GAP}{escape(value)}".rstrip())
+
+    # The talk, on stderr.
+
+    def note(self, text: str) -> None:
+        """Say something in passing; silent with --quiet and --json."""
+        if self.mode in (Mode.HUMAN, Mode.PLAIN):
+            _write(sys.stderr, escape_lines(text))
+
+    def detail(self, text: str) -> None:
+        """Say something only --verbose wants to hear."""
+        if self.verbosity > 0:
+            self.note(text)
+
+    def hint(self, text: str) -> None:
+        """Name the next command; silent with --quiet and --json."""
+        self.note(f"hint: {text}")
+
+    def warn(self, text: str, *, kind: str = "warning", **fields: object) -> None:
+        """Say that something is not as it should be; always heard, in JSON as a line on stderr."""
+        if self.is_json:
+            _write(sys.stderr, json.dumps({"type": "warning", "kind": kind, "message": text, **fields}))
+        else:
+            _write(sys.stderr, f"warning: {escape_lines(text)}")
+
+    def failure(self, failure: Failure) -> None:
+        """Say why the command failed."""
+        _write(sys.stderr, failure.as_json() if self.is_json else failure.as_text())
+
+    def progress(self, label: str) -> Progress:
+        """Return a progress display on stderr: a bar on a terminal, else a plain line every few seconds."""
+        if not self._progress or self.mode in (Mode.JSON, Mode.QUIET):
+            return SilentProgress()
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            return RichProgress(label)
+        return PlainProgress(label)
+
+    def confirm(self, question: str, *, yes: bool, flag: str = "--yes") -> bool:
+        """Ask before something that cannot be undone.
+
+        Raises:
+            UsageProblem: nobody can answer and the flag that answers was not given.
+        """
+        if yes:
+            return True
+        if self.is_json or not sys.stdin.isatty():
+            raise UsageProblem(f"{question} Nobody is there to answer.", hint=f"add {flag} to go on without asking")
+        sys.stderr.write(f"{escape_lines(question)} [y/N] ")
+        sys.stderr.flush()
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    def _bold(self, text: str) -> str:
+        coloured = self.mode is Mode.HUMAN and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        return f"\x1b[1m{text}\x1b[0m" if coloured else text
+
+
+def _write(stream: TextIO, text: str) -> None:
+    # A name that the terminal's encoding lacks is written out rather than ending the command.
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int | None) -> list[int]:
+    widths = [max([width(column.title), *(width(row[index]) for row in rows)]) for index, column in enumerate(columns)]
+    excess = 0 if limit is None else sum(widths) + len(_GAP) * (len(widths) - 1) - limit
+    for index, column in enumerate(columns):
+        if excess > 0 and column.shrink:
+            cut = min(excess, max(0, widths[index] - _NARROWEST))
+            widths[index] -= cut
+            excess -= cut
+    return widths
+
+
+def _row(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]) -> str:
+    padded = []
+    for cell, column, cells_wide in zip(cells, columns, widths, strict=True):
+        text = shortened(cell, cells_wide)
+        space = " " * (cells_wide - width(text))
+        padded.append(space + text if column.right else text + space)
+    return _GAP.join(padded).rstrip()

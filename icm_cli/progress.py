@@ -1,0 +1,119 @@
+"""Progress on stderr: a bar where there is a terminal, else a plain line now and then, or nothing.
+
+All three are context managers with the same method, so that commands need not know which one they hold.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from icm_cli.text import escape, human_duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichBar
+    from rich.progress import TaskID
+
+_DEFAULT_INTERVAL = 10.0  # seconds between plain lines
+
+
+class Progress(Protocol):
+    """A display of how far a command is."""
+
+    def __enter__(self) -> Self:
+        """Show the display."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the display away."""
+
+    def update(self, done: float, total: float | None, note: str = "") -> None:
+        """Show that `done` of `total` is finished; None where nobody knows the total."""
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        """Show nothing."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take nothing away."""
+
+    def update(self, done: float, total: float | None, note: str = "") -> None:
+        """Show nothing."""
+
+
+class PlainProgress(SilentProgress):
+    """Writes a line every `ICM_PROGRESS_INTERVAL` seconds."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._interval = _interval()
+        self._started = self._last = time.monotonic()
+
+    def update(self, done: float, total: float | None, note: str = "") -> None:
+        """Write a line if the last one is old enough."""
+        now = time.monotonic()
+        if now - self._last < self._interval:
+            return
+        self._last = now
+        parts = [self._label, f"{done:g}" if total is None else f"{done:g}/{total:g}", escape(note)]
+        if total and done:
+            parts.append(f"eta {human_duration((now - self._started) * (total - done) / done)}")
+        sys.stderr.write(" ".join(part for part in parts if part) + "\n")
+        sys.stderr.flush()
+
+
+class RichProgress:
+    """Draws a bar with Rich, which is imported only when there is a terminal to draw on."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._bar: RichBar | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        """Draw the bar."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichBar
+
+        # Notes carry names from outside, so no column may read markup.
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        self._bar = RichBar(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(self._label, total=None, note="")
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wipe the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: float, total: float | None, note: str = "") -> None:
+        """Move the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, note=escape(note))
+
+
+def _interval() -> float:
+    try:
+        return max(0.0, float(os.environ.get("ICM_PROGRESS_INTERVAL", "")))
+    except ValueError:
+        return _DEFAULT_INTERVAL

@@ -1,0 +1,152 @@
+"""What a command gets: its output, its settings and its place; and `@command`, which adds the global options.
+
+@command
+def ls(session: Session, limit: ...) -> None:      ->  icm ls [--limit N] [--store ...] [--json] [-q] ...
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from types import FrameType
+from typing import Concatenate, ParamSpec, TypeVar, cast
+
+import typer
+
+from icm_cli.config import Settings, load_settings
+from icm_cli.errors import Interrupted, StdoutClosed
+from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
+from icm_cli.output import Output
+from icm_cli.workflows.events import Event, Step, StopFlag
+from icm_cli.workflows.opening import Place
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class GlobalOptions:
+    """The global options as they were given; the field names are the parameter names."""
+
+    store: StoreOpt = None
+    json: JsonOpt = False
+    quiet: QuietOpt = False
+    verbose: VerboseOpt = 0
+    no_progress: NoProgressOpt = False
+    lock_timeout: LockTimeoutOpt = None
+
+    def over(self, outer: GlobalOptions) -> GlobalOptions:
+        """Return these options, completed by those that stood before the command's name."""
+        return GlobalOptions(
+            store=self.store if self.store is not None else outer.store,
+            json=self.json or outer.json,
+            quiet=self.quiet or outer.quiet,
+            verbose=max(self.verbose, outer.verbose),
+            no_progress=self.no_progress or outer.no_progress,
+            lock_timeout=self.lock_timeout if self.lock_timeout is not None else outer.lock_timeout,
+        )
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of one command.
+
+    Attributes:
+        out: Where everything is said.
+        settings: The resolved settings.
+        command: The command as typed, without its arguments (`icm ls`).
+        options: The global options as they were given.
+    """
+
+    out: Output
+    settings: Settings
+    command: str
+    options: GlobalOptions
+
+    @property
+    def place(self) -> Place:
+        """The store to work on, for the workflows."""
+        return Place(self.settings.store.value, self.settings.lock_timeout.value, self.command)
+
+    def device(self, flag: str | None) -> str:
+        """Return the device name from the flag, the environment or the configuration."""
+        return flag if flag is not None else self.settings.device.value
+
+    def follow(self, work: Generator[Event, None, R], label: str, on_event: Callable[[Event], None] | None = None) -> R:
+        """Run a workflow to its end and return its result, with its steps on the progress display.
+
+        Args:
+            work: The workflow.
+            label: What the display calls it.
+            on_event: Gets every event that is not a `Step`.
+        """
+        with self.out.progress(label) as display:
+            while True:
+                try:
+                    event = next(work)
+                except StopIteration as finished:
+                    result: R = finished.value
+                    return result
+                if isinstance(event, Step):
+                    display.update(event.done, event.total, event.note)
+                elif on_event is not None:
+                    on_event(event)
+
+    @contextmanager
+    def stoppable(self) -> Iterator[StopFlag]:
+        """Turn the first Ctrl-C into a request to stop after the current step; the second one stops at once."""
+        flag = StopFlag()
+
+        def request(number: int, frame: FrameType | None) -> None:
+            if flag.requested:
+                raise KeyboardInterrupt
+            flag.requested = True
+            self.out.note("stopping after the current step; Ctrl-C again stops at once")
+
+        before = signal.signal(signal.SIGINT, request)
+        try:
+            yield flag
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., None]:
+    """Add the global options to a command and give it its `Session`."""
+    signature = inspect.signature(function, eval_str=True)
+    own = list(signature.parameters.values())[1:]
+
+    @functools.wraps(function)
+    def run(*, ctx: typer.Context, **values: object) -> None:
+        given = {field.name: values.pop(field.name) for field in fields(GlobalOptions)}
+        options = GlobalOptions(**given)  # type: ignore[arg-type]  # Typer has converted them
+        session = _start(options.over(ctx.find_root().obj), ctx.command_path)
+        try:
+            cast(Callable[..., None], function)(session, **values)
+            sys.stdout.flush()
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted; finished steps are kept") from error
+        except BrokenPipeError as error:
+            raise StdoutClosed("stdout was closed") from error
+
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    parameters = [context, *keywords, *global_parameters()]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def global_parameters() -> list[inspect.Parameter]:
+    """Return the global options as parameters that Typer understands."""
+    own = inspect.signature(GlobalOptions, eval_str=True).parameters.values()
+    return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+
+
+def _start(options: GlobalOptions, name: str) -> Session:
+    out = Output(as_json=options.json, quiet=options.quiet, verbosity=options.verbose, progress=not options.no_progress)
+    return Session(out, load_settings(store=options.store, lock_timeout=options.lock_timeout), name, options)

@@ -1,0 +1,107 @@
+"""The program as a whole: global options, usage errors, bugs, closed pipes, what it imports."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from icm_cli import app as program
+from icm_cli.errors import ExitCode
+from tests.cli.conftest import Ran
+
+Icm = Callable[..., Ran]
+
+
+def test_the_version_is_printed(icm: Icm) -> None:
+    ran = icm("--version")
+    assert (ran.code, ran.out.split()[0]) == (0, "icm")
+
+
+def test_without_a_command_the_help_is_shown(icm: Icm) -> None:
+    ran = icm()
+    assert ran.code == ExitCode.USAGE
+    assert "icm ingest ./loras" in ran.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--store", "/x", "path"), ("path", "--store", "/x"), ("path", "store", "--store", "/x")]
+)
+def test_global_options_stand_before_or_after_the_command(icm: Icm, arguments: tuple[str, ...]) -> None:
+    assert icm(*arguments).out == "/x\n"
+
+
+def test_the_option_nearest_to_the_command_wins(icm: Icm) -> None:
+    assert icm("--store", "/x", "path", "--store", "/y").out == "/y\n"
+
+
+def test_an_unknown_command_is_a_usage_error_with_a_suggestion(icm: Icm) -> None:
+    ran = icm("pth")
+    assert ran.code == ExitCode.USAGE
+    assert "Did you mean 'path'?" in ran.err
+    assert "hint: `icm --help` shows the usage" in ran.err
+
+
+def test_an_unknown_option_names_the_help_of_its_command(icm: Icm) -> None:
+    assert "`icm path --help`" in icm("path", "--frob").err
+
+
+def test_with_json_a_usage_error_is_json(icm: Icm) -> None:
+    ran = icm("path", "--frob", "--json")
+    assert (ran.out, ran.error["type"], ran.error["code"]) == ("", "error", 2)
+
+
+def test_a_bug_leaves_its_traceback_in_the_log(icm: Icm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ICM_LOG", str(tmp_path / "deep" / "errors.log"))
+    monkeypatch.setattr("icm_cli.workflows.diagnosis.examine", lambda store: 1 // 0)
+    ran = icm("doctor")
+    assert ran.code == ExitCode.FAILED
+    assert "Traceback" not in ran.err
+    assert str(tmp_path / "deep" / "errors.log") in ran.err
+    assert "ZeroDivisionError" in (tmp_path / "deep" / "errors.log").read_text()
+
+
+def test_icm_debug_shows_tracebacks(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICM_DEBUG", "1")
+    monkeypatch.setattr("icm_cli.workflows.diagnosis.examine", lambda store: 1 // 0)
+    assert "Traceback" in icm("doctor").err
+
+
+def test_ctrl_c_gives_one_line_and_130(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(store: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("icm_cli.workflows.diagnosis.examine", interrupt)
+    ran = icm("doctor")
+    assert (ran.code, ran.err) == (130, "error: interrupted; finished steps are kept\n")
+
+
+def test_a_closed_stdout_is_quiet() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-c", "from icm_cli.app import main; main()", "path"]
+    ran = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (ExitCode.STDOUT_CLOSED, "")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from icm_cli.app import run; run(['--help']);"
+        "print(sorted({'torch', 'numpy', 'sqlalchemy', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
+def test_completion_never_raises(tmp_path: Path) -> None:
+    from icm_cli.complete import complete_base, complete_task
+
+    (tmp_path / "store").write_text("no store")
+    assert complete_task("") == complete_base("") == []
+
+
+def test_the_program_is_called_icm() -> None:
+    assert program.app.info.name == "icm"
