@@ -8,20 +8,19 @@ the library would fill them with random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from icmlora.base_lookup import FoundBase
 from icmlora.device import inference_dtype
-from icmlora.errors import BaseModelMismatch, BaseModelNotFound
+from icmlora.errors import BaseModelMismatch
 from icmlora.fingerprint import fingerprint_base
+from icmlora.gguf_base import load_gguf
+from icmlora.loading import quiet_loading
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,6 @@ def load_base_model(
     device = device or torch.device("cpu")
     with quiet_loading(found):
         if found.is_gguf:
-            from icmlora.gguf_base import load_gguf
-
             model, tokenizer = load_gguf(found.path, dtype or inference_dtype(device))
         else:
             model, tokenizer = _load_folder(found, dtype or inference_dtype(device))
@@ -109,25 +106,6 @@ def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> 
                 f"base model {base.label!r} has {shape}",
                 hint=hint,
             )
-
-
-@contextmanager
-def quiet_loading(found: FoundBase) -> Iterator[None]:
-    """Load without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BaseModelNotFound(
-            f"base model {found.label!r} cannot be loaded as a causal language model: {first}",
-            path=found.path,
-            hint="the folder must be a complete text model that transformers knows, with its tokenizer",
-        ) from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _load_folder(found: FoundBase, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -117,7 +117,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int) 
     else:
         prompt = list(tokenizer(example.prompt)["input_ids"])
         # Without special tokens, or the tokenizer would start a second text between prompt and completion.
-        answer = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])[: limit - 1]
+        options = {"add_special_tokens": False, "truncation": True, "max_length": limit - 1}
+        answer = list(tokenizer(example.completion, **options)["input_ids"])
         prompt = prompt[-(limit - len(answer)) :]
         ids, first = prompt + answer, max(1, len(prompt))
     return _Scored(ids, first) if len(ids) > first else None

@@ -6,9 +6,11 @@ model.gguf --load_gguf--> model, tokenizer          (slow: every tensor is dequa
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
+import stat
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from icmlora.base_lookup import inspect_base
 from icmlora.errors import OutputExists
+from icmlora.files import fsync_folder
+from icmlora.loading import quiet_loading
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -52,24 +56,30 @@ def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:
         BaseModelNotFound: The file is no GGUF file that transformers can read.
         OutputExists: `directory` exists and is not empty.
     """
-    from icmlora.base_model import quiet_loading
-
     found = inspect_base(label, source)
     if directory.exists() and any(directory.iterdir()):
         raise OutputExists(
             "the folder for the converted base model is not empty", path=directory, hint="choose another folder"
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(mkdtemp(prefix=f"{directory.name}.icm-", dir=directory.parent))
+    work = directory.with_name(f"{directory.name}.icm-{secrets.token_hex(4)}")
+    work.mkdir(parents=True)
     try:
         with quiet_loading(found):
             model, tokenizer = load_gguf(found.path, torch.float32)
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
-        for file in work.iterdir():
-            file.chmod(0o644)  # safetensors leaves 0600
-        work.chmod(0o755)
+        _make_durable(work)
         work.replace(directory)
+        fsync_folder(directory.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return directory
+
+
+def _make_durable(folder: Path) -> None:
+    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    for file in folder.iterdir():
+        file.chmod(mode)  # the library leaves the weights at 0600, whatever the umask
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    fsync_folder(folder)

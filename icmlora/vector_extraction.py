@@ -98,12 +98,12 @@ def _demonstrations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], li
     share = max(1, limit // len(texts) - len(separator))
     packed = _tokens(tokenizer, texts[0], share)
     for text in texts[1:]:
-        packed += separator + list(tokenizer(text, add_special_tokens=False)["input_ids"])[:share]
+        packed += separator + _tokens(tokenizer, text, share, special=False)
     return packed[:limit]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> list[int]:
-    ids = list(tokenizer(text, truncation=True, max_length=limit)["input_ids"])
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, special: bool = True) -> list[int]:
+    ids = list(tokenizer(text, truncation=True, max_length=limit, add_special_tokens=special)["input_ids"])
     if not ids:
         raise DataError("a sample has no token", hint="remove empty samples")
     return ids

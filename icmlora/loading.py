@@ -1,0 +1,31 @@
+"""Calling the model loaders of transformers: silently, and with one error instead of whatever they run into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging as transformers_logging
+
+from icmlora.base_lookup import FoundBase
+from icmlora.errors import BaseModelNotFound
+
+
+@contextmanager
+def quiet_loading(found: FoundBase) -> Iterator[None]:
+    """Load without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    except Exception as error:
+        # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BaseModelNotFound(
+            f"base model {found.label!r} cannot be loaded as a causal language model: {first}",
+            path=found.path,
+            hint="the folder must be a complete text model that transformers knows, with its tokenizer",
+        ) from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
