@@ -11,8 +11,15 @@ from typing import Annotated
 
 import typer
 
+from icm_cli.commands.base import base
 from icm_cli.commands.doctor import doctor
+from icm_cli.commands.ingest import ingest
+from icm_cli.commands.ls import ls
 from icm_cli.commands.path import path
+from icm_cli.commands.prune import prune
+from icm_cli.commands.rm import rm
+from icm_cli.commands.show import show
+from icm_cli.commands.verify import verify
 from icm_cli.config import log_file, switched_on
 from icm_cli.errors import ExitCode, Failure, StdoutClosed, describe
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
@@ -20,9 +27,18 @@ from icm_cli.output import Output
 from icm_cli.session import GlobalOptions
 from icm_cli.text import utc
 
+MAIN = "Main commands"
+LOOK = "See what is there"
 LOOK_AFTER = "Look after the store"
 
 app = typer.Typer(name="icm", rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
+app.command(rich_help_panel=MAIN)(ingest)
+app.command(rich_help_panel=LOOK)(ls)
+app.command(rich_help_panel=LOOK)(show)
+app.command(rich_help_panel=LOOK_AFTER)(rm)
+app.command(rich_help_panel=LOOK_AFTER)(prune)
+app.command(rich_help_panel=LOOK_AFTER)(verify)
+app.add_typer(base, rich_help_panel=LOOK_AFTER)
 app.command(rich_help_panel=LOOK_AFTER)(doctor)
 app.command(rich_help_panel=LOOK_AFTER)(path)
 

@@ -1,0 +1,112 @@
+"""`icm ingest`: take adapters into the store."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icm_cli.errors import ExitCode, Interrupted
+from icm_cli.options import DryRunOpt, OnConflict
+from icm_cli.session import Session, command
+from icm_cli.text import counted, human_size
+
+if TYPE_CHECKING:
+    from icm_cli.workflows.events import Event
+    from icm_cli.workflows.ingest_plan import IngestReport
+
+PathsArg = Annotated[
+    list[Path], typer.Argument(metavar="PATH...", help="Folders that hold adapters, at any depth.", show_default=False)
+]
+NameOpt = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Name of the one task found; else its folder's.", show_default=False),
+]
+SamplesOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--samples",
+        metavar="FILE",
+        help="Training texts of the one task found, as JSON lines; else samples.jsonl beside it.",
+        show_default=False,
+    ),
+]
+SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Go on past what is refused; exit 3 says that some was.")]
+OnConflictOpt = Annotated[
+    OnConflict, typer.Option("--on-conflict", help="A task of that name has another adapter: what to do.")
+]
+
+
+@command
+def ingest(
+    session: Session,
+    paths: PathsArg,
+    name: NameOpt = None,
+    samples: SamplesOpt = None,
+    skip_bad: SkipBadOpt = False,
+    on_conflict: OnConflictOpt = OnConflict.FAIL,
+    dry_run: DryRunOpt = False,
+) -> None:
+    """Take adapters into the store: PEFT folders, or runs with checkpoint-N folders.
+
+    The files are read, checked and copied; nothing in PATH is changed. The same again changes nothing. What could
+    not be given back exactly is refused by name.
+
+    Example:
+      icm ingest ./loras
+    """
+    from icm_cli.workflows.ingest import ingest as take_in
+    from icm_cli.workflows.ingest_plan import IngestRequest
+
+    request = IngestRequest(
+        paths=tuple(paths),
+        name=name,
+        samples=samples,
+        skip_bad=skip_bad,
+        on_conflict=on_conflict.value,
+        dry_run=dry_run,
+    )
+    with session.stoppable() as stop:
+        report = session.follow(take_in(session.place, request, stop), "ingest", partial(_tell, session))
+    _sum_up(session, report, dry_run=dry_run)
+    if report.stopped:
+        done = f"{len(report.ingested)} of {counted(report.found, 'task')}"
+        raise Interrupted(f"interrupted; {done} ingested", hint="run the same command to continue")
+    if report.refused:
+        raise typer.Exit(ExitCode.PARTLY)
+
+
+def _tell(session: Session, event: Event) -> None:
+    from icm_cli.workflows.ingest_plan import Ingested, Refused
+
+    if isinstance(event, Ingested):
+        session.out.event("task", **asdict(event))
+        session.out.detail(f"{event.task}: {event.status}, {event.new} new, {event.known} known")
+    elif isinstance(event, Refused):
+        session.out.warn(f"{event.path}: {event.message}", kind=event.kind, path=event.path, hint=event.hint)
+
+
+def _sum_up(session: Session, report: IngestReport, *, dry_run: bool) -> None:
+    out = session.out
+    out.event(
+        "summary",
+        dry_run=dry_run,
+        tasks=len(report.ingested),
+        new=report.new,
+        known=report.known,
+        refused=len(report.refused),
+        size=report.size,
+        without_vectors=report.without_vectors,
+    )
+    verb = "would ingest" if dry_run else "ingested"
+    refused = f", {len(report.refused)} refused" if report.refused else ""
+    out.line(
+        f"{verb} {counted(len(report.ingested), 'task')}: {counted(report.new, 'new adapter')}, "
+        f"{report.known} known{refused}; {human_size(report.size)}"
+    )
+    if report.without_vectors:
+        out.note(f"{counted(len(report.without_vectors), 'task')} without task vectors")
+        out.hint("`icm vectors` makes them; it needs the base model (`icm base ls` says whether it is found)")

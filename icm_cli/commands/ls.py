@@ -1,0 +1,78 @@
+"""`icm ls`: the tasks in the store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from icm_cli.options import BaseModelOpt
+from icm_cli.output import Column
+from icm_cli.session import Session, command
+from icm_cli.text import human_size
+
+if TYPE_CHECKING:
+    from registry.records import TaskSummary
+
+_COLUMNS = (
+    Column("task", shrink=True),
+    Column("base model", shrink=True),
+    Column("rank", right=True),
+    Column("targets", shrink=True),
+    Column("original", right=True),
+    Column("checkpoints", right=True),
+    Column("vectors", right=True),
+    Column("code", right=True),
+)
+
+
+@command
+def ls(session: Session, base_model: BaseModelOpt = None) -> None:
+    """List the tasks in the store.
+
+    CODE is the size of the task's code under the current generator, "-" before `icm train`. With --quiet only names are
+    printed, one a line.
+
+    Example:
+      icm ls --json
+    """
+    from icm_cli.workflows.listing import list_tasks
+
+    rows = list_tasks(session.place, base_model)
+    out = session.out
+    out.document([_as_json(row) for row in rows])
+    if out.is_quiet:
+        for row in rows:
+            out.answer(row.task.name)
+    out.table(_COLUMNS, [_as_cells(row) for row in rows])
+    if not rows:
+        out.note("no tasks")
+        out.hint("`icm ingest PATH` takes adapters in")
+
+
+def _as_cells(row: TaskSummary) -> list[str]:
+    return [
+        row.task.name,
+        row.task.base_model,
+        str(row.final.rank_max),
+        ",".join(row.final.target_modules),
+        human_size(row.final.original_bytes),
+        str(row.checkpoints),
+        str(row.vectors),
+        "-" if row.code is None else human_size(row.code.size),
+    ]
+
+
+def _as_json(row: TaskSummary) -> dict[str, object]:
+    return {
+        "name": row.task.name,
+        "base_model": row.task.base_model,
+        "rank": row.final.rank_max,
+        "dtype": row.final.dtype.lower(),
+        "parameters": row.final.parameters,
+        "target_modules": list(row.final.target_modules),
+        "original_size": row.final.original_bytes,
+        "checkpoints_count": row.checkpoints,
+        "vectors_count": row.vectors,
+        "code_size": None if row.code is None else row.code.size,
+        "dw_error": None if row.code is None else row.code.dw_error,
+        "created_at": row.task.created_at,
+    }

@@ -1,0 +1,35 @@
+"""`icm rm`: forget tasks."""
+
+from __future__ import annotations
+
+from icm_cli.options import DryRunOpt, TasksArg, YesOpt
+from icm_cli.session import Session, command
+from icm_cli.text import counted, human_size
+
+
+@command
+def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
+    """Forget tasks with their adapters, vectors, codes and measurements.
+
+    The bytes stay until `icm prune`. All names are looked up before anything is forgotten.
+
+    Example:
+      icm rm shakespeare --dry-run
+    """
+    from icm_cli.workflows.removal import plan_removal, remove_tasks
+
+    out = session.out
+    doomed = plan_removal(session.place, tasks)
+    for task in doomed:
+        out.note(f"{task.name}: {counted(task.adapters, 'adapter')}, {human_size(task.size)}")
+    names = [task.name for task in doomed]
+    removed = False
+    if not dry_run and out.confirm(f"Forget {counted(len(names), 'task')}?", yes=yes):
+        remove_tasks(session.place, names)
+        removed = True
+    out.document({"removed": names if removed else [], "would_remove": [] if removed else names})
+    if removed:
+        out.line(f"forgot {counted(len(names), 'task')}")
+        out.hint("`icm prune` frees the bytes that nothing else needs")
+    else:
+        out.note("nothing was forgotten")

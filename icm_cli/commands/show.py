@@ -1,0 +1,126 @@
+"""`icm show`: everything about one task."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from icm_cli.options import TaskArg
+from icm_cli.output import Column
+from icm_cli.session import Session, command
+from icm_cli.text import counted, human_size
+
+if TYPE_CHECKING:
+    from icm_cli.workflows.listing import TaskDetails
+    from registry.records import AdapterRecord, EvaluationRecord
+
+_ADAPTER_COLUMNS = (
+    Column("step", right=True),
+    Column("final"),
+    Column("rank", right=True),
+    Column("dtype"),
+    Column("size", right=True),
+    Column("weights"),
+)
+_EVALUATION_COLUMNS = (
+    Column("rung"),
+    Column("nats/token", right=True),
+    Column("perplexity", right=True),
+    Column("bits/byte", right=True),
+    Column("retained gain", right=True),
+    Column("dW error", right=True),
+)
+
+
+@command
+def show(session: Session, task: TaskArg) -> None:
+    """Show a task: its adapters, vectors, code, and how good each rung was measured to be.
+
+    Example:
+      icm show shakespeare
+    """
+    from icm_cli.workflows.listing import describe_task
+
+    details = describe_task(session.place, task)
+    session.out.document(_as_json(details))
+    session.out.record(_summary(details))
+    session.out.line()
+    session.out.table(_ADAPTER_COLUMNS, [_adapter_cells(adapter) for adapter in details.adapters])
+    if details.evaluations:
+        session.out.line()
+        session.out.table(_EVALUATION_COLUMNS, [_evaluation_cells(entry) for entry in details.evaluations])
+    if session.out.verbosity:
+        session.out.line()
+        for module, rank, inputs, outputs in details.final.layout:
+            session.out.line(f"{module}  rank {rank}  {inputs} -> {outputs}")
+
+
+def _summary(details: TaskDetails) -> list[tuple[str, str]]:
+    final, generator, code = details.final, details.generator, details.code
+    coded = "-"
+    if code is not None and generator is not None:
+        error = "" if code.dw_error is None else f", dW error {code.dw_error:.3f}"
+        coded = f"{human_size(code.size)} under generator {generator.version}{error}"
+    return [
+        ("task", details.task.name),
+        ("base model", details.task.base_model),
+        ("targets", ", ".join(final.target_modules)),
+        ("modules", f"{len(final.layout)}, {final.parameters:,} parameters"),
+        ("source", final.source),
+        ("samples", "yes" if details.task.samples else "no"),
+        ("held-out text", "yes" if details.task.eval_data else "no"),
+        ("vectors", counted(len(details.vectors), "vector")),
+        ("code", coded),
+        ("ingested", details.task.created_at),
+    ]
+
+
+def _adapter_cells(adapter: AdapterRecord) -> list[str]:
+    return [
+        "-" if adapter.step is None else str(adapter.step),
+        "yes" if adapter.is_final else "",
+        str(adapter.rank_max),
+        adapter.dtype.lower(),
+        human_size(adapter.original_bytes),
+        adapter.weights[:12],
+    ]
+
+
+def _evaluation_cells(entry: EvaluationRecord) -> list[str]:
+    import math
+
+    bits = entry.nats_per_token * entry.tokens / math.log(2)
+    return [
+        entry.rung,
+        f"{entry.nats_per_token:.4f}",
+        f"{math.exp(min(entry.nats_per_token, 700.0)):.2f}",
+        f"{bits / entry.utf8_bytes:.3f}" if entry.utf8_bytes else "-",
+        "-" if entry.retained_gain is None else f"{entry.retained_gain:.3f}",
+        "-" if entry.dw_error is None else f"{entry.dw_error:.3f}",
+    ]
+
+
+def _as_json(details: TaskDetails) -> dict[str, object]:
+    generator = details.generator
+    return {
+        "name": details.task.name,
+        "base_model": details.task.base_model,
+        "created_at": details.task.created_at,
+        "samples": details.task.samples,
+        "eval_data": details.task.eval_data,
+        "adapters": [_without_ids(asdict(adapter), "layout") for adapter in details.adapters],
+        "layout": [
+            {"module": module, "rank": rank, "in": inputs, "out": outputs}
+            for module, rank, inputs, outputs in details.final.layout
+        ],
+        "vectors": [_without_ids(asdict(vector)) for vector in details.vectors],
+        "generator": None if generator is None else {"version": generator.version, "digest": generator.blob},
+        "code": None if details.code is None else _without_ids(asdict(details.code)),
+        "evaluations": [_without_ids(asdict(entry)) for entry in details.evaluations],
+    }
+
+
+def _without_ids(fields: dict[str, object], *others: str) -> dict[str, object]:
+    """Drop what is the database's own business, and the task's name, which stands above already."""
+    dropped = {"id", "task", "adapter_id", "generator_id", *others}
+    return {name: value for name, value in fields.items() if name not in dropped}

@@ -1,0 +1,148 @@
+"""Take adapters into the store: find them, check them, store their bytes, then record them.
+
+    paths --find--> tasks --batch--> blobs --commit--> rows
+                      `--> refusals: the first one ends the ingest, or all are passed over (skip_bad)
+
+What a batch has recorded stays. The same ingest again records only what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icm_cli.workflows.events import Event, Step, StopFlag
+from icm_cli.workflows.ingest_files import PreparedTask, Problem, batches, prepare
+from icm_cli.workflows.ingest_plan import Ingested, IngestReport, IngestRequest, Refused
+from icm_cli.workflows.opening import Place
+from icmlora.discovery import Discovery, FoundTask, find_adapters
+from icmlora.errors import AdapterRefused
+from registry.errors import TaskConflict
+from registry.records import IngestOutcome, TaskIngest
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+def ingest(place: Place, request: IngestRequest, stop: StopFlag) -> Generator[Event, None, IngestReport]:
+    """Take adapters into the store, which is made if there is none.
+
+    Yields:
+        `Step` for progress, `Ingested` for each task, `Refused` for each refusal that is passed over.
+
+    Raises:
+        AdapterRefused: Something was refused and `skip_bad` is off, or nothing at all was found or taken.
+        TaskConflict: A task's name has another adapter in the store, likewise.
+        RegistryError: The store cannot be used.
+    """
+    discovery = _find(request)
+    report = IngestReport(found=len(discovery.tasks))
+    for refusal in discovery.refused:
+        yield _pass_over(refusal, Path(refusal.path or "."), request, report)
+    with ExitStack() as stack:
+        store = None if request.dry_run else stack.enter_context(place.open(create=True))
+        yield from _ingest_batches(discovery.tasks, request, store, report, stop)
+        if store is not None:
+            report.without_vectors = _without_vectors(store, report)
+    if not report.ingested and report.refused and not report.stopped:
+        first = report.refused[0]
+        fact = f"nothing was taken: all {len(report.refused)} found were refused"
+        raise AdapterRefused(fact, kind=first.kind, path=first.path, hint=first.hint)
+    return report
+
+
+def _find(request: IngestRequest) -> Discovery:
+    discovery = find_adapters(request.paths, name=request.name)
+    if not discovery.tasks and not discovery.refused:
+        paths = ", ".join(str(path) for path in request.paths)
+        hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors"
+        raise AdapterRefused("no adapter was found", kind="nothing-found", path=paths, hint=hint)
+    if request.samples is None:
+        return discovery
+    if len(discovery.tasks) != 1:
+        fact = f"--samples is for one task, but {len(discovery.tasks)} were found"
+        raise AdapterRefused(fact, kind="samples", path=request.samples, hint="give the folder of one task")
+    return replace(discovery, tasks=(replace(discovery.tasks[0], samples=request.samples),))
+
+
+def _ingest_batches(
+    tasks: Sequence[FoundTask], request: IngestRequest, store: Store | None, report: IngestReport, stop: StopFlag
+) -> Generator[Event, None, None]:
+    total = sum(len(task.adapters) for task in tasks)
+    done = 0
+    yield Step(done, total)
+    for batch in batches(tasks):
+        if stop.requested:
+            report.stopped = True
+            return
+        prepared = prepare(batch, store)
+        good = [item for item in prepared if isinstance(item, PreparedTask)]
+        # Recorded before any refusal is raised: what is good of a batch stays, wherever the bad one stands in it.
+        outcomes = _record(good, request, store)
+        for item, outcome in zip(good, outcomes, strict=True):
+            if isinstance(outcome, IngestOutcome):
+                ingested = Ingested(outcome.name, outcome.status, outcome.new, outcome.known, item.size)
+                report.ingested.append(ingested)
+                yield ingested
+        for problem in _problems(prepared, outcomes):
+            yield _pass_over(problem.error, problem.path, request, report)
+        done += sum(len(task.adapters) for task in batch)
+        yield Step(done, total, batch[-1].name)
+
+
+def _problems(prepared: Sequence[PreparedTask | Problem], outcomes: Sequence[IngestOutcome | Problem]) -> list[Problem]:
+    problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
+    for item in prepared:
+        problems.extend([item] if isinstance(item, Problem) else item.problems)
+    return sorted(problems, key=lambda problem: str(problem.path))
+
+
+def _record(
+    tasks: Sequence[PreparedTask], request: IngestRequest, store: Store | None
+) -> list[IngestOutcome | Problem]:
+    """Record tasks in one transaction; if one of them conflicts, each in its own."""
+    if store is None:
+        return [IngestOutcome(task.found.name, len(task.adapters), 0, "added") for task in tasks]
+    rows = [_rows(task, request) for task in tasks]
+    try:
+        return list(store.ingest_tasks(rows))
+    except TaskConflict:
+        return [_record_one(store, row, task) for row, task in zip(rows, tasks, strict=True)]
+
+
+def _record_one(store: Store, row: TaskIngest, task: PreparedTask) -> IngestOutcome | Problem:
+    try:
+        return store.ingest_task(row)
+    except TaskConflict as error:
+        return Problem(error, task.found.folder)
+
+
+def _rows(task: PreparedTask, request: IngestRequest) -> TaskIngest:
+    return TaskIngest(
+        name=task.found.name,
+        base_model=task.base_model,
+        adapters=task.adapters,
+        samples=task.samples,
+        eval_data=task.eval_data,
+        on_conflict=request.on_conflict,
+    )
+
+
+def _pass_over(error: Exception, path: Path, request: IngestRequest, report: IngestReport) -> Refused:
+    """Note a refusal, or raise it if refusals end the ingest."""
+    if not request.skip_bad:
+        raise error
+    kind = getattr(error, "kind", "conflict" if isinstance(error, TaskConflict) else "unreadable")
+    message = str(getattr(error, "message", error))
+    where = str(getattr(error, "path", None) or path)
+    refused = Refused(where, str(kind), message, getattr(error, "hint", None))
+    report.refused.append(refused)
+    return refused
+
+
+def _without_vectors(store: Store, report: IngestReport) -> list[str]:
+    names = {task.task for task in report.ingested}
+    return [row.task.name for row in store.summaries() if row.task.name in names and row.vectors == 0]

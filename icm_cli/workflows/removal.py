@@ -1,0 +1,57 @@
+"""Forget tasks, and free the bytes that nothing needs any more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from icm_cli.workflows.opening import Place
+from registry.garbage import PruneReport
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """A task that is to be forgotten.
+
+    Attributes:
+        name: The task, as the store spells it.
+        adapters: How many adapters it has.
+        size: Bytes of their files; some may be shared with other tasks.
+    """
+
+    name: str
+    adapters: int
+    size: int
+
+
+def plan_removal(place: Place, names: Sequence[str]) -> list[Doomed]:
+    """Return what forgetting some tasks would take away, each task once.
+
+    Raises:
+        TaskNotFound: One of them is not in the store.
+    """
+    with place.open(read_only=True) as store:
+        tasks = {store.task(name).name: None for name in names}
+        return [_doomed(name, [adapter.original_bytes for adapter in store.adapters(name)]) for name in tasks]
+
+
+def remove_tasks(place: Place, names: Sequence[str]) -> list[str]:
+    """Forget tasks and return their names; `prune_store` frees their bytes."""
+    with place.open() as store:
+        return [store.remove_task(name).name for name in names]
+
+
+def prune_store(place: Place, *, grace: float, dry_run: bool) -> PruneReport:
+    """Delete the bytes that no row needs.
+
+    Args:
+        place: The store.
+        grace: Seconds; what is younger stays.
+        dry_run: Only say what would go.
+    """
+    with place.open(read_only=dry_run) as store:
+        return store.prune(grace=grace, dry_run=dry_run)
+
+
+def _doomed(name: str, sizes: Sequence[int]) -> Doomed:
+    return Doomed(name, len(sizes), sum(sizes))
