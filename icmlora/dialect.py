@@ -16,7 +16,8 @@ from icmlora.files import open_regular, read_exactly
 _SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors|adapter_model\.safetensors\.index\.json")
 _PICKLE = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|nemo|pth\.lora)")
 _NOT_ADAPTERS = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|rng_state|pytorch_model|model|consolidated|mp_rank|zero_|bf16_zero_).*"
+    r"(training_args|optimizer|scheduler|scaler|rng_state|pytorch_model|consolidated|mp_rank|zero_|bf16_zero_).*"
+    r"|model[-.0-9a-z]*\.(bin|pt|pth|ckpt)"
 )
 
 _LITGPT = "merge it with 'litgpt merge_lora' and extract a LoRA, or train with PEFT"

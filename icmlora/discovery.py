@@ -148,12 +148,11 @@ def _home(path: Path, root: Path) -> tuple[Path, int | None]:
     `run/checkpoint-80` belongs to `run`. PEFT saves an adapter that is not called "default" one level deeper: so
     `run/checkpoint-80/NAME` belongs to `run/NAME`, where the same trainer puts the final adapter.
     """
-    for part in (path, *path.parents):
-        step = step_of(part.name)
+    parts = [root.name, *path.relative_to(root).parts]
+    for index in range(len(parts) - 1, -1, -1):
+        step = step_of(parts[index])
         if step is not None:
-            return part.parent / path.relative_to(part), step
-        if part == root:
-            break
+            return root.parent.joinpath(*parts[:index], *parts[index + 1 :]), step
     return path, None
 
 

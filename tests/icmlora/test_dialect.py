@@ -1,0 +1,116 @@
+"""Adapters in other forms, and files that are no adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from icmlora.discovery import find_adapters
+from icmlora.errors import UnsafeInput
+from tests.icmlora.adapter_files import config, write_adapter
+
+GGUF_ADAPTER = b"GGUF" + b"\0" * 20 + b"general.type" + b"\x08\0\0\0" + b"\x07\0\0\0\0\0\0\0" + b"adapter"
+
+
+def kinds(folder: Path) -> list[str]:
+    discovery = find_adapters([folder])
+    assert discovery.tasks == ()
+    return [error.kind for error in discovery.refused]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("adapter_model.bin", "pickle"),
+        ("adapter_model.pt", "pickle"),
+        ("pytorch_lora_weights.bin", "pickle"),
+        ("lora.ckpt", "pickle"),
+        ("model.nemo", "pickle"),
+        ("lit_model.pth.lora", "pickle"),
+        ("adapters.safetensors", "mlx"),
+        ("0000100_adapters.safetensors", "mlx"),
+        ("pytorch_lora_weights.safetensors", "diffusers"),
+        ("adapter_model-00001-of-00002.safetensors", "shards"),
+        ("adapter_model.safetensors.index.json", "shards"),
+        ("adapter_model.safetensors", "bare"),
+        ("latest_checkpointed_iteration.txt", "megatron"),
+    ],
+)
+def test_another_form_is_recognised_by_name(tmp_path: Path, name: str, kind: str) -> None:
+    save_file({"model.layers.0.q.lora_a": torch.ones(1)}, tmp_path / name)
+    assert kinds(tmp_path) == [kind]
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("lora_unet_x.lora_down.weight", "kohya"),
+        ("lora_unet_x.hada_w1_a", "lycoris"),
+        ("lora_unet_x.lokr_w1", "lycoris"),
+        ("base_model.model.x.lora_A.weight", "bare"),
+        ("model.layers.0.q.lora_a", "mlx"),
+    ],
+)
+def test_another_form_is_recognised_by_its_keys(tmp_path: Path, key: str, kind: str) -> None:
+    save_file({key: torch.ones(1)}, tmp_path / "style.safetensors")
+    assert kinds(tmp_path) == [kind]
+
+
+def test_a_gguf_adapter_is_recognised_by_content(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(GGUF_ADAPTER)
+    assert kinds(tmp_path) == ["gguf"]
+
+
+def test_a_pickle_is_unsafe_and_is_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_model.bin"
+    path.write_bytes(b"\x80\x02")
+    path.chmod(0)
+    (refused,) = find_adapters([tmp_path]).refused
+    assert isinstance(refused, UnsafeInput)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state_0.pth",
+        "scaler.pt",
+        "pytorch_model-00001.bin",
+        "model.safetensors",
+        "tokenizer.json",
+        "base.gguf",
+        "broken.safetensors",
+    ],
+)
+def test_a_trainers_state_and_whole_models_are_passed_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x" * 20)
+    assert kinds(tmp_path) == []
+
+
+def test_a_pickle_beside_the_safetensors_does_not_matter(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "rust")
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x02")
+    discovery = find_adapters([tmp_path])
+    assert (len(discovery.tasks), discovery.refused) == (1, ())
+
+
+def test_a_configuration_without_weights_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(config())
+    assert kinds(tmp_path) == ["no-weights"]
+
+
+def test_a_configuration_with_a_pickle_is_reported_once(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(config())
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x02")
+    assert kinds(tmp_path) == ["pickle"]
+
+
+def test_every_refusal_says_what_to_do(tmp_path: Path) -> None:
+    for name in ("adapter_model.bin", "adapters.safetensors", "lit_model.pth.lora", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    assert all(error.hint for error in find_adapters([tmp_path]).refused)

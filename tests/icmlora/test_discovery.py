@@ -1,0 +1,184 @@
+"""Finding adapters, runs and checkpoints, and making tasks of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from icmlora.discovery import Discovery, FoundTask, find_adapters
+from icmlora.errors import AdapterRefused
+from icmlora.trainer_run import best_step, step_of
+from tests.icmlora.adapter_files import write_adapter
+
+
+def only(discovery: Discovery) -> FoundTask:
+    assert discovery.refused == ()
+    (task,) = discovery.tasks
+    return task
+
+
+def steps(task: FoundTask) -> list[int | None]:
+    return [adapter.step for adapter in task.adapters]
+
+
+def test_a_single_folder_is_one_task(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "rust")
+    task = only(find_adapters([folder]))
+    assert (task.name, task.folder, steps(task)) == ("rust", folder, [None])
+    assert task.final.weights == folder / "adapter_model.safetensors"
+
+
+def test_adapters_are_found_at_any_depth_in_natural_order(tmp_path: Path) -> None:
+    for name in ("a/b/task10", "task2", "a/task1"):
+        write_adapter(tmp_path / name)
+    assert [task.name for task in find_adapters([tmp_path]).tasks] == ["task1", "task2", "task10"]
+
+
+def test_a_run_is_one_task_whose_final_adapter_is_the_runs_own(tmp_path: Path) -> None:
+    for name in ("rust", "rust/checkpoint-100", "rust/checkpoint-80"):
+        write_adapter(tmp_path / name)
+    task = only(find_adapters([tmp_path]))
+    assert (task.name, steps(task), task.final.step) == ("rust", [80, 100, None], None)
+
+
+def test_without_an_adapter_of_its_own_the_last_checkpoint_is_final(tmp_path: Path) -> None:
+    for step in (9, 80, 100):
+        write_adapter(tmp_path / "rust" / f"checkpoint-{step}")
+    assert only(find_adapters([tmp_path])).final.step == 100
+
+
+@pytest.mark.parametrize("place", ["rust", "rust/checkpoint-100"])
+@pytest.mark.parametrize("noted", ["/elsewhere/rust/checkpoint-80", "C:\\runs\\rust\\checkpoint-80", "checkpoint-80/"])
+def test_the_best_checkpoint_is_final_if_the_trainer_noted_it(tmp_path: Path, place: str, noted: str) -> None:
+    for step in (9, 80, 100):
+        write_adapter(tmp_path / "rust" / f"checkpoint-{step}")
+    state = json.dumps({"best_model_checkpoint": noted, "log_history": [{"loss": float("nan")}]})
+    (tmp_path / place / "trainer_state.json").write_text(state)
+    assert only(find_adapters([tmp_path])).final.step == 80
+
+
+@pytest.mark.parametrize("noted", ["checkpoint-85", "../../checkpoint", "", None, 7])
+def test_a_note_of_a_checkpoint_that_is_not_there_is_ignored(tmp_path: Path, noted: object) -> None:
+    write_adapter(tmp_path / "rust" / "checkpoint-100")
+    (tmp_path / "rust" / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": noted}))
+    assert only(find_adapters([tmp_path])).final.step == 100
+
+
+def test_the_last_checkpoints_note_counts(tmp_path: Path) -> None:
+    for step, best in ((80, 80), (90, 80), (100, 90)):
+        folder = write_adapter(tmp_path / "rust" / f"checkpoint-{step}")
+        (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": f"checkpoint-{best}"}))
+    assert only(find_adapters([tmp_path])).final.step == 90
+
+
+def test_a_checkpoint_given_directly_belongs_to_its_run(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "rust" / "checkpoint-80")
+    (tmp_path / "rust" / "samples.jsonl").write_text("{}\n")
+    task = only(find_adapters([folder]))
+    assert (task.name, task.final.step) == ("rust", 80)
+    assert task.samples == tmp_path / "rust" / "samples.jsonl"
+
+
+def test_two_checkpoints_given_directly_are_one_task(tmp_path: Path) -> None:
+    folders = [write_adapter(tmp_path / "rust" / f"checkpoint-{step}") for step in (100, 80)]
+    task = only(find_adapters(folders))
+    assert (steps(task), task.final.step) == ([80, 100], 100)
+
+
+def test_folders_given_twice_are_found_once(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "rust")
+    write_adapter(tmp_path / "rust" / "checkpoint-80")
+    again = find_adapters([tmp_path, tmp_path / "rust", tmp_path / "rust" / "checkpoint-80", tmp_path])
+    assert again == find_adapters([tmp_path])
+
+
+def test_a_named_adapter_of_a_run_and_its_checkpoints_are_one_task(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "run" / "poet")
+    write_adapter(tmp_path / "run" / "checkpoint-80" / "poet")
+    task = only(find_adapters([tmp_path]))
+    assert (task.name, steps(task)) == ("poet", [80, None])
+
+
+def test_a_step_written_in_two_ways_is_reported(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "rust" / "checkpoint-080")
+    write_adapter(tmp_path / "rust" / "checkpoint-80")
+    discovery = find_adapters([tmp_path])
+    assert [error.kind for error in discovery.refused] == ["name-collision"]
+    assert steps(discovery.tasks[0]) == [80]
+
+
+def test_texts_beside_an_adapter_are_found(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "rust")
+    for name in ("samples.jsonl", "eval.jsonl", "README.md"):
+        (folder / name).write_text("x")
+    task = only(find_adapters([tmp_path]))
+    assert (task.samples, task.eval_data) == (folder / "samples.jsonl", folder / "eval.jsonl")
+    assert task.final.card == folder / "README.md"
+
+
+def test_without_texts_there_are_none(tmp_path: Path) -> None:
+    task = only(find_adapters([write_adapter(tmp_path / "rust")]))
+    assert (task.samples, task.eval_data, task.final.card) == (None, None, None)
+
+
+@pytest.mark.parametrize("twin", ["b/rust", "b/RUST"])
+def test_folders_of_one_name_are_reported_and_not_merged(tmp_path: Path, twin: str) -> None:
+    write_adapter(tmp_path / "a/rust")
+    write_adapter(tmp_path / twin)
+    write_adapter(tmp_path / "sql")
+    discovery = find_adapters([tmp_path])
+    assert [task.name for task in discovery.tasks] == ["sql"]
+    assert [error.kind for error in discovery.refused] == ["name-collision"] * 2
+
+
+@pytest.mark.parametrize("name", ["-rf", "a b", "con", "a\x1b[2J", "é", "[red]", "_x"])
+def test_a_folder_whose_name_cannot_name_a_task_is_reported_in_plain_text(tmp_path: Path, name: str) -> None:
+    write_adapter(tmp_path / name)
+    discovery = find_adapters([tmp_path])
+    assert discovery.tasks == ()
+    assert [error.kind for error in discovery.refused] == ["name"]
+    assert str(discovery.refused[0]).isprintable()
+
+
+def test_a_name_that_is_no_unicode_is_reported(tmp_path: Path) -> None:
+    write_adapter(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")))
+    assert [error.kind for error in find_adapters([tmp_path]).refused] == ["name"]
+
+
+def test_a_given_name_replaces_the_folders(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a b")
+    assert only(find_adapters([tmp_path / "a b"], name="ab")).name == "ab"
+
+
+def test_a_given_name_needs_exactly_one_task(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a")
+    write_adapter(tmp_path / "b")
+    with pytest.raises(AdapterRefused, match="2 were found"):
+        find_adapters([tmp_path], name="ab")
+
+
+def test_a_given_name_must_be_a_task_name(tmp_path: Path) -> None:
+    with pytest.raises(AdapterRefused, match="cannot name a task"):
+        find_adapters([write_adapter(tmp_path / "a")], name="../x")
+
+
+def test_a_path_that_is_missing_or_a_file_is_reported(tmp_path: Path) -> None:
+    weights = write_adapter(tmp_path / "a") / "adapter_model.safetensors"
+    discovery = find_adapters([tmp_path / "none", weights])
+    assert [error.kind for error in discovery.refused] == ["not-a-folder"] * 2
+
+
+def test_an_empty_folder_has_neither_tasks_nor_refusals(tmp_path: Path) -> None:
+    assert find_adapters([tmp_path]) == Discovery((), ())
+
+
+@pytest.mark.parametrize("name", ["checkpoint-", "checkpoint-1a", "checkpoint-٣", "xcheckpoint-1", "checkpoint-1\n"])
+def test_only_digits_make_a_checkpoint(name: str) -> None:
+    assert step_of(name) is None
+
+
+def test_a_state_that_cannot_be_read_notes_nothing(tmp_path: Path) -> None:
+    assert best_step(tmp_path / "none") is None
