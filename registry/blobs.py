@@ -1,0 +1,155 @@
+"""Content-addressed files: each is named by the SHA-256 of its bytes, written once and never changed.
+
+    bytes ──▶ tmp/XXXX ──fsync──▶ rename ──▶ blobs/3f/3f9a... ──fsync folder──▶ durable
+                                                                    (a row may now refer to it)
+
+A crash at any point leaves at most a file in tmp/ or a blob without a row; both are removed by prune.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+from registry import fs
+from registry.errors import DamagedBlob, MissingBlob
+from registry.paths import StorePaths, is_digest
+
+_CHUNK = 1 << 20
+_MODE = 0o444  # immutable, and it shows
+
+
+class BlobStore:
+    """The blobs of one store."""
+
+    def __init__(self, paths: StorePaths) -> None:
+        self._paths = paths
+
+    def stage(self, digest: str, data: fs.Bytes) -> Path | None:
+        """Write bytes to a synced temporary file, unless the store has exactly these bytes already.
+
+        The present file is compared, not trusted, so that storing a file again heals a damaged blob.
+
+        Returns:
+            The temporary file, to be given to :meth:`publish`, or None.
+        """
+        if self._holds(digest, data):
+            return None
+        path = self._paths.tmp / uuid4().hex
+        fs.write_file(path, [data], _MODE)
+        fs.failpoint("blob-staged")
+        return path
+
+    def publish(self, staged: dict[str, Path | None]) -> None:
+        """Give temporary files their names and make the names durable.
+
+        Args:
+            staged: digest -> temporary file, or None where the blob exists. Such a blob's folder is synced too: the
+                process that wrote it may have been killed before it did.
+        """
+        folders = {self._paths.blob(digest).parent for digest in staged}
+        for folder in sorted(folders):
+            fs.make_dir(folder)
+        fs.fsync_dir(self._paths.blobs)
+        for digest, temporary in staged.items():
+            if temporary is not None:
+                fs.replace(temporary, self._paths.blob(digest))
+                fs.failpoint("blob-renamed")
+        for folder in sorted(folders):
+            fs.fsync_dir(folder)
+        fs.failpoint("blobs-durable")
+
+    def put(self, items: Iterable[fs.Bytes]) -> list[str]:
+        """Store byte strings durably and return their digests, in order."""
+        digests: list[str] = []
+        staged: dict[str, Path | None] = {}
+        with fs.store_errors(self._paths.blobs):
+            for data in items:
+                digest = hashlib.sha256(data).hexdigest()
+                digests.append(digest)
+                if digest not in staged:
+                    staged[digest] = self.stage(digest, data)
+            self.publish(staged)
+        return digests
+
+    def size(self, digest: str) -> int:
+        """Return a blob's length in bytes, from the file.
+
+        Raises:
+            MissingBlob: there is no such file.
+        """
+        try:
+            return self._paths.blob(digest).stat().st_size
+        except FileNotFoundError:
+            raise self._missing(digest) from None
+
+    def read(self, digest: str) -> bytes:
+        """Return a blob's bytes once they are known to be the right ones.
+
+        Raises:
+            MissingBlob: there is no such file.
+            DamagedBlob: its bytes have another digest.
+        """
+        path = self._paths.blob(digest)
+        with fs.store_errors(path):
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                raise self._missing(digest) from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            hint = "`icm verify --repair` moves it aside; ingesting the original again restores it"
+            raise DamagedBlob(f"blob {digest} is damaged", path=path, hint=hint)
+        return data
+
+    def is_intact(self, digest: str) -> bool:
+        """Say whether a blob's bytes have its digest, without holding them all in memory."""
+        path = self._paths.blob(digest)
+        with fs.store_errors(path), path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+    def digests(self) -> Iterator[str]:
+        """Yield the digest of every blob file, in order."""
+        for folder in sorted(self._paths.blobs.iterdir()):
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if is_digest(path.name) and path.parent.name == path.name[:2]:
+                    yield path.name
+
+    def unlink(self, digests: Iterable[str]) -> int:
+        """Remove blobs and return the bytes that this freed."""
+        freed = 0
+        with fs.store_errors(self._paths.blobs):
+            for digest in digests:
+                path = self._paths.blob(digest)
+                if path.exists():
+                    freed += path.stat().st_size
+                    fs.unlink(path)
+                    fs.failpoint("blob-unlinked")
+        return freed
+
+    def set_aside(self, digest: str) -> Path:
+        """Move a damaged blob to quarantine and return where it is now."""
+        source = self._paths.blob(digest)
+        target = self._paths.quarantine / f"{digest}.{uuid4().hex[:8]}"
+        with fs.store_errors(source):
+            fs.replace(source, target)
+            fs.fsync_dir(self._paths.quarantine)
+            fs.fsync_dir(source.parent)
+        return target
+
+    def _holds(self, digest: str, data: fs.Bytes) -> bool:
+        try:
+            with self._paths.blob(digest).open("rb") as file:
+                if os.fstat(file.fileno()).st_size != len(data):
+                    return False
+                view = memoryview(data)
+                # bytes compare with memcmp, memoryviews item by item
+                return all(file.read(_CHUNK) == bytes(view[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
+        except FileNotFoundError:
+            return False
+
+    def _missing(self, digest: str) -> MissingBlob:
+        hint = "ingesting the original again restores it; `icm verify` lists what is missing"
+        return MissingBlob(f"blob {digest} is missing", path=self._paths.blob(digest), hint=hint)

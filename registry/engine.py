@@ -1,0 +1,162 @@
+"""SQLite through SQLAlchemy, set up so that nothing is lost, half-done or silently waited for.
+
+The rollback journal is used, not WAL: SQLite 3.7.0 to 3.51.2 can corrupt a WAL database in rare races, and icm makes
+few commits. Writers begin with BEGIN IMMEDIATE, because Python's default transactions lose updates: a transaction
+that reads first and writes later works from what another one has replaced meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from sqlalchemy import Connection, create_engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from registry.errors import DamagedStore, StoreFull, StoreIOError, StoreLocked, StoreReadOnly
+
+APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
+
+_PRAGMAS = (
+    "foreign_keys=ON",
+    "synchronous=FULL",
+    "trusted_schema=OFF",
+    "cell_size_check=ON",
+    "mmap_size=0",
+)
+
+
+class Database:
+    """The rows of one store."""
+
+    def __init__(self, path: Path, *, read_only: bool, busy_timeout: float) -> None:
+        """Prepare to connect; nothing is opened yet.
+
+        Args:
+            path: the SQLite file.
+            read_only: refuse writes.
+            busy_timeout: seconds to wait for the commits of other processes.
+        """
+        self.path = path
+        self.read_only = read_only
+        self._busy_ms = int(busy_timeout * 1000)
+        self._create = False
+        self._engine = create_engine(
+            "sqlite://",
+            creator=self._connect,
+            poolclass=NullPool,
+            json_serializer=compact_json,
+        )
+        event.listen(self._engine, "begin", _begin)
+        self._reader = self._engine.execution_options(icm_begin="BEGIN")
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """Open a session that sees one consistent state. Fetch and leave: a reader holds up commits.
+
+        Raises:
+            RegistryError: the database cannot be read.
+        """
+        with self._errors(), Session(self._reader, autoflush=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """Open a session that holds the write lock from its first statement; leaving the block commits.
+
+        Raises:
+            StoreReadOnly: the store was opened read-only.
+            RegistryError: the database cannot be written; nothing of the block remains.
+        """
+        if self.read_only:
+            raise StoreReadOnly(f"the store {self.path.parent} was opened read-only", path=self.path)
+        with self._errors(), self._writing() as session:
+            yield session
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        # Rows are flushed in few large statements, where the writer asks for it.
+        with Session(self._engine, autoflush=False, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def connection(self, *, write: bool = False, create: bool = False) -> Iterator[Connection]:
+        """Open a transaction without the ORM, for migrations and checks; a `write` block is committed.
+
+        Args:
+            write: hold the write lock from the first statement.
+            create: make the file if it is absent.
+
+        Raises:
+            RegistryError: the database cannot be read, or written.
+        """
+        self._create = create
+        try:
+            with self._errors(), (self._engine if write else self._reader).begin() as connection:
+                yield connection
+        finally:
+            self._create = False
+
+    def _connect(self) -> sqlite3.Connection:
+        # A reader may have to roll back the journal of a killed writer, so it opens read-only only where it must.
+        writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
+        mode = "rwc" if self._create else ("rw" if writable or not self.read_only else "ro")
+        uri = f"file:{quote(str(self.path))}?mode={mode}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=self._busy_ms / 1000)
+        try:
+            for pragma in _PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}")
+            if self.read_only:
+                connection.execute("PRAGMA query_only=ON")
+            else:
+                connection.execute("PRAGMA journal_mode=TRUNCATE")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            raise self._translate(error) from error
+
+    def _translate(self, error: DBAPIError) -> Exception:
+        """Return the store's own error for what SQLite said; a broken constraint is our own fault and stays."""
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+        fact = f"{self.path}: {error.orig}"
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            hint = "another icm is writing; try again or wait longer with --lock-timeout"
+            return StoreLocked(fact, path=self.path, hint=hint)
+        if code == sqlite3.SQLITE_FULL:
+            return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
+            hint = "`icm verify` says what is damaged; a backup of registry.db restores it"
+            return DamagedStore(fact, path=self.path, hint=hint)
+        if code == sqlite3.SQLITE_READONLY:
+            return StoreReadOnly(fact, path=self.path, hint="check the permissions of the store folder")
+        if code == sqlite3.SQLITE_IOERR:
+            return StoreIOError(fact, path=self.path)
+        return error
+
+
+def compact_json(value: Any) -> str:
+    """Write JSON the one way the store writes it, so that equal values are equal texts.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity, which are no JSON.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("icm_begin", "BEGIN IMMEDIATE"))

@@ -1,0 +1,106 @@
+"""The seam between the store and the operating system.
+
+Every write, fsync, rename and unlink of the store goes through this module, so that tests can count them, let the
+n-th one fail, or kill the process between two of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from registry.errors import StoreFull, StoreIOError, StoreReadOnly
+
+Bytes = bytes | bytearray | memoryview
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def failpoint(name: str) -> None:
+    """Kill this process here, as power loss would, if the environment variable ICM_FAILPOINT says so.
+
+    The variable holds `NAME`; it exists for crash tests and costs one dictionary look-up otherwise.
+    """
+    if os.environ.get("ICM_FAILPOINT") == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def create(path: Path, mode: int) -> int:
+    """Create a file that must not exist and return its descriptor, open for writing; the umask applies to `mode`."""
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+
+
+def write(fd: int, data: Bytes) -> None:
+    """Write all of `data`; the kernel may take a part of it at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def fsync(fd: int) -> None:
+    """Wait until the file's bytes are on the device."""
+    os.fsync(fd)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename over whatever `target` was; atomic, and durable once the folder is synced."""
+    os.replace(source, target)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file; one that is gone already is fine."""
+    path.unlink(missing_ok=True)
+
+
+def make_dir(path: Path) -> None:
+    """Create a folder unless it exists."""
+    path.mkdir(exist_ok=True)
+
+
+def fsync_dir(path: Path) -> None:
+    """Wait until the folder's entries (renames, new files) are on the device."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, chunks: Iterable[Bytes], mode: int) -> None:
+    """Create `path` with these bytes and sync it; the file is removed again when that fails."""
+    fd = create(path, mode)
+    try:
+        for chunk in chunks:
+            write(fd, chunk)
+        fsync(fd)
+    except BaseException:
+        unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def store_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into the store's own error about `path`.
+
+    Raises:
+        StoreFull: no space or quota left.
+        StoreReadOnly: the file system or the permissions forbid it.
+        StoreIOError: anything else.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            hint = "`icm prune` frees what no row refers to; it works on a full disk"
+            raise StoreFull(f"no space left while writing {path}", path=path, hint=hint) from error
+        if error.errno in _READ_ONLY:
+            hint = "check the owner and the permissions of the store folder"
+            raise StoreReadOnly(f"cannot write {path}: {error.strerror}", path=path, hint=hint) from error
+        raise StoreIOError(f"{path}: {error.strerror or error}", path=path) from error

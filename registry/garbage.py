@@ -1,0 +1,128 @@
+"""What may be deleted, and deleting it: rows first, bytes after.
+
+A file goes only while the write lock is held and no row refers to it; a row comes only while the write lock is held
+and its file is there (see :meth:`registry.writer.RowWriter.blob`). So no order of two processes leaves a row without
+its bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import ColumnElement, and_, delete, exists, or_, select
+from sqlalchemy.orm import InstrumentedAttribute
+
+from registry import fs
+from registry.blobs import BlobStore
+from registry.engine import Database
+from registry.fs import failpoint
+from registry.models import Adapter, Base, Blob, Code, Document, Generator, Task, TaskVector, TrainRun
+from registry.paths import StorePaths
+
+# Every column that refers to a blob; a test compares this with the tables.
+BLOB_COLUMNS: tuple[InstrumentedAttribute[int] | InstrumentedAttribute[int | None], ...] = (
+    Task.samples_id,
+    Task.eval_id,
+    Adapter.weights_id,
+    Adapter.config_id,
+    Adapter.card_id,
+    TaskVector.blob_id,
+    Generator.blob_id,
+    TrainRun.weights_id,
+    TrainRun.optimizer_id,
+    Code.blob_id,
+)
+_CHUNK = 200  # rows deleted per commit, so that the journal stays small on a full disk
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What prune removed, or would remove.
+
+    Attributes:
+        blobs: blobs that no row refers to.
+        temporary_files: leftovers of killed writers.
+        freed_bytes: the length of both together.
+    """
+
+    blobs: int
+    temporary_files: int
+    freed_bytes: int
+
+
+def drop_unreferenced(database: Database, blobs: BlobStore, digests: Sequence[str]) -> int:
+    """Remove these blobs if no row refers to them, and return the bytes freed."""
+    if not digests:
+        return 0
+    with database.write() as session:
+        session.execute(delete(Blob).where(Blob.digest.in_(digests), ~is_referenced()))
+        kept = set(session.scalars(select(Blob.digest).where(Blob.digest.in_(digests))))
+    failpoint("garbage-rows-gone")
+    with database.write() as session:
+        kept |= set(session.scalars(select(Blob.digest).where(Blob.digest.in_(digests))))
+        return blobs.unlink(digest for digest in digests if digest not in kept)
+
+
+def prune(
+    database: Database, blobs: BlobStore, paths: StorePaths, *, grace: float, dry_run: bool = False
+) -> PruneReport:
+    """Remove what no row refers to, or only say what would go.
+
+    The caller holds the exclusive lock, so nobody is between blob and row. Files younger than `grace` seconds stay
+    nevertheless, for file systems whose locks do not lock.
+    """
+    doomed = [digest for digest in _garbage(database, blobs) if _is_older(paths.blob(digest), grace)]
+    temporary = [path for path in sorted(paths.tmp.iterdir()) if _is_older(path, grace)]
+    size = sum(path.stat().st_size for path in [*map(paths.blob, doomed), *temporary])
+    if not dry_run:
+        _delete_rows(database)
+        failpoint("garbage-rows-gone")
+        blobs.unlink(doomed)
+        with fs.store_errors(paths.tmp):
+            for path in temporary:
+                fs.unlink(path)
+    return PruneReport(len(doomed), len(temporary), size)
+
+
+def is_referenced() -> ColumnElement[bool]:
+    """Return the condition that any row refers to a blob."""
+    return or_(*(exists().where(column == Blob.id) for column in BLOB_COLUMNS))
+
+
+def blob_references(owner: type[Base], condition: ColumnElement[bool] | None = None) -> ColumnElement[bool]:
+    """Return the condition that a blob is referred to by (some of) the rows of one table."""
+    columns = [column for column in BLOB_COLUMNS if column.class_ is owner]
+    refers = or_(*(column == Blob.id for column in columns))
+    return exists().where(refers if condition is None else and_(refers, condition))
+
+
+def _garbage(database: Database, blobs: BlobStore) -> Iterator[str]:
+    with database.read() as session:
+        wanted = set(session.scalars(select(Blob.digest).where(is_referenced())))
+    return (digest for digest in blobs.digests() if digest not in wanted)
+
+
+def _delete_rows(database: Database) -> None:
+    """Delete the rows that nothing refers to, a few per commit."""
+    stale = select(Blob.id).where(~is_referenced()).limit(_CHUNK)
+    while True:
+        with database.write() as session:
+            ids = session.scalars(stale).all()
+            session.execute(delete(Blob).where(Blob.id.in_(ids)))
+            if not ids:
+                session.execute(delete(Document).where(~_has_document()))
+                return
+
+
+def _has_document() -> ColumnElement[bool]:
+    return or_(
+        exists().where(Adapter.layout_id == Document.id),
+        exists().where(TaskVector.extractor_id == Document.id),
+    )
+
+
+def _is_older(path: Path, seconds: float) -> bool:
+    return time.time() - path.stat().st_mtime >= seconds

@@ -1,0 +1,223 @@
+"""Operations on what is learned from adapters: task vectors, generators, codes, evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
+
+from registry import models, records, rows
+from registry.base import StoreBase
+from registry.fs import failpoint
+from registry.garbage import drop_unreferenced
+from registry.runs import finish_run
+from registry.writer import RowWriter
+
+
+class LearnedOperations(StoreBase):
+    """What the store knows of vectors, generators, codes and evaluations."""
+
+    def add_vectors(self, vectors: Sequence[records.NewVector]) -> int:
+        """Record task vectors in one transaction and return how many were new or changed.
+
+        A vector of the same task, view, support set and extractor takes the place of the earlier one.
+
+        Raises:
+            TaskNotFound: a task is not in the store.
+            MissingBlob: a digest is not in the store.
+        """
+        with self._db.write() as session:
+            writer = RowWriter(session, self._blobs)
+            writer.load_blobs(vector.blob for vector in vectors)
+            changed = sum([_record_vector(writer, vector) for vector in vectors])
+            session.flush()
+            failpoint("rows-before-commit")
+        failpoint("rows-committed")
+        return changed
+
+    def vectors(self, task: str) -> list[records.VectorRecord]:
+        """Return the vectors of a task by extractor, view and support set.
+
+        Raises:
+            TaskNotFound: there is no such task.
+        """
+        vector = models.TaskVector
+        with self._db.read() as session:
+            query = select(vector).where(vector.task_id == rows.find_task(session, task).id)
+            query = query.order_by(vector.extractor_id, vector.view, vector.support_set)
+            return [rows.vector_record(row) for row in session.scalars(query)]
+
+    def add_generator(self, generator: records.NewGenerator) -> records.GeneratorRecord:
+        """Record a generator with all its codes in one transaction and make it the current one.
+
+        Raises:
+            TaskNotFound: a code's task is not in the store (any more).
+            MissingBlob: a digest is not in the store.
+        """
+        with self._db.write() as session:
+            writer = RowWriter(session, self._blobs)
+            row = _generator_row(writer, generator)
+            for code in generator.codes:
+                session.add(_code_row(writer, row, code))
+            garbage = finish_run(writer, generator.train_run_id) if generator.train_run_id else []
+            session.flush()
+            record = rows.generator_record(row)
+            failpoint("rows-before-commit")
+        failpoint("rows-committed")
+        drop_unreferenced(self._db, self._blobs, garbage)
+        return record
+
+    def current_generator(self, base_model: str) -> records.GeneratorRecord | None:
+        """Return the generator in use for a base model, or None before the first training."""
+        generator = models.Generator
+        with self._db.read() as session:
+            query = select(generator).join(generator.base_model).where(models.BaseModel.name == base_model)
+            row = session.scalar(query.where(generator.is_current))
+            return None if row is None else rows.generator_record(row)
+
+    def generators(self, base_model: str | None = None) -> list[records.GeneratorRecord]:
+        """Return all generators, or those of one base model, oldest first."""
+        generator = models.Generator
+        query = select(generator).join(generator.base_model).order_by(models.BaseModel.name, generator.version)
+        if base_model is not None:
+            query = query.where(models.BaseModel.name == base_model)
+        with self._db.read() as session:
+            return [rows.generator_record(row) for row in session.scalars(query)]
+
+    def forget_old_generators(self) -> int:
+        """Forget the generators that are not current, with their codes; prune frees the bytes. Return their number."""
+        with self._lock.exclusive(), self._db.write() as session:
+            old = session.scalars(select(models.Generator.id).where(~models.Generator.is_current)).all()
+            session.execute(delete(models.Generator).where(models.Generator.id.in_(old)))
+            return len(old)
+
+    def code(self, task: str, generator_id: int) -> records.CodeRecord | None:
+        """Return the code of a task under a generator, if it has one.
+
+        Raises:
+            TaskNotFound: there is no such task.
+        """
+        code = models.Code
+        with self._db.read() as session:
+            query = select(code).where(code.task_id == rows.find_task(session, task).id)
+            row = session.scalar(query.where(code.generator_id == generator_id))
+            return None if row is None else rows.code_record(row)
+
+    def codes(self, generator_id: int) -> list[records.CodeRecord]:
+        """Return all codes of a generator, by task name."""
+        code = models.Code
+        with self._db.read() as session:
+            query = select(code).join(code.task).where(code.generator_id == generator_id).order_by(models.Task.name)
+            return [rows.code_record(row) for row in session.scalars(query)]
+
+    def add_evaluations(self, evaluations: Sequence[records.NewEvaluation]) -> None:
+        """Record measurements in one transaction; each takes the place of an earlier one of the same thing.
+
+        Raises:
+            TaskNotFound: a task is not in the store.
+        """
+        with self._db.write() as session:
+            now = RowWriter(session, self._blobs).now
+            for evaluation in evaluations:
+                _record_evaluation(session, evaluation, now)
+            session.flush()
+            failpoint("rows-before-commit")
+
+    def evaluations(self, task: str | None = None) -> list[records.EvaluationRecord]:
+        """Return all measurements, or those of one task, by task, data and rung.
+
+        Raises:
+            TaskNotFound: there is no such task.
+        """
+        evaluation = models.Evaluation
+        with self._db.read() as session:
+            query = select(evaluation).join(evaluation.task)
+            query = query.order_by(models.Task.name, evaluation.data, evaluation.rung, evaluation.id)
+            if task is not None:
+                query = query.where(evaluation.task_id == rows.find_task(session, task).id)
+            return [rows.evaluation_record(row) for row in session.scalars(query)]
+
+
+def _record_vector(writer: RowWriter, new: records.NewVector) -> bool:
+    vector = models.TaskVector
+    task = rows.find_task(writer.session, new.task)
+    extractor = writer.document(dict(new.extractor))
+    blob = writer.blob(new.blob)
+    writer.session.flush()
+    query = select(vector).where(
+        vector.task_id == task.id,
+        vector.view == new.view,
+        vector.support_set == new.support_set,
+        vector.extractor_id == extractor.id,
+    )
+    row = writer.session.scalar(query)
+    if row is not None and (row.blob_id, row.dim) == (blob.id, new.dim):
+        return False
+    if row is None:
+        row = vector(task=task, view=new.view, support_set=new.support_set, extractor=extractor)
+        writer.session.add(row)
+    row.blob, row.dim = blob, new.dim
+    return True
+
+
+def _generator_row(writer: RowWriter, new: records.NewGenerator) -> models.Generator:
+    session, generator = writer.session, models.Generator
+    base_model = writer.base_model(new.base_model)
+    of_base = generator.base_model_id == base_model.id
+    session.execute(update(generator).where(of_base, generator.is_current).values(is_current=False))
+    latest = session.scalar(select(func.max(generator.version)).where(of_base)) or 0
+    row = generator(
+        base_model=base_model,
+        version=latest + 1,
+        parent_id=new.parent_id,
+        blob=writer.blob(new.blob),
+        config=dict(new.config),
+        metrics=dict(new.metrics),
+        is_current=True,
+        created_at=writer.now,
+    )
+    session.add(row)
+    return row
+
+
+def _code_row(writer: RowWriter, generator: models.Generator, new: records.NewCode) -> models.Code:
+    writer.session.flush()
+    return models.Code(
+        task=rows.find_task(writer.session, new.task),
+        generator_id=generator.id,
+        adapter_id=new.adapter_id,
+        blob=writer.blob(new.blob),
+        bits=new.bits,
+        dw_error=new.dw_error,
+    )
+
+
+def _record_evaluation(session: Session, new: records.NewEvaluation, now: str) -> None:
+    evaluation = models.Evaluation
+    task = rows.find_task(session, new.task)
+    same = (
+        evaluation.task_id == task.id,
+        evaluation.rung == new.rung,
+        evaluation.generator_id.is_not_distinct_from(new.generator_id),
+        evaluation.data == new.data,
+        evaluation.metric == new.metric,
+    )
+    session.execute(delete(evaluation).where(*same))
+    session.add(
+        evaluation(
+            task=task,
+            rung=new.rung,
+            generator_id=new.generator_id,
+            data=new.data,
+            metric=new.metric,
+            nats_per_token=new.nats_per_token,
+            tokens=new.tokens,
+            utf8_bytes=new.utf8_bytes,
+            retained_gain=new.retained_gain,
+            dw_error=new.dw_error,
+            settings=dict(new.settings),
+            created_at=now,
+        )
+    )
+    session.flush()

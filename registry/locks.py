@@ -1,0 +1,118 @@
+"""One flock per store: shared while a process uses it, exclusive while one removes bytes.
+
+The kernel drops the lock when its process dies, so there are no stale locks and no command to break one. The names
+in the file serve the error message only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from registry.errors import StoreLocked
+
+_POLL_SECONDS = 0.05
+_MAX_NAMES_BYTES = 4096
+
+
+class StoreLock:
+    """An flock on the store's lock file, held until :meth:`close`."""
+
+    def __init__(self, path: Path, *, timeout: float, command: str, writable: bool = True) -> None:
+        """Open the lock file without taking the lock.
+
+        Args:
+            path: the lock file; made if `writable` and absent.
+            timeout: seconds to wait for other processes.
+            command: what this process does, for the message that others see.
+            writable: False for a store on read-only media, where the file must exist.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        self._path = path
+        self._timeout = timeout
+        self._command = " ".join(command.split())[:200]
+        self._writable = writable
+        flags = (os.O_RDWR | os.O_CREAT | os.O_APPEND) if writable else os.O_RDONLY
+        self._fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+    def share(self) -> None:
+        """Take, or go back to, the shared lock.
+
+        Raises:
+            StoreLocked: another process removes bytes and the timeout passed.
+        """
+        self._take(fcntl.LOCK_SH)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the exclusive lock for a block, then go back to the shared one.
+
+        flock gives up the shared lock while it waits, so nothing read before the block may be trusted inside it.
+
+        Raises:
+            StoreLocked: other processes use the store and the timeout passed.
+        """
+        try:
+            self._take(fcntl.LOCK_EX)
+            yield
+        finally:
+            self._take(fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Give up the lock."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _take(self, kind: int) -> None:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise self._locked() from None
+                time.sleep(_POLL_SECONDS)
+            else:
+                self._sign()
+                return
+
+    def _sign(self) -> None:
+        """Add this process to the names in the file, which is cut now and then so that it cannot grow."""
+        if not self._writable:
+            return
+        with suppress(OSError):  # a full disk must not stop the command that frees it
+            if os.fstat(self._fd).st_size > _MAX_NAMES_BYTES:
+                os.ftruncate(self._fd, 0)
+            os.write(self._fd, f"{os.getpid()} {self._command}\n".encode())
+
+    def _locked(self) -> StoreLocked:
+        holders = "; ".join(f"pid {pid}, {command}" for pid, command in self._holders().items())
+        message = f"the store {self._path.parent} is in use" + (f" by {holders}" if holders else "")
+        hint = f"waited {self._timeout:g} s; let it finish, or wait longer with --lock-timeout"
+        return StoreLocked(message, path=self._path, hint=hint)
+
+    def _holders(self) -> dict[int, str]:
+        """Return pid -> command of the processes in the file that are alive; some may have let go already."""
+        found: dict[int, str] = {}
+        for line in self._path.read_text(errors="replace").splitlines():
+            pid, _, command = line.partition(" ")
+            if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
+                found[int(pid)] = command
+        return found
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True

@@ -1,0 +1,226 @@
+"""The tables, as SQLAlchemy classes.
+
+    base_models 1─n tasks 1─n adapters
+         │            ├──n task_vectors
+         │            ├──n codes n─1 generators
+         │            └──n evaluations
+         ├──n generators      blobs: the files rows refer to
+         └──n train_runs      documents: JSON values that many rows share, kept once
+
+Migrations make these tables (see :mod:`registry.migrations`); a test compares the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sqlalchemy import JSON, ForeignKey, Index, String, UniqueConstraint, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+_GONE_WITH_PARENT = "CASCADE"
+
+
+class Base(DeclarativeBase):
+    """Declarative base of all tables."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {Any: JSON(none_as_null=True)}
+
+
+class Blob(Base):
+    """A file of the blob store that rows refer to."""
+
+    __tablename__ = "blobs"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    size: Mapped[int]
+
+
+class Document(Base):
+    """A JSON value kept once, however many rows share it (layouts, extractors)."""
+
+    __tablename__ = "documents"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    body: Mapped[Any]
+
+
+class BaseModel(Base):
+    """A base model, known by the label that adapters give it."""
+
+    __tablename__ = "base_models"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    fingerprint: Mapped[str | None]
+    path: Mapped[str | None]
+    shape: Mapped[Any | None]
+
+
+class Task(Base):
+    """A task: what its adapters were trained for."""
+
+    __tablename__ = "tasks"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(collation="NOCASE"), unique=True)
+    base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
+    samples_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    eval_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    created_at: Mapped[str]
+
+    base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
+    samples: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[samples_id])
+    eval_data: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[eval_id])
+
+
+class Adapter(Base):
+    """One adapter of a task: the final one or a training checkpoint."""
+
+    __tablename__ = "adapters"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
+    step: Mapped[int | None]
+    is_final: Mapped[bool]
+    weights_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    config_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    card_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    dtype: Mapped[str]
+    rank_max: Mapped[int]
+    parameters: Mapped[int]
+    target_modules: Mapped[Any]
+    layout_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
+    source: Mapped[str]
+    created_at: Mapped[str]
+
+    task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
+    weights: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[weights_id])
+    config: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[config_id])
+    card: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[card_id])
+    layout: Mapped[Document] = relationship(lazy="joined", innerjoin=True)
+
+    __table_args__ = (
+        # A plain unique constraint would let two rows without a step pass: NULLs are distinct.
+        Index("one_row_per_adapter", "task_id", "weights_id", "config_id", text("coalesce(step, -1)"), unique=True),
+        Index("one_final_adapter", "task_id", unique=True, sqlite_where=text("is_final")),
+    )
+
+
+class TaskVector(Base):
+    """One task vector: a view of one support set."""
+
+    __tablename__ = "task_vectors"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
+    view: Mapped[str]
+    support_set: Mapped[int]
+    extractor_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
+    blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    dim: Mapped[int]
+
+    task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
+    extractor: Mapped[Document] = relationship(lazy="joined", innerjoin=True)
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
+
+    __table_args__ = (UniqueConstraint("task_id", "view", "support_set", "extractor_id"),)
+
+
+class Generator(Base):
+    """One version of a base model's generator."""
+
+    __tablename__ = "generators"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
+    version: Mapped[int]
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete="SET NULL"))
+    blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    config: Mapped[Any]
+    metrics: Mapped[Any]
+    is_current: Mapped[bool]
+    created_at: Mapped[str]
+
+    base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
+    parent: Mapped[Generator | None] = relationship(remote_side=[id])
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
+
+    __table_args__ = (
+        UniqueConstraint("base_model_id", "version"),
+        Index("one_current_generator", "base_model_id", unique=True, sqlite_where=text("is_current")),
+    )
+
+
+class TrainRun(Base):
+    """A training run with its latest checkpoint."""
+
+    __tablename__ = "train_runs"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
+    state: Mapped[str]
+    config: Mapped[Any]
+    step: Mapped[int]
+    weights_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    optimizer_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    created_at: Mapped[str]
+    updated_at: Mapped[str]
+
+    base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
+    weights: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[weights_id])
+    optimizer: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[optimizer_id])
+
+    __table_args__ = (
+        Index("one_running_train_run", "base_model_id", unique=True, sqlite_where=text("state = 'running'")),
+    )
+
+
+class Code(Base):
+    """The code of one adapter under one generator."""
+
+    __tablename__ = "codes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
+    generator_id: Mapped[int] = mapped_column(ForeignKey("generators.id", ondelete=_GONE_WITH_PARENT))
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete=_GONE_WITH_PARENT))
+    blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    bits: Mapped[float]
+    dw_error: Mapped[float | None]
+
+    task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
+
+    __table_args__ = (UniqueConstraint("task_id", "generator_id"),)
+
+
+class Evaluation(Base):
+    """How good one rung of one task is on some held-out data."""
+
+    __tablename__ = "evaluations"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
+    rung: Mapped[str]
+    generator_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete=_GONE_WITH_PARENT))
+    data: Mapped[str]
+    metric: Mapped[str]
+    nats_per_token: Mapped[float]
+    tokens: Mapped[int]
+    utf8_bytes: Mapped[int]
+    retained_gain: Mapped[float | None]
+    dw_error: Mapped[float | None]
+    settings: Mapped[Any]
+    created_at: Mapped[str]
+
+    task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
+
+    __table_args__ = (
+        Index(
+            "one_row_per_evaluation",
+            *("task_id", "rung", text("coalesce(generator_id, -1)"), "data", "metric"),
+            unique=True,
+        ),
+    )

@@ -1,0 +1,306 @@
+"""What the store takes and returns: frozen values, free of SQLAlchemy and of open connections.
+
+Times are RFC 3339 in UTC, sizes are bytes, digests are lower-case SHA-256 of a blob's bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Json = Mapping[str, object]
+View = Literal["adapted", "context"]
+Rung = Literal["base", "original", "code", "generate"]
+OnConflict = Literal["skip", "replace", "fail"]
+IngestStatus = Literal["added", "updated", "known", "replaced", "skipped"]
+
+LayoutEntry = tuple[str, int, int, int]
+"""One module of an adapter: (name, rank, in features, out features)."""
+
+
+@dataclass(frozen=True)
+class BaseModelRecord:
+    """A base model.
+
+    Attributes:
+        name: the label that adapters give it.
+        fingerprint: what its weights are, once they have been seen.
+        path: where the user said it is.
+        shape: its sizes, once it has been seen.
+        tasks: the number of tasks that need it.
+    """
+
+    id: int
+    name: str
+    fingerprint: str | None
+    path: str | None
+    shape: Json | None
+    tasks: int
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A task.
+
+    Attributes:
+        samples: digest of its training samples (JSON lines), if any.
+        eval_data: digest of its held-out texts (JSON lines), if any.
+    """
+
+    id: int
+    name: str
+    base_model: str
+    samples: str | None
+    eval_data: str | None
+    created_at: str
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One adapter of a task.
+
+    Attributes:
+        step: the training step of a checkpoint, None where the folder's name gives none.
+        is_final: True for exactly one adapter of the task: the one that is materialized.
+        weights: digest of the safetensors file.
+        config: digest of `adapter_config.json`.
+        card: digest of the model card, if any.
+        layout: its modules, in order.
+        source: where it came from, as a label.
+        original_bytes: weights, config and card together.
+    """
+
+    id: int
+    task: str
+    step: int | None
+    is_final: bool
+    weights: str
+    config: str
+    card: str | None
+    dtype: str
+    rank_max: int
+    parameters: int
+    target_modules: tuple[str, ...]
+    layout: tuple[LayoutEntry, ...]
+    source: str
+    original_bytes: int
+    created_at: str
+
+
+@dataclass(frozen=True)
+class NewAdapter:
+    """An adapter to be recorded; its blobs are in the store already. Attributes as in :class:`AdapterRecord`."""
+
+    weights: str
+    config: str
+    card: str | None
+    step: int | None
+    is_final: bool
+    dtype: str
+    rank_max: int
+    parameters: int
+    target_modules: Sequence[str]
+    layout: Sequence[LayoutEntry]
+    source: str
+
+
+@dataclass(frozen=True)
+class TaskIngest:
+    """A task to be recorded with all its adapters, in one transaction.
+
+    Attributes:
+        adapters: exactly one has `is_final`.
+        samples: digest; None keeps what the store has.
+        eval_data: digest; None keeps what the store has.
+        on_conflict: what to do where the task exists with another final adapter or base model: leave it as it is,
+            replace it with everything derived from it, or fail.
+    """
+
+    name: str
+    base_model: str
+    adapters: Sequence[NewAdapter]
+    samples: str | None = None
+    eval_data: str | None = None
+    on_conflict: OnConflict = "fail"
+
+
+@dataclass(frozen=True)
+class IngestOutcome:
+    """What became of a :class:`TaskIngest`.
+
+    Attributes:
+        name: the task's name as the store spells it.
+        new: adapters recorded now.
+        known: adapters that were recorded before.
+        status: `added` (new task), `updated` (more checkpoints, other samples or held-out texts), `known`
+            (nothing to do), `replaced` or `skipped` (a conflict, decided by `on_conflict`).
+    """
+
+    name: str
+    new: int
+    known: int
+    status: IngestStatus
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """A task with what a listing shows of it.
+
+    Attributes:
+        final: its final adapter.
+        checkpoints: the number of its other adapters.
+        vectors: the number of its task vectors.
+        code: its code under the current generator, if any.
+    """
+
+    task: TaskRecord
+    final: AdapterRecord
+    checkpoints: int
+    vectors: int
+    code: CodeRecord | None
+
+
+@dataclass(frozen=True)
+class NewVector:
+    """A task vector to be recorded.
+
+    Attributes:
+        view: what was read: the adapted model, or the base model in context.
+        support_set: which of the disjoint support sets, from 0.
+        extractor: what made it, with the fingerprint of the base model.
+        blob: digest of the safetensors file.
+        dim: its length.
+    """
+
+    task: str
+    view: View
+    support_set: int
+    extractor: Json
+    blob: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class VectorRecord(NewVector):
+    """A task vector in the store."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class NewCode:
+    """A code to be recorded.
+
+    Attributes:
+        adapter_id: the adapter it encodes.
+        blob: digest of the code's file.
+        bits: its length in bits, as the training loss counts it.
+        dw_error: relative squared error of the decoded dW, if it was measured.
+    """
+
+    task: str
+    adapter_id: int
+    blob: str
+    bits: float
+    dw_error: float | None
+
+
+@dataclass(frozen=True)
+class CodeRecord(NewCode):
+    """A code in the store; `size` is its file's length in bytes."""
+
+    id: int
+    generator_id: int
+    size: int
+
+
+@dataclass(frozen=True)
+class NewGenerator:
+    """A generator to be recorded; it becomes the current one of its base model.
+
+    Attributes:
+        blob: digest of the generator's file.
+        parent_id: the generator it was trained on from, if any.
+        codes: the codes of all tasks under it, recorded in the same transaction.
+        train_run_id: the run that is done with it, if it had checkpoints.
+    """
+
+    base_model: str
+    blob: str
+    config: Json
+    metrics: Json
+    parent_id: int | None = None
+    codes: Sequence[NewCode] = field(default=())
+    train_run_id: int | None = None
+
+
+@dataclass(frozen=True)
+class GeneratorRecord:
+    """A generator in the store; versions of one base model count from 1."""
+
+    id: int
+    base_model: str
+    version: int
+    parent_id: int | None
+    blob: str
+    size: int
+    config: Json
+    metrics: Json
+    is_current: bool
+    created_at: str
+
+
+@dataclass(frozen=True)
+class TrainRunRecord:
+    """A training run; one that is `running` can be resumed from its checkpoint.
+
+    Attributes:
+        weights: digest of the checkpoint's weights, None before the first one and after the run.
+        optimizer: digest of the optimizer's state, likewise.
+        step: the step of the checkpoint.
+    """
+
+    id: int
+    base_model: str
+    state: Literal["running", "done"]
+    config: Json
+    step: int
+    weights: str | None
+    optimizer: str | None
+    created_at: str
+    updated_at: str
+
+
+@dataclass(frozen=True)
+class NewEvaluation:
+    """A measurement to be recorded; it replaces the earlier one of the same task, rung, generator, data and metric.
+
+    Attributes:
+        generator_id: the generator of the rungs `code` and `generate`, None for the others.
+        data: digest of the held-out texts.
+        nats_per_token: mean negative log-likelihood.
+        tokens: the number of predicted tokens.
+        utf8_bytes: the length of the text that was scored.
+        settings: how it was measured.
+    """
+
+    task: str
+    rung: Rung
+    generator_id: int | None
+    data: str
+    nats_per_token: float
+    tokens: int
+    utf8_bytes: int
+    retained_gain: float | None
+    dw_error: float | None
+    settings: Json
+    metric: str = "nll"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord(NewEvaluation):
+    """A measurement in the store."""
+
+    id: int
+    created_at: str

@@ -1,0 +1,140 @@
+"""From table rows to records."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, cast
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry import models, records
+from registry.errors import TaskNotFound
+
+
+def find_task(session: Session, name: str) -> models.Task:
+    """Return a task by name, in any case.
+
+    Raises:
+        TaskNotFound: there is none; the error holds the closest names.
+    """
+    task = session.scalar(select(models.Task).where(models.Task.name == name))
+    if task is None:
+        names = {found.lower(): found for found in session.scalars(select(models.Task.name))}
+        close = difflib.get_close_matches(name.lower(), names, n=3)
+        raise TaskNotFound(name, tuple(names[match] for match in close))
+    return task
+
+
+def task_record(row: models.Task) -> records.TaskRecord:
+    """Return the record of a task."""
+    return records.TaskRecord(
+        id=row.id,
+        name=row.name,
+        base_model=row.base_model.name,
+        samples=_digest(row.samples),
+        eval_data=_digest(row.eval_data),
+        created_at=row.created_at,
+    )
+
+
+def adapter_record(row: models.Adapter) -> records.AdapterRecord:
+    """Return the record of an adapter."""
+    return records.AdapterRecord(
+        id=row.id,
+        task=row.task.name,
+        step=row.step,
+        is_final=row.is_final,
+        weights=row.weights.digest,
+        config=row.config.digest,
+        card=_digest(row.card),
+        dtype=row.dtype,
+        rank_max=row.rank_max,
+        parameters=row.parameters,
+        target_modules=tuple(row.target_modules),
+        layout=tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in row.layout.body),
+        source=row.source,
+        original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
+        created_at=row.created_at,
+    )
+
+
+def vector_record(row: models.TaskVector) -> records.VectorRecord:
+    """Return the record of a task vector."""
+    return records.VectorRecord(
+        id=row.id,
+        task=row.task.name,
+        view=cast(records.View, row.view),
+        support_set=row.support_set,
+        extractor=row.extractor.body,
+        blob=row.blob.digest,
+        dim=row.dim,
+    )
+
+
+def code_record(row: models.Code) -> records.CodeRecord:
+    """Return the record of a code."""
+    return records.CodeRecord(
+        id=row.id,
+        task=row.task.name,
+        adapter_id=row.adapter_id,
+        generator_id=row.generator_id,
+        blob=row.blob.digest,
+        size=row.blob.size,
+        bits=row.bits,
+        dw_error=row.dw_error,
+    )
+
+
+def generator_record(row: models.Generator) -> records.GeneratorRecord:
+    """Return the record of a generator."""
+    return records.GeneratorRecord(
+        id=row.id,
+        base_model=row.base_model.name,
+        version=row.version,
+        parent_id=row.parent_id,
+        blob=row.blob.digest,
+        size=row.blob.size,
+        config=row.config,
+        metrics=row.metrics,
+        is_current=row.is_current,
+        created_at=row.created_at,
+    )
+
+
+def train_run_record(row: models.TrainRun) -> records.TrainRunRecord:
+    """Return the record of a training run."""
+    return records.TrainRunRecord(
+        id=row.id,
+        base_model=row.base_model.name,
+        state=cast(Any, row.state),
+        config=row.config,
+        step=row.step,
+        weights=_digest(row.weights),
+        optimizer=_digest(row.optimizer),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )
+
+
+def evaluation_record(row: models.Evaluation) -> records.EvaluationRecord:
+    """Return the record of a measurement."""
+    return records.EvaluationRecord(
+        id=row.id,
+        task=row.task.name,
+        rung=cast(records.Rung, row.rung),
+        generator_id=row.generator_id,
+        data=row.data,
+        metric=row.metric,
+        nats_per_token=row.nats_per_token,
+        tokens=row.tokens,
+        utf8_bytes=row.utf8_bytes,
+        retained_gain=row.retained_gain,
+        dw_error=row.dw_error,
+        settings=row.settings,
+        created_at=row.created_at,
+    )
+
+
+def _digest(blob: models.Blob | None) -> str | None:
+    return None if blob is None else blob.digest

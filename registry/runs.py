@@ -1,0 +1,85 @@
+"""Training runs and the one checkpoint each can be resumed from."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+
+from registry import models, records, rows
+from registry.base import StoreBase
+from registry.errors import MissingBlob
+from registry.fs import failpoint
+from registry.garbage import drop_unreferenced
+from registry.writer import RowWriter
+
+
+class RunOperations(StoreBase):
+    """What the store knows of training runs."""
+
+    def running_train_run(self, base_model: str) -> records.TrainRunRecord | None:
+        """Return the run of a base model that can be resumed, if there is one."""
+        with self._db.read() as session:
+            query = select(models.TrainRun).join(models.TrainRun.base_model)
+            query = query.where(models.BaseModel.name == base_model, models.TrainRun.state == "running")
+            row = session.scalar(query)
+            return None if row is None else rows.train_run_record(row)
+
+    def start_train_run(self, base_model: str, config: records.Json) -> records.TrainRunRecord:
+        """Begin a run; one of the same base model that was running is given up with its checkpoint."""
+        with self._db.write() as session:
+            writer = RowWriter(session, self._blobs)
+            base = writer.base_model(base_model)
+            query = select(models.TrainRun).where(
+                models.TrainRun.base_model_id == base.id, models.TrainRun.state == "running"
+            )
+            earlier = session.scalar(query)
+            garbage = finish_run(writer, earlier.id) if earlier is not None else []
+            row = models.TrainRun(
+                base_model=base, state="running", config=dict(config), step=0, created_at=writer.now
+            )
+            row.updated_at = writer.now
+            session.add(row)
+            session.flush()
+            record = rows.train_run_record(row)
+        drop_unreferenced(self._db, self._blobs, garbage)
+        return record
+
+    def save_checkpoint(self, run_id: int, *, step: int, weights: bytes, optimizer: bytes) -> records.TrainRunRecord:
+        """Store a checkpoint durably in place of the run's earlier one, whose bytes are freed at once.
+
+        Raises:
+            LookupError: no run of that number is running.
+            StoreFull: no space left; the earlier checkpoint is intact.
+        """
+        try:
+            return self._save_checkpoint(run_id, step, weights, optimizer)
+        except MissingBlob:
+            # Another run had the very same bytes, and dropped them between our blob and our row.
+            return self._save_checkpoint(run_id, step, weights, optimizer)
+
+    def _save_checkpoint(self, run_id: int, step: int, weights: bytes, optimizer: bytes) -> records.TrainRunRecord:
+        digests = self.put_blobs([weights, optimizer])
+        with self._db.write() as session:
+            writer = RowWriter(session, self._blobs)
+            row = session.get(models.TrainRun, run_id)
+            if row is None or row.state != "running":
+                raise LookupError(f"train run {run_id} is not running")
+            garbage = [blob.digest for blob in (row.weights, row.optimizer) if blob]
+            row.weights, row.optimizer = writer.blob(digests[0]), writer.blob(digests[1])
+            row.step, row.updated_at = step, writer.now
+            session.flush()
+            record = rows.train_run_record(row)
+            failpoint("rows-before-commit")
+        failpoint("rows-committed")
+        drop_unreferenced(self._db, self._blobs, [digest for digest in garbage if digest not in digests])
+        return record
+
+
+def finish_run(writer: RowWriter, run_id: int) -> list[str]:
+    """Mark a run as done in an open transaction and return the digests that may be garbage after the commit."""
+    row = writer.session.get(models.TrainRun, run_id)
+    if row is None:
+        raise LookupError(f"there is no train run {run_id}")
+    garbage = [blob.digest for blob in (row.weights, row.optimizer) if blob]
+    row.state, row.weights, row.optimizer, row.updated_at = "done", None, None, writer.now
+    writer.session.flush()
+    return garbage

@@ -1,0 +1,180 @@
+"""Operations on tasks and their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sqlalchemy import Select, delete, func, select
+from sqlalchemy.orm import Session
+
+from registry import models, records, rows
+from registry.base import StoreBase
+from registry.fs import failpoint
+from registry.ingest import record_task
+from registry.reserve import restore_reserve, with_reserve
+from registry.writer import RowWriter
+
+_PAGE = 256
+
+
+class TaskOperations(StoreBase):
+    """What the store knows of tasks, adapters and base models."""
+
+    def ingest_task(self, task: records.TaskIngest) -> records.IngestOutcome:
+        """Record one task; see :meth:`ingest_tasks`."""
+        return self.ingest_tasks([task])[0]
+
+    def ingest_tasks(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
+        """Record tasks with all their adapters in one transaction; the same again changes nothing.
+
+        Raises:
+            InvalidName: a name outside the rule.
+            TaskConflict: a task exists with another adapter and its `on_conflict` is `fail`.
+            MissingBlob: a digest is not in the store.
+            In each case nothing of the batch is recorded.
+        """
+        with self._db.write() as session:
+            writer = RowWriter(session, self._blobs)
+            writer.load_blobs(digest for task in tasks for adapter in task.adapters for digest in _digests(adapter))
+            outcomes = [record_task(writer, task) for task in tasks]
+            session.flush()
+            failpoint("rows-before-commit")
+        failpoint("rows-committed")
+        return outcomes
+
+    def tasks(self) -> Iterator[records.TaskRecord]:
+        """Yield all tasks by name. Each page is one short read, so that a slow reader holds up nobody."""
+        after = ""
+        while page := self._task_page(after):
+            yield from page
+            after = page[-1].name
+
+    def task(self, name: str) -> records.TaskRecord:
+        """Return a task by name, in any case.
+
+        Raises:
+            TaskNotFound: there is none; the error names the closest ones.
+        """
+        with self._db.read() as session:
+            return rows.task_record(rows.find_task(session, name))
+
+    def summaries(self) -> Iterator[records.TaskSummary]:
+        """Yield all tasks by name with what a listing shows of them."""
+        after = ""
+        while page := self._summary_page(after):
+            yield from page
+            after = page[-1].task.name
+
+    def adapters(self, task: str) -> list[records.AdapterRecord]:
+        """Return the adapters of a task: checkpoints by step, the final one last.
+
+        Raises:
+            TaskNotFound: there is no such task.
+        """
+        adapter = models.Adapter
+        with self._db.read() as session:
+            query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id)
+            query = query.order_by(adapter.is_final, adapter.step, adapter.id)
+            return [rows.adapter_record(row) for row in session.scalars(query)]
+
+    def final_adapter(self, task: str) -> records.AdapterRecord:
+        """Return the adapter of a task that is materialized.
+
+        Raises:
+            TaskNotFound: there is no such task.
+        """
+        adapter = models.Adapter
+        with self._db.read() as session:
+            query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id, adapter.is_final)
+            return rows.adapter_record(session.scalars(query).one())
+
+    def remove_task(self, name: str) -> records.TaskRecord:
+        """Forget a task with its adapters, vectors, codes and evaluations; prune frees the bytes.
+
+        Works on a full disk.
+
+        Raises:
+            TaskNotFound: there is no such task.
+            StoreLocked: other processes use the store.
+        """
+
+        def forget() -> records.TaskRecord:
+            with self._db.write() as session:
+                row = rows.find_task(session, name)
+                record = rows.task_record(row)
+                session.execute(delete(models.Task).where(models.Task.id == row.id))
+            return record
+
+        with self._lock.exclusive():
+            removed = with_reserve(self._paths, forget)
+            restore_reserve(self._paths)
+            return removed
+
+    def base_models(self) -> list[records.BaseModelRecord]:
+        """Return the base models by name."""
+        with self._db.read() as session:
+            count = select(func.count()).where(models.Task.base_model_id == models.BaseModel.id).scalar_subquery()
+            query = select(models.BaseModel, count).order_by(models.BaseModel.name)
+            return [
+                records.BaseModelRecord(row.id, row.name, row.fingerprint, row.path, row.shape, tasks)
+                for row, tasks in session.execute(query)
+            ]
+
+    def set_base_alias(self, name: str, path: str | None) -> None:
+        """Record where a base model is on this machine; None forgets it."""
+        with self._db.write() as session:
+            RowWriter(session, self._blobs).base_model(name).path = path
+
+    def set_base_facts(self, name: str, *, fingerprint: str, shape: records.Json) -> None:
+        """Record what a base model turned out to be when it was loaded."""
+        with self._db.write() as session:
+            row = RowWriter(session, self._blobs).base_model(name)
+            row.fingerprint, row.shape = fingerprint, dict(shape)
+
+    def _task_page(self, after: str) -> list[records.TaskRecord]:
+        with self._db.read() as session:
+            return [rows.task_record(row) for row in session.scalars(_page_query(after))]
+
+    def _summary_page(self, after: str) -> list[records.TaskSummary]:
+        with self._db.read() as session:
+            tasks = session.scalars(_page_query(after)).all()
+            return _summaries(session, tasks)
+
+
+def _digests(adapter: records.NewAdapter) -> list[str]:
+    return [digest for digest in (adapter.weights, adapter.config, adapter.card) if digest]
+
+
+def _page_query(after: str) -> Select[models.Task]:
+    return select(models.Task).where(models.Task.name > after).order_by(models.Task.name).limit(_PAGE)
+
+
+def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.TaskSummary]:
+    ids = [task.id for task in tasks]
+    adapter, vector, code = models.Adapter, models.TaskVector, models.Code
+    finals = session.scalars(select(adapter).where(adapter.task_id.in_(ids), adapter.is_final))
+    codes = session.scalars(
+        select(code).join(models.Generator, code.generator_id == models.Generator.id)
+        .where(code.task_id.in_(ids), models.Generator.is_current)
+    )
+    final_of = {row.task_id: rows.adapter_record(row) for row in finals}
+    code_of = {row.task_id: rows.code_record(row) for row in codes}
+    adapters = _counts(session, adapter, ids)
+    vectors = _counts(session, vector, ids)
+    return [
+        records.TaskSummary(
+            task=rows.task_record(task),
+            final=final_of[task.id],
+            checkpoints=adapters[task.id] - 1,
+            vectors=vectors.get(task.id, 0),
+            code=code_of.get(task.id),
+        )
+        for task in tasks
+    ]
+
+
+def _counts(
+    session: Session, table: type[models.Adapter] | type[models.TaskVector], task_ids: Sequence[int]
+) -> dict[int, int]:
+    query = select(table.task_id, func.count()).where(table.task_id.in_(task_ids)).group_by(table.task_id)
+    return dict(session.execute(query).tuples().all())

@@ -1,0 +1,97 @@
+"""The bill: bytes on disk by what they are for. Every file of the store is counted once, so the total is `du -b`'s."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import ColumnElement, select
+from sqlalchemy.orm import Session
+
+from registry.engine import Database
+from registry.garbage import blob_references
+from registry.models import Adapter, Blob, Code, Generator, Task, TaskVector, TrainRun
+from registry.paths import StorePaths
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes of the files of a store.
+
+    A blob with several uses counts for the first of them, in this order.
+
+    Attributes:
+        originals: final adapters: weights, configs and cards.
+        checkpoints: the other adapters.
+        generators: current generators.
+        codes: codes under the current generators.
+        vectors: task vectors.
+        texts: samples and held-out texts.
+        old_generators: generators that are not current, with their codes.
+        training: checkpoints of unfinished runs.
+        database: the SQLite file and its journal.
+        unreferenced: blobs that no row refers to, temporary files, quarantine; prune frees the first two.
+        overhead: FORMAT, lock and reserve.
+    """
+
+    originals: int
+    checkpoints: int
+    generators: int
+    codes: int
+    vectors: int
+    texts: int
+    old_generators: int
+    training: int
+    database: int
+    unreferenced: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return sum(vars(self).values())
+
+
+def measure(database: Database, paths: StorePaths) -> Usage:
+    """Add up the files of a store by use."""
+    with database.read() as session:
+        uses = _uses(session)
+    sums = dict.fromkeys(Usage.__dataclass_fields__, 0)
+    for path in _files(paths.root):
+        size = path.lstat().st_size
+        if path.is_relative_to(paths.blobs):
+            sums[uses.get(path.name, "unreferenced")] += size
+        elif path.name.startswith(paths.database.name):
+            sums["database"] += size
+        elif path.parent == paths.root:
+            sums["overhead"] += size
+        else:
+            sums["unreferenced"] += size
+    return Usage(**sums)
+
+
+def _uses(session: Session) -> dict[str, str]:
+    """Return digest -> use; the later entries of the list give way to the earlier ones."""
+    of_current = Code.generator_id.in_(select(Generator.id).where(Generator.is_current))
+    conditions: list[tuple[str, ColumnElement[bool]]] = [
+        ("originals", blob_references(Adapter, Adapter.is_final.is_(True))),
+        ("checkpoints", blob_references(Adapter)),
+        ("generators", blob_references(Generator, Generator.is_current.is_(True))),
+        ("codes", blob_references(Code, of_current)),
+        ("vectors", blob_references(TaskVector)),
+        ("texts", blob_references(Task)),
+        ("old_generators", blob_references(Generator)),
+        ("old_generators", blob_references(Code)),
+        ("training", blob_references(TrainRun)),
+    ]
+    uses: dict[str, str] = {}
+    for use, condition in reversed(conditions):
+        uses |= dict.fromkeys(session.scalars(select(Blob.digest).where(condition)), use)
+    return uses
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, _, names in os.walk(root):
+        yield from (Path(folder, name) for name in names)

@@ -1,0 +1,82 @@
+"""Rows that others refer to, made when they are new. One writer serves one transaction."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.blobs import BlobStore
+from registry.engine import compact_json
+from registry.models import BaseModel, Blob, Document
+
+_MAX_VARIABLES = 500  # SQLite's own limit on `IN (...)` was 999 for long
+
+
+class RowWriter:
+    """Finds or makes the rows of blobs, JSON values and base models in an open transaction."""
+
+    def __init__(self, session: Session, blobs: BlobStore) -> None:
+        self.session = session
+        self.now = utc_now()
+        self._files = blobs
+        self._blobs: dict[str, Blob] = {}
+        self._documents: dict[str, Document] = {}
+
+    def blob(self, digest: str) -> Blob:
+        """Return the row of a blob.
+
+        The file is looked for under the write lock, so no row is ever committed whose bytes another process has
+        removed.
+
+        Raises:
+            MissingBlob: there is no such file.
+        """
+        size = self._files.size(digest)
+        if digest not in self._blobs:
+            self.load_blobs([digest])
+        if digest not in self._blobs:
+            self._blobs[digest] = Blob(digest=digest, size=size)
+            self.session.add(self._blobs[digest])
+        return self._blobs[digest]
+
+    def blob_or_none(self, digest: str | None) -> Blob | None:
+        """Return the row of a blob, if there is one to refer to.
+
+        Raises:
+            MissingBlob: there is no such file.
+        """
+        return None if digest is None else self.blob(digest)
+
+    def load_blobs(self, digests: Iterable[str]) -> None:
+        """Fetch the rows of many blobs in few queries, before :meth:`blob` is called for each."""
+        wanted = sorted(set(digests) - self._blobs.keys())
+        for at in range(0, len(wanted), _MAX_VARIABLES):
+            query = select(Blob).where(Blob.digest.in_(wanted[at : at + _MAX_VARIABLES]))
+            self._blobs |= {row.digest: row for row in self.session.scalars(query)}
+
+    def document(self, body: object) -> Document:
+        """Return the row of a JSON value."""
+        digest = hashlib.sha256(compact_json(body).encode()).hexdigest()
+        if digest not in self._documents:
+            row = self.session.scalar(select(Document).where(Document.digest == digest))
+            self._documents[digest] = row or Document(digest=digest, body=body)
+            self.session.add(self._documents[digest])
+        return self._documents[digest]
+
+    def base_model(self, name: str) -> BaseModel:
+        """Return the row of a base model."""
+        row = self.session.scalar(select(BaseModel).where(BaseModel.name == name))
+        if row is None:
+            row = BaseModel(name=name)
+            self.session.add(row)
+            self.session.flush()
+        return row
+
+
+def utc_now() -> str:
+    """Return the present time as RFC 3339 in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
