@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from icmlora.errors import AdapterRefused
-from icmlora.tensorfile import RawTensor, TensorHeader, dtype_runs, encode
+from icmlora.tensorfile import RawTensor, TensorHeader, dtype_runs, encode, read_header
 from icmlora.values import bits
 
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -36,6 +36,19 @@ def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -
             tensors[info.name] = values[offset : offset + count].view(info.shape)
             offset += count
     return tensors
+
+
+def decode_torch(data: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Check a whole tensor file and read it as float32.
+
+    Returns:
+        Its header text, and name to tensor.
+
+    Raises:
+        AdapterRefused: Not a well-formed tensor file.
+    """
+    header = read_header(data)
+    return dict(header.metadata), decode_float32(data, header)
 
 
 def encode_torch(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, dtype: str) -> bytes:

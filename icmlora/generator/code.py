@@ -1,0 +1,113 @@
+"""The bytes of one task's code.
+
+    ICMC 1 | generator digest (32) | length of head (4) | head, zlib | range-coded words
+    head:  step (i2) | condition (C x i1) | latent (Z x i1) | gains (K x i2) | kept (K*L x u1) | task type (utf-8)
+
+`kept` holds the number of rank slots coded for each (kind, layer), 255 where the adapter has no such module. The words
+are the rounded log-norms of all kept slots, then the integers of their two vectors, kind by kind. Everything is
+little-endian. How many words there are follows from the head and the generator, so a code cannot claim more memory
+than its generator's own layout allows.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icmlora.errors import CodeError
+from icmlora.generator.config import GeneratorConfig
+
+MAGIC = b"ICMC\x01"
+ABSENT = 255
+_TASK_TYPE_LIMIT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class CodeHead:
+    """Everything of a code but its range-coded integers."""
+
+    step: int
+    """log2 of the quantiser step, in eighths."""
+    condition: NDArray[np.int8]
+    """Shape (C,)."""
+    latent: NDArray[np.int8]
+    """Shape (Z,)."""
+    gains: NDArray[np.int16]
+    """Shape (K,): the task's mean log2 norm above the table, in eighths."""
+    kept: NDArray[np.uint8]
+    """Shape (K, L)."""
+    task_type: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Code:
+    """One task's code: it can be decoded with the generator it names and nothing else."""
+
+    generator: str
+    """SHA-256 of the generator file, in hexadecimal."""
+    head: CodeHead
+    words: bytes
+
+    def to_bytes(self) -> bytes:
+        """Serialise; the same code gives the same bytes."""
+        head = self.head
+        plain = b"".join(
+            [
+                struct.pack("<h", head.step),
+                head.condition.tobytes(),
+                head.latent.tobytes(),
+                head.gains.astype("<i2").tobytes(),
+                head.kept.tobytes(),
+                (head.task_type or "").encode(),
+            ]
+        )
+        packed = zlib.compress(plain, 9)
+        return MAGIC + bytes.fromhex(self.generator) + struct.pack("<I", len(packed)) + packed + self.words
+
+    @classmethod
+    def from_bytes(cls, data: bytes, config: GeneratorConfig) -> Code:
+        """Parse a code made under one generator configuration.
+
+        Raises:
+            CodeError: Not a code, cut short, or out of the configuration's range.
+        """
+        generator, start = generator_of(data), len(MAGIC) + 36
+        (length,) = struct.unpack_from("<I", data, start - 4)
+        kinds, layers = len(config.kinds), config.layers
+        sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers]
+        reader = zlib.decompressobj()
+        try:
+            plain = reader.decompress(data[start : start + length], sum(sizes) + _TASK_TYPE_LIMIT + 1)
+            text = plain[sum(sizes) :].decode()
+        except (zlib.error, UnicodeDecodeError) as error:
+            raise CodeError("the code's head is damaged") from error
+        if not reader.eof or not sum(sizes) <= len(plain) <= sum(sizes) + _TASK_TYPE_LIMIT:
+            raise CodeError("the code's head does not have the length its generator says")
+        parts = np.split(np.frombuffer(plain[: sum(sizes)], dtype=np.uint8), np.cumsum(sizes)[:-1])
+        kept = parts[4].reshape(kinds, layers)
+        if (kept[kept != ABSENT] > config.slots).any() or (kept == ABSENT).all():
+            raise CodeError("the code's head names more rank slots than its generator has, or no module")
+        head = CodeHead(
+            step=int(parts[0].view("<i2")[0]),
+            condition=parts[1].view(np.int8),
+            latent=parts[2].view(np.int8),
+            gains=parts[3].view("<i2").astype(np.int16),
+            kept=kept,
+            task_type=text or None,
+        )
+        return cls(generator, head, data[start + length :])
+
+
+def generator_of(data: bytes) -> str:
+    """Return the digest of the generator that a code belongs to, without decoding it.
+
+    Raises:
+        CodeError: Not a code.
+    """
+    if not data.startswith(MAGIC) or len(data) < len(MAGIC) + 36:
+        raise CodeError("this is not a code of icm, or it was cut short")
+    return data[len(MAGIC) : len(MAGIC) + 32].hex()

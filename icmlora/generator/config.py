@@ -1,0 +1,140 @@
+"""What a generator is for (base model, module kinds) and how large it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from icmlora.errors import GeneratorError
+from icmlora.layout import ModuleShape
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+# quality -> share of |dW|^2 that a code may lose. 1 - retained gain is a quarter to a tenth of it (docs/results/LOG.md).
+_TOLERANCES = (0.35, 0.25, 0.17, 0.11, 0.07, 0.045, 0.025, 0.012)
+_WIDTHS = (24, 24, 32, 32, 32, 48, 64, 96)
+
+
+@dataclass(frozen=True, order=True)
+class ModuleKind:
+    """One kind of target module: all layers' modules that share a name pattern and a shape."""
+
+    pattern: str
+    """Dotted name with `{}` for the layer number, or the whole name where it holds no number."""
+    inputs: int
+    outputs: int
+
+    def module(self, layer: int) -> str:
+        """Return the dotted module name in one layer."""
+        return self.pattern.replace("{}", str(layer), 1)
+
+
+def kind_of(shape: ModuleShape) -> tuple[ModuleKind, int]:
+    """Split a module into its kind and its layer number (0 where the name holds no number)."""
+    match = _NUMBER.search(shape.module)
+    if match is None:
+        return ModuleKind(shape.module, shape.inputs, shape.outputs), 0
+    pattern = f"{shape.module[: match.start()]}{{}}{shape.module[match.end() :]}"
+    return ModuleKind(pattern, shape.inputs, shape.outputs), int(match.group())
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Everything needed to rebuild the network and read its codes; stored as JSON inside the generator file."""
+
+    base_model: str
+    """Label of the base model, as adapters name it."""
+    kinds: tuple[ModuleKind, ...]
+    """Module kinds, sorted; a code refers to them by index."""
+    layers: int
+    """Layers that may hold target modules."""
+    slots: int
+    """Rank slots of the widest adapter."""
+    condition_size: int
+    """Length of a task vector (the base model's hidden size); 0 where the generator was trained without vectors."""
+    tolerance: float
+    """Share of |dW|^2 that a code may lose: the relative dW error it is made for."""
+    width: int = 32
+    """Hidden width of the decoder, and so the rank of its weight predictions over tokens."""
+    embedding: int = 32
+    """Length of the layer, slot and kind embeddings."""
+    latent: int = 16
+    """Length of the task latent z, stored as one byte each."""
+    condition: int = 16
+    """Length of the embedded condition, stored as one byte each."""
+    sketch: int = 8
+    """Length of the encoder's bilinear sketch u^T P Q v of one rank slot."""
+
+    def __post_init__(self) -> None:
+        """Refuse configurations that describe no network."""
+        sizes = (self.layers, self.slots, self.width, self.embedding, self.latent, self.condition, self.sketch)
+        if not self.kinds or min(sizes) < 1 or self.condition_size < 0 or not 0.0 < self.tolerance < 1.0:
+            raise GeneratorError("the generator's configuration is out of range")
+        if self.slots > 254 or list(self.kinds) != sorted(set(self.kinds)):
+            raise GeneratorError("the generator's configuration names too many slots, or kinds twice or out of order")
+
+    def to_json(self) -> str:
+        """Serialise with sorted keys, so that equal configurations give equal bytes."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> GeneratorConfig:
+        """Parse what `to_json` wrote.
+
+        Raises:
+            GeneratorError: Not the JSON of a configuration.
+        """
+        try:
+            fields = json.loads(text)
+            fields["kinds"] = tuple(ModuleKind(**kind) for kind in fields["kinds"])
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise GeneratorError(f"the generator's configuration cannot be read ({error})") from error
+
+
+def tolerance_of(quality: int) -> float:
+    """Return the relative dW error that a quality of 1 (smallest) to 8 (most faithful) stands for."""
+    return _TOLERANCES[quality - 1]
+
+
+def config_for(
+    base_model: str,
+    layouts: Iterable[Sequence[ModuleShape]],
+    *,
+    condition_size: int,
+    quality: int,
+    tolerance: float | None = None,
+    width: int | None = None,
+    previous: GeneratorConfig | None = None,
+) -> GeneratorConfig:
+    """Make the configuration that covers a fleet.
+
+    Args:
+        base_model: Label of the base model.
+        layouts: One layout per adapter; read once, not kept.
+        condition_size: Length of the task vectors, 0 without any.
+        quality: 1 to 8; sets tolerance and width where they are None.
+        tolerance: Relative dW error of a code.
+        width: Hidden width of the decoder.
+        previous: A generator to grow from: its kinds, layers and slots stay covered and its width is kept.
+    """
+    kinds = set(previous.kinds) if previous else set()
+    layers, slots = (previous.layers, previous.slots) if previous else (1, 1)
+    for layout in layouts:
+        for shape in layout:
+            kind, layer = kind_of(shape)
+            kinds.add(kind)
+            layers, slots = max(layers, layer + 1), max(slots, shape.rank)
+    if previous:
+        width = previous.width
+    return GeneratorConfig(
+        base_model=base_model,
+        kinds=tuple(sorted(kinds)),
+        layers=layers,
+        slots=slots,
+        condition_size=condition_size,
+        tolerance=tolerance_of(quality) if tolerance is None else tolerance,
+        width=_WIDTHS[quality - 1] if width is None else width,
+    )

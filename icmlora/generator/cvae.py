@@ -1,0 +1,194 @@
+"""The conditional variational autoencoder over adapter tokens, after ICM-LoRA (arXiv 2501.17635).
+
+The paper's CVAE flattens one adapter into one vector. Here it is token-wise, so one network serves mixed ranks and
+module kinds, and it is built as a mean-and-scale hyperprior (Minnen et al., arXiv 1809.02736), so that its loss is the
+length of the stored code in bits:
+
+    task vectors c ──ConditionNet──▶ condition e (C) ──prior p(z|e)──▶ mean, scale of z
+                                          │                                 │ z = mean: `generate`
+    tokens w ──encoder q(z|w,e)──▶ z (Z) ─┼──quantised, stored ─────────────┤
+                                          ▼                                 ▼
+                       decoder p(w|z,e): per token (kind, layer, slot) a mean direction and a scale
+                                          │
+    (w - mean) / step ──rounded──▶ integers, entropy-coded under the predicted scale: the rest of the code
+
+Notation: K kinds, L layers, S slots, E embedding, H width, C condition, Z latent, n tokens of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.tokens import KindTokens
+
+VIEWS = ("adapted", "context")
+INPUTS, OUTPUTS = 0, 1
+
+# Integers of one byte; the network sees them divided by this, so that a byte spans about +-8.
+_GRID = 16.0
+_BYTE = 127.0
+
+
+@dataclass(frozen=True, eq=False)
+class TaskState:
+    """What the decoder knows of a task: two integer vectors, each value in [-127, 127]."""
+
+    condition: torch.Tensor
+    """Shape (C,)."""
+    latent: torch.Tensor
+    """Shape (Z,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The decoder's mean for the tokens of one kind, as directions: multiply with the token's norm."""
+
+    inputs: torch.Tensor
+    """Shape (n, in)."""
+    outputs: torch.Tensor
+    """Shape (n, out)."""
+
+
+class CVAE(nn.Module):
+    """Encoder, prior and decoder of one fleet. All sizes come from `GeneratorConfig`."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        kinds, layers, slots, width = len(config.kinds), config.layers, config.slots, config.width
+        self.condition = ConditionNet(config)
+        self.encoder = Encoder(config)
+        self.prior = nn.Linear(config.condition, 2 * config.latent)
+        nn.init.zeros_(self.prior.weight)
+        nn.init.zeros_(self.prior.bias)
+
+        self.layer = nn.Embedding(layers, config.embedding)
+        self.slot = nn.Embedding(slots, config.embedding)
+        self.factor = nn.Embedding(2 * kinds, config.embedding)
+        task = config.condition + config.latent
+        self.enter = nn.Linear(3 * config.embedding + task, width)
+        self.mix = nn.Linear(width, width)
+        self.modulate = nn.Linear(task, width)
+        self.leave = nn.Linear(width, width)
+        shapes = [(kind.inputs, kind.outputs) for kind in config.kinds]
+        self.directions = nn.ParameterList([torch.zeros(width, size) for pair in shapes for size in pair])
+        # log2 of a token's norm: a table over (kind, layer, slot) plus one gain per kind that depends on the task.
+        self.norm_mean = nn.Parameter(torch.zeros(kinds, layers, slots))
+        self.norm_spread = nn.Parameter(torch.zeros(kinds, slots))
+        self.gain = nn.Linear(task, kinds)
+        # log2 of the spread of (w - mean) relative to a random direction of that norm. Tables, not network outputs:
+        # the entropy coder rounds them to integers that are equal on every machine.
+        self.spread = nn.Parameter(torch.zeros(kinds, 2, layers, slots))
+
+    def embed(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the condition in integer units before rounding, shape (C,); `vectors` maps views to (hidden,)."""
+        raw: torch.Tensor = self.condition(vectors)
+        return raw
+
+    def latent_prior(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and scale of z in integer units, each of shape (Z,)."""
+        mean, log_scale = self.prior(condition / _GRID).chunk(2, dim=-1)
+        return _BYTE * torch.tanh(mean / 8), torch.exp(log_scale.clamp(-3, 6)) + 0.3
+
+    def posterior(self, tokens: tuple[KindTokens, ...], condition: torch.Tensor) -> torch.Tensor:
+        """Return the mean of q(z|w,c) in integer units, shape (Z,)."""
+        features = [self._features(group, condition) for group in tokens]
+        mean: torch.Tensor = self.encoder(tokens, features, condition)
+        return mean
+
+    def decode(self, kind: int, layer: torch.Tensor, slot: torch.Tensor, state: TaskState) -> Prediction:
+        """Predict the mean directions of tokens of one kind.
+
+        Args:
+            kind: Index of the module kind.
+            layer: int64, shape (n,).
+            slot: int64, shape (n,).
+            state: The task.
+        """
+        task = torch.cat([state.condition, state.latent]) / _GRID
+        means = []
+        for side in (INPUTS, OUTPUTS):
+            token = torch.cat([self.layer(layer), self.slot(slot), self._factor(kind, side, len(layer))], dim=1)
+            hidden = self.enter(torch.cat([token, task.expand(len(layer), -1)], dim=1))  # (n, H)
+            hidden = (hidden + self.mix(silu(hidden))) * (1 + self.modulate(task))
+            hidden = hidden + self.leave(silu(hidden))
+            means.append(hidden @ self.directions[2 * kind + side])
+        return Prediction(*means)
+
+    def gains(self, state: TaskState) -> torch.Tensor:
+        """Predict the task's gain of each kind in octaves, shape (K,)."""
+        gains: torch.Tensor = self.gain(torch.cat([state.condition, state.latent]) / _GRID)
+        return gains
+
+    def _factor(self, kind: int, side: int, count: int) -> torch.Tensor:
+        return self.factor.weight[2 * kind + side].expand(count, -1)
+
+    def _features(self, group: KindTokens, condition: torch.Tensor) -> torch.Tensor:
+        parts = [self.layer(group.layer), self.slot(group.slot), self._factor(group.kind, INPUTS, len(group.layer))]
+        return torch.cat([*parts, (condition / _GRID).expand(len(group.layer), -1)], dim=1)
+
+
+class ConditionNet(nn.Module):
+    """Task vectors to a condition of C integers; each view may be missing, and both may."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        size, inner = config.condition_size, config.embedding
+        # Hidden states share a large common part: they are standardised over the fleet before anything reads them.
+        # Without vectors there are neither these buffers nor layers that read a view.
+        if size:
+            self.register_buffer("mean", torch.zeros(len(VIEWS), size))
+            self.register_buffer("scale", torch.ones(len(VIEWS), size))
+        self.views = nn.ModuleList([nn.Linear(size, inner) for _ in VIEWS] if size else [])
+        self.missing = nn.Parameter(torch.zeros(len(VIEWS), inner))
+        self.out = nn.Linear(inner, config.condition)
+
+    def forward(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Embed the views that are there; shape (C,), values in [-127, 127]."""
+        hidden = torch.zeros_like(self.missing[0])
+        for number, view in enumerate(VIEWS):
+            if view in vectors and len(self.views):
+                standard = (vectors[view] - self.mean[number]) / self.scale[number]
+                hidden = hidden + self.views[number](standard / standard.numel() ** 0.5)
+            else:
+                hidden = hidden + self.missing[number]
+        return _BYTE * torch.tanh(self.out(silu(hidden)))
+
+
+class Encoder(nn.Module):
+    """q(z|w,c): a bilinear sketch of every rank slot, an MLP, and a mean over slots weighted by energy.
+
+    The sketch (P v) * (Q u) does not change when both vectors change sign, which the singular vectors may do.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        inner = 2 * config.embedding
+        pairs = [(kind.inputs, kind.outputs) for kind in config.kinds]
+        self.sketch_in = nn.ParameterList([torch.randn(size, config.sketch) for size, _ in pairs])
+        self.sketch_out = nn.ParameterList([torch.randn(size, config.sketch) for _, size in pairs])
+        self.enter = nn.Linear(config.sketch + 1 + 3 * config.embedding + config.condition, inner)
+        self.leave = nn.Linear(inner, config.latent)
+
+    def forward(
+        self, tokens: tuple[KindTokens, ...], features: list[torch.Tensor], condition: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the posterior mean, shape (Z,), values in [-127, 127]."""
+        total, weight = torch.zeros_like(self.leave.bias), torch.zeros((), device=condition.device)
+        for group, feature in zip(tokens, features, strict=True):
+            norm = group.norm[:, None]
+            sketch = (group.inputs / norm @ self.sketch_in[group.kind]) * (group.outputs / norm @ self.sketch_out[group.kind])
+            hidden = silu(self.enter(torch.cat([sketch, norm.log2(), feature], dim=1)))  # (n, 2E)
+            energy = group.norm.square()
+            total = total + (energy[:, None] * self.leave(hidden)).sum(0)
+            weight = weight + energy.sum()
+        return _BYTE * torch.tanh(total / weight / 8)

@@ -1,0 +1,129 @@
+"""The loss: how many bits one adapter's code takes.
+
+bits = bits(z | c) + bits(norms) + bits(token integers | z, c)
+
+Every part is the length of what the codec really writes: the integers are rounded as the codec rounds them, and the
+quantiser step is set per adapter so that the code's relative dW error is the configured tolerance. The sum is the
+storage bill of that fidelity. Rounding has no gradient; `_token_bits` says what stands in for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
+from icmlora.generator.scales import GAUSSIAN_SHARE, OCTAVE, ROUNDING, SMALLEST_SCALE, WIDE
+from icmlora.generator.tokens import KindTokens, squared_norm
+
+
+@dataclass(frozen=True, eq=False)
+class Bits:
+    """Estimated code length of one adapter, in bits (differentiable scalars)."""
+
+    latent: torch.Tensor
+    norms: torch.Tensor
+    tokens: torch.Tensor
+    prior: torch.Tensor
+    """Not stored: what the norms' gains cost under the decoder's prediction. It trains what `generate` uses."""
+
+    @property
+    def total(self) -> torch.Tensor:
+        """What training minimises."""
+        return self.latent + self.norms + self.tokens + self.prior
+
+
+def adapter_bits(
+    net: CVAE, tokens: tuple[KindTokens, ...], vectors: Mapping[str, torch.Tensor], noise: torch.Generator
+) -> Bits:
+    """Estimate the code length of one adapter.
+
+    Args:
+        net: The generator's network.
+        tokens: The adapter, on the network's device.
+        vectors: Task vectors of one support set by view, each (hidden,); views may be missing.
+        noise: Source of the quantisation noise, a CPU generator.
+    """
+    condition = _noisy(net.embed(vectors), noise)
+    mean, scale = net.latent_prior(condition)
+    latent = _noisy(net.posterior(tokens, condition), noise)
+    state = TaskState(condition, latent)
+    step = water_level(tokens, net.config.tolerance)
+    integers = [_token_bits(net, group, state, step) for group in tokens]
+    norms, gains = zip(*[_norm_bits(net, group, net.gains(state)) for group in tokens], strict=True)
+    return Bits(bin_bits(latent - mean, scale).sum(), torch.stack(norms).sum(), torch.stack(integers).sum(), torch.stack(gains).sum())
+
+
+def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float) -> torch.Tensor:
+    """Bits of the integers of one kind's tokens; the sign of each pair is the one nearer to the prediction.
+
+    The value is the length under the coder's tables. Its gradient for the predicted scales is exact. For the
+    predicted means it is that of the same integers under a Gaussian widened by the rounding error (variance 1/12),
+    which also pulls where everything rounds to zero.
+    """
+    prediction = net.decode(group.kind, group.layer, group.slot, state)
+    norm = group.norm[:, None]
+    agreement = (group.inputs * prediction.inputs).sum(1) + (group.outputs * prediction.outputs).sum(1)
+    sign = torch.where(agreement.detach() < 0, -1.0, 1.0)[:, None]
+    hard, soft, alive = [], [], torch.ones_like(agreement, dtype=torch.bool)
+    for side, values, mean in ((INPUTS, group.inputs, prediction.inputs), (OUTPUTS, group.outputs, prediction.outputs)):
+        spread = net.spread[group.kind, side, group.layer, group.slot][:, None]
+        scale = norm / math.sqrt(values.shape[1]) * torch.exp2(spread) / step
+        exact = (values * sign - norm * mean) / step
+        whole = exact.detach().sign() * (exact.detach().abs() + ROUNDING).floor()
+        alive &= (whole != 0).any(dim=1)
+        hard.append(bin_bits(whole, scale).sum(1))
+        soft.append((exact.square() / (2 * math.log(2) * (scale.detach().square() + 1 / 12))).sum())
+    # Slots of which one vector rounds to zero are not written.
+    written = torch.where(alive, torch.stack(hard).sum(0), 0.0).sum()
+    pull = torch.stack(soft).sum()
+    return written + pull - pull.detach()
+
+
+def _norm_bits(net: CVAE, group: KindTokens, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bits of the rounded log-norms around table + gain, and bits of that gain under the decoder's prediction."""
+    offset = group.norm.log2() - net.norm_mean[group.kind, group.layer, group.slot]
+    gain = offset.mean()
+    spread = torch.exp2(net.norm_spread[group.kind, group.slot])
+    norms = bin_bits((offset - gain) * OCTAVE, spread * OCTAVE).sum()
+    return norms, bin_bits((gain - gains[group.kind]) * OCTAVE, torch.full_like(gain, OCTAVE / 2))
+
+
+def bin_bits(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return -log2 of the probability of the unit bin around each value, under the coder's zero-mean mixture."""
+    scale = scale.clamp_min(SMALLEST_SCALE)
+    near = _bin(values, scale)
+    far = _bin(values, WIDE * scale)
+    return -torch.log2((GAUSSIAN_SHARE * near + (1 - GAUSSIAN_SHARE) * far).clamp_min(1e-12))
+
+
+def _bin(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    magnitude = values.abs()  # both edges on the negative side keep the difference exact in the tail
+    return torch.special.ndtr((0.5 - magnitude) / scale) - torch.special.ndtr((-0.5 - magnitude) / scale)
+
+
+def water_level(tokens: Sequence[KindTokens], tolerance: float) -> float:
+    """Return the quantiser step whose expected relative dW error is `tolerance`.
+
+    A coefficient of variance v contributes min(v, step^2 / 12): reverse water-filling (Cover and Thomas, 10.3.3).
+    """
+    variance = torch.cat([group.norm.double().square() / size for group in tokens for size in _sizes(group)])
+    count = torch.cat([torch.full_like(group.norm, size).double() for group in tokens for size in _sizes(group)])
+    allowed = tolerance * squared_norm(tokens)
+    low, high = -40.0, 40.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        error = float((torch.clamp(variance, max=4.0**middle / 12) * count).sum())
+        low, high = (middle, high) if error < allowed else (low, middle)
+    return float(2.0**low)
+
+
+def _sizes(group: KindTokens) -> tuple[int, int]:
+    return group.inputs.shape[1], group.outputs.shape[1]
+
+
+def _noisy(values: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+    return values + (torch.rand(values.shape, generator=noise) - 0.5).to(values.device)

@@ -1,0 +1,78 @@
+"""Integer scales and the frequency tables of the entropy coder.
+
+Every scale is an integer number of eighths of an octave, so encoder and decoder agree on it exactly. The tables come
+from one float64 computation; their digest is stored in the generator and compared when it is opened, so that a
+machine on which the arithmetic differs refuses to decode instead of writing other weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+OCTAVE = 8
+"""Steps per factor of two, of norms, quantiser steps and scales."""
+SMALLEST, LARGEST = -4 * OCTAVE, 8 * OCTAVE
+"""Range of a scale index: 2^-4 to 2^8 quantiser steps."""
+SMALLEST_SCALE = 2.0 ** (SMALLEST / OCTAVE)
+GAUSSIAN_SHARE, WIDE = 0.97, 4.0
+"""A coefficient is Gaussian; three in a hundred are taken from one four times as wide, which makes outliers cheap."""
+ROUNDING = 0.40
+"""A value goes up to the next integer only beyond 0.6: at low rates the bits of a lone one cost more than it removes."""
+_PRECISION = 1 << 20
+
+
+@cache
+def frequencies(index: int) -> NDArray[np.int64]:
+    """Return integer frequencies of the symbols -reach .. reach for one scale index (reach = len // 2)."""
+    scale = 2.0 ** (index / OCTAVE)
+    reach = reach_of(index)
+    edges = np.arange(-reach, reach + 2) - 0.5
+    near, far = _cumulative(edges / scale), _cumulative(edges / (WIDE * scale))
+    mass = np.diff(GAUSSIAN_SHARE * near + (1 - GAUSSIAN_SHARE) * far)
+    return np.maximum(np.rint(mass * _PRECISION), 1).astype(np.int64)
+
+
+def reach_of(index: int) -> int:
+    """Return the largest magnitude that the coder can write at one scale index."""
+    return 2 + math.ceil(16 * 2.0 ** (index / OCTAVE))
+
+
+@cache
+def probabilities(index: int) -> NDArray[np.float64]:
+    """Return the frequencies divided by their sum, for the range coder (which makes them integers again)."""
+    table = frequencies(index)
+    return table / table.sum()
+
+
+@cache
+def centres(index: int) -> NDArray[np.float64]:
+    """Return where each magnitude 0 .. reach is reconstructed: the mean of a Gaussian inside its quantiser bin.
+
+    Magnitude m stands for the values from m - ROUNDING to m + 1 - ROUNDING, in quantiser steps.
+    """
+    scale = 2.0 ** (index / OCTAVE)
+    low = np.arange(1, reach_of(index) + 1) - ROUNDING
+    high = low + 1
+    mass = _cumulative(-low / scale) - _cumulative(-high / scale)
+    density = (np.exp(-0.5 * (low / scale) ** 2) - np.exp(-0.5 * (high / scale) ** 2)) * scale / math.sqrt(2 * math.pi)
+    # Far in the tail both vanish; there the bin's middle is as good as its mean.
+    mean = np.where(mass > 1e-12, density / np.maximum(mass, 1e-12), (low + high) / 2)
+    return np.concatenate([[0.0], np.clip(mean, low, high)])
+
+
+@cache
+def tables_digest() -> str:
+    """Return the SHA-256 of all frequency tables."""
+    digest = hashlib.sha256()
+    for index in range(SMALLEST, LARGEST + 1):
+        digest.update(frequencies(index).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _cumulative(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in values.tolist()])

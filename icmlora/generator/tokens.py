@@ -1,0 +1,107 @@
+"""An adapter as tokens: one pair of scaled singular vectors per (module kind, layer, rank slot).
+
+    dW = sum_i s_i u_i v_i^T        token pair i:  outputs = s_i u_i  (out),   inputs = s_i v_i  (in),   norm = s_i
+
+Both vectors carry the singular value, so an error e in either of them changes dW by about |e|: to first order one
+quantiser step means the same distortion everywhere, and a uniform step spends bits where dW has energy (reverse
+water-filling). The factors come back as A = inputs / sqrt(s), B = outputs / sqrt(s).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from icmlora.adapter import Adapter, LoraModule
+from icmlora.canonical import canonicalize
+from icmlora.errors import GeneratorError
+from icmlora.generator.config import GeneratorConfig, kind_of
+from icmlora.layout import target_modules
+
+
+@dataclass(frozen=True, eq=False)
+class KindTokens:
+    """All token pairs of one module kind of one adapter, ordered by (layer, slot)."""
+
+    kind: int
+    """Index into the generator's kinds."""
+    layer: torch.Tensor
+    """int64, shape (n,)."""
+    slot: torch.Tensor
+    """int64, shape (n,)."""
+    norm: torch.Tensor
+    """Singular values of dW, float32, shape (n,), all positive."""
+    inputs: torch.Tensor
+    """s * v, float32, shape (n, in)."""
+    outputs: torch.Tensor
+    """s * u, float32, shape (n, out)."""
+
+    def to(self, device: torch.device) -> KindTokens:
+        """Move all tensors to a device."""
+        parts = (self.layer, self.slot, self.norm, self.inputs, self.outputs)
+        return KindTokens(self.kind, *(part.to(device) for part in parts))
+
+
+def tokenize(adapter: Adapter, config: GeneratorConfig) -> tuple[KindTokens, ...]:
+    """Turn an adapter (any gauge) into tokens; slots without energy are left out.
+
+    Raises:
+        GeneratorError: The adapter has a module kind, layer or rank that the generator does not cover.
+    """
+    index = {kind: number for number, kind in enumerate(config.kinds)}
+    groups: defaultdict[int, list[tuple[int, LoraModule]]] = defaultdict(list)
+    for module in canonicalize(adapter).modules:
+        kind, layer = kind_of(module.shape)
+        if kind not in index or layer >= config.layers or module.shape.rank > config.slots:
+            message = f"the generator does not cover {module.name} with rank {module.shape.rank}"
+            raise GeneratorError(message, hint="`icm train` makes a generator that covers every ingested adapter")
+        groups[index[kind]].append((layer, module))
+    return tuple(_stack(kind, sorted(groups[kind], key=lambda pair: pair[0])) for kind in sorted(groups))
+
+
+def _stack(kind: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:
+    layers, slots, norms, inputs, outputs = [], [], [], [], []
+    for layer, module in modules:
+        norm = module.a.norm(dim=1) * module.b.norm(dim=0)  # balanced factors: |a_i| = |b_i| = sqrt(s_i)
+        used = int((norm > 0).sum())
+        root = norm[:used].sqrt()
+        layers.append(torch.full((used,), layer))
+        slots.append(torch.arange(used))
+        norms.append(norm[:used])
+        inputs.append(module.a[:used] * root[:, None])
+        outputs.append(module.b[:, :used].T * root[:, None])
+    return KindTokens(kind, *(torch.cat(part) for part in (layers, slots, norms, inputs, outputs)))
+
+
+def detokenize(
+    tokens: Sequence[KindTokens], config: GeneratorConfig, *, modules: Sequence[tuple[int, int]], task_type: str | None
+) -> Adapter:
+    """Turn tokens back into an adapter.
+
+    Args:
+        tokens: At most one entry per kind.
+        config: The generator's configuration.
+        modules: (kind, layer) of every module to write; one without tokens becomes a rank 1 module of zeros.
+        task_type: PEFT's task type, such as CAUSAL_LM.
+    """
+    by_kind = {group.kind: group for group in tokens}
+    written = []
+    for kind, layer in modules:
+        group, shape = by_kind.get(kind), config.kinds[kind]
+        name = shape.module(layer)
+        rows = torch.nonzero(group.layer == layer)[:, 0] if group is not None else torch.empty(0)
+        if group is None or not len(rows):
+            written.append(LoraModule(name, torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1)))
+            continue
+        root = group.norm[rows].sqrt()[:, None]
+        written.append(LoraModule(name, group.inputs[rows] / root, (group.outputs[rows] / root).T.contiguous()))
+    names = target_modules(module.name for module in written)
+    return Adapter(config.base_model, task_type, names, tuple(written))
+
+
+def squared_norm(tokens: Sequence[KindTokens]) -> float:
+    """Return |dW|^2 summed over all modules."""
+    return sum(float(group.norm.double().square().sum()) for group in tokens)

@@ -1,0 +1,90 @@
+"""The training loop: one adapter a step, each step drawn from its own stream of random numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from icmlora.generator.objective import Bits, adapter_bits
+from icmlora.generator.tokens import KindTokens, tokenize
+from icmlora.training.fleet import Fleet
+from icmlora.training.state import TrainState
+
+_GRADIENT_LIMIT = 1.0
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What one step measured, in bits per parameter of the adapter it saw."""
+
+    step: int
+    """Steps done, counted from 1."""
+    steps: int
+    task: int
+    bits: float
+    """The loss: the sum of the parts below and of what only trains the prior."""
+    latent_bits: float
+    norm_bits: float
+    token_bits: float
+    learning_rate: float
+
+
+def fit(state: TrainState, fleet: Fleet, tick: Callable[[], None] = lambda: None) -> Iterator[TrainStep]:
+    """Train until the configured number of steps is done; the caller saves `state` whenever it likes between steps.
+
+    Args:
+        state: Where to go on; changed in place.
+        fleet: Read one adapter per step.
+        tick: Called after each forward pass, such as to measure memory.
+
+    Yields:
+        One record per step.
+    """
+    device = next(state.net.parameters()).device
+    while state.step < state.config.steps:
+        draw = random.Random(f"{state.config.seed}/{state.step}")  # noqa: S311 - training noise, not secrets
+        noise = torch.Generator().manual_seed(draw.getrandbits(62))
+        task = draw.randrange(fleet.tasks())
+        tokens, vectors = _episode(state, fleet, task, draw)
+        tokens = tuple(group.to(device) for group in tokens)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            bits = adapter_bits(state.net, tokens, {k: v.to(device) for k, v in vectors.items()}, noise)
+        tick()
+        yield _advance(state, bits, parameters_of(tokens), task)
+
+
+def parameters_of(tokens: tuple[KindTokens, ...]) -> int:
+    """Return how many numbers the tokens' two vectors hold."""
+    return sum(group.inputs.numel() + group.outputs.numel() for group in tokens)
+
+
+def _episode(
+    state: TrainState, fleet: Fleet, task: int, draw: random.Random
+) -> tuple[tuple[KindTokens, ...], dict[str, torch.Tensor]]:
+    """Draw what one step sees of a task: one of its adapters, one of its support sets, perhaps without one view."""
+    checkpoint = None
+    if fleet.checkpoints(task) and draw.random() >= state.config.final_share:
+        checkpoint = draw.randrange(fleet.checkpoints(task))
+    tokens = tokenize(fleet.load(task, checkpoint), state.net.config)
+    vectors: dict[str, torch.Tensor] = {}
+    if fleet.support_sets(task):
+        vectors = dict(fleet.vectors(task, draw.randrange(fleet.support_sets(task))))
+    if draw.random() < state.config.view_dropout:
+        vectors.pop("adapted", None)
+    return tokens, vectors
+
+
+def _advance(state: TrainState, bits: Bits, parameters: int, task: int) -> TrainStep:
+    rate = state.config.rate_at(state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.zero_grad(set_to_none=True)
+    (bits.total / parameters).backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(state.net.parameters(), _GRADIENT_LIMIT)
+    state.optimizer.step()
+    state.step += 1
+    parts = [float(part.detach()) / parameters for part in (bits.total, bits.latent, bits.norms, bits.tokens)]
+    return TrainStep(state.step, state.config.steps, task, *parts, learning_rate=rate)

@@ -1,0 +1,91 @@
+"""Where training begins: a fresh network set to the fleet's statistics, or a present generator made to fit."""
+
+from __future__ import annotations
+
+import torch
+
+from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.cvae import CVAE, VIEWS, ConditionNet
+from icmlora.generator.tokens import tokenize
+from icmlora.training.fleet import Fleet
+
+# Spread of a log2 norm that no second adapter has been seen for.
+_DEFAULT_SPREAD = 0.5
+
+
+def fresh_network(config: GeneratorConfig, fleet: Fleet, seed: int) -> CVAE:
+    """Make a network whose norm tables and vector standardisation are those of the fleet's final adapters."""
+    torch.manual_seed(seed)
+    net = CVAE(config)
+    _standardise(net.condition, fleet)
+    _set_norms(net, fleet)
+    return net
+
+
+def grown_network(config: GeneratorConfig, previous: CVAE, fleet: Fleet, seed: int) -> CVAE:
+    """Make a network for a grown fleet that starts from a present one wherever the two agree.
+
+    New kinds, layers and slots start fresh. The standardisation of task vectors is kept, so that the present
+    network's condition still means what it meant.
+    """
+    net = fresh_network(config, fleet, seed)
+    old = previous.config
+    if old.condition_size and old.condition_size == config.condition_size:
+        net.condition.load_state_dict(previous.condition.state_dict())
+    places = torch.tensor([config.kinds.index(kind) for kind in old.kinds])
+    sides = torch.stack([2 * places, 2 * places + 1], dim=1).flatten()
+    with torch.no_grad():
+        for name in ("prior", "enter", "mix", "modulate", "leave"):
+            getattr(net, name).load_state_dict(getattr(previous, name).state_dict())
+        for name in ("enter", "leave"):
+            getattr(net.encoder, name).load_state_dict(getattr(previous.encoder, name).state_dict())
+        net.layer.weight[: old.layers] = previous.layer.weight
+        net.slot.weight[: old.slots] = previous.slot.weight
+        net.factor.weight[sides] = previous.factor.weight
+        net.gain.weight[places], net.gain.bias[places] = previous.gain.weight, previous.gain.bias
+        net.norm_mean[places, : old.layers, : old.slots] = previous.norm_mean
+        net.norm_spread[places, : old.slots] = previous.norm_spread
+        net.spread[places, :, : old.layers, : old.slots] = previous.spread
+        for number, place in enumerate(places.tolist()):
+            net.encoder.sketch_in[place].copy_(previous.encoder.sketch_in[number])
+            net.encoder.sketch_out[place].copy_(previous.encoder.sketch_out[number])
+            for side in (0, 1):
+                net.directions[2 * place + side].copy_(previous.directions[2 * number + side])
+    return net
+
+
+def _standardise(condition: ConditionNet, fleet: Fleet) -> None:
+    if not len(condition.views):
+        return
+    count = torch.zeros(len(VIEWS), 1)
+    total, squares = torch.zeros_like(condition.mean).double(), torch.zeros_like(condition.mean).double()
+    for task in range(fleet.tasks()):
+        for support_set in range(fleet.support_sets(task)):
+            for view, vector in fleet.vectors(task, support_set).items():
+                row = VIEWS.index(view)
+                count[row] += 1
+                total[row] += vector
+                squares[row] += vector.double().square()
+    seen = count.clamp_min(1)
+    condition.mean.copy_(total / seen)
+    variance = (squares / seen - (total / seen).square()).clamp_min(0)
+    # A view of one vector has no spread; dividing by it would blow the first new task up.
+    condition.scale.copy_(torch.where(variance > 1e-12, variance.sqrt(), 1.0))
+
+
+@torch.no_grad()
+def _set_norms(net: CVAE, fleet: Fleet) -> None:
+    count = torch.zeros_like(net.norm_mean)
+    total, squares = torch.zeros_like(net.norm_mean), torch.zeros_like(net.norm_mean)
+    for task in range(fleet.tasks()):
+        for group in tokenize(fleet.load(task, None), net.config):
+            places = (torch.full_like(group.layer, group.kind), group.layer, group.slot)
+            log = group.norm.log2()
+            count.index_put_(places, torch.ones_like(log), accumulate=True)
+            total.index_put_(places, log, accumulate=True)
+            squares.index_put_(places, log.square(), accumulate=True)
+    mean = total / count.clamp_min(1)
+    variance = (squares / count.clamp_min(1) - mean.square()).clamp_min(0)
+    pooled = (variance * count).sum(1) / count.sum(1).clamp_min(1)  # (K, S)
+    net.norm_mean.copy_(mean)
+    net.norm_spread.copy_(torch.where(pooled > 1e-6, pooled.sqrt(), _DEFAULT_SPREAD).log2())
