@@ -15,19 +15,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition
+from threading import Condition, Lock
 from typing import Generic, TypeVar
 
 from registry import fs
-from registry.blobs import BlobStore
+from registry.blobs import SYNC_THREADS, BlobStore
 from registry.errors import SourceRefused
 from registry.paths import StorePaths
 from registry.source import read_source, source_size
 
 T = TypeVar("T")
 
-# fsync waits for the device, so more threads than cores keep it busy; beyond 8 nothing was gained.
-_THREADS = 8
 _BYTES_IN_FLIGHT = 256 << 20
 
 
@@ -39,7 +37,7 @@ class PutResult(Generic[T]):
         path: where it was read.
         digest: its SHA-256, by which rows refer to it.
         size: its length in bytes.
-        is_new: the store did not have these bytes before this batch.
+        is_new: its bytes were written now; False where the store, or an equal file of the batch, had them.
         inspected: what the caller's `inspect` returned for it.
     """
 
@@ -91,6 +89,21 @@ class _Budget:
                 self._changed.notify_all()
 
 
+class _Claims:
+    """Lets one of several equal files of a batch be written; a fleet repeats its configs many times."""
+
+    def __init__(self) -> None:
+        self._digests: set[str] = set()
+        self._lock = Lock()
+
+    def claim(self, digest: str) -> bool:
+        """Say whether the caller is the first to ask for this digest."""
+        with self._lock:
+            is_first = digest not in self._digests
+            self._digests.add(digest)
+        return is_first
+
+
 def put_files(
     blobs: BlobStore,
     paths: StorePaths,
@@ -99,7 +112,7 @@ def put_files(
     refusals: tuple[type[Exception], ...] = (),
 ) -> list[PutResult[T] | PutRefusal]:
     """Store files durably; see :meth:`registry.store.Store.put_files`."""
-    budget = _Budget(_BYTES_IN_FLIGHT)
+    budget, claims = _Budget(_BYTES_IN_FLIGHT), _Claims()
     expected: tuple[type[Exception], ...] = (SourceRefused, *refusals)
 
     def stage(path: Path) -> _Staged[T] | PutRefusal:
@@ -108,13 +121,15 @@ def put_files(
                 data = read_source(path)
                 inspected = inspect(path, data)
                 digest = hashlib.sha256(data).hexdigest()
-                with fs.store_errors(paths.tmp):
-                    temporary = blobs.stage(digest, data)
+                temporary = None
+                if claims.claim(digest):
+                    with fs.store_errors(paths.tmp):
+                        temporary = blobs.stage(digest, data)
         except expected as error:
             return PutRefusal(path, error)
         return _Staged(PutResult(path, digest, len(data), temporary is not None, inspected), temporary)
 
-    with ThreadPoolExecutor(_THREADS) as threads:
+    with ThreadPoolExecutor(SYNC_THREADS) as threads:
         futures = [threads.submit(stage, path) for path in files]
         try:
             staged = [future.result() for future in futures]
@@ -123,20 +138,17 @@ def put_files(
             _discard(futures)
             raise
     with fs.store_errors(paths.blobs):
-        _publish(blobs, [item for item in staged if isinstance(item, _Staged)])
+        done = [item for item in staged if isinstance(item, _Staged)]
+        blobs.publish(_temporaries(done))
     return [item.result if isinstance(item, _Staged) else item for item in staged]
 
 
-def _publish(blobs: BlobStore, staged: Sequence[_Staged[T]]) -> None:
-    """Publish each digest once; two equal files of one batch were both written, so the second copy goes."""
-    unique: dict[str, Path | None] = {}
+def _temporaries(staged: Sequence[_Staged[T]]) -> dict[str, Path | None]:
+    """Return digest -> temporary file; of equal files at most one has a temporary file."""
+    found: dict[str, Path | None] = {}
     for item in staged:
-        digest = item.result.digest
-        if item.temporary is not None and unique.get(digest) is not None:
-            fs.unlink(item.temporary)
-        elif unique.get(digest) is None:
-            unique[digest] = item.temporary
-    blobs.publish(unique)
+        found[item.result.digest] = item.temporary or found.get(item.result.digest)
+    return found
 
 
 def _discard(futures: Sequence[Future[_Staged[T] | PutRefusal]]) -> None:

@@ -164,6 +164,7 @@ def _record_vector(writer: RowWriter, new: records.NewVector) -> bool:
 def _generator_row(writer: RowWriter, new: records.NewGenerator) -> models.Generator:
     session, generator = writer.session, models.Generator
     base_model = writer.base_model(new.base_model)
+    session.flush()
     of_base = generator.base_model_id == base_model.id
     session.execute(update(generator).where(of_base, generator.is_current).values(is_current=False))
     latest = session.scalar(select(func.max(generator.version)).where(of_base)) or 0

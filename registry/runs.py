@@ -28,6 +28,7 @@ class RunOperations(StoreBase):
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
             base = writer.base_model(base_model)
+            session.flush()
             query = select(models.TrainRun).where(
                 models.TrainRun.base_model_id == base.id, models.TrainRun.state == "running"
             )

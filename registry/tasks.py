@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from registry import models, records, rows
 from registry.base import StoreBase
 from registry.fs import failpoint
-from registry.ingest import record_task
+from registry.ingest import record_tasks
 from registry.reserve import restore_reserve, with_reserve
 from registry.writer import RowWriter
 
@@ -28,6 +28,7 @@ class TaskOperations(StoreBase):
         """Record tasks with all their adapters in one transaction; the same again changes nothing.
 
         Raises:
+            ValueError: two tasks of one name, or a task without exactly one final adapter.
             InvalidName: a name outside the rule.
             TaskConflict: a task exists with another adapter and its `on_conflict` is `fail`.
             MissingBlob: a digest is not in the store.
@@ -35,8 +36,7 @@ class TaskOperations(StoreBase):
         """
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
-            writer.load_blobs(digest for task in tasks for adapter in task.adapters for digest in _digests(adapter))
-            outcomes = [record_task(writer, task) for task in tasks]
+            outcomes = record_tasks(writer, tasks)
             session.flush()
             failpoint("rows-before-commit")
         failpoint("rows-committed")
@@ -139,10 +139,6 @@ class TaskOperations(StoreBase):
         with self._db.read() as session:
             tasks = session.scalars(_page_query(after)).all()
             return _summaries(session, tasks)
-
-
-def _digests(adapter: records.NewAdapter) -> list[str]:
-    return [digest for digest in (adapter.weights, adapter.config, adapter.card) if digest]
 
 
 def _page_query(after: str) -> Select[models.Task]:

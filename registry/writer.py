@@ -13,7 +13,7 @@ from registry.blobs import BlobStore
 from registry.engine import compact_json
 from registry.models import BaseModel, Blob, Document
 
-_MAX_VARIABLES = 500  # SQLite's own limit on `IN (...)` was 999 for long
+MAX_VARIABLES = 500  # SQLite's own limit on `IN (...)` was 999 for long
 
 
 class RowWriter:
@@ -23,8 +23,9 @@ class RowWriter:
         self.session = session
         self.now = utc_now()
         self._files = blobs
-        self._blobs: dict[str, Blob] = {}
+        self._blobs: dict[str, Blob | None] = {}  # None: looked for, has no row yet
         self._documents: dict[str, Document] = {}
+        self._base_models: dict[str, BaseModel] = {}
 
     def blob(self, digest: str) -> Blob:
         """Return the row of a blob.
@@ -38,10 +39,11 @@ class RowWriter:
         size = self._files.size(digest)
         if digest not in self._blobs:
             self.load_blobs([digest])
-        if digest not in self._blobs:
-            self._blobs[digest] = Blob(digest=digest, size=size)
-            self.session.add(self._blobs[digest])
-        return self._blobs[digest]
+        row = self._blobs[digest]
+        if row is None:
+            row = self._blobs[digest] = Blob(digest=digest, size=size)
+            self.session.add(row)
+        return row
 
     def blob_or_none(self, digest: str | None) -> Blob | None:
         """Return the row of a blob, if there is one to refer to.
@@ -54,8 +56,10 @@ class RowWriter:
     def load_blobs(self, digests: Iterable[str]) -> None:
         """Fetch the rows of many blobs in few queries, before :meth:`blob` is called for each."""
         wanted = sorted(set(digests) - self._blobs.keys())
-        for at in range(0, len(wanted), _MAX_VARIABLES):
-            query = select(Blob).where(Blob.digest.in_(wanted[at : at + _MAX_VARIABLES]))
+        for at in range(0, len(wanted), MAX_VARIABLES):
+            some = wanted[at : at + MAX_VARIABLES]
+            self._blobs |= dict.fromkeys(some)
+            query = select(Blob).where(Blob.digest.in_(some))
             self._blobs |= {row.digest: row for row in self.session.scalars(query)}
 
     def document(self, body: object) -> Document:
@@ -69,12 +73,11 @@ class RowWriter:
 
     def base_model(self, name: str) -> BaseModel:
         """Return the row of a base model."""
-        row = self.session.scalar(select(BaseModel).where(BaseModel.name == name))
-        if row is None:
-            row = BaseModel(name=name)
-            self.session.add(row)
-            self.session.flush()
-        return row
+        if name not in self._base_models:
+            row = self.session.scalar(select(BaseModel).where(BaseModel.name == name))
+            self._base_models[name] = row or BaseModel(name=name)
+            self.session.add(self._base_models[name])
+        return self._base_models[name]
 
 
 def utc_now() -> str:
