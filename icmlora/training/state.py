@@ -1,4 +1,4 @@
-"""A training run in the middle: parameters, optimiser and step as one safetensors file. No pickle, no RNG state."""
+"""A training run in the middle, as two safetensors files: the network, and its optimiser. No pickle, no RNG state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from icmlora.generator.cvae import CVAE
 from icmlora.torch_tensors import decode_torch, encode_torch
 from icmlora.training.config import TrainConfig
 
-FORMAT = "icm training state 1"
+NETWORK_FORMAT, OPTIMIZER_FORMAT = "icm training network 1", "icm training optimizer 1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -26,18 +26,23 @@ class TrainState:
     config: TrainConfig
     step: int
 
-    def to_bytes(self) -> bytes:
-        """Serialise in float32, which is what the run computes in."""
-        tensors = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
+    def network_bytes(self) -> bytes:
+        """Serialise the network in float32, which is what the run computes in."""
+        header = {"format": NETWORK_FORMAT, "config": self.net.config.to_json(), "step": str(self.step)}
+        return encode_torch(self.net.state_dict(), header, dtype="float32")
+
+    def optimizer_bytes(self) -> bytes:
+        """Serialise the optimiser's moments in float32, with the options of the run."""
+        tensors: dict[str, torch.Tensor] = {}
         counts: dict[str, float] = {}
         for number, moments in self.optimizer.state_dict()["state"].items():
             counts[str(number)] = float(moments["step"])
-            tensors |= {f"optimizer.{number}.{name}": moments[name] for name in _MOMENTS}
+            tensors |= {f"{number}.{name}": moments[name] for name in _MOMENTS}
         header = {
-            "format": FORMAT,
-            "config": self.net.config.to_json(),
+            "format": OPTIMIZER_FORMAT,
             "train": self.config.to_json(),
-            "state": json.dumps({"step": self.step, "optimizer_steps": counts}, sort_keys=True),
+            "counts": json.dumps(counts, sort_keys=True),
+            "step": str(self.step),
         }
         return encode_torch(tensors, header, dtype="float32")
 
@@ -47,35 +52,40 @@ def new_state(net: CVAE, config: TrainConfig) -> TrainState:
     return TrainState(net, _optimizer(net, config), config, 0)
 
 
-def state_from_bytes(data: bytes, device: torch.device) -> TrainState:
-    """Continue a run.
+def state_from_bytes(network: bytes, optimizer: bytes, device: torch.device) -> TrainState:
+    """Continue a run from what `network_bytes` and `optimizer_bytes` wrote after the same step.
 
     Raises:
-        GeneratorError: Not a training state.
+        GeneratorError: Not the two halves of one training state.
     """
+    header, parameters = _parse(network, NETWORK_FORMAT)
+    progress, moments = _parse(optimizer, OPTIMIZER_FORMAT)
+    try:
+        if header["step"] != progress["step"]:
+            raise GeneratorError("the network and the optimiser are of different steps of training")
+        config = TrainConfig.from_json(progress["train"])
+        net = CVAE(GeneratorConfig.from_json(header["config"]))
+        net.load_state_dict(parameters)
+        adam = _optimizer(net.to(device), config)
+        stored = adam.state_dict()
+        stored["state"] = {
+            int(number): {"step": torch.tensor(count)} | {name: moments[f"{number}.{name}"] for name in _MOMENTS}
+            for number, count in json.loads(progress["counts"]).items()
+        }
+        adam.load_state_dict(stored)
+        return TrainState(net, adam, config, int(progress["step"]))
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise GeneratorError(f"the training state cannot be read ({error})") from error
+
+
+def _parse(data: bytes, expected: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     try:
         header, tensors = decode_torch(data)
     except AdapterRefused as error:
-        raise GeneratorError(f"not a whole training state ({error.message})") from error
-    if header.get("format") != FORMAT:
-        raise GeneratorError("not a training state, or of another format")
-    try:
-        config = TrainConfig.from_json(header["train"])
-        progress = json.loads(header["state"])
-        net = CVAE(GeneratorConfig.from_json(header["config"]))
-        prefix = "net."
-        net.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        net = net.to(device)
-        optimizer = _optimizer(net, config)
-        stored = optimizer.state_dict()
-        stored["state"] = {
-            int(number): {"step": torch.tensor(count)} | {m: tensors[f"optimizer.{number}.{m}"] for m in _MOMENTS}
-            for number, count in progress["optimizer_steps"].items()
-        }
-        optimizer.load_state_dict(stored)
-        return TrainState(net, optimizer, config, int(progress["step"]))
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise GeneratorError(f"the training state cannot be read ({error})") from error
+        raise GeneratorError(f"not a whole file of a training state ({error.message})") from error
+    if header.get("format") != expected:
+        raise GeneratorError(f"not a file of format {expected!r}")
+    return header, tensors
 
 
 def _optimizer(net: CVAE, config: TrainConfig) -> torch.optim.AdamW:
