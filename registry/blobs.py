@@ -11,15 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
 from registry import fs
 from registry.errors import DamagedBlob, MissingBlob
 from registry.paths import StorePaths, is_digest
+from registry.threads import each
 
-SYNC_THREADS = 8  # more threads than cores keep the device busy; beyond 8 nothing was gained
 _CHUNK = 1 << 20
 _MODE = 0o444  # immutable, and it shows
 
@@ -60,24 +59,17 @@ class BlobStore:
             if temporary is not None:
                 fs.replace(temporary, self._paths.blob(digest))
                 fs.failpoint("blob-renamed")
-        # Each sync waits for the device, so waiting for several at once takes little more than for one.
-        with ThreadPoolExecutor(SYNC_THREADS) as threads:
-            for _ in threads.map(fs.fsync_dir, sorted(folders)):
-                pass
+        each(fs.fsync_dir, sorted(folders), undo=lambda _: None)  # a sync cannot be undone and need not be
         fs.failpoint("blobs-durable")
 
     def put(self, items: Iterable[fs.Bytes]) -> list[str]:
         """Store byte strings durably and return their digests, in order."""
-        digests: list[str] = []
-        staged: dict[str, Path | None] = {}
+        named = [(hashlib.sha256(data).hexdigest(), data) for data in items]
+        unique = dict(named)
         with fs.store_errors(self._paths.blobs):
-            for data in items:
-                digest = hashlib.sha256(data).hexdigest()
-                digests.append(digest)
-                if digest not in staged:
-                    staged[digest] = self.stage(digest, data)
-            self.publish(staged)
-        return digests
+            staged = each(lambda digest: self.stage(digest, unique[digest]), unique, undo=_discard)
+            self.publish(dict(zip(unique, staged, strict=True)))
+        return [digest for digest, _ in named]
 
     def size(self, digest: str) -> int:
         """Return a blob's length in bytes, from the file.
@@ -157,3 +149,8 @@ class BlobStore:
     def _missing(self, digest: str) -> MissingBlob:
         hint = "ingesting the original again restores it; `icm verify` lists what is missing"
         return MissingBlob(f"blob {digest} is missing", path=self._paths.blob(digest), hint=hint)
+
+
+def _discard(temporary: Path | None) -> None:
+    if temporary is not None:
+        fs.unlink(temporary)

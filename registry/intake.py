@@ -3,7 +3,7 @@
 Each file is read whole, hashed, inspected and written from the same bytes, so check and copy cannot disagree. Writing
 and fsync overlap over a few threads; the renames and folder syncs of the batch come last:
 
-    read ─▶ hash ─▶ inspect ─▶ tmp file ─▶ fsync     8 threads, one file each
+    read ─▶ inspect ─▶ hash ─▶ tmp file ─▶ fsync     a few threads, one file each
                                            └──▶ all renames ─▶ one fsync per folder     once
 """
 
@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from registry import fs
-from registry.blobs import SYNC_THREADS, BlobStore
+from registry.blobs import BlobStore
 from registry.errors import SourceRefused
 from registry.paths import StorePaths
 from registry.source import read_source, source_size
+from registry.threads import each
 
 T = TypeVar("T")
 
@@ -129,14 +129,7 @@ def put_files(
             return PutRefusal(path, error)
         return _Staged(PutResult(path, digest, len(data), temporary is not None, inspected), temporary)
 
-    with ThreadPoolExecutor(SYNC_THREADS) as threads:
-        futures = [threads.submit(stage, path) for path in files]
-        try:
-            staged = [future.result() for future in futures]
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            _discard(futures)
-            raise
+    staged: list[_Staged[T] | PutRefusal] = each(stage, files, undo=_discard)
     with fs.store_errors(paths.blobs):
         done = [item for item in staged if isinstance(item, _Staged)]
         blobs.publish(_temporaries(done))
@@ -151,10 +144,6 @@ def _temporaries(staged: Sequence[_Staged[T]]) -> dict[str, Path | None]:
     return found
 
 
-def _discard(futures: Sequence[Future[_Staged[T] | PutRefusal]]) -> None:
-    """Remove the temporary files of a batch that failed."""
-    for future in futures:
-        if not future.cancelled() and future.exception() is None:
-            item = future.result()
-            if isinstance(item, _Staged) and item.temporary is not None:
-                fs.unlink(item.temporary)
+def _discard(item: _Staged[Any] | PutRefusal) -> None:
+    if isinstance(item, _Staged) and item.temporary is not None:
+        fs.unlink(item.temporary)
