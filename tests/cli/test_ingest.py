@@ -1,0 +1,235 @@
+"""`icm ingest`: what is taken, what is refused, and that the same again changes nothing."""
+
+import json
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from icm_cli.workflows.events import Event, StopFlag
+from icm_cli.workflows.ingest import ingest
+from icm_cli.workflows.ingest_plan import IngestReport, IngestRequest
+from icm_cli.workflows.opening import Place
+from registry.store import Store
+from tests.cli.conftest import Ran, modules_of
+from tests.cli.fleet import write_adapter, write_run, write_texts
+
+Icm = Callable[..., Ran]
+
+
+def finished(work: Generator[Event, None, IngestReport]) -> IngestReport:
+    """Run a workflow to its end and return its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def names(icm: Icm) -> list[str]:
+    return icm("ls", "-q").out.split()
+
+
+def test_a_fleet_becomes_tasks_with_their_checkpoints(icm: Icm, fleet: Path) -> None:
+    ran = icm("ingest", fleet)
+    assert ran.code == 0
+    assert "ingested 3 tasks: 9 new adapters, 0 known" in ran.out
+    assert names(icm) == ["rust", "shakespeare", "sql"]
+
+
+def test_a_single_folder_is_a_task(icm: Icm, tmp_path: Path) -> None:
+    icm("ingest", write_adapter(tmp_path / "solo"))
+    assert names(icm) == ["solo"]
+
+
+def test_the_same_again_changes_nothing(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    before = sorted(path for path in (tmp_path / "store" / "blobs").rglob("*") if path.is_file())
+    ran = icm("ingest", stored)
+    assert "0 new adapters, 9 known" in ran.out
+    assert sorted(path for path in (tmp_path / "store" / "blobs").rglob("*") if path.is_file()) == before
+
+
+def test_the_stored_bytes_are_the_given_bytes(stored: Path, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store") as store:
+        final = store.final_adapter("rust")
+        task = store.task("rust")
+        assert store.read_blob(final.weights) == (stored / "rust" / "adapter_model.safetensors").read_bytes()
+        assert store.read_blob(final.config) == (stored / "rust" / "adapter_config.json").read_bytes()
+        assert final.card is not None
+        assert store.read_blob(final.card) == b"# rust\n"
+        assert task.samples is not None
+        assert store.read_blob(task.samples) == (stored / "rust" / "samples.jsonl").read_bytes()
+
+
+def test_nothing_in_the_given_folder_is_changed(icm: Icm, fleet: Path) -> None:
+    before = {path: path.read_bytes() for path in fleet.rglob("*") if path.is_file()}
+    icm("ingest", fleet)
+    assert {path: path.read_bytes() for path in fleet.rglob("*") if path.is_file()} == before
+
+
+def test_a_new_checkpoint_is_added_to_its_task(icm: Icm, stored: Path) -> None:
+    write_adapter(stored / "rust" / "checkpoint-120", seed=7)
+    assert "1 new adapter, 9 known" in icm("ingest", stored).out
+    assert len(icm("show", "rust", "--json").document["adapters"]) == 4
+
+
+def test_json_says_one_line_per_task_and_a_summary(icm: Icm, fleet: Path) -> None:
+    ran = icm("ingest", fleet, "--json")
+    assert [event["type"] for event in ran.events] == ["task", "task", "task", "summary"]
+    assert ran.events[0] | {"size": 0} == {
+        "type": "task",
+        "task": "rust",
+        "status": "added",
+        "new": 3,
+        "known": 0,
+        "size": 0,
+    }
+    assert ran.events[-1]["without_vectors"] == ["rust", "shakespeare", "sql"]
+
+
+def test_a_dry_run_checks_everything_and_stores_nothing(icm: Icm, fleet: Path, tmp_path: Path) -> None:
+    assert "would ingest 3 tasks: 9 new adapters" in icm("ingest", fleet, "-n").out
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_dry_run_finds_what_would_be_refused(icm: Icm, fleet: Path) -> None:
+    write_adapter(fleet / "bad", value=float("nan"))
+    assert "nan" in icm("ingest", fleet, "-n").err.lower()
+
+
+def test_a_refusal_ends_the_ingest_with_the_fact_and_the_path(icm: Icm, fleet: Path) -> None:
+    write_adapter(fleet / "bad", use_dora=True)
+    ran = icm("ingest", fleet)
+    assert ran.code == ExitCode.FAILED
+    assert "DoRA" in ran.err
+    assert str(fleet / "bad") in ran.err
+
+
+def test_what_is_good_of_the_batch_stays_when_a_refusal_ends_the_ingest(icm: Icm, fleet: Path) -> None:
+    write_adapter(fleet / "bad", value=float("inf"))
+    icm("ingest", fleet)
+    assert names(icm) == ["rust", "shakespeare", "sql"]
+
+
+def test_with_skip_bad_the_rest_goes_on_and_the_exit_code_says_so(icm: Icm, fleet: Path) -> None:
+    write_adapter(fleet / "bad", modules_to_save=["lm_head"])
+    ran = icm("ingest", fleet, "--skip-bad")
+    assert ran.code == ExitCode.PARTLY
+    assert "modules_to_save" in ran.err
+    assert names(icm) == ["rust", "shakespeare", "sql"]
+
+
+def test_a_bad_checkpoint_costs_only_itself(icm: Icm, fleet: Path) -> None:
+    write_adapter(fleet / "rust" / "checkpoint-80", value=float("nan"))
+    assert icm("ingest", fleet, "--skip-bad").code == ExitCode.PARTLY
+    assert [entry["step"] for entry in icm("show", "rust", "--json").document["adapters"]] == [100, None]
+
+
+def test_a_bad_final_adapter_costs_the_task(icm: Icm, fleet: Path) -> None:
+    write_adapter(fleet / "rust", value=float("nan"))
+    icm("ingest", fleet, "--skip-bad")
+    assert names(icm) == ["shakespeare", "sql"]
+
+
+def test_a_pickle_is_refused_unopened_with_its_own_exit_code(icm: Icm, tmp_path: Path) -> None:
+    folder = tmp_path / "cat"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x02.")
+    ran = icm("ingest", folder, "--json")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.UNSAFE, "pickle")
+
+
+def test_when_everything_is_refused_the_first_reason_decides_the_exit_code(icm: Icm, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", use_dora=True)
+    write_adapter(tmp_path / "b", bias="all")
+    ran = icm("ingest", tmp_path, "--skip-bad")
+    assert ran.code == ExitCode.FAILED
+    assert "all 2 found were refused" in ran.err
+
+
+def test_a_folder_without_adapters_is_an_error(icm: Icm, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    ran = icm("ingest", tmp_path / "empty")
+    assert ran.code == ExitCode.FAILED
+    assert "no adapter was found" in ran.err
+
+
+def test_a_name_can_be_given_to_one_task(icm: Icm, tmp_path: Path) -> None:
+    icm("ingest", write_run(tmp_path / "output"), "--name", "poems")
+    assert names(icm) == ["poems"]
+
+
+def test_samples_can_be_given_for_one_task(icm: Icm, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path, "texts.jsonl", count=9)
+    icm("ingest", write_run(tmp_path / "poems"), "--samples", texts)
+    with Store.open(tmp_path / "store") as store:
+        samples = store.task("poems").samples
+        assert samples is not None
+        assert store.read_blob(samples) == texts.read_bytes()
+
+
+def test_samples_for_many_tasks_are_refused(icm: Icm, fleet: Path) -> None:
+    ran = icm("ingest", fleet, "--samples", write_texts(fleet / "rust", "other.jsonl"))
+    assert "--samples is for one task, but 3 were found" in ran.err
+
+
+def test_samples_that_are_no_texts_are_refused(icm: Icm, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "poems")
+    (run / "samples.jsonl").write_text('{"txt": 1}\n')
+    ran = icm("ingest", run)
+    assert ran.code == ExitCode.FAILED
+    assert "line 1" in ran.err
+
+
+def test_another_adapter_under_a_known_name_is_a_conflict(icm: Icm, stored: Path) -> None:
+    write_adapter(stored / "rust", seed=99)
+    ran = icm("ingest", stored)
+    assert ran.code == ExitCode.FAILED
+    assert "--on-conflict" in ran.err
+
+
+def test_a_conflict_leaves_the_other_tasks_of_the_batch_alone(icm: Icm, stored: Path) -> None:
+    write_adapter(stored / "rust", seed=99)
+    write_adapter(stored / "verilog", seed=98)
+    assert icm("ingest", stored, "--skip-bad").code == ExitCode.PARTLY
+    assert "verilog" in names(icm)
+
+
+@pytest.mark.parametrize(("choice", "status"), [("skip", "skipped"), ("replace", "replaced")])
+def test_a_conflict_is_decided_by_the_option(icm: Icm, stored: Path, choice: str, status: str) -> None:
+    write_adapter(stored / "rust", seed=99)
+    ran = icm("ingest", stored / "rust", "--on-conflict", choice, "--json")
+    assert (ran.code, ran.events[0]["status"]) == (0, status)
+
+
+def test_a_hostile_folder_name_cannot_reach_the_terminal(icm: Icm, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "loras" / "\x1b[2Jx\u202e")
+    ran = icm("ingest", tmp_path / "loras")
+    assert ran.code != 0
+    assert not {"\x1b", "\u202e"} & set(ran.err + ran.out)
+
+
+def test_a_stopped_ingest_keeps_what_it_has_and_says_so(fleet: Path, tmp_path: Path) -> None:
+    stop = StopFlag()
+    stop.requested = True
+    work = ingest(Place(tmp_path / "store"), IngestRequest((fleet,)), stop)
+    report = finished(work)
+    assert (report.stopped, report.ingested) == (True, [])
+
+
+def test_progress_counts_adapters(fleet: Path, tmp_path: Path) -> None:
+    steps = [e for e in ingest(Place(tmp_path / "store"), IngestRequest((fleet,)), StopFlag()) if hasattr(e, "done")]
+    assert [(step.done, step.total) for step in steps] == [(0, 9), (9, 9)]
+
+
+def test_ingest_does_not_need_torch(fleet: Path) -> None:
+    assert not {"torch", "transformers", "peft"} & modules_of("ingest", str(fleet))
+
+
+def test_warnings_in_json_are_json(icm: Icm, fleet: Path) -> None:
+    write_adapter(fleet / "bad", bias="all")
+    ran = icm("ingest", fleet, "--skip-bad", "--json")
+    warning = json.loads(ran.err.splitlines()[0])
+    assert (warning["type"], warning["kind"]) == ("warning", "bias")

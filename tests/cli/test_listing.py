@@ -1,0 +1,127 @@
+"""`icm ls` and `icm show`, and completion, which reads the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from icm_cli.complete import complete_base, complete_task
+from icm_cli.errors import ExitCode
+from registry.records import NewCode, NewEvaluation, NewGenerator
+from registry.store import Store
+from tests.cli.conftest import Ran, modules_of
+from tests.cli.fleet import BASE
+
+Icm = Callable[..., Ran]
+
+
+@pytest.fixture
+def trained(stored: Path, tmp_path: Path) -> Path:
+    """A store with a generator, a code and measurements of `rust`."""
+    with Store.open(tmp_path / "store") as store:
+        blob, code = store.put_blobs([b"generator", b"code"])
+        adapter = store.final_adapter("rust")
+        codes = [NewCode(task="rust", adapter_id=adapter.id, blob=code, bits=32.0, dw_error=0.02)]
+        generator = store.add_generator(NewGenerator(BASE, blob, {}, {}, codes=codes))
+        measured = [("base", None, 3.0, None), ("code", generator.id, 2.5, 0.97)]
+        store.add_evaluations(
+            [
+                NewEvaluation("rust", rung, generator_id, "0" * 64, nats, 100, 300, gain, None, {})  # type: ignore[arg-type]
+                for rung, generator_id, nats, gain in measured
+            ]
+        )
+    return stored
+
+
+def test_ls_without_a_store_says_so(icm: Icm) -> None:
+    ran = icm("ls")
+    assert ran.code == ExitCode.NO_STORE
+    assert "hint: `icm ingest" in ran.err
+
+
+def test_ls_shows_a_row_per_task(icm: Icm, stored: Path) -> None:
+    lines = icm("ls").out.splitlines()
+    assert lines[0].split()[:2] == ["TASK", "BASE"]
+    assert [line.split()[0] for line in lines[1:]] == ["rust", "shakespeare", "sql"]
+
+
+def test_ls_quiet_prints_names_only(icm: Icm, stored: Path) -> None:
+    assert icm("ls", "-q").out == "rust\nshakespeare\nsql\n"
+
+
+def test_ls_json_has_bytes_and_counts(icm: Icm, stored: Path) -> None:
+    row = icm("ls", "--json").document[0]
+    size = sum(
+        (stored / "rust" / name).stat().st_size
+        for name in ("adapter_model.safetensors", "adapter_config.json", "README.md")
+    )
+    assert {key: row[key] for key in row if key != "created_at"} == {
+        "name": "rust",
+        "base_model": BASE,
+        "rank": 2,
+        "dtype": "f32",
+        "parameters": 32,
+        "target_modules": ["q_proj"],
+        "original_size": size,
+        "checkpoints_count": 2,
+        "vectors_count": 0,
+        "code_size": None,
+        "dw_error": None,
+    }
+
+
+def test_ls_shows_codes_of_the_current_generator(icm: Icm, trained: Path) -> None:
+    assert [row["code_size"] for row in icm("ls", "--json").document] == [4, None, None]
+
+
+def test_ls_can_be_narrowed_to_a_base_model(icm: Icm, stored: Path) -> None:
+    assert len(icm("ls", "--base-model", BASE, "--json").document) == 3
+    assert icm("ls", "--base-model", "other", "--json").document == []
+
+
+def test_ls_of_nothing_names_the_next_command(icm: Icm, stored: Path) -> None:
+    ran = icm("ls", "--base-model", "other")
+    assert (ran.code, ran.out) == (0, "")
+    assert "icm ingest" in ran.err
+
+
+def test_ls_does_not_import_torch(stored: Path) -> None:
+    assert not {"torch", "numpy", "transformers"} & modules_of("ls", "--json")
+
+
+def test_show_tells_everything_about_a_task(icm: Icm, trained: Path) -> None:
+    out = icm("show", "rust").out
+    assert "4 B under generator 1, dW error 0.020" in out
+    assert "RETAINED GAIN" in out
+    assert "0.970" in out
+
+
+def test_show_finds_a_name_in_any_case(icm: Icm, stored: Path) -> None:
+    assert icm("show", "RUST", "--json").document["name"] == "rust"
+
+
+def test_show_json_has_every_adapter_with_its_digests(icm: Icm, stored: Path) -> None:
+    document = icm("show", "rust", "--json").document
+    assert [entry["step"] for entry in document["adapters"]] == [80, 100, None]
+    assert all(len(entry["weights"]) == 64 for entry in document["adapters"])
+    assert document["layout"] == [{"module": "model.layers.0.self_attn.q_proj", "rank": 2, "in": 8, "out": 8}]
+
+
+def test_show_json_has_the_measurements(icm: Icm, trained: Path) -> None:
+    rungs = {entry["rung"]: entry["retained_gain"] for entry in icm("show", "rust", "--json").document["evaluations"]}
+    assert rungs == {"base": None, "code": 0.97}
+
+
+def test_show_verbose_lists_the_modules(icm: Icm, stored: Path) -> None:
+    assert "q_proj  rank 2  8 -> 8" in icm("show", "rust", "-v").out
+
+
+def test_a_misspelt_name_gets_a_suggestion(icm: Icm, stored: Path) -> None:
+    ran = icm("show", "shakespear", "--json")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "task_not_found")
+    assert "shakespeare" in ran.error["hint"]
+
+
+def test_names_complete_from_the_store(stored: Path) -> None:
+    assert complete_task("s") == ["shakespeare", "sql"]
+    assert complete_base("") == [BASE]
