@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,8 @@ from icmlora.training.config import TrainConfig
 
 NETWORK_FORMAT, OPTIMIZER_FORMAT = "icm training network 1", "icm training optimizer 1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# Updates that each parameter has seen; 0 for one that no step has touched, which has no moments yet.
+_COUNTS = "counts"
 
 
 @dataclass(eq=False)
@@ -27,24 +28,31 @@ class TrainState:
     step: int
 
     def network_bytes(self) -> bytes:
-        """Serialise the network in float32, which is what the run computes in."""
+        """Serialise the network in float32, which is what the run computes in.
+
+        Raises:
+            GeneratorError: Training has diverged.
+        """
         header = {"format": NETWORK_FORMAT, "config": self.net.config.to_json(), "step": str(self.step)}
-        return encode_torch(self.net.state_dict(), header, dtype="float32")
+        return _encode(self.net.state_dict(), header)
 
     def optimizer_bytes(self) -> bytes:
-        """Serialise the optimiser's moments in float32, with the options of the run."""
-        tensors: dict[str, torch.Tensor] = {}
-        counts: dict[str, float] = {}
+        """Serialise the optimiser's moments in float32, with the options of the run.
+
+        Raises:
+            GeneratorError: Training has diverged.
+        """
+        counts = torch.zeros(len(list(self.net.parameters())))
+        tensors = {_COUNTS: counts}
         for number, moments in self.optimizer.state_dict()["state"].items():
-            counts[str(number)] = float(moments["step"])
+            counts[number] = moments["step"]
             tensors |= {f"{number}.{name}": moments[name] for name in _MOMENTS}
         header = {
             "format": OPTIMIZER_FORMAT,
             "train": self.config.to_json(),
-            "counts": json.dumps(counts, sort_keys=True),
             "step": str(self.step),
         }
-        return encode_torch(tensors, header, dtype="float32")
+        return _encode(tensors, header)
 
 
 def new_state(net: CVAE, config: TrainConfig) -> TrainState:
@@ -69,13 +77,21 @@ def state_from_bytes(network: bytes, optimizer: bytes, device: torch.device) -> 
         adam = _optimizer(net.to(device), config)
         stored = adam.state_dict()
         stored["state"] = {
-            int(number): {"step": torch.tensor(count)} | {name: moments[f"{number}.{name}"] for name in _MOMENTS}
-            for number, count in json.loads(progress["counts"]).items()
+            number: {"step": torch.tensor(count)} | {name: moments[f"{number}.{name}"] for name in _MOMENTS}
+            for number, count in enumerate(moments[_COUNTS].tolist())
+            if count
         }
         adam.load_state_dict(stored)
         return TrainState(net, adam, config, int(progress["step"]))
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise GeneratorError(f"the training state cannot be read ({error})") from error
+
+
+def _encode(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> bytes:
+    try:
+        return encode_torch(tensors, header, dtype="float32")
+    except AdapterRefused as error:
+        raise GeneratorError("training has diverged", hint="train again with a lower learning rate") from error
 
 
 def _parse(data: bytes, expected: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
