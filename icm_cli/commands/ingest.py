@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode, Interrupted
-from icm_cli.options import DryRunOpt, OnConflict
+from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict
 from icm_cli.session import Session, command
 from icm_cli.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.events import Event
+    from icm_cli.workflows.events import Event, StopFlag
     from icm_cli.workflows.ingest_plan import IngestReport
 
 PathsArg = Annotated[
@@ -39,6 +39,10 @@ OnConflictOpt = Annotated[
     OnConflict, typer.Option("--on-conflict", help="A task of that name has another adapter: what to do.")
 ]
 
+VectorsOpt = Annotated[
+    bool, typer.Option("--vectors/--no-vectors", help="Extract task vectors where the base model is found.")
+]
+
 
 @command
 def ingest(
@@ -48,12 +52,15 @@ def ingest(
     samples: SamplesOpt = None,
     skip_bad: SkipBadOpt = False,
     on_conflict: OnConflictOpt = OnConflict.FAIL,
+    vectors: VectorsOpt = True,
+    device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
     """Take adapters into the store: PEFT folders, or runs with checkpoint-N folders.
 
     The files are read, checked and copied; nothing in PATH is changed. The same again changes nothing. What could
-    not be given back exactly is refused by name.
+    not be given back exactly is refused by name. Where the base model is on this machine, task vectors are
+    extracted too; else `icm vectors` does that later.
 
     Example:
       icm ingest ./loras
@@ -71,12 +78,33 @@ def ingest(
     )
     with session.stoppable() as stop:
         report = session.follow(take_in(session.place, request, stop), "ingest", partial(_tell, session))
-    _sum_up(session, report, dry_run=dry_run)
+        _tell_sum(session, report, dry_run=dry_run)
+        if vectors and report.without_vectors and not report.stopped:
+            _extract(session, report, session.device(device), stop)
+    _tell_end(session, report, dry_run=dry_run)
     if report.stopped:
         done = f"{len(report.ingested)} of {counted(report.found, 'task')}"
         raise Interrupted(f"interrupted; {done} ingested", hint="run the same command to continue")
     if report.refused:
         raise typer.Exit(ExitCode.PARTLY)
+
+
+def _extract(session: Session, report: IngestReport, device: str, stop: StopFlag) -> None:
+    """Extract the task vectors of the tasks whose base model is on this machine."""
+    from icm_cli.workflows.bases import with_local_base
+
+    ready = with_local_base(session.place, report.without_vectors)
+    if not ready:
+        return
+    # torch and transformers take seconds to import; most ingests on a machine without the base model need neither.
+    from icm_cli.workflows.vectors import extract_missing
+
+    work = extract_missing(session.place, ready, device=device, again=False, stop=stop)
+    extracted = session.follow(work, "task vectors", partial(_tell, session))
+    done = {entry.task for entry in extracted.tasks}
+    report.without_vectors = [task for task in report.without_vectors if task not in done]
+    report.stopped = extracted.stopped
+    session.out.line(f"extracted task vectors of {counted(len(done), 'task')}")
 
 
 def _tell(session: Session, event: Event) -> None:
@@ -87,11 +115,21 @@ def _tell(session: Session, event: Event) -> None:
         session.out.detail(f"{event.task}: {event.status}, {event.new} new, {event.known} known")
     elif isinstance(event, Refused):
         session.out.warn(f"{event.path}: {event.message}", kind=event.kind, path=event.path, hint=event.hint)
+    else:  # a task's vectors, from `extract_missing`
+        session.out.event("vectors", **asdict(event))
 
 
-def _sum_up(session: Session, report: IngestReport, *, dry_run: bool) -> None:
-    out = session.out
-    out.event(
+def _tell_sum(session: Session, report: IngestReport, *, dry_run: bool) -> None:
+    verb = "would ingest" if dry_run else "ingested"
+    refused = f", {len(report.refused)} refused" if report.refused else ""
+    session.out.line(
+        f"{verb} {counted(len(report.ingested), 'task')}: {counted(report.new, 'new adapter')}, "
+        f"{report.known} known{refused}; {human_size(report.size)}"
+    )
+
+
+def _tell_end(session: Session, report: IngestReport, *, dry_run: bool) -> None:
+    session.out.event(
         "summary",
         dry_run=dry_run,
         tasks=len(report.ingested),
@@ -101,12 +139,6 @@ def _sum_up(session: Session, report: IngestReport, *, dry_run: bool) -> None:
         size=report.size,
         without_vectors=report.without_vectors,
     )
-    verb = "would ingest" if dry_run else "ingested"
-    refused = f", {len(report.refused)} refused" if report.refused else ""
-    out.line(
-        f"{verb} {counted(len(report.ingested), 'task')}: {counted(report.new, 'new adapter')}, "
-        f"{report.known} known{refused}; {human_size(report.size)}"
-    )
     if report.without_vectors:
-        out.note(f"{counted(len(report.without_vectors), 'task')} without task vectors")
-        out.hint("`icm vectors` makes them; it needs the base model (`icm base ls` says whether it is found)")
+        session.out.note(f"{counted(len(report.without_vectors), 'task')} without task vectors")
+        session.out.hint("`icm vectors` makes them; it needs the base model (`icm base ls` says whether it is found)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def known_bases(place: Place) -> list[KnownBase]:
     """Return the base models that adapters name or that were added, and where each one is."""
     with place.open(read_only=True) as store:
         return [_locate(record) for record in store.base_models()]
+
+
+def with_local_base(place: Place, names: Sequence[str]) -> list[str]:
+    """Return those of some tasks whose base model is on this machine."""
+    with place.open(read_only=True) as store:
+        found = {base.name for base in store.base_models() if _locate(base).path is not None}
+        return [name for name in names if store.task(name).base_model in found]
 
 
 def add_base(place: Place, name: str, path: Path) -> Path:

@@ -1,0 +1,63 @@
+"""`icm ingest` with the base model at hand: task vectors follow; without it they are pending."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Ran
+from tests.cli.fleet import write_texts
+from tests.icmlora.tiny_base import LABEL, write_tiny_adapter, write_tiny_base
+
+Icm = Callable[..., Ran]
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """An adapter for the tiny base model, with samples."""
+    folder = write_tiny_adapter(tmp_path / "loras" / "poems")
+    write_texts(folder, count=16)
+    return folder
+
+
+def test_vectors_are_extracted_where_the_base_model_is_found(icm: Icm, run_folder: Path, tmp_path: Path) -> None:
+    icm("base", "add", LABEL, write_tiny_base(tmp_path / "base"))
+    ran = icm("ingest", run_folder, "--device", "cpu", "--json")
+    assert [event["type"] for event in ran.events] == ["task", "vectors", "summary"]
+    assert ran.events[-1]["without_vectors"] == []
+    assert icm("ls", "--json").document[0]["vectors_count"] == ran.events[1]["vectors"] > 0
+
+
+def test_the_same_again_extracts_nothing(icm: Icm, run_folder: Path, tmp_path: Path) -> None:
+    icm("base", "add", LABEL, write_tiny_base(tmp_path / "base"))
+    icm("ingest", run_folder, "--device", "cpu")
+    assert [event["type"] for event in icm("ingest", run_folder, "--json").events] == ["task", "summary"]
+
+
+def test_without_the_base_model_the_vectors_are_pending(icm: Icm, run_folder: Path) -> None:
+    ran = icm("ingest", run_folder)
+    assert ran.code == 0
+    assert "1 task without task vectors" in ran.err
+    assert "icm vectors" in ran.err
+
+
+def test_vectors_can_be_left_for_later(icm: Icm, run_folder: Path, tmp_path: Path) -> None:
+    icm("base", "add", LABEL, write_tiny_base(tmp_path / "base"))
+    assert icm("ingest", run_folder, "--no-vectors", "--json").events[-1]["without_vectors"] == ["poems"]
+
+
+def test_a_base_model_that_does_not_fit_is_an_error_and_the_adapter_stays(
+    icm: Icm, run_folder: Path, tmp_path: Path
+) -> None:
+    icm("base", "add", LABEL, write_tiny_base(tmp_path / "base", hidden=64))
+    ran = icm("ingest", run_folder, "--device", "cpu")
+    assert ran.code == 1
+    assert "q_proj" in ran.err
+    assert icm("ls", "-q").out == "poems\n"
+
+
+def test_a_device_that_is_not_there_is_an_error_with_a_hint(icm: Icm, run_folder: Path, tmp_path: Path) -> None:
+    icm("base", "add", LABEL, write_tiny_base(tmp_path / "base"))
+    ran = icm("ingest", run_folder, "--device", "tpu")
+    assert ran.code == 1
+    assert "hint: choose auto" in ran.err
