@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from registry.errors import DamagedStore, StoreFull, StoreIOError, StoreLocked, StoreReadOnly
+from registry.errors import DamagedStore, RegistryError, StoreFull, StoreIOError, StoreLocked, StoreReadOnly
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
@@ -128,10 +128,13 @@ class Database:
         try:
             yield
         except DBAPIError as error:
-            raise self._translate(error) from error
+            translated = self._translate(error)
+            if translated is None:  # a broken rule of the schema is a bug of ours
+                raise
+            raise translated from error
 
-    def _translate(self, error: DBAPIError) -> Exception:
-        """Return the store's own error for what SQLite said; a broken constraint is our own fault and stays."""
+    def _translate(self, error: DBAPIError) -> RegistryError | None:
+        """Return the store's own error for what SQLite said, if that is about the store."""
         code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
         fact = f"{self.path}: {error.orig}"
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -146,7 +149,7 @@ class Database:
             return StoreReadOnly(fact, path=self.path, hint="check the permissions of the store folder")
         if code == sqlite3.SQLITE_IOERR:
             return StoreIOError(fact, path=self.path)
-        return error
+        return None
 
 
 def compact_json(value: Any) -> str:

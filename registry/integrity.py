@@ -109,7 +109,7 @@ def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:
             query = query.where(or_(*(Blob.id.in_(select_ids) for select_ids in needed)))
         else:
             query = query.where(is_referenced())
-        return dict(session.execute(query).tuples().all())
+        return {row.digest: row.size for row in session.execute(query)}
 
 
 _BLOBS_OF_TASK = (

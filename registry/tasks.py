@@ -172,5 +172,6 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
 def _counts(
     session: Session, table: type[models.Adapter] | type[models.TaskVector], task_ids: Sequence[int]
 ) -> dict[int, int]:
-    query = select(table.task_id, func.count()).where(table.task_id.in_(task_ids)).group_by(table.task_id)
-    return dict(session.execute(query).tuples().all())
+    query = select(table.task_id, func.count().label("number"))
+    query = query.where(table.task_id.in_(task_ids)).group_by(table.task_id)
+    return {row.task_id: row.number for row in session.execute(query)}

@@ -1,0 +1,101 @@
+"""Small stores and adapters. The registry never looks into the bytes, so any bytes will do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from registry.records import Json, NewAdapter, NewCode, NewEvaluation, NewGenerator, NewVector, OnConflict, TaskIngest
+from registry.store import Store
+
+BASE = "example/base-model"
+LAYOUT = [("layers.0.q_proj", 8, 64, 64), ("layers.0.v_proj", 8, 64, 32)]
+EXTRACTOR: Json = {"name": "last-layer", "version": 1, "base": "f00d"}
+
+
+def new_store(root: Path, *, lock_timeout: float = 5.0) -> Store:
+    """Open a store at `root`, made if it is absent."""
+    return Store.open(root, create=True, lock_timeout=lock_timeout, command="test")
+
+
+def offer(
+    store: Store,
+    name: str,
+    *,
+    weights: bytes | None = None,
+    steps: Sequence[int] = (),
+    base_model: str = BASE,
+    samples: bytes | None = None,
+    eval_data: bytes | None = None,
+    card: bytes | None = None,
+    on_conflict: OnConflict = "fail",
+) -> TaskIngest:
+    """Store the bytes of a task with one final adapter and a checkpoint per step; return what is to be recorded."""
+    final = adapter(store, weights or f"weights of {name}".encode(), is_final=True, card=card)
+    checkpoints = [adapter(store, f"weights of {name} at {step}".encode(), step=step) for step in steps]
+    return TaskIngest(
+        name=name,
+        base_model=base_model,
+        adapters=[final, *checkpoints],
+        samples=None if samples is None else store.put_blob(samples),
+        eval_data=None if eval_data is None else store.put_blob(eval_data),
+        on_conflict=on_conflict,
+    )
+
+
+def adapter(
+    store: Store, weights: bytes, *, step: int | None = None, is_final: bool = False, card: bytes | None = None
+) -> NewAdapter:
+    """Store the bytes of one adapter and return what is to be recorded."""
+    return NewAdapter(
+        weights=store.put_blob(weights),
+        config=store.put_blob(b'{"r": 8}'),
+        card=None if card is None else store.put_blob(card),
+        step=step,
+        is_final=is_final,
+        dtype="BF16",
+        rank_max=8,
+        parameters=1792,
+        target_modules=["q_proj", "v_proj"],
+        layout=LAYOUT,
+        source="loras/example",
+    )
+
+
+def ingest(store: Store, name: str, **options: object) -> None:
+    """Store and record a task; options as in :func:`offer`."""
+    store.ingest_task(offer(store, name, **options))  # type: ignore[arg-type]
+
+
+def vector(store: Store, task: str, support_set: int = 0, *, data: bytes = b"vector") -> NewVector:
+    """Store a task vector's bytes and return what is to be recorded."""
+    return NewVector(task, "context", support_set, EXTRACTOR, store.put_blob(data), dim=64)
+
+
+def code(store: Store, task: str, *, data: bytes | None = None) -> NewCode:
+    """Store a code's bytes and return what is to be recorded."""
+    blob = store.put_blob(data or f"code of {task}".encode())
+    return NewCode(task, store.final_adapter(task).id, blob, bits=80.5, dw_error=0.01)
+
+
+def generator(store: Store, tasks: Sequence[str] = (), *, data: bytes = b"generator", **more: object) -> NewGenerator:
+    """Store a generator's bytes with a code for each task and return what is to be recorded."""
+    codes = [code(store, task) for task in tasks]
+    blob = store.put_blob(data)
+    return NewGenerator(BASE, blob, {"quality": 4}, {"bits": 1.5}, codes=codes, **more)  # type: ignore[arg-type]
+
+
+def evaluation(task: str, *, nats: float = 2.0, generator_id: int | None = None) -> NewEvaluation:
+    """Return a measurement of a task's original, or of its code where a generator is given."""
+    return NewEvaluation(
+        task=task,
+        rung="original" if generator_id is None else "code",
+        generator_id=generator_id,
+        data="ab" * 32,
+        nats_per_token=nats,
+        tokens=100,
+        utf8_bytes=400,
+        retained_gain=0.97,
+        dw_error=None,
+        settings={"max_tokens": 256},
+    )

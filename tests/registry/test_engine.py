@@ -1,0 +1,120 @@
+"""How SQLite is set up, and what its failures are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
+
+from registry.engine import Database, compact_json
+from registry.errors import DamagedStore, StoreFull, StoreLocked, StoreReadOnly
+from registry.store import Store
+
+
+def open_database(store: Store, *, read_only: bool = False, busy_timeout: float = 0) -> Database:
+    return Database(store.paths.database, read_only=read_only, busy_timeout=busy_timeout)
+
+
+@pytest.mark.parametrize(
+    ("pragma", "value"),
+    [
+        ("foreign_keys", 1),
+        ("synchronous", 2),
+        ("trusted_schema", 0),
+        ("cell_size_check", 1),
+        ("mmap_size", 0),
+        ("journal_mode", "truncate"),
+    ],
+)
+def test_every_connection_has_the_safe_settings(store: Store, pragma: str, value: object) -> None:
+    with open_database(store).connection() as connection:
+        assert connection.exec_driver_sql(f"PRAGMA {pragma}").scalar_one() == value
+
+
+def insert_and_fail(connection: Connection) -> None:
+    connection.exec_driver_sql("INSERT INTO base_models (name) VALUES ('x')")
+    connection.exec_driver_sql("INSERT INTO no_such_table VALUES (1)")
+
+
+def test_a_failed_block_leaves_nothing(store: Store) -> None:
+    database = open_database(store)
+    with pytest.raises(DamagedStore), database.connection(write=True) as connection:
+        insert_and_fail(connection)
+    assert store.base_models() == []
+
+
+def test_a_second_writer_waits_and_is_told_that_the_store_is_locked(store: Store) -> None:
+    database = open_database(store)
+    with database.connection(write=True), pytest.raises(StoreLocked), database.write() as session:
+        session.connection()
+
+
+def test_readers_do_not_wait_for_a_writer_that_has_not_committed(store: Store) -> None:
+    database = open_database(store)
+    with database.connection(write=True) as connection:
+        connection.exec_driver_sql("INSERT INTO base_models (name) VALUES ('x')")
+        assert store.base_models() == []
+
+
+def test_a_read_only_database_refuses_writes(store: Store) -> None:
+    database = open_database(store, read_only=True)
+    with pytest.raises(StoreReadOnly), database.write():
+        pytest.fail("it began")
+    with pytest.raises(StoreReadOnly), database.connection(write=True) as connection:
+        connection.exec_driver_sql("INSERT INTO base_models (name) VALUES ('x')")
+
+
+def test_a_database_that_is_gone_is_damage_and_is_not_made_again(store: Store) -> None:
+    store.paths.database.unlink()
+    with pytest.raises(DamagedStore), open_database(store).connection():
+        pytest.fail("it opened")
+    assert not store.paths.database.exists()
+
+
+def test_a_full_disk_is_called_that(store: Store) -> None:
+    with pytest.raises(StoreFull), open_database(store).connection(write=True) as connection:
+        outgrow_the_disk(connection)
+
+
+def outgrow_the_disk(connection: Connection) -> None:
+    connection.exec_driver_sql("PRAGMA max_page_count=1")
+    connection.exec_driver_sql("CREATE TABLE t AS SELECT zeroblob(1000000)")
+
+
+def test_a_broken_rule_of_the_schema_is_a_bug_and_keeps_its_error(store: Store) -> None:
+    with pytest.raises(IntegrityError, match="NOT NULL"), open_database(store).connection(write=True) as connection:
+        connection.exec_driver_sql("INSERT INTO base_models (name) VALUES (NULL)")
+
+
+def test_paths_with_odd_characters_are_opened(tmp_path: Path) -> None:
+    root = tmp_path / "a ?#%41 b"
+    with Store.open(root, create=True):
+        assert (root / "registry.db").exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(JSON)
+def test_json_is_written_so_that_it_reads_back(value: object) -> None:
+    assert json.loads(compact_json(value)) == value
+
+
+@given(st.dictionaries(st.text(), st.integers()))
+def test_equal_values_are_equal_texts(value: dict[str, int]) -> None:
+    assert compact_json(dict(reversed(value.items()))) == compact_json(value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_json_lacks_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        compact_json({"x": value})

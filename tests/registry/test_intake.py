@@ -1,0 +1,120 @@
+"""Many files at once."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from registry import fs, intake
+from registry.errors import SourceRefused, StoreFull
+from registry.intake import PutRefusal, PutResult
+from registry.store import Store
+
+
+def write(folder: Path, **contents: bytes) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    return [folder / name for name in contents]
+
+
+def length(path: Path, data: bytes) -> int:
+    return len(data)
+
+
+def leftovers(store: Store) -> list[Path]:
+    return list(store.paths.tmp.iterdir())
+
+
+def test_files_are_stored_in_order_with_what_the_inspection_said(store: Store, tmp_path: Path) -> None:
+    files = write(tmp_path / "in", a=b"one", b=b"three")
+    results = store.put_files(files, length)
+    assert results == [
+        PutResult(files[0], hashlib.sha256(b"one").hexdigest(), 3, True, 3),
+        PutResult(files[1], hashlib.sha256(b"three").hexdigest(), 5, True, 5),
+    ]
+    assert store.read_blob(hashlib.sha256(b"three").hexdigest()) == b"three"
+
+
+def test_no_files_are_no_work(store: Store) -> None:
+    assert store.put_files([], length) == []
+
+
+def test_a_file_that_the_store_has_is_not_new(store: Store, tmp_path: Path) -> None:
+    files = write(tmp_path / "in", a=b"one")
+    store.put_files(files, length)
+    (result,) = store.put_files(files, length)
+    assert isinstance(result, PutResult)
+    assert not result.is_new
+
+
+def test_of_equal_files_one_is_written(store: Store, tmp_path: Path) -> None:
+    files = write(tmp_path / "in", **{f"f{n}": b"equal" for n in range(20)})
+    results = store.put_files(files, length)
+    assert sum(isinstance(result, PutResult) and result.is_new for result in results) == 1
+    assert len({result.digest for result in results if isinstance(result, PutResult)}) == 1
+    assert leftovers(store) == []
+
+
+def test_a_refused_file_leaves_nothing_and_the_others_go_on(store: Store, tmp_path: Path) -> None:
+    files = write(tmp_path / "in", good=b"good", bad=b"bad")
+
+    def inspect(path: Path, data: bytes) -> None:
+        if data == b"bad":
+            raise LookupError(path.name)
+
+    good, bad = store.put_files(files, inspect, refusals=(LookupError,))
+    assert isinstance(good, PutResult)
+    assert isinstance(bad, PutRefusal)
+    assert isinstance(bad.error, LookupError)
+    assert [finding.digest for finding in store.verify()] == [good.digest]
+
+
+def test_a_link_among_the_files_is_refused(store: Store, tmp_path: Path) -> None:
+    files = write(tmp_path / "in", good=b"good")
+    (tmp_path / "in" / "link").symlink_to("good")
+    _, link = store.put_files([*files, tmp_path / "in" / "link"], length)
+    assert isinstance(link, PutRefusal)
+    assert isinstance(link.error, SourceRefused)
+
+
+def test_an_unexpected_error_of_the_inspection_ends_the_batch_with_nothing_stored(store: Store, tmp_path: Path) -> None:
+    files = write(tmp_path / "in", **{f"f{n}": bytes([n]) for n in range(30)})
+
+    def inspect(path: Path, data: bytes) -> None:
+        if path.name == "f20":
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store.put_files(files, inspect)
+    assert leftovers(store) == []
+    assert list(store.verify()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing_of_the_batch(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write(tmp_path / "in", **{f"f{n}": bytes([n]) * 1000 for n in range(30)})
+    real = fs.write
+
+    def fail_on_one(fd: int, data: fs.Bytes) -> None:
+        if bytes(data[:1]) == b"\x0f":
+            raise OSError(errno.ENOSPC, "no space left on device")
+        real(fd, data)
+
+    monkeypatch.setattr(fs, "write", fail_on_one)
+    with pytest.raises(StoreFull):
+        store.put_files(files, length)
+    assert leftovers(store) == []
+    assert list(store.verify()) == []
+
+
+def test_files_above_the_memory_budget_go_through_one_at_a_time(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "_BYTES_IN_FLIGHT", 4)
+    files = write(tmp_path / "in", **{f"f{n}": bytes([n]) * 10 for n in range(10)})
+    assert len([result for result in store.put_files(files, length) if isinstance(result, PutResult)]) == 10

@@ -1,0 +1,129 @@
+"""The schema: made once, moved forward whole, never moved back."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, create_engine
+
+from registry import migrations
+from registry.errors import DamagedStore, NotAStore, StoreTooNew
+from registry.models import Base
+from registry.store import Store
+from tests.registry.examples import ingest, new_store
+
+VERSION_1 = Path(__file__).parent / "data" / "store_v1.sql"
+
+
+def tables_of(connection: sqlite3.Connection) -> dict[str, object]:
+    """Return what matters of a schema, free of how its SQL is written."""
+    names = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type='table' ORDER BY 1")]
+    return {
+        name: (
+            connection.execute(f"SELECT name, type, \"notnull\", pk FROM pragma_table_info('{name}')").fetchall(),
+            sorted(connection.execute(f"SELECT \"table\", \"from\", on_delete FROM pragma_foreign_key_list('{name}')")),
+            sorted(indexes_of(connection, name)),
+        )
+        for name in names
+    }
+
+
+def indexes_of(connection: sqlite3.Connection, table: str) -> Iterator[tuple[object, ...]]:
+    for _, name, unique, origin, partial in connection.execute(f"PRAGMA index_list('{table}')").fetchall():
+        columns = connection.execute(f"SELECT name, coll FROM pragma_index_xinfo('{name}') WHERE key").fetchall()
+        yield (name if origin == "c" else "", unique, partial, str(columns))
+
+
+def test_the_migrations_make_the_tables_that_the_classes_describe(store: Store, tmp_path: Path) -> None:
+    wanted = tmp_path / "wanted.db"
+    engine = create_engine(f"sqlite:///{wanted}")
+    Base.metadata.create_all(engine)
+    engine.dispose()
+    with closing(sqlite3.connect(store.paths.database)) as made, closing(sqlite3.connect(wanted)) as described:
+        assert tables_of(made) == tables_of(described)
+
+
+def test_a_new_store_has_the_newest_schema(store: Store) -> None:
+    assert store.schema_version == len(migrations.MIGRATIONS)
+
+
+def restore_version_1(root: Path) -> None:
+    """Replace the database of a store with the kept dump of one of schema 1."""
+    with new_store(root) as store:
+        ingest(store, "shakespeare", steps=[80, 90])
+        database = store.paths.database
+    database.unlink()
+    with closing(sqlite3.connect(database)) as connection:
+        connection.executescript(VERSION_1.read_text())
+
+
+def test_a_store_of_schema_1_opens_with_its_rows(tmp_path: Path) -> None:
+    restore_version_1(tmp_path / "store")
+    with new_store(tmp_path / "store") as store:
+        assert [adapter.step for adapter in store.adapters("shakespeare")] == [80, 90, None]
+        assert list(store.verify(read_data=True)) == []
+        assert store.schema_version == len(migrations.MIGRATIONS)
+
+
+def add_column(connection: Connection) -> None:
+    connection.exec_driver_sql("ALTER TABLE tasks ADD COLUMN extra VARCHAR")
+
+
+def fail_half_way(connection: Connection) -> None:
+    connection.exec_driver_sql("CREATE TABLE half (id INTEGER)")
+    raise ZeroDivisionError
+
+
+def test_an_old_store_is_moved_forward_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_store(tmp_path / "store") as store:
+        ingest(store, "shakespeare")
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
+    with new_store(tmp_path / "store") as store:
+        assert store.schema_version == len(migrations.MIGRATIONS)
+        assert store.task("shakespeare").name == "shakespeare"
+    with new_store(tmp_path / "store") as store:  # and only once
+        assert store.schema_version == len(migrations.MIGRATIONS)
+
+
+def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_store(tmp_path / "store").close()
+    with monkeypatch.context() as patched:
+        patched.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, fail_half_way))
+        with pytest.raises(ZeroDivisionError):
+            new_store(tmp_path / "store")
+    with new_store(tmp_path / "store") as store, closing(sqlite3.connect(store.paths.database)) as connection:
+        assert store.schema_version == len(migrations.MIGRATIONS)
+        assert "half" not in tables_of(connection)
+
+
+def test_an_old_store_on_read_only_terms_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_store(tmp_path / "store").close()
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
+    with pytest.raises(DamagedStore, match="old schema"):
+        Store.open(tmp_path / "store", read_only=True)
+
+
+def set_pragma(root: Path, pragma: str) -> bytes:
+    path = root / "registry.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA {pragma}")
+    return path.read_bytes()
+
+
+def test_a_newer_schema_is_refused_and_not_touched(tmp_path: Path) -> None:
+    new_store(tmp_path / "store").close()
+    before = set_pragma(tmp_path / "store", "user_version=99")
+    with pytest.raises(StoreTooNew, match="99"):
+        new_store(tmp_path / "store")
+    assert (tmp_path / "store" / "registry.db").read_bytes() == before
+
+
+def test_the_database_of_another_program_is_refused(tmp_path: Path) -> None:
+    new_store(tmp_path / "store").close()
+    set_pragma(tmp_path / "store", "application_id=7")
+    with pytest.raises(NotAStore):
+        new_store(tmp_path / "store")

@@ -1,0 +1,39 @@
+"""Task names: what is allowed, and that nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.errors import InvalidName
+from registry.names import check_name
+
+HOSTILE = [
+    "", ".", "..", "../x", "/abs", "a/b", "a\\b", "-rf", "--help", "a\nb", "a\n", "a\0b", "\x1b[31m", "\u202eevil",
+    "é", "e\u0301", "\ud800", "\N{PILE OF POO}", "[red]", "[/nope]", "'; DROP TABLE", "a b", "x" * 129,
+    "con", "CON", "nul.txt", "com1", "LPT9.tar.gz",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_a_hostile_name_is_refused(name: str) -> None:
+    with pytest.raises(InvalidName):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "7", "dog-detection", "Wiki_2024.v2", "x" * 128, "console", "com10"])
+def test_an_ordinary_name_is_returned_unchanged(name: str) -> None:
+    assert check_name(name) == name
+
+
+@given(st.text(max_size=140))
+def test_what_passes_is_a_safe_single_path_component(name: str) -> None:
+    try:
+        check_name(name)
+    except InvalidName:
+        return
+    assert name.isascii()
+    assert name.isprintable()
+    assert "/" not in name
+    assert not name.startswith((".", "-"))

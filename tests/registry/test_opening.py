@@ -1,0 +1,123 @@
+"""Opening a store: making it, refusing what is none, read-only use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from registry import fs
+from registry.errors import DamagedStore, NotAStore, RegistryError, StoreLocked, StoreNotFound, StoreReadOnly, StoreTooNew
+from registry.store import Store
+from tests.registry.examples import ingest, new_store
+
+
+def test_a_store_that_is_not_there_is_not_made_unasked(tmp_path: Path) -> None:
+    with pytest.raises(StoreNotFound) as caught:
+        Store.open(tmp_path / "store")
+    assert caught.value.hint is not None
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_is_made_with_its_parents(tmp_path: Path) -> None:
+    new_store(tmp_path / "a" / "b" / "store").close()
+    assert (tmp_path / "a" / "b" / "store" / "FORMAT").read_text() == "icm store 1\n"
+
+
+def test_what_was_stored_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    with new_store(tmp_path / "store") as store:
+        ingest(store, "shakespeare")
+    with Store.open(tmp_path / "store") as store:
+        assert store.task("shakespeare").base_model == "example/base-model"
+
+
+def test_a_folder_with_other_things_is_not_made_a_store(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(NotAStore, match=r"notes\.txt"):
+        new_store(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    new_store(tmp_path / "store").close()
+    path = tmp_path / "store" / "FORMAT"
+    path.unlink()
+    path.write_text("icm store 2\n")
+    with pytest.raises(StoreTooNew, match="icm store 2"):
+        Store.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["FORMAT", "registry.db", "lock"])
+def test_a_folder_in_place_of_a_file_of_the_store_is_an_error_of_the_store(tmp_path: Path, name: str) -> None:
+    new_store(tmp_path / "store").close()
+    path = tmp_path / "store" / name
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RegistryError):
+        Store.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("junk", [b"", b"\0" * 8192, b"this is a text file\n" * 500])
+def test_a_database_that_is_none_is_damage(tmp_path: Path, junk: bytes) -> None:
+    new_store(tmp_path / "store").close()
+    (tmp_path / "store" / "registry.db").write_bytes(junk)
+    with pytest.raises((DamagedStore, NotAStore)):
+        Store.open(tmp_path / "store")
+
+
+def test_folders_that_a_copy_left_out_are_made_again(tmp_path: Path) -> None:
+    new_store(tmp_path / "store").close()
+    for name in ("tmp", "quarantine", "blobs"):
+        (tmp_path / "store" / name).rmdir()
+    with new_store(tmp_path / "store") as store:
+        assert store.read_blob(store.put_blob(b"bytes")) == b"bytes"
+
+
+def test_a_disk_that_is_full_while_a_store_is_made_is_called_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int, data: fs.Bytes) -> None:
+        raise OSError(28, "no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fs, "write", fail)
+        with pytest.raises(RegistryError, match="no space"):
+            new_store(tmp_path / "store")
+    with new_store(tmp_path / "store") as store:
+        assert list(store.verify()) == []
+
+
+class TestReadOnly:
+    """A store that is only looked at."""
+
+    def test_it_reads(self, tmp_path: Path) -> None:
+        with new_store(tmp_path / "store") as store:
+            ingest(store, "shakespeare")
+        with Store.open(tmp_path / "store", read_only=True) as store:
+            assert [task.name for task in store.tasks()] == ["shakespeare"]
+            assert store.read_blob(store.final_adapter("shakespeare").weights) == b"weights of shakespeare"
+
+    def test_it_is_not_made(self, tmp_path: Path) -> None:
+        with pytest.raises(StoreNotFound):
+            Store.open(tmp_path / "store", read_only=True, create=True)
+
+    def test_it_refuses_every_write(self, tmp_path: Path) -> None:
+        new_store(tmp_path / "store").close()
+        with Store.open(tmp_path / "store", read_only=True) as store:
+            for write in (
+                lambda: store.put_blob(b"x"),
+                lambda: store.put_files([], lambda path, data: None),
+                lambda: store.set_base_alias("a", "b"),
+                lambda: store.remove_task("a"),
+                store.prune,
+                store.repair,
+            ):
+                with pytest.raises(StoreReadOnly):
+                    write()
+
+    def test_it_holds_off_those_that_delete(self, tmp_path: Path) -> None:
+        with new_store(tmp_path / "store", lock_timeout=0) as store:
+            ingest(store, "shakespeare")
+            with Store.open(tmp_path / "store", read_only=True), pytest.raises(StoreLocked):
+                store.remove_task("shakespeare")
+            store.remove_task("shakespeare")

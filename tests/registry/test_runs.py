@@ -1,0 +1,102 @@
+"""Training runs and their checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+
+from registry.errors import MissingBlob
+from registry.store import Store
+from registry.writer import RowWriter
+from tests.registry.examples import BASE, generator
+
+
+def save(store: Store, run_id: int, step: int, *, weights: bytes | None = None) -> None:
+    data = weights or f"weights {step}".encode()
+    store.save_checkpoint(run_id, step=step, weights=data, optimizer=f"optimizer {step}".encode())
+
+
+def stored(store: Store) -> set[bytes]:
+    return {store.read_blob(path.name) for path in store.paths.blobs.glob("??/*")}
+
+
+def test_a_base_model_without_a_run_has_none_to_resume(store: Store) -> None:
+    assert store.running_train_run(BASE) is None
+
+
+def test_a_run_is_resumed_from_its_latest_checkpoint(store: Store) -> None:
+    run = store.start_train_run(BASE, {"seed": 1})
+    save(store, run.id, 10)
+    save(store, run.id, 20)
+    found = store.running_train_run(BASE)
+    assert found is not None
+    assert (found.id, found.step, found.config, found.state) == (run.id, 20, {"seed": 1}, "running")
+    assert found.weights is not None
+    assert store.read_blob(found.weights) == b"weights 20"
+
+
+def test_the_bytes_of_a_superseded_checkpoint_go_at_once(store: Store) -> None:
+    run = store.start_train_run(BASE, {})
+    save(store, run.id, 10)
+    save(store, run.id, 20)
+    assert stored(store) == {b"weights 20", b"optimizer 20"}
+    assert list(store.verify(read_data=True)) == []
+
+
+def test_bytes_that_did_not_change_stay(store: Store) -> None:
+    run = store.start_train_run(BASE, {})
+    save(store, run.id, 10, weights=b"same")
+    save(store, run.id, 20, weights=b"same")
+    assert stored(store) == {b"same", b"optimizer 20"}
+
+
+def test_bytes_that_something_else_refers_to_stay(store: Store) -> None:
+    run = store.start_train_run(BASE, {})
+    save(store, run.id, 10, weights=b"generator")
+    store.add_generator(generator(store, data=b"generator"))
+    save(store, run.id, 20)
+    assert b"generator" in stored(store)
+
+
+def test_a_generator_ends_the_run_it_came_from(store: Store) -> None:
+    run = store.start_train_run(BASE, {})
+    save(store, run.id, 10)
+    store.add_generator(generator(store, train_run_id=run.id))
+    assert store.running_train_run(BASE) is None
+    assert stored(store) == {b"generator"}
+
+
+def test_a_run_that_is_done_takes_no_more_checkpoints(store: Store) -> None:
+    run = store.start_train_run(BASE, {})
+    store.add_generator(generator(store, train_run_id=run.id))
+    with pytest.raises(LookupError):
+        save(store, run.id, 10)
+
+
+def test_a_new_run_gives_up_the_one_before(store: Store) -> None:
+    first = store.start_train_run(BASE, {"seed": 1})
+    save(store, first.id, 10)
+    second = store.start_train_run(BASE, {"seed": 2})
+    assert store.running_train_run(BASE) == second
+    assert stored(store) == set()
+
+
+def test_a_checkpoint_whose_bytes_another_run_dropped_meanwhile_is_stored_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = store.start_train_run(BASE, {})
+    real, failures = RowWriter.blob, [MissingBlob("gone")]
+
+    def blob(writer: RowWriter, digest: str) -> object:
+        if failures:
+            raise failures.pop()
+        return real(writer, digest)
+
+    monkeypatch.setattr(RowWriter, "blob", blob)
+    save(store, run.id, 10)
+    assert stored(store) == {b"weights 10", b"optimizer 10"}
+
+
+def test_an_unknown_run_cannot_end(store: Store) -> None:
+    with pytest.raises(LookupError):
+        store.add_generator(generator(store, train_run_id=7))
+    assert store.generators() == []
