@@ -18,8 +18,39 @@ from pathlib import Path
 
 from icmlora.errors import OutputExists
 from icmlora.files import fsync_folder, write_durably, write_synced
+from icmlora.peft_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 
 _SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
+
+
+def check_free(directory: Path, *, force: bool = False) -> None:
+    """Check that a folder can be written, before the work of making its content.
+
+    Raises:
+        OutputExists: It holds something and `force` is not given, or is no folder.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise OutputExists("is not a folder", path=directory)
+    if not force and directory.is_dir() and any(directory.iterdir()):
+        hint = "choose another folder, or replace the adapter in it with --force"
+        raise OutputExists("the folder is not empty", path=directory, hint=hint)
+
+
+def write_original(config: bytes, weights: bytes, card: bytes | str, directory: Path, *, force: bool = False) -> None:
+    """Write stored bytes, unchanged, as a PEFT folder; torch is not needed for it.
+
+    Args:
+        config: Content of `adapter_config.json`.
+        weights: Content of `adapter_model.safetensors`.
+        card: Content of README.md.
+        directory: The folder, absent or empty unless `force`.
+        force: Replace the adapter in a folder that holds something: weights first, configuration last.
+
+    Raises:
+        OutputExists: As `check_free`.
+    """
+    text = card.encode() if isinstance(card, str) else card
+    write_folder(directory, {WEIGHTS_NAME: weights, CARD_NAME: text, CONFIG_NAME: config}, force=force)
 
 
 def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
@@ -31,18 +62,14 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
         force: Replace these files in a folder that holds something; other files in it stay.
 
     Raises:
-        OutputExists: The folder holds something and `force` is not given, or is no folder.
+        OutputExists: As `check_free`, or the folder was filled by someone else meanwhile.
         OSError: The file system refused; nothing was left at `directory`.
     """
+    check_free(directory, force=force)
     target = Path(os.path.realpath(directory))
-    if target.exists() and not target.is_dir():
-        raise OutputExists("is not a folder", path=directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    if target.is_dir() and any(target.iterdir()):
-        if not force:
-            hint = "choose another folder, or replace the adapter in it with --force"
-            raise OutputExists("the folder is not empty", path=directory, hint=hint)
+    if force and target.is_dir() and any(target.iterdir()):
         for name, data in files.items():
             write_durably(target / name, data)
         return

@@ -19,10 +19,15 @@ from icmlora.errors import AdapterRefused, located
 from icmlora.files import read_regular
 from icmlora.inspection import check_adapter
 from icmlora.layout import PEFT_PREFIX
-from icmlora.output_folder import write_folder
-from icmlora.peft_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from icmlora.output_folder import write_original
+from icmlora.peft_names import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.tensorfile import read_header, read_tensor_file
 from icmlora.torch_tensors import decode_float32, encode_torch
+
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "load_adapter", "load_adapter_folder", "save_adapter", "save_original"]
+
+save_original = write_original
+"""The counterpart of `save_adapter` for stored bytes; it lives where torch is not imported."""
 
 # vLLM and SGLang reserve space for ranks of 8, 16, 32, 64, ...
 _SMALLEST_RANK = 8
@@ -95,24 +100,7 @@ def save_adapter(
         tensors[f"{PEFT_PREFIX}{module.name}.lora_B.weight"] = pad(module.b, (0, missing))
     with located(directory):
         weights = encode_torch(tensors, {"format": "pt", **metadata}, dtype=dtype)
-    save_original(_config(adapter, rank), weights, card, directory, force=force)
-
-
-def save_original(config: bytes, weights: bytes, card: str | bytes, directory: Path, *, force: bool = False) -> None:
-    """Write stored bytes, unchanged, as a PEFT folder.
-
-    Args:
-        config: Content of `adapter_config.json`.
-        weights: Content of `adapter_model.safetensors`.
-        card: Content of README.md.
-        directory: The folder, absent or empty unless `force`.
-        force: Replace the adapter in a folder that holds something: weights first, configuration last.
-
-    Raises:
-        OutputExists: The folder is not empty and `force` is not given.
-    """
-    text = card.encode() if isinstance(card, str) else card
-    write_folder(directory, {WEIGHTS_NAME: weights, CARD_NAME: text, CONFIG_NAME: config}, force=force)
+    write_original(_config(adapter, rank), weights, card, directory, force=force)
 
 
 def _check_scaled(modules: list[LoraModule]) -> None:

@@ -17,8 +17,14 @@ from icmlora.names import printable
 MAX_DEPTH = 32
 """Nesting allowed; real configurations need 3."""
 
+MAX_PUNCTUATION = 400_000
+"""Marks of one kind allowed: twice what the header of 20,000 tensors needs. It bounds the objects that parsing makes,
+which take fifty times the memory of their text."""
+
 # A string, or one structural character: enough to follow the nesting without building anything.
-_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# Possessive, and a string may end with the data: the scan never goes back, so it is linear for any input.
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+_PUNCTUATION = (b'"', b"\\", b",", b"[", b"]", b"{", b"}")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -39,6 +45,7 @@ def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
     """
     if len(data) > max_bytes:
         raise UnsafeInput(f"{what} has {len(data):,} bytes, more than {max_bytes:,}", kind="limits")
+    _check_punctuation(data, what)
     _check_depth(data, what)
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,6 +75,13 @@ def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
     if "\\u" in text and _has_surrogate(parsed):
         raise UnsafeInput(f"{what} holds text that is not Unicode (a lone surrogate)", kind="text")
     return parsed
+
+
+def _check_punctuation(data: bytes, what: str) -> None:
+    for mark in _PUNCTUATION:
+        if data.count(mark) > MAX_PUNCTUATION:
+            message = f"{what} holds more than {MAX_PUNCTUATION:,} of the mark {mark.decode()}"
+            raise UnsafeInput(message, kind="limits")
 
 
 def _check_depth(data: bytes, what: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from icmlora import files
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.files import open_regular, read_exactly, read_regular, write_durably
 
@@ -89,7 +88,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_durably(tmp_path / "a", b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}

@@ -11,7 +11,7 @@ import pytest
 
 from icmlora import output_folder
 from icmlora.errors import OutputExists
-from icmlora.output_folder import write_folder
+from icmlora.output_folder import check_free, write_folder
 
 FILES = {"a": b"1", "b": b"2"}
 
@@ -67,6 +67,18 @@ def test_a_file_in_the_way_is_an_error_even_with_force(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"x")
     with pytest.raises(OutputExists, match="not a folder"):
         write_folder(tmp_path / "out", FILES, force=True)
+
+
+def test_a_filled_folder_is_found_before_the_work(tmp_path: Path) -> None:
+    write_folder(tmp_path / "out", FILES)
+    with pytest.raises(OutputExists, match="not empty"):
+        check_free(tmp_path / "out")
+    check_free(tmp_path / "out", force=True)
+
+
+def test_a_missing_or_empty_folder_is_free(tmp_path: Path) -> None:
+    check_free(tmp_path / "none")
+    check_free(tmp_path)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

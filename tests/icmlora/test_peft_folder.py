@@ -34,7 +34,7 @@ def tuned(folder: Path, **fields: Any) -> torch.Tensor:
             if "lora_" in name:
                 parameter.normal_(std=0.3)
         model.peft_config["default"].base_model_name_or_path = "tiny/llama"
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False)
         return torch.as_tensor(model.eval()(IDS).logits)
 
 

@@ -80,6 +80,28 @@ def test_a_nesting_bomb_is_refused(opening: str) -> None:
     assert caught.value.kind == "limits"
 
 
+BOMBS = {
+    "numbers": '{"a":[' + "1," * 500_000 + "1]}",
+    "empty lists": '{"a":[' + "[]," * 500_000 + "1]}",
+    "texts": '{"a":[' + '"a" ' * 250_000 + "]}",
+    "quotes": '{"a":"' + '\\"' * 500_000 + '"}',
+    "backslashes": '{"a":"' + "\\" * 1_000_000,
+    "strings that never end": '{"a":' + '"\\' * 500_000,
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_a_bomb_of_many_small_things_is_refused_unparsed(case: str) -> None:
+    with pytest.raises(UnsafeInput, match="of the mark") as caught:
+        parse_object(BOMBS[case].encode(), what="the file", max_bytes=1 << 24)
+    assert caught.value.kind == "limits"
+
+
+def test_one_string_of_a_megabyte_that_never_ends_is_refused() -> None:
+    with pytest.raises(AdapterRefused, match="not valid JSON"):
+        parse('{"a":"' + "x" * 1_000_000)
+
+
 def test_the_deepest_nesting_allowed_is_read() -> None:
     depth = MAX_DEPTH - 1
     assert parse('{"a":' + "[" * depth + "]" * depth + "}")

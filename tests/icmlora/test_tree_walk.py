@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_read_is_reported_and_the_rest_goes_on(
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr(tree_walk.os, "scandir", closed)
+    monkeypatch.setattr("os.scandir", closed)
     assert found(root) == (["rust"], ["unreadable"])
 
 
