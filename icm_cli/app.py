@@ -13,12 +13,17 @@ import typer
 
 from icm_cli.commands.base import base
 from icm_cli.commands.doctor import doctor
+from icm_cli.commands.eval import evaluate
 from icm_cli.commands.ingest import ingest
 from icm_cli.commands.ls import ls
+from icm_cli.commands.materialize import materialize
 from icm_cli.commands.path import path
 from icm_cli.commands.prune import prune
 from icm_cli.commands.rm import rm
 from icm_cli.commands.show import show
+from icm_cli.commands.stats import stats
+from icm_cli.commands.train import train
+from icm_cli.commands.vectors import vectors
 from icm_cli.commands.verify import verify
 from icm_cli.config import log_file, switched_on
 from icm_cli.errors import ExitCode, Failure, StdoutClosed, describe
@@ -33,6 +38,11 @@ LOOK_AFTER = "Look after the store"
 
 app = typer.Typer(name="icm", rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
 app.command(rich_help_panel=MAIN)(ingest)
+app.command(rich_help_panel=MAIN)(vectors)
+app.command(rich_help_panel=MAIN)(train)
+app.command(rich_help_panel=MAIN)(materialize)
+app.command(rich_help_panel=MAIN, name="eval")(evaluate)
+app.command(rich_help_panel=MAIN)(stats)
 app.command(rich_help_panel=LOOK)(ls)
 app.command(rich_help_panel=LOOK)(show)
 app.command(rich_help_panel=LOOK_AFTER)(rm)

@@ -92,6 +92,11 @@ def log_file() -> Path:
     return Path(named) if named else _home("XDG_STATE_HOME", ".local/state") / "icm" / "errors.log"
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made again, such as dequantised base models."""
+    return _home("XDG_CACHE_HOME", ".cache") / "icm"
+
+
 def switched_on(variable: str) -> bool:
     """Say whether an environment variable is set to something other than nothing or `0`."""
     return os.environ.get(variable, "") not in ("", "0")

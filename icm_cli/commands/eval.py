@@ -1,0 +1,137 @@
+"""`icm eval`: measure what every rung of a task does on held-out text."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icm_cli.errors import Interrupted
+from icm_cli.options import DeviceOpt, SomeTasksArg
+from icm_cli.output import Column
+from icm_cli.session import Session, command
+
+if TYPE_CHECKING:
+    from icm_cli.workflows.evaluating import EvaluateReport, RungResult, TaskEvaluated
+    from icm_cli.workflows.events import Event
+
+
+class RungName(StrEnum):
+    """A rung that can be measured; base model and original always are."""
+
+    CODE = "code"
+    GENERATE = "generate"
+
+
+DataOpt = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE", help="Held-out text as JSON lines; else the task's own.", show_default=False),
+]
+RungOpt = Annotated[
+    list[RungName] | None,
+    typer.Option("--rung", help="Only these rungs beside base model and original.", show_default=False),
+]
+TokensOpt = Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens scored of each text.")]
+AgainOpt = Annotated[bool, typer.Option("--again", help="Measure again what was measured on this text before.")]
+
+_RUNGS = ("base", "original", "code", "generate")
+
+
+@command
+def evaluate(
+    session: Session,
+    tasks: SomeTasksArg = None,
+    data: DataOpt = None,
+    rung: RungOpt = None,
+    device: DeviceOpt = None,
+    max_tokens: TokensOpt = 256,
+    again: AgainOpt = False,
+) -> None:
+    """Measure perplexity and bits per byte of base model, original, code and generated adapter, side by side.
+
+    GAIN is the retained gain: (loss of base - loss of rung) / (loss of base - loss of original). Adapters are written
+    to disk and loaded by PEFT before they are measured. Needs the base model.
+
+    Example:
+      icm eval shakespeare
+    """
+    from icm_cli.workflows.evaluating import EvaluateRequest
+    from icm_cli.workflows.evaluating import evaluate as measure
+
+    request = EvaluateRequest(
+        names=tasks or [],
+        device=session.device(device),
+        rungs=[name.value for name in rung] if rung else ("code", "generate"),
+        data=data,
+        max_tokens=max_tokens,
+        again=again,
+    )
+    with session.stoppable() as stop:
+        report = session.follow(measure(session.place, request, stop), "eval", partial(_tell, session))
+    print_tasks(session, report)
+    if report.stopped:
+        raise Interrupted(f"interrupted; {len(report.tasks)} measured", hint="run the same command to continue")
+
+
+def print_tasks(session: Session, report: EvaluateReport) -> None:
+    """Print the table of a report, with means over its tasks."""
+    from icm_cli.workflows.evaluating import summarise
+
+    shown = [rung for rung in _RUNGS if any(rung in task.rungs for task in report.tasks)]
+    gains = [rung for rung in shown if rung not in ("base", "original")]
+    columns = [Column("task", shrink=True)]
+    columns += [Column(f"{rung} ppl", right=True) for rung in shown]
+    columns += [Column(f"{rung} bpb", right=True) for rung in shown]
+    for rung in gains:
+        columns += [Column(f"{rung} gain", right=True), Column(f"{rung} dW err", right=True)]
+    session.out.table(columns, [_cells(task, shown, gains) for task in report.tasks])
+    for rung in gains:
+        summary = summarise(report, rung)
+        if summary is None:
+            continue
+        session.out.event("mean", rung=rung, tasks=summary.tasks, mean=summary.mean, worst=summary.worst)
+        session.out.line(
+            f"retained gain of `{rung}`: mean {summary.mean:.3f}, worst {summary.worst:.3f} ({summary.worst_task})"
+        )
+    if report.without_data:
+        session.out.note(f"without held-out text, so not measured: {', '.join(report.without_data)}")
+
+
+def _tell(session: Session, event: Event) -> None:
+    from icm_cli.workflows.evaluating import TaskEvaluated
+
+    if isinstance(event, TaskEvaluated):
+        rungs = {rung: _as_json(result) for rung, result in event.rungs.items()}
+        session.out.event("task", task=event.task, rungs=rungs)
+
+
+def _as_json(result: RungResult) -> dict[str, object]:
+    loss = result.as_loss()
+    return {
+        "nats_per_token": result.nats_per_token,
+        "perplexity": loss.perplexity,
+        "bits_per_byte": loss.bits_per_byte,
+        "tokens": result.tokens,
+        "retained_gain": result.retained_gain,
+        "dw_error": result.dw_error,
+    }
+
+
+def _cells(task: TaskEvaluated, shown: list[str], gains: list[str]) -> list[str]:
+    found = {str(rung): result for rung, result in task.rungs.items()}
+    losses = [found[rung].as_loss() if rung in found else None for rung in shown]
+    cells = [task.task]
+    cells += ["-" if loss is None else f"{loss.perplexity:.2f}" for loss in losses]
+    cells += ["-" if loss is None else f"{loss.bits_per_byte:.3f}" for loss in losses]
+    for rung in gains:
+        result = found.get(rung)
+        cells += [_figure(None if result is None else result.retained_gain, 3)]
+        cells += [_figure(None if result is None else result.dw_error, 3)]
+    return cells
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

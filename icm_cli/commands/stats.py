@@ -1,0 +1,183 @@
+"""`icm stats`: what the fleet takes on disk, what the codes save and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icm_cli.output import Column
+from icm_cli.session import Session, command
+from icm_cli.text import human_size
+
+if TYPE_CHECKING:
+    from icm_cli.workflows.accounting import Bill, FleetBill, TaskBill
+
+PlotOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE.svg|png", help="Also draw bytes against the number of tasks.", show_default=False
+    ),
+]
+
+_FLEET_COLUMNS = (
+    Column("base model", shrink=True),
+    Column("tasks", right=True),
+    Column("bf16", right=True),
+    Column("generator", right=True),
+    Column("codes+vectors", right=True),
+    Column("per task", right=True),
+    Column("of bf16", right=True),
+    Column("break-even", right=True),
+    Column("dW error", right=True),
+    Column("retained gain", right=True),
+)
+_TASK_COLUMNS = (
+    Column("task", shrink=True),
+    Column("bf16", right=True),
+    Column("original", right=True),
+    Column("code", right=True),
+    Column("vectors", right=True),
+    Column("of bf16", right=True),
+    Column("dW error", right=True),
+    Column("retained gain", right=True),
+)
+
+
+@command
+def stats(session: Session, plot: PlotOpt = None) -> None:
+    """Show the bill: bytes on disk, what generator and codes take against bf16, and what the codes keep.
+
+    OF BF16 compares generator, codes and vectors with every final adapter in bf16. BREAK-EVEN is the number of tasks
+    from which they are smaller. dW ERROR and RETAINED GAIN are mean / worst. With -v, one row per task.
+
+    Example:
+      icm stats --json
+    """
+    from icm_cli.workflows.accounting import bill
+
+    found = bill(session.place)
+    out = session.out
+    out.document(_as_json(found))
+    out.table(_FLEET_COLUMNS, [_fleet_cells(fleet) for fleet in found.fleets])
+    if out.verbosity:
+        out.line()
+        tasks = [task for fleet in found.fleets for task in fleet.tasks]
+        out.table(_TASK_COLUMNS, [_task_cells(task) for task in tasks])
+    if found.fleets:
+        out.line()
+    out.record(_disk(found))
+    out.line()
+    out.line(_verdict(found))
+    if plot is not None:
+        from icm_cli.workflows.plots import plot_bill
+
+        plot_bill(found, plot)
+        out.note(f"drew {plot}")
+
+
+def _disk(found: Bill) -> list[tuple[str, str]]:
+    usage = found.usage
+    lines = [
+        ("originals (final adapters)", usage.originals),
+        ("checkpoints", usage.checkpoints),
+        ("generators", usage.generators),
+        ("codes", usage.codes),
+        ("task vectors", usage.vectors),
+        ("samples and held-out text", usage.texts),
+        ("earlier generators", usage.old_generators),
+        ("unfinished training", usage.training),
+        ("database", usage.database),
+        ("unreferenced", usage.unreferenced),
+        ("reserve and marks", usage.overhead),
+        ("on disk", usage.total),
+    ]
+    always = {"originals (final adapters)", "on disk"}
+    return [(name, human_size(size)) for name, size in lines if size or name in always]
+
+
+def _verdict(found: Bill) -> str:
+    if not found.bf16_size:
+        return "nothing is ingested"
+    now = found.usage.total / found.bf16_size
+    disk = f"The store takes {now:.1%} of what all final adapters take in bf16 ({human_size(found.bf16_size)})"
+    if not any(fleet.encoded for fleet in found.fleets):
+        return f"{disk}: nothing is encoded yet, so nothing is saved."
+    share = found.compact_size / found.bf16_size
+    what = "Generators, codes, vectors and database"
+    kept = f"{disk}, since it still holds the originals."
+    if not found.is_complete:
+        return f"{kept} {what} take {share:.1%}, but not every task has a code."
+    if share >= 1:
+        return f"{kept} {what} take {share:.1%}: they save nothing, they cost {share - 1:.1%} more."
+    return f"{kept} {what} alone take {share:.1%}: they save {1 - share:.1%}."
+
+
+def _fleet_cells(fleet: FleetBill) -> list[str]:
+    size = fleet.generator_size + fleet.per_task_size
+    marginal, complete = fleet.marginal_size, len(fleet.encoded) == len(fleet.tasks)
+    return [
+        fleet.base_model,
+        str(len(fleet.tasks)),
+        human_size(fleet.bf16_size),
+        human_size(fleet.generator_size) if fleet.generator else "-",
+        human_size(fleet.per_task_size),
+        "-" if marginal is None else human_size(round(marginal)),
+        f"{size / fleet.bf16_size:.1%}" if complete and fleet.bf16_size else "-",
+        "-" if not fleet.encoded else ("never" if fleet.break_even is None else str(fleet.break_even)),
+        _mean_and_worst([task.dw_error for task in fleet.tasks], max),
+        _mean_and_worst([task.retained_gain for task in fleet.tasks], min),
+    ]
+
+
+def _task_cells(task: TaskBill) -> list[str]:
+    size = None if task.code_size is None else task.code_size + task.vectors_size
+    return [
+        task.task,
+        human_size(task.bf16_size),
+        human_size(task.original_size),
+        "-" if task.code_size is None else human_size(task.code_size),
+        human_size(task.vectors_size),
+        "-" if size is None else f"{size / task.bf16_size:.1%}",
+        "-" if task.dw_error is None else f"{task.dw_error:.3f}",
+        "-" if task.retained_gain is None else f"{task.retained_gain:.3f}",
+    ]
+
+
+def _mean_and_worst(values: list[float | None], worst: Callable[[list[float]], float]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "not measured"
+    missing = "" if len(known) == len(values) else f" ({len(known)} tasks)"
+    return f"{sum(known) / len(known):.3f} / {worst(known):.3f}{missing}"
+
+
+def _as_json(found: Bill) -> dict[str, object]:
+    return {
+        "on_disk": vars(found.usage) | {"total": found.usage.total},
+        "original_size": found.bf16_size,
+        "stored_size": found.usage.total,
+        "compact_size": found.compact_size,
+        "compression_ratio": found.bf16_size / found.compact_size if found.compact_size else None,
+        "space_saving": 1 - found.compact_size / found.bf16_size if found.bf16_size else None,
+        "complete": found.is_complete,
+        "fleets": [_fleet_json(fleet) for fleet in found.fleets],
+    }
+
+
+def _fleet_json(fleet: FleetBill) -> dict[str, object]:
+    return {
+        "base_model": fleet.base_model,
+        "adapters_count": len(fleet.tasks),
+        "encoded_count": len(fleet.encoded),
+        "original_size": fleet.bf16_size,
+        "generator": None if fleet.generator is None else fleet.generator.blob,
+        "generator_version": None if fleet.generator is None else fleet.generator.version,
+        "decoder_size": fleet.generator_size,
+        "codes_and_vectors_size": fleet.per_task_size,
+        "marginal_size": fleet.marginal_size,
+        "break_even_count": fleet.break_even,
+        "tasks": [vars(task) for task in fleet.tasks],
+    }

@@ -1,0 +1,174 @@
+"""`icm train`: fit the generator and keep a code per task."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icm_cli.commands.eval import print_tasks
+from icm_cli.errors import Interrupted
+from icm_cli.options import BaseModelOpt, DeviceOpt
+from icm_cli.session import Session, command
+from icm_cli.text import counted, human_duration, human_size
+
+if TYPE_CHECKING:
+    from icm_cli.workflows.events import Event
+    from icm_cli.workflows.training import Trained
+
+MODEL_PANEL = "Model"
+
+QualityOpt = Annotated[
+    int, typer.Option("--quality", min=1, max=8, help="The one dial: 1 is smallest, 8 most faithful.")
+]
+SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is random.")]
+ResumeOpt = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a run that was stopped.")]
+FreshOpt = Annotated[bool, typer.Option("--fresh", help="Start anew, not from the present generator.")]
+EvalOpt = Annotated[
+    bool, typer.Option("--eval/--no-eval", help="Then measure what the codes kept, where the base model is found.")
+]
+ErrorOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--max-error",
+        metavar="X",
+        min=1e-4,
+        max=0.9,
+        help="Relative dW error that a code may have; else the quality's.",
+        show_default=False,
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+WidthOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--width",
+        metavar="N",
+        min=4,
+        max=4096,
+        help="Hidden width of the decoder; else the quality's.",
+        show_default=False,
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+StepsOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        metavar="N",
+        min=1,
+        help="Optimiser steps; else 10 per adapter, from 1,000 to 20,000.",
+        show_default=False,
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+RateOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--lr",
+        metavar="X",
+        min=1e-6,
+        max=1.0,
+        help="Peak learning rate; else 0.004.",
+        show_default=False,
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+
+_EVENT_EVERY = 10  # steps between two JSON lines
+
+
+@command
+def train(
+    session: Session,
+    device: DeviceOpt = None,
+    quality: QualityOpt = 4,
+    base_model: BaseModelOpt = None,
+    seed: SeedOpt = 0,
+    resume: ResumeOpt = True,
+    fresh: FreshOpt = False,
+    evaluate: EvalOpt = True,
+    max_error: ErrorOpt = None,
+    width: WidthOpt = None,
+    steps: StepsOpt = None,
+    lr: RateOpt = None,
+) -> None:
+    """Fit one generator per base model over all its tasks, encode every task, and measure what the codes kept.
+
+    A run that was stopped goes on with the same command. After further ingests the present generator is trained on.
+
+    Example:
+      icm train --device cuda
+    """
+    from icm_cli.workflows.training import TrainRequest
+    from icm_cli.workflows.training import train as fit
+
+    request = TrainRequest(
+        device=session.device(device),
+        quality=quality,
+        seed=seed,
+        base_model=base_model,
+        tolerance=max_error,
+        width=width,
+        steps=steps,
+        learning_rate=lr,
+        resume=resume,
+        fresh=fresh,
+    )
+    with session.stoppable() as stop:
+        report = session.follow(fit(session.place, request, stop), "train", partial(_tell, session))
+        if report.stopped_at is not None:
+            kept = f"interrupted; the run is kept at step {report.stopped_at}"
+            raise Interrupted(kept, hint="run the same command to continue")
+        for trained in report.trained:
+            _sum_up(session, trained)
+    if evaluate:
+        _evaluate(session, request.device, [trained.base_model for trained in report.trained])
+
+
+def _tell(session: Session, event: Event) -> None:
+    from icm_cli.workflows.training import CodeMade, Progressed, Resumed, Trained
+
+    out = session.out
+    if isinstance(event, Progressed):
+        if event.at.step % _EVENT_EVERY == 0 or event.at.step == event.at.steps:
+            out.event("step", base_model=event.base_model, **asdict(event.at))
+    elif isinstance(event, Resumed):
+        out.event("resumed", **asdict(event))
+        out.note(f"going on from step {event.step}")
+    elif isinstance(event, CodeMade):
+        out.event("code", **asdict(event))
+        out.detail(f"{event.task}: code of {human_size(event.size)}, relative dW error {event.dw_error:.4f}")
+    elif isinstance(event, Trained):
+        out.event("trained", **asdict(event))
+
+
+def _sum_up(session: Session, trained: Trained) -> None:
+    metrics = trained.metrics
+    session.out.line(
+        f"generator {trained.version} of {trained.base_model}: {human_size(trained.generator_size)}, "
+        f"{counted(trained.tasks, 'code')} of together {human_size(trained.codes_size)}"
+    )
+    session.out.note(
+        f"{metrics['bits_per_parameter']:.3f} bits per parameter after {metrics['steps']} steps; "
+        f"fitted in {human_duration(float(str(metrics['fit_seconds'])))} on {metrics['device']}, "
+        f"peak memory {human_size(int(str(metrics['peak_memory'])))}"
+    )
+
+
+def _evaluate(session: Session, device: str, base_models: list[str]) -> None:
+    """Measure the codes; a missing base model or missing texts are worth a word, not a failure."""
+    from icm_cli.workflows.evaluating import EvaluateRequest, evaluate, evaluable
+
+    names, why_not = evaluable(session.place, base_models)
+    for reason in why_not:
+        session.out.note(f"not measured: {reason}")
+    if not names:
+        session.out.hint("`icm eval` measures what the codes kept, with the base model and held-out text")
+        return
+    request = EvaluateRequest(names=names, device=device, rungs=("code",))
+    with session.stoppable() as stop:
+        report = session.follow(evaluate(session.place, request, stop), "eval")
+    print_tasks(session, report)

@@ -1,0 +1,132 @@
+"""The bill: what the fleet takes on disk, what it would take as generator and codes, and what the codes keep.
+
+Sizes come from the files. A blob that several rows share counts once in the totals, and fully in each task's line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from icm_cli.workflows.opening import Place
+from registry.records import GeneratorRecord, TaskSummary
+from registry.usage import Usage
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+_BF16 = 2  # bytes per parameter: what a user would otherwise keep
+
+
+@dataclass(frozen=True)
+class TaskBill:
+    """One task; None where it has no code under the current generator, or was not measured."""
+
+    task: str
+    bf16_size: int
+    original_size: int
+    vectors_size: int
+    code_size: int | None
+    dw_error: float | None
+    retained_gain: float | None
+
+
+@dataclass(frozen=True)
+class FleetBill:
+    """The tasks of one base model."""
+
+    base_model: str
+    generator: GeneratorRecord | None
+    tasks: tuple[TaskBill, ...]
+
+    @property
+    def bf16_size(self) -> int:
+        """Every final adapter in bfloat16: the denominator of every saving."""
+        return sum(task.bf16_size for task in self.tasks)
+
+    @property
+    def generator_size(self) -> int:
+        """The current generator's file."""
+        return 0 if self.generator is None else self.generator.size
+
+    @property
+    def per_task_size(self) -> int:
+        """All codes and vectors."""
+        return sum((task.code_size or 0) + task.vectors_size for task in self.tasks)
+
+    @property
+    def encoded(self) -> tuple[TaskBill, ...]:
+        """The tasks that have a code."""
+        return tuple(task for task in self.tasks if task.code_size is not None)
+
+    @property
+    def marginal_size(self) -> float | None:
+        """Mean bytes of one more task: its code and vectors."""
+        if not self.encoded:
+            return None
+        return sum((task.code_size or 0) + task.vectors_size for task in self.encoded) / len(self.encoded)
+
+    @property
+    def break_even(self) -> int | None:
+        """Number of tasks from which generator and codes are smaller than bf16; None if they never are."""
+        if self.marginal_size is None:
+            return None
+        saved = sum(task.bf16_size for task in self.encoded) / len(self.encoded) - self.marginal_size
+        return math.ceil(self.generator_size / saved) if saved > 0 else None
+
+
+@dataclass(frozen=True)
+class Bill:
+    """The whole store."""
+
+    usage: Usage
+    fleets: tuple[FleetBill, ...]
+
+    @property
+    def bf16_size(self) -> int:
+        """Every final adapter of the store in bfloat16."""
+        return sum(fleet.bf16_size for fleet in self.fleets)
+
+    @property
+    def compact_size(self) -> int:
+        """What all encoded tasks need without their originals: generators, codes, vectors and the database."""
+        return self.usage.generators + self.usage.codes + self.usage.vectors + self.usage.database
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every task has a code, so that the compact size stands for all of them."""
+        return all(len(fleet.encoded) == len(fleet.tasks) for fleet in self.fleets)
+
+
+def bill(place: Place) -> Bill:
+    """Add everything up. Reads rows and file sizes, no file's content."""
+    with place.open(read_only=True) as store:
+        rows = list(store.summaries())
+        labels = sorted({row.task.base_model for row in rows})
+        fleets = tuple(_fleet(store, label, [row for row in rows if row.task.base_model == label]) for label in labels)
+        return Bill(store.usage(), fleets)
+
+
+def _fleet(store: Store, label: str, rows: Sequence[TaskSummary]) -> FleetBill:
+    generator = store.current_generator(label)
+    return FleetBill(label, generator, tuple(_task(store, row, generator) for row in rows))
+
+
+def _task(store: Store, row: TaskSummary, generator: GeneratorRecord | None) -> TaskBill:
+    gains = [
+        evaluation.retained_gain
+        for evaluation in store.evaluations(row.task.name)
+        if evaluation.rung == "code" and generator is not None and evaluation.generator_id == generator.id
+    ]
+    vectors = {vector.blob for vector in store.vectors(row.task.name)}
+    return TaskBill(
+        task=row.task.name,
+        bf16_size=_BF16 * row.final.parameters,
+        original_size=row.final.original_bytes,
+        vectors_size=sum(store.blob_size(blob) for blob in vectors),
+        code_size=None if row.code is None else row.code.size,
+        dw_error=None if row.code is None else row.code.dw_error,
+        retained_gain=gains[-1] if gains else None,
+    )

@@ -1,0 +1,78 @@
+"""The model card of a written adapter: where it comes from and what it kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import yaml
+
+from registry.records import GeneratorRecord
+
+_CARD = """\
+---
+{front}---
+
+# {task}
+
+A LoRA adapter for `{base}`, written by icm {how}.
+
+| | |
+|---|---|
+| rung | {rung} |
+| generator | version {version}, sha256 `{generator}` |
+| relative dW error | {error} |
+| retained gain | {gain} |
+
+Relative dW error is the squared Frobenius error of the weight change against the original adapter. Retained gain is
+(loss of the base model - loss of this adapter) / (loss of the base model - loss of the original) on held-out text.
+"""
+
+_HOW = {
+    "code": "from the task's stored code",
+    "generate": "from the task's vectors alone; it is a prediction, not a copy of the original adapter",
+}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an adapter that a generator made comes from; None where a figure was not measured."""
+
+    task: str
+    base_model: str
+    rung: Literal["code", "generate"]
+    generator: GeneratorRecord
+    dw_error: float | None
+    retained_gain: float | None
+    seed: int | None
+
+    def metadata(self) -> dict[str, str]:
+        """Return header text for the tensor file."""
+        fields = {"icm_task": self.task, "icm_rung": self.rung, "icm_generator": self.generator.blob}
+        return fields if self.seed is None else fields | {"icm_seed": str(self.seed)}
+
+
+def card_text(provenance: Provenance) -> str:
+    """Write the card; the same provenance gives the same text."""
+    front = {
+        "base_model": provenance.base_model,
+        "library_name": "peft",
+        "tags": ["lora", "icm", f"base_model:adapter:{provenance.base_model}"],
+    }
+    sampled = "" if provenance.seed is None else f" (sampled with seed {provenance.seed})"
+    return _CARD.format(
+        # Names come from outside: the YAML library quotes what needs quoting.
+        front=yaml.safe_dump(front, sort_keys=True, allow_unicode=True),
+        task=provenance.task,
+        base=provenance.base_model,
+        how=_HOW[provenance.rung] + sampled,
+        rung=provenance.rung,
+        version=provenance.generator.version,
+        generator=provenance.generator.blob,
+        error=_figure(provenance.dw_error),
+        gain=_figure(provenance.retained_gain),
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

@@ -1,0 +1,95 @@
+"""A store's fleet as training reads it: one adapter at a time, the latest few kept in memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from icmlora.adapter import Adapter
+from icmlora.canonical import canonicalize
+from icmlora.peft_folder import load_adapter
+from icmlora.task_vector import values_from_bytes
+from registry.records import AdapterRecord, VectorRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+_CACHE_BYTES = 256 << 20
+_FLOAT32 = 4
+
+
+class StoreFleet:
+    """The tasks of one base model (see `icmlora.training.fleet.Fleet`). Rows are in memory, adapters are not."""
+
+    def __init__(self, store: Store, base_model: str) -> None:
+        self._store = store
+        self.names = [row.task.name for row in store.summaries() if row.task.base_model == base_model]
+        self._finals = [store.final_adapter(name) for name in self.names]
+        self._others = [[row for row in store.adapters(name) if not row.is_final] for name in self.names]
+        self._vectors = [_latest(store.vectors(name)) for name in self.names]
+        self._cache: OrderedDict[str, Adapter] = OrderedDict()
+        self._cached = 0
+
+    def tasks(self) -> int:
+        """Return the number of tasks."""
+        return len(self.names)
+
+    def checkpoints(self, task: int) -> int:
+        """Return how many adapters task `task` has besides its final one."""
+        return len(self._others[task])
+
+    def final(self, task: int) -> AdapterRecord:
+        """Return the row of a task's final adapter."""
+        return self._finals[task]
+
+    def load(self, task: int, checkpoint: int | None) -> Adapter:
+        """Read the final adapter of a task (None), or one of its checkpoints, in canonical form."""
+        row = self._finals[task] if checkpoint is None else self._others[task][checkpoint]
+        if row.weights in self._cache:
+            self._cache.move_to_end(row.weights)
+            return self._cache[row.weights]
+        adapter = canonicalize(load_adapter(self._store.read_blob(row.config), self._store.read_blob(row.weights)))
+        self._cache[row.weights] = adapter
+        self._cached += row.parameters * _FLOAT32
+        while self._cached > _CACHE_BYTES and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached -= sum(shape.parameters for shape in dropped.layout) * _FLOAT32
+        return adapter
+
+    def support_sets(self, task: int) -> int:
+        """Return the number of support sets with vectors, 0 without any."""
+        return len(self._vectors[task])
+
+    def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
+        """Return a task's vectors of one support set by view."""
+        return {view: self._read(row) for view, row in self._vectors[task][support_set].items()}
+
+    def mean_vectors(self, task: int) -> Mapping[str, torch.Tensor]:
+        """Return a task's vectors by view, averaged over its support sets."""
+        return mean_vectors(self._store, [row for sets in self._vectors[task] for row in sets.values()])
+
+    def condition_size(self) -> int:
+        """Return the length of the fleet's vectors, 0 without any."""
+        return next((row.dim for sets in self._vectors for rows in sets for row in rows.values()), 0)
+
+    def _read(self, row: VectorRecord) -> torch.Tensor:
+        return values_from_bytes(self._store.read_blob(row.blob))
+
+
+def mean_vectors(store: Store, rows: list[VectorRecord]) -> dict[str, torch.Tensor]:
+    """Average vectors by view; the views that are there, each (hidden,)."""
+    views: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+    for row in rows:
+        views[row.view].append(values_from_bytes(store.read_blob(row.blob)))
+    return {view: torch.stack(values).mean(dim=0) for view, values in views.items()}
+
+
+def _latest(rows: list[VectorRecord]) -> list[dict[str, VectorRecord]]:
+    """Group by support set; where several extractors left vectors, the last recorded one counts."""
+    sets: dict[int, dict[str, VectorRecord]] = {}
+    for row in sorted(rows, key=lambda row: row.id):
+        sets.setdefault(row.support_set, {})[row.view] = row
+    return [sets[number] for number in sorted(sets)]
