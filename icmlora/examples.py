@@ -91,6 +91,9 @@ def _example(line: bytes, number: int, path: str | Path | None) -> Example:
             raise DataError(f"line {number} has no text", path=path, hint=_HINT)
     if not example.completion.strip():
         raise DataError(f"line {number} is empty text", path=path, hint=_HINT)
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in example.text):
-        raise DataError(f"line {number} holds half a surrogate pair, which is not text", path=path, hint=_HINT)
+    try:
+        example.text.encode("utf-8")  # as fast as a copy; a loop over the letters was half of an ingest's time
+    except UnicodeEncodeError:
+        fact = f"line {number} holds half a surrogate pair, which is not text"
+        raise DataError(fact, path=path, hint=_HINT) from None
     return example

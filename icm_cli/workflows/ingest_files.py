@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _CONFIG_LIMIT = 1 << 20
 _CARD_LIMIT = 4 << 20
 _BATCH_BYTES = 256 << 20
-_BATCH_ADAPTERS = 64  # a kill loses at most the work on so many
+_BATCH_ADAPTERS = 256  # a kill costs at most reading so many again: their blobs are in the store by then
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,29 @@ class _Checked:
     size: int
 
 
+@dataclass(frozen=True)
+class _Gathered:
+    """One task whose files are all read and good, its weights stored, its small files not yet."""
+
+    task: FoundTask
+    adapters: tuple[_Checked, ...]
+    samples: bytes | None
+    eval_data: bytes | None
+    problems: tuple[Problem, ...]
+
+    def small_files(self) -> list[bytes]:
+        """Return what is still to be stored."""
+        files = [data for item in self.adapters for data in (item.files.config, item.files.card)]
+        return [data for data in [*files, self.samples, self.eval_data] if data is not None]
+
+
 def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
     """Split tasks into batches of bounded size; a task is never split."""
     batch: list[FoundTask] = []
     size = count = 0
     for task in tasks:
-        weight = sum(_size(adapter.weights) for adapter in task.adapters)
+        texts = (path for path in (task.samples, task.eval_data) if path is not None)
+        weight = sum(map(_size, [*(adapter.weights for adapter in task.adapters), *texts]))
         if batch and (size + weight > _BATCH_BYTES or count + len(task.adapters) > _BATCH_ADAPTERS):
             yield batch
             batch, size, count = [], 0, 0
@@ -104,14 +121,19 @@ def prepare(tasks: Sequence[FoundTask], store: Store | None) -> list[PreparedTas
     small = [[_read_small(adapter) for adapter in task.adapters] for task in tasks]
     waiting = {item.found.weights: item for items in small for item in items if isinstance(item, _Files)}
     checked = _check_only(waiting) if store is None else _check_and_store(waiting, store)
-    prepared: list[PreparedTask | Problem] = []
+    gathered: list[_Gathered | Problem] = []
     for task, items in zip(tasks, small, strict=True):
         outcomes = [item if isinstance(item, Problem) else checked[item.found.weights] for item in items]
         try:
-            prepared.append(_assemble(task, outcomes, store))
+            gathered.append(_gather(task, outcomes))
         except IcmLoraError as error:
-            prepared.append(Problem(error, task.folder))
-    return prepared
+            gathered.append(Problem(error, task.folder))
+    # All small files of the batch at once: what takes time is waiting for the disk, once per call.
+    contents = [data for item in gathered if isinstance(item, _Gathered) for data in item.small_files()]
+    digests = (
+        dict.fromkeys(contents, "") if store is None else dict(zip(contents, store.put_blobs(contents), strict=True))
+    )
+    return [item if isinstance(item, Problem) else _prepared(item, digests) for item in gathered]
 
 
 def _read_small(found: FoundAdapter) -> _Files | Problem:
@@ -148,30 +170,17 @@ def _check_only(waiting: dict[Path, _Files]) -> dict[Path, _Checked | Problem]:
     return checked
 
 
-def _assemble(task: FoundTask, outcomes: Sequence[_Checked | Problem], store: Store | None) -> PreparedTask | Problem:
-    """Make one task of its adapters; without its final adapter there is no task.
+def _gather(task: FoundTask, outcomes: Sequence[_Checked | Problem]) -> _Gathered | Problem:
+    """Bring together what was read of one task; without its final adapter there is no task.
 
     Raises:
         IcmLoraError: Its samples or held-out texts cannot be used.
     """
-    good = [outcome for outcome in outcomes if isinstance(outcome, _Checked)]
+    good = tuple(outcome for outcome in outcomes if isinstance(outcome, _Checked))
     problems = tuple(outcome for outcome in outcomes if isinstance(outcome, Problem))
-    final = next((outcome for outcome in good if outcome.files.found.is_final), None)
-    if final is None:
+    if not any(outcome.files.found.is_final for outcome in good):
         return next(problem for problem in problems if problem.path == task.final.folder)
-    texts = [_read_texts(path) for path in (task.samples, task.eval_data)]
-    small = [data for outcome in good for data in (outcome.files.config, outcome.files.card) if data is not None]
-    digests = _put_small([*small, *(text for text in texts if text is not None)], store)
-    samples, eval_data = (None if text is None else digests[text] for text in texts)
-    return PreparedTask(
-        found=task,
-        base_model=final.summary.base_model,
-        adapters=tuple(_row(outcome, digests) for outcome in good),
-        samples=samples,
-        eval_data=eval_data,
-        size=sum(outcome.size + len(outcome.files.config) + len(outcome.files.card or b"") for outcome in good),
-        problems=problems,
-    )
+    return _Gathered(task, good, _read_texts(task.samples), _read_texts(task.eval_data), problems)
 
 
 def _read_texts(path: Path | None) -> bytes | None:
@@ -182,8 +191,17 @@ def _read_texts(path: Path | None) -> bytes | None:
     return data
 
 
-def _put_small(items: Sequence[bytes], store: Store | None) -> dict[bytes, str]:
-    return dict.fromkeys(items, "") if store is None else dict(zip(items, store.put_blobs(items), strict=True))
+def _prepared(gathered: _Gathered, digests: dict[bytes, str]) -> PreparedTask:
+    files = [outcome.files for outcome in gathered.adapters]
+    return PreparedTask(
+        found=gathered.task,
+        base_model=next(item.summary.base_model for item in gathered.adapters if item.files.found.is_final),
+        adapters=tuple(_row(outcome, digests) for outcome in gathered.adapters),
+        samples=None if gathered.samples is None else digests[gathered.samples],
+        eval_data=None if gathered.eval_data is None else digests[gathered.eval_data],
+        size=sum(item.size for item in gathered.adapters) + sum(len(f.config) + len(f.card or b"") for f in files),
+        problems=gathered.problems,
+    )
 
 
 def _row(checked: _Checked, digests: dict[bytes, str]) -> NewAdapter:
