@@ -7,6 +7,9 @@
 are the rounded log-norms of all kept slots, then the integers of their two vectors, kind by kind. Everything is
 little-endian. How many words there are follows from the head and the generator, so a code cannot claim more memory
 than its generator's own layout allows.
+
+Damage that changes the length, the head's form or the end of the words is refused here. A changed bit in the middle of
+the words gives other integers and is not noticed: the store compares the SHA-256 of a code before it is decoded.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from icmlora.adapter_config import MAX_LABEL
 from icmlora.errors import CodeError
 from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.scales import EXTREME
 
 MAGIC = b"ICMC\x01"
 ABSENT = 255
-_TASK_TYPE_LIMIT = 64
+_TASK_TYPE_LIMIT = 4 * MAX_LABEL  # in UTF-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,27 +84,39 @@ class Code:
         (length,) = struct.unpack_from("<I", data, start - 4)
         kinds, layers = len(config.kinds), config.layers
         sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers]
-        reader = zlib.decompressobj()
-        try:
-            plain = reader.decompress(data[start : start + length], sum(sizes) + _TASK_TYPE_LIMIT + 1)
-            text = plain[sum(sizes) :].decode()
-        except (zlib.error, UnicodeDecodeError) as error:
-            raise CodeError("the code's head is damaged") from error
-        if not reader.eof or not sum(sizes) <= len(plain) <= sum(sizes) + _TASK_TYPE_LIMIT:
-            raise CodeError("the code's head does not have the length its generator says")
+        plain = _inflate(data[start : start + length], sum(sizes), sum(sizes) + _TASK_TYPE_LIMIT)
         parts = np.split(np.frombuffer(plain[: sum(sizes)], dtype=np.uint8), np.cumsum(sizes)[:-1])
-        kept = parts[4].reshape(kinds, layers)
-        if (kept[kept != ABSENT] > config.slots).any() or (kept == ABSENT).all():
-            raise CodeError("the code's head names more rank slots than its generator has, or no module")
         head = CodeHead(
             step=int(parts[0].view("<i2")[0]),
             condition=parts[1].view(np.int8),
             latent=parts[2].view(np.int8),
             gains=parts[3].view("<i2").astype(np.int16),
-            kept=kept,
-            task_type=text or None,
+            kept=parts[4].reshape(kinds, layers),
+            task_type=_text(plain[sum(sizes) :]),
         )
+        present = head.kept[head.kept != ABSENT]
+        if not len(present) or int(present.max()) > config.slots or abs(head.step) > EXTREME:
+            raise CodeError("the code's head is out of its generator's range")
         return cls(generator, head, data[start + length :])
+
+
+def _inflate(packed: bytes, least: int, most: int) -> bytes:
+    """Decompress exactly one zlib stream of a bounded size; a small one cannot grow into a large one."""
+    reader = zlib.decompressobj()
+    try:
+        plain = reader.decompress(packed, most + 1)
+    except zlib.error as error:
+        raise CodeError("the code's head is damaged") from error
+    if not reader.eof or reader.unused_data or not least <= len(plain) <= most:
+        raise CodeError("the code's head does not have the length its generator says")
+    return plain
+
+
+def _text(data: bytes) -> str | None:
+    try:
+        return data.decode() or None
+    except UnicodeDecodeError as error:
+        raise CodeError("the code's head is damaged") from error
 
 
 def generator_of(data: bytes) -> str:

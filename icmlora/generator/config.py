@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 from icmlora.errors import GeneratorError
 from icmlora.layout import ModuleShape
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+# A layer number has no leading zero, so that a module's name comes back from it, and is short, so that a name cannot
+# ask for tables of millions of layers. Other digits are part of the name.
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,3})(?=\.)")
 
-# quality -> share of |dW|^2 that a code may lose. 1 - retained gain is a quarter to a tenth of it (docs/results/LOG.md).
+# quality -> share of |dW|^2 that a code may lose.
+# 1 - retained gain is a quarter to a tenth of it (docs/results/LOG.md).
 _TOLERANCES = (0.35, 0.25, 0.17, 0.11, 0.07, 0.045, 0.025, 0.012)
 _WIDTHS = (24, 24, 32, 32, 32, 48, 64, 96)
 
@@ -74,6 +78,25 @@ class GeneratorConfig:
             raise GeneratorError("the generator's configuration is out of range")
         if self.slots > 254 or list(self.kinds) != sorted(set(self.kinds)):
             raise GeneratorError("the generator's configuration names too many slots, or kinds twice or out of order")
+        if any(min(kind.inputs, kind.outputs) < 1 for kind in self.kinds):
+            raise GeneratorError("the generator's configuration names a module without inputs or outputs")
+
+    def place_of(self, shape: ModuleShape) -> tuple[int, int]:
+        """Return the index of a module's kind and its layer.
+
+        Raises:
+            GeneratorError: The generator does not cover the module.
+        """
+        kind, layer = kind_of(shape)
+        number = self._index.get(kind)
+        if number is None or layer >= self.layers or shape.rank > self.slots:
+            message = f"the generator does not cover {shape.module} with rank {shape.rank}"
+            raise GeneratorError(message, hint="`icm train` makes a generator that covers every ingested adapter")
+        return number, layer
+
+    @cached_property
+    def _index(self) -> dict[ModuleKind, int]:
+        return {kind: number for number, kind in enumerate(self.kinds)}
 
     def to_json(self) -> str:
         """Serialise with sorted keys, so that equal configurations give equal bytes."""
@@ -90,12 +113,14 @@ class GeneratorConfig:
             fields = json.loads(text)
             fields["kinds"] = tuple(ModuleKind(**kind) for kind in fields["kinds"])
             return cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise GeneratorError(f"the generator's configuration cannot be read ({error})") from error
 
 
 def tolerance_of(quality: int) -> float:
     """Return the relative dW error that a quality of 1 (smallest) to 8 (most faithful) stands for."""
+    if not 1 <= quality <= len(_TOLERANCES):
+        raise GeneratorError(f"there is no quality {quality}, only 1 to {len(_TOLERANCES)}")
     return _TOLERANCES[quality - 1]
 
 
@@ -118,7 +143,10 @@ def config_for(
         quality: 1 to 8; sets tolerance and width where they are None.
         tolerance: Relative dW error of a code.
         width: Hidden width of the decoder.
-        previous: A generator to grow from: its kinds, layers and slots stay covered and its width is kept.
+        previous: A generator to grow from: its kinds, layers and slots stay covered and its sizes are kept.
+
+    Raises:
+        GeneratorError: A quality, tolerance or width that does not exist, or no layout at all.
     """
     kinds = set(previous.kinds) if previous else set()
     layers, slots = (previous.layers, previous.slots) if previous else (1, 1)
@@ -127,14 +155,20 @@ def config_for(
             kind, layer = kind_of(shape)
             kinds.add(kind)
             layers, slots = max(layers, layer + 1), max(slots, shape.rank)
-    if previous:
-        width = previous.width
-    return GeneratorConfig(
+    start = previous or GeneratorConfig(
         base_model=base_model,
         kinds=tuple(sorted(kinds)),
         layers=layers,
         slots=slots,
         condition_size=condition_size,
-        tolerance=tolerance_of(quality) if tolerance is None else tolerance,
+        tolerance=tolerance_of(quality),
         width=_WIDTHS[quality - 1] if width is None else width,
+    )
+    return replace(
+        start,
+        kinds=tuple(sorted(kinds)),
+        layers=layers,
+        slots=slots,
+        condition_size=condition_size,
+        tolerance=tolerance_of(quality) if tolerance is None else tolerance,
     )

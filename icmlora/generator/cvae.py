@@ -186,9 +186,11 @@ class Encoder(nn.Module):
         total, weight = torch.zeros_like(self.leave.bias), torch.zeros((), device=condition.device)
         for group, feature in zip(tokens, features, strict=True):
             norm = group.norm[:, None]
-            sketch = (group.inputs / norm @ self.sketch_in[group.kind]) * (group.outputs / norm @ self.sketch_out[group.kind])
-            hidden = silu(self.enter(torch.cat([sketch, norm.log2(), feature], dim=1)))  # (n, 2E)
+            right = group.inputs / norm @ self.sketch_in[group.kind]  # (n, sketch)
+            left = group.outputs / norm @ self.sketch_out[group.kind]
+            hidden = silu(self.enter(torch.cat([right * left, norm.log2(), feature], dim=1)))  # (n, 2E)
             energy = group.norm.square()
             total = total + (energy[:, None] * self.leave(hidden)).sum(0)
             weight = weight + energy.sum()
-        return _BYTE * torch.tanh(total / weight / 8)
+        # An adapter without energy has no slots to average; its latent is 0.
+        return _BYTE * torch.tanh(total / weight.clamp_min(torch.finfo(weight.dtype).tiny) / 8)

@@ -36,10 +36,15 @@ def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> byt
     Args:
         net: The network, in any dtype, on any device.
         notes: Further header text, such as the seed and the number of steps.
+
+    Raises:
+        GeneratorError: A parameter is not finite.
     """
-    header = {"format": FORMAT, "config": net.config.to_json(), "tables": tables_digest(), **(notes or {})}
-    state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in net.state_dict().items()}
-    return encode_torch(state, header, dtype="bfloat16")
+    header = {**(notes or {}), "format": FORMAT, "config": net.config.to_json(), "tables": tables_digest()}
+    try:
+        return encode_torch(net.state_dict(), header, dtype="bfloat16")
+    except AdapterRefused as error:
+        raise GeneratorError("training has diverged", hint="train again with a lower learning rate") from error
 
 
 def generator_from_bytes(data: bytes) -> Generator:
@@ -58,9 +63,18 @@ def generator_from_bytes(data: bytes) -> Generator:
     if header.get("tables") != tables_digest():
         message = "the coding tables computed here differ from those of the machine that trained this generator"
         raise GeneratorError(message, hint="decode on a machine with the same C library, or train again here")
-    net = CVAE(GeneratorConfig.from_json(header.get("config", "")))
-    try:
-        net.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise GeneratorError("the generator's tensors are not those of its configuration") from error
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise GeneratorError("the generator holds values that are not finite")
+    net = _network(GeneratorConfig.from_json(header.get("config", "")), tensors)
     return Generator(net.eval(), hashlib.sha256(data).hexdigest())
+
+
+def _network(config: GeneratorConfig, tensors: Mapping[str, torch.Tensor]) -> CVAE:
+    """Build the network around the file's tensors: a configuration that claims more than the file allocates nothing."""
+    try:
+        with torch.device("meta"):
+            net = CVAE(config)
+        net.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise GeneratorError("the generator's tensors are not those of its configuration") from error
+    return net

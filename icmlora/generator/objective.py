@@ -53,8 +53,13 @@ def adapter_bits(
     state = TaskState(condition, latent)
     step = water_level(tokens, net.config.tolerance)
     integers = [_token_bits(net, group, state, step) for group in tokens]
-    norms, gains = zip(*[_norm_bits(net, group, net.gains(state)) for group in tokens], strict=True)
-    return Bits(bin_bits(latent - mean, scale).sum(), torch.stack(norms).sum(), torch.stack(integers).sum(), torch.stack(gains).sum())
+    norms = [_norm_bits(net, group, net.gains(state)) for group in tokens]
+    return Bits(
+        latent=bin_bits(latent - mean, scale).sum(),
+        norms=_sum([table for table, _ in norms]),
+        tokens=_sum(integers),
+        prior=_sum([gain for _, gain in norms]),
+    )
 
 
 def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float) -> torch.Tensor:
@@ -102,14 +107,17 @@ def bin_bits(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _bin(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     magnitude = values.abs()  # both edges on the negative side keep the difference exact in the tail
-    return torch.special.ndtr((0.5 - magnitude) / scale) - torch.special.ndtr((-0.5 - magnitude) / scale)
+    mass: torch.Tensor = torch.special.ndtr((0.5 - magnitude) / scale) - torch.special.ndtr((-0.5 - magnitude) / scale)
+    return mass
 
 
 def water_level(tokens: Sequence[KindTokens], tolerance: float) -> float:
-    """Return the quantiser step whose expected relative dW error is `tolerance`.
+    """Return the quantiser step whose expected relative dW error is `tolerance` (1 for an adapter without energy).
 
     A coefficient of variance v contributes min(v, step^2 / 12): reverse water-filling (Cover and Thomas, 10.3.3).
     """
+    if not tokens:
+        return 1.0
     variance = torch.cat([group.norm.double().square() / size for group in tokens for size in _sizes(group)])
     count = torch.cat([torch.full_like(group.norm, size).double() for group in tokens for size in _sizes(group)])
     allowed = tolerance * squared_norm(tokens)
@@ -123,6 +131,10 @@ def water_level(tokens: Sequence[KindTokens], tolerance: float) -> float:
 
 def _sizes(group: KindTokens) -> tuple[int, int]:
     return group.inputs.shape[1], group.outputs.shape[1]
+
+
+def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(parts)).sum() if parts else torch.zeros(())
 
 
 def _noisy(values: torch.Tensor, noise: torch.Generator) -> torch.Tensor:

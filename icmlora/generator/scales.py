@@ -22,7 +22,9 @@ SMALLEST_SCALE = 2.0 ** (SMALLEST / OCTAVE)
 GAUSSIAN_SHARE, WIDE = 0.97, 4.0
 """A coefficient is Gaussian; three in a hundred are taken from one four times as wide, which makes outliers cheap."""
 ROUNDING = 0.40
-"""A value goes up to the next integer only beyond 0.6: at low rates the bits of a lone one cost more than it removes."""
+"""A value goes up to the next integer only beyond 0.6: at low rates a lone one costs more bits than it is worth."""
+EXTREME = 120 * OCTAVE
+"""Norms and quantiser steps lie between 2^-120 and 2^120, within float32."""
 _PRECISION = 1 << 20
 
 
@@ -34,19 +36,20 @@ def frequencies(index: int) -> NDArray[np.int64]:
     edges = np.arange(-reach, reach + 2) - 0.5
     near, far = _cumulative(edges / scale), _cumulative(edges / (WIDE * scale))
     mass = np.diff(GAUSSIAN_SHARE * near + (1 - GAUSSIAN_SHARE) * far)
-    return np.maximum(np.rint(mass * _PRECISION), 1).astype(np.int64)
+    table: NDArray[np.int64] = np.maximum(np.rint(mass * _PRECISION), 1).astype(np.int64)
+    return table
 
 
 def reach_of(index: int) -> int:
-    """Return the largest magnitude that the coder can write at one scale index."""
-    return 2 + math.ceil(16 * 2.0 ** (index / OCTAVE))
+    """Return the largest magnitude in the table of one scale index; it also announces anything larger."""
+    return 2 + math.ceil(16 * math.exp2(index / OCTAVE))
 
 
 @cache
 def probabilities(index: int) -> NDArray[np.float64]:
     """Return the frequencies divided by their sum, for the range coder (which makes them integers again)."""
-    table = frequencies(index)
-    return table / table.sum()
+    table: NDArray[np.float64] = frequencies(index) / frequencies(index).sum()
+    return table
 
 
 @cache

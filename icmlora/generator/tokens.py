@@ -17,8 +17,7 @@ import torch
 
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.canonical import canonicalize
-from icmlora.errors import GeneratorError
-from icmlora.generator.config import GeneratorConfig, kind_of
+from icmlora.generator.config import GeneratorConfig
 from icmlora.layout import target_modules
 
 
@@ -46,20 +45,17 @@ class KindTokens:
 
 
 def tokenize(adapter: Adapter, config: GeneratorConfig) -> tuple[KindTokens, ...]:
-    """Turn an adapter (any gauge) into tokens; slots without energy are left out.
+    """Turn an adapter (any gauge) into tokens; slots and kinds without energy are left out.
 
     Raises:
         GeneratorError: The adapter has a module kind, layer or rank that the generator does not cover.
     """
-    index = {kind: number for number, kind in enumerate(config.kinds)}
     groups: defaultdict[int, list[tuple[int, LoraModule]]] = defaultdict(list)
     for module in canonicalize(adapter).modules:
-        kind, layer = kind_of(module.shape)
-        if kind not in index or layer >= config.layers or module.shape.rank > config.slots:
-            message = f"the generator does not cover {module.name} with rank {module.shape.rank}"
-            raise GeneratorError(message, hint="`icm train` makes a generator that covers every ingested adapter")
-        groups[index[kind]].append((layer, module))
-    return tuple(_stack(kind, sorted(groups[kind], key=lambda pair: pair[0])) for kind in sorted(groups))
+        kind, layer = config.place_of(module.shape)
+        groups[kind].append((layer, module))
+    stacked = (_stack(kind, sorted(groups[kind], key=lambda pair: pair[0])) for kind in sorted(groups))
+    return tuple(group for group in stacked if len(group.norm))
 
 
 def _stack(kind: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from icmlora.adapter import Adapter
 from icmlora.generator.objective import Bits, adapter_bits
-from icmlora.generator.tokens import KindTokens, tokenize
+from icmlora.generator.tokens import tokenize
 from icmlora.training.fleet import Fleet
 from icmlora.training.state import TrainState
 
@@ -48,33 +49,28 @@ def fit(state: TrainState, fleet: Fleet, tick: Callable[[], None] = lambda: None
         draw = random.Random(f"{state.config.seed}/{state.step}")  # noqa: S311 - training noise, not secrets
         noise = torch.Generator().manual_seed(draw.getrandbits(62))
         task = draw.randrange(fleet.tasks())
-        tokens, vectors = _episode(state, fleet, task, draw)
+        adapter, vectors = _episode(state, fleet, task, draw)
+        tokens = tokenize(adapter, state.net.config)
         tokens = tuple(group.to(device) for group in tokens)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             bits = adapter_bits(state.net, tokens, {k: v.to(device) for k, v in vectors.items()}, noise)
         tick()
-        yield _advance(state, bits, parameters_of(tokens), task)
-
-
-def parameters_of(tokens: tuple[KindTokens, ...]) -> int:
-    """Return how many numbers the tokens' two vectors hold."""
-    return sum(group.inputs.numel() + group.outputs.numel() for group in tokens)
+        yield _advance(state, bits, sum(shape.parameters for shape in adapter.layout), task)
 
 
 def _episode(
     state: TrainState, fleet: Fleet, task: int, draw: random.Random
-) -> tuple[tuple[KindTokens, ...], dict[str, torch.Tensor]]:
+) -> tuple[Adapter, dict[str, torch.Tensor]]:
     """Draw what one step sees of a task: one of its adapters, one of its support sets, perhaps without one view."""
     checkpoint = None
     if fleet.checkpoints(task) and draw.random() >= state.config.final_share:
         checkpoint = draw.randrange(fleet.checkpoints(task))
-    tokens = tokenize(fleet.load(task, checkpoint), state.net.config)
     vectors: dict[str, torch.Tensor] = {}
     if fleet.support_sets(task):
         vectors = dict(fleet.vectors(task, draw.randrange(fleet.support_sets(task))))
     if draw.random() < state.config.view_dropout:
         vectors.pop("adapted", None)
-    return tokens, vectors
+    return fleet.load(task, checkpoint), vectors
 
 
 def _advance(state: TrainState, bits: Bits, parameters: int, task: int) -> TrainStep:
@@ -86,5 +82,13 @@ def _advance(state: TrainState, bits: Bits, parameters: int, task: int) -> Train
     torch.nn.utils.clip_grad_norm_(state.net.parameters(), _GRADIENT_LIMIT)
     state.optimizer.step()
     state.step += 1
-    parts = [float(part.detach()) / parameters for part in (bits.total, bits.latent, bits.norms, bits.tokens)]
-    return TrainStep(state.step, state.config.steps, task, *parts, learning_rate=rate)
+    return TrainStep(
+        step=state.step,
+        steps=state.config.steps,
+        task=task,
+        bits=float(bits.total.detach()) / parameters,
+        latent_bits=float(bits.latent.detach()) / parameters,
+        norm_bits=float(bits.norms.detach()) / parameters,
+        token_bits=float(bits.tokens.detach()) / parameters,
+        learning_rate=rate,
+    )

@@ -30,7 +30,7 @@ def grown_network(config: GeneratorConfig, previous: CVAE, fleet: Fleet, seed: i
     """
     net = fresh_network(config, fleet, seed)
     old = previous.config
-    if old.condition_size and old.condition_size == config.condition_size:
+    if old.condition_size == config.condition_size:
         net.condition.load_state_dict(previous.condition.state_dict())
     places = torch.tensor([config.kinds.index(kind) for kind in old.kinds])
     sides = torch.stack([2 * places, 2 * places + 1], dim=1).flatten()
@@ -75,17 +75,31 @@ def _standardise(condition: ConditionNet, fleet: Fleet) -> None:
 
 @torch.no_grad()
 def _set_norms(net: CVAE, fleet: Fleet) -> None:
-    count = torch.zeros_like(net.norm_mean)
-    total, squares = torch.zeros_like(net.norm_mean), torch.zeros_like(net.norm_mean)
+    # float64: the variance is the difference of two nearly equal numbers.
+    count, total, squares = torch.zeros((3, *net.norm_mean.shape), dtype=torch.float64)
     for task in range(fleet.tasks()):
         for group in tokenize(fleet.load(task, None), net.config):
             places = (torch.full_like(group.layer, group.kind), group.layer, group.slot)
-            log = group.norm.log2()
+            log = group.norm.double().log2()
             count.index_put_(places, torch.ones_like(log), accumulate=True)
             total.index_put_(places, log, accumulate=True)
             squares.index_put_(places, log.square(), accumulate=True)
     mean = total / count.clamp_min(1)
     variance = (squares / count.clamp_min(1) - mean.square()).clamp_min(0)
     pooled = (variance * count).sum(1) / count.sum(1).clamp_min(1)  # (K, S)
-    net.norm_mean.copy_(mean)
+    net.norm_mean.copy_(_filled(total, count))
     net.norm_spread.copy_(torch.where(pooled > 1e-6, pooled.sqrt(), _DEFAULT_SPREAD).log2())
+
+
+def _filled(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each cell (K, L, S), and a guess where no final adapter has one.
+
+    The guess is the mean of that slot over the kind's other layers, else that of the slot before, else of everything.
+    Without it the norm would be 2^0, far above what adapters have.
+    """
+    seen, slots = count.sum(1), total.sum(1) / count.sum(1).clamp_min(1)  # (K, S)
+    guess = (total.sum() / count.sum().clamp_min(1)).expand(len(slots))
+    for slot in range(slots.shape[1]):
+        guess = torch.where(seen[:, slot] > 0, slots[:, slot], guess)
+        slots[:, slot] = guess
+    return torch.where(count > 0, total / count.clamp_min(1), slots[:, None, :])

@@ -1,0 +1,96 @@
+"""All integers of one adapter <-> range-coded words, in the order that encoder and decoder share.
+
+First the norm residuals of all kinds, which tell the scales of the rest; then both vectors of every slot, kind by kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icmlora.errors import CodeError
+from icmlora.generator import entropy
+from icmlora.generator.code import ABSENT, CodeHead
+from icmlora.generator.entropy import Integers
+from icmlora.generator.quantizer import Norms, Quantizer, Slots
+from icmlora.generator.scales import EXTREME
+
+
+@dataclass(frozen=True, eq=False)
+class KindIntegers:
+    """Everything that is stored of the tokens of one kind."""
+
+    slots: Slots
+    gain: int
+    """The task's mean log2 norm above the table, in eighths."""
+    residuals: Integers
+    """Shape (n,): log2 norms above that, in eighths."""
+    inputs: Integers
+    """Shape (n, in)."""
+    outputs: Integers
+    """Shape (n, out)."""
+
+    def written(self) -> KindIntegers:
+        """Leave out, in each layer, the slots after the last one of which both vectors are there.
+
+        Where one vector rounds to zero nothing of the slot is worth its bits; the slots before are kept, so that a
+        number per layer says which.
+        """
+        layer, slot = self.slots.layer, self.slots.slot
+        alive = self.inputs.any(axis=1) & self.outputs.any(axis=1)
+        count = np.zeros(int(layer.max(initial=-1)) + 1, dtype=np.int64)
+        np.maximum.at(count, layer[alive], slot[alive] + 1)
+        keep = slot < count[layer]
+        residuals, inputs, outputs = self.residuals[keep], self.inputs[keep], self.outputs[keep]
+        return KindIntegers(self.slots[keep], self.gain, residuals, inputs, outputs)
+
+
+def pack(quantizer: Quantizer, groups: Sequence[KindIntegers], step: int) -> bytes:
+    """Write the integers of an adapter; at most one group per kind, ordered by kind."""
+    writer = entropy.Writer()
+    for group in groups:
+        writer.write(group.residuals, quantizer.norm_scales(group.slots))
+    for group in groups:
+        norms = quantizer.norms(group.slots, group.gain, group.residuals)
+        scales = _scales(quantizer, group.slots, norms, step)
+        writer.write(np.concatenate([group.inputs.ravel(), group.outputs.ravel()]), scales)
+    return writer.to_bytes()
+
+
+def unpack(quantizer: Quantizer, head: CodeHead, words: bytes) -> list[KindIntegers]:
+    """Read back what `pack` wrote.
+
+    Raises:
+        CodeError: Words that `pack` does not write under this head.
+    """
+    reader = entropy.Reader(words)
+    kinds = [_slots(kind, row) for kind, row in enumerate(head.kept) if (row != ABSENT).any()]
+    residuals = [reader.read(quantizer.norm_scales(slots)) for slots in kinds]
+    groups = []
+    for slots, residual in zip(kinds, residuals, strict=True):
+        gain = int(head.gains[slots.kind])
+        norms = quantizer.norms(slots, gain, residual)
+        if (np.abs(norms) > EXTREME).any():
+            raise CodeError("the code's norms are out of range")
+        values = reader.read(_scales(quantizer, slots, norms, head.step))
+        count, (inputs, outputs) = len(slots.layer), quantizer.sizes(slots.kind)
+        left, right = np.split(values, [count * inputs])
+        groups.append(KindIntegers(slots, gain, residual, left.reshape(count, inputs), right.reshape(count, outputs)))
+    reader.finish()
+    return groups
+
+
+def _scales(quantizer: Quantizer, slots: Slots, norms: Norms, step: int) -> Integers:
+    """Scale index of every integer of one kind: all inputs, then all outputs."""
+    pair = zip(quantizer.scales(slots, norms, step), quantizer.sizes(slots.kind), strict=True)
+    return np.concatenate([np.repeat(scale, size) for scale, size in pair])
+
+
+def _slots(kind: int, kept: NDArray[np.uint8]) -> Slots:
+    counts = np.where(kept == ABSENT, 0, kept).astype(np.int64)
+    layer = np.repeat(np.arange(len(counts)), counts)
+    slot = np.concatenate([np.arange(count) for count in counts])
+    return Slots(kind, layer, slot)
