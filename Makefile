@@ -47,8 +47,7 @@ lock: $(READY)  ## resolve requirements.lock again, against the installed torch 
 		--extra dev --extra plot --extra test --output-file requirements.lock pyproject.toml
 
 example-fleet: $(READY)  ## train the adapters in docs/example-fleet again (about an hour on 2 cores)
-	@$(BIN)/python tests/benchmarks/example_fleet/build_text.py
-	@$(BIN)/python tests/benchmarks/example_fleet/train.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.example_fleet
 
 ci: lint types test  ## what .ci/run checks
 
