@@ -1,0 +1,108 @@
+"""The range coder: whatever integers, under whatever scales, come back; damage of form is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icmlora.errors import CodeError
+from icmlora.generator.entropy import LIMIT, Integers, Reader, Writer, clip
+from icmlora.generator.scales import LARGEST, SMALLEST, reach_of
+
+SCALE = st.integers(SMALLEST, LARGEST)
+PAIRS = st.lists(st.tuples(st.one_of(st.integers(-40, 40), st.integers(-LIMIT, LIMIT)), SCALE), max_size=60)
+
+
+def arrays(pairs: list[tuple[int, int]]) -> tuple[Integers, Integers]:
+    values = np.array([value for value, _ in pairs], dtype=np.int32)
+    return values, np.array([scale for _, scale in pairs], dtype=np.int32)
+
+
+def written(*parts: tuple[Integers, Integers]) -> bytes:
+    writer = Writer()
+    for values, scales in parts:
+        writer.write(values, scales)
+    return writer.to_bytes()
+
+
+def gaussian(count: int, scale: int) -> tuple[Integers, Integers]:
+    values = np.random.default_rng(0).normal(0, 2.0 ** (scale / 8), count)
+    return clip(np.rint(values)), np.full(count, scale, dtype=np.int32)
+
+
+@given(first=PAIRS, second=PAIRS)
+def test_any_integers_come_back_under_any_scales(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> None:
+    parts = [arrays(first), arrays(second)]
+    reader = Reader(written(*parts))
+    for values, scales in parts:
+        np.testing.assert_array_equal(reader.read(scales), values)
+    reader.finish()
+
+
+@given(scale=SCALE, offset=st.integers(-2, 2), sign=st.sampled_from([-1, 1]))
+def test_integers_around_the_end_of_a_table_come_back(scale: int, offset: int, sign: int) -> None:
+    values, scales = arrays([(sign * (reach_of(scale) + offset), scale), (0, scale)])
+    np.testing.assert_array_equal(Reader(written((values, scales))).read(scales), values)
+
+
+def test_nothing_is_written_as_nothing() -> None:
+    empty = arrays([])
+    reader = Reader(written(empty))
+    assert len(reader.read(empty[1])) == 0
+    reader.finish()
+
+
+def test_gaussian_integers_take_about_their_entropy() -> None:
+    values, scales = gaussian(4000, 16)
+    entropy = np.log2(4 * np.sqrt(2 * np.pi * np.e))
+    assert entropy * 0.97 < 8 * len(written((values, scales))) / 4000 < entropy * 1.06
+
+
+def test_an_integer_far_beyond_its_scale_costs_tens_of_bits_not_thousands() -> None:
+    values, scales = gaussian(400, 0)
+    outlier = values.copy()
+    outlier[7] = LIMIT
+    assert len(written((outlier, scales))) - len(written((values, scales))) <= 12
+
+
+def test_clipping_keeps_what_can_be_written() -> None:
+    assert clip(np.array([-3.0, 1e12, -1e12])).tolist() == [-3, LIMIT, -LIMIT]
+
+
+@pytest.mark.parametrize("cut", [4, 8, 40])
+def test_missing_words_are_refused(cut: int) -> None:
+    values, scales = gaussian(500, 16)
+    with pytest.raises(CodeError):
+        read_all(written((values, scales))[:-cut], scales)
+
+
+@pytest.mark.parametrize("extra", [b"\0\0\0\0", b"\0\0\0\1", b"\xff\xff\xff\xff", b"\0\0\0\0" * 3])
+def test_words_after_the_end_are_refused(extra: bytes) -> None:
+    values, scales = gaussian(500, 16)
+    with pytest.raises(CodeError):
+        read_all(written((values, scales)) + extra, scales)
+
+
+def test_half_a_word_is_refused() -> None:
+    with pytest.raises(CodeError, match="middle of a word"):
+        Reader(b"\0\0\0")
+
+
+@settings(max_examples=200)
+@given(data=st.binary(max_size=64), pairs=PAIRS)
+def test_words_that_no_writer_wrote_are_refused_or_are_a_code(data: bytes, pairs: list[tuple[int, int]]) -> None:
+    words, (_, scales) = data[: len(data) // 4 * 4], arrays(pairs)
+    try:
+        values = read_all(words, scales)
+    except CodeError:
+        return
+    assert written((values, scales)) == words
+
+
+def read_all(data: bytes, scales: Integers) -> Integers:
+    reader = Reader(data)
+    values = reader.read(scales)
+    reader.finish()
+    return values
