@@ -1,0 +1,129 @@
+"""The bytes of a code: a round trip, and what is not a code."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icmlora.errors import CodeError
+from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, generator_of
+from icmlora.generator.scales import EXTREME
+from tests.icmlora.small_fleet import mixed_fleet
+
+CONFIG = mixed_fleet().config()
+KINDS, LAYERS, SLOTS = len(CONFIG.kinds), CONFIG.layers, CONFIG.slots
+DIGEST = "5a" * 32
+TASK_TYPES = st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+
+
+def head(**changes: object) -> CodeHead:
+    fields: dict[str, object] = {
+        "step": -40,
+        "condition": np.arange(CONFIG.condition, dtype=np.int8) - 8,
+        "latent": np.arange(CONFIG.latent, dtype=np.int8) - 100,
+        "gains": np.array([-300, 0, 7], dtype=np.int16),
+        "kept": np.array([[0, SLOTS], [ABSENT, 1], [ABSENT, ABSENT]], dtype=np.uint8),
+        "task_type": "CAUSAL_LM",
+    }
+    return CodeHead(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def code(words: bytes = b"12345678", **changes: object) -> bytes:
+    return Code(DIGEST, head(**changes), words).to_bytes()
+
+
+def framed(packed: bytes) -> bytes:
+    return MAGIC + bytes.fromhex(DIGEST) + struct.pack("<I", len(packed)) + packed
+
+
+@given(
+    step=st.integers(-EXTREME, EXTREME),
+    small=st.lists(st.integers(-128, 127), min_size=32, max_size=32),
+    gains=st.lists(st.integers(-(2**15), 2**15 - 1), min_size=KINDS, max_size=KINDS),
+    kept=st.lists(st.sampled_from([0, 1, SLOTS, ABSENT]), min_size=KINDS * LAYERS - 1, max_size=KINDS * LAYERS - 1),
+    task_type=TASK_TYPES,
+    words=st.binary(max_size=40),
+)
+def test_any_code_comes_back_from_its_bytes(
+    step: int, small: list[int], gains: list[int], kept: list[int], task_type: str | None, words: bytes
+) -> None:
+    data = code(
+        words,
+        step=step,
+        condition=np.array(small[:16], dtype=np.int8),
+        latent=np.array(small[16:], dtype=np.int8),
+        gains=np.array(gains, dtype=np.int16),
+        kept=np.array([*kept, 0], dtype=np.uint8).reshape(KINDS, LAYERS),
+        task_type=task_type,
+    )
+    parsed = Code.from_bytes(data, CONFIG)
+    assert (parsed.head.step, parsed.head.task_type, parsed.words) == (step, task_type, words)
+    assert [*parsed.head.condition.tolist(), *parsed.head.latent.tolist()] == small
+    assert parsed.head.gains.tolist() == gains
+    assert parsed.head.kept.ravel().tolist() == [*kept, 0]
+    assert parsed.to_bytes() == data
+
+
+def test_a_code_names_its_generator_without_being_decoded() -> None:
+    assert generator_of(code()) == DIGEST
+
+
+@pytest.mark.parametrize("data", [b"", b"ICMC\x01", b"ICMC\x02" + bytes(64), b"{" * 99, code()[:40]])
+def test_bytes_that_are_no_code_are_refused(data: bytes) -> None:
+    with pytest.raises(CodeError, match="not a code"):
+        generator_of(data)
+
+
+@pytest.mark.parametrize("length", range(len(MAGIC) + 36, len(code(b""))))
+def test_a_code_cut_in_its_head_is_refused(length: int) -> None:
+    with pytest.raises(CodeError):
+        Code.from_bytes(code(b"")[:length], CONFIG)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": EXTREME + 1},
+        {"step": -EXTREME - 1},
+        {"kept": np.full((KINDS, LAYERS), ABSENT, dtype=np.uint8)},
+        {"kept": np.full((KINDS, LAYERS), SLOTS + 1, dtype=np.uint8)},
+        {"kept": np.full((KINDS, LAYERS), 254, dtype=np.uint8)},
+        {"latent": np.zeros(3, dtype=np.int8)},
+        {"kept": np.zeros((KINDS, 300), dtype=np.uint8).repeat(20, 0)},
+        {"task_type": "x" * 5000},
+    ],
+)
+def test_a_head_out_of_its_generators_range_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(CodeError, match="head"):
+        Code.from_bytes(code(**changes), CONFIG)
+
+
+def test_a_head_that_is_not_utf8_or_not_compressed_is_refused() -> None:
+    plain = zlib.decompress(code(b"")[len(MAGIC) + 36 :])
+    for packed in (zlib.compress(plain + b"\xff"), plain):
+        with pytest.raises(CodeError, match="damaged"):
+            Code.from_bytes(framed(packed), CONFIG)
+
+
+def test_anything_between_the_head_and_the_words_is_refused() -> None:
+    packed = code(b"")[len(MAGIC) + 36 :]
+    with pytest.raises(CodeError, match="length"):
+        Code.from_bytes(framed(packed + b"hidden"), CONFIG)
+
+
+def test_a_head_that_inflates_a_thousandfold_takes_no_memory() -> None:
+    packer = zlib.compressobj(9)
+    bomb = b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(64)), packer.flush()])
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodeError, match="length"):
+            Code.from_bytes(framed(bomb), CONFIG)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()

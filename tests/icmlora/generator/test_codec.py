@@ -1,0 +1,130 @@
+"""Encoding and decoding of adapters under a trained generator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icmlora.adapter import Adapter, LoraModule
+from icmlora.errors import CodeError, GeneratorError
+from icmlora.generator.codec import Codec
+from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from icmlora.metrics import dw_norm, relative_dw_error
+from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, same, trained_file, with_factors
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.11, 0.012, 1e-3, 1e-6])
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_a_code_keeps_its_tolerance_for_every_rank_and_kind(task: int, tolerance: float) -> None:
+    original = mixed_fleet().load(task, None)
+    encoded = codec().encode(original, make_vectors(task), tolerance)
+    decoded = codec().decode(encoded.data)
+    assert encoded.dw_error <= tolerance
+    assert encoded.dw_error == relative_dw_error(original, decoded)
+    assert [module.name for module in decoded.modules] == [module.name for module in original.modules]
+
+
+def test_the_generators_own_tolerance_is_the_default() -> None:
+    under = codec()
+    encoded = under.encode(make_adapter(0), make_vectors(0))
+    assert encoded.data == under.encode(make_adapter(0), make_vectors(0), under.config.tolerance).data
+    assert encoded.dw_error <= under.config.tolerance
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), exponent=st.integers(-9, 9), own=st.floats(0, 5))
+def test_adapters_unlike_the_fleet_keep_the_tolerance_too(seed: int, rank: int, exponent: int, own: float) -> None:
+    adapter = with_factors(make_adapter(seed, rank, own=own), b=10.0**exponent)
+    assert codec().encode(adapter, {}, 0.05).dw_error <= 0.05
+
+
+def test_one_input_that_takes_nearly_all_energy_keeps_the_tolerance() -> None:
+    modules = []
+    for module in make_adapter(0).modules:
+        spiked = module.a.clone()
+        spiked[:, 3] += 1000.0
+        modules.append(LoraModule(module.name, spiked, module.b))
+    adapter = Adapter("tiny/llama", None, ("q_proj", "v_proj"), tuple(modules))
+    assert codec().encode(adapter, {}, 0.001).dw_error <= 0.001
+
+
+def test_a_smaller_tolerance_takes_more_bytes() -> None:
+    sizes = [len(codec().encode(make_adapter(1, rank=4), {}, tolerance).data) for tolerance in (0.3, 0.03, 0.003)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+def test_a_tolerance_that_float32_cannot_keep_is_refused() -> None:
+    with pytest.raises(GeneratorError, match="1e-16"):
+        codec().encode(make_adapter(0), {}, 1e-16)
+
+
+def test_the_same_adapter_has_the_same_code_in_any_gauge() -> None:
+    adapter = make_adapter(0)
+    assert codec().encode(adapter, {}).data == codec().encode(adapter, {}).data
+    assert codec().encode(with_factors(adapter, a=0.5, b=2.0), {}).data == codec().encode(adapter, {}).data
+
+
+def test_a_code_decodes_to_the_same_bits_every_time() -> None:
+    data = codec().encode(make_adapter(0), make_vectors(0)).data
+    assert same(codec().decode(data), codec().decode(data))
+
+
+def test_a_code_is_far_smaller_than_its_adapter() -> None:
+    adapter = make_adapter(1, rank=4)
+    plain = 2 * sum(shape.parameters for shape in adapter.layout)
+    assert len(codec().encode(adapter, make_vectors(1)).data) < plain / 2
+
+
+def test_an_adapter_of_zeros_has_a_code() -> None:
+    zeros = with_factors(make_adapter(0), b=0.0)
+    encoded = codec().encode(zeros, make_vectors(0))
+    assert encoded.dw_error == 0.0
+    assert dw_norm(codec().decode(encoded.data)) == 0.0
+
+
+def test_a_module_of_zeros_among_others_comes_back_as_zeros() -> None:
+    first, *rest = make_adapter(0).modules
+    modules = (LoraModule(first.name, first.a, 0 * first.b), *rest)
+    adapter = Adapter("tiny/llama", "CAUSAL_LM", ("q_proj", "v_proj"), modules)
+    decoded = codec().decode(codec().encode(adapter, {}).data)
+    assert len(decoded.modules) == len(modules)
+    assert not decoded.modules[0].b.any()
+
+
+def test_an_adapter_without_task_type_or_with_a_strange_one_comes_back_so() -> None:
+    for task_type in (None, "SEQ_2_SEQ_LM", "Ünïcode " * 120):
+        plain = make_adapter(0)
+        adapter = Adapter(plain.base_model, task_type, plain.target_modules, plain.modules)
+        assert codec().decode(codec().encode(adapter, {}).data).task_type == task_type
+
+
+def test_a_generator_trained_without_vectors_encodes_with_and_without_them() -> None:
+    under = codec(sets=0)
+    assert under.config.condition_size == 0
+    assert under.encode(make_adapter(0), {}).data == under.encode(make_adapter(0), make_vectors(0)).data
+
+
+def test_an_adapter_that_the_generator_does_not_cover_is_refused() -> None:
+    with pytest.raises(GeneratorError, match="does not cover"):
+        codec().encode(make_adapter(0, rank=8), {})
+
+
+def test_a_task_vector_of_another_length_is_refused() -> None:
+    with pytest.raises(GeneratorError, match="has 7 values"):
+        codec().encode(make_adapter(0), {"adapted": torch.zeros(7)})
+
+
+def test_the_code_of_another_generator_is_refused_by_name() -> None:
+    other = Codec(generator_from_bytes(generator_to_bytes(codec().generator.net, {"seed": "1"})))
+    data = other.encode(make_adapter(0), {}).data
+    with pytest.raises(CodeError, match=other.generator.digest[:12]):
+        codec().decode(data)
+
+
+def test_encoding_does_not_change_the_generator() -> None:
+    under = codec()
+    under.encode(make_adapter(0), make_vectors(0))
+    assert generator_to_bytes(under.generator.net) == trained_file()

@@ -1,0 +1,108 @@
+"""Damaged codes: refused with `CodeError`, or, where a bit changed inside the words, left to the store's digest."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icmlora.errors import CodeError
+from icmlora.generator.code import MAGIC, Code, CodeHead
+from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, same
+
+CODEC = codec()
+DATA = CODEC.encode(make_adapter(1, rank=4), make_vectors(1)).data
+HEAD = len(MAGIC) + 36
+WORDS = HEAD + int(struct.unpack_from("<I", DATA, HEAD - 4)[0])
+
+
+@pytest.mark.parametrize("length", range(0, len(DATA), 3))
+def test_a_code_cut_short_is_refused(length: int) -> None:
+    with pytest.raises(CodeError):
+        CODEC.decode(DATA[:length])
+
+
+@given(extra=st.binary(min_size=1, max_size=12))
+def test_a_code_with_bytes_after_its_end_is_refused(extra: bytes) -> None:
+    with pytest.raises(CodeError):
+        CODEC.decode(DATA + extra)
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.integers(0, WORDS - 1), bit=st.integers(0, 7))
+def test_a_changed_bit_before_the_words_is_refused_or_means_nothing(place: int, bit: int) -> None:
+    # zlib pads with bits that nobody reads; every other one is under its checksum.
+    try:
+        decoded = CODEC.decode(flipped(place, bit))
+    except CodeError:
+        return
+    assert same(decoded, CODEC.decode(DATA))
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.integers(WORDS, len(DATA) - 1), bit=st.integers(0, 7))
+def test_a_changed_bit_in_the_words_never_fails_otherwise(place: int, bit: int) -> None:
+    # The words are dense: nearly every sequence is a code of something, so only the digest in the store can tell.
+    original = CODEC.decode(DATA)
+    try:
+        decoded = CODEC.decode(flipped(place, bit))
+    except CodeError:
+        return
+    assert not same(decoded, original)
+    assert [module.name for module in decoded.modules] == [module.name for module in original.modules]
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=st.binary(max_size=200))
+def test_any_words_under_a_valid_head_are_an_adapter_or_refused(words: bytes) -> None:
+    try:
+        decoded = CODEC.decode(DATA[:WORDS] + words)
+    except CodeError:
+        return
+    assert decoded.layout
+
+
+@pytest.mark.parametrize("step", [-960, 960])
+@pytest.mark.parametrize("gain", [-32768, 32767, 900])
+def test_a_head_that_asks_for_values_beyond_float32_is_refused(step: int, gain: int) -> None:
+    kept = np.full((3, 2), 4, dtype=np.uint8)
+    with pytest.raises(CodeError):
+        CODEC.decode(hostile(kept, step, gain))
+
+
+def test_a_head_that_asks_for_everything_takes_no_more_than_its_generators_layout() -> None:
+    data = hostile(np.full((3, 2), 4, dtype=np.uint8), 0, 0)
+    numbers = sum(kind.inputs + kind.outputs for kind in CODEC.config.kinds) * 2 * 4
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodeError):
+            CODEC.decode(data)
+        assert tracemalloc.get_traced_memory()[1] < 100 * numbers + (1 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_head_is_checked_even_where_its_checksum_is_right() -> None:
+    plain = bytearray(zlib.decompress(DATA[HEAD:WORDS]))
+    plain[-len("CAUSAL_LM") - 1] = 9  # the last entry of `kept`: more slots than there are
+    packed = zlib.compress(bytes(plain))
+    with pytest.raises(CodeError, match="range"):
+        CODEC.decode(DATA[: HEAD - 4] + struct.pack("<I", len(packed)) + packed + DATA[WORDS:])
+
+
+def flipped(place: int, bit: int) -> bytes:
+    changed = bytearray(DATA)
+    changed[place] ^= 1 << bit
+    return bytes(changed)
+
+
+def hostile(kept: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], step: int, gain: int) -> bytes:
+    sizes = CODEC.config.condition, CODEC.config.latent
+    condition, latent = (np.full(size, -128, dtype=np.int8) for size in sizes)
+    head = CodeHead(step, condition, latent, np.full(3, gain, dtype=np.int16), kept, None)
+    return Code(CODEC.generator.digest, head, b"\x5a" * 400).to_bytes()

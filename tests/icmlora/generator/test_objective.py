@@ -1,0 +1,67 @@
+"""The loss: bits that the codec really takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from icmlora.generator.objective import adapter_bits, bin_bits, water_level
+from icmlora.generator.scales import probabilities, reach_of
+from icmlora.generator.tokens import tokenize
+from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, with_factors
+
+
+def noise() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_the_bits_of_an_integer_are_those_of_the_coders_table() -> None:
+    for index in (-8, 0, 13):
+        magnitude = torch.arange(0.0, 4.0)
+        table = torch.tensor(probabilities(index)[reach_of(index) :][:4], dtype=torch.float32)
+        scale = torch.full_like(magnitude, 2.0 ** (index / 8))
+        torch.testing.assert_close(bin_bits(magnitude, scale), -table.log2(), rtol=0, atol=0.05)
+
+
+def test_bits_and_their_gradients_stay_finite_far_from_zero() -> None:
+    values = torch.tensor([0.0, 1e3, 1e6], requires_grad=True)
+    bits = bin_bits(values, torch.full((3,), 1e-6)).sum()
+    (gradient,) = torch.autograd.grad(bits, values)
+    assert torch.isfinite(bits)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_the_estimate_is_near_the_size_of_the_code(task: int) -> None:
+    under, adapter = codec(), mixed_fleet().load(task, None)
+    with torch.no_grad():
+        bits = adapter_bits(under.generator.net, tokenize(adapter, under.config), make_vectors(task), noise())
+    stored = 8 * len(under.encode(adapter, make_vectors(task)).data)
+    overhead = 8 * 100  # magic, digest and head, which the objective counts in part
+    assert float(bits.norms + bits.tokens) < stored < 1.3 * float(bits.norms + bits.tokens) + overhead
+
+
+def test_a_smaller_tolerance_needs_a_finer_step() -> None:
+    tokens = tokenize(make_adapter(0), mixed_fleet().config())
+    steps = [water_level(tokens, tolerance) for tolerance in (0.5, 0.1, 0.01)]
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_the_step_scales_with_the_adapter() -> None:
+    left, right = (tokenize(with_factors(make_adapter(0), b=b), mixed_fleet().config()) for b in (1.0, 8.0))
+    assert water_level(right, 0.1) == pytest.approx(8 * water_level(left, 0.1), rel=1e-4)
+
+
+def test_an_adapter_of_zeros_costs_its_latent_and_nothing_else() -> None:
+    net = codec().generator.net
+    bits = adapter_bits(net, tokenize(with_factors(make_adapter(0), b=0.0), net.config), {}, noise())
+    assert (float(bits.norms), float(bits.tokens), float(bits.prior)) == (0.0, 0.0, 0.0)
+    assert torch.isfinite(bits.total)
+
+
+def test_every_part_of_the_network_that_a_step_uses_gets_a_gradient() -> None:
+    net = codec().generator.net.train()
+    tokens = [tokenize(mixed_fleet().load(task, None), net.config) for task in range(3)]
+    sum(adapter_bits(net, group, make_vectors(0), noise()).total for group in tokens).backward()  # type: ignore[union-attr]
+    without = {name for name, parameter in net.named_parameters() if parameter.grad is None}
+    assert without == {"condition.missing"}  # both views are there

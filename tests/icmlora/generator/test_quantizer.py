@@ -1,0 +1,106 @@
+"""Rounding of tokens: integers that every machine agrees on, and as little distortion as the step allows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from icmlora.adapter import Adapter
+from icmlora.generator.cvae import CVAE, TaskState
+from icmlora.generator.entropy import LIMIT, Integers
+from icmlora.generator.quantizer import Norms, Quantizer, Slots
+from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST
+from icmlora.generator.tokens import KindTokens, tokenize
+from tests.icmlora.small_fleet import codec, make_adapter, with_factors
+
+
+@pytest.fixture
+def net() -> CVAE:
+    return codec().generator.net
+
+
+def state(net: CVAE) -> TaskState:
+    return TaskState(torch.zeros(net.config.condition), torch.zeros(net.config.latent))
+
+
+def first(net: CVAE, adapter: Adapter) -> tuple[KindTokens, Slots]:
+    group = next(iter(tokenize(adapter, net.config)))
+    return group, Slots(group.kind, group.layer.numpy(), group.slot.numpy())
+
+
+@torch.no_grad()
+def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, Norms, tuple[Integers, Integers]]:
+    quantizer, (group, slots) = Quantizer(net), first(net, adapter)
+    norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
+    return group, slots, norms, quantizer.quantise(group, norms, state(net), step)
+
+
+@torch.no_grad()
+def restored(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, KindTokens]:
+    group, slots, norms, integers = rounded(net, adapter, step)
+    return group, Quantizer(net).dequantise(slots, norms, state(net), step, integers)
+
+
+def products(group: KindTokens) -> torch.Tensor:
+    return torch.einsum("ni,no,n->nio", group.inputs.double(), group.outputs.double(), 1 / group.norm.double())
+
+
+def test_the_same_tokens_give_the_same_integers(net: CVAE) -> None:
+    left, right = rounded(net, make_adapter(3), -40)[3], rounded(codec().generator.net, make_adapter(3), -40)[3]
+    np.testing.assert_array_equal(left[0], right[0])
+    np.testing.assert_array_equal(left[1], right[1])
+
+
+def test_scales_do_not_depend_on_the_task_or_on_floats_of_the_network(net: CVAE) -> None:
+    _, slots, norms, _ = rounded(net, make_adapter(3), -40)
+    wanted = Quantizer(net).scales(slots, norms, -40)
+    with torch.no_grad():
+        net.enter.weight += 1.0
+    np.testing.assert_array_equal(Quantizer(net).scales(slots, norms, -40), wanted)
+
+
+def test_a_finer_step_loses_less(net: CVAE) -> None:
+    errors = []
+    for step in (-24, -40, -56, -72):
+        group, decoded = restored(net, make_adapter(3), step)
+        errors.append(float((products(group) - products(decoded)).square().sum()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-2 * errors[0]
+
+
+def test_the_sign_of_a_pair_does_not_matter(net: CVAE) -> None:
+    quantizer, (group, slots) = Quantizer(net), first(net, make_adapter(3))
+    flipped = KindTokens(group.kind, group.layer, group.slot, group.norm, -group.inputs, -group.outputs)
+    norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
+    with torch.no_grad():
+        left, right = (quantizer.quantise(tokens, norms, state(net), -40) for tokens in (group, flipped))
+    np.testing.assert_array_equal(left[0], right[0])
+    np.testing.assert_array_equal(left[1], right[1])
+
+
+def test_norms_come_back_to_a_sixteenth_of_an_octave(net: CVAE) -> None:
+    group, _, norms, _ = rounded(net, make_adapter(3), -40)
+    assert np.abs(norms / OCTAVE - group.norm.log2().numpy()).max() <= 1 / 16 + 1e-6
+
+
+def test_rounding_a_norm_does_not_change_dw(net: CVAE) -> None:
+    # The factor moves all norms to where rounding them is worst.
+    group, _, norms, _ = rounded(net, make_adapter(3), -40)
+    shift = 2.0 ** float(norms[0] / OCTAVE - group.norm[0].log2() + 1 / 17)
+    exact, decoded = restored(net, with_factors(make_adapter(3), b=shift), -160)
+    torch.testing.assert_close(products(decoded), products(exact), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("exponent", [-30, 30])
+def test_norms_far_from_the_fleets_come_back(net: CVAE, exponent: int) -> None:
+    group, _, norms, _ = rounded(net, with_factors(make_adapter(3), b=10.0**exponent), -40)
+    assert np.abs(norms / OCTAVE - group.norm.log2().numpy()).max() <= 1 / 16 + 1e-6
+
+
+def test_integers_and_scales_stay_in_range_whatever_the_step(net: CVAE) -> None:
+    for step in (-EXTREME, EXTREME):
+        _, slots, norms, integers = rounded(net, make_adapter(3), step)
+        scales = np.concatenate(Quantizer(net).scales(slots, norms, step))
+        assert max(np.abs(part).max() for part in integers) <= LIMIT
+        assert SMALLEST <= scales.min() <= scales.max() <= LARGEST

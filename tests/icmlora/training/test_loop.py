@@ -1,0 +1,146 @@
+"""The training loop: fewer bits, and the same run however often it is stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+
+import pytest
+import torch
+
+from icmlora.adapter import Adapter
+from icmlora.errors import GeneratorError
+from icmlora.generator.config import config_for
+from icmlora.training.config import TrainConfig
+from icmlora.training.loop import fit
+from icmlora.training.start import fresh_network
+from icmlora.training.state import TrainState, new_state, state_from_bytes
+from tests.icmlora.small_fleet import (
+    BASE,
+    HIDDEN,
+    MemoryFleet,
+    begin,
+    make_adapter,
+    make_vectors,
+    mixed_fleet,
+    with_factors,
+)
+
+CPU = torch.device("cpu")
+
+
+def run(state: TrainState, fleet: MemoryFleet) -> list[float]:
+    return [at.bits for at in fit(state, fleet)]
+
+
+@pytest.mark.parametrize("sets", [0, 2])
+def test_training_lowers_the_bits_of_a_fleet_of_mixed_ranks_and_kinds(sets: int) -> None:
+    bits = run(begin(mixed_fleet(sets), 90), mixed_fleet(sets))
+    assert sum(bits[-30:]) < 0.8 * sum(bits[:30])
+
+
+def test_each_step_is_reported_once_with_its_parts() -> None:
+    steps = list(fit(begin(mixed_fleet(), 5), mixed_fleet()))
+    assert [at.step for at in steps] == [1, 2, 3, 4, 5]
+    assert all(at.steps == 5 and 0 <= at.task < 3 for at in steps)
+    assert all(0 < at.latent_bits + at.norm_bits + at.token_bits <= at.bits for at in steps)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 11, 12])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(stop: int) -> None:
+    whole = begin(mixed_fleet(), 12)
+    wanted = run(whole, mixed_fleet())
+    stopped = begin(mixed_fleet(), 12)
+    before = [at.bits for at in islice(fit(stopped, mixed_fleet()), stop)]
+    torch.manual_seed(99)  # nothing may depend on the process's own random numbers
+    resumed = state_from_bytes(stopped.network_bytes(), stopped.optimizer_bytes(), CPU)
+    assert before + run(resumed, mixed_fleet()) == wanted
+    assert resumed.network_bytes() == whole.network_bytes()
+    assert resumed.optimizer_bytes() == whole.optimizer_bytes()
+
+
+def test_another_seed_is_another_run() -> None:
+    assert run(begin(mixed_fleet(), 4, seed=1), mixed_fleet()) != run(begin(mixed_fleet(), 4), mixed_fleet())
+
+
+def test_a_finished_run_does_nothing() -> None:
+    state = begin(mixed_fleet(), 2)
+    run(state, mixed_fleet())
+    assert run(state, mixed_fleet()) == []
+
+
+@dataclass(frozen=True)
+class Watched(MemoryFleet):
+    """Remembers what was read."""
+
+    seen: list[int | None] = field(default_factory=list)
+
+    def load(self, task: int, checkpoint: int | None) -> Adapter:
+        self.seen.append(checkpoint)
+        return super().load(task, checkpoint)
+
+
+def test_checkpoints_are_seen_as_often_as_was_asked() -> None:
+    fleet = Watched([[make_adapter(0), make_adapter(0, strength=0.05)]])
+    state = begin(fleet, 40, final_share=0.25)
+    fleet.seen.clear()
+    run(state, fleet)
+    assert 4 <= fleet.seen.count(None) <= 18
+
+
+def test_without_checkpoints_every_step_sees_a_final_adapter() -> None:
+    fleet = Watched([[make_adapter(0)], [make_adapter(1)]])
+    run(begin(fleet, 6), fleet)
+    assert set(fleet.seen) == {None}
+
+
+@pytest.mark.parametrize(("dropout", "changes"), [(1.0, False), (0.0, True)])
+def test_the_adapted_view_is_dropped_as_often_as_was_asked(dropout: float, changes: bool) -> None:
+    state = begin(mixed_fleet(), 6, view_dropout=dropout)
+    before = state.net.condition.views[0].weight.detach().clone()
+    run(state, mixed_fleet())
+    moments = state.optimizer.state[state.net.condition.views[0].weight]
+    assert bool(moments) is changes
+    assert torch.equal(before, state.net.condition.views[0].weight) is not changes
+
+
+def test_an_adapter_of_zeros_does_not_spoil_the_network() -> None:
+    fleet = MemoryFleet([[with_factors(make_adapter(0), b=0.0)], [make_adapter(1)]])
+    state = begin(fleet, 8)
+    assert all(torch.isfinite(torch.tensor(run(state, fleet))))
+    assert all(torch.isfinite(parameter).all() for parameter in state.net.parameters())
+
+
+def test_a_single_adapter_is_a_fleet() -> None:
+    fleet = MemoryFleet([[make_adapter(0)]])
+    bits = run(begin(fleet, 30), fleet)
+    assert bits[-1] < bits[0]
+
+
+def test_the_caller_can_measure_after_each_forward_pass() -> None:
+    calls: list[int] = []
+    list(fit(begin(mixed_fleet(), 3), mixed_fleet(), lambda: calls.append(1)))
+    assert len(calls) == 3
+
+
+def test_a_fleet_that_the_network_does_not_cover_is_refused() -> None:
+    fleet = MemoryFleet([[make_adapter(0, rank=4)]])
+    config = config_for(BASE, [make_adapter(0).layout], condition_size=HIDDEN, quality=5)
+    small = MemoryFleet([[make_adapter(0)]])
+    with pytest.raises(GeneratorError, match="does not cover"):
+        run(new_state(fresh_network(config, small, 0), TrainConfig(steps=1)), fleet)
+
+
+def test_both_support_sets_are_seen() -> None:
+    seen: set[int] = set()
+
+    class Sets(MemoryFleet):
+        def vectors(self, task: int, support_set: int) -> dict[str, torch.Tensor]:
+            seen.add(support_set)
+            return make_vectors(task, support_set)
+
+    fleet = Sets([[make_adapter(0)]])
+    state = begin(fleet, 20)
+    seen.clear()
+    run(state, fleet)
+    assert seen == {0, 1}
