@@ -153,4 +153,4 @@ class BlobStore:
 
 def _discard(temporary: Path | None) -> None:
     if temporary is not None:
-        fs.unlink(temporary)
+        fs.discard(temporary)

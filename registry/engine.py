@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import Connection, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
@@ -25,6 +25,7 @@ from registry.errors import DamagedStore, RegistryError, StoreFull, StoreIOError
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
+_DAMAGE_HINT = "`icm verify` says what is damaged; a backup of registry.db restores it"
 _PRAGMAS = (
     "foreign_keys=ON",
     "synchronous=FULL",
@@ -132,6 +133,8 @@ class Database:
             if translated is None:  # a broken rule of the schema is a bug of ours
                 raise
             raise translated from error
+        except (UnicodeDecodeError, json.JSONDecodeError, NoResultFound) as error:
+            raise DamagedStore(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
 
     def _translate(self, error: DBAPIError) -> RegistryError | None:
         """Return the store's own error for what SQLite said, if that is about the store."""
@@ -143,8 +146,7 @@ class Database:
         if code == sqlite3.SQLITE_FULL:
             return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
-            hint = "`icm verify` says what is damaged; a backup of registry.db restores it"
-            return DamagedStore(fact, path=self.path, hint=hint)
+            return DamagedStore(fact, path=self.path, hint=_DAMAGE_HINT)
         if code == sqlite3.SQLITE_READONLY:
             return StoreReadOnly(fact, path=self.path, hint="check the permissions of the store folder")
         if code == sqlite3.SQLITE_IOERR:

@@ -1,21 +1,21 @@
 """Everything the registry can refuse or find wrong.
 
-    RegistryError
-    ├── StoreNotFound      there is no store at the path
-    ├── NotAStore          the folder holds something else
-    ├── StoreLocked        another process holds the lock and the timeout passed
-    ├── StoreTooNew        written by a newer icm
-    ├── StoreReadOnly      a write was asked of a store that cannot be written
-    ├── StoreFull          no space left; what was committed before is intact
-    ├── StoreIOError       the operating system failed a read or a write
-    ├── DamagedStore       the database or the folder is not as icm left it
-    │   ├── MissingBlob    a committed row refers to bytes that are gone
-    │   └── DamagedBlob    the bytes of a blob are not those of its digest
-    ├── SourceRefused      a file offered to the store is no plain readable file
-    │   └── SourceChanged  it changed while it was read
-    ├── InvalidName        a task name outside the rule
-    ├── TaskNotFound       no task of that name
-    └── TaskConflict       the task exists with another adapter
+RegistryError
+├── StoreNotFound      there is no store at the path
+├── NotAStore          the folder holds something else
+├── StoreLocked        another process holds the lock and the timeout passed
+├── StoreTooNew        written by a newer icm
+├── StoreReadOnly      a write was asked of a store that cannot be written
+├── StoreFull          no space left; what was committed before is intact
+├── StoreIOError       the operating system failed a read or a write
+├── DamagedStore       the database or the folder is not as icm left it
+│   ├── MissingBlob    a committed row refers to bytes that are gone
+│   └── DamagedBlob    the bytes of a blob are not those of its digest
+├── SourceRefused      a file offered to the store is no plain readable file
+│   └── SourceChanged  it changed while it was read
+├── InvalidName        a task name outside the rule
+├── TaskNotFound       no task of that name
+└── TaskConflict       the task exists with another adapter
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import errno
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from registry.errors import StoreFull, StoreIOError, StoreReadOnly
@@ -57,6 +57,12 @@ def unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def discard(path: Path) -> None:
+    """Remove a temporary file while another error is on its way; if that fails too, prune finds the file."""
+    with suppress(OSError):
+        unlink(path)
+
+
 def make_dir(path: Path) -> None:
     """Create a folder unless it exists."""
     path.mkdir(exist_ok=True)
@@ -79,7 +85,7 @@ def write_file(path: Path, chunks: Iterable[Bytes], mode: int) -> None:
             write(fd, chunk)
         fsync(fd)
     except BaseException:
-        unlink(path)
+        discard(path)
         raise
     finally:
         os.close(fd)

@@ -41,9 +41,7 @@ def _digests(ingest: records.TaskIngest) -> Iterator[str]:
     yield from filter(None, (ingest.samples, ingest.eval_data, *of_adapters))
 
 
-def _record_task(
-    writer: RowWriter, task: models.Task | None, ingest: records.TaskIngest
-) -> records.IngestOutcome:
+def _record_task(writer: RowWriter, task: models.Task | None, ingest: records.TaskIngest) -> records.IngestOutcome:
     if task is None:
         return _add(writer, ingest, "added")
     if _same_adapter(writer.session, task, ingest):
@@ -71,9 +69,7 @@ def _same_adapter(session: Session, task: models.Task, ingest: records.TaskInges
     return has == (ingest.base_model, offered.weights, offered.config)
 
 
-def _add(
-    writer: RowWriter, ingest: records.TaskIngest, status: records.IngestStatus
-) -> records.IngestOutcome:
+def _add(writer: RowWriter, ingest: records.TaskIngest, status: records.IngestStatus) -> records.IngestOutcome:
     task = models.Task(
         name=ingest.name,
         base_model=writer.base_model(ingest.base_model),
@@ -85,9 +81,7 @@ def _add(
     return records.IngestOutcome(ingest.name, new, len(ingest.adapters) - new, status)
 
 
-def _update(
-    writer: RowWriter, task: models.Task, ingest: records.TaskIngest
-) -> records.IngestOutcome:
+def _update(writer: RowWriter, task: models.Task, ingest: records.TaskIngest) -> records.IngestOutcome:
     has_other_texts = _set_texts(writer, task, ingest)
     new = _add_adapters(writer, task, ingest, _known_adapters(writer.session, task))
     status: records.IngestStatus = "updated" if new or has_other_texts else "known"
@@ -128,9 +122,7 @@ def _add_adapters(writer: RowWriter, task: models.Task, ingest: records.TaskInge
     return new
 
 
-def _adapter_row(
-    writer: RowWriter, task: models.Task, adapter: records.NewAdapter
-) -> models.Adapter:
+def _adapter_row(writer: RowWriter, task: models.Task, adapter: records.NewAdapter) -> models.Adapter:
     return models.Adapter(
         task=task,
         step=adapter.step,

@@ -21,6 +21,7 @@ from registry.rows import find_task
 Kind = Literal["database", "dangling", "missing", "length", "digest", "orphan", "leftover"]
 
 _HARMLESS = {"orphan", "leftover"}
+_TASKS_WITHOUT_ADAPTER = "SELECT name FROM tasks WHERE id NOT IN (SELECT task_id FROM adapters WHERE is_final)"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Finding:
     """One thing that is not as it should be.
 
     Attributes:
-        kind: `database` (SQLite's own check), `dangling` (a row refers to a row that is gone), `missing` (no file
+        kind: `database` (SQLite's own check), `dangling` (a row lacks another that it needs), `missing` (no file
             for a blob), `length` and `digest` (a blob with other bytes), `orphan` (a blob without a row) or `leftover`
             (a temporary file).
         message: the fact.
@@ -88,13 +89,16 @@ def _check_database(database: Database) -> Iterator[Finding]:
         with database.connection() as connection:
             answers = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
             dangling = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+            lost = connection.exec_driver_sql(_TASKS_WITHOUT_ADAPTER).scalars().all()
     except DamagedStore as error:
-        answers, dangling = [str(error)], []
+        answers, dangling, lost = [str(error)], [], []
     for answer in answers:
         if answer != "ok":
             yield Finding("database", answer, database.path)
     for table, rowid, parent, _ in dangling:
         yield Finding("dangling", f"row {rowid} of {table} refers to a row of {parent} that is gone", database.path)
+    for name in lost:
+        yield Finding("dangling", f"task {name} has no final adapter", database.path, tasks=(name,))
 
 
 def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:
@@ -115,8 +119,10 @@ def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:
 _BLOBS_OF_TASK = (
     select(Task.samples_id),
     select(Task.eval_id),
-    *(select(column).join(Task, Adapter.task_id == Task.id)
-      for column in (Adapter.weights_id, Adapter.config_id, Adapter.card_id)),
+    *(
+        select(column).join(Task, Adapter.task_id == Task.id)
+        for column in (Adapter.weights_id, Adapter.config_id, Adapter.card_id)
+    ),
     select(TaskVector.blob_id).join(Task, TaskVector.task_id == Task.id),
     select(Code.blob_id).join(Task, Code.task_id == Task.id),
 )

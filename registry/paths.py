@@ -1,12 +1,12 @@
 """Where things are in a store folder.
 
-    FORMAT            "icm store 1"; written last when a store is made, so it marks a whole one
-    registry.db       rows
-    blobs/3f/3f9a..   bytes, named by their SHA-256
-    tmp/              files being written; on the same file system, so that a rename is atomic
-    quarantine/       damaged blobs that were moved aside
-    lock              flock
-    reserve           bytes given back to a full disk so that rows can still be deleted
+FORMAT            "icm store 1"; written last when a store is made, so it marks a whole one
+registry.db       rows
+blobs/3f/3f9a..   bytes, named by their SHA-256
+tmp/              files being written; on the same file system, so that a rename is atomic
+quarantine/       damaged blobs that were moved aside
+lock              flock
+reserve           bytes given back to a full disk so that rows can still be deleted
 """
 
 from __future__ import annotations

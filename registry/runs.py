@@ -34,9 +34,7 @@ class RunOperations(StoreBase):
             )
             earlier = session.scalar(query)
             garbage = finish_run(writer, earlier.id) if earlier is not None else []
-            row = models.TrainRun(
-                base_model=base, state="running", config=dict(config), step=0, created_at=writer.now
-            )
+            row = models.TrainRun(base_model=base, state="running", config=dict(config), step=0, created_at=writer.now)
             row.updated_at = writer.now
             session.add(row)
             session.flush()

@@ -1,9 +1,9 @@
 """The only door to a store.
 
-    with Store.open(path, create=True, command="icm ingest") as store:
-        results = store.put_files(files, inspect)         # bytes first, durable
-        store.ingest_tasks([TaskIngest(...)])             # rows last: the commit point
-        data = store.read_blob(store.final_adapter("shakespeare").weights)
+with Store.open(path, create=True, command="icm ingest") as store:
+    results = store.put_files(files, inspect)         # bytes first, durable
+    store.ingest_tasks([TaskIngest(...)])             # rows last: the commit point
+    data = store.read_blob(store.final_adapter("shakespeare").weights)
 """
 
 from __future__ import annotations

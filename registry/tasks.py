@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from registry import models, records, rows
 from registry.base import StoreBase
+from registry.errors import DamagedStore
 from registry.fs import failpoint
 from registry.ingest import record_tasks
 from registry.reserve import restore_reserve, with_reserve
@@ -150,13 +151,16 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
     adapter, vector, code = models.Adapter, models.TaskVector, models.Code
     finals = session.scalars(select(adapter).where(adapter.task_id.in_(ids), adapter.is_final))
     codes = session.scalars(
-        select(code).join(models.Generator, code.generator_id == models.Generator.id)
+        select(code)
+        .join(models.Generator, code.generator_id == models.Generator.id)
         .where(code.task_id.in_(ids), models.Generator.is_current)
     )
     final_of = {row.task_id: rows.adapter_record(row) for row in finals}
     code_of = {row.task_id: rows.code_record(row) for row in codes}
     adapters = _counts(session, adapter, ids)
     vectors = _counts(session, vector, ids)
+    if lost := [task.name for task in tasks if task.id not in final_of]:
+        raise DamagedStore(f"task {lost[0]!r} has no final adapter", hint="remove it and ingest it again")
     return [
         records.TaskSummary(
             task=rows.task_record(task),

@@ -33,9 +33,7 @@ class UpkeepOperations(StoreBase):
             return garbage.prune(self._db, self._blobs, self._paths, grace=grace, dry_run=True)
         self._must_write()
         with self._lock.exclusive():
-            report = with_reserve(
-                self._paths, lambda: garbage.prune(self._db, self._blobs, self._paths, grace=grace)
-            )
+            report = with_reserve(self._paths, lambda: garbage.prune(self._db, self._blobs, self._paths, grace=grace))
             restore_reserve(self._paths)
         return report
 

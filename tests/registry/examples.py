@@ -32,7 +32,7 @@ def offer(
 ) -> TaskIngest:
     """Store the bytes of a task with one final adapter and a checkpoint per step; return what is to be recorded."""
     final = adapter(store, weights or f"weights of {name}".encode(), is_final=True, card=card)
-    checkpoints = [adapter(store, f"weights of {name} at {step}".encode(), step=step) for step in steps]
+    checkpoints = [adapter(store, f"weights of {name.lower()} at {step}".encode(), step=step) for step in steps]
     return TaskIngest(
         name=name,
         base_model=base_model,

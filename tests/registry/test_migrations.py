@@ -25,7 +25,7 @@ def tables_of(connection: sqlite3.Connection) -> dict[str, object]:
     return {
         name: (
             connection.execute(f"SELECT name, type, \"notnull\", pk FROM pragma_table_info('{name}')").fetchall(),
-            sorted(connection.execute(f"SELECT \"table\", \"from\", on_delete FROM pragma_foreign_key_list('{name}')")),
+            sorted(connection.execute(f'SELECT "table", "from", on_delete FROM pragma_foreign_key_list(\'{name}\')')),
             sorted(indexes_of(connection, name)),
         )
         for name in names

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from registry import fs
-from registry.errors import DamagedStore, NotAStore, RegistryError, StoreLocked, StoreNotFound, StoreReadOnly, StoreTooNew
+from registry.errors import (
+    DamagedStore,
+    NotAStore,
+    RegistryError,
+    StoreLocked,
+    StoreNotFound,
+    StoreReadOnly,
+    StoreTooNew,
+)
 from registry.store import Store
 from tests.registry.examples import ingest, new_store
 

@@ -1,0 +1,201 @@
+"""Crashes and failing calls: the store is as before or as after, and the same command again reaches the goal.
+
+SIGKILL says nothing of power loss, since the page cache survives it; the order of syncs is tested in test_blobs.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from registry import fs
+from registry.blobs import BlobStore
+from registry.errors import RegistryError
+from registry.paths import StorePaths
+from registry.store import Store
+from tests.registry.children import KILLED, run, start, wait
+from tests.registry.examples import BASE, evaluation, generator, ingest, new_store, offer, vector
+
+Command = Callable[[Path], None]
+
+
+def ingest_all(root: Path) -> None:
+    with new_store(root) as store:
+        files = [root.parent / f"file{n}" for n in range(3)]
+        for file in files:
+            file.write_bytes(file.name.encode())
+        store.put_files(files, lambda path, data: None)
+        store.ingest_tasks([offer(store, name, steps=[80, 90], samples=b"samples") for name in ("rust", "html")])
+
+
+def learn(root: Path) -> None:
+    with new_store(root) as store:
+        ingest(store, "rust")
+        store.add_vectors([vector(store, "rust", number) for number in range(2)])
+        run = store.running_train_run(BASE) or store.start_train_run(BASE, {"seed": 1})
+        for step in range(run.step + 1, 3):
+            data = f"step {step}".encode()
+            run = store.save_checkpoint(run.id, step=step, weights=data, optimizer=data * 2)
+        store.add_generator(generator(store, ["rust"], train_run_id=run.id))
+        store.add_evaluations([evaluation("rust")])
+
+
+def remove_and_prune(root: Path) -> None:
+    with new_store(root) as store:
+        if not any(task.name == "html" for task in store.tasks()):
+            ingest(store, "html", steps=[80])
+        store.remove_task("html")
+        store.prune(grace=0)
+
+
+COMMANDS = {command.__name__: command for command in (ingest_all, learn, remove_and_prune)}
+FAILPOINTS = {
+    "ingest_all": ["store-before-format", "blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit",
+                   "rows-committed"],
+    "learn": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed",
+              "garbage-rows-gone", "blob-unlinked"],
+    "remove_and_prune": ["garbage-rows-gone", "blob-unlinked"],
+}  # fmt: skip
+
+
+def problems(root: Path) -> list[object]:
+    with new_store(root) as store:
+        return [finding for finding in store.verify(read_data=True) if finding.is_problem]
+
+
+def contents(root: Path) -> object:
+    """Return what a user sees of a store, free of times and numbers."""
+    with new_store(root) as store:
+        return [
+            (task.name, sorted(str(a.step) for a in store.adapters(task.name)), len(store.vectors(task.name)))
+            for task in store.tasks()
+        ]
+
+
+@pytest.mark.parametrize(("name", "failpoint"), [(name, point) for name in FAILPOINTS for point in FAILPOINTS[name]])
+def test_a_kill_at_each_point_loses_nothing(tmp_path: Path, name: str, failpoint: str) -> None:
+    root, undisturbed = tmp_path / "store", tmp_path / "undisturbed" / "store"
+    undisturbed.parent.mkdir()
+    COMMANDS[name](undisturbed)
+    assert run(lambda: COMMANDS[name](root), failpoint=failpoint) == KILLED
+    assert problems(root) == []
+    COMMANDS[name](root)
+    assert problems(root) == []
+    assert contents(root) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("failpoint", sorted({point for points in FAILPOINTS.values() for point in points}))
+def test_what_a_kill_leaves_is_removed_by_prune(tmp_path: Path, failpoint: str) -> None:
+    root = tmp_path / "store"
+    for command in COMMANDS.values():
+        run(lambda command=command: command(root), failpoint=failpoint)  # type: ignore[misc]
+    with new_store(root) as store:
+        store.prune(grace=0)
+        assert list(store.verify(read_data=True)) == []
+
+
+def test_the_check_would_catch_a_row_that_is_written_before_its_bytes(tmp_path: Path) -> None:
+    def rows_first() -> None:
+        with new_store(tmp_path / "store") as store, pytest.MonkeyPatch.context() as patch:
+            digests = {b"weights": "aa" * 32, b'{"r": 8}': "bb" * 32}
+            patch.setattr(BlobStore, "put", lambda self, items: [digests[bytes(data)] for data in items])
+            patch.setattr(BlobStore, "size", lambda self, digest: 7)
+            ingest(store, "rust", weights=b"weights")
+
+    assert run(rows_first, failpoint="rows-committed") == KILLED
+    assert len(problems(tmp_path / "store")) == 2
+
+
+class FailingCalls:
+    """Lets the n-th call of the seam fail, and all later ones too if it is not transient."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, number: int, *, code: int, transient: bool) -> None:
+        self.count = 0
+        for name in ("create", "write", "fsync", "replace", "unlink", "make_dir"):
+            patch.setattr(fs, name, self.wrap(getattr(fs, name), number, code, transient))
+
+    def wrap(self, real: Callable[..., object], number: int, code: int, transient: bool) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            self.count += 1
+            if self.count == number or (self.count > number and not transient):
+                raise OSError(code, os.strerror(code))
+            return real(*arguments)
+
+        return call
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("code", "transient", "stride"),
+    [(errno.EIO, True, 1), (errno.ENOSPC, False, 3), (errno.EACCES, False, 7)],
+    ids=["EIO once", "ENOSPC from then on", "EACCES from then on"],
+)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_failing_call_is_an_error_that_leaves_a_sound_store(
+    tmp_path: Path, name: str, code: int, transient: bool, stride: int
+) -> None:
+    number, reached = 1 - stride, True
+    while reached:
+        number += stride
+        root = tmp_path / str(number) / "store"
+        root.parent.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            calls = FailingCalls(patch, number, code=code, transient=transient)
+            with suppress(RegistryError):
+                COMMANDS[name](root)
+            reached = calls.count >= number
+        COMMANDS[name](root)
+        assert problems(root) == []
+    assert number > 10
+
+
+def acknowledge_ingests(root: Path, log: Path) -> None:
+    """Ingest task after task, writing the name of each to `log` once the store has said that it is done."""
+    with new_store(root) as store, log.open("a", buffering=1) as acknowledged:
+        known = {task.name for task in store.tasks()}
+        for number in range(len(known), 10_000):
+            ingest(store, f"task{number}", steps=[1, 2])
+            acknowledged.write(f"task{number}\n")
+
+
+@pytest.mark.fault
+def test_a_kill_at_a_random_time_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    root, log = tmp_path / "store", tmp_path / "log"
+    draw = random.Random(20)
+    for _ in range(40):
+        pid = start(lambda: acknowledge_ingests(root, log))
+        time.sleep(draw.uniform(0.0, 0.2))
+        os.kill(pid, signal.SIGKILL)
+        assert wait(pid) == KILLED
+        assert problems(root) == []
+    with new_store(root) as store:
+        assert {task.name for task in store.tasks()} >= set(log.read_text().split())
+        store.prune(grace=0)
+        assert list(store.verify(read_data=True)) == []
+
+
+def test_a_reader_rolls_back_what_a_killed_writer_left(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    with new_store(root) as store:
+        ingest(store, "rust")
+
+    def die_with_a_hot_journal() -> None:
+        with new_store(root) as store, store._db.connection(write=True) as connection:
+            connection.exec_driver_sql("PRAGMA cache_size=1")
+            connection.exec_driver_sql("CREATE TABLE t (x)")
+            connection.exec_driver_sql("UPDATE tasks SET name = 'lost'")
+            connection.exec_driver_sql("INSERT INTO t VALUES (zeroblob(1000000))")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert run(die_with_a_hot_journal) == KILLED
+    assert StorePaths(root).database.with_name("registry.db-journal").stat().st_size > 0
+    with Store.open(root, read_only=True) as store:
+        assert [task.name for task in store.tasks()] == ["rust"]

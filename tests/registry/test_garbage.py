@@ -1,0 +1,120 @@
+"""What prune removes, and what it must not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy import ForeignKeyConstraint
+
+from registry import garbage
+from registry.errors import StoreLocked
+from registry.models import Base
+from registry.store import Store
+from tests.registry.examples import BASE, generator, ingest, new_store, vector
+
+
+def fill(store: Store) -> None:
+    """Put a row into every table that refers to blobs."""
+    ingest(store, "rust", steps=[80], samples=b"samples", eval_data=b"eval", card=b"card")
+    store.add_vectors([vector(store, "rust")])
+    store.add_generator(generator(store, ["rust"]))
+    run = store.start_train_run(BASE, {})
+    store.save_checkpoint(run.id, step=1, weights=b"run weights", optimizer=b"run optimizer")
+
+
+def blob_files(store: Store) -> list[Path]:
+    return sorted(store.paths.blobs.glob("??/*"))
+
+
+def test_every_column_that_refers_to_a_blob_is_known() -> None:
+    columns = {
+        f"{table.name}.{constraint.columns[0].name}"
+        for table in Base.metadata.tables.values()
+        for constraint in table.constraints
+        if isinstance(constraint, ForeignKeyConstraint) and constraint.referred_table.name == "blobs"
+    }
+    assert {f"{column.class_.__tablename__}.{column.key}" for column in garbage.BLOB_COLUMNS} == columns
+
+
+def test_nothing_that_a_row_refers_to_goes(store: Store) -> None:
+    fill(store)
+    before = blob_files(store)
+    assert store.prune(grace=0) == garbage.PruneReport(0, 0, 0)
+    assert blob_files(store) == before
+    assert list(store.verify(read_data=True)) == []
+
+
+def test_all_of_a_removed_task_goes(store: Store) -> None:
+    ingest(store, "rust", steps=[80], samples=b"samples")
+    store.remove_task("rust")
+    report = store.prune(grace=0)
+    assert report.blobs == 4
+    assert report.freed_bytes == sum(map(len, (b"weights of rust", b"weights of rust at 80", b'{"r": 8}', b"samples")))
+    assert blob_files(store) == []
+
+
+def test_bytes_that_another_task_shares_stay(store: Store) -> None:
+    ingest(store, "rust", weights=b"shared")
+    ingest(store, "html", weights=b"shared")
+    store.remove_task("rust")
+    store.prune(grace=0)
+    assert store.read_blob(store.final_adapter("html").weights) == b"shared"
+
+
+def test_orphans_and_leftovers_go(store: Store) -> None:
+    store.put_blob(b"orphan")
+    (store.paths.tmp / "leftover").write_bytes(b"123")
+    assert store.prune(grace=0) == garbage.PruneReport(1, 1, 9)
+    assert list(store.verify()) == []
+
+
+def test_young_files_stay(store: Store) -> None:
+    store.put_blob(b"orphan")
+    (store.paths.tmp / "leftover").touch()
+    assert store.prune(grace=3600) == garbage.PruneReport(0, 0, 0)
+    assert len(blob_files(store)) == 1
+
+
+def test_a_dry_run_says_the_same_and_removes_nothing(store: Store) -> None:
+    store.put_blob(b"orphan")
+    planned = store.prune(grace=0, dry_run=True)
+    assert len(blob_files(store)) == 1
+    assert store.prune(grace=0) == planned
+
+
+def test_prune_twice_is_prune_once(store: Store) -> None:
+    fill(store)
+    store.remove_task("rust")
+    store.prune(grace=0)
+    assert store.prune(grace=0) == garbage.PruneReport(0, 0, 0)
+
+
+def test_many_rows_go_in_several_commits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(garbage, "_CHUNK", 2)
+    ingest(store, "rust", steps=range(7))
+    store.remove_task("rust")
+    assert store.prune(grace=0).blobs == 9
+    with store._db.read() as session:
+        for table in ("blobs", "documents"):
+            assert session.connection().exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one() == 0
+
+
+def test_prune_does_not_run_beside_another_command(store: Store) -> None:
+    with new_store(store.paths.root, lock_timeout=0) as other, pytest.raises(StoreLocked):
+        other.prune(grace=0)
+
+
+def test_a_pruned_blob_can_be_stored_again(store: Store) -> None:
+    ingest(store, "rust")
+    store.remove_task("rust")
+    store.prune(grace=0)
+    ingest(store, "rust")
+    assert list(store.verify(read_data=True)) == []
+
+
+def test_dropping_keeps_what_got_a_row_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = store.put_blob(b"wanted")
+    monkeypatch.setattr(garbage, "failpoint", lambda _: ingest(store, "rust", weights=b"wanted"))
+    garbage.drop_unreferenced(store._db, store._blobs, [digest])
+    assert store.read_blob(store.final_adapter("rust").weights) == b"wanted"

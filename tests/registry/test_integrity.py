@@ -1,0 +1,185 @@
+"""Every kind of damage is found and named, and nothing is ever deleted for it."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from registry.errors import DamagedStore, RegistryError, TaskNotFound
+from registry.integrity import Finding
+from registry.store import Store
+from tests.registry.examples import generator, ingest, new_store, vector
+
+
+@pytest.fixture
+def weights(store: Store) -> Path:
+    """The file with the weights of one of two tasks."""
+    ingest(store, "rust", samples=b"samples of rust")
+    ingest(store, "html")
+    return store.paths.blob(store.final_adapter("rust").weights)
+
+
+def kinds(store: Store, **options: object) -> list[str]:
+    return [finding.kind for finding in store.verify(**options)]  # type: ignore[arg-type]
+
+
+def overwrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.chmod(0o644)
+    path.write_bytes(change(path.read_bytes()))
+
+
+def flip(data: bytes) -> bytes:
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+def test_a_sound_store_has_no_findings(store: Store, weights: Path) -> None:
+    assert kinds(store, read_data=True) == []
+
+
+def test_a_missing_blob_is_found_with_the_tasks_that_need_it(store: Store, weights: Path) -> None:
+    weights.unlink()
+    (finding,) = store.verify()
+    assert (finding.kind, finding.digest, finding.path, finding.tasks) == ("missing", weights.name, weights, ("rust",))
+    assert finding.is_problem
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: b""])
+def test_a_wrong_length_is_found_without_reading(store: Store, weights: Path, change: Callable[[bytes], bytes]) -> None:
+    overwrite(weights, change)
+    assert kinds(store) == ["length"]
+
+
+def test_wrong_bytes_are_found_by_reading(store: Store, weights: Path) -> None:
+    overwrite(weights, flip)
+    assert kinds(store) == []
+    assert kinds(store, read_data=True) == ["digest"]
+
+
+def test_two_blobs_in_each_others_place_are_both_found(store: Store, weights: Path) -> None:
+    other = store.paths.blob(store.final_adapter("html").weights)
+    spare = store.paths.root / "spare"
+    weights.rename(spare)
+    other.rename(weights)
+    spare.rename(other)
+    assert kinds(store, read_data=True) == ["digest", "digest"]
+
+
+def test_a_folder_in_place_of_a_blob_is_found(store: Store, weights: Path) -> None:
+    weights.unlink()
+    weights.mkdir()
+    assert set(kinds(store, read_data=True)) <= {"length", "digest"}
+    assert kinds(store, read_data=True) != []
+
+
+def test_an_orphan_and_a_leftover_are_named_and_are_no_problem(store: Store, weights: Path) -> None:
+    store.put_blob(b"orphan")
+    (store.paths.tmp / "leftover").touch()
+    findings = list(store.verify())
+    assert [finding.kind for finding in findings] == ["orphan", "leftover"]
+    assert not any(finding.is_problem for finding in findings)
+
+
+def test_a_shared_blob_names_all_its_tasks(store: Store, weights: Path) -> None:
+    config = store.paths.blob(store.final_adapter("rust").config)
+    config.unlink()
+    (finding,) = store.verify()
+    assert finding.tasks == ("html", "rust")
+
+
+def test_a_row_that_refers_to_a_row_that_is_gone_is_found(store: Store, weights: Path) -> None:
+    with closing(sqlite3.connect(store.paths.database)) as connection, connection:
+        connection.execute("DELETE FROM blobs WHERE digest = ?", [weights.name])
+    assert "dangling" in kinds(store)
+
+
+def test_a_task_that_lost_its_final_adapter_is_found(store: Store, weights: Path) -> None:
+    with closing(sqlite3.connect(store.paths.database)) as connection, connection:
+        connection.execute(
+            "DELETE FROM adapters WHERE weights_id IN (SELECT id FROM blobs WHERE digest=?)", [weights.name]
+        )
+    (finding,) = [finding for finding in store.verify() if finding.is_problem]
+    assert (finding.kind, finding.tasks) == ("dangling", ("rust",))
+    with pytest.raises(DamagedStore, match="rust"):
+        list(store.summaries())
+
+
+def test_only_the_blobs_of_the_named_tasks_are_checked(store: Store, weights: Path) -> None:
+    store.add_vectors([vector(store, "rust")])
+    store.put_blob(b"orphan")
+    weights.unlink()
+    assert kinds(store, names=["html"]) == []
+    assert kinds(store, names=["rust"]) == ["missing"]
+
+
+@pytest.mark.parametrize("needed", ["samples of rust", "vector", "generator", "code of rust"])
+def test_all_that_a_task_needs_is_checked(store: Store, weights: Path, needed: str) -> None:
+    store.add_vectors([vector(store, "rust")])
+    store.add_generator(generator(store, ["rust"]))
+    store.paths.blob(store.put_blob(needed.encode())).unlink()
+    assert kinds(store, names=["rust"]) == ["missing"]
+
+
+def test_an_unknown_name_cannot_be_checked(store: Store) -> None:
+    with pytest.raises(TaskNotFound):
+        list(store.verify(names=["gone"]))
+
+
+class TestRepair:
+    """Moving damage aside."""
+
+    def test_a_damaged_blob_is_moved_and_kept(self, store: Store, weights: Path) -> None:
+        overwrite(weights, flip)
+        damaged = weights.read_bytes()
+        ((finding, place),) = store.repair()
+        assert finding.tasks == ("rust",)
+        assert place.read_bytes() == damaged
+        assert kinds(store, read_data=True) == ["missing"]
+
+    def test_a_sound_store_needs_none(self, store: Store, weights: Path) -> None:
+        assert store.repair() == []
+
+    def test_storing_the_original_again_makes_the_store_whole(self, store: Store, weights: Path) -> None:
+        overwrite(weights, flip)
+        store.repair()
+        ingest(store, "rust")
+        assert kinds(store, read_data=True) == []
+
+
+class TestDatabaseDamage:
+    """A damaged database is an error or a finding; it is never a traceback of another library."""
+
+    def test_a_garbled_page_is_found(self, store: Store, weights: Path) -> None:
+        overwrite(store.paths.database, lambda data: data[:8192] + bytes(4096) + data[12288:])
+        assert any(finding.kind == "database" for finding in store.verify())
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_a_random_change_ends_in_an_error_of_the_store_or_in_findings(self, tmp_path: Path, seed: int) -> None:
+        with new_store(tmp_path / "store") as store:
+            ingest(store, "rust", steps=[80])
+            database = store.paths.database
+        draw = random.Random(seed)
+        overwrite(database, lambda data: spoil(data, draw))
+        try:
+            with new_store(tmp_path / "store") as store:
+                findings = list(store.verify())
+                assert all(isinstance(finding, Finding) for finding in findings)
+                list(store.summaries())
+        except RegistryError:
+            return
+
+
+def spoil(data: bytes, draw: random.Random) -> bytes:
+    """Cut, garble or flip a part of the bytes."""
+    at = draw.randrange(len(data))
+    match draw.randrange(3):
+        case 0:
+            return data[:at]
+        case 1:
+            return data[:at] + draw.randbytes(64) + data[at + 64 :]
+        case _:
+            return data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]

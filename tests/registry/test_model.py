@@ -1,0 +1,134 @@
+"""A real store beside a dictionary: after any sequence of operations they agree."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from registry.errors import TaskConflict, TaskNotFound
+from registry.records import OnConflict
+from tests.registry.children import KILLED, run
+from tests.registry.examples import generator, new_store, offer
+
+NAMES = st.sampled_from(["rust", "Rust", "html", "sql"])
+WEIGHTS = st.sampled_from([b"one", b"two", b"three"])
+FRESH = b"fresh"
+STEPS = st.sets(st.integers(1, 3), max_size=3)
+
+
+class StoreModel(RuleBasedStateMachine):
+    """Operations on a store and on a dictionary: lower-case name -> (weights, steps)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp()) / "store"
+        self.store = new_store(self.root)
+        self.model: dict[str, tuple[bytes, set[int]]] = {}
+        self.coded: set[str] = set()
+
+    def teardown(self) -> None:
+        self.store.close()
+        shutil.rmtree(self.root.parent)
+
+    @rule(name=NAMES, weights=WEIGHTS, steps=STEPS, on_conflict=st.sampled_from(["skip", "replace", "fail"]))
+    def ingest(self, name: str, weights: bytes, steps: set[int], on_conflict: OnConflict) -> None:
+        offered = offer(self.store, name, weights=weights, steps=sorted(steps), on_conflict=on_conflict)
+        key = name.lower()
+        known = self.model.get(key)
+        if known is not None and known[0] != weights:
+            if on_conflict == "fail":
+                with pytest.raises(TaskConflict):
+                    self.store.ingest_task(offered)
+                return
+            assert self.store.ingest_task(offered).status == ("skipped" if on_conflict == "skip" else "replaced")
+            if on_conflict == "replace":
+                self.model[key] = (weights, steps)
+                self.coded.discard(key)
+            return
+        before = known[1] if known else set()
+        assert self.store.ingest_task(offered).new == len(steps - before) + (known is None)
+        self.model[key] = (weights, before | steps)
+
+    @rule(name=NAMES)
+    def remove(self, name: str) -> None:
+        if name.lower() in self.model:
+            self.store.remove_task(name)
+            del self.model[name.lower()]
+            self.coded.discard(name.lower())
+        else:
+            with pytest.raises(TaskNotFound):
+                self.store.remove_task(name)
+
+    @rule(data=st.sampled_from([b"generator 1", b"generator 2"]))
+    def train(self, data: bytes) -> None:
+        self.store.add_generator(generator(self.store, sorted(self.model), data=data))
+        self.coded = set(self.model)
+
+    @rule()
+    def prune(self) -> None:
+        self.store.prune(grace=0)
+        assert self.store.prune(grace=0).freed_bytes == 0
+        assert [finding.kind for finding in self.store.verify()] == []
+
+    @rule()
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = new_store(self.root)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def damage_and_ingest_again(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.model)))
+        path = self.store.paths.blob(self.store.final_adapter(name).weights)
+        path.chmod(0o644)
+        path.write_bytes(b"damaged")
+        assert any(finding.is_problem for finding in self.store.verify(read_data=True))
+        self.store.put_blob(self.model[name][0])
+
+    @rule(point=st.sampled_from(["blob-renamed", "rows-before-commit"]), name=NAMES)
+    def crash_before_the_commit(self, point: str, name: str) -> None:
+        def ingest() -> None:
+            with new_store(self.root) as store:
+                store.ingest_task(offer(store, name, weights=FRESH, steps=[9], on_conflict="replace"))
+
+        self.store.close()
+        status = run(ingest, failpoint=point)
+        self.store = new_store(self.root)
+        if status != KILLED:  # all its bytes were in the store, so it never came to the point where one is renamed
+            assert status == 0
+            weights, steps = self.model.get(name.lower(), (b"", set()))
+            is_same = weights == FRESH
+            self.model[name.lower()] = (FRESH, {9} | (steps if is_same else set()))
+            if not is_same:
+                self.coded.discard(name.lower())
+
+    @invariant()
+    def the_store_and_the_dictionary_agree(self) -> None:
+        found = {}
+        for summary in self.store.summaries():
+            steps = {a.step for a in self.store.adapters(summary.task.name) if a.step is not None}
+            found[summary.task.name.lower()] = (self.store.read_blob(summary.final.weights), steps)
+            assert (summary.code is not None) == (summary.task.name.lower() in self.coded)
+            assert summary.checkpoints == len(steps)
+        assert found == self.model
+
+    @invariant()
+    def nothing_is_wrong(self) -> None:
+        assert not [finding for finding in self.store.verify(read_data=True) if finding.is_problem]
+
+    @invariant()
+    def the_bill_is_the_sum_of_the_files(self) -> None:
+        files = [path.lstat().st_size for path in self.root.rglob("*") if path.is_file()]
+        assert self.store.usage().total == sum(files)
+
+
+TestStoreModel = StoreModel.TestCase
+TestStoreModel.settings = settings(
+    max_examples=15, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+)

@@ -1,0 +1,79 @@
+"""A full disk can be emptied."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from registry import fs
+from registry.engine import Database
+from registry.errors import StoreFull
+from registry.reserve import RESERVE_BYTES, make_reserve, restore_reserve, with_reserve
+from registry.store import Store
+from tests.registry.examples import ingest
+
+
+@pytest.fixture
+def full_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make commits fail as on a full disk for as long as the reserve is there."""
+    real = Database.write
+
+    def write(database: Database) -> object:
+        if store.paths.reserve.exists():
+            raise StoreFull("database or disk is full")
+        return real(database)
+
+    monkeypatch.setattr(Database, "write", write)
+    return store.paths.reserve
+
+
+def test_a_new_store_has_a_reserve_of_real_bytes(store: Store) -> None:
+    status = store.paths.reserve.stat()
+    assert status.st_size == RESERVE_BYTES
+    assert status.st_blocks * 512 >= RESERVE_BYTES
+
+
+def test_a_task_can_be_removed_from_a_full_disk(store: Store, full_disk: Path) -> None:
+    store.paths.reserve.unlink()
+    ingest(store, "rust")
+    make_reserve(store.paths)
+    store.remove_task("rust")
+    assert list(store.tasks()) == []
+    assert full_disk.exists()
+
+
+def test_a_full_disk_can_be_pruned(store: Store, full_disk: Path) -> None:
+    digest = store.put_blob(b"orphan")
+    assert store.prune(grace=0).blobs == 1
+    assert not store.paths.blob(digest).exists()
+    assert full_disk.exists()
+
+
+def test_the_reserve_is_given_up_only_for_a_full_disk(store: Store) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        with_reserve(store.paths, fail)
+    assert store.paths.reserve.exists()
+
+
+def test_a_disk_that_stays_full_is_an_error(store: Store) -> None:
+    def fail() -> None:
+        raise StoreFull("full")
+
+    with pytest.raises(StoreFull):
+        with_reserve(store.paths, fail)
+
+
+def test_a_reserve_that_cannot_be_made_again_stops_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int, data: fs.Bytes) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    store.paths.reserve.unlink()
+    monkeypatch.setattr(fs, "write", fail)
+    restore_reserve(store.paths)
+    assert not store.paths.reserve.exists()
+    assert list(store.paths.tmp.iterdir()) == []

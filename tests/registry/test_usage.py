@@ -1,0 +1,56 @@
+"""The bill equals the files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+from registry.reserve import RESERVE_BYTES
+from registry.store import Store
+from tests.registry.examples import BASE, generator, ingest, vector
+
+
+def test_each_use_has_its_bytes(store: Store) -> None:
+    ingest(store, "rust", steps=[80], samples=b"samples", eval_data=b"eval", card=b"card")
+    store.add_vectors([vector(store, "rust")])
+    store.add_generator(generator(store, ["rust"], data=b"first one"))
+    store.add_generator(generator(store, ["rust"], data=b"now"))
+    run = store.start_train_run(BASE, {})
+    store.save_checkpoint(run.id, step=1, weights=b"w", optimizer=b"oo")
+    store.put_blob(b"orphan!")
+    usage = store.usage()
+    assert usage.originals == len(b"weights of rust") + len(b'{"r": 8}') + len(b"card")
+    assert usage.checkpoints == len(b"weights of rust at 80")
+    assert usage.generators == len(b"now")
+    assert usage.codes == len(b"code of rust")
+    assert usage.vectors == len(b"vector")
+    assert usage.texts == len(b"samples") + len(b"eval")
+    assert usage.old_generators == len(b"first one")
+    assert usage.training == 3
+    assert usage.unreferenced == len(b"orphan!")
+    assert usage.overhead == RESERVE_BYTES + len("icm store 1\n") + store.paths.lock.stat().st_size
+    assert usage.database == store.paths.database.stat().st_size
+
+
+def test_bytes_with_two_uses_count_once(store: Store) -> None:
+    ingest(store, "rust", weights=b"shared")
+    ingest(store, "html", weights=b"shared")
+    assert store.usage().originals == len(b"shared") + len(b'{"r": 8}')
+
+
+def test_a_missing_blob_costs_nothing(store: Store) -> None:
+    ingest(store, "rust")
+    store.paths.blob(store.final_adapter("rust").weights).unlink()
+    assert store.usage().originals == len(b'{"r": 8}')
+
+
+@pytest.mark.skipif(shutil.which("du") is None, reason="there is no du")
+def test_the_total_is_what_du_says_of_the_files(store: Store) -> None:
+    ingest(store, "rust", steps=[80, 90], samples=b"samples")
+    store.add_generator(generator(store, ["rust"]))
+    (store.paths.quarantine / "damaged").write_bytes(b"12345")
+    files = [str(path) for path in store.paths.root.rglob("*") if path.is_file()]
+    answer = subprocess.run(["du", "-bc", *files], capture_output=True, text=True, check=True)
+    assert store.usage().total == int(answer.stdout.splitlines()[-1].split()[0])
