@@ -17,7 +17,7 @@ from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import VIEWS, TaskState
 from icmlora.generator.generation import predicted_tokens
 from icmlora.generator.generator_file import Generator
-from icmlora.generator.objective import water_level
+from icmlora.generator.objective import water_level, worth_writing
 from icmlora.generator.packing import KindIntegers, pack, unpack
 from icmlora.generator.quantizer import Quantizer, Slots
 from icmlora.generator.scales import OCTAVE
@@ -151,7 +151,10 @@ class Codec:
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
         gain, residuals = self._quantizer.norm_residuals(slots, group.norm)
         norms = self._quantizer.norms(slots, gain, residuals)
-        return KindIntegers(slots, gain, residuals, *self._quantizer.quantise(group, norms, state, step)).written()
+        inputs, outputs = self._quantizer.quantise(group, norms, state, step)
+        rebuilt = self._quantizer.dequantise(slots, norms, state, step, (inputs, outputs))
+        alive = worth_writing(group, rebuilt, (torch.from_numpy(inputs), torch.from_numpy(outputs)))
+        return KindIntegers(slots, gain, residuals, inputs, outputs).written(alive.numpy())
 
     def _dequantised(self, group: KindIntegers, state: TaskState, step: int) -> KindTokens:
         norms = self._quantizer.norms(group.slots, group.gain, group.residuals)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
 from icmlora.generator.scales import GAUSSIAN_SHARE, OCTAVE, ROUNDING, SMALLEST_SCALE, WIDE
-from icmlora.generator.tokens import KindTokens, squared_norm
+from icmlora.generator.tokens import KindTokens, slot_errors, squared_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +73,30 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float) -> 
     norm = group.norm[:, None]
     agreement = (group.inputs * prediction.inputs).sum(1) + (group.outputs * prediction.outputs).sum(1)
     sign = torch.where(agreement.detach() < 0, -1.0, 1.0)[:, None]
-    hard, soft, alive = [], [], torch.ones_like(agreement, dtype=torch.bool)
+    hard, soft, wholes, rebuilt = [], [], [], []
     for side, values, mean in ((INPUTS, group.inputs, prediction.inputs), (OUTPUTS, group.outputs, prediction.outputs)):
         spread = net.spread[group.kind, side, group.layer, group.slot][:, None]
         scale = norm / math.sqrt(values.shape[1]) * torch.exp2(spread) / step
         exact = (values * sign - norm * mean) / step
         whole = exact.detach().sign() * (exact.detach().abs() + ROUNDING).floor()
-        alive &= (whole != 0).any(dim=1)
+        wholes.append(whole)
+        rebuilt.append(norm * mean.detach() + whole * step)
         hard.append(bin_bits(whole, scale).sum(1))
         soft.append((exact.square() / (2 * math.log(2) * (scale.detach().square() + 1 / 12))).sum())
-    # Slots of which one vector rounds to zero are not written.
-    written = torch.where(alive, torch.stack(hard).sum(0), 0.0).sum()
+    written = worth_writing(group, replace(group, inputs=rebuilt[INPUTS], outputs=rebuilt[OUTPUTS]), wholes)
+    bits = torch.where(written, torch.stack(hard).sum(0), 0.0).sum()
     pull = torch.stack(soft).sum()
-    return written + pull - pull.detach()
+    return bits + pull - pull.detach()
+
+
+def worth_writing(group: KindTokens, rebuilt: KindTokens, integers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Say of each slot whether the codec writes it, shape (n,).
+
+    A slot is worth its bits where both vectors have integers other than zero, or where the prediction alone gives
+    back half of its energy. Without the second part a slot that is predicted well would be lost for that very reason.
+    """
+    coded = (integers[INPUTS] != 0).any(dim=1) & (integers[OUTPUTS] != 0).any(dim=1)
+    return coded | (slot_errors(group, rebuilt) < group.norm.square() / 2)
 
 
 def _norm_bits(net: CVAE, group: KindTokens, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

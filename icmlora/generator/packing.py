@@ -33,14 +33,12 @@ class KindIntegers:
     outputs: Integers
     """Shape (n, out)."""
 
-    def written(self) -> KindIntegers:
-        """Leave out, in each layer, the slots after the last one of which both vectors are there.
+    def written(self, alive: NDArray[np.bool_]) -> KindIntegers:
+        """Leave out, in each layer, the slots after the last one that is worth its bits (`alive`, shape (n,)).
 
-        Where one vector rounds to zero nothing of the slot is worth its bits; the slots before are kept, so that a
-        number per layer says which.
+        The slots before are kept, so that a number per layer says which.
         """
         layer, slot = self.slots.layer, self.slots.slot
-        alive = self.inputs.any(axis=1) & self.outputs.any(axis=1)
         count = np.zeros(int(layer.max(initial=-1)) + 1, dtype=np.int64)
         np.maximum.at(count, layer[alive], slot[alive] + 1)
         keep = slot < count[layer]

@@ -101,3 +101,13 @@ def detokenize(
 def squared_norm(tokens: Sequence[KindTokens]) -> float:
     """Return |dW|^2 summed over all modules."""
     return sum(float(group.norm.double().square().sum()) for group in tokens)
+
+
+def slot_errors(left: KindTokens, right: KindTokens) -> torch.Tensor:
+    """Return |s_i u_i v_i^T - s'_i u'_i v'_i^T|^2 of each pair of slots, shape (n,)."""
+    overlap = (left.inputs * right.inputs).sum(1) * (left.outputs * right.outputs).sum(1) / (left.norm * right.norm)
+    return _slot_energy(left) + _slot_energy(right) - 2 * overlap
+
+
+def _slot_energy(group: KindTokens) -> torch.Tensor:
+    return (group.inputs.square().sum(1) / group.norm) * (group.outputs.square().sum(1) / group.norm)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from icmlora.generator.objective import adapter_bits, bin_bits, water_level
+from icmlora.generator.objective import adapter_bits, bin_bits, water_level, worth_writing
 from icmlora.generator.scales import probabilities, reach_of
 from icmlora.generator.tokens import tokenize
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, with_factors
@@ -65,3 +67,12 @@ def test_every_part_of_the_network_that_a_step_uses_gets_a_gradient() -> None:
     sum(adapter_bits(net, group, make_vectors(0), noise()).total for group in tokens).backward()  # type: ignore[union-attr]
     without = {name for name, parameter in net.named_parameters() if parameter.grad is None}
     assert without == {"condition.missing"}  # both views are there
+
+
+def test_a_slot_is_written_where_it_has_integers_or_is_predicted_well() -> None:
+    (group, *_) = tokenize(make_adapter(0, rank=4), mixed_fleet().config())
+    zeros, ones = torch.zeros(len(group.norm), 3), torch.ones(len(group.norm), 3)
+    nothing = dataclasses.replace(group, inputs=0 * group.inputs, outputs=0 * group.outputs)
+    assert worth_writing(group, nothing, (ones, ones)).all()
+    assert not worth_writing(group, nothing, (zeros, ones)).any()
+    assert worth_writing(group, group, (zeros, zeros)).all()

@@ -8,21 +8,22 @@ from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import Slots
 
 
-def integers(layer: list[int], slot: list[int], inputs: list[int], outputs: list[int]) -> KindIntegers:
+def written(layer: list[int], slot: list[int], alive: list[bool]) -> KindIntegers:
     slots = Slots(0, np.array(layer, dtype=np.int64), np.array(slot, dtype=np.int64))
-    column = [np.array(values, dtype=np.int32)[:, None] for values in (inputs, outputs)]
-    return KindIntegers(slots, 3, np.arange(len(layer), dtype=np.int32), *column)
+    numbers = np.arange(len(layer), dtype=np.int32)
+    whole = KindIntegers(slots, 3, numbers, numbers[:, None], numbers[:, None])
+    return whole.written(np.array(alive, dtype=np.bool_))
 
 
 def test_slots_after_the_last_living_one_of_a_layer_are_left_out() -> None:
-    kept = integers([0, 0, 0, 1, 1], [0, 1, 2, 0, 1], [1, 1, 0, 0, 2], [1, 1, 0, 0, 2]).written()
+    kept = written([0, 0, 0, 1, 1], [0, 1, 2, 0, 1], [True, True, False, False, True])
     assert list(zip(kept.slots.layer, kept.slots.slot, strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert (kept.residuals.tolist(), kept.inputs[:, 0].tolist()) == ([0, 1, 3, 4], [1, 1, 0, 2])
+    assert kept.residuals.tolist() == kept.inputs[:, 0].tolist() == kept.outputs[:, 0].tolist() == [0, 1, 3, 4]
 
 
-def test_a_slot_with_one_vector_of_zeros_is_not_alive() -> None:
-    assert len(integers([0, 1], [0, 0], [1, 0], [0, 1]).written().slots.layer) == 0
+def test_a_kind_of_which_nothing_lives_keeps_no_slot() -> None:
+    assert len(written([0, 1], [0, 0], [False, False]).slots.layer) == 0
 
 
 def test_a_kind_without_slots_stays_so() -> None:
-    assert len(integers([], [], [], []).written().slots.layer) == 0
+    assert len(written([], [], []).slots.layer) == 0

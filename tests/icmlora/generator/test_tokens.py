@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.tokens import KindTokens, detokenize, squared_norm, tokenize
+from icmlora.generator.tokens import KindTokens, detokenize, slot_errors, squared_norm, tokenize
 from icmlora.metrics import dw_norm, relative_dw_error
 from tests.icmlora.small_fleet import BASE, make_adapter, with_factors
 
@@ -81,3 +81,10 @@ def test_an_adapter_of_zeros_has_no_tokens_and_comes_back_as_zeros() -> None:
 def test_an_adapter_that_the_generator_does_not_cover_is_refused_by_name() -> None:
     with pytest.raises(GeneratorError, match=r"layers\.1\.self_attn\.q_proj with rank 2"):
         tokenize(make_adapter(0, layers=(1,)), config_of(make_adapter(0, layers=(0,))))
+
+
+def test_slot_errors_are_the_distances_of_the_rank_one_parts() -> None:
+    adapters = make_adapter(0, rank=3), make_adapter(1, rank=3)
+    left, right = (tokenize(adapter, config_of(adapter))[0] for adapter in adapters)
+    parts = [torch.einsum("ni,no,n->nio", part.inputs, part.outputs, 1 / part.norm) for part in (left, right)]
+    torch.testing.assert_close(slot_errors(left, right), (parts[0] - parts[1]).square().sum((1, 2)))
