@@ -112,6 +112,7 @@ TABLE: dict[str, ExitCode] = {
     "icm_cli.errors.ConfigProblem": ExitCode.USAGE,
     "icm_cli.errors.Interrupted": ExitCode.INTERRUPTED,
     "icm_cli.errors.StdoutClosed": ExitCode.STDOUT_CLOSED,
+    "icm_cli.workflows.materializing.TooLossy": ExitCode.TOO_LOSSY,
     "typer.exceptions.TyperException": ExitCode.USAGE,
     "registry.errors.RegistryError": ExitCode.FAILED,
     "registry.errors.StoreNotFound": ExitCode.NO_STORE,
@@ -124,7 +125,6 @@ TABLE: dict[str, ExitCode] = {
     "registry.errors.SourceChanged": ExitCode.FAILED,
     "icmlora.errors.IcmLoraError": ExitCode.FAILED,
     "icmlora.errors.UnsafeInput": ExitCode.UNSAFE,
-    "icmlora.errors.GeneratorError": ExitCode.DAMAGED,
     "icmlora.errors.CodeError": ExitCode.DAMAGED,
 }
 

@@ -7,7 +7,8 @@ IcmLoraError
 |-- BaseModelNotFound       no local copy of the base model that an adapter names
 |-- BaseModelMismatch       a base model whose modules or shapes are not the adapter's
 |-- DeviceUnavailable       a device that was asked for and is not there
-|-- GeneratorError          a generator file that is damaged or of another kind
+|-- GeneratorError          a generator that cannot be made, read or used as asked
+|   `-- NotCovered          an adapter with a module, layer or rank that the generator was not made for
 |-- CodeError               a code that is damaged or belongs to another generator
 `-- DataError               samples or held-out text that cannot be used
 """
@@ -73,7 +74,11 @@ class DeviceUnavailable(IcmLoraError):
 
 
 class GeneratorError(IcmLoraError):
-    """A generator file that is damaged, of an unknown version or for another base model."""
+    """A generator that cannot be made, read or used as asked."""
+
+
+class NotCovered(GeneratorError):
+    """An adapter with a module, layer or rank that the generator was not made for."""
 
 
 class CodeError(IcmLoraError):

@@ -59,7 +59,8 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
     Args:
         directory: The folder; it may exist if it is empty. Missing parents are made.
         files: Name to content, in the order in which they are replaced under `force`.
-        force: Replace these files in a folder that holds something; other files in it stay.
+        force: Replace these files in a folder that holds something; other files in it stay. If that is cut short,
+            there is no configuration, so the folder is no adapter until the same is done again.
 
     Raises:
         OutputExists: As `check_free`, or the folder was filled by someone else meanwhile.
@@ -70,8 +71,7 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     if force and target.is_dir() and any(target.iterdir()):
-        for name, data in files.items():
-            write_durably(target / name, data)
+        _replace(target, files)
         return
     with _building(target) as folder:
         for name, data in files.items():
@@ -84,6 +84,14 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
                 raise OutputExists("the folder was filled by someone else meanwhile", path=directory) from None
             raise
     fsync_folder(target.parent)
+
+
+def _replace(target: Path, files: Mapping[str, bytes]) -> None:
+    """Replace files one by one, without the configuration meanwhile: a mixture of two adapters must not load."""
+    (target / CONFIG_NAME).unlink(missing_ok=True)
+    fsync_folder(target)
+    for name, data in files.items():
+        write_durably(target / name, data)
 
 
 @contextmanager

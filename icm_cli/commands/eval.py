@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,12 @@ from icm_cli.errors import Interrupted
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
+from icm_cli.text import counted
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.evaluating import EvaluateReport, RungResult, TaskEvaluated
+    from icm_cli.workflows.evaluating import EvaluateReport, TaskEvaluated
     from icm_cli.workflows.events import Event
+    from icm_cli.workflows.task_evaluation import RungResult
 
 
 class RungName(StrEnum):
@@ -28,7 +31,7 @@ class RungName(StrEnum):
 
 DataOpt = Annotated[
     Path | None,
-    typer.Option("--data", metavar="FILE", help="Held-out text as JSON lines; else the task's own.", show_default=False),
+    typer.Option("--data", metavar="FILE", help="Held-out JSON lines; else the task's own.", show_default=False),
 ]
 RungOpt = Annotated[
     list[RungName] | None,
@@ -70,10 +73,9 @@ def evaluate(
         again=again,
     )
     with session.stoppable() as stop:
-        report = session.follow(measure(session.place, request, stop), "eval", partial(_tell, session))
+        report = session.follow(measure(session.place, request, stop), "eval", partial(tell, session))
     print_tasks(session, report)
-    if report.stopped:
-        raise Interrupted(f"interrupted; {len(report.tasks)} measured", hint="run the same command to continue")
+    check_finished(report)
 
 
 def print_tasks(session: Session, report: EvaluateReport) -> None:
@@ -100,7 +102,19 @@ def print_tasks(session: Session, report: EvaluateReport) -> None:
         session.out.note(f"without held-out text, so not measured: {', '.join(report.without_data)}")
 
 
-def _tell(session: Session, event: Event) -> None:
+def check_finished(report: EvaluateReport) -> None:
+    """Raise if the user stopped the evaluation.
+
+    Raises:
+        Interrupted: It was stopped.
+    """
+    if report.stopped:
+        done = counted(len(report.tasks), "task")
+        raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` goes on with the others")
+
+
+def tell(session: Session, event: Event) -> None:
+    """Report one task that is measured."""
     from icm_cli.workflows.evaluating import TaskEvaluated
 
     if isinstance(event, TaskEvaluated):
@@ -112,7 +126,7 @@ def _as_json(result: RungResult) -> dict[str, object]:
     loss = result.as_loss()
     return {
         "nats_per_token": result.nats_per_token,
-        "perplexity": loss.perplexity,
+        "perplexity": loss.perplexity if math.isfinite(loss.perplexity) else None,
         "bits_per_byte": loss.bits_per_byte,
         "tokens": result.tokens,
         "retained_gain": result.retained_gain,

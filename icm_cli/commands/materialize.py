@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from icm_cli.errors import UsageProblem
 from icm_cli.options import ForceOpt, SeedOpt, TaskArg
 from icm_cli.session import Session, command
 
@@ -45,7 +46,7 @@ DtypeOpt = Annotated[DtypeName, typer.Option("--dtype", help="Number format; an 
 ErrorOpt = Annotated[
     float | None,
     typer.Option(
-        "--max-error", metavar="X", help="Refuse (exit 14) above this relative dW error.", show_default=False
+        "--max-error", metavar="X", min=0.0, help="Refuse (exit 14) above this relative dW error.", show_default=False
     ),
 ]
 
@@ -72,6 +73,8 @@ def materialize(
     from icm_cli.workflows.materializing import MaterializeRequest
     from icm_cli.workflows.materializing import materialize as write
 
+    if seed is not None and source in (SourceName.ORIGINAL, SourceName.CODE):
+        raise UsageProblem(f"--seed samples a generated adapter; --source {source.value} has nothing to sample")
     request = MaterializeRequest(
         task=task,
         directory=output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,16 @@ _ADAPTER_COLUMNS = (
 )
 _EVALUATION_COLUMNS = (
     Column("rung"),
+    Column("text"),
     Column("nats/token", right=True),
     Column("perplexity", right=True),
     Column("bits/byte", right=True),
     Column("retained gain", right=True),
     Column("dW error", right=True),
 )
+
+
+_RUNGS = ("base", "original", "code", "generate")
 
 
 @command
@@ -46,9 +51,8 @@ def show(session: Session, task: TaskArg) -> None:
     session.out.record(_summary(details))
     session.out.line()
     session.out.table(_ADAPTER_COLUMNS, [_adapter_cells(adapter) for adapter in details.adapters])
-    if details.evaluations:
-        session.out.line()
-        session.out.table(_EVALUATION_COLUMNS, [_evaluation_cells(entry) for entry in details.evaluations])
+    session.out.line()
+    session.out.table(_EVALUATION_COLUMNS, [_evaluation_cells(details, entry) for entry in _present(details)])
     if session.out.verbosity:
         session.out.line()
         for module, rank, inputs, outputs in details.final.layout:
@@ -86,12 +90,18 @@ def _adapter_cells(adapter: AdapterRecord) -> list[str]:
     ]
 
 
-def _evaluation_cells(entry: EvaluationRecord) -> list[str]:
-    import math
+def _present(details: TaskDetails) -> list[EvaluationRecord]:
+    """Return the measurements that earlier generators have no part in, those on the task's own text first."""
+    current = {None, None if details.generator is None else details.generator.id}
+    rows = [row for row in details.evaluations if row.generator_id in current]
+    return sorted(rows, key=lambda row: (row.data != details.task.eval_data, row.data, _RUNGS.index(row.rung)))
 
+
+def _evaluation_cells(details: TaskDetails, entry: EvaluationRecord) -> list[str]:
     bits = entry.nats_per_token * entry.tokens / math.log(2)
     return [
         entry.rung,
+        "held-out" if entry.data == details.task.eval_data else entry.data[:12],
         f"{entry.nats_per_token:.4f}",
         f"{math.exp(min(entry.nats_per_token, 700.0)):.2f}",
         f"{bits / entry.utf8_bytes:.3f}" if entry.utf8_bytes else "-",
@@ -101,7 +111,7 @@ def _evaluation_cells(entry: EvaluationRecord) -> list[str]:
 
 
 def _as_json(details: TaskDetails) -> dict[str, object]:
-    generator = details.generator
+    generator, present = details.generator, _present(details)
     return {
         "name": details.task.name,
         "base_model": details.task.base_model,
@@ -116,7 +126,9 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         "vectors": [_without_ids(asdict(vector)) for vector in details.vectors],
         "generator": None if generator is None else {"version": generator.version, "digest": generator.blob},
         "code": None if details.code is None else _without_ids(asdict(details.code)),
-        "evaluations": [_without_ids(asdict(entry)) for entry in details.evaluations],
+        "evaluations": [
+            {**_without_ids(asdict(entry)), "is_current": entry in present} for entry in details.evaluations
+        ],
     }
 
 

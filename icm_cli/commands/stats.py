@@ -105,11 +105,11 @@ def _verdict(found: Bill) -> str:
     disk = f"The store takes {now:.1%} of what all final adapters take in bf16 ({human_size(found.bf16_size)})"
     if not any(fleet.encoded for fleet in found.fleets):
         return f"{disk}: nothing is encoded yet, so nothing is saved."
-    share = found.compact_size / found.bf16_size
+    share = found.compact_share
     what = "Generators, codes, vectors and database"
     kept = f"{disk}, since it still holds the originals."
-    if not found.is_complete:
-        return f"{kept} {what} take {share:.1%}, but not every task has a code."
+    if share is None:
+        return f"{kept} Not every task has a code yet, so what they save is not known: `icm train` makes the others."
     if share >= 1:
         return f"{kept} {what} take {share:.1%}: they save nothing, they cost {share - 1:.1%} more."
     return f"{kept} {what} alone take {share:.1%}: they save {1 - share:.1%}."
@@ -155,13 +155,14 @@ def _mean_and_worst(values: list[float | None], worst: Callable[[list[float]], f
 
 
 def _as_json(found: Bill) -> dict[str, object]:
+    share = found.compact_share
     return {
         "on_disk": vars(found.usage) | {"total": found.usage.total},
         "original_size": found.bf16_size,
         "stored_size": found.usage.total,
         "compact_size": found.compact_size,
-        "compression_ratio": found.bf16_size / found.compact_size if found.compact_size else None,
-        "space_saving": 1 - found.compact_size / found.bf16_size if found.bf16_size else None,
+        "compression_ratio": None if share is None else 1 / share,
+        "space_saving": None if share is None else 1 - share,
         "complete": found.is_complete,
         "fleets": [_fleet_json(fleet) for fleet in found.fleets],
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.commands.eval import print_tasks
+from icm_cli.commands import eval as evaluation
 from icm_cli.errors import Interrupted
 from icm_cli.options import BaseModelOpt, DeviceOpt
 from icm_cli.session import Session, command
@@ -16,12 +16,20 @@ from icm_cli.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
     from icm_cli.workflows.events import Event
-    from icm_cli.workflows.training import Trained
+    from icm_cli.workflows.publishing import Trained
 
 MODEL_PANEL = "Model"
 
 QualityOpt = Annotated[
-    int, typer.Option("--quality", min=1, max=8, help="The one dial: 1 is smallest, 8 most faithful.")
+    int | None,
+    typer.Option(
+        "--quality",
+        metavar="1..8",
+        min=1,
+        max=8,
+        help="The one dial: 1 is smallest, 8 most faithful; else the present generator's, at first 4.",
+        show_default=False,
+    ),
 ]
 SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is random.")]
 ResumeOpt = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a run that was stopped.")]
@@ -48,7 +56,7 @@ WidthOpt = Annotated[
         metavar="N",
         min=4,
         max=4096,
-        help="Hidden width of the decoder; else the quality's.",
+        help="Hidden width of a new generator's decoder; else the quality's.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),
@@ -84,7 +92,7 @@ _EVENT_EVERY = 10  # steps between two JSON lines
 def train(
     session: Session,
     device: DeviceOpt = None,
-    quality: QualityOpt = 4,
+    quality: QualityOpt = None,
     base_model: BaseModelOpt = None,
     seed: SeedOpt = 0,
     resume: ResumeOpt = True,
@@ -102,8 +110,8 @@ def train(
     Example:
       icm train --device cuda
     """
-    from icm_cli.workflows.training import TrainRequest
     from icm_cli.workflows.training import train as fit
+    from icm_cli.workflows.training_run import TrainRequest
 
     request = TrainRequest(
         device=session.device(device),
@@ -129,7 +137,8 @@ def train(
 
 
 def _tell(session: Session, event: Event) -> None:
-    from icm_cli.workflows.training import CodeMade, Progressed, Resumed, Trained
+    from icm_cli.workflows.publishing import CodeMade, Trained
+    from icm_cli.workflows.training import Progressed, Resumed
 
     out = session.out
     if isinstance(event, Progressed):
@@ -147,12 +156,14 @@ def _tell(session: Session, event: Event) -> None:
 
 def _sum_up(session: Session, trained: Trained) -> None:
     metrics = trained.metrics
+    bits = metrics["bits_per_parameter"]
+    loss = "" if bits is None else f"{bits:.3f} bits per parameter "
     session.out.line(
         f"generator {trained.version} of {trained.base_model}: {human_size(trained.generator_size)}, "
         f"{counted(trained.tasks, 'code')} of together {human_size(trained.codes_size)}"
     )
     session.out.note(
-        f"{metrics['bits_per_parameter']:.3f} bits per parameter after {metrics['steps']} steps; "
+        f"{loss}after {metrics['steps']} steps; "
         f"fitted in {human_duration(float(str(metrics['fit_seconds'])))} on {metrics['device']}, "
         f"peak memory {human_size(int(str(metrics['peak_memory'])))}"
     )
@@ -160,7 +171,7 @@ def _sum_up(session: Session, trained: Trained) -> None:
 
 def _evaluate(session: Session, device: str, base_models: list[str]) -> None:
     """Measure the codes; a missing base model or missing texts are worth a word, not a failure."""
-    from icm_cli.workflows.evaluating import EvaluateRequest, evaluate, evaluable
+    from icm_cli.workflows.evaluating import EvaluateRequest, evaluable, evaluate
 
     names, why_not = evaluable(session.place, base_models)
     for reason in why_not:
@@ -170,5 +181,7 @@ def _evaluate(session: Session, device: str, base_models: list[str]) -> None:
         return
     request = EvaluateRequest(names=names, device=device, rungs=("code",))
     with session.stoppable() as stop:
-        report = session.follow(evaluate(session.place, request, stop), "eval")
-    print_tasks(session, report)
+        work = evaluate(session.place, request, stop)
+        report = session.follow(work, "eval", partial(evaluation.tell, session))
+    evaluation.print_tasks(session, report)
+    evaluation.check_finished(report)

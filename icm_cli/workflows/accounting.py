@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from icm_cli.workflows.measured import latest_of
 from icm_cli.workflows.opening import Place
 from registry.records import GeneratorRecord, TaskSummary
 from registry.usage import Usage
@@ -96,8 +97,13 @@ class Bill:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every task has a code, so that the compact size stands for all of them."""
-        return all(len(fleet.encoded) == len(fleet.tasks) for fleet in self.fleets)
+        """Whether there are tasks and every one has a code, so that the compact size stands for all of them."""
+        return bool(self.fleets) and all(len(fleet.encoded) == len(fleet.tasks) for fleet in self.fleets)
+
+    @property
+    def compact_share(self) -> float | None:
+        """The compact size in terms of bf16, above 1 where it costs more; None until every task has a code."""
+        return self.compact_size / self.bf16_size if self.is_complete and self.bf16_size else None
 
 
 def bill(place: Place) -> Bill:
@@ -115,11 +121,7 @@ def _fleet(store: Store, label: str, rows: Sequence[TaskSummary]) -> FleetBill:
 
 
 def _task(store: Store, row: TaskSummary, generator: GeneratorRecord | None) -> TaskBill:
-    gains = [
-        evaluation.retained_gain
-        for evaluation in store.evaluations(row.task.name)
-        if evaluation.rung == "code" and generator is not None and evaluation.generator_id == generator.id
-    ]
+    measured = None if generator is None else latest_of(store.evaluations(row.task.name), row.task, "code", generator)
     vectors = {vector.blob for vector in store.vectors(row.task.name)}
     return TaskBill(
         task=row.task.name,
@@ -128,5 +130,5 @@ def _task(store: Store, row: TaskSummary, generator: GeneratorRecord | None) -> 
         vectors_size=sum(store.blob_size(blob) for blob in vectors),
         code_size=None if row.code is None else row.code.size,
         dw_error=None if row.code is None else row.code.dw_error,
-        retained_gain=gains[-1] if gains else None,
+        retained_gain=None if measured is None else measured.retained_gain,
     )

@@ -13,7 +13,6 @@ from icmlora.base_lookup import FoundBase, find_base_model, inspect_base
 from icmlora.base_model import BaseModel, load_base_model
 from icmlora.fingerprint import fingerprint_base
 from icmlora.gguf_base import convert_gguf
-
 from registry.records import BaseModelRecord
 
 if TYPE_CHECKING:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icm_cli.workflows.model_card import Provenance, card_text
+from icm_cli.workflows.measured import latest_of
+from icm_cli.workflows.model_card import Provenance, card_text, original_card
 from icm_cli.workflows.opening import Place
 from icmlora.errors import DataError
-from icmlora.peft_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
-from registry.records import AdapterRecord, CodeRecord, EvaluationRecord, GeneratorRecord
+from icmlora.output_folder import check_free, write_original
+from icmlora.peft_names import WEIGHTS_NAME
+from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
 
 if TYPE_CHECKING:
     from icmlora.adapter import Adapter
@@ -30,13 +32,14 @@ class MaterializeRequest:
     source: Source = "auto"
     dtype: str = "bfloat16"
     seed: int | None = None
+    """Samples the latent; for `generate`, which `auto` then means."""
     force: bool = False
     max_error: float | None = None
 
 
 @dataclass(frozen=True)
 class Materialized:
-    """What was written."""
+    """What was written; None where a figure was not measured."""
 
     task: str
     directory: Path
@@ -44,7 +47,7 @@ class Materialized:
     generator: str | None
     dw_error: float | None
     retained_gain: float | None
-    weights: str | None
+    weights: str
     """SHA-256 of the written weights."""
 
 
@@ -67,46 +70,62 @@ def materialize(place: Place, request: MaterializeRequest) -> Materialized:
 
 def write_rung(store: Store, request: MaterializeRequest) -> Materialized:
     """Do what `materialize` does, in a store that is open already."""
+    check_free(request.directory, force=request.force)
     task, final = store.task(request.task), store.final_adapter(request.task)
     generator = store.current_generator(task.base_model)
     code = None if generator is None else store.code(task.name, generator.id)
     rung = _choose(request, code, generator)
     if rung == "original" or generator is None:
-        return _write_original(store, task.name, final, request)
-    error = code.dw_error if rung == "code" and code is not None else None
-    if request.max_error is not None and (error is None or error > request.max_error):
-        fact = "is not known" if error is None else f"is {error:.4f}"
-        hint = "`--source original`, or `icm train` with a higher --quality"
-        raise TooLossy(f"the relative dW error of {task.name!r} {fact}; {request.max_error} is allowed", hint=hint)
-    adapter = _decode(store, task.name, final, code if rung == "code" else None, generator, request.seed)
-    gain = _gain(store.evaluations(task.name), rung, generator)
-    provenance = Provenance(task.name, task.base_model, rung, generator, error, gain, request.seed)
+        return _write_original(store, task, final, request)
+    provenance = _provenance(store, task, rung, generator, code, request.seed)
+    _check_error(provenance, request.max_error)
+    adapter = _decode(store, final, code if rung == "code" else None, generator, request.seed)
     return _write(adapter, provenance, request)
 
 
-def _choose(
-    request: MaterializeRequest, code: CodeRecord | None, generator: GeneratorRecord | None
-) -> Rung:
+def _choose(request: MaterializeRequest, code: CodeRecord | None, generator: GeneratorRecord | None) -> Rung:
     """Return the best rung that is there; `auto` gives the original back as long as the store has it."""
-    if request.source == "auto":
-        return "original" if request.seed is None else "generate"
-    if request.source == "code" and code is None:
+    source = request.source
+    if source == "auto":
+        source = "original" if request.seed is None else "generate"
+    if source == "code" and code is None:
         raise DataError(f"task {request.task!r} has no code", hint="`icm train` makes it")
-    if request.source == "generate" and generator is None:
+    if source == "generate" and generator is None:
         raise DataError(f"there is no generator for task {request.task!r}", hint="`icm train` makes it")
-    return request.source
+    return source
+
+
+def _provenance(
+    store: Store,
+    task: TaskRecord,
+    rung: Literal["code", "generate"],
+    generator: GeneratorRecord,
+    code: CodeRecord | None,
+    seed: int | None,
+) -> Provenance:
+    """Gather what is known of an adapter; of one that is sampled nothing was measured."""
+    measured = None if seed is not None else latest_of(store.evaluations(task.name), task, rung, generator)
+    error, gain = (None, None) if measured is None else (measured.dw_error, measured.retained_gain)
+    if rung == "code" and code is not None:
+        error = code.dw_error
+    return Provenance(task.name, task.base_model, rung, generator, error, gain, seed)
+
+
+def _check_error(provenance: Provenance, limit: float | None) -> None:
+    error = provenance.dw_error
+    if limit is None or (error is not None and error <= limit):
+        return
+    fact = "was not measured" if error is None else f"is {error:.4f}"
+    hint = "`--source original` loses nothing; `icm train` with a higher --quality makes better codes"
+    raise TooLossy(f"the relative dW error of {provenance.task!r} {fact}, and {limit} is allowed", hint=hint)
 
 
 def _decode(
-    store: Store,
-    task: str,
-    final: AdapterRecord,
-    code: CodeRecord | None,
-    generator: GeneratorRecord,
-    seed: int | None,
+    store: Store, final: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord, seed: int | None
 ) -> Adapter:
     # torch is imported here: writing an original back needs none.
     from icm_cli.workflows.store_fleet import mean_vectors
+    from icmlora.adapter_config import AdapterConfig
     from icmlora.generator.codec import Codec
     from icmlora.generator.generator_file import generator_from_bytes
     from icmlora.layout import ModuleShape
@@ -114,11 +133,12 @@ def _decode(
     codec = Codec(generator_from_bytes(store.read_blob(generator.blob)))
     if code is not None:
         return codec.decode(store.read_blob(code.blob))
-    vectors = mean_vectors(store, store.vectors(task))
+    vectors = mean_vectors(store, store.vectors(final.task))
     if not vectors:
-        raise DataError(f"task {task!r} has no task vector", hint="`icm vectors` makes it")
+        raise DataError(f"task {final.task!r} has no task vector", hint="`icm vectors` makes it")
     layout = [ModuleShape(*entry) for entry in final.layout]
-    return codec.generate(vectors, layout, task_type="CAUSAL_LM", seed=seed)
+    config = AdapterConfig.parse(store.read_blob(final.config))
+    return codec.generate(vectors, layout, task_type=config.task_type, seed=seed)
 
 
 def _write(adapter: Adapter, provenance: Provenance, request: MaterializeRequest) -> Materialized:
@@ -137,18 +157,11 @@ def _write(adapter: Adapter, provenance: Provenance, request: MaterializeRequest
     return Materialized(p.task, request.directory, p.rung, p.generator.blob, p.dw_error, p.retained_gain, digest)
 
 
-def _write_original(store: Store, task: str, final: AdapterRecord, request: MaterializeRequest) -> Materialized:
-    from icmlora.output_folder import write_folder
-
-    files = {WEIGHTS_NAME: store.read_blob(final.weights)}
-    if final.card is not None:
-        files[CARD_NAME] = store.read_blob(final.card)
-    # Last: the configuration is what makes a folder an adapter.
-    files[CONFIG_NAME] = store.read_blob(final.config)
-    write_folder(request.directory, files, force=request.force)
-    return Materialized(task, request.directory, "original", None, 0.0, 1.0, final.weights)
-
-
-def _gain(evaluations: list[EvaluationRecord], rung: Rung, generator: GeneratorRecord) -> float | None:
-    matching = [row for row in evaluations if row.rung == rung and row.generator_id == generator.id]
-    return matching[-1].retained_gain if matching else None
+def _write_original(store: Store, task: TaskRecord, final: AdapterRecord, request: MaterializeRequest) -> Materialized:
+    if final.card is None:
+        card = original_card(task.name, task.base_model, final.weights).encode()
+    else:
+        card = store.read_blob(final.card)
+    config, weights = store.read_blob(final.config), store.read_blob(final.weights)
+    write_original(config, weights, card, request.directory, force=request.force)
+    return Materialized(task.name, request.directory, "original", None, 0.0, 1.0, final.weights)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import yaml
 
+from icm_cli.text import escape
 from registry.records import GeneratorRecord
 
 _CARD = """\
@@ -26,6 +27,20 @@ A LoRA adapter for `{base}`, written by icm {how}.
 
 Relative dW error is the squared Frobenius error of the weight change against the original adapter. Retained gain is
 (loss of the base model - loss of this adapter) / (loss of the base model - loss of the original) on held-out text.
+"""
+
+_ORIGINAL_CARD = """\
+---
+{front}---
+
+# {task}
+
+The original LoRA adapter for `{base}`, byte for byte as it was given to icm.
+
+| | |
+|---|---|
+| rung | original |
+| weights | sha256 `{weights}` |
 """
 
 _HOW = {
@@ -54,17 +69,11 @@ class Provenance:
 
 def card_text(provenance: Provenance) -> str:
     """Write the card; the same provenance gives the same text."""
-    front = {
-        "base_model": provenance.base_model,
-        "library_name": "peft",
-        "tags": ["lora", "icm", f"base_model:adapter:{provenance.base_model}"],
-    }
     sampled = "" if provenance.seed is None else f" (sampled with seed {provenance.seed})"
     return _CARD.format(
-        # Names come from outside: the YAML library quotes what needs quoting.
-        front=yaml.safe_dump(front, sort_keys=True, allow_unicode=True),
+        front=_front(provenance.base_model),
         task=provenance.task,
-        base=provenance.base_model,
+        base=_quoted(provenance.base_model),
         how=_HOW[provenance.rung] + sampled,
         rung=provenance.rung,
         version=provenance.generator.version,
@@ -72,6 +81,26 @@ def card_text(provenance: Provenance) -> str:
         error=_figure(provenance.dw_error),
         gain=_figure(provenance.retained_gain),
     )
+
+
+def original_card(task: str, base_model: str, weights: str) -> str:
+    """Write the card of an original that came without one; `weights` is the digest of its tensor file."""
+    return _ORIGINAL_CARD.format(front=_front(base_model), task=task, base=_quoted(base_model), weights=weights)
+
+
+def _front(base_model: str) -> str:
+    fields = {
+        "base_model": base_model,
+        "library_name": "peft",
+        "tags": ["lora", "icm", f"base_model:adapter:{base_model}"],
+    }
+    # The label comes from outside: the YAML library quotes what needs quoting.
+    return yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)
+
+
+def _quoted(label: str) -> str:
+    """Make a label from outside fit between two backticks of one line."""
+    return escape(label).replace("`", "'")
 
 
 def _figure(value: float | None) -> str:

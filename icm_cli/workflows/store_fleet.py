@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,11 +28,12 @@ class StoreFleet:
 
     def __init__(self, store: Store, base_model: str) -> None:
         self._store = store
+        self.base_model = base_model
         self.names = [row.task.name for row in store.summaries() if row.task.base_model == base_model]
         self._finals = [store.final_adapter(name) for name in self.names]
         self._others = [[row for row in store.adapters(name) if not row.is_final] for name in self.names]
-        self._vectors = [_latest(store.vectors(name)) for name in self.names]
-        self._cache: OrderedDict[str, Adapter] = OrderedDict()
+        self._vectors = [_by_support_set(store.vectors(name)) for name in self.names]
+        self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._cached = 0
 
     def tasks(self) -> int:
@@ -45,14 +48,27 @@ class StoreFleet:
         """Return the row of a task's final adapter."""
         return self._finals[task]
 
+    def rows(self) -> Iterator[AdapterRecord]:
+        """Yield the rows of all adapters, checkpoints included."""
+        for final, others in zip(self._finals, self._others, strict=True):
+            yield final
+            yield from others
+
+    def digest(self) -> str:
+        """Return what names everything that training reads: adapters, checkpoints and vectors, by content."""
+        adapters = [[row.task, row.is_final, row.weights, row.config] for row in self.rows()]
+        vectors = [[sorted((view, row.blob) for view, row in rows.items()) for rows in sets] for sets in self._vectors]
+        return hashlib.sha256(json.dumps([adapters, vectors]).encode()).hexdigest()
+
     def load(self, task: int, checkpoint: int | None) -> Adapter:
         """Read the final adapter of a task (None), or one of its checkpoints, in canonical form."""
         row = self._finals[task] if checkpoint is None else self._others[task][checkpoint]
-        if row.weights in self._cache:
-            self._cache.move_to_end(row.weights)
-            return self._cache[row.weights]
+        key = row.config, row.weights  # the same weights under another alpha are another adapter
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
         adapter = canonicalize(load_adapter(self._store.read_blob(row.config), self._store.read_blob(row.weights)))
-        self._cache[row.weights] = adapter
+        self._cache[key] = adapter
         self._cached += row.parameters * _FLOAT32
         while self._cached > _CACHE_BYTES and len(self._cache) > 1:
             _, dropped = self._cache.popitem(last=False)
@@ -79,17 +95,23 @@ class StoreFleet:
         return values_from_bytes(self._store.read_blob(row.blob))
 
 
-def mean_vectors(store: Store, rows: list[VectorRecord]) -> dict[str, torch.Tensor]:
-    """Average vectors by view; the views that are there, each (hidden,)."""
+def mean_vectors(store: Store, rows: Iterable[VectorRecord]) -> dict[str, torch.Tensor]:
+    """Average a task's vectors by view; the views that are there, each (hidden,)."""
     views: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-    for row in rows:
+    for row in _latest(rows):
         views[row.view].append(values_from_bytes(store.read_blob(row.blob)))
     return {view: torch.stack(values).mean(dim=0) for view, values in views.items()}
 
 
-def _latest(rows: list[VectorRecord]) -> list[dict[str, VectorRecord]]:
-    """Group by support set; where several extractors left vectors, the last recorded one counts."""
-    sets: dict[int, dict[str, VectorRecord]] = {}
-    for row in sorted(rows, key=lambda row: row.id):
-        sets.setdefault(row.support_set, {})[row.view] = row
+def _latest(rows: Iterable[VectorRecord]) -> list[VectorRecord]:
+    """Return the vectors of the last recorded extractor of each view: those of different extractors do not mix."""
+    ordered = sorted(rows, key=lambda row: row.id)
+    extractors = {row.view: row.extractor for row in ordered}
+    return [row for row in ordered if row.extractor == extractors[row.view]]
+
+
+def _by_support_set(rows: Iterable[VectorRecord]) -> list[dict[str, VectorRecord]]:
+    sets: defaultdict[int, dict[str, VectorRecord]] = defaultdict(dict)
+    for row in _latest(rows):
+        sets[row.support_set][row.view] = row
     return [sets[number] for number in sorted(sets)]

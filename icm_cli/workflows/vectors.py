@@ -17,6 +17,7 @@ from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.opening import Place
 from icmlora.base_model import BaseModel, check_fits
 from icmlora.device import resolve_device
+from icmlora.errors import BaseModelNotFound
 from icmlora.examples import parse_examples
 from icmlora.peft_folder import save_original
 from icmlora.task_vector import TaskVector, vector_to_bytes
@@ -52,6 +53,8 @@ def extract_missing(
 ) -> Generator[Event, None, VectorReport]:
     """Extract and store task vectors, task by task; what is stored stays, whatever ends the work.
 
+    A base model that is missing keeps nobody from the tasks of the others; it is raised after them.
+
     Args:
         place: The store.
         names: Tasks; all if empty.
@@ -77,9 +80,14 @@ def extract_missing(
         total = sum(map(len, todo.values()))
         report.present = len(rows) - total
         yield Step(0, total)
+        missing: BaseModelNotFound | None = None
         for label, tasks in todo.items():
-            # bfloat16 moves a vector by less than a hundredth of what another support set does, and is twice as fast.
-            base = open_base(store, label, chosen, torch.bfloat16)
+            try:
+                # bfloat16 moves a vector by less than a hundredth of what another support set does: twice as fast.
+                base = open_base(store, label, chosen, torch.bfloat16)
+            except BaseModelNotFound as error:
+                missing = missing or error
+                continue
             for row in tasks:
                 if stop.requested:
                     report.stopped = True
@@ -88,6 +96,8 @@ def extract_missing(
                 report.tasks.append(done)
                 yield done
                 yield Step(len(report.tasks), total, row.task.name)
+    if missing is not None:
+        raise missing
     return report
 
 

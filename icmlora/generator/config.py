@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-from icmlora.errors import GeneratorError
+from icmlora.errors import GeneratorError, NotCovered
 from icmlora.layout import ModuleShape
 
 # A layer number has no leading zero, so that a module's name comes back from it, and is short, so that a name cannot
@@ -85,13 +85,13 @@ class GeneratorConfig:
         """Return the index of a module's kind and its layer.
 
         Raises:
-            GeneratorError: The generator does not cover the module.
+            NotCovered: The generator has no such module, layer or rank.
         """
         kind, layer = kind_of(shape)
         number = self._index.get(kind)
         if number is None or layer >= self.layers or shape.rank > self.slots:
             message = f"the generator does not cover {shape.module} with rank {shape.rank}"
-            raise GeneratorError(message, hint="`icm train` makes a generator that covers every ingested adapter")
+            raise NotCovered(message, hint="`icm train` makes a generator that covers every ingested adapter")
         return number, layer
 
     @cached_property

@@ -1,0 +1,97 @@
+"""Turn a trained network into what the store answers with: one generator file and a code per task.
+
+    network --file--> generator --encode--> code per task
+                          `---- one transaction: generator + all codes ----> current
+
+Until that transaction the store answers with the earlier generator, or with none.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from icm_cli.workflows.events import Event, Step, StopFlag
+from icm_cli.workflows.store_fleet import StoreFleet
+from icmlora.generator.codec import Codec
+from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from icmlora.training.state import TrainState
+from registry.records import GeneratorRecord, NewCode, NewGenerator, TrainRunRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class CodeMade(Event):
+    """One task is encoded; it becomes current with all the others."""
+
+    task: str
+    size: int
+    dw_error: float
+
+
+@dataclass(frozen=True)
+class Trained(Event):
+    """A generator and its codes are current."""
+
+    base_model: str
+    version: int
+    generator: str
+    generator_size: int
+    tasks: int
+    codes_size: int
+    metrics: dict[str, object]
+
+
+def publish(
+    store: Store,
+    fleet: StoreFleet,
+    state: TrainState,
+    run: TrainRunRecord,
+    previous: GeneratorRecord | None,
+    metrics: dict[str, object],
+    stop: StopFlag,
+) -> Generator[Event, None, Trained | None]:
+    """Write the generator, encode every task under the file as it is read back, and make both current.
+
+    Args:
+        store: The open store.
+        fleet: What was trained on.
+        state: The trained network.
+        run: The training run, which is done with this.
+        previous: The generator that training started from.
+        metrics: What training measured; stored with the generator.
+        stop: Looked at between tasks.
+
+    Returns:
+        What became current, or None if the user stopped; then nothing is.
+    """
+    started = time.monotonic()
+    data = generator_to_bytes(state.net)
+    blob = store.put_blob(data)
+    codec = Codec(generator_from_bytes(data))
+    codes: list[NewCode] = []
+    for task, name in enumerate(fleet.names):
+        if stop.requested:
+            return None
+        encoded = codec.encode(fleet.load(task, None), fleet.mean_vectors(task))
+        code = store.put_blob(encoded.data)
+        codes.append(NewCode(name, fleet.final(task).id, code, 8.0 * len(encoded.data), encoded.dw_error))
+        yield CodeMade(name, len(encoded.data), encoded.dw_error)
+        yield Step(task + 1, fleet.tasks(), f"encoding {name}")
+    metrics = metrics | {"encode_seconds": round(time.monotonic() - started, 3)}
+    config = json.loads(state.net.config.to_json()) | {"train": asdict(state.config)}
+    parent, present = None if previous is None else previous.id, _present(store, codes)
+    record = store.add_generator(NewGenerator(run.base_model, blob, config, metrics, parent, present, run.id))
+    size = round(sum(code.bits for code in present) / 8)
+    return Trained(run.base_model, record.version, blob, len(data), len(present), size, metrics)
+
+
+def _present(store: Store, codes: Sequence[NewCode]) -> list[NewCode]:
+    """Return the codes of the tasks that still have the adapter that was encoded: another ingest may replace one."""
+    finals = {row.task.name: row.final.id for row in store.summaries()}
+    return [code for code in codes if finals.get(code.task) == code.adapter_id]

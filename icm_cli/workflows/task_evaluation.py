@@ -1,0 +1,157 @@
+"""One task on one set of texts: every rung that exists, or what was recorded of it before.
+
+Every adapter is written to a folder and loaded by PEFT before it is measured: what counts is what a user would get.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icm_cli.workflows.materializing import MaterializeRequest, write_rung
+from icmlora.adapted import adapted
+from icmlora.base_model import BaseModel
+from icmlora.errors import DataError, NotCovered
+from icmlora.evaluation import NllResult, nll, retained_gain
+from icmlora.examples import EvaluationData
+from icmlora.metrics import relative_dw_error
+from icmlora.peft_folder import load_adapter_folder
+from registry.records import EvaluationRecord, NewEvaluation, Rung, TaskRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+RUNGS: tuple[Rung, ...] = ("base", "original", "code", "generate")
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """One rung of one task, measured on one set of texts."""
+
+    rung: Rung
+    nats_per_token: float
+    tokens: int
+    utf8_bytes: int
+    retained_gain: float | None
+    dw_error: float | None
+
+    def as_loss(self) -> NllResult:
+        """Return the loss with its perplexity and bits per byte."""
+        return NllResult(self.nats_per_token * self.tokens, self.tokens, self.utf8_bytes)
+
+
+class TaskEvaluation:
+    """Measures a task on one set of texts; base and original first, since every gain is relative to them.
+
+    Args:
+        store: The open store.
+        base: The task's base model.
+        task: The task.
+        data: Held-out text.
+        max_tokens: Tokens scored of each text.
+    """
+
+    def __init__(self, store: Store, base: BaseModel, task: TaskRecord, data: EvaluationData, max_tokens: int) -> None:
+        self._store, self._base, self._task, self._data, self._max_tokens = store, base, task, data, max_tokens
+        self._generator = store.current_generator(task.base_model)
+        self._settings: dict[str, object] = {
+            "max_tokens": max_tokens,
+            "dtype": base.dtype,
+            "base": base.fingerprint,
+            "original": store.final_adapter(task.name).weights,
+        }
+
+    def run(self, rungs: Sequence[Rung], *, again: bool) -> Mapping[Rung, RungResult]:
+        """Measure rungs where they exist, and base and original in any case; each is recorded at once.
+
+        Args:
+            rungs: Which ones.
+            again: Also what was measured before on the same text, in the same way.
+
+        Raises:
+            DataError: A loss that is no number.
+        """
+        known = {} if again else self._recorded()
+        results: dict[Rung, RungResult] = {}
+        for rung in RUNGS:
+            if rung not in {"base", "original", *rungs} or not self._exists(rung):
+                continue
+            if rung in known:
+                results[rung] = known[rung]
+                continue
+            try:
+                results[rung] = self._measure(rung, results)
+            except NotCovered:  # a task that was ingested after the last training, with modules of its own
+                continue
+            self._store.add_evaluations([self._row(results[rung])])
+        return results
+
+    def _exists(self, rung: Rung) -> bool:
+        if rung == "code":
+            return self._generator is not None and self._store.code(self._task.name, self._generator.id) is not None
+        if rung == "generate":
+            return self._generator is not None and bool(self._store.vectors(self._task.name))
+        return True
+
+    def _measure(self, rung: Rung, before: Mapping[Rung, RungResult]) -> RungResult:
+        if rung == "base":
+            loss, error = self._loss(rung, self._base.model), None
+        else:
+            with tempfile.TemporaryDirectory(prefix="icm-") as folder:
+                written = Path(folder) / "adapter"
+                write_rung(self._store, MaterializeRequest(self._task.name, written, source=rung))
+                error = None if rung == "original" else self._dw_error(written, Path(folder) / "original")
+                with adapted(self._base, written) as model:
+                    loss = self._loss(rung, model)
+        gain = None
+        if rung not in ("base", "original"):
+            base, original = before["base"], before["original"]
+            gain = retained_gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
+        return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
+
+    def _loss(self, rung: Rung, model: object) -> NllResult:
+        loss = nll(model, self._base.tokenizer, self._data.examples, max_tokens=self._max_tokens)
+        if not math.isfinite(loss.nats):
+            fact = f"the loss of {self._task.name!r} ({rung}) is no number: its values overflow in {self._base.dtype}"
+            raise DataError(fact, hint="the training run diverged: take an earlier checkpoint")
+        return loss
+
+    def _dw_error(self, written: Path, beside: Path) -> float | None:
+        write_rung(self._store, MaterializeRequest(self._task.name, beside, source="original"))
+        error = relative_dw_error(load_adapter_folder(beside), load_adapter_folder(written))
+        return error if math.isfinite(error) else None  # an original of zeros has no relative error
+
+    def _recorded(self) -> dict[Rung, RungResult]:
+        """Return what was measured before on the same text, in the same way, of the same adapter and generator."""
+        rows = [row for row in self._store.evaluations(self._task.name) if self._is_current(row)]
+        return {
+            row.rung: RungResult(
+                row.rung, row.nats_per_token, row.tokens, row.utf8_bytes, row.retained_gain, row.dw_error
+            )
+            for row in rows
+        }
+
+    def _is_current(self, row: EvaluationRecord) -> bool:
+        made_by = self._made_by(row.rung)
+        return (row.data, row.generator_id, dict(row.settings)) == (self._data.digest, made_by, self._settings)
+
+    def _made_by(self, rung: Rung) -> int | None:
+        return self._generator.id if self._generator is not None and rung in ("code", "generate") else None
+
+    def _row(self, result: RungResult) -> NewEvaluation:
+        return NewEvaluation(
+            task=self._task.name,
+            rung=result.rung,
+            generator_id=self._made_by(result.rung),
+            data=self._data.digest,
+            nats_per_token=result.nats_per_token,
+            tokens=result.tokens,
+            utf8_bytes=result.utf8_bytes,
+            retained_gain=result.retained_gain,
+            dw_error=result.dw_error,
+            settings=self._settings,
+        )

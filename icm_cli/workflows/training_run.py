@@ -1,0 +1,97 @@
+"""Where a training begins: the run that was stopped, the present generator, or nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from icm_cli.workflows.store_fleet import StoreFleet
+from icmlora.errors import DataError
+from icmlora.generator.config import GeneratorConfig, config_for
+from icmlora.generator.generator_file import generator_from_bytes
+from icmlora.layout import ModuleShape
+from icmlora.training.config import TrainConfig, steps_for
+from icmlora.training.start import fresh_network, grown_network
+from icmlora.training.state import TrainState, new_state, state_from_bytes
+from registry.records import GeneratorRecord, TrainRunRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+DEFAULT_QUALITY = 4
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What `icm train` was asked for; None takes that of the present generator, or the default where there is none."""
+
+    device: str
+    quality: int | None = None
+    seed: int = 0
+    base_model: str | None = None
+    tolerance: float | None = None
+    width: int | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    resume: bool = True
+    fresh: bool = False
+    """Do not start from the present generator."""
+
+
+def begin(
+    store: Store, fleet: StoreFleet, request: TrainRequest, device: torch.device, previous: GeneratorRecord | None
+) -> tuple[TrainState, TrainRunRecord]:
+    """Go on with the run that was stopped if it is the same one, else start a new one.
+
+    Args:
+        store: The open store.
+        fleet: What to train on.
+        request: What was asked for.
+        device: Where to train.
+        previous: The generator to start from, if any.
+
+    Raises:
+        DataError: A width that the present generator does not have.
+    """
+    present = None if previous is None else generator_from_bytes(store.read_blob(previous.blob)).net
+    config = _config(fleet, request, None if present is None else present.config)
+    adapters = sum(1 for _ in fleet.rows())
+    rate = {} if request.learning_rate is None else {"learning_rate": request.learning_rate}
+    options = TrainConfig(steps=request.steps or steps_for(adapters), seed=request.seed, **rate)
+    identity: dict[str, object] = {
+        "generator": json.loads(config.to_json()),
+        "train": json.loads(options.to_json()),
+        "fleet": fleet.digest(),
+        "parent": None if previous is None else previous.blob,
+    }
+    running = store.running_train_run(fleet.base_model)
+    if running is not None and request.resume and running.config == identity and running.weights and running.optimizer:
+        weights, optimizer = store.read_blob(running.weights), store.read_blob(running.optimizer)
+        return state_from_bytes(weights, optimizer, device), running
+    if present is None:
+        net = fresh_network(config, fleet, request.seed)
+    else:
+        net = grown_network(config, present, fleet, request.seed)
+    return new_state(net.to(device), options), store.start_train_run(fleet.base_model, identity)
+
+
+def _config(fleet: StoreFleet, request: TrainRequest, previous: GeneratorConfig | None) -> GeneratorConfig:
+    tolerance = request.tolerance
+    if previous is not None:
+        if request.width not in (None, previous.width):
+            fact = f"the present generator has a width of {previous.width}, and training on keeps it"
+            raise DataError(fact, hint="`icm train --fresh` starts anew, with any width")
+        if tolerance is None and request.quality is None:
+            tolerance = previous.tolerance
+    return config_for(
+        fleet.base_model,
+        ([ModuleShape(*entry) for entry in row.layout] for row in fleet.rows()),
+        condition_size=fleet.condition_size(),
+        quality=DEFAULT_QUALITY if request.quality is None else request.quality,
+        tolerance=tolerance,
+        width=request.width,
+        previous=previous,
+    )
