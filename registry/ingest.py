@@ -1,39 +1,158 @@
-"""Record one task with its adapters, so that the same ingest again changes nothing."""
+"""Record tasks with their adapters, so that the same ingest again changes nothing.
+
+    what is known ──▶ decide, task by task ──▶ numbers of blobs, layouts, base models ──▶ all new rows at once
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
-from sqlalchemy import delete, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import Connection, delete, insert, update
 
 from registry import models, records
+from registry.blobs import BlobStore
 from registry.errors import TaskConflict
+from registry.known_tasks import AdapterKey, KnownTask, known_tasks
 from registry.names import check_name
-from registry.writer import MAX_VARIABLES, RowWriter
+from registry.row_numbers import RowNumbers, table_of
+from registry.writer import utc_now
 
-_Key = tuple[str, str, int | None]  # weights, config, step
+_TASKS, _ADAPTERS, _VECTORS = map(table_of, (models.Task, models.Adapter, models.TaskVector))
 
 
-def record_tasks(writer: RowWriter, ingests: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
-    """Write the rows of tasks into an open transaction; see :meth:`registry.tasks.TaskOperations.ingest_tasks`.
+@dataclass(frozen=True)
+class _Decision:
+    """What is done about one task.
 
-    What exists is fetched for all tasks at once, and the new rows are written at once when the caller flushes.
+    Attributes:
+        known: the task as it is in the store; None where it is not, or will be replaced.
+        new: its adapters that the store lacks.
+        new_samples: whether it gets other samples than it has.
+        new_eval_data: whether it gets other held-out texts than it has.
     """
+
+    ingest: records.TaskIngest
+    status: records.IngestStatus
+    known: KnownTask | None
+    new: tuple[records.NewAdapter, ...]
+    new_samples: bool
+    new_eval_data: bool
+
+    def outcome(self) -> records.IngestOutcome:
+        """Return what the caller is told."""
+        name = self.ingest.name if self.known is None else self.known.name
+        seen = 0 if self.status == "skipped" else len(self.ingest.adapters) - len(self.new)
+        return records.IngestOutcome(name, len(self.new), seen, self.status)
+
+
+def record_tasks(
+    connection: Connection, files: BlobStore, ingests: Sequence[records.TaskIngest]
+) -> list[records.IngestOutcome]:
+    """Write the rows of tasks into an open transaction; see :meth:`registry.tasks.TaskOperations.ingest_tasks`."""
     for ingest in ingests:
         check_name(ingest.name)
         if sum(adapter.is_final for adapter in ingest.adapters) != 1:
             raise ValueError(f"task {ingest.name!r} needs exactly one final adapter")
     if len({ingest.name.lower() for ingest in ingests}) != len(ingests):
         raise ValueError("two tasks of one batch have the same name")
-    writer.load_blobs(digest for ingest in ingests for digest in _digests(ingest))
-    known = {row.name.lower(): row for row in _existing(writer.session, [ingest.name for ingest in ingests])}
-    return [_record_task(writer, known.get(ingest.name.lower()), ingest) for ingest in ingests]
+    known = known_tasks(connection, [ingest.name for ingest in ingests])
+    decisions = [_decide(known.get(ingest.name.lower()), ingest) for ingest in ingests]
+    replaced = [known[item.ingest.name.lower()].id for item in decisions if item.status == "replaced"]
+    for number in replaced:
+        connection.execute(delete(_TASKS).where(_TASKS.c.id == number))
+    _write(connection, files, [item for item in decisions if item.status != "skipped"])
+    return [item.outcome() for item in decisions]
 
 
-def _existing(session: Session, names: Sequence[str]) -> Iterator[models.Task]:
-    for at in range(0, len(names), MAX_VARIABLES):
-        yield from session.scalars(select(models.Task).where(models.Task.name.in_(names[at : at + MAX_VARIABLES])))
+def _decide(known: KnownTask | None, ingest: records.TaskIngest) -> _Decision:
+    if known is None:
+        return _added(ingest, "added")
+    final = next(adapter for adapter in ingest.adapters if adapter.is_final)
+    if (known.base_model, known.final) == (ingest.base_model, (final.weights, final.config)):
+        return _updated(known, ingest)
+    if ingest.on_conflict == "fail":
+        raise TaskConflict(known.name)
+    if ingest.on_conflict == "skip":
+        return _Decision(ingest, "skipped", known, (), new_samples=False, new_eval_data=False)
+    return _added(ingest, "replaced")
+
+
+def _added(ingest: records.TaskIngest, status: records.IngestStatus) -> _Decision:
+    return _Decision(ingest, status, None, _unknown(ingest.adapters, set()), new_samples=True, new_eval_data=True)
+
+
+def _updated(known: KnownTask, ingest: records.TaskIngest) -> _Decision:
+    # A known task's final adapter is known by its bytes alone: it may have come from a checkpoint's folder.
+    new = _unknown((adapter for adapter in ingest.adapters if not adapter.is_final), set(known.adapters))
+    new_samples = ingest.samples not in (None, known.samples)
+    new_eval_data = ingest.eval_data not in (None, known.eval_data)
+    status: records.IngestStatus = "updated" if new or new_samples or new_eval_data else "known"
+    return _Decision(ingest, status, known, new, new_samples, new_eval_data)
+
+
+def _unknown(adapters: Iterable[records.NewAdapter], seen: set[AdapterKey]) -> tuple[records.NewAdapter, ...]:
+    """Return the adapters that are not among those seen, each once."""
+    new: list[records.NewAdapter] = []
+    for adapter in adapters:
+        key = (adapter.weights, adapter.config, adapter.step)
+        if key not in seen:
+            seen.add(key)
+            new.append(adapter)
+    return tuple(new)
+
+
+def _write(connection: Connection, files: BlobStore, decisions: Sequence[_Decision]) -> None:
+    numbers = RowNumbers(connection, files)
+    blobs = numbers.blobs(digest for item in decisions for digest in _digests(item.ingest))
+    layouts = numbers.documents(_layout(new) for item in decisions for new in item.new)
+    bases = numbers.base_models(item.ingest.base_model for item in decisions)
+    now = utc_now()
+    rows: list[dict[str, Any]] = []
+    for item in decisions:
+        task = _task_number(connection, item, blobs, bases, now)
+        rows.extend(
+            {"task_id": task, "layout_id": layouts[_layout(new)], "created_at": now, **_adapter_values(new, blobs)}
+            for new in item.new
+        )
+    if rows:
+        connection.execute(insert(_ADAPTERS), rows)
+
+
+def _task_number(
+    connection: Connection, item: _Decision, blobs: Mapping[str, int], bases: Mapping[str, int], now: str
+) -> int:
+    """Bring the row of a task up to date and return its number."""
+    texts: dict[str, int | None] = {}
+    if item.new_samples:
+        texts["samples_id"] = _number(blobs, item.ingest.samples)
+    if item.new_eval_data:
+        texts["eval_id"] = _number(blobs, item.ingest.eval_data)
+    if item.known is None:
+        base = bases[item.ingest.base_model]
+        values = {"name": item.ingest.name, "base_model_id": base, "created_at": now, **texts}
+        return cast(int, connection.execute(insert(_TASKS), values).inserted_primary_key[0])
+    if item.new_samples:  # vectors are made from the samples: other samples make the present ones wrong
+        connection.execute(delete(_VECTORS).where(_VECTORS.c.task_id == item.known.id))
+    if texts:
+        connection.execute(update(_TASKS).where(_TASKS.c.id == item.known.id).values(texts))
+    return item.known.id
+
+
+def _adapter_values(new: records.NewAdapter, blobs: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "step": new.step,
+        "is_final": new.is_final,
+        "weights_id": blobs[new.weights],
+        "config_id": blobs[new.config],
+        "card_id": _number(blobs, new.card),
+        "dtype": new.dtype,
+        "rank_max": new.rank_max,
+        "parameters": new.parameters,
+        "target_modules": list(new.target_modules),
+        "source": new.source,
+    }
 
 
 def _digests(ingest: records.TaskIngest) -> Iterator[str]:
@@ -41,100 +160,9 @@ def _digests(ingest: records.TaskIngest) -> Iterator[str]:
     yield from filter(None, (ingest.samples, ingest.eval_data, *of_adapters))
 
 
-def _record_task(writer: RowWriter, task: models.Task | None, ingest: records.TaskIngest) -> records.IngestOutcome:
-    if task is None:
-        return _add(writer, ingest, "added")
-    if _same_adapter(writer.session, task, ingest):
-        return _update(writer, task, ingest)
-    if ingest.on_conflict == "fail":
-        raise TaskConflict(task.name)
-    if ingest.on_conflict == "skip":
-        return records.IngestOutcome(task.name, 0, 0, "skipped")
-    writer.session.delete(task)
-    writer.session.flush()
-    return _add(writer, ingest, "replaced")
+def _layout(new: records.NewAdapter) -> tuple[records.LayoutEntry, ...]:
+    return tuple(new.layout)
 
 
-def _same_adapter(session: Session, task: models.Task, ingest: records.TaskIngest) -> bool:
-    weights, config = aliased(models.Blob), aliased(models.Blob)
-    query = (
-        select(weights.digest, config.digest)
-        .select_from(models.Adapter)
-        .join(weights, models.Adapter.weights_id == weights.id)
-        .join(config, models.Adapter.config_id == config.id)
-        .where(models.Adapter.task_id == task.id, models.Adapter.is_final)
-    )
-    offered = next(adapter for adapter in ingest.adapters if adapter.is_final)
-    has = (task.base_model.name, *session.execute(query).one())
-    return has == (ingest.base_model, offered.weights, offered.config)
-
-
-def _add(writer: RowWriter, ingest: records.TaskIngest, status: records.IngestStatus) -> records.IngestOutcome:
-    task = models.Task(
-        name=ingest.name,
-        base_model=writer.base_model(ingest.base_model),
-        created_at=writer.now,
-    )
-    writer.session.add(task)
-    _set_texts(writer, task, ingest)
-    new = _add_adapters(writer, task, ingest, set())
-    return records.IngestOutcome(ingest.name, new, len(ingest.adapters) - new, status)
-
-
-def _update(writer: RowWriter, task: models.Task, ingest: records.TaskIngest) -> records.IngestOutcome:
-    has_other_texts = _set_texts(writer, task, ingest)
-    new = _add_adapters(writer, task, ingest, _known_adapters(writer.session, task))
-    status: records.IngestStatus = "updated" if new or has_other_texts else "known"
-    return records.IngestOutcome(task.name, new, len(ingest.adapters) - new, status)
-
-
-def _set_texts(writer: RowWriter, task: models.Task, ingest: records.TaskIngest) -> bool:
-    """Point the task at its samples and held-out texts and say whether that changed anything.
-
-    Task vectors are made from the samples, so other samples make the present vectors wrong; they are dropped.
-    """
-    samples = writer.blob(ingest.samples) if ingest.samples else task.samples
-    eval_data = writer.blob(ingest.eval_data) if ingest.eval_data else task.eval_data
-    if samples is not task.samples and task.id is not None:  # a task without a number is new
-        writer.session.execute(delete(models.TaskVector).where(models.TaskVector.task_id == task.id))
-    changed = samples is not task.samples or eval_data is not task.eval_data
-    task.samples, task.eval_data = samples, eval_data
-    return changed
-
-
-def _known_adapters(session: Session, task: models.Task) -> set[_Key]:
-    query = select(models.Adapter).where(models.Adapter.task_id == task.id)
-    return {(row.weights.digest, row.config.digest, row.step) for row in session.scalars(query)}
-
-
-def _add_adapters(writer: RowWriter, task: models.Task, ingest: records.TaskIngest, known: set[_Key]) -> int:
-    """Add the adapters that the task does not have and return their number."""
-    has_final = bool(known)
-    new = 0
-    for adapter in ingest.adapters:
-        key = (adapter.weights, adapter.config, adapter.step)
-        # A known task's final adapter is known by its bytes alone: it may have come from a checkpoint's folder.
-        if key in known or (has_final and adapter.is_final):
-            continue
-        writer.session.add(_adapter_row(writer, task, adapter))
-        known.add(key)
-        new += 1
-    return new
-
-
-def _adapter_row(writer: RowWriter, task: models.Task, adapter: records.NewAdapter) -> models.Adapter:
-    return models.Adapter(
-        task=task,
-        step=adapter.step,
-        is_final=adapter.is_final,
-        weights=writer.blob(adapter.weights),
-        config=writer.blob(adapter.config),
-        card=writer.blob_or_none(adapter.card),
-        dtype=adapter.dtype,
-        rank_max=adapter.rank_max,
-        parameters=adapter.parameters,
-        target_modules=list(adapter.target_modules),
-        layout=writer.document([list(entry) for entry in adapter.layout]),
-        source=adapter.source,
-        created_at=writer.now,
-    )
+def _number(blobs: Mapping[str, int], digest: str | None) -> int | None:
+    return None if digest is None else blobs[digest]

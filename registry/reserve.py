@@ -42,7 +42,8 @@ def with_reserve(paths: StorePaths, delete: Callable[[], T]) -> T:
     try:
         return delete()
     except StoreFull:
-        fs.unlink(paths.reserve)
+        with fs.store_errors(paths.reserve):
+            fs.unlink(paths.reserve)
         return delete()
 
 

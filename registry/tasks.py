@@ -12,6 +12,7 @@ from registry.base import StoreBase
 from registry.errors import DamagedStore
 from registry.fs import failpoint
 from registry.ingest import record_tasks
+from registry.known_tasks import names_without_vectors
 from registry.reserve import restore_reserve, with_reserve
 from registry.writer import RowWriter
 
@@ -35,10 +36,9 @@ class TaskOperations(StoreBase):
             MissingBlob: a digest is not in the store.
             In each case nothing of the batch is recorded.
         """
-        with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
-            outcomes = record_tasks(writer, tasks)
-            session.flush()
+        self._must_write()
+        with self._db.connection(write=True) as connection:
+            outcomes = record_tasks(connection, self._blobs, tasks)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         return outcomes
@@ -58,6 +58,11 @@ class TaskOperations(StoreBase):
         """
         with self._db.read() as session:
             return rows.task_record(rows.find_task(session, name))
+
+    def tasks_without_vectors(self) -> list[str]:
+        """Return the names of the tasks that have no task vector yet, in order."""
+        with self._db.connection() as connection:
+            return names_without_vectors(connection)
 
     def summaries(self) -> Iterator[records.TaskSummary]:
         """Yield all tasks by name with what a listing shows of them."""

@@ -117,7 +117,7 @@ def test_damage_beyond_the_first_megabyte_is_healed_too(blobs: BlobStore, tmp_pa
     assert blobs.is_intact(digest)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(bit=st.integers(0, 8 * 64 - 1))
 def test_every_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, bit: int) -> None:
     root = tmp_path_factory.getbasetemp() / "flips"

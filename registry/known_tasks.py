@@ -1,0 +1,78 @@
+"""What the store knows of tasks, as an ingest needs it: digests and numbers, in few statements and without the ORM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sqlalchemy import Connection, exists, select
+
+from registry import models
+from registry.row_numbers import in_parts, table_of
+
+AdapterKey = tuple[str, str, int | None]
+"""What tells adapters of a task apart: weights, configuration, step."""
+
+_TASKS, _ADAPTERS, _VECTORS = map(table_of, (models.Task, models.Adapter, models.TaskVector))
+_BLOBS, _BASES = map(table_of, (models.Blob, models.BaseModel))
+
+
+@dataclass(frozen=True)
+class KnownTask:
+    """A task that is in the store.
+
+    Attributes:
+        final: weights and configuration of its final adapter; None only where the store is damaged.
+        adapters: all its adapters.
+    """
+
+    id: int
+    name: str
+    base_model: str
+    samples: str | None
+    eval_data: str | None
+    final: tuple[str, str] | None = None
+    adapters: frozenset[AdapterKey] = frozenset()
+
+
+def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, KnownTask]:
+    """Return the tasks of these names, in any case, by name in lower case."""
+    tasks: dict[int, KnownTask] = {}
+    for some in in_parts(names):
+        tasks |= {task.id: task for task in _tasks(connection, some)}
+    for ids in in_parts(list(tasks)):
+        _add_adapters(connection, ids, tasks)
+    return {task.name.lower(): task for task in tasks.values()}
+
+
+def names_without_vectors(connection: Connection) -> list[str]:
+    """Return the names of the tasks that have no task vector, in order."""
+    query = select(_TASKS.c.name).where(~exists().where(_VECTORS.c.task_id == _TASKS.c.id)).order_by(_TASKS.c.name)
+    return list(connection.execute(query).scalars())
+
+
+def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
+    samples, eval_data = _BLOBS.alias(), _BLOBS.alias()
+    query = (
+        select(_TASKS.c.id, _TASKS.c.name, _BASES.c.name, samples.c.digest, eval_data.c.digest)
+        .join_from(_TASKS, _BASES)
+        .outerjoin(samples, _TASKS.c.samples_id == samples.c.id)
+        .outerjoin(eval_data, _TASKS.c.eval_id == eval_data.c.id)
+        .where(_TASKS.c.name.in_(names))
+    )
+    return [KnownTask(*row) for row in connection.execute(query)]
+
+
+def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, KnownTask]) -> None:
+    weights, config = _BLOBS.alias(), _BLOBS.alias()
+    query = (
+        select(_ADAPTERS.c.task_id, weights.c.digest, config.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final)
+        .join_from(_ADAPTERS, weights, _ADAPTERS.c.weights_id == weights.c.id)
+        .join(config, _ADAPTERS.c.config_id == config.c.id)
+        .where(_ADAPTERS.c.task_id.in_(ids))
+    )
+    for task_id, weights_digest, config_digest, step, is_final in connection.execute(query):
+        task = tasks[task_id]
+        final = (weights_digest, config_digest) if is_final else task.final
+        key = (weights_digest, config_digest, step)
+        tasks[task_id] = replace(task, final=final, adapters=task.adapters | {key})
