@@ -116,7 +116,7 @@ def begin(fleet: MemoryFleet, steps: int, **options: float) -> TrainState:
 @cache
 def trained_file(sets: int = 2) -> bytes:
     """Return the file of a generator trained on the mixed fleet."""
-    state = begin(mixed_fleet(sets), 60)
+    state = begin(mixed_fleet(sets), 40)
     for _ in fit(state, mixed_fleet(sets)):
         pass
     return generator_to_bytes(state.net)

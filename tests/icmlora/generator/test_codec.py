@@ -12,7 +12,17 @@ from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.codec import Codec
 from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
 from icmlora.metrics import dw_norm, relative_dw_error
-from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, same, trained_file, with_factors
+from icmlora.training.loop import fit
+from tests.icmlora.small_fleet import (
+    begin,
+    codec,
+    make_adapter,
+    make_vectors,
+    mixed_fleet,
+    same,
+    trained_file,
+    with_factors,
+)
 
 
 @pytest.mark.parametrize("tolerance", [0.5, 0.11, 0.012, 1e-3, 1e-6])
@@ -128,3 +138,16 @@ def test_encoding_does_not_change_the_generator() -> None:
     under = codec()
     under.encode(make_adapter(0), make_vectors(0))
     assert generator_to_bytes(under.generator.net) == trained_file()
+
+
+def test_training_longer_on_adapters_that_can_be_predicted_makes_their_codes_smaller() -> None:
+    fleet = mixed_fleet()
+    state = begin(fleet, 120)
+    for _ in fit(state, fleet):
+        pass
+    longer = Codec(generator_from_bytes(generator_to_bytes(state.net)))
+    sizes = [
+        sum(len(under.encode(fleet.load(task, None), make_vectors(task)).data) for task in range(3))
+        for under in (codec(), longer)
+    ]
+    assert sizes[1] < 0.9 * sizes[0]

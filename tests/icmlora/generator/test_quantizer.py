@@ -88,8 +88,9 @@ def test_rounding_a_norm_does_not_change_dw(net: CVAE) -> None:
     # The factor moves all norms to where rounding them is worst.
     group, _, norms, _ = rounded(net, make_adapter(3), -40)
     shift = 2.0 ** float(norms[0] / OCTAVE - group.norm[0].log2() + 1 / 17)
-    exact, decoded = restored(net, with_factors(make_adapter(3), b=shift), -160)
-    torch.testing.assert_close(products(decoded), products(exact), rtol=1e-4, atol=1e-7)
+    exact, decoded = restored(net, with_factors(make_adapter(3), b=shift), -88)
+    lost = (products(decoded) - products(exact)).square().sum() / products(exact).square().sum()
+    assert lost < 1e-4  # a sixteenth of an octave would be 2e-3
 
 
 @pytest.mark.parametrize("exponent", [-30, 30])
