@@ -1,6 +1,6 @@
 """Record tasks with their adapters, so that the same ingest again changes nothing.
 
-    what is known ──▶ decide, task by task ──▶ numbers of blobs, layouts, base models ──▶ all new rows at once
+what is known ──▶ decide, task by task ──▶ numbers of blobs, layouts, base models ──▶ all new rows at once
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _task_number(
     if item.known is None:
         base = bases[item.ingest.base_model]
         values = {"name": item.ingest.name, "base_model_id": base, "created_at": now, **texts}
-        return cast(int, connection.execute(insert(_TASKS), values).inserted_primary_key[0])
+        return cast(int, connection.execute(insert(_TASKS).returning(_TASKS.c.id), values).scalar_one())
     if item.new_samples:  # vectors are made from the samples: other samples make the present ones wrong
         connection.execute(delete(_VECTORS).where(_VECTORS.c.task_id == item.known.id))
     if texts:

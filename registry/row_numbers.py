@@ -71,5 +71,5 @@ class RowNumbers:
         found: dict[str, int] = {}
         for names in in_parts(list(rows)):
             query = select(table.c[key], table.c.id).where(table.c[key].in_(names))
-            found |= {name: number for name, number in self._connection.execute(query)}
+            found |= {row[0]: row[1] for row in self._connection.execute(query)}
         return found

@@ -145,4 +145,4 @@ def _pass_over(error: Exception, path: Path, request: IngestRequest, report: Ing
 
 def _without_vectors(store: Store, report: IngestReport) -> list[str]:
     names = {task.task for task in report.ingested}
-    return [row.task.name for row in store.summaries() if row.task.name in names and row.vectors == 0]
+    return [name for name in store.tasks_without_vectors() if name in names]
