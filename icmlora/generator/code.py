@@ -1,7 +1,8 @@
 """The bytes of one task's code.
 
     ICMC 1 | generator digest (32) | length of head (4) | head, zlib | range-coded words
-    head:  step (i2) | condition (C x i1) | latent (Z x i1) | gains (K x i2) | kept (K*L x u1) | task type (utf-8)
+    head:  step (i2) | condition (C x i1) | latent (Z x i1) | gains (K x i2) | strengths (K x u1) | kept (K*L x u1) |
+           task type (utf-8)
 
 `kept` holds the number of rank slots coded for each (kind, layer), 255 where the adapter has no such module. The words
 are the rounded log-norms of all kept slots, then the integers of their two vectors, kind by kind. Everything is
@@ -43,6 +44,8 @@ class CodeHead:
     """Shape (Z,)."""
     gains: NDArray[np.int16]
     """Shape (K,): the task's mean log2 norm above the table, in eighths."""
+    strengths: NDArray[np.uint8]
+    """Shape (K,): the decoded dW of a kind is multiplied by 1 + strength / 256."""
     kept: NDArray[np.uint8]
     """Shape (K, L)."""
     task_type: str | None
@@ -66,6 +69,7 @@ class Code:
                 head.condition.tobytes(),
                 head.latent.tobytes(),
                 head.gains.astype("<i2").tobytes(),
+                head.strengths.tobytes(),
                 head.kept.tobytes(),
                 (head.task_type or "").encode(),
             ]
@@ -83,7 +87,7 @@ class Code:
         generator, start = generator_of(data), len(MAGIC) + 36
         (length,) = struct.unpack_from("<I", data, start - 4)
         kinds, layers = len(config.kinds), config.layers
-        sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers]
+        sizes = [2, config.condition, config.latent, 2 * kinds, kinds, kinds * layers]
         plain = _inflate(data[start : start + length], sum(sizes), sum(sizes) + _TASK_TYPE_LIMIT)
         parts = np.split(np.frombuffer(plain[: sum(sizes)], dtype=np.uint8), np.cumsum(sizes)[:-1])
         head = CodeHead(
@@ -91,7 +95,8 @@ class Code:
             condition=parts[1].view(np.int8),
             latent=parts[2].view(np.int8),
             gains=parts[3].view("<i2").astype(np.int16),
-            kept=parts[4].reshape(kinds, layers),
+            strengths=parts[4],
+            kept=parts[5].reshape(kinds, layers),
             task_type=_text(plain[sum(sizes) :]),
         )
         present = head.kept[head.kept != ABSENT]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from icmlora.generator.cvae import VIEWS, TaskState
 from icmlora.generator.generation import predicted_tokens
 from icmlora.generator.generator_file import Generator
 from icmlora.generator.objective import water_level, worth_writing
-from icmlora.generator.packing import KindIntegers, pack, unpack
+from icmlora.generator.packing import KindIntegers, pack, unpack, written_slots
 from icmlora.generator.quantizer import Quantizer, Slots
 from icmlora.generator.scales import OCTAVE
-from icmlora.generator.tokens import KindTokens, detokenize, tokenize
+from icmlora.generator.tokens import KindTokens, detokenize, slot_overlaps, squared_norm, tokenize
 from icmlora.layout import ModuleShape
 from icmlora.metrics import relative_dw_error
 
@@ -29,6 +29,7 @@ from icmlora.metrics import relative_dw_error
 _BELOW, _ABOVE = 4 * OCTAVE, 2 * OCTAVE
 # How often the search goes down by `_BELOW` again: 2^-16 of the expected step is below what float32 resolves.
 _RETRIES = 3
+_STRENGTHS = 256
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Codec:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
         code = Code.from_bytes(data, self.config)
         head, state = code.head, TaskState(_floats(code.head.condition), _floats(code.head.latent))
-        tokens = [self._dequantised(group, state, head.step) for group in unpack(self._quantizer, head, code.words)]
+        tokens = [self._dequantised(group, head, state) for group in unpack(self._quantizer, head, code.words)]
         modules = [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
         adapter = detokenize(tokens, self.config, modules=modules, task_type=head.task_type)
         if not all(torch.isfinite(factor).all() for module in adapter.modules for factor in (module.a, module.b)):
@@ -135,30 +136,49 @@ class Codec:
         return self._net.embed(vectors).round()
 
     def _encode_at(self, step: int, adapter: Adapter, tokens: Sequence[KindTokens], state: TaskState) -> Encoded:
-        groups = [self._quantised(group, state, step) for group in tokens]
-        gains = np.zeros(len(self.config.kinds), dtype=np.int16)
+        groups, strengths = [], np.zeros(len(self.config.kinds), dtype=np.uint8)
+        for group in tokens:
+            integers, strengths[group.kind] = self._quantised(group, state, step)
+            groups.append(integers)
+        gains = np.zeros(len(strengths), dtype=np.int16)
         kept = np.full((len(gains), self.config.layers), ABSENT, dtype=np.uint8)
         for shape in adapter.layout:
             kept[self.config.place_of(shape)] = 0
         for group in groups:
             gains[group.slots.kind] = group.gain
             np.add.at(kept[group.slots.kind], group.slots.layer, 1)
-        head = CodeHead(step, _bytes(state.condition), _bytes(state.latent), gains, kept, adapter.task_type)
+        head = CodeHead(step, _bytes(state.condition), _bytes(state.latent), gains, strengths, kept, adapter.task_type)
         data = Code(self.generator.digest, head, pack(self._quantizer, groups, step)).to_bytes()
         return Encoded(data, relative_dw_error(adapter, self.decode(data)))
 
-    def _quantised(self, group: KindTokens, state: TaskState, step: int) -> KindIntegers:
+    def _quantised(self, group: KindTokens, state: TaskState, step: int) -> tuple[KindIntegers, int]:
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
         gain, residuals = self._quantizer.norm_residuals(slots, group.norm)
         norms = self._quantizer.norms(slots, gain, residuals)
         inputs, outputs = self._quantizer.quantise(group, norms, state, step)
         rebuilt = self._quantizer.dequantise(slots, norms, state, step, (inputs, outputs))
         alive = worth_writing(group, rebuilt, (torch.from_numpy(inputs), torch.from_numpy(outputs)))
-        return KindIntegers(slots, gain, residuals, inputs, outputs).written(alive.numpy())
+        keep = written_slots(slots, alive.numpy())
+        kept = torch.from_numpy(keep)
+        integers = KindIntegers(slots, gain, residuals, inputs, outputs)[keep]
+        return integers, _strength(group, slot_overlaps(group[kept], rebuilt[kept]))
 
-    def _dequantised(self, group: KindIntegers, state: TaskState, step: int) -> KindTokens:
+    def _dequantised(self, group: KindIntegers, head: CodeHead, state: TaskState) -> KindTokens:
         norms = self._quantizer.norms(group.slots, group.gain, group.residuals)
-        return self._quantizer.dequantise(group.slots, norms, state, step, (group.inputs, group.outputs))
+        tokens = self._quantizer.dequantise(group.slots, norms, state, head.step, (group.inputs, group.outputs))
+        return replace(tokens, outputs=tokens.outputs * (1 + int(head.strengths[group.slots.kind]) / _STRENGTHS))
+
+
+def _strength(original: KindTokens, overlaps: torch.Tensor) -> int:
+    """Return the strength that makes the decoded dW of a kind as long along the original as the original is.
+
+    Values that round to zero make the decoded dW shorter. An adapter at nine tenths of its strength loses more of its
+    gain than the larger error of a full-strength one costs (docs/results/LOG.md).
+    """
+    along, length = float(overlaps.sum()), squared_norm([original])
+    if along <= 0:
+        return 0
+    return min(max(round(_STRENGTHS * (length / along - 1)), 0), _STRENGTHS - 1)
 
 
 def _coarsest(expected: int, limit: float, encode: Callable[[int], Encoded]) -> Encoded | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
-from icmlora.generator.scales import GAUSSIAN_SHARE, OCTAVE, ROUNDING, SMALLEST_SCALE, WIDE
+from icmlora.generator.scales import GAUSSIAN_SHARE, OCTAVE, SMALLEST_SCALE, WIDE
 from icmlora.generator.tokens import KindTokens, slot_errors, squared_norm
 
 
@@ -78,7 +78,7 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float) -> 
         spread = net.spread[group.kind, side, group.layer, group.slot][:, None]
         scale = norm / math.sqrt(values.shape[1]) * torch.exp2(spread) / step
         exact = (values * sign - norm * mean) / step
-        whole = exact.detach().sign() * (exact.detach().abs() + ROUNDING).floor()
+        whole = exact.detach().round()
         wholes.append(whole)
         rebuilt.append(norm * mean.detach() + whole * step)
         hard.append(bin_bits(whole, scale).sum(1))

@@ -33,17 +33,20 @@ class KindIntegers:
     outputs: Integers
     """Shape (n, out)."""
 
-    def written(self, alive: NDArray[np.bool_]) -> KindIntegers:
-        """Leave out, in each layer, the slots after the last one that is worth its bits (`alive`, shape (n,)).
+    def __getitem__(self, chosen: NDArray[np.bool_]) -> KindIntegers:
+        """Choose slots with a mask of shape (n,)."""
+        residuals, inputs, outputs = self.residuals[chosen], self.inputs[chosen], self.outputs[chosen]
+        return KindIntegers(self.slots[chosen], self.gain, residuals, inputs, outputs)
 
-        The slots before are kept, so that a number per layer says which.
-        """
-        layer, slot = self.slots.layer, self.slots.slot
-        count = np.zeros(int(layer.max(initial=-1)) + 1, dtype=np.int64)
-        np.maximum.at(count, layer[alive], slot[alive] + 1)
-        keep = slot < count[layer]
-        residuals, inputs, outputs = self.residuals[keep], self.inputs[keep], self.outputs[keep]
-        return KindIntegers(self.slots[keep], self.gain, residuals, inputs, outputs)
+
+def written_slots(slots: Slots, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Leave out, in each layer, the slots after the last one that is worth its bits (`alive`, shape (n,)).
+
+    The slots before are kept, so that a number per layer says which.
+    """
+    count = np.zeros(int(slots.layer.max(initial=-1)) + 1, dtype=np.int64)
+    np.maximum.at(count, slots.layer[alive], slots.slot[alive] + 1)
+    return slots.slot < count[slots.layer]
 
 
 def pack(quantizer: Quantizer, groups: Sequence[KindIntegers], step: int) -> bytes:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from icmlora.generator import entropy
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
 from icmlora.generator.entropy import Integers
-from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, ROUNDING, SMALLEST, centres
+from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
 from icmlora.generator.tokens import KindTokens
 
 Norms = NDArray[np.int64]
@@ -88,7 +88,7 @@ class Quantizer:
         rounded = []
         for values, mean in zip((group.inputs, group.outputs), means, strict=True):
             exact = ((values * factor[:, None] - mean) / 2.0 ** (step / OCTAVE)).double().numpy()
-            rounded.append(entropy.clip(np.sign(exact) * np.floor(np.abs(exact) + ROUNDING)))
+            rounded.append(entropy.clip(np.rint(exact)))
         return rounded[INPUTS], rounded[OUTPUTS]
 
     def dequantise(
@@ -111,7 +111,7 @@ class Quantizer:
 
 
 def _centres(scale: Integers, magnitude: Integers) -> NDArray[np.float64]:
-    centre = magnitude.astype(np.float64) + (0.5 - ROUNDING)  # beyond the table: the middle of the bin
+    centre = magnitude.astype(np.float64)  # beyond the table: the middle of the bin
     for index in np.unique(scale):
         table = centres(int(index))
         found = (scale == index)[:, None] & (magnitude < len(table))

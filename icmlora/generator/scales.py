@@ -21,8 +21,6 @@ SMALLEST, LARGEST = -4 * OCTAVE, 8 * OCTAVE
 SMALLEST_SCALE = 2.0 ** (SMALLEST / OCTAVE)
 GAUSSIAN_SHARE, WIDE = 0.97, 4.0
 """A coefficient is Gaussian; three in a hundred are taken from one four times as wide, which makes outliers cheap."""
-ROUNDING = 0.40
-"""A value goes up to the next integer only beyond 0.6: at low rates a lone one costs more bits than it is worth."""
 EXTREME = 120 * OCTAVE
 """Norms and quantiser steps lie between 2^-120 and 2^120, within float32."""
 _PRECISION = 1 << 20
@@ -56,10 +54,10 @@ def probabilities(index: int) -> NDArray[np.float64]:
 def centres(index: int) -> NDArray[np.float64]:
     """Return where each magnitude 0 .. reach is reconstructed: the mean of a Gaussian inside its quantiser bin.
 
-    Magnitude m stands for the values from m - ROUNDING to m + 1 - ROUNDING, in quantiser steps.
+    Magnitude m stands for the values from m - 1/2 to m + 1/2, in quantiser steps.
     """
     scale = 2.0 ** (index / OCTAVE)
-    low = np.arange(1, reach_of(index) + 1) - ROUNDING
+    low = np.arange(1, reach_of(index) + 1) - 0.5
     high = low + 1
     mass = _cumulative(-low / scale) - _cumulative(-high / scale)
     density = (np.exp(-0.5 * (low / scale) ** 2) - np.exp(-0.5 * (high / scale) ** 2)) * scale / math.sqrt(2 * math.pi)

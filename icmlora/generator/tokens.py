@@ -38,6 +38,11 @@ class KindTokens:
     outputs: torch.Tensor
     """s * u, float32, shape (n, out)."""
 
+    def __getitem__(self, chosen: torch.Tensor) -> KindTokens:
+        """Choose token pairs with a mask of shape (n,)."""
+        parts = (self.layer, self.slot, self.norm, self.inputs, self.outputs)
+        return KindTokens(self.kind, *(part[chosen] for part in parts))
+
     def to(self, device: torch.device) -> KindTokens:
         """Move all tensors to a device."""
         parts = (self.layer, self.slot, self.norm, self.inputs, self.outputs)
@@ -105,8 +110,12 @@ def squared_norm(tokens: Sequence[KindTokens]) -> float:
 
 def slot_errors(left: KindTokens, right: KindTokens) -> torch.Tensor:
     """Return |s_i u_i v_i^T - s'_i u'_i v'_i^T|^2 of each pair of slots, shape (n,)."""
-    overlap = (left.inputs * right.inputs).sum(1) * (left.outputs * right.outputs).sum(1) / (left.norm * right.norm)
-    return _slot_energy(left) + _slot_energy(right) - 2 * overlap
+    return _slot_energy(left) + _slot_energy(right) - 2 * slot_overlaps(left, right)
+
+
+def slot_overlaps(left: KindTokens, right: KindTokens) -> torch.Tensor:
+    """Return the inner product of s_i u_i v_i^T and s'_i u'_i v'_i^T of each pair of slots, shape (n,)."""
+    return (left.inputs * right.inputs).sum(1) * (left.outputs * right.outputs).sum(1) / (left.norm * right.norm)
 
 
 def _slot_energy(group: KindTokens) -> torch.Tensor:

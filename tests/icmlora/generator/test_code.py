@@ -28,6 +28,7 @@ def head(**changes: object) -> CodeHead:
         "condition": np.arange(CONFIG.condition, dtype=np.int8) - 8,
         "latent": np.arange(CONFIG.latent, dtype=np.int8) - 100,
         "gains": np.array([-300, 0, 7], dtype=np.int16),
+        "strengths": np.array([0, 31, 255], dtype=np.uint8),
         "kept": np.array([[0, SLOTS], [ABSENT, 1], [ABSENT, ABSENT]], dtype=np.uint8),
         "task_type": "CAUSAL_LM",
     }

@@ -151,3 +151,13 @@ def test_training_longer_on_adapters_that_can_be_predicted_makes_their_codes_sma
         for under in (codec(), longer)
     ]
     assert sizes[1] < 0.9 * sizes[0]
+
+
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_a_decoded_adapter_is_as_strong_along_the_original_as_the_original_is(task: int) -> None:
+    original = mixed_fleet().load(task, None)
+    decoded = codec().decode(codec().encode(original, {}, 0.25).data)
+    along = (dw_norm(original) ** 2 + dw_norm(decoded) ** 2) / 2 - relative_dw_error(original, decoded) * (
+        dw_norm(original) ** 2 / 2
+    )
+    assert along / dw_norm(original) ** 2 == pytest.approx(1.0, abs=0.01)

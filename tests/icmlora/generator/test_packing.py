@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from icmlora.generator.packing import KindIntegers
+from icmlora.generator.packing import KindIntegers, written_slots
 from icmlora.generator.quantizer import Slots
 
 
@@ -12,7 +12,7 @@ def written(layer: list[int], slot: list[int], alive: list[bool]) -> KindInteger
     slots = Slots(0, np.array(layer, dtype=np.int64), np.array(slot, dtype=np.int64))
     numbers = np.arange(len(layer), dtype=np.int32)
     whole = KindIntegers(slots, 3, numbers, numbers[:, None], numbers[:, None])
-    return whole.written(np.array(alive, dtype=np.bool_))
+    return whole[written_slots(whole.slots, np.array(alive, dtype=np.bool_))]
 
 
 def test_slots_after_the_last_living_one_of_a_layer_are_left_out() -> None:

@@ -7,7 +7,6 @@ import pytest
 
 from icmlora.generator.scales import (
     LARGEST,
-    ROUNDING,
     SMALLEST,
     centres,
     frequencies,
@@ -32,7 +31,7 @@ def test_tables_are_symmetric_probabilities() -> None:
 def test_a_magnitude_is_reconstructed_inside_its_bin() -> None:
     for index in ALL:
         magnitude = np.arange(1, reach_of(index) + 1)
-        low = magnitude - ROUNDING
+        low = magnitude - 0.5
         assert centres(index)[0] == 0.0
         assert ((centres(index)[1:] >= low) & (centres(index)[1:] <= low + 1)).all()
 
