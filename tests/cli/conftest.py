@@ -1,6 +1,7 @@
 """Run `icm` in this process, as a shell would see it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from icm_cli.app import run
 from tests.cli.fleet import write_fleet
+from tests.cli.tiny_fleet import build_ingested, train_store
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,32 @@ def stored(icm: Callable[..., Ran], fleet: Path) -> Path:
     """The same folder, ingested."""
     assert icm("ingest", fleet).code == 0
     return fleet
+
+
+@pytest.fixture(scope="session")
+def mixed_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny base model, the mixed fleet, and its store with vectors; made once, not to be changed."""
+    folder = tmp_path_factory.mktemp("mixed")
+    build_ingested(folder, vectors=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same store after `icm train`; made once, not to be changed."""
+    store = tmp_path_factory.mktemp("trained") / "store"
+    shutil.copytree(mixed_template / "store", store)
+    train_store(store)
+    return store
+
+
+@pytest.fixture
+def mixed(mixed_template: Path, tmp_path: Path) -> Path:
+    """The store of the mixed fleet with its vectors, where `icm` looks for it."""
+    return Path(shutil.copytree(mixed_template / "store", tmp_path / "store"))
+
+
+@pytest.fixture
+def trained(trained_template: Path, tmp_path: Path) -> Path:
+    """The same store with a generator and codes."""
+    return Path(shutil.copytree(trained_template, tmp_path / "store"))

@@ -1,0 +1,153 @@
+"""`icm stats`."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from registry.store import Store
+from tests.cli.conftest import Ran, modules_of
+from tests.cli.tiny_fleet import write_lora
+from tests.icmlora.tiny_base import LABEL
+
+Icm = Callable[..., Ran]
+
+
+def size_of_files(store: Path) -> int:
+    return sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+
+
+def test_the_total_is_the_size_of_the_files(icm: Icm, trained: Path) -> None:
+    total = icm("stats", "--json").document["on_disk"]["total"]
+    assert total == size_of_files(trained)
+    folders = 4096 * sum(path.is_dir() for path in [trained, *trained.rglob("*")])
+    du = int(subprocess.run(["du", "-sb", trained], capture_output=True, text=True, check=True).stdout.split()[0])
+    assert 0 <= du - total <= folders
+
+
+def test_the_parts_add_up_to_the_total(icm: Icm, trained: Path) -> None:
+    parts = icm("stats", "--json").document["on_disk"]
+    assert sum(size for name, size in parts.items() if name != "total") == parts["total"]
+
+
+def test_the_parts_are_the_files(icm: Icm, trained: Path) -> None:
+    found = icm("stats", "--json").document
+    with Store.open(trained) as store:
+        generator = store.current_generator(LABEL)
+        assert generator is not None
+        codes = {code.blob for code in store.codes(generator.id)}
+        vectors = {vector.blob for task in store.tasks() for vector in store.vectors(task.name)}
+        sizes = [sum(map(store.blob_size, blobs)) for blobs in ({generator.blob}, codes, vectors)]
+        assert [found["on_disk"][name] for name in ("generators", "codes", "vectors")] == sizes
+        checkpoints = [row for row in store.adapters("poems") if not row.is_final]
+        # Their configurations are the final adapter's, and count there.
+        assert found["on_disk"]["checkpoints"] == sum(store.blob_size(row.weights) for row in checkpoints)
+    assert found["on_disk"]["database"] == (trained / "registry.db").stat().st_size
+
+
+def test_json_keeps_its_names(icm: Icm, trained: Path) -> None:
+    document = icm("stats", "--json").document
+    assert set(document) == {
+        "on_disk", "original_size", "stored_size", "compact_size", "compression_ratio", "space_saving", "complete",
+        "fleets",
+    }  # fmt: skip
+    assert set(document["on_disk"]) == {
+        "originals", "checkpoints", "generators", "codes", "vectors", "texts", "old_generators", "training", "database",
+        "unreferenced", "overhead", "total",
+    }  # fmt: skip
+    assert set(document["fleets"][0]) == {
+        "base_model", "adapters_count", "encoded_count", "original_size", "generator", "generator_version",
+        "decoder_size", "codes_and_vectors_size", "marginal_size", "break_even_count", "tasks",
+    }  # fmt: skip
+    assert set(document["fleets"][0]["tasks"][0]) == {
+        "task", "bf16_size", "original_size", "vectors_size", "code_size", "dw_error", "retained_gain",
+    }  # fmt: skip
+
+
+def test_bf16_is_two_bytes_for_every_parameter_of_a_final_adapter(icm: Icm, mixed: Path) -> None:
+    parameters = sum(row["parameters"] for row in icm("ls", "--json").document)
+    assert icm("stats", "--json").document["original_size"] == 2 * parameters
+
+
+def test_a_negative_saving_is_said(icm: Icm, trained: Path) -> None:
+    document = icm("stats", "--json").document
+    assert document["complete"]
+    assert document["space_saving"] == pytest.approx(1 - document["compact_size"] / document["original_size"])
+    assert document["space_saving"] < 0
+    out = icm("stats").out
+    assert "they save nothing, they cost" in out
+
+
+def test_fidelity_stands_beside_the_bytes(icm: Icm, trained: Path) -> None:
+    heading, row = icm("stats").out.splitlines()[:2]
+    assert ("DW ERROR" in heading, "RETAINED GAIN" in heading, "not measured" in row) == (True, True, True)
+    assert f"{max(task['dw_error'] for task in icm('ls', '--json').document):.3f}" in row
+
+
+def test_nothing_is_saved_before_the_first_training(icm: Icm, mixed: Path) -> None:
+    document = icm("stats", "--json").document
+    assert (document["space_saving"], document["compression_ratio"], document["complete"]) == (None, None, False)
+    assert "nothing is encoded yet" in icm("stats").out
+
+
+def test_no_saving_is_claimed_while_a_task_has_no_code(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    icm("ingest", write_lora(tmp_path / "extra", seed=9), "--no-vectors")
+    document = icm("stats", "--json").document
+    assert (document["space_saving"], document["complete"]) == (None, False)
+    assert "Not every task has a code yet" in icm("stats").out
+
+
+def test_earlier_generators_are_counted_apart(icm: Icm, trained: Path) -> None:
+    before = icm("stats", "--json").document
+    icm("train", "--no-eval", "--steps", 2, "--device", "cpu")
+    after = icm("stats", "--json").document["on_disk"]
+    assert after["old_generators"] == before["on_disk"]["generators"] + before["on_disk"]["codes"]
+    assert after["total"] == size_of_files(trained)
+
+
+def test_a_stopped_training_is_counted_apart(icm: Icm, mixed: Path) -> None:
+    with Store.open(mixed) as store:
+        run = store.start_train_run(LABEL, {})
+        store.save_checkpoint(run.id, step=1, weights=b"w" * 100, optimizer=b"o" * 50)
+    assert icm("stats", "--json").document["on_disk"]["training"] == 150
+
+
+def test_verbose_adds_a_row_per_task(icm: Icm, trained: Path) -> None:
+    lines = icm("stats", "-v").out.splitlines()
+    assert {"poems", "rules", "silent"} <= {line.split()[0] for line in lines if line}
+
+
+def test_an_empty_store_says_so(icm: Icm, mixed_template: Path) -> None:
+    icm("base", "add", LABEL, mixed_template / "base")
+    assert "nothing is ingested" in icm("stats").out
+    assert icm("stats", "--json").document["complete"] is False
+
+
+def test_without_a_store_it_says_so(icm: Icm) -> None:
+    assert icm("stats").code == ExitCode.NO_STORE
+
+
+def test_it_does_not_import_torch(trained: Path) -> None:
+    assert not {"torch", "numpy", "transformers"} & modules_of("stats", "--json")
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_a_plot_is_drawn(icm: Icm, trained: Path, tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"plot.{ending}"
+    assert icm("stats", "--plot", path).code == 0
+    assert path.stat().st_size > 1000
+
+
+def test_a_plot_of_another_kind_is_refused(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    ran = icm("stats", "--plot", tmp_path / "plot.doc")
+    assert (ran.code, list(tmp_path.glob("plot*"))) == (ExitCode.FAILED, [])
+
+
+def test_a_hostile_base_model_is_printed_escaped(icm: Icm, tmp_path: Path) -> None:
+    icm("ingest", write_lora(tmp_path / "odd", base_model_name_or_path="a\x1b[31m\u202eb"), "--no-vectors")
+    for command in (["stats"], ["show", "odd"], ["train", "--steps", "1"], ["vectors"]):
+        ran = icm(*command)
+        assert not {"\x1b", "\u202e"} & set(ran.out + ran.err)

@@ -1,0 +1,255 @@
+"""`icm train`."""
+
+import os
+import signal
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from icm_cli.workflows import publishing, training
+from icm_cli.workflows.store_fleet import StoreFleet
+from registry.records import GeneratorRecord
+from registry.store import Store
+from tests.cli.conftest import Ran
+from tests.cli.tiny_fleet import STEPS, write_lora
+from tests.icmlora.tiny_base import LABEL
+
+Icm = Callable[..., Ran]
+TRAIN = ("train", "--no-eval", "--device", "cpu", "--steps", STEPS)
+
+
+def current(store: Path) -> GeneratorRecord:
+    with Store.open(store, read_only=True) as opened:
+        record = opened.current_generator(LABEL)
+    assert record is not None
+    return record
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file() and path.name != "lock"}
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Press Ctrl-C once, when a step is done."""
+
+    def fit(*arguments: Any) -> Generator[Any, None, None]:
+        for at in real(*arguments):
+            if at.step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield at
+
+    real = training.fit
+    monkeypatch.setattr(training, "fit", fit)
+
+
+def test_cuda_without_a_gpu_is_an_error_that_changes_nothing(
+    icm: Icm, mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    before = content(mixed)
+    ran = icm("train", "--device", "cuda", "--json")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "device_unavailable")
+    assert "--device cpu" in ran.error["hint"]
+    assert content(mixed) == before
+
+
+def test_every_task_of_a_mixed_fleet_gets_a_code(icm: Icm, trained: Path) -> None:
+    rows = icm("ls", "--json").document
+    assert [row["name"] for row in rows if row["code_size"]] == ["poems", "rules", "silent"]
+    assert all(row["dw_error"] <= 0.11 for row in rows)
+
+
+def test_json_lines_keep_their_names(icm: Icm, mixed: Path) -> None:
+    events = {event["type"]: event for event in icm(*TRAIN, "--json").events}
+    assert set(events) == {"step", "code", "trained"}
+    assert set(events["step"]) == {
+        "type", "base_model", "step", "steps", "task", "bits", "latent_bits", "norm_bits", "token_bits", "learning_rate",
+    }  # fmt: skip
+    assert set(events["code"]) == {"type", "task", "size", "dw_error"}
+    assert set(events["trained"]) == {
+        "type", "base_model", "version", "generator", "generator_size", "tasks", "codes_size", "metrics",
+    }  # fmt: skip
+
+
+def test_the_same_seed_gives_the_same_generator(icm: Icm, mixed: Path, trained_template: Path) -> None:
+    icm(*TRAIN)
+    assert current(mixed).blob == current(trained_template).blob
+
+
+def test_another_seed_gives_another_generator(icm: Icm, mixed: Path, trained_template: Path) -> None:
+    icm(*TRAIN, "--seed", 1)
+    assert current(mixed).blob != current(trained_template).blob
+
+
+@pytest.mark.parametrize("step", [1, STEPS])
+def test_a_stopped_run_goes_on_to_the_very_same_generator(
+    icm: Icm, mixed: Path, trained_template: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        ran = icm(*TRAIN, "--json")
+    assert (ran.code, f"step {step}" in ran.error["message"]) == (ExitCode.INTERRUPTED, True)
+    again = icm(*TRAIN, "--json").events
+    assert again[0] == {"type": "resumed", "base_model": LABEL, "step": step}
+    assert current(mixed).blob == current(trained_template).blob
+
+
+def test_ctrl_c_while_it_encodes_publishes_nothing(icm: Icm, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    real = publishing.Codec.encode
+    monkeypatch.setattr(publishing.Codec, "encode", encode)
+    assert icm(*TRAIN).code == ExitCode.INTERRUPTED
+    with Store.open(mixed) as store:
+        assert store.current_generator(LABEL) is None
+
+
+def test_a_stopped_run_is_not_continued_on_another_fleet(
+    icm: Icm, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        icm(*TRAIN)
+    icm("ingest", write_lora(tmp_path / "more" / "extra", seed=9), "--no-vectors")
+    assert "resumed" not in {event["type"] for event in icm(*TRAIN, "--json").events}
+
+
+def test_no_resume_starts_over(icm: Icm, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        icm(*TRAIN)
+    assert icm(*TRAIN, "--no-resume", "--json").events[-1]["metrics"]["resumed_from"] == 0
+
+
+def test_after_a_further_ingest_the_present_generator_is_trained_on(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    first = current(trained)
+    targets = ("self_attn.k_proj", "mlp.down_proj")
+    icm("ingest", write_lora(tmp_path / "more" / "extra", seed=9, rank=8, targets=targets), "--device", "cpu")
+    assert icm(*TRAIN).code == 0
+    second = current(trained)
+    assert (second.version, second.parent_id) == (2, first.id)
+    assert all(row["code_size"] for row in icm("ls", "--json").document)
+
+
+def test_training_on_keeps_the_quality_of_the_present_generator(icm: Icm, mixed: Path) -> None:
+    icm(*TRAIN, "--quality", 2)
+    icm(*TRAIN)
+    assert current(mixed).config["tolerance"] == 0.25
+
+
+def test_fresh_starts_without_the_present_generator(icm: Icm, trained: Path) -> None:
+    before = current(trained)
+    icm(*TRAIN, "--fresh")
+    after = current(trained)
+    assert (after.version, after.parent_id, after.blob) == (2, None, before.blob)
+
+
+def test_another_width_needs_a_fresh_start(icm: Icm, trained: Path) -> None:
+    ran = icm(*TRAIN, "--width", 8, "--json")
+    assert ran.code == ExitCode.FAILED
+    assert "--fresh" in ran.error["hint"]
+    assert icm(*TRAIN, "--width", 8, "--fresh").code == 0
+
+
+def test_the_same_weights_under_another_alpha_are_another_adapter(icm: Icm, tmp_path: Path) -> None:
+    for name, alpha in (("weak", 1), ("strong", 64)):
+        write_lora(tmp_path / "loras" / name, alpha=alpha)
+    icm("ingest", tmp_path / "loras", "--no-vectors")
+    with Store.open(tmp_path / "store") as store:
+        fleet = StoreFleet(store, LABEL)
+        assert not fleet.load(0, None).modules[0].b.equal(fleet.load(1, None).modules[0].b)
+
+
+def test_a_checkpoint_of_a_higher_rank_is_covered(icm: Icm, tmp_path: Path) -> None:
+    write_lora(tmp_path / "loras" / "odd", rank=1)
+    write_lora(tmp_path / "loras" / "odd" / "checkpoint-3", rank=6, targets=("mlp.down_proj",))
+    icm("ingest", tmp_path / "loras", "--no-vectors")
+    assert icm(*TRAIN).code == 0
+    assert current(tmp_path / "store").config["slots"] == 6
+
+
+def test_an_adapter_of_zeros_is_encoded_too(icm: Icm, mixed: Path, tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "zeros", alpha=0)
+    assert icm("ingest", folder, "--device", "cpu").code == 0
+    assert icm(*TRAIN).code == 0
+    assert icm("materialize", "zeros", "--source", "code", "-o", tmp_path / "out").code == 0
+
+
+def test_a_task_that_is_replaced_meanwhile_gets_no_code(
+    icm: Icm, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*arguments: Any) -> Generator[Any, None, None]:
+        yield from real(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "fit", real)
+            assert icm("ingest", tmp_path / "new" / "poems", "--on-conflict", "replace", "--no-vectors").code == 0
+
+    write_lora(tmp_path / "new" / "poems", seed=77)
+    real = training.fit
+    monkeypatch.setattr(training, "fit", fit)
+    assert icm(*TRAIN).code == 0
+    codes = {row["name"]: row["code_size"] for row in icm("ls", "--json").document}
+    assert codes["poems"] is None
+    assert codes["rules"]
+
+
+def test_a_diverged_training_says_so_and_keeps_the_present_generator(
+    icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*arguments: Any) -> Generator[Any, None, None]:
+        yield from (replace(at, bits=float("nan")) for at in real(*arguments))
+
+    before, real = current(trained), training.fit
+    monkeypatch.setattr(training, "fit", fit)
+    ran = icm(*TRAIN, "--json")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "generator_error")
+    assert "--lr" in ran.error["hint"]
+    assert current(trained) == before
+
+
+def test_an_empty_store_has_nothing_to_train_on(icm: Icm, mixed_template: Path) -> None:
+    icm("base", "add", LABEL, mixed_template / "base")
+    ran = icm("train", "--json")
+    assert (ran.code, "icm ingest" in ran.error["hint"]) == (ExitCode.FAILED, True)
+
+
+def test_a_base_model_without_tasks_is_an_error_that_names_it(icm: Icm, mixed: Path) -> None:
+    assert "'no/such'" in icm("train", "--base-model", "no/such").err
+
+
+def test_without_a_store_it_says_so(icm: Icm) -> None:
+    assert icm("train").code == ExitCode.NO_STORE
+
+
+def test_without_the_base_model_it_trains_and_says_why_it_did_not_measure(icm: Icm, mixed: Path) -> None:
+    icm("base", "rm", LABEL)
+    ran = icm("train", "--device", "cpu", "--steps", STEPS)
+    assert ran.code == 0
+    assert "not measured" in ran.err
+    assert "hint: `icm eval`" in ran.err
+
+
+def test_it_measures_what_the_codes_kept(icm: Icm, mixed: Path) -> None:
+    ran = icm("train", "--device", "cpu", "--steps", STEPS)
+    assert "CODE GAIN" in ran.out
+    assert "1 of 3 tasks" in ran.err
+
+
+def test_a_run_that_another_process_gave_up_is_an_error_not_a_bug(
+    icm: Icm, mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*arguments: Any) -> Generator[Any, None, None]:
+        yield from real(*arguments)
+        with Store.open(mixed) as other:
+            other.start_train_run(LABEL, {"of": "another process"})
+
+    real = training.fit
+    monkeypatch.setattr(training, "fit", fit)
+    ran = icm(*TRAIN, "--json")
+    assert (ran.code, "taken over" in ran.error["message"]) == (ExitCode.FAILED, True)
