@@ -136,9 +136,10 @@ class Codec:
         return self._net.embed(vectors).round()
 
     def _encode_at(self, step: int, adapter: Adapter, tokens: Sequence[KindTokens], state: TaskState) -> Encoded:
-        groups, strengths = [], np.zeros(len(self.config.kinds), dtype=np.uint8)
-        for group in tokens:
-            integers, strengths[group.kind] = self._quantised(group, state, step)
+        strengths = np.zeros(len(self.config.kinds), dtype=np.uint8)
+        groups: list[KindIntegers] = []
+        for original in tokens:
+            integers, strengths[original.kind] = self._quantised(original, state, step)
             groups.append(integers)
         gains = np.zeros(len(strengths), dtype=np.int16)
         kept = np.full((len(gains), self.config.layers), ABSENT, dtype=np.uint8)
