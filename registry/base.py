@@ -123,6 +123,7 @@ class StoreBase:
         files: Sequence[Path],
         inspect: Callable[[Path, bytes], T],
         refusals: tuple[type[Exception], ...] = (),
+        contents: Sequence[bytes] = (),
     ) -> list[PutResult[T] | PutRefusal]:
         """Store files durably, several at a time.
 
@@ -133,6 +134,8 @@ class StoreBase:
             inspect: called on worker threads with a path and the very bytes that are hashed and stored; raises to
                 refuse them.
             refusals: what `inspect` raises to refuse one file. Any other exception ends the batch.
+            contents: bytes that are in memory already, to be stored in the same batch; :func:`registry.blobs.digest_of`
+                tells their digests.
 
         Returns:
             For each file, in order: a result, or a refusal with the reason.
@@ -141,7 +144,7 @@ class StoreBase:
             StoreFull: no space left; nothing of the batch is stored.
         """
         self._must_write()
-        return put_files(self._blobs, self._paths, files, inspect, refusals)
+        return put_files(self._blobs, self._paths, files, inspect, refusals, contents)
 
     def read_blob(self, digest: str) -> bytes:
         """Return a blob's bytes once they are known to be the right ones.

@@ -23,6 +23,11 @@ _CHUNK = 1 << 20
 _MODE = 0o444  # immutable, and it shows
 
 
+def digest_of(data: fs.Bytes) -> str:
+    """Return the name that bytes have in every store."""
+    return hashlib.sha256(data).hexdigest()
+
+
 class BlobStore:
     """The blobs of one store."""
 
@@ -64,7 +69,7 @@ class BlobStore:
 
     def put(self, items: Iterable[fs.Bytes]) -> list[str]:
         """Store byte strings durably and return their digests, in order."""
-        named = [(hashlib.sha256(data).hexdigest(), data) for data in items]
+        named = [(digest_of(data), data) for data in items]
         unique = dict(named)
         with fs.store_errors(self._paths.blobs):
             staged = each(lambda digest: self.stage(digest, unique[digest]), unique, undo=_discard)
@@ -95,7 +100,7 @@ class BlobStore:
                 data = path.read_bytes()
             except FileNotFoundError:
                 raise self._missing(digest) from None
-        if hashlib.sha256(data).hexdigest() != digest:
+        if digest_of(data) != digest:
             hint = "`icm verify --repair` moves it aside; ingesting the original again restores it"
             raise DamagedBlob(f"blob {digest} is damaged", path=path, hint=hint)
         return data

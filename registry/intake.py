@@ -9,8 +9,7 @@ and fsync overlap over a few threads; the renames and folder syncs of the batch 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from threading import Condition, Lock
 from typing import Any, Generic, TypeVar
 
 from registry import fs
-from registry.blobs import BlobStore
+from registry.blobs import BlobStore, digest_of
 from registry.errors import SourceRefused
 from registry.paths import StorePaths
 from registry.source import read_source, source_size
@@ -63,8 +62,9 @@ class PutRefusal:
 
 @dataclass(frozen=True)
 class _Staged(Generic[T]):
-    result: PutResult[T]
-    temporary: Path | None
+    digest: str
+    temporary: Path | None  # None where the store, or an equal member of the batch, has the bytes
+    result: PutResult[T] | None  # None for bytes, which are no file
 
 
 class _Budget:
@@ -110,40 +110,45 @@ def put_files(
     files: Sequence[Path],
     inspect: Callable[[Path, bytes], T],
     refusals: tuple[type[Exception], ...] = (),
+    contents: Sequence[bytes] = (),
 ) -> list[PutResult[T] | PutRefusal]:
     """Store files durably; see :meth:`registry.store.Store.put_files`."""
     budget, claims = _Budget(_BYTES_IN_FLIGHT), _Claims()
     expected: tuple[type[Exception], ...] = (SourceRefused, *refusals)
 
-    def stage(path: Path) -> _Staged[T] | PutRefusal:
+    def stage_bytes(data: bytes) -> tuple[str, Path | None]:
+        digest = digest_of(data)
+        with fs.store_errors(paths.tmp):
+            return digest, blobs.stage(digest, data) if claims.claim(digest) else None
+
+    def stage(item: Path | bytes) -> _Staged[T] | PutRefusal:
+        if isinstance(item, bytes):
+            return _Staged(*stage_bytes(item), None)
         try:
-            with budget.take(source_size(path)):
-                data = read_source(path)
-                inspected = inspect(path, data)
-                digest = hashlib.sha256(data).hexdigest()
-                temporary = None
-                if claims.claim(digest):
-                    with fs.store_errors(paths.tmp):
-                        temporary = blobs.stage(digest, data)
+            with budget.take(source_size(item)):
+                data = read_source(item)
+                inspected = inspect(item, data)
+                digest, temporary = stage_bytes(data)
         except expected as error:
-            return PutRefusal(path, error)
-        return _Staged(PutResult(path, digest, len(data), temporary is not None, inspected), temporary)
+            return PutRefusal(item, error)
+        return _Staged(digest, temporary, PutResult(item, digest, len(data), temporary is not None, inspected))
 
-    staged: list[_Staged[T] | PutRefusal] = each(stage, files, undo=_discard)
+    items: list[Path | bytes] = [*files, *contents]
+    staged = each(stage, items, undo=_discard)
     with fs.store_errors(paths.blobs):
-        done = [item for item in staged if isinstance(item, _Staged)]
-        blobs.publish(_temporaries(done))
-    return [item.result if isinstance(item, _Staged) else item for item in staged]
+        blobs.publish(_temporaries(item for item in staged if isinstance(item, _Staged)))
+    results = (item.result if isinstance(item, _Staged) else item for item in staged)
+    return [result for result in results if result is not None]
 
 
-def _temporaries(staged: Sequence[_Staged[T]]) -> dict[str, Path | None]:
+def _temporaries(staged: Iterable[_Staged[T]]) -> dict[str, Path | None]:
     """Return digest -> temporary file; of equal files at most one has a temporary file."""
     found: dict[str, Path | None] = {}
     for item in staged:
-        found[item.result.digest] = item.temporary or found.get(item.result.digest)
+        found[item.digest] = item.temporary or found.get(item.digest)
     return found
 
 
 def _discard(item: _Staged[Any] | PutRefusal) -> None:
     if isinstance(item, _Staged) and item.temporary is not None:
-        fs.discard(item.temporary)
+        fs.unlink(item.temporary)

@@ -3,22 +3,24 @@
     FoundTask --check--> PreparedTask (everything stored as blobs, ready to be recorded as rows)
          `--------------> Problem     (refused: why, and which task or checkpoint it costs)
 
-Weights are checked in the very bytes that are hashed and stored. Configurations, cards and texts are small: they are
-read once, checked, and stored from memory.
+Weights and texts are checked in the very bytes that are hashed and stored. Configurations and cards are small: they
+are read first, because weights are checked against them, and stored from memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.discovery import FoundAdapter, FoundTask
-from icmlora.errors import IcmLoraError
+from icmlora.errors import DataError, IcmLoraError
 from icmlora.examples import MAX_BYTES, parse_examples
 from icmlora.files import read_regular
 from icmlora.inspection import AdapterSummary, inspect_adapter
+from registry.blobs import digest_of
 from registry.intake import PutRefusal
 from registry.records import NewAdapter
 
@@ -58,38 +60,28 @@ class PreparedTask:
 
 
 @dataclass(frozen=True)
-class _Files:
-    """The small files of one adapter, read and waiting for its weights."""
+class _Small:
+    """The small files of one adapter, in memory."""
 
-    found: FoundAdapter
     config: bytes
     card: bytes | None
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """One adapter whose files are all good."""
+    """A file that was found good and is in the store, except in a dry run.
 
-    files: _Files
-    summary: AdapterSummary
-    weights: str
+    Attributes:
+        summary: What an adapter's weights are; None for texts.
+    """
+
+    digest: str
     size: int
+    summary: AdapterSummary | None
 
 
-@dataclass(frozen=True)
-class _Gathered:
-    """One task whose files are all read and good, its weights stored, its small files not yet."""
-
-    task: FoundTask
-    adapters: tuple[_Checked, ...]
-    samples: bytes | None
-    eval_data: bytes | None
-    problems: tuple[Problem, ...]
-
-    def small_files(self) -> list[bytes]:
-        """Return what is still to be stored."""
-        files = [data for item in self.adapters for data in (item.files.config, item.files.card)]
-        return [data for data in [*files, self.samples, self.eval_data] if data is not None]
+_Checks = dict[Path, Callable[[bytes], AdapterSummary | None]]
+_Outcomes = dict[Path, _Checked | Exception]
 
 
 def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
@@ -118,98 +110,94 @@ def prepare(tasks: Sequence[FoundTask], store: Store | None) -> list[PreparedTas
     Returns:
         For each task, in order: what is to be recorded, or why it is refused.
     """
-    small = [[_read_small(adapter) for adapter in task.adapters] for task in tasks]
-    waiting = {item.found.weights: item for items in small for item in items if isinstance(item, _Files)}
-    checked = _check_only(waiting) if store is None else _check_and_store(waiting, store)
-    gathered: list[_Gathered | Problem] = []
-    for task, items in zip(tasks, small, strict=True):
-        outcomes = [item if isinstance(item, Problem) else checked[item.found.weights] for item in items]
-        try:
-            gathered.append(_gather(task, outcomes))
-        except IcmLoraError as error:
-            gathered.append(Problem(error, task.folder))
-    # All small files of the batch at once: what takes time is waiting for the disk, once per call.
-    contents = [data for item in gathered if isinstance(item, _Gathered) for data in item.small_files()]
-    digests = (
-        dict.fromkeys(contents, "") if store is None else dict(zip(contents, store.put_blobs(contents), strict=True))
-    )
-    return [item if isinstance(item, Problem) else _prepared(item, digests) for item in gathered]
+    small = {adapter.weights: _read_small(adapter) for task in tasks for adapter in task.adapters}
+    good = {path: item for path, item in small.items() if isinstance(item, _Small)}
+    checks: _Checks = {path: partial(inspect_adapter, item.config, path=path) for path, item in good.items()}
+    texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
+    checks |= {path: partial(_check_text, path=path) for path in sorted(texts) if _size(path) <= MAX_BYTES}
+    contents = [data for item in good.values() for data in (item.config, item.card) if data is not None]
+    outcomes = _check_only(checks) if store is None else _check_and_store(checks, contents, store)
+    outcomes |= {path: _too_large(path) for path in texts - checks.keys()}
+    return [_prepared(task, small, outcomes) for task in tasks]
 
 
-def _read_small(found: FoundAdapter) -> _Files | Problem:
+def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
     try:
         config = read_regular(found.config, max_bytes=_CONFIG_LIMIT)
         card = None if found.card is None else read_regular(found.card, max_bytes=_CARD_LIMIT)
     except IcmLoraError as error:
-        return Problem(error, found.folder)
-    return _Files(found, config, card)
+        return error
+    return _Small(config, card)
 
 
-def _check_and_store(waiting: dict[Path, _Files], store: Store) -> dict[Path, _Checked | Problem]:
-    def inspect(path: Path, data: bytes) -> AdapterSummary:
-        return inspect_adapter(waiting[path].config, data, path=path)
+def _check_text(data: bytes, *, path: Path) -> None:
+    parse_examples(data, path=path)
 
-    checked: dict[Path, _Checked | Problem] = {}
-    for result in store.put_files(list(waiting), inspect, refusals=(IcmLoraError,)):
-        files = waiting[result.path]
+
+def _too_large(path: Path) -> DataError:
+    return DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
+
+
+def _check_and_store(checks: _Checks, contents: Sequence[bytes], store: Store) -> _Outcomes:
+    def inspect(path: Path, data: bytes) -> AdapterSummary | None:
+        return checks[path](data)
+
+    # Everything of the batch at once: what takes time is waiting for the disk, once per call.
+    outcomes: _Outcomes = {}
+    for result in store.put_files(list(checks), inspect, refusals=(IcmLoraError,), contents=contents):
         if isinstance(result, PutRefusal):
-            checked[result.path] = Problem(result.error, files.found.folder)
+            outcomes[result.path] = result.error
         else:
-            checked[result.path] = _Checked(files, result.inspected, result.digest, result.size)
-    return checked
+            outcomes[result.path] = _Checked(result.digest, result.size, result.inspected)
+    return outcomes
 
 
-def _check_only(waiting: dict[Path, _Files]) -> dict[Path, _Checked | Problem]:
-    checked: dict[Path, _Checked | Problem] = {}
-    for path, files in waiting.items():
+def _check_only(checks: _Checks) -> _Outcomes:
+    outcomes: _Outcomes = {}
+    for path, check in checks.items():
         try:
             data = read_regular(path, max_bytes=_size(path))
-            checked[path] = _Checked(files, inspect_adapter(files.config, data, path=path), "", len(data))
+            outcomes[path] = _Checked("", len(data), check(data))
         except IcmLoraError as error:
-            checked[path] = Problem(error, files.found.folder)
-    return checked
+            outcomes[path] = error
+    return outcomes
 
 
-def _gather(task: FoundTask, outcomes: Sequence[_Checked | Problem]) -> _Gathered | Problem:
-    """Bring together what was read of one task; without its final adapter there is no task.
-
-    Raises:
-        IcmLoraError: Its samples or held-out texts cannot be used.
-    """
-    good = tuple(outcome for outcome in outcomes if isinstance(outcome, _Checked))
-    problems = tuple(outcome for outcome in outcomes if isinstance(outcome, Problem))
-    if not any(outcome.files.found.is_final for outcome in good):
-        return next(problem for problem in problems if problem.path == task.final.folder)
-    return _Gathered(task, good, _read_texts(task.samples), _read_texts(task.eval_data), problems)
-
-
-def _read_texts(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    data = read_regular(path, max_bytes=MAX_BYTES)
-    parse_examples(data, path=path)
-    return data
-
-
-def _prepared(gathered: _Gathered, digests: dict[bytes, str]) -> PreparedTask:
-    files = [outcome.files for outcome in gathered.adapters]
-    return PreparedTask(
-        found=gathered.task,
-        base_model=next(item.summary.base_model for item in gathered.adapters if item.files.found.is_final),
-        adapters=tuple(_row(outcome, digests) for outcome in gathered.adapters),
-        samples=None if gathered.samples is None else digests[gathered.samples],
-        eval_data=None if gathered.eval_data is None else digests[gathered.eval_data],
-        size=sum(item.size for item in gathered.adapters) + sum(len(f.config) + len(f.card or b"") for f in files),
-        problems=gathered.problems,
-    )
+def _prepared(
+    task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
+) -> PreparedTask | Problem:
+    """Bring together what was read of one task; without its final adapter, or with bad texts, there is no task."""
+    rows: list[NewAdapter] = []
+    problems: list[Problem] = []
+    base_model, size = "", 0
+    for found in task.adapters:
+        match small[found.weights], outcomes.get(found.weights):
+            case (Exception() as error, _) | (_, Exception() as error):
+                problems.append(Problem(error, found.folder))
+                if found.is_final:
+                    return problems[-1]
+            case _Small() as files, _Checked(summary=AdapterSummary() as summary) as checked:
+                rows.append(_row(found, files, checked.digest, summary))
+                size += checked.size + len(files.config) + len(files.card or b"")
+                base_model = summary.base_model if found.is_final else base_model
+    samples, eval_data = _text(task.samples, outcomes), _text(task.eval_data, outcomes)
+    if isinstance(samples, Exception):
+        return Problem(samples, task.folder)
+    if isinstance(eval_data, Exception):
+        return Problem(eval_data, task.folder)
+    return PreparedTask(task, base_model, tuple(rows), samples, eval_data, size, tuple(problems))
 
 
-def _row(checked: _Checked, digests: dict[bytes, str]) -> NewAdapter:
-    found, summary = checked.files.found, checked.summary
+def _text(path: Path | None, outcomes: _Outcomes) -> str | Exception | None:
+    outcome = None if path is None else outcomes[path]
+    return outcome.digest if isinstance(outcome, _Checked) else outcome
+
+
+def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary) -> NewAdapter:
     return NewAdapter(
-        weights=checked.weights,
-        config=digests[checked.files.config],
-        card=None if checked.files.card is None else digests[checked.files.card],
+        weights=weights,
+        config=digest_of(files.config),
+        card=None if files.card is None else digest_of(files.card),
         step=found.step,
         is_final=found.is_final,
         dtype=summary.dtype,
