@@ -14,7 +14,7 @@ import torch
 
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.cvae import CVAE
+from icmlora.generator.cvae import CVAE, VIEWS
 from icmlora.generator.scales import tables_digest
 from icmlora.torch_tensors import decode_torch, encode_torch
 
@@ -70,11 +70,22 @@ def generator_from_bytes(data: bytes) -> Generator:
 
 
 def _network(config: GeneratorConfig, tensors: Mapping[str, torch.Tensor]) -> CVAE:
-    """Build the network around the file's tensors: a configuration that claims more than the file allocates nothing."""
+    # A configuration that claims more than the file holds is refused before anything is allocated.
+    if _least_values(config) > sum(tensor.numel() for tensor in tensors.values()):
+        raise GeneratorError("the generator's tensors are not those of its configuration")
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]):  # the initial values are thrown away; the caller's stream stays
             net = CVAE(config)
-        net.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+        net.load_state_dict(tensors)
     except (RuntimeError, TypeError, ValueError) as error:
         raise GeneratorError("the generator's tensors are not those of its configuration") from error
     return net
+
+
+def _least_values(config: GeneratorConfig) -> int:
+    """Count the values of the parts of a network that grow with its configuration."""
+    sides = sum(kind.inputs + kind.outputs for kind in config.kinds)
+    places = len(config.kinds) * config.layers * config.slots
+    task = config.condition + config.latent
+    embedded = config.layers + config.slots + 2 * len(config.kinds) + len(VIEWS) * config.condition_size
+    return (config.width + config.sketch) * sides + places + config.width * task + config.embedding * embedded

@@ -1,0 +1,71 @@
+"""What a trained store keeps and costs, as one JSON file and one table: `icm eval` and `icm stats` of that store.
+
+    python -m tests.benchmarks.quality NAME [--store FOLDER]      writes tests/benchmarks/results/NAME.json
+
+Losses that the store has already are not measured again; `icm eval --again` measures them anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+RUNGS = ("code", "generate")
+
+
+def main() -> None:
+    """Measure, write the JSON, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--store", default=os.environ.get("ICM_STORE"))
+    options = parser.parse_args()
+    lines = [json.loads(line) for line in _icm(options.store, "eval", "--json").splitlines()]
+    bill = json.loads(_icm(options.store, "stats", "--json"))
+    (fleet,) = bill["fleets"]
+    generator = json.loads(_icm(options.store, "show", fleet["tasks"][0]["task"], "--json")).get("generator")
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
+        "icm": _icm(options.store, "--version").strip(),
+        "tasks": {line["task"]: line["rungs"] for line in lines if line["type"] == "task"},
+        "gains": {line["rung"]: line for line in lines if line["type"] == "mean"},
+        "generator": generator,
+        "bill": bill,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{options.name}.json"
+    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    print(table(result))
+
+
+def table(result: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+    """Write the losses as a Markdown table: perplexity and bits per byte side by side, then gain and error."""
+    lines = [
+        "| task | base ppl | original ppl | code ppl | generate ppl | base bpb | original bpb | code bpb "
+        "| generate bpb | gain of code | dW error | gain of generate |",
+        "|---|" + "--:|" * 11,
+    ]
+    for task, rungs in sorted(result["tasks"].items()):
+        shown = [rungs[rung] for rung in ("base", "original", *RUNGS)]
+        cells = [f"{rung['perplexity']:.2f}" for rung in shown] + [f"{rung['bits_per_byte']:.3f}" for rung in shown]
+        cells += [f"{rungs['code']['retained_gain']:.3f}", f"{rungs['code']['dw_error']:.3f}"]
+        cells += [f"{rungs['generate']['retained_gain']:.3f}"]
+        lines.append("| " + " | ".join([task, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _icm(store: str | None, *arguments: str) -> str:
+    environment = os.environ if store is None else os.environ | {"ICM_STORE": store}
+    command = [sys.executable, "-c", "from icm_cli.app import main; main()", *arguments]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()
