@@ -60,7 +60,10 @@ def measure(database: Database, paths: StorePaths) -> Usage:
         uses = _uses(session)
     sums = dict.fromkeys(Usage.__dataclass_fields__, 0)
     for path in _files(paths.root):
-        size = path.lstat().st_size
+        try:
+            size = path.lstat().st_size
+        except FileNotFoundError:
+            continue  # another process has renamed or removed it since the folder was listed
         if path.is_relative_to(paths.blobs):
             sums[uses.get(path.name, "unreferenced")] += size
         elif path.name.startswith(paths.database.name):

@@ -27,6 +27,13 @@ def test_the_total_is_the_size_of_the_files(icm: Icm, trained: Path) -> None:
     assert 0 <= du - total <= folders
 
 
+def test_a_file_that_vanishes_meanwhile_does_not_count(
+    icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.usage._files", lambda root: [root / "tmp" / "gone", root / "FORMAT"])
+    assert icm("stats", "--json").document["on_disk"]["total"] == (trained / "FORMAT").stat().st_size
+
+
 def test_the_parts_add_up_to_the_total(icm: Icm, trained: Path) -> None:
     parts = icm("stats", "--json").document["on_disk"]
     assert sum(size for name, size in parts.items() if name != "total") == parts["total"]

@@ -67,7 +67,8 @@ def test_json_lines_keep_their_names(icm: Icm, mixed: Path) -> None:
     events = {event["type"]: event for event in icm(*TRAIN, "--json").events}
     assert set(events) == {"step", "code", "trained"}
     assert set(events["step"]) == {
-        "type", "base_model", "step", "steps", "task", "bits", "latent_bits", "norm_bits", "token_bits", "learning_rate",
+        "type", "base_model", "step", "steps", "task", "bits", "latent_bits", "norm_bits", "token_bits",
+        "learning_rate",
     }  # fmt: skip
     assert set(events["code"]) == {"type", "task", "size", "dw_error"}
     assert set(events["trained"]) == {

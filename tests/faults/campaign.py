@@ -1,0 +1,156 @@
+"""Kill each command at random times, many times, and count what broke: `python -m tests.faults.campaign --kills 200`.
+
+After every kill the promises are checked. After one to three kills in a row the same command runs to its end, must
+reach its goal, and what the kills left must be gone after a prune.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from tests.faults.world import COMMANDS, World
+from tests.faults.zygote import KILLED, Run, Zygote
+
+_MOST_IN_A_ROW = 3
+_TASKS = 8
+
+
+@dataclass
+class Tally:
+    """What many kills of one command came to."""
+
+    kills: int = 0
+    reruns: int = 0
+    """Runs of the same command to its end, after one to three kills."""
+    violations: int = 0
+    goals_missed: int = 0
+    acknowledged: int = 0
+    """Results that a command had reported before it was killed; each must still be there."""
+    orphans_left: int = 0
+    temporary_files_left: int = 0
+    left_after_prune: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+def kill_at_random(world: World, command: str, kills: int, draw: random.Random, sabotage: str | None = None) -> Tally:
+    """Kill one command `kills` times and check every promise after each.
+
+    Args:
+        world: The folders.
+        command: Which one.
+        kills: How many times.
+        draw: Where the times come from.
+        sabotage: A wrong order of writing that the harness is to see; then no goal is checked.
+    """
+    tally = Tally()
+    longest = _duration(world, command, sabotage)
+    while tally.kills < kills:
+        world.reset(command)
+        wanted = min(draw.randint(1, _MOST_IN_A_ROW), kills - tally.kills)
+        for _ in range(wanted):
+            ran = _kill(world, command, draw.uniform(0.0, longest), sabotage)
+            if ran.status != KILLED:
+                break  # it was done before; no kill
+            tally.kills += 1
+            tally.acknowledged += sum(event.get("type") in ("task", "vectors", "trained") for event in ran.events)
+            _note(tally, world.violations(command, ran.events))
+        if sabotage is None:
+            _finish(tally, world, command)
+    return tally
+
+
+def _duration(world: World, command: str, sabotage: str | None) -> float:
+    world.reset(command)
+    started = time.monotonic()
+    world.run(command, sabotage=sabotage)
+    return time.monotonic() - started
+
+
+def _kill(world: World, command: str, after: float, sabotage: str | None) -> Run:
+    def then(pid: int) -> None:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+
+    run: Run = world.run(command, sabotage=sabotage, then=then)
+    return run
+
+
+def _finish(tally: Tally, world: World, command: str) -> None:
+    """Run the same command to its end, then count and prune what the kills left."""
+    ran = world.run(command, **_again(world, command))
+    tally.reruns += 1
+    _note(tally, [] if ran.status == 0 else [f"the rerun ended with {ran.status}: {ran.lines[-1:]}"])
+    _note(tally, world.violations(command, ran.events))
+    missed = world.missed(command)
+    tally.goals_missed += len(missed)
+    tally.examples += missed[: 5 - len(tally.examples)]
+    left = world.leftovers()
+    tally.orphans_left += left.orphans
+    tally.temporary_files_left += left.temporary
+    world.prune()
+    left = world.leftovers()
+    tally.left_after_prune += left.orphans + left.temporary
+
+
+def _again(world: World, command: str) -> dict[str, object]:
+    # A folder that was written completely before the kill is not overwritten without --force, and need not be.
+    return {"force": True} if command == "materialize" and world.output.exists() else {}
+
+
+def _note(tally: Tally, violations: list[str]) -> None:
+    tally.violations += len(violations)
+    tally.examples += violations[: max(0, 5 - len(tally.examples))]
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200, help="kills of each command")
+    parser.add_argument("--control-kills", type=int, default=60, help="kills of the sabotaged ingest")
+    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=Path("tests/benchmarks/results/kill9.json"))
+    chosen = parser.parse_args()
+    draw = random.Random(chosen.seed)
+    zygote = Zygote()
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), zygote, tasks=_TASKS)
+        results = {}
+        for command in COMMANDS:
+            results[command] = asdict(kill_at_random(world, command, chosen.kills, draw))
+            sys.stderr.write(f"{command} {json.dumps(results[command])}\n")
+        control = kill_at_random(world, "ingest", chosen.control_kills, draw, sabotage="rows_first")
+        sys.stderr.write(f"control {json.dumps(asdict(control))}\n")
+    zygote.close()
+    document = {
+        "what": "SIGKILL at a uniformly random time of each command, tests/faults/campaign.py",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "seed": chosen.seed,
+        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            "sqlite": sqlite3.sqlite_version,
+            "torch": torch.__version__,
+        },
+        "tasks": _TASKS,
+        "commands": results,
+        "control": {"what": "the same ingest with rows committed before bytes", **asdict(control)},
+    }
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    chosen.output.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,71 @@
+"""Wrong orders of writing, put into a child to show that the harness sees them, and kills where no failpoint is."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from registry import fs
+
+
+def rows_first() -> None:
+    """Record rows before their bytes are in place, which the store never does."""
+    from registry.blobs import BlobStore
+    from registry.store import Store
+
+    publish, size, ingest = BlobStore.publish, BlobStore.size, Store.ingest_tasks
+    waiting: dict[str, tuple[BlobStore, Path]] = {}
+
+    def later(self: BlobStore, staged: dict[str, Path | None]) -> None:
+        waiting.update({digest: (self, path) for digest, path in staged.items() if path is not None})
+
+    def size_of(self: BlobStore, digest: str) -> int:
+        return waiting[digest][1].stat().st_size if digest in waiting else size(self, digest)
+
+    def rows_then_bytes(self: Store, *arguments: Any) -> Any:
+        outcomes = ingest(self, *arguments)
+        for digest, (blobs, path) in waiting.items():
+            publish(blobs, {digest: path})
+        waiting.clear()
+        return outcomes
+
+    BlobStore.publish, BlobStore.size = later, size_of  # type: ignore[method-assign]
+    Store.ingest_tasks = rows_then_bytes  # type: ignore[method-assign]
+
+
+def in_place() -> None:
+    """Write an output folder file by file where it will be, the configuration first."""
+    from icmlora import output_folder
+
+    def write(directory: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, data in sorted(files.items(), reverse=True):
+            with (directory / name).open("wb") as file:
+                for at in range(0, len(data), 256):
+                    fs.write(file.fileno(), data[at : at + 256])
+                    os.fsync(file.fileno())
+
+    output_folder.write_folder = write
+
+
+def die_at_output_call() -> None:
+    """Die before the n-th call that changes the output folder, n from ICM_TEST_CALL."""
+    from icmlora import output_folder
+
+    left = [int(os.environ["ICM_TEST_CALL"])]
+
+    def mortal(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("write_synced", "write_durably", "fsync_folder"):
+        setattr(output_folder, name, mortal(getattr(output_folder, name)))
+    Path.rename = mortal(Path.rename)  # type: ignore[method-assign]

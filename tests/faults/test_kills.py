@@ -1,0 +1,112 @@
+"""SIGKILL in the middle of a command: nothing acknowledged is lost, nothing is half there, a rerun gets there."""
+
+import random
+
+import pytest
+
+from tests.faults.campaign import kill_at_random
+from tests.faults.world import COMMANDS, World
+from tests.faults.zygote import KILLED
+
+POINTS = {
+    "ingest": ["store-before-format", "blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit",
+               "rows-committed"],
+    "vectors": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"],
+    "train": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed",
+              "garbage-rows-gone", "blob-unlinked"],
+}  # fmt: skip
+PAIRS = [(command, point) for command in POINTS for point in POINTS[command]]
+QUICK = [("ingest", "blob-renamed"), ("ingest", "rows-before-commit"), ("vectors", "rows-committed"),
+         ("train", "garbage-rows-gone")]  # fmt: skip
+
+
+def check_point(world: World, command: str, point: str) -> None:
+    """Kill a command at a failpoint twice, each time it comes there, then let it end."""
+    world.reset(command)
+    for number in range(2):
+        ran = world.run(command, env={"ICM_FAILPOINT": point})
+        assert ran.status == KILLED or number, ran.lines
+        assert world.violations(command, ran.events) == []
+    ran = world.run(command)
+    assert ran.status == 0, ran.lines
+    assert world.violations(command, ran.events) == []
+    assert world.missed(command) == []
+    world.prune()
+    assert world.leftovers() == type(world.leftovers())(0, 0)
+
+
+@pytest.mark.parametrize(("command", "point"), QUICK)
+def test_a_kill_at_a_failpoint_loses_nothing(world: World, command: str, point: str) -> None:
+    check_point(world, command, point)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("command", "point"), [pair for pair in PAIRS if pair not in QUICK])
+def test_a_kill_at_any_failpoint_loses_nothing(world: World, command: str, point: str) -> None:
+    check_point(world, command, point)
+
+
+@pytest.mark.parametrize("call", [1, 3, 5, 6])
+def test_an_output_folder_is_absent_or_complete(world: World, call: int) -> None:
+    world.reset("materialize")
+    ran = world.run("materialize", sabotage="die_at_output_call", env={"ICM_TEST_CALL": str(call)})
+    assert ran.status == KILLED
+    assert world.violations("materialize", ran.events) == []
+    done = world.run("materialize", force=world.output.exists())
+    assert (done.status, world.missed("materialize")) == (0, [])
+    assert world.leftovers().temporary == 0
+
+
+def test_a_folder_that_is_being_replaced_is_no_adapter_until_it_is_complete(world: World) -> None:
+    for call in (1, 2, 3, 4):
+        world.reset("materialize")
+        world.output.mkdir()
+        (world.output / "adapter_config.json").write_text("{}")
+        (world.output / "adapter_model.safetensors").write_bytes(b"of another adapter")
+        environment = {"ICM_TEST_CALL": str(call)}
+        ran = world.run("materialize", sabotage="die_at_output_call", env=environment, force=True)
+        config = world.output / "adapter_config.json"
+        whole = {} if not config.exists() else {"config": config.read_text() == "{}" or not world.missed("materialize")}
+        assert all(whole.values())
+        assert ran.status == KILLED
+    assert world.run("materialize", force=True).status == 0
+    assert world.missed("materialize") == []
+
+
+def test_a_few_kills_at_random_times_lose_nothing(world: World) -> None:
+    draw = random.Random(1)
+    tally = kill_at_random(world, "ingest", 5, draw)
+    assert (tally.violations, tally.goals_missed, tally.left_after_prune, tally.examples) == (0, 0, 0, [])
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("command", COMMANDS)
+def test_many_kills_at_random_times_lose_nothing(world: World, command: str) -> None:
+    tally = kill_at_random(world, command, 40, random.Random(command))
+    assert (tally.violations, tally.goals_missed, tally.left_after_prune, tally.examples) == (0, 0, 0, [])
+
+
+def test_the_harness_sees_a_row_without_its_bytes(world: World) -> None:
+    world.reset("ingest")
+    ran = world.run("ingest", sabotage="rows_first", env={"ICM_FAILPOINT": "rows-committed"})
+    assert ran.status == KILLED
+    assert any("missing" in violation for violation in world.violations("ingest", ran.events))
+
+
+def test_the_harness_sees_a_half_written_folder(world: World) -> None:
+    seen = []
+    draw = random.Random(2)
+    for _ in range(40):
+        world.reset("materialize")
+        tally = kill_at_random(world, "materialize", 2, draw, sabotage="in_place")
+        seen += tally.examples
+        if seen:
+            break
+    assert "the output folder is neither absent nor complete" in seen
+
+
+def test_the_harness_sees_a_lost_acknowledgement(world: World) -> None:
+    world.reset("vectors")
+    assert world.violations("vectors", [{"type": "task", "task": "never"}]) != []
+    assert world.violations("vectors", [{"type": "vectors", "task": "poems", "vectors": 4}]) != []
+    assert world.missed("vectors") != []

@@ -1,0 +1,122 @@
+"""A process that has imported everything and forks a child per command line, so that a run to be killed starts at once.
+
+    stdin   {"argv": [...], "env": {...}, "out": FILE, "sabotage": NAME or null}     one JSON line per run
+            an empty line: wait for it
+    stdout  the child's pid; once it is waited for, its exit status, negative for a signal
+
+It is a process of its own because torch refuses to train in the fork of a process that has trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KILLED = -signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of one command: its exit status and the lines it printed."""
+
+    status: int
+    lines: tuple[str, ...]
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The JSON lines on stdout, without one that the kill cut off."""
+        return [json.loads(line) for line in self.lines if line.startswith("{") and line.endswith("}")]
+
+
+class Zygote:
+    """The parent's end."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.faults.zygote"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._answer()  # ready
+
+    def run(
+        self,
+        argv: Sequence[object],
+        *,
+        env: dict[str, str],
+        out: Path,
+        sabotage: str | None = None,
+        then: Callable[[int], object] | None = None,
+    ) -> Run:
+        """Run one command line; `then` gets the pid and may wait and kill it."""
+        order = {"argv": [str(word) for word in argv], "env": env, "out": str(out), "sabotage": sabotage}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        pid = self._answer()
+        if then is not None:
+            then(pid)  # the pid stays the child's until it is waited for
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        status = self._answer()
+        return Run(status, tuple(out.read_text(encoding="utf-8", errors="replace").splitlines()))
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        self._process.stdout.close()
+
+    def _answer(self) -> int:
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+
+def _child(order: dict[str, Any]) -> None:
+    for number in (1, 2):
+        os.dup2(os.open(order["out"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644), number)
+    os.environ.update(order["env"])
+    if order["sabotage"]:
+        from tests.faults import sabotage
+
+        getattr(sabotage, order["sabotage"])()
+    from icm_cli.app import run
+
+    status = run(order["argv"])
+    sys.stdout.flush()
+    os._exit(int(status))
+
+
+def _serve() -> None:
+    import transformers  # noqa: F401
+
+    from icm_cli.workflows import evaluating, ingest, materializing, training, vectors  # noqa: F401
+    from icmlora import peft_folder  # noqa: F401
+    from registry import store  # noqa: F401
+
+    training._CHECKPOINT_SECONDS = 0.02  # of a run that takes a second, several checkpoints
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers.write("0\n")
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _child(json.loads(line))
+            finally:
+                os._exit(99)
+        answers.write(f"{pid}\n")
+        sys.stdin.readline()
+        answers.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
+
+
+if __name__ == "__main__":
+    _serve()
