@@ -1,0 +1,88 @@
+"""docs/reference/json.md and what the commands print name the same keys."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Ran
+from tests.docs.pages import ROOT, cells_of, codes_in, section_of
+
+Icm = Callable[..., Ran]
+PAGE = ROOT / "docs" / "reference" / "json.md"
+COMMANDS = {
+    "ls": ("ls",),
+    "show": ("show", "poems"),
+    "stats": ("stats",),
+    "materialize": ("materialize", "poems", "--source", "code", "-o"),
+    "base ls": ("base", "ls"),
+    "verify": ("verify",),
+    "prune": ("prune", "--dry-run"),
+    "rm": ("rm", "poems", "--dry-run"),
+    "doctor": ("doctor",),
+    "path": ("path",),
+}
+
+
+def paths_in(value: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted paths of a JSON value, with `[]` for the entries of a list."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            path = f"{prefix}.{key}" if prefix else key
+            yield path
+            yield from paths_in(inner, path)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from paths_in(inner, f"{prefix}[]")
+
+
+def stem(path: str) -> str:
+    """Return the part of a path that has to be documented: its first key."""
+    found = re.match(r"(\[\]\.)?\w+", path)
+    assert found is not None
+    return found[0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_documents_keys_are_those_on_the_page(icm: Icm, trained: Path, tmp_path: Path, name: str) -> None:
+    if name == "show":
+        icm("eval", "poems", "--device", "cpu")
+    extra = [tmp_path / "adapter"] if name == "materialize" else []
+    printed = set(paths_in(icm(*COMMANDS[name], *extra, "--json").document))
+    documented = {path for row in cells_of(section_of(PAGE, f"icm {name}")) for path in codes_in(row[0])}
+    assert documented <= printed
+    assert {stem(path) for path in printed} == {stem(path) for path in documented}
+
+
+@pytest.fixture(scope="module")
+def documented() -> dict[tuple[str, str], set[str]]:
+    """Command and type of each event on the page -> its keys."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for name, keys in cells_of(section_of(PAGE, "Events")):
+        words = codes_in(name)
+        for command, kind in zip(words[::2], words[1::2], strict=True):
+            found[command, kind] = set(codes_in(keys))
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("ingest", "loras"), ("vectors", "--again"), ("train", "--steps", "10", "--fresh"), ("eval", "poems")],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_events_keys_are_those_on_the_page(
+    icm: Icm,
+    trained: Path,
+    mixed_template: Path,
+    documented: dict[tuple[str, str], set[str]],
+    arguments: tuple[str, ...],
+) -> None:
+    words = [mixed_template / "loras" if word == "loras" else word for word in arguments]
+    command = f"icm {arguments[0]}"
+    for event in icm(*words, "--device", "cpu", "--json").events:
+        keys = documented[command, event["type"]]
+        if "icm eval" in keys:  # "as for"
+            keys = documented["icm eval", event["type"]]
+        assert set(event) - {"type"} <= keys, event["type"]
