@@ -151,4 +151,4 @@ def _temporaries(staged: Iterable[_Staged[T]]) -> dict[str, Path | None]:
 
 def _discard(item: _Staged[Any] | PutRefusal) -> None:
     if isinstance(item, _Staged) and item.temporary is not None:
-        fs.unlink(item.temporary)
+        fs.discard(item.temporary)

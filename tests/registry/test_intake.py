@@ -112,6 +112,26 @@ def test_a_disk_that_fills_up_leaves_nothing_of_the_batch(
     assert list(store.verify()) == []
 
 
+def test_a_clean_up_that_fails_too_does_not_hide_the_full_disk(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write(tmp_path / "in", good=b"good", bad=b"bad")
+    real = fs.write
+
+    def fail_on_bad(fd: int, data: fs.Bytes) -> None:
+        if bytes(data) == b"bad":
+            raise OSError(errno.ENOSPC, "no space left on device")
+        real(fd, data)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(fs, "write", fail_on_bad)
+    monkeypatch.setattr(fs, "unlink", fail)
+    with pytest.raises(StoreFull):
+        store.put_files(files, length)
+
+
 def test_files_above_the_memory_budget_go_through_one_at_a_time(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
