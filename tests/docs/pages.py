@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 _BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"^    (icm [a-z].*)$", re.MULTILINE)
 _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -28,7 +29,9 @@ def name_of(page: Path) -> str:
 
 def commands_of(page: Path) -> Iterator[Command]:
     """Yield every command line that a page shows; one may go on in the next line after a backslash."""
-    for block in _BLOCK.findall(page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    yield from (Command(line, "") for line in _INDENTED.findall(text))
+    for block in _BLOCK.findall(text):
         for part in re.split(r"^\$ ", block.replace("\\\n", ""), flags=re.MULTILINE)[1:]:
             line, _, output = part.partition("\n")
             yield Command(line, output)

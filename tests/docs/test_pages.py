@@ -57,7 +57,8 @@ def test_every_exit_code_that_is_named_exists(page: Path) -> None:
     assert named <= {int(code) for code in ExitCode}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.is_relative_to(ROOT / "docs")], ids=name_of)
-def test_the_index_names_every_page(page: Path) -> None:
-    index = ROOT / "docs" / "README.md"
-    assert page == index or page.relative_to(index.parent).as_posix() in links_of(index)
+def test_the_index_names_every_page() -> None:
+    docs = ROOT / "docs"
+    pages = [page.relative_to(docs) for page in PAGES if page.is_relative_to(docs)]
+    written = {page.as_posix() for page in pages if page.parts[0] not in ("README.md", "example-fleet", "results")}
+    assert written <= set(links_of(docs / "README.md"))

@@ -1,0 +1,47 @@
+"""The formats and figures in the documents are those of the code."""
+
+import dataclasses
+
+from icmlora.generator.code import ABSENT, MAGIC, CodeHead
+from icmlora.generator.config import GeneratorConfig, config_for, tolerance_of
+from icmlora.generator.generator_file import FORMAT
+from icmlora.layout import ModuleShape
+from registry.paths import FORMAT_TEXT, StorePaths
+from registry.reserve import RESERVE_BYTES
+from tests.docs.pages import ROOT, cells_of, codes_in, section_of
+
+DESIGN = ROOT / "docs" / "design.md"
+GENERATOR = ROOT / "docs" / "concepts" / "generator.md"
+
+
+def test_every_part_of_a_code_is_in_the_design() -> None:
+    section = section_of(DESIGN, "Code format")
+    assert MAGIC.decode() == "ICMC\x01"
+    assert str(ABSENT) in section
+    rows = [row[2] for row in cells_of(section) if row[1] in ("int16", "int8", "uint8", "UTF-8")]
+    names = [row.replace(" ", "_") for row in rows]
+    for field, row in zip(dataclasses.fields(CodeHead), names, strict=True):
+        assert row.startswith(field.name), "the head's fields, in the order in which they are written"
+
+
+def test_every_field_of_a_generators_configuration_is_in_the_design() -> None:
+    section = section_of(DESIGN, "Generator file")
+    assert {field.name for field in dataclasses.fields(GeneratorConfig)} <= set(codes_in(section))
+    assert FORMAT in codes_in(section)
+
+
+def test_every_part_of_a_store_is_in_the_design() -> None:
+    section = section_of(DESIGN, "Store format")
+    paths = StorePaths(ROOT)
+    for path in (paths.format, paths.database, paths.blobs, paths.tmp, paths.quarantine, paths.lock, paths.reserve):
+        assert path.name in section
+    assert FORMAT_TEXT.strip() in section
+    assert f"{RESERVE_BYTES >> 10} KiB" in section
+
+
+def test_the_table_of_qualities_is_that_of_the_code() -> None:
+    rows = {row[0]: row[1:] for row in cells_of(section_of(GENERATOR, "Encoding"))}
+    layout = [[ModuleShape("layers.0.q_proj", 2, 8, 8)]]
+    configs = [config_for("base", layout, condition_size=0, quality=quality) for quality in range(1, 9)]
+    assert rows["largest relative dW error"] == [f"{tolerance_of(quality):g}" for quality in range(1, 9)]
+    assert rows["width"] == [str(config.width) for config in configs]
