@@ -56,6 +56,7 @@ class Zygote:
         then: Callable[[int], object] | None = None,
     ) -> Run:
         """Run one command line; `then` gets the pid and may wait and kill it."""
+        out.touch()  # the child may be killed before it opens it
         order = {"argv": [str(word) for word in argv], "env": env, "out": str(out), "sabotage": sabotage}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -99,11 +100,13 @@ def _child(order: dict[str, Any]) -> None:
 def _serve() -> None:
     import transformers  # noqa: F401
 
-    from icm_cli.workflows import evaluating, ingest, materializing, training, vectors  # noqa: F401
+    from icm_cli.workflows import evaluating, ingest, ingest_files, materializing, training, vectors  # noqa: F401
     from icmlora import peft_folder  # noqa: F401
     from registry import store  # noqa: F401
 
-    training._CHECKPOINT_SECONDS = 0.02  # of a run that takes a second, several checkpoints
+    # So that a run of a second has several checkpoints and several commits to be killed between.
+    training._CHECKPOINT_SECONDS = 0.02
+    ingest_files._BATCH_ADAPTERS = 2
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     answers.write("0\n")
     for line in sys.stdin:
