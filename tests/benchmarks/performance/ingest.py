@@ -1,0 +1,63 @@
+"""Ingest against hashing: the promise is half the speed of reading and hashing the same files in one thread.
+
+Both work on files that the page cache has. Ingest makes its store anew each time, and every byte and row is synced.
+Imports are no work on the fleet's files, so the promise is measured inside one process; whole processes are shown too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+from icm_cli.workflows.events import StopFlag
+from icm_cli.workflows.ingest import ingest
+from icm_cli.workflows.ingest_plan import IngestRequest
+from icm_cli.workflows.opening import Place
+from tests.benchmarks.performance.commands import icm, process
+from tests.benchmarks.performance.figures import Figure, seconds
+from tests.benchmarks.performance.machine import weight_files
+from tests.benchmarks.performance.runs import alternate, ratio, walls
+
+_HASH = """import hashlib, sys
+for path in sys.argv[1:]:
+    hashlib.sha256(open(path, "rb").read()).hexdigest()
+"""
+
+
+def measure_ingest(fleet: Path, work: Path, runs: int) -> list[Figure]:
+    """Measure ingest and hashing in turn, in this process and as whole processes."""
+    files, store = weight_files(fleet), work / "ingested"
+    inside = alternate({"hash": lambda: _hash(files), "ingest": lambda: _ingest(fleet, store)}, runs)
+    command = icm("--quiet", "ingest", str(fleet), "--no-vectors", store=store)
+
+    def whole() -> None:
+        shutil.rmtree(store, ignore_errors=True)
+        process(command)
+
+    names = [str(path) for path in files]
+    outside = alternate({"hash": lambda: process([sys.executable, "-c", _HASH, *names]), "ingest": whole}, runs)
+    shutil.rmtree(store, ignore_errors=True)
+    hashing, ingesting = walls(inside["hash"]), walls(inside["ingest"])
+    speeds = tuple(round(first / second, 3) for first, second in zip(hashing, ingesting, strict=True))
+    return [
+        Figure("speed of ingest, of that of hashing", ratio(hashing, ingesting), "ratio", 0.5, "at least", speeds),
+        seconds("hashing the weights", hashing),
+        seconds("hashing the weights, processor time", [round(run.cpu, 4) for run in inside["hash"]]),
+        seconds("ingest", ingesting),
+        seconds("ingest, processor time of all threads", [round(run.cpu, 4) for run in inside["ingest"]]),
+        seconds("hashing the weights, whole process", walls(outside["hash"])),
+        seconds("icm ingest --no-vectors, whole process", walls(outside["ingest"])),
+    ]
+
+
+def _hash(files: list[Path]) -> None:
+    for path in files:
+        hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _ingest(fleet: Path, store: Path) -> None:
+    shutil.rmtree(store, ignore_errors=True)
+    for _ in ingest(Place(store), IngestRequest(paths=(fleet,)), StopFlag()):
+        pass
