@@ -78,7 +78,8 @@ class World:
         if not (self.store / "FORMAT").exists():
             return [*found, *(f"{event} was acknowledged without a store" for event in events)]
         with Store.open(self.store) as store:
-            found += [str(finding) for finding in store.verify(read_data=True) if finding.is_problem]
+            problems = [finding for finding in store.verify(read_data=True) if finding.is_problem]
+            found += [f"{finding.kind}: {finding.message}" for finding in problems]
             known = {task.name for task in store.tasks()}
             generators = {record.blob for record in store.generators()}
             for event in events:
