@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 from transformers.utils import logging as transformers_logging
 
@@ -17,7 +18,9 @@ def quiet_loading(found: FoundBase) -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        # The GGUF reader draws its own bar on stderr whatever the library's setting is.
+        with redirect_stderr(io.StringIO()):
+            yield
     except Exception as error:
         # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -143,7 +143,7 @@ def _tell(session: Session, event: Event) -> None:
     out = session.out
     if isinstance(event, Progressed):
         if event.at.step % _EVENT_EVERY == 0 or event.at.step == event.at.steps:
-            out.event("step", base_model=event.base_model, **asdict(event.at))
+            out.event("step", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
     elif isinstance(event, Resumed):
         out.event("resumed", **asdict(event))
         out.note(f"going on from step {event.step}")

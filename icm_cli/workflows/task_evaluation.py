@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icm_cli.workflows.materializing import MaterializeRequest, write_rung
+from icm_cli.workflows.plain_copy import read_original, write_plain_copy
 from icmlora.adapted import adapted
 from icmlora.base_model import BaseModel
 from icmlora.errors import DataError, NotCovered
@@ -58,11 +59,12 @@ class TaskEvaluation:
     def __init__(self, store: Store, base: BaseModel, task: TaskRecord, data: EvaluationData, max_tokens: int) -> None:
         self._store, self._base, self._task, self._data, self._max_tokens = store, base, task, data, max_tokens
         self._generator = store.current_generator(task.base_model)
+        self._final = store.final_adapter(task.name)
         self._settings: dict[str, object] = {
             "max_tokens": max_tokens,
             "dtype": base.dtype,
             "base": base.fingerprint,
-            "original": store.final_adapter(task.name).weights,
+            "original": self._final.weights,
         }
 
     def run(self, rungs: Sequence[Rung], *, again: bool) -> Mapping[Rung, RungResult]:
@@ -103,8 +105,11 @@ class TaskEvaluation:
         else:
             with tempfile.TemporaryDirectory(prefix="icm-") as folder:
                 written = Path(folder) / "adapter"
-                write_rung(self._store, MaterializeRequest(self._task.name, written, source=rung))
-                error = None if rung == "original" else self._dw_error(written, Path(folder) / "original")
+                if rung == "original":
+                    write_plain_copy(self._store, self._final, written)
+                else:
+                    write_rung(self._store, MaterializeRequest(self._task.name, written, source=rung))
+                error = None if rung == "original" else self._dw_error(written)
                 with adapted(self._base, written) as model:
                     loss = self._loss(rung, model)
         gain = None
@@ -120,9 +125,8 @@ class TaskEvaluation:
             raise DataError(fact, hint="the training run diverged: take an earlier checkpoint")
         return loss
 
-    def _dw_error(self, written: Path, beside: Path) -> float | None:
-        write_rung(self._store, MaterializeRequest(self._task.name, beside, source="original"))
-        error = relative_dw_error(load_adapter_folder(beside), load_adapter_folder(written))
+    def _dw_error(self, written: Path) -> float | None:
+        error = relative_dw_error(read_original(self._store, self._final), load_adapter_folder(written))
         return error if math.isfinite(error) else None  # an original of zeros has no relative error
 
     def _recorded(self) -> dict[Rung, RungResult]:

@@ -37,6 +37,7 @@ class Progressed(Event):
     """One optimiser step; `bits` and its parts are bits per parameter of the adapter that was seen."""
 
     base_model: str
+    task: str
     at: TrainStep
 
 
@@ -129,7 +130,7 @@ def _fit(
         if not math.isfinite(at.bits):
             raise GeneratorError(f"training diverged at step {at.step}", hint="train again with a lower --lr")
         recent = at.bits if recent is None else 0.98 * recent + 0.02 * at.bits
-        yield Progressed(fleet.base_model, at)
+        yield Progressed(fleet.base_model, fleet.names[at.task], at)
         yield Step(at.step, at.steps, f"{recent:.3f} bits per parameter")
         if stop.requested:
             break

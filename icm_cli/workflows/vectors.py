@@ -15,11 +15,11 @@ import torch
 from icm_cli.workflows.base_access import open_base
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.opening import Place
+from icm_cli.workflows.plain_copy import write_plain_copy
 from icmlora.base_model import BaseModel, check_fits
 from icmlora.device import resolve_device
 from icmlora.errors import BaseModelNotFound
 from icmlora.examples import parse_examples
-from icmlora.peft_folder import save_original
 from icmlora.task_vector import TaskVector, vector_to_bytes
 from icmlora.vector_extraction import extract_adapted, extract_context
 from registry.records import NewVector, TaskSummary
@@ -108,7 +108,7 @@ def _extract(store: Store, base: BaseModel, row: TaskSummary) -> Extracted:
         samples = [example.text for example in parse_examples(store.read_blob(row.task.samples))]
     with tempfile.TemporaryDirectory(prefix="icm-") as folder:
         adapter = Path(folder) / "adapter"
-        save_original(store.read_blob(row.final.config), store.read_blob(row.final.weights), "", adapter)
+        write_plain_copy(store, row.final, adapter)
         vectors = extract_adapted(base, adapter, samples)
     if samples is not None:
         vectors += extract_context(base, samples)

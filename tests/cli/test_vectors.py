@@ -97,3 +97,13 @@ def test_other_samples_make_the_vectors_pending(icm: Icm, mixed: Path, mixed_tem
     icm("ingest", mixed_template / "loras" / "poems", "--samples", samples, "--no-vectors")
     assert views(mixed, "poems") == set()
     assert icm("vectors", "--device", "cpu", "--json").events[-1] == {"type": "summary", "extracted": 1, "present": 2}
+
+
+def test_a_pattern_of_a_configuration_is_never_run(icm: Icm, tmp_path: Path, mixed_template: Path) -> None:
+    folder = write_lora(tmp_path / "stuck", seed=9, rank=1, alpha=1, targets=("self_attn.v_proj",))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    # Matching this against a module's name takes longer than anyone waits.
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": "(.|.)*zzz|.*v_proj"}))
+    icm("base", "add", LABEL, mixed_template / "base")
+    icm("ingest", folder, "--no-vectors")
+    assert icm("vectors", "stuck", "--device", "cpu", "--json").events[-1]["extracted"] == 1
