@@ -82,6 +82,7 @@ def evaluate(place: Place, request: EvaluateRequest, stop: StopFlag) -> Generato
                 report.stopped = True
                 break
             if base is None or base.label != task.base_model:
+                yield Step(len(report.tasks), len(todo), f"loading {task.base_model}")
                 base = open_base(store, task.base_model, device)
             data = given or EvaluationData.parse(store.read_blob(str(task.eval_data)), path=task.name)
             work = TaskEvaluation(store, base, task, data, request.max_tokens)

@@ -82,6 +82,7 @@ def extract_missing(
         yield Step(0, total)
         missing: BaseModelNotFound | None = None
         for label, tasks in todo.items():
+            yield Step(len(report.tasks), total, f"loading {label}")
             try:
                 # bfloat16 moves a vector by less than a hundredth of what another support set does: twice as fast.
                 base = open_base(store, label, chosen, torch.bfloat16)
