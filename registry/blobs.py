@@ -17,7 +17,7 @@ from uuid import uuid4
 from registry import fs
 from registry.errors import DamagedBlob, MissingBlob
 from registry.paths import StorePaths, is_digest
-from registry.threads import each
+from registry.threads import Syncer, each_synced, sync_folders
 
 _CHUNK = 1 << 20
 _MODE = 0o444  # immutable, and it shows
@@ -34,19 +34,18 @@ class BlobStore:
     def __init__(self, paths: StorePaths) -> None:
         self._paths = paths
 
-    def stage(self, digest: str, data: fs.Bytes) -> Path | None:
-        """Write bytes to a synced temporary file, unless the store has exactly these bytes already.
+    def stage(self, digest: str, data: fs.Bytes, syncer: Syncer) -> Path | None:
+        """Write bytes to a temporary file, unless the store has exactly these bytes already.
 
         The present file is compared, not trusted, so that storing a file again heals a damaged blob.
 
         Returns:
-            The temporary file, to be given to :meth:`publish`, or None.
+            The temporary file, to be given to :meth:`publish` once the syncer is done, or None.
         """
         if self._holds(digest, data):
             return None
         path = self._paths.tmp / uuid4().hex
-        fs.write_file(path, [data], _MODE)
-        fs.failpoint("blob-staged")
+        syncer.sync(fs.write_unsynced(path, [data], _MODE), path)
         return path
 
     def publish(self, staged: dict[str, Path | None]) -> None:
@@ -64,7 +63,7 @@ class BlobStore:
             if temporary is not None:
                 fs.replace(temporary, self._paths.blob(digest))
                 fs.failpoint("blob-renamed")
-        each(fs.fsync_dir, sorted(folders), undo=lambda _: None)  # a sync cannot be undone and need not be
+        sync_folders(sorted(folders))
         fs.failpoint("blobs-durable")
 
     def put(self, items: Iterable[fs.Bytes]) -> list[str]:
@@ -72,7 +71,7 @@ class BlobStore:
         named = [(digest_of(data), data) for data in items]
         unique = dict(named)
         with fs.store_errors(self._paths.blobs):
-            staged = each(lambda digest: self.stage(digest, unique[digest]), unique, undo=_discard)
+            staged = each_synced(lambda digest, syncer: self.stage(digest, unique[digest], syncer), unique, _discard)
             self.publish(dict(zip(unique, staged, strict=True)))
         return [digest for digest, _ in named]
 

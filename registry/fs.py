@@ -77,18 +77,38 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, chunks: Iterable[Bytes], mode: int) -> None:
-    """Create `path` with these bytes and sync it; the file is removed again when that fails."""
+def write_unsynced(path: Path, chunks: Iterable[Bytes], mode: int) -> int:
+    """Create `path` with these bytes and return its descriptor, to be given to `sync_and_close`.
+
+    The file is removed again when that fails.
+    """
     fd = create(path, mode)
     try:
         for chunk in chunks:
             write(fd, chunk)
+    except BaseException:
+        os.close(fd)
+        discard(path)
+        raise
+    return fd
+
+
+def sync_and_close(fd: int) -> None:
+    """Wait until the file's bytes are on the device, and let go of it, also when that fails."""
+    try:
         fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, chunks: Iterable[Bytes], mode: int) -> None:
+    """Create `path` with these bytes and sync it; the file is removed again when that fails."""
+    fd = write_unsynced(path, chunks, mode)
+    try:
+        sync_and_close(fd)
     except BaseException:
         discard(path)
         raise
-    finally:
-        os.close(fd)
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Take many files into the blob store at once, durably and fast.
 
-Each file is read whole, hashed, inspected and written from the same bytes, so check and copy cannot disagree. Writing
-and fsync overlap over a few threads; the renames and folder syncs of the batch come last:
+Each file is read whole, hashed, inspected and written from the same bytes, so check and copy cannot disagree. Syncs
+overlap with the reading and writing of other files; the renames and folder syncs of the batch come last:
 
-    read ─▶ inspect ─▶ hash ─▶ tmp file ─▶ fsync     a few threads, one file each
-                                           └──▶ all renames ─▶ one fsync per folder     once
+    read ─▶ inspect ─▶ hash ─▶ tmp file     one thread per core, one file each
+                                  └─▶ fsync     more threads: they only wait
+                                        └─▶ all renames ─▶ one fsync per folder     once
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from registry.blobs import BlobStore, digest_of
 from registry.errors import SourceRefused
 from registry.paths import StorePaths
 from registry.source import read_source, source_size
-from registry.threads import each
+from registry.threads import Syncer, each_synced
 
 T = TypeVar("T")
 
@@ -116,25 +117,25 @@ def put_files(
     budget, claims = _Budget(_BYTES_IN_FLIGHT), _Claims()
     expected: tuple[type[Exception], ...] = (SourceRefused, *refusals)
 
-    def stage_bytes(data: bytes) -> tuple[str, Path | None]:
+    def stage_bytes(data: bytes, syncer: Syncer) -> tuple[str, Path | None]:
         digest = digest_of(data)
         with fs.store_errors(paths.tmp):
-            return digest, blobs.stage(digest, data) if claims.claim(digest) else None
+            return digest, blobs.stage(digest, data, syncer) if claims.claim(digest) else None
 
-    def stage(item: Path | bytes) -> _Staged[T] | PutRefusal:
+    def stage(item: Path | bytes, syncer: Syncer) -> _Staged[T] | PutRefusal:
         if isinstance(item, bytes):
-            return _Staged(*stage_bytes(item), None)
+            return _Staged(*stage_bytes(item, syncer), None)
         try:
             with budget.take(source_size(item)):
                 data = read_source(item)
                 inspected = inspect(item, data)
-                digest, temporary = stage_bytes(data)
+                digest, temporary = stage_bytes(data, syncer)
         except expected as error:
             return PutRefusal(item, error)
         return _Staged(digest, temporary, PutResult(item, digest, len(data), temporary is not None, inspected))
 
     items: list[Path | bytes] = [*files, *contents]
-    staged = each(stage, items, undo=_discard)
+    staged = each_synced(stage, items, undo=_discard)
     with fs.store_errors(paths.blobs):
         blobs.publish(_temporaries(item for item in staged if isinstance(item, _Staged)))
     results = (item.result if isinstance(item, _Staged) else item for item in staged)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 from pathlib import Path
 
 import pytest
 
 from registry import fs, intake
-from registry.errors import SourceRefused, StoreFull
+from registry.blobs import digest_of
+from registry.errors import SourceRefused, StoreFull, StoreIOError
 from registry.intake import PutRefusal, PutResult
 from registry.store import Store
 
@@ -138,3 +140,31 @@ def test_files_above_the_memory_budget_go_through_one_at_a_time(
     monkeypatch.setattr(intake, "_BYTES_IN_FLIGHT", 4)
     files = write(tmp_path / "in", **{f"f{n}": bytes([n]) * 10 for n in range(10)})
     assert len([result for result in store.put_files(files, length) if isinstance(result, PutResult)]) == 10
+
+
+def test_bytes_in_memory_are_stored_with_the_files_and_have_no_result_of_their_own(
+    store: Store, tmp_path: Path
+) -> None:
+    files = write(tmp_path / "in", a=b"one")
+    results = store.put_files(files, length, contents=[b"config", b"config", b"one"])
+    assert [result.path for result in results] == files
+    assert [store.read_blob(digest_of(data)) for data in (b"one", b"config")] == [b"one", b"config"]
+    assert leftovers(store) == []
+
+
+def test_a_sync_that_fails_leaves_nothing_of_the_batch(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write(tmp_path / "in", **{f"f{n}": bytes([n]) for n in range(30)})
+    real, calls = fs.fsync, itertools.count()
+
+    def fail_late(fd: int) -> None:
+        if next(calls) == 25:
+            raise OSError(errno.EIO, "input/output error")
+        real(fd)
+
+    monkeypatch.setattr(fs, "fsync", fail_late)
+    with pytest.raises(StoreIOError):
+        store.put_files(files, length)
+    assert leftovers(store) == []
+    assert list(store.verify()) == []

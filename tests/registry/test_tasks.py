@@ -198,6 +198,12 @@ class TestQueries:
         assert rust.code is not None
         assert rust.code.bits == 80.5
 
+    def test_tasks_without_vectors_are_named_in_order(self, store: Store) -> None:
+        for name in ("rust", "html", "css"):
+            ingest(store, name)
+        store.add_vectors([vector(store, "html", 0)])
+        assert store.tasks_without_vectors() == ["css", "rust"]
+
 
 class TestRemoval:
     """Forgetting a task."""
