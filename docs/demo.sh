@@ -32,7 +32,7 @@ PY
 step icm base add "$BASE" "$gguf"
 step icm ingest docs/example-fleet
 step icm train --no-eval  # `icm eval` below measures every rung at once
-step icm materialize "$TASK" -o "$OUT/adapter"
+step icm materialize "$TASK" -o "$OUT/adapter" --source code  # without --source: the original, which the store still has
 step icm eval --max-tokens 128  # half of each text: enough to see the difference, in half the time
 step icm stats
 

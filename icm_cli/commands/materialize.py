@@ -106,4 +106,4 @@ def materialize(
     out.note(f"{done.task} from {_FROM[done.rung]}{figures}")
 
 
-_FROM = {"original": "its original", "code": "its code", "generate": "its task vectors"}
+_FROM = {"original": "its original, byte for byte", "code": "its code", "generate": "its task vectors"}
