@@ -46,9 +46,10 @@ def _draw(axis: Any, fleet: FleetBill) -> None:
     axis.plot(counts, compact, label="generator + codes + vectors")
     axis.plot([tasks], [compact[tasks]], "o", color="C1", label=f"this fleet: {tasks} tasks")
     if fleet.break_even is not None:
-        axis.axvline(fleet.break_even, color="grey", linestyle=":", label=f"break-even: {fleet.break_even} tasks")
+        axis.axvline(fleet.break_even, color="grey", linestyle=":", label=f"break-even at {fleet.break_even}")
     axis.set_title(fleet.base_model.replace("$", r"\$"), fontsize="medium")
     axis.set_xlabel("tasks")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel("MiB on disk")
     axis.set_ylim(bottom=0)
     axis.legend()
