@@ -121,7 +121,7 @@ class StoreBase:
     def put_files(
         self,
         files: Sequence[Path],
-        inspect: Callable[[Path, memoryview], T],
+        inspect: Callable[[Path, bytes], T],
         refusals: tuple[type[Exception], ...] = (),
         contents: Sequence[bytes] = (),
     ) -> list[PutResult[T] | PutRefusal]:
@@ -131,8 +131,8 @@ class StoreBase:
 
         Args:
             files: plain files; no links are followed.
-            inspect: called on worker threads with a path and the very bytes that are hashed and stored, which are
-                there for the call only; raises to refuse them.
+            inspect: called on worker threads with a path and the very bytes that are hashed and stored; raises to
+                refuse them.
             refusals: what `inspect` raises to refuse one file. Any other exception ends the batch.
             contents: bytes that are in memory already, to be stored in the same batch; :func:`registry.blobs.digest_of`
                 tells their digests.

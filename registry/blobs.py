@@ -20,7 +20,6 @@ from registry.paths import StorePaths, is_digest
 from registry.threads import Syncer, each_synced, sync_folders
 
 _CHUNK = 1 << 20
-_LARGE = 128 << 10  # below this, going past the page cache gains nothing
 _MODE = 0o444  # immutable, and it shows
 
 
@@ -35,16 +34,10 @@ class BlobStore:
     def __init__(self, paths: StorePaths) -> None:
         self._paths = paths
 
-    def stage(self, digest: str, data: fs.Bytes, syncer: Syncer, pages: memoryview | None = None) -> Path | None:
+    def stage(self, digest: str, data: fs.Bytes, syncer: Syncer) -> Path | None:
         """Write bytes to a temporary file, unless the store has exactly these bytes already.
 
         The present file is compared, not trusted, so that storing a file again heals a damaged blob.
-
-        Args:
-            digest: the bytes' own.
-            data: the bytes.
-            syncer: syncs the file.
-            pages: the bytes and the rest of their last page of memory, where they lie in whole pages.
 
         Returns:
             The temporary file, to be given to :meth:`publish` once the syncer is done, or None.
@@ -52,11 +45,7 @@ class BlobStore:
         if self._holds(digest, data):
             return None
         path = self._paths.tmp / uuid4().hex
-        if pages is None or len(data) < _LARGE:
-            fd = fs.write_unsynced(path, [data], _MODE)
-        else:
-            fd = fs.write_pages_unsynced(path, pages, len(data), _MODE)
-        syncer.sync(fd, path)
+        syncer.sync(fs.write_unsynced(path, [data], _MODE), path)
         return path
 
     def publish(self, staged: dict[str, Path | None]) -> None:

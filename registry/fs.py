@@ -18,7 +18,6 @@ from registry.errors import StoreFull, StoreIOError, StoreReadOnly
 Bytes = bytes | bytearray | memoryview
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux has it
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -31,9 +30,9 @@ def failpoint(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def create(path: Path, mode: int, flags: int = 0) -> int:
+def create(path: Path, mode: int) -> int:
     """Create a file that must not exist and return its descriptor, open for writing; the umask applies to `mode`."""
-    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, mode)
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
 
 
 def write(fd: int, data: Bytes) -> None:
@@ -87,33 +86,6 @@ def write_unsynced(path: Path, chunks: Iterable[Bytes], mode: int) -> int:
     try:
         for chunk in chunks:
             write(fd, chunk)
-    except BaseException:
-        os.close(fd)
-        discard(path)
-        raise
-    return fd
-
-
-def write_pages_unsynced(path: Path, pages: memoryview, size: int, mode: int) -> int:
-    """Do what `write_unsynced` does with the first `size` bytes of whole pages of memory, past the page cache.
-
-    For megabytes this takes half the processor's time: nothing is copied, and no pages are looked for. What does not
-    work everywhere is done through the cache instead: file systems in memory or on a network may refuse it.
-    """
-    if _DIRECT:
-        try:
-            return _write_direct(path, pages, size, mode)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-    return write_unsynced(path, [pages[:size]], mode)
-
-
-def _write_direct(path: Path, pages: memoryview, size: int, mode: int) -> int:
-    fd = create(path, mode, _DIRECT)
-    try:
-        write(fd, pages)
-        os.ftruncate(fd, size)
     except BaseException:
         os.close(fd)
         discard(path)

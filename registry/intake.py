@@ -20,7 +20,6 @@ from typing import Any, Generic, TypeVar
 from registry import fs
 from registry.blobs import BlobStore, digest_of
 from registry.errors import SourceRefused
-from registry.pages import PageRoom
 from registry.paths import StorePaths
 from registry.source import read_source, source_size
 from registry.threads import Syncer, each_synced
@@ -110,27 +109,27 @@ def put_files(
     blobs: BlobStore,
     paths: StorePaths,
     files: Sequence[Path],
-    inspect: Callable[[Path, memoryview], T],
+    inspect: Callable[[Path, bytes], T],
     refusals: tuple[type[Exception], ...] = (),
     contents: Sequence[bytes] = (),
 ) -> list[PutResult[T] | PutRefusal]:
     """Store files durably; see :meth:`registry.store.Store.put_files`."""
-    budget, claims, room = _Budget(_BYTES_IN_FLIGHT), _Claims(), PageRoom()
+    budget, claims = _Budget(_BYTES_IN_FLIGHT), _Claims()
     expected: tuple[type[Exception], ...] = (SourceRefused, *refusals)
 
-    def stage_bytes(data: fs.Bytes, syncer: Syncer, pages: memoryview | None = None) -> tuple[str, Path | None]:
+    def stage_bytes(data: bytes, syncer: Syncer) -> tuple[str, Path | None]:
         digest = digest_of(data)
         with fs.store_errors(paths.tmp):
-            return digest, blobs.stage(digest, data, syncer, pages) if claims.claim(digest) else None
+            return digest, blobs.stage(digest, data, syncer) if claims.claim(digest) else None
 
     def stage(item: Path | bytes, syncer: Syncer) -> _Staged[T] | PutRefusal:
         if isinstance(item, bytes):
             return _Staged(*stage_bytes(item, syncer), None)
         try:
             with budget.take(source_size(item)):
-                data = read_source(item, room)
-                inspected = inspect(item, data.toreadonly())
-                digest, temporary = stage_bytes(data, syncer, room.pages(len(data)))
+                data = read_source(item)
+                inspected = inspect(item, data)
+                digest, temporary = stage_bytes(data, syncer)
         except expected as error:
             return PutRefusal(item, error)
         return _Staged(digest, temporary, PutResult(item, digest, len(data), temporary is not None, inspected))

@@ -8,7 +8,6 @@ import stat
 from pathlib import Path
 
 from registry.errors import SourceChanged, SourceRefused
-from registry.pages import PageRoom
 
 MAX_SOURCE_BYTES = 8 << 30
 # An adapter is megabytes; 8 GiB is far above the largest and still below what would hurt a machine that can use it.
@@ -27,8 +26,8 @@ def source_size(path: Path) -> int:
     return _check(path, status).st_size
 
 
-def read_source(path: Path, room: PageRoom) -> memoryview:
-    """Return the bytes of a plain file, in room that this thread's next read takes back.
+def read_source(path: Path) -> bytes:
+    """Return the bytes of a plain file.
 
     The file is read with read(2), never mapped: a mapped file that shrinks kills the process.
 
@@ -45,7 +44,7 @@ def read_source(path: Path, room: PageRoom) -> memoryview:
         raise SourceRefused(f"cannot read {path}: {reason}", path=path) from error
     try:
         before = _check(path, os.fstat(fd))
-        data = _read_exactly(fd, room.take(before.st_size))
+        data = _read_exactly(fd, before.st_size)
         after = os.fstat(fd)
         named = os.stat(path, follow_symlinks=False)
     except OSError as error:
@@ -65,12 +64,16 @@ def _check(path: Path, status: os.stat_result) -> os.stat_result:
     return status
 
 
-def _read_exactly(fd: int, room: memoryview) -> memoryview:
-    """Fill the room and return it, or a shorter part if the file has become shorter."""
-    done = 0
-    while done < len(room) and (count := os.readv(fd, [room[done:]])) > 0:
-        done += count
-    return room[:done]
+def _read_exactly(fd: int, size: int) -> bytes:
+    """Read `size` bytes, or fewer if the file has become shorter; the usual file takes one call and no copy."""
+    data = os.pread(fd, size, 0)
+    if len(data) == size:
+        return data
+    parts = [data]
+    while data and (missing := size - sum(map(len, parts))) > 0:
+        data = os.pread(fd, missing, size - missing)
+        parts.append(data)
+    return b"".join(parts)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

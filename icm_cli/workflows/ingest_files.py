@@ -80,7 +80,7 @@ class _Checked:
     summary: AdapterSummary | None
 
 
-_Checks = dict[Path, Callable[[bytes | memoryview], AdapterSummary | None]]
+_Checks = dict[Path, Callable[[bytes], AdapterSummary | None]]
 _Outcomes = dict[Path, _Checked | Exception]
 
 
@@ -130,8 +130,8 @@ def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
     return _Small(config, card)
 
 
-def _check_text(data: bytes | memoryview, *, path: Path) -> None:
-    parse_examples(bytes(data), path=path)
+def _check_text(data: bytes, *, path: Path) -> None:
+    parse_examples(data, path=path)
 
 
 def _too_large(path: Path) -> DataError:
@@ -139,7 +139,7 @@ def _too_large(path: Path) -> DataError:
 
 
 def _check_and_store(checks: _Checks, contents: Sequence[bytes], store: Store) -> _Outcomes:
-    def inspect(path: Path, data: memoryview) -> AdapterSummary | None:
+    def inspect(path: Path, data: bytes) -> AdapterSummary | None:
         return checks[path](data)
 
     # Everything of the batch at once: what takes time is waiting for the disk, once per call.

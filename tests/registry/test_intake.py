@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import os
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ def write(folder: Path, **contents: bytes) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def length(path: Path, data: memoryview) -> int:
+def length(path: Path, data: bytes) -> int:
     return len(data)
 
 
@@ -65,7 +64,7 @@ def test_of_equal_files_one_is_written(store: Store, tmp_path: Path) -> None:
 def test_a_refused_file_leaves_nothing_and_the_others_go_on(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", good=b"good", bad=b"bad")
 
-    def inspect(path: Path, data: memoryview) -> None:
+    def inspect(path: Path, data: bytes) -> None:
         if data == b"bad":
             raise LookupError(path.name)
 
@@ -87,7 +86,7 @@ def test_a_link_among_the_files_is_refused(store: Store, tmp_path: Path) -> None
 def test_an_unexpected_error_of_the_inspection_ends_the_batch_with_nothing_stored(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", **{f"f{n}": bytes([n]) for n in range(30)})
 
-    def inspect(path: Path, data: memoryview) -> None:
+    def inspect(path: Path, data: bytes) -> None:
         if path.name == "f20":
             raise ZeroDivisionError
 
@@ -169,30 +168,3 @@ def test_a_sync_that_fails_leaves_nothing_of_the_batch(
         store.put_files(files, length)
     assert leftovers(store) == []
     assert list(store.verify()) == []
-
-
-@pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 20) + 1])
-def test_a_large_file_is_stored_to_its_last_byte_and_no_further(store: Store, tmp_path: Path, size: int) -> None:
-    longer = os.urandom(2 << 20)  # read first, so that what lies behind the other's end is no zeros
-    files = write(tmp_path / "in", a=longer, b=longer[:size])
-    results = [result for result in store.put_files(files, length) if isinstance(result, PutResult)]
-    assert [store.read_blob(result.digest) for result in results] == [longer, longer[:size]]
-
-
-@pytest.mark.parametrize("call", ["create", "write"])
-def test_where_the_page_cache_cannot_be_passed_by_a_large_file_goes_through_it(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    (file,) = write(tmp_path / "in", a=os.urandom(1 << 20))
-    real, calls = getattr(fs, call), itertools.count()
-
-    def refuse_first(*arguments: object) -> object:
-        if next(calls) == 0:
-            raise OSError(errno.EINVAL, "invalid argument")
-        return real(*arguments)
-
-    monkeypatch.setattr(fs, call, refuse_first)
-    (result,) = store.put_files([file], length)
-    assert isinstance(result, PutResult)
-    assert store.read_blob(result.digest) == file.read_bytes()
-    assert leftovers(store) == []

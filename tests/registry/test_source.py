@@ -9,12 +9,7 @@ import pytest
 
 from registry import source
 from registry.errors import SourceChanged, SourceRefused
-from registry.pages import PageRoom
-from registry.source import source_size
-
-
-def read_source(path: Path) -> bytes:
-    return bytes(source.read_source(path, PageRoom()))
+from registry.source import read_source, source_size
 
 
 def test_a_plain_file_is_read_whole(tmp_path: Path) -> None:
@@ -58,7 +53,7 @@ class TestRefusals:
         path = tmp_path / "sparse"
         path.touch()
         os.truncate(path, source.MAX_SOURCE_BYTES + 1)
-        monkeypatch.setattr(os, "readv", lambda *_: pytest.fail("it was read"))
+        monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it was read"))
         refuse(read, path)
 
 
@@ -70,15 +65,15 @@ def refuse(read: object, path: Path) -> None:
 
 
 def change_during_read(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
-    real = os.readv
+    real = os.pread
 
-    def readv(fd: int, buffers: list[memoryview]) -> int:
-        count = real(fd, buffers)
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        data = real(fd, size, offset)
         assert callable(change)
         change()
-        return count
+        return data
 
-    monkeypatch.setattr(os, "readv", readv)
+    monkeypatch.setattr(os, "pread", pread)
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +107,6 @@ def test_a_file_that_is_swapped_for_another_while_it_is_read_is_refused(
 def test_a_read_that_returns_less_than_asked_for_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"many bytes")
-    real = os.readv
-    monkeypatch.setattr(os, "readv", lambda fd, buffers: real(fd, [buffers[0][:3]]))
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: real(fd, min(size, 3), offset))
     assert read_source(path) == b"many bytes"
