@@ -28,17 +28,17 @@ for path in sys.argv[1:]:
 
 def measure_ingest(fleet: Path, work: Path, runs: int) -> list[Figure]:
     """Measure ingest and hashing in turn, in this process and as whole processes."""
-    files, store = weight_files(fleet), work / "ingested"
-    inside = alternate({"hash": lambda: _hash(files), "ingest": lambda: _ingest(fleet, store)}, runs)
-    command = icm("--quiet", "ingest", str(fleet), "--no-vectors", store=store)
+    files, stores = weight_files(fleet), work / "ingested"
+    names = [str(path) for path in files]
+    hashing_alone = [sys.executable, "-c", _HASH, *names]
+    inside = alternate({"hash": lambda: _hash(files), "ingest": lambda: _ingest(fleet, _new(stores))}, runs)
+    shutil.rmtree(stores)
 
     def whole() -> None:
-        shutil.rmtree(store, ignore_errors=True)
-        process(command)
+        process(icm("--quiet", "ingest", str(fleet), "--no-vectors", store=_new(stores)))
 
-    names = [str(path) for path in files]
-    outside = alternate({"hash": lambda: process([sys.executable, "-c", _HASH, *names]), "ingest": whole}, runs)
-    shutil.rmtree(store, ignore_errors=True)
+    outside = alternate({"hash": lambda: process(hashing_alone), "ingest": whole}, runs)
+    shutil.rmtree(stores)
     hashing, ingesting = walls(inside["hash"]), walls(inside["ingest"])
     speeds = tuple(round(first / second, 3) for first, second in zip(hashing, ingesting, strict=True))
     return [
@@ -58,6 +58,11 @@ def _hash(files: list[Path]) -> None:
 
 
 def _ingest(fleet: Path, store: Path) -> None:
-    shutil.rmtree(store, ignore_errors=True)
     for _ in ingest(Place(store), IngestRequest(paths=(fleet,)), StopFlag()):
         pass
+
+
+def _new(stores: Path) -> Path:
+    """Return a folder for one more store; the others stay for now, because removing them is no part of an ingest."""
+    stores.mkdir(exist_ok=True)
+    return stores / str(len(list(stores.iterdir())))
