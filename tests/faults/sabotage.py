@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def in_place() -> None:
                 for at in range(0, len(data), 256):
                     fs.write(file.fileno(), data[at : at + 256])
                     os.fsync(file.fileno())
+                    time.sleep(0.005)  # on a fast disk a kill at a random time would hardly ever fall in between
 
     output_folder.write_folder = write
 
