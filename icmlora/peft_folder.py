@@ -24,10 +24,7 @@ from icmlora.peft_names import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.tensorfile import read_header, read_tensor_file
 from icmlora.torch_tensors import decode_float32, encode_torch
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "load_adapter", "load_adapter_folder", "save_adapter", "save_original"]
-
-save_original = write_original
-"""The counterpart of `save_adapter` for stored bytes; it lives where torch is not imported."""
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "load_adapter", "load_adapter_folder", "save_adapter"]
 
 # vLLM and SGLang reserve space for ranks of 8, 16, 32, 64, ...
 _SMALLEST_RANK = 8

@@ -45,14 +45,6 @@ class RowWriter:
             self.session.add(row)
         return row
 
-    def blob_or_none(self, digest: str | None) -> Blob | None:
-        """Return the row of a blob, if there is one to refer to.
-
-        Raises:
-            MissingBlob: there is no such file.
-        """
-        return None if digest is None else self.blob(digest)
-
     def load_blobs(self, digests: Iterable[str]) -> None:
         """Fetch the rows of many blobs in few queries, before :meth:`blob` is called for each."""
         wanted = sorted(set(digests) - self._blobs.keys())

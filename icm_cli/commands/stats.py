@@ -10,7 +10,7 @@ import typer
 
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import human_size
+from icm_cli.text import human_percent, human_size
 
 if TYPE_CHECKING:
     from icm_cli.workflows.accounting import Bill, FleetBill, TaskBill
@@ -102,7 +102,9 @@ def _verdict(found: Bill) -> str:
     if not found.bf16_size:
         return "nothing is ingested"
     now = found.usage.total / found.bf16_size
-    disk = f"The store takes {now:.1%} of what all final adapters take in bf16 ({human_size(found.bf16_size)})"
+    disk = (
+        f"The store takes {human_percent(now)} of what all final adapters take in bf16 ({human_size(found.bf16_size)})"
+    )
     if not any(fleet.encoded for fleet in found.fleets):
         return f"{disk}: nothing is encoded yet, so nothing is saved."
     share = found.compact_share
@@ -111,8 +113,10 @@ def _verdict(found: Bill) -> str:
     if share is None:
         return f"{kept} Not every task has a code yet, so what they save is not known: `icm train` makes the others."
     if share >= 1:
-        return f"{kept} {what} take {share:.1%}: they save nothing, they cost {share - 1:.1%} more."
-    return f"{kept} {what} alone take {share:.1%}: they save {1 - share:.1%}."
+        return (
+            f"{kept} {what} take {human_percent(share)}: they save nothing, they cost {human_percent(share - 1)} more."
+        )
+    return f"{kept} {what} alone take {human_percent(share)}: they save {human_percent(1 - share)}."
 
 
 def _fleet_cells(fleet: FleetBill) -> list[str]:
@@ -125,7 +129,7 @@ def _fleet_cells(fleet: FleetBill) -> list[str]:
         human_size(fleet.generator_size) if fleet.generator else "-",
         human_size(fleet.per_task_size),
         "-" if marginal is None else human_size(round(marginal)),
-        f"{size / fleet.bf16_size:.1%}" if complete and fleet.bf16_size else "-",
+        human_percent(size / fleet.bf16_size if complete and fleet.bf16_size else None),
         "-" if not fleet.encoded else ("never" if fleet.break_even is None else str(fleet.break_even)),
         _mean_and_worst([task.dw_error for task in fleet.tasks], max),
         _mean_and_worst([task.retained_gain for task in fleet.tasks], min),
@@ -140,7 +144,7 @@ def _task_cells(task: TaskBill) -> list[str]:
         human_size(task.original_size),
         "-" if task.code_size is None else human_size(task.code_size),
         human_size(task.vectors_size),
-        "-" if size is None else f"{size / task.bf16_size:.1%}",
+        human_percent(None if size is None else size / task.bf16_size),
         "-" if task.dw_error is None else f"{task.dw_error:.3f}",
         "-" if task.retained_gain is None else f"{task.retained_gain:.3f}",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from icmlora.device import seed_everything
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE, VIEWS, ConditionNet
 from icmlora.generator.tokens import tokenize
@@ -15,7 +16,7 @@ _DEFAULT_SPREAD = 0.5
 
 def fresh_network(config: GeneratorConfig, fleet: Fleet, seed: int) -> CVAE:
     """Make a network whose norm tables and vector standardisation are those of the fleet's final adapters."""
-    torch.manual_seed(seed)
+    seed_everything(seed)
     net = CVAE(config)
     _standardise(net.condition, fleet)
     _set_norms(net, fleet)
