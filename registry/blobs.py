@@ -1,6 +1,6 @@
 """Content-addressed files: each is named by the SHA-256 of its bytes, written once and never changed.
 
-    bytes ──▶ tmp/XXXX ──fsync──▶ rename ──▶ blobs/3f/3f9a... ──fsync folder──▶ durable
+    bytes ──▶ tmp/XXXX ──fsync──▶ rename ──▶ blobs/3/3f9a... ──fsync folder──▶ durable
                                                                     (a row may now refer to it)
 
 A crash at any point leaves at most a file in tmp/ or a blob without a row; both are removed by prune.
@@ -114,7 +114,7 @@ class BlobStore:
         """Yield the digest of every blob file, in order."""
         for folder in sorted(self._paths.blobs.iterdir()):
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if is_digest(path.name) and path.parent.name == path.name[:2]:
+                if is_digest(path.name) and path.parent.name == path.name[0]:
                     yield path.name
 
     def unlink(self, digests: Iterable[str]) -> int:

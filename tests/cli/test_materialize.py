@@ -30,7 +30,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def damage(store: Path, digest: str) -> None:
-    blob = store / "blobs" / digest[:2] / digest
+    blob = store / "blobs" / digest[0] / digest
     data = bytearray(blob.read_bytes())
     data[len(data) // 2] ^= 1
     blob.chmod(0o644)

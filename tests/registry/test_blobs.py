@@ -88,7 +88,7 @@ def test_a_present_blob_has_its_folder_synced_again(blobs: BlobStore, monkeypatc
     synced: list[Path] = []
     monkeypatch.setattr(fs, "fsync_dir", synced.append)
     blobs.put([b"bytes"])
-    assert digest[:2] in {path.name for path in synced}
+    assert digest[0] in {path.name for path in synced}
 
 
 @pytest.mark.parametrize("wrong", [b"", b"byte", b"bytes!", b"bytez"])

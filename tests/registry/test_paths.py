@@ -13,9 +13,9 @@ from registry.paths import StorePaths, is_digest
 PATHS = StorePaths(Path("store"))
 
 
-def test_a_blob_lies_in_the_folder_of_its_first_two_digits() -> None:
+def test_a_blob_lies_in_the_folder_of_its_first_digit() -> None:
     digest = "3f" + "0" * 62
-    assert PATHS.blob(digest) == Path("store/blobs/3f") / digest
+    assert PATHS.blob(digest) == Path("store/blobs/3") / digest
 
 
 @pytest.mark.parametrize("text", ["", "../../x", "3F" + "0" * 62, "0" * 63, "0" * 65, "0" * 64 + "\n", "é" * 64])
