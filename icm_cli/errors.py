@@ -126,6 +126,8 @@ TABLE: dict[str, ExitCode] = {
     "icmlora.errors.IcmLoraError": ExitCode.FAILED,
     "icmlora.errors.UnsafeInput": ExitCode.UNSAFE,
     "icmlora.errors.CodeError": ExitCode.DAMAGED,
+    "icmlora.errors.UnknownBaseline": ExitCode.USAGE,
+    "icmlora.errors.BundleError": ExitCode.DAMAGED,
 }
 
 

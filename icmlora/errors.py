@@ -10,6 +10,8 @@ IcmLoraError
 |-- GeneratorError          a generator that cannot be made, read or used as asked
 |   `-- NotCovered          an adapter with a module, layer or rank that the generator was not made for
 |-- CodeError               a code that is damaged or belongs to another generator
+|-- UnknownBaseline         a baseline that is not in the catalogue
+|-- BundleError             a bundle that is damaged, cut short or of another format
 `-- DataError               samples or held-out text that cannot be used
 """
 
@@ -83,6 +85,14 @@ class NotCovered(GeneratorError):
 
 class CodeError(IcmLoraError):
     """A code that is damaged or was made by another generator."""
+
+
+class BundleError(IcmLoraError):
+    """A bundle that is damaged, cut short, or of a format that this icm does not know."""
+
+
+class UnknownBaseline(IcmLoraError):
+    """A name that no baseline has."""
 
 
 class DataError(IcmLoraError):

@@ -1,0 +1,84 @@
+"""Write one large file so that it appears as a whole or not at all, and stays after a crash.
+
+The file grows as `NAME.icm-XXXXXXXX` beside the target, is made durable, and renamed. What a killed run left behind is
+recognised by its lock, which died with the process, and removed by the next run for the same target.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from icmlora.errors import OutputExists
+from icmlora.files import fsync_folder
+
+_SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
+
+
+@contextmanager
+def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for writing; it is at `path` after the block, and not at all if the block raises.
+
+    Args:
+        path: The file; missing parents are made. A link is followed.
+        force: Replace a file that exists.
+
+    Raises:
+        OutputExists: It exists and `force` is not given, or is no file.
+        OSError: The file system refused; nothing was left at `path` that was not there.
+    """
+    target = Path(os.path.realpath(path))
+    check_absent(path, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    temporary = target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+            check_absent(path, force=force)  # once more: writing took a while
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(target.parent)
+
+
+def check_absent(path: Path, *, force: bool = False) -> None:
+    """Check that a file can be written, before the work of making its content.
+
+    Raises:
+        OutputExists: As `writing_file`.
+    """
+    if path.exists() and not path.is_file():
+        raise OutputExists("is not a file", path=path)
+    if path.exists() and not force:
+        raise OutputExists("exists already", path=path, hint="choose another name, or replace it with --force")
+
+
+def _remove_leftovers(target: Path) -> None:
+    for entry in target.parent.iterdir():
+        suffix = entry.name.removeprefix(target.name)
+        if suffix != entry.name and _SUFFIX.fullmatch(suffix) and _is_abandoned(entry):
+            entry.unlink(missing_ok=True)
+
+
+def _is_abandoned(file: Path) -> bool:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

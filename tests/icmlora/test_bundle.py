@@ -1,0 +1,160 @@
+"""A bundle comes back as it was written, and no changed byte of it goes unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icmlora.bundle import bundle_digest, bundle_size, open_bundle, write_bundle
+from icmlora.errors import BundleError, IcmLoraError, OutputExists, UnsafeInput
+from tests.icmlora import bundles
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return bundles.write(tmp_path_factory.mktemp("made") / "fleet.icm").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A path for damaged copies."""
+    return tmp_path_factory.mktemp("spoilt") / "fleet.icm"
+
+
+def read_all(path: Path) -> dict[str, bytes]:
+    with open_bundle(path) as bundle:
+        bundle.check()
+        return {part.digest: bundle.read(part.digest) for part in bundle.index.parts}
+
+
+def test_a_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path = bundles.write(tmp_path / "fleet.icm")
+    with open_bundle(path) as bundle:
+        assert bundle.index == bundles.index()
+        assert bundle.digest == bundle_digest(bundles.index())
+    assert read_all(path) == bundles.BLOBS
+    assert path.stat().st_size == bundle_size(bundles.index())
+
+
+def test_the_same_index_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert bundles.write(tmp_path / "a").read_bytes() == bundles.write(tmp_path / "b").read_bytes()
+
+
+def test_the_bytes_of_a_bundle_stay_what_they_are(data: bytes) -> None:
+    known = "495eb3207e6179cf5772c73c8c527459c1d950174aa8c37785be28a990e91a39"
+    assert hashlib.sha256(data).hexdigest() == known
+
+
+def test_what_follows_from_the_layout_is_not_written() -> None:
+    rust = bundles.index().task("RUST")
+    assert rust is not None
+    assert (rust.rank_max, rust.parameters, rust.target_modules) == (4, 84, ("q_proj",))
+
+
+@given(st.data())
+def test_any_flipped_bit_is_noticed(data: bytes, spoilt: Path, draw: st.DataObject) -> None:
+    at = draw.draw(st.integers(0, len(data) - 1))
+    changed = bytearray(data)
+    changed[at] ^= 1 << draw.draw(st.integers(0, 7))
+    spoilt.write_bytes(changed)
+    with pytest.raises(BundleError):
+        read_all(spoilt)
+
+
+@given(st.data())
+def test_a_bundle_that_is_cut_anywhere_is_refused_when_it_is_opened(
+    data: bytes, spoilt: Path, draw: st.DataObject
+) -> None:
+    spoilt.write_bytes(data[: draw.draw(st.integers(0, len(data) - 1))])
+    with pytest.raises(BundleError), open_bundle(spoilt):
+        pass
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused_by_name(spoilt: Path, junk: bytes) -> None:
+    spoilt.write_bytes(b"ICMB\x01" + junk)
+    with pytest.raises(BundleError), open_bundle(spoilt):
+        pass
+
+
+def test_bytes_after_the_last_part_are_refused(data: bytes, spoilt: Path) -> None:
+    spoilt.write_bytes(data + b"\0")
+    with pytest.raises(BundleError, match="not"), open_bundle(spoilt):
+        pass
+
+
+def test_two_parts_that_changed_places_are_noticed(tmp_path: Path) -> None:
+    path = bundles.write(tmp_path / "fleet.icm")
+    fields = bundles.fields_of(path)
+    fields["parts"].reverse()
+    bundles.forge(path, fields)
+    with pytest.raises(BundleError, match="damaged"):
+        read_all(path)
+
+
+def test_only_the_part_that_is_read_is_hashed(data: bytes, spoilt: Path) -> None:
+    spoilt.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with open_bundle(spoilt) as bundle:
+        assert bundle.read(bundles.digest("rust")) == bundles.CONTENT["rust"]
+        with pytest.raises(BundleError, match="damaged"):
+            bundle.read(bundles.digest("sql"))
+
+
+def test_another_file_is_called_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(BundleError, match="no bundle") as caught, open_bundle(tmp_path / "x.zip"):
+        pass
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_newer_format_is_named(data: bytes, spoilt: Path) -> None:
+    spoilt.write_bytes(b"ICMB\x02" + data[5:])
+    with pytest.raises(BundleError, match="has the format 2") as caught, open_bundle(spoilt):
+        pass
+    assert "newer" in (caught.value.hint or "")
+
+
+def test_a_link_to_a_bundle_is_followed(tmp_path: Path) -> None:
+    bundles.write(tmp_path / "fleet.icm")
+    (tmp_path / "latest.icm").symlink_to("fleet.icm")
+    assert read_all(tmp_path / "latest.icm") == bundles.BLOBS
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnsafeInput, match="regular file"), open_bundle(tmp_path / "pipe"):
+        pass
+
+
+def test_a_missing_bundle_is_named(tmp_path: Path) -> None:
+    with pytest.raises(IcmLoraError, match=r"none\.icm"), open_bundle(tmp_path / "none.icm"):
+        pass
+
+
+def test_a_part_that_is_not_what_the_index_says_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="damaged"):
+        list(write_bundle(tmp_path / "fleet.icm", bundles.index(), lambda digest: b"other"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_is_not_written_to_its_end_leaves_no_file(tmp_path: Path) -> None:
+    writing = write_bundle(tmp_path / "fleet.icm", bundles.index(), bundles.BLOBS.__getitem__)
+    assert next(iter(writing)).digest == bundles.digest("generator")
+    del writing
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_exists_is_replaced_only_by_force(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.icm"
+    path.write_text("mine")
+    with pytest.raises(OutputExists) as caught:
+        bundles.write(path)
+    assert "--force" in (caught.value.hint or "")
+    assert path.read_text() == "mine"
+    list(write_bundle(path, bundles.index(), bundles.BLOBS.__getitem__, force=True))
+    assert read_all(path) == bundles.BLOBS
