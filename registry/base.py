@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self, TypeVar
 
 from registry import fs
@@ -15,7 +15,7 @@ from registry.intake import PutRefusal, PutResult, put_files
 from registry.locks import StoreLock
 from registry.migrations import migrate
 from registry.paths import FORMAT_TEXT, StorePaths
-from registry.reserve import make_reserve
+from registry.reserve import make_reserve, with_reserve
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class StoreBase:
             if not read_only:
                 _make_folders(paths)
             database = Database(paths.database, read_only=read_only, busy_timeout=lock_timeout)
-            migrate(database)
+            with_reserve(paths, lambda: migrate(database))  # a newer icm is often asked to empty a full disk
         except BaseException:
             lock.close()
             raise
@@ -124,6 +124,7 @@ class StoreBase:
         inspect: Callable[[Path, bytes], T],
         refusals: tuple[type[Exception], ...] = (),
         contents: Sequence[bytes] = (),
+        withheld: Mapping[Path, Collection[str]] = MappingProxyType({}),
     ) -> list[PutResult[T] | PutRefusal]:
         """Store files durably, several at a time.
 
@@ -136,6 +137,7 @@ class StoreBase:
             refusals: what `inspect` raises to refuse one file. Any other exception ends the batch.
             contents: bytes that are in memory already, to be stored in the same batch; :func:`registry.blobs.digest_of`
                 tells their digests.
+            withheld: file -> digests under which it is inspected but not stored: weights that are to stay evicted.
 
         Returns:
             For each file, in order: a result, or a refusal with the reason.
@@ -144,7 +146,7 @@ class StoreBase:
             StoreFull: no space left; nothing of the batch is stored.
         """
         self._must_write()
-        return put_files(self._blobs, self._paths, files, inspect, refusals, contents)
+        return put_files(self._blobs, self._paths, files, inspect, refusals, contents, withheld)
 
     def read_blob(self, digest: str) -> bytes:
         """Return a blob's bytes once they are known to be the right ones.

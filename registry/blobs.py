@@ -75,6 +75,10 @@ class BlobStore:
             self.publish(dict(zip(unique, staged, strict=True)))
         return [digest for digest, _ in named]
 
+    def exists(self, digest: str) -> bool:
+        """Say whether there is a file of that name."""
+        return self._paths.blob(digest).exists()
+
     def size(self, digest: str) -> int:
         """Return a blob's length in bytes, from the file.
 
@@ -100,9 +104,19 @@ class BlobStore:
             except FileNotFoundError:
                 raise self._missing(digest) from None
         if digest_of(data) != digest:
-            hint = "`icm verify --repair` moves it aside; ingesting the original again restores it"
-            raise DamagedBlob(f"blob {digest} is damaged", path=path, hint=hint)
+            raise self._damaged(digest)
         return data
+
+    def check(self, digest: str) -> None:
+        """Raise unless a blob's bytes are there and are the right ones; they are not held in memory.
+
+        Raises:
+            MissingBlob: there is no such file.
+            DamagedBlob: its bytes have another digest.
+        """
+        self.size(digest)
+        if not self.is_intact(digest):
+            raise self._damaged(digest)
 
     def is_intact(self, digest: str) -> bool:
         """Say whether a blob's bytes have its digest, without holding them all in memory."""
@@ -123,7 +137,7 @@ class BlobStore:
         with fs.store_errors(self._paths.blobs):
             for digest in digests:
                 path = self._paths.blob(digest)
-                if path.exists():
+                if self.exists(digest):
                     freed += path.stat().st_size
                     fs.unlink(path)
                     fs.failpoint("blob-unlinked")
@@ -149,6 +163,10 @@ class BlobStore:
                 return all(file.read(_CHUNK) == bytes(view[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
         except FileNotFoundError:
             return False
+
+    def _damaged(self, digest: str) -> DamagedBlob:
+        hint = "`icm verify --repair` moves it aside; ingesting the original again restores it"
+        return DamagedBlob(f"blob {digest} is damaged", path=self._paths.blob(digest), hint=hint)
 
     def _missing(self, digest: str) -> MissingBlob:
         hint = "ingesting the original again restores it; `icm verify` lists what is missing"

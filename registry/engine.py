@@ -48,7 +48,7 @@ class Database:
         """
         self.path = path
         self.read_only = read_only
-        self._busy_ms = int(busy_timeout * 1000)
+        self.busy_timeout = busy_timeout
         self._create = False
         self._engine = create_engine(
             "sqlite://",
@@ -58,6 +58,12 @@ class Database:
         )
         event.listen(self._engine, "begin", _begin)
         self._reader = self._engine.execution_options(icm_begin="BEGIN")
+
+    def can_be_written(self) -> bool:
+        """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
+        if not os.access(self.path.parent, os.W_OK):
+            return False
+        return os.access(self.path, os.W_OK) or not self.path.exists()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -108,10 +114,9 @@ class Database:
 
     def _connect(self) -> sqlite3.Connection:
         # A reader may have to roll back the journal of a killed writer, so it opens read-only only where it must.
-        writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
-        mode = "rwc" if self._create else ("rw" if writable or not self.read_only else "ro")
+        mode = "rwc" if self._create else ("rw" if not self.read_only or self.can_be_written() else "ro")
         uri = f"file:{quote(str(self.path))}?mode={mode}"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=self._busy_ms / 1000)
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=self.busy_timeout)
         try:
             for pragma in _PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}")

@@ -15,7 +15,8 @@ RegistryError
 │   └── SourceChanged  it changed while it was read
 ├── InvalidName        a task name outside the rule
 ├── TaskNotFound       no task of that name
-└── TaskConflict       the task exists with another adapter
+├── TaskConflict       the task exists with another adapter
+└── LastCopy           what was asked for would lose the last copy of an adapter
 """
 
 from __future__ import annotations
@@ -112,3 +113,7 @@ class TaskConflict(RegistryError):
             hint="give the new one another name, or say what to do with --on-conflict skip|replace",
         )
         self.name = name
+
+
+class LastCopy(RegistryError):
+    """What was asked for would lose the last copy of a task's adapter; nothing was changed."""

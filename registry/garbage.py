@@ -3,6 +3,9 @@
 A file goes only while the write lock is held and no row refers to it; a row comes only while the write lock is held
 and its file is there (see :meth:`registry.writer.RowWriter.blob`). So no order of two processes leaves a row without
 its bytes.
+
+Two questions, which differ for evicted adapters alone: is there a row that *refers* to a blob (then its row stays),
+and is there one that *needs* its bytes (then its file stays)?
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from registry.engine import Database
 from registry.fs import failpoint
 from registry.models import Adapter, Base, Blob, Code, Document, Generator, Task, TaskVector, TrainRun
 from registry.paths import StorePaths
+from registry.row_numbers import in_parts
 
 # Every column that refers to a blob; a test compares this with the tables.
 BLOB_COLUMNS: tuple[InstrumentedAttribute[int] | InstrumentedAttribute[int | None], ...] = (
@@ -51,6 +55,23 @@ class PruneReport:
     blobs: int
     temporary_files: int
     freed_bytes: int
+
+
+def drop_evicted(database: Database, blobs: BlobStore, digests: Sequence[str]) -> int:
+    """Remove the files of these blobs unless a row needs their bytes, and return the bytes freed; their rows stay."""
+    with database.write() as session:
+        wanted: set[str] = set()
+        for some in in_parts(digests):
+            wanted |= set(session.scalars(select(Blob.digest).where(Blob.digest.in_(some), is_needed())))
+        return blobs.unlink(digest for digest in digests if digest not in wanted)
+
+
+def evicted_files(database: Database, blobs: BlobStore) -> list[str]:
+    """Return the digests of files that only evicted adapters refer to: what a killed `evict` left."""
+    with database.read() as session:
+        query = select(Blob.digest).where(blob_references(Adapter, needed=False), ~is_needed()).order_by(Blob.digest)
+        digests = session.scalars(query).all()
+    return [digest for digest in digests if blobs.exists(digest)]
 
 
 def drop_unreferenced(database: Database, blobs: BlobStore, digests: Sequence[str]) -> int:
@@ -92,16 +113,28 @@ def is_referenced() -> ColumnElement[bool]:
     return or_(*(exists().where(column == Blob.id) for column in BLOB_COLUMNS))
 
 
-def blob_references(owner: type[Base], condition: ColumnElement[bool] | None = None) -> ColumnElement[bool]:
-    """Return the condition that a blob is referred to by (some of) the rows of one table."""
+def is_needed() -> ColumnElement[bool]:
+    """Return the condition that any row needs the bytes of a blob."""
+    return or_(*(exists().where(_needs(column)) for column in BLOB_COLUMNS))
+
+
+def blob_references(
+    owner: type[Base], condition: ColumnElement[bool] | None = None, *, needed: bool = True
+) -> ColumnElement[bool]:
+    """Return the condition that (some of) the rows of one table need a blob's bytes, or else only refer to it."""
     columns = [column for column in BLOB_COLUMNS if column.class_ is owner]
-    refers = or_(*(column == Blob.id for column in columns))
+    refers = or_(*(_needs(column) if needed else column == Blob.id for column in columns))
     return exists().where(refers if condition is None else and_(refers, condition))
+
+
+def _needs(column: InstrumentedAttribute[int] | InstrumentedAttribute[int | None]) -> ColumnElement[bool]:
+    refers = column == Blob.id
+    return and_(refers, Adapter.evicted_at.is_(None)) if column is Adapter.weights_id else refers
 
 
 def _garbage(database: Database, blobs: BlobStore) -> Iterator[str]:
     with database.read() as session:
-        wanted = set(session.scalars(select(Blob.digest).where(is_referenced())))
+        wanted = set(session.scalars(select(Blob.digest).where(is_needed())))
     return (digest for digest in blobs.digests() if digest not in wanted)
 
 

@@ -6,7 +6,7 @@ what is known ──▶ decide, task by task ──▶ numbers of blobs, layouts
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from sqlalchemy import Connection, delete, insert, update
@@ -16,7 +16,7 @@ from registry.blobs import BlobStore
 from registry.errors import TaskConflict
 from registry.known_tasks import AdapterKey, KnownTask, known_tasks
 from registry.names import check_name
-from registry.row_numbers import RowNumbers, table_of
+from registry.row_numbers import RowNumbers, in_parts, table_of
 from registry.writer import utc_now
 
 _TASKS, _ADAPTERS, _VECTORS = map(table_of, (models.Task, models.Adapter, models.TaskVector))
@@ -31,6 +31,8 @@ class _Decision:
         new: its adapters that the store lacks.
         new_samples: whether it gets other samples than it has.
         new_eval_data: whether it gets other held-out texts than it has.
+        evicted: its offered adapters whose weights were deleted, with their rows' numbers.
+        pinned: whether its originals are never evicted.
     """
 
     ingest: records.TaskIngest
@@ -39,12 +41,23 @@ class _Decision:
     new: tuple[records.NewAdapter, ...]
     new_samples: bool
     new_eval_data: bool
+    evicted: Mapping[AdapterKey, int] = field(default_factory=dict)
+    pinned: bool = False
 
     def outcome(self) -> records.IngestOutcome:
         """Return what the caller is told."""
         name = self.ingest.name if self.known is None else self.known.name
         seen = 0 if self.status == "skipped" else len(self.ingest.adapters) - len(self.new)
-        return records.IngestOutcome(name, len(self.new), seen, self.status)
+        left, back = (0, len(self.evicted)) if self.ingest.restore else (len(self.evicted), 0)
+        return records.IngestOutcome(name, len(self.new), seen, self.status, left, back)
+
+    def digests(self) -> Iterator[str]:
+        """Yield the digests whose files must be there: all but the weights of what stays evicted."""
+        yield from filter(None, (self.ingest.samples, self.ingest.eval_data))
+        for adapter in self.ingest.adapters:
+            yield from filter(None, (adapter.config, adapter.card))
+            if self.ingest.restore or _key(adapter) not in self.evicted:
+                yield adapter.weights
 
 
 def record_tasks(
@@ -76,11 +89,12 @@ def _decide(known: KnownTask | None, ingest: records.TaskIngest) -> _Decision:
         raise TaskConflict(known.name)
     if ingest.on_conflict == "skip":
         return _Decision(ingest, "skipped", known, (), new_samples=False, new_eval_data=False)
-    return _added(ingest, "replaced")
+    return _added(ingest, "replaced", pinned=known.pinned)
 
 
-def _added(ingest: records.TaskIngest, status: records.IngestStatus) -> _Decision:
-    return _Decision(ingest, status, None, _unknown(ingest.adapters, set()), new_samples=True, new_eval_data=True)
+def _added(ingest: records.TaskIngest, status: records.IngestStatus, *, pinned: bool = False) -> _Decision:
+    new = _unknown(ingest.adapters, set())
+    return _Decision(ingest, status, None, new, new_samples=True, new_eval_data=True, pinned=pinned)
 
 
 def _updated(known: KnownTask, ingest: records.TaskIngest) -> _Decision:
@@ -88,24 +102,36 @@ def _updated(known: KnownTask, ingest: records.TaskIngest) -> _Decision:
     new = _unknown((adapter for adapter in ingest.adapters if not adapter.is_final), set(known.adapters))
     new_samples = ingest.samples not in (None, known.samples)
     new_eval_data = ingest.eval_data not in (None, known.eval_data)
-    status: records.IngestStatus = "updated" if new or new_samples or new_eval_data else "known"
-    return _Decision(ingest, status, known, new, new_samples, new_eval_data)
+    evicted = dict(_evicted(known, ingest.adapters))
+    is_restored = bool(evicted) and ingest.restore
+    status: records.IngestStatus = "updated" if new or new_samples or new_eval_data or is_restored else "known"
+    return _Decision(ingest, status, known, new, new_samples, new_eval_data, evicted)
+
+
+def _evicted(known: KnownTask, adapters: Iterable[records.NewAdapter]) -> Iterator[tuple[AdapterKey, int]]:
+    for adapter in adapters:
+        number = known.evicted_final if adapter.is_final else known.evicted.get(_key(adapter))
+        if number is not None:
+            yield _key(adapter), number
 
 
 def _unknown(adapters: Iterable[records.NewAdapter], seen: set[AdapterKey]) -> tuple[records.NewAdapter, ...]:
     """Return the adapters that are not among those seen, each once."""
     new: list[records.NewAdapter] = []
     for adapter in adapters:
-        key = (adapter.weights, adapter.config, adapter.step)
-        if key not in seen:
-            seen.add(key)
+        if _key(adapter) not in seen:
+            seen.add(_key(adapter))
             new.append(adapter)
     return tuple(new)
 
 
+def _key(adapter: records.NewAdapter) -> AdapterKey:
+    return adapter.weights, adapter.config, adapter.step
+
+
 def _write(connection: Connection, files: BlobStore, decisions: Sequence[_Decision]) -> None:
     numbers = RowNumbers(connection, files)
-    blobs = numbers.blobs(digest for item in decisions for digest in _digests(item.ingest))
+    blobs = numbers.blobs(digest for item in decisions for digest in item.digests())
     layouts = numbers.documents(_layout(new) for item in decisions for new in item.new)
     bases = numbers.base_models(item.ingest.base_model for item in decisions)
     now = utc_now()
@@ -118,6 +144,9 @@ def _write(connection: Connection, files: BlobStore, decisions: Sequence[_Decisi
         )
     if rows:
         connection.execute(insert(_ADAPTERS), rows)
+    back = [number for item in decisions if item.ingest.restore for number in item.evicted.values()]
+    for some in in_parts(back):
+        connection.execute(update(_ADAPTERS).where(_ADAPTERS.c.id.in_(some)).values(evicted_at=None))
 
 
 def _task_number(
@@ -131,7 +160,7 @@ def _task_number(
         texts["eval_id"] = _number(blobs, item.ingest.eval_data)
     if item.known is None:
         base = bases[item.ingest.base_model]
-        values = {"name": item.ingest.name, "base_model_id": base, "created_at": now, **texts}
+        values = {"name": item.ingest.name, "base_model_id": base, "created_at": now, "pinned": item.pinned, **texts}
         return cast(int, connection.execute(insert(_TASKS).returning(_TASKS.c.id), values).scalar_one())
     if item.new_samples:  # vectors are made from the samples: other samples make the present ones wrong
         connection.execute(delete(_VECTORS).where(_VECTORS.c.task_id == item.known.id))
@@ -153,11 +182,6 @@ def _adapter_values(new: records.NewAdapter, blobs: Mapping[str, int]) -> dict[s
         "target_modules": list(new.target_modules),
         "source": new.source,
     }
-
-
-def _digests(ingest: records.TaskIngest) -> Iterator[str]:
-    of_adapters = (digest for new in ingest.adapters for digest in (new.weights, new.config, new.card))
-    yield from filter(None, (ingest.samples, ingest.eval_data, *of_adapters))
 
 
 def _layout(new: records.NewAdapter) -> tuple[records.LayoutEntry, ...]:

@@ -10,11 +10,12 @@ overlap with the reading and writing of other files; the renames and folder sync
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Lock
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from registry import fs
@@ -112,13 +113,16 @@ def put_files(
     inspect: Callable[[Path, bytes], T],
     refusals: tuple[type[Exception], ...] = (),
     contents: Sequence[bytes] = (),
+    withheld: Mapping[Path, Collection[str]] = MappingProxyType({}),
 ) -> list[PutResult[T] | PutRefusal]:
     """Store files durably; see :meth:`registry.store.Store.put_files`."""
     budget, claims = _Budget(_BYTES_IN_FLIGHT), _Claims()
     expected: tuple[type[Exception], ...] = (SourceRefused, *refusals)
 
-    def stage_bytes(data: bytes, syncer: Syncer) -> tuple[str, Path | None]:
+    def stage_bytes(data: bytes, syncer: Syncer, unwanted: Collection[str] = ()) -> tuple[str, Path | None]:
         digest = digest_of(data)
+        if digest in unwanted:
+            return digest, None
         with fs.store_errors(paths.tmp):
             return digest, blobs.stage(digest, data, syncer) if claims.claim(digest) else None
 
@@ -129,7 +133,7 @@ def put_files(
             with budget.take(source_size(item)):
                 data = read_source(item)
                 inspected = inspect(item, data)
-                digest, temporary = stage_bytes(data, syncer)
+                digest, temporary = stage_bytes(data, syncer, withheld.get(item, ()))
         except expected as error:
             return PutRefusal(item, error)
         return _Staged(digest, temporary, PutResult(item, digest, len(data), temporary is not None, inspected))

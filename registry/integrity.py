@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import or_, select
+from sqlalchemy import and_, or_, select, true
 from sqlalchemy.orm import Session
 
 from registry.blobs import BlobStore
 from registry.engine import Database
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
-from registry.garbage import is_referenced
+from registry.garbage import is_needed
 from registry.models import Adapter, Blob, Code, Generator, Task, TaskVector
 from registry.paths import StorePaths
 from registry.rows import find_task
@@ -22,6 +22,9 @@ Kind = Literal["database", "dangling", "missing", "length", "digest", "orphan", 
 
 _HARMLESS = {"orphan", "leftover"}
 _TASKS_WITHOUT_ADAPTER = "SELECT name FROM tasks WHERE id NOT IN (SELECT task_id FROM adapters WHERE is_final)"
+_EVICTED_WITHOUT_CODE = """
+SELECT name FROM tasks JOIN adapters ON adapters.task_id = tasks.id
+WHERE is_final AND evicted_at IS NOT NULL AND adapters.id NOT IN (SELECT adapter_id FROM codes)"""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,9 @@ def _check_database(database: Database) -> Iterator[Finding]:
             answers = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
             dangling = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
             lost = connection.exec_driver_sql(_TASKS_WITHOUT_ADAPTER).scalars().all()
+            bare = connection.exec_driver_sql(_EVICTED_WITHOUT_CODE).scalars().all()
     except DamagedStore as error:
-        answers, dangling, lost = [str(error)], [], []
+        answers, dangling, lost, bare = [str(error)], [], [], []
     for answer in answers:
         if answer != "ok":
             yield Finding("database", answer, database.path)
@@ -99,10 +103,12 @@ def _check_database(database: Database) -> Iterator[Finding]:
         yield Finding("dangling", f"row {rowid} of {table} refers to a row of {parent} that is gone", database.path)
     for name in lost:
         yield Finding("dangling", f"task {name} has no final adapter", database.path, tasks=(name,))
+    for name in bare:
+        yield Finding("dangling", f"task {name} was evicted and has no code", database.path, tasks=(name,))
 
 
 def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:
-    """Return digest -> length of every blob that rows refer to, or of those that some tasks need."""
+    """Return digest -> length of every blob whose bytes rows need, or of those that some tasks need."""
     with database.read() as session:
         query = select(Blob.digest, Blob.size).order_by(Blob.digest)
         if names:
@@ -112,7 +118,7 @@ def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:
             needed = [*(columns.where(Task.id.in_(ids)) for columns in _BLOBS_OF_TASK), current]
             query = query.where(or_(*(Blob.id.in_(select_ids) for select_ids in needed)))
         else:
-            query = query.where(is_referenced())
+            query = query.where(is_needed())
         return {row.digest: row.size for row in session.execute(query)}
 
 
@@ -120,8 +126,12 @@ _BLOBS_OF_TASK = (
     select(Task.samples_id),
     select(Task.eval_id),
     *(
-        select(column).join(Task, Adapter.task_id == Task.id)
-        for column in (Adapter.weights_id, Adapter.config_id, Adapter.card_id)
+        select(column).join(Task, Adapter.task_id == Task.id).where(condition)
+        for column, condition in (
+            (Adapter.weights_id, Adapter.evicted_at.is_(None)),
+            (Adapter.config_id, true()),
+            (Adapter.card_id, true()),
+        )
     ),
     select(TaskVector.blob_id).join(Task, TaskVector.task_id == Task.id),
     select(Code.blob_id).join(Task, Code.task_id == Task.id),
@@ -161,7 +171,7 @@ def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
             or_(
                 Task.samples_id == blob_id,
                 Task.eval_id == blob_id,
-                Adapter.weights_id == blob_id,
+                and_(Adapter.weights_id == blob_id, Adapter.evicted_at.is_(None)),
                 Adapter.config_id == blob_id,
                 Adapter.card_id == blob_id,
                 TaskVector.blob_id == blob_id,
@@ -175,6 +185,6 @@ def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
 def _strays(blobs: BlobStore, paths: StorePaths, expected: dict[str, int]) -> Iterator[Finding]:
     for digest in blobs.digests():
         if digest not in expected:
-            yield Finding("orphan", f"no row refers to blob {digest}", paths.blob(digest), digest)
+            yield Finding("orphan", f"no row needs blob {digest}", paths.blob(digest), digest)
     for path in sorted(paths.tmp.iterdir()):
         yield Finding("leftover", f"{path.name} was left by a command that was killed", path)

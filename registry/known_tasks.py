@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from sqlalchemy import Connection, exists, select
 
@@ -23,7 +23,10 @@ class KnownTask:
 
     Attributes:
         final: weights and configuration of its final adapter; None only where the store is damaged.
+        pinned: whether its originals are never evicted.
         adapters: all its adapters.
+        evicted: those whose weights were deleted, with their row's number, without the final one.
+        evicted_final: the number of the final adapter, if its weights were deleted.
     """
 
     id: int
@@ -31,8 +34,11 @@ class KnownTask:
     base_model: str
     samples: str | None
     eval_data: str | None
+    pinned: bool
     final: tuple[str, str] | None = None
     adapters: frozenset[AdapterKey] = frozenset()
+    evicted: Mapping[AdapterKey, int] = field(default_factory=dict)
+    evicted_final: int | None = None
 
 
 def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, KnownTask]:
@@ -54,7 +60,7 @@ def names_without_vectors(connection: Connection) -> list[str]:
 def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
     samples, eval_data = _BLOBS.alias(), _BLOBS.alias()
     query = (
-        select(_TASKS.c.id, _TASKS.c.name, _BASES.c.name, samples.c.digest, eval_data.c.digest)
+        select(_TASKS.c.id, _TASKS.c.name, _BASES.c.name, samples.c.digest, eval_data.c.digest, _TASKS.c.pinned)
         .join_from(_TASKS, _BASES)
         .outerjoin(samples, _TASKS.c.samples_id == samples.c.id)
         .outerjoin(eval_data, _TASKS.c.eval_id == eval_data.c.id)
@@ -66,13 +72,20 @@ def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
 def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, KnownTask]) -> None:
     weights, config = _BLOBS.alias(), _BLOBS.alias()
     query = (
-        select(_ADAPTERS.c.task_id, weights.c.digest, config.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final)
+        select(
+            *(_ADAPTERS.c.task_id, weights.c.digest, config.c.digest, _ADAPTERS.c.step),
+            *(_ADAPTERS.c.is_final, _ADAPTERS.c.evicted_at, _ADAPTERS.c.id),
+        )
         .join_from(_ADAPTERS, weights, _ADAPTERS.c.weights_id == weights.c.id)
         .join(config, _ADAPTERS.c.config_id == config.c.id)
         .where(_ADAPTERS.c.task_id.in_(ids))
     )
-    for task_id, weights_digest, config_digest, step, is_final in connection.execute(query):
+    for task_id, weights_digest, config_digest, step, is_final, evicted_at, number in connection.execute(query):
         task = tasks[task_id]
-        final = (weights_digest, config_digest) if is_final else task.final
         key = (weights_digest, config_digest, step)
-        tasks[task_id] = replace(task, final=final, adapters=task.adapters | {key})
+        task = replace(task, adapters=task.adapters | {key})
+        if is_final:
+            task = replace(task, final=key[:2], evicted_final=None if evicted_at is None else number)
+        elif evicted_at is not None:
+            task = replace(task, evicted={**task.evicted, key: number})
+        tasks[task_id] = task

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, delete, exists, func, select, update
+from sqlalchemy.orm import Session, aliased
 
 from registry import models, records, rows
 from registry.base import StoreBase
+from registry.errors import LastCopy
 from registry.fs import failpoint
 from registry.garbage import drop_unreferenced
 from registry.runs import finish_run
@@ -54,9 +55,11 @@ class LearnedOperations(StoreBase):
         Raises:
             TaskNotFound: a code's task is not in the store (any more).
             MissingBlob: a digest is not in the store.
+            LastCopy: an evicted task would have no code under it.
         """
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
+            _must_cover_evicted(session, generator)
             row = _generator_row(writer, generator)
             for code in generator.codes:
                 session.add(_code_row(writer, row, code))
@@ -86,9 +89,13 @@ class LearnedOperations(StoreBase):
             return [rows.generator_record(row) for row in session.scalars(query)]
 
     def forget_old_generators(self) -> int:
-        """Forget the generators that are not current, with their codes; prune frees the bytes. Return their number."""
+        """Forget the generators that are not current, with their codes; prune frees the bytes. Return their number.
+
+        One that holds the only code of an evicted adapter stays.
+        """
         with self._lock.exclusive(), self._db.write() as session:
-            old = session.scalars(select(models.Generator.id).where(~models.Generator.is_current)).all()
+            query = select(models.Generator.id).where(~models.Generator.is_current, ~_holds_a_last_copy())
+            old = session.scalars(query).all()
             session.execute(delete(models.Generator).where(models.Generator.id.in_(old)))
             return len(old)
 
@@ -120,7 +127,7 @@ class LearnedOperations(StoreBase):
         with self._db.write() as session:
             now = RowWriter(session, self._blobs).now
             for evaluation in evaluations:
-                _record_evaluation(session, evaluation, now)
+                record_evaluation(session, evaluation, now)
             session.flush()
             failpoint("rows-before-commit")
 
@@ -137,6 +144,28 @@ class LearnedOperations(StoreBase):
             if task is not None:
                 query = query.where(evaluation.task_id == rows.find_task(session, task).id)
             return [rows.evaluation_record(row) for row in session.scalars(query)]
+
+
+def _must_cover_evicted(session: Session, new: records.NewGenerator) -> None:
+    """Raise unless a generator brings a code for every task of its base model that has no original any more."""
+    adapter, base = models.Adapter, models.BaseModel
+    query = select(models.Task.name).join(models.Task.base_model).join(adapter, adapter.task_id == models.Task.id)
+    query = query.where(base.name == new.base_model, adapter.is_final, adapter.evicted_at.is_not(None))
+    covered = {code.task.lower() for code in new.codes}
+    bare = [name for name in session.scalars(query.order_by(models.Task.name)) if name.lower() not in covered]
+    if bare:
+        fact = f"task {bare[0]!r} has no original any more, and would have no code under the new generator"
+        raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")
+
+
+def _holds_a_last_copy() -> ColumnElement[bool]:
+    """Return the condition that an evicted adapter has a code of this generator and none of the current one."""
+    code, other, current = models.Code, aliased(models.Code), aliased(models.Generator)
+    has_another = exists().where(
+        other.adapter_id == code.adapter_id, other.generator_id == current.id, current.is_current
+    )
+    evicted = exists().where(models.Adapter.id == code.adapter_id, models.Adapter.evicted_at.is_not(None))
+    return exists().where(code.generator_id == models.Generator.id, evicted, ~has_another)
 
 
 def _record_vector(writer: RowWriter, new: records.NewVector) -> bool:
@@ -194,7 +223,8 @@ def _code_row(writer: RowWriter, generator: models.Generator, new: records.NewCo
     )
 
 
-def _record_evaluation(session: Session, new: records.NewEvaluation, now: str) -> None:
+def record_evaluation(session: Session, new: records.NewEvaluation, now: str) -> None:
+    """Record a measurement in an open transaction, in place of an earlier one of the same thing."""
     evaluation = models.Evaluation
     task = rows.find_task(session, new.task)
     same = (

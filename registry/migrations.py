@@ -118,29 +118,37 @@ CREATE TABLE evaluations (
 );
 CREATE UNIQUE INDEX one_row_per_evaluation ON evaluations (task_id, rung, coalesce(generator_id, -1), data, metric)"""
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (m001_initial,)
+
+def m002_evicted_and_pinned(connection: Connection) -> None:
+    """Let an adapter say that its weights were deleted, and a task that they never are."""
+    connection.exec_driver_sql("ALTER TABLE tasks ADD COLUMN pinned BOOLEAN DEFAULT 0 NOT NULL")
+    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN evicted_at VARCHAR")
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (m001_initial, m002_evicted_and_pinned)
 
 
 def migrate(database: Database, *, create: bool = False) -> None:
     """Bring the database to the newest schema, or check that it is there already.
 
     Args:
-        database: an old store is left alone when this is read-only and its schema is the newest.
+        database: an old one is moved forward even where it is only to be read: no query fits an old schema.
         create: make the database if it is absent.
 
     Raises:
         StoreTooNew: its schema is newer than this program; nothing was touched.
         NotAStore: it is an SQLite database of something else.
-        DamagedStore: it is read-only and old, or no database at all.
+        DamagedStore: it is old and cannot be written, or no database at all.
     """
     with database.connection(create=create) as connection:
         version = _version(connection, database, create=create)
         if version == len(MIGRATIONS):
             return
-        if database.read_only:
-            hint = "run any icm command that may write, for instance `icm verify`"
-            raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
-    with database.connection(write=True, create=create) as connection:
+    if not database.can_be_written():
+        hint = "copy the store to where it can be written; the first icm command there moves it forward"
+        raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
+    writer = Database(database.path, read_only=False, busy_timeout=database.busy_timeout)
+    with writer.connection(write=True, create=create) as connection:
         version = _version(connection, database, create=create)
         for migration in MIGRATIONS[version:]:
             migration(connection)

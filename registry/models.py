@@ -69,6 +69,7 @@ class Task(Base):
     samples_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     eval_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     created_at: Mapped[str]
+    pinned: Mapped[bool] = mapped_column(server_default=text("0"))
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
     samples: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[samples_id])
@@ -76,7 +77,7 @@ class Task(Base):
 
 
 class Adapter(Base):
-    """One adapter of a task: the final one or a training checkpoint."""
+    """One adapter of a task: the final one or a training checkpoint. An evicted one has a row but no weights file."""
 
     __tablename__ = "adapters"
 
@@ -94,6 +95,7 @@ class Adapter(Base):
     layout_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
     source: Mapped[str]
     created_at: Mapped[str]
+    evicted_at: Mapped[str | None]
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     weights: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[weights_id])

@@ -2,7 +2,7 @@
 
 FORMAT            "icm store 1"; written last when a store is made, so it marks a whole one
 registry.db       rows
-blobs/3/3f9a..    bytes, named by their SHA-256; 16 folders: making and syncing 256 costs a first ingest a tenth of its time
+blobs/3/3f9a..    bytes, named by their SHA-256; 16 folders: syncing 256 costs a first ingest a tenth of its time
 tmp/              files being written; on the same file system, so that a rename is atomic
 quarantine/       damaged blobs that were moved aside
 lock              flock

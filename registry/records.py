@@ -46,6 +46,7 @@ class TaskRecord:
     Attributes:
         samples: digest of its training samples (JSON lines), if any.
         eval_data: digest of its held-out texts (JSON lines), if any.
+        pinned: whether its originals are never evicted.
     """
 
     id: int
@@ -54,6 +55,7 @@ class TaskRecord:
     samples: str | None
     eval_data: str | None
     created_at: str
+    pinned: bool
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class AdapterRecord:
         card: digest of the model card, if any.
         layout: its modules, in order.
         source: where it came from, as a label.
-        original_bytes: weights, config and card together.
+        original_bytes: weights, config and card together, as they were ingested.
+        weights_bytes: the weights alone.
+        evicted_at: when the weights were deleted, None while the store has them; everything else stays known.
     """
 
     id: int
@@ -85,7 +89,19 @@ class AdapterRecord:
     layout: tuple[LayoutEntry, ...]
     source: str
     original_bytes: int
+    weights_bytes: int
     created_at: str
+    evicted_at: str | None
+
+    @property
+    def is_evicted(self) -> bool:
+        """Whether the weights were deleted."""
+        return self.evicted_at is not None
+
+    @property
+    def stored_bytes(self) -> int:
+        """What of the files is in the store."""
+        return self.original_bytes - (self.weights_bytes if self.is_evicted else 0)
 
 
 @dataclass(frozen=True)
@@ -115,6 +131,7 @@ class TaskIngest:
         eval_data: digest; None keeps what the store has.
         on_conflict: what to do where the task exists with another final adapter or base model: leave it as it is,
             replace it with everything derived from it, or fail.
+        restore: take the weights of evicted adapters back; else they stay evicted, and need not be in the store.
     """
 
     name: str
@@ -123,6 +140,7 @@ class TaskIngest:
     samples: str | None = None
     eval_data: str | None = None
     on_conflict: OnConflict = "fail"
+    restore: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,14 +151,18 @@ class IngestOutcome:
         name: the task's name as the store spells it.
         new: adapters recorded now.
         known: adapters that were recorded before.
-        status: `added` (new task), `updated` (more checkpoints, other samples or held-out texts), `known`
-            (nothing to do), `replaced` or `skipped` (a conflict, decided by `on_conflict`).
+        status: `added` (new task), `updated` (more checkpoints, other samples or held-out texts, restored originals),
+            `known` (nothing to do), `replaced` or `skipped` (a conflict, decided by `on_conflict`).
+        evicted: those of the known ones that stay evicted.
+        restored: those of the known ones that were evicted and are back.
     """
 
     name: str
     new: int
     known: int
     status: IngestStatus
+    evicted: int = 0
+    restored: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +171,8 @@ class TaskSummary:
 
     Attributes:
         final: its final adapter.
-        checkpoints: the number of its other adapters.
+        checkpoints: the number of its other adapters whose weights the store has.
+        evicted_checkpoints: the number of those that were evicted.
         vectors: the number of its task vectors.
         code: its code under the current generator, if any.
     """
@@ -157,6 +180,7 @@ class TaskSummary:
     task: TaskRecord
     final: AdapterRecord
     checkpoints: int
+    evicted_checkpoints: int
     vectors: int
     code: CodeRecord | None
 

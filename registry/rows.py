@@ -35,6 +35,7 @@ def task_record(row: models.Task) -> records.TaskRecord:
         samples=_digest(row.samples),
         eval_data=_digest(row.eval_data),
         created_at=row.created_at,
+        pinned=row.pinned,
     )
 
 
@@ -55,7 +56,9 @@ def adapter_record(row: models.Adapter) -> records.AdapterRecord:
         layout=tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in row.layout.body),
         source=row.source,
         original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
+        weights_bytes=row.weights.size,
         created_at=row.created_at,
+        evicted_at=row.evicted_at,
     )
 
 

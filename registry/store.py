@@ -9,6 +9,7 @@ with Store.open(path, create=True, command="icm ingest") as store:
 from __future__ import annotations
 
 from registry.learned import LearnedOperations
+from registry.originals import OriginalOperations
 from registry.runs import RunOperations
 from registry.tasks import TaskOperations
 from registry.upkeep import UpkeepOperations
@@ -16,7 +17,7 @@ from registry.upkeep import UpkeepOperations
 __all__ = ["Store"]
 
 
-class Store(TaskOperations, LearnedOperations, RunOperations, UpkeepOperations):
+class Store(TaskOperations, LearnedOperations, RunOperations, OriginalOperations, UpkeepOperations):
     """Rows and bytes of a fleet in one folder; see :meth:`open`.
 
     A store is used by one thread at a time, and is opened anew after a fork. Any number of processes may have it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Select, delete, func, select
+from sqlalchemy import ColumnElement, Select, delete, func, select
 from sqlalchemy.orm import Session
 
 from registry import models, records, rows
@@ -132,10 +132,14 @@ class TaskOperations(StoreBase):
             RowWriter(session, self._blobs).base_model(name).path = path
 
     def set_base_facts(self, name: str, *, fingerprint: str, shape: records.Json) -> None:
-        """Record what a base model turned out to be when it was loaded."""
-        with self._db.write() as session:
-            row = RowWriter(session, self._blobs).base_model(name)
-            row.fingerprint, row.shape = fingerprint, dict(shape)
+        """Record what a base model turned out to be when it was loaded. Works on a full disk."""
+
+        def record() -> None:
+            with self._db.write() as session:
+                row = RowWriter(session, self._blobs).base_model(name)
+                row.fingerprint, row.shape = fingerprint, dict(shape)
+
+        with_reserve(self._paths, record)
 
     def _task_page(self, after: str) -> list[records.TaskRecord]:
         with self._db.read() as session:
@@ -162,7 +166,8 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
     )
     final_of = {row.task_id: rows.adapter_record(row) for row in finals}
     code_of = {row.task_id: rows.code_record(row) for row in codes}
-    adapters = _counts(session, adapter, ids)
+    adapters = _counts(session, adapter, ids, adapter.evicted_at.is_(None), ~adapter.is_final)
+    evicted = _counts(session, adapter, ids, adapter.evicted_at.is_not(None), ~adapter.is_final)
     vectors = _counts(session, vector, ids)
     if lost := [task.name for task in tasks if task.id not in final_of]:
         raise DamagedStore(f"task {lost[0]!r} has no final adapter", hint="remove it and ingest it again")
@@ -170,7 +175,8 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
         records.TaskSummary(
             task=rows.task_record(task),
             final=final_of[task.id],
-            checkpoints=adapters[task.id] - 1,
+            checkpoints=adapters.get(task.id, 0),
+            evicted_checkpoints=evicted.get(task.id, 0),
             vectors=vectors.get(task.id, 0),
             code=code_of.get(task.id),
         )
@@ -179,8 +185,11 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
 
 
 def _counts(
-    session: Session, table: type[models.Adapter] | type[models.TaskVector], task_ids: Sequence[int]
+    session: Session,
+    table: type[models.Adapter] | type[models.TaskVector],
+    task_ids: Sequence[int],
+    *conditions: ColumnElement[bool],
 ) -> dict[int, int]:
     query = select(table.task_id, func.count().label("number"))
-    query = query.where(table.task_id.in_(task_ids)).group_by(table.task_id)
+    query = query.where(table.task_id.in_(task_ids), *conditions).group_by(table.task_id)
     return {row.task_id: row.number for row in session.execute(query)}

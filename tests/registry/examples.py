@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from registry.evicted import Eviction
 from registry.records import Json, NewAdapter, NewCode, NewEvaluation, NewGenerator, NewVector, OnConflict, TaskIngest
 from registry.store import Store
 
@@ -83,6 +84,16 @@ def generator(store: Store, tasks: Sequence[str] = (), *, data: bytes = b"genera
     codes = [code(store, task) for task in tasks]
     blob = store.put_blob(data)
     return NewGenerator(BASE, blob, {"quality": 4}, {"bits": 1.5}, codes=codes, **more)  # type: ignore[arg-type]
+
+
+def eviction(store: Store, task: str, **more: object) -> Eviction:
+    """Return what lets go of all originals of a task whose code stands in for them."""
+    current = store.current_generator(BASE)
+    assert current is not None
+    stands_in = store.code(task, current.id)
+    assert stands_in is not None
+    fields = {"adapters": [row.id for row in store.adapters(task)], "code": stands_in, "generator": current}
+    return Eviction(task, **(fields | {"dw_error": 0.02} | more))  # type: ignore[arg-type]
 
 
 def evaluation(task: str, *, nats: float = 2.0, generator_id: int | None = None) -> NewEvaluation:

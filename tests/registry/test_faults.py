@@ -22,7 +22,7 @@ from registry.errors import RegistryError
 from registry.paths import StorePaths
 from registry.store import Store
 from tests.registry.children import KILLED, run, start, wait
-from tests.registry.examples import BASE, evaluation, generator, ingest, new_store, offer, vector
+from tests.registry.examples import BASE, evaluation, eviction, generator, ingest, new_store, offer, vector
 
 Command = Callable[[Path], None]
 
@@ -56,13 +56,24 @@ def remove_and_prune(root: Path) -> None:
         store.prune(grace=0)
 
 
-COMMANDS = {command.__name__: command for command in (ingest_all, learn, remove_and_prune)}
+def evict_and_prune(root: Path) -> None:
+    with new_store(root) as store:
+        if not any(task.name == "rust" for task in store.tasks()):
+            ingest(store, "rust", steps=[80, 90])
+        if store.current_generator(BASE) is None:
+            store.add_generator(generator(store, ["rust"]))
+        store.evict(eviction(store, "rust", evaluations=[evaluation("rust")]))
+        store.prune(grace=0)
+
+
+COMMANDS = {command.__name__: command for command in (ingest_all, learn, remove_and_prune, evict_and_prune)}
 FAILPOINTS = {
     "ingest_all": ["store-before-format", "blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit",
                    "rows-committed"],
     "learn": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed",
               "garbage-rows-gone", "blob-unlinked"],
     "remove_and_prune": ["garbage-rows-gone", "blob-unlinked"],
+    "evict_and_prune": ["rows-before-commit", "eviction-committed", "blob-unlinked", "garbage-rows-gone"],
 }  # fmt: skip
 
 
@@ -75,7 +86,11 @@ def contents(root: Path) -> object:
     """Return what a user sees of a store, free of times and numbers."""
     with new_store(root) as store:
         return [
-            (task.name, sorted(str(a.step) for a in store.adapters(task.name)), len(store.vectors(task.name)))
+            (
+                task.name,
+                sorted(f"{a.step} {a.is_evicted}" for a in store.adapters(task.name)),
+                len(store.vectors(task.name)),
+            )
             for task in store.tasks()
         ]
 

@@ -11,7 +11,8 @@ import pytest
 from sqlalchemy import Connection, create_engine
 
 from registry import migrations
-from registry.errors import DamagedStore, NotAStore, StoreTooNew
+from registry.engine import Database
+from registry.errors import DamagedStore, NotAStore, StoreFull, StoreTooNew
 from registry.models import Base
 from registry.store import Store
 from tests.registry.examples import ingest, new_store
@@ -100,11 +101,41 @@ def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path, m
         assert "half" not in tables_of(connection)
 
 
-def test_an_old_store_on_read_only_terms_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new_store(tmp_path / "store").close()
-    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
-    with pytest.raises(DamagedStore, match="old schema"):
+def test_a_command_that_only_reads_moves_an_old_store_forward(tmp_path: Path) -> None:
+    restore_version_1(tmp_path / "store")
+    with Store.open(tmp_path / "store", read_only=True) as store:
+        assert [task.name for task in store.tasks()] == ["shakespeare"]
+        assert store.schema_version == len(migrations.MIGRATIONS)
+
+
+def test_an_old_store_on_read_only_media_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restore_version_1(tmp_path / "store")
+    monkeypatch.setattr(Database, "can_be_written", lambda self: False)
+    with pytest.raises(DamagedStore, match="old schema") as refused:
         Store.open(tmp_path / "store", read_only=True)
+    assert "copy the store" in str(refused.value.hint)
+
+
+def test_nothing_of_a_store_of_schema_1_is_evicted_or_pinned(tmp_path: Path) -> None:
+    restore_version_1(tmp_path / "store")
+    with new_store(tmp_path / "store") as store:
+        assert not store.task("shakespeare").pinned
+        assert [adapter.evicted_at for adapter in store.adapters("shakespeare")] == [None] * 3
+
+
+def test_a_full_disk_gives_up_the_reserve_for_the_new_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restore_version_1(tmp_path / "store")
+    reserve, real = tmp_path / "store" / "reserve", migrations.m002_evicted_and_pinned
+
+    def full(connection: Connection) -> None:
+        real(connection)
+        if reserve.exists():
+            raise StoreFull("database or disk is full")
+
+    monkeypatch.setattr(migrations, "MIGRATIONS", (migrations.m001_initial, full))
+    with new_store(tmp_path / "store") as store:
+        assert store.schema_version == 2
+    assert not reserve.exists()
 
 
 def set_pragma(root: Path, pragma: str) -> bytes:

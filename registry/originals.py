@@ -1,0 +1,132 @@
+"""Operations on originals: pin them, let go of them, know them again.
+
+rows say "evicted" ──commit──▶ files are unlinked       both under the exclusive lock
+                        `── a kill here leaves files that nobody needs; the next evict, or prune, removes them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from registry import models, rows
+from registry.base import StoreBase
+from registry.errors import LastCopy
+from registry.evicted import EvictedAdapter, Eviction
+from registry.fs import failpoint
+from registry.garbage import drop_evicted, evicted_files
+from registry.learned import record_evaluation
+from registry.reserve import restore_reserve, with_reserve
+from registry.row_numbers import in_parts
+from registry.writer import utc_now
+
+
+class OriginalOperations(StoreBase):
+    """What the store does with the weights that were ingested."""
+
+    def set_pinned(self, names: Sequence[str], pinned: bool) -> list[str]:
+        """Say whether the originals of some tasks are never evicted; return the tasks, each once.
+
+        Raises:
+            TaskNotFound: one of them is not in the store; nothing was changed.
+        """
+        with self._db.write() as session:
+            tasks = {task.id: task for task in (rows.find_task(session, name) for name in names)}
+            for task in tasks.values():
+                task.pinned = pinned
+            return [task.name for task in tasks.values()]
+
+    def evicted_adapters(self) -> list[EvictedAdapter]:
+        """Return all adapters whose weights were deleted, by task."""
+        adapter = models.Adapter
+        with self._db.read() as session:
+            query = select(adapter).join(adapter.task).where(adapter.evicted_at.is_not(None))
+            found = session.scalars(query.order_by(models.Task.name, adapter.id))
+            return [
+                EvictedAdapter(row.task.name, row.weights.digest, row.config.digest, row.step, row.is_final)
+                for row in found
+            ]
+
+    def weights_in_use(self) -> dict[str, int]:
+        """Return digest -> number of adapters that still have these weights; a file with two goes with the second."""
+        with self._db.read() as session:
+            query = select(models.Blob.digest, func.count()).join(
+                models.Adapter, models.Adapter.weights_id == models.Blob.id
+            )
+            query = query.where(models.Adapter.evicted_at.is_(None)).group_by(models.Blob.digest)
+            return {row[0]: row[1] for row in session.execute(query)}
+
+    def evict(self, eviction: Eviction) -> int:
+        """Delete the weights of some adapters of a task, for good, and record what was measured before.
+
+        Code and generator are looked at once more, since another process may have come between. Works on a full disk.
+
+        Returns:
+            The bytes freed; a file that other adapters need stays.
+
+        Raises:
+            LastCopy: the code is not the task's present one any more, or the task is pinned; nothing was changed.
+            DamagedStore: code or generator are not intact; nothing was changed.
+            StoreLocked: other processes use the store.
+        """
+        self._must_write()
+
+        def let_go() -> int:
+            with self._db.write() as session:
+                digests = _mark_evicted(session, eviction)
+                failpoint("rows-before-commit")
+            failpoint("eviction-committed")
+            return drop_evicted(self._db, self._blobs, digests)
+
+        with self._lock.exclusive():
+            for digest in (eviction.code.blob, eviction.generator.blob):
+                self._blobs.check(digest)
+            freed = with_reserve(self._paths, let_go)
+            restore_reserve(self._paths)
+        return freed
+
+    def finish_evictions(self, *, dry_run: bool = False) -> int:
+        """Delete the files that a killed :meth:`evict` left, or only add them up, and return their bytes.
+
+        Raises:
+            StoreLocked: there are some, and other processes use the store.
+        """
+        left = evicted_files(self._db, self._blobs)
+        if dry_run or not left:
+            return sum(map(self._blobs.size, left))
+        self._must_write()
+        with self._lock.exclusive():
+            freed = with_reserve(self._paths, lambda: drop_evicted(self._db, self._blobs, left))
+            restore_reserve(self._paths)
+        return freed
+
+
+def _mark_evicted(session: Session, eviction: Eviction) -> list[str]:
+    """Write everything that an eviction changes in an open transaction, and return the digests that may go."""
+    adapter, code, now = models.Adapter, eviction.code, utc_now()
+    task = rows.find_task(session, eviction.task)
+    if task.pinned:
+        raise LastCopy(f"task {task.name!r} is pinned", hint="`icm unpin` lets its original go")
+    row, generator = session.get(models.Code, code.id), session.get(models.Generator, eviction.generator.id)
+    final = session.scalar(select(adapter).where(adapter.task_id == task.id, adapter.is_final))
+    if (
+        row is None
+        or generator is None
+        or final is None
+        or not generator.is_current
+        or (row.task_id, row.generator_id, row.adapter_id) != (task.id, generator.id, final.id)
+        or (row.blob.digest, generator.blob.digest) != (code.blob, eviction.generator.blob)
+    ):
+        raise LastCopy(f"task {task.name!r} changed while its code was checked", hint="run the same command again")
+    digests: list[str] = []
+    for some in in_parts(eviction.adapters):
+        chosen = (adapter.task_id == task.id, adapter.id.in_(some))
+        digests += session.scalars(select(models.Blob.digest).join(adapter.weights).where(*chosen))
+        session.execute(update(adapter).where(*chosen, adapter.evicted_at.is_(None)).values(evicted_at=now))
+    row.dw_error = eviction.dw_error
+    for evaluation in eviction.evaluations:
+        record_evaluation(session, evaluation, now)
+    session.flush()
+    return digests
