@@ -1,0 +1,64 @@
+"""The names of baselines: `int8`, `svd4-3bit`, `mean16+svd2-2bit`, `loraquant2-90`, `jd16x4diag-int8`.
+
+QUANTISER              bf16 int8 nf4, or 1bit to 4bit; 3bitg64: a scale per 64 values; 3bitf: at full strength
+svdK[-QUANTISER]       the K strongest directions, bf16 by default; svd alone is svd4
+meanK[-QUANTISER]      the fleet's mean dW in K directions for every task; mean alone is mean16
+meanK[-Q]+svdK[-Q]     and what a task's dW differs from it
+loraquantB[-SHARE]     B bits for the directions with SHARE % of the energy (90), 1 bit for the others
+jdR[xC][diag][-Q]      joint diagonalisation: R columns, C clusters, full or diagonal cores
+"""
+
+from __future__ import annotations
+
+import re
+
+from icmlora.baselines.baseline import Baseline
+from icmlora.baselines.fleet_mean import FleetMean
+from icmlora.baselines.joint import Joint
+from icmlora.baselines.mixed_precision import MixedPrecision
+from icmlora.baselines.plain import Plain
+from icmlora.baselines.quantizers import Bf16, Int8, Nf4, Quantizer, Uniform
+from icmlora.baselines.truncation import Truncation
+from icmlora.errors import UnknownBaseline
+
+EXAMPLES = ("bf16", "int8", "nf4", "3bit", "svd4", "svd2-3bit", "mean16", "loraquant2", "jd16", "jd16x4diag")
+_SHORT = {"svd": "svd4", "mean": "mean16", "jd": "jd16", "loraquant": "loraquant2"}
+_QUANTISER = r"(bf16|int8|nf4|[1-4]bit(?:g[1-9]\d{0,4})?f?)"
+_TRUNCATION = re.compile(rf"svd([1-9]\d{{0,3}})(?:-{_QUANTISER})?")
+_MEAN = re.compile(rf"mean([1-9]\d{{0,3}})(?:-{_QUANTISER})?(?:\+(svd.+))?")
+_MIXED = re.compile(r"loraquant([2-4])(?:-([1-9]\d?|100))?")
+_JOINT = re.compile(rf"jd([1-9]\d{{0,3}})(?:x([1-9]\d?))?(diag)?(?:-{_QUANTISER})?")
+
+
+def baseline_named(name: str) -> Baseline:
+    """Return the baseline of a name.
+
+    Raises:
+        UnknownBaseline: There is none.
+    """
+    full = _SHORT.get(name, name)
+    if re.fullmatch(_QUANTISER, full):
+        return Plain(_quantizer(full))
+    if match := _TRUNCATION.fullmatch(full):
+        return Truncation(int(match[1]), _quantizer(match[2]))
+    if match := _MIXED.fullmatch(full):
+        return MixedPrecision(int(match[1]), int(match[2] or 90) / 100)
+    if match := _MEAN.fullmatch(full):
+        residual = None if match[3] is None else baseline_named(match[3])
+        return FleetMean(int(match[1]), _quantizer(match[2]), residual)
+    if match := _JOINT.fullmatch(full):
+        return Joint(int(match[1]), int(match[2] or 1), match[3] is not None, _quantizer(match[4]))
+    raise UnknownBaseline(f"no baseline is called {name!r}", hint=f"some that are: {', '.join(EXAMPLES)}")
+
+
+def _quantizer(name: str | None) -> Quantizer:
+    match name:
+        case None | "bf16":
+            return Bf16()
+        case "int8":
+            return Int8()
+        case "nf4":
+            return Nf4()
+    bits, _, rest = name.partition("bit")
+    group = rest.strip("gf")
+    return Uniform(int(bits), int(group) if group else None, full=rest.endswith("f"))

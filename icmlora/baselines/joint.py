@@ -1,0 +1,167 @@
+"""Joint diagonalisation with clusters, after Compress-then-Serve (Gabrielsson et al., arXiv 2407.00066).
+
+    shared = clusters (1) | size (4) and bases of each cluster: U and V of every module, as an adapter's factors
+    code   = cluster (1) | head of the task's modules | core of each module: r x r, or r on the diagonal
+
+Cores are bfloat16 beside bases in bfloat16, as published, and int8 beside coarser ones.
+
+Tasks are clustered by the cores that one common basis gives them; then bases are fitted and every task goes to the
+cluster that keeps most of it, a few times over.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from icmlora.adapter import Adapter, LoraModule
+from icmlora.baselines.baseline import Fleet
+from icmlora.baselines.factors import factors_from_bytes, factors_to_bytes
+from icmlora.baselines.head import Head
+from icmlora.baselines.joint_basis import Bases, fit_bases
+from icmlora.baselines.quantizers import Bf16, Int8, Quantizer
+from icmlora.baselines.reader import Reader
+from icmlora.errors import CodeError, NotCovered
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Shared bases for all tasks of a cluster, a small core per task and module.
+
+    Attributes:
+        rank: Columns of the bases.
+        clusters: Number of bases per module; fewer where there are fewer tasks.
+        diagonal: Whether cores are vectors instead of matrices.
+        quantizer: How the bases are stored.
+    """
+
+    rank: int
+    clusters: int = 1
+    diagonal: bool = False
+    quantizer: Quantizer = field(default_factory=Bf16)
+
+    _PASSES: ClassVar[int] = 10
+    _ROUNDS: ClassVar[int] = 4
+
+    def prepare(self, fleet: Fleet) -> bytes:
+        """Fit and store the bases of every cluster."""
+        groups = [list(fleet)] if self.clusters == 1 else self._grouped(fleet)
+        parts = [len(groups).to_bytes(1, "little")]
+        for tasks in groups:
+            part = factors_to_bytes(self._as_adapter(fleet[tasks[0]], self._fit(fleet, tasks)), self.quantizer)
+            parts += [len(part).to_bytes(4, "little"), part]
+        return b"".join(parts)
+
+    def encode(self, adapter: Adapter, shared: bytes) -> bytes:
+        """Store the cores under the cluster that keeps most of the adapter.
+
+        Raises:
+            NotCovered: No cluster has a basis for any of its modules.
+        """
+        choices = self._bases(shared)
+        cluster = max(range(len(choices)), key=lambda index: choices[index].explained(adapter))
+        bases = choices[cluster]
+        modules = tuple(module for module in adapter.modules if module.name in bases.outputs)
+        if not modules:
+            raise NotCovered("no module of the adapter has a shared basis")
+        head = Head.of(Head.of(adapter).with_modules(modules))
+        cores = [
+            self._cores.encode(bases.core(module).reshape(self._rows(bases, module.name), -1)) for module in modules
+        ]
+        return b"".join([cluster.to_bytes(1, "little"), head.to_bytes(), *cores])
+
+    def decode(self, code: bytes, shared: bytes) -> Adapter:
+        """Multiply cores and bases."""
+        reader, choices = Reader(code), self._bases(shared)
+        cluster = reader.number(1)
+        if cluster >= len(choices):
+            raise CodeError(f"the code names cluster {cluster} of {len(choices)}")
+        bases, head = choices[cluster], Head.read(reader)
+        modules = []
+        for name, *_ in head.layout:
+            u, v = bases.outputs[name], bases.inputs[name]
+            shape = self._rows(bases, name), u.shape[1]
+            core = self._cores.decode(reader.take(self._cores.size(*shape)), *shape)
+            b = u * core if self.diagonal else u @ core
+            modules.append(LoraModule(name, v.mT.contiguous(), b))
+        reader.finish()
+        return head.with_modules(modules)
+
+    @property
+    def _cores(self) -> Quantizer:
+        return Bf16() if isinstance(self.quantizer, Bf16) else Int8()
+
+    def _rows(self, bases: Bases, module: str) -> int:
+        return 1 if self.diagonal else bases.outputs[module].shape[1]
+
+    def _fit(self, fleet: Fleet, tasks: list[str]) -> Bases:
+        return fit_bases(fleet, tasks, self.rank, diagonal=self.diagonal, passes=self._PASSES)
+
+    def _grouped(self, fleet: Fleet) -> list[list[str]]:
+        """Return the clusters that hold a task, each a list of tasks in the fleet's order."""
+        common = self._fit(fleet, list(fleet))
+        names = list(fleet)
+        places = _k_means(torch.stack([_features(common, fleet[task]) for task in names]), self.clusters)
+        for _ in range(self._ROUNDS):
+            groups = _members(names, places)
+            fitted = [self._fit(fleet, tasks) for tasks in groups]
+            moved = [_best(fitted, fleet[task]) for task in names]
+            if _members(names, moved) == groups:
+                break
+            places = moved
+        return _members(names, places)
+
+    def _as_adapter(self, first: Adapter, bases: Bases) -> Adapter:
+        modules = [LoraModule(name, v.mT.contiguous(), bases.outputs[name]) for name, v in bases.inputs.items()]
+        return Head.of(first).with_modules(modules)
+
+    def _bases(self, shared: bytes) -> list[Bases]:
+        reader = Reader(shared)
+        choices = []
+        for _ in range(reader.number(1)):
+            basis = factors_from_bytes(reader.take(reader.number(4)), self.quantizer)
+            outputs = {module.name: module.b for module in basis.modules}
+            choices.append(Bases(outputs, {module.name: module.a.mT for module in basis.modules}, self.diagonal))
+        reader.finish()
+        return choices
+
+
+def _features(bases: Bases, adapter: Adapter) -> torch.Tensor:
+    """Return a task's cores as one vector of length 1; modules that it lacks are zeros."""
+    own = {module.name: module for module in adapter.modules}
+    cores = []
+    for name, u in bases.outputs.items():
+        size = u.shape[1] if bases.diagonal else u.shape[1] ** 2
+        cores.append(bases.core(own[name]).reshape(-1) if name in own else torch.zeros(size))
+    return torch.nn.functional.normalize(torch.cat(cores), dim=0)
+
+
+def _k_means(points: torch.Tensor, clusters: int) -> list[int]:
+    """Cluster unit vectors; the first centres are the point nearest to the mean and then the farthest from all."""
+    centres = points[(points @ points.mean(dim=0)).argmax()][None]
+    while len(centres) < min(clusters, len(points)):
+        centres = torch.cat([centres, points[torch.cdist(points, centres).amin(dim=1).argmax()][None]])
+    places = torch.cdist(points, centres).argmin(dim=1)
+    for _ in range(20):
+        centres = torch.stack([_centre(points[places == place], old) for place, old in enumerate(centres)])
+        places = torch.cdist(points, centres).argmin(dim=1)
+    return [int(place) for place in places]
+
+
+def _centre(points: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    return points.mean(dim=0) if len(points) else otherwise
+
+
+def _members(names: list[str], places: list[int]) -> list[list[str]]:
+    groups: dict[int, list[str]] = {place: [] for place in sorted(set(places))}
+    for name, place in zip(names, places, strict=True):
+        groups[place].append(name)
+    return list(groups.values())
+
+
+def _best(fitted: list[Bases], adapter: Adapter) -> int:
+    kept = [bases.explained(adapter) for bases in fitted]
+    return kept.index(max(kept)) if math.isfinite(sum(kept)) else 0
