@@ -14,6 +14,7 @@ import typer
 from icm_cli.commands.base import base
 from icm_cli.commands.doctor import doctor
 from icm_cli.commands.eval import evaluate
+from icm_cli.commands.export import export
 from icm_cli.commands.ingest import ingest
 from icm_cli.commands.ls import ls
 from icm_cli.commands.materialize import materialize
@@ -33,6 +34,7 @@ from icm_cli.session import GlobalOptions
 from icm_cli.text import utc
 
 MAIN = "Main commands"
+CARRY = "Take it elsewhere"
 LOOK = "See what is there"
 LOOK_AFTER = "Look after the store"
 
@@ -43,6 +45,7 @@ app.command(rich_help_panel=MAIN)(train)
 app.command(rich_help_panel=MAIN)(materialize)
 app.command(rich_help_panel=MAIN, name="eval")(evaluate)
 app.command(rich_help_panel=MAIN)(stats)
+app.command(rich_help_panel=CARRY)(export)
 app.command(rich_help_panel=LOOK)(ls)
 app.command(rich_help_panel=LOOK)(show)
 app.command(rich_help_panel=LOOK_AFTER)(rm)

@@ -79,6 +79,15 @@ BaseModelOpt = Annotated[
         show_default=False,
     ),
 ]
+FromOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="FILE", help="A bundle that `icm export` wrote, instead of the store.", show_default=False
+    ),
+]
+BundleArg = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A bundle, as `icm export` writes it.", show_default=False)
+]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", "-n", help="Say what would be done and do nothing.")]
 YesOpt = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 ForceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace an output folder that is not empty.")]

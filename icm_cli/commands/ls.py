@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from icm_cli.options import BaseModelOpt
+from icm_cli.options import BaseModelOpt, FromOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import human_size
@@ -25,15 +25,20 @@ _COLUMNS = (
 
 
 @command
-def ls(session: Session, base_model: BaseModelOpt = None) -> None:
+def ls(session: Session, base_model: BaseModelOpt = None, bundle: FromOpt = None) -> None:
     """List the tasks in the store.
 
     CODE is the size of the task's code under the current generator, "-" before `icm train`. With --quiet only names are
-    printed, one a line.
+    printed, one a line. With --from the tasks of a bundle are listed, with what their codes kept.
 
     Example:
       icm ls --json
     """
+    if bundle is not None:
+        from icm_cli.commands.bundle_list import list_bundle
+
+        list_bundle(session, bundle, base_model)
+        return
     from icm_cli.workflows.listing import list_tasks
 
     rows = list_tasks(session.place, base_model)

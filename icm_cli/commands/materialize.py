@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from icm_cli.errors import UsageProblem
-from icm_cli.options import ForceOpt, SeedOpt, TaskArg
+from icm_cli.options import ForceOpt, FromOpt, SeedOpt, TaskArg
 from icm_cli.session import Session, command
+
+if TYPE_CHECKING:
+    from icm_cli.workflows.materializing import Materialized, MaterializeRequest
 
 
 class SourceName(StrEnum):
@@ -56,6 +59,7 @@ def materialize(
     session: Session,
     task: TaskArg,
     output: OutputOpt,
+    bundle: FromOpt = None,
     source: SourceOpt = SourceName.AUTO,
     seed: SeedOpt = None,
     dtype: DtypeOpt = DtypeName.BFLOAT16,
@@ -65,7 +69,8 @@ def materialize(
     """Write TASK's adapter as a PEFT folder that loads anywhere.
 
     Needs neither the base model nor a GPU. The same command writes the same bytes. With --seed the latent of a
-    generated adapter is sampled instead of taken at its mean.
+    generated adapter is sampled instead of taken at its mean. With --from no store is needed: the code is decoded from
+    a bundle, every byte of which is checked first.
 
     Example:
       icm materialize dog-detection -o adapter/
@@ -73,6 +78,8 @@ def materialize(
     from icm_cli.workflows.materializing import MaterializeRequest
     from icm_cli.workflows.materializing import materialize as write
 
+    if bundle is not None and (seed is not None or source in (SourceName.ORIGINAL, SourceName.GENERATE)):
+        raise UsageProblem("a bundle holds codes only", hint="without --seed, --from goes with --source auto or code")
     if seed is not None and source in (SourceName.ORIGINAL, SourceName.CODE):
         raise UsageProblem(f"--seed samples a generated adapter; --source {source.value} has nothing to sample")
     request = MaterializeRequest(
@@ -84,7 +91,17 @@ def materialize(
         force=force,
         max_error=max_error,
     )
-    done = write(session.place, request)
+    done = write(session.place, request) if bundle is None else _from_bundle(bundle, request)
+    _tell(session, done)
+
+
+def _from_bundle(bundle: Path, request: MaterializeRequest) -> Materialized:
+    from icm_cli.workflows.bundled import materialize_bundled
+
+    return materialize_bundled(bundle, request)
+
+
+def _tell(session: Session, done: Materialized) -> None:
     out = session.out
     out.document(
         {

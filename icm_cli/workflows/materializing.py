@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Source = Literal["auto", "original", "code", "generate"]
 Rung = Literal["original", "code", "generate"]
 
+_BETTER = "`--source original` loses nothing; `icm train` with a higher --quality makes better codes"
+
 
 @dataclass(frozen=True)
 class MaterializeRequest:
@@ -78,9 +80,9 @@ def write_rung(store: Store, request: MaterializeRequest) -> Materialized:
     if rung == "original" or generator is None:
         return _write_original(store, task, final, request)
     provenance = _provenance(store, task, rung, generator, code, request.seed)
-    _check_error(provenance, request.max_error)
+    check_error(provenance, request.max_error, hint=_BETTER)
     adapter = _decode(store, final, code if rung == "code" else None, generator, request.seed)
-    return _write(adapter, provenance, request)
+    return write_decoded(adapter, provenance, request)
 
 
 def _choose(request: MaterializeRequest, code: CodeRecord | None, generator: GeneratorRecord | None) -> Rung:
@@ -111,12 +113,16 @@ def _provenance(
     return Provenance(task.name, task.base_model, rung, generator, error, gain, seed)
 
 
-def _check_error(provenance: Provenance, limit: float | None) -> None:
+def check_error(provenance: Provenance, limit: float | None, *, hint: str) -> None:
+    """Refuse an adapter whose error is above a limit, or unknown where there is a limit.
+
+    Raises:
+        TooLossy: With the hint that is given.
+    """
     error = provenance.dw_error
     if limit is None or (error is not None and error <= limit):
         return
     fact = "was not measured" if error is None else f"is {error:.4f}"
-    hint = "`--source original` loses nothing; `icm train` with a higher --quality makes better codes"
     raise TooLossy(f"the relative dW error of {provenance.task!r} {fact}, and {limit} is allowed", hint=hint)
 
 
@@ -141,7 +147,8 @@ def _decode(
     return codec.generate(vectors, layout, task_type=config.task_type, seed=seed)
 
 
-def _write(adapter: Adapter, provenance: Provenance, request: MaterializeRequest) -> Materialized:
+def write_decoded(adapter: Adapter, provenance: Provenance, request: MaterializeRequest) -> Materialized:
+    """Write an adapter that a generator made, with its card; the same arguments give the same bytes."""
     from icmlora.peft_folder import save_adapter
 
     save_adapter(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import yaml
 
 from icm_cli.text import escape
-from registry.records import GeneratorRecord
 
 _CARD = """\
 ---
@@ -49,6 +48,18 @@ _HOW = {
 }
 
 
+class NamedGenerator(Protocol):
+    """What a card says of a generator, whether it lies in a store or in a bundle."""
+
+    @property
+    def blob(self) -> str:
+        """SHA-256 of its file."""
+
+    @property
+    def version(self) -> int:
+        """Which one it is of its base model."""
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where an adapter that a generator made comes from; None where a figure was not measured."""
@@ -56,7 +67,7 @@ class Provenance:
     task: str
     base_model: str
     rung: Literal["code", "generate"]
-    generator: GeneratorRecord
+    generator: NamedGenerator
     dw_error: float | None
     retained_gain: float | None
     seed: int | None

@@ -14,9 +14,11 @@ Icm = Callable[..., Ran]
 PAGE = ROOT / "docs" / "reference" / "json.md"
 COMMANDS = {
     "ls": ("ls",),
+    "ls --from": ("ls", "--from", "fleet.icm"),
     "show": ("show", "poems"),
     "stats": ("stats",),
-    "materialize": ("materialize", "poems", "--source", "code", "-o"),
+    "materialize": ("materialize", "poems", "--source", "code", "-o", "adapter"),
+    "export": ("export", "new.icm"),
     "base ls": ("base", "ls"),
     "verify": ("verify",),
     "prune": ("prune", "--dry-run"),
@@ -46,11 +48,15 @@ def stem(path: str) -> str:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_documents_keys_are_those_on_the_page(icm: Icm, trained: Path, tmp_path: Path, name: str) -> None:
+def test_a_documents_keys_are_those_on_the_page(
+    icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     if name == "show":
         icm("eval", "poems", "--device", "cpu")
-    extra = [tmp_path / "adapter"] if name == "materialize" else []
-    printed = set(paths_in(icm(*COMMANDS[name], *extra, "--json").document))
+    if name == "ls --from":
+        icm("export", "fleet.icm")
+    printed = set(paths_in(icm(*COMMANDS[name], "--json").document))
     documented = {path for row in cells_of(section_of(PAGE, f"icm {name}")) for path in codes_in(row[0])}
     assert documented <= printed
     assert {stem(path) for path in printed} == {stem(path) for path in documented}
