@@ -14,11 +14,13 @@ import typer
 from icm_cli.commands.base import base
 from icm_cli.commands.doctor import doctor
 from icm_cli.commands.eval import evaluate
+from icm_cli.commands.evict import evict
 from icm_cli.commands.export import export
 from icm_cli.commands.ingest import ingest
 from icm_cli.commands.ls import ls
 from icm_cli.commands.materialize import materialize
 from icm_cli.commands.path import path
+from icm_cli.commands.pin import pin, unpin
 from icm_cli.commands.prune import prune
 from icm_cli.commands.rm import rm
 from icm_cli.commands.show import show
@@ -48,6 +50,9 @@ app.command(rich_help_panel=MAIN)(stats)
 app.command(rich_help_panel=CARRY)(export)
 app.command(rich_help_panel=LOOK)(ls)
 app.command(rich_help_panel=LOOK)(show)
+app.command(rich_help_panel=LOOK_AFTER)(evict)
+app.command(rich_help_panel=LOOK_AFTER)(pin)
+app.command(rich_help_panel=LOOK_AFTER)(unpin)
 app.command(rich_help_panel=LOOK_AFTER)(rm)
 app.command(rich_help_panel=LOOK_AFTER)(prune)
 app.command(rich_help_panel=LOOK_AFTER)(verify)

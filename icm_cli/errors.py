@@ -36,7 +36,7 @@ class ExitCode(IntEnum):
     DONE = 0, "done"
     FAILED = 1, "failed, or `verify` found problems"
     USAGE = 2, "wrong usage"
-    PARTLY = 3, "partly done: some inputs were refused"
+    PARTLY = 3, "partly done: some inputs were refused, or some originals kept"
     NO_STORE = 10, "no store there"
     LOCKED = 11, "the store is locked by another icm and `--lock-timeout` passed"
     TOO_NEW = 12, "store format or schema is newer than this icm"

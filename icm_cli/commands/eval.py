@@ -56,7 +56,8 @@ def evaluate(
     """Measure perplexity and bits per byte of base model, original, code and generated adapter, side by side.
 
     GAIN is the retained gain: (loss of base - loss of rung) / (loss of base - loss of original). Adapters are written
-    to disk and loaded by PEFT before they are measured. Needs the base model.
+    to disk and loaded by PEFT before they are measured. Needs the base model. Of an evicted original, what was measured
+    before on the same text counts.
 
     Example:
       icm eval shakespeare
@@ -100,6 +101,9 @@ def print_tasks(session: Session, report: EvaluateReport) -> None:
         )
     if report.without_data:
         session.out.note(f"without held-out text, so not measured: {', '.join(report.without_data)}")
+    if report.without_original:
+        names = ", ".join(report.without_original)
+        session.out.note(f"evicted before it was measured on this text, so the retained gain is unknown: {names}")
 
 
 def check_finished(report: EvaluateReport) -> None:

@@ -39,6 +39,9 @@ OnConflictOpt = Annotated[
     OnConflict, typer.Option("--on-conflict", help="A task of that name has another adapter: what to do.")
 ]
 
+RestoreOpt = Annotated[
+    bool, typer.Option("--restore", help="Bring back originals that were evicted; else they stay evicted.")
+]
 VectorsOpt = Annotated[
     bool, typer.Option("--vectors/--no-vectors", help="Extract task vectors where the base model is found.")
 ]
@@ -52,6 +55,7 @@ def ingest(
     samples: SamplesOpt = None,
     skip_bad: SkipBadOpt = False,
     on_conflict: OnConflictOpt = OnConflict.FAIL,
+    restore: RestoreOpt = False,
     vectors: VectorsOpt = True,
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
@@ -75,6 +79,7 @@ def ingest(
         skip_bad=skip_bad,
         on_conflict=on_conflict.value,
         dry_run=dry_run,
+        restore=restore,
     )
     with session.stoppable() as stop:
         report = session.follow(take_in(session.place, request, stop), "ingest", partial(_tell, session))
@@ -121,11 +126,14 @@ def _tell(session: Session, event: Event) -> None:
 
 def _tell_sum(session: Session, report: IngestReport, *, dry_run: bool) -> None:
     verb = "would ingest" if dry_run else "ingested"
-    refused = f", {len(report.refused)} refused" if report.refused else ""
+    some = [(report.evicted, "evicted"), (report.restored, "restored"), (len(report.refused), "refused")]
+    more = "".join(f", {count} {what}" for count, what in some if count)
     session.out.line(
         f"{verb} {counted(len(report.ingested), 'task')}: {counted(report.new, 'new adapter')}, "
-        f"{report.known} known{refused}; {human_size(report.size)}"
+        f"{report.known} known{more}; {human_size(report.size)}"
     )
+    if report.evicted:
+        session.out.hint("evicted originals stay evicted; `--restore` brings them back")
 
 
 def _tell_end(session: Session, report: IngestReport, *, dry_run: bool) -> None:
@@ -135,6 +143,8 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool) -> None:
         tasks=len(report.ingested),
         new=report.new,
         known=report.known,
+        evicted=report.evicted,
+        restored=report.restored,
         refused=len(report.refused),
         size=report.size,
         without_vectors=report.without_vectors,

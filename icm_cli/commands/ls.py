@@ -28,7 +28,8 @@ _COLUMNS = (
 def ls(session: Session, base_model: BaseModelOpt = None, bundle: FromOpt = None) -> None:
     """List the tasks in the store.
 
-    CODE is the size of the task's code under the current generator, "-" before `icm train`. With --quiet only names are
+    ORIGINAL says "evicted" where the weights were deleted, and "pinned" where they never are. CODE is the size of the
+    task's code under the current generator, "-" before `icm train`. With --quiet only names are
     printed, one a line. With --from the tasks of a bundle are listed, with what their codes kept.
 
     Example:
@@ -59,11 +60,18 @@ def _as_cells(row: TaskSummary) -> list[str]:
         row.task.base_model,
         str(row.final.rank_max),
         ",".join(row.final.target_modules),
-        human_size(row.final.original_bytes),
+        _original(row),
         str(row.checkpoints),
         str(row.vectors),
         "-" if row.code is None else human_size(row.code.size),
     ]
+
+
+def _original(row: TaskSummary) -> str:
+    if row.final.is_evicted:
+        return "evicted"
+    size = human_size(row.final.original_bytes)
+    return f"pinned {size}" if row.task.pinned else size
 
 
 def _as_json(row: TaskSummary) -> dict[str, object]:
@@ -75,6 +83,8 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "parameters": row.final.parameters,
         "target_modules": list(row.final.target_modules),
         "original_size": row.final.original_bytes,
+        "evicted_at": row.final.evicted_at,
+        "pinned": row.task.pinned,
         "checkpoints_count": row.checkpoints,
         "vectors_count": row.vectors,
         "code_size": None if row.code is None else row.code.size,

@@ -41,7 +41,7 @@ SourceOpt = Annotated[
     SourceName,
     typer.Option(
         "--source",
-        help="auto: the original while the store has it. code: decode the task's code. "
+        help="auto: the original while the store has it, then the code. code: decode the task's code. "
         "generate: predict it from the task's vectors alone.",
     ),
 ]
@@ -92,6 +92,8 @@ def materialize(
         max_error=max_error,
     )
     done = write(session.place, request) if bundle is None else _from_bundle(bundle, request)
+    if bundle is None and source is SourceName.AUTO and done.rung == "code":
+        session.out.note(f"the original of {done.task} was evicted: decoded from its code instead")
     _tell(session, done)
 
 

@@ -11,7 +11,8 @@ from icm_cli.text import counted, human_size
 def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
     """Forget tasks with their adapters, vectors, codes and measurements.
 
-    The bytes stay until `icm prune`. All names are looked up before anything is forgotten.
+    The bytes stay until `icm prune`. All names are looked up before anything is forgotten. Of an evicted task
+    the code is the only copy, and it goes too.
 
     Example:
       icm rm shakespeare --dry-run
@@ -21,13 +22,26 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     out = session.out
     doomed = plan_removal(session.place, tasks)
     for task in doomed:
-        out.note(f"{task.name}: {counted(task.adapters, 'adapter')}, {human_size(task.size)}")
+        last = "; its original was evicted, its code is the only copy" if task.is_last_copy else ""
+        out.note(f"{task.name}: {counted(task.adapters, 'adapter')}, {human_size(task.size)}{last}")
     names = [task.name for task in doomed]
+    last_copies = [task.name for task in doomed if task.is_last_copy]
+    question = f"Forget {counted(len(names), 'task')}?"
+    if last_copies:
+        question = (
+            f"Forget {counted(len(names), 'task')}, of which the codes of {len(last_copies)} are the only copies?"
+        )
     removed = False
-    if not dry_run and out.confirm(f"Forget {counted(len(names), 'task')}?", yes=yes):
+    if not dry_run and out.confirm(question, yes=yes):
         remove_tasks(session.place, names)
         removed = True
-    out.document({"removed": names if removed else [], "would_remove": [] if removed else names})
+    out.document(
+        {
+            "removed": names if removed else [],
+            "would_remove": [] if removed else names,
+            "last_copies": last_copies,
+        }
+    )
     if removed:
         out.line(f"forgot {counted(len(names), 'task')}")
         out.hint("`icm prune` frees the bytes that nothing else needs")

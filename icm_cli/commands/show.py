@@ -71,6 +71,7 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
         ("targets", ", ".join(final.target_modules)),
         ("modules", f"{len(final.layout)}, {final.parameters:,} parameters"),
         ("source", final.source),
+        ("original", _original(details)),
         ("samples", "yes" if details.task.samples else "no"),
         ("held-out text", "yes" if details.task.eval_data else "no"),
         ("vectors", counted(len(details.vectors), "vector")),
@@ -79,13 +80,18 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
     ]
 
 
+def _original(details: TaskDetails) -> str:
+    state = "in the store" if details.final.evicted_at is None else f"evicted at {details.final.evicted_at}"
+    return f"{state}, pinned" if details.task.pinned else state
+
+
 def _adapter_cells(adapter: AdapterRecord) -> list[str]:
     return [
         "-" if adapter.step is None else str(adapter.step),
         "yes" if adapter.is_final else "",
         str(adapter.rank_max),
         adapter.dtype.lower(),
-        human_size(adapter.original_bytes),
+        "evicted" if adapter.is_evicted else human_size(adapter.original_bytes),
         adapter.weights[:12],
     ]
 
@@ -116,6 +122,7 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         "name": details.task.name,
         "base_model": details.task.base_model,
         "created_at": details.task.created_at,
+        "pinned": details.task.pinned,
         "samples": details.task.samples,
         "eval_data": details.task.eval_data,
         "adapters": [_without_ids(asdict(adapter), "layout") for adapter in details.adapters],

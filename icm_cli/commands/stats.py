@@ -95,7 +95,9 @@ def _disk(found: Bill) -> list[tuple[str, str]]:
         ("on disk", usage.total),
     ]
     always = {"originals (final adapters)", "on disk"}
-    return [(name, human_size(size)) for name, size in lines if size or name in always]
+    shown = [(name, human_size(size)) for name, size in lines if size or name in always]
+    gone = [("originals evicted", f"{found.evicted} of {found.tasks}")] if found.evicted else []
+    return [*shown[:1], *gone, *shown[1:]]
 
 
 def _verdict(found: Bill) -> str:
@@ -109,7 +111,7 @@ def _verdict(found: Bill) -> str:
         return f"{disk}: nothing is encoded yet, so nothing is saved."
     share = found.compact_share
     what = "Generators, codes, vectors and database"
-    kept = f"{disk}, since it still holds the originals."
+    kept = f"{disk}{_held(found)}."
     if share is None:
         return f"{kept} Not every task has a code yet, so what they save is not known: `icm train` makes the others."
     if share >= 1:
@@ -117,6 +119,13 @@ def _verdict(found: Bill) -> str:
             f"{kept} {what} take {human_percent(share)}: they save nothing, they cost {human_percent(share - 1)} more."
         )
     return f"{kept} {what} alone take {human_percent(share)}: they save {human_percent(1 - share)}."
+
+
+def _held(found: Bill) -> str:
+    left = found.tasks - found.evicted
+    if not found.evicted:
+        return ", since it still holds the originals"
+    return f", with the originals of {left} of {found.tasks} tasks" if left else "; every original is evicted"
 
 
 def _fleet_cells(fleet: FleetBill) -> list[str]:
@@ -141,7 +150,7 @@ def _task_cells(task: TaskBill) -> list[str]:
     return [
         task.task,
         human_size(task.bf16_size),
-        human_size(task.original_size),
+        "evicted" if task.evicted else human_size(task.original_size),
         "-" if task.code_size is None else human_size(task.code_size),
         human_size(task.vectors_size),
         human_percent(None if size is None else size / task.bf16_size),
@@ -168,6 +177,7 @@ def _as_json(found: Bill) -> dict[str, object]:
         "compression_ratio": None if share is None else 1 / share,
         "space_saving": None if share is None else 1 - share,
         "complete": found.is_complete,
+        "evicted_count": found.evicted,
         "fleets": [_fleet_json(fleet) for fleet in found.fleets],
     }
 
@@ -177,6 +187,7 @@ def _fleet_json(fleet: FleetBill) -> dict[str, object]:
         "base_model": fleet.base_model,
         "adapters_count": len(fleet.tasks),
         "encoded_count": len(fleet.encoded),
+        "evicted_count": fleet.evicted,
         "original_size": fleet.bf16_size,
         "generator": None if fleet.generator is None else fleet.generator.blob,
         "generator_version": None if fleet.generator is None else fleet.generator.version,

@@ -36,6 +36,8 @@ def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = No
         report = session.follow(work, "vectors", partial(tell, session))
     session.out.event("summary", extracted=len(report.tasks), present=report.present)
     session.out.line(f"extracted the vectors of {counted(len(report.tasks), 'task')}; {report.present} had theirs")
+    if report.evicted:
+        session.out.note(f"evicted, so there is no adapter to look through: {', '.join(report.evicted)}")
     check_finished(report)
 
 

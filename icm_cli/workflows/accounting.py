@@ -23,7 +23,10 @@ _BF16 = 2  # bytes per parameter: what a user would otherwise keep
 
 @dataclass(frozen=True)
 class TaskBill:
-    """One task; None where it has no code under the current generator, or was not measured."""
+    """One task; None where it has no code under the current generator, or was not measured.
+
+    `original_size` is what is on disk of the final adapter; of an evicted one its configuration and card.
+    """
 
     task: str
     bf16_size: int
@@ -32,6 +35,7 @@ class TaskBill:
     code_size: int | None
     dw_error: float | None
     retained_gain: float | None
+    evicted: bool
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class FleetBill:
         return tuple(task for task in self.tasks if task.code_size is not None)
 
     @property
+    def evicted(self) -> int:
+        """How many tasks have no original any more."""
+        return sum(task.evicted for task in self.tasks)
+
+    @property
     def marginal_size(self) -> float | None:
         """Mean bytes of one more task: its code and vectors."""
         if not self.encoded:
@@ -89,6 +98,16 @@ class Bill:
     def bf16_size(self) -> int:
         """Every final adapter of the store in bfloat16."""
         return sum(fleet.bf16_size for fleet in self.fleets)
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks there are."""
+        return sum(len(fleet.tasks) for fleet in self.fleets)
+
+    @property
+    def evicted(self) -> int:
+        """How many tasks have no original any more."""
+        return sum(fleet.evicted for fleet in self.fleets)
 
     @property
     def compact_size(self) -> int:
@@ -126,9 +145,10 @@ def _task(store: Store, row: TaskSummary, generator: GeneratorRecord | None) -> 
     return TaskBill(
         task=row.task.name,
         bf16_size=_BF16 * row.final.parameters,
-        original_size=row.final.original_bytes,
+        original_size=row.final.stored_bytes,
         vectors_size=sum(store.blob_size(blob) for blob in vectors),
         code_size=None if row.code is None else row.code.size,
         dw_error=None if row.code is None else row.code.dw_error,
         retained_gain=None if measured is None else measured.retained_gain,
+        evicted=row.final.is_evicted,
     )

@@ -50,6 +50,8 @@ class EvaluateReport:
 
     tasks: list[TaskEvaluated] = field(default_factory=list)
     without_data: list[str] = field(default_factory=list)
+    without_original: list[str] = field(default_factory=list)
+    """Tasks whose original was evicted before it was measured on this text: nothing says what its gain was."""
     stopped: bool = False
 
 
@@ -88,6 +90,8 @@ def evaluate(place: Place, request: EvaluateRequest, stop: StopFlag) -> Generato
             work = TaskEvaluation(store, base, task, data, request.max_tokens)
             done = TaskEvaluated(task.name, work.run(request.rungs, again=request.again))
             report.tasks.append(done)
+            if "original" not in done.rungs:
+                report.without_original.append(task.name)
             yield done
             yield Step(len(report.tasks), len(todo), task.name)
     return report

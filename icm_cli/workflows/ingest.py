@@ -20,7 +20,7 @@ from icm_cli.workflows.ingest_plan import Ingested, IngestReport, IngestRequest,
 from icm_cli.workflows.opening import Place
 from icmlora.discovery import Discovery, FoundTask, find_adapters
 from icmlora.errors import AdapterRefused
-from registry.errors import TaskConflict
+from registry.errors import MissingBlob, TaskConflict
 from registry.records import IngestOutcome, TaskIngest
 
 if TYPE_CHECKING:
@@ -72,25 +72,46 @@ def _ingest_batches(
     tasks: Sequence[FoundTask], request: IngestRequest, store: Store | None, report: IngestReport, stop: StopFlag
 ) -> Generator[Event, None, None]:
     total = sum(len(task.adapters) for task in tasks)
+    evicted = () if store is None or request.restore else store.evicted_adapters()
     done = 0
     yield Step(done, total)
     for batch in batches(tasks):
         if stop.requested:
             report.stopped = True
             return
-        prepared = prepare(batch, store)
-        good = [item for item in prepared if isinstance(item, PreparedTask)]
+        prepared = prepare(batch, store, evicted)
         # Recorded before any refusal is raised: what is good of a batch stays, wherever the bad one stands in it.
-        outcomes = _record(good, request, store)
-        for item, outcome in zip(good, outcomes, strict=True):
+        try:
+            outcomes = _record(prepared, request, store)
+        except MissingBlob:
+            # Weights were left out since they are evicted, and now their task gets another adapter: all are needed.
+            prepared = prepare(batch, store)
+            outcomes = _record(prepared, request, store)
+        for item, outcome in zip(_good(prepared), outcomes, strict=True):
             if isinstance(outcome, IngestOutcome):
-                ingested = Ingested(outcome.name, outcome.status, outcome.new, outcome.known, item.size)
+                ingested = _ingested(item, outcome)
                 report.ingested.append(ingested)
                 yield ingested
         for problem in _problems(prepared, outcomes):
             yield _pass_over(problem.error, problem.path, request, report)
         done += sum(len(task.adapters) for task in batch)
         yield Step(done, total, batch[-1].name)
+
+
+def _good(prepared: Sequence[PreparedTask | Problem]) -> list[PreparedTask]:
+    return [item for item in prepared if isinstance(item, PreparedTask)]
+
+
+def _ingested(task: PreparedTask, outcome: IngestOutcome) -> Ingested:
+    return Ingested(
+        task=outcome.name,
+        status=outcome.status,
+        new=outcome.new,
+        known=outcome.known,
+        size=task.size,
+        evicted=outcome.evicted,
+        restored=outcome.restored,
+    )
 
 
 def _problems(prepared: Sequence[PreparedTask | Problem], outcomes: Sequence[IngestOutcome | Problem]) -> list[Problem]:
@@ -101,9 +122,10 @@ def _problems(prepared: Sequence[PreparedTask | Problem], outcomes: Sequence[Ing
 
 
 def _record(
-    tasks: Sequence[PreparedTask], request: IngestRequest, store: Store | None
+    prepared: Sequence[PreparedTask | Problem], request: IngestRequest, store: Store | None
 ) -> list[IngestOutcome | Problem]:
-    """Record tasks in one transaction; if one of them conflicts, each in its own."""
+    """Record what is good in one transaction; if one task conflicts, each in its own."""
+    tasks = _good(prepared)
     if store is None:
         return [IngestOutcome(task.found.name, len(task.adapters), 0, "added") for task in tasks]
     rows = [_rows(task, request) for task in tasks]
@@ -128,6 +150,7 @@ def _rows(task: PreparedTask, request: IngestRequest) -> TaskIngest:
         samples=task.samples,
         eval_data=task.eval_data,
         on_conflict=request.on_conflict,
+        restore=request.restore,
     )
 
 

@@ -9,7 +9,8 @@ are read first, because weights are checked against them, and stored from memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from icmlora.examples import MAX_BYTES, parse_examples
 from icmlora.files import read_regular
 from icmlora.inspection import AdapterSummary, inspect_adapter
 from registry.blobs import digest_of
+from registry.evicted import EvictedAdapter
 from registry.intake import PutRefusal
 from registry.records import NewAdapter
 
@@ -100,12 +102,15 @@ def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
         yield batch
 
 
-def prepare(tasks: Sequence[FoundTask], store: Store | None) -> list[PreparedTask | Problem]:
+def prepare(
+    tasks: Sequence[FoundTask], store: Store | None, evicted: Sequence[EvictedAdapter] = ()
+) -> list[PreparedTask | Problem]:
     """Check the files of some tasks and store them as blobs.
 
     Args:
         tasks: One batch.
         store: Where the blobs go; None only checks.
+        evicted: Adapters whose weights are checked and not stored.
 
     Returns:
         For each task, in order: what is to be recorded, or why it is refused.
@@ -116,7 +121,10 @@ def prepare(tasks: Sequence[FoundTask], store: Store | None) -> list[PreparedTas
     texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
     checks |= {path: partial(_check_text, path=path) for path in sorted(texts) if _size(path) <= MAX_BYTES}
     contents = [data for item in good.values() for data in (item.config, item.card) if data is not None]
-    outcomes = _check_only(checks) if store is None else _check_and_store(checks, contents, store)
+    if store is None:
+        outcomes = _check_only(checks)
+    else:
+        outcomes = _check_and_store(checks, contents, store, _withheld(tasks, good, evicted))
     outcomes |= {path: _too_large(path) for path in texts - checks.keys()}
     return [_prepared(task, small, outcomes) for task in tasks]
 
@@ -138,13 +146,36 @@ def _too_large(path: Path) -> DataError:
     return DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
 
 
-def _check_and_store(checks: _Checks, contents: Sequence[bytes], store: Store) -> _Outcomes:
+def _withheld(
+    tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Sequence[EvictedAdapter]
+) -> dict[Path, set[str]]:
+    """Return weights file -> digests of evicted weights that it may turn out to hold."""
+    if not evicted:
+        return {}
+    known = defaultdict(set)
+    for row in evicted:
+        # A final adapter is known by its bytes alone, a checkpoint by its step too, as in the store.
+        known[row.task.lower(), row.config, None if row.is_final else row.step, row.is_final].add(row.weights)
+    withheld: dict[Path, set[str]] = {}
+    for task in tasks:
+        for found in task.adapters:
+            if found.weights in small:
+                config = digest_of(small[found.weights].config)
+                step = None if found.is_final else found.step
+                withheld[found.weights] = known[task.name.lower(), config, step, found.is_final]
+    return withheld
+
+
+def _check_and_store(
+    checks: _Checks, contents: Sequence[bytes], store: Store, withheld: Mapping[Path, Collection[str]]
+) -> _Outcomes:
     def inspect(path: Path, data: bytes) -> AdapterSummary | None:
         return checks[path](data)
 
     # Everything of the batch at once: what takes time is waiting for the disk, once per call.
     outcomes: _Outcomes = {}
-    for result in store.put_files(list(checks), inspect, refusals=(IcmLoraError,), contents=contents):
+    done = store.put_files(list(checks), inspect, refusals=(IcmLoraError,), contents=contents, withheld=withheld)
+    for result in done:
         if isinstance(result, PutRefusal):
             outcomes[result.path] = result.error
         else:

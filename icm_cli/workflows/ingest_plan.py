@@ -22,6 +22,7 @@ class IngestRequest:
         skip_bad: Go on past what is refused.
         on_conflict: What to do with a task whose name has another adapter in the store.
         dry_run: Check everything and store nothing.
+        restore: Bring evicted originals back; else they are known and stay evicted.
     """
 
     paths: tuple[Path, ...]
@@ -30,6 +31,7 @@ class IngestRequest:
     skip_bad: bool = False
     on_conflict: Conflict = "fail"
     dry_run: bool = False
+    restore: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Ingested(Event):
         new: Adapters that were recorded.
         known: Adapters that the store had.
         size: Bytes of all its adapters' files.
+        evicted: Known adapters that stay evicted.
+        restored: Known adapters that were evicted and are back.
     """
 
     task: str
@@ -49,6 +53,8 @@ class Ingested(Event):
     new: int
     known: int
     size: int
+    evicted: int = 0
+    restored: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,16 @@ class IngestReport:
     def known(self) -> int:
         """Adapters that the store had."""
         return sum(task.known for task in self.ingested)
+
+    @property
+    def evicted(self) -> int:
+        """Known adapters that stay evicted."""
+        return sum(task.evicted for task in self.ingested)
+
+    @property
+    def restored(self) -> int:
+        """Known adapters that were evicted and are back."""
+        return sum(task.restored for task in self.ingested)
 
     @property
     def size(self) -> int:

@@ -76,7 +76,7 @@ def write_rung(store: Store, request: MaterializeRequest) -> Materialized:
     task, final = store.task(request.task), store.final_adapter(request.task)
     generator = store.current_generator(task.base_model)
     code = None if generator is None else store.code(task.name, generator.id)
-    rung = _choose(request, code, generator)
+    rung = _choose(request, final, code, generator)
     if rung == "original" or generator is None:
         return _write_original(store, task, final, request)
     provenance = _provenance(store, task, rung, generator, code, request.seed)
@@ -85,11 +85,17 @@ def write_rung(store: Store, request: MaterializeRequest) -> Materialized:
     return write_decoded(adapter, provenance, request)
 
 
-def _choose(request: MaterializeRequest, code: CodeRecord | None, generator: GeneratorRecord | None) -> Rung:
+def _choose(
+    request: MaterializeRequest, final: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None
+) -> Rung:
     """Return the best rung that is there; `auto` gives the original back as long as the store has it."""
     source = request.source
     if source == "auto":
-        source = "original" if request.seed is None else "generate"
+        kept: Rung = "code" if final.is_evicted else "original"
+        source = kept if request.seed is None else "generate"
+    if source == "original" and final.is_evicted:
+        hint = "`icm ingest --restore PATH` of it brings it back; `--source code` gives what the store kept"
+        raise DataError(f"the original of task {request.task!r} was evicted at {final.evicted_at}", hint=hint)
     if source == "code" and code is None:
         raise DataError(f"task {request.task!r} has no code", hint="`icm train` makes it")
     if source == "generate" and generator is None:

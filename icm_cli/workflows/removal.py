@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from icm_cli.workflows.opening import Place
 from registry.garbage import PruneReport
+from registry.records import AdapterRecord
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class Doomed:
         name: The task, as the store spells it.
         adapters: How many adapters it has.
         size: Bytes of their files; some may be shared with other tasks.
+        is_last_copy: Whether its original was evicted, so that its code is all there is.
     """
 
     name: str
     adapters: int
     size: int
+    is_last_copy: bool
 
 
 def plan_removal(place: Place, names: Sequence[str]) -> list[Doomed]:
@@ -32,7 +35,7 @@ def plan_removal(place: Place, names: Sequence[str]) -> list[Doomed]:
     """
     with place.open(read_only=True) as store:
         tasks = {store.task(name).name: None for name in names}
-        return [_doomed(name, [adapter.original_bytes for adapter in store.adapters(name)]) for name in tasks]
+        return [_doomed(name, store.adapters(name)) for name in tasks]
 
 
 def remove_tasks(place: Place, names: Sequence[str]) -> list[str]:
@@ -53,5 +56,6 @@ def prune_store(place: Place, *, grace: float, dry_run: bool) -> PruneReport:
         return store.prune(grace=grace, dry_run=dry_run)
 
 
-def _doomed(name: str, sizes: Sequence[int]) -> Doomed:
-    return Doomed(name, len(sizes), sum(sizes))
+def _doomed(name: str, adapters: Sequence[AdapterRecord]) -> Doomed:
+    size = sum(adapter.stored_bytes for adapter in adapters)
+    return Doomed(name, len(adapters), size, any(adapter.is_final and adapter.is_evicted for adapter in adapters))

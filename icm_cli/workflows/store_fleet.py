@@ -24,14 +24,20 @@ _FLOAT32 = 4
 
 
 class StoreFleet:
-    """The tasks of one base model (see `icmlora.training.fleet.Fleet`). Rows are in memory, adapters are not."""
+    """The tasks of one base model (see `icmlora.training.fleet.Fleet`). Rows are in memory, adapters are not.
+
+    Evicted adapters are left out: a task without its final one, and checkpoints without weights.
+    """
 
     def __init__(self, store: Store, base_model: str) -> None:
         self._store = store
         self.base_model = base_model
-        self.names = [row.task.name for row in store.summaries() if row.task.base_model == base_model]
-        self._finals = [store.final_adapter(name) for name in self.names]
-        self._others = [[row for row in store.adapters(name) if not row.is_final] for name in self.names]
+        rows = [row for row in store.summaries() if row.task.base_model == base_model and not row.final.is_evicted]
+        self.names = [row.task.name for row in rows]
+        self._finals = [row.final for row in rows]
+        self._others = [
+            [row for row in store.adapters(name) if not (row.is_final or row.is_evicted)] for name in self.names
+        ]
         self._vectors = [_by_support_set(store.vectors(name)) for name in self.names]
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._cached = 0

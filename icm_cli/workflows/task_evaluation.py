@@ -60,6 +60,7 @@ class TaskEvaluation:
         self._store, self._base, self._task, self._data, self._max_tokens = store, base, task, data, max_tokens
         self._generator = store.current_generator(task.base_model)
         self._final = store.final_adapter(task.name)
+        self._is_evicted = self._final.is_evicted
         self._settings: dict[str, object] = {
             "max_tokens": max_tokens,
             "dtype": base.dtype,
@@ -67,29 +68,36 @@ class TaskEvaluation:
             "original": self._final.weights,
         }
 
-    def run(self, rungs: Sequence[Rung], *, again: bool) -> Mapping[Rung, RungResult]:
+    def run(self, rungs: Sequence[Rung], *, again: bool, record: bool = True) -> Mapping[Rung, RungResult]:
         """Measure rungs where they exist, and base and original in any case; each is recorded at once.
+
+        An original that was evicted is not measured: what was recorded of it counts, if it was on the same text.
 
         Args:
             rungs: Which ones.
             again: Also what was measured before on the same text, in the same way.
+            record: Whether to record; :meth:`evaluation_of` says what.
 
         Raises:
             DataError: A loss that is no number.
         """
-        known = {} if again else self._recorded()
+        recorded = self._recorded()
+        known = {rung: recorded[rung] for rung in recorded if not again or (rung == "original" and self._is_evicted)}
         results: dict[Rung, RungResult] = {}
         for rung in RUNGS:
-            if rung not in {"base", "original", *rungs} or not self._exists(rung):
+            if rung not in {"base", "original", *rungs}:
                 continue
             if rung in known:
                 results[rung] = known[rung]
+                continue
+            if not self._exists(rung):
                 continue
             try:
                 results[rung] = self._measure(rung, results)
             except NotCovered:  # a task that was ingested after the last training, with modules of its own
                 continue
-            self._store.add_evaluations([self._row(results[rung])])
+            if record:
+                self._store.add_evaluations([self.evaluation_of(results[rung])])
         return results
 
     def _exists(self, rung: Rung) -> bool:
@@ -97,7 +105,7 @@ class TaskEvaluation:
             return self._generator is not None and self._store.code(self._task.name, self._generator.id) is not None
         if rung == "generate":
             return self._generator is not None and bool(self._store.vectors(self._task.name))
-        return True
+        return rung == "base" or not self._is_evicted
 
     def _measure(self, rung: Rung, before: Mapping[Rung, RungResult]) -> RungResult:
         if rung == "base":
@@ -109,13 +117,14 @@ class TaskEvaluation:
                     write_plain_copy(self._store, self._final, written)
                 else:
                     write_rung(self._store, MaterializeRequest(self._task.name, written, source=rung))
-                error = None if rung == "original" else self._dw_error(written)
+                error = None if rung == "original" else self._dw_error(rung, written)
                 with adapted(self._base, written) as model:
                     loss = self._loss(rung, model)
         gain = None
         if rung not in ("base", "original"):
-            base, original = before["base"], before["original"]
-            gain = retained_gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
+            base, original = before["base"], before.get("original")
+            if original is not None:
+                gain = retained_gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
         return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
 
     def _loss(self, rung: Rung, model: object) -> NllResult:
@@ -125,7 +134,10 @@ class TaskEvaluation:
             raise DataError(fact, hint="the training run diverged: take an earlier checkpoint")
         return loss
 
-    def _dw_error(self, written: Path) -> float | None:
+    def _dw_error(self, rung: Rung, written: Path) -> float | None:
+        if self._is_evicted:  # of the code, the error was measured before the original went
+            code = None if self._generator is None else self._store.code(self._task.name, self._generator.id)
+            return code.dw_error if rung == "code" and code is not None else None
         error = relative_dw_error(read_original(self._store, self._final), load_adapter_folder(written))
         return error if math.isfinite(error) else None  # an original of zeros has no relative error
 
@@ -146,7 +158,8 @@ class TaskEvaluation:
     def _made_by(self, rung: Rung) -> int | None:
         return self._generator.id if self._generator is not None and rung in ("code", "generate") else None
 
-    def _row(self, result: RungResult) -> NewEvaluation:
+    def evaluation_of(self, result: RungResult) -> NewEvaluation:
+        """Return what is recorded of a result."""
         return NewEvaluation(
             task=self._task.name,
             rung=result.rung,

@@ -63,7 +63,7 @@ def train(place: Place, request: TrainRequest, stop: StopFlag) -> Generator[Even
 
     Raises:
         DeviceUnavailable: The device is not there; nothing was opened or changed.
-        DataError: There is nothing to train on.
+        DataError: There is nothing to train on, or a task would lose its only copy.
         GeneratorError: Training diverged.
     """
     device = resolve_device(request.device)
@@ -94,6 +94,7 @@ def _train_base(
     store: Store, label: str, request: TrainRequest, device: torch.device, stop: StopFlag
 ) -> Generator[Event, None, Trained | int]:
     """Return what was published, or the step at which the user stopped."""
+    _must_keep_codes(store, label)
     fleet = StoreFleet(store, label)
     previous = None if request.fresh else store.current_generator(label)
     started = time.monotonic()
@@ -115,6 +116,16 @@ def _train_base(
     }
     trained = yield from publish(store, fleet, state, run, previous, metrics, stop)
     return state.step if trained is None else trained
+
+
+def _must_keep_codes(store: Store, label: str) -> None:
+    """Raise if there are tasks that the present generator alone can decode: a new one would not have their code."""
+    bare = [row.task.name for row in store.summaries() if row.task.base_model == label and row.final.is_evicted]
+    if bare:
+        shown = ", ".join(map(repr, bare[:3])) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
+        fact = f"a new generator would leave evicted tasks without a code: {shown}"
+        hint = "`icm ingest --restore PATH` of their originals brings them back; the present generator goes on working"
+        raise DataError(fact, hint=hint)
 
 
 def _fit(

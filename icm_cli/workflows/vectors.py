@@ -45,6 +45,8 @@ class VectorReport:
     tasks: list[Extracted] = field(default_factory=list)
     present: int = 0
     """Tasks that had their vectors already."""
+    evicted: list[str] = field(default_factory=list)
+    """Tasks that lack vectors, or were to get new ones, and whose original is gone."""
     stopped: bool = False
 
 
@@ -75,10 +77,13 @@ def extract_missing(
         rows = [row for row in store.summaries() if not wanted or row.task.name in wanted]
         todo: defaultdict[str, list[TaskSummary]] = defaultdict(list)
         for row in rows:
-            if again or not row.vectors:
+            if row.vectors and not again:
+                report.present += 1
+            elif row.final.is_evicted:
+                report.evicted.append(row.task.name)
+            else:
                 todo[row.task.base_model].append(row)
         total = sum(map(len, todo.values()))
-        report.present = len(rows) - total
         yield Step(0, total)
         missing: BaseModelNotFound | None = None
         for label, tasks in todo.items():

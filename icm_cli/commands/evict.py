@@ -1,0 +1,140 @@
+"""`icm evict`: delete originals whose code keeps what is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg
+from icm_cli.output import Column
+from icm_cli.session import Session, command
+from icm_cli.text import counted, human_size
+
+if TYPE_CHECKING:
+    from icm_cli.workflows.events import Event
+    from icm_cli.workflows.evict_plan import EvictReport, TaskEvicted
+
+ErrorOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--max-error", metavar="X", min=0.0, help="Largest relative dW error that a code may have.", show_default=False
+    ),
+]
+GainOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--min-gain",
+        metavar="G",
+        help="Smallest retained gain that a code may have, on the task's held-out text; needs the base model.",
+        show_default=False,
+    ),
+]
+CheckpointsOpt = Annotated[
+    bool, typer.Option("--checkpoints-only", help="Delete training checkpoints and leave the final adapters.")
+]
+
+_COLUMNS = (
+    Column("task", shrink=True),
+    Column("result"),
+    Column("freed", right=True),
+    Column("code", right=True),
+    Column("dW error", right=True),
+    Column("retained gain", right=True),
+)
+_STATUS = {"would_evict": "would go", "known": "nothing left"}
+
+
+@command
+def evict(
+    session: Session,
+    tasks: SomeTasksArg = None,
+    max_error: ErrorOpt = None,
+    min_gain: GainOpt = None,
+    checkpoints_only: CheckpointsOpt = False,
+    device: DeviceOpt = None,
+    dry_run: DryRunOpt = False,
+) -> None:
+    """Delete originals, final adapters and checkpoints, whose code was checked to stand in for them.
+
+    Each code is read again from disk, decoded and measured against the original first. A task that does not meet the
+    limits keeps its original, and so does a pinned one. Exit 3 says that some were kept. Works on a full disk.
+
+    Example:
+      icm evict --max-error 0.05 --dry-run
+    """
+    _check_limits(max_error, min_gain)
+    # torch is imported from here on; a wrong command line is answered at once.
+    from icm_cli.workflows.evict_plan import EvictRequest
+    from icm_cli.workflows.evicting import evict as let_go
+
+    request = EvictRequest(
+        names=tasks or [],
+        max_error=max_error,
+        min_gain=min_gain,
+        checkpoints_only=checkpoints_only,
+        dry_run=dry_run,
+        device=session.device(device),
+    )
+    with session.stoppable() as stop:
+        report = session.follow(let_go(session.place, request, stop), "evict", partial(_tell, session))
+    _sum_up(session, report, dry_run=dry_run)
+    if report.stopped:
+        done = counted(len(report.tasks), "task")
+        raise Interrupted(f"interrupted; {done} looked at", hint="run the same command to go on")
+    if report.partly:
+        raise typer.Exit(ExitCode.PARTLY)
+
+
+def _check_limits(max_error: float | None, min_gain: float | None) -> None:
+    if max_error is None and min_gain is None:
+        hint = "`--max-error 0.05` limits the relative dW error, `--min-gain 0.97` the retained gain; both may be given"
+        raise UsageProblem("what a code has to keep was not said: give --max-error or --min-gain", hint=hint)
+    if any(limit is not None and not math.isfinite(limit) for limit in (max_error, min_gain)):
+        raise UsageProblem("a limit is a finite number")
+
+
+def _tell(session: Session, event: Event) -> None:
+    from icm_cli.workflows.evict_plan import TaskEvicted
+
+    if isinstance(event, TaskEvicted):
+        session.out.event("task", **asdict(event))
+
+
+def _sum_up(session: Session, report: EvictReport, *, dry_run: bool) -> None:
+    out = session.out
+    out.event(
+        "summary",
+        dry_run=dry_run,
+        tasks=len(report.tasks),
+        evicted=len(report.gone),
+        kept=len(report.kept),
+        freed=report.freed,
+    )
+    if out.is_quiet:
+        for task in report.gone:
+            out.answer(task.task)
+    out.table(_COLUMNS, [_cells(task) for task in report.tasks])
+    for task in report.kept:
+        out.line(f"kept {task.task}: {task.reason}")
+    if report.left:
+        out.note(f"{human_size(report.left)} had been left by an evict that was killed")
+    verb, freed = ("would evict", "would free") if dry_run else ("evicted", "freed")
+    out.line(f"{verb} {len(report.gone)} of {counted(len(report.tasks), 'task')}, {freed} {human_size(report.freed)}")
+    if report.gone and not dry_run:
+        out.hint("`icm materialize TASK -o DIR` decodes the code; `icm ingest --restore PATH` brings an original back")
+
+
+def _cells(task: TaskEvicted) -> list[str]:
+    return [
+        task.task,
+        _STATUS.get(task.status, task.status),
+        human_size(task.freed) if task.adapters else "-",
+        "-" if task.code_size is None else human_size(task.code_size),
+        "-" if task.dw_error is None else f"{task.dw_error:.4f}",
+        "-" if task.retained_gain is None else f"{task.retained_gain:.4f}",
+    ]
