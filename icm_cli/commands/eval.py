@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,12 @@ from icm_cli.session import Session, command
 from icm_cli.text import counted
 
 if TYPE_CHECKING:
+    from icm_cli.workflows.baseline_evaluation import BaselineResult
+    from icm_cli.workflows.comparison import MethodSummary
     from icm_cli.workflows.evaluating import EvaluateReport, TaskEvaluated
     from icm_cli.workflows.events import Event
     from icm_cli.workflows.task_evaluation import RungResult
+    from icmlora.evaluation import NllResult
 
 
 class RungName(StrEnum):
@@ -40,6 +44,18 @@ RungOpt = Annotated[
 TokensOpt = Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens scored of each text.")]
 AgainOpt = Annotated[bool, typer.Option("--again", help="Measure again what was measured on this text before.")]
 
+BaselineOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--baseline",
+        metavar="NAME,...",
+        help="Other methods to measure on the same text: bf16, int8, nf4, 3bit, svd4, svd2-3bit, mean16, loraquant2, "
+        "jd16, ... Nothing of them is stored.",
+        show_default=False,
+    ),
+]
+
+_METHOD_COLUMNS = ("bytes a task", "of one more", "of bf16", "dW err", "gain", "worst")
 _RUNGS = ("base", "original", "code", "generate")
 
 
@@ -52,12 +68,14 @@ def evaluate(
     device: DeviceOpt = None,
     max_tokens: TokensOpt = 256,
     again: AgainOpt = False,
+    baseline: BaselineOpt = None,
 ) -> None:
     """Measure perplexity and bits per byte of base model, original, code and generated adapter, side by side.
 
     GAIN is the retained gain: (loss of base - loss of rung) / (loss of base - loss of original). Adapters are written
     to disk and loaded by PEFT before they are measured. Needs the base model. Of an evicted original, what was measured
-    before on the same text counts.
+    before on the same text counts. With --baseline, methods that need no training are measured beside the rungs, with
+    the bytes that each would take.
 
     Example:
       icm eval shakespeare
@@ -72,10 +90,13 @@ def evaluate(
         data=data,
         max_tokens=max_tokens,
         again=again,
+        baselines=[name for names in baseline or [] for name in names.split(",") if name],
     )
     with session.stoppable() as stop:
         report = session.follow(measure(session.place, request, stop), "eval", partial(tell, session))
     print_tasks(session, report)
+    if request.baselines:
+        print_methods(session, report)
     check_finished(report)
 
 
@@ -106,6 +127,19 @@ def print_tasks(session: Session, report: EvaluateReport) -> None:
         session.out.note(f"evicted before it was measured on this text, so the retained gain is unknown: {names}")
 
 
+def print_methods(session: Session, report: EvaluateReport) -> None:
+    """Print every method with its bytes, most bytes first."""
+    from icm_cli.workflows.accounting import bill
+    from icm_cli.workflows.comparison import compare
+
+    rows = compare(report, bill(session.place))
+    for row in rows:
+        session.out.event("method", **asdict(row))
+    columns = [Column("method"), *(Column(title, right=True) for title in _METHOD_COLUMNS), Column("worst task")]
+    session.out.line()
+    session.out.table(columns, [_method_cells(row) for row in rows])
+
+
 def check_finished(report: EvaluateReport) -> None:
     """Raise if the user stopped the evaluation.
 
@@ -123,19 +157,33 @@ def tell(session: Session, event: Event) -> None:
 
     if isinstance(event, TaskEvaluated):
         rungs = {rung: _as_json(result) for rung, result in event.rungs.items()}
-        session.out.event("task", task=event.task, rungs=rungs)
+        others = {name: _baseline_as_json(result) for name, result in event.baselines.items()}
+        session.out.event("task", task=event.task, rungs=rungs, **({"baselines": others} if others else {}))
+
+
+def _baseline_as_json(result: BaselineResult) -> dict[str, object]:
+    sizes = {"size": result.size, "shared_size": result.shared_size, "fleet_size": result.fleet_size}
+    return sizes | _loss_as_json(result.loss) | {"retained_gain": result.retained_gain, "dw_error": result.dw_error}
 
 
 def _as_json(result: RungResult) -> dict[str, object]:
-    loss = result.as_loss()
+    figures = {"retained_gain": result.retained_gain, "dw_error": result.dw_error}
+    return _loss_as_json(result.as_loss()) | figures
+
+
+def _loss_as_json(loss: NllResult) -> dict[str, object]:
     return {
-        "nats_per_token": result.nats_per_token,
+        "nats_per_token": loss.nats_per_token,
         "perplexity": loss.perplexity if math.isfinite(loss.perplexity) else None,
         "bits_per_byte": loss.bits_per_byte,
-        "tokens": result.tokens,
-        "retained_gain": result.retained_gain,
-        "dw_error": result.dw_error,
+        "tokens": loss.tokens,
     }
+
+
+def _method_cells(row: MethodSummary) -> list[str]:
+    sizes = [f"{row.task_size:,.0f}", f"{row.marginal_size:,.0f}", f"{100 * row.share:.2f} %"]
+    figures = [_figure(value, 3) for value in (row.dw_error, row.mean, row.worst)]
+    return [row.method, *sizes, *figures, row.worst_task or "-"]
 
 
 def _cells(task: TaskEvaluated, shown: list[str], gains: list[str]) -> list[str]:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icm_cli.workflows.base_access import locate_base, open_base
+from icm_cli.workflows.baseline_evaluation import BaselineEvaluation, BaselineResult
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.task_evaluation import RUNGS, RungResult, TaskEvaluation
 from icmlora.base_model import BaseModel
+from icmlora.baselines.catalogue import baseline_named
 from icmlora.device import resolve_device
 from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.examples import EvaluationData
@@ -34,6 +36,8 @@ class EvaluateRequest:
     data: Path | None = None
     max_tokens: int = 256
     again: bool = False
+    baselines: Sequence[str] = ()
+    """Names of other methods to measure beside the rungs."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class TaskEvaluated(Event):
 
     task: str
     rungs: Mapping[Rung, RungResult]
+    baselines: Mapping[str, BaselineResult] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,7 +68,10 @@ def evaluate(place: Place, request: EvaluateRequest, stop: StopFlag) -> Generato
         BaseModelNotFound: A base model is not on this machine.
         DataError: No task has held-out text, or the text cannot be used.
         TaskNotFound: A name is not in the store.
+        UnknownBaseline: There is no method of that name.
     """
+    for name in request.baselines:
+        baseline_named(name)  # before a model is loaded
     device = resolve_device(request.device)
     report = EvaluateReport()
     given = None
@@ -79,6 +87,7 @@ def evaluate(place: Place, request: EvaluateRequest, stop: StopFlag) -> Generato
             raise DataError("no task has held-out text", hint=hint)
         yield Step(0, len(todo))
         base: BaseModel | None = None
+        others: BaselineEvaluation | None = None
         for task in todo:
             if stop.requested:
                 report.stopped = True
@@ -86,9 +95,11 @@ def evaluate(place: Place, request: EvaluateRequest, stop: StopFlag) -> Generato
             if base is None or base.label != task.base_model:
                 yield Step(len(report.tasks), len(todo), f"loading {task.base_model}")
                 base = open_base(store, task.base_model, device)
+                others = BaselineEvaluation(store, task.base_model, request.baselines)
             data = given or EvaluationData.parse(store.read_blob(str(task.eval_data)), path=task.name)
             work = TaskEvaluation(store, base, task, data, request.max_tokens)
-            done = TaskEvaluated(task.name, work.run(request.rungs, again=request.again))
+            rungs = work.run(request.rungs, again=request.again)
+            done = TaskEvaluated(task.name, rungs, others.run(task.name, work, rungs) if others else {})
             report.tasks.append(done)
             if "original" not in done.rungs:
                 report.without_original.append(task.name)

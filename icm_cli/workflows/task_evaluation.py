@@ -100,6 +100,19 @@ class TaskEvaluation:
                 self._store.add_evaluations([self.evaluation_of(results[rung])])
         return results
 
+    def loss_of(self, label: str, written: Path) -> NllResult:
+        """Measure an adapter that was written to a folder, and record nothing.
+
+        Args:
+            label: What to call it in an error.
+            written: The folder, loaded by PEFT.
+
+        Raises:
+            DataError: A loss that is no number.
+        """
+        with adapted(self._base, written) as model:
+            return self._loss(label, model)
+
     def _exists(self, rung: Rung) -> bool:
         if rung == "code":
             return self._generator is not None and self._store.code(self._task.name, self._generator.id) is not None
@@ -118,8 +131,7 @@ class TaskEvaluation:
                 else:
                     write_rung(self._store, MaterializeRequest(self._task.name, written, source=rung))
                 error = None if rung == "original" else self._dw_error(rung, written)
-                with adapted(self._base, written) as model:
-                    loss = self._loss(rung, model)
+                loss = self.loss_of(rung, written)
         gain = None
         if rung not in ("base", "original"):
             base, original = before["base"], before.get("original")
@@ -127,10 +139,10 @@ class TaskEvaluation:
                 gain = retained_gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
         return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
 
-    def _loss(self, rung: Rung, model: object) -> NllResult:
+    def _loss(self, label: str, model: object) -> NllResult:
         loss = nll(model, self._base.tokenizer, self._data.examples, max_tokens=self._max_tokens)
         if not math.isfinite(loss.nats):
-            fact = f"the loss of {self._task.name!r} ({rung}) is no number: its values overflow in {self._base.dtype}"
+            fact = f"the loss of {self._task.name!r} ({label}) is no number: its values overflow in {self._base.dtype}"
             raise DataError(fact, hint="the training run diverged: take an earlier checkpoint")
         return loss
 
