@@ -86,6 +86,7 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "evicted_at": row.final.evicted_at,
         "pinned": row.task.pinned,
         "checkpoints_count": row.checkpoints,
+        "evicted_checkpoints_count": row.evicted_checkpoints,
         "vectors_count": row.vectors,
         "code_size": None if row.code is None else row.code.size,
         "dw_error": None if row.code is None else row.code.dw_error,

@@ -84,6 +84,8 @@ def test_json_says_one_line_per_task_and_a_summary(icm: Icm, fleet: Path) -> Non
         "new": 3,
         "known": 0,
         "size": 0,
+        "evicted": 0,
+        "restored": 0,
     }
     assert ran.events[-1]["without_vectors"] == ["rust", "shakespeare", "sql"]
 
