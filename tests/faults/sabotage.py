@@ -37,6 +37,19 @@ def rows_first() -> None:
     Store.ingest_tasks = rows_then_bytes  # type: ignore[method-assign]
 
 
+def files_first() -> None:
+    """Delete originals before their rows say that they are evicted, which the store never does."""
+    from registry.store import Store
+
+    evict = Store.evict
+
+    def unlink_then_evict(self: Store, eviction: Any) -> int:
+        self._blobs.unlink(row.weights for row in self.adapters(eviction.task))
+        return evict(self, eviction)
+
+    Store.evict = unlink_then_evict  # type: ignore[method-assign]
+
+
 def in_place() -> None:
     """Write an output folder file by file where it will be, the configuration first."""
     from icmlora import output_folder

@@ -14,10 +14,11 @@ POINTS = {
     "vectors": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"],
     "train": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed",
               "garbage-rows-gone", "blob-unlinked"],
+    "evict": ["rows-before-commit", "eviction-committed", "blob-unlinked"],
 }  # fmt: skip
 PAIRS = [(command, point) for command in POINTS for point in POINTS[command]]
 QUICK = [("ingest", "blob-renamed"), ("ingest", "rows-before-commit"), ("vectors", "rows-committed"),
-         ("train", "garbage-rows-gone")]  # fmt: skip
+         ("train", "garbage-rows-gone"), ("evict", "eviction-committed"), ("evict", "blob-unlinked")]  # fmt: skip
 
 
 def check_point(world: World, command: str, point: str) -> None:
@@ -91,6 +92,13 @@ def test_the_harness_sees_a_row_without_its_bytes(world: World) -> None:
     ran = world.run("ingest", sabotage="rows_first", env={"ICM_FAILPOINT": "rows-committed"})
     assert ran.status == KILLED
     assert any("missing" in violation for violation in world.violations("ingest", ran.events))
+
+
+def test_the_harness_sees_an_original_that_goes_before_its_row_says_so(world: World) -> None:
+    world.reset("evict")
+    ran = world.run("evict", sabotage="files_first", env={"ICM_FAILPOINT": "blob-unlinked"})
+    assert ran.status == KILLED
+    assert any("missing" in violation for violation in world.violations("evict", ran.events))
 
 
 def test_the_harness_sees_a_half_written_folder(world: World) -> None:

@@ -4,6 +4,7 @@ ingest       absent store          -> every task with its checkpoints
 vectors      ingested store        -> every task with its vectors
 train        store with vectors    -> a generator and a code per task
 materialize  trained store         -> a folder with the very bytes of an undisturbed run
+evict        trained store         -> no original, and of every task the code that was checked
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from icmlora.generator.codec import Codec
+from icmlora.generator.generator_file import generator_from_bytes
+from registry.errors import DamagedStore
 from registry.store import Store
 from tests.cli.fleet import write_texts
 from tests.cli.tiny_fleet import write_lora, write_mixed_fleet
 from tests.faults.zygote import Zygote
 from tests.icmlora.tiny_base import LABEL, write_tiny_base
 
-COMMANDS = ("ingest", "vectors", "train", "materialize")
+COMMANDS = ("ingest", "vectors", "train", "materialize", "evict")
 STEPS = 12
 Contents = dict[str, bytes]
 
@@ -52,6 +56,7 @@ class World:
             "vectors": ["--device", "cpu"],
             "train": ["--device", "cpu", "--steps", STEPS, "--no-eval"],
             "materialize": ["rules", "--source", "code", "-o", self.output],
+            "evict": ["--max-error", "0.5"],
         }
         return [command, *more[command], "--json"]
 
@@ -82,9 +87,13 @@ class World:
             found += [f"{finding.kind}: {finding.message}" for finding in problems]
             known = {task.name for task in store.tasks()}
             generators = {record.blob for record in store.generators()}
+            found += [f"{name} has neither original nor code" for name in known if not _has_a_copy(store, name)]
             for event in events:
                 kept = {
-                    "task": lambda event=event: event["task"] in known,
+                    "task": lambda event=event: (
+                        event["task"] in known
+                        and (event["status"] != "evicted" or store.final_adapter(event["task"]).is_evicted)
+                    ),
                     "vectors": lambda event=event: len(store.vectors(event["task"])) == event["vectors"],
                     "trained": lambda event=event: event["generator"] in generators,
                 }.get(event.get("type", ""))
@@ -106,6 +115,7 @@ class World:
             "vectors": all(row.vectors for row in rows),
             "train": generator is not None and all(row.code for row in rows) and first == [self.version_one],
             "materialize": self.output.exists() and contents(self.output) == self.reference,
+            "evict": all(row.final.is_evicted and not row.checkpoints for row in rows) and not self._weights(),
         }
         return [] if reached[command] else [f"{command} did not reach its goal"]
 
@@ -123,6 +133,12 @@ class World:
         with Store.open(self.store) as store:
             store.prune(grace=0)
 
+    def _weights(self) -> list[str]:
+        """Return the weights of evicted adapters whose file is still there."""
+        with Store.open(self.store) as store:
+            digests = {row.weights for row in store.evicted_adapters()}
+            return [digest for digest in digests if store.paths.blob(digest).exists()]
+
     def _templates(self) -> tuple[str, Contents]:
         self.reset("ingest")
         for command in COMMANDS:
@@ -137,6 +153,21 @@ class World:
             generator = store.current_generator(LABEL)
             assert generator is not None
             return generator.blob, contents(self.output)
+
+
+def _has_a_copy(store: Store, task: str) -> bool:
+    """Say whether the adapter of a task can still be written, byte for byte or from its code."""
+    final, generator = store.final_adapter(task), store.current_generator(LABEL)
+    try:
+        if not final.is_evicted:
+            return store.read_blob(final.weights) != b""
+        code = None if generator is None else store.code(task, generator.id)
+        if generator is None or code is None:
+            return False
+        codec = Codec(generator_from_bytes(store.read_blob(generator.blob)))
+        return bool(codec.decode(store.read_blob(code.blob)).modules)
+    except DamagedStore:
+        return False
 
 
 def contents(folder: Path) -> Contents:

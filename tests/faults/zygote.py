@@ -100,7 +100,15 @@ def _child(order: dict[str, Any]) -> None:
 def _serve() -> None:
     import transformers  # noqa: F401
 
-    from icm_cli.workflows import evaluating, ingest, ingest_files, materializing, training, vectors  # noqa: F401
+    from icm_cli.workflows import (  # noqa: F401
+        evaluating,
+        evicting,
+        ingest,
+        ingest_files,
+        materializing,
+        training,
+        vectors,
+    )
     from icmlora import peft_folder  # noqa: F401
     from registry import store  # noqa: F401
 
