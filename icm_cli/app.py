@@ -16,6 +16,7 @@ from icm_cli.commands.doctor import doctor
 from icm_cli.commands.eval import evaluate
 from icm_cli.commands.evict import evict
 from icm_cli.commands.export import export
+from icm_cli.commands.import_ import import_
 from icm_cli.commands.ingest import ingest
 from icm_cli.commands.ls import ls
 from icm_cli.commands.materialize import materialize
@@ -48,6 +49,7 @@ app.command(rich_help_panel=MAIN)(materialize)
 app.command(rich_help_panel=MAIN, name="eval")(evaluate)
 app.command(rich_help_panel=MAIN)(stats)
 app.command(rich_help_panel=CARRY)(export)
+app.command(rich_help_panel=CARRY, name="import")(import_)
 app.command(rich_help_panel=LOOK)(ls)
 app.command(rich_help_panel=LOOK)(show)
 app.command(rich_help_panel=LOOK_AFTER)(evict)

@@ -16,6 +16,7 @@ RegistryError
 ├── InvalidName        a task name outside the rule
 ├── TaskNotFound       no task of that name
 ├── TaskConflict       the task exists with another adapter
+├── GeneratorConflict  another generator of the base model is in use
 └── LastCopy           what was asked for would lose the last copy of an adapter
 """
 
@@ -107,12 +108,16 @@ class TaskNotFound(RegistryError):
 class TaskConflict(RegistryError):
     """A task of that name exists with another final adapter or base model."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, choices: str = "skip|replace") -> None:
         super().__init__(
             f"task {name!r} is in the store with another adapter",
-            hint="give the new one another name, or say what to do with --on-conflict skip|replace",
+            hint=f"give the new one another name, or say what to do with --on-conflict {choices}",
         )
         self.name = name
+
+
+class GeneratorConflict(RegistryError):
+    """Codes were offered whose generator is not the one in use; no code is readable under two."""
 
 
 class LastCopy(RegistryError):

@@ -60,7 +60,7 @@ class LearnedOperations(StoreBase):
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
             _must_cover_evicted(session, generator)
-            row = _generator_row(writer, generator)
+            row = generator_row(writer, generator)
             for code in generator.codes:
                 session.add(_code_row(writer, row, code))
             garbage = finish_run(writer, generator.train_run_id) if generator.train_run_id else []
@@ -190,7 +190,8 @@ def _record_vector(writer: RowWriter, new: records.NewVector) -> bool:
     return True
 
 
-def _generator_row(writer: RowWriter, new: records.NewGenerator) -> models.Generator:
+def generator_row(writer: RowWriter, new: records.NewGenerator, *, least_version: int = 1) -> models.Generator:
+    """Make the row of a generator in an open transaction, in place of the current one; its codes are not written."""
     session, generator = writer.session, models.Generator
     base_model = writer.base_model(new.base_model)
     session.flush()
@@ -199,7 +200,7 @@ def _generator_row(writer: RowWriter, new: records.NewGenerator) -> models.Gener
     latest = session.scalar(select(func.max(generator.version)).where(of_base)) or 0
     row = generator(
         base_model=base_model,
-        version=latest + 1,
+        version=max(latest + 1, least_version),
         parent_id=new.parent_id,
         blob=writer.blob(new.blob),
         config=dict(new.config),

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import Connection, Table, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from registry import models
@@ -49,7 +49,9 @@ class RowNumbers:
             MissingBlob: there is no such file.
         """
         rows = {digest: {"size": self._files.size(digest)} for digest in sorted(set(digests))}
-        return self._numbers(table_of(models.Blob), "digest", rows)
+        numbers = self._numbers(table_of(models.Blob), "digest", rows)
+        self._correct_sizes(rows)
+        return numbers
 
     def documents(self, bodies: Iterable[T]) -> dict[T, int]:
         """Return JSON value -> number; the values are given in a form that can be a key, such as tuples."""
@@ -61,6 +63,15 @@ class RowNumbers:
     def base_models(self, names: Iterable[str]) -> dict[str, int]:
         """Return name -> number."""
         return self._numbers(table_of(models.BaseModel), "name", {name: {} for name in sorted(set(names))})
+
+    def _correct_sizes(self, rows: Mapping[str, Mapping[str, int]]) -> None:
+        """Put right what an imported bundle may have said wrongly of bytes that were not here."""
+        table = table_of(models.Blob)
+        for digests in in_parts(list(rows)):
+            query = select(table.c.digest, table.c.size).where(table.c.digest.in_(digests))
+            for digest, size in self._connection.execute(query).all():
+                if size != rows[digest]["size"]:
+                    self._connection.execute(update(table).where(table.c.digest == digest).values(rows[digest]))
 
     def _numbers(self, table: Table, key: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         """Insert those rows whose key the table lacks, and return the number of every one."""

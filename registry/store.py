@@ -12,12 +12,13 @@ from registry.learned import LearnedOperations
 from registry.originals import OriginalOperations
 from registry.runs import RunOperations
 from registry.tasks import TaskOperations
+from registry.transfer import TransferOperations
 from registry.upkeep import UpkeepOperations
 
 __all__ = ["Store"]
 
 
-class Store(TaskOperations, LearnedOperations, RunOperations, OriginalOperations, UpkeepOperations):
+class Store(TaskOperations, LearnedOperations, RunOperations, OriginalOperations, TransferOperations, UpkeepOperations):
     """Rows and bytes of a fleet in one folder; see :meth:`open`.
 
     A store is used by one thread at a time, and is opened anew after a fork. Any number of processes may have it

@@ -36,7 +36,12 @@ class RowWriter:
         Raises:
             MissingBlob: there is no such file.
         """
-        size = self._files.size(digest)
+        row = self.absent_blob(digest, size := self._files.size(digest))
+        row.size = size  # a bundle may have said something else of bytes that were not here
+        return row
+
+    def absent_blob(self, digest: str, size: int) -> Blob:
+        """Return the row of a blob that this store need not hold, because only evicted adapters refer to it."""
         if digest not in self._blobs:
             self.load_blobs([digest])
         row = self._blobs[digest]

@@ -15,6 +15,8 @@ from icmlora.output_folder import check_free
 
 if TYPE_CHECKING:
     from icm_cli.workflows.materializing import Materialized
+    from icmlora.bundle import Bundle
+    from icmlora.generator.codec import Codec
 
 _BETTER = "`icm train` with a higher --quality makes better codes; export those"
 
@@ -41,9 +43,6 @@ def materialize_bundled(path: Path, request: MaterializeRequest) -> Materialized
         TooLossy: Above the request's `max_error`.
         OutputExists: The folder is not empty and `force` is not given.
     """
-    from icmlora.generator.codec import Codec
-    from icmlora.generator.generator_file import generator_from_bytes
-
     check_free(request.directory, force=request.force)
     with open_bundle(path) as bundle:
         index = bundle.index
@@ -53,11 +52,24 @@ def materialize_bundled(path: Path, request: MaterializeRequest) -> Materialized
         )
         check_error(made_by, request.max_error, hint=_BETTER)
         bundle.check()
-        generator, code = bundle.read(index.generator.blob), bundle.read(task.code)
-        codec = Codec(generator_from_bytes(generator))
-        if codec.config.base_model != index.base_model:
-            raise BundleError("the bundle names another base model than its generator")
+        codec, code = open_codec(bundle), bundle.read(task.code)
     return write_decoded(codec.decode(code), made_by, request)
+
+
+def open_codec(bundle: Bundle) -> Codec:
+    """Open the generator of a bundle.
+
+    Raises:
+        GeneratorError: It cannot be read on this machine.
+        BundleError: It is damaged, or made for another base model than the bundle says.
+    """
+    from icmlora.generator.codec import Codec
+    from icmlora.generator.generator_file import generator_from_bytes
+
+    codec = Codec(generator_from_bytes(bundle.read(bundle.index.generator.blob)))
+    if codec.config.base_model != bundle.index.base_model:
+        raise BundleError("the bundle names another base model than its generator")
+    return codec
 
 
 def find_task(index: BundleIndex, name: str) -> BundledTask:

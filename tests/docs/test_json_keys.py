@@ -19,6 +19,7 @@ COMMANDS = {
     "stats": ("stats",),
     "materialize": ("materialize", "poems", "--source", "code", "-o", "adapter"),
     "export": ("export", "new.icm"),
+    "import": ("import", "fleet.icm"),
     "base ls": ("base", "ls"),
     "verify": ("verify",),
     "prune": ("prune", "--dry-run"),
@@ -54,7 +55,7 @@ def test_a_documents_keys_are_those_on_the_page(
     monkeypatch.chdir(tmp_path)
     if name == "show":
         icm("eval", "poems", "--device", "cpu")
-    if name == "ls --from":
+    if name in ("ls --from", "import"):
         icm("export", "fleet.icm")
     printed = set(paths_in(icm(*COMMANDS[name], "--json").document))
     documented = {path for row in cells_of(section_of(PAGE, f"icm {name}")) for path in codes_in(row[0])}

@@ -1,0 +1,67 @@
+"""What the store takes and returns about codes that were made elsewhere; the other values are in `registry.records`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from registry import records
+
+ArrivalStatus = Literal["added", "encoded", "known", "skipped"]
+
+
+@dataclass(frozen=True)
+class ArrivingTask:
+    """A task whose code arrives without its original.
+
+    Attributes:
+        name: the task.
+        original: its final adapter; the weights are elsewhere, the other blobs are in the store.
+        weights_bytes: length of the weights.
+        code: digest of the code's file.
+        dw_error: as for :class:`registry.records.NewCode`.
+        evaluation: what was measured of the code, if anything; it is recorded under the generator that arrives.
+    """
+
+    name: str
+    original: records.NewAdapter
+    weights_bytes: int
+    code: str
+    dw_error: float | None
+    evaluation: records.NewEvaluation | None = None
+
+    def digests(self) -> Iterator[str]:
+        """Yield the digests that the task refers to, the one of the absent weights too."""
+        yield from filter(None, (self.code, self.original.weights, self.original.config, self.original.card))
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A generator with codes, to be recorded in one transaction.
+
+    Attributes:
+        generator: the generator, without codes.
+        version: which one it was where it comes from; it gets this number, or a higher one if that is taken.
+        tasks: the tasks, each once.
+        on_conflict: what to do where the store has a task of that name with another adapter, or another code of it.
+    """
+
+    generator: records.NewGenerator
+    version: int
+    tasks: Sequence[ArrivingTask]
+    on_conflict: Literal["skip", "fail"] = "fail"
+
+
+@dataclass(frozen=True)
+class ArrivalOutcome:
+    """What became of an :class:`ArrivingTask`.
+
+    Attributes:
+        name: the task's name as the store spells it.
+        status: `added` (new task, its original elsewhere), `encoded` (the task was there with the same original and
+            got its code), `known` (nothing to do) or `skipped` (a conflict).
+    """
+
+    name: str
+    status: ArrivalStatus

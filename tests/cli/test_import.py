@@ -1,0 +1,189 @@
+"""`icm import`: a bundle becomes tasks of a store."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from tests.cli.conftest import Ran
+from tests.cli.test_materialize import content
+from tests.cli.tiny_fleet import train_store, write_lora
+from tests.icmlora.bundles import fields_of, forge
+from tests.icmlora.tiny_base import LABEL
+
+Icm = Callable[..., Ran]
+TASKS = ["poems", "rules", "silent"]
+NAMES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+
+@pytest.fixture
+def bundle(icm: Icm, trained: Path, tmp_path: Path) -> Path:
+    """A bundle of all tasks, with what the code of `poems` keeps; the store that it came from is gone."""
+    icm("eval", "poems", "--rung", "code", "--device", "cpu")
+    icm("export", tmp_path / "fleet.icm")
+    for task in TASKS:
+        icm("materialize", task, "-o", tmp_path / "before" / task, "--source", "code")
+    shutil.move(trained, tmp_path / "away")
+    return tmp_path / "fleet.icm"
+
+
+def statuses(ran: Ran) -> dict[str, str]:
+    return {entry["task"]: entry["status"] for entry in ran.document["tasks"]}
+
+
+def verified(icm: Icm) -> bool:
+    return bool(icm("verify", "--read-data", "--json").document["ok"])
+
+
+def test_a_new_store_gives_the_same_bytes_as_the_first_one(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+    assert statuses(icm("import", bundle, "--json")) == dict.fromkeys(TASKS, "added")
+    for task in TASKS:
+        icm("materialize", task, "-o", tmp_path / "after" / task, "--source", "code")
+        assert content(tmp_path / "after" / task) == content(tmp_path / "before" / task)
+    assert verified(icm)
+
+
+def test_what_comes_out_again_is_the_same_bundle(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+    icm("import", bundle)
+    icm("export", tmp_path / "again.icm")
+    assert (tmp_path / "again.icm").read_bytes() == bundle.read_bytes()
+
+
+def test_an_adapter_comes_from_its_code_without_being_asked_to(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+    icm("import", bundle)
+    assert icm("materialize", "rules", "-o", tmp_path / "out", "--json").document["source"] == "code"
+
+
+def test_the_same_again_changes_nothing(icm: Icm, bundle: Path) -> None:
+    icm("import", bundle)
+    before = icm("ls", "--json").out
+    assert statuses(icm("import", bundle, "--json")) == dict.fromkeys(TASKS, "known")
+    assert icm("ls", "--json").out == before
+
+
+def test_only_the_tasks_that_are_named_are_imported(icm: Icm, bundle: Path) -> None:
+    assert icm("import", bundle, "RULES", "-q").out == "rules\n"
+    assert icm("ls", "-q").out == "rules\n"
+    assert statuses(icm("import", bundle, "--json")) == {"poems": "added", "rules": "known", "silent": "added"}
+
+
+def test_a_name_that_the_bundle_lacks_gets_a_suggestion(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+    ran = icm("import", bundle, "rule", "--json")
+    assert (ran.code, "rules" in ran.error["hint"]) == (ExitCode.FAILED, True)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_dry_run_says_what_would_be_done_and_makes_no_store(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+    ran = icm("import", bundle, "--dry-run", "--json")
+    assert (ran.document["dry_run"], statuses(ran)) == (True, dict.fromkeys(TASKS, "added"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_was_measured_comes_along(icm: Icm, bundle: Path) -> None:
+    gain = icm("ls", "--from", bundle, "--json").document[0]["retained_gain"]
+    icm("import", bundle)
+    (row,) = icm("show", "poems", "--json").document["evaluations"]
+    assert (row["rung"], row["retained_gain"]) == ("code", gain)
+
+
+def test_a_task_with_the_same_original_gets_its_code(
+    icm: Icm, bundle: Path, mixed_template: Path, tmp_path: Path
+) -> None:
+    icm("ingest", mixed_template / "loras" / "poems", "--no-vectors")
+    assert statuses(icm("import", bundle, "poems", "--json")) == {"poems": "encoded"}
+    icm("materialize", "poems", "-o", tmp_path / "out")
+    assert content(tmp_path / "out") == {
+        name: (mixed_template / "loras" / "poems" / name).read_bytes() for name in sorted(NAMES)
+    }
+
+
+def test_another_adapter_of_that_name_is_refused_and_nothing_is_taken(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+    icm("ingest", write_lora(tmp_path / "rules", seed=77), "--no-vectors")
+    ran = icm("import", bundle, "--json")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "task_conflict")
+    assert "--on-conflict skip" in ran.error["hint"]
+    assert icm("ls", "-q").out == "rules\n"
+    assert icm("prune", "--dry-run", "--older-than", "0s", "--json").document["blobs"] == 0
+
+
+def test_another_adapter_of_that_name_can_be_passed_over(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+    icm("ingest", write_lora(tmp_path / "rules", seed=77), "--no-vectors")
+    ran = icm("import", bundle, "--on-conflict", "skip", "--json")
+    assert (ran.code, statuses(ran)["rules"]) == (0, "skipped")
+    assert "rules" in ran.err
+
+
+def test_another_generator_is_refused_and_its_codes_stay(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+    icm("ingest", write_lora(tmp_path / "other", seed=78), "--no-vectors")
+    train_store(tmp_path / "store")
+    before = icm("ls", "--json").out
+    ran = icm("import", bundle, "--on-conflict", "skip", "--json")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "generator_conflict")
+    assert LABEL in ran.error["message"]
+    assert "--from" in ran.error["hint"]
+    assert icm("ls", "--json").out == before
+
+
+@pytest.mark.parametrize("at", [0.01, 0.5, 0.999])
+def test_a_damaged_bundle_is_exit_13_and_makes_no_store(icm: Icm, bundle: Path, tmp_path: Path, at: float) -> None:
+    data = bytearray(bundle.read_bytes())
+    data[int(at * len(data))] ^= 1
+    bundle.write_bytes(data)
+    ran = icm("import", bundle, "poems", "--json")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.DAMAGED, "bundle_error")
+    assert not (tmp_path / "store").exists()
+
+
+def test_codes_of_another_generator_are_refused(icm: Icm, bundle: Path, tmp_path: Path) -> None:
+    shutil.move(tmp_path / "away", tmp_path / "store")
+    train_store(tmp_path / "store", "--fresh", "--seed", 5)
+    icm("export", tmp_path / "other.icm")
+    shutil.rmtree(tmp_path / "store")
+    mine, theirs = fields_of(bundle), fields_of(tmp_path / "other.icm")
+    # Their index, with our generator before their codes.
+    old, new = theirs["generator"]["blob"], mine["generator"]["blob"]
+    size = dict(mine["parts"])[new]
+    data = bundle.read_bytes()
+    start = 41 + int.from_bytes(data[5:9], "little")
+    generator = data[start : start + size]
+    other = (tmp_path / "other.icm").read_bytes()
+    begin = 41 + int.from_bytes(other[5:9], "little")
+    (tmp_path / "other.icm").write_bytes(other[:begin] + generator + other[begin + theirs["parts"][0][1] :])
+    assert theirs["parts"][0][0] == old
+    theirs["parts"][0] = [new, size]
+    theirs["generator"]["blob"] = new
+    ran = icm("import", forge(tmp_path / "other.icm", theirs), "--json")
+    assert (ran.code, "another generator" in ran.error["message"]) == (ExitCode.DAMAGED, True)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("where", ["index", "configuration"])
+def test_a_bundle_that_names_another_base_model_is_refused(icm: Icm, bundle: Path, tmp_path: Path, where: str) -> None:
+    fields = fields_of(bundle)
+    if where == "index":
+        fields["base_model"] = "acme/other"
+        forge(bundle, fields)
+    else:
+        data = bundle.read_bytes().replace(LABEL.encode(), LABEL.encode()[::-1])
+        bundle.write_bytes(data)
+    ran = icm("import", bundle, "--json")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.DAMAGED, "bundle_error")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("point", ["blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"])
+def test_a_killed_import_is_completed_by_the_same_command(icm: Icm, bundle: Path, point: str) -> None:
+    script = "import sys; from icm_cli.app import run; sys.exit(run(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "import", str(bundle)]
+    assert subprocess.run(command, env=os.environ | {"ICM_FAILPOINT": point}, check=False).returncode == -9
+    names = icm("ls", "-q").out.split()
+    assert names == (TASKS if point == "rows-committed" else [])
+    assert verified(icm)
+    assert icm("import", bundle).code == 0
+    assert icm("ls", "-q").out.split() == TASKS
+    assert verified(icm)
