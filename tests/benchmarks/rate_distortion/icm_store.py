@@ -1,0 +1,67 @@
+"""icm itself, from a trained store: bytes as they lie on disk, adapters as `icm materialize --source code` writes them.
+
+Several stores, trained at several settings, are the points of its curve.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icm_cli.workflows.materializing import MaterializeRequest, write_rung
+from icm_cli.workflows.opening import Place
+from icmlora.adapter import Adapter
+from icmlora.peft_folder import load_adapter_folder
+from tests.benchmarks.rate_distortion.fleet import FleetFolder
+from tests.benchmarks.rate_distortion.method import Coded
+
+if TYPE_CHECKING:
+    from registry.records import GeneratorRecord
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class IcmStore:
+    """The current generator of a store with its codes and vectors."""
+
+    folder: Path
+
+    def identity(self) -> str:
+        """Return what names the generator and the codes."""
+        with self._place.open(read_only=True) as store:
+            codes = [code.blob for generator in self._generators(store) for code in store.codes(generator.id)]
+        return f"icm {' '.join(codes)}"
+
+    def code(self, fleet: FleetFolder, work: Path) -> Coded:
+        """Read the sizes; a task is decoded when it is asked for."""
+        with self._place.open(read_only=True) as store:
+            (generator,) = self._generators(store)
+            sizes, vectors = {}, {}
+            for task in fleet:
+                code = store.code(task, generator.id)
+                if code is None:
+                    raise SystemExit(f"task {task} has no code in {self.folder.name}")
+                blobs = {vector.blob for vector in store.vectors(task)}
+                vectors[task] = sum(store.blob_size(blob) for blob in blobs)
+                sizes[task] = code.size + vectors[task]
+            usage = store.usage()
+        notes = {"vectors": sum(vectors.values()), "database": usage.database, "generator": generator.blob}
+        return Coded(generator.size, sizes, self._decode, notes)
+
+    @property
+    def _place(self) -> Place:
+        return Place(self.folder)
+
+    def _decode(self, task: str) -> Adapter:
+        with self._place.open(read_only=True) as store, tempfile.TemporaryDirectory(prefix="icm-") as folder:
+            written = Path(folder) / "adapter"
+            write_rung(store, MaterializeRequest(task, written, source="code", dtype="float32"))
+            return load_adapter_folder(written)
+
+    def _generators(self, store: Store) -> list[GeneratorRecord]:
+        found = [generator for generator in store.generators() if generator.is_current]
+        if len(found) != 1:
+            raise SystemExit(f"{self.folder} has {len(found)} current generators; one is needed")
+        return found
