@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="The bundle to write.", show_default=False)]
 ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists.")]
 
-CardsOpt = Annotated[
-    bool, typer.Option("--cards", help="Take the originals' model cards along, up to 64 KiB each; nothing reads them.")
-]
-
 
 @command
 def export(
@@ -28,7 +24,6 @@ def export(
     file: FileArg,
     tasks: SomeTasksArg = None,
     base_model: BaseModelOpt = None,
-    cards: CardsOpt = False,
     force: ReplaceOpt = False,
 ) -> None:
     """Write the generator with the codes of some tasks into one portable file.
@@ -42,7 +37,7 @@ def export(
     from icm_cli.workflows.exporting import ExportRequest
     from icm_cli.workflows.exporting import export as write
 
-    request = ExportRequest(file, tuple(tasks or ()), base_model, cards, force)
+    request = ExportRequest(file, tuple(tasks or ()), base_model, force)
     _tell(session, session.follow(write(session.place, request), "export"))
 
 

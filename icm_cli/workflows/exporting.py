@@ -29,8 +29,6 @@ class ExportRequest:
     names: Sequence[str] = ()
     """Tasks; all that have a code if there is none."""
     base_model: str | None = None
-    cards: bool = False
-    """Take the originals' model cards along: for PEFT's own, a tenth of a code each."""
     force: bool = False
 
 
@@ -66,7 +64,7 @@ def export(place: Place, request: ExportRequest) -> Generator[Event, None, Expor
     check_absent(request.file, force=request.force)
     with place.open(read_only=True) as store:
         choice = _choose(store, request)
-        index = _index(store, choice, cards=request.cards)
+        index = _index(store, choice)
         codes = {task.code: task.name for task in index.tasks}
         parts = write_bundle(
             request.file, index, lambda digest: _read(store, digest, choice.generator, codes), force=request.force
@@ -101,9 +99,9 @@ def _choose(store: Store, request: ExportRequest) -> _Choice:
     return _Choice(generator, coded, without)
 
 
-def _index(store: Store, choice: _Choice, *, cards: bool) -> BundleIndex:
+def _index(store: Store, choice: _Choice) -> BundleIndex:
     generator = choice.generator
-    tasks = [_task(store, row, generator, cards=cards) for row in choice.rows]
+    tasks = [_task(store, row, generator) for row in choice.rows]
     digests = dict.fromkeys([generator.blob, *(digest for task in tasks for digest in task.parts)])
     return BundleIndex(
         base_model=generator.base_model,
@@ -113,13 +111,11 @@ def _index(store: Store, choice: _Choice, *, cards: bool) -> BundleIndex:
     )
 
 
-def _task(store: Store, row: TaskSummary, generator: GeneratorRecord, *, cards: bool) -> BundledTask:
+def _task(store: Store, row: TaskSummary, generator: GeneratorRecord) -> BundledTask:
     final, code = row.final, row.code
     if code is None:
         raise ValueError(f"{row.task.name} has no code")
-    card = final.card if cards else None
-    if card is not None and store.blob_size(card) > MAX_CARD_BYTES:
-        card = None
+    card = final.card if final.card is not None and store.blob_size(final.card) <= MAX_CARD_BYTES else None
     return BundledTask(
         name=row.task.name,
         code=code.blob,

@@ -73,15 +73,6 @@ def test_a_bundle_is_little_more_than_generator_and_codes(icm: Icm, bundle: Path
     assert parts < bundle.stat().st_size < parts + 8192
 
 
-def test_model_cards_come_along_only_when_asked_for(icm: Icm, bundle: Path, tmp_path: Path) -> None:
-    icm("export", tmp_path / "cards.icm", "--cards")
-    assert b"# poems\n" not in bundle.read_bytes()
-    assert b"# poems\n" in (tmp_path / "cards.icm").read_bytes()
-    shutil.rmtree(tmp_path / "store")
-    icm("import", tmp_path / "cards.icm")
-    assert icm("show", "poems", "--json").document["adapters"][0]["card"] is not None
-
-
 def test_only_the_tasks_that_are_named_are_exported(icm: Icm, trained: Path, tmp_path: Path) -> None:
     icm("export", tmp_path / "one.icm", "rules")
     assert icm("ls", "--from", tmp_path / "one.icm", "-q").out == "rules\n"
@@ -146,7 +137,7 @@ def test_a_damaged_blob_is_exit_13_and_no_file_is_written(icm: Icm, trained: Pat
 
 def test_ls_shows_what_the_codes_kept(icm: Icm, bundle: Path, trained: Path) -> None:
     icm("eval", "poems", "--rung", "code", "--device", "cpu")
-    icm("export", bundle, "--force", "--cards")
+    icm("export", bundle, "--force")
     stored = {row["name"]: row for row in icm("ls", "--json").document}
     rows = icm("ls", "--from", bundle, "--json").document
     for row in rows:
