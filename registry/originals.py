@@ -91,14 +91,15 @@ class OriginalOperations(StoreBase):
         """Delete the files that a killed :meth:`evict` left, or only add them up, and return their bytes.
 
         Raises:
-            StoreLocked: there are some, and other processes use the store.
+            StoreLocked: other processes use the store; also where nothing was left, so that somebody who is about to
+                measure for minutes and then evict hears it at once.
         """
-        left = evicted_files(self._db, self._blobs)
-        if dry_run or not left:
-            return sum(map(self._blobs.size, left))
+        if dry_run:
+            return sum(map(self._blobs.size, evicted_files(self._db, self._blobs)))
         self._must_write()
         with self._lock.exclusive():
-            freed = with_reserve(self._paths, lambda: drop_evicted(self._db, self._blobs, left))
+            left = evicted_files(self._db, self._blobs)
+            freed = with_reserve(self._paths, lambda: drop_evicted(self._db, self._blobs, left)) if left else 0
             restore_reserve(self._paths)
         return freed
 

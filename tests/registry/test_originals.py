@@ -136,8 +136,12 @@ def test_a_code_that_was_not_checked_does_not_count(rust: Store) -> None:
 
 
 def test_evict_does_not_run_beside_another_command(rust: Store) -> None:
-    with new_store(rust.paths.root, lock_timeout=0) as other, pytest.raises(StoreLocked):
-        other.evict(eviction(other, "rust"))
+    with new_store(rust.paths.root, lock_timeout=0) as other:
+        with pytest.raises(StoreLocked):
+            other.evict(eviction(other, "rust"))
+        with pytest.raises(StoreLocked):  # before anything is measured
+            other.finish_evictions()
+        assert other.finish_evictions(dry_run=True) == 0
 
 
 def test_a_full_disk_can_be_emptied_by_evicting(rust: Store, monkeypatch: pytest.MonkeyPatch) -> None:
