@@ -24,6 +24,7 @@ COMMANDS = {
     "verify": ("verify",),
     "prune": ("prune", "--dry-run"),
     "rm": ("rm", "poems", "--dry-run"),
+    "pin": ("pin", "poems"),
     "doctor": ("doctor",),
     "path": ("path",),
 }
@@ -76,7 +77,13 @@ def documented() -> dict[tuple[str, str], set[str]]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("ingest", "loras"), ("vectors", "--again"), ("train", "--steps", "10", "--fresh"), ("eval", "poems")],
+    [
+        ("ingest", "loras"),
+        ("vectors", "--again"),
+        ("train", "--steps", "10", "--fresh"),
+        ("eval", "poems"),
+        ("evict", "--max-error", "0.5"),
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_an_events_keys_are_those_on_the_page(
