@@ -4,7 +4,7 @@ QUANTISER              bf16 int8 nf4, or 1bit to 4bit; 3bitg64: a scale per 64 v
 svdK[-QUANTISER]       the K strongest directions, bf16 by default; svd alone is svd4
 meanK[-QUANTISER]      the fleet's mean dW in K directions for every task; mean alone is mean16
 meanK[-Q]+svdK[-Q]     and what a task's dW differs from it
-loraquantB[-SHARE]     B bits for the directions with SHARE % of the energy (90), 1 bit for the others
+loraquantB[-SHARE][f]  B bits for the directions with SHARE % of the energy (90), 1 bit for the others
 jdR[xC][diag][-Q]      joint diagonalisation: R columns, C clusters, full or diagonal cores
 """
 
@@ -26,7 +26,7 @@ _SHORT = {"svd": "svd4", "mean": "mean16", "jd": "jd16", "loraquant": "loraquant
 _QUANTISER = r"(bf16|int8|nf4|[1-4]bit(?:g[1-9]\d{0,4})?f?)"
 _TRUNCATION = re.compile(rf"svd([1-9]\d{{0,3}})(?:-{_QUANTISER})?")
 _MEAN = re.compile(rf"mean([1-9]\d{{0,3}})(?:-{_QUANTISER})?(?:\+(svd.+))?")
-_MIXED = re.compile(r"loraquant([2-4])(?:-([1-9]\d?|100))?")
+_MIXED = re.compile(r"loraquant([2-4])(?:-([1-9]\d?|100))?(f)?")
 _JOINT = re.compile(rf"jd([1-9]\d{{0,3}})(?:x([1-9]\d?))?(diag)?(?:-{_QUANTISER})?")
 
 
@@ -42,7 +42,7 @@ def baseline_named(name: str) -> Baseline:
     if match := _TRUNCATION.fullmatch(full):
         return Truncation(int(match[1]), _quantizer(match[2]))
     if match := _MIXED.fullmatch(full):
-        return MixedPrecision(int(match[1]), int(match[2] or 90) / 100)
+        return MixedPrecision(int(match[1]), int(match[2] or 90) / 100, full=match[3] is not None)
     if match := _MEAN.fullmatch(full):
         residual = None if match[3] is None else baseline_named(match[3])
         return FleetMean(int(match[1]), _quantizer(match[2]), residual)

@@ -25,10 +25,17 @@ from icmlora.canonical import canonicalize
 
 @dataclass(frozen=True)
 class MixedPrecision(PerAdapter):
-    """More bits for the directions that carry the share `ratio` of a module's energy."""
+    """More bits for the directions that carry the share `ratio` of a module's energy.
+
+    Attributes:
+        bits: Of the directions that carry it, 2 to 4.
+        ratio: The share.
+        full: Scales at full strength, which is not in the paper; see `Uniform`.
+    """
 
     bits: int
     ratio: float = 0.9
+    full: bool = False
 
     _GROUP: ClassVar[int] = 128
 
@@ -59,7 +66,7 @@ class MixedPrecision(PerAdapter):
         return head.with_modules(modules)
 
     def _quantizers(self) -> tuple[Quantizer, Quantizer]:
-        return Uniform(self.bits, self._GROUP), Uniform(1, self._GROUP)
+        return Uniform(self.bits, self._GROUP, self.full), Uniform(1, self._GROUP, self.full)
 
 
 def _read(reader: Reader, quantizer: Quantizer, rows: int, columns: int) -> torch.Tensor:

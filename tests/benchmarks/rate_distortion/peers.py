@@ -81,7 +81,13 @@ class PeerMethod:
         def decode(task: str) -> Adapter:
             return factors_from_bytes(alone[task], Bf16()) if task in alone else load_adapter_folder(rebuilt[task])
 
-        notes = {"package": self.peer.package, "version": installed_version(self.peer.package), "alone": sorted(alone)}
+        together = [size for task, size in sizes.items() if task not in alone]
+        notes = {
+            "package": self.peer.package,
+            "version": installed_version(self.peer.package),
+            "alone": sorted(alone),
+            "marginal_in_groups": sum(together) / max(len(together), 1),
+        }
         return Coded(shared, sizes, decode, notes)
 
 

@@ -11,7 +11,17 @@ from icmlora.errors import CodeError, UnknownBaseline
 from icmlora.metrics import relative_dw_error
 from tests.icmlora.small_fleet import make_adapter, same
 
-NAMES = [*EXAMPLES, "1bit", "2bitg8f", "svd2-nf4", "mean4-3bit+svd2-4bit", "loraquant3-50", "jd4x2-int8", "jd8diag"]
+NAMES = [
+    *EXAMPLES,
+    "1bit",
+    "2bitg8f",
+    "svd2-nf4",
+    "mean4-3bit+svd2-4bit",
+    "loraquant3-50",
+    "loraquant2f",
+    "jd4x2-int8",
+    "jd8diag",
+]
 # From more bytes to fewer, within one method.
 LADDERS = [
     ("bf16", "int8", "nf4", "3bit", "2bit", "1bit"),
