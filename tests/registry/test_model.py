@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from registry.blobs import digest_of
 from registry.errors import TaskConflict, TaskNotFound
 from registry.records import OnConflict
 from tests.registry.children import KILLED, run
-from tests.registry.examples import generator, new_store, offer
+from tests.registry.examples import eviction, generator, new_store, offer
 
 NAMES = st.sampled_from(["rust", "Rust", "html", "sql"])
 WEIGHTS = st.sampled_from([b"one", b"two", b"three"])
@@ -31,10 +33,16 @@ class StoreModel(RuleBasedStateMachine):
         self.store = new_store(self.root)
         self.model: dict[str, tuple[bytes, set[int]]] = {}
         self.coded: set[str] = set()
+        self.evicted: set[str] = set()
 
     def teardown(self) -> None:
         self.store.close()
         shutil.rmtree(self.root.parent)
+
+    def forget(self, key: str) -> None:
+        """Note that a task has no code any more, and that its original, if there is one, is another."""
+        self.coded.discard(key)
+        self.evicted.discard(key)
 
     @rule(name=NAMES, weights=WEIGHTS, steps=STEPS, on_conflict=st.sampled_from(["skip", "replace", "fail"]))
     def ingest(self, name: str, weights: bytes, steps: set[int], on_conflict: OnConflict) -> None:
@@ -49,7 +57,7 @@ class StoreModel(RuleBasedStateMachine):
             assert self.store.ingest_task(offered).status == ("skipped" if on_conflict == "skip" else "replaced")
             if on_conflict == "replace":
                 self.model[key] = (weights, steps)
-                self.coded.discard(key)
+                self.forget(key)
             return
         before = known[1] if known else set()
         assert self.store.ingest_task(offered).new == len(steps - before) + (known is None)
@@ -60,7 +68,7 @@ class StoreModel(RuleBasedStateMachine):
         if name.lower() in self.model:
             self.store.remove_task(name)
             del self.model[name.lower()]
-            self.coded.discard(name.lower())
+            self.forget(name.lower())
         else:
             with pytest.raises(TaskNotFound):
                 self.store.remove_task(name)
@@ -69,6 +77,22 @@ class StoreModel(RuleBasedStateMachine):
     def train(self, data: bytes) -> None:
         self.store.add_generator(generator(self.store, sorted(self.model), data=data))
         self.coded = set(self.model)
+
+    @precondition(lambda self: self.coded - self.evicted)
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.coded - self.evicted)))
+        self.store.evict(eviction(self.store, name))
+        self.evicted.add(name)
+
+    @precondition(lambda self: self.evicted)
+    @rule(data=st.data())
+    def restore(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.evicted)))
+        weights, steps = self.model[name]
+        offered = offer(self.store, name, weights=weights, steps=sorted(steps))
+        assert self.store.ingest_task(replace(offered, restore=True)).restored >= 1
+        self.evicted.remove(name)
 
     @rule()
     def prune(self) -> None:
@@ -81,10 +105,10 @@ class StoreModel(RuleBasedStateMachine):
         self.store.close()
         self.store = new_store(self.root)
 
-    @precondition(lambda self: self.model)
+    @precondition(lambda self: self.model.keys() - self.evicted)
     @rule(data=st.data())
     def damage_and_ingest_again(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.model)))
+        name = data.draw(st.sampled_from(sorted(self.model.keys() - self.evicted)))
         path = self.store.paths.blob(self.store.final_adapter(name).weights)
         path.chmod(0o644)
         path.write_bytes(b"damaged")
@@ -106,16 +130,19 @@ class StoreModel(RuleBasedStateMachine):
             is_same = weights == FRESH
             self.model[name.lower()] = (FRESH, {9} | (steps if is_same else set()))
             if not is_same:
-                self.coded.discard(name.lower())
+                self.forget(name.lower())
 
     @invariant()
     def the_store_and_the_dictionary_agree(self) -> None:
         found = {}
         for summary in self.store.summaries():
             steps = {a.step for a in self.store.adapters(summary.task.name) if a.step is not None}
-            found[summary.task.name.lower()] = (self.store.read_blob(summary.final.weights), steps)
-            assert (summary.code is not None) == (summary.task.name.lower() in self.coded)
-            assert summary.checkpoints == len(steps)
+            key, weights = summary.task.name.lower(), summary.final.weights
+            assert summary.final.is_evicted == (key in self.evicted)
+            found[key] = (self.model[key][0] if key in self.evicted else self.store.read_blob(weights), steps)
+            assert digest_of(found[key][0]) == weights
+            assert (summary.code is not None) == (key in self.coded)
+            assert summary.checkpoints + summary.evicted_checkpoints == len(steps)
         assert found == self.model
 
     @invariant()
