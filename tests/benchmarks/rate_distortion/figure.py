@@ -14,6 +14,7 @@ from typing import Any
 from tests.benchmarks.rate_distortion.bd_rate import frontier
 from tests.benchmarks.rate_distortion.summary import OURS
 
+_MARKERS = "os^vDPX*<>"
 _LOWEST_GAIN = 0.5  # below, an adapter has lost half of what it was trained for; curves are cut there
 
 
@@ -24,6 +25,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     mpl.use("agg")
     mpl.rcParams["svg.hashsalt"] = "icm"
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = pyplot.subplots(figsize=(9, 5.6), layout="constrained")
     families = _families(document["points"])
@@ -32,15 +34,17 @@ def draw(document: dict[str, Any], path: Path) -> None:
             "color": "black" if family == OURS else f"C{number % 10}",
             "linewidth": 2.6 if family == OURS else 1.2,
         }
-        marker = "os^vDPX*<>"[number % 10]
+        marker = _MARKERS[(number + number // 10) % len(_MARKERS)]  # no colour twice with the same marker
         mean, worst = (_curve(points, key) for key in ("gain", "worst"))
         axes.plot(*mean, marker=marker, markersize=4, label=family, **style)
-        axes.plot(*worst, linestyle="--", alpha=0.55, **style)
+        axes.plot(*worst, linestyle="--", marker=marker, markersize=2.5, alpha=0.5, **style)
     axes.set_xscale("log")
     axes.set_xlabel("bytes per adapter, all counted, in % of bf16")
     axes.set_ylabel("retained gain: mean solid, worst task dashed")
     axes.set_ylim(_LOWEST_GAIN, 1.03)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(visible=True, which="both", alpha=0.2)
     axes.legend(fontsize="small", loc="lower right")
     axes.set_title(f"{document['tasks']} adapters", fontsize="medium")

@@ -56,6 +56,6 @@ def test_interpolation_of_a_line_is_the_line() -> None:
 
 
 def test_interpolation_is_that_of_fritsch_and_carlson() -> None:
-    # Values of scipy.interpolate.PchipInterpolator.
+    # What scipy.interpolate.PchipInterpolator gives.
     x, y = np.array([0.0, 1.0, 2.0, 4.0]), np.array([0.0, 1.0, 4.0, 5.0])
-    assert pchip(x, y, np.array([0.5, 1.5, 3.0])) == pytest.approx([0.3125, 2.5625, 4.70454545], abs=0.2)
+    assert pchip(x, y, np.array([0.5, 1.5, 3.0])) == pytest.approx([0.3125, 2.57112069, 4.73275862])

@@ -146,8 +146,18 @@ def test_bd_rates_are_against_every_family_and_the_best_of_all() -> None:
     rates = bd_rates(points)
     assert rates["x"]["mean"]["rate"] == pytest.approx(-0.5)
     assert rates["best of all"]["worst"]["rate"] == pytest.approx(-0.5)
+    assert rates["best as published"]["mean"]["rate"] == pytest.approx(-0.5)
     assert rates["y"]["mean"] is None
     assert bd_rates(points[2:]) == {}
+
+
+def test_methods_that_were_given_full_strength_are_not_counted_as_published() -> None:
+    points = [summary_of(OURS, 0.01, 0.8), summary_of(OURS, 0.1, 0.99)]
+    points += [summary_of("x", 0.02, 0.8), summary_of("x", 0.2, 0.99)]
+    points += [summary_of("x, full strength", 0.01, 0.8), summary_of("x, full strength", 0.1, 0.99)]
+    rates = bd_rates(points)
+    assert rates["best of all"]["mean"]["rate"] == pytest.approx(0.0)
+    assert rates["best as published"]["mean"]["rate"] == pytest.approx(-0.5)
 
 
 def test_points_that_beat_icm_at_their_size_are_named() -> None:
