@@ -13,6 +13,7 @@ import typer
 
 from icm_cli.commands.base import base
 from icm_cli.commands.doctor import doctor
+from icm_cli.commands.encode import encode
 from icm_cli.commands.eval import evaluate
 from icm_cli.commands.evict import evict
 from icm_cli.commands.export import export
@@ -45,6 +46,7 @@ app = typer.Typer(name="icm", rich_markup_mode="rich", context_settings={"help_o
 app.command(rich_help_panel=MAIN)(ingest)
 app.command(rich_help_panel=MAIN)(vectors)
 app.command(rich_help_panel=MAIN)(train)
+app.command(rich_help_panel=MAIN)(encode)
 app.command(rich_help_panel=MAIN)(materialize)
 app.command(rich_help_panel=MAIN, name="eval")(evaluate)
 app.command(rich_help_panel=MAIN)(stats)

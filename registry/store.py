@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from registry.learned import LearnedOperations
 from registry.originals import OriginalOperations
+from registry.recoding import RecodingOperations
 from registry.runs import RunOperations
 from registry.tasks import TaskOperations
 from registry.transfer import TransferOperations
@@ -18,7 +19,15 @@ from registry.upkeep import UpkeepOperations
 __all__ = ["Store"]
 
 
-class Store(TaskOperations, LearnedOperations, RunOperations, OriginalOperations, TransferOperations, UpkeepOperations):
+class Store(
+    TaskOperations,
+    LearnedOperations,
+    RecodingOperations,
+    RunOperations,
+    OriginalOperations,
+    TransferOperations,
+    UpkeepOperations,
+):
     """Rows and bytes of a fleet in one folder; see :meth:`open`.
 
     A store is used by one thread at a time, and is opened anew after a fork. Any number of processes may have it

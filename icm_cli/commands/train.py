@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from icm_cli.commands import encode
 from icm_cli.commands import eval as evaluation
 from icm_cli.errors import Interrupted
 from icm_cli.options import BaseModelOpt, DeviceOpt
@@ -44,7 +45,29 @@ ErrorOpt = Annotated[
         metavar="X",
         min=1e-4,
         max=0.9,
-        help="Relative dW error that a code may have; else the quality's.",
+        help="Relative dW error that a code may have; then tasks are encoded as by `icm encode`.",
+        show_default=False,
+    ),
+]
+GainOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--min-gain",
+        metavar="G",
+        min=0.0,
+        max=1.0,
+        help="Smallest retained gain that a code may have, likewise; needs the base model and held-out text.",
+        show_default=False,
+    ),
+]
+ToleranceOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance",
+        metavar="X",
+        min=1e-4,
+        max=0.9,
+        help="Share of dW's energy, weighted by sensitivity, that a code may lose; else the quality's.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),
@@ -99,6 +122,8 @@ def train(
     fresh: FreshOpt = False,
     evaluate: EvalOpt = True,
     max_error: ErrorOpt = None,
+    min_gain: GainOpt = None,
+    tolerance: ToleranceOpt = None,
     width: WidthOpt = None,
     steps: StepsOpt = None,
     lr: RateOpt = None,
@@ -110,6 +135,7 @@ def train(
     Example:
       icm train --device cuda
     """
+    from icm_cli.workflows.encode_plan import EncodeRequest
     from icm_cli.workflows.training import train as fit
     from icm_cli.workflows.training_run import TrainRequest
 
@@ -118,7 +144,7 @@ def train(
         quality=quality,
         seed=seed,
         base_model=base_model,
-        tolerance=max_error,
+        tolerance=tolerance,
         width=width,
         steps=steps,
         learning_rate=lr,
@@ -132,6 +158,9 @@ def train(
             raise Interrupted(kept, hint="run the same command to continue")
         for trained in report.trained:
             _sum_up(session, trained)
+    if max_error is not None or min_gain is not None:
+        for trained in report.trained:
+            encode.run(session, EncodeRequest([], max_error, min_gain, request.device, trained.base_model))
     if evaluate:
         _evaluate(session, request.device, [trained.base_model for trained in report.trained])
 

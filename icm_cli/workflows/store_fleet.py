@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.adapter import Adapter
-from icmlora.canonical import canonicalize
 from icmlora.peft_folder import load_adapter
 from icmlora.task_vector import values_from_bytes
 from registry.records import AdapterRecord, VectorRecord
@@ -67,13 +66,13 @@ class StoreFleet:
         return hashlib.sha256(json.dumps([adapters, vectors]).encode()).hexdigest()
 
     def load(self, task: int, checkpoint: int | None) -> Adapter:
-        """Read the final adapter of a task (None), or one of its checkpoints, in canonical form."""
+        """Read the final adapter of a task (None), or one of its checkpoints."""
         row = self._finals[task] if checkpoint is None else self._others[task][checkpoint]
         key = row.config, row.weights  # the same weights under another alpha are another adapter
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        adapter = canonicalize(load_adapter(self._store.read_blob(row.config), self._store.read_blob(row.weights)))
+        adapter = load_adapter(self._store.read_blob(row.config), self._store.read_blob(row.weights))
         self._cache[key] = adapter
         self._cached += row.parameters * _FLOAT32
         while self._cached > _CACHE_BYTES and len(self._cache) > 1:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
 
+from icm_cli.workflows.base_access import open_base
 from icm_cli.workflows.store_fleet import StoreFleet
-from icmlora.errors import DataError
+from icmlora.channel_statistics import channel_statistics
+from icmlora.errors import BaseModelNotFound, DataError
+from icmlora.examples import parse_examples
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.generator_file import generator_from_bytes
+from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.layout import ModuleShape
+from icmlora.probes import PROBES
 from icmlora.training.config import TrainConfig, steps_for
 from icmlora.training.start import fresh_network, grown_network
 from icmlora.training.state import TrainState, new_state, state_from_bytes
@@ -22,6 +29,11 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 DEFAULT_QUALITY = 4
+
+# Twice as many tokens change the weights by less than their grid (docs/results/LOG.md).
+_STATISTICS_TOKENS = 8192
+_STATISTICS_TASKS = 64
+_SAMPLES_EACH = 8
 
 
 @dataclass(frozen=True)
@@ -71,11 +83,34 @@ def begin(
     if running is not None and request.resume and running.config == identity and running.weights and running.optimizer:
         weights, optimizer = store.read_blob(running.weights), store.read_blob(running.optimizer)
         return state_from_bytes(weights, optimizer, device), running
+    sensitivity = _sensitivity(store, fleet, config, None if present is None else present.config, device)
     if present is None:
-        net = fresh_network(config, fleet, request.seed)
+        net = fresh_network(config, fleet, request.seed, sensitivity)
     else:
-        net = grown_network(config, present, fleet, request.seed)
+        net = grown_network(config, present, fleet, request.seed, sensitivity)
     return new_state(net.to(device), options), store.start_train_run(fleet.base_model, identity)
+
+
+def _sensitivity(
+    store: Store, fleet: StoreFleet, config: GeneratorConfig, present: GeneratorConfig | None, device: torch.device
+) -> Sensitivity | None:
+    """Measure the channels of the base model where they are not known yet and it is on this machine."""
+    if present is not None and (present.kinds, present.layers) == (config.kinds, config.layers):
+        return None
+    try:
+        base = open_base(store, fleet.base_model, device)
+    except BaseModelNotFound:
+        return None
+    modules = [kind.module(layer) for kind in config.kinds for layer in range(config.layers)]
+    statistics = channel_statistics(base, _texts(store, fleet.names), modules, max_tokens=_STATISTICS_TOKENS)
+    return sensitivity_of(config, statistics)
+
+
+def _texts(store: Store, names: Sequence[str]) -> list[str]:
+    """Return the first samples of each task in turn, or neutral texts where no task has any."""
+    blobs = [blob for name in names[:_STATISTICS_TASKS] if (blob := store.task(name).samples) is not None]
+    texts = [[example.text for example in parse_examples(store.read_blob(blob))[:_SAMPLES_EACH]] for blob in blobs]
+    return [text for row in zip_longest(*texts) for text in row if text is not None] or list(PROBES)
 
 
 def _config(fleet: StoreFleet, request: TrainRequest, previous: GeneratorConfig | None) -> GeneratorConfig:

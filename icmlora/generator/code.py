@@ -1,6 +1,6 @@
 """The bytes of one task's code.
 
-    ICMC 1 | generator digest (32) | length of head (4) | head, zlib | range-coded words
+    ICMC 2 | generator digest (32) | length of head (4) | head, zlib | range-coded words | check (8)
     head:  step (i2) | condition (C x i1) | latent (Z x i1) | gains (K x i2) | strengths (K x u1) | kept (K*L x u1) |
            task type (utf-8)
 
@@ -9,12 +9,12 @@ are the rounded log-norms of all kept slots, then the integers of their two vect
 little-endian. How many words there are follows from the head and the generator, so a code cannot claim more memory
 than its generator's own layout allows.
 
-Damage that changes the length, the head's form or the end of the words is refused here. A changed bit in the middle of
-the words gives other integers and is not noticed: the store compares the SHA-256 of a code before it is decoded.
+The check is the beginning of the SHA-256 of everything before it: damage anywhere is refused, also outside a store.
 """
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ from icmlora.errors import CodeError
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import EXTREME
 
-MAGIC = b"ICMC\x01"
+MAGIC = b"ICMC\x02"
+_CHECK = 8
 ABSENT = 255
 _TASK_TYPE_LIMIT = 4 * MAX_LABEL  # in UTF-8
 
@@ -75,7 +76,8 @@ class Code:
             ]
         )
         packed = zlib.compress(plain, 9)
-        return MAGIC + bytes.fromhex(self.generator) + struct.pack("<I", len(packed)) + packed + self.words
+        data = MAGIC + bytes.fromhex(self.generator) + struct.pack("<I", len(packed)) + packed + self.words
+        return data + check_of(data)
 
     @classmethod
     def from_bytes(cls, data: bytes, config: GeneratorConfig) -> Code:
@@ -85,6 +87,9 @@ class Code:
             CodeError: Not a code, cut short, or out of the configuration's range.
         """
         generator, start = generator_of(data), len(MAGIC) + 36
+        data, check = data[:-_CHECK], data[-_CHECK:]
+        if check_of(data) != check or len(data) < start:
+            raise CodeError("the code is damaged or cut short")
         (length,) = struct.unpack_from("<I", data, start - 4)
         kinds, layers = len(config.kinds), config.layers
         sizes = [2, config.condition, config.latent, 2 * kinds, kinds, kinds * layers]
@@ -103,6 +108,11 @@ class Code:
         if not len(present) or int(present.max()) > config.slots or abs(head.step) > EXTREME:
             raise CodeError("the code's head is out of its generator's range")
         return cls(generator, head, data[start + length :])
+
+
+def check_of(data: bytes) -> bytes:
+    """Return what stands at the end of a code, or of a generator, after these bytes."""
+    return hashlib.sha256(data).digest()[:_CHECK]
 
 
 def _inflate(packed: bytes, least: int, most: int) -> bytes:

@@ -21,7 +21,7 @@ from icmlora.generator.objective import water_level, worth_writing
 from icmlora.generator.packing import KindIntegers, pack, unpack, written_slots
 from icmlora.generator.quantizer import Quantizer, Slots
 from icmlora.generator.scales import OCTAVE
-from icmlora.generator.tokens import KindTokens, detokenize, slot_overlaps, squared_norm, tokenize
+from icmlora.generator.tokens import KindTokens, detokenize, slot_overlaps, squared_norm, tokenize, weighted
 from icmlora.layout import ModuleShape
 from icmlora.metrics import relative_dw_error
 
@@ -39,6 +39,8 @@ class Encoded:
     data: bytes
     dw_error: float
     """Relative squared error of dW, of the adapter decoded from the code."""
+    weighted_error: float
+    """The same of dW weighted by the sensitivity of its channels; equal to it under even weights."""
 
 
 class Codec:
@@ -47,6 +49,7 @@ class Codec:
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
         self._net = generator.net.eval()
+        self._sensitivity = self._net.sensitivity
         self._quantizer = Quantizer(self._net)
 
     @property
@@ -55,28 +58,38 @@ class Codec:
         return self.generator.net.config
 
     @torch.no_grad()
-    def encode(self, adapter: Adapter, vectors: Mapping[str, torch.Tensor], tolerance: float | None = None) -> Encoded:
-        """Encode one adapter with the coarsest quantiser step found that keeps the tolerance.
+    def encode(
+        self,
+        adapter: Adapter,
+        vectors: Mapping[str, torch.Tensor],
+        *,
+        tolerance: float | None = None,
+        max_error: float | None = None,
+    ) -> Encoded:
+        """Encode one adapter with the coarsest quantiser step found that keeps a limit.
 
         Args:
             adapter: Any adapter that the generator covers.
             vectors: The task's vectors by view; may be empty.
-            tolerance: Largest relative dW error; the generator's own by default.
+            tolerance: Largest weighted error; the generator's own where `max_error` is not given either.
+            max_error: Largest relative dW error.
 
         Returns:
-            A code whose `dw_error` is at most the tolerance.
+            A code that keeps every limit that was given.
 
         Raises:
-            GeneratorError: The generator does not cover the adapter, or float32 cannot keep the tolerance.
+            GeneratorError: The generator does not cover the adapter, or float32 cannot keep the limits.
         """
-        limit = self.config.tolerance if tolerance is None else tolerance
-        tokens = tokenize(adapter, self.config)
+        if tolerance is None and max_error is None:
+            tolerance = self.config.tolerance
+        limits = (math.inf if tolerance is None else tolerance, math.inf if max_error is None else max_error)
+        tokens = tokenize(adapter, self.config, self._sensitivity)
         condition = self._condition(vectors)
         state = TaskState(condition, self._net.posterior(tokens, condition).round().clamp(-127, 127))
-        step = math.floor(OCTAVE * math.log2(water_level(tokens, limit)))
-        best = _coarsest(step, limit, lambda tried: self._encode_at(tried, adapter, tokens, state))
+        step = math.floor(OCTAVE * math.log2(water_level(tokens, min(limits), self._sensitivity)))
+        best = _coarsest(step, limits, lambda tried: self._encode_at(tried, adapter, tokens, state))
         if best is None:
-            raise GeneratorError(f"no code keeps a relative dW error of {limit:g}", hint="allow a larger error")
+            raise GeneratorError(f"no code keeps an error of {min(limits):g}", hint="allow a larger error")
         return best
 
     @torch.no_grad()
@@ -93,7 +106,7 @@ class Codec:
         head, state = code.head, TaskState(_floats(code.head.condition), _floats(code.head.latent))
         tokens = [self._dequantised(group, head, state) for group in unpack(self._quantizer, head, code.words)]
         modules = [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
-        adapter = detokenize(tokens, self.config, modules=modules, task_type=head.task_type)
+        adapter = detokenize(tokens, self.config, self._sensitivity, modules=modules, task_type=head.task_type)
         if not all(torch.isfinite(factor).all() for module in adapter.modules for factor in (module.a, module.b)):
             raise CodeError("the code's values are out of float32's range")
         return adapter
@@ -126,7 +139,7 @@ class Codec:
         state = TaskState(condition, mean.round().clamp(-127, 127))
         tokens = predicted_tokens(self._net, state, modules)
         pairs = [(kind, layer) for kind, layer, _ in modules]
-        return detokenize(tokens, self.config, modules=pairs, task_type=task_type)
+        return detokenize(tokens, self.config, self._sensitivity, modules=pairs, task_type=task_type)
 
     def _condition(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         size = self.config.condition_size
@@ -150,7 +163,9 @@ class Codec:
             np.add.at(kept[group.slots.kind], group.slots.layer, 1)
         head = CodeHead(step, _bytes(state.condition), _bytes(state.latent), gains, strengths, kept, adapter.task_type)
         data = Code(self.generator.digest, head, pack(self._quantizer, groups, step)).to_bytes()
-        return Encoded(data, relative_dw_error(adapter, self.decode(data)))
+        decoded = self.decode(data)
+        pair = (weighted(which, self.config, self._sensitivity) for which in (adapter, decoded))
+        return Encoded(data, relative_dw_error(adapter, decoded), relative_dw_error(*pair))
 
     def _quantised(self, group: KindTokens, state: TaskState, step: int) -> tuple[KindIntegers, int]:
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
@@ -182,21 +197,31 @@ def _strength(original: KindTokens, overlaps: torch.Tensor) -> int:
     return min(max(round(_STRENGTHS * (length / along - 1)), 0), _STRENGTHS - 1)
 
 
-def _coarsest(expected: int, limit: float, encode: Callable[[int], Encoded]) -> Encoded | None:
-    """Return the code of the coarsest step that keeps the limit, found by bisection; None if no step does."""
+def _coarsest(expected: int, limits: tuple[float, float], encode: Callable[[int], Encoded]) -> Encoded | None:
+    """Return the code of the coarsest step that keeps the limits, found by bisection; None if no step does.
+
+    Args:
+        expected: Where the search begins.
+        limits: Largest weighted error and largest relative dW error.
+        encode: Makes the code of one step.
+    """
+
+    def keeps(encoded: Encoded) -> bool:
+        return encoded.weighted_error <= limits[0] and encoded.dw_error <= limits[1]
+
     low, high = expected - _BELOW, expected + _ABOVE
     best = encode(low)
     for _ in range(_RETRIES):
-        if best.dw_error <= limit:
+        if keeps(best):
             break
         low, high = low - _BELOW, low - 1
         best = encode(low)
-    if not best.dw_error <= limit:
+    if not keeps(best):
         return None
-    while low < high:  # a coarser step loses more, nearly always; `best` keeps the limit in any case
+    while low < high:  # a coarser step loses more, nearly always; `best` keeps the limits in any case
         middle = (low + high + 1) // 2
         tried = encode(middle)
-        if tried.dw_error <= limit:
+        if keeps(tried):
             low, best = middle, tried
         else:
             high = middle - 1

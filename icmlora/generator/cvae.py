@@ -25,6 +25,8 @@ from torch import nn
 from torch.nn.functional import silu
 
 from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.scales import OCTAVE
+from icmlora.generator.sensitivity import Sensitivity, even
 from icmlora.generator.tokens import KindTokens
 
 VIEWS = ("adapted", "context")
@@ -82,9 +84,27 @@ class CVAE(nn.Module):
         self.norm_mean = nn.Parameter(torch.zeros(kinds, layers, slots))
         self.norm_spread = nn.Parameter(torch.zeros(kinds, slots))
         self.gain = nn.Linear(task, kinds)
+        # Not trained: measured on the base model once, or even.
+        for number, weights in enumerate(sum(zip(even(config).inputs, even(config).outputs, strict=True), ())):
+            self.register_buffer(f"weight_{number}", weights)
         # log2 of the spread of (w - mean) relative to a random direction of that norm. Tables, not network outputs:
         # the entropy coder rounds them to integers that are equal on every machine.
         self.spread = nn.Parameter(torch.zeros(kinds, 2, layers, slots))
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        """The weights that tokens are made with."""
+        weights = [self.get_buffer(f"weight_{number}") for number in range(2 * len(self.config.kinds))]
+        return Sensitivity(tuple(weights[INPUTS::2]), tuple(weights[OUTPUTS::2]))
+
+    @sensitivity.setter
+    def sensitivity(self, value: Sensitivity) -> None:
+        """Set the weights and what the spreads are without any training: that of values equal in all channels."""
+        for kind, pair in enumerate(zip(value.inputs, value.outputs, strict=True)):
+            for side, weights in enumerate(pair):
+                self.get_buffer(f"weight_{2 * kind + side}").copy_(weights)
+                mean_square = torch.exp2(2 * value.profile(kind, side)).mean(dim=1)  # (L,)
+                self.spread.data[kind, side] = -0.5 * mean_square.log2()[:, None]
 
     def embed(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the condition in integer units before rounding, shape (C,); `vectors` maps views to (hidden,)."""
@@ -137,8 +157,8 @@ class CVAE(nn.Module):
 class ConditionNet(nn.Module):
     """Task vectors to a condition of C integers; each view may be missing, and both may."""
 
-    mean: torch.Tensor
-    scale: torch.Tensor
+    shift: torch.Tensor
+    log_scale: torch.Tensor
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -146,18 +166,23 @@ class ConditionNet(nn.Module):
         # Hidden states share a large common part: they are standardised over the fleet before anything reads them.
         # Without vectors there are neither these buffers nor layers that read a view.
         if size:
-            self.register_buffer("mean", torch.zeros(len(VIEWS), size))
-            self.register_buffer("scale", torch.ones(len(VIEWS), size))
+            self.register_buffer("shift", torch.zeros(len(VIEWS), size))
+            self.register_buffer("log_scale", torch.zeros(len(VIEWS), size))
         self.views = nn.ModuleList([nn.Linear(size, inner) for _ in VIEWS] if size else [])
         self.missing = nn.Parameter(torch.zeros(len(VIEWS), inner))
         self.out = nn.Linear(inner, config.condition)
+
+    def standardise(self, mean: torch.Tensor, scale: torch.Tensor) -> None:
+        """Set what vectors are standardised by, each of shape (views, hidden), in whole eighths as it is stored."""
+        self.log_scale.copy_((scale.log2() * OCTAVE).round() / OCTAVE)
+        self.shift.copy_((mean * torch.exp2(-self.log_scale) * OCTAVE).round() / OCTAVE)
 
     def forward(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Embed the views that are there; shape (C,), values in [-127, 127]."""
         hidden = torch.zeros_like(self.missing[0])
         for number, view in enumerate(VIEWS):
             if view in vectors and len(self.views):
-                standard = (vectors[view] - self.mean[number]) / self.scale[number]
+                standard = vectors[view] * torch.exp2(-self.log_scale[number]) - self.shift[number]
                 hidden = hidden + self.views[number](standard / standard.numel() ** 0.5)
             else:
                 hidden = hidden + self.missing[number]

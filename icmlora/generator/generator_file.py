@@ -1,24 +1,35 @@
-"""The generator file: one safetensors file with the network in bfloat16 and its configuration as header text.
+"""The generator file: the network's configuration as JSON, and its parameters rounded and range-coded.
 
-The file is what codes refer to: their generator is the SHA-256 of its bytes. Parameters are rounded to bfloat16 when
-it is written, and codes are made under the rounded network, as it is read back.
+    ICMG 2 | length of header (4) | header: JSON, zlib | range-coded words | check (8)
+
+The file is what codes refer to: their generator is the SHA-256 of its bytes. Codes are made under the network as it is
+read back. The check is the beginning of the SHA-256 of everything before it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from icmlora.errors import AdapterRefused, GeneratorError
+from icmlora.errors import CodeError, GeneratorError
+from icmlora.generator.code import check_of
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE, VIEWS
+from icmlora.generator.parameters import parameters_to_words, words_to_parameters
 from icmlora.generator.scales import tables_digest
-from icmlora.torch_tensors import decode_torch, encode_torch
 
-FORMAT = "icm generator 1"
+MAGIC = b"ICMG\x02"
+_START = len(MAGIC) + 4
+_CHECK = len(check_of(b""))
+_HEADER_LIMIT = 1 << 20
+# A parameter of an ordinary row takes half a byte; rows of zeros, which a fresh network has, take next to nothing.
+_VALUES_PER_BYTE = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +51,11 @@ def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> byt
     Raises:
         GeneratorError: A parameter is not finite.
     """
-    header = {**(notes or {}), "format": FORMAT, "config": net.config.to_json(), "tables": tables_digest()}
-    try:
-        return encode_torch(net.state_dict(), header, dtype="bfloat16")
-    except AdapterRefused as error:
-        raise GeneratorError("training has diverged", hint="train again with a lower learning rate") from error
+    own = {"config": net.config.to_json(), "shapes": _shapes_digest(net), "tables": tables_digest()}
+    header = {**(notes or {}), **own}
+    packed = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
+    data = MAGIC + struct.pack("<I", len(packed)) + packed + parameters_to_words(net.state_dict())
+    return data + check_of(data)
 
 
 def generator_from_bytes(data: bytes) -> Generator:
@@ -54,32 +65,52 @@ def generator_from_bytes(data: bytes) -> Generator:
         GeneratorError: Not a generator file, of a newer format, with tensors that are not its configuration's, or
             made on a machine whose coding tables differ from this one's.
     """
-    try:
-        header, tensors = decode_torch(data)
-    except AdapterRefused as error:
-        raise GeneratorError(f"not a whole generator file ({error.message})") from error
-    if header.get("format") != FORMAT:
-        raise GeneratorError(f"not a generator file, or of another format ({header.get('format', 'none')[:40]})")
+    if not data.startswith(MAGIC) or len(data) < _START + _CHECK:
+        raise GeneratorError("not a generator file, or of another format")
+    content, check = data[:-_CHECK], data[-_CHECK:]
+    if check_of(content) != check:
+        raise GeneratorError("the generator file is damaged or cut short")
+    (length,) = struct.unpack_from("<I", content, len(MAGIC))
+    header = _header(content[_START : _START + length])
     if header.get("tables") != tables_digest():
         message = "the coding tables computed here differ from those of the machine that trained this generator"
         raise GeneratorError(message, hint="decode on a machine with the same C library, or train again here")
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise GeneratorError("the generator holds values that are not finite")
-    net = _network(GeneratorConfig.from_json(header.get("config", "")), tensors)
+    config = GeneratorConfig.from_json(str(header.get("config", "")))
+    net = _network(config, str(header.get("shapes")), content[_START + length :])
     return Generator(net.eval(), hashlib.sha256(data).hexdigest())
 
 
-def _network(config: GeneratorConfig, tensors: Mapping[str, torch.Tensor]) -> CVAE:
-    # A configuration that claims more than the file holds is refused before anything is allocated.
-    if _least_values(config) > sum(tensor.numel() for tensor in tensors.values()):
-        raise GeneratorError("the generator's tensors are not those of its configuration")
+def _header(packed: bytes) -> dict[str, object]:
+    reader = zlib.decompressobj()
+    try:
+        return dict(json.loads(reader.decompress(packed, _HEADER_LIMIT)))
+    except (zlib.error, ValueError, TypeError, RecursionError) as error:
+        raise GeneratorError("the generator's header is damaged") from error
+
+
+def _network(config: GeneratorConfig, shapes_digest: str, words: bytes) -> CVAE:
+    # A configuration that claims far more than the file can hold is refused before anything is allocated.
+    if _least_values(config) > _VALUES_PER_BYTE * len(words):
+        raise GeneratorError("the generator's parameters are not those of its configuration")
     try:
         with torch.random.fork_rng(devices=[]):  # the initial values are thrown away; the caller's stream stays
             net = CVAE(config)
-        net.load_state_dict(tensors)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise GeneratorError("the generator's tensors are not those of its configuration") from error
+        if _shapes_digest(net) != shapes_digest:
+            raise ValueError("other shapes")
+        net.load_state_dict(words_to_parameters(words, _shapes(net)))
+    except (CodeError, RuntimeError, TypeError, ValueError) as error:
+        raise GeneratorError("the generator's parameters are not those of its configuration") from error
     return net
+
+
+def _shapes(net: CVAE) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in net.state_dict().items()}
+
+
+def _shapes_digest(net: CVAE) -> str:
+    """Name the order and shapes of the parameters: the words themselves do not say where one ends."""
+    text = json.dumps([[name, list(shape)] for name, shape in _shapes(net).items()])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _least_values(config: GeneratorConfig) -> int:

@@ -17,7 +17,11 @@ import torch
 
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
 from icmlora.generator.scales import GAUSSIAN_SHARE, OCTAVE, SMALLEST_SCALE, WIDE
+from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens, slot_errors, squared_norm
+
+_PARTS = 16
+"""Groups of channels of about the same weight; the step of a training episode need not be exact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +55,10 @@ def adapter_bits(
     mean, scale = net.latent_prior(condition)
     latent = _noisy(net.posterior(tokens, condition), noise)
     state = TaskState(condition, latent)
-    step = water_level(tokens, net.config.tolerance)
+    step = water_level(tokens, net.config.tolerance, net.sensitivity)
     integers = [_token_bits(net, group, state, step) for group in tokens]
-    norms = [_norm_bits(net, group, net.gains(state)) for group in tokens]
+    gains = net.gains(state)
+    norms = [_norm_bits(net, group, gains) for group in tokens]
     return Bits(
         latent=bin_bits(latent - mean, scale).sum(),
         norms=_sum([table for table, _ in norms]),
@@ -69,14 +74,15 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float) -> 
     predicted means it is that of the same integers under a Gaussian widened by the rounding error (variance 1/12),
     which also pulls where everything rounds to zero.
     """
-    prediction = net.decode(group.kind, group.layer, group.slot, state)
+    prediction, sensitivity = net.decode(group.kind, group.layer, group.slot, state), net.sensitivity
     norm = group.norm[:, None]
     agreement = (group.inputs * prediction.inputs).sum(1) + (group.outputs * prediction.outputs).sum(1)
     sign = torch.where(agreement.detach() < 0, -1.0, 1.0)[:, None]
     hard, soft, wholes, rebuilt = [], [], [], []
     for side, values, mean in ((INPUTS, group.inputs, prediction.inputs), (OUTPUTS, group.outputs, prediction.outputs)):
-        spread = net.spread[group.kind, side, group.layer, group.slot][:, None]
-        scale = norm / math.sqrt(values.shape[1]) * torch.exp2(spread) / step
+        spread = torch.exp2(net.spread[group.kind, side, group.layer, group.slot])[:, None]
+        profile = torch.exp2(sensitivity.profile(group.kind, side))[group.layer]  # (n, size)
+        scale = norm / math.sqrt(values.shape[1]) / step * spread * profile
         exact = (values * sign - norm * mean) / step
         whole = exact.detach().round()
         wholes.append(whole)
@@ -122,15 +128,15 @@ def _bin(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return mass
 
 
-def water_level(tokens: Sequence[KindTokens], tolerance: float) -> float:
+def water_level(tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sensitivity) -> float:
     """Return the quantiser step whose expected relative dW error is `tolerance` (1 for an adapter without energy).
 
     A coefficient of variance v contributes min(v, step^2 / 12): reverse water-filling (Cover and Thomas, 10.3.3).
     """
     if not tokens:
         return 1.0
-    variance = torch.cat([group.norm.double().square() / size for group in tokens for size in _sizes(group)])
-    count = torch.cat([torch.full_like(group.norm, size).double() for group in tokens for size in _sizes(group)])
+    parts = [_variances(group, side, sensitivity) for group in tokens for side in (INPUTS, OUTPUTS)]
+    variance, count = (torch.cat(column) for column in zip(*parts, strict=True))
     allowed = tolerance * squared_norm(tokens)
     low, high = -40.0, 40.0
     for _ in range(50):
@@ -140,8 +146,17 @@ def water_level(tokens: Sequence[KindTokens], tolerance: float) -> float:
     return float(2.0**low)
 
 
-def _sizes(group: KindTokens) -> tuple[int, int]:
-    return group.inputs.shape[1], group.outputs.shape[1]
+def _variances(group: KindTokens, side: int, sensitivity: Sensitivity) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the variances of a side's coefficients and how many have each; channels are taken a sixteenth together."""
+    size = (group.inputs, group.outputs)[side].shape[1]
+    square = torch.exp2(2 * sensitivity.profile(group.kind, side)).double().sort(dim=1).values  # (L, size)
+    share = torch.stack([part.mean(dim=1) for part in square.tensor_split(min(_PARTS, size), dim=1)], dim=1)
+    counts = torch.tensor(
+        [len(part) for part in torch.arange(size).tensor_split(min(_PARTS, size))], device=square.device
+    )
+    share = share / (share * counts).sum(dim=1, keepdim=True)  # (L, parts); one row's variances add up to 1
+    variance = group.norm.double().square()[:, None] * share[group.layer]
+    return variance.flatten(), counts.double().expand_as(variance).flatten()
 
 
 def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:

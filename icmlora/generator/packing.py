@@ -80,14 +80,12 @@ def unpack(quantizer: Quantizer, head: CodeHead, words: bytes) -> list[KindInteg
         count, (inputs, outputs) = len(slots.layer), quantizer.sizes(slots.kind)
         left, right = np.split(values, [count * inputs])
         groups.append(KindIntegers(slots, gain, residual, left.reshape(count, inputs), right.reshape(count, outputs)))
-    reader.finish()
     return groups
 
 
 def _scales(quantizer: Quantizer, slots: Slots, norms: Norms, step: int) -> Integers:
     """Scale index of every integer of one kind: all inputs, then all outputs."""
-    pair = zip(quantizer.scales(slots, norms, step), quantizer.sizes(slots.kind), strict=True)
-    return np.concatenate([np.repeat(scale, size) for scale, size in pair])
+    return np.concatenate([scale.ravel() for scale in quantizer.scales(slots, norms, step)])
 
 
 def _slots(kind: int, kept: NDArray[np.uint8]) -> Slots:

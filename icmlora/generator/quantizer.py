@@ -1,9 +1,10 @@
 """Tokens of one kind <-> integers, under the decoder's prediction.
 
-    integer = round((value - norm * mean direction) / step),   coded under the scale  norm / sqrt(size) * spread / step
+    integer = round((value - norm * mean direction) / step),
+    coded under the scale  norm / sqrt(size) * spread * profile of the channel / step
 
-Norms, steps and spreads are whole eighths of an octave here, so a scale index is a sum of integers: encoder and
-decoder agree on it exactly, whatever machine they run on. Only the mean direction is float, and it is added after
+Norms, steps, spreads and profiles are whole eighths of an octave here, so a scale index is a sum of integers: encoder
+and decoder agree on it exactly, whatever machine they run on. Only the mean direction is float, and it is added after
 decoding, where a rounding difference stays a rounding difference. Both vectors of a token carry its singular value, so
 they are first scaled to the rounded one: rounding a norm costs nothing of dW.
 """
@@ -51,6 +52,8 @@ class Quantizer:
         self._norm_scales = np.clip(_eighths(net.norm_spread) + 3 * OCTAVE, SMALLEST, LARGEST)  # (K, S)
         self._spreads = _eighths(net.spread)  # (K, 2, L, S)
         self._sizes = [(kind.inputs, kind.outputs) for kind in net.config.kinds]
+        sides = [(kind, side) for kind in range(len(self._sizes)) for side in (INPUTS, OUTPUTS)]
+        self._profiles = [_eighths(net.sensitivity.profile(*pair)) for pair in sides]  # (L, size) each
 
     def sizes(self, kind: int) -> tuple[int, int]:
         """Return the widths (in, out) of a kind's modules."""
@@ -73,11 +76,15 @@ class Quantizer:
         return norms
 
     def scales(self, slots: Slots, norms: Norms, step: int) -> tuple[Integers, Integers]:
-        """Return the scale indices of the integers of each slot, (n,) for inputs and (n,) for outputs."""
+        """Return the scale indices of the integers of each slot, (n, in) for inputs and (n, out) for outputs."""
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
         wide = [round(OCTAVE * math.log2(size) / 2) for size in self._sizes[slots.kind]]
-        index = np.clip(norms[:, None] - step - np.array(wide) + spread, SMALLEST, LARGEST).astype(np.int32)
-        return index[:, INPUTS], index[:, OUTPUTS]
+        level = norms[:, None] - step - np.array(wide) + spread
+        inputs, outputs = (
+            np.clip(level[:, side, None] + self._profiles[2 * slots.kind + side][slots.layer], SMALLEST, LARGEST)
+            for side in (INPUTS, OUTPUTS)
+        )
+        return inputs.astype(np.int32), outputs.astype(np.int32)
 
     def quantise(self, group: KindTokens, norms: Norms, state: TaskState, step: int) -> tuple[Integers, Integers]:
         """Round tokens to integers of shapes (n, in) and (n, out)."""
@@ -98,8 +105,7 @@ class Quantizer:
         means = self._means(slots, norms, state)
         values = []
         for whole, mean, scale in zip(integers, means, self.scales(slots, norms, step), strict=True):
-            centre = np.sign(whole) * _centres(scale, np.abs(whole))
-            values.append(mean + torch.from_numpy(centre.astype(np.float32)) * 2.0 ** (step / OCTAVE))
+            values.append(mean + torch.from_numpy(_centred(whole, scale)) * 2.0 ** (step / OCTAVE))
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
         return KindTokens(slots.kind, layer, slot, _norm(norms), values[INPUTS], values[OUTPUTS])
 
@@ -110,13 +116,16 @@ class Quantizer:
         return norm * prediction.inputs, norm * prediction.outputs
 
 
-def _centres(scale: Integers, magnitude: Integers) -> NDArray[np.float64]:
-    centre = magnitude.astype(np.float64)  # beyond the table: the middle of the bin
-    for index in np.unique(scale):
+def _centred(whole: Integers, scale: Integers) -> NDArray[np.float32]:
+    """Put each integer on the mean of its bin; most are zero and stay there."""
+    values = whole.astype(np.float32)
+    places = np.flatnonzero(whole)
+    found, indices = whole.ravel()[places], scale.ravel()[places]
+    for index in np.unique(indices):
         table = centres(int(index))
-        found = (scale == index)[:, None] & (magnitude < len(table))
-        centre[found] = table[magnitude[found]]
-    return centre
+        here = np.flatnonzero((indices == index) & (np.abs(found) < len(table)))  # beyond: the middle of the bin
+        values.ravel()[places[here]] = np.sign(found[here]) * table[np.abs(found[here])]
+    return values
 
 
 def _norm(norms: Norms) -> torch.Tensor:

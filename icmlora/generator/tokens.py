@@ -5,19 +5,22 @@
 Both vectors carry the singular value, so an error e in either of them changes dW by about |e|: to first order one
 quantiser step means the same distortion everywhere, and a uniform step spends bits where dW has energy (reverse
 water-filling). The factors come back as A = inputs / sqrt(s), B = outputs / sqrt(s).
+
+dW is weighted by the sensitivity of its channels before, so that the same distortion means the same harm.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.canonical import canonicalize
 from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.sensitivity import Sensitivity
 from icmlora.layout import target_modules
 
 
@@ -49,14 +52,24 @@ class KindTokens:
         return KindTokens(self.kind, *(part.to(device) for part in parts))
 
 
-def tokenize(adapter: Adapter, config: GeneratorConfig) -> tuple[KindTokens, ...]:
+def weighted(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> Adapter:
+    """Return an adapter with dW multiplied by the weights of its channels.
+
+    Raises:
+        GeneratorError: The adapter has a module kind, layer or rank that the generator does not cover.
+    """
+    modules = (sensitivity.weigh(module, *config.place_of(module.shape)) for module in adapter.modules)
+    return replace(adapter, modules=tuple(modules))
+
+
+def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> tuple[KindTokens, ...]:
     """Turn an adapter (any gauge) into tokens; slots and kinds without energy are left out.
 
     Raises:
         GeneratorError: The adapter has a module kind, layer or rank that the generator does not cover.
     """
     groups: defaultdict[int, list[tuple[int, LoraModule]]] = defaultdict(list)
-    for module in canonicalize(adapter).modules:
+    for module in canonicalize(weighted(adapter, config, sensitivity)).modules:
         kind, layer = config.place_of(module.shape)
         groups[kind].append((layer, module))
     stacked = (_stack(kind, sorted(groups[kind], key=lambda pair: pair[0])) for kind in sorted(groups))
@@ -78,13 +91,19 @@ def _stack(kind: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:
 
 
 def detokenize(
-    tokens: Sequence[KindTokens], config: GeneratorConfig, *, modules: Sequence[tuple[int, int]], task_type: str | None
+    tokens: Sequence[KindTokens],
+    config: GeneratorConfig,
+    sensitivity: Sensitivity,
+    *,
+    modules: Sequence[tuple[int, int]],
+    task_type: str | None,
 ) -> Adapter:
     """Turn tokens back into an adapter.
 
     Args:
         tokens: At most one entry per kind.
         config: The generator's configuration.
+        sensitivity: The weights that the tokens were made with.
         modules: (kind, layer) of every module to write; one without tokens becomes a rank 1 module of zeros.
         task_type: PEFT's task type, such as CAUSAL_LM.
     """
@@ -98,7 +117,8 @@ def detokenize(
             written.append(LoraModule(name, torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1)))
             continue
         root = group.norm[rows].sqrt()[:, None]
-        written.append(LoraModule(name, group.inputs[rows] / root, (group.outputs[rows] / root).T.contiguous()))
+        module = LoraModule(name, group.inputs[rows] / root, (group.outputs[rows] / root).T.contiguous())
+        written.append(sensitivity.unweigh(module, kind, layer))
     names = target_modules(module.name for module in written)
     return Adapter(config.base_model, task_type, names, tuple(written))
 

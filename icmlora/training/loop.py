@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,28 +33,27 @@ class TrainStep:
     learning_rate: float
 
 
-def fit(state: TrainState, fleet: Fleet, tick: Callable[[], None] = lambda: None) -> Iterator[TrainStep]:
+def fit(state: TrainState, fleet: Fleet) -> Iterator[TrainStep]:
     """Train until the configured number of steps is done; the caller saves `state` whenever it likes between steps.
 
     Args:
         state: Where to go on; changed in place.
         fleet: Read one adapter per step.
-        tick: Called after each forward pass, such as to measure memory.
 
     Yields:
         One record per step.
     """
     device = next(state.net.parameters()).device
+    sensitivity = state.net.sensitivity.to(torch.device("cpu"))
     while state.step < state.config.steps:
         draw = random.Random(f"{state.config.seed}/{state.step}")  # noqa: S311 - training noise, not secrets
         noise = torch.Generator().manual_seed(draw.getrandbits(62))
         task = draw.randrange(fleet.tasks())
         adapter, vectors = _episode(state, fleet, task, draw)
-        tokens = tokenize(adapter, state.net.config)
+        tokens = tokenize(adapter, state.net.config, sensitivity)
         tokens = tuple(group.to(device) for group in tokens)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             bits = adapter_bits(state.net, tokens, {k: v.to(device) for k, v in vectors.items()}, noise)
-        tick()
         yield _advance(state, bits, sum(shape.parameters for shape in adapter.layout), task)
 
 

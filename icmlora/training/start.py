@@ -7,30 +7,43 @@ import torch
 from icmlora.device import seed_everything
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE, VIEWS, ConditionNet
+from icmlora.generator.sensitivity import Sensitivity, even
 from icmlora.generator.tokens import tokenize
 from icmlora.training.fleet import Fleet
 
 # Spread of a log2 norm that no second adapter has been seen for.
 _DEFAULT_SPREAD = 0.5
+# Of a component of the task vectors, relative to its mean.
+_LEAST_SPREAD = 2.0**-12
 
 
-def fresh_network(config: GeneratorConfig, fleet: Fleet, seed: int) -> CVAE:
-    """Make a network whose norm tables and vector standardisation are those of the fleet's final adapters."""
+def fresh_network(config: GeneratorConfig, fleet: Fleet, seed: int, sensitivity: Sensitivity | None = None) -> CVAE:
+    """Make a network whose norm tables and vector standardisation are those of the fleet's final adapters.
+
+    Args:
+        config: The network's sizes.
+        fleet: Read once.
+        seed: Of the initial values.
+        sensitivity: The weights of the base model's channels; without, all count the same.
+    """
     seed_everything(seed)
     net = CVAE(config)
+    net.sensitivity = sensitivity or even(config)
     _standardise(net.condition, fleet)
     _set_norms(net, fleet)
     return net
 
 
-def grown_network(config: GeneratorConfig, previous: CVAE, fleet: Fleet, seed: int) -> CVAE:
+def grown_network(
+    config: GeneratorConfig, previous: CVAE, fleet: Fleet, seed: int, sensitivity: Sensitivity | None = None
+) -> CVAE:
     """Make a network for a grown fleet that starts from a present one wherever the two agree.
 
     New kinds, layers and slots start fresh. The standardisation of task vectors is kept, so that the present
-    network's condition still means what it meant.
+    network's condition still means what it meant; so are the channel weights, unless there are new ones.
     """
-    net = fresh_network(config, fleet, seed)
     old = previous.config
+    net = fresh_network(config, fleet, seed, sensitivity or _grown_weights(config, previous))
     if old.condition_size == config.condition_size:
         net.condition.load_state_dict(previous.condition.state_dict())
     places = torch.tensor([config.kinds.index(kind) for kind in old.kinds])
@@ -55,11 +68,20 @@ def grown_network(config: GeneratorConfig, previous: CVAE, fleet: Fleet, seed: i
     return net
 
 
+def _grown_weights(config: GeneratorConfig, previous: CVAE) -> Sensitivity:
+    """Return the weights of a present network; modules that it does not have count as one."""
+    weights, old = even(config), previous.sensitivity
+    for number, kind in enumerate(previous.config.kinds):
+        place, layers = config.kinds.index(kind), previous.config.layers
+        weights.inputs[place][:layers], weights.outputs[place][:layers] = old.inputs[number], old.outputs[number]
+    return weights
+
+
 def _standardise(condition: ConditionNet, fleet: Fleet) -> None:
     if not len(condition.views):
         return
     count = torch.zeros(len(VIEWS), 1)
-    total, squares = torch.zeros_like(condition.mean).double(), torch.zeros_like(condition.mean).double()
+    total, squares = torch.zeros((2, *condition.shift.shape), dtype=torch.float64)
     for task in range(fleet.tasks()):
         for support_set in range(fleet.support_sets(task)):
             for view, vector in fleet.vectors(task, support_set).items():
@@ -68,10 +90,11 @@ def _standardise(condition: ConditionNet, fleet: Fleet) -> None:
                 total[row] += vector
                 squares[row] += vector.double().square()
     seen = count.clamp_min(1)
-    condition.mean.copy_(total / seen)
     variance = (squares / seen - (total / seen).square()).clamp_min(0)
     # A view of one vector has no spread; dividing by it would blow the first new task up.
-    condition.scale.copy_(torch.where(variance > 1e-12, variance.sqrt(), 1.0))
+    mean, scale = total / seen, torch.where(variance > 1e-12, variance.sqrt(), 1.0)
+    # The shift mean / scale is stored as an integer, which has an end.
+    condition.standardise(mean.float(), torch.maximum(scale, mean.abs() * _LEAST_SPREAD).float())
 
 
 @torch.no_grad()
@@ -79,7 +102,7 @@ def _set_norms(net: CVAE, fleet: Fleet) -> None:
     # float64: the variance is the difference of two nearly equal numbers.
     count, total, squares = torch.zeros((3, *net.norm_mean.shape), dtype=torch.float64)
     for task in range(fleet.tasks()):
-        for group in tokenize(fleet.load(task, None), net.config):
+        for group in tokenize(fleet.load(task, None), net.config, net.sensitivity):
             places = (torch.full_like(group.layer, group.kind), group.layer, group.slot)
             log = group.norm.double().log2()
             count.index_put_(places, torch.ones_like(log), accumulate=True)

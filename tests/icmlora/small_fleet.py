@@ -12,6 +12,7 @@ from icmlora.adapter import Adapter, LoraModule
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.sensitivity import Sensitivity, even
 from icmlora.layout import ModuleShape, target_modules
 from icmlora.training.config import TrainConfig
 from icmlora.training.loop import fit
@@ -110,7 +111,19 @@ def mixed_fleet(sets: int = 2) -> MemoryFleet:
 
 def begin(fleet: MemoryFleet, steps: int, **options: float) -> TrainState:
     """Start a training run."""
-    return new_state(fresh_network(fleet.config(), fleet, 0), TrainConfig(steps=steps, **options))  # type: ignore[arg-type]
+    net = fresh_network(fleet.config(), fleet, 0, uneven(fleet.config()))
+    return new_state(net, TrainConfig(steps=steps, **options))  # type: ignore[arg-type]
+
+
+def uneven(config: GeneratorConfig) -> Sensitivity:
+    """Return channel weights between a half and two, in halves of an octave."""
+    draw = torch.Generator().manual_seed(5)
+    return Sensitivity(
+        *(
+            tuple(torch.randint(-2, 3, part.shape, generator=draw) / 2 for part in side)
+            for side in (even(config).inputs, even(config).outputs)
+        )
+    )
 
 
 @cache

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
-from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, generator_of
+from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, check_of, generator_of
 from icmlora.generator.scales import EXTREME
 from tests.icmlora.small_fleet import mixed_fleet
 
@@ -40,7 +40,8 @@ def code(words: bytes = b"12345678", **changes: object) -> bytes:
 
 
 def framed(packed: bytes) -> bytes:
-    return MAGIC + bytes.fromhex(DIGEST) + struct.pack("<I", len(packed)) + packed
+    data = MAGIC + bytes.fromhex(DIGEST) + struct.pack("<I", len(packed)) + packed
+    return data + check_of(data)
 
 
 @given(
@@ -75,7 +76,7 @@ def test_a_code_names_its_generator_without_being_decoded() -> None:
     assert generator_of(code()) == DIGEST
 
 
-@pytest.mark.parametrize("data", [b"", b"ICMC\x01", b"ICMC\x02" + bytes(64), b"{" * 99, code()[:40]])
+@pytest.mark.parametrize("data", [b"", b"ICMC\x01", b"ICMC\x03" + bytes(64), b"{" * 99, code()[:40]])
 def test_bytes_that_are_no_code_are_refused(data: bytes) -> None:
     with pytest.raises(CodeError, match="not a code"):
         generator_of(data)
@@ -106,14 +107,14 @@ def test_a_head_out_of_its_generators_range_is_refused(changes: dict[str, object
 
 
 def test_a_head_that_is_not_utf8_or_not_compressed_is_refused() -> None:
-    plain = zlib.decompress(code(b"")[len(MAGIC) + 36 :])
+    plain = zlib.decompress(code(b"")[len(MAGIC) + 36 : -8])
     for packed in (zlib.compress(plain + b"\xff"), plain):
         with pytest.raises(CodeError, match="damaged"):
             Code.from_bytes(framed(packed), CONFIG)
 
 
 def test_anything_between_the_head_and_the_words_is_refused() -> None:
-    packed = code(b"")[len(MAGIC) + 36 :]
+    packed = code(b"")[len(MAGIC) + 36 : -8]
     with pytest.raises(CodeError, match="length"):
         Code.from_bytes(framed(packed + b"hidden"), CONFIG)
 

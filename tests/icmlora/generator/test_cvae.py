@@ -14,7 +14,7 @@ from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 def test_condition_and_latent_fit_one_byte_each_whatever_the_vectors_are() -> None:
     net = codec().generator.net
     condition = net.embed({view: 1e6 * vector for view, vector in make_vectors(0).items()})
-    latent = net.posterior(tokenize(make_adapter(0), net.config), condition)
+    latent = net.posterior(tokenize(make_adapter(0), net.config, net.sensitivity), condition)
     mean, scale = net.latent_prior(condition)
     assert max(float(part.abs().max()) for part in (condition, latent, mean)) <= 127
     assert float(scale.min()) > 0
@@ -24,7 +24,7 @@ def test_condition_and_latent_fit_one_byte_each_whatever_the_vectors_are() -> No
 def test_the_posterior_does_not_see_the_signs_of_singular_vectors() -> None:
     net = codec().generator.net
     condition = net.embed(make_vectors(0))
-    tokens = tokenize(make_adapter(0), net.config)
+    tokens = tokenize(make_adapter(0), net.config, net.sensitivity)
     turned = tuple(dataclasses.replace(group, inputs=-group.inputs, outputs=-group.outputs) for group in tokens)
     assert torch.equal(net.posterior(tokens, condition), net.posterior(turned, condition))
 

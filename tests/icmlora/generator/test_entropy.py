@@ -1,4 +1,4 @@
-"""The range coder: whatever integers, under whatever scales, come back; damage of form is refused."""
+"""The range coder: whatever integers, under whatever scales, come back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ def test_any_integers_come_back_under_any_scales(first: list[tuple[int, int]], s
     reader = Reader(written(*parts))
     for values, scales in parts:
         np.testing.assert_array_equal(reader.read(scales), values)
-    reader.finish()
 
 
 @given(scale=SCALE, offset=st.integers(-2, 2), sign=st.sampled_from([-1, 1]))
@@ -51,7 +50,6 @@ def test_nothing_is_written_as_nothing() -> None:
     empty = arrays([])
     reader = Reader(written(empty))
     assert len(reader.read(empty[1])) == 0
-    reader.finish()
 
 
 def test_gaussian_integers_take_about_their_entropy() -> None:
@@ -71,20 +69,6 @@ def test_clipping_keeps_what_can_be_written() -> None:
     assert clip(np.array([-3.0, 1e12, -1e12])).tolist() == [-3, LIMIT, -LIMIT]
 
 
-@pytest.mark.parametrize("cut", [4, 8, 40])
-def test_missing_words_are_refused(cut: int) -> None:
-    values, scales = gaussian(500, 16)
-    with pytest.raises(CodeError):
-        read_all(written((values, scales))[:-cut], scales)
-
-
-@pytest.mark.parametrize("extra", [b"\0\0\0\0", b"\0\0\0\1", b"\xff\xff\xff\xff", b"\0\0\0\0" * 3])
-def test_words_after_the_end_are_refused(extra: bytes) -> None:
-    values, scales = gaussian(500, 16)
-    with pytest.raises(CodeError):
-        read_all(written((values, scales)) + extra, scales)
-
-
 def test_half_a_word_is_refused() -> None:
     with pytest.raises(CodeError, match="middle of a word"):
         Reader(b"\0\0\0")
@@ -92,17 +76,11 @@ def test_half_a_word_is_refused() -> None:
 
 @settings(max_examples=200)
 @given(data=st.binary(max_size=64), pairs=PAIRS)
-def test_words_that_no_writer_wrote_are_refused_or_are_a_code(data: bytes, pairs: list[tuple[int, int]]) -> None:
+def test_any_words_are_integers_in_range_or_refused(data: bytes, pairs: list[tuple[int, int]]) -> None:
     words, (_, scales) = data[: len(data) // 4 * 4], arrays(pairs)
     try:
-        values = read_all(words, scales)
+        values = Reader(words).read(scales)
     except CodeError:
         return
-    assert written((values, scales)) == words
-
-
-def read_all(data: bytes, scales: Integers) -> Integers:
-    reader = Reader(data)
-    values = reader.read(scales)
-    reader.finish()
-    return values
+    assert len(values) == len(scales)
+    assert np.abs(values).max(initial=0) <= 2 * LIMIT + reach_of(LARGEST)

@@ -56,7 +56,7 @@ def test_any_rank_that_the_generator_covers_can_be_made_of_any_kind(rank: int) -
     made = codec().generate(make_vectors(0), layout, task_type=None)
     assert made.layout == layout
     largest = max(dw_norm(mixed_fleet().load(task, None)) for task in range(3))
-    assert dw_norm(made) < 3 * largest
+    assert dw_norm(made) < 4 * largest  # the weights of a channel may be four times those of another
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ import torch
 from icmlora.generator.objective import adapter_bits, bin_bits, water_level, worth_writing
 from icmlora.generator.scales import probabilities, reach_of
 from icmlora.generator.tokens import tokenize
-from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, with_factors
+from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, uneven, with_factors
+
+CONFIG = mixed_fleet().config()
+WEIGHTS = uneven(CONFIG)
 
 
 def noise() -> torch.Generator:
@@ -37,40 +40,45 @@ def test_bits_and_their_gradients_stay_finite_far_from_zero() -> None:
 def test_the_estimate_is_near_the_size_of_the_code(task: int) -> None:
     under, adapter = codec(), mixed_fleet().load(task, None)
     with torch.no_grad():
-        bits = adapter_bits(under.generator.net, tokenize(adapter, under.config), make_vectors(task), noise())
+        bits = adapter_bits(
+            under.generator.net,
+            tokenize(adapter, under.config, under.generator.net.sensitivity),
+            make_vectors(task),
+            noise(),
+        )
     stored = 8 * len(under.encode(adapter, make_vectors(task)).data)
     overhead = 8 * 100  # magic, digest and head, which the objective counts in part
     assert float(bits.norms + bits.tokens) < stored < 1.3 * float(bits.norms + bits.tokens) + overhead
 
 
 def test_a_smaller_tolerance_needs_a_finer_step() -> None:
-    tokens = tokenize(make_adapter(0), mixed_fleet().config())
-    steps = [water_level(tokens, tolerance) for tolerance in (0.5, 0.1, 0.01)]
+    tokens = tokenize(make_adapter(0), CONFIG, WEIGHTS)
+    steps = [water_level(tokens, tolerance, WEIGHTS) for tolerance in (0.5, 0.1, 0.01)]
     assert steps == sorted(steps, reverse=True)
 
 
 def test_the_step_scales_with_the_adapter() -> None:
-    left, right = (tokenize(with_factors(make_adapter(0), b=b), mixed_fleet().config()) for b in (1.0, 8.0))
-    assert water_level(right, 0.1) == pytest.approx(8 * water_level(left, 0.1), rel=1e-4)
+    left, right = (tokenize(with_factors(make_adapter(0), b=b), CONFIG, WEIGHTS) for b in (1.0, 8.0))
+    assert water_level(right, 0.1, WEIGHTS) == pytest.approx(8 * water_level(left, 0.1, WEIGHTS), rel=1e-4)
 
 
 def test_an_adapter_of_zeros_costs_its_latent_and_nothing_else() -> None:
     net = codec().generator.net
-    bits = adapter_bits(net, tokenize(with_factors(make_adapter(0), b=0.0), net.config), {}, noise())
+    bits = adapter_bits(net, tokenize(with_factors(make_adapter(0), b=0.0), net.config, net.sensitivity), {}, noise())
     assert (float(bits.norms), float(bits.tokens), float(bits.prior)) == (0.0, 0.0, 0.0)
     assert torch.isfinite(bits.total)
 
 
 def test_every_part_of_the_network_that_a_step_uses_gets_a_gradient() -> None:
     net = codec().generator.net.train()
-    tokens = [tokenize(mixed_fleet().load(task, None), net.config) for task in range(3)]
+    tokens = [tokenize(mixed_fleet().load(task, None), net.config, net.sensitivity) for task in range(3)]
     sum(adapter_bits(net, group, make_vectors(0), noise()).total for group in tokens).backward()  # type: ignore[union-attr]
     without = {name for name, parameter in net.named_parameters() if parameter.grad is None}
     assert without == {"condition.missing"}  # both views are there
 
 
 def test_a_slot_is_written_where_it_has_integers_or_is_predicted_well() -> None:
-    (group, *_) = tokenize(make_adapter(0, rank=4), mixed_fleet().config())
+    (group, *_) = tokenize(make_adapter(0, rank=4), CONFIG, WEIGHTS)
     zeros, ones = torch.zeros(len(group.norm), 3), torch.ones(len(group.norm), 3)
     nothing = dataclasses.replace(group, inputs=0 * group.inputs, outputs=0 * group.outputs)
     assert worth_writing(group, nothing, (ones, ones)).all()

@@ -25,7 +25,7 @@ def state(net: CVAE) -> TaskState:
 
 
 def first(net: CVAE, adapter: Adapter) -> tuple[KindTokens, Slots]:
-    group = next(iter(tokenize(adapter, net.config)))
+    group = next(iter(tokenize(adapter, net.config, net.sensitivity)))
     return group, Slots(group.kind, group.layer.numpy(), group.slot.numpy())
 
 
@@ -102,6 +102,6 @@ def test_norms_far_from_the_fleets_come_back(net: CVAE, exponent: int) -> None:
 def test_integers_and_scales_stay_in_range_whatever_the_step(net: CVAE) -> None:
     for step in (-EXTREME, EXTREME):
         _, slots, norms, integers = rounded(net, make_adapter(3), step)
-        scales = np.concatenate(Quantizer(net).scales(slots, norms, step))
+        scales = np.concatenate([part.ravel() for part in Quantizer(net).scales(slots, norms, step)])
         assert max(np.abs(part).max() for part in integers) <= LIMIT
         assert SMALLEST <= scales.min() <= scales.max() <= LARGEST

@@ -117,12 +117,6 @@ def test_a_single_adapter_is_a_fleet() -> None:
     assert bits[-1] < bits[0]
 
 
-def test_the_caller_can_measure_after_each_forward_pass() -> None:
-    calls: list[int] = []
-    list(fit(begin(mixed_fleet(), 3), mixed_fleet(), lambda: calls.append(1)))
-    assert len(calls) == 3
-
-
 def test_a_fleet_that_the_network_does_not_cover_is_refused() -> None:
     fleet = MemoryFleet([[make_adapter(0, rank=4)]])
     config = config_for(BASE, [make_adapter(0).layout], condition_size=HIDDEN, quality=5)

@@ -1,0 +1,128 @@
+"""`icm encode`: give tasks the smallest codes that keep what is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.options import BaseModelOpt, DeviceOpt, SomeTasksArg
+from icm_cli.output import Column
+from icm_cli.session import Session, command
+from icm_cli.text import counted, human_size
+
+if TYPE_CHECKING:
+    from icm_cli.workflows.encode_plan import EncodeReport, EncodeRequest, TaskEncoded
+    from icm_cli.workflows.events import Event
+
+ErrorOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--max-error",
+        metavar="X",
+        min=1e-4,
+        max=0.9,
+        help="Largest relative dW error that a code may have.",
+        show_default=False,
+    ),
+]
+GainOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--min-gain",
+        metavar="G",
+        min=0.0,
+        max=1.0,
+        help="Smallest retained gain that a code may have, on the task's held-out text; needs the base model.",
+        show_default=False,
+    ),
+]
+
+_COLUMNS = (
+    Column("task", shrink=True),
+    Column("result"),
+    Column("code", right=True),
+    Column("before", right=True),
+    Column("dW error", right=True),
+    Column("retained gain", right=True),
+)
+_STATUS = {"below": "keeps its original", "evicted": "original gone", "unmeasured": "not measured"}
+
+
+@command
+def encode(
+    session: Session,
+    tasks: SomeTasksArg = None,
+    max_error: ErrorOpt = None,
+    min_gain: GainOpt = None,
+    base_model: BaseModelOpt = None,
+    device: DeviceOpt = None,
+) -> None:
+    """Give tasks the smallest codes that keep a fidelity, under the present generator; nothing is trained.
+
+    A task that no code keeps well enough gets its most faithful one and should keep its original: `icm evict` with the
+    same limit leaves it. Exit 3 says that there are such tasks.
+
+    Example:
+      icm encode --min-gain 0.98
+    """
+    if max_error is None and min_gain is None:
+        hint = "`--min-gain 0.98` limits the loss of retained gain, `--max-error 0.1` the relative dW error"
+        raise UsageProblem("what a code has to keep was not said: give --min-gain or --max-error", hint=hint)
+    from icm_cli.workflows.encode_plan import EncodeRequest
+
+    names = tasks or []
+    run(session, EncodeRequest(names, max_error, min_gain, session.device(device), base_model))
+
+
+def run(session: Session, request: EncodeRequest) -> None:
+    """Encode, show what became of each task, and exit 3 if a task fell short."""
+    # torch is imported from here on; a wrong command line is answered at once.
+    from icm_cli.workflows.encoding import encode as work
+
+    with session.stoppable() as stop:
+        report = session.follow(work(session.place, request, stop), "encode", partial(_tell, session))
+    _sum_up(session, report)
+    if report.stopped:
+        done = counted(len(report.tasks), "task")
+        raise Interrupted(f"interrupted; {done} encoded", hint="run the same command to go on")
+    if report.short:
+        raise typer.Exit(ExitCode.PARTLY)
+
+
+def _tell(session: Session, event: Event) -> None:
+    from icm_cli.workflows.encode_plan import TaskEncoded
+
+    if isinstance(event, TaskEncoded):
+        session.out.event("task", **asdict(event))
+
+
+def _sum_up(session: Session, report: EncodeReport) -> None:
+    out = session.out
+    now = sum(task.size or 0 for task in report.tasks)
+    before = sum(task.before or 0 for task in report.tasks)
+    out.event("summary", tasks=len(report.tasks), short=len(report.short), size=now, before=before)
+    out.table(_COLUMNS, [_cells(task) for task in report.tasks])
+    for task in report.tasks:
+        if task.reason:
+            out.line(f"{task.task}: {task.reason}")
+    out.line(
+        f"{counted(len(report.tasks), 'code')} of together {human_size(now)}, before {human_size(before)}; "
+        f"{len(report.short)} below what was asked for"
+    )
+    if report.tasks and not report.short:
+        out.hint("`icm evict` with the same limit deletes the originals")
+
+
+def _cells(task: TaskEncoded) -> list[str]:
+    return [
+        task.task,
+        _STATUS.get(task.status, task.status),
+        "-" if task.size is None else human_size(task.size),
+        "-" if task.before is None else human_size(task.before),
+        "-" if task.dw_error is None else f"{task.dw_error:.4f}",
+        "-" if task.retained_gain is None else f"{task.retained_gain:.4f}",
+    ]

@@ -1,0 +1,67 @@
+"""What an encoding is asked for and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from icm_cli.workflows.events import Event
+
+EncodeStatus = Literal["encoded", "below", "evicted", "unmeasured"]
+
+
+@dataclass(frozen=True)
+class EncodeRequest:
+    """What a code has to keep; at least one limit is given.
+
+    Attributes:
+        names: Tasks; all if empty.
+        max_error: Largest relative dW error.
+        min_gain: Smallest retained gain; measuring it needs the base model and held-out text.
+        base_model: Only tasks of this one.
+        device: Where the retained gain is measured.
+    """
+
+    names: Sequence[str]
+    max_error: float | None
+    min_gain: float | None
+    device: str
+    base_model: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskEncoded(Event):
+    """What became of one task.
+
+    Attributes:
+        task: Its name.
+        status: `encoded`: its code is the smallest found that keeps the limits; `below`: no code does, it has the best
+            one and should keep its original; `evicted`: only its code is left, which stays; `unmeasured`: see `reason`.
+        size: Bytes of its code.
+        before: Bytes of the code that it had, if any.
+        dw_error: Relative dW error of its code.
+        retained_gain: Retained gain of its code, if it was measured.
+        reason: Why its gain could not be measured; its code is as it was.
+    """
+
+    task: str
+    status: EncodeStatus
+    size: int | None = None
+    before: int | None = None
+    dw_error: float | None = None
+    retained_gain: float | None = None
+    reason: str | None = None
+
+
+@dataclass
+class EncodeReport:
+    """What an encoding did."""
+
+    tasks: list[TaskEncoded] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def short(self) -> list[TaskEncoded]:
+        """The tasks that have no code which is known to keep the limits."""
+        return [task for task in self.tasks if task.status in ("below", "unmeasured")]

@@ -1,0 +1,77 @@
+"""What goes into a base model's modules and how the loss reacts behind them, channel by channel.
+
+    text ──base model──▶ inputs x of each module ──mean squares──▶ (in,)
+      └── labels drawn from its own predictions ──loss──▶ gradients g of each module's outputs ──mean squares──▶ (out,)
+
+Labels are drawn, not read: then the mean of g g^T belongs to the Fisher information
+(Kunstner et al., arXiv 1905.12558).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from icmlora.base_model import BaseModel
+
+_TOKENS_PER_TEXT = 192
+_SEED = 0
+
+
+def channel_statistics(
+    base: BaseModel, texts: Sequence[str], modules: Iterable[str], *, max_tokens: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Measure mean squares of inputs and of output gradients over some text.
+
+    Args:
+        base: The base model, in float32 or bfloat16.
+        texts: Read in turn, the first 192 tokens of each, until there are enough tokens.
+        modules: Dotted names of linear modules; a name that the model does not have is left out.
+        max_tokens: How much text is read.
+
+    Returns:
+        By module: float32 mean squares of inputs (in,) and of gradients (out,), on the CPU; empty without any text.
+    """
+    named = dict(base.model.named_modules())
+    sums: dict[str, list[torch.Tensor]] = {}
+    handles = [named[name].register_forward_hook(_adder(name, sums)) for name in modules if name in named]
+    draw = torch.Generator(device=base.model.device).manual_seed(_SEED)
+    tokens = 0
+    try:
+        for text in texts:
+            ids = base.tokenizer(text, truncation=True, max_length=_TOKENS_PER_TEXT, return_tensors="pt")["input_ids"]
+            if tokens >= max_tokens:
+                break
+            if ids.shape[1] > 1:
+                _backward(base.model, ids.to(base.model.device), draw)
+                tokens += ids.shape[1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (inputs.cpu() / tokens, outputs.cpu() / tokens) for name, (inputs, outputs) in sums.items()}
+
+
+def _backward(model: nn.Module, ids: torch.Tensor, draw: torch.Generator) -> None:
+    """Run one text (1, T) forward and backward; nothing gathers gradients but the hooks."""
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
+    with torch.enable_grad():
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()  # (T, vocabulary)
+        labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=draw)[:, 0]
+        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+
+
+def _adder(
+    name: str, sums: dict[str, list[torch.Tensor]]
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+    def add(number: int, values: torch.Tensor, size: int) -> None:
+        squares = values.detach().reshape(-1, size).float().square().sum(dim=0)
+        sums[name][number] = sums[name][number] + squares
+
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
+        sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
+        add(0, inputs[0], inputs[0].shape[-1])
+        outputs.register_hook(lambda gradient: add(1, gradient, gradient.shape[-1]))  # type: ignore[no-untyped-call]
+
+    return hook

@@ -1,0 +1,141 @@
+"""`icm encode`: the smallest code that keeps what is asked for, and what is said where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from icmlora.metrics import relative_dw_error
+from icmlora.peft_folder import load_adapter_folder
+from registry.records import CodeRecord
+from registry.store import Store
+from tests.cli.conftest import Ran
+from tests.icmlora.tiny_base import LABEL
+
+Icm = Callable[..., Ran]
+
+
+def codes(store: Path) -> dict[str, CodeRecord]:
+    with Store.open(store) as opened:
+        generator = opened.current_generator(LABEL)
+        assert generator is not None
+        return {code.task: code for code in opened.codes(generator.id)}
+
+
+def tasks_of(ran: Ran) -> dict[str, dict[str, Any]]:
+    return {event["task"]: event for event in ran.events if event["type"] == "task"}
+
+
+def test_what_a_code_has_to_keep_must_be_said(icm: Icm, trained: Path) -> None:
+    before = codes(trained)
+    ran = icm("encode", "--json")
+    assert (ran.code, "--min-gain" in ran.error["message"]) == (ExitCode.USAGE, True)
+    assert codes(trained) == before
+
+
+def test_every_code_keeps_the_error_that_was_asked_for(icm: Icm, trained: Path) -> None:
+    ran = icm("encode", "--max-error", "0.02", "--json")
+    assert ran.code == 0
+    assert {event["status"] for event in tasks_of(ran).values()} == {"encoded"}
+    assert all(code.dw_error is not None and code.dw_error <= 0.02 for code in codes(trained).values())
+
+
+def test_what_is_written_from_the_new_code_has_the_error_that_was_said(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    (name, *_) = tasks_of(icm("encode", "--max-error", "0.02", "--json"))
+    said = codes(trained)[name].dw_error
+    for source in ("original", "code"):
+        assert (
+            icm("materialize", name, "-o", str(tmp_path / source), "--source", source, "--dtype", "float32").code == 0
+        )
+    pair = (load_adapter_folder(tmp_path / source) for source in ("original", "code"))
+    assert relative_dw_error(*pair) == pytest.approx(said, rel=1e-2)
+
+
+def test_more_error_takes_fewer_bytes(icm: Icm, trained: Path) -> None:
+    sizes = []
+    for limit in ("0.3", "0.03", "0.003"):
+        icm("encode", "--max-error", limit)
+        sizes.append(sum(code.size for code in codes(trained).values()))
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+def test_only_the_named_tasks_are_encoded(icm: Icm, trained: Path) -> None:
+    before = codes(trained)
+    name = sorted(before)[0]
+    icm("encode", name, "--max-error", "0.003")
+    after = codes(trained)
+    assert {task for task in before if before[task].blob != after[task].blob} == {name}
+
+
+def test_the_replaced_codes_leave_no_bytes_behind(icm: Icm, trained: Path) -> None:
+    old = {code.blob for code in codes(trained).values()}
+    icm("encode", "--max-error", "0.003")
+    kept = {path.name for path in (trained / "blobs").rglob("*") if path.is_file()}
+    assert not (old - {code.blob for code in codes(trained).values()}) & kept
+    assert icm("verify", "--read-data").code == 0
+
+
+def test_a_gain_that_every_code_keeps_gives_smaller_codes_than_one_that_few_keep(icm: Icm, trained: Path) -> None:
+    sizes = []
+    for limit in ("0.2", "0.995"):
+        icm("encode", "--min-gain", limit, "--device", "cpu")
+        sizes.append(sum(code.size for code in codes(trained).values()))
+    assert sizes[0] < sizes[1]
+
+
+def test_the_gain_that_was_measured_is_recorded(icm: Icm, trained: Path) -> None:
+    told = tasks_of(icm("encode", "--min-gain", "0.5", "--device", "cpu", "--json"))
+    with Store.open(trained) as store:
+        recorded = {row.task: row.retained_gain for row in store.evaluations() if row.rung == "code"}
+    assert recorded
+    assert {name: told[name]["retained_gain"] for name in recorded} == recorded
+
+
+def test_what_was_measured_of_a_replaced_code_goes_with_it(icm: Icm, trained: Path) -> None:
+    icm("encode", "--min-gain", "0.5", "--device", "cpu")
+    icm("encode", "--max-error", "0.003")
+    with Store.open(trained) as store:
+        assert [row for row in store.evaluations() if row.rung == "code"] == []
+
+
+def test_a_task_that_no_code_keeps_gets_its_best_and_exit_3(icm: Icm, trained: Path) -> None:
+    ran = icm("encode", "--min-gain", "1.0", "--device", "cpu", "--json")
+    told = tasks_of(ran)
+    below = {name: event for name, event in told.items() if event["status"] == "below"}
+    assert ran.code == ExitCode.PARTLY
+    for name, event in below.items():
+        assert event["size"] == codes(trained)[name].size
+        assert event["retained_gain"] < 1.0
+
+
+def test_the_code_of_an_evicted_task_stays(icm: Icm, trained: Path) -> None:
+    name = sorted(codes(trained))[0]
+    assert icm("evict", name, "--max-error", "0.9").code == 0
+    before = codes(trained)[name]
+    told = tasks_of(icm("encode", "--max-error", "0.003", "--json"))
+    assert told[name]["status"] == "evicted"
+    assert codes(trained)[name] == before
+
+
+def test_without_a_generator_there_is_a_hint(icm: Icm, stored: Path) -> None:
+    ran = icm("encode", "--max-error", "0.1", "--json")
+    assert ran.code != 0
+    assert "icm train" in str(ran.error["hint"])
+
+
+def test_train_encodes_as_asked_for(icm: Icm, trained: Path) -> None:
+    ran = icm("train", "--steps", "5", "--fresh", "--no-eval", "--max-error", "0.01", "--device", "cpu")
+    assert ran.code == 0
+    assert all(code.dw_error is not None and code.dw_error <= 0.01 for code in codes(trained).values())
+
+
+def test_a_task_without_held_out_text_is_said_not_to_be_measured(icm: Icm, trained: Path) -> None:
+    before = codes(trained)
+    told = tasks_of(icm("encode", "silent", "--min-gain", "0.5", "--device", "cpu", "--json"))
+    assert (told["silent"]["status"], "held-out text" in told["silent"]["reason"]) == ("unmeasured", True)
+    assert codes(trained) == before

@@ -1,0 +1,73 @@
+"""Another code for a task under the same generator."""
+
+from __future__ import annotations
+
+import pytest
+
+from registry.errors import LastCopy, MissingBlob, TaskNotFound
+from registry.records import CodeRecord, GeneratorRecord, NewCode
+from registry.store import Store
+from tests.registry.examples import eviction, generator, ingest
+
+
+def coded(store: Store) -> tuple[GeneratorRecord, CodeRecord]:
+    """Record a task with a generator and a code."""
+    ingest(store, "rust")
+    made = store.add_generator(generator(store, ["rust"]))
+    code = store.code("rust", made.id)
+    assert code is not None
+    return made, code
+
+
+def new_code(store: Store, data: bytes, error: float = 0.1) -> NewCode:
+    return NewCode("rust", store.final_adapter("rust").id, store.put_blob(data), 8.0 * len(data), error)
+
+
+def test_the_new_code_takes_the_place_of_the_present_one(store: Store) -> None:
+    made, _ = coded(store)
+    record = store.replace_code(made.id, new_code(store, b"second", 0.2))
+    assert store.codes(made.id) == [record]
+    assert (store.read_blob(record.blob), record.dw_error) == (b"second", 0.2)
+
+
+def test_the_replaced_code_leaves_no_file(store: Store) -> None:
+    made, old = coded(store)
+    store.replace_code(made.id, new_code(store, b"second"))
+    assert not store.paths.blob(old.blob).exists()
+    assert list(store.verify(read_data=True)) == []
+
+
+def test_the_same_code_again_keeps_its_file(store: Store) -> None:
+    made, _ = coded(store)
+    for _ in range(2):
+        record = store.replace_code(made.id, new_code(store, b"second"))
+    assert store.read_blob(record.blob) == b"second"
+
+
+def test_a_task_without_a_code_gets_one(store: Store) -> None:
+    made, _ = coded(store)
+    ingest(store, "html")
+    new = NewCode("html", store.final_adapter("html").id, store.put_blob(b"other"), 40.0, None)
+    store.replace_code(made.id, new)
+    assert {code.task for code in store.codes(made.id)} == {"html", "rust"}
+
+
+def test_the_only_copy_of_a_task_is_not_replaced(store: Store) -> None:
+    made, _ = coded(store)
+    store.evict(eviction(store, "rust"))
+    with pytest.raises(LastCopy, match="'rust'"):
+        store.replace_code(made.id, new_code(store, b"second"))
+    assert store.code("rust", made.id) is not None
+
+
+def test_a_code_whose_bytes_are_not_stored_is_refused(store: Store) -> None:
+    made, code = coded(store)
+    with pytest.raises(MissingBlob):
+        store.replace_code(made.id, NewCode("rust", code.adapter_id, "0" * 64, 1.0, None))
+    assert store.code("rust", made.id) == code
+
+
+def test_an_unknown_task_is_refused(store: Store) -> None:
+    made, code = coded(store)
+    with pytest.raises(TaskNotFound):
+        store.replace_code(made.id, NewCode("nobody", code.adapter_id, code.blob, 1.0, None))
