@@ -16,16 +16,13 @@ from typing import Literal
 
 import torch
 
-from icmlora.errors import AdapterRefused, DataError
-from icmlora.torch_tensors import decode_torch, encode_torch
+from icmlora.errors import DataError
 
 View = Literal["adapted", "context"]
 Source = Literal["samples", "probes"]
 
 VERSION = 1
 """Raised whenever the same samples would give other vectors than before."""
-
-_TENSOR = "vector"
 
 
 @dataclass(frozen=True)
@@ -119,27 +116,3 @@ def split_samples(samples: Sequence[str], settings: VectorSettings | None = None
     chosen = min(len(samples), sets * settings.set_size)
     picked = [samples[position * len(samples) // chosen] for position in range(chosen)]
     return tuple(tuple(picked[number::sets]) for number in range(sets))
-
-
-def vector_to_bytes(values: torch.Tensor) -> bytes:
-    """Write the values of a task vector as the bytes of a safetensors file; equal values give equal bytes.
-
-    bfloat16 halves the bytes a task costs; its rounding (2^-9) is below what the precision of the base model does.
-    """
-    return encode_torch({_TENSOR: values}, {"format": "pt"}, dtype="bfloat16")
-
-
-def values_from_bytes(data: bytes) -> torch.Tensor:
-    """Read the values of a stored task vector, float32 of shape (hidden size,).
-
-    Raises:
-        DataError: The bytes are no task vector.
-    """
-    try:
-        _, tensors = decode_torch(data)
-    except AdapterRefused as error:
-        raise DataError(f"no task vector: {error}") from error
-    values = tensors.get(_TENSOR)
-    if values is None or values.dim() != 1 or not torch.isfinite(values).all():
-        raise DataError(f"no task vector: it holds no finite tensor {_TENSOR!r} of one dimension")
-    return values

@@ -41,6 +41,27 @@ GainOpt = Annotated[
     ),
 ]
 
+ToleranceOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance",
+        metavar="X",
+        min=1e-4,
+        max=0.9,
+        help="Share of dW's energy, weighted by sensitivity, that a code may lose, as `icm train --quality` sets it.",
+        show_default=False,
+    ),
+]
+RefineOpt = Annotated[
+    int,
+    typer.Option(
+        "--refine",
+        metavar="STEPS",
+        min=0,
+        help="Then fit the code to what the adapter does on the task's samples; needs the base model. 40 is a start.",
+    ),
+]
+
 _COLUMNS = (
     Column("task", shrink=True),
     Column("result"),
@@ -58,6 +79,8 @@ def encode(
     tasks: SomeTasksArg = None,
     max_error: ErrorOpt = None,
     min_gain: GainOpt = None,
+    tolerance: ToleranceOpt = None,
+    refine: RefineOpt = 0,
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
 ) -> None:
@@ -69,13 +92,16 @@ def encode(
     Example:
       icm encode --min-gain 0.98
     """
-    if max_error is None and min_gain is None:
+    if max_error is None and min_gain is None and tolerance is None:
         hint = "`--min-gain 0.98` limits the loss of retained gain, `--max-error 0.1` the relative dW error"
         raise UsageProblem("what a code has to keep was not said: give --min-gain or --max-error", hint=hint)
+    if refine and max_error is not None:
+        hint = "`--min-gain` measures what refined codes do"
+        raise UsageProblem("--refine leaves the weights for the function: it does not go with --max-error", hint=hint)
     from icm_cli.workflows.encode_plan import EncodeRequest
 
     names = tasks or []
-    run(session, EncodeRequest(names, max_error, min_gain, session.device(device), base_model))
+    run(session, EncodeRequest(names, max_error, min_gain, tolerance, refine, session.device(device), base_model))
 
 
 def run(session: Session, request: EncodeRequest) -> None:

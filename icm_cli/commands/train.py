@@ -160,7 +160,7 @@ def train(
             _sum_up(session, trained)
     if max_error is not None or min_gain is not None:
         for trained in report.trained:
-            encode.run(session, EncodeRequest([], max_error, min_gain, request.device, trained.base_model))
+            encode.run(session, EncodeRequest([], max_error, min_gain, None, 0, request.device, trained.base_model))
     if evaluate:
         _evaluate(session, request.device, [trained.base_model for trained in report.trained])
 

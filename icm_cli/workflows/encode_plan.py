@@ -19,13 +19,17 @@ class EncodeRequest:
         names: Tasks; all if empty.
         max_error: Largest relative dW error.
         min_gain: Smallest retained gain; measuring it needs the base model and held-out text.
+        tolerance: Largest relative error of dW weighted by sensitivity, which is what `--quality` of a training sets.
+        refine: Steps of functional refinement, 0 for none; it needs the base model and samples.
         base_model: Only tasks of this one.
-        device: Where the retained gain is measured.
+        device: Where gains are measured and codes refined.
     """
 
     names: Sequence[str]
     max_error: float | None
     min_gain: float | None
+    tolerance: float | None
+    refine: int
     device: str
     base_model: str | None = None
 

@@ -12,7 +12,7 @@ import torch
 
 from icmlora.adapter import Adapter
 from icmlora.peft_folder import load_adapter
-from icmlora.task_vector import values_from_bytes
+from icmlora.vector_file import values_from_bytes
 from registry.records import AdapterRecord, VectorRecord
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from icmlora.base_model import BaseModel, check_fits
 from icmlora.device import resolve_device
 from icmlora.errors import BaseModelNotFound
 from icmlora.examples import parse_examples
-from icmlora.task_vector import TaskVector, vector_to_bytes
+from icmlora.task_vector import TaskVector
 from icmlora.vector_extraction import extract_adapted, extract_context
+from icmlora.vector_file import vector_to_bytes
 from registry.records import NewVector, TaskSummary
 
 if TYPE_CHECKING:

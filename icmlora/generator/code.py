@@ -1,7 +1,7 @@
 """The bytes of one task's code.
 
     ICMC 2 | generator digest (32) | length of head (4) | head, zlib | range-coded words | check (8)
-    head:  step (i2) | condition (C x i1) | latent (Z x i1) | gains (K x i2) | strengths (K x u1) | kept (K*L x u1) |
+    head:  step (i2) | condition (C x i1) | latent (Z x i1) | gains (K x i2) | strengths (K*L x i1) | kept (K*L x u1) |
            task type (utf-8)
 
 `kept` holds the number of rank slots coded for each (kind, layer), 255 where the adapter has no such module. The words
@@ -45,8 +45,8 @@ class CodeHead:
     """Shape (Z,)."""
     gains: NDArray[np.int16]
     """Shape (K,): the task's mean log2 norm above the table, in eighths."""
-    strengths: NDArray[np.uint8]
-    """Shape (K,): the decoded dW of a kind is multiplied by 1 + strength / 256."""
+    strengths: NDArray[np.int8]
+    """Shape (K, L): the decoded dW of a module is multiplied by 2^(strength / 64)."""
     kept: NDArray[np.uint8]
     """Shape (K, L)."""
     task_type: str | None
@@ -92,7 +92,7 @@ class Code:
             raise CodeError("the code is damaged or cut short")
         (length,) = struct.unpack_from("<I", data, start - 4)
         kinds, layers = len(config.kinds), config.layers
-        sizes = [2, config.condition, config.latent, 2 * kinds, kinds, kinds * layers]
+        sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers, kinds * layers]
         plain = _inflate(data[start : start + length], sum(sizes), sum(sizes) + _TASK_TYPE_LIMIT)
         parts = np.split(np.frombuffer(plain[: sum(sizes)], dtype=np.uint8), np.cumsum(sizes)[:-1])
         head = CodeHead(
@@ -100,7 +100,7 @@ class Code:
             condition=parts[1].view(np.int8),
             latent=parts[2].view(np.int8),
             gains=parts[3].view("<i2").astype(np.int16),
-            strengths=parts[4],
+            strengths=parts[4].view(np.int8).reshape(kinds, layers),
             kept=parts[5].reshape(kinds, layers),
             task_type=_text(plain[sum(sizes) :]),
         )

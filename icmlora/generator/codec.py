@@ -29,7 +29,9 @@ from icmlora.metrics import relative_dw_error
 _BELOW, _ABOVE = 4 * OCTAVE, 2 * OCTAVE
 # How often the search goes down by `_BELOW` again: 2^-16 of the expected step is below what float32 resolves.
 _RETRIES = 3
-_STRENGTHS = 256
+STRENGTHS = 64
+"""Strengths per factor of two."""
+_STRONGEST = STRENGTHS  # a code is made at most twice as strong
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,23 @@ class Encoded:
     """The same of dW weighted by the sensitivity of its channels; equal to it under even weights."""
 
 
+@dataclass(frozen=True, eq=False)
+class OpenCode:
+    """A code as integers."""
+
+    head: CodeHead
+    state: TaskState
+    groups: tuple[KindIntegers, ...]
+
+
 class Codec:
     """Encode and decode the adapters of one generator. Works on the CPU in float32."""
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
         self._net = generator.net.eval()
-        self._sensitivity = self._net.sensitivity
-        self._quantizer = Quantizer(self._net)
+        self.sensitivity = self._net.sensitivity
+        self.quantizer = Quantizer(self._net)
 
     @property
     def config(self) -> GeneratorConfig:
@@ -83,10 +94,10 @@ class Codec:
         if tolerance is None and max_error is None:
             tolerance = self.config.tolerance
         limits = (math.inf if tolerance is None else tolerance, math.inf if max_error is None else max_error)
-        tokens = tokenize(adapter, self.config, self._sensitivity)
+        tokens = tokenize(adapter, self.config, self.sensitivity)
         condition = self._condition(vectors)
         state = TaskState(condition, self._net.posterior(tokens, condition).round().clamp(-127, 127))
-        step = math.floor(OCTAVE * math.log2(water_level(tokens, min(limits), self._sensitivity)))
+        step = math.floor(OCTAVE * math.log2(water_level(tokens, min(limits), self.sensitivity)))
         best = _coarsest(step, limits, lambda tried: self._encode_at(tried, adapter, tokens, state))
         if best is None:
             raise GeneratorError(f"no code keeps an error of {min(limits):g}", hint="allow a larger error")
@@ -99,17 +110,38 @@ class Codec:
         Raises:
             CodeError: Damaged, or made by another generator.
         """
+        opened = self.open(data)
+        head = opened.head
+        tokens = [self._dequantised(group, head, opened.state) for group in opened.groups]
+        modules = [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
+        adapter = detokenize(tokens, self.config, self.sensitivity, modules=modules, task_type=head.task_type)
+        if not all(torch.isfinite(factor).all() for module in adapter.modules for factor in (module.a, module.b)):
+            raise CodeError("the code's values are out of float32's range")
+        return adapter
+
+    def open(self, data: bytes) -> OpenCode:
+        """Read a code's integers without decoding them.
+
+        Raises:
+            CodeError: Damaged, or made by another generator.
+        """
         digest = generator_of(data)
         if digest != self.generator.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
         code = Code.from_bytes(data, self.config)
-        head, state = code.head, TaskState(_floats(code.head.condition), _floats(code.head.latent))
-        tokens = [self._dequantised(group, head, state) for group in unpack(self._quantizer, head, code.words)]
-        modules = [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
-        adapter = detokenize(tokens, self.config, self._sensitivity, modules=modules, task_type=head.task_type)
-        if not all(torch.isfinite(factor).all() for module in adapter.modules for factor in (module.a, module.b)):
-            raise CodeError("the code's values are out of float32's range")
-        return adapter
+        state = TaskState(_floats(code.head.condition), _floats(code.head.latent))
+        return OpenCode(code.head, state, tuple(unpack(self.quantizer, code.head, code.words)))
+
+    def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
+        """Write a code of these integers."""
+        return Code(self.generator.digest, head, pack(self.quantizer, groups, head.step)).to_bytes()
+
+    @torch.no_grad()
+    def measure(self, adapter: Adapter, data: bytes) -> Encoded:
+        """Decode a code and compare it with the adapter that it was made of."""
+        decoded = self.decode(data)
+        pair = (weighted(which, self.config, self.sensitivity) for which in (adapter, decoded))
+        return Encoded(data, relative_dw_error(adapter, decoded), relative_dw_error(*pair))
 
     @torch.no_grad()
     def generate(
@@ -139,7 +171,7 @@ class Codec:
         state = TaskState(condition, mean.round().clamp(-127, 127))
         tokens = predicted_tokens(self._net, state, modules)
         pairs = [(kind, layer) for kind, layer, _ in modules]
-        return detokenize(tokens, self.config, self._sensitivity, modules=pairs, task_type=task_type)
+        return detokenize(tokens, self.config, self.sensitivity, modules=pairs, task_type=task_type)
 
     def _condition(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         size = self.config.condition_size
@@ -149,30 +181,27 @@ class Codec:
         return self._net.embed(vectors).round()
 
     def _encode_at(self, step: int, adapter: Adapter, tokens: Sequence[KindTokens], state: TaskState) -> Encoded:
-        strengths = np.zeros(len(self.config.kinds), dtype=np.uint8)
+        shape = len(self.config.kinds), self.config.layers
+        gains, strengths = np.zeros(shape[0], dtype=np.int16), np.zeros(shape, dtype=np.int8)
+        kept = np.full(shape, ABSENT, dtype=np.uint8)
+        for module in adapter.layout:
+            kept[self.config.place_of(module)] = 0
         groups: list[KindIntegers] = []
         for original in tokens:
-            integers, strengths[original.kind] = self._quantised(original, state, step)
-            groups.append(integers)
-        gains = np.zeros(len(strengths), dtype=np.int16)
-        kept = np.full((len(gains), self.config.layers), ABSENT, dtype=np.uint8)
-        for shape in adapter.layout:
-            kept[self.config.place_of(shape)] = 0
-        for group in groups:
+            group, strength = self._quantised(original, state, step)
+            groups.append(group)
             gains[group.slots.kind] = group.gain
+            strengths[group.slots.kind, np.unique(group.slots.layer)] = strength
             np.add.at(kept[group.slots.kind], group.slots.layer, 1)
         head = CodeHead(step, _bytes(state.condition), _bytes(state.latent), gains, strengths, kept, adapter.task_type)
-        data = Code(self.generator.digest, head, pack(self._quantizer, groups, step)).to_bytes()
-        decoded = self.decode(data)
-        pair = (weighted(which, self.config, self._sensitivity) for which in (adapter, decoded))
-        return Encoded(data, relative_dw_error(adapter, decoded), relative_dw_error(*pair))
+        return self.measure(adapter, self.close(head, groups))
 
     def _quantised(self, group: KindTokens, state: TaskState, step: int) -> tuple[KindIntegers, int]:
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
-        gain, residuals = self._quantizer.norm_residuals(slots, group.norm)
-        norms = self._quantizer.norms(slots, gain, residuals)
-        inputs, outputs = self._quantizer.quantise(group, norms, state, step)
-        rebuilt = self._quantizer.dequantise(slots, norms, state, step, (inputs, outputs))
+        gain, residuals = self.quantizer.norm_residuals(slots, group.norm)
+        norms = self.quantizer.norms(slots, gain, residuals)
+        inputs, outputs = self.quantizer.quantise(group, norms, state, step)
+        rebuilt = self.quantizer.dequantise(slots, norms, state, step, (inputs, outputs))
         alive = worth_writing(group, rebuilt, (torch.from_numpy(inputs), torch.from_numpy(outputs)))
         keep = written_slots(slots, alive.numpy())
         kept = torch.from_numpy(keep)
@@ -180,9 +209,10 @@ class Codec:
         return integers, _strength(group, slot_overlaps(group[kept], rebuilt[kept]))
 
     def _dequantised(self, group: KindIntegers, head: CodeHead, state: TaskState) -> KindTokens:
-        norms = self._quantizer.norms(group.slots, group.gain, group.residuals)
-        tokens = self._quantizer.dequantise(group.slots, norms, state, head.step, (group.inputs, group.outputs))
-        return replace(tokens, outputs=tokens.outputs * (1 + int(head.strengths[group.slots.kind]) / _STRENGTHS))
+        norms = self.quantizer.norms(group.slots, group.gain, group.residuals)
+        tokens = self.quantizer.dequantise(group.slots, norms, state, head.step, (group.inputs, group.outputs))
+        strengths = torch.from_numpy(head.strengths[group.slots.kind, group.slots.layer].astype(np.float32))
+        return replace(tokens, outputs=tokens.outputs * torch.exp2(strengths / STRENGTHS)[:, None])
 
 
 def _strength(original: KindTokens, overlaps: torch.Tensor) -> int:
@@ -194,7 +224,7 @@ def _strength(original: KindTokens, overlaps: torch.Tensor) -> int:
     along, length = float(overlaps.sum()), squared_norm([original])
     if along <= 0:
         return 0
-    return min(max(round(_STRENGTHS * (length / along - 1)), 0), _STRENGTHS - 1)
+    return min(max(round(STRENGTHS * math.log2(length / along)), 0), _STRONGEST)
 
 
 def _coarsest(expected: int, limits: tuple[float, float], encode: Callable[[int], Encoded]) -> Encoded | None:

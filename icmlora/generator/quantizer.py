@@ -88,35 +88,43 @@ class Quantizer:
 
     def quantise(self, group: KindTokens, norms: Norms, state: TaskState, step: int) -> tuple[Integers, Integers]:
         """Round tokens to integers of shapes (n, in) and (n, out)."""
+        inputs, outputs = self.in_steps(group, norms, state, step)
+        return entropy.clip(np.rint(inputs.numpy())), entropy.clip(np.rint(outputs.numpy()))
+
+    def in_steps(
+        self, group: KindTokens, norms: Norms, state: TaskState, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Measure tokens in quantiser steps from their prediction: float64, shapes (n, in) and (n, out)."""
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
-        means = self._means(slots, norms, state)
+        means = self.means(slots, norms, state)
         agreement = (group.inputs * means[INPUTS]).sum(1) + (group.outputs * means[OUTPUTS]).sum(1)
-        factor = torch.where(agreement < 0, -1.0, 1.0) * (_norm(norms) / group.norm).sqrt()
-        rounded = []
-        for values, mean in zip((group.inputs, group.outputs), means, strict=True):
-            exact = ((values * factor[:, None] - mean) / 2.0 ** (step / OCTAVE)).double().numpy()
-            rounded.append(entropy.clip(np.rint(exact)))
-        return rounded[INPUTS], rounded[OUTPUTS]
+        factor = torch.where(agreement < 0, -1.0, 1.0) * (norm_of(norms) / group.norm).sqrt()
+        inputs, outputs = (
+            ((values * factor[:, None] - mean) / 2.0 ** (step / OCTAVE)).double()
+            for values, mean in zip((group.inputs, group.outputs), means, strict=True)
+        )
+        return inputs, outputs
 
     def dequantise(
         self, slots: Slots, norms: Norms, state: TaskState, step: int, integers: tuple[Integers, Integers]
     ) -> KindTokens:
         """Turn integers back into tokens; each lands on the mean of its bin under the predicted scale."""
-        means = self._means(slots, norms, state)
+        means = self.means(slots, norms, state)
         values = []
         for whole, mean, scale in zip(integers, means, self.scales(slots, norms, step), strict=True):
-            values.append(mean + torch.from_numpy(_centred(whole, scale)) * 2.0 ** (step / OCTAVE))
+            values.append(mean + torch.from_numpy(centred(whole, scale)) * 2.0 ** (step / OCTAVE))
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        return KindTokens(slots.kind, layer, slot, _norm(norms), values[INPUTS], values[OUTPUTS])
+        return KindTokens(slots.kind, layer, slot, norm_of(norms), values[INPUTS], values[OUTPUTS])
 
-    def _means(self, slots: Slots, norms: Norms, state: TaskState) -> tuple[torch.Tensor, torch.Tensor]:
+    def means(self, slots: Slots, norms: Norms, state: TaskState) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the generator predicts, shapes (n, in) and (n, out)."""
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
         prediction = self._net.decode(slots.kind, layer, slot, state)
-        norm = _norm(norms)[:, None]
+        norm = norm_of(norms)[:, None]
         return norm * prediction.inputs, norm * prediction.outputs
 
 
-def _centred(whole: Integers, scale: Integers) -> NDArray[np.float32]:
+def centred(whole: Integers, scale: Integers) -> NDArray[np.float32]:
     """Put each integer on the mean of its bin; most are zero and stay there."""
     values = whole.astype(np.float32)
     places = np.flatnonzero(whole)
@@ -128,7 +136,8 @@ def _centred(whole: Integers, scale: Integers) -> NDArray[np.float32]:
     return values
 
 
-def _norm(norms: Norms) -> torch.Tensor:
+def norm_of(norms: Norms) -> torch.Tensor:
+    """Return norms as floats, shape (n,)."""
     return torch.from_numpy(np.exp2(norms / OCTAVE).astype(np.float32))
 
 

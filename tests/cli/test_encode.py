@@ -139,3 +139,24 @@ def test_a_task_without_held_out_text_is_said_not_to_be_measured(icm: Icm, train
     told = tasks_of(icm("encode", "silent", "--min-gain", "0.5", "--device", "cpu", "--json"))
     assert (told["silent"]["status"], "held-out text" in told["silent"]["reason"]) == ("unmeasured", True)
     assert codes(trained) == before
+
+
+def test_a_refined_code_is_another_code_of_the_same_task(icm: Icm, trained: Path) -> None:
+    name = sorted(codes(trained))[0]
+    sizes = []
+    for steps in ("0", "3"):
+        ran = icm("encode", name, "--tolerance", "0.2", "--refine", steps, "--device", "cpu", "--json")
+        assert (ran.code, tasks_of(ran)[name]["status"]) == (0, "encoded")
+        sizes.append(codes(trained)[name].blob)
+    assert sizes[0] != sizes[1]
+    assert icm("materialize", name, "-o", str(trained.parent / "out"), "--source", "code").code == 0
+
+
+def test_a_task_without_samples_is_not_refined(icm: Icm, trained: Path) -> None:
+    told = tasks_of(icm("encode", "silent", "--tolerance", "0.2", "--refine", "2", "--device", "cpu", "--json"))
+    assert (told["silent"]["status"], "samples" in told["silent"]["reason"]) == ("unmeasured", True)
+
+
+def test_refining_does_not_go_with_a_limit_on_the_weights(icm: Icm, trained: Path) -> None:
+    ran = icm("encode", "--max-error", "0.1", "--refine", "2", "--json")
+    assert (ran.code, "--min-gain" in str(ran.error["hint"])) == (ExitCode.USAGE, True)

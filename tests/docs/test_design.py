@@ -2,9 +2,9 @@
 
 import dataclasses
 
+from icmlora.generator import generator_file
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
 from icmlora.generator.config import GeneratorConfig, config_for, tolerance_of
-from icmlora.generator.generator_file import FORMAT
 from icmlora.layout import ModuleShape
 from registry.paths import FORMAT_TEXT, StorePaths
 from registry.reserve import RESERVE_BYTES
@@ -16,7 +16,8 @@ GENERATOR = ROOT / "docs" / "concepts" / "generator.md"
 
 def test_every_part_of_a_code_is_in_the_design() -> None:
     section = section_of(DESIGN, "Code format")
-    assert MAGIC.decode() == "ICMC\x01"
+    assert MAGIC.decode() == "ICMC\x02"
+    assert "`0x02`" in section
     assert str(ABSENT) in section
     rows = [row[2] for row in cells_of(section) if row[1] in ("int16", "int8", "uint8", "UTF-8")]
     names = [row.replace(" ", "_") for row in rows]
@@ -27,7 +28,8 @@ def test_every_part_of_a_code_is_in_the_design() -> None:
 def test_every_field_of_a_generators_configuration_is_in_the_design() -> None:
     section = section_of(DESIGN, "Generator file")
     assert {field.name for field in dataclasses.fields(GeneratorConfig)} <= set(codes_in(section))
-    assert FORMAT in codes_in(section)
+    assert generator_file.MAGIC.decode() == "ICMG\x02"
+    assert {"ICMG", "0x02", "config", "shapes", "tables"} <= set(codes_in(section))
 
 
 def test_every_part_of_a_store_is_in_the_design() -> None:

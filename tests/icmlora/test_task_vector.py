@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import DataError
@@ -15,8 +15,6 @@ from icmlora.task_vector import (
     TaskVector,
     VectorSettings,
     split_samples,
-    values_from_bytes,
-    vector_to_bytes,
 )
 
 EXTRACTOR = Extractor("adapted", "samples", VectorSettings(), "float32", "ab" * 32)
@@ -90,32 +88,3 @@ def test_equal_extractors_have_equal_text() -> None:
 )
 def test_whatever_changes_the_vectors_changes_the_text(change: dict[str, object]) -> None:
     assert replace(EXTRACTOR, **change).to_json() != EXTRACTOR.to_json()  # type: ignore[arg-type]
-
-
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=64))
-def test_a_vector_is_read_back_as_bfloat16_rounds_it(values: list[float]) -> None:
-    exact = torch.tensor(values).bfloat16().float()
-    assume(bool(torch.isfinite(exact).all()))
-    assert torch.equal(values_from_bytes(vector_to_bytes(torch.tensor(values))), exact)
-
-
-def test_equal_vectors_have_equal_bytes() -> None:
-    assert vector_to_bytes(torch.tensor([1.0, 2.0])) == vector_to_bytes(torch.tensor([1.0, 2.0]))
-
-
-@pytest.mark.parametrize("cut", [0, 7, 40, -1])
-def test_a_truncated_vector_is_refused(cut: int) -> None:
-    with pytest.raises(DataError, match="no task vector"):
-        values_from_bytes(vector_to_bytes(torch.tensor([1.0, 2.0]))[:cut])
-
-
-def test_a_stored_vector_that_is_not_finite_is_refused() -> None:
-    data = bytearray(vector_to_bytes(torch.tensor([1.0])))
-    data[-2:] = b"\xc0\x7f"  # bfloat16's NaN
-    with pytest.raises(DataError, match="no task vector"):
-        values_from_bytes(bytes(data))
-
-
-def test_a_matrix_is_no_vector() -> None:
-    with pytest.raises(DataError, match="of one dimension"):
-        values_from_bytes(vector_to_bytes(torch.zeros(2, 2)))

@@ -1,0 +1,134 @@
+"""A code whose integers are real numbers for a while, so that a gradient can move them.
+
+    code ──open──▶ values in steps, log2 strengths ──round, with a straight-through gradient──▶ factors of each module
+                            │                                                                        (what it does)
+                            └──▶ bits under the coder's scales (what it costs)
+    rounded values ──close──▶ code of the same form
+
+Values start where the adapter has them, not where they were rounded to. Slots that the code leaves out stay out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from icmlora.adapter import Adapter
+from icmlora.generator import entropy
+from icmlora.generator.codec import STRENGTHS, Codec
+from icmlora.generator.objective import bin_bits
+from icmlora.generator.packing import KindIntegers
+from icmlora.generator.quantizer import centred, norm_of
+from icmlora.generator.scales import OCTAVE
+from icmlora.generator.tokens import KindTokens, tokenize
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""By dotted module name: A (r, in) and B (out, r)."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One kind of a code: what moves and what stays."""
+
+    integers: KindIntegers
+    root: torch.Tensor
+    """Square roots of the norms, shape (n, 1)."""
+    means: tuple[torch.Tensor, torch.Tensor]
+    """The generator's prediction, shapes (n, in) and (n, out)."""
+    scales: tuple[entropy.Integers, entropy.Integers]
+    """Scale indices, of the same shapes."""
+    values: tuple[nn.Parameter, nn.Parameter]
+    """In steps from the prediction, of the same shapes."""
+    strength: nn.Parameter
+    """log2 of the factor of each layer's dW, shape (L,)."""
+
+
+class RelaxedCode:
+    """The code of one adapter, on its way to another code of it.
+
+    Args:
+        codec: The generator's.
+        adapter: The adapter that was encoded.
+        data: Its code.
+    """
+
+    def __init__(self, codec: Codec, adapter: Adapter, data: bytes) -> None:
+        self._codec, self._opened = codec, codec.open(data)
+        self._step = 2.0 ** (self._opened.head.step / OCTAVE)
+        tokens = {group.kind: group for group in tokenize(adapter, codec.config, codec.sensitivity)}
+        with torch.no_grad():
+            self._parts = [self._part(group, tokens[group.slots.kind]) for group in self._opened.groups]
+
+    @property
+    def values(self) -> list[nn.Parameter]:
+        """Everything that is rounded."""
+        return [values for part in self._parts for values in part.values]
+
+    @property
+    def strengths(self) -> list[nn.Parameter]:
+        """log2 of how strong each module is."""
+        return [part.strength for part in self._parts]
+
+    def factors(self) -> Factors:
+        """Return the factors of every module as the rounded code gives them; values and strengths get gradients."""
+        return dict(factors for part in self._parts for factors in self._modules(part))
+
+    def bits(self) -> torch.Tensor:
+        """Return the length of the values under the coder's tables, as if they need not be whole."""
+        total = torch.zeros(())
+        for part in self._parts:
+            for values, scales in zip(part.values, part.scales, strict=True):
+                total = total + bin_bits(values, torch.exp2(torch.from_numpy(scales).float() / OCTAVE)).sum()
+        return total
+
+    def to_code(self) -> bytes:
+        """Round everything and write the code."""
+        strengths = self._opened.head.strengths.copy()
+        groups = []
+        for part in self._parts:
+            inputs, outputs = (entropy.clip(np.rint(values.detach().double().numpy())) for values in part.values)
+            groups.append(replace(part.integers, inputs=inputs, outputs=outputs))
+            layers = np.unique(part.integers.slots.layer)
+            rounded = np.rint(part.strength.detach().numpy() * STRENGTHS)[layers]
+            strengths[part.integers.slots.kind, layers] = np.clip(rounded, -127, 127).astype(np.int8)
+        return self._codec.close(replace(self._opened.head, strengths=strengths), groups)
+
+    def _part(self, integers: KindIntegers, tokens: KindTokens) -> _Part:
+        quantizer, head, state = self._codec.quantizer, self._opened.head, self._opened.state
+        slots = integers.slots
+        written = set(zip(slots.layer.tolist(), slots.slot.tolist(), strict=True))
+        places = zip(tokens.layer.tolist(), tokens.slot.tolist(), strict=True)
+        kept = tokens[torch.tensor([place in written for place in places], dtype=torch.bool)]
+        norms = quantizer.norms(slots, integers.gain, integers.residuals)
+        inputs, outputs = quantizer.in_steps(kept, norms, state, head.step)
+        return _Part(
+            integers,
+            norm_of(norms).sqrt()[:, None],
+            quantizer.means(slots, norms, state),
+            quantizer.scales(slots, norms, head.step),
+            (nn.Parameter(inputs.float()), nn.Parameter(outputs.float())),
+            nn.Parameter(torch.from_numpy(head.strengths[slots.kind].astype(np.float32) / STRENGTHS)),
+        )
+
+    def _modules(self, part: _Part) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+        inputs, outputs = (
+            (mean + _rounded(values, scales) * self._step) / part.root
+            for mean, values, scales in zip(part.means, part.values, part.scales, strict=True)
+        )
+        kind, layer = part.integers.slots.kind, torch.from_numpy(part.integers.slots.layer)
+        weights = self._codec.sensitivity
+        for number in sorted(set(layer.tolist())):
+            rows = layer == number
+            a = inputs[rows] * torch.exp2(-weights.inputs[kind][number])
+            b = outputs[rows] * torch.exp2(part.strength[number] - weights.outputs[kind][number])
+            yield self._codec.config.kinds[kind].module(number), (a, b.T)
+
+
+def _rounded(values: torch.Tensor, scales: entropy.Integers) -> torch.Tensor:
+    """Round as the codec does, and let the gradient through as if nothing had happened (arXiv 1308.3432)."""
+    whole = torch.from_numpy(centred(entropy.clip(np.rint(values.detach().double().numpy())), scales))
+    return whole + (values - values.detach())

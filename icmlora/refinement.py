@@ -1,0 +1,127 @@
+"""Functional refinement: move a code to where it does what the adapter does, not to where its weights are nearest.
+
+    texts ──base + adapter──▶ p(next token) ─┐
+      └────base + code──────▶ q(next token) ─┴─ KL(p || q) + price * bits ──gradient──▶ values and strengths of the code
+
+The base model is frozen. What coarse rounding loses of an adapter's function comes back this way, at fewer bits: the
+price makes values round to zero where that does no harm. Decoding is as before and needs no base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from icmlora.adapter import Adapter
+from icmlora.base_model import BaseModel
+from icmlora.errors import DataError
+from icmlora.generator.relaxed import Factors, RelaxedCode
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """How a code is refined."""
+
+    steps: int = 40
+    """Optimiser steps."""
+    learning_rate: float = 0.03
+    """Adam's, in quantiser steps."""
+    strength_rate: float = 0.03
+    """Adam's, in octaves."""
+    price: float = 2e-7
+    """Nats per token that one bit of the code is worth."""
+    texts: int = 2
+    """Texts of each step."""
+    tokens: int = 192
+    """Tokens read of a text."""
+    seed: int = 0
+
+
+def refine(
+    relaxed: RelaxedCode, base: BaseModel, adapter: Adapter, texts: Sequence[str], config: RefineConfig
+) -> Iterator[int]:
+    """Refine the code of one adapter; the caller may stop after any step and take the code as it is then.
+
+    Args:
+        relaxed: The code; changed in place.
+        base: The adapter's base model; it is left as it was.
+        adapter: The adapter.
+        texts: Of the adapter's task, such as its samples.
+        config: The options.
+
+    Yields:
+        The number of steps done, after each.
+
+    Raises:
+        DataError: No text has two tokens.
+    """
+    device = base.model.device
+    ids = [base.tokenizer(text, truncation=True, max_length=config.tokens)["input_ids"] for text in texts]
+    ids = [row for row in ids if len(row) > 1]
+    if not ids:
+        raise DataError("there is no text to refine on", hint="give the task a samples.jsonl")
+    groups = [
+        {"params": relaxed.values, "lr": config.learning_rate},
+        {"params": relaxed.strengths, "lr": config.strength_rate},
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / config.steps) ** 0.5)
+    draw = torch.Generator().manual_seed(config.seed)
+    original = {module.name: (module.a, module.b) for module in adapter.modules}
+    for step in range(config.steps):
+        chosen = torch.randperm(len(ids), generator=draw)[: config.texts].tolist()
+        batch, mask = _padded([ids[number] for number in chosen], device)
+        optimizer.zero_grad()
+        (_divergence(base, original, relaxed.factors(), batch, mask) + config.price * relaxed.bits()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        decay.step()
+        yield step + 1
+
+
+def _divergence(
+    base: BaseModel, original: Factors, code: Factors, ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Return KL(original || code) of the next token in nats, averaged over the tokens of a batch."""
+    with torch.no_grad(), added(base.model, original):
+        wanted = base.model(ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(dim=-1)
+    with added(base.model, code):
+        given = base.model(ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(dim=-1)
+    each = (wanted.exp() * (wanted - given)).sum(dim=-1)  # (texts, T)
+    divergence: torch.Tensor = (each * mask).sum() / mask.sum()
+    return divergence
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask, both (texts, T); padding comes last, where no token sees it."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
+@contextmanager
+def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Add dW = B A to linear modules for the block, with gradients to the factors.
+
+    Args:
+        model: The base model.
+        factors: By dotted module name: A (r, in) and B (out, r), moved to where the module is.
+    """
+
+    def adder(a: torch.Tensor, b: torch.Tensor) -> object:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            x = inputs[0]
+            return output + (x @ a.to(x).T) @ b.to(x).T
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(adder(a, b)) for name, (a, b) in factors.items()]  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,73 @@
+"""A code that a gradient can move: it starts as the code that it is, and ends as a code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from icmlora.adapter import Adapter
+from icmlora.generator.codec import Codec
+from icmlora.generator.relaxed import RelaxedCode
+from tests.icmlora.small_fleet import codec, make_vectors, mixed_fleet
+
+TASKS = [0, 1, 2]
+
+
+def relaxed(task: int, tolerance: float = 0.1) -> tuple[Codec, Adapter, bytes, RelaxedCode]:
+    under, adapter = codec(), mixed_fleet().load(task, None)
+    data = under.encode(adapter, make_vectors(task), tolerance=tolerance).data
+    return under, adapter, data, RelaxedCode(under, adapter, data)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_nobody_moved_is_the_same_code(task: int) -> None:
+    _, _, data, code = relaxed(task)
+    assert code.to_code() == data
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_its_factors_are_those_of_the_decoded_adapter(task: int) -> None:
+    under, _, data, code = relaxed(task)
+    factors = code.factors()
+    for module in under.decode(data).modules:
+        if float(module.b.abs().max()) > 0:
+            a, b = factors[module.name]
+            torch.testing.assert_close(b @ a, module.b @ module.a, rtol=1e-4, atol=1e-6)
+
+
+def test_moved_values_are_what_the_new_code_decodes_to() -> None:
+    under, adapter, data, code = relaxed(1)
+    with torch.no_grad():
+        for values in code.values:
+            values += 1.0
+        for strength in code.strengths:
+            strength += 0.5
+    decoded = {module.name: module for module in under.decode(code.to_code()).modules}
+    assert under.measure(adapter, code.to_code()).dw_error > under.measure(adapter, data).dw_error
+    for name, (a, b) in code.factors().items():
+        # A strength is stored in sixty-fourths of an octave.
+        torch.testing.assert_close(decoded[name].b @ decoded[name].a, b @ a, rtol=0.02, atol=1e-3)
+
+
+def test_values_and_strengths_get_gradients() -> None:
+    *_, code = relaxed(0)
+    total = sum((b @ a).square().sum() for a, b in code.factors().values()) + code.bits()
+    assert isinstance(total, torch.Tensor)
+    total.backward()  # type: ignore[no-untyped-call]
+    for parameter in (*code.values, *code.strengths):
+        assert parameter.grad is not None
+        assert float(parameter.grad.abs().max()) > 0
+
+
+def test_the_bits_are_near_those_of_the_code() -> None:
+    *_, data, code = relaxed(1, tolerance=0.01)
+    assert float(code.bits().detach()) == pytest.approx(8 * (len(data) - 110), rel=0.3)
+
+
+def test_smaller_values_cost_fewer_bits() -> None:
+    *_, code = relaxed(1)
+    before = float(code.bits().detach())
+    with torch.no_grad():
+        for values in code.values:
+            values *= 0.5
+    assert float(code.bits().detach()) < before
