@@ -1,10 +1,14 @@
 """Functional refinement: move a code to where it does what the adapter does, not to where its weights are nearest.
 
     texts ──base + adapter──▶ p(next token) ─┐
-      └────base + code──────▶ q(next token) ─┴─ KL(p || q) + price * bits ──gradient──▶ values and strengths of the code
+      └────base + code──────▶ q(next token) ─┴─ KL(p || q) and bits ──gradient──▶ values and strengths of the code
+
+    minimise   KL(p || q) / KL(p || base)   +   price * error * bits / bits at the start
 
 The base model is frozen. What coarse rounding loses of an adapter's function comes back this way, at fewer bits: the
-price makes values round to zero where that does no harm. Decoding is as before and needs no base model.
+second term makes values round to zero where that does no harm. Both terms are free of scale, so one price serves weak
+and strong adapters of any size; it falls with the error of the code at the start, because what a bit buys does.
+Decoding is as before and needs no base model.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ from icmlora.base_model import BaseModel
 from icmlora.errors import DataError
 from icmlora.generator.relaxed import Factors, RelaxedCode
 
+_EFFECT_BATCHES = 4
+_LEAST_EFFECT = 1e-6
+"""Nats per token; an adapter that does less does nothing."""
+
 
 @dataclass(frozen=True)
 class RefineConfig:
@@ -32,8 +40,8 @@ class RefineConfig:
     """Adam's, in quantiser steps."""
     strength_rate: float = 0.03
     """Adam's, in octaves."""
-    price: float = 2e-7
-    """Nats per token that one bit of the code is worth."""
+    price: float = 0.125
+    """What the bits of the whole code are worth: this times its error, of the adapter's whole effect."""
     texts: int = 2
     """Texts of each step."""
     tokens: int = 192
@@ -42,12 +50,13 @@ class RefineConfig:
 
 
 def refine(
-    relaxed: RelaxedCode, base: BaseModel, adapter: Adapter, texts: Sequence[str], config: RefineConfig
+    relaxed: RelaxedCode, error: float, base: BaseModel, adapter: Adapter, texts: Sequence[str], config: RefineConfig
 ) -> Iterator[int]:
     """Refine the code of one adapter; the caller may stop after any step and take the code as it is then.
 
     Args:
         relaxed: The code; changed in place.
+        error: Its relative error, weighted by sensitivity.
         base: The adapter's base model; it is left as it was.
         adapter: The adapter.
         texts: Of the adapter's task, such as its samples.
@@ -64,6 +73,8 @@ def refine(
     ids = [row for row in ids if len(row) > 1]
     if not ids:
         raise DataError("there is no text to refine on", hint="give the task a samples.jsonl")
+    if not relaxed.values:  # an adapter of zeros has a code without integers
+        return
     groups = [
         {"params": relaxed.values, "lr": config.learning_rate},
         {"params": relaxed.strengths, "lr": config.strength_rate},
@@ -72,11 +83,19 @@ def refine(
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / config.steps) ** 0.5)
     draw = torch.Generator().manual_seed(config.seed)
     original = {module.name: (module.a, module.b) for module in adapter.modules}
-    for step in range(config.steps):
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randperm(len(ids), generator=draw)[: config.texts].tolist()
-        batch, mask = _padded([ids[number] for number in chosen], device)
+        return _padded([ids[number] for number in chosen], device)
+
+    with torch.no_grad():
+        effects = [float(_divergence(base, original, {}, *batch())) for _ in range(_EFFECT_BATCHES)]
+        price = config.price * error / max(float(relaxed.bits()), 1.0)
+    effect = max(sum(effects) / len(effects), _LEAST_EFFECT)
+    for step in range(config.steps):
         optimizer.zero_grad()
-        (_divergence(base, original, relaxed.factors(), batch, mask) + config.price * relaxed.bits()).backward()  # type: ignore[no-untyped-call]
+        divergence = _divergence(base, original, relaxed.factors(), *batch())
+        (divergence / effect + price * relaxed.bits()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         decay.step()
         yield step + 1

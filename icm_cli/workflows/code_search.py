@@ -126,7 +126,8 @@ class CodeSearch:
 
     def _refined(self, refiner: Refiner, encoded: Encoded, stop: StopFlag) -> Generator[Event, None, Encoded | None]:
         relaxed = RelaxedCode(self._codec, self._original, encoded.data)
-        for step in refine(relaxed, refiner.base, self._original, refiner.texts, refiner.config):
+        error = encoded.weighted_error
+        for step in refine(relaxed, error, refiner.base, self._original, refiner.texts, refiner.config):
             yield Step(step, refiner.config.steps)
             if stop.requested:
                 return None

@@ -45,5 +45,5 @@ def test_the_table_of_qualities_is_that_of_the_code() -> None:
     rows = {row[0]: row[1:] for row in cells_of(section_of(GENERATOR, "Encoding"))}
     layout = [[ModuleShape("layers.0.q_proj", 2, 8, 8)]]
     configs = [config_for("base", layout, condition_size=0, quality=quality) for quality in range(1, 9)]
-    assert rows["largest relative dW error"] == [f"{tolerance_of(quality):g}" for quality in range(1, 9)]
+    assert rows["largest weighted error"] == [f"{tolerance_of(quality):g}" for quality in range(1, 9)]
     assert rows["width"] == [str(config.width) for config in configs]
