@@ -28,7 +28,7 @@ def head(**changes: object) -> CodeHead:
         "condition": np.arange(CONFIG.condition, dtype=np.int8) - 8,
         "latent": np.arange(CONFIG.latent, dtype=np.int8) - 100,
         "gains": np.array([-300, 0, 7], dtype=np.int16),
-        "strengths": np.array([0, 31, 255], dtype=np.uint8),
+        "strengths": (np.arange(KINDS * LAYERS) - 2).astype(np.int8).reshape(KINDS, LAYERS),
         "kept": np.array([[0, SLOTS], [ABSENT, 1], [ABSENT, ABSENT]], dtype=np.uint8),
         "task_type": "CAUSAL_LM",
     }
@@ -68,6 +68,7 @@ def test_any_code_comes_back_from_its_bytes(
     assert (parsed.head.step, parsed.head.task_type, parsed.words) == (step, task_type, words)
     assert [*parsed.head.condition.tolist(), *parsed.head.latent.tolist()] == small
     assert parsed.head.gains.tolist() == gains
+    assert parsed.head.strengths.ravel().tolist() == list(range(-2, KINDS * LAYERS - 2))
     assert parsed.head.kept.ravel().tolist() == [*kept, 0]
     assert parsed.to_bytes() == data
 

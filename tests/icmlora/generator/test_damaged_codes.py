@@ -97,6 +97,6 @@ def flipped(place: int, bit: int) -> bytes:
 def hostile(kept: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], step: int, gain: int) -> bytes:
     sizes = CODEC.config.condition, CODEC.config.latent
     condition, latent = (np.full(size, -128, dtype=np.int8) for size in sizes)
-    gains, strengths = np.full(3, gain, dtype=np.int16), np.full(3, 255, dtype=np.uint8)
+    gains, strengths = np.full(3, gain, dtype=np.int16), np.full((3, 2), 127, dtype=np.int8)
     head = CodeHead(step, condition, latent, gains, strengths, kept, None)
     return Code(CODEC.generator.digest, head, b"\x5a" * 400).to_bytes()
