@@ -1,6 +1,6 @@
 """What a trained store keeps and costs, as one JSON file and one table: `icm eval` and `icm stats` of that store.
 
-    python -m tests.benchmarks.quality NAME [--store FOLDER]      writes tests/benchmarks/results/NAME.json
+    python -m tests.benchmarks.quality NAME [--store FOLDER] [--rungs code]    writes tests/benchmarks/results/NAME.json
 
 Losses that the store has already are not measured again; `icm eval --again` measures them anew.
 """
@@ -25,8 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--store", default=os.environ.get("ICM_STORE"))
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
     options = parser.parse_args()
-    lines = [json.loads(line) for line in _icm(options.store, "eval", "--json").splitlines()]
+    wanted = [part for rung in options.rungs for part in ("--rung", rung)]
+    lines = [json.loads(line) for line in _icm(options.store, "eval", "--json", *wanted).splitlines()]
     bill = json.loads(_icm(options.store, "stats", "--json"))
     (fleet,) = bill["fleets"]
     generator = json.loads(_icm(options.store, "show", fleet["tasks"][0]["task"], "--json")).get("generator")
@@ -47,16 +49,17 @@ def main() -> None:
 
 def table(result: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
     """Write the losses as a Markdown table: perplexity and bits per byte side by side, then gain and error."""
-    lines = [
-        "| task | base ppl | original ppl | code ppl | generate ppl | base bpb | original bpb | code bpb "
-        "| generate bpb | gain of code | dW error | gain of generate |",
-        "|---|" + "--:|" * 11,
+    measured = [
+        rung for rung in ("base", "original", *RUNGS) if all(rung in rungs for rungs in result["tasks"].values())
     ]
+    made = [rung for rung in measured if rung in RUNGS]
+    heading = [f"{rung} {unit}" for unit in ("ppl", "bpb") for rung in measured]
+    heading += [f"{figure} of {rung}" for rung in made for figure in ("gain", "dW error")]
+    lines = ["| " + " | ".join(["task", *heading]) + " |", "|---|" + "--:|" * len(heading)]
     for task, rungs in sorted(result["tasks"].items()):
-        shown = [rungs[rung] for rung in ("base", "original", *RUNGS)]
-        cells = [f"{rung['perplexity']:.2f}" for rung in shown] + [f"{rung['bits_per_byte']:.3f}" for rung in shown]
-        cells += [f"{rungs['code']['retained_gain']:.3f}", f"{rungs['code']['dw_error']:.3f}"]
-        cells += [f"{rungs['generate']['retained_gain']:.3f}"]
+        cells = [f"{rungs[rung]['perplexity']:.2f}" for rung in measured]
+        cells += [f"{rungs[rung]['bits_per_byte']:.3f}" for rung in measured]
+        cells += [f"{rungs[rung][figure]:.3f}" for rung in made for figure in ("retained_gain", "dw_error")]
         lines.append("| " + " | ".join([task, *cells]) + " |")
     return "\n".join(lines)
 

@@ -1,0 +1,49 @@
+"""What `icm train` learns of the base model: which channels matter, if the base model is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from icmlora.generator.generator_file import generator_from_bytes
+from icmlora.generator.sensitivity import Sensitivity
+from registry.store import Store
+from tests.cli.conftest import Ran
+from tests.cli.tiny_fleet import STEPS
+from tests.icmlora.tiny_base import LABEL
+
+Icm = Callable[..., Ran]
+TRAIN = ("train", "--no-eval", "--device", "cpu", "--steps", STEPS)
+
+
+def weights(store: Path) -> Sensitivity:
+    with Store.open(store, read_only=True) as opened:
+        record = opened.current_generator(LABEL)
+        assert record is not None
+        return generator_from_bytes(opened.read_blob(record.blob)).net.sensitivity
+
+
+def is_even(sensitivity: Sensitivity) -> bool:
+    return all(bool((part == 0).all()) for part in (*sensitivity.inputs, *sensitivity.outputs))
+
+
+def same(left: Sensitivity, right: Sensitivity) -> bool:
+    pairs = zip((*left.inputs, *left.outputs), (*right.inputs, *right.outputs), strict=True)
+    return all(one.equal(other) for one, other in pairs)
+
+
+def test_the_channels_of_a_base_model_that_is_there_are_weighted(trained: Path) -> None:
+    assert not is_even(weights(trained))
+
+
+def test_without_the_base_model_all_channels_count_the_same(icm: Icm, mixed: Path, tmp_path: Path) -> None:
+    assert icm("base", "rm", LABEL).code == 0
+    assert icm(*TRAIN).code == 0
+    assert is_even(weights(mixed))
+
+
+def test_training_on_keeps_the_weights(icm: Icm, trained: Path) -> None:
+    before = weights(trained)
+    assert icm("base", "rm", LABEL).code == 0
+    assert icm(*TRAIN).code == 0
+    assert same(weights(trained), before)
