@@ -222,7 +222,7 @@ def _strength(original: KindTokens, overlaps: torch.Tensor) -> int:
     gain than the larger error of a full-strength one costs (docs/results/LOG.md).
     """
     along, length = float(overlaps.sum()), squared_norm([original])
-    if along <= 0:
+    if not 0 < along < math.inf:  # products of very large values overflow float32
         return 0
     return min(max(round(STRENGTHS * math.log2(length / along)), 0), _STRONGEST)
 
