@@ -1,6 +1,6 @@
 """Where things are in a store folder.
 
-FORMAT            "icm store 1"; written last when a store is made, so it marks a whole one
+FORMAT            "icm store 2"; written last when a store is made, so it marks a whole one
 registry.db       rows
 blobs/3/3f9a..    bytes, named by their SHA-256; 16 folders: syncing 256 costs a first ingest a tenth of its time
 tmp/              files being written; on the same file system, so that a rename is atomic
@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-FORMAT_TEXT = "icm store 1\n"
+FORMAT_TEXT = "icm store 2\n"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

@@ -28,7 +28,7 @@ def test_doctor_says_the_same_in_json(icm: Icm, tmp_path: Path) -> None:
 def test_doctor_finds_a_database_that_is_none(icm: Icm, tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
-    (store / "FORMAT").write_text("icm store 1\n")
+    (store / "FORMAT").write_text("icm store 2\n")
     (store / "registry.db").write_text("not a database, but long enough to look at" * 100)
     ran = icm("doctor", "--json")
     assert ran.code == 1

@@ -29,7 +29,7 @@ def test_a_store_that_is_not_there_is_not_made_unasked(tmp_path: Path) -> None:
 
 def test_a_store_is_made_with_its_parents(tmp_path: Path) -> None:
     new_store(tmp_path / "a" / "b" / "store").close()
-    assert (tmp_path / "a" / "b" / "store" / "FORMAT").read_text() == "icm store 1\n"
+    assert (tmp_path / "a" / "b" / "store" / "FORMAT").read_text() == "icm store 2\n"
 
 
 def test_what_was_stored_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
@@ -50,8 +50,8 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     new_store(tmp_path / "store").close()
     path = tmp_path / "store" / "FORMAT"
     path.unlink()
-    path.write_text("icm store 2\n")
-    with pytest.raises(StoreTooNew, match="icm store 2"):
+    path.write_text("icm store 3\n")
+    with pytest.raises(StoreTooNew, match="icm store 3"):
         Store.open(tmp_path / "store")
 
 

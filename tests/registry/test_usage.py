@@ -30,7 +30,7 @@ def test_each_use_has_its_bytes(store: Store) -> None:
     assert usage.old_generators == len(b"first one")
     assert usage.training == 3
     assert usage.unreferenced == len(b"orphan!")
-    assert usage.overhead == RESERVE_BYTES + len("icm store 1\n") + store.paths.lock.stat().st_size
+    assert usage.overhead == RESERVE_BYTES + len("icm store 2\n") + store.paths.lock.stat().st_size
     assert usage.database == store.paths.database.stat().st_size
 
 
