@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -101,6 +101,16 @@ DeviceOpt = Annotated[
         show_default=False,
     ),
 ]
+
+
+def loss_option(name: str, text: str, panel: str | None = None) -> Any:
+    """Return an option for a share of dW that a code may lose."""
+    return typer.Option(name, metavar="X", min=1e-4, max=0.9, help=text, show_default=False, rich_help_panel=panel)
+
+
+def gain_option(text: str) -> Any:
+    """Return an option for the retained gain that a code has to keep."""
+    return typer.Option("--min-gain", metavar="G", min=0.0, max=1.0, help=text, show_default=False)
 
 
 class OnConflict(StrEnum):

@@ -65,13 +65,13 @@ def _backward(model: nn.Module, ids: torch.Tensor, draw: torch.Generator) -> Non
 def _adder(
     name: str, sums: dict[str, list[torch.Tensor]]
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-    def add(number: int, values: torch.Tensor, size: int) -> None:
-        squares = values.detach().reshape(-1, size).float().square().sum(dim=0)
+    def add(number: int, values: torch.Tensor) -> None:
+        squares = values.detach().reshape(-1, values.shape[-1]).float().square().sum(dim=0)
         sums[name][number] = sums[name][number] + squares
 
     def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
         sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
-        add(0, inputs[0], inputs[0].shape[-1])
-        outputs.register_hook(lambda gradient: add(1, gradient, gradient.shape[-1]))  # type: ignore[no-untyped-call]
+        add(0, inputs[0])
+        outputs.register_hook(lambda gradient: add(1, gradient))  # type: ignore[no-untyped-call]
 
     return hook

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from icmlora.errors import DataError
 from icmlora.examples import Example
+from icmlora.padding import padded
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int) 
 
 
 def _batch_nats(model: Any, batch: Sequence[_Scored]) -> list[float]:
-    length = max(len(item.ids) for item in batch)
-    device = model.device
-    # Padding on the right, masked: in a causal model no real token sees it, and it is never a target.
-    ids = torch.tensor([item.ids + [0] * (length - len(item.ids)) for item in batch], device=device)
-    mask = torch.tensor([[1] * len(item.ids) + [0] * (length - len(item.ids)) for item in batch], device=device)
+    ids, mask = padded([item.ids for item in batch], model.device)  # padding is never a target
     with torch.inference_mode():
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (batch, length, vocabulary)
         return [_row_nats(logits[row], ids[row], item) for row, item in enumerate(batch)]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +15,7 @@ from typing import BinaryIO
 
 from icmlora.errors import OutputExists
 from icmlora.files import fsync_folder
-
-_SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
+from icmlora.leftovers import name_beside, remove_leftovers
 
 
 @contextmanager
@@ -36,8 +33,8 @@ def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     check_absent(path, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    temporary = target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
+    remove_leftovers(target, flags=os.O_NONBLOCK, remove=lambda entry: entry.unlink(missing_ok=True))
+    temporary = name_beside(target)
     try:
         with temporary.open("xb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
@@ -61,24 +58,3 @@ def check_absent(path: Path, *, force: bool = False) -> None:
         raise OutputExists("is not a file", path=path)
     if path.exists() and not force:
         raise OutputExists("exists already", path=path, hint="choose another name, or replace it with --force")
-
-
-def _remove_leftovers(target: Path) -> None:
-    for entry in target.parent.iterdir():
-        suffix = entry.name.removeprefix(target.name)
-        if suffix != entry.name and _SUFFIX.fullmatch(suffix) and _is_abandoned(entry):
-            entry.unlink(missing_ok=True)
-
-
-def _is_abandoned(file: Path) -> bool:
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True

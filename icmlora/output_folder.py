@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +16,8 @@ from pathlib import Path
 
 from icmlora.errors import OutputExists
 from icmlora.files import fsync_folder, write_durably, write_synced
+from icmlora.leftovers import name_beside, remove_leftovers
 from icmlora.peft_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
-
-_SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
 
 
 def check_free(directory: Path, *, force: bool = False) -> None:
@@ -69,7 +66,7 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
     check_free(directory, force=force)
     target = Path(os.path.realpath(directory))
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
+    remove_leftovers(target, flags=os.O_DIRECTORY, remove=_remove_folder)
     if force and target.is_dir() and any(target.iterdir()):
         _replace(target, files)
         return
@@ -97,7 +94,7 @@ def _replace(target: Path, files: Mapping[str, bytes]) -> None:
 @contextmanager
 def _building(target: Path) -> Iterator[Path]:
     """Make a locked folder beside the target; it is gone afterwards unless it was renamed."""
-    folder = target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
+    folder = name_beside(target)
     folder.mkdir()
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -105,25 +102,8 @@ def _building(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         os.close(descriptor)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_folder(folder)
 
 
-def _remove_leftovers(target: Path) -> None:
-    for entry in target.parent.iterdir():
-        suffix = entry.name.removeprefix(target.name)
-        if suffix != entry.name and _SUFFIX.fullmatch(suffix) and _is_abandoned(entry):
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _is_abandoned(folder: Path) -> bool:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+def _remove_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -24,6 +24,7 @@ from icmlora.adapter import Adapter
 from icmlora.base_model import BaseModel
 from icmlora.errors import DataError
 from icmlora.generator.relaxed import Factors, RelaxedCode
+from icmlora.padding import padded
 
 _EFFECT_BATCHES = 4
 _LEAST_EFFECT = 1e-6
@@ -86,7 +87,7 @@ def refine(
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randperm(len(ids), generator=draw)[: config.texts].tolist()
-        return _padded([ids[number] for number in chosen], device)
+        return padded([ids[number] for number in chosen], device)
 
     with torch.no_grad():
         effects = [float(_divergence(base, original, {}, *batch())) for _ in range(_EFFECT_BATCHES)]
@@ -112,14 +113,6 @@ def _divergence(
     each = (wanted.exp() * (wanted - given)).sum(dim=-1)  # (texts, T)
     divergence: torch.Tensor = (each * mask).sum() / mask.sum()
     return divergence
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, both (texts, T); padding comes last, where no token sees it."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-    return ids, mask
 
 
 @contextmanager

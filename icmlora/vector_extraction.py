@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from icmlora.adapted import adapted
 from icmlora.base_model import BaseModel
 from icmlora.errors import DataError
+from icmlora.padding import padded
 from icmlora.probes import PROBES
 from icmlora.task_vector import Extractor, Source, TaskVector, VectorSettings, View, split_samples
 
@@ -78,11 +79,7 @@ def _vectors(
 
 def _last_positions(base: BaseModel, rows: Sequence[list[int]]) -> torch.Tensor:
     """Return the last layer at the last real token of each row, (rows, d) in float32."""
-    length = max(len(row) for row in rows)
-    # Padding on the right: in a causal model the real tokens never see it, and the mask says so to all others.
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    hidden = _last_layer(base, ids, mask)
+    hidden = _last_layer(base, *padded(rows))
     last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
     return hidden[torch.arange(len(rows), device=hidden.device), last].float()
 

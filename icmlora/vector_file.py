@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from icmlora.errors import CodeError, DataError
-from icmlora.generator.code import check_of
 from icmlora.generator.entropy import LIMIT, Reader, Writer, clip
 from icmlora.generator.scales import OCTAVE
+from icmlora.sealing import seal, unseal
 
 _MAGIC = b"ICMT\x01"
 _HEAD = struct.Struct("<Ih")
 _START = len(_MAGIC) + _HEAD.size
-_CHECK = len(check_of(b""))
 _STEPS = 3 * OCTAVE
 """Scale index of a typical value: eight steps."""
 _TYPICAL = 0.6745
@@ -45,8 +44,7 @@ def vector_to_bytes(values: torch.Tensor) -> bytes:
     integers = clip(np.rint(exact / 2.0 ** (exponent / OCTAVE)))
     writer = Writer()
     writer.write(integers, np.full(len(integers), _STEPS, dtype=np.int32))
-    data = _MAGIC + _HEAD.pack(len(integers), exponent) + writer.to_bytes()
-    return data + check_of(data)
+    return seal(_MAGIC + _HEAD.pack(len(integers), exponent) + writer.to_bytes())
 
 
 def values_from_bytes(data: bytes) -> torch.Tensor:
@@ -55,8 +53,8 @@ def values_from_bytes(data: bytes) -> torch.Tensor:
     Raises:
         DataError: The bytes are no task vector, or damaged.
     """
-    content, check = data[:-_CHECK], data[-_CHECK:]
-    if not data.startswith(_MAGIC) or len(content) < _START or check_of(content) != check:
+    content = unseal(data)
+    if content is None or not content.startswith(_MAGIC) or len(content) < _START:
         raise DataError("no task vector: other bytes, or damaged", hint="`icm vectors` makes it again")
     length, exponent = _HEAD.unpack_from(content, len(_MAGIC))
     if not 1 <= length <= _LARGEST or abs(exponent) > 130 * OCTAVE:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.options import BaseModelOpt, DeviceOpt, SomeTasksArg
+from icm_cli.options import BaseModelOpt, DeviceOpt, SomeTasksArg, gain_option, loss_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import counted, human_size
@@ -18,38 +18,16 @@ if TYPE_CHECKING:
     from icm_cli.workflows.encode_plan import EncodeReport, EncodeRequest, TaskEncoded
     from icm_cli.workflows.events import Event
 
-ErrorOpt = Annotated[
-    float | None,
-    typer.Option(
-        "--max-error",
-        metavar="X",
-        min=1e-4,
-        max=0.9,
-        help="Largest relative dW error that a code may have.",
-        show_default=False,
-    ),
-]
+ErrorOpt = Annotated[float | None, loss_option("--max-error", "Largest relative dW error that a code may have.")]
 GainOpt = Annotated[
     float | None,
-    typer.Option(
-        "--min-gain",
-        metavar="G",
-        min=0.0,
-        max=1.0,
-        help="Smallest retained gain that a code may have, on the task's held-out text; needs the base model.",
-        show_default=False,
-    ),
+    gain_option("Smallest retained gain that a code may have, on the task's held-out text; needs the base model."),
 ]
-
 ToleranceOpt = Annotated[
     float | None,
-    typer.Option(
+    loss_option(
         "--tolerance",
-        metavar="X",
-        min=1e-4,
-        max=0.9,
-        help="Share of dW's energy, weighted by sensitivity, that a code may lose, as `icm train --quality` sets it.",
-        show_default=False,
+        "Share of dW's energy, weighted by sensitivity, that a code may lose, as `icm train --quality` sets it.",
     ),
 ]
 RefineOpt = Annotated[
@@ -100,8 +78,16 @@ def encode(
         raise UsageProblem("--refine leaves the weights for the function: it does not go with --max-error", hint=hint)
     from icm_cli.workflows.encode_plan import EncodeRequest
 
-    names = tasks or []
-    run(session, EncodeRequest(names, max_error, min_gain, tolerance, refine, session.device(device), base_model))
+    request = EncodeRequest(
+        names=tasks or [],
+        max_error=max_error,
+        min_gain=min_gain,
+        device=session.device(device),
+        tolerance=tolerance,
+        refine=refine,
+        base_model=base_model,
+    )
+    run(session, request)
 
 
 def run(session: Session, request: EncodeRequest) -> None:

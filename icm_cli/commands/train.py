@@ -11,7 +11,7 @@ import typer
 from icm_cli.commands import encode
 from icm_cli.commands import eval as evaluation
 from icm_cli.errors import Interrupted
-from icm_cli.options import BaseModelOpt, DeviceOpt
+from icm_cli.options import BaseModelOpt, DeviceOpt, gain_option, loss_option
 from icm_cli.session import Session, command
 from icm_cli.text import counted, human_duration, human_size
 
@@ -40,36 +40,18 @@ EvalOpt = Annotated[
 ]
 ErrorOpt = Annotated[
     float | None,
-    typer.Option(
-        "--max-error",
-        metavar="X",
-        min=1e-4,
-        max=0.9,
-        help="Relative dW error that a code may have; then tasks are encoded as by `icm encode`.",
-        show_default=False,
-    ),
+    loss_option("--max-error", "Relative dW error that a code may have; then tasks are encoded as by `icm encode`."),
 ]
 GainOpt = Annotated[
     float | None,
-    typer.Option(
-        "--min-gain",
-        metavar="G",
-        min=0.0,
-        max=1.0,
-        help="Smallest retained gain that a code may have, likewise; needs the base model and held-out text.",
-        show_default=False,
-    ),
+    gain_option("Smallest retained gain that a code may have, likewise; needs the base model and held-out text."),
 ]
 ToleranceOpt = Annotated[
     float | None,
-    typer.Option(
+    loss_option(
         "--tolerance",
-        metavar="X",
-        min=1e-4,
-        max=0.9,
-        help="Share of dW's energy, weighted by sensitivity, that a code may lose; else the quality's.",
-        show_default=False,
-        rich_help_panel=MODEL_PANEL,
+        "Share of dW's energy, weighted by sensitivity, that a code may lose; else the quality's.",
+        MODEL_PANEL,
     ),
 ]
 WidthOpt = Annotated[
@@ -159,8 +141,7 @@ def train(
         for trained in report.trained:
             _sum_up(session, trained)
     if max_error is not None or min_gain is not None:
-        for trained in report.trained:
-            encode.run(session, EncodeRequest([], max_error, min_gain, None, 0, request.device, trained.base_model))
+        encode.run(session, EncodeRequest([], max_error, min_gain, request.device, base_model=base_model))
     if evaluate:
         _evaluate(session, request.device, [trained.base_model for trained in report.trained])
 

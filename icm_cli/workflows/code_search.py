@@ -18,11 +18,10 @@ import torch
 
 from icm_cli.workflows.encode_plan import EncodeRequest
 from icm_cli.workflows.events import Event, Step, StopFlag
-from icm_cli.workflows.task_evaluation import RungResult, TaskEvaluation
+from icm_cli.workflows.task_evaluation import RungResult, TaskEvaluation, result_of
 from icmlora.adapter import Adapter
 from icmlora.base_model import BaseModel
 from icmlora.errors import DataError
-from icmlora.evaluation import retained_gain
 from icmlora.generator.codec import Codec, Encoded
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.peft_folder import save_adapter
@@ -139,5 +138,4 @@ class CodeSearch:
             written = Path(folder) / "adapter"
             save_adapter(self._codec.decode(encoded.data), written, dtype="bfloat16", card="", metadata={})
             loss = evaluation.loss_of("code", written)
-        gain = retained_gain(known["base"].nats_per_token, known["original"].nats_per_token, loss.nats_per_token)
-        return RungResult("code", loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, encoded.dw_error)
+        return result_of("code", loss, encoded.dw_error, known)

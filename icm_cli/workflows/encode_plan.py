@@ -28,9 +28,9 @@ class EncodeRequest:
     names: Sequence[str]
     max_error: float | None
     min_gain: float | None
-    tolerance: float | None
-    refine: int
     device: str
+    tolerance: float | None = None
+    refine: int = 0
     base_model: str | None = None
 
 

@@ -10,28 +10,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from icm_cli.workflows.base_access import open_base
+from icm_cli.workflows.chosen import chosen_tasks, sample_texts
 from icm_cli.workflows.code_search import CodeSearch, Refiner
 from icm_cli.workflows.encode_plan import EncodeReport, EncodeRequest, EncodeStatus, TaskEncoded
 from icm_cli.workflows.events import Event, Step, StopFlag
+from icm_cli.workflows.kept import Kept
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.plain_copy import read_original
 from icm_cli.workflows.store_fleet import mean_vectors
-from icm_cli.workflows.task_evaluation import TaskEvaluation
+from icm_cli.workflows.task_evaluation import TaskEvaluation, on_own_text
 from icmlora.adapter import Adapter
-from icmlora.base_model import BaseModel
 from icmlora.device import resolve_device
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.examples import EvaluationData, parse_examples
-from icmlora.generator.codec import Codec
-from icmlora.generator.generator_file import generator_from_bytes
 from icmlora.refinement import RefineConfig
 from registry.records import GeneratorRecord, NewCode, TaskRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
-
-_MAX_TOKENS = 256  # of each text, as `icm eval` measures by default
 
 
 def encode(place: Place, request: EncodeRequest, stop: StopFlag) -> Generator[Event, None, EncodeReport]:
@@ -40,12 +35,11 @@ def encode(place: Place, request: EncodeRequest, stop: StopFlag) -> Generator[Ev
     Raises:
         TaskNotFound: A name is not in the store.
         DataError: There is no generator.
-        BaseModelNotFound: A gain is asked for and the base model is not on this machine.
         DeviceUnavailable: The device is not there.
     """
     report = EncodeReport()
     with place.open() as store:
-        tasks = _tasks(store, request)
+        tasks = [task for task in chosen_tasks(store, request.names) if request.base_model in (None, task.base_model)]
         work = _Work(store, request)
         yield Step(0, len(tasks))
         for task in tasks:
@@ -75,20 +69,12 @@ def _within(
         yield Step(done, total, f"{name}: step {event.done} of {event.total}") if isinstance(event, Step) else event
 
 
-def _tasks(store: Store, request: EncodeRequest) -> list[TaskRecord]:
-    tasks = [store.task(name) for name in request.names] or list(store.tasks())
-    chosen = {task.name: task for task in tasks if request.base_model in (None, task.base_model)}
-    return sorted(chosen.values(), key=lambda task: (task.base_model, task.name))
-
-
 class _Work:
     """Encodes one task after the other; the latest generator and base model are kept, adapters are not."""
 
     def __init__(self, store: Store, request: EncodeRequest) -> None:
         self._store, self._request = store, request
-        self._device = resolve_device(request.device)
-        self._codec: Codec | None = None
-        self._bases: dict[tuple[str, torch.dtype | None], BaseModel] = {}
+        self._kept = Kept(store, resolve_device(request.device))
 
     def one(self, task: TaskRecord, stop: StopFlag) -> Generator[Event, None, TaskEncoded | None]:
         """Encode one task and record its code; None where the user stopped in the middle."""
@@ -115,28 +101,21 @@ class _Work:
         return TaskEncoded(task.name, status, len(data), before, best.encoded.dw_error, best.gain)
 
     def _search(self, task: TaskRecord, generator: GeneratorRecord, original: Adapter) -> CodeSearch:
-        if self._codec is None or self._codec.generator.digest != generator.blob:
-            self._codec = Codec(generator_from_bytes(self._store.read_blob(generator.blob)))
         vectors = mean_vectors(self._store, self._store.vectors(task.name))
         evaluation = None if self._request.min_gain is None else self._evaluation(task)
         refiner = None if not self._request.refine else self._refiner(task)
-        return CodeSearch(self._codec, original, vectors, evaluation, refiner)
+        return CodeSearch(self._kept.codec(generator), original, vectors, evaluation, refiner)
 
     def _evaluation(self, task: TaskRecord) -> TaskEvaluation:
         if task.eval_data is None:
             raise DataError("it has no held-out text, so its retained gain cannot be measured")
-        data = EvaluationData.parse(self._store.read_blob(task.eval_data), path=task.name)
-        return TaskEvaluation(self._store, self._base(task.base_model, None), task, data, _MAX_TOKENS)
+        return on_own_text(self._store, self._kept.base(task.base_model), task)
 
     def _refiner(self, task: TaskRecord) -> Refiner:
-        if task.samples is None:
+        texts = sample_texts(self._store, task)
+        if texts is None:
             raise DataError("it has no samples, so its code cannot be refined")
-        texts = [example.text for example in parse_examples(self._store.read_blob(task.samples))]
         # bfloat16 halves the time of a step; gradients are averages, the code is rounded far more coarsely.
-        return Refiner(self._base(task.base_model, torch.bfloat16), texts, RefineConfig(steps=self._request.refine))
-
-    def _base(self, label: str, dtype: torch.dtype | None) -> BaseModel:
-        if (label, dtype) not in self._bases:
-            self._bases = {key: base for key, base in self._bases.items() if key[0] == label}
-            self._bases[label, dtype] = open_base(self._store, label, self._device, dtype)
-        return self._bases[label, dtype]
+        return Refiner(
+            self._kept.base(task.base_model, torch.bfloat16), texts, RefineConfig(steps=self._request.refine)
+        )

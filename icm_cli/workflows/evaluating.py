@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING
 
 from icm_cli.workflows.base_access import locate_base, open_base
 from icm_cli.workflows.baseline_evaluation import BaselineEvaluation, BaselineResult
+from icm_cli.workflows.chosen import chosen_tasks
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.opening import Place
-from icm_cli.workflows.task_evaluation import RUNGS, RungResult, TaskEvaluation
+from icm_cli.workflows.task_evaluation import MAX_TOKENS, RUNGS, RungResult, TaskEvaluation
 from icmlora.base_model import BaseModel
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.device import resolve_device
 from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.examples import EvaluationData
 from icmlora.files import read_regular
-from registry.records import Rung, TaskRecord
+from registry.records import Rung
 
 if TYPE_CHECKING:
-    from registry.store import Store
+    pass
 
 _DATA_LIMIT = 64 << 20
 
@@ -34,7 +35,7 @@ class EvaluateRequest:
     device: str
     rungs: Sequence[Rung] = RUNGS
     data: Path | None = None
-    max_tokens: int = 256
+    max_tokens: int = MAX_TOKENS
     again: bool = False
     baselines: Sequence[str] = ()
     """Names of other methods to measure beside the rungs."""
@@ -79,7 +80,7 @@ def evaluate(place: Place, request: EvaluateRequest, stop: StopFlag) -> Generato
         content = read_regular(request.data, max_bytes=_DATA_LIMIT)
         given = EvaluationData.parse(content, path=request.data)
     with place.open() as store:
-        tasks = _tasks(store, request.names)
+        tasks = chosen_tasks(store, request.names)
         todo = [task for task in tasks if given is not None or task.eval_data is not None]
         report.without_data = sorted({task.name for task in tasks} - {task.name for task in todo})
         if not todo:
@@ -106,12 +107,6 @@ def evaluate(place: Place, request: EvaluateRequest, stop: StopFlag) -> Generato
             yield done
             yield Step(len(report.tasks), len(todo), task.name)
     return report
-
-
-def _tasks(store: Store, names: Sequence[str]) -> list[TaskRecord]:
-    """Return some tasks, or all, each once, those of one base model together."""
-    tasks = [store.task(name) for name in names] or list(store.tasks())
-    return sorted({task.name: task for task in tasks}.values(), key=lambda task: (task.base_model, task.name))
 
 
 @dataclass(frozen=True)

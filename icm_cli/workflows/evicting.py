@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
+from icm_cli.workflows.chosen import chosen_tasks
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.evict_plan import EvictReport, EvictRequest, EvictStatus, TaskEvicted
 from icm_cli.workflows.measured import latest_of
@@ -37,7 +38,7 @@ def evict(place: Place, request: EvictRequest, stop: StopFlag) -> Generator[Even
     """
     report = EvictReport()
     with place.open() as store:
-        tasks = _tasks(store, request.names)
+        tasks = chosen_tasks(store, request.names)
         work = _Work(store, request)
         report.left = store.finish_evictions(dry_run=request.dry_run)
         yield Step(0, len(tasks))
@@ -51,12 +52,6 @@ def evict(place: Place, request: EvictRequest, stop: StopFlag) -> Generator[Even
             yield done
             yield Step(len(report.tasks), len(tasks), task.name)
     return report
-
-
-def _tasks(store: Store, names: Sequence[str]) -> list[TaskRecord]:
-    """Return some tasks, or all, each once, those of one base model together."""
-    tasks = [store.task(name) for name in names] or list(store.tasks())
-    return sorted({task.name: task for task in tasks}.values(), key=lambda task: (task.base_model, task.name))
 
 
 class _Work:

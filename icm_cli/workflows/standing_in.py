@@ -13,22 +13,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from icm_cli.workflows.base_access import open_base
+from icm_cli.workflows.kept import Kept
 from icm_cli.workflows.plain_copy import read_original
-from icm_cli.workflows.task_evaluation import TaskEvaluation
-from icmlora.base_model import BaseModel
+from icm_cli.workflows.task_evaluation import on_own_text
 from icmlora.device import resolve_device
 from icmlora.errors import DataError
-from icmlora.examples import EvaluationData
-from icmlora.generator.codec import Codec
-from icmlora.generator.generator_file import generator_from_bytes
 from icmlora.metrics import relative_dw_error
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, NewEvaluation, TaskRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
-
-_MAX_TOKENS = 256  # of each text, as `icm eval` measures by default
 
 
 @dataclass(frozen=True)
@@ -65,9 +59,7 @@ class StandInCheck:
 
     def __init__(self, store: Store, *, max_error: float | None, min_gain: float | None, device: str) -> None:
         self._store, self._max_error, self._min_gain = store, max_error, min_gain
-        self._device = resolve_device(device)
-        self._codec: Codec | None = None
-        self._base: BaseModel | None = None
+        self._kept = Kept(store, resolve_device(device))
 
     def measure(self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> Measured:
         """Measure a code against the original, which is in the store.
@@ -85,7 +77,7 @@ class StandInCheck:
         return self._with_gain(task, error, self._min_gain)
 
     def _dw_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
-        codec = self._codec_of(generator)
+        codec = self._kept.codec(generator)
         data = self._store.read_blob(code.blob)
         original = None if final.is_evicted else read_original(self._store, final)
         try:
@@ -99,20 +91,10 @@ class StandInCheck:
             raise CannotStandIn("the relative dW error of its code is no number")
         return error
 
-    def _codec_of(self, generator: GeneratorRecord) -> Codec:
-        if self._codec is None or self._codec.generator.digest != generator.blob:
-            self._codec = None
-            self._codec = Codec(generator_from_bytes(self._store.read_blob(generator.blob)))
-        return self._codec
-
     def _with_gain(self, task: TaskRecord, error: float, limit: float) -> Measured:
         if task.eval_data is None:
             raise CannotStandIn("it has no held-out text, so its retained gain is not known", error)
-        if self._base is None or self._base.label != task.base_model:
-            self._base = None
-            self._base = open_base(self._store, task.base_model, self._device)
-        data = EvaluationData.parse(self._store.read_blob(task.eval_data), path=task.name)
-        work = TaskEvaluation(self._store, self._base, task, data, _MAX_TOKENS)
+        work = on_own_text(self._store, self._kept.base(task.base_model), task)
         # Everything anew, the original too: it is the last time that it can be measured.
         results = work.run(("code",), again=True, record=False)
         gain = results["code"].retained_gain if "code" in results else None

@@ -26,6 +26,8 @@ from registry.records import EvaluationRecord, NewEvaluation, Rung, TaskRecord
 if TYPE_CHECKING:
     from registry.store import Store
 
+MAX_TOKENS = 256
+"""Tokens scored of each text, unless something else is asked for."""
 RUNGS: tuple[Rung, ...] = ("base", "original", "code", "generate")
 
 
@@ -43,6 +45,25 @@ class RungResult:
     def as_loss(self) -> NllResult:
         """Return the loss with its perplexity and bits per byte."""
         return NllResult(self.nats_per_token * self.tokens, self.tokens, self.utf8_bytes)
+
+
+def result_of(rung: Rung, loss: NllResult, error: float | None, before: Mapping[Rung, RungResult]) -> RungResult:
+    """Put a loss beside those of base and original, which are among the results `before` it where they are known."""
+    gain = None
+    if rung not in ("base", "original") and "original" in before:
+        base, original = before["base"], before["original"]
+        gain = retained_gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
+    return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
+
+
+def on_own_text(store: Store, base: BaseModel, task: TaskRecord) -> TaskEvaluation:
+    """Measure a task on the held-out text that it has, as `icm eval` does by default.
+
+    Raises:
+        DataError: The text cannot be used.
+    """
+    data = EvaluationData.parse(store.read_blob(str(task.eval_data)), path=task.name)
+    return TaskEvaluation(store, base, task, data, MAX_TOKENS)
 
 
 class TaskEvaluation:
@@ -132,12 +153,7 @@ class TaskEvaluation:
                     write_rung(self._store, MaterializeRequest(self._task.name, written, source=rung))
                 error = None if rung == "original" else self._dw_error(rung, written)
                 loss = self.loss_of(rung, written)
-        gain = None
-        if rung not in ("base", "original"):
-            base, original = before["base"], before.get("original")
-            if original is not None:
-                gain = retained_gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
-        return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
+        return result_of(rung, loss, error, before)
 
     def _loss(self, label: str, model: object) -> NllResult:
         loss = nll(model, self._base.tokenizer, self._data.examples, max_tokens=self._max_tokens)

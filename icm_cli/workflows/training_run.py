@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from icm_cli.workflows.base_access import open_base
+from icm_cli.workflows.chosen import sample_texts
 from icm_cli.workflows.store_fleet import StoreFleet
 from icmlora.channel_statistics import channel_statistics
 from icmlora.errors import BaseModelNotFound, DataError
-from icmlora.examples import parse_examples
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.generator_file import generator_from_bytes
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
@@ -108,8 +108,8 @@ def _sensitivity(
 
 def _texts(store: Store, names: Sequence[str]) -> list[str]:
     """Return the first samples of each task in turn, or neutral texts where no task has any."""
-    blobs = [blob for name in names[:_STATISTICS_TASKS] if (blob := store.task(name).samples) is not None]
-    texts = [[example.text for example in parse_examples(store.read_blob(blob))[:_SAMPLES_EACH]] for blob in blobs]
+    samples = (sample_texts(store, store.task(name)) for name in names[:_STATISTICS_TASKS])
+    texts = (some[:_SAMPLES_EACH] for some in samples if some is not None)
     return [text for row in zip_longest(*texts) for text in row if text is not None] or list(PROBES)
 
 

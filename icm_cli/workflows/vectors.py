@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from icm_cli.workflows.base_access import open_base
+from icm_cli.workflows.chosen import sample_texts
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.plain_copy import write_plain_copy
 from icmlora.base_model import BaseModel, check_fits
 from icmlora.device import resolve_device
 from icmlora.errors import BaseModelNotFound
-from icmlora.examples import parse_examples
 from icmlora.task_vector import TaskVector
 from icmlora.vector_extraction import extract_adapted, extract_context
 from icmlora.vector_file import vector_to_bytes
@@ -110,9 +110,7 @@ def extract_missing(
 
 def _extract(store: Store, base: BaseModel, row: TaskSummary) -> Extracted:
     check_fits(base, row.final.layout)
-    samples = None
-    if row.task.samples is not None:
-        samples = [example.text for example in parse_examples(store.read_blob(row.task.samples))]
+    samples = sample_texts(store, row.task)
     with tempfile.TemporaryDirectory(prefix="icm-") as folder:
         adapter = Path(folder) / "adapter"
         write_plain_copy(store, row.final, adapter)

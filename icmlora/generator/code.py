@@ -14,7 +14,6 @@ The check is the beginning of the SHA-256 of everything before it: damage anywhe
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ from icmlora.adapter_config import MAX_LABEL
 from icmlora.errors import CodeError
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import EXTREME
+from icmlora.sealing import seal, unseal
 
 MAGIC = b"ICMC\x02"
-_CHECK = 8
 ABSENT = 255
 _TASK_TYPE_LIMIT = 4 * MAX_LABEL  # in UTF-8
 
@@ -76,8 +75,7 @@ class Code:
             ]
         )
         packed = zlib.compress(plain, 9)
-        data = MAGIC + bytes.fromhex(self.generator) + struct.pack("<I", len(packed)) + packed + self.words
-        return data + check_of(data)
+        return seal(MAGIC + bytes.fromhex(self.generator) + struct.pack("<I", len(packed)) + packed + self.words)
 
     @classmethod
     def from_bytes(cls, data: bytes, config: GeneratorConfig) -> Code:
@@ -87,13 +85,13 @@ class Code:
             CodeError: Not a code, cut short, or out of the configuration's range.
         """
         generator, start = generator_of(data), len(MAGIC) + 36
-        data, check = data[:-_CHECK], data[-_CHECK:]
-        if check_of(data) != check or len(data) < start:
+        content = unseal(data)
+        if content is None or len(content) < start:
             raise CodeError("the code is damaged or cut short")
-        (length,) = struct.unpack_from("<I", data, start - 4)
+        (length,) = struct.unpack_from("<I", content, start - 4)
         kinds, layers = len(config.kinds), config.layers
         sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers, kinds * layers]
-        plain = _inflate(data[start : start + length], sum(sizes), sum(sizes) + _TASK_TYPE_LIMIT)
+        plain = inflate(content[start : start + length], sum(sizes), sum(sizes) + _TASK_TYPE_LIMIT)
         parts = np.split(np.frombuffer(plain[: sum(sizes)], dtype=np.uint8), np.cumsum(sizes)[:-1])
         head = CodeHead(
             step=int(parts[0].view("<i2")[0]),
@@ -107,16 +105,15 @@ class Code:
         present = head.kept[head.kept != ABSENT]
         if not len(present) or int(present.max()) > config.slots or abs(head.step) > EXTREME:
             raise CodeError("the code's head is out of its generator's range")
-        return cls(generator, head, data[start + length :])
+        return cls(generator, head, content[start + length :])
 
 
-def check_of(data: bytes) -> bytes:
-    """Return what stands at the end of a code, or of a generator, after these bytes."""
-    return hashlib.sha256(data).digest()[:_CHECK]
+def inflate(packed: bytes, least: int, most: int) -> bytes:
+    """Decompress exactly one zlib stream of a bounded size; a small one cannot grow into a large one.
 
-
-def _inflate(packed: bytes, least: int, most: int) -> bytes:
-    """Decompress exactly one zlib stream of a bounded size; a small one cannot grow into a large one."""
+    Raises:
+        CodeError: It is damaged, or not alone, or of another size.
+    """
     reader = zlib.decompressobj()
     try:
         plain = reader.decompress(packed, most + 1)

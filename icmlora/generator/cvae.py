@@ -26,7 +26,7 @@ from torch.nn.functional import silu
 
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import OCTAVE
-from icmlora.generator.sensitivity import Sensitivity, even
+from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens
 
 VIEWS = ("adapted", "context")
@@ -85,8 +85,8 @@ class CVAE(nn.Module):
         self.norm_spread = nn.Parameter(torch.zeros(kinds, slots))
         self.gain = nn.Linear(task, kinds)
         # Not trained: measured on the base model once, or even.
-        for number, weights in enumerate(sum(zip(even(config).inputs, even(config).outputs, strict=True), ())):
-            self.register_buffer(f"weight_{number}", weights)
+        for number, direction in enumerate(self.directions):
+            self.register_buffer(f"weight_{number}", torch.zeros(layers, direction.shape[1]))
         # log2 of the spread of (w - mean) relative to a random direction of that norm. Tables, not network outputs:
         # the entropy coder rounds them to integers that are equal on every machine.
         self.spread = nn.Parameter(torch.zeros(kinds, 2, layers, slots))

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 import torch
 
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.code import check_of
+from icmlora.generator.code import inflate
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE, VIEWS
 from icmlora.generator.parameters import parameters_to_words, words_to_parameters
 from icmlora.generator.scales import tables_digest
+from icmlora.sealing import seal, unseal
 
 MAGIC = b"ICMG\x02"
 _START = len(MAGIC) + 4
-_CHECK = len(check_of(b""))
 _HEADER_LIMIT = 1 << 20
 # A parameter of an ordinary row takes half a byte; rows of zeros, which a fresh network has, take next to nothing.
 _VALUES_PER_BYTE = 1000
@@ -54,8 +54,7 @@ def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> byt
     own = {"config": net.config.to_json(), "shapes": _shapes_digest(net), "tables": tables_digest()}
     header = {**(notes or {}), **own}
     packed = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
-    data = MAGIC + struct.pack("<I", len(packed)) + packed + parameters_to_words(net.state_dict())
-    return data + check_of(data)
+    return seal(MAGIC + struct.pack("<I", len(packed)) + packed + parameters_to_words(net.state_dict()))
 
 
 def generator_from_bytes(data: bytes) -> Generator:
@@ -65,10 +64,10 @@ def generator_from_bytes(data: bytes) -> Generator:
         GeneratorError: Not a generator file, of a newer format, with tensors that are not its configuration's, or
             made on a machine whose coding tables differ from this one's.
     """
-    if not data.startswith(MAGIC) or len(data) < _START + _CHECK:
+    if not data.startswith(MAGIC):
         raise GeneratorError("not a generator file, or of another format")
-    content, check = data[:-_CHECK], data[-_CHECK:]
-    if check_of(content) != check:
+    content = unseal(data)
+    if content is None or len(content) < _START:
         raise GeneratorError("the generator file is damaged or cut short")
     (length,) = struct.unpack_from("<I", content, len(MAGIC))
     header = _header(content[_START : _START + length])
@@ -81,10 +80,9 @@ def generator_from_bytes(data: bytes) -> Generator:
 
 
 def _header(packed: bytes) -> dict[str, object]:
-    reader = zlib.decompressobj()
     try:
-        return dict(json.loads(reader.decompress(packed, _HEADER_LIMIT)))
-    except (zlib.error, ValueError, TypeError, RecursionError) as error:
+        return dict(json.loads(inflate(packed, 2, _HEADER_LIMIT)))
+    except (CodeError, ValueError, TypeError, RecursionError) as error:
         raise GeneratorError("the generator's header is damaged") from error
 
 

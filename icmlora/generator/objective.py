@@ -55,8 +55,9 @@ def adapter_bits(
     mean, scale = net.latent_prior(condition)
     latent = _noisy(net.posterior(tokens, condition), noise)
     state = TaskState(condition, latent)
-    step = water_level(tokens, net.config.tolerance, net.sensitivity)
-    integers = [_token_bits(net, group, state, step) for group in tokens]
+    sensitivity = net.sensitivity
+    step = water_level(tokens, net.config.tolerance, sensitivity)
+    integers = [_token_bits(net, group, state, step, sensitivity) for group in tokens]
     gains = net.gains(state)
     norms = [_norm_bits(net, group, gains) for group in tokens]
     return Bits(
@@ -67,14 +68,14 @@ def adapter_bits(
     )
 
 
-def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float) -> torch.Tensor:
+def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sensitivity: Sensitivity) -> torch.Tensor:
     """Bits of the integers of one kind's tokens; the sign of each pair is the one nearer to the prediction.
 
     The value is the length under the coder's tables. Its gradient for the predicted scales is exact. For the
     predicted means it is that of the same integers under a Gaussian widened by the rounding error (variance 1/12),
     which also pulls where everything rounds to zero.
     """
-    prediction, sensitivity = net.decode(group.kind, group.layer, group.slot, state), net.sensitivity
+    prediction = net.decode(group.kind, group.layer, group.slot, state)
     norm = group.norm[:, None]
     agreement = (group.inputs * prediction.inputs).sum(1) + (group.outputs * prediction.outputs).sum(1)
     sign = torch.where(agreement.detach() < 0, -1.0, 1.0)[:, None]

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
-from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, check_of, generator_of
+from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, generator_of
 from icmlora.generator.scales import EXTREME
+from icmlora.sealing import seal
 from tests.icmlora.small_fleet import mixed_fleet
 
 CONFIG = mixed_fleet().config()
@@ -41,7 +42,7 @@ def code(words: bytes = b"12345678", **changes: object) -> bytes:
 
 def framed(packed: bytes) -> bytes:
     data = MAGIC + bytes.fromhex(DIGEST) + struct.pack("<I", len(packed)) + packed
-    return data + check_of(data)
+    return seal(data)
 
 
 @given(

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
-from icmlora.generator.code import MAGIC, Code, CodeHead, check_of
+from icmlora.generator.code import MAGIC, Code, CodeHead
+from icmlora.sealing import seal
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 
 CODEC = codec()
@@ -85,7 +86,7 @@ def test_the_head_is_checked_even_where_its_checksum_is_right() -> None:
 
 
 def checked(data: bytes) -> bytes:
-    return data + check_of(data)
+    return seal(data)
 
 
 def flipped(place: int, bit: int) -> bytes:

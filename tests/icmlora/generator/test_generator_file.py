@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmlora.errors import GeneratorError
-from icmlora.generator.code import check_of
 from icmlora.generator.generator_file import MAGIC, generator_from_bytes, generator_to_bytes
+from icmlora.sealing import seal
 from tests.icmlora.small_fleet import codec, trained_file
 
 
@@ -34,7 +34,7 @@ def rewritten(header: dict[str, str] | None = None, words: bytes | None = None, 
     stored["config"] = json.dumps(json.loads(stored["config"]) | config)
     packed = zlib.compress(json.dumps({**stored, **(header or {})}).encode())
     data = MAGIC + struct.pack("<I", len(packed)) + packed + (present if words is None else words)
-    return data + check_of(data)
+    return seal(data)
 
 
 def test_the_same_network_is_written_as_the_same_bytes() -> None:
