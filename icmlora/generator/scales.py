@@ -67,6 +67,14 @@ def centres(index: int) -> NDArray[np.float64]:
 
 
 @cache
+def centre_table() -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Return the centres of all scale indices in one row, and where those of each index begin (from `SMALLEST`)."""
+    tables = [centres(index).astype(np.float32) for index in range(SMALLEST, LARGEST + 1)]
+    starts = np.cumsum([0, *(len(table) for table in tables)])
+    return np.concatenate(tables), starts.astype(np.int32)
+
+
+@cache
 def tables_digest() -> str:
     """Return the SHA-256 of all frequency tables."""
     digest = hashlib.sha256()
