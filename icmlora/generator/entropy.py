@@ -43,7 +43,7 @@ class Writer:
         """Append integers of shape (n,), at most `LIMIT` in magnitude, under their scale indices, shape (n,)."""
         beyond = []
         for index, places in _groups(_keys(scales)):
-            found, reach = values[places], reach_of(index + SMALLEST)
+            found, reach = values.take(places), reach_of(index + SMALLEST)
             self._coder.encode(np.clip(found, -reach, reach) + reach, _model(index + SMALLEST))
             beyond.append(places[np.abs(found) >= reach])
         ends = _ascending(beyond)
@@ -83,7 +83,8 @@ class Reader:
         try:
             for index, places in _groups(_keys(scales)):
                 reach = reach_of(index + SMALLEST)
-                found = self._coder.decode(_model(index + SMALLEST), len(places)) - reach
+                found = self._coder.decode(_model(index + SMALLEST), len(places))
+                found -= reach
                 values[places] = found
                 beyond.append(places[np.abs(found) == reach])
             ends = _ascending(beyond)

@@ -130,12 +130,15 @@ def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
     """Put each integer on the mean of its bin; most are zero and stay there."""
     table, starts = centre_table()
     values = whole.astype(np.float32)
-    places = np.flatnonzero(whole)
-    found, indices = whole.ravel()[places], scale.ravel()[places].astype(np.int16) - SMALLEST
-    magnitudes, first = np.abs(found), starts[indices]
-    known = magnitudes < starts[indices + 1] - first  # beyond its table an integer is the middle of its bin
-    centre = table[np.where(known, first + magnitudes, 0)]
-    values.ravel()[places] = np.where(known, np.copysign(centre, found), found)
+    places = np.flatnonzero(whole != 0)  # of booleans: several times as fast as of integers
+    found = values.ravel().take(places)
+    indices = scale.ravel().take(places).astype(np.int64) - SMALLEST
+    entries = starts.take(indices) + np.abs(whole.ravel().take(places))
+    beyond = np.flatnonzero(entries >= starts.take(indices + 1))
+    entries[beyond] = 0
+    centre = np.copysign(table.take(entries), found)
+    centre[beyond] = found[beyond]  # the middle of the bin
+    values.ravel()[places] = centre
     return values
 
 
