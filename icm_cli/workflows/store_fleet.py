@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from icmlora.adapter import Adapter
 from icmlora.peft_folder import load_adapter
-from icmlora.vector_file import values_from_bytes
+from icmlora.vector_file import vectors_from_bytes
 from registry.records import AdapterRecord, VectorRecord
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class StoreFleet:
 
     def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
         """Return a task's vectors of one support set by view."""
-        return {view: self._read(row) for view, row in self._vectors[task][support_set].items()}
+        rows = self._vectors[task][support_set]
+        return dict(zip(rows, _read(self._store, list(rows.values())), strict=True))
 
     def mean_vectors(self, task: int) -> Mapping[str, torch.Tensor]:
         """Return a task's vectors by view, averaged over its support sets."""
@@ -96,16 +97,20 @@ class StoreFleet:
         """Return the length of the fleet's vectors, 0 without any."""
         return next((row.dim for sets in self._vectors for rows in sets for row in rows.values()), 0)
 
-    def _read(self, row: VectorRecord) -> torch.Tensor:
-        return values_from_bytes(self._store.read_blob(row.blob))
-
 
 def mean_vectors(store: Store, rows: Iterable[VectorRecord]) -> dict[str, torch.Tensor]:
     """Average a task's vectors by view; the views that are there, each (hidden,)."""
     views: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-    for row in _latest(rows):
-        views[row.view].append(values_from_bytes(store.read_blob(row.blob)))
-    return {view: torch.stack(values).mean(dim=0) for view, values in views.items()}
+    latest = _latest(rows)
+    for row, values in zip(latest, _read(store, latest), strict=True):
+        views[row.view].append(values)
+    return {view: torch.stack(sets).mean(dim=0) for view, sets in views.items()}
+
+
+def _read(store: Store, rows: Sequence[VectorRecord]) -> list[torch.Tensor]:
+    """Read vectors, each file once: it holds all of its task."""
+    files = {blob: vectors_from_bytes(store.read_blob(blob)) for blob in {row.blob for row in rows}}
+    return [files[row.blob][row.view][row.support_set] for row in rows]
 
 
 def _latest(rows: Iterable[VectorRecord]) -> list[VectorRecord]:

@@ -20,9 +20,9 @@ from icm_cli.workflows.plain_copy import write_plain_copy
 from icmlora.base_model import BaseModel, check_fits
 from icmlora.device import resolve_device
 from icmlora.errors import BaseModelNotFound
-from icmlora.task_vector import TaskVector
+from icmlora.task_vector import TaskVector, View
 from icmlora.vector_extraction import extract_adapted, extract_context
-from icmlora.vector_file import vector_to_bytes
+from icmlora.vector_file import vectors_to_bytes
 from registry.records import NewVector, TaskSummary
 
 if TYPE_CHECKING:
@@ -117,8 +117,11 @@ def _extract(store: Store, base: BaseModel, row: TaskSummary) -> Extracted:
         vectors = extract_adapted(base, adapter, samples)
     if samples is not None:
         vectors += extract_context(base, samples)
-    digests = store.put_blobs([vector_to_bytes(vector.values) for vector in vectors])
-    store.add_vectors([_row(row.task.name, *pair) for pair in zip(vectors, digests, strict=True)])
+    sets: defaultdict[View, list[torch.Tensor]] = defaultdict(list)
+    for vector in vectors:
+        sets[vector.view].append(vector.values)
+    blob = store.put_blob(vectors_to_bytes({view: torch.stack(values) for view, values in sets.items()}))
+    store.add_vectors([_row(row.task.name, vector, blob) for vector in vectors])
     return Extracted(row.task.name, len(vectors), "probes" if samples is None else "samples")
 
 
