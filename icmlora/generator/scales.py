@@ -19,8 +19,8 @@ OCTAVE = 8
 SMALLEST, LARGEST = -4 * OCTAVE, 8 * OCTAVE
 """Range of a scale index: 2^-4 to 2^8 quantiser steps."""
 SMALLEST_SCALE = 2.0 ** (SMALLEST / OCTAVE)
-GAUSSIAN_SHARE, WIDE = 0.97, 4.0
-"""A coefficient is Gaussian; three in a hundred are taken from one four times as wide, which makes outliers cheap."""
+GAUSSIAN_SHARE, WIDE = 0.95, 2.0
+"""A coefficient is Gaussian; one in twenty is taken from one twice as wide, which makes outliers cheap."""
 EXTREME = 120 * OCTAVE
 """Norms and quantiser steps lie between 2^-120 and 2^120, within float32."""
 _PRECISION = 1 << 20
