@@ -13,20 +13,18 @@ Decoding is as before and needs no base model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from icmlora.adapter import Adapter
 from icmlora.base_model import BaseModel
 from icmlora.errors import DataError
-from icmlora.generator.relaxed import Factors, RelaxedCode
-from icmlora.padding import padded
+from icmlora.generator.relaxed import RelaxedCode
+from icmlora.teacher import Teacher
 
-_EFFECT_BATCHES = 4
+_EFFECT_TEXTS = 8
 _LEAST_EFFECT = 1e-6
 """Nats per token; an adapter that does less does nothing."""
 
@@ -69,7 +67,6 @@ def refine(
     Raises:
         DataError: No text has two tokens.
     """
-    device = base.model.device
     ids = [base.tokenizer(text, truncation=True, max_length=config.tokens)["input_ids"] for text in texts]
     ids = [row for row in ids if len(row) > 1]
     if not ids:
@@ -82,58 +79,27 @@ def refine(
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / config.steps) ** 0.5)
-    draw = torch.Generator().manual_seed(config.seed)
-    original = {module.name: (module.a, module.b) for module in adapter.modules}
-
-    def batch() -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = torch.randperm(len(ids), generator=draw)[: config.texts].tolist()
-        return padded([ids[number] for number in chosen], device)
-
+    teacher = Teacher(base, {module.name: (module.a, module.b) for module in adapter.modules}, ids)
+    batches = _batches(len(ids), config)
     with torch.no_grad():
-        effects = [float(_divergence(base, original, {}, *batch())) for _ in range(_EFFECT_BATCHES)]
+        effects = [float(teacher.divergence({}, [number])) for number in range(min(_EFFECT_TEXTS, len(ids)))]
+        effect = max(sum(effects) / len(effects), _LEAST_EFFECT)
         price = config.price * error / max(float(relaxed.bits()), 1.0)
-    effect = max(sum(effects) / len(effects), _LEAST_EFFECT)
     for step in range(config.steps):
         optimizer.zero_grad()
-        divergence = _divergence(base, original, relaxed.factors(), *batch())
+        divergence = teacher.divergence(relaxed.factors(), next(batches))
         (divergence / effect + price * relaxed.bits()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         decay.step()
         yield step + 1
 
 
-def _divergence(
-    base: BaseModel, original: Factors, code: Factors, ids: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Return KL(original || code) of the next token in nats, averaged over the tokens of a batch."""
-    with torch.no_grad(), added(base.model, original):
-        wanted = base.model(ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(dim=-1)
-    with added(base.model, code):
-        given = base.model(ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(dim=-1)
-    each = (wanted.exp() * (wanted - given)).sum(dim=-1)  # (texts, T)
-    divergence: torch.Tensor = (each * mask).sum() / mask.sum()
-    return divergence
-
-
-@contextmanager
-def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Add dW = B A to linear modules for the block, with gradients to the factors.
-
-    Args:
-        model: The base model.
-        factors: By dotted module name: A (r, in) and B (out, r), moved to where the module is.
-    """
-
-    def adder(a: torch.Tensor, b: torch.Tensor) -> object:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            x = inputs[0]
-            return output + (x @ a.to(x).T) @ b.to(x).T
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(adder(a, b)) for name, (a, b) in factors.items()]  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _batches(texts: int, config: RefineConfig) -> Iterator[list[int]]:
+    """Yield the numbers of each step's texts; every text is drawn once before any is drawn again."""
+    draw = torch.Generator().manual_seed(config.seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < config.texts:
+            waiting += torch.randperm(texts, generator=draw).tolist()
+        batch, waiting = waiting[: config.texts], waiting[config.texts :]
+        yield batch

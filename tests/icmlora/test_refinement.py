@@ -16,7 +16,8 @@ from icmlora.generator.cvae import CVAE
 from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.peft_folder import load_adapter_folder
-from icmlora.refinement import RefineConfig, added, refine
+from icmlora.refinement import RefineConfig, refine
+from icmlora.teacher import added
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length", "the third"]
