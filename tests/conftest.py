@@ -4,10 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports torch: tiny tensors are slower on many threads, and parallel runs then share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Tests do not time things: an example is slow when the machine is busy, and that is no failure.
+settings.register_profile("icm", deadline=None)
+settings.load_profile("icm")
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -112,10 +112,10 @@ class Codec:
         """
         opened = self.open(data)
         head = opened.head
-        tokens = [self._dequantised(group, head, opened.state) for group in opened.groups]
+        tokens = (self._dequantised(group, head, opened.state) for group in opened.groups)
         modules = [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
         adapter = detokenize(tokens, self.config, self.sensitivity, modules=modules, task_type=head.task_type)
-        if not all(torch.isfinite(factor).all() for module in adapter.modules for factor in (module.a, module.b)):
+        if not all(_is_finite(factor) for module in adapter.modules for factor in (module.a, module.b)):
             raise CodeError("the code's values are out of float32's range")
         return adapter
 
@@ -212,7 +212,8 @@ class Codec:
         norms = self.quantizer.norms(group.slots, group.gain, group.residuals)
         tokens = self.quantizer.dequantise(group.slots, norms, state, head.step, (group.inputs, group.outputs))
         strengths = torch.from_numpy(head.strengths[group.slots.kind, group.slots.layer].astype(np.float32))
-        return replace(tokens, outputs=tokens.outputs * torch.exp2(strengths / STRENGTHS)[:, None])
+        tokens.outputs.mul_(torch.exp2(strengths / STRENGTHS)[:, None])
+        return tokens
 
 
 def _strength(original: KindTokens, overlaps: torch.Tensor) -> int:
@@ -256,6 +257,11 @@ def _coarsest(expected: int, limits: tuple[float, float], encode: Callable[[int]
         else:
             high = middle - 1
     return best
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    low, high = torch.aminmax(values)  # NaN is the smallest and the largest; a tenth of the time of torch.isfinite
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _bytes(values: torch.Tensor) -> NDArray[np.int8]:

@@ -6,6 +6,10 @@ all symbols as an Elias gamma code: how many bits, then the bits. So no value is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
 import constriction
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +18,8 @@ from icmlora.errors import CodeError
 from icmlora.generator.scales import LARGEST, SMALLEST, probabilities, reach_of
 
 Integers = NDArray[np.int32]
+Scales = NDArray[np.signedinteger[Any]]
+"""Scale indices, in whatever width; they fit in one byte."""
 
 LIMIT = 1 << 20
 """Largest magnitude that can be written. Beyond it a quantiser step is below the resolution of float32."""
@@ -33,14 +39,15 @@ class Writer:
     def __init__(self) -> None:
         self._coder = constriction.stream.queue.RangeEncoder()
 
-    def write(self, values: Integers, scales: Integers) -> None:
+    def write(self, values: Integers, scales: Scales) -> None:
         """Append integers of shape (n,), at most `LIMIT` in magnitude, under their scale indices, shape (n,)."""
-        reach = _REACH[scales - SMALLEST]
-        symbols = np.clip(values, -reach, reach) + reach
-        for index, places in _groups(scales):
-            self._coder.encode(symbols[places], _model(index))
-        beyond = np.abs(values) >= reach
-        self._write_excess(np.abs(values[beyond]) - reach[beyond] + 1)
+        beyond = []
+        for index, places in _groups(_keys(scales)):
+            found, reach = values.take(places), reach_of(index + SMALLEST)
+            self._coder.encode(np.clip(found, -reach, reach) + reach, _model(index + SMALLEST))
+            beyond.append(places[np.abs(found) >= reach])
+        ends = _ascending(beyond)
+        self._write_excess(np.abs(values[ends]) - _REACH[scales[ends] - SMALLEST] + 1)
 
     def to_bytes(self) -> bytes:
         """Return the stream as little-endian 32-bit words."""
@@ -52,7 +59,7 @@ class Writer:
             return
         lengths = _lengths(excess)
         self._coder.encode(lengths, _EXCESS)
-        for length, places in _groups(lengths):
+        for length, places in _groups(lengths.astype(np.uint8)):
             if length:
                 self._coder.encode((excess[places] - (1 << length)).astype(np.int32), _bits(length))
 
@@ -65,20 +72,23 @@ class Reader:
             raise CodeError("the code's integers end in the middle of a word")
         self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, dtype="<u4").astype(np.uint32))
 
-    def read(self, scales: Integers) -> Integers:
+    def read(self, scales: Scales) -> Integers:
         """Read integers, shape (n,).
 
         Raises:
             CodeError: Words that no encoder wrote.
         """
-        values = np.zeros(len(scales), dtype=np.int32)
-        reach = _REACH[scales - SMALLEST]
+        values = np.empty(len(scales), dtype=np.int32)
+        beyond = []
         try:
-            for index, places in _groups(scales):
-                values[places] = self._coder.decode(_model(index), len(places))
-            values -= reach
-            beyond = np.abs(values) == reach
-            values[beyond] += np.sign(values[beyond]) * (self._read_excess(int(beyond.sum())) - 1)
+            for index, places in _groups(_keys(scales)):
+                reach = reach_of(index + SMALLEST)
+                found = self._coder.decode(_model(index + SMALLEST), len(places))
+                found -= reach
+                values[places] = found
+                beyond.append(places[np.abs(found) == reach])
+            ends = _ascending(beyond)
+            values[ends] += np.sign(values[ends]) * (self._read_excess(len(ends)) - 1)
         except AssertionError as error:  # constriction's word for data that no encoder produces
             raise CodeError("the code's integers are damaged") from error
         return values
@@ -88,17 +98,30 @@ class Reader:
             return np.zeros(0, dtype=np.int32)
         lengths = self._coder.decode(_EXCESS, count)
         excess = np.ones(count, dtype=np.int32)
-        for length, places in _groups(lengths):
+        for length, places in _groups(lengths.astype(np.uint8)):
             if length:
                 excess[places] = (1 << length) + self._coder.decode(_bits(length), len(places))
         return excess
 
 
-def _groups(keys: Integers) -> list[tuple[int, NDArray[np.int64]]]:
-    """Return the places of each key, keys and places ascending."""
+def _keys(scales: Scales) -> NDArray[np.uint8]:
+    """Count scale indices from 0 in one byte."""
+    return (scales - SMALLEST).astype(np.uint8)
+
+
+def _groups(keys: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield the places of each key, keys and places ascending; numpy sorts single bytes in linear time."""
     order = np.argsort(keys, kind="stable")
-    found, starts = np.unique(keys[order], return_index=True)
-    return [(int(key), places) for key, places in zip(found, np.split(order, starts)[1:], strict=True)]
+    ends = np.searchsorted(np.sort(keys, kind="stable"), np.arange(int(keys.max(initial=0)) + 1), side="right")
+    start = 0
+    for key, end in enumerate(ends.tolist()):
+        if end > start:
+            yield key, order[start:end]
+        start = end
+
+
+def _ascending(places: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.sort(np.concatenate(places)) if places else np.zeros(0, dtype=np.int64)
 
 
 def _lengths(excess: Integers) -> Integers:
@@ -106,6 +129,7 @@ def _lengths(excess: Integers) -> Integers:
     return (np.frexp(excess.astype(np.float64))[1] - 1).astype(np.int32)
 
 
+@cache
 def _model(index: int) -> object:
     return constriction.stream.model.Categorical(probabilities(index), perfect=False)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from icmlora.errors import CodeError
 from icmlora.generator import entropy
 from icmlora.generator.code import ABSENT, CodeHead
-from icmlora.generator.entropy import Integers
+from icmlora.generator.entropy import Integers, Scales
 from icmlora.generator.quantizer import Norms, Quantizer, Slots
 from icmlora.generator.scales import EXTREME
 
@@ -83,7 +83,7 @@ def unpack(quantizer: Quantizer, head: CodeHead, words: bytes) -> list[KindInteg
     return groups
 
 
-def _scales(quantizer: Quantizer, slots: Slots, norms: Norms, step: int) -> Integers:
+def _scales(quantizer: Quantizer, slots: Slots, norms: Norms, step: int) -> Scales:
     """Scale index of every integer of one kind: all inputs, then all outputs."""
     return np.concatenate([scale.ravel() for scale in quantizer.scales(slots, norms, step)])
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from icmlora.generator import entropy
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
-from icmlora.generator.entropy import Integers
-from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
+from icmlora.generator.entropy import Integers, Scales
+from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centre_table
 from icmlora.generator.tokens import KindTokens
 
 Norms = NDArray[np.int64]
@@ -53,7 +53,7 @@ class Quantizer:
         self._spreads = _eighths(net.spread)  # (K, 2, L, S)
         self._sizes = [(kind.inputs, kind.outputs) for kind in net.config.kinds]
         sides = [(kind, side) for kind in range(len(self._sizes)) for side in (INPUTS, OUTPUTS)]
-        self._profiles = [_eighths(net.sensitivity.profile(*pair)) for pair in sides]  # (L, size) each
+        self._profiles = [_eighths(net.sensitivity.profile(*pair)).astype(np.int16) for pair in sides]  # (L, size) each
 
     def sizes(self, kind: int) -> tuple[int, int]:
         """Return the widths (in, out) of a kind's modules."""
@@ -75,16 +75,17 @@ class Quantizer:
         norms: Norms = self._norms[slots.kind, slots.layer, slots.slot] + gain + residuals
         return norms
 
-    def scales(self, slots: Slots, norms: Norms, step: int) -> tuple[Integers, Integers]:
+    def scales(self, slots: Slots, norms: Norms, step: int) -> tuple[Scales, Scales]:
         """Return the scale indices of the integers of each slot, (n, in) for inputs and (n, out) for outputs."""
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
         wide = [round(OCTAVE * math.log2(size) / 2) for size in self._sizes[slots.kind]]
         level = norms[:, None] - step - np.array(wide) + spread
+        # Profiles lie within EXTREME, so a level further out than that ends at the same index from there.
+        level = np.clip(level, SMALLEST - EXTREME, LARGEST + EXTREME).astype(np.int16)
         inputs, outputs = (
-            np.clip(level[:, side, None] + self._profiles[2 * slots.kind + side][slots.layer], SMALLEST, LARGEST)
-            for side in (INPUTS, OUTPUTS)
+            _indices(self._profiles[2 * slots.kind + side], slots.layer, level[:, side]) for side in (INPUTS, OUTPUTS)
         )
-        return inputs.astype(np.int32), outputs.astype(np.int32)
+        return inputs, outputs
 
     def quantise(self, group: KindTokens, norms: Norms, state: TaskState, step: int) -> tuple[Integers, Integers]:
         """Round tokens to integers of shapes (n, in) and (n, out)."""
@@ -109,10 +110,11 @@ class Quantizer:
         self, slots: Slots, norms: Norms, state: TaskState, step: int, integers: tuple[Integers, Integers]
     ) -> KindTokens:
         """Turn integers back into tokens; each lands on the mean of its bin under the predicted scale."""
-        means = self.means(slots, norms, state)
         values = []
-        for whole, mean, scale in zip(integers, means, self.scales(slots, norms, step), strict=True):
-            values.append(mean + torch.from_numpy(centred(whole, scale)) * 2.0 ** (step / OCTAVE))
+        for whole, mean, scale in zip(
+            integers, self.means(slots, norms, state), self.scales(slots, norms, step), strict=True
+        ):
+            values.append(torch.from_numpy(centred(whole, scale)).mul_(2.0 ** (step / OCTAVE)).add_(mean))
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
         return KindTokens(slots.kind, layer, slot, norm_of(norms), values[INPUTS], values[OUTPUTS])
 
@@ -124,16 +126,27 @@ class Quantizer:
         return norm * prediction.inputs, norm * prediction.outputs
 
 
-def centred(whole: Integers, scale: Integers) -> NDArray[np.float32]:
+def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
     """Put each integer on the mean of its bin; most are zero and stay there."""
+    table, starts = centre_table()
     values = whole.astype(np.float32)
-    places = np.flatnonzero(whole)
-    found, indices = whole.ravel()[places], scale.ravel()[places]
-    for index in np.unique(indices):
-        table = centres(int(index))
-        here = np.flatnonzero((indices == index) & (np.abs(found) < len(table)))  # beyond: the middle of the bin
-        values.ravel()[places[here]] = np.sign(found[here]) * table[np.abs(found[here])]
+    places = np.flatnonzero(whole != 0)  # of booleans: several times as fast as of integers
+    found = values.ravel().take(places)
+    indices = scale.ravel().take(places).astype(np.int64) - SMALLEST
+    entries = starts.take(indices) + np.abs(whole.ravel().take(places))
+    beyond = np.flatnonzero(entries >= starts.take(indices + 1))
+    entries[beyond] = 0
+    centre = np.copysign(table.take(entries), found)
+    centre[beyond] = found[beyond]  # the middle of the bin
+    values.ravel()[places] = centre
     return values
+
+
+def _indices(profiles: NDArray[np.int16], layer: NDArray[np.int64], level: NDArray[np.int16]) -> Scales:
+    """Add the profile (L, size) of each slot's layer to its level, both of shape (n,); shape (n, size)."""
+    indices = profiles[layer]
+    indices += level[:, None]
+    return np.clip(indices, SMALLEST, LARGEST, out=indices).astype(np.int8)
 
 
 def norm_of(norms: Norms) -> torch.Tensor:

@@ -39,7 +39,7 @@ class _Part:
     """Square roots of the norms, shape (n, 1)."""
     means: tuple[torch.Tensor, torch.Tensor]
     """The generator's prediction, shapes (n, in) and (n, out)."""
-    scales: tuple[entropy.Integers, entropy.Integers]
+    scales: tuple[entropy.Scales, entropy.Scales]
     """Scale indices, of the same shapes."""
     values: tuple[nn.Parameter, nn.Parameter]
     """In steps from the prediction, of the same shapes."""
@@ -128,7 +128,7 @@ class RelaxedCode:
             yield self._codec.config.kinds[kind].module(number), (a, b.T)
 
 
-def _rounded(values: torch.Tensor, scales: entropy.Integers) -> torch.Tensor:
+def _rounded(values: torch.Tensor, scales: entropy.Scales) -> torch.Tensor:
     """Round as the codec does, and let the gradient through as if nothing had happened (arXiv 1308.3432)."""
     whole = torch.from_numpy(centred(entropy.clip(np.rint(values.detach().double().numpy())), scales))
     return whole + (values - values.detach())

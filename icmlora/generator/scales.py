@@ -19,8 +19,8 @@ OCTAVE = 8
 SMALLEST, LARGEST = -4 * OCTAVE, 8 * OCTAVE
 """Range of a scale index: 2^-4 to 2^8 quantiser steps."""
 SMALLEST_SCALE = 2.0 ** (SMALLEST / OCTAVE)
-GAUSSIAN_SHARE, WIDE = 0.97, 4.0
-"""A coefficient is Gaussian; three in a hundred are taken from one four times as wide, which makes outliers cheap."""
+GAUSSIAN_SHARE, WIDE = 0.95, 2.0
+"""A coefficient is Gaussian; one in twenty is taken from one twice as wide, which makes outliers cheap."""
 EXTREME = 120 * OCTAVE
 """Norms and quantiser steps lie between 2^-120 and 2^120, within float32."""
 _PRECISION = 1 << 20
@@ -64,6 +64,14 @@ def centres(index: int) -> NDArray[np.float64]:
     # Far in the tail both vanish; there the bin's middle is as good as its mean.
     mean = np.where(mass > 1e-12, density / np.maximum(mass, 1e-12), (low + high) / 2)
     return np.concatenate([[0.0], np.clip(mean, low, high)])
+
+
+@cache
+def centre_table() -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Return the centres of all scale indices in one row, and where those of each index begin (from `SMALLEST`)."""
+    tables = [centres(index).astype(np.float32) for index in range(SMALLEST, LARGEST + 1)]
+    starts = np.cumsum([0, *(len(table) for table in tables)])
+    return np.concatenate(tables), starts.astype(np.int32)
 
 
 @cache

@@ -12,8 +12,9 @@ dW is weighted by the sensitivity of its channels before, so that the same disto
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -91,7 +92,7 @@ def _stack(kind: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:
 
 
 def detokenize(
-    tokens: Sequence[KindTokens],
+    tokens: Iterable[KindTokens],
     config: GeneratorConfig,
     sensitivity: Sensitivity,
     *,
@@ -101,26 +102,29 @@ def detokenize(
     """Turn tokens back into an adapter.
 
     Args:
-        tokens: At most one entry per kind.
+        tokens: At most one entry per kind; taken one after the other, none is kept.
         config: The generator's configuration.
         sensitivity: The weights that the tokens were made with.
         modules: (kind, layer) of every module to write; one without tokens becomes a rank 1 module of zeros.
         task_type: PEFT's task type, such as CAUSAL_LM.
     """
-    by_kind = {group.kind: group for group in tokens}
-    written = []
-    for kind, layer in modules:
-        group, shape = by_kind.get(kind), config.kinds[kind]
-        name = shape.module(layer)
-        rows = torch.nonzero(group.layer == layer)[:, 0] if group is not None else torch.empty(0)
-        if group is None or not len(rows):
-            written.append(LoraModule(name, torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1)))
-            continue
-        root = group.norm[rows].sqrt()[:, None]
-        module = LoraModule(name, group.inputs[rows] / root, (group.outputs[rows] / root).T.contiguous())
-        written.append(sensitivity.unweigh(module, kind, layer))
-    names = target_modules(module.name for module in written)
-    return Adapter(config.base_model, task_type, names, tuple(written))
+    written = {place: _zero_module(config, *place) for place in modules}
+    for group in tokens:
+        root = group.norm.sqrt()[:, None]
+        count, start = torch.bincount(group.layer, minlength=config.layers).tolist(), 0
+        for layer, end in enumerate(accumulate(count)):
+            if end > start:
+                a, b = group.inputs[start:end] / root[start:end], group.outputs[start:end] / root[start:end]
+                module = LoraModule(config.kinds[group.kind].module(layer), a, b.T.contiguous())
+                written[group.kind, layer] = sensitivity.unweigh(module, group.kind, layer)
+            start = end
+    names = target_modules(module.name for module in written.values())
+    return Adapter(config.base_model, task_type, names, tuple(written.values()))
+
+
+def _zero_module(config: GeneratorConfig, kind: int, layer: int) -> LoraModule:
+    shape = config.kinds[kind]
+    return LoraModule(shape.module(layer), torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1))
 
 
 def squared_norm(tokens: Sequence[KindTokens]) -> float:

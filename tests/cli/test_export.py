@@ -181,7 +181,7 @@ def test_a_limit_on_the_error_is_kept(icm: Icm, elsewhere: Path, tmp_path: Path,
     assert (ran.code, (tmp_path / "out").exists()) == (code, code == ExitCode.DONE)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
 def test_any_flipped_bit_is_noticed_before_anything_is_written(
     elsewhere: Path, tmp_path: Path, draw: st.DataObject

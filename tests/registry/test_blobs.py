@@ -42,7 +42,7 @@ def test_a_blob_is_named_by_the_sha256_of_its_bytes(blobs: BlobStore) -> None:
     assert blobs.put([b"bytes"]) == [hashlib.sha256(b"bytes").hexdigest()]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(items=st.lists(st.binary(max_size=200), max_size=8))
 def test_what_is_put_is_read_back_in_order(tmp_path_factory: pytest.TempPathFactory, items: list[bytes]) -> None:
     blobs = make_blobs(tmp_path_factory.mktemp("blobs"))
@@ -117,7 +117,7 @@ def test_damage_beyond_the_first_megabyte_is_healed_too(blobs: BlobStore, tmp_pa
     assert blobs.is_intact(digest)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(bit=st.integers(0, 8 * 64 - 1))
 def test_every_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, bit: int) -> None:
     root = tmp_path_factory.getbasetemp() / "flips"

@@ -43,7 +43,7 @@ def test_the_generators_own_tolerance_is_the_default() -> None:
     assert encoded.weighted_error <= under.config.tolerance
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @example(seed=0, rank=1, exponent=9, own=1.0)
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), exponent=st.integers(-9, 9), own=st.floats(0, 5))
 def test_adapters_unlike_the_fleet_keep_the_tolerance_too(seed: int, rank: int, exponent: int, own: float) -> None:

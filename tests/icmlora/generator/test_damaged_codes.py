@@ -36,14 +36,14 @@ def test_a_code_with_bytes_after_its_end_is_refused(extra: bytes) -> None:
         CODEC.decode(DATA + extra)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(place=st.integers(0, len(DATA) - 1), bit=st.integers(0, 7))
 def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
     with pytest.raises(CodeError):
         CODEC.decode(flipped(place, bit))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(words=st.binary(max_size=200))
 def test_any_words_under_a_valid_head_are_an_adapter_or_refused(words: bytes) -> None:
     try:

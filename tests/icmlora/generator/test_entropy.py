@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import constriction
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
 from icmlora.generator.entropy import LIMIT, Integers, Reader, Writer, clip
-from icmlora.generator.scales import LARGEST, SMALLEST, reach_of
+from icmlora.generator.scales import LARGEST, SMALLEST, probabilities, reach_of
 
 SCALE = st.integers(SMALLEST, LARGEST)
 PAIRS = st.lists(st.tuples(st.one_of(st.integers(-40, 40), st.integers(-LIMIT, LIMIT)), SCALE), max_size=60)
@@ -38,6 +39,27 @@ def test_any_integers_come_back_under_any_scales(first: list[tuple[int, int]], s
     reader = Reader(written(*parts))
     for values, scales in parts:
         np.testing.assert_array_equal(reader.read(scales), values)
+
+
+@given(pairs=PAIRS)
+def test_the_width_of_the_scales_changes_nothing(pairs: list[tuple[int, int]]) -> None:
+    values, scales = arrays(pairs)
+    narrow = scales.astype(np.int8)
+    data = written((values, scales))
+    assert written((values, narrow)) == data
+    np.testing.assert_array_equal(Reader(data).read(narrow), values)
+
+
+@given(pairs=st.lists(st.tuples(st.integers(-40, 40), SCALE), max_size=60))
+def test_integers_are_written_by_ascending_scale_in_their_own_order(pairs: list[tuple[int, int]]) -> None:
+    # What the format says, one integer at a time.
+    inside = [(value, scale) for value, scale in pairs if abs(value) < reach_of(scale)]
+    coder = constriction.stream.queue.RangeEncoder()
+    for value, scale in sorted(inside, key=lambda pair: pair[1]):
+        coder.encode(
+            value + reach_of(scale), constriction.stream.model.Categorical(probabilities(scale), perfect=False)
+        )
+    assert written(arrays(inside)) == coder.get_compressed().astype("<u4").tobytes()
 
 
 @given(scale=SCALE, offset=st.integers(-2, 2), sign=st.sampled_from([-1, 1]))

@@ -86,7 +86,7 @@ def test_a_file_whose_parameters_are_not_its_configurations_is_refused(change: d
         generator_from_bytes(rewritten(**change))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(words=st.binary(max_size=4000))
 def test_any_words_are_a_network_or_refused(words: bytes) -> None:
     with contextlib.suppress(GeneratorError):

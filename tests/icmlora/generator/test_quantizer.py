@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from icmlora.adapter import Adapter
 from icmlora.generator.cvae import CVAE, TaskState
 from icmlora.generator.entropy import LIMIT, Integers
-from icmlora.generator.quantizer import Norms, Quantizer, Slots
-from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST
+from icmlora.generator.quantizer import Norms, Quantizer, Slots, centred
+from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.small_fleet import codec, make_adapter, with_factors
 
@@ -105,3 +107,24 @@ def test_integers_and_scales_stay_in_range_whatever_the_step(net: CVAE) -> None:
         scales = np.concatenate([part.ravel() for part in Quantizer(net).scales(slots, norms, step)])
         assert max(np.abs(part).max() for part in integers) <= LIMIT
         assert SMALLEST <= scales.min() <= scales.max() <= LARGEST
+
+
+@pytest.mark.parametrize("level", [-4000, SMALLEST, 0, LARGEST, 4000])
+def test_a_scale_is_the_sum_of_its_parts_as_far_as_there_are_tables(net: CVAE, level: int) -> None:
+    quantizer, (_, slots) = Quantizer(net), first(net, make_adapter(3))
+    size = quantizer.sizes(slots.kind)[0]
+    spread = np.rint(OCTAVE * net.spread.detach().numpy())[slots.kind, 0, slots.layer, slots.slot]
+    profile = np.rint(OCTAVE * net.sensitivity.profile(slots.kind, 0).numpy())[slots.layer]
+    plain = level + (spread - round(OCTAVE * np.log2(size) / 2))[:, None] + profile
+    inputs, _ = quantizer.scales(slots, np.full(len(slots.layer), level, dtype=np.int64), 0)
+    np.testing.assert_array_equal(inputs, np.clip(plain, SMALLEST, LARGEST))
+
+
+@given(pairs=st.lists(st.tuples(st.integers(-LIMIT, LIMIT) | st.integers(-30, 30), st.integers(SMALLEST, LARGEST))))
+def test_an_integer_lands_on_the_mean_of_its_bin_or_on_itself_beyond_its_table(pairs: list[tuple[int, int]]) -> None:
+    whole, scale = (np.array([pair[side] for pair in pairs], dtype=np.int32) for side in (0, 1))
+    plain = []
+    for value, index in pairs:
+        table = centres(index)
+        plain.append(np.sign(value) * table[abs(value)] if abs(value) < len(table) else value)
+    np.testing.assert_array_equal(centred(whole, scale), np.array(plain, dtype=np.float32))
