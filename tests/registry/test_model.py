@@ -156,6 +156,4 @@ class StoreModel(RuleBasedStateMachine):
 
 
 TestStoreModel = StoreModel.TestCase
-TestStoreModel.settings = settings(
-    max_examples=10, stateful_step_count=12, suppress_health_check=list(HealthCheck)
-)
+TestStoreModel.settings = settings(max_examples=10, stateful_step_count=12, suppress_health_check=list(HealthCheck))
