@@ -148,8 +148,9 @@ def _quantised(which: int, exact: Floats, first: Floats) -> tuple[_ViewHead, Flo
 
 def _slope(mean: Floats, first: Floats) -> int:
     """Return what one view's mean is of another's, in 256ths, by least squares over values that are no outliers."""
-    near = np.clip(mean, *_bounds(mean)), np.clip(first, *_bounds(first))
-    return int(np.clip(np.rint(_ONE * (near[0] @ near[1]) / max(near[1] @ near[1], 1.0)), -_STEEPEST, _STEEPEST))
+    near, near_first = np.clip(mean, *_bounds(mean)), np.clip(first, *_bounds(first))
+    slope = float(near @ near_first) / max(float(near_first @ near_first), 1.0)
+    return int(np.clip(np.rint(_ONE * slope), -_STEEPEST, _STEEPEST))
 
 
 def _bounds(values: Floats) -> tuple[float, float]:

@@ -7,13 +7,11 @@ that reads first and writes later works from what another one has replaced meanw
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import Connection, create_engine, event
@@ -21,11 +19,15 @@ from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
+from registry.columns import UnreadableValue
 from registry.errors import DamagedStore, RegistryError, StoreFull, StoreIOError, StoreLocked, StoreReadOnly
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
 _DAMAGE_HINT = "`icm verify` says what is damaged; a backup of registry.db restores it"
+PAGE_SIZE = 512
+"""The least that SQLite has: a store of 20 tasks has two dozen tables and indexes, most of them less than a page."""
+
 _PRAGMAS = (
     "foreign_keys=ON",
     "synchronous=FULL",
@@ -54,7 +56,6 @@ class Database:
             "sqlite://",
             creator=self._connect,
             poolclass=NullPool,
-            json_serializer=compact_json,
         )
         event.listen(self._engine, "begin", _begin)
         self._reader = self._engine.execution_options(icm_begin="BEGIN")
@@ -112,6 +113,16 @@ class Database:
         finally:
             self._create = False
 
+    def compact(self) -> None:
+        """Write the file anew, without gaps and in pages of `PAGE_SIZE`; where that cannot be done, leave it as it is.
+
+        SQLite keeps the pages that deleted rows were in, and leaves a third of an index's pages empty.
+        """
+        engine = self._engine.execution_options(icm_begin=None)
+        with suppress(StoreFull, StoreLocked), self._errors(), engine.connect() as connection:
+            for statement in ("PRAGMA temp_store=MEMORY", f"PRAGMA page_size={PAGE_SIZE}", "VACUUM"):
+                connection.exec_driver_sql(statement)
+
     def _connect(self) -> sqlite3.Connection:
         # A reader may have to roll back the journal of a killed writer, so it opens read-only only where it must.
         mode = "rwc" if self._create else ("rw" if not self.read_only or self.can_be_written() else "ro")
@@ -138,7 +149,7 @@ class Database:
             if translated is None:  # a broken rule of the schema is a bug of ours
                 raise
             raise translated from error
-        except (UnicodeDecodeError, json.JSONDecodeError, NoResultFound) as error:
+        except (UnicodeDecodeError, UnreadableValue, NoResultFound) as error:
             raise DamagedStore(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
 
     def _translate(self, error: DBAPIError) -> RegistryError | None:
@@ -159,14 +170,7 @@ class Database:
         return None
 
 
-def compact_json(value: Any) -> str:
-    """Write JSON the one way the store writes it, so that equal values are equal texts.
-
-    Raises:
-        ValueError: the value holds NaN or an infinity, which are no JSON.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
 def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("icm_begin", "BEGIN IMMEDIATE"))
+    statement = connection.get_execution_options().get("icm_begin", "BEGIN IMMEDIATE")
+    if statement is not None:  # VACUUM is a transaction by itself
+        connection.exec_driver_sql(statement)

@@ -4,8 +4,8 @@ A file goes only while the write lock is held and no row refers to it; a row com
 and its file is there (see :meth:`registry.writer.RowWriter.blob`). So no order of two processes leaves a row without
 its bytes.
 
-Two questions, which differ for evicted adapters alone: is there a row that *refers* to a blob (then its row stays),
-and is there one that *needs* its bytes (then its file stays)?
+Two questions: is there a row that *refers* to a blob (then its row stays), and is there one that *needs* its bytes
+(then its file stays)? Evicted adapters, and the texts of evaluations, are referred to and not needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ from registry import fs
 from registry.blobs import BlobStore
 from registry.engine import Database
 from registry.fs import failpoint
-from registry.models import Adapter, Base, Blob, Code, Document, Generator, Task, TaskVector, TrainRun
+from registry.models import (
+    Adapter,
+    Base,
+    Blob,
+    Code,
+    Document,
+    Evaluation,
+    Generator,
+    Task,
+    TaskVector,
+    TrainRun,
+)
 from registry.paths import StorePaths
 from registry.row_numbers import in_parts
 
@@ -38,6 +49,7 @@ BLOB_COLUMNS: tuple[InstrumentedAttribute[int] | InstrumentedAttribute[int | Non
     TrainRun.weights_id,
     TrainRun.optimizer_id,
     Code.blob_id,
+    Evaluation.data_id,
 )
 _CHUNK = 200  # rows deleted per commit, so that the journal stays small on a full disk
 
@@ -105,6 +117,7 @@ def prune(
         with fs.store_errors(paths.tmp):
             for path in temporary:
                 fs.unlink(path)
+        database.compact()  # now that there is room for a second copy of it
     return PruneReport(len(doomed), len(temporary), size)
 
 
@@ -115,7 +128,7 @@ def is_referenced() -> ColumnElement[bool]:
 
 def is_needed() -> ColumnElement[bool]:
     """Return the condition that any row needs the bytes of a blob."""
-    return or_(*(exists().where(_needs(column)) for column in BLOB_COLUMNS))
+    return or_(*(exists().where(_needs(column)) for column in BLOB_COLUMNS if column is not Evaluation.data_id))
 
 
 def blob_references(
@@ -152,8 +165,9 @@ def _delete_rows(database: Database) -> None:
 
 def _has_document() -> ColumnElement[bool]:
     return or_(
-        exists().where(Adapter.layout_id == Document.id),
+        exists().where(Adapter.description_id == Document.id),
         exists().where(TaskVector.extractor_id == Document.id),
+        exists().where(Evaluation.settings_id == Document.id),
     )
 
 

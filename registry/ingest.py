@@ -13,7 +13,9 @@ from sqlalchemy import Connection, delete, insert, update
 
 from registry import models, records
 from registry.blobs import BlobStore
+from registry.descriptions import Description, description_of
 from registry.errors import TaskConflict
+from registry.folders import task_folder, unusual_source
 from registry.known_tasks import AdapterKey, KnownTask, known_tasks
 from registry.names import check_name
 from registry.row_numbers import RowNumbers, in_parts, table_of
@@ -50,6 +52,11 @@ class _Decision:
         seen = 0 if self.status == "skipped" else len(self.ingest.adapters) - len(self.new)
         left, back = (0, len(self.evicted)) if self.ingest.restore else (len(self.evicted), 0)
         return records.IngestOutcome(name, len(self.new), seen, self.status, left, back)
+
+    def folder(self) -> str:
+        """Return where the task's adapters come from."""
+        final = next(adapter for adapter in self.ingest.adapters if adapter.is_final)
+        return task_folder(final.source) if self.known is None else self.known.folder
 
     def digests(self) -> Iterator[str]:
         """Yield the digests whose files must be there: all but the weights of what stays evicted."""
@@ -132,14 +139,14 @@ def _key(adapter: records.NewAdapter) -> AdapterKey:
 def _write(connection: Connection, files: BlobStore, decisions: Sequence[_Decision]) -> None:
     numbers = RowNumbers(connection, files)
     blobs = numbers.blobs(digest for item in decisions for digest in item.digests())
-    layouts = numbers.documents(_layout(new) for item in decisions for new in item.new)
+    descriptions = numbers.documents(description_of(new) for item in decisions for new in item.new)
     bases = numbers.base_models(item.ingest.base_model for item in decisions)
     now = utc_now()
     rows: list[dict[str, Any]] = []
     for item in decisions:
-        task = _task_number(connection, item, blobs, bases, now)
+        task, folder = _task_number(connection, item, blobs, bases, now), item.folder()
         rows.extend(
-            {"task_id": task, "layout_id": layouts[_layout(new)], "created_at": now, **_adapter_values(new, blobs)}
+            {"task_id": task, "created_at": now, **_adapter_values(new, folder, blobs, descriptions)}
             for new in item.new
         )
     if rows:
@@ -160,7 +167,8 @@ def _task_number(
         texts["eval_id"] = _number(blobs, item.ingest.eval_data)
     if item.known is None:
         base = bases[item.ingest.base_model]
-        values = {"name": item.ingest.name, "base_model_id": base, "created_at": now, "pinned": item.pinned, **texts}
+        values = {"name": item.ingest.name, "base_model_id": base, "created_at": now, "pinned": item.pinned}
+        values |= {"folder": item.folder(), **texts}
         return cast(int, connection.execute(insert(_TASKS).returning(_TASKS.c.id), values).scalar_one())
     if item.new_samples:  # vectors are made from the samples: other samples make the present ones wrong
         connection.execute(delete(_VECTORS).where(_VECTORS.c.task_id == item.known.id))
@@ -169,23 +177,18 @@ def _task_number(
     return item.known.id
 
 
-def _adapter_values(new: records.NewAdapter, blobs: Mapping[str, int]) -> dict[str, Any]:
+def _adapter_values(
+    new: records.NewAdapter, folder: str, blobs: Mapping[str, int], descriptions: Mapping[Description, int]
+) -> dict[str, Any]:
     return {
         "step": new.step,
         "is_final": new.is_final,
         "weights_id": blobs[new.weights],
         "config_id": blobs[new.config],
         "card_id": _number(blobs, new.card),
-        "dtype": new.dtype,
-        "rank_max": new.rank_max,
-        "parameters": new.parameters,
-        "target_modules": list(new.target_modules),
-        "source": new.source,
+        "description_id": descriptions[description_of(new)],
+        "source": unusual_source(new.source, folder, new.step, is_final=new.is_final),
     }
-
-
-def _layout(new: records.NewAdapter) -> tuple[records.LayoutEntry, ...]:
-    return tuple(new.layout)
 
 
 def _number(blobs: Mapping[str, int], digest: str | None) -> int | None:

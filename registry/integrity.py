@@ -100,7 +100,8 @@ def _check_database(database: Database) -> Iterator[Finding]:
         if answer != "ok":
             yield Finding("database", answer, database.path)
     for table, rowid, parent, _ in dangling:
-        yield Finding("dangling", f"row {rowid} of {table} refers to a row of {parent} that is gone", database.path)
+        place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
+        yield Finding("dangling", f"{place} of {table} refers to a row of {parent} that is gone", database.path)
     for name in lost:
         yield Finding("dangling", f"task {name} has no final adapter", database.path, tasks=(name,))
     for name in bare:

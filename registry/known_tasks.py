@@ -24,6 +24,7 @@ class KnownTask:
     Attributes:
         final: weights and configuration of its final adapter; None only where the store is damaged.
         pinned: whether its originals are never evicted.
+        folder: where its adapters came from.
         adapters: all its adapters.
         evicted: those whose weights were deleted, with their row's number, without the final one.
         evicted_final: the number of the final adapter, if its weights were deleted.
@@ -35,6 +36,7 @@ class KnownTask:
     samples: str | None
     eval_data: str | None
     pinned: bool
+    folder: str
     final: tuple[str, str] | None = None
     adapters: frozenset[AdapterKey] = frozenset()
     evicted: Mapping[AdapterKey, int] = field(default_factory=dict)
@@ -60,7 +62,10 @@ def names_without_vectors(connection: Connection) -> list[str]:
 def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
     samples, eval_data = _BLOBS.alias(), _BLOBS.alias()
     query = (
-        select(_TASKS.c.id, _TASKS.c.name, _BASES.c.name, samples.c.digest, eval_data.c.digest, _TASKS.c.pinned)
+        select(
+            *(_TASKS.c.id, _TASKS.c.name, _BASES.c.name, samples.c.digest, eval_data.c.digest),
+            *(_TASKS.c.pinned, _TASKS.c.folder),
+        )
         .join_from(_TASKS, _BASES)
         .outerjoin(samples, _TASKS.c.samples_id == samples.c.id)
         .outerjoin(eval_data, _TASKS.c.eval_id == eval_data.c.id)

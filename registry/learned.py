@@ -13,7 +13,7 @@ from registry.errors import LastCopy
 from registry.fs import failpoint
 from registry.garbage import drop_unreferenced
 from registry.runs import finish_run
-from registry.writer import RowWriter
+from registry.writer import RowWriter, document_row, named_blob
 
 
 class LearnedOperations(StoreBase):
@@ -139,8 +139,8 @@ class LearnedOperations(StoreBase):
         """
         evaluation = models.Evaluation
         with self._db.read() as session:
-            query = select(evaluation).join(evaluation.task)
-            query = query.order_by(models.Task.name, evaluation.data, evaluation.rung, evaluation.id)
+            query = select(evaluation).join(evaluation.task).join(evaluation.data)
+            query = query.order_by(models.Task.name, models.Blob.digest, evaluation.rung, evaluation.id)
             if task is not None:
                 query = query.where(evaluation.task_id == rows.find_task(session, task).id)
             return [rows.evaluation_record(row) for row in session.scalars(query)]
@@ -171,22 +171,18 @@ def _holds_a_last_copy() -> ColumnElement[bool]:
 def _record_vector(writer: RowWriter, new: records.NewVector) -> bool:
     vector = models.TaskVector
     task = rows.find_task(writer.session, new.task)
-    extractor = writer.document(dict(new.extractor))
+    extractor = document_row(writer.session, dict(new.extractor))
     blob = writer.blob(new.blob)
     writer.session.flush()
-    query = select(vector).where(
-        vector.task_id == task.id,
-        vector.view == new.view,
-        vector.support_set == new.support_set,
-        vector.extractor_id == extractor.id,
-    )
-    row = writer.session.scalar(query)
+    row = writer.session.get(vector, (task.id, new.view, new.support_set, extractor.id))
     if row is not None and (row.blob_id, row.dim) == (blob.id, new.dim):
         return False
     if row is None:
-        row = vector(task=task, view=new.view, support_set=new.support_set, extractor=extractor)
+        last = writer.session.scalar(select(func.max(vector.id))) or 0
+        row = vector(id=last + 1, task=task, view=new.view, support_set=new.support_set, extractor=extractor)
         writer.session.add(row)
     row.blob, row.dim = blob, new.dim
+    writer.session.flush()
     return True
 
 
@@ -227,12 +223,12 @@ def _code_row(writer: RowWriter, generator: models.Generator, new: records.NewCo
 def record_evaluation(session: Session, new: records.NewEvaluation, now: str) -> None:
     """Record a measurement in an open transaction, in place of an earlier one of the same thing."""
     evaluation = models.Evaluation
-    task = rows.find_task(session, new.task)
+    task, data = rows.find_task(session, new.task), named_blob(session, new.data)
     same = (
         evaluation.task_id == task.id,
         evaluation.rung == new.rung,
         evaluation.generator_id.is_not_distinct_from(new.generator_id),
-        evaluation.data == new.data,
+        evaluation.data_id == data.id,
         evaluation.metric == new.metric,
     )
     session.execute(delete(evaluation).where(*same))
@@ -241,14 +237,14 @@ def record_evaluation(session: Session, new: records.NewEvaluation, now: str) ->
             task=task,
             rung=new.rung,
             generator_id=new.generator_id,
-            data=new.data,
+            data=data,
             metric=new.metric,
             nats_per_token=new.nats_per_token,
             tokens=new.tokens,
             utf8_bytes=new.utf8_bytes,
             retained_gain=new.retained_gain,
             dw_error=new.dw_error,
-            settings=dict(new.settings),
+            settings=document_row(session, dict(new.settings)),
             created_at=now,
         )
     )

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from registry.engine import APPLICATION_ID, Database
+from registry.engine import APPLICATION_ID, PAGE_SIZE, Database
 from registry.errors import DamagedStore, NotAStore, StoreTooNew
+from registry.migration_3 import m003_compact_rows
 
 
 def m001_initial(connection: Connection) -> None:
@@ -125,7 +126,7 @@ def m002_evicted_and_pinned(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN evicted_at VARCHAR")
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (m001_initial, m002_evicted_and_pinned)
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (m001_initial, m002_evicted_and_pinned, m003_compact_rows)
 
 
 def migrate(database: Database, *, create: bool = False) -> None:
@@ -142,13 +143,21 @@ def migrate(database: Database, *, create: bool = False) -> None:
     """
     with database.connection(create=create) as connection:
         version = _version(connection, database, create=create)
-        if version == len(MIGRATIONS):
-            return
+        is_compact = connection.exec_driver_sql("PRAGMA page_size").scalar_one() == PAGE_SIZE
+    is_current = version == len(MIGRATIONS)
+    if is_current and (is_compact or not database.can_be_written()):
+        return
     if not database.can_be_written():
         hint = "copy the store to where it can be written; the first icm command there moves it forward"
         raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
     writer = Database(database.path, read_only=False, busy_timeout=database.busy_timeout)
-    with writer.connection(write=True, create=create) as connection:
+    if not is_current:
+        _move_forward(writer, create=create)
+    writer.compact()  # a kill before this is found by the size of the pages
+
+
+def _move_forward(database: Database, *, create: bool) -> None:
+    with database.connection(write=True, create=create) as connection:
         version = _version(connection, database, create=create)
         for migration in MIGRATIONS[version:]:
             migration(connection)

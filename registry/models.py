@@ -7,6 +7,7 @@
          ├──n generators      blobs: the files rows refer to
          └──n train_runs      documents: JSON values that many rows share, kept once
 
+How a value lies in a column is in :mod:`registry.columns`.
 Migrations make these tables (see :mod:`registry.migrations`); a test compares the two.
 """
 
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, ForeignKey, Index, String, UniqueConstraint, text
+from sqlalchemy import ForeignKey, Index, String, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from registry.columns import Choice, Digest, Moment, Packed
 
 _GONE_WITH_PARENT = "CASCADE"
 
@@ -23,7 +26,7 @@ _GONE_WITH_PARENT = "CASCADE"
 class Base(DeclarativeBase):
     """Declarative base of all tables."""
 
-    type_annotation_map: ClassVar[dict[Any, Any]] = {Any: JSON(none_as_null=True)}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {Any: Packed()}
 
 
 class Blob(Base):
@@ -32,17 +35,17 @@ class Blob(Base):
     __tablename__ = "blobs"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    digest: Mapped[str] = mapped_column(unique=True)
+    digest: Mapped[str] = mapped_column(Digest(), unique=True)
     size: Mapped[int]
 
 
 class Document(Base):
-    """A JSON value kept once, however many rows share it (layouts, extractors)."""
+    """A JSON value kept once, however many rows share it (descriptions of adapters, extractors, settings)."""
 
     __tablename__ = "documents"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    digest: Mapped[str] = mapped_column(unique=True)
+    digest: Mapped[str] = mapped_column(Digest(), unique=True)
     body: Mapped[Any]
 
 
@@ -68,8 +71,9 @@ class Task(Base):
     base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
     samples_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     eval_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
-    created_at: Mapped[str]
+    created_at: Mapped[str] = mapped_column(Moment())
     pinned: Mapped[bool] = mapped_column(server_default=text("0"))
+    folder: Mapped[str]
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
     samples: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[samples_id])
@@ -88,20 +92,16 @@ class Adapter(Base):
     weights_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     config_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     card_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
-    dtype: Mapped[str]
-    rank_max: Mapped[int]
-    parameters: Mapped[int]
-    target_modules: Mapped[Any]
-    layout_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
-    source: Mapped[str]
-    created_at: Mapped[str]
-    evicted_at: Mapped[str | None]
+    description_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
+    source: Mapped[str | None]
+    created_at: Mapped[str] = mapped_column(Moment())
+    evicted_at: Mapped[str | None] = mapped_column(Moment())
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     weights: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[weights_id])
     config: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[config_id])
     card: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[card_id])
-    layout: Mapped[Document] = relationship(lazy="joined", innerjoin=True)
+    description: Mapped[Document] = relationship(lazy="joined", innerjoin=True)
 
     __table_args__ = (
         # A plain unique constraint would let two rows without a step pass: NULLs are distinct.
@@ -111,15 +111,15 @@ class Adapter(Base):
 
 
 class TaskVector(Base):
-    """One task vector: a view of one support set."""
+    """One task vector: a view of one support set. The vectors of a task mostly share a file; `id` counts them all."""
 
     __tablename__ = "task_vectors"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
-    view: Mapped[str]
-    support_set: Mapped[int]
-    extractor_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT), primary_key=True)
+    view: Mapped[str] = mapped_column(Choice("adapted", "context"), primary_key=True)
+    support_set: Mapped[int] = mapped_column(primary_key=True)
+    extractor_id: Mapped[int] = mapped_column(ForeignKey("documents.id"), primary_key=True)
+    id: Mapped[int]
     blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     dim: Mapped[int]
 
@@ -127,7 +127,8 @@ class TaskVector(Base):
     extractor: Mapped[Document] = relationship(lazy="joined", innerjoin=True)
     blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
 
-    __table_args__ = (UniqueConstraint("task_id", "view", "support_set", "extractor_id"),)
+    # The key is most of the row: with rowids, an index would hold all of it once more.
+    __table_args__ = ({"sqlite_with_rowid": False},)
 
 
 class Generator(Base):
@@ -143,7 +144,7 @@ class Generator(Base):
     config: Mapped[Any]
     metrics: Mapped[Any]
     is_current: Mapped[bool]
-    created_at: Mapped[str]
+    created_at: Mapped[str] = mapped_column(Moment())
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
     parent: Mapped[Generator | None] = relationship(remote_side=[id])
@@ -167,8 +168,8 @@ class TrainRun(Base):
     step: Mapped[int]
     weights_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     optimizer_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
-    created_at: Mapped[str]
-    updated_at: Mapped[str]
+    created_at: Mapped[str] = mapped_column(Moment())
+    updated_at: Mapped[str] = mapped_column(Moment())
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
     weights: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[weights_id])
@@ -199,30 +200,32 @@ class Code(Base):
 
 
 class Evaluation(Base):
-    """How good one rung of one task is on some held-out data."""
+    """How good one rung of one task is on some held-out texts, which need not be in the store."""
 
     __tablename__ = "evaluations"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
-    rung: Mapped[str]
+    rung: Mapped[str] = mapped_column(Choice("base", "code", "generate", "original"))
     generator_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete=_GONE_WITH_PARENT))
-    data: Mapped[str]
-    metric: Mapped[str]
+    data_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    metric: Mapped[str] = mapped_column(Choice("nll"))
     nats_per_token: Mapped[float]
     tokens: Mapped[int]
     utf8_bytes: Mapped[int]
     retained_gain: Mapped[float | None]
     dw_error: Mapped[float | None]
-    settings: Mapped[Any]
-    created_at: Mapped[str]
+    settings_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
+    created_at: Mapped[str] = mapped_column(Moment())
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
+    data: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
+    settings: Mapped[Document] = relationship(lazy="joined", innerjoin=True)
 
     __table_args__ = (
         Index(
             "one_row_per_evaluation",
-            *("task_id", "rung", text("coalesce(generator_id, -1)"), "data", "metric"),
+            *("task_id", "rung", text("coalesce(generator_id, -1)"), "data_id", "metric"),
             unique=True,
         ),
     )

@@ -6,7 +6,6 @@ times longer; so here are plain statements, and the number of a row is all that 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -15,8 +14,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from registry import models
 from registry.blobs import BlobStore
-from registry.engine import compact_json
-from registry.writer import MAX_VARIABLES
+from registry.writer import MAX_VARIABLES, document_digest
 
 T = TypeVar("T")
 
@@ -55,7 +53,7 @@ class RowNumbers:
 
     def documents(self, bodies: Iterable[T]) -> dict[T, int]:
         """Return JSON value -> number; the values are given in a form that can be a key, such as tuples."""
-        digests = {body: hashlib.sha256(compact_json(body).encode()).hexdigest() for body in dict.fromkeys(bodies)}
+        digests = {body: document_digest(body) for body in dict.fromkeys(bodies)}
         rows = {digest: {"body": body} for body, digest in digests.items()}
         numbers = self._numbers(table_of(models.Document), "digest", rows)
         return {body: numbers[digest] for body, digest in digests.items()}

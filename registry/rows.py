@@ -9,7 +9,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry import models, records
+from registry.descriptions import Description
 from registry.errors import TaskNotFound
+from registry.folders import usual_source
 
 
 def find_task(session: Session, name: str) -> models.Task:
@@ -41,6 +43,7 @@ def task_record(row: models.Task) -> records.TaskRecord:
 
 def adapter_record(row: models.Adapter) -> records.AdapterRecord:
     """Return the record of an adapter."""
+    description = Description(*row.description.body)
     return records.AdapterRecord(
         id=row.id,
         task=row.task.name,
@@ -49,12 +52,12 @@ def adapter_record(row: models.Adapter) -> records.AdapterRecord:
         weights=row.weights.digest,
         config=row.config.digest,
         card=_digest(row.card),
-        dtype=row.dtype,
-        rank_max=row.rank_max,
-        parameters=row.parameters,
-        target_modules=tuple(row.target_modules),
-        layout=tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in row.layout.body),
-        source=row.source,
+        dtype=description.dtype,
+        rank_max=description.rank_max,
+        parameters=description.parameters,
+        target_modules=tuple(description.target_modules),
+        layout=tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in description.layout),
+        source=_source(row),
         original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
         weights_bytes=row.weights.size,
         created_at=row.created_at,
@@ -127,16 +130,20 @@ def evaluation_record(row: models.Evaluation) -> records.EvaluationRecord:
         task=row.task.name,
         rung=cast(records.Rung, row.rung),
         generator_id=row.generator_id,
-        data=row.data,
+        data=row.data.digest,
         metric=row.metric,
         nats_per_token=row.nats_per_token,
         tokens=row.tokens,
         utf8_bytes=row.utf8_bytes,
         retained_gain=row.retained_gain,
         dw_error=row.dw_error,
-        settings=row.settings,
+        settings=row.settings.body,
         created_at=row.created_at,
     )
+
+
+def _source(row: models.Adapter) -> str:
+    return usual_source(row.task.folder, row.step, is_final=row.is_final) if row.source is None else row.source
 
 
 def _digest(blob: models.Blob | None) -> str | None:

@@ -17,13 +17,15 @@ from sqlalchemy.orm import Session
 from registry import models
 from registry.arrivals import Arrival, ArrivalOutcome, ArrivalStatus, ArrivingTask
 from registry.base import StoreBase
+from registry.descriptions import description_of
 from registry.errors import GeneratorConflict, TaskConflict
+from registry.folders import task_folder, unusual_source
 from registry.fs import failpoint
 from registry.known_tasks import KnownTask, known_tasks
 from registry.learned import generator_row, record_evaluation
 from registry.names import check_name
 from registry.row_numbers import in_parts
-from registry.writer import RowWriter
+from registry.writer import RowWriter, document_row
 
 
 @dataclass(frozen=True)
@@ -146,19 +148,16 @@ def _code(writer: RowWriter, task: ArrivingTask, adapter: models.Adapter, genera
 def _new_adapter(writer: RowWriter, arrival: Arrival, new: ArrivingTask) -> models.Adapter:
     """Make the rows of a task and of its original, whose weights no file of this store holds."""
     base_model, original = writer.base_model(arrival.generator.base_model), new.original
+    folder = task_folder(original.source)
     adapter = models.Adapter(
-        task=models.Task(name=new.name, base_model=base_model, created_at=writer.now),
+        task=models.Task(name=new.name, base_model=base_model, created_at=writer.now, folder=folder),
         step=original.step,
         is_final=True,
         weights=writer.absent_blob(original.weights, new.weights_bytes),
         config=writer.blob(original.config),
         card=None if original.card is None else writer.blob(original.card),
-        dtype=original.dtype,
-        rank_max=original.rank_max,
-        parameters=original.parameters,
-        target_modules=list(original.target_modules),
-        layout=writer.document(tuple(original.layout)),
-        source=original.source,
+        description=document_row(writer.session, description_of(original)),
+        source=unusual_source(original.source, folder, original.step, is_final=True),
         created_at=writer.now,
         evicted_at=writer.now,
     )

@@ -10,21 +10,20 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry.blobs import BlobStore
-from registry.engine import compact_json
+from registry.columns import compact_json
 from registry.models import BaseModel, Blob, Document
 
 MAX_VARIABLES = 500  # SQLite's own limit on `IN (...)` was 999 for long
 
 
 class RowWriter:
-    """Finds or makes the rows of blobs, JSON values and base models in an open transaction."""
+    """Finds or makes the rows of blobs and base models in an open transaction."""
 
     def __init__(self, session: Session, blobs: BlobStore) -> None:
         self.session = session
         self.now = utc_now()
         self._files = blobs
         self._blobs: dict[str, Blob | None] = {}  # None: looked for, has no row yet
-        self._documents: dict[str, Document] = {}
         self._base_models: dict[str, BaseModel] = {}
 
     def blob(self, digest: str) -> Blob:
@@ -59,15 +58,6 @@ class RowWriter:
             query = select(Blob).where(Blob.digest.in_(some))
             self._blobs |= {row.digest: row for row in self.session.scalars(query)}
 
-    def document(self, body: object) -> Document:
-        """Return the row of a JSON value."""
-        digest = hashlib.sha256(compact_json(body).encode()).hexdigest()
-        if digest not in self._documents:
-            row = self.session.scalar(select(Document).where(Document.digest == digest))
-            self._documents[digest] = row or Document(digest=digest, body=body)
-            self.session.add(self._documents[digest])
-        return self._documents[digest]
-
     def base_model(self, name: str) -> BaseModel:
         """Return the row of a base model."""
         if name not in self._base_models:
@@ -75,6 +65,32 @@ class RowWriter:
             self._base_models[name] = row or BaseModel(name=name)
             self.session.add(self._base_models[name])
         return self._base_models[name]
+
+
+def named_blob(session: Session, digest: str) -> Blob:
+    """Find or make the row of a blob that is only named, in an open transaction: its length is not known here."""
+    row = session.scalar(select(Blob).where(Blob.digest == digest))
+    if row is None:
+        row = Blob(digest=digest, size=0)
+        session.add(row)
+        session.flush()
+    return row
+
+
+def document_row(session: Session, body: object) -> Document:
+    """Find or make the row of a JSON value in an open transaction."""
+    digest = document_digest(body)
+    row = session.scalar(select(Document).where(Document.digest == digest))
+    if row is None:
+        row = Document(digest=digest, body=body)
+        session.add(row)
+        session.flush()
+    return row
+
+
+def document_digest(body: object) -> str:
+    """Return what a JSON value is known by."""
+    return hashlib.sha256(compact_json(body).encode()).hexdigest()
 
 
 def utc_now() -> str:

@@ -134,9 +134,15 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         "generator": None if generator is None else {"version": generator.version, "digest": generator.blob},
         "code": None if details.code is None else _without_ids(asdict(details.code)),
         "evaluations": [
-            {**_without_ids(asdict(entry)), "is_current": entry in present} for entry in details.evaluations
+            {**_evaluation_json(details, entry), "is_current": entry in present} for entry in details.evaluations
         ],
     }
+
+
+def _evaluation_json(details: TaskDetails, entry: EvaluationRecord) -> dict[str, object]:
+    # The store does not repeat it in every row: a task has one original, and its measurements go with it.
+    settings = {**entry.settings, "original": details.final.weights}
+    return {**_without_ids(asdict(entry)), "settings": settings}
 
 
 def _without_ids(fields: dict[str, object], *others: str) -> dict[str, object]:

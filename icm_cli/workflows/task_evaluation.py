@@ -86,7 +86,6 @@ class TaskEvaluation:
             "max_tokens": max_tokens,
             "dtype": base.dtype,
             "base": base.fingerprint,
-            "original": self._final.weights,
         }
 
     def run(self, rungs: Sequence[Rung], *, again: bool, record: bool = True) -> Mapping[Rung, RungResult]:

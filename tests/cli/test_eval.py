@@ -154,6 +154,14 @@ def test_show_lists_the_measurements_of_the_present_generator(icm: Icm, trained:
     assert current == {"base": True, "original": True, "code": False, "generate": False}
 
 
+def test_show_says_how_a_rung_was_measured_and_against_which_original(icm: Icm, trained: Path) -> None:
+    icm(*EVAL, "poems")
+    shown = icm("show", "poems", "--json").document
+    (final,) = [row["weights"] for row in shown["adapters"] if row["is_final"]]
+    assert all(set(row["settings"]) == {"max_tokens", "dtype", "base", "original"} for row in shown["evaluations"])
+    assert {row["settings"]["original"] for row in shown["evaluations"]} == {final}
+
+
 def test_a_task_with_modules_of_its_own_has_no_generated_rung(icm: Icm, trained: Path, tmp_path: Path) -> None:
     texts(write_lora(tmp_path / "wide", rank=16) / "eval.jsonl", "held-out text")
     icm("ingest", tmp_path / "wide", "--device", "cpu")

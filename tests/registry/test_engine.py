@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from registry.engine import Database, compact_json
+from registry.engine import Database
 from registry.errors import DamagedStore, StoreFull, StoreLocked, StoreReadOnly
 from registry.store import Store
 
@@ -95,26 +92,3 @@ def test_paths_with_odd_characters_are_opened(tmp_path: Path) -> None:
     root = tmp_path / "a ?#%41 b"
     with Store.open(root, create=True):
         assert (root / "registry.db").exists()
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@given(JSON)
-def test_json_is_written_so_that_it_reads_back(value: object) -> None:
-    assert json.loads(compact_json(value)) == value
-
-
-@given(st.dictionaries(st.text(), st.integers()))
-def test_equal_values_are_equal_texts(value: dict[str, int]) -> None:
-    assert compact_json(dict(reversed(value.items()))) == compact_json(value)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_json_lacks_are_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        compact_json({"x": value})

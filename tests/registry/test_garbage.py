@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from registry import garbage
 from registry.errors import StoreLocked
 from registry.models import Base
 from registry.store import Store
-from tests.registry.examples import BASE, generator, ingest, new_store, vector
+from tests.registry.examples import BASE, evaluation, generator, ingest, new_store, vector
 
 
 def fill(store: Store) -> None:
@@ -98,6 +99,43 @@ def test_many_rows_go_in_several_commits(store: Store, monkeypatch: pytest.Monke
     with store._db.read() as session:
         for table in ("blobs", "documents"):
             assert session.connection().exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one() == 0
+
+
+def test_prune_gives_back_what_rows_took_in_the_database(store: Store) -> None:
+    empty = store.paths.database.stat().st_size
+    ingest(store, "rust", steps=range(200))
+    store.remove_task("rust")
+    assert store.paths.database.stat().st_size > 2 * empty
+    store.prune(grace=0)
+    assert store.paths.database.stat().st_size == empty
+
+
+def test_a_text_that_was_only_measured_on_is_not_missed_and_its_row_goes_with_the_measurement(store: Store) -> None:
+    ingest(store, "rust")
+    store.add_evaluations([evaluation("rust")])
+    assert list(store.verify()) == []
+    assert store.prune(grace=0).blobs == 0
+    assert [found.data for found in store.evaluations()] == [evaluation("rust").data]
+    store.remove_task("rust")
+    store.prune(grace=0)
+    with store._db.read() as session:
+        assert session.connection().exec_driver_sql("SELECT count(*) FROM blobs").scalar_one() == 0
+
+
+def test_the_file_of_a_text_that_was_only_measured_on_is_garbage(store: Store) -> None:
+    ingest(store, "rust")
+    digest = store.put_blob(b"texts of a trial")
+    store.add_evaluations([replace(evaluation("rust"), data=digest)])
+    assert store.prune(grace=0).blobs == 1
+    assert [found.data for found in store.evaluations()] == [digest]
+
+
+def test_a_text_that_was_measured_on_first_and_ingested_later_has_its_length(store: Store) -> None:
+    ingest(store, "rust")
+    digest = store.put_blob(b"texts")
+    store.add_evaluations([replace(evaluation("rust"), data=digest)])
+    ingest(store, "html", eval_data=b"texts")
+    assert list(store.verify(read_data=True)) == []
 
 
 def test_prune_does_not_run_beside_another_command(store: Store) -> None:

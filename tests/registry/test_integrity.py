@@ -93,14 +93,15 @@ def test_a_shared_blob_names_all_its_tasks(store: Store, weights: Path) -> None:
 
 def test_a_row_that_refers_to_a_row_that_is_gone_is_found(store: Store, weights: Path) -> None:
     with closing(sqlite3.connect(store.paths.database)) as connection, connection:
-        connection.execute("DELETE FROM blobs WHERE digest = ?", [weights.name])
+        connection.execute("DELETE FROM blobs WHERE digest = ?", [bytes.fromhex(weights.name)])
     assert "dangling" in kinds(store)
 
 
 def test_a_task_that_lost_its_final_adapter_is_found(store: Store, weights: Path) -> None:
     with closing(sqlite3.connect(store.paths.database)) as connection, connection:
         connection.execute(
-            "DELETE FROM adapters WHERE weights_id IN (SELECT id FROM blobs WHERE digest=?)", [weights.name]
+            "DELETE FROM adapters WHERE weights_id IN (SELECT id FROM blobs WHERE digest=?)",
+            [bytes.fromhex(weights.name)],
         )
     (finding,) = [finding for finding in store.verify() if finding.is_problem]
     assert (finding.kind, finding.tasks) == ("dangling", ("rust",))

@@ -5,19 +5,23 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, create_engine
 
-from registry import migrations
-from registry.engine import Database
+from registry import migrations, writer
+from registry.engine import PAGE_SIZE, Database
 from registry.errors import DamagedStore, NotAStore, StoreFull, StoreTooNew
 from registry.models import Base
 from registry.store import Store
-from tests.registry.examples import ingest, new_store
+from tests.registry.every_row import everything, fill
+from tests.registry.examples import evaluation, ingest, new_store, vector
 
 VERSION_1 = Path(__file__).parent / "data" / "store_v1.sql"
+VERSION_2 = Path(__file__).parent / "data" / "store_v2.sql"
+WRITTEN_AT = datetime(2026, 11, 24, 16, 51, 22, tzinfo=UTC)
 
 
 def tables_of(connection: sqlite3.Connection) -> dict[str, object]:
@@ -56,10 +60,14 @@ def restore_version_1(root: Path) -> None:
     """Replace the database of a store with the kept dump of one of schema 1."""
     with new_store(root) as store:
         ingest(store, "shakespeare", steps=[80, 90])
-        database = store.paths.database
+    put_database(root, VERSION_1)
+
+
+def put_database(root: Path, dump: Path) -> None:
+    database = root / "registry.db"
     database.unlink()
     with closing(sqlite3.connect(database)) as connection:
-        connection.executescript(VERSION_1.read_text())
+        connection.executescript(dump.read_text())
 
 
 def test_a_store_of_schema_1_opens_with_its_rows(tmp_path: Path) -> None:
@@ -68,6 +76,80 @@ def test_a_store_of_schema_1_opens_with_its_rows(tmp_path: Path) -> None:
         assert [adapter.step for adapter in store.adapters("shakespeare")] == [80, 90, None]
         assert list(store.verify(read_data=True)) == []
         assert store.schema_version == len(migrations.MIGRATIONS)
+
+
+class Written(datetime):
+    """The moment at which the kept dump was written."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        return WRITTEN_AT
+
+
+@pytest.fixture
+def of_schema_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Make a store of schema 2 with rows in every table, and return what this schema says of the same rows."""
+    monkeypatch.setattr(writer, "datetime", Written)
+    with new_store(tmp_path / "store") as store:
+        fill(store)
+        expected = everything(store)
+    put_database(tmp_path / "store", VERSION_2)
+    return expected
+
+
+def test_every_row_of_a_store_of_schema_2_survives(tmp_path: Path, of_schema_2: dict[str, object]) -> None:
+    with new_store(tmp_path / "store") as store:
+        assert everything(store) == of_schema_2
+        assert [finding for finding in store.verify(read_data=True) if finding.is_problem] == []
+        assert store.schema_version == len(migrations.MIGRATIONS)
+
+
+def test_a_moved_store_goes_on_as_one_that_was_never_old(tmp_path: Path, of_schema_2: dict[str, object]) -> None:
+    with new_store(tmp_path / "store") as store:
+        before = everything(store)
+        store.add_evaluations([evaluation("rust")])
+        assert store.add_vectors([vector(store, "rust")]) == 0
+        assert {**everything(store), "evaluations": None} == {**before, "evaluations": None}
+        assert len(store.evaluations()) == 4  # the one that was measured again took the place of the earlier one
+        store.remove_task("rust")
+        store.prune(grace=0)
+        assert list(store.verify(read_data=True)) == []
+
+
+def test_a_moved_store_is_several_times_smaller(tmp_path: Path, of_schema_2: dict[str, object]) -> None:
+    database = tmp_path / "store" / "registry.db"
+    before = database.stat().st_size
+    new_store(tmp_path / "store").close()
+    assert database.stat().st_size < before / 5
+
+
+def page_size(root: Path) -> int:
+    with closing(sqlite3.connect(root / "registry.db")) as connection:
+        return int(connection.execute("PRAGMA page_size").fetchone()[0])
+
+
+def test_a_store_that_could_not_be_compacted_is_compacted_by_a_later_command(
+    tmp_path: Path, of_schema_2: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(Database, "compact", lambda self: None)
+        new_store(tmp_path / "store").close()
+    assert page_size(tmp_path / "store") == 4096
+    with Store.open(tmp_path / "store", read_only=True) as store:
+        assert everything(store) == of_schema_2
+    assert page_size(tmp_path / "store") == PAGE_SIZE
+
+
+def test_a_store_that_cannot_be_compacted_is_used_as_it_is(tmp_path: Path, of_schema_2: dict[str, object]) -> None:
+    with closing(sqlite3.connect(tmp_path / "store" / "registry.db", isolation_level=None)) as connection:
+        with new_store(tmp_path / "store", lock_timeout=0):
+            pass
+        connection.execute("PRAGMA page_size=4096")
+        connection.execute("VACUUM")
+        connection.execute("BEGIN IMMEDIATE")
+        with new_store(tmp_path / "store", lock_timeout=0) as store:
+            assert everything(store) == of_schema_2
+        assert page_size(tmp_path / "store") == 4096
 
 
 def add_column(connection: Connection) -> None:
