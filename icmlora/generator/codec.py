@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora.adapter import Adapter
+from icmlora.device import one_thread
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.code import ABSENT, Code, CodeHead, generator_of
 from icmlora.generator.config import GeneratorConfig
@@ -104,6 +105,7 @@ class Codec:
         return best
 
     @torch.no_grad()
+    @one_thread()
     def decode(self, data: bytes) -> Adapter:
         """Decode one code.
 

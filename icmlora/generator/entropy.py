@@ -112,7 +112,8 @@ def _keys(scales: Scales) -> NDArray[np.uint8]:
 def _groups(keys: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield the places of each key, keys and places ascending; numpy sorts single bytes in linear time."""
     order = np.argsort(keys, kind="stable")
-    ends = np.searchsorted(np.sort(keys, kind="stable"), np.arange(int(keys.max(initial=0)) + 1), side="right")
+    found = np.arange(int(keys.max(initial=0)) + 1, dtype=np.uint8)  # of another type, all keys would be converted
+    ends = np.searchsorted(np.sort(keys, kind="stable"), found, side="right")
     start = 0
     for key, end in enumerate(ends.tolist()):
         if end > start:

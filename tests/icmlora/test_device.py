@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from icmlora.device import inference_dtype, resolve_device, seed_everything
+from icmlora.device import inference_dtype, one_thread, resolve_device, seed_everything
 from icmlora.errors import DeviceUnavailable
 
 
@@ -75,3 +75,18 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     first = torch.randn(4)
     seed_everything(7)
     assert torch.equal(first, torch.randn(4))
+
+
+def test_one_thread_ends_with_the_block_however_it_ends() -> None:
+    before = torch.get_num_threads()
+    seen = []
+
+    @one_thread()
+    def work() -> None:
+        seen.append(torch.get_num_threads())
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        work()
+    assert seen == [1]
+    assert torch.get_num_threads() == before

@@ -1,0 +1,63 @@
+"""Encode and decode every adapter of a real fleet on one core."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from icmlora.adapter import Adapter
+from icmlora.generator.codec import Codec
+from icmlora.generator.config import config_for
+from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.sensitivity import MeanSquares, sensitivity_of
+from icmlora.training.config import TrainConfig
+from icmlora.training.loop import fit
+from icmlora.training.start import fresh_network
+from icmlora.training.state import new_state
+from tests.icmlora.small_fleet import MemoryFleet
+
+
+def trained_codec(adapters: Sequence[Adapter], channels: MeanSquares, steps: int) -> Codec:
+    """Train the default generator on a fleet, without task vectors.
+
+    Args:
+        adapters: The fleet.
+        channels: What `channel_statistics` measured; may be empty.
+        steps: Few are enough: they change what decoding gives, not how long it takes.
+    """
+    fleet = MemoryFleet([[adapter] for adapter in adapters], sets=0)
+    config = config_for(adapters[0].base_model, fleet.layouts(), condition_size=0, quality=4)
+    state = new_state(fresh_network(config, fleet, 0, sensitivity_of(config, channels)), TrainConfig(steps=steps))
+    for _ in fit(state, fleet):
+        pass
+    return Codec(generator_from_bytes(generator_to_bytes(state.net)))
+
+
+def measure_tasks(codec: Codec, adapters: Mapping[str, Adapter], runs: int) -> list[dict[str, Any]]:
+    """Encode each adapter once and decode its code `runs` times after one run that is not counted."""
+    found = []
+    for task, adapter in adapters.items():
+        started = time.perf_counter()
+        data = codec.encode(adapter, {}).data
+        encoding = time.perf_counter() - started
+        codec.decode(data)
+        wall, cpu = (sorted(column) for column in zip(*(_timed(codec.decode, data) for _ in range(runs)), strict=True))
+        found.append(
+            {
+                "task": task,
+                "parameters": sum(shape.parameters for shape in adapter.layout),
+                "code_bytes": len(data),
+                "encode_seconds": round(encoding, 3),
+                "decode_ms": {"least": wall[0], "median": wall[runs // 2]},
+                "decode_cpu_ms": {"least": cpu[0], "median": cpu[runs // 2]},
+            }
+        )
+    return found
+
+
+def _timed(decode: Callable[[bytes], Adapter], data: bytes) -> tuple[float, float]:
+    """Return elapsed and processor time in milliseconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    decode(data)
+    return round(1000 * (time.perf_counter() - wall), 2), round(1000 * (time.process_time() - cpu), 2)
