@@ -22,8 +22,9 @@ from icm_cli.workflows.task_evaluation import RungResult, TaskEvaluation, result
 from icmlora.adapter import Adapter
 from icmlora.base_model import BaseModel
 from icmlora.errors import DataError
-from icmlora.generator.codec import Codec, Encoded
+from icmlora.generator.codec import Codec
 from icmlora.generator.relaxed import RelaxedCode
+from icmlora.generator.step_search import Encoded
 from icmlora.peft_folder import save_adapter
 from icmlora.refinement import RefineConfig, refine
 from registry.records import NewEvaluation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,32 +18,17 @@ from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import VIEWS, TaskState
 from icmlora.generator.generation import predicted_tokens
 from icmlora.generator.generator_file import Generator
-from icmlora.generator.objective import water_level, worth_writing
+from icmlora.generator.objective import worth_writing
 from icmlora.generator.packing import KindIntegers, pack, unpack, written_slots
 from icmlora.generator.quantizer import Quantizer, Slots
-from icmlora.generator.scales import OCTAVE
+from icmlora.generator.step_search import Encoded, Limits, coarsest
 from icmlora.generator.tokens import KindTokens, detokenize, slot_overlaps, squared_norm, tokenize, weighted
 from icmlora.layout import ModuleShape
 from icmlora.metrics import relative_dw_error
 
-# Steps tried above and below the one that theory gives for a tolerance, in eighths of an octave.
-_BELOW, _ABOVE = 4 * OCTAVE, 2 * OCTAVE
-# How often the search goes down by `_BELOW` again: 2^-16 of the expected step is below what float32 resolves.
-_RETRIES = 3
 STRENGTHS = 64
 """Strengths per factor of two."""
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A code and what it keeps of its adapter."""
-
-    data: bytes
-    dw_error: float
-    """Relative squared error of dW, of the adapter decoded from the code."""
-    weighted_error: float
-    """The same of dW weighted by the sensitivity of its channels; equal to it under even weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,17 +77,14 @@ class Codec:
         Raises:
             GeneratorError: The generator does not cover the adapter, or float32 cannot keep the limits.
         """
-        if tolerance is None and max_error is None:
-            tolerance = self.config.tolerance
-        limits = (math.inf if tolerance is None else tolerance, math.inf if max_error is None else max_error)
+        limits = Limits(tolerance, max_error)
+        if limits == Limits():
+            limits = Limits(self.config.tolerance)
         tokens = tokenize(adapter, self.config, self.sensitivity)
         condition = self._condition(vectors)
         state = TaskState(condition, self._net.posterior(tokens, condition).round().clamp(-127, 127))
-        step = math.floor(OCTAVE * math.log2(water_level(tokens, min(limits), self.sensitivity)))
-        best = _coarsest(step, limits, lambda tried: self._encode_at(tried, adapter, tokens, state))
-        if best is None:
-            raise GeneratorError(f"no code keeps an error of {min(limits):g}", hint="allow a larger error")
-        return best
+        expected = limits.expected_step(tokens, self.sensitivity)
+        return coarsest(expected, limits, lambda step: self._encode_at(step, adapter, tokens, state))
 
     @torch.no_grad()
     @one_thread()
@@ -113,10 +95,28 @@ class Codec:
             CodeError: Damaged, or made by another generator.
         """
         opened = self.open(data)
-        head = opened.head
-        tokens = (self._dequantised(group, head, opened.state) for group in opened.groups)
+        tokens = (self.dequantised(group, opened.state, opened.head.step) for group in opened.groups)
+        return self.assemble(tokens, opened.head, opened.head.strengths)
+
+    def dequantised(self, group: KindIntegers, state: TaskState, step: int) -> KindTokens:
+        """Turn integers of one kind into tokens, before their strengths."""
+        norms = self.quantizer.norms(group.slots, group.gain, group.residuals)
+        return self.quantizer.dequantise(group.slots, norms, state, step, (group.inputs, group.outputs))
+
+    def assemble(self, tokens: Iterable[KindTokens], head: CodeHead, strengths: NDArray[np.int8]) -> Adapter:
+        """Make an adapter of a code's modules from tokens, which are changed on the way.
+
+        Args:
+            tokens: At most one entry per kind, one after the other.
+            head: Says which modules there are.
+            strengths: Per kind and layer, shape (K, L).
+
+        Raises:
+            CodeError: Values that float32 does not hold.
+        """
         modules = [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
-        adapter = detokenize(tokens, self.config, self.sensitivity, modules=modules, task_type=head.task_type)
+        strong = (_strengthened(group, strengths[group.kind]) for group in tokens)
+        adapter = detokenize(strong, self.config, self.sensitivity, modules=modules, task_type=head.task_type)
         if not all(_is_finite(factor) for module in adapter.modules for factor in (module.a, module.b)):
             raise CodeError("the code's values are out of float32's range")
         return adapter
@@ -141,7 +141,10 @@ class Codec:
     @torch.no_grad()
     def measure(self, adapter: Adapter, data: bytes) -> Encoded:
         """Decode a code and compare it with the adapter that it was made of."""
-        decoded = self.decode(data)
+        return self.compare(adapter, self.decode(data), data)
+
+    def compare(self, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
+        """Say what the bytes that an adapter was decoded from keep of the one that they were made of."""
         pair = (weighted(which, self.config, self.sensitivity) for which in (adapter, decoded))
         return Encoded(data, relative_dw_error(adapter, decoded), relative_dw_error(*pair))
 
@@ -190,35 +193,48 @@ class Codec:
             kept[self.config.place_of(module)] = 0
         groups: list[KindIntegers] = []
         for original in tokens:
-            group, strength = self._quantised(original, state, step)
+            group, kept_of_it, rebuilt = self.quantised(original, state, step)
             groups.append(group)
             gains[group.slots.kind] = group.gain
+            strength = strength_of(original, slot_overlaps(kept_of_it, rebuilt))
             strengths[group.slots.kind, np.unique(group.slots.layer)] = strength
             np.add.at(kept[group.slots.kind], group.slots.layer, 1)
         head = CodeHead(step, _bytes(state.condition), _bytes(state.latent), gains, strengths, kept, adapter.task_type)
         return self.measure(adapter, self.close(head, groups))
 
-    def _quantised(self, group: KindTokens, state: TaskState, step: int) -> tuple[KindIntegers, int]:
+    def quantised(
+        self, group: KindTokens, state: TaskState, step: int, gain: int | None = None
+    ) -> tuple[KindIntegers, KindTokens, KindTokens]:
+        """Round tokens of one kind, and leave out the slots that are not worth their bits.
+
+        Args:
+            group: The tokens.
+            state: The task's.
+            step: log2 of the quantiser step, in eighths.
+            gain: What norms are counted from; the tokens' own mean if it is not given.
+
+        Returns:
+            The integers of the slots that are kept, the tokens of these slots, and what the integers give back of them.
+        """
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
-        gain, residuals = self.quantizer.norm_residuals(slots, group.norm)
+        gain, residuals = self.quantizer.norm_residuals(slots, group.norm, gain)
         norms = self.quantizer.norms(slots, gain, residuals)
         inputs, outputs = self.quantizer.quantise(group, norms, state, step)
         rebuilt = self.quantizer.dequantise(slots, norms, state, step, (inputs, outputs))
         alive = worth_writing(group, rebuilt, (torch.from_numpy(inputs), torch.from_numpy(outputs)))
         keep = written_slots(slots, alive.numpy())
         kept = torch.from_numpy(keep)
-        integers = KindIntegers(slots, gain, residuals, inputs, outputs)[keep]
-        return integers, _strength(group, slot_overlaps(group[kept], rebuilt[kept]))
-
-    def _dequantised(self, group: KindIntegers, head: CodeHead, state: TaskState) -> KindTokens:
-        norms = self.quantizer.norms(group.slots, group.gain, group.residuals)
-        tokens = self.quantizer.dequantise(group.slots, norms, state, head.step, (group.inputs, group.outputs))
-        strengths = torch.from_numpy(head.strengths[group.slots.kind, group.slots.layer].astype(np.float32))
-        tokens.outputs.mul_(torch.exp2(strengths / STRENGTHS)[:, None])
-        return tokens
+        return KindIntegers(slots, gain, residuals, inputs, outputs)[keep], group[kept], rebuilt[kept]
 
 
-def _strength(original: KindTokens, overlaps: torch.Tensor) -> int:
+def _strengthened(tokens: KindTokens, strengths: NDArray[np.int8]) -> KindTokens:
+    """Multiply the tokens of each layer by its strength, shape (L,), in place."""
+    factors = torch.exp2(torch.from_numpy(strengths.astype(np.float32)) / STRENGTHS)
+    tokens.outputs.mul_(factors[tokens.layer][:, None])
+    return tokens
+
+
+def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:
     """Return the strength that makes the decoded dW of a kind as long along the original as the original is.
 
     Values that round to zero make the decoded dW shorter. An adapter at nine tenths of its strength loses more of its
@@ -228,37 +244,6 @@ def _strength(original: KindTokens, overlaps: torch.Tensor) -> int:
     if not 0 < along < math.inf:  # products of very large values overflow float32
         return 0
     return min(max(round(STRENGTHS * math.log2(length / along)), 0), _STRONGEST)
-
-
-def _coarsest(expected: int, limits: tuple[float, float], encode: Callable[[int], Encoded]) -> Encoded | None:
-    """Return the code of the coarsest step that keeps the limits, found by bisection; None if no step does.
-
-    Args:
-        expected: Where the search begins.
-        limits: Largest weighted error and largest relative dW error.
-        encode: Makes the code of one step.
-    """
-
-    def keeps(encoded: Encoded) -> bool:
-        return encoded.weighted_error <= limits[0] and encoded.dw_error <= limits[1]
-
-    low, high = expected - _BELOW, expected + _ABOVE
-    best = encode(low)
-    for _ in range(_RETRIES):
-        if keeps(best):
-            break
-        low, high = low - _BELOW, low - 1
-        best = encode(low)
-    if not keeps(best):
-        return None
-    while low < high:  # a coarser step loses more, nearly always; `best` keeps the limits in any case
-        middle = (low + high + 1) // 2
-        tried = encode(middle)
-        if keeps(tried):
-            low, best = middle, tried
-        else:
-            high = middle - 1
-    return best
 
 
 def _is_finite(values: torch.Tensor) -> bool:

@@ -52,13 +52,18 @@ def written_slots(slots: Slots, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def pack(quantizer: Quantizer, groups: Sequence[KindIntegers], step: int) -> bytes:
     """Write the integers of an adapter; at most one group per kind, ordered by kind."""
     writer = entropy.Writer()
+    write_groups(writer, quantizer, groups, step)
+    return writer.to_bytes()
+
+
+def write_groups(writer: entropy.Writer, quantizer: Quantizer, groups: Sequence[KindIntegers], step: int) -> None:
+    """Append the integers of some slots; at most one group per kind, ordered by kind."""
     for group in groups:
         writer.write(group.residuals, quantizer.norm_scales(group.slots))
     for group in groups:
         norms = quantizer.norms(group.slots, group.gain, group.residuals)
         scales = _scales(quantizer, group.slots, norms, step)
         writer.write(np.concatenate([group.inputs.ravel(), group.outputs.ravel()]), scales)
-    return writer.to_bytes()
 
 
 def unpack(quantizer: Quantizer, head: CodeHead, words: bytes) -> list[KindIntegers]:
@@ -67,20 +72,40 @@ def unpack(quantizer: Quantizer, head: CodeHead, words: bytes) -> list[KindInteg
     Raises:
         CodeError: Words that `pack` does not write under this head.
     """
-    reader = entropy.Reader(words)
-    kinds = [_slots(kind, row) for kind, row in enumerate(head.kept) if (row != ABSENT).any()]
+    none = np.zeros_like(head.kept)
+    return read_groups(entropy.Reader(words), quantizer, slots_between(none, head.kept), head.gains, head.step)
+
+
+def read_groups(
+    reader: entropy.Reader, quantizer: Quantizer, kinds: Sequence[Slots], gains: NDArray[np.int16], step: int
+) -> list[KindIntegers]:
+    """Read back what `write_groups` wrote of some slots.
+
+    Raises:
+        CodeError: Words that it does not write.
+    """
     residuals = [reader.read(quantizer.norm_scales(slots)) for slots in kinds]
     groups = []
     for slots, residual in zip(kinds, residuals, strict=True):
-        gain = int(head.gains[slots.kind])
+        gain = int(gains[slots.kind])
         norms = quantizer.norms(slots, gain, residual)
         if (np.abs(norms) > EXTREME).any():
             raise CodeError("the code's norms are out of range")
-        values = reader.read(_scales(quantizer, slots, norms, head.step))
-        count, (inputs, outputs) = len(slots.layer), quantizer.sizes(slots.kind)
-        left, right = np.split(values, [count * inputs])
-        groups.append(KindIntegers(slots, gain, residual, left.reshape(count, inputs), right.reshape(count, outputs)))
+        values = reader.read(_scales(quantizer, slots, norms, step))
+        left, right = split_sides(values, len(slots.layer), quantizer.sizes(slots.kind))
+        groups.append(KindIntegers(slots, gain, residual, left, right))
     return groups
+
+
+def split_sides(values: Integers, count: int, sizes: tuple[int, int]) -> tuple[Integers, Integers]:
+    """Take apart the integers of `count` slots: all inputs, shape (count, in), then all outputs, (count, out)."""
+    left, right = np.split(values, [count * sizes[0]])
+    return left.reshape(count, sizes[0]), right.reshape(count, sizes[1])
+
+
+def slots_between(first: NDArray[np.uint8], kept: NDArray[np.uint8]) -> list[Slots]:
+    """Return, for each kind that occurs, the slots from `first` on that are kept; both of shape (K, L)."""
+    return [_slots(kind, first[kind], row) for kind, row in enumerate(kept) if (row != ABSENT).any()]
 
 
 def _scales(quantizer: Quantizer, slots: Slots, norms: Norms, step: int) -> Scales:
@@ -88,8 +113,9 @@ def _scales(quantizer: Quantizer, slots: Slots, norms: Norms, step: int) -> Scal
     return np.concatenate([scale.ravel() for scale in quantizer.scales(slots, norms, step)])
 
 
-def _slots(kind: int, kept: NDArray[np.uint8]) -> Slots:
-    counts = np.where(kept == ABSENT, 0, kept).astype(np.int64)
-    layer = np.repeat(np.arange(len(counts)), counts)
-    slot = np.concatenate([np.arange(count) for count in counts])
+def _slots(kind: int, first: NDArray[np.uint8], kept: NDArray[np.uint8]) -> Slots:
+    begins = np.where(kept == ABSENT, 0, first).astype(np.int64)
+    ends = np.where(kept == ABSENT, 0, kept).astype(np.int64)
+    layer = np.repeat(np.arange(len(ends)), ends - begins)
+    slot = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
     return Slots(kind, layer, slot)

@@ -64,10 +64,11 @@ class Quantizer:
         scales: Integers = self._norm_scales[slots.kind, slots.slot].astype(np.int32)
         return scales
 
-    def norm_residuals(self, slots: Slots, norm: torch.Tensor) -> tuple[int, Integers]:
-        """Split float norms (n,) into the task's gain and integer residuals (n,), both in eighths."""
+    def norm_residuals(self, slots: Slots, norm: torch.Tensor, gain: int | None = None) -> tuple[int, Integers]:
+        """Split norms (n,) into the task's gain (their mean, if it is not given) and residuals (n,), in eighths."""
         offset = _eighths(norm.log2()) - self._norms[slots.kind, slots.layer, slots.slot]
-        gain = round(float(offset.mean())) if len(offset) else 0
+        if gain is None:
+            gain = round(float(offset.mean())) if len(offset) else 0
         return gain, (offset - gain).astype(np.int32)
 
     def norms(self, slots: Slots, gain: int, residuals: Integers) -> Norms:
