@@ -17,6 +17,7 @@ RegistryError
 ├── TaskNotFound       no task of that name
 ├── TaskConflict       the task exists with another adapter
 ├── GeneratorConflict  another generator of the base model is in use
+├── CodeChanged        a task got another code while something was made for its present one
 └── LastCopy           what was asked for would lose the last copy of an adapter
 """
 
@@ -118,6 +119,10 @@ class TaskConflict(RegistryError):
 
 class GeneratorConflict(RegistryError):
     """Codes were offered whose generator is not the one in use; no code is readable under two."""
+
+
+class CodeChanged(RegistryError):
+    """A residual was offered for a code that is not the task's present one any more; nothing was changed."""
 
 
 class LastCopy(RegistryError):

@@ -26,9 +26,9 @@ class Eviction:
     Attributes:
         task: the task.
         adapters: numbers of its adapters whose weights go.
-        code: the code that stands in, as it was read and decoded.
+        code: the code that stands in, with its residual if it has one, as they were read and decoded.
         generator: the generator that decodes it, likewise.
-        dw_error: relative squared error of dW that was measured on the decoded code.
+        dw_error: relative squared error of dW that was measured on what they decode to.
         evaluations: what else was measured.
     """
 
@@ -38,3 +38,8 @@ class Eviction:
     generator: records.GeneratorRecord
     dw_error: float
     evaluations: Sequence[records.NewEvaluation] = ()
+
+    def digests(self) -> list[str]:
+        """Return the digests of everything that stands in."""
+        beside = [] if self.code.residual is None else [self.code.residual.blob]
+        return [self.generator.blob, self.code.blob, *beside]

@@ -49,6 +49,7 @@ BLOB_COLUMNS: tuple[InstrumentedAttribute[int] | InstrumentedAttribute[int | Non
     TrainRun.weights_id,
     TrainRun.optimizer_id,
     Code.blob_id,
+    Code.residual_id,
     Evaluation.data_id,
 )
 _CHUNK = 200  # rows deleted per commit, so that the journal stays small on a full disk

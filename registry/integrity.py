@@ -136,6 +136,7 @@ _BLOBS_OF_TASK = (
     ),
     select(TaskVector.blob_id).join(Task, TaskVector.task_id == Task.id),
     select(Code.blob_id).join(Task, Code.task_id == Task.id),
+    select(Code.residual_id).join(Task, Code.task_id == Task.id),
 )
 
 
@@ -177,6 +178,7 @@ def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
                 Adapter.card_id == blob_id,
                 TaskVector.blob_id == blob_id,
                 Code.blob_id == blob_id,
+                Code.residual_id == blob_id,
             )
         )
     )

@@ -217,7 +217,14 @@ def _code_row(writer: RowWriter, generator: models.Generator, new: records.NewCo
         blob=writer.blob(new.blob),
         bits=new.bits,
         dw_error=new.dw_error,
+        **asked_columns(new.asked),
     )
+
+
+def asked_columns(asked: records.Asked | None) -> dict[str, float | None]:
+    """Return column -> value of what a code was asked to keep."""
+    fields = ("min_gain", "max_error", "tolerance", "is_kept")
+    return {field: None if asked is None else getattr(asked, field) for field in fields}
 
 
 def record_evaluation(session: Session, new: records.NewEvaluation, now: str) -> None:

@@ -126,7 +126,22 @@ def m002_evicted_and_pinned(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN evicted_at VARCHAR")
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (m001_initial, m002_evicted_and_pinned, m003_compact_rows)
+def m004_residuals(connection: Connection) -> None:
+    """Let a code have a residual beside it, and say what the two were asked to keep."""
+    for column in (
+        "residual_id INTEGER REFERENCES blobs",
+        "residual_error DOUBLE",
+        "min_gain DOUBLE",
+        "max_error DOUBLE",
+        "tolerance DOUBLE",
+        "is_kept BOOLEAN",
+    ):
+        connection.exec_driver_sql(f"ALTER TABLE codes ADD COLUMN {column}")
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
+    *(m001_initial, m002_evicted_and_pinned, m003_compact_rows, m004_residuals),
+)
 
 
 def migrate(database: Database, *, create: bool = False) -> None:

@@ -181,7 +181,7 @@ class TrainRun(Base):
 
 
 class Code(Base):
-    """The code of one adapter under one generator."""
+    """The code of one adapter under one generator, with what lies beside it and what the two were asked to keep."""
 
     __tablename__ = "codes"
 
@@ -192,9 +192,16 @@ class Code(Base):
     blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     bits: Mapped[float]
     dw_error: Mapped[float | None]
+    residual_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    residual_error: Mapped[float | None]
+    min_gain: Mapped[float | None]
+    max_error: Mapped[float | None]
+    tolerance: Mapped[float | None]
+    is_kept: Mapped[bool | None]
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
-    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])
+    residual: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[residual_id])
 
     __table_args__ = (UniqueConstraint("task_id", "generator_id"),)
 
@@ -206,7 +213,7 @@ class Evaluation(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
-    rung: Mapped[str] = mapped_column(Choice("base", "code", "generate", "original"))
+    rung: Mapped[str] = mapped_column(Choice("base", "code", "generate", "original", "residual"))
     generator_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete=_GONE_WITH_PARENT))
     data_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     metric: Mapped[str] = mapped_column(Choice("nll"))

@@ -68,7 +68,7 @@ class OriginalOperations(StoreBase):
 
         Raises:
             LastCopy: the code is not the task's present one any more, or the task is pinned; nothing was changed.
-            DamagedStore: code or generator are not intact; nothing was changed.
+            DamagedStore: generator, code or residual are not intact; nothing was changed.
             StoreLocked: other processes use the store.
         """
         self._must_write()
@@ -81,7 +81,7 @@ class OriginalOperations(StoreBase):
             return drop_evicted(self._db, self._blobs, digests)
 
         with self._lock.exclusive():
-            for digest in (eviction.code.blob, eviction.generator.blob):
+            for digest in eviction.digests():
                 self._blobs.check(digest)
             freed = with_reserve(self._paths, let_go)
             restore_reserve(self._paths)
@@ -118,7 +118,8 @@ def _mark_evicted(session: Session, eviction: Eviction) -> list[str]:
         or final is None
         or not generator.is_current
         or (row.task_id, row.generator_id, row.adapter_id) != (task.id, generator.id, final.id)
-        or (row.blob.digest, generator.blob.digest) != (code.blob, eviction.generator.blob)
+        or generator.blob.digest != eviction.generator.blob
+        or (row.blob.digest, row.residual and row.residual.digest) != (code.blob, code.residual and code.residual.blob)
     ):
         raise LastCopy(f"task {task.name!r} changed while its code was checked", hint="run the same command again")
     digests: list[str] = []
@@ -126,7 +127,10 @@ def _mark_evicted(session: Session, eviction: Eviction) -> list[str]:
         chosen = (adapter.task_id == task.id, adapter.id.in_(some))
         digests += session.scalars(select(models.Blob.digest).join(adapter.weights).where(*chosen))
         session.execute(update(adapter).where(*chosen, adapter.evicted_at.is_(None)).values(evicted_at=now))
-    row.dw_error = eviction.dw_error
+    if row.residual is None:
+        row.dw_error = eviction.dw_error
+    else:
+        row.residual_error = eviction.dw_error
     for evaluation in eviction.evaluations:
         record_evaluation(session, evaluation, now)
     session.flush()

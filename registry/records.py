@@ -11,7 +11,7 @@ from typing import Literal
 
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
-Rung = Literal["base", "original", "code", "generate"]
+Rung = Literal["base", "original", "residual", "code", "generate"]
 OnConflict = Literal["skip", "replace", "fail"]
 IngestStatus = Literal["added", "updated", "known", "replaced", "skipped"]
 
@@ -213,6 +213,43 @@ class VectorRecord(NewVector):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a code, with its residual if it has one, was asked to keep the last time; None where nothing was said.
+
+    Attributes:
+        min_gain: smallest retained gain.
+        max_error: largest relative squared error of dW.
+        tolerance: the same of dW weighted by sensitivity.
+        is_kept: whether it does.
+    """
+
+    min_gain: float | None = None
+    max_error: float | None = None
+    tolerance: float | None = None
+    is_kept: bool = True
+
+
+@dataclass(frozen=True)
+class NewResidual:
+    """What is to be recorded beside a code.
+
+    Attributes:
+        blob: digest of the residual's file.
+        dw_error: relative squared error of dW, decoded from code and residual.
+    """
+
+    blob: str
+    dw_error: float
+
+
+@dataclass(frozen=True)
+class ResidualRecord(NewResidual):
+    """A residual in the store; `size` is its file's length in bytes."""
+
+    size: int
+
+
+@dataclass(frozen=True)
 class NewCode:
     """A code to be recorded.
 
@@ -221,6 +258,7 @@ class NewCode:
         blob: digest of the code's file.
         bits: its length in bits, as the training loss counts it.
         dw_error: relative squared error of the decoded dW, if it was measured.
+        asked: what it was made to keep, if that is known.
     """
 
     task: str
@@ -228,15 +266,32 @@ class NewCode:
     blob: str
     bits: float
     dw_error: float | None
+    asked: Asked | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CodeRecord(NewCode):
-    """A code in the store; `size` is its file's length in bytes."""
+    """A code in the store.
+
+    Attributes:
+        size: its file's length in bytes.
+        residual: what lies beside it, if anything.
+    """
 
     id: int
     generator_id: int
     size: int
+    residual: ResidualRecord | None
+
+    @property
+    def rung(self) -> Literal["residual", "code"]:
+        """The best that the store has of the task without its original."""
+        return "code" if self.residual is None else "residual"
+
+    @property
+    def best_error(self) -> float | None:
+        """The relative dW error of that."""
+        return self.dw_error if self.residual is None else self.residual.dw_error
 
 
 @dataclass(frozen=True)
@@ -301,7 +356,7 @@ class NewEvaluation:
     """A measurement to be recorded; it replaces the earlier one of the same task, rung, generator, data and metric.
 
     Attributes:
-        generator_id: the generator of the rungs `code` and `generate`, None for the others.
+        generator_id: the generator of the rungs `residual`, `code` and `generate`, None for the others.
         data: digest of the held-out texts.
         nats_per_token: mean negative log-likelihood.
         tokens: the number of predicted tokens.

@@ -89,6 +89,8 @@ def code_record(row: models.Code) -> records.CodeRecord:
         size=row.blob.size,
         bits=row.bits,
         dw_error=row.dw_error,
+        asked=_asked(row),
+        residual=_residual(row),
     )
 
 
@@ -140,6 +142,18 @@ def evaluation_record(row: models.Evaluation) -> records.EvaluationRecord:
         settings=row.settings.body,
         created_at=row.created_at,
     )
+
+
+def _residual(row: models.Code) -> records.ResidualRecord | None:
+    if row.residual is None or row.residual_error is None:
+        return None
+    return records.ResidualRecord(row.residual.digest, row.residual_error, row.residual.size)
+
+
+def _asked(row: models.Code) -> records.Asked | None:
+    if row.is_kept is None:
+        return None
+    return records.Asked(row.min_gain, row.max_error, row.tolerance, row.is_kept)
 
 
 def _source(row: models.Adapter) -> str:

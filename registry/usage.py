@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
 
 from registry.engine import Database
@@ -26,6 +26,7 @@ class Usage:
         originals: final adapters: weights, configs and cards.
         checkpoints: the other adapters.
         generators: current generators.
+        residuals: what lies beside codes under the current generators.
         codes: codes under the current generators.
         vectors: task vectors.
         texts: samples and held-out texts.
@@ -39,6 +40,7 @@ class Usage:
     originals: int
     checkpoints: int
     generators: int
+    residuals: int
     codes: int
     vectors: int
     texts: int
@@ -82,6 +84,7 @@ def _uses(session: Session) -> dict[str, str]:
         ("originals", blob_references(Adapter, Adapter.is_final.is_(True))),
         ("checkpoints", blob_references(Adapter)),
         ("generators", blob_references(Generator, Generator.is_current.is_(True))),
+        ("residuals", exists().where(Code.residual_id == Blob.id, of_current)),
         ("codes", blob_references(Code, of_current)),
         ("vectors", blob_references(TaskVector)),
         ("texts", blob_references(Task)),

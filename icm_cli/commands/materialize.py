@@ -21,6 +21,7 @@ class SourceName(StrEnum):
 
     AUTO = "auto"
     ORIGINAL = "original"
+    RESIDUAL = "residual"
     CODE = "code"
     GENERATE = "generate"
 
@@ -41,8 +42,8 @@ SourceOpt = Annotated[
     SourceName,
     typer.Option(
         "--source",
-        help="auto: the original while the store has it, then the code. code: decode the task's code. "
-        "generate: predict it from the task's vectors alone.",
+        help="auto: the best there is: original, residual, code. residual: the task's code with its residual. "
+        "code: the code alone. generate: predict it from the task's vectors alone.",
     ),
 ]
 DtypeOpt = Annotated[DtypeName, typer.Option("--dtype", help="Number format; an original keeps its own.")]
@@ -78,9 +79,9 @@ def materialize(
     from icm_cli.workflows.materializing import MaterializeRequest
     from icm_cli.workflows.materializing import materialize as write
 
-    if bundle is not None and (seed is not None or source in (SourceName.ORIGINAL, SourceName.GENERATE)):
+    if bundle is not None and (seed is not None or source not in (SourceName.AUTO, SourceName.CODE)):
         raise UsageProblem("a bundle holds codes only", hint="without --seed, --from goes with --source auto or code")
-    if seed is not None and source in (SourceName.ORIGINAL, SourceName.CODE):
+    if seed is not None and source not in (SourceName.AUTO, SourceName.GENERATE):
         raise UsageProblem(f"--seed samples a generated adapter; --source {source.value} has nothing to sample")
     request = MaterializeRequest(
         task=task,
@@ -92,8 +93,8 @@ def materialize(
         max_error=max_error,
     )
     done = write(session.place, request) if bundle is None else _from_bundle(bundle, request)
-    if bundle is None and source is SourceName.AUTO and done.rung == "code":
-        session.out.note(f"the original of {done.task} was evicted: decoded from its code instead")
+    if bundle is None and source is SourceName.AUTO and done.rung in ("residual", "code"):
+        session.out.note(f"the original of {done.task} was evicted: decoded from {_FROM[done.rung]} instead")
     _tell(session, done)
 
 
@@ -125,4 +126,9 @@ def _tell(session: Session, done: Materialized) -> None:
     out.note(f"{done.task} from {_FROM[done.rung]}{figures}")
 
 
-_FROM = {"original": "its original, byte for byte", "code": "its code", "generate": "its task vectors"}
+_FROM = {
+    "original": "its original, byte for byte",
+    "residual": "its code and residual",
+    "code": "its code",
+    "generate": "its task vectors",
+}

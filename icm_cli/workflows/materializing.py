@@ -1,4 +1,4 @@
-"""Write one task's adapter as a PEFT folder: from its original bytes, from its code, or from its task vectors."""
+"""Write one task's adapter as a PEFT folder: from its original, its code (and residual), or its task vectors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from icmlora.adapter import Adapter
     from registry.store import Store
 
-Source = Literal["auto", "original", "code", "generate"]
-Rung = Literal["original", "code", "generate"]
+Source = Literal["auto", "original", "residual", "code", "generate"]
+Rung = Literal["original", "residual", "code", "generate"]
 
 _BETTER = "`--source original` loses nothing; `icm train` with a higher --quality makes better codes"
 
@@ -81,23 +81,27 @@ def write_rung(store: Store, request: MaterializeRequest) -> Materialized:
         return _write_original(store, task, final, request)
     provenance = _provenance(store, task, rung, generator, code, request.seed)
     check_error(provenance, request.max_error, hint=_BETTER)
-    adapter = _decode(store, final, code if rung == "code" else None, generator, request.seed)
+    adapter = _decode(store, final, rung, code, generator, request.seed)
     return write_decoded(adapter, provenance, request)
 
 
 def _choose(
     request: MaterializeRequest, final: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None
 ) -> Rung:
-    """Return the best rung that is there; `auto` gives the original back as long as the store has it."""
+    """Return the rung that is asked for; `auto` is the best there is, the original as long as the store has it."""
     source = request.source
     if source == "auto":
-        kept: Rung = "code" if final.is_evicted else "original"
+        without: Rung = "code" if code is None else code.rung
+        kept: Rung = without if final.is_evicted else "original"
         source = kept if request.seed is None else "generate"
     if source == "original" and final.is_evicted:
         hint = "`icm ingest --restore PATH` of it brings it back; `--source code` gives what the store kept"
         raise DataError(f"the original of task {request.task!r} was evicted at {final.evicted_at}", hint=hint)
-    if source == "code" and code is None:
+    if source in ("code", "residual") and code is None:
         raise DataError(f"task {request.task!r} has no code", hint="`icm train` makes it")
+    if source == "residual" and code is not None and code.residual is None:
+        hint = "its code kept what was asked for, or nothing was: `icm encode --residual` makes one"
+        raise DataError(f"task {request.task!r} has no residual", hint=hint)
     if source == "generate" and generator is None:
         raise DataError(f"there is no generator for task {request.task!r}", hint="`icm train` makes it")
     return source
@@ -106,7 +110,7 @@ def _choose(
 def _provenance(
     store: Store,
     task: TaskRecord,
-    rung: Literal["code", "generate"],
+    rung: Literal["residual", "code", "generate"],
     generator: GeneratorRecord,
     code: CodeRecord | None,
     seed: int | None,
@@ -114,8 +118,8 @@ def _provenance(
     """Gather what is known of an adapter; of one that is sampled nothing was measured."""
     measured = None if seed is not None else latest_of(store.evaluations(task.name), task, rung, generator)
     error, gain = (None, None) if measured is None else (measured.dw_error, measured.retained_gain)
-    if rung == "code" and code is not None:
-        error = code.dw_error
+    if code is not None and rung != "generate":
+        error = code.dw_error if rung == "code" else code.best_error
     return Provenance(task.name, task.base_model, rung, generator, error, gain, seed)
 
 
@@ -133,9 +137,15 @@ def check_error(provenance: Provenance, limit: float | None, *, hint: str) -> No
 
 
 def _decode(
-    store: Store, final: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord, seed: int | None
+    store: Store,
+    final: AdapterRecord,
+    rung: Literal["residual", "code", "generate"],
+    code: CodeRecord | None,
+    generator: GeneratorRecord,
+    seed: int | None,
 ) -> Adapter:
     # torch is imported here: writing an original back needs none.
+    from icm_cli.workflows.beside import decode_rung
     from icm_cli.workflows.store_fleet import mean_vectors
     from icmlora.adapter_config import AdapterConfig
     from icmlora.generator.codec import Codec
@@ -143,8 +153,8 @@ def _decode(
     from icmlora.layout import ModuleShape
 
     codec = Codec(generator_from_bytes(store.read_blob(generator.blob)))
-    if code is not None:
-        return codec.decode(store.read_blob(code.blob))
+    if code is not None and rung != "generate":
+        return decode_rung(store, codec, code, rung)
     vectors = mean_vectors(store, store.vectors(final.task))
     if not vectors:
         raise DataError(f"task {final.task!r} has no task vector", hint="`icm vectors` makes it")

@@ -43,6 +43,7 @@ The original LoRA adapter for `{base}`, byte for byte as it was given to icm.
 """
 
 _HOW = {
+    "residual": "from the task's stored code and the residual beside it",
     "code": "from the task's stored code",
     "generate": "from the task's vectors alone; it is a prediction, not a copy of the original adapter",
 }
@@ -66,7 +67,7 @@ class Provenance:
 
     task: str
     base_model: str
-    rung: Literal["code", "generate"]
+    rung: Literal["residual", "code", "generate"]
     generator: NamedGenerator
     dw_error: float | None
     retained_gain: float | None

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from registry.evicted import Eviction
-from registry.records import Json, NewAdapter, NewCode, NewEvaluation, NewGenerator, NewVector, OnConflict, TaskIngest
+from registry.records import (
+    CodeRecord,
+    Json,
+    NewAdapter,
+    NewCode,
+    NewEvaluation,
+    NewGenerator,
+    NewVector,
+    OnConflict,
+    TaskIngest,
+)
 from registry.store import Store
 
 BASE = "example/base-model"
@@ -79,6 +89,15 @@ def code(store: Store, task: str, *, data: bytes | None = None) -> NewCode:
     return NewCode(task, store.final_adapter(task).id, blob, bits=80.5, dw_error=0.01)
 
 
+def code_of(store: Store, task: str) -> CodeRecord:
+    """Return the code of a task under the current generator."""
+    current = store.current_generator(BASE)
+    assert current is not None
+    found = store.code(task, current.id)
+    assert found is not None
+    return found
+
+
 def generator(store: Store, tasks: Sequence[str] = (), *, data: bytes = b"generator", **more: object) -> NewGenerator:
     """Store a generator's bytes with a code for each task and return what is to be recorded."""
     codes = [code(store, task) for task in tasks]
@@ -90,9 +109,7 @@ def eviction(store: Store, task: str, **more: object) -> Eviction:
     """Return what lets go of all originals of a task whose code stands in for them."""
     current = store.current_generator(BASE)
     assert current is not None
-    stands_in = store.code(task, current.id)
-    assert stands_in is not None
-    fields = {"adapters": [row.id for row in store.adapters(task)], "code": stands_in, "generator": current}
+    fields = {"adapters": [row.id for row in store.adapters(task)], "code": code_of(store, task), "generator": current}
     return Eviction(task, **(fields | {"dw_error": 0.02} | more))  # type: ignore[arg-type]
 
 

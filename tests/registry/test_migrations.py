@@ -15,12 +15,14 @@ from registry import migrations, writer
 from registry.engine import PAGE_SIZE, Database
 from registry.errors import DamagedStore, NotAStore, StoreFull, StoreTooNew
 from registry.models import Base
+from registry.records import Asked, NewResidual
 from registry.store import Store
 from tests.registry.every_row import everything, fill
-from tests.registry.examples import evaluation, ingest, new_store, vector
+from tests.registry.examples import code_of, evaluation, ingest, new_store, vector
 
 VERSION_1 = Path(__file__).parent / "data" / "store_v1.sql"
 VERSION_2 = Path(__file__).parent / "data" / "store_v2.sql"
+VERSION_3 = Path(__file__).parent / "data" / "store_v3.sql"
 WRITTEN_AT = datetime(2026, 11, 24, 16, 51, 22, tzinfo=UTC)
 
 
@@ -79,7 +81,7 @@ def test_a_store_of_schema_1_opens_with_its_rows(tmp_path: Path) -> None:
 
 
 class Written(datetime):
-    """The moment at which the kept dump was written."""
+    """The moment at which the kept dumps were written."""
 
     @classmethod
     def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
@@ -87,21 +89,40 @@ class Written(datetime):
 
 
 @pytest.fixture
-def of_schema_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """Make a store of schema 2 with rows in every table, and return what this schema says of the same rows."""
+def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Make a store with rows in every table, and return what this schema says of them."""
     monkeypatch.setattr(writer, "datetime", Written)
     with new_store(tmp_path / "store") as store:
         fill(store)
-        expected = everything(store)
+        return everything(store)
+
+
+@pytest.fixture
+def of_schema_2(tmp_path: Path, expected: dict[str, object]) -> dict[str, object]:
+    """Make a store of schema 2 with rows in every table, and return what this schema says of the same rows."""
     put_database(tmp_path / "store", VERSION_2)
     return expected
 
 
-def test_every_row_of_a_store_of_schema_2_survives(tmp_path: Path, of_schema_2: dict[str, object]) -> None:
+@pytest.mark.parametrize("dump", [VERSION_2, VERSION_3], ids=["2", "3"])
+def test_every_row_of_a_store_of_an_earlier_schema_survives(
+    tmp_path: Path, expected: dict[str, object], dump: Path
+) -> None:
+    put_database(tmp_path / "store", dump)
     with new_store(tmp_path / "store") as store:
-        assert everything(store) == of_schema_2
+        assert everything(store) == expected
         assert [finding for finding in store.verify(read_data=True) if finding.is_problem] == []
         assert store.schema_version == len(migrations.MIGRATIONS)
+
+
+def test_a_code_of_schema_3_has_no_residual_and_gets_one(tmp_path: Path, expected: dict[str, object]) -> None:
+    put_database(tmp_path / "store", VERSION_3)
+    with new_store(tmp_path / "store") as store:
+        code = code_of(store, "rust")
+        assert (code.residual, code.asked) == (None, None)
+        store.replace_residual(code, NewResidual(store.put_blob(b"residual"), 0.001), Asked(max_error=0.01))
+        assert code_of(store, "rust").best_error == 0.001
+        assert list(store.verify(read_data=True)) == []
 
 
 def test_a_moved_store_goes_on_as_one_that_was_never_old(tmp_path: Path, of_schema_2: dict[str, object]) -> None:
