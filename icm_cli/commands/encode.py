@@ -1,4 +1,4 @@
-"""`icm encode`: give tasks the smallest codes that keep what is asked for."""
+"""`icm encode`: give tasks the smallest codes, or residuals beside them, that keep what is asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.kept_text import coded_size
 from icm_cli.options import BaseModelOpt, DeviceOpt, SomeTasksArg, gain_option, loss_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
@@ -40,6 +41,14 @@ RefineOpt = Annotated[
     ),
 ]
 
+ResidualOpt = Annotated[
+    bool,
+    typer.Option(
+        "--residual",
+        help="Leave the codes as they are, and put beside each what it lacks to keep the limit; nothing where it does.",
+    ),
+]
+
 _COLUMNS = (
     Column("task", shrink=True),
     Column("result"),
@@ -48,7 +57,12 @@ _COLUMNS = (
     Column("dW error", right=True),
     Column("retained gain", right=True),
 )
-_STATUS = {"below": "keeps its original", "evicted": "original gone", "unmeasured": "not measured"}
+_STATUS = {
+    "enough": "code is enough",
+    "below": "keeps its original",
+    "evicted": "original gone",
+    "unmeasured": "not measured",
+}
 
 
 @command
@@ -59,13 +73,16 @@ def encode(
     min_gain: GainOpt = None,
     tolerance: ToleranceOpt = None,
     refine: RefineOpt = 0,
+    residual: ResidualOpt = False,
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
 ) -> None:
     """Give tasks the smallest codes that keep a fidelity, under the present generator; nothing is trained.
 
     A task that no code keeps well enough gets its most faithful one and should keep its original: `icm evict` with the
-    same limit leaves it. Exit 3 says that there are such tasks.
+    same limit leaves it. Exit 3 says that there are such tasks, and `icm stats` too.
+
+    With --residual the codes stay, for use where bytes count, and code and residual together keep the limit.
 
     Example:
       icm encode --min-gain 0.98
@@ -76,6 +93,9 @@ def encode(
     if refine and max_error is not None:
         hint = "`--min-gain` measures what refined codes do"
         raise UsageProblem("--refine leaves the weights for the function: it does not go with --max-error", hint=hint)
+    if refine and residual:
+        hint = "refine codes first, then put residuals beside them"
+        raise UsageProblem("--residual leaves the codes as they are: it does not go with --refine", hint=hint)
     from icm_cli.workflows.encode_plan import EncodeRequest
 
     request = EncodeRequest(
@@ -86,6 +106,7 @@ def encode(
         tolerance=tolerance,
         refine=refine,
         base_model=base_model,
+        residual=residual,
     )
     run(session, request)
 
@@ -114,7 +135,7 @@ def _tell(session: Session, event: Event) -> None:
 
 def _sum_up(session: Session, report: EncodeReport) -> None:
     out = session.out
-    now = sum(task.size or 0 for task in report.tasks)
+    now = sum((task.size or 0) + (task.residual_size or 0) for task in report.tasks)
     before = sum(task.before or 0 for task in report.tasks)
     out.event("summary", tasks=len(report.tasks), short=len(report.short), size=now, before=before)
     out.table(_COLUMNS, [_cells(task) for task in report.tasks])
@@ -122,7 +143,7 @@ def _sum_up(session: Session, report: EncodeReport) -> None:
         if task.reason:
             out.line(f"{task.task}: {task.reason}")
     out.line(
-        f"{counted(len(report.tasks), 'code')} of together {human_size(now)}, before {human_size(before)}; "
+        f"{counted(len(report.tasks), 'task')} of together {human_size(now)}, before {human_size(before)}; "
         f"{len(report.short)} below what was asked for"
     )
     if report.tasks and not report.short:
@@ -133,7 +154,7 @@ def _cells(task: TaskEncoded) -> list[str]:
     return [
         task.task,
         _STATUS.get(task.status, task.status),
-        "-" if task.size is None else human_size(task.size),
+        coded_size(task.size, task.residual_size),
         "-" if task.before is None else human_size(task.before),
         "-" if task.dw_error is None else f"{task.dw_error:.4f}",
         "-" if task.retained_gain is None else f"{task.retained_gain:.4f}",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 class RungName(StrEnum):
     """A rung that can be measured; base model and original always are."""
 
+    RESIDUAL = "residual"
     CODE = "code"
     GENERATE = "generate"
 
@@ -56,7 +57,7 @@ BaselineOpt = Annotated[
 ]
 
 _METHOD_COLUMNS = ("bytes a task", "of one more", "of bf16", "dW err", "gain", "worst")
-_RUNGS = ("base", "original", "code", "generate")
+_RUNGS = ("base", "original", "residual", "code", "generate")
 
 
 @command
@@ -70,7 +71,7 @@ def evaluate(
     again: AgainOpt = False,
     baseline: BaselineOpt = None,
 ) -> None:
-    """Measure perplexity and bits per byte of base model, original, code and generated adapter, side by side.
+    """Measure perplexity and bits per byte of base model, original, residual, code and generated adapter, side by side.
 
     GAIN is the retained gain: (loss of base - loss of rung) / (loss of base - loss of original). Adapters are written
     to disk and loaded by PEFT before they are measured. Needs the base model. Of an evicted original, what was measured
@@ -86,7 +87,7 @@ def evaluate(
     request = EvaluateRequest(
         names=tasks or [],
         device=session.device(device),
-        rungs=[name.value for name in rung] if rung else ("code", "generate"),
+        rungs=[name.value for name in rung] if rung else ("residual", "code", "generate"),
         data=data,
         max_tokens=max_tokens,
         again=again,

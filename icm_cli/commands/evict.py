@@ -1,4 +1,4 @@
-"""`icm evict`: delete originals whose code keeps what is asked for."""
+"""`icm evict`: delete originals whose code, with its residual, keeps what is asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.kept_text import coded_size
 from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
@@ -61,8 +62,9 @@ def evict(
 ) -> None:
     """Delete originals, final adapters and checkpoints, whose code was checked to stand in for them.
 
-    Each code is read again from disk, decoded and measured against the original first. A task that does not meet the
-    limits keeps its original, and so does a pinned one. Exit 3 says that some were kept. Works on a full disk.
+    Each code, with its residual if it has one, is read again from disk, decoded and measured against the original
+    first. A task that does not meet the limits keeps its original, and so does a pinned one. Exit 3 says that some were
+    kept. Works on a full disk.
 
     Example:
       icm evict --max-error 0.05 --dry-run
@@ -134,7 +136,7 @@ def _cells(task: TaskEvicted) -> list[str]:
         task.task,
         _STATUS.get(task.status, task.status),
         human_size(task.freed) if task.adapters else "-",
-        "-" if task.code_size is None else human_size(task.code_size),
+        coded_size(task.code_size, task.residual_size),
         "-" if task.dw_error is None else f"{task.dw_error:.4f}",
         "-" if task.retained_gain is None else f"{task.retained_gain:.4f}",
     ]

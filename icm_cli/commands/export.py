@@ -29,7 +29,7 @@ def export(
     """Write the generator with the codes of some tasks into one portable file.
 
     Where FILE is, `icm materialize --from FILE` writes adapters without a store, and `icm import FILE` takes all into
-    one. It holds no original and no text. The same store gives the same bytes.
+    one. It holds no original, no residual and no text. The same store gives the same bytes.
 
     Example:
       icm export fleet.icm
@@ -53,6 +53,7 @@ def _tell(session: Session, done: Exported) -> None:
             "generator_version": index.generator.version,
             "tasks": [task.name for task in index.tasks],
             "left_out": list(done.left_out),
+            "without_residual": list(done.without_residual),
         }
     )
     if out.is_quiet:
@@ -65,3 +66,6 @@ def _tell(session: Session, done: Exported) -> None:
         out.warn(f"{counted(len(done.left_out), 'task')} without a code left out")
         out.detail(", ".join(done.left_out))
         out.hint("`icm train` encodes every task")
+    if done.without_residual:
+        out.note(f"a bundle carries codes: the residual of {counted(len(done.without_residual), 'task')} stays behind")
+        out.detail(", ".join(done.without_residual))

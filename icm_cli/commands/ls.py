@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from icm_cli.kept_text import coded_size
 from icm_cli.options import BaseModelOpt, FromOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
@@ -29,8 +30,8 @@ def ls(session: Session, base_model: BaseModelOpt = None, bundle: FromOpt = None
     """List the tasks in the store.
 
     ORIGINAL says "evicted" where the weights were deleted, and "pinned" where they never are. CODE is the size of the
-    task's code under the current generator, "-" before `icm train`. With --quiet only names are
-    printed, one a line. With --from the tasks of a bundle are listed, with what their codes kept.
+    task's code under the current generator, and of the residual beside it; "-" before `icm train`. With --quiet only
+    names are printed, one a line. With --from the tasks of a bundle are listed, with what their codes kept.
 
     Example:
       icm ls --json
@@ -63,8 +64,14 @@ def _as_cells(row: TaskSummary) -> list[str]:
         _original(row),
         str(row.checkpoints),
         str(row.vectors),
-        "-" if row.code is None else human_size(row.code.size),
+        _coded(row),
     ]
+
+
+def _coded(row: TaskSummary) -> str:
+    if row.code is None:
+        return "-"
+    return coded_size(row.code.size, None if row.code.residual is None else row.code.residual.size)
 
 
 def _original(row: TaskSummary) -> str:
@@ -89,6 +96,7 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "evicted_checkpoints_count": row.evicted_checkpoints,
         "vectors_count": row.vectors,
         "code_size": None if row.code is None else row.code.size,
-        "dw_error": None if row.code is None else row.code.dw_error,
+        "residual_size": None if row.code is None or row.code.residual is None else row.code.residual.size,
+        "dw_error": None if row.code is None else row.code.best_error,
         "created_at": row.task.created_at,
     }

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from icm_cli.kept_text import limits_text
 from icm_cli.options import TaskArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
@@ -34,12 +35,12 @@ _EVALUATION_COLUMNS = (
 )
 
 
-_RUNGS = ("base", "original", "code", "generate")
+_RUNGS = ("base", "original", "residual", "code", "generate")
 
 
 @command
 def show(session: Session, task: TaskArg) -> None:
-    """Show a task: its adapters, vectors, code, and how good each rung was measured to be.
+    """Show a task: its adapters, vectors, code and residual, and how good each rung was measured to be.
 
     Example:
       icm show shakespeare
@@ -60,11 +61,7 @@ def show(session: Session, task: TaskArg) -> None:
 
 
 def _summary(details: TaskDetails) -> list[tuple[str, str]]:
-    final, generator, code = details.final, details.generator, details.code
-    coded = "-"
-    if code is not None and generator is not None:
-        error = "" if code.dw_error is None else f", dW error {code.dw_error:.3f}"
-        coded = f"{human_size(code.size)} under generator {generator.version}{error}"
+    final = details.final
     return [
         ("task", details.task.name),
         ("base model", details.task.base_model),
@@ -75,9 +72,24 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
         ("samples", "yes" if details.task.samples else "no"),
         ("held-out text", "yes" if details.task.eval_data else "no"),
         ("vectors", counted(len(details.vectors), "vector")),
-        ("code", coded),
+        *_coded(details),
         ("ingested", details.task.created_at),
     ]
+
+
+def _coded(details: TaskDetails) -> list[tuple[str, str]]:
+    generator, code = details.generator, details.code
+    if code is None or generator is None:
+        return [("code", "-")]
+    error = "" if code.dw_error is None else f", dW error {code.dw_error:.3f}"
+    lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}")]
+    if code.residual is not None:
+        beside = code.residual
+        lines.append(("residual", f"{human_size(beside.size)}, with it dW error {beside.dw_error:.3f}"))
+    if code.asked is not None:
+        verdict = "kept" if code.asked.is_kept else "not kept"
+        lines.append(("asked for", f"{limits_text(code.asked)}: {verdict}"))
+    return lines
 
 
 def _original(details: TaskDetails) -> str:

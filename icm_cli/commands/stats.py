@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from icm_cli.kept_text import coded_size, shortfalls
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import human_percent, human_size
@@ -50,8 +52,10 @@ _TASK_COLUMNS = (
 def stats(session: Session, plot: PlotOpt = None) -> None:
     """Show the bill: bytes on disk, what generator and codes take against bf16, and what the codes keep.
 
-    OF BF16 compares generator, codes and vectors with every final adapter in bf16. BREAK-EVEN is the number of tasks
-    from which they are smaller. dW ERROR and RETAINED GAIN are mean / worst. With -v, one row per task.
+    OF BF16 compares generator, codes, residuals and vectors with every final adapter in bf16. BREAK-EVEN is the number
+    of tasks from which they are smaller. dW ERROR and RETAINED GAIN are mean / worst, of codes with what lies beside
+    them. Tasks that keep their original because nothing smaller keeps what was asked for are counted. With -v, one row
+    per task.
 
     Example:
       icm stats --json
@@ -71,6 +75,8 @@ def stats(session: Session, plot: PlotOpt = None) -> None:
     out.record(_disk(found))
     out.line()
     out.line(_verdict(found))
+    for line in shortfalls(task.asked for fleet in found.fleets for task in fleet.short if task.asked is not None):
+        out.line(line)
     if plot is not None:
         from icm_cli.workflows.plots import plot_bill
 
@@ -85,6 +91,7 @@ def _disk(found: Bill) -> list[tuple[str, str]]:
         ("checkpoints", usage.checkpoints),
         ("generators", usage.generators),
         ("codes", usage.codes),
+        ("residuals", usage.residuals),
         ("task vectors", usage.vectors),
         ("samples and held-out text", usage.texts),
         ("earlier generators", usage.old_generators),
@@ -110,7 +117,7 @@ def _verdict(found: Bill) -> str:
     if not any(fleet.encoded for fleet in found.fleets):
         return f"{disk}: nothing is encoded yet, so nothing is saved."
     share = found.compact_share
-    what = "Generators, codes, vectors and database"
+    what = f"Generators, codes, {'residuals, ' if found.usage.residuals else ''}vectors and database"
     kept = f"{disk}{_held(found)}."
     if share is None:
         return f"{kept} Not every task has a code yet, so what they save is not known: `icm train` makes the others."
@@ -146,12 +153,12 @@ def _fleet_cells(fleet: FleetBill) -> list[str]:
 
 
 def _task_cells(task: TaskBill) -> list[str]:
-    size = None if task.code_size is None else task.code_size + task.vectors_size
+    size = None if task.code_size is None else task.size
     return [
         task.task,
         human_size(task.bf16_size),
         "evicted" if task.evicted else human_size(task.original_size),
-        "-" if task.code_size is None else human_size(task.code_size),
+        coded_size(task.code_size, task.residual_size),
         human_size(task.vectors_size),
         human_percent(None if size is None else size / task.bf16_size),
         "-" if task.dw_error is None else f"{task.dw_error:.3f}",
@@ -192,8 +199,9 @@ def _fleet_json(fleet: FleetBill) -> dict[str, object]:
         "generator": None if fleet.generator is None else fleet.generator.blob,
         "generator_version": None if fleet.generator is None else fleet.generator.version,
         "decoder_size": fleet.generator_size,
+        "short_count": len(fleet.short),
         "codes_and_vectors_size": fleet.per_task_size,
         "marginal_size": fleet.marginal_size,
         "break_even_count": fleet.break_even,
-        "tasks": [vars(task) for task in fleet.tasks],
+        "tasks": [asdict(task) for task in fleet.tasks],
     }

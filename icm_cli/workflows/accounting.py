@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from icm_cli.workflows.measured import latest_of
 from icm_cli.workflows.opening import Place
-from registry.records import GeneratorRecord, TaskSummary
+from registry.records import Asked, GeneratorRecord, TaskSummary
 from registry.usage import Usage
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ _BF16 = 2  # bytes per parameter: what a user would otherwise keep
 class TaskBill:
     """One task; None where it has no code under the current generator, or was not measured.
 
-    `original_size` is what is on disk of the final adapter; of an evicted one its configuration and card.
+    Error and gain are those of the best rung that it has besides its original: residual or code. `original_size` is
+    what is on disk of the final adapter; of an evicted one its configuration and card.
     """
 
     task: str
@@ -33,9 +34,22 @@ class TaskBill:
     original_size: int
     vectors_size: int
     code_size: int | None
+    residual_size: int | None
+    rung: Literal["residual", "code"] | None
     dw_error: float | None
     retained_gain: float | None
     evicted: bool
+    asked: Asked | None
+
+    @property
+    def size(self) -> int:
+        """What it takes besides its original: code, residual and vectors."""
+        return (self.code_size or 0) + (self.residual_size or 0) + self.vectors_size
+
+    @property
+    def fell_short(self) -> bool:
+        """Whether nothing keeps what was asked for, so that it has to keep the original that it has."""
+        return self.asked is not None and not self.asked.is_kept and not self.evicted
 
 
 @dataclass(frozen=True)
@@ -58,8 +72,8 @@ class FleetBill:
 
     @property
     def per_task_size(self) -> int:
-        """All codes and vectors."""
-        return sum((task.code_size or 0) + task.vectors_size for task in self.tasks)
+        """All codes, residuals and vectors."""
+        return sum(task.size for task in self.tasks)
 
     @property
     def encoded(self) -> tuple[TaskBill, ...]:
@@ -72,11 +86,16 @@ class FleetBill:
         return sum(task.evicted for task in self.tasks)
 
     @property
+    def short(self) -> tuple[TaskBill, ...]:
+        """The tasks that keep their original because nothing smaller keeps what was asked for."""
+        return tuple(task for task in self.tasks if task.fell_short)
+
+    @property
     def marginal_size(self) -> float | None:
-        """Mean bytes of one more task: its code and vectors."""
+        """Mean bytes of one more task: its code, residual and vectors."""
         if not self.encoded:
             return None
-        return sum((task.code_size or 0) + task.vectors_size for task in self.encoded) / len(self.encoded)
+        return sum(task.size for task in self.encoded) / len(self.encoded)
 
     @property
     def break_even(self) -> int | None:
@@ -111,8 +130,9 @@ class Bill:
 
     @property
     def compact_size(self) -> int:
-        """What all encoded tasks need without their originals: generators, codes, vectors and the database."""
-        return self.usage.generators + self.usage.codes + self.usage.vectors + self.usage.database
+        """What all encoded tasks need without their originals: generators, codes, residuals, vectors, database."""
+        usage = self.usage
+        return usage.generators + usage.codes + usage.residuals + usage.vectors + usage.database
 
     @property
     def is_complete(self) -> bool:
@@ -140,15 +160,20 @@ def _fleet(store: Store, label: str, rows: Sequence[TaskSummary]) -> FleetBill:
 
 
 def _task(store: Store, row: TaskSummary, generator: GeneratorRecord | None) -> TaskBill:
-    measured = None if generator is None else latest_of(store.evaluations(row.task.name), row.task, "code", generator)
+    code, measured = row.code, None
+    if code is not None and generator is not None:
+        measured = latest_of(store.evaluations(row.task.name), row.task, code.rung, generator)
     vectors = {vector.blob for vector in store.vectors(row.task.name)}
     return TaskBill(
         task=row.task.name,
         bf16_size=_BF16 * row.final.parameters,
         original_size=row.final.stored_bytes,
         vectors_size=sum(store.blob_size(blob) for blob in vectors),
-        code_size=None if row.code is None else row.code.size,
-        dw_error=None if row.code is None else row.code.dw_error,
+        code_size=None if code is None else code.size,
+        residual_size=None if code is None or code.residual is None else code.residual.size,
+        rung=None if code is None else code.rung,
+        dw_error=None if code is None else code.best_error,
         retained_gain=None if measured is None else measured.retained_gain,
         evicted=row.final.is_evicted,
+        asked=None if code is None else code.asked,
     )

@@ -62,7 +62,8 @@ def compare(report: EvaluateReport, bill: Bill) -> list[MethodSummary]:
 
 def _cells(done: TaskEvaluated, fleet: FleetBill, task: TaskBill) -> Iterator[tuple[str, _Cell]]:
     rungs = {str(rung): result for rung, result in done.rungs.items()}
-    sizes = {"code": (task.code_size or 0) + task.vectors_size, "generate": task.vectors_size}
+    code = (task.code_size or 0) + task.vectors_size
+    sizes = {"residual": task.size, "code": code, "generate": task.vectors_size}
     for rung, size in sizes.items():
         if rung in rungs:
             shared = fleet.generator_size / max(len(fleet.encoded), 1)

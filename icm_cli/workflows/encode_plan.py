@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from icm_cli.workflows.events import Event
+from registry.records import Asked
 
-EncodeStatus = Literal["encoded", "below", "evicted", "unmeasured"]
+EncodeStatus = Literal["encoded", "enough", "below", "evicted", "unmeasured"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class EncodeRequest:
         max_error: Largest relative dW error.
         min_gain: Smallest retained gain; measuring it needs the base model and held-out text.
         tolerance: Largest relative error of dW weighted by sensitivity, which is what `--quality` of a training sets.
+        residual: Leave the codes as they are, and put beside each what it lacks.
         refine: Steps of functional refinement, 0 for none; it needs the base model and samples.
         base_model: Only tasks of this one.
         device: Where gains are measured and codes refined.
@@ -32,6 +34,11 @@ class EncodeRequest:
     tolerance: float | None = None
     refine: int = 0
     base_model: str | None = None
+    residual: bool = False
+
+    def asked(self, *, is_kept: bool) -> Asked:
+        """Return what is recorded of the limits."""
+        return Asked(self.min_gain, self.max_error, self.tolerance, is_kept)
 
 
 @dataclass(frozen=True)
@@ -40,18 +47,21 @@ class TaskEncoded(Event):
 
     Attributes:
         task: Its name.
-        status: `encoded`: its code is the smallest found that keeps the limits; `below`: no code does, it has the best
-            one and should keep its original; `evicted`: only its code is left, which stays; `unmeasured`: see `reason`.
+        status: `encoded`: its code, or the residual beside it, is the smallest found that keeps the limits; `enough`:
+            its code needs no residual for that; `below`: nothing does, so it should keep its original (it has its best
+            code, and no residual); `evicted`: only what is left of it stays; `unmeasured`: see `reason`.
         size: Bytes of its code.
-        before: Bytes of the code that it had, if any.
-        dw_error: Relative dW error of its code.
-        retained_gain: Retained gain of its code, if it was measured.
+        residual_size: Bytes of the residual beside it, if it has one.
+        before: Bytes of the code and residual that it had, if any.
+        dw_error: Relative dW error of what they decode to.
+        retained_gain: Retained gain of that, if it was measured.
         reason: Why its gain could not be measured; its code is as it was.
     """
 
     task: str
     status: EncodeStatus
     size: int | None = None
+    residual_size: int | None = None
     before: int | None = None
     dw_error: float | None = None
     retained_gain: float | None = None

@@ -1,6 +1,7 @@
 """Give every task the smallest code that keeps what is asked for, under the present generator; nothing is trained.
 
 task ──search (code_search)──▶ code ──one transaction──▶ in the place of the present one, with what was measured of it
+  `────search (residual_search)──▶ residual ──one transaction──▶ beside the present code, which stays
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from icm_cli.workflows.chosen import chosen_tasks, sample_texts
 from icm_cli.workflows.code_search import CodeSearch, Refiner
 from icm_cli.workflows.encode_plan import EncodeReport, EncodeRequest, EncodeStatus, TaskEncoded
 from icm_cli.workflows.events import Event, Step, StopFlag
+from icm_cli.workflows.gain_search import evaluations_of
 from icm_cli.workflows.kept import Kept
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.plain_copy import read_original
+from icm_cli.workflows.residual_search import ResidualSearch
 from icm_cli.workflows.store_fleet import mean_vectors
 from icm_cli.workflows.task_evaluation import TaskEvaluation, on_own_text
 from icmlora.adapter import Adapter
 from icmlora.device import resolve_device
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.refinement import RefineConfig
-from registry.records import GeneratorRecord, NewCode, TaskRecord
+from registry.records import CodeRecord, GeneratorRecord, NewCode, NewResidual, TaskRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -82,23 +85,62 @@ class _Work:
         if generator is None:
             raise DataError(f"there is no generator for task {task.name!r}", hint="`icm train` makes it")
         present, final = self._store.code(task.name, generator.id), self._store.final_adapter(task.name)
-        before = None if present is None else present.size
         if final.is_evicted:
-            error = None if present is None else present.dw_error
-            return TaskEncoded(task.name, "evicted", before, before, error)
+            return _as_it_is(task, "evicted", present)
         try:
-            search = self._search(task, generator, read_original(self._store, final))
-            found = yield from search.run(self._request, stop)
+            original = read_original(self._store, final)
+            if self._request.residual:
+                return (yield from self._beside(task, generator, original, present, stop))
+            return (yield from self._anew(task, generator, final.id, original, present, stop))
         except IcmLoraError as error:
-            return TaskEncoded(task.name, "unmeasured", before, before, reason=str(error))
+            return _as_it_is(task, "unmeasured", present, str(error))
+
+    def _anew(
+        self,
+        task: TaskRecord,
+        generator: GeneratorRecord,
+        adapter_id: int,
+        original: Adapter,
+        present: CodeRecord | None,
+        stop: StopFlag,
+    ) -> Generator[Event, None, TaskEncoded | None]:
+        """Give a task another code."""
+        search = self._search(task, generator, original)
+        found = yield from search.run(self._request, stop)
         if found is None:
             return None
         best, keeps = found
-        data = best.encoded.data
-        code = NewCode(task.name, final.id, self._store.put_blob(data), 8.0 * len(data), best.encoded.dw_error)
+        data, asked = best.encoded.data, self._request.asked(is_kept=keeps)
+        error = best.encoded.dw_error
+        code = NewCode(task.name, adapter_id, self._store.put_blob(data), 8.0 * len(data), error, asked)
         self._store.replace_code(generator.id, code, search.evaluations(best))
         status: EncodeStatus = "encoded" if keeps else "below"
-        return TaskEncoded(task.name, status, len(data), before, best.encoded.dw_error, best.gain)
+        return TaskEncoded(task.name, status, len(data), None, _size_of(present), error, best.gain)
+
+    def _beside(
+        self,
+        task: TaskRecord,
+        generator: GeneratorRecord,
+        original: Adapter,
+        present: CodeRecord | None,
+        stop: StopFlag,
+    ) -> Generator[Event, None, TaskEncoded | None]:
+        """Leave a task's code as it is, and put beside it what it lacks."""
+        if present is None:
+            raise DataError("it has no code that a residual could be put beside", hint="`icm train` makes it")
+        evaluation = None if self._request.min_gain is None else self._evaluation(task)
+        search = ResidualSearch(self._kept.codec(generator), original, self._store.read_blob(present.blob), evaluation)
+        found = yield from search.run(self._request, stop)
+        if found is None:
+            return None
+        new, measured = None, evaluations_of(evaluation, found.residual)
+        if found.residual is not None:
+            made = found.residual.encoded
+            new = NewResidual(self._store.put_blob(made.data), made.dw_error)
+        self._store.replace_residual(present, new, self._request.asked(is_kept=found.keeps), measured)
+        status: EncodeStatus = "below" if not found.keeps else "enough" if found.residual is None else "encoded"
+        size, best = None if found.residual is None else len(found.residual.encoded.data), found.best
+        return TaskEncoded(task.name, status, present.size, size, _size_of(present), best.encoded.dw_error, best.gain)
 
     def _search(self, task: TaskRecord, generator: GeneratorRecord, original: Adapter) -> CodeSearch:
         vectors = mean_vectors(self._store, self._store.vectors(task.name))
@@ -119,3 +161,20 @@ class _Work:
         return Refiner(
             self._kept.base(task.base_model, torch.bfloat16), texts, RefineConfig(steps=self._request.refine)
         )
+
+
+def _size_of(code: CodeRecord | None) -> int | None:
+    """Return the bytes of a code with what lies beside it."""
+    if code is None:
+        return None
+    return code.size + (0 if code.residual is None else code.residual.size)
+
+
+def _as_it_is(
+    task: TaskRecord, status: EncodeStatus, present: CodeRecord | None, reason: str | None = None
+) -> TaskEncoded:
+    if present is None:
+        return TaskEncoded(task.name, status, reason=reason)
+    beside = None if present.residual is None else present.residual.size
+    error = present.best_error
+    return TaskEncoded(task.name, status, present.size, beside, _size_of(present), error, reason=reason)

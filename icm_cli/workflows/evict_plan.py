@@ -43,8 +43,9 @@ class TaskEvicted(Event):
         adapters: Originals that went, checkpoints included.
         freed: Their bytes on disk; a file that another task needs frees nothing.
         code_size: The code that stands in.
-        dw_error: Its relative dW error, as measured now, else as known.
-        retained_gain: Its retained gain, likewise.
+        residual_size: The residual that stands in with it, if there is one.
+        dw_error: Their relative dW error, as measured now, else as known.
+        retained_gain: Their retained gain, likewise.
         reason: Why the original is kept.
     """
 
@@ -53,6 +54,7 @@ class TaskEvicted(Event):
     adapters: int = 0
     freed: int = 0
     code_size: int | None = None
+    residual_size: int | None = None
     dw_error: float | None = None
     retained_gain: float | None = None
     reason: str | None = None

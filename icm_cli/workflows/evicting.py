@@ -1,7 +1,7 @@
 """Delete originals whose code was checked to stand in for them, task by task.
 
-    pinned? ──▶ code? ──▶ read back, decoded, measured ──▶ evicted (rows, then files)
-       └──────────┴──────────────┴──▶ kept, with the reason
+    pinned? ──▶ code (and residual)? ──▶ read back, decoded, measured ──▶ evicted (rows, then files)
+       └────────────────┴────────────────────┴──▶ kept, with the reason
 
 What is evicted is acknowledged at once. A kill at any time loses nothing that was not checked, and the same command
 again goes on.
@@ -76,9 +76,10 @@ class _Work:
             measured = self._check.measure(task, adapters[-1], code, generator)
             return self._let_go(task, chosen, code, generator, measured)
         except CannotStandIn as error:
-            return TaskEvicted(task.name, "kept", 0, 0, code.size, error.dw_error, error.retained_gain, str(error))
+            figures = (*_sizes(code), error.dw_error, error.retained_gain)
+            return TaskEvicted(task.name, "kept", 0, 0, *figures, str(error))
         except (IcmLoraError, DamagedStore, LastCopy) as error:
-            return TaskEvicted(task.name, "kept", code_size=code.size, reason=str(error))
+            return TaskEvicted(task.name, "kept", 0, 0, *_sizes(code), reason=str(error))
 
     def _let_go(
         self,
@@ -94,7 +95,7 @@ class _Work:
             order = Eviction(task.name, numbers, code, generator, measured.dw_error, measured.evaluations)
             freed = self._store.evict(order)
         status: EvictStatus = "would_evict" if self._request.dry_run else "evicted"
-        figures = (code.size, measured.dw_error, measured.retained_gain)
+        figures = (*_sizes(code), measured.dw_error, measured.retained_gain)
         return TaskEvicted(task.name, status, len(chosen), freed, *figures)
 
     def _freed(self, chosen: Sequence[AdapterRecord]) -> int:
@@ -109,6 +110,11 @@ class _Work:
         status: EvictStatus = "pinned" if task.pinned else "known"
         if code is None or generator is None:
             return TaskEvicted(task.name, status)
-        found = latest_of(self._store.evaluations(task.name), task, "code", generator)
+        found = latest_of(self._store.evaluations(task.name), task, code.rung, generator)
         gain = None if found is None else found.retained_gain
-        return TaskEvicted(task.name, status, code_size=code.size, dw_error=code.dw_error, retained_gain=gain)
+        return TaskEvicted(task.name, status, 0, 0, *_sizes(code), code.best_error, gain)
+
+
+def _sizes(code: CodeRecord) -> tuple[int, int | None]:
+    """Return the bytes of a code, and of what lies beside it."""
+    return code.size, None if code.residual is None else code.residual.size

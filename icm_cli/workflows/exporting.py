@@ -43,6 +43,8 @@ class Exported:
     index: BundleIndex
     left_out: tuple[str, ...]
     """Tasks that nobody named and that have no code."""
+    without_residual: tuple[str, ...]
+    """Tasks whose residual stays behind: a bundle carries codes."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def export(place: Place, request: ExportRequest) -> Generator[Event, None, Expor
         )
         for done, part in enumerate(parts, 1):
             yield Step(done, len(index.parts), codes.get(part.digest, ""))
-    return Exported(request.file, bundle_digest(index), bundle_size(index), index, choice.left_out)
+    bare = tuple(row.task.name for row in choice.rows if row.code is not None and row.code.residual is not None)
+    return Exported(request.file, bundle_digest(index), bundle_size(index), index, choice.left_out, bare)
 
 
 def _choose(store: Store, request: ExportRequest) -> _Choice:

@@ -19,7 +19,7 @@ from icm_cli.workflows.store_fleet import StoreFleet
 from icmlora.generator.codec import Codec
 from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.state import TrainState
-from registry.records import GeneratorRecord, NewCode, NewGenerator, TrainRunRecord
+from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator, TrainRunRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -80,7 +80,8 @@ def publish(
             return None
         encoded = codec.encode(fleet.load(task, None), fleet.mean_vectors(task))
         code = store.put_blob(encoded.data)
-        codes.append(NewCode(name, fleet.final(task).id, code, 8.0 * len(encoded.data), encoded.dw_error))
+        size, asked = len(encoded.data), Asked(tolerance=codec.config.tolerance)
+        codes.append(NewCode(name, fleet.final(task).id, code, 8.0 * size, encoded.dw_error, asked))
         yield CodeMade(name, len(encoded.data), encoded.dw_error)
         yield Step(task + 1, fleet.tasks(), f"encoding {name}")
     metrics = metrics | {"encode_seconds": round(time.monotonic() - started, 3)}

@@ -1,7 +1,8 @@
 """Whether a task's code may stand in for its original: read again from disk, decoded and measured, now.
 
-    generator ─┐ digest
-    code ──────┴ checked ──decode──▶ adapter ── dW error against the stored original
+    generator ─┐
+    code ──────┤ digest
+    residual ──┴ checked ──decode──▶ adapter ── dW error against the stored original
                                         └─ written ──PEFT──▶ retained gain on the task's held-out text
 
 What a code is, and how it is decoded, is the codec's business; whatever goes wrong in there keeps the original.
@@ -13,12 +14,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from icm_cli.workflows.beside import decode_rung
 from icm_cli.workflows.kept import Kept
 from icm_cli.workflows.plain_copy import read_original
 from icm_cli.workflows.task_evaluation import on_own_text
 from icmlora.device import resolve_device
 from icmlora.errors import DataError
 from icmlora.metrics import relative_dw_error
+from registry.errors import DamagedStore
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, NewEvaluation, TaskRecord
 
 if TYPE_CHECKING:
@@ -62,11 +65,11 @@ class StandInCheck:
         self._kept = Kept(store, resolve_device(device))
 
     def measure(self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> Measured:
-        """Measure a code against the original, which is in the store.
+        """Measure a code, with its residual if it has one, against the original, which is in the store.
 
         Raises:
             CannotStandIn: It does not keep the limits, or cannot be decoded.
-            DamagedStore: Generator, code, original or text are not the bytes that were stored.
+            DamagedStore: Generator, code, residual, original or text are not the bytes that were stored.
             IcmLoraError: Generator, base model or text cannot be used.
         """
         error = self._dw_error(final, code, generator)
@@ -74,16 +77,17 @@ class StandInCheck:
             raise CannotStandIn(f"its relative dW error is {error:.4f}; {self._max_error:g} is allowed", error)
         if self._min_gain is None:
             return Measured(error, None, ())
-        return self._with_gain(task, error, self._min_gain)
+        return self._with_gain(task, code, error, self._min_gain)
 
     def _dw_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
         codec = self._kept.codec(generator)
-        data = self._store.read_blob(code.blob)
         original = None if final.is_evicted else read_original(self._store, final)
         try:
-            decoded = codec.decode(data)
+            decoded = decode_rung(self._store, codec, code, code.rung)
             # Without the original (only later checkpoints are left) what was measured when it went stands.
-            error = code.dw_error if original is None else relative_dw_error(original, decoded)
+            error = code.best_error if original is None else relative_dw_error(original, decoded)
+        except DamagedStore:
+            raise
         except Exception as failure:  # the last look at the original: nothing that a decoder does may cost it
             fact = f"its code cannot be decoded: {type(failure).__name__}: {failure}"
             raise CannotStandIn(fact) from failure
@@ -91,13 +95,13 @@ class StandInCheck:
             raise CannotStandIn("the relative dW error of its code is no number")
         return error
 
-    def _with_gain(self, task: TaskRecord, error: float, limit: float) -> Measured:
+    def _with_gain(self, task: TaskRecord, code: CodeRecord, error: float, limit: float) -> Measured:
         if task.eval_data is None:
             raise CannotStandIn("it has no held-out text, so its retained gain is not known", error)
         work = on_own_text(self._store, self._kept.base(task.base_model), task)
         # Everything anew, the original too: it is the last time that it can be measured.
-        results = work.run(("code",), again=True, record=False)
-        gain = results["code"].retained_gain if "code" in results else None
+        results = work.run((code.rung,), again=True, record=False)
+        gain = results[code.rung].retained_gain if code.rung in results else None
         if gain is None:
             raise CannotStandIn("its original does not help on its held-out text, so there is no gain to keep", error)
         if not gain >= limit:

@@ -21,14 +21,14 @@ from icmlora.evaluation import NllResult, nll, retained_gain
 from icmlora.examples import EvaluationData
 from icmlora.metrics import relative_dw_error
 from icmlora.peft_folder import load_adapter_folder
-from registry.records import EvaluationRecord, NewEvaluation, Rung, TaskRecord
+from registry.records import CodeRecord, EvaluationRecord, NewEvaluation, Rung, TaskRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
 
 MAX_TOKENS = 256
 """Tokens scored of each text, unless something else is asked for."""
-RUNGS: tuple[Rung, ...] = ("base", "original", "code", "generate")
+RUNGS: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate")
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,9 @@ class TaskEvaluation:
             return self._loss(label, model)
 
     def _exists(self, rung: Rung) -> bool:
-        if rung == "code":
-            return self._generator is not None and self._store.code(self._task.name, self._generator.id) is not None
+        if rung in ("residual", "code"):
+            code = self._code()
+            return code is not None and (rung == "code" or code.residual is not None)
         if rung == "generate":
             return self._generator is not None and bool(self._store.vectors(self._task.name))
         return rung == "base" or not self._is_evicted
@@ -154,6 +155,9 @@ class TaskEvaluation:
                 loss = self.loss_of(rung, written)
         return result_of(rung, loss, error, before)
 
+    def _code(self) -> CodeRecord | None:
+        return None if self._generator is None else self._store.code(self._task.name, self._generator.id)
+
     def _loss(self, label: str, model: object) -> NllResult:
         loss = nll(model, self._base.tokenizer, self._data.examples, max_tokens=self._max_tokens)
         if not math.isfinite(loss.nats):
@@ -162,9 +166,11 @@ class TaskEvaluation:
         return loss
 
     def _dw_error(self, rung: Rung, written: Path) -> float | None:
-        if self._is_evicted:  # of the code, the error was measured before the original went
-            code = None if self._generator is None else self._store.code(self._task.name, self._generator.id)
-            return code.dw_error if rung == "code" and code is not None else None
+        if self._is_evicted:  # of what stands in, the error was measured before the original went
+            code = self._code()
+            if code is None or rung not in ("residual", "code"):
+                return None
+            return code.dw_error if rung == "code" else code.best_error
         error = relative_dw_error(read_original(self._store, self._final), load_adapter_folder(written))
         return error if math.isfinite(error) else None  # an original of zeros has no relative error
 
@@ -183,7 +189,7 @@ class TaskEvaluation:
         return (row.data, row.generator_id, dict(row.settings)) == (self._data.digest, made_by, self._settings)
 
     def _made_by(self, rung: Rung) -> int | None:
-        return self._generator.id if self._generator is not None and rung in ("code", "generate") else None
+        return self._generator.id if self._generator is not None and rung in ("residual", "code", "generate") else None
 
     def evaluation_of(self, result: RungResult) -> NewEvaluation:
         """Return what is recorded of a result."""

@@ -62,15 +62,17 @@ def test_json_keeps_its_names(icm: Icm, trained: Path) -> None:
         "evicted_count", "fleets",
     }  # fmt: skip
     assert set(document["on_disk"]) == {
-        "originals", "checkpoints", "generators", "codes", "vectors", "texts", "old_generators", "training", "database",
-        "unreferenced", "overhead", "total",
+        "originals", "checkpoints", "generators", "codes", "residuals", "vectors", "texts", "old_generators",
+        "training", "database", "unreferenced", "overhead", "total",
     }  # fmt: skip
     assert set(document["fleets"][0]) == {
         "base_model", "adapters_count", "encoded_count", "evicted_count", "original_size", "generator",
-        "generator_version", "decoder_size", "codes_and_vectors_size", "marginal_size", "break_even_count", "tasks",
+        "generator_version", "decoder_size", "short_count", "codes_and_vectors_size", "marginal_size",
+        "break_even_count", "tasks",
     }  # fmt: skip
     assert set(document["fleets"][0]["tasks"][0]) == {
-        "task", "bf16_size", "original_size", "vectors_size", "code_size", "dw_error", "retained_gain", "evicted",
+        "task", "bf16_size", "original_size", "vectors_size", "code_size", "residual_size", "rung", "dw_error",
+        "retained_gain", "evicted", "asked",
     }  # fmt: skip
 
 

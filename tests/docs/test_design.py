@@ -1,8 +1,9 @@
 """The formats and figures in the documents are those of the code."""
 
 import dataclasses
+import re
 
-from icmlora.generator import generator_file
+from icmlora.generator import generator_file, residual
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
 from icmlora.generator.config import GeneratorConfig, config_for, tolerance_of
 from icmlora.layout import ModuleShape
@@ -23,6 +24,16 @@ def test_every_part_of_a_code_is_in_the_design() -> None:
     names = [row.replace(" ", "_") for row in rows]
     for field, row in zip(dataclasses.fields(CodeHead), names, strict=True):
         assert row.startswith(field.name), "the head's fields, in the order in which they are written"
+
+
+def test_every_part_of_a_residual_is_in_the_design() -> None:
+    section = section_of(DESIGN, "Residual format")
+    assert residual.MAGIC.decode() == "ICMR\x01"
+    assert {"ICMR", "0x01"} <= set(codes_in(section))
+    parts = [row for row in cells_of(section) if row[1] in ("int16", "int8", "uint8")]
+    rows = {re.split("[:,]", row[2])[0]: row[0] for row in parts}
+    assert list(rows) == [field.name for field in dataclasses.fields(residual.ResidualHead)]
+    assert rows["scales"] == f"{2 * residual.CLASSES} K"
 
 
 def test_every_field_of_a_generators_configuration_is_in_the_design() -> None:

@@ -55,6 +55,7 @@ def test_a_documents_keys_are_those_on_the_page(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if name == "show":
+        icm("encode", "poems", "--residual", "--max-error", "0.001")
         icm("eval", "poems", "--device", "cpu")
     if name in ("ls --from", "import"):
         icm("export", "fleet.icm")
@@ -82,6 +83,7 @@ def documented() -> dict[tuple[str, str], set[str]]:
         ("vectors", "--again"),
         ("train", "--steps", "10", "--fresh"),
         ("eval", "poems"),
+        ("encode", "--max-error", "0.1"),
         ("evict", "--max-error", "0.5"),
     ],
     ids=lambda arguments: arguments[0],

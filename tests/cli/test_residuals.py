@@ -1,0 +1,258 @@
+"""The ladder of a task: generated, code, code with residual, original; each rung with its bytes and its fidelity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from icm_cli.workflows import gain_search, task_evaluation
+from icm_cli.workflows.task_evaluation import RungResult
+from icmlora.evaluation import NllResult
+from icmlora.metrics import relative_dw_error
+from icmlora.peft_folder import load_adapter_folder
+from registry.records import CodeRecord, Rung
+from registry.store import Store
+from tests.cli.conftest import Ran
+from tests.icmlora.tiny_base import LABEL
+
+Icm = Callable[..., Ran]
+BESIDE = ("encode", "--residual", "--max-error", "0.01")
+NAMES = {"poems", "rules", "silent"}
+
+
+@pytest.fixture
+def layered(icm: Icm, trained: Path) -> Path:
+    """The trained store, with small codes and a residual beside each."""
+    assert icm("encode", "--max-error", "0.3").code == 0
+    assert icm(*BESIDE).code == 0
+    return trained
+
+
+@pytest.fixture
+def plain_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the retained gain be what the error leaves of dW: random adapters have gains by chance."""
+
+    def result_of(rung: Rung, loss: NllResult, error: float | None, before: Mapping[Rung, RungResult]) -> RungResult:
+        gain = None if error is None else 1 - error
+        return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
+
+    for module in (task_evaluation, gain_search):
+        monkeypatch.setattr(module, "result_of", result_of)
+
+
+def codes(store: Path) -> dict[str, CodeRecord]:
+    with Store.open(store) as opened:
+        generator = opened.current_generator(LABEL)
+        assert generator is not None
+        return {code.task: code for code in opened.codes(generator.id)}
+
+
+def tasks_of(ran: Ran) -> dict[str, dict[str, Any]]:
+    return {event["task"]: event for event in ran.events if event["type"] == "task"}
+
+
+def residual_of(store: Path, task: str) -> str:
+    residual = codes(store)[task].residual
+    assert residual is not None
+    return residual.blob
+
+
+def test_the_codes_stay_and_each_gets_what_it_lacks(icm: Icm, trained: Path) -> None:
+    icm("encode", "--max-error", "0.3")
+    before = codes(trained)
+    ran = icm(*BESIDE, "--json")
+    after, told = codes(trained), tasks_of(ran)
+    assert (ran.code, set(told)) == (0, NAMES)
+    for name, code in after.items():
+        assert (code.blob, code.dw_error) == (before[name].blob, before[name].dw_error)
+        assert code.residual is not None
+        assert code.residual.dw_error <= 0.01 < (code.dw_error or 0.0)
+        assert (told[name]["status"], told[name]["size"]) == ("encoded", code.size)
+        assert (told[name]["residual_size"], told[name]["dw_error"]) == (code.residual.size, code.residual.dw_error)
+    assert icm("verify", "--read-data").code == 0
+
+
+def test_a_code_that_is_enough_gets_nothing_and_loses_what_it_had(icm: Icm, layered: Path) -> None:
+    had = residual_of(layered, "rules")
+    told = tasks_of(icm("encode", "rules", "--residual", "--max-error", "0.5", "--json"))
+    assert (told["rules"]["status"], told["rules"]["residual_size"]) == ("enough", None)
+    assert codes(layered)["rules"].residual is None
+    assert not (layered / "blobs" / had[0] / had).exists()
+    assert codes(layered)["poems"].residual is not None
+
+
+def test_another_code_takes_the_residual_away(icm: Icm, layered: Path) -> None:
+    icm("encode", "rules", "--max-error", "0.1")
+    assert codes(layered)["rules"].residual is None
+    assert [finding for finding in icm("verify", "--json").document["findings"] if finding["is_problem"]] == []
+
+
+def test_what_is_written_has_the_error_that_was_said(icm: Icm, layered: Path, tmp_path: Path) -> None:
+    for source in ("original", "residual", "code"):
+        ran = icm("materialize", "rules", "-o", tmp_path / source, "--source", source, "--dtype", "float32", "--json")
+        assert (ran.code, ran.document["source"]) == (0, source)
+    original, residual, code = (load_adapter_folder(tmp_path / source) for source in ("original", "residual", "code"))
+    said = codes(layered)["rules"]
+    assert relative_dw_error(original, residual) == pytest.approx(said.best_error, rel=1e-2)
+    assert relative_dw_error(original, code) == pytest.approx(said.dw_error, rel=1e-2)
+    card = (tmp_path / "residual" / "README.md").read_text()
+    assert ("| rung | residual |" in card, f"{said.best_error:.4f}" in card) == (True, True)
+
+
+def test_a_task_without_a_residual_says_what_makes_one(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    ran = icm("materialize", "rules", "-o", tmp_path / "out", "--source", "residual", "--json")
+    assert (ran.code != 0, "icm encode --residual" in ran.error["hint"]) == (True, True)
+
+
+def test_a_guarded_materialize_counts_the_residual(icm: Icm, layered: Path, tmp_path: Path) -> None:
+    guarded = ("materialize", "rules", "--max-error", "0.02")
+    assert icm(*guarded, "--source", "code", "-o", tmp_path / "code").code == ExitCode.TOO_LOSSY
+    assert icm(*guarded, "--source", "residual", "-o", tmp_path / "residual").code == 0
+
+
+def test_an_eviction_stands_on_code_and_residual(icm: Icm, layered: Path, tmp_path: Path) -> None:
+    ran = icm("evict", "--max-error", "0.02", "--json")
+    assert (ran.code, {task["status"] for task in tasks_of(ran).values()}) == (0, {"evicted"})
+    assert tasks_of(ran)["rules"]["residual_size"] == icm("ls", "--json").document[1]["residual_size"]
+    written = icm("materialize", "rules", "-o", tmp_path / "out")
+    assert (written.code, "decoded from its code and residual" in written.err) == (0, True)
+    assert icm("prune", "--older-than", "0s", "--yes").code == 0
+    assert icm("verify", "--read-data").code == 0
+
+
+def test_what_is_left_of_an_evicted_task_stays(icm: Icm, layered: Path) -> None:
+    icm("evict", "rules", "--max-error", "0.02")
+    before = codes(layered)["rules"]
+    for again in (("--max-error", "0.3"), ("--residual", "--max-error", "0.5")):
+        assert tasks_of(icm("encode", "rules", *again, "--json"))["rules"]["status"] == "evicted"
+    assert codes(layered)["rules"] == before
+
+
+@pytest.mark.parametrize("part", ["code", "residual"])
+def test_nothing_goes_where_a_part_is_damaged(icm: Icm, layered: Path, part: str) -> None:
+    code = codes(layered)["rules"]
+    assert code.residual is not None
+    digest = code.blob if part == "code" else code.residual.blob
+    path = layered / "blobs" / digest[0] / digest
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    ran = icm("evict", "rules", "--max-error", "0.5", "--json")
+    assert (ran.code, "damaged" in tasks_of(ran)["rules"]["reason"]) == (ExitCode.PARTLY, True)
+    assert icm("show", "rules", "--json").document["adapters"][-1]["evicted_at"] is None
+
+
+@pytest.mark.usefixtures("plain_gains")
+def test_a_gain_is_kept_by_code_and_residual_and_recorded(icm: Icm, trained: Path) -> None:
+    icm("encode", "rules", "--min-gain", "0.3", "--device", "cpu")
+    ran = icm("encode", "rules", "--residual", "--min-gain", "0.97", "--device", "cpu", "--json")
+    told = tasks_of(ran)["rules"]
+    assert (ran.code, told["status"]) == (0, "encoded")
+    assert told["retained_gain"] >= 0.97
+    with Store.open(trained) as store:
+        gains = {row.rung: row.retained_gain for row in store.evaluations("rules")}
+    assert gains["residual"] == told["retained_gain"]
+    assert (gains["code"] or 0.0) < 0.97
+    evaluated = icm("eval", "rules", "--device", "cpu", "--json").events[0]["rungs"]
+    assert evaluated["residual"]["retained_gain"] == told["retained_gain"]
+    assert set(evaluated) == {"base", "original", "residual", "code", "generate"}
+
+
+@pytest.mark.usefixtures("plain_gains")
+def test_an_eviction_by_gain_measures_the_residual(icm: Icm, trained: Path) -> None:
+    icm("encode", "rules", "--min-gain", "0.3", "--device", "cpu")
+    assert icm("evict", "rules", "--min-gain", "0.97", "--device", "cpu").code == ExitCode.PARTLY
+    icm("encode", "rules", "--residual", "--min-gain", "0.97", "--device", "cpu")
+    ran = icm("evict", "rules", "--min-gain", "0.97", "--device", "cpu", "--json")
+    assert (ran.code, tasks_of(ran)["rules"]["retained_gain"] >= 0.97) == (0, True)
+    rungs = {row["rung"] for row in icm("show", "rules", "--json").document["evaluations"]}
+    assert {"base", "original", "residual"} <= rungs
+
+
+@pytest.mark.usefixtures("plain_gains")
+def test_a_gain_that_nothing_keeps_is_told_and_leaves_no_residual(icm: Icm, trained: Path) -> None:
+    ran = icm("encode", "--residual", "--min-gain", "1.0", "--device", "cpu", "--json")
+    below = {name for name, event in tasks_of(ran).items() if event["status"] == "below"}
+    assert below == {"poems", "rules"}
+    short = {name for name, code in codes(trained).items() if code.asked is not None and not code.asked.is_kept}
+    assert short == below
+    assert all(codes(trained)[name].residual is None for name in below)
+
+
+def test_stats_counts_residuals_in_every_total(icm: Icm, layered: Path) -> None:
+    document = icm("stats", "--json").document
+    beside = [code.residual for code in codes(layered).values()]
+    size = sum(residual.size for residual in beside if residual is not None)
+    (fleet,) = document["fleets"]
+    parts = [document["on_disk"][name] for name in ("generators", "codes", "residuals", "vectors", "database")]
+    assert (document["on_disk"]["residuals"], sum(parts)) == (size, document["compact_size"])
+    assert fleet["codes_and_vectors_size"] == sum(parts[1:4])
+    assert {task["rung"] for task in fleet["tasks"]} == {"residual"}
+    assert all(task["dw_error"] <= 0.01 for task in fleet["tasks"])
+    out = icm("stats", "-v").out
+    assert ("residuals" in out, " + " in out) == (True, True)
+
+
+@pytest.mark.usefixtures("plain_gains")
+def test_stats_and_show_say_which_tasks_fell_short(icm: Icm, trained: Path) -> None:
+    ran = icm("encode", "rules", "poems", "--min-gain", "1.0", "--device", "cpu", "--json")
+    short = sorted(name for name, event in tasks_of(ran).items() if event["status"] == "below")
+    assert short == ["poems", "rules"]
+    (fleet,) = icm("stats", "--json").document["fleets"]
+    assert fleet["short_count"] == len(short)
+    assert [task["task"] for task in fleet["tasks"] if task["asked"] and not task["asked"]["is_kept"]] == short
+    assert "2 tasks keep their original: no code keeps a retained gain of 1" in icm("stats").out
+    assert "a retained gain of 1: not kept" in icm("show", short[0]).out
+    icm("encode", short[0], "--max-error", "0.1")
+    assert "a relative dW error of 0.1: kept" in icm("show", short[0]).out
+    assert icm("show", short[0], "--json").document["code"]["asked"]["max_error"] == 0.1
+
+
+def test_show_and_ls_tell_what_lies_beside_a_code(icm: Icm, layered: Path) -> None:
+    code = codes(layered)["rules"]
+    assert code.residual is not None
+    assert icm("show", "rules", "--json").document["code"]["residual"] == asdict(code.residual)
+    assert f"with it dW error {code.residual.dw_error:.3f}" in icm("show", "rules").out
+    assert icm("ls").out.count(" + ") == 3
+
+
+def test_a_bundle_leaves_residuals_behind_and_says_so(icm: Icm, layered: Path, tmp_path: Path) -> None:
+    ran = icm("export", tmp_path / "fleet.icm", "--json")
+    assert set(ran.document["without_residual"]) == NAMES
+    assert "stays behind" in icm("export", tmp_path / "again.icm").err
+    listed = icm("ls", "--from", tmp_path / "fleet.icm", "--json").document
+    assert {row["dw_error"] for row in listed} == {code.dw_error for code in codes(layered).values()}
+    icm("materialize", "rules", "--from", tmp_path / "fleet.icm", "-o", tmp_path / "bundled")
+    icm("materialize", "rules", "--source", "code", "-o", tmp_path / "coded")
+    same = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("bundled", "coded")]
+    assert same[0] == same[1]
+    assert icm("materialize", "rules", "--from", tmp_path / "fleet.icm", "--source", "residual", "-o", "x").code == 2
+
+
+def test_a_new_generator_has_no_residuals(icm: Icm, layered: Path) -> None:
+    icm("train", "--steps", "2", "--fresh", "--no-eval", "--device", "cpu")
+    assert {code.residual for code in codes(layered).values()} == {None}
+    assert icm("stats", "--json").document["on_disk"]["residuals"] == 0
+    assert all(code.asked is not None and code.asked.tolerance is not None for code in codes(layered).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"), [(("--min-gain", "0.9", "--refine", "2"), "refine codes first"), ((), "--min-gain")]
+)
+def test_what_makes_no_sense_with_residuals_is_wrong_usage(
+    icm: Icm, trained: Path, options: tuple[str, ...], hint: str
+) -> None:
+    ran = icm("encode", "--residual", *options, "--json")
+    assert (ran.code, hint in ran.error["hint"]) == (ExitCode.USAGE, True)
+
+
+def test_a_task_without_a_code_gets_no_residual(icm: Icm, trained: Path, mixed_template: Path) -> None:
+    icm("ingest", mixed_template / "loras" / "poems", "--name", "twin", "--no-vectors")
+    told = tasks_of(icm("encode", "twin", "--residual", "--max-error", "0.1", "--json"))
+    assert (told["twin"]["status"], "no code" in told["twin"]["reason"]) == ("unmeasured", True)
