@@ -22,8 +22,11 @@ from icmlora.generator.step_search import Encoded
 from icmlora.peft_folder import save_adapter
 from registry.records import NewEvaluation, Rung
 
-LADDER = tuple(0.5 * 2 ** (-rung / 2) for rung in range(15))
-"""Weighted errors from 0.5 to 0.004, half an octave apart: each rung takes a tenth to a fifth more bytes."""
+LADDER = (0.95, *(2 ** (-rung / 2) for rung in range(1, 17)))
+"""Weighted errors from 0.95 to 0.004, half an octave apart: each rung takes a tenth to a fifth more bytes.
+
+On the coarsest, a task that the generator predicts well has a code without integers: the prediction, by itself.
+"""
 
 
 @dataclass(frozen=True)

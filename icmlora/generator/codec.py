@@ -41,7 +41,10 @@ class OpenCode:
 
 
 class Codec:
-    """Encode and decode the adapters of one generator. Works on the CPU in float32."""
+    """Encode and decode the adapters of one generator. Works on the CPU in float32.
+
+    Under a tolerance near 1 the code of an adapter that is predicted well holds condition and latent, and no integers.
+    """
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator

@@ -169,3 +169,14 @@ def test_a_decoded_adapter_is_as_strong_along_the_original_as_the_original_is(ta
         dw_norm(original) ** 2 / 2
     )
     assert along / dw_norm(original) ** 2 == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_what_the_generator_predicts_has_a_code_without_integers(task: int) -> None:
+    under = codec()
+    predicted = under.generate(make_vectors(task), mixed_fleet().load(task, None).layout, task_type=None)
+    encoded = under.encode(predicted, make_vectors(task), tolerance=0.95)
+    groups = under.open(encoded.data).groups
+    assert not any(group.inputs.any() or group.outputs.any() for group in groups)
+    assert sum(len(group.slots.layer) for group in groups) > 0
+    assert encoded.weighted_error < 0.5
