@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from icm_cli.workflows.encode_plan import EncodeRequest
 from icm_cli.workflows.events import Event, Step, StopFlag
-from icm_cli.workflows.gain_search import LADDER, Candidate, coarsest_kept, evaluations_of, measure
+from icm_cli.workflows.gain_search import LADDER, Candidate, coarsest_kept, evaluations_of, measure, nearest_kept
 from icm_cli.workflows.task_evaluation import TaskEvaluation
 from icmlora.adapter import Adapter
 from icmlora.base_model import BaseModel
@@ -18,6 +19,9 @@ from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.step_search import Encoded
 from icmlora.refinement import RefineConfig, refine
 from registry.records import NewEvaluation
+
+_WON_BACK = 1.5
+"""A refined code loses about this much less than the code that it started from: where to look for it."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,19 @@ class CodeSearch:
             DataError: There is no gain to keep, or no code at all.
         """
         if request.min_gain is None:
-            tried = yield from self._candidate(request.tolerance, request.max_error, stop)
+            tried = yield from self._candidate(request.tolerance, request.max_error, stop, self._refiner)
             return None if tried is None else (tried, True)
-        found = yield from coarsest_kept(
-            len(LADDER),
-            request.min_gain,
-            lambda place: self._candidate(LADDER[place], request.max_error, stop),
-        )
+
+        def attempt(refiner: Refiner | None, place: int) -> Generator[Event, None, Candidate | None]:
+            return self._candidate(LADDER[place], request.max_error, stop, refiner)
+
+        plain, gain = partial(attempt, None), request.min_gain
+        if self._refiner is None:
+            found = yield from coarsest_kept(len(LADDER), gain, plain)
+        else:  # refining takes minutes, so where to begin is looked for without
+            found = yield from coarsest_kept(len(LADDER), 1 - _WON_BACK * (1 - gain), plain)
+            if found is not None:
+                found = yield from nearest_kept(found.place, len(LADDER), gain, partial(attempt, self._refiner))
         return None if found is None else (found.candidate, found.keeps)
 
     def evaluations(self, candidate: Candidate) -> Sequence[NewEvaluation]:
@@ -74,11 +84,13 @@ class CodeSearch:
         return evaluations_of(self._evaluation, candidate)
 
     def _candidate(
-        self, tolerance: float | None, max_error: float | None, stop: StopFlag
+        self, tolerance: float | None, max_error: float | None, stop: StopFlag, refiner: Refiner | None
     ) -> Generator[Event, None, Candidate | None]:
+        if stop.requested:
+            return None
         encoded = self._codec.encode(self._original, self._vectors, tolerance=tolerance, max_error=max_error)
-        if self._refiner is not None:
-            refined = yield from self._refined(self._refiner, encoded, stop)
+        if refiner is not None:
+            refined = yield from self._refined(refiner, encoded, stop)
             if refined is None:
                 return None
             encoded = refined

@@ -96,6 +96,37 @@ def coarsest_kept(places: int, min_gain: float, attempt: Attempt) -> Generator[E
     return finest if found is None else found
 
 
+def nearest_kept(start: int, places: int, min_gain: float, attempt: Attempt) -> Generator[Event, None, Found | None]:
+    """Go from one place of a ladder to coarser ones while the gain is kept, or to finer ones until it is.
+
+    Where an attempt is dear and the place is nearly known, that is two of them; halving takes four.
+
+    Args:
+        start: Where to begin.
+        places: How many there are, coarse to fine.
+        min_gain: The gain.
+        attempt: Called with some of them.
+
+    Returns:
+        The coarsest found that keeps the gain; if none does, the finest. None if the user stopped.
+
+    Raises:
+        DataError: There is no gain to keep.
+    """
+    first = yield from attempt(start)
+    if first is None:
+        return None
+    found = Found(start, first, first.keeps(min_gain))
+    for place in range(start - 1, -1, -1) if found.keeps else range(start + 1, places):
+        tried = yield from attempt(place)
+        if tried is None:
+            return None
+        if tried.keeps(min_gain) != found.keeps:
+            return found if found.keeps else Found(place, tried, True)
+        found = Found(place, tried, found.keeps)
+    return found
+
+
 def measure(evaluation: TaskEvaluation, rung: Rung, adapter: Adapter, error: float) -> RungResult:
     """Write an adapter as `icm materialize` does, load it by PEFT and measure it; nothing is recorded of it.
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 
 from icm_cli.app import run
+from icm_cli.workflows import gain_search, task_evaluation
+from icm_cli.workflows.task_evaluation import RungResult
+from icmlora.evaluation import NllResult
+from registry.records import Rung
 from tests.cli.fleet import write_fleet
 from tests.cli.tiny_fleet import build_ingested, train_store
 
@@ -100,3 +104,15 @@ def mixed(mixed_template: Path, tmp_path: Path) -> Path:
 def trained(trained_template: Path, tmp_path: Path) -> Path:
     """The same store with a generator and codes."""
     return Path(shutil.copytree(trained_template, tmp_path / "store"))
+
+
+@pytest.fixture
+def plain_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the retained gain be what the error leaves of dW: random adapters have gains by chance."""
+
+    def result_of(rung: Rung, loss: NllResult, error: float | None, before: Mapping[Rung, RungResult]) -> RungResult:
+        gain = None if error is None else 1 - error
+        return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
+
+    for module in (task_evaluation, gain_search):
+        monkeypatch.setattr(module, "result_of", result_of)

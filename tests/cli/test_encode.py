@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from icm_cli.errors import ExitCode
+from icm_cli.workflows import code_search
+from icmlora.generator.relaxed import RelaxedCode
 from icmlora.metrics import relative_dw_error
 from icmlora.peft_folder import load_adapter_folder
 from registry.records import CodeRecord
@@ -150,6 +152,22 @@ def test_a_refined_code_is_another_code_of_the_same_task(icm: Icm, trained: Path
         sizes.append(codes(trained)[name].blob)
     assert sizes[0] != sizes[1]
     assert icm("materialize", name, "-o", str(trained.parent / "out"), "--source", "code").code == 0
+
+
+@pytest.mark.usefixtures("plain_gains")
+def test_a_gain_is_looked_for_without_refining_first(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refined: list[float] = []
+    real = code_search.refine
+
+    def counted(relaxed: RelaxedCode, error: float, *others: Any) -> Iterator[int]:
+        refined.append(error)
+        return real(relaxed, error, *others)
+
+    monkeypatch.setattr(code_search, "refine", counted)
+    ran = icm("encode", "rules", "--min-gain", "0.5", "--refine", "2", "--device", "cpu", "--json")
+    assert (ran.code, tasks_of(ran)["rules"]["status"]) == (0, "encoded")
+    assert tasks_of(ran)["rules"]["retained_gain"] >= 0.5
+    assert 1 <= len(refined) <= 3
 
 
 def test_a_task_without_samples_is_not_refined(icm: Icm, trained: Path) -> None:

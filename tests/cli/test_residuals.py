@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,9 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows import gain_search, task_evaluation
-from icm_cli.workflows.task_evaluation import RungResult
-from icmlora.evaluation import NllResult
 from icmlora.metrics import relative_dw_error
 from icmlora.peft_folder import load_adapter_folder
-from registry.records import CodeRecord, Rung
+from registry.records import CodeRecord
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.icmlora.tiny_base import LABEL
@@ -31,18 +28,6 @@ def layered(icm: Icm, trained: Path) -> Path:
     assert icm("encode", "--max-error", "0.3").code == 0
     assert icm(*BESIDE).code == 0
     return trained
-
-
-@pytest.fixture
-def plain_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the retained gain be what the error leaves of dW: random adapters have gains by chance."""
-
-    def result_of(rung: Rung, loss: NllResult, error: float | None, before: Mapping[Rung, RungResult]) -> RungResult:
-        gain = None if error is None else 1 - error
-        return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
-
-    for module in (task_evaluation, gain_search):
-        monkeypatch.setattr(module, "result_of", result_of)
 
 
 def codes(store: Path) -> dict[str, CodeRecord]:
