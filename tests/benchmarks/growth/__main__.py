@@ -40,8 +40,7 @@ SIZES = (20, 50, 100, 200, 500, 1000)
 def settings(group: RealGroup) -> Iterable[Setting]:
     """Yield what is measured, the most telling first."""
     share, real = round(group.same_start, 4), len(group.adapters)
-    yield Setting(real, None)
-    yield Setting(real, 1.0)
+    yield from (Setting(real, start, trained=trained) for start in (None, 1.0) for trained in (True, False))
     yield from (Setting(size, share) for size in SIZES)
     yield from (Setting(size, share, trained=False) for size in (20, 1000))
     yield from (Setting(size, share, width=96) for size in (20, 200, 1000))
