@@ -106,7 +106,7 @@ def _description(group: RealGroup, statistics: Statistics, fleet: SyntheticFleet
     some = next(iter(statistics.values()))
     again = measure(made, list(statistics), range(len(some.log_norms)))
     return {
-        "measured_on": f"{len(group.adapters)} adapters of one rank and start, every {EVERY}th layer",
+        "measured_on": f"{len(group.adapters)} adapters of one rank and start, one layer in {EVERY}",
         "same_start": fleet.same_start,
         "kinds": {
             kind.pattern: {"real": _summary(statistics[kind]), "synthetic": _summary(again[kind])}
