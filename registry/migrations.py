@@ -150,7 +150,9 @@ def migrate(database: Database, *, create: bool = False) -> None:
     if not database.can_be_written():
         hint = "copy the store to where it can be written; the first icm command there moves it forward"
         raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
-    writer = Database(database.path, read_only=False, busy_timeout=database.busy_timeout)
+    writer = database
+    if database.read_only:
+        writer = Database(database.path, read_only=False, busy_timeout=database.busy_timeout)
     if not is_current:
         _move_forward(writer, create=create)
     writer.compact()  # a kill before this is found by the size of the pages

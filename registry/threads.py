@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Semaphore
 from typing import TypeVar
@@ -14,8 +14,8 @@ from registry import fs
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Reading, hashing and writing keep a core busy; more threads than this only get into each other's way.
-_WORKERS = min(8, (os.cpu_count() or 1) + 1)
+# Reading and hashing keep a core busy, and a few more threads wait for the device; yet more get into each other's way.
+_WORKERS = min(8, (os.cpu_count() or 1) + 3)
 # Syncing waits for the device, which does many syncs at once as fast as one.
 _SYNCERS = 16
 _OPEN_FILES = 64
@@ -67,6 +67,7 @@ def each(
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(call, item) for item in items]
         try:
+            wait(futures, return_when=FIRST_EXCEPTION)  # for all at once: to be woken by each would hold up the others
             return [future.result() for future in futures]
         except BaseException:
             pool.shutdown(cancel_futures=True)
