@@ -16,10 +16,10 @@ from registry import fs
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Reading and hashing keep a core busy, and a few more threads wait for the device; yet more get into each other's way.
-_WORKERS = min(8, (os.cpu_count() or 1) + 3)
-# Syncing waits for the device, which does several syncs at once as fast as one.
-_SYNCERS = 6
+# Reading and hashing keep a core busy while two more threads wait for the device; yet more get into each other's way.
+_WORKERS = min(8, (os.cpu_count() or 1) + 2)
+# Syncing waits for the device, which does many syncs at once as fast as one.
+_SYNCERS = 12
 _OPEN_FILES = 64
 
 
