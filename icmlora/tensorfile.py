@@ -12,8 +12,9 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ class TensorHeader:
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
 
+    @cached_property
+    def runs(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        """Neighbours of one type: one pass over a run is ten times faster than one per tensor."""
+        return tuple(tuple(run) for _, run in itertools.groupby(self.tensors, key=lambda tensor: tensor.dtype))
+
 
 def read_header(data: bytes | bytearray | memoryview) -> TensorHeader:
     """Read and check the header of a safetensors file that is in memory as a whole.
@@ -109,12 +115,6 @@ def read_tensor_file(path: Path) -> bytes:
         head = read_exactly(descriptor, _PREFIX_BYTES + _header_length(start, size), 0)
         parse_header(head[_PREFIX_BYTES:], size)
         return head + read_exactly(descriptor, size - len(head), len(head))
-
-
-def dtype_runs(header: TensorHeader) -> Iterator[tuple[str, list[TensorInfo]]]:
-    """Group neighbours of one type: one pass over a run is ten times faster than one per tensor."""
-    for dtype, run in itertools.groupby(header.tensors, key=lambda tensor: tensor.dtype):
-        yield dtype, list(run)
 
 
 def encode(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from icmlora.errors import AdapterRefused
-from icmlora.tensorfile import RawTensor, TensorHeader, dtype_runs, encode, read_header
+from icmlora.tensorfile import RawTensor, TensorHeader, encode, read_header
 from icmlora.values import bits
 
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -26,10 +26,10 @@ def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -
         Name to tensor, in file order; neighbours may share storage.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for dtype, run in dtype_runs(header):
+    for run in header.runs:
         # A copy: torch must neither see read-only memory nor an address that is not a multiple of the item size.
-        raw = torch.from_numpy(bits(data, dtype, run[0].begin, run[-1].end).copy())
-        values = raw.view(_TORCH[dtype]).float()
+        raw = torch.from_numpy(bits(data, run[0].dtype, run[0].begin, run[-1].end).copy())
+        values = raw.view(_TORCH[run[0].dtype]).float()
         offset = 0
         for info in run:
             count = (info.end - info.begin) * values.numel() // (run[-1].end - run[0].begin)

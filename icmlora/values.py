@@ -6,15 +6,15 @@ import numpy as np
 import numpy.typing as npt
 
 from icmlora.errors import AdapterRefused
-from icmlora.tensorfile import ITEM_BYTES, TensorHeader, TensorInfo, dtype_runs
+from icmlora.tensorfile import ITEM_BYTES, TensorHeader, TensorInfo
 
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 # All bits of the exponent: a value that has them all set is NaN or infinite.
 _EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 _MANTISSA = {"F32": 0x007FFFFF, "F16": 0x03FF, "BF16": 0x007F}
-# Elements looked at together: the temporary array stays in the processor's cache.
-_CHUNK = 64 * 1024
+# Elements looked at together: half a megabyte or one, which stays in the processor's cache for the second look.
+_CHUNK = 256 * 1024
 
 
 def check_finite(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
@@ -23,7 +23,8 @@ def check_finite(data: bytes | bytearray | memoryview, header: TensorHeader) -> 
     Raises:
         AdapterRefused: Names the tensor, the value and the position of the first one that is not.
     """
-    for dtype, run in dtype_runs(header):
+    for run in header.runs:
+        dtype = run[0].dtype
         if not _all_finite(bits(data, dtype, run[0].begin, run[-1].end), _EXPONENT[dtype]):
             _refuse_first(data, header)
 
@@ -35,9 +36,16 @@ def bits(data: bytes | bytearray | memoryview, dtype: str, begin: int, end: int)
 
 
 def _all_finite(values: Bits, exponent: int) -> bool:
-    mask = values.dtype.type(exponent)
+    """Say whether no value has all bits of the exponent set.
+
+    Those that have are the largest integers: the positive ones if the highest bit is read as a sign, the negative ones
+    if it is not. Two maxima need no memory; a mask over all values would take as much as they do.
+    """
+    negative = exponent | 1 << (8 * values.itemsize - 1)
+    signed = values.view(f"<i{values.itemsize}")
     return all(
-        int((values[start : start + _CHUNK] & mask).max()) != exponent for start in range(0, values.size, _CHUNK)
+        int(signed[start : start + _CHUNK].max()) < exponent and int(values[start : start + _CHUNK].max()) < negative
+        for start in range(0, values.size, _CHUNK)
     )
 
 

@@ -65,13 +65,13 @@ class StoreBase:
             lock = StoreLock(paths.lock, timeout=lock_timeout, command=command, writable=not read_only)
         try:
             lock.share()
+            database = Database(paths.database, read_only=read_only, busy_timeout=lock_timeout)
             if not paths.format.exists():
                 with lock.exclusive():
-                    _create(paths, lock_timeout)
+                    _create(paths, database)
             _check_format(paths)
             if not read_only:
                 _make_folders(paths)
-            database = Database(paths.database, read_only=read_only, busy_timeout=lock_timeout)
             with_reserve(paths, lambda: migrate(database))  # a newer icm is often asked to empty a full disk
         except BaseException:
             lock.close()
@@ -121,7 +121,7 @@ class StoreBase:
     def put_files(
         self,
         files: Sequence[Path],
-        inspect: Callable[[Path, bytes], T],
+        inspect: Callable[[Path, memoryview], T],
         refusals: tuple[type[Exception], ...] = (),
         contents: Sequence[bytes] = (),
         withheld: Mapping[Path, Collection[str]] = MappingProxyType({}),
@@ -133,7 +133,7 @@ class StoreBase:
         Args:
             files: plain files; no links are followed.
             inspect: called on worker threads with a path and the very bytes that are hashed and stored; raises to
-                refuse them.
+                refuse them. The bytes are those of another file afterwards: what it returns must not refer to them.
             refusals: what `inspect` raises to refuse one file. Any other exception ends the batch.
             contents: bytes that are in memory already, to be stored in the same batch; :func:`registry.blobs.digest_of`
                 tells their digests.
@@ -180,18 +180,18 @@ def _prepare_folder(paths: StorePaths) -> None:
             raise NotAStore(message, path=paths.root, hint="name an empty or a new folder with --store")
 
 
-def _create(paths: StorePaths, busy_timeout: float) -> None:
+def _create(paths: StorePaths, database: Database) -> None:
     """Make the parts of a store, FORMAT last; a killed attempt is simply made again."""
     if paths.format.exists():  # another process was faster
         return
     with fs.store_errors(paths.root):
         _make_folders(paths)
         make_reserve(paths)
-        migrate(Database(paths.database, read_only=False, busy_timeout=busy_timeout), create=True)
+        migrate(database, create=True)
         fs.failpoint("store-before-format")
         temporary = paths.tmp / "FORMAT"
         fs.unlink(temporary)
-        fs.write_file(temporary, [FORMAT_TEXT.encode()], 0o444)
+        fs.write_file(temporary, FORMAT_TEXT.encode(), 0o444)
         fs.replace(temporary, paths.format)
         fs.fsync_dir(paths.root)
         fs.fsync_dir(paths.root.parent)

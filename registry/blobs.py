@@ -45,7 +45,7 @@ class BlobStore:
         if self._holds(digest, data):
             return None
         path = self._paths.tmp / uuid4().hex
-        syncer.sync(fs.write_unsynced(path, [data], _MODE), path)
+        syncer.sync(fs.write_unsynced(path, data, _MODE), path)
         return path
 
     def publish(self, staged: dict[str, Path | None]) -> None:
@@ -58,12 +58,11 @@ class BlobStore:
         folders = {self._paths.blob(digest).parent for digest in staged}
         for folder in sorted(folders):
             fs.make_dir(folder)
-        fs.fsync_dir(self._paths.blobs)
         for digest, temporary in staged.items():
             if temporary is not None:
                 fs.replace(temporary, self._paths.blob(digest))
                 fs.failpoint("blob-renamed")
-        sync_folders(sorted(folders))
+        sync_folders([self._paths.blobs, *sorted(folders)])
         fs.failpoint("blobs-durable")
 
     def put(self, items: Iterable[fs.Bytes]) -> list[str]:

@@ -131,6 +131,8 @@ class Database:
         try:
             for pragma in _PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}")
+            if self._create:
+                connection.execute(f"PRAGMA page_size={PAGE_SIZE}")  # a file that is there already keeps its own
             if self.read_only:
                 connection.execute("PRAGMA query_only=ON")
             else:

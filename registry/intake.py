@@ -1,25 +1,26 @@
 """Take many files into the blob store at once, durably and fast.
 
-Each file is read whole, hashed, inspected and written from the same bytes, so check and copy cannot disagree. Syncs
-overlap with the reading and writing of other files; the renames and folder syncs of the batch come last:
+Each file is read whole, hashed, inspected and written from the same memory, so check and copy cannot disagree; then
+the next file is read into it. Syncs overlap with the reading and writing of other files; the renames and folder syncs
+of the batch come last:
 
-    read ─▶ inspect ─▶ hash ─▶ tmp file     one thread per core, one file each
+    read ─▶ inspect ─▶ hash ─▶ tmp file     a few more threads than cores, one file each
                                   └─▶ fsync     more threads: they only wait
                                         └─▶ all renames ─▶ one fsync per folder     once
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition, Lock
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from registry import fs
 from registry.blobs import BlobStore, digest_of
+from registry.buffers import Buffers
 from registry.errors import SourceRefused
 from registry.paths import StorePaths
 from registry.source import read_source, source_size
@@ -69,30 +70,8 @@ class _Staged(Generic[T]):
     result: PutResult[T] | None  # None for bytes, which are no file
 
 
-class _Budget:
-    """Bounds the bytes that all threads hold at once; a file above the whole budget goes alone."""
-
-    def __init__(self, size: int) -> None:
-        self._free = self._size = size
-        self._changed = Condition()
-
-    @contextmanager
-    def take(self, wanted: int) -> Iterator[None]:
-        """Wait for `wanted` bytes, hold them for the block, give them back."""
-        wanted = min(wanted, self._size)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= wanted)
-            self._free -= wanted
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += wanted
-                self._changed.notify_all()
-
-
 class _Claims:
-    """Lets one of several equal files of a batch be written; a fleet repeats its configs many times."""
+    """Lets one of several equal files of a batch be written."""
 
     def __init__(self) -> None:
         self._digests: set[str] = set()
@@ -110,16 +89,16 @@ def put_files(
     blobs: BlobStore,
     paths: StorePaths,
     files: Sequence[Path],
-    inspect: Callable[[Path, bytes], T],
+    inspect: Callable[[Path, memoryview], T],
     refusals: tuple[type[Exception], ...] = (),
     contents: Sequence[bytes] = (),
     withheld: Mapping[Path, Collection[str]] = MappingProxyType({}),
 ) -> list[PutResult[T] | PutRefusal]:
     """Store files durably; see :meth:`registry.store.Store.put_files`."""
-    budget, claims = _Budget(_BYTES_IN_FLIGHT), _Claims()
+    buffers, claims = Buffers(_BYTES_IN_FLIGHT), _Claims()
     expected: tuple[type[Exception], ...] = (SourceRefused, *refusals)
 
-    def stage_bytes(data: bytes, syncer: Syncer, unwanted: Collection[str] = ()) -> tuple[str, Path | None]:
+    def stage_bytes(data: fs.Bytes, syncer: Syncer, unwanted: Collection[str] = ()) -> tuple[str, Path | None]:
         digest = digest_of(data)
         if digest in unwanted:
             return digest, None
@@ -130,15 +109,15 @@ def put_files(
         if isinstance(item, bytes):
             return _Staged(*stage_bytes(item, syncer), None)
         try:
-            with budget.take(source_size(item)):
-                data = read_source(item)
+            with buffers.lend(size := source_size(item)) as memory:
+                data = read_source(item, memory)
                 inspected = inspect(item, data)
                 digest, temporary = stage_bytes(data, syncer, withheld.get(item, ()))
         except expected as error:
             return PutRefusal(item, error)
-        return _Staged(digest, temporary, PutResult(item, digest, len(data), temporary is not None, inspected))
+        return _Staged(digest, temporary, PutResult(item, digest, size, temporary is not None, inspected))
 
-    items: list[Path | bytes] = [*files, *contents]
+    items: list[Path | bytes] = [*dict.fromkeys(contents), *files]  # a fleet repeats its small files many times
     staged = each_synced(stage, items, undo=_discard)
     with fs.store_errors(paths.blobs):
         blobs.publish(_temporaries(item for item in staged if isinstance(item, _Staged)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from sqlalchemy import Connection, exists, select
 
 from registry import models
+from registry.evicted import EvictedAdapter
 from registry.row_numbers import in_parts, table_of
 
 AdapterKey = tuple[str, str, int | None]
@@ -57,6 +58,20 @@ def names_without_vectors(connection: Connection) -> list[str]:
     """Return the names of the tasks that have no task vector, in order."""
     query = select(_TASKS.c.name).where(~exists().where(_VECTORS.c.task_id == _TASKS.c.id)).order_by(_TASKS.c.name)
     return list(connection.execute(query).scalars())
+
+
+def evicted_adapters(connection: Connection) -> list[EvictedAdapter]:
+    """Return all adapters whose weights were deleted, by task."""
+    weights, config = _BLOBS.alias(), _BLOBS.alias()
+    query = (
+        select(_TASKS.c.name, weights.c.digest, config.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final)
+        .join_from(_ADAPTERS, _TASKS)
+        .join(weights, _ADAPTERS.c.weights_id == weights.c.id)
+        .join(config, _ADAPTERS.c.config_id == config.c.id)
+        .where(_ADAPTERS.c.evicted_at.is_not(None))
+        .order_by(_TASKS.c.name, _ADAPTERS.c.id)
+    )
+    return [EvictedAdapter(*row) for row in connection.execute(query)]
 
 
 def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:

@@ -34,10 +34,17 @@ def m003_compact_rows(connection: Connection) -> None:
         connection.exec_driver_sql(f"DROP INDEX {index}")
     for table in _TABLES:
         connection.exec_driver_sql(f"ALTER TABLE {table} RENAME TO old_{table}")
-    for statement in f"{_SCHEMA};{_COPY}".split(";"):
-        connection.exec_driver_sql(" ".join(statement.split()))  # SQLite keeps the text of a table as it is given
+    make_tables(connection)
+    for statement in _COPY.split(";"):
+        connection.exec_driver_sql(statement)
     for table in _TABLES:
         connection.exec_driver_sql(f"DROP TABLE old_{table}")
+
+
+def make_tables(connection: Connection) -> None:
+    """Make the tables and indexes of this schema, in a database that has none of these names."""
+    for statement in _SCHEMA.split(";"):
+        connection.exec_driver_sql(" ".join(statement.split()))  # SQLite keeps the text of a table as it is given
 
 
 def _define_functions(connection: sqlite3.Connection) -> None:

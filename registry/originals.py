@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from registry import models, rows
+from registry import known_tasks, models, rows
 from registry.base import StoreBase
 from registry.errors import LastCopy
 from registry.evicted import EvictedAdapter, Eviction
@@ -40,14 +40,8 @@ class OriginalOperations(StoreBase):
 
     def evicted_adapters(self) -> list[EvictedAdapter]:
         """Return all adapters whose weights were deleted, by task."""
-        adapter = models.Adapter
-        with self._db.read() as session:
-            query = select(adapter).join(adapter.task).where(adapter.evicted_at.is_not(None))
-            found = session.scalars(query.order_by(models.Task.name, adapter.id))
-            return [
-                EvictedAdapter(row.task.name, row.weights.digest, row.config.digest, row.step, row.is_final)
-                for row in found
-            ]
+        with self._db.connection() as connection:
+            return known_tasks.evicted_adapters(connection)
 
     def weights_in_use(self) -> dict[str, int]:
         """Return digest -> number of adapters that still have these weights; a file with two goes with the second."""

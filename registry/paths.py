@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 FORMAT_TEXT = "icm store 2\n"
@@ -30,37 +31,37 @@ class StorePaths:
 
     root: Path
 
-    @property
+    @cached_property
     def format(self) -> Path:
         """The file that says what this folder is."""
         return self.root / "FORMAT"
 
-    @property
+    @cached_property
     def database(self) -> Path:
         """The SQLite file."""
         return self.root / "registry.db"
 
-    @property
+    @cached_property
     def blobs(self) -> Path:
         """The folder of content-addressed files."""
         return self.root / "blobs"
 
-    @property
+    @cached_property
     def tmp(self) -> Path:
         """The folder of files that are being written."""
         return self.root / "tmp"
 
-    @property
+    @cached_property
     def quarantine(self) -> Path:
         """The folder of damaged blobs."""
         return self.root / "quarantine"
 
-    @property
+    @cached_property
     def lock(self) -> Path:
         """The file that is flock'ed."""
         return self.root / "lock"
 
-    @property
+    @cached_property
     def reserve(self) -> Path:
         """The file that is given up on a full disk."""
         return self.root / "reserve"

@@ -27,7 +27,7 @@ def make_reserve(paths: StorePaths) -> None:
     if not paths.reserve.exists():
         temporary = paths.tmp / "reserve"
         fs.unlink(temporary)
-        fs.write_file(temporary, [bytes(RESERVE_BYTES)], 0o600)
+        fs.write_file(temporary, bytes(RESERVE_BYTES), 0o600)
         fs.replace(temporary, paths.reserve)
 
 

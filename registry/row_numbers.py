@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, Table, select, update
+from sqlalchemy import Connection, Table, select
 from sqlalchemy.dialects.sqlite import insert
 
 from registry import models
@@ -47,9 +47,8 @@ class RowNumbers:
             MissingBlob: there is no such file.
         """
         rows = {digest: {"size": self._files.size(digest)} for digest in sorted(set(digests))}
-        numbers = self._numbers(table_of(models.Blob), "digest", rows)
-        self._correct_sizes(rows)
-        return numbers
+        # An imported bundle may have said something else of the size of bytes that were not here.
+        return self._numbers(table_of(models.Blob), "digest", rows, corrected="size")
 
     def documents(self, bodies: Iterable[T]) -> dict[T, int]:
         """Return JSON value -> number; the values are given in a form that can be a key, such as tuples."""
@@ -62,20 +61,19 @@ class RowNumbers:
         """Return name -> number."""
         return self._numbers(table_of(models.BaseModel), "name", {name: {} for name in sorted(set(names))})
 
-    def _correct_sizes(self, rows: Mapping[str, Mapping[str, int]]) -> None:
-        """Put right what an imported bundle may have said wrongly of bytes that were not here."""
-        table = table_of(models.Blob)
-        for digests in in_parts(list(rows)):
-            query = select(table.c.digest, table.c.size).where(table.c.digest.in_(digests))
-            for digest, size in self._connection.execute(query).all():
-                if size != rows[digest]["size"]:
-                    self._connection.execute(update(table).where(table.c.digest == digest).values(rows[digest]))
-
-    def _numbers(self, table: Table, key: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-        """Insert those rows whose key the table lacks, and return the number of every one."""
+    def _numbers(
+        self, table: Table, key: str, rows: Mapping[str, Mapping[str, Any]], *, corrected: str | None = None
+    ) -> dict[str, int]:
+        """Insert those rows whose key the table lacks, correct one column of the others, return every row's number."""
         if not rows:
             return {}
-        statement = insert(table).on_conflict_do_nothing(index_elements=[key])
+        statement = insert(table)
+        if corrected is None:
+            statement = statement.on_conflict_do_nothing(index_elements=[key])
+        else:
+            new = statement.excluded[corrected]
+            changes = table.c[corrected] != new
+            statement = statement.on_conflict_do_update(index_elements=[key], set_={corrected: new}, where=changes)
         self._connection.execute(statement, [{key: name, **values} for name, values in rows.items()])
         found: dict[str, int] = {}
         for names in in_parts(list(rows)):

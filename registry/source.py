@@ -26,10 +26,13 @@ def source_size(path: Path) -> int:
     return _check(path, status).st_size
 
 
-def read_source(path: Path) -> bytes:
-    """Return the bytes of a plain file.
+def read_source(path: Path, memory: memoryview) -> memoryview:
+    """Fill `memory`, which is as long as the file was found to be, with the bytes of a plain file.
 
     The file is read with read(2), never mapped: a mapped file that shrinks kills the process.
+
+    Returns:
+        The same memory, read-only.
 
     Raises:
         SourceRefused: it is absent, a link, a device, a pipe or too large.
@@ -44,16 +47,15 @@ def read_source(path: Path) -> bytes:
         raise SourceRefused(f"cannot read {path}: {reason}", path=path) from error
     try:
         before = _check(path, os.fstat(fd))
-        data = _read_exactly(fd, before.st_size)
-        after = os.fstat(fd)
+        is_full = before.st_size == len(memory) and _fill(memory, fd)
         named = os.stat(path, follow_symlinks=False)
     except OSError as error:
         raise SourceRefused(f"cannot read {path}: {error.strerror}", path=path) from error
     finally:
         os.close(fd)
-    if len(data) != before.st_size or not _identity(before) == _identity(after) == _identity(named):
+    if not is_full or _identity(before) != _identity(named):
         raise SourceChanged(f"{path} changed while it was read", path=path, hint="try again when it is written")
-    return data
+    return memory.toreadonly()
 
 
 def _check(path: Path, status: os.stat_result) -> os.stat_result:
@@ -64,16 +66,12 @@ def _check(path: Path, status: os.stat_result) -> os.stat_result:
     return status
 
 
-def _read_exactly(fd: int, size: int) -> bytes:
-    """Read `size` bytes, or fewer if the file has become shorter; the usual file takes one call and no copy."""
-    data = os.pread(fd, size, 0)
-    if len(data) == size:
-        return data
-    parts = [data]
-    while data and (missing := size - sum(map(len, parts))) > 0:
-        data = os.pread(fd, missing, size - missing)
-        parts.append(data)
-    return b"".join(parts)
+def _fill(memory: memoryview, fd: int) -> bool:
+    """Read until the memory is full, and say whether it is; the file may have become shorter."""
+    rest = memory
+    while rest and (count := os.readv(fd, [rest])):
+        rest = rest[count:]
+    return not rest
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

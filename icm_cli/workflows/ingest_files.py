@@ -82,7 +82,7 @@ class _Checked:
     summary: AdapterSummary | None
 
 
-_Checks = dict[Path, Callable[[bytes], AdapterSummary | None]]
+_Checks = dict[Path, Callable[[bytes | memoryview], AdapterSummary | None]]
 _Outcomes = dict[Path, _Checked | Exception]
 
 
@@ -138,8 +138,8 @@ def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
     return _Small(config, card)
 
 
-def _check_text(data: bytes, *, path: Path) -> None:
-    parse_examples(data, path=path)
+def _check_text(data: bytes | memoryview, *, path: Path) -> None:
+    parse_examples(bytes(data), path=path)
 
 
 def _too_large(path: Path) -> DataError:
@@ -169,7 +169,7 @@ def _withheld(
 def _check_and_store(
     checks: _Checks, contents: Sequence[bytes], store: Store, withheld: Mapping[Path, Collection[str]]
 ) -> _Outcomes:
-    def inspect(path: Path, data: bytes) -> AdapterSummary | None:
+    def inspect(path: Path, data: memoryview) -> AdapterSummary | None:
         return checks[path](data)
 
     # Everything of the batch at once: what takes time is waiting for the disk, once per call.
@@ -235,7 +235,7 @@ def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSumma
         rank_max=summary.rank_max,
         parameters=summary.parameters,
         target_modules=summary.target_modules,
-        layout=[(shape.module, shape.rank, shape.inputs, shape.outputs) for shape in summary.layout],
+        layout=summary.layout,
         source=str(found.folder),
     )
 

@@ -38,6 +38,14 @@ def test_a_memoryview_is_inspected_in_place() -> None:
     assert inspect_adapter(config(), memoryview(weights())).rank_max == 2
 
 
+def test_a_summary_keeps_nothing_of_the_memory_that_was_inspected() -> None:
+    memory = bytearray(weights())
+    with memoryview(memory) as view:
+        summary = inspect_adapter(config(), view)
+    memory.clear()  # bytes that somebody still looks at cannot be cleared
+    assert summary == inspect_adapter(config(), weights())
+
+
 def test_modules_come_in_natural_order() -> None:
     names = tuple(f"model.layers.{layer}.mlp.up_proj" for layer in range(11))
     summary = inspect_adapter(config(), weights(factors(names)))

@@ -47,9 +47,9 @@ def test_the_largest_values_of_bfloat16_are_finite() -> None:
 
 
 def test_a_wrong_value_after_the_first_chunk_is_found() -> None:
-    values = torch.zeros(200_000)
-    values[150_000] = float("nan")
-    with pytest.raises(AdapterRefused, match=r"at \[150000\]"):
+    values = torch.zeros(400_000)
+    values[300_000] = float("nan")
+    with pytest.raises(AdapterRefused, match=r"at \[300000\]"):
         check(a=raw(values, "BF16"))
 
 

@@ -32,6 +32,7 @@ def ingest_all(root: Path) -> None:
         files = [root.parent / f"file{n}" for n in range(3)]
         for file in files:
             file.write_bytes(file.name.encode())
+        files[0].write_bytes(b"large" * 200_001)  # its pages are written past the page cache
         store.put_files(files, lambda path, data: None)
         store.ingest_tasks([offer(store, name, steps=[80, 90], samples=b"samples") for name in ("rust", "html")])
 
@@ -68,8 +69,8 @@ def evict_and_prune(root: Path) -> None:
 
 COMMANDS = {command.__name__: command for command in (ingest_all, learn, remove_and_prune, evict_and_prune)}
 FAILPOINTS = {
-    "ingest_all": ["store-before-format", "blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit",
-                   "rows-committed"],
+    "ingest_all": ["store-before-format", "pages-written", "blob-staged", "blob-renamed", "blobs-durable",
+                   "rows-before-commit", "rows-committed"],
     "learn": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed",
               "garbage-rows-gone", "blob-unlinked"],
     "remove_and_prune": ["garbage-rows-gone", "blob-unlinked"],
@@ -127,6 +128,13 @@ def test_the_check_would_catch_a_row_that_is_written_before_its_bytes(tmp_path: 
 
     assert run(rows_first, failpoint="rows-committed") == KILLED
     assert len(problems(tmp_path / "store")) == 2
+
+
+def test_a_kill_between_the_pages_of_a_blob_and_its_rest_leaves_a_temporary_file_alone(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    assert run(lambda: ingest_all(root), failpoint="pages-written") == KILLED
+    with new_store(root) as store:
+        assert {finding.kind for finding in store.verify(read_data=True)} == {"leftover"}
 
 
 class FailingCalls:

@@ -107,7 +107,7 @@ def test_prune_gives_back_what_rows_took_in_the_database(store: Store) -> None:
     store.remove_task("rust")
     assert store.paths.database.stat().st_size > 2 * empty
     store.prune(grace=0)
-    assert store.paths.database.stat().st_size == empty
+    assert store.paths.database.stat().st_size <= empty
 
 
 def test_a_text_that_was_only_measured_on_is_not_missed_and_its_row_goes_with_the_measurement(store: Store) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def write(folder: Path, **contents: bytes) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def length(path: Path, data: bytes) -> int:
+def length(path: Path, data: memoryview) -> int:
     return len(data)
 
 
@@ -64,7 +66,7 @@ def test_of_equal_files_one_is_written(store: Store, tmp_path: Path) -> None:
 def test_a_refused_file_leaves_nothing_and_the_others_go_on(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", good=b"good", bad=b"bad")
 
-    def inspect(path: Path, data: bytes) -> None:
+    def inspect(path: Path, data: memoryview) -> None:
         if data == b"bad":
             raise LookupError(path.name)
 
@@ -86,7 +88,7 @@ def test_a_link_among_the_files_is_refused(store: Store, tmp_path: Path) -> None
 def test_an_unexpected_error_of_the_inspection_ends_the_batch_with_nothing_stored(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", **{f"f{n}": bytes([n]) for n in range(30)})
 
-    def inspect(path: Path, data: bytes) -> None:
+    def inspect(path: Path, data: memoryview) -> None:
         if path.name == "f20":
             raise ZeroDivisionError
 
@@ -132,6 +134,51 @@ def test_a_clean_up_that_fails_too_does_not_hide_the_full_disk(
     monkeypatch.setattr(fs, "unlink", fail)
     with pytest.raises(StoreFull):
         store.put_files(files, length)
+
+
+SIZES = [0, 1, 4095, 4096, 4097, fs._DIRECT_BYTES - 1, fs._DIRECT_BYTES, fs._DIRECT_BYTES + 1, 3_000_001]
+
+
+@pytest.mark.parametrize("direct", [fs._DIRECT, 0], ids=["past the page cache", "through it"])
+def test_a_file_of_any_size_is_stored_as_it_was_inspected_and_nothing_of_another_is_with_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: int
+) -> None:
+    monkeypatch.setattr(fs, "_DIRECT", direct)
+    draw = random.Random(20)
+    order = draw.sample([*SIZES, *reversed(SIZES)], 2 * len(SIZES))  # each memory is lent to small after large files
+    files = write(tmp_path / "in", **{f"f{n}": draw.randbytes(size) for n, size in enumerate(order)})
+    results = store.put_files(files, lambda path, data: digest_of(data))
+    for path, result in zip(files, results, strict=True):
+        assert isinstance(result, PutResult)
+        assert result.inspected == result.digest == digest_of(path.read_bytes())
+        assert store.paths.blob(result.digest).read_bytes() == path.read_bytes()
+    assert leftovers(store) == []
+
+
+def test_a_file_whose_damaged_blob_is_there_heals_it(store: Store, tmp_path: Path) -> None:
+    files = write(tmp_path / "in", a=bytes(3_000_001))
+    (first,) = store.put_files(files, length)
+    assert isinstance(first, PutResult)
+    blob = store.paths.blob(first.digest)
+    blob.chmod(0o644)
+    os.truncate(blob, 4096)
+    (again,) = store.put_files(files, length)
+    assert isinstance(again, PutResult)
+    assert again.is_new
+    assert store.read_blob(first.digest) == bytes(3_000_001)
+
+
+def test_a_refusal_that_still_looks_at_its_bytes_disturbs_nobody(store: Store, tmp_path: Path) -> None:
+    files = write(tmp_path / "in", **{f"f{n}": bytes([n]) * 5000 for n in range(20)})
+
+    def inspect(path: Path, data: memoryview) -> None:
+        seen = memoryview(data)[1:]  # the traceback of the error keeps it
+        if seen[0] % 2:
+            raise LookupError(path.name)
+
+    results = store.put_files(files, inspect, refusals=(LookupError,))
+    assert [isinstance(result, PutRefusal) for result in results] == [bool(n % 2) for n in range(20)]
+    assert not any(finding.is_problem for finding in store.verify(read_data=True))
 
 
 def test_files_above_the_memory_budget_go_through_one_at_a_time(

@@ -12,20 +12,37 @@ from registry.errors import SourceChanged, SourceRefused
 from registry.source import read_source, source_size
 
 
+def read(path: Path, size: int = 5) -> memoryview:
+    return read_source(path, memoryview(bytearray(size)))
+
+
 def test_a_plain_file_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"bytes")
-    assert read_source(path) == b"bytes"
-    assert source_size(path) == 5
+    assert read(path, source_size(path)) == b"bytes"
 
 
 def test_an_empty_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
-    assert read_source(path) == b""
+    assert read(path, source_size(path)) == b""
 
 
-@pytest.mark.parametrize("read", [read_source, source_size])
+def test_what_was_read_cannot_be_changed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"bytes")
+    assert read(path).readonly
+
+
+@pytest.mark.parametrize("data", [b"byte", b"bytes!", b""])
+def test_a_file_of_another_length_than_it_was_found_to_have_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    with pytest.raises(SourceChanged):
+        read(path, len(b"bytes"))
+
+
+@pytest.mark.parametrize("read", [read, source_size])
 class TestRefusals:
     """What both readers refuse."""
 
@@ -53,7 +70,7 @@ class TestRefusals:
         path = tmp_path / "sparse"
         path.touch()
         os.truncate(path, source.MAX_SOURCE_BYTES + 1)
-        monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it was read"))
+        monkeypatch.setattr(os, "readv", lambda *_: pytest.fail("it was read"))
         refuse(read, path)
 
 
@@ -65,15 +82,15 @@ def refuse(read: object, path: Path) -> None:
 
 
 def change_during_read(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
-    real = os.pread
+    real = os.readv
 
-    def pread(fd: int, size: int, offset: int) -> bytes:
-        data = real(fd, size, offset)
+    def readv(fd: int, parts: list[memoryview]) -> int:
+        count = real(fd, parts)
         assert callable(change)
         change()
-        return data
+        return count
 
-    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "readv", readv)
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +98,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypat
     path.write_bytes(b"bytes")
     change_during_read(monkeypatch, lambda: path.write_bytes(b"more bytes"))
     with pytest.raises(SourceChanged):
-        read_source(path)
+        read(path)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +107,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     real = os.fstat
     monkeypatch.setattr(os, "fstat", lambda fd: (real(fd), os.truncate(path, 2))[0])
     with pytest.raises(SourceChanged):
-        read_source(path)
+        read(path)
 
 
 def test_a_file_that_is_swapped_for_another_while_it_is_read_is_refused(
@@ -101,12 +118,12 @@ def test_a_file_that_is_swapped_for_another_while_it_is_read_is_refused(
     other.write_bytes(b"other")
     change_during_read(monkeypatch, lambda: other.exists() and other.replace(path))
     with pytest.raises(SourceChanged):
-        read_source(path)
+        read(path)
 
 
 def test_a_read_that_returns_less_than_asked_for_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"many bytes")
-    real = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, size, offset: real(fd, min(size, 3), offset))
-    assert read_source(path) == b"many bytes"
+    real = os.readv
+    monkeypatch.setattr(os, "readv", lambda fd, parts: real(fd, [parts[0][:3]]))
+    assert read(path, 10) == b"many bytes"

@@ -13,7 +13,7 @@ from registry.threads import Syncer, each, each_synced
 
 
 def open_file(path: Path) -> int:
-    return fs.write_unsynced(path, [b"data"], 0o600)
+    return fs.write_unsynced(path, b"data", 0o600)
 
 
 def test_results_keep_the_order_of_the_items() -> None:

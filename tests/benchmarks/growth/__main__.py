@@ -40,8 +40,7 @@ SIZES = (20, 50, 100, 200, 500, 1000)
 def settings(group: RealGroup) -> Iterable[Setting]:
     """Yield what is measured, the most telling first."""
     share, real = round(group.same_start, 4), len(group.adapters)
-    yield Setting(real, None)
-    yield Setting(real, 1.0)
+    yield from (Setting(real, start, trained=trained) for start in (None, 1.0) for trained in (True, False))
     yield from (Setting(size, share) for size in SIZES)
     yield from (Setting(size, share, trained=False) for size in (20, 1000))
     yield from (Setting(size, share, width=96) for size in (20, 200, 1000))
@@ -107,7 +106,7 @@ def _description(group: RealGroup, statistics: Statistics, fleet: SyntheticFleet
     some = next(iter(statistics.values()))
     again = measure(made, list(statistics), range(len(some.log_norms)))
     return {
-        "measured_on": f"{len(group.adapters)} adapters of one rank and start, every {EVERY}th layer",
+        "measured_on": f"{len(group.adapters)} adapters of one rank and start, one layer in {EVERY}",
         "same_start": fleet.same_start,
         "kinds": {
             kind.pattern: {"real": _summary(statistics[kind]), "synthetic": _summary(again[kind])}

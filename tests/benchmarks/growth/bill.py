@@ -14,29 +14,31 @@ def per_task(result: Result, tasks: int | None = None) -> float:
 
 
 def break_even(results: Sequence[Result]) -> list[Result]:
-    """Say for each trained generator from how many tasks on it is smaller than an untrained one of the same quality.
+    """Say for each trained generator from how many tasks on it is smaller than an untrained one.
 
-    Both are of the default width and of the fleet's size where there is such an untrained one, else of the largest.
-    None where its codes are no smaller.
+    The untrained one is of the same sort of fleet and quality and of the nearest size. None where codes are no smaller.
     """
-    plain = [result for result in results if not result["trained"]]
     found = []
     for result in results:
-        like = [other for other in plain if other["quality"] == result["quality"]]
-        if not result["trained"] or result["same_start"] is None or not like:
+        like = [each for each in results if not each["trained"] and _sort(each) == _sort(result)]
+        if not result["trained"] or not like:
             continue
-        other = min(like, key=lambda other: abs(other["tasks"] - result["tasks"]))
-        gain = other["seen"]["code_bytes"] - result["seen"]["code_bytes"]
-        more = result["generator_bytes"] - other["generator_bytes"]
-        found.append(
-            {
-                **{key: result[key] for key in ("tasks", "width", "quality", "steps")},
-                "saved_per_code": round(gain, 1),
-                "cost_once": more,
-                "tasks_to_pay": round(more / gain, 1) if gain > 0 else None,
-            }
-        )
+        plain = min(like, key=lambda each: abs(each["tasks"] - result["tasks"]))
+        more = result["generator_bytes"] - plain["generator_bytes"]
+        row = {key: result[key] for key in ("tasks", "same_start", "width", "quality", "steps")} | {"cost_once": more}
+        for sample in ("seen", "unseen"):
+            if result[sample]:
+                saved = plain[sample]["code_bytes"] - result[sample]["code_bytes"]
+                row[sample] = {
+                    "saved_per_code": round(saved, 1),
+                    "tasks_to_pay": round(max(more / saved, 0.0), 1) if saved > 0 else None,
+                }
+        found.append(row)
     return found
+
+
+def _sort(result: Result) -> tuple[Any, ...]:
+    return result["same_start"], result["quality"]
 
 
 def table(results: Sequence[Result]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -34,6 +33,7 @@ from icmlora.training.state import new_state
 from tests.benchmarks.growth.measured import from_tensors
 from tests.benchmarks.growth.real import real_group
 from tests.benchmarks.growth.synthetic import UNSEEN, SyntheticFleet
+from tests.benchmarks.performance.machine import peak_memory
 
 SAMPLE = 20
 """Tasks that are encoded of either sort."""
@@ -81,7 +81,7 @@ def measure_setting(setting: Setting, fleet: Fleet) -> dict[str, Any]:
             pass
     training = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     data = generator_to_bytes(net)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_memory()
     codec = Codec(generator_from_bytes(data))
     seen = range(min(SAMPLE, setting.tasks))  # a fleet begins with all of a smaller one: the same tasks for every size
     unseen = range(UNSEEN, UNSEEN + SAMPLE if setting.same_start is not None else UNSEEN)

@@ -147,8 +147,15 @@ def test_the_generator_is_shared_by_all_tasks() -> None:
 
 
 def test_a_trained_generator_pays_once_it_has_saved_its_bytes() -> None:
-    found = break_even([result(20, 3000, 500), result(50, 3000, 700), result(20, 1000, 600, trained=False)])
-    assert [each["tasks_to_pay"] for each in found] == [20, None]
+    plain = result(20, 1000, 600, trained=False)
+    found = break_even([result(20, 3000, 500), result(50, 3000, 700), result(20, 900, 500), plain])
+    assert [each["seen"]["tasks_to_pay"] for each in found] == [20, None, 0]
+
+
+def test_only_fleets_of_the_same_sort_are_compared() -> None:
+    real = result(14, 3000, 500, same_start=None, unseen=None)
+    assert break_even([real, result(14, 1000, 600, trained=False)]) == []
+    assert "unseen" not in break_even([real, result(14, 1000, 600, trained=False, same_start=None, unseen=None)])[0]
 
 
 def test_the_table_has_a_row_for_each_setting() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +22,19 @@ def describe_machine() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
     }
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has held since its program began, in bytes.
+
+    What `getrusage` says begins, on Linux, with the memory of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def processor() -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 from tests.benchmarks.performance.figures import Figure, seconds, table
-from tests.benchmarks.performance.machine import describe_fleet, describe_machine, weight_files
+from tests.benchmarks.performance.machine import describe_fleet, describe_machine, peak_memory, weight_files
 from tests.benchmarks.performance.runs import alternate, ratio
 
 
@@ -48,3 +51,11 @@ def test_a_fleet_is_described_by_its_size_alone(tmp_path: Path) -> None:
     (tmp_path / "html" / "adapter_model.safetensors").write_bytes(bytes(2**20))
     (tmp_path / "html" / "checkpoint-1" / "adapter_model.safetensors").write_bytes(bytes(2**20))
     assert describe_fleet(weight_files(tmp_path)) == "2 weight files, 2.0 MiB"
+
+
+def test_the_peak_of_a_child_does_not_count_its_parents_memory() -> None:
+    held = bytearray(os.urandom(1)) * 2**28
+    command = "from tests.benchmarks.performance.machine import peak_memory; print(peak_memory())"
+    root = Path(__file__).parents[3]
+    found = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=root, check=True)
+    assert int(found.stdout) < len(held) < peak_memory()

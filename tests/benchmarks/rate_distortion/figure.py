@@ -1,4 +1,4 @@
-"""Retained gain against bytes per adapter, every family a curve: mean solid, worst task dashed.
+"""Retained gain against bytes per adapter: the mean of every family; of icm and the best others the worst task too.
 
 python -m tests.benchmarks.rate_distortion.figure STUDY.json FIGURE.svg
 """
@@ -35,9 +35,11 @@ def draw(document: dict[str, Any], path: Path) -> None:
             "linewidth": 2.6 if family == OURS else 1.2,
         }
         marker = _MARKERS[(number + number // 10) % len(_MARKERS)]  # no colour twice with the same marker
-        mean, worst = (_curve(points, key) for key in ("gain", "worst"))
-        axes.plot(*mean, marker=marker, markersize=4, label=family, **style)
-        axes.plot(*worst, linestyle="--", marker=marker, markersize=2.5, alpha=0.5, **style)
+        axes.plot(*_curve(points, "gain"), marker=marker, markersize=4, label=family, **style)
+    ours = families.pop(OURS, [])
+    others = [point for points in families.values() for point in points]
+    for label, points, colour in ((OURS, ours, "black"), ("best of the others", others, "C3")):
+        axes.plot(*_curve(points, "worst"), linestyle="--", color=colour, label=f"{label}, worst task")
     axes.set_xscale("log")
     axes.set_xlabel("bytes per adapter, all counted, in % of bf16")
     axes.set_ylabel("retained gain: mean solid, worst task dashed")

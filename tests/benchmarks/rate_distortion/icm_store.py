@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class IcmStore:
-    """The current generator of a store with its codes and vectors."""
+    """The current generator of a store with its codes, vectors and database."""
 
     folder: Path
 
@@ -48,7 +48,8 @@ class IcmStore:
                 sizes[task] = code.size + vectors[task]
             usage = store.usage()
         notes = {"vectors": sum(vectors.values()), "database": usage.database, "generator": generator.blob}
-        return Coded(generator.size, sizes, self._decode, notes)
+        # The database is no part of any one task here, but without it nothing comes back from the store.
+        return Coded(generator.size + usage.database, sizes, self._decode, notes)
 
     @property
     def _place(self) -> Place:

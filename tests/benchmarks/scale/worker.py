@@ -9,7 +9,6 @@ The first writes a generator and a code, the second reads them. Each prints one 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from icmlora.generator.codec import Codec
 from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from tests.benchmarks.performance.machine import peak_memory
 from tests.benchmarks.scale.large import make_adapter, make_network, shapes, spectra_of
 
 _GENERATOR, _CODE = "generator.icmg", "adapter.icmc"
@@ -36,7 +36,13 @@ def encode(folder: Path, fleet: Path) -> dict[str, Any]:
     (folder / _CODE).write_bytes(encoded.data)
     sizes = {"generator_bytes": len(data), "code_bytes": len(encoded.data)}
     parameters = sum(shape.parameters for shape in adapter.layout)
-    return {**took, **sizes, "parameters": parameters, "dw_error": round(encoded.dw_error, 4), "peak_bytes": _peak()}
+    return {
+        **took,
+        **sizes,
+        "parameters": parameters,
+        "dw_error": round(encoded.dw_error, 4),
+        "peak_bytes": peak_memory(),
+    }
 
 
 def decode(folder: Path, runs: int) -> dict[str, Any]:
@@ -51,11 +57,7 @@ def decode(folder: Path, runs: int) -> dict[str, Any]:
         codec.decode(data)
         wall.append(round(time.perf_counter() - started, 3))
         cpu.append(round(time.process_time() - used, 3))
-    return {"open_seconds": round(opening, 3), "seconds": wall, "cpu_seconds": cpu, "peak_bytes": _peak()}
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"open_seconds": round(opening, 3), "seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak_memory()}
 
 
 def main() -> None:
