@@ -13,23 +13,11 @@ from icm_cli.workflows import code_search
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.metrics import relative_dw_error
 from icmlora.peft_folder import load_adapter_folder
-from registry.records import CodeRecord
 from registry.store import Store
+from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
-from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
-
-
-def codes(store: Path) -> dict[str, CodeRecord]:
-    with Store.open(store) as opened:
-        generator = opened.current_generator(LABEL)
-        assert generator is not None
-        return {code.task: code for code in opened.codes(generator.id)}
-
-
-def tasks_of(ran: Ran) -> dict[str, dict[str, Any]]:
-    return {event["task"]: event for event in ran.events if event["type"] == "task"}
 
 
 def test_what_a_code_has_to_keep_must_be_said(icm: Icm, trained: Path) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.metrics import relative_dw_error
 from icmlora.peft_folder import load_adapter_folder
-from registry.records import CodeRecord
 from registry.store import Store
+from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
-from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
 BESIDE = ("encode", "--residual", "--max-error", "0.01")
@@ -28,17 +26,6 @@ def layered(icm: Icm, trained: Path) -> Path:
     assert icm("encode", "--max-error", "0.3").code == 0
     assert icm(*BESIDE).code == 0
     return trained
-
-
-def codes(store: Path) -> dict[str, CodeRecord]:
-    with Store.open(store) as opened:
-        generator = opened.current_generator(LABEL)
-        assert generator is not None
-        return {code.task: code for code in opened.codes(generator.id)}
-
-
-def tasks_of(ran: Ran) -> dict[str, dict[str, Any]]:
-    return {event["task"]: event for event in ran.events if event["type"] == "task"}
 
 
 def residual_of(store: Path, task: str) -> str:
