@@ -17,6 +17,7 @@ from icmlora.base_model import BaseModel
 from icmlora.generator.codec import Codec
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.step_search import Encoded
+from icmlora.initial_a import InitialA
 from icmlora.refinement import RefineConfig, refine
 from registry.records import NewEvaluation
 
@@ -40,6 +41,7 @@ class CodeSearch:
         codec: The generator's.
         original: The adapter.
         vectors: The task's vectors by view.
+        initial: Where the A that its training began with was drawn, if that is known.
         evaluation: Measures gains; None where none is asked for.
         refiner: Refines codes; None for no refinement.
     """
@@ -49,10 +51,11 @@ class CodeSearch:
         codec: Codec,
         original: Adapter,
         vectors: Mapping[str, torch.Tensor],
+        initial: InitialA | None,
         evaluation: TaskEvaluation | None,
         refiner: Refiner | None,
     ) -> None:
-        self._codec, self._original, self._vectors = codec, original, vectors
+        self._codec, self._original, self._vectors, self._initial = codec, original, vectors, initial
         self._evaluation, self._refiner = evaluation, refiner
 
     def run(self, request: EncodeRequest, stop: StopFlag) -> Generator[Event, None, tuple[Candidate, bool] | None]:
@@ -88,7 +91,8 @@ class CodeSearch:
     ) -> Generator[Event, None, Candidate | None]:
         if stop.requested:
             return None
-        encoded = self._codec.encode(self._original, self._vectors, tolerance=tolerance, max_error=max_error)
+        limits = {"tolerance": tolerance, "max_error": max_error}
+        encoded = self._codec.encode(self._original, self._vectors, self._initial, **limits)
         if refiner is not None:
             refined = yield from self._refined(refiner, encoded, stop)
             if refined is None:

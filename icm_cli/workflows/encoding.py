@@ -26,6 +26,7 @@ from icmlora.adapter import Adapter
 from icmlora.device import resolve_device
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.refinement import RefineConfig
+from icmlora.seed_search import SeedSearch
 from registry.records import CodeRecord, GeneratorRecord, NewCode, NewResidual, TaskRecord
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class _Work:
     def __init__(self, store: Store, request: EncodeRequest) -> None:
         self._store, self._request = store, request
         self._kept = Kept(store, resolve_device(request.device))
+        self._seeds = SeedSearch()
 
     def one(self, task: TaskRecord, stop: StopFlag) -> Generator[Event, None, TaskEncoded | None]:
         """Encode one task and record its code; None where the user stopped in the middle."""
@@ -146,7 +148,8 @@ class _Work:
         vectors = mean_vectors(self._store, self._store.vectors(task.name))
         evaluation = None if self._request.min_gain is None else self._evaluation(task)
         refiner = None if not self._request.refine else self._refiner(task)
-        return CodeSearch(self._kept.codec(generator), original, vectors, evaluation, refiner)
+        initial = self._seeds.find(original)
+        return CodeSearch(self._kept.codec(generator), original, vectors, initial, evaluation, refiner)
 
     def _evaluation(self, task: TaskRecord) -> TaskEvaluation:
         if task.eval_data is None:

@@ -78,7 +78,7 @@ def publish(
     for task, name in enumerate(fleet.names):
         if stop.requested:
             return None
-        encoded = codec.encode(fleet.load(task, None), fleet.mean_vectors(task))
+        encoded = codec.encode(fleet.load(task, None), fleet.mean_vectors(task), fleet.initial(task))
         code = store.put_blob(encoded.data)
         size, asked = len(encoded.data), Asked(tolerance=codec.config.tolerance)
         codes.append(NewCode(name, fleet.final(task).id, code, 8.0 * size, encoded.dw_error, asked))

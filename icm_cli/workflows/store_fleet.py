@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.adapter import Adapter
+from icmlora.initial_a import InitialA
 from icmlora.peft_folder import load_adapter
+from icmlora.seed_search import SeedSearch
 from icmlora.vector_file import vectors_from_bytes
 from registry.records import AdapterRecord, VectorRecord
 
@@ -40,6 +42,8 @@ class StoreFleet:
         self._vectors = [_by_support_set(store.vectors(name)) for name in self.names]
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._cached = 0
+        self._seeds = SeedSearch()
+        self._initial: dict[int, InitialA | None] = {}
 
     def tasks(self) -> int:
         """Return the number of tasks."""
@@ -79,6 +83,12 @@ class StoreFleet:
             _, dropped = self._cache.popitem(last=False)
             self._cached -= sum(shape.parameters for shape in dropped.layout) * _FLOAT32
         return adapter
+
+    def initial(self, task: int) -> InitialA | None:
+        """Return where the A that a task's training began with was drawn, looked for once; checkpoints share it."""
+        if task not in self._initial:
+            self._initial[task] = self._seeds.find(self.load(task, None))
+        return self._initial[task]
 
     def support_sets(self, task: int) -> int:
         """Return the number of support sets with vectors, 0 without any."""

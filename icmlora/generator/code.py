@@ -1,8 +1,10 @@
 """The bytes of one task's code.
 
-    ICMC 2 | generator digest (32) | length of head (4) | head, zlib | range-coded words | check (8)
+    ICMC 3 | generator digest (32) | length of head (4) | head, zlib | range-coded words | check (8)
     head:  step (i2) | condition (C x i1) | latent (Z x i1) | gains (K x i2) | strengths (K*L x i1) | kept (K*L x u1) |
-           task type (utf-8)
+           shifts (K*S x i1) | initial A (icmlora/generator/initial_bytes.py) | task type (utf-8)
+
+ICMC 2 had neither shifts nor initial A; such a code is read as one of which no initial A is known.
 
 `kept` holds the number of rank slots coded for each (kind, layer), 255 where the adapter has no such module. The words
 are the rounded log-norms of all kept slots, then the integers of their two vectors, kind by kind. Everything is
@@ -24,10 +26,13 @@ from numpy.typing import NDArray
 from icmlora.adapter_config import MAX_LABEL
 from icmlora.errors import CodeError
 from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.initial_bytes import initial_from_bytes, initial_size, initial_to_bytes
 from icmlora.generator.scales import EXTREME
+from icmlora.initial_a import InitialA
 from icmlora.sealing import seal, unseal
 
-MAGIC = b"ICMC\x02"
+MAGIC = b"ICMC\x03"
+_BEFORE = b"ICMC\x02"
 ABSENT = 255
 _TASK_TYPE_LIMIT = 4 * MAX_LABEL  # in UTF-8
 
@@ -48,6 +53,9 @@ class CodeHead:
     """Shape (K, L): the decoded dW of a module is multiplied by 2^(strength / 64)."""
     kept: NDArray[np.uint8]
     """Shape (K, L)."""
+    shifts: NDArray[np.int8]
+    """Shape (K, S): how much of the inputs is left across the span of the initial A (`Span.shifts`)."""
+    initial: InitialA | None
     task_type: str | None
 
 
@@ -60,8 +68,8 @@ class Code:
     head: CodeHead
     words: bytes
 
-    def to_bytes(self) -> bytes:
-        """Serialise; the same code gives the same bytes."""
+    def to_bytes(self, config: GeneratorConfig) -> bytes:
+        """Serialise; the same code of one generator gives the same bytes."""
         head = self.head
         plain = b"".join(
             [
@@ -71,6 +79,8 @@ class Code:
                 head.gains.astype("<i2").tobytes(),
                 head.strengths.tobytes(),
                 head.kept.tobytes(),
+                head.shifts.tobytes(),
+                initial_to_bytes(head.initial, config),
                 (head.task_type or "").encode(),
             ]
         )
@@ -91,7 +101,14 @@ class Code:
         (length,) = struct.unpack_from("<I", content, start - 4)
         kinds, layers = len(config.kinds), config.layers
         sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers, kinds * layers]
-        plain = inflate(content[start : start + length], sum(sizes), sum(sizes) + _TASK_TYPE_LIMIT)
+        known = [kinds * config.slots, initial_size(config)]
+        if data.startswith(_BEFORE):
+            least, blank = sum(sizes), bytes(sum(known))
+        else:
+            least, blank = sum(sizes) + sum(known), b""
+        plain = inflate(content[start : start + length], least, least + _TASK_TYPE_LIMIT)
+        plain = plain[: sum(sizes)] + blank + plain[sum(sizes) :]
+        sizes += known
         parts = np.split(np.frombuffer(plain[: sum(sizes)], dtype=np.uint8), np.cumsum(sizes)[:-1])
         head = CodeHead(
             step=int(parts[0].view("<i2")[0]),
@@ -100,6 +117,8 @@ class Code:
             gains=parts[3].view("<i2").astype(np.int16),
             strengths=parts[4].view(np.int8).reshape(kinds, layers),
             kept=parts[5].reshape(kinds, layers),
+            shifts=parts[6].view(np.int8).reshape(kinds, config.slots),
+            initial=initial_from_bytes(parts[7].tobytes(), config),
             task_type=_text(plain[sum(sizes) :]),
         )
         present = head.kept[head.kept != ABSENT]
@@ -137,6 +156,6 @@ def generator_of(data: bytes) -> str:
     Raises:
         CodeError: Not a code.
     """
-    if not data.startswith(MAGIC) or len(data) < len(MAGIC) + 36:
+    if not data.startswith((MAGIC, _BEFORE)) or len(data) < len(MAGIC) + 36:
         raise CodeError("this is not a code of icm, or it was cut short")
     return data[len(MAGIC) : len(MAGIC) + 32].hex()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from icmlora.generator.generator_file import Generator
 from icmlora.generator.objective import worth_writing
 from icmlora.generator.packing import KindIntegers, pack, unpack, written_slots
 from icmlora.generator.quantizer import Quantizer, Slots
+from icmlora.generator.span import Span, span_of
 from icmlora.generator.step_search import Encoded, Limits, coarsest
 from icmlora.generator.tokens import KindTokens, detokenize, slot_overlaps, squared_norm, tokenize, weighted
+from icmlora.initial_a import InitialA
 from icmlora.layout import ModuleShape
 from icmlora.metrics import relative_dw_error
 
@@ -62,6 +64,7 @@ class Codec:
         self,
         adapter: Adapter,
         vectors: Mapping[str, torch.Tensor],
+        initial: InitialA | None = None,
         *,
         tolerance: float | None = None,
         max_error: float | None = None,
@@ -71,6 +74,7 @@ class Codec:
         Args:
             adapter: Any adapter that the generator covers.
             vectors: The task's vectors by view; may be empty.
+            initial: Where the A that its training began with was drawn, if that is known: the code is shorter then.
             tolerance: Largest weighted error; the generator's own where `max_error` is not given either.
             max_error: Largest relative dW error.
 
@@ -85,9 +89,11 @@ class Codec:
             limits = Limits(self.config.tolerance)
         tokens = tokenize(adapter, self.config, self.sensitivity)
         condition = self._condition(vectors)
-        state = TaskState(condition, self._net.posterior(tokens, condition).round().clamp(-127, 127))
-        expected = limits.expected_step(tokens, self.sensitivity)
-        return coarsest(expected, limits, lambda step: self._encode_at(step, adapter, tokens, state))
+        span = span_of(initial, self.config, self.sensitivity)
+        state = TaskState(condition, self._net.posterior(tokens, condition).round().clamp(-127, 127), span)
+        state = replace(state, span=replace(span, shifts=self.quantizer.shifts(tokens, state)))
+        expected = limits.expected_step(tokens, self.sensitivity, span)
+        return coarsest(expected, limits, lambda step: self._encode_at(step, adapter, tokens, state, initial))
 
     @torch.no_grad()
     @one_thread()
@@ -104,7 +110,7 @@ class Codec:
     def dequantised(self, group: KindIntegers, state: TaskState, step: int) -> KindTokens:
         """Turn integers of one kind into tokens, before their strengths."""
         norms = self.quantizer.norms(group.slots, group.gain, group.residuals)
-        return self.quantizer.dequantise(group.slots, norms, state, step, (group.inputs, group.outputs))
+        return self.quantizer.dequantise(group.slots, norms, state, step, group.sides)
 
     def assemble(self, tokens: Iterable[KindTokens], head: CodeHead, strengths: NDArray[np.int8]) -> Adapter:
         """Make an adapter of a code's modules from tokens, which are changed on the way.
@@ -134,12 +140,14 @@ class Codec:
         if digest != self.generator.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
         code = Code.from_bytes(data, self.config)
-        state = TaskState(_floats(code.head.condition), _floats(code.head.latent))
-        return OpenCode(code.head, state, tuple(unpack(self.quantizer, code.head, code.words)))
+        span = replace(span_of(code.head.initial, self.config, self.sensitivity), shifts=code.head.shifts)
+        state = TaskState(_floats(code.head.condition), _floats(code.head.latent), span)
+        return OpenCode(code.head, state, tuple(unpack(self.quantizer, code.head, span, code.words)))
 
-    def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
+    def close(self, head: CodeHead, groups: Sequence[KindIntegers], span: Span) -> bytes:
         """Write a code of these integers."""
-        return Code(self.generator.digest, head, pack(self.quantizer, groups, head.step)).to_bytes()
+        words = pack(self.quantizer, groups, span, head.step)
+        return Code(self.generator.digest, head, words).to_bytes(self.config)
 
     @torch.no_grad()
     def measure(self, adapter: Adapter, data: bytes) -> Encoded:
@@ -176,7 +184,7 @@ class Codec:
         mean, scale = self._net.latent_prior(condition)
         if seed is not None:
             mean = mean + scale * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-        state = TaskState(condition, mean.round().clamp(-127, 127))
+        state = TaskState(condition, mean.round().clamp(-127, 127), span_of(None, self.config, self.sensitivity))
         tokens = predicted_tokens(self._net, state, modules)
         pairs = [(kind, layer) for kind, layer, _ in modules]
         return detokenize(tokens, self.config, self.sensitivity, modules=pairs, task_type=task_type)
@@ -188,7 +196,9 @@ class Codec:
             raise GeneratorError(f"a task vector has {wrong[0]} values; the generator was trained on {size}")
         return self._net.embed(vectors).round()
 
-    def _encode_at(self, step: int, adapter: Adapter, tokens: Sequence[KindTokens], state: TaskState) -> Encoded:
+    def _encode_at(
+        self, step: int, adapter: Adapter, tokens: Sequence[KindTokens], state: TaskState, initial: InitialA | None
+    ) -> Encoded:
         shape = len(self.config.kinds), self.config.layers
         gains, strengths = np.zeros(shape[0], dtype=np.int16), np.zeros(shape, dtype=np.int8)
         kept = np.full(shape, ABSENT, dtype=np.uint8)
@@ -202,8 +212,9 @@ class Codec:
             strength = strength_of(original, slot_overlaps(kept_of_it, rebuilt))
             strengths[group.slots.kind, np.unique(group.slots.layer)] = strength
             np.add.at(kept[group.slots.kind], group.slots.layer, 1)
-        head = CodeHead(step, _bytes(state.condition), _bytes(state.latent), gains, strengths, kept, adapter.task_type)
-        return self.measure(adapter, self.close(head, groups))
+        task = _bytes(state.condition), _bytes(state.latent)
+        head = CodeHead(step, *task, gains, strengths, kept, state.span.shifts, initial, adapter.task_type)
+        return self.measure(adapter, self.close(head, groups, state.span))
 
     def quantised(
         self, group: KindTokens, state: TaskState, step: int, gain: int | None = None
@@ -222,12 +233,13 @@ class Codec:
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
         gain, residuals = self.quantizer.norm_residuals(slots, group.norm, gain)
         norms = self.quantizer.norms(slots, gain, residuals)
-        inputs, outputs = self.quantizer.quantise(group, norms, state, step)
-        rebuilt = self.quantizer.dequantise(slots, norms, state, step, (inputs, outputs))
-        alive = worth_writing(group, rebuilt, (torch.from_numpy(inputs), torch.from_numpy(outputs)))
+        sides = self.quantizer.quantise(group, norms, state, step)
+        rebuilt = self.quantizer.dequantise(slots, norms, state, step, sides)
+        inputs, outputs, along = (torch.from_numpy(side) for side in sides)
+        alive = worth_writing(group, rebuilt, (torch.cat([inputs, along], dim=1), outputs))
         keep = written_slots(slots, alive.numpy())
         kept = torch.from_numpy(keep)
-        return KindIntegers(slots, gain, residuals, inputs, outputs)[keep], group[kept], rebuilt[kept]
+        return KindIntegers(slots, gain, residuals, *sides)[keep], group[kept], rebuilt[kept]
 
 
 def _strengthened(tokens: KindTokens, strengths: NDArray[np.int8]) -> KindTokens:

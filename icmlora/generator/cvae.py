@@ -27,6 +27,7 @@ from torch.nn.functional import silu
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
+from icmlora.generator.span import Span
 from icmlora.generator.tokens import KindTokens
 
 VIEWS = ("adapted", "context")
@@ -39,12 +40,14 @@ _BYTE = 127.0
 
 @dataclass(frozen=True, eq=False)
 class TaskState:
-    """What the decoder knows of a task: two integer vectors, each value in [-127, 127]."""
+    """What the decoder knows of a task: two vectors of integers in [-127, 127], and where its training began."""
 
     condition: torch.Tensor
     """Shape (C,)."""
     latent: torch.Tensor
     """Shape (Z,)."""
+    span: Span
+    """Directions of its inputs that cost nothing."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,7 +95,7 @@ class LayeredCodec:
             data = self._encode_at(step, digest_of(code), opened, layers, missing)
             return self._codec.compare(adapter, self._decode(opened, layers, code, data), data)
 
-        return coarsest(limits.expected_step(tokens, self._codec.sensitivity), limits, at)
+        return coarsest(limits.expected_step(tokens, self._codec.sensitivity, opened.state.span), limits, at)
 
     @torch.no_grad()
     @one_thread()
@@ -113,7 +113,7 @@ class LayeredCodec:
 
     def _layer(self, group: KindIntegers, opened: OpenCode) -> _Layer:
         norms = self._quantizer.norms(group.slots, group.gain, group.residuals)
-        inputs, outputs = self._quantizer.scales(group.slots, norms, opened.head.step)
+        inputs, outputs, _ = self._quantizer.scales(group.slots, norms, opened.state.span, opened.head.step)
         classes = classes_of(group.inputs, inputs), classes_of(group.outputs, outputs)
         given = self._codec.dequantised(group, opened.state, opened.head.step)
         return _Layer(group.slots, group.gain, given, classes)
@@ -141,7 +141,7 @@ class LayeredCodec:
             overlaps = torch.cat([slot_overlaps(lack.shared, finer), slot_overlaps(further_kept, rebuilt)])
             written = np.concatenate([layer.slots.layer, group.slots.layer])
             strengths[kind, np.unique(written)] = strength_of(lack.original, overlaps)
-        write_groups(writer, self._quantizer, further, step)
+        write_groups(writer, self._quantizer, further, opened.state.span, step)
         return Residual(digest, ResidualHead(step, strengths, kept, scales), writer.to_bytes()).to_bytes()
 
     def _decode(self, opened: OpenCode, layers: Sequence[_Layer], code: bytes, data: bytes) -> Adapter:
@@ -151,10 +151,11 @@ class LayeredCodec:
         for layer in layers:
             kind = layer.slots.kind
             values = reader.read(_flat_scales(head.scales[kind], layer.classes))
-            integers = split_sides(values, len(layer.slots.layer), self._quantizer.sizes(kind))
-            finer.append(_finer(layer.tokens, integers, _scales(head.scales[kind], layer.classes), head.step))
+            inputs, outputs = split_sides(values, len(layer.slots.layer), self._quantizer.sizes(kind))
+            finer.append(_finer(layer.tokens, (inputs, outputs), _scales(head.scales[kind], layer.classes), head.step))
         slots = slots_between(opened.head.kept, head.kept)
-        groups = read_groups(reader, self._quantizer, slots, opened.head.gains, head.step)
+        span = opened.state.span
+        groups = read_groups(reader, self._quantizer, slots, opened.head.gains, span, head.step)
         tokens = (
             _joined(kept, self._codec.dequantised(group, opened.state, head.step))
             for kept, group in zip(finer, groups, strict=True)

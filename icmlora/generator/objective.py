@@ -18,6 +18,7 @@ import torch
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
 from icmlora.generator.scales import GAUSSIAN_SHARE, OCTAVE, SMALLEST_SCALE, WIDE
 from icmlora.generator.sensitivity import Sensitivity
+from icmlora.generator.span import Span
 from icmlora.generator.tokens import KindTokens, slot_errors, squared_norm
 
 _PARTS = 16
@@ -41,7 +42,7 @@ class Bits:
 
 
 def adapter_bits(
-    net: CVAE, tokens: tuple[KindTokens, ...], vectors: Mapping[str, torch.Tensor], noise: torch.Generator
+    net: CVAE, tokens: tuple[KindTokens, ...], vectors: Mapping[str, torch.Tensor], span: Span, noise: torch.Generator
 ) -> Bits:
     """Estimate the code length of one adapter.
 
@@ -49,14 +50,15 @@ def adapter_bits(
         net: The generator's network.
         tokens: The adapter, on the network's device.
         vectors: Task vectors of one support set by view, each (hidden,); views may be missing.
+        span: What is known of its inputs, on the network's device; shifts are not read.
         noise: Source of the quantisation noise, a CPU generator.
     """
     condition = _noisy(net.embed(vectors), noise)
     mean, scale = net.latent_prior(condition)
     latent = _noisy(net.posterior(tokens, condition), noise)
-    state = TaskState(condition, latent)
+    state = TaskState(condition, latent, span)
     sensitivity = net.sensitivity
-    step = water_level(tokens, net.config.tolerance, sensitivity)
+    step = water_level(tokens, net.config.tolerance, sensitivity, span)
     integers = [_token_bits(net, group, state, step, sensitivity) for group in tokens]
     gains = net.gains(state)
     norms = [_norm_bits(net, group, gains) for group in tokens]
@@ -79,21 +81,47 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sen
     norm = group.norm[:, None]
     agreement = (group.inputs * prediction.inputs).sum(1) + (group.outputs * prediction.outputs).sum(1)
     sign = torch.where(agreement.detach() < 0, -1.0, 1.0)[:, None]
-    hard, soft, wholes, rebuilt = [], [], [], []
-    for side, values, mean in ((INPUTS, group.inputs, prediction.inputs), (OUTPUTS, group.outputs, prediction.outputs)):
-        spread = torch.exp2(net.spread[group.kind, side, group.layer, group.slot])[:, None]
-        profile = torch.exp2(sensitivity.profile(group.kind, side))[group.layer]  # (n, size)
-        scale = norm / math.sqrt(values.shape[1]) / step * spread * profile
-        exact = (values * sign - norm * mean) / step
-        whole = exact.detach().round()
-        wholes.append(whole)
-        rebuilt.append(norm * mean.detach() + whole * step)
-        hard.append(bin_bits(whole, scale).sum(1))
-        soft.append((exact.square() / (2 * math.log(2) * (scale.detach().square() + 1 / 12))).sum())
-    written = worth_writing(group, replace(group, inputs=rebuilt[INPUTS], outputs=rebuilt[OUTPUTS]), wholes)
-    bits = torch.where(written, torch.stack(hard).sum(0), 0.0).sum()
-    pull = torch.stack(soft).sum()
+    inputs, outputs = (
+        (values * sign - norm * mean) / step
+        for values, mean in zip((group.inputs, group.outputs), (prediction.inputs, prediction.outputs), strict=True)
+    )
+    along = state.span.project(group.kind, group.layer, inputs)
+    across = inputs - state.span.expand(group.kind, group.layer, along, inputs.shape[1])
+    scales = [_scale(net, group, side, step, sensitivity) for side in (INPUTS, OUTPUTS)]
+    scales[INPUTS] = scales[INPUTS] * _left(across, scales[INPUTS], group.slot)[:, None]
+    known = state.span.spread(group.kind, group.layer) * norm / step  # (n, R)
+    wholes = [exact.detach().round() for exact in (across, outputs, along)]
+    lengths = [bin_bits(whole, scale).sum(1) for whole, scale in zip(wholes, (*scales, known), strict=True)]
+    given = wholes[INPUTS] + state.span.expand(group.kind, group.layer, wholes[2], inputs.shape[1])
+    rebuilt = replace(
+        group,
+        inputs=norm * prediction.inputs.detach() + given * step,
+        outputs=norm * prediction.outputs.detach() + wholes[OUTPUTS] * step,
+    )
+    written = worth_writing(group, rebuilt, (torch.cat([wholes[INPUTS], wholes[2]], dim=1), wholes[OUTPUTS]))
+    bits = torch.where(written, torch.stack(lengths).sum(0), 0.0).sum()
+    pull = _sum([_soft(exact, scale) for exact, scale in zip((across, outputs), scales, strict=True)])
     return bits + pull - pull.detach()
+
+
+def _scale(net: CVAE, group: KindTokens, side: int, step: float, sensitivity: Sensitivity) -> torch.Tensor:
+    """Return the scale of each integer of one side as if nothing of it were known, shape (n, size)."""
+    profile = torch.exp2(sensitivity.profile(group.kind, side))[group.layer]
+    spread = torch.exp2(net.spread[group.kind, side, group.layer, group.slot])[:, None]
+    return group.norm[:, None] / math.sqrt(profile.shape[1]) / step * spread * profile
+
+
+@torch.no_grad()
+def _left(across: torch.Tensor, scale: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """Return what the codec's shifts come to: how far the values (n, in) of each slot lie from their scales, (n,)."""
+    share = across.square().sum(1) / scale.square().sum(1)
+    count = torch.bincount(slot).clamp_min(1)
+    mean = torch.zeros_like(count, dtype=share.dtype).index_add_(0, slot, share) / count
+    return mean[slot].clamp_min(2.0**-30).sqrt()
+
+
+def _soft(exact: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (exact.square() / (2 * math.log(2) * (scale.detach().square() + 1 / 12))).sum()
 
 
 def worth_writing(group: KindTokens, rebuilt: KindTokens, integers: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -129,14 +157,14 @@ def _bin(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return mass
 
 
-def water_level(tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sensitivity) -> float:
+def water_level(tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sensitivity, span: Span) -> float:
     """Return the quantiser step whose expected relative dW error is `tolerance` (1 for an adapter without energy).
 
     A coefficient of variance v contributes min(v, step^2 / 12): reverse water-filling (Cover and Thomas, 10.3.3).
     """
     if not tokens:
         return 1.0
-    parts = [_variances(group, side, sensitivity) for group in tokens for side in (INPUTS, OUTPUTS)]
+    parts = [_variances(group, side, sensitivity, span) for group in tokens for side in (INPUTS, OUTPUTS)]
     variance, count = (torch.cat(column) for column in zip(*parts, strict=True))
     allowed = tolerance * squared_norm(tokens)
     low, high = -40.0, 40.0
@@ -147,8 +175,11 @@ def water_level(tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sen
     return float(2.0**low)
 
 
-def _variances(group: KindTokens, side: int, sensitivity: Sensitivity) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the variances of a side's coefficients and how many have each; channels are taken a sixteenth together."""
+def _variances(group: KindTokens, side: int, sensitivity: Sensitivity, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the variances of a side's coefficients and how many have each; channels are taken a sixteenth together.
+
+    What lies along the span is not among them: it takes next to no bits, so it loses next to nothing.
+    """
     size = (group.inputs, group.outputs)[side].shape[1]
     square = torch.exp2(2 * sensitivity.profile(group.kind, side)).double().sort(dim=1).values  # (L, size)
     share = torch.stack([part.mean(dim=1) for part in square.tensor_split(min(_PARTS, size), dim=1)], dim=1)
@@ -156,7 +187,10 @@ def _variances(group: KindTokens, side: int, sensitivity: Sensitivity) -> tuple[
         [len(part) for part in torch.arange(size).tensor_split(min(_PARTS, size))], device=square.device
     )
     share = share / (share * counts).sum(dim=1, keepdim=True)  # (L, parts); one row's variances add up to 1
-    variance = group.norm.double().square()[:, None] * share[group.layer]
+    energy = group.norm.double().square()
+    if side == INPUTS:
+        energy = energy - span.project(group.kind, group.layer, group.inputs).double().square().sum(1)
+    variance = energy.clamp_min(0)[:, None] * share[group.layer]
     return variance.flatten(), counts.double().expand_as(variance).flatten()
 
 

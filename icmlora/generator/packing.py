@@ -1,12 +1,13 @@
 """All integers of one adapter <-> range-coded words, in the order that encoder and decoder share.
 
-First the norm residuals of all kinds, which tell the scales of the rest; then both vectors of every slot, kind by kind.
+First the norm residuals of all kinds, which tell the scales of the rest; then the vectors of every slot, kind by kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,12 @@ from numpy.typing import NDArray
 from icmlora.errors import CodeError
 from icmlora.generator import entropy
 from icmlora.generator.code import ABSENT, CodeHead
-from icmlora.generator.entropy import Integers, Scales
-from icmlora.generator.quantizer import Norms, Quantizer, Slots
+from icmlora.generator.entropy import Integers
+from icmlora.generator.quantizer import Quantizer, Sides, Slots
 from icmlora.generator.scales import EXTREME
+from icmlora.generator.span import Span
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +36,18 @@ class KindIntegers:
     """Shape (n, in)."""
     outputs: Integers
     """Shape (n, out)."""
+    along: Integers
+    """Shape (n, R): of the inputs, what lies along the span of the initial A."""
+
+    @property
+    def sides(self) -> Sides:
+        """The integers of the vectors."""
+        return self.inputs, self.outputs, self.along
 
     def __getitem__(self, chosen: NDArray[np.bool_]) -> KindIntegers:
         """Choose slots with a mask of shape (n,)."""
-        residuals, inputs, outputs = self.residuals[chosen], self.inputs[chosen], self.outputs[chosen]
-        return KindIntegers(self.slots[chosen], self.gain, residuals, inputs, outputs)
+        sides = (side[chosen] for side in self.sides)
+        return KindIntegers(self.slots[chosen], self.gain, self.residuals[chosen], *sides)
 
 
 def written_slots(slots: Slots, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -49,35 +60,43 @@ def written_slots(slots: Slots, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return slots.slot < count[slots.layer]
 
 
-def pack(quantizer: Quantizer, groups: Sequence[KindIntegers], step: int) -> bytes:
+def pack(quantizer: Quantizer, groups: Sequence[KindIntegers], span: Span, step: int) -> bytes:
     """Write the integers of an adapter; at most one group per kind, ordered by kind."""
     writer = entropy.Writer()
-    write_groups(writer, quantizer, groups, step)
+    write_groups(writer, quantizer, groups, span, step)
     return writer.to_bytes()
 
 
-def write_groups(writer: entropy.Writer, quantizer: Quantizer, groups: Sequence[KindIntegers], step: int) -> None:
+def write_groups(
+    writer: entropy.Writer, quantizer: Quantizer, groups: Sequence[KindIntegers], span: Span, step: int
+) -> None:
     """Append the integers of some slots; at most one group per kind, ordered by kind."""
     for group in groups:
         writer.write(group.residuals, quantizer.norm_scales(group.slots))
     for group in groups:
         norms = quantizer.norms(group.slots, group.gain, group.residuals)
-        scales = _scales(quantizer, group.slots, norms, step)
-        writer.write(np.concatenate([group.inputs.ravel(), group.outputs.ravel()]), scales)
+        scales = _flat(quantizer.scales(group.slots, norms, span, step))
+        writer.write(_flat(group.sides), scales)
 
 
-def unpack(quantizer: Quantizer, head: CodeHead, words: bytes) -> list[KindIntegers]:
+def unpack(quantizer: Quantizer, head: CodeHead, span: Span, words: bytes) -> list[KindIntegers]:
     """Read back what `pack` wrote.
 
     Raises:
         CodeError: Words that `pack` does not write under this head.
     """
     none = np.zeros_like(head.kept)
-    return read_groups(entropy.Reader(words), quantizer, slots_between(none, head.kept), head.gains, head.step)
+    slots = slots_between(none, head.kept)
+    return read_groups(entropy.Reader(words), quantizer, slots, head.gains, span, head.step)
 
 
 def read_groups(
-    reader: entropy.Reader, quantizer: Quantizer, kinds: Sequence[Slots], gains: NDArray[np.int16], step: int
+    reader: entropy.Reader,
+    quantizer: Quantizer,
+    kinds: Sequence[Slots],
+    gains: NDArray[np.int16],
+    span: Span,
+    step: int,
 ) -> list[KindIntegers]:
     """Read back what `write_groups` wrote of some slots.
 
@@ -91,16 +110,17 @@ def read_groups(
         norms = quantizer.norms(slots, gain, residual)
         if (np.abs(norms) > EXTREME).any():
             raise CodeError("the code's norms are out of range")
-        values = reader.read(_scales(quantizer, slots, norms, step))
-        left, right = split_sides(values, len(slots.layer), quantizer.sizes(slots.kind))
-        groups.append(KindIntegers(slots, gain, residual, left, right))
+        scales = quantizer.scales(slots, norms, span, step)
+        values = reader.read(_flat(scales))
+        sides = split_sides(values, len(slots.layer), [side.shape[1] for side in scales])
+        groups.append(KindIntegers(slots, gain, residual, *sides))
     return groups
 
 
-def split_sides(values: Integers, count: int, sizes: tuple[int, int]) -> tuple[Integers, Integers]:
-    """Take apart the integers of `count` slots: all inputs, shape (count, in), then all outputs, (count, out)."""
-    left, right = np.split(values, [count * sizes[0]])
-    return left.reshape(count, sizes[0]), right.reshape(count, sizes[1])
+def split_sides(values: Integers, count: int, sizes: Sequence[int]) -> list[Integers]:
+    """Take apart the integers of `count` slots, one side after the other; shapes (count, size)."""
+    ends = np.cumsum([count * size for size in sizes])[:-1]
+    return [side.reshape(count, size) for side, size in zip(np.split(values, ends), sizes, strict=True)]
 
 
 def slots_between(first: NDArray[np.uint8], kept: NDArray[np.uint8]) -> list[Slots]:
@@ -108,9 +128,9 @@ def slots_between(first: NDArray[np.uint8], kept: NDArray[np.uint8]) -> list[Slo
     return [_slots(kind, first[kind], row) for kind, row in enumerate(kept) if (row != ABSENT).any()]
 
 
-def _scales(quantizer: Quantizer, slots: Slots, norms: Norms, step: int) -> Scales:
-    """Scale index of every integer of one kind: all inputs, then all outputs."""
-    return np.concatenate([scale.ravel() for scale in quantizer.scales(slots, norms, step)])
+def _flat(sides: Sequence[NDArray[_Number]]) -> NDArray[_Number]:
+    """Put sides one after the other, shape (all of them,)."""
+    return np.concatenate([side.ravel() for side in sides])
 
 
 def _slots(kind: int, first: NDArray[np.uint8], kept: NDArray[np.uint8]) -> Slots:

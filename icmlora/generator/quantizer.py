@@ -3,6 +3,9 @@
     integer = round((value - norm * mean direction) / step),
     coded under the scale  norm / sqrt(size) * spread * profile of the channel / step
 
+What of the inputs lies along the span of the initial A is one integer per row of it, and only the rest is one per
+channel: coded under that scale times 2^shift, with a shift for each kind and rank slot.
+
 Norms, steps, spreads and profiles are whole eighths of an octave here, so a scale index is a sum of integers: encoder
 and decoder agree on it exactly, whatever machine they run on. Only the mean direction is float, and it is added after
 decoding, where a rounding difference stays a rounding difference. Both vectors of a token carry its singular value, so
@@ -12,6 +15,7 @@ they are first scaled to the rounded one: rounding a norm costs nothing of dW.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +26,15 @@ from icmlora.generator import entropy
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
 from icmlora.generator.entropy import Integers, Scales
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centre_table
+from icmlora.generator.span import Span
 from icmlora.generator.tokens import KindTokens
 
 Norms = NDArray[np.int64]
 """log2 norms in eighths."""
+SPAN = 2
+"""The third side of a token, beside `INPUTS` and `OUTPUTS`."""
+Sides = tuple[Integers, Integers, Integers]
+"""Of tokens of one kind: shapes (n, in), (n, out) and (n, R)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,27 +85,28 @@ class Quantizer:
         norms: Norms = self._norms[slots.kind, slots.layer, slots.slot] + gain + residuals
         return norms
 
-    def scales(self, slots: Slots, norms: Norms, step: int) -> tuple[Scales, Scales]:
-        """Return the scale indices of the integers of each slot, (n, in) for inputs and (n, out) for outputs."""
+    def scales(self, slots: Slots, norms: Norms, span: Span, step: int) -> tuple[Scales, Scales, Scales]:
+        """Return the scale indices of the integers of each slot, shapes (n, in), (n, out) and (n, R)."""
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
-        wide = [round(OCTAVE * math.log2(size) / 2) for size in self._sizes[slots.kind]]
+        wide = [_half_octaves(size) for size in self._sizes[slots.kind]]
         level = norms[:, None] - step - np.array(wide) + spread
+        level[:, INPUTS] += span.shifts[slots.kind, slots.slot]
         # Profiles lie within EXTREME, so a level further out than that ends at the same index from there.
         level = np.clip(level, SMALLEST - EXTREME, LARGEST + EXTREME).astype(np.int16)
         inputs, outputs = (
             _indices(self._profiles[2 * slots.kind + side], slots.layer, level[:, side]) for side in (INPUTS, OUTPUTS)
         )
-        return inputs, outputs
+        return inputs, outputs, _span_scales(slots, norms - step, span)
 
-    def quantise(self, group: KindTokens, norms: Norms, state: TaskState, step: int) -> tuple[Integers, Integers]:
-        """Round tokens to integers of shapes (n, in) and (n, out)."""
-        inputs, outputs = self.in_steps(group, norms, state, step)
-        return entropy.clip(np.rint(inputs.numpy())), entropy.clip(np.rint(outputs.numpy()))
+    def quantise(self, group: KindTokens, norms: Norms, state: TaskState, step: int) -> Sides:
+        """Round tokens to integers."""
+        inputs, outputs, along = self.in_steps(group, norms, state, step)
+        return _whole(inputs), _whole(outputs), _whole(along)
 
     def in_steps(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Measure tokens in quantiser steps from their prediction: float64, shapes (n, in) and (n, out)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Measure tokens in quantiser steps from their prediction: float64, shapes (n, in), (n, out) and (n, R)."""
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
         means = self.means(slots, norms, state)
         agreement = (group.inputs * means[INPUTS]).sum(1) + (group.outputs * means[OUTPUTS]).sum(1)
@@ -105,19 +115,37 @@ class Quantizer:
             ((values * factor[:, None] - mean) / 2.0 ** (step / OCTAVE)).double()
             for values, mean in zip((group.inputs, group.outputs), means, strict=True)
         )
-        return inputs, outputs
+        along = state.span.project(group.kind, group.layer, inputs)
+        return inputs - state.span.expand(group.kind, group.layer, along, inputs.shape[1]), outputs, along
 
-    def dequantise(
-        self, slots: Slots, norms: Norms, state: TaskState, step: int, integers: tuple[Integers, Integers]
-    ) -> KindTokens:
+    def shifts(self, tokens: Iterable[KindTokens], state: TaskState) -> NDArray[np.int8]:
+        """Measure the shifts of an adapter: how much of its inputs is left across the span of its initial A."""
+        config = self._net.config
+        shifts = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
+        for group in tokens:
+            slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
+            norms = _eighths(group.norm.log2())
+            rest = self.in_steps(group, norms, state, 0)[INPUTS].square().sum(1).numpy()  # (n,)
+            level = norms + self._spreads[group.kind, INPUTS, slots.layer, slots.slot]
+            profiles = np.exp2(2 / OCTAVE * self._profiles[2 * group.kind + INPUTS]).mean(axis=1)  # (L,)
+            share = rest / (np.exp2(2 / OCTAVE * level) * profiles[slots.layer])
+            known = state.span.ranks_of(group.kind)[slots.layer] > 0
+            for slot in np.unique(slots.slot[known]).tolist():
+                left = float(share[known & (slots.slot == slot)].mean())
+                shifts[group.kind, slot] = np.clip(round(OCTAVE / 2 * math.log2(max(left, 2.0**-30))), -127, 127)
+        return shifts
+
+    def dequantise(self, slots: Slots, norms: Norms, state: TaskState, step: int, integers: Sides) -> KindTokens:
         """Turn integers back into tokens; each lands on the mean of its bin under the predicted scale."""
-        values = []
-        for whole, mean, scale in zip(
-            integers, self.means(slots, norms, state), self.scales(slots, norms, step), strict=True
-        ):
-            values.append(torch.from_numpy(centred(whole, scale)).mul_(2.0 ** (step / OCTAVE)).add_(mean))
+        scales = self.scales(slots, norms, state.span, step)
+        inputs, outputs, along = (
+            torch.from_numpy(centred(whole, scale)).mul_(2.0 ** (step / OCTAVE))
+            for whole, scale in zip(integers, scales, strict=True)
+        )
+        means = self.means(slots, norms, state)
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        return KindTokens(slots.kind, layer, slot, norm_of(norms), values[INPUTS], values[OUTPUTS])
+        inputs.add_(means[INPUTS]).add_(state.span.expand(slots.kind, layer, along, inputs.shape[1]))
+        return KindTokens(slots.kind, layer, slot, norm_of(norms), inputs, outputs.add_(means[OUTPUTS]))
 
     def means(self, slots: Slots, norms: Norms, state: TaskState) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the generator predicts, shapes (n, in) and (n, out)."""
@@ -141,6 +169,24 @@ def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
     centre[beyond] = found[beyond]  # the middle of the bin
     values.ravel()[places] = centre
     return values
+
+
+def _span_scales(slots: Slots, level: Norms, span: Span) -> Scales:
+    """Return the scale indices of the integers along the span, shape (n, R): a slot's norm spread evenly over them."""
+    rows = np.arange(span.rows(slots.kind))
+    ranks = span.ranks_of(slots.kind)  # (L,)
+    wide = np.array([_half_octaves(max(rank, 1)) for rank in ranks.tolist()], dtype=np.int64)
+    indices = np.where(rows < ranks[slots.layer, None], (level - wide[slots.layer])[:, None], SMALLEST)
+    return np.clip(indices, SMALLEST, LARGEST).astype(np.int8)
+
+
+def _half_octaves(size: int) -> int:
+    """Return log2 of the square root of a size, in eighths."""
+    return round(OCTAVE * math.log2(size) / 2)
+
+
+def _whole(values: torch.Tensor) -> Integers:
+    return entropy.clip(np.rint(values.numpy()))
 
 
 def _indices(profiles: NDArray[np.int16], layer: NDArray[np.int64], level: NDArray[np.int16]) -> Scales:

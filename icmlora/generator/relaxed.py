@@ -39,10 +39,10 @@ class _Part:
     """Square roots of the norms, shape (n, 1)."""
     means: tuple[torch.Tensor, torch.Tensor]
     """The generator's prediction, shapes (n, in) and (n, out)."""
-    scales: tuple[entropy.Scales, entropy.Scales]
-    """Scale indices, of the same shapes."""
-    values: tuple[nn.Parameter, nn.Parameter]
-    """In steps from the prediction, of the same shapes."""
+    scales: tuple[entropy.Scales, entropy.Scales, entropy.Scales]
+    """Scale indices, shapes (n, in), (n, out) and (n, R)."""
+    values: tuple[nn.Parameter, nn.Parameter, nn.Parameter]
+    """In steps from the prediction, of these shapes; the third is along the span of the initial A."""
     strength: nn.Parameter
     """log2 of the factor of each layer's dW, shape (L,)."""
 
@@ -90,12 +90,12 @@ class RelaxedCode:
         strengths = self._opened.head.strengths.copy()
         groups = []
         for part in self._parts:
-            inputs, outputs = (entropy.clip(np.rint(values.detach().double().numpy())) for values in part.values)
-            groups.append(replace(part.integers, inputs=inputs, outputs=outputs))
+            inputs, outputs, along = (_whole(values) for values in part.values)
+            groups.append(replace(part.integers, inputs=inputs, outputs=outputs, along=along))
             layers = np.unique(part.integers.slots.layer)
             rounded = np.rint(part.strength.detach().numpy() * STRENGTHS)[layers]
             strengths[part.integers.slots.kind, layers] = np.clip(rounded, -127, 127).astype(np.int8)
-        return self._codec.close(replace(self._opened.head, strengths=strengths), groups)
+        return self._codec.close(replace(self._opened.head, strengths=strengths), groups, self._opened.state.span)
 
     def _part(self, integers: KindIntegers, tokens: KindTokens) -> _Part:
         quantizer, head, state = self._codec.quantizer, self._opened.head, self._opened.state
@@ -104,22 +104,25 @@ class RelaxedCode:
         places = zip(tokens.layer.tolist(), tokens.slot.tolist(), strict=True)
         kept = tokens[torch.tensor([place in written for place in places], dtype=torch.bool)]
         norms = quantizer.norms(slots, integers.gain, integers.residuals)
-        inputs, outputs = quantizer.in_steps(kept, norms, state, head.step)
+        inputs, outputs, along = (side.float() for side in quantizer.in_steps(kept, norms, state, head.step))
         return _Part(
             integers,
             norm_of(norms).sqrt()[:, None],
             quantizer.means(slots, norms, state),
-            quantizer.scales(slots, norms, head.step),
-            (nn.Parameter(inputs.float()), nn.Parameter(outputs.float())),
+            quantizer.scales(slots, norms, state.span, head.step),
+            (nn.Parameter(inputs), nn.Parameter(outputs), nn.Parameter(along)),
             nn.Parameter(torch.from_numpy(head.strengths[slots.kind].astype(np.float32) / STRENGTHS)),
         )
 
     def _modules(self, part: _Part) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-        inputs, outputs = (
-            (mean + _rounded(values, scales) * self._step) / part.root
-            for mean, values, scales in zip(part.means, part.values, part.scales, strict=True)
-        )
         kind, layer = part.integers.slots.kind, torch.from_numpy(part.integers.slots.layer)
+        inputs, outputs, along = (
+            _rounded(values, scales) * self._step for values, scales in zip(part.values, part.scales, strict=True)
+        )
+        inputs = inputs + self._opened.state.span.expand(kind, layer, along, inputs.shape[1])
+        inputs, outputs = (
+            (values + mean) / part.root for values, mean in zip((inputs, outputs), part.means, strict=True)
+        )
         weights = self._codec.sensitivity
         for number in sorted(set(layer.tolist())):
             rows = layer == number
@@ -130,5 +133,8 @@ class RelaxedCode:
 
 def _rounded(values: torch.Tensor, scales: entropy.Scales) -> torch.Tensor:
     """Round as the codec does, and let the gradient through as if nothing had happened (arXiv 1308.3432)."""
-    whole = torch.from_numpy(centred(entropy.clip(np.rint(values.detach().double().numpy())), scales))
-    return whole + (values - values.detach())
+    return torch.from_numpy(centred(_whole(values), scales)) + (values - values.detach())
+
+
+def _whole(values: torch.Tensor) -> entropy.Integers:
+    return entropy.clip(np.rint(values.detach().double().numpy()))

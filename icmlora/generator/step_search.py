@@ -10,6 +10,7 @@ from icmlora.errors import GeneratorError
 from icmlora.generator.objective import water_level
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
+from icmlora.generator.span import Span
 from icmlora.generator.tokens import KindTokens
 
 # Steps tried above and below the one that theory gives for a tolerance, in eighths of an octave.
@@ -48,9 +49,9 @@ class Limits:
         pairs = ((encoded.weighted_error, self.tolerance), (encoded.dw_error, self.max_error))
         return all(limit is None or error <= limit for error, limit in pairs)
 
-    def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity) -> int:
+    def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, span: Span) -> int:
         """Return the step, in eighths of an octave, that theory gives for the smaller limit."""
-        return math.floor(OCTAVE * math.log2(water_level(tokens, self.least, sensitivity)))
+        return math.floor(OCTAVE * math.log2(water_level(tokens, self.least, sensitivity, span)))
 
 
 def coarsest(expected: int, limits: Limits, encode: Callable[[int], Encoded]) -> Encoded:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from icmlora.adapter import Adapter
+from icmlora.initial_a import InitialA
 
 
 class Fleet(Protocol):
@@ -21,6 +22,9 @@ class Fleet(Protocol):
 
     def load(self, task: int, checkpoint: int | None) -> Adapter:
         """Read the final adapter of a task (None), or one of its checkpoints."""
+
+    def initial(self, task: int) -> InitialA | None:
+        """Return where the A that a task's training began with was drawn, None where it is not known."""
 
     def support_sets(self, task: int) -> int:
         """Return the number of support sets with vectors, 0 without any."""

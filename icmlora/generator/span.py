@@ -1,0 +1,134 @@
+"""What the decoder knows of a task's inputs for nothing: the span of the A that training began with.
+
+    inputs of a slot x  =  Q^T (Q x)          +   the rest, across the span
+                           r numbers instead       as before, only that much less of it is left
+                           of as many as inputs
+
+Q is the initial A, weighted as tokens are, made orthonormal: one quantiser step means the same distortion along it as
+along the channels. How much less the rest is, the code says once per kind and rank slot (`shifts`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.sensitivity import Sensitivity
+from icmlora.initial_a import InitialA, initial_factors
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """The known directions of one task's inputs, on one device."""
+
+    shifts: NDArray[np.int8]
+    """log2 of how much of the inputs is left across it, in eighths, shape (K, S)."""
+    layers: int
+    bases: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By kind: orthonormal rows, float32, shape (L, R, in); rows of zeros where a module has fewer."""
+    ranks: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    """By kind: how many rows each module has, shape (L,)."""
+
+    def rows(self, kind: int) -> int:
+        """Return R, the most rows that a module of a kind has."""
+        return self.bases[kind].shape[1] if kind in self.bases else 0
+
+    def ranks_of(self, kind: int) -> NDArray[np.int64]:
+        """Return how many rows each layer's module of a kind has, shape (L,)."""
+        return self.ranks.get(kind, np.zeros(self.layers, dtype=np.int64))
+
+    def to(self, device: torch.device) -> Span:
+        """Move everything to a device."""
+        return Span(
+            self.shifts, self.layers, {kind: basis.to(device) for kind, basis in self.bases.items()}, self.ranks
+        )
+
+    def project(self, kind: int, layer: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return Q x of rows of values.
+
+        Args:
+            kind: Index of the module kind.
+            layer: Of each row, ascending, shape (n,).
+            values: Shape (n, in).
+
+        Returns:
+            Shape (n, R).
+        """
+        if kind not in self.bases:
+            return values.new_zeros(len(values), 0)
+        basis = self.bases[kind].to(values.dtype)
+        return torch.cat([part @ basis[number].T for number, part in _by_layer(layer, values, self.layers)])
+
+    def expand(self, kind: int, layer: torch.Tensor, along: torch.Tensor, size: int) -> torch.Tensor:
+        """Return Q^T y of rows y of shape (n, R), as rows of shape (n, size)."""
+        if kind not in self.bases:
+            return along.new_zeros(len(along), size)
+        basis = self.bases[kind].to(along.dtype)
+        return torch.cat([part @ basis[number] for number, part in _by_layer(layer, along, self.layers)])
+
+    def spread(self, kind: int, layer: torch.Tensor) -> torch.Tensor:
+        """Return the root mean square of a vector of length one along each row, if it lies in the span; (n, R)."""
+        ranks = torch.from_numpy(self.ranks_of(kind)).to(layer.device)[layer]  # (n,)
+        rows = torch.arange(self.rows(kind), device=layer.device)
+        return torch.where(rows < ranks[:, None], ranks.clamp_min(1)[:, None] ** -0.5, 0.0)
+
+
+def span_of(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sensitivity) -> Span:
+    """Draw an initial A and make it orthonormal; without one nothing is known.
+
+    Args:
+        initial: Where it was drawn. Shifts are 0 at first.
+        config: The generator's configuration.
+        sensitivity: The weights that tokens are made with.
+
+    Raises:
+        NotCovered: The generator does not cover one of the modules.
+    """
+    span = Span(np.zeros((len(config.kinds), config.slots), dtype=np.int8), config.layers)
+    if initial is None:
+        return span
+    factors = initial_factors(initial)
+    groups: defaultdict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+    for module in initial.modules:
+        kind, layer = config.place_of(module.shape)
+        if module.shape.rank < module.shape.inputs:  # else all inputs are in it, and nothing is gained
+            rows = factors[module.shape.module] * torch.exp2(sensitivity.inputs[kind][layer])
+            groups[kind].append((layer, rows))
+    for kind, modules in groups.items():
+        layers = [layer for layer, _ in modules]
+        ranks = np.zeros(config.layers, dtype=np.int64)
+        ranks[layers] = [len(rows) for _, rows in modules]
+        span.ranks[kind] = ranks
+        span.bases[kind] = torch.zeros(config.layers, int(ranks.max()), config.kinds[kind].inputs)
+        span.bases[kind][layers] = _orthonormal([rows for _, rows in modules])
+    return span
+
+
+def _orthonormal(modules: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return rows of the same spans: those of the QR decomposition whose R has a positive diagonal.
+
+    That one is unique, so every machine gets the same rows up to rounding.
+
+    Args:
+        modules: Each of shape (r, in), with fewer rows than columns.
+
+    Returns:
+        Shape (modules, R, in), with zeros below a module's last row.
+    """
+    result = torch.zeros(len(modules), max(len(rows) for rows in modules), modules[0].shape[1])
+    for rank in {len(rows) for rows in modules}:
+        of_rank = [number for number, rows in enumerate(modules) if len(rows) == rank]
+        q, r = torch.linalg.qr(torch.stack([modules[number] for number in of_rank]).double().mT)
+        sign = torch.where(r.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)  # (modules, r)
+        result[of_rank, :rank] = (q * sign[:, None, :]).mT.float()
+    return result
+
+
+def _by_layer(layer: torch.Tensor, rows: torch.Tensor, layers: int) -> list[tuple[int, torch.Tensor]]:
+    return list(enumerate(torch.split(rows, torch.bincount(layer, minlength=layers).tolist())))

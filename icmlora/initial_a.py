@@ -1,0 +1,78 @@
+"""The A that an adapter's training began with, drawn again from the seed of that training.
+
+LoRA training begins with B = 0 and a random A, which PEFT draws from torch's CPU generator, module by module, uniform
+in +-1 / sqrt(in). Training moves A, but not far: most of what it becomes still lies in the span of these r rows.
+Whoever knows the seed, and where in the stream each module's draws begin, has the rows for nothing.
+
+The stream is that of MT19937. numpy's `RandomState` yields it too, and promises to do so for ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from icmlora.layout import ModuleShape
+
+_CHUNK = 1 << 20
+_MANTISSA = (1 << 24) - 1
+
+
+@dataclass(frozen=True)
+class InitialModule:
+    """Where one module's A was drawn."""
+
+    offset: int
+    """Draws before it."""
+    shape: ModuleShape
+
+    @property
+    def end(self) -> int:
+        """Draws up to its end."""
+        return self.offset + self.shape.rank * self.shape.inputs
+
+
+@dataclass(frozen=True)
+class InitialA:
+    """Where the A of an adapter's modules was drawn."""
+
+    seed: int
+    """Of `torch.manual_seed`, modulo 2^32 as MT19937 takes it."""
+    modules: tuple[InitialModule, ...]
+    """In the order of drawing; modules of other origin are not among them."""
+
+
+class UniformStream:
+    """What torch's CPU generator yields as uniform float32 numbers after `torch.manual_seed`, read forwards."""
+
+    def __init__(self, seed: int) -> None:
+        self._state = np.random.RandomState(seed)  # the legacy interface, because its stream is frozen
+        self._position = 0
+
+    def read(self, offset: int, count: int) -> NDArray[np.float32]:
+        """Return `count` draws that come after `offset` others, uniform in [-1, 1), float32, shape (count,).
+
+        `offset` may not lie before the end of the last draws that were read.
+        """
+        while self._position < offset:
+            self._next(min(_CHUNK, offset - self._position))
+        # torch takes the lower 24 bits of each word, which float32 holds exactly.
+        return (self._next(count) & _MANTISSA).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
+
+    def _next(self, count: int) -> NDArray[np.uint32]:
+        self._position += count
+        return self._state.randint(0, 1 << 32, size=count, dtype=np.uint32)
+
+
+def initial_factors(initial: InitialA) -> dict[str, torch.Tensor]:
+    """Return the initial A of each module by name, float32, shape (r, in)."""
+    stream = UniformStream(initial.seed)
+    factors = {}
+    for module in sorted(initial.modules, key=lambda module: module.offset):
+        rank, inputs = module.shape.rank, module.shape.inputs
+        draws = stream.read(module.offset, rank * inputs) * np.float32(inputs**-0.5)
+        factors[module.shape.module] = torch.from_numpy(draws.reshape(rank, inputs))
+    return factors
