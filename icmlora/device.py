@@ -47,6 +47,15 @@ def inference_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def gradient_dtype(device: torch.device) -> torch.dtype:
+    """Return the precision that gradients through a frozen base model are computed in on `device`.
+
+    bfloat16 wherever there are matrix units for it: gradients are averages, and what they move is rounded far more
+    coarsely. A CPU without such units takes a third longer for it than for float32.
+    """
+    return torch.bfloat16 if device.type != "cpu" or torch.cpu._is_amx_tile_supported() else torch.float32
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch's global generators on every device; what has its own generator is not touched."""
     torch.manual_seed(seed)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from icmlora.layout import ModuleShape
@@ -67,12 +66,12 @@ class UniformStream:
         return self._state.randint(0, 1 << 32, size=count, dtype=np.uint32)
 
 
-def initial_factors(initial: InitialA) -> dict[str, torch.Tensor]:
-    """Return the initial A of each module by name, float32, shape (r, in)."""
+def initial_factors(initial: InitialA) -> dict[str, NDArray[np.float32]]:
+    """Return the initial A of each module by name, shape (r, in)."""
     stream = UniformStream(initial.seed)
     factors = {}
     for module in sorted(initial.modules, key=lambda module: module.offset):
         rank, inputs = module.shape.rank, module.shape.inputs
         draws = stream.read(module.offset, rank * inputs) * np.float32(inputs**-0.5)
-        factors[module.shape.module] = torch.from_numpy(draws.reshape(rank, inputs))
+        factors[module.shape.module] = draws.reshape(rank, inputs)
     return factors

@@ -13,7 +13,7 @@ from icm_cli.session import Session, command
 from icm_cli.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.listing import TaskDetails
+    from icm_cli.workflows.describing import TaskDetails
     from registry.records import AdapterRecord, EvaluationRecord
 
 _ADAPTER_COLUMNS = (
@@ -45,7 +45,7 @@ def show(session: Session, task: TaskArg) -> None:
     Example:
       icm show shakespeare
     """
-    from icm_cli.workflows.listing import describe_task
+    from icm_cli.workflows.describing import describe_task
 
     details = describe_task(session.place, task)
     session.out.document(_as_json(details))
@@ -83,6 +83,7 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
         return [("code", "-")]
     error = "" if code.dw_error is None else f", dW error {code.dw_error:.3f}"
     lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}")]
+    lines.append(("initial A", _initial(details)))
     if code.residual is not None:
         beside = code.residual
         lines.append(("residual", f"{human_size(beside.size)}, with it dW error {beside.dw_error:.3f}"))
@@ -90,6 +91,13 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
         verdict = "kept" if code.asked.is_kept else "not kept"
         lines.append(("asked for", f"{limits_text(code.asked)}: {verdict}"))
     return lines
+
+
+def _initial(details: TaskDetails) -> str:
+    if details.initial is None:
+        return "not known"
+    found, modules = len(details.initial.modules), len(details.final.layout)
+    return f"drawn again from seed {details.initial.seed} for {found} of {modules} modules"
 
 
 def _original(details: TaskDetails) -> str:
@@ -144,6 +152,7 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         ],
         "vectors": [_without_ids(asdict(vector)) for vector in details.vectors],
         "generator": None if generator is None else {"version": generator.version, "digest": generator.blob},
+        "initial_seed": None if details.initial is None else details.initial.seed,
         "code": None if details.code is None else _without_ids(asdict(details.code)),
         "evaluations": [
             {**_evaluation_json(details, entry), "is_current": entry in present} for entry in details.evaluations

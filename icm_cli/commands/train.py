@@ -61,7 +61,7 @@ WidthOpt = Annotated[
         metavar="N",
         min=4,
         max=4096,
-        help="Hidden width of a new generator's decoder; else the quality's.",
+        help="Hidden width of a new generator's decoder; else that of the fleet's size.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),

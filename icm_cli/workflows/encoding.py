@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-import torch
-
 from icm_cli.workflows.chosen import chosen_tasks, sample_texts
 from icm_cli.workflows.code_search import CodeSearch, Refiner
 from icm_cli.workflows.encode_plan import EncodeReport, EncodeRequest, EncodeStatus, TaskEncoded
@@ -23,7 +21,7 @@ from icm_cli.workflows.residual_search import ResidualSearch
 from icm_cli.workflows.store_fleet import mean_vectors
 from icm_cli.workflows.task_evaluation import TaskEvaluation, on_own_text
 from icmlora.adapter import Adapter
-from icmlora.device import resolve_device
+from icmlora.device import gradient_dtype, resolve_device
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.refinement import RefineConfig
 from icmlora.seed_search import SeedSearch
@@ -78,7 +76,8 @@ class _Work:
 
     def __init__(self, store: Store, request: EncodeRequest) -> None:
         self._store, self._request = store, request
-        self._kept = Kept(store, resolve_device(request.device))
+        self._device = resolve_device(request.device)
+        self._kept = Kept(store, self._device)
         self._seeds = SeedSearch()
 
     def one(self, task: TaskRecord, stop: StopFlag) -> Generator[Event, None, TaskEncoded | None]:
@@ -160,10 +159,8 @@ class _Work:
         texts = sample_texts(self._store, task)
         if texts is None:
             raise DataError("it has no samples, so its code cannot be refined")
-        # bfloat16 halves the time of a step; gradients are averages, the code is rounded far more coarsely.
-        return Refiner(
-            self._kept.base(task.base_model, torch.bfloat16), texts, RefineConfig(steps=self._request.refine)
-        )
+        base = self._kept.base(task.base_model, gradient_dtype(self._device))
+        return Refiner(base, texts, RefineConfig(steps=self._request.refine))
 
 
 def _size_of(code: CodeRecord | None) -> int | None:

@@ -124,6 +124,7 @@ def _config(fleet: StoreFleet, request: TrainRequest, previous: GeneratorConfig 
     return config_for(
         fleet.base_model,
         ([ModuleShape(*entry) for entry in row.layout] for row in fleet.rows()),
+        tasks=fleet.tasks(),
         condition_size=fleet.condition_size(),
         quality=DEFAULT_QUALITY if request.quality is None else request.quality,
         tolerance=tolerance,

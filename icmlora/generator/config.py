@@ -18,7 +18,12 @@ _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,3})(?=\.)")
 # quality -> share of |dW|^2 that a code may lose.
 # 1 - retained gain is a quarter to a tenth of it (docs/results/LOG.md).
 _TOLERANCES = (0.35, 0.25, 0.17, 0.11, 0.07, 0.045, 0.025, 0.012)
-_WIDTHS = (24, 24, 32, 32, 32, 48, 64, 96)
+# Tasks of a fleet -> sizes of its network. A larger network makes each code smaller and is paid for once
+# (docs/results/LOG.md).
+_SIZES = (
+    (32, {"width": 4, "embedding": 16, "latent": 4, "condition": 4, "sketch": 2}),
+    (64, {"width": 8, "embedding": 16, "latent": 8, "condition": 8, "sketch": 4}),
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -128,6 +133,7 @@ def config_for(
     base_model: str,
     layouts: Iterable[Sequence[ModuleShape]],
     *,
+    tasks: int,
     condition_size: int,
     quality: int,
     tolerance: float | None = None,
@@ -139,10 +145,11 @@ def config_for(
     Args:
         base_model: Label of the base model.
         layouts: One layout per adapter; read once, not kept.
+        tasks: How many tasks the fleet has: it sets the sizes of a new network.
         condition_size: Length of the task vectors, 0 without any.
-        quality: 1 to 8; sets tolerance and width where they are None.
+        quality: 1 to 8; sets the tolerance where that is None.
         tolerance: Relative dW error of a code.
-        width: Hidden width of the decoder.
+        width: Hidden width of a new network's decoder; that of the fleet's size where it is None.
         previous: A generator to grow from: its kinds, layers and slots stay covered and its sizes are kept.
 
     Raises:
@@ -155,6 +162,8 @@ def config_for(
             kind, layer = kind_of(shape)
             kinds.add(kind)
             layers, slots = max(layers, layer + 1), max(slots, shape.rank)
+    sizes = next((sizes for below, sizes in _SIZES if tasks < below), {})
+    sizes = sizes if width is None else {**sizes, "width": width}
     start = previous or GeneratorConfig(
         base_model=base_model,
         kinds=tuple(sorted(kinds)),
@@ -162,7 +171,7 @@ def config_for(
         slots=slots,
         condition_size=condition_size,
         tolerance=tolerance_of(quality),
-        width=_WIDTHS[quality - 1] if width is None else width,
+        **sizes,
     )
     return replace(
         start,

@@ -98,7 +98,7 @@ def span_of(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sens
     for module in initial.modules:
         kind, layer = config.place_of(module.shape)
         if module.shape.rank < module.shape.inputs:  # else all inputs are in it, and nothing is gained
-            rows = factors[module.shape.module] * torch.exp2(sensitivity.inputs[kind][layer])
+            rows = torch.from_numpy(factors[module.shape.module]) * torch.exp2(sensitivity.inputs[kind][layer])
             groups[kind].append((layer, rows))
     for kind, modules in groups.items():
         layers = [layer for layer, _ in modules]

@@ -1,0 +1,82 @@
+"""Everything about one task. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from icm_cli.workflows.opening import Place
+from icmlora.errors import IcmLoraError
+from icmlora.generator.code import Code
+from icmlora.generator.config import GeneratorConfig
+from icmlora.initial_a import InitialA
+from registry.errors import DamagedStore
+from registry.records import (
+    AdapterRecord,
+    CodeRecord,
+    EvaluationRecord,
+    GeneratorRecord,
+    TaskRecord,
+    VectorRecord,
+)
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class TaskDetails:
+    """Everything that the store knows of a task.
+
+    Attributes:
+        adapters: Checkpoints by step, the final adapter last.
+        generator: The current generator of its base model, if there is one.
+        code: Its code under that generator, if it has one.
+        initial: Where the A that its training began with was drawn, if the code knows.
+        evaluations: All measurements, latest of each kind.
+    """
+
+    task: TaskRecord
+    adapters: tuple[AdapterRecord, ...]
+    vectors: tuple[VectorRecord, ...]
+    generator: GeneratorRecord | None
+    code: CodeRecord | None
+    initial: InitialA | None
+    evaluations: tuple[EvaluationRecord, ...]
+
+    @property
+    def final(self) -> AdapterRecord:
+        """The adapter that stands for the task."""
+        return next(adapter for adapter in self.adapters if adapter.is_final)
+
+
+def describe_task(place: Place, name: str) -> TaskDetails:
+    """Return everything about one task.
+
+    Raises:
+        TaskNotFound: There is no such task; the error names the closest ones.
+    """
+    with place.open(read_only=True) as store:
+        task = store.task(name)
+        generator = store.current_generator(task.base_model)
+        code = None if generator is None else store.code(task.name, generator.id)
+        return TaskDetails(
+            task=task,
+            adapters=tuple(store.adapters(task.name)),
+            vectors=tuple(store.vectors(task.name)),
+            generator=generator,
+            code=code,
+            initial=None if generator is None or code is None else _initial(store, generator, code),
+            evaluations=tuple(store.evaluations(task.name)),
+        )
+
+
+def _initial(store: Store, generator: GeneratorRecord, code: CodeRecord) -> InitialA | None:
+    """Read it from the code; of a damaged one nothing is known, and `icm check` says that it is damaged."""
+    sizes = {field.name for field in fields(GeneratorConfig)}
+    config = {name: value for name, value in generator.config.items() if name in sizes}
+    try:
+        return Code.from_bytes(store.read_blob(code.blob), GeneratorConfig.from_json(json.dumps(config))).head.initial
+    except (DamagedStore, IcmLoraError):
+        return None
