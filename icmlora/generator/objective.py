@@ -115,13 +115,13 @@ def _scale(net: CVAE, group: KindTokens, side: int, step: float, sensitivity: Se
 def _left(group: KindTokens, span: Span, across: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return what the codec's shifts come to: how far the values (n, in) of each slot lie from their scales, (n,).
 
-    As there, modules of which nothing is known do not count, and a slot without any other module is not shifted.
+    As there, modules of which nothing is known do not count, and are not shifted.
     """
     known = torch.from_numpy(span.ranks_of(group.kind) > 0).to(group.layer.device)[group.layer]
     share = torch.where(known, across.square().sum(1) / scale.square().sum(1), 0.0)
     count = torch.bincount(group.slot, weights=known.to(share.dtype))
     mean = torch.zeros_like(count).index_add_(0, group.slot, share) / count.clamp_min(1)
-    return torch.where(count > 0, mean, 1.0)[group.slot].clamp_min(2.0**-30).sqrt()
+    return torch.where(known, mean[group.slot].clamp_min(2.0**-30).sqrt(), 1.0)
 
 
 def _soft(exact: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
