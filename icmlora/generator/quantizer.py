@@ -4,8 +4,8 @@
     coded under the scale  norm / sqrt(size) * spread * profile of the channel / step
 
 What of the inputs lies along the span of the initial A is one integer per row of it, and only the rest is one per
-channel: coded under that scale times 2^shift, with a shift for each kind and rank slot. Modules without a known initial A
-are not shifted.
+channel: coded under that scale times 2^shift, with a shift for each kind and rank slot, in modules whose
+initial A is known.
 
 Norms, steps, spreads and profiles are whole eighths of an octave here, so a scale index is a sum of integers: encoder
 and decoder agree on it exactly, whatever machine they run on. Only the mean direction is float, and it is added after
