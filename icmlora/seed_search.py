@@ -69,8 +69,10 @@ class SeedSearch:
         """Return the draws of every seed at one place, in 127ths, shape (seeds, count)."""
         if (offset, count) not in self._tables:
             table = np.empty((len(self._seeds), count), dtype=np.int8)
+            stream = UniformStream(0)
             for row, seed in zip(table, self._seeds, strict=True):
-                row[:] = UniformStream(seed).read(offset, count) * 127
+                stream.restart(seed)
+                row[:] = stream.read(offset, count) * 127
             self._tables[offset, count] = table
             if len(self._tables) > _TABLES:
                 self._tables.popitem(last=False)
@@ -115,14 +117,16 @@ def _before(module: LoraModule) -> int:
 
 
 def _head(module: LoraModule) -> NDArray[np.float32]:
-    """Return the first values of A, of length one, shape (n,)."""
-    head: NDArray[np.float32] = module.a.reshape(-1)[:_SEEN].numpy()
-    return head / max(float(np.linalg.norm(head)), math.ulp(0.0))
+    """Return the first values of A, of length one (zeros stay zeros), shape (n,)."""
+    head = module.a.reshape(-1)[:_SEEN].double().numpy()
+    scaled: NDArray[np.float32] = (head / max(float(np.linalg.norm(head)), math.ulp(0.0))).astype(np.float32)
+    return scaled
 
 
 def _agreements(draws: NDArray[np.float32], head: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the cosine of rows of draws (m, n) and some values (n,) of length one, shape (m,)."""
-    cosines: NDArray[np.float32] = draws @ head / np.linalg.norm(draws, axis=1)
+    lengths = np.linalg.norm(draws, axis=1)  # a few draws in 127ths may all be 0
+    cosines: NDArray[np.float32] = draws @ head / np.maximum(lengths, np.finfo(np.float32).tiny)
     return cosines
 
 

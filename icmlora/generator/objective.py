@@ -88,7 +88,7 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sen
     along = state.span.project(group.kind, group.layer, inputs)
     across = inputs - state.span.expand(group.kind, group.layer, along, inputs.shape[1])
     scales = [_scale(net, group, side, step, sensitivity) for side in (INPUTS, OUTPUTS)]
-    scales[INPUTS] = scales[INPUTS] * _left(across, scales[INPUTS], group.slot)[:, None]
+    scales[INPUTS] = scales[INPUTS] * _left(group, state.span, across, scales[INPUTS])[:, None]
     known = state.span.spread(group.kind, group.layer) * norm / step  # (n, R)
     wholes = [exact.detach().round() for exact in (across, outputs, along)]
     lengths = [bin_bits(whole, scale).sum(1) for whole, scale in zip(wholes, (*scales, known), strict=True)]
@@ -112,12 +112,16 @@ def _scale(net: CVAE, group: KindTokens, side: int, step: float, sensitivity: Se
 
 
 @torch.no_grad()
-def _left(across: torch.Tensor, scale: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """Return what the codec's shifts come to: how far the values (n, in) of each slot lie from their scales, (n,)."""
-    share = across.square().sum(1) / scale.square().sum(1)
-    count = torch.bincount(slot).clamp_min(1)
-    mean = torch.zeros_like(count, dtype=share.dtype).index_add_(0, slot, share) / count
-    return mean[slot].clamp_min(2.0**-30).sqrt()
+def _left(group: KindTokens, span: Span, across: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return what the codec's shifts come to: how far the values (n, in) of each slot lie from their scales, (n,).
+
+    As there, modules of which nothing is known do not count, and are not shifted.
+    """
+    known = torch.from_numpy(span.ranks_of(group.kind) > 0).to(group.layer.device)[group.layer]
+    share = torch.where(known, across.square().sum(1) / scale.square().sum(1), 0.0)
+    count = torch.bincount(group.slot, weights=known.to(share.dtype))
+    mean = torch.zeros_like(count).index_add_(0, group.slot, share) / count.clamp_min(1)
+    return torch.where(known, mean[group.slot].clamp_min(2.0**-30).sqrt(), 1.0)
 
 
 def _soft(exact: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@
     coded under the scale  norm / sqrt(size) * spread * profile of the channel / step
 
 What of the inputs lies along the span of the initial A is one integer per row of it, and only the rest is one per
-channel: coded under that scale times 2^shift, with a shift for each kind and rank slot.
+channel: coded under that scale times 2^shift, with a shift for each kind and rank slot, in modules whose
+initial A is known.
 
 Norms, steps, spreads and profiles are whole eighths of an octave here, so a scale index is a sum of integers: encoder
 and decoder agree on it exactly, whatever machine they run on. Only the mean direction is float, and it is added after
@@ -90,7 +91,8 @@ class Quantizer:
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
         wide = [_half_octaves(size) for size in self._sizes[slots.kind]]
         level = norms[:, None] - step - np.array(wide) + spread
-        level[:, INPUTS] += span.shifts[slots.kind, slots.slot]
+        known = span.ranks_of(slots.kind)[slots.layer] > 0
+        level[known, INPUTS] += span.shifts[slots.kind, slots.slot[known]]
         # Profiles lie within EXTREME, so a level further out than that ends at the same index from there.
         level = np.clip(level, SMALLEST - EXTREME, LARGEST + EXTREME).astype(np.int16)
         inputs, outputs = (

@@ -13,6 +13,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.sensitivity import Sensitivity, even
+from icmlora.initial_a import InitialA
 from icmlora.layout import ModuleShape, target_modules
 from icmlora.training.config import TrainConfig
 from icmlora.training.loop import fit
@@ -77,6 +78,7 @@ class MemoryFleet:
 
     adapters: Sequence[Sequence[Adapter]]
     sets: int = 2
+    initials: Sequence[InitialA | None] = ()
 
     def tasks(self) -> int:
         return len(self.adapters)
@@ -86,6 +88,9 @@ class MemoryFleet:
 
     def load(self, task: int, checkpoint: int | None) -> Adapter:
         return self.adapters[task][0 if checkpoint is None else checkpoint + 1]
+
+    def initial(self, task: int) -> InitialA | None:
+        return self.initials[task] if self.initials else None
 
     def support_sets(self, task: int) -> int:
         return self.sets

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from icmlora.adapter import Adapter, LoraModule
+from icmlora.initial_a import InitialA
 from icmlora.layout import target_modules
 from tests.benchmarks.growth.measured import KindStatistics, Statistics
 
@@ -47,6 +48,10 @@ class SyntheticFleet:
     def checkpoints(self, task: int) -> int:
         """Return that there are none."""
         return 0
+
+    def initial(self, task: int) -> InitialA | None:
+        """Return that it is not known."""
+        return None
 
     def support_sets(self, task: int) -> int:
         """Return that there are none."""

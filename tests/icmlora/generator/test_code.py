@@ -14,12 +14,21 @@ from hypothesis import strategies as st
 from icmlora.errors import CodeError
 from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, generator_of
 from icmlora.generator.scales import EXTREME
+from icmlora.initial_a import InitialA, InitialModule
+from icmlora.layout import ModuleShape
 from icmlora.sealing import seal
-from tests.icmlora.small_fleet import mixed_fleet
+from tests.icmlora.small_fleet import mixed_fleet, module_name
 
 CONFIG = mixed_fleet().config()
 KINDS, LAYERS, SLOTS = len(CONFIG.kinds), CONFIG.layers, CONFIG.slots
 DIGEST = "5a" * 32
+INITIAL = InitialA(
+    2**32 - 1,
+    (
+        InitialModule(96, ModuleShape(module_name("q_proj", 0), 2, 24, 24)),
+        InitialModule(240, ModuleShape(module_name("q_proj", 1), 1, 24, 24)),
+    ),
+)
 TASK_TYPES = st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
 
 
@@ -31,13 +40,15 @@ def head(**changes: object) -> CodeHead:
         "gains": np.array([-300, 0, 7], dtype=np.int16),
         "strengths": (np.arange(KINDS * LAYERS) - 2).astype(np.int8).reshape(KINDS, LAYERS),
         "kept": np.array([[0, SLOTS], [ABSENT, 1], [ABSENT, ABSENT]], dtype=np.uint8),
+        "shifts": (np.arange(KINDS * SLOTS) - 5).astype(np.int8).reshape(KINDS, SLOTS),
+        "initial": INITIAL,
         "task_type": "CAUSAL_LM",
     }
     return CodeHead(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def code(words: bytes = b"12345678", **changes: object) -> bytes:
-    return Code(DIGEST, head(**changes), words).to_bytes()
+    return Code(DIGEST, head(**changes), words).to_bytes(CONFIG)
 
 
 def framed(packed: bytes) -> bytes:
@@ -50,11 +61,20 @@ def framed(packed: bytes) -> bytes:
     small=st.lists(st.integers(-128, 127), min_size=32, max_size=32),
     gains=st.lists(st.integers(-(2**15), 2**15 - 1), min_size=KINDS, max_size=KINDS),
     kept=st.lists(st.sampled_from([0, 1, SLOTS, ABSENT]), min_size=KINDS * LAYERS - 1, max_size=KINDS * LAYERS - 1),
+    shifts=st.lists(st.integers(-128, 127), min_size=KINDS * SLOTS, max_size=KINDS * SLOTS),
+    initial=st.sampled_from([None, INITIAL]),
     task_type=TASK_TYPES,
     words=st.binary(max_size=40),
 )
 def test_any_code_comes_back_from_its_bytes(
-    step: int, small: list[int], gains: list[int], kept: list[int], task_type: str | None, words: bytes
+    step: int,
+    small: list[int],
+    gains: list[int],
+    kept: list[int],
+    shifts: list[int],
+    initial: InitialA | None,
+    task_type: str | None,
+    words: bytes,
 ) -> None:
     data = code(
         words,
@@ -63,6 +83,8 @@ def test_any_code_comes_back_from_its_bytes(
         latent=np.array(small[16:], dtype=np.int8),
         gains=np.array(gains, dtype=np.int16),
         kept=np.array([*kept, 0], dtype=np.uint8).reshape(KINDS, LAYERS),
+        shifts=np.array(shifts, dtype=np.int8).reshape(KINDS, SLOTS),
+        initial=initial,
         task_type=task_type,
     )
     parsed = Code.from_bytes(data, CONFIG)
@@ -71,14 +93,16 @@ def test_any_code_comes_back_from_its_bytes(
     assert parsed.head.gains.tolist() == gains
     assert parsed.head.strengths.ravel().tolist() == list(range(-2, KINDS * LAYERS - 2))
     assert parsed.head.kept.ravel().tolist() == [*kept, 0]
-    assert parsed.to_bytes() == data
+    assert parsed.head.shifts.ravel().tolist() == shifts
+    assert parsed.head.initial == initial
+    assert parsed.to_bytes(CONFIG) == data
 
 
 def test_a_code_names_its_generator_without_being_decoded() -> None:
     assert generator_of(code()) == DIGEST
 
 
-@pytest.mark.parametrize("data", [b"", b"ICMC\x01", b"ICMC\x03" + bytes(64), b"{" * 99, code()[:40]])
+@pytest.mark.parametrize("data", [b"", b"ICMC\x01", b"ICMC\x04" + bytes(64), b"{" * 99, code()[:40]])
 def test_bytes_that_are_no_code_are_refused(data: bytes) -> None:
     with pytest.raises(CodeError, match="not a code"):
         generator_of(data)

@@ -22,6 +22,7 @@ from icmlora.generator.scales import LARGEST, SMALLEST
 from icmlora.generator.step_search import Limits
 from icmlora.metrics import dw_norm, relative_dw_error
 from icmlora.sealing import seal
+from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, same, with_factors
 
 CODEC = codec()
@@ -33,6 +34,12 @@ def coarse(task: int, tolerance: float = 0.4) -> tuple[Adapter, bytes]:
     """Return an adapter with a code that keeps little of it."""
     adapter = mixed_fleet().load(task, None)
     return adapter, CODEC.encode(adapter, make_vectors(task), tolerance=tolerance).data
+
+
+def coarse_and_known(task: int, tolerance: float) -> tuple[Adapter, bytes]:
+    """Return an adapter whose initial A is known, with a code that keeps little of it."""
+    adapter = peft_fleet().load(task, None)
+    return adapter, peft_codec().encode(adapter, {}, peft_fleet().initial(task), tolerance=tolerance).data
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.02, 1e-3, 1e-6])
@@ -65,7 +72,7 @@ def moved(codec: Codec, code: bytes, by: int) -> bytes:
         outputs.ravel()[::5] -= by
         groups.append(replace(group, inputs=inputs, outputs=outputs))
     strengths = np.where(opened.head.kept == ABSENT, 0, opened.head.strengths.astype(np.int16) - 20).astype(np.int8)
-    return codec.close(replace(opened.head, strengths=strengths), groups)
+    return codec.close(replace(opened.head, strengths=strengths), groups, opened.state.span)
 
 
 @pytest.mark.parametrize("by", [1, 3])
@@ -87,6 +94,39 @@ def test_slots_that_the_code_left_out_come_back() -> None:
         for decoded in (CODEC.decode(code), LAYERED.decode(code, made.data), adapter)
     ]
     assert ranks[0] < ranks[1] <= ranks[2]
+
+
+@pytest.mark.parametrize("limit", [0.2, 0.02, 1e-4])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_residual_beside_a_code_with_an_initial_a_keeps_the_limit(task: int, limit: float) -> None:
+    adapter, code = coarse_and_known(task, 0.4)
+    under = LayeredCodec(peft_codec())
+    made = under.encode(adapter, code, Limits(max_error=limit))
+    assert made.dw_error == relative_dw_error(adapter, under.decode(code, made.data)) <= limit
+    assert same(under.decode(code, made.data), under.decode(code, made.data))
+
+
+def test_slots_that_a_code_with_an_initial_a_left_out_come_back() -> None:
+    adapter, code = coarse_and_known(0, 0.7)
+    under = LayeredCodec(peft_codec())
+    decoded = under.decode(code, under.encode(adapter, code, Limits(max_error=1e-3)).data)
+    sides = (peft_codec().decode(code), decoded, adapter)
+    ranks = [sum(len(module.a) for module in side.modules) for side in sides]
+    assert ranks[0] < ranks[1] <= ranks[2]
+
+
+def test_slots_that_the_code_left_out_take_less_with_an_initial_a() -> None:
+    adapter = peft_fleet().load(0, None)
+    sizes = []
+    for initial in (None, peft_fleet().initial(0)):
+        # A code that keeps nothing: all slots are the residual's.
+        under, code = peft_codec(), peft_codec().encode(adapter, {}, initial, tolerance=0.999).data
+        opened = under.open(code)
+        head = replace(opened.head, kept=np.where(opened.head.kept == ABSENT, ABSENT, 0).astype(np.uint8))
+        nothing = [group[np.zeros(len(group.slots.layer), dtype=np.bool_)] for group in opened.groups]
+        empty = under.close(head, nothing, opened.state.span)
+        sizes.append(len(LayeredCodec(under).encode(adapter, empty, Limits(max_error=0.1)).data))
+    assert sizes[1] < 0.9 * sizes[0]
 
 
 def test_a_smaller_limit_takes_more_bytes() -> None:

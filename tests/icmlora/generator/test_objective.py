@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
 from icmlora.generator.objective import adapter_bits, bin_bits, water_level, worth_writing
 from icmlora.generator.scales import probabilities, reach_of
+from icmlora.generator.span import span_of
 from icmlora.generator.tokens import tokenize
+from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, uneven, with_factors
 
 CONFIG = mixed_fleet().config()
 WEIGHTS = uneven(CONFIG)
+NOTHING = span_of(None, CONFIG, WEIGHTS)
 
 
 def noise() -> torch.Generator:
@@ -36,6 +39,46 @@ def test_bits_and_their_gradients_stay_finite_far_from_zero() -> None:
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("modules", [0, 3, 6])
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_the_estimate_is_near_the_size_of_the_code_whatever_is_known_of_the_initial_a(task: int, modules: int) -> None:
+    under, adapter, initial = peft_codec(), peft_fleet().load(task, None), peft_fleet().initial(task)
+    assert initial is not None
+    known = replace(initial, modules=initial.modules[:modules]) if modules else None
+    tokens = tokenize(adapter, under.config, under.sensitivity)
+    with torch.no_grad():
+        span = span_of(known, under.config, under.sensitivity)
+        bits = adapter_bits(under.generator.net, tokens, {}, span, noise())
+    stored = 8 * len(under.encode(adapter, {}, known).data)
+    assert stored == pytest.approx(float(bits.norms + bits.tokens) + 8 * 120, rel=0.15)
+
+
+@pytest.mark.parametrize("modules", [0, 2])
+def test_wrong_spreads_cost_bits_in_modules_of_which_nothing_is_known(modules: int) -> None:
+    adapter, initial = peft_fleet().load(0, None), peft_fleet().initial(0)
+    assert initial is not None
+    known = replace(initial, modules=initial.modules[:modules]) if modules else None
+    bits = []
+    for octaves in (0, 3):
+        net = peft_codec().generator.net
+        with torch.no_grad():
+            net.spread[:, 0] += octaves
+            tokens = tokenize(adapter, net.config, net.sensitivity)
+            span = span_of(known, net.config, net.sensitivity)
+            bits.append(float(adapter_bits(net, tokens, {}, span, noise()).tokens))
+    assert bits[1] > 1.2 * bits[0]
+
+
+def test_energy_along_the_span_is_not_what_the_step_has_to_share_out() -> None:
+    under, initial = peft_codec(), peft_fleet().initial(0)
+    tokens = tokenize(peft_fleet().load(0, None), under.config, under.sensitivity)
+    steps = [
+        water_level(tokens, 0.1, under.sensitivity, span_of(which, under.config, under.sensitivity))
+        for which in (None, initial)
+    ]
+    assert steps[0] < steps[1]
+
+
 @pytest.mark.parametrize("task", [0, 1, 2])
 def test_the_estimate_is_near_the_size_of_the_code(task: int) -> None:
     under, adapter = codec(), mixed_fleet().load(task, None)
@@ -44,27 +87,31 @@ def test_the_estimate_is_near_the_size_of_the_code(task: int) -> None:
             under.generator.net,
             tokenize(adapter, under.config, under.generator.net.sensitivity),
             make_vectors(task),
+            NOTHING,
             noise(),
         )
     stored = 8 * len(under.encode(adapter, make_vectors(task)).data)
-    overhead = 8 * 100  # magic, digest and head, which the objective counts in part
+    overhead = 8 * 110  # magic, digest and head, which the objective counts in part
     assert float(bits.norms + bits.tokens) < stored < 1.3 * float(bits.norms + bits.tokens) + overhead
 
 
 def test_a_smaller_tolerance_needs_a_finer_step() -> None:
     tokens = tokenize(make_adapter(0), CONFIG, WEIGHTS)
-    steps = [water_level(tokens, tolerance, WEIGHTS) for tolerance in (0.5, 0.1, 0.01)]
+    steps = [water_level(tokens, tolerance, WEIGHTS, NOTHING) for tolerance in (0.5, 0.1, 0.01)]
     assert steps == sorted(steps, reverse=True)
 
 
 def test_the_step_scales_with_the_adapter() -> None:
     left, right = (tokenize(with_factors(make_adapter(0), b=b), CONFIG, WEIGHTS) for b in (1.0, 8.0))
-    assert water_level(right, 0.1, WEIGHTS) == pytest.approx(8 * water_level(left, 0.1, WEIGHTS), rel=1e-4)
+    assert water_level(right, 0.1, WEIGHTS, NOTHING) == pytest.approx(
+        8 * water_level(left, 0.1, WEIGHTS, NOTHING), rel=1e-4
+    )
 
 
 def test_an_adapter_of_zeros_costs_its_latent_and_nothing_else() -> None:
     net = codec().generator.net
-    bits = adapter_bits(net, tokenize(with_factors(make_adapter(0), b=0.0), net.config, net.sensitivity), {}, noise())
+    zeros = tokenize(with_factors(make_adapter(0), b=0.0), net.config, net.sensitivity)
+    bits = adapter_bits(net, zeros, {}, NOTHING, noise())
     assert (float(bits.norms), float(bits.tokens), float(bits.prior)) == (0.0, 0.0, 0.0)
     assert torch.isfinite(bits.total)
 
@@ -72,7 +119,7 @@ def test_an_adapter_of_zeros_costs_its_latent_and_nothing_else() -> None:
 def test_every_part_of_the_network_that_a_step_uses_gets_a_gradient() -> None:
     net = codec().generator.net.train()
     tokens = [tokenize(mixed_fleet().load(task, None), net.config, net.sensitivity) for task in range(3)]
-    sum(adapter_bits(net, group, make_vectors(0), noise()).total for group in tokens).backward()  # type: ignore[union-attr]
+    sum(adapter_bits(net, group, make_vectors(0), NOTHING, noise()).total for group in tokens).backward()  # type: ignore[union-attr]
     without = {name for name, parameter in net.named_parameters() if parameter.grad is None}
     assert without == {"condition.missing"}  # both views are there
 
@@ -80,7 +127,7 @@ def test_every_part_of_the_network_that_a_step_uses_gets_a_gradient() -> None:
 def test_a_slot_is_written_where_it_has_integers_or_is_predicted_well() -> None:
     (group, *_) = tokenize(make_adapter(0, rank=4), CONFIG, WEIGHTS)
     zeros, ones = torch.zeros(len(group.norm), 3), torch.ones(len(group.norm), 3)
-    nothing = dataclasses.replace(group, inputs=0 * group.inputs, outputs=0 * group.outputs)
+    nothing = replace(group, inputs=0 * group.inputs, outputs=0 * group.outputs)
     assert worth_writing(group, nothing, (ones, ones)).all()
     assert not worth_writing(group, nothing, (zeros, ones)).any()
     assert worth_writing(group, group, (zeros, zeros)).all()

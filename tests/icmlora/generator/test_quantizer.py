@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,12 @@ from hypothesis import strategies as st
 
 from icmlora.adapter import Adapter
 from icmlora.generator.cvae import CVAE, TaskState
-from icmlora.generator.entropy import LIMIT, Integers
-from icmlora.generator.quantizer import Norms, Quantizer, Slots, centred
+from icmlora.generator.entropy import LIMIT
+from icmlora.generator.quantizer import SPAN, Norms, Quantizer, Sides, Slots, centred
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
+from icmlora.generator.span import Span, span_of
 from icmlora.generator.tokens import KindTokens, tokenize
+from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, with_factors
 
 
@@ -22,8 +26,12 @@ def net() -> CVAE:
     return codec().generator.net
 
 
+def nothing_known(net: CVAE) -> Span:
+    return span_of(None, net.config, net.sensitivity)
+
+
 def state(net: CVAE) -> TaskState:
-    return TaskState(torch.zeros(net.config.condition), torch.zeros(net.config.latent))
+    return TaskState(torch.zeros(net.config.condition), torch.zeros(net.config.latent), nothing_known(net))
 
 
 def first(net: CVAE, adapter: Adapter) -> tuple[KindTokens, Slots]:
@@ -32,7 +40,7 @@ def first(net: CVAE, adapter: Adapter) -> tuple[KindTokens, Slots]:
 
 
 @torch.no_grad()
-def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, Norms, tuple[Integers, Integers]]:
+def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, Norms, Sides]:
     quantizer, (group, slots) = Quantizer(net), first(net, adapter)
     norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
     return group, slots, norms, quantizer.quantise(group, norms, state(net), step)
@@ -56,10 +64,11 @@ def test_the_same_tokens_give_the_same_integers(net: CVAE) -> None:
 
 def test_scales_do_not_depend_on_the_task_or_on_floats_of_the_network(net: CVAE) -> None:
     _, slots, norms, _ = rounded(net, make_adapter(3), -40)
-    wanted = Quantizer(net).scales(slots, norms, -40)
+    wanted = Quantizer(net).scales(slots, norms, nothing_known(net), -40)
     with torch.no_grad():
         net.enter.weight += 1.0
-    np.testing.assert_array_equal(Quantizer(net).scales(slots, norms, -40), wanted)
+    for scales, before in zip(Quantizer(net).scales(slots, norms, nothing_known(net), -40), wanted, strict=True):
+        np.testing.assert_array_equal(scales, before)
 
 
 def test_a_finer_step_loses_less(net: CVAE) -> None:
@@ -104,8 +113,10 @@ def test_norms_far_from_the_fleets_come_back(net: CVAE, exponent: int) -> None:
 def test_integers_and_scales_stay_in_range_whatever_the_step(net: CVAE) -> None:
     for step in (-EXTREME, EXTREME):
         _, slots, norms, integers = rounded(net, make_adapter(3), step)
-        scales = np.concatenate([part.ravel() for part in Quantizer(net).scales(slots, norms, step)])
-        assert max(np.abs(part).max() for part in integers) <= LIMIT
+        scales = np.concatenate(
+            [part.ravel() for part in Quantizer(net).scales(slots, norms, nothing_known(net), step)]
+        )
+        assert max(np.abs(part).max(initial=0) for part in integers) <= LIMIT
         assert SMALLEST <= scales.min() <= scales.max() <= LARGEST
 
 
@@ -116,8 +127,69 @@ def test_a_scale_is_the_sum_of_its_parts_as_far_as_there_are_tables(net: CVAE, l
     spread = np.rint(OCTAVE * net.spread.detach().numpy())[slots.kind, 0, slots.layer, slots.slot]
     profile = np.rint(OCTAVE * net.sensitivity.profile(slots.kind, 0).numpy())[slots.layer]
     plain = level + (spread - round(OCTAVE * np.log2(size) / 2))[:, None] + profile
-    inputs, _ = quantizer.scales(slots, np.full(len(slots.layer), level, dtype=np.int64), 0)
+    inputs, *_ = quantizer.scales(slots, np.full(len(slots.layer), level, dtype=np.int64), nothing_known(net), 0)
     np.testing.assert_array_equal(inputs, np.clip(plain, SMALLEST, LARGEST))
+
+
+@torch.no_grad()
+def with_initial(task: int, modules: int) -> tuple[Quantizer, KindTokens, TaskState]:
+    """Return the first tokens of an adapter of which the first modules' initial A is known, and its state."""
+    under, initial = peft_codec(), peft_fleet().initial(task)
+    assert initial is not None
+    span = span_of(replace(initial, modules=initial.modules[:modules]), under.config, under.sensitivity)
+    tokens = tokenize(peft_fleet().load(task, None), under.config, under.sensitivity)
+    plain = replace(state(under.generator.net), span=span)
+    shifts = under.quantizer.shifts(tokens, plain)
+    return under.quantizer, tokens[0], replace(plain, span=replace(span, shifts=shifts))
+
+
+@torch.no_grad()
+def norms_of(quantizer: Quantizer, group: KindTokens) -> tuple[Slots, Norms]:
+    slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
+    return slots, quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
+
+
+@pytest.mark.parametrize("modules", [2, 4])
+def test_shifts_are_those_of_modules_whose_initial_a_is_known(modules: int) -> None:
+    quantizer, group, known = with_initial(0, modules)
+    slots, norms = norms_of(quantizer, group)
+    with_shifts = quantizer.scales(slots, norms, known.span, -40)[0]
+    plain = quantizer.scales(slots, norms, replace(known.span, shifts=0 * known.span.shifts), -40)[0]
+    places = known.span.ranks_of(group.kind)[slots.layer] > 0
+    assert (with_shifts[places] < plain[places]).all()
+    np.testing.assert_array_equal(with_shifts[~places], plain[~places])
+
+
+def test_shifted_scales_are_the_size_of_what_is_left() -> None:
+    quantizer, group, known = with_initial(0, 4)
+    slots, norms = norms_of(quantizer, group)
+    with torch.no_grad():
+        rest = quantizer.in_steps(group, norms, known, -40)[0].square().mean(dim=1).numpy()
+    scales = np.exp2(2 * quantizer.scales(slots, norms, known.span, -40)[0] / OCTAVE).mean(axis=1)
+    for slot in range(8):
+        assert np.log2(rest / scales)[slots.slot == slot].mean() == pytest.approx(0, abs=0.5)
+
+
+def test_rows_that_a_module_lacks_hold_zeros_at_the_smallest_scale() -> None:
+    quantizer, group, known = with_initial(1, 4)
+    slots, norms = norms_of(quantizer, group)
+    lacking = known.span.ranks_of(group.kind)[slots.layer, None] <= np.arange(8)
+    assert lacking.any()
+    with torch.no_grad():
+        along = quantizer.quantise(group, norms, known, -60)[SPAN]
+    assert not along[lacking].any()
+    assert (quantizer.scales(slots, norms, known.span, -60)[SPAN][lacking] == SMALLEST).all()
+
+
+def test_integers_and_scales_along_the_span_stay_in_range_whatever_the_step() -> None:
+    quantizer, group, known = with_initial(0, 4)
+    slots, norms = norms_of(quantizer, group)
+    for step in (-EXTREME, EXTREME):
+        with torch.no_grad():
+            integers = quantizer.quantise(group, norms, known, step)
+        scales = np.concatenate([side.ravel() for side in quantizer.scales(slots, norms, known.span, step)])
+        assert max(np.abs(side).max() for side in integers) <= LIMIT
+        assert SMALLEST <= scales.min() <= scales.max() <= LARGEST
 
 
 @given(pairs=st.lists(st.tuples(st.integers(-LIMIT, LIMIT) | st.integers(-30, 30), st.integers(SMALLEST, LARGEST))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import pytest
@@ -15,6 +15,7 @@ from icmlora.training.config import TrainConfig
 from icmlora.training.loop import fit
 from icmlora.training.start import fresh_network
 from icmlora.training.state import TrainState, new_state, state_from_bytes
+from tests.icmlora.peft_made import peft_fleet
 from tests.icmlora.small_fleet import (
     BASE,
     HIDDEN,
@@ -37,6 +38,20 @@ def run(state: TrainState, fleet: MemoryFleet) -> list[float]:
 def test_training_lowers_the_bits_of_a_fleet_of_mixed_ranks_and_kinds(sets: int) -> None:
     bits = run(begin(mixed_fleet(sets), 60), mixed_fleet(sets))
     assert sum(bits[-15:]) < 0.9 * sum(bits[:15])
+
+
+def test_initial_as_that_are_known_lower_the_bits() -> None:
+    known, plain = (run(begin(fleet, 30), fleet) for fleet in (peft_fleet(), replace(peft_fleet(), initials=())))
+    assert sum(known) < 0.8 * sum(plain)
+    assert all(left < right for left, right in zip(known, plain, strict=True))
+
+
+def test_a_run_with_initial_as_that_is_resumed_equals_the_uninterrupted_one() -> None:
+    wanted = run(begin(peft_fleet(), 8), peft_fleet())
+    stopped = begin(peft_fleet(), 8)
+    before = [at.bits for at in islice(fit(stopped, peft_fleet()), 3)]
+    resumed = state_from_bytes(stopped.network_bytes(), stopped.optimizer_bytes(), CPU)
+    assert before + run(resumed, peft_fleet()) == wanted
 
 
 def test_each_step_is_reported_once_with_its_parts() -> None:

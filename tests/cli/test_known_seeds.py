@@ -1,0 +1,68 @@
+"""Adapters whose training began with a seed that can be found: their codes say so, and are smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from icm_cli.workflows.store_fleet import StoreFleet
+from icmlora.generator.codec import Codec
+from icmlora.generator.generator_file import generator_from_bytes
+from icmlora.metrics import relative_dw_error
+from icmlora.peft_folder import load_adapter_folder, save_adapter
+from registry.store import Store
+from tests.cli.coded import codes
+from tests.cli.conftest import Ran
+from tests.cli.tiny_fleet import icm_quietly, train_store, write_lora
+from tests.icmlora.peft_made import SEED, initial_of, peft_made
+from tests.icmlora.tiny_base import LABEL
+
+Icm = Callable[..., Ran]
+TRAINED = {"first": SEED, "second": SEED, "third": 7}
+
+
+@pytest.fixture
+def seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a trained store of three adapters that PEFT began and one of random values."""
+    for task, (name, seed) in enumerate(TRAINED.items()):
+        adapter = peft_made(seed, moved=1 / 3, task=task).adapter
+        save_adapter(adapter, tmp_path / "loras" / name, dtype="float32", card="", metadata={})
+    write_lora(tmp_path / "loras" / "unseeded", targets=("mlp.down_proj",))
+    store = tmp_path / "store"
+    monkeypatch.setenv("ICM_STORE", str(store))
+    icm_quietly(store, "ingest", tmp_path / "loras", "--no-vectors")
+    train_store(store)
+    return store
+
+
+def seeds_in_codes(path: Path) -> dict[str, int | None]:
+    with Store.open(path) as store:
+        record = store.current_generator(LABEL)
+        assert record is not None
+        codec = Codec(generator_from_bytes(store.read_blob(record.blob)))
+        heads = {row.task: codec.open(store.read_blob(row.blob)).head for row in store.codes(record.id)}
+    return {task: head.initial.seed if head.initial else None for task, head in heads.items()}
+
+
+def test_the_fleet_of_a_store_knows_where_training_began(seeded: Path) -> None:
+    with Store.open(seeded) as store:
+        fleet = StoreFleet(store, LABEL)
+        found = dict(zip(fleet.names, (fleet.initial(task) for task in range(fleet.tasks())), strict=True))
+    assert {name: initial.seed if initial else None for name, initial in found.items()} == {**TRAINED, "unseeded": None}
+    assert found["first"] == initial_of(peft_made(SEED, moved=1 / 3).adapter)
+
+
+def test_the_codes_of_train_and_encode_hold_the_seed(icm: Icm, seeded: Path) -> None:
+    assert seeds_in_codes(seeded) == {**TRAINED, "unseeded": None}
+    assert icm("encode", "--max-error", "0.02").code == 0
+    assert seeds_in_codes(seeded) == {**TRAINED, "unseeded": None}
+
+
+def test_what_is_written_from_such_a_code_has_the_error_that_was_said(icm: Icm, seeded: Path, tmp_path: Path) -> None:
+    assert icm("encode", "--max-error", "0.02").code == 0
+    written = tmp_path / "written"
+    assert icm("materialize", "first", "-o", str(written), "--source", "code", "--dtype", "float32").code == 0
+    pair = (load_adapter_folder(folder) for folder in (tmp_path / "loras" / "first", written))
+    assert relative_dw_error(*pair) == pytest.approx(codes(seeded)["first"].dw_error, rel=1e-2)

@@ -1,0 +1,196 @@
+"""Codes of adapters whose initial A is known."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from icmlora.adapter import Adapter, LoraModule
+from icmlora.errors import GeneratorError
+from icmlora.generator.code import MAGIC, Code
+from icmlora.generator.codec import Codec
+from icmlora.initial_a import InitialA, InitialModule
+from icmlora.layout import ModuleShape
+from icmlora.metrics import dw_norm, relative_dw_error
+from icmlora.sealing import seal
+from tests.icmlora.peft_made import initial_of, peft_codec, peft_fleet, peft_made
+from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, same, with_factors
+
+TASKS = [0, 1, 2]
+
+
+def known(task: int) -> tuple[Adapter, InitialA]:
+    """Return an adapter nine tenths of whose A lie in the span of its initial A, and where that was drawn."""
+    initial = peft_fleet().initial(task)
+    assert initial is not None
+    return peft_fleet().load(task, None), initial
+
+
+def partly(initial: InitialA) -> InitialA:
+    """Return what is known of a few of the modules."""
+    return replace(initial, modules=initial.modules[:3])
+
+
+def of_another_seed(initial: InitialA) -> InitialA:
+    return replace(initial, seed=initial.seed + 1)
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.07, 0.01])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_known_initial_a_makes_the_code_smaller_at_the_same_tolerance(task: int, tolerance: float) -> None:
+    adapter, initial = known(task)
+    plain, shorter = (
+        peft_codec().encode(adapter, {}, which, tolerance=tolerance).data for which in (None, initial)
+    )  # fmt: skip
+    assert len(shorter) < 0.9 * len(plain)
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.11, 1e-3, 1e-6])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_tolerance_is_kept_whatever_is_known(task: int, tolerance: float) -> None:
+    adapter, initial = known(task)
+    for which in (initial, partly(initial), of_another_seed(initial)):
+        encoded = peft_codec().encode(adapter, {}, which, tolerance=tolerance)
+        assert encoded.weighted_error <= tolerance
+        assert encoded.dw_error == relative_dw_error(adapter, peft_codec().decode(encoded.data))
+
+
+@settings(max_examples=20)
+@example(seed=0, exponent=9, tolerance=0.05, moved=0.0)
+@example(seed=0, exponent=-9, tolerance=0.05, moved=1e-4)
+@given(
+    seed=st.integers(0, 99),
+    exponent=st.integers(-9, 9),
+    tolerance=st.floats(0.01, 0.9),
+    moved=st.sampled_from([0.0, 1e-4, 0.3, 1.0]),
+)
+def test_adapters_unlike_the_fleet_keep_the_tolerance_too(
+    seed: int, exponent: int, tolerance: float, moved: float
+) -> None:
+    adapter = peft_made(seed, rank=7, moved=moved, task=seed).adapter
+    scaled = with_factors(adapter, b=10.0**exponent)
+    assert peft_codec().encode(scaled, {}, initial_of(adapter), tolerance=tolerance).weighted_error <= tolerance
+
+
+def test_an_error_of_the_weights_is_kept_too() -> None:
+    adapter, initial = known(0)
+    assert peft_codec().encode(adapter, {}, initial, max_error=0.002).dw_error <= 0.002
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_code_holds_where_the_initial_a_was_drawn_and_how_much_is_left_across_it(task: int) -> None:
+    adapter, initial = known(task)
+    opened = peft_codec().open(peft_codec().encode(adapter, {}, initial).data)
+    assert opened.head.initial == initial
+    for group in opened.groups:
+        # A tenth of the energy is left: 13 eighths of an octave less of length.
+        assert (opened.head.shifts[group.slots.kind, :6] < -8).all()
+        assert group.along.any()
+
+
+def test_without_one_the_code_holds_neither() -> None:
+    opened = peft_codec().open(peft_codec().encode(known(0)[0], {}).data)
+    assert opened.head.initial is None
+    assert not opened.head.shifts.any()
+    assert all(group.along.shape[1] == 0 for group in opened.groups)
+
+
+def test_what_is_known_of_some_modules_is_used_for_them() -> None:
+    adapter, initial = known(0)
+    sizes = [
+        len(peft_codec().encode(adapter, {}, which, tolerance=0.05).data)
+        for which in (initial, replace(initial, modules=initial.modules[:2]), None)
+    ]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_same_adapter_has_the_same_code_and_the_code_the_same_bits(task: int) -> None:
+    adapter, initial = known(task)
+    data = peft_codec().encode(adapter, {}, initial).data
+    assert peft_codec().encode(adapter, {}, initial).data == data
+    assert same(peft_codec().decode(data), peft_codec().decode(data))
+
+
+def test_the_same_adapter_has_the_same_code_in_any_gauge() -> None:
+    adapter, initial = known(0)
+    codes = [peft_codec().encode(side, {}, initial).data for side in (adapter, with_factors(adapter, a=0.5, b=2.0))]
+    assert codes[0] == codes[1]
+
+
+def test_an_adapter_of_zeros_has_a_code() -> None:
+    adapter, initial = known(0)
+    encoded = peft_codec().encode(with_factors(adapter, b=0.0), {}, initial)
+    assert encoded.dw_error == 0.0
+    assert dw_norm(peft_codec().decode(encoded.data)) == 0.0
+
+
+def test_a_module_of_zeros_among_others_comes_back_as_zeros() -> None:
+    adapter, initial = known(0)
+    first, *rest = adapter.modules
+    with_zeros = replace(adapter, modules=(LoraModule(first.name, first.a, 0 * first.b), *rest))
+    encoded = peft_codec().encode(with_zeros, {}, initial, tolerance=0.05)
+    decoded = peft_codec().decode(encoded.data)
+    assert encoded.weighted_error <= 0.05
+    assert not decoded.modules[0].b.any()
+
+
+def test_what_lies_along_the_span_takes_no_numbers_across_it() -> None:
+    adapter = peft_made(moved=0.0).adapter
+    shares = []
+    for which in (None, initial_of(adapter)):
+        opened = peft_codec().open(peft_codec().encode(adapter, {}, which, tolerance=0.01).data)
+        shares.append(sum(float((group.inputs != 0).mean()) for group in opened.groups))
+    assert shares[1] < 0.5 * shares[0]
+
+
+def test_an_initial_a_that_the_generator_does_not_cover_is_refused() -> None:
+    adapter, initial = known(0)
+    other = InitialModule(10**6, ModuleShape("model.layers.0.lm_head", 2, 8, 8))
+    with pytest.raises(GeneratorError, match="does not cover"):
+        peft_codec().encode(adapter, {}, replace(initial, modules=(*initial.modules, other)))
+
+
+def as_version_2(under: Codec, data: bytes) -> bytes:
+    """Write a code without initial A as the version before did: without shifts and initial A."""
+    parsed = Code.from_bytes(data, under.config)
+    kinds, layers, slots = len(under.config.kinds), under.config.layers, under.config.slots
+    start = len(MAGIC) + 36
+    (length,) = struct.unpack_from("<I", data, start - 4)
+    plain = zlib.decompress(data[start : start + length])
+    before = 2 + under.config.condition + under.config.latent + 2 * kinds + 2 * kinds * layers
+    after = before + kinds * slots + 4 + 9 * kinds * layers
+    assert not any(plain[before:after])
+    packed = zlib.compress(plain[:before] + plain[after:], 9)
+    digest = bytes.fromhex(parsed.generator)
+    return seal(b"ICMC\x02" + digest + struct.pack("<I", len(packed)) + packed + parsed.words)
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "Ünïcode"])
+def test_a_code_of_version_2_decodes_to_what_it_always_did(task_type: str | None) -> None:
+    under, adapter = codec(), replace(make_adapter(1, rank=4), task_type=task_type)
+    data = under.encode(adapter, make_vectors(1)).data
+    old = as_version_2(under, data)
+    assert len(old) < len(data)
+    assert same(under.decode(old), under.decode(data))
+    assert under.decode(old).task_type == task_type
+    assert under.open(old).head.initial is None
+
+
+def test_a_code_of_version_2_is_written_again_as_one_of_version_3() -> None:
+    under = codec()
+    data = under.encode(make_adapter(1, rank=4), make_vectors(1)).data
+    assert Code.from_bytes(as_version_2(under, data), under.config).to_bytes(under.config) == data
+
+
+def test_the_initial_a_does_not_change_what_is_generated_from_vectors() -> None:
+    layout = known(0)[0].layout
+    made = [peft_codec().generate({}, layout, task_type=None) for _ in range(2)]
+    assert same(*made)
+    assert all(torch.isfinite(module.a).all() for module in made[0].modules)
