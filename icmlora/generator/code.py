@@ -2,9 +2,9 @@
 
     ICMC 3 | generator digest (32) | length of head (4) | head, zlib | range-coded words | check (8)
     head:  step (i2) | condition (C x i1) | latent (Z x i1) | gains (K x i2) | strengths (K*L x i1) | kept (K*L x u1) |
-           shifts (K*S x i1) | initial A (icmlora/generator/initial_bytes.py) | task type (utf-8)
+           shifts (K*S x i1) | boosts (K*S x i1) | initial A (icmlora/generator/initial_bytes.py) | task type (utf-8)
 
-ICMC 2 had neither shifts nor initial A; such a code is read as one of which no initial A is known.
+ICMC 2 had neither shifts, boosts nor initial A; such a code is read as one of which no initial A is known.
 
 `kept` holds the number of rank slots coded for each (kind, layer), 255 where the adapter has no such module. The words
 are the rounded log-norms of all kept slots, then the integers of their two vectors, kind by kind. Everything is
@@ -55,6 +55,8 @@ class CodeHead:
     """Shape (K, L)."""
     shifts: NDArray[np.int8]
     """Shape (K, S): how much of the inputs is left across the span of the initial A (`Span.shifts`)."""
+    boosts: NDArray[np.int8]
+    """Shape (K, S): how much longer refinement made that (`Span.boosts`)."""
     initial: InitialA | None
     task_type: str | None
 
@@ -80,6 +82,7 @@ class Code:
                 head.strengths.tobytes(),
                 head.kept.tobytes(),
                 head.shifts.tobytes(),
+                head.boosts.tobytes(),
                 initial_to_bytes(head.initial, config),
                 (head.task_type or "").encode(),
             ]
@@ -101,7 +104,7 @@ class Code:
         (length,) = struct.unpack_from("<I", content, start - 4)
         kinds, layers = len(config.kinds), config.layers
         sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers, kinds * layers]
-        known = [kinds * config.slots, initial_size(config)]
+        known = [kinds * config.slots, kinds * config.slots, initial_size(config)]
         if data.startswith(_BEFORE):
             least, blank = sum(sizes), bytes(sum(known))
         else:
@@ -118,7 +121,8 @@ class Code:
             strengths=parts[4].view(np.int8).reshape(kinds, layers),
             kept=parts[5].reshape(kinds, layers),
             shifts=parts[6].view(np.int8).reshape(kinds, config.slots),
-            initial=initial_from_bytes(parts[7].tobytes(), config),
+            boosts=parts[7].view(np.int8).reshape(kinds, config.slots),
+            initial=initial_from_bytes(parts[8].tobytes(), config),
             task_type=_text(plain[sum(sizes) :]),
         )
         present = head.kept[head.kept != ABSENT]

@@ -21,6 +21,7 @@ from icmlora.generator.generator_file import Generator
 from icmlora.generator.objective import worth_writing
 from icmlora.generator.packing import KindIntegers, pack, unpack, written_slots
 from icmlora.generator.quantizer import Quantizer, Slots
+from icmlora.generator.scales import STRENGTHS
 from icmlora.generator.span import Span, span_of
 from icmlora.generator.step_search import Encoded, Limits, coarsest
 from icmlora.generator.tokens import KindTokens, detokenize, slot_overlaps, squared_norm, tokenize, weighted
@@ -28,8 +29,6 @@ from icmlora.initial_a import InitialA
 from icmlora.layout import ModuleShape
 from icmlora.metrics import relative_dw_error
 
-STRENGTHS = 64
-"""Strengths per factor of two."""
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
 
 
@@ -140,7 +139,8 @@ class Codec:
         if digest != self.generator.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
         code = Code.from_bytes(data, self.config)
-        span = replace(span_of(code.head.initial, self.config, self.sensitivity), shifts=code.head.shifts)
+        span = span_of(code.head.initial, self.config, self.sensitivity)
+        span = replace(span, shifts=code.head.shifts, boosts=code.head.boosts)
         state = TaskState(_floats(code.head.condition), _floats(code.head.latent), span)
         return OpenCode(code.head, state, tuple(unpack(self.quantizer, code.head, span, code.words)))
 
@@ -213,7 +213,9 @@ class Codec:
             strengths[group.slots.kind, np.unique(group.slots.layer)] = strength
             np.add.at(kept[group.slots.kind], group.slots.layer, 1)
         task = _bytes(state.condition), _bytes(state.latent)
-        head = CodeHead(step, *task, gains, strengths, kept, state.span.shifts, initial, adapter.task_type)
+        head = CodeHead(
+            step, *task, gains, strengths, kept, state.span.shifts, state.span.boosts, initial, adapter.task_type
+        )
         return self.measure(adapter, self.close(head, groups, state.span))
 
     def quantised(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from icmlora.generator import entropy
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
 from icmlora.generator.entropy import Integers, Scales
-from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centre_table
+from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
 from icmlora.generator.span import Span
 from icmlora.generator.tokens import KindTokens
 
@@ -146,6 +146,7 @@ class Quantizer:
         )
         means = self.means(slots, norms, state)
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
+        inputs.mul_(boost_of(slots, state.span))
         inputs.add_(means[INPUTS]).add_(state.span.expand(slots.kind, layer, along, inputs.shape[1]))
         return KindTokens(slots.kind, layer, slot, norm_of(norms), inputs, outputs.add_(means[OUTPUTS]))
 
@@ -171,6 +172,13 @@ def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
     centre[beyond] = found[beyond]  # the middle of the bin
     values.ravel()[places] = centre
     return values
+
+
+def boost_of(slots: Slots, span: Span) -> torch.Tensor:
+    """Return what the decoded inputs of each slot across the span are multiplied by, shape (n, 1)."""
+    known = span.ranks_of(slots.kind)[slots.layer] > 0
+    boosts = np.where(known, span.boosts[slots.kind, slots.slot], 0)
+    return torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))[:, None]
 
 
 def _span_scales(slots: Slots, level: Norms, span: Span) -> Scales:

@@ -15,15 +15,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from icmlora.adapter import Adapter
 from icmlora.generator import entropy
-from icmlora.generator.codec import STRENGTHS, Codec
+from icmlora.generator.codec import Codec
 from icmlora.generator.objective import bin_bits
 from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import centred, norm_of
-from icmlora.generator.scales import OCTAVE
+from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.tokens import KindTokens, tokenize
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -45,6 +46,10 @@ class _Part:
     """In steps from the prediction, of these shapes; the third is along the span of the initial A."""
     strength: nn.Parameter
     """log2 of the factor of each layer's dW, shape (L,)."""
+    boost: nn.Parameter
+    """log2 of the factor of each rank slot's inputs across the span of the initial A, shape (S,)."""
+    boosted: torch.Tensor
+    """1 where a slot's module has such a span, else 0; shape (n, 1)."""
 
 
 class RelaxedCode:
@@ -70,8 +75,8 @@ class RelaxedCode:
 
     @property
     def strengths(self) -> list[nn.Parameter]:
-        """log2 of how strong each module is."""
-        return [part.strength for part in self._parts]
+        """log2 of how strong each module is, and its inputs across the span of the initial A."""
+        return [factor for part in self._parts for factor in (part.strength, part.boost)]
 
     def factors(self) -> Factors:
         """Return the factors of every module as the rounded code gives them; values and strengths get gradients."""
@@ -87,15 +92,16 @@ class RelaxedCode:
 
     def to_code(self) -> bytes:
         """Round everything and write the code."""
-        strengths = self._opened.head.strengths.copy()
+        strengths, boosts = self._opened.head.strengths.copy(), self._opened.head.boosts.copy()
         groups = []
         for part in self._parts:
             inputs, outputs, along = (_whole(values) for values in part.values)
             groups.append(replace(part.integers, inputs=inputs, outputs=outputs, along=along))
-            layers = np.unique(part.integers.slots.layer)
-            rounded = np.rint(part.strength.detach().numpy() * STRENGTHS)[layers]
-            strengths[part.integers.slots.kind, layers] = np.clip(rounded, -127, 127).astype(np.int8)
-        return self._codec.close(replace(self._opened.head, strengths=strengths), groups, self._opened.state.span)
+            kind, layers = part.integers.slots.kind, np.unique(part.integers.slots.layer)
+            strengths[kind, layers] = _stored(part.strength)[layers]
+            boosts[kind] = _stored(part.boost)
+        head = replace(self._opened.head, strengths=strengths, boosts=boosts)
+        return self._codec.close(head, groups, self._opened.state.span)
 
     def _part(self, integers: KindIntegers, tokens: KindTokens) -> _Part:
         quantizer, head, state = self._codec.quantizer, self._opened.head, self._opened.state
@@ -111,7 +117,9 @@ class RelaxedCode:
             quantizer.means(slots, norms, state),
             quantizer.scales(slots, norms, state.span, head.step),
             (nn.Parameter(inputs), nn.Parameter(outputs), nn.Parameter(along)),
-            nn.Parameter(torch.from_numpy(head.strengths[slots.kind].astype(np.float32) / STRENGTHS)),
+            _factors(head.strengths[slots.kind]),
+            _factors(head.boosts[slots.kind]),
+            torch.from_numpy(state.span.ranks_of(slots.kind)[slots.layer] > 0).float()[:, None],
         )
 
     def _modules(self, part: _Part) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -119,7 +127,8 @@ class RelaxedCode:
         inputs, outputs, along = (
             _rounded(values, scales) * self._step for values, scales in zip(part.values, part.scales, strict=True)
         )
-        inputs = inputs + self._opened.state.span.expand(kind, layer, along, inputs.shape[1])
+        boost = torch.exp2(part.boosted * part.boost[torch.from_numpy(part.integers.slots.slot)][:, None])
+        inputs = inputs * boost + self._opened.state.span.expand(kind, layer, along, inputs.shape[1])
         inputs, outputs = (
             (values + mean) / part.root for values, mean in zip((inputs, outputs), part.means, strict=True)
         )
@@ -134,6 +143,15 @@ class RelaxedCode:
 def _rounded(values: torch.Tensor, scales: entropy.Scales) -> torch.Tensor:
     """Round as the codec does, and let the gradient through as if nothing had happened (arXiv 1308.3432)."""
     return torch.from_numpy(centred(_whole(values), scales)) + (values - values.detach())
+
+
+def _factors(stored: NDArray[np.int8]) -> nn.Parameter:
+    return nn.Parameter(torch.from_numpy(stored.astype(np.float32) / STRENGTHS))
+
+
+def _stored(factors: torch.Tensor) -> NDArray[np.int8]:
+    stored: NDArray[np.int8] = np.clip(np.rint(factors.detach().numpy() * STRENGTHS), -127, 127).astype(np.int8)
+    return stored
 
 
 def _whole(values: torch.Tensor) -> entropy.Integers:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 OCTAVE = 8
 """Steps per factor of two, of norms, quantiser steps and scales."""
+STRENGTHS = 64
+"""Steps per factor of two, of what decoded values are multiplied by."""
 SMALLEST, LARGEST = -4 * OCTAVE, 8 * OCTAVE
 """Range of a scale index: 2^-4 to 2^8 quantiser steps."""
 SMALLEST_SCALE = 2.0 ** (SMALLEST / OCTAVE)

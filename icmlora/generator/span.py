@@ -6,13 +6,17 @@
 
 Q is the initial A, weighted as tokens are, made orthonormal: one quantiser step means the same distortion along it as
 along the channels. How much less the rest is, the code says once per kind and rank slot (`shifts`).
+
+The rest is where A has moved, towards what really comes in; the span is random, and little comes in along it. So the
+rest does more of the work than its length says, and much of it rounds to zero. Refinement may make what is left of it
+longer (`boosts`), per kind and rank slot.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,6 +33,8 @@ class Span:
 
     shifts: NDArray[np.int8]
     """log2 of how much of the inputs is left across it, in eighths, shape (K, S)."""
+    boosts: NDArray[np.int8]
+    """log2 of what the rest is multiplied by once it is decoded, in 64ths, shape (K, S)."""
     layers: int
     bases: dict[int, torch.Tensor] = field(default_factory=dict)
     """By kind: orthonormal rows, float32, shape (L, R, in); rows of zeros where a module has fewer."""
@@ -45,9 +51,7 @@ class Span:
 
     def to(self, device: torch.device) -> Span:
         """Move everything to a device."""
-        return Span(
-            self.shifts, self.layers, {kind: basis.to(device) for kind, basis in self.bases.items()}, self.ranks
-        )
+        return replace(self, bases={kind: basis.to(device) for kind, basis in self.bases.items()})
 
     def project(self, kind: int, layer: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Return Q x of rows of values.
@@ -83,14 +87,15 @@ def span_of(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sens
     """Draw an initial A and make it orthonormal; without one nothing is known.
 
     Args:
-        initial: Where it was drawn. Shifts are 0 at first.
+        initial: Where it was drawn. Shifts and boosts are 0 at first.
         config: The generator's configuration.
         sensitivity: The weights that tokens are made with.
 
     Raises:
         NotCovered: The generator does not cover one of the modules.
     """
-    span = Span(np.zeros((len(config.kinds), config.slots), dtype=np.int8), config.layers)
+    zeros = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
+    span = Span(zeros, zeros, config.layers)
     if initial is None:
         return span
     factors = initial_factors(initial)

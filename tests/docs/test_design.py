@@ -54,7 +54,16 @@ def test_every_part_of_a_store_is_in_the_design() -> None:
 
 def test_the_table_of_qualities_is_that_of_the_code() -> None:
     rows = {row[0]: row[1:] for row in cells_of(section_of(GENERATOR, "Encoding"))}
-    layout = [[ModuleShape("layers.0.q_proj", 2, 8, 8)]]
-    configs = [config_for("base", layout, condition_size=0, quality=quality) for quality in range(1, 9)]
     assert rows["largest weighted error"] == [f"{tolerance_of(quality):g}" for quality in range(1, 9)]
-    assert rows["width"] == [str(config.width) for config in configs]
+
+
+def test_the_table_of_sizes_is_that_of_the_code() -> None:
+    rows = {row[0]: row[1:] for row in cells_of(section_of(GENERATOR, "Encoding"))}
+    layout = [[ModuleShape("layers.0.q_proj", 2, 8, 8)]]
+    for column, fleet in enumerate([(1, 31), (32, 63), (64, 2000)]):
+        for tasks in fleet:
+            config = config_for("base", layout, tasks=tasks, condition_size=0, quality=4)
+            assert rows["width of the decoder (`--width`)"][column] == str(config.width)
+            assert rows["embedding"][column] == str(config.embedding)
+            assert rows["condition, latent"][column] == str(config.condition) == str(config.latent)
+            assert rows["sketch"][column] == str(config.sketch)

@@ -104,7 +104,7 @@ class MemoryFleet:
     def config(self, quality: int = 5, previous: GeneratorConfig | None = None) -> GeneratorConfig:
         """Return the configuration of a generator for this fleet."""
         size = HIDDEN if self.sets else 0
-        return config_for(BASE, self.layouts(), condition_size=size, quality=quality, previous=previous)
+        return config_for(BASE, self.layouts(), tasks=64, condition_size=size, quality=quality, previous=previous)
 
 
 def mixed_fleet(sets: int = 2) -> MemoryFleet:

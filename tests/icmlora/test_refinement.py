@@ -37,7 +37,7 @@ def adapter(tmp_path: Path) -> Adapter:
 @pytest.fixture
 def coded(adapter: Adapter) -> tuple[Codec, bytes]:
     torch.manual_seed(0)
-    net = CVAE(config_for(LABEL, [adapter.layout], condition_size=0, quality=4))
+    net = CVAE(config_for(LABEL, [adapter.layout], tasks=64, condition_size=0, quality=4))
     codec = Codec(generator_from_bytes(generator_to_bytes(net)))
     return codec, codec.encode(adapter, {}, tolerance=0.4).data
 

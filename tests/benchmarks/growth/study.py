@@ -71,9 +71,8 @@ class Setting:
 def measure_setting(setting: Setting, fleet: Fleet) -> dict[str, Any]:
     """Train, encode a sample and say what it took."""
     first = fleet.load(0, None)
-    config = config_for(
-        first.base_model, [first.layout], condition_size=0, quality=setting.quality, width=setting.width
-    )
+    sizes = {"tasks": setting.tasks, "quality": setting.quality, "width": setting.width}
+    config = config_for(first.base_model, [first.layout], condition_size=0, **sizes)
     wall, cpu = time.perf_counter(), time.process_time()
     net = fresh_network(config, fleet, seed=0)
     if setting.trained:

@@ -70,7 +70,7 @@ def make_adapter(layout: Sequence[ModuleShape], spectra: Sequence[torch.Tensor],
 
 def make_network(adapter: Adapter) -> CVAE:
     """Make a generator's network for an adapter: plain initial values, norm tables of that adapter."""
-    config = config_for(adapter.base_model, [adapter.layout], condition_size=0, quality=4)
+    config = config_for(adapter.base_model, [adapter.layout], tasks=64, condition_size=0, quality=4)
     return fresh_network(config, MemoryFleet([[adapter]], sets=0), 0, _weights(config))
 
 

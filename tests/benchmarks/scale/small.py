@@ -27,7 +27,7 @@ def trained_codec(adapters: Sequence[Adapter], channels: MeanSquares, steps: int
         steps: Few are enough: they change what decoding gives, not how long it takes.
     """
     fleet = MemoryFleet([[adapter] for adapter in adapters], sets=0)
-    config = config_for(adapters[0].base_model, fleet.layouts(), condition_size=0, quality=4)
+    config = config_for(adapters[0].base_model, fleet.layouts(), tasks=fleet.tasks(), condition_size=0, quality=4)
     state = new_state(fresh_network(config, fleet, 0, sensitivity_of(config, channels)), TrainConfig(steps=steps))
     for _ in fit(state, fleet):
         pass

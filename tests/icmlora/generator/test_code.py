@@ -41,6 +41,7 @@ def head(**changes: object) -> CodeHead:
         "strengths": (np.arange(KINDS * LAYERS) - 2).astype(np.int8).reshape(KINDS, LAYERS),
         "kept": np.array([[0, SLOTS], [ABSENT, 1], [ABSENT, ABSENT]], dtype=np.uint8),
         "shifts": (np.arange(KINDS * SLOTS) - 5).astype(np.int8).reshape(KINDS, SLOTS),
+        "boosts": (np.arange(KINDS * SLOTS) + 7).astype(np.int8).reshape(KINDS, SLOTS),
         "initial": INITIAL,
         "task_type": "CAUSAL_LM",
     }
@@ -62,6 +63,7 @@ def framed(packed: bytes) -> bytes:
     gains=st.lists(st.integers(-(2**15), 2**15 - 1), min_size=KINDS, max_size=KINDS),
     kept=st.lists(st.sampled_from([0, 1, SLOTS, ABSENT]), min_size=KINDS * LAYERS - 1, max_size=KINDS * LAYERS - 1),
     shifts=st.lists(st.integers(-128, 127), min_size=KINDS * SLOTS, max_size=KINDS * SLOTS),
+    boosts=st.lists(st.integers(-128, 127), min_size=KINDS * SLOTS, max_size=KINDS * SLOTS),
     initial=st.sampled_from([None, INITIAL]),
     task_type=TASK_TYPES,
     words=st.binary(max_size=40),
@@ -72,6 +74,7 @@ def test_any_code_comes_back_from_its_bytes(
     gains: list[int],
     kept: list[int],
     shifts: list[int],
+    boosts: list[int],
     initial: InitialA | None,
     task_type: str | None,
     words: bytes,
@@ -84,6 +87,7 @@ def test_any_code_comes_back_from_its_bytes(
         gains=np.array(gains, dtype=np.int16),
         kept=np.array([*kept, 0], dtype=np.uint8).reshape(KINDS, LAYERS),
         shifts=np.array(shifts, dtype=np.int8).reshape(KINDS, SLOTS),
+        boosts=np.array(boosts, dtype=np.int8).reshape(KINDS, SLOTS),
         initial=initial,
         task_type=task_type,
     )
@@ -94,6 +98,7 @@ def test_any_code_comes_back_from_its_bytes(
     assert parsed.head.strengths.ravel().tolist() == list(range(-2, KINDS * LAYERS - 2))
     assert parsed.head.kept.ravel().tolist() == [*kept, 0]
     assert parsed.head.shifts.ravel().tolist() == shifts
+    assert parsed.head.boosts.ravel().tolist() == boosts
     assert parsed.head.initial == initial
     assert parsed.to_bytes(CONFIG) == data
 

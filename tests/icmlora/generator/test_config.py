@@ -32,7 +32,9 @@ def test_a_module_name_comes_back_from_its_kind_and_layer(name: str) -> None:
 
 
 def test_a_layer_number_of_many_digits_does_not_ask_for_that_many_layers() -> None:
-    assert config_for(BASE, [[ModuleShape("h.99999999999.q", 1, 2, 3)]], condition_size=0, quality=1).layers == 1
+    assert (
+        config_for(BASE, [[ModuleShape("h.99999999999.q", 1, 2, 3)]], tasks=64, condition_size=0, quality=1).layers == 1
+    )
 
 
 def test_a_configuration_covers_every_adapter_of_its_fleet() -> None:
@@ -63,7 +65,7 @@ def test_another_kind_shape_layer_or_rank_is_not_covered(shape: ModuleShape) -> 
 def test_a_grown_configuration_covers_the_old_fleet_and_the_new() -> None:
     old = mixed_fleet().config(quality=8)
     layout = make_adapter(9, rank=6, kinds=("v_proj",)).layout
-    grown = config_for(BASE, [layout], condition_size=HIDDEN, quality=2, previous=old)
+    grown = config_for(BASE, [layout], tasks=64, condition_size=HIDDEN, quality=2, previous=old)
     assert set(old.kinds) <= set(grown.kinds)
     assert (grown.slots, grown.width, grown.tolerance) == (6, old.width, tolerance_of(2))
 

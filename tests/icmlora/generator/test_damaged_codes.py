@@ -29,7 +29,7 @@ KNOWN = KNOWN_CODEC.encode(peft_fleet().load(0, None), {}, peft_fleet().initial(
 PLAIN = zlib.decompress(KNOWN[HEAD : HEAD + int(struct.unpack_from("<I", KNOWN, HEAD - 4)[0])])
 # Where the parts of its head begin, with the widths of three kinds, two layers and eight slots.
 SHIFTS = 2 + 16 + 16 + 2 * 3 + 2 * 6
-SEED = SHIFTS + 3 * 8
+SEED = SHIFTS + 2 * 3 * 8  # shifts and boosts
 RANKS = SEED + 4
 OFFSETS = RANKS + 6
 TASK_TYPE = OFFSETS + 8 * 6
@@ -163,5 +163,5 @@ def hostile(kept: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], step: int, ga
     sizes = CODEC.config.condition, CODEC.config.latent
     condition, latent = (np.full(size, -128, dtype=np.int8) for size in sizes)
     gains, strengths = np.full(3, gain, dtype=np.int16), np.full((3, 2), 127, dtype=np.int8)
-    head = CodeHead(step, condition, latent, gains, strengths, kept, np.zeros((3, 4), dtype=np.int8), None, None)
+    head = CodeHead(step, condition, latent, gains, strengths, kept, *[np.zeros((3, 4), dtype=np.int8)] * 2, None, None)
     return Code(CODEC.generator.digest, head, b"\x5a" * 400).to_bytes(CODEC.config)

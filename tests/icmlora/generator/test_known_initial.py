@@ -158,14 +158,14 @@ def test_an_initial_a_that_the_generator_does_not_cover_is_refused() -> None:
 
 
 def as_version_2(under: Codec, data: bytes) -> bytes:
-    """Write a code without initial A as the version before did: without shifts and initial A."""
+    """Write a code without initial A as the version before did: without shifts, boosts and initial A."""
     parsed = Code.from_bytes(data, under.config)
     kinds, layers, slots = len(under.config.kinds), under.config.layers, under.config.slots
     start = len(MAGIC) + 36
     (length,) = struct.unpack_from("<I", data, start - 4)
     plain = zlib.decompress(data[start : start + length])
     before = 2 + under.config.condition + under.config.latent + 2 * kinds + 2 * kinds * layers
-    after = before + kinds * slots + 4 + 9 * kinds * layers
+    after = before + 2 * kinds * slots + 4 + 9 * kinds * layers
     assert not any(plain[before:after])
     packed = zlib.compress(plain[:before] + plain[after:], 9)
     digest = bytes.fromhex(parsed.generator)

@@ -57,7 +57,8 @@ def test_the_rows_of_every_module_are_orthonormal_and_zero_beyond_its_rank() -> 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_rows_span_the_initial_a_times_the_weights_of_its_channels(layer: int) -> None:
-    rows = initial_factors(initial())[module_name("q_proj", layer)] * torch.exp2(WEIGHTS.inputs[Q][layer])
+    drawn = torch.from_numpy(initial_factors(initial())[module_name("q_proj", layer)])
+    rows = drawn * torch.exp2(WEIGHTS.inputs[Q][layer])
     place = torch.full((len(rows),), layer)
     known = span(initial())
     again = known.expand(Q, place, known.project(Q, place, rows), HIDDEN)

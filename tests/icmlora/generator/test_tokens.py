@@ -16,7 +16,7 @@ from tests.icmlora.small_fleet import BASE, make_adapter, uneven, with_factors
 
 
 def config_of(adapter: Adapter) -> GeneratorConfig:
-    return config_for(BASE, [adapter.layout], condition_size=0, quality=5)
+    return config_for(BASE, [adapter.layout], tasks=64, condition_size=0, quality=5)
 
 
 def back(tokens: tuple[KindTokens, ...], adapter: Adapter) -> Adapter:

@@ -134,7 +134,7 @@ def test_a_single_adapter_is_a_fleet() -> None:
 
 def test_a_fleet_that_the_network_does_not_cover_is_refused() -> None:
     fleet = MemoryFleet([[make_adapter(0, rank=4)]])
-    config = config_for(BASE, [make_adapter(0).layout], condition_size=HIDDEN, quality=5)
+    config = config_for(BASE, [make_adapter(0).layout], tasks=64, condition_size=HIDDEN, quality=5)
     small = MemoryFleet([[make_adapter(0)]])
     with pytest.raises(GeneratorError, match="does not cover"):
         run(new_state(fresh_network(config, small, 0), TrainConfig(steps=1)), fleet)
