@@ -177,6 +177,7 @@ def _sum_up(session: Session, trained: Trained) -> None:
         f"fitted in {human_duration(float(str(metrics['fit_seconds'])))} on {metrics['device']}, "
         f"peak memory {human_size(int(str(metrics['peak_memory'])))}"
     )
+    session.out.note(f"the initial A of {metrics['initial_a_known']} of them is drawn again from its seed")
 
 
 def _evaluate(session: Session, device: str, base_models: list[str]) -> None:

@@ -84,7 +84,8 @@ def publish(
         codes.append(NewCode(name, fleet.final(task).id, code, 8.0 * size, encoded.dw_error, asked))
         yield CodeMade(name, len(encoded.data), encoded.dw_error)
         yield Step(task + 1, fleet.tasks(), f"encoding {name}")
-    metrics = metrics | {"encode_seconds": round(time.monotonic() - started, 3)}
+    known = sum(fleet.initial(task) is not None for task in range(fleet.tasks()))
+    metrics = metrics | {"encode_seconds": round(time.monotonic() - started, 3), "initial_a_known": known}
     config = json.loads(state.net.config.to_json()) | {"train": asdict(state.config)}
     parent, present = None if previous is None else previous.id, _present(store, codes)
     record = store.add_generator(NewGenerator(run.base_model, blob, config, metrics, parent, present, run.id))

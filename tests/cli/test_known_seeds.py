@@ -66,3 +66,17 @@ def test_what_is_written_from_such_a_code_has_the_error_that_was_said(icm: Icm, 
     assert icm("materialize", "first", "-o", str(written), "--source", "code", "--dtype", "float32").code == 0
     pair = (load_adapter_folder(folder) for folder in (tmp_path / "loras" / "first", written))
     assert relative_dw_error(*pair) == pytest.approx(codes(seeded)["first"].dw_error, rel=1e-2)
+
+
+def test_show_names_the_seed(icm: Icm, seeded: Path) -> None:
+    assert f"drawn again from seed {SEED} for " in icm("show", "first").out
+    assert icm("show", "third", "--json").document["initial_seed"] == 7
+    assert icm("show", "unseeded", "--json").document["initial_seed"] is None
+
+
+def test_show_of_a_damaged_code_still_shows_the_task(icm: Icm, seeded: Path) -> None:
+    blob = codes(seeded)["first"].blob
+    (path,) = (seeded / "blobs").rglob(blob)
+    path.chmod(0o600)
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert icm("show", "first", "--json").document["initial_seed"] is None

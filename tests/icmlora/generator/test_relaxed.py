@@ -99,3 +99,23 @@ def test_smaller_values_cost_fewer_bits() -> None:
         for values in code.values:
             values *= 0.5
     assert float(code.bits().detach()) < before
+
+
+def test_boosts_make_longer_what_lies_across_the_span_and_nothing_else() -> None:
+    under, _, data, code = known(0)
+    before = under.open(data)
+    with torch.no_grad():
+        for boost in code.strengths[1::2]:
+            boost += 1.0
+    after = under.open(code.to_code())
+    for group in after.groups:
+        layer = torch.from_numpy(group.slots.layer)
+        plain, longer = (under.dequantised(group, opened.state, opened.head.step) for opened in (before, after))
+        span, kind = after.state.span, group.slots.kind
+        difference = longer.inputs - plain.inputs
+        known_here = torch.from_numpy(span.ranks_of(kind) > 0)[layer]
+        assert difference[known_here].any()
+        assert not difference[~known_here].any()
+        # Rounding leaves a little of it along the span, which is made longer with it.
+        assert span.project(kind, layer, difference).norm() < 0.3 * difference.norm()
+        assert torch.equal(longer.outputs, plain.outputs)
