@@ -75,16 +75,18 @@ def publish(
     blob = store.put_blob(data)
     codec = Codec(generator_from_bytes(data))
     codes: list[NewCode] = []
+    known = 0
     for task, name in enumerate(fleet.names):
         if stop.requested:
             return None
-        encoded = codec.encode(fleet.load(task, None), fleet.mean_vectors(task), fleet.initial(task))
+        initial = fleet.initial(task)
+        known += initial is not None
+        encoded = codec.encode(fleet.load(task, None), fleet.mean_vectors(task), initial)
         code = store.put_blob(encoded.data)
         size, asked = len(encoded.data), Asked(tolerance=codec.config.tolerance)
         codes.append(NewCode(name, fleet.final(task).id, code, 8.0 * size, encoded.dw_error, asked))
         yield CodeMade(name, len(encoded.data), encoded.dw_error)
         yield Step(task + 1, fleet.tasks(), f"encoding {name}")
-    known = sum(fleet.initial(task) is not None for task in range(fleet.tasks()))
     metrics = metrics | {"encode_seconds": round(time.monotonic() - started, 3), "initial_a_known": known}
     config = json.loads(state.net.config.to_json()) | {"train": asdict(state.config)}
     parent, present = None if previous is None else previous.id, _present(store, codes)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 _CACHE_BYTES = 256 << 20
+_INITIALS = 256
+"""A place for each module is up to 100 kB; finding it again takes some hundredths of a second."""
 _FLOAT32 = 4
 
 
@@ -42,8 +45,8 @@ class StoreFleet:
         self._vectors = [_by_support_set(store.vectors(name)) for name in self.names]
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._cached = 0
-        self._seeds = SeedSearch()
-        self._initial: dict[int, InitialA | None] = {}
+        seeds = SeedSearch()
+        self._initial = lru_cache(_INITIALS)(lambda task: seeds.find(self.load(task, None)))
 
     def tasks(self) -> int:
         """Return the number of tasks."""
@@ -85,10 +88,8 @@ class StoreFleet:
         return adapter
 
     def initial(self, task: int) -> InitialA | None:
-        """Return where the A that a task's training began with was drawn, looked for once; checkpoints share it."""
-        if task not in self._initial:
-            self._initial[task] = self._seeds.find(self.load(task, None))
-        return self._initial[task]
+        """Return where the A that a task's training began with was drawn; checkpoints share it. The latest are kept."""
+        return self._initial(task)
 
     def support_sets(self, task: int) -> int:
         """Return the number of support sets with vectors, 0 without any."""
