@@ -126,6 +126,10 @@ class Code:
             task_type=_text(plain[sum(sizes) :]),
         )
         present = head.kept[head.kept != ABSENT]
+        # A module whose name holds no layer number is there once.
+        once = [number for number, kind in enumerate(config.kinds) if kind.module(0) == kind.module(1)]
+        if (head.kept[once, 1:] != ABSENT).any():
+            raise CodeError("the code's head names a module twice")
         if not len(present) or int(present.max()) > config.slots or abs(head.step) > EXTREME:
             raise CodeError("the code's head is out of its generator's range")
         return cls(generator, head, content[start + length :])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
 from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, generator_of
+from icmlora.generator.config import GeneratorConfig, ModuleKind
 from icmlora.generator.scales import EXTREME
 from icmlora.initial_a import InitialA, InitialModule
 from icmlora.layout import ModuleShape
@@ -160,3 +161,12 @@ def test_a_head_that_inflates_a_thousandfold_takes_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 2 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_a_module_without_a_layer_number_is_there_once() -> None:
+    config = GeneratorConfig("base", (ModuleKind("lm_head", 4, 4),), 2, 2, 0, 0.1)
+    none, bytes_of = np.zeros((1, 2), dtype=np.int8), np.zeros(16, dtype=np.int8)
+    kept = np.ones((1, 2), dtype=np.uint8)
+    head = CodeHead(0, bytes_of, bytes_of, np.zeros(1, dtype=np.int16), none, kept, none, none, None, None)
+    with pytest.raises(CodeError, match="twice"):
+        Code.from_bytes(Code("00" * 32, head, b"").to_bytes(config), config)
