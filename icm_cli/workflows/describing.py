@@ -73,7 +73,7 @@ def describe_task(place: Place, name: str) -> TaskDetails:
 
 
 def _initial(store: Store, generator: GeneratorRecord, code: CodeRecord) -> InitialA | None:
-    """Read it from the code; of a damaged one nothing is known, and `icm check` says that it is damaged."""
+    """Read it from the code; of a damaged one nothing is known, and `icm verify` says that it is damaged."""
     sizes = {field.name for field in fields(GeneratorConfig)}
     config = {name: value for name, value in generator.config.items() if name in sizes}
     try:

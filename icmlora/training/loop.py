@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from icmlora.adapter import Adapter
-from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.objective import Bits, adapter_bits
-from icmlora.generator.sensitivity import Sensitivity
-from icmlora.generator.span import Span, span_of
+from icmlora.generator.span import span_of
 from icmlora.generator.tokens import tokenize
-from icmlora.initial_a import InitialA
 from icmlora.training.fleet import Fleet
 from icmlora.training.state import TrainState
 
@@ -51,7 +48,8 @@ def fit(state: TrainState, fleet: Fleet) -> Iterator[TrainStep]:
     """
     device = next(state.net.parameters()).device
     sensitivity = state.net.sensitivity.to(torch.device("cpu"))
-    spans = _Spans(state.net.config, sensitivity, device)
+    # Tasks often share an initial A, and drawing it takes as long as a part of a step.
+    span = lru_cache(_SPANS)(lambda initial: span_of(initial, state.net.config, sensitivity).to(device))
     while state.step < state.config.steps:
         draw = random.Random(f"{state.config.seed}/{state.step}")  # noqa: S311 - training noise, not secrets
         noise = torch.Generator().manual_seed(draw.getrandbits(62))
@@ -61,24 +59,8 @@ def fit(state: TrainState, fleet: Fleet) -> Iterator[TrainStep]:
         tokens = tuple(group.to(device) for group in tokens)
         vectors = {view: vector.to(device) for view, vector in vectors.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            bits = adapter_bits(state.net, tokens, vectors, spans.of(fleet.initial(task)), noise)
+            bits = adapter_bits(state.net, tokens, vectors, span(fleet.initial(task)), noise)
         yield _advance(state, bits, sum(shape.parameters for shape in adapter.layout), task)
-
-
-class _Spans:
-    """The spans of initial A's, the latest few kept: tasks often share them."""
-
-    def __init__(self, config: GeneratorConfig, sensitivity: Sensitivity, device: torch.device) -> None:
-        self._config, self._sensitivity, self._device = config, sensitivity, device
-        self._kept: OrderedDict[InitialA | None, Span] = OrderedDict()
-
-    def of(self, initial: InitialA | None) -> Span:
-        if initial not in self._kept:
-            self._kept[initial] = span_of(initial, self._config, self._sensitivity).to(self._device)
-            if len(self._kept) > _SPANS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(initial)
-        return self._kept[initial]
 
 
 def _episode(
