@@ -99,6 +99,7 @@ def peft_fleet() -> MemoryFleet:
 
 
 @cache
+@torch.enable_grad()  # whoever asks first may be without
 def peft_file() -> bytes:
     """Return the file of a generator trained on them."""
     state = begin(peft_fleet(), 40)
