@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.icm-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types format docs lock example-fleet ci clean
+.PHONY: help setup demo test test-all lint types format docs lock example-fleet domain-fleet ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ lock: $(READY)  ## resolve requirements.lock again, against the installed torch 
 
 example-fleet: $(READY)  ## train the adapters in docs/example-fleet again (about an hour on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.example_fleet
+
+domain-fleet: $(READY)  ## train a fleet of 52 text domains for studies, in build/domain-fleet (an hour or two on 2 cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.domain_fleet --work build/domain-fleet --fleet build/domain-fleet/fleet
 
 ci: lint types test  ## what .ci/run checks
 
