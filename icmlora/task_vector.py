@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 View = Literal["adapted", "context"]
 Source = Literal["samples", "probes"]

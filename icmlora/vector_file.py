@@ -15,10 +15,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, DataError
@@ -26,6 +25,9 @@ from icmlora.generator.entropy import LIMIT, Reader, Writer, clip
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.sealing import seal, unseal
 from icmlora.task_vector import View
+
+if TYPE_CHECKING:
+    import torch
 
 Floats = NDArray[np.float64]
 
@@ -82,15 +84,16 @@ def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
     Raises:
         ValueError: No view, other shapes, more than 255 sets, or values that are not finite.
     """
-    lengths = {values.shape[-1] for values in views.values() if values.dim() == 2 and 1 <= len(values) <= 255}
-    if len(lengths) != 1 or not all(values.dim() == 2 and torch.isfinite(values).all() for values in views.values()):
+    exact = {view: values.detach().cpu().double().numpy() for view, values in views.items()}
+    lengths = {values.shape[-1] for values in exact.values() if values.ndim == 2 and 1 <= len(values) <= 255}
+    if len(lengths) != 1 or not all(values.ndim == 2 and np.isfinite(values).all() for values in exact.values()):
         raise ValueError("task vectors are rows of finite values, equally long in every view")
     length = lengths.pop()
     heads, writer = b"", Writer()
     first = np.zeros(length)
-    present = [view for view in _VIEWS if view in views]
+    present = [view for view in _VIEWS if view in exact]
     for view in present:
-        head, integers = _quantised(_VIEWS.index(view), views[view].detach().cpu().double().numpy(), first)
+        head, integers = _quantised(_VIEWS.index(view), exact[view], first)
         writer.write(clip(integers[0] - head.predicted(first)), np.full(length, head.mean_scale, dtype=np.int32))
         writer.write(clip(integers[1:].ravel()), np.full(integers[1:].size, head.spread_scale, dtype=np.int32))
         first = first if heads else integers[0]
@@ -99,6 +102,13 @@ def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
 
 
 def vectors_from_bytes(data: bytes) -> dict[View, torch.Tensor]:
+    """Read the vectors of a task as `arrays_from_bytes`, as tensors."""
+    import torch  # it takes seconds to import, and a command that compares vectors needs none of it
+
+    return {view: torch.from_numpy(values) for view, values in arrays_from_bytes(data).items()}
+
+
+def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
     """Read the vectors of a task, by view float32 of shape (support sets, hidden size).
 
     Raises:
@@ -120,8 +130,8 @@ def vectors_from_bytes(data: bytes) -> dict[View, torch.Tensor]:
         raise DataError(f"no task vectors: {error.message}") from error
 
 
-def _read(reader: Reader, heads: list[_ViewHead], length: int) -> dict[View, torch.Tensor]:
-    views: dict[View, torch.Tensor] = {}
+def _read(reader: Reader, heads: list[_ViewHead], length: int) -> dict[View, NDArray[np.float32]]:
+    views: dict[View, NDArray[np.float32]] = {}
     first = np.zeros(length)
     for head in heads:
         mean = reader.read(np.full(length, head.mean_scale, dtype=np.int32)) + head.predicted(first)
@@ -129,7 +139,7 @@ def _read(reader: Reader, heads: list[_ViewHead], length: int) -> dict[View, tor
         first = first if views else mean
         integers = np.concatenate([mean, rest]).reshape(head.sets, length)
         values = _cosines(head.sets).T @ (integers * head.step)
-        views[_VIEWS[head.which]] = torch.from_numpy(values.astype(np.float32))
+        views[_VIEWS[head.which]] = values.astype(np.float32)
     return views
 
 
