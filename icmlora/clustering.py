@@ -1,0 +1,111 @@
+"""Clusters of points of which only the distances are known, and how distinct they are.
+
+    distances (n, n) ──average linkage──▶ partitions into n, n - 1, ..., 1 clusters ──silhouette──▶ the best of them
+
+Everything is deterministic: there is no start to draw, and the order of the points matters for exact ties only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+MAX_CLUSTERS = 50
+"""More are not looked for: neither a table nor a picture can show them."""
+
+
+def partitions(distances: Floats) -> Iterator[Labels]:
+    """Yield cluster numbers for n, n - 1, ..., 1 clusters, by average linkage (UPGMA, Sokal and Michener 1958).
+
+    The distance of two clusters is the mean of the distances between their points; the two nearest become one.
+
+    Args:
+        distances: Symmetric, shape (n, n).
+
+    Returns:
+        Shape (n,) each; equal numbers are one cluster, in no particular order.
+    """
+    count = len(distances)
+    labels = np.arange(count)
+    sizes = np.ones(count)
+    between = distances.astype(np.float64)
+    np.fill_diagonal(between, np.inf)
+    yield labels.copy()
+    for _ in range(count - 1):
+        kept, gone = sorted(divmod(int(np.argmin(between)), count))
+        # The mean over pairs of points follows from the two means. What is gone is infinitely far from everything.
+        total = sizes[kept] + sizes[gone]
+        between[kept] = (sizes[kept] * between[kept] + sizes[gone] * between[gone]) / total
+        between[gone] = between[:, gone] = between[kept, kept] = np.inf
+        between[:, kept] = between[kept]
+        sizes[kept] = total
+        labels[labels == gone] = kept
+        yield labels.copy()
+
+
+def silhouettes(distances: Floats, labels: Labels) -> Floats:
+    """Return each point's silhouette (Rousseeuw 1987): (b - a) / max(a, b).
+
+    a is its mean distance to the others of its cluster, b that to the nearest other cluster. 1 is deep inside, 0 on the
+    border, below 0 nearer to another cluster. A point that is alone has 0, and so have all if there is one cluster.
+
+    Args:
+        distances: Symmetric with a diagonal of 0, shape (n, n).
+        labels: Any numbers, shape (n,).
+
+    Returns:
+        Shape (n,), in [-1, 1].
+    """
+    names, own = np.unique(labels, return_inverse=True)
+    if len(names) < 2:
+        return np.zeros(len(labels))
+    member = own[:, None] == np.arange(len(names))  # (n, clusters)
+    sums, sizes = distances @ member.astype(np.float64), member.sum(axis=0)
+    others = np.where(member, np.inf, sums / sizes).min(axis=1)
+    within = sums[member] / np.maximum(sizes[own] - 1, 1)
+    larger = np.maximum(within, others)
+    values: Floats = (others - within) / np.where(larger > 0, larger, 1.0)
+    values[sizes[own] == 1] = 0.0
+    return np.clip(values, -1.0, 1.0)
+
+
+def cluster(distances: Floats, clusters: int | None = None) -> Labels:
+    """Return cluster numbers from 0, the largest cluster first; by the mean silhouette, or so many as are asked for.
+
+    The number of clusters is that of the best mean silhouette, from 2 to half of the points; of equal ones the fewest.
+
+    Args:
+        distances: Symmetric with a diagonal of 0, shape (n, n), n at least 2.
+        clusters: How many, 1 to n; None for the best number.
+
+    Raises:
+        ValueError: There are fewer points than clusters, or than two.
+    """
+    count = len(distances)
+    if count < 2 or not 1 <= (clusters or 1) <= count:
+        raise ValueError("clusters are 1 to the number of points, and there are two points or more")
+    if clusters is not None:
+        return _by_size(next(found for found in partitions(distances) if len(np.unique(found)) == clusters))
+    most = min(max(count // 2, 2), MAX_CLUSTERS)
+    best, labels = -np.inf, np.zeros(count, dtype=np.int64)
+    for found in partitions(distances):
+        number = len(np.unique(found))
+        if 2 <= number <= most:
+            mean = float(silhouettes(distances, found).mean())
+            # Rounded, so that equal partitions of another order of points stay equal.
+            if round(mean, 9) >= round(best, 9):
+                best, labels = mean, found
+    return _by_size(labels)
+
+
+def _by_size(labels: Labels) -> Labels:
+    """Number clusters from 0 by size, those of one size by their first point."""
+    names, first, sizes = np.unique(labels, return_index=True, return_counts=True)
+    ranks = np.empty(len(names), dtype=np.int64)
+    ranks[np.lexsort((first, -sizes))] = np.arange(len(names))
+    return ranks[np.searchsorted(names, labels)]

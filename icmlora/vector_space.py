@@ -1,0 +1,198 @@
+"""How far tasks lie from each other by their vectors, and how far a new one lies from all that are known.
+
+    looks (sets, d) a task ──less the mean of the fleet──▶ channels in units of their noise ──cosine──▶ distance, 0 to 2
+
+A *look* is the vector of one support set. Hidden states share a large common part and a few channels that are larger
+than all others together, so plain cosines are near 1 for any two tasks. Without the mean, a distance says how tasks
+differ from what they have in common: 0 is the same direction, 1 nothing in common, 2 opposite. A channel counts by how
+far it moves against its noise, which is how far looks at one task differ in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Looks = Mapping[str, NDArray[np.floating]]
+"""Name of a task -> its vectors, one look a row: shape (sets, d), d the same for all, 2 or more."""
+
+FEWEST = 3
+"""Two tasks lie opposite of each other around their own mean, whatever they are."""
+OUTSIDE = 0.95
+"""Share of the known tasks that lie nearer to the others than a task which is outside of what is known."""
+
+
+@dataclass(frozen=True)
+class VectorSpace:
+    """What vectors are measured in.
+
+    Attributes:
+        mean: Mean of the tasks, shape (d,).
+        unit: What one unit of each channel is, positive, shape (d,).
+    """
+
+    mean: Floats
+    unit: Floats
+
+    @classmethod
+    def of(cls, tasks: Looks) -> Self:
+        """Measure some tasks.
+
+        The unit is the channel's standard deviation between looks at one task, plus the median of that over the
+        channels: without it, channels that hardly move at all would decide (as in SAM, Tusher et al. 2001). Where no
+        task has two looks, the deviation between tasks stands in.
+
+        Args:
+            tasks: At least one task of at least one look.
+        """
+        means = mean_looks(tasks)
+        several = [looks - looks.mean(axis=0) for looks in _exact(tasks) if len(looks) > 1]
+        freedom = sum(len(looks) - 1 for looks in several)
+        squares = sum((np.square(looks).sum(axis=0) for looks in several), np.zeros(means.shape[1]))
+        noise = np.sqrt(squares / freedom) if freedom else means.std(axis=0)
+        unit = noise + np.median(noise)
+        return cls(means.mean(axis=0), np.where(unit > 0, unit, 1.0))
+
+    def place(self, vectors: NDArray[np.floating]) -> Floats:
+        """Return vectors (n, d) less the mean, in units."""
+        return (vectors - self.mean) / self.unit
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A known task, and its cosine distance (0 to 2) from the one that was asked about."""
+
+    task: str
+    distance: float
+
+
+@dataclass(frozen=True)
+class Familiarity:
+    """How far a task lies from the known ones, against how far each of those lies from the others.
+
+    Attributes:
+        neighbours: All known tasks, nearest first.
+        usual: Distance of each known task to its nearest other one, measured as if it were the new one: ascending.
+    """
+
+    neighbours: tuple[Neighbour, ...]
+    usual: tuple[float, ...]
+
+    @property
+    def distance(self) -> float:
+        """Distance to the nearest known task."""
+        return self.neighbours[0].distance
+
+    @property
+    def farther_than(self) -> float:
+        """Share of the known tasks that lie nearer to the others than this one does, 0 to 1."""
+        return sum(distance < self.distance for distance in self.usual) / len(self.usual)
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether the task is outside of what is known.
+
+        A task that is like the known n ones is called so with a probability of about `1 - OUTSIDE`, and never less than
+        1 / (n + 1): its rank among them is uniform (conformal prediction, Vovk et al. 2005).
+        """
+        return self.farther_than >= OUTSIDE
+
+
+def nearest(vector: NDArray[np.floating], others: Looks) -> tuple[Neighbour, ...]:
+    """Rank known tasks by their distance from a vector, in the space of the known ones.
+
+    Args:
+        vector: Mean over the looks at a task that is none of the others, shape (d,).
+        others: The known tasks, two or more.
+
+    Returns:
+        All of them, nearest first; equal ones by name.
+    """
+    space = VectorSpace.of(others)
+    distances = cosine_distances(space.place(vector[None]), space.place(mean_looks(others)))[0]
+    return ranked(list(others), distances)
+
+
+def familiarity(vector: NDArray[np.floating], others: Looks) -> Familiarity:
+    """Say how far a task lies from the known ones, against how far those lie from each other.
+
+    Args:
+        vector: Mean over the looks at a task that is none of the others, shape (d,).
+        others: The known tasks.
+
+    Raises:
+        ValueError: Fewer than `FEWEST` are known.
+    """
+    if len(others) < FEWEST:
+        raise ValueError(f"what is usual follows from {FEWEST} tasks or more")
+    placed = VectorSpace.of(others).place(mean_looks(others))
+    usual = sorted(float(distance) for distance in _left_out(placed).min(axis=1))
+    return Familiarity(nearest(vector, others), tuple(usual))
+
+
+def task_distances(tasks: Looks) -> Floats:
+    """Return the distances between all tasks, around their common mean: symmetric, in their order, shape (n, n)."""
+    placed = VectorSpace.of(tasks).place(mean_looks(tasks))
+    return cosine_distances(placed, placed)
+
+
+def cosine_distances(one: Floats, other: Floats) -> Floats:
+    """Return 1 - cosine of each row of one with each of another: shapes (n, d), (m, d) -> (n, m), values 0 to 2.
+
+    Rows of zeros have no direction: they are 1 from everything, and 0 from each other.
+    """
+    first, second = directions(one), directions(other)
+    both_zero = np.outer(~np.any(first, axis=1), ~np.any(second, axis=1))
+    distances: Floats = np.clip(1.0 - first @ second.T, 0.0, 2.0)
+    distances[both_zero] = 0.0
+    if one is other:  # rounding must not tell a point from itself, nor one order from the other
+        distances = (distances + distances.T) / 2
+        np.fill_diagonal(distances, 0.0)
+    return distances
+
+
+def directions(vectors: Floats) -> Floats:
+    """Return the rows of (n, d) with length 1; zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, 1.0)
+
+
+def ranked(names: list[str], distances: Floats) -> tuple[Neighbour, ...]:
+    """Return neighbours of the given names and distances (n,), nearest first, equal ones by name."""
+    pairs = sorted(zip(distances.tolist(), names, strict=True))
+    return tuple(Neighbour(name, distance) for distance, name in pairs)
+
+
+def mean_looks(tasks: Looks) -> Floats:
+    """Return the vector of each task, the mean over its looks: shape (n, d)."""
+    return np.stack([looks.mean(axis=0) for looks in _exact(tasks)])
+
+
+def _exact(tasks: Looks) -> list[Floats]:
+    return [looks.astype(np.float64) for looks in tasks.values()]
+
+
+def _left_out(points: Floats) -> Floats:
+    """Return distances (n, n) where row i is seen from the mean of all points but i; the diagonal is infinite.
+
+    With g the inner products, s their row sums and m the mean without i, every inner product with m is a difference
+    of those: (s - g_i) / (n - 1). So n means cost no more than one.
+    """
+    count = len(points)
+    products = points @ points.T
+    sums = products.sum(axis=1)
+    with_mean = (sums[None, :] - products) / (count - 1)  # [i, j] = m_i . x_j
+    mean_square = (sums.sum() - 2 * sums + products.diagonal()) / (count - 1) ** 2
+    own = with_mean.diagonal()[:, None]
+    inner = products - with_mean - own + mean_square[:, None]
+    squares = products.diagonal()[None, :] - 2 * with_mean + mean_square[:, None]
+    lengths = np.sqrt(np.maximum(squares, 0.0))
+    scale = lengths * lengths.diagonal()[:, None]
+    distances: Floats = np.clip(1.0 - inner / np.where(scale > 0, scale, np.inf), 0.0, 2.0)
+    np.fill_diagonal(distances, np.inf)
+    return distances
