@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from icm_cli.workflows.known_vectors import latest_vectors
 from icmlora.adapter import Adapter
 from icmlora.initial_a import InitialA
 from icmlora.peft_folder import load_adapter
@@ -112,7 +113,7 @@ class StoreFleet:
 def mean_vectors(store: Store, rows: Iterable[VectorRecord]) -> dict[str, torch.Tensor]:
     """Average a task's vectors by view; the views that are there, each (hidden,)."""
     views: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-    latest = _latest(rows)
+    latest = latest_vectors(rows)
     for row, values in zip(latest, _read(store, latest), strict=True):
         views[row.view].append(values)
     return {view: torch.stack(sets).mean(dim=0) for view, sets in views.items()}
@@ -124,15 +125,8 @@ def _read(store: Store, rows: Sequence[VectorRecord]) -> list[torch.Tensor]:
     return [files[row.blob][row.view][row.support_set] for row in rows]
 
 
-def _latest(rows: Iterable[VectorRecord]) -> list[VectorRecord]:
-    """Return the vectors of the last recorded extractor of each view: those of different extractors do not mix."""
-    ordered = sorted(rows, key=lambda row: row.id)
-    extractors = {row.view: row.extractor for row in ordered}
-    return [row for row in ordered if row.extractor == extractors[row.view]]
-
-
 def _by_support_set(rows: Iterable[VectorRecord]) -> list[dict[str, VectorRecord]]:
     sets: defaultdict[int, dict[str, VectorRecord]] = defaultdict(dict)
-    for row in _latest(rows):
+    for row in latest_vectors(rows):
         sets[row.support_set][row.view] = row
     return [sets[number] for number in sorted(sets)]

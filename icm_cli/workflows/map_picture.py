@@ -1,0 +1,209 @@
+"""The map of a fleet as one SVG file: readable on light and dark ground, without matplotlib, the same every time.
+
+    task ── marker: shape and colour of its cluster      look ── small dot, with a line to its task      label ── name
+
+Colours are Okabe and Ito's, which the common kinds of colour blindness tell apart; shapes repeat what they say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import chain
+
+from icm_cli.workflows.label_placement import Box, Label, place_labels
+from icm_cli.workflows.mapping import MappedFleet
+from icmlora.names import printable
+from icmlora.task_map import MappedTask
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_SHAPES = (
+    "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",
+    "M-4.5,-4.5h9v9h-9z",
+    "M0,-6L5.5,4H-5.5z",
+    "M0,-6.2L6.2,0L0,6.2L-6.2,0z",
+    "M0,6L5.5,-4H-5.5z",
+)
+"""Paths around (0, 0); with the colours, 30 clusters look different."""
+_WIDTH, _FRAME, _LEGEND = 940.0, Box(28, 64, 660, 560), 708.0
+_MARGIN, _MARKER, _DOT = 34.0, 12.0, 4.0
+_LETTER, _LINE = 6.3, 14.0
+"""Width of a letter and height of a line of labels, a little more than they take in common fonts of 11 pixels."""
+_LONGEST = 32
+_LEGEND_ROWS = 24
+_STYLE = """
+svg { font: 11px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif }
+.title { font-size: 16px; font-weight: 600 }
+.ground { fill: #ffffff } .ink { fill: #1f2328 } .soft { fill: #59636e } .frame { fill: none; stroke: #d1d9e0 }
+.link { stroke: #59636e; stroke-width: 0.7 } .alone { fill: none; stroke: #6e7781; stroke-width: 1.8 }
+.look { stroke-width: 0.8; opacity: 0.4 }
+@media (prefers-color-scheme: dark) {
+  .ground { fill: #0d1117 } .ink { fill: #f0f6fc } .soft { fill: #9198a1 } .frame { stroke: #3d444d }
+  .link { stroke: #9198a1 } .alone { stroke: #9198a1 } .look { opacity: 0.55 }
+}"""
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A task with its point and its looks in pixels."""
+
+    task: MappedTask
+    point: tuple[float, float]
+    looks: tuple[tuple[float, float], ...]
+    is_alone: bool
+
+    @property
+    def colour(self) -> str:
+        return "#6e7781" if self.is_alone else _COLOURS[(self.task.cluster - 1) % len(_COLOURS)]
+
+
+def draw_map(found: MappedFleet) -> str:
+    """Return the picture of a map as the text of an SVG file."""
+    placed = _placed(found)
+    rows = list(_legend(found))
+    height = max(_FRAME.bottom + 40, _FRAME.top + _LINE * 1.5 * len(rows))
+    name = printable(found.base_model)
+    title = f"{len(placed)} tasks of {name} by their task vectors, {found.view} view"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" width="{_WIDTH:g}" '
+        f'height="{height:g}" role="img">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{_STYLE}\n</style>",
+        f'<rect class="ground" width="{_WIDTH:g}" height="{height:g}"/>',
+        _text(_FRAME.left, 26, "ink title", f"{len(placed)} tasks by their vectors"),
+        _text(_FRAME.left, 46, "soft", f"{name}, {found.view} view"),
+        f'<rect class="frame" x="{_FRAME.left:g}" y="{_FRAME.top:g}" width="{_FRAME.width:g}" '
+        f'height="{_FRAME.height:g}" rx="6"/>',
+        _text(_FRAME.left, _FRAME.bottom + 18, "soft", _axes(found)),
+        *chain.from_iterable(map(_looks, placed)),
+        *_labels(placed),
+        *map(_marker, placed),
+        *rows,
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _placed(found: MappedFleet) -> list[_Placed]:
+    """Scale all points into the frame, with one scale for both axes: distances are what a map is about."""
+    tasks = found.map.tasks
+    spots = [spot for task in tasks for spot in (task.point, *task.looks)]
+    low = [min(spot[axis] for spot in spots) for axis in (0, 1)]
+    span = [max(spot[axis] for spot in spots) - low[axis] or 1.0 for axis in (0, 1)]
+    scale = min((_FRAME.width - 2 * _MARGIN) / span[0], (_FRAME.height - 2 * _MARGIN) / span[1])
+    middle = _FRAME.middle
+
+    def pixel(spot: tuple[float, float]) -> tuple[float, float]:
+        return (
+            middle[0] + scale * (spot[0] - low[0] - span[0] / 2),
+            middle[1] - scale * (spot[1] - low[1] - span[1] / 2),
+        )
+
+    alone = {members[0].name for members in found.map.clusters if len(members) == 1}
+    return [
+        _Placed(
+            task, pixel(task.point), tuple(map(pixel, task.looks)) if len(task.looks) > 1 else (), task.name in alone
+        )
+        for task in tasks
+    ]
+
+
+def _labels(placed: Sequence[_Placed]) -> Iterator[str]:
+    """Write the names, those of tasks with near neighbours first: in a crowd, that is what one wants to read."""
+    order = sorted(placed, key=lambda spot: (spot.task.nearest.distance, spot.task.name))
+    names = [printable(spot.task.name, _LONGEST) for spot in order]
+    labels = place_labels(
+        [spot.point for spot in order],
+        [(_LETTER * len(name) + 2, _LINE) for name in names],
+        _FRAME,
+        [_around(spot.point, _MARKER) for spot in placed],
+        [_around(look, _DOT) for spot in placed for look in spot.looks],
+    )
+    for spot, name, label in zip(order, names, labels, strict=True):
+        if label is not None:
+            yield from _label(spot, name, label)
+
+
+def _label(spot: _Placed, name: str, label: Label) -> Iterator[str]:
+    box, (x, y) = label.box, spot.point
+    # The width is an estimate, so a label begins or ends where it is nearest to its point.
+    anchor, at = {1: ("start", box.left), -1: ("end", box.right), 0: ("middle", box.middle[0])}[label.across]
+    middle = box.middle[1]
+    if label.is_away:
+        end = at if label.across else min(max(x, box.left), box.right)
+        yield f'<line class="link" x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{middle:.1f}"/>'
+    yield _text(at, middle + 4, "ink", name, anchor=anchor)
+
+
+def _looks(spot: _Placed) -> Iterator[str]:
+    x, y = spot.point
+    for look in spot.looks:
+        yield (
+            f'<g class="look" stroke="{spot.colour}" fill="{spot.colour}"><line x1="{x:.1f}" y1="{y:.1f}" '
+            f'x2="{look[0]:.1f}" y2="{look[1]:.1f}"/><circle cx="{look[0]:.1f}" cy="{look[1]:.1f}" r="1.6"/></g>'
+        )
+
+
+def _marker(spot: _Placed) -> str:
+    near = spot.task.nearest
+    told = f"{spot.task.name}: nearest is {near.task} at {near.distance:.2f}"
+    return _shape(spot.task.cluster, *spot.point, is_alone=spot.is_alone, told=told)
+
+
+def _shape(cluster: int, x: float, y: float, *, is_alone: bool, told: str = "") -> str:
+    """Write a marker; what it tells shows where a pointer rests on it."""
+    number = cluster - 1
+    path = _SHAPES[0] if is_alone else _SHAPES[number % len(_SHAPES)]
+    look = 'class="alone"' if is_alone else f'fill="{_COLOURS[number % len(_COLOURS)]}"'
+    inner = f"<title>{escape(printable(told, 400))}</title>" if told else ""
+    return f'<path {look} d="{path}" transform="translate({x:.1f} {y:.1f})">{inner}</path>'
+
+
+def _legend(found: MappedFleet) -> Iterator[str]:
+    clusters = [members for members in found.map.clusters if len(members) > 1]
+    alone = sum(len(members) == 1 for members in found.map.clusters)
+    y = _FRAME.top + 12
+
+    def row(text: str, style: str = "ink") -> str:
+        return _text(_LEGEND + 18, y + 4, style, text)
+
+    for members in clusters[:_LEGEND_ROWS]:
+        mean = sum(task.silhouette for task in members) / len(members)
+        yield _shape(members[0].cluster, _LEGEND + 6, y, is_alone=False)
+        yield row(f"{members[0].cluster}: {len(members)} tasks, silhouette {mean:.2f}")
+        y += 20
+    if len(clusters) > _LEGEND_ROWS:
+        yield row(f"and {len(clusters) - _LEGEND_ROWS} more clusters", "soft")
+        y += 20
+    if alone:
+        yield _shape(0, _LEGEND + 6, y, is_alone=True)
+        yield row(f"{alone} alone")
+        y += 20
+    y += 10
+    for text in _facts(found):
+        yield _text(_LEGEND, y, "soft", text)
+        y += 16
+
+
+def _facts(found: MappedFleet) -> Iterator[str]:
+    if found.map.silhouette_by_task is not None:
+        yield from ("silhouette of support sets", f"by task: {found.map.silhouette_by_task:.2f}")
+    if found.map.silhouette_by_cluster is not None:
+        yield from ("silhouette of tasks", f"by cluster: {found.map.silhouette_by_cluster:.2f}")
+    if any(len(task.looks) > 1 for task in found.map.tasks):
+        yield "small dots: single support sets"
+
+
+def _axes(found: MappedFleet) -> str:
+    across, up = found.map.variation
+    shown = f"The plane shows {across + up:.0%} of the variation ({across:.0%} across, {up:.0%} up)"
+    return f"{shown}, so tasks that look near need not be: clusters are made from all of it."
+
+
+def _text(x: float, y: float, style: str, text: str, *, anchor: str = "start") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _around(point: tuple[float, float], size: float) -> Box:
+    return Box(point[0] - size / 2, point[1] - size / 2, size, size)

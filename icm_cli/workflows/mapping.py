@@ -1,0 +1,139 @@
+"""The map of a fleet by its task vectors, and the nearest tasks of one. Never imports torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icm_cli.workflows.known_vectors import LeftOut, comparable_vectors
+from icm_cli.workflows.opening import Place
+from icmlora.errors import DataError, IcmLoraError
+from icmlora.output_file import check_absent, writing_file
+from icmlora.task_map import TaskMap, map_tasks
+from icmlora.vector_space import FEWEST, Neighbour, ranked, task_distances
+from registry.errors import DamagedStore
+from registry.records import TaskRecord, View
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+_NEAREST = 5
+_VECTORS = "`icm vectors` makes the vectors that are missing"
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """What `icm map` was asked for."""
+
+    view: View = "adapted"
+    base_model: str | None = None
+    clusters: int | None = None
+    """How many; None for the number with the best silhouette."""
+    plot: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class MappedFleet:
+    """The map of one base model's tasks.
+
+    Attributes:
+        support_sets: How many vectors it was made from.
+        left_out: Tasks of the base model that are not on it.
+    """
+
+    base_model: str
+    view: View
+    map: TaskMap
+    support_sets: int
+    left_out: tuple[LeftOut, ...]
+
+
+def map_fleet(place: Place, request: MapRequest) -> MappedFleet:
+    """Make the map of a base model's tasks, and draw it if a file is named: whole, or not at all.
+
+    Raises:
+        DataError: Fewer than three tasks have vectors that can be compared, or tasks of several base models; there are
+            fewer tasks than clusters; or the picture is no .svg file.
+        OutputExists: The picture exists and `force` is not given.
+        DamagedStore: Vectors are missing or damaged.
+    """
+    if request.plot is not None:
+        if request.plot.suffix.lower() != ".svg":
+            raise DataError("the picture of a map is an .svg file", path=request.plot, hint="give it the ending .svg")
+        check_absent(request.plot, force=request.force)
+    with place.open(read_only=True) as store:
+        base_model, tasks = _of_one_base(store, request.base_model)
+        known = comparable_vectors(store, tasks, request.view)
+    if len(known.looks) < FEWEST:
+        raise _too_few(base_model, request.view, list(known.looks), known.left_out)
+    if request.clusters is not None and request.clusters > len(known.looks):
+        fact = f"{len(known.looks)} tasks cannot make {request.clusters} clusters"
+        raise DataError(fact, hint="`--clusters auto` takes the number with the best silhouette")
+    found = MappedFleet(
+        base_model=base_model,
+        view=request.view,
+        map=map_tasks(known.looks, request.clusters),
+        support_sets=sum(len(looks) for looks in known.looks.values()),
+        left_out=known.left_out,
+    )
+    if request.plot is not None:
+        from icm_cli.workflows.map_picture import draw_map
+
+        with writing_file(request.plot, force=request.force) as stream:
+            stream.write(draw_map(found).encode())
+    return found
+
+
+def grouped_reasons(left_out: Sequence[LeftOut]) -> list[str]:
+    """Return a line for each reason why tasks are not on a map, with their names."""
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for entry in left_out:
+        names[entry.reason].append(entry.task)
+    return [f"{reason}: {', '.join(tasks)}" for reason, tasks in names.items()]
+
+
+def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
+    """Return the tasks that are nearest to one by the adapted view, at most five; none where too few can be compared.
+
+    Damaged vectors say nothing here; `icm verify` says that they are damaged.
+    """
+    tasks = [other for other in store.tasks() if other.base_model == task.base_model]
+    try:
+        looks = comparable_vectors(store, tasks, "adapted", like=task.name).looks
+    except (DamagedStore, IcmLoraError):
+        return ()
+    if task.name not in looks or len(looks) < FEWEST:
+        return ()
+    names = list(looks)
+    neighbours = ranked(names, task_distances(looks)[names.index(task.name)])
+    return tuple(neighbour for neighbour in neighbours if neighbour.task != task.name)[:_NEAREST]
+
+
+def _of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[TaskRecord]]:
+    """Return the base model that is meant, and its tasks."""
+    by_base: defaultdict[str, list[TaskRecord]] = defaultdict(list)
+    has_vectors: defaultdict[str, bool] = defaultdict(bool)
+    for row in store.summaries():
+        by_base[row.task.base_model].append(row.task)
+        has_vectors[row.task.base_model] |= row.vectors > 0
+    if base_model is not None:
+        if base_model not in by_base:
+            raise DataError(f"no task has the base model {base_model!r}", hint="`icm base ls` lists the names")
+        return base_model, by_base[base_model]
+    ready = sorted(base for base, has in has_vectors.items() if has)
+    if len(ready) > 1:
+        fact = f"a map has one base model, and tasks of {len(ready)} have vectors: {', '.join(ready)}"
+        raise DataError(fact, hint="choose one with --base-model NAME")
+    if not ready:
+        raise DataError("no task has vectors", hint=_VECTORS)
+    return ready[0], by_base[ready[0]]
+
+
+def _too_few(base_model: str, view: View, mapped: Sequence[str], left_out: Sequence[LeftOut]) -> DataError:
+    fact = f"a map needs {FEWEST} tasks of {base_model} whose vectors of the {view} view were made alike"
+    have = f"there {'is' if len(mapped) == 1 else 'are'} {len(mapped)}"
+    return DataError("; ".join([f"{fact}, and {have}", *grouped_reasons(left_out)]), hint=_VECTORS)
