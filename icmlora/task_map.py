@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from icmlora.clustering import Floats, Labels, cluster, silhouettes
-from icmlora.vector_space import FEWEST, Looks, Neighbour, VectorSpace, cosine_distances, directions, mean_looks, ranked
+from icmlora.vector_space import FEWEST, Looks, Neighbour, VectorSpace, cosine_distances, directions, mean_looks
 
 PAIRS = 5
 """Nearest pairs that a map names, besides those that cannot be told apart."""
@@ -105,7 +105,8 @@ def map_tasks(tasks: Looks, clusters: int | None = None) -> TaskMap:
     labels = cluster(distances, clusters)
     values = silhouettes(distances, labels)
     apart = distances + np.diag(np.full(len(names), np.inf))
-    gaps = apart.min(axis=1)
+    neighbours, gaps = apart.argmin(axis=1), apart.min(axis=1)
+    fence = _upper_fence(gaps)
     owners = np.repeat(np.arange(len(names)), [len(looks) for looks in tasks.values()])
     looks = space.place(np.concatenate(list(tasks.values())))
     between = cosine_distances(looks, looks)
@@ -119,8 +120,8 @@ def map_tasks(tasks: Looks, clusters: int | None = None) -> TaskMap:
             silhouette=float(values[number]),
             point=_xy(points[number]),
             looks=tuple(_xy(point) for point in spread[owners == number]),
-            nearest=ranked(names, apart[number])[0],
-            is_outlier=bool(gaps[number] > _upper_fence(gaps)),
+            nearest=Neighbour(names[neighbours[number]], float(gaps[number])),
+            is_outlier=bool(gaps[number] > fence),
         )
         for number, name in enumerate(names)
     ]
@@ -161,12 +162,14 @@ def _pairs(names: list[str], distances: Floats, between: Floats, owners: Labels)
     within = sums.diagonal() / np.maximum(sizes * (sizes - 1), 1)
     alike = sums / np.outer(sizes, sizes) <= np.maximum(within[:, None], within[None, :])
     first, second = np.triu_indices(len(names), 1)
-    found = [
+    order = np.argsort(distances[first, second], kind="stable")
+    first, second = first[order], second[order]
+    shown = alike[first, second]
+    shown[:PAIRS] = True
+    return tuple(
         Pair((names[one], names[other]), float(distances[one, other]), bool(alike[one, other]))
-        for one, other in zip(first.tolist(), second.tolist(), strict=True)
-    ]
-    found.sort(key=lambda pair: (pair.distance, pair.tasks))
-    return tuple(pair for rank, pair in enumerate(found) if rank < PAIRS or pair.is_alike)
+        for one, other in zip(first[shown].tolist(), second[shown].tolist(), strict=True)
+    )
 
 
 def _upper_fence(values: Floats) -> float:

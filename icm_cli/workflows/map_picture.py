@@ -32,6 +32,8 @@ _LETTER, _LINE = 6.3, 14.0
 """Width of a letter and height of a line of labels, a little more than they take in common fonts of 11 pixels."""
 _LONGEST = 32
 _LEGEND_ROWS = 24
+_MANY = 200
+"""Tasks above which their looks would hide each other, and are not drawn."""
 _STYLE = """
 svg { font: 11px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif }
 .title { font-size: 16px; font-weight: 600 }
@@ -61,8 +63,8 @@ class _Placed:
 def draw_map(found: MappedFleet) -> str:
     """Return the picture of a map as the text of an SVG file."""
     placed = _placed(found)
-    rows = list(_legend(found))
-    height = max(_FRAME.bottom + 40, _FRAME.top + _LINE * 1.5 * len(rows))
+    rows, end = _legend(found)
+    height = max(_FRAME.bottom + 32, end)
     name = printable(found.base_model)
     title = f"{len(placed)} tasks of {name} by their task vectors, {found.view} view"
     parts = [
@@ -101,10 +103,9 @@ def _placed(found: MappedFleet) -> list[_Placed]:
         )
 
     alone = {members[0].name for members in found.map.clusters if len(members) == 1}
+    drawn = _looks_are_drawn(found)
     return [
-        _Placed(
-            task, pixel(task.point), tuple(map(pixel, task.looks)) if len(task.looks) > 1 else (), task.name in alone
-        )
+        _Placed(task, pixel(task.point), tuple(map(pixel, task.looks)) if drawn else (), task.name in alone)
         for task in tasks
     ]
 
@@ -129,11 +130,10 @@ def _label(spot: _Placed, name: str, label: Label) -> Iterator[str]:
     box, (x, y) = label.box, spot.point
     # The width is an estimate, so a label begins or ends where it is nearest to its point.
     anchor, at = {1: ("start", box.left), -1: ("end", box.right), 0: ("middle", box.middle[0])}[label.across]
-    middle = box.middle[1]
     if label.is_away:
-        end = at if label.across else min(max(x, box.left), box.right)
-        yield f'<line class="link" x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{middle:.1f}"/>'
-    yield _text(at, middle + 4, "ink", name, anchor=anchor)
+        end = box.middle[1] if label.across else box.top if box.top > y else box.bottom
+        yield f'<line class="link" x1="{x:.1f}" y1="{y:.1f}" x2="{at:.1f}" y2="{end:.1f}"/>'
+    yield _text(at, box.middle[1] + 4, "ink", name, anchor=anchor)
 
 
 def _looks(spot: _Placed) -> Iterator[str]:
@@ -148,42 +148,39 @@ def _looks(spot: _Placed) -> Iterator[str]:
 def _marker(spot: _Placed) -> str:
     near = spot.task.nearest
     told = f"{spot.task.name}: nearest is {near.task} at {near.distance:.2f}"
-    return _shape(spot.task.cluster, *spot.point, is_alone=spot.is_alone, told=told)
+    return _shape(0 if spot.is_alone else spot.task.cluster, *spot.point, told)
 
 
-def _shape(cluster: int, x: float, y: float, *, is_alone: bool, told: str = "") -> str:
-    """Write a marker; what it tells shows where a pointer rests on it."""
+def _shape(cluster: int, x: float, y: float, told: str = "") -> str:
+    """Write the marker of a cluster, or of a task that is alone (0); what it tells shows under a pointer."""
     number = cluster - 1
-    path = _SHAPES[0] if is_alone else _SHAPES[number % len(_SHAPES)]
-    look = 'class="alone"' if is_alone else f'fill="{_COLOURS[number % len(_COLOURS)]}"'
+    path = _SHAPES[number % len(_SHAPES)] if cluster else _SHAPES[0]
+    look = 'class="alone"' if not cluster else f'fill="{_COLOURS[number % len(_COLOURS)]}"'
     inner = f"<title>{escape(printable(told, 400))}</title>" if told else ""
     return f'<path {look} d="{path}" transform="translate({x:.1f} {y:.1f})">{inner}</path>'
 
 
-def _legend(found: MappedFleet) -> Iterator[str]:
+def _legend(found: MappedFleet) -> tuple[list[str], float]:
+    """Return the legend and the lower edge of it."""
     clusters = [members for members in found.map.clusters if len(members) > 1]
-    alone = sum(len(members) == 1 for members in found.map.clusters)
+    alone = len(found.map.clusters) - len(clusters)
+    parts: list[str] = []
     y = _FRAME.top + 12
-
-    def row(text: str, style: str = "ink") -> str:
-        return _text(_LEGEND + 18, y + 4, style, text)
-
     for members in clusters[:_LEGEND_ROWS]:
         mean = sum(task.silhouette for task in members) / len(members)
-        yield _shape(members[0].cluster, _LEGEND + 6, y, is_alone=False)
-        yield row(f"{members[0].cluster}: {len(members)} tasks, silhouette {mean:.2f}")
+        text = f"{members[0].cluster}: {len(members)} tasks, silhouette {mean:.2f}"
+        parts += _shape(members[0].cluster, _LEGEND + 6, y), _text(_LEGEND + 18, y + 4, "ink", text)
         y += 20
     if len(clusters) > _LEGEND_ROWS:
-        yield row(f"and {len(clusters) - _LEGEND_ROWS} more clusters", "soft")
+        parts.append(_text(_LEGEND + 18, y + 4, "soft", f"and {len(clusters) - _LEGEND_ROWS} more clusters"))
         y += 20
     if alone:
-        yield _shape(0, _LEGEND + 6, y, is_alone=True)
-        yield row(f"{alone} alone")
+        parts += _shape(0, _LEGEND + 6, y), _text(_LEGEND + 18, y + 4, "ink", f"{alone} alone")
         y += 20
-    y += 10
     for text in _facts(found):
-        yield _text(_LEGEND, y, "soft", text)
         y += 16
+        parts.append(_text(_LEGEND, y, "soft", text))
+    return parts, y + 16
 
 
 def _facts(found: MappedFleet) -> Iterator[str]:
@@ -191,8 +188,12 @@ def _facts(found: MappedFleet) -> Iterator[str]:
         yield from ("silhouette of support sets", f"by task: {found.map.silhouette_by_task:.2f}")
     if found.map.silhouette_by_cluster is not None:
         yield from ("silhouette of tasks", f"by cluster: {found.map.silhouette_by_cluster:.2f}")
-    if any(len(task.looks) > 1 for task in found.map.tasks):
+    if _looks_are_drawn(found):
         yield "small dots: single support sets"
+
+
+def _looks_are_drawn(found: MappedFleet) -> bool:
+    return len(found.map.tasks) <= _MANY and any(len(task.looks) > 1 for task in found.map.tasks)
 
 
 def _axes(found: MappedFleet) -> str:
