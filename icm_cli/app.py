@@ -20,6 +20,7 @@ from icm_cli.commands.export import export
 from icm_cli.commands.import_ import import_
 from icm_cli.commands.ingest import ingest
 from icm_cli.commands.ls import ls
+from icm_cli.commands.map import map_
 from icm_cli.commands.materialize import materialize
 from icm_cli.commands.path import path
 from icm_cli.commands.pin import pin, unpin
@@ -54,6 +55,7 @@ app.command(rich_help_panel=CARRY)(export)
 app.command(rich_help_panel=CARRY, name="import")(import_)
 app.command(rich_help_panel=LOOK)(ls)
 app.command(rich_help_panel=LOOK)(show)
+app.command(rich_help_panel=LOOK, name="map")(map_)
 app.command(rich_help_panel=LOOK_AFTER)(evict)
 app.command(rich_help_panel=LOOK_AFTER)(pin)
 app.command(rich_help_panel=LOOK_AFTER)(unpin)

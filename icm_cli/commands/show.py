@@ -42,6 +42,8 @@ _RUNGS = ("base", "original", "residual", "code", "generate")
 def show(session: Session, task: TaskArg) -> None:
     """Show a task: its adapters, vectors, code and residual, and how good each rung was measured to be.
 
+    NEAREST TASKS are those with the least cosine distance between task vectors; `icm map` shows all.
+
     Example:
       icm show shakespeare
     """
@@ -72,9 +74,15 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
         ("samples", "yes" if details.task.samples else "no"),
         ("held-out text", "yes" if details.task.eval_data else "no"),
         ("vectors", counted(len(details.vectors), "vector")),
+        *_nearest(details),
         *_coded(details),
         ("ingested", details.task.created_at),
     ]
+
+
+def _nearest(details: TaskDetails) -> list[tuple[str, str]]:
+    found = ", ".join(f"{neighbour.task} {neighbour.distance:.3f}" for neighbour in details.nearest)
+    return [("nearest tasks", found)] if found else []
 
 
 def _coded(details: TaskDetails) -> list[tuple[str, str]]:
@@ -151,6 +159,7 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
             for module, rank, inputs, outputs in details.final.layout
         ],
         "vectors": [_without_ids(asdict(vector)) for vector in details.vectors],
+        "nearest": [asdict(neighbour) for neighbour in details.nearest],
         "generator": None if generator is None else {"version": generator.version, "digest": generator.blob},
         "initial_seed": None if details.initial is None else details.initial.seed,
         "code": None if details.code is None else _without_ids(asdict(details.code)),

@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from icm_cli.workflows.mapping import nearest_tasks
 from icm_cli.workflows.opening import Place
 from icmlora.errors import IcmLoraError
 from icmlora.generator.code import Code
 from icmlora.generator.config import GeneratorConfig
 from icmlora.initial_a import InitialA
+from icmlora.vector_space import Neighbour
 from registry.errors import DamagedStore
 from registry.records import (
     AdapterRecord,
@@ -31,6 +33,7 @@ class TaskDetails:
 
     Attributes:
         adapters: Checkpoints by step, the final adapter last.
+        nearest: The nearest tasks by the adapted view, at most five; none without vectors, or with too few to compare.
         generator: The current generator of its base model, if there is one.
         code: Its code under that generator, if it has one.
         initial: Where the A that its training began with was drawn, if the code knows.
@@ -40,6 +43,7 @@ class TaskDetails:
     task: TaskRecord
     adapters: tuple[AdapterRecord, ...]
     vectors: tuple[VectorRecord, ...]
+    nearest: tuple[Neighbour, ...]
     generator: GeneratorRecord | None
     code: CodeRecord | None
     initial: InitialA | None
@@ -61,10 +65,12 @@ def describe_task(place: Place, name: str) -> TaskDetails:
         task = store.task(name)
         generator = store.current_generator(task.base_model)
         code = None if generator is None else store.code(task.name, generator.id)
+        vectors = tuple(store.vectors(task.name))
         return TaskDetails(
             task=task,
             adapters=tuple(store.adapters(task.name)),
-            vectors=tuple(store.vectors(task.name)),
+            vectors=vectors,
+            nearest=nearest_tasks(store, task) if vectors else (),
             generator=generator,
             code=code,
             initial=None if generator is None or code is None else _initial(store, generator, code),
