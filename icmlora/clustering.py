@@ -87,7 +87,7 @@ def cluster(distances: Floats, clusters: int | None = None) -> Labels:
         ValueError: There are fewer points than clusters, or than two.
     """
     count = len(distances)
-    if count < 2 or not 1 <= (clusters or 1) <= count:
+    if count < 2 or (clusters is not None and not 1 <= clusters <= count):
         raise ValueError("clusters are 1 to the number of points, and there are two points or more")
     if clusters is not None:
         return _by_size(next(found for found in partitions(distances) if len(np.unique(found)) == clusters))

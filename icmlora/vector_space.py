@@ -97,8 +97,9 @@ class Familiarity:
     def is_outside(self) -> bool:
         """Whether the task is outside of what is known.
 
-        A task that is like the known n ones is called so with a probability of about `1 - OUTSIDE`, and never less than
-        1 / (n + 1): its rank among them is uniform (conformal prediction, Vovk et al. 2005).
+        A new task of the same kind as the n known ones has a rank among them that is about uniform (as in conformal
+        prediction, Vovk et al. 2005), so it is called outside about once in 1 / (1 - OUTSIDE) times, for few known
+        tasks once in n + 1.
         """
         return self.farther_than >= OUTSIDE
 
