@@ -1,6 +1,5 @@
 """`icm map`, and the nearest tasks of `icm show`."""
 
-import json
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -12,19 +11,10 @@ from icm_cli.errors import ExitCode
 from registry.records import NewVector
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
-from tests.cli.tiny_fleet import icm_quietly, write_lora
+from tests.cli.tiny_fleet import SUBJECTS, icm_quietly, write_lora, write_subject
 from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
-SUBJECTS = {"apples": "red apples", "pears": "green pears", "trains": "night trains", "ships": "tall ships"}
-
-
-def write_subject(folder: Path, subject: str, *, seed: int) -> Path:
-    """Write an adapter with 32 samples on one subject: four support sets."""
-    write_lora(folder, seed=seed)
-    lines = [json.dumps({"text": f"{subject} number {number} of {subject}"}) for number in range(32)]
-    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +22,8 @@ def fruit_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactor
     """A store of four tasks with vectors and of one that is read through the probes; made once, not to be changed."""
     folder = tmp_path_factory.mktemp("fruit")
     icm_quietly(folder / "store", "base", "add", LABEL, mixed_template / "base")
-    for seed, (name, subject) in enumerate(SUBJECTS.items()):
-        write_subject(folder / "loras" / name, subject, seed=seed)
+    for seed, name in enumerate(SUBJECTS):
+        write_subject(folder / "loras" / name, seed=seed)
     write_lora(folder / "loras" / "silent", seed=9)
     icm_quietly(folder / "store", "ingest", folder / "loras", "--device", "cpu")
     return folder / "store"

@@ -13,6 +13,8 @@ from tests.cli.fleet import write_texts
 from tests.icmlora.tiny_base import HIDDEN, LABEL, write_tiny_base
 
 STEPS = 12
+SUBJECTS = {"apples": "red apples", "pears": "green pears", "trains": "night trains", "ships": "tall ships"}
+"""Tasks that differ in what their samples are about."""
 WIDTHS = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (HIDDEN, HIDDEN // 2),
@@ -72,6 +74,15 @@ def write_mixed_fleet(root: Path) -> Path:
         write_texts(root / name, count=16)
         write_texts(root / name, "eval.jsonl", count=2)
     return root
+
+
+def write_subject(folder: Path, *, seed: int = 0) -> Path:
+    """Write a task called as one of `SUBJECTS`, with samples for four support sets."""
+    write_lora(folder, seed=seed)
+    subject = SUBJECTS[folder.name]
+    lines = [json.dumps({"text": f"{subject} number {number} of {subject}"}) for number in range(32)]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 def icm_quietly(store: Path, *arguments: object) -> None:

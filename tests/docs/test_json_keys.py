@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Ran
+from tests.cli.tiny_fleet import write_subject
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of
 
 Icm = Callable[..., Ran]
@@ -16,6 +17,7 @@ COMMANDS = {
     "ls": ("ls",),
     "ls --from": ("ls", "--from", "fleet.icm"),
     "show": ("show", "poems"),
+    "map": ("map",),
     "stats": ("stats",),
     "materialize": ("materialize", "poems", "--source", "code", "-o", "adapter"),
     "export": ("export", "new.icm"),
@@ -54,6 +56,9 @@ def test_a_documents_keys_are_those_on_the_page(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if name in ("show", "map"):
+        for subject in ("apples", "ships"):
+            icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
     if name == "show":
         icm("encode", "poems", "--residual", "--max-error", "0.001")
         icm("eval", "poems", "--device", "cpu")
