@@ -110,9 +110,8 @@ def _print(session: Session, found: MappedFleet) -> None:
     alike = sum(pair.is_alike for pair in found.map.pairs)
     if alike:
         out.line()
-        out.line(
-            f"{counted(alike, 'pair')} cannot be told apart: their vectors hardly differ more than those of one task's support sets"
-        )
+        why = "their vectors hardly differ more than those of one task's support sets"
+        out.line(f"{counted(alike, 'pair')} cannot be told apart: {why}")
     outliers = [f"{task.name} ({task.nearest.task}, {task.nearest.distance:.3f})" for task in tasks if task.is_outlier]
     if outliers:
         out.line()
