@@ -53,8 +53,8 @@ class NllResult:
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """Token ids of one example and the index of the first that is scored."""
+class Scored:
+    """Token ids of one example and the index of the first that is scored, at least 1."""
 
     ids: list[int]
     first: int
@@ -80,9 +80,7 @@ def nll(
     Raises:
         DataError: No token of any example is left to predict.
     """
-    scored = [item for example in examples if (item := _tokenize(tokenizer, example, max_tokens)) is not None]
-    if not scored:
-        raise DataError("no example is long enough to predict a token of it", hint="give longer held-out texts")
+    scored = tokenized(tokenizer, examples, max_tokens)
     # Summed in input order, whatever the batches were.
     starts = range(0, len(scored), batch_size)
     nats = math.fsum(value for start in starts for value in _batch_nats(model, scored[start : start + batch_size]))
@@ -111,7 +109,19 @@ def retained_gain(base: float, original: float, other: float) -> float | None:
     return (base - other) / gain if gain > 0 else None
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int) -> _Scored | None:
+def tokenized(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit: int) -> list[Scored]:
+    """Turn examples into token ids, at most `limit` each; those without a token to predict are left out.
+
+    Raises:
+        DataError: None is left.
+    """
+    scored = [item for example in examples if (item := _tokenize(tokenizer, example, limit)) is not None]
+    if not scored:
+        raise DataError("no example is long enough to predict a token of it", hint="give longer texts")
+    return scored
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int) -> Scored | None:
     if not example.prompt:
         ids = list(tokenizer(example.completion, truncation=True, max_length=limit)["input_ids"])
         first = 1
@@ -122,17 +132,17 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int) 
         answer = list(tokenizer(example.completion, **options)["input_ids"])
         prompt = prompt[-(limit - len(answer)) :]
         ids, first = prompt + answer, max(1, len(prompt))
-    return _Scored(ids, first) if len(ids) > first else None
+    return Scored(ids, first) if len(ids) > first else None
 
 
-def _batch_nats(model: Any, batch: Sequence[_Scored]) -> list[float]:
+def _batch_nats(model: Any, batch: Sequence[Scored]) -> list[float]:
     ids, mask = padded([item.ids for item in batch], model.device)  # padding is never a target
     with torch.inference_mode():
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (batch, length, vocabulary)
         return [_row_nats(logits[row], ids[row], item) for row, item in enumerate(batch)]
 
 
-def _row_nats(logits: torch.Tensor, ids: torch.Tensor, item: _Scored) -> float:
+def _row_nats(logits: torch.Tensor, ids: torch.Tensor, item: Scored) -> float:
     # One row at a time in float32: a whole batch of vocabulary-wide rows would double the peak memory.
     end = len(item.ids)
     predicted = logits[item.first - 1 : end - 1].float()

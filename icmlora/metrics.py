@@ -44,7 +44,12 @@ def relative_dw_errors(original: Adapter, other: Adapter) -> dict[str, float]:
 
 def dw_norm(adapter: Adapter) -> float:
     """Return the Frobenius norm of dW over all modules."""
-    return math.sqrt(sum(_inner(module, module) for module in adapter.modules))
+    return math.sqrt(sum(norm * norm for norm in module_norms(adapter).values()))
+
+
+def module_norms(adapter: Adapter) -> dict[str, float]:
+    """Return the Frobenius norm of each module's dW."""
+    return {module.name: math.sqrt(max(_inner(module, module), 0.0)) for module in adapter.modules}
 
 
 def _parts(original: Adapter, other: Adapter) -> dict[str, tuple[float, float]]:

@@ -5,13 +5,13 @@ dW = sum s u v^T   ->   A' = sqrt(s) v^T,  B' = u sqrt(s)  of the first k
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter import Adapter
+from icmlora.arithmetic import truncated
 from icmlora.baselines.baseline import PerAdapter
 from icmlora.baselines.factors import factors_from_bytes, factors_to_bytes
 from icmlora.baselines.quantizers import Quantizer
-from icmlora.canonical import canonicalize
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,3 @@ class Truncation(PerAdapter):
     def decode(self, code: bytes, shared: bytes) -> Adapter:
         """Read it back."""
         return factors_from_bytes(code, self.quantizer)
-
-
-def truncated(adapter: Adapter, rank: int) -> Adapter:
-    """Return the best adapter of a smaller rank, in the Frobenius norm of dW."""
-    kept = [LoraModule(module.name, module.a[:rank], module.b[:, :rank]) for module in canonicalize(adapter).modules]
-    return replace(adapter, modules=tuple(kept))

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from icmlora.adapter import Adapter, LoraModule
+from icmlora.arithmetic import truncated
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.baselines.head import Head
 from icmlora.baselines.joint_basis import fit_bases
 from icmlora.baselines.reader import Reader
-from icmlora.baselines.truncation import truncated
 from icmlora.errors import CodeError, NotCovered
 from icmlora.layout import target_modules
 from icmlora.metrics import dw_norm, relative_dw_error

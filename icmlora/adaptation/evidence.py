@@ -1,0 +1,128 @@
+"""What a few samples say about a base model's modules: how the loss would have each of them changed.
+
+    samples ──base + start──▶ loss ──backward──▶ per module:   g x^T       (out, in)       gradient
+      inputs x (in) of a module, gradients g (out) of its outputs    x^2, g^2    (in,), (out,)   mean squares
+
+All are means over the scored tokens. One pass forward and backward, without any adapter of the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from icmlora.base_model import BaseModel
+from icmlora.evaluation import Scored
+from icmlora.generator.relaxed import Factors
+from icmlora.padding import padded
+from icmlora.teacher import added
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleEvidence:
+    """What the samples say about one module, float32 on the base model's device."""
+
+    gradient: torch.Tensor
+    """Of the loss for dW, shape (out, in)."""
+    inputs: torch.Tensor
+    """Mean squares of what comes in, shape (in,)."""
+    outputs: torch.Tensor
+    """Mean squares of the loss's gradient for what goes out, shape (out,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the samples say, by dotted module name.
+
+    Attributes:
+        modules: One entry per module.
+        nats: Loss where it was gathered, in nats per token.
+        tokens: How many tokens were scored.
+    """
+
+    modules: Mapping[str, ModuleEvidence]
+    nats: float
+    tokens: int
+
+
+def gather_evidence(
+    base: BaseModel, start: Factors, modules: Iterable[str], samples: Sequence[Scored], *, batch_size: int = 1
+) -> Evidence:
+    """Run the samples forward and backward once.
+
+    Memory is 4 in out bytes a module beside the base model's activations, whatever the number of samples.
+
+    Args:
+        base: The base model; it is left as it was.
+        start: Factors of what is added to it meanwhile; none for the bare base model.
+        modules: Dotted names of linear modules.
+        samples: Token ids; of labelled ones only the completion is scored.
+        batch_size: Samples a pass; more than 1 pays on accelerators only.
+    """
+    sums: dict[str, list[torch.Tensor]] = {}
+    nats, tokens = 0.0, sum(len(item.ids) - item.first for item in samples)
+    for first in range(0, len(samples), batch_size):
+        batch = samples[first : first + batch_size]
+        ids, mask = padded([item.ids for item in batch], base.model.device)
+        with added(base.model, start), _summing(base.model, modules, mask.bool(), sums):
+            loss = summed_loss(base, ids, mask, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        nats += float(loss.detach())
+    found = {name: ModuleEvidence(*(part / tokens for part in parts)) for name, parts in sums.items()}
+    return Evidence(found, nats / tokens, tokens)
+
+
+def summed_loss(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor, batch: Sequence[Scored]) -> torch.Tensor:
+    """Return the loss of all scored tokens in nats, with gradients.
+
+    Args:
+        base: The base model.
+        ids: Token ids, (rows, T).
+        mask: 1 for real tokens, (rows, T).
+        batch: What the rows are.
+    """
+    # Gradients need a leaf to flow to, and no parameter of the base model is one.
+    embedded = base.model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = base.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits  # (rows, T, V)
+    return torch.stack([_row_loss(*row) for row in zip(logits, ids, batch, strict=True)]).sum()
+
+
+def _row_loss(logits: torch.Tensor, ids: torch.Tensor, item: Scored) -> torch.Tensor:
+    end = len(item.ids)
+    predicted = logits[item.first - 1 : end - 1].float()  # (scored tokens, V)
+    return functional.cross_entropy(predicted, ids[item.first : end], reduction="sum")
+
+
+@contextmanager
+def _summing(
+    model: nn.Module, modules: Iterable[str], real: torch.Tensor, sums: dict[str, list[torch.Tensor]]
+) -> Iterator[None]:
+    """Add the products of inputs and gradients to `sums` for the block; `real` says which tokens are no padding."""
+    handles = [model.get_submodule(name).register_forward_hook(_adder(name, real, sums)) for name in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(
+    name: str, real: torch.Tensor, sums: dict[str, list[torch.Tensor]]
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
+        x = inputs[0].detach()[real]  # (tokens, in)
+
+        def add(gradient: torch.Tensor) -> None:
+            g = gradient[real]  # (tokens, out)
+            parts = [(g.T @ x).float(), x.float().square().sum(0), g.float().square().sum(0)]
+            known = sums.get(name)
+            sums[name] = parts if known is None else [a.add_(b) for a, b in zip(known, parts, strict=True)]
+
+        outputs.register_hook(add)  # type: ignore[no-untyped-call]
+
+    return hook

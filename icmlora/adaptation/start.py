@@ -1,0 +1,77 @@
+"""What a fleet knows about tasks that it has not seen: where to start, and how far each module steps from there.
+
+start: the fleet's mean dW, of a small rank         size: usual |dW| of a module over the fleet
+step s of a module, on K samples, has the length    size * 2^((rate[s] + slope[s] * log2(K / 16)) / 8)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from icmlora.adapter import Adapter
+from icmlora.arithmetic import mean_adapter
+from icmlora.generator.scales import OCTAVE
+from icmlora.metrics import module_norms
+
+RANK = 16
+"""Directions that the start has of each module."""
+USUAL_SAMPLES = 16
+"""How many samples rates are for; slopes say what more or fewer are worth."""
+FIRST_RATES = (-22, -26)
+"""Of steps that nothing was learned about, in eighths: a seventh and a tenth of a module's usual size."""
+FIRST_SLOPE = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where an adapter for an unseen task begins, and the lengths of its steps."""
+
+    adapter: Adapter
+    """The fleet's mean."""
+    sizes: tuple[int, ...]
+    """log2 of the usual |dW| of each module of it, in eighths."""
+    rates: tuple[tuple[int, ...], ...]
+    """By step and module: log2 of a step's length in sizes, in eighths."""
+    slopes: tuple[int, ...]
+    """By step: what twice as many samples add to the rates, in eighths."""
+    tasks: int
+    """How many tasks it was made of."""
+
+    def length(self, step: int, module: int, samples: int) -> float:
+        """Return how long a step of a module is."""
+        rate = self.rates[step][module] + self.slopes[step] * math.log2(samples / USUAL_SAMPLES)
+        return float(2.0 ** ((self.sizes[module] + rate) / OCTAVE))
+
+
+def untrained_start(adapters: Iterable[Adapter], rank: int = RANK) -> Start:
+    """Make the start of a fleet, with lengths that nothing was learned about.
+
+    Args:
+        adapters: The fleet's; read once, one at a time.
+        rank: Directions kept of each module.
+
+    Raises:
+        ValueError: There is no adapter.
+    """
+    logs: defaultdict[str, list[float]] = defaultdict(list)
+    count = 0
+
+    def measured() -> Iterable[Adapter]:
+        nonlocal count
+        for adapter in adapters:
+            count += 1
+            for name, norm in module_norms(adapter).items():
+                if norm > 0:
+                    logs[name].append(math.log2(norm))
+            yield adapter
+
+    mean = mean_adapter(measured(), rank)
+    known = [log for group in logs.values() for log in group] or [0.0]
+    usual = {name: sum(group) / len(group) for name, group in logs.items()}
+    middle = sum(known) / len(known)
+    sizes = tuple(round(OCTAVE * usual.get(module.name, middle)) for module in mean.modules)
+    rates = tuple((rate,) * len(sizes) for rate in FIRST_RATES)
+    return Start(mean, sizes, rates, (FIRST_SLOPE,) * len(rates), count)
