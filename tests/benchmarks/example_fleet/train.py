@@ -86,11 +86,13 @@ def save(model: PeftModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def nats_per_token(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, length: int) -> float:
-    """Mean negative log-likelihood over every predicted token of a JSONL file's texts, each cut to `length`."""
+def nats_per_token(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, length: int, texts: int | None = None
+) -> float:
+    """Mean negative log-likelihood over every predicted token of a JSONL file's first texts, each cut to `length`."""
     model.eval()
     total, count = 0.0, 0
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8").splitlines()[:texts]:
         ids = tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[:, :length]
         predicted = ids.shape[1] - 1
         total += model(input_ids=ids, labels=ids).loss.item() * predicted
