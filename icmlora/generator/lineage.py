@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from icmlora.errors import CodeError, GeneratorError, NotCovered
 from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
