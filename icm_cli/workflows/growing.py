@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -97,22 +97,23 @@ class Growth:
         return Candidate(data, codes)
 
     def tuned(self, kept: Candidate) -> Generator[Event, None, Candidate]:
-        """Tune the decoder on the tasks of a candidate, and encode each anew where that makes its code smaller.
+        """Tune the decoder of the epoch that most codes of a candidate name, and encode their tasks under it.
 
-        Tuning begins with the epoch that most of their codes name, and changes nothing that reads adapters or vectors.
+        A task keeps the code that it has where that is not larger. Nothing that reads adapters or vectors is tuned.
         """
-        lineage = Lineage(kept.data)
-        named = Counter(generator_of(code.data) for code in kept.codes.values())
-        base = lineage.digests.index(named.most_common(1)[0][0])
+        lineage, named = Lineage(kept.data), {name: generator_of(code.data) for name, code in kept.codes.items()}
+        ((digest, _),) = Counter(named.values()).most_common(1)
+        base = lineage.digests.index(digest)
         net = lineage.codec(base).generator.net
-        fleet = StoreFleet(self._store, self._fleet.base_model, kept.codes)
+        fleet = StoreFleet(self._store, self._fleet.base_model, [name for name in named if named[name] == digest])
         steps = self._request.steps or _TUNING_STEPS * fleet.tasks()
         rate = self._request.learning_rate or _TUNING_RATE
         options = TrainConfig(steps=steps, learning_rate=rate, weight_decay=0.0, seed=self._request.seed)
         state = yield from self._fit(fleet, new_state(tunable_network(net).to(self._device), options))
         words = differences_to_words(net.state_dict(), state.net.state_dict(), _COARSENESS)
         found = yield from self._under_last(append_epoch(kept.data, words, base), fleet)
-        return replace(found, codes={name: _smaller(kept.codes[name], code) for name, code in found.codes.items()})
+        smaller = {name: _smaller(kept.codes[name], code) for name, code in found.codes.items()}
+        return Candidate(found.data, {**kept.codes, **smaller})
 
     def fresh(self, data: bytes, names: list[str]) -> Generator[Event, None, Candidate]:
         """Fit a network of their own to some tasks, and encode them under it.
