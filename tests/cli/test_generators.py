@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows.growing import Candidate
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import STEPS, write_lora
@@ -16,9 +15,8 @@ Icm = Callable[..., Ran]
 
 
 @pytest.fixture
-def updated(icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def updated(icm: Icm, trained: Path, tmp_path: Path, tuned_wins: None) -> Path:
     """A trained store with one more task under a second generator that continues the first."""
-    monkeypatch.setattr(Candidate, "cost", lambda self, before: -len(self.data))
     icm("ingest", write_lora(tmp_path / "extra", seed=9), "--no-vectors")
     assert icm("train", "--update", "--no-eval", "--device", "cpu", "--steps", STEPS).code == 0
     return trained

@@ -12,7 +12,6 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icm_cli.workflows import growing, training
-from icm_cli.workflows.growing import Candidate
 from icmlora.adapter import Adapter
 from icmlora.generator.lineage import Lineage
 from registry.records import GeneratorRecord
@@ -53,12 +52,6 @@ def updated(ran: Ran) -> dict[str, Any]:
 
 def add(icm: Icm, folder: Path, name: str = "extra", **options: Any) -> None:
     assert icm("ingest", write_lora(folder / name, **options), "--no-vectors").code == 0
-
-
-@pytest.fixture
-def tuned_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the tuned network be chosen: on random adapters it hardly ever is smaller."""
-    monkeypatch.setattr(Candidate, "cost", lambda self, before: -len(self.data))
 
 
 def test_a_new_task_gets_a_code_and_the_network_is_kept_where_that_is_smaller(
@@ -118,10 +111,10 @@ def test_after_a_fresh_epoch_a_task_goes_where_its_code_is_smallest(icm: Icm, tr
     assert (set(event["tasks"]), event["added"], event["epochs"]) == ({"again", "usual"}, [], 2)
 
 
+@pytest.mark.usefixtures("tuned_wins")
 def test_it_needs_no_original_of_the_tasks_that_have_a_code(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Candidate, "cost", lambda self, before: -len(self.data))
     assert icm("evict", "--max-error", "0.9").code == 0
     adapters = decoded(trained)
     add(icm, tmp_path, seed=9)
@@ -134,10 +127,10 @@ def test_it_needs_no_original_of_the_tasks_that_have_a_code(
     assert icm("verify", "--read-data").code == 0
 
 
+@pytest.mark.usefixtures("tuned_wins")
 def test_what_was_measured_of_earlier_codes_is_still_known(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Candidate, "cost", lambda self, before: -len(self.data))
     icm("eval", "poems", "--rung", "code", "--device", "cpu")
     before = icm("show", "poems", "--json").document
     add(icm, tmp_path, seed=9)
@@ -147,10 +140,10 @@ def test_what_was_measured_of_earlier_codes_is_still_known(
     assert [tasks["poems"]["retained_gain"]] == measured
 
 
+@pytest.mark.usefixtures("tuned_wins")
 def test_a_residual_stays_beside_its_code(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Candidate, "cost", lambda self, before: -len(self.data))
     icm("encode", "poems", "--residual", "--max-error", "0.001")
     add(icm, tmp_path, seed=9)
     icm(*UPDATE)
