@@ -17,6 +17,7 @@ from icm_cli.commands.encode import encode
 from icm_cli.commands.eval import evaluate
 from icm_cli.commands.evict import evict
 from icm_cli.commands.export import export
+from icm_cli.commands.generators import generators
 from icm_cli.commands.import_ import import_
 from icm_cli.commands.ingest import ingest
 from icm_cli.commands.ls import ls
@@ -56,6 +57,7 @@ app.command(rich_help_panel=CARRY, name="import")(import_)
 app.command(rich_help_panel=LOOK)(ls)
 app.command(rich_help_panel=LOOK)(show)
 app.command(rich_help_panel=LOOK, name="map")(map_)
+app.add_typer(generators, rich_help_panel=LOOK_AFTER)
 app.command(rich_help_panel=LOOK_AFTER)(evict)
 app.command(rich_help_panel=LOOK_AFTER)(pin)
 app.command(rich_help_panel=LOOK_AFTER)(unpin)

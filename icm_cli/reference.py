@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer
-from typer.core import TyperArgument, TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from icm_cli.app import app
 from icm_cli.config import VARIABLES
@@ -24,18 +24,20 @@ def pages() -> dict[str, str]:
     return {"cli.md": "\n".join(_cli_page()) + "\n", "exit-codes.md": "\n".join(_exit_page()) + "\n"}
 
 
-def commands() -> Iterator[tuple[str, typer.core.TyperCommand]]:
+def commands() -> Iterator[tuple[str, TyperCommand | TyperGroup]]:
     """Yield every command that does something, as (`icm base add`, command), in the order of the help."""
     root = typer.main.get_command(app)
     assert isinstance(root, TyperGroup)
     yield from _walk(root, "icm")
 
 
-def _walk(group: TyperGroup, prefix: str) -> Iterator[tuple[str, typer.core.TyperCommand]]:
+def _walk(group: TyperGroup, prefix: str) -> Iterator[tuple[str, TyperCommand | TyperGroup]]:
     for name, command in group.commands.items():
         if isinstance(command, TyperGroup):
+            if command.invoke_without_command:
+                yield f"{prefix} {name}", command
             yield from _walk(command, f"{prefix} {name}")
-        elif isinstance(command, typer.core.TyperCommand) and not command.hidden:
+        elif isinstance(command, TyperCommand) and not command.hidden:
             yield f"{prefix} {name}", command
 
 
@@ -53,7 +55,7 @@ def _cli_page() -> Iterator[str]:
     yield from (f"| `{name}` | {meaning} |" for name, meaning in VARIABLES.items())
 
 
-def _described(command: typer.core.TyperCommand) -> Iterator[str]:
+def _described(command: TyperCommand | TyperGroup) -> Iterator[str]:
     text, _, example = inspect.cleandoc(command.help or "").partition("Example:\n")
     yield text.rstrip()
     if example:
@@ -61,18 +63,18 @@ def _described(command: typer.core.TyperCommand) -> Iterator[str]:
     yield ""
 
 
-def _usage(name: str, command: typer.core.TyperCommand) -> Iterator[str]:
+def _usage(name: str, command: TyperCommand | TyperGroup) -> Iterator[str]:
     context = typer.Context(command, info_name=name)
     yield f"Usage: `{name} {' '.join(command.collect_usage_pieces(context))}`"
 
 
-def _arguments(command: typer.core.TyperCommand) -> Iterator[str]:
+def _arguments(command: TyperCommand | TyperGroup) -> Iterator[str]:
     for parameter in command.params:
         if isinstance(parameter, TyperArgument) and not parameter.hidden:
             yield f"- `{parameter.metavar or parameter.name}`: {parameter.help}"
 
 
-def _options(command: typer.core.TyperCommand, *, only_global: bool) -> Iterator[str]:
+def _options(command: TyperCommand | TyperGroup, *, only_global: bool) -> Iterator[str]:
     for parameter in command.params:
         if not isinstance(parameter, TyperOption) or parameter.hidden or parameter.name == "help":
             continue

@@ -124,7 +124,11 @@ def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., 
     def run(*, ctx: typer.Context, **values: object) -> None:
         given = {field.name: values.pop(field.name) for field in fields(GlobalOptions)}
         options = GlobalOptions(**given)  # type: ignore[arg-type]  # Typer has converted them
-        session = _start(options.over(ctx.find_root().obj), ctx.command_path)
+        options = options.over(ctx.obj)
+        if ctx.invoked_subcommand is not None:  # a group that does something of its own when it is alone
+            ctx.obj = options
+            return
+        session = _start(options, ctx.command_path)
         try:
             cast(Callable[..., None], function)(session, **values)
             sys.stdout.flush()

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import hashlib
 
-_CHECK = 8
+CHECK = 8
+"""Length of the check, in bytes: so much of a SHA-256."""
 
 
 def seal(data: bytes) -> bytes:
     """Return bytes with their check."""
-    return data + _check_of(data)
+    return data + hashlib.sha256(data).digest()[:CHECK]
 
 
 def unseal(data: bytes) -> bytes | None:
     """Return what was sealed, or None if that is not what is here any more."""
-    content = data[:-_CHECK]
-    return content if data[-_CHECK:] == _check_of(content) else None
-
-
-def _check_of(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()[:_CHECK]
+    content = data[:-CHECK]
+    return content if seal(content) == data else None

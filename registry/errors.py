@@ -16,6 +16,7 @@ RegistryError
 ├── InvalidName        a task name outside the rule
 ├── TaskNotFound       no task of that name
 ├── TaskConflict       the task exists with another adapter
+├── GeneratorNotFound  no generator of that number
 ├── GeneratorConflict  another generator of the base model is in use
 ├── CodeChanged        a task got another code while something was made for its present one
 └── LastCopy           what was asked for would lose the last copy of an adapter
@@ -115,6 +116,10 @@ class TaskConflict(RegistryError):
             hint=f"give the new one another name, or say what to do with --on-conflict {choices}",
         )
         self.name = name
+
+
+class GeneratorNotFound(RegistryError):
+    """There is no such generator (any more)."""
 
 
 class GeneratorConflict(RegistryError):

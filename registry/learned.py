@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from sqlalchemy import ColumnElement, delete, exists, func, select, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
 
 from registry import models, records, rows
 from registry.base import StoreBase
@@ -59,10 +59,10 @@ class LearnedOperations(StoreBase):
         """
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
-            _must_cover_evicted(session, generator)
+            must_cover_evicted(session, generator.base_model, [code.task for code in generator.codes])
             row = generator_row(writer, generator)
             for code in generator.codes:
-                session.add(_code_row(writer, row, code))
+                session.add(code_row(writer, row, code))
             garbage = finish_run(writer, generator.train_run_id) if generator.train_run_id else []
             session.flush()
             record = rows.generator_record(row)
@@ -87,17 +87,6 @@ class LearnedOperations(StoreBase):
             query = query.where(models.BaseModel.name == base_model)
         with self._db.read() as session:
             return [rows.generator_record(row) for row in session.scalars(query)]
-
-    def forget_old_generators(self) -> int:
-        """Forget the generators that are not current, with their codes; prune frees the bytes. Return their number.
-
-        One that holds the only code of an evicted adapter stays.
-        """
-        with self._lock.exclusive(), self._db.write() as session:
-            query = select(models.Generator.id).where(~models.Generator.is_current, ~_holds_a_last_copy())
-            old = session.scalars(query).all()
-            session.execute(delete(models.Generator).where(models.Generator.id.in_(old)))
-            return len(old)
 
     def code(self, task: str, generator_id: int) -> records.CodeRecord | None:
         """Return the code of a task under a generator, if it has one.
@@ -146,26 +135,16 @@ class LearnedOperations(StoreBase):
             return [rows.evaluation_record(row) for row in session.scalars(query)]
 
 
-def _must_cover_evicted(session: Session, new: records.NewGenerator) -> None:
-    """Raise unless a generator brings a code for every task of its base model that has no original any more."""
+def must_cover_evicted(session: Session, base_model: str, tasks: Iterable[str]) -> None:
+    """Raise unless there are codes of all tasks of a base model that have no original any more."""
     adapter, base = models.Adapter, models.BaseModel
     query = select(models.Task.name).join(models.Task.base_model).join(adapter, adapter.task_id == models.Task.id)
-    query = query.where(base.name == new.base_model, adapter.is_final, adapter.evicted_at.is_not(None))
-    covered = {code.task.lower() for code in new.codes}
+    query = query.where(base.name == base_model, adapter.is_final, adapter.evicted_at.is_not(None))
+    covered = {task.lower() for task in tasks}
     bare = [name for name in session.scalars(query.order_by(models.Task.name)) if name.lower() not in covered]
     if bare:
-        fact = f"task {bare[0]!r} has no original any more, and would have no code under the new generator"
+        fact = f"task {bare[0]!r} has no original any more, and would have no code"
         raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")
-
-
-def _holds_a_last_copy() -> ColumnElement[bool]:
-    """Return the condition that an evicted adapter has a code of this generator and none of the current one."""
-    code, other, current = models.Code, aliased(models.Code), aliased(models.Generator)
-    has_another = exists().where(
-        other.adapter_id == code.adapter_id, other.generator_id == current.id, current.is_current
-    )
-    evicted = exists().where(models.Adapter.id == code.adapter_id, models.Adapter.evicted_at.is_not(None))
-    return exists().where(code.generator_id == models.Generator.id, evicted, ~has_another)
 
 
 def _record_vector(writer: RowWriter, new: records.NewVector) -> bool:
@@ -208,7 +187,8 @@ def generator_row(writer: RowWriter, new: records.NewGenerator, *, least_version
     return row
 
 
-def _code_row(writer: RowWriter, generator: models.Generator, new: records.NewCode) -> models.Code:
+def code_row(writer: RowWriter, generator: models.Generator, new: records.NewCode) -> models.Code:
+    """Make the row of a code in an open transaction; the generator's is flushed by then."""
     writer.session.flush()
     return models.Code(
         task=rows.find_task(writer.session, new.task),

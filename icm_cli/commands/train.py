@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from icm_cli.commands import encode
 from icm_cli.commands import eval as evaluation
-from icm_cli.errors import Interrupted
+from icm_cli.errors import Interrupted, UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt, gain_option, loss_option
 from icm_cli.session import Session, command
 from icm_cli.text import counted, human_duration, human_size
@@ -18,6 +19,8 @@ from icm_cli.text import counted, human_duration, human_size
 if TYPE_CHECKING:
     from icm_cli.workflows.events import Event
     from icm_cli.workflows.publishing import Trained
+    from icm_cli.workflows.training_run import TrainRequest
+    from icm_cli.workflows.updating import Updated
 
 MODEL_PANEL = "Model"
 
@@ -35,6 +38,12 @@ QualityOpt = Annotated[
 SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is random.")]
 ResumeOpt = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a run that was stopped.")]
 FreshOpt = Annotated[bool, typer.Option("--fresh", help="Start anew, not from the present generator.")]
+UpdateOpt = Annotated[
+    bool,
+    typer.Option(
+        "--update", help="Only give tasks without a code one; nothing else is read or changed, originals may be gone."
+    ),
+]
 EvalOpt = Annotated[
     bool, typer.Option("--eval/--no-eval", help="Then measure what the codes kept, where the base model is found.")
 ]
@@ -102,6 +111,7 @@ def train(
     seed: SeedOpt = 0,
     resume: ResumeOpt = True,
     fresh: FreshOpt = False,
+    update: UpdateOpt = False,
     evaluate: EvalOpt = True,
     max_error: ErrorOpt = None,
     min_gain: GainOpt = None,
@@ -112,13 +122,19 @@ def train(
 ) -> None:
     """Fit one generator per base model over all its tasks, encode every task, and measure what the codes kept.
 
-    A run that was stopped goes on with the same command. After further ingests the present generator is trained on.
+    A run that was stopped goes on with the same command. After further ingests the present generator is trained on, and
+    every task is encoded again, for which all originals are needed.
+
+    With --update the present generator is continued instead: that takes as long as the new tasks take, and every code
+    that was there decodes to the same adapter as before.
 
     Example:
       icm train --device cuda
     """
+    if update and (fresh or width is not None):
+        hint = "`icm train --fresh` makes another one, of all tasks"
+        raise UsageProblem("--update continues the present generator: --fresh and --width do not go with it", hint=hint)
     from icm_cli.workflows.encode_plan import EncodeRequest
-    from icm_cli.workflows.training import train as fit
     from icm_cli.workflows.training_run import TrainRequest
 
     request = TrainRequest(
@@ -133,22 +149,57 @@ def train(
         resume=resume,
         fresh=fresh,
     )
+    made = _update(session, request) if update else _train(session, request)
+    if made.nothing:
+        return
+    if max_error is not None or min_gain is not None:
+        encode.run(session, EncodeRequest(made.tasks, max_error, min_gain, request.device, base_model=base_model))
+    if evaluate:
+        _evaluate(session, request.device, made)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Which tasks have new codes: all of some base models, or only those that are named."""
+
+    base_models: Sequence[str]
+    tasks: Sequence[str] = ()
+
+    @property
+    def nothing(self) -> bool:
+        """Whether none has."""
+        return not self.base_models
+
+
+def _train(session: Session, request: TrainRequest) -> _Made:
+    from icm_cli.workflows.training import train as fit
+
     with session.stoppable() as stop:
         report = session.follow(fit(session.place, request, stop), "train", partial(_tell, session))
-        if report.stopped_at is not None:
-            kept = f"interrupted; the run is kept at step {report.stopped_at}"
-            raise Interrupted(kept, hint="run the same command to continue")
-        for trained in report.trained:
-            _sum_up(session, trained)
-    if max_error is not None or min_gain is not None:
-        encode.run(session, EncodeRequest([], max_error, min_gain, request.device, base_model=base_model))
-    if evaluate:
-        _evaluate(session, request.device, [trained.base_model for trained in report.trained])
+    if report.stopped_at is not None:
+        kept = f"interrupted; the run is kept at step {report.stopped_at}"
+        raise Interrupted(kept, hint="run the same command to continue")
+    for trained in report.trained:
+        _sum_up(session, trained)
+    return _Made([trained.base_model for trained in report.trained])
+
+
+def _update(session: Session, request: TrainRequest) -> _Made:
+    from icm_cli.workflows.updating import update
+
+    with session.stoppable() as stop:
+        report = session.follow(update(session.place, request, stop), "update", partial(_tell, session))
+    for updated in report.updated:
+        _sum_up_update(session, updated)
+    if report.stopped:
+        raise Interrupted("interrupted; what is not listed is as it was", hint="run the same command again")
+    return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks)
 
 
 def _tell(session: Session, event: Event) -> None:
     from icm_cli.workflows.publishing import CodeMade, Trained
     from icm_cli.workflows.training import Progressed, Resumed
+    from icm_cli.workflows.updating import Updated
 
     out = session.out
     if isinstance(event, Progressed):
@@ -162,6 +213,8 @@ def _tell(session: Session, event: Event) -> None:
         out.detail(f"{event.task}: code of {human_size(event.size)}, relative dW error {event.dw_error:.4f}")
     elif isinstance(event, Trained):
         out.event("trained", **asdict(event))
+    elif isinstance(event, Updated):
+        out.event("updated", **asdict(event))
 
 
 def _sum_up(session: Session, trained: Trained) -> None:
@@ -180,11 +233,30 @@ def _sum_up(session: Session, trained: Trained) -> None:
     session.out.note(f"the initial A of {metrics['initial_a_known']} of them is drawn again from its seed")
 
 
-def _evaluate(session: Session, device: str, base_models: list[str]) -> None:
+def _sum_up_update(session: Session, updated: Updated) -> None:
+    out = session.out
+    if not updated.tasks:
+        out.line(f"every task of {updated.base_model} has a code: nothing to add")
+        return
+    out.line(
+        f"generator {updated.version} of {updated.base_model}: {human_size(updated.generator_size)} in "
+        f"{counted(updated.epochs, 'epoch')}, {counted(len(updated.tasks), 'new code')} of together "
+        f"{human_size(updated.codes_size)}"
+    )
+    if updated.kept_size is not None and updated.tuned_size is not None:
+        kept, tuned = human_size(updated.kept_size), human_size(updated.tuned_size)
+        why = f"codes under the network as it was take {kept}, codes and epoch of a tuned one {tuned}"
+        out.note(f"the network was {'tuned' if 'tuned' in updated.added else 'kept'}: {why}")
+    if "fresh" in updated.added:
+        out.note("tasks with modules or ranks that the network does not know got one of their own, as an epoch")
+    out.note(f"done in {human_duration(float(str(updated.metrics['update_seconds'])))}; earlier codes are as they were")
+
+
+def _evaluate(session: Session, device: str, made: _Made) -> None:
     """Measure the codes; a missing base model or missing texts are worth a word, not a failure."""
     from icm_cli.workflows.evaluating import EvaluateRequest, evaluable, evaluate
 
-    names, why_not = evaluable(session.place, base_models)
+    names, why_not = evaluable(session.place, made.base_models, made.tasks)
     for reason in why_not:
         session.out.note(f"not measured: {reason}")
     if not names:

@@ -16,7 +16,7 @@ from icmlora.output_folder import check_free
 if TYPE_CHECKING:
     from icm_cli.workflows.materializing import Materialized
     from icmlora.bundle import Bundle
-    from icmlora.generator.codec import Codec
+    from icmlora.generator.lineage import Lineage
 
 _BETTER = "`icm train` with a higher --quality makes better codes; export those"
 
@@ -52,24 +52,23 @@ def materialize_bundled(path: Path, request: MaterializeRequest) -> Materialized
         )
         check_error(made_by, request.max_error, hint=_BETTER)
         bundle.check()
-        codec, code = open_codec(bundle), bundle.read(task.code)
-    return write_decoded(codec.decode(code), made_by, request)
+        lineage, code = open_lineage(bundle), bundle.read(task.code)
+    return write_decoded(lineage.codec_of(code).decode(code), made_by, request)
 
 
-def open_codec(bundle: Bundle) -> Codec:
-    """Open the generator of a bundle.
+def open_lineage(bundle: Bundle) -> Lineage:
+    """Take the generator of a bundle apart; the network of an epoch is opened with the first code that names it.
 
     Raises:
-        GeneratorError: It cannot be read on this machine.
+        GeneratorError: It is damaged, or of a newer format.
         BundleError: It is damaged, or made for another base model than the bundle says.
     """
-    from icmlora.generator.codec import Codec
-    from icmlora.generator.generator_file import generator_from_bytes
+    from icmlora.generator.lineage import Lineage
 
-    codec = Codec(generator_from_bytes(bundle.read(bundle.index.generator.blob)))
-    if codec.config.base_model != bundle.index.base_model:
+    lineage = Lineage(bundle.read(bundle.index.generator.blob))
+    if lineage.configs[0].base_model != bundle.index.base_model:
         raise BundleError("the bundle names another base model than its generator")
-    return codec
+    return lineage
 
 
 def find_task(index: BundleIndex, name: str) -> BundledTask:

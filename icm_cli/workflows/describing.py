@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from icm_cli.workflows.mapping import nearest_tasks
 from icm_cli.workflows.opening import Place
 from icmlora.errors import IcmLoraError
-from icmlora.generator.code import Code
-from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.code import Code, generator_of
+from icmlora.generator.epochs import epochs_of
 from icmlora.initial_a import InitialA
 from icmlora.vector_space import Neighbour
 from registry.errors import DamagedStore
@@ -79,10 +78,10 @@ def describe_task(place: Place, name: str) -> TaskDetails:
 
 
 def _initial(store: Store, generator: GeneratorRecord, code: CodeRecord) -> InitialA | None:
-    """Read it from the code; of a damaged one nothing is known, and `icm verify` says that it is damaged."""
-    sizes = {field.name for field in fields(GeneratorConfig)}
-    config = {name: value for name, value in generator.config.items() if name in sizes}
+    """Read it from the code; where a file is damaged nothing is known, and `icm verify` says that it is damaged."""
     try:
-        return Code.from_bytes(store.read_blob(code.blob), GeneratorConfig.from_json(json.dumps(config))).head.initial
+        data, epochs = store.read_blob(code.blob), epochs_of(store.read_blob(generator.blob))
+        config = next((epoch.config for epoch in epochs if epoch.digest == generator_of(data)), None)
+        return None if config is None else Code.from_bytes(data, config).head.initial
     except (DamagedStore, IcmLoraError):
         return None

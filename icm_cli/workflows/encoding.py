@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+from icm_cli.workflows.beside import codec_at
 from icm_cli.workflows.chosen import chosen_tasks, sample_texts
 from icm_cli.workflows.code_search import CodeSearch, Refiner
 from icm_cli.workflows.encode_plan import EncodeReport, EncodeRequest, EncodeStatus, TaskEncoded
@@ -106,7 +107,7 @@ class _Work:
         stop: StopFlag,
     ) -> Generator[Event, None, TaskEncoded | None]:
         """Give a task another code."""
-        search = self._search(task, generator, original)
+        search = self._search(task, generator, original, present)
         found = yield from search.run(self._request, stop)
         if found is None:
             return None
@@ -130,7 +131,8 @@ class _Work:
         if present is None:
             raise DataError("it has no code that a residual could be put beside", hint="`icm train` makes it")
         evaluation = None if self._request.min_gain is None else self._evaluation(task)
-        search = ResidualSearch(self._kept.codec(generator), original, self._store.read_blob(present.blob), evaluation)
+        code = self._store.read_blob(present.blob)
+        search = ResidualSearch(self._kept.lineage(generator).codec_of(code), original, code, evaluation)
         found = yield from search.run(self._request, stop)
         if found is None:
             return None
@@ -143,12 +145,15 @@ class _Work:
         size, best = None if found.residual is None else len(found.residual.encoded.data), found.best
         return TaskEncoded(task.name, status, present.size, size, _size_of(present), best.encoded.dw_error, best.gain)
 
-    def _search(self, task: TaskRecord, generator: GeneratorRecord, original: Adapter) -> CodeSearch:
+    def _search(
+        self, task: TaskRecord, generator: GeneratorRecord, original: Adapter, present: CodeRecord | None
+    ) -> CodeSearch:
+        codec = codec_at(self._store, self._kept.lineage(generator), present, original.layout)
         vectors = mean_vectors(self._store, self._store.vectors(task.name))
         evaluation = None if self._request.min_gain is None else self._evaluation(task)
         refiner = None if not self._request.refine else self._refiner(task)
         initial = self._seeds.find(original)
-        return CodeSearch(self._kept.codec(generator), original, vectors, initial, evaluation, refiner)
+        return CodeSearch(codec, original, vectors, initial, evaluation, refiner)
 
     def _evaluation(self, task: TaskRecord) -> TaskEvaluation:
         if task.eval_data is None:

@@ -133,13 +133,19 @@ def summarise(report: EvaluateReport, rung: str) -> GainSummary | None:
     return GainSummary(len(gains), sum(gain for gain, _ in gains) / len(gains), worst, name)
 
 
-def evaluable(place: Place, base_models: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the tasks of some base models that can be measured here, and why others cannot."""
+def evaluable(place: Place, base_models: Sequence[str], only: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Return the tasks of some base models that can be measured here, and why others cannot.
+
+    Args:
+        place: The store.
+        base_models: Their labels.
+        only: Tasks to look at; all if there is none.
+    """
     reasons: list[str] = []
     names: list[str] = []
     with place.open(read_only=True) as store:
         for label in base_models:
-            tasks = [task for task in store.tasks() if task.base_model == label]
+            tasks = [task for task in store.tasks() if task.base_model == label and (not only or task.name in only)]
             try:
                 locate_base(store, label)
             except BaseModelNotFound as error:

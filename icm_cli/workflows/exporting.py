@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,8 +68,9 @@ def export(place: Place, request: ExportRequest) -> Generator[Event, None, Expor
         choice = _choose(store, request)
         index = _index(store, choice)
         codes = {task.code: task.name for task in index.tasks}
+        known = _digests(store, choice.generator)
         parts = write_bundle(
-            request.file, index, lambda digest: _read(store, digest, choice.generator, codes), force=request.force
+            request.file, index, lambda digest: _read(store, digest, known, codes), force=request.force
         )
         for done, part in enumerate(parts, 1):
             yield Step(done, len(index.parts), codes.get(part.digest, ""))
@@ -153,12 +154,19 @@ def _float(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _read(store: Store, digest: str, generator: GeneratorRecord, codes: Mapping[str, str]) -> bytes:
+def _digests(store: Store, generator: GeneratorRecord) -> frozenset[str]:
+    """Return what the codes of a generator may name."""
+    from icmlora.generator.epochs import epochs_of
+
+    return frozenset(epoch.digest for epoch in epochs_of(store.read_blob(generator.blob)))
+
+
+def _read(store: Store, digest: str, known: Collection[str], codes: Mapping[str, str]) -> bytes:
     """Read a part; a code must be one of the generator that goes with it."""
     from icmlora.generator.code import generator_of
 
     data = store.read_blob(digest)
-    if digest in codes and generator_of(data) != generator.blob:
+    if digest in codes and generator_of(data) not in known:
         fact = f"the code of {codes[digest]!r} belongs to another generator"
         raise CodeError(fact, hint="`icm train` makes it again")
     return data

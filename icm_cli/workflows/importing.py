@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icm_cli.workflows.bundled import find_task, open_codec
+from icm_cli.workflows.bundled import find_task, open_lineage
 from icm_cli.workflows.events import Event, Step
 from icm_cli.workflows.opening import Place
 from icmlora.adapter_config import AdapterConfig
@@ -79,13 +79,15 @@ def take_in(place: Place, request: ImportRequest) -> Generator[Event, None, Impo
 
 
 def _check_parts(bundle: Bundle, tasks: Sequence[BundledTask]) -> None:
-    """Check what the format itself does not look into: the generator opens, and codes and configurations go with it."""
+    """Check what the format itself does not look into: every epoch opens, and codes and configurations go with it."""
     from icmlora.generator.code import generator_of
 
     index = bundle.index
-    open_codec(bundle)
+    lineage = open_lineage(bundle)
+    for number in range(len(lineage.digests)):
+        lineage.codec(number)
     for task in tasks:
-        if generator_of(bundle.read(task.code)) != index.generator.blob:
+        if generator_of(bundle.read(task.code)) not in lineage.digests:
             raise BundleError(f"the code of {task.name!r} belongs to another generator")
         if AdapterConfig.parse(bundle.read(task.config)).base_model != index.base_model:
             raise BundleError(f"the configuration of {task.name!r} names another base model")

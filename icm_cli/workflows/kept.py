@@ -8,8 +8,7 @@ import torch
 
 from icm_cli.workflows.base_access import open_base
 from icmlora.base_model import BaseModel
-from icmlora.generator.codec import Codec
-from icmlora.generator.generator_file import generator_from_bytes
+from icmlora.generator.lineage import Lineage
 from registry.records import GeneratorRecord
 
 if TYPE_CHECKING:
@@ -26,20 +25,20 @@ class Kept:
 
     def __init__(self, store: Store, device: torch.device) -> None:
         self._store, self._device = store, device
-        self._codec: Codec | None = None
+        self._lineage: Lineage | None = None
         self._bases: dict[tuple[str, torch.dtype | None], BaseModel] = {}
 
-    def codec(self, generator: GeneratorRecord) -> Codec:
-        """Return the codec of a generator, whose digest is checked when it is read.
+    def lineage(self, generator: GeneratorRecord) -> Lineage:
+        """Return the epochs of a generator, whose digest is checked when it is read.
 
         Raises:
             DamagedStore: Its bytes are not those that were stored.
             GeneratorError: It cannot be opened.
         """
-        if self._codec is None or self._codec.generator.digest != generator.blob:
-            self._codec = None
-            self._codec = Codec(generator_from_bytes(self._store.read_blob(generator.blob)))
-        return self._codec
+        if self._lineage is None or self._lineage.digests[-1] != generator.blob:
+            self._lineage = None
+            self._lineage = Lineage(self._store.read_blob(generator.blob))
+        return self._lineage
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
         """Return a base model, in what suits the device or in a precision of its own.

@@ -145,20 +145,20 @@ def _decode(
     seed: int | None,
 ) -> Adapter:
     # torch is imported here: writing an original back needs none.
-    from icm_cli.workflows.beside import decode_rung
+    from icm_cli.workflows.beside import codec_at, decode_rung
     from icm_cli.workflows.store_fleet import mean_vectors
     from icmlora.adapter_config import AdapterConfig
-    from icmlora.generator.codec import Codec
-    from icmlora.generator.generator_file import generator_from_bytes
+    from icmlora.generator.lineage import Lineage
     from icmlora.layout import ModuleShape
 
-    codec = Codec(generator_from_bytes(store.read_blob(generator.blob)))
+    lineage = Lineage(store.read_blob(generator.blob))
     if code is not None and rung != "generate":
-        return decode_rung(store, codec, code, rung)
+        return decode_rung(store, lineage, code, rung)
     vectors = mean_vectors(store, store.vectors(final.task))
     if not vectors:
         raise DataError(f"task {final.task!r} has no task vector", hint="`icm vectors` makes it")
     layout = [ModuleShape(*entry) for entry in final.layout]
+    codec = codec_at(store, lineage, code, layout)
     config = AdapterConfig.parse(store.read_blob(final.config))
     return codec.generate(vectors, layout, task_type=config.task_type, seed=seed)
 

@@ -80,10 +80,10 @@ class StandInCheck:
         return self._with_gain(task, code, error, self._min_gain)
 
     def _dw_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
-        codec = self._kept.codec(generator)
+        lineage = self._kept.lineage(generator)
         original = None if final.is_evicted else read_original(self._store, final)
         try:
-            decoded = decode_rung(self._store, codec, code, code.rung)
+            decoded = decode_rung(self._store, lineage, code, code.rung)
             # Without the original (only later checkpoints are left) what was measured when it went stands.
             error = code.best_error if original is None else relative_dw_error(original, decoded)
         except DamagedStore:

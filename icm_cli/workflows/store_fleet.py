@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -32,16 +32,23 @@ class StoreFleet:
     """The tasks of one base model (see `icmlora.training.fleet.Fleet`). Rows are in memory, adapters are not.
 
     Evicted adapters are left out: a task without its final one, and checkpoints without weights.
+
+    Args:
+        store: The open store.
+        base_model: The tasks' base model.
+        names: Only the final adapters of these tasks.
     """
 
-    def __init__(self, store: Store, base_model: str) -> None:
+    def __init__(self, store: Store, base_model: str, names: Collection[str] | None = None) -> None:
         self._store = store
         self.base_model = base_model
         rows = [row for row in store.summaries() if row.task.base_model == base_model and not row.final.is_evicted]
+        rows = [row for row in rows if names is None or row.task.name in names]
         self.names = [row.task.name for row in rows]
         self._finals = [row.final for row in rows]
         self._others = [
-            [row for row in store.adapters(name) if not (row.is_final or row.is_evicted)] for name in self.names
+            [row for row in store.adapters(name) if names is None and not (row.is_final or row.is_evicted)]
+            for name in self.names
         ]
         self._vectors = [_by_support_set(store.vectors(name)) for name in self.names]
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()

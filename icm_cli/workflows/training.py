@@ -9,8 +9,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +70,7 @@ def train(place: Place, request: TrainRequest, stop: StopFlag) -> Generator[Even
     device = resolve_device(request.device)
     report = TrainReport()
     with place.open() as store:
-        for label in _labels(store, request.base_model):
+        for label in labels_of(store, request.base_model):
             trained = yield from _train_base(store, label, request, device, stop)
             if isinstance(trained, int):
                 report.stopped_at = trained
@@ -79,7 +80,12 @@ def train(place: Place, request: TrainRequest, stop: StopFlag) -> Generator[Even
     return report
 
 
-def _labels(store: Store, base_model: str | None) -> list[str]:
+def labels_of(store: Store, base_model: str | None) -> list[str]:
+    """Return the base models of all tasks, or the one that is asked for.
+
+    Raises:
+        DataError: It has no task, or there is no task at all.
+    """
     labels = sorted({row.task.base_model for row in store.summaries()})
     if not labels:
         raise DataError("there is nothing to train on", hint="`icm ingest PATH` takes adapters in")
@@ -102,7 +108,7 @@ def _train_base(
     if state.step:
         yield Resumed(label, state.step)
     first = state.step
-    recent = yield from _fit(store, fleet, state, run, stop)
+    recent = yield from fit_all(fleet, state, stop, partial(_save, store, run, state))
     if stop.requested:
         return state.step
     metrics: dict[str, object] = {
@@ -111,7 +117,7 @@ def _train_base(
         "resumed_from": first,
         "fit_seconds": round(time.monotonic() - started, 3),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        **_peak_memory(device),
+        **peak_memory(device),
         "torch": torch.__version__,
     }
     trained = yield from publish(store, fleet, state, run, previous, metrics, stop)
@@ -124,17 +130,26 @@ def _must_keep_codes(store: Store, label: str) -> None:
     if bare:
         shown = ", ".join(map(repr, bare[:3])) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
         fact = f"a new generator would leave evicted tasks without a code: {shown}"
-        hint = "`icm ingest --restore PATH` of their originals brings them back; the present generator goes on working"
+        hint = "`icm train --update` adds tasks to the present one; or `icm ingest --restore PATH` of their originals"
         raise DataError(fact, hint=hint)
 
 
-def _fit(
-    store: Store, fleet: StoreFleet, state: TrainState, run: TrainRunRecord, stop: StopFlag
+def fit_all(
+    fleet: StoreFleet, state: TrainState, stop: StopFlag, save: Callable[[], None]
 ) -> Generator[Event, None, float | None]:
-    """Train to the end or until the user stops, and keep a checkpoint of where that was.
+    """Train to the end or until the user stops.
+
+    Args:
+        fleet: What to train on.
+        state: Where to go on; changed in place.
+        stop: Looked at after each step.
+        save: Called every 20 seconds and at the end, unless there was no step left to do.
 
     Returns:
         The running mean of the loss in bits per parameter, None if there was no step left to do.
+
+    Raises:
+        GeneratorError: Training diverged.
     """
     saved, recent = time.monotonic(), None
     for at in fit(state, fleet):
@@ -146,10 +161,10 @@ def _fit(
         if stop.requested:
             break
         if time.monotonic() - saved > _CHECKPOINT_SECONDS:
-            _save(store, run, state)
+            save()
             saved = time.monotonic()
     if recent is not None:
-        _save(store, run, state)
+        save()
     return recent
 
 
@@ -162,7 +177,7 @@ def _save(store: Store, run: TrainRunRecord, state: TrainState) -> None:
         raise DataError(fact, hint="let that one finish; this one's steps are dropped") from error
 
 
-def _peak_memory(device: torch.device) -> dict[str, int]:
+def peak_memory(device: torch.device) -> dict[str, int]:
     """Return the peak memory of the process and, on CUDA, of the device, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

@@ -16,7 +16,7 @@ from icm_cli.workflows.store_fleet import StoreFleet
 from icmlora.channel_statistics import channel_statistics
 from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.generator_file import generator_from_bytes
+from icmlora.generator.lineage import Lineage
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.layout import ModuleShape
 from icmlora.probes import PROBES
@@ -68,7 +68,8 @@ def begin(
     Raises:
         DataError: A width that the present generator does not have.
     """
-    present = None if previous is None else generator_from_bytes(store.read_blob(previous.blob)).net
+    # The first epoch is the one that was trained on a whole fleet; later ones suit the tasks they were made for.
+    present = None if previous is None else Lineage(store.read_blob(previous.blob)).codec(0).generator.net
     config = _config(fleet, request, None if present is None else present.config)
     adapters = sum(1 for _ in fleet.rows())
     rate = {} if request.learning_rate is None else {"learning_rate": request.learning_rate}
@@ -83,7 +84,7 @@ def begin(
     if running is not None and request.resume and running.config == identity and running.weights and running.optimizer:
         weights, optimizer = store.read_blob(running.weights), store.read_blob(running.optimizer)
         return state_from_bytes(weights, optimizer, device), running
-    sensitivity = _sensitivity(store, fleet, config, None if present is None else present.config, device)
+    sensitivity = measured_sensitivity(store, fleet, config, None if present is None else present.config, device)
     if present is None:
         net = fresh_network(config, fleet, request.seed, sensitivity)
     else:
@@ -91,7 +92,7 @@ def begin(
     return new_state(net.to(device), options), store.start_train_run(fleet.base_model, identity)
 
 
-def _sensitivity(
+def measured_sensitivity(
     store: Store, fleet: StoreFleet, config: GeneratorConfig, present: GeneratorConfig | None, device: torch.device
 ) -> Sensitivity | None:
     """Measure the channels of the base model where they are not known yet and it is on this machine."""

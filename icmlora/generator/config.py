@@ -96,8 +96,17 @@ class GeneratorConfig:
         number = self._index.get(kind)
         if number is None or layer >= self.layers or shape.rank > self.slots:
             message = f"the generator does not cover {shape.module} with rank {shape.rank}"
-            raise NotCovered(message, hint="`icm train` makes a generator that covers every ingested adapter")
+            raise NotCovered(message, hint="`icm train --update` makes an epoch that does")
         return number, layer
+
+    def covers(self, layout: Iterable[ModuleShape]) -> bool:
+        """Say whether the generator has all of some modules, with their layers and ranks."""
+        try:
+            for shape in layout:
+                self.place_of(shape)
+        except NotCovered:
+            return False
+        return True
 
     @cached_property
     def _index(self) -> dict[ModuleKind, int]:

@@ -1,9 +1,9 @@
-"""The generator file: the network's configuration as JSON, and its parameters rounded and range-coded.
+"""A network as bytes: its configuration as JSON, and its parameters rounded and range-coded.
 
     ICMG 2 | length of header (4) | header: JSON, zlib | range-coded words | check (8)
 
-The file is what codes refer to: their generator is the SHA-256 of its bytes. Codes are made under the network as it is
-read back. The check is the beginning of the SHA-256 of everything before it.
+Alone it is a generator file of one epoch (see :mod:`icmlora.generator.epochs`). Codes are made under the network as it
+is read back. The check is the beginning of the SHA-256 of everything before it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ from dataclasses import dataclass
 import torch
 
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.code import inflate
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE, VIEWS
+from icmlora.generator.epochs import MAGIC, config_in, split_network
 from icmlora.generator.parameters import parameters_to_words, words_to_parameters
 from icmlora.generator.scales import tables_digest
-from icmlora.sealing import seal, unseal
+from icmlora.sealing import seal
 
-MAGIC = b"ICMG\x02"
-_START = len(MAGIC) + 4
-_HEADER_LIMIT = 1 << 20
 # A parameter of an ordinary row takes half a byte; rows of zeros, which a fresh network has, take next to nothing.
 _VALUES_PER_BYTE = 1000
 
@@ -38,7 +35,7 @@ class Generator:
 
     net: CVAE
     digest: str
-    """SHA-256 of the file, in hexadecimal."""
+    """SHA-256 of the file whose last epoch it is, in hexadecimal: what its codes name."""
 
 
 def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> bytes:
@@ -58,32 +55,18 @@ def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> byt
 
 
 def generator_from_bytes(data: bytes) -> Generator:
-    """Open a generator file.
+    """Open a generator file of one epoch.
 
     Raises:
         GeneratorError: Not a generator file, of a newer format, with tensors that are not its configuration's, or
             made on a machine whose coding tables differ from this one's.
     """
-    if not data.startswith(MAGIC):
-        raise GeneratorError("not a generator file, or of another format")
-    content = unseal(data)
-    if content is None or len(content) < _START:
-        raise GeneratorError("the generator file is damaged or cut short")
-    (length,) = struct.unpack_from("<I", content, len(MAGIC))
-    header = _header(content[_START : _START + length])
+    header, words = split_network(data)
     if header.get("tables") != tables_digest():
         message = "the coding tables computed here differ from those of the machine that trained this generator"
         raise GeneratorError(message, hint="decode on a machine with the same C library, or train again here")
-    config = GeneratorConfig.from_json(str(header.get("config", "")))
-    net = _network(config, str(header.get("shapes")), content[_START + length :])
+    net = _network(config_in(header), str(header.get("shapes")), words)
     return Generator(net.eval(), hashlib.sha256(data).hexdigest())
-
-
-def _header(packed: bytes) -> dict[str, object]:
-    try:
-        return dict(json.loads(inflate(packed, 2, _HEADER_LIMIT)))
-    except (CodeError, ValueError, TypeError, RecursionError) as error:
-        raise GeneratorError("the generator's header is damaged") from error
 
 
 def _network(config: GeneratorConfig, shapes_digest: str, words: bytes) -> CVAE:

@@ -20,8 +20,10 @@ from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.entropy import Integers, Reader, Writer, clip
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 
-_TABLES = ("norm_mean", "norm_spread", "spread", "condition.shift", "condition.log_scale")
-_WEIGHTS = "weight_"
+TABLES = ("norm_mean", "norm_spread", "spread", "condition.shift", "condition.log_scale")
+"""Names of the tensors that are stored in whole eighths."""
+WEIGHTS = "weight_"
+"""How the names of channel weights begin."""
 _WEIGHT_GRID = 2
 """Weights are whole halves."""
 _RESOLUTION = 2 * OCTAVE
@@ -44,9 +46,9 @@ def parameters_to_words(state: Mapping[str, torch.Tensor]) -> bytes:
         if not torch.isfinite(tensor).all():
             raise GeneratorError("training has diverged", hint="train again with a lower learning rate")
         rows = _rows(tensor).detach().cpu().double().numpy()
-        if name.startswith(_WEIGHTS):
+        if name.startswith(WEIGHTS):
             _write_weights(writer, clip(np.rint(rows * _WEIGHT_GRID)), weights)
-        elif name in _TABLES:
+        elif name in TABLES:
             _write_table(writer, clip(np.rint(rows * OCTAVE)))
         else:
             _write_rows(writer, rows)
@@ -68,9 +70,9 @@ def words_to_parameters(words: bytes, shapes: Mapping[str, torch.Size]) -> dict[
     state = {}
     for name, shape in shapes.items():
         rows, columns = _rows(torch.empty(shape, device="meta")).shape
-        if name.startswith(_WEIGHTS):
+        if name.startswith(WEIGHTS):
             values = _read_weights(reader, rows, columns, weights) / _WEIGHT_GRID
-        elif name in _TABLES:
+        elif name in TABLES:
             values = _read_table(reader, rows, columns) / OCTAVE
         else:
             values = _read_rows(reader, rows, columns)
@@ -87,14 +89,14 @@ def _write_rows(writer: Writer, rows: NDArray[np.float64]) -> None:
     used = power > 2.0**-200
     level = np.rint(OCTAVE * np.log2(np.where(used, power, 1.0)) / 2).astype(np.int32) - _RESOLUTION
     exponents = np.where(used, level, _ZERO).astype(np.int32)
-    _write_side(writer, exponents)
+    write_side(writer, exponents)
     steps = np.exp2(exponents[used] / OCTAVE)[:, None]
     integers = clip(np.rint(rows[used] / steps))
     writer.write(integers.ravel(), np.full(integers.size, _RESOLUTION, dtype=np.int32))
 
 
 def _read_rows(reader: Reader, rows: int, columns: int) -> NDArray[np.float64]:
-    exponents = _read_side(reader, rows)
+    exponents = read_side(reader, rows)
     used = exponents != _ZERO
     scales = np.full(int(used.sum()) * columns, _RESOLUTION, dtype=np.int32)
     values = np.zeros((rows, columns))
@@ -107,14 +109,14 @@ def _read_rows(reader: Reader, rows: int, columns: int) -> NDArray[np.float64]:
 def _write_table(writer: Writer, integers: Integers) -> None:
     middles = np.rint(np.median(integers, axis=1)).astype(np.int32)
     rest = integers - middles[:, None]
-    scales = _scales(rest)
-    _write_side(writer, middles)
-    _write_side(writer, scales)
+    scales = scales_of(rest)
+    write_side(writer, middles)
+    write_side(writer, scales)
     writer.write(rest.ravel(), np.repeat(scales, rest.shape[1]))
 
 
 def _read_table(reader: Reader, rows: int, columns: int) -> Integers:
-    middles, scales = _read_side(reader, rows), _read_side(reader, rows)
+    middles, scales = read_side(reader, rows), read_side(reader, rows)
     if (scales < SMALLEST).any() or (scales > LARGEST).any():
         raise CodeError("a scale is out of range")
     integers: Integers = reader.read(np.repeat(scales, columns)).reshape(rows, columns)
@@ -127,7 +129,7 @@ def _write_weights(writer: Writer, integers: Integers, known: list[Integers]) ->
     for row in integers:
         rests = [row - earlier for earlier in _references(known, len(integers), len(row))]
         best = min(range(len(rests)), key=lambda number: float(np.abs(rests[number] - np.median(rests[number])).sum()))
-        _write_side(writer, np.array([best], dtype=np.int32))
+        write_side(writer, np.array([best], dtype=np.int32))
         _write_table(writer, rests[best][None])
         known.append(row)
 
@@ -135,7 +137,7 @@ def _write_weights(writer: Writer, integers: Integers, known: list[Integers]) ->
 def _read_weights(reader: Reader, rows: int, columns: int, known: list[Integers]) -> Integers:
     for _ in range(rows):
         references = _references(known, rows, columns)
-        best = int(_read_side(reader, 1)[0])
+        best = int(read_side(reader, 1)[0])
         if not 0 <= best < len(references):
             raise CodeError("a row of weights refers to no earlier one")
         known.append(_read_table(reader, 1, columns)[0] + references[best])
@@ -149,18 +151,20 @@ def _references(known: Sequence[Integers], layers: int, columns: int) -> list[In
     return [np.zeros(columns, dtype=np.int32), *(row for row in rows if len(row) == columns)]
 
 
-def _scales(rest: Integers) -> Integers:
-    """Return the scale index of each row of integers."""
+def scales_of(rest: Integers) -> Integers:
+    """Return the scale index of each row of integers, shape (n,) for (n, size)."""
     power = np.square(rest.astype(np.float64)).mean(axis=1)
     index = np.rint(OCTAVE * np.log2(np.maximum(power, 1e-9)) / 2)
     scales: Integers = np.clip(index, SMALLEST, LARGEST).astype(np.int32)
     return scales
 
 
-def _write_side(writer: Writer, values: Integers) -> None:
+def write_side(writer: Writer, values: Integers) -> None:
+    """Write something about rows or tensors, shape (n,): each as its distance to the one before."""
     writer.write(np.diff(values, prepend=0).astype(np.int32), np.full(len(values), _SIDE, dtype=np.int32))
 
 
-def _read_side(reader: Reader, count: int) -> Integers:
+def read_side(reader: Reader, count: int) -> Integers:
+    """Read back what `write_side` wrote, shape (count,)."""
     values: Integers = np.cumsum(reader.read(np.full(count, _SIDE, dtype=np.int32))).astype(np.int32)
     return values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from icmlora.device import seed_everything
@@ -15,6 +17,8 @@ from icmlora.training.fleet import Fleet
 _DEFAULT_SPREAD = 0.5
 # Of a component of the task vectors, relative to its mean.
 _LEAST_SPREAD = 2.0**-12
+# How the parameters begin that encode, which tuning leaves alone.
+_READERS = ("condition.", "encoder.", "prior.")
 
 
 def fresh_network(config: GeneratorConfig, fleet: Fleet, seed: int, sensitivity: Sensitivity | None = None) -> CVAE:
@@ -65,6 +69,14 @@ def grown_network(
             net.encoder.sketch_out[place].copy_(previous.encoder.sketch_out[number])
             for side in (0, 1):
                 net.directions[2 * place + side].copy_(previous.directions[2 * number + side])
+    return net
+
+
+def tunable_network(previous: CVAE) -> CVAE:
+    """Make a copy of a network of which only the decoder is trained: what reads adapters and vectors stays."""
+    net = copy.deepcopy(previous)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(not name.startswith(_READERS))
     return net
 
 

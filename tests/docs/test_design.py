@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from icmlora.generator import generator_file, residual
+from icmlora.generator import epochs, residual
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
 from icmlora.generator.config import GeneratorConfig, config_for, tolerance_of
 from icmlora.layout import ModuleShape
@@ -39,8 +39,9 @@ def test_every_part_of_a_residual_is_in_the_design() -> None:
 def test_every_field_of_a_generators_configuration_is_in_the_design() -> None:
     section = section_of(DESIGN, "Generator file")
     assert {field.name for field in dataclasses.fields(GeneratorConfig)} <= set(codes_in(section))
-    assert generator_file.MAGIC.decode() == "ICMG\x02"
-    assert {"ICMG", "0x02", "config", "shapes", "tables"} <= set(codes_in(section))
+    assert epochs.MAGIC.decode() == "ICMG\x02"
+    assert {"ICMG", "0x02", "0x03", "config", "shapes", "tables"} <= set(codes_in(section))
+    assert epochs.LINEAGE.decode() == "ICMG\x03"
 
 
 def test_every_part_of_a_store_is_in_the_design() -> None:

@@ -23,6 +23,9 @@ COMMANDS = {
     "export": ("export", "new.icm"),
     "import": ("import", "fleet.icm"),
     "base ls": ("base", "ls"),
+    "generators": ("generators",),
+    "generators rollback": ("generators", "rollback", "CURRENT"),
+    "generators forget": ("generators", "forget", "CURRENT", "--dry-run"),
     "verify": ("verify",),
     "prune": ("prune", "--dry-run"),
     "rm": ("rm", "poems", "--dry-run"),
@@ -64,7 +67,9 @@ def test_a_documents_keys_are_those_on_the_page(
         icm("eval", "poems", "--device", "cpu")
     if name in ("ls --from", "import"):
         icm("export", "fleet.icm")
-    printed = set(paths_in(icm(*COMMANDS[name], "--json").document))
+    current = icm("generators", "-q").out.strip()
+    words = [current if word == "CURRENT" else word for word in COMMANDS[name]]
+    printed = set(paths_in(icm(*words, "--json").document))
     documented = {path for row in cells_of(section_of(PAGE, f"icm {name}")) for path in codes_in(row[0])}
     assert documented <= printed
     assert {stem(path) for path in printed} == {stem(path) for path in documented}
@@ -87,11 +92,12 @@ def documented() -> dict[tuple[str, str], set[str]]:
         ("ingest", "loras"),
         ("vectors", "--again"),
         ("train", "--steps", "10", "--fresh"),
+        ("train", "--update"),
         ("eval", "poems"),
         ("encode", "--max-error", "0.1"),
         ("evict", "--max-error", "0.5"),
     ],
-    ids=lambda arguments: arguments[0],
+    ids=" ".join,
 )
 def test_an_events_keys_are_those_on_the_page(
     icm: Icm,

@@ -69,7 +69,9 @@ def kill_at_random(world: World, command: str, kills: int, draw: random.Random, 
             if ran.status != KILLED:
                 break  # it was done before; no kill
             tally.kills += 1
-            tally.acknowledged += sum(event.get("type") in ("task", "vectors", "trained") for event in ran.events)
+            tally.acknowledged += sum(
+                event.get("type") in ("task", "vectors", "trained", "updated") for event in ran.events
+            )
             _note(tally, world.violations(command, ran.events))
             left = world.leftovers()
             tally.orphans += left.orphans

@@ -14,11 +14,13 @@ POINTS = {
     "vectors": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"],
     "train": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed",
               "garbage-rows-gone", "blob-unlinked"],
+    "update": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"],
     "evict": ["rows-before-commit", "eviction-committed", "blob-unlinked"],
 }  # fmt: skip
 PAIRS = [(command, point) for command in POINTS for point in POINTS[command]]
 QUICK = [("ingest", "blob-renamed"), ("ingest", "rows-before-commit"), ("vectors", "rows-committed"),
-         ("train", "garbage-rows-gone"), ("evict", "eviction-committed"), ("evict", "blob-unlinked")]  # fmt: skip
+         ("train", "garbage-rows-gone"), ("update", "rows-before-commit"), ("update", "rows-committed"),
+         ("evict", "eviction-committed"), ("evict", "blob-unlinked")]  # fmt: skip
 
 
 def check_point(world: World, command: str, point: str) -> None:

@@ -5,6 +5,7 @@ vectors      ingested store        -> every task with its vectors
 train        store with vectors    -> a generator and a code per task
 materialize  trained store         -> a folder with the very bytes of an undisturbed run
 evict        trained store         -> no original, and of every task the code that was checked
+update       evicted store, one task more with modules of its own -> the generator with one more epoch, and all codes
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icmlora.generator.codec import Codec
-from icmlora.generator.generator_file import generator_from_bytes
+from icmlora.generator.lineage import Lineage
 from registry.errors import DamagedStore
 from registry.store import Store
 from tests.cli.fleet import write_texts
@@ -23,7 +23,7 @@ from tests.cli.tiny_fleet import write_lora, write_mixed_fleet
 from tests.faults.zygote import Zygote
 from tests.icmlora.tiny_base import LABEL, write_tiny_base
 
-COMMANDS = ("ingest", "vectors", "train", "materialize", "evict")
+COMMANDS = ("ingest", "vectors", "train", "materialize", "evict", "update")
 STEPS = 12
 Contents = dict[str, bytes]
 
@@ -46,6 +46,7 @@ class World:
         write_mixed_fleet(root / "loras")
         for number in range(tasks - 3):
             write_texts(write_lora(root / "loras" / f"more-{number}", seed=100 + number))
+        write_lora(root / "later" / "extra", seed=9, rank=8, targets=("self_attn.k_proj",))
         write_tiny_base(root / "base")
         self.version_one, self.reference = self._templates()
 
@@ -57,8 +58,9 @@ class World:
             "train": ["--device", "cpu", "--steps", STEPS, "--no-eval"],
             "materialize": ["rules", "--source", "code", "-o", self.output],
             "evict": ["--max-error", "0.5"],
+            "update": ["--update", "--device", "cpu", "--steps", STEPS, "--no-eval"],
         }
-        return [command, *more[command], "--json"]
+        return ["train" if command == "update" else command, *more[command], "--json"]
 
     def run(self, command: str, **options: Any) -> Any:
         """Run a command as it would be typed; see `Zygote.run`."""
@@ -96,6 +98,7 @@ class World:
                     ),
                     "vectors": lambda event=event: len(store.vectors(event["task"])) == event["vectors"],
                     "trained": lambda event=event: event["generator"] in generators,
+                    "updated": lambda event=event: event["generator"] in generators,
                 }.get(event.get("type", ""))
                 if kept is not None and not kept():
                     found.append(f"{command}: acknowledged, and lost: {event}")
@@ -115,6 +118,7 @@ class World:
             "vectors": all(row.vectors for row in rows),
             "train": generator is not None and all(row.code for row in rows) and first == [self.version_one],
             "materialize": self.output.exists() and contents(self.output) == self.reference,
+            "update": generator is not None and generator.version == 2 and all(row.code for row in rows),
             "evict": all(row.final.is_evicted and not row.checkpoints for row in rows) and not self._weights(),
         }
         return [] if reached[command] else [f"{command} did not reach its goal"]
@@ -142,6 +146,12 @@ class World:
     def _templates(self) -> tuple[str, Contents]:
         self.reset("ingest")
         for command in COMMANDS:
+            if command == "update":
+                self.zygote.run(
+                    ["ingest", self.root / "later" / "extra", "--no-vectors"],
+                    env={"ICM_STORE": str(self.store)},
+                    out=self.root / "log-later",
+                )
             if command != "ingest":
                 shutil.copytree(self.store, self.root / f"before-{command}")
             ran = self.run(command)
@@ -150,9 +160,7 @@ class World:
                 with Store.open(self.store) as store:
                     store.set_base_alias(LABEL, str(self.root / "base"))
         with Store.open(self.store) as store:
-            generator = store.current_generator(LABEL)
-            assert generator is not None
-            return generator.blob, contents(self.output)
+            return store.generators()[0].blob, contents(self.output)
 
 
 def _has_a_copy(store: Store, task: str) -> bool:
@@ -164,8 +172,8 @@ def _has_a_copy(store: Store, task: str) -> bool:
         code = None if generator is None else store.code(task, generator.id)
         if generator is None or code is None:
             return False
-        codec = Codec(generator_from_bytes(store.read_blob(generator.blob)))
-        return bool(codec.decode(store.read_blob(code.blob)).modules)
+        data = store.read_blob(code.blob)
+        return bool(Lineage(store.read_blob(generator.blob)).codec_of(data).decode(data).modules)
     except DamagedStore:
         return False
 

@@ -107,6 +107,7 @@ def _serve() -> None:
         ingest_files,
         materializing,
         training,
+        updating,
         vectors,
     )
     from icmlora import peft_folder  # noqa: F401

@@ -22,7 +22,7 @@ from registry.errors import RegistryError
 from registry.paths import StorePaths
 from registry.store import Store
 from tests.registry.children import KILLED, run, start, wait
-from tests.registry.examples import BASE, evaluation, eviction, generator, ingest, new_store, offer, vector
+from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer, vector
 
 Command = Callable[[Path], None]
 
@@ -49,6 +49,23 @@ def learn(root: Path) -> None:
         store.add_evaluations([evaluation("rust")])
 
 
+def extend(root: Path) -> None:
+    with new_store(root) as store:
+        ingest(store, "rust")
+        first = store.current_generator(BASE) or store.add_generator(generator(store, ["rust"]))
+        if first.version == 1:
+            ingest(store, "html")
+            store.extend_generator(generator(store, ["html"], data=b"longer", parent_id=first.id))
+        current = store.current_generator(BASE)
+        assert current is not None
+        ingest(store, "sql")
+        store.add_codes(current.id, [code(store, "sql")])
+        for other in store.generators():
+            if other.id != current.id:
+                store.forget_generator(other.id)
+        store.prune(grace=0)
+
+
 def remove_and_prune(root: Path) -> None:
     with new_store(root) as store:
         if not any(task.name == "html" for task in store.tasks()):
@@ -67,12 +84,13 @@ def evict_and_prune(root: Path) -> None:
         store.prune(grace=0)
 
 
-COMMANDS = {command.__name__: command for command in (ingest_all, learn, remove_and_prune, evict_and_prune)}
+COMMANDS = {command.__name__: command for command in (ingest_all, learn, extend, remove_and_prune, evict_and_prune)}
 FAILPOINTS = {
     "ingest_all": ["store-before-format", "pages-written", "blob-staged", "blob-renamed", "blobs-durable",
                    "rows-before-commit", "rows-committed"],
     "learn": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed",
               "garbage-rows-gone", "blob-unlinked"],
+    "extend": ["rows-before-commit", "rows-committed", "garbage-rows-gone"],
     "remove_and_prune": ["garbage-rows-gone", "blob-unlinked"],
     "evict_and_prune": ["rows-before-commit", "eviction-committed", "blob-unlinked", "garbage-rows-gone"],
 }  # fmt: skip
@@ -91,6 +109,7 @@ def contents(root: Path) -> object:
                 task.name,
                 sorted(f"{a.step} {a.is_evicted}" for a in store.adapters(task.name)),
                 len(store.vectors(task.name)),
+                [made.blob for made in store.generators() if store.code(task.name, made.id)],
             )
             for task in store.tasks()
         ]

@@ -101,14 +101,6 @@ class TestGenerators:
         with pytest.raises(TaskNotFound):
             store.add_generator(new)
 
-    def test_old_generators_can_be_forgotten_with_their_codes(self, store: Store) -> None:
-        old = store.add_generator(generator(store, ["rust"]))
-        new = store.add_generator(generator(store, ["rust"], data=b"newer", parent_id=old.id))
-        assert store.forget_old_generators() == 1
-        assert store.generators() == [replace(new, parent_id=None)]
-        assert store.code("rust", old.id) is None
-        assert store.code("rust", new.id) is not None
-
 
 class TestEvaluations:
     """Measurements."""

@@ -1,0 +1,103 @@
+"""The generators of a store: what depends on each, which one is in use, and which are not needed any more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from icm_cli.workflows.opening import Place
+from icmlora.errors import DataError, IcmLoraError
+from icmlora.generator.epochs import epochs_of
+from registry.errors import DamagedStore
+from registry.generators import GeneratorUse
+from registry.records import GeneratorRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+SHORTEST = 4
+"""Hexadecimal digits that a generator has to be named by."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A generator as a listing shows it; `epochs` is None where its file is damaged."""
+
+    use: GeneratorUse
+    epochs: int | None
+
+
+@dataclass(frozen=True)
+class Switched:
+    """Which generator is current now, and the tasks that have no code under it but had one before."""
+
+    generator: GeneratorRecord
+    without_code: list[str]
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """A generator that was forgotten, or would be, and how many codes go with it."""
+
+    generator: GeneratorRecord
+    codes: int
+
+
+def versions(place: Place) -> list[Version]:
+    """Return all generators by base model, oldest first. Reads their files, and no code."""
+    with place.open(read_only=True) as store:
+        return [Version(use, _epochs(store, use.generator)) for use in store.generator_uses()]
+
+
+def roll_back(place: Place, name: str) -> Switched:
+    """Make another generator the current one of its base model; the present one stays in the store.
+
+    Raises:
+        DataError: No generator, or several, begin with that name.
+        LastCopy: It does not have the codes that stand in for evicted tasks; nothing was changed.
+    """
+    with place.open() as store:
+        generator = _named(store, name)
+        return Switched(generator, store.make_current(generator.id))
+
+
+def plan_forgetting(place: Place, name: str) -> Forgotten:
+    """Say what forgetting a generator would take away.
+
+    Raises:
+        DataError: No generator, or several, begin with that name.
+    """
+    with place.open(read_only=True) as store:
+        generator = _named(store, name)
+        return Forgotten(generator, len(store.codes(generator.id)))
+
+
+def forget(place: Place, generator: GeneratorRecord) -> None:
+    """Forget a generator with its codes; `icm prune` frees the bytes that nothing else needs.
+
+    Raises:
+        GeneratorConflict: It is the current one; nothing was changed.
+        LastCopy: It holds the only code of an evicted task; nothing was changed.
+        GeneratorNotFound: Another process was faster.
+    """
+    with place.open() as store:
+        store.forget_generator(generator.id)
+
+
+def _named(store: Store, name: str) -> GeneratorRecord:
+    """Find a generator by the beginning of its digest; of several with one file the newest that is not current."""
+    found = [record for record in store.generators() if record.blob.startswith(name.lower())]
+    hint = "`icm generators` lists them"
+    if not found or len(name) < SHORTEST:
+        fact = f"no generator begins with {name!r}"
+        raise DataError(fact if len(name) >= SHORTEST else f"{name!r} is too short: give {SHORTEST} digits", hint=hint)
+    if len({record.blob for record in found}) > 1:
+        raise DataError(f"{len(found)} generators begin with {name!r}: give more digits", hint=hint)
+    return max(found, key=lambda record: (not record.is_current, record.version))
+
+
+def _epochs(store: Store, generator: GeneratorRecord) -> int | None:
+    try:
+        return len(epochs_of(store.read_blob(generator.blob)))
+    except (DamagedStore, IcmLoraError):
+        return None

@@ -1,0 +1,121 @@
+"""`icm generators`, and its subcommands."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from registry.store import Store
+from tests.cli.conftest import Ran
+from tests.cli.tiny_fleet import STEPS, write_lora
+
+Icm = Callable[..., Ran]
+
+
+@pytest.fixture
+def updated(icm: Icm, trained: Path, tmp_path: Path, tuned_wins: None) -> Path:
+    """A trained store with one more task under a second generator that continues the first."""
+    icm("ingest", write_lora(tmp_path / "extra", seed=9), "--no-vectors")
+    assert icm("train", "--update", "--no-eval", "--device", "cpu", "--steps", STEPS).code == 0
+    return trained
+
+
+def versions(icm: Icm) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = icm("generators", "--json").document
+    return rows
+
+
+def test_it_lists_versions_and_what_depends_on_each(icm: Icm, updated: Path) -> None:
+    icm("evict", "extra", "--max-error", "0.9")
+    first, second = versions(icm)
+    assert (first["version"], first["epochs"], first["is_current"], len(first["tasks"])) == (1, 1, False, 3)
+    assert (second["version"], second["epochs"], second["is_current"], len(second["tasks"])) == (2, 2, True, 4)
+    assert (first["last_copies"], second["last_copies"]) == ([], ["extra"])
+    assert second["size"] > first["size"]
+
+
+def test_the_table_has_a_row_per_generator(icm: Icm, updated: Path) -> None:
+    heading, *rows = icm("generators").out.splitlines()
+    assert "EPOCHS" in heading
+    assert [row.split()[0] for row in rows] == [row["generator"][:12] for row in versions(icm)]
+
+
+def test_quietly_it_prints_digests(icm: Icm, updated: Path) -> None:
+    assert icm("generators", "-q").out.split() == [row["generator"] for row in versions(icm)]
+
+
+def test_a_store_without_a_generator_lists_none(icm: Icm, mixed: Path) -> None:
+    assert versions(icm) == []
+    assert "icm train" in icm("generators").err
+
+
+def test_rolling_back_makes_the_earlier_one_current_and_names_what_has_no_code(icm: Icm, updated: Path) -> None:
+    first = versions(icm)[0]["generator"]
+    ran = icm("generators", "rollback", first[:8], "--json")
+    assert (ran.document["generator"], ran.document["without_code"]) == (first, ["extra"])
+    assert [row["is_current"] for row in versions(icm)] == [True, False]
+    assert icm("materialize", "extra", "--source", "code", "-o", updated / "out").code == ExitCode.FAILED
+
+
+def test_an_update_after_rolling_back_gives_the_task_a_code_again(icm: Icm, updated: Path) -> None:
+    icm("generators", "rollback", versions(icm)[0]["generator"])
+    assert icm("train", "--update", "--no-eval", "--device", "cpu", "--steps", STEPS).code == 0
+    assert all(row["code_size"] for row in icm("ls", "--json").document)
+
+
+def test_rolling_back_is_refused_where_it_would_lose_a_last_copy(icm: Icm, updated: Path) -> None:
+    icm("evict", "extra", "--max-error", "0.9")
+    ran = icm("generators", "rollback", versions(icm)[0]["generator"], "--json")
+    assert (ran.error["kind"], "'extra'" in ran.error["message"]) == ("last_copy", True)
+    assert [row["is_current"] for row in versions(icm)] == [False, True]
+
+
+def test_the_global_options_are_understood_before_the_subcommand_too(icm: Icm, updated: Path) -> None:
+    assert icm("generators", "--json", "rollback", versions(icm)[0]["generator"]).document["version"] == 1
+
+
+def test_forgetting_frees_the_file_of_an_earlier_generator_at_the_next_prune(icm: Icm, updated: Path) -> None:
+    first = versions(icm)[0]["generator"]
+    assert icm("generators", "forget", first, "--yes", "--json").document["codes"] == 3
+    icm("prune", "--older-than", "0", "--yes")
+    with Store.open(updated) as store:
+        assert not store.paths.blob(first).exists()
+        assert list(store.verify(read_data=True)) == []
+    assert all(row["code_size"] for row in icm("ls", "--json").document)
+
+
+@pytest.mark.parametrize("answer", [("--dry-run",), ("--json",)])
+def test_nothing_is_forgotten_unless_somebody_says_yes(icm: Icm, updated: Path, answer: tuple[str, ...]) -> None:
+    icm("generators", "forget", versions(icm)[0]["generator"], *answer)
+    assert len(versions(icm)) == 2
+
+
+def test_the_generator_in_use_is_not_forgotten(icm: Icm, updated: Path) -> None:
+    ran = icm("generators", "forget", versions(icm)[1]["generator"], "--yes", "--json")
+    assert (ran.error["kind"], "rollback" in ran.error["hint"]) == ("generator_conflict", True)
+
+
+@pytest.mark.parametrize(("name", "fact"), [("abcdef0123", "no generator begins"), ("ab", "too short")])
+def test_a_name_that_is_none_is_an_error(icm: Icm, updated: Path, name: str, fact: str) -> None:
+    ran = icm("generators", "rollback", name, "--json")
+    assert (ran.code, fact in ran.error["message"]) == (ExitCode.FAILED, True)
+
+
+def test_a_damaged_file_is_listed_as_damaged(icm: Icm, updated: Path) -> None:
+    first = versions(icm)[0]["generator"]
+    with Store.open(updated) as store:
+        path = store.paths.blob(first)
+    path.chmod(0o644)
+    path.write_bytes(b"damaged")
+    assert versions(icm)[0]["epochs"] is None
+    assert "damaged" in icm("generators").out
+
+
+def test_the_bill_counts_the_longer_file_and_each_code_once(icm: Icm, updated: Path) -> None:
+    bill = icm("stats", "--json").document
+    first, second = versions(icm)
+    assert bill["on_disk"]["generators"] == second["size"]
+    assert bill["on_disk"]["old_generators"] == first["size"]
+    assert bill["on_disk"]["codes"] == sum(row["code_size"] for row in icm("ls", "--json").document)

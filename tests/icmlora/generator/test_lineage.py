@@ -1,0 +1,223 @@
+"""Generator files of several epochs: they grow at their end, and what was there before is still there, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import struct
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icmlora.errors import CodeError, GeneratorError, NotCovered
+from icmlora.generator.differences import differences_to_words, words_to_changed
+from icmlora.generator.epochs import LINEAGE, append_epoch, epochs_of
+from icmlora.generator.generator_file import generator_to_bytes
+from icmlora.generator.lineage import Lineage
+from icmlora.generator.parameters import WEIGHTS
+from icmlora.sealing import CHECK, seal
+from icmlora.training.config import TrainConfig
+from icmlora.training.loop import fit
+from icmlora.training.start import fresh_network, tunable_network
+from icmlora.training.state import new_state
+from tests.icmlora.small_fleet import MemoryFleet, codec, make_adapter, make_vectors, mixed_fleet, same, trained_file
+
+Tensors = dict[str, torch.Tensor]
+
+
+@cache
+def differences(seed: int) -> bytes:
+    """Return an epoch of random differences to the trained network."""
+    draw = torch.Generator().manual_seed(seed)
+    before = codec().generator.net.state_dict()
+    changed = {name: value + 0.02 * torch.randn(value.shape, generator=draw) for name, value in before.items()}
+    return differences_to_words(before, changed, 2.0)
+
+
+@cache
+def other_network() -> bytes:
+    """Return the file of a network for a module that the trained one does not know."""
+    fleet = MemoryFleet([[make_adapter(7, rank=8, kinds=("v_proj",))]], sets=0)
+    return generator_to_bytes(fresh_network(fleet.config(), fleet, 0))
+
+
+def grown(choices: Sequence[tuple[bool, int]]) -> list[bytes]:
+    """Return the file after each epoch; per epoch whether it is a network of its own, else to which it differs."""
+    files = [trained_file()]
+    networks = [0]  # epochs that have the trained network's shapes
+    for is_network, choice in choices:
+        if is_network:
+            files.append(append_epoch(files[-1], other_network(), None))
+        else:
+            base = networks[choice % len(networks)]
+            networks.append(len(files))
+            files.append(append_epoch(files[-1], differences(choice), base))
+    return files
+
+
+@cache
+def three() -> bytes:
+    return grown([(False, 1), (True, 0)])[-1]
+
+
+def code_of(number: int, data: bytes) -> bytes:
+    return Lineage(data).codec(number).encode(make_adapter(1, rank=4), make_vectors(1)).data
+
+
+@settings(max_examples=20, deadline=None)
+@given(choices=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=4))
+def test_every_epoch_is_called_by_the_file_that_it_was_the_last_of(choices: list[tuple[bool, int]]) -> None:
+    files = grown(choices)
+    assert Lineage(files[-1]).digests == tuple(hashlib.sha256(data).hexdigest() for data in files)
+
+
+@settings(max_examples=20, deadline=None)
+@given(choices=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=4))
+def test_a_file_begins_with_each_file_that_it_grew_from(choices: list[tuple[bool, int]]) -> None:
+    first, *later = grown(choices)
+    assert epochs_of(later[-1])[0].content == first
+    assert all(longer.startswith(shorter) for shorter, longer in pairwise(later))
+
+
+@settings(max_examples=10, deadline=None)
+@given(choices=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=4))
+def test_every_epoch_gives_the_same_network_however_the_file_grows(choices: list[tuple[bool, int]]) -> None:
+    files = grown(choices)
+    longest = Lineage(files[-1])
+    for number, data in enumerate(files):
+        earlier, later = (one.codec(number).generator.net.state_dict() for one in (Lineage(data), longest))
+        assert all(torch.equal(earlier[name], later[name]) for name in earlier)
+
+
+def test_a_code_decodes_bit_for_bit_under_every_later_file() -> None:
+    files = grown([(False, 1), (True, 0), (False, 2)])
+    for number in (0, 1, 3):
+        code = code_of(number, files[number])
+        decoded = [Lineage(data).codec_of(code).decode(code) for data in files[number:]]
+        assert all(same(decoded[0], adapter) for adapter in decoded)
+
+
+def test_a_code_of_a_later_epoch_is_refused_by_an_earlier_file() -> None:
+    files = grown([(False, 1)])
+    with pytest.raises(CodeError, match="belongs to generator"):
+        Lineage(files[0]).codec_of(code_of(1, files[1]))
+
+
+def test_a_file_of_one_epoch_is_a_lineage_of_one() -> None:
+    lineage = Lineage(trained_file())
+    assert lineage.digests == (codec().generator.digest,)
+    assert lineage.configs == (codec().config,)
+
+
+def test_an_adapter_is_covered_by_the_epochs_that_have_its_modules() -> None:
+    lineage = Lineage(three())
+    assert lineage.covering(make_adapter(1).layout) == [0, 1]
+    assert lineage.covering(make_adapter(1, rank=8, kinds=("v_proj",)).layout) == [2]
+    assert lineage.codec_for(make_adapter(1).layout).generator.digest == lineage.digests[1]
+    with pytest.raises(NotCovered):
+        lineage.codec_for(make_adapter(1, rank=8).layout)
+
+
+@settings(deadline=None)
+@given(place=st.integers(0, len(three()) - 1), bit=st.integers(0, 7))
+def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
+    data = bytearray(three())
+    data[place] ^= 1 << bit
+    with pytest.raises(GeneratorError):
+        epochs_of(bytes(data))
+
+
+@settings(deadline=None)
+@given(end=st.integers(0, len(three()) - 1))
+def test_a_file_that_is_cut_short_is_refused_or_the_file_that_it_grew_from(end: int) -> None:
+    earlier = grown([(False, 1)])[-1]
+    with contextlib.suppress(GeneratorError):
+        epochs_of(three()[:end])
+        assert three()[:end] == earlier
+
+
+@settings(max_examples=30, deadline=None)
+@given(words=st.binary(max_size=2000))
+def test_any_differences_are_a_network_or_refused(words: bytes) -> None:
+    with contextlib.suppress(GeneratorError):
+        assert Lineage(append_epoch(trained_file(), words, 0)).codec(1).config == codec().config
+
+
+def framed(kind: int, base: int, content: bytes, before: bytes | None = None) -> bytes:
+    return seal((before or grown([(False, 1)])[-1]) + struct.pack("<BHI", kind, base, len(content)) + content)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (framed(1, 2, differences(1)), "later one"),
+        (framed(1, 9, differences(1)), "later one"),
+        (framed(2, 0, differences(1)), "newer kind"),
+        (framed(0, 1, trained_file()), "newer kind"),
+        (framed(0, 0, b"no network"), "not a generator file"),
+        (framed(0, 0, trained_file(), LINEAGE), "damaged"),
+        (LINEAGE, "damaged"),
+        (grown([(False, 1)])[-1] + b"\0", "damaged"),
+    ],
+    ids=["its own base", "a later base", "a newer kind", "a network with a base", "no network", "one epoch", "none",
+         "bytes after it"],
+)  # fmt: skip
+def test_epochs_that_nothing_writes_are_refused(data: bytes, message: str) -> None:
+    with pytest.raises(GeneratorError, match=message):
+        epochs_of(data)
+
+
+def test_an_epoch_of_another_base_model_is_refused() -> None:
+    net = copy.deepcopy(codec().generator.net)
+    object.__setattr__(net.config, "base_model", "another/base")
+    with pytest.raises(GeneratorError, match="different base models"):
+        epochs_of(append_epoch(trained_file(), generator_to_bytes(net), None))
+
+
+def tensors() -> Tensors:
+    return codec().generator.net.state_dict()
+
+
+def test_differences_come_back_within_half_a_step() -> None:
+    before, draw = tensors(), torch.Generator().manual_seed(3)
+    after = {name: value + 0.1 * torch.randn(value.shape, generator=draw) for name, value in before.items()}
+    found = words_to_changed(differences_to_words(before, after, 0.5), before)
+    for name, value in found.items():
+        if name.startswith(WEIGHTS):
+            assert torch.equal(value, before[name])
+        else:
+            size = float((after[name] - before[name]).double().square().mean().sqrt())
+            assert float((value - after[name]).abs().max()) <= max(0.26 * size, 0.063) * 1.05
+
+
+def test_a_network_that_did_not_change_takes_next_to_nothing() -> None:
+    assert len(differences_to_words(tensors(), tensors(), 2.0)) < 100
+
+
+def test_differences_that_are_no_numbers_are_not_written() -> None:
+    after = tensors() | {"mix.bias": torch.full_like(tensors()["mix.bias"], torch.nan)}
+    with pytest.raises(GeneratorError, match="diverged"):
+        differences_to_words(tensors(), after, 2.0)
+
+
+def test_tuning_changes_the_decoder_alone() -> None:
+    before = codec().generator.net
+    state = new_state(tunable_network(before), TrainConfig(steps=3, weight_decay=0.0))
+    for _ in fit(state, mixed_fleet()):
+        pass
+    after = state.net.state_dict()
+    changed = {name.partition(".")[0] for name, value in before.state_dict().items() if not value.equal(after[name])}
+    assert {"directions", "spread"} <= changed
+    assert not changed & {"condition", "encoder", "prior"}
+    assert not [name for name in changed if name.startswith(WEIGHTS)]
+
+
+def test_the_check_of_an_epoch_covers_all_before_it() -> None:
+    data = three()
+    assert data[-CHECK:] == hashlib.sha256(data[:-CHECK]).digest()[:CHECK]
