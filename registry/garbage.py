@@ -46,6 +46,7 @@ BLOB_COLUMNS: tuple[InstrumentedAttribute[int] | InstrumentedAttribute[int | Non
     Adapter.card_id,
     TaskVector.blob_id,
     Generator.blob_id,
+    Generator.start_id,
     TrainRun.weights_id,
     TrainRun.optimizer_id,
     Code.blob_id,

@@ -20,6 +20,7 @@ from registry import models, records, rows
 from registry.base import StoreBase
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.fs import failpoint
+from registry.garbage import drop_unreferenced
 from registry.learned import code_row, generator_row, must_cover_evicted
 from registry.writer import RowWriter
 
@@ -93,6 +94,7 @@ class GeneratorOperations(StoreBase):
             fresh = [code_row(writer, row, code) for code in new.codes]
             session.add_all(fresh)
             session.flush()
+            row.start_id = parent.start_id  # its mean is a code as others are
             _link(session, parent.id, row.id, [code.task_id for code in fresh])
             _must_keep_copies(session, parent, row)
             must_cover_evicted(session, new.base_model, _copies(session, row.id))
@@ -112,6 +114,25 @@ class GeneratorOperations(StoreBase):
                 )
                 for row in session.scalars(query)
             ]
+
+    def set_start(self, generator_id: int, blob: str) -> records.GeneratorRecord:
+        """Record what adapters for unseen tasks start from, in the place of what there is.
+
+        Raises:
+            GeneratorConflict: the generator is not the current one any more.
+            MissingBlob: the digest is not in the store.
+        """
+        with self._db.write() as session:
+            writer = RowWriter(session, self._blobs)
+            row = _current(session, generator_id)
+            old = None if row.start is None else row.start.digest
+            row.start = writer.blob(blob)
+            session.flush()
+            record = rows.generator_record(row)
+            failpoint("rows-before-commit")
+        failpoint("rows-committed")
+        drop_unreferenced(self._db, self._blobs, [old] if old not in (None, blob) else [])
+        return record
 
     def make_current(self, generator_id: int) -> list[str]:
         """Make a generator the current one of its base model, whichever is now.

@@ -35,7 +35,17 @@ def m004_residuals(connection: Connection) -> None:
         connection.exec_driver_sql(f"ALTER TABLE codes ADD COLUMN {column}")
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (m002_evicted_and_pinned, m003_compact_rows, m004_residuals)
+def m005_starts(connection: Connection) -> None:
+    """Let a generator know where an adapter for an unseen task starts."""
+    connection.exec_driver_sql("ALTER TABLE generators ADD COLUMN start_id INTEGER REFERENCES blobs")
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
+    m002_evicted_and_pinned,
+    m003_compact_rows,
+    m004_residuals,
+    m005_starts,
+)
 """From the first schema on; a new database begins with the third."""
 
 

@@ -145,10 +145,12 @@ class Generator(Base):
     metrics: Mapped[Any]
     is_current: Mapped[bool]
     created_at: Mapped[str] = mapped_column(Moment())
+    start_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
     parent: Mapped[Generator | None] = relationship(remote_side=[id])
-    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])
+    start: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[start_id])
 
     __table_args__ = (
         UniqueConstraint("base_model_id", "version"),

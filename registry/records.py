@@ -316,7 +316,12 @@ class NewGenerator:
 
 @dataclass(frozen=True)
 class GeneratorRecord:
-    """A generator in the store; versions of one base model count from 1."""
+    """A generator in the store; versions of one base model count from 1.
+
+    Attributes:
+        start: digest of what adapters for unseen tasks start from, if that was learned.
+        start_size: that file's length in bytes, 0 without one.
+    """
 
     id: int
     base_model: str
@@ -328,6 +333,8 @@ class GeneratorRecord:
     metrics: Json
     is_current: bool
     created_at: str
+    start: str | None
+    start_size: int
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,8 @@ def generator_record(row: models.Generator) -> records.GeneratorRecord:
         metrics=row.metrics,
         is_current=row.is_current,
         created_at=row.created_at,
+        start=None if row.start is None else row.start.digest,
+        start_size=0 if row.start is None else row.start.size,
     )
 
 

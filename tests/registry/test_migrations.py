@@ -23,6 +23,7 @@ from tests.registry.examples import code_of, evaluation, ingest, new_store, vect
 VERSION_1 = Path(__file__).parent / "data" / "store_v1.sql"
 VERSION_2 = Path(__file__).parent / "data" / "store_v2.sql"
 VERSION_3 = Path(__file__).parent / "data" / "store_v3.sql"
+VERSION_4 = Path(__file__).parent / "data" / "store_v4.sql"
 WRITTEN_AT = datetime(2026, 11, 24, 16, 51, 22, tzinfo=UTC)
 
 
@@ -113,7 +114,7 @@ def of_schema_2(tmp_path: Path, expected: dict[str, object]) -> dict[str, object
     return expected
 
 
-@pytest.mark.parametrize("dump", [VERSION_2, VERSION_3], ids=["2", "3"])
+@pytest.mark.parametrize("dump", [VERSION_2, VERSION_3, VERSION_4], ids=["2", "3", "4"])
 def test_every_row_of_a_store_of_an_earlier_schema_survives(
     tmp_path: Path, expected: dict[str, object], dump: Path
 ) -> None:
