@@ -17,6 +17,7 @@ from icm_cli.commands.encode import encode
 from icm_cli.commands.eval import evaluate
 from icm_cli.commands.evict import evict
 from icm_cli.commands.export import export
+from icm_cli.commands.generate import generate
 from icm_cli.commands.generators import generators
 from icm_cli.commands.import_ import import_
 from icm_cli.commands.ingest import ingest
@@ -50,6 +51,7 @@ app.command(rich_help_panel=MAIN)(vectors)
 app.command(rich_help_panel=MAIN)(train)
 app.command(rich_help_panel=MAIN)(encode)
 app.command(rich_help_panel=MAIN)(materialize)
+app.command(rich_help_panel=MAIN)(generate)
 app.command(rich_help_panel=MAIN, name="eval")(evaluate)
 app.command(rich_help_panel=MAIN)(stats)
 app.command(rich_help_panel=CARRY)(export)

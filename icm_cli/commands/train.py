@@ -5,99 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from icm_cli.commands import encode
 from icm_cli.commands import eval as evaluation
+from icm_cli.commands.train_options import (
+    EpisodesOpt,
+    ErrorOpt,
+    EvalOpt,
+    FreshOpt,
+    GainOpt,
+    ObjectiveName,
+    ObjectiveOpt,
+    QualityOpt,
+    RateOpt,
+    ResumeOpt,
+    SeedOpt,
+    StepsOpt,
+    ToleranceOpt,
+    UpdateOpt,
+    WidthOpt,
+)
 from icm_cli.errors import Interrupted, UsageProblem
-from icm_cli.options import BaseModelOpt, DeviceOpt, gain_option, loss_option
+from icm_cli.options import BaseModelOpt, DeviceOpt
 from icm_cli.session import Session, command
 from icm_cli.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
     from icm_cli.workflows.events import Event
     from icm_cli.workflows.publishing import Trained
+    from icm_cli.workflows.starting import StartRequest
     from icm_cli.workflows.training_run import TrainRequest
     from icm_cli.workflows.updating import Updated
-
-MODEL_PANEL = "Model"
-
-QualityOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--quality",
-        metavar="1..8",
-        min=1,
-        max=8,
-        help="The one dial: 1 is smallest, 8 most faithful; else the present generator's, at first 4.",
-        show_default=False,
-    ),
-]
-SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is random.")]
-ResumeOpt = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a run that was stopped.")]
-FreshOpt = Annotated[bool, typer.Option("--fresh", help="Start anew, not from the present generator.")]
-UpdateOpt = Annotated[
-    bool,
-    typer.Option(
-        "--update", help="Only give tasks without a code one; nothing else is read or changed, originals may be gone."
-    ),
-]
-EvalOpt = Annotated[
-    bool, typer.Option("--eval/--no-eval", help="Then measure what the codes kept, where the base model is found.")
-]
-ErrorOpt = Annotated[
-    float | None,
-    loss_option("--max-error", "Relative dW error that a code may have; then tasks are encoded as by `icm encode`."),
-]
-GainOpt = Annotated[
-    float | None,
-    gain_option("Smallest retained gain that a code may have, likewise; needs the base model and held-out text."),
-]
-ToleranceOpt = Annotated[
-    float | None,
-    loss_option(
-        "--tolerance",
-        "Share of dW's energy, weighted by sensitivity, that a code may lose; else the quality's.",
-        MODEL_PANEL,
-    ),
-]
-WidthOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--width",
-        metavar="N",
-        min=4,
-        max=4096,
-        help="Hidden width of a new generator's decoder; else that of the fleet's size.",
-        show_default=False,
-        rich_help_panel=MODEL_PANEL,
-    ),
-]
-StepsOpt = Annotated[
-    int | None,
-    typer.Option(
-        "--steps",
-        metavar="N",
-        min=1,
-        help="Optimiser steps; else 10 per adapter, from 1,000 to 20,000.",
-        show_default=False,
-        rich_help_panel=MODEL_PANEL,
-    ),
-]
-RateOpt = Annotated[
-    float | None,
-    typer.Option(
-        "--lr",
-        metavar="X",
-        min=1e-6,
-        max=1.0,
-        help="Peak learning rate; else 0.004.",
-        show_default=False,
-        rich_help_panel=MODEL_PANEL,
-    ),
-]
 
 _EVENT_EVERY = 10  # steps between two JSON lines
 
@@ -112,6 +51,7 @@ def train(
     resume: ResumeOpt = True,
     fresh: FreshOpt = False,
     update: UpdateOpt = False,
+    objective: ObjectiveOpt = ObjectiveName.BITS,
     evaluate: EvalOpt = True,
     max_error: ErrorOpt = None,
     min_gain: GainOpt = None,
@@ -119,6 +59,7 @@ def train(
     width: WidthOpt = None,
     steps: StepsOpt = None,
     lr: RateOpt = None,
+    episodes: EpisodesOpt = 48,
 ) -> None:
     """Fit one generator per base model over all its tasks, encode every task, and measure what the codes kept.
 
@@ -128,6 +69,9 @@ def train(
     With --update the present generator is continued instead: that takes as long as the new tasks take, and every code
     that was there decodes to the same adapter as before.
 
+    With --objective both it also learns where adapters for unseen tasks start, in episodes over the tasks that have
+    samples: `icm generate` needs that.
+
     Example:
       icm train --device cuda
     """
@@ -135,6 +79,7 @@ def train(
         hint = "`icm train --fresh` makes another one, of all tasks"
         raise UsageProblem("--update continues the present generator: --fresh and --width do not go with it", hint=hint)
     from icm_cli.workflows.encode_plan import EncodeRequest
+    from icm_cli.workflows.starting import StartRequest
     from icm_cli.workflows.training_run import TrainRequest
 
     request = TrainRequest(
@@ -149,13 +94,16 @@ def train(
         resume=resume,
         fresh=fresh,
     )
-    made = _update(session, request) if update else _train(session, request)
-    if made.nothing:
-        return
-    if max_error is not None or min_gain is not None:
-        encode.run(session, EncodeRequest(made.tasks, max_error, min_gain, request.device, base_model=base_model))
-    if evaluate:
-        _evaluate(session, request.device, made)
+    if objective is not ObjectiveName.FUNCTIONAL:
+        made = _update(session, request) if update else _train(session, request)
+        if made.nothing:
+            return
+        if max_error is not None or min_gain is not None:
+            encode.run(session, EncodeRequest(made.tasks, max_error, min_gain, request.device, base_model=base_model))
+        if evaluate:
+            _evaluate(session, request.device, made)
+    if objective is not ObjectiveName.BITS:
+        _learn_starts(session, StartRequest(request.device, base_model, episodes, seed))
 
 
 @dataclass(frozen=True)
@@ -194,6 +142,29 @@ def _update(session: Session, request: TrainRequest) -> _Made:
     if report.stopped:
         raise Interrupted("interrupted; what is not listed is as it was", hint="run the same command again")
     return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks)
+
+
+def _learn_starts(session: Session, request: StartRequest) -> None:
+    from icm_cli.workflows.starting import EpisodeDone, StartLearned, learn_starts
+
+    def tell(event: Event) -> None:
+        if isinstance(event, EpisodeDone):
+            session.out.event("episode", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
+        elif isinstance(event, StartLearned):
+            session.out.event("start", **asdict(event))
+
+    with session.stoppable() as stop:
+        report = session.follow(learn_starts(session.place, request, stop), "episodes", tell)
+    for learned in report.learned:
+        session.out.line(
+            f"start for unseen tasks of {learned.base_model}: {human_size(learned.size)}, from {learned.tasks} tasks"
+        )
+        kept = f"{1 - learned.loss:.2f} of what their own adapters gain on samples that were not read"
+        session.out.note(
+            f"after {learned.episodes} episodes in {human_duration(learned.seconds)}: known tasks get {kept}"
+        )
+    if report.stopped:
+        raise Interrupted("interrupted; no start was kept", hint="run the same command again")
 
 
 def _tell(session: Session, event: Event) -> None:

@@ -83,9 +83,9 @@ def card_text(provenance: Provenance) -> str:
     """Write the card; the same provenance gives the same text."""
     sampled = "" if provenance.seed is None else f" (sampled with seed {provenance.seed})"
     return _CARD.format(
-        front=_front(provenance.base_model),
+        front=front_matter(provenance.base_model),
         task=provenance.task,
-        base=_quoted(provenance.base_model),
+        base=quoted(provenance.base_model),
         how=_HOW[provenance.rung] + sampled,
         rung=provenance.rung,
         version=provenance.generator.version,
@@ -97,10 +97,11 @@ def card_text(provenance: Provenance) -> str:
 
 def original_card(task: str, base_model: str, weights: str) -> str:
     """Write the card of an original that came without one; `weights` is the digest of its tensor file."""
-    return _ORIGINAL_CARD.format(front=_front(base_model), task=task, base=_quoted(base_model), weights=weights)
+    return _ORIGINAL_CARD.format(front=front_matter(base_model), task=task, base=quoted(base_model), weights=weights)
 
 
-def _front(base_model: str) -> str:
+def front_matter(base_model: str) -> str:
+    """Return the YAML head that the hub reads."""
     fields = {
         "base_model": base_model,
         "library_name": "peft",
@@ -110,7 +111,7 @@ def _front(base_model: str) -> str:
     return yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)
 
 
-def _quoted(label: str) -> str:
+def quoted(label: str) -> str:
     """Make a label from outside fit between two backticks of one line."""
     return escape(label).replace("`", "'")
 

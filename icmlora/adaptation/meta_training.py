@@ -34,8 +34,8 @@ from icmlora.generator.scales import OCTAVE
 from icmlora.padding import padded
 from icmlora.teacher import added
 
-_LEAST_GAIN = 0.02
-"""Nats per token: of a task whose own adapter gains less, the loss would be mostly noise."""
+_LEAST_GAIN = 0.2
+"""Nats per token: a task whose own adapter gains less on two texts would count by its noise."""
 _LIMIT = 8 * OCTAVE
 """Rates lie within eight octaves of a module's usual size."""
 
@@ -75,11 +75,11 @@ class EpisodeFleet(Protocol):
     def tasks(self) -> int:
         """Return the number of tasks."""
 
-    def load(self, task: int, checkpoint: int | None) -> Adapter:
-        """Read the final adapter of a task (None)."""
+    def load(self, task: int) -> Adapter:
+        """Read the adapter of a task."""
 
     def samples(self, task: int) -> Sequence[Scored]:
-        """Return a task's samples as token ids; fewer than two and the task is left out."""
+        """Return a task's samples as token ids, two or more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ def meta_train(
         task = order.pop()
         size = draw.choice(config.support)
         support, queries = _split(fleet.samples(task), size, config, draw)
-        loss = _episode(base, start, fleet.load(task, None), support, queries, learned, optimizer)
+        loss = _episode(base, start, fleet.load(task), support, queries, learned, optimizer)
         yield Episode(number + 1, config.episodes, task, len(support), loss), learned.into(start)
 
 

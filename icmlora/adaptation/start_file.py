@@ -12,7 +12,6 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 
 from icmlora.adaptation.start import Start
 from icmlora.adapter import Adapter
@@ -30,20 +29,20 @@ _TOLERANCE = 0.25
 """Weighted error of the mean's code: half of its size buys less than 0.01 of retained gain (docs/results/LOG.md)."""
 
 
-def start_to_bytes(start: Start, codec: Codec) -> tuple[bytes, Start]:
-    """Write a start under a generator.
-
-    Returns:
-        The file, and the start as it will be read back.
+def mean_code(start: Start, codec: Codec) -> bytes:
+    """Encode a start's mean under a generator; the lengths of steps are then learned for what it decodes to.
 
     Raises:
         GeneratorError: The generator does not cover the mean.
     """
-    code = codec.encode(start.adapter, {}, tolerance=_TOLERANCE).data
+    return codec.encode(start.adapter, {}, tolerance=_TOLERANCE).data
+
+
+def start_to_bytes(start: Start, code: bytes) -> bytes:
+    """Write a start whose mean is what a code decodes to; the same start gives the same bytes."""
     head = {"sizes": start.sizes, "rates": start.rates, "slopes": start.slopes, "tasks": start.tasks}
     packed = zlib.compress(json.dumps(head, sort_keys=True).encode(), 9)
-    data = seal(MAGIC + struct.pack("<I", len(packed)) + packed + code)
-    return data, replace(start, adapter=codec.decode(code))
+    return seal(MAGIC + struct.pack("<I", len(packed)) + packed + code)
 
 
 def start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> Start:

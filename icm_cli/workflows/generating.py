@@ -1,0 +1,224 @@
+"""An adapter for a task that was never ingested, from some of its samples.
+
+samples ──base──▶ context vector ──▶ how far from the known tasks
+   └──base + start──▶ evidence ──steps──▶ adapter ──(gradient steps)──▶ PEFT folder (──▶ store: vector and code)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from icm_cli.workflows.base_access import open_base
+from icm_cli.workflows.events import Event, Step, StopFlag
+from icm_cli.workflows.generated_card import GeneratedCard
+from icm_cli.workflows.known_vectors import comparable_vectors
+from icm_cli.workflows.opening import Place
+from icm_cli.workflows.registering import check_unknown, register
+from icm_cli.workflows.starting import SAMPLE_TOKENS
+from icmlora.adaptation.adapt import adapt, factors_of
+from icmlora.adaptation.finetuning import FinetuneConfig, finetune
+from icmlora.adaptation.start_file import start_from_bytes
+from icmlora.adapter import Adapter
+from icmlora.arithmetic import truncated
+from icmlora.base_model import BaseModel
+from icmlora.device import gradient_dtype, resolve_device
+from icmlora.errors import DataError
+from icmlora.evaluation import nll, tokenized
+from icmlora.examples import Example, parse_examples
+from icmlora.files import read_regular
+from icmlora.generator.lineage import Lineage
+from icmlora.output_folder import check_free
+from icmlora.peft_folder import save_adapter
+from icmlora.peft_names import WEIGHTS_NAME
+from icmlora.task_vector import TaskVector
+from icmlora.teacher import added
+from icmlora.vector_extraction import extract_context
+from icmlora.vector_space import FEWEST, Familiarity, familiarity
+from registry.records import GeneratorRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+MOST_SAMPLES = 64
+USUAL_SAMPLES = 16
+_DATA_LIMIT = 64 << 20
+_BATCH = 8
+"""Samples a pass on an accelerator."""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What `icm generate` was asked for."""
+
+    name: str
+    samples: Path
+    directory: Path
+    count: int = USUAL_SAMPLES
+    """Samples that are read; fewer if there are fewer."""
+    description: str | None = None
+    refine: int = 0
+    """Gradient steps after the generated point."""
+    rank: int | None = None
+    """Of what is written; that of the fleet's widest adapter where it is None."""
+    base_model: str | None = None
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    register: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was made.
+
+    Attributes:
+        samples: How many samples were read.
+        base_nats: Loss of the base model on these very samples, in nats per token.
+        nats: Of the adapter, likewise: it has seen them, so on other text of the task it gains less.
+        known: How far the task lies from the known ones; None where too few of them can be compared.
+        weights: SHA-256 of the written weights.
+        code_size: Bytes of the code that was registered, None without registering.
+        code_error: Its relative dW error.
+    """
+
+    task: str
+    directory: Path
+    base_model: str
+    generator: str
+    samples: int
+    base_nats: float
+    nats: float
+    known: Familiarity | None
+    rank: int
+    weights: str
+    code_size: int | None
+    code_error: float | None
+
+
+def generate(place: Place, request: GenerateRequest, stop: StopFlag) -> Generator[Event, None, Generated | None]:
+    """Make an adapter for an unseen task; the folder appears whole or not at all.
+
+    Returns:
+        What was made, or None if the user stopped; then nothing is written.
+
+    Raises:
+        DeviceUnavailable: The device is not there.
+        DataError: Samples that cannot be used, or a generator that has no start.
+        OutputExists: The folder is not empty and `force` is not given.
+        BaseModelNotFound: The base model is not on this machine.
+        TaskConflict: It is to be registered, and its name is taken.
+    """
+    device = resolve_device(request.device)
+    check_free(request.directory, force=request.force)
+    examples = _chosen(request)
+    with place.open(read_only=not request.register) as store:
+        if request.register:
+            check_unknown(store, request.name)
+        generator = _generator(store, request.base_model)
+        yield Step(0, None, f"loading {generator.base_model}")
+        base = open_base(store, generator.base_model, device, gradient_dtype(device))
+        vectors = extract_context(base, [example.text for example in examples])
+        adapter = yield from _adapted(store, generator, base, examples, request, stop)
+        if adapter is None:
+            return None
+        lineage = Lineage(store.read_blob(generator.blob))
+        rank = request.rank or max(config.slots for config in lineage.configs)
+        adapter = truncated(adapter, rank)
+        weights = _write(adapter, generator, len(examples), request)
+        code = (
+            register(store, lineage, generator, request.name, request.directory, vectors) if request.register else None
+        )
+        return Generated(
+            task=request.name,
+            directory=request.directory,
+            base_model=generator.base_model,
+            generator=generator.blob,
+            samples=len(examples),
+            base_nats=_nats(base, None, examples),
+            nats=_nats(base, adapter, examples),
+            known=_familiarity(store, generator, request.name, vectors),
+            rank=rank,
+            weights=weights,
+            code_size=None if code is None else len(code.data),
+            code_error=None if code is None else code.dw_error,
+        )
+
+
+def _chosen(request: GenerateRequest) -> list[Example]:
+    """Return the samples that are read, spread evenly over the file: one that is sorted gives a fair choice."""
+    every = parse_examples(read_regular(request.samples, max_bytes=_DATA_LIMIT), path=request.samples)
+    count = min(request.count, len(every))
+    return [every[position * len(every) // count] for position in range(count)]
+
+
+def _generator(store: Store, base_model: str | None) -> GeneratorRecord:
+    current = [row for row in store.generators(base_model) if row.is_current]
+    if not current:
+        of_it = "" if base_model is None else f" of {base_model}"
+        raise DataError(f"there is no generator{of_it}", hint="`icm train --objective both` makes one that generates")
+    started = [row for row in current if row.start is not None]
+    if not started:
+        fact = f"the generator of {current[0].base_model} has not learned where unseen tasks start"
+        raise DataError(fact, hint="`icm train --objective functional` learns it, and leaves all codes as they are")
+    if len(started) > 1:
+        names = ", ".join(row.base_model for row in started)
+        raise DataError(f"there are generators of several base models: {names}", hint="choose one with --base-model")
+    return started[0]
+
+
+def _adapted(
+    store: Store,
+    generator: GeneratorRecord,
+    base: BaseModel,
+    examples: Sequence[Example],
+    request: GenerateRequest,
+    stop: StopFlag,
+) -> Generator[Event, None, Adapter | None]:
+    """Return the adapter at its full rank, or None if the user stopped."""
+    lineage = Lineage(store.read_blob(generator.blob))
+    start = start_from_bytes(store.read_blob(str(generator.start)), lambda code: lineage.codec_of(code).decode(code))
+    samples = tokenized(base.tokenizer, examples, SAMPLE_TOKENS)
+    batch = 1 if base.model.device.type == "cpu" else _BATCH
+    adapter, steps = start.adapter, len(start.rates)
+    for done, step in enumerate(adapt(base, start, samples, batch_size=batch), start=1):
+        adapter = step.adapter
+        yield Step(done, steps, "adapting")
+        if stop.requested:
+            return None
+    if request.refine:
+        rank = request.rank or max(config.slots for config in lineage.configs)
+        work = finetune(base, truncated(adapter, rank), samples, FinetuneConfig(request.refine))
+        for done, (nats, refined) in enumerate(work, start=1):
+            adapter = refined
+            yield Step(done, request.refine, f"refining, {nats:.3f} nats per token")
+            if stop.requested:
+                return None
+    return adapter
+
+
+def _write(adapter: Adapter, generator: GeneratorRecord, samples: int, request: GenerateRequest) -> str:
+    """Write the folder and return the digest of its weights."""
+    card = GeneratedCard(request.name, generator.base_model, generator, samples, request.refine, request.description)
+    folder = request.directory
+    save_adapter(adapter, folder, dtype=request.dtype, card=card.text(), metadata=card.metadata(), force=request.force)
+    return hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
+
+
+def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Example]) -> float:
+    with added(base.model, {} if adapter is None else factors_of(adapter)):
+        return nll(base.model, base.tokenizer, examples, max_tokens=SAMPLE_TOKENS).nats_per_token
+
+
+def _familiarity(
+    store: Store, generator: GeneratorRecord, name: str, vectors: Sequence[TaskVector]
+) -> Familiarity | None:
+    tasks = [row.task for row in store.summaries() if row.task.base_model == generator.base_model]
+    looks = comparable_vectors(store, [task for task in tasks if task.name != name], "context").looks
+    mean = torch.stack([vector.values for vector in vectors]).mean(dim=0).numpy()
+    return familiarity(mean, looks) if len(looks) >= FEWEST else None

@@ -1,0 +1,95 @@
+"""Keep a generated task: its code and its vector, and no weights beside them.
+
+folder as written ──encode──▶ code ──┐
+its configuration and card ──────────┴──▶ a task without an original, with its code: one transaction ──▶ vector
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from icmlora.generator.lineage import Lineage
+from icmlora.generator.step_search import Encoded
+from icmlora.inspection import inspect_adapter
+from icmlora.peft_folder import load_adapter
+from icmlora.peft_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from icmlora.task_vector import TaskVector
+from icmlora.vector_file import vectors_to_bytes
+from registry.arrivals import Arrival, ArrivingTask
+from registry.errors import TaskConflict, TaskNotFound
+from registry.names import check_name
+from registry.records import GeneratorRecord, NewAdapter, NewGenerator, NewVector
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+def check_unknown(store: Store, name: str) -> None:
+    """Check that a task can be registered under a name.
+
+    Raises:
+        InvalidName: A name outside the rule.
+        TaskConflict: The store has a task of that name.
+    """
+    check_name(name)
+    try:
+        known = store.task(name)
+    except TaskNotFound:
+        return
+    raise TaskConflict(known.name, choices="another name")
+
+
+def register(
+    store: Store,
+    lineage: Lineage,
+    generator: GeneratorRecord,
+    name: str,
+    folder: Path,
+    vectors: Sequence[TaskVector],
+) -> Encoded:
+    """Encode the adapter in a folder and record the task; the folder is what its code stands in for.
+
+    Raises:
+        NotCovered: Its rank is above what any epoch of the generator covers.
+        TaskConflict: The store has another task of that name by now.
+        GeneratorConflict: Another generator is current by now.
+    """
+    config, weights = (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
+    adapter = load_adapter(config, weights, path=folder)
+    mean = {"context": torch.stack([vector.values for vector in vectors]).mean(dim=0)}
+    code = lineage.codec_for(adapter.layout).encode(adapter, mean)
+    card = store.put_blob((folder / CARD_NAME).read_bytes())
+    summary = inspect_adapter(config, weights, path=folder)
+    original = NewAdapter(
+        weights=hashlib.sha256(weights).hexdigest(),
+        config=store.put_blob(config),
+        card=card,
+        step=None,
+        is_final=True,
+        dtype=summary.dtype,
+        rank_max=summary.rank_max,
+        parameters=summary.parameters,
+        target_modules=summary.target_modules,
+        layout=summary.layout,
+        source=f"generated {name}",
+    )
+    task = ArrivingTask(name, original, len(weights), store.put_blob(code.data), code.dw_error)
+    present = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
+    store.take_arrival(Arrival(present, generator.version, [task]))
+    _add_vectors(store, name, vectors)
+    return code
+
+
+def _add_vectors(store: Store, name: str, vectors: Sequence[TaskVector]) -> None:
+    blob = store.put_blob(vectors_to_bytes({"context": torch.stack([vector.values for vector in vectors])}))
+    rows = []
+    for vector in vectors:
+        extractor = json.loads(vector.extractor.to_json())
+        rows.append(NewVector(name, vector.view, vector.support_set, extractor, blob, vector.values.numel()))
+    store.add_vectors(rows)

@@ -1,0 +1,186 @@
+"""Learn where adapters for unseen tasks start, from the tasks that are known, and keep it beside the generator.
+
+    all adapters ──mean──▶ start ──episodes over tasks with samples──▶ lengths of its steps ──▶ start file
+
+The file and the row that names it are one transaction. Until then the generator has the start that it had, or none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from icm_cli.workflows.base_access import open_base
+from icm_cli.workflows.events import Event, Step, StopFlag
+from icm_cli.workflows.opening import Place
+from icm_cli.workflows.training import labels_of
+from icm_cli.workflows.whole_fleet import WholeFleet
+from icmlora.adaptation.meta_training import Episode, MetaConfig, meta_train
+from icmlora.adaptation.start import RANK, untrained_start
+from icmlora.adaptation.start_file import mean_code, start_to_bytes
+from icmlora.adapter import Adapter
+from icmlora.base_model import BaseModel
+from icmlora.device import gradient_dtype, resolve_device
+from icmlora.errors import DataError
+from icmlora.evaluation import Scored
+from icmlora.generator.lineage import Lineage
+from registry.records import GeneratorRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+SAMPLE_TOKENS = 128
+"""Tokens read of a sample, here and when an adapter is generated."""
+_FEWEST = 2
+"""Samples that a task needs for an episode: one to adapt to and one to judge by."""
+
+
+@dataclass(frozen=True)
+class StartRequest:
+    """What is asked for."""
+
+    device: str
+    base_model: str | None = None
+    episodes: int = MetaConfig.episodes
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EpisodeDone(Event):
+    """One episode; what it measured is in `icmlora.adaptation.meta_training.Episode`."""
+
+    base_model: str
+    task: str
+    at: Episode
+
+
+@dataclass(frozen=True)
+class StartLearned(Event):
+    """A generator has a start.
+
+    Attributes:
+        base_model: Whose generator it is.
+        generator: Its digest.
+        start: The start file's digest.
+        size: Its length in bytes.
+        tasks: Tasks that the mean was made of.
+        episodes: Episodes that the lengths of steps were learned in.
+        loss: Mean over the last half of the episodes: 0 as good as a task's own adapter, 1 as good as none.
+        seconds: How long it took.
+    """
+
+    base_model: str
+    generator: str
+    start: str
+    size: int
+    tasks: int
+    episodes: int
+    loss: float
+    seconds: float
+
+
+@dataclass
+class StartReport:
+    """What was learned."""
+
+    learned: list[StartLearned] = field(default_factory=list)
+    stopped: bool = False
+
+
+class _Episodes:
+    """The tasks of a fleet that have samples."""
+
+    def __init__(self, fleet: WholeFleet, base: BaseModel) -> None:
+        found = {task: fleet.samples(task, base.tokenizer, SAMPLE_TOKENS) for task in range(len(fleet.names))}
+        self._fleet, self._samples = fleet, {task: some for task, some in found.items() if len(some) >= _FEWEST}
+        self._places = list(self._samples)
+
+    def tasks(self) -> int:
+        """Return the number of tasks."""
+        return len(self._places)
+
+    def name(self, task: int) -> str:
+        """Return the name of a task."""
+        return self._fleet.names[self._places[task]]
+
+    def load(self, task: int) -> Adapter:
+        """Read a task's adapter."""
+        return self._fleet.load(self._places[task])
+
+    def samples(self, task: int) -> Sequence[Scored]:
+        """Return a task's samples."""
+        return self._samples[self._places[task]]
+
+
+def learn_starts(place: Place, request: StartRequest, stop: StopFlag) -> Generator[Event, None, StartReport]:
+    """Learn a start for the generator of each base model.
+
+    Raises:
+        DeviceUnavailable: The device is not there; nothing was opened.
+        DataError: There is no task or no generator, or fewer than two tasks have samples.
+        BaseModelNotFound: A base model is not on this machine.
+        GeneratorConflict: Another process made another generator current meanwhile.
+    """
+    device = resolve_device(request.device)
+    report = StartReport()
+    with place.open() as store:
+        for label in labels_of(store, request.base_model):
+            generator = store.current_generator(label)
+            if generator is None:
+                raise DataError(f"there is no generator of {label}", hint="`icm train` makes one")
+            base = open_base(store, label, device, gradient_dtype(device))
+            learned = yield from _learn(store, generator, base, request, stop)
+            if learned is None:
+                report.stopped = True
+                break
+            report.learned.append(learned)
+            yield learned
+    return report
+
+
+def _learn(
+    store: Store, generator: GeneratorRecord, base: BaseModel, request: StartRequest, stop: StopFlag
+) -> Generator[Event, None, StartLearned | None]:
+    """Return what was learned, or None if the user stopped; then nothing is kept."""
+    began = time.monotonic()
+    lineage = Lineage(store.read_blob(generator.blob))
+    newest = len(lineage.digests) - 1
+    fleet = WholeFleet(store, generator)
+    yield Step(0, request.episodes, "averaging the fleet")
+    start = untrained_start(fleet, min(RANK, lineage.configs[newest].slots))
+    episodes = _Episodes(fleet, base)
+    if episodes.tasks() < _FEWEST:
+        fact = f"{episodes.tasks()} tasks of {generator.base_model} have samples, and learning to start takes two"
+        raise DataError(fact, hint="`icm ingest PATH --samples FILE` gives a task its samples")
+    code = mean_code(start, lineage.codec(newest))
+    learned = replace(start, adapter=lineage.codec(newest).decode(code))
+    losses: list[float] = []
+    config = MetaConfig(episodes=request.episodes, seed=request.seed)
+    for at, state in meta_train(base, learned, episodes, config):
+        learned = state
+        losses.append(at.loss)
+        yield EpisodeDone(generator.base_model, episodes.name(at.task), at)
+        yield Step(at.number, at.episodes, episodes.name(at.task))
+        if stop.requested:
+            return None
+    return _publish(store, generator, start_to_bytes(learned, code), start.tasks, losses, began)
+
+
+def _publish(
+    store: Store, generator: GeneratorRecord, data: bytes, tasks: int, losses: Sequence[float], began: float
+) -> StartLearned:
+    blob = store.put_blob(data)
+    store.set_start(generator.id, blob)
+    last = losses[len(losses) // 2 :]
+    return StartLearned(
+        base_model=generator.base_model,
+        generator=generator.blob,
+        start=blob,
+        size=len(data),
+        tasks=tasks,
+        episodes=len(losses),
+        loss=sum(last) / max(len(last), 1),
+        seconds=round(time.monotonic() - began, 3),
+    )
