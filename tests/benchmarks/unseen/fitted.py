@@ -1,0 +1,143 @@
+"""What is fitted to the tasks of a fold that are not held out: icm's start, the fleet's mean, one LoRA for all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import get_peft_model
+
+from icmlora.adaptation.meta_training import MetaConfig, meta_train
+from icmlora.adaptation.start import Start, untrained_start
+from icmlora.adaptation.start_file import mean_code, start_from_bytes, start_to_bytes
+from icmlora.adapter import Adapter
+from icmlora.arithmetic import mean_adapter
+from icmlora.base_model import BaseModel
+from icmlora.evaluation import Scored
+from icmlora.generator.codec import Codec
+from icmlora.generator.config import config_for
+from icmlora.generator.cvae import CVAE
+from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from icmlora.initial_a import InitialA
+from icmlora.peft_folder import load_adapter_folder
+from icmlora.training.start import fresh_network
+from icmlora.vector_extraction import extract_context
+from tests.benchmarks.example_fleet.tasks import Schedule, Task
+from tests.benchmarks.example_fleet.train import load_base, lora_config, train
+from tests.benchmarks.unseen.fleet import StudyTask
+
+MULTITASK = Schedule(steps=160, batch=2, length=128, learning_rate=2e-3, warmup=5)
+"""Of the one LoRA for all: twice the steps of a task's own."""
+MULTITASK_RANK = 16
+_MEAN_RANK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Episodes:
+    """The tasks that are not held out, for meta-training and for a network's statistics."""
+
+    members: Sequence[StudyTask]
+    base: BaseModel
+
+    def __iter__(self) -> Iterator[Adapter]:
+        """Read all adapters, one after the other."""
+        return (task.adapter() for task in self.members)
+
+    def tasks(self) -> int:
+        """Return the number of tasks."""
+        return len(self.members)
+
+    def samples(self, task: int) -> Sequence[Scored]:
+        """Return a task's samples."""
+        return self.members[task].samples(self.base)
+
+    def load(self, task: int, checkpoint: int | None = None) -> Adapter:
+        """Read a task's adapter."""
+        return self.members[task].adapter()
+
+    def checkpoints(self, task: int) -> int:
+        """Return 0."""
+        return 0
+
+    def initial(self, task: int) -> InitialA | None:
+        """Return None."""
+        return None
+
+    def support_sets(self, task: int) -> int:
+        """Return 0."""
+        return 0
+
+    def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
+        """Return none."""
+        return {}
+
+
+def fit_start(base: BaseModel, members: Sequence[StudyTask], episodes: int, seed: int, stored: Path) -> Start:
+    """Learn a start as `icm train --objective functional` does, and read it back from its file.
+
+    The generator that codes its mean has the statistics of these tasks and is not trained: its prediction of a mean
+    over all tasks would be worth little.
+    """
+    fleet = Episodes(members, base)
+    codec = _codec(fleet)
+    if not stored.exists():
+        start = untrained_start(fleet, codec.config.slots)
+        code = mean_code(start, codec)
+        start = replace(start, adapter=codec.decode(code))
+        for at, learned in meta_train(base, start, fleet, MetaConfig(episodes=episodes, seed=seed)):
+            start = learned
+            print(f"  episode {at.number}: {members[at.task].name} from {at.support}: {at.loss:.3f}", flush=True)
+        stored.write_bytes(start_to_bytes(start, code))
+    return start_from_bytes(stored.read_bytes(), codec.decode)
+
+
+def _codec(fleet: Episodes) -> Codec:
+    layouts = (adapter.layout for adapter in fleet)
+    config = config_for(next(iter(fleet)).base_model, layouts, tasks=fleet.tasks(), condition_size=0, quality=4)
+    net: CVAE = fresh_network(config, fleet, 0)
+    return Codec(generator_from_bytes(generator_to_bytes(net)))
+
+
+def fit_mean(members: Sequence[StudyTask]) -> Adapter:
+    """Return the mean dW of these tasks."""
+    return mean_adapter((task.adapter() for task in members), _MEAN_RANK)
+
+
+def fit_multitask(base_folder: Path, base: BaseModel, members: Sequence[StudyTask], seed: int, folder: Path) -> Adapter:
+    """Train one LoRA on the samples of all these tasks, or read the one that was trained."""
+    if not (folder / "adapter_config.json").exists():
+        rows = [scored.ids for task in members for scored in task.samples(base)]
+        _train(base_folder, rows, MULTITASK, MULTITASK_RANK, seed, folder)
+    return load_adapter_folder(folder)
+
+
+def fit_fresh(base_folder: Path, rows: Sequence[list[int]], steps: int, rank: int, seed: int) -> Adapter:
+    """Train a LoRA from scratch on some samples."""
+    schedule = Schedule(steps=steps, batch=2, length=SHORTEST, learning_rate=2e-3, warmup=5)
+    with tempfile.TemporaryDirectory() as folder:
+        _train(base_folder, rows, schedule, rank, seed, Path(folder) / "adapter")
+        return load_adapter_folder(Path(folder) / "adapter")
+
+
+SHORTEST = 128
+
+
+def _train(
+    base_folder: Path, rows: Sequence[list[int]], schedule: Schedule, rank: int, seed: int, folder: Path
+) -> None:
+    torch.manual_seed(seed)
+    order = torch.randperm(len(rows)).tolist()
+    tokens = torch.tensor([token for number in order for token in rows[number]])
+    task = Task(folder.name, rank=rank, seed=seed)
+    model = get_peft_model(load_base(base_folder, torch.bfloat16), lora_config(task))
+    train(model, tokens, task, schedule, folder)
+
+
+def looks_of(base: BaseModel, texts: Sequence[str]) -> NDArray[np.float32]:
+    """Return the context vectors of some texts, one support set a row."""
+    return np.stack([vector.values.numpy() for vector in extract_context(base, texts)])

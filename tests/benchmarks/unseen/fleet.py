@@ -1,0 +1,59 @@
+"""The domain fleet as the study reads it: tasks that were built, their adapters, samples and held-out text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from icmlora.adapter import Adapter
+from icmlora.base_model import BaseModel
+from icmlora.evaluation import Scored, tokenized
+from icmlora.examples import Example, parse_examples
+from icmlora.peft_folder import load_adapter_folder
+
+SAMPLE_TOKENS = 128
+"""Tokens of a sample or held-out text that are read."""
+TEXTS = 6
+"""Held-out texts of a task."""
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """A task of the domain fleet, in a folder of its own."""
+
+    folder: Path
+    group: str
+    family: str
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    def adapter(self) -> Adapter:
+        """Read its own adapter."""
+        return load_adapter_folder(self.folder)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Its samples, which its own adapter was trained on."""
+        return [example.text for example in parse_examples((self.folder / "samples.jsonl").read_bytes())]
+
+    def samples(self, base: BaseModel) -> list[Scored]:
+        """Return its samples as token ids."""
+        return tokenized(base.tokenizer, [Example("", text) for text in self.texts], SAMPLE_TOKENS)
+
+    def held_out(self, base: BaseModel) -> list[Example]:
+        """Return its held-out texts, cut to what is scored."""
+        examples = parse_examples((self.folder / "eval.jsonl").read_bytes())[:TEXTS]
+        ids = [base.tokenizer(example.text)["input_ids"][:SAMPLE_TOKENS] for example in examples]
+        return [Example("", base.tokenizer.decode(row)) for row in ids]
+
+
+def built_tasks(fleet: Path, most: int | None = None) -> list[StudyTask]:
+    """Return the tasks whose folder is there, in the order of the list, the first `most` of them."""
+    rows = json.loads((fleet / "tasks.json").read_text("utf-8"))
+    tasks = [StudyTask(fleet / row["name"], row["group"], row["family"]) for row in rows]
+    return [task for task in tasks if task.folder.is_dir()][:most]
