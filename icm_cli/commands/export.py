@@ -65,7 +65,7 @@ def _tell(session: Session, done: Exported) -> None:
     if done.left_out:
         out.warn(f"{counted(len(done.left_out), 'task')} without a code left out")
         out.detail(", ".join(done.left_out))
-        out.hint("`icm train` encodes every task")
+        out.hint("`icm train --update` makes theirs")
     if done.without_residual:
         out.note(f"a bundle carries codes: the residual of {counted(len(done.without_residual), 'task')} stays behind")
         out.detail(", ".join(done.without_residual))

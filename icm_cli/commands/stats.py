@@ -120,7 +120,7 @@ def _verdict(found: Bill) -> str:
     what = f"Generators, codes, {'residuals, ' if found.usage.residuals else ''}vectors and database"
     kept = f"{disk}{_held(found)}."
     if share is None:
-        return f"{kept} Not every task has a code yet, so what they save is not known: `icm train` makes the others."
+        return f"{kept} Not every task has a code yet, so what they save is not known: see `icm train --update`."
     if share >= 1:
         return (
             f"{kept} {what} take {human_percent(share)}: they save nothing, they cost {human_percent(share - 1)} more."

@@ -71,7 +71,7 @@ class _Work:
         if task.pinned or not chosen:
             return self._as_known(task, code, generator)
         if code is None or generator is None:
-            return TaskEvicted(task.name, "kept", reason="it has no code: `icm train` makes it")
+            return TaskEvicted(task.name, "kept", reason="it has no code: `icm train --update` makes it")
         try:
             measured = self._check.measure(task, adapters[-1], code, generator)
             return self._let_go(task, chosen, code, generator, measured)

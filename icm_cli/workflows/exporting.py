@@ -88,7 +88,7 @@ def _choose(store: Store, request: ExportRequest) -> _Choice:
     without = tuple(row.task.name for row in rows if row.code is None)
     if named and without:
         fact = f"no code under the current generator: {', '.join(without)}"
-        raise DataError(fact, hint="`icm train` encodes every task; or export the others alone")
+        raise DataError(fact, hint="`icm train --update` makes theirs; or export the others alone")
     bases = sorted({row.task.base_model for row in coded})
     if len(bases) > 1:
         hint = "choose one with --base-model NAME, or name tasks of one"

@@ -128,7 +128,6 @@ class Growth:
             condition_size=0,
             quality=1,
             tolerance=self._tolerance,
-            width=self._request.width,
         )
         rate = {} if self._request.learning_rate is None else {"learning_rate": self._request.learning_rate}
         options = TrainConfig(steps=self._request.steps or steps_for(len(names)), seed=self._request.seed, **rate)

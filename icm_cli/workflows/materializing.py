@@ -98,7 +98,8 @@ def _choose(
         hint = "`icm ingest --restore PATH` of it brings it back; `--source code` gives what the store kept"
         raise DataError(f"the original of task {request.task!r} was evicted at {final.evicted_at}", hint=hint)
     if source in ("code", "residual") and code is None:
-        raise DataError(f"task {request.task!r} has no code", hint="`icm train` makes it")
+        trains = "icm train" if generator is None else "icm train --update"
+        raise DataError(f"task {request.task!r} has no code", hint=f"`{trains}` makes it")
     if source == "residual" and code is not None and code.residual is None:
         hint = "its code kept what was asked for, or nothing was: `icm encode --residual` makes one"
         raise DataError(f"task {request.task!r} has no residual", hint=hint)
