@@ -20,9 +20,13 @@ import torch
 
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.canonical import canonicalize
+from icmlora.errors import AdapterRefused
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.layout import target_modules
+
+_LARGEST = 2.0**50
+"""Of a singular value: the network sums their squares in float32, and quantiser steps end at 2^40."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +72,7 @@ def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity
 
     Raises:
         GeneratorError: The adapter has a module kind, layer or rank that the generator does not cover.
+        AdapterRefused: Its dW is larger than float32 can be reckoned with.
     """
     groups: defaultdict[int, list[tuple[int, LoraModule]]] = defaultdict(list)
     for module in canonicalize(weighted(adapter, config, sensitivity)).modules:
@@ -81,6 +86,10 @@ def _stack(kind: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:
     layers, slots, norms, inputs, outputs = [], [], [], [], []
     for layer, module in modules:
         norm = module.a.norm(dim=1) * module.b.norm(dim=0)  # balanced factors: |a_i| = |b_i| = sqrt(s_i)
+        if (norm > _LARGEST).any():
+            message = f"dW of {module.name} has the size {float(norm.max()):.0e}, too large to be encoded"
+            hint = "it was scaled by mistake, or training diverged: ingest it again with usual values, or `icm rm` it"
+            raise AdapterRefused(message, kind="overflow", hint=hint)
         used = int((norm > 0).sum())
         root = norm[:used].sqrt()
         layers.append(torch.full((used,), layer))
