@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 
@@ -119,14 +118,15 @@ def detokenize(
     """
     written = {place: _zero_module(config, *place) for place in modules}
     for group in tokens:
+        # All layers at once: a module by itself is so small that calls take longer than what they do.
         root = group.norm.sqrt()[:, None]
-        count, start = torch.bincount(group.layer, minlength=config.layers).tolist(), 0
-        for layer, end in enumerate(accumulate(count)):
-            if end > start:
-                a, b = group.inputs[start:end] / root[start:end], group.outputs[start:end] / root[start:end]
-                module = LoraModule(config.kinds[group.kind].module(layer), a, b.T.contiguous())
-                written[group.kind, layer] = sensitivity.unweigh(module, group.kind, layer)
-            start = end
+        inputs, outputs = group.inputs / root, group.outputs / root
+        sensitivity.unweigh(group.kind, group.layer, inputs, outputs)
+        counts = torch.bincount(group.layer, minlength=config.layers).tolist()
+        for layer, (a, b) in enumerate(zip(torch.split(inputs, counts), torch.split(outputs, counts), strict=True)):
+            if len(a):
+                name = config.kinds[group.kind].module(layer)
+                written[group.kind, layer] = LoraModule(name, a, b.T.contiguous())
     names = target_modules(module.name for module in written.values())
     return Adapter(config.base_model, task_type, names, tuple(written.values()))
 
