@@ -36,6 +36,8 @@ SPAN = 2
 """The third side of a token, beside `INPUTS` and `OUTPUTS`."""
 Sides = tuple[Integers, Integers, Integers]
 """Of tokens of one kind: shapes (n, in), (n, out) and (n, R)."""
+SideScales = tuple[Scales, Scales, Scales]
+"""Scale indices of the integers, of the same shapes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class Quantizer:
         norms: Norms = self._norms[slots.kind, slots.layer, slots.slot] + gain + residuals
         return norms
 
-    def scales(self, slots: Slots, norms: Norms, span: Span, step: int) -> tuple[Scales, Scales, Scales]:
+    def scales(self, slots: Slots, norms: Norms, span: Span, step: int) -> SideScales:
         """Return the scale indices of the integers of each slot, shapes (n, in), (n, out) and (n, R)."""
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
         wide = [_half_octaves(size) for size in self._sizes[slots.kind]]
@@ -137,9 +139,10 @@ class Quantizer:
                 shifts[group.kind, slot] = np.clip(round(OCTAVE / 2 * math.log2(max(left, 2.0**-30))), -127, 127)
         return shifts
 
-    def dequantise(self, slots: Slots, norms: Norms, state: TaskState, step: int, integers: Sides) -> KindTokens:
-        """Turn integers back into tokens; each lands on the mean of its bin under the predicted scale."""
-        scales = self.scales(slots, norms, state.span, step)
+    def dequantise(
+        self, slots: Slots, norms: Norms, state: TaskState, step: int, integers: Sides, scales: SideScales
+    ) -> KindTokens:
+        """Turn integers back into tokens; each lands on the mean of its bin under the scale that it is coded under."""
         inputs, outputs, along = (
             torch.from_numpy(centred(whole, scale)).mul_(2.0 ** (step / OCTAVE))
             for whole, scale in zip(integers, scales, strict=True)
@@ -155,7 +158,7 @@ class Quantizer:
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
         prediction = self._net.decode(slots.kind, layer, slot, state)
         norm = norm_of(norms)[:, None]
-        return norm * prediction.inputs, norm * prediction.outputs
+        return prediction.inputs.mul_(norm), prediction.outputs.mul_(norm)
 
 
 def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:

@@ -49,7 +49,8 @@ def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, 
 @torch.no_grad()
 def restored(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, KindTokens]:
     group, slots, norms, integers = rounded(net, adapter, step)
-    return group, Quantizer(net).dequantise(slots, norms, state(net), step, integers)
+    scales = Quantizer(net).scales(slots, norms, nothing_known(net), step)
+    return group, Quantizer(net).dequantise(slots, norms, state(net), step, integers, scales)
 
 
 def products(group: KindTokens) -> torch.Tensor:
