@@ -25,7 +25,15 @@ from icmlora.generator.quantizer import Quantizer, Slots
 from icmlora.generator.scales import STRENGTHS
 from icmlora.generator.span import span_of
 from icmlora.generator.step_search import Encoded, Limits, coarsest
-from icmlora.generator.tokens import KindTokens, detokenize, slot_overlaps, squared_norm, tokenize, weighted
+from icmlora.generator.tokens import (
+    KindTokens,
+    detokenize,
+    refuse_overflow,
+    slot_overlaps,
+    squared_norm,
+    tokenize,
+    weighted,
+)
 from icmlora.initial_a import InitialA
 from icmlora.layout import ModuleShape
 from icmlora.metrics import relative_dw_error
@@ -88,11 +96,13 @@ class Codec:
 
         Raises:
             GeneratorError: The generator does not cover the adapter, or float32 cannot keep the limits.
+            AdapterRefused: Its values are too large for float32.
         """
         limits = Limits(tolerance, max_error)
         if limits == Limits():
             limits = Limits(self.config.tolerance)
         tokens = tokenize(adapter, self.config, self.sensitivity)
+        refuse_overflow(tokens, self.config)
         condition = self._condition(vectors)
         span = self._span(initial)
         state = TaskState(condition, self._net.posterior(tokens, condition).round().clamp(-127, 127), span)

@@ -71,7 +71,7 @@ def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity
 
     Raises:
         GeneratorError: The adapter has a module kind, layer or rank that the generator does not cover.
-        AdapterRefused: Its dW is larger than float32 can be reckoned with.
+        AdapterRefused: A factor that float32 cannot hold.
     """
     groups: defaultdict[int, list[tuple[int, LoraModule]]] = defaultdict(list)
     for module in canonicalize(weighted(adapter, config, sensitivity)).modules:
@@ -81,14 +81,25 @@ def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity
     return tuple(group for group in stacked if len(group.norm))
 
 
+def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> None:
+    """Refuse an adapter whose dW is larger than the network reckons with.
+
+    Raises:
+        AdapterRefused: Names the module of the largest dW.
+    """
+    for group in tokens:
+        if (group.norm > _LARGEST).any():
+            slot = int(group.norm.argmax())
+            name = config.kinds[group.kind].module(int(group.layer[slot]))
+            message = f"dW of {name} has the size {float(group.norm[slot]):.0e}, too large to be encoded"
+            hint = "it was scaled by mistake, or training diverged: ingest it again with usual values, or `icm rm` it"
+            raise AdapterRefused(message, kind="overflow", hint=hint)
+
+
 def _stack(kind: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:
     layers, slots, norms, inputs, outputs = [], [], [], [], []
     for layer, module in modules:
         norm = module.a.norm(dim=1) * module.b.norm(dim=0)  # balanced factors: |a_i| = |b_i| = sqrt(s_i)
-        if (norm > _LARGEST).any():
-            message = f"dW of {module.name} has the size {float(norm.max()):.0e}, too large to be encoded"
-            hint = "it was scaled by mistake, or training diverged: ingest it again with usual values, or `icm rm` it"
-            raise AdapterRefused(message, kind="overflow", hint=hint)
         used = int((norm > 0).sum())
         root = norm[:used].sqrt()
         layers.append(torch.full((used,), layer))

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.tokens import KindTokens, detokenize, slot_errors, squared_norm, tokenize, weighted
+from icmlora.generator.tokens import (
+    KindTokens,
+    detokenize,
+    refuse_overflow,
+    slot_errors,
+    squared_norm,
+    tokenize,
+    weighted,
+)
 from icmlora.metrics import dw_norm, relative_dw_error
 from tests.icmlora.small_fleet import BASE, make_adapter, uneven, with_factors
 
@@ -92,8 +100,8 @@ def test_an_adapter_that_the_generator_does_not_cover_is_refused_by_name() -> No
 
 @pytest.mark.parametrize(("a", "b"), [(1e20, 1.0), (1.0, 1e20), (1e30, 1e30)])
 def test_an_adapter_too_large_for_float32_is_refused_by_name(a: float, b: float) -> None:
-    with pytest.raises(AdapterRefused, match=r"layers\.0\.self_attn\.q_proj has the size .*, too large") as caught:
-        tokens_of(with_factors(make_adapter(0), a, b))
+    with pytest.raises(AdapterRefused, match=r"layers\.[01]\.self_attn\.q_proj has the size .*, too large") as caught:
+        refuse_overflow(tokens_of(with_factors(make_adapter(0), a, b)), config_of(make_adapter(0)))
     assert (caught.value.kind, caught.value.hint is None) == ("overflow", False)
 
 
