@@ -93,7 +93,7 @@ class Quantizer:
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
         wide = [_half_octaves(size) for size in self._sizes[slots.kind]]
         level = norms[:, None] - step - np.array(wide) + spread
-        known = span.ranks_of(slots.kind)[slots.layer] > 0
+        known = span.knows(slots.kind)[slots.layer]
         level[known, INPUTS] += span.shifts[slots.kind, slots.slot[known]]
         # Profiles lie within EXTREME, so a level further out than that ends at the same index from there.
         level = np.clip(level, SMALLEST - EXTREME, LARGEST + EXTREME).astype(np.int16)
@@ -133,7 +133,7 @@ class Quantizer:
             level = norms + self._spreads[group.kind, INPUTS, slots.layer, slots.slot]
             profiles = np.exp2(2 / OCTAVE * self._profiles[2 * group.kind + INPUTS]).mean(axis=1)  # (L,)
             share = rest / (np.exp2(2 / OCTAVE * level) * profiles[slots.layer])
-            known = state.span.ranks_of(group.kind)[slots.layer] > 0
+            known = state.span.knows(group.kind)[slots.layer]
             for slot in np.unique(slots.slot[known]).tolist():
                 left = float(share[known & (slots.slot == slot)].mean())
                 shifts[group.kind, slot] = np.clip(round(OCTAVE / 2 * math.log2(max(left, 2.0**-30))), -127, 127)
@@ -179,7 +179,7 @@ def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
 
 def boost_of(slots: Slots, span: Span) -> torch.Tensor:
     """Return what the decoded inputs of each slot across the span are multiplied by, shape (n, 1)."""
-    known = span.ranks_of(slots.kind)[slots.layer] > 0
+    known = span.knows(slots.kind)[slots.layer]
     boosts = np.where(known, span.boosts[slots.kind, slots.slot], 0)
     return torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))[:, None]
 

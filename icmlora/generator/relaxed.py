@@ -116,7 +116,7 @@ class RelaxedCode:
             (nn.Parameter(inputs), nn.Parameter(outputs), nn.Parameter(along)),
             _factors(head.strengths[slots.kind]),
             _factors(head.boosts[slots.kind]),
-            torch.from_numpy(state.span.ranks_of(slots.kind)[slots.layer] > 0).float()[:, None],
+            torch.from_numpy(state.span.knows(slots.kind)[slots.layer]).float()[:, None],
         )
 
     def _modules(self, part: _Part) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:

@@ -48,6 +48,11 @@ class Span:
         """Return how many rows each layer's module of a kind has, shape (L,)."""
         return self.ranks.get(kind, np.zeros(self.layers, dtype=np.int64))
 
+    def knows(self, kind: int) -> NDArray[np.bool_]:
+        """Say of each layer's module of a kind whether it has rows, shape (L,)."""
+        known: NDArray[np.bool_] = self.ranks_of(kind) > 0
+        return known
+
     def to(self, device: torch.device) -> Span:
         """Move everything to a device."""
         return replace(self, bases={kind: basis.to(device) for kind, basis in self.bases.items()})
