@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from icmlora.layout import ModuleShape
 
-_CHUNK = 1 << 20
 _MANTISSA = (1 << 24) - 1
 
 
@@ -48,8 +47,9 @@ class UniformStream:
     """What torch's CPU generator yields as uniform float32 numbers after `torch.manual_seed`, read forwards."""
 
     def __init__(self, seed: int) -> None:
-        self._state = np.random.RandomState(seed)  # the legacy interface, because its stream is frozen
-        self._position = 0
+        self._bits = np.random.MT19937()
+        self._state = np.random.RandomState(self._bits)  # the legacy interface, because its stream is frozen
+        self.restart(seed)
 
     def restart(self, seed: int) -> None:
         """Begin again under another seed: far less work than another stream."""
@@ -61,14 +61,15 @@ class UniformStream:
 
         `offset` may not lie before the end of the last draws that were read.
         """
-        while self._position < offset:
-            self._next(min(_CHUNK, offset - self._position))
-        # torch takes the lower 24 bits of each word, which float32 holds exactly.
-        return (self._next(count) & _MANTISSA).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
-
-    def _next(self, count: int) -> NDArray[np.uint32]:
-        self._position += count
-        return self._state.randint(0, 1 << 32, size=count, dtype=np.uint32)
+        if offset > self._position:
+            self._bits.random_raw(offset - self._position, output=False)
+        self._position = offset + count
+        words = self._state.randint(0, 1 << 32, size=count, dtype=np.uint32)
+        words &= _MANTISSA  # torch takes the lower 24 bits of each word, which float32 holds exactly
+        draws = words.astype(np.float32)
+        draws *= np.float32(2.0**-23)
+        draws -= np.float32(1)
+        return draws
 
 
 def initial_factors(initial: InitialA) -> dict[str, NDArray[np.float32]]:
@@ -77,6 +78,7 @@ def initial_factors(initial: InitialA) -> dict[str, NDArray[np.float32]]:
     factors = {}
     for module in sorted(initial.modules, key=lambda module: module.offset):
         rank, inputs = module.shape.rank, module.shape.inputs
-        draws = stream.read(module.offset, rank * inputs) * np.float32(inputs**-0.5)
+        draws = stream.read(module.offset, rank * inputs)
+        draws *= np.float32(inputs**-0.5)
         factors[module.shape.module] = draws.reshape(rank, inputs)
     return factors

@@ -12,8 +12,9 @@ Chance agreement of n values is 1 / sqrt(n), so a seed that agrees by six times 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import chain
 
 import numpy as np
@@ -40,7 +41,7 @@ class SeedSearch:
     def __init__(self, seeds: Sequence[int] = SEEDS) -> None:
         self._seeds = seeds
         self._recent: deque[int] = deque(maxlen=_RECENT)
-        self._tables: OrderedDict[tuple[int, int], NDArray[np.int8]] = OrderedDict()
+        self._table = lru_cache(_TABLES)(partial(_draws, seeds))
 
     def find(self, adapter: Adapter) -> InitialA | None:
         """Return where an adapter's initial A comes from, None if no seed gives it.
@@ -65,19 +66,15 @@ class SeedSearch:
                 for number in np.flatnonzero(agreements > _least(len(head))).tolist():
                     yield self._seeds[start + number]
 
-    def _table(self, offset: int, count: int) -> NDArray[np.int8]:
-        """Return the draws of every seed at one place, in 127ths, shape (seeds, count)."""
-        if (offset, count) not in self._tables:
-            table = np.empty((len(self._seeds), count), dtype=np.int8)
-            stream = UniformStream(0)
-            for row, seed in zip(table, self._seeds, strict=True):
-                stream.restart(seed)
-                row[:] = stream.read(offset, count) * 127
-            self._tables[offset, count] = table
-            if len(self._tables) > _TABLES:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end((offset, count))
-        return self._tables[offset, count]
+
+def _draws(seeds: Sequence[int], offset: int, count: int) -> NDArray[np.int8]:
+    """Return the draws of every seed at one place, in 127ths, shape (seeds, count)."""
+    table = np.empty((len(seeds), count), dtype=np.int8)
+    stream = UniformStream(0)
+    for row, seed in zip(table, seeds, strict=True):
+        stream.restart(seed)
+        row[:] = stream.read(offset, count) * 127
+    return table
 
 
 def _first_layer(modules: Sequence[LoraModule]) -> list[LoraModule]:

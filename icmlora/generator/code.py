@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from icmlora.adapter_config import MAX_LABEL
 from icmlora.errors import CodeError
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.initial_bytes import initial_from_bytes, initial_size, initial_to_bytes
+from icmlora.generator.initial_bytes import MADE_ELSEWHERE, initial_from_bytes, initial_size, initial_to_bytes
 from icmlora.generator.scales import EXTREME
 from icmlora.initial_a import InitialA
 from icmlora.sealing import seal, unseal
@@ -126,10 +126,8 @@ class Code:
             task_type=_text(plain[sum(sizes) :]),
         )
         present = head.kept[head.kept != ABSENT]
-        # A module whose name holds no layer number is there once.
-        once = [number for number, kind in enumerate(config.kinds) if kind.module(0) == kind.module(1)]
-        if (head.kept[once, 1:] != ABSENT).any():
-            raise CodeError("the code's head names a module twice")
+        if not config.are_modules(np.argwhere(head.kept != ABSENT).tolist()):
+            raise CodeError("the code's head names a module twice, or one that there cannot be", hint=MADE_ELSEWHERE)
         if not len(present) or int(present.max()) > config.slots or abs(head.step) > EXTREME:
             raise CodeError("the code's head is out of its generator's range")
         return cls(generator, head, content[start + length :])

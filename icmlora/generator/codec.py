@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,14 +23,23 @@ from icmlora.generator.objective import worth_writing
 from icmlora.generator.packing import KindIntegers, pack, unpack, written_slots
 from icmlora.generator.quantizer import Quantizer, Slots
 from icmlora.generator.scales import STRENGTHS
-from icmlora.generator.span import Span, span_of
+from icmlora.generator.span import span_of
 from icmlora.generator.step_search import Encoded, Limits, coarsest
-from icmlora.generator.tokens import KindTokens, detokenize, slot_overlaps, squared_norm, tokenize, weighted
+from icmlora.generator.tokens import (
+    KindTokens,
+    detokenize,
+    refuse_overflow,
+    slot_overlaps,
+    squared_norm,
+    tokenize,
+    weighted,
+)
 from icmlora.initial_a import InitialA
 from icmlora.layout import ModuleShape
 from icmlora.metrics import relative_dw_error
 
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
+_SPANS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +62,10 @@ class Codec:
         self._net = generator.net.eval()
         self.sensitivity = self._net.sensitivity
         self.quantizer = Quantizer(self._net)
+        # Drawing an initial A takes a third of the time of decoding. All codes that are tried for an adapter have the
+        # same one, and tasks often share it: alike in ranks and modules, trained under one seed.
+        config, sensitivity = self.config, self.sensitivity  # not self, which the cache would keep alive
+        self._span = lru_cache(_SPANS)(lambda initial: span_of(initial, config, sensitivity))
 
     @property
     def config(self) -> GeneratorConfig:
@@ -82,13 +96,15 @@ class Codec:
 
         Raises:
             GeneratorError: The generator does not cover the adapter, or float32 cannot keep the limits.
+            AdapterRefused: Its values are too large for float32.
         """
         limits = Limits(tolerance, max_error)
         if limits == Limits():
             limits = Limits(self.config.tolerance)
         tokens = tokenize(adapter, self.config, self.sensitivity)
+        refuse_overflow(tokens, self.config)
         condition = self._condition(vectors)
-        span = span_of(initial, self.config, self.sensitivity)
+        span = self._span(initial)
         state = TaskState(condition, self._net.posterior(tokens, condition).round().clamp(-127, 127), span)
         state = replace(state, span=replace(span, shifts=self.quantizer.shifts(tokens, state)))
         expected = limits.expected_step(tokens, self.sensitivity, span)
@@ -109,7 +125,7 @@ class Codec:
     def dequantised(self, group: KindIntegers, state: TaskState, step: int) -> KindTokens:
         """Turn integers of one kind into tokens, before their strengths."""
         norms = self.quantizer.norms(group.slots, group.gain, group.residuals)
-        return self.quantizer.dequantise(group.slots, norms, state, step, group.sides)
+        return self.quantizer.dequantise(group.slots, norms, state, step, group.sides, group.scales)
 
     def assemble(self, tokens: Iterable[KindTokens], head: CodeHead, strengths: NDArray[np.int8]) -> Adapter:
         """Make an adapter of a code's modules from tokens, which are changed on the way.
@@ -139,14 +155,14 @@ class Codec:
         if digest != self.generator.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
         code = Code.from_bytes(data, self.config)
-        span = span_of(code.head.initial, self.config, self.sensitivity)
+        span = self._span(code.head.initial)
         span = replace(span, shifts=code.head.shifts, boosts=code.head.boosts)
         state = TaskState(_floats(code.head.condition), _floats(code.head.latent), span)
         return OpenCode(code.head, state, tuple(unpack(self.quantizer, code.head, span, code.words)))
 
-    def close(self, head: CodeHead, groups: Sequence[KindIntegers], span: Span) -> bytes:
+    def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
         """Write a code of these integers."""
-        words = pack(self.quantizer, groups, span, head.step)
+        words = pack(self.quantizer, groups)
         return Code(self.generator.digest, head, words).to_bytes(self.config)
 
     @torch.no_grad()
@@ -184,7 +200,7 @@ class Codec:
         mean, scale = self._net.latent_prior(condition)
         if seed is not None:
             mean = mean + scale * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-        state = TaskState(condition, mean.round().clamp(-127, 127), span_of(None, self.config, self.sensitivity))
+        state = TaskState(condition, mean.round().clamp(-127, 127), self._span(None))
         tokens = predicted_tokens(self._net, state, modules)
         pairs = [(kind, layer) for kind, layer, _ in modules]
         return detokenize(tokens, self.config, self.sensitivity, modules=pairs, task_type=task_type)
@@ -216,7 +232,7 @@ class Codec:
         head = CodeHead(
             step, *task, gains, strengths, kept, state.span.shifts, state.span.boosts, initial, adapter.task_type
         )
-        return self.measure(adapter, self.close(head, groups, state.span))
+        return self.measure(adapter, self.close(head, groups))
 
     def quantised(
         self, group: KindTokens, state: TaskState, step: int, gain: int | None = None
@@ -236,12 +252,13 @@ class Codec:
         gain, residuals = self.quantizer.norm_residuals(slots, group.norm, gain)
         norms = self.quantizer.norms(slots, gain, residuals)
         sides = self.quantizer.quantise(group, norms, state, step)
-        rebuilt = self.quantizer.dequantise(slots, norms, state, step, sides)
+        scales = self.quantizer.scales(slots, norms, state.span, step)
+        rebuilt = self.quantizer.dequantise(slots, norms, state, step, sides, scales)
         inputs, outputs, along = (torch.from_numpy(side) for side in sides)
         alive = worth_writing(group, rebuilt, (torch.cat([inputs, along], dim=1), outputs))
         keep = written_slots(slots, alive.numpy())
         kept = torch.from_numpy(keep)
-        return KindIntegers(slots, gain, residuals, *sides)[keep], group[kept], rebuilt[kept]
+        return KindIntegers(slots, gain, residuals, *sides, scales)[keep], group[kept], rebuilt[kept]
 
 
 def _strengthened(tokens: KindTokens, strengths: NDArray[np.int8]) -> KindTokens:

@@ -108,6 +108,15 @@ class GeneratorConfig:
             return False
         return True
 
+    def are_modules(self, places: Iterable[Sequence[int]]) -> bool:
+        """Say whether pairs of kind and layer are modules, each of them another one.
+
+        A kind without a layer number has no further layers, and kinds that differ in widths alone share their names.
+        """
+        found = [(self.kinds[kind], layer) for kind, layer in places]
+        names = {kind.module(layer) for kind, layer in found}
+        return len(names) == len(found) and all(not layer or kind.module(0) != kind.module(1) for kind, layer in found)
+
     @cached_property
     def _index(self) -> dict[ModuleKind, int]:
         return {kind: number for number, kind in enumerate(self.kinds)}

@@ -15,6 +15,8 @@ from icmlora.generator.config import GeneratorConfig
 from icmlora.initial_a import InitialA, InitialModule
 from icmlora.layout import ModuleShape
 
+MADE_ELSEWHERE = "icm writes no such code: get it again from where it came, or make it anew with `icm encode`"
+
 
 def initial_size(config: GeneratorConfig) -> int:
     """Return how many bytes `initial_to_bytes` writes."""
@@ -51,8 +53,11 @@ def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
     offsets = np.frombuffer(data, dtype="<i8", offset=4 + count, count=count).reshape(shape)
     for _ in range(2):
         offsets = np.cumsum(offsets, axis=1)
+    places = np.argwhere(ranks).tolist()
+    if not config.are_modules(places):
+        raise CodeError("the code's initial A names a module twice, or one that there cannot be", hint=MADE_ELSEWHERE)
     modules = []
-    for kind, layer in zip(*(axis.tolist() for axis in np.nonzero(ranks)), strict=True):
+    for kind, layer in places:
         place = config.kinds[kind]
         where = ModuleShape(place.module(layer), int(ranks[kind, layer]), place.inputs, place.outputs)
         modules.append(InitialModule(int(offsets[kind, layer]), where))

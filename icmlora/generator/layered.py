@@ -112,8 +112,7 @@ class LayeredCodec:
         return [self._layer(group, opened) for group in opened.groups]
 
     def _layer(self, group: KindIntegers, opened: OpenCode) -> _Layer:
-        norms = self._quantizer.norms(group.slots, group.gain, group.residuals)
-        inputs, outputs, _ = self._quantizer.scales(group.slots, norms, opened.state.span, opened.head.step)
+        inputs, outputs, _ = group.scales
         classes = classes_of(group.inputs, inputs), classes_of(group.outputs, outputs)
         given = self._codec.dequantised(group, opened.state, opened.head.step)
         return _Layer(group.slots, group.gain, given, classes)
@@ -141,7 +140,7 @@ class LayeredCodec:
             overlaps = torch.cat([slot_overlaps(lack.shared, finer), slot_overlaps(further_kept, rebuilt)])
             written = np.concatenate([layer.slots.layer, group.slots.layer])
             strengths[kind, np.unique(written)] = strength_of(lack.original, overlaps)
-        write_groups(writer, self._quantizer, further, opened.state.span, step)
+        write_groups(writer, self._quantizer, further)
         return Residual(digest, ResidualHead(step, strengths, kept, scales), writer.to_bytes()).to_bytes()
 
     def _decode(self, opened: OpenCode, layers: Sequence[_Layer], code: bytes, data: bytes) -> Adapter:

@@ -117,7 +117,7 @@ def _left(group: KindTokens, span: Span, across: torch.Tensor, scale: torch.Tens
 
     As there, modules of which nothing is known do not count, and are not shifted.
     """
-    known = torch.from_numpy(span.ranks_of(group.kind) > 0).to(group.layer.device)[group.layer]
+    known = torch.from_numpy(span.knows(group.kind)).to(group.layer.device)[group.layer]
     share = torch.where(known, across.square().sum(1) / scale.square().sum(1), 0.0)
     count = torch.bincount(group.slot, weights=known.to(share.dtype))
     mean = torch.zeros_like(count).index_add_(0, group.slot, share) / count.clamp_min(1)

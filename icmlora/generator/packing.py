@@ -16,7 +16,7 @@ from icmlora.errors import CodeError
 from icmlora.generator import entropy
 from icmlora.generator.code import ABSENT, CodeHead
 from icmlora.generator.entropy import Integers
-from icmlora.generator.quantizer import Quantizer, Sides, Slots
+from icmlora.generator.quantizer import Quantizer, Sides, SideScales, Slots
 from icmlora.generator.scales import EXTREME
 from icmlora.generator.span import Span
 
@@ -38,6 +38,8 @@ class KindIntegers:
     """Shape (n, out)."""
     along: Integers
     """Shape (n, R): of the inputs, what lies along the span of the initial A."""
+    scales: SideScales
+    """What the vectors' integers are coded under."""
 
     @property
     def sides(self) -> Sides:
@@ -46,8 +48,10 @@ class KindIntegers:
 
     def __getitem__(self, chosen: NDArray[np.bool_]) -> KindIntegers:
         """Choose slots with a mask of shape (n,)."""
-        sides = (side[chosen] for side in self.sides)
-        return KindIntegers(self.slots[chosen], self.gain, self.residuals[chosen], *sides)
+        inputs, outputs, along = (side[chosen] for side in self.sides)
+        left, right, under = (scales[chosen] for scales in self.scales)
+        residuals = self.residuals[chosen]
+        return KindIntegers(self.slots[chosen], self.gain, residuals, inputs, outputs, along, (left, right, under))
 
 
 def written_slots(slots: Slots, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -60,23 +64,19 @@ def written_slots(slots: Slots, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return slots.slot < count[slots.layer]
 
 
-def pack(quantizer: Quantizer, groups: Sequence[KindIntegers], span: Span, step: int) -> bytes:
+def pack(quantizer: Quantizer, groups: Sequence[KindIntegers]) -> bytes:
     """Write the integers of an adapter; at most one group per kind, ordered by kind."""
     writer = entropy.Writer()
-    write_groups(writer, quantizer, groups, span, step)
+    write_groups(writer, quantizer, groups)
     return writer.to_bytes()
 
 
-def write_groups(
-    writer: entropy.Writer, quantizer: Quantizer, groups: Sequence[KindIntegers], span: Span, step: int
-) -> None:
+def write_groups(writer: entropy.Writer, quantizer: Quantizer, groups: Sequence[KindIntegers]) -> None:
     """Append the integers of some slots; at most one group per kind, ordered by kind."""
     for group in groups:
         writer.write(group.residuals, quantizer.norm_scales(group.slots))
     for group in groups:
-        norms = quantizer.norms(group.slots, group.gain, group.residuals)
-        scales = _flat(quantizer.scales(group.slots, norms, span, step))
-        writer.write(_flat(group.sides), scales)
+        writer.write(_flat(group.sides), _flat(group.scales))
 
 
 def unpack(quantizer: Quantizer, head: CodeHead, span: Span, words: bytes) -> list[KindIntegers]:
@@ -112,8 +112,8 @@ def read_groups(
             raise CodeError("the code's norms are out of range")
         scales = quantizer.scales(slots, norms, span, step)
         values = reader.read(_flat(scales))
-        sides = split_sides(values, len(slots.layer), [side.shape[1] for side in scales])
-        groups.append(KindIntegers(slots, gain, residual, *sides))
+        inputs, outputs, along = split_sides(values, len(slots.layer), [side.shape[1] for side in scales])
+        groups.append(KindIntegers(slots, gain, residual, inputs, outputs, along, scales))
     return groups
 
 

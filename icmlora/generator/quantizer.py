@@ -36,6 +36,8 @@ SPAN = 2
 """The third side of a token, beside `INPUTS` and `OUTPUTS`."""
 Sides = tuple[Integers, Integers, Integers]
 """Of tokens of one kind: shapes (n, in), (n, out) and (n, R)."""
+SideScales = tuple[Scales, Scales, Scales]
+"""Scale indices of the integers, of the same shapes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +88,12 @@ class Quantizer:
         norms: Norms = self._norms[slots.kind, slots.layer, slots.slot] + gain + residuals
         return norms
 
-    def scales(self, slots: Slots, norms: Norms, span: Span, step: int) -> tuple[Scales, Scales, Scales]:
+    def scales(self, slots: Slots, norms: Norms, span: Span, step: int) -> SideScales:
         """Return the scale indices of the integers of each slot, shapes (n, in), (n, out) and (n, R)."""
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
         wide = [_half_octaves(size) for size in self._sizes[slots.kind]]
         level = norms[:, None] - step - np.array(wide) + spread
-        known = span.ranks_of(slots.kind)[slots.layer] > 0
+        known = span.knows(slots.kind)[slots.layer]
         level[known, INPUTS] += span.shifts[slots.kind, slots.slot[known]]
         # Profiles lie within EXTREME, so a level further out than that ends at the same index from there.
         level = np.clip(level, SMALLEST - EXTREME, LARGEST + EXTREME).astype(np.int16)
@@ -131,15 +133,16 @@ class Quantizer:
             level = norms + self._spreads[group.kind, INPUTS, slots.layer, slots.slot]
             profiles = np.exp2(2 / OCTAVE * self._profiles[2 * group.kind + INPUTS]).mean(axis=1)  # (L,)
             share = rest / (np.exp2(2 / OCTAVE * level) * profiles[slots.layer])
-            known = state.span.ranks_of(group.kind)[slots.layer] > 0
+            known = state.span.knows(group.kind)[slots.layer]
             for slot in np.unique(slots.slot[known]).tolist():
                 left = float(share[known & (slots.slot == slot)].mean())
                 shifts[group.kind, slot] = np.clip(round(OCTAVE / 2 * math.log2(max(left, 2.0**-30))), -127, 127)
         return shifts
 
-    def dequantise(self, slots: Slots, norms: Norms, state: TaskState, step: int, integers: Sides) -> KindTokens:
-        """Turn integers back into tokens; each lands on the mean of its bin under the predicted scale."""
-        scales = self.scales(slots, norms, state.span, step)
+    def dequantise(
+        self, slots: Slots, norms: Norms, state: TaskState, step: int, integers: Sides, scales: SideScales
+    ) -> KindTokens:
+        """Turn integers back into tokens; each lands on the mean of its bin under the scale that it is coded under."""
         inputs, outputs, along = (
             torch.from_numpy(centred(whole, scale)).mul_(2.0 ** (step / OCTAVE))
             for whole, scale in zip(integers, scales, strict=True)
@@ -155,7 +158,7 @@ class Quantizer:
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
         prediction = self._net.decode(slots.kind, layer, slot, state)
         norm = norm_of(norms)[:, None]
-        return norm * prediction.inputs, norm * prediction.outputs
+        return prediction.inputs.mul_(norm), prediction.outputs.mul_(norm)
 
 
 def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
@@ -176,7 +179,7 @@ def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
 
 def boost_of(slots: Slots, span: Span) -> torch.Tensor:
     """Return what the decoded inputs of each slot across the span are multiplied by, shape (n, 1)."""
-    known = span.ranks_of(slots.kind)[slots.layer] > 0
+    known = span.knows(slots.kind)[slots.layer]
     boosts = np.where(known, span.boosts[slots.kind, slots.slot], 0)
     return torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))[:, None]
 

@@ -40,8 +40,6 @@ class _Part:
     """Square roots of the norms, shape (n, 1)."""
     means: tuple[torch.Tensor, torch.Tensor]
     """The generator's prediction, shapes (n, in) and (n, out)."""
-    scales: tuple[entropy.Scales, entropy.Scales, entropy.Scales]
-    """Scale indices, shapes (n, in), (n, out) and (n, R)."""
     values: tuple[nn.Parameter, nn.Parameter, nn.Parameter]
     """In steps from the prediction, of these shapes; the third is along the span of the initial A."""
     strength: nn.Parameter
@@ -86,7 +84,7 @@ class RelaxedCode:
         """Return the length of the values under the coder's tables, as if they need not be whole."""
         total = torch.zeros(())
         for part in self._parts:
-            for values, scales in zip(part.values, part.scales, strict=True):
+            for values, scales in zip(part.values, part.integers.scales, strict=True):
                 total = total + bin_bits(values, torch.exp2(torch.from_numpy(scales).float() / OCTAVE)).sum()
         return total
 
@@ -101,7 +99,7 @@ class RelaxedCode:
             strengths[kind, layers] = _stored(part.strength)[layers]
             boosts[kind] = _stored(part.boost)
         head = replace(self._opened.head, strengths=strengths, boosts=boosts)
-        return self._codec.close(head, groups, self._opened.state.span)
+        return self._codec.close(head, groups)
 
     def _part(self, integers: KindIntegers, tokens: KindTokens) -> _Part:
         quantizer, head, state = self._codec.quantizer, self._opened.head, self._opened.state
@@ -115,17 +113,17 @@ class RelaxedCode:
             integers,
             norm_of(norms).sqrt()[:, None],
             quantizer.means(slots, norms, state),
-            quantizer.scales(slots, norms, state.span, head.step),
             (nn.Parameter(inputs), nn.Parameter(outputs), nn.Parameter(along)),
             _factors(head.strengths[slots.kind]),
             _factors(head.boosts[slots.kind]),
-            torch.from_numpy(state.span.ranks_of(slots.kind)[slots.layer] > 0).float()[:, None],
+            torch.from_numpy(state.span.knows(slots.kind)[slots.layer]).float()[:, None],
         )
 
     def _modules(self, part: _Part) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
         kind, layer = part.integers.slots.kind, torch.from_numpy(part.integers.slots.layer)
         inputs, outputs, along = (
-            _rounded(values, scales) * self._step for values, scales in zip(part.values, part.scales, strict=True)
+            _rounded(values, scales) * self._step
+            for values, scales in zip(part.values, part.integers.scales, strict=True)
         )
         boost = torch.exp2(part.boosted * part.boost[torch.from_numpy(part.integers.slots.slot)][:, None])
         inputs = inputs * boost + self._opened.state.span.expand(kind, layer, along, inputs.shape[1])

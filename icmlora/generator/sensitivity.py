@@ -50,10 +50,17 @@ class Sensitivity:
         left, right = torch.exp2(self.outputs[kind][layer]), torch.exp2(self.inputs[kind][layer])
         return LoraModule(module.name, module.a * right, module.b * left[:, None])
 
-    def unweigh(self, module: LoraModule, kind: int, layer: int) -> LoraModule:
-        """Undo `weigh`."""
-        left, right = torch.exp2(-self.outputs[kind][layer]), torch.exp2(-self.inputs[kind][layer])
-        return LoraModule(module.name, module.a * right, module.b * left[:, None])
+    def unweigh(self, kind: int, layer: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Undo `weigh`, in place, for rank slots of one kind.
+
+        Args:
+            kind: Index of the module kind.
+            layer: Of each slot, shape (n,).
+            inputs: Rows of A, shape (n, in).
+            outputs: Columns of B, shape (n, out).
+        """
+        inputs.mul_(torch.exp2(-self.inputs[kind]).index_select(0, layer))
+        outputs.mul_(torch.exp2(-self.outputs[kind]).index_select(0, layer))
 
     def profile(self, kind: int, side: int) -> torch.Tensor:
         """Return log2 of how far each channel lies above the layer's middle, whole eighths, shape (L, size).

@@ -15,7 +15,6 @@ longer (`boosts`), per kind and rank slot.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -48,6 +47,11 @@ class Span:
     def ranks_of(self, kind: int) -> NDArray[np.int64]:
         """Return how many rows each layer's module of a kind has, shape (L,)."""
         return self.ranks.get(kind, np.zeros(self.layers, dtype=np.int64))
+
+    def knows(self, kind: int) -> NDArray[np.bool_]:
+        """Say of each layer's module of a kind whether it has rows, shape (L,)."""
+        known: NDArray[np.bool_] = self.ranks_of(kind) > 0
+        return known
 
     def to(self, device: torch.device) -> Span:
         """Move everything to a device."""
@@ -99,39 +103,38 @@ def span_of(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sens
     if initial is None:
         return span
     factors = initial_factors(initial)
-    groups: defaultdict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+    alike: defaultdict[tuple[int, int], list[tuple[int, NDArray[np.float32]]]] = defaultdict(list)
     for module in initial.modules:
         kind, layer = config.place_of(module.shape)
         if module.shape.rank < module.shape.inputs:  # else all inputs are in it, and nothing is gained
-            rows = torch.from_numpy(factors[module.shape.module]) * torch.exp2(sensitivity.inputs[kind][layer])
-            groups[kind].append((layer, rows))
-    for kind, modules in groups.items():
+            alike[kind, module.shape.rank].append((layer, factors[module.shape.module]))
+    for (kind, rank), modules in alike.items():
         layers = [layer for layer, _ in modules]
-        ranks = np.zeros(config.layers, dtype=np.int64)
-        ranks[layers] = [len(rows) for _, rows in modules]
-        span.ranks[kind] = ranks
+        span.ranks.setdefault(kind, np.zeros(config.layers, dtype=np.int64))[layers] = rank
+    for kind, ranks in span.ranks.items():
         span.bases[kind] = torch.zeros(config.layers, int(ranks.max()), config.kinds[kind].inputs)
-        span.bases[kind][layers] = _orthonormal([rows for _, rows in modules])
+    for (kind, rank), modules in alike.items():
+        layers = [layer for layer, _ in modules]
+        rows = torch.from_numpy(np.stack([factor for _, factor in modules]))
+        rows.mul_(torch.exp2(sensitivity.inputs[kind][layers])[:, None])
+        span.bases[kind][layers, :rank] = _orthonormal(rows)
     return span
 
 
-def _orthonormal(modules: Sequence[torch.Tensor]) -> torch.Tensor:
+def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
     """Return rows of the same spans: those of the QR decomposition whose R has a positive diagonal.
 
     That one is unique, so every machine gets the same rows up to rounding.
 
     Args:
-        modules: Each of shape (r, in), with fewer rows than columns.
+        rows: Shape (modules, r, in), r < in.
 
     Returns:
-        Shape (modules, R, in), with zeros below a module's last row.
+        The same shape.
     """
-    result = torch.zeros(len(modules), max(len(rows) for rows in modules), modules[0].shape[1])
-    for rank in {len(rows) for rows in modules}:
-        of_rank = [number for number, rows in enumerate(modules) if len(rows) == rank]
-        q, r = torch.linalg.qr(torch.stack([modules[number] for number in of_rank]).double().mT)
-        sign = torch.where(r.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)  # (modules, r)
-        result[of_rank, :rank] = (q * sign[:, None, :]).mT.float()
+    q, r = torch.linalg.qr(rows.double().mT)
+    sign = torch.where(r.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)  # (modules, r)
+    result: torch.Tensor = (q.mT * sign[:, :, None]).float()
     return result
 
 

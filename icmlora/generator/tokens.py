@@ -14,15 +14,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.canonical import canonicalize
+from icmlora.errors import AdapterRefused
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.layout import target_modules
+
+_LARGEST = 2.0**50
+"""Of a singular value: the network sums their squares in float32, and quantiser steps end at 2^40."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,7 @@ def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity
 
     Raises:
         GeneratorError: The adapter has a module kind, layer or rank that the generator does not cover.
+        AdapterRefused: A factor that float32 cannot hold.
     """
     groups: defaultdict[int, list[tuple[int, LoraModule]]] = defaultdict(list)
     for module in canonicalize(weighted(adapter, config, sensitivity)).modules:
@@ -75,6 +79,21 @@ def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity
         groups[kind].append((layer, module))
     stacked = (_stack(kind, sorted(groups[kind], key=lambda pair: pair[0])) for kind in sorted(groups))
     return tuple(group for group in stacked if len(group.norm))
+
+
+def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> None:
+    """Refuse an adapter whose dW is larger than the network reckons with.
+
+    Raises:
+        AdapterRefused: Names the module of the largest dW.
+    """
+    for group in tokens:
+        if (group.norm > _LARGEST).any():
+            slot = int(group.norm.argmax())
+            name = config.kinds[group.kind].module(int(group.layer[slot]))
+            message = f"dW of {name} has the size {float(group.norm[slot]):.0e}, too large to be encoded"
+            hint = "it was scaled by mistake, or training diverged: ingest it again with usual values, or `icm rm` it"
+            raise AdapterRefused(message, kind="overflow", hint=hint)
 
 
 def _stack(kind: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:
@@ -110,14 +129,15 @@ def detokenize(
     """
     written = {place: _zero_module(config, *place) for place in modules}
     for group in tokens:
+        # All layers at once: a module by itself is so small that calls take longer than what they do.
         root = group.norm.sqrt()[:, None]
-        count, start = torch.bincount(group.layer, minlength=config.layers).tolist(), 0
-        for layer, end in enumerate(accumulate(count)):
-            if end > start:
-                a, b = group.inputs[start:end] / root[start:end], group.outputs[start:end] / root[start:end]
-                module = LoraModule(config.kinds[group.kind].module(layer), a, b.T.contiguous())
-                written[group.kind, layer] = sensitivity.unweigh(module, group.kind, layer)
-            start = end
+        inputs, outputs = group.inputs / root, group.outputs / root
+        sensitivity.unweigh(group.kind, group.layer, inputs, outputs)
+        counts = torch.bincount(group.layer, minlength=config.layers).tolist()
+        for layer, (a, b) in enumerate(zip(torch.split(inputs, counts), torch.split(outputs, counts), strict=True)):
+            if len(a):
+                name = config.kinds[group.kind].module(layer)
+                written[group.kind, layer] = LoraModule(name, a, b.T.contiguous())
     names = target_modules(module.name for module in written.values())
     return Adapter(config.base_model, task_type, names, tuple(written.values()))
 

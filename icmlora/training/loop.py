@@ -12,7 +12,7 @@ import torch
 from icmlora.adapter import Adapter
 from icmlora.generator.objective import Bits, adapter_bits
 from icmlora.generator.span import span_of
-from icmlora.generator.tokens import tokenize
+from icmlora.generator.tokens import refuse_overflow, tokenize
 from icmlora.training.fleet import Fleet
 from icmlora.training.state import TrainState
 
@@ -56,6 +56,7 @@ def fit(state: TrainState, fleet: Fleet) -> Iterator[TrainStep]:
         task = draw.randrange(fleet.tasks())
         adapter, vectors = _episode(state, fleet, task, draw)
         tokens = tokenize(adapter, state.net.config, sensitivity)
+        refuse_overflow(tokens, state.net.config)
         tokens = tuple(group.to(device) for group in tokens)
         vectors = {view: vector.to(device) for view, vector in vectors.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from icmlora.device import inference_dtype, one_thread, resolve_device, seed_everything
+from icmlora.device import gradient_dtype, inference_dtype, one_thread, resolve_device, seed_everything
 from icmlora.errors import DeviceUnavailable
 
 
@@ -90,3 +90,15 @@ def test_one_thread_ends_with_the_block_however_it_ends() -> None:
         work()
     assert seen == [1]
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_gradients_on_a_cpu_are_in_bfloat16_where_it_multiplies_that(
+    monkeypatch: pytest.MonkeyPatch, supported: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    assert gradient_dtype(torch.device("cpu")) == expected
+
+
+def test_gradients_on_an_accelerator_are_in_bfloat16() -> None:
+    assert gradient_dtype(torch.device("cuda")) == torch.bfloat16

@@ -163,10 +163,23 @@ def test_a_head_that_inflates_a_thousandfold_takes_no_memory() -> None:
         tracemalloc.stop()
 
 
-def test_a_module_without_a_layer_number_is_there_once() -> None:
-    config = GeneratorConfig("base", (ModuleKind("lm_head", 4, 4),), 2, 2, 0, 0.1)
-    none, bytes_of = np.zeros((1, 2), dtype=np.int8), np.zeros(16, dtype=np.int8)
-    kept = np.ones((1, 2), dtype=np.uint8)
-    head = CodeHead(0, bytes_of, bytes_of, np.zeros(1, dtype=np.int16), none, kept, none, none, None, None)
-    with pytest.raises(CodeError, match="twice"):
-        Code.from_bytes(Code("00" * 32, head, b"").to_bytes(config), config)
+@pytest.mark.parametrize(
+    ("kinds", "kept"),
+    [
+        ((ModuleKind("lm_head", 4, 4),), [[1, 1]]),
+        ((ModuleKind("lm_head", 4, 4),), [[ABSENT, 1]]),
+        ((ModuleKind("layers.{}.q", 4, 4), ModuleKind("layers.{}.q", 8, 8)), [[ABSENT, 1], [1, 1]]),
+        ((ModuleKind("layers.1.q", 4, 4), ModuleKind("layers.{}.q", 4, 4)), [[0, ABSENT], [ABSENT, 0]]),
+    ],
+    ids=["all layers of a module without number", "its second layer", "widths", "a number in the pattern"],
+)
+def test_a_module_that_is_there_twice_or_cannot_be_there_is_refused(
+    kinds: tuple[ModuleKind, ...], kept: list[list[int]]
+) -> None:
+    config = GeneratorConfig("base", kinds, 2, 2, 0, 0.1)
+    none, task = np.zeros((len(kinds), 2), dtype=np.int8), np.zeros(16, dtype=np.int8)
+    gains, present = np.zeros(len(kinds), dtype=np.int16), np.array(kept, dtype=np.uint8)
+    data = Code("00" * 32, CodeHead(0, task, task, gains, none, present, none, none, None, None), b"").to_bytes(config)
+    with pytest.raises(CodeError, match="module twice") as caught:
+        Code.from_bytes(data, config)
+    assert caught.value.hint is not None

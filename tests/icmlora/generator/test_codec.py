@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from icmlora.adapter import Adapter, LoraModule
-from icmlora.errors import CodeError, GeneratorError
+from icmlora.errors import AdapterRefused, CodeError, GeneratorError
 from icmlora.generator.codec import Codec
 from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.tokens import weighted
@@ -123,6 +123,14 @@ def test_a_generator_trained_without_vectors_encodes_with_and_without_them() -> 
 def test_an_adapter_that_the_generator_does_not_cover_is_refused() -> None:
     with pytest.raises(GeneratorError, match="does not cover"):
         codec().encode(make_adapter(0, rank=8), {})
+
+
+def test_an_adapter_too_large_for_float32_is_refused_and_a_large_one_is_not() -> None:
+    with pytest.raises(AdapterRefused, match="too large"):
+        codec().encode(with_factors(make_adapter(0), a=1e20), make_vectors(0))
+    large = with_factors(make_adapter(0), a=1e14)
+    encoded = codec().encode(large, make_vectors(0))
+    assert encoded.weighted_error <= codec().config.tolerance
 
 
 def test_a_task_vector_of_another_length_is_refused() -> None:

@@ -124,6 +124,27 @@ def test_modules_that_touch_are_read() -> None:
     assert [module.offset for module in found.modules] == [0, 48]
 
 
+@pytest.mark.parametrize(
+    ("kinds", "ranks"),
+    [
+        ((ModuleKind("lm_head", 8, 8),), [[1, 2]]),
+        ((ModuleKind("lm_head", 8, 8),), [[0, 2]]),
+        ((ModuleKind("layers.{}.q", 4, 4), ModuleKind("layers.{}.q", 8, 8)), [[1, 0], [1, 0]]),
+    ],
+    ids=["two layers of a module without number", "its second layer", "widths"],
+)
+def test_a_module_that_was_drawn_twice_or_cannot_be_there_is_refused(
+    kinds: tuple[ModuleKind, ...], ranks: list[list[int]]
+) -> None:
+    config = GeneratorConfig("base", kinds, 2, 2, 0, 0.1)
+    apart = np.diff(np.arange(2 * len(kinds)).reshape(-1, 2) * 16, n=1, axis=1, prepend=0)
+    offsets = np.diff(apart, axis=1, prepend=0).astype("<i8")
+    data = bytes(4) + np.array(ranks, dtype=np.uint8).tobytes() + offsets.tobytes()
+    with pytest.raises(CodeError, match="module twice") as caught:
+        initial_from_bytes(data, config)
+    assert caught.value.hint is not None
+
+
 NUMBERS = st.one_of(st.integers(-64, LIMIT), st.integers(-(2**63), 2**63 - 1))
 
 

@@ -118,6 +118,17 @@ def test_the_same_adapter_has_the_same_code_and_the_code_the_same_bits(task: int
     assert same(peft_codec().decode(data), peft_codec().decode(data))
 
 
+def test_codes_that_share_an_initial_a_come_back_one_after_the_other_as_they_do_alone() -> None:
+    under = peft_codec()
+    adapters = [peft_made(moved=moved, task=task).adapter for task, moved in ((0, 0.2), (3, 0.8))]
+    initials = [initial_of(adapter) for adapter in adapters]
+    codes = [under.encode(adapter, {}, initials[0]).data for adapter in adapters]
+    assert initials[0] == initials[1]
+    assert under.open(codes[0]).head.shifts.tolist() != under.open(codes[1]).head.shifts.tolist()
+    for data in (*codes, codes[0]):
+        assert same(under.decode(data), peft_codec().decode(data))
+
+
 def test_the_same_adapter_has_the_same_code_in_any_gauge() -> None:
     adapter, initial = known(0)
     codes = [peft_codec().encode(side, {}, initial).data for side in (adapter, with_factors(adapter, a=0.5, b=2.0))]

@@ -72,7 +72,7 @@ def moved(codec: Codec, code: bytes, by: int) -> bytes:
         outputs.ravel()[::5] -= by
         groups.append(replace(group, inputs=inputs, outputs=outputs))
     strengths = np.where(opened.head.kept == ABSENT, 0, opened.head.strengths.astype(np.int16) - 20).astype(np.int8)
-    return codec.close(replace(opened.head, strengths=strengths), groups, opened.state.span)
+    return codec.close(replace(opened.head, strengths=strengths), groups)
 
 
 @pytest.mark.parametrize("by", [1, 3])
@@ -124,7 +124,7 @@ def test_slots_that_the_code_left_out_take_less_with_an_initial_a() -> None:
         opened = under.open(code)
         head = replace(opened.head, kept=np.where(opened.head.kept == ABSENT, ABSENT, 0).astype(np.uint8))
         nothing = [group[np.zeros(len(group.slots.layer), dtype=np.bool_)] for group in opened.groups]
-        empty = under.close(head, nothing, opened.state.span)
+        empty = under.close(head, nothing)
         sizes.append(len(LayeredCodec(under).encode(adapter, empty, Limits(max_error=0.1)).data))
     assert sizes[1] < 0.9 * sizes[0]
 

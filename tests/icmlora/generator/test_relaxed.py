@@ -113,7 +113,7 @@ def test_boosts_make_longer_what_lies_across_the_span_and_nothing_else() -> None
         plain, longer = (under.dequantised(group, opened.state, opened.head.step) for opened in (before, after))
         span, kind = after.state.span, group.slots.kind
         difference = longer.inputs - plain.inputs
-        known_here = torch.from_numpy(span.ranks_of(kind) > 0)[layer]
+        known_here = torch.from_numpy(span.knows(kind))[layer]
         assert difference[known_here].any()
         assert not difference[~known_here].any()
         # Rounding leaves a little of it along the span, which is made longer with it.

@@ -8,9 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmlora.adapter import Adapter, LoraModule
-from icmlora.errors import GeneratorError
+from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.tokens import KindTokens, detokenize, slot_errors, squared_norm, tokenize, weighted
+from icmlora.generator.tokens import (
+    KindTokens,
+    detokenize,
+    refuse_overflow,
+    slot_errors,
+    squared_norm,
+    tokenize,
+    weighted,
+)
 from icmlora.metrics import dw_norm, relative_dw_error
 from tests.icmlora.small_fleet import BASE, make_adapter, uneven, with_factors
 
@@ -88,6 +96,13 @@ def test_an_adapter_of_zeros_has_no_tokens_and_comes_back_as_zeros() -> None:
 def test_an_adapter_that_the_generator_does_not_cover_is_refused_by_name() -> None:
     with pytest.raises(GeneratorError, match=r"layers\.1\.self_attn\.q_proj with rank 2"):
         tokens_of(make_adapter(0, layers=(1,)), config_of(make_adapter(0, layers=(0,))))
+
+
+@pytest.mark.parametrize(("a", "b"), [(1e20, 1.0), (1.0, 1e20), (1e30, 1e30)])
+def test_an_adapter_too_large_for_float32_is_refused_by_name(a: float, b: float) -> None:
+    with pytest.raises(AdapterRefused, match=r"layers\.[01]\.self_attn\.q_proj has the size .*, too large") as caught:
+        refuse_overflow(tokens_of(with_factors(make_adapter(0), a, b)), config_of(make_adapter(0)))
+    assert (caught.value.kind, caught.value.hint is None) == ("overflow", False)
 
 
 def test_slot_errors_are_the_distances_of_the_rank_one_parts() -> None:

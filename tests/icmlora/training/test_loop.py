@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icmlora.adapter import Adapter
-from icmlora.errors import GeneratorError
+from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import config_for
 from icmlora.training.config import TrainConfig
 from icmlora.training.loop import fit
@@ -124,6 +124,12 @@ def test_an_adapter_of_zeros_does_not_spoil_the_network() -> None:
     state = begin(fleet, 8)
     assert all(torch.isfinite(torch.tensor(run(state, fleet))))
     assert all(torch.isfinite(parameter).all() for parameter in state.net.parameters())
+
+
+def test_an_adapter_too_large_for_float32_ends_training_by_name() -> None:
+    fleet = MemoryFleet([[with_factors(make_adapter(0), b=1e20)]])
+    with pytest.raises(AdapterRefused, match=r"q_proj has the size .*, too large"):
+        run(begin(fleet, 1), fleet)
 
 
 def test_a_single_adapter_is_a_fleet() -> None:
