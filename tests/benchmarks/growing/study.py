@@ -1,0 +1,127 @@
+"""A fleet that grows: some tasks, then more at a time, with the originals gone in between.
+
+20 tasks ──train, evict──▶ + 4 ──update, evict──▶ + 4 ... ──▶ after each: every task decoded and measured
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from icm_cli.workflows.base_access import open_base
+from icm_cli.workflows.bases import add_base
+from icm_cli.workflows.events import StopFlag
+from icm_cli.workflows.evict_plan import EvictRequest
+from icm_cli.workflows.evicting import evict
+from icm_cli.workflows.ingest import ingest
+from icm_cli.workflows.ingest_plan import IngestRequest
+from icm_cli.workflows.materializing import MaterializeRequest, write_rung
+from icm_cli.workflows.opening import Place
+from icm_cli.workflows.training import train
+from icm_cli.workflows.training_run import TrainRequest
+from icm_cli.workflows.updating import update
+from icm_cli.workflows.vectors import extract_missing
+from icmlora.adapted import adapted
+from icmlora.base_model import BaseModel
+from icmlora.evaluation import nll, retained_gain
+from icmlora.examples import parse_examples
+
+Result = TypeVar("Result")
+MAX_ERROR = 0.3
+"""Relative dW error up to which an original is evicted."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The fleet after one training or update."""
+
+    added: tuple[str, ...]
+    seconds: float
+    """Of that training or update, without measuring and evicting."""
+    generator_bytes: int
+    code_bytes: int
+    """Of all codes."""
+    gains: dict[str, float]
+    """Retained gain of every task so far."""
+
+
+def finish(work: Generator[object, None, Result]) -> Result:
+    """Run a workflow to its end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
+class Growing:
+    """One run.
+
+    Args:
+        place: A store that does not exist yet.
+        base_label: The base model's name in the adapters.
+        base_folder: Where it is.
+        texts: Held-out texts of each task.
+        max_tokens: Tokens of each.
+        dtype: Of the base model that measures.
+    """
+
+    def __init__(
+        self, place: Place, base_label: str, base_folder: Path, texts: int, max_tokens: int, dtype: torch.dtype
+    ) -> None:
+        self._place, self._label, self._base_folder = place, base_label, base_folder
+        self._texts, self._max_tokens, self._dtype = texts, max_tokens, dtype
+        self._ends: dict[str, tuple[float, float]] = {}
+        self._folders: dict[str, Path] = {}
+
+    def run(self, first: Sequence[Path], later: Sequence[Sequence[Path]]) -> Iterator[Stage]:
+        """Train on the first tasks, then add the others, some at a time."""
+        yield self._stage(first, fresh=True)
+        for some in later:
+            yield self._stage(some, fresh=False)
+
+    def _stage(self, folders: Sequence[Path], *, fresh: bool) -> Stage:
+        self._folders |= {folder.name: folder for folder in folders}
+        finish(ingest(self._place, IngestRequest(tuple(folders)), StopFlag()))
+        if fresh:
+            add_base(self._place, self._label, self._base_folder)
+        finish(extract_missing(self._place, [], device="cpu", again=False, stop=StopFlag()))
+        began = time.monotonic()
+        request = TrainRequest(device="cpu")
+        finish((train if fresh else update)(self._place, request, StopFlag()))
+        seconds = time.monotonic() - began
+        names = tuple(folder.name for folder in folders)
+        report = finish(evict(self._place, EvictRequest(names, MAX_ERROR, None, False, False, "cpu"), StopFlag()))
+        kept = [task.task for task in report.tasks if task.status != "evicted"]
+        if kept:
+            raise SystemExit(f"not evicted: {', '.join(kept)}")
+        return self._measured(names, seconds)
+
+    def _measured(self, names: tuple[str, ...], seconds: float) -> Stage:
+        with self._place.open(read_only=True) as store:
+            base = open_base(store, self._label, torch.device("cpu"), self._dtype)
+            generator = store.current_generator(self._label)
+            assert generator is not None
+            gains = {}
+            for name, folder in self._folders.items():
+                if name not in self._ends:
+                    self._ends[name] = self._nats(base, None, folder), self._nats(base, folder, folder)
+                decoded = self._place.path.parent / "decoded"
+                write_rung(store, MaterializeRequest(name, decoded, source="code", force=True))
+                gain = retained_gain(*self._ends[name], self._nats(base, decoded, folder))
+                assert gain is not None
+                gains[name] = gain
+            codes = sum(code.size for code in store.codes(generator.id))
+            return Stage(names, seconds, generator.size, codes, gains)
+
+    def _nats(self, base: BaseModel, adapter: Path | None, folder: Path) -> float:
+        examples = parse_examples((folder / "eval.jsonl").read_bytes())[: self._texts]
+        if adapter is None:
+            return nll(base.model, base.tokenizer, examples, max_tokens=self._max_tokens).nats_per_token
+        with adapted(base, adapter) as model:
+            return nll(model, base.tokenizer, examples, max_tokens=self._max_tokens).nats_per_token
