@@ -26,6 +26,7 @@ _COLUMNS = (
     Column("created"),
     Column("epochs", right=True),
     Column("size", right=True),
+    Column("start", right=True),
     Column("tasks", right=True),
     Column("evicted, here alone", right=True),
     Column("in use"),
@@ -40,7 +41,8 @@ def ls(session: Session) -> None:
     """List generators, what depends on each, and which one is in use; subcommands go back to one or forget one.
 
     EPOCHS grow with `icm train --update`; a file decodes the codes of all its epochs. EVICTED, HERE ALONE counts tasks
-    whose original is gone and that no other generator gives back as they were checked.
+    whose original is gone and that no other generator gives back as they were checked. START is what `icm generate`
+    begins with.
 
     Example:
       icm generators
@@ -129,6 +131,7 @@ def _cells(version: Version) -> list[str]:
         made.created_at,
         "damaged" if version.epochs is None else str(version.epochs),
         human_size(made.size),
+        human_size(made.start_size) if made.start else "-",
         str(len(use.tasks)),
         str(len(use.last_copies)),
         "yes" if made.is_current else "",
@@ -144,6 +147,8 @@ def _as_json(version: Version) -> dict[str, object]:
         "created_at": made.created_at,
         "epochs": version.epochs,
         "size": made.size,
+        "start": made.start,
+        "start_size": made.start_size,
         "tasks": use.tasks,
         "last_copies": use.last_copies,
         "is_current": made.is_current,

@@ -52,10 +52,10 @@ _TASK_COLUMNS = (
 def stats(session: Session, plot: PlotOpt = None) -> None:
     """Show the bill: bytes on disk, what generator and codes take against bf16, and what the codes keep.
 
-    OF BF16 compares generator, codes, residuals and vectors with every final adapter in bf16. BREAK-EVEN is the number
-    of tasks from which they are smaller. dW ERROR and RETAINED GAIN are mean / worst, of codes with what lies beside
-    them. Tasks that keep their original because nothing smaller keeps what was asked for are counted. With -v, one row
-    per task.
+    GENERATOR is the generator's file, with the start of `icm generate` if it has one. OF BF16 compares it and codes,
+    residuals and vectors with every final adapter in bf16; BREAK-EVEN is the number of tasks from which they are
+    smaller. dW ERROR and RETAINED GAIN are mean / worst, of codes with what lies beside them. Tasks that keep their
+    original because nothing smaller keeps what was asked for are counted. With -v, one row per task.
 
     Example:
       icm stats --json
@@ -89,7 +89,10 @@ def _disk(found: Bill) -> list[tuple[str, str]]:
     lines = [
         ("originals (final adapters)", usage.originals),
         ("checkpoints", usage.checkpoints),
-        ("generators", usage.generators),
+        (
+            "generators, with their starts" if any(fleet.start_size for fleet in found.fleets) else "generators",
+            usage.generators,
+        ),
         ("codes", usage.codes),
         ("residuals", usage.residuals),
         ("task vectors", usage.vectors),
@@ -136,13 +139,13 @@ def _held(found: Bill) -> str:
 
 
 def _fleet_cells(fleet: FleetBill) -> list[str]:
-    size = fleet.generator_size + fleet.per_task_size
+    size = fleet.shared_size + fleet.per_task_size
     marginal, complete = fleet.marginal_size, len(fleet.encoded) == len(fleet.tasks)
     return [
         fleet.base_model,
         str(len(fleet.tasks)),
         human_size(fleet.bf16_size),
-        human_size(fleet.generator_size) if fleet.generator else "-",
+        human_size(fleet.shared_size) if fleet.generator else "-",
         human_size(fleet.per_task_size),
         "-" if marginal is None else human_size(round(marginal)),
         human_percent(size / fleet.bf16_size if complete and fleet.bf16_size else None),
@@ -199,6 +202,7 @@ def _fleet_json(fleet: FleetBill) -> dict[str, object]:
         "generator": None if fleet.generator is None else fleet.generator.blob,
         "generator_version": None if fleet.generator is None else fleet.generator.version,
         "decoder_size": fleet.generator_size,
+        "start_size": fleet.start_size,
         "short_count": len(fleet.short),
         "codes_and_vectors_size": fleet.per_task_size,
         "marginal_size": fleet.marginal_size,

@@ -32,6 +32,7 @@ from icm_cli.session import Session, command
 from icm_cli.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
+    from icm_cli.workflows.encode_plan import EncodeRequest
     from icm_cli.workflows.events import Event
     from icm_cli.workflows.publishing import Trained
     from icm_cli.workflows.starting import StartRequest
@@ -69,41 +70,47 @@ def train(
     With --update the present generator is continued instead: that takes as long as the new tasks take, and every code
     that was there decodes to the same adapter as before.
 
-    With --objective both it also learns where adapters for unseen tasks start, in episodes over the tasks that have
-    samples: `icm generate` needs that.
+    With --objective both it also learns where adapters for unseen tasks start, which `icm generate` needs.
 
     Example:
       icm train --device cuda
     """
-    if update and (fresh or width is not None):
-        hint = "`icm train --fresh` makes another one, of all tasks"
-        raise UsageProblem("--update continues the present generator: --fresh and --width do not go with it", hint=hint)
+    others = (quality, tolerance, width, steps, lr, max_error, min_gain)
+    _check_options(objective, update=update, anew=fresh or width is not None, others=others)
     from icm_cli.workflows.encode_plan import EncodeRequest
-    from icm_cli.workflows.starting import StartRequest
+    from icm_cli.workflows.starting import StartRequest, check_learnable
     from icm_cli.workflows.training_run import TrainRequest
 
     request = TrainRequest(
         device=session.device(device),
-        quality=quality,
-        seed=seed,
         base_model=base_model,
+        quality=quality,
         tolerance=tolerance,
         width=width,
         steps=steps,
         learning_rate=lr,
+        seed=seed,
         resume=resume,
         fresh=fresh,
     )
+    learns = objective is not ObjectiveName.BITS
+    if learns:
+        check_learnable(session.place, base_model)
     if objective is not ObjectiveName.FUNCTIONAL:
-        made = _update(session, request) if update else _train(session, request)
-        if made.nothing:
-            return
-        if max_error is not None or min_gain is not None:
-            encode.run(session, EncodeRequest(made.tasks, max_error, min_gain, request.device, base_model=base_model))
-        if evaluate:
-            _evaluate(session, request.device, made)
-    if objective is not ObjectiveName.BITS:
+        made = _update(session, request) if update else _train(session, request, learns=learns)
+        limits = EncodeRequest(made.tasks, max_error, min_gain, request.device, base_model=base_model)
+        _encode_and_measure(session, made, limits, evaluate=evaluate)
+    if learns:
         _learn_starts(session, StartRequest(request.device, base_model, episodes, seed))
+
+
+def _check_options(objective: ObjectiveName, *, update: bool, anew: bool, others: Sequence[float | None]) -> None:
+    if update and anew:
+        hint = "`icm train --fresh` makes another one, of all tasks"
+        raise UsageProblem("--update continues the present generator: --fresh and --width do not go with it", hint=hint)
+    if objective is ObjectiveName.FUNCTIONAL and (update or anew or any(value is not None for value in others)):
+        fact = "--objective functional leaves generator and codes as they are: no option about those goes with it"
+        raise UsageProblem(fact, hint="`icm train --objective both` does one after the other")
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class _Made:
         return not self.base_models
 
 
-def _train(session: Session, request: TrainRequest) -> _Made:
+def _train(session: Session, request: TrainRequest, *, learns: bool) -> _Made:
     from icm_cli.workflows.training import train as fit
 
     with session.stoppable() as stop:
@@ -129,6 +136,9 @@ def _train(session: Session, request: TrainRequest) -> _Made:
         raise Interrupted(kept, hint="run the same command to continue")
     for trained in report.trained:
         _sum_up(session, trained)
+        if trained.start_dropped and not learns:
+            session.out.note("the new generator has no start for unseen tasks, which the one before had")
+            session.out.hint("`icm train --objective functional` learns it, and leaves all codes as they are")
     return _Made([trained.base_model for trained in report.trained])
 
 
@@ -142,6 +152,15 @@ def _update(session: Session, request: TrainRequest) -> _Made:
     if report.stopped:
         raise Interrupted("interrupted; what is not listed is as it was", hint="run the same command again")
     return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks)
+
+
+def _encode_and_measure(session: Session, made: _Made, limits: EncodeRequest, *, evaluate: bool) -> None:
+    if made.nothing:
+        return
+    if limits.max_error is not None or limits.min_gain is not None:
+        encode.run(session, limits)
+    if evaluate:
+        _evaluate(session, limits.device, made)
 
 
 def _learn_starts(session: Session, request: StartRequest) -> None:

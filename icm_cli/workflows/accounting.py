@@ -71,6 +71,16 @@ class FleetBill:
         return 0 if self.generator is None else self.generator.size
 
     @property
+    def start_size(self) -> int:
+        """What the generator knows of unseen tasks, 0 where it was not learned."""
+        return 0 if self.generator is None else self.generator.start_size
+
+    @property
+    def shared_size(self) -> int:
+        """What all tasks share: generator and start."""
+        return self.generator_size + self.start_size
+
+    @property
     def per_task_size(self) -> int:
         """All codes, residuals and vectors."""
         return sum(task.size for task in self.tasks)
@@ -103,7 +113,7 @@ class FleetBill:
         if self.marginal_size is None:
             return None
         saved = sum(task.bf16_size for task in self.encoded) / len(self.encoded) - self.marginal_size
-        return math.ceil(self.generator_size / saved) if saved > 0 else None
+        return math.ceil(self.shared_size / saved) if saved > 0 else None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ samples ──base──▶ context vector ──▶ how far from the known task
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ from icm_cli.workflows.generated_card import GeneratedCard
 from icm_cli.workflows.known_vectors import comparable_vectors
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.registering import check_unknown, register
-from icm_cli.workflows.starting import SAMPLE_TOKENS
+from icm_cli.workflows.starting import SAMPLE_TOKENS, read_start
+from icm_cli.workflows.vectors import VECTOR_DTYPE
 from icmlora.adaptation.adapt import adapt, factors_of
 from icmlora.adaptation.finetuning import FinetuneConfig, finetune
-from icmlora.adaptation.start_file import start_from_bytes
+from icmlora.adaptation.start import USUAL_SAMPLES, Start
 from icmlora.adapter import Adapter
 from icmlora.arithmetic import truncated
 from icmlora.base_model import BaseModel
 from icmlora.device import gradient_dtype, resolve_device
-from icmlora.errors import DataError
+from icmlora.errors import DataError, NotCovered
 from icmlora.evaluation import nll, tokenized
 from icmlora.examples import Example, parse_examples
 from icmlora.files import read_regular
@@ -40,13 +42,12 @@ from icmlora.task_vector import TaskVector
 from icmlora.teacher import added
 from icmlora.vector_extraction import extract_context
 from icmlora.vector_space import FEWEST, Familiarity, familiarity
+from registry.names import check_name
 from registry.records import GeneratorRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
 
-MOST_SAMPLES = 64
-USUAL_SAMPLES = 16
 _DATA_LIMIT = 64 << 20
 _BATCH = 8
 """Samples a pass on an accelerator."""
@@ -74,14 +75,29 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True)
-class Generated:
-    """What was made.
+class _Facts:
+    """What is known of an adapter before it is written.
 
     Attributes:
         samples: How many samples were read.
         base_nats: Loss of the base model on these very samples, in nats per token.
         nats: Of the adapter, likewise: it has seen them, so on other text of the task it gains less.
         known: How far the task lies from the known ones; None where too few of them can be compared.
+        rank: Its largest.
+    """
+
+    samples: int
+    base_nats: float
+    nats: float
+    known: Familiarity | None
+    rank: int
+
+
+@dataclass(frozen=True)
+class Generated(_Facts):
+    """What was made.
+
+    Attributes:
         weights: SHA-256 of the written weights.
         code_size: Bytes of the code that was registered, None without registering.
         code_error: Its relative dW error.
@@ -91,63 +107,65 @@ class Generated:
     directory: Path
     base_model: str
     generator: str
-    samples: int
-    base_nats: float
-    nats: float
-    known: Familiarity | None
-    rank: int
     weights: str
     code_size: int | None
     code_error: float | None
 
 
 def generate(place: Place, request: GenerateRequest, stop: StopFlag) -> Generator[Event, None, Generated | None]:
-    """Make an adapter for an unseen task; the folder appears whole or not at all.
+    """Make an adapter for an unseen task; the folder appears whole or not at all, and a task after its folder.
 
     Returns:
         What was made, or None if the user stopped; then nothing is written.
 
     Raises:
         DeviceUnavailable: The device is not there.
+        InvalidName: A name outside the rule.
         DataError: Samples that cannot be used, or a generator that has no start.
         OutputExists: The folder is not empty and `force` is not given.
         BaseModelNotFound: The base model is not on this machine.
         TaskConflict: It is to be registered, and its name is taken.
+        NotCovered: It is to be registered, and no code of the generator has the rank that is asked for.
     """
     device = resolve_device(request.device)
+    check_name(request.name)
     check_free(request.directory, force=request.force)
     examples = _chosen(request)
-    with place.open(read_only=not request.register) as store:
+    with place.open() as store:
         if request.register:
             check_unknown(store, request.name)
         generator = _generator(store, request.base_model)
+        lineage = Lineage(store.read_blob(generator.blob))
+        start = read_start(store, generator, lineage)
+        rank = _rank(lineage, start, request)
         yield Step(0, None, f"loading {generator.base_model}")
-        base = open_base(store, generator.base_model, device, gradient_dtype(device))
-        vectors = extract_context(base, [example.text for example in examples])
-        adapter = yield from _adapted(store, generator, base, examples, request, stop)
+        base, vectors = _opened(store, generator.base_model, device, [example.text for example in examples])
+        adapter = yield from _adapted(base, start, examples, rank, request, stop)
         if adapter is None:
             return None
-        lineage = Lineage(store.read_blob(generator.blob))
-        rank = request.rank or max(config.slots for config in lineage.configs)
-        adapter = truncated(adapter, rank)
-        weights = _write(adapter, generator, len(examples), request)
-        code = (
-            register(store, lineage, generator, request.name, request.directory, vectors) if request.register else None
-        )
-        return Generated(
-            task=request.name,
-            directory=request.directory,
-            base_model=generator.base_model,
-            generator=generator.blob,
+        facts = _Facts(
             samples=len(examples),
             base_nats=_nats(base, None, examples),
             nats=_nats(base, adapter, examples),
-            known=_familiarity(store, generator, request.name, vectors),
-            rank=rank,
-            weights=weights,
-            code_size=None if code is None else len(code.data),
-            code_error=None if code is None else code.dw_error,
+            known=_familiarity(store, generator, vectors),
+            rank=max(shape.rank for shape in adapter.layout),
         )
+        weights = _write(adapter, generator, facts.samples, request)
+        code = (
+            register(store, lineage, generator, request.name, request.directory, vectors, rank)
+            if request.register
+            else None
+        )
+    return Generated(
+        **vars(facts),
+        task=request.name,
+        directory=request.directory,
+        base_model=generator.base_model,
+        generator=generator.blob,
+        weights=weights,
+        code_size=None if code is None else len(code.data),
+        code_error=None if code is None else code.dw_error,
+    )
 
 
 def _chosen(request: GenerateRequest) -> list[Example]:
@@ -172,17 +190,36 @@ def _generator(store: Store, base_model: str | None) -> GeneratorRecord:
     return started[0]
 
 
+def _rank(lineage: Lineage, start: Start, request: GenerateRequest) -> int:
+    """Return the rank to write: what is asked for, else the largest that a code of the start's modules can have."""
+    most = max(lineage.configs[number].slots for number in lineage.covering(start.adapter.layout))
+    if request.register and request.rank is not None and request.rank > most:
+        fact = f"codes of the generator have ranks up to {most}, and {request.rank} is asked for"
+        raise NotCovered(fact, hint=f"--rank {most}, or write the folder alone, without --register")
+    return most if request.rank is None else request.rank
+
+
+def _opened(
+    store: Store, label: str, device: torch.device, texts: Sequence[str]
+) -> tuple[BaseModel, tuple[TaskVector, ...]]:
+    """Load the base model, and read the samples in the precision in which vectors of all tasks are made."""
+    base = open_base(store, label, device, VECTOR_DTYPE)
+    vectors = extract_context(base, texts)
+    if gradient_dtype(device) is not VECTOR_DTYPE:
+        del base  # one copy of it at a time
+        base = open_base(store, label, device, gradient_dtype(device))
+    return base, vectors
+
+
 def _adapted(
-    store: Store,
-    generator: GeneratorRecord,
     base: BaseModel,
+    start: Start,
     examples: Sequence[Example],
+    rank: int,
     request: GenerateRequest,
     stop: StopFlag,
 ) -> Generator[Event, None, Adapter | None]:
-    """Return the adapter at its full rank, or None if the user stopped."""
-    lineage = Lineage(store.read_blob(generator.blob))
-    start = start_from_bytes(store.read_blob(str(generator.start)), lambda code: lineage.codec_of(code).decode(code))
+    """Return the adapter at the rank that is written, or None if the user stopped."""
     samples = tokenized(base.tokenizer, examples, SAMPLE_TOKENS)
     batch = 1 if base.model.device.type == "cpu" else _BATCH
     adapter, steps = start.adapter, len(start.rates)
@@ -191,10 +228,9 @@ def _adapted(
         yield Step(done, steps, "adapting")
         if stop.requested:
             return None
+    adapter = truncated(adapter, rank)
     if request.refine:
-        rank = request.rank or max(config.slots for config in lineage.configs)
-        work = finetune(base, truncated(adapter, rank), samples, FinetuneConfig(request.refine))
-        for done, (nats, refined) in enumerate(work, start=1):
+        for done, (nats, refined) in enumerate(finetune(base, adapter, samples, FinetuneConfig(request.refine)), 1):
             adapter = refined
             yield Step(done, request.refine, f"refining, {nats:.3f} nats per token")
             if stop.requested:
@@ -215,10 +251,13 @@ def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Example])
         return nll(base.model, base.tokenizer, examples, max_tokens=SAMPLE_TOKENS).nats_per_token
 
 
-def _familiarity(
-    store: Store, generator: GeneratorRecord, name: str, vectors: Sequence[TaskVector]
-) -> Familiarity | None:
+def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[TaskVector]) -> Familiarity | None:
     tasks = [row.task for row in store.summaries() if row.task.base_model == generator.base_model]
-    looks = comparable_vectors(store, [task for task in tasks if task.name != name], "context").looks
-    mean = torch.stack([vector.values for vector in vectors]).mean(dim=0).numpy()
-    return familiarity(mean, looks) if len(looks) >= FEWEST else None
+    known = comparable_vectors(store, tasks, "context")
+    if len(known.looks) < FEWEST or known.extractor != _sorted_json(vectors[0].extractor.to_json()):
+        return None
+    return familiarity(torch.stack([vector.values for vector in vectors]).mean(dim=0).numpy(), known.looks)
+
+
+def _sorted_json(text: str) -> str:
+    return json.dumps(json.loads(text), sort_keys=True)

@@ -33,10 +33,12 @@ class KnownVectors:
     Attributes:
         looks: Task -> its vectors, one support set a row: float32, shape (sets, hidden size). By name.
         left_out: The other tasks of the base model.
+        extractor: What made them, as JSON with sorted keys; None where there are none.
     """
 
     looks: dict[str, NDArray[np.float32]]
     left_out: tuple[LeftOut, ...]
+    extractor: str | None = None
 
 
 def latest_vectors(rows: Iterable[VectorRecord]) -> list[VectorRecord]:
@@ -71,7 +73,7 @@ def comparable_vectors(store: Store, tasks: Sequence[TaskRecord], view: View, li
             looks[name] = _read(store, sets[name])
         else:
             left_out.append(LeftOut(name, _reason(rows[name], view, made_by.get(name), chosen)))
-    return KnownVectors(looks, tuple(left_out))
+    return KnownVectors(looks, tuple(left_out), chosen if looks else None)
 
 
 def _read(store: Store, rows: Sequence[VectorRecord]) -> NDArray[np.float32]:

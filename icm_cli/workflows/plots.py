@@ -42,7 +42,7 @@ def _draw(axis: Any, fleet: FleetBill) -> None:
     last = max(tasks, 2 * (fleet.break_even or tasks))
     counts = list(range(last + 1))
     axis.plot(counts, [bf16 * count / _MEBIBYTE for count in counts], label="every adapter in bf16")
-    compact = [(fleet.generator_size + marginal * count) / _MEBIBYTE for count in counts]
+    compact = [(fleet.shared_size + marginal * count) / _MEBIBYTE for count in counts]
     axis.plot(counts, compact, label="generator + codes + vectors")
     axis.plot([tasks], [compact[tasks]], "o", color="C1", label=f"this fleet: {tasks} tasks")
     if fleet.break_even is not None:

@@ -36,7 +36,11 @@ class CodeMade(Event):
 
 @dataclass(frozen=True)
 class Trained(Event):
-    """A generator and its codes are current."""
+    """A generator and its codes are current.
+
+    `start_dropped` says that the generator before knew where adapters for unseen tasks start: its start is a code of
+    that generator, so this one has none.
+    """
 
     base_model: str
     version: int
@@ -45,6 +49,7 @@ class Trained(Event):
     tasks: int
     codes_size: int
     metrics: dict[str, object]
+    start_dropped: bool
 
 
 def publish(
@@ -90,9 +95,11 @@ def publish(
     metrics = metrics | {"encode_seconds": round(time.monotonic() - started, 3), "initial_a_known": known}
     config = json.loads(state.net.config.to_json()) | {"train": asdict(state.config)}
     parent, present = None if previous is None else previous.id, _present(store, codes)
+    before = store.current_generator(run.base_model)
     record = store.add_generator(NewGenerator(run.base_model, blob, config, metrics, parent, present, run.id))
     size = round(sum(code.bits for code in present) / 8)
-    return Trained(run.base_model, record.version, blob, len(data), len(present), size, metrics)
+    dropped = before is not None and before.start is not None
+    return Trained(run.base_model, record.version, blob, len(data), len(present), size, metrics, dropped)
 
 
 def _present(store: Store, codes: Sequence[NewCode]) -> list[NewCode]:

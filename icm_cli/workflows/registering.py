@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from icmlora.arithmetic import truncated
 from icmlora.generator.lineage import Lineage
 from icmlora.generator.step_search import Encoded
 from icmlora.inspection import inspect_adapter
@@ -23,7 +24,6 @@ from icmlora.task_vector import TaskVector
 from icmlora.vector_file import vectors_to_bytes
 from registry.arrivals import Arrival, ArrivingTask
 from registry.errors import TaskConflict, TaskNotFound
-from registry.names import check_name
 from registry.records import GeneratorRecord, NewAdapter, NewGenerator, NewVector
 
 if TYPE_CHECKING:
@@ -34,10 +34,8 @@ def check_unknown(store: Store, name: str) -> None:
     """Check that a task can be registered under a name.
 
     Raises:
-        InvalidName: A name outside the rule.
         TaskConflict: The store has a task of that name.
     """
-    check_name(name)
     try:
         known = store.task(name)
     except TaskNotFound:
@@ -52,8 +50,18 @@ def register(
     name: str,
     folder: Path,
     vectors: Sequence[TaskVector],
+    rank: int,
 ) -> Encoded:
     """Encode the adapter in a folder and record the task; the folder is what its code stands in for.
+
+    Args:
+        store: The open store.
+        lineage: The generator's file.
+        generator: The current generator.
+        name: What the task is called.
+        folder: The adapter as it was written.
+        vectors: What the base model says of its samples.
+        rank: Of the adapter; the folder's may be padded with zeros to a larger one.
 
     Raises:
         NotCovered: Its rank is above what any epoch of the generator covers.
@@ -61,7 +69,7 @@ def register(
         GeneratorConflict: Another generator is current by now.
     """
     config, weights = (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
-    adapter = load_adapter(config, weights, path=folder)
+    adapter = truncated(load_adapter(config, weights, path=folder), rank)
     mean = {"context": torch.stack([vector.values for vector in vectors]).mean(dim=0)}
     code = lineage.codec_for(adapter.layout).encode(adapter, mean)
     card = store.put_blob((folder / CARD_NAME).read_bytes())

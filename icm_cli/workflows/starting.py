@@ -12,19 +12,21 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from icm_cli.workflows.base_access import open_base
+from icm_cli.text import counted
+from icm_cli.workflows.base_access import locate_base, open_base
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.training import labels_of
 from icm_cli.workflows.whole_fleet import WholeFleet
 from icmlora.adaptation.meta_training import Episode, MetaConfig, meta_train
-from icmlora.adaptation.start import RANK, untrained_start
-from icmlora.adaptation.start_file import mean_code, start_to_bytes
+from icmlora.adaptation.start import Start, untrained_start, within
+from icmlora.adaptation.start_file import mean_code, start_from_bytes, start_to_bytes
 from icmlora.adapter import Adapter
 from icmlora.base_model import BaseModel
 from icmlora.device import gradient_dtype, resolve_device
 from icmlora.errors import DataError
 from icmlora.evaluation import Scored
+from icmlora.generator.codec import Codec
 from icmlora.generator.lineage import Lineage
 from registry.records import GeneratorRecord
 
@@ -114,6 +116,31 @@ class _Episodes:
         return self._samples[self._places[task]]
 
 
+def check_learnable(place: Place, base_model: str | None) -> None:
+    """Check what learning a start needs, before hours are spent on what comes first. Reads rows only.
+
+    Raises:
+        DataError: There is no task, or fewer than two tasks of a base model have samples.
+        BaseModelNotFound: A base model is not on this machine.
+    """
+    with place.open() as store:
+        for label in labels_of(store, base_model):
+            tasks = [row.task for row in store.summaries() if row.task.base_model == label]
+            _must_be_enough(label, sum(task.samples is not None for task in tasks))
+            locate_base(store, label)
+
+
+def read_start(store: Store, generator: GeneratorRecord, lineage: Lineage) -> Start:
+    """Read the start that a generator has.
+
+    Raises:
+        GeneratorError: The file is no start of this generator.
+        DamagedStore: Its bytes are not those that were stored.
+    """
+    data = store.read_blob(str(generator.start))
+    return start_from_bytes(data, lambda code: lineage.codec_of(code).decode(code))
+
+
 def learn_starts(place: Place, request: StartRequest, stop: StopFlag) -> Generator[Event, None, StartReport]:
     """Learn a start for the generator of each base model.
 
@@ -146,16 +173,13 @@ def _learn(
     """Return what was learned, or None if the user stopped; then nothing is kept."""
     began = time.monotonic()
     lineage = Lineage(store.read_blob(generator.blob))
-    newest = len(lineage.digests) - 1
     fleet = WholeFleet(store, generator)
-    yield Step(0, request.episodes, "averaging the fleet")
-    start = untrained_start(fleet, min(RANK, lineage.configs[newest].slots))
     episodes = _Episodes(fleet, base)
-    if episodes.tasks() < _FEWEST:
-        fact = f"{episodes.tasks()} tasks of {generator.base_model} have samples, and learning to start takes two"
-        raise DataError(fact, hint="`icm ingest PATH --samples FILE` gives a task its samples")
-    code = mean_code(start, lineage.codec(newest))
-    learned = replace(start, adapter=lineage.codec(newest).decode(code))
+    _must_be_enough(generator.base_model, episodes.tasks())
+    yield Step(0, request.episodes, "averaging the fleet")
+    start, codec = _encodable(untrained_start(fleet), lineage)
+    code = mean_code(start, codec)
+    learned = replace(start, adapter=codec.decode(code))
     losses: list[float] = []
     config = MetaConfig(episodes=request.episodes, seed=request.seed)
     for at, state in meta_train(base, learned, episodes, config):
@@ -166,6 +190,20 @@ def _learn(
         if stop.requested:
             return None
     return _publish(store, generator, start_to_bytes(learned, code), start.tasks, losses, began)
+
+
+def _must_be_enough(base_model: str, tasks: int) -> None:
+    if tasks < _FEWEST:
+        fact = f"{counted(tasks, 'task')} of {base_model} with {_FEWEST} samples or more: learning to start takes two"
+        raise DataError(fact, hint="`icm ingest PATH --samples FILE` gives a task its samples")
+
+
+def _encodable(start: Start, lineage: Lineage) -> tuple[Start, Codec]:
+    """Return what a generator can encode of a start, under the epoch that has most of its modules, newest first."""
+    shapes = [shape._replace(rank=1) for shape in start.adapter.layout]
+    known = [sum(config.covers([shape]) for shape in shapes) for config in lineage.configs]
+    best = max(range(len(known)), key=lambda number: (known[number], number))
+    return within(start, lineage.configs[best]), lineage.codec(best)
 
 
 def _publish(

@@ -28,6 +28,9 @@ from registry.records import NewVector, TaskSummary
 if TYPE_CHECKING:
     from registry.store import Store
 
+VECTOR_DTYPE = torch.bfloat16
+"""Precision of the base model that vectors are made with, on every device: others cannot be compared with them."""
+
 
 @dataclass(frozen=True)
 class Extracted(Event):
@@ -91,7 +94,7 @@ def extract_missing(
             yield Step(len(report.tasks), total, f"loading {label}")
             try:
                 # bfloat16 moves a vector by less than a hundredth of what another support set does: twice as fast.
-                base = open_base(store, label, chosen, torch.bfloat16)
+                base = open_base(store, label, chosen, VECTOR_DTYPE)
             except BaseModelNotFound as error:
                 missing = missing or error
                 continue

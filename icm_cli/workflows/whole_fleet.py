@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 
+_MOST_SAMPLES = 1024
+"""Of a task: a file may hold a hundred thousand, and all tasks' are in memory."""
+
+
 class WholeFleet:
     """The tasks of one base model, evicted ones included (see `icmlora.adaptation.meta_training.EpisodeFleet`).
 
@@ -55,8 +59,13 @@ class WholeFleet:
         return decode_rung(self._store, self._lineage, code, code.rung)
 
     def samples(self, task: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Sequence[Scored]:
-        """Return a task's samples as token ids, none where it has no samples."""
+        """Return some of a task's samples as token ids, spread evenly over them; none where it has no samples."""
         digest = self._rows[task].task.samples
         if digest is None:
             return ()
-        return tokenized(tokenizer, parse_examples(self._store.read_blob(digest)), max_tokens)
+        every = parse_examples(self._store.read_blob(digest))
+        count = min(_MOST_SAMPLES, len(every))
+        try:
+            return tokenized(tokenizer, [every[number * len(every) // count] for number in range(count)], max_tokens)
+        except DataError:
+            return ()  # single letters: nothing to predict

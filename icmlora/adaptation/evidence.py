@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class Evidence:
     """What the samples say, by dotted module name.
 
     Attributes:
-        modules: One entry per module.
+        modules: One entry per module, in the order in which they were named.
         nats: Loss where it was gathered, in nats per token.
         tokens: How many tokens were scored.
     """
@@ -64,12 +65,13 @@ def gather_evidence(
         samples: Token ids; of labelled ones only the completion is scored.
         batch_size: Samples a pass; more than 1 pays on accelerators only.
     """
-    sums: dict[str, list[torch.Tensor]] = {}
+    # Made beforehand: backward reaches the modules last to first, and some, such as experts, not at all.
+    sums = {name: _nothing(base.model.get_submodule(name)) for name in modules}
     nats, tokens = 0.0, sum(len(item.ids) - item.first for item in samples)
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
         ids, mask = padded([item.ids for item in batch], base.model.device)
-        with added(base.model, start), _summing(base.model, modules, mask.bool(), sums):
+        with added(base.model, start), _summing(base.model, mask.bool(), sums):
             loss = summed_loss(base, ids, mask, batch)
             loss.backward()  # type: ignore[no-untyped-call]
         nats += float(loss.detach())
@@ -99,11 +101,9 @@ def _row_loss(logits: torch.Tensor, ids: torch.Tensor, item: Scored) -> torch.Te
 
 
 @contextmanager
-def _summing(
-    model: nn.Module, modules: Iterable[str], real: torch.Tensor, sums: dict[str, list[torch.Tensor]]
-) -> Iterator[None]:
+def _summing(model: nn.Module, real: torch.Tensor, sums: Mapping[str, list[torch.Tensor]]) -> Iterator[None]:
     """Add the products of inputs and gradients to `sums` for the block; `real` says which tokens are no padding."""
-    handles = [model.get_submodule(name).register_forward_hook(_adder(name, real, sums)) for name in modules]
+    handles = [model.get_submodule(name).register_forward_hook(_adder(real, parts)) for name, parts in sums.items()]
     try:
         yield
     finally:
@@ -111,17 +111,23 @@ def _summing(
             handle.remove()
 
 
+def _nothing(module: nn.Module) -> list[torch.Tensor]:
+    weight = cast(torch.Tensor, module.weight)
+    outputs, inputs = weight.shape
+    return [torch.zeros(shape, device=weight.device) for shape in ((outputs, inputs), (inputs,), (outputs,))]
+
+
 def _adder(
-    name: str, real: torch.Tensor, sums: dict[str, list[torch.Tensor]]
+    real: torch.Tensor, sums: list[torch.Tensor]
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
     def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
         x = inputs[0].detach()[real]  # (tokens, in)
 
         def add(gradient: torch.Tensor) -> None:
             g = gradient[real]  # (tokens, out)
-            parts = [(g.T @ x).float(), x.float().square().sum(0), g.float().square().sum(0)]
-            known = sums.get(name)
-            sums[name] = parts if known is None else [a.add_(b) for a, b in zip(known, parts, strict=True)]
+            parts = (g.T @ x, x.float().square().sum(0), g.float().square().sum(0))
+            for total, part in zip(sums, parts, strict=True):
+                total += part
 
         outputs.register_hook(add)  # type: ignore[no-untyped-call]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from icmlora.adapter import Adapter
-from icmlora.arithmetic import mean_adapter
+from icmlora.arithmetic import mean_adapter, truncated, with_modules
+from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import OCTAVE
 from icmlora.metrics import module_norms
 
@@ -44,6 +45,25 @@ class Start:
         """Return how long a step of a module is."""
         rate = self.rates[step][module] + self.slopes[step] * math.log2(samples / USUAL_SAMPLES)
         return float(2.0 ** ((self.sizes[module] + rate) / OCTAVE))
+
+
+def within(start: Start, config: GeneratorConfig) -> Start:
+    """Return what a generator can encode of a start: its modules, and as many directions as it has rank slots.
+
+    Raises:
+        ValueError: It has none of the modules.
+    """
+    shapes = start.adapter.layout
+    kept = [number for number, shape in enumerate(shapes) if config.covers([shape._replace(rank=1)])]
+    if not kept:
+        raise ValueError("the generator has no module of the start")
+    modules = [start.adapter.modules[number] for number in kept]
+    return replace(
+        start,
+        adapter=truncated(with_modules(start.adapter, modules), config.slots),
+        sizes=tuple(start.sizes[number] for number in kept),
+        rates=tuple(tuple(row[number] for number in kept) for row in start.rates),
+    )
 
 
 def untrained_start(adapters: Iterable[Adapter], rank: int = RANK) -> Start:
