@@ -71,9 +71,13 @@ def finetune(
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, _GRADIENT_LIMIT)
         optimizer.step()
-        modules = [LoraModule(name, a.detach().cpu(), b.detach().cpu()) for name, (a, b) in pairs.items()]
+        modules = [LoraModule(name, _copy(a), _copy(b)) for name, (a, b) in pairs.items()]
         yield loss.item(), replace(adapter, modules=tuple(modules))
 
 
 def _leaf(factor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return factor.detach().to(device).clone().requires_grad_()
+
+
+def _copy(factor: torch.Tensor) -> torch.Tensor:
+    return factor.detach().clone().cpu()  # the next step changes the leaf in place

@@ -25,6 +25,7 @@ _BEFORE_HEAD = len(MAGIC) + 4
 _HEAD_LIMIT = 1 << 22
 _STEPS_LIMIT = 64
 _EXPONENT_LIMIT = 1024
+_TASKS_LIMIT = 1 << 32
 _TOLERANCE = 0.25
 """Weighted error of the mean's code: half of its size buys less than 0.01 of retained gain (docs/results/LOG.md)."""
 
@@ -68,19 +69,21 @@ def start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> Start:
             sizes=_whole(head["sizes"]),
             rates=tuple(_whole(row) for row in head["rates"]),
             slopes=_whole(head["slopes"]),
-            tasks=int(head["tasks"]),
+            tasks=_whole([head["tasks"]], _TASKS_LIMIT)[0],
         )
     except (CodeError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise GeneratorError(f"the start file is damaged or of another generator ({error})") from error
     lengths = {len(start.sizes), *map(len, start.rates)}
-    if lengths != {len(adapter.modules)} or not 1 <= len(start.rates) == len(start.slopes) <= _STEPS_LIMIT:
+    if (
+        start.tasks < 1
+        or lengths != {len(adapter.modules)}
+        or not 1 <= len(start.rates) == len(start.slopes) <= _STEPS_LIMIT
+    ):
         raise GeneratorError("the start file's head is not that of its mean")
     return start
 
 
-def _whole(values: object) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(
-        type(value) is int and abs(value) <= _EXPONENT_LIMIT for value in values
-    ):
+def _whole(values: object, limit: int = _EXPONENT_LIMIT) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int and abs(value) <= limit for value in values):
         raise ValueError("a row of the head is out of range")
     return tuple(values)
