@@ -110,11 +110,10 @@ class TaskNotFound(RegistryError):
 class TaskConflict(RegistryError):
     """A task of that name exists with another final adapter or base model."""
 
-    def __init__(self, name: str, *, choices: str = "skip|replace") -> None:
-        super().__init__(
-            f"task {name!r} is in the store with another adapter",
-            hint=f"give the new one another name, or say what to do with --on-conflict {choices}",
-        )
+    def __init__(self, name: str, *, choices: str | None = "skip|replace") -> None:
+        options = "" if choices is None else f", or say what to do with --on-conflict {choices}"
+        hint = f"give the new one another name{options}"
+        super().__init__(f"task {name!r} is in the store with another adapter", hint=hint)
         self.name = name
 
 

@@ -109,7 +109,7 @@ def _tell(session: Session, done: Generated) -> None:
             "output": str(done.directory),
             "base_model": done.base_model,
             "generator": done.generator,
-            "samples": done.samples,
+            "samples_count": done.samples,
             "rank": done.rank,
             "base_nats_per_token": done.base_nats,
             "nats_per_token": done.nats,

@@ -40,7 +40,7 @@ def check_unknown(store: Store, name: str) -> None:
         known = store.task(name)
     except TaskNotFound:
         return
-    raise TaskConflict(known.name, choices="another name")
+    raise TaskConflict(known.name, choices=None)
 
 
 def register(

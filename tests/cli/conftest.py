@@ -18,7 +18,7 @@ from icm_cli.workflows.task_evaluation import RungResult
 from icmlora.evaluation import NllResult
 from registry.records import Rung
 from tests.cli.fleet import write_fleet
-from tests.cli.tiny_fleet import build_ingested, train_store
+from tests.cli.tiny_fleet import EPISODES, build_ingested, icm_quietly, train_store
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,15 @@ def trained_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFact
     return store
 
 
+@pytest.fixture(scope="session")
+def started_template(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained store after its generator has learned where unseen tasks start; made once, not to be changed."""
+    store = tmp_path_factory.mktemp("started") / "store"
+    shutil.copytree(trained_template, store)
+    icm_quietly(store, "train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
+    return store
+
+
 @pytest.fixture
 def mixed(mixed_template: Path, tmp_path: Path) -> Path:
     """The store of the mixed fleet with its vectors, where `icm` looks for it."""
@@ -105,6 +114,12 @@ def mixed(mixed_template: Path, tmp_path: Path) -> Path:
 def trained(trained_template: Path, tmp_path: Path) -> Path:
     """The same store with a generator and codes."""
     return Path(shutil.copytree(trained_template, tmp_path / "store"))
+
+
+@pytest.fixture
+def started(started_template: Path, tmp_path: Path) -> Path:
+    """The same store with a start beside the generator."""
+    return Path(shutil.copytree(started_template, tmp_path / "store"))
 
 
 @pytest.fixture

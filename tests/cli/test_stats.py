@@ -67,7 +67,7 @@ def test_json_keeps_its_names(icm: Icm, trained: Path) -> None:
     }  # fmt: skip
     assert set(document["fleets"][0]) == {
         "base_model", "adapters_count", "encoded_count", "evicted_count", "original_size", "generator",
-        "generator_version", "decoder_size", "short_count", "codes_and_vectors_size", "marginal_size",
+        "generator_version", "decoder_size", "start_size", "short_count", "codes_and_vectors_size", "marginal_size",
         "break_even_count", "tasks",
     }  # fmt: skip
     assert set(document["fleets"][0]["tasks"][0]) == {

@@ -13,6 +13,7 @@ from tests.cli.fleet import write_texts
 from tests.icmlora.tiny_base import HIDDEN, LABEL, write_tiny_base
 
 STEPS = 12
+EPISODES = 2
 SUBJECTS = {"apples": "red apples", "pears": "green pears", "trains": "night trains", "ships": "tall ships"}
 """Tasks that differ in what their samples are about."""
 WIDTHS = {

@@ -1,0 +1,192 @@
+"""`icm generate --register`: a generated task is in the store, by its code and its vector alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from icm_cli.workflows import generating, registering
+from icmlora.metrics import relative_dw_error
+from icmlora.peft_folder import load_adapter_folder
+from registry.errors import TaskConflict
+from registry.store import Store
+from tests.cli.conftest import Ran
+from tests.cli.test_generate import LINES, write_lines
+from tests.cli.tiny_fleet import EPISODES, STEPS, write_subject
+
+Icm = Callable[..., Ran]
+TRAIN = ("train", "--no-eval", "--steps", STEPS, "--device", "cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the adapter is written; a task of that name, so that it can be ingested as it is."""
+    return tmp_path / "written" / "geese"
+
+
+@pytest.fixture
+def register(icm: Icm, started: Path, tmp_path: Path, folder: Path) -> Callable[..., Ran]:
+    """Return a function that generates and registers `geese` with some more options."""
+
+    def call(*options: object) -> Ran:
+        samples = write_lines(tmp_path / "geese.jsonl", LINES)
+        return icm("generate", "geese", "--samples", samples, "-o", folder, "--device", "cpu", "--register", *options)
+
+    return call
+
+
+Register = Callable[..., Ran]
+
+
+def names(icm: Icm) -> list[str]:
+    return [row["name"] for row in icm("ls", "--json").document]
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_the_task_is_listed_with_its_code_and_without_an_original(icm: Icm, register: Register) -> None:
+    document = register("--json").document
+    (row,) = [row for row in icm("ls", "--json").document if row["name"] == "geese"]
+    assert row["code_size"] == document["code_size"] > 0
+    assert row["dw_error"] == pytest.approx(document["code_dw_error"])
+    assert row["evicted_at"] is not None
+    assert row["vectors_count"] == 2
+
+
+def test_text_says_what_the_code_takes(register: Register) -> None:
+    assert "registered with a code of " in register().err
+
+
+def test_its_code_gives_the_adapter_that_was_written(
+    icm: Icm, register: Register, folder: Path, tmp_path: Path
+) -> None:
+    document = register("--json").document
+    assert icm("materialize", "geese", "-o", tmp_path / "again").code == 0
+    found = relative_dw_error(load_adapter_folder(folder), load_adapter_folder(tmp_path / "again"))
+    assert found == pytest.approx(document["code_dw_error"], abs=0.02)
+    assert 0 < found < 0.5
+
+
+def test_no_weights_and_no_samples_are_stored(icm: Icm, register: Register, started: Path) -> None:
+    document = register("--json").document
+    assert not list(started.rglob(document["weights"]))
+    assert icm("show", "geese", "--json").document["samples"] is None
+    assert icm("verify", "--read-data", "-v", "--json").document["findings"] == []
+
+
+def test_its_vector_is_comparable_with_those_of_the_others(icm: Icm, register: Register, tmp_path: Path) -> None:
+    for subject in ("apples", "pears"):
+        icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
+    register()
+    mapped = icm("map", "--view", "context", "--json").document
+    assert "geese" in {row["task"] for row in mapped["tasks"]}
+    assert "geese" not in {row["task"] for row in mapped["left_out"]}
+
+
+def test_it_is_not_its_own_neighbour(icm: Icm, register: Register, tmp_path: Path) -> None:
+    for subject in ("apples", "pears"):
+        icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
+    assert "geese" not in {row["task"] for row in register("--json").document["nearest"]}
+
+
+def test_stats_count_it_among_the_tasks(icm: Icm, register: Register, folder: Path) -> None:
+    before = icm("stats", "--json").document
+    document = register("--json").document
+    after = icm("stats", "--json").document
+    assert after["fleets"][0]["adapters_count"] == before["fleets"][0]["adapters_count"] + 1
+    assert after["evicted_count"] == before["evicted_count"] + 1
+    assert after["on_disk"]["codes"] == before["on_disk"]["codes"] + document["code_size"]
+    (task,) = [task for task in after["fleets"][0]["tasks"] if task["task"] == "geese"]
+    parameters = sum(m.a.numel() + m.b.numel() for m in load_adapter_folder(folder).modules)
+    assert (task["bf16_size"], task["rung"], task["evicted"]) == (2 * parameters, "code", True)
+
+
+def test_what_was_refined_is_what_is_registered(icm: Icm, register: Register, folder: Path, tmp_path: Path) -> None:
+    document = register("--refine", 5, "--json").document
+    icm("materialize", "geese", "-o", tmp_path / "again")
+    found = relative_dw_error(load_adapter_folder(folder), load_adapter_folder(tmp_path / "again"))
+    assert found == pytest.approx(document["code_dw_error"], abs=0.02)
+
+
+def test_a_smaller_rank_is_registered_too(icm: Icm, register: Register) -> None:
+    assert register("--rank", 2, "--json").document["rank"] == 2
+    assert "geese" in names(icm)
+
+
+def test_the_same_name_again_is_refused(icm: Icm, register: Register) -> None:
+    register()
+    assert register("--force", "--json").error["kind"] == "task_conflict"
+
+
+def test_it_is_exported_like_any_other(icm: Icm, register: Register, tmp_path: Path) -> None:
+    register()
+    assert icm("export", tmp_path / "fleet.icm", "geese").code == 0
+    assert icm("materialize", "geese", "--from", tmp_path / "fleet.icm", "-o", tmp_path / "there").code == 0
+    icm("materialize", "geese", "-o", tmp_path / "here")
+    here, there = ((tmp_path / side / "adapter_model.safetensors").read_bytes() for side in ("here", "there"))
+    assert here == there
+
+
+def test_it_is_removed_like_any_other(icm: Icm, register: Register) -> None:
+    register()
+    assert icm("rm", "geese", "--yes").code == 0
+    assert "geese" not in names(icm)
+    assert icm("verify", "--read-data").code == 0
+
+
+def test_starts_are_learned_and_updates_made_with_it_there(icm: Icm, register: Register, tmp_path: Path) -> None:
+    register()
+    icm("ingest", write_subject(tmp_path / "ships"), "--device", "cpu")
+    options = ("--update", "--objective", "both", "--episodes", EPISODES)
+    assert icm(*TRAIN, *options).code == 0
+    assert icm("materialize", "geese", "-o", tmp_path / "again").code == 0
+
+
+def test_a_full_training_takes_it_in_once_the_folder_is_ingested(icm: Icm, register: Register, folder: Path) -> None:
+    register()
+    ran = icm(*TRAIN, "--json")
+    assert (ran.code, "'geese'" in ran.error["message"]) == (ExitCode.FAILED, True)
+    assert icm("ingest", "--restore", folder, "--no-vectors").code == 0
+    assert icm(*TRAIN).code == 0
+    assert icm("verify", "--read-data").code == 0
+
+
+class TestFailures:
+    """Nothing is half made."""
+
+    def test_where_the_folder_cannot_be_written_nothing_is_registered(
+        self, icm: Icm, register: Register, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(generating, "save_adapter", raising(OSError("no")))
+        assert register().code == ExitCode.FAILED
+        assert not folder.exists()
+        assert "geese" not in names(icm)
+
+    def test_where_it_cannot_be_registered_the_folder_is_whole_and_the_task_is_not_there(
+        self, icm: Icm, register: Register, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "take_arrival", raising(TaskConflict("geese", choices=None)))
+            assert register("--json").error["kind"] == "task_conflict"
+        assert load_adapter_folder(folder).modules
+        assert "geese" not in names(icm)
+        assert icm("verify", "--read-data").code == 0
+        assert register("--force").code == 0
+        assert "geese" in names(icm)
+
+    def test_where_it_cannot_be_encoded_the_store_is_as_it_was(
+        self, icm: Icm, register: Register, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(registering, "load_adapter", raising(MemoryError()))
+        assert register().code != 0
+        assert "geese" not in names(icm)
+        assert icm("verify", "-v", "--json").document["findings"] == []

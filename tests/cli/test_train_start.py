@@ -1,0 +1,250 @@
+"""`icm train --objective`: where adapters for unseen tasks start."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from icm_cli.workflows import starting
+from registry.records import GeneratorRecord
+from registry.store import Store
+from tests.cli.coded import codes
+from tests.cli.conftest import Ran
+from tests.cli.tiny_fleet import EPISODES, STEPS, train_store, write_lora
+from tests.icmlora.tiny_base import LABEL
+
+Icm = Callable[..., Ran]
+FUNCTIONAL = ("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
+BOTH = ("train", "--objective", "both", "--episodes", EPISODES, "--no-eval", "--steps", STEPS, "--device", "cpu")
+FULL = ("train", "--no-eval", "--steps", STEPS, "--device", "cpu")
+
+
+def current(store: Path) -> GeneratorRecord:
+    with Store.open(store, read_only=True) as opened:
+        record = opened.current_generator(LABEL)
+    assert record is not None
+    return record
+
+
+def of_type(ran: Ran, kind: str) -> list[dict[str, Any]]:
+    assert ran.code == 0, ran.err
+    return [event for event in ran.events if event["type"] == kind]
+
+
+def during_episodes(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], None]) -> None:
+    """Let something happen after the first episode."""
+
+    def meta_train(*arguments: Any) -> Generator[Any, None, None]:
+        for number, found in enumerate(real(*arguments)):
+            if number == 0:
+                happen()
+            yield found
+
+    real = starting.meta_train
+    monkeypatch.setattr(starting, "meta_train", meta_train)
+
+
+def test_functional_learns_a_start_and_leaves_generator_and_codes(icm: Icm, trained: Path) -> None:
+    before, all_codes = current(trained), codes(trained)
+    (learned,) = of_type(icm(*FUNCTIONAL, "--json"), "start")
+    after = current(trained)
+    assert (after.blob, after.version, codes(trained)) == (before.blob, before.version, all_codes)
+    assert (after.start, after.start_size) == (learned["start"], learned["size"])
+    assert (learned["tasks"], learned["episodes"]) == (3, EPISODES)
+    assert icm("verify", "--read-data").code == 0
+
+
+def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
+    ran = icm(*FUNCTIONAL, "--json")
+    episodes, (learned,) = of_type(ran, "episode"), of_type(ran, "start")
+    assert len(episodes) == EPISODES
+    assert set(episodes[0]) == {"type", "base_model", "task", "number", "episodes", "support", "loss"}
+    assert set(learned) == {
+        "type", "base_model", "generator", "start", "size", "tasks", "episodes", "loss", "seconds",
+    }  # fmt: skip
+
+
+def test_tasks_without_samples_are_in_the_mean_and_have_no_episode(icm: Icm, trained: Path) -> None:
+    ran = icm(*FUNCTIONAL, "--json")
+    assert {event["task"] for event in of_type(ran, "episode")} == {"poems", "rules"}
+
+
+def test_text_says_what_known_tasks_get(icm: Icm, trained: Path) -> None:
+    ran = icm(*FUNCTIONAL)
+    assert f"start for unseen tasks of {LABEL}: " in ran.out
+    assert "of what their own adapters gain on samples that were not read" in ran.err
+
+
+def test_a_seed_decides_the_start(icm: Icm, trained: Path, started_template: Path) -> None:
+    icm(*FUNCTIONAL)
+    assert current(trained).start == current(started_template).start
+    icm(*FUNCTIONAL, "--seed", 1)
+    assert current(trained).start != current(started_template).start
+
+
+def test_both_trains_and_then_learns_a_start(icm: Icm, mixed: Path, started_template: Path) -> None:
+    ran = icm(*BOTH, "--json")
+    kinds = [event["type"] for event in ran.events if event["type"] in ("trained", "start")]
+    assert kinds == ["trained", "start"]
+    assert current(mixed).start == current(started_template).start
+
+
+def test_it_needs_no_original(icm: Icm, trained: Path) -> None:
+    assert icm("evict", "--max-error", "0.9").code == 0
+    assert [event["tasks"] for event in of_type(icm(*FUNCTIONAL, "--json"), "start")] == [3]
+    assert icm("verify", "--read-data").code == 0
+
+
+@pytest.mark.parametrize("command", [FUNCTIONAL, BOTH], ids=["functional", "both"])
+def test_one_task_with_samples_is_too_few_and_is_said_before_any_work(
+    icm: Icm, trained: Path, command: tuple[object, ...]
+) -> None:
+    icm("rm", "poems", "--yes")
+    before = current(trained)
+    ran = icm(*command, "--fresh", "--json") if command is BOTH else icm(*command, "--json")
+    assert ran.code == ExitCode.FAILED
+    assert "learning to start takes two" in ran.error["message"]
+    assert "--samples" in ran.error["hint"]
+    assert (ran.out, current(trained)) == ("", before)
+
+
+def test_samples_that_leave_nothing_to_predict_are_none(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "letters", seed=5)
+    (folder / "samples.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    icm("ingest", folder, "--no-vectors")
+    ran = icm(*FUNCTIONAL, "--json")
+    assert "letters" not in {event["task"] for event in of_type(ran, "episode")}
+
+
+@pytest.mark.parametrize("command", [FUNCTIONAL, BOTH], ids=["functional", "both"])
+def test_a_base_model_that_is_not_here_is_said_before_any_work(
+    icm: Icm, trained: Path, command: tuple[object, ...]
+) -> None:
+    before = current(trained)
+    icm("base", "rm", LABEL)
+    ran = icm(*command, "--json")
+    assert (ran.error["kind"], ran.out) == ("base_model_not_found", "")
+    assert current(trained) == before
+
+
+def test_without_a_generator_it_names_the_command_that_makes_one(icm: Icm, mixed: Path) -> None:
+    ran = icm(*FUNCTIONAL, "--json")
+    assert ran.code == ExitCode.FAILED
+    assert "icm train" in ran.error["hint"]
+
+
+@pytest.mark.parametrize("option", ["--update", "--fresh", "--quality=3", "--steps=5", "--max-error=0.1"])
+def test_options_of_generator_and_codes_do_not_go_with_functional(icm: Icm, trained: Path, option: str) -> None:
+    ran = icm(*FUNCTIONAL, option, "--json")
+    assert (ran.code, "both" in ran.error["hint"]) == (ExitCode.USAGE, True)
+
+
+def test_ctrl_c_keeps_no_start(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    during_episodes(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
+    ran = icm(*FUNCTIONAL, "--json")
+    assert (ran.code, "no start was kept" in ran.error["message"]) == (ExitCode.INTERRUPTED, True)
+    assert current(trained).start is None
+    assert icm("verify", "-v").code == 0
+
+
+def test_ctrl_c_keeps_the_start_that_was_there(icm: Icm, started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = current(started)
+    during_episodes(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert icm(*FUNCTIONAL, "--seed", 5).code == ExitCode.INTERRUPTED
+    assert current(started) == before
+
+
+def test_a_failure_keeps_the_start_that_was_there(icm: Icm, started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("something broke")
+
+    before = current(started)
+    during_episodes(monkeypatch, fail)
+    assert icm(*FUNCTIONAL, "--seed", 5).code == ExitCode.FAILED
+    assert current(started) == before
+
+
+def test_a_generator_that_another_process_makes_current_meanwhile_gets_no_start(
+    icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during_episodes(monkeypatch, lambda: train_store(trained, "--fresh", "--seed", 7))
+    ran = icm(*FUNCTIONAL, "--json")
+    assert (ran.error["kind"], "again" in ran.error["hint"]) == ("generator_conflict", True)
+    assert (current(trained).version, current(trained).start) == (2, None)
+
+
+class TestLaterTrainings:
+    """What becomes of a start when the generator changes."""
+
+    def test_a_full_training_drops_it_and_says_so(self, icm: Icm, started: Path) -> None:
+        ran = icm(*FULL)
+        assert "no start for unseen tasks, which the one before had" in ran.err
+        assert "--objective functional" in ran.err
+        assert current(started).start is None
+
+    @pytest.mark.parametrize("name", ["started", "trained"])
+    def test_json_says_whether_there_was_one(self, icm: Icm, name: str, request: pytest.FixtureRequest) -> None:
+        request.getfixturevalue(name)
+        (event,) = of_type(icm(*FULL, "--json"), "trained")
+        assert event["start_dropped"] == (name == "started")
+
+    def test_nothing_is_said_where_there_was_none(self, icm: Icm, trained: Path) -> None:
+        assert "unseen" not in icm(*FULL).err
+
+    def test_both_learns_it_anew(self, icm: Icm, started: Path) -> None:
+        before = current(started).start
+        assert "no start for unseen tasks" not in icm(*BOTH).err
+        assert current(started).start not in (None, before)
+
+    def test_an_update_keeps_it(self, icm: Icm, started: Path, tmp_path: Path) -> None:
+        before = current(started).start
+        icm("ingest", write_lora(tmp_path / "extra", seed=9, targets=("mlp.down_proj",), rank=8), "--no-vectors")
+        assert icm(*FULL, "--update").code == 0
+        assert (current(started).start, current(started).version) == (before, 2)
+
+    def test_an_update_without_new_tasks_still_learns_one(self, icm: Icm, trained: Path) -> None:
+        ran = icm(*BOTH, "--update")
+        assert (ran.code, "nothing to add" in ran.out) == (0, True)
+        assert current(trained).start is not None
+
+    def test_it_is_learned_where_the_newest_epoch_is_of_other_modules(
+        self, icm: Icm, trained: Path, tmp_path: Path
+    ) -> None:
+        icm("ingest", write_lora(tmp_path / "extra", seed=9, targets=("mlp.down_proj",), rank=8), "--no-vectors")
+        assert icm(*FULL, "--update").code == 0
+        assert of_type(icm(*FUNCTIONAL, "--json"), "start")
+        assert icm("verify", "--read-data").code == 0
+
+
+class TestTheBill:
+    """Where a start is counted and shown."""
+
+    def test_generators_list_it(self, icm: Icm, started: Path) -> None:
+        (row,) = icm("generators", "--json").document
+        made = current(started)
+        assert (row["start"], row["start_size"]) == (made.start, made.start_size)
+        assert f"{made.start_size} B" in icm("generators").out
+
+    def test_generators_without_one_have_a_dash(self, icm: Icm, trained: Path) -> None:
+        (row,) = icm("generators", "--json").document
+        assert (row["start"], row["start_size"]) == (None, 0)
+        assert " - " in icm("generators").out.splitlines()[1]
+
+    def test_stats_add_it_to_what_all_tasks_share(self, icm: Icm, trained: Path) -> None:
+        before = icm("stats", "--json").document
+        icm(*FUNCTIONAL)
+        after, size = icm("stats", "--json").document, current(trained).start_size
+        assert after["fleets"][0]["start_size"] == size
+        assert after["fleets"][0]["decoder_size"] == before["fleets"][0]["decoder_size"]
+        assert after["on_disk"]["generators"] == before["on_disk"]["generators"] + size
+        grown = after["on_disk"]["database"] - before["on_disk"]["database"]
+        assert after["compact_size"] == before["compact_size"] + size + grown
+
+    def test_stats_say_that_generators_have_starts(self, icm: Icm, started: Path) -> None:
+        assert "generators, with their starts" in icm("stats").out

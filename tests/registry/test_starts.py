@@ -1,0 +1,154 @@
+"""What adapters for unseen tasks start from: a file beside a generator's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from registry import fs
+from registry.errors import GeneratorConflict, MissingBlob
+from registry.records import GeneratorRecord
+from registry.store import Store
+from tests.registry.examples import BASE, code, generator, ingest
+
+
+@pytest.fixture
+def made(store: Store) -> GeneratorRecord:
+    """A generator with a code of one of two tasks."""
+    ingest(store, "rust")
+    ingest(store, "html")
+    return store.add_generator(generator(store, ["rust"]))
+
+
+def current(store: Store) -> GeneratorRecord:
+    found = store.current_generator(BASE)
+    assert found is not None
+    return found
+
+
+def started(store: Store, made: GeneratorRecord, data: bytes = b"start") -> GeneratorRecord:
+    return store.set_start(made.id, store.put_blob(data))
+
+
+def test_a_generator_begins_without_one(made: GeneratorRecord) -> None:
+    assert (made.start, made.start_size) == (None, 0)
+
+
+def test_a_generator_knows_its_start_and_its_length(store: Store, made: GeneratorRecord) -> None:
+    record = started(store, made)
+    assert store.read_blob(str(record.start)) == b"start"
+    assert record == replace(made, start=record.start, start_size=5) == current(store)
+
+
+def test_another_takes_its_place_and_its_bytes_go(store: Store, made: GeneratorRecord) -> None:
+    first = started(store, made)
+    second = started(store, made, b"another start")
+    assert current(store).start == second.start != first.start
+    assert not store.paths.blob(str(first.start)).exists()
+    assert list(store.verify(read_data=True)) == []
+
+
+def test_the_same_again_keeps_its_bytes(store: Store, made: GeneratorRecord) -> None:
+    started(store, made)
+    assert store.read_blob(str(started(store, made).start)) == b"start"
+
+
+def test_a_generator_that_is_not_current_any_more_gets_none(store: Store, made: GeneratorRecord) -> None:
+    newer = store.add_generator(generator(store, ["rust"], data=b"newer"))
+    with pytest.raises(GeneratorConflict):
+        started(store, made)
+    assert {row.start for row in store.generators()} == {None}
+    assert started(store, newer).start is not None
+
+
+def test_bytes_that_are_not_in_the_store_are_refused(store: Store, made: GeneratorRecord) -> None:
+    before = started(store, made)
+    with pytest.raises(MissingBlob):
+        store.set_start(made.id, "ab" * 32)
+    assert current(store) == before
+
+
+def test_a_failure_before_the_commit_leaves_the_earlier_one(
+    store: Store, made: GeneratorRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        if name == "rows-before-commit":
+            raise RuntimeError
+
+    before = started(store, made)
+    with monkeypatch.context() as patch:
+        patch.setattr("registry.generators.failpoint", fail)
+        with pytest.raises(RuntimeError):
+            started(store, made, b"another start")
+    assert current(store) == before
+    assert store.read_blob(str(before.start)) == b"start"
+    assert [finding.kind for finding in store.verify(read_data=True)] == ["orphan"]
+
+
+def test_a_generator_that_continues_another_keeps_its_start(store: Store, made: GeneratorRecord) -> None:
+    first = started(store, made)
+    longer = store.extend_generator(generator(store, ["html"], data=b"longer", parent_id=made.id))
+    assert (longer.start, longer.start_size) == (first.start, 5)
+    assert current(store) == longer
+
+
+def test_codes_that_are_added_leave_it(store: Store, made: GeneratorRecord) -> None:
+    before = started(store, made)
+    store.add_codes(made.id, [code(store, "html")])
+    assert current(store) == before
+
+
+def test_another_network_has_none(store: Store, made: GeneratorRecord) -> None:
+    started(store, made)
+    assert store.add_generator(generator(store, ["rust"], data=b"newer")).start is None
+
+
+def test_one_that_an_earlier_generator_has_too_keeps_its_bytes(store: Store, made: GeneratorRecord) -> None:
+    first = started(store, made)
+    longer = store.extend_generator(generator(store, data=b"longer", parent_id=made.id))
+    started(store, longer, b"another start")
+    assert store.read_blob(str(first.start)) == b"start"
+    store.make_current(made.id)
+    assert current(store).start == first.start
+
+
+def test_it_goes_with_the_last_generator_that_has_it(store: Store, made: GeneratorRecord) -> None:
+    first = started(store, made)
+    store.add_generator(generator(store, ["rust"], data=b"newer"))
+    store.forget_generator(made.id)
+    store.prune(grace=0)
+    assert not store.paths.blob(str(first.start)).exists()
+
+
+def test_prune_keeps_it(store: Store, made: GeneratorRecord) -> None:
+    record = started(store, made)
+    assert store.prune(grace=0).blobs == 0
+    assert store.read_blob(str(record.start)) == b"start"
+
+
+def test_it_is_on_the_bill_of_generators(store: Store, made: GeneratorRecord) -> None:
+    before = store.usage()
+    started(store, made)
+    assert store.usage().generators == before.generators + len(b"start")
+    store.add_generator(generator(store, ["rust"], data=b"newer"))
+    assert store.usage().generators == len(b"newer")
+    assert store.usage().old_generators >= len(b"generator") + len(b"start")
+
+
+@pytest.mark.parametrize(("data", "kind"), [(b"stort", "digest"), (b"sta", "length"), (None, "missing")])
+def test_damage_to_it_is_found(store: Store, made: GeneratorRecord, data: bytes | None, kind: str) -> None:
+    record = started(store, made)
+    path = store.paths.blob(str(record.start))
+    fs.unlink(path)
+    if data is not None:
+        path.write_bytes(data)
+    (finding,) = store.verify(read_data=True)
+    assert (finding.kind, finding.digest) == (kind, record.start)
+
+
+def test_a_task_does_not_need_it(store: Store, made: GeneratorRecord) -> None:
+    """Its code is decoded by the generator alone."""
+    record = started(store, made)
+    store.paths.blob(str(record.start)).unlink()
+    assert list(store.verify(names=["rust"], read_data=True)) == []
