@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Ran
+from tests.cli.fleet import write_texts
 from tests.cli.tiny_fleet import write_subject
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "map": ("map",),
     "stats": ("stats",),
     "materialize": ("materialize", "poems", "--source", "code", "-o", "adapter"),
+    "generate": ("generate", "geese", "--samples", "geese.jsonl", "-o", "adapter", "--device", "cpu"),
     "export": ("export", "new.icm"),
     "import": ("import", "fleet.icm"),
     "base ls": ("base", "ls"),
@@ -59,12 +61,15 @@ def test_a_documents_keys_are_those_on_the_page(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if name in ("show", "map"):
+    if name in ("show", "map", "generate"):
         for subject in ("apples", "ships"):
             icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
     if name == "show":
         icm("encode", "poems", "--residual", "--max-error", "0.001")
         icm("eval", "poems", "--device", "cpu")
+    if name == "generate":
+        write_texts(tmp_path, "geese.jsonl")
+        icm("train", "--objective", "functional", "--episodes", "1", "--device", "cpu")
     if name in ("ls --from", "import"):
         icm("export", "fleet.icm")
     current = icm("generators", "-q").out.strip()
@@ -93,6 +98,7 @@ def documented() -> dict[tuple[str, str], set[str]]:
         ("vectors", "--again"),
         ("train", "--steps", "10", "--fresh"),
         ("train", "--update"),
+        ("train", "--objective", "functional", "--episodes", "1"),
         ("eval", "poems"),
         ("encode", "--max-error", "0.1"),
         ("evict", "--max-error", "0.5"),
