@@ -3,9 +3,13 @@
 import dataclasses
 import re
 
+from icmlora.adaptation import start_file, step
+from icmlora.adaptation.meta_training import MetaConfig
+from icmlora.adaptation.start import RANK, USUAL_SAMPLES, Start
 from icmlora.generator import epochs, residual
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
 from icmlora.generator.config import GeneratorConfig, config_for, tolerance_of
+from icmlora.generator.scales import OCTAVE
 from icmlora.layout import ModuleShape
 from registry.paths import FORMAT_TEXT, StorePaths
 from registry.reserve import RESERVE_BYTES
@@ -68,3 +72,24 @@ def test_the_table_of_sizes_is_that_of_the_code() -> None:
             assert rows["embedding"][column] == str(config.embedding)
             assert rows["condition, latent"][column] == str(config.condition) == str(config.latent)
             assert rows["sketch"][column] == str(config.sketch)
+
+
+def test_every_part_of_a_start_file_is_in_the_design() -> None:
+    section = section_of(DESIGN, "Start file")
+    assert start_file.MAGIC.decode() == "ICMS\x01"
+    assert {"ICMS", "0x01"} <= set(codes_in(section))
+    keys = {name for row in cells_of(section) for name in codes_in(row[0])}
+    assert keys == {field.name for field in dataclasses.fields(Start)} - {"adapter"}
+    assert f"tolerance of {start_file._TOLERANCE}" in section
+    assert f"+-{start_file._EXPONENT_LIMIT}" in section
+    assert f"{start_file._STEPS_LIMIT} steps" in section
+    assert f"{start_file._HEAD_LIMIT >> 20} MiB" in section
+
+
+def test_the_figures_of_a_step_are_those_of_the_code() -> None:
+    section = section_of(GENERATOR, "Tasks that were never ingested")
+    assert f"P_{step.RANK} / |P_{step.RANK}|" in section
+    assert step._DAMPING == 1 / 20  # "raised by a twentieth"
+    assert f"log2(K / {USUAL_SAMPLES})) / {OCTAVE})" in section
+    assert f"modules that at least half of the tasks have, {RANK} directions each" in section
+    assert MetaConfig().support == (1, 4, 16)
