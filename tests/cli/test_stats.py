@@ -68,7 +68,7 @@ def test_json_keeps_its_names(icm: Icm, trained: Path) -> None:
     assert set(document["fleets"][0]) == {
         "base_model", "adapters_count", "encoded_count", "evicted_count", "original_size", "generator",
         "generator_version", "decoder_size", "short_count", "codes_and_vectors_size", "marginal_size",
-        "break_even_count", "tasks",
+        "break_even_count", "tasks", "start_size",
     }  # fmt: skip
     assert set(document["fleets"][0]["tasks"][0]) == {
         "task", "bf16_size", "original_size", "vectors_size", "code_size", "residual_size", "rung", "dw_error",

@@ -74,6 +74,7 @@ def test_json_lines_keep_their_names(icm: Icm, mixed: Path) -> None:
     assert set(events["code"]) == {"type", "task", "size", "dw_error"}
     assert set(events["trained"]) == {
         "type", "base_model", "version", "generator", "generator_size", "tasks", "codes_size", "metrics",
+        "start_dropped",
     }  # fmt: skip
 
 
