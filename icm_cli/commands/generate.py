@@ -147,4 +147,4 @@ def _tell_familiarity(session: Session, known: Familiarity | None) -> None:
             f"{known.farther_than:.0%} of the known tasks lie from theirs",
             kind="outside",
         )
-        out.hint("--refine 20 goes on with gradient steps on the samples; an adapter trained for it may serve better")
+        out.hint("expect less of it than usual; an adapter that is trained for the task may serve better")
