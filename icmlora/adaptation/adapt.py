@@ -1,6 +1,6 @@
 """Adapt a start to a task: gather evidence, step, gather evidence there, step again.
 
-start ──evidence──▶ step 0 ──evidence──▶ step 1 ──▶ cut to a rank ──▶ adapter
+start ──evidence──▶ step 0 ──evidence──▶ step 1 ──▶ adapter, to be cut to the rank that is written
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from icmlora.adaptation.evidence import gather_evidence
 from icmlora.adaptation.start import Start
 from icmlora.adaptation.step import unit_steps
 from icmlora.adapter import Adapter, LoraModule
-from icmlora.arithmetic import plus, truncated
+from icmlora.arithmetic import plus
 from icmlora.base_model import BaseModel
 from icmlora.evaluation import Scored
 from icmlora.generator.relaxed import Factors
@@ -53,11 +53,6 @@ def adapt(base: BaseModel, start: Start, samples: Sequence[Scored], *, batch_siz
 def factors_of(adapter: Adapter) -> Factors:
     """Return an adapter's factors by module name."""
     return {module.name: (module.a, module.b) for module in adapter.modules}
-
-
-def cut(adapted: Adapted, rank: int) -> Adapter:
-    """Cut an adapter to the rank that it is written with."""
-    return truncated(adapted.adapter, rank)
 
 
 def _long(unit: LoraModule, length: float) -> LoraModule:
