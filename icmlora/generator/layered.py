@@ -73,6 +73,7 @@ class LayeredCodec:
         self._codec, self._quantizer = codec, codec.quantizer
 
     @torch.no_grad()
+    @one_thread()  # as `decode`: threads may change the last bit, and what is measured here is what is decoded there
     def encode(self, adapter: Adapter, code: bytes, limits: Limits) -> Encoded:
         """Make the residual of the coarsest quantiser step found with which a code keeps some limits.
 
