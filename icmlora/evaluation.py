@@ -59,6 +59,11 @@ class Scored:
     ids: list[int]
     first: int
 
+    @property
+    def count(self) -> int:
+        """How many tokens are scored."""
+        return len(self.ids) - self.first
+
 
 def nll(
     model: Any,
@@ -87,7 +92,7 @@ def nll(
     spelled = (tokenizer.decode(s.ids[s.first :], clean_up_tokenization_spaces=False) for s in scored)
     return NllResult(
         nats=nats,
-        tokens=sum(len(item.ids) - item.first for item in scored),
+        tokens=sum(item.count for item in scored),
         utf8_bytes=max(1, sum(len(str(text).encode()) for text in spelled)),
     )
 

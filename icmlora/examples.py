@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from icmlora.errors import DataError
+
+Item = TypeVar("Item")
 
 MAX_BYTES = 256 * 2**20
 MAX_EXAMPLES = 100_000
@@ -51,6 +55,12 @@ class EvaluationData:
             DataError: See `parse_examples`.
         """
         return cls(parse_examples(data, path=path), hashlib.sha256(data).hexdigest())
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """Choose at most so many items, spread evenly: of a sorted file that is a fair choice."""
+    count = min(most, len(items))
+    return [items[position * len(items) // count] for position in range(count)]
 
 
 def parse_examples(data: bytes, *, path: str | Path | None = None) -> tuple[Example, ...]:

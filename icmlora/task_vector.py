@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError
+from icmlora.examples import spread
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +115,5 @@ def split_samples(samples: Sequence[str], settings: VectorSettings | None = None
             "a task vector needs at least one sample", hint="give the task a samples.jsonl, or use the bundled probes"
         )
     sets = max(1, min(settings.support_sets, len(samples) // settings.set_size))
-    chosen = min(len(samples), sets * settings.set_size)
-    picked = [samples[position * len(samples) // chosen] for position in range(chosen)]
+    picked = spread(samples, sets * settings.set_size)
     return tuple(tuple(picked[number::sets]) for number in range(sets))

@@ -18,7 +18,7 @@ import torch
 from icm_cli.workflows.base_access import open_base
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.generated_card import GeneratedCard
-from icm_cli.workflows.known_vectors import comparable_vectors
+from icm_cli.workflows.known_vectors import canonical, comparable_vectors
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.registering import check_unknown, register
 from icm_cli.workflows.starting import SAMPLE_TOKENS, read_start
@@ -32,7 +32,7 @@ from icmlora.base_model import BaseModel
 from icmlora.device import gradient_dtype, resolve_device
 from icmlora.errors import DataError, NotCovered
 from icmlora.evaluation import nll, tokenized
-from icmlora.examples import Example, parse_examples
+from icmlora.examples import Example, parse_examples, spread
 from icmlora.files import read_regular
 from icmlora.generator.lineage import Lineage
 from icmlora.output_folder import check_free
@@ -169,10 +169,8 @@ def generate(place: Place, request: GenerateRequest, stop: StopFlag) -> Generato
 
 
 def _chosen(request: GenerateRequest) -> list[Example]:
-    """Return the samples that are read, spread evenly over the file: one that is sorted gives a fair choice."""
-    every = parse_examples(read_regular(request.samples, max_bytes=_DATA_LIMIT), path=request.samples)
-    count = min(request.count, len(every))
-    return [every[position * len(every) // count] for position in range(count)]
+    data = read_regular(request.samples, max_bytes=_DATA_LIMIT)
+    return spread(parse_examples(data, path=request.samples), request.count)
 
 
 def _generator(store: Store, base_model: str | None) -> GeneratorRecord:
@@ -223,8 +221,8 @@ def _adapted(
     samples = tokenized(base.tokenizer, examples, SAMPLE_TOKENS)
     batch = 1 if base.model.device.type == "cpu" else _BATCH
     adapter, steps = start.adapter, len(start.rates)
-    for done, step in enumerate(adapt(base, start, samples, batch_size=batch), start=1):
-        adapter = step.adapter
+    for done, adapted in enumerate(adapt(base, start, samples, batch_size=batch), start=1):
+        adapter = adapted.adapter
         yield Step(done, steps, "adapting")
         if stop.requested:
             return None
@@ -254,10 +252,6 @@ def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Example])
 def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[TaskVector]) -> Familiarity | None:
     tasks = [row.task for row in store.summaries() if row.task.base_model == generator.base_model]
     known = comparable_vectors(store, tasks, "context")
-    if len(known.looks) < FEWEST or known.extractor != _sorted_json(vectors[0].extractor.to_json()):
+    if len(known.looks) < FEWEST or known.extractor != canonical(json.loads(vectors[0].extractor.to_json())):
         return None
     return familiarity(torch.stack([vector.values for vector in vectors]).mean(dim=0).numpy(), known.looks)
-
-
-def _sorted_json(text: str) -> str:
-    return json.dumps(json.loads(text), sort_keys=True)

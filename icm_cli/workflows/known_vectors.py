@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.vector_file import arrays_from_bytes
-from registry.records import TaskRecord, VectorRecord, View
+from registry.records import Json, TaskRecord, VectorRecord, View
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -63,7 +63,7 @@ def comparable_vectors(store: Store, tasks: Sequence[TaskRecord], view: View, li
     """
     rows = {task.name: latest_vectors(store.vectors(task.name)) for task in tasks}
     sets = {name: [row for row in found if row.view == view] for name, found in rows.items()}
-    made_by = {name: _extractor(found[0]) for name, found in sets.items() if found}
+    made_by = {name: canonical(found[0].extractor) for name, found in sets.items() if found}
     # Of two that made equally many, the one of the first task by name: the answer is the same every time.
     common = Counter(made_by[name] for name in sorted(made_by)).most_common(1)
     chosen = made_by.get(like) if like is not None else common[0][0] if common else None
@@ -81,8 +81,9 @@ def _read(store: Store, rows: Sequence[VectorRecord]) -> NDArray[np.float32]:
     return np.stack([files[row.blob][row.view][row.support_set] for row in rows])
 
 
-def _extractor(row: VectorRecord) -> str:
-    return json.dumps(row.extractor, sort_keys=True)
+def canonical(extractor: Json) -> str:
+    """Return an extractor as text that is equal for equal ones."""
+    return json.dumps(extractor, sort_keys=True)
 
 
 def _reason(rows: Sequence[VectorRecord], view: View, made_by: str | None, chosen: str | None) -> str:

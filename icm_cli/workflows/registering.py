@@ -7,13 +7,13 @@ its configuration and card ──────────┴──▶ a task wit
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from icm_cli.workflows.vectors import store_vectors
 from icmlora.arithmetic import truncated
 from icmlora.generator.lineage import Lineage
 from icmlora.generator.step_search import Encoded
@@ -21,10 +21,9 @@ from icmlora.inspection import inspect_adapter
 from icmlora.peft_folder import load_adapter
 from icmlora.peft_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from icmlora.task_vector import TaskVector
-from icmlora.vector_file import vectors_to_bytes
 from registry.arrivals import Arrival, ArrivingTask
 from registry.errors import TaskConflict, TaskNotFound
-from registry.records import GeneratorRecord, NewAdapter, NewGenerator, NewVector
+from registry.records import GeneratorRecord, NewAdapter, NewGenerator
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -90,14 +89,5 @@ def register(
     task = ArrivingTask(name, original, len(weights), store.put_blob(code.data), code.dw_error)
     present = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
     store.take_arrival(Arrival(present, generator.version, [task]))
-    _add_vectors(store, name, vectors)
+    store_vectors(store, name, vectors)
     return code
-
-
-def _add_vectors(store: Store, name: str, vectors: Sequence[TaskVector]) -> None:
-    blob = store.put_blob(vectors_to_bytes({"context": torch.stack([vector.values for vector in vectors])}))
-    rows = []
-    for vector in vectors:
-        extractor = json.loads(vector.extractor.to_json())
-        rows.append(NewVector(name, vector.view, vector.support_set, extractor, blob, vector.values.numel()))
-    store.add_vectors(rows)

@@ -92,12 +92,11 @@ class StartReport:
 
 
 class _Episodes:
-    """The tasks of a fleet that have samples."""
+    """The tasks of a fleet that have samples; of one task at a time they are in memory."""
 
     def __init__(self, fleet: WholeFleet, base: BaseModel) -> None:
-        found = {task: fleet.samples(task, base.tokenizer, SAMPLE_TOKENS) for task in range(len(fleet.names))}
-        self._fleet, self._samples = fleet, {task: some for task, some in found.items() if len(some) >= _FEWEST}
-        self._places = list(self._samples)
+        self._fleet, self._tokenizer = fleet, base.tokenizer
+        self._places = [task for task in range(len(fleet.names)) if len(self._samples(task)) >= _FEWEST]
 
     def tasks(self) -> int:
         """Return the number of tasks."""
@@ -112,8 +111,11 @@ class _Episodes:
         return self._fleet.load(self._places[task])
 
     def samples(self, task: int) -> Sequence[Scored]:
-        """Return a task's samples."""
-        return self._samples[self._places[task]]
+        """Read a task's samples."""
+        return self._samples(self._places[task])
+
+    def _samples(self, place: int) -> Sequence[Scored]:
+        return self._fleet.samples(place, self._tokenizer, SAMPLE_TOKENS)
 
 
 def check_learnable(place: Place, base_model: str | None) -> None:
@@ -173,7 +175,7 @@ def _learn(
     """Return what was learned, or None if the user stopped; then nothing is kept."""
     began = time.monotonic()
     lineage = Lineage(store.read_blob(generator.blob))
-    fleet = WholeFleet(store, generator)
+    fleet = WholeFleet(store, generator, lineage)
     episodes = _Episodes(fleet, base)
     _must_be_enough(generator.base_model, episodes.tasks())
     yield Step(0, request.episodes, "averaging the fleet")

@@ -116,9 +116,7 @@ def _train_base(
         "steps": state.step,
         "resumed_from": first,
         "fit_seconds": round(time.monotonic() - started, 3),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        **peak_memory(device),
-        "torch": torch.__version__,
+        **run_metrics(device),
     }
     trained = yield from publish(store, fleet, state, run, previous, metrics, stop)
     return state.step if trained is None else trained
@@ -177,10 +175,11 @@ def _save(store: Store, run: TrainRunRecord, state: TrainState) -> None:
         raise DataError(fact, hint="let that one finish; this one's steps are dropped") from error
 
 
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Return the peak memory of the process and, on CUDA, of the device, in bytes."""
+def run_metrics(device: torch.device) -> dict[str, object]:
+    """Return where a run took place, and its peak memory in bytes: of the process and, on CUDA, of the device."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":
         peak["peak_device_memory"] = torch.cuda.max_memory_allocated(device)
-    return peak
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {"device": name, **peak, "torch": torch.__version__}

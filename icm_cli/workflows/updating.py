@@ -21,7 +21,7 @@ from icm_cli.workflows.growing import Candidate, Growth, Stopped
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.publishing import CodeMade
 from icm_cli.workflows.store_fleet import StoreFleet
-from icm_cli.workflows.training import labels_of, peak_memory
+from icm_cli.workflows.training import labels_of, run_metrics
 from icm_cli.workflows.training_run import TrainRequest
 from icmlora.device import resolve_device
 from icmlora.errors import DataError
@@ -137,9 +137,7 @@ def _update_base(
     metrics: dict[str, object] = {
         "steps": growth.steps,
         "update_seconds": round(time.monotonic() - started, 3),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        **peak_memory(device),
-        "torch": torch.__version__,
+        **run_metrics(device),
     }
     if stop.requested:
         raise Stopped

@@ -12,7 +12,7 @@ from icm_cli.workflows.plain_copy import read_original
 from icmlora.adapter import Adapter
 from icmlora.errors import DataError
 from icmlora.evaluation import Scored, tokenized
-from icmlora.examples import parse_examples
+from icmlora.examples import parse_examples, spread
 from icmlora.generator.lineage import Lineage
 from registry.records import GeneratorRecord
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _MOST_SAMPLES = 1024
-"""Of a task: a file may hold a hundred thousand, and all tasks' are in memory."""
+"""Of a task: a file may hold a hundred thousand."""
 
 
 class WholeFleet:
@@ -31,12 +31,12 @@ class WholeFleet:
 
     Args:
         store: The open store.
-        generator: The current generator, which decodes what was evicted.
+        generator: The current generator.
+        lineage: Its file, which decodes what was evicted.
     """
 
-    def __init__(self, store: Store, generator: GeneratorRecord) -> None:
-        self._store, self._generator = store, generator
-        self._lineage = Lineage(store.read_blob(generator.blob))
+    def __init__(self, store: Store, generator: GeneratorRecord, lineage: Lineage) -> None:
+        self._store, self._generator, self._lineage = store, generator, lineage
         self._rows = [row for row in store.summaries() if row.task.base_model == generator.base_model]
         self.names = [row.task.name for row in self._rows]
 
@@ -63,9 +63,8 @@ class WholeFleet:
         digest = self._rows[task].task.samples
         if digest is None:
             return ()
-        every = parse_examples(self._store.read_blob(digest))
-        count = min(_MOST_SAMPLES, len(every))
+        some = spread(parse_examples(self._store.read_blob(digest)), _MOST_SAMPLES)
         try:
-            return tokenized(tokenizer, [every[number * len(every) // count] for number in range(count)], max_tokens)
+            return tokenized(tokenizer, some, max_tokens)
         except DataError:
             return ()  # single letters: nothing to predict

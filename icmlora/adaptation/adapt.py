@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from icmlora.adaptation.evidence import gather_evidence
 from icmlora.adaptation.start import Start
-from icmlora.adaptation.step import unit_steps
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adaptation.step import lengthened, unit_steps
+from icmlora.adapter import Adapter
 from icmlora.arithmetic import plus
 from icmlora.base_model import BaseModel
 from icmlora.evaluation import Scored
@@ -44,16 +44,11 @@ def adapt(base: BaseModel, start: Start, samples: Sequence[Scored], *, batch_siz
     names = [module.name for module in current.modules]
     for step in range(len(start.rates)):
         evidence = gather_evidence(base, factors_of(current), names, samples, batch_size=batch_size)
-        units = unit_steps(evidence)
         lengths = [start.length(step, number, len(samples)) for number in range(len(names))]
-        current = plus(current, [_long(unit, length) for unit, length in zip(units, lengths, strict=True)])
+        current = plus(current, lengthened(unit_steps(evidence), lengths))
         yield Adapted(current, evidence.nats)
 
 
 def factors_of(adapter: Adapter) -> Factors:
     """Return an adapter's factors by module name."""
     return {module.name: (module.a, module.b) for module in adapter.modules}
-
-
-def _long(unit: LoraModule, length: float) -> LoraModule:
-    return LoraModule(unit.name, unit.a, length * unit.b)

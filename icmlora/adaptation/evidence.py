@@ -67,19 +67,32 @@ def gather_evidence(
     """
     # Made beforehand: backward reaches the modules last to first, and some, such as experts, not at all.
     sums = {name: _nothing(base.model.get_submodule(name)) for name in modules}
-    nats, tokens = 0.0, sum(len(item.ids) - item.first for item in samples)
+    nats, tokens = 0.0, sum(item.count for item in samples)
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
         ids, mask = padded([item.ids for item in batch], base.model.device)
         with added(base.model, start), _summing(base.model, mask.bool(), sums):
-            loss = summed_loss(base, ids, mask, batch)
+            loss = _summed_loss(base, ids, mask, batch)
             loss.backward()  # type: ignore[no-untyped-call]
         nats += float(loss.detach())
     found = {name: ModuleEvidence(*(part / tokens for part in parts)) for name, parts in sums.items()}
     return Evidence(found, nats / tokens, tokens)
 
 
-def summed_loss(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor, batch: Sequence[Scored]) -> torch.Tensor:
+def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> torch.Tensor:
+    """Return the loss of some samples in nats per token, with gradients to the factors where they have them.
+
+    Args:
+        base: The base model; it is left as it was.
+        factors: Of what is added to it meanwhile; none for the bare base model.
+        batch: Token ids.
+    """
+    ids, mask = padded([item.ids for item in batch], base.model.device)
+    with added(base.model, factors):
+        return _summed_loss(base, ids, mask, batch) / sum(item.count for item in batch)
+
+
+def _summed_loss(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor, batch: Sequence[Scored]) -> torch.Tensor:
     """Return the loss of all scored tokens in nats, with gradients.
 
     Args:

@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from icmlora.adaptation.evidence import summed_loss
+from icmlora.adaptation.evidence import mean_loss
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.base_model import BaseModel
 from icmlora.evaluation import Scored
-from icmlora.padding import padded
-from icmlora.teacher import added
 
 _GRADIENT_LIMIT = 1.0
 
@@ -64,9 +62,7 @@ def finetune(
         batch, waiting = waiting[: config.batch], waiting[config.batch :]
         for group in optimizer.param_groups:
             group["lr"] = config.rate_at(step)
-        ids, mask = padded([item.ids for item in batch], device)
-        with added(base.model, pairs):
-            loss = summed_loss(base, ids, mask, batch) / sum(len(item.ids) - item.first for item in batch)
+        loss = mean_loss(base, pairs, batch)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, _GRADIENT_LIMIT)

@@ -13,7 +13,6 @@ so that every task counts the same: 0 is as good as its own adapter, 1 as good a
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +21,15 @@ from typing import Protocol
 import torch
 
 from icmlora.adaptation.adapt import factors_of
-from icmlora.adaptation.evidence import gather_evidence, summed_loss
-from icmlora.adaptation.start import USUAL_SAMPLES, Start
-from icmlora.adaptation.step import unit_steps
+from icmlora.adaptation.evidence import gather_evidence, mean_loss
+from icmlora.adaptation.start import Start, octaves
+from icmlora.adaptation.step import lengthened, unit_steps
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.arithmetic import among, plus, times
 from icmlora.base_model import BaseModel
 from icmlora.evaluation import Scored
 from icmlora.generator.relaxed import Factors
 from icmlora.generator.scales import OCTAVE
-from icmlora.padding import padded
-from icmlora.teacher import added
 
 _LEAST_GAIN = 0.2
 """Nats per token: a task whose own adapter gains less on two texts would count by its noise."""
@@ -92,8 +89,7 @@ class _Rates:
     def lengths(self, start: Start, step: int, samples: int) -> torch.Tensor:
         """Return the lengths of a step, shape (modules,)."""
         sizes = torch.tensor(start.sizes, dtype=torch.float32)
-        rate = self.rates[step] + self.slopes[step] * math.log2(samples / USUAL_SAMPLES)
-        return torch.exp2((sizes + rate) / OCTAVE)
+        return torch.exp2(octaves(sizes, self.rates[step], self.slopes[step], samples))
 
     def into(self, start: Start) -> Start:
         """Round to what is stored."""
@@ -160,13 +156,13 @@ def _episode(
     for step in range(len(start.rates)):
         units.append(unit_steps(gather_evidence(base, factors_of(current), names, support)))
         lengths = learned.lengths(start, step, len(support)).tolist()
-        longer = [times([unit], length)[0] for unit, length in zip(units[-1], lengths, strict=True)]
-        current = plus(current, longer)
+        current = plus(current, lengthened(units[-1], lengths))
     losses = []
     for query in queries:
-        nothing, best = (_nats(base, factors, query).item() for factors in ({}, factors_of(own)))
+        with torch.no_grad():
+            nothing, best = (mean_loss(base, factors, query).item() for factors in ({}, factors_of(own)))
         every = [learned.lengths(start, step, len(support)) for step in range(len(units))]
-        loss = (_nats(base, _stepped(others, units, every), query) - best) / max(nothing - best, _LEAST_GAIN)
+        loss = (mean_loss(base, _stepped(others, units, every), query) - best) / max(nothing - best, _LEAST_GAIN)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -192,11 +188,3 @@ def _stepped(adapter: Adapter, units: Sequence[Sequence[LoraModule]], lengths: S
             a.append(unit.a)
             b.append(length[number] * unit.b)
     return {name: (torch.cat(a), torch.cat(b, dim=1)) for name, (a, b) in parts.items()}
-
-
-def _nats(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> torch.Tensor:
-    """Return the loss of some texts in nats per token, with gradients to the factors where they have them."""
-    ids, mask = padded([item.ids for item in batch], base.model.device)
-    needed = any(b.requires_grad for _, b in factors.values())
-    with added(base.model, factors), torch.set_grad_enabled(needed):
-        return summed_loss(base, ids, mask, batch) / sum(len(item.ids) - item.first for item in batch)

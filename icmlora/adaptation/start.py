@@ -10,6 +10,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
 
 from icmlora.adapter import Adapter
 from icmlora.arithmetic import mean_adapter, truncated, with_modules
@@ -43,8 +46,15 @@ class Start:
 
     def length(self, step: int, module: int, samples: int) -> float:
         """Return how long a step of a module is."""
-        rate = self.rates[step][module] + self.slopes[step] * math.log2(samples / USUAL_SAMPLES)
-        return float(2.0 ** ((self.sizes[module] + rate) / OCTAVE))
+        return float(2.0 ** octaves(self.sizes[module], self.rates[step][module], self.slopes[step], samples))
+
+
+Number = TypeVar("Number", float, torch.Tensor)
+
+
+def octaves(size: Number, rate: Number, slope: Number, samples: int) -> Number:
+    """Return log2 of the length of a step, of numbers or of tensors of them; what is given is in eighths."""
+    return (size + (rate + slope * math.log2(samples / USUAL_SAMPLES))) / OCTAVE
 
 
 def within(start: Start, config: GeneratorConfig) -> Start:

@@ -10,10 +10,13 @@ How long a step has to be differs by module and hardly by task, so lengths are l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from icmlora.adaptation.evidence import Evidence, ModuleEvidence
 from icmlora.adapter import LoraModule
+from icmlora.arithmetic import times
 
 RANK = 16
 """Directions kept of each step."""
@@ -31,6 +34,11 @@ def unit_steps(evidence: Evidence, rank: int = RANK) -> tuple[LoraModule, ...]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         return tuple(_unit_step(name, module, rank) for name, module in evidence.modules.items())
+
+
+def lengthened(units: Sequence[LoraModule], lengths: Sequence[float]) -> list[LoraModule]:
+    """Give each direction its length."""
+    return [module for unit, length in zip(units, lengths, strict=True) for module in times([unit], length)]
 
 
 @torch.no_grad()

@@ -9,14 +9,13 @@ A task with a start of its own has a random basis of the inputs in the place of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from icmlora.adapter import Adapter, LoraModule
-from icmlora.initial_a import InitialA
 from icmlora.layout import target_modules
+from tests.benchmarks.adapters_alone import AdaptersAlone
 from tests.benchmarks.growth.measured import KindStatistics, Statistics
 
 UNSEEN = 1_000_000
@@ -24,7 +23,7 @@ UNSEEN = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class SyntheticFleet:
+class SyntheticFleet(AdaptersAlone):
     """Implements `icmlora.training.fleet.Fleet`; without task vectors and checkpoints.
 
     Attributes:
@@ -44,22 +43,6 @@ class SyntheticFleet:
     def tasks(self) -> int:
         """Return the number of tasks."""
         return self.count
-
-    def checkpoints(self, task: int) -> int:
-        """Return that there are none."""
-        return 0
-
-    def initial(self, task: int) -> InitialA | None:
-        """Return that it is not known."""
-        return None
-
-    def support_sets(self, task: int) -> int:
-        """Return that there are none."""
-        return 0
-
-    def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
-        """Return no vectors."""
-        return {}
 
     def load(self, task: int, checkpoint: int | None) -> Adapter:
         """Make an adapter; the same number always gives the same one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,13 +23,13 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
-from icmlora.initial_a import InitialA
 from icmlora.peft_folder import load_adapter_folder
 from icmlora.training.start import fresh_network
 from icmlora.vector_extraction import extract_context
+from tests.benchmarks.adapters_alone import AdaptersAlone
 from tests.benchmarks.example_fleet.tasks import Schedule, Task
 from tests.benchmarks.example_fleet.train import load_base, lora_config, train
-from tests.benchmarks.unseen.fleet import StudyTask
+from tests.benchmarks.unseen.fleet import SAMPLE_TOKENS, StudyTask
 
 MULTITASK = Schedule(steps=160, batch=2, length=128, learning_rate=2e-3, warmup=5)
 """Of the one LoRA for all: twice the steps of a task's own."""
@@ -38,7 +38,7 @@ _MEAN_RANK = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Episodes:
+class Episodes(AdaptersAlone):
     """The tasks that are not held out, for meta-training and for a network's statistics."""
 
     members: Sequence[StudyTask]
@@ -59,22 +59,6 @@ class Episodes:
     def load(self, task: int, checkpoint: int | None = None) -> Adapter:
         """Read a task's adapter."""
         return self.members[task].adapter()
-
-    def checkpoints(self, task: int) -> int:
-        """Return 0."""
-        return 0
-
-    def initial(self, task: int) -> InitialA | None:
-        """Return None."""
-        return None
-
-    def support_sets(self, task: int) -> int:
-        """Return 0."""
-        return 0
-
-    def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
-        """Return none."""
-        return {}
 
 
 def fit_start(base: BaseModel, members: Sequence[StudyTask], episodes: int, seed: int, stored: Path) -> Start:
@@ -118,13 +102,10 @@ def fit_multitask(base_folder: Path, base: BaseModel, members: Sequence[StudyTas
 
 def fit_fresh(base_folder: Path, rows: Sequence[list[int]], steps: int, rank: int, seed: int) -> Adapter:
     """Train a LoRA from scratch on some samples."""
-    schedule = Schedule(steps=steps, batch=2, length=SHORTEST, learning_rate=2e-3, warmup=5)
+    schedule = Schedule(steps=steps, batch=2, length=SAMPLE_TOKENS, learning_rate=2e-3, warmup=5)
     with tempfile.TemporaryDirectory() as folder:
         _train(base_folder, rows, schedule, rank, seed, Path(folder) / "adapter")
         return load_adapter_folder(Path(folder) / "adapter")
-
-
-SHORTEST = 128
 
 
 def _train(

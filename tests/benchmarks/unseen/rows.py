@@ -43,8 +43,8 @@ def support(samples: Sequence[Scored], count: int, seed: int) -> list[Scored]:
 def generated(base: BaseModel, start: Start, samples: Sequence[Scored]) -> Adapter:
     """Return what `icm generate` makes."""
     adapter = start.adapter
-    for step in adapt(base, start, samples):
-        adapter = step.adapter
+    for adapted in adapt(base, start, samples):
+        adapter = adapted.adapter
     return truncated(adapter, RANK)
 
 

@@ -47,10 +47,6 @@ class Results:
         gain = "" if None in ends else f"{(ends[0] - nats) / (ends[0] - ends[1]):.3f}"  # type: ignore[operator]
         print(f"{task.name} {row} {seed}: {nats:.4f} {gain}", flush=True)
 
-    def has(self, task: StudyTask, row: str, seed: int) -> bool:
-        """Say whether a row was measured."""
-        return (task.name, row, seed) in self.values
-
 
 @dataclass(frozen=True)
 class Options:
@@ -87,9 +83,8 @@ class Fold:
         options: Options,
         results: Results,
     ) -> None:
-        self._members, self._held_out, self._base, self._options, self._results = (
-            members, held_out, base, options, results,
-        )  # fmt: skip
+        self._members, self._held_out, self._base = members, held_out, base
+        self._options, self._results = options, results
         folder = options.work / f"fold-{number}"
         folder.mkdir(parents=True, exist_ok=True)
         self._start = fitted.fit_start(base, members, options.episodes, number, folder / "start.icms")
@@ -130,13 +125,13 @@ class Fold:
         def make() -> Adapter:
             adapter = rows.generated(self._base, self._start, rows.support(task.samples(self._base), count, seed))
             if (count, seed) == (16, 0):
-                torch.save(adapter, self._kept(task))
+                _write(adapter, self._kept(task))
             return adapter
 
         self._measure(task, f"icm-{count}", seed, make)
 
     def _kept(self, task: StudyTask) -> Path:
-        return self._options.work / f"{task.name}.pt"
+        return self._options.work / "generated" / task.name
 
     def _random(self, task: StudyTask, seed: int) -> None:
         self._measure(task, "random", seed, lambda: rows.random_steps(self._start, 16, seed))
@@ -152,7 +147,7 @@ class Fold:
 
         for task, other in rows.shuffled_pairs(self._held_out):
             kept = self._kept(other)
-            self._measure(task, "shuffled", 0, lambda path=kept: torch.load(path, weights_only=False))
+            self._measure(task, "shuffled", 0, lambda path=kept: load_adapter_folder(path))
             self._measure(task, "mean-vector", 0, mean_vector)
 
     def _prompted(self, task: StudyTask) -> None:
@@ -164,10 +159,15 @@ class Fold:
 
     def _refined(self, task: StudyTask) -> None:
         samples = rows.support(task.samples(self._base), 16, 0)
-        steps = lambda: rows.refined(self._base, torch.load(self._kept(task), weights_only=False), samples, 20)  # noqa: E731
-        self._measure(task, "icm-16-refine-20", 0, steps)
-        ids = [sample.ids for sample in samples]
-        fresh = lambda: fitted.fit_fresh(self._options.base_folder, ids, 60, rows.RANK, 0)  # noqa: E731
+
+        def further() -> Adapter:
+            return rows.refined(self._base, load_adapter_folder(self._kept(task)), samples, 20)
+
+        def fresh() -> Adapter:
+            ids = [sample.ids for sample in samples]
+            return fitted.fit_fresh(self._options.base_folder, ids, 60, rows.RANK, 0)
+
+        self._measure(task, "icm-16-refine-20", 0, further)
         self._measure(task, "fresh-60", 0, fresh)
 
     def _measure(self, task: StudyTask, row: str, seed: int, make: Callable[[], Adapter | None]) -> None:
@@ -178,7 +178,11 @@ class Fold:
         factors = {}
         if adapter is not None:
             with tempfile.TemporaryDirectory() as folder:
-                save_adapter(adapter, Path(folder) / "adapter", card="", metadata={})
+                _write(adapter, Path(folder) / "adapter", dtype="bfloat16")
                 factors = factors_of(load_adapter_folder(Path(folder) / "adapter"))
         with added(self._base.model, factors):
             return nll(self._base.model, self._base.tokenizer, examples, max_tokens=2048).nats_per_token
+
+
+def _write(adapter: Adapter, folder: Path, dtype: str = "float32") -> None:
+    save_adapter(adapter, folder, dtype=dtype, card="", metadata={}, force=True)

@@ -131,8 +131,8 @@ def test_samples_that_are_adapted_to_are_not_those_that_judge(
         judged.extend(item.ids for item in batch)
         return real(base, factors, batch)
 
-    real = meta_training._nats
-    monkeypatch.setattr(meta_training, "_nats", nats)
+    real = meta_training.mean_loss
+    monkeypatch.setattr(meta_training, "mean_loss", nats)
     seen = watch(monkeypatch)
     run(base, short, fleet, replace(CONFIG, episodes=1))
     assert judged
