@@ -1,6 +1,6 @@
 """One file that holds a generator with the codes of some tasks: made once, carried anywhere, read without a store.
 
-    | "ICMB" 1 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
+    | "ICMB" 2 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
 
 The SHA-256 covers what stands before it and the index, and the index holds the SHA-256 of every part: no byte of the
 file is without a digest, and this one stands for the whole file. The shape is that of safetensors (length, JSON,
@@ -24,7 +24,7 @@ from icmlora.errors import BundleError, located
 from icmlora.files import open_regular, read_exactly
 from icmlora.output_file import writing_file
 
-MAGIC = b"ICMB\x01"
+MAGIC = b"ICMB\x02"
 MAX_BUNDLE_BYTES = 64 * 1024**3
 
 _HEAD = struct.Struct("<5sI32s")

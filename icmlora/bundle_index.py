@@ -81,6 +81,8 @@ class BundledTask:
     """Of the original: "F32", "F16", "BF16", or several joined with "+"."""
     step: int | None
     """The original's training step, if it is known."""
+    is_generated: bool
+    """Nobody trained the original: a generator made it from samples of the task."""
     layout: tuple[ModuleShape, ...]
     measured: Measured | None
 

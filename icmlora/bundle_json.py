@@ -106,6 +106,7 @@ def _task(value: object, layouts: Sequence[Layout]) -> BundledTask:
         card=fields.optional_digest("card"),
         dtype=dtype,
         step=fields.optional_count("step"),
+        is_generated=fields.flag("is_generated"),
         layout=layouts[layout],
         measured=_measured(fields.optional_mapping("measured")),
     )

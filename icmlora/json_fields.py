@@ -44,6 +44,13 @@ class Fields:
         """Return a digest, or None for null."""
         return None if self._values[key] is None else self.digest(key)
 
+    def flag(self, key: str) -> bool:
+        """Return true or false."""
+        value = self._values[key]
+        if not isinstance(value, bool):
+            raise self._wrong(key)
+        return value
+
     def count(self, key: str, *, least: int = 0) -> int:
         """Return a whole number."""
         return as_count(self._values[key], f"{self._what}: {key}", least=least)

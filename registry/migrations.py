@@ -40,11 +40,17 @@ def m005_starts(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE generators ADD COLUMN start_id INTEGER REFERENCES blobs")
 
 
+def m006_generated(connection: Connection) -> None:
+    """Let an adapter say that nobody trained it."""
+    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN is_generated BOOLEAN DEFAULT 0 NOT NULL")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     m002_evicted_and_pinned,
     m003_compact_rows,
     m004_residuals,
     m005_starts,
+    m006_generated,
 )
 """From the first schema on; a new database begins with the third."""
 

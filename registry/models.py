@@ -96,6 +96,7 @@ class Adapter(Base):
     source: Mapped[str | None]
     created_at: Mapped[str] = mapped_column(Moment())
     evicted_at: Mapped[str | None] = mapped_column(Moment())
+    is_generated: Mapped[bool] = mapped_column(server_default=text("0"))
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     weights: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[weights_id])

@@ -73,6 +73,7 @@ class AdapterRecord:
         original_bytes: weights, config and card together, as they were ingested.
         weights_bytes: the weights alone.
         evicted_at: when the weights were deleted, None while the store has them; everything else stays known.
+        is_generated: nobody trained it: a generator made it from samples of the task.
     """
 
     id: int
@@ -92,6 +93,7 @@ class AdapterRecord:
     weights_bytes: int
     created_at: str
     evicted_at: str | None
+    is_generated: bool
 
     @property
     def is_evicted(self) -> bool:
@@ -119,6 +121,7 @@ class NewAdapter:
     target_modules: Sequence[str]
     layout: Sequence[LayoutEntry]
     source: str
+    is_generated: bool = False
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def adapter_record(row: models.Adapter) -> records.AdapterRecord:
         weights_bytes=row.weights.size,
         created_at=row.created_at,
         evicted_at=row.evicted_at,
+        is_generated=row.is_generated,
     )
 
 

@@ -160,6 +160,7 @@ def _new_adapter(writer: RowWriter, arrival: Arrival, new: ArrivingTask) -> mode
         source=unusual_source(original.source, folder, original.step, is_final=True),
         created_at=writer.now,
         evicted_at=writer.now,
+        is_generated=original.is_generated,
     )
     writer.session.add(adapter)
     return adapter

@@ -109,7 +109,8 @@ def _initial(details: TaskDetails) -> str:
 
 
 def _original(details: TaskDetails) -> str:
-    state = "in the store" if details.final.evicted_at is None else f"evicted at {details.final.evicted_at}"
+    made = "generated, and " if details.final.is_generated else ""
+    state = made + ("in the store" if details.final.evicted_at is None else f"evicted at {details.final.evicted_at}")
     return f"{state}, pinned" if details.task.pinned else state
 
 

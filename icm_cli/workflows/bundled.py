@@ -48,7 +48,14 @@ def materialize_bundled(path: Path, request: MaterializeRequest) -> Materialized
         index = bundle.index
         task = find_task(index, request.task)
         made_by = Provenance(
-            task.name, index.base_model, "code", index.generator, task.dw_error, task.retained_gain, seed=None
+            task.name,
+            index.base_model,
+            "code",
+            index.generator,
+            task.dw_error,
+            task.retained_gain,
+            seed=None,
+            is_generated=task.is_generated,
         )
         check_error(made_by, request.max_error, hint=_BETTER)
         bundle.check()

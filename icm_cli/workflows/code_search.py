@@ -94,20 +94,23 @@ class CodeSearch:
         limits = {"tolerance": tolerance, "max_error": max_error}
         encoded = self._codec.encode(self._original, self._vectors, self._initial, **limits)
         if refiner is not None:
-            refined = yield from self._refined(refiner, encoded, stop)
-            if refined is None:
+            better = yield from refined(self._codec, self._original, encoded, refiner, stop)
+            if better is None:
                 return None
-            encoded = refined
+            encoded = better
         if self._evaluation is None:
             return Candidate(encoded, None)
         decoded = self._codec.decode(encoded.data)
         return Candidate(encoded, measure(self._evaluation, "code", decoded, encoded.dw_error))
 
-    def _refined(self, refiner: Refiner, encoded: Encoded, stop: StopFlag) -> Generator[Event, None, Encoded | None]:
-        relaxed = RelaxedCode(self._codec, self._original, encoded.data)
-        error = encoded.weighted_error
-        for step in refine(relaxed, error, refiner.base, self._original, refiner.texts, refiner.config):
-            yield Step(step, refiner.config.steps)
-            if stop.requested:
-                return None
-        return self._codec.measure(self._original, relaxed.to_code())
+
+def refined(
+    codec: Codec, adapter: Adapter, encoded: Encoded, refiner: Refiner, stop: StopFlag
+) -> Generator[Event, None, Encoded | None]:
+    """Return a code that does more of what the adapter does, or None where the user stopped."""
+    relaxed = RelaxedCode(codec, adapter, encoded.data)
+    for step in refine(relaxed, encoded.weighted_error, refiner.base, adapter, refiner.texts, refiner.config):
+        yield Step(step, refiner.config.steps, "refining its code")
+        if stop.requested:
+            return None
+    return codec.measure(adapter, relaxed.to_code())

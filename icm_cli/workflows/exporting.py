@@ -130,6 +130,7 @@ def _task(store: Store, row: TaskSummary, generator: GeneratorRecord) -> Bundled
         card=card,
         dtype=final.dtype,
         step=final.step,
+        is_generated=final.is_generated,
         layout=tuple(ModuleShape(*entry) for entry in final.layout),
         measured=_measured(latest_of(store.evaluations(row.task.name), row.task, "code", generator)),
     )

@@ -20,7 +20,7 @@ from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.generated_card import GeneratedCard
 from icm_cli.workflows.known_vectors import canonical, comparable_vectors
 from icm_cli.workflows.opening import Place
-from icm_cli.workflows.registering import check_unknown, register
+from icm_cli.workflows.registering import check_unknown, code_for, register
 from icm_cli.workflows.starting import SAMPLE_TOKENS, read_start
 from icm_cli.workflows.vectors import VECTOR_DTYPE
 from icmlora.adaptation.adapt import adapt, factors_of
@@ -139,7 +139,8 @@ def generate(place: Place, request: GenerateRequest, stop: StopFlag) -> Generato
         start = read_start(store, generator, lineage)
         rank = _rank(lineage, start, request)
         yield Step(0, None, f"loading {generator.base_model}")
-        base, vectors = _opened(store, generator.base_model, device, [example.text for example in examples])
+        texts = [example.text for example in examples]
+        base, vectors = _opened(store, generator.base_model, device, texts)
         adapter = yield from _adapted(base, start, examples, rank, request, stop)
         if adapter is None:
             return None
@@ -150,12 +151,14 @@ def generate(place: Place, request: GenerateRequest, stop: StopFlag) -> Generato
             known=_familiarity(store, generator, vectors),
             rank=max(shape.rank for shape in adapter.layout),
         )
+        code = None
+        if request.register:
+            code = yield from code_for(lineage, adapter, vectors, base, texts, stop)
+            if code is None:
+                return None
         weights = _write(adapter, generator, facts.samples, request)
-        code = (
-            register(store, lineage, generator, request.name, request.directory, vectors, rank)
-            if request.register
-            else None
-        )
+        if code is not None:
+            register(store, generator, request.name, request.directory, vectors, code)
     return Generated(
         **vars(facts),
         task=request.name,
@@ -250,7 +253,8 @@ def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Example])
 
 
 def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[TaskVector]) -> Familiarity | None:
-    tasks = [row.task for row in store.summaries() if row.task.base_model == generator.base_model]
+    rows = [row for row in store.summaries() if row.task.base_model == generator.base_model]
+    tasks = [row.task for row in rows if not row.final.is_generated]
     known = comparable_vectors(store, tasks, "context")
     if len(known.looks) < FEWEST or known.extractor != canonical(json.loads(vectors[0].extractor.to_json())):
         return None

@@ -135,6 +135,7 @@ def _task(task: BundledTask, source: str) -> ArrivingTask:
         target_modules=task.target_modules,
         layout=[(shape.module, shape.rank, shape.inputs, shape.outputs) for shape in task.layout],
         source=source,
+        is_generated=task.is_generated,
     )
     measured = None
     if task.measured is not None:

@@ -79,7 +79,7 @@ def write_rung(store: Store, request: MaterializeRequest) -> Materialized:
     rung = _choose(request, final, code, generator)
     if rung == "original" or generator is None:
         return _write_original(store, task, final, request)
-    provenance = _provenance(store, task, rung, generator, code, request.seed)
+    provenance = _provenance(store, task, final, rung, generator, code, request.seed)
     check_error(provenance, request.max_error, hint=_BETTER)
     adapter = _decode(store, final, rung, code, generator, request.seed)
     return write_decoded(adapter, provenance, request)
@@ -111,6 +111,7 @@ def _choose(
 def _provenance(
     store: Store,
     task: TaskRecord,
+    final: AdapterRecord,
     rung: Literal["residual", "code", "generate"],
     generator: GeneratorRecord,
     code: CodeRecord | None,
@@ -121,7 +122,7 @@ def _provenance(
     error, gain = (None, None) if measured is None else (measured.dw_error, measured.retained_gain)
     if code is not None and rung != "generate":
         error = code.dw_error if rung == "code" else code.best_error
-    return Provenance(task.name, task.base_model, rung, generator, error, gain, seed)
+    return Provenance(task.name, task.base_model, rung, generator, error, gain, seed, final.is_generated)
 
 
 def check_error(provenance: Provenance, limit: float | None, *, hint: str) -> None:

@@ -16,7 +16,7 @@ _CARD = """\
 # {task}
 
 A LoRA adapter for `{base}`, written by icm {how}.
-
+{untrained}
 | | |
 |---|---|
 | rung | {rung} |
@@ -40,6 +40,11 @@ The original LoRA adapter for `{base}`, byte for byte as it was given to icm.
 |---|---|
 | rung | original |
 | weights | sha256 `{weights}` |
+"""
+
+_UNTRAINED = """
+No adapter was trained for this task: the original was itself generated from samples of the task. So the error below is
+against a generated adapter, and nothing is known of what a trained one would do: measure it on text of your own.
 """
 
 _HOW = {
@@ -72,6 +77,8 @@ class Provenance:
     dw_error: float | None
     retained_gain: float | None
     seed: int | None
+    is_generated: bool
+    """Nobody trained the original: it was generated for a task that had none."""
 
     def metadata(self) -> dict[str, str]:
         """Return header text for the tensor file."""
@@ -82,11 +89,13 @@ class Provenance:
 def card_text(provenance: Provenance) -> str:
     """Write the card; the same provenance gives the same text."""
     sampled = "" if provenance.seed is None else f" (sampled with seed {provenance.seed})"
+    untrained = _UNTRAINED if provenance.is_generated else ""
     return _CARD.format(
         front=front_matter(provenance.base_model),
         task=provenance.task,
         base=quoted(provenance.base_model),
         how=_HOW[provenance.rung] + sampled,
+        untrained=untrained,
         rung=provenance.rung,
         version=provenance.generator.version,
         generator=provenance.generator.blob,

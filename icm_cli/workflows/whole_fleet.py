@@ -27,7 +27,7 @@ _MOST_SAMPLES = 1024
 class WholeFleet:
     """The tasks of one base model, evicted ones included (see `icmlora.adaptation.meta_training.EpisodeFleet`).
 
-    Rows are in memory, adapters are not.
+    Rows are in memory, adapters are not. What a start made is not among them: it would only confirm that start.
 
     Args:
         store: The open store.
@@ -37,7 +37,8 @@ class WholeFleet:
 
     def __init__(self, store: Store, generator: GeneratorRecord, lineage: Lineage) -> None:
         self._store, self._generator, self._lineage = store, generator, lineage
-        self._rows = [row for row in store.summaries() if row.task.base_model == generator.base_model]
+        rows = [row for row in store.summaries() if row.task.base_model == generator.base_model]
+        self._rows = [row for row in rows if not row.final.is_generated]
         self.names = [row.task.name for row in self._rows]
 
     def __iter__(self) -> Iterator[Adapter]:

@@ -40,4 +40,4 @@ def test_the_limits_on_the_page_are_those_of_the_code() -> None:
 
 def test_the_head_has_the_length_that_the_page_gives() -> None:
     assert bundle._HEAD.size == bundles.HEAD == 41
-    assert bundle.MAGIC == b"ICMB\x01"
+    assert bundle.MAGIC == b"ICMB\x02"

@@ -41,6 +41,7 @@ def task(name: str, **fields: Any) -> BundledTask:
         "card": None,
         "dtype": "F32",
         "step": None,
+        "is_generated": False,
         "layout": LAYOUT,
         "measured": None,
     }

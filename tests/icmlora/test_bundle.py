@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.bundle import bundle_digest, bundle_size, open_bundle, write_bundle
+from icmlora.bundle import MAGIC, bundle_digest, bundle_size, open_bundle, write_bundle
 from icmlora.errors import BundleError, IcmLoraError, OutputExists, UnsafeInput
 from tests.icmlora import bundles
 
@@ -46,7 +46,7 @@ def test_the_same_index_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_bytes_of_a_bundle_stay_what_they_are(data: bytes) -> None:
-    known = "495eb3207e6179cf5772c73c8c527459c1d950174aa8c37785be28a990e91a39"
+    known = "42963c44ee484c5cebd8b711b9a3d0e3c9f9991ed213868e1064302cc8424672"
     assert hashlib.sha256(data).hexdigest() == known
 
 
@@ -77,7 +77,7 @@ def test_a_bundle_that_is_cut_anywhere_is_refused_when_it_is_opened(
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused_by_name(spoilt: Path, junk: bytes) -> None:
-    spoilt.write_bytes(b"ICMB\x01" + junk)
+    spoilt.write_bytes(MAGIC + junk)
     with pytest.raises(BundleError), open_bundle(spoilt):
         pass
 
@@ -113,8 +113,8 @@ def test_another_file_is_called_no_bundle(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_named(data: bytes, spoilt: Path) -> None:
-    spoilt.write_bytes(b"ICMB\x02" + data[5:])
-    with pytest.raises(BundleError, match="has the format 2") as caught, open_bundle(spoilt):
+    spoilt.write_bytes(b"ICMB\x03" + data[5:])
+    with pytest.raises(BundleError, match="has the format 3") as caught, open_bundle(spoilt):
         pass
     assert "newer" in (caught.value.hint or "")
 
