@@ -106,6 +106,8 @@ class Fold:
         self._controls()
         for task in self._held_out:
             self._prompted(task)
+        for task in self._held_out:
+            self._unlearned(task)
         for task in self._held_out[: self._options.refined]:
             self._refined(task)
         for task in self._held_out[: self._options.many]:
@@ -129,6 +131,10 @@ class Fold:
             return adapter
 
         self._measure(task, f"icm-{count}", seed, make)
+
+    def _unlearned(self, task: StudyTask) -> None:
+        samples, start = rows.support(task.samples(self._base), 16, 0), rows.unlearned(self._start)
+        self._measure(task, "first-16", 0, lambda: rows.generated(self._base, start, samples))
 
     def _kept(self, task: StudyTask) -> Path:
         return self._options.work / "generated" / task.name

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.adaptation.start import Start
+from icmlora.adaptation.start import FIRST_RATES, FIRST_SLOPE, Start
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.evaluation import Scored
 from icmlora.metrics import module_norms
 from tests.benchmarks.domain_fleet.tasks import TASKS
 from tests.benchmarks.unseen.fleet import StudyTask
 from tests.benchmarks.unseen.folds import FOLDS, folds_of
-from tests.benchmarks.unseen.rows import random_steps, shuffled_pairs, support
+from tests.benchmarks.unseen.rows import random_steps, shuffled_pairs, support, unlearned
 from tests.benchmarks.unseen.study import Results
 from tests.benchmarks.unseen.summary import summarise, table
 
@@ -83,3 +83,25 @@ def test_a_gain_is_relative_to_the_base_model_and_the_tasks_own_adapter() -> Non
     assert document["rows"]["icm-16"]["mean"] == pytest.approx(0.7)
     assert document["rows"]["icm-16"]["between_seeds"] == pytest.approx(0.1)
     assert "| icm-16 | 10 | 0.700 | 0.700 to 0.700 | 0.700 | 0.700 |" in table(document)
+
+
+def test_a_start_without_its_episodes_has_the_first_lengths() -> None:
+    zero = LoraModule("m.0.q", torch.zeros(1, 40), torch.zeros(30, 1))
+    learned = Start(Adapter("base", None, ("q",), (zero,)), (8,), ((-8,), (-9,)), (3, 4), 3)
+    assert unlearned(learned).rates == ((FIRST_RATES[0],), (FIRST_RATES[1],))
+    assert unlearned(learned).slopes == (FIRST_SLOPE, FIRST_SLOPE)
+    assert unlearned(learned).sizes == learned.sizes
+
+
+def test_the_same_study_gives_the_same_figure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tests.benchmarks.unseen.figure import draw
+
+    losses = {
+        (task.name, row, 0): nats
+        for task in STUDY[:10]
+        for row, nats in (("base", 3.0), ("own", 2.0), ("icm-16", 2.4), ("nearest", 9.0))
+    }
+    for name in ("a.svg", "b.svg"):
+        draw(summarise(losses, STUDY[:10], folds_of(STUDY[:10])), tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
