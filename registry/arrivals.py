@@ -22,6 +22,7 @@ class ArrivingTask:
         code: digest of the code's file.
         dw_error: as for :class:`registry.records.NewCode`.
         evaluation: what was measured of the code, if anything; it is recorded under the generator that arrives.
+        vectors: of a new task; they are not recorded of one that is there.
     """
 
     name: str
@@ -30,10 +31,12 @@ class ArrivingTask:
     code: str
     dw_error: float | None
     evaluation: records.NewEvaluation | None = None
+    vectors: Sequence[records.NewVector] = ()
 
     def digests(self) -> Iterator[str]:
         """Yield the digests that the task refers to, the one of the absent weights too."""
         yield from filter(None, (self.code, self.original.weights, self.original.config, self.original.card))
+        yield from (vector.blob for vector in self.vectors)
 
 
 @dataclass(frozen=True)

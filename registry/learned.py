@@ -31,22 +31,24 @@ class LearnedOperations(StoreBase):
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
             writer.load_blobs(vector.blob for vector in vectors)
-            changed = sum([_record_vector(writer, vector) for vector in vectors])
+            changed = sum([record_vector(writer, vector) for vector in vectors])
             session.flush()
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         return changed
 
-    def vectors(self, task: str) -> list[records.VectorRecord]:
-        """Return the vectors of a task by extractor, view and support set.
+    def vectors(self, task: str | None = None) -> list[records.VectorRecord]:
+        """Return all vectors, or those of one task, by task, extractor, view and support set.
 
         Raises:
             TaskNotFound: there is no such task.
         """
         vector = models.TaskVector
         with self._db.read() as session:
-            query = select(vector).where(vector.task_id == rows.find_task(session, task).id)
-            query = query.order_by(vector.extractor_id, vector.view, vector.support_set)
+            query = select(vector).join(vector.task)
+            query = query.order_by(models.Task.name, vector.extractor_id, vector.view, vector.support_set)
+            if task is not None:
+                query = query.where(vector.task_id == rows.find_task(session, task).id)
             return [rows.vector_record(row) for row in session.scalars(query)]
 
     def add_generator(self, generator: records.NewGenerator) -> records.GeneratorRecord:
@@ -147,7 +149,8 @@ def must_cover_evicted(session: Session, base_model: str, tasks: Iterable[str]) 
         raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")
 
 
-def _record_vector(writer: RowWriter, new: records.NewVector) -> bool:
+def record_vector(writer: RowWriter, new: records.NewVector) -> bool:
+    """Record a task vector in an open transaction, and say whether it is new or changed."""
     vector = models.TaskVector
     task = rows.find_task(writer.session, new.task)
     extractor = document_row(writer.session, dict(new.extractor))

@@ -22,7 +22,7 @@ from registry.errors import GeneratorConflict, TaskConflict
 from registry.folders import task_folder, unusual_source
 from registry.fs import failpoint
 from registry.known_tasks import KnownTask, known_tasks
-from registry.learned import generator_row, record_evaluation
+from registry.learned import generator_row, record_evaluation, record_vector
 from registry.names import check_name
 from registry.row_numbers import in_parts
 from registry.writer import RowWriter, document_row
@@ -130,6 +130,8 @@ def _write(writer: RowWriter, arrival: Arrival, todo: Sequence[_Decision]) -> No
         if item.task.evaluation is not None:
             evaluation = replace(item.task.evaluation, task=adapter.task.name, generator_id=generator.id)
             record_evaluation(session, evaluation, writer.now)
+        for vector in item.task.vectors if item.known is None else ():
+            record_vector(writer, vector)
     session.flush()
 
 

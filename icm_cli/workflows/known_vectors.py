@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -61,7 +61,10 @@ def comparable_vectors(store: Store, tasks: Sequence[TaskRecord], view: View, li
         DamagedStore: Bytes that are not those that were stored.
         DataError: Bytes that are no task vectors.
     """
-    rows = {task.name: latest_vectors(store.vectors(task.name)) for task in tasks}
+    of_task: defaultdict[str, list[VectorRecord]] = defaultdict(list)
+    for vector in store.vectors():
+        of_task[vector.task].append(vector)
+    rows = {task.name: latest_vectors(of_task[task.name]) for task in tasks}
     sets = {name: [row for row in found if row.view == view] for name, found in rows.items()}
     made_by = {name: canonical(found[0].extractor) for name, found in sets.items() if found}
     # Of two that made equally many, the one of the first task by name: the answer is the same every time.

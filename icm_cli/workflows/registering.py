@@ -1,7 +1,8 @@
 """Keep a generated task: its code and its vector, and no weights beside them.
 
-adapter ──encode, refine──▶ code ─────────────┐
-configuration and card of the written folder ─┴──▶ a task without an original, with its code: one transaction ──▶ vector
+adapter ──encode, refine──▶ code ────────┐
+written folder ──▶ configuration, card ──┼──▶ a task without an original, with its code and its vectors: one transaction
+samples ──base──▶ vectors ───────────────┘
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from icm_cli.workflows.code_search import Refiner, refined
 from icm_cli.workflows.events import Event, StopFlag
-from icm_cli.workflows.vectors import store_vectors
+from icm_cli.workflows.vectors import put_vectors
 from icmlora.adapter import Adapter
 from icmlora.base_model import BaseModel
 from icmlora.generator.lineage import Lineage
@@ -106,7 +107,7 @@ def register(
         source=f"generated {name}",
         is_generated=True,
     )
-    task = ArrivingTask(name, original, len(weights), store.put_blob(code.data), code.dw_error)
+    rows = put_vectors(store, name, vectors)
+    task = ArrivingTask(name, original, len(weights), store.put_blob(code.data), code.dw_error, vectors=rows)
     present = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
     store.take_arrival(Arrival(present, generator.version, [task]))
-    store_vectors(store, name, vectors)

@@ -120,21 +120,17 @@ def _extract(store: Store, base: BaseModel, row: TaskSummary) -> Extracted:
         vectors = extract_adapted(base, adapter, samples)
     if samples is not None:
         vectors += extract_context(base, samples)
-    store_vectors(store, row.task.name, vectors)
+    store.add_vectors(put_vectors(store, row.task.name, vectors))
     return Extracted(row.task.name, len(vectors), "probes" if samples is None else "samples")
 
 
-def store_vectors(store: Store, task: str, vectors: Sequence[TaskVector]) -> None:
-    """Store the vectors of a task as one file, then record them.
-
-    Raises:
-        TaskNotFound: It is not in the store (any more).
-    """
+def put_vectors(store: Store, task: str, vectors: Sequence[TaskVector]) -> list[NewVector]:
+    """Store the vectors of a task as one file, and return the rows that are to be recorded."""
     sets: defaultdict[View, list[torch.Tensor]] = defaultdict(list)
     for vector in vectors:
         sets[vector.view].append(vector.values)
     blob = store.put_blob(vectors_to_bytes({view: torch.stack(values) for view, values in sets.items()}))
-    store.add_vectors([_row(task, vector, blob) for vector in vectors])
+    return [_row(task, vector, blob) for vector in vectors]
 
 
 def _row(task: str, vector: TaskVector, blob: str) -> NewVector:

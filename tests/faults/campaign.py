@@ -22,7 +22,9 @@ from pathlib import Path
 
 import torch
 
-from tests.faults.world import COMMANDS, World
+from tests.faults.commands import COMMANDS
+from tests.faults.promises import acknowledges
+from tests.faults.world import World
 from tests.faults.zygote import KILLED, Run, Zygote
 
 _MOST_IN_A_ROW = 3
@@ -69,9 +71,7 @@ def kill_at_random(world: World, command: str, kills: int, draw: random.Random, 
             if ran.status != KILLED:
                 break  # it was done before; no kill
             tally.kills += 1
-            tally.acknowledged += sum(
-                event.get("type") in ("task", "vectors", "trained", "updated") for event in ran.events
-            )
+            tally.acknowledged += sum(acknowledges(command, event) for event in ran.events)
             _note(tally, world.violations(command, ran.events))
             left = world.leftovers()
             tally.orphans += left.orphans
@@ -93,15 +93,26 @@ def _kill(world: World, command: str, after: float, sabotage: str | None) -> Run
         time.sleep(after)
         os.kill(pid, signal.SIGKILL)
 
-    run: Run = world.run(command, sabotage=sabotage, then=then)
-    return run
+    return world.run(command, sabotage=sabotage, then=then)
+
+
+def kill_at_first_sign(world: World, command: str, sabotage: str | None = None) -> Run:
+    """Kill a command as soon as anything of its output is there, under whatever name: in the middle of writing it."""
+    deadline = time.monotonic() + 60
+
+    def then(pid: int) -> None:
+        while not any(world.output.parent.glob("out*")) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        os.kill(pid, signal.SIGKILL)
+
+    return world.run(command, sabotage=sabotage, then=then)
 
 
 def _finish(tally: Tally, world: World, command: str) -> None:
     """Run the same command to its end, then count and prune what the kills left."""
-    ran = world.run(command, **_again(world, command))
+    ran = world.again(command)
     tally.reruns += 1
-    _note(tally, [] if ran.status == 0 else [f"the rerun ended with {ran.status}: {ran.lines[-1:]}"])
+    _note(tally, world.ended_badly(command, ran))
     _note(tally, world.violations(command, ran.events))
     missed = world.missed(command)
     tally.goals_missed += len(missed)
@@ -111,11 +122,6 @@ def _finish(tally: Tally, world: World, command: str) -> None:
     world.prune()
     left = world.leftovers()
     tally.left_after_prune += left.orphans + left.temporary
-
-
-def _again(world: World, command: str) -> dict[str, object]:
-    # A folder that was written completely before the kill is not overwritten without --force, and need not be.
-    return {"force": True} if command == "materialize" and world.output.exists() else {}
 
 
 def _note(tally: Tally, violations: list[str]) -> None:

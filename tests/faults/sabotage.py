@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ def rows_first() -> None:
     from registry.blobs import BlobStore
     from registry.store import Store
 
-    publish, size, ingest = BlobStore.publish, BlobStore.size, Store.ingest_tasks
+    publish, size = BlobStore.publish, BlobStore.size
     waiting: dict[str, tuple[BlobStore, Path]] = {}
 
     def later(self: BlobStore, staged: dict[str, Path | None]) -> None:
@@ -26,15 +28,19 @@ def rows_first() -> None:
     def size_of(self: BlobStore, digest: str) -> int:
         return waiting[digest][1].stat().st_size if digest in waiting else size(self, digest)
 
-    def rows_then_bytes(self: Store, *arguments: Any) -> Any:
-        outcomes = ingest(self, *arguments)
-        for digest, (blobs, path) in waiting.items():
-            publish(blobs, {digest: path})
-        waiting.clear()
-        return outcomes
+    def before_bytes(record: Callable[..., Any]) -> Callable[..., Any]:
+        def rows_then_bytes(self: Store, *arguments: Any) -> Any:
+            outcomes = record(self, *arguments)
+            for digest, (blobs, path) in waiting.items():
+                publish(blobs, {digest: path})
+            waiting.clear()
+            return outcomes
+
+        return rows_then_bytes
 
     BlobStore.publish, BlobStore.size = later, size_of  # type: ignore[method-assign]
-    Store.ingest_tasks = rows_then_bytes  # type: ignore[method-assign]
+    for name in ("ingest_tasks", "take_arrival", "replace_residual"):
+        setattr(Store, name, before_bytes(getattr(Store, name)))
 
 
 def files_first() -> None:
@@ -66,13 +72,48 @@ def in_place() -> None:
     output_folder.write_folder = write
 
 
+def bundle_in_place() -> None:
+    """Write a bundle where it will be, part by part."""
+    from icmlora import bundle
+
+    class Slow(io.FileIO):
+        def write(self, data: Any) -> int:
+            time.sleep(0.02)  # as above
+            return super().write(data)
+
+    @contextmanager
+    def writing(path: Path, *, force: bool = False) -> Iterator[io.FileIO]:
+        with Slow(path, "w") as stream:
+            yield stream
+
+    bundle.writing_file = writing  # type: ignore[attr-defined]
+
+
 def die_at_output_call() -> None:
     """Die before the n-th call that changes the output folder, n from ICM_TEST_CALL."""
     from icmlora import output_folder
 
+    mortal = _mortal()
+    for name in ("write_synced", "write_durably", "fsync_folder"):
+        setattr(output_folder, name, mortal(getattr(output_folder, name)))
+    Path.rename = mortal(Path.rename)  # type: ignore[method-assign]
+
+
+def die_at_file_call() -> None:
+    """Die before the n-th call that makes the output file durable or gives it its name, n from ICM_TEST_CALL."""
+    from icmlora import output_file
+
+    mortal = _mortal()
+    os.fsync = mortal(os.fsync)
+    Path.replace = mortal(Path.replace)  # type: ignore[method-assign]
+    output_file.fsync_folder = mortal(output_file.fsync_folder)  # type: ignore[attr-defined]
+
+
+def _mortal() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what makes a function one of those before whose n-th call, of all together, the process dies."""
     left = [int(os.environ["ICM_TEST_CALL"])]
 
-    def mortal(function: Any) -> Any:
+    def mortal(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             left[0] -= 1
             if left[0] == 0:
@@ -81,6 +122,4 @@ def die_at_output_call() -> None:
 
         return call
 
-    for name in ("write_synced", "write_durably", "fsync_folder"):
-        setattr(output_folder, name, mortal(getattr(output_folder, name)))
-    Path.rename = mortal(Path.rename)  # type: ignore[method-assign]
+    return mortal

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 KILLED = -signal.SIGKILL
+_EVENT = re.compile(r"^\{(?:[^\n]*|\n.*?\n)\}$", re.DOTALL | re.MULTILINE)
+"""An object on a line of its own, or a document, whose inner lines are indented."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Run:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The JSON lines on stdout, without one that the kill cut off."""
-        return [json.loads(line) for line in self.lines if line.startswith("{") and line.endswith("}")]
+        """The JSON lines and the JSON document, without one that the kill cut off."""
+        return [json.loads(found) for found in _EVENT.findall("\n".join(self.lines))]
 
 
 class Zygote:
@@ -100,12 +103,18 @@ def _child(order: dict[str, Any]) -> None:
 def _serve() -> None:
     import transformers  # noqa: F401
 
+    from icm_cli import app  # noqa: F401
     from icm_cli.workflows import (  # noqa: F401
+        encoding,
         evaluating,
         evicting,
+        exporting,
+        generating,
+        importing,
         ingest,
         ingest_files,
         materializing,
+        starting,
         training,
         updating,
         vectors,
@@ -116,6 +125,7 @@ def _serve() -> None:
     # So that a run of a second has several checkpoints and several commits to be killed between.
     training._CHECKPOINT_SECONDS = 0.02
     ingest_files._BATCH_ADAPTERS = 2
+    importing._BATCH_BYTES = 4096
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     answers.write("0\n")
     for line in sys.stdin:

@@ -28,6 +28,10 @@ class TestVectors:
         assert (first.task, first.view, first.extractor, first.dim) == ("rust", "context", EXTRACTOR, 64)
         assert store.vectors("html") == []
 
+    def test_those_of_all_tasks_come_by_task(self, store: Store) -> None:
+        store.add_vectors([vector(store, "rust", 1), vector(store, "rust", 0), vector(store, "html")])
+        assert [(row.task, row.support_set) for row in store.vectors()] == [("html", 0), ("rust", 0), ("rust", 1)]
+
     def test_the_same_again_changes_nothing(self, store: Store) -> None:
         assert store.add_vectors([vector(store, "rust")]) == 1
         before = store.vectors("rust")

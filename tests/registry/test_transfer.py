@@ -14,7 +14,7 @@ from registry.blobs import digest_of
 from registry.errors import GeneratorConflict, InvalidName, MissingBlob, StoreReadOnly, TaskConflict
 from registry.records import NewAdapter, NewGenerator
 from registry.store import Store
-from tests.registry.examples import BASE, LAYOUT, evaluation, generator, ingest, new_store, offer
+from tests.registry.examples import BASE, LAYOUT, evaluation, generator, ingest, new_store, offer, vector
 
 
 @pytest.fixture
@@ -215,3 +215,25 @@ def test_ingesting_the_original_brings_it_back_whatever_length_was_claimed(store
     store.ingest_task(replace(offer(store, "rust"), restore=True))
     assert not store.final_adapter("rust").is_evicted
     assert list(store.verify(read_data=True)) == []
+
+
+def test_a_new_task_comes_with_its_vectors_and_its_mark(store: Store) -> None:
+    task = arriving(store, "rust")
+    made = replace(task.original, is_generated=True)
+    store.take_arrival(arrival(store, replace(task, original=made, vectors=[vector(store, "rust")])))
+    assert [row.task for row in store.vectors("rust")] == ["rust"]
+    assert store.final_adapter("rust").is_generated
+
+
+def test_vectors_that_are_not_in_the_store_leave_nothing_recorded(store: Store) -> None:
+    absent = replace(vector(store, "rust"), blob="0" * 64)
+    with pytest.raises(MissingBlob):
+        store.take_arrival(arrival(store, arriving(store, "rust", vectors=[absent])))
+    assert list(store.tasks()) == []
+
+
+def test_a_task_that_is_there_keeps_its_vectors(store: Store) -> None:
+    store.take_arrival(arrival(store, arriving(store, "rust")))
+    again = arriving(store, "rust", vectors=[vector(store, "rust")])
+    assert statuses(store.take_arrival(arrival(store, again))) == [("rust", "known")]
+    assert store.vectors("rust") == []
