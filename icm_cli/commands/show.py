@@ -109,8 +109,9 @@ def _initial(details: TaskDetails) -> str:
 
 
 def _original(details: TaskDetails) -> str:
-    made = "generated, and " if details.final.is_generated else ""
-    state = made + ("in the store" if details.final.evicted_at is None else f"evicted at {details.final.evicted_at}")
+    state = "in the store" if details.final.evicted_at is None else f"evicted at {details.final.evicted_at}"
+    if details.final.is_generated:
+        state = f"none was trained: the task was generated{'' if details.final.evicted_at else ', and ingested since'}"
     return f"{state}, pinned" if details.task.pinned else state
 
 

@@ -32,7 +32,7 @@ class TaskDetails:
 
     Attributes:
         adapters: Checkpoints by step, the final adapter last.
-        nearest: The nearest tasks by the adapted view, at most five; none without vectors, or with too few to compare.
+        nearest: The nearest tasks by their vectors, at most five; none without vectors, or with too few to compare.
         generator: The current generator of its base model, if there is one.
         code: Its code under that generator, if it has one.
         initial: Where the A that its training began with was drawn, if the code knows.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from icm_cli.workflows.known_vectors import LeftOut, comparable_vectors
 from icm_cli.workflows.opening import Place
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 _NEAREST = 5
+_VIEWS: tuple[View, ...] = ("adapted", "context")
 _VECTORS = "`icm vectors` makes the vectors that are missing"
 
 
@@ -97,20 +101,26 @@ def grouped_reasons(left_out: Sequence[LeftOut]) -> list[str]:
 
 
 def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
-    """Return the tasks that are nearest to one by the adapted view, at most five; none where too few can be compared.
+    """Return the tasks that are nearest to one, at most five; none where too few can be compared.
 
-    Damaged vectors say nothing here; `icm verify` says that they are damaged.
+    By the adapted view, or by the context view if the task has no other, as one that was generated. Damaged vectors
+    say nothing here; `icm verify` says that they are damaged.
     """
     tasks = [other for other in store.tasks() if other.base_model == task.base_model]
-    try:
-        looks = comparable_vectors(store, tasks, "adapted", like=task.name).looks
-    except (DamagedStore, IcmLoraError):
-        return ()
-    if task.name not in looks or len(looks) < FEWEST:
-        return ()
+    for view in _VIEWS:
+        try:
+            looks = comparable_vectors(store, tasks, view, like=task.name).looks
+        except (DamagedStore, IcmLoraError):
+            return ()
+        if task.name in looks:
+            return _neighbours(task.name, looks) if len(looks) >= FEWEST else ()
+    return ()
+
+
+def _neighbours(task: str, looks: Mapping[str, NDArray[np.float32]]) -> tuple[Neighbour, ...]:
     names = list(looks)
-    neighbours = ranked(names, task_distances(looks)[names.index(task.name)])
-    return tuple(neighbour for neighbour in neighbours if neighbour.task != task.name)[:_NEAREST]
+    found = ranked(names, task_distances(looks)[names.index(task)])
+    return tuple(neighbour for neighbour in found if neighbour.task != task)[:_NEAREST]
 
 
 def _of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[TaskRecord]]:

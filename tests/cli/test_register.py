@@ -110,6 +110,13 @@ def test_its_vector_is_comparable_with_those_of_the_others(icm: Icm, register: R
     assert "geese" not in {row["task"] for row in mapped["left_out"]}
 
 
+def test_show_names_the_tasks_that_are_nearest_to_its_samples(icm: Icm, register: Register, tmp_path: Path) -> None:
+    for subject in ("apples", "pears"):
+        icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
+    register()
+    assert {row["task"] for row in icm("show", "geese", "--json").document["nearest"]} >= {"apples", "pears"}
+
+
 def test_it_is_not_its_own_neighbour(icm: Icm, register: Register, tmp_path: Path) -> None:
     for subject in ("apples", "pears"):
         icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
@@ -149,7 +156,7 @@ def test_it_is_known_as_generated(icm: Icm, register: Register, tmp_path: Path) 
     register()
     assert icm("show", "geese", "--json").document["adapters"][0]["is_generated"]
     assert not icm("show", "rules", "--json").document["adapters"][0]["is_generated"]
-    assert "generated, and evicted" in icm("show", "geese").out
+    assert "none was trained: the task was generated\n" in icm("show", "geese").out
 
 
 def test_its_card_says_that_nobody_trained_it(icm: Icm, register: Register, tmp_path: Path) -> None:
