@@ -70,7 +70,7 @@ def main() -> None:
 def _summary(tasks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the middle and the slowest task, each by the least and the median of its runs."""
     rows: dict[str, Any] = {}
-    for name in ("decode_ms", "decode_cpu_ms"):
+    for name in ("decode_ms", "decode_cpu_ms", "decode_again_ms", "decode_again_cpu_ms"):
         for run in ("least", "median"):
             values = [task[name][run] for task in tasks]
             rows[f"{name}_{run}"] = {"p50": round(median(values), 2), "max": max(values)}

@@ -11,6 +11,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.sensitivity import MeanSquares, sensitivity_of
+from icmlora.seed_search import SeedSearch
 from icmlora.training.config import TrainConfig
 from icmlora.training.loop import fit
 from icmlora.training.start import fresh_network
@@ -35,25 +36,40 @@ def trained_codec(adapters: Sequence[Adapter], channels: MeanSquares, steps: int
 
 
 def measure_tasks(codec: Codec, adapters: Mapping[str, Adapter], runs: int) -> list[dict[str, Any]]:
-    """Encode each adapter once and decode its code `runs` times after one run that is not counted."""
-    found = []
+    """Encode each adapter once and decode its code, after one run that is not counted.
+
+    Twice `runs` times: by a codec that has drawn no initial A yet, as when one adapter is asked for, and by one that
+    has drawn this one before, as when many are.
+    """
+    found, seeds = [], SeedSearch()
     for task, adapter in adapters.items():
         started = time.perf_counter()
-        data = codec.encode(adapter, {}).data
+        initial = seeds.find(adapter)
+        data = codec.encode(adapter, {}, initial).data
         encoding = time.perf_counter() - started
         codec.decode(data)
-        wall, cpu = (sorted(column) for column in zip(*(_timed(codec.decode, data) for _ in range(runs)), strict=True))
+        firsts = [_timed(Codec(codec.generator).decode, data) for _ in range(runs)]
+        again = [_timed(codec.decode, data) for _ in range(runs)]
+        (wall, cpu), (wall_again, cpu_again) = _sorted_columns(firsts), _sorted_columns(again)
         found.append(
             {
                 "task": task,
                 "parameters": sum(shape.parameters for shape in adapter.layout),
                 "code_bytes": len(data),
+                "initial_seed": None if initial is None else initial.seed,
                 "encode_seconds": round(encoding, 3),
                 "decode_ms": {"least": wall[0], "median": wall[runs // 2]},
                 "decode_cpu_ms": {"least": cpu[0], "median": cpu[runs // 2]},
+                "decode_again_ms": {"least": wall_again[0], "median": wall_again[runs // 2]},
+                "decode_again_cpu_ms": {"least": cpu_again[0], "median": cpu_again[runs // 2]},
             }
         )
     return found
+
+
+def _sorted_columns(runs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    wall, cpu = zip(*runs, strict=True)
+    return sorted(wall), sorted(cpu)
 
 
 def _timed(decode: Callable[[bytes], Adapter], data: bytes) -> tuple[float, float]:
