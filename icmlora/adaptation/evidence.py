@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from icmlora.adaptation.recomputing import recomputing
 from icmlora.base_model import BaseModel
 from icmlora.evaluation import Scored
 from icmlora.generator.relaxed import Factors
@@ -71,7 +72,7 @@ def gather_evidence(
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
         ids, mask = padded([item.ids for item in batch], base.model.device)
-        with added(base.model, start), _summing(base.model, mask.bool(), sums):
+        with added(base.model, start), _summing(base.model, mask.bool(), sums), recomputing(base.model):
             loss = _summed_loss(base, ids, mask, batch)
             loss.backward()  # type: ignore[no-untyped-call]
         nats += float(loss.detach())
@@ -79,8 +80,11 @@ def gather_evidence(
     return Evidence(found, nats / tokens, tokens)
 
 
-def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> torch.Tensor:
-    """Return the loss of some samples in nats per token, with gradients to the factors where they have them.
+@contextmanager
+def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> Iterator[torch.Tensor]:
+    """Give the loss of some samples in nats per token, with gradients to the factors where they have them.
+
+    Backward belongs into the block: on an accelerator it computes activations again, with the factors in place.
 
     Args:
         base: The base model; it is left as it was.
@@ -88,8 +92,8 @@ def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> tor
         batch: Token ids.
     """
     ids, mask = padded([item.ids for item in batch], base.model.device)
-    with added(base.model, factors):
-        return _summed_loss(base, ids, mask, batch) / sum(item.count for item in batch)
+    with added(base.model, factors), recomputing(base.model):
+        yield _summed_loss(base, ids, mask, batch) / sum(item.count for item in batch)
 
 
 def _summed_loss(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor, batch: Sequence[Scored]) -> torch.Tensor:

@@ -62,9 +62,9 @@ def finetune(
         batch, waiting = waiting[: config.batch], waiting[config.batch :]
         for group in optimizer.param_groups:
             group["lr"] = config.rate_at(step)
-        loss = mean_loss(base, pairs, batch)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with mean_loss(base, pairs, batch) as loss:
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, _GRADIENT_LIMIT)
         optimizer.step()
         modules = [LoraModule(name, _copy(a), _copy(b)) for name, (a, b) in pairs.items()]

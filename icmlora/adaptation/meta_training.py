@@ -160,14 +160,20 @@ def _episode(
     losses = []
     for query in queries:
         with torch.no_grad():
-            nothing, best = (mean_loss(base, factors, query).item() for factors in ({}, factors_of(own)))
+            nothing, best = (_nats(base, factors, query) for factors in ({}, factors_of(own)))
         every = [learned.lengths(start, step, len(support)) for step in range(len(units))]
-        loss = (mean_loss(base, _stepped(others, units, every), query) - best) / max(nothing - best, _LEAST_GAIN)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with mean_loss(base, _stepped(others, units, every), query) as nats:
+            loss = (nats - best) / max(nothing - best, _LEAST_GAIN)
+            loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
     return sum(losses) / len(losses)
+
+
+def _nats(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> float:
+    with mean_loss(base, factors, batch) as nats:
+        return nats.item()
 
 
 def _without(start: Start, own: Adapter) -> Adapter:
