@@ -185,21 +185,16 @@ class _Known:
         code, measured = row.code, None
         if code is not None and generator is not None:
             measured = latest_of(self._evaluations[row.task.name], row.task, code.rung, generator)
-        return _task(row, measured, sum(map(self._size, self._vectors[row.task.name])))
-
-
-def _task(row: TaskSummary, measured: EvaluationRecord | None, vectors_size: int) -> TaskBill:
-    code = row.code
-    return TaskBill(
-        task=row.task.name,
-        bf16_size=_BF16 * row.final.parameters,
-        original_size=row.final.stored_bytes,
-        vectors_size=vectors_size,
-        code_size=None if code is None else code.size,
-        residual_size=None if code is None or code.residual is None else code.residual.size,
-        rung=None if code is None else code.rung,
-        dw_error=None if code is None else code.best_error,
-        retained_gain=None if measured is None else measured.retained_gain,
-        evicted=row.final.is_evicted,
-        asked=None if code is None else code.asked,
-    )
+        return TaskBill(
+            task=row.task.name,
+            bf16_size=_BF16 * row.final.parameters,
+            original_size=row.final.stored_bytes,
+            vectors_size=sum(map(self._size, self._vectors[row.task.name])),
+            code_size=None if code is None else code.size,
+            residual_size=None if code is None or code.residual is None else code.residual.size,
+            rung=None if code is None else code.rung,
+            dw_error=None if code is None else code.best_error,
+            retained_gain=None if measured is None else measured.retained_gain,
+            evicted=row.final.is_evicted,
+            asked=None if code is None else code.asked,
+        )

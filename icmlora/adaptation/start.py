@@ -103,5 +103,10 @@ def untrained_start(adapters: Iterable[Adapter], rank: int = RANK) -> Start:
     usual = {name: sum(group) / len(group) for name, group in logs.items()}
     middle = sum(known) / len(known)
     sizes = tuple(round(OCTAVE * usual.get(module.name, middle)) for module in mean.modules)
-    rates = tuple((rate,) * len(sizes) for rate in FIRST_RATES)
-    return Start(mean, sizes, rates, (FIRST_SLOPE,) * len(rates), count)
+    return unlearned(Start(mean, sizes, (), (), count))
+
+
+def unlearned(start: Start) -> Start:
+    """Return a start with the lengths that it has before the first episode."""
+    rates = tuple((rate,) * len(start.sizes) for rate in FIRST_RATES)
+    return replace(start, rates=rates, slopes=(FIRST_SLOPE,) * len(rates))

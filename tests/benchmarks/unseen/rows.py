@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from icmlora.adaptation.adapt import adapt
 from icmlora.adaptation.finetuning import FinetuneConfig, finetune
-from icmlora.adaptation.start import FIRST_RATES, FIRST_SLOPE, Start
+from icmlora.adaptation.start import Start
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.arithmetic import plus, times, truncated, with_modules
 from icmlora.base_model import BaseModel
@@ -47,12 +47,6 @@ def generated(base: BaseModel, start: Start, samples: Sequence[Scored]) -> Adapt
     for adapted in adapt(base, start, samples):
         adapter = adapted.adapter
     return truncated(adapter, RANK)
-
-
-def unlearned(start: Start) -> Start:
-    """Return a start with the lengths that it had before the first episode."""
-    rates = tuple((rate,) * len(start.sizes) for rate in FIRST_RATES)
-    return replace(start, rates=rates, slopes=(FIRST_SLOPE,) * len(rates))
 
 
 def refined(base: BaseModel, adapter: Adapter, samples: Sequence[Scored], steps: int) -> Adapter:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from icmlora.adaptation.adapt import factors_of
+from icmlora.adaptation.start import unlearned
 from icmlora.adapter import Adapter
 from icmlora.base_model import BaseModel
 from icmlora.evaluation import nll
@@ -133,7 +134,7 @@ class Fold:
         self._measure(task, f"icm-{count}", seed, make)
 
     def _unlearned(self, task: StudyTask) -> None:
-        samples, start = rows.support(task.samples(self._base), 16, 0), rows.unlearned(self._start)
+        samples, start = rows.support(task.samples(self._base), 16, 0), unlearned(self._start)
         self._measure(task, "first-16", 0, lambda: rows.generated(self._base, start, samples))
 
     def _kept(self, task: StudyTask) -> Path:

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.adaptation.start import FIRST_RATES, FIRST_SLOPE, Start
+from icmlora.adaptation.start import FIRST_RATES, FIRST_SLOPE, Start, unlearned
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.evaluation import Scored
 from icmlora.metrics import module_norms
 from tests.benchmarks.domain_fleet.tasks import TASKS
 from tests.benchmarks.unseen.fleet import StudyTask
 from tests.benchmarks.unseen.folds import FOLDS, folds_of
-from tests.benchmarks.unseen.rows import random_steps, shuffled_pairs, support, unlearned
+from tests.benchmarks.unseen.rows import random_steps, shuffled_pairs, support
 from tests.benchmarks.unseen.study import Results
 from tests.benchmarks.unseen.summary import summarise, table
 
