@@ -126,19 +126,21 @@ class Fold:
 
     def _generated(self, task: StudyTask, count: int, seed: int) -> None:
         def make() -> Adapter:
-            adapter = rows.generated(self._base, self._start, rows.support(task.samples(self._base), count, seed))
-            if (count, seed) == (16, 0):
-                _write(adapter, self._kept(task))
-            return adapter
+            return rows.generated(self._base, self._start, rows.support(task.samples(self._base), count, seed))
 
-        self._measure(task, f"icm-{count}", seed, make)
+        self._measure(task, f"icm-{count}", seed, (lambda: self._kept(task)) if (count, seed) == (16, 0) else make)
 
     def _unlearned(self, task: StudyTask) -> None:
         samples, start = rows.support(task.samples(self._base), 16, 0), unlearned(self._start)
         self._measure(task, "first-16", 0, lambda: rows.generated(self._base, start, samples))
 
-    def _kept(self, task: StudyTask) -> Path:
-        return self._options.work / "generated" / task.name
+    def _kept(self, task: StudyTask) -> Adapter:
+        """Return what is generated from the first draw of 16 samples; made once, several rows start from it."""
+        folder = self._options.work / "generated" / task.name
+        if not folder.exists():
+            samples = rows.support(task.samples(self._base), 16, 0)
+            _write(rows.generated(self._base, self._start, samples), folder)
+        return load_adapter_folder(folder)
 
     def _random(self, task: StudyTask, seed: int) -> None:
         self._measure(task, "random", seed, lambda: rows.random_steps(self._start, 16, seed))
@@ -153,8 +155,7 @@ class Fold:
             return made[0]
 
         for task, other in rows.shuffled_pairs(self._held_out):
-            kept = self._kept(other)
-            self._measure(task, "shuffled", 0, lambda path=kept: load_adapter_folder(path))
+            self._measure(task, "shuffled", 0, lambda other=other: self._kept(other))
             self._measure(task, "mean-vector", 0, mean_vector)
 
     def _prompted(self, task: StudyTask) -> None:
@@ -168,7 +169,7 @@ class Fold:
         samples = rows.support(task.samples(self._base), 16, 0)
 
         def further() -> Adapter:
-            return rows.refined(self._base, load_adapter_folder(self._kept(task)), samples, 20)
+            return rows.refined(self._base, self._kept(task), samples, 20)
 
         def fresh() -> Adapter:
             ids = [sample.ids for sample in samples]
