@@ -188,7 +188,7 @@ def _learn_starts(session: Session, request: StartRequest) -> None:
 
 def _tell(session: Session, event: Event) -> None:
     from icm_cli.workflows.publishing import CodeMade, Trained
-    from icm_cli.workflows.training import Progressed, Resumed
+    from icm_cli.workflows.training import Continued, Progressed, Resumed
     from icm_cli.workflows.updating import Updated
 
     out = session.out
@@ -198,6 +198,10 @@ def _tell(session: Session, event: Event) -> None:
     elif isinstance(event, Resumed):
         out.event("resumed", **asdict(event))
         out.note(f"going on from step {event.step}")
+    elif isinstance(event, Continued):
+        out.event("continued", **asdict(event))
+        new = f"{counted(event.new_tasks, 'task')} without a code so far" if event.new_tasks else "no new task"
+        out.note(f"training generator {event.version} of {event.base_model} on: {new}; every task is encoded again")
     elif isinstance(event, CodeMade):
         out.event("code", **asdict(event))
         out.detail(f"{event.task}: code of {human_size(event.size)}, relative dW error {event.dw_error:.4f}")

@@ -50,6 +50,15 @@ class Resumed(Event):
     step: int
 
 
+@dataclass(frozen=True)
+class Continued(Event):
+    """Training starts from the present generator, under which `new_tasks` tasks have no code."""
+
+    base_model: str
+    version: int
+    new_tasks: int
+
+
 @dataclass
 class TrainReport:
     """What a training did."""
@@ -107,6 +116,9 @@ def _train_base(
     state, run = begin(store, fleet, request, device, previous)
     if state.step:
         yield Resumed(label, state.step)
+    elif previous is not None:
+        bare = [row for row in store.summaries() if row.task.base_model == label and row.code is None]
+        yield Continued(label, previous.version, len(bare))
     first = state.step
     recent = yield from fit_all(fleet, state, stop, partial(_save, store, run, state))
     if stop.requested:

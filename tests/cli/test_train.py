@@ -140,6 +140,13 @@ def test_after_a_further_ingest_the_present_generator_is_trained_on(icm: Icm, tr
     assert all(row["code_size"] for row in icm("ls", "--json").document)
 
 
+def test_training_again_says_from_where_and_what_is_new(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    again = icm(*TRAIN, "--json").events
+    assert again[0] == {"type": "continued", "base_model": LABEL, "version": 1, "new_tasks": 0}
+    icm("ingest", write_lora(tmp_path / "more" / "extra", seed=9), "--no-vectors")
+    assert f"training generator 2 of {LABEL} on: 1 task without a code so far" in icm(*TRAIN).err
+
+
 def test_training_on_keeps_the_quality_of_the_present_generator(icm: Icm, mixed: Path) -> None:
     icm(*TRAIN, "--quality", 2)
     icm(*TRAIN)
