@@ -96,7 +96,7 @@ def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> 
     modules = dict(base.model.named_modules())
     hint = "name the right base model: icm base add NAME PATH"
     for name, _, inputs, outputs in layout:
-        shape = _linear_shape(modules.get(name))
+        shape = linear_shape(modules.get(name))
         if shape is None:
             fact = "is no linear layer" if name in modules else "does not exist"
             raise BaseModelMismatch(f"module {name!r} of the adapter {fact} in base model {base.label!r}", hint=hint)
@@ -121,7 +121,7 @@ def _load_folder(found: FoundBase, dtype: torch.dtype) -> tuple[PreTrainedModel,
     return model, AutoTokenizer.from_pretrained(found.path, **options)
 
 
-def _linear_shape(module: torch.nn.Module | None) -> tuple[int, int] | None:
+def linear_shape(module: torch.nn.Module | None) -> tuple[int, int] | None:
     """Return (out, in) of a linear layer; quantised layers and GPT-2's Conv1D have the sizes in attributes."""
     for outputs, inputs in (("out_features", "in_features"), ("nf", "nx")):
         if module is not None and hasattr(module, outputs) and hasattr(module, inputs):

@@ -32,7 +32,9 @@ _LEAST_AGREEMENT = 0.2
 """Cosine of A and its initial values; below it they have too little in common to be of use."""
 _SURE = 6.0
 """Standard deviations of chance."""
-_RECENT, _TABLES = 16, 4
+_RECENT = 16
+_TABLES = 16
+"""Of 10 MB. There is one for each rank and width of module: three for a Llama layer with everything targeted."""
 
 
 class SeedSearch:
@@ -50,10 +52,10 @@ class SeedSearch:
             adapter: As its trainer wrote it: in the canonical gauge the rows of A are no longer those of training.
         """
         for seed in chain(tuple(self._recent), self._candidates(adapter)):
-            if found := _followed(adapter, seed):
+            if found := initial_under(adapter, seed):
                 if seed not in self._recent:
                     self._recent.appendleft(seed)
-                return InitialA(seed, found)
+                return found
         return None
 
     def _candidates(self, adapter: Adapter) -> Iterator[int]:
@@ -65,6 +67,12 @@ class SeedSearch:
                 agreements = _agreements(table[start : start + _SEEN].astype(np.float32), head)
                 for number in np.flatnonzero(agreements > _least(len(head))).tolist():
                     yield self._seeds[start + number]
+
+
+def initial_under(adapter: Adapter, seed: int) -> InitialA | None:
+    """Return where an adapter's initial A comes from if it is this seed; the adapter is as its trainer wrote it."""
+    found = _followed(adapter, seed)
+    return InitialA(seed, found) if found else None
 
 
 def _draws(seeds: Sequence[int], offset: int, count: int) -> NDArray[np.int8]:

@@ -126,7 +126,7 @@ class GeneratorConflict(RegistryError):
 
 
 class CodeChanged(RegistryError):
-    """A residual was offered for a code that is not the task's present one any more; nothing was changed."""
+    """What was offered belongs to a code or an adapter that a task does not have any more; nothing was changed."""
 
 
 class LastCopy(RegistryError):

@@ -18,10 +18,11 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry import models, records, rows
 from registry.base import StoreBase
+from registry.code_rows import code_rows, current_row
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.fs import failpoint
 from registry.garbage import drop_unreferenced
-from registry.learned import code_row, generator_row, must_cover_evicted
+from registry.learned import generator_row, must_cover_evicted
 from registry.writer import RowWriter
 
 _Copy = tuple[int, int | None]
@@ -48,22 +49,21 @@ class GeneratorOperations(StoreBase):
     def add_codes(self, generator_id: int, codes: Sequence[records.NewCode]) -> list[records.CodeRecord]:
         """Record codes of tasks that have none under the current generator, in one transaction.
 
-        A task that got one meanwhile keeps it.
+        A task that got one meanwhile keeps it; one that is gone, or has another adapter by now, gets none.
 
         Returns:
             What was recorded.
 
         Raises:
             GeneratorConflict: the generator is not the current one any more.
-            TaskNotFound: a code's task is not in the store.
             MissingBlob: a digest is not in the store.
             In each case nothing is recorded.
         """
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
-            generator = _current(session, generator_id)
+            generator = current_row(session, generator_id)
             known = _copies(session, generator.id)
-            new = [code_row(writer, generator, code) for code in codes if code.task not in known]
+            new = list(code_rows(writer, generator, [code for code in codes if code.adapter.task not in known]))
             session.add_all(new)
             session.flush()
             recorded = [rows.code_record(row) for row in new]
@@ -77,21 +77,21 @@ class GeneratorOperations(StoreBase):
         All codes of the parent are its codes too, with what lies beside them and what was measured of them.
 
         Args:
-            new: with the codes of further tasks; one of a task that the parent has a code of takes its place.
+            new: with the codes of further tasks; one of a task that the parent has a code of takes its place, one of a
+                task that is gone, or has another adapter by now, is left out.
 
         Raises:
             GeneratorConflict: its parent is not the current generator any more.
-            TaskNotFound: a code's task is not in the store.
             MissingBlob: a digest is not in the store.
             LastCopy: an evicted task would have another code, or none.
             In each case nothing is recorded.
         """
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
-            parent = _current(session, new.parent_id)
+            parent = current_row(session, new.parent_id)
             row = generator_row(writer, new)
             session.flush()
-            fresh = [code_row(writer, row, code) for code in new.codes]
+            fresh = list(code_rows(writer, row, new.codes))
             session.add_all(fresh)
             session.flush()
             row.start_id = parent.start_id  # its mean is a code as others are
@@ -124,7 +124,7 @@ class GeneratorOperations(StoreBase):
         """
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
-            row = _current(session, generator_id)
+            row = current_row(session, generator_id)
             old = None if row.start is None else row.start.digest
             row.start = writer.blob(blob)
             session.flush()
@@ -190,15 +190,6 @@ def _find(session: Session, generator_id: int) -> models.Generator:
     row = session.get(models.Generator, generator_id)
     if row is None:
         raise GeneratorNotFound(f"there is no generator of number {generator_id}", hint="`icm generators` lists them")
-    return row
-
-
-def _current(session: Session, generator_id: int | None) -> models.Generator:
-    row = None if generator_id is None else session.get(models.Generator, generator_id)
-    if row is None or not row.is_current:
-        raise GeneratorConflict(
-            "another icm made another generator current meanwhile", hint="run the same command again"
-        )
     return row
 
 

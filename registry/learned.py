@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from registry import models, records, rows
 from registry.base import StoreBase
+from registry.code_rows import code_rows
 from registry.errors import LastCopy
 from registry.fs import failpoint
 from registry.garbage import drop_unreferenced
@@ -54,17 +55,18 @@ class LearnedOperations(StoreBase):
     def add_generator(self, generator: records.NewGenerator) -> records.GeneratorRecord:
         """Record a generator with all its codes in one transaction and make it the current one.
 
+        A code whose task is gone, or has another adapter by now, is left out.
+
         Raises:
-            TaskNotFound: a code's task is not in the store (any more).
             MissingBlob: a digest is not in the store.
             LastCopy: an evicted task would have no code under it.
         """
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
-            must_cover_evicted(session, generator.base_model, [code.task for code in generator.codes])
             row = generator_row(writer, generator)
-            for code in generator.codes:
-                session.add(code_row(writer, row, code))
+            codes = list(code_rows(writer, row, generator.codes))
+            must_cover_evicted(session, generator.base_model, [code.task.name for code in codes])
+            session.add_all(codes)
             garbage = finish_run(writer, generator.train_run_id) if generator.train_run_id else []
             session.flush()
             record = rows.generator_record(row)
@@ -188,26 +190,6 @@ def generator_row(writer: RowWriter, new: records.NewGenerator, *, least_version
     )
     session.add(row)
     return row
-
-
-def code_row(writer: RowWriter, generator: models.Generator, new: records.NewCode) -> models.Code:
-    """Make the row of a code in an open transaction; the generator's is flushed by then."""
-    writer.session.flush()
-    return models.Code(
-        task=rows.find_task(writer.session, new.task),
-        generator_id=generator.id,
-        adapter_id=new.adapter_id,
-        blob=writer.blob(new.blob),
-        bits=new.bits,
-        dw_error=new.dw_error,
-        **asked_columns(new.asked),
-    )
-
-
-def asked_columns(asked: records.Asked | None) -> dict[str, float | None]:
-    """Return column -> value of what a code was asked to keep."""
-    fields = ("min_gain", "max_error", "tolerance", "is_kept")
-    return {field: None if asked is None else getattr(asked, field) for field in fields}
 
 
 def record_evaluation(session: Session, new: records.NewEvaluation, now: str) -> None:

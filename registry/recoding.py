@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sqlalchemy import delete, select
-from sqlalchemy.orm import Session
 
 from registry import models, records, rows
 from registry.base import StoreBase
+from registry.code_rows import asked_columns, current_row, encoded_row
 from registry.errors import CodeChanged, LastCopy
 from registry.fs import failpoint
 from registry.garbage import drop_unreferenced
-from registry.learned import asked_columns, record_evaluation
+from registry.learned import record_evaluation
 from registry.writer import RowWriter
 
 
@@ -29,20 +29,23 @@ class RecodingOperations(StoreBase):
 
         Raises:
             TaskNotFound: there is no such task.
+            GeneratorConflict: the generator is not the current one any more.
+            CodeChanged: the task has another adapter by now.
             MissingBlob: the new code's digest is not in the store.
             LastCopy: the task's original is gone, so the present code is the only copy.
         """
         code = models.Code
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
-            task = rows.find_task(session, new.task)
-            _must_have_original(session, task, new.adapter_id)
-            row = session.scalar(select(code).where(code.task_id == task.id, code.generator_id == generator_id))
+            generator, adapter = current_row(session, generator_id), encoded_row(session, new.adapter)
+            _must_have_original(adapter)
+            of_task = code.task_id == adapter.task_id, code.generator_id == generator.id
+            row = session.scalar(select(code).where(*of_task))
             old = [] if row is None else _digests(row)
             if row is None:
-                row = code(task=task, generator_id=generator_id)
+                row = code(task=adapter.task, generator_id=generator.id)
                 session.add(row)
-            row.adapter_id, row.blob = new.adapter_id, writer.blob(new.blob)
+            row.adapter_id, row.blob = adapter.id, writer.blob(new.blob)
             row.bits, row.dw_error = new.bits, new.dw_error
             row.residual, row.residual_error = None, None
             _note(writer, row, ("code", "residual"), new.asked, evaluations)
@@ -78,7 +81,7 @@ class RecodingOperations(StoreBase):
             if row is None or row.blob.digest != present.blob:
                 fact = f"task {present.task!r} got another code meanwhile"
                 raise CodeChanged(fact, hint="run the same command again")
-            _must_have_original(session, row.task, row.adapter_id)
+            _must_have_original(session.get_one(models.Adapter, row.adapter_id))
             old = [] if row.residual is None else [row.residual.digest]
             row.residual = None if new is None else writer.blob(new.blob)
             row.residual_error = None if new is None else new.dw_error
@@ -90,9 +93,9 @@ class RecodingOperations(StoreBase):
         return record
 
 
-def _must_have_original(session: Session, task: models.Task, adapter_id: int) -> None:
-    if session.get_one(models.Adapter, adapter_id).evicted_at is not None:
-        fact = f"the original of task {task.name!r} is gone; its code stays"
+def _must_have_original(adapter: models.Adapter) -> None:
+    if adapter.evicted_at is not None:
+        fact = f"the original of task {adapter.task.name!r} is gone; its code stays"
         raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")
 
 

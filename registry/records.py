@@ -257,33 +257,40 @@ class NewCode:
     """A code to be recorded.
 
     Attributes:
-        adapter_id: the adapter it encodes.
+        adapter: the adapter it encodes, as it was then.
         blob: digest of the code's file.
         bits: its length in bits, as the training loss counts it.
         dw_error: relative squared error of the decoded dW, if it was measured.
         asked: what it was made to keep, if that is known.
     """
 
-    task: str
-    adapter_id: int
+    adapter: AdapterRecord
     blob: str
     bits: float
     dw_error: float | None
     asked: Asked | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class CodeRecord(NewCode):
+@dataclass(frozen=True)
+class CodeRecord:
     """A code in the store.
 
     Attributes:
-        size: its file's length in bytes.
+        adapter_id: the adapter it encodes.
+        blob: digest of its file, of `size` bytes.
+        bits: as for :class:`NewCode`; so are `dw_error` and `asked`.
         residual: what lies beside it, if anything.
     """
 
     id: int
+    task: str
+    adapter_id: int
     generator_id: int
+    blob: str
     size: int
+    bits: float
+    dw_error: float | None
+    asked: Asked | None
     residual: ResidualRecord | None
 
     @property

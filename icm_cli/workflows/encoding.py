@@ -26,7 +26,7 @@ from icmlora.device import gradient_dtype, resolve_device
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.refinement import RefineConfig
 from icmlora.seed_search import SeedSearch
-from registry.records import CodeRecord, GeneratorRecord, NewCode, NewResidual, TaskRecord
+from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, NewCode, NewResidual, TaskRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -93,7 +93,7 @@ class _Work:
             original = read_original(self._store, final)
             if self._request.residual:
                 return (yield from self._beside(task, generator, original, present, stop))
-            return (yield from self._anew(task, generator, final.id, original, present, stop))
+            return (yield from self._anew(task, generator, final, original, present, stop))
         except IcmLoraError as error:
             return _as_it_is(task, "unmeasured", present, str(error))
 
@@ -101,7 +101,7 @@ class _Work:
         self,
         task: TaskRecord,
         generator: GeneratorRecord,
-        adapter_id: int,
+        encoded: AdapterRecord,
         original: Adapter,
         present: CodeRecord | None,
         stop: StopFlag,
@@ -114,7 +114,7 @@ class _Work:
         best, keeps = found
         data, asked = best.encoded.data, self._request.asked(is_kept=keeps)
         error = best.encoded.dw_error
-        code = NewCode(task.name, adapter_id, self._store.put_blob(data), 8.0 * len(data), error, asked)
+        code = NewCode(encoded, self._store.put_blob(data), 8.0 * len(data), error, asked)
         self._store.replace_code(generator.id, code, search.evaluations(best))
         status: EncodeStatus = "encoded" if keeps else "below"
         return TaskEncoded(task.name, status, len(data), None, _size_of(present), error, best.gain)

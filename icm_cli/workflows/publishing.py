@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -89,20 +89,13 @@ def publish(
         encoded = codec.encode(fleet.load(task, None), fleet.mean_vectors(task), initial)
         code = store.put_blob(encoded.data)
         size, asked = len(encoded.data), Asked(tolerance=codec.config.tolerance)
-        codes.append(NewCode(name, fleet.final(task).id, code, 8.0 * size, encoded.dw_error, asked))
+        codes.append(NewCode(fleet.final(task), code, 8.0 * size, encoded.dw_error, asked))
         yield CodeMade(name, len(encoded.data), encoded.dw_error)
         yield Step(task + 1, fleet.tasks(), f"encoding {name}")
     metrics = metrics | {"encode_seconds": round(time.monotonic() - started, 3), "initial_a_known": known}
     config = json.loads(state.net.config.to_json()) | {"train": asdict(state.config)}
-    parent, present = None if previous is None else previous.id, _present(store, codes)
-    before = store.current_generator(run.base_model)
-    record = store.add_generator(NewGenerator(run.base_model, blob, config, metrics, parent, present, run.id))
-    size = round(sum(code.bits for code in present) / 8)
+    parent, before = None if previous is None else previous.id, store.current_generator(run.base_model)
+    record = store.add_generator(NewGenerator(run.base_model, blob, config, metrics, parent, codes, run.id))
+    sizes = [code.size for code in store.codes(record.id)]
     dropped = before is not None and before.start is not None
-    return Trained(run.base_model, record.version, blob, len(data), len(present), size, metrics, dropped)
-
-
-def _present(store: Store, codes: Sequence[NewCode]) -> list[NewCode]:
-    """Return the codes of the tasks that still have the adapter that was encoded: another ingest may replace one."""
-    finals = {row.task.name: row.final.id for row in store.summaries()}
-    return [code for code in codes if finals.get(code.task) == code.adapter_id]
+    return Trained(run.base_model, record.version, blob, len(data), len(sizes), sum(sizes), metrics, dropped)

@@ -15,7 +15,7 @@ from icm_cli.workflows.known_vectors import latest_vectors
 from icmlora.adapter import Adapter
 from icmlora.initial_a import InitialA
 from icmlora.peft_folder import load_adapter
-from icmlora.seed_search import SeedSearch
+from icmlora.seed_search import SeedSearch, initial_under
 from icmlora.vector_file import vectors_from_bytes
 from registry.records import AdapterRecord, VectorRecord
 
@@ -53,8 +53,9 @@ class StoreFleet:
         self._vectors = [_by_support_set(store.vectors(name)) for name in self.names]
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._cached = 0
-        seeds = SeedSearch()
-        self._initial = lru_cache(_INITIALS)(lambda task: seeds.find(self.load(task, None)))
+        self._search = SeedSearch()
+        self._seeds: dict[int, int | None] = {}
+        self._initial = lru_cache(_INITIALS)(self._find_initial)
 
     def tasks(self) -> int:
         """Return the number of tasks."""
@@ -96,8 +97,19 @@ class StoreFleet:
         return adapter
 
     def initial(self, task: int) -> InitialA | None:
-        """Return where the A that a task's training began with was drawn; checkpoints share it. The latest are kept."""
+        """Return where the A that a task's training began with was drawn; checkpoints share it.
+
+        The latest are kept. Of the others the seed is, so that it is searched once.
+        """
         return self._initial(task)
+
+    def _find_initial(self, task: int) -> InitialA | None:
+        if task in self._seeds:
+            seed = self._seeds[task]
+            return None if seed is None else initial_under(self.load(task, None), seed)
+        found = self._search.find(self.load(task, None))
+        self._seeds[task] = None if found is None else found.seed
+        return found
 
     def support_sets(self, task: int) -> int:
         """Return the number of support sets with vectors, 0 without any."""

@@ -141,13 +141,14 @@ def _update_base(
     }
     if stop.requested:
         raise Stopped
-    codes = _present_codes(store, fleet, best, tolerance)
+    codes = _stored(store, fleet, best, tolerance)
     if best.data == data:
-        store.add_codes(generator.id, codes)
+        recorded = store.add_codes(generator.id, codes)
     else:
         config, blob = json.loads(Lineage(best.data).configs[-1].to_json()), store.put_blob(best.data)
         new = NewGenerator(label, blob, config, metrics, parent_id=generator.id, codes=codes)
         generator = store.extend_generator(new)
+        recorded = [code for code in store.codes(generator.id) if code.task in best.codes]
     return Updated(
         base_model=label,
         version=generator.version,
@@ -155,8 +156,8 @@ def _update_base(
         generator_size=len(best.data),
         epochs=len(Lineage(best.data).digests),
         added=chosen.added,
-        tasks=[code.task for code in codes],
-        codes_size=round(sum(code.bits for code in codes) / 8),
+        tasks=[code.task for code in recorded],
+        codes_size=sum(code.size for code in recorded),
         kept_size=chosen.kept_size,
         tuned_size=chosen.tuned_size,
         metrics=metrics,
@@ -186,14 +187,12 @@ def _choose(growth: Growth, data: bytes, fleet: StoreFleet) -> Generator[Event, 
     return _Chosen(best, added, kept_size, tuned_size)
 
 
-def _present_codes(store: Store, fleet: StoreFleet, best: Candidate, tolerance: float) -> list[NewCode]:
-    """Store the codes of the tasks that still have the adapter that was encoded: another ingest may replace one."""
-    finals = {row.task.name: row.final.id for row in store.summaries()}
-    adapters = {name: fleet.final(task).id for task, name in enumerate(fleet.names)}
-    codes = {name: code for name, code in best.codes.items() if finals.get(name) == adapters[name]}
-    blobs = store.put_blobs([code.data for code in codes.values()])
+def _stored(store: Store, fleet: StoreFleet, best: Candidate, tolerance: float) -> list[NewCode]:
+    """Store the files of codes and return what is to be recorded."""
+    adapters = {name: fleet.final(task) for task, name in enumerate(fleet.names)}
+    blobs = store.put_blobs([code.data for code in best.codes.values()])
     asked = Asked(tolerance=tolerance)
     return [
-        NewCode(name, adapters[name], blob, 8.0 * len(code.data), code.dw_error, asked)
-        for (name, code), blob in zip(codes.items(), blobs, strict=True)
+        NewCode(adapters[name], blob, 8.0 * len(code.data), code.dw_error, asked)
+        for (name, code), blob in zip(best.codes.items(), blobs, strict=True)
     ]

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from icmlora.adaptation.recomputing import recomputing
-from icmlora.base_model import BaseModel
+from icmlora.base_model import BaseModel, linear_shape
 from icmlora.evaluation import Scored
 from icmlora.generator.relaxed import Factors
 from icmlora.padding import padded
@@ -65,9 +65,12 @@ def gather_evidence(
         modules: Dotted names of linear modules.
         samples: Token ids; of labelled ones only the completion is scored.
         batch_size: Samples a pass; more than 1 pays on accelerators only.
+
+    Raises:
+        ValueError: A module is no linear layer.
     """
     # Made beforehand: backward reaches the modules last to first, and some, such as experts, not at all.
-    sums = {name: _nothing(base.model.get_submodule(name)) for name in modules}
+    sums = {name: _nothing(base, name) for name in modules}
     nats, tokens = 0.0, sum(item.count for item in samples)
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
@@ -120,7 +123,11 @@ def _row_loss(logits: torch.Tensor, ids: torch.Tensor, item: Scored) -> torch.Te
 @contextmanager
 def _summing(model: nn.Module, real: torch.Tensor, sums: Mapping[str, list[torch.Tensor]]) -> Iterator[None]:
     """Add the products of inputs and gradients to `sums` for the block; `real` says which tokens are no padding."""
-    handles = [model.get_submodule(name).register_forward_hook(_adder(real, parts)) for name, parts in sums.items()]
+
+    def watched(parts: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], Any]:
+        return lambda _, inputs, outputs: _Watched.apply(outputs, inputs[0], real, parts)  # type: ignore[no-untyped-call]
+
+    handles = [model.get_submodule(name).register_forward_hook(watched(parts)) for name, parts in sums.items()]
     try:
         yield
     finally:
@@ -128,24 +135,35 @@ def _summing(model: nn.Module, real: torch.Tensor, sums: Mapping[str, list[torch
             handle.remove()
 
 
-def _nothing(module: nn.Module) -> list[torch.Tensor]:
-    weight = cast(torch.Tensor, module.weight)
-    outputs, inputs = weight.shape
-    return [torch.zeros(shape, device=weight.device) for shape in ((outputs, inputs), (inputs,), (outputs,))]
+def _nothing(base: BaseModel, name: str) -> list[torch.Tensor]:
+    module = base.model.get_submodule(name)
+    found = linear_shape(module)
+    if found is None:
+        raise ValueError(f"{name} is no linear layer")
+    outputs, inputs = found
+    device = next(module.parameters()).device
+    return [torch.zeros(shape, device=device) for shape in ((outputs, inputs), (inputs,), (outputs,))]
 
 
-def _adder(
-    real: torch.Tensor, sums: list[torch.Tensor]
-) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
-        x = inputs[0].detach()[real]  # (tokens, in)
+class _Watched(torch.autograd.Function):
+    """Passes the outputs of a module on; backward adds what its inputs and their gradient say to `sums`.
 
-        def add(gradient: torch.Tensor) -> None:
-            g = gradient[real]  # (tokens, out)
-            parts = (g.T @ x, x.float().square().sum(0), g.float().square().sum(0))
-            for total, part in zip(sums, parts, strict=True):
-                total += part
+    Inputs are saved as autograd saves them and not in a closure: so `recomputing` can drop them and make them again.
+    """
 
-        outputs.register_hook(add)  # type: ignore[no-untyped-call]
+    @staticmethod
+    def forward(
+        ctx: Any, outputs: torch.Tensor, inputs: torch.Tensor, real: torch.Tensor, sums: list[torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs, real)
+        ctx.sums = sums
+        return outputs.view_as(outputs)
 
-    return hook
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        inputs, real = ctx.saved_tensors
+        x, g = inputs[real], gradient[real]  # (tokens, in), (tokens, out)
+        parts = (g.T @ x, x.float().square().sum(0), g.float().square().sum(0))
+        for total, part in zip(ctx.sums, parts, strict=True):
+            total += part
+        return gradient, None, None, None

@@ -32,7 +32,7 @@ def unit_steps(evidence: Evidence, rank: int = RANK) -> tuple[LoraModule, ...]:
     The same evidence gives the same directions: the random sketch of the singular vectors is seeded.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
+        torch.default_generator.manual_seed(_SEED)  # the other manual_seed would change those of all devices
         return tuple(_unit_step(name, module, rank) for name, module in evidence.modules.items())
 
 

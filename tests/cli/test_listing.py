@@ -21,7 +21,7 @@ def trained(stored: Path, tmp_path: Path) -> Path:
     with Store.open(tmp_path / "store") as store:
         blob, code = store.put_blobs([b"generator", b"code"])
         adapter = store.final_adapter("rust")
-        codes = [NewCode(task="rust", adapter_id=adapter.id, blob=code, bits=32.0, dw_error=0.02)]
+        codes = [NewCode(adapter, blob=code, bits=32.0, dw_error=0.02)]
         generator = store.add_generator(NewGenerator(BASE, blob, {}, {}, codes=codes))
         measured = [("base", None, 3.0, None), ("code", generator.id, 2.5, 0.97)]
         store.add_evaluations(

@@ -86,7 +86,7 @@ def vector(store: Store, task: str, support_set: int = 0, *, data: bytes = b"vec
 def code(store: Store, task: str, *, data: bytes | None = None) -> NewCode:
     """Store a code's bytes and return what is to be recorded."""
     blob = store.put_blob(data or f"code of {task}".encode())
-    return NewCode(task, store.final_adapter(task).id, blob, bits=80.5, dw_error=0.01)
+    return NewCode(store.final_adapter(task), blob, bits=80.5, dw_error=0.01)
 
 
 def code_of(store: Store, task: str) -> CodeRecord:

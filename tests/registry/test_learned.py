@@ -99,11 +99,18 @@ class TestGenerators:
         assert store.current_generator(BASE) == made
         assert store.generators() == [made]
 
-    def test_a_code_of_a_task_that_was_removed_meanwhile_is_refused(self, store: Store) -> None:
-        new = generator(store, ["rust"])
+    def test_a_code_of_a_task_that_was_removed_meanwhile_is_left_out(self, store: Store) -> None:
+        ingest(store, "html")
+        new = generator(store, ["rust", "html"])
         store.remove_task("rust")
-        with pytest.raises(TaskNotFound):
-            store.add_generator(new)
+        assert [code.task for code in store.codes(store.add_generator(new).id)] == ["html"]
+
+    def test_a_code_of_an_adapter_that_was_replaced_meanwhile_is_left_out(self, store: Store) -> None:
+        ingest(store, "html")
+        new = generator(store, ["html"])
+        ingest(store, "html", weights=b"other weights", on_conflict="replace")
+        assert store.final_adapter("html").id == new.codes[0].adapter.id  # numbers of rows are given again
+        assert store.codes(store.add_generator(new).id) == []
 
 
 class TestEvaluations:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from registry.errors import LastCopy, MissingBlob, TaskNotFound
+from registry.errors import CodeChanged, GeneratorConflict, LastCopy, MissingBlob, TaskNotFound
 from registry.records import CodeRecord, GeneratorRecord, NewCode
 from registry.store import Store
 from tests.registry.examples import eviction, generator, ingest
@@ -20,7 +22,7 @@ def coded(store: Store) -> tuple[GeneratorRecord, CodeRecord]:
 
 
 def new_code(store: Store, data: bytes, error: float = 0.1) -> NewCode:
-    return NewCode("rust", store.final_adapter("rust").id, store.put_blob(data), 8.0 * len(data), error)
+    return NewCode(store.final_adapter("rust"), store.put_blob(data), 8.0 * len(data), error)
 
 
 def test_the_new_code_takes_the_place_of_the_present_one(store: Store) -> None:
@@ -47,7 +49,7 @@ def test_the_same_code_again_keeps_its_file(store: Store) -> None:
 def test_a_task_without_a_code_gets_one(store: Store) -> None:
     made, _ = coded(store)
     ingest(store, "html")
-    new = NewCode("html", store.final_adapter("html").id, store.put_blob(b"other"), 40.0, None)
+    new = NewCode(store.final_adapter("html"), store.put_blob(b"other"), 40.0, None)
     store.replace_code(made.id, new)
     assert {code.task for code in store.codes(made.id)} == {"html", "rust"}
 
@@ -63,11 +65,39 @@ def test_the_only_copy_of_a_task_is_not_replaced(store: Store) -> None:
 def test_a_code_whose_bytes_are_not_stored_is_refused(store: Store) -> None:
     made, code = coded(store)
     with pytest.raises(MissingBlob):
-        store.replace_code(made.id, NewCode("rust", code.adapter_id, "0" * 64, 1.0, None))
+        store.replace_code(made.id, NewCode(store.final_adapter("rust"), "0" * 64, 1.0, None))
     assert store.code("rust", made.id) == code
 
 
 def test_an_unknown_task_is_refused(store: Store) -> None:
     made, code = coded(store)
+    nobody = replace(store.final_adapter("rust"), task="nobody")
     with pytest.raises(TaskNotFound):
-        store.replace_code(made.id, NewCode("nobody", code.adapter_id, code.blob, 1.0, None))
+        store.replace_code(made.id, NewCode(nobody, code.blob, 1.0, None))
+
+
+def test_a_code_of_an_adapter_that_was_replaced_meanwhile_is_refused(store: Store) -> None:
+    made, _ = coded(store)
+    late = new_code(store, b"code of the earlier adapter")
+    ingest(store, "rust", weights=b"other weights", on_conflict="replace")
+    assert store.final_adapter("rust").id == late.adapter.id  # numbers of rows are given again
+    with pytest.raises(CodeChanged, match="another adapter"):
+        store.replace_code(made.id, late)
+    assert store.codes(made.id) == []
+
+
+def test_the_adapter_of_another_task_is_refused(store: Store) -> None:
+    made, code = coded(store)
+    ingest(store, "html", weights=b"other weights")
+    wrong = replace(new_code(store, b"second"), adapter=replace(store.final_adapter("html"), task="rust"))
+    with pytest.raises(CodeChanged):
+        store.replace_code(made.id, wrong)
+    assert store.codes(made.id) == [code]
+
+
+def test_a_generator_that_is_not_current_any_more_is_refused(store: Store) -> None:
+    made, code = coded(store)
+    store.add_generator(generator(store, ["rust"], data=b"newer"))
+    with pytest.raises(GeneratorConflict):
+        store.replace_code(made.id, new_code(store, b"second"))
+    assert store.codes(made.id) == [code]

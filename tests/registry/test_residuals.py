@@ -58,7 +58,7 @@ def test_a_residual_goes_where_the_code_alone_is_enough(store: Store, coded: Cod
 
 
 def test_the_residual_of_a_replaced_code_goes_with_it(store: Store, coded: CodeRecord) -> None:
-    new = NewCode("rust", coded.adapter_id, store.put_blob(b"second"), 48.0, 0.1, Asked(tolerance=0.1))
+    new = NewCode(store.final_adapter("rust"), store.put_blob(b"second"), 48.0, 0.1, Asked(tolerance=0.1))
     record = store.replace_code(coded.generator_id, new)
     assert (record.residual, record.asked) == (None, Asked(tolerance=0.1))
     assert (DATA in files(store), residual_rows(store)) == (False, 0)
@@ -66,7 +66,7 @@ def test_the_residual_of_a_replaced_code_goes_with_it(store: Store, coded: CodeR
 
 
 def test_a_residual_for_a_code_that_was_replaced_meanwhile_is_refused(store: Store, coded: CodeRecord) -> None:
-    new = NewCode("rust", coded.adapter_id, store.put_blob(b"second"), 48.0, 0.1)
+    new = NewCode(store.final_adapter("rust"), store.put_blob(b"second"), 48.0, 0.1)
     store.replace_code(coded.generator_id, new)
     with pytest.raises(CodeChanged, match="'rust'"):
         store.replace_residual(coded, NewResidual(store.put_blob(DATA), 0.002), ASKED)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from icmlora.adaptation.adapt import factors_of
 from icmlora.adaptation.evidence import Evidence, ModuleEvidence, gather_evidence
@@ -103,6 +105,22 @@ def test_modules_come_in_the_order_in_which_they_are_named(base: BaseModel) -> N
 def test_only_the_modules_that_are_named_are_looked_at(base: BaseModel) -> None:
     found = gather_evidence(base, {}, NAMES[:1], scored(base, TEXTS[:1]))
     assert list(found.modules) == NAMES[:1]
+
+
+def test_layers_that_hold_their_weight_the_other_way_round_are_read_as_they_are(base: BaseModel) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2)).eval()
+    gpt2, name = replace(base, model=model), "transformer.h.0.attn.c_attn"
+    samples = scored(base, TEXTS[:1])
+    wanted = copy.deepcopy(model).requires_grad_()
+    wanted(torch.tensor([samples[0].ids]), labels=torch.tensor([samples[0].ids])).loss.backward()
+    found = gather_evidence(gpt2, {}, [name], samples).modules[name].gradient
+    torch.testing.assert_close(found, wanted.get_submodule(name).weight.grad.T, rtol=1e-3, atol=1e-6)
+
+
+def test_a_module_that_is_no_linear_layer_is_refused(base: BaseModel) -> None:
+    with pytest.raises(ValueError, match="no linear layer"):
+        gather_evidence(base, {}, ["model.norm"], scored(base, TEXTS[:1]))
 
 
 def test_the_base_model_is_left_as_it_was(base: BaseModel) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from icmlora.adaptation import evidence as evidence_module
 from icmlora.adaptation import recomputing as module
 from icmlora.adaptation.adapt import factors_of
 from icmlora.adaptation.evidence import Evidence, gather_evidence, mean_loss
@@ -77,6 +80,28 @@ def test_layers_run_forward_twice_where_memory_is_scarce_and_once_where_it_is_no
     once = layer_passes(base, lambda: evidence(base))
     scarce()
     assert layer_passes(base, lambda: evidence(base)) == 2 * once
+
+
+def test_what_comes_into_a_module_is_not_kept_until_backward(
+    base: BaseModel, scarce: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs: list[StorageWeakRef] = []
+    gone: list[bool] = []
+
+    def before_backward(*arguments: Any) -> Any:
+        gone.append(all(reference.expired() for reference in inputs))
+        return row_loss(*arguments)
+
+    row_loss = evidence_module._row_loss
+    monkeypatch.setattr(evidence_module, "_row_loss", before_backward)
+    handle = base.model.get_submodule(NAMES[1]).register_forward_pre_hook(
+        lambda _, arguments: inputs.append(StorageWeakRef(arguments[0].untyped_storage()))
+    )
+    gather_evidence(base, {}, NAMES, scored(base, TEXTS[:1]))
+    scarce()
+    gather_evidence(base, {}, NAMES, scored(base, TEXTS[:1]))
+    handle.remove()
+    assert gone == [False, True]
 
 
 def test_backward_outside_of_the_block_is_an_error_and_not_a_wrong_gradient(
