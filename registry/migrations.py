@@ -45,12 +45,18 @@ def m006_generated(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN is_generated BOOLEAN DEFAULT 0 NOT NULL")
 
 
+def m007_refined(connection: Connection) -> None:
+    """Let a code say for how many steps it was to be refined."""
+    connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN refined INTEGER")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     m002_evicted_and_pinned,
     m003_compact_rows,
     m004_residuals,
     m005_starts,
     m006_generated,
+    m007_refined,
 )
 """From the first schema on; a new database begins with the third."""
 

@@ -201,6 +201,7 @@ class Code(Base):
     max_error: Mapped[float | None]
     tolerance: Mapped[float | None]
     is_kept: Mapped[bool | None]
+    refined: Mapped[int | None]
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])

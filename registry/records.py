@@ -224,12 +224,14 @@ class Asked:
         max_error: largest relative squared error of dW.
         tolerance: the same of dW weighted by sensitivity.
         is_kept: whether it does.
+        refined: steps of refinement that were asked for.
     """
 
     min_gain: float | None = None
     max_error: float | None = None
     tolerance: float | None = None
     is_kept: bool = True
+    refined: int = 0
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def _residual(row: models.Code) -> records.ResidualRecord | None:
 def _asked(row: models.Code) -> records.Asked | None:
     if row.is_kept is None:
         return None
-    return records.Asked(row.min_gain, row.max_error, row.tolerance, row.is_kept)
+    return records.Asked(row.min_gain, row.max_error, row.tolerance, row.is_kept, row.refined or 0)
 
 
 def _source(row: models.Adapter) -> str:

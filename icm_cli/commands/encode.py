@@ -57,7 +57,9 @@ _COLUMNS = (
     Column("dW error", right=True),
     Column("retained gain", right=True),
 )
+AgainOpt = Annotated[bool, typer.Option("--again", help="Also tasks whose present code was made for the very same.")]
 _STATUS = {
+    "known": "as it was",
     "enough": "code is enough",
     "below": "keeps its original",
     "evicted": "original gone",
@@ -76,11 +78,15 @@ def encode(
     residual: ResidualOpt = False,
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
+    again: AgainOpt = False,
 ) -> None:
     """Give tasks the smallest codes that keep a fidelity, under the present generator; nothing is trained.
 
     A task that no code keeps well enough gets its most faithful one and should keep its original: `icm evict` with the
     same limit leaves it. Exit 3 says that there are such tasks, and `icm stats` too.
+
+    A task whose code was made for the same limits before is left as it is, so a run that was stopped goes on with the
+    same command. --again makes them all.
 
     With --residual the codes stay, for use where bytes count, and code and residual together keep the limit.
 
@@ -107,12 +113,13 @@ def encode(
         refine=refine,
         base_model=base_model,
         residual=residual,
+        again=again,
     )
     run(session, request)
 
 
-def run(session: Session, request: EncodeRequest) -> None:
-    """Encode, show what became of each task, and exit 3 if a task fell short."""
+def run(session: Session, request: EncodeRequest, *, go_on: str = "run the same command to go on") -> None:
+    """Encode, show what became of each task, and exit 3 if a task fell short; `go_on` is what to do if stopped."""
     # torch is imported from here on; a wrong command line is answered at once.
     from icm_cli.workflows.encoding import encode as work
 
@@ -121,7 +128,7 @@ def run(session: Session, request: EncodeRequest) -> None:
     _sum_up(session, report)
     if report.stopped:
         done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} encoded", hint="run the same command to go on")
+        raise Interrupted(f"interrupted; {done} encoded", hint=go_on)
     if report.short:
         raise typer.Exit(ExitCode.PARTLY)
 

@@ -64,8 +64,8 @@ def train(
 ) -> None:
     """Fit one generator per base model over all its tasks, encode every task, and measure what the codes kept.
 
-    A run that was stopped goes on with the same command. After further ingests the present generator is trained on, and
-    every task is encoded again, for which all originals are needed.
+    A fit that was stopped goes on with the same command. After further ingests the present generator is trained on,
+    and every task is encoded again, for which all originals are needed.
 
     With --update the present generator is continued instead: that takes as long as the new tasks take, and every code
     that was there decodes to the same adapter as before.
@@ -158,7 +158,7 @@ def _encode_and_measure(session: Session, made: _Made, limits: EncodeRequest, *,
     if made.nothing:
         return
     if limits.max_error is not None or limits.min_gain is not None:
-        encode.run(session, limits)
+        encode.run(session, limits, go_on="the generator is kept; `icm encode` with the same limits does what is left")
     if evaluate:
         _evaluate(session, limits.device, made)
 
@@ -183,7 +183,8 @@ def _learn_starts(session: Session, request: StartRequest) -> None:
             f"after {learned.episodes} episodes in {human_duration(learned.seconds)}: known tasks get {kept}"
         )
     if report.stopped:
-        raise Interrupted("interrupted; no start was kept", hint="run the same command again")
+        hint = "`icm train --objective functional` begins the episodes again, and leaves generator and codes"
+        raise Interrupted("interrupted; no start was kept", hint=hint)
 
 
 def _tell(session: Session, event: Event) -> None:

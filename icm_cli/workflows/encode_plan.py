@@ -9,7 +9,7 @@ from typing import Literal
 from icm_cli.workflows.events import Event
 from registry.records import Asked
 
-EncodeStatus = Literal["encoded", "enough", "below", "evicted", "unmeasured"]
+EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeasured"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class EncodeRequest:
         refine: Steps of functional refinement, 0 for none; it needs the base model and samples.
         base_model: Only tasks of this one.
         device: Where gains are measured and codes refined.
+        again: Also tasks whose present code was made for the very same.
     """
 
     names: Sequence[str]
@@ -35,10 +36,11 @@ class EncodeRequest:
     refine: int = 0
     base_model: str | None = None
     residual: bool = False
+    again: bool = False
 
     def asked(self, *, is_kept: bool) -> Asked:
         """Return what is recorded of the limits."""
-        return Asked(self.min_gain, self.max_error, self.tolerance, is_kept)
+        return Asked(self.min_gain, self.max_error, self.tolerance, is_kept, self.refine)
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ class TaskEncoded(Event):
 
     Attributes:
         task: Its name.
-        status: `encoded`: its code, or the residual beside it, is the smallest found that keeps the limits; `enough`:
-            its code needs no residual for that; `below`: nothing does, so it should keep its original (it has its best
-            code, and no residual); `evicted`: only what is left of it stays; `unmeasured`: see `reason`.
+        status: `encoded`: its code, or the residual beside it, is the smallest found that keeps the limits; `known`: it
+            was that already; `enough`: its code needs no residual for that; `below`: nothing does, so it should keep
+            its original (it has its best code, and no residual); `evicted`: only what is left of it stays;
+            `unmeasured`: see `reason`.
         size: Bytes of its code.
         residual_size: Bytes of the residual beside it, if it has one.
         before: Bytes of the code and residual that it had, if any.

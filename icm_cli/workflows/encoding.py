@@ -7,6 +7,7 @@ task ──search (code_search)──▶ code ──one transaction──▶ in 
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from icm_cli.workflows.beside import codec_at
@@ -89,6 +90,8 @@ class _Work:
         present, final = self._store.code(task.name, generator.id), self._store.final_adapter(task.name)
         if final.is_evicted:
             return _as_it_is(task, "evicted", present)
+        if not self._request.again and (known := self._known(task, present)) is not None:
+            return known
         try:
             original = read_original(self._store, final)
             if self._request.residual:
@@ -96,6 +99,23 @@ class _Work:
             return (yield from self._anew(task, generator, final, original, present, stop))
         except IcmLoraError as error:
             return _as_it_is(task, "unmeasured", present, str(error))
+
+    def _known(self, task: TaskRecord, present: CodeRecord | None) -> TaskEncoded | None:
+        """Return what there is to say of a code that was made for the very same; None where it has to be made.
+
+        A run that was stopped goes on by this.
+        """
+        beside = present is not None and present.residual is not None
+        if present is None or present.asked is None or beside != self._request.residual:
+            return None  # a code that needs no residual is looked at anew: that takes no search
+        if present.asked != self._request.asked(is_kept=present.asked.is_kept):
+            return None
+        of_code = (row for row in self._store.evaluations(task.name) if row.generator_id == present.generator_id)
+        gains = [row.retained_gain for row in of_code if (row.rung, row.data) == (present.rung, task.eval_data)]
+        if self._request.min_gain is not None and not gains:
+            return None  # its held-out text is another one now
+        as_it_is = _as_it_is(task, "known" if present.asked.is_kept else "below", present)
+        return replace(as_it_is, retained_gain=gains[0] if gains else None)
 
     def _anew(
         self,

@@ -37,6 +37,8 @@ SAMPLE_TOKENS = 128
 """Tokens read of a sample, here and when an adapter is generated."""
 _FEWEST = 2
 """Samples that a task needs for an episode: one to adapt to and one to judge by."""
+_TRIED, _MOST = 8, 1024
+"""Samples read of a task, to see whether it has so many that can be used, and in an episode."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class _Episodes:
 
     def __init__(self, fleet: WholeFleet, base: BaseModel) -> None:
         self._fleet, self._tokenizer = fleet, base.tokenizer
-        self._places = [task for task in range(len(fleet.names)) if len(self._samples(task)) >= _FEWEST]
+        self._places = [task for task in range(len(fleet.names)) if len(self._samples(task, _TRIED)) >= _FEWEST]
 
     def tasks(self) -> int:
         """Return the number of tasks."""
@@ -112,10 +114,10 @@ class _Episodes:
 
     def samples(self, task: int) -> Sequence[Scored]:
         """Read a task's samples."""
-        return self._samples(self._places[task])
+        return self._samples(self._places[task], _MOST)
 
-    def _samples(self, place: int) -> Sequence[Scored]:
-        return self._fleet.samples(place, self._tokenizer, SAMPLE_TOKENS)
+    def _samples(self, place: int, most: int) -> Sequence[Scored]:
+        return self._fleet.samples(place, self._tokenizer, SAMPLE_TOKENS, most)
 
 
 def check_learnable(place: Place, base_model: str | None) -> None:
@@ -151,6 +153,7 @@ def learn_starts(place: Place, request: StartRequest, stop: StopFlag) -> Generat
         DataError: There is no task or no generator, or fewer than two tasks have samples.
         BaseModelNotFound: A base model is not on this machine.
         GeneratorConflict: Another process made another generator current meanwhile.
+        GeneratorError: An episode diverged; the start is as it was.
     """
     device = resolve_device(request.device)
     report = StartReport()
@@ -166,6 +169,7 @@ def learn_starts(place: Place, request: StartRequest, stop: StopFlag) -> Generat
                 break
             report.learned.append(learned)
             yield learned
+            del base  # before the next one is loaded: an accelerator may have no room for two
     return report
 
 

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 
-_MOST_SAMPLES = 1024
-"""Of a task: a file may hold a hundred thousand."""
-
-
 class WholeFleet:
     """The tasks of one base model, evicted ones included (see `icmlora.adaptation.meta_training.EpisodeFleet`).
 
@@ -59,12 +55,19 @@ class WholeFleet:
             raise DataError(f"task {row.task.name!r} has neither an original nor a code", hint="`icm verify` says more")
         return decode_rung(self._store, self._lineage, code, code.rung)
 
-    def samples(self, task: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Sequence[Scored]:
-        """Return some of a task's samples as token ids, spread evenly over them; none where it has no samples."""
+    def samples(self, task: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int, most: int) -> Sequence[Scored]:
+        """Return some of a task's samples as token ids, spread evenly over them; none where it has no samples.
+
+        Args:
+            task: Which task.
+            tokenizer: The base model's.
+            max_tokens: Tokens read of a sample.
+            most: Samples: a file may hold a hundred thousand.
+        """
         digest = self._rows[task].task.samples
         if digest is None:
             return ()
-        some = spread(parse_examples(self._store.read_blob(digest)), _MOST_SAMPLES)
+        some = spread(parse_examples(self._store.read_blob(digest)), most)
         try:
             return tokenized(tokenizer, some, max_tokens)
         except DataError:

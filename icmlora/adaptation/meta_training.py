@@ -13,6 +13,7 @@ so that every task counts the same: 0 is as good as its own adapter, 1 as good a
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from icmlora.adaptation.step import lengthened, unit_steps
 from icmlora.adapter import Adapter, LoraModule
 from icmlora.arithmetic import among, plus, times
 from icmlora.base_model import BaseModel
+from icmlora.errors import GeneratorError
 from icmlora.evaluation import Scored
 from icmlora.generator.relaxed import Factors
 from icmlora.generator.scales import OCTAVE
@@ -91,6 +93,10 @@ class _Rates:
         sizes = torch.tensor(start.sizes, dtype=torch.float32)
         return torch.exp2(octaves(sizes, self.rates[step], self.slopes[step], samples))
 
+    def is_finite(self) -> bool:
+        """Return whether all of them are numbers that can be rounded."""
+        return bool(torch.isfinite(self.rates).all() and torch.isfinite(self.slopes).all())
+
     def into(self, start: Start) -> Start:
         """Round to what is stored."""
         rates = self.rates.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist()
@@ -111,6 +117,9 @@ def meta_train(
 
     Yields:
         After each episode what it measured, and the start as it is then.
+
+    Raises:
+        GeneratorError: An episode diverged: its loss, or what was learned from it, is no number.
     """
     learned = _Rates(
         torch.tensor(start.rates, dtype=torch.float32, requires_grad=True),
@@ -127,6 +136,9 @@ def meta_train(
         size = draw.choice(config.support)
         support, queries = _split(fleet.samples(task), size, config, draw)
         loss = _episode(base, start, fleet.load(task), support, queries, learned, optimizer)
+        if not (math.isfinite(loss) and learned.is_finite()):
+            hint = "run again with another --seed; the start is as it was"
+            raise GeneratorError(f"episode {number + 1}, of {len(support)} samples, diverged", hint=hint)
         yield Episode(number + 1, config.episodes, task, len(support), loss), learned.into(start)
 
 

@@ -17,6 +17,7 @@ import torch
 from icmlora.adaptation.evidence import Evidence, ModuleEvidence
 from icmlora.adapter import LoraModule
 from icmlora.arithmetic import times
+from icmlora.errors import GeneratorError
 
 RANK = 16
 """Directions kept of each step."""
@@ -30,6 +31,9 @@ def unit_steps(evidence: Evidence, rank: int = RANK) -> tuple[LoraModule, ...]:
     """Return the downhill direction of each module, |dW| = 1; a module without any gradient gets zeros.
 
     The same evidence gives the same directions: the random sketch of the singular vectors is seeded.
+
+    Raises:
+        GeneratorError: The evidence is not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_SEED)  # the other manual_seed would change those of all devices
@@ -43,9 +47,12 @@ def lengthened(units: Sequence[LoraModule], lengths: Sequence[float]) -> list[Lo
 
 @torch.no_grad()
 def _unit_step(name: str, evidence: ModuleEvidence, rank: int) -> LoraModule:
-    scaled = evidence.gradient / _root(evidence.outputs)[:, None] / _root(evidence.inputs)
+    scaled = (evidence.gradient / _root(evidence.outputs)[:, None] / _root(evidence.inputs)).cpu()
+    if not torch.isfinite(scaled).all():
+        fact = f"the gradient of the loss on the samples is not finite ({name})"
+        raise GeneratorError(fact, hint="leave out samples that are no ordinary text")
     width = min(scaled.shape)
-    u, s, v = torch.svd_lowrank(scaled.cpu(), q=min(rank + _OVERSAMPLING, width), niter=2)
+    u, s, v = torch.svd_lowrank(scaled, q=min(rank + _OVERSAMPLING, width), niter=2)
     u, s, v = u[:, :rank], s[:rank], v[:, :rank]
     root = (s / s.norm().clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
     return LoraModule(name, (v * root).T.contiguous(), -(u * root))

@@ -10,14 +10,30 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icm_cli.workflows import code_search
+from icm_cli.workflows.code_search import CodeSearch
+from icm_cli.workflows.encode_plan import EncodeRequest
+from icm_cli.workflows.events import StopFlag
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.metrics import relative_dw_error
 from icmlora.peft_folder import load_adapter_folder
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
+from tests.cli.tiny_fleet import write_lora
 
 Icm = Callable[..., Ran]
+
+
+def stop_after_one(patch: pytest.MonkeyPatch) -> None:
+    """Let the user stop once the first code is made."""
+
+    def run(self: CodeSearch, request: EncodeRequest, stop: StopFlag) -> Any:
+        found = yield from real(self, request, stop)
+        stop.requested = True
+        return found
+
+    real = CodeSearch.run
+    patch.setattr(CodeSearch, "run", run)
 
 
 def test_what_a_code_has_to_keep_must_be_said(icm: Icm, trained: Path) -> None:
@@ -52,6 +68,55 @@ def test_more_error_takes_fewer_bytes(icm: Icm, trained: Path) -> None:
         sizes.append(sum(code.size for code in codes(trained).values()))
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
+
+
+def test_a_code_that_was_made_for_the_same_limits_is_left_as_it_is(icm: Icm, trained: Path) -> None:
+    first = tasks_of(icm("encode", "--max-error", "0.02", "--json"))
+    before = codes(trained)
+    again = icm("encode", "--max-error", "0.02", "--json")
+    assert again.code == 0
+    assert {name: event["size"] for name, event in tasks_of(again).items()} == {
+        name: event["size"] for name, event in first.items()
+    }
+    assert {event["status"] for event in tasks_of(again).values()} == {"known"}
+    assert codes(trained) == before
+
+
+def test_and_is_made_again_where_that_is_asked_for_or_the_limits_are_others(icm: Icm, trained: Path) -> None:
+    icm("encode", "--max-error", "0.02")
+    for other in (("--max-error", "0.02", "--again"), ("--max-error", "0.03"), ("--tolerance", "0.03")):
+        assert {event["status"] for event in tasks_of(icm("encode", *other, "--json")).values()} == {"encoded"}
+
+
+def test_a_code_that_fell_short_is_said_to_do_so_again(icm: Icm, trained: Path) -> None:
+    first, again = (icm("encode", "--min-gain", "1.0", "--device", "cpu", "--json") for _ in range(2))
+    assert (first.code, again.code) == (ExitCode.PARTLY, ExitCode.PARTLY)
+    below, still = (
+        {name: event["retained_gain"] for name, event in tasks_of(ran).items() if event["status"] == "below"}
+        for ran in (first, again)
+    )
+    assert below == still
+
+
+def test_a_stopped_run_does_only_what_is_left(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after_one(patch)
+        ran = icm("encode", "--max-error", "0.02", "--json")
+    assert ran.code == ExitCode.INTERRUPTED
+    done = set(tasks_of(ran))
+    told = tasks_of(icm("encode", "--max-error", "0.02", "--json"))
+    assert {name for name, event in told.items() if event["status"] == "known"} == done
+    assert set(told) > done
+
+
+def test_a_gain_on_other_text_is_measured_anew(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    icm("encode", "poems", "--min-gain", "0.2", "--device", "cpu")
+    assert tasks_of(icm("encode", "poems", "--min-gain", "0.2", "--json"))["poems"]["status"] == "known"
+    folder = write_lora(tmp_path / "again" / "poems", seed=1)
+    (folder / "eval.jsonl").write_text('{"text": "another text that is held out"}\n')
+    assert icm("ingest", folder, "--no-vectors").code == 0
+    told = tasks_of(icm("encode", "poems", "--min-gain", "0.2", "--device", "cpu", "--json"))
+    assert told["poems"]["status"] != "known"
 
 
 def test_only_the_named_tasks_are_encoded(icm: Icm, trained: Path) -> None:

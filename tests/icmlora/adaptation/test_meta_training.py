@@ -13,7 +13,9 @@ from icmlora.adaptation import meta_training
 from icmlora.adaptation.meta_training import Episode, MetaConfig, meta_train
 from icmlora.adaptation.start import Start, untrained_start
 from icmlora.adaptation.start_file import start_from_bytes, start_to_bytes
+from icmlora.arithmetic import times, with_modules
 from icmlora.base_model import BaseModel
+from icmlora.errors import GeneratorError
 from icmlora.evaluation import Scored
 from tests.icmlora.adaptation.trained_tasks import (
     NAMES,
@@ -149,3 +151,17 @@ def test_a_fleet_of_one_task_begins_at_it(base: BaseModel, fleet: TrainedTasks) 
     alone = TrainedTasks(fleet.adapters[:1], fleet.texts[:1])
     episodes, _ = run(base, untrained_start(alone.adapters), alone, replace(CONFIG, episodes=1))
     assert [at.task for at in episodes] == [0]
+
+
+def test_an_episode_whose_loss_is_no_number_ends_it(
+    base: BaseModel, fleet: TrainedTasks, short: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meta_training, "_nats", lambda *_: float("nan"))
+    with pytest.raises(GeneratorError, match=r"episode 1, of [24] samples, diverged"):
+        run(base, short, fleet)
+
+
+def test_gradients_that_are_no_numbers_are_said_to_be_so(base: BaseModel, fleet: TrainedTasks, short: Start) -> None:
+    huge = replace(short, adapter=with_modules(short.adapter, times(short.adapter.modules, 1e30)))
+    with pytest.raises(GeneratorError, match="not finite"):
+        run(base, huge, fleet)
