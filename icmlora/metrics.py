@@ -33,15 +33,6 @@ def relative_dw_error(original: Adapter, other: Adapter) -> float:
     return _ratio(sum(error for error, _ in parts.values()), sum(norm for _, norm in parts.values()))
 
 
-def relative_dw_errors(original: Adapter, other: Adapter) -> dict[str, float]:
-    """Return the relative squared error of each module, measured against that module's own norm.
-
-    Raises:
-        ValueError: A module with different widths on the two sides.
-    """
-    return {name: _ratio(error, norm) for name, (error, norm) in _parts(original, other).items()}
-
-
 def dw_norm(adapter: Adapter) -> float:
     """Return the Frobenius norm of dW over all modules."""
     return math.sqrt(sum(norm * norm for norm in module_norms(adapter).values()))

@@ -83,7 +83,7 @@ def encode(
     """Give tasks the smallest codes that keep a fidelity, under the present generator; nothing is trained.
 
     A task that no code keeps well enough gets its most faithful one and should keep its original: `icm evict` with the
-    same limit leaves it. Exit 3 says that there are such tasks, and `icm stats` too.
+    same --min-gain or --max-error leaves it. Exit 3 says that there are such tasks, and `icm stats` too.
 
     A task whose code was made for the same limits before is left as it is, so a run that was stopped goes on with the
     same command. --again makes them all.
@@ -126,6 +126,8 @@ def run(session: Session, request: EncodeRequest, *, go_on: str = "run the same 
     with session.stoppable() as stop:
         report = session.follow(work(session.place, request, stop), "encode", partial(_tell, session))
     _sum_up(session, report)
+    if report.tasks and not report.short and not report.stopped:
+        session.out.hint(_hint(request))
     if report.stopped:
         done = counted(len(report.tasks), "task")
         raise Interrupted(f"interrupted; {done} encoded", hint=go_on)
@@ -153,8 +155,14 @@ def _sum_up(session: Session, report: EncodeReport) -> None:
         f"{counted(len(report.tasks), 'task')} of together {human_size(now)}, before {human_size(before)}; "
         f"{len(report.short)} below what was asked for"
     )
-    if report.tasks and not report.short:
-        out.hint("`icm evict` with the same limit deletes the originals")
+
+
+def _hint(request: EncodeRequest) -> str:
+    limits = (("--max-error", request.max_error), ("--min-gain", request.min_gain))
+    same = " ".join(f"{option} {limit:g}" for option, limit in limits if limit is not None)
+    return (
+        f"`icm evict {same or '--min-gain GAIN'}` deletes the originals of tasks that keep {'that' if same else 'it'}"
+    )
 
 
 def _cells(task: TaskEncoded) -> list[str]:

@@ -43,14 +43,14 @@ def envelope(curves: Iterable[Curve]) -> Curve:
     return frontier(point for curve in curves for point in curve)
 
 
-def bd_rate(curve: Curve, reference: Curve) -> BdRate | None:
-    """Return how many bytes more (or, negative, fewer) a curve needs for the same gain.
+def bd_rate(curve: Curve, reference: Curve, lowest: float = -math.inf) -> BdRate | None:
+    """Return how many bytes more (or, negative, fewer) a curve needs for the same gain, over gains from `lowest` on.
 
-    None where a curve has less than two points or the two share no range of gain.
+    None where a curve has less than two points or the two share no such range of gain.
     """
     if min(len(curve), len(reference)) < 2:
         return None
-    low, high = max(curve[0][1], reference[0][1]), min(curve[-1][1], reference[-1][1])
+    low, high = max(lowest, curve[0][1], reference[0][1]), min(curve[-1][1], reference[-1][1])
     if not low < high:
         return None
     gains = np.linspace(low, high, _SAMPLES)

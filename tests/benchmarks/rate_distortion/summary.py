@@ -14,6 +14,10 @@ from tests.benchmarks.rate_distortion.bd_rate import Curve, bd_rate, envelope, f
 from tests.benchmarks.rate_distortion.study import PointResult
 
 OURS = "icm"
+REFINED = "refined-"
+"""How the names of icm's points begin whose codes were refined on the tasks' samples."""
+HIGH = (0.95, 0.9)
+"""Mean and worst gain from which on an adapter still does nearly all of its job."""
 STRENGTHENED = ", full strength"
 """How the families end that have icm's correction of a quantiser's scale, which no publication has."""
 
@@ -76,10 +80,16 @@ def curve_of(points: Iterable[PointSummary], *, worst: bool = False) -> Curve:
     return frontier((point.per_adapter, point.worst if worst else point.gain) for point in points)
 
 
-def bd_rates(points: Sequence[PointSummary]) -> dict[str, dict[str, Any]]:
+def bd_rates(
+    points: Sequence[PointSummary], lowest: tuple[float, float] = (-math.inf, -math.inf)
+) -> dict[str, dict[str, Any]]:
     """Return the BD-rate of icm against each family and against the best of the others, for mean and worst gain.
 
     Negative is good: -0.5 is half the bytes at the same gain. None where the curves share no range of gain.
+
+    Args:
+        points: Of icm and of the others.
+        lowest: Mean and worst gain from which on they are compared.
     """
     families: defaultdict[str, list[PointSummary]] = defaultdict(list)
     for point in points:
@@ -94,7 +104,7 @@ def bd_rates(points: Sequence[PointSummary]) -> dict[str, dict[str, Any]]:
         published = [curve for name, curve in others.items() if not name.endswith(STRENGTHENED)]
         others |= {"best of all": envelope(others.values()), "best as published": envelope(published)}
         for name, curve in others.items():
-            found = bd_rate(mine, curve)
+            found = bd_rate(mine, curve, lowest[worst])
             value = None if found is None else asdict(found)
             rates.setdefault(name, {})["worst" if worst else "mean"] = value
     return rates
@@ -109,6 +119,8 @@ def report(results: Sequence[PointResult]) -> dict[str, Any]:
         "tasks": len(tasks),
         "bf16_total": sum(task.bf16_size for task in tasks),
         "bd_rates": bd_rates(points),
+        "bd_rates_at_high_gains": bd_rates(points, HIGH),
+        "bd_rates_without_refinement": bd_rates([point for point in points if not point.name.startswith(REFINED)]),
         "points_above_icm": [asdict(point) for point in above_ours(points)],
         "points": details,
     }

@@ -31,6 +31,16 @@ def test_half_the_bytes_at_every_gain_are_minus_fifty_percent() -> None:
     assert bd_rate(CURVE, CURVE).rate == pytest.approx(0.0)  # type: ignore[union-attr]
 
 
+def test_gains_below_the_lowest_that_matters_do_not_count() -> None:
+    crossing = tuple((size * (2 if gain < 0.8 else 0.5), gain) for size, gain in CURVE)
+    every, high = bd_rate(crossing, CURVE), bd_rate(crossing, CURVE, 0.9)
+    assert every is not None
+    assert high is not None
+    assert (high.lowest_gain, high.rate) == (0.9, pytest.approx(-0.5))
+    assert every.rate > high.rate
+    assert bd_rate(crossing, CURVE, 0.99) is None
+
+
 def test_only_gains_that_both_curves_reach_count() -> None:
     found = bd_rate(((5.0, 0.6), (100.0, 0.99)), CURVE)
     assert found is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import constriction
 import numpy as np
 import pytest
@@ -39,6 +41,15 @@ def test_any_integers_come_back_under_any_scales(first: list[tuple[int, int]], s
     reader = Reader(written(*parts))
     for values, scales in parts:
         np.testing.assert_array_equal(reader.read(scales), values)
+
+
+def test_the_words_are_those_that_earlier_releases_wrote() -> None:
+    """A release of `constriction` that rounds frequencies in another way would make every code unreadable."""
+    number = np.arange(4000)
+    values = (number * 2654435761 % 2**32 % 41 - 20).astype(np.int32)
+    scales = (SMALLEST + number % (LARGEST - SMALLEST + 1)).astype(np.int32)
+    wanted = "890877cc950ae90d31f44c79bcb5717dad998eabafb35e9a8bb180f18e2c2f9b"
+    assert hashlib.sha256(written((values, scales))).hexdigest() == wanted
 
 
 @given(pairs=PAIRS)
