@@ -25,6 +25,9 @@ from icm_cli.output import Output
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.opening import Place
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""Ctrl-C, and what batch systems and containers send some time before they kill."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -99,7 +102,7 @@ class Session:
 
     @contextmanager
     def stoppable(self) -> Iterator[StopFlag]:
-        """Turn the first Ctrl-C into a request to stop after the current step; the second one stops at once."""
+        """Turn the first Ctrl-C or SIGTERM into a request to stop after the current step; the second stops at once."""
         flag = StopFlag()
 
         def request(number: int, frame: FrameType | None) -> None:
@@ -108,11 +111,12 @@ class Session:
             flag.requested = True
             self.out.note("stopping after the current step; Ctrl-C again stops at once")
 
-        before = signal.signal(signal.SIGINT, request)
+        before = {number: signal.signal(number, request) for number in _STOPPING}
         try:
             yield flag
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., None]:

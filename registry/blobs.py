@@ -21,6 +21,10 @@ from registry.threads import Syncer, each_synced, sync_folders
 
 _CHUNK = 1 << 20
 _MODE = 0o444  # immutable, and it shows
+_RESTORING = (
+    "ingesting an original again restores its files; for a generator there is `icm import` of a bundle, or "
+    "`icm train --fresh` where the originals are there"
+)
 
 
 def digest_of(data: fs.Bytes) -> str:
@@ -164,11 +168,11 @@ class BlobStore:
             return False
 
     def _damaged(self, digest: str) -> DamagedBlob:
-        hint = "`icm verify --repair` moves it aside; ingesting the original again restores it"
+        hint = f"`icm verify --repair` moves it aside; {_RESTORING}"
         return DamagedBlob(f"blob {digest} is damaged", path=self._paths.blob(digest), hint=hint)
 
     def _missing(self, digest: str) -> MissingBlob:
-        hint = "ingesting the original again restores it; `icm verify` lists what is missing"
+        hint = f"`icm verify` says what needs it; {_RESTORING}"
         return MissingBlob(f"blob {digest} is missing", path=self._paths.blob(digest), hint=hint)
 
 

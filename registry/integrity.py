@@ -147,7 +147,9 @@ def _check_blob(
 
     def finding(kind: Kind, fact: str) -> Finding:
         with database.read() as session:
-            return Finding(kind, f"blob {digest} {fact}", path, digest, _tasks_of(session, digest))
+            is_generator = session.scalar(select(Generator.id).join(Generator.blob).where(Blob.digest == digest))
+            what = "blob" if is_generator is None else "generator"
+            return Finding(kind, f"{what} {digest} {fact}", path, digest, _tasks_of(session, digest))
 
     try:
         found = blobs.size(digest)
@@ -169,6 +171,7 @@ def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
         .outerjoin(Adapter, Adapter.task_id == Task.id)
         .outerjoin(TaskVector, TaskVector.task_id == Task.id)
         .outerjoin(Code, Code.task_id == Task.id)
+        .outerjoin(Generator, Code.generator_id == Generator.id)
         .where(
             or_(
                 Task.samples_id == blob_id,
@@ -179,6 +182,7 @@ def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
                 TaskVector.blob_id == blob_id,
                 Code.blob_id == blob_id,
                 Code.residual_id == blob_id,
+                Generator.blob_id == blob_id,
             )
         )
     )

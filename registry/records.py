@@ -174,8 +174,7 @@ class TaskSummary:
 
     Attributes:
         final: its final adapter.
-        checkpoints: the number of its other adapters whose weights the store has.
-        evicted_checkpoints: the number of those that were evicted.
+        checkpoints: the number of its other adapters whose weights the store has; `evicted_checkpoints`: of the rest.
         vectors: the number of its task vectors.
         code: its code under the current generator, if any.
     """
@@ -221,10 +220,8 @@ class Asked:
 
     Attributes:
         min_gain: smallest retained gain.
-        max_error: largest relative squared error of dW.
-        tolerance: the same of dW weighted by sensitivity.
-        is_kept: whether it does.
-        refined: steps of refinement that were asked for.
+        max_error: largest relative squared error of dW; `tolerance`: the same of dW weighted by sensitivity.
+        is_kept: whether it does, after `refined` steps of refinement.
     """
 
     min_gain: float | None = None
@@ -279,8 +276,7 @@ class CodeRecord:
 
     Attributes:
         adapter_id: the adapter it encodes.
-        blob: digest of its file, of `size` bytes.
-        bits: as for :class:`NewCode`; so are `dw_error` and `asked`.
+        blob: digest of its file, of `size` bytes; `bits`, `dw_error` and `asked` as for :class:`NewCode`.
         residual: what lies beside it, if anything.
     """
 

@@ -115,24 +115,24 @@ def encode(
         residual=residual,
         again=again,
     )
-    run(session, request)
+    if run(session, request):
+        raise typer.Exit(ExitCode.PARTLY)
 
 
-def run(session: Session, request: EncodeRequest, *, go_on: str = "run the same command to go on") -> None:
-    """Encode, show what became of each task, and exit 3 if a task fell short; `go_on` is what to do if stopped."""
+def run(session: Session, request: EncodeRequest, *, go_on: str = "run the same command to go on") -> bool:
+    """Encode, show what became of each task, and say whether a task fell short; `go_on` is what to do if stopped."""
     # torch is imported from here on; a wrong command line is answered at once.
     from icm_cli.workflows.encoding import encode as work
 
     with session.stoppable() as stop:
         report = session.follow(work(session.place, request, stop), "encode", partial(_tell, session))
     _sum_up(session, report)
-    if report.tasks and not report.short and not report.stopped:
+    if not report.short and not report.stopped and any(task.status != "evicted" for task in report.tasks):
         session.out.hint(_hint(request))
     if report.stopped:
         done = counted(len(report.tasks), "task")
         raise Interrupted(f"interrupted; {done} encoded", hint=go_on)
-    if report.short:
-        raise typer.Exit(ExitCode.PARTLY)
+    return bool(report.short)
 
 
 def _tell(session: Session, event: Event) -> None:

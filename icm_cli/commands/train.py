@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+
+import typer
 
 from icm_cli.commands import encode
 from icm_cli.commands import eval as evaluation
@@ -26,7 +28,7 @@ from icm_cli.commands.train_options import (
     UpdateOpt,
     WidthOpt,
 )
-from icm_cli.errors import Interrupted, UsageProblem
+from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt
 from icm_cli.session import Session, command
 from icm_cli.text import counted, human_duration, human_size
@@ -96,12 +98,15 @@ def train(
     learns = objective is not ObjectiveName.BITS
     if learns:
         check_learnable(session.place, base_model)
+    partly = False
     if objective is not ObjectiveName.FUNCTIONAL:
         made = _update(session, request) if update else _train(session, request, learns=learns)
         limits = EncodeRequest(made.tasks, max_error, min_gain, request.device, base_model=base_model)
-        _encode_and_measure(session, made, limits, evaluate=evaluate)
+        partly = _encode_and_measure(session, made, limits, evaluate=evaluate) or made.partly
     if learns:
         _learn_starts(session, StartRequest(request.device, base_model, episodes, seed))
+    if partly:  # said at the end: one task that falls short must not cost the others what comes after
+        raise typer.Exit(ExitCode.PARTLY)
 
 
 def _check_options(objective: ObjectiveName, *, update: bool, anew: bool, others: Sequence[float | None]) -> None:
@@ -119,6 +124,8 @@ class _Made:
 
     base_models: Sequence[str]
     tasks: Sequence[str] = ()
+    partly: bool = False
+    """Whether a task was left out."""
 
     @property
     def nothing(self) -> bool:
@@ -139,7 +146,8 @@ def _train(session: Session, request: TrainRequest, *, learns: bool) -> _Made:
         if trained.start_dropped and not learns:
             session.out.note("the new generator has no start for unseen tasks, which the one before had")
             session.out.hint("`icm train --objective functional` learns it, and leaves all codes as they are")
-    return _Made([trained.base_model for trained in report.trained])
+    partly = any(trained.left_out for trained in report.trained)
+    return _Made([trained.base_model for trained in report.trained], partly=partly)
 
 
 def _update(session: Session, request: TrainRequest) -> _Made:
@@ -151,16 +159,21 @@ def _update(session: Session, request: TrainRequest) -> _Made:
         _sum_up_update(session, updated)
     if report.stopped:
         raise Interrupted("interrupted; what is not listed is as it was", hint="run the same command again")
-    return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks)
+    partly = any(updated.left_out for updated in report.updated)
+    return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks, partly)
 
 
-def _encode_and_measure(session: Session, made: _Made, limits: EncodeRequest, *, evaluate: bool) -> None:
+def _encode_and_measure(session: Session, made: _Made, limits: EncodeRequest, *, evaluate: bool) -> bool:
+    """Say whether a task fell short of a limit."""
     if made.nothing:
-        return
+        return False
+    short = False
     if limits.max_error is not None or limits.min_gain is not None:
-        encode.run(session, limits, go_on="the generator is kept; `icm encode` with the same limits does what is left")
+        go_on = "the generator is kept; `icm encode` with the same limits does what is left"
+        short = encode.run(session, limits, go_on=go_on)
     if evaluate:
         _evaluate(session, limits.device, made)
+    return short
 
 
 def _learn_starts(session: Session, request: StartRequest) -> None:
@@ -180,7 +193,7 @@ def _learn_starts(session: Session, request: StartRequest) -> None:
         )
         kept = f"{1 - learned.loss:.2f} of what their own adapters gain on samples that were not read"
         session.out.note(
-            f"after {learned.episodes} episodes in {human_duration(learned.seconds)}: known tasks get {kept}"
+            f"after {counted(learned.episodes, 'episode')} in {human_duration(learned.seconds)}: known tasks get {kept}"
         )
     if report.stopped:
         hint = "`icm train --objective functional` begins the episodes again, and leaves generator and codes"
@@ -226,10 +239,19 @@ def _sum_up(session: Session, trained: Trained) -> None:
         f"peak memory {human_size(int(str(metrics['peak_memory'])))}"
     )
     session.out.note(f"the initial A of {metrics['initial_a_known']} of them is drawn again from its seed")
+    _warn_of(session, trained.left_out)
+
+
+def _warn_of(session: Session, left_out: Mapping[str, str]) -> None:
+    for name, reason in left_out.items():
+        session.out.warn(f"{name} has no code and keeps its original: {reason}")
 
 
 def _sum_up_update(session: Session, updated: Updated) -> None:
     out = session.out
+    _warn_of(session, updated.left_out)
+    if not updated.tasks and updated.left_out:
+        return
     if not updated.tasks:
         out.line(f"every task of {updated.base_model} has a code: nothing to add")
         return

@@ -21,6 +21,7 @@ from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.store_fleet import StoreFleet
 from icm_cli.workflows.training import fit_all
 from icm_cli.workflows.training_run import TrainRequest, measured_sensitivity
+from icmlora.errors import GeneratorError
 from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
@@ -63,6 +64,10 @@ class Candidate:
 class Growth:
     """Takes new tasks in; reads no other task.
 
+    Attributes:
+        steps: How many were trained.
+        left_out: Tasks that no code can have, with the reason.
+
     Args:
         store: The open store.
         fleet: The new tasks' final adapters.
@@ -84,6 +89,7 @@ class Growth:
         self._store, self._fleet, self._request = store, fleet, request
         self._tolerance, self._device, self._stop = tolerance, device, stop
         self.steps = 0
+        self.left_out = dict(fleet.left_out)
 
     def kept(self, data: bytes) -> Generator[Event, None, Candidate]:
         """Encode the tasks that some epoch of a file covers, each under the one that gives the smallest code."""
@@ -91,8 +97,9 @@ class Growth:
         for task, name in enumerate(self._fleet.names):
             epochs = lineage.covering([ModuleShape(*entry) for entry in self._fleet.final(task).layout])
             made = [self._encoded(lineage.codec(number), self._fleet, task) for number in epochs]
-            if made:
-                codes[name] = reduce(_smaller, made)
+            found = [code for code in made if code is not None]
+            if found:
+                codes[name] = reduce(_smaller, found)
             yield Step(task + 1, self._fleet.tasks(), f"encoding {name}")
         return Candidate(data, codes)
 
@@ -146,14 +153,20 @@ class Growth:
         lineage, codes = Lineage(data), dict[str, Encoded]()
         codec = lineage.codec(len(lineage.digests) - 1)
         for task, name in enumerate(fleet.names):
-            codes[name] = self._encoded(codec, fleet, task)
+            if (code := self._encoded(codec, fleet, task)) is not None:
+                codes[name] = code
             yield Step(task + 1, fleet.tasks(), f"encoding {name}")
         return Candidate(data, codes)
 
-    def _encoded(self, codec: Codec, fleet: StoreFleet, task: int) -> Encoded:
+    def _encoded(self, codec: Codec, fleet: StoreFleet, task: int) -> Encoded | None:
+        """Return the code of a task, or None where there is none; then the task is left out."""
         self._look()
         vectors = fleet.mean_vectors(task)
-        return codec.encode(fleet.load(task, None), vectors, fleet.initial(task), tolerance=self._tolerance)
+        try:
+            return codec.encode(fleet.load(task, None), vectors, fleet.initial(task), tolerance=self._tolerance)
+        except GeneratorError as error:
+            self.left_out[fleet.names[task]] = str(error)
+            return None
 
     def _look(self) -> None:
         if self._stop.requested:

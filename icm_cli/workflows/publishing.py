@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.store_fleet import StoreFleet
+from icmlora.errors import GeneratorError
 from icmlora.generator.codec import Codec
 from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.state import TrainState
@@ -39,7 +40,7 @@ class Trained(Event):
     """A generator and its codes are current.
 
     `start_dropped` says that the generator before knew where adapters for unseen tasks start: its start is a code of
-    that generator, so this one has none.
+    that generator, so this one has none. `left_out` says which tasks have no code, and why: they keep their originals.
     """
 
     base_model: str
@@ -50,6 +51,7 @@ class Trained(Event):
     codes_size: int
     metrics: dict[str, object]
     start_dropped: bool
+    left_out: Mapping[str, str]
 
 
 def publish(
@@ -74,28 +76,48 @@ def publish(
 
     Returns:
         What became current, or None if the user stopped; then nothing is.
+
+    Raises:
+        GeneratorError: No task could be encoded.
     """
     started = time.monotonic()
     data = generator_to_bytes(state.net)
     blob = store.put_blob(data)
     codec = Codec(generator_from_bytes(data))
     codes: list[NewCode] = []
-    known = 0
+    known, left_out = 0, dict(fleet.left_out)
     for task, name in enumerate(fleet.names):
         if stop.requested:
             return None
         initial = fleet.initial(task)
+        try:
+            encoded = codec.encode(fleet.load(task, None), fleet.mean_vectors(task), initial)
+        except GeneratorError as error:  # such as an adapter of numbers too small to be divided
+            left_out[name] = str(error)
+            continue
         known += initial is not None
-        encoded = codec.encode(fleet.load(task, None), fleet.mean_vectors(task), initial)
         code = store.put_blob(encoded.data)
         size, asked = len(encoded.data), Asked(tolerance=codec.config.tolerance)
         codes.append(NewCode(fleet.final(task), code, 8.0 * size, encoded.dw_error, asked))
         yield CodeMade(name, len(encoded.data), encoded.dw_error)
         yield Step(task + 1, fleet.tasks(), f"encoding {name}")
+    must_have_codes(codes, left_out)
     metrics = metrics | {"encode_seconds": round(time.monotonic() - started, 3), "initial_a_known": known}
     config = json.loads(state.net.config.to_json()) | {"train": asdict(state.config)}
     parent, before = None if previous is None else previous.id, store.current_generator(run.base_model)
     record = store.add_generator(NewGenerator(run.base_model, blob, config, metrics, parent, codes, run.id))
     sizes = [code.size for code in store.codes(record.id)]
     dropped = before is not None and before.start is not None
-    return Trained(run.base_model, record.version, blob, len(data), len(sizes), sum(sizes), metrics, dropped)
+    return Trained(run.base_model, record.version, blob, len(data), len(sizes), sum(sizes), metrics, dropped, left_out)
+
+
+def must_have_codes(codes: Sequence[object], left_out: Mapping[str, str]) -> None:
+    """Raise if no task of some could be encoded.
+
+    Raises:
+        GeneratorError: There are tasks that were left out, and no code.
+    """
+    if left_out and not codes:
+        name, reason = next(iter(left_out.items()))
+        hint = "`icm rm` forgets a task; their originals are as they were"
+        raise GeneratorError(f"no task could be encoded; {name!r}: {reason}", hint=hint)

@@ -13,6 +13,7 @@ import torch
 
 from icm_cli.workflows.known_vectors import latest_vectors
 from icmlora.adapter import Adapter
+from icmlora.generator.config import MAX_SLOTS
 from icmlora.initial_a import InitialA
 from icmlora.peft_folder import load_adapter
 from icmlora.seed_search import SeedSearch, initial_under
@@ -26,17 +27,22 @@ _CACHE_BYTES = 256 << 20
 _INITIALS = 256
 """A place for each module is up to 100 kB; finding it again takes some hundredths of a second."""
 _FLOAT32 = 4
+_TOO_WIDE = f"its rank is above {MAX_SLOTS}, the most that a code has room for"
 
 
 class StoreFleet:
     """The tasks of one base model (see `icmlora.training.fleet.Fleet`). Rows are in memory, adapters are not.
 
-    Evicted adapters are left out: a task without its final one, and checkpoints without weights.
+    Evicted adapters are not among them: a task without its final one, and checkpoints without weights.
 
     Args:
         store: The open store.
         base_model: The tasks' base model.
         names: Only the final adapters of these tasks.
+
+    Attributes:
+        names: The tasks, in order.
+        left_out: The tasks that no generator can have, with the reason.
     """
 
     def __init__(self, store: Store, base_model: str, names: Collection[str] | None = None) -> None:
@@ -44,10 +50,12 @@ class StoreFleet:
         self.base_model = base_model
         rows = [row for row in store.summaries() if row.task.base_model == base_model and not row.final.is_evicted]
         rows = [row for row in rows if names is None or row.task.name in names]
+        self.left_out = {row.task.name: _TOO_WIDE for row in rows if row.final.rank_max > MAX_SLOTS}
+        rows = [row for row in rows if row.task.name not in self.left_out]
         self.names = [row.task.name for row in rows]
         self._finals = [row.final for row in rows]
         self._others = [
-            [row for row in store.adapters(name) if names is None and not (row.is_final or row.is_evicted)]
+            [row for row in store.adapters(name) if names is None and _is_checkpoint(row)]
             for name in self.names
         ]
         self._vectors = [_by_support_set(store.vectors(name)) for name in self.names]
@@ -142,6 +150,10 @@ def _read(store: Store, rows: Sequence[VectorRecord]) -> list[torch.Tensor]:
     """Read vectors, each file once: it holds all of its task."""
     files = {blob: vectors_from_bytes(store.read_blob(blob)) for blob in {row.blob for row in rows}}
     return [files[row.blob][row.view][row.support_set] for row in rows]
+
+
+def _is_checkpoint(row: AdapterRecord) -> bool:
+    return not (row.is_final or row.is_evicted or row.rank_max > MAX_SLOTS)
 
 
 def _by_support_set(rows: Iterable[VectorRecord]) -> list[dict[str, VectorRecord]]:

@@ -18,7 +18,7 @@ import torch
 
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.opening import Place
-from icm_cli.workflows.publishing import Trained, publish
+from icm_cli.workflows.publishing import Trained, must_have_codes, publish
 from icm_cli.workflows.store_fleet import StoreFleet
 from icm_cli.workflows.training_run import TrainRequest, begin
 from icmlora.device import resolve_device
@@ -111,6 +111,7 @@ def _train_base(
     """Return what was published, or the step at which the user stopped."""
     _must_keep_codes(store, label)
     fleet = StoreFleet(store, label)
+    must_have_codes(fleet.names, fleet.left_out)
     previous = None if request.fresh else store.current_generator(label)
     started = time.monotonic()
     state, run = begin(store, fleet, request, device, previous)

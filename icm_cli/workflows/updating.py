@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,7 @@ class Updated(Event):
         kept_size: Bytes of the codes that the network as it was would give the tasks that it covers, if there are any.
         tuned_size: The same under the tuned network, with the epoch.
         metrics: What was measured meanwhile.
+        left_out: The tasks that have no code, with the reason: they keep their originals.
     """
 
     base_model: str
@@ -62,6 +63,7 @@ class Updated(Event):
     kept_size: int | None
     tuned_size: int | None
     metrics: dict[str, object]
+    left_out: Mapping[str, str]
 
 
 @dataclass
@@ -161,6 +163,7 @@ def _update_base(
         kept_size=chosen.kept_size,
         tuned_size=chosen.tuned_size,
         metrics=metrics,
+        left_out=growth.left_out,
     )
 
 
@@ -180,7 +183,7 @@ def _choose(growth: Growth, data: bytes, fleet: StoreFleet) -> Generator[Event, 
         kept_size, tuned_size = kept.cost(data), tuned.cost(data)
         if tuned_size < kept_size:
             best, added = tuned, ["tuned"]
-    others = [name for name in fleet.names if name not in kept.codes]
+    others = [name for name in fleet.names if name not in kept.codes and name not in growth.left_out]
     if others:
         fresh = yield from growth.fresh(best.data, others)
         best, added = Candidate(fresh.data, {**best.codes, **fresh.codes}), [*added, "fresh"]

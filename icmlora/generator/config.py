@@ -49,6 +49,10 @@ def kind_of(shape: ModuleShape) -> tuple[ModuleKind, int]:
     return ModuleKind(pattern, shape.inputs, shape.outputs), int(match.group())
 
 
+MAX_SLOTS = 254
+"""A code counts the rank slots of a module in one byte, in which 255 says that there is no such module."""
+
+
 @dataclass(frozen=True)
 class GeneratorConfig:
     """Everything needed to rebuild the network and read its codes; stored as JSON inside the generator file."""
@@ -81,7 +85,7 @@ class GeneratorConfig:
         sizes = (self.layers, self.slots, self.width, self.embedding, self.latent, self.condition, self.sketch)
         if not self.kinds or min(sizes) < 1 or self.condition_size < 0 or not 0.0 < self.tolerance < 1.0:
             raise GeneratorError("the generator's configuration is out of range")
-        if self.slots > 254 or list(self.kinds) != sorted(set(self.kinds)):
+        if self.slots > MAX_SLOTS or list(self.kinds) != sorted(set(self.kinds)):
             raise GeneratorError("the generator's configuration names too many slots, or kinds twice or out of order")
         if any(min(kind.inputs, kind.outputs) < 1 for kind in self.kinds):
             raise GeneratorError("the generator's configuration names a module without inputs or outputs")

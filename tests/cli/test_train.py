@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from icm_cli.errors import ExitCode
 from icm_cli.workflows import publishing, training
@@ -33,13 +34,13 @@ def content(store: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file() and path.name != "lock"}
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Press Ctrl-C once, when a step is done."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, by: signal.Signals = signal.SIGINT) -> None:
+    """Press Ctrl-C once, or send another signal, when a step is done."""
 
     def fit(*arguments: Any) -> Generator[Any, None, None]:
         for at in real(*arguments):
             if at.step == step:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), by)
             yield at
 
     real = training.fit
@@ -74,7 +75,7 @@ def test_json_lines_keep_their_names(icm: Icm, mixed: Path) -> None:
     assert set(events["code"]) == {"type", "task", "size", "dw_error"}
     assert set(events["trained"]) == {
         "type", "base_model", "version", "generator", "generator_size", "tasks", "codes_size", "metrics",
-        "start_dropped",
+        "start_dropped", "left_out",
     }  # fmt: skip
 
 
@@ -88,12 +89,12 @@ def test_another_seed_gives_another_generator(icm: Icm, mixed: Path, trained_tem
     assert current(mixed).blob != current(trained_template).blob
 
 
-@pytest.mark.parametrize("step", [1, STEPS])
+@pytest.mark.parametrize(("step", "by"), [(1, signal.SIGINT), (STEPS, signal.SIGINT), (3, signal.SIGTERM)])
 def test_a_stopped_run_goes_on_to_the_very_same_generator(
-    icm: Icm, mixed: Path, trained_template: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    icm: Icm, mixed: Path, trained_template: Path, monkeypatch: pytest.MonkeyPatch, step: int, by: signal.Signals
 ) -> None:
     with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
+        interrupt_at(patch, step, by)
         ran = icm(*TRAIN, "--json")
     assert (ran.code, f"step {step}" in ran.error["message"]) == (ExitCode.INTERRUPTED, True)
     again = icm(*TRAIN, "--json").events
@@ -145,6 +146,51 @@ def test_training_again_says_from_where_and_what_is_new(icm: Icm, trained: Path,
     assert again[0] == {"type": "continued", "base_model": LABEL, "version": 1, "new_tasks": 0}
     icm("ingest", write_lora(tmp_path / "more" / "extra", seed=9), "--no-vectors")
     assert f"training generator 2 of {LABEL} on: 1 task without a code so far" in icm(*TRAIN).err
+
+
+def write_tiny(folder: Path) -> Path:
+    """Write an adapter whose numbers are too small for any step of a quantiser."""
+    write_lora(folder, seed=3)
+    path = folder / "adapter_model.safetensors"
+    save_file({name: 1e-12 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_task_that_cannot_be_encoded_is_named_and_costs_the_others_nothing(
+    icm: Icm, mixed: Path, tmp_path: Path
+) -> None:
+    icm("ingest", write_tiny(tmp_path / "more" / "tiny"), "--no-vectors")
+    icm("ingest", write_lora(tmp_path / "more" / "wide", rank=260), "--no-vectors")
+    ran = icm(*TRAIN, "--json")
+    assert ran.code == ExitCode.PARTLY
+    assert set(ran.events[-1]["left_out"]) == {"tiny", "wide"}
+    assert {row["name"] for row in icm("ls", "--json").document if row["code_size"]} == {"poems", "rules", "silent"}
+    assert icm("materialize", "wide", "-o", tmp_path / "out").code == 0
+
+
+def test_an_update_names_it_too(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    icm("ingest", write_tiny(tmp_path / "more" / "tiny"), write_lora(tmp_path / "more" / "extra"), "--no-vectors")
+    icm("ingest", write_lora(tmp_path / "more" / "wide", rank=260), "--no-vectors")
+    ran = icm("train", "--update", "--no-eval", "--steps", STEPS, "--device", "cpu")
+    assert ran.code == ExitCode.PARTLY
+    for name in ("tiny", "wide"):
+        assert f"{name} has no code and keeps its original" in ran.err
+    assert {row["name"] for row in icm("ls", "--json").document if not row["code_size"]} == {"tiny", "wide"}
+
+
+def test_a_fleet_of_nothing_but_such_tasks_is_an_error(icm: Icm, tmp_path: Path) -> None:
+    icm("ingest", write_lora(tmp_path / "loras" / "wide", rank=260), "--no-vectors")
+    ran = icm(*TRAIN, "--json")
+    assert (ran.code, "'wide'" in ran.error["message"]) == (ExitCode.FAILED, True)
+
+
+def test_a_task_that_falls_short_of_a_limit_does_not_keep_the_rest_from_being_measured(
+    icm: Icm, mixed: Path, tmp_path: Path
+) -> None:
+    ran = icm("train", "--steps", STEPS, "--device", "cpu", "--min-gain", "1.0", "--objective", "both", "--episodes", 1)
+    assert ran.code == ExitCode.PARTLY
+    assert "start for unseen tasks" in ran.out
+    assert "CODE GAIN" in ran.out
 
 
 def test_training_on_keeps_the_quality_of_the_present_generator(icm: Icm, mixed: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.errors import DamagedStore, RegistryError, TaskNotFound
+from registry.errors import DamagedStore, MissingBlob, RegistryError, TaskNotFound
 from registry.integrity import Finding
 from registry.store import Store
 from tests.registry.examples import generator, ingest, new_store, vector
@@ -123,6 +123,19 @@ def test_all_that_a_task_needs_is_checked(store: Store, weights: Path, needed: s
     store.add_generator(generator(store, ["rust"]))
     store.paths.blob(store.put_blob(needed.encode())).unlink()
     assert kinds(store, names=["rust"]) == ["missing"]
+
+
+def test_a_missing_generator_is_called_one_and_named_with_the_tasks_that_it_decodes(
+    store: Store, weights: Path
+) -> None:
+    assert weights.exists()
+    made = store.add_generator(generator(store, ["rust"]))
+    store.paths.blob(made.blob).unlink()
+    (finding,) = store.verify()
+    assert (finding.message, finding.tasks) == (f"generator {made.blob} is missing", ("rust",))
+    with pytest.raises(MissingBlob) as caught:
+        store.read_blob(made.blob)
+    assert "icm train --fresh" in str(caught.value.hint)
 
 
 def test_an_unknown_name_cannot_be_checked(store: Store) -> None:
