@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,7 +35,7 @@ from icm_cli.commands.train import train
 from icm_cli.commands.vectors import vectors
 from icm_cli.commands.verify import verify
 from icm_cli.config import log_file, switched_on
-from icm_cli.errors import ExitCode, Failure, StdoutClosed, describe
+from icm_cli.errors import ConfigProblem, ExitCode, Failure, StdoutClosed, describe, is_help
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
 from icm_cli.session import GlobalOptions
@@ -110,6 +111,7 @@ def icm(
 
 def main() -> None:
     """Run the program and exit with its code."""
+    _fill_closed_streams()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -132,6 +134,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _tell(error: BaseException, *, as_json: bool) -> ExitCode:
     failure = describe(error)
+    if is_help(error) and not as_json:
+        sys.stdout.write(f"{error}\n" if str(error) else "")  # Rich has printed the help already
+        return failure.code
     if switched_on("ICM_DEBUG"):
         traceback.print_exception(error)
     elif not failure.expected:
@@ -146,16 +151,23 @@ def _tell(error: BaseException, *, as_json: bool) -> ExitCode:
 
 def _logged(failure: Failure, error: BaseException) -> Failure:
     """Leave the traceback of an unexpected error in the log and say where it is."""
-    log = log_file()
     try:
+        log = log_file()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{utc(datetime.now(UTC))}\n{''.join(traceback.format_exception(error))}\n")
-    except OSError:
+    except (OSError, ConfigProblem):
         hint = "set ICM_DEBUG=1 to see the traceback"
     else:
         hint = f"this is a bug in icm; the traceback is at the end of {log}, and `icm doctor` lists what a report needs"
     return Failure(failure.code, failure.kind, failure.message, hint)
+
+
+def _fill_closed_streams() -> None:
+    """Put /dev/null where a standard stream is closed, as git does: nobody listens, and no file may take its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # open to the end
 
 
 def _silence_stdout() -> None:

@@ -48,18 +48,24 @@ class Settings:
     """Everything that is configured, resolved once per command.
 
     Attributes:
-        store: The store folder; it need not exist.
+        named_store: The store folder as it was named, or None.
         device: The device name, not yet resolved to hardware.
         lock_timeout: Seconds to wait for another icm.
-        config_file: The configuration file that was read, or would be if it existed.
-        log_file: Where unexpected errors leave their traceback.
     """
 
-    store: Setting[Path]
+    named_store: Setting[object]
     device: Setting[str]
     lock_timeout: Setting[float]
-    config_file: Path
-    log_file: Path
+
+    @property
+    def store(self) -> Setting[Path]:
+        """The store folder; it need not exist. Commands that work without a store never ask for it.
+
+        Raises:
+            ConfigProblem: It is not named and there is no home folder.
+            UsageProblem: It is in the home folder of somebody who has none.
+        """
+        return Setting(_store_folder(self.named_store), self.named_store.source)
 
 
 def load_settings(
@@ -71,29 +77,42 @@ def load_settings(
         ConfigProblem: config.toml is not TOML, or a key of it is unknown or of the wrong type.
         UsageProblem: `ICM_LOCK_TIMEOUT` is not a number, or a timeout is negative.
     """
-    config_file = _config_file()
-    config = _read_config(config_file)
-    timeout = _pick(lock_timeout, "ICM_LOCK_TIMEOUT", config, config_file, "lock_timeout", DEFAULT_LOCK_TIMEOUT)
-    default_store = _home("XDG_DATA_HOME", ".local/share") / "icm"
-    folder = _pick(store, "ICM_STORE", config, config_file, "store", default_store)
-    chosen = _pick(device, "ICM_DEVICE", config, config_file, "device", "auto")
+    config = _read_config()
+    timeout = _pick(lock_timeout, "ICM_LOCK_TIMEOUT", config, "lock_timeout", DEFAULT_LOCK_TIMEOUT)
+    chosen = _pick(device, "ICM_DEVICE", config, "device", "auto")
     return Settings(
-        store=Setting(Path(str(folder.value)).expanduser(), folder.source),
+        named_store=_pick(store, "ICM_STORE", config, "store", None),
         device=Setting(str(chosen.value), chosen.source),
         lock_timeout=Setting(_seconds(timeout), timeout.source),
-        config_file=config_file,
-        log_file=log_file(),
     )
 
 
+def config_file() -> Path:
+    """Return the configuration file, which need not exist.
+
+    Raises:
+        ConfigProblem: It is not named and there is no home folder.
+    """
+    named = os.environ.get("ICM_CONFIG")
+    return Path(named) if named else _home("XDG_CONFIG_HOME", ".config", "ICM_CONFIG") / "icm" / "config.toml"
+
+
 def log_file() -> Path:
-    """Return where unexpected errors leave their traceback."""
+    """Return where unexpected errors leave their traceback.
+
+    Raises:
+        ConfigProblem: It is not named and there is no home folder.
+    """
     named = os.environ.get("ICM_LOG")
-    return Path(named) if named else _home("XDG_STATE_HOME", ".local/state") / "icm" / "errors.log"
+    return Path(named) if named else _home("XDG_STATE_HOME", ".local/state", "ICM_LOG") / "icm" / "errors.log"
 
 
 def cache_folder() -> Path:
-    """Return the folder of what can be made again, such as dequantised base models."""
+    """Return the folder of what can be made again, such as dequantised base models.
+
+    Raises:
+        ConfigProblem: There is no home folder.
+    """
     return _home("XDG_CACHE_HOME", ".cache") / "icm"
 
 
@@ -102,18 +121,32 @@ def switched_on(variable: str) -> bool:
     return os.environ.get(variable, "") not in ("", "0")
 
 
-def _config_file() -> Path:
-    named = os.environ.get("ICM_CONFIG")
-    return Path(named) if named else _home("XDG_CONFIG_HOME", ".config") / "icm" / "config.toml"
-
-
-def _home(variable: str, fallback: str) -> Path:
+def _home(variable: str, fallback: str, *others: str) -> Path:
     folder = os.environ.get(variable, "")
-    # The XDG specification: a relative path is to be ignored.
-    return Path(folder) if Path(folder).is_absolute() else Path("~").expanduser() / fallback
+    if Path(folder).is_absolute():  # the XDG specification: a relative path is to be ignored
+        return Path(folder)
+    try:
+        return Path.home() / fallback
+    except RuntimeError as error:  # a container often has users that no file of it knows
+        hint = f"set {' or '.join(('HOME', variable, *others))}"
+        raise ConfigProblem("this user has no home folder, and HOME is not set", hint=hint) from error
 
 
-def _read_config(path: Path) -> Mapping[str, object]:
+def _store_folder(setting: Setting[object]) -> Path:
+    if setting.value is None:
+        return _home("XDG_DATA_HOME", ".local/share", "ICM_STORE") / "icm"
+    try:
+        return Path(str(setting.value)).expanduser()
+    except RuntimeError as error:
+        fact = f"the store {setting.value} ({setting.source}) is in a home folder that nobody knows"
+        raise UsageProblem(fact, hint="write the path in full") from error
+
+
+def _read_config() -> Mapping[str, Setting[object]]:
+    try:
+        path = config_file()
+    except ConfigProblem:
+        return {}  # nowhere to look for one
     try:
         config = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,19 +159,17 @@ def _read_config(path: Path) -> Mapping[str, object]:
             raise ConfigProblem(f"{path} has an unknown key {key!r}", hint=f"the keys are: {known}")
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
             raise ConfigProblem(f"{path}: {key!r} has the wrong type", hint="`icm path --help` shows an example")
-    return config
+    return {key: Setting(value, str(path)) for key, value in config.items()}
 
 
 def _pick(
-    flag: object, variable: str, config: Mapping[str, object], config_file: Path, key: str, default: object
+    flag: object, variable: str, config: Mapping[str, Setting[object]], key: str, default: object
 ) -> Setting[object]:
     if flag is not None:
         return Setting(flag, "flag")
     if os.environ.get(variable):
         return Setting(os.environ[variable], variable)
-    if key in config:
-        return Setting(config[key], str(config_file))
-    return Setting(default, "default")
+    return config.get(key, Setting(default, "default"))
 
 
 def _seconds(setting: Setting[object]) -> float:

@@ -138,11 +138,16 @@ def describe(error: BaseException) -> Failure:
         return Failure(ExitCode.INTERRUPTED, "interrupted", "interrupted; finished steps are kept", hint)
     code = next((TABLE[name] for name in map(full_name, type(error).__mro__) if name in TABLE), None)
     if code is not None:
-        return Failure(code, _kind(error), str(error), getattr(error, "hint", None))
+        return Failure(code, _kind(error), _fact(error), getattr(error, "hint", None))
     if isinstance(error, OSError):
         return _from_system(error)
     message = f"unexpected {type(error).__name__}: {error}"
     return Failure(ExitCode.FAILED, "unexpected", message, None, expected=False)
+
+
+def is_help(error: BaseException) -> bool:
+    """Say whether an exception stands for a group without a subcommand, whose help is all that there is to say."""
+    return type(error).__name__ == "NoArgsIsHelpError"
 
 
 def full_name(kind: type) -> str:
@@ -153,6 +158,16 @@ def full_name(kind: type) -> str:
 def escape_lines(text: str) -> str:
     """Escape a text and keep its line breaks."""
     return "\n".join(escape(line) for line in text.split("\n"))
+
+
+def _fact(error: BaseException) -> str:
+    """Return the message of an exception; a usage error of Typer names its option only when it is asked for that."""
+    if is_help(error):
+        return "no command was given"
+    formatted = getattr(error, "format_message", None)
+    if formatted is None:
+        return str(error)
+    return str(formatted()).replace(": Value error, ", ": ", 1)  # Pydantic's words, which say nothing
 
 
 def _kind(error: BaseException) -> str:

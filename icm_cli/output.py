@@ -9,6 +9,7 @@ Modes:
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
@@ -81,12 +82,12 @@ class Output:
     def document(self, value: object) -> None:
         """Print the one JSON document of a command; nothing in the other modes."""
         if self.is_json:
-            _write(sys.stdout, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+            _write(sys.stdout, _json(value, sys.stdout, indent=2))
 
     def event(self, kind: str, **fields: object) -> None:
         """Print one JSON line `{"type": kind, ...}`; nothing in the other modes."""
         if self.is_json:
-            _write(sys.stdout, json.dumps({"type": kind, **fields}, ensure_ascii=False, allow_nan=False))
+            _write(sys.stdout, _json({"type": kind, **fields}, sys.stdout))
             sys.stdout.flush()
 
     def answer(self, text: str) -> None:
@@ -171,6 +172,12 @@ class Output:
     def _bold(self, text: str) -> str:
         coloured = self.mode is Mode.HUMAN and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
         return f"\x1b[1m{text}\x1b[0m" if coloured else text
+
+
+def _json(value: object, stream: TextIO, indent: int | None = None) -> str:
+    # What an encoding lacks has to be escaped as JSON does it, before `_write` does it as Python does.
+    is_utf8 = codecs.lookup(stream.encoding or "utf-8").name == "utf-8"
+    return json.dumps(value, ensure_ascii=not is_utf8, indent=indent, allow_nan=False)
 
 
 def _write(stream: TextIO, text: str) -> None:

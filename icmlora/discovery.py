@@ -6,25 +6,28 @@
         samples.jsonl  eval.jsonl            its texts
 
 A run without an adapter of its own has its best checkpoint as final adapter if the trainer noted which one that is,
-else its last. Nothing is opened here but the notes of a trainer and the first bytes of files in other dialects.
+else its last. What a folder such as `shakespeare/final` holds is the run's own: see `icmlora.run_names`. Nothing is
+opened here but the notes of a trainer and the first bytes of files in other dialects.
 """
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from icmlora.dialect import foreign_adapters
 from icmlora.errors import AdapterRefused
-from icmlora.names import natural_key, task_name_problem
+from icmlora.names import natural_key, printable, task_name_problem
 from icmlora.peft_names import CARD_NAME, CONFIG_NAME, EVAL_NAME, SAMPLES_NAME, WEIGHTS_NAME
+from icmlora.run_names import name_of, telling_folder
 from icmlora.trainer_run import STATE_NAME, best_step, step_of
 from icmlora.tree_walk import Folder, walk
 
-_WATCHED = frozenset({CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, SAMPLES_NAME, EVAL_NAME, STATE_NAME})
+_WATCHED = frozenset({CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, STATE_NAME})
+_TEXTS = frozenset({SAMPLES_NAME, EVAL_NAME})
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class FoundTask:
     """A task: its final adapter, its checkpoints, and the texts beside them.
 
     Attributes:
-        name: A valid task name, the folder's.
+        name: A valid task name, as `icmlora.run_names` finds it.
         folder: The folder of the run.
         adapters: In order of steps; an adapter that is no checkpoint comes last.
         samples: `samples.jsonl`, or None.
@@ -92,13 +95,19 @@ class _Run:
         places = self.notes.get(name, {})
         return places[max(places, key=_order)] if places else None
 
+    def joined(self, inner: _Run) -> _Run:
+        """Return this run with what a folder in it has; of two notes of one kind, that folder's counts."""
+        notes = {name: self.notes.get(name, {}) | inner.notes.get(name, {}) for name in self.notes | inner.notes}
+        return _Run(self.adapters | inner.adapters, notes)
 
-def find_adapters(paths: Sequence[Path], *, name: str | None = None) -> Discovery:
+
+def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool = True) -> Discovery:
     """Find every adapter under some folders.
 
     Args:
         paths: Folders: adapters, runs, checkpoints, or folders of those at any depth.
         name: A name for the task, instead of its folder's; for exactly one task.
+        texts: Find the texts beside them too.
 
     Returns:
         Tasks, and everything that looks like an adapter but is not taken: other dialects, links out of the tree,
@@ -110,18 +119,21 @@ def find_adapters(paths: Sequence[Path], *, name: str | None = None) -> Discover
     """
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
+    watched = _WATCHED | _TEXTS if texts else _WATCHED
     for path in paths:
         root = Path(os.path.realpath(path))
         if root.is_dir():
-            for folder in walk(root, _WATCHED, refused.append):
+            for folder in walk(root, watched, refused.append):
                 _collect(folder, root, runs, refused)
         else:
             fact = "is no folder" if root.exists() else "does not exist"
             hint = "give the folder that holds adapter_config.json"
             refused.append(AdapterRefused(fact, kind="not-a-folder", path=path, hint=hint))
-    found = {folder: run for folder, run in runs.items() if run.adapters}
+    found = _gathered(runs, refused)
     names = _names(found, name, refused)
     tasks = [_task(task_name, folder, found[folder]) for folder, task_name in names.items()]
+    if not texts:
+        tasks = [replace(task, samples=None, eval_data=None) for task in tasks]
     tasks.sort(key=lambda task: natural_key(task.name))
     return Discovery(tuple(tasks), tuple(_unique(refused)))
 
@@ -156,23 +168,46 @@ def _home(path: Path, root: Path) -> tuple[Path, int | None]:
     return path, None
 
 
+def _gathered(runs: Mapping[Path, _Run], refused: list[AdapterRefused]) -> dict[Path, _Run]:
+    """Return the runs that have adapters, each under the folder that its task is called by.
+
+    So `rust/final` is the run `rust`, beside the checkpoints that lie there. Two adapters of a run are not merged.
+    """
+    places: defaultdict[Path, list[Path]] = defaultdict(list)
+    found = {folder: run for folder, run in runs.items() if run.adapters}
+    for folder in sorted(found):
+        if (home := telling_folder(folder)) != folder:
+            places[home].append(folder)
+    for home, folders in places.items():
+        inner = [found.pop(folder) for folder in folders]
+        outer = runs.get(home, _Run())
+        if len(inner) == 1 and not outer.adapters.keys() & inner[0].adapters.keys():
+            found[home] = outer.joined(inner[0])
+            continue
+        for folder in folders:
+            message = f"{printable(home.name)} has another adapter than this one: they are not merged"
+            hint = "ingest it alone with --name"
+            refused.append(AdapterRefused(message, kind="name-collision", path=folder, hint=hint))
+    return found
+
+
 def _names(found: dict[Path, _Run], name: str | None, refused: list[AdapterRefused]) -> dict[Path, str]:
     if name is not None:
         return _given_name(list(found), name)
     by_name: defaultdict[str, list[Path]] = defaultdict(list)
     for folder in sorted(found):
-        problem = task_name_problem(folder.name)
+        problem = task_name_problem(name_of(folder))
         if problem is None:
-            by_name[folder.name.lower()].append(folder)
+            by_name[name_of(folder).lower()].append(folder)
         else:
             hint = "rename the folder, or ingest it alone with --name"
             refused.append(AdapterRefused(f"cannot name a task: {problem}", kind="name", path=folder, hint=hint))
     for twins in by_name.values():
         for folder in twins if len(twins) > 1 else ():
-            message = f"{len(twins)} folders are called {folder.name}: they are not merged"
+            message = f"{len(twins)} folders are called {name_of(folder)}: they are not merged"
             hint = "ingest them one by one with --name"
             refused.append(AdapterRefused(message, kind="name-collision", path=folder, hint=hint))
-    return {twins[0]: twins[0].name for twins in by_name.values() if len(twins) == 1}
+    return {twins[0]: name_of(twins[0]) for twins in by_name.values() if len(twins) == 1}
 
 
 def _given_name(folders: list[Path], name: str) -> dict[Path, str]:

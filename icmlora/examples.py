@@ -20,6 +20,10 @@ Item = TypeVar("Item")
 MAX_BYTES = 256 * 2**20
 MAX_EXAMPLES = 100_000
 _HINT = 'every line must be {"text": "..."} or {"prompt": "...", "completion": "..."}'
+_CHAT_HINT = (
+    "write a line for each answer, with the chat template of the base model applied as in training: "
+    '{"prompt": "<all before the answer>", "completion": "<the answer>"}'
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,9 @@ def _example(line: bytes, number: int, path: str | Path | None) -> Example:
             example = Example("", text)
         case {"prompt": str(prompt), "completion": str(completion)}:
             example = Example(prompt, completion)
+        case {"messages": _} | {"conversations": _}:
+            fact = f"line {number} is a chat: how the model would see it depends on a template that is not known here"
+            raise DataError(fact, path=path, hint=_CHAT_HINT)
         case _:
             raise DataError(f"line {number} has no text", path=path, hint=_HINT)
     if not example.completion.strip():

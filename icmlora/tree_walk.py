@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icmlora.errors import AdapterRefused, UnsafeInput
+from icmlora.names import printable
+from icmlora.run_names import cached_repository
 
 MAX_ENTRIES = 1_000_000
 
@@ -96,6 +98,9 @@ def _inside(entry: os.DirEntry[str], root: Path, watched: Collection[str], refus
     if target.is_relative_to(root):
         return target
     if entry.name in watched or target.is_dir():
+        repository = cached_repository(Path(entry.path))
         hint = "give the folder it leads to, or one that holds both"
+        if repository is not None:
+            hint = f"give {printable(str(repository), 4096)}, which holds both, or a copy made with `cp -rL`"
         refuse(UnsafeInput("a symbolic link out of the folder given", kind="symlink", path=entry.path, hint=hint))
     return None

@@ -6,9 +6,16 @@ once per task, and a source only where it is another one.
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 _CHECKPOINT = re.compile(r"/checkpoint-[0-9]+$")
+
+
+def source_label(path: Path) -> str:
+    """Return a path as text that every database takes: bytes that are no UTF-8 are written out in hexadecimal."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def task_folder(source: str) -> str:

@@ -6,12 +6,13 @@ what is known ──▶ decide, task by task ──▶ numbers of blobs, layouts
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from sqlalchemy import Connection, delete, insert, update
 
 from registry import models, records
+from registry.base import StoreBase
 from registry.blobs import BlobStore
 from registry.descriptions import Description, description_of
 from registry.errors import TaskConflict
@@ -35,6 +36,7 @@ class _Decision:
         new_eval_data: whether it gets other held-out texts than it has.
         evicted: its offered adapters whose weights were deleted, with their rows' numbers.
         pinned: whether its originals are never evicted.
+        replaced: the number of the task whose place it takes; None where there is none.
     """
 
     ingest: records.TaskIngest
@@ -45,6 +47,7 @@ class _Decision:
     new_eval_data: bool
     evicted: Mapping[AdapterKey, int] = field(default_factory=dict)
     pinned: bool = False
+    replaced: int | None = None
 
     def outcome(self) -> records.IngestOutcome:
         """Return what the caller is told."""
@@ -67,28 +70,51 @@ class _Decision:
                 yield adapter.weights
 
 
+class IngestPlanOperations(StoreBase):
+    """What the store says of an ingest before it is made."""
+
+    def plan_ingest(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
+        """Say what :meth:`registry.tasks.TaskOperations.ingest_tasks` would do, and write nothing.
+
+        No blob need be in the store yet, so `MissingBlob` is never raised; everything else is, as by that.
+        """
+        with self._db.connection() as connection:
+            return [item.outcome() for item in _decide_all(connection, tasks)]
+
+
+def plan_first_ingest(tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
+    """Say what an ingest into a store that is still to be made would do; raises as `plan_ingest` does."""
+    return [item.outcome() for item in _decide_all(None, tasks)]
+
+
 def record_tasks(
     connection: Connection, files: BlobStore, ingests: Sequence[records.TaskIngest]
 ) -> list[records.IngestOutcome]:
     """Write the rows of tasks into an open transaction; see :meth:`registry.tasks.TaskOperations.ingest_tasks`."""
-    for ingest in ingests:
-        check_name(ingest.name)
-        if sum(adapter.is_final for adapter in ingest.adapters) != 1:
-            raise ValueError(f"task {ingest.name!r} needs exactly one final adapter")
-    if len({ingest.name.lower() for ingest in ingests}) != len(ingests):
-        raise ValueError("two tasks of one batch have the same name")
-    known = known_tasks(connection, [ingest.name for ingest in ingests])
-    decisions = [_decide(known.get(ingest.name.lower()), ingest) for ingest in ingests]
-    replaced = [known[item.ingest.name.lower()].id for item in decisions if item.status == "replaced"]
-    for number in replaced:
-        connection.execute(delete(_TASKS).where(_TASKS.c.id == number))
+    decisions = _decide_all(connection, ingests)
+    for item in decisions:
+        if item.replaced is not None:
+            connection.execute(delete(_TASKS).where(_TASKS.c.id == item.replaced))
     _write(connection, files, [item for item in decisions if item.status != "skipped"])
     return [item.outcome() for item in decisions]
 
 
+def _decide_all(connection: Connection | None, ingests: Sequence[records.TaskIngest]) -> list[_Decision]:
+    """Decide what is done about each task; without a connection there is no store yet, and every task is new."""
+    for ingest in ingests:
+        check_name(ingest.name)
+        if sum(adapter.is_final for adapter in ingest.adapters) != 1:
+            raise ValueError(f"task {ingest.name!r} needs exactly one final adapter")
+    names = [ingest.name for ingest in ingests]
+    if len({name.lower() for name in names}) != len(names):
+        raise ValueError("two tasks of one batch have the same name")
+    known = {} if connection is None else known_tasks(connection, names)
+    return [_decide(known.get(ingest.name.lower()), ingest) for ingest in ingests]
+
+
 def _decide(known: KnownTask | None, ingest: records.TaskIngest) -> _Decision:
     if known is None:
-        return _added(ingest, "added")
+        return _added(ingest)
     final = next(adapter for adapter in ingest.adapters if adapter.is_final)
     if (known.base_model, known.final) == (ingest.base_model, (final.weights, final.config)):
         return _updated(known, ingest)
@@ -96,12 +122,12 @@ def _decide(known: KnownTask | None, ingest: records.TaskIngest) -> _Decision:
         raise TaskConflict(known.name)
     if ingest.on_conflict == "skip":
         return _Decision(ingest, "skipped", known, (), new_samples=False, new_eval_data=False)
-    return _added(ingest, "replaced", pinned=known.pinned)
+    return replace(_added(ingest), status="replaced", pinned=known.pinned, replaced=known.id)
 
 
-def _added(ingest: records.TaskIngest, status: records.IngestStatus, *, pinned: bool = False) -> _Decision:
+def _added(ingest: records.TaskIngest) -> _Decision:
     new = _unknown(ingest.adapters, set())
-    return _Decision(ingest, status, None, new, new_samples=True, new_eval_data=True, pinned=pinned)
+    return _Decision(ingest, "added", None, new, new_samples=True, new_eval_data=True)
 
 
 def _updated(known: KnownTask, ingest: records.TaskIngest) -> _Decision:

@@ -9,6 +9,7 @@ with Store.open(path, create=True, command="icm ingest") as store:
 from __future__ import annotations
 
 from registry.generators import GeneratorOperations
+from registry.ingest import IngestPlanOperations
 from registry.learned import LearnedOperations
 from registry.originals import OriginalOperations
 from registry.recoding import RecodingOperations
@@ -22,6 +23,7 @@ __all__ = ["Store"]
 
 class Store(
     TaskOperations,
+    IngestPlanOperations,
     LearnedOperations,
     GeneratorOperations,
     RecodingOperations,

@@ -27,15 +27,16 @@ _COLUMNS = (
 def list_bundle(session: Session, bundle: Path, base_model: str | None) -> None:
     """Print what a bundle holds; only its index is read."""
     from icm_cli.workflows.bundled import read_index
+    from icm_cli.workflows.chosen import check_base_model
 
     out = session.out
     index, digest = read_index(bundle)
-    tasks = index.tasks if base_model in (None, index.base_model) else ()
-    out.document([_as_json(index, task) for task in tasks])
+    check_base_model(base_model, (index.base_model,))
+    out.document([_as_json(index, task) for task in index.tasks])
     if out.is_quiet:
-        for task in tasks:
+        for task in index.tasks:
             out.answer(task.name)
-    out.table(_COLUMNS, [_as_cells(index, task) for task in tasks])
+    out.table(_COLUMNS, [_as_cells(index, task) for task in index.tasks])
     out.note(f"generator {index.generator.version} of {index.base_model}; bundle {digest}")
 
 

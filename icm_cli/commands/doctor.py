@@ -13,7 +13,7 @@ from icm_cli.text import human_size
 def doctor(session: Session) -> None:
     """Show versions, devices, settings and the state of the store; exit 1 if something is wrong.
 
-    Its output belongs into every report of a problem. It changes nothing.
+    Its output belongs into every report of a problem. The store is opened to be read, as by every other command.
 
     Example:
       icm doctor --json
@@ -21,7 +21,7 @@ def doctor(session: Session) -> None:
     from icm_cli.workflows.diagnosis import examine
 
     settings = session.settings
-    checks = examine(settings.store.value)
+    checks = examine(session.place)
     problems = [check for check in checks if check.problem is not None]
     configured = {
         "store": (str(settings.store.value), settings.store.source),

@@ -11,7 +11,7 @@ import typer
 
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.kept_text import coded_size
-from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg
+from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, gain_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import counted, human_size
@@ -28,12 +28,7 @@ ErrorOpt = Annotated[
 ]
 GainOpt = Annotated[
     float | None,
-    typer.Option(
-        "--min-gain",
-        metavar="G",
-        help="Smallest retained gain that a code may have, on the task's held-out text; needs the base model.",
-        show_default=False,
-    ),
+    gain_option("Smallest retained gain that a code may have, on the task's held-out text; needs the base model."),
 ]
 CheckpointsOpt = Annotated[
     bool, typer.Option("--checkpoints-only", help="Delete training checkpoints and leave the final adapters.")

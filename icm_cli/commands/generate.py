@@ -11,7 +11,7 @@ from icm_cli.commands.materialize import DtypeName, DtypeOpt, OutputOpt
 from icm_cli.errors import Interrupted
 from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt
 from icm_cli.session import Session, command
-from icm_cli.text import human_size
+from icm_cli.text import counted, human_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,7 +122,7 @@ def _tell(session: Session, done: Generated) -> None:
         }
     )
     out.answer(str(done.directory))
-    out.note(f"{done.task} from {done.samples} samples, rank {done.rank}")
+    out.note(f"{done.task} from {counted(done.samples, 'sample')}, rank {done.rank}")
     out.note(f"nats per token on these very samples: {done.base_nats:.3f} without it, {done.nats:.3f} with it")
     _tell_familiarity(session, known)
     if done.code_size is not None:

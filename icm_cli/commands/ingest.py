@@ -34,6 +34,9 @@ SamplesOpt = Annotated[
         show_default=False,
     ),
 ]
+TextsOpt = Annotated[
+    bool, typer.Option("--texts/--no-texts", help="Take samples.jsonl and eval.jsonl where they lie beside adapters.")
+]
 SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Go on past what is refused; exit 3 says that some was.")]
 OnConflictOpt = Annotated[
     OnConflict, typer.Option("--on-conflict", help="A task of that name has another adapter: what to do.")
@@ -53,6 +56,7 @@ def ingest(
     paths: PathsArg,
     name: NameOpt = None,
     samples: SamplesOpt = None,
+    texts: TextsOpt = True,
     skip_bad: SkipBadOpt = False,
     on_conflict: OnConflictOpt = OnConflict.FAIL,
     restore: RestoreOpt = False,
@@ -65,6 +69,9 @@ def ingest(
     The files are read, checked and copied; nothing in PATH is changed. The same again changes nothing. What could
     not be given back exactly is refused by name. Where the base model is on this machine, task vectors are
     extracted too; else `icm vectors` does that later.
+
+    A task is called like its folder. Where that is called adapter, best, final, lora, model, output or the like, it is
+    called like the folder above.
 
     Example:
       icm ingest ./loras
@@ -80,9 +87,10 @@ def ingest(
         on_conflict=on_conflict.value,
         dry_run=dry_run,
         restore=restore,
+        texts=texts,
     )
     with session.stoppable() as stop:
-        report = session.follow(take_in(session.place, request, stop), "ingest", partial(_tell, session))
+        report = session.follow(take_in(session.place, request, stop), "ingest", partial(_tell, session, set()))
         _tell_sum(session, report, dry_run=dry_run)
         if vectors and report.without_vectors and not report.stopped:
             _extract(session, report, session.device(device), stop)
@@ -105,14 +113,15 @@ def _extract(session: Session, report: IngestReport, device: str, stop: StopFlag
     from icm_cli.workflows.vectors import extract_missing
 
     work = extract_missing(session.place, ready, device=device, again=False, stop=stop)
-    extracted = session.follow(work, "task vectors", partial(_tell, session))
+    extracted = session.follow(work, "task vectors", partial(_tell, session, set()))
     done = {entry.task for entry in extracted.tasks}
     report.without_vectors = [task for task in report.without_vectors if task not in done]
     report.stopped = extracted.stopped
     session.out.line(f"extracted task vectors of {counted(len(done), 'task')}")
 
 
-def _tell(session: Session, event: Event) -> None:
+def _tell(session: Session, hints: set[str], event: Event) -> None:
+    """Say what became of a task; a hint is given once, however many refusals have it."""
     from icm_cli.workflows.ingest_plan import Ingested, Refused
 
     if isinstance(event, Ingested):
@@ -120,6 +129,9 @@ def _tell(session: Session, event: Event) -> None:
         session.out.detail(f"{event.task}: {event.status}, {event.new} new, {event.known} known")
     elif isinstance(event, Refused):
         session.out.warn(f"{event.path}: {event.message}", kind=event.kind, path=event.path, hint=event.hint)
+        if event.hint is not None and event.hint not in hints:
+            hints.add(event.hint)
+            session.out.hint(event.hint)
     else:  # a task's vectors, from `extract_missing`
         session.out.event("vectors", **asdict(event))
 

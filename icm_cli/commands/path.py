@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from icm_cli.config import config_file, log_file
 from icm_cli.session import Session, command
 
 
@@ -29,14 +31,15 @@ def path(session: Session, what: Annotated[What, typer.Argument(help="Which path
     Example:
       du -sb "$(icm path store)"
     """
-    settings = session.settings
-    store = settings.store.value
-    found = {
-        What.STORE: store,
-        What.DB: store / "registry.db",
-        What.BLOBS: store / "blobs",
-        What.CONFIG: settings.config_file,
-        What.LOG: settings.log_file,
-    }[what]
+    found = _found(session, what)
     session.out.document({"name": what.value, "path": str(found)})
     session.out.answer(str(found))
+
+
+def _found(session: Session, what: What) -> Path:
+    if what is What.CONFIG:
+        return config_file()
+    if what is What.LOG:
+        return log_file()
+    store = session.settings.store.value
+    return store if what is What.STORE else store / {What.DB: "registry.db", What.BLOBS: "blobs"}[what]

@@ -105,7 +105,7 @@ def _initial(details: TaskDetails) -> str:
     if details.initial is None:
         return "not known"
     found, modules = len(details.initial.modules), len(details.final.layout)
-    return f"drawn again from seed {details.initial.seed} for {found} of {modules} modules"
+    return f"drawn again from seed {details.initial.seed} for {found} of {counted(modules, 'module')}"
 
 
 def _original(details: TaskDetails) -> str:

@@ -12,7 +12,7 @@ import typer
 from icm_cli.kept_text import coded_size, shortfalls
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import human_percent, human_size
+from icm_cli.text import counted, human_percent, human_size
 
 if TYPE_CHECKING:
     from icm_cli.workflows.accounting import Bill, FleetBill, TaskBill
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 PlotOpt = Annotated[
     Path | None,
     typer.Option(
-        "--plot", metavar="FILE.svg|png", help="Also draw bytes against the number of tasks.", show_default=False
+        "--plot", metavar="FILE.svg|png|pdf", help="Also draw bytes against the number of tasks.", show_default=False
     ),
 ]
+ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace the FILE of --plot if it exists.")]
 
 _FLEET_COLUMNS = (
     Column("base model", shrink=True),
@@ -49,7 +50,7 @@ _TASK_COLUMNS = (
 
 
 @command
-def stats(session: Session, plot: PlotOpt = None) -> None:
+def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> None:
     """Show the bill: bytes on disk, what generator and codes take against bf16, and what the codes keep.
 
     GENERATOR is the generator's file, with the start of `icm generate` if it has one. OF BF16 compares it and codes,
@@ -60,9 +61,7 @@ def stats(session: Session, plot: PlotOpt = None) -> None:
     Example:
       icm stats --json
     """
-    from icm_cli.workflows.accounting import bill
-
-    found = bill(session.place)
+    found = _found(session, plot, force=force)
     out = session.out
     out.document(_as_json(found))
     out.table(_FLEET_COLUMNS, [_fleet_cells(fleet) for fleet in found.fleets])
@@ -78,10 +77,21 @@ def stats(session: Session, plot: PlotOpt = None) -> None:
     for line in shortfalls(task.asked for fleet in found.fleets for task in fleet.short if task.asked is not None):
         out.line(line)
     if plot is not None:
-        from icm_cli.workflows.plots import plot_bill
-
-        plot_bill(found, plot)
         out.note(f"drew {plot}")
+
+
+def _found(session: Session, plot: Path | None, *, force: bool) -> Bill:
+    """Return the bill, and draw it if a file is named."""
+    from icm_cli.workflows.accounting import bill
+
+    if plot is None:
+        return bill(session.place)
+    from icm_cli.workflows.plots import check_plot, plot_bill
+
+    check_plot(plot, force=force)
+    found = bill(session.place)
+    plot_bill(found, plot, force=force)
+    return found
 
 
 def _disk(found: Bill) -> list[tuple[str, str]]:
@@ -135,7 +145,9 @@ def _held(found: Bill) -> str:
     left = found.tasks - found.evicted
     if not found.evicted:
         return ", since it still holds the originals"
-    return f", with the originals of {left} of {found.tasks} tasks" if left else "; every original is evicted"
+    return (
+        f", with the originals of {left} of {counted(found.tasks, 'task')}" if left else "; every original is evicted"
+    )
 
 
 def _fleet_cells(fleet: FleetBill) -> list[str]:
@@ -173,7 +185,7 @@ def _mean_and_worst(values: list[float | None], worst: Callable[[list[float]], f
     known = [value for value in values if value is not None]
     if not known:
         return "not measured"
-    missing = "" if len(known) == len(values) else f" ({len(known)} tasks)"
+    missing = "" if len(known) == len(values) else f" ({counted(len(known), 'task')})"
     return f"{sum(known) / len(known):.3f} / {worst(known):.3f}{missing}"
 
 

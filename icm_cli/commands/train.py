@@ -34,7 +34,6 @@ from icm_cli.session import Session, command
 from icm_cli.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.encode_plan import EncodeRequest
     from icm_cli.workflows.events import Event
     from icm_cli.workflows.publishing import Trained
     from icm_cli.workflows.starting import StartRequest
@@ -79,7 +78,6 @@ def train(
     """
     others = (quality, tolerance, width, steps, lr, max_error, min_gain)
     _check_options(objective, update=update, anew=fresh or width is not None, others=others)
-    from icm_cli.workflows.encode_plan import EncodeRequest
     from icm_cli.workflows.starting import StartRequest, check_learnable
     from icm_cli.workflows.training_run import TrainRequest
 
@@ -95,17 +93,15 @@ def train(
         resume=resume,
         fresh=fresh,
     )
-    learns = objective is not ObjectiveName.BITS
-    if learns:
+    if learns := objective is not ObjectiveName.BITS:
         check_learnable(session.place, base_model)
     partly = False
     if objective is not ObjectiveName.FUNCTIONAL:
         made = _update(session, request) if update else _train(session, request, learns=learns)
-        limits = EncodeRequest(made.tasks, max_error, min_gain, request.device, base_model=base_model)
-        partly = _encode_and_measure(session, made, limits, evaluate=evaluate) or made.partly
+        partly = _encode_and_measure(session, request, made, (max_error, min_gain), evaluate=evaluate)
     if learns:
         _learn_starts(session, StartRequest(request.device, base_model, episodes, seed))
-    if partly:  # said at the end: one task that falls short must not cost the others what comes after
+    if partly:  # only now: one task that falls short must not cost the others what comes after
         raise typer.Exit(ExitCode.PARTLY)
 
 
@@ -163,16 +159,25 @@ def _update(session: Session, request: TrainRequest) -> _Made:
     return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks, partly)
 
 
-def _encode_and_measure(session: Session, made: _Made, limits: EncodeRequest, *, evaluate: bool) -> bool:
-    """Say whether a task fell short of a limit."""
+def _encode_and_measure(
+    session: Session, request: TrainRequest, made: _Made, limits: tuple[float | None, float | None], *, evaluate: bool
+) -> bool:
+    """Encode once more if there is a limit of the error or of the gain, and measure.
+
+    Returns:
+        Whether a task fell short, or was left out before.
+    """
+    from icm_cli.workflows.encode_plan import EncodeRequest
+
+    short = made.partly
     if made.nothing:
-        return False
-    short = False
-    if limits.max_error is not None or limits.min_gain is not None:
+        return short
+    if limits != (None, None):
+        what = EncodeRequest(made.tasks, *limits, request.device, base_model=request.base_model)
         go_on = "the generator is kept; `icm encode` with the same limits does what is left"
-        short = encode.run(session, limits, go_on=go_on)
+        short = encode.run(session, what, go_on=go_on) or short
     if evaluate:
-        _evaluate(session, limits.device, made)
+        _evaluate(session, request.device, made)
     return short
 
 
@@ -188,9 +193,8 @@ def _learn_starts(session: Session, request: StartRequest) -> None:
     with session.stoppable() as stop:
         report = session.follow(learn_starts(session.place, request, stop), "episodes", tell)
     for learned in report.learned:
-        session.out.line(
-            f"start for unseen tasks of {learned.base_model}: {human_size(learned.size)}, from {learned.tasks} tasks"
-        )
+        of = f"{human_size(learned.size)}, from {counted(learned.tasks, 'task')}"
+        session.out.line(f"start for unseen tasks of {learned.base_model}: {of}")
         kept = f"{1 - learned.loss:.2f} of what their own adapters gain on samples that were not read"
         session.out.note(
             f"after {counted(learned.episodes, 'episode')} in {human_duration(learned.seconds)}: known tasks get {kept}"

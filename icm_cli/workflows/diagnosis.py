@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from icm_cli.workflows.opening import Place
+
 _DISTRIBUTIONS = ("icm-lora", "torch", "transformers", "peft", "safetensors", "sqlalchemy", "numpy", "typer")
 _LOW_SPACE = 1 << 30  # bytes: less than this does not hold a handful of adapters and a generator
 
@@ -30,9 +32,9 @@ class Check:
     problem: str | None = None
 
 
-def examine(store: Path) -> list[Check]:
-    """Look at versions, devices and the store, without changing anything."""
-    return [*_versions(), *_devices(), *_database_library(), *_store(store)]
+def examine(place: Place) -> list[Check]:
+    """Look at versions, devices and the store, which is opened to be read, as other commands open it."""
+    return [*_versions(), *_devices(), *_database_library(), *_store(place)]
 
 
 def _versions() -> list[Check]:
@@ -69,7 +71,8 @@ def has_wal_reset_bug(release: tuple[int, ...]) -> bool:
     return (3, 7, 0) <= release < (3, 51, 3)
 
 
-def _store(store: Path) -> list[Check]:
+def _store(place: Place) -> list[Check]:
+    store = place.path
     anchor = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
     free = shutil.disk_usage(anchor).free
     checks = [Check("free_bytes", free, "less than 1 GiB is free" if free < _LOW_SPACE else None)]
@@ -77,8 +80,24 @@ def _store(store: Path) -> list[Check]:
         checks.append(Check("writable", "no", f"{anchor} cannot be written by this user"))
     if not (store / "FORMAT").exists():
         return [*checks, Check("store", "none yet; `icm ingest` makes it")]
-    checks.append(Check("store", (store / "FORMAT").read_text(errors="replace").strip()[:80]))
-    return [*checks, _schema(store / "registry.db")]
+    return [*checks, _opened(place), _schema(store / "registry.db")]
+
+
+def _opened(place: Place) -> Check:
+    """Open the store: what another command would refuse to work with is a problem, in the same words."""
+    from registry.errors import RegistryError
+
+    problem = None
+    try:
+        with place.open(read_only=True):
+            pass
+    except RegistryError as error:
+        problem = str(error) if error.hint is None else f"{error}; {error.hint}"
+    try:
+        format_ = (place.path / "FORMAT").read_text(errors="replace").strip()[:80]
+    except OSError:
+        format_ = None
+    return Check("store", format_, problem)
 
 
 def _schema(database: Path) -> Check:

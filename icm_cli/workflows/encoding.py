@@ -38,12 +38,12 @@ def encode(place: Place, request: EncodeRequest, stop: StopFlag) -> Generator[Ev
 
     Raises:
         TaskNotFound: A name is not in the store.
-        DataError: There is no generator.
+        DataError: There is no generator, or no task belongs to the base model.
         DeviceUnavailable: The device is not there.
     """
     report = EncodeReport()
     with place.open() as store:
-        tasks = [task for task in chosen_tasks(store, request.names) if request.base_model in (None, task.base_model)]
+        tasks = chosen_tasks(store, request.names, request.base_model)
         work = _Work(store, request)
         yield Step(0, len(tasks))
         for task in tasks:

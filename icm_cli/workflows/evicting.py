@@ -37,7 +37,8 @@ def evict(place: Place, request: EvictRequest, stop: StopFlag) -> Generator[Even
         StoreLocked: Other processes use the store.
     """
     report = EvictReport()
-    with place.open() as store:
+    # To measure a gain may be to learn what the base model is, which the store then notes.
+    with place.open(read_only=request.dry_run and request.min_gain is None) as store:
         tasks = chosen_tasks(store, request.names)
         work = _Work(store, request)
         report.left = store.finish_evictions(dry_run=request.dry_run)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icm_cli.workflows.chosen import check_base_model
 from icm_cli.workflows.events import Event, Step
 from icm_cli.workflows.measured import latest_of
 from icm_cli.workflows.opening import Place
@@ -59,7 +60,8 @@ def export(place: Place, request: ExportRequest) -> Generator[Event, None, Expor
 
     Raises:
         TaskNotFound: A name is not in the store.
-        DataError: A task has no code under the current generator, or the tasks have several base models.
+        DataError: A task has no code under the current generator, the tasks have several base models, or none belongs
+            to the one that is asked for.
         DamagedStore: A blob is missing or damaged.
         OutputExists: The file exists and `force` is not given.
     """
@@ -81,9 +83,9 @@ def export(place: Place, request: ExportRequest) -> Generator[Event, None, Expor
 def _choose(store: Store, request: ExportRequest) -> _Choice:
     """Find the tasks that are meant and the one generator that all their codes belong to."""
     named = {store.task(name).name for name in request.names}
-    rows = [row for row in store.summaries() if request.base_model in (None, row.task.base_model)]
-    if named:
-        rows = [row for row in rows if row.task.name in named]
+    rows = [row for row in store.summaries() if not named or row.task.name in named]
+    check_base_model(request.base_model, {row.task.base_model for row in rows}, named=bool(named))
+    rows = [row for row in rows if request.base_model in (None, row.task.base_model)]
     coded = [row for row in rows if row.code is not None]
     without = tuple(row.task.name for row in rows if row.code is None)
     if named and without:

@@ -8,9 +8,9 @@ What a batch has recorded stays. The same ingest again records only what is miss
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,29 @@ from icm_cli.workflows.ingest_plan import Ingested, IngestReport, IngestRequest,
 from icm_cli.workflows.opening import Place
 from icmlora.discovery import Discovery, FoundTask, find_adapters
 from icmlora.errors import AdapterRefused
-from registry.errors import MissingBlob, TaskConflict
+from registry.errors import MissingBlob, StoreNotFound, TaskConflict
 from registry.records import IngestOutcome, TaskIngest
 
 if TYPE_CHECKING:
+    from registry.evicted import EvictedAdapter
     from registry.store import Store
+
+_Record = Callable[[Sequence[TaskIngest]], list[IngestOutcome]]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where tasks go.
+
+    Attributes:
+        store: Where the bytes of files go; None in a dry run.
+        record: Records tasks, or says what that would do.
+        evicted: Adapters whose weights are checked and not stored.
+    """
+
+    store: Store | None
+    record: _Record
+    evicted: Sequence[EvictedAdapter] = ()
 
 
 def ingest(place: Place, request: IngestRequest, stop: StopFlag) -> Generator[Event, None, IngestReport]:
@@ -42,11 +60,10 @@ def ingest(place: Place, request: IngestRequest, stop: StopFlag) -> Generator[Ev
     report = IngestReport(found=len(discovery.tasks))
     for refusal in discovery.refused:
         yield _pass_over(refusal, Path(refusal.path or "."), request, report)
-    with ExitStack() as stack:
-        store = None if request.dry_run else stack.enter_context(place.open(create=True))
-        yield from _ingest_batches(discovery.tasks, request, store, report, stop)
-        if store is not None:
-            report.without_vectors = _without_vectors(store, report)
+    with _target(place, request) as target:
+        yield from _ingest_batches(discovery.tasks, request, target, report, stop)
+        if target.store is not None:
+            report.without_vectors = _without_vectors(target.store, report)
     if not report.ingested and report.refused and not report.stopped:
         first = report.refused[0]
         fact = f"nothing was taken: all {len(report.refused)} found were refused"
@@ -54,8 +71,33 @@ def ingest(place: Place, request: IngestRequest, stop: StopFlag) -> Generator[Ev
     return report
 
 
+@contextmanager
+def _target(place: Place, request: IngestRequest) -> Iterator[_Target]:
+    """Open the store to write, or for a dry run to read, where a store that is not there yet is an empty one."""
+    if not request.dry_run:
+        with place.open(create=True) as store:
+            yield _Target(store, store.ingest_tasks, () if request.restore else store.evicted_adapters())
+        return
+    present = _open_to_read(place)
+    if present is None:
+        # SQLAlchemy comes with it, and takes most of the time that a short command has.
+        from registry.ingest import plan_first_ingest
+
+        yield _Target(None, plan_first_ingest)
+        return
+    with present:
+        yield _Target(None, present.plan_ingest)
+
+
+def _open_to_read(place: Place) -> Store | None:
+    try:
+        return place.open(read_only=True)
+    except StoreNotFound:
+        return None
+
+
 def _find(request: IngestRequest) -> Discovery:
-    discovery = find_adapters(request.paths, name=request.name)
+    discovery = find_adapters(request.paths, name=request.name, texts=request.texts)
     if not discovery.tasks and not discovery.refused:
         paths = ", ".join(str(path) for path in request.paths)
         hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors"
@@ -69,24 +111,23 @@ def _find(request: IngestRequest) -> Discovery:
 
 
 def _ingest_batches(
-    tasks: Sequence[FoundTask], request: IngestRequest, store: Store | None, report: IngestReport, stop: StopFlag
+    tasks: Sequence[FoundTask], request: IngestRequest, target: _Target, report: IngestReport, stop: StopFlag
 ) -> Generator[Event, None, None]:
     total = sum(len(task.adapters) for task in tasks)
-    evicted = () if store is None or request.restore else store.evicted_adapters()
     done = 0
     yield Step(done, total)
     for batch in batches(tasks):
         if stop.requested:
             report.stopped = True
             return
-        prepared = prepare(batch, store, evicted)
+        prepared = prepare(batch, target.store, target.evicted)
         # Recorded before any refusal is raised: what is good of a batch stays, wherever the bad one stands in it.
         try:
-            outcomes = _record(prepared, request, store)
+            outcomes = _record(prepared, request, target.record)
         except MissingBlob:
             # Weights were left out since they are evicted, and now their task gets another adapter: all are needed.
-            prepared = prepare(batch, store)
-            outcomes = _record(prepared, request, store)
+            prepared = prepare(batch, target.store)
+            outcomes = _record(prepared, request, target.record)
         for item, outcome in zip(_good(prepared), outcomes, strict=True):
             if isinstance(outcome, IngestOutcome):
                 ingested = _ingested(item, outcome)
@@ -122,22 +163,20 @@ def _problems(prepared: Sequence[PreparedTask | Problem], outcomes: Sequence[Ing
 
 
 def _record(
-    prepared: Sequence[PreparedTask | Problem], request: IngestRequest, store: Store | None
+    prepared: Sequence[PreparedTask | Problem], request: IngestRequest, record: _Record
 ) -> list[IngestOutcome | Problem]:
     """Record what is good in one transaction; if one task conflicts, each in its own."""
     tasks = _good(prepared)
-    if store is None:
-        return [IngestOutcome(task.found.name, len(task.adapters), 0, "added") for task in tasks]
     rows = [_rows(task, request) for task in tasks]
     try:
-        return list(store.ingest_tasks(rows))
+        return list(record(rows))
     except TaskConflict:
-        return [_record_one(store, row, task) for row, task in zip(rows, tasks, strict=True)]
+        return [_record_one(record, row, task) for row, task in zip(rows, tasks, strict=True)]
 
 
-def _record_one(store: Store, row: TaskIngest, task: PreparedTask) -> IngestOutcome | Problem:
+def _record_one(record: _Record, row: TaskIngest, task: PreparedTask) -> IngestOutcome | Problem:
     try:
-        return store.ingest_task(row)
+        return record([row])[0]
     except TaskConflict as error:
         return Problem(error, task.found.folder)
 

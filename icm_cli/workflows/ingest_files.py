@@ -16,21 +16,26 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmlora.adapter_config import AdapterConfig
 from icmlora.discovery import FoundAdapter, FoundTask
-from icmlora.errors import DataError, IcmLoraError
+from icmlora.errors import DataError, IcmLoraError, located
 from icmlora.examples import MAX_BYTES, parse_examples
 from icmlora.files import read_regular
 from icmlora.inspection import AdapterSummary, inspect_adapter
 from registry.blobs import digest_of
+from registry.errors import SourceRefused
 from registry.evicted import EvictedAdapter
+from registry.folders import source_label
 from registry.intake import PutRefusal
 from registry.records import NewAdapter
+from registry.source import read_source, source_size
 
 if TYPE_CHECKING:
     from registry.store import Store
 
 _CONFIG_LIMIT = 1 << 20
 _CARD_LIMIT = 4 << 20
+_WITHOUT_TEXTS = "or take the adapter without its texts, with --no-texts"
 _BATCH_BYTES = 256 << 20
 _BATCH_ADAPTERS = 256  # a kill costs at most reading so many again: their blobs are in the store by then
 
@@ -48,7 +53,7 @@ class PreparedTask:
     """A task whose bytes are in the store, or, in a dry run, were found good.
 
     Attributes:
-        adapters: What is to be recorded; without digests in a dry run.
+        adapters: What is to be recorded.
         problems: Checkpoints that were left out.
     """
 
@@ -74,15 +79,16 @@ class _Checked:
     """A file that was found good and is in the store, except in a dry run.
 
     Attributes:
-        summary: What an adapter's weights are; None for texts.
+        summaries: What an adapter's weights are under each configuration that goes with them; none for texts.
     """
 
     digest: str
     size: int
-    summary: AdapterSummary | None
+    summaries: _Summaries
 
 
-_Checks = dict[Path, Callable[[bytes | memoryview], AdapterSummary | None]]
+_Summaries = Mapping[bytes, AdapterSummary | IcmLoraError]
+_Checks = dict[Path, Callable[[bytes | memoryview], _Summaries]]
 _Outcomes = dict[Path, _Checked | Exception]
 
 
@@ -115,9 +121,14 @@ def prepare(
     Returns:
         For each task, in order: what is to be recorded, or why it is refused.
     """
-    small = {adapter.weights: _read_small(adapter) for task in tasks for adapter in task.adapters}
-    good = {path: item for path, item in small.items() if isinstance(item, _Small)}
-    checks: _Checks = {path: partial(inspect_adapter, item.config, path=path) for path, item in good.items()}
+    adapters = [adapter for task in tasks for adapter in task.adapters]
+    small = {adapter.folder: _read_small(adapter) for adapter in adapters}
+    good = {folder: item for folder, item in small.items() if isinstance(item, _Small)}
+    configs: defaultdict[Path, set[bytes]] = defaultdict(set)  # several folders may link to the same weights
+    for adapter in adapters:
+        if adapter.folder in good:
+            configs[adapter.weights].add(good[adapter.folder].config)
+    checks: _Checks = {path: partial(_inspect, sorted(some), path=path) for path, some in configs.items()}
     texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
     checks |= {path: partial(_check_text, path=path) for path in sorted(texts) if _size(path) <= MAX_BYTES}
     contents = [data for item in good.values() for data in (item.config, item.card) if data is not None]
@@ -133,43 +144,68 @@ def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
     try:
         config = read_regular(found.config, max_bytes=_CONFIG_LIMIT)
         card = None if found.card is None else read_regular(found.card, max_bytes=_CARD_LIMIT)
+        with located(found.config):  # by itself, so that its faults are not said of the weights
+            AdapterConfig.parse(config)
     except IcmLoraError as error:
         return error
     return _Small(config, card)
 
 
-def _check_text(data: bytes | memoryview, *, path: Path) -> None:
-    parse_examples(bytes(data), path=path)
+def _inspect(configs: Sequence[bytes], data: bytes | memoryview, *, path: Path) -> _Summaries:
+    """Check weights under each of their configurations; raises if they are good under none."""
+    found: dict[bytes, AdapterSummary | IcmLoraError] = {}
+    for config in configs:
+        try:
+            found[config] = inspect_adapter(config, data, path=path)
+        except IcmLoraError as error:
+            found[config] = error
+    errors = [item for item in found.values() if isinstance(item, IcmLoraError)]
+    if len(errors) == len(found):
+        raise errors[0]
+    return found
+
+
+def _check_text(data: bytes | memoryview, *, path: Path) -> _Summaries:
+    try:
+        parse_examples(bytes(data), path=path)
+    except DataError as error:
+        error.hint = f"{error.hint}; {_WITHOUT_TEXTS}"
+        raise
+    return {}
 
 
 def _too_large(path: Path) -> DataError:
-    return DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
+    hint = f"keep a sample of the task's text; {_WITHOUT_TEXTS}"
+    return DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint=hint)
 
 
 def _withheld(
     tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Sequence[EvictedAdapter]
 ) -> dict[Path, set[str]]:
-    """Return weights file -> digests of evicted weights that it may turn out to hold."""
+    """Return weights file -> digests of evicted weights that it may turn out to hold.
+
+    Where another adapter needs them after all, recording says so, and all are stored.
+    """
     if not evicted:
         return {}
-    known = defaultdict(set)
+    known: defaultdict[tuple[str, str, int | None, bool], set[str]] = defaultdict(set)
     for row in evicted:
         # A final adapter is known by its bytes alone, a checkpoint by its step too, as in the store.
         known[row.task.lower(), row.config, None if row.is_final else row.step, row.is_final].add(row.weights)
-    withheld: dict[Path, set[str]] = {}
+    withheld: defaultdict[Path, set[str]] = defaultdict(set)
     for task in tasks:
         for found in task.adapters:
-            if found.weights in small:
-                config = digest_of(small[found.weights].config)
+            if found.folder in small:
+                config = digest_of(small[found.folder].config)
                 step = None if found.is_final else found.step
-                withheld[found.weights] = known[task.name.lower(), config, step, found.is_final]
+                withheld[found.weights] |= known[task.name.lower(), config, step, found.is_final]
     return withheld
 
 
 def _check_and_store(
     checks: _Checks, contents: Sequence[bytes], store: Store, withheld: Mapping[Path, Collection[str]]
 ) -> _Outcomes:
-    def inspect(path: Path, data: memoryview) -> AdapterSummary | None:
+    def inspect(path: Path, data: memoryview) -> _Summaries:
         return checks[path](data)
 
     # Everything of the batch at once: what takes time is waiting for the disk, once per call.
@@ -184,12 +220,13 @@ def _check_and_store(
 
 
 def _check_only(checks: _Checks) -> _Outcomes:
+    """Read files as the store would, and refuse what it would refuse."""
     outcomes: _Outcomes = {}
     for path, check in checks.items():
         try:
-            data = read_regular(path, max_bytes=_size(path))
-            outcomes[path] = _Checked("", len(data), check(data))
-        except IcmLoraError as error:
+            data = read_source(path, memoryview(bytearray(source_size(path))))
+            outcomes[path] = _Checked(digest_of(data), len(data), check(data))
+        except (IcmLoraError, SourceRefused) as error:
             outcomes[path] = error
     return outcomes
 
@@ -202,12 +239,12 @@ def _prepared(
     problems: list[Problem] = []
     base_model, size = "", 0
     for found in task.adapters:
-        match small[found.weights], outcomes.get(found.weights):
-            case (Exception() as error, _) | (_, Exception() as error):
+        match _read_of(found, small, outcomes):
+            case Exception() as error:
                 problems.append(Problem(error, found.folder))
                 if found.is_final:
                     return problems[-1]
-            case _Small() as files, _Checked(summary=AdapterSummary() as summary) as checked:
+            case files, checked, summary:
                 rows.append(_row(found, files, checked.digest, summary))
                 size += checked.size + len(files.config) + len(files.card or b"")
                 base_model = summary.base_model if found.is_final else base_model
@@ -217,6 +254,20 @@ def _prepared(
     if isinstance(eval_data, Exception):
         return Problem(eval_data, task.folder)
     return PreparedTask(task, base_model, tuple(rows), samples, eval_data, size, tuple(problems))
+
+
+def _read_of(
+    found: FoundAdapter, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
+) -> tuple[_Small, _Checked, AdapterSummary] | Exception:
+    """Return what was read of one adapter, or the first reason to refuse it."""
+    files = small[found.folder]
+    if isinstance(files, Exception):
+        return files
+    checked = outcomes[found.weights]
+    if isinstance(checked, Exception):
+        return checked
+    summary = checked.summaries[files.config]
+    return summary if isinstance(summary, Exception) else (files, checked, summary)
 
 
 def _text(path: Path | None, outcomes: _Outcomes) -> str | Exception | None:
@@ -236,7 +287,7 @@ def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSumma
         parameters=summary.parameters,
         target_modules=summary.target_modules,
         layout=summary.layout,
-        source=str(found.folder),
+        source=source_label(found.folder),
     )
 
 

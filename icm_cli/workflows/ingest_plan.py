@@ -21,8 +21,9 @@ class IngestRequest:
         samples: Training texts for the one task that is found, instead of `samples.jsonl` beside it.
         skip_bad: Go on past what is refused.
         on_conflict: What to do with a task whose name has another adapter in the store.
-        dry_run: Check everything and store nothing.
+        dry_run: Check everything, say what the store would make of it, and store nothing.
         restore: Bring evicted originals back; else they are known and stay evicted.
+        texts: Take `samples.jsonl` and `eval.jsonl` that lie beside adapters; `samples` is taken in any case.
     """
 
     paths: tuple[Path, ...]
@@ -32,6 +33,7 @@ class IngestRequest:
     on_conflict: Conflict = "fail"
     dry_run: bool = False
     restore: bool = False
+    texts: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Ingested(Event):
 
     Attributes:
         task: Its name.
-        status: `added`, `updated`, `known`, `replaced` or `skipped`; with dry_run `checked`.
+        status: `added`, `updated`, `known`, `replaced` or `skipped`.
         new: Adapters that were recorded.
         known: Adapters that the store had.
         size: Bytes of all its adapters' files.
@@ -82,7 +84,7 @@ class IngestReport:
         found: Tasks that were found.
         ingested: One entry per task that was taken or already there.
         refused: One entry per refusal that was passed over.
-        without_vectors: Tasks of this ingest that have no task vectors yet.
+        without_vectors: Tasks of this ingest that have no task vectors yet; a dry run does not say.
         stopped: Whether the user stopped it before the end.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from icm_cli.workflows.chosen import check_base_model
 from icm_cli.workflows.opening import Place
 from registry.records import TaskSummary
 
@@ -19,6 +20,12 @@ def base_names(place: Place) -> list[str]:
 
 
 def list_tasks(place: Place, base_model: str | None = None) -> list[TaskSummary]:
-    """Return all tasks by name, or those of one base model."""
+    """Return all tasks by name, or those of one base model.
+
+    Raises:
+        DataError: No task belongs to the base model.
+    """
     with place.open(read_only=True) as store:
-        return [row for row in store.summaries() if base_model in (None, row.task.base_model)]
+        rows = list(store.summaries())
+    check_base_model(base_model, {row.task.base_model for row in rows})
+    return [row for row in rows if base_model in (None, row.task.base_model)]

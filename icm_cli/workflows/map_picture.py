@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import chain
 
+from icm_cli.text import counted
 from icm_cli.workflows.label_placement import Box, Label, place_labels
 from icm_cli.workflows.mapping import MappedFleet
 from icmlora.names import printable
@@ -168,7 +169,7 @@ def _legend(found: MappedFleet) -> tuple[list[str], float]:
     y = _FRAME.top + 12
     for members in clusters[:_LEGEND_ROWS]:
         mean = sum(task.silhouette for task in members) / len(members)
-        text = f"{members[0].cluster}: {len(members)} tasks, silhouette {mean:.2f}"
+        text = f"{members[0].cluster}: {counted(len(members), 'task')}, silhouette {mean:.2f}"
         parts += _shape(members[0].cluster, _LEGEND + 6, y), _text(_LEGEND + 18, y + 4, "ink", text)
         y += 20
     if len(clusters) > _LEGEND_ROWS:

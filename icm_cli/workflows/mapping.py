@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from icm_cli.workflows.chosen import check_base_model
 from icm_cli.workflows.known_vectors import LeftOut, comparable_vectors
 from icm_cli.workflows.opening import Place
 from icmlora.errors import DataError, IcmLoraError
@@ -131,8 +132,7 @@ def _of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[Ta
         by_base[row.task.base_model].append(row.task)
         has_vectors[row.task.base_model] |= row.vectors > 0
     if base_model is not None:
-        if base_model not in by_base:
-            raise DataError(f"no task has the base model {base_model!r}", hint="`icm base ls` lists the names")
+        check_base_model(base_model, by_base)
         return base_model, by_base[base_model]
     ready = sorted(base for base, has in has_vectors.items() if has)
     if len(ready) > 1:

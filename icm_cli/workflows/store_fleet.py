@@ -55,8 +55,7 @@ class StoreFleet:
         self.names = [row.task.name for row in rows]
         self._finals = [row.final for row in rows]
         self._others = [
-            [row for row in store.adapters(name) if names is None and _is_checkpoint(row)]
-            for name in self.names
+            [row for row in store.adapters(name) if names is None and _is_checkpoint(row)] for name in self.names
         ]
         self._vectors = [_by_support_set(store.vectors(name)) for name in self.names]
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from icm_cli.workflows.chosen import check_base_model
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.publishing import Trained, must_have_codes, publish
@@ -100,8 +101,7 @@ def labels_of(store: Store, base_model: str | None) -> list[str]:
         raise DataError("there is nothing to train on", hint="`icm ingest PATH` takes adapters in")
     if base_model is None:
         return labels
-    if base_model not in labels:
-        raise DataError(f"no task belongs to base model {base_model!r}", hint="`icm base ls` lists the base models")
+    check_base_model(base_model, labels)
     return [base_model]
 
 

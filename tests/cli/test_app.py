@@ -10,7 +10,9 @@ import pytest
 
 from icm_cli import app as program
 from icm_cli.errors import ExitCode
+from icm_cli.workflows.opening import Place
 from tests.cli.conftest import Ran, modules_of
+from tests.cli.homeless import leave_home
 
 Icm = Callable[..., Ran]
 
@@ -48,6 +50,35 @@ def test_an_unknown_option_names_the_help_of_its_command(icm: Icm) -> None:
     assert "`icm path --help`" in icm("path", "--frob").err
 
 
+@pytest.mark.parametrize(
+    ("line", "option", "fact"),
+    [
+        ("evict --max-error -1", "'--max-error'", "greater than or equal to 0"),
+        ("ls --lock-timeout abc", "'--lock-timeout'", "a valid number"),
+        ("materialize x -o a --dtype fp16", "'--dtype'", "'fp16' is not one of"),
+        ("materialize x", "'--output' / '-o'", "Missing option"),
+        ("path frob", "'what'", "'frob' is not one of"),
+    ],
+)
+def test_a_usage_error_names_the_option(icm: Icm, line: str, option: str, fact: str) -> None:
+    ran = icm(*line.split())
+    message = icm(*line.split(), "--json").error["message"]
+    assert ran.code == ExitCode.USAGE
+    assert ran.err.startswith(f"error: {message}\n")
+    assert (option in message, fact in message, "Value error" in message) == (True, True, False)
+
+
+def test_a_group_without_a_command_shows_its_help_and_no_error(icm: Icm) -> None:
+    ran = icm("base")
+    assert (ran.code, ran.err) == (ExitCode.USAGE, "")
+    assert "icm base [OPTIONS] COMMAND" in ran.out
+
+
+def test_with_json_a_group_without_a_command_has_an_error_with_a_message(icm: Icm) -> None:
+    error = icm("--json", "base").error
+    assert (error["message"], error["hint"]) == ("no command was given", "`icm base --help` shows the usage")
+
+
 def test_with_json_a_usage_error_is_json(icm: Icm) -> None:
     ran = icm("path", "--frob", "--json")
     assert (ran.out, ran.error["type"], ran.error["code"]) == ("", "error", 2)
@@ -55,7 +86,7 @@ def test_with_json_a_usage_error_is_json(icm: Icm) -> None:
 
 def test_a_bug_leaves_its_traceback_in_the_log(icm: Icm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ICM_LOG", str(tmp_path / "deep" / "errors.log"))
-    monkeypatch.setattr("icm_cli.workflows.diagnosis.examine", lambda store: 1 // 0)
+    monkeypatch.setattr("icm_cli.workflows.diagnosis.examine", lambda place: 1 // 0)
     ran = icm("doctor")
     assert ran.code == ExitCode.FAILED
     assert "Traceback" not in ran.err
@@ -63,14 +94,22 @@ def test_a_bug_leaves_its_traceback_in_the_log(icm: Icm, monkeypatch: pytest.Mon
     assert "ZeroDivisionError" in (tmp_path / "deep" / "errors.log").read_text()
 
 
+def test_without_a_home_a_bug_says_how_to_see_its_traceback(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_home(monkeypatch)
+    monkeypatch.setattr("icm_cli.workflows.diagnosis.examine", lambda place: 1 // 0)
+    ran = icm("doctor")
+    assert (ran.code, "unexpected ZeroDivisionError" in ran.err) == (ExitCode.FAILED, True)
+    assert "ICM_DEBUG=1" in ran.err
+
+
 def test_icm_debug_shows_tracebacks(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICM_DEBUG", "1")
-    monkeypatch.setattr("icm_cli.workflows.diagnosis.examine", lambda store: 1 // 0)
+    monkeypatch.setattr("icm_cli.workflows.diagnosis.examine", lambda place: 1 // 0)
     assert "Traceback" in icm("doctor").err
 
 
 def test_ctrl_c_gives_one_line_and_130(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(store: Path) -> None:
+    def interrupt(place: Place) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("icm_cli.workflows.diagnosis.examine", interrupt)
@@ -85,6 +124,14 @@ def test_a_closed_stdout_is_quiet() -> None:
     ran = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (ran.returncode, ran.stderr) == (ExitCode.STDOUT_CLOSED, "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_closed_from_the_start_is_as_dev_null(closed: str) -> None:
+    line = f"\"$0\" -c 'from icm_cli.app import main; main()' path {closed}"
+    ran = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, text=True, check=False)
+    answer = "" if ">&-" in closed.split() else f"{os.environ['ICM_STORE']}\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, answer, "")
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -1,12 +1,14 @@
 """Settings: flag over environment over config.toml over default."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from icm_cli.config import VARIABLES, load_settings
+from icm_cli.config import VARIABLES, cache_folder, config_file, load_settings, log_file
 from icm_cli.errors import ConfigProblem, UsageProblem
+from tests.cli.homeless import leave_home
 
 
 def write_config(tmp_path: Path, text: str) -> Path:
@@ -74,6 +76,44 @@ def test_a_lock_timeout_is_a_number_of_seconds(value: str, monkeypatch: pytest.M
     monkeypatch.setenv("ICM_LOCK_TIMEOUT", value)
     with pytest.raises(UsageProblem, match="not a number of seconds"):
         load_settings()
+
+
+def test_without_a_home_a_named_store_is_all_that_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_home(monkeypatch)
+    settings = load_settings(store=tmp_path)
+    assert (settings.store.value, settings.device.value, settings.lock_timeout.value) == (tmp_path, "auto", 30.0)
+
+
+def test_without_a_home_icm_config_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_home(monkeypatch)
+    (tmp_path / "mine.toml").write_text('store = "/from/config"')
+    monkeypatch.setenv("ICM_CONFIG", str(tmp_path / "mine.toml"))
+    monkeypatch.delenv("ICM_STORE")
+    assert load_settings().store.value == Path("/from/config")
+
+
+@pytest.mark.parametrize(
+    ("find", "variables"),
+    [
+        (lambda: load_settings().store, "HOME or XDG_DATA_HOME or ICM_STORE"),
+        (config_file, "HOME or XDG_CONFIG_HOME or ICM_CONFIG"),
+        (log_file, "HOME or XDG_STATE_HOME or ICM_LOG"),
+        (cache_folder, "HOME or XDG_CACHE_HOME"),
+    ],
+)
+def test_without_a_home_what_would_be_in_it_names_the_variables(
+    monkeypatch: pytest.MonkeyPatch, find: Callable[[], object], variables: str
+) -> None:
+    leave_home(monkeypatch)
+    monkeypatch.delenv("ICM_STORE")
+    with pytest.raises(ConfigProblem, match="no home folder") as caught:
+        find()
+    assert caught.value.hint == f"set {variables}"
+
+
+def test_a_store_in_the_home_of_nobody_is_wrong_usage() -> None:
+    with pytest.raises(UsageProblem, match="nobody knows"):
+        _ = load_settings(store=Path("~no-such-user/store")).store
 
 
 def test_every_variable_that_the_command_line_reads_is_listed() -> None:

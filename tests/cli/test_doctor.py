@@ -1,12 +1,15 @@
 """`icm doctor` and `icm path`."""
 
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from icm_cli.errors import ExitCode
 from icm_cli.workflows.diagnosis import has_wal_reset_bug
 from tests.cli.conftest import Ran
+from tests.cli.homeless import leave_home
 
 Icm = Callable[..., Ran]
 
@@ -33,6 +36,43 @@ def test_doctor_finds_a_database_that_is_none(icm: Icm, tmp_path: Path) -> None:
     ran = icm("doctor", "--json")
     assert ran.code == 1
     assert "cannot be read" in ran.document["checks"]["schema"]["problem"]
+
+
+def test_doctor_finds_nothing_wrong_with_a_good_store(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    document = icm("doctor", "--json").document
+    assert (document["ok"], document["checks"]["store"]) == (True, {"value": "icm store 2", "problem": None})
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "code", "fact"),
+    [
+        ("registry.db", "", ExitCode.NO_STORE, "no icm database"),
+        ("FORMAT", "icm store 9\n", ExitCode.TOO_NEW, "'icm store 9'"),
+        ("registry.db", None, ExitCode.DAMAGED, "unable to open"),
+        ("lock", None, ExitCode.FAILED, "lock"),
+    ],
+)
+def test_doctor_says_what_keeps_other_commands_from_the_store(
+    icm: Icm, stored: Path, tmp_path: Path, file: str, content: str | None, code: ExitCode, fact: str
+) -> None:
+    path = tmp_path / "store" / file
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    refused, ran = icm("ls", "--json"), icm("doctor", "--json")
+    problem = ran.document["checks"]["store"]["problem"]
+    assert (refused.code, ran.code, ran.document["ok"]) == (code, ExitCode.FAILED, False)
+    assert problem.startswith(refused.error["message"])
+    assert (fact in problem, problem in icm("doctor").err) == (True, True)
+
+
+def test_doctor_says_that_the_store_is_locked(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    with (tmp_path / "store" / "lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ran = icm("doctor", "--lock-timeout", "0", "--json")
+    assert (ran.code, "is in use" in ran.document["checks"]["store"]["problem"]) == (ExitCode.FAILED, True)
 
 
 def test_doctor_makes_no_store(icm: Icm, tmp_path: Path) -> None:
@@ -70,3 +110,14 @@ def test_path_answers_in_json(icm: Icm, tmp_path: Path) -> None:
         "name": "log",
         "path": str(tmp_path / "state" / "icm" / "errors.log"),
     }
+
+
+def test_path_needs_no_home_for_what_is_not_in_it(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_home(monkeypatch)
+    assert icm("path").code == 0
+    assert icm("path", "log").code == ExitCode.USAGE
+    monkeypatch.delenv("ICM_STORE")
+    monkeypatch.setenv("ICM_LOG", "/log")
+    assert icm("path", "log").out == "/log\n"
+    ran = icm("path")
+    assert (ran.code, "set HOME or XDG_DATA_HOME or ICM_STORE" in ran.err) == (ExitCode.USAGE, True)

@@ -4,6 +4,7 @@ import errno
 import importlib
 
 import pytest
+import typer
 
 from icm_cli.errors import TABLE, ExitCode, Interrupted, UsageProblem, describe, full_name
 from icmlora.errors import AdapterRefused, UnsafeInput
@@ -41,6 +42,12 @@ def test_an_error_has_a_code_and_a_kind(error: BaseException, code: ExitCode, ki
 
 def test_the_hint_of_an_error_is_told() -> None:
     assert describe(TaskNotFound("dog-detecton", ("dog-detection",))).hint == "did you mean 'dog-detection'?"
+
+
+def test_a_usage_error_tells_what_typer_would_print() -> None:
+    failure = describe(typer.BadParameter("Value error, too small", param_hint="--rank"))
+    assert (failure.code, failure.kind) == (ExitCode.USAGE, "bad_parameter")
+    assert failure.message == "Invalid value for --rank: too small"
 
 
 def test_a_system_error_names_the_file() -> None:

@@ -70,9 +70,19 @@ def test_what_a_code_has_to_keep_must_be_said(icm: Icm, trained: Path) -> None:
     assert evicted(trained) == set()
 
 
-@pytest.mark.parametrize("limit", [("--max-error", "nan"), ("--max-error", "-1"), ("--min-gain", "nan")])
-def test_a_limit_that_is_no_number_is_wrong_usage(icm: Icm, trained: Path, limit: tuple[str, str]) -> None:
-    assert icm("evict", *limit).code == ExitCode.USAGE
+@pytest.mark.parametrize(
+    "limit",
+    [
+        ("--max-error", "nan"),
+        ("--max-error", "inf"),
+        ("--max-error", "-1"),
+        ("--min-gain", "nan"),
+        ("--min-gain", "98"),
+        ("--min-gain", "-5"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_wrong_usage(icm: Icm, limit: tuple[str, str]) -> None:
+    assert icm("evict", *limit).code == ExitCode.USAGE  # without a look for the store, which is not there
 
 
 def test_originals_and_checkpoints_go_and_their_bytes_are_free(icm: Icm, trained: Path) -> None:
@@ -168,10 +178,16 @@ def test_a_dry_run_records_no_measurement(icm: Icm, trained: Path) -> None:
     assert icm("show", "rules", "--json").document["evaluations"] == []
 
 
-def test_too_small_a_gain_keeps_the_original(icm: Icm, trained: Path) -> None:
-    ran = icm("evict", "rules", "--min-gain", 1000, "--device", "cpu")
+def test_a_dry_run_writes_nothing_into_the_store_not_even_its_name(icm: Icm, trained: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    assert icm(*ALL, "-n").code == 0
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_too_small_a_gain_keeps_the_original(icm: Icm, trained: Path, plain_gains: None) -> None:
+    ran = icm("evict", "rules", "--min-gain", 1, "--device", "cpu")
     assert (ran.code, evicted(trained)) == (ExitCode.PARTLY, set())
-    assert "1000 is asked for" in ran.out
+    assert "1 is asked for" in ran.out
 
 
 def test_both_limits_must_hold(icm: Icm, trained: Path) -> None:

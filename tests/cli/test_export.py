@@ -105,6 +105,14 @@ def test_an_unknown_task_gets_a_suggestion(icm: Icm, trained: Path, tmp_path: Pa
     assert (ran.code, "poems" in ran.error["hint"]) == (ExitCode.FAILED, True)
 
 
+def test_a_base_model_that_no_task_has_is_refused(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    ran = icm("export", tmp_path / "fleet.icm", "--base-model", "acme/none", "--json")
+    assert (ran.code, "icm base ls" in ran.error["hint"]) == (ExitCode.FAILED, True)
+    assert ran.error["message"] == "no task belongs to base model 'acme/none'"
+    named = icm("export", tmp_path / "fleet.icm", "rules", "--base-model", "acme/none", "--json")
+    assert named.error["message"] == "none of these tasks belongs to base model 'acme/none'"
+
+
 def test_two_base_models_need_a_choice(icm: Icm, trained: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "other", seed=9, base_model_name_or_path="acme/other"), "--no-vectors")
     train_store(trained, "--base-model", "acme/other")

@@ -1,6 +1,7 @@
 """`icm ingest`: what is taken, what is refused, and that the same again changes nothing."""
 
 import json
+import os
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -183,6 +184,102 @@ def test_samples_that_are_no_texts_are_refused(icm: Icm, tmp_path: Path) -> None
     ran = icm("ingest", run)
     assert ran.code == ExitCode.FAILED
     assert "line 1" in ran.err
+
+
+@pytest.mark.parametrize("line", ['{"messages": [{"role": "user", "content": "hello"}]}\n', ""], ids=["chat", "empty"])
+@pytest.mark.parametrize("name", ["samples.jsonl", "eval.jsonl"])
+def test_an_adapter_whose_texts_cannot_be_used_can_be_taken_without_them(
+    icm: Icm, tmp_path: Path, name: str, line: str
+) -> None:
+    run = write_run(tmp_path / "poems")
+    (run / name).write_text(line)
+    refused = icm("ingest", run)
+    assert (refused.code, str(run / name) in refused.err) == (ExitCode.FAILED, True)
+    assert "--no-texts" in refused.err.partition("hint:")[2]
+    assert icm("ingest", run, "--no-texts").code == 0
+    with Store.open(tmp_path / "store") as store:
+        task = store.task("poems")
+        assert (task.samples, task.eval_data) == (None, None)
+
+
+def test_samples_that_were_given_are_taken_where_others_are_left_out(icm: Icm, tmp_path: Path) -> None:
+    run, texts = write_run(tmp_path / "poems"), write_texts(tmp_path, "texts.jsonl", count=9)
+    (run / "eval.jsonl").write_text("")
+    assert icm("ingest", run, "--no-texts", "--samples", texts).code == 0
+    with Store.open(tmp_path / "store") as store:
+        assert store.read_blob(str(store.task("poems").samples)) == texts.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b'\xef\xbb\xbf{"peft_type": "LORA"}', b'{"peft_type": "LORA", "use_dora": true}', b"[" * 99],
+    ids=["broken", "bom", "dora", "deep"],
+)
+def test_what_is_wrong_with_a_configuration_is_said_of_its_file(icm: Icm, tmp_path: Path, content: bytes) -> None:
+    config = write_adapter(tmp_path / "rust") / "adapter_config.json"
+    config.write_bytes(content)
+    ran = icm("ingest", tmp_path / "rust")
+    assert ran.code != 0
+    assert ran.err.startswith(f"error: {config}: ")
+
+
+def test_what_is_wrong_with_weights_is_said_of_their_file(icm: Icm, tmp_path: Path) -> None:
+    weights = write_adapter(tmp_path / "rust", r=4) / "adapter_model.safetensors"
+    assert icm("ingest", tmp_path / "rust").err.startswith(f"error: {weights}: ")
+
+
+def test_hints_of_what_is_passed_over_are_given_once_each(icm: Icm, fleet: Path) -> None:
+    for name in ("a", "b"):
+        write_adapter(fleet / name, bias="all")
+    write_adapter(fleet / "c", lora_bias=True)
+    ran = icm("ingest", fleet, "--skip-bad")
+    assert ran.code == ExitCode.PARTLY
+    assert ran.err.count("warning: ") == 3
+    assert ran.err.count('hint: train with bias="none"\n') == 1
+    assert ran.err.count("hint: train with lora_bias=False\n") == 1
+
+
+def test_a_folder_above_whose_name_is_no_unicode_is_no_obstacle(icm: Icm, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/fl\xff"))
+    write_run(odd / "rust")
+    assert icm("ingest", odd).code == 0
+    with Store.open(tmp_path / "store") as store:
+        assert [row.source for row in store.adapters("rust")] == [
+            f"{tmp_path}/fl\\xff/rust/{place}".rstrip("/") for place in ("checkpoint-80", "checkpoint-100", "")
+        ]
+    assert "3 known" in icm("ingest", odd).out
+    assert icm("show", "rust").code == 0
+
+
+@pytest.mark.parametrize("folder", [b"\xff", b"\xff/adapter"])
+def test_a_name_that_is_no_unicode_is_refused_by_name(icm: Icm, fleet: Path, folder: bytes) -> None:
+    write_adapter(Path(os.fsdecode(os.fsencode(fleet) + b"/" + folder)))
+    ran = icm("ingest", fleet, "--skip-bad")
+    assert ran.code == ExitCode.PARTLY
+    assert "cannot name a task" in ran.err
+    assert names(icm) == ["rust", "shakespeare", "sql"]
+    assert icm("ingest", fleet, "--skip-bad", "--json").code == ExitCode.PARTLY
+
+
+def test_runs_with_their_adapters_in_a_folder_of_one_name_are_tasks(icm: Icm, tmp_path: Path) -> None:
+    for name in ("t1", "t2"):
+        write_adapter(tmp_path / "runs" / name / "adapter")
+    assert icm("ingest", tmp_path / "runs").code == 0
+    assert names(icm) == ["t1", "t2"]
+    assert "0 new adapters, 1 known" in icm("ingest", tmp_path / "runs" / "t1" / "adapter").out
+
+
+def test_folders_that_link_to_the_same_weights_keep_their_own_configurations(icm: Icm, tmp_path: Path) -> None:
+    for name, alpha in (("a", 4), ("b", 8), ("bad", 0)):
+        folder = write_adapter(tmp_path / "loras" / name, lora_alpha=alpha, r=4 if name == "bad" else 2)
+        (folder / "adapter_model.safetensors").replace(tmp_path / "loras" / "weights")
+        (folder / "adapter_model.safetensors").symlink_to("../weights")
+    ran = icm("ingest", tmp_path / "loras", "--skip-bad")
+    assert (ran.code, names(icm)) == (ExitCode.PARTLY, ["a", "b"])
+    with Store.open(tmp_path / "store") as store:
+        for name in ("a", "b"):
+            given = tmp_path / "loras" / name / "adapter_config.json"
+            assert store.read_blob(store.final_adapter(name).config) == given.read_bytes()
 
 
 def test_another_adapter_under_a_known_name_is_a_conflict(icm: Icm, stored: Path) -> None:

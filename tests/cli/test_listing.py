@@ -80,11 +80,17 @@ def test_ls_shows_codes_of_the_current_generator(icm: Icm, trained: Path) -> Non
 
 def test_ls_can_be_narrowed_to_a_base_model(icm: Icm, stored: Path) -> None:
     assert len(icm("ls", "--base-model", BASE, "--json").document) == 3
-    assert icm("ls", "--base-model", "other", "--json").document == []
 
 
-def test_ls_of_nothing_names_the_next_command(icm: Icm, stored: Path) -> None:
-    ran = icm("ls", "--base-model", "other")
+def test_ls_of_a_base_model_that_no_task_has_is_refused(icm: Icm, stored: Path) -> None:
+    ran = icm("ls", "--base-model", "other", "--json")
+    assert (ran.code, ran.out, "icm base ls" in ran.error["hint"]) == (ExitCode.FAILED, "", True)
+    assert ran.error["message"] == "no task belongs to base model 'other'"
+
+
+def test_ls_of_nothing_names_the_next_command(icm: Icm, tmp_path: Path) -> None:
+    Store.open(tmp_path / "store", create=True).close()
+    ran = icm("ls")
     assert (ran.code, ran.out) == (0, "")
     assert "icm ingest" in ran.err
 

@@ -177,3 +177,16 @@ def test_a_character_that_the_encoding_lacks_is_written_out(monkeypatch: pytest.
     Output().answer("crème")
     stream.flush()
     assert stream.buffer.getvalue() == b"cr\\xe8me\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_json_is_json_in_every_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    value = {"path": "crème €料\U0001f600\udcff"}
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    Output(as_json=True).document(value)
+    Output(as_json=True).event("x", **value)
+    stream.flush()
+    document, event = stream.buffer.getvalue().decode(encoding).rsplit("\n", 2)[:2]  # type: ignore[attr-defined]
+    assert json.loads(document) == value
+    assert json.loads(event) == {"type": "x", **value}

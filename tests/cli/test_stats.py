@@ -1,7 +1,10 @@
 """`icm stats`."""
 
+import resource
+import sqlite3
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -143,17 +146,60 @@ def test_it_does_not_import_torch(trained: Path) -> None:
     assert not {"torch", "numpy", "transformers"} & modules_of("stats", "--json")
 
 
-@pytest.mark.parametrize("ending", ["svg", "png"])
+@pytest.mark.parametrize("ending", ["svg", "png", "pdf", "SVG"])
 def test_a_plot_is_drawn(icm: Icm, trained: Path, tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
-    path = tmp_path / f"plot.{ending}"
-    assert icm("stats", "--plot", path).code == 0
-    assert path.stat().st_size > 1000
+    path = tmp_path / "deep" / f"plot.{ending}"
+    ran = icm("stats", "--plot", path)
+    assert (ran.code, ran.out, "drew" in ran.err) == (0, icm("stats").out, True)
+    first = path.read_bytes()
+    assert len(first) > 1000
+    icm("stats", "--plot", path, "--force")
+    assert path.read_bytes() == first
 
 
-def test_a_plot_of_another_kind_is_refused(icm: Icm, trained: Path, tmp_path: Path) -> None:
-    ran = icm("stats", "--plot", tmp_path / "plot.doc")
-    assert (ran.code, list(tmp_path.glob("plot*"))) == (ExitCode.FAILED, [])
+def test_a_plot_of_another_kind_is_refused_before_any_work(icm: Icm, tmp_path: Path) -> None:
+    ran = icm("stats", "--plot", tmp_path / "plot.doc")  # there is not even a store
+    assert (ran.code, ran.out, list(tmp_path.glob("plot*"))) == (ExitCode.FAILED, "", [])
+    assert ".svg, .png or .pdf" in ran.err
+
+
+def test_a_plot_that_exists_is_replaced_with_force_only(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.svg"
+    path.write_text("mine")
+    refused = icm("stats", "--plot", path)
+    assert (refused.code, refused.out, path.read_text()) == (ExitCode.FAILED, "", "mine")
+    assert "--force" in refused.err
+    assert icm("stats", "--plot", path, "--force").code == 0
+    assert "<svg" in path.read_text()
+
+
+def test_a_plot_that_does_not_fit_leaves_what_was_there(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.svg"
+    path.write_text("mine")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        ran = icm("stats", "--plot", path, "--force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (ran.code, ran.out, "File too large" in ran.err) == (ExitCode.FAILED, "", True)
+    assert [found.read_text() for found in tmp_path.glob("plot*")] == ["mine"]
+
+
+def test_nothing_is_drawn_where_nothing_is_encoded(icm: Icm, mixed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ran = icm("stats", "--plot", tmp_path / "plot.svg")
+    assert (ran.code, ran.out, list(tmp_path.glob("plot*"))) == (ExitCode.FAILED, "", [])
+    assert "icm train" in ran.err
+
+
+def test_one_measured_task_is_counted_as_one(icm: Icm, trained: Path) -> None:
+    with closing(sqlite3.connect(trained / "registry.db")) as database, database:
+        database.execute("UPDATE codes SET dw_error = NULL WHERE rowid IN (SELECT rowid FROM codes LIMIT 2)")
+    assert " (1 task)" in icm("stats").out
 
 
 def test_a_hostile_base_model_is_printed_escaped(icm: Icm, tmp_path: Path) -> None:

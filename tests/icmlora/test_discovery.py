@@ -134,6 +134,118 @@ def test_folders_of_one_name_are_reported_and_not_merged(tmp_path: Path, twin: s
     assert [error.kind for error in discovery.refused] == ["name-collision"] * 2
 
 
+def test_a_folder_with_a_name_that_says_nothing_is_called_like_the_one_above(tmp_path: Path) -> None:
+    for name in ("t1/adapter", "t2/adapter", "t3/final_adapter", "t4/output/best"):
+        write_adapter(tmp_path / "runs" / name)
+    discovery = find_adapters([tmp_path / "runs"])
+    assert ([task.name for task in discovery.tasks], discovery.refused) == (["t1", "t2", "t3", "t4"], ())
+    assert discovery.tasks[0].final.folder == tmp_path / "runs" / "t1" / "adapter"
+
+
+def test_it_is_called_so_where_it_alone_is_given(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "t1" / "adapter")
+    assert only(find_adapters([folder])).name == "t1"
+    assert only(find_adapters([folder], name="mine")).name == "mine"
+    assert find_adapters([folder, tmp_path / "t1", tmp_path]) == find_adapters([folder])
+
+
+def test_what_was_saved_beside_checkpoints_is_the_runs_own(tmp_path: Path) -> None:
+    for name in ("rust/checkpoint-80", "rust/checkpoint-100", "rust/final"):
+        write_adapter(tmp_path / name)
+    (tmp_path / "rust" / "samples.jsonl").write_text("x")
+    task = only(find_adapters([tmp_path]))
+    assert (task.name, steps(task), task.final.folder) == ("rust", [80, 100, None], tmp_path / "rust" / "final")
+    assert task.samples == tmp_path / "rust" / "samples.jsonl"
+
+
+def test_checkpoints_in_a_folder_of_output_are_the_runs(tmp_path: Path) -> None:
+    for step in (80, 100):
+        write_adapter(tmp_path / "rust" / "output" / f"checkpoint-{step}")
+    (tmp_path / "rust" / "output" / "trainer_state.json").write_text('{"best_model_checkpoint": "checkpoint-80"}')
+    task = only(find_adapters([tmp_path]))
+    assert (task.name, steps(task), task.final.step) == ("rust", [80, 100], 80)
+
+
+def test_texts_nearest_to_the_adapter_count(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "rust" / "adapter")
+    for place in (folder, folder.parent):
+        (place / "samples.jsonl").write_text("x")
+    (folder.parent / "eval.jsonl").write_text("x")
+    for given in (folder, tmp_path):
+        task = only(find_adapters([given]))
+        assert (task.samples, task.eval_data) == (folder / "samples.jsonl", folder.parent / "eval.jsonl")
+
+
+@pytest.mark.parametrize("others", [("rust/best", "rust/last"), ("rust/best", "rust/last", "rust/checkpoint-80")])
+def test_two_adapters_that_could_be_a_runs_own_are_reported_and_not_chosen_from(
+    tmp_path: Path, others: tuple[str, ...]
+) -> None:
+    for name in others:
+        write_adapter(tmp_path / name)
+    discovery = find_adapters([tmp_path])
+    assert [(error.kind, Path(error.path or "").name) for error in discovery.refused] == [
+        ("name-collision", "best"),
+        ("name-collision", "last"),
+    ]
+    assert [steps(task) for task in discovery.tasks] == [[80]] * ("rust/checkpoint-80" in others)
+
+
+def test_a_run_with_an_adapter_of_its_own_keeps_it(tmp_path: Path) -> None:
+    run = write_adapter(tmp_path / "rust")
+    write_adapter(tmp_path / "rust" / "adapter")
+    discovery = find_adapters([tmp_path])
+    assert [task.final.folder for task in discovery.tasks] == [run]
+    assert [error.kind for error in discovery.refused] == ["name-collision"]
+    assert "--name" in str(discovery.refused[0].hint)
+
+
+def test_a_folder_above_whose_name_cannot_name_a_task_is_reported(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "my runs" / "adapter")
+    discovery = find_adapters([tmp_path])
+    assert [(error.kind, error.path) for error in discovery.refused] == [("name", str(tmp_path / "my runs"))]
+
+
+def test_texts_can_be_left_out(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "rust")
+    (folder / "samples.jsonl").write_text("x")
+    (folder / "eval.jsonl").symlink_to("/etc/hostname")
+    task = only(find_adapters([tmp_path], texts=False))
+    assert (task.samples, task.eval_data) == (None, None)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    """A snapshot as the Hugging Face cache keeps it: links into the repository's blobs."""
+    repository = tmp_path / "hub" / "models--acme--rust-lora"
+    folder = write_adapter(repository / "snapshots" / COMMIT)
+    (repository / "blobs").mkdir()
+    for file in list(folder.iterdir()):
+        file.rename(repository / "blobs" / file.name[:9])
+        file.symlink_to(Path("../../blobs") / file.name[:9])
+    return folder
+
+
+def test_a_repository_of_the_cache_is_a_task_of_its_name(snapshot: Path) -> None:
+    for given in (snapshot.parents[1], snapshot.parents[2]):
+        assert only(find_adapters([given])).name == "rust-lora"
+
+
+def test_a_snapshot_alone_is_refused_and_the_hint_names_its_repository(snapshot: Path) -> None:
+    discovery = find_adapters([snapshot])
+    assert discovery.tasks == ()
+    assert {error.kind for error in discovery.refused} == {"symlink"}
+    assert str(snapshot.parents[1]) in str(discovery.refused[0].hint)
+    assert "cp -rL" in str(discovery.refused[0].hint)
+
+
+def test_a_snapshot_of_regular_files_is_called_like_its_repository(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "models--acme--rust-lora" / "snapshots" / COMMIT)
+    assert only(find_adapters([folder])).name == "rust-lora"
+
+
 @pytest.mark.parametrize("name", ["-rf", "a b", "con", "a\x1b[2J", "é", "[red]", "_x"])
 def test_a_folder_whose_name_cannot_name_a_task_is_reported_in_plain_text(tmp_path: Path, name: str) -> None:
     write_adapter(tmp_path / name)

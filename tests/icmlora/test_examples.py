@@ -68,6 +68,19 @@ def test_a_bad_line_is_refused_by_its_number_and_file(line: bytes, fact: str) ->
     assert fact in str(caught.value)
 
 
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_a_chat_is_refused_with_what_to_write_instead(field: str) -> None:
+    turns = [{"role": "user", "content": "2 + 2 ="}, {"role": "assistant", "content": "4"}]
+    with pytest.raises(DataError, match="line 1 is a chat") as caught:
+        parse_examples(json.dumps({field: turns}).encode())
+    assert '{"prompt"' in str(caught.value.hint)
+    assert "chat template" in str(caught.value.hint)
+
+
+def test_a_text_with_its_chat_beside_it_is_text() -> None:
+    assert parse_examples(b'{"messages": [], "text": "one"}') == (Example("", "one"),)
+
+
 def test_a_file_without_examples_is_refused() -> None:
     with pytest.raises(DataError, match="holds no example"):
         parse_examples(b"\n\n")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.folders import task_folder, unusual_source, usual_source
+from registry.folders import source_label, task_folder, unusual_source, usual_source
 from registry.store import Store
 from tests.registry.every_row import fill
 
@@ -37,6 +40,11 @@ def test_every_source_comes_back(source: str, final: str, step: int | None, is_f
     folder = task_folder(final)
     kept = unusual_source(source, folder, step, is_final=is_final)
     assert (usual_source(folder, step, is_final=is_final) if kept is None else kept) == source
+
+
+def test_a_path_that_is_no_unicode_is_written_out() -> None:
+    assert source_label(Path("loras/é")) == "loras/é"
+    assert source_label(Path(os.fsdecode(b"fl\xff/rust"))) == "fl\\xff/rust"
 
 
 def test_sources_of_every_kind_are_what_they_were(store: Store) -> None:

@@ -1,0 +1,124 @@
+"""`icm ingest --dry-run`: it says what the ingest would do, to the store that is there, and writes nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from tests.cli.conftest import Ran
+from tests.cli.fleet import write_adapter, write_fleet, write_texts
+
+Icm = Callable[..., Ran]
+Change = Callable[[Path], object]
+Options = tuple[object, ...]
+
+
+def written(store: Path) -> dict[Path, tuple[int, bytes]]:
+    """Return everything that lies in a store, with the time it was written at."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in store.rglob("*") if path.is_file()}
+
+
+def said(ran: Ran) -> list[dict[str, Any]]:
+    """Return what a run says, without what a dry run leaves out or has of its own."""
+    left_out = {"dry_run", "without_vectors"}
+    return [{key: value for key, value in event.items() if key not in left_out} for event in ran.events]
+
+
+def another_adapter(fleet: Path) -> None:
+    write_adapter(fleet / "rust", seed=99)
+
+
+def a_bad_checkpoint_and_a_new_task(fleet: Path) -> None:
+    write_adapter(fleet / "sql" / "checkpoint-80", value=float("nan"))
+    write_adapter(fleet / "verilog", seed=98)
+
+
+CHANGES: dict[str, tuple[Change, Options]] = {
+    "nothing": (lambda fleet: None, ()),
+    "checkpoint": (lambda fleet: write_adapter(fleet / "rust" / "checkpoint-120", seed=7), ()),
+    "samples": (lambda fleet: write_texts(fleet / "rust", count=9), ()),
+    "held-out": (lambda fleet: write_texts(fleet / "rust", "eval.jsonl", count=9), ()),
+    "conflict": (another_adapter, ()),
+    "conflict-passed-over": (another_adapter, ("--skip-bad",)),
+    "conflict-skipped": (another_adapter, ("--on-conflict", "skip")),
+    "conflict-replaced": (another_adapter, ("--on-conflict", "replace")),
+    "base-model": (lambda fleet: write_adapter(fleet / "rust", base_model_name_or_path="acme/other"), ()),
+    "case": (lambda fleet: (fleet / "rust").rename(fleet / "RUST"), ()),
+    "refused": (a_bad_checkpoint_and_a_new_task, ()),
+    "passed-over": (a_bad_checkpoint_and_a_new_task, ("--skip-bad",)),
+    "card-gone": (lambda fleet: (fleet / "rust" / "README.md").unlink(), ()),
+}
+
+
+@pytest.mark.parametrize(("change", "options"), CHANGES.values(), ids=CHANGES.keys())
+def test_it_says_what_the_ingest_then_says(icm: Icm, stored: Path, change: Change, options: Options) -> None:
+    change(stored)
+    planned = icm("ingest", stored, "--dry-run", "--json", *options)
+    done = icm("ingest", stored, "--json", *options)
+    assert (planned.code, said(planned), planned.err) == (done.code, said(done), done.err)
+
+
+@pytest.mark.parametrize(("change", "options"), CHANGES.values(), ids=CHANGES.keys())
+def test_it_writes_nothing_into_the_store(
+    icm: Icm, stored: Path, tmp_path: Path, change: Change, options: Options
+) -> None:
+    change(stored)
+    before = written(tmp_path / "store")
+    icm("ingest", stored, "--dry-run", *options)
+    assert written(tmp_path / "store") == before
+
+
+def test_without_a_store_everything_is_new_and_none_is_made(icm: Icm, fleet: Path, tmp_path: Path) -> None:
+    planned = icm("ingest", fleet, "--dry-run", "--json")
+    assert not (tmp_path / "store").exists()
+    assert said(planned) == said(icm("ingest", fleet, "--json"))
+
+
+def test_what_is_known_is_not_called_new(icm: Icm, stored: Path) -> None:
+    ran = icm("ingest", stored, "-n")
+    assert (ran.code, ran.out.partition(";")[0]) == (0, "would ingest 3 tasks: 0 new adapters, 9 known")
+
+
+def test_a_conflict_ends_it_as_it_ends_the_ingest(icm: Icm, stored: Path) -> None:
+    another_adapter(stored)
+    ran = icm("ingest", stored, "-n")
+    assert ran.code == ExitCode.FAILED
+    assert "task 'rust' is in the store with another adapter" in ran.err
+    assert "--on-conflict" in ran.err
+
+
+def test_several_batches_are_planned_as_they_are_ingested(
+    icm: Icm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icm_cli.workflows.ingest_files._BATCH_ADAPTERS", 4)
+    fleet = write_fleet(tmp_path / "loras", names=("a", "b", "c", "d"))
+    icm("ingest", fleet / "c")
+    planned = icm("ingest", fleet, "-n", "--json")
+    assert said(planned) == said(icm("ingest", fleet, "--json"))
+    assert [event["status"] for event in planned.events[:-1]] == ["added", "added", "known", "added"]
+
+
+@pytest.mark.parametrize("options", [(), ("--restore",)], ids=["left", "restored"])
+def test_evicted_originals_are_counted_as_the_ingest_counts_them(
+    icm: Icm, trained: Path, mixed_template: Path, options: Options
+) -> None:
+    assert icm("evict", "--max-error", "0.5").code == 0
+    before = written(trained)
+    planned = icm("ingest", mixed_template / "loras", "-n", "--json", *options)
+    assert written(trained) == before
+    assert said(planned) == said(icm("ingest", mixed_template / "loras", "--no-vectors", "--json", *options))
+
+
+def test_a_store_on_read_only_media_can_be_asked(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    folders = [store, *(path for path in store.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        ran = icm("ingest", stored, "-n")
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert (ran.code, "9 known" in ran.out) == (0, True)
