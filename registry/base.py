@@ -174,10 +174,21 @@ def _prepare_folder(paths: StorePaths) -> None:
     """Make the store folder, unless it holds things that are not a store's."""
     with fs.store_errors(paths.root):
         paths.root.mkdir(parents=True, exist_ok=True)
-        ours = {"registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "lock", "reserve"}
-        if not paths.format.exists() and (foreign := {entry.name for entry in paths.root.iterdir()} - ours):
-            message = f"{paths.root} is no store: it holds {min(foreign)!r}"
-            raise NotAStore(message, path=paths.root, hint="name an empty or a new folder with --store")
+        check_place(paths.root)
+
+
+def check_place(root: Path) -> None:
+    """Check that a folder is a store, or that one could be made there.
+
+    Raises:
+        NotAStore: It holds things that are not a store's.
+    """
+    ours = {"registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "lock", "reserve"}
+    if not root.is_dir() or StorePaths(root).format.exists():
+        return
+    if foreign := {entry.name for entry in root.iterdir()} - ours:
+        message = f"{root} is no store: it holds {min(foreign)!r}"
+        raise NotAStore(message, path=root, hint="name an empty or a new folder with --store")
 
 
 def _create(paths: StorePaths, database: Database) -> None:

@@ -81,8 +81,10 @@ def _target(place: Place, request: IngestRequest) -> Iterator[_Target]:
     present = _open_to_read(place)
     if present is None:
         # SQLAlchemy comes with it, and takes most of the time that a short command has.
+        from registry.base import check_place
         from registry.ingest import plan_first_ingest
 
+        check_place(place.path)
         yield _Target(None, plan_first_ingest)
         return
     with present:

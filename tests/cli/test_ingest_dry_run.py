@@ -76,6 +76,17 @@ def test_without_a_store_everything_is_new_and_none_is_made(icm: Icm, fleet: Pat
     assert said(planned) == said(icm("ingest", fleet, "--json"))
 
 
+def test_a_folder_that_could_not_become_a_store_ends_it_as_it_ends_the_ingest(
+    icm: Icm, fleet: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "dog.jpg").write_bytes(b"")
+    planned, done = (icm("--store", folder, "ingest", fleet, *how, "--json") for how in (["-n"], []))
+    assert planned.code == done.code != 0
+    assert planned.error == done.error
+
+
 def test_what_is_known_is_not_called_new(icm: Icm, stored: Path) -> None:
     ran = icm("ingest", stored, "-n")
     assert (ran.code, ran.out.partition(";")[0]) == (0, "would ingest 3 tasks: 0 new adapters, 9 known")
