@@ -23,7 +23,7 @@ from icm_cli.workflows.opening import Place
 from icm_cli.workflows.registering import check_unknown, code_for, register
 from icm_cli.workflows.starting import SAMPLE_TOKENS, read_start
 from icm_cli.workflows.vectors import VECTOR_DTYPE
-from icmlora.adaptation.adapt import adapt, factors_of
+from icmlora.adaptation.adapt import adapt, factors_of, supports
 from icmlora.adaptation.finetuning import FinetuneConfig, finetune
 from icmlora.adaptation.start import USUAL_SAMPLES, Start
 from icmlora.adapter import Adapter
@@ -223,7 +223,7 @@ def _adapted(
     """Return the adapter at the rank that is written, or None if the user stopped."""
     samples = tokenized(base.tokenizer, examples, SAMPLE_TOKENS)
     batch = 1 if base.model.device.type == "cpu" else _BATCH
-    adapter, steps = start.adapter, len(start.rates)
+    adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
     for done, adapted in enumerate(adapt(base, start, samples, batch_size=batch), start=1):
         adapter = adapted.adapter
         yield Step(done, steps, "adapting")

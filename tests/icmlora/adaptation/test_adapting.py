@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from icmlora.adaptation.adapt import adapt, factors_of
+from icmlora.adaptation.adapt import adapt, factors_of, supports
 from icmlora.adaptation.evidence import gather_evidence
 from icmlora.adaptation.finetuning import FinetuneConfig, finetune
 from icmlora.adaptation.start import Start, untrained_start
@@ -75,6 +78,30 @@ def test_more_samples_step_farther_where_that_was_learned(base: BaseModel, sampl
         assert float((four[name] - origin[name]).norm()) == pytest.approx(
             2 * float((two[name] - origin[name]).norm()), rel=1e-3
         )
+
+
+@given(st.integers(1, 64), st.integers(1, 3))
+def test_every_sample_is_read_and_no_step_reads_more_than_sixteen(count: int, learned: int) -> None:
+    samples = [Scored([0, number], 1) for number in range(count)]
+    read = [[sample.ids[1] for sample in some] for some in supports(samples, learned)]
+    assert {number for some in read for number in some} == set(range(count))
+    assert all(len(set(some)) == len(some) == min(count, 16) for some in read)
+    assert len(read) == max(learned, math.ceil(count / 16))
+
+
+def test_a_step_reads_samples_from_all_over() -> None:
+    samples = [Scored([0, number], 1) for number in range(64)]
+    assert all(min(some) < 4 <= 60 <= max(some) for some in ([s.ids[1] for s in part] for part in supports(samples, 2)))
+
+
+def test_steps_after_the_learned_ones_are_shorter_and_read_other_samples(base: BaseModel) -> None:
+    known, many = start(), scored(base, texts_of("grey geese", count=40))
+    before, moved = dense(known.adapter), []
+    for adapted in adapt(base, known, many):
+        after = dense(adapted.adapter)
+        moved.append(float((after[NAMES[0]] - before[NAMES[0]]).norm()))
+        before = after
+    assert [moved[1] / moved[0], moved[2] / moved[1]] == pytest.approx([2**-1, 2**-0.5], rel=1e-3)
 
 
 def test_the_same_samples_give_the_same_adapter(base: BaseModel, samples: list[Scored]) -> None:
