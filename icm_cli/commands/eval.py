@@ -56,6 +56,7 @@ BaselineOpt = Annotated[
     ),
 ]
 
+_TOKENS = 256
 _METHOD_COLUMNS = ("bytes a task", "of one more", "of bf16", "dW err", "gain", "worst")
 _RUNGS = ("base", "original", "residual", "code", "generate")
 
@@ -67,7 +68,7 @@ def evaluate(
     data: DataOpt = None,
     rung: RungOpt = None,
     device: DeviceOpt = None,
-    max_tokens: TokensOpt = 256,
+    max_tokens: TokensOpt = _TOKENS,
     again: AgainOpt = False,
     baseline: BaselineOpt = None,
 ) -> None:
@@ -96,6 +97,9 @@ def evaluate(
     with session.stoppable() as stop:
         report = session.follow(measure(session.place, request, stop), "eval", partial(tell, session))
     print_tasks(session, report)
+    if report.tasks and max_tokens != _TOKENS:
+        usual = f"what was measured on {_TOKENS} tokens of each text; `icm eval` measures that again"
+        session.out.note(f"kept in the place of {usual}")
     if request.baselines:
         print_methods(session, report)
     check_finished(report)

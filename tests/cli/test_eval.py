@@ -99,6 +99,11 @@ def test_fewer_tokens_are_another_measurement(icm: Icm, trained: Path) -> None:
     assert tokens() > 8
 
 
+def test_a_quick_look_says_what_it_takes_the_place_of(icm: Icm, trained: Path) -> None:
+    assert "in the place of what was measured on 256 tokens" in icm(*EVAL, "--max-tokens", 5).err
+    assert "in the place of" not in icm(*EVAL).err
+
+
 def test_only_the_rungs_that_are_named_beside_base_and_original(icm: Icm, trained: Path) -> None:
     rungs = icm(*EVAL, "poems", "--rung", "code", "--json").events[0]["rungs"]
     assert list(rungs) == ["base", "original", "code"]
