@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry import models, records, rows
@@ -39,8 +38,8 @@ def encoded_row(session: Session, encoded: records.AdapterRecord) -> models.Adap
         TaskNotFound: there is no such task (any more).
         CodeChanged: it is not the final adapter of its task any more.
     """
-    task, adapter = rows.find_task(session, encoded.task), models.Adapter
-    final = session.scalar(select(adapter).where(adapter.task_id == task.id, adapter.is_final))
+    task = rows.find_task(session, encoded.task)
+    final = rows.find_final(session, task.id)
     wanted = encoded.id, encoded.weights, encoded.config
     if final is None or (final.id, final.weights.digest, final.config.digest) != wanted:
         raise CodeChanged(f"task {task.name!r} got another adapter meanwhile", hint="run the same command again")

@@ -105,7 +105,7 @@ def _mark_evicted(session: Session, eviction: Eviction) -> list[str]:
     if task.pinned:
         raise LastCopy(f"task {task.name!r} is pinned", hint="`icm unpin` lets its original go")
     row, generator = session.get(models.Code, code.id), session.get(models.Generator, eviction.generator.id)
-    final = session.scalar(select(adapter).where(adapter.task_id == task.id, adapter.is_final))
+    final = rows.find_final(session, task.id)
     if (
         row is None
         or generator is None

@@ -28,6 +28,12 @@ def find_task(session: Session, name: str) -> models.Task:
     return task
 
 
+def find_final(session: Session, task_id: int) -> models.Adapter | None:
+    """Return the final adapter of a task; only a damaged store has a task without one."""
+    adapter = models.Adapter
+    return session.scalar(select(adapter).where(adapter.task_id == task_id, adapter.is_final))
+
+
 def task_record(row: models.Task) -> records.TaskRecord:
     """Return the record of a task."""
     return records.TaskRecord(

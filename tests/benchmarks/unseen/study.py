@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,10 +126,12 @@ class Fold:
         self._measure(task, "mixture", 0, lambda: self._known.mixture(vector))
 
     def _generated(self, task: StudyTask, count: int, seed: int) -> None:
-        def make() -> Adapter:
-            return rows.generated(self._base, self._start, rows.support(task.samples(self._base), count, seed))
+        is_kept = (count, seed) == (16, 0)
+        make = self._kept if is_kept else partial(self._made, count=count, seed=seed)
+        self._measure(task, f"icm-{count}", seed, lambda: make(task))
 
-        self._measure(task, f"icm-{count}", seed, (lambda: self._kept(task)) if (count, seed) == (16, 0) else make)
+    def _made(self, task: StudyTask, count: int, seed: int) -> Adapter:
+        return rows.generated(self._base, self._start, rows.support(task.samples(self._base), count, seed))
 
     def _unlearned(self, task: StudyTask) -> None:
         samples, start = rows.support(task.samples(self._base), 16, 0), unlearned(self._start)
@@ -138,8 +141,7 @@ class Fold:
         """Return what is generated from the first draw of 16 samples; made once, several rows start from it."""
         folder = self._options.work / "generated" / task.name
         if not folder.exists():
-            samples = rows.support(task.samples(self._base), 16, 0)
-            _write(rows.generated(self._base, self._start, samples), folder)
+            _write(self._made(task, 16, 0), folder)
         return load_adapter_folder(folder)
 
     def _random(self, task: StudyTask, seed: int) -> None:
