@@ -6,7 +6,6 @@ from sqlalchemy import select
 
 from registry import models, records, rows
 from registry.base import StoreBase
-from registry.errors import MissingBlob
 from registry.fs import failpoint
 from registry.garbage import drop_unreferenced
 from registry.writer import RowWriter
@@ -49,19 +48,15 @@ class RunOperations(StoreBase):
             LookupError: no run of that number is running.
             StoreFull: no space left; the earlier checkpoint is intact.
         """
-        try:
-            return self._save_checkpoint(run_id, step, weights, optimizer)
-        except MissingBlob:
-            # Another run had the very same bytes, and dropped them between our blob and our row.
-            return self._save_checkpoint(run_id, step, weights, optimizer)
-
-    def _save_checkpoint(self, run_id: int, step: int, weights: bytes, optimizer: bytes) -> records.TrainRunRecord:
         digests = self.put_blobs([weights, optimizer])
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
             row = session.get(models.TrainRun, run_id)
             if row is None or row.state != "running":
                 raise LookupError(f"train run {run_id} is not running")
+            if not all(map(self._blobs.exists, digests)):
+                # Another run had the very same bytes and dropped them since. Nobody can while this holds the lock.
+                self.put_blobs([weights, optimizer])
             garbage = [blob.digest for blob in (row.weights, row.optimizer) if blob]
             row.weights, row.optimizer = writer.blob(digests[0]), writer.blob(digests[1])
             row.step, row.updated_at = step, writer.now

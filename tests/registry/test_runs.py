@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+
 import pytest
 
-from registry.errors import MissingBlob
+from registry import fs
+from registry.errors import StoreLocked
 from registry.store import Store
-from registry.writer import RowWriter
-from tests.registry.examples import BASE, generator
+from tests.registry.examples import BASE, generator, new_store
 
 
 def save(store: Store, run_id: int, step: int, *, weights: bytes | None = None) -> None:
@@ -80,20 +83,29 @@ def test_a_new_run_gives_up_the_one_before(store: Store) -> None:
     assert stored(store) == set()
 
 
-def test_a_checkpoint_whose_bytes_another_run_dropped_meanwhile_is_stored_again(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("others", [1, 2, 3])
+def test_a_checkpoint_is_stored_however_often_other_runs_drop_the_very_same_bytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
     run = store.start_train_run(BASE, {})
-    real, failures = RowWriter.blob, [MissingBlob("gone")]
+    twins = [new_store(store.paths.root, lock_timeout=0) for _ in range(others)]
+    twin_runs = [twin.start_train_run(f"base {number}", {}).id for number, twin in enumerate(twins)]
+    waiting = list(zip(twins, twin_runs, strict=True))
 
-    def blob(writer: RowWriter, digest: str) -> object:
-        if failures:
-            raise failures.pop()
-        return real(writer, digest)
+    def put_blobs(items: Sequence[fs.Bytes]) -> list[str]:
+        digests = Store.put_blobs(store, items)
+        with suppress(StoreLocked):  # as they are while the rows are written
+            for step in (10, 20) if waiting else ():
+                save(*waiting[-1], step)
+            del waiting[-1:]
+        return digests
 
-    monkeypatch.setattr(RowWriter, "blob", blob)
+    monkeypatch.setattr(store, "put_blobs", put_blobs)
     save(store, run.id, 10)
-    assert stored(store) == {b"weights 10", b"optimizer 10"}
+    assert stored(store) == {b"weights 10", b"optimizer 10", b"weights 20", b"optimizer 20"}
+    assert list(store.verify(read_data=True)) == []
+    for twin in twins:
+        twin.close()
 
 
 def test_an_unknown_run_cannot_end(store: Store) -> None:
