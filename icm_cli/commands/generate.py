@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from icmlora.vector_space import Familiarity, Neighbour
 
 _NEAREST = 5
+_MOST_SAMPLES = 64
 
 NameArg = Annotated[str, typer.Argument(metavar="NAME", help="Name of the new task.", show_default=False)]
 SamplesOpt = Annotated[
@@ -32,7 +33,8 @@ SamplesOpt = Annotated[
     ),
 ]
 CountOpt = Annotated[
-    int, typer.Option("-n", "--count", metavar="K", min=1, max=64, help="Samples to read of the file.")
+    int,
+    typer.Option("-n", "--count", metavar="K", min=1, max=_MOST_SAMPLES, help="Samples to read of the file, at most."),
 ]
 DescriptionOpt = Annotated[
     str | None,
@@ -58,7 +60,7 @@ def generate(
     name: NameArg,
     samples: SamplesOpt,
     output: OutputOpt,
-    count: CountOpt = 16,
+    count: CountOpt = _MOST_SAMPLES,
     description: DescriptionOpt = None,
     refine: RefineOpt = 0,
     rank: RankOpt = None,
@@ -75,7 +77,7 @@ def generate(
     own. A task unlike all known ones is said to be outside of what the generator knows.
 
     Example:
-      icm generate cat-detection --samples cats.jsonl -n 16 -o adapter/
+      icm generate cat-detection --samples cats.jsonl -o adapter/
     """
     from icm_cli.workflows.generating import GenerateRequest
     from icm_cli.workflows.generating import generate as make

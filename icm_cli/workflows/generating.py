@@ -25,7 +25,7 @@ from icm_cli.workflows.starting import SAMPLE_TOKENS, read_start
 from icm_cli.workflows.vectors import VECTOR_DTYPE
 from icmlora.adaptation.adapt import adapt, factors_of, supports
 from icmlora.adaptation.finetuning import FinetuneConfig, finetune
-from icmlora.adaptation.start import USUAL_SAMPLES, Start
+from icmlora.adaptation.start import Start
 from icmlora.adapter import Adapter
 from icmlora.arithmetic import truncated
 from icmlora.base_model import BaseModel
@@ -60,7 +60,7 @@ class GenerateRequest:
     name: str
     samples: Path
     directory: Path
-    count: int = USUAL_SAMPLES
+    count: int
     """Samples that are read; fewer if there are fewer."""
     description: str | None = None
     refine: int = 0

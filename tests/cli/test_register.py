@@ -84,7 +84,7 @@ def test_its_code_helps_on_the_samples_nearly_as_much_as_what_was_written(
 ) -> None:
     register()
     icm("materialize", "geese", "-o", tmp_path / "again")
-    base, examples = load_tiny_base(tmp_path / "base"), parse_examples((tmp_path / "geese.jsonl").read_bytes())[:16]
+    base, examples = load_tiny_base(tmp_path / "base"), parse_examples((tmp_path / "geese.jsonl").read_bytes())
     without = nll(base.model, base.tokenizer, examples, max_tokens=128).nats_per_token
 
     def nats(at: Path) -> float:

@@ -25,6 +25,9 @@ from tests.benchmarks.unseen.fleet import StudyTask
 _PROMPT_TOKENS = 96
 """Of each sample in a prompt: sixteen and the text fit into the base model's 2,048."""
 
+_REFINED = (16, 64)
+"""Numbers of samples from which gradient steps go on, and a LoRA from scratch is trained."""
+
 
 class Results:
     """Losses by task, row and seed, in a file that grows line by line: a stopped run goes on where it was."""
@@ -111,9 +114,11 @@ class Fold:
         for task in self._held_out:
             self._unlearned(task)
         for task in self._held_out[: self._options.refined]:
-            self._refined(task)
+            self._refined(task, 16)
         for task in self._held_out[: self._options.many]:
             self._generated(task, 64, 0)
+        for task in self._held_out[: min(self._options.many, self._options.refined)]:
+            self._refined(task, 64)
 
     def _without_steps(self, task: StudyTask) -> None:
         self._measure(task, "base", 0, lambda: None)
@@ -126,9 +131,9 @@ class Fold:
         self._measure(task, "mixture", 0, lambda: self._known.mixture(vector))
 
     def _generated(self, task: StudyTask, count: int, seed: int) -> None:
-        is_kept = (count, seed) == (16, 0)
-        make = self._kept if is_kept else partial(self._made, count=count, seed=seed)
-        self._measure(task, f"icm-{count}", seed, lambda: make(task))
+        is_kept = count in _REFINED and seed == 0
+        make = partial(self._kept, task, count) if is_kept else partial(self._made, task, count, seed)
+        self._measure(task, f"icm-{count}", seed, make)
 
     def _made(self, task: StudyTask, count: int, seed: int) -> Adapter:
         return rows.generated(self._base, self._start, rows.support(task.samples(self._base), count, seed))
@@ -137,11 +142,11 @@ class Fold:
         samples, start = rows.support(task.samples(self._base), 16, 0), unlearned(self._start)
         self._measure(task, "first-16", 0, lambda: rows.generated(self._base, start, samples))
 
-    def _kept(self, task: StudyTask) -> Adapter:
-        """Return what is generated from the first draw of 16 samples; made once, several rows start from it."""
-        folder = self._options.work / "generated" / task.name
+    def _kept(self, task: StudyTask, count: int = 16) -> Adapter:
+        """Return what is generated from the first draw of samples; made once, several rows start from it."""
+        folder = self._options.work / "generated" / str(count) / task.name
         if not folder.exists():
-            _write(self._made(task, 16, 0), folder)
+            _write(self._made(task, count, 0), folder)
         return load_adapter_folder(folder)
 
     def _random(self, task: StudyTask, seed: int) -> None:
@@ -167,18 +172,18 @@ class Fold:
             examples = [Example(prompt, example.completion) for example in self._texts[task.name]]
             self._results.measure(task, f"prompt-{count}", 0, lambda e=examples: self._nats(None, e))
 
-    def _refined(self, task: StudyTask) -> None:
-        samples = rows.support(task.samples(self._base), 16, 0)
+    def _refined(self, task: StudyTask, count: int) -> None:
+        samples = rows.support(task.samples(self._base), count, 0)
 
         def further() -> Adapter:
-            return rows.refined(self._base, self._kept(task), samples, 20)
+            return rows.refined(self._base, self._kept(task, count), samples, 20)
 
         def fresh() -> Adapter:
             ids = [sample.ids for sample in samples]
             return fitted.fit_fresh(self._options.base_folder, ids, 60, rows.RANK, 0)
 
-        self._measure(task, "icm-16-refine-20", 0, further)
-        self._measure(task, "fresh-60", 0, fresh)
+        self._measure(task, f"icm-{count}-refine-20", 0, further)
+        self._measure(task, f"fresh-{count}", 0, fresh)
 
     def _measure(self, task: StudyTask, row: str, seed: int, make: Callable[[], Adapter | None]) -> None:
         self._results.measure(task, row, seed, lambda: self._nats(make(), self._texts[task.name]))
