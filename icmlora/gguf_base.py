@@ -7,8 +7,6 @@ model.gguf --load_gguf--> model, tokenizer          (slow: every tensor is dequa
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from icmlora.base_lookup import inspect_base
 from icmlora.errors import OutputExists
-from icmlora.files import fsync_folder
 from icmlora.loading import quiet_loading
+from icmlora.output_folder import building_folder
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -54,25 +52,19 @@ def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:
 
     Raises:
         BaseModelNotFound: The file is no GGUF file that transformers can read.
-        OutputExists: `directory` exists and is not empty.
+        OutputExists: `directory` exists and is not empty, or another process made it meanwhile.
     """
     found = inspect_base(label, source)
     if directory.exists() and any(directory.iterdir()):
         raise OutputExists(
             "the folder for the converted base model is not empty", path=directory, hint="choose another folder"
         )
-    work = directory.with_name(f"{directory.name}.icm-{secrets.token_hex(4)}")
-    work.mkdir(parents=True)
-    try:
+    with building_folder(directory) as work:
         with quiet_loading(found):
             model, tokenizer = load_gguf(found.path, torch.float32)
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
         _make_durable(work)
-        work.replace(directory)
-        fsync_folder(directory.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return directory
 
 
@@ -82,4 +74,3 @@ def _make_durable(folder: Path) -> None:
         file.chmod(mode)  # the library leaves the weights at 0600, whatever the umask
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-    fsync_folder(folder)

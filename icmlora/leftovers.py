@@ -1,4 +1,8 @@
-"""What a killed run left beside its target: built under a name of its own, and locked as long as its process lives."""
+"""What is built beside its target, locked as long as its process lives; what a killed run left there is unlocked.
+
+The lock is taken after the entry can be seen, so another run may take it for abandoned in between and remove it. It
+removes under the lock, and who builds looks whether the entry is still there once the lock is held.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,23 @@ from pathlib import Path
 _SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
 
 
-def name_beside(target: Path) -> Path:
-    """Return a new `NAME.icm-XXXXXXXX` in the target's folder."""
-    return target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
+def locked_beside(target: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """Make a new, locked entry `NAME.icm-XXXXXXXX` in the target's folder.
+
+    Args:
+        target: What it will be renamed to.
+        make: Makes an entry of a given path and returns its descriptor.
+
+    Returns:
+        The entry, and the descriptor that holds the lock until it is closed.
+    """
+    while True:
+        entry = target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
+        descriptor = make(entry)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_at(entry, descriptor):
+            return entry, descriptor
+        os.close(descriptor)
 
 
 def remove_leftovers(target: Path, *, flags: int, remove: Callable[[Path], object]) -> None:
@@ -28,19 +46,27 @@ def remove_leftovers(target: Path, *, flags: int, remove: Callable[[Path], objec
     """
     for entry in target.parent.iterdir():
         suffix = entry.name.removeprefix(target.name)
-        if suffix != entry.name and _SUFFIX.fullmatch(suffix) and _is_abandoned(entry, flags):
-            remove(entry)
+        if suffix != entry.name and _SUFFIX.fullmatch(suffix):
+            _remove_abandoned(entry, flags, remove)
 
 
-def _is_abandoned(entry: Path, flags: int) -> bool:
+def _remove_abandoned(entry: Path, flags: int, remove: Callable[[Path], object]) -> None:
     try:
         descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | flags)
     except OSError:
-        return False
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return False
+        return
+    else:
+        remove(entry)
     finally:
         os.close(descriptor)
-    return True
+
+
+def _is_at(entry: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(entry.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

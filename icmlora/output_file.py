@@ -6,7 +6,6 @@ recognised by its lock, which died with the process, and removed by the next run
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import BinaryIO
 
 from icmlora.errors import OutputExists
 from icmlora.files import fsync_folder
-from icmlora.leftovers import name_beside, remove_leftovers
+from icmlora.leftovers import locked_beside, remove_leftovers
 
 
 @contextmanager
@@ -34,10 +33,9 @@ def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     check_absent(path, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target, flags=os.O_NONBLOCK, remove=lambda entry: entry.unlink(missing_ok=True))
-    temporary = name_beside(target)
+    temporary, descriptor = locked_beside(target, _new_file)
     try:
-        with temporary.open("xb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with os.fdopen(descriptor, "wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -58,3 +56,7 @@ def check_absent(path: Path, *, force: bool = False) -> None:
         raise OutputExists("is not a file", path=path)
     if path.exists() and not force:
         raise OutputExists("exists already", path=path, hint="choose another name, or replace it with --force")
+
+
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

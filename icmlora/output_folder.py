@@ -7,7 +7,6 @@ is recognised by its lock, which died with the process, and removed by the next 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from icmlora.errors import OutputExists
 from icmlora.files import fsync_folder, write_durably, write_synced
-from icmlora.leftovers import name_beside, remove_leftovers
+from icmlora.leftovers import locked_beside, remove_leftovers
 from icmlora.peft_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 
 
@@ -64,15 +63,32 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
         OSError: The file system refused; nothing was left at `directory`.
     """
     check_free(directory, force=force)
-    target = Path(os.path.realpath(directory))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target, flags=os.O_DIRECTORY, remove=_remove_folder)
-    if force and target.is_dir() and any(target.iterdir()):
-        _replace(target, files)
+    if force and directory.is_dir() and any(directory.iterdir()):
+        _replace(_cleared(directory), files)
         return
-    with _building(target) as folder:
+    with building_folder(directory) as folder:
         for name, data in files.items():
             write_synced(folder / name, data)
+
+
+@contextmanager
+def building_folder(directory: Path) -> Iterator[Path]:
+    """Make a folder beside another, absent or empty one, whose place it takes after the block unless the block raises.
+
+    Args:
+        directory: The folder to make. Missing parents are made. A link is followed.
+
+    Yields:
+        The folder to fill with files; they are to be synced in the block.
+
+    Raises:
+        OutputExists: The folder was filled by someone else meanwhile.
+        OSError: The file system refused; nothing was left at `directory`.
+    """
+    target = _cleared(directory)
+    folder, lock = locked_beside(target, _new_folder)
+    try:
+        yield folder
         fsync_folder(folder)
         try:
             folder.rename(target)
@@ -80,7 +96,18 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise OutputExists("the folder was filled by someone else meanwhile", path=directory) from None
             raise
+    finally:
+        os.close(lock)
+        _remove_folder(folder)
     fsync_folder(target.parent)
+
+
+def _cleared(directory: Path) -> Path:
+    """Return where a folder really is, or will be, once its parents are there and leftovers of killed runs are gone."""
+    target = Path(os.path.realpath(directory))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target, flags=os.O_DIRECTORY, remove=_remove_folder)
+    return target
 
 
 def _replace(target: Path, files: Mapping[str, bytes]) -> None:
@@ -91,18 +118,9 @@ def _replace(target: Path, files: Mapping[str, bytes]) -> None:
         write_durably(target / name, data)
 
 
-@contextmanager
-def _building(target: Path) -> Iterator[Path]:
-    """Make a locked folder beside the target; it is gone afterwards unless it was renamed."""
-    folder = name_beside(target)
-    folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield folder
-    finally:
-        os.close(descriptor)
-        _remove_folder(folder)
+def _new_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _remove_folder(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from icm_cli.config import cache_folder
 from icmlora.base_lookup import FoundBase, find_base_model, inspect_base
 from icmlora.base_model import BaseModel, load_base_model
+from icmlora.errors import OutputExists
 from icmlora.fingerprint import fingerprint_base
 from icmlora.gguf_base import convert_gguf
 from registry.records import BaseModelRecord
@@ -66,7 +67,6 @@ def _readable(found: FoundBase, stamp: str) -> FoundBase:
         return found
     folder = cache_folder() / "base-models" / stamp[:32]
     if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        convert_gguf(found.path, folder, label=found.label)
+        with suppress(OutputExists):  # another icm was faster
+            convert_gguf(found.path, folder, label=found.label)
     return inspect_base(found.label, Path(folder))

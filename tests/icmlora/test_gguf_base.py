@@ -104,6 +104,14 @@ def test_nothing_but_the_folder_is_left_and_others_may_read_it(folder: Path) -> 
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
 
 
+def test_what_a_killed_conversion_left_is_removed_by_the_next(file: Path, tmp_path: Path) -> None:
+    left = tmp_path / "base.icm-0123abcd"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    convert_gguf(file, tmp_path / "base", label=LABEL)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_a_folder_that_is_not_empty_is_left_alone(file: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputExists):

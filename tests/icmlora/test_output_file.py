@@ -66,6 +66,24 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
+def test_one_that_another_run_took_for_left_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, real, entries = tmp_path / "out", fcntl.flock, []
+
+    def flock(descriptor: int, kind: int) -> None:
+        if not entries:
+            entries.extend(tmp_path.iterdir())
+            write(target, b"other", force=True)
+        real(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write(target, b"mine", force=True)
+    assert len(entries) == 1
+    assert target.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
     running = tmp_path / "out.icm-0123abcd"
     with running.open("xb") as stream:

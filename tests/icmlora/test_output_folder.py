@@ -11,6 +11,7 @@ import pytest
 
 from icmlora import output_folder
 from icmlora.errors import OutputExists
+from icmlora.leftovers import remove_leftovers
 from icmlora.output_folder import check_free, write_folder
 
 FILES = {"a": b"1", "b": b"2"}
@@ -118,6 +119,24 @@ def test_what_another_run_is_building_is_not_removed(tmp_path: Path) -> None:
     write_folder(tmp_path / "out", FILES)
     os.close(descriptor)
     assert building.is_dir()
+
+
+def test_one_that_another_run_took_for_left_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, removed = fcntl.flock, []
+
+    def flock(descriptor: int, kind: int) -> None:
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            remove_leftovers(tmp_path / "out", flags=os.O_DIRECTORY, remove=Path.rmdir)
+        real(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_folder(tmp_path / "out", FILES)
+    assert len(removed) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert content(tmp_path / "out") == FILES
 
 
 @pytest.mark.parametrize("name", ["out.icm-backup", "other.icm-0123abcd", "out.icm-0123abcd.d"])

@@ -1,0 +1,52 @@
+"""A base model in a GGUF file: it is converted once into the cache, whoever else does the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from icm_cli.workflows.base_access import open_base
+from icmlora import gguf_base
+from registry.store import Store
+from tests.icmlora.test_gguf_base import write_tiny_gguf
+
+LABEL = "example/tiny"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store = Store.open(tmp_path / "store", create=True)
+    store.set_base_alias(LABEL, str(write_tiny_gguf(tmp_path / "tiny.gguf")))
+    return store
+
+
+def converted(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "cache").glob("**/base-models/*"))
+
+
+def test_it_is_converted_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_base(store, LABEL, torch.device("cpu"))
+    monkeypatch.setattr(gguf_base, "load_gguf", lambda *_: pytest.fail("it is in the cache"))
+    second = open_base(store, LABEL, torch.device("cpu"))
+    assert first.fingerprint == second.fingerprint
+    assert len(converted(tmp_path)) == 1
+
+
+def test_two_that_convert_it_at_once_both_succeed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, others = gguf_base.load_gguf, []
+
+    def load(*arguments: Any) -> Any:
+        if not others:
+            others.append(None)
+            open_base(store, LABEL, torch.device("cpu"))
+        return real(*arguments)
+
+    monkeypatch.setattr(gguf_base, "load_gguf", load)
+    open_base(store, LABEL, torch.device("cpu"))
+    assert len(converted(tmp_path)) == 1
