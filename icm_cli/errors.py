@@ -135,7 +135,7 @@ def describe(error: BaseException) -> Failure:
     """Return what is told about an exception: from the table, from the operating system, or as a bug."""
     if isinstance(error, KeyboardInterrupt):
         hint = "run the same command again to continue"
-        return Failure(ExitCode.INTERRUPTED, "interrupted", "interrupted; finished steps are kept", hint)
+        return Failure(ExitCode.INTERRUPTED, "interrupted", "interrupted; what was finished is kept", hint)
     code = next((TABLE[name] for name in map(full_name, type(error).__mro__) if name in TABLE), None)
     if code is not None:
         return Failure(code, _kind(error), _fact(error), getattr(error, "hint", None))

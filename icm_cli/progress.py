@@ -58,19 +58,21 @@ class PlainProgress(SilentProgress):
         self._label = label
         self._interval = _interval()
         self._started = self._last = time.monotonic()
+        self._from = 0.0
         self._total: float | None = None
 
     def update(self, done: float, total: float | None, note: str = "") -> None:
         """Write a line if the last one is old enough."""
         now = time.monotonic()
         if total != self._total:  # another phase: what the first one took says nothing of it
-            self._started, self._total = now, total
+            self._started, self._from, self._total = now, done, total
         if now - self._last < self._interval:
             return
         self._last = now
         parts = [self._label, f"{done:g}" if total is None else f"{done:g}/{total:g}", escape(note)]
-        if total and 0 < done < total:
-            parts.append(f"eta {human_duration((now - self._started) * (total - done) / done)}")
+        if total and self._from < done < total:
+            seconds = (now - self._started) * (total - done) / (done - self._from)
+            parts.append(f"eta {human_duration(seconds)}")
         sys.stderr.write(" ".join(part for part in parts if part) + "\n")
         sys.stderr.flush()
 

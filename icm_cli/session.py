@@ -11,7 +11,7 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields
 from types import FrameType
 from typing import Concatenate, ParamSpec, TypeVar, cast
@@ -104,12 +104,14 @@ class Session:
     def stoppable(self) -> Iterator[StopFlag]:
         """Turn the first Ctrl-C or SIGTERM into a request to stop after the current step; the second stops at once."""
         flag = StopFlag()
+        stderr = sys.stderr  # loading a model sends it elsewhere
 
         def request(number: int, frame: FrameType | None) -> None:
             if flag.requested:
                 raise KeyboardInterrupt
             flag.requested = True
-            self.out.note("stopping after the current step; Ctrl-C again stops at once")
+            with redirect_stderr(stderr):
+                self.out.note("stopping after the current step; Ctrl-C again stops at once")
 
         before = {number: signal.signal(number, request) for number in _STOPPING}
         try:
@@ -137,7 +139,7 @@ def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., 
             cast(Callable[..., None], function)(session, **values)
             sys.stdout.flush()
         except KeyboardInterrupt as error:
-            raise Interrupted("interrupted; finished steps are kept") from error
+            raise Interrupted("interrupted; what was finished is kept") from error
         except BrokenPipeError as error:
             raise StdoutClosed("stdout was closed") from error
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def parse_examples(data: bytes, *, path: str | Path | None = None) -> tuple[Exam
     """Parse JSON lines of text; blank lines are skipped.
 
     Args:
-        data: The file's bytes, UTF-8.
+        data: The file's bytes, UTF-8; a byte order mark is passed over.
         path: Where they came from, for the messages.
 
     Raises:
@@ -80,7 +81,7 @@ def parse_examples(data: bytes, *, path: str | Path | None = None) -> tuple[Exam
     if len(data) > MAX_BYTES:
         raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
     examples = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         examples.append(_example(line, number, path))
@@ -94,6 +95,9 @@ def parse_examples(data: bytes, *, path: str | Path | None = None) -> tuple[Exam
 def _example(line: bytes, number: int, path: str | Path | None) -> Example:
     try:
         value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        hint = "save the file as UTF-8, one JSON object a line"
+        raise DataError(f"line {number} is not UTF-8: {error.reason}", path=path, hint=hint) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"line {number} is not JSON: {error}", path=path, hint=_HINT) from error
     match value:

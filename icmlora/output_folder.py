@@ -24,12 +24,17 @@ def check_free(directory: Path, *, force: bool = False) -> None:
 
     Raises:
         OutputExists: It holds something and `force` is not given, or is no folder.
+        PermissionError: Nothing can be made where it is to be.
     """
     if directory.exists() and not directory.is_dir():
         raise OutputExists("is not a folder", path=directory)
     if not force and directory.is_dir() and any(directory.iterdir()):
         hint = "choose another folder, or replace the adapter in it with --force"
         raise OutputExists("the folder is not empty", path=directory, hint=hint)
+    target = Path(os.path.realpath(directory))
+    place = next(parent for parent in target.parents if parent.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
 def write_original(config: bytes, weights: bytes, card: bytes | str, directory: Path, *, force: bool = False) -> None:

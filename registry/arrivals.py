@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from registry import records
+from registry.blobs import Spare, no_spare
 
 ArrivalStatus = Literal["added", "encoded", "known", "skipped"]
 
@@ -48,12 +49,15 @@ class Arrival:
         version: which one it was where it comes from; it gets this number, or a higher one if that is taken.
         tasks: the tasks, each once.
         on_conflict: what to do where the store has a task of that name with another adapter, or another code of it.
+        spare: gives the bytes of a digest, or None; asked for what turns out to be needed and is not in the store (any
+            more), under the write lock.
     """
 
     generator: records.NewGenerator
     version: int
     tasks: Sequence[ArrivingTask]
     on_conflict: Literal["skip", "fail"] = "fail"
+    spare: Spare = field(default=no_spare, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,8 @@ def check_place(root: Path) -> None:
     Raises:
         NotAStore: It holds things that are not a store's.
     """
-    ours = {"registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "lock", "reserve"}
+    # FORMAT too: another process may make a store here while this looks.
+    ours = {"FORMAT", "registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "lock", "reserve"}
     if not root.is_dir() or StorePaths(root).format.exists():
         return
     if foreign := {entry.name for entry in root.iterdir()} - ours:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,6 +25,13 @@ _RESTORING = (
     "ingesting an original again restores its files; for a generator there is `icm import` of a bundle, or "
     "`icm train --fresh` where the originals are there"
 )
+
+Spare = Callable[[str], fs.Bytes | None]
+"""Gives the bytes of a digest, as far as somebody holds them."""
+
+
+def no_spare(digest: str) -> None:
+    """Be the :data:`Spare` of who holds nothing."""
 
 
 def digest_of(data: fs.Bytes) -> str:

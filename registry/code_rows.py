@@ -6,12 +6,13 @@ a row that went is given to the next one. So the bytes are compared, not only th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 
 from sqlalchemy.orm import Session
 
 from registry import models, records, rows
+from registry.blobs import Spare
 from registry.errors import CodeChanged, GeneratorConflict, TaskNotFound
 from registry.writer import RowWriter
 
@@ -71,6 +72,11 @@ def code_rows(
             dw_error=new.dw_error,
             **asked_columns(new.asked),
         )
+
+
+def spare_of(new: Iterable[records.NewCode | records.NewResidual]) -> Spare:
+    """Return what gives the bytes of what is to be recorded, as far as they are held."""
+    return {one.blob: one.data for one in new if one.data is not None}.get
 
 
 def asked_columns(asked: records.Asked | None) -> dict[str, float | None]:

@@ -11,7 +11,8 @@ Two questions: is there a row that *refers* to a blob (then its row stays), and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,18 +110,17 @@ def prune(
     The caller holds the exclusive lock, so nobody is between blob and row. Files younger than `grace` seconds stay
     nevertheless, for file systems whose locks do not lock.
     """
-    doomed = [digest for digest in _garbage(database, blobs) if _is_older(paths.blob(digest), grace)]
-    temporary = [path for path in sorted(paths.tmp.iterdir()) if _is_older(path, grace)]
-    size = sum(path.stat().st_size for path in [*map(paths.blob, doomed), *temporary])
+    doomed = _older(map(paths.blob, _garbage(database, blobs)), grace)
+    temporary = _older(sorted(paths.tmp.iterdir()), grace)
     if not dry_run:
         _delete_rows(database)
         failpoint("garbage-rows-gone")
-        blobs.unlink(doomed)
+        blobs.unlink(path.name for path in doomed)
         with fs.store_errors(paths.tmp):
             for path in temporary:
                 fs.unlink(path)
         database.compact()  # now that there is room for a second copy of it
-    return PruneReport(len(doomed), len(temporary), size)
+    return PruneReport(len(doomed), len(temporary), sum(doomed.values()) + sum(temporary.values()))
 
 
 def is_referenced() -> ColumnElement[bool]:
@@ -173,5 +173,15 @@ def _has_document() -> ColumnElement[bool]:
     )
 
 
-def _is_older(path: Path, seconds: float) -> bool:
-    return time.time() - path.stat().st_mtime >= seconds
+def _older(paths: Iterable[Path], seconds: float) -> dict[Path, int]:
+    """Return path -> length of the files that have been there for some time.
+
+    A dry run has others beside it: what one of them has renamed or removed since the folder was listed is passed over.
+    """
+    found: dict[Path, int] = {}
+    for path in paths:
+        with suppress(FileNotFoundError):
+            state = path.stat()
+            if time.time() - state.st_mtime >= seconds:
+                found[path] = state.st_size
+    return found

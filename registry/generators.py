@@ -18,7 +18,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry import models, records, rows
 from registry.base import StoreBase
-from registry.code_rows import code_rows, current_row
+from registry.code_rows import code_rows, current_row, spare_of
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.fs import failpoint
 from registry.garbage import drop_unreferenced
@@ -60,7 +60,7 @@ class GeneratorOperations(StoreBase):
             In each case nothing is recorded.
         """
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+            writer = RowWriter(session, self._blobs, spare_of(codes))
             generator = current_row(session, generator_id)
             known = _copies(session, generator.id)
             new = list(code_rows(writer, generator, [code for code in codes if code.adapter.task not in known]))
@@ -87,7 +87,7 @@ class GeneratorOperations(StoreBase):
             In each case nothing is recorded.
         """
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+            writer = RowWriter(session, self._blobs, spare_of(new.codes))
             parent = current_row(session, new.parent_id)
             row = generator_row(writer, new)
             session.flush()
@@ -115,15 +115,20 @@ class GeneratorOperations(StoreBase):
                 for row in session.scalars(query)
             ]
 
-    def set_start(self, generator_id: int, blob: str) -> records.GeneratorRecord:
+    def set_start(self, generator_id: int, blob: str, data: bytes | None = None) -> records.GeneratorRecord:
         """Record what adapters for unseen tasks start from, in the place of what there is.
+
+        Args:
+            generator_id: the current generator.
+            blob: digest of the start's file.
+            data: as for :class:`registry.records.NewCode`.
 
         Raises:
             GeneratorConflict: the generator is not the current one any more.
             MissingBlob: the digest is not in the store.
         """
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+            writer = RowWriter(session, self._blobs, {blob: data}.get)
             row = current_row(session, generator_id)
             old = None if row.start is None else row.start.digest
             row.start = writer.blob(blob)
@@ -159,29 +164,30 @@ class GeneratorOperations(StoreBase):
             failpoint("rows-before-commit")
             return sorted(set(before) - set(codes))
 
-    def forget_generator(self, generator_id: int) -> int:
+    def check_forgettable(self, generator: records.GeneratorRecord) -> int:
+        """Return how many codes :meth:`forget_generator` would forget, or raise what it would raise."""
+        with self._db.read() as session:
+            return len(_copies(session, _forgettable(session, generator).id))
+
+    def forget_generator(self, generator: records.GeneratorRecord) -> int:
         """Forget a generator that is not current, with its codes and what was measured of them; prune frees the bytes.
+
+        Args:
+            generator: as it was when somebody decided that. The number of a row that went is given to the next one, so
+                the rest is compared too.
 
         Returns:
             The number of codes that went.
 
         Raises:
-            GeneratorNotFound: there is none of that number.
+            GeneratorNotFound: it is not there any more.
             GeneratorConflict: it is the current one.
             LastCopy: it holds the only code of an evicted task.
         """
         with self._lock.exclusive(), self._db.write() as session:
-            row = _find(session, generator_id)
-            if row.is_current:
-                hint = "`icm generators rollback DIGEST` makes another one current first"
-                raise GeneratorConflict(f"generator {row.blob.digest[:12]} is in use", hint=hint)
-            last = _last_copies(session, row)
-            if last:
-                fact = f"generator {row.blob.digest[:12]} holds the only code of {_shown(last)}"
-                hint = "`icm ingest --restore PATH` of their originals, or `icm rm` if nobody needs them"
-                raise LastCopy(fact, hint=hint)
+            row = _forgettable(session, generator)
             count = len(_copies(session, row.id))
-            session.execute(delete(models.Generator).where(models.Generator.id == generator_id))
+            session.execute(delete(models.Generator).where(models.Generator.id == row.id))
             failpoint("rows-before-commit")
             return count
 
@@ -191,6 +197,27 @@ def _find(session: Session, generator_id: int) -> models.Generator:
     if row is None:
         raise GeneratorNotFound(f"there is no generator of number {generator_id}", hint="`icm generators` lists them")
     return row
+
+
+def _forgettable(session: Session, generator: records.GeneratorRecord) -> models.Generator:
+    row = _find(session, generator.id)
+    if _identity(rows.generator_record(row)) != _identity(generator):
+        fact = f"generator {generator.blob[:12]} was forgotten meanwhile; another one has its number"
+        raise GeneratorNotFound(fact, hint="`icm generators` lists them")
+    if row.is_current:
+        hint = "`icm generators rollback DIGEST` makes another one current first"
+        raise GeneratorConflict(f"generator {row.blob.digest[:12]} is in use", hint=hint)
+    last = _last_copies(session, row)
+    if last:
+        fact = f"generator {row.blob.digest[:12]} holds the only code of {_shown(last)}"
+        hint = "`icm ingest --restore PATH` of their originals, or `icm rm` if nobody needs them"
+        raise LastCopy(fact, hint=hint)
+    return row
+
+
+def _identity(generator: records.GeneratorRecord) -> tuple[str, str, int, str]:
+    """Return what of a generator never changes and tells it from one that gets its number later."""
+    return generator.blob, generator.base_model, generator.version, generator.created_at
 
 
 def _copies(session: Session, generator_id: int, *, evicted: bool = False) -> dict[str, _Copy]:

@@ -143,24 +143,33 @@ _BLOBS_OF_TASK = (
 def _check_blob(
     database: Database, blobs: BlobStore, paths: StorePaths, digest: str, size: int, *, read_data: bool
 ) -> Finding | None:
-    path = paths.blob(digest)
+    if _fault(blobs, digest, size, read_data=read_data) is None:
+        return None
+    with database.read() as session:
+        # Others may have let go of it since the rows were read, or stored it again. While this session is open nobody
+        # commits, so a row that needs the bytes now goes on doing so, and no file of such a row is removed.
+        needed = session.scalar(select(Blob.size).where(Blob.digest == digest, is_needed()))
+        fault = None if needed is None else _fault(blobs, digest, needed, read_data=read_data)
+        if fault is None:
+            return None
+        kind, fact = fault
+        is_generator = session.scalar(select(Generator.id).join(Generator.blob).where(Blob.digest == digest))
+        what = "blob" if is_generator is None else "generator"
+        return Finding(kind, f"{what} {digest} {fact}", paths.blob(digest), digest, _tasks_of(session, digest))
 
-    def finding(kind: Kind, fact: str) -> Finding:
-        with database.read() as session:
-            is_generator = session.scalar(select(Generator.id).join(Generator.blob).where(Blob.digest == digest))
-            what = "blob" if is_generator is None else "generator"
-            return Finding(kind, f"{what} {digest} {fact}", path, digest, _tasks_of(session, digest))
 
+def _fault(blobs: BlobStore, digest: str, size: int, *, read_data: bool) -> tuple[Kind, str] | None:
+    """Say what is wrong with the file of a blob, if anything is."""
     try:
         found = blobs.size(digest)
         if found != size:
-            return finding("length", f"has {found} bytes instead of {size}")
+            return "length", f"has {found} bytes instead of {size}"
         if read_data and not blobs.is_intact(digest):
-            return finding("digest", "has other bytes than when it was stored")
+            return "digest", "has other bytes than when it was stored"
     except MissingBlob:
-        return finding("missing", "is missing")
+        return "missing", "is missing"
     except StoreIOError as error:
-        return finding("digest", f"cannot be read: {error}")
+        return "digest", f"cannot be read: {error}"
     return None
 
 

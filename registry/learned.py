@@ -9,27 +9,36 @@ from sqlalchemy.orm import Session
 
 from registry import models, records, rows
 from registry.base import StoreBase
-from registry.code_rows import code_rows
+from registry.code_rows import code_rows, spare_of
 from registry.errors import LastCopy
 from registry.fs import failpoint
 from registry.garbage import drop_unreferenced
 from registry.runs import finish_run
+from registry.subjects import Subject, is_of_present, must_be_unchanged
 from registry.writer import RowWriter, document_row, named_blob
 
 
 class LearnedOperations(StoreBase):
     """What the store knows of vectors, generators, codes and evaluations."""
 
-    def add_vectors(self, vectors: Sequence[records.NewVector]) -> int:
+    def add_vectors(self, vectors: Sequence[records.NewVector], of: records.TaskSummary | None = None) -> int:
         """Record task vectors in one transaction and return how many were new or changed.
 
         A vector of the same task, view, support set and extractor takes the place of the earlier one.
 
+        Args:
+            vectors: what was made.
+            of: the task that they were made of, as it was read then; without it they are taken as they come.
+
         Raises:
             TaskNotFound: a task is not in the store.
+            CodeChanged: the task has another adapter, or other samples, by now.
             MissingBlob: a digest is not in the store.
+            In each case nothing is recorded.
         """
         with self._db.write() as session:
+            if of is not None:
+                must_be_unchanged(session, of)
             writer = RowWriter(session, self._blobs)
             writer.load_blobs(vector.blob for vector in vectors)
             changed = sum([record_vector(writer, vector) for vector in vectors])
@@ -62,7 +71,7 @@ class LearnedOperations(StoreBase):
             LastCopy: an evicted task would have no code under it.
         """
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+            writer = RowWriter(session, self._blobs, spare_of(generator.codes))
             row = generator_row(writer, generator)
             codes = list(code_rows(writer, row, generator.codes))
             must_cover_evicted(session, generator.base_model, [code.task.name for code in codes])
@@ -111,18 +120,27 @@ class LearnedOperations(StoreBase):
             query = select(code).join(code.task).where(code.generator_id == generator_id).order_by(models.Task.name)
             return [rows.code_record(row) for row in session.scalars(query)]
 
-    def add_evaluations(self, evaluations: Sequence[records.NewEvaluation]) -> None:
+    def add_evaluations(self, evaluations: Sequence[records.NewEvaluation], of: Subject | None = None) -> int:
         """Record measurements in one transaction; each takes the place of an earlier one of the same thing.
+
+        Args:
+            evaluations: what was measured.
+            of: what it was measured on, as it was read then. What is not of what the task has by now is left out.
+
+        Returns:
+            How many were recorded.
 
         Raises:
             TaskNotFound: a task is not in the store.
         """
         with self._db.write() as session:
             now = RowWriter(session, self._blobs).now
-            for evaluation in evaluations:
+            present = [one for one in evaluations if of is None or is_of_present(session, one, of)]
+            for evaluation in present:
                 record_evaluation(session, evaluation, now)
             session.flush()
             failpoint("rows-before-commit")
+        return len(present)
 
     def evaluations(self, task: str | None = None) -> list[records.EvaluationRecord]:
         """Return all measurements, or those of one task, by task, data and rung.

@@ -69,14 +69,15 @@ class OriginalOperations(StoreBase):
 
         def let_go() -> int:
             with self._db.write() as session:
-                digests = _mark_evicted(session, eviction)
+                code = _must_stand_in(session, eviction)
+                for digest in eviction.digests():  # after the rows: of a code that was replaced the file is gone too
+                    self._blobs.check(digest)
+                digests = _mark_evicted(session, eviction, code)
                 failpoint("rows-before-commit")
             failpoint("eviction-committed")
             return drop_evicted(self._db, self._blobs, digests)
 
         with self._lock.exclusive():
-            for digest in eviction.digests():
-                self._blobs.check(digest)
             freed = with_reserve(self._paths, let_go)
             restore_reserve(self._paths)
         return freed
@@ -98,10 +99,9 @@ class OriginalOperations(StoreBase):
         return freed
 
 
-def _mark_evicted(session: Session, eviction: Eviction) -> list[str]:
-    """Write everything that an eviction changes in an open transaction, and return the digests that may go."""
-    adapter, code, now = models.Adapter, eviction.code, utc_now()
-    task = rows.find_task(session, eviction.task)
+def _must_stand_in(session: Session, eviction: Eviction) -> models.Code:
+    """Return the row of the code that stands in; raise unless it is still what was checked."""
+    task, code = rows.find_task(session, eviction.task), eviction.code
     if task.pinned:
         raise LastCopy(f"task {task.name!r} is pinned", hint="`icm unpin` lets its original go")
     row, generator = session.get(models.Code, code.id), session.get(models.Generator, eviction.generator.id)
@@ -116,9 +116,15 @@ def _mark_evicted(session: Session, eviction: Eviction) -> list[str]:
         or (row.blob.digest, row.residual and row.residual.digest) != (code.blob, code.residual and code.residual.blob)
     ):
         raise LastCopy(f"task {task.name!r} changed while its code was checked", hint="run the same command again")
+    return row
+
+
+def _mark_evicted(session: Session, eviction: Eviction, row: models.Code) -> list[str]:
+    """Write everything that an eviction changes in an open transaction, and return the digests that may go."""
+    adapter, now = models.Adapter, utc_now()
     digests: list[str] = []
     for some in in_parts(eviction.adapters):
-        chosen = (adapter.task_id == task.id, adapter.id.in_(some))
+        chosen = (adapter.task_id == row.task_id, adapter.id.in_(some))
         digests += session.scalars(select(models.Blob.digest).join(adapter.weights).where(*chosen))
         session.execute(update(adapter).where(*chosen, adapter.evicted_at.is_(None)).values(evicted_at=now))
     if row.residual is None:

@@ -8,7 +8,7 @@ from sqlalchemy import delete, select
 
 from registry import models, records, rows
 from registry.base import StoreBase
-from registry.code_rows import asked_columns, current_row, encoded_row
+from registry.code_rows import asked_columns, current_row, encoded_row, spare_of
 from registry.errors import CodeChanged, LastCopy
 from registry.fs import failpoint
 from registry.garbage import drop_unreferenced
@@ -36,7 +36,7 @@ class RecodingOperations(StoreBase):
         """
         code = models.Code
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+            writer = RowWriter(session, self._blobs, spare_of([new]))
             generator, adapter = current_row(session, generator_id), encoded_row(session, new.adapter)
             _must_have_original(adapter)
             of_task = code.task_id == adapter.task_id, code.generator_id == generator.id
@@ -76,7 +76,7 @@ class RecodingOperations(StoreBase):
             LastCopy: the task's original is gone, so what is there is the only copy.
         """
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+            writer = RowWriter(session, self._blobs, spare_of(() if new is None else [new]))
             row = session.get(models.Code, present.id)
             if row is None or row.blob.digest != present.blob:
                 fact = f"task {present.task!r} got another code meanwhile"

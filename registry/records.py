@@ -25,9 +25,8 @@ class BaseModelRecord:
 
     Attributes:
         name: the label that adapters give it.
-        fingerprint: what its weights are, once they have been seen.
+        fingerprint: what its weights are, and `shape` its sizes, once they have been seen.
         path: where the user said it is.
-        shape: its sizes, once it has been seen.
         tasks: the number of tasks that need it.
     """
 
@@ -130,8 +129,7 @@ class TaskIngest:
 
     Attributes:
         adapters: exactly one has `is_final`.
-        samples: digest; None keeps what the store has.
-        eval_data: digest; None keeps what the store has.
+        samples: digest, as `eval_data` is; None keeps what the store has.
         on_conflict: what to do where the task exists with another final adapter or base model: leave it as it is,
             replace it with everything derived from it, or fail.
         restore: take the weights of evicted adapters back; else they stay evicted, and need not be in the store.
@@ -156,8 +154,7 @@ class IngestOutcome:
         known: adapters that were recorded before.
         status: `added` (new task), `updated` (more checkpoints, other samples or held-out texts, restored originals),
             `known` (nothing to do), `replaced` or `skipped` (a conflict, decided by `on_conflict`).
-        evicted: those of the known ones that stay evicted.
-        restored: those of the known ones that were evicted and are back.
+        evicted: those of the known ones that stay evicted; `restored`: those that were and are back.
     """
 
     name: str
@@ -236,12 +233,13 @@ class NewResidual:
     """What is to be recorded beside a code.
 
     Attributes:
-        blob: digest of the residual's file.
+        blob: digest of the residual's file; `data` as for :class:`NewCode`.
         dw_error: relative squared error of dW, decoded from code and residual.
     """
 
     blob: str
     dw_error: float
+    data: bytes | None = field(default=None, repr=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -261,6 +259,8 @@ class NewCode:
         bits: its length in bits, as the training loss counts it.
         dw_error: relative squared error of the decoded dW, if it was measured.
         asked: what it was made to keep, if that is known.
+        data: the bytes of its file, where they are held: if another process, which had the very same, drops the file
+            before there is a row, it is stored again.
     """
 
     adapter: AdapterRecord
@@ -268,6 +268,7 @@ class NewCode:
     bits: float
     dw_error: float | None
     asked: Asked | None = None
+    data: bytes | None = field(default=None, repr=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -327,8 +328,7 @@ class GeneratorRecord:
     """A generator in the store; versions of one base model count from 1.
 
     Attributes:
-        start: digest of what adapters for unseen tasks start from, if that was learned.
-        start_size: that file's length in bytes, 0 without one.
+        start: digest of what adapters for unseen tasks start from, of `start_size` bytes, if that was learned.
     """
 
     id: int
@@ -350,9 +350,8 @@ class TrainRunRecord:
     """A training run; one that is `running` can be resumed from its checkpoint.
 
     Attributes:
-        weights: digest of the checkpoint's weights, None before the first one and after the run.
-        optimizer: digest of the optimizer's state, likewise.
-        step: the step of the checkpoint.
+        weights: digest of the checkpoint's weights, at `step`, and `optimizer` that of the optimizer's state; None
+            before the first one and after the run.
     """
 
     id: int

@@ -49,14 +49,12 @@ class RunOperations(StoreBase):
             StoreFull: no space left; the earlier checkpoint is intact.
         """
         digests = self.put_blobs([weights, optimizer])
+        spare = dict(zip(digests, (weights, optimizer), strict=True))
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+            writer = RowWriter(session, self._blobs, spare.get)
             row = session.get(models.TrainRun, run_id)
             if row is None or row.state != "running":
                 raise LookupError(f"train run {run_id} is not running")
-            if not all(map(self._blobs.exists, digests)):
-                # Another run had the very same bytes and dropped them since. Nobody can while this holds the lock.
-                self.put_blobs([weights, optimizer])
             garbage = [blob.digest for blob in (row.weights, row.optimizer) if blob]
             row.weights, row.optimizer = writer.blob(digests[0]), writer.blob(digests[1])
             row.step, row.updated_at = step, writer.now

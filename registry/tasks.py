@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 
 from sqlalchemy import ColumnElement, Select, delete, func, select
 from sqlalchemy.orm import Session
 
 from registry import models, records, rows
 from registry.base import StoreBase
-from registry.errors import DamagedStore
+from registry.errors import DamagedStore, LastCopy
 from registry.fs import failpoint
 from registry.ingest import record_tasks
 from registry.known_tasks import names_without_vectors
@@ -95,26 +96,41 @@ class TaskOperations(StoreBase):
             return rows.adapter_record(session.scalars(query).one())
 
     def remove_task(self, name: str) -> records.TaskRecord:
-        """Forget a task with its adapters, vectors, codes and evaluations; prune frees the bytes.
-
-        Works on a full disk.
+        """Forget a task, even if its code is the only copy; see :meth:`remove_tasks`.
 
         Raises:
             TaskNotFound: there is no such task.
             StoreLocked: other processes use the store.
         """
+        return self.remove_tasks([name], last_copies=[name])[0]
 
-        def forget() -> records.TaskRecord:
+    def remove_tasks(self, names: Sequence[str], *, last_copies: Collection[str] = ()) -> list[records.TaskRecord]:
+        """Forget tasks with their adapters, vectors, codes and evaluations; prune frees the bytes.
+
+        Works on a full disk.
+
+        Args:
+            names: the tasks.
+            last_copies: those of them that go even if their original is gone, so that nothing brings them back.
+
+        Raises:
+            TaskNotFound: there is no task of a name; nothing was changed.
+            LastCopy: the original of another one is gone; nothing was changed.
+            StoreLocked: other processes use the store.
+        """
+
+        def forget(task_id: int) -> None:
             with self._db.write() as session:
-                row = rows.find_task(session, name)
-                record = rows.task_record(row)
-                session.execute(delete(models.Task).where(models.Task.id == row.id))
-            return record
+                session.execute(delete(models.Task).where(models.Task.id == task_id))
 
+        self._must_write()
         with self._lock.exclusive():
-            removed = with_reserve(self._paths, forget)
+            with self._db.read() as session:
+                doomed = list(_doomed(session, names, last_copies))
+            for task in doomed:  # each in a commit of its own, so that the journal stays small on a full disk
+                with_reserve(self._paths, partial(forget, task.id))
             restore_reserve(self._paths)
-            return removed
+        return doomed
 
     def base_models(self) -> list[records.BaseModelRecord]:
         """Return the base models by name."""
@@ -149,6 +165,17 @@ class TaskOperations(StoreBase):
         with self._db.read() as session:
             tasks = session.scalars(_page_query(after)).all()
             return _summaries(session, tasks)
+
+
+def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]) -> Iterator[records.TaskRecord]:
+    """Yield the tasks of some names, each once; raise where one may not go."""
+    allowed = {name.lower() for name in last_copies}
+    for row in dict.fromkeys(rows.find_task(session, name) for name in names):
+        final = rows.find_final(session, row.id)
+        if final is not None and final.evicted_at is not None and row.name.lower() not in allowed:
+            fact = f"task {row.name!r} has no original any more: its code is the only copy"
+            raise LastCopy(fact, hint="run the same command again if it is to be forgotten nevertheless")
+        yield rows.task_record(row)
 
 
 def _page_query(after: str) -> Select[models.Task]:

@@ -56,7 +56,7 @@ class TransferOperations(StoreBase):
             GeneratorConflict: another generator of the base model is in use.
             TaskConflict: a task is there with another adapter or code, and `on_conflict` is `fail`.
             InvalidName: a name outside the rule.
-            MissingBlob: a digest is not in the store.
+            MissingBlob: a digest is not in the store, and the arrival has no spare bytes of it.
             In each case nothing is recorded.
         """
         self._must_write()
@@ -64,7 +64,7 @@ class TransferOperations(StoreBase):
             decisions = _decide(session, arrival)
             todo = [item for item in decisions if item.status in ("added", "encoded")]
             if todo:
-                _write(RowWriter(session, self._blobs), arrival, todo)
+                _write(RowWriter(session, self._blobs, arrival.spare), arrival, todo)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         return [item.outcome() for item in decisions]

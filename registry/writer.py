@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.blobs import BlobStore
+from registry.blobs import BlobStore, Spare, no_spare
 from registry.columns import compact_json
 from registry.models import BaseModel, Blob, Document
 
@@ -19,10 +19,17 @@ MAX_VARIABLES = 500  # SQLite's own limit on `IN (...)` was 999 for long
 class RowWriter:
     """Finds or makes the rows of blobs and base models in an open transaction."""
 
-    def __init__(self, session: Session, blobs: BlobStore) -> None:
+    def __init__(self, session: Session, blobs: BlobStore, spare: Spare = no_spare) -> None:
+        """Begin to write.
+
+        Args:
+            session: with the write lock.
+            blobs: the files.
+            spare: where the bytes are of files that are gone when their rows are to be made.
+        """
         self.session = session
         self.now = utc_now()
-        self._files = blobs
+        self._files, self._spare = blobs, spare
         self._blobs: dict[str, Blob | None] = {}  # None: looked for, has no row yet
         self._base_models: dict[str, BaseModel] = {}
 
@@ -30,11 +37,15 @@ class RowWriter:
         """Return the row of a blob.
 
         The file is looked for under the write lock, so no row is ever committed whose bytes another process has
-        removed.
+        removed. It may have had the very same bytes, and dropped them since they were put; then they are put again,
+        where they are spare. While this holds the lock nobody drops them.
 
         Raises:
-            MissingBlob: there is no such file.
+            MissingBlob: there is no such file, and no spare.
+            StoreFull: no space left for them.
         """
+        if not self._files.exists(digest) and (data := self._spare(digest)) is not None:
+            self._files.put([data])
         row = self.absent_blob(digest, size := self._files.size(digest))
         row.size = size  # a bundle may have said something else of bytes that were not here
         return row

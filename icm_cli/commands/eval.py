@@ -130,6 +130,9 @@ def print_tasks(session: Session, report: EvaluateReport) -> None:
     if report.without_original:
         names = ", ".join(report.without_original)
         session.out.note(f"evicted before it was measured on this text, so the retained gain is unknown: {names}")
+    if report.outdated:
+        names = ", ".join(report.outdated)
+        session.out.note(f"changed by another icm meanwhile, so not all that was measured is recorded: {names}")
 
 
 def print_methods(session: Session, report: EvaluateReport) -> None:

@@ -28,7 +28,10 @@ SamplesOpt = Annotated[
     typer.Option(
         "--samples",
         metavar="FILE",
-        help='JSON lines: {"text": ...}, or {"prompt": ..., "completion": ...} where only completions count.',
+        help=(
+            'JSON lines: {"text": ...}, or {"prompt": ..., "completion": ...} where only completions count. '
+            "Of each, 128 tokens are read."
+        ),
         show_default=False,
     ),
 ]
@@ -100,10 +103,12 @@ def generate(
         done = session.follow(make(session.place, request, stop), "generate", lambda event: None)
     if done is None:
         raise Interrupted("interrupted; nothing was written", hint="run the same command again")
-    _tell(session, done)
+    _tell(session, done, rank)
 
 
-def _tell(session: Session, done: Generated) -> None:
+def _tell(session: Session, done: Generated, rank: int | None) -> None:
+    from icm_cli.workflows.starting import SAMPLE_TOKENS
+
     out, known = session.out, done.known
     out.document(
         {
@@ -112,6 +117,7 @@ def _tell(session: Session, done: Generated) -> None:
             "base_model": done.base_model,
             "generator": done.generator,
             "samples_count": done.samples,
+            "samples_at_limit": done.reaching,
             "rank": done.rank,
             "base_nats_per_token": done.base_nats,
             "nats_per_token": done.nats,
@@ -125,6 +131,10 @@ def _tell(session: Session, done: Generated) -> None:
     )
     out.answer(str(done.directory))
     out.note(f"{done.task} from {counted(done.samples, 'sample')}, rank {done.rank}")
+    if done.reaching:
+        out.note(f"{done.reaching} of them reach {SAMPLE_TOKENS} tokens, which is all that is read of one")
+    if rank is not None and done.rank < rank:
+        out.note(f"rank {done.rank} is all that it has; {rank} was asked for")
     out.note(f"nats per token on these very samples: {done.base_nats:.3f} without it, {done.nats:.3f} with it")
     _tell_familiarity(session, known)
     if done.code_size is not None:

@@ -85,7 +85,7 @@ def rollback(session: Session, digest: DigestArg) -> None:
     out.line(f"generator {made.version} of {made.base_model} is in use")
     if switched.without_code:
         out.note(f"without a code under it: {', '.join(switched.without_code)}")
-        out.hint("`icm train --update` gives them one")
+        out.hint("`icm train --update` gives them one; `icm generators` lists which to roll forward to instead")
 
 
 @generators.command()

@@ -33,7 +33,7 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
         )
     removed = False
     if not dry_run and out.confirm(question, yes=yes):
-        remove_tasks(session.place, names)
+        remove_tasks(session.place, names, last_copies=last_copies)
         removed = True
     out.document(
         {

@@ -38,6 +38,9 @@ def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = No
     session.out.line(f"extracted the vectors of {counted(len(report.tasks), 'task')}; {report.present} had theirs")
     if report.evicted:
         session.out.note(f"evicted, so there is no adapter to look through: {', '.join(report.evicted)}")
+    if report.changed:
+        names = ", ".join(report.changed)
+        session.out.note(f"changed by another icm meanwhile, so their vectors were not stored: {names}")
     check_finished(report)
 
 

@@ -51,12 +51,16 @@ class _Cell:
 
 
 def compare(report: EvaluateReport, bill: Bill) -> list[MethodSummary]:
-    """Sum up the rungs that have bytes and all baselines, most bytes first."""
+    """Sum up the rungs that have bytes and all baselines, most bytes first.
+
+    A task that is not in the bill is passed over: it was removed since it was measured.
+    """
     bills = {task.task: (fleet, task) for fleet in bill.fleets for task in fleet.tasks}
     cells: defaultdict[str, list[_Cell]] = defaultdict(list)
     for done in report.tasks:
-        for method, cell in _cells(done, *bills[done.task]):
-            cells[method].append(cell)
+        if done.task in bills:
+            for method, cell in _cells(done, *bills[done.task]):
+                cells[method].append(cell)
     return sorted((_summary(method, found) for method, found in cells.items()), key=lambda row: -row.task_size)
 
 

@@ -19,6 +19,7 @@ from icm_cli.workflows.gain_search import evaluations_of
 from icm_cli.workflows.kept import Kept
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.plain_copy import read_original
+from icm_cli.workflows.rereading import as_it_is_now
 from icm_cli.workflows.residual_search import ResidualSearch
 from icm_cli.workflows.store_fleet import mean_vectors
 from icm_cli.workflows.task_evaluation import TaskEvaluation, on_own_text
@@ -27,6 +28,7 @@ from icmlora.device import gradient_dtype, resolve_device
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.refinement import RefineConfig
 from icmlora.seed_search import SeedSearch
+from registry.errors import CodeChanged, MissingBlob
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, NewCode, NewResidual, TaskRecord
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ class _Work:
         best, keeps = found
         data, asked = best.encoded.data, self._request.asked(is_kept=keeps)
         error = best.encoded.dw_error
-        code = NewCode(encoded, self._store.put_blob(data), 8.0 * len(data), error, asked)
+        code = NewCode(encoded, self._store.put_blob(data), 8.0 * len(data), error, asked, data=data)
         self._store.replace_code(generator.id, code, search.evaluations(best))
         status: EncodeStatus = "encoded" if keeps else "below"
         return TaskEncoded(task.name, status, len(data), None, _size_of(present), error, best.gain)
@@ -150,8 +152,8 @@ class _Work:
         """Leave a task's code as it is, and put beside it what it lacks."""
         if present is None:
             raise DataError("it has no code that a residual could be put beside", hint="`icm train` makes it")
-        evaluation = None if self._request.min_gain is None else self._evaluation(task)
-        code = self._store.read_blob(present.blob)
+        evaluation = None if self._request.min_gain is None else self._evaluation(task, generator)
+        code = self._bytes_of(present)
         search = ResidualSearch(self._kept.lineage(generator).codec_of(code), original, code, evaluation)
         found = yield from search.run(self._request, stop)
         if found is None:
@@ -159,26 +161,39 @@ class _Work:
         new, measured = None, evaluations_of(evaluation, found.residual)
         if found.residual is not None:
             made = found.residual.encoded
-            new = NewResidual(self._store.put_blob(made.data), made.dw_error)
+            new = NewResidual(self._store.put_blob(made.data), made.dw_error, data=made.data)
         self._store.replace_residual(present, new, self._request.asked(is_kept=found.keeps), measured)
         status: EncodeStatus = "below" if not found.keeps else "enough" if found.residual is None else "encoded"
         size, best = None if found.residual is None else len(found.residual.encoded.data), found.best
         return TaskEncoded(task.name, status, present.size, size, _size_of(present), best.encoded.dw_error, best.gain)
+
+    def _bytes_of(self, present: CodeRecord) -> bytes:
+        """Read a code, whose row may have been read minutes ago.
+
+        Raises:
+            CodeChanged: The task has another one by now.
+        """
+        try:
+            return self._store.read_blob(present.blob)
+        except MissingBlob as missing:
+            as_it_is_now(lambda: self._store.code(present.task, present.generator_id), present, missing)
+            fact = f"task {present.task!r} got another code meanwhile"
+            raise CodeChanged(fact, hint="run the same command again") from missing
 
     def _search(
         self, task: TaskRecord, generator: GeneratorRecord, original: Adapter, present: CodeRecord | None
     ) -> CodeSearch:
         codec = codec_at(self._store, self._kept.lineage(generator), present, original.layout)
         vectors = mean_vectors(self._store, self._store.vectors(task.name))
-        evaluation = None if self._request.min_gain is None else self._evaluation(task)
+        evaluation = None if self._request.min_gain is None else self._evaluation(task, generator)
         refiner = None if not self._request.refine else self._refiner(task)
         initial = self._seeds.find(original)
         return CodeSearch(codec, original, vectors, initial, evaluation, refiner)
 
-    def _evaluation(self, task: TaskRecord) -> TaskEvaluation:
+    def _evaluation(self, task: TaskRecord, generator: GeneratorRecord) -> TaskEvaluation:
         if task.eval_data is None:
             raise DataError("it has no held-out text, so its retained gain cannot be measured")
-        return on_own_text(self._store, self._kept.base(task.base_model), task)
+        return on_own_text(self._store, self._kept.base(task.base_model), task, generator)
 
     def _refiner(self, task: TaskRecord) -> Refiner:
         texts = sample_texts(self._store, task)

@@ -58,6 +58,8 @@ class EvaluateReport:
     without_data: list[str] = field(default_factory=list)
     without_original: list[str] = field(default_factory=list)
     """Tasks whose original was evicted before it was measured on this text: nothing says what its gain was."""
+    outdated: list[str] = field(default_factory=list)
+    """Tasks of which something was replaced while it was measured: that was not recorded."""
     stopped: bool = False
 
 
@@ -104,6 +106,8 @@ def evaluate(place: Place, request: EvaluateRequest, stop: StopFlag) -> Generato
             report.tasks.append(done)
             if "original" not in done.rungs:
                 report.without_original.append(task.name)
+            if work.is_outdated:
+                report.outdated.append(task.name)
             yield done
             yield Step(len(report.tasks), len(todo), task.name)
     return report

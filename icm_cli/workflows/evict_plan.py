@@ -8,7 +8,7 @@ from typing import Literal
 
 from icm_cli.workflows.events import Event
 
-EvictStatus = Literal["evicted", "would_evict", "kept", "pinned", "known"]
+EvictStatus = Literal["evicted", "would_evict", "kept", "pinned", "known", "removed"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TaskEvicted(Event):
     Attributes:
         task: Its name.
         status: `evicted`; `would_evict` in a dry run; `kept` (see `reason`); `pinned`; `known` (nothing was left to
-            evict).
+            evict); `removed` (by another process, since the command began).
         adapters: Originals that went, checkpoints included.
         freed: Their bytes on disk; a file that another task needs frees nothing.
         code_size: The code that stands in.

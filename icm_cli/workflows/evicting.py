@@ -20,7 +20,7 @@ from icm_cli.workflows.measured import latest_of
 from icm_cli.workflows.opening import Place
 from icm_cli.workflows.standing_in import CannotStandIn, Measured, StandInCheck
 from icmlora.errors import IcmLoraError
-from registry.errors import DamagedStore, LastCopy
+from registry.errors import DamagedStore, LastCopy, TaskNotFound
 from registry.evicted import Eviction
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
 
@@ -65,6 +65,12 @@ class _Work:
 
     def one(self, task: TaskRecord) -> TaskEvicted:
         """Check one task and evict it, or say why not."""
+        try:
+            return self._one(task)
+        except TaskNotFound:  # to evict another one, the store was let go of for a moment: `icm rm` had its turn
+            return TaskEvicted(task.name, "removed")
+
+    def _one(self, task: TaskRecord) -> TaskEvicted:
         adapters = self._store.adapters(task.name)
         chosen = [row for row in adapters if not (row.is_evicted or (row.is_final and self._request.checkpoints_only))]
         generator = self._store.current_generator(task.base_model)

@@ -11,15 +11,20 @@ from icm_cli.workflows.chosen import check_base_model
 from icm_cli.workflows.events import Event, Step
 from icm_cli.workflows.measured import latest_of
 from icm_cli.workflows.opening import Place
+from icm_cli.workflows.rereading import as_it_is_now
 from icmlora.bundle import bundle_digest, bundle_size, write_bundle
 from icmlora.bundle_index import MAX_CARD_BYTES, BundledGenerator, BundledTask, BundleIndex, Measured, Part
 from icmlora.errors import CodeError, DataError
 from icmlora.layout import ModuleShape
 from icmlora.output_file import check_absent
+from registry.errors import CodeChanged, MissingBlob
 from registry.records import EvaluationRecord, GeneratorRecord, TaskSummary
 
 if TYPE_CHECKING:
     from registry.store import Store
+
+_ATTEMPTS = 3
+"""An `icm encode` beside this one replaces a code every few seconds, and all have to be there at one time."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +67,29 @@ def export(place: Place, request: ExportRequest) -> Generator[Event, None, Expor
         TaskNotFound: A name is not in the store.
         DataError: A task has no code under the current generator, the tasks have several base models, or none belongs
             to the one that is asked for.
+        CodeChanged: Another process replaced codes while they were read, again and again.
         DamagedStore: A blob is missing or damaged.
         OutputExists: The file exists and `force` is not given.
     """
     check_absent(request.file, force=request.force)
     with place.open(read_only=True) as store:
         choice = _choose(store, request)
-        index = _index(store, choice)
-        codes = {task.code: task.name for task in index.tasks}
-        known = _digests(store, choice.generator)
-        parts = write_bundle(
-            request.file, index, lambda digest: _read(store, digest, known, codes), force=request.force
-        )
-        for done, part in enumerate(parts, 1):
-            yield Step(done, len(index.parts), codes.get(part.digest, ""))
+        for _ in range(_ATTEMPTS):
+            try:
+                return (yield from _write(store, choice, request))
+            except MissingBlob as missing:
+                choice = as_it_is_now(lambda: _choose(store, request), choice, missing)
+    fact = f"another icm replaced codes while they were read, {_ATTEMPTS} times in a row"
+    raise CodeChanged(fact, hint="run the same command again when that one is done")
+
+
+def _write(store: Store, choice: _Choice, request: ExportRequest) -> Generator[Event, None, Exported]:
+    index = _index(store, choice)
+    codes = {task.code: task.name for task in index.tasks}
+    known = _digests(store, choice.generator)
+    parts = write_bundle(request.file, index, lambda digest: _read(store, digest, known, codes), force=request.force)
+    for done, part in enumerate(parts, 1):
+        yield Step(done, len(index.parts), codes.get(part.digest, ""))
     bare = tuple(row.task.name for row in choice.rows if row.code is not None and row.code.residual is not None)
     return Exported(request.file, bundle_digest(index), bundle_size(index), index, choice.left_out, bare)
 

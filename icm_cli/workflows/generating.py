@@ -31,7 +31,7 @@ from icmlora.arithmetic import truncated
 from icmlora.base_model import BaseModel
 from icmlora.device import gradient_dtype, resolve_device
 from icmlora.errors import DataError, NotCovered
-from icmlora.evaluation import nll, tokenized
+from icmlora.evaluation import Scored, nll, tokenized
 from icmlora.examples import Example, parse_examples, spread
 from icmlora.files import read_regular
 from icmlora.generator.lineage import Lineage
@@ -80,6 +80,7 @@ class _Facts:
 
     Attributes:
         samples: How many samples were read.
+        reaching: How many of them reach `SAMPLE_TOKENS`, which is all that is read of one.
         base_nats: Loss of the base model on these very samples, in nats per token.
         nats: Of the adapter, likewise: it has seen them, so on other text of the task it gains less.
         known: How far the task lies from the known ones; None where too few of them can be compared.
@@ -87,6 +88,7 @@ class _Facts:
     """
 
     samples: int
+    reaching: int
     base_nats: float
     nats: float
     known: Familiarity | None
@@ -141,11 +143,13 @@ def generate(place: Place, request: GenerateRequest, stop: StopFlag) -> Generato
         yield Step(0, None, f"loading {generator.base_model}")
         texts = [example.text for example in examples]
         base, vectors = _opened(store, generator.base_model, device, texts)
-        adapter = yield from _adapted(base, start, examples, rank, request, stop)
+        samples = tokenized(base.tokenizer, examples, SAMPLE_TOKENS)
+        adapter = None if stop.requested else (yield from _adapted(base, start, samples, rank, request, stop))
         if adapter is None:
             return None
         facts = _Facts(
             samples=len(examples),
+            reaching=sum(len(sample.ids) == SAMPLE_TOKENS for sample in samples),
             base_nats=_nats(base, None, examples),
             nats=_nats(base, adapter, examples),
             known=_familiarity(store, generator, vectors),
@@ -154,8 +158,8 @@ def generate(place: Place, request: GenerateRequest, stop: StopFlag) -> Generato
         code = None
         if request.register:
             code = yield from code_for(lineage, adapter, vectors, base, texts, stop)
-            if code is None:
-                return None
+        if stop.requested:
+            return None
         weights = _write(adapter, generator, facts.samples, request)
         if code is not None:
             register(store, generator, request.name, request.directory, vectors, code)
@@ -180,7 +184,10 @@ def _generator(store: Store, base_model: str | None) -> GeneratorRecord:
     current = [row for row in store.generators(base_model) if row.is_current]
     if not current:
         of_it = "" if base_model is None else f" of {base_model}"
-        raise DataError(f"there is no generator{of_it}", hint="`icm train --objective both` makes one that generates")
+        hint = "`icm train --objective both` makes one that generates"
+        if store.generators():
+            hint = f"`icm generators` lists those of other base models; {hint}"
+        raise DataError(f"there is no generator{of_it}", hint=hint)
     started = [row for row in current if row.start is not None]
     if not started:
         fact = f"the generator of {current[0].base_model} has not learned where unseen tasks start"
@@ -215,13 +222,12 @@ def _opened(
 def _adapted(
     base: BaseModel,
     start: Start,
-    examples: Sequence[Example],
+    samples: Sequence[Scored],
     rank: int,
     request: GenerateRequest,
     stop: StopFlag,
 ) -> Generator[Event, None, Adapter | None]:
     """Return the adapter at the rank that is written, or None if the user stopped."""
-    samples = tokenized(base.tokenizer, examples, SAMPLE_TOKENS)
     batch = 1 if base.model.device.type == "cpu" else _BATCH
     adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
     for done, adapted in enumerate(adapt(base, start, samples, batch_size=batch), start=1):

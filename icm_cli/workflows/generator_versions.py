@@ -66,10 +66,11 @@ def plan_forgetting(place: Place, name: str) -> Forgotten:
 
     Raises:
         DataError: No generator, or several, begin with that name.
+        GeneratorConflict, LastCopy: As `forget`.
     """
     with place.open(read_only=True) as store:
         generator = _named(store, name)
-        return Forgotten(generator, len(store.codes(generator.id)))
+        return Forgotten(generator, store.check_forgettable(generator))
 
 
 def forget(place: Place, generator: GeneratorRecord) -> None:
@@ -78,10 +79,10 @@ def forget(place: Place, generator: GeneratorRecord) -> None:
     Raises:
         GeneratorConflict: It is the current one; nothing was changed.
         LastCopy: It holds the only code of an evicted task; nothing was changed.
-        GeneratorNotFound: Another process was faster.
+        GeneratorNotFound: Another process was faster, and another generator may have its number by now; likewise.
     """
     with place.open() as store:
-        store.forget_generator(generator.id)
+        store.forget_generator(generator)
 
 
 def _named(store: Store, name: str) -> GeneratorRecord:

@@ -73,7 +73,8 @@ def take_in(place: Place, request: ImportRequest) -> Generator[Event, None, Impo
             planned = store.plan_arrival(arrival)
             new = {outcome.name.lower() for outcome in planned if outcome.status in ("added", "encoded")}
             yield from _put(store, bundle, [task for task in tasks if task.name.lower() in new])
-            # Decided once more under the write lock, which sees what another process did meanwhile.
+            # Decided once more under the write lock, which sees what another process did meanwhile: a task that was to
+            # be skipped may get its code after all, and then its bytes come out of the bundle.
             outcomes = store.take_arrival(arrival) if new else planned
     return Imported(index, bundle.digest, tuple(outcomes))
 
@@ -119,7 +120,8 @@ def _arrival(bundle: Bundle, tasks: Sequence[BundledTask], request: ImportReques
     index = bundle.index
     generator = NewGenerator(index.base_model, index.generator.blob, index.generator.config, index.generator.metrics)
     source = f"bundle {bundle.digest}"
-    return Arrival(generator, index.generator.version, [_task(task, source) for task in tasks], request.on_conflict)
+    arriving = [_task(task, source) for task in tasks]
+    return Arrival(generator, index.generator.version, arriving, request.on_conflict, bundle.read)
 
 
 def _task(task: BundledTask, source: str) -> ArrivingTask:

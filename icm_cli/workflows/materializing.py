@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from icm_cli.workflows.measured import latest_of
 from icm_cli.workflows.model_card import Provenance, card_text, original_card
 from icm_cli.workflows.opening import Place
+from icm_cli.workflows.rereading import with_files
 from icmlora.errors import DataError
 from icmlora.output_folder import check_free, write_original
 from icmlora.peft_names import WEIGHTS_NAME
@@ -18,6 +19,7 @@ from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRec
 if TYPE_CHECKING:
     from icmlora.adapter import Adapter
     from registry.store import Store
+    from registry.subjects import Subject
 
 Source = Literal["auto", "original", "residual", "code", "generate"]
 Rung = Literal["original", "residual", "code", "generate"]
@@ -70,12 +72,34 @@ def materialize(place: Place, request: MaterializeRequest) -> Materialized:
         return write_rung(store, request)
 
 
-def write_rung(store: Store, request: MaterializeRequest) -> Materialized:
-    """Do what `materialize` does, in a store that is open already."""
+def write_rung(store: Store, request: MaterializeRequest, seen: Subject | None = None) -> Materialized:
+    """Do what `materialize` does, in a store that is open already.
+
+    Args:
+        store: The open store.
+        request: What is asked for.
+        seen: What to write, as it was read before; without it what the task has now.
+
+    Raises:
+        MissingBlob: A file is gone: the store is damaged or, where `seen` is given, perhaps another one is there now.
+    """
     check_free(request.directory, force=request.force)
-    task, final = store.task(request.task), store.final_adapter(request.task)
+    if seen is not None:
+        return _write(store, store.task(request.task), seen, request)
+    return with_files(lambda: _present(store, request.task), lambda row: _write(store, *row, request))
+
+
+def _present(store: Store, name: str) -> tuple[TaskRecord, Subject]:
+    """Return a task and what there is of it."""
+    from registry.subjects import Subject
+
+    task, final = store.task(name), store.final_adapter(name)
     generator = store.current_generator(task.base_model)
-    code = None if generator is None else store.code(task.name, generator.id)
+    return task, Subject(final, generator, None if generator is None else store.code(name, generator.id))
+
+
+def _write(store: Store, task: TaskRecord, seen: Subject, request: MaterializeRequest) -> Materialized:
+    final, generator, code = seen.final, seen.generator, seen.code
     rung = _choose(request, final, code, generator)
     if rung == "original" or generator is None:
         return _write_original(store, task, final, request)

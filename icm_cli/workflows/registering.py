@@ -108,6 +108,7 @@ def register(
         is_generated=True,
     )
     rows = put_vectors(store, name, vectors)
-    task = ArrivingTask(name, original, len(weights), store.put_blob(code.data), code.dw_error, vectors=rows)
+    blob = store.put_blob(code.data)
+    task = ArrivingTask(name, original, len(weights), blob, code.dw_error, vectors=rows)
     present = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
-    store.take_arrival(Arrival(present, generator.version, [task]))
+    store.take_arrival(Arrival(present, generator.version, [task], spare={blob: code.data}.get))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from icm_cli.workflows.opening import Place
@@ -38,10 +38,20 @@ def plan_removal(place: Place, names: Sequence[str]) -> list[Doomed]:
         return [_doomed(name, store.adapters(name)) for name in tasks]
 
 
-def remove_tasks(place: Place, names: Sequence[str]) -> list[str]:
-    """Forget tasks and return their names; `prune_store` frees their bytes."""
+def remove_tasks(place: Place, names: Sequence[str], *, last_copies: Collection[str] = ()) -> list[str]:
+    """Forget tasks and return their names; `prune_store` frees their bytes.
+
+    Args:
+        place: The store.
+        names: The tasks.
+        last_copies: Those of which the user knows that nothing brings them back.
+
+    Raises:
+        TaskNotFound: One of them is not there any more; nothing was changed.
+        LastCopy: Another one was evicted meanwhile; nothing was changed.
+    """
     with place.open() as store:
-        return [store.remove_task(name).name for name in names]
+        return [task.name for task in store.remove_tasks(names, last_copies=last_copies)]
 
 
 def prune_store(place: Place, *, grace: float, dry_run: bool) -> PruneReport:

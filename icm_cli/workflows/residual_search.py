@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from icm_cli.workflows.encode_plan import EncodeRequest
 from icm_cli.workflows.events import Event, StopFlag
 from icm_cli.workflows.gain_search import LADDER, Candidate, coarsest_kept, measure
-from icm_cli.workflows.task_evaluation import TaskEvaluation
+from icm_cli.workflows.task_evaluation import RungResult, TaskEvaluation
 from icmlora.adapter import Adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.layered import LayeredCodec
 from icmlora.generator.step_search import Limits
+from registry.errors import CodeChanged
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class ResidualSearch:
         Raises:
             DataError: There is no gain to keep.
             GeneratorError: Float32 cannot keep the limits.
+            CodeChanged: The code is gone: its task got another adapter meanwhile.
         """
         limits, gain, evaluation = Limits(request.tolerance, request.max_error), request.min_gain, self._evaluation
         encoded = self._codec.measure(self._original, self._code)
@@ -67,7 +69,7 @@ class ResidualSearch:
             if limits.keeps(encoded):
                 return Beside(True, alone, None)
             return Beside(True, alone, Candidate(self._layered.encode(self._original, self._code, limits), None))
-        alone = Candidate(encoded, evaluation.run(("code",), again=False)["code"])
+        alone = Candidate(encoded, _measured(evaluation))
         if limits.keeps(encoded) and alone.keeps(gain):
             return Beside(True, alone, None)
         finer = [rung for rung in LADDER if rung < min(encoded.weighted_error, request.tolerance or 1.0)]
@@ -87,3 +89,11 @@ class ResidualSearch:
         made = self._layered.encode(self._original, self._code, limits)
         decoded = self._layered.decode(self._code, made.data)
         return Candidate(made, measure(evaluation, "residual", decoded, made.dw_error))
+
+
+def _measured(evaluation: TaskEvaluation) -> RungResult:
+    """Measure the code, or return what is known of it."""
+    results = evaluation.run(("code",), again=False)
+    if "code" not in results:
+        raise CodeChanged("the task got another adapter while its code was measured", hint="run the same command again")
+    return results["code"]

@@ -77,7 +77,7 @@ class StandInCheck:
             raise CannotStandIn(f"its relative dW error is {error:.4f}; {self._max_error:g} is allowed", error)
         if self._min_gain is None:
             return Measured(error, None, ())
-        return self._with_gain(task, code, error, self._min_gain)
+        return self._with_gain(task, code, generator, error, self._min_gain)
 
     def _dw_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
         lineage = self._kept.lineage(generator)
@@ -95,10 +95,12 @@ class StandInCheck:
             raise CannotStandIn("the relative dW error of its code is no number")
         return error
 
-    def _with_gain(self, task: TaskRecord, code: CodeRecord, error: float, limit: float) -> Measured:
+    def _with_gain(
+        self, task: TaskRecord, code: CodeRecord, generator: GeneratorRecord, error: float, limit: float
+    ) -> Measured:
         if task.eval_data is None:
             raise CannotStandIn("it has no held-out text, so its retained gain is not known", error)
-        work = on_own_text(self._store, self._kept.base(task.base_model), task)
+        work = on_own_text(self._store, self._kept.base(task.base_model), task, generator)
         # Everything anew, the original too: it is the last time that it can be measured.
         results = work.run((code.rung,), again=True, record=False)
         gain = results[code.rung].retained_gain if code.rung in results else None

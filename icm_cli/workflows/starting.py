@@ -16,6 +16,7 @@ from icm_cli.text import counted
 from icm_cli.workflows.base_access import locate_base, open_base
 from icm_cli.workflows.events import Event, Step, StopFlag
 from icm_cli.workflows.opening import Place
+from icm_cli.workflows.rereading import with_files
 from icm_cli.workflows.training import labels_of
 from icm_cli.workflows.whole_fleet import WholeFleet
 from icmlora.adaptation.meta_training import Episode, MetaConfig, meta_train
@@ -135,13 +136,18 @@ def check_learnable(place: Place, base_model: str | None) -> None:
 
 
 def read_start(store: Store, generator: GeneratorRecord, lineage: Lineage) -> Start:
-    """Read the start that a generator has.
+    """Read the start that a generator has now; another process may have learned it anew.
 
     Raises:
         GeneratorError: The file is no start of this generator.
         DamagedStore: Its bytes are not those that were stored.
     """
-    data = store.read_blob(str(generator.start))
+
+    def present() -> str:
+        rows = store.generators(generator.base_model)
+        return str(next((row.start for row in rows if row.id == generator.id), generator.start))
+
+    data = with_files(present, store.read_blob)
     return start_from_bytes(data, lambda code: lineage.codec_of(code).decode(code))
 
 
@@ -216,7 +222,7 @@ def _publish(
     store: Store, generator: GeneratorRecord, data: bytes, tasks: int, losses: Sequence[float], began: float
 ) -> StartLearned:
     blob = store.put_blob(data)
-    store.set_start(generator.id, blob)
+    store.set_start(generator.id, blob, data)
     last = losses[len(losses) // 2 :]
     return StartLearned(
         base_model=generator.base_model,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from icm_cli.workflows.materializing import MaterializeRequest, write_rung
 from icm_cli.workflows.plain_copy import read_original, write_plain_copy
+from icm_cli.workflows.rereading import with_files
 from icmlora.adapted import adapted
 from icmlora.base_model import BaseModel
 from icmlora.errors import DataError, NotCovered
@@ -21,7 +22,8 @@ from icmlora.evaluation import NllResult, nll, retained_gain
 from icmlora.examples import EvaluationData
 from icmlora.metrics import relative_dw_error
 from icmlora.peft_folder import load_adapter_folder
-from registry.records import CodeRecord, EvaluationRecord, NewEvaluation, Rung, TaskRecord
+from registry.records import EvaluationRecord, GeneratorRecord, NewEvaluation, Rung, TaskRecord
+from registry.subjects import Subject
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -56,18 +58,21 @@ def result_of(rung: Rung, loss: NllResult, error: float | None, before: Mapping[
     return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
 
 
-def on_own_text(store: Store, base: BaseModel, task: TaskRecord) -> TaskEvaluation:
-    """Measure a task on the held-out text that it has, as `icm eval` does by default.
+def on_own_text(store: Store, base: BaseModel, task: TaskRecord, generator: GeneratorRecord) -> TaskEvaluation:
+    """Measure a task on the held-out text that it has, as `icm eval` does by default, under a generator.
 
     Raises:
         DataError: The text cannot be used.
     """
     data = EvaluationData.parse(store.read_blob(str(task.eval_data)), path=task.name)
-    return TaskEvaluation(store, base, task, data, MAX_TOKENS)
+    return TaskEvaluation(store, base, task, data, MAX_TOKENS, generator)
 
 
 class TaskEvaluation:
     """Measures a task on one set of texts; base and original first, since every gain is relative to them.
+
+    Adapter and generator are those of the beginning, a code is read when its turn comes. Others may replace any of them
+    meanwhile; what was measured of it is then not recorded.
 
     Args:
         store: The open store.
@@ -75,13 +80,26 @@ class TaskEvaluation:
         task: The task.
         data: Held-out text.
         max_tokens: Tokens scored of each text.
+        generator: Of the rungs that need one; the current one if none is given.
+
+    Attributes:
+        is_outdated: Whether anything was measured and not recorded.
     """
 
-    def __init__(self, store: Store, base: BaseModel, task: TaskRecord, data: EvaluationData, max_tokens: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        base: BaseModel,
+        task: TaskRecord,
+        data: EvaluationData,
+        max_tokens: int,
+        generator: GeneratorRecord | None = None,
+    ) -> None:
         self._store, self._base, self._task, self._data, self._max_tokens = store, base, task, data, max_tokens
-        self._generator = store.current_generator(task.base_model)
+        self._generator = generator or store.current_generator(task.base_model)
         self._final = store.final_adapter(task.name)
         self._is_evicted = self._final.is_evicted
+        self.is_outdated = False
         self._settings: dict[str, object] = {
             "max_tokens": max_tokens,
             "dtype": base.dtype,
@@ -110,14 +128,15 @@ class TaskEvaluation:
             if rung in known:
                 results[rung] = known[rung]
                 continue
-            if not self._exists(rung):
-                continue
             try:
-                results[rung] = self._measure(rung, results)
+                measured = self._measure(rung, results)
             except NotCovered:  # a task that was ingested after the last training, with modules of its own
                 continue
-            if record:
-                self._store.add_evaluations([self.evaluation_of(results[rung])])
+            if measured is None:
+                continue
+            results[rung], seen = measured
+            if record and not self._store.add_evaluations([self.evaluation_of(results[rung])], of=seen):
+                self.is_outdated = True
         return results
 
     def loss_of(self, label: str, written: Path) -> NllResult:
@@ -133,30 +152,40 @@ class TaskEvaluation:
         with adapted(self._base, written) as model:
             return self._loss(label, model)
 
-    def _exists(self, rung: Rung) -> bool:
+    def _seen(self) -> Subject:
+        """Return what there is to measure."""
+        generator = self._generator
+        code = None if generator is None else self._store.code(self._task.name, generator.id)
+        return Subject(self._final, generator, code)
+
+    def _exists(self, rung: Rung, seen: Subject) -> bool:
         if rung in ("residual", "code"):
-            code = self._code()
-            return code is not None and (rung == "code" or code.residual is not None)
+            return seen.code is not None and (rung == "code" or seen.code.residual is not None)
         if rung == "generate":
             return self._generator is not None and bool(self._store.vectors(self._task.name))
-        return rung == "base" or not self._is_evicted
+        return not self._is_evicted
 
-    def _measure(self, rung: Rung, before: Mapping[Rung, RungResult]) -> RungResult:
+    def _measure(self, rung: Rung, before: Mapping[Rung, RungResult]) -> tuple[RungResult, Subject] | None:
+        """Return a result, and what it is of; None where there is no such rung."""
         if rung == "base":
-            loss, error = self._loss(rung, self._base.model), None
-        else:
-            with tempfile.TemporaryDirectory(prefix="icm-") as folder:
-                written = Path(folder) / "adapter"
-                if rung == "original":
-                    write_plain_copy(self._store, self._final, written)
-                else:
-                    write_rung(self._store, MaterializeRequest(self._task.name, written, source=rung))
-                error = None if rung == "original" else self._dw_error(rung, written)
-                loss = self.loss_of(rung, written)
-        return result_of(rung, loss, error, before)
+            return result_of(rung, self._loss(rung, self._base.model), None, before), self._seen()
+        with tempfile.TemporaryDirectory(prefix="icm-") as folder:
+            written = Path(folder) / "adapter"
+            seen = with_files(self._seen, lambda row: self._write(rung, row, written))
+            if seen is None:
+                return None
+            error = None if rung == "original" else self._dw_error(rung, written, seen)
+            return result_of(rung, self.loss_of(rung, written), error, before), seen
 
-    def _code(self) -> CodeRecord | None:
-        return None if self._generator is None else self._store.code(self._task.name, self._generator.id)
+    def _write(self, rung: Rung, seen: Subject, folder: Path) -> Subject | None:
+        """Write a rung for PEFT to load, and return what was written; None where there is no such rung."""
+        if not self._exists(rung, seen):
+            return None
+        if rung == "original":
+            write_plain_copy(self._store, seen.final, folder)
+        elif rung != "base":
+            write_rung(self._store, MaterializeRequest(self._task.name, folder, source=rung), seen)
+        return seen
 
     def _loss(self, label: str, model: object) -> NllResult:
         loss = nll(model, self._base.tokenizer, self._data.examples, max_tokens=self._max_tokens)
@@ -165,9 +194,9 @@ class TaskEvaluation:
             raise DataError(fact, hint="the training run diverged: take an earlier checkpoint")
         return loss
 
-    def _dw_error(self, rung: Rung, written: Path) -> float | None:
+    def _dw_error(self, rung: Rung, written: Path, seen: Subject) -> float | None:
         if self._is_evicted:  # of what stands in, the error was measured before the original went
-            code = self._code()
+            code = seen.code
             if code is None or rung not in ("residual", "code"):
                 return None
             return code.dw_error if rung == "code" else code.best_error

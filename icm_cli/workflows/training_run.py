@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import torch
 
 from icm_cli.workflows.base_access import open_base
 from icm_cli.workflows.chosen import sample_texts
+from icm_cli.workflows.rereading import with_files
 from icm_cli.workflows.store_fleet import StoreFleet
 from icmlora.channel_statistics import channel_statistics
 from icmlora.errors import BaseModelNotFound, DataError
@@ -80,16 +81,28 @@ def begin(
         "fleet": fleet.digest(),
         "parent": None if previous is None else previous.blob,
     }
-    running = store.running_train_run(fleet.base_model)
-    if running is not None and request.resume and running.config == identity and running.weights and running.optimizer:
-        weights, optimizer = store.read_blob(running.weights), store.read_blob(running.optimizer)
-        return state_from_bytes(weights, optimizer, device), running
+    if request.resume and (stopped := _stopped(store, fleet.base_model, identity, device)) is not None:
+        return stopped
     sensitivity = measured_sensitivity(store, fleet, config, None if present is None else present.config, device)
     if present is None:
         net = fresh_network(config, fleet, request.seed, sensitivity)
     else:
         net = grown_network(config, present, fleet, request.seed, sensitivity)
     return new_state(net.to(device), options), store.start_train_run(fleet.base_model, identity)
+
+
+def _stopped(
+    store: Store, label: str, identity: Mapping[str, object], device: torch.device
+) -> tuple[TrainState, TrainRunRecord] | None:
+    """Read the checkpoint of a run that was stopped and is the same one; another train may go on with it just now."""
+
+    def read(running: TrainRunRecord | None) -> tuple[TrainState, TrainRunRecord] | None:
+        if running is None or running.config != identity or not (running.weights and running.optimizer):
+            return None
+        weights, optimizer = store.read_blob(running.weights), store.read_blob(running.optimizer)
+        return state_from_bytes(weights, optimizer, device), running
+
+    return with_files(lambda: store.running_train_run(label), read)
 
 
 def measured_sensitivity(

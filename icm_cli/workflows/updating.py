@@ -103,10 +103,12 @@ def update(place: Place, request: TrainRequest, stop: StopFlag) -> Generator[Eve
     report = UpdateReport()
     with place.open() as store:
         labels = labels_of(store, request.base_model)
-        generators = {label: _present(store, label) for label in labels}
+        for label in labels:
+            _present(store, label)  # before an hour is spent on the others
         for label in labels:
             try:
-                updated = yield from _update_base(store, generators[label], request, device, stop)
+                # Read now: while the others took their time, another process may have made a new one current.
+                updated = yield from _update_base(store, _present(store, label), request, device, stop)
             except Stopped:
                 report.stopped = True
                 break
@@ -196,6 +198,6 @@ def _stored(store: Store, fleet: StoreFleet, best: Candidate, tolerance: float) 
     blobs = store.put_blobs([code.data for code in best.codes.values()])
     asked = Asked(tolerance=tolerance)
     return [
-        NewCode(adapters[name], blob, 8.0 * len(code.data), code.dw_error, asked)
+        NewCode(adapters[name], blob, 8.0 * len(code.data), code.dw_error, asked, data=code.data)
         for (name, code), blob in zip(best.codes.items(), blobs, strict=True)
     ]

@@ -23,6 +23,7 @@ from icmlora.errors import BaseModelNotFound
 from icmlora.task_vector import TaskVector, View
 from icmlora.vector_extraction import extract_adapted, extract_context
 from icmlora.vector_file import vectors_to_bytes
+from registry.errors import CodeChanged, TaskNotFound
 from registry.records import NewVector, TaskSummary
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class VectorReport:
     """Tasks that had their vectors already."""
     evicted: list[str] = field(default_factory=list)
     """Tasks that lack vectors, or were to get new ones, and whose original is gone."""
+    changed: list[str] = field(default_factory=list)
+    """Tasks that got another adapter or other samples while theirs were read: nothing was stored."""
     stopped: bool = False
 
 
@@ -91,7 +94,7 @@ def extract_missing(
         yield Step(0, total)
         missing: BaseModelNotFound | None = None
         for label, tasks in todo.items():
-            yield Step(len(report.tasks), total, f"loading {label}")
+            yield Step(len(report.tasks) + len(report.changed), total, f"loading {label}")
             try:
                 # bfloat16 moves a vector by less than a hundredth of what another support set does: twice as fast.
                 base = open_base(store, label, chosen, VECTOR_DTYPE)
@@ -103,15 +106,19 @@ def extract_missing(
                     report.stopped = True
                     return report
                 done = _extract(store, base, row)
-                report.tasks.append(done)
-                yield done
-                yield Step(len(report.tasks), total, row.task.name)
+                if done is None:
+                    report.changed.append(row.task.name)
+                else:
+                    report.tasks.append(done)
+                    yield done
+                yield Step(len(report.tasks) + len(report.changed), total, row.task.name)
     if missing is not None:
         raise missing
     return report
 
 
-def _extract(store: Store, base: BaseModel, row: TaskSummary) -> Extracted:
+def _extract(store: Store, base: BaseModel, row: TaskSummary) -> Extracted | None:
+    """Extract and store the vectors of one task; None where the task is another one by now."""
     check_fits(base, row.final.layout)
     samples = sample_texts(store, row.task)
     with tempfile.TemporaryDirectory(prefix="icm-") as folder:
@@ -120,7 +127,10 @@ def _extract(store: Store, base: BaseModel, row: TaskSummary) -> Extracted:
         vectors = extract_adapted(base, adapter, samples)
     if samples is not None:
         vectors += extract_context(base, samples)
-    store.add_vectors(put_vectors(store, row.task.name, vectors))
+    try:
+        store.add_vectors(put_vectors(store, row.task.name, vectors), of=row)
+    except (TaskNotFound, CodeChanged):
+        return None
     return Extracted(row.task.name, len(vectors), "probes" if samples is None else "samples")
 
 

@@ -99,3 +99,10 @@ def test_a_tasks_bytes_are_its_own_and_its_part_of_the_shared_ones(trained: Path
     (row,) = compare(EvaluateReport(tasks=done), found)
     assert (row.task_size, row.marginal_size, row.share) == (120, 20, 240 / bf16)
     assert (row.mean, row.worst, row.worst_task, row.dw_error) == (0.5, 0.5, "poems", 0.2)
+
+
+def test_a_task_that_was_removed_since_it_was_measured_is_passed_over(trained: Path) -> None:
+    result = BaselineResult(10, 400, 4, NllResult(1.0, 1, 1), 0.5, 0.2)
+    done = [TaskEvaluated(name, {}, {"m": result}) for name in ("poems", "gone")]
+    (row,) = compare(EvaluateReport(tasks=done), bill(Place(trained)))
+    assert (row.tasks, row.worst_task) == (1, "poems")

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
+from icm_cli.output import Output
 from registry.store import Store
 from tests.cli.conftest import Ran
-from tests.cli.tiny_fleet import write_lora
+from tests.cli.tiny_fleet import icm_quietly, write_lora
 
 Icm = Callable[..., Ran]
 ALL = ("evict", "--max-error", "0.5")
@@ -138,6 +139,19 @@ def test_rm_says_that_the_code_is_the_only_copy(icm: Icm, gone: Path) -> None:
     ran = icm("rm", "rules", "--dry-run")
     assert "only copy" in ran.err
     assert icm("rm", "rules", "--yes", "--json").document["last_copies"] == ["rules"]
+
+
+def test_rm_forgets_nothing_if_a_task_was_evicted_while_the_user_was_asked(
+    icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def confirm(*_: object, **__: object) -> bool:
+        icm_quietly(trained, *ALL, "rules")
+        return True
+
+    monkeypatch.setattr(Output, "confirm", confirm)
+    ran = icm("rm", "poems", "rules", "--json")
+    assert (ran.code, ran.error["kind"], "'rules'" in ran.error["message"]) == (ExitCode.FAILED, "last_copy", True)
+    assert icm("ls", "-q").out.split() == ["poems", "rules", "silent"]
 
 
 def test_prune_keeps_what_it_depends_on(icm: Icm, gone: Path, tmp_path: Path) -> None:

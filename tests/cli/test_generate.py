@@ -51,13 +51,15 @@ def write_lines(file: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, at: str) -> None:
-    """Press Ctrl-C before the first step of a part of the work."""
+    """Press Ctrl-C once, before the first step of a part of the work."""
 
     def work(*arguments: Any, **options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)
+        pids.clear()
         return real(*arguments, **options)
 
-    real = getattr(generating, at)
+    real, pids = getattr(generating, at), [os.getpid()]
     monkeypatch.setattr(generating, at, work)
 
 
@@ -89,7 +91,7 @@ def test_json_keeps_its_names(generate: Generate) -> None:
     document = generate("--json").document
     assert set(document) == {
         "task", "output", "base_model", "generator", "samples_count", "rank", "base_nats_per_token", "nats_per_token",
-        "nearest", "farther_than", "outside", "code_size", "code_dw_error", "weights",
+        "nearest", "farther_than", "outside", "code_size", "code_dw_error", "weights", "samples_at_limit",
     }  # fmt: skip
     assert (document["task"], document["samples_count"], document["code_size"]) == ("geese", 20, None)
 
@@ -164,6 +166,26 @@ def test_a_rank_is_that_of_what_is_written(generate: Generate, tmp_path: Path) -
     document = generate("--rank", 20, "--json", folder=tmp_path / "wide").document
     assert document["rank"] == 20
     assert json.loads((tmp_path / "wide" / "adapter_config.json").read_text())["r"] == 32
+
+
+def test_a_rank_beyond_all_that_there_is_is_said(generate: Generate) -> None:
+    ran = generate("--rank", 256)
+    assert ran.code == 0
+    assert "is all that it has; 256 was asked for" in ran.err
+
+
+def test_samples_of_which_only_the_beginning_is_read_are_counted(generate: Generate, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "long.jsonl", [*LINES[:3], {"text": "grey geese " * 200}])
+    ran = generate(file=file, folder=tmp_path / "text")
+    assert "1 of them reach 128 tokens, which is all that is read of one" in ran.err
+    assert generate("--json", file=file, folder=tmp_path / "json").document["samples_at_limit"] == 1
+    assert "tokens, which is all" not in generate(folder=tmp_path / "short").err
+
+
+def test_another_base_model_than_those_of_the_store_is_refused_with_where_to_look(generate: Generate) -> None:
+    ran = generate("--base-model", "mistyped")
+    assert "there is no generator of mistyped" in ran.err
+    assert "`icm generators` lists those of other base models" in ran.err
 
 
 def test_the_nearest_tasks_are_named_where_enough_can_be_compared(icm: Icm, generate: Generate, tmp_path: Path) -> None:
@@ -300,7 +322,10 @@ def test_texts_without_a_token_to_predict_are_refused_and_nothing_is_written(
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("part", "options"), [("adapt", ()), ("finetune", ("--refine", 5))])
+@pytest.mark.parametrize(
+    ("part", "options"),
+    [("open_base", ()), ("extract_context", ()), ("adapt", ()), ("finetune", ("--refine", 5)), ("_nats", ())],
+)
 def test_ctrl_c_writes_nothing(
     icm: Icm,
     generate: Generate,

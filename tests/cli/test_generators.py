@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
+from icm_cli.output import Output
+from registry.records import NewGenerator
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import STEPS, write_lora
@@ -84,6 +86,36 @@ def test_forgetting_frees_the_file_of_an_earlier_generator_at_the_next_prune(icm
         assert not store.paths.blob(first).exists()
         assert list(store.verify(read_data=True)) == []
     assert all(row["code_size"] for row in icm("ls", "--json").document)
+
+
+@pytest.mark.parametrize("options", [("--dry-run",), (), ("--yes",)])
+def test_the_one_in_use_is_not_forgotten_and_nobody_is_asked(icm: Icm, updated: Path, options: tuple[str, ...]) -> None:
+    before = versions(icm)
+    ran = icm("generators", "forget", before[1]["generator"], *options, "--json")
+    assert (ran.error["kind"], "is in use" in ran.error["message"]) == ("generator_conflict", True)
+    assert versions(icm) == before
+
+
+def test_another_generator_that_got_the_number_while_the_user_was_asked_is_not_forgotten(
+    icm: Icm, updated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = versions(icm)
+    icm("generators", "rollback", first["generator"])
+
+    def confirm(*_: object, **__: object) -> bool:
+        with Store.open(updated) as store:
+            old, confirmed = store.generators()
+            store.forget_generator(confirmed)
+            blob = store.put_blob(b"trained meanwhile")
+            store.add_generator(NewGenerator(confirmed.base_model, blob, {}, {}))
+            store.make_current(old.id)
+        return True
+
+    monkeypatch.setattr(Output, "confirm", confirm)
+    ran = icm("generators", "forget", second["generator"], "--json")
+    assert (ran.error["kind"], "forgotten meanwhile" in ran.error["message"]) == ("generator_not_found", True)
+    with Store.open(updated) as store:
+        assert [store.read_blob(made.blob) for made in store.generators()][1:] == [b"trained meanwhile"]
 
 
 @pytest.mark.parametrize("answer", [("--dry-run",), ("--json",)])

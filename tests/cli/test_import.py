@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
+from registry.arrivals import Arrival, ArrivalOutcome
+from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.test_materialize import content
-from tests.cli.tiny_fleet import train_store, write_lora
+from tests.cli.tiny_fleet import icm_quietly, train_store, write_lora
 from tests.icmlora.bundles import fields_of, forge
 from tests.icmlora.tiny_base import LABEL
 
@@ -116,6 +118,25 @@ def test_another_adapter_of_that_name_can_be_passed_over(icm: Icm, bundle: Path,
     ran = icm("import", bundle, "--on-conflict", "skip", "--json")
     assert (ran.code, statuses(ran)["rules"]) == (0, "skipped")
     assert "rules" in ran.err
+
+
+def test_a_task_that_was_to_be_passed_over_gets_its_code_if_the_same_adapter_came_in_meanwhile(
+    icm: Icm, bundle: Path, mixed_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    icm("ingest", write_lora(tmp_path / "rules", seed=77), "--no-vectors")
+    real = Store.take_arrival
+
+    def take_arrival(store: Store, arrival: Arrival) -> list[ArrivalOutcome]:
+        folder = mixed_template / "loras" / "rules"
+        icm_quietly(store.paths.root, "ingest", folder, "--on-conflict", "replace", "--no-vectors")
+        return real(store, arrival)
+
+    monkeypatch.setattr(Store, "take_arrival", take_arrival)
+    ran = icm("import", bundle, "--on-conflict", "skip", "--json")
+    assert (ran.code, statuses(ran)) == (0, {"poems": "added", "rules": "encoded", "silent": "added"})
+    icm("materialize", "rules", "--source", "code", "-o", tmp_path / "after")
+    assert content(tmp_path / "after") == content(tmp_path / "before" / "rules")
+    assert verified(icm)
 
 
 def test_another_generator_is_refused_and_its_codes_stay(icm: Icm, bundle: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 
 import pytest
 
@@ -150,7 +151,19 @@ def test_plain_progress_writes_a_line_with_the_note_escaped(
     monkeypatch.setenv("ICM_PROGRESS_INTERVAL", "0")
     with Output().progress("ingest") as display:
         display.update(3, 10, "\x1bx")
-    assert capsys.readouterr().err.startswith(r"ingest 3/10 \x1bx eta ")
+    assert capsys.readouterr().err == "ingest 3/10 \\x1bx\n"
+
+
+def test_plain_progress_reckons_what_is_left_from_what_it_saw_being_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICM_PROGRESS_INTERVAL", "0")
+    clock = iter([0.0, 0.0, 100.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with Output().progress("train") as display:
+        display.update(400, 1000)  # a run that goes on
+        display.update(500, 1000)
+    assert capsys.readouterr().err == "train 400/1000\ntrain 500/1000 eta 8:20\n"
 
 
 def test_plain_progress_keeps_its_interval(capsys: pytest.CaptureFixture[str]) -> None:

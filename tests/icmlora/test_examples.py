@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -35,6 +36,10 @@ def test_blank_lines_and_windows_line_ends_are_no_examples() -> None:
     assert len(parse_examples(b'\r\n{"text": "one"}\r\n\n  \n{"text": "two"}')) == 2
 
 
+def test_a_byte_order_mark_is_passed_over() -> None:
+    assert parse_examples(codecs.BOM_UTF8 + b'{"text": "one"}') == (Example("", "one"),)
+
+
 @given(st.lists(st.tuples(TEXTS, COMPLETIONS), min_size=1, max_size=8))
 def test_what_is_written_as_json_lines_is_read_back(pairs: list[tuple[str, str]]) -> None:
     data = "\n".join(json.dumps({"prompt": prompt, "completion": end}, ensure_ascii=False) for prompt, end in pairs)
@@ -51,7 +56,7 @@ def test_arbitrary_bytes_are_parsed_or_refused_as_data(data: bytes) -> None:
     ("line", "fact"),
     [
         (b"not json", "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
+        (b"\xff\xfe", "is not UTF-8"),
         (b"[" * 100_000, "is not JSON"),
         (b"[1]", "has no text"),
         (b'{"text": 3}', "has no text"),

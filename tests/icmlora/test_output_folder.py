@@ -104,6 +104,15 @@ def test_a_folder_filled_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_where_nothing_can_be_made_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # who runs the tests may be root
+    with pytest.raises(PermissionError) as caught:
+        check_free(tmp_path / "new" / "out")
+    assert caught.value.filename == str(tmp_path)
+
+
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "out.icm-0123abcd").mkdir()
     (tmp_path / "out.icm-0123abcd" / "a").write_bytes(b"half")

@@ -16,3 +16,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
     """A store in `tmp_path`."""
     with new_store(tmp_path / "store") as opened:
         yield opened
+
+
+@pytest.fixture
+def twin(store: Store) -> Iterator[Store]:
+    """The same store as another process has it open."""
+    with new_store(store.paths.root) as opened:
+        yield opened

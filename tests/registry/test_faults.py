@@ -62,7 +62,7 @@ def extend(root: Path) -> None:
         store.add_codes(current.id, [code(store, "sql")])
         for other in store.generators():
             if other.id != current.id:
-                store.forget_generator(other.id)
+                store.forget_generator(other)
         store.prune(grace=0)
 
 

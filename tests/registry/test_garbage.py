@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,25 @@ def test_a_dry_run_says_the_same_and_removes_nothing(store: Store) -> None:
     planned = store.prune(grace=0, dry_run=True)
     assert len(blob_files(store)) == 1
     assert store.prune(grace=0) == planned
+
+
+@pytest.mark.parametrize("what", ["orphan", "leftover"])
+def test_a_dry_run_passes_over_what_others_remove_once_it_is_listed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    leftover, orphan = store.paths.tmp / "leftover", store.paths.blob(store.put_blob(b"orphan"))
+    leftover.write_bytes(b"123")
+    doomed, real = orphan if what == "orphan" else leftover, Path.iterdir
+
+    def iterdir(folder: Path) -> Iterator[Path]:
+        found = list(real(folder))
+        if folder == doomed.parent:
+            doomed.unlink()
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    left = garbage.PruneReport(0, 1, 3) if what == "orphan" else garbage.PruneReport(1, 0, len(b"orphan"))
+    assert store.prune(grace=0, dry_run=True) == left
 
 
 def test_prune_twice_is_prune_once(store: Store) -> None:

@@ -29,6 +29,15 @@ def use_of(store: Store, made: GeneratorRecord) -> tuple[tuple[str, ...], tuple[
     return use.tasks, use.last_copies
 
 
+def drop(store: Store, digest: str) -> None:
+    """Refer to bytes and let go of them, as any command may for which the very same came out."""
+    current = store.current_generator(BASE)
+    assert current is not None
+    store.set_start(current.id, digest)
+    store.set_start(current.id, store.put_blob(b"another start"))
+    assert not store.paths.blob(digest).exists()
+
+
 class TestAddingCodes:
     """Codes of further tasks under the generator that is there."""
 
@@ -54,6 +63,20 @@ class TestAddingCodes:
         with pytest.raises(GeneratorConflict):
             store.add_codes(first.id, [code(store, "html")])
         assert store.code("html", first.id) is None
+
+
+@pytest.mark.parametrize("how", ["add_codes", "extend_generator", "add_generator"])
+def test_codes_whose_bytes_others_dropped_are_stored_again(
+    store: Store, twin: Store, first: GeneratorRecord, how: str
+) -> None:
+    new = replace(code(store, "html", data=b"code"), data=b"code")
+    drop(twin, new.blob)
+    if how == "add_codes":
+        store.add_codes(first.id, [new])
+    else:
+        getattr(store, how)(replace(generator(store, data=b"newer", parent_id=first.id), codes=[new]))
+    assert store.read_blob(code_of(store, "html").blob) == b"code"
+    assert [finding for finding in store.verify(read_data=True) if finding.is_problem] == []
 
 
 class TestExtending:
@@ -149,7 +172,7 @@ class TestForgetting:
         self, store: Store, first: GeneratorRecord
     ) -> None:
         made = extend(store, first, "html")
-        assert store.forget_generator(first.id) == 1
+        assert store.forget_generator(first) == 1
         assert store.generators() == [replace(made, parent_id=None)]
         store.prune(grace=0)
         assert not store.paths.blob(first.blob).exists()
@@ -158,14 +181,32 @@ class TestForgetting:
 
     def test_the_current_one_stays(self, store: Store, first: GeneratorRecord) -> None:
         with pytest.raises(GeneratorConflict, match="in use"):
-            store.forget_generator(first.id)
+            store.forget_generator(first)
         assert store.generators() == [first]
 
     def test_one_that_is_gone_already_is_an_error(self, store: Store, first: GeneratorRecord) -> None:
         extend(store, first, "html")
-        store.forget_generator(first.id)
+        store.forget_generator(first)
         with pytest.raises(GeneratorNotFound):
-            store.forget_generator(first.id)
+            store.forget_generator(first)
+
+    def test_another_one_that_got_its_number_meanwhile_stays(self, store: Store, first: GeneratorRecord) -> None:
+        confirmed = extend(store, first, "html")
+        store.make_current(first.id)
+        store.forget_generator(confirmed)
+        other = store.add_generator(generator(store, ["rust"], data=b"trained meanwhile"))
+        store.make_current(first.id)
+        assert (other.id, other.version) == (confirmed.id, confirmed.version)
+        with pytest.raises(GeneratorNotFound, match=f"{confirmed.blob[:12]} was forgotten meanwhile"):
+            store.forget_generator(confirmed)
+        assert [made.blob for made in store.generators()] == [first.blob, other.blob]
+
+    def test_one_that_became_current_and_went_back_since_is_still_the_same(
+        self, store: Store, first: GeneratorRecord
+    ) -> None:
+        made = extend(store, first, "html")
+        store.make_current(first.id)
+        assert store.forget_generator(made) == 2
 
 
 class TestWhatDependsOnIt:
@@ -186,5 +227,5 @@ class TestWhatDependsOnIt:
         store.evict(eviction(store, "rust"))
         assert use_of(store, first)[1] == ()
         assert use_of(store, made)[1] == ("rust",)
-        store.forget_generator(first.id)
+        store.forget_generator(first)
         assert store.read_blob(code_of(store, "rust").blob) == b"the one that was checked"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from registry.blobs import BlobStore
 from registry.errors import DamagedStore, MissingBlob, RegistryError, TaskNotFound
 from registry.integrity import Finding
 from registry.store import Store
-from tests.registry.examples import generator, ingest, new_store, vector
+from tests.registry.examples import BASE, code, code_of, generator, ingest, new_store, vector
 
 
 @pytest.fixture
@@ -46,6 +47,49 @@ def test_a_missing_blob_is_found_with_the_tasks_that_need_it(store: Store, weigh
     (finding,) = store.verify()
     assert (finding.kind, finding.digest, finding.path, finding.tasks) == ("missing", weights.name, weights, ("rust",))
     assert finding.is_problem
+
+
+@pytest.mark.parametrize("step", ["size", "is_intact"])
+@pytest.mark.parametrize("what", ["checkpoint", "code"])
+def test_what_others_let_go_of_while_it_is_checked_is_no_finding(
+    store: Store, twin: Store, weights: Path, monkeypatch: pytest.MonkeyPatch, step: str, what: str
+) -> None:
+    made = store.add_generator(generator(store, ["rust"]))
+    run = twin.start_train_run(BASE, {})
+    twin.save_checkpoint(run.id, step=1, weights=b"run weights", optimizer=b"run optimizer")
+    present = code_of(store, "rust").blob if what == "code" else str(store.running_train_run(BASE).weights)  # type: ignore[union-attr]
+    real, gone = getattr(BlobStore, step), list[str]()
+
+    def check(blobs: BlobStore, digest: str) -> object:
+        if digest == present and not gone:  # the rows were read before this
+            gone.append(digest)
+            if what == "code":
+                twin.replace_code(made.id, code(twin, "rust", data=b"another code"))
+            else:
+                twin.save_checkpoint(run.id, step=2, weights=b"later weights", optimizer=b"later optimizer")
+        return real(blobs, digest)
+
+    monkeypatch.setattr(BlobStore, step, check)
+    assert [finding for finding in store.verify(read_data=True) if finding.is_problem] == []
+    assert gone == [present]
+    assert not store.paths.blob(present).exists()
+
+
+def test_what_others_store_again_while_it_is_checked_is_no_finding(
+    store: Store, twin: Store, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = BlobStore.size
+
+    def size(blobs: BlobStore, digest: str) -> int:
+        try:
+            return real(blobs, digest)
+        except MissingBlob:
+            twin.put_blob(b"weights of rust")
+            raise
+
+    weights.unlink()
+    monkeypatch.setattr(BlobStore, "size", size)
+    assert kinds(store) == []
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: b""])

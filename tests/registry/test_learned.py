@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from registry.errors import MissingBlob, TaskNotFound
+from registry.errors import CodeChanged, MissingBlob, TaskNotFound
+from registry.records import Asked, NewResidual, TaskSummary
 from registry.store import Store
-from tests.registry.examples import BASE, EXTRACTOR, code, evaluation, generator, ingest, vector
+from registry.subjects import Subject
+from tests.registry.examples import BASE, EXTRACTOR, code, code_of, evaluation, generator, ingest, vector
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +18,11 @@ def two_tasks(store: Store) -> None:
     """Every test here begins with two tasks."""
     ingest(store, "rust")
     ingest(store, "html")
+
+
+def summary(store: Store, task: str) -> TaskSummary:
+    """Return what the store has of a task."""
+    return next(row for row in store.summaries() if row.task.name == task)
 
 
 class TestVectors:
@@ -51,6 +58,25 @@ class TestVectors:
     def test_a_vector_of_an_unknown_task_is_refused_with_all_others(self, store: Store) -> None:
         with pytest.raises(TaskNotFound):
             store.add_vectors([vector(store, "rust"), vector(store, "gone")])
+        assert store.vectors("rust") == []
+
+    def test_of_a_task_that_is_as_it_was_they_are_recorded(self, store: Store) -> None:
+        assert store.add_vectors([vector(store, "rust")], of=summary(store, "rust")) == 1
+
+    def test_of_an_adapter_that_was_replaced_meanwhile_they_are_refused(self, store: Store) -> None:
+        ingest(store, "zig")
+        seen = summary(store, "zig")
+        ingest(store, "zig", weights=b"other weights", on_conflict="replace")
+        assert store.final_adapter("zig").id == seen.final.id  # numbers of rows are given again
+        with pytest.raises(CodeChanged):
+            store.add_vectors([vector(store, "zig")], of=seen)
+        assert store.vectors("zig") == []
+
+    def test_of_samples_that_were_replaced_meanwhile_they_are_refused(self, store: Store) -> None:
+        seen = summary(store, "rust")
+        ingest(store, "rust", samples=b'{"text": "new"}\n')
+        with pytest.raises(CodeChanged):
+            store.add_vectors([vector(store, "rust")], of=seen)
         assert store.vectors("rust") == []
 
 
@@ -140,3 +166,48 @@ class TestEvaluations:
     def test_an_unknown_task_is_refused(self, store: Store) -> None:
         with pytest.raises(TaskNotFound):
             store.add_evaluations([evaluation("gone")])
+
+    @pytest.fixture
+    def coded(self, store: Store) -> Subject:
+        """What there is of `zig`, which has a code with a residual."""
+        ingest(store, "zig")
+        made = store.add_generator(generator(store, ["zig"]))
+        residual = NewResidual(store.put_blob(b"residual"), 0.001)
+        with_residual = store.replace_residual(code_of(store, "zig"), residual, Asked())
+        return Subject(store.final_adapter("zig"), made, with_residual)
+
+    def recorded(self, store: Store, of: Subject) -> list[str]:
+        """Offer a measurement of every rung, and return those that were taken."""
+        number = None if of.generator is None else of.generator.id
+        alone = [replace(evaluation("zig"), rung=rung) for rung in ("base", "original")]
+        made = [replace(evaluation("zig", generator_id=number), rung=rung) for rung in ("residual", "code", "generate")]
+        count = store.add_evaluations([*alone, *made], of=of)
+        taken = sorted(row.rung for row in store.evaluations("zig"))
+        assert len(taken) == count
+        return taken
+
+    def test_of_what_is_as_it_was_all_are_recorded(self, store: Store, coded: Subject) -> None:
+        assert self.recorded(store, coded) == ["base", "code", "generate", "original", "residual"]
+
+    def test_of_a_code_that_was_replaced_meanwhile_none_is_recorded(self, store: Store, coded: Subject) -> None:
+        assert coded.generator is not None
+        store.replace_code(coded.generator.id, code(store, "zig", data=b"finer"))
+        assert self.recorded(store, coded) == ["base", "generate", "original"]
+
+    def test_of_a_residual_that_was_replaced_meanwhile_none_is_recorded(self, store: Store, coded: Subject) -> None:
+        store.replace_residual(code_of(store, "zig"), None, Asked())
+        assert self.recorded(store, coded) == ["base", "generate", "original"]
+
+    def test_of_an_adapter_that_was_replaced_meanwhile_none_is_recorded(self, store: Store, coded: Subject) -> None:
+        ingest(store, "zig", weights=b"other weights", on_conflict="replace")
+        assert store.final_adapter("zig").id == coded.final.id
+        assert self.recorded(store, coded) == ["base"]
+
+    def test_of_a_generator_that_is_not_current_any_more_all_are_recorded(self, store: Store, coded: Subject) -> None:
+        store.add_generator(generator(store, ["zig"], data=b"newer"))
+        assert self.recorded(store, coded) == ["base", "code", "generate", "original", "residual"]
+
+    def test_of_a_generator_whose_number_another_one_has_none_is_recorded(self, store: Store, coded: Subject) -> None:
+        assert coded.generator is not None
+        earlier = Subject(coded.final, replace(coded.generator, blob="cd" * 32), coded.code)
+        assert self.recorded(store, earlier) == ["base", "original"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,21 @@ def test_a_folder_with_other_things_is_not_made_a_store(tmp_path: Path) -> None:
     with pytest.raises(NotAStore, match=r"notes\.txt"):
         new_store(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_store_that_another_process_makes_meanwhile_is_no_other_thing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, real = tmp_path / "store", Path.iterdir
+
+    def iterdir(folder: Path) -> Iterator[Path]:
+        monkeypatch.undo()  # the folder is listed once it is known to have no FORMAT
+        new_store(root).close()
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with new_store(root) as store:
+        ingest(store, "rust")
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from registry.evicted import EvictedAdapter
 from registry.reserve import make_reserve
 from registry.store import Store
 from tests.registry.children import KILLED, run
-from tests.registry.examples import BASE, evaluation, eviction, generator, ingest, new_store, offer
+from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer
 
 WEIGHTS = len(b"weights of rust")
 
@@ -129,6 +129,14 @@ def test_nothing_goes_after_the_task_was_replaced(rust: Store) -> None:
         rust.evict(order)
 
 
+def test_nothing_goes_after_the_code_was_replaced_and_its_file_dropped(rust: Store) -> None:
+    order = eviction(rust, "rust")
+    rust.replace_code(order.generator.id, code(rust, "rust", data=b"finer"))
+    with pytest.raises(LastCopy, match="changed"):
+        rust.evict(order)
+    assert not rust.final_adapter("rust").is_evicted
+
+
 def test_a_code_that_was_not_checked_does_not_count(rust: Store) -> None:
     order = eviction(rust, "rust")
     with pytest.raises(LastCopy, match="changed"):
@@ -207,7 +215,7 @@ def test_a_generator_with_a_last_copy_is_not_forgotten(rust: Store) -> None:
         connection.exec_driver_sql("UPDATE generators SET is_current = 0")
     ingest(rust, "html", base_model="other/base")
     with pytest.raises(LastCopy, match="'rust'"):
-        rust.forget_generator(first.id)
+        rust.forget_generator(first)
     rust.prune(grace=0)
     assert rust.code("rust", first.id) is not None
     assert list(rust.verify(read_data=True)) == []

@@ -69,6 +69,23 @@ def test_a_code_whose_bytes_are_not_stored_is_refused(store: Store) -> None:
     assert store.code("rust", made.id) == code
 
 
+def test_a_code_whose_bytes_others_dropped_meanwhile_is_stored_again(store: Store, twin: Store) -> None:
+    made, code = coded(store)
+    new = replace(new_code(store, b"code of rust"), data=b"code of rust")  # once more what is there
+    twin.replace_code(made.id, new_code(twin, b"second"))
+    assert not store.paths.blob(code.blob).exists()
+    record = store.replace_code(made.id, new)
+    assert (record.blob, store.read_blob(record.blob)) == (code.blob, b"code of rust")
+    assert list(store.verify(read_data=True)) == []
+
+
+def test_bytes_that_are_not_those_of_the_digest_are_no_code(store: Store) -> None:
+    made, code = coded(store)
+    with pytest.raises(MissingBlob):
+        store.replace_code(made.id, NewCode(store.final_adapter("rust"), "0" * 64, 1.0, None, data=b"others"))
+    assert store.code("rust", made.id) == code
+
+
 def test_an_unknown_task_is_refused(store: Store) -> None:
     made, code = coded(store)
     nobody = replace(store.final_adapter("rust"), task="nobody")

@@ -26,6 +26,16 @@ def coded(store: Store) -> CodeRecord:
     return bare
 
 
+def test_one_whose_bytes_others_dropped_meanwhile_is_stored_again(store: Store, twin: Store, coded: CodeRecord) -> None:
+    new = NewResidual(store.put_blob(DATA), 0.002, data=DATA)  # the same search once more
+    twin.replace_residual(coded, NewResidual(twin.put_blob(b"more"), 0.001), ASKED)
+    assert not store.paths.blob(new.blob).exists()
+    record = store.replace_residual(coded, new, ASKED)
+    assert record.residual is not None
+    assert store.read_blob(record.residual.blob) == DATA
+    assert list(store.verify(read_data=True)) == []
+
+
 def residual_rows(store: Store) -> int:
     return sum(row.rung == "residual" for row in store.evaluations())
 

@@ -69,6 +69,17 @@ def test_bytes_that_are_not_in_the_store_are_refused(store: Store, made: Generat
     assert current(store) == before
 
 
+def test_one_whose_bytes_others_dropped_meanwhile_is_stored_again(
+    store: Store, twin: Store, made: GeneratorRecord
+) -> None:
+    first = started(store, made)
+    blob = store.put_blob(b"start")  # learned once more
+    started(twin, made, b"another start")
+    assert not store.paths.blob(blob).exists()
+    assert store.set_start(made.id, blob, b"start") == first
+    assert store.read_blob(blob) == b"start"
+
+
 def test_a_failure_before_the_commit_leaves_the_earlier_one(
     store: Store, made: GeneratorRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +127,7 @@ def test_one_that_an_earlier_generator_has_too_keeps_its_bytes(store: Store, mad
 def test_it_goes_with_the_last_generator_that_has_it(store: Store, made: GeneratorRecord) -> None:
     first = started(store, made)
     store.add_generator(generator(store, ["rust"], data=b"newer"))
-    store.forget_generator(made.id)
+    store.forget_generator(made)
     store.prune(grace=0)
     assert not store.paths.blob(str(first.start)).exists()
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from registry import tasks as tasks_module
-from registry.errors import InvalidName, MissingBlob, TaskConflict, TaskNotFound
+from registry.errors import InvalidName, LastCopy, MissingBlob, TaskConflict, TaskNotFound
 from registry.records import TaskIngest
 from registry.store import Store
 from tests.registry.examples import (
@@ -15,6 +15,7 @@ from tests.registry.examples import (
     LAYOUT,
     adapter,
     evaluation,
+    eviction,
     generator,
     ingest,
     new_store,
@@ -218,6 +219,26 @@ class TestRemoval:
     def test_an_unknown_task_cannot_be_removed(self, store: Store) -> None:
         with pytest.raises(TaskNotFound):
             store.remove_task("rust")
+
+    def test_no_task_goes_if_one_of_them_was_evicted_unknown_to_the_user(self, store: Store) -> None:
+        for name in ("html", "rust", "sql"):
+            ingest(store, name)
+        store.add_generator(generator(store, ["rust", "sql"]))
+        store.evict(eviction(store, "rust"))
+        with pytest.raises(LastCopy, match=r"'rust'.*only copy"):
+            store.remove_tasks(["html", "rust"])
+        assert names(store) == ["html", "rust", "sql"]
+        assert [task.name for task in store.remove_tasks(["html", "RUST", "rust"], last_copies=["Rust"])] == [
+            "html",
+            "rust",
+        ]
+        assert names(store) == ["sql"]
+
+    def test_no_task_goes_if_one_of_them_is_gone_already(self, store: Store) -> None:
+        ingest(store, "rust")
+        with pytest.raises(TaskNotFound):
+            store.remove_tasks(["rust", "html"])
+        assert names(store) == ["rust"]
 
     def test_removal_waits_for_others_that_use_the_store(self, store: Store) -> None:
         ingest(store, "rust")

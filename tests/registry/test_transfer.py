@@ -14,7 +14,7 @@ from registry.blobs import digest_of
 from registry.errors import GeneratorConflict, InvalidName, MissingBlob, StoreReadOnly, TaskConflict
 from registry.records import NewAdapter, NewGenerator
 from registry.store import Store
-from tests.registry.examples import BASE, LAYOUT, evaluation, generator, ingest, new_store, offer, vector
+from tests.registry.examples import BASE, LAYOUT, code_of, evaluation, generator, ingest, new_store, offer, vector
 
 
 @pytest.fixture
@@ -192,6 +192,34 @@ def test_a_blob_that_is_not_there_records_nothing(store: Store, what: str) -> No
     with pytest.raises(MissingBlob):
         store.take_arrival(arrival(store, arriving(store, "sql"), lacking))
     assert rows(store) == [[], [], []]
+
+
+def test_a_task_that_was_to_be_skipped_gets_its_code_after_all_from_the_spare_bytes(store: Store, twin: Store) -> None:
+    ingest(store, "rust", weights=b"other weights")
+    late, read = b"code that nobody put", list[str]()
+    lacking = arriving(store, "rust", code=digest_of(late))
+
+    def spare(digest: str) -> bytes | None:
+        read.append(digest)
+        return late if digest == lacking.code else None
+
+    new = arrival(store, lacking, arriving(store, "sql"), on_conflict="skip", spare=spare)
+    assert statuses(store.plan_arrival(new)) == [("rust", "skipped"), ("sql", "added")]
+    ingest(twin, "rust", on_conflict="replace")  # by what the bundle has the code of
+    assert statuses(store.take_arrival(new)) == [("rust", "encoded"), ("sql", "added")]
+    assert store.read_blob(code_of(store, "rust").blob) == late
+    assert read == [lacking.code]  # and nothing that is there
+    assert [finding for finding in store.verify(read_data=True) if finding.is_problem] == []
+
+
+def test_everything_that_arrives_can_be_spare(store: Store) -> None:
+    task = arriving(store, "rust", vectors=[vector(store, "rust")])
+    parts = {path.name: path.read_bytes() for path in store.paths.blobs.glob("?/*")}
+    new = arrival(store, task, spare=(parts | {digest_of(b"generator"): b"generator"}).get)
+    for path in store.paths.blobs.glob("?/*"):
+        path.unlink()
+    store.take_arrival(new)
+    assert list(store.verify(read_data=True)) == []
 
 
 def test_a_hostile_name_is_refused(store: Store) -> None:

@@ -1,0 +1,324 @@
+"""What a command does when another icm replaces what it has read and not used yet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from icm_cli.workflows import encoding, exporting, generating, task_evaluation, updating, vectors
+from icm_cli.workflows.events import StopFlag
+from icm_cli.workflows.opening import Place
+from icm_cli.workflows.task_evaluation import TaskEvaluation
+from icm_cli.workflows.training_run import TrainRequest
+from icmlora.generator.lineage import Lineage
+from registry.records import GeneratorRecord, NewGenerator
+from registry.store import Store
+from tests.cli.coded import codes
+from tests.cli.conftest import Ran
+from tests.cli.test_train import TRAIN, current, interrupt_at
+from tests.cli.tiny_fleet import icm_quietly, write_lora
+from tests.icmlora.tiny_base import LABEL
+from tests.registry.examples import code, ingest, new_store
+
+Icm = Callable[..., Ran]
+Happen = Callable[[], object]
+EVAL = ("eval", "poems", "--device", "cpu")
+
+
+def before(patch: pytest.MonkeyPatch, owner: object, name: str, *happen: Happen) -> None:
+    """Let something happen before the first calls of a function, or of a method."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        next(happening)()
+        return real(*arguments, **options)
+
+    happening = chain(happen, repeat(lambda: None))
+    real = getattr(owner, name)
+    patch.setattr(owner, name, call)
+
+
+def put_code(store: Path, task: str, data: bytes) -> None:
+    """Give a task another code, as `icm encode` does."""
+    with Store.open(store) as opened:
+        generator = opened.current_generator(LABEL)
+        assert generator is not None
+        opened.replace_code(generator.id, code(opened, task, data=data))
+
+
+def replace_adapter(store: Path, folder: Path) -> None:
+    icm_quietly(store, "ingest", folder, "--on-conflict", "replace", "--no-vectors")
+
+
+def publish(store: Path) -> None:
+    """Make another generator current, as `icm train` does."""
+    with Store.open(store) as opened:
+        opened.add_generator(NewGenerator(LABEL, opened.put_blob(b"another one"), {}, {}))
+
+
+def measured(store: Path) -> dict[str, int | None]:
+    """Return what was recorded of `poems`, with the generator that it is under."""
+    with Store.open(store) as opened:
+        return {row.rung: row.generator_id for row in opened.evaluations("poems")}
+
+
+def remove_file(store: Path, task: str) -> None:
+    digest = codes(store)[task].blob
+    (store / "blobs" / digest[0] / digest).unlink()
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Another adapter for the task `poems`."""
+    return write_lora(tmp_path / "other" / "poems", seed=77)
+
+
+@pytest.fixture
+def finer(trained_template: Path, tmp_path: Path) -> dict[str, bytes]:
+    """Other codes for `poems` and `rules`, which the present generator decodes."""
+    store = Path(shutil.copytree(trained_template, tmp_path / "finer"))
+    icm_quietly(store, "encode", "poems", "rules", "--max-error", "0.002")
+    with Store.open(store) as opened:
+        return {task: opened.read_blob(row.blob) for task, row in codes(store).items()}
+
+
+class TestVectors:
+    """`icm vectors`."""
+
+    VECTORS = ("vectors", "poems", "--again", "--device", "cpu")
+
+    def of_poems(self, store: Path) -> Sequence[object]:
+        with Store.open(store) as opened:
+            return opened.vectors("poems")
+
+    def test_those_of_an_adapter_that_was_replaced_are_not_stored(
+        self, icm: Icm, mixed: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before(monkeypatch, vectors, "extract_adapted", lambda: replace_adapter(mixed, other))
+        ran = icm(*self.VECTORS)
+        assert (ran.code, "not stored: poems" in ran.err) == (0, True)
+        assert self.of_poems(mixed) == []
+        assert icm("vectors", "--device", "cpu", "--json").events[-1]["extracted"] == 1
+
+    def test_those_of_samples_that_were_replaced_are_not_stored(
+        self, icm: Icm, mixed: Path, mixed_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def replace_samples() -> None:
+            folder = mixed_template / "loras" / "poems"
+            icm_quietly(mixed, "ingest", folder, "--samples", samples, "--no-vectors")
+
+        samples = tmp_path / "other.jsonl"
+        samples.write_text(json.dumps({"text": "something else"}) + "\n")
+        before(monkeypatch, vectors, "extract_context", replace_samples)
+        assert icm(*self.VECTORS, "--json").events[-1]["extracted"] == 0
+        assert self.of_poems(mixed) == []
+
+
+class TestEval:
+    """`icm eval`."""
+
+    def while_it_measures(self, patch: pytest.MonkeyPatch, rung: str, happen: Happen) -> None:
+        def loss_of(work: TaskEvaluation, label: str, written: Path) -> object:
+            if label == rung:
+                happen()
+            return real(work, label, written)
+
+        real = TaskEvaluation.loss_of
+        patch.setattr(TaskEvaluation, "loss_of", loss_of)
+
+    def test_the_gain_of_a_code_that_was_replaced_is_not_recorded(
+        self, icm: Icm, trained: Path, finer: dict[str, bytes]
+    ) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            self.while_it_measures(patch, "code", lambda: put_code(trained, "poems", finer["poems"]))
+            ran = icm(*EVAL)
+        assert (ran.code, "recorded: poems" in ran.err) == (0, True)
+        assert set(measured(trained)) == {"base", "original", "generate"}
+        assert "recorded" not in icm(*EVAL).err
+        assert set(measured(trained)) == {"base", "original", "code", "generate"}
+
+    def test_the_loss_of_an_original_that_was_replaced_is_not_recorded(
+        self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.while_it_measures(monkeypatch, "original", lambda: replace_adapter(trained, other))
+        assert icm(*EVAL).code == 0
+        assert "original" not in measured(trained)
+
+    def test_what_is_measured_stands_under_the_generator_that_made_it(
+        self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = current(trained)
+        before(monkeypatch, task_evaluation, "nll", lambda: publish(trained))
+        assert icm(*EVAL).code == 0
+        assert current(trained).id != first.id
+        assert measured(trained) == {"base": None, "original": None, "code": first.id, "generate": first.id}
+
+    def test_a_code_that_was_replaced_before_it_was_read_is_measured_as_it_is_now(
+        self, icm: Icm, trained: Path, finer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before(monkeypatch, task_evaluation, "write_rung", lambda: put_code(trained, "poems", finer["poems"]))
+        assert icm(*EVAL, "--rung", "code").code == 0
+        assert "code" in measured(trained)
+
+
+class TestEncode:
+    """`icm encode --residual`."""
+
+    def test_a_code_that_was_replaced_is_no_damage(
+        self, icm: Icm, trained: Path, finer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before(monkeypatch, encoding, "read_original", lambda: put_code(trained, "rules", finer["rules"]))
+        ran = icm("encode", "rules", "--residual", "--max-error", "0.01", "--json")
+        assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "code_changed")
+        assert "run the same command again" in ran.error["hint"]
+
+    def test_an_adapter_that_was_replaced_while_its_code_was_measured_is_no_bug(
+        self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before(monkeypatch, task_evaluation, "nll", lambda: replace_adapter(trained, other))
+        ran = icm("encode", "poems", "--residual", "--min-gain", "0.9", "--device", "cpu", "--json")
+        assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "code_changed")
+
+    @pytest.mark.usefixtures("plain_gains")
+    def test_what_is_measured_of_a_residual_stands_under_its_own_generator(
+        self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = current(trained)
+        before(monkeypatch, encoding, "on_own_text", lambda: publish(trained))
+        assert icm("encode", "poems", "--residual", "--min-gain", "0.9", "--device", "cpu").code == 0
+        assert current(trained).id != first.id
+        assert measured(trained)["residual"] == first.id
+
+
+class TestMaterialize:
+    """`icm materialize`."""
+
+    CODE = ("materialize", "rules", "--source", "code", "--json")
+
+    def test_a_code_that_was_replaced_gives_way_to_the_present_one(
+        self, icm: Icm, trained: Path, finer: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            before(patch, Lineage, "__init__", lambda: put_code(trained, "rules", finer["rules"]))
+            ran = icm(*self.CODE, "-o", tmp_path / "out")
+        later = icm(*self.CODE, "-o", tmp_path / "later")
+        assert ran.document["weights"] == later.document["weights"]
+
+    def test_a_code_whose_file_is_gone_is_damage(self, icm: Icm, trained: Path, tmp_path: Path) -> None:
+        remove_file(trained, "rules")
+        ran = icm(*self.CODE, "-o", tmp_path / "out")
+        assert (ran.code, ran.error["kind"]) == (ExitCode.DAMAGED, "missing_blob")
+
+
+class TestExport:
+    """`icm export`."""
+
+    def test_a_code_that_was_replaced_gives_way_to_the_present_one(
+        self, icm: Icm, trained: Path, finer: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            before(patch, exporting, "_digests", lambda: put_code(trained, "rules", finer["rules"]))
+            assert icm("export", tmp_path / "out.icm").code == 0
+        icm("export", tmp_path / "later.icm")
+        assert (tmp_path / "out.icm").read_bytes() == (tmp_path / "later.icm").read_bytes()
+
+    def test_it_gives_up_where_codes_are_replaced_all_the_time(
+        self, icm: Icm, trained: Path, finer: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Store.open(trained) as opened:
+            present = opened.read_blob(codes(trained)["rules"].blob)
+        turns = [lambda data=data: put_code(trained, "rules", data) for data in (finer["rules"], present) * 2]
+        before(monkeypatch, exporting, "_digests", *turns)
+        ran = icm("export", tmp_path / "out.icm", "--json")
+        assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "code_changed")
+        assert "run the same command again" in ran.error["hint"]
+        assert not (tmp_path / "out.icm").exists()
+
+    def test_a_code_whose_file_is_gone_is_damage(self, icm: Icm, trained: Path, tmp_path: Path) -> None:
+        remove_file(trained, "rules")
+        ran = icm("export", tmp_path / "out.icm", "--json")
+        assert (ran.code, ran.error["kind"]) == (ExitCode.DAMAGED, "missing_blob")
+
+
+def test_a_training_goes_on_from_the_checkpoint_that_another_one_has_just_saved(
+    icm: Icm, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped_at(store: Path, step: int) -> tuple[bytes, bytes]:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step)
+            assert icm("--store", store, *TRAIN).code == ExitCode.INTERRUPTED
+        with Store.open(store) as opened:
+            run = opened.running_train_run(LABEL)
+            assert run is not None
+            return opened.read_blob(str(run.weights)), opened.read_blob(str(run.optimizer))
+
+    def running(store: Store, label: str) -> object:
+        found = real(store, label)
+        if found is not None and found.step == 5:
+            with Store.open(mixed) as opened:
+                opened.save_checkpoint(found.id, step=9, weights=later[0], optimizer=later[1])
+        return found
+
+    later = stopped_at(Path(shutil.copytree(mixed, tmp_path / "copy")), 9)
+    stopped_at(mixed, 5)
+    real = Store.running_train_run
+    monkeypatch.setattr(Store, "running_train_run", running)
+    assert icm(*TRAIN, "--json").events[0] == {"type": "resumed", "base_model": LABEL, "step": 9}
+
+
+def test_an_adapter_is_generated_from_the_start_that_was_learned_meanwhile(
+    icm: Icm, started: Path, tmp_path: Path, mixed_template: Path
+) -> None:
+    samples = mixed_template / "loras" / "poems" / "samples.jsonl"
+    command = ("generate", "geese", "--samples", samples, "--device", "cpu", "--json", "-o")
+    learning = ("train", "--objective", "functional", "--episodes", 3, "--device", "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        before(patch, generating, "Lineage", lambda: icm_quietly(started, *learning))
+        ran = icm(*command, tmp_path / "out")
+    assert ran.code == 0, ran.err
+    later = icm(*command, tmp_path / "later")
+    assert ran.document["weights"] == later.document["weights"]
+
+
+def test_an_update_begins_with_the_generator_that_each_base_model_has_when_its_turn_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(store: Store, label: str, data: bytes) -> None:
+        store.add_generator(NewGenerator(label, store.put_blob(data), {}, {}))
+
+    def update_base(store: Store, generator: GeneratorRecord, *rest: Any) -> Any:
+        begun[generator.base_model] = store.read_blob(generator.blob)
+        add(store, "two", b"made while one was trained")
+        yield from ()
+
+    begun: dict[str, bytes] = {}
+    monkeypatch.setattr(updating, "_update_base", update_base)
+    with new_store(tmp_path / "store") as store:
+        for label in ("one", "two"):
+            ingest(store, f"task of {label}".replace(" ", "-"), base_model=label)
+            add(store, label, label.encode())
+    for _ in updating.update(Place(tmp_path / "store"), TrainRequest("cpu"), StopFlag()):
+        pass
+    assert begun == {"one": b"one", "two": b"made while one was trained"}
+
+
+def test_an_eviction_passes_over_a_task_that_was_removed_meanwhile(
+    icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evict(store: Store, order: Any) -> int:
+        freed = real(store, order)
+        monkeypatch.setattr(Store, "evict", real)
+        store.remove_task("rules")  # as `icm rm` does in the moment in which the store is let go of
+        return freed
+
+    real = Store.evict
+    monkeypatch.setattr(Store, "evict", evict)
+    ran = icm("evict", "--max-error", "0.5", "--json")
+    found = {event["task"]: event["status"] for event in ran.events if event["type"] == "task"}
+    assert (ran.code, found) == (0, {"poems": "evicted", "rules": "removed", "silent": "evicted"})
