@@ -15,7 +15,7 @@ from icm_cli.session import Session, command
 from icm_cli.text import counted, human_percent
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.mapping import MappedFleet
+    from icm_cli.workflows.mapped_fleet import MappedFleet
     from icmlora.task_map import MappedTask
 
 
@@ -95,7 +95,7 @@ def _number(clusters: str) -> int | None:
 
 
 def _print(session: Session, found: MappedFleet) -> None:
-    from icm_cli.workflows.mapping import grouped_reasons
+    from icm_cli.workflows.mapped_fleet import grouped_reasons
 
     out, tasks = session.out, found.map.tasks
     out.record(_summary(found))

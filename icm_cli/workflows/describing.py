@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from icm_cli.workflows.mapping import nearest_tasks
+from icm_cli.workflows.nearby import nearest_tasks
 from icm_cli.workflows.opening import Place
 from icmlora.errors import IcmLoraError
 from icmlora.generator.code import Code, generator_of

@@ -14,7 +14,7 @@ from itertools import chain
 
 from icm_cli.text import counted
 from icm_cli.workflows.label_placement import Box, Label, place_labels
-from icm_cli.workflows.mapping import MappedFleet
+from icm_cli.workflows.mapped_fleet import MappedFleet
 from icmlora.names import printable
 from icmlora.task_map import MappedTask
 

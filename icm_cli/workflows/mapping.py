@@ -1,31 +1,27 @@
-"""The map of a fleet by its task vectors, and the nearest tasks of one. Never imports torch."""
+"""The map of a fleet by its task vectors. Never imports torch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from icm_cli.workflows.chosen import check_base_model
 from icm_cli.workflows.known_vectors import LeftOut, comparable_vectors
+from icm_cli.workflows.map_picture import draw_map
+from icm_cli.workflows.mapped_fleet import MappedFleet, grouped_reasons
 from icm_cli.workflows.opening import Place
-from icmlora.errors import DataError, IcmLoraError
+from icmlora.errors import DataError
 from icmlora.output_file import check_absent, writing_file
-from icmlora.task_map import TaskMap, map_tasks
-from icmlora.vector_space import FEWEST, Neighbour, ranked, task_distances
-from registry.errors import DamagedStore
+from icmlora.task_map import map_tasks
+from icmlora.vector_space import FEWEST
 from registry.records import TaskRecord, View
 
 if TYPE_CHECKING:
     from registry.store import Store
 
-_NEAREST = 5
-_VIEWS: tuple[View, ...] = ("adapted", "context")
 _VECTORS = "`icm vectors` makes the vectors that are missing"
 
 
@@ -39,22 +35,6 @@ class MapRequest:
     """How many; None for the number with the best silhouette."""
     plot: Path | None = None
     force: bool = False
-
-
-@dataclass(frozen=True)
-class MappedFleet:
-    """The map of one base model's tasks.
-
-    Attributes:
-        support_sets: How many vectors it was made from.
-        left_out: Tasks of the base model that are not on it.
-    """
-
-    base_model: str
-    view: View
-    map: TaskMap
-    support_sets: int
-    left_out: tuple[LeftOut, ...]
 
 
 def map_fleet(place: Place, request: MapRequest) -> MappedFleet:
@@ -86,42 +66,9 @@ def map_fleet(place: Place, request: MapRequest) -> MappedFleet:
         left_out=known.left_out,
     )
     if request.plot is not None:
-        from icm_cli.workflows.map_picture import draw_map
-
         with writing_file(request.plot, force=request.force) as stream:
             stream.write(draw_map(found).encode())
     return found
-
-
-def grouped_reasons(left_out: Sequence[LeftOut]) -> list[str]:
-    """Return a line for each reason why tasks are not on a map, with their names."""
-    names: defaultdict[str, list[str]] = defaultdict(list)
-    for entry in left_out:
-        names[entry.reason].append(entry.task)
-    return [f"{reason}: {', '.join(tasks)}" for reason, tasks in names.items()]
-
-
-def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
-    """Return the tasks that are nearest to one, at most five; none where too few can be compared.
-
-    By the adapted view, or by the context view if the task has no other, as one that was generated. Damaged vectors
-    say nothing here; `icm verify` says that they are damaged.
-    """
-    tasks = [other for other in store.tasks() if other.base_model == task.base_model]
-    for view in _VIEWS:
-        try:
-            looks = comparable_vectors(store, tasks, view, like=task.name).looks
-        except (DamagedStore, IcmLoraError):
-            return ()
-        if task.name in looks:
-            return _neighbours(task.name, looks) if len(looks) >= FEWEST else ()
-    return ()
-
-
-def _neighbours(task: str, looks: Mapping[str, NDArray[np.float32]]) -> tuple[Neighbour, ...]:
-    names = list(looks)
-    found = ranked(names, task_distances(looks)[names.index(task)])
-    return tuple(neighbour for neighbour in found if neighbour.task != task)[:_NEAREST]
 
 
 def _of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[TaskRecord]]:

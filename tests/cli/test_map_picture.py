@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from icm_cli.workflows.map_picture import draw_map
-from icm_cli.workflows.mapping import MappedFleet
+from icm_cli.workflows.mapped_fleet import MappedFleet
 from icmlora.task_map import map_tasks
 
 SVG = "{http://www.w3.org/2000/svg}"
