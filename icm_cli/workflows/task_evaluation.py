@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,7 +126,7 @@ class TaskEvaluation:
             if rung not in {"base", "original", *rungs}:
                 continue
             if rung in known:
-                results[rung] = known[rung]
+                results[rung] = self._completed(known[rung], results, record=record)
                 continue
             try:
                 measured = self._measure(rung, results)
@@ -151,6 +151,16 @@ class TaskEvaluation:
         """
         with adapted(self._base, written) as model:
             return self._loss(label, model)
+
+    def _completed(self, known: RungResult, before: Mapping[Rung, RungResult], *, record: bool) -> RungResult:
+        """Add the retained gain to what was measured while the original was evicted, once that is back."""
+        gain = result_of(known.rung, known.as_loss(), known.dw_error, before).retained_gain
+        if known.retained_gain is not None or gain is None:
+            return known
+        found = replace(known, retained_gain=gain)
+        if record:
+            self._store.add_evaluations([self.evaluation_of(found)], of=self._seen())
+        return found
 
     def _seen(self) -> Subject:
         """Return what there is to measure."""

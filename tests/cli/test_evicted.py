@@ -173,3 +173,16 @@ def test_eval_of_what_was_never_measured_says_unknown(icm: Icm, gone: Path) -> N
     rungs = ran.events[0]["rungs"]
     assert (ran.code, "original" in rungs, rungs["code"]["retained_gain"]) == (0, False, None)
     assert "unknown" in icm("eval", "rules", "--device", "cpu").err
+
+
+def test_what_was_measured_before_an_original_came_back_gets_its_gain(
+    icm: Icm, gone: Path, mixed_template: Path
+) -> None:
+    icm("eval", "rules", "--device", "cpu")
+    icm("ingest", mixed_template / "loras", "--restore")
+    first, second = (icm("eval", "rules", "--device", "cpu", "--json").events[0]["rungs"] for _ in range(2))
+    losses = [first[rung]["nats_per_token"] for rung in ("base", "original", "code")]
+    assert first["code"]["retained_gain"] == pytest.approx((losses[0] - losses[2]) / (losses[0] - losses[1]))
+    assert second == first
+    rows = icm("show", "rules", "--json").document["evaluations"]
+    assert [row["retained_gain"] for row in rows if row["rung"] == "code"] == [first["code"]["retained_gain"]]
