@@ -22,6 +22,7 @@ _NAMES = {
     "prompt-16": "16 samples in the prompt",
     "prompt-4": "4 samples in the prompt",
     "icm-64-refine-20": "icm, 64 samples, 20 gradient steps more",
+    "icm-64-refine-60": "icm, 64 samples, 60 gradient steps more",
     "fresh-16": "a new LoRA, 60 steps on 16 samples",
     "fresh-64": "a new LoRA, 60 steps on 64 samples",
     "multitask": "one LoRA for all known tasks",

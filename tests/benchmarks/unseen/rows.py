@@ -2,7 +2,7 @@
 
 nothing of the task        start, mean, multitask
 the task's vector          nearest, mixture
-K samples                  prompt-K, icm-K, icm-K-refine-20, fresh-K (a LoRA from scratch, 60 steps)
+K samples                  prompt-K, icm-K, icm-K-refine-STEPS, fresh-K (a LoRA from scratch, 60 steps)
 first-16                   icm-16 with the lengths that nothing was learned about: what the episodes are worth
 controls                   random (another direction), shuffled (another task's samples), mean-vector (all tasks')
 """

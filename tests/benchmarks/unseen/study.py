@@ -27,6 +27,8 @@ _PROMPT_TOKENS = 96
 
 _REFINED = (16, 64)
 """Numbers of samples from which gradient steps go on, and a LoRA from scratch is trained."""
+_FRESH_STEPS = 60
+"""Of a LoRA from scratch."""
 
 
 class Results:
@@ -114,11 +116,16 @@ class Fold:
         for task in self._held_out:
             self._unlearned(task)
         for task in self._held_out[: self._options.refined]:
-            self._refined(task, 16)
+            self._refined(task, 16, 20)
+            self._fresh(task, 16)
         for task in self._held_out[: self._options.many]:
             self._generated(task, 64, 0)
-        for task in self._held_out[: min(self._options.many, self._options.refined)]:
-            self._refined(task, 64)
+        both = self._held_out[: min(self._options.many, self._options.refined)]
+        for task in both:
+            self._refined(task, 64, 20)
+            self._fresh(task, 64)
+        for task in both:
+            self._refined(task, 64, _FRESH_STEPS)
 
     def _without_steps(self, task: StudyTask) -> None:
         self._measure(task, "base", 0, lambda: None)
@@ -172,18 +179,18 @@ class Fold:
             examples = [Example(prompt, example.completion) for example in self._texts[task.name]]
             self._results.measure(task, f"prompt-{count}", 0, lambda e=examples: self._nats(None, e))
 
-    def _refined(self, task: StudyTask, count: int) -> None:
+    def _refined(self, task: StudyTask, count: int, steps: int) -> None:
         samples = rows.support(task.samples(self._base), count, 0)
 
         def further() -> Adapter:
-            return rows.refined(self._base, self._kept(task, count), samples, 20)
+            return rows.refined(self._base, self._kept(task, count), samples, steps)
 
-        def fresh() -> Adapter:
-            ids = [sample.ids for sample in samples]
-            return fitted.fit_fresh(self._options.base_folder, ids, 60, rows.RANK, 0)
+        self._measure(task, f"icm-{count}-refine-{steps}", 0, further)
 
-        self._measure(task, f"icm-{count}-refine-20", 0, further)
-        self._measure(task, f"fresh-{count}", 0, fresh)
+    def _fresh(self, task: StudyTask, count: int) -> None:
+        ids = [sample.ids for sample in rows.support(task.samples(self._base), count, 0)]
+        folder = self._options.base_folder
+        self._measure(task, f"fresh-{count}", 0, lambda: fitted.fit_fresh(folder, ids, _FRESH_STEPS, rows.RANK, 0))
 
     def _measure(self, task: StudyTask, row: str, seed: int, make: Callable[[], Adapter | None]) -> None:
         self._results.measure(task, row, seed, lambda: self._nats(make(), self._texts[task.name]))
