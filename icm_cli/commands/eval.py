@@ -98,8 +98,8 @@ def evaluate(
         report = session.follow(measure(session.place, request, stop), "eval", partial(tell, session))
     print_tasks(session, report)
     if report.tasks and max_tokens != _TOKENS:
-        usual = f"what was measured on {_TOKENS} tokens of each text; `icm eval` measures that again"
-        session.out.note(f"kept in the place of {usual}")
+        usual = f"`icm eval` without --max-tokens measures {_TOKENS} tokens of each text"
+        session.out.note(f"this is what `icm stats` shows until {usual}")
     if request.baselines:
         print_methods(session, report)
     check_finished(report)

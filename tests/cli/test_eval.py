@@ -99,9 +99,9 @@ def test_fewer_tokens_are_another_measurement(icm: Icm, trained: Path) -> None:
     assert tokens() > 8
 
 
-def test_a_quick_look_says_what_it_takes_the_place_of(icm: Icm, trained: Path) -> None:
-    assert "in the place of what was measured on 256 tokens" in icm(*EVAL, "--max-tokens", 5).err
-    assert "in the place of" not in icm(*EVAL).err
+def test_a_quick_look_says_how_to_measure_as_usual_again(icm: Icm, trained: Path) -> None:
+    assert "until `icm eval` without --max-tokens measures 256 tokens" in icm(*EVAL, "--max-tokens", 5).err
+    assert "without --max-tokens" not in icm(*EVAL).err
 
 
 def test_only_the_rungs_that_are_named_beside_base_and_original(icm: Icm, trained: Path) -> None:
