@@ -16,19 +16,24 @@ from pathlib import Path
 _SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
 
 
-def locked_beside(target: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+def locked_beside(target: Path, *, flags: int, create: Callable[[Path], object]) -> tuple[Path, int]:
     """Make a new, locked entry `NAME.icm-XXXXXXXX` in the target's folder.
 
     Args:
         target: What it will be renamed to.
-        make: Makes an entry of a given path and returns its descriptor.
+        flags: How the entry is opened.
+        create: Makes an empty entry of a given path.
 
     Returns:
         The entry, and the descriptor that holds the lock until it is closed.
     """
     while True:
         entry = target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
-        descriptor = make(entry)
+        create(entry)
+        try:
+            descriptor = os.open(entry, flags)
+        except FileNotFoundError:
+            continue
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_at(entry, descriptor):
             return entry, descriptor

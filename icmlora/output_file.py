@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,7 +34,7 @@ def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     check_absent(path, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target, flags=os.O_NONBLOCK, remove=lambda entry: entry.unlink(missing_ok=True))
-    temporary, descriptor = locked_beside(target, _new_file)
+    temporary, descriptor = locked_beside(target, flags=os.O_WRONLY, create=partial(Path.touch, exist_ok=False))
     try:
         with os.fdopen(descriptor, "wb") as stream:
             yield stream
@@ -56,7 +57,3 @@ def check_absent(path: Path, *, force: bool = False) -> None:
         raise OutputExists("is not a file", path=path)
     if path.exists() and not force:
         raise OutputExists("exists already", path=path, hint="choose another name, or replace it with --force")
-
-
-def _new_file(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

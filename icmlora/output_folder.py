@@ -91,7 +91,7 @@ def building_folder(directory: Path) -> Iterator[Path]:
         OSError: The file system refused; nothing was left at `directory`.
     """
     target = _cleared(directory)
-    folder, lock = locked_beside(target, _new_folder)
+    folder, lock = locked_beside(target, flags=os.O_DIRECTORY, create=Path.mkdir)
     try:
         yield folder
         fsync_folder(folder)
@@ -121,11 +121,6 @@ def _replace(target: Path, files: Mapping[str, bytes]) -> None:
     fsync_folder(target)
     for name, data in files.items():
         write_durably(target / name, data)
-
-
-def _new_folder(path: Path) -> int:
-    path.mkdir()
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _remove_folder(folder: Path) -> None:
