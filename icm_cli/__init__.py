@@ -1,1 +1,1 @@
-"""The `icm` command line: parses, prints and maps errors; the use cases are in `icm_cli.workflows`."""
+"""The `icm` command line: parses, prints and maps errors; the use cases are in `icmlora.fleet`."""

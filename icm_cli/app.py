@@ -39,7 +39,7 @@ from icm_cli.errors import ConfigProblem, ExitCode, Failure, StdoutClosed, descr
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
 from icm_cli.session import GlobalOptions
-from icm_cli.text import utc
+from icmlora.io.text import utc
 
 MAIN = "Main commands"
 CARRY = "Take it elsewhere"

@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from enum import IntEnum
 
-from icm_cli.text import escape
+from icmlora.io.text import escape
 
 
 class ExitCode(IntEnum):
@@ -112,7 +112,7 @@ TABLE: dict[str, ExitCode] = {
     "icm_cli.errors.ConfigProblem": ExitCode.USAGE,
     "icm_cli.errors.Interrupted": ExitCode.INTERRUPTED,
     "icm_cli.errors.StdoutClosed": ExitCode.STDOUT_CLOSED,
-    "icm_cli.workflows.materializing.TooLossy": ExitCode.TOO_LOSSY,
+    "icmlora.fleet.materialize.TooLossy": ExitCode.TOO_LOSSY,
     "typer.exceptions.TyperException": ExitCode.USAGE,
     "registry.errors.RegistryError": ExitCode.FAILED,
     "registry.errors.StoreNotFound": ExitCode.NO_STORE,
@@ -124,6 +124,7 @@ TABLE: dict[str, ExitCode] = {
     "registry.errors.SourceRefused": ExitCode.UNSAFE,
     "registry.errors.SourceChanged": ExitCode.FAILED,
     "icmlora.errors.IcmLoraError": ExitCode.FAILED,
+    "icmlora.errors.Cancelled": ExitCode.INTERRUPTED,
     "icmlora.errors.UnsafeInput": ExitCode.UNSAFE,
     "icmlora.errors.CodeError": ExitCode.DAMAGED,
     "icmlora.errors.UnknownBaseline": ExitCode.USAGE,

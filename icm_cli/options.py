@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from icm_cli.complete import complete_base, complete_task
+from icm_cli.completion import complete_base, complete_task
 
 GLOBAL_PANEL = "Global options"
 

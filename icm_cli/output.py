@@ -22,7 +22,7 @@ from typing import TextIO
 from icm_cli.config import switched_on
 from icm_cli.errors import Failure, UsageProblem, escape_lines
 from icm_cli.progress import PlainProgress, Progress, RichProgress, SilentProgress
-from icm_cli.text import escape, shortened, width
+from icmlora.io.text import escape, shortened, width
 
 _GAP = "  "
 _NARROWEST = 8  # cells that a shrinking column keeps

@@ -11,7 +11,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from icm_cli.text import escape, human_duration
+from icmlora.io.text import escape, human_duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBar

@@ -18,12 +18,13 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import typer
 
-from icm_cli.config import Settings, load_settings
+from icm_cli.config import Settings, cache_folder, load_settings
 from icm_cli.errors import Interrupted, StdoutClosed
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
-from icm_cli.workflows.events import Event, Step, StopFlag
-from icm_cli.workflows.opening import Place
+from icmlora.errors import Cancelled
+from icmlora.fleet.api import Fleet
+from icmlora.fleet.context import Context, Event, Progress, StopFlag, ignore
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and what batch systems and containers send some time before they kill."""
@@ -72,9 +73,45 @@ class Session:
     options: GlobalOptions
 
     @property
-    def place(self) -> Place:
+    def fleet(self) -> Fleet:
+        """The fleet of the store, for work that takes no time worth showing."""
+        return self._fleet(ignore)
+
+    @contextmanager
+    def working(self, label: str, on_event: Callable[[Event], None] = ignore) -> Iterator[Fleet]:
+        """Yield the fleet of the store, with its progress on the display.
+
+        The first Ctrl-C or SIGTERM stops the work after the current step, with `Cancelled`; the second stops at once.
+
+        Args:
+            label: What the display calls the work.
+            on_event: Gets every event that is not a `Progress`.
+        """
+        with self.out.progress(label) as display, self.stoppable() as stop:
+
+            def listen(event: Event) -> None:
+                if isinstance(event, Progress):
+                    display.update(event.done, event.total, event.note)
+                else:
+                    on_event(event)
+                if stop.requested:
+                    raise Cancelled
+
+            yield self._fleet(listen)
+
+    def _fleet(self, on_event: Callable[[Event], None]) -> Fleet:
+        return Fleet(
+            self.settings.store.value,
+            cache=cache_folder(),
+            lock_timeout=self.settings.lock_timeout.value,
+            command=self.command,
+            on_event=on_event,
+        )
+
+    @property
+    def context(self) -> Context:
         """The store to work on, for the workflows."""
-        return Place(self.settings.store.value, self.settings.lock_timeout.value, self.command)
+        return Context(self.settings.store.value, cache_folder(), self.settings.lock_timeout.value, self.command)
 
     def device(self, flag: str | None) -> str:
         """Return the device name from the flag, the environment or the configuration."""
@@ -95,7 +132,7 @@ class Session:
                 except StopIteration as finished:
                     result: R = finished.value
                     return result
-                if isinstance(event, Step):
+                if isinstance(event, Progress):
                     display.update(event.done, event.total, event.note)
                 elif on_event is not None:
                     on_event(event)

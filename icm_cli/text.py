@@ -1,89 +1,41 @@
-"""How values become text: sizes, percentages, times and names that came from outside.
-
-Every command prints a value of one kind through the one function for it, so that tables and messages agree.
-"""
+"""How codes, what lies beside them, and what they were asked to keep are written for people."""
 
 from __future__ import annotations
 
-import unicodedata
-from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
-# Bidirectional controls reorder what follows them on a terminal; \u2028 and \u2029 break lines in some.
-_REORDERING = frozenset("\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+from icmlora.io.text import counted, human_size
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
-def escape(text: str) -> str:
-    r"""Return `text` with everything that could drive a terminal written out, as `\x1b` or `\u202e`.
-
-    Names of files, tensors and tasks are hostile text until they have passed through here.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_escaped(character) for character in text)
+    from registry.records import Asked
 
 
-def _escaped(character: str) -> str:
-    # Categories Cc, Cs, Co and Cn: controls, lone surrogates (undecodable file names), private use, unassigned.
-    if character in _REORDERING or unicodedata.category(character) in {"Cc", "Cs", "Co", "Cn"}:
-        code = ord(character)
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-    return character
+def coded_size(code: int | None, residual: int | None) -> str:
+    """Return the size of a code, with that of its residual if it has one."""
+    if code is None:
+        return "-"
+    return human_size(code) if residual is None else f"{human_size(code)} + {human_size(residual)}"
 
 
-def human_size(size: int) -> str:
-    """Return a number of bytes in IEC units with one decimal, as `11.4 MiB`; below 1 KiB exactly, as `17 B`."""
-    value, unit = float(abs(size)), "B"
-    for larger in _UNITS:
-        # 1023.95 would be shown as 1024.0 of the smaller unit.
-        if value < 1023.95:
-            break
-        value, unit = value / 1024, larger
-    sign = "-" if size < 0 else ""
-    return f"{sign}{value:.0f} B" if unit == "B" else f"{sign}{value:.1f} {unit}"
-
-
-def human_percent(fraction: float | None) -> str:
-    """Return a fraction as a percentage with one decimal, or `-` where there is none."""
-    return "-" if fraction is None else f"{100 * fraction:.1f}%"
-
-
-def human_duration(seconds: float) -> str:
-    """Return a duration as `0.4s`, `42s`, `2:10` (minutes) or `1:02:10` (hours)."""
-    if seconds < 10:
-        return f"{seconds:.1f}s"
-    total = round(seconds)
-    if total < 60:
-        return f"{total}s"
-    hours, rest = divmod(total, 3600)
-    minutes, second = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{second:02}" if hours else f"{minutes}:{second:02}"
-
-
-def utc(moment: datetime) -> str:
-    """Return a moment as RFC 3339 in UTC with seconds, as `2026-11-24T16:03:00Z`."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """Return `1 adapter` or `12 adapters`."""
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
-
-
-def width(text: str) -> int:
-    """Return how many terminal cells a text takes; wide East Asian characters take two, combining marks none."""
-    if text.isascii():
-        return len(text)
-    return sum(
-        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        for character in text
+def limits_text(asked: Asked) -> str:
+    """Return what was asked for."""
+    limits = (
+        ("a retained gain of", asked.min_gain),
+        ("a relative dW error of", asked.max_error),
+        ("a weighted error of", asked.tolerance),
     )
+    return " and ".join(f"{name} {limit:g}" for name, limit in limits if limit is not None)
 
 
-def shortened(text: str, cells: int) -> str:
-    """Return `text` cut to a number of terminal cells, with an ellipsis where something is missing."""
-    if width(text) <= cells:
-        return text
-    while text and width(text) > cells - 1:
-        text = text[:-1]
-    return text + "…"
+def shortfalls(short: Iterable[Asked]) -> list[str]:
+    """Say how many tasks keep their original for want of what they were asked to keep, a line for each limit."""
+    found: dict[str, int] = {}
+    for asked in short:
+        text = limits_text(asked)
+        found[text] = found.get(text, 0) + 1
+    return [
+        f"{counted(number, 'task')} {'keeps its' if number == 1 else 'keep their'} original: no code keeps {text}"
+        for text, number in sorted(found.items())
+    ]

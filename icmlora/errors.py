@@ -12,7 +12,8 @@ IcmLoraError
 |-- CodeError               a code that is damaged or belongs to another generator
 |-- UnknownBaseline         a baseline that is not in the catalogue
 |-- BundleError             a bundle that is damaged, cut short or of another format
-`-- DataError               samples or held-out text that cannot be used
+|-- DataError               samples or held-out text that cannot be used
+`-- Cancelled               somebody asked to stop; what was finished is kept
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from icmlora.names import printable
+from registry.names import printable
 
 
 class IcmLoraError(Exception):
@@ -97,6 +98,18 @@ class UnknownBaseline(IcmLoraError):
 
 class DataError(IcmLoraError):
     """Samples or evaluation text that cannot be parsed or used."""
+
+
+class Cancelled(IcmLoraError):
+    """Somebody asked to stop, and the work stopped between two atomic steps; what was finished is kept.
+
+    Attributes:
+        report: What was done until then, where the use case reports that.
+    """
+
+    def __init__(self, message: str = "stopped; what was finished is kept") -> None:
+        super().__init__(message)
+        self.report: object = None
 
 
 @contextmanager

@@ -10,23 +10,21 @@ original went; it counts, and no other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, literal, select, update
+from sqlalchemy import delete, func, insert, literal, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from registry import models, records, rows
-from registry.base import StoreBase
-from registry.code_rows import code_rows, current_row, spare_of
+from registry import records, rows
+from registry import schema as models
+from registry.codes import code_rows, copies, current_row, spare_of
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
-from registry.fs import failpoint
-from registry.garbage import drop_unreferenced
-from registry.learned import generator_row, must_cover_evicted
-from registry.writer import RowWriter
-
-_Copy = tuple[int, int | None]
-"""The rows of the blobs of a code and of its residual."""
+from registry.files import failpoint
+from registry.part import Part
+from registry.prune import drop_unreferenced
+from registry.rows import RowWriter
+from registry.runs import finish_run
 
 
 @dataclass(frozen=True)
@@ -43,35 +41,50 @@ class GeneratorUse:
     last_copies: tuple[str, ...]
 
 
-class GeneratorOperations(StoreBase):
+class Generators(Part):
     """What the store does with generators once they are there."""
 
-    def add_codes(self, generator_id: int, codes: Sequence[records.NewCode]) -> list[records.CodeRecord]:
-        """Record codes of tasks that have none under the current generator, in one transaction.
+    def add(self, generator: records.NewGenerator) -> records.GeneratorRecord:
+        """Record a generator with all its codes in one transaction and make it the current one.
 
-        A task that got one meanwhile keeps it; one that is gone, or has another adapter by now, gets none.
-
-        Returns:
-            What was recorded.
+        A code whose task is gone, or has another adapter by now, is left out.
 
         Raises:
-            GeneratorConflict: the generator is not the current one any more.
             MissingBlob: a digest is not in the store.
-            In each case nothing is recorded.
+            LastCopy: an evicted task would have no code under it.
         """
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs, spare_of(codes))
-            generator = current_row(session, generator_id)
-            known = _copies(session, generator.id)
-            new = list(code_rows(writer, generator, [code for code in codes if code.adapter.task not in known]))
-            session.add_all(new)
+            writer = RowWriter(session, self._blobs, spare_of(generator.codes))
+            row = generator_row(writer, generator)
+            codes = list(code_rows(writer, row, generator.codes))
+            must_cover_evicted(session, generator.base_model, [code.task.name for code in codes])
+            session.add_all(codes)
+            garbage = finish_run(writer, generator.train_run_id) if generator.train_run_id else []
             session.flush()
-            recorded = [rows.code_record(row) for row in new]
+            record = rows.generator_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
-        return recorded
+        drop_unreferenced(self._db, self._blobs, garbage)
+        return record
 
-    def extend_generator(self, new: records.NewGenerator) -> records.GeneratorRecord:
+    def current(self, base_model: str) -> records.GeneratorRecord | None:
+        """Return the generator in use for a base model, or None before the first training."""
+        generator = models.Generator
+        with self._db.read() as session:
+            query = select(generator).join(generator.base_model).where(models.BaseModel.name == base_model)
+            row = session.scalar(query.where(generator.is_current))
+            return None if row is None else rows.generator_record(row)
+
+    def all(self, base_model: str | None = None) -> list[records.GeneratorRecord]:
+        """Return all generators, or those of one base model, oldest first."""
+        generator = models.Generator
+        query = select(generator).join(generator.base_model).order_by(models.BaseModel.name, generator.version)
+        if base_model is not None:
+            query = query.where(models.BaseModel.name == base_model)
+        with self._db.read() as session:
+            return [rows.generator_record(row) for row in session.scalars(query)]
+
+    def extend(self, new: records.NewGenerator) -> records.GeneratorRecord:
         """Make a generator current that decodes every code of its parent, in one transaction.
 
         All codes of the parent are its codes too, with what lies beside them and what was measured of them.
@@ -96,21 +109,21 @@ class GeneratorOperations(StoreBase):
             session.flush()
             row.start_id = parent.start_id  # its mean is a code as others are
             _link(session, parent.id, row.id, [code.task_id for code in fresh])
-            _must_keep_copies(session, parent, row)
-            must_cover_evicted(session, new.base_model, _copies(session, row.id))
+            _must_keepcopies(session, parent, row)
+            must_cover_evicted(session, new.base_model, copies(session, row.id))
             record = rows.generator_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         return record
 
-    def generator_uses(self) -> list[GeneratorUse]:
+    def uses(self) -> list[GeneratorUse]:
         """Return every generator with what depends on it, by base model and version."""
         generator = models.Generator
         with self._db.read() as session:
             query = select(generator).join(generator.base_model).order_by(models.BaseModel.name, generator.version)
             return [
                 GeneratorUse(
-                    rows.generator_record(row), tuple(sorted(_copies(session, row.id))), _last_copies(session, row)
+                    rows.generator_record(row), tuple(sorted(copies(session, row.id))), _lastcopies(session, row)
                 )
                 for row in session.scalars(query)
             ]
@@ -154,10 +167,10 @@ class GeneratorOperations(StoreBase):
             row = _find(session, generator_id)
             of_base = generator.base_model_id == row.base_model_id
             present = session.scalar(select(generator).where(of_base, generator.is_current))
-            codes, before = _copies(session, row.id), {}
+            codes, before = copies(session, row.id), {}
             if present is not None:
-                _must_keep_copies(session, present, row)
-                before = _copies(session, present.id)
+                _must_keepcopies(session, present, row)
+                before = copies(session, present.id)
             must_cover_evicted(session, row.base_model.name, codes)
             session.execute(update(generator).where(of_base, generator.is_current).values(is_current=False))
             session.execute(update(generator).where(generator.id == generator_id).values(is_current=True))
@@ -167,9 +180,9 @@ class GeneratorOperations(StoreBase):
     def check_forgettable(self, generator: records.GeneratorRecord) -> int:
         """Return how many codes :meth:`forget_generator` would forget, or raise what it would raise."""
         with self._db.read() as session:
-            return len(_copies(session, _forgettable(session, generator).id))
+            return len(copies(session, _forgettable(session, generator).id))
 
-    def forget_generator(self, generator: records.GeneratorRecord) -> int:
+    def forget(self, generator: records.GeneratorRecord) -> int:
         """Forget a generator that is not current, with its codes and what was measured of them; prune frees the bytes.
 
         Args:
@@ -186,7 +199,7 @@ class GeneratorOperations(StoreBase):
         """
         with self._lock.exclusive(), self._db.write() as session:
             row = _forgettable(session, generator)
-            count = len(_copies(session, row.id))
+            count = len(copies(session, row.id))
             session.execute(delete(models.Generator).where(models.Generator.id == row.id))
             failpoint("rows-before-commit")
             return count
@@ -207,7 +220,7 @@ def _forgettable(session: Session, generator: records.GeneratorRecord) -> models
     if row.is_current:
         hint = "`icm generators rollback DIGEST` makes another one current first"
         raise GeneratorConflict(f"generator {row.blob.digest[:12]} is in use", hint=hint)
-    last = _last_copies(session, row)
+    last = _lastcopies(session, row)
     if last:
         fact = f"generator {row.blob.digest[:12]} holds the only code of {_shown(last)}"
         hint = "`icm ingest --restore PATH` of their originals, or `icm rm` if nobody needs them"
@@ -220,32 +233,22 @@ def _identity(generator: records.GeneratorRecord) -> tuple[str, str, int, str]:
     return generator.blob, generator.base_model, generator.version, generator.created_at
 
 
-def _copies(session: Session, generator_id: int, *, evicted: bool = False) -> dict[str, _Copy]:
-    """Return task -> what a generator has of it, or only of those tasks whose original is gone."""
-    code, adapter = models.Code, models.Adapter
-    query = select(models.Task.name, code.blob_id, code.residual_id).join_from(code, models.Task)
-    query = query.where(code.generator_id == generator_id)
-    if evicted:
-        query = query.join(adapter, adapter.id == code.adapter_id).where(adapter.evicted_at.is_not(None))
-    return {name: (blob, residual) for name, blob, residual in session.execute(query)}
-
-
-def _last_copies(session: Session, row: models.Generator) -> tuple[str, ...]:
+def _lastcopies(session: Session, row: models.Generator) -> tuple[str, ...]:
     """Return the evicted tasks that only this generator can give back as they were checked."""
-    generator, mine = models.Generator, _copies(session, row.id, evicted=True)
+    generator, mine = models.Generator, copies(session, row.id, evicted=True)
     others = select(generator.id).where(generator.base_model_id == row.base_model_id, generator.id != row.id)
     if row.is_current:
-        found = [_copies(session, other, evicted=True) for other in session.scalars(others)]
+        found = [copies(session, other, evicted=True) for other in session.scalars(others)]
         kept = {name for copies in found for name, copy in copies.items() if mine.get(name) == copy}
     else:  # whatever code the current one has is the one that was checked
         present = session.scalar(others.where(generator.is_current))
-        kept = set() if present is None else set(_copies(session, present, evicted=True))
+        kept = set() if present is None else set(copies(session, present, evicted=True))
     return tuple(sorted(set(mine) - kept))
 
 
-def _must_keep_copies(session: Session, present: models.Generator, new: models.Generator) -> None:
+def _must_keepcopies(session: Session, present: models.Generator, new: models.Generator) -> None:
     """Raise unless a generator has the very codes, and residuals, that stand in for evicted tasks now."""
-    needed, found = _copies(session, present.id, evicted=True), _copies(session, new.id)
+    needed, found = copies(session, present.id, evicted=True), copies(session, new.id)
     lost = sorted(name for name, copy in needed.items() if found.get(name) != copy)
     if lost:
         fact = f"generator {new.blob.digest[:12]} does not have the codes that stand in for {_shown(lost)}"
@@ -267,3 +270,37 @@ def _link(session: Session, parent_id: int, generator_id: int, without: Sequence
             table.generator_id == parent_id, table.task_id.not_in(without)
         )
         session.execute(insert(table).from_select(["generator_id", *(column.key for column in columns)], chosen))
+
+
+def must_cover_evicted(session: Session, base_model: str, tasks: Iterable[str]) -> None:
+    """Raise unless there are codes of all tasks of a base model that have no original any more."""
+    adapter, base = models.Adapter, models.BaseModel
+    query = select(models.Task.name).join(models.Task.base_model).join(adapter, adapter.task_id == models.Task.id)
+    query = query.where(base.name == base_model, adapter.is_final, adapter.evicted_at.is_not(None))
+    covered = {task.lower() for task in tasks}
+    bare = [name for name in session.scalars(query.order_by(models.Task.name)) if name.lower() not in covered]
+    if bare:
+        fact = f"task {bare[0]!r} has no original any more, and would have no code"
+        raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")
+
+
+def generator_row(writer: RowWriter, new: records.NewGenerator, *, least_version: int = 1) -> models.Generator:
+    """Make the row of a generator in an open transaction, in place of the current one; its codes are not written."""
+    session, generator = writer.session, models.Generator
+    base_model = writer.base_model(new.base_model)
+    session.flush()
+    of_base = generator.base_model_id == base_model.id
+    session.execute(update(generator).where(of_base, generator.is_current).values(is_current=False))
+    latest = session.scalar(select(func.max(generator.version)).where(of_base)) or 0
+    row = generator(
+        base_model=base_model,
+        version=max(latest + 1, least_version),
+        parent_id=new.parent_id,
+        blob=writer.blob(new.blob),
+        config=dict(new.config),
+        metrics=dict(new.metrics),
+        is_current=True,
+        created_at=writer.now,
+    )
+    session.add(row)
+    return row

@@ -1,7 +1,10 @@
-"""One flock per store: shared while a process uses it, exclusive while one removes bytes.
+"""Two kinds of flock: one for the store, and one job lock for each base model.
 
-The kernel drops the lock when its process dies, so there are no stale locks and no command to break one. The names
-in the file serve the error message only.
+    store lock   shared while a process uses the store, exclusive while one deletes bytes
+    job lock     exclusive while a process trains, updates, encodes or evicts for one base model
+
+The kernel drops a lock when its process dies, so there are no stale locks and no command to break one. The names in a
+lock file serve the error message only.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ _POLL_SECONDS = 0.05
 _MAX_NAMES_BYTES = 4096
 
 
-class StoreLock:
-    """An flock on the store's lock file, held until :meth:`close`."""
+class FileLock:
+    """An flock on one file, held until :meth:`close`."""
 
-    def __init__(self, path: Path, *, timeout: float, command: str, writable: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, timeout: float, command: str, writable: bool = True, subject: str | None = None
+    ) -> None:
         """Open the lock file without taking the lock.
 
         Args:
@@ -30,6 +35,7 @@ class StoreLock:
             timeout: seconds to wait for other processes.
             command: what this process does, for the message that others see.
             writable: False for a store on read-only media, where the file must exist.
+            subject: what the lock is for, in the error message; the store by default.
 
         Raises:
             OSError: the file cannot be opened.
@@ -38,6 +44,7 @@ class StoreLock:
         self._timeout = timeout
         self._command = " ".join(command.split())[:200]
         self._writable = writable
+        self._subject = subject or f"the store {path.parent}"
         flags = (os.O_RDWR | os.O_CREAT | os.O_APPEND) if writable else os.O_RDONLY
         self._fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
@@ -63,6 +70,14 @@ class StoreLock:
             yield
         finally:
             self._take(fcntl.LOCK_SH)
+
+    def hold(self) -> None:
+        """Take the exclusive lock until :meth:`close`.
+
+        Raises:
+            StoreLocked: another process holds it and the timeout passed.
+        """
+        self._take(fcntl.LOCK_EX)
 
     def close(self) -> None:
         """Give up the lock."""
@@ -94,7 +109,7 @@ class StoreLock:
 
     def _locked(self) -> StoreLocked:
         holders = "; ".join(f"pid {pid}, {command}" for pid, command in self._holders().items())
-        message = f"the store {self._path.parent} is in use" + (f" by {holders}" if holders else "")
+        message = f"{self._subject} is in use" + (f" by {holders}" if holders else "")
         hint = f"waited {self._timeout:g} s; let it finish, or wait longer with --lock-timeout"
         return StoreLocked(message, path=self._path, hint=hint)
 

@@ -1,13 +1,17 @@
 """What the store takes and returns: frozen values, free of SQLAlchemy and of open connections.
 
 Times are RFC 3339 in UTC, sizes are bytes, digests are lower-case SHA-256 of a blob's bytes.
+
+What the store takes and returns about originals that it lets go of; the other values are in `registry.records`.
+
+What the adapters of a fleet have in common, kept once for all that are alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
@@ -397,3 +401,58 @@ class EvaluationRecord(NewEvaluation):
 
     id: int
     created_at: str
+
+
+@dataclass(frozen=True)
+class EvictedAdapter:
+    """What tells an evicted adapter when it is met again; attributes as in :class:`registry.records.AdapterRecord`."""
+
+    task: str
+    weights: str
+    config: str
+    step: int | None
+    is_final: bool
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Originals to be let go, and what was found to stand in for them.
+
+    Attributes:
+        task: the task.
+        adapters: numbers of its adapters whose weights go.
+        code: the code that stands in, with its residual if it has one, as they were read and decoded.
+        generator: the generator that decodes it, likewise.
+        dw_error: relative squared error of dW that was measured on what they decode to.
+        evaluations: what else was measured.
+    """
+
+    task: str
+    adapters: Sequence[int]
+    code: CodeRecord
+    generator: GeneratorRecord
+    dw_error: float
+    evaluations: Sequence[NewEvaluation] = ()
+
+    def digests(self) -> list[str]:
+        """Return the digests of everything that stands in."""
+        beside = [] if self.code.residual is None else [self.code.residual.blob]
+        return [self.generator.blob, self.code.blob, *beside]
+
+
+class Description(NamedTuple):
+    """An adapter without its weights; attributes as in :class:`registry.records.AdapterRecord`.
+
+    As JSON it is an array, in this order.
+    """
+
+    dtype: str
+    rank_max: int
+    parameters: int
+    target_modules: Sequence[str]
+    layout: Sequence[LayoutEntry]
+
+
+def description_of(new: NewAdapter) -> Description:
+    """Return the description of a new adapter, in a form that can be a key."""
+    return Description(new.dtype, new.rank_max, new.parameters, tuple(new.target_modules), tuple(new.layout))

@@ -1,17 +1,234 @@
-"""From table rows to records."""
+"""Where an adapter came from, in as few bytes as a trainer's habits allow.
+
+A trainer puts a task's adapter into one folder and its checkpoints into `checkpoint-N` below. So the folder is kept
+once per task, and a source only where it is another one.
+
+Rows that others refer to, made when they are new. One writer serves one transaction.
+
+Rows that many others refer to, found or made many at a time, and known by their numbers.
+
+An ingest refers to hundreds of blobs. With an object for each row, and statements that fetch it back, this took ten
+times longer; so here are plain statements, and the number of a row is all that is kept of it.
+
+From table rows to records.
+
+Rows of codes in an open transaction: whether what was encoded is still the task's adapter, and what is written then.
+
+A code is made of an adapter that was read minutes ago. Meanwhile another ingest may have replaced it, and the number of
+a row that went is given to the next one. So the bytes are compared, not only the number.
+
+What task vectors and measurements are of, and whether their task still has it when they are recorded.
+
+Both are made of what was read minutes ago. Meanwhile another process may have replaced the adapter, its samples or its
+code, and what is recorded for a task speaks for what the task has from then on. So it is compared in the transaction.
+"""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any, cast
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import select
+from sqlalchemy import Connection, Table, select
+from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
-from registry import models, records
-from registry.descriptions import Description
+from registry import records
+from registry import schema as models
+from registry.blobs.local import BlobStore, Spare, no_spare
 from registry.errors import TaskNotFound
-from registry.folders import usual_source
+from registry.records import Description
+from registry.schema import BaseModel, Blob, Document, compact_json
+
+_CHECKPOINT = re.compile(r"/checkpoint-[0-9]+$")
+
+
+def source_label(path: Path) -> str:
+    """Return a path as text that every database takes: bytes that are no UTF-8 are written out in hexadecimal."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def task_folder(source: str) -> str:
+    """Return the folder of a task whose final adapter came from `source`, which may be a checkpoint itself."""
+    return _CHECKPOINT.sub("", source)
+
+
+def usual_source(folder: str, step: int | None, *, is_final: bool) -> str:
+    """Return where a trainer would have put an adapter of a task."""
+    return folder if is_final or step is None else f"{folder}/checkpoint-{step}"
+
+
+def unusual_source(source: str, folder: str, step: int | None, *, is_final: bool) -> str | None:
+    """Return a source if it has to be kept, because it is not the usual one."""
+    return None if source == usual_source(folder, step, is_final=is_final) else source
+
+
+MAX_VARIABLES = 500  # SQLite's own limit on `IN (...)` was 999 for long
+
+
+class RowWriter:
+    """Finds or makes the rows of blobs and base models in an open transaction."""
+
+    def __init__(self, session: Session, blobs: BlobStore, spare: Spare = no_spare) -> None:
+        """Begin to write.
+
+        Args:
+            session: with the write lock.
+            blobs: the files.
+            spare: where the bytes are of files that are gone when their rows are to be made.
+        """
+        self.session = session
+        self.now = utc_now()
+        self._files, self._spare = blobs, spare
+        self._blobs: dict[str, Blob | None] = {}  # None: looked for, has no row yet
+        self._base_models: dict[str, BaseModel] = {}
+
+    def blob(self, digest: str) -> Blob:
+        """Return the row of a blob.
+
+        The file is looked for under the write lock, so no row is ever committed whose bytes another process has
+        removed. It may have had the very same bytes, and dropped them since they were put; then they are put again,
+        where they are spare. While this holds the lock nobody drops them.
+
+        Raises:
+            MissingBlob: there is no such file, and no spare.
+            StoreFull: no space left for them.
+        """
+        if not self._files.exists(digest) and (data := self._spare(digest)) is not None:
+            self._files.put([data])
+        row = self.absent_blob(digest, size := self._files.size(digest))
+        row.size = size  # a bundle may have said something else of bytes that were not here
+        return row
+
+    def absent_blob(self, digest: str, size: int) -> Blob:
+        """Return the row of a blob that this store need not hold, because only evicted adapters refer to it."""
+        if digest not in self._blobs:
+            self.load_blobs([digest])
+        row = self._blobs[digest]
+        if row is None:
+            row = self._blobs[digest] = Blob(digest=digest, size=size)
+            self.session.add(row)
+        return row
+
+    def load_blobs(self, digests: Iterable[str]) -> None:
+        """Fetch the rows of many blobs in few queries, before :meth:`blob` is called for each."""
+        wanted = sorted(set(digests) - self._blobs.keys())
+        for at in range(0, len(wanted), MAX_VARIABLES):
+            some = wanted[at : at + MAX_VARIABLES]
+            self._blobs |= dict.fromkeys(some)
+            query = select(Blob).where(Blob.digest.in_(some))
+            self._blobs |= {row.digest: row for row in self.session.scalars(query)}
+
+    def base_model(self, name: str) -> BaseModel:
+        """Return the row of a base model."""
+        if name not in self._base_models:
+            row = self.session.scalar(select(BaseModel).where(BaseModel.name == name))
+            self._base_models[name] = row or BaseModel(name=name)
+            self.session.add(self._base_models[name])
+        return self._base_models[name]
+
+
+def named_blob(session: Session, digest: str) -> Blob:
+    """Find or make the row of a blob that is only named, in an open transaction: its length is not known here."""
+    row = session.scalar(select(Blob).where(Blob.digest == digest))
+    if row is None:
+        row = Blob(digest=digest, size=0)
+        session.add(row)
+        session.flush()
+    return row
+
+
+def document_row(session: Session, body: object) -> Document:
+    """Find or make the row of a JSON value in an open transaction."""
+    digest = document_digest(body)
+    row = session.scalar(select(Document).where(Document.digest == digest))
+    if row is None:
+        row = Document(digest=digest, body=body)
+        session.add(row)
+        session.flush()
+    return row
+
+
+def document_digest(body: object) -> str:
+    """Return what a JSON value is known by."""
+    return hashlib.sha256(compact_json(body).encode()).hexdigest()
+
+
+def utc_now() -> str:
+    """Return the present time as RFC 3339 in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+T = TypeVar("T")
+
+
+def table_of(model: type[models.Base]) -> Table:
+    """Return the table behind a class."""
+    return cast(Table, model.__table__)
+
+
+def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Split values into parts that one statement takes as variables."""
+    for at in range(0, len(values), MAX_VARIABLES):
+        yield values[at : at + MAX_VARIABLES]
+
+
+class RowNumbers:
+    """Finds or makes the rows of blobs, JSON values and base models in an open transaction."""
+
+    def __init__(self, connection: Connection, files: BlobStore) -> None:
+        self._connection = connection
+        self._files = files
+
+    def blobs(self, digests: Iterable[str]) -> dict[str, int]:
+        """Return digest -> number.
+
+        The files are looked for under the write lock, so no row is ever committed whose bytes another process has
+        removed.
+
+        Raises:
+            MissingBlob: there is no such file.
+        """
+        rows = {digest: {"size": self._files.size(digest)} for digest in sorted(set(digests))}
+        # An imported bundle may have said something else of the size of bytes that were not here.
+        return self._numbers(table_of(models.Blob), "digest", rows, corrected="size")
+
+    def documents(self, bodies: Iterable[T]) -> dict[T, int]:
+        """Return JSON value -> number; the values are given in a form that can be a key, such as tuples."""
+        digests = {body: document_digest(body) for body in dict.fromkeys(bodies)}
+        rows = {digest: {"body": body} for body, digest in digests.items()}
+        numbers = self._numbers(table_of(models.Document), "digest", rows)
+        return {body: numbers[digest] for body, digest in digests.items()}
+
+    def base_models(self, names: Iterable[str]) -> dict[str, int]:
+        """Return name -> number."""
+        return self._numbers(table_of(models.BaseModel), "name", {name: {} for name in sorted(set(names))})
+
+    def _numbers(
+        self, table: Table, key: str, rows: Mapping[str, Mapping[str, Any]], *, corrected: str | None = None
+    ) -> dict[str, int]:
+        """Insert those rows whose key the table lacks, correct one column of the others, return every row's number."""
+        if not rows:
+            return {}
+        statement = insert(table)
+        if corrected is None:
+            statement = statement.on_conflict_do_nothing(index_elements=[key])
+        else:
+            new = statement.excluded[corrected]
+            changes = table.c[corrected] != new
+            statement = statement.on_conflict_do_update(index_elements=[key], set_={corrected: new}, where=changes)
+        self._connection.execute(statement, [{key: name, **values} for name, values in rows.items()])
+        found: dict[str, int] = {}
+        for names in in_parts(list(rows)):
+            query = select(table.c[key], table.c.id).where(table.c[key].in_(names))
+            found |= {row[0]: row[1] for row in self._connection.execute(query)}
+        return found
 
 
 def find_task(session: Session, name: str) -> models.Task:
@@ -171,3 +388,6 @@ def _source(row: models.Adapter) -> str:
 
 def _digest(blob: models.Blob | None) -> str | None:
     return None if blob is None else blob.digest
+
+
+_ASKED = tuple(field.name for field in fields(records.Asked))

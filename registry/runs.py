@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from sqlalchemy import select
 
-from registry import models, records, rows
-from registry.base import StoreBase
-from registry.fs import failpoint
-from registry.garbage import drop_unreferenced
-from registry.writer import RowWriter
+from registry import records, rows
+from registry import schema as models
+from registry.files import failpoint
+from registry.part import Part
+from registry.prune import drop_unreferenced
+from registry.rows import RowWriter
 
 
-class RunOperations(StoreBase):
+class Runs(Part):
     """What the store knows of training runs."""
 
-    def running_train_run(self, base_model: str) -> records.TrainRunRecord | None:
+    def running(self, base_model: str) -> records.TrainRunRecord | None:
         """Return the run of a base model that can be resumed, if there is one."""
         with self._db.read() as session:
             query = select(models.TrainRun).join(models.TrainRun.base_model)
@@ -22,7 +23,7 @@ class RunOperations(StoreBase):
             row = session.scalar(query)
             return None if row is None else rows.train_run_record(row)
 
-    def start_train_run(self, base_model: str, config: records.Json) -> records.TrainRunRecord:
+    def start(self, base_model: str, config: records.Json) -> records.TrainRunRecord:
         """Begin a run; one of the same base model that was running is given up with its checkpoint."""
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
@@ -48,7 +49,7 @@ class RunOperations(StoreBase):
             LookupError: no run of that number is running.
             StoreFull: no space left; the earlier checkpoint is intact.
         """
-        digests = self.put_blobs([weights, optimizer])
+        digests = self._blobs.put([weights, optimizer])
         spare = dict(zip(digests, (weights, optimizer), strict=True))
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs, spare.get)

@@ -1,39 +1,214 @@
 """The only door to a store.
 
 with Store.open(path, create=True, command="icm ingest") as store:
-    results = store.put_files(files, inspect)         # bytes first, durable
-    store.ingest_tasks([TaskIngest(...)])             # rows last: the commit point
-    data = store.read_blob(store.final_adapter("shakespeare").weights)
+    results = store.blobs.put_files(files, inspect)   # bytes first, durable
+    store.tasks.ingest([TaskIngest(...)])             # rows last: the commit point
+    data = store.blobs.read(store.tasks.final("shakespeare").weights)
 """
 
 from __future__ import annotations
 
-from registry.generators import GeneratorOperations
-from registry.ingest import IngestPlanOperations
-from registry.learned import LearnedOperations
-from registry.originals import OriginalOperations
-from registry.recoding import RecodingOperations
-from registry.runs import RunOperations
-from registry.tasks import TaskOperations
-from registry.transfer import TransferOperations
-from registry.upkeep import UpkeepOperations
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from registry import files as fs
+from registry import prune as garbage
+from registry import usage
+from registry import verify as integrity
+from registry.blobs.local import BlobStore
+from registry.bundles import Bundles
+from registry.codes import Codes
+from registry.database import Database, migrate
+from registry.errors import StoreNotFound
+from registry.evaluations import Evaluations
+from registry.eviction import Originals
+from registry.folder import (
+    StorePaths,
+    check_format,
+    create_store,
+    make_folders,
+    prepare_folder,
+    restore_reserve,
+    with_reserve,
+)
+from registry.generators import Generators
+from registry.locks import FileLock
+from registry.part import Blobs
+from registry.runs import Runs
+from registry.tasks import BaseModels, Tasks
+from registry.vectors import Vectors
 
 __all__ = ["Store"]
 
+GRACE_SECONDS = 3600.0
 
-class Store(
-    TaskOperations,
-    IngestPlanOperations,
-    LearnedOperations,
-    GeneratorOperations,
-    RecodingOperations,
-    RunOperations,
-    OriginalOperations,
-    TransferOperations,
-    UpkeepOperations,
-):
+
+class Store:
     """Rows and bytes of a fleet in one folder; see :meth:`open`.
 
     A store is used by one thread at a time, and is opened anew after a fork. Any number of processes may have it
     open; those that delete wait for the others.
+
+    Attributes:
+        blobs: The bytes, by their SHA-256.
+        tasks, base_models, vectors, generators, codes, evaluations, runs: The rows.
+        originals: The weights as they were ingested.
+        bundles: Codes that were made elsewhere.
     """
+
+    def __init__(self, paths: StorePaths, lock: FileLock, database: Database, *, timeout: float, command: str) -> None:
+        self._timeout, self._command = timeout, command
+        self._paths = paths
+        self._lock = lock
+        self._db = database
+        self._blobs = BlobStore(paths)
+        parts = paths, lock, database, self._blobs
+        self.blobs = Blobs(*parts)
+        self.tasks = Tasks(*parts)
+        self.base_models = BaseModels(*parts)
+        self.vectors = Vectors(*parts)
+        self.generators = Generators(*parts)
+        self.codes = Codes(*parts)
+        self.evaluations = Evaluations(*parts)
+        self.runs = Runs(*parts)
+        self.originals = Originals(*parts)
+        self.bundles = Bundles(*parts)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        create: bool = False,
+        read_only: bool = False,
+        lock_timeout: float = 30.0,
+        command: str = "icm",
+    ) -> Self:
+        """Open a store and hold it, shared with others, until :meth:`close`.
+
+        Args:
+            path: the store folder.
+            create: make it if there is none.
+            read_only: refuse writes; works on read-only media.
+            lock_timeout: seconds to wait for other processes, for the lock and for each commit.
+            command: what this process does, for the message that others see.
+
+        Raises:
+            StoreNotFound: there is no store and `create` is False.
+            NotAStore: the folder holds something else.
+            StoreLocked: another process holds it exclusively.
+            StoreTooNew: a newer icm wrote it.
+            DamagedStore: the database is missing or broken.
+        """
+        paths = StorePaths(path)
+        if create and not read_only:
+            prepare_folder(paths)
+        elif not paths.format.exists():
+            hint = "`icm ingest PATH` makes one; --store or ICM_STORE says where"
+            raise StoreNotFound(f"there is no store at {path}", path=path, hint=hint)
+        with fs.store_errors(paths.lock):
+            lock = FileLock(paths.lock, timeout=lock_timeout, command=command, writable=not read_only)
+        try:
+            lock.share()
+            database = Database(paths.database, read_only=read_only, busy_timeout=lock_timeout)
+            if not paths.format.exists():
+                with lock.exclusive():
+                    create_store(paths, database)
+            check_format(paths)
+            if not read_only:
+                make_folders(paths)
+            with_reserve(paths, lambda: migrate(database))  # a newer icm is often asked to empty a full disk
+        except BaseException:
+            lock.close()
+            raise
+        return cls(paths, lock, database, timeout=lock_timeout, command=command)
+
+    def close(self) -> None:
+        """Let go of the store."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def paths(self) -> StorePaths:
+        """Where the parts of the store are."""
+        return self._paths
+
+    @property
+    def schema_version(self) -> int:
+        """The schema of the database, as a count of migrations."""
+        with self._db.connection() as connection:
+            return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+
+    @contextmanager
+    def job(self, base_model: str) -> Iterator[None]:
+        """Hold the job lock of a base model, so that one process at a time trains, updates, encodes or evicts for it.
+
+        Not reentrant: a job does not start another one.
+
+        Raises:
+            StoreLocked: another process holds it and the lock timeout passed; the error names it.
+        """
+        self.blobs.must_write()
+        path = self._paths.job(base_model)
+        with fs.store_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            lock = FileLock(path, timeout=self._timeout, command=self._command, subject=f"base model {base_model!r}")
+        try:
+            lock.hold()
+            yield
+        finally:
+            lock.close()
+
+    def usage(self) -> usage.Usage:
+        """Return the bytes on disk by what they are for; their total is what `du -b` says of the files."""
+        return usage.measure(self._db, self._paths)
+
+    def prune(self, *, grace: float = GRACE_SECONDS, dry_run: bool = False) -> garbage.PruneReport:
+        """Delete blobs that no row refers to, and leftovers of killed commands. Works on a full disk.
+
+        Args:
+            grace: seconds; younger files stay.
+            dry_run: only say what would go.
+
+        Raises:
+            StoreLocked: other processes use the store.
+        """
+        if dry_run:
+            return garbage.prune(self._db, self._blobs, self._paths, grace=grace, dry_run=True)
+        self.blobs.must_write()
+        with self._lock.exclusive():
+            report = with_reserve(self._paths, lambda: garbage.prune(self._db, self._blobs, self._paths, grace=grace))
+            restore_reserve(self._paths)
+        return report
+
+    def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[integrity.Finding]:
+        """Yield what is wrong, as it is found.
+
+        Args:
+            read_data: also hash every blob.
+            names: only the blobs of these tasks.
+
+        Raises:
+            TaskNotFound: a name is not in the store.
+        """
+        return integrity.verify(self._db, self._blobs, self._paths, read_data=read_data, names=names)
+
+    def repair(self) -> list[tuple[integrity.Finding, Path]]:
+        """Move damaged blobs to quarantine and return each with its new place.
+
+        Raises:
+            StoreLocked: other processes use the store.
+        """
+        self.blobs.must_write()
+        with self._lock.exclusive():
+            return integrity.repair(self._db, self._blobs, self._paths)

@@ -8,26 +8,26 @@ from functools import partial
 from sqlalchemy import ColumnElement, Select, delete, func, select
 from sqlalchemy.orm import Session
 
-from registry import models, records, rows
-from registry.base import StoreBase
+from registry import records, rows
+from registry import schema as models
 from registry.errors import DamagedStore, LastCopy
-from registry.fs import failpoint
-from registry.ingest import record_tasks
-from registry.known_tasks import names_without_vectors
-from registry.reserve import restore_reserve, with_reserve
-from registry.writer import RowWriter
+from registry.files import failpoint
+from registry.folder import restore_reserve, with_reserve
+from registry.ingest import names_without_vectors, plan_tasks, record_tasks
+from registry.part import Part
+from registry.rows import RowWriter
 
 _PAGE = 256
 
 
-class TaskOperations(StoreBase):
-    """What the store knows of tasks, adapters and base models."""
+class Tasks(Part):
+    """Tasks with their adapters."""
 
-    def ingest_task(self, task: records.TaskIngest) -> records.IngestOutcome:
+    def ingest_one(self, task: records.TaskIngest) -> records.IngestOutcome:
         """Record one task; see :meth:`ingest_tasks`."""
-        return self.ingest_tasks([task])[0]
+        return self.ingest([task])[0]
 
-    def ingest_tasks(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
+    def ingest(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
         """Record tasks with all their adapters in one transaction; the same again changes nothing.
 
         Raises:
@@ -37,21 +37,21 @@ class TaskOperations(StoreBase):
             MissingBlob: a digest is not in the store.
             In each case nothing of the batch is recorded.
         """
-        self._must_write()
+        self.must_write()
         with self._db.connection(write=True) as connection:
             outcomes = record_tasks(connection, self._blobs, tasks)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         return outcomes
 
-    def tasks(self) -> Iterator[records.TaskRecord]:
+    def all(self) -> Iterator[records.TaskRecord]:
         """Yield all tasks by name. Each page is one short read, so that a slow reader holds up nobody."""
         after = ""
         while page := self._task_page(after):
             yield from page
             after = page[-1].name
 
-    def task(self, name: str) -> records.TaskRecord:
+    def get(self, name: str) -> records.TaskRecord:
         """Return a task by name, in any case.
 
         Raises:
@@ -60,7 +60,7 @@ class TaskOperations(StoreBase):
         with self._db.read() as session:
             return rows.task_record(rows.find_task(session, name))
 
-    def tasks_without_vectors(self) -> list[str]:
+    def without_vectors(self) -> list[str]:
         """Return the names of the tasks that have no task vector yet, in order."""
         with self._db.connection() as connection:
             return names_without_vectors(connection)
@@ -84,7 +84,7 @@ class TaskOperations(StoreBase):
             query = query.order_by(adapter.is_final, adapter.step, adapter.id)
             return [rows.adapter_record(row) for row in session.scalars(query)]
 
-    def final_adapter(self, task: str) -> records.AdapterRecord:
+    def final(self, task: str) -> records.AdapterRecord:
         """Return the adapter of a task that is materialized.
 
         Raises:
@@ -95,16 +95,16 @@ class TaskOperations(StoreBase):
             query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id, adapter.is_final)
             return rows.adapter_record(session.scalars(query).one())
 
-    def remove_task(self, name: str) -> records.TaskRecord:
+    def remove_one(self, name: str) -> records.TaskRecord:
         """Forget a task, even if its code is the only copy; see :meth:`remove_tasks`.
 
         Raises:
             TaskNotFound: there is no such task.
             StoreLocked: other processes use the store.
         """
-        return self.remove_tasks([name], last_copies=[name])[0]
+        return self.remove([name], last_copies=[name])[0]
 
-    def remove_tasks(self, names: Sequence[str], *, last_copies: Collection[str] = ()) -> list[records.TaskRecord]:
+    def remove(self, names: Sequence[str], *, last_copies: Collection[str] = ()) -> list[records.TaskRecord]:
         """Forget tasks with their adapters, vectors, codes and evaluations; prune frees the bytes.
 
         Works on a full disk.
@@ -123,7 +123,7 @@ class TaskOperations(StoreBase):
             with self._db.write() as session:
                 session.execute(delete(models.Task).where(models.Task.id == task_id))
 
-        self._must_write()
+        self.must_write()
         with self._lock.exclusive():
             with self._db.read() as session:
                 doomed = list(_doomed(session, names, last_copies))
@@ -132,30 +132,25 @@ class TaskOperations(StoreBase):
             restore_reserve(self._paths)
         return doomed
 
-    def base_models(self) -> list[records.BaseModelRecord]:
-        """Return the base models by name."""
-        with self._db.read() as session:
-            count = select(func.count()).where(models.Task.base_model_id == models.BaseModel.id).scalar_subquery()
-            query = select(models.BaseModel, count).order_by(models.BaseModel.name)
-            return [
-                records.BaseModelRecord(row.id, row.name, row.fingerprint, row.path, row.shape, tasks)
-                for row, tasks in session.execute(query)
-            ]
+    def plan_ingest(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
+        """Say what :meth:`registry.tasks.TaskOperations.ingest_tasks` would do, and write nothing.
 
-    def set_base_alias(self, name: str, path: str | None) -> None:
-        """Record where a base model is on this machine; None forgets it."""
+        No blob need be in the store yet, so `MissingBlob` is never raised; everything else is, as by that.
+        """
+        with self._db.connection() as connection:
+            return plan_tasks(connection, tasks)
+
+    def pin(self, names: Sequence[str], pinned: bool) -> list[str]:
+        """Say whether the originals of some tasks are never evicted; return the tasks, each once.
+
+        Raises:
+            TaskNotFound: one of them is not in the store; nothing was changed.
+        """
         with self._db.write() as session:
-            RowWriter(session, self._blobs).base_model(name).path = path
-
-    def set_base_facts(self, name: str, *, fingerprint: str, shape: records.Json) -> None:
-        """Record what a base model turned out to be when it was loaded. Works on a full disk."""
-
-        def record() -> None:
-            with self._db.write() as session:
-                row = RowWriter(session, self._blobs).base_model(name)
-                row.fingerprint, row.shape = fingerprint, dict(shape)
-
-        with_reserve(self._paths, record)
+            tasks = {task.id: task for task in (rows.find_task(session, name) for name in names)}
+            for task in tasks.values():
+                task.pinned = pinned
+            return [task.name for task in tasks.values()]
 
     def _task_page(self, after: str) -> list[records.TaskRecord]:
         with self._db.read() as session:
@@ -165,6 +160,35 @@ class TaskOperations(StoreBase):
         with self._db.read() as session:
             tasks = session.scalars(_page_query(after)).all()
             return _summaries(session, tasks)
+
+
+class BaseModels(Part):
+    """Base models, known by the labels that adapters give them."""
+
+    def all(self) -> list[records.BaseModelRecord]:
+        """Return the base models by name."""
+        with self._db.read() as session:
+            count = select(func.count()).where(models.Task.base_model_id == models.BaseModel.id).scalar_subquery()
+            query = select(models.BaseModel, count).order_by(models.BaseModel.name)
+            return [
+                records.BaseModelRecord(row.id, row.name, row.fingerprint, row.path, row.shape, tasks)
+                for row, tasks in session.execute(query)
+            ]
+
+    def set_path(self, name: str, path: str | None) -> None:
+        """Record where a base model is on this machine; None forgets it."""
+        with self._db.write() as session:
+            RowWriter(session, self._blobs).base_model(name).path = path
+
+    def set_facts(self, name: str, *, fingerprint: str, shape: records.Json) -> None:
+        """Record what a base model turned out to be when it was loaded. Works on a full disk."""
+
+        def record() -> None:
+            with self._db.write() as session:
+                row = RowWriter(session, self._blobs).base_model(name)
+                row.fingerprint, row.shape = fingerprint, dict(shape)
+
+        with_reserve(self._paths, record)
 
 
 def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]) -> Iterator[records.TaskRecord]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
 
-from registry.engine import Database
-from registry.garbage import blob_references
-from registry.models import Adapter, Blob, Code, Generator, Task, TaskVector, TrainRun
-from registry.paths import StorePaths
+from registry.database import Database
+from registry.folder import StorePaths
+from registry.prune import blob_references
+from registry.schema import Adapter, Blob, Code, Generator, Task, TaskVector, TrainRun
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def test_a_file_keeps_to_the_bars(path: Path) -> None:
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 60]
     calls = {called(node) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert len(text.splitlines()) <= 400
+    assert len(text.splitlines()) <= 600
     assert long == []
     assert ast.get_docstring(tree)
     assert not calls & FORBIDDEN

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from icm_cli.complete import complete_base
+from icm_cli.completion import complete_base
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 
@@ -29,9 +29,9 @@ def add(session: Session, name: NameArg, path: PathArg) -> None:
     Example:
       icm base add HuggingFaceTB/SmolLM2-135M-Instruct ./smollm2
     """
-    from icm_cli.workflows.bases import add_base
+    from icmlora.fleet.admin import add_base
 
-    recorded = add_base(session.place, name, path)
+    recorded = add_base(session.context, name, path)
     session.out.document({"name": name, "path": str(recorded)})
     session.out.line(f"{name} is at {recorded}")
 
@@ -43,9 +43,9 @@ def ls(session: Session) -> None:
     Example:
       icm base ls
     """
-    from icm_cli.workflows.bases import known_bases
+    from icmlora.fleet.admin import known_bases
 
-    bases = known_bases(session.place)
+    bases = known_bases(session.context)
     session.out.document(
         [
             {
@@ -75,9 +75,9 @@ def rm(session: Session, name: NameArg) -> None:
     Example:
       icm base rm HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    from icm_cli.workflows.bases import forget_base
+    from icmlora.fleet.admin import forget_base
 
-    forget_base(session.place, name)
+    forget_base(session.context, name)
     session.out.document({"name": name, "path": None})
     session.out.line(f"forgot where {name} is")
 

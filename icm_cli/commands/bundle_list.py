@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from icm_cli.output import Column
 from icm_cli.session import Session
-from icm_cli.text import human_size
+from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
-    from icmlora.bundle_index import BundledTask, BundleIndex
+    from icmlora.bundle.index import BundledTask, BundleIndex
 
 _COLUMNS = (
     Column("task", shrink=True),
@@ -26,8 +26,8 @@ _COLUMNS = (
 
 def list_bundle(session: Session, bundle: Path, base_model: str | None) -> None:
     """Print what a bundle holds; only its index is read."""
-    from icm_cli.workflows.bundled import read_index
-    from icm_cli.workflows.chosen import check_base_model
+    from icmlora.fleet.bundles import read_index
+    from icmlora.fleet.context import check_base_model
 
     out = session.out
     index, digest = read_index(bundle)

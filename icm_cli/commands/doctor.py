@@ -6,7 +6,7 @@ import typer
 
 from icm_cli.errors import ExitCode
 from icm_cli.session import Session, command
-from icm_cli.text import human_size
+from icmlora.io.text import human_size
 
 
 @command
@@ -18,10 +18,10 @@ def doctor(session: Session) -> None:
     Example:
       icm doctor --json
     """
-    from icm_cli.workflows.diagnosis import examine
+    from icmlora.fleet.admin import examine
 
     settings = session.settings
-    checks = examine(session.place)
+    checks = examine(session.context)
     problems = [check for check in checks if check.problem is not None]
     configured = {
         "store": (str(settings.store.value), settings.store.source),

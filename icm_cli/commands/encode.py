@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.kept_text import coded_size
 from icm_cli.options import BaseModelOpt, DeviceOpt, SomeTasksArg, gain_option, loss_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_size
+from icm_cli.text import coded_size
+from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.encode_plan import EncodeReport, EncodeRequest, TaskEncoded
-    from icm_cli.workflows.events import Event
+    from icmlora.fleet.context import Event
+    from icmlora.fleet.search import EncodeReport, EncodeRequest, TaskEncoded
 
 ErrorOpt = Annotated[float | None, loss_option("--max-error", "Largest relative dW error that a code may have.")]
 GainOpt = Annotated[
@@ -102,7 +102,7 @@ def encode(
     if refine and residual:
         hint = "refine codes first, then put residuals beside them"
         raise UsageProblem("--residual leaves the codes as they are: it does not go with --refine", hint=hint)
-    from icm_cli.workflows.encode_plan import EncodeRequest
+    from icmlora.fleet.search import EncodeRequest
 
     request = EncodeRequest(
         names=tasks or [],
@@ -122,10 +122,10 @@ def encode(
 def run(session: Session, request: EncodeRequest, *, go_on: str = "run the same command to go on") -> bool:
     """Encode, show what became of each task, and say whether a task fell short; `go_on` is what to do if stopped."""
     # torch is imported from here on; a wrong command line is answered at once.
-    from icm_cli.workflows.encoding import encode as work
+    from icmlora.fleet.encode import encode as work
 
     with session.stoppable() as stop:
-        report = session.follow(work(session.place, request, stop), "encode", partial(_tell, session))
+        report = session.follow(work(session.context, request, stop), "encode", partial(_tell, session))
     _sum_up(session, report)
     if not report.short and not report.stopped and any(task.status != "evicted" for task in report.tasks):
         session.out.hint(_hint(request))
@@ -136,7 +136,7 @@ def run(session: Session, request: EncodeRequest, *, go_on: str = "run the same 
 
 
 def _tell(session: Session, event: Event) -> None:
-    from icm_cli.workflows.encode_plan import TaskEncoded
+    from icmlora.fleet.search import TaskEncoded
 
     if isinstance(event, TaskEncoded):
         session.out.event("task", **asdict(event))

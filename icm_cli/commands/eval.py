@@ -15,15 +15,13 @@ from icm_cli.errors import Interrupted
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import counted
+from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.baseline_evaluation import BaselineResult
-    from icm_cli.workflows.comparison import MethodSummary
-    from icm_cli.workflows.evaluating import EvaluateReport, TaskEvaluated
-    from icm_cli.workflows.events import Event
-    from icm_cli.workflows.task_evaluation import RungResult
-    from icmlora.evaluation import NllResult
+    from icmlora.base_models.causal_lm import NllResult
+    from icmlora.fleet.context import Event
+    from icmlora.fleet.evaluate import BaselineResult, EvaluateReport, MethodSummary, TaskEvaluated
+    from icmlora.fleet.measure import RungResult
 
 
 class RungName(StrEnum):
@@ -82,8 +80,8 @@ def evaluate(
     Example:
       icm eval shakespeare
     """
-    from icm_cli.workflows.evaluating import EvaluateRequest
-    from icm_cli.workflows.evaluating import evaluate as measure
+    from icmlora.fleet.evaluate import EvaluateRequest
+    from icmlora.fleet.evaluate import evaluate as measure
 
     request = EvaluateRequest(
         names=tasks or [],
@@ -95,7 +93,7 @@ def evaluate(
         baselines=[name for names in baseline or [] for name in names.split(",") if name],
     )
     with session.stoppable() as stop:
-        report = session.follow(measure(session.place, request, stop), "eval", partial(tell, session))
+        report = session.follow(measure(session.context, request, stop), "eval", partial(tell, session))
     print_tasks(session, report)
     if report.tasks and max_tokens != _TOKENS:
         usual = f"`icm eval` without --max-tokens measures {_TOKENS} tokens of each text"
@@ -107,7 +105,7 @@ def evaluate(
 
 def print_tasks(session: Session, report: EvaluateReport) -> None:
     """Print the table of a report, with means over its tasks."""
-    from icm_cli.workflows.evaluating import summarise
+    from icmlora.fleet.evaluate import summarise
 
     shown = [rung for rung in _RUNGS if any(rung in task.rungs for task in report.tasks)]
     gains = [rung for rung in shown if rung not in ("base", "original")]
@@ -137,10 +135,10 @@ def print_tasks(session: Session, report: EvaluateReport) -> None:
 
 def print_methods(session: Session, report: EvaluateReport) -> None:
     """Print every method with its bytes, most bytes first."""
-    from icm_cli.workflows.accounting import bill
-    from icm_cli.workflows.comparison import compare
+    from icmlora.fleet.evaluate import compare
+    from icmlora.fleet.stats import bill
 
-    rows = compare(report, bill(session.place))
+    rows = compare(report, bill(session.context))
     for row in rows:
         session.out.event("method", **asdict(row))
     columns = [Column("method"), *(Column(title, right=True) for title in _METHOD_COLUMNS), Column("worst task")]
@@ -161,7 +159,7 @@ def check_finished(report: EvaluateReport) -> None:
 
 def tell(session: Session, event: Event) -> None:
     """Report one task that is measured."""
-    from icm_cli.workflows.evaluating import TaskEvaluated
+    from icmlora.fleet.evaluate import TaskEvaluated
 
     if isinstance(event, TaskEvaluated):
         rungs = {rung: _as_json(result) for rung, result in event.rungs.items()}

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.kept_text import coded_size
 from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, gain_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_size
+from icm_cli.text import coded_size
+from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.events import Event
-    from icm_cli.workflows.evict_plan import EvictReport, TaskEvicted
+    from icmlora.fleet.context import Event
+    from icmlora.fleet.evict import EvictReport, TaskEvicted
 
 ErrorOpt = Annotated[
     float | None,
@@ -66,8 +66,8 @@ def evict(
     """
     _check_limits(max_error, min_gain)
     # torch is imported from here on; a wrong command line is answered at once.
-    from icm_cli.workflows.evict_plan import EvictRequest
-    from icm_cli.workflows.evicting import evict as let_go
+    from icmlora.fleet.evict import EvictRequest
+    from icmlora.fleet.evict import evict as let_go
 
     request = EvictRequest(
         names=tasks or [],
@@ -78,7 +78,7 @@ def evict(
         device=session.device(device),
     )
     with session.stoppable() as stop:
-        report = session.follow(let_go(session.place, request, stop), "evict", partial(_tell, session))
+        report = session.follow(let_go(session.context, request, stop), "evict", partial(_tell, session))
     _sum_up(session, report, dry_run=dry_run)
     if report.stopped:
         done = counted(len(report.tasks), "task")
@@ -96,7 +96,7 @@ def _check_limits(max_error: float | None, min_gain: float | None) -> None:
 
 
 def _tell(session: Session, event: Event) -> None:
-    from icm_cli.workflows.evict_plan import TaskEvicted
+    from icmlora.fleet.evict import TaskEvicted
 
     if isinstance(event, TaskEvicted):
         session.out.event("task", **asdict(event))

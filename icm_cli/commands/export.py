@@ -9,10 +9,10 @@ import typer
 
 from icm_cli.options import BaseModelOpt, SomeTasksArg
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_size
+from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.exporting import Exported
+    from icmlora.fleet.bundles import Exported
 
 FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="The bundle to write.", show_default=False)]
 ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists.")]
@@ -34,11 +34,11 @@ def export(
     Example:
       icm export fleet.icm
     """
-    from icm_cli.workflows.exporting import ExportRequest
-    from icm_cli.workflows.exporting import export as write
+    from icmlora.fleet.bundles import ExportRequest
+    from icmlora.fleet.bundles import export as write
 
     request = ExportRequest(file, tuple(tasks or ()), base_model, force)
-    _tell(session, session.follow(write(session.place, request), "export"))
+    _tell(session, session.follow(write(session.context, request), "export"))
 
 
 def _tell(session: Session, done: Exported) -> None:

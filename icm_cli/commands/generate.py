@@ -11,13 +11,13 @@ from icm_cli.commands.materialize import DtypeName, DtypeOpt, OutputOpt
 from icm_cli.errors import Interrupted
 from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_size
+from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from icm_cli.workflows.generating import Generated
-    from icmlora.vector_space import Familiarity, Neighbour
+    from icmlora.fleet.generate import Generated
+    from icmlora.task_vectors.distances import Familiarity, Neighbour
 
 _NEAREST = 5
 _MOST_SAMPLES = 64
@@ -82,8 +82,8 @@ def generate(
     Example:
       icm generate cat-detection --samples cats.jsonl -o adapter/
     """
-    from icm_cli.workflows.generating import GenerateRequest
-    from icm_cli.workflows.generating import generate as make
+    from icmlora.fleet.generate import GenerateRequest
+    from icmlora.fleet.generate import generate as make
 
     request = GenerateRequest(
         name=name,
@@ -100,14 +100,14 @@ def generate(
         force=force,
     )
     with session.stoppable() as stop:
-        done = session.follow(make(session.place, request, stop), "generate", lambda event: None)
+        done = session.follow(make(session.context, request, stop), "generate", lambda event: None)
     if done is None:
         raise Interrupted("interrupted; nothing was written", hint="run the same command again")
     _tell(session, done, rank)
 
 
 def _tell(session: Session, done: Generated, rank: int | None) -> None:
-    from icm_cli.workflows.starting import SAMPLE_TOKENS
+    from icmlora.fleet.meta_train import SAMPLE_TOKENS
 
     out, known = session.out, done.known
     out.document(

@@ -9,10 +9,10 @@ import typer
 from icm_cli.options import DryRunOpt, YesOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_size
+from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.generator_versions import Version
+    from icmlora.fleet.admin import Version
 
 DigestArg = Annotated[
     str, typer.Argument(metavar="DIGEST", help="The first digits of a generator, as `icm generators` lists it.")
@@ -47,9 +47,9 @@ def ls(session: Session) -> None:
     Example:
       icm generators
     """
-    from icm_cli.workflows.generator_versions import versions
+    from icmlora.fleet.admin import versions
 
-    found = versions(session.place)
+    found = versions(session.context)
     session.out.document([_as_json(version) for version in found])
     if session.out.is_quiet:
         for version in found:
@@ -70,9 +70,9 @@ def rollback(session: Session, digest: DigestArg) -> None:
     Example:
       icm generators rollback 3f9a12c4
     """
-    from icm_cli.workflows.generator_versions import roll_back
+    from icmlora.fleet.admin import roll_back
 
-    switched = roll_back(session.place, digest)
+    switched = roll_back(session.context, digest)
     made, out = switched.generator, session.out
     out.document(
         {
@@ -98,14 +98,14 @@ def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes:
     Example:
       icm generators forget 3f9a12c4 --dry-run
     """
-    from icm_cli.workflows import generator_versions as work
+    from icmlora.fleet import admin as work
 
-    out, plan = session.out, work.plan_forgetting(session.place, digest)
+    out, plan = session.out, work.plan_forgetting(session.context, digest)
     made = plan.generator
     what = f"generator {made.version} of {made.base_model} with {counted(plan.codes, 'code')}"
     forgotten = not dry_run and out.confirm(f"Forget {what}?", yes=yes)
     if forgotten:
-        work.forget(session.place, made)
+        work.forget(session.context, made)
     out.document(
         {
             "forgotten": forgotten,

@@ -9,10 +9,10 @@ import typer
 
 from icm_cli.options import BundleArg, DryRunOpt
 from icm_cli.session import Session, command
-from icm_cli.text import counted
+from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.importing import Imported
+    from icmlora.fleet.bundles import Imported
 
 
 class ImportConflict(StrEnum):
@@ -51,10 +51,10 @@ def import_(
     Example:
       icm import fleet.icm
     """
-    from icm_cli.workflows.importing import ImportRequest, take_in
+    from icmlora.fleet.bundles import ImportRequest, take_in
 
     request = ImportRequest(file, tuple(tasks or ()), on_conflict.value, dry_run)
-    _tell(session, session.follow(take_in(session.place, request), "import"), dry_run=dry_run)
+    _tell(session, session.follow(take_in(session.context, request), "import"), dry_run=dry_run)
 
 
 def _tell(session: Session, done: Imported, *, dry_run: bool) -> None:

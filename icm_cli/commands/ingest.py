@@ -12,11 +12,11 @@ import typer
 from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_size
+from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.events import Event, StopFlag
-    from icm_cli.workflows.ingest_plan import IngestReport
+    from icmlora.fleet.context import Event, StopFlag
+    from icmlora.fleet.ingest import IngestReport
 
 PathsArg = Annotated[
     list[Path], typer.Argument(metavar="PATH...", help="Folders that hold adapters, at any depth.", show_default=False)
@@ -76,8 +76,8 @@ def ingest(
     Example:
       icm ingest ./loras
     """
-    from icm_cli.workflows.ingest import ingest as take_in
-    from icm_cli.workflows.ingest_plan import IngestRequest
+    from icmlora.fleet.ingest import IngestRequest
+    from icmlora.fleet.ingest import ingest as take_in
 
     request = IngestRequest(
         paths=tuple(paths),
@@ -90,7 +90,7 @@ def ingest(
         texts=texts,
     )
     with session.stoppable() as stop:
-        report = session.follow(take_in(session.place, request, stop), "ingest", partial(_tell, session, set()))
+        report = session.follow(take_in(session.context, request, stop), "ingest", partial(_tell, session, set()))
         _tell_sum(session, report, dry_run=dry_run)
         if vectors and report.without_vectors and not report.stopped:
             _extract(session, report, session.device(device), stop)
@@ -104,15 +104,15 @@ def ingest(
 
 def _extract(session: Session, report: IngestReport, device: str, stop: StopFlag) -> None:
     """Extract the task vectors of the tasks whose base model is on this machine."""
-    from icm_cli.workflows.bases import with_local_base
+    from icmlora.fleet.admin import with_local_base
 
-    ready = with_local_base(session.place, report.without_vectors)
+    ready = with_local_base(session.context, report.without_vectors)
     if not ready:
         return
     # torch and transformers take seconds to import; most ingests on a machine without the base model need neither.
-    from icm_cli.workflows.vectors import extract_missing
+    from icmlora.fleet.vectors import extract_missing
 
-    work = extract_missing(session.place, ready, device=device, again=False, stop=stop)
+    work = extract_missing(session.context, ready, device=device, again=False, stop=stop)
     extracted = session.follow(work, "task vectors", partial(_tell, session, set()))
     done = {entry.task for entry in extracted.tasks}
     report.without_vectors = [task for task in report.without_vectors if task not in done]
@@ -122,7 +122,7 @@ def _extract(session: Session, report: IngestReport, device: str, stop: StopFlag
 
 def _tell(session: Session, hints: set[str], event: Event) -> None:
     """Say what became of a task; a hint is given once, however many refusals have it."""
-    from icm_cli.workflows.ingest_plan import Ingested, Refused
+    from icmlora.fleet.ingest import Ingested, Refused
 
     if isinstance(event, Ingested):
         session.out.event("task", **asdict(event))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from icm_cli.kept_text import coded_size
 from icm_cli.options import BaseModelOpt, FromOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import human_size
+from icm_cli.text import coded_size
+from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
     from registry.records import TaskSummary
@@ -41,9 +41,9 @@ def ls(session: Session, base_model: BaseModelOpt = None, bundle: FromOpt = None
 
         list_bundle(session, bundle, base_model)
         return
-    from icm_cli.workflows.listing import list_tasks
+    from icmlora.fleet.admin import list_tasks
 
-    rows = list_tasks(session.place, base_model)
+    rows = list_tasks(session.context, base_model)
     out = session.out
     out.document([_as_json(row) for row in rows])
     if out.is_quiet:

@@ -12,11 +12,11 @@ from icm_cli.errors import UsageProblem
 from icm_cli.options import BaseModelOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_percent
+from icmlora.io.text import counted, human_percent
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.mapped_fleet import MappedFleet
-    from icmlora.task_map import MappedTask
+    from icmlora.fleet.pictures import MappedFleet
+    from icmlora.task_vectors.clusters import MappedTask
 
 
 class View(StrEnum):
@@ -73,10 +73,10 @@ def map_(
     Example:
       icm map --plot map.svg
     """
-    from icm_cli.workflows.mapping import MapRequest, map_fleet
+    from icmlora.fleet.map import MapRequest, map_fleet
 
     request = MapRequest(view.value, base_model, _number(clusters), plot, force)
-    found = map_fleet(session.place, request)
+    found = map_fleet(session.context, request)
     session.out.document(_as_json(found, plot))
     if session.out.is_quiet:
         for members in found.map.clusters:
@@ -95,7 +95,7 @@ def _number(clusters: str) -> int | None:
 
 
 def _print(session: Session, found: MappedFleet) -> None:
-    from icm_cli.workflows.mapped_fleet import grouped_reasons
+    from icmlora.fleet.pictures import grouped_reasons
 
     out, tasks = session.out, found.map.tasks
     out.record(_summary(found))

@@ -13,7 +13,7 @@ from icm_cli.options import ForceOpt, FromOpt, SeedOpt, TaskArg
 from icm_cli.session import Session, command
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.materializing import Materialized, MaterializeRequest
+    from icmlora.fleet.materialize import Materialized, MaterializeRequest
 
 
 class SourceName(StrEnum):
@@ -76,8 +76,8 @@ def materialize(
     Example:
       icm materialize dog-detection -o adapter/
     """
-    from icm_cli.workflows.materializing import MaterializeRequest
-    from icm_cli.workflows.materializing import materialize as write
+    from icmlora.fleet.materialize import MaterializeRequest
+    from icmlora.fleet.materialize import materialize as write
 
     if bundle is not None and (seed is not None or source not in (SourceName.AUTO, SourceName.CODE)):
         raise UsageProblem("a bundle holds codes only", hint="without --seed, --from goes with --source auto or code")
@@ -92,14 +92,14 @@ def materialize(
         force=force,
         max_error=max_error,
     )
-    done = write(session.place, request) if bundle is None else _from_bundle(bundle, request)
+    done = write(session.context, request) if bundle is None else _from_bundle(bundle, request)
     if bundle is None and source is SourceName.AUTO and done.rung in ("residual", "code"):
         session.out.note(f"the original of {done.task} was evicted: decoded from {_FROM[done.rung]} instead")
     _tell(session, done)
 
 
 def _from_bundle(bundle: Path, request: MaterializeRequest) -> Materialized:
-    from icm_cli.workflows.bundled import materialize_bundled
+    from icmlora.fleet.bundles import materialize_bundled
 
     return materialize_bundled(bundle, request)
 

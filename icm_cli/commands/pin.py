@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from icm_cli.options import TasksArg
 from icm_cli.session import Session, command
-from icm_cli.text import counted
+from icmlora.io.text import counted
 
 
 @command
@@ -28,9 +28,9 @@ def unpin(session: Session, tasks: TasksArg) -> None:
 
 
 def _set(session: Session, tasks: list[str], *, pinned: bool) -> None:
-    from icm_cli.workflows.pinning import set_pinned
+    from icmlora.fleet.evict import set_pinned
 
-    done = set_pinned(session.place, tasks, pinned=pinned)
+    done = set_pinned(session.context, tasks, pinned=pinned)
     word = "pinned" if pinned else "unpinned"
     session.out.document({word: done.names})
     session.out.line(f"{word} {counted(len(done.names), 'task')}")

@@ -10,7 +10,7 @@ import typer
 from icm_cli.errors import UsageProblem
 from icm_cli.options import DryRunOpt, YesOpt
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_size
+from icmlora.io.text import counted, human_size
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -27,15 +27,15 @@ def prune(session: Session, older_than: OlderThanOpt = "1h", dry_run: DryRunOpt 
     Example:
       icm prune --dry-run
     """
-    from icm_cli.workflows.removal import prune_store
+    from icmlora.fleet.admin import prune_store
 
     out, grace = session.out, seconds(older_than)
-    report = prune_store(session.place, grace=grace, dry_run=True)
+    report = prune_store(session.context, grace=grace, dry_run=True)
     what = f"{counted(report.blobs, 'blob')} and {counted(report.temporary_files, 'temporary file')}"
     found = bool(report.blobs or report.temporary_files)
     deleted = False
     if found and not dry_run and out.confirm(f"Delete {what} ({human_size(report.freed_bytes)})?", yes=yes):
-        report = prune_store(session.place, grace=grace, dry_run=False)
+        report = prune_store(session.context, grace=grace, dry_run=False)
         deleted = True
     out.document(
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from icm_cli.options import DryRunOpt, TasksArg, YesOpt
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_size
+from icmlora.io.text import counted, human_size
 
 
 @command
@@ -17,10 +17,10 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     Example:
       icm rm shakespeare --dry-run
     """
-    from icm_cli.workflows.removal import plan_removal, remove_tasks
+    from icmlora.fleet.admin import plan_removal, remove_tasks
 
     out = session.out
-    doomed = plan_removal(session.place, tasks)
+    doomed = plan_removal(session.context, tasks)
     for task in doomed:
         last = "; its original was evicted, its code is the only copy" if task.is_last_copy else ""
         out.note(f"{task.name}: {counted(task.adapters, 'adapter')}, {human_size(task.size)}{last}")
@@ -33,7 +33,7 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
         )
     removed = False
     if not dry_run and out.confirm(question, yes=yes):
-        remove_tasks(session.place, names, last_copies=last_copies)
+        remove_tasks(session.context, names, last_copies=last_copies)
         removed = True
     out.document(
         {

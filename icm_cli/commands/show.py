@@ -6,14 +6,14 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from icm_cli.kept_text import limits_text
 from icm_cli.options import TaskArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_size
+from icm_cli.text import limits_text
+from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.describing import TaskDetails
+    from icmlora.fleet.admin import TaskDetails
     from registry.records import AdapterRecord, EvaluationRecord
 
 _ADAPTER_COLUMNS = (
@@ -47,9 +47,9 @@ def show(session: Session, task: TaskArg) -> None:
     Example:
       icm show shakespeare
     """
-    from icm_cli.workflows.describing import describe_task
+    from icmlora.fleet.admin import describe_task
 
-    details = describe_task(session.place, task)
+    details = describe_task(session.context, task)
     session.out.document(_as_json(details))
     session.out.record(_summary(details))
     session.out.line()

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.kept_text import coded_size, shortfalls
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_percent, human_size
+from icm_cli.text import coded_size, shortfalls
+from icmlora.io.text import counted, human_percent, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.accounting import Bill, FleetBill, TaskBill
+    from icmlora.fleet.stats import Bill, FleetBill, TaskBill
 
 PlotOpt = Annotated[
     Path | None,
@@ -82,14 +82,14 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
 
 def _found(session: Session, plot: Path | None, *, force: bool) -> Bill:
     """Return the bill, and draw it if a file is named."""
-    from icm_cli.workflows.accounting import bill
+    from icmlora.fleet.stats import bill
 
     if plot is None:
-        return bill(session.place)
-    from icm_cli.workflows.plots import check_plot, plot_bill
+        return bill(session.context)
+    from icmlora.fleet.stats import check_plot, plot_bill
 
     check_plot(plot, force=force)
-    found = bill(session.place)
+    found = bill(session.context)
     plot_bill(found, plot, force=force)
     return found
 

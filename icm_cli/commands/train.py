@@ -31,14 +31,13 @@ from icm_cli.commands.train_options import (
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt
 from icm_cli.session import Session, command
-from icm_cli.text import counted, human_duration, human_size
+from icmlora.io.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.events import Event
-    from icm_cli.workflows.publishing import Trained
-    from icm_cli.workflows.starting import StartRequest
-    from icm_cli.workflows.training_run import TrainRequest
-    from icm_cli.workflows.updating import Updated
+    from icmlora.fleet.context import Event
+    from icmlora.fleet.meta_train import StartRequest
+    from icmlora.fleet.training_run import Trained, TrainRequest
+    from icmlora.fleet.update import Updated
 
 _EVENT_EVERY = 10  # steps between two JSON lines
 
@@ -78,8 +77,8 @@ def train(
     """
     others = (quality, tolerance, width, steps, lr, max_error, min_gain)
     _check_options(objective, update=update, anew=fresh or width is not None, others=others)
-    from icm_cli.workflows.starting import StartRequest, check_learnable
-    from icm_cli.workflows.training_run import TrainRequest
+    from icmlora.fleet.meta_train import StartRequest, check_learnable
+    from icmlora.fleet.training_run import TrainRequest
 
     request = TrainRequest(
         device=session.device(device),
@@ -94,7 +93,7 @@ def train(
         fresh=fresh,
     )
     if learns := objective is not ObjectiveName.BITS:
-        check_learnable(session.place, base_model)
+        check_learnable(session.context, base_model)
     partly = False
     if objective is not ObjectiveName.FUNCTIONAL:
         made = _update(session, request) if update else _train(session, request, learns=learns)
@@ -130,10 +129,10 @@ class _Made:
 
 
 def _train(session: Session, request: TrainRequest, *, learns: bool) -> _Made:
-    from icm_cli.workflows.training import train as fit
+    from icmlora.fleet.train import train as fit
 
     with session.stoppable() as stop:
-        report = session.follow(fit(session.place, request, stop), "train", partial(_tell, session))
+        report = session.follow(fit(session.context, request, stop), "train", partial(_tell, session))
     if report.stopped_at is not None:
         kept = f"interrupted; the run is kept at step {report.stopped_at}"
         raise Interrupted(kept, hint="run the same command to continue")
@@ -147,10 +146,10 @@ def _train(session: Session, request: TrainRequest, *, learns: bool) -> _Made:
 
 
 def _update(session: Session, request: TrainRequest) -> _Made:
-    from icm_cli.workflows.updating import update
+    from icmlora.fleet.update import update
 
     with session.stoppable() as stop:
-        report = session.follow(update(session.place, request, stop), "update", partial(_tell, session))
+        report = session.follow(update(session.context, request, stop), "update", partial(_tell, session))
     for updated in report.updated:
         _sum_up_update(session, updated)
     if report.stopped:
@@ -167,7 +166,7 @@ def _encode_and_measure(
     Returns:
         Whether a task fell short, or was left out before.
     """
-    from icm_cli.workflows.encode_plan import EncodeRequest
+    from icmlora.fleet.search import EncodeRequest
 
     short = made.partly
     if made.nothing:
@@ -182,7 +181,7 @@ def _encode_and_measure(
 
 
 def _learn_starts(session: Session, request: StartRequest) -> None:
-    from icm_cli.workflows.starting import EpisodeDone, StartLearned, learn_starts
+    from icmlora.fleet.meta_train import EpisodeDone, StartLearned, learn_starts
 
     def tell(event: Event) -> None:
         if isinstance(event, EpisodeDone):
@@ -191,7 +190,7 @@ def _learn_starts(session: Session, request: StartRequest) -> None:
             session.out.event("start", **asdict(event))
 
     with session.stoppable() as stop:
-        report = session.follow(learn_starts(session.place, request, stop), "episodes", tell)
+        report = session.follow(learn_starts(session.context, request, stop), "episodes", tell)
     for learned in report.learned:
         of = f"{human_size(learned.size)}, from {counted(learned.tasks, 'task')}"
         session.out.line(f"start for unseen tasks of {learned.base_model}: {of}")
@@ -205,9 +204,9 @@ def _learn_starts(session: Session, request: StartRequest) -> None:
 
 
 def _tell(session: Session, event: Event) -> None:
-    from icm_cli.workflows.publishing import CodeMade, Trained
-    from icm_cli.workflows.training import Continued, Progressed, Resumed
-    from icm_cli.workflows.updating import Updated
+    from icmlora.fleet.train import Continued, Progressed, Resumed
+    from icmlora.fleet.training_run import CodeMade, Trained
+    from icmlora.fleet.update import Updated
 
     out = session.out
     if isinstance(event, Progressed):
@@ -275,9 +274,9 @@ def _sum_up_update(session: Session, updated: Updated) -> None:
 
 def _evaluate(session: Session, device: str, made: _Made) -> None:
     """Measure the codes; a missing base model or missing texts are worth a word, not a failure."""
-    from icm_cli.workflows.evaluating import EvaluateRequest, evaluable, evaluate
+    from icmlora.fleet.evaluate import EvaluateRequest, evaluable, evaluate
 
-    names, why_not = evaluable(session.place, made.base_models, made.tasks)
+    names, why_not = evaluable(session.context, made.base_models, made.tasks)
     for reason in why_not:
         session.out.note(f"not measured: {reason}")
     if not names:
@@ -285,7 +284,7 @@ def _evaluate(session: Session, device: str, made: _Made) -> None:
         return
     request = EvaluateRequest(names=names, device=device, rungs=("code",))
     with session.stoppable() as stop:
-        work = evaluate(session.place, request, stop)
+        work = evaluate(session.context, request, stop)
         report = session.follow(work, "eval", partial(evaluation.tell, session))
     evaluation.print_tasks(session, report)
     evaluation.check_finished(report)

@@ -11,11 +11,11 @@ import typer
 from icm_cli.errors import Interrupted
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.session import Session, command
-from icm_cli.text import counted
+from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icm_cli.workflows.events import Event
-    from icm_cli.workflows.vectors import VectorReport
+    from icmlora.fleet.context import Event
+    from icmlora.fleet.vectors import VectorReport
 
 AgainOpt = Annotated[bool, typer.Option("--again", help="Also for tasks that have their vectors.")]
 
@@ -29,10 +29,10 @@ def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = No
     Example:
       icm vectors
     """
-    from icm_cli.workflows.vectors import extract_missing
+    from icmlora.fleet.vectors import extract_missing
 
     with session.stoppable() as stop:
-        work = extract_missing(session.place, tasks or [], device=session.device(device), again=again, stop=stop)
+        work = extract_missing(session.context, tasks or [], device=session.device(device), again=again, stop=stop)
         report = session.follow(work, "vectors", partial(tell, session))
     session.out.event("summary", extracted=len(report.tasks), present=report.present)
     session.out.line(f"extracted the vectors of {counted(len(report.tasks), 'task')}; {report.present} had theirs")
@@ -46,7 +46,7 @@ def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = No
 
 def tell(session: Session, event: Event) -> None:
     """Report one task whose vectors are stored."""
-    from icm_cli.workflows.vectors import Extracted
+    from icmlora.fleet.vectors import Extracted
 
     if isinstance(event, Extracted):
         session.out.event("vectors", **asdict(event))

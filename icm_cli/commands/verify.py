@@ -9,10 +9,10 @@ import typer
 from icm_cli.errors import ExitCode, UsageProblem
 from icm_cli.options import DryRunOpt, SomeTasksArg, YesOpt
 from icm_cli.session import Session, command
-from icm_cli.text import counted
+from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from registry.integrity import Finding
+    from registry.verify import Finding
 
 ReadDataOpt = Annotated[
     bool, typer.Option("--read-data", help="Read and hash every blob; not only look at its length.")
@@ -39,12 +39,12 @@ def verify(
     Example:
       icm verify --read-data
     """
-    from icm_cli.workflows.checking import find_damage, quarantine_damage
+    from icmlora.fleet.admin import find_damage, quarantine_damage
 
     if repair and tasks:
         raise UsageProblem("--repair works on the whole store", hint="leave the names out")
     findings = []
-    for finding in find_damage(session.place, names=tasks or [], read_data=read_data or repair):
+    for finding in find_damage(session.context, names=tasks or [], read_data=read_data or repair):
         findings.append(finding)
         _tell(session, finding)
     problems = [finding for finding in findings if finding.is_problem]
@@ -52,7 +52,7 @@ def verify(
     movable = [finding for finding in problems if finding.kind in ("length", "digest")]
     question = f"Move {counted(len(movable), 'damaged blob')} to quarantine?"
     if repair and movable and not dry_run and session.out.confirm(question, yes=yes):
-        moved = quarantine_damage(session.place)
+        moved = quarantine_damage(session.context)
     session.out.document(
         {
             "ok": not problems,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from icmlora.adapter import Adapter
+from icmlora.adapter.model import Adapter
 
 Fleet = Mapping[str, Adapter]
 """Task to adapter. A mapping may load an adapter whenever it is asked for, so baselines hold one at a time."""

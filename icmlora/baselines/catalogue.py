@@ -13,12 +13,10 @@ from __future__ import annotations
 import re
 
 from icmlora.baselines.baseline import Baseline
-from icmlora.baselines.fleet_mean import FleetMean
+from icmlora.baselines.factors import FleetMean, Plain, Truncation
 from icmlora.baselines.joint import Joint
 from icmlora.baselines.mixed_precision import MixedPrecision
-from icmlora.baselines.plain import Plain
 from icmlora.baselines.quantizers import Bf16, Int8, Nf4, Quantizer, Uniform
-from icmlora.baselines.truncation import Truncation
 from icmlora.errors import UnknownBaseline
 
 EXAMPLES = ("bf16", "int8", "nf4", "3bit", "svd4", "svd2-3bit", "mean16", "loraquant2", "jd16", "jd16x4diag")

@@ -1,11 +1,26 @@
-"""An adapter as a head and its factors, all under one quantiser: `head | A, B^T of each module in natural order`."""
+"""An adapter as a head and its factors, all under one quantiser: `head | A, B^T of each module in natural order`.
+
+The factors as trained, value by value: bf16, int8, nf4, 4 to 1 bits.
+
+Fewer ranks: the strongest directions of each module's dW, balanced over the two factors, then quantised.
+
+dW = sum s u v^T   ->   A' = sqrt(s) v^T,  B' = u sqrt(s)  of the first k
+
+One adapter for all tasks: the mean dW of the fleet, cut to a rank. A task's code is empty, or what the mean lacks.
+
+shared = k strongest directions of mean(B_i A_i);   code = b"", or directions of B A - mean
+"""
 
 from __future__ import annotations
 
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.baselines.head import Head
+from dataclasses import dataclass
+
+from icmlora.adapter.canonical import among, mean_adapter, plus, times, truncated
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.baselines.baseline import Baseline, Fleet, PerAdapter
+from icmlora.baselines.head import Head, Reader
 from icmlora.baselines.quantizers import Quantizer
-from icmlora.baselines.reader import Reader
+from icmlora.errors import CodeError
 
 
 def factors_to_bytes(adapter: Adapter, quantizer: Quantizer) -> bytes:
@@ -31,3 +46,75 @@ def factors_from_bytes(data: bytes, quantizer: Quantizer) -> Adapter:
         modules.append(LoraModule(name, a, b.mT.contiguous()))
     reader.finish()
     return head.with_modules(modules)
+
+
+@dataclass(frozen=True)
+class Plain(PerAdapter):
+    """Quantise A and B."""
+
+    quantizer: Quantizer
+
+    def encode(self, adapter: Adapter, shared: bytes) -> bytes:
+        """Serialise one adapter."""
+        return factors_to_bytes(adapter, self.quantizer)
+
+    def decode(self, code: bytes, shared: bytes) -> Adapter:
+        """Read it back."""
+        return factors_from_bytes(code, self.quantizer)
+
+
+@dataclass(frozen=True)
+class Truncation(PerAdapter):
+    """Keep `rank` directions of every module, or all where it has fewer."""
+
+    rank: int
+    quantizer: Quantizer
+
+    def encode(self, adapter: Adapter, shared: bytes) -> bytes:
+        """Truncate and serialise one adapter."""
+        return factors_to_bytes(truncated(adapter, self.rank), self.quantizer)
+
+    def decode(self, code: bytes, shared: bytes) -> Adapter:
+        """Read it back."""
+        return factors_from_bytes(code, self.quantizer)
+
+
+@dataclass(frozen=True)
+class FleetMean:
+    """The mean of the fleet's dW, for every task.
+
+    Attributes:
+        rank: Directions kept of each module.
+        quantizer: How the mean is stored.
+        residual: How a task's difference to the mean is stored, a baseline that shares nothing; None stores nothing.
+    """
+
+    rank: int
+    quantizer: Quantizer
+    residual: Baseline | None = None
+
+    def prepare(self, fleet: Fleet) -> bytes:
+        """Store the mean over the modules that at least half of the tasks have; a task without one counts as zero.
+
+        Raises:
+            ValueError: The fleet is empty.
+        """
+        mean = mean_adapter((fleet[task] for task in fleet), self.rank)
+        return factors_to_bytes(mean, self.quantizer)
+
+    def encode(self, adapter: Adapter, shared: bytes) -> bytes:
+        """Store what the decoded mean lacks, if anything is stored."""
+        if self.residual is None:
+            return b""
+        mean = among(factors_from_bytes(shared, self.quantizer).modules, adapter)
+        return self.residual.encode(plus(adapter, times(mean, -1.0)), b"")
+
+    def decode(self, code: bytes, shared: bytes) -> Adapter:
+        """Return the mean, or the mean with a task's difference added, of the modules that the task has."""
+        mean = factors_from_bytes(shared, self.quantizer)
+        if self.residual is not None:
+            difference = self.residual.decode(code, b"")
+            return plus(difference, among(mean.modules, difference))
+        if code:
+            raise CodeError("a task has no code beside the fleet's mean")
+        return mean

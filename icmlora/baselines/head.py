@@ -1,4 +1,6 @@
-"""What an adapter is apart from its values, in about 200 bytes: labels, module names, ranks and widths.
+"""Taking a byte string apart from its front.
+
+What an adapter is apart from its values, in about 200 bytes: labels, module names, ranks and widths.
 
     size (2) | zlib of  [base model, task type, revision, [[pattern, layers, rank, inputs, outputs], ...]]
 
@@ -13,11 +15,43 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.baselines.reader import Reader
+from icmlora.adapter.layout import ModuleShape, target_modules
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError
-from icmlora.layout import ModuleShape, target_modules
-from icmlora.names import natural_key
+from registry.names import natural_key
+
+
+class Reader:
+    """Bytes that are taken in order; what is missing or left over is an error."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def take(self, size: int) -> bytes:
+        """Return the next `size` bytes.
+
+        Raises:
+            CodeError: There are fewer.
+        """
+        end = self._at + size
+        if end > len(self._data):
+            raise CodeError(f"the code ends after {len(self._data)} bytes; {end} were expected")
+        part, self._at = self._data[self._at : end], end
+        return part
+
+    def number(self, size: int) -> int:
+        """Return the next `size` bytes as one integer, lowest byte first."""
+        return int.from_bytes(self.take(size), "little")
+
+    def finish(self) -> None:
+        """Check that nothing is left.
+
+        Raises:
+            CodeError: Something is.
+        """
+        if self._at != len(self._data):
+            raise CodeError(f"the code has {len(self._data) - self._at} bytes too many")
+
 
 _LAYER = "#"  # no part of a module's name
 _LIMIT = 1 << 20

@@ -15,12 +15,11 @@ from typing import ClassVar
 
 import torch
 
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter.canonical import canonicalize
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.baselines.baseline import PerAdapter
-from icmlora.baselines.head import Head
+from icmlora.baselines.head import Head, Reader
 from icmlora.baselines.quantizers import Quantizer, Uniform
-from icmlora.baselines.reader import Reader
-from icmlora.canonical import canonicalize
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Matrices as bytes: bfloat16, int8, NF4, and uniform steps of 1 to 4 bits. Scales are bfloat16 and counted.
+"""Integers of a few bits, packed without gaps.
+
+Matrices as bytes: bfloat16, int8, NF4, and uniform steps of 1 to 4 bits. Scales are bfloat16 and counted.
 
 A row is one rank slot: a row of A, or a column of B. A scale for each row of B instead would be one for every r
 values.
@@ -12,8 +14,26 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from icmlora.baselines.bits import pack, packed_size, unpack
+
+def packed_size(count: int, bits: int) -> int:
+    """Return the bytes that `count` integers of `bits` bits take."""
+    return (count * bits + 7) // 8
+
+
+def pack(values: NDArray[np.uint8], bits: int) -> bytes:
+    """Pack integers below 2^bits, lowest bit first; the last byte is filled with zeros."""
+    planes = (values.reshape(-1, 1) >> np.arange(bits, dtype=np.uint8)) & 1  # (count, bits)
+    return np.packbits(planes.astype(np.uint8), bitorder="little").tobytes()
+
+
+def unpack(data: bytes, bits: int, count: int) -> NDArray[np.uint8]:
+    """Read `count` integers back."""
+    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits, bitorder="little")
+    weights = (1 << np.arange(bits)).astype(np.uint8)
+    return np.asarray((flat.reshape(count, bits) * weights).sum(axis=1), dtype=np.uint8)
+
 
 _BF16 = 2  # bytes
 _CLIPS = torch.linspace(0.1, 1.0, 46)  # tried shares of the largest value that the outermost level stands for

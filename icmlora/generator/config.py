@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
+from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import GeneratorError, NotCovered
-from icmlora.layout import ModuleShape
 
 # A layer number has no leading zero, so that a module's name comes back from it, and is short, so that a name cannot
 # ask for tables of millions of layers. Other digits are part of the name.

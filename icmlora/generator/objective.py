@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
+from icmlora.generator.initial_a.subspace import Span
 from icmlora.generator.scales import GAUSSIAN_SHARE, OCTAVE, SMALLEST_SCALE, WIDE
 from icmlora.generator.sensitivity import Sensitivity
-from icmlora.generator.span import Span
 from icmlora.generator.tokens import KindTokens, slot_errors, squared_norm
 
 _PARTS = 16

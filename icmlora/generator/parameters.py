@@ -6,6 +6,13 @@
 
 Channel weights repeat: the modules of a layer read the same inputs, and neighbouring layers are alike. Each row of
 weights is stored as the difference to the earlier row that leaves least, up to a constant that is stored with it.
+
+What tuning changed of a network <-> range-coded words: an epoch that costs a fraction of a network of its own.
+
+    scale index of each tensor | exponent of each tensor | integers of each tensor, all as one row
+
+A parameter is that of the earlier epoch plus integer * 2^(exponent / 8). Tables stay whole eighths. Channel weights are
+measured on the base model, not trained; they stay as they are and are not written.
 """
 
 from __future__ import annotations
@@ -17,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.entropy import Integers, Reader, Writer, clip
-from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
+from icmlora.generator.entropy_coding import Integers, Reader, Writer, clip
+from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST
 
 TABLES = ("norm_mean", "norm_spread", "spread", "condition.shift", "condition.log_scale")
 """Names of the tensors that are stored in whole eighths."""
@@ -168,3 +175,69 @@ def read_side(reader: Reader, count: int) -> Integers:
     """Read back what `write_side` wrote, shape (count,)."""
     values: Integers = np.cumsum(reader.read(np.full(count, _SIDE, dtype=np.int32))).astype(np.int32)
     return values
+
+
+_EIGHTHS = -3 * OCTAVE
+"""Exponent of what is stored in whole eighths."""
+
+
+def differences_to_words(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], step: float) -> bytes:
+    """Write how the tensors of a network differ from those of an earlier epoch.
+
+    Args:
+        before: The earlier epoch's, as they are read back, in the network's order.
+        after: The network's.
+        step: What differences are rounded to, in terms of the root mean square of a tensor's differences. At 2 most of
+            them round to zero.
+
+    Raises:
+        GeneratorError: A value is not finite.
+    """
+    names = _written(before)
+    exponents, scales = np.zeros((2, len(names)), dtype=np.int32)
+    integers: list[Integers] = []
+    for number, name in enumerate(names):
+        rest = (after[name].detach().cpu().double() - before[name].double()).numpy().ravel()
+        if not np.isfinite(rest).all():
+            raise GeneratorError("training has diverged", hint="train again with a lower learning rate")
+        exponents[number] = _EIGHTHS if name in TABLES else _exponent(rest, step)
+        integers.append(clip(np.rint(rest * np.exp2(-exponents[number] / OCTAVE))))
+        scales[number] = scales_of(integers[-1][None])[0]
+    writer = Writer()
+    write_side(writer, scales)
+    write_side(writer, exponents)
+    for values, scale in zip(integers, scales, strict=True):
+        writer.write(values, np.full(len(values), scale, dtype=np.int32))
+    return writer.to_bytes()
+
+
+def words_to_changed(words: bytes, before: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors that `differences_to_words` wrote; every machine reads the same integers.
+
+    Args:
+        words: The bytes.
+        before: The tensors of the earlier epoch, in the network's order.
+
+    Raises:
+        CodeError: Words that no encoder wrote.
+    """
+    names, reader = _written(before), Reader(words)
+    scales, exponents = read_side(reader, len(names)), read_side(reader, len(names))
+    if (scales < SMALLEST).any() or (scales > LARGEST).any() or (np.abs(exponents) > EXTREME).any():
+        raise CodeError("a scale or a step is out of range")
+    changed = dict(before)
+    for name, scale, exponent in zip(names, scales, exponents, strict=True):
+        values = reader.read(np.full(before[name].numel(), scale, dtype=np.int32)) * np.exp2(exponent / OCTAVE)
+        rest = torch.from_numpy(values).reshape(before[name].shape)
+        changed[name] = (before[name].double() + rest).float()
+    return changed
+
+
+def _written(before: Mapping[str, torch.Tensor]) -> list[str]:
+    return [name for name in before if not name.startswith(WEIGHTS)]
+
+
+def _exponent(rest: NDArray[np.float64], step: float) -> int:
+    """Return log2 of what differences are rounded to, in eighths; 0 where there are none."""
+    size = float(np.sqrt(np.square(rest).mean()))
+    return max(round(OCTAVE * np.log2(step * size)), -EXTREME) if size else 0

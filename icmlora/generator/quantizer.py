@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from icmlora.generator import entropy
+from icmlora.generator import entropy_coding as entropy
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
-from icmlora.generator.entropy import Integers, Scales
+from icmlora.generator.entropy_coding import Integers, Scales
+from icmlora.generator.initial_a.subspace import Span
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
-from icmlora.generator.span import Span
 from icmlora.generator.tokens import KindTokens
 
 Norms = NDArray[np.int64]

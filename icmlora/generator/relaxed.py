@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from icmlora.adapter import Adapter
-from icmlora.generator import entropy
+from icmlora.adapter.model import Adapter
+from icmlora.generator import entropy_coding as entropy
+from icmlora.generator.code import KindIntegers
 from icmlora.generator.codec import Codec
 from icmlora.generator.objective import bin_bits
-from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import centred, norm_of
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.tokens import KindTokens, tokenize

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from icmlora.adapter import LoraModule
+from icmlora.adapter.model import LoraModule
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import OCTAVE
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.canonical import canonicalize
+from icmlora.adapter.canonical import canonicalize
+from icmlora.adapter.layout import target_modules
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import Sensitivity
-from icmlora.layout import target_modules
 
 _LARGEST = 2.0**50
 """Of a singular value: the network sums their squares in float32, and quantiser steps end at 2^40."""

@@ -9,11 +9,11 @@ from functools import lru_cache
 
 import torch
 
-from icmlora.adapter import Adapter
+from icmlora.adapter.model import Adapter
+from icmlora.generator.initial_a.subspace import span_of
 from icmlora.generator.objective import Bits, adapter_bits
-from icmlora.generator.span import span_of
 from icmlora.generator.tokens import refuse_overflow, tokenize
-from icmlora.training.fleet import Fleet
+from icmlora.training.source import Fleet
 from icmlora.training.state import TrainState
 
 _GRADIENT_LIMIT = 1.0

@@ -9,7 +9,7 @@ import torch
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE
-from icmlora.torch_tensors import decode_torch, encode_torch
+from icmlora.io.tensors import decode_torch, encode_torch
 from icmlora.training.config import TrainConfig
 
 NETWORK_FORMAT, OPTIMIZER_FORMAT = "icm training network 1", "icm training optimizer 1"

@@ -1,4 +1,4 @@
-"""What a fleet answers of which nothing is known but final adapters (see `icmlora.training.fleet.Fleet`)."""
+"""What a fleet answers of which nothing is known but final adapters (see `icmlora.training.source.Fleet`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from icmlora.initial_a import InitialA
+from icmlora.generator.initial_a.draw import InitialA
 
 
 class AdaptersAlone:

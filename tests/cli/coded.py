@@ -11,9 +11,9 @@ from tests.icmlora.tiny_base import LABEL
 
 def codes(store: Path) -> dict[str, CodeRecord]:
     with Store.open(store) as opened:
-        generator = opened.current_generator(LABEL)
+        generator = opened.generators.current(LABEL)
         assert generator is not None
-        return {code.task: code for code in opened.codes(generator.id)}
+        return {code.task: code for code in opened.codes.all(generator.id)}
 
 
 def tasks_of(ran: Ran) -> dict[str, dict[str, Any]]:

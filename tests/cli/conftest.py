@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from icm_cli.app import run
-from icm_cli.workflows import gain_search, task_evaluation
-from icm_cli.workflows.growing import Candidate
-from icm_cli.workflows.task_evaluation import RungResult
-from icmlora.evaluation import NllResult
+from icmlora.base_models.causal_lm import NllResult
+from icmlora.fleet import measure as task_evaluation
+from icmlora.fleet import search as gain_search
+from icmlora.fleet.measure import RungResult
+from icmlora.fleet.update import Candidate
 from registry.records import Rung
 from tests.cli.fleet import write_fleet
 from tests.cli.tiny_fleet import EPISODES, build_ingested, icm_quietly, train_store

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from icm_cli.workflows.base_access import open_base
-from icmlora import gguf_base
+from icmlora.base_models import gguf as gguf_base
+from icmlora.fleet.loading import open_base
 from registry.store import Store
 from tests.icmlora.test_gguf_base import write_tiny_gguf
 
@@ -20,7 +20,7 @@ LABEL = "example/tiny"
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     store = Store.open(tmp_path / "store", create=True)
-    store.set_base_alias(LABEL, str(write_tiny_gguf(tmp_path / "tiny.gguf")))
+    store.base_models.set_path(LABEL, str(write_tiny_gguf(tmp_path / "tiny.gguf")))
     return store
 
 
@@ -29,9 +29,9 @@ def converted(tmp_path: Path) -> list[Path]:
 
 
 def test_it_is_converted_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = open_base(store, LABEL, torch.device("cpu"))
+    first = open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
     monkeypatch.setattr(gguf_base, "load_gguf", lambda *_: pytest.fail("it is in the cache"))
-    second = open_base(store, LABEL, torch.device("cpu"))
+    second = open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
     assert first.fingerprint == second.fingerprint
     assert len(converted(tmp_path)) == 1
 
@@ -44,9 +44,9 @@ def test_two_that_convert_it_at_once_both_succeed(
     def load(*arguments: Any) -> Any:
         if not others:
             others.append(None)
-            open_base(store, LABEL, torch.device("cpu"))
+            open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
         return real(*arguments)
 
     monkeypatch.setattr(gguf_base, "load_gguf", load)
-    open_base(store, LABEL, torch.device("cpu"))
+    open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
     assert len(converted(tmp_path)) == 1

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows import code_search
-from icm_cli.workflows.code_search import CodeSearch
-from icm_cli.workflows.encode_plan import EncodeRequest
-from icm_cli.workflows.events import StopFlag
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.fleet import search as code_search
+from icmlora.fleet.context import StopFlag
+from icmlora.fleet.search import CodeSearch, EncodeRequest
+from icmlora.formats.peft import load_adapter_folder
 from icmlora.generator.relaxed import RelaxedCode
-from icmlora.metrics import relative_dw_error
-from icmlora.peft_folder import load_adapter_folder
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
@@ -146,7 +145,7 @@ def test_a_gain_that_every_code_keeps_gives_smaller_codes_than_one_that_few_keep
 def test_the_gain_that_was_measured_is_recorded(icm: Icm, trained: Path) -> None:
     told = tasks_of(icm("encode", "--min-gain", "0.5", "--device", "cpu", "--json"))
     with Store.open(trained) as store:
-        recorded = {row.task: row.retained_gain for row in store.evaluations() if row.rung == "code"}
+        recorded = {row.task: row.retained_gain for row in store.evaluations.all() if row.rung == "code"}
     assert recorded
     assert {name: told[name]["retained_gain"] for name in recorded} == recorded
 
@@ -155,7 +154,7 @@ def test_what_was_measured_of_a_replaced_code_goes_with_it(icm: Icm, trained: Pa
     icm("encode", "--min-gain", "0.5", "--device", "cpu")
     icm("encode", "--max-error", "0.003")
     with Store.open(trained) as store:
-        assert [row for row in store.evaluations() if row.rung == "code"] == []
+        assert [row for row in store.evaluations.all() if row.rung == "code"] == []
 
 
 def test_a_task_that_no_code_keeps_gets_its_best_and_exit_3(icm: Icm, trained: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows import task_evaluation
-from icmlora.evaluation import NllResult
+from icmlora.base_models.causal_lm import NllResult
+from icmlora.fleet import measure as task_evaluation
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
@@ -194,8 +194,8 @@ def test_ctrl_c_ends_after_the_task_and_keeps_it(icm: Icm, trained: Path, monkey
     ran = icm(*EVAL, "--json")
     assert (ran.code, "1 task measured" in ran.error["message"]) == (ExitCode.INTERRUPTED, True)
     with Store.open(trained) as store:
-        assert len(store.evaluations("poems")) == 4
-        assert store.evaluations("rules") == []
+        assert len(store.evaluations.all("poems")) == 4
+        assert store.evaluations.all("rules") == []
 
 
 def test_cuda_without_a_gpu_is_an_error_with_a_hint(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows.accounting import bill
-from icm_cli.workflows.baseline_evaluation import BaselineResult, StoredOriginals
-from icm_cli.workflows.comparison import compare
-from icm_cli.workflows.evaluating import EvaluateReport, TaskEvaluated
-from icm_cli.workflows.opening import Place
-from icmlora.evaluation import NllResult
+from icmlora.base_models.causal_lm import NllResult
+from icmlora.fleet.context import Context
+from icmlora.fleet.evaluate import BaselineResult, EvaluateReport, StoredOriginals, TaskEvaluated, compare
+from icmlora.fleet.stats import bill
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.icmlora.tiny_base import LABEL
@@ -69,7 +67,7 @@ def test_what_is_shared_is_shared_by_the_whole_fleet_even_if_one_task_is_measure
 def test_nothing_is_stored(icm: Icm, trained: Path) -> None:
     icm(*EVAL, "int8", "poems")
     with Store.open(trained) as store:
-        assert {row.rung for row in store.evaluations("poems")} == {"base", "original", "code"}
+        assert {row.rung for row in store.evaluations.all("poems")} == {"base", "original", "code"}
 
 
 def test_an_unknown_method_is_named_before_anything_is_loaded(icm: Icm, trained: Path) -> None:
@@ -89,7 +87,7 @@ def test_originals_are_read_when_they_are_asked_for(trained: Path) -> None:
 
 
 def test_a_tasks_bytes_are_its_own_and_its_part_of_the_shared_ones(trained: Path) -> None:
-    found = bill(Place(trained))
+    found = bill(Context(trained))
     bf16 = sum(task.bf16_size for task in found.fleets[0].tasks if task.task in ("poems", "rules"))
     loss = NllResult(1.0, 1, 1)
     done = [
@@ -104,5 +102,5 @@ def test_a_tasks_bytes_are_its_own_and_its_part_of_the_shared_ones(trained: Path
 def test_a_task_that_was_removed_since_it_was_measured_is_passed_over(trained: Path) -> None:
     result = BaselineResult(10, 400, 4, NllResult(1.0, 1, 1), 0.5, 0.2)
     done = [TaskEvaluated(name, {}, {"m": result}) for name in ("poems", "gone")]
-    (row,) = compare(EvaluateReport(tasks=done), bill(Place(trained)))
+    (row,) = compare(EvaluateReport(tasks=done), bill(Context(trained)))
     assert (row.tasks, row.worst_task) == (1, "poems")

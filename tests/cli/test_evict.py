@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from icm_cli.errors import ExitCode
-from icmlora.adapter import Adapter
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.model import Adapter
+from icmlora.formats.peft import load_adapter_folder
 from icmlora.generator.codec import Codec
-from icmlora.metrics import relative_dw_error
-from icmlora.peft_folder import load_adapter_folder
-from registry.engine import Database
+from registry.database import Database
 from registry.errors import StoreFull
 from registry.records import AdapterRecord, CodeRecord
 from registry.store import Store
@@ -36,7 +36,7 @@ def blob_bytes(store: Path) -> int:
 
 def finals(store: Path) -> dict[str, AdapterRecord]:
     with Store.open(store) as opened:
-        return {task.name: opened.final_adapter(task.name) for task in opened.tasks()}
+        return {task.name: opened.tasks.final(task.name) for task in opened.tasks.all()}
 
 
 def evicted(store: Path) -> set[str]:
@@ -45,9 +45,9 @@ def evicted(store: Path) -> set[str]:
 
 def code_of(store: Path, task: str) -> CodeRecord:
     with Store.open(store) as opened:
-        generator = opened.current_generator(LABEL)
+        generator = opened.generators.current(LABEL)
         assert generator is not None
-        code = opened.code(task, generator.id)
+        code = opened.codes.get(task, generator.id)
         assert code is not None
         return code
 
@@ -241,9 +241,9 @@ def test_a_codec_that_lies_costs_no_original(
 @pytest.mark.parametrize("part", ["code", "generator", "original"])
 def test_nothing_goes_where_a_part_is_damaged(icm: Icm, trained: Path, part: str) -> None:
     with Store.open(trained) as store:
-        generator = store.current_generator(LABEL)
+        generator = store.generators.current(LABEL)
         assert generator is not None
-        digests = {"generator": generator.blob, "original": store.final_adapter("rules").weights}
+        digests = {"generator": generator.blob, "original": store.tasks.final("rules").weights}
     damage(trained, (digests | {"code": code_of(trained, "rules").blob})[part])
     ran = icm(*ALL, "rules", "--json")
     assert (ran.code, evicted(trained)) == (ExitCode.PARTLY, set())

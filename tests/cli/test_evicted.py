@@ -32,7 +32,7 @@ def files(store: Path) -> set[Path]:
 
 def weights_file(store: Path, task: str) -> Path:
     with Store.open(store) as opened:
-        return opened.paths.blob(opened.final_adapter(task).weights)
+        return opened.paths.blob(opened.tasks.final(task).weights)
 
 
 def test_materialize_falls_back_to_the_code_and_says_so(icm: Icm, trained: Path, tmp_path: Path) -> None:

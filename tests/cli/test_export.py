@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows.bundled import materialize_bundled
-from icm_cli.workflows.materializing import MaterializeRequest
 from icmlora.errors import BundleError
+from icmlora.fleet.bundles import materialize_bundled
+from icmlora.fleet.materialize import MaterializeRequest
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.test_materialize import blob_of, content, damage
@@ -135,7 +135,7 @@ def test_a_damaged_blob_is_exit_13_and_no_file_is_written(icm: Icm, trained: Pat
         damage(trained, blob_of(trained, "rules", "code"))
     else:
         with Store.open(trained) as store:
-            generator = store.current_generator(LABEL)
+            generator = store.generators.current(LABEL)
         assert generator is not None
         damage(trained, generator.blob)
     ran = icm("export", tmp_path / "out" / "fleet.icm", "--json")

@@ -6,11 +6,11 @@ from collections.abc import Callable, Generator, Sequence
 
 import pytest
 
-from icm_cli.workflows.events import Event
-from icm_cli.workflows.gain_search import LADDER, Attempt, Candidate, Found, coarsest_kept, nearest_kept
-from icm_cli.workflows.task_evaluation import RungResult
 from icmlora.errors import DataError
-from icmlora.generator.step_search import Encoded
+from icmlora.fleet.context import Event
+from icmlora.fleet.measure import RungResult
+from icmlora.fleet.search import LADDER, Attempt, Candidate, Found, coarsest_kept, nearest_kept
+from icmlora.generator.codec import Encoded
 
 GAINS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99)  # by place, coarse to fine
 Search = Callable[[Attempt], Generator[Event, None, Found | None]]

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows import generating
-from icmlora.adapted import adapted
-from icmlora.evaluation import nll
-from icmlora.examples import parse_examples
+from icmlora.base_models.attach import adapted
+from icmlora.base_models.causal_lm import nll
+from icmlora.base_models.examples import parse_examples
+from icmlora.fleet import generate as generating
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_subject
@@ -294,7 +294,7 @@ class TestRefusals:
 
     def test_a_damaged_start(self, generate: Generate, started: Path) -> None:
         with Store.open(started, read_only=True) as store:
-            (made,) = store.generators()
+            (made,) = store.generators.all()
             path = store.paths.blob(str(made.start))
         path.chmod(0o644)
         path.write_bytes(b"x" * made.start_size)

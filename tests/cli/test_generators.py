@@ -104,18 +104,18 @@ def test_another_generator_that_got_the_number_while_the_user_was_asked_is_not_f
 
     def confirm(*_: object, **__: object) -> bool:
         with Store.open(updated) as store:
-            old, confirmed = store.generators()
-            store.forget_generator(confirmed)
-            blob = store.put_blob(b"trained meanwhile")
-            store.add_generator(NewGenerator(confirmed.base_model, blob, {}, {}))
-            store.make_current(old.id)
+            old, confirmed = store.generators.all()
+            store.generators.forget(confirmed)
+            blob = store.blobs.put(b"trained meanwhile")
+            store.generators.add(NewGenerator(confirmed.base_model, blob, {}, {}))
+            store.generators.make_current(old.id)
         return True
 
     monkeypatch.setattr(Output, "confirm", confirm)
     ran = icm("generators", "forget", second["generator"], "--json")
     assert (ran.error["kind"], "forgotten meanwhile" in ran.error["message"]) == ("generator_not_found", True)
     with Store.open(updated) as store:
-        assert [store.read_blob(made.blob) for made in store.generators()][1:] == [b"trained meanwhile"]
+        assert [store.blobs.read(made.blob) for made in store.generators.all()][1:] == [b"trained meanwhile"]
 
 
 @pytest.mark.parametrize("answer", [("--dry-run",), ("--json",)])

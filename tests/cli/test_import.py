@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from registry.arrivals import Arrival, ArrivalOutcome
+from registry.bundles import Arrival, ArrivalOutcome
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.test_materialize import content

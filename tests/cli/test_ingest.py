@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows.events import Event, StopFlag
-from icm_cli.workflows.ingest import ingest
-from icm_cli.workflows.ingest_plan import IngestReport, IngestRequest
-from icm_cli.workflows.opening import Place
+from icmlora.fleet.context import Context, Event, StopFlag
+from icmlora.fleet.ingest import IngestReport, IngestRequest, ingest
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.fleet import write_adapter, write_run, write_texts
@@ -53,14 +51,14 @@ def test_the_same_again_changes_nothing(icm: Icm, stored: Path, tmp_path: Path) 
 
 def test_the_stored_bytes_are_the_given_bytes(stored: Path, tmp_path: Path) -> None:
     with Store.open(tmp_path / "store") as store:
-        final = store.final_adapter("rust")
-        task = store.task("rust")
-        assert store.read_blob(final.weights) == (stored / "rust" / "adapter_model.safetensors").read_bytes()
-        assert store.read_blob(final.config) == (stored / "rust" / "adapter_config.json").read_bytes()
+        final = store.tasks.final("rust")
+        task = store.tasks.get("rust")
+        assert store.blobs.read(final.weights) == (stored / "rust" / "adapter_model.safetensors").read_bytes()
+        assert store.blobs.read(final.config) == (stored / "rust" / "adapter_config.json").read_bytes()
         assert final.card is not None
-        assert store.read_blob(final.card) == b"# rust\n"
+        assert store.blobs.read(final.card) == b"# rust\n"
         assert task.samples is not None
-        assert store.read_blob(task.samples) == (stored / "rust" / "samples.jsonl").read_bytes()
+        assert store.blobs.read(task.samples) == (stored / "rust" / "samples.jsonl").read_bytes()
 
 
 def test_nothing_in_the_given_folder_is_changed(icm: Icm, fleet: Path) -> None:
@@ -168,9 +166,9 @@ def test_samples_can_be_given_for_one_task(icm: Icm, tmp_path: Path) -> None:
     texts = write_texts(tmp_path, "texts.jsonl", count=9)
     icm("ingest", write_run(tmp_path / "poems"), "--samples", texts)
     with Store.open(tmp_path / "store") as store:
-        samples = store.task("poems").samples
+        samples = store.tasks.get("poems").samples
         assert samples is not None
-        assert store.read_blob(samples) == texts.read_bytes()
+        assert store.blobs.read(samples) == texts.read_bytes()
 
 
 def test_samples_for_many_tasks_are_refused(icm: Icm, fleet: Path) -> None:
@@ -198,7 +196,7 @@ def test_an_adapter_whose_texts_cannot_be_used_can_be_taken_without_them(
     assert "--no-texts" in refused.err.partition("hint:")[2]
     assert icm("ingest", run, "--no-texts").code == 0
     with Store.open(tmp_path / "store") as store:
-        task = store.task("poems")
+        task = store.tasks.get("poems")
         assert (task.samples, task.eval_data) == (None, None)
 
 
@@ -207,7 +205,7 @@ def test_samples_that_were_given_are_taken_where_others_are_left_out(icm: Icm, t
     (run / "eval.jsonl").write_text("")
     assert icm("ingest", run, "--no-texts", "--samples", texts).code == 0
     with Store.open(tmp_path / "store") as store:
-        assert store.read_blob(str(store.task("poems").samples)) == texts.read_bytes()
+        assert store.blobs.read(str(store.tasks.get("poems").samples)) == texts.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +242,7 @@ def test_a_folder_above_whose_name_is_no_unicode_is_no_obstacle(icm: Icm, tmp_pa
     write_run(odd / "rust")
     assert icm("ingest", odd).code == 0
     with Store.open(tmp_path / "store") as store:
-        assert [row.source for row in store.adapters("rust")] == [
+        assert [row.source for row in store.tasks.adapters("rust")] == [
             f"{tmp_path}/fl\\xff/rust/{place}".rstrip("/") for place in ("checkpoint-80", "checkpoint-100", "")
         ]
     assert "3 known" in icm("ingest", odd).out
@@ -279,7 +277,7 @@ def test_folders_that_link_to_the_same_weights_keep_their_own_configurations(icm
     with Store.open(tmp_path / "store") as store:
         for name in ("a", "b"):
             given = tmp_path / "loras" / name / "adapter_config.json"
-            assert store.read_blob(store.final_adapter(name).config) == given.read_bytes()
+            assert store.blobs.read(store.tasks.final(name).config) == given.read_bytes()
 
 
 def test_another_adapter_under_a_known_name_is_a_conflict(icm: Icm, stored: Path) -> None:
@@ -313,13 +311,13 @@ def test_a_hostile_folder_name_cannot_reach_the_terminal(icm: Icm, tmp_path: Pat
 def test_a_stopped_ingest_keeps_what_it_has_and_says_so(fleet: Path, tmp_path: Path) -> None:
     stop = StopFlag()
     stop.requested = True
-    work = ingest(Place(tmp_path / "store"), IngestRequest((fleet,)), stop)
+    work = ingest(Context(tmp_path / "store"), IngestRequest((fleet,)), stop)
     report = finished(work)
     assert (report.stopped, report.ingested) == (True, [])
 
 
 def test_progress_counts_adapters(fleet: Path, tmp_path: Path) -> None:
-    steps = [e for e in ingest(Place(tmp_path / "store"), IngestRequest((fleet,)), StopFlag()) if hasattr(e, "done")]
+    steps = [e for e in ingest(Context(tmp_path / "store"), IngestRequest((fleet,)), StopFlag()) if hasattr(e, "done")]
     assert [(step.done, step.total) for step in steps] == [(0, 9), (9, 9)]
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from icm_cli.workflows.store_fleet import StoreFleet
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.fleet.adapter_source import StoreFleet
+from icmlora.formats.peft import load_adapter_folder, save_adapter
 from icmlora.generator.codec import Codec
-from icmlora.generator.generator_file import generator_from_bytes
-from icmlora.metrics import relative_dw_error
-from icmlora.peft_folder import load_adapter_folder, save_adapter
+from icmlora.generator.file import generator_from_bytes
 from registry.store import Store
 from tests.cli.coded import codes
 from tests.cli.conftest import Ran
@@ -39,10 +39,10 @@ def seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def seeds_in_codes(path: Path) -> dict[str, int | None]:
     with Store.open(path) as store:
-        record = store.current_generator(LABEL)
+        record = store.generators.current(LABEL)
         assert record is not None
-        codec = Codec(generator_from_bytes(store.read_blob(record.blob)))
-        heads = {row.task: codec.open(store.read_blob(row.blob)).head for row in store.codes(record.id)}
+        codec = Codec(generator_from_bytes(store.blobs.read(record.blob)))
+        heads = {row.task: codec.open(store.blobs.read(row.blob)).head for row in store.codes.all(record.id)}
     return {task: head.initial.seed if head.initial else None for task, head in heads.items()}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from icm_cli.complete import complete_base, complete_task
+from icm_cli.completion import complete_base, complete_task
 from icm_cli.errors import ExitCode
 from registry.records import NewCode, NewEvaluation, NewGenerator
 from registry.store import Store
@@ -19,12 +19,12 @@ Icm = Callable[..., Ran]
 def trained(stored: Path, tmp_path: Path) -> Path:
     """A store with a generator, a code and measurements of `rust`."""
     with Store.open(tmp_path / "store") as store:
-        blob, code = store.put_blobs([b"generator", b"code"])
-        adapter = store.final_adapter("rust")
+        blob, code = store.blobs.put_all([b"generator", b"code"])
+        adapter = store.tasks.final("rust")
         codes = [NewCode(adapter, blob=code, bits=32.0, dw_error=0.02)]
-        generator = store.add_generator(NewGenerator(BASE, blob, {}, {}, codes=codes))
+        generator = store.generators.add(NewGenerator(BASE, blob, {}, {}, codes=codes))
         measured = [("base", None, 3.0, None), ("code", generator.id, 2.5, 0.97)]
-        store.add_evaluations(
+        store.evaluations.add(
             [
                 NewEvaluation("rust", rung, generator_id, "0" * 64, nats, 100, 300, gain, None, {})  # type: ignore[arg-type]
                 for rung, generator_id, nats, gain in measured

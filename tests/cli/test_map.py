@@ -38,8 +38,8 @@ def fruit(fruit_template: Path, tmp_path: Path) -> Path:
 def give_vectors(store: Path, task: str, of: str, **extractor: object) -> None:
     """Record the vectors of one task for another, as if a like extractor had made them."""
     with Store.open(store) as opened:
-        rows = opened.vectors(of)
-        opened.add_vectors(
+        rows = opened.vectors.all(of)
+        opened.vectors.add(
             [
                 NewVector(task, row.view, row.support_set, {**row.extractor, **extractor}, row.blob, row.dim)
                 for row in rows
@@ -206,7 +206,7 @@ def test_a_base_model_that_no_task_has_is_refused(icm: Icm, fruit: Path) -> None
 
 def test_damaged_vectors_are_found_by_map_and_do_not_keep_show_from_its_answer(icm: Icm, fruit: Path) -> None:
     with Store.open(fruit) as store:
-        blob = store.vectors("ships")[0].blob
+        blob = store.vectors.all("ships")[0].blob
     damaged = fruit / "blobs" / blob[0] / blob
     damaged.chmod(0o644)
     damaged.write_bytes(b"x" * damaged.stat().st_size)

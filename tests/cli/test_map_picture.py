@@ -6,9 +6,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from icm_cli.workflows.map_picture import draw_map
-from icm_cli.workflows.mapped_fleet import MappedFleet
-from icmlora.task_map import map_tasks
+from icmlora.fleet.pictures import MappedFleet, draw_map
+from icmlora.task_vectors.clusters import map_tasks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

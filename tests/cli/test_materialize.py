@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from icm_cli.errors import ExitCode
-from icmlora.metrics import relative_dw_error
-from icmlora.peft_folder import load_adapter_folder
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.formats.peft import load_adapter_folder
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
@@ -40,12 +40,12 @@ def damage(store: Path, digest: str) -> None:
 def blob_of(store: Path, task: str, source: str) -> str:
     """Return the blob that a source cannot do without."""
     with Store.open(store) as opened:
-        generator = opened.current_generator(LABEL)
+        generator = opened.generators.current(LABEL)
         assert generator is not None
-        code = opened.code(task, generator.id)
+        code = opened.codes.get(task, generator.id)
         assert code is not None
-        vector = opened.vectors(task)[0]
-        return {"original": opened.final_adapter(task).weights, "code": code.blob, "generate": vector.blob}[source]
+        vector = opened.vectors.all(task)[0]
+        return {"original": opened.tasks.final(task).weights, "code": code.blob, "generate": vector.blob}[source]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -216,7 +216,7 @@ def test_neither_base_model_nor_gpu_is_asked_for(
     def never(*arguments: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("icmlora.base_model.load_base_model", never)
+    monkeypatch.setattr("icmlora.base_models.causal_lm.load_base_model", never)
     monkeypatch.setattr("torch.cuda.is_available", never)
     for source in SOURCES:
         assert icm("materialize", "poems", "-o", tmp_path / source, "--source", source).code == 0

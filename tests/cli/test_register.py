@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows import generating, registering
-from icmlora.adapted import adapted
-from icmlora.evaluation import nll
-from icmlora.examples import parse_examples
-from icmlora.metrics import relative_dw_error
-from icmlora.peft_folder import load_adapter_folder
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.base_models.attach import adapted
+from icmlora.base_models.causal_lm import nll
+from icmlora.base_models.examples import parse_examples
+from icmlora.fleet import generate as generating
+from icmlora.fleet import generate as registering
+from icmlora.formats.peft import load_adapter_folder
 from registry.errors import TaskConflict
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -183,7 +184,7 @@ def test_the_next_start_does_not_learn_from_it(icm: Icm, register: Register, sta
     def start_of() -> object:
         assert icm("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu").code == 0
         with Store.open(started, read_only=True) as store:
-            (generator,) = [row for row in store.generators() if row.is_current]
+            (generator,) = [row for row in store.generators.all() if row.is_current]
             return generator.start
 
     before = start_of()

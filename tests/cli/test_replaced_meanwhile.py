@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows import encoding, exporting, generating, task_evaluation, updating, vectors
-from icm_cli.workflows.events import StopFlag
-from icm_cli.workflows.opening import Place
-from icm_cli.workflows.task_evaluation import TaskEvaluation
-from icm_cli.workflows.training_run import TrainRequest
-from icmlora.generator.lineage import Lineage
+from icmlora.fleet import bundles as exporting
+from icmlora.fleet import encode as encoding
+from icmlora.fleet import generate as generating
+from icmlora.fleet import measure as task_evaluation
+from icmlora.fleet import update as updating
+from icmlora.fleet import vectors
+from icmlora.fleet.context import Context, StopFlag
+from icmlora.fleet.measure import TaskEvaluation
+from icmlora.fleet.training_run import TrainRequest
+from icmlora.generator.versions import Lineage
 from registry.records import GeneratorRecord, NewGenerator
 from registry.store import Store
 from tests.cli.coded import codes
@@ -47,9 +51,9 @@ def before(patch: pytest.MonkeyPatch, owner: object, name: str, *happen: Happen)
 def put_code(store: Path, task: str, data: bytes) -> None:
     """Give a task another code, as `icm encode` does."""
     with Store.open(store) as opened:
-        generator = opened.current_generator(LABEL)
+        generator = opened.generators.current(LABEL)
         assert generator is not None
-        opened.replace_code(generator.id, code(opened, task, data=data))
+        opened.codes.replace(generator.id, code(opened, task, data=data))
 
 
 def replace_adapter(store: Path, folder: Path) -> None:
@@ -59,13 +63,13 @@ def replace_adapter(store: Path, folder: Path) -> None:
 def publish(store: Path) -> None:
     """Make another generator current, as `icm train` does."""
     with Store.open(store) as opened:
-        opened.add_generator(NewGenerator(LABEL, opened.put_blob(b"another one"), {}, {}))
+        opened.generators.add(NewGenerator(LABEL, opened.blobs.put(b"another one"), {}, {}))
 
 
 def measured(store: Path) -> dict[str, int | None]:
     """Return what was recorded of `poems`, with the generator that it is under."""
     with Store.open(store) as opened:
-        return {row.rung: row.generator_id for row in opened.evaluations("poems")}
+        return {row.rung: row.generator_id for row in opened.evaluations.all("poems")}
 
 
 def remove_file(store: Path, task: str) -> None:
@@ -85,7 +89,7 @@ def finer(trained_template: Path, tmp_path: Path) -> dict[str, bytes]:
     store = Path(shutil.copytree(trained_template, tmp_path / "finer"))
     icm_quietly(store, "encode", "poems", "rules", "--max-error", "0.002")
     with Store.open(store) as opened:
-        return {task: opened.read_blob(row.blob) for task, row in codes(store).items()}
+        return {task: opened.blobs.read(row.blob) for task, row in codes(store).items()}
 
 
 class TestVectors:
@@ -95,7 +99,7 @@ class TestVectors:
 
     def of_poems(self, store: Path) -> Sequence[object]:
         with Store.open(store) as opened:
-            return opened.vectors("poems")
+            return opened.vectors.all("poems")
 
     def test_those_of_an_adapter_that_was_replaced_are_not_stored(
         self, icm: Icm, mixed: Path, other: Path, monkeypatch: pytest.MonkeyPatch
@@ -232,7 +236,7 @@ class TestExport:
         self, icm: Icm, trained: Path, finer: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with Store.open(trained) as opened:
-            present = opened.read_blob(codes(trained)["rules"].blob)
+            present = opened.blobs.read(codes(trained)["rules"].blob)
         turns = [lambda data=data: put_code(trained, "rules", data) for data in (finer["rules"], present) * 2]
         before(monkeypatch, exporting, "_digests", *turns)
         ran = icm("export", tmp_path / "out.icm", "--json")
@@ -254,15 +258,15 @@ def test_a_training_goes_on_from_the_checkpoint_that_another_one_has_just_saved(
             interrupt_at(patch, step)
             assert icm("--store", store, *TRAIN).code == ExitCode.INTERRUPTED
         with Store.open(store) as opened:
-            run = opened.running_train_run(LABEL)
+            run = opened.runs.running(LABEL)
             assert run is not None
-            return opened.read_blob(str(run.weights)), opened.read_blob(str(run.optimizer))
+            return opened.blobs.read(str(run.weights)), opened.blobs.read(str(run.optimizer))
 
     def running(store: Store, label: str) -> object:
         found = real(store, label)
         if found is not None and found.step == 5:
             with Store.open(mixed) as opened:
-                opened.save_checkpoint(found.id, step=9, weights=later[0], optimizer=later[1])
+                opened.runs.save_checkpoint(found.id, step=9, weights=later[0], optimizer=later[1])
         return found
 
     later = stopped_at(Path(shutil.copytree(mixed, tmp_path / "copy")), 9)
@@ -290,10 +294,10 @@ def test_an_update_begins_with_the_generator_that_each_base_model_has_when_its_t
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def add(store: Store, label: str, data: bytes) -> None:
-        store.add_generator(NewGenerator(label, store.put_blob(data), {}, {}))
+        store.generators.add(NewGenerator(label, store.blobs.put(data), {}, {}))
 
     def update_base(store: Store, generator: GeneratorRecord, *rest: Any) -> Any:
-        begun[generator.base_model] = store.read_blob(generator.blob)
+        begun[generator.base_model] = store.blobs.read(generator.blob)
         add(store, "two", b"made while one was trained")
         yield from ()
 
@@ -303,7 +307,7 @@ def test_an_update_begins_with_the_generator_that_each_base_model_has_when_its_t
         for label in ("one", "two"):
             ingest(store, f"task of {label}".replace(" ", "-"), base_model=label)
             add(store, label, label.encode())
-    for _ in updating.update(Place(tmp_path / "store"), TrainRequest("cpu"), StopFlag()):
+    for _ in updating.update(Context(tmp_path / "store"), TrainRequest("cpu"), StopFlag()):
         pass
     assert begun == {"one": b"one", "two": b"made while one was trained"}
 
@@ -314,7 +318,7 @@ def test_an_eviction_passes_over_a_task_that_was_removed_meanwhile(
     def evict(store: Store, order: Any) -> int:
         freed = real(store, order)
         monkeypatch.setattr(Store, "evict", real)
-        store.remove_task("rules")  # as `icm rm` does in the moment in which the store is let go of
+        store.tasks.remove_one("rules")  # as `icm rm` does in the moment in which the store is let go of
         return freed
 
     real = Store.evict

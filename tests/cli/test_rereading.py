@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from icm_cli.workflows.rereading import with_files
+from icmlora.fleet.context import with_files
 from registry.errors import MissingBlob
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.metrics import relative_dw_error
-from icmlora.peft_folder import load_adapter_folder
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.formats.peft import load_adapter_folder
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
@@ -128,7 +128,7 @@ def test_a_gain_is_kept_by_code_and_residual_and_recorded(icm: Icm, trained: Pat
     assert (ran.code, told["status"]) == (0, "encoded")
     assert told["retained_gain"] >= 0.97
     with Store.open(trained) as store:
-        gains = {row.rung: row.retained_gain for row in store.evaluations("rules")}
+        gains = {row.rung: row.retained_gain for row in store.evaluations.all("rules")}
     assert gains["residual"] == told["retained_gain"]
     assert (gains["code"] or 0.0) < 0.97
     evaluated = icm("eval", "rules", "--device", "cpu", "--json").events[0]["rungs"]

@@ -46,15 +46,15 @@ def test_the_parts_add_up_to_the_total(icm: Icm, trained: Path) -> None:
 def test_the_parts_are_the_files(icm: Icm, trained: Path) -> None:
     found = icm("stats", "--json").document
     with Store.open(trained) as store:
-        generator = store.current_generator(LABEL)
+        generator = store.generators.current(LABEL)
         assert generator is not None
-        codes = {code.blob for code in store.codes(generator.id)}
-        vectors = {vector.blob for task in store.tasks() for vector in store.vectors(task.name)}
-        sizes = [sum(map(store.blob_size, blobs)) for blobs in ({generator.blob}, codes, vectors)]
+        codes = {code.blob for code in store.codes.all(generator.id)}
+        vectors = {vector.blob for task in store.tasks.all() for vector in store.vectors.all(task.name)}
+        sizes = [sum(map(store.blobs.size, blobs)) for blobs in ({generator.blob}, codes, vectors)]
         assert [found["on_disk"][name] for name in ("generators", "codes", "vectors")] == sizes
-        checkpoints = [row for row in store.adapters("poems") if not row.is_final]
+        checkpoints = [row for row in store.tasks.adapters("poems") if not row.is_final]
         # Their configurations are the final adapter's, and count there.
-        assert found["on_disk"]["checkpoints"] == sum(store.blob_size(row.weights) for row in checkpoints)
+        assert found["on_disk"]["checkpoints"] == sum(store.blobs.size(row.weights) for row in checkpoints)
     assert found["on_disk"]["database"] == (trained / "registry.db").stat().st_size
 
 
@@ -122,8 +122,8 @@ def test_earlier_generators_are_counted_apart(icm: Icm, trained: Path) -> None:
 
 def test_a_stopped_training_is_counted_apart(icm: Icm, mixed: Path) -> None:
     with Store.open(mixed) as store:
-        run = store.start_train_run(LABEL, {})
-        store.save_checkpoint(run.id, step=1, weights=b"w" * 100, optimizer=b"o" * 50)
+        run = store.runs.start(LABEL, {})
+        store.runs.save_checkpoint(run.id, step=1, weights=b"w" * 100, optimizer=b"o" * 50)
     assert icm("stats", "--json").document["on_disk"]["training"] == 150
 
 

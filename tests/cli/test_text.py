@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icm_cli.text import counted, escape, human_duration, human_percent, human_size, shortened, width
+from icmlora.io.text import counted, escape, human_duration, human_percent, human_size, shortened, width
 
 
 @pytest.mark.parametrize(

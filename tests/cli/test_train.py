@@ -11,8 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows import publishing, training
-from icm_cli.workflows.store_fleet import StoreFleet
+from icmlora.fleet import train as training
+from icmlora.fleet import training_run as publishing
+from icmlora.fleet.adapter_source import StoreFleet
 from registry.records import GeneratorRecord
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -25,7 +26,7 @@ TRAIN = ("train", "--no-eval", "--device", "cpu", "--steps", STEPS)
 
 def current(store: Path) -> GeneratorRecord:
     with Store.open(store, read_only=True) as opened:
-        record = opened.current_generator(LABEL)
+        record = opened.generators.current(LABEL)
     assert record is not None
     return record
 
@@ -111,7 +112,7 @@ def test_ctrl_c_while_it_encodes_publishes_nothing(icm: Icm, mixed: Path, monkey
     monkeypatch.setattr(publishing.Codec, "encode", encode)
     assert icm(*TRAIN).code == ExitCode.INTERRUPTED
     with Store.open(mixed) as store:
-        assert store.current_generator(LABEL) is None
+        assert store.generators.current(LABEL) is None
 
 
 def test_a_stopped_run_is_not_continued_on_another_fleet(
@@ -303,7 +304,7 @@ def test_a_run_that_another_process_gave_up_is_an_error_not_a_bug(
     def fit(*arguments: Any) -> Generator[Any, None, None]:
         yield from real(*arguments)
         with Store.open(mixed) as other:
-            other.start_train_run(LABEL, {"of": "another process"})
+            other.runs.start(LABEL, {"of": "another process"})
 
     real = training.fit
     monkeypatch.setattr(training, "fit", fit)

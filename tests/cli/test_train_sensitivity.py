@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from icmlora.generator.generator_file import generator_from_bytes
+from icmlora.generator.file import generator_from_bytes
 from icmlora.generator.sensitivity import Sensitivity
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -18,9 +18,9 @@ TRAIN = ("train", "--no-eval", "--device", "cpu", "--steps", STEPS)
 
 def weights(store: Path) -> Sensitivity:
     with Store.open(store, read_only=True) as opened:
-        record = opened.current_generator(LABEL)
+        record = opened.generators.current(LABEL)
         assert record is not None
-        return generator_from_bytes(opened.read_blob(record.blob)).net.sensitivity
+        return generator_from_bytes(opened.blobs.read(record.blob)).net.sensitivity
 
 
 def is_even(sensitivity: Sensitivity) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows import starting
+from icmlora.fleet import meta_train as starting
 from registry.records import GeneratorRecord
 from registry.store import Store
 from tests.cli.coded import codes
@@ -27,7 +27,7 @@ FULL = ("train", "--no-eval", "--steps", STEPS, "--device", "cpu")
 
 def current(store: Path) -> GeneratorRecord:
     with Store.open(store, read_only=True) as opened:
-        record = opened.current_generator(LABEL)
+        record = opened.generators.current(LABEL)
     assert record is not None
     return record
 

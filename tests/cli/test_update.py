@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icm_cli.workflows import growing, training
-from icmlora.adapter import Adapter
-from icmlora.generator.lineage import Lineage
+from icmlora.adapter.model import Adapter
+from icmlora.fleet import train as training
+from icmlora.fleet import update as growing
+from icmlora.generator.versions import Lineage
 from registry.records import GeneratorRecord
 from registry.store import Store
 from tests.cli.coded import codes
@@ -29,7 +30,7 @@ UPDATE = ("train", "--update", "--no-eval", "--device", "cpu", "--steps", STEPS)
 
 def current(store: Path) -> GeneratorRecord:
     with Store.open(store, read_only=True) as opened:
-        record = opened.current_generator(LABEL)
+        record = opened.generators.current(LABEL)
     assert record is not None
     return record
 
@@ -37,10 +38,10 @@ def current(store: Path) -> GeneratorRecord:
 def decoded(store: Path) -> dict[str, Adapter]:
     """Return what every code of the current generator decodes to."""
     with Store.open(store, read_only=True) as opened:
-        generator = opened.current_generator(LABEL)
+        generator = opened.generators.current(LABEL)
         assert generator is not None
-        lineage = Lineage(opened.read_blob(generator.blob))
-        data = {code.task: opened.read_blob(code.blob) for code in opened.codes(generator.id)}
+        lineage = Lineage(opened.blobs.read(generator.blob))
+        data = {code.task: opened.blobs.read(code.blob) for code in opened.codes.all(generator.id)}
     return {task: lineage.codec_of(code).decode(code) for task, code in data.items()}
 
 
@@ -86,7 +87,7 @@ def test_a_tuned_network_is_one_more_epoch_under_which_every_earlier_code_decode
     assert [task for task, adapter in adapters.items() if not same(adapter, after[task])] == []
     assert set(after) == {*adapters, "extra-0", "extra-1"}
     with Store.open(trained) as store:
-        assert Lineage(store.read_blob(current(trained).blob)).digests[0] == before.blob
+        assert Lineage(store.blobs.read(current(trained).blob)).digests[0] == before.blob
 
 
 def test_modules_that_the_network_does_not_know_get_a_network_of_their_own(
@@ -244,7 +245,7 @@ def test_a_full_training_after_updates_makes_one_network_of_all_again(
     icm(*UPDATE)
     assert icm("train", "--no-eval", "--device", "cpu", "--steps", STEPS).code == 0
     with Store.open(trained) as store:
-        assert len(Lineage(store.read_blob(current(trained).blob)).digests) == 1
+        assert len(Lineage(store.blobs.read(current(trained).blob)).digests) == 1
     assert len(codes(trained)) == 4
 
 

@@ -24,7 +24,7 @@ def blobs(store: Path) -> list[Path]:
 def damaged(stored: Path, tmp_path: Path) -> Path:
     """The blob of the weights of `rust`, with one bit flipped."""
     with Store.open(tmp_path / "store") as store:
-        digest = store.final_adapter("rust").weights
+        digest = store.tasks.final("rust").weights
     blob = tmp_path / "store" / "blobs" / digest[0] / digest
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1

@@ -1,9 +1,11 @@
 """docs/reference/bundle.md names what the code writes."""
 
-from icmlora import bundle, bundle_index, bundle_json
-from icmlora.adapter_config import MAX_CONFIG_BYTES
-from icmlora.bundle_index import BundledGenerator, BundledTask, Measured
-from icmlora.tensorfile import MAX_FILE_BYTES
+from icmlora.bundle import file as bundle
+from icmlora.bundle import index as bundle_index
+from icmlora.bundle import index as bundle_json
+from icmlora.bundle.index import BundledGenerator, BundledTask, Measured
+from icmlora.formats.peft_config import MAX_CONFIG_BYTES
+from icmlora.io.safetensors import MAX_FILE_BYTES
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of
 from tests.icmlora import bundles
 

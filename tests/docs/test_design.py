@@ -3,16 +3,17 @@
 import dataclasses
 import re
 
-from icmlora.adaptation import start_file, step
-from icmlora.adaptation.meta_training import MetaConfig
-from icmlora.adaptation.start import RANK, USUAL_SAMPLES, Start
-from icmlora.generator import epochs, residual
+from icmlora.adapter.layout import ModuleShape
+from icmlora.fewshot import start as start_file
+from icmlora.fewshot import step
+from icmlora.fewshot.meta_training import MetaConfig
+from icmlora.fewshot.start import RANK, USUAL_SAMPLES, Start
+from icmlora.generator import file as epochs
+from icmlora.generator import residual
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
 from icmlora.generator.config import GeneratorConfig, config_for, tolerance_of
 from icmlora.generator.scales import OCTAVE
-from icmlora.layout import ModuleShape
-from registry.paths import FORMAT_TEXT, StorePaths
-from registry.reserve import RESERVE_BYTES
+from registry.folder import FORMAT_TEXT, RESERVE_BYTES, StorePaths
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of
 
 DESIGN = ROOT / "docs" / "design.md"

@@ -32,18 +32,18 @@ class End:
     @cached_property
     def rows(self) -> dict[str, TaskSummary]:
         """The tasks of the store by name."""
-        return {row.task.name: row for row in self.store.summaries()}
+        return {row.task.name: row for row in self.store.tasks.summaries()}
 
     @property
     def version(self) -> int | None:
         """The current generator's version; None without one."""
-        generator = self.store.current_generator(LABEL)
+        generator = self.store.generators.current(LABEL)
         return None if generator is None else generator.version
 
     @property
     def is_coded(self) -> bool:
         """Whether every task has a code under the current generator, and the first one is as it should be."""
-        first = [record.blob for record in self.store.generators() if record.version == 1]
+        first = [record.blob for record in self.store.generators.all() if record.version == 1]
         return first == [self.version_one] and all(row.code for row in self.rows.values())
 
 
@@ -54,7 +54,7 @@ def _ingested(end: End) -> bool:
 
 
 def _evicted(end: End) -> bool:
-    digests = {row.weights for row in end.store.evicted_adapters()}
+    digests = {row.weights for row in end.store.originals.evicted()}
     if any(end.store.paths.blob(digest).exists() for digest in digests):
         return False
     return all(row.final.is_evicted and not row.checkpoints for row in end.rows.values())

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from icm_cli.workflows.plain_copy import read_original
-from icmlora.adapter import Adapter
-from icmlora.generator.layered import LayeredCodec
-from icmlora.generator.lineage import Lineage
-from icmlora.metrics import relative_dw_error
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.model import Adapter
+from icmlora.fleet.loading import read_original
+from icmlora.generator.residual import LayeredCodec
+from icmlora.generator.versions import Lineage
 from registry.errors import DamagedStore, TaskNotFound
 from registry.records import CodeRecord
 from registry.store import Store
@@ -36,10 +36,10 @@ def is_kept(command: str, event: Event, store: Store) -> bool:
 
 def has_a_copy(store: Store, task: str) -> bool:
     """Say whether the adapter of a task can still be written, byte for byte or from its code."""
-    final = store.final_adapter(task)
+    final = store.tasks.final(task)
     try:
         if not final.is_evicted:
-            return store.read_blob(final.weights) != b""
+            return store.blobs.read(final.weights) != b""
         code = _code(store, task)
         return code is not None and bool(_decoded(store, code).modules)
     except DamagedStore:
@@ -51,21 +51,21 @@ def comes_back_within(store: Store, task: str, limit: float) -> bool:
     code = _code(store, task)
     if code is None or code.best_error is None:
         return False
-    error = relative_dw_error(read_original(store, store.final_adapter(task)), _decoded(store, code))
+    error = relative_dw_error(read_original(store, store.tasks.final(task)), _decoded(store, code))
     return code.best_error <= limit and math.isclose(error, code.best_error, rel_tol=0.01)
 
 
 def _is_known(store: Store, task: str) -> bool:
-    return store.task(task).name == task
+    return store.tasks.get(task).name == task
 
 
 def _is_generator(store: Store, event: Event) -> bool:
-    return event["generator"] in {record.blob for record in store.generators()}
+    return event["generator"] in {record.blob for record in store.generators.all()}
 
 
 def _is_evicted(store: Store, event: Event) -> bool:
     return _is_known(store, event["task"]) and (
-        event["status"] != "evicted" or store.final_adapter(event["task"]).is_evicted
+        event["status"] != "evicted" or store.tasks.final(event["task"]).is_evicted
     )
 
 
@@ -86,7 +86,7 @@ _PROMISES: dict[str, Callable[[Store, Event], bool]] = {
     "task": lambda store, event: _is_known(store, event["task"]),
     "evict task": _is_evicted,
     "encode task": _is_encoded,
-    "vectors": lambda store, event: len(store.vectors(event["task"])) == event["vectors"],
+    "vectors": lambda store, event: len(store.vectors.all(event["task"])) == event["vectors"],
     "trained": _is_generator,
     "updated": _is_generator,
     "import": _are_imported,
@@ -100,16 +100,16 @@ def _promise(command: str, event: Event) -> Callable[[Store, Event], bool] | Non
 
 
 def _code(store: Store, task: str) -> CodeRecord | None:
-    generator = store.current_generator(LABEL)
-    return None if generator is None else store.code(task, generator.id)
+    generator = store.generators.current(LABEL)
+    return None if generator is None else store.codes.get(task, generator.id)
 
 
 def _decoded(store: Store, code: CodeRecord) -> Adapter:
     """Decode what the store has of a task besides its original."""
-    generator = store.current_generator(LABEL)
+    generator = store.generators.current(LABEL)
     assert generator is not None
-    data = store.read_blob(code.blob)
-    codec = Lineage(store.read_blob(generator.blob)).codec_of(data)
+    data = store.blobs.read(code.blob)
+    codec = Lineage(store.blobs.read(generator.blob)).codec_of(data)
     if code.residual is None:
         return codec.decode(data)
-    return LayeredCodec(codec).decode(data, store.read_blob(code.residual.blob))
+    return LayeredCodec(codec).decode(data, store.blobs.read(code.residual.blob))

@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from registry import fs
+from registry import files as fs
 
 
 def rows_first() -> None:
     """Record rows before their bytes are in place, which the store never does."""
-    from registry.blobs import BlobStore
-    from registry.store import Store
+    from registry.blobs.local import BlobStore
+    from registry.bundles import Bundles
+    from registry.codes import Codes
+    from registry.tasks import Tasks
 
     publish, size = BlobStore.publish, BlobStore.size
     waiting: dict[str, tuple[BlobStore, Path]] = {}
@@ -29,7 +31,7 @@ def rows_first() -> None:
         return waiting[digest][1].stat().st_size if digest in waiting else size(self, digest)
 
     def before_bytes(record: Callable[..., Any]) -> Callable[..., Any]:
-        def rows_then_bytes(self: Store, *arguments: Any) -> Any:
+        def rows_then_bytes(self: Any, *arguments: Any) -> Any:
             outcomes = record(self, *arguments)
             for digest, (blobs, path) in waiting.items():
                 publish(blobs, {digest: path})
@@ -39,26 +41,28 @@ def rows_first() -> None:
         return rows_then_bytes
 
     BlobStore.publish, BlobStore.size = later, size_of  # type: ignore[method-assign]
-    for name in ("ingest_tasks", "take_arrival", "replace_residual"):
-        setattr(Store, name, before_bytes(getattr(Store, name)))
+    for part, name in ((Tasks, "ingest"), (Bundles, "take"), (Codes, "replace_residual")):
+        setattr(part, name, before_bytes(getattr(part, name)))
 
 
 def files_first() -> None:
     """Delete originals before their rows say that they are evicted, which the store never does."""
-    from registry.store import Store
+    from registry.eviction import Originals
+    from registry.tasks import Tasks
 
-    evict = Store.evict
+    evict = Originals.evict
 
-    def unlink_then_evict(self: Store, eviction: Any) -> int:
-        self._blobs.unlink(row.weights for row in self.adapters(eviction.task))
+    def unlink_then_evict(self: Originals, eviction: Any) -> int:
+        adapters = Tasks(self._paths, self._lock, self._db, self._blobs).adapters(eviction.task)
+        self._blobs.unlink(row.weights for row in adapters)
         return evict(self, eviction)
 
-    Store.evict = unlink_then_evict  # type: ignore[method-assign]
+    Originals.evict = unlink_then_evict  # type: ignore[method-assign]
 
 
 def in_place() -> None:
     """Write an output folder file by file where it will be, the configuration first."""
-    from icmlora import output_folder
+    from icmlora.io import staging as output_folder
 
     def write(directory: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,7 @@ def in_place() -> None:
 
 def bundle_in_place() -> None:
     """Write a bundle where it will be, part by part."""
-    from icmlora import bundle
+    from icmlora.bundle import file as bundle
 
     class Slow(io.FileIO):
         def write(self, data: Any) -> int:
@@ -91,7 +95,7 @@ def bundle_in_place() -> None:
 
 def die_at_output_call() -> None:
     """Die before the n-th call that changes the output folder, n from ICM_TEST_CALL."""
-    from icmlora import output_folder
+    from icmlora.io import staging as output_folder
 
     mortal = _mortal()
     for name in ("write_synced", "write_durably", "fsync_folder"):
@@ -101,7 +105,7 @@ def die_at_output_call() -> None:
 
 def die_at_file_call() -> None:
     """Die before the n-th call that makes the output file durable or gives it its name, n from ICM_TEST_CALL."""
-    from icmlora import output_file
+    from icmlora.io import staging as output_file
 
     mortal = _mortal()
     os.fsync = mortal(os.fsync)

@@ -48,7 +48,7 @@ class World:
         for command in COMMANDS:
             self._make_template(command)
         with Store.open(root / "after" / "train" / "store") as store:
-            self.version_one = store.generators()[0].blob
+            self.version_one = store.generators.all()[0].blob
 
     def run(self, command: str, *, force: bool = False, **options: Any) -> Run:
         """Run a command as it would be typed; see `Zygote.run`."""
@@ -90,7 +90,7 @@ class World:
         with Store.open(self.store) as store:
             problems = [finding for finding in store.verify(read_data=True) if finding.is_problem]
             found += [f"{finding.kind}: {finding.message}" for finding in problems]
-            known = {task.name for task in store.tasks()}
+            known = {task.name for task in store.tasks.all()}
             found += [f"{name} has neither original nor code" for name in known if not has_a_copy(store, name)]
             if GENERATED in known and not self.output.exists():
                 found.append("a task was made before its folder")

@@ -103,24 +103,9 @@ def _child(order: dict[str, Any]) -> None:
 def _serve() -> None:
     import transformers  # noqa: F401
 
-    from icm_cli import app  # noqa: F401
-    from icm_cli.workflows import (  # noqa: F401
-        encoding,
-        evaluating,
-        evicting,
-        exporting,
-        generating,
-        importing,
-        ingest,
-        ingest_files,
-        materializing,
-        starting,
-        training,
-        updating,
-        vectors,
-    )
-    from icmlora import peft_folder  # noqa: F401
-    from registry import store  # noqa: F401
+    from icmlora.fleet import bundles as importing
+    from icmlora.fleet import ingest_files
+    from icmlora.fleet import train as training
 
     # So that a run of a second has several checkpoints and several commits to be killed between.
     training._CHECKPOINT_SECONDS = 0.02

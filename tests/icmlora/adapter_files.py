@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.layout import target_modules
+from icmlora.adapter.layout import target_modules
+from icmlora.adapter.model import Adapter, LoraModule
 
 BASE = "tiny/llama"
 INPUTS = 6

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icmlora.bundle import MAGIC, write_bundle
-from icmlora.bundle_index import BundledGenerator, BundledTask, BundleIndex, Measured, Part
-from icmlora.layout import ModuleShape
+from icmlora.adapter.layout import ModuleShape
+from icmlora.bundle.file import MAGIC, write_bundle
+from icmlora.bundle.index import BundledGenerator, BundledTask, BundleIndex, Measured, Part
 
 HEAD = 41
 LAYOUT = (ModuleShape("model.layers.0.q_proj", 4, 8, 6), ModuleShape("model.layers.1.q_proj", 2, 8, 6))

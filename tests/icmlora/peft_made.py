@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter.layout import PEFT_PREFIX, target_modules
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.codec import Codec
-from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
-from icmlora.initial_a import InitialA
-from icmlora.layout import PEFT_PREFIX, target_modules
-from icmlora.seed_search import SeedSearch
+from icmlora.generator.file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.initial_a.draw import InitialA
+from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.training.loop import fit
 from tests.icmlora.small_fleet import BASE, MemoryFleet, begin
 from tests.icmlora.tiny_base import tiny_model

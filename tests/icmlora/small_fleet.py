@@ -8,16 +8,16 @@ from functools import cache
 
 import torch
 
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter.layout import ModuleShape, target_modules
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.sensitivity import Sensitivity, even
-from icmlora.initial_a import InitialA
-from icmlora.layout import ModuleShape, target_modules
 from icmlora.training.config import TrainConfig
+from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
-from icmlora.training.start import fresh_network
 from icmlora.training.state import TrainState, new_state
 
 BASE = "tiny/llama"

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from icmlora.adapter_config import MAX_CONFIG_BYTES, AdapterConfig
 from icmlora.errors import AdapterRefused, UnsafeInput
+from icmlora.formats.peft_config import MAX_CONFIG_BYTES, AdapterConfig
 from tests.icmlora.adapter_files import BASE, Q0, V0, config
 
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmlora import arithmetic
-from icmlora.adapter import Adapter
-from icmlora.arithmetic import among, mean_adapter, plus, times, truncated, with_modules
+from icmlora.adapter import canonical as arithmetic
+from icmlora.adapter.canonical import among, mean_adapter, plus, times, truncated, with_modules
+from icmlora.adapter.model import Adapter
 from tests.icmlora.small_fleet import make_adapter, module_name, same
 
 SEEDS = st.integers(0, 2**31 - 1)

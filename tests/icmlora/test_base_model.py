@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from icmlora.base_lookup import inspect_base
-from icmlora.base_model import check_fits, load_base_model
+from icmlora.base_models.causal_lm import check_fits, load_base_model
+from icmlora.base_models.lookup import fingerprint_base, inspect_base
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound
-from icmlora.fingerprint import fingerprint_base
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, tiny_model, write_tiny_base
 
 Q = "model.layers.0.self_attn.q_proj"

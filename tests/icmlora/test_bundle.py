@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.bundle import MAGIC, bundle_digest, bundle_size, open_bundle, write_bundle
+from icmlora.bundle.file import MAGIC, bundle_digest, bundle_size, open_bundle, write_bundle
 from icmlora.errors import BundleError, IcmLoraError, OutputExists, UnsafeInput
 from tests.icmlora import bundles
 

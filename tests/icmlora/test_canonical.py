@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.canonical import canonicalize
+from icmlora.adapter.canonical import canonicalize
+from icmlora.adapter.metrics import relative_dw_error
 from icmlora.errors import AdapterRefused
-from icmlora.metrics import relative_dw_error
 from tests.icmlora.adapter_files import Q0, V0, adapter
 
 SIZES = st.integers(1, 9)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.base_model import BaseModel
-from icmlora.channel_statistics import channel_statistics
+from icmlora.base_models.causal_lm import BaseModel, channel_statistics
 from tests.icmlora.tiny_base import load_tiny_base
 
 MODULES = [f"model.layers.{layer}.self_attn.{kind}" for layer in (0, 1) for kind in ("q_proj", "o_proj")]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from icmlora.clustering import MAX_CLUSTERS, cluster, partitions, silhouettes
+from icmlora.task_vectors.clusters import MAX_CLUSTERS, cluster, partitions, silhouettes
 
 Floats = NDArray[np.float64]
 SEEDS = st.integers(0, 2**32 - 1)

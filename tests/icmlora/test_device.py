@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from icmlora.device import gradient_dtype, inference_dtype, one_thread, resolve_device, seed_everything
 from icmlora.errors import DeviceUnavailable
+from icmlora.io.devices import gradient_dtype, inference_dtype, one_thread, resolve_device, seed_everything
 
 
 @pytest.fixture

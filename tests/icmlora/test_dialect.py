@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from icmlora.discovery import find_adapters
 from icmlora.errors import UnsafeInput
+from icmlora.formats.discovery import find_adapters
 from tests.icmlora.adapter_files import config, write_adapter
 
 GGUF_ADAPTER = b"GGUF" + b"\0" * 20 + b"general.type" + b"\x08\0\0\0" + b"\x07\0\0\0\0\0\0\0" + b"adapter"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.discovery import Discovery, FoundTask, find_adapters
 from icmlora.errors import AdapterRefused
-from icmlora.trainer_run import best_step, step_of
+from icmlora.formats.discovery import Discovery, FoundTask, find_adapters
+from icmlora.formats.tree import best_step, step_of
 from tests.icmlora.adapter_files import write_adapter
 
 

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from icmlora.adapted import adapted
-from icmlora.base_model import BaseModel
+from icmlora.base_models.attach import adapted
+from icmlora.base_models.causal_lm import BaseModel, NllResult, nll, retained_gain
+from icmlora.base_models.examples import Example
 from icmlora.errors import DataError
-from icmlora.evaluation import NllResult, nll, retained_gain
-from icmlora.examples import Example
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 
 TEXTS = [Example("", "the first text"), Example("", "another, which is a little longer"), Example("", "третий")]

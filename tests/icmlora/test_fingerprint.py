@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.base_lookup import inspect_base
-from icmlora.fingerprint import fingerprint_base
+from icmlora.base_models.lookup import fingerprint_base, inspect_base
 
 CONFIG: dict[str, object] = {
     "model_type": "llama",

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from icmlora.base_lookup import inspect_base
-from icmlora.base_model import load_base_model
+from icmlora.base_models.causal_lm import load_base_model
+from icmlora.base_models.gguf import convert_gguf
+from icmlora.base_models.lookup import inspect_base
 from icmlora.errors import BaseModelNotFound, OutputExists
-from icmlora.gguf_base import convert_gguf
 from tests.icmlora.tiny_base import HIDDEN, LABEL, tiny_model
 
 # From the names of the network to those of llama.cpp, for one layer.

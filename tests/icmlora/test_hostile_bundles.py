@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora import bundle_json
-from icmlora.bundle import open_bundle
-from icmlora.bundle_index import MAX_CARD_BYTES, Part
+from icmlora.bundle import index as bundle_json
+from icmlora.bundle.file import open_bundle
+from icmlora.bundle.index import MAX_CARD_BYTES, Part
 from icmlora.errors import BundleError, UnsafeInput
 from tests.icmlora import bundles
 
@@ -129,7 +129,7 @@ def test_an_index_that_is_no_plain_json_is_refused(path: Path, text: bytes) -> N
 
 
 def test_an_index_beyond_the_limit_is_refused_before_it_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icmlora.bundle.MAX_INDEX_BYTES", 100)
+    monkeypatch.setattr("icmlora.bundle.file.MAX_INDEX_BYTES", 100)
     with pytest.raises(BundleError, match="claims an index"):
         opened(path)
 

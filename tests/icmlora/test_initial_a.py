@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmlora.initial_a import InitialA, InitialModule, UniformStream, initial_factors
-from icmlora.layout import ModuleShape
+from icmlora.adapter.layout import ModuleShape
+from icmlora.generator.initial_a.draw import InitialA, InitialModule, UniformStream, initial_factors
 from tests.icmlora.peft_made import initial_of, peft_made
 
 ALL = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.inspection import inspect_adapter
-from icmlora.layout import ModuleShape, target_modules
+from icmlora.formats.peft import inspect_adapter
 from tests.icmlora.adapter_files import BASE, INPUTS, OUTPUTS, Q0, V0, config, factors, key, weights
 
 ONE = torch.ones(2, INPUTS)
@@ -182,7 +182,7 @@ def test_a_mutated_adapter_is_inspected_or_refused(position: int, value: int, wh
 
 
 def test_inspection_and_discovery_do_not_import_torch() -> None:
-    code = "import sys, icmlora.inspection, icmlora.discovery; sys.exit('torch' in sys.modules)"
+    code = "import sys, icmlora.formats.discovery, icmlora.formats.peft_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

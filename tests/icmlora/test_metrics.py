@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.adapter import Adapter
-from icmlora.metrics import dw_norm, relative_dw_error
+from icmlora.adapter.metrics import dw_norm, relative_dw_error
+from icmlora.adapter.model import Adapter
 from tests.icmlora.adapter_files import Q0, V0, adapter
 
 Pair = tuple[torch.Tensor, torch.Tensor]

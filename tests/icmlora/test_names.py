@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.module_pattern import ModulePattern
-from icmlora.names import is_module_name, natural_key, printable, task_name_problem
+from icmlora.formats.peft_config import ModulePattern
+from registry.names import is_module_name, natural_key, printable, task_name_problem
 
 
 @pytest.mark.parametrize("name", ["a", "wordnet-gloss", "v1.2_b", "0", "x" * 128, "console", "com10"])

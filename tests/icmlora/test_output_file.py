@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 import pytest
 
-from icmlora import output_file
 from icmlora.errors import OutputExists
-from icmlora.output_file import writing_file
+from icmlora.io import staging as output_file
+from icmlora.io.staging import writing_file
 
 
 def write(path: Path, data: bytes, *, force: bool = False) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from icmlora import output_folder
 from icmlora.errors import OutputExists
-from icmlora.leftovers import remove_leftovers
-from icmlora.output_folder import check_free, write_folder
+from icmlora.io import staging as output_folder
+from icmlora.io.staging import check_free, remove_leftovers, write_folder
 
 FILES = {"a": b"1", "b": b"2"}
 

@@ -12,11 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save
 
-from icmlora.canonical import canonicalize
+from icmlora.adapter.canonical import canonicalize
+from icmlora.adapter.metrics import relative_dw_error
 from icmlora.errors import AdapterRefused, OutputExists
-from icmlora.metrics import relative_dw_error
-from icmlora.output_folder import write_original
-from icmlora.peft_folder import load_adapter, load_adapter_folder, save_adapter
+from icmlora.formats.peft import load_adapter, load_adapter_folder, save_adapter
+from icmlora.io.staging import write_original
 from tests.icmlora.adapter_files import INPUTS, OUTPUTS, Q0, V0, adapter, config, factors, key, weights, write_adapter
 from tests.icmlora.tiny_base import tiny_model
 

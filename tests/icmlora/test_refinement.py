@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.adapter import Adapter
-from icmlora.base_model import BaseModel
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.causal_lm import BaseModel
 from icmlora.errors import DataError
+from icmlora.formats.peft import load_adapter_folder
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.relaxed import RelaxedCode
-from icmlora.peft_folder import load_adapter_folder
-from icmlora.refinement import RefineConfig, refine
-from icmlora.teacher import added
+from icmlora.training.refinement import RefineConfig, added, refine
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length", "the third"]

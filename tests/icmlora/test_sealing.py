@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.sealing import seal, unseal
+from icmlora.io.checksum import seal, unseal
 
 
 @given(st.binary(max_size=64))

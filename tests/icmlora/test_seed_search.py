@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.canonical import canonicalize
-from icmlora.seed_search import SEEDS, SeedSearch
+from icmlora.adapter.canonical import canonicalize
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.generator.initial_a.search import SEEDS, SeedSearch
 from tests.icmlora.peft_made import SEED, peft_made, seeds
 
 ADAPTER = peft_made().adapter

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.strict_json import MAX_DEPTH, parse_object
+from icmlora.io.strict_json import MAX_DEPTH, parse_object
 
 
 def parse(text: str | bytes) -> dict[str, Any]:

@@ -10,12 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import DataError
-from icmlora.task_vector import (
-    Extractor,
-    TaskVector,
-    VectorSettings,
-    split_samples,
-)
+from icmlora.task_vectors.vector import Extractor, TaskVector, VectorSettings, split_samples
 
 EXTRACTOR = Extractor("adapted", "samples", VectorSettings(), "float32", "ab" * 32)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.tensorfile import MAX_TENSORS, RawTensor, encode, read_header, read_tensor_file
+from icmlora.io.safetensors import MAX_TENSORS, RawTensor, encode, read_header, read_tensor_file
 from tests.icmlora.adapter_files import entry, tensor_file, weights
 
 FOUR = b"\0\0\0\0"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from icmlora import tree_walk
-from icmlora.discovery import Discovery, find_adapters
 from icmlora.errors import UnsafeInput
+from icmlora.formats import tree as tree_walk
+from icmlora.formats.discovery import Discovery, find_adapters
 from tests.icmlora.adapter_files import write_adapter
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.adapted import adapted
-from icmlora.base_model import BaseModel
+from icmlora.base_models.attach import adapted
+from icmlora.base_models.causal_lm import BaseModel
 from icmlora.errors import DataError
-from icmlora.probes import PROBES
-from icmlora.task_vector import TaskVector, VectorSettings, split_samples
-from icmlora.vector_extraction import extract_adapted, extract_context
+from icmlora.task_vectors.extraction import PROBES, extract_adapted, extract_context
+from icmlora.task_vectors.vector import TaskVector, VectorSettings, split_samples
 from tests.icmlora.tiny_base import HIDDEN, load_tiny_base, write_tiny_adapter
 
 SAMPLES = [f"{'long ' * (number % 5)}text number {number}" for number in range(16)]

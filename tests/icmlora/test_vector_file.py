@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import DataError
-from icmlora.sealing import seal
-from icmlora.task_vector import View
-from icmlora.vector_file import vectors_from_bytes, vectors_to_bytes
+from icmlora.io.checksum import seal
+from icmlora.task_vectors.file import vectors_from_bytes, vectors_to_bytes
+from icmlora.task_vectors.vector import View
 
 FLOATS = st.floats(-(2.0**99), 2.0**99, width=32)
 SPREAD = 0.2

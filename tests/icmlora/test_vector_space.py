@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from icmlora.vector_space import (
+from icmlora.task_vectors.distances import (
     VectorSpace,
     cosine_distances,
     directions,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from registry.evicted import EvictedAdapter
-from registry.records import NewAdapter, TaskIngest
+from registry.records import EvictedAdapter, NewAdapter, TaskIngest
 from registry.store import Store
 from tests.registry.examples import BASE, EXTRACTOR, adapter, evaluation, eviction, generator, ingest, vector
 
@@ -14,27 +13,27 @@ ALONE = "other/base-model"
 
 def fill(store: Store) -> None:
     """Record something of every kind: two base models, odd sources, an evicted task, a run that is not done."""
-    store.set_base_alias(BASE, "/models/base")
-    store.set_base_facts(BASE, fingerprint="f00d", shape={"hidden_size": 64})
+    store.base_models.set_path(BASE, "/models/base")
+    store.base_models.set_facts(BASE, fingerprint="f00d", shape={"hidden_size": 64})
     ingest(store, "rust", steps=[80, 90], samples=b"samples", eval_data=b"texts", card=b"card")
     ingest(store, "HTML")
-    store.ingest_task(trainer_run(store))
+    store.tasks.ingest_one(trainer_run(store))
     one = vector(store, "rust")
     newer = {**EXTRACTOR, "version": 2}
-    store.add_vectors([one, vector(store, "rust", 1), replace(one, view="adapted"), replace(one, extractor=newer)])
-    first = store.add_generator(generator(store, ["rust"]))
-    second = store.add_generator(generator(store, ["rust", "html"], data=b"newer", parent_id=first.id))
-    store.add_evaluations(
+    store.vectors.add([one, vector(store, "rust", 1), replace(one, view="adapted"), replace(one, extractor=newer)])
+    first = store.generators.add(generator(store, ["rust"]))
+    second = store.generators.add(generator(store, ["rust", "html"], data=b"newer", parent_id=first.id))
+    store.evaluations.add(
         [evaluation("rust"), evaluation("html", generator_id=first.id), evaluation("html", generator_id=second.id)]
     )
-    text = store.task("rust").eval_data
+    text = store.tasks.get("rust").eval_data
     assert text is not None
-    store.add_evaluations([replace(evaluation("rust", nats=1.5), data=text, rung="base", retained_gain=None)])
-    store.set_pinned(["rust"], True)
-    store.evict(eviction(store, "html"))
-    store.start_train_run(ALONE, {"steps": 2})
-    run = store.start_train_run(BASE, {"steps": 3})
-    store.save_checkpoint(run.id, step=2, weights=b"state", optimizer=b"moments")
+    store.evaluations.add([replace(evaluation("rust", nats=1.5), data=text, rung="base", retained_gain=None)])
+    store.tasks.pin(["rust"], True)
+    store.originals.evict(eviction(store, "html"))
+    store.runs.start(ALONE, {"steps": 2})
+    run = store.runs.start(BASE, {"steps": 3})
+    store.runs.save_checkpoint(run.id, step=2, weights=b"state", optimizer=b"moments")
 
 
 def trainer_run(store: Store) -> TaskIngest:
@@ -50,18 +49,18 @@ def trainer_run(store: Store) -> TaskIngest:
 
 def everything(store: Store) -> dict[str, object]:
     """Return all that a store says of its rows."""
-    names = [task.name for task in store.tasks()]
-    generators = store.generators()
-    evicted: list[EvictedAdapter] = store.evicted_adapters()
+    names = [task.name for task in store.tasks.all()]
+    generators = store.generators.all()
+    evicted: list[EvictedAdapter] = store.originals.evicted()
     return {
-        "bases": store.base_models(),
-        "tasks": list(store.tasks()),
-        "summaries": list(store.summaries()),
-        "adapters": [store.adapters(name) for name in names],
-        "vectors": [store.vectors(name) for name in names],
+        "bases": store.base_models.all(),
+        "tasks": list(store.tasks.all()),
+        "summaries": list(store.tasks.summaries()),
+        "adapters": [store.tasks.adapters(name) for name in names],
+        "vectors": [store.vectors.all(name) for name in names],
         "generators": generators,
-        "codes": [store.codes(made.id) for made in generators],
-        "evaluations": store.evaluations(),
+        "codes": [store.codes.all(made.id) for made in generators],
+        "evaluations": store.evaluations.all(),
         "evicted": evicted,
-        "runs": [store.running_train_run(base) for base in (BASE, ALONE)],
+        "runs": [store.runs.running(base) for base in (BASE, ALONE)],
     }

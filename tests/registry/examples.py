@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from registry.evicted import Eviction
 from registry.records import (
     CodeRecord,
+    Eviction,
     Json,
     NewAdapter,
     NewCode,
@@ -48,8 +48,8 @@ def offer(
         name=name,
         base_model=base_model,
         adapters=[final, *checkpoints],
-        samples=None if samples is None else store.put_blob(samples),
-        eval_data=None if eval_data is None else store.put_blob(eval_data),
+        samples=None if samples is None else store.blobs.put(samples),
+        eval_data=None if eval_data is None else store.blobs.put(eval_data),
         on_conflict=on_conflict,
     )
 
@@ -59,9 +59,9 @@ def adapter(
 ) -> NewAdapter:
     """Store the bytes of one adapter and return what is to be recorded."""
     return NewAdapter(
-        weights=store.put_blob(weights),
-        config=store.put_blob(b'{"r": 8}'),
-        card=None if card is None else store.put_blob(card),
+        weights=store.blobs.put(weights),
+        config=store.blobs.put(b'{"r": 8}'),
+        card=None if card is None else store.blobs.put(card),
         step=step,
         is_final=is_final,
         dtype="BF16",
@@ -75,25 +75,25 @@ def adapter(
 
 def ingest(store: Store, name: str, **options: object) -> None:
     """Store and record a task; options as in :func:`offer`."""
-    store.ingest_task(offer(store, name, **options))  # type: ignore[arg-type]
+    store.tasks.ingest_one(offer(store, name, **options))  # type: ignore[arg-type]
 
 
 def vector(store: Store, task: str, support_set: int = 0, *, data: bytes = b"vector") -> NewVector:
     """Store a task vector's bytes and return what is to be recorded."""
-    return NewVector(task, "context", support_set, EXTRACTOR, store.put_blob(data), dim=64)
+    return NewVector(task, "context", support_set, EXTRACTOR, store.blobs.put(data), dim=64)
 
 
 def code(store: Store, task: str, *, data: bytes | None = None) -> NewCode:
     """Store a code's bytes and return what is to be recorded."""
-    blob = store.put_blob(data or f"code of {task}".encode())
-    return NewCode(store.final_adapter(task), blob, bits=80.5, dw_error=0.01)
+    blob = store.blobs.put(data or f"code of {task}".encode())
+    return NewCode(store.tasks.final(task), blob, bits=80.5, dw_error=0.01)
 
 
 def code_of(store: Store, task: str) -> CodeRecord:
     """Return the code of a task under the current generator."""
-    current = store.current_generator(BASE)
+    current = store.generators.current(BASE)
     assert current is not None
-    found = store.code(task, current.id)
+    found = store.codes.get(task, current.id)
     assert found is not None
     return found
 
@@ -101,15 +101,19 @@ def code_of(store: Store, task: str) -> CodeRecord:
 def generator(store: Store, tasks: Sequence[str] = (), *, data: bytes = b"generator", **more: object) -> NewGenerator:
     """Store a generator's bytes with a code for each task and return what is to be recorded."""
     codes = [code(store, task) for task in tasks]
-    blob = store.put_blob(data)
+    blob = store.blobs.put(data)
     return NewGenerator(BASE, blob, {"quality": 4}, {"bits": 1.5}, codes=codes, **more)  # type: ignore[arg-type]
 
 
 def eviction(store: Store, task: str, **more: object) -> Eviction:
     """Return what lets go of all originals of a task whose code stands in for them."""
-    current = store.current_generator(BASE)
+    current = store.generators.current(BASE)
     assert current is not None
-    fields = {"adapters": [row.id for row in store.adapters(task)], "code": code_of(store, task), "generator": current}
+    fields = {
+        "adapters": [row.id for row in store.tasks.adapters(task)],
+        "code": code_of(store, task),
+        "generator": current,
+    }
     return Eviction(task, **(fields | {"dw_error": 0.02} | more))  # type: ignore[arg-type]
 
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry import fs
-from registry.blobs import BlobStore
+from registry import files as fs
+from registry.blobs.local import BlobStore
 from registry.errors import DamagedBlob, MissingBlob
-from registry.paths import StorePaths
+from registry.folder import StorePaths
 
 
 def make_blobs(root: Path) -> BlobStore:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.buffers import Buffers
+from registry.blobs.local import Buffers
 
 PAGE = mmap.PAGESIZE
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.dialects import sqlite
 
-from registry.columns import Choice, Digest, Moment, Packed, compact_json
 from registry.errors import DamagedStore
+from registry.schema import Choice, Digest, Moment, Packed, compact_json
 from registry.store import Store
 from tests.registry.examples import ingest
 
@@ -95,4 +95,4 @@ def test_a_value_that_icm_did_not_write_is_damage(store: Store, damage: str) -> 
     with closing(sqlite3.connect(store.paths.database, isolation_level=None)) as connection:
         connection.execute(f"{damage} WHERE id = 1")
     with pytest.raises(DamagedStore):
-        list(store.summaries())
+        list(store.tasks.summaries())

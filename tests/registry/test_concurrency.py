@@ -15,7 +15,7 @@ TIMEOUT = 60.0  # far above what is needed; the tests show that nobody fails, no
 
 def names(root: Path) -> set[str]:
     with new_store(root) as store:
-        return {task.name for task in store.tasks()}
+        return {task.name for task in store.tasks.all()}
 
 
 def is_sound(root: Path) -> bool:
@@ -41,7 +41,7 @@ def test_ingests_of_overlapping_fleets_end_in_their_union(tmp_path: Path) -> Non
     assert run_together(*[lambda first=first: ingest_from(first) for first in range(4)]) == [0] * 4  # type: ignore[misc]
     assert names(root) == {f"task{number}" for number in range(9)}
     with new_store(root) as store:
-        assert all(len(store.adapters(name)) == 2 for name in names(root))
+        assert all(len(store.tasks.adapters(name)) == 2 for name in names(root))
     assert is_sound(root)
 
 
@@ -51,12 +51,12 @@ def test_no_version_is_given_twice(tmp_path: Path) -> None:
     def train(who: int) -> None:
         with new_store(root, lock_timeout=TIMEOUT) as store:
             for number in range(5):
-                store.add_generator(generator(store, data=f"{who} {number}".encode()))
+                store.generators.add(generator(store, data=f"{who} {number}".encode()))
 
     assert run_together(*[lambda who=who: train(who) for who in range(4)]) == [0] * 4  # type: ignore[misc]
     with new_store(root) as store:
-        assert [made.version for made in store.generators(BASE)] == list(range(1, 21))
-        assert sum(made.is_current for made in store.generators(BASE)) == 1
+        assert [made.version for made in store.generators.all(BASE)] == list(range(1, 21))
+        assert sum(made.is_current for made in store.generators.all(BASE)) == 1
 
 
 def test_pruning_and_removing_beside_ingests_and_readers_breaks_nothing(tmp_path: Path) -> None:
@@ -66,20 +66,20 @@ def test_pruning_and_removing_beside_ingests_and_readers_breaks_nothing(tmp_path
     def ingest_again_and_again() -> None:
         for number in range(15):
             with new_store(root, lock_timeout=TIMEOUT) as store:
-                store.ingest_task(offer(store, f"task{number}", steps=[1, 2]))
+                store.tasks.ingest_one(offer(store, f"task{number}", steps=[1, 2]))
 
     def remove_and_prune() -> None:
         for _ in range(15):
             with new_store(root, lock_timeout=TIMEOUT) as store:
-                for task in list(store.tasks())[:1]:
-                    store.remove_task(task.name)
+                for task in list(store.tasks.all())[:1]:
+                    store.tasks.remove_one(task.name)
                 store.prune(grace=0)
 
     def read() -> None:
         for _ in range(30):
             with Store.open(root, read_only=True, lock_timeout=TIMEOUT) as store:
-                for summary in store.summaries():
-                    store.read_blob(summary.final.weights)
+                for summary in store.tasks.summaries():
+                    store.blobs.read(summary.final.weights)
 
     assert run_together(ingest_again_and_again, remove_and_prune, read, read) == [0] * 4
     assert is_sound(root)
@@ -91,10 +91,10 @@ def test_runs_with_the_same_checkpoints_do_not_take_each_others_bytes(tmp_path: 
 
     def train(base: str) -> None:
         with new_store(root, lock_timeout=TIMEOUT) as store:
-            run = store.start_train_run(base, {})
+            run = store.runs.start(base, {})
             for step in range(1, 20):
                 data = f"step {step}".encode()
-                run = store.save_checkpoint(run.id, step=step, weights=data, optimizer=data)
+                run = store.runs.save_checkpoint(run.id, step=step, weights=data, optimizer=data)
 
     assert run_together(*[lambda base=base: train(base) for base in "abc"]) == [0] * 3  # type: ignore[misc]
     assert is_sound(root)

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from registry.engine import Database
+from registry.database import Database
 from registry.errors import DamagedStore, StoreFull, StoreLocked, StoreReadOnly
 from registry.store import Store
 
@@ -42,7 +42,7 @@ def test_a_failed_block_leaves_nothing(store: Store) -> None:
     database = open_database(store)
     with pytest.raises(DamagedStore), database.connection(write=True) as connection:
         insert_and_fail(connection)
-    assert store.base_models() == []
+    assert store.base_models.all() == []
 
 
 def test_a_second_writer_waits_and_is_told_that_the_store_is_locked(store: Store) -> None:
@@ -55,7 +55,7 @@ def test_readers_do_not_wait_for_a_writer_that_has_not_committed(store: Store) -
     database = open_database(store)
     with database.connection(write=True) as connection:
         connection.exec_driver_sql("INSERT INTO base_models (name) VALUES ('x')")
-        assert store.base_models() == []
+        assert store.base_models.all() == []
 
 
 def test_a_read_only_database_refuses_writes(store: Store) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from registry import fs
-from registry.blobs import BlobStore
+from registry import files as fs
+from registry.blobs.local import BlobStore
 from registry.errors import RegistryError
-from registry.paths import StorePaths
+from registry.folder import StorePaths
 from registry.store import Store
 from tests.registry.children import KILLED, run, start, wait
 from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer, vector
@@ -33,54 +33,54 @@ def ingest_all(root: Path) -> None:
         for file in files:
             file.write_bytes(file.name.encode())
         files[0].write_bytes(b"large" * 200_001)  # its pages are written past the page cache
-        store.put_files(files, lambda path, data: None)
-        store.ingest_tasks([offer(store, name, steps=[80, 90], samples=b"samples") for name in ("rust", "html")])
+        store.blobs.put_files(files, lambda path, data: None)
+        store.tasks.ingest([offer(store, name, steps=[80, 90], samples=b"samples") for name in ("rust", "html")])
 
 
 def learn(root: Path) -> None:
     with new_store(root) as store:
         ingest(store, "rust")
-        store.add_vectors([vector(store, "rust", number) for number in range(2)])
-        run = store.running_train_run(BASE) or store.start_train_run(BASE, {"seed": 1})
+        store.vectors.add([vector(store, "rust", number) for number in range(2)])
+        run = store.runs.running(BASE) or store.runs.start(BASE, {"seed": 1})
         for step in range(run.step + 1, 3):
             data = f"step {step}".encode()
-            run = store.save_checkpoint(run.id, step=step, weights=data, optimizer=data * 2)
-        store.add_generator(generator(store, ["rust"], train_run_id=run.id))
-        store.add_evaluations([evaluation("rust")])
+            run = store.runs.save_checkpoint(run.id, step=step, weights=data, optimizer=data * 2)
+        store.generators.add(generator(store, ["rust"], train_run_id=run.id))
+        store.evaluations.add([evaluation("rust")])
 
 
 def extend(root: Path) -> None:
     with new_store(root) as store:
         ingest(store, "rust")
-        first = store.current_generator(BASE) or store.add_generator(generator(store, ["rust"]))
+        first = store.generators.current(BASE) or store.generators.add(generator(store, ["rust"]))
         if first.version == 1:
             ingest(store, "html")
-            store.extend_generator(generator(store, ["html"], data=b"longer", parent_id=first.id))
-        current = store.current_generator(BASE)
+            store.generators.extend(generator(store, ["html"], data=b"longer", parent_id=first.id))
+        current = store.generators.current(BASE)
         assert current is not None
         ingest(store, "sql")
-        store.add_codes(current.id, [code(store, "sql")])
-        for other in store.generators():
+        store.codes.add(current.id, [code(store, "sql")])
+        for other in store.generators.all():
             if other.id != current.id:
-                store.forget_generator(other)
+                store.generators.forget(other)
         store.prune(grace=0)
 
 
 def remove_and_prune(root: Path) -> None:
     with new_store(root) as store:
-        if not any(task.name == "html" for task in store.tasks()):
+        if not any(task.name == "html" for task in store.tasks.all()):
             ingest(store, "html", steps=[80])
-        store.remove_task("html")
+        store.tasks.remove_one("html")
         store.prune(grace=0)
 
 
 def evict_and_prune(root: Path) -> None:
     with new_store(root) as store:
-        if not any(task.name == "rust" for task in store.tasks()):
+        if not any(task.name == "rust" for task in store.tasks.all()):
             ingest(store, "rust", steps=[80, 90])
-        if store.current_generator(BASE) is None:
-            store.add_generator(generator(store, ["rust"]))
-        store.evict(eviction(store, "rust", evaluations=[evaluation("rust")]))
+        if store.generators.current(BASE) is None:
+            store.generators.add(generator(store, ["rust"]))
+        store.originals.evict(eviction(store, "rust", evaluations=[evaluation("rust")]))
         store.prune(grace=0)
 
 
@@ -107,11 +107,11 @@ def contents(root: Path) -> object:
         return [
             (
                 task.name,
-                sorted(f"{a.step} {a.is_evicted}" for a in store.adapters(task.name)),
-                len(store.vectors(task.name)),
-                [made.blob for made in store.generators() if store.code(task.name, made.id)],
+                sorted(f"{a.step} {a.is_evicted}" for a in store.tasks.adapters(task.name)),
+                len(store.vectors.all(task.name)),
+                [made.blob for made in store.generators.all() if store.codes.get(task.name, made.id)],
             )
-            for task in store.tasks()
+            for task in store.tasks.all()
         ]
 
 
@@ -202,7 +202,7 @@ def test_each_failing_call_is_an_error_that_leaves_a_sound_store(
 def acknowledge_ingests(root: Path, log: Path) -> None:
     """Ingest task after task, writing the name of each to `log` once the store has said that it is done."""
     with new_store(root) as store, log.open("a", buffering=1) as acknowledged:
-        known = {task.name for task in store.tasks()}
+        known = {task.name for task in store.tasks.all()}
         for number in range(len(known), 10_000):
             ingest(store, f"task{number}", steps=[1, 2])
             acknowledged.write(f"task{number}\n")
@@ -219,7 +219,7 @@ def test_a_kill_at_a_random_time_loses_nothing_that_was_acknowledged(tmp_path: P
         assert wait(pid) == KILLED
         assert problems(root) == []
     with new_store(root) as store:
-        assert {task.name for task in store.tasks()} >= set(log.read_text().split())
+        assert {task.name for task in store.tasks.all()} >= set(log.read_text().split())
         store.prune(grace=0)
         assert list(store.verify(read_data=True)) == []
 
@@ -240,4 +240,4 @@ def test_a_reader_rolls_back_what_a_killed_writer_left(tmp_path: Path) -> None:
     assert run(die_with_a_hot_journal) == KILLED
     assert StorePaths(root).database.with_name("registry.db-journal").stat().st_size > 0
     with Store.open(root, read_only=True) as store:
-        assert [task.name for task in store.tasks()] == ["rust"]
+        assert [task.name for task in store.tasks.all()] == ["rust"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.folders import source_label, task_folder, unusual_source, usual_source
+from registry.rows import source_label, task_folder, unusual_source, usual_source
 from registry.store import Store
 from tests.registry.every_row import fill
 
@@ -49,9 +49,9 @@ def test_a_path_that_is_no_unicode_is_written_out() -> None:
 
 def test_sources_of_every_kind_are_what_they_were(store: Store) -> None:
     fill(store)
-    assert [row.source for row in store.adapters("sql")] == [
+    assert [row.source for row in store.tasks.adapters("sql")] == [
         "runs/sql/checkpoint-5",
         "elsewhere",
         "runs/sql/checkpoint-9",
     ]
-    assert {row.source for row in store.adapters("rust")} == {"loras/example"}
+    assert {row.source for row in store.tasks.adapters("rust")} == {"loras/example"}

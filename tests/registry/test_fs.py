@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from registry import fs
+from registry import files as fs
 from registry.errors import StoreFull, StoreIOError, StoreReadOnly
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import ForeignKeyConstraint
 
-from registry import garbage
+from registry import prune as garbage
 from registry.errors import StoreLocked
-from registry.models import Base
+from registry.schema import Base
 from registry.store import Store
 from tests.registry.examples import BASE, evaluation, generator, ingest, new_store, vector
 
@@ -19,10 +19,10 @@ from tests.registry.examples import BASE, evaluation, generator, ingest, new_sto
 def fill(store: Store) -> None:
     """Put a row into every table that refers to blobs."""
     ingest(store, "rust", steps=[80], samples=b"samples", eval_data=b"eval", card=b"card")
-    store.add_vectors([vector(store, "rust")])
-    store.add_generator(generator(store, ["rust"]))
-    run = store.start_train_run(BASE, {})
-    store.save_checkpoint(run.id, step=1, weights=b"run weights", optimizer=b"run optimizer")
+    store.vectors.add([vector(store, "rust")])
+    store.generators.add(generator(store, ["rust"]))
+    run = store.runs.start(BASE, {})
+    store.runs.save_checkpoint(run.id, step=1, weights=b"run weights", optimizer=b"run optimizer")
 
 
 def blob_files(store: Store) -> list[Path]:
@@ -49,7 +49,7 @@ def test_nothing_that_a_row_refers_to_goes(store: Store) -> None:
 
 def test_all_of_a_removed_task_goes(store: Store) -> None:
     ingest(store, "rust", steps=[80], samples=b"samples")
-    store.remove_task("rust")
+    store.tasks.remove_one("rust")
     report = store.prune(grace=0)
     assert report.blobs == 4
     assert report.freed_bytes == sum(map(len, (b"weights of rust", b"weights of rust at 80", b'{"r": 8}', b"samples")))
@@ -59,27 +59,27 @@ def test_all_of_a_removed_task_goes(store: Store) -> None:
 def test_bytes_that_another_task_shares_stay(store: Store) -> None:
     ingest(store, "rust", weights=b"shared")
     ingest(store, "html", weights=b"shared")
-    store.remove_task("rust")
+    store.tasks.remove_one("rust")
     store.prune(grace=0)
-    assert store.read_blob(store.final_adapter("html").weights) == b"shared"
+    assert store.blobs.read(store.tasks.final("html").weights) == b"shared"
 
 
 def test_orphans_and_leftovers_go(store: Store) -> None:
-    store.put_blob(b"orphan")
+    store.blobs.put(b"orphan")
     (store.paths.tmp / "leftover").write_bytes(b"123")
     assert store.prune(grace=0) == garbage.PruneReport(1, 1, 9)
     assert list(store.verify()) == []
 
 
 def test_young_files_stay(store: Store) -> None:
-    store.put_blob(b"orphan")
+    store.blobs.put(b"orphan")
     (store.paths.tmp / "leftover").touch()
     assert store.prune(grace=3600) == garbage.PruneReport(0, 0, 0)
     assert len(blob_files(store)) == 1
 
 
 def test_a_dry_run_says_the_same_and_removes_nothing(store: Store) -> None:
-    store.put_blob(b"orphan")
+    store.blobs.put(b"orphan")
     planned = store.prune(grace=0, dry_run=True)
     assert len(blob_files(store)) == 1
     assert store.prune(grace=0) == planned
@@ -89,7 +89,7 @@ def test_a_dry_run_says_the_same_and_removes_nothing(store: Store) -> None:
 def test_a_dry_run_passes_over_what_others_remove_once_it_is_listed(
     store: Store, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    leftover, orphan = store.paths.tmp / "leftover", store.paths.blob(store.put_blob(b"orphan"))
+    leftover, orphan = store.paths.tmp / "leftover", store.paths.blob(store.blobs.put(b"orphan"))
     leftover.write_bytes(b"123")
     doomed, real = orphan if what == "orphan" else leftover, Path.iterdir
 
@@ -106,7 +106,7 @@ def test_a_dry_run_passes_over_what_others_remove_once_it_is_listed(
 
 def test_prune_twice_is_prune_once(store: Store) -> None:
     fill(store)
-    store.remove_task("rust")
+    store.tasks.remove_one("rust")
     store.prune(grace=0)
     assert store.prune(grace=0) == garbage.PruneReport(0, 0, 0)
 
@@ -114,7 +114,7 @@ def test_prune_twice_is_prune_once(store: Store) -> None:
 def test_many_rows_go_in_several_commits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garbage, "_CHUNK", 2)
     ingest(store, "rust", steps=range(7))
-    store.remove_task("rust")
+    store.tasks.remove_one("rust")
     assert store.prune(grace=0).blobs == 9
     with store._db.read() as session:
         for table in ("blobs", "documents"):
@@ -124,7 +124,7 @@ def test_many_rows_go_in_several_commits(store: Store, monkeypatch: pytest.Monke
 def test_prune_gives_back_what_rows_took_in_the_database(store: Store) -> None:
     empty = store.paths.database.stat().st_size
     ingest(store, "rust", steps=range(200))
-    store.remove_task("rust")
+    store.tasks.remove_one("rust")
     assert store.paths.database.stat().st_size > 2 * empty
     store.prune(grace=0)
     assert store.paths.database.stat().st_size <= empty
@@ -132,11 +132,11 @@ def test_prune_gives_back_what_rows_took_in_the_database(store: Store) -> None:
 
 def test_a_text_that_was_only_measured_on_is_not_missed_and_its_row_goes_with_the_measurement(store: Store) -> None:
     ingest(store, "rust")
-    store.add_evaluations([evaluation("rust")])
+    store.evaluations.add([evaluation("rust")])
     assert list(store.verify()) == []
     assert store.prune(grace=0).blobs == 0
-    assert [found.data for found in store.evaluations()] == [evaluation("rust").data]
-    store.remove_task("rust")
+    assert [found.data for found in store.evaluations.all()] == [evaluation("rust").data]
+    store.tasks.remove_one("rust")
     store.prune(grace=0)
     with store._db.read() as session:
         assert session.connection().exec_driver_sql("SELECT count(*) FROM blobs").scalar_one() == 0
@@ -144,16 +144,16 @@ def test_a_text_that_was_only_measured_on_is_not_missed_and_its_row_goes_with_th
 
 def test_the_file_of_a_text_that_was_only_measured_on_is_garbage(store: Store) -> None:
     ingest(store, "rust")
-    digest = store.put_blob(b"texts of a trial")
-    store.add_evaluations([replace(evaluation("rust"), data=digest)])
+    digest = store.blobs.put(b"texts of a trial")
+    store.evaluations.add([replace(evaluation("rust"), data=digest)])
     assert store.prune(grace=0).blobs == 1
-    assert [found.data for found in store.evaluations()] == [digest]
+    assert [found.data for found in store.evaluations.all()] == [digest]
 
 
 def test_a_text_that_was_measured_on_first_and_ingested_later_has_its_length(store: Store) -> None:
     ingest(store, "rust")
-    digest = store.put_blob(b"texts")
-    store.add_evaluations([replace(evaluation("rust"), data=digest)])
+    digest = store.blobs.put(b"texts")
+    store.evaluations.add([replace(evaluation("rust"), data=digest)])
     ingest(store, "html", eval_data=b"texts")
     assert list(store.verify(read_data=True)) == []
 
@@ -165,14 +165,14 @@ def test_prune_does_not_run_beside_another_command(store: Store) -> None:
 
 def test_a_pruned_blob_can_be_stored_again(store: Store) -> None:
     ingest(store, "rust")
-    store.remove_task("rust")
+    store.tasks.remove_one("rust")
     store.prune(grace=0)
     ingest(store, "rust")
     assert list(store.verify(read_data=True)) == []
 
 
 def test_dropping_keeps_what_got_a_row_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = store.put_blob(b"wanted")
+    digest = store.blobs.put(b"wanted")
     monkeypatch.setattr(garbage, "failpoint", lambda _: ingest(store, "rust", weights=b"wanted"))
     garbage.drop_unreferenced(store._db, store._blobs, [digest])
-    assert store.read_blob(store.final_adapter("rust").weights) == b"wanted"
+    assert store.blobs.read(store.tasks.final("rust").weights) == b"wanted"

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from registry.store import Store
 with Store.open(Path({str(tmp_path / "store")!r}), create=True) as store:
-    list(store.summaries())
+    list(store.tasks.summaries())
 print(sorted({{"torch", "numpy", "safetensors", "alembic", "rich"}} & sys.modules.keys()))
 """
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

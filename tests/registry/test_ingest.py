@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from registry.errors import InvalidName, TaskConflict
-from registry.ingest import plan_first_ingest
+from registry.ingest import plan_tasks
 from registry.records import OnConflict, TaskIngest
 from registry.store import Store
 from tests.registry.examples import BASE, adapter, eviction, generator, ingest, new_store, offer
 
 
 def names(store: Store) -> list[str]:
-    return [task.name for task in store.tasks()]
+    return [task.name for task in store.tasks.all()]
 
 
 def test_a_plan_says_what_the_ingest_then_does(store: Store) -> None:
@@ -27,44 +28,44 @@ def test_a_plan_says_what_the_ingest_then_does(store: Store) -> None:
         offer(store, "spelled", weights=b"weights of Spelled"),
         offer(store, "added", steps=[1, 2]),
     ]
-    planned = store.plan_ingest(offers)
+    planned = store.tasks.plan_ingest(offers)
     assert [outcome.status for outcome in planned] == ["known", "updated", "known", "added"]
     assert planned[2].name == "Spelled"
     assert names(store) == ["known", "Spelled", "updated"]
-    assert store.ingest_tasks(offers) == planned
+    assert store.tasks.ingest(offers) == planned
 
 
 @pytest.mark.parametrize(("choice", "status"), [("skip", "skipped"), ("replace", "replaced")])
 def test_a_conflict_is_planned_as_it_is_decided(store: Store, choice: OnConflict, status: str) -> None:
     ingest(store, "rust", steps=[80])
     other = offer(store, "rust", weights=b"other", on_conflict=choice)
-    planned = store.plan_ingest([other])
+    planned = store.tasks.plan_ingest([other])
     assert planned[0].status == status
-    assert store.read_blob(store.final_adapter("rust").weights) == b"weights of rust"
-    assert store.ingest_tasks([other]) == planned
+    assert store.blobs.read(store.tasks.final("rust").weights) == b"weights of rust"
+    assert store.tasks.ingest([other]) == planned
 
 
 def test_a_conflict_that_would_fail_fails(store: Store) -> None:
     ingest(store, "rust")
     with pytest.raises(TaskConflict, match="rust"):
-        store.plan_ingest([offer(store, "html"), offer(store, "rust", weights=b"other")])
+        store.tasks.plan_ingest([offer(store, "html"), offer(store, "rust", weights=b"other")])
 
 
 @pytest.mark.parametrize("restore", [False, True])
 def test_evicted_adapters_are_planned_as_they_are_met_again(store: Store, restore: bool) -> None:
     ingest(store, "rust", steps=[80])
-    store.add_generator(generator(store, ["rust"]))
-    store.evict(eviction(store, "rust"))
+    store.generators.add(generator(store, ["rust"]))
+    store.originals.evict(eviction(store, "rust"))
     again = replace(offer(store, "rust", steps=[80]), restore=restore)
-    planned = store.plan_ingest([again])
+    planned = store.tasks.plan_ingest([again])
     assert (planned[0].evicted, planned[0].restored) == ((0, 2) if restore else (2, 0))
-    assert store.final_adapter("rust").is_evicted
-    assert store.ingest_tasks([again]) == planned
+    assert store.tasks.final("rust").is_evicted
+    assert store.tasks.ingest([again]) == planned
 
 
 def test_no_byte_need_be_in_the_store(store: Store) -> None:
     final = replace(adapter(store, b"w", is_final=True), weights="ab" * 32)
-    (outcome,) = store.plan_ingest([TaskIngest("rust", BASE, [final])])
+    (outcome,) = store.tasks.plan_ingest([TaskIngest("rust", BASE, [final])])
     assert (outcome.status, outcome.new) == ("added", 1)
 
 
@@ -72,20 +73,20 @@ def test_a_store_that_is_only_read_can_be_asked(store: Store) -> None:
     ingest(store, "rust")
     offered = offer(store, "rust")
     with Store.open(store.paths.root, read_only=True) as reader:
-        assert reader.plan_ingest([offered])[0].status == "known"
+        assert reader.tasks.plan_ingest([offered])[0].status == "known"
 
 
 def test_where_there_is_no_store_yet_everything_is_new(store: Store) -> None:
     offers = [offer(store, "rust", steps=[80]), offer(store, "html")]
-    planned = plan_first_ingest(offers)
+    planned = plan_tasks(None, offers)
     assert [(outcome.status, outcome.new) for outcome in planned] == [("added", 2), ("added", 1)]
     with new_store(store.paths.root) as same:
-        assert same.ingest_tasks(offers) == planned
+        assert same.tasks.ingest(offers) == planned
 
 
 def test_a_plan_refuses_what_the_ingest_refuses(store: Store) -> None:
     final = adapter(store, b"w", is_final=True)
-    for plan in (store.plan_ingest, plan_first_ingest):
+    for plan in (store.tasks.plan_ingest, partial(plan_tasks, None)):
         with pytest.raises(InvalidName):
             plan([TaskIngest("../rust", BASE, [final])])
         with pytest.raises(ValueError, match="exactly one"):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from registry import fs, intake
-from registry.blobs import digest_of
+from registry import files as fs
+from registry.blobs import local as intake
+from registry.blobs.local import PutRefusal, PutResult, digest_of
 from registry.errors import SourceRefused, StoreFull, StoreIOError
-from registry.intake import PutRefusal, PutResult
 from registry.store import Store
 
 
@@ -35,29 +35,29 @@ def leftovers(store: Store) -> list[Path]:
 
 def test_files_are_stored_in_order_with_what_the_inspection_said(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", a=b"one", b=b"three")
-    results = store.put_files(files, length)
+    results = store.blobs.put_files(files, length)
     assert results == [
         PutResult(files[0], hashlib.sha256(b"one").hexdigest(), 3, True, 3),
         PutResult(files[1], hashlib.sha256(b"three").hexdigest(), 5, True, 5),
     ]
-    assert store.read_blob(hashlib.sha256(b"three").hexdigest()) == b"three"
+    assert store.blobs.read(hashlib.sha256(b"three").hexdigest()) == b"three"
 
 
 def test_no_files_are_no_work(store: Store) -> None:
-    assert store.put_files([], length) == []
+    assert store.blobs.put_files([], length) == []
 
 
 def test_a_file_that_the_store_has_is_not_new(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", a=b"one")
-    store.put_files(files, length)
-    (result,) = store.put_files(files, length)
+    store.blobs.put_files(files, length)
+    (result,) = store.blobs.put_files(files, length)
     assert isinstance(result, PutResult)
     assert not result.is_new
 
 
 def test_of_equal_files_one_is_written(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", **{f"f{n}": b"equal" for n in range(20)})
-    results = store.put_files(files, length)
+    results = store.blobs.put_files(files, length)
     assert sum(isinstance(result, PutResult) and result.is_new for result in results) == 1
     assert len({result.digest for result in results if isinstance(result, PutResult)}) == 1
     assert leftovers(store) == []
@@ -70,7 +70,7 @@ def test_a_refused_file_leaves_nothing_and_the_others_go_on(store: Store, tmp_pa
         if data == b"bad":
             raise LookupError(path.name)
 
-    good, bad = store.put_files(files, inspect, refusals=(LookupError,))
+    good, bad = store.blobs.put_files(files, inspect, refusals=(LookupError,))
     assert isinstance(good, PutResult)
     assert isinstance(bad, PutRefusal)
     assert isinstance(bad.error, LookupError)
@@ -80,7 +80,7 @@ def test_a_refused_file_leaves_nothing_and_the_others_go_on(store: Store, tmp_pa
 def test_a_link_among_the_files_is_refused(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", good=b"good")
     (tmp_path / "in" / "link").symlink_to("good")
-    _, link = store.put_files([*files, tmp_path / "in" / "link"], length)
+    _, link = store.blobs.put_files([*files, tmp_path / "in" / "link"], length)
     assert isinstance(link, PutRefusal)
     assert isinstance(link.error, SourceRefused)
 
@@ -93,7 +93,7 @@ def test_an_unexpected_error_of_the_inspection_ends_the_batch_with_nothing_store
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        store.put_files(files, inspect)
+        store.blobs.put_files(files, inspect)
     assert leftovers(store) == []
     assert list(store.verify()) == []
 
@@ -111,7 +111,7 @@ def test_a_disk_that_fills_up_leaves_nothing_of_the_batch(
 
     monkeypatch.setattr(fs, "write", fail_on_one)
     with pytest.raises(StoreFull):
-        store.put_files(files, length)
+        store.blobs.put_files(files, length)
     assert leftovers(store) == []
     assert list(store.verify()) == []
 
@@ -133,7 +133,7 @@ def test_a_clean_up_that_fails_too_does_not_hide_the_full_disk(
     monkeypatch.setattr(fs, "write", fail_on_bad)
     monkeypatch.setattr(fs, "unlink", fail)
     with pytest.raises(StoreFull):
-        store.put_files(files, length)
+        store.blobs.put_files(files, length)
 
 
 SIZES = [0, 1, 4095, 4096, 4097, fs._DIRECT_BYTES - 1, fs._DIRECT_BYTES, fs._DIRECT_BYTES + 1, 3_000_001]
@@ -147,7 +147,7 @@ def test_a_file_of_any_size_is_stored_as_it_was_inspected_and_nothing_of_another
     draw = random.Random(20)
     order = draw.sample([*SIZES, *reversed(SIZES)], 2 * len(SIZES))  # each memory is lent to small after large files
     files = write(tmp_path / "in", **{f"f{n}": draw.randbytes(size) for n, size in enumerate(order)})
-    results = store.put_files(files, lambda path, data: digest_of(data))
+    results = store.blobs.put_files(files, lambda path, data: digest_of(data))
     for path, result in zip(files, results, strict=True):
         assert isinstance(result, PutResult)
         assert result.inspected == result.digest == digest_of(path.read_bytes())
@@ -157,15 +157,15 @@ def test_a_file_of_any_size_is_stored_as_it_was_inspected_and_nothing_of_another
 
 def test_a_file_whose_damaged_blob_is_there_heals_it(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", a=bytes(3_000_001))
-    (first,) = store.put_files(files, length)
+    (first,) = store.blobs.put_files(files, length)
     assert isinstance(first, PutResult)
     blob = store.paths.blob(first.digest)
     blob.chmod(0o644)
     os.truncate(blob, 4096)
-    (again,) = store.put_files(files, length)
+    (again,) = store.blobs.put_files(files, length)
     assert isinstance(again, PutResult)
     assert again.is_new
-    assert store.read_blob(first.digest) == bytes(3_000_001)
+    assert store.blobs.read(first.digest) == bytes(3_000_001)
 
 
 def test_a_refusal_that_still_looks_at_its_bytes_disturbs_nobody(store: Store, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_refusal_that_still_looks_at_its_bytes_disturbs_nobody(store: Store, t
         if seen[0] % 2:
             raise LookupError(path.name)
 
-    results = store.put_files(files, inspect, refusals=(LookupError,))
+    results = store.blobs.put_files(files, inspect, refusals=(LookupError,))
     assert [isinstance(result, PutRefusal) for result in results] == [bool(n % 2) for n in range(20)]
     assert not any(finding.is_problem for finding in store.verify(read_data=True))
 
@@ -186,16 +186,16 @@ def test_files_above_the_memory_budget_go_through_one_at_a_time(
 ) -> None:
     monkeypatch.setattr(intake, "_BYTES_IN_FLIGHT", 4)
     files = write(tmp_path / "in", **{f"f{n}": bytes([n]) * 10 for n in range(10)})
-    assert len([result for result in store.put_files(files, length) if isinstance(result, PutResult)]) == 10
+    assert len([result for result in store.blobs.put_files(files, length) if isinstance(result, PutResult)]) == 10
 
 
 def test_bytes_in_memory_are_stored_with_the_files_and_have_no_result_of_their_own(
     store: Store, tmp_path: Path
 ) -> None:
     files = write(tmp_path / "in", a=b"one")
-    results = store.put_files(files, length, contents=[b"config", b"config", b"one"])
+    results = store.blobs.put_files(files, length, contents=[b"config", b"config", b"one"])
     assert [result.path for result in results] == files
-    assert [store.read_blob(digest_of(data)) for data in (b"one", b"config")] == [b"one", b"config"]
+    assert [store.blobs.read(digest_of(data)) for data in (b"one", b"config")] == [b"one", b"config"]
     assert leftovers(store) == []
 
 
@@ -212,6 +212,6 @@ def test_a_sync_that_fails_leaves_nothing_of_the_batch(
 
     monkeypatch.setattr(fs, "fsync", fail_late)
     with pytest.raises(StoreIOError):
-        store.put_files(files, length)
+        store.blobs.put_files(files, length)
     assert leftovers(store) == []
     assert list(store.verify()) == []

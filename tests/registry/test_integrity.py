@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from registry.blobs import BlobStore
+from registry.blobs.local import BlobStore
 from registry.errors import DamagedStore, MissingBlob, RegistryError, TaskNotFound
-from registry.integrity import Finding
 from registry.store import Store
+from registry.verify import Finding
 from tests.registry.examples import BASE, code, code_of, generator, ingest, new_store, vector
 
 
@@ -22,7 +22,7 @@ def weights(store: Store) -> Path:
     """The file with the weights of one of two tasks."""
     ingest(store, "rust", samples=b"samples of rust")
     ingest(store, "html")
-    return store.paths.blob(store.final_adapter("rust").weights)
+    return store.paths.blob(store.tasks.final("rust").weights)
 
 
 def kinds(store: Store, **options: object) -> list[str]:
@@ -54,19 +54,19 @@ def test_a_missing_blob_is_found_with_the_tasks_that_need_it(store: Store, weigh
 def test_what_others_let_go_of_while_it_is_checked_is_no_finding(
     store: Store, twin: Store, weights: Path, monkeypatch: pytest.MonkeyPatch, step: str, what: str
 ) -> None:
-    made = store.add_generator(generator(store, ["rust"]))
-    run = twin.start_train_run(BASE, {})
-    twin.save_checkpoint(run.id, step=1, weights=b"run weights", optimizer=b"run optimizer")
-    present = code_of(store, "rust").blob if what == "code" else str(store.running_train_run(BASE).weights)  # type: ignore[union-attr]
+    made = store.generators.add(generator(store, ["rust"]))
+    run = twin.runs.start(BASE, {})
+    twin.runs.save_checkpoint(run.id, step=1, weights=b"run weights", optimizer=b"run optimizer")
+    present = code_of(store, "rust").blob if what == "code" else str(store.runs.running(BASE).weights)  # type: ignore[union-attr]
     real, gone = getattr(BlobStore, step), list[str]()
 
     def check(blobs: BlobStore, digest: str) -> object:
         if digest == present and not gone:  # the rows were read before this
             gone.append(digest)
             if what == "code":
-                twin.replace_code(made.id, code(twin, "rust", data=b"another code"))
+                twin.codes.replace(made.id, code(twin, "rust", data=b"another code"))
             else:
-                twin.save_checkpoint(run.id, step=2, weights=b"later weights", optimizer=b"later optimizer")
+                twin.runs.save_checkpoint(run.id, step=2, weights=b"later weights", optimizer=b"later optimizer")
         return real(blobs, digest)
 
     monkeypatch.setattr(BlobStore, step, check)
@@ -84,7 +84,7 @@ def test_what_others_store_again_while_it_is_checked_is_no_finding(
         try:
             return real(blobs, digest)
         except MissingBlob:
-            twin.put_blob(b"weights of rust")
+            twin.blobs.put(b"weights of rust")
             raise
 
     weights.unlink()
@@ -105,7 +105,7 @@ def test_wrong_bytes_are_found_by_reading(store: Store, weights: Path) -> None:
 
 
 def test_two_blobs_in_each_others_place_are_both_found(store: Store, weights: Path) -> None:
-    other = store.paths.blob(store.final_adapter("html").weights)
+    other = store.paths.blob(store.tasks.final("html").weights)
     spare = store.paths.root / "spare"
     weights.rename(spare)
     other.rename(weights)
@@ -121,7 +121,7 @@ def test_a_folder_in_place_of_a_blob_is_found(store: Store, weights: Path) -> No
 
 
 def test_an_orphan_and_a_leftover_are_named_and_are_no_problem(store: Store, weights: Path) -> None:
-    store.put_blob(b"orphan")
+    store.blobs.put(b"orphan")
     (store.paths.tmp / "leftover").touch()
     findings = list(store.verify())
     assert [finding.kind for finding in findings] == ["orphan", "leftover"]
@@ -129,7 +129,7 @@ def test_an_orphan_and_a_leftover_are_named_and_are_no_problem(store: Store, wei
 
 
 def test_a_shared_blob_names_all_its_tasks(store: Store, weights: Path) -> None:
-    config = store.paths.blob(store.final_adapter("rust").config)
+    config = store.paths.blob(store.tasks.final("rust").config)
     config.unlink()
     (finding,) = store.verify()
     assert finding.tasks == ("html", "rust")
@@ -150,12 +150,12 @@ def test_a_task_that_lost_its_final_adapter_is_found(store: Store, weights: Path
     (finding,) = [finding for finding in store.verify() if finding.is_problem]
     assert (finding.kind, finding.tasks) == ("dangling", ("rust",))
     with pytest.raises(DamagedStore, match="rust"):
-        list(store.summaries())
+        list(store.tasks.summaries())
 
 
 def test_only_the_blobs_of_the_named_tasks_are_checked(store: Store, weights: Path) -> None:
-    store.add_vectors([vector(store, "rust")])
-    store.put_blob(b"orphan")
+    store.vectors.add([vector(store, "rust")])
+    store.blobs.put(b"orphan")
     weights.unlink()
     assert kinds(store, names=["html"]) == []
     assert kinds(store, names=["rust"]) == ["missing"]
@@ -163,9 +163,9 @@ def test_only_the_blobs_of_the_named_tasks_are_checked(store: Store, weights: Pa
 
 @pytest.mark.parametrize("needed", ["samples of rust", "vector", "generator", "code of rust"])
 def test_all_that_a_task_needs_is_checked(store: Store, weights: Path, needed: str) -> None:
-    store.add_vectors([vector(store, "rust")])
-    store.add_generator(generator(store, ["rust"]))
-    store.paths.blob(store.put_blob(needed.encode())).unlink()
+    store.vectors.add([vector(store, "rust")])
+    store.generators.add(generator(store, ["rust"]))
+    store.paths.blob(store.blobs.put(needed.encode())).unlink()
     assert kinds(store, names=["rust"]) == ["missing"]
 
 
@@ -173,12 +173,12 @@ def test_a_missing_generator_is_called_one_and_named_with_the_tasks_that_it_deco
     store: Store, weights: Path
 ) -> None:
     assert weights.exists()
-    made = store.add_generator(generator(store, ["rust"]))
+    made = store.generators.add(generator(store, ["rust"]))
     store.paths.blob(made.blob).unlink()
     (finding,) = store.verify()
     assert (finding.message, finding.tasks) == (f"generator {made.blob} is missing", ("rust",))
     with pytest.raises(MissingBlob) as caught:
-        store.read_blob(made.blob)
+        store.blobs.read(made.blob)
     assert "icm train --fresh" in str(caught.value.hint)
 
 
@@ -226,7 +226,7 @@ class TestDatabaseDamage:
             with new_store(tmp_path / "store") as store:
                 findings = list(store.verify())
                 assert all(isinstance(finding, Finding) for finding in findings)
-                list(store.summaries())
+                list(store.tasks.summaries())
         except RegistryError:
             return
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from registry.blobs import digest_of
+from registry.blobs.local import digest_of
 from registry.errors import TaskConflict, TaskNotFound
 from registry.records import OnConflict
 from tests.registry.children import KILLED, run
@@ -52,37 +52,37 @@ class StoreModel(RuleBasedStateMachine):
         if known is not None and known[0] != weights:
             if on_conflict == "fail":
                 with pytest.raises(TaskConflict):
-                    self.store.ingest_task(offered)
+                    self.store.tasks.ingest_one(offered)
                 return
-            assert self.store.ingest_task(offered).status == ("skipped" if on_conflict == "skip" else "replaced")
+            assert self.store.tasks.ingest_one(offered).status == ("skipped" if on_conflict == "skip" else "replaced")
             if on_conflict == "replace":
                 self.model[key] = (weights, steps)
                 self.forget(key)
             return
         before = known[1] if known else set()
-        assert self.store.ingest_task(offered).new == len(steps - before) + (known is None)
+        assert self.store.tasks.ingest_one(offered).new == len(steps - before) + (known is None)
         self.model[key] = (weights, before | steps)
 
     @rule(name=NAMES)
     def remove(self, name: str) -> None:
         if name.lower() in self.model:
-            self.store.remove_task(name)
+            self.store.tasks.remove_one(name)
             del self.model[name.lower()]
             self.forget(name.lower())
         else:
             with pytest.raises(TaskNotFound):
-                self.store.remove_task(name)
+                self.store.tasks.remove_one(name)
 
     @rule(data=st.sampled_from([b"generator 1", b"generator 2"]))
     def train(self, data: bytes) -> None:
-        self.store.add_generator(generator(self.store, sorted(self.model), data=data))
+        self.store.generators.add(generator(self.store, sorted(self.model), data=data))
         self.coded = set(self.model)
 
     @precondition(lambda self: self.coded - self.evicted)
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.coded - self.evicted)))
-        self.store.evict(eviction(self.store, name))
+        self.store.originals.evict(eviction(self.store, name))
         self.evicted.add(name)
 
     @precondition(lambda self: self.evicted)
@@ -91,7 +91,7 @@ class StoreModel(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.evicted)))
         weights, steps = self.model[name]
         offered = offer(self.store, name, weights=weights, steps=sorted(steps))
-        assert self.store.ingest_task(replace(offered, restore=True)).restored >= 1
+        assert self.store.tasks.ingest_one(replace(offered, restore=True)).restored >= 1
         self.evicted.remove(name)
 
     @rule()
@@ -109,17 +109,17 @@ class StoreModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def damage_and_ingest_again(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.model.keys() - self.evicted)))
-        path = self.store.paths.blob(self.store.final_adapter(name).weights)
+        path = self.store.paths.blob(self.store.tasks.final(name).weights)
         path.chmod(0o644)
         path.write_bytes(b"damaged")
         assert any(finding.is_problem for finding in self.store.verify(read_data=True))
-        self.store.put_blob(self.model[name][0])
+        self.store.blobs.put(self.model[name][0])
 
     @rule(point=st.sampled_from(["blob-renamed", "rows-before-commit"]), name=NAMES)
     def crash_before_the_commit(self, point: str, name: str) -> None:
         def ingest() -> None:
             with new_store(self.root) as store:
-                store.ingest_task(offer(store, name, weights=FRESH, steps=[9], on_conflict="replace"))
+                store.tasks.ingest_one(offer(store, name, weights=FRESH, steps=[9], on_conflict="replace"))
 
         self.store.close()
         status = run(ingest, failpoint=point)
@@ -135,11 +135,11 @@ class StoreModel(RuleBasedStateMachine):
     @invariant()
     def the_store_and_the_dictionary_agree(self) -> None:
         found = {}
-        for summary in self.store.summaries():
-            steps = {a.step for a in self.store.adapters(summary.task.name) if a.step is not None}
+        for summary in self.store.tasks.summaries():
+            steps = {a.step for a in self.store.tasks.adapters(summary.task.name) if a.step is not None}
             key, weights = summary.task.name.lower(), summary.final.weights
             assert summary.final.is_evicted == (key in self.evicted)
-            found[key] = (self.model[key][0] if key in self.evicted else self.store.read_blob(weights), steps)
+            found[key] = (self.model[key][0] if key in self.evicted else self.store.blobs.read(weights), steps)
             assert digest_of(found[key][0]) == weights
             assert (summary.code is not None) == (key in self.coded)
             assert summary.checkpoints + summary.evicted_checkpoints == len(steps)

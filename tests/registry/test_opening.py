@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from registry import fs
+from registry import files as fs
 from registry.errors import (
     DamagedStore,
     NotAStore,
@@ -37,7 +37,7 @@ def test_what_was_stored_is_there_when_it_is_opened_again(tmp_path: Path) -> Non
     with new_store(tmp_path / "store") as store:
         ingest(store, "shakespeare")
     with Store.open(tmp_path / "store") as store:
-        assert store.task("shakespeare").base_model == "example/base-model"
+        assert store.tasks.get("shakespeare").base_model == "example/base-model"
 
 
 def test_a_folder_with_other_things_is_not_made_a_store(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_folders_that_a_copy_left_out_are_made_again(tmp_path: Path) -> None:
     for name in ("tmp", "quarantine", "blobs"):
         (tmp_path / "store" / name).rmdir()
     with new_store(tmp_path / "store") as store:
-        assert store.read_blob(store.put_blob(b"bytes")) == b"bytes"
+        assert store.blobs.read(store.blobs.put(b"bytes")) == b"bytes"
 
 
 def test_a_disk_that_is_full_while_a_store_is_made_is_called_that(
@@ -118,8 +118,8 @@ class TestReadOnly:
         with new_store(tmp_path / "store") as store:
             ingest(store, "shakespeare")
         with Store.open(tmp_path / "store", read_only=True) as store:
-            assert [task.name for task in store.tasks()] == ["shakespeare"]
-            assert store.read_blob(store.final_adapter("shakespeare").weights) == b"weights of shakespeare"
+            assert [task.name for task in store.tasks.all()] == ["shakespeare"]
+            assert store.blobs.read(store.tasks.final("shakespeare").weights) == b"weights of shakespeare"
 
     def test_it_is_not_made(self, tmp_path: Path) -> None:
         with pytest.raises(StoreNotFound):
@@ -129,10 +129,10 @@ class TestReadOnly:
         new_store(tmp_path / "store").close()
         with Store.open(tmp_path / "store", read_only=True) as store:
             for write in (
-                lambda: store.put_blob(b"x"),
-                lambda: store.put_files([], lambda path, data: None),
-                lambda: store.set_base_alias("a", "b"),
-                lambda: store.remove_task("a"),
+                lambda: store.blobs.put(b"x"),
+                lambda: store.blobs.put_files([], lambda path, data: None),
+                lambda: store.base_models.set_path("a", "b"),
+                lambda: store.tasks.remove_one("a"),
                 store.prune,
                 store.repair,
             ):
@@ -143,5 +143,5 @@ class TestReadOnly:
         with new_store(tmp_path / "store", lock_timeout=0) as store:
             ingest(store, "shakespeare")
             with Store.open(tmp_path / "store", read_only=True), pytest.raises(StoreLocked):
-                store.remove_task("shakespeare")
-            store.remove_task("shakespeare")
+                store.tasks.remove_one("shakespeare")
+            store.tasks.remove_one("shakespeare")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from registry.engine import Database
+from registry.database import Database
 from registry.errors import DamagedBlob, LastCopy, MissingBlob, StoreFull, StoreLocked, TaskNotFound
-from registry.evicted import EvictedAdapter
-from registry.reserve import make_reserve
+from registry.folder import make_reserve
+from registry.records import EvictedAdapter
 from registry.store import Store
 from tests.registry.children import KILLED, run
 from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer
@@ -22,81 +22,83 @@ WEIGHTS = len(b"weights of rust")
 def rust(store: Store) -> Store:
     """A store with one task, one checkpoint and a code."""
     ingest(store, "rust", steps=[80], card=b"card")
-    store.add_generator(generator(store, ["rust"]))
+    store.generators.add(generator(store, ["rust"]))
     return store
 
 
 def file_of(store: Store, task: str) -> Path:
-    return store.paths.blob(store.final_adapter(task).weights)
+    return store.paths.blob(store.tasks.final(task).weights)
 
 
 def test_the_weights_go_and_all_else_stays(rust: Store) -> None:
-    assert rust.evict(eviction(rust, "rust")) == WEIGHTS + len(b"weights of rust at 80")
-    final = rust.final_adapter("rust")
+    assert rust.originals.evict(eviction(rust, "rust")) == WEIGHTS + len(b"weights of rust at 80")
+    final = rust.tasks.final("rust")
     assert final.is_evicted
     assert (final.layout, final.rank_max, final.dtype) == ((("layers.0.q_proj", 8, 64, 64),
                                                             ("layers.0.v_proj", 8, 64, 32)), 8, "BF16")  # fmt: skip
     assert (final.weights_bytes, final.stored_bytes) == (WEIGHTS, final.original_bytes - WEIGHTS)
-    assert (rust.read_blob(final.config), rust.read_blob(str(final.card))) == (b'{"r": 8}', b"card")
+    assert (rust.blobs.read(final.config), rust.blobs.read(str(final.card))) == (b'{"r": 8}', b"card")
     with pytest.raises(MissingBlob):
-        rust.read_blob(final.weights)
+        rust.blobs.read(final.weights)
     assert list(rust.verify(read_data=True)) == []
     assert list(rust.verify(names=["rust"])) == []
 
 
 def test_what_was_measured_is_recorded_with_it(rust: Store) -> None:
-    current = rust.current_generator(BASE)
+    current = rust.generators.current(BASE)
     assert current is not None
-    rust.evict(eviction(rust, "rust", evaluations=[evaluation("rust", generator_id=current.id)], dw_error=0.03))
-    code = rust.code("rust", current.id)
+    rust.originals.evict(
+        eviction(rust, "rust", evaluations=[evaluation("rust", generator_id=current.id)], dw_error=0.03)
+    )
+    code = rust.codes.get("rust", current.id)
     assert code is not None
-    assert (code.dw_error, [row.rung for row in rust.evaluations("rust")]) == (0.03, ["code"])
+    assert (code.dw_error, [row.rung for row in rust.evaluations.all("rust")]) == (0.03, ["code"])
 
 
 def test_checkpoints_alone_can_go(rust: Store) -> None:
-    checkpoint = rust.adapters("rust")[0]
-    rust.evict(eviction(rust, "rust", adapters=[checkpoint.id]))
-    (summary,) = rust.summaries()
+    checkpoint = rust.tasks.adapters("rust")[0]
+    rust.originals.evict(eviction(rust, "rust", adapters=[checkpoint.id]))
+    (summary,) = rust.tasks.summaries()
     assert (summary.checkpoints, summary.evicted_checkpoints, summary.final.is_evicted) == (0, 1, False)
-    assert rust.read_blob(summary.final.weights) == b"weights of rust"
+    assert rust.blobs.read(summary.final.weights) == b"weights of rust"
 
 
 def test_bytes_that_another_task_has_stay_until_it_lets_go_too(store: Store) -> None:
     for name in ("rust", "html"):
         ingest(store, name, weights=b"shared")
-    store.add_generator(generator(store, ["rust", "html"]))
-    assert store.weights_in_use() == {store.final_adapter("rust").weights: 2}
-    assert store.evict(eviction(store, "rust")) == 0
-    assert store.read_blob(store.final_adapter("html").weights) == b"shared"
-    assert store.evict(eviction(store, "html")) == len(b"shared")
-    assert store.weights_in_use() == {}
+    store.generators.add(generator(store, ["rust", "html"]))
+    assert store.originals.in_use() == {store.tasks.final("rust").weights: 2}
+    assert store.originals.evict(eviction(store, "rust")) == 0
+    assert store.blobs.read(store.tasks.final("html").weights) == b"shared"
+    assert store.originals.evict(eviction(store, "html")) == len(b"shared")
+    assert store.originals.in_use() == {}
 
 
 def test_the_bill_counts_what_is_on_disk(rust: Store) -> None:
-    rust.evict(eviction(rust, "rust"))
+    rust.originals.evict(eviction(rust, "rust"))
     usage = rust.usage()
     assert (usage.originals, usage.checkpoints, usage.unreferenced) == (len(b'{"r": 8}') + len(b"card"), 0, 0)
 
 
 def test_a_pinned_task_is_kept(rust: Store) -> None:
-    assert rust.set_pinned(["RUST", "rust"], True) == ["rust"]
+    assert rust.tasks.pin(["RUST", "rust"], True) == ["rust"]
     with pytest.raises(LastCopy, match="pinned"):
-        rust.evict(eviction(rust, "rust"))
-    assert rust.read_blob(rust.final_adapter("rust").weights) == b"weights of rust"
-    rust.set_pinned(["rust"], False)
-    assert rust.evict(eviction(rust, "rust")) > 0
+        rust.originals.evict(eviction(rust, "rust"))
+    assert rust.blobs.read(rust.tasks.final("rust").weights) == b"weights of rust"
+    rust.tasks.pin(["rust"], False)
+    assert rust.originals.evict(eviction(rust, "rust")) > 0
 
 
 def test_pinning_an_unknown_task_pins_nothing(rust: Store) -> None:
     with pytest.raises(TaskNotFound):
-        rust.set_pinned(["rust", "nope"], True)
-    assert not rust.task("rust").pinned
+        rust.tasks.pin(["rust", "nope"], True)
+    assert not rust.tasks.get("rust").pinned
 
 
 def test_a_replaced_task_stays_pinned(rust: Store) -> None:
-    rust.set_pinned(["rust"], True)
+    rust.tasks.pin(["rust"], True)
     ingest(rust, "rust", weights=b"other", on_conflict="replace")
-    assert rust.task("rust").pinned
+    assert rust.tasks.get("rust").pinned
 
 
 @pytest.mark.parametrize("part", ["code", "generator"])
@@ -106,50 +108,50 @@ def test_nothing_goes_while_what_stands_in_is_damaged(rust: Store, part: str) ->
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedBlob):
-        rust.evict(order)
+        rust.originals.evict(order)
     path.unlink()
     with pytest.raises(MissingBlob):
-        rust.evict(order)
-    assert not rust.final_adapter("rust").is_evicted
-    assert rust.read_blob(rust.final_adapter("rust").weights) == b"weights of rust"
+        rust.originals.evict(order)
+    assert not rust.tasks.final("rust").is_evicted
+    assert rust.blobs.read(rust.tasks.final("rust").weights) == b"weights of rust"
 
 
 def test_nothing_goes_after_another_training(rust: Store) -> None:
     order = eviction(rust, "rust")
-    rust.add_generator(generator(rust, ["rust"], data=b"another"))
+    rust.generators.add(generator(rust, ["rust"], data=b"another"))
     with pytest.raises(LastCopy, match="changed"):
-        rust.evict(order)
-    assert not rust.final_adapter("rust").is_evicted
+        rust.originals.evict(order)
+    assert not rust.tasks.final("rust").is_evicted
 
 
 def test_nothing_goes_after_the_task_was_replaced(rust: Store) -> None:
     order = eviction(rust, "rust")
     ingest(rust, "rust", weights=b"other", on_conflict="replace")
     with pytest.raises(LastCopy, match="changed"):
-        rust.evict(order)
+        rust.originals.evict(order)
 
 
 def test_nothing_goes_after_the_code_was_replaced_and_its_file_dropped(rust: Store) -> None:
     order = eviction(rust, "rust")
-    rust.replace_code(order.generator.id, code(rust, "rust", data=b"finer"))
+    rust.codes.replace(order.generator.id, code(rust, "rust", data=b"finer"))
     with pytest.raises(LastCopy, match="changed"):
-        rust.evict(order)
-    assert not rust.final_adapter("rust").is_evicted
+        rust.originals.evict(order)
+    assert not rust.tasks.final("rust").is_evicted
 
 
 def test_a_code_that_was_not_checked_does_not_count(rust: Store) -> None:
     order = eviction(rust, "rust")
     with pytest.raises(LastCopy, match="changed"):
-        rust.evict(replace(order, code=replace(order.code, id=order.code.id + 1)))
+        rust.originals.evict(replace(order, code=replace(order.code, id=order.code.id + 1)))
 
 
 def test_evict_does_not_run_beside_another_command(rust: Store) -> None:
     with new_store(rust.paths.root, lock_timeout=0) as other:
         with pytest.raises(StoreLocked):
-            other.evict(eviction(other, "rust"))
+            other.originals.evict(eviction(other, "rust"))
         with pytest.raises(StoreLocked):  # before anything is measured
-            other.finish_evictions()
-        assert other.finish_evictions(dry_run=True) == 0
+            other.originals.finish_evictions()
+        assert other.originals.finish_evictions(dry_run=True) == 0
 
 
 def test_a_full_disk_can_be_emptied_by_evicting(rust: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +163,7 @@ def test_a_full_disk_can_be_emptied_by_evicting(rust: Store, monkeypatch: pytest
         return real(database)
 
     monkeypatch.setattr(Database, "write", write)
-    assert rust.evict(order) > 0
+    assert rust.originals.evict(order) > 0
     assert rust.paths.reserve.exists()
     make_reserve(rust.paths)
 
@@ -172,16 +174,16 @@ def test_a_kill_before_the_unlink_is_made_good_by_the_next_run(rust: Store) -> N
 
     def evict() -> None:
         with new_store(root) as store:
-            store.evict(eviction(store, "rust"))
+            store.originals.evict(eviction(store, "rust"))
 
     assert run(evict, failpoint="eviction-committed") == KILLED
     with new_store(root) as store:
         assert file.exists()
         assert [finding.kind for finding in store.verify(read_data=True)] == ["orphan", "orphan"]
-        assert store.usage().unreferenced == store.finish_evictions(dry_run=True) > 0
-        assert store.finish_evictions() > 0
+        assert store.usage().unreferenced == store.originals.finish_evictions(dry_run=True) > 0
+        assert store.originals.finish_evictions() > 0
         assert not file.exists()
-        assert (store.finish_evictions(), list(store.verify(read_data=True))) == (0, [])
+        assert (store.originals.finish_evictions(), list(store.verify(read_data=True))) == (0, [])
 
 
 def test_prune_removes_what_a_killed_evict_left(rust: Store) -> None:
@@ -190,39 +192,39 @@ def test_prune_removes_what_a_killed_evict_left(rust: Store) -> None:
 
     def evict() -> None:
         with new_store(root) as store:
-            store.evict(eviction(store, "rust"))
+            store.originals.evict(eviction(store, "rust"))
 
     run(evict, failpoint="eviction-committed")
     with new_store(root) as store:
         assert store.prune(grace=0).blobs == 2
         assert list(store.verify(read_data=True)) == []
-        assert store.final_adapter("rust").is_evicted
+        assert store.tasks.final("rust").is_evicted
 
 
 def test_a_new_generator_must_cover_what_is_evicted(rust: Store) -> None:
     ingest(rust, "html")
-    rust.evict(eviction(rust, "rust"))
+    rust.originals.evict(eviction(rust, "rust"))
     with pytest.raises(LastCopy, match="rust"):
-        rust.add_generator(generator(rust, ["html"], data=b"another"))
-    assert rust.add_generator(generator(rust, ["html", "rust"], data=b"another")).version == 2
+        rust.generators.add(generator(rust, ["html"], data=b"another"))
+    assert rust.generators.add(generator(rust, ["html", "rust"], data=b"another")).version == 2
 
 
 def test_a_generator_with_a_last_copy_is_not_forgotten(rust: Store) -> None:
-    first = rust.current_generator(BASE)
+    first = rust.generators.current(BASE)
     assert first is not None
-    rust.evict(eviction(rust, "rust"))
+    rust.originals.evict(eviction(rust, "rust"))
     with rust._db.connection(write=True) as connection:  # which the store itself would refuse
         connection.exec_driver_sql("UPDATE generators SET is_current = 0")
     ingest(rust, "html", base_model="other/base")
     with pytest.raises(LastCopy, match="'rust'"):
-        rust.forget_generator(first)
+        rust.generators.forget(first)
     rust.prune(grace=0)
-    assert rust.code("rust", first.id) is not None
+    assert rust.codes.get("rust", first.id) is not None
     assert list(rust.verify(read_data=True)) == []
 
 
 def test_verify_finds_an_evicted_task_without_a_code(rust: Store) -> None:
-    rust.evict(eviction(rust, "rust"))
+    rust.originals.evict(eviction(rust, "rust"))
     with rust._db.connection(write=True) as connection:
         connection.exec_driver_sql("DELETE FROM codes")
     (finding,) = [finding for finding in rust.verify() if finding.is_problem]
@@ -231,42 +233,42 @@ def test_verify_finds_an_evicted_task_without_a_code(rust: Store) -> None:
 
 def test_the_same_ingest_leaves_it_evicted_and_needs_no_file(rust: Store) -> None:
     again = offer(rust, "rust", steps=[80], card=b"card")
-    rust.evict(eviction(rust, "rust"))
-    outcome = rust.ingest_task(again)
+    rust.originals.evict(eviction(rust, "rust"))
+    outcome = rust.tasks.ingest_one(again)
     assert (outcome.status, outcome.new, outcome.known, outcome.evicted, outcome.restored) == ("known", 0, 2, 2, 0)
-    assert rust.final_adapter("rust").is_evicted
+    assert rust.tasks.final("rust").is_evicted
 
 
 def test_an_evicted_original_can_be_restored(rust: Store) -> None:
-    rust.evict(eviction(rust, "rust"))
-    outcome = rust.ingest_task(replace(offer(rust, "rust", steps=[80], card=b"card"), restore=True))
+    rust.originals.evict(eviction(rust, "rust"))
+    outcome = rust.tasks.ingest_one(replace(offer(rust, "rust", steps=[80], card=b"card"), restore=True))
     assert (outcome.status, outcome.evicted, outcome.restored) == ("updated", 0, 2)
-    assert [row.is_evicted for row in rust.adapters("rust")] == [False, False]
+    assert [row.is_evicted for row in rust.tasks.adapters("rust")] == [False, False]
     assert list(rust.verify(read_data=True)) == []
-    assert rust.ingest_task(replace(offer(rust, "rust", steps=[80], card=b"card"), restore=True)).status == "known"
+    assert rust.tasks.ingest_one(replace(offer(rust, "rust", steps=[80], card=b"card"), restore=True)).status == "known"
 
 
 def test_restoring_without_the_bytes_is_refused(rust: Store) -> None:
     again = offer(rust, "rust", steps=[80], card=b"card")
-    rust.evict(eviction(rust, "rust"))
+    rust.originals.evict(eviction(rust, "rust"))
     with pytest.raises(MissingBlob):
-        rust.ingest_task(replace(again, restore=True))
-    assert rust.final_adapter("rust").is_evicted
+        rust.tasks.ingest_one(replace(again, restore=True))
+    assert rust.tasks.final("rust").is_evicted
 
 
 def test_another_task_may_bring_the_bytes_of_an_evicted_one(rust: Store) -> None:
-    rust.evict(eviction(rust, "rust"))
+    rust.originals.evict(eviction(rust, "rust"))
     ingest(rust, "html", weights=b"weights of rust")
-    assert rust.read_blob(rust.final_adapter("html").weights) == b"weights of rust"
-    assert rust.final_adapter("rust").is_evicted
+    assert rust.blobs.read(rust.tasks.final("html").weights) == b"weights of rust"
+    assert rust.tasks.final("rust").is_evicted
     assert rust.prune(grace=0).blobs == 0
 
 
 def test_evicted_adapters_are_listed_with_what_tells_them(rust: Store) -> None:
-    assert rust.evicted_adapters() == []
-    rust.evict(eviction(rust, "rust"))
-    rows = {row.step: row for row in rust.adapters("rust")}
-    assert rust.evicted_adapters() == [
+    assert rust.originals.evicted() == []
+    rust.originals.evict(eviction(rust, "rust"))
+    rows = {row.step: row for row in rust.tasks.adapters("rust")}
+    assert rust.originals.evicted() == [
         EvictedAdapter("rust", rows[step].weights, rows[step].config, step, is_final=step is None)
         for step in (None, 80)
     ]
@@ -277,11 +279,11 @@ def test_withheld_bytes_are_inspected_and_not_stored(store: Store, tmp_path: Pat
     for path in (file, other):
         path.write_bytes(b"the same")
     seen: list[Path] = []
-    (first,) = store.put_files([file], lambda path, data: seen.append(path), withheld={file: ["0" * 64]})
+    (first,) = store.blobs.put_files([file], lambda path, data: seen.append(path), withheld={file: ["0" * 64]})
     assert getattr(first, "is_new", None)
     store.prune(grace=0)
     digest = getattr(first, "digest", "")
-    (withheld,) = store.put_files([file], lambda path, data: seen.append(path), withheld={file: [digest]})
+    (withheld,) = store.blobs.put_files([file], lambda path, data: seen.append(path), withheld={file: [digest]})
     assert (getattr(withheld, "digest", None), seen, store.paths.blob(digest).exists()) == (digest, [file, file], False)
-    store.put_files([file, other], lambda path, data: None, withheld={file: [digest]})
-    assert store.read_blob(digest) == b"the same"
+    store.blobs.put_files([file, other], lambda path, data: None, withheld={file: [digest]})
+    assert store.blobs.read(digest) == b"the same"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from registry import fs
-from registry.engine import Database
+from registry import files as fs
+from registry.database import Database
 from registry.errors import StoreFull
-from registry.reserve import RESERVE_BYTES, make_reserve, restore_reserve, with_reserve
+from registry.folder import RESERVE_BYTES, make_reserve, restore_reserve, with_reserve
 from registry.store import Store
 from tests.registry.examples import ingest
 
@@ -39,13 +39,13 @@ def test_a_task_can_be_removed_from_a_full_disk(store: Store, full_disk: Path) -
     store.paths.reserve.unlink()
     ingest(store, "rust")
     make_reserve(store.paths)
-    store.remove_task("rust")
-    assert list(store.tasks()) == []
+    store.tasks.remove_one("rust")
+    assert list(store.tasks.all()) == []
     assert full_disk.exists()
 
 
 def test_a_full_disk_can_be_pruned(store: Store, full_disk: Path) -> None:
-    digest = store.put_blob(b"orphan")
+    digest = store.blobs.put(b"orphan")
     assert store.prune(grace=0).blobs == 1
     assert not store.paths.blob(digest).exists()
     assert full_disk.exists()

@@ -19,25 +19,25 @@ ASKED = Asked(max_error=0.01)
 def coded(store: Store) -> CodeRecord:
     """Record a task with a generator, a code, and a residual beside it; return the code as it was before."""
     ingest(store, "rust")
-    store.add_generator(generator(store, ["rust"]))
+    store.generators.add(generator(store, ["rust"]))
     bare = code_of(store, "rust")
     measured = replace(evaluation("rust", generator_id=bare.generator_id), rung="residual")
-    store.replace_residual(bare, NewResidual(store.put_blob(DATA), 0.002), ASKED, [measured])
+    store.codes.replace_residual(bare, NewResidual(store.blobs.put(DATA), 0.002), ASKED, [measured])
     return bare
 
 
 def test_one_whose_bytes_others_dropped_meanwhile_is_stored_again(store: Store, twin: Store, coded: CodeRecord) -> None:
-    new = NewResidual(store.put_blob(DATA), 0.002, data=DATA)  # the same search once more
-    twin.replace_residual(coded, NewResidual(twin.put_blob(b"more"), 0.001), ASKED)
+    new = NewResidual(store.blobs.put(DATA), 0.002, data=DATA)  # the same search once more
+    twin.codes.replace_residual(coded, NewResidual(twin.blobs.put(b"more"), 0.001), ASKED)
     assert not store.paths.blob(new.blob).exists()
-    record = store.replace_residual(coded, new, ASKED)
+    record = store.codes.replace_residual(coded, new, ASKED)
     assert record.residual is not None
-    assert store.read_blob(record.residual.blob) == DATA
+    assert store.blobs.read(record.residual.blob) == DATA
     assert list(store.verify(read_data=True)) == []
 
 
 def residual_rows(store: Store) -> int:
-    return sum(row.rung == "residual" for row in store.evaluations())
+    return sum(row.rung == "residual" for row in store.evaluations.all())
 
 
 def files(store: Store) -> list[bytes]:
@@ -47,15 +47,15 @@ def files(store: Store) -> list[bytes]:
 def test_a_code_says_what_lies_beside_it_and_what_it_was_asked_to_keep(store: Store, coded: CodeRecord) -> None:
     code = code_of(store, "rust")
     assert code.residual is not None
-    assert store.read_blob(code.residual.blob) == DATA
+    assert store.blobs.read(code.residual.blob) == DATA
     assert (code.residual.size, code.residual.dw_error, code.asked) == (len(DATA), 0.002, ASKED)
     assert (code.rung, code.best_error, code.dw_error) == ("residual", 0.002, coded.dw_error)
     assert (coded.rung, coded.best_error, coded.asked) == ("code", coded.dw_error, None)
-    assert next(store.summaries()).code == code
+    assert next(store.tasks.summaries()).code == code
 
 
 def test_another_residual_takes_its_place_and_leaves_no_file(store: Store, coded: CodeRecord) -> None:
-    store.replace_residual(coded, NewResidual(store.put_blob(b"more"), 0.001), replace(ASKED, is_kept=False))
+    store.codes.replace_residual(coded, NewResidual(store.blobs.put(b"more"), 0.001), replace(ASKED, is_kept=False))
     code = code_of(store, "rust")
     assert (code.best_error, code.asked) == (0.001, replace(ASKED, is_kept=False))
     assert (DATA in files(store), b"more" in files(store), residual_rows(store)) == (False, True, 0)
@@ -63,54 +63,54 @@ def test_another_residual_takes_its_place_and_leaves_no_file(store: Store, coded
 
 def test_a_residual_goes_where_the_code_alone_is_enough(store: Store, coded: CodeRecord) -> None:
     assert residual_rows(store) == 1
-    store.replace_residual(coded, None, ASKED)
+    store.codes.replace_residual(coded, None, ASKED)
     assert (code_of(store, "rust").residual, DATA in files(store), residual_rows(store)) == (None, False, 0)
 
 
 def test_the_residual_of_a_replaced_code_goes_with_it(store: Store, coded: CodeRecord) -> None:
-    new = NewCode(store.final_adapter("rust"), store.put_blob(b"second"), 48.0, 0.1, Asked(tolerance=0.1))
-    record = store.replace_code(coded.generator_id, new)
+    new = NewCode(store.tasks.final("rust"), store.blobs.put(b"second"), 48.0, 0.1, Asked(tolerance=0.1))
+    record = store.codes.replace(coded.generator_id, new)
     assert (record.residual, record.asked) == (None, Asked(tolerance=0.1))
     assert (DATA in files(store), residual_rows(store)) == (False, 0)
     assert list(store.verify(read_data=True)) == []
 
 
 def test_a_residual_for_a_code_that_was_replaced_meanwhile_is_refused(store: Store, coded: CodeRecord) -> None:
-    new = NewCode(store.final_adapter("rust"), store.put_blob(b"second"), 48.0, 0.1)
-    store.replace_code(coded.generator_id, new)
+    new = NewCode(store.tasks.final("rust"), store.blobs.put(b"second"), 48.0, 0.1)
+    store.codes.replace(coded.generator_id, new)
     with pytest.raises(CodeChanged, match="'rust'"):
-        store.replace_residual(coded, NewResidual(store.put_blob(DATA), 0.002), ASKED)
+        store.codes.replace_residual(coded, NewResidual(store.blobs.put(DATA), 0.002), ASKED)
     assert code_of(store, "rust").residual is None
 
 
 def test_a_residual_whose_bytes_are_not_stored_is_refused(store: Store, coded: CodeRecord) -> None:
     with pytest.raises(MissingBlob):
-        store.replace_residual(coded, NewResidual("0" * 64, 0.002), ASKED)
+        store.codes.replace_residual(coded, NewResidual("0" * 64, 0.002), ASKED)
     assert code_of(store, "rust").best_error == 0.002
 
 
 def test_the_only_copy_keeps_its_residual(store: Store, coded: CodeRecord) -> None:
-    store.evict(eviction(store, "rust"))
+    store.originals.evict(eviction(store, "rust"))
     with pytest.raises(LastCopy, match="'rust'"):
-        store.replace_residual(coded, None, ASKED)
+        store.codes.replace_residual(coded, None, ASKED)
     store.prune(grace=0)
     assert DATA in files(store)
 
 
 def test_an_eviction_records_the_error_of_the_rung_that_was_measured(store: Store, coded: CodeRecord) -> None:
-    store.evict(eviction(store, "rust", dw_error=0.003))
+    store.originals.evict(eviction(store, "rust", dw_error=0.003))
     assert (code_of(store, "rust").best_error, code_of(store, "rust").dw_error) == (0.003, coded.dw_error)
 
 
 def test_a_residual_that_came_or_went_while_it_was_measured_keeps_the_original(store: Store, coded: CodeRecord) -> None:
     with pytest.raises(LastCopy, match="changed"):
-        store.evict(eviction(store, "rust", code=coded))
+        store.originals.evict(eviction(store, "rust", code=coded))
     order = eviction(store, "rust")
-    store.replace_residual(coded, None, ASKED)
-    store.put_blob(DATA)
+    store.codes.replace_residual(coded, None, ASKED)
+    store.blobs.put(DATA)
     with pytest.raises(LastCopy, match="changed"):
-        store.evict(order)
-    assert not store.final_adapter("rust").is_evicted
+        store.originals.evict(order)
+    assert not store.tasks.final("rust").is_evicted
 
 
 def test_a_damaged_residual_keeps_the_original(store: Store, coded: CodeRecord) -> None:
@@ -120,8 +120,8 @@ def test_a_damaged_residual_keeps_the_original(store: Store, coded: CodeRecord) 
     path.chmod(0o644)
     path.write_bytes(DATA.upper())
     with pytest.raises(DamagedBlob):
-        store.evict(order)
-    assert not store.final_adapter("rust").is_evicted
+        store.originals.evict(order)
+    assert not store.tasks.final("rust").is_evicted
 
 
 @pytest.mark.parametrize("names", [[], ["rust"]])
@@ -136,12 +136,12 @@ def test_verify_knows_whose_a_missing_residual_is(store: Store, coded: CodeRecor
 def test_residuals_are_on_the_bill_by_name(store: Store, coded: CodeRecord) -> None:
     usage = store.usage()
     assert (usage.residuals, usage.codes) == (len(DATA), coded.size)
-    store.add_generator(generator(store, ["rust"], data=b"newer"))
+    store.generators.add(generator(store, ["rust"], data=b"newer"))
     assert store.usage().residuals == 0
     assert store.usage().old_generators >= len(DATA)
 
 
 def test_forgetting_a_task_frees_its_residual(store: Store, coded: CodeRecord) -> None:
-    store.remove_task("rust")
+    store.tasks.remove_one("rust")
     store.prune(grace=0)
     assert DATA not in files(store)

@@ -7,8 +7,8 @@ from contextlib import suppress
 
 import pytest
 
-from registry import fs
-from registry.blobs import BlobStore
+from registry import files as fs
+from registry.blobs.local import BlobStore
 from registry.errors import StoreLocked
 from registry.store import Store
 from tests.registry.examples import BASE, generator, new_store
@@ -16,30 +16,30 @@ from tests.registry.examples import BASE, generator, new_store
 
 def save(store: Store, run_id: int, step: int, *, weights: bytes | None = None) -> None:
     data = weights or f"weights {step}".encode()
-    store.save_checkpoint(run_id, step=step, weights=data, optimizer=f"optimizer {step}".encode())
+    store.runs.save_checkpoint(run_id, step=step, weights=data, optimizer=f"optimizer {step}".encode())
 
 
 def stored(store: Store) -> set[bytes]:
-    return {store.read_blob(path.name) for path in store.paths.blobs.glob("?/*")}
+    return {store.blobs.read(path.name) for path in store.paths.blobs.glob("?/*")}
 
 
 def test_a_base_model_without_a_run_has_none_to_resume(store: Store) -> None:
-    assert store.running_train_run(BASE) is None
+    assert store.runs.running(BASE) is None
 
 
 def test_a_run_is_resumed_from_its_latest_checkpoint(store: Store) -> None:
-    run = store.start_train_run(BASE, {"seed": 1})
+    run = store.runs.start(BASE, {"seed": 1})
     save(store, run.id, 10)
     save(store, run.id, 20)
-    found = store.running_train_run(BASE)
+    found = store.runs.running(BASE)
     assert found is not None
     assert (found.id, found.step, found.config, found.state) == (run.id, 20, {"seed": 1}, "running")
     assert found.weights is not None
-    assert store.read_blob(found.weights) == b"weights 20"
+    assert store.blobs.read(found.weights) == b"weights 20"
 
 
 def test_the_bytes_of_a_superseded_checkpoint_go_at_once(store: Store) -> None:
-    run = store.start_train_run(BASE, {})
+    run = store.runs.start(BASE, {})
     save(store, run.id, 10)
     save(store, run.id, 20)
     assert stored(store) == {b"weights 20", b"optimizer 20"}
@@ -47,40 +47,40 @@ def test_the_bytes_of_a_superseded_checkpoint_go_at_once(store: Store) -> None:
 
 
 def test_bytes_that_did_not_change_stay(store: Store) -> None:
-    run = store.start_train_run(BASE, {})
+    run = store.runs.start(BASE, {})
     save(store, run.id, 10, weights=b"same")
     save(store, run.id, 20, weights=b"same")
     assert stored(store) == {b"same", b"optimizer 20"}
 
 
 def test_bytes_that_something_else_refers_to_stay(store: Store) -> None:
-    run = store.start_train_run(BASE, {})
+    run = store.runs.start(BASE, {})
     save(store, run.id, 10, weights=b"generator")
-    store.add_generator(generator(store, data=b"generator"))
+    store.generators.add(generator(store, data=b"generator"))
     save(store, run.id, 20)
     assert b"generator" in stored(store)
 
 
 def test_a_generator_ends_the_run_it_came_from(store: Store) -> None:
-    run = store.start_train_run(BASE, {})
+    run = store.runs.start(BASE, {})
     save(store, run.id, 10)
-    store.add_generator(generator(store, train_run_id=run.id))
-    assert store.running_train_run(BASE) is None
+    store.generators.add(generator(store, train_run_id=run.id))
+    assert store.runs.running(BASE) is None
     assert stored(store) == {b"generator"}
 
 
 def test_a_run_that_is_done_takes_no_more_checkpoints(store: Store) -> None:
-    run = store.start_train_run(BASE, {})
-    store.add_generator(generator(store, train_run_id=run.id))
+    run = store.runs.start(BASE, {})
+    store.generators.add(generator(store, train_run_id=run.id))
     with pytest.raises(LookupError):
         save(store, run.id, 10)
 
 
 def test_a_new_run_gives_up_the_one_before(store: Store) -> None:
-    first = store.start_train_run(BASE, {"seed": 1})
+    first = store.runs.start(BASE, {"seed": 1})
     save(store, first.id, 10)
-    second = store.start_train_run(BASE, {"seed": 2})
-    assert store.running_train_run(BASE) == second
+    second = store.runs.start(BASE, {"seed": 2})
+    assert store.runs.running(BASE) == second
     assert stored(store) == set()
 
 
@@ -88,9 +88,9 @@ def test_a_new_run_gives_up_the_one_before(store: Store) -> None:
 def test_a_checkpoint_is_stored_however_often_other_runs_drop_the_very_same_bytes(
     store: Store, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
-    run = store.start_train_run(BASE, {})
+    run = store.runs.start(BASE, {})
     twins = [new_store(store.paths.root, lock_timeout=0) for _ in range(others)]
-    twin_runs = [twin.start_train_run(f"base {number}", {}).id for number, twin in enumerate(twins)]
+    twin_runs = [twin.runs.start(f"base {number}", {}).id for number, twin in enumerate(twins)]
     waiting = list(zip(twins, twin_runs, strict=True))
     real = BlobStore.put
 
@@ -113,5 +113,5 @@ def test_a_checkpoint_is_stored_however_often_other_runs_drop_the_very_same_byte
 
 def test_an_unknown_run_cannot_end(store: Store) -> None:
     with pytest.raises(LookupError):
-        store.add_generator(generator(store, train_run_id=7))
-    assert store.generators() == []
+        store.generators.add(generator(store, train_run_id=7))
+    assert store.generators.all() == []

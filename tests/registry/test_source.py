@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from registry import source
+from registry import files as source
 from registry.errors import SourceChanged, SourceRefused
-from registry.source import read_source, source_size
+from registry.files import read_source, source_size
 
 
 def read(path: Path, size: int = 5) -> memoryview:

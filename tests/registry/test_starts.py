@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from registry import fs
+from registry import files as fs
 from registry.errors import GeneratorConflict, MissingBlob
 from registry.records import GeneratorRecord
 from registry.store import Store
@@ -18,17 +18,17 @@ def made(store: Store) -> GeneratorRecord:
     """A generator with a code of one of two tasks."""
     ingest(store, "rust")
     ingest(store, "html")
-    return store.add_generator(generator(store, ["rust"]))
+    return store.generators.add(generator(store, ["rust"]))
 
 
 def current(store: Store) -> GeneratorRecord:
-    found = store.current_generator(BASE)
+    found = store.generators.current(BASE)
     assert found is not None
     return found
 
 
 def started(store: Store, made: GeneratorRecord, data: bytes = b"start") -> GeneratorRecord:
-    return store.set_start(made.id, store.put_blob(data))
+    return store.generators.set_start(made.id, store.blobs.put(data))
 
 
 def test_a_generator_begins_without_one(made: GeneratorRecord) -> None:
@@ -37,7 +37,7 @@ def test_a_generator_begins_without_one(made: GeneratorRecord) -> None:
 
 def test_a_generator_knows_its_start_and_its_length(store: Store, made: GeneratorRecord) -> None:
     record = started(store, made)
-    assert store.read_blob(str(record.start)) == b"start"
+    assert store.blobs.read(str(record.start)) == b"start"
     assert record == replace(made, start=record.start, start_size=5) == current(store)
 
 
@@ -51,21 +51,21 @@ def test_another_takes_its_place_and_its_bytes_go(store: Store, made: GeneratorR
 
 def test_the_same_again_keeps_its_bytes(store: Store, made: GeneratorRecord) -> None:
     started(store, made)
-    assert store.read_blob(str(started(store, made).start)) == b"start"
+    assert store.blobs.read(str(started(store, made).start)) == b"start"
 
 
 def test_a_generator_that_is_not_current_any_more_gets_none(store: Store, made: GeneratorRecord) -> None:
-    newer = store.add_generator(generator(store, ["rust"], data=b"newer"))
+    newer = store.generators.add(generator(store, ["rust"], data=b"newer"))
     with pytest.raises(GeneratorConflict):
         started(store, made)
-    assert {row.start for row in store.generators()} == {None}
+    assert {row.start for row in store.generators.all()} == {None}
     assert started(store, newer).start is not None
 
 
 def test_bytes_that_are_not_in_the_store_are_refused(store: Store, made: GeneratorRecord) -> None:
     before = started(store, made)
     with pytest.raises(MissingBlob):
-        store.set_start(made.id, "ab" * 32)
+        store.generators.set_start(made.id, "ab" * 32)
     assert current(store) == before
 
 
@@ -73,11 +73,11 @@ def test_one_whose_bytes_others_dropped_meanwhile_is_stored_again(
     store: Store, twin: Store, made: GeneratorRecord
 ) -> None:
     first = started(store, made)
-    blob = store.put_blob(b"start")  # learned once more
+    blob = store.blobs.put(b"start")  # learned once more
     started(twin, made, b"another start")
     assert not store.paths.blob(blob).exists()
-    assert store.set_start(made.id, blob, b"start") == first
-    assert store.read_blob(blob) == b"start"
+    assert store.generators.set_start(made.id, blob, b"start") == first
+    assert store.blobs.read(blob) == b"start"
 
 
 def test_a_failure_before_the_commit_leaves_the_earlier_one(
@@ -93,41 +93,41 @@ def test_a_failure_before_the_commit_leaves_the_earlier_one(
         with pytest.raises(RuntimeError):
             started(store, made, b"another start")
     assert current(store) == before
-    assert store.read_blob(str(before.start)) == b"start"
+    assert store.blobs.read(str(before.start)) == b"start"
     assert [finding.kind for finding in store.verify(read_data=True)] == ["orphan"]
 
 
 def test_a_generator_that_continues_another_keeps_its_start(store: Store, made: GeneratorRecord) -> None:
     first = started(store, made)
-    longer = store.extend_generator(generator(store, ["html"], data=b"longer", parent_id=made.id))
+    longer = store.generators.extend(generator(store, ["html"], data=b"longer", parent_id=made.id))
     assert (longer.start, longer.start_size) == (first.start, 5)
     assert current(store) == longer
 
 
 def test_codes_that_are_added_leave_it(store: Store, made: GeneratorRecord) -> None:
     before = started(store, made)
-    store.add_codes(made.id, [code(store, "html")])
+    store.codes.add(made.id, [code(store, "html")])
     assert current(store) == before
 
 
 def test_another_network_has_none(store: Store, made: GeneratorRecord) -> None:
     started(store, made)
-    assert store.add_generator(generator(store, ["rust"], data=b"newer")).start is None
+    assert store.generators.add(generator(store, ["rust"], data=b"newer")).start is None
 
 
 def test_one_that_an_earlier_generator_has_too_keeps_its_bytes(store: Store, made: GeneratorRecord) -> None:
     first = started(store, made)
-    longer = store.extend_generator(generator(store, data=b"longer", parent_id=made.id))
+    longer = store.generators.extend(generator(store, data=b"longer", parent_id=made.id))
     started(store, longer, b"another start")
-    assert store.read_blob(str(first.start)) == b"start"
-    store.make_current(made.id)
+    assert store.blobs.read(str(first.start)) == b"start"
+    store.generators.make_current(made.id)
     assert current(store).start == first.start
 
 
 def test_it_goes_with_the_last_generator_that_has_it(store: Store, made: GeneratorRecord) -> None:
     first = started(store, made)
-    store.add_generator(generator(store, ["rust"], data=b"newer"))
-    store.forget_generator(made)
+    store.generators.add(generator(store, ["rust"], data=b"newer"))
+    store.generators.forget(made)
     store.prune(grace=0)
     assert not store.paths.blob(str(first.start)).exists()
 
@@ -135,14 +135,14 @@ def test_it_goes_with_the_last_generator_that_has_it(store: Store, made: Generat
 def test_prune_keeps_it(store: Store, made: GeneratorRecord) -> None:
     record = started(store, made)
     assert store.prune(grace=0).blobs == 0
-    assert store.read_blob(str(record.start)) == b"start"
+    assert store.blobs.read(str(record.start)) == b"start"
 
 
 def test_it_is_on_the_bill_of_generators(store: Store, made: GeneratorRecord) -> None:
     before = store.usage()
     started(store, made)
     assert store.usage().generators == before.generators + len(b"start")
-    store.add_generator(generator(store, ["rust"], data=b"newer"))
+    store.generators.add(generator(store, ["rust"], data=b"newer"))
     assert store.usage().generators == len(b"newer")
     assert store.usage().old_generators >= len(b"generator") + len(b"start")
 

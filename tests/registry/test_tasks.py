@@ -25,7 +25,7 @@ from tests.registry.examples import (
 
 
 def names(store: Store) -> list[str]:
-    return [task.name for task in store.tasks()]
+    return [task.name for task in store.tasks.all()]
 
 
 class TestIngest:
@@ -33,41 +33,41 @@ class TestIngest:
 
     def test_a_task_has_what_was_offered(self, store: Store) -> None:
         offered = offer(store, "rust", steps=[80, 90], samples=b"samples", eval_data=b"eval", card=b"card")
-        assert store.ingest_task(offered).status == "added"
-        task = store.task("rust")
+        assert store.tasks.ingest_one(offered).status == "added"
+        task = store.tasks.get("rust")
         assert (task.base_model, task.samples, task.eval_data) == (BASE, offered.samples, offered.eval_data)
-        final = store.final_adapter("rust")
+        final = store.tasks.final("rust")
         assert (final.task, final.step, final.is_final, final.layout) == ("rust", None, True, tuple(LAYOUT))
         assert final.original_bytes == len(b"weights of rust") + len(b'{"r": 8}') + len(b"card")
-        assert [adapter.step for adapter in store.adapters("rust")] == [80, 90, None]
+        assert [adapter.step for adapter in store.tasks.adapters("rust")] == [80, 90, None]
 
     def test_the_same_again_changes_nothing(self, store: Store) -> None:
         offered = offer(store, "rust", steps=[80], samples=b"samples")
-        assert store.ingest_task(offered).new == 2
-        before = (store.task("rust"), store.adapters("rust"))
-        outcome = store.ingest_task(offered)
+        assert store.tasks.ingest_one(offered).new == 2
+        before = (store.tasks.get("rust"), store.tasks.adapters("rust"))
+        outcome = store.tasks.ingest_one(offered)
         assert (outcome.new, outcome.known, outcome.status) == (0, 2, "known")
-        assert (store.task("rust"), store.adapters("rust")) == before
+        assert (store.tasks.get("rust"), store.tasks.adapters("rust")) == before
 
     def test_a_later_checkpoint_is_added(self, store: Store) -> None:
         ingest(store, "rust", steps=[80])
-        outcome = store.ingest_task(offer(store, "rust", steps=[80, 90]))
+        outcome = store.tasks.ingest_one(offer(store, "rust", steps=[80, 90]))
         assert (outcome.new, outcome.known, outcome.status) == (1, 2, "updated")
 
     def test_a_checkpoint_with_the_bytes_of_the_final_adapter_is_one_of_its_own(self, store: Store) -> None:
         final = adapter(store, b"same", is_final=True)
-        store.ingest_task(TaskIngest("rust", BASE, [final, replace(final, is_final=False, step=100)]))
-        assert [(a.step, a.is_final) for a in store.adapters("rust")] == [(100, False), (None, True)]
+        store.tasks.ingest_one(TaskIngest("rust", BASE, [final, replace(final, is_final=False, step=100)]))
+        assert [(a.step, a.is_final) for a in store.tasks.adapters("rust")] == [(100, False), (None, True)]
 
     def test_the_final_adapter_is_known_by_its_bytes_whatever_its_step(self, store: Store) -> None:
         final = adapter(store, b"same", is_final=True, step=100)
-        store.ingest_task(TaskIngest("rust", BASE, [final]))
-        outcome = store.ingest_task(TaskIngest("rust", BASE, [replace(final, step=None)]))
+        store.tasks.ingest_one(TaskIngest("rust", BASE, [final]))
+        outcome = store.tasks.ingest_one(TaskIngest("rust", BASE, [replace(final, step=None)]))
         assert (outcome.new, outcome.known) == (0, 1)
 
     def test_a_name_that_differs_in_case_only_is_the_same_task(self, store: Store) -> None:
         ingest(store, "Rust", weights=b"w")
-        assert store.ingest_task(offer(store, "rust", weights=b"w")).name == "Rust"
+        assert store.tasks.ingest_one(offer(store, "rust", weights=b"w")).name == "Rust"
         assert names(store) == ["Rust"]
 
     def test_a_layout_is_kept_once_for_all(self, store: Store) -> None:
@@ -78,11 +78,11 @@ class TestIngest:
 
     def test_two_final_adapters_are_a_mistake(self, store: Store) -> None:
         with pytest.raises(ValueError, match="exactly one"):
-            store.ingest_task(TaskIngest("rust", BASE, [adapter(store, w, is_final=True) for w in (b"1", b"2")]))
+            store.tasks.ingest_one(TaskIngest("rust", BASE, [adapter(store, w, is_final=True) for w in (b"1", b"2")]))
 
     def test_two_tasks_of_one_name_in_a_batch_are_a_mistake(self, store: Store) -> None:
         with pytest.raises(ValueError, match="same name"):
-            store.ingest_tasks([offer(store, "rust"), offer(store, "RUST")])
+            store.tasks.ingest([offer(store, "rust"), offer(store, "RUST")])
 
     def test_a_hostile_name_is_refused(self, store: Store) -> None:
         with pytest.raises(InvalidName):
@@ -91,13 +91,13 @@ class TestIngest:
     def test_bytes_that_are_not_in_the_store_are_not_referred_to(self, store: Store) -> None:
         final = replace(adapter(store, b"w", is_final=True), weights="ab" * 32)
         with pytest.raises(MissingBlob):
-            store.ingest_task(TaskIngest("rust", BASE, [final]))
+            store.tasks.ingest_one(TaskIngest("rust", BASE, [final]))
         assert names(store) == []
 
     def test_a_batch_is_recorded_whole_or_not_at_all(self, store: Store) -> None:
         ingest(store, "rust")
         with pytest.raises(TaskConflict):
-            store.ingest_tasks([offer(store, "html"), offer(store, "rust", weights=b"other")])
+            store.tasks.ingest([offer(store, "html"), offer(store, "rust", weights=b"other")])
         assert names(store) == ["rust"]
 
 
@@ -109,25 +109,25 @@ class TestConflict:
         ingest(store, "rust")
         with pytest.raises(TaskConflict, match="rust"):
             ingest(store, "rust", **other)
-        assert store.read_blob(store.final_adapter("rust").weights) == b"weights of rust"
+        assert store.blobs.read(store.tasks.final("rust").weights) == b"weights of rust"
 
     def test_skip_leaves_the_task_as_it_is(self, store: Store) -> None:
         ingest(store, "rust")
-        outcome = store.ingest_task(offer(store, "rust", weights=b"other", on_conflict="skip"))
+        outcome = store.tasks.ingest_one(offer(store, "rust", weights=b"other", on_conflict="skip"))
         assert outcome.status == "skipped"
-        assert store.read_blob(store.final_adapter("rust").weights) == b"weights of rust"
+        assert store.blobs.read(store.tasks.final("rust").weights) == b"weights of rust"
 
     def test_replace_drops_all_that_was_derived_from_the_old_adapter(self, store: Store) -> None:
         ingest(store, "rust", steps=[80])
-        store.add_vectors([vector(store, "rust")])
-        made = store.add_generator(generator(store, ["rust"]))
-        store.add_evaluations([evaluation("rust")])
-        outcome = store.ingest_task(offer(store, "rust", weights=b"other", on_conflict="replace"))
+        store.vectors.add([vector(store, "rust")])
+        made = store.generators.add(generator(store, ["rust"]))
+        store.evaluations.add([evaluation("rust")])
+        outcome = store.tasks.ingest_one(offer(store, "rust", weights=b"other", on_conflict="replace"))
         assert (outcome.status, outcome.new) == ("replaced", 1)
-        assert [store.read_blob(a.weights) for a in store.adapters("rust")] == [b"other"]
-        assert store.vectors("rust") == []
-        assert store.code("rust", made.id) is None
-        assert store.evaluations("rust") == []
+        assert [store.blobs.read(a.weights) for a in store.tasks.adapters("rust")] == [b"other"]
+        assert store.vectors.all("rust") == []
+        assert store.codes.get("rust", made.id) is None
+        assert store.evaluations.all("rust") == []
 
 
 class TestTexts:
@@ -135,20 +135,20 @@ class TestTexts:
 
     def test_no_samples_keeps_those_that_are_there(self, store: Store) -> None:
         ingest(store, "rust", samples=b"samples")
-        assert store.ingest_task(offer(store, "rust")).status == "known"
-        assert store.task("rust").samples == store.put_blob(b"samples")
+        assert store.tasks.ingest_one(offer(store, "rust")).status == "known"
+        assert store.tasks.get("rust").samples == store.blobs.put(b"samples")
 
     def test_other_samples_make_the_vectors_of_the_old_ones_go(self, store: Store) -> None:
         ingest(store, "rust", samples=b"samples")
-        store.add_vectors([vector(store, "rust")])
-        assert store.ingest_task(offer(store, "rust", samples=b"other")).status == "updated"
-        assert store.vectors("rust") == []
+        store.vectors.add([vector(store, "rust")])
+        assert store.tasks.ingest_one(offer(store, "rust", samples=b"other")).status == "updated"
+        assert store.vectors.all("rust") == []
 
     def test_other_held_out_texts_leave_the_vectors_alone(self, store: Store) -> None:
         ingest(store, "rust", eval_data=b"eval")
-        store.add_vectors([vector(store, "rust")])
-        assert store.ingest_task(offer(store, "rust", eval_data=b"other")).status == "updated"
-        assert len(store.vectors("rust")) == 1
+        store.vectors.add([vector(store, "rust")])
+        assert store.tasks.ingest_one(offer(store, "rust", eval_data=b"other")).status == "updated"
+        assert len(store.vectors.all("rust")) == 1
 
 
 class TestQueries:
@@ -162,14 +162,14 @@ class TestQueries:
     def test_many_pages_are_read_without_gap_or_repetition(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tasks_module, "_PAGE", 3)
         wanted = [f"task{n:02}" for n in range(10)]
-        store.ingest_tasks([offer(store, name) for name in wanted])
+        store.tasks.ingest([offer(store, name) for name in wanted])
         assert names(store) == wanted
-        assert [summary.task.name for summary in store.summaries()] == wanted
+        assert [summary.task.name for summary in store.tasks.summaries()] == wanted
 
     def test_a_slow_reader_does_not_hold_up_a_writer(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tasks_module, "_PAGE", 1)
-        store.ingest_tasks([offer(store, name) for name in ("a", "b")])
-        reading = store.tasks()
+        store.tasks.ingest([offer(store, name) for name in ("a", "b")])
+        reading = store.tasks.all()
         next(reading)
         with new_store(store.paths.root, lock_timeout=0) as writer:
             ingest(writer, "c")
@@ -178,22 +178,22 @@ class TestQueries:
     def test_an_unknown_name_is_answered_with_the_closest(self, store: Store) -> None:
         ingest(store, "Shakespeare")
         with pytest.raises(TaskNotFound) as caught:
-            store.task("shakespear")
+            store.tasks.get("shakespear")
         assert caught.value.matches == ("Shakespeare",)
         assert "Shakespeare" in (caught.value.hint or "")
 
     def test_an_unknown_name_with_nothing_close_points_to_the_list(self, store: Store) -> None:
         with pytest.raises(TaskNotFound) as caught:
-            store.adapters("zzz")
+            store.tasks.adapters("zzz")
         assert "icm ls" in (caught.value.hint or "")
 
     def test_a_summary_has_the_counts_and_the_code_of_the_current_generator(self, store: Store) -> None:
         ingest(store, "rust", steps=[80, 90])
         ingest(store, "html")
-        store.add_vectors([vector(store, "rust", number) for number in range(3)])
-        store.add_generator(generator(store, ["rust", "html"]))
-        store.add_generator(generator(store, ["rust"], data=b"newer"))
-        html, rust = store.summaries()
+        store.vectors.add([vector(store, "rust", number) for number in range(3)])
+        store.generators.add(generator(store, ["rust", "html"]))
+        store.generators.add(generator(store, ["rust"], data=b"newer"))
+        html, rust = store.tasks.summaries()
         assert (html.checkpoints, html.vectors, html.code) == (0, 0, None)
         assert (rust.checkpoints, rust.vectors) == (2, 3)
         assert rust.code is not None
@@ -202,8 +202,8 @@ class TestQueries:
     def test_tasks_without_vectors_are_named_in_order(self, store: Store) -> None:
         for name in ("rust", "html", "css"):
             ingest(store, name)
-        store.add_vectors([vector(store, "html", 0)])
-        assert store.tasks_without_vectors() == ["css", "rust"]
+        store.vectors.add([vector(store, "html", 0)])
+        assert store.tasks.without_vectors() == ["css", "rust"]
 
 
 class TestRemoval:
@@ -211,24 +211,24 @@ class TestRemoval:
 
     def test_a_removed_task_is_gone_with_its_rows_and_its_bytes_stay_until_prune(self, store: Store) -> None:
         ingest(store, "rust")
-        weights = store.final_adapter("rust").weights
-        assert store.remove_task("RUST").name == "rust"
+        weights = store.tasks.final("rust").weights
+        assert store.tasks.remove_one("RUST").name == "rust"
         assert names(store) == []
-        assert store.read_blob(weights) == b"weights of rust"
+        assert store.blobs.read(weights) == b"weights of rust"
 
     def test_an_unknown_task_cannot_be_removed(self, store: Store) -> None:
         with pytest.raises(TaskNotFound):
-            store.remove_task("rust")
+            store.tasks.remove_one("rust")
 
     def test_no_task_goes_if_one_of_them_was_evicted_unknown_to_the_user(self, store: Store) -> None:
         for name in ("html", "rust", "sql"):
             ingest(store, name)
-        store.add_generator(generator(store, ["rust", "sql"]))
-        store.evict(eviction(store, "rust"))
+        store.generators.add(generator(store, ["rust", "sql"]))
+        store.originals.evict(eviction(store, "rust"))
         with pytest.raises(LastCopy, match=r"'rust'.*only copy"):
-            store.remove_tasks(["html", "rust"])
+            store.tasks.remove(["html", "rust"])
         assert names(store) == ["html", "rust", "sql"]
-        assert [task.name for task in store.remove_tasks(["html", "RUST", "rust"], last_copies=["Rust"])] == [
+        assert [task.name for task in store.tasks.remove(["html", "RUST", "rust"], last_copies=["Rust"])] == [
             "html",
             "rust",
         ]
@@ -237,14 +237,14 @@ class TestRemoval:
     def test_no_task_goes_if_one_of_them_is_gone_already(self, store: Store) -> None:
         ingest(store, "rust")
         with pytest.raises(TaskNotFound):
-            store.remove_tasks(["rust", "html"])
+            store.tasks.remove(["rust", "html"])
         assert names(store) == ["rust"]
 
     def test_removal_waits_for_others_that_use_the_store(self, store: Store) -> None:
         ingest(store, "rust")
         with new_store(store.paths.root):
             pass
-        store.remove_task("rust")
+        store.tasks.remove_one("rust")
 
 
 class TestBaseModels:
@@ -253,18 +253,18 @@ class TestBaseModels:
     def test_they_are_listed_with_the_number_of_their_tasks(self, store: Store) -> None:
         ingest(store, "rust")
         ingest(store, "html")
-        store.set_base_alias("other", "models/other")
-        assert [(base.name, base.tasks, base.path) for base in store.base_models()] == [
+        store.base_models.set_path("other", "models/other")
+        assert [(base.name, base.tasks, base.path) for base in store.base_models.all()] == [
             (BASE, 2, None),
             ("other", 0, "models/other"),
         ]
 
     def test_an_alias_can_be_changed_and_forgotten(self, store: Store) -> None:
         for path in ("one", "two", None):
-            store.set_base_alias(BASE, path)
-            assert [base.path for base in store.base_models()] == [path]
+            store.base_models.set_path(BASE, path)
+            assert [base.path for base in store.base_models.all()] == [path]
 
     def test_the_facts_of_a_loaded_one_are_kept(self, store: Store) -> None:
-        store.set_base_facts(BASE, fingerprint="f00d", shape={"layers": 30})
-        (base,) = store.base_models()
+        store.base_models.set_facts(BASE, fingerprint="f00d", shape={"layers": 30})
+        (base,) = store.base_models.all()
         assert (base.fingerprint, base.shape) == ("f00d", {"layers": 30})

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from registry import fs
+from registry import files as fs
+from registry.blobs.local import Syncer, each, each_synced
 from registry.errors import StoreIOError
-from registry.threads import Syncer, each, each_synced
 
 
 def open_file(path: Path) -> int:

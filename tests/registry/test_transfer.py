@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from registry.arrivals import Arrival, ArrivingTask
-from registry.blobs import digest_of
+from registry.blobs.local import digest_of
+from registry.bundles import Arrival, ArrivingTask
 from registry.errors import GeneratorConflict, InvalidName, MissingBlob, StoreReadOnly, TaskConflict
 from registry.records import NewAdapter, NewGenerator
 from registry.store import Store
@@ -27,7 +27,7 @@ def arriving(store: Store, name: str, **fields: Any) -> ArrivingTask:
     """Store what arrives of a task and return it; its original is what `ingest` would record."""
     original = NewAdapter(
         weights=digest_of(f"weights of {name.lower()}".encode()),
-        config=store.put_blob(b'{"r": 8}'),
+        config=store.blobs.put(b'{"r": 8}'),
         card=None,
         step=None,
         is_final=True,
@@ -42,7 +42,7 @@ def arriving(store: Store, name: str, **fields: Any) -> ArrivingTask:
         "name": name,
         "original": original,
         "weights_bytes": 4096,
-        "code": store.put_blob(f"code of {name.lower()}".encode()),
+        "code": store.blobs.put(f"code of {name.lower()}".encode()),
         "dw_error": 0.11,
         "evaluation": evaluation(name),
     }
@@ -50,7 +50,7 @@ def arriving(store: Store, name: str, **fields: Any) -> ArrivingTask:
 
 
 def arrival(store: Store, *tasks: ArrivingTask, data: bytes = b"generator", **fields: Any) -> Arrival:
-    new = NewGenerator(BASE, store.put_blob(data), {"quality": 4}, {"bits": 1.5})
+    new = NewGenerator(BASE, store.blobs.put(data), {"quality": 4}, {"bits": 1.5})
     return Arrival(**{"generator": new, "version": 3, "tasks": tasks} | fields)
 
 
@@ -59,62 +59,62 @@ def statuses(outcomes: list[Any]) -> list[tuple[str, str]]:
 
 
 def rows(store: Store) -> list[Any]:
-    return [list(store.summaries()), store.generators(), store.evaluations()]
+    return [list(store.tasks.summaries()), store.generators.all(), store.evaluations.all()]
 
 
 def test_a_task_arrives_without_its_original(store: Store) -> None:
-    outcomes = store.take_arrival(arrival(store, arriving(store, "rust")))
+    outcomes = store.bundles.take(arrival(store, arriving(store, "rust")))
     assert statuses(outcomes) == [("rust", "added")]
-    final = store.final_adapter("rust")
+    final = store.tasks.final("rust")
     assert (final.is_evicted, final.weights_bytes, final.stored_bytes) == (True, 4096, len(b'{"r": 8}'))
     with pytest.raises(MissingBlob):
-        store.read_blob(final.weights)
+        store.blobs.read(final.weights)
 
 
 def test_its_code_belongs_to_the_generator_that_arrives(store: Store) -> None:
-    store.take_arrival(arrival(store, arriving(store, "rust")))
-    current = store.current_generator(BASE)
+    store.bundles.take(arrival(store, arriving(store, "rust")))
+    current = store.generators.current(BASE)
     assert current is not None
-    code = store.code("rust", current.id)
+    code = store.codes.get("rust", current.id)
     assert code is not None
-    assert (store.read_blob(code.blob), code.dw_error, code.bits) == (b"code of rust", 0.11, 8.0 * 12)
+    assert (store.blobs.read(code.blob), code.dw_error, code.bits) == (b"code of rust", 0.11, 8.0 * 12)
     assert (current.version, current.config, current.metrics) == (3, {"quality": 4}, {"bits": 1.5})
 
 
 def test_what_was_measured_arrives_under_that_generator(store: Store) -> None:
-    store.take_arrival(arrival(store, arriving(store, "rust"), arriving(store, "sql", evaluation=None)))
-    current = store.current_generator(BASE)
+    store.bundles.take(arrival(store, arriving(store, "rust"), arriving(store, "sql", evaluation=None)))
+    current = store.generators.current(BASE)
     assert current is not None
-    assert [(row.task, row.generator_id, row.retained_gain) for row in store.evaluations()] == [
+    assert [(row.task, row.generator_id, row.retained_gain) for row in store.evaluations.all()] == [
         ("rust", current.id, 0.97)
     ]
 
 
 def test_verify_and_prune_find_nothing_wrong(store: Store) -> None:
-    store.take_arrival(arrival(store, arriving(store, "rust"), arriving(store, "sql")))
+    store.bundles.take(arrival(store, arriving(store, "rust"), arriving(store, "sql")))
     assert list(store.verify(read_data=True)) == []
     assert store.prune(grace=0).blobs == 0
 
 
 def test_the_same_again_changes_nothing(store: Store) -> None:
-    store.take_arrival(arrival(store, arriving(store, "rust")))
+    store.bundles.take(arrival(store, arriving(store, "rust")))
     before = rows(store)
-    assert statuses(store.take_arrival(arrival(store, arriving(store, "RUST")))) == [("rust", "known")]
+    assert statuses(store.bundles.take(arrival(store, arriving(store, "RUST")))) == [("rust", "known")]
     assert rows(store) == before
 
 
 def test_a_second_arrival_adds_to_the_first(store: Store) -> None:
-    store.take_arrival(arrival(store, arriving(store, "rust")))
-    outcomes = store.take_arrival(arrival(store, arriving(store, "rust"), arriving(store, "sql")))
+    store.bundles.take(arrival(store, arriving(store, "rust")))
+    outcomes = store.bundles.take(arrival(store, arriving(store, "rust"), arriving(store, "sql")))
     assert statuses(outcomes) == [("rust", "known"), ("sql", "added")]
-    assert len(store.generators()) == 1
+    assert len(store.generators.all()) == 1
 
 
 def test_a_task_with_the_same_original_gets_its_code_and_keeps_the_original(store: Store) -> None:
     ingest(store, "rust", steps=[80])
-    outcomes = store.take_arrival(arrival(store, arriving(store, "rust")))
+    outcomes = store.bundles.take(arrival(store, arriving(store, "rust")))
     assert statuses(outcomes) == [("rust", "encoded")]
-    (summary,) = store.summaries()
+    (summary,) = store.tasks.summaries()
     assert (summary.final.is_evicted, summary.checkpoints) == (False, 1)
     assert summary.code is not None
     assert summary.code.adapter_id == summary.final.id
@@ -124,7 +124,7 @@ def test_a_task_with_another_original_is_a_conflict(store: Store) -> None:
     ingest(store, "rust", weights=b"other weights")
     before = rows(store)
     with pytest.raises(TaskConflict) as caught:
-        store.take_arrival(arrival(store, arriving(store, "sql"), arriving(store, "rust")))
+        store.bundles.take(arrival(store, arriving(store, "sql"), arriving(store, "rust")))
     assert (caught.value.name, "replace" in str(caught.value.hint)) == ("rust", False)
     assert rows(store) == before
 
@@ -132,53 +132,53 @@ def test_a_task_with_another_original_is_a_conflict(store: Store) -> None:
 def test_a_conflict_can_be_skipped(store: Store) -> None:
     ingest(store, "rust", weights=b"other weights")
     new = arrival(store, arriving(store, "sql"), arriving(store, "rust"), on_conflict="skip")
-    assert statuses(store.take_arrival(new)) == [("sql", "added"), ("rust", "skipped")]
-    assert [row.code is not None for row in store.summaries()] == [False, True]
+    assert statuses(store.bundles.take(new)) == [("sql", "added"), ("rust", "skipped")]
+    assert [row.code is not None for row in store.tasks.summaries()] == [False, True]
 
 
 def test_nothing_but_conflicts_leave_no_generator(store: Store) -> None:
     ingest(store, "rust", weights=b"other weights")
-    store.take_arrival(arrival(store, arriving(store, "rust"), on_conflict="skip"))
-    assert store.generators() == []
+    store.bundles.take(arrival(store, arriving(store, "rust"), on_conflict="skip"))
+    assert store.generators.all() == []
 
 
 def test_another_code_of_the_same_task_is_a_conflict(store: Store) -> None:
-    store.take_arrival(arrival(store, arriving(store, "rust")))
-    other = arriving(store, "rust", code=store.put_blob(b"coarser code"))
+    store.bundles.take(arrival(store, arriving(store, "rust")))
+    other = arriving(store, "rust", code=store.blobs.put(b"coarser code"))
     with pytest.raises(TaskConflict):
-        store.take_arrival(arrival(store, other))
+        store.bundles.take(arrival(store, other))
 
 
 def test_another_generator_is_refused_and_the_codes_in_use_stay(store: Store) -> None:
     ingest(store, "rust")
-    store.add_generator(generator(store, ["rust"], data=b"generator in use"))
+    store.generators.add(generator(store, ["rust"], data=b"generator in use"))
     before = rows(store)
     with pytest.raises(GeneratorConflict, match=BASE) as caught:
-        store.take_arrival(arrival(store, arriving(store, "sql"), on_conflict="skip"))
+        store.bundles.take(arrival(store, arriving(store, "sql"), on_conflict="skip"))
     assert "--store" in str(caught.value.hint)
     assert rows(store) == before
 
 
 def test_the_generator_of_another_base_model_is_in_nobodys_way(store: Store) -> None:
     ingest(store, "rust")
-    store.add_generator(generator(store, ["rust"], data=b"generator in use"))
+    store.generators.add(generator(store, ["rust"], data=b"generator in use"))
     new = arrival(store, arriving(store, "sql"))
-    store.take_arrival(replace(new, generator=replace(new.generator, base_model="acme/other")))
-    assert [row.is_current for row in store.generators()] == [True, True]
+    store.bundles.take(replace(new, generator=replace(new.generator, base_model="acme/other")))
+    assert [row.is_current for row in store.generators.all()] == [True, True]
 
 
 def test_a_plan_says_the_same_and_writes_nothing(store: Store) -> None:
     ingest(store, "rust")
     before = rows(store)
     new = arrival(store, arriving(store, "rust"), arriving(store, "sql"))
-    planned = store.plan_arrival(new)
+    planned = store.bundles.plan(new)
     assert rows(store) == before
-    assert store.take_arrival(new) == planned
+    assert store.bundles.take(new) == planned
 
 
 def test_a_plan_needs_no_blob(store: Store) -> None:
     new = arrival(store, arriving(store, "rust", code="0" * 64))
-    assert statuses(store.plan_arrival(new)) == [("rust", "added")]
+    assert statuses(store.bundles.plan(new)) == [("rust", "added")]
 
 
 @pytest.mark.parametrize("what", ["code", "config"])
@@ -190,7 +190,7 @@ def test_a_blob_that_is_not_there_records_nothing(store: Store, what: str) -> No
         else replace(task, original=replace(task.original, config="0" * 64))
     )
     with pytest.raises(MissingBlob):
-        store.take_arrival(arrival(store, arriving(store, "sql"), lacking))
+        store.bundles.take(arrival(store, arriving(store, "sql"), lacking))
     assert rows(store) == [[], [], []]
 
 
@@ -204,10 +204,10 @@ def test_a_task_that_was_to_be_skipped_gets_its_code_after_all_from_the_spare_by
         return late if digest == lacking.code else None
 
     new = arrival(store, lacking, arriving(store, "sql"), on_conflict="skip", spare=spare)
-    assert statuses(store.plan_arrival(new)) == [("rust", "skipped"), ("sql", "added")]
+    assert statuses(store.bundles.plan(new)) == [("rust", "skipped"), ("sql", "added")]
     ingest(twin, "rust", on_conflict="replace")  # by what the bundle has the code of
-    assert statuses(store.take_arrival(new)) == [("rust", "encoded"), ("sql", "added")]
-    assert store.read_blob(code_of(store, "rust").blob) == late
+    assert statuses(store.bundles.take(new)) == [("rust", "encoded"), ("sql", "added")]
+    assert store.blobs.read(code_of(store, "rust").blob) == late
     assert read == [lacking.code]  # and nothing that is there
     assert [finding for finding in store.verify(read_data=True) if finding.is_problem] == []
 
@@ -218,50 +218,50 @@ def test_everything_that_arrives_can_be_spare(store: Store) -> None:
     new = arrival(store, task, spare=(parts | {digest_of(b"generator"): b"generator"}).get)
     for path in store.paths.blobs.glob("?/*"):
         path.unlink()
-    store.take_arrival(new)
+    store.bundles.take(new)
     assert list(store.verify(read_data=True)) == []
 
 
 def test_a_hostile_name_is_refused(store: Store) -> None:
     with pytest.raises(InvalidName):
-        store.take_arrival(arrival(store, arriving(store, "../rust")))
+        store.bundles.take(arrival(store, arriving(store, "../rust")))
 
 
 def test_two_tasks_of_one_name_are_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="same name"):
-        store.take_arrival(arrival(store, arriving(store, "rust"), arriving(store, "RUST")))
+        store.bundles.take(arrival(store, arriving(store, "rust"), arriving(store, "RUST")))
 
 
 def test_a_store_opened_read_only_takes_nothing(store: Store, tmp_path: Path) -> None:
     new = arrival(store, arriving(store, "rust"))
     with Store.open(tmp_path / "store", read_only=True) as opened, pytest.raises(StoreReadOnly):
-        opened.take_arrival(new)
+        opened.bundles.take(new)
 
 
 def test_ingesting_the_original_brings_it_back_whatever_length_was_claimed(store: Store) -> None:
-    store.take_arrival(arrival(store, arriving(store, "rust")))
-    store.ingest_task(replace(offer(store, "rust"), restore=True))
-    assert not store.final_adapter("rust").is_evicted
+    store.bundles.take(arrival(store, arriving(store, "rust")))
+    store.tasks.ingest_one(replace(offer(store, "rust"), restore=True))
+    assert not store.tasks.final("rust").is_evicted
     assert list(store.verify(read_data=True)) == []
 
 
 def test_a_new_task_comes_with_its_vectors_and_its_mark(store: Store) -> None:
     task = arriving(store, "rust")
     made = replace(task.original, is_generated=True)
-    store.take_arrival(arrival(store, replace(task, original=made, vectors=[vector(store, "rust")])))
-    assert [row.task for row in store.vectors("rust")] == ["rust"]
-    assert store.final_adapter("rust").is_generated
+    store.bundles.take(arrival(store, replace(task, original=made, vectors=[vector(store, "rust")])))
+    assert [row.task for row in store.vectors.all("rust")] == ["rust"]
+    assert store.tasks.final("rust").is_generated
 
 
 def test_vectors_that_are_not_in_the_store_leave_nothing_recorded(store: Store) -> None:
     absent = replace(vector(store, "rust"), blob="0" * 64)
     with pytest.raises(MissingBlob):
-        store.take_arrival(arrival(store, arriving(store, "rust", vectors=[absent])))
-    assert list(store.tasks()) == []
+        store.bundles.take(arrival(store, arriving(store, "rust", vectors=[absent])))
+    assert list(store.tasks.all()) == []
 
 
 def test_a_task_that_is_there_keeps_its_vectors(store: Store) -> None:
-    store.take_arrival(arrival(store, arriving(store, "rust")))
+    store.bundles.take(arrival(store, arriving(store, "rust")))
     again = arriving(store, "rust", vectors=[vector(store, "rust")])
-    assert statuses(store.take_arrival(arrival(store, again))) == [("rust", "known")]
-    assert store.vectors("rust") == []
+    assert statuses(store.bundles.take(arrival(store, again))) == [("rust", "known")]
+    assert store.vectors.all("rust") == []

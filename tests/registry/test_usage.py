@@ -7,19 +7,19 @@ import subprocess
 
 import pytest
 
-from registry.reserve import RESERVE_BYTES
+from registry.folder import RESERVE_BYTES
 from registry.store import Store
 from tests.registry.examples import BASE, generator, ingest, vector
 
 
 def test_each_use_has_its_bytes(store: Store) -> None:
     ingest(store, "rust", steps=[80], samples=b"samples", eval_data=b"eval", card=b"card")
-    store.add_vectors([vector(store, "rust")])
-    store.add_generator(generator(store, ["rust"], data=b"first one"))
-    store.add_generator(generator(store, ["rust"], data=b"now"))
-    run = store.start_train_run(BASE, {})
-    store.save_checkpoint(run.id, step=1, weights=b"w", optimizer=b"oo")
-    store.put_blob(b"orphan!")
+    store.vectors.add([vector(store, "rust")])
+    store.generators.add(generator(store, ["rust"], data=b"first one"))
+    store.generators.add(generator(store, ["rust"], data=b"now"))
+    run = store.runs.start(BASE, {})
+    store.runs.save_checkpoint(run.id, step=1, weights=b"w", optimizer=b"oo")
+    store.blobs.put(b"orphan!")
     usage = store.usage()
     assert usage.originals == len(b"weights of rust") + len(b'{"r": 8}') + len(b"card")
     assert usage.checkpoints == len(b"weights of rust at 80")
@@ -42,14 +42,14 @@ def test_bytes_with_two_uses_count_once(store: Store) -> None:
 
 def test_a_missing_blob_costs_nothing(store: Store) -> None:
     ingest(store, "rust")
-    store.paths.blob(store.final_adapter("rust").weights).unlink()
+    store.paths.blob(store.tasks.final("rust").weights).unlink()
     assert store.usage().originals == len(b'{"r": 8}')
 
 
 @pytest.mark.skipif(shutil.which("du") is None, reason="there is no du")
 def test_the_total_is_what_du_says_of_the_files(store: Store) -> None:
     ingest(store, "rust", steps=[80, 90], samples=b"samples")
-    store.add_generator(generator(store, ["rust"]))
+    store.generators.add(generator(store, ["rust"]))
     (store.paths.quarantine / "damaged").write_bytes(b"12345")
     files = [str(path) for path in store.paths.root.rglob("*") if path.is_file()]
     answer = subprocess.run(["du", "-bc", *files], capture_output=True, text=True, check=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from icm_cli.workflows.opening import Place
+from icmlora.fleet.context import Context
 from tests.benchmarks.example_fleet.tasks import BASE_MODEL
 from tests.benchmarks.growing.study import Growing, Stage
 from tests.benchmarks.growing.table import drift, table
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     stages: list[Stage] = []
     with tempfile.TemporaryDirectory(prefix="growing-") as work:
         dtype = getattr(torch, options.dtype)
-        growing = Growing(Place(Path(work) / "store"), BASE_MODEL, options.base, options.texts, 128, dtype)
+        growing = Growing(Context(Path(work) / "store"), BASE_MODEL, options.base, options.texts, 128, dtype)
         for stage in growing.run(folders[: options.first], later):
             stages.append(stage)
             mean = sum(stage.gains.values()) / len(stage.gains)

@@ -13,23 +13,19 @@ from typing import TypeVar
 
 import torch
 
-from icm_cli.workflows.base_access import open_base
-from icm_cli.workflows.bases import add_base
-from icm_cli.workflows.events import StopFlag
-from icm_cli.workflows.evict_plan import EvictRequest
-from icm_cli.workflows.evicting import evict
-from icm_cli.workflows.ingest import ingest
-from icm_cli.workflows.ingest_plan import IngestRequest
-from icm_cli.workflows.materializing import MaterializeRequest, write_rung
-from icm_cli.workflows.opening import Place
-from icm_cli.workflows.training import train
-from icm_cli.workflows.training_run import TrainRequest
-from icm_cli.workflows.updating import update
-from icm_cli.workflows.vectors import extract_missing
-from icmlora.adapted import adapted
-from icmlora.base_model import BaseModel
-from icmlora.evaluation import nll, retained_gain
-from icmlora.examples import parse_examples
+from icmlora.base_models.attach import adapted
+from icmlora.base_models.causal_lm import BaseModel, nll, retained_gain
+from icmlora.base_models.examples import parse_examples
+from icmlora.fleet.admin import add_base
+from icmlora.fleet.context import Context, StopFlag
+from icmlora.fleet.evict import EvictRequest, evict
+from icmlora.fleet.ingest import IngestRequest, ingest
+from icmlora.fleet.loading import open_base
+from icmlora.fleet.materialize import MaterializeRequest, write_rung
+from icmlora.fleet.train import train
+from icmlora.fleet.training_run import TrainRequest
+from icmlora.fleet.update import update
+from icmlora.fleet.vectors import extract_missing
 
 Result = TypeVar("Result")
 MAX_ERROR = 0.3
@@ -63,7 +59,7 @@ class Growing:
     """One run.
 
     Args:
-        place: A store that does not exist yet.
+        context: A store that does not exist yet.
         base_label: The base model's name in the adapters.
         base_folder: Where it is.
         texts: Held-out texts of each task.
@@ -72,9 +68,9 @@ class Growing:
     """
 
     def __init__(
-        self, place: Place, base_label: str, base_folder: Path, texts: int, max_tokens: int, dtype: torch.dtype
+        self, context: Context, base_label: str, base_folder: Path, texts: int, max_tokens: int, dtype: torch.dtype
     ) -> None:
-        self._place, self._label, self._base_folder = place, base_label, base_folder
+        self._place, self._label, self._base_folder = context, base_label, base_folder
         self._texts, self._max_tokens, self._dtype = texts, max_tokens, dtype
         self._ends: dict[str, tuple[float, float]] = {}
         self._folders: dict[str, Path] = {}
@@ -105,7 +101,7 @@ class Growing:
     def _measured(self, names: tuple[str, ...], seconds: float) -> Stage:
         with self._place.open(read_only=True) as store:
             base = open_base(store, self._label, torch.device("cpu"), self._dtype)
-            generator = store.current_generator(self._label)
+            generator = store.generators.current(self._label)
             assert generator is not None
             gains = {}
             for name, folder in self._folders.items():
@@ -116,7 +112,7 @@ class Growing:
                 gain = retained_gain(*self._ends[name], self._nats(base, decoded, folder))
                 assert gain is not None
                 gains[name] = gain
-            codes = sum(code.size for code in store.codes(generator.id))
+            codes = sum(code.size for code in store.codes.all(generator.id))
             return Stage(names, seconds, generator.size, codes, gains)
 
     def _nats(self, base: BaseModel, adapter: Path | None, folder: Path) -> float:

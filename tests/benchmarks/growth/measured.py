@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from icmlora.adapter import Adapter
-from icmlora.canonical import balance
+from icmlora.adapter.canonical import balance
+from icmlora.adapter.model import Adapter
 from icmlora.generator.config import ModuleKind, kind_of
 
 _SAME_START = 0.3

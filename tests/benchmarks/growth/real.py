@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter.layout import target_modules
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.formats.peft import CONFIG_NAME, load_adapter_folder
 from icmlora.generator.config import ModuleKind, kind_of
-from icmlora.layout import target_modules
-from icmlora.peft_folder import CONFIG_NAME, load_adapter_folder
 from tests.benchmarks.growth.measured import same_start
 from tests.icmlora.small_fleet import MemoryFleet
 

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from icmlora.adapter.metrics import relative_dw_error
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
-from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
-from icmlora.metrics import relative_dw_error
+from icmlora.generator.file import generator_from_bytes, generator_to_bytes
 from icmlora.training.config import TrainConfig, steps_for
-from icmlora.training.fleet import Fleet
+from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
-from icmlora.training.start import fresh_network
+from icmlora.training.source import Fleet
 from icmlora.training.state import new_state
 from tests.benchmarks.growth.measured import from_tensors
 from tests.benchmarks.growth.real import real_group

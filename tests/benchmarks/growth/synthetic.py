@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.layout import target_modules
+from icmlora.adapter.layout import target_modules
+from icmlora.adapter.model import Adapter, LoraModule
 from tests.benchmarks.adapters_alone import AdaptersAlone
 from tests.benchmarks.growth.measured import KindStatistics, Statistics
 

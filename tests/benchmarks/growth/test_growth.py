@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from icmlora.adapter import Adapter
-from icmlora.canonical import balance, canonicalize
+from icmlora.adapter.canonical import balance, canonicalize
+from icmlora.adapter.metrics import dw_norm, relative_dw_error
+from icmlora.adapter.model import Adapter
 from icmlora.generator.config import ModuleKind
-from icmlora.metrics import dw_norm, relative_dw_error
 from tests.benchmarks.growth.bill import break_even, per_task, table
 from tests.benchmarks.growth.measured import KindStatistics, from_tensors, measure, same_start, to_tensors
 from tests.benchmarks.growth.study import Setting, measure_alternatives, measure_setting

@@ -11,10 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from icm_cli.workflows.events import StopFlag
-from icm_cli.workflows.ingest import ingest
-from icm_cli.workflows.ingest_plan import IngestRequest
-from icm_cli.workflows.opening import Place
+from icmlora.fleet.context import Context, StopFlag
+from icmlora.fleet.ingest import IngestRequest, ingest
 from tests.benchmarks.performance.commands import icm, process
 from tests.benchmarks.performance.figures import Figure, seconds
 from tests.benchmarks.performance.machine import weight_files
@@ -58,7 +56,7 @@ def _hash(files: list[Path]) -> None:
 
 
 def _ingest(fleet: Path, store: Path) -> None:
-    for _ in ingest(Place(store), IngestRequest(paths=(fleet,)), StopFlag()):
+    for _ in ingest(Context(store), IngestRequest(paths=(fleet,)), StopFlag()):
         pass
 
 

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.baselines.head import Head
-from icmlora.baselines.reader import Reader
-from icmlora.files import write_durably
-from icmlora.torch_tensors import decode_torch, encode_torch
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.baselines.head import Head, Reader
+from icmlora.io.files import write_durably
+from icmlora.io.tensors import decode_torch, encode_torch
 from tests.benchmarks.rate_distortion import flat_cvae
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded

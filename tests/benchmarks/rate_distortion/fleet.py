@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from icmlora.adapter import Adapter
-from icmlora.examples import EvaluationData
-from icmlora.peft_folder import CONFIG_NAME, WEIGHTS_NAME, load_adapter_folder
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.examples import EvaluationData
+from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME, load_adapter_folder
 
 BF16 = 2  # bytes a value
 TEXTS = "eval.jsonl"

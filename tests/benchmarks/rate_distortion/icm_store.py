@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icm_cli.workflows.materializing import MaterializeRequest, write_rung
-from icm_cli.workflows.opening import Place
-from icmlora.adapter import Adapter
-from icmlora.peft_folder import load_adapter_folder
+from icmlora.adapter.model import Adapter
+from icmlora.fleet.context import Context
+from icmlora.fleet.materialize import MaterializeRequest, write_rung
+from icmlora.formats.peft import load_adapter_folder
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
 
@@ -31,7 +31,7 @@ class IcmStore:
     def identity(self) -> str:
         """Return what names the generator and the codes."""
         with self._place.open(read_only=True) as store:
-            codes = [code.blob for generator in self._generators(store) for code in store.codes(generator.id)]
+            codes = [code.blob for generator in self._generators(store) for code in store.codes.all(generator.id)]
         return f"icm {' '.join(codes)}"
 
     def code(self, fleet: FleetFolder, work: Path) -> Coded:
@@ -40,11 +40,11 @@ class IcmStore:
             (generator,) = self._generators(store)
             sizes, vectors = {}, {}
             for task in fleet:
-                code = store.code(task, generator.id)
+                code = store.codes.get(task, generator.id)
                 if code is None:
                     raise SystemExit(f"task {task} has no code in {self.folder.name}")
-                blobs = {vector.blob for vector in store.vectors(task)}
-                vectors[task] = sum(store.blob_size(blob) for blob in blobs)
+                blobs = {vector.blob for vector in store.vectors.all(task)}
+                vectors[task] = sum(store.blobs.size(blob) for blob in blobs)
                 sizes[task] = code.size + vectors[task]
             usage = store.usage()
         notes = {"vectors": sum(vectors.values()), "database": usage.database, "generator": generator.blob}
@@ -52,8 +52,8 @@ class IcmStore:
         return Coded(generator.size + usage.database, sizes, self._decode, notes)
 
     @property
-    def _place(self) -> Place:
-        return Place(self.folder)
+    def _place(self) -> Context:
+        return Context(self.folder)
 
     def _decode(self, task: str) -> Adapter:
         with self._place.open(read_only=True) as store, tempfile.TemporaryDirectory(prefix="icm-") as folder:
@@ -62,7 +62,7 @@ class IcmStore:
             return load_adapter_folder(written)
 
     def _generators(self, store: Store) -> list[GeneratorRecord]:
-        found = [generator for generator in store.generators() if generator.is_current]
+        found = [generator for generator in store.generators.all() if generator.is_current]
         if len(found) != 1:
             raise SystemExit(f"{self.folder} has {len(found)} current generators; one is needed")
         return found

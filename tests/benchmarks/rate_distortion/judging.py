@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 
-from icmlora.adapted import adapted
-from icmlora.base_lookup import FoundBase, inspect_base
-from icmlora.base_model import BaseModel, load_base_model
-from icmlora.evaluation import NllResult, nll
-from icmlora.fingerprint import fingerprint_base
-from icmlora.peft_folder import WEIGHTS_NAME
+from icmlora.base_models.attach import adapted
+from icmlora.base_models.causal_lm import BaseModel, NllResult, load_base_model, nll
+from icmlora.base_models.lookup import FoundBase, fingerprint_base, inspect_base
+from icmlora.formats.peft import WEIGHTS_NAME
 from tests.benchmarks.rate_distortion.cache import Cache
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from icmlora import baselines
-from icmlora.adapter import Adapter
+from icmlora.adapter.model import Adapter
 from icmlora.baselines.catalogue import baseline_named
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
-from icmlora.peft_folder import load_adapter_folder
+from icmlora.formats.peft import load_adapter_folder
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
 from tests.benchmarks.rate_distortion.peers import disk_size, imported, installed_version, stage

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 
-from icmlora.adapter import Adapter
+from icmlora.adapter.model import Adapter
 from icmlora.baselines.factors import factors_from_bytes, factors_to_bytes
 from icmlora.baselines.head import Head
 from icmlora.baselines.quantizers import Bf16
-from icmlora.peft_folder import CONFIG_NAME, WEIGHTS_NAME, load_adapter_folder
+from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME, load_adapter_folder
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icmlora.adapter import Adapter
-from icmlora.evaluation import NllResult, retained_gain
-from icmlora.metrics import relative_dw_error
-from icmlora.peft_folder import load_adapter_folder, save_adapter
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.causal_lm import NllResult, retained_gain
+from icmlora.formats.peft import load_adapter_folder, save_adapter
 from tests.benchmarks.rate_distortion.cache import Cache
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.judging import Judge, weights_digest

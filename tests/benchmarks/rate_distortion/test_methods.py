@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.metrics import relative_dw_error
+from icmlora.adapter.metrics import relative_dw_error
 from tests.benchmarks.rate_distortion.cvae_method import CvaeMethod, code_of, standardised
 from tests.benchmarks.rate_distortion.flat_cvae import CHANNELS, FlatCvae
 from tests.benchmarks.rate_distortion.fleet import FleetFolder

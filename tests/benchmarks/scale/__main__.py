@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 
-from icmlora.adapter import Adapter
-from icmlora.base_lookup import find_base_model
-from icmlora.base_model import load_base_model
-from icmlora.channel_statistics import channel_statistics
-from icmlora.examples import EvaluationData
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.causal_lm import channel_statistics, load_base_model
+from icmlora.base_models.examples import EvaluationData
+from icmlora.base_models.lookup import find_base_model
+from icmlora.formats.peft import CONFIG_NAME, load_adapter_folder
 from icmlora.generator.sensitivity import MeanSquares
-from icmlora.peft_folder import CONFIG_NAME, load_adapter_folder
 from tests.benchmarks.performance.machine import describe_machine
 from tests.benchmarks.scale.small import measure_tasks, trained_codec
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.canonical import canonicalize
+from icmlora.adapter.canonical import canonicalize
+from icmlora.adapter.layout import ModuleShape, target_modules
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.formats.peft import CONFIG_NAME, load_adapter_folder
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.sensitivity import Sensitivity, even
-from icmlora.layout import ModuleShape, target_modules
-from icmlora.peft_folder import CONFIG_NAME, load_adapter_folder
-from icmlora.training.start import fresh_network
+from icmlora.training.initialisation import fresh_network
 from tests.icmlora.small_fleet import MemoryFleet
 
 RANK, LAYERS = 16, 32

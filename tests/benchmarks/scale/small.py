@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from icmlora.adapter import Adapter
+from icmlora.adapter.model import Adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
-from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.generator.sensitivity import MeanSquares, sensitivity_of
-from icmlora.seed_search import SeedSearch
 from icmlora.training.config import TrainConfig
+from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
-from icmlora.training.start import fresh_network
 from icmlora.training.state import new_state
 from tests.icmlora.small_fleet import MemoryFleet
 

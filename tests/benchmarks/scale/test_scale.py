@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.adapter import Adapter
-from icmlora.canonical import canonicalize
+from icmlora.adapter.canonical import canonicalize
+from icmlora.adapter.model import Adapter
 from icmlora.generator.codec import Codec
-from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.file import generator_from_bytes, generator_to_bytes
 from tests.benchmarks.scale.large import LAYERS, RANK, make_adapter, make_network, shapes, spectra_of
 from tests.benchmarks.scale.small import measure_tasks, trained_codec
 from tests.cli.tiny_fleet import write_lora

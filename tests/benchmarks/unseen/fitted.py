@@ -12,20 +12,18 @@ import torch
 from numpy.typing import NDArray
 from peft import get_peft_model
 
-from icmlora.adaptation.meta_training import MetaConfig, meta_train
-from icmlora.adaptation.start import Start, untrained_start
-from icmlora.adaptation.start_file import mean_code, start_from_bytes, start_to_bytes
-from icmlora.adapter import Adapter
-from icmlora.arithmetic import mean_adapter
-from icmlora.base_model import BaseModel
-from icmlora.evaluation import Scored
+from icmlora.adapter.canonical import mean_adapter
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.fewshot.meta_training import MetaConfig, meta_train
+from icmlora.fewshot.start import Start, mean_code, start_from_bytes, start_to_bytes, untrained_start
+from icmlora.formats.peft import load_adapter_folder
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
-from icmlora.peft_folder import load_adapter_folder
-from icmlora.training.start import fresh_network
-from icmlora.vector_extraction import extract_context
+from icmlora.generator.file import generator_from_bytes, generator_to_bytes
+from icmlora.task_vectors.extraction import extract_context
+from icmlora.training.initialisation import fresh_network
 from tests.benchmarks.adapters_alone import AdaptersAlone
 from tests.benchmarks.example_fleet.tasks import Schedule, Task
 from tests.benchmarks.example_fleet.train import load_base, lora_config, train

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from icmlora.adapter import Adapter
-from icmlora.base_model import BaseModel
-from icmlora.evaluation import Scored, tokenized
-from icmlora.examples import Example, parse_examples
-from icmlora.peft_folder import load_adapter_folder
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.causal_lm import BaseModel, Scored, tokenized
+from icmlora.base_models.examples import Example, parse_examples
+from icmlora.formats.peft import load_adapter_folder
 
 SAMPLE_TOKENS = 128
 """Tokens of a sample or held-out text that are read."""

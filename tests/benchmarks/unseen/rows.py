@@ -17,14 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from icmlora.adaptation.adapt import adapt
-from icmlora.adaptation.finetuning import FinetuneConfig, finetune
-from icmlora.adaptation.start import Start
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.arithmetic import plus, times, truncated, with_modules
-from icmlora.base_model import BaseModel
-from icmlora.evaluation import Scored
-from icmlora.vector_space import nearest
+from icmlora.adapter.canonical import plus, times, truncated, with_modules
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.fewshot.adapt import FinetuneConfig, adapt, finetune
+from icmlora.fewshot.start import Start
+from icmlora.task_vectors.distances import nearest
 from tests.benchmarks.unseen.fleet import StudyTask
 
 RANK = 16

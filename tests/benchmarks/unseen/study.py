@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 
-from icmlora.adaptation.adapt import factors_of
-from icmlora.adaptation.start import unlearned
-from icmlora.adapter import Adapter
-from icmlora.base_model import BaseModel
-from icmlora.evaluation import nll
-from icmlora.examples import Example
-from icmlora.peft_folder import load_adapter_folder, save_adapter
-from icmlora.teacher import added
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.causal_lm import BaseModel, nll
+from icmlora.base_models.examples import Example
+from icmlora.fewshot.adapt import factors_of
+from icmlora.fewshot.start import unlearned
+from icmlora.formats.peft import load_adapter_folder, save_adapter
+from icmlora.training.refinement import added
 from tests.benchmarks.unseen import fitted, rows
 from tests.benchmarks.unseen.fleet import StudyTask
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.adaptation.start import FIRST_RATES, FIRST_SLOPE, Start, unlearned
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.evaluation import Scored
-from icmlora.metrics import module_norms
+from icmlora.adapter.metrics import module_norms
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.base_models.causal_lm import Scored
+from icmlora.fewshot.start import FIRST_RATES, FIRST_SLOPE, Start, unlearned
 from tests.benchmarks.domain_fleet.tasks import TASKS
 from tests.benchmarks.unseen.fleet import StudyTask
 from tests.benchmarks.unseen.folds import FOLDS, folds_of

@@ -10,13 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.adaptation.adapt import adapt, factors_of, supports
-from icmlora.adaptation.evidence import gather_evidence
-from icmlora.adaptation.finetuning import FinetuneConfig, finetune
-from icmlora.adaptation.start import Start, untrained_start
-from icmlora.adapter import Adapter
-from icmlora.base_model import BaseModel
-from icmlora.evaluation import Scored
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.fewshot.adapt import FinetuneConfig, adapt, factors_of, finetune, supports
+from icmlora.fewshot.evidence import gather_evidence
+from icmlora.fewshot.start import Start, untrained_start
 from icmlora.generator.scales import OCTAVE
 from tests.icmlora.adaptation.trained_tasks import (
     NAMES,

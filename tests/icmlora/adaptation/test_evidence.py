@@ -10,10 +10,9 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from icmlora.adaptation.adapt import factors_of
-from icmlora.adaptation.evidence import Evidence, ModuleEvidence, gather_evidence
-from icmlora.base_model import BaseModel
-from icmlora.evaluation import Scored
+from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.fewshot.adapt import factors_of
+from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
 from tests.icmlora.adaptation.trained_tasks import NAMES, dense, is_untouched, random_adapter, scored, weights_of
 from tests.icmlora.tiny_base import load_tiny_base
 
@@ -136,7 +135,7 @@ def test_the_base_model_is_left_as_it_was_where_gathering_fails(
         raise RuntimeError
 
     before = weights_of(base)
-    monkeypatch.setattr("icmlora.adaptation.evidence._row_loss", fail)
+    monkeypatch.setattr("icmlora.fewshot.evidence._row_loss", fail)
     with pytest.raises(RuntimeError):
         gather_evidence(base, factors_of(random_adapter(1)), NAMES, scored(base, TEXTS))
     assert is_untouched(base, before)

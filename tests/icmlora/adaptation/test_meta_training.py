@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from icmlora.adaptation import meta_training
-from icmlora.adaptation.meta_training import Episode, MetaConfig, meta_train
-from icmlora.adaptation.start import Start, untrained_start
-from icmlora.adaptation.start_file import start_from_bytes, start_to_bytes
-from icmlora.arithmetic import times, with_modules
-from icmlora.base_model import BaseModel
+from icmlora.adapter.canonical import times, with_modules
+from icmlora.base_models.causal_lm import BaseModel, Scored
 from icmlora.errors import GeneratorError
-from icmlora.evaluation import Scored
+from icmlora.fewshot import meta_training
+from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
+from icmlora.fewshot.start import Start, start_from_bytes, start_to_bytes, untrained_start
 from tests.icmlora.adaptation.trained_tasks import (
     NAMES,
     TrainedTasks,

@@ -10,13 +10,11 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from icmlora.adaptation import evidence as evidence_module
-from icmlora.adaptation import recomputing as module
-from icmlora.adaptation.adapt import factors_of
-from icmlora.adaptation.evidence import Evidence, gather_evidence, mean_loss
-from icmlora.adaptation.finetuning import FinetuneConfig, finetune
-from icmlora.adaptation.recomputing import recomputing
-from icmlora.base_model import BaseModel
+from icmlora.base_models.causal_lm import BaseModel
+from icmlora.fewshot import evidence as evidence_module
+from icmlora.fewshot import evidence as module
+from icmlora.fewshot.adapt import FinetuneConfig, factors_of, finetune
+from icmlora.fewshot.evidence import Evidence, gather_evidence, mean_loss, recomputing
 from tests.icmlora.adaptation.trained_tasks import NAMES, is_untouched, random_adapter, scored, weights_of
 from tests.icmlora.tiny_base import load_tiny_base
 

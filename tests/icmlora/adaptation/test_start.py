@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from icmlora.adaptation.start import FIRST_RATES, FIRST_SLOPE, Start, untrained_start, within
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter.metrics import module_norms
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.fewshot.start import FIRST_RATES, FIRST_SLOPE, Start, untrained_start, within
 from icmlora.generator.config import config_for
-from icmlora.metrics import module_norms
 from tests.icmlora.adaptation.trained_tasks import dense
 from tests.icmlora.small_fleet import BASE, make_adapter, module_name, with_factors
 

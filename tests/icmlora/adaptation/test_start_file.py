@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmlora.adaptation.start import Start, untrained_start
-from icmlora.adaptation.start_file import MAGIC, mean_code, start_from_bytes, start_to_bytes
-from icmlora.adapter import Adapter
+from icmlora.adapter.model import Adapter
 from icmlora.errors import GeneratorError, IcmLoraError
+from icmlora.fewshot.start import MAGIC, Start, mean_code, start_from_bytes, start_to_bytes, untrained_start
 from icmlora.generator.codec import Codec
-from icmlora.generator.generator_file import generator_from_bytes
-from icmlora.sealing import seal
+from icmlora.generator.file import generator_from_bytes
+from icmlora.io.checksum import seal
 from tests.icmlora.small_fleet import codec, make_adapter, same, trained_file
 
 MEAN = make_adapter(0)

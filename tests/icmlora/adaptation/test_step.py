@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from icmlora.adaptation.adapt import factors_of
-from icmlora.adaptation.evidence import Evidence, ModuleEvidence, gather_evidence
-from icmlora.adaptation.step import unit_steps
-from icmlora.adapter import LoraModule
-from icmlora.arithmetic import with_modules
-from icmlora.base_model import BaseModel
+from icmlora.adapter.canonical import with_modules
+from icmlora.adapter.model import LoraModule
+from icmlora.base_models.causal_lm import BaseModel
+from icmlora.fewshot.adapt import factors_of
+from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
+from icmlora.fewshot.step import unit_steps
 from tests.icmlora.adaptation.trained_tasks import NAMES, random_adapter, scored
 from tests.icmlora.tiny_base import load_tiny_base
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from icmlora.adaptation.finetuning import FinetuneConfig, finetune
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.base_model import BaseModel
-from icmlora.evaluation import Scored
-from icmlora.layout import target_modules
+from icmlora.adapter.layout import target_modules
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.fewshot.adapt import FinetuneConfig, finetune
 from tests.icmlora.tiny_base import HIDDEN, LABEL
 
 WIDTHS = {"self_attn.q_proj": (HIDDEN, HIDDEN), "mlp.down_proj": (2 * HIDDEN, HIDDEN)}
@@ -42,7 +41,7 @@ def random_adapter(seed: int, rank: int = 2, strength: float = 0.1) -> Adapter:
 
 @dataclass(frozen=True, eq=False)
 class TrainedTasks:
-    """Adapters and samples by task, as `icmlora.adaptation.meta_training.EpisodeFleet`."""
+    """Adapters and samples by task, as `icmlora.fewshot.meta_training.EpisodeFleet`."""
 
     adapters: Sequence[Adapter]
     texts: Sequence[Sequence[Scored]]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from icmlora.adapter import Adapter
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.model import Adapter
 from icmlora.baselines.baseline import Baseline
 from icmlora.baselines.catalogue import EXAMPLES, baseline_named
 from icmlora.errors import CodeError, UnknownBaseline
-from icmlora.metrics import relative_dw_error
 from tests.icmlora.small_fleet import make_adapter, same
 
 NAMES = [

@@ -8,15 +8,14 @@ from collections.abc import Iterator, Mapping
 import pytest
 import torch
 
-from icmlora.adapter import Adapter, LoraModule
-from icmlora.arithmetic import truncated
+from icmlora.adapter.canonical import truncated
+from icmlora.adapter.layout import target_modules
+from icmlora.adapter.metrics import dw_norm, relative_dw_error
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.baselines.catalogue import baseline_named
-from icmlora.baselines.head import Head
-from icmlora.baselines.joint_basis import fit_bases
-from icmlora.baselines.reader import Reader
+from icmlora.baselines.head import Head, Reader
+from icmlora.baselines.joint import fit_bases
 from icmlora.errors import CodeError, NotCovered
-from icmlora.layout import target_modules
-from icmlora.metrics import dw_norm, relative_dw_error
 from tests.icmlora.small_fleet import make_adapter, with_factors
 
 

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError
 from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, generator_of
 from icmlora.generator.config import GeneratorConfig, ModuleKind
+from icmlora.generator.initial_a.draw import InitialA, InitialModule
 from icmlora.generator.scales import EXTREME
-from icmlora.initial_a import InitialA, InitialModule
-from icmlora.layout import ModuleShape
-from icmlora.sealing import seal
+from icmlora.io.checksum import seal
 from tests.icmlora.small_fleet import mixed_fleet, module_name
 
 CONFIG = mixed_fleet().config()

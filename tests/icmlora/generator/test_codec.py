@@ -7,12 +7,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter.metrics import dw_norm, relative_dw_error
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, CodeError, GeneratorError
 from icmlora.generator.codec import Codec
-from icmlora.generator.generator_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.tokens import weighted
-from icmlora.metrics import dw_norm, relative_dw_error
 from icmlora.training.loop import fit
 from tests.icmlora.small_fleet import (
     begin,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import GeneratorError
 from icmlora.generator.config import GeneratorConfig, ModuleKind, config_for, kind_of, tolerance_of
-from icmlora.layout import ModuleShape
 from tests.icmlora.small_fleet import BASE, HIDDEN, make_adapter, mixed_fleet
 
 Q = ModuleShape("model.layers.7.self_attn.q_proj", 2, 6, 5)

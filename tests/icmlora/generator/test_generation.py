@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from icmlora.adapter.layout import ModuleShape
+from icmlora.adapter.metrics import dw_norm, relative_dw_error
 from icmlora.errors import GeneratorError
-from icmlora.layout import ModuleShape
-from icmlora.metrics import dw_norm, relative_dw_error
 from tests.icmlora.small_fleet import HIDDEN, codec, make_adapter, make_vectors, mixed_fleet, same
 
 LAYOUT = make_adapter(0).layout

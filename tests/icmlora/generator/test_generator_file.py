@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmlora.errors import GeneratorError
-from icmlora.generator.generator_file import MAGIC, generator_from_bytes, generator_to_bytes
-from icmlora.sealing import seal
+from icmlora.generator.file import MAGIC, generator_from_bytes, generator_to_bytes
+from icmlora.io.checksum import seal
 from tests.icmlora.small_fleet import codec, trained_file
 
 

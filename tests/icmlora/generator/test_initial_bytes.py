@@ -11,11 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError, NotCovered
 from icmlora.generator.config import GeneratorConfig, ModuleKind
-from icmlora.generator.initial_bytes import initial_from_bytes, initial_size, initial_to_bytes
-from icmlora.initial_a import InitialA, InitialModule, initial_factors
-from icmlora.layout import ModuleShape
+from icmlora.generator.initial_a.draw import (
+    InitialA,
+    InitialModule,
+    initial_factors,
+    initial_from_bytes,
+    initial_size,
+    initial_to_bytes,
+)
 from tests.icmlora.peft_made import peft_fleet
 from tests.icmlora.small_fleet import mixed_fleet
 

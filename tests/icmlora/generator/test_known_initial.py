@@ -11,14 +11,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter.layout import ModuleShape
+from icmlora.adapter.metrics import dw_norm, relative_dw_error
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.generator.code import MAGIC, Code
 from icmlora.generator.codec import Codec
-from icmlora.initial_a import InitialA, InitialModule
-from icmlora.layout import ModuleShape
-from icmlora.metrics import dw_norm, relative_dw_error
-from icmlora.sealing import seal
+from icmlora.generator.initial_a.draw import InitialA, InitialModule
+from icmlora.io.checksum import seal
 from tests.icmlora.peft_made import initial_of, peft_codec, peft_fleet, peft_made
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, same, with_factors
 

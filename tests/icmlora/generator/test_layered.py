@@ -12,16 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter.metrics import dw_norm, relative_dw_error
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.code import ABSENT
-from icmlora.generator.codec import Codec
-from icmlora.generator.layered import LayeredCodec
-from icmlora.generator.residual import CLASSES, MAGIC, classes_of
+from icmlora.generator.codec import Codec, Limits
+from icmlora.generator.residual import CLASSES, MAGIC, LayeredCodec, classes_of
 from icmlora.generator.scales import LARGEST, SMALLEST
-from icmlora.generator.step_search import Limits
-from icmlora.metrics import dw_norm, relative_dw_error
-from icmlora.sealing import seal
+from icmlora.io.checksum import seal
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, same, with_factors
 

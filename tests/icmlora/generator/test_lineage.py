@@ -16,15 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError, GeneratorError, NotCovered
-from icmlora.generator.differences import differences_to_words, words_to_changed
-from icmlora.generator.epochs import LINEAGE, append_epoch, epochs_of
-from icmlora.generator.generator_file import generator_to_bytes
-from icmlora.generator.lineage import Lineage
-from icmlora.generator.parameters import WEIGHTS
-from icmlora.sealing import CHECK, seal
+from icmlora.generator.file import LINEAGE, append_epoch, epochs_of, generator_to_bytes
+from icmlora.generator.parameters import WEIGHTS, differences_to_words, words_to_changed
+from icmlora.generator.versions import Lineage
+from icmlora.io.checksum import CHECK, seal
 from icmlora.training.config import TrainConfig
+from icmlora.training.initialisation import fresh_network, tunable_network
 from icmlora.training.loop import fit
-from icmlora.training.start import fresh_network, tunable_network
 from icmlora.training.state import new_state
 from tests.icmlora.small_fleet import MemoryFleet, codec, make_adapter, make_vectors, mixed_fleet, same, trained_file
 

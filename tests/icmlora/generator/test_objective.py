@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from icmlora.generator.initial_a.subspace import span_of
 from icmlora.generator.objective import adapter_bits, bin_bits, water_level, worth_writing
 from icmlora.generator.scales import probabilities, reach_of
-from icmlora.generator.span import span_of
 from icmlora.generator.tokens import tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, uneven, with_factors

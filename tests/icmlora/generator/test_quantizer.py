@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.adapter import Adapter
+from icmlora.adapter.model import Adapter
 from icmlora.generator.cvae import CVAE, TaskState
-from icmlora.generator.entropy import LIMIT
+from icmlora.generator.entropy_coding import LIMIT
+from icmlora.generator.initial_a.subspace import Span, span_of
 from icmlora.generator.quantizer import SPAN, Norms, Quantizer, Sides, Slots, centred
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
-from icmlora.generator.span import Span, span_of
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, with_factors

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from icmlora.adapter import Adapter
+from icmlora.adapter.model import Adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.relaxed import RelaxedCode
 from tests.icmlora.peft_made import peft_codec, peft_fleet

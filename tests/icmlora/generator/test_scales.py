@@ -5,15 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from icmlora.generator.scales import (
-    LARGEST,
-    SMALLEST,
-    centres,
-    frequencies,
-    probabilities,
-    reach_of,
-    tables_digest,
-)
+from icmlora.generator.scales import LARGEST, SMALLEST, centres, frequencies, probabilities, reach_of, tables_digest
 
 ALL = range(SMALLEST, LARGEST + 1)
 

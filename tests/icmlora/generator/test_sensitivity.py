@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icmlora.adapter.metrics import relative_dw_error
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import MeanSquares, even, sensitivity_of
 from icmlora.generator.tokens import weighted
-from icmlora.metrics import relative_dw_error
 from tests.icmlora.small_fleet import make_adapter, mixed_fleet, uneven
 
 CONFIG = mixed_fleet().config()

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import NotCovered
 from icmlora.generator.config import GeneratorConfig, ModuleKind
+from icmlora.generator.initial_a.draw import InitialA, InitialModule, initial_factors
+from icmlora.generator.initial_a.subspace import Span, span_of
 from icmlora.generator.sensitivity import even
-from icmlora.generator.span import Span, span_of
-from icmlora.initial_a import InitialA, InitialModule, initial_factors
-from icmlora.layout import ModuleShape
 from tests.icmlora.peft_made import HIDDEN, peft_fleet
 from tests.icmlora.small_fleet import module_name, uneven
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmlora.adapter import Adapter, LoraModule
+from icmlora.adapter.metrics import dw_norm, relative_dw_error
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.tokens import (
@@ -19,7 +20,6 @@ from icmlora.generator.tokens import (
     tokenize,
     weighted,
 )
-from icmlora.metrics import dw_norm, relative_dw_error
 from tests.icmlora.small_fleet import BASE, make_adapter, uneven, with_factors
 
 

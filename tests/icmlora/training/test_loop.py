@@ -8,12 +8,12 @@ from itertools import islice
 import pytest
 import torch
 
-from icmlora.adapter import Adapter
+from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import config_for
 from icmlora.training.config import TrainConfig
+from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
-from icmlora.training.start import fresh_network
 from icmlora.training.state import TrainState, new_state, state_from_bytes
 from tests.icmlora.peft_made import peft_fleet
 from tests.icmlora.small_fleet import (

@@ -8,8 +8,8 @@ import torch
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.tokens import tokenize
 from icmlora.training.config import TrainConfig
+from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import fit
-from icmlora.training.start import fresh_network, grown_network
 from icmlora.training.state import new_state
 from tests.icmlora.small_fleet import HIDDEN, MemoryFleet, codec, make_adapter, make_vectors, mixed_fleet
 

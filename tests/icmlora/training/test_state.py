@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from icmlora.errors import GeneratorError
-from icmlora.torch_tensors import decode_torch, encode_torch
+from icmlora.io.tensors import decode_torch, encode_torch
 from icmlora.training.loop import fit
 from icmlora.training.state import TrainState, state_from_bytes
 from tests.icmlora.small_fleet import begin, mixed_fleet, trained_file

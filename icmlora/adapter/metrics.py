@@ -1,0 +1,75 @@
+"""Distortion: how far one adapter's dW is from another's, computed from r x r traces in float64.
+
+    ||B A||^2 = tr((B^T B) (A A^T)),   <B A, D C> = tr((B^T D) (C A^T)),   ||B A - D C||^2 = their combination
+
+dW itself (out x in per module) is never formed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from icmlora.adapter.model import Adapter, LoraModule
+
+
+def relative_dw_error(original: Adapter, other: Adapter) -> float:
+    """Return ||dW_original - dW_other||^2 / ||dW_original||^2 over all modules (Frobenius, squared).
+
+    A module that one side lacks counts as zero there. Rounding limits the result to about 1e-15.
+
+    Args:
+        original: The reference.
+        other: The adapter that is measured; ranks may differ.
+
+    Returns:
+        0 for equal adapters; infinite where the original is zero and the other is not.
+
+    Raises:
+        ValueError: A module with different widths on the two sides.
+    """
+    parts = _parts(original, other)
+    return _ratio(sum(error for error, _ in parts.values()), sum(norm for _, norm in parts.values()))
+
+
+def dw_norm(adapter: Adapter) -> float:
+    """Return the Frobenius norm of dW over all modules."""
+    return math.sqrt(sum(norm * norm for norm in module_norms(adapter).values()))
+
+
+def module_norms(adapter: Adapter) -> dict[str, float]:
+    """Return the Frobenius norm of each module's dW."""
+    return {module.name: math.sqrt(max(_inner(module, module), 0.0)) for module in adapter.modules}
+
+
+def _parts(original: Adapter, other: Adapter) -> dict[str, tuple[float, float]]:
+    """Return per module the squared error and the squared norm of the original."""
+    left = {module.name: module for module in original.modules}
+    right = {module.name: module for module in other.modules}
+    parts: dict[str, tuple[float, float]] = {}
+    for name in left | right:
+        mine, theirs = left.get(name), right.get(name)
+        norm = _inner(mine, mine) if mine else 0.0
+        error = norm + (_inner(theirs, theirs) if theirs else 0.0)
+        if mine and theirs:
+            error -= 2.0 * _inner(mine, theirs)
+        # Equal adapters cancel to rounding noise, which may be negative.
+        parts[name] = (max(error, 0.0), norm)
+    return parts
+
+
+@torch.no_grad()
+def _inner(left: LoraModule, right: LoraModule) -> float:
+    """Return the inner product of two modules' dW."""
+    if left.a.shape[1] != right.a.shape[1] or left.b.shape[0] != right.b.shape[0]:
+        raise ValueError(f"{left.name} has different widths in the two adapters")
+    b = left.b.to("cpu", torch.float64).mT @ right.b.to("cpu", torch.float64)  # (r_left, r_right)
+    a = left.a.to("cpu", torch.float64) @ right.a.to("cpu", torch.float64).mT  # (r_left, r_right)
+    return float((b * a).sum())
+
+
+def _ratio(error: float, norm: float) -> float:
+    if norm > 0.0:
+        return error / norm
+    return 0.0 if error == 0.0 else math.inf

@@ -1,0 +1,68 @@
+"""An adapter in memory: one pair of factors per module, in float32, with the scale folded in.
+
+W + dW,   dW = B @ A:   x (in) --A (r, in)--> (r) --B (out, r)--> (out)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from icmlora.adapter.layout import ModuleShape
+from registry.names import natural_key
+
+
+@dataclass(frozen=True, eq=False)
+class LoraModule:
+    """The two factors of one module; the scale is part of `b`.
+
+    Attributes:
+        name: The module's name in the base model, without PEFT's prefix.
+        a: Float32 of shape (r, in).
+        b: Float32 of shape (out, r).
+    """
+
+    name: str
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def shape(self) -> ModuleShape:
+        """The module's name, rank and widths."""
+        return ModuleShape(self.name, self.a.shape[0], self.a.shape[1], self.b.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter: what it is for, and its modules in natural order (layer 2 before layer 10).
+
+    Attributes:
+        base_model: The base model's label, opaque text.
+        task_type: PEFT's task type ("CAUSAL_LM"), or None.
+        target_modules: Literal names for the configuration, as `icmlora.layout.target_modules` derives them.
+        modules: The adapted modules; they are put in natural order.
+        revision: The base model's revision, or None.
+    """
+
+    base_model: str
+    task_type: str | None
+    target_modules: tuple[str, ...]
+    modules: tuple[LoraModule, ...]
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Order the modules.
+
+        Raises:
+            ValueError: Two modules of one name, or none at all.
+        """
+        names = {module.name for module in self.modules}
+        if not names or len(names) != len(self.modules):
+            raise ValueError("an adapter has at least one module, and each only once")
+        object.__setattr__(self, "modules", tuple(sorted(self.modules, key=lambda module: natural_key(module.name))))
+
+    @property
+    def layout(self) -> tuple[ModuleShape, ...]:
+        """Names, ranks and widths of the modules."""
+        return tuple(module.shape for module in self.modules)

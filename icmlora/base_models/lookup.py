@@ -1,0 +1,233 @@
+"""Find a base model on this machine, by the name that adapters call it. Never asks the network, never imports torch.
+
+    label -> alias of the caller -> local folder or .gguf file -> Hugging Face cache -> BaseModelNotFound
+
+Only safetensors and GGUF weights count: a pickled checkpoint is recognised, named in the error and never opened.
+
+The fingerprint of a base model: which weights, in which architecture. Never imports torch.
+
+    sha256( sorted digests of the weight files + architecture of config.json )
+
+Two folders with the same weight files and the same architecture are the same base model, wherever they lie and whatever
+the shards are called. A GGUF file and the folder made from it are different files and have different fingerprints. The
+tokenizer is not part of it: it does not decide whether an adapter fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from icmlora.errors import BaseModelNotFound
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_CONFIG_LIMIT = 16 * 2**20
+_PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class FoundBase:
+    """A base model on disk, not loaded yet.
+
+    Attributes:
+        label: The name the adapters use.
+        path: A folder in Hugging Face form, or a `.gguf` file.
+        weights: The weight files, sorted by name.
+    """
+
+    label: str
+    path: Path
+    weights: tuple[Path, ...]
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file, which has to be dequantised to be used."""
+        return self.path.suffix == ".gguf"
+
+    def stamp(self) -> str:
+        """Identify the files cheaply (path, size, mtime), as the key under which a caller may cache the fingerprint."""
+        parts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _files(self) -> tuple[Path, ...]:
+        return self.weights if self.is_gguf else (*self.weights, self.path / "config.json")
+
+
+def find_base_model(
+    label: str,
+    *,
+    aliases: Mapping[str, str | Path] | None = None,
+    cache_dir: Path | None = None,
+    revision: str | None = None,
+) -> FoundBase:
+    """Find the local copy of the base model `label`.
+
+    Args:
+        label: `base_model_name_or_path` of an adapter: opaque, it may be a hub name or a path.
+        aliases: Folders or `.gguf` files that the user has named for labels; they come first.
+        cache_dir: The Hugging Face cache; None for the usual place.
+        revision: The hub revision to look for in the cache; None for `main`.
+
+    Raises:
+        BaseModelNotFound: There is none, or what is there cannot be used; the message says which.
+    """
+    alias = (aliases or {}).get(label)
+    if alias is not None:
+        return inspect_base(label, Path(alias))
+    reason = "no local copy of the base model was found"
+    for path in (_local(label), _cached(label, cache_dir, revision)):
+        if path is None:
+            continue
+        try:
+            return inspect_base(label, path)
+        except BaseModelNotFound as error:
+            reason = str(error)
+    raise BaseModelNotFound(f"base model {label!r}: {reason}", hint=_add_hint(label))
+
+
+def inspect_base(label: str, path: Path) -> FoundBase:
+    """Check that `path` holds a base model that can be loaded, without loading it.
+
+    Raises:
+        BaseModelNotFound: It does not; the message says what is missing.
+    """
+    if path.is_dir():
+        lone = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").is_file() and len(lone) == 1:
+            return _gguf(label, lone[0])
+        return FoundBase(label, path, _folder_weights(label, path))
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf(label, path)
+    fact = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
+    raise BaseModelNotFound(f"base model {label!r}: {fact}", path=path, hint=_add_hint(label))
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """Read the `config.json` of a base model's folder.
+
+    Raises:
+        BaseModelNotFound: It is missing, too large or no JSON object.
+    """
+    file = path / "config.json"
+    return _json_object(file, hint="the folder must be a complete Hugging Face model folder")
+
+
+def _folder_weights(label: str, path: Path) -> tuple[Path, ...]:
+    hint = _add_hint(label)
+    read_config(path)
+    if (path / SINGLE).is_file():
+        return (path / SINGLE,)
+    if (path / INDEX).is_file():
+        return _shards(path, hint)
+    if any(next(path.glob(pattern), None) for pattern in _PICKLED):
+        raise BaseModelNotFound(
+            "the base model has only pickled weights, which are never opened",
+            path=path,
+            hint="get the safetensors version of this model, then " + hint,
+        )
+    raise BaseModelNotFound("the folder holds no safetensors weights", path=path, hint=hint)
+
+
+def _shards(path: Path, hint: str) -> tuple[Path, ...]:
+    table = _json_object(path / INDEX, hint=hint).get("weight_map")
+    names = set(table.values()) if isinstance(table, dict) else set()
+    if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
+        raise BaseModelNotFound("the index of weight files is malformed", path=path / INDEX, hint=hint)
+    files = tuple(path / name for name in sorted(names))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise BaseModelNotFound(f"weight file {missing[0]!r} is missing (of {len(files)})", path=path, hint=hint)
+    return files
+
+
+def _gguf(label: str, path: Path) -> FoundBase:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise BaseModelNotFound("the file is not GGUF", path=path, hint=_add_hint(label))
+    return FoundBase(label, path, (path,))
+
+
+def _json_object(file: Path, *, hint: str) -> dict[str, object]:
+    try:
+        if file.stat().st_size > _CONFIG_LIMIT:
+            raise ValueError("larger than 16 MiB")
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise BaseModelNotFound(f"{file.name} {reason}", path=file.parent, hint=hint) from error
+    if not isinstance(value, dict):
+        raise BaseModelNotFound(f"{file.name} is not a JSON object", path=file.parent, hint=hint)
+    return value
+
+
+def _local(label: str) -> Path | None:
+    # A label comes out of a file from anywhere: an unusable one (NUL, too long) is just not a path here.
+    try:
+        path = Path(label)
+        return path if label and path.exists() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _cached(label: str, cache_dir: Path | None, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(label, "config.json", cache_dir=cache_dir, revision=revision)
+    except (HFValidationError, ValueError, OSError):
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _add_hint(label: str) -> str:
+    name = label if label.isascii() and label.isprintable() and " " not in label and label else "NAME"
+    return f"name a local copy once: icm base add {name} PATH"
+
+
+# What saving tools rewrite, or what concerns generation only: it changes between copies of one model.
+_VOLATILE = frozenset(
+    (
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+    )
+)
+
+
+def fingerprint_base(found: FoundBase) -> str:
+    """Hash the weights and architecture of a base model on disk; reads every weight file once.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        BaseModelNotFound: Its config.json cannot be read.
+        OSError: A weight file cannot be read.
+    """
+    total = hashlib.sha256()
+    for digest in sorted(_digest(path) for path in found.weights):
+        total.update(bytes.fromhex(digest))
+    if not found.is_gguf:
+        total.update(_architecture(read_config(found.path)))
+    return total.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _architecture(config: dict[str, object]) -> bytes:
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE and not key.startswith("_")}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()

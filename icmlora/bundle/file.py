@@ -1,0 +1,165 @@
+"""One file that holds a generator with the codes of some tasks: made once, carried anywhere, read without a store.
+
+    | "ICMB" 2 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
+
+The SHA-256 covers what stands before it and the index, and the index holds the SHA-256 of every part: no byte of the
+file is without a digest, and this one stands for the whole file. The shape is that of safetensors (length, JSON,
+data); a ZIP says most things twice and covers few of them with a checksum, and safetensors itself has no place for a
+digest of its own header. docs/reference/bundle.md is for readers in other languages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+
+from icmlora.bundle.index import MAX_INDEX_BYTES, BundleIndex, Part, index_from_json, index_to_json
+from icmlora.errors import BundleError, located
+from icmlora.io.files import open_regular, read_exactly
+from icmlora.io.staging import writing_file
+
+MAGIC = b"ICMB\x02"
+MAX_BUNDLE_BYTES = 64 * 1024**3
+
+_HEAD = struct.Struct("<5sI32s")
+_CHUNK = 8 * 1024 * 1024
+_HINT = "fetch or copy the file again"
+
+
+class Bundle:
+    """An open bundle. Made by `open_bundle`, which has checked everything but the bytes of the parts.
+
+    Attributes:
+        index: What is in it.
+        digest: SHA-256 that stands for the whole file.
+        size: Length of the file.
+    """
+
+    def __init__(self, descriptor: int, size: int, start: int, index: BundleIndex, digest: str) -> None:
+        self._descriptor = descriptor
+        self.size = size
+        self.index = index
+        self.digest = digest
+        ends = accumulate((part.size for part in index.parts), initial=start)
+        self._begins = {part.digest: begin for part, begin in zip(index.parts, ends, strict=False)}
+
+    def read(self, digest: str) -> bytes:
+        """Return the bytes of a part once they are known to be the right ones.
+
+        Raises:
+            BundleError: They have another digest.
+        """
+        data = read_exactly(self._descriptor, self.index.sizes[digest], self._begins[digest])
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise _damaged(digest)
+        return data
+
+    def check(self) -> None:
+        """Hash every part, holding a few megabytes at a time.
+
+        Raises:
+            BundleError: One of them is damaged.
+        """
+        for part in self.index.parts:
+            begin, hashed = self._begins[part.digest], hashlib.sha256()
+            for at in range(0, part.size, _CHUNK):
+                hashed.update(read_exactly(self._descriptor, min(_CHUNK, part.size - at), begin + at))
+            if hashed.hexdigest() != part.digest:
+                raise _damaged(part.digest)
+
+
+@contextmanager
+def open_bundle(path: Path) -> Iterator[Bundle]:
+    """Open a bundle and check its index, without reading its parts.
+
+    Raises:
+        BundleError: Not a bundle, of a newer format, damaged, or cut short.
+        UnsafeInput: Limits broken, hostile names, or no regular file.
+        AdapterRefused: Missing or unreadable.
+    """
+    # The user named this path, so a link is followed; what it leads to must be a plain file.
+    target = Path(os.path.realpath(path))
+    with located(path), open_regular(target, max_bytes=MAX_BUNDLE_BYTES) as (descriptor, size):
+        length, digest = _head(read_exactly(descriptor, min(size, _HEAD.size), 0), size)
+        text = read_exactly(descriptor, length, _HEAD.size)
+        if _digest(text) != digest:
+            raise BundleError("the bundle's index is damaged", hint=_HINT)
+        index = index_from_json(text)
+        start = _HEAD.size + length
+        expected = start + sum(part.size for part in index.parts)
+        if size != expected:
+            raise BundleError(f"the bundle has {size:,} bytes, not {expected:,}", hint=_HINT)
+        yield Bundle(descriptor, size, start, index, digest)
+
+
+def write_bundle(
+    path: Path, index: BundleIndex, read: Callable[[str], bytes], *, force: bool = False
+) -> Iterator[Part]:
+    """Write a bundle part by part; the file appears when the last one is taken, complete and durable, or never.
+
+    Args:
+        path: The file to make.
+        index: What goes into it; the same index gives the same bytes.
+        read: Returns the bytes of a part by its digest.
+        force: Replace a file that exists.
+
+    Yields:
+        Each part once it is written.
+
+    Raises:
+        OutputExists: There is such a file and `force` is not given.
+        BundleError: A part is not what the index says.
+        UnsafeInput: The index is larger than readers allow.
+    """
+    text = index_to_json(index)
+    index_from_json(text)  # what no reader would take is not written
+    with writing_file(path, force=force) as stream:
+        stream.write(_prefix(text) + bytes.fromhex(_digest(text)) + text)
+        for part in index.parts:
+            data = read(part.digest)
+            if (len(data), hashlib.sha256(data).hexdigest()) != (part.size, part.digest):
+                raise _damaged(part.digest)
+            stream.write(data)
+            yield part
+
+
+def bundle_digest(index: BundleIndex) -> str:
+    """Return the SHA-256 that stands for a whole bundle with this index."""
+    return _digest(index_to_json(index))
+
+
+def bundle_size(index: BundleIndex) -> int:
+    """Return the length of a bundle with this index."""
+    return _HEAD.size + len(index_to_json(index)) + sum(part.size for part in index.parts)
+
+
+def _head(data: bytes, size: int) -> tuple[int, str]:
+    """Return length and digest of the index."""
+    if data[:4] != MAGIC[:4]:
+        raise BundleError("this is no bundle of icm", hint="`icm export FILE` makes one")
+    if len(data) < _HEAD.size:
+        raise BundleError(f"the bundle has {size:,} bytes, too few for its head", hint=_HINT)
+    magic, length, digest = _HEAD.unpack(data)
+    if magic != MAGIC:
+        message = f"the bundle is damaged, or has the format {magic[4]}; this icm knows {MAGIC[4]}"
+        raise BundleError(message, hint="use the icm that wrote it, or a newer one")
+    if length > min(MAX_INDEX_BYTES, size - _HEAD.size):
+        raise BundleError(f"the bundle claims an index of {length:,} bytes and has {size:,} in all", hint=_HINT)
+    return length, digest.hex()
+
+
+def _prefix(text: bytes) -> bytes:
+    return MAGIC + struct.pack("<I", len(text))
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(_prefix(text) + text).hexdigest()
+
+
+def _damaged(digest: str) -> BundleError:
+    return BundleError(f"part {digest[:12]} of the bundle is damaged", hint=_HINT)

@@ -1,0 +1,302 @@
+"""What a bundle says of itself: its generator, its tasks, and the parts that follow in the file.
+
+    BundleIndex
+    |-- generator   BundledGenerator
+    |-- tasks       BundledTask, by name
+    `-- parts       Part (digest, size), in the order of the file; the others refer to them by digest
+
+A part has no offset of its own: it begins where the one before it ends, so parts cannot overlap or leave holes.
+
+A bundle's index as JSON: written so that equal indexes give equal bytes, read as hostile input.
+
+Tasks of one layout, as most of a fleet are, share it: it is listed once and referred to by its number. What follows
+from a layout (rank, parameters, target modules) is not written, so that it cannot contradict it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from icmlora.adapter.layout import ModuleShape, target_modules
+from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
+from icmlora.formats.peft_config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
+from icmlora.io.safetensors import ITEM_BYTES, MAX_DIMENSION, MAX_FILE_BYTES
+from icmlora.io.strict_json import Fields, as_count, as_digest, parse_object, wrong
+from registry.names import is_module_name, printable, task_name_problem
+
+MAX_CODE_BYTES = 1024**3
+MAX_CARD_BYTES = 64 * 1024
+"""A longer model card stays behind: it says nothing that writing an adapter needs."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of bytes in the file."""
+
+    digest: str
+    """SHA-256 of its bytes, in hexadecimal; also its name."""
+    size: int
+
+
+@dataclass(frozen=True)
+class BundledGenerator:
+    """The generator that all codes of the bundle belong to."""
+
+    blob: str
+    """Its part."""
+    version: int
+    """Which one it was of its base model, from 1."""
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    """What its training measured."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a code kept on some held-out text."""
+
+    data: str
+    """SHA-256 of the text."""
+    nats_per_token: float
+    tokens: int
+    utf8_bytes: int
+    retained_gain: float | None
+    dw_error: float | None
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BundledTask:
+    """One task: its code, and what is known of the original adapter, which is not in the bundle."""
+
+    name: str
+    code: str
+    """Its part."""
+    dw_error: float | None
+    """Relative squared error of the decoded dW, as it was measured when the code was made."""
+    weights: str
+    """SHA-256 of the original `adapter_model.safetensors`."""
+    weights_size: int
+    config: str
+    """Its part: the original `adapter_config.json`."""
+    card: str | None
+    """Its part: the original model card, if it was short."""
+    dtype: str
+    """Of the original: "F32", "F16", "BF16", or several joined with "+"."""
+    step: int | None
+    """The original's training step, if it is known."""
+    is_generated: bool
+    """Nobody trained the original: a generator made it from samples of the task."""
+    layout: tuple[ModuleShape, ...]
+    measured: Measured | None
+
+    @property
+    def rank_max(self) -> int:
+        """Largest rank of a module."""
+        return max(shape.rank for shape in self.layout)
+
+    @property
+    def parameters(self) -> int:
+        """Values of the original."""
+        return sum(shape.parameters for shape in self.layout)
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Names as a configuration gives them."""
+        return target_modules(shape.module for shape in self.layout)
+
+    @property
+    def retained_gain(self) -> float | None:
+        """What the code kept of the original's gain, if it was measured."""
+        return None if self.measured is None else self.measured.retained_gain
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that belong to this task."""
+        return (self.code, self.config) if self.card is None else (self.code, self.config, self.card)
+
+
+@dataclass(frozen=True)
+class BundleIndex:
+    """Everything in a bundle but the bytes of its parts."""
+
+    base_model: str
+    """Label of the base model, as adapters name it."""
+    generator: BundledGenerator
+    tasks: tuple[BundledTask, ...]
+    """By name, without regard to case."""
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        """Check that names and parts fit together.
+
+        Raises:
+            BundleError: No task, a task or a part twice, or a part that is missing or that nothing refers to.
+            UnsafeInput: A part that is larger than one of its kind can be.
+        """
+        names = [task.name.lower() for task in self.tasks]
+        if not names or names != sorted(set(names)):
+            raise BundleError("the bundle's tasks are not in order, or one is there twice, or there is none")
+        if len(self.sizes) != len(self.parts) or self.sizes.keys() != {digest for digest, _ in self._uses()}:
+            raise BundleError("the bundle's parts are not those that its tasks need")
+        for digest, limit in self._uses():
+            if self.sizes[digest] > limit:
+                message = f"a part of the bundle has {self.sizes[digest]:,} bytes, more than {limit:,}"
+                raise UnsafeInput(message, kind="limits")
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Digest -> length of every part."""
+        return {part.digest: part.size for part in self.parts}
+
+    def task(self, name: str) -> BundledTask | None:
+        """Return a task by name, in any case, or None if it is not there."""
+        return next((task for task in self.tasks if task.name.lower() == name.lower()), None)
+
+    def _uses(self) -> Iterator[tuple[str, int]]:
+        """Yield every reference to a part, with the most bytes that it may have."""
+        yield self.generator.blob, MAX_FILE_BYTES
+        for task in self.tasks:
+            yield task.code, MAX_CODE_BYTES
+            yield task.config, MAX_CONFIG_BYTES
+            if task.card is not None:
+                yield task.card, MAX_CARD_BYTES
+
+
+MAX_INDEX_BYTES = 32 * 1024 * 1024
+MAX_TASKS = 5_000
+
+_INDEX = ("base_model", "generator", "layouts", "parts", "tasks")
+_GENERATOR = tuple(BundledGenerator.__dataclass_fields__)
+_TASK = tuple(BundledTask.__dataclass_fields__)
+_MEASURED = tuple(Measured.__dataclass_fields__)
+
+Layout = tuple[ModuleShape, ...]
+
+
+def index_to_json(index: BundleIndex) -> bytes:
+    """Serialise an index."""
+    layouts = list(dict.fromkeys(task.layout for task in index.tasks))
+    numbers = {layout: number for number, layout in enumerate(layouts)}
+    fields = {
+        "base_model": index.base_model,
+        "generator": vars(index.generator),
+        "layouts": layouts,
+        "parts": [[part.digest, part.size] for part in index.parts],
+        "tasks": [_task_fields(task, numbers[task.layout]) for task in index.tasks],
+    }
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def index_from_json(data: bytes) -> BundleIndex:
+    """Read what `index_to_json` wrote.
+
+    Raises:
+        UnsafeInput: Limits broken, duplicate keys, or names that are no names.
+        BundleError: Anything else that is not the index of a bundle.
+    """
+    try:
+        parsed = parse_object(data, what="the bundle's index", max_bytes=MAX_INDEX_BYTES)
+    except UnsafeInput:
+        raise
+    except AdapterRefused as error:
+        raise BundleError(error.message) from None
+    fields = Fields(parsed, _INDEX, "the bundle's index")
+    tasks = fields.entries("tasks")
+    if len(tasks) > MAX_TASKS:
+        raise UnsafeInput(f"the bundle has {len(tasks):,} tasks, more than {MAX_TASKS:,}", kind="limits")
+    layouts = [_layout(entry) for entry in fields.entries("layouts")]
+    return BundleIndex(
+        base_model=fields.text("base_model", MAX_LABEL),
+        generator=_generator(fields.mapping("generator")),
+        tasks=tuple(_task(entry, layouts) for entry in tasks),
+        parts=tuple(_part(entry) for entry in fields.entries("parts")),
+    )
+
+
+def _task_fields(task: BundledTask, layout: int) -> dict[str, Any]:
+    measured = None if task.measured is None else vars(task.measured)
+    return {**{name: getattr(task, name) for name in _TASK}, "layout": layout, "measured": measured}
+
+
+def _generator(value: object) -> BundledGenerator:
+    fields = Fields(value, _GENERATOR, "the bundle's generator")
+    return BundledGenerator(
+        blob=fields.digest("blob"),
+        version=fields.count("version", least=1),
+        config=fields.mapping("config"),
+        metrics=fields.mapping("metrics"),
+    )
+
+
+def _task(value: object, layouts: Sequence[Layout]) -> BundledTask:
+    fields = Fields(value, _TASK, "a task of the bundle")
+    name = fields.text("name", limit=1024)
+    if (problem := task_name_problem(name)) is not None:
+        raise UnsafeInput(f"{printable(name)!r} is no task name: {problem}", kind="name")
+    dtype = fields.text("dtype", limit=64)
+    if dtype != "+".join(sorted(set(dtype.split("+")) & ITEM_BYTES.keys())):
+        raise wrong(dtype, "a task of the bundle: dtype")
+    layout = fields.count("layout")
+    if layout >= len(layouts):
+        raise wrong(layout, "a task of the bundle: layout")
+    return BundledTask(
+        name=name,
+        code=fields.digest("code"),
+        dw_error=fields.optional_number("dw_error"),
+        weights=fields.digest("weights"),
+        weights_size=fields.count("weights_size", least=1),
+        config=fields.digest("config"),
+        card=fields.optional_digest("card"),
+        dtype=dtype,
+        step=fields.optional_count("step"),
+        is_generated=fields.flag("is_generated"),
+        layout=layouts[layout],
+        measured=_measured(fields.optional_mapping("measured")),
+    )
+
+
+def _measured(value: object) -> Measured | None:
+    if value is None:
+        return None
+    fields = Fields(value, _MEASURED, "a measurement of the bundle")
+    return Measured(
+        data=fields.digest("data"),
+        nats_per_token=fields.number("nats_per_token"),
+        tokens=fields.count("tokens"),
+        utf8_bytes=fields.count("utf8_bytes"),
+        retained_gain=fields.optional_number("retained_gain"),
+        dw_error=fields.optional_number("dw_error"),
+        settings=fields.mapping("settings"),
+    )
+
+
+def _part(value: object) -> Part:
+    if not isinstance(value, list) or len(value) != 2:
+        raise wrong(value, "a part of the bundle")
+    return Part(as_digest(value[0], "a part's digest"), as_count(value[1], "a part's size"))
+
+
+def _layout(value: object) -> Layout:
+    if not isinstance(value, list) or not value:
+        raise wrong(value, "a layout of the bundle")
+    shapes = tuple(_shape(entry) for entry in value)
+    if len({shape.module for shape in shapes}) != len(shapes):
+        raise BundleError("a layout of the bundle names a module twice")
+    return shapes
+
+
+def _shape(value: object) -> ModuleShape:
+    if not isinstance(value, list) or len(value) != 4:
+        raise wrong(value, "a module of the bundle")
+    module, rank, inputs, outputs = value
+    if not isinstance(module, str) or len(module) > 512 or not is_module_name(module):
+        raise UnsafeInput(f"{printable(str(module))!r} is no module name", kind="name")
+    sizes = [as_count(size, f"{module} of the bundle", least=1) for size in (rank, inputs, outputs)]
+    if sizes[0] > MAX_RANK or max(sizes) > MAX_DIMENSION:
+        raise UnsafeInput(f"{module} of the bundle has the shape {sizes}", kind="limits")
+    return ModuleShape(module, *sizes)

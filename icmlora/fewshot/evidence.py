@@ -1,0 +1,199 @@
+"""Keep the activations of one layer at a time; backward computes those of the others again (arXiv 1604.06174).
+
+Saves most of the memory of a long pass through a large base model and costs another forward. It pays on accelerators,
+whose memory is what limits the size of the base model.
+
+What a few samples say about a base model's modules: how the loss would have each of them changed.
+
+    samples ──base + start──▶ loss ──backward──▶ per module:   g x^T       (out, in)       gradient
+      inputs x (in) of a module, gradients g (out) of its outputs    x^2, g^2    (in,), (out,)   mean squares
+
+All are means over the scored tokens. One pass forward and backward, without any adapter of the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from icmlora.base_models.causal_lm import BaseModel, Scored, linear_shape, padded
+from icmlora.generator.relaxed import Factors
+from icmlora.training.refinement import added
+
+_AMPLE = ("cpu",)
+"""Types of devices with memory enough for all activations of a few short texts."""
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Let a model forget what is within its layers, for the block, where it is on an accelerator.
+
+    Forward and backward both belong into the block, and into those of hooks on the layers' modules: they run again.
+    The model's own switch needs training mode, which would turn dropout on.
+
+    Args:
+        model: A model of the transformers library; layers that it cannot recompute keep their activations.
+    """
+    is_ample = next(model.parameters()).device.type in _AMPLE
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    changed = [] if is_ample else layers
+    for layer in changed:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleEvidence:
+    """What the samples say about one module, float32 on the base model's device."""
+
+    gradient: torch.Tensor
+    """Of the loss for dW, shape (out, in)."""
+    inputs: torch.Tensor
+    """Mean squares of what comes in, shape (in,)."""
+    outputs: torch.Tensor
+    """Mean squares of the loss's gradient for what goes out, shape (out,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the samples say, by dotted module name.
+
+    Attributes:
+        modules: One entry per module, in the order in which they were named.
+        nats: Loss where it was gathered, in nats per token.
+        tokens: How many tokens were scored.
+    """
+
+    modules: Mapping[str, ModuleEvidence]
+    nats: float
+    tokens: int
+
+
+def gather_evidence(
+    base: BaseModel, start: Factors, modules: Iterable[str], samples: Sequence[Scored], *, batch_size: int = 1
+) -> Evidence:
+    """Run the samples forward and backward once.
+
+    Memory is 4 in out bytes a module beside the base model's activations, whatever the number of samples.
+
+    Args:
+        base: The base model; it is left as it was.
+        start: Factors of what is added to it meanwhile; none for the bare base model.
+        modules: Dotted names of linear modules.
+        samples: Token ids; of labelled ones only the completion is scored.
+        batch_size: Samples a pass; more than 1 pays on accelerators only.
+
+    Raises:
+        ValueError: A module is no linear layer.
+    """
+    # Made beforehand: backward reaches the modules last to first, and some, such as experts, not at all.
+    sums = {name: _nothing(base, name) for name in modules}
+    nats, tokens = 0.0, sum(item.count for item in samples)
+    for first in range(0, len(samples), batch_size):
+        batch = samples[first : first + batch_size]
+        ids, mask = padded([item.ids for item in batch], base.model.device)
+        with added(base.model, start), _summing(base.model, mask.bool(), sums), recomputing(base.model):
+            loss = _summed_loss(base, ids, mask, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        nats += float(loss.detach())
+    found = {name: ModuleEvidence(*(part / tokens for part in parts)) for name, parts in sums.items()}
+    return Evidence(found, nats / tokens, tokens)
+
+
+@contextmanager
+def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> Iterator[torch.Tensor]:
+    """Give the loss of some samples in nats per token, with gradients to the factors where they have them.
+
+    Backward belongs into the block: on an accelerator it computes activations again, with the factors in place.
+
+    Args:
+        base: The base model; it is left as it was.
+        factors: Of what is added to it meanwhile; none for the bare base model.
+        batch: Token ids.
+    """
+    ids, mask = padded([item.ids for item in batch], base.model.device)
+    with added(base.model, factors), recomputing(base.model):
+        yield _summed_loss(base, ids, mask, batch) / sum(item.count for item in batch)
+
+
+def _summed_loss(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor, batch: Sequence[Scored]) -> torch.Tensor:
+    """Return the loss of all scored tokens in nats, with gradients.
+
+    Args:
+        base: The base model.
+        ids: Token ids, (rows, T).
+        mask: 1 for real tokens, (rows, T).
+        batch: What the rows are.
+    """
+    # Gradients need a leaf to flow to, and no parameter of the base model is one.
+    embedded = base.model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = base.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits  # (rows, T, V)
+    return torch.stack([_row_loss(*row) for row in zip(logits, ids, batch, strict=True)]).sum()
+
+
+def _row_loss(logits: torch.Tensor, ids: torch.Tensor, item: Scored) -> torch.Tensor:
+    end = len(item.ids)
+    predicted = logits[item.first - 1 : end - 1].float()  # (scored tokens, V)
+    return functional.cross_entropy(predicted, ids[item.first : end], reduction="sum")
+
+
+@contextmanager
+def _summing(model: nn.Module, real: torch.Tensor, sums: Mapping[str, list[torch.Tensor]]) -> Iterator[None]:
+    """Add the products of inputs and gradients to `sums` for the block; `real` says which tokens are no padding."""
+
+    def watched(parts: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], Any]:
+        return lambda _, inputs, outputs: _Watched.apply(outputs, inputs[0], real, parts)  # type: ignore[no-untyped-call]
+
+    handles = [model.get_submodule(name).register_forward_hook(watched(parts)) for name, parts in sums.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _nothing(base: BaseModel, name: str) -> list[torch.Tensor]:
+    module = base.model.get_submodule(name)
+    found = linear_shape(module)
+    if found is None:
+        raise ValueError(f"{name} is no linear layer")
+    outputs, inputs = found
+    device = next(module.parameters()).device
+    return [torch.zeros(shape, device=device) for shape in ((outputs, inputs), (inputs,), (outputs,))]
+
+
+class _Watched(torch.autograd.Function):
+    """Passes the outputs of a module on; backward adds what its inputs and their gradient say to `sums`.
+
+    Inputs are saved as autograd saves them and not in a closure: so `recomputing` can drop them and make them again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, outputs: torch.Tensor, inputs: torch.Tensor, real: torch.Tensor, sums: list[torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs, real)
+        ctx.sums = sums
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        inputs, real = ctx.saved_tensors
+        x, g = inputs[real], gradient[real]  # (tokens, in), (tokens, out)
+        parts = (g.T @ x, x.float().square().sum(0), g.float().square().sum(0))
+        for total, part in zip(ctx.sums, parts, strict=True):
+            total += part
+        return gradient, None, None, None

@@ -1,0 +1,207 @@
+"""Learn how far to step, from tasks whose adapters are known.
+
+One episode: a task of the fleet is taken for unseen, and the start is the mean of the others.
+
+    support (K samples) ──evidence──▶ directions of each step, |dW| = 1
+    query (other samples) ──base + start + sum of length * direction──▶ loss ──gradient──▶ rates, slopes
+
+    minimise   (loss - loss of the task's own adapter) / (loss of the base model - loss of the task's own adapter)
+
+so that every task counts the same: 0 is as good as its own adapter, 1 as good as none. Directions are taken as given
+(first-order MAML, arXiv 1803.02999). The base model is frozen; only some numbers per module are learned.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from icmlora.adapter.canonical import among, plus, times
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.errors import GeneratorError
+from icmlora.fewshot.adapt import factors_of
+from icmlora.fewshot.evidence import gather_evidence, mean_loss
+from icmlora.fewshot.start import Start, octaves
+from icmlora.fewshot.step import lengthened, unit_steps
+from icmlora.generator.relaxed import Factors
+from icmlora.generator.scales import OCTAVE
+
+_LEAST_GAIN = 0.2
+"""Nats per token: a task whose own adapter gains less on two texts would count by its noise."""
+_LIMIT = 8 * OCTAVE
+"""Rates lie within eight octaves of a module's usual size."""
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """How rates are learned."""
+
+    episodes: int = 48
+    updates: int = 4
+    """Optimiser steps of each episode, each on other query samples."""
+    query: int = 2
+    """Query samples of each update."""
+    support: tuple[int, ...] = (1, 4, 16)
+    """Numbers of support samples, drawn evenly."""
+    learning_rate: float = 0.5
+    """Adam's, in eighths of an octave."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What one episode measured."""
+
+    number: int
+    """Counted from 1."""
+    episodes: int
+    task: int
+    support: int
+    loss: float
+    """On the query samples, 0 as good as the task's own adapter, 1 as good as none; mean over the updates."""
+
+
+class EpisodeFleet(Protocol):
+    """A fleet with samples, read one task at a time."""
+
+    def tasks(self) -> int:
+        """Return the number of tasks."""
+
+    def load(self, task: int) -> Adapter:
+        """Read the adapter of a task."""
+
+    def samples(self, task: int) -> Sequence[Scored]:
+        """Return a task's samples as token ids, two or more."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Rates:
+    """What is learned, in eighths: rates (steps, modules) and slopes (steps,)."""
+
+    rates: torch.Tensor
+    slopes: torch.Tensor
+
+    def lengths(self, start: Start, step: int, samples: int) -> torch.Tensor:
+        """Return the lengths of a step, shape (modules,)."""
+        sizes = torch.tensor(start.sizes, dtype=torch.float32)
+        return torch.exp2(octaves(sizes, self.rates[step], self.slopes[step], samples))
+
+    def is_finite(self) -> bool:
+        """Return whether all of them are numbers that can be rounded."""
+        return bool(torch.isfinite(self.rates).all() and torch.isfinite(self.slopes).all())
+
+    def into(self, start: Start) -> Start:
+        """Round to what is stored."""
+        rates = self.rates.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist()
+        slopes = self.slopes.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist()
+        return replace(start, rates=tuple(map(tuple, rates)), slopes=tuple(slopes))
+
+
+def meta_train(
+    base: BaseModel, start: Start, fleet: EpisodeFleet, config: MetaConfig
+) -> Iterator[tuple[Episode, Start]]:
+    """Learn the lengths of a start's steps.
+
+    Args:
+        base: The base model; it is left as it was.
+        start: What to begin with.
+        fleet: The tasks that the start was made of; one is read per episode.
+        config: The options.
+
+    Yields:
+        After each episode what it measured, and the start as it is then.
+
+    Raises:
+        GeneratorError: An episode diverged: its loss, or what was learned from it, is no number.
+    """
+    learned = _Rates(
+        torch.tensor(start.rates, dtype=torch.float32, requires_grad=True),
+        torch.tensor(start.slopes, dtype=torch.float32, requires_grad=True),
+    )
+    optimizer = torch.optim.Adam([learned.rates, learned.slopes], lr=config.learning_rate, betas=(0.9, 0.95))
+    draw = random.Random(config.seed)  # noqa: S311 - training noise, not secrets
+    order: list[int] = []
+    for number in range(config.episodes):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * (1 - number / config.episodes)
+        order = order or draw.sample(range(fleet.tasks()), fleet.tasks())
+        task = order.pop()
+        size = draw.choice(config.support)
+        support, queries = _split(fleet.samples(task), size, config, draw)
+        loss = _episode(base, start, fleet.load(task), support, queries, learned, optimizer)
+        if not (math.isfinite(loss) and learned.is_finite()):
+            hint = "run again with another --seed; the start is as it was"
+            raise GeneratorError(f"episode {number + 1}, of {len(support)} samples, diverged", hint=hint)
+        yield Episode(number + 1, config.episodes, task, len(support), loss), learned.into(start)
+
+
+def _split(
+    samples: Sequence[Scored], size: int, config: MetaConfig, draw: random.Random
+) -> tuple[list[Scored], list[list[Scored]]]:
+    """Draw support samples, and the query samples of each update from the others."""
+    shuffled = draw.sample(list(samples), len(samples))
+    size = min(size, max(1, len(shuffled) // 2))
+    support, rest = shuffled[:size], shuffled[size:] or shuffled
+    return support, [[draw.choice(rest) for _ in range(config.query)] for _ in range(config.updates)]
+
+
+def _episode(
+    base: BaseModel,
+    start: Start,
+    own: Adapter,
+    support: Sequence[Scored],
+    queries: Sequence[Sequence[Scored]],
+    learned: _Rates,
+    optimizer: torch.optim.Optimizer,
+) -> float:
+    """Step through one task and update the rates on each query; return the mean loss."""
+    others = _without(start, own)
+    current, units = others, list[tuple[LoraModule, ...]]()
+    names = [module.name for module in others.modules]
+    for step in range(len(start.rates)):
+        units.append(unit_steps(gather_evidence(base, factors_of(current), names, support)))
+        lengths = learned.lengths(start, step, len(support)).tolist()
+        current = plus(current, lengthened(units[-1], lengths))
+    losses = []
+    for query in queries:
+        with torch.no_grad():
+            nothing, best = (_nats(base, factors, query) for factors in ({}, factors_of(own)))
+        every = [learned.lengths(start, step, len(support)) for step in range(len(units))]
+        optimizer.zero_grad()
+        with mean_loss(base, _stepped(others, units, every), query) as nats:
+            loss = (nats - best) / max(nothing - best, _LEAST_GAIN)
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+def _nats(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> float:
+    with mean_loss(base, factors, batch) as nats:
+        return nats.item()
+
+
+def _without(start: Start, own: Adapter) -> Adapter:
+    """Return the mean of the other tasks, as far as the start's rank knows it."""
+    if start.tasks < 2:
+        return start.adapter
+    mean = times(start.adapter.modules, start.tasks / (start.tasks - 1))
+    rest = times(among(own.modules, start.adapter), -1 / (start.tasks - 1))
+    return plus(replace(start.adapter, modules=tuple(mean)), rest)
+
+
+def _stepped(adapter: Adapter, units: Sequence[Sequence[LoraModule]], lengths: Sequence[torch.Tensor]) -> Factors:
+    """Return the factors of an adapter and of steps beside it, with gradients to their lengths."""
+    parts = {module.name: ([module.a], [module.b]) for module in adapter.modules}
+    for step, length in zip(units, lengths, strict=True):
+        for number, unit in enumerate(step):
+            a, b = parts[unit.name]
+            a.append(unit.a)
+            b.append(length[number] * unit.b)
+    return {name: (torch.cat(a), torch.cat(b, dim=1)) for name, (a, b) in parts.items()}

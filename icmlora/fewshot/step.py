@@ -1,0 +1,63 @@
+"""One learned step: evidence of a module becomes a change of its weights, of a low rank and of a set length.
+
+    P = gradient / (root mean squares of outputs) / (root mean squares of inputs)     (out, in)
+    dW = - length * P_r / |P_r|                P_r: the strongest r directions of P
+
+The gradient alone points where inputs are large, not where they tell tasks apart; dividing by both root mean squares is
+K-FAC with diagonal factors (Martens and Grosse, arXiv 1503.05671), to half its power as in Shampoo (arXiv 1802.09568).
+How long a step has to be differs by module and hardly by task, so lengths are learned (see `meta_training`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from icmlora.adapter.canonical import times
+from icmlora.adapter.model import LoraModule
+from icmlora.errors import GeneratorError
+from icmlora.fewshot.evidence import Evidence, ModuleEvidence
+
+RANK = 16
+"""Directions kept of each step."""
+_DAMPING = 0.05
+"""Share of the mean that a channel's mean square is raised by: a few samples do not know quiet channels."""
+_OVERSAMPLING = 8
+_SEED = 0
+
+
+def unit_steps(evidence: Evidence, rank: int = RANK) -> tuple[LoraModule, ...]:
+    """Return the downhill direction of each module, |dW| = 1; a module without any gradient gets zeros.
+
+    The same evidence gives the same directions: the random sketch of the singular vectors is seeded.
+
+    Raises:
+        GeneratorError: The evidence is not finite.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_SEED)  # the other manual_seed would change those of all devices
+        return tuple(_unit_step(name, module, rank) for name, module in evidence.modules.items())
+
+
+def lengthened(units: Sequence[LoraModule], lengths: Sequence[float]) -> list[LoraModule]:
+    """Give each direction its length."""
+    return [module for unit, length in zip(units, lengths, strict=True) for module in times([unit], length)]
+
+
+@torch.no_grad()
+def _unit_step(name: str, evidence: ModuleEvidence, rank: int) -> LoraModule:
+    scaled = (evidence.gradient / _root(evidence.outputs)[:, None] / _root(evidence.inputs)).cpu()
+    if not torch.isfinite(scaled).all():
+        fact = f"the gradient of the loss on the samples is not finite ({name})"
+        raise GeneratorError(fact, hint="leave out samples that are no ordinary text")
+    width = min(scaled.shape)
+    u, s, v = torch.svd_lowrank(scaled, q=min(rank + _OVERSAMPLING, width), niter=2)
+    u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+    root = (s / s.norm().clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
+    return LoraModule(name, (v * root).T.contiguous(), -(u * root))
+
+
+def _root(mean_squares: torch.Tensor) -> torch.Tensor:
+    damped = mean_squares + _DAMPING * mean_squares.mean()
+    return damped.clamp_min(torch.finfo(damped.dtype).tiny).sqrt()

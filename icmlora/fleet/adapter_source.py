@@ -1,0 +1,164 @@
+"""A store's fleet as training reads it: one adapter at a time, the latest few kept in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from icmlora.adapter.model import Adapter
+from icmlora.fleet.vectors import latest_vectors
+from icmlora.formats.peft import load_adapter
+from icmlora.generator.config import MAX_SLOTS
+from icmlora.generator.initial_a.draw import InitialA
+from icmlora.generator.initial_a.search import SeedSearch, initial_under
+from icmlora.task_vectors.file import vectors_from_bytes
+from registry.records import AdapterRecord, VectorRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+_CACHE_BYTES = 256 << 20
+_INITIALS = 256
+"""A place for each module is up to 100 kB; finding it again takes some hundredths of a second."""
+_FLOAT32 = 4
+_TOO_WIDE = f"its rank is above {MAX_SLOTS}, the most that a code has room for"
+
+
+class StoreFleet:
+    """The tasks of one base model (see `icmlora.training.fleet.Fleet`). Rows are in memory, adapters are not.
+
+    Evicted adapters are not among them: a task without its final one, and checkpoints without weights.
+
+    Args:
+        store: The open store.
+        base_model: The tasks' base model.
+        names: Only the final adapters of these tasks.
+
+    Attributes:
+        names: The tasks, in order.
+        left_out: The tasks that no generator can have, with the reason.
+    """
+
+    def __init__(self, store: Store, base_model: str, names: Collection[str] | None = None) -> None:
+        self._store = store
+        self.base_model = base_model
+        rows = [
+            row for row in store.tasks.summaries() if row.task.base_model == base_model and not row.final.is_evicted
+        ]
+        rows = [row for row in rows if names is None or row.task.name in names]
+        self.left_out = {row.task.name: _TOO_WIDE for row in rows if row.final.rank_max > MAX_SLOTS}
+        rows = [row for row in rows if row.task.name not in self.left_out]
+        self.names = [row.task.name for row in rows]
+        self._finals = [row.final for row in rows]
+        self._others = [
+            [row for row in store.tasks.adapters(name) if names is None and _is_checkpoint(row)] for name in self.names
+        ]
+        self._vectors = [_by_support_set(store.vectors.all(name)) for name in self.names]
+        self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
+        self._cached = 0
+        self._search = SeedSearch()
+        self._seeds: dict[int, int | None] = {}
+        self._initial = lru_cache(_INITIALS)(self._find_initial)
+
+    def tasks(self) -> int:
+        """Return the number of tasks."""
+        return len(self.names)
+
+    def checkpoints(self, task: int) -> int:
+        """Return how many adapters task `task` has besides its final one."""
+        return len(self._others[task])
+
+    def final(self, task: int) -> AdapterRecord:
+        """Return the row of a task's final adapter."""
+        return self._finals[task]
+
+    def rows(self) -> Iterator[AdapterRecord]:
+        """Yield the rows of all adapters, checkpoints included."""
+        for final, others in zip(self._finals, self._others, strict=True):
+            yield final
+            yield from others
+
+    def digest(self) -> str:
+        """Return what names everything that training reads: adapters, checkpoints and vectors, by content."""
+        adapters = [[row.task, row.is_final, row.weights, row.config] for row in self.rows()]
+        vectors = [[sorted((view, row.blob) for view, row in rows.items()) for rows in sets] for sets in self._vectors]
+        return hashlib.sha256(json.dumps([adapters, vectors]).encode()).hexdigest()
+
+    def load(self, task: int, checkpoint: int | None) -> Adapter:
+        """Read the final adapter of a task (None), or one of its checkpoints."""
+        row = self._finals[task] if checkpoint is None else self._others[task][checkpoint]
+        key = row.config, row.weights  # the same weights under another alpha are another adapter
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        adapter = load_adapter(self._store.blobs.read(row.config), self._store.blobs.read(row.weights))
+        self._cache[key] = adapter
+        self._cached += row.parameters * _FLOAT32
+        while self._cached > _CACHE_BYTES and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached -= sum(shape.parameters for shape in dropped.layout) * _FLOAT32
+        return adapter
+
+    def initial(self, task: int) -> InitialA | None:
+        """Return where the A that a task's training began with was drawn; checkpoints share it.
+
+        The latest are kept. Of the others the seed is, so that it is searched once.
+        """
+        return self._initial(task)
+
+    def _find_initial(self, task: int) -> InitialA | None:
+        if task in self._seeds:
+            seed = self._seeds[task]
+            return None if seed is None else initial_under(self.load(task, None), seed)
+        found = self._search.find(self.load(task, None))
+        self._seeds[task] = None if found is None else found.seed
+        return found
+
+    def support_sets(self, task: int) -> int:
+        """Return the number of support sets with vectors, 0 without any."""
+        return len(self._vectors[task])
+
+    def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
+        """Return a task's vectors of one support set by view."""
+        rows = self._vectors[task][support_set]
+        return dict(zip(rows, _read(self._store, list(rows.values())), strict=True))
+
+    def mean_vectors(self, task: int) -> Mapping[str, torch.Tensor]:
+        """Return a task's vectors by view, averaged over its support sets."""
+        return mean_vectors(self._store, [row for sets in self._vectors[task] for row in sets.values()])
+
+    def condition_size(self) -> int:
+        """Return the length of the fleet's vectors, 0 without any."""
+        return next((row.dim for sets in self._vectors for rows in sets for row in rows.values()), 0)
+
+
+def mean_vectors(store: Store, rows: Iterable[VectorRecord]) -> dict[str, torch.Tensor]:
+    """Average a task's vectors by view; the views that are there, each (hidden,)."""
+    views: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+    latest = latest_vectors(rows)
+    for row, values in zip(latest, _read(store, latest), strict=True):
+        views[row.view].append(values)
+    return {view: torch.stack(sets).mean(dim=0) for view, sets in views.items()}
+
+
+def _read(store: Store, rows: Sequence[VectorRecord]) -> list[torch.Tensor]:
+    """Read vectors, each file once: it holds all of its task."""
+    files = {blob: vectors_from_bytes(store.blobs.read(blob)) for blob in {row.blob for row in rows}}
+    return [files[row.blob][row.view][row.support_set] for row in rows]
+
+
+def _is_checkpoint(row: AdapterRecord) -> bool:
+    return not (row.is_final or row.is_evicted or row.rank_max > MAX_SLOTS)
+
+
+def _by_support_set(rows: Iterable[VectorRecord]) -> list[dict[str, VectorRecord]]:
+    sets: defaultdict[int, dict[str, VectorRecord]] = defaultdict(dict)
+    for row in latest_vectors(rows):
+        sets[row.support_set][row.view] = row
+    return [sets[number] for number in sorted(sets)]

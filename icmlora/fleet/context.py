@@ -1,0 +1,197 @@
+"""What every use case gets: the store, who listens, and which tasks to work on. Never imports torch.
+
+    on_event(Progress(3, 20, "poems"))     after each unit of work
+    on_event(TaskEncoded("poems", ...))    whatever else a use case has to tell
+
+A use case calls `on_event` only where everything it acknowledged is durable. Whoever listens stops it there by raising
+`Cancelled`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from icmlora.base_models.examples import parse_examples
+from icmlora.base_models.lookup import FoundBase, find_base_model
+from icmlora.errors import Cancelled, DataError
+from registry.errors import MissingBlob
+from registry.records import BaseModelRecord, TaskRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base class of everything that a use case tells while it works."""
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """How far a use case is.
+
+    Attributes:
+        done: Finished units.
+        total: All units, or None while it is unknown.
+        note: What it is working on, as untrusted text.
+    """
+
+    done: float
+    total: float | None
+    note: str = ""
+
+
+class StopFlag:
+    """Says that the user asked to stop; use cases look at it between atomic steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+def ignore(event: Event) -> None:
+    """Do nothing with an event."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Which store to work on, how to wait for it, and who listens.
+
+    Attributes:
+        path: The store folder.
+        cache: Folder for what can be made again: base models converted from GGUF.
+        lock_timeout: Seconds to wait for another process.
+        command: What this process does, as others see it in their lock message.
+        on_event: Called between atomic steps; raises `Cancelled` to stop.
+    """
+
+    path: Path
+    cache: Path
+    lock_timeout: float = 30.0
+    command: str = "icm"
+    on_event: Callable[[Event], None] = ignore
+
+    def open(self, *, create: bool = False, read_only: bool = False) -> Store:
+        """Open the store, as a context manager; see `registry.store.Store.open` for what it raises."""
+        # SQLAlchemy takes most of the time of a short command, so commands without a store never import it.
+        from registry.store import Store
+
+        return Store.open(
+            self.path, create=create, read_only=read_only, lock_timeout=self.lock_timeout, command=self.command
+        )
+
+    def progress(self, done: float, total: float | None, note: str = "") -> None:
+        """Tell how far the use case is.
+
+        Raises:
+            Cancelled: The listener wants it to stop.
+        """
+        self.on_event(Progress(done, total, note))
+
+
+@contextmanager
+def reporting(report: object) -> Iterator[None]:
+    """Hand out what was done so far when the block is stopped: `Cancelled.report`."""
+    try:
+        yield
+    except Cancelled as stop:
+        stop.report = report
+        raise
+
+
+Row = TypeVar("Row")
+Result = TypeVar("Result")
+
+
+def with_files(read: Callable[[], Row], use: Callable[[Row], Result]) -> Result:
+    """Read a row and use the files that it names; once more where another process replaced them in between.
+
+    Args:
+        read: Reads the row, or several.
+        use: Is called with it again if a file was gone, so it changes nothing before it has read them all.
+
+    Raises:
+        MissingBlob: A file is gone, and the row is as it was: the store is damaged.
+    """
+    row = read()
+    while True:
+        try:
+            return use(row)
+        except MissingBlob as missing:
+            row = as_it_is_now(read, row, missing)
+
+
+def as_it_is_now(read: Callable[[], Row], seen: object, missing: MissingBlob) -> Row:
+    """Read a row again, since a file that it named is gone.
+
+    Raises:
+        MissingBlob: That which is given, if the row is as it was.
+    """
+    row = read()
+    if row == seen:
+        raise missing
+    return row
+
+
+def chosen_tasks(store: Store, names: Sequence[str], base_model: str | None = None) -> list[TaskRecord]:
+    """Return some tasks, or all, each once, those of one base model together.
+
+    Args:
+        store: The open store.
+        names: Tasks; all if empty.
+        base_model: Leave out the tasks of others.
+
+    Raises:
+        TaskNotFound: A name is not in the store.
+        DataError: No task, or none of those that are named, belongs to the base model.
+    """
+    tasks = [store.tasks.get(name) for name in names] or list(store.tasks.all())
+    check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
+    chosen = {task.name: task for task in tasks if base_model in (None, task.base_model)}
+    return sorted(chosen.values(), key=lambda task: (task.base_model, task.name))
+
+
+def check_base_model(base_model: str | None, known: Collection[str], *, named: bool = False) -> None:
+    """Check that some task belongs to the base model that is asked for, if one is.
+
+    Args:
+        base_model: What is asked for.
+        known: The base models of all tasks, or of those that are named.
+        named: Whether tasks are named.
+
+    Raises:
+        DataError: None does.
+    """
+    if base_model is not None and base_model not in known:
+        none = "none of these tasks" if named else "no task"
+        raise DataError(f"{none} belongs to base model {base_model!r}", hint="`icm base ls` lists the base models")
+
+
+def sample_texts(store: Store, task: TaskRecord) -> list[str] | None:
+    """Return a task's samples, or None where it has none.
+
+    Raises:
+        DataError: They cannot be used.
+    """
+    if task.samples is None:
+        return None
+    return [example.text for example in parse_examples(store.blobs.read(task.samples))]
+
+
+def locate_base(store: Store, label: str) -> FoundBase:
+    """Find a base model without loading it.
+
+    Raises:
+        BaseModelNotFound: There is no local copy.
+    """
+    record = base_record(store, label)
+    aliases = {label: record.path} if record is not None and record.path is not None else {}
+    return find_base_model(label, aliases=aliases)
+
+
+def base_record(store: Store, label: str) -> BaseModelRecord | None:
+    """Return what the store knows of a base model, if anything."""
+    return next((known for known in store.base_models.all() if known.name == label), None)

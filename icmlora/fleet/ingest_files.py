@@ -1,0 +1,297 @@
+"""Read, check and store the files of found tasks, a batch at a time.
+
+    FoundTask --check--> PreparedTask (everything stored as blobs, ready to be recorded as rows)
+         `--------------> Problem     (refused: why, and which task or checkpoint it costs)
+
+Weights and texts are checked in the very bytes that are hashed and stored. Configurations and cards are small: they
+are read first, because weights are checked against them, and stored from memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.base_models.examples import MAX_BYTES, parse_examples
+from icmlora.errors import DataError, IcmLoraError, located
+from icmlora.formats.discovery import FoundAdapter, FoundTask
+from icmlora.formats.peft import AdapterSummary, inspect_adapter
+from icmlora.formats.peft_config import AdapterConfig
+from icmlora.io.files import read_regular
+from registry.blobs.local import PutRefusal, digest_of
+from registry.errors import SourceRefused
+from registry.files import read_source, source_size
+from registry.records import EvictedAdapter, NewAdapter
+from registry.rows import source_label
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+_CONFIG_LIMIT = 1 << 20
+_CARD_LIMIT = 4 << 20
+_WITHOUT_TEXTS = "or take the adapter without its texts, with --no-texts"
+_BATCH_BYTES = 256 << 20
+_BATCH_ADAPTERS = 256  # a kill costs at most reading so many again: their blobs are in the store by then
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A refusal: of one checkpoint, or of the whole task."""
+
+    error: Exception
+    path: Path
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task whose bytes are in the store, or, in a dry run, were found good.
+
+    Attributes:
+        adapters: What is to be recorded.
+        problems: Checkpoints that were left out.
+    """
+
+    found: FoundTask
+    base_model: str
+    adapters: tuple[NewAdapter, ...]
+    samples: str | None
+    eval_data: str | None
+    size: int
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class _Small:
+    """The small files of one adapter, in memory."""
+
+    config: bytes
+    card: bytes | None
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A file that was found good and is in the store, except in a dry run.
+
+    Attributes:
+        summaries: What an adapter's weights are under each configuration that goes with them; none for texts.
+    """
+
+    digest: str
+    size: int
+    summaries: _Summaries
+
+
+_Summaries = Mapping[bytes, AdapterSummary | IcmLoraError]
+_Checks = dict[Path, Callable[[bytes | memoryview], _Summaries]]
+_Outcomes = dict[Path, _Checked | Exception]
+
+
+def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
+    """Split tasks into batches of bounded size; a task is never split."""
+    batch: list[FoundTask] = []
+    size = count = 0
+    for task in tasks:
+        texts = (path for path in (task.samples, task.eval_data) if path is not None)
+        weight = sum(map(_size, [*(adapter.weights for adapter in task.adapters), *texts]))
+        if batch and (size + weight > _BATCH_BYTES or count + len(task.adapters) > _BATCH_ADAPTERS):
+            yield batch
+            batch, size, count = [], 0, 0
+        batch.append(task)
+        size, count = size + weight, count + len(task.adapters)
+    if batch:
+        yield batch
+
+
+def prepare(
+    tasks: Sequence[FoundTask], store: Store | None, evicted: Sequence[EvictedAdapter] = ()
+) -> list[PreparedTask | Problem]:
+    """Check the files of some tasks and store them as blobs.
+
+    Args:
+        tasks: One batch.
+        store: Where the blobs go; None only checks.
+        evicted: Adapters whose weights are checked and not stored.
+
+    Returns:
+        For each task, in order: what is to be recorded, or why it is refused.
+    """
+    adapters = [adapter for task in tasks for adapter in task.adapters]
+    small = {adapter.folder: _read_small(adapter) for adapter in adapters}
+    good = {folder: item for folder, item in small.items() if isinstance(item, _Small)}
+    configs: defaultdict[Path, set[bytes]] = defaultdict(set)  # several folders may link to the same weights
+    for adapter in adapters:
+        if adapter.folder in good:
+            configs[adapter.weights].add(good[adapter.folder].config)
+    checks: _Checks = {path: partial(_inspect, sorted(some), path=path) for path, some in configs.items()}
+    texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
+    checks |= {path: partial(_check_text, path=path) for path in sorted(texts) if _size(path) <= MAX_BYTES}
+    contents = [data for item in good.values() for data in (item.config, item.card) if data is not None]
+    if store is None:
+        outcomes = _check_only(checks)
+    else:
+        outcomes = _check_and_store(checks, contents, store, _withheld(tasks, good, evicted))
+    outcomes |= {path: _too_large(path) for path in texts - checks.keys()}
+    return [_prepared(task, small, outcomes) for task in tasks]
+
+
+def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
+    try:
+        config = read_regular(found.config, max_bytes=_CONFIG_LIMIT)
+        card = None if found.card is None else read_regular(found.card, max_bytes=_CARD_LIMIT)
+        with located(found.config):  # by itself, so that its faults are not said of the weights
+            AdapterConfig.parse(config)
+    except IcmLoraError as error:
+        return error
+    return _Small(config, card)
+
+
+def _inspect(configs: Sequence[bytes], data: bytes | memoryview, *, path: Path) -> _Summaries:
+    """Check weights under each of their configurations; raises if they are good under none."""
+    found: dict[bytes, AdapterSummary | IcmLoraError] = {}
+    for config in configs:
+        try:
+            found[config] = inspect_adapter(config, data, path=path)
+        except IcmLoraError as error:
+            found[config] = error
+    errors = [item for item in found.values() if isinstance(item, IcmLoraError)]
+    if len(errors) == len(found):
+        raise errors[0]
+    return found
+
+
+def _check_text(data: bytes | memoryview, *, path: Path) -> _Summaries:
+    try:
+        parse_examples(bytes(data), path=path)
+    except DataError as error:
+        error.hint = f"{error.hint}; {_WITHOUT_TEXTS}"
+        raise
+    return {}
+
+
+def _too_large(path: Path) -> DataError:
+    hint = f"keep a sample of the task's text; {_WITHOUT_TEXTS}"
+    return DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint=hint)
+
+
+def _withheld(
+    tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Sequence[EvictedAdapter]
+) -> dict[Path, set[str]]:
+    """Return weights file -> digests of evicted weights that it may turn out to hold.
+
+    Where another adapter needs them after all, recording says so, and all are stored.
+    """
+    if not evicted:
+        return {}
+    known: defaultdict[tuple[str, str, int | None, bool], set[str]] = defaultdict(set)
+    for row in evicted:
+        # A final adapter is known by its bytes alone, a checkpoint by its step too, as in the store.
+        known[row.task.lower(), row.config, None if row.is_final else row.step, row.is_final].add(row.weights)
+    withheld: defaultdict[Path, set[str]] = defaultdict(set)
+    for task in tasks:
+        for found in task.adapters:
+            if found.folder in small:
+                config = digest_of(small[found.folder].config)
+                step = None if found.is_final else found.step
+                withheld[found.weights] |= known[task.name.lower(), config, step, found.is_final]
+    return withheld
+
+
+def _check_and_store(
+    checks: _Checks, contents: Sequence[bytes], store: Store, withheld: Mapping[Path, Collection[str]]
+) -> _Outcomes:
+    def inspect(path: Path, data: memoryview) -> _Summaries:
+        return checks[path](data)
+
+    # Everything of the batch at once: what takes time is waiting for the disk, once per call.
+    outcomes: _Outcomes = {}
+    done = store.blobs.put_files(list(checks), inspect, refusals=(IcmLoraError,), contents=contents, withheld=withheld)
+    for result in done:
+        if isinstance(result, PutRefusal):
+            outcomes[result.path] = result.error
+        else:
+            outcomes[result.path] = _Checked(result.digest, result.size, result.inspected)
+    return outcomes
+
+
+def _check_only(checks: _Checks) -> _Outcomes:
+    """Read files as the store would, and refuse what it would refuse."""
+    outcomes: _Outcomes = {}
+    for path, check in checks.items():
+        try:
+            data = read_source(path, memoryview(bytearray(source_size(path))))
+            outcomes[path] = _Checked(digest_of(data), len(data), check(data))
+        except (IcmLoraError, SourceRefused) as error:
+            outcomes[path] = error
+    return outcomes
+
+
+def _prepared(
+    task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
+) -> PreparedTask | Problem:
+    """Bring together what was read of one task; without its final adapter, or with bad texts, there is no task."""
+    rows: list[NewAdapter] = []
+    problems: list[Problem] = []
+    base_model, size = "", 0
+    for found in task.adapters:
+        match _read_of(found, small, outcomes):
+            case Exception() as error:
+                problems.append(Problem(error, found.folder))
+                if found.is_final:
+                    return problems[-1]
+            case files, checked, summary:
+                rows.append(_row(found, files, checked.digest, summary))
+                size += checked.size + len(files.config) + len(files.card or b"")
+                base_model = summary.base_model if found.is_final else base_model
+    samples, eval_data = _text(task.samples, outcomes), _text(task.eval_data, outcomes)
+    if isinstance(samples, Exception):
+        return Problem(samples, task.folder)
+    if isinstance(eval_data, Exception):
+        return Problem(eval_data, task.folder)
+    return PreparedTask(task, base_model, tuple(rows), samples, eval_data, size, tuple(problems))
+
+
+def _read_of(
+    found: FoundAdapter, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
+) -> tuple[_Small, _Checked, AdapterSummary] | Exception:
+    """Return what was read of one adapter, or the first reason to refuse it."""
+    files = small[found.folder]
+    if isinstance(files, Exception):
+        return files
+    checked = outcomes[found.weights]
+    if isinstance(checked, Exception):
+        return checked
+    summary = checked.summaries[files.config]
+    return summary if isinstance(summary, Exception) else (files, checked, summary)
+
+
+def _text(path: Path | None, outcomes: _Outcomes) -> str | Exception | None:
+    outcome = None if path is None else outcomes[path]
+    return outcome.digest if isinstance(outcome, _Checked) else outcome
+
+
+def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary) -> NewAdapter:
+    return NewAdapter(
+        weights=weights,
+        config=digest_of(files.config),
+        card=None if files.card is None else digest_of(files.card),
+        step=found.step,
+        is_final=found.is_final,
+        dtype=summary.dtype,
+        rank_max=summary.rank_max,
+        parameters=summary.parameters,
+        target_modules=summary.target_modules,
+        layout=summary.layout,
+        source=source_label(found.folder),
+    )
+
+
+def _size(path: Path) -> int:
+    """Return a file's size for planning; one that vanished is refused when it is read."""
+    try:
+        return path.stat(follow_symlinks=False).st_size
+    except OSError:
+        return 0

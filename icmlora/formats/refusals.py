@@ -1,0 +1,141 @@
+"""What is refused by name: fields and tensors that a plain LoRA adapter cannot hold, each with the way out.
+
+Nothing here is dropped in silence: an adapter that came back without one of these would be a different adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from icmlora.errors import AdapterRefused
+from registry.names import printable
+
+_MERGE = "merge it into the base model, extract a plain LoRA with mergekit-extract-lora, and ingest that"
+_WHOLE_LAYERS = "train without modules_to_save, or keep those layers as a model of their own"
+_CONVERT = "convert it with PEFT: save_pretrained(dir, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    kind: str
+    what: str
+    hint: str
+
+
+_FIELDS: dict[str, _Refusal] = {
+    "use_dora": _Refusal("dora", "DoRA, whose magnitudes are no part of a plain LoRA", _MERGE),
+    "modules_to_save": _Refusal("whole-layers", "whole layers beside the LoRA", _WHOLE_LAYERS),
+    "lora_bias": _Refusal("bias", "bias terms", "train with lora_bias=False"),
+    "trainable_token_indices": _Refusal("tokens", "replaced token rows", "train without trainable_token_indices"),
+    "layer_replication": _Refusal("layer-replication", "replicated layers", _MERGE),
+    "alora_invocation_tokens": _Refusal("alora", "an activated LoRA (aLoRA)", "keep it as it is: it cannot be merged"),
+    "use_bdlora": _Refusal("bdlora", "a block-diagonal LoRA (BD-LoRA)", _MERGE),
+    "use_qalora": _Refusal("qalora", "a quantisation-aware LoRA (QALoRA)", _MERGE),
+    "arrow_config": _Refusal("arrow", "routing over several adapters (Arrow)", "ingest the adapters it routes over"),
+    "kasa_config": _Refusal("kasa", "a KaSA adapter, made for a truncated base model", "keep it with its base model"),
+    "monteclora_config": _Refusal("monteclora", "a MonteCLoRA adapter", _MERGE),
+    "target_parameters": _Refusal(
+        "fused-experts", "a LoRA on fused experts", "keep it as it is: its layout is ambiguous"
+    ),
+}
+
+_PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+_CHANGED_BASE = re.compile(r"pissa(_niter_\d{1,6})?|olora|corda|loftq")
+
+# How files say that a feature is not used.
+_UNUSED: tuple[object, ...] = (None, False, "", [], {})
+
+# Checked in this order against the part of a tensor's name after its module.
+_TENSORS: tuple[tuple[re.Pattern[str], _Refusal], ...] = (
+    (re.compile(r"lora_magnitude_vector|dora_scale"), _FIELDS["use_dora"]),
+    (re.compile(r"trainable_tokens_"), _FIELDS["trainable_token_indices"]),
+    (re.compile(r"lora_embedding_[AB]"), _Refusal("embedding", "a LoRA on an embedding", "train linear layers only")),
+    (re.compile(r"lora_diag"), _FIELDS["kasa_config"]),
+    (re.compile(r"lora_monteclora"), _FIELDS["monteclora_config"]),
+    (re.compile(r"lora_velora"), _Refusal("velora", "VeLoRA's training state", "save it again after training")),
+    (re.compile(r"lora_E\b|ranknum"), _Refusal("peft-method", "AdaLoRA", "convert it with peft.save_as_lora")),
+    (re.compile(r"lora_(down|up|mid)\b"), _Refusal("kohya", "kohya or diffusers names", "convert it with diffusers")),
+    (re.compile(r"hada_|lokr_|oft_blocks"), _Refusal("lycoris", "LyCORIS factors", "convert it where it was trained")),
+    (re.compile(r"\blora_[ab]\b"), _Refusal("mlx", "MLX or torchtune names", "convert it to a PEFT folder")),
+    (re.compile(r"\bexperts(\.base_layer)?\.lora_[AB]\b"), _FIELDS["target_parameters"]),
+    (
+        re.compile(r"base_layer\.(?!weight$|bias$).*lora_[AB]\b"),
+        _Refusal("nested", "a LoRA inside a wrapped layer", _MERGE),
+    ),
+    (re.compile(r"\.bias$"), _FIELDS["lora_bias"]),
+    (re.compile(r"\.weight$"), _FIELDS["modules_to_save"]),
+)
+
+
+def refuse_unsupported(fields: dict[str, Any]) -> None:
+    """Refuse a configuration that is no plain LoRA.
+
+    Raises:
+        AdapterRefused: Names the field and says what to do instead.
+    """
+    _check_method(fields)
+    for key, refusal in _FIELDS.items():
+        if fields.get(key) not in _UNUSED:
+            raise AdapterRefused(f"{key} is set: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
+    if fields.get("bias", "none") not in ("none", None):
+        message = f"bias is {printable(repr(fields['bias']), 32)}: bias terms beside the LoRA"
+        raise AdapterRefused(message, kind="bias", hint='train with bias="none"')
+    _check_init(fields.get("init_lora_weights", True))
+    _check_unknown(fields)
+
+
+def refuse_tensor(name: str) -> NoReturn:
+    """Refuse a tensor that is neither a `lora_A` nor a `lora_B` weight, by what it is.
+
+    Raises:
+        AdapterRefused: Always.
+    """
+    for pattern, refusal in _TENSORS:
+        if pattern.search(name):
+            raise AdapterRefused(f"{name}: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
+    raise AdapterRefused(f"{name} is no tensor of a PEFT LoRA adapter", kind="unknown-tensor")
+
+
+def _check_method(fields: dict[str, Any]) -> None:
+    method = fields.get("peft_type")
+    if method == "LORA":
+        return
+    if method is None:
+        mlx = "fine_tune_type" in fields or "lora_parameters" in fields
+        raise AdapterRefused(
+            "adapter_config.json is MLX-LM's, not PEFT's" if mlx else "adapter_config.json has no peft_type",
+            kind="mlx" if mlx else "peft-method",
+            hint="convert it to a PEFT folder" if mlx else 'add "peft_type": "LORA" if it is a plain PEFT LoRA',
+        )
+    message = f"peft_type is {printable(repr(method), 48)}, not LORA"
+    raise AdapterRefused(message, kind="peft-method", hint="convert it with peft.save_as_lora")
+
+
+def _check_init(init: object) -> None:
+    if init is None or isinstance(init, bool):
+        return
+    name = init.lower() if isinstance(init, str) else ""
+    if name in _PLAIN_INITS:
+        return
+    if _CHANGED_BASE.fullmatch(name):
+        message = f"init_lora_weights is {name}: its weights fit a changed base model, not the one it names"
+        raise AdapterRefused(message, kind="init", hint=_CONVERT)
+    raise AdapterRefused(f"init_lora_weights is {printable(repr(init), 48)}, unknown here", kind="init")
+
+
+def _check_unknown(fields: dict[str, Any]) -> None:
+    """Refuse switches that this version does not know: what they change cannot be given back."""
+    for key, value in fields.items():
+        if key not in _KNOWN and value not in _UNUSED and _SWITCH.fullmatch(key):
+            message = f"{printable(key)!r} is set, a variant of LoRA that is unknown here"
+            raise AdapterRefused(message, kind="unknown-variant", hint=_MERGE)
+
+
+# Keys with the shape of a switch that are read here or change nothing once training is over.
+_SWITCH = re.compile(r"use_.*|.*_config")
+_KNOWN = frozenset(
+    {"use_rslora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_config"}
+    | {"runtime_config"}
+)

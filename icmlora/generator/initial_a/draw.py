@@ -1,0 +1,155 @@
+"""The A that an adapter's training began with, drawn again from the seed of that training.
+
+LoRA training begins with B = 0 and a random A, which PEFT draws from torch's CPU generator, module by module, uniform
+in +-1 / sqrt(in). Training moves A, but not far: most of what it becomes still lies in the span of these r rows.
+Whoever knows the seed, and where in the stream each module's draws begin, has the rows for nothing.
+
+The stream is that of MT19937. numpy's `RandomState` yields it too, and promises to do so for ever.
+
+Where an initial A was drawn, as bytes of a code's head: seed (u4) | ranks (K*L x u1) | offsets (K*L x i8).
+
+A rank of 0 says that a module's is not known. Offsets are stored as second differences along the layers, which are zero
+where layers are alike, so that all of it takes some tens of bytes once it is compressed.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icmlora.adapter.layout import ModuleShape
+from icmlora.errors import CodeError
+from icmlora.generator.config import GeneratorConfig
+
+_MANTISSA = (1 << 24) - 1
+
+
+@dataclass(frozen=True)
+class InitialModule:
+    """Where one module's A was drawn."""
+
+    offset: int
+    """Draws before it."""
+    shape: ModuleShape
+
+    @property
+    def end(self) -> int:
+        """Draws up to its end."""
+        return self.offset + self.shape.rank * self.shape.inputs
+
+
+@dataclass(frozen=True)
+class InitialA:
+    """Where the A of an adapter's modules was drawn."""
+
+    seed: int
+    """Of `torch.manual_seed`, modulo 2^32 as MT19937 takes it."""
+    modules: tuple[InitialModule, ...]
+    """In the order of drawing; modules of other origin are not among them."""
+
+
+class UniformStream:
+    """What torch's CPU generator yields as uniform float32 numbers after `torch.manual_seed`, read forwards."""
+
+    def __init__(self, seed: int) -> None:
+        self._bits = np.random.MT19937()
+        self._state = np.random.RandomState(self._bits)  # the legacy interface, because its stream is frozen
+        self.restart(seed)
+
+    def restart(self, seed: int) -> None:
+        """Begin again under another seed: far less work than another stream."""
+        self._state.seed(seed)
+        self._position = 0
+
+    def read(self, offset: int, count: int) -> NDArray[np.float32]:
+        """Return `count` draws that come after `offset` others, uniform in [-1, 1), float32, shape (count,).
+
+        `offset` may not lie before the end of the last draws that were read.
+        """
+        if offset > self._position:
+            self._bits.random_raw(offset - self._position, output=False)
+        self._position = offset + count
+        words = self._state.randint(0, 1 << 32, size=count, dtype=np.uint32)
+        words &= _MANTISSA  # torch takes the lower 24 bits of each word, which float32 holds exactly
+        draws = words.astype(np.float32)
+        draws *= np.float32(2.0**-23)
+        draws -= np.float32(1)
+        return draws
+
+
+def initial_factors(initial: InitialA) -> dict[str, NDArray[np.float32]]:
+    """Return the initial A of each module by name, shape (r, in)."""
+    stream = UniformStream(initial.seed)
+    factors = {}
+    for module in sorted(initial.modules, key=lambda module: module.offset):
+        rank, inputs = module.shape.rank, module.shape.inputs
+        draws = stream.read(module.offset, rank * inputs)
+        draws *= np.float32(inputs**-0.5)
+        factors[module.shape.module] = draws.reshape(rank, inputs)
+    return factors
+
+
+MADE_ELSEWHERE = "icm writes no such code: get it again from where it came, or make it anew with `icm encode`"
+
+
+def initial_size(config: GeneratorConfig) -> int:
+    """Return how many bytes `initial_to_bytes` writes."""
+    return 4 + 9 * len(config.kinds) * config.layers
+
+
+def initial_to_bytes(initial: InitialA | None, config: GeneratorConfig) -> bytes:
+    """Serialise; None is all zeros.
+
+    Raises:
+        NotCovered: The generator does not cover one of the modules.
+    """
+    shape = len(config.kinds), config.layers
+    ranks, offsets = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.int64)
+    for module in () if initial is None else initial.modules:
+        place = config.place_of(module.shape)
+        ranks[place], offsets[place] = module.shape.rank, module.offset
+    for _ in range(2):
+        offsets = np.diff(offsets, axis=1, prepend=0)
+    seed = struct.pack("<I", 0 if initial is None else initial.seed)
+    return seed + ranks.tobytes() + offsets.astype("<i8").tobytes()
+
+
+def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
+    """Read back what `initial_to_bytes` wrote.
+
+    Raises:
+        CodeError: Draws that no adapter of the generator's layout begins with.
+    """
+    (seed,) = struct.unpack_from("<I", data)
+    shape = len(config.kinds), config.layers
+    count = shape[0] * shape[1]
+    ranks = np.frombuffer(data, dtype=np.uint8, offset=4, count=count).reshape(shape)
+    offsets = np.frombuffer(data, dtype="<i8", offset=4 + count, count=count).reshape(shape)
+    for _ in range(2):
+        offsets = np.cumsum(offsets, axis=1)
+    places = np.argwhere(ranks).tolist()
+    if not config.are_modules(places):
+        raise CodeError("the code's initial A names a module twice, or one that there cannot be", hint=MADE_ELSEWHERE)
+    modules = []
+    for kind, layer in places:
+        place = config.kinds[kind]
+        where = ModuleShape(place.module(layer), int(ranks[kind, layer]), place.inputs, place.outputs)
+        modules.append(InitialModule(int(offsets[kind, layer]), where))
+    modules.sort(key=lambda module: module.offset)
+    _check(modules, config)
+    return InitialA(seed, tuple(modules)) if modules else None
+
+
+def _check(modules: list[InitialModule], config: GeneratorConfig) -> None:
+    """Refuse draws that overlap, and a stream so long that reading it would take for ever."""
+    # For each module PEFT draws A twice, and B once.
+    most = 2 * config.slots * config.layers * sum(kind.inputs + kind.outputs for kind in config.kinds)
+    begins = [module.offset for module in modules] + [most]
+    ends = [0] + [module.end for module in modules]
+    if any(module.shape.rank > config.slots for module in modules) or any(
+        begin < end for begin, end in zip(begins, ends, strict=True)
+    ):
+        raise CodeError("the code's initial A is out of its generator's range")

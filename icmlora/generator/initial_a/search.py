@@ -1,0 +1,139 @@
+"""Find the seed that an adapter's training began with.
+
+    for every seed:  is the first module's A like what PEFT would have drawn?  ──yes──▶ follow PEFT on to the others
+
+For each module PEFT makes two linear layers, whose own initial values it draws and throws away, and then draws A
+again: r * in and out * r numbers, then r * in. So the first module's A begins after r * (in + out) draws, and each
+further one as far behind the end of the module before it. Which module is next is seen from which one fits.
+
+Chance agreement of n values is 1 / sqrt(n), so a seed that agrees by six times as much is the right one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.generator.config import ModuleKind, kind_of
+from icmlora.generator.initial_a.draw import InitialA, InitialModule, UniformStream
+
+SEEDS = (*range(10_000), 12345, 31337, 65537, 123456, 1234567)
+"""What is tried. 42 and other numbers of up to four digits are what people and trainers take."""
+_SEEN = 1024
+"""Values of a module that are compared."""
+_LEAST_AGREEMENT = 0.2
+"""Cosine of A and its initial values; below it they have too little in common to be of use."""
+_SURE = 6.0
+"""Standard deviations of chance."""
+_RECENT = 16
+_TABLES = 16
+"""Of 10 MB. There is one for each rank and width of module: three for a Llama layer with everything targeted."""
+
+
+class SeedSearch:
+    """Finds seeds; those that were found before are tried first. What is drawn for all seeds is kept for the next."""
+
+    def __init__(self, seeds: Sequence[int] = SEEDS) -> None:
+        self._seeds = seeds
+        self._recent: deque[int] = deque(maxlen=_RECENT)
+        self._table = lru_cache(_TABLES)(partial(_draws, seeds))
+
+    def find(self, adapter: Adapter) -> InitialA | None:
+        """Return where an adapter's initial A comes from, None if no seed gives it.
+
+        Args:
+            adapter: As its trainer wrote it: in the canonical gauge the rows of A are no longer those of training.
+        """
+        for seed in chain(tuple(self._recent), self._candidates(adapter)):
+            if found := initial_under(adapter, seed):
+                if seed not in self._recent:
+                    self._recent.appendleft(seed)
+                return found
+        return None
+
+    def _candidates(self, adapter: Adapter) -> Iterator[int]:
+        """Yield the seeds under which some module could have been the first that was made."""
+        for module in _first_layer(adapter.modules):
+            head = _head(module)
+            table = self._table(_before(module), len(head))
+            for start in range(0, len(table), _SEEN):
+                agreements = _agreements(table[start : start + _SEEN].astype(np.float32), head)
+                for number in np.flatnonzero(agreements > _least(len(head))).tolist():
+                    yield self._seeds[start + number]
+
+
+def initial_under(adapter: Adapter, seed: int) -> InitialA | None:
+    """Return where an adapter's initial A comes from if it is this seed; the adapter is as its trainer wrote it."""
+    found = _followed(adapter, seed)
+    return InitialA(seed, found) if found else None
+
+
+def _draws(seeds: Sequence[int], offset: int, count: int) -> NDArray[np.int8]:
+    """Return the draws of every seed at one place, in 127ths, shape (seeds, count)."""
+    table = np.empty((len(seeds), count), dtype=np.int8)
+    stream = UniformStream(0)
+    for row, seed in zip(table, seeds, strict=True):
+        stream.restart(seed)
+        row[:] = stream.read(offset, count) * 127
+    return table
+
+
+def _first_layer(modules: Sequence[LoraModule]) -> list[LoraModule]:
+    """Return one module of each kind, that of its lowest number; one of them was made first."""
+    kinds: dict[ModuleKind, LoraModule] = {}
+    for module in modules:  # in natural order
+        kinds.setdefault(kind_of(module.shape)[0], module)
+    return list(kinds.values())
+
+
+def _followed(adapter: Adapter, seed: int) -> tuple[InitialModule, ...]:
+    """Return the modules that PEFT made one after the other under a seed, as far as they fit."""
+    stream, position = UniformStream(seed), 0
+    waiting = {module.name: (module, _head(module)) for module in adapter.modules}
+    drawn = np.zeros(0, dtype=np.float32)  # from `position` on
+    done: list[InitialModule] = []
+    while waiting:
+        reach = max(_before(module) + len(head) for module, head in waiting.values())
+        further = stream.read(position + len(drawn), max(0, reach - len(drawn)))
+        drawn = np.concatenate([drawn, further])
+        fits = {
+            name: float(_agreements(drawn[_before(module) :][None, : len(head)], head)[0]) / _least(len(head))
+            for name, (module, head) in waiting.items()
+        }
+        best = max(fits, key=fits.__getitem__)
+        if fits[best] <= 1:
+            break
+        module, _ = waiting.pop(best)
+        done.append(InitialModule(position + _before(module), module.shape))
+        drawn, position = drawn[done[-1].end - position :], done[-1].end
+    return tuple(done)
+
+
+def _before(module: LoraModule) -> int:
+    """Return how many numbers PEFT draws for a module before its A."""
+    return module.shape.rank * (module.shape.inputs + module.shape.outputs)
+
+
+def _head(module: LoraModule) -> NDArray[np.float32]:
+    """Return the first values of A, of length one (zeros stay zeros), shape (n,)."""
+    head = module.a.reshape(-1)[:_SEEN].double().numpy()
+    scaled: NDArray[np.float32] = (head / max(float(np.linalg.norm(head)), math.ulp(0.0))).astype(np.float32)
+    return scaled
+
+
+def _agreements(draws: NDArray[np.float32], head: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the cosine of rows of draws (m, n) and some values (n,) of length one, shape (m,)."""
+    lengths = np.linalg.norm(draws, axis=1)  # a few draws in 127ths may all be 0
+    cosines: NDArray[np.float32] = draws @ head / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return cosines
+
+
+def _least(count: int) -> float:
+    return max(_LEAST_AGREEMENT, _SURE / math.sqrt(count))

@@ -1,0 +1,142 @@
+"""What the decoder knows of a task's inputs for nothing: the span of the A that training began with.
+
+    inputs of a slot x  =  Q^T (Q x)          +   the rest, across the span
+                           r numbers instead       as before, only that much less of it is left
+                           of as many as inputs
+
+Q is the initial A, weighted as tokens are, made orthonormal: one quantiser step means the same distortion along it as
+along the channels. How much less the rest is, the code says once per kind and rank slot (`shifts`).
+
+The rest is where A has moved, towards what really comes in; the span is random, and little comes in along it. So the
+rest does more of the work than its length says, and much of it rounds to zero. Refinement may make what is left of it
+longer (`boosts`), per kind and rank slot.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.initial_a.draw import InitialA, initial_factors
+from icmlora.generator.sensitivity import Sensitivity
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """The known directions of one task's inputs, on one device."""
+
+    shifts: NDArray[np.int8]
+    """log2 of how much of the inputs is left across it, in eighths, shape (K, S)."""
+    boosts: NDArray[np.int8]
+    """log2 of what the rest is multiplied by once it is decoded, in 64ths, shape (K, S)."""
+    layers: int
+    bases: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By kind: orthonormal rows, float32, shape (L, R, in); rows of zeros where a module has fewer."""
+    ranks: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    """By kind: how many rows each module has, shape (L,)."""
+
+    def rows(self, kind: int) -> int:
+        """Return R, the most rows that a module of a kind has."""
+        return self.bases[kind].shape[1] if kind in self.bases else 0
+
+    def ranks_of(self, kind: int) -> NDArray[np.int64]:
+        """Return how many rows each layer's module of a kind has, shape (L,)."""
+        return self.ranks.get(kind, np.zeros(self.layers, dtype=np.int64))
+
+    def knows(self, kind: int) -> NDArray[np.bool_]:
+        """Say of each layer's module of a kind whether it has rows, shape (L,)."""
+        known: NDArray[np.bool_] = self.ranks_of(kind) > 0
+        return known
+
+    def to(self, device: torch.device) -> Span:
+        """Move everything to a device."""
+        return replace(self, bases={kind: basis.to(device) for kind, basis in self.bases.items()})
+
+    def project(self, kind: int, layer: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return Q x of rows of values.
+
+        Args:
+            kind: Index of the module kind.
+            layer: Of each row, ascending, shape (n,).
+            values: Shape (n, in).
+
+        Returns:
+            Shape (n, R).
+        """
+        if kind not in self.bases:
+            return values.new_zeros(len(values), 0)
+        basis = self.bases[kind].to(values.dtype)
+        return torch.cat([part @ basis[number].T for number, part in _by_layer(layer, values, self.layers)])
+
+    def expand(self, kind: int, layer: torch.Tensor, along: torch.Tensor, size: int) -> torch.Tensor:
+        """Return Q^T y of rows y of shape (n, R), as rows of shape (n, size)."""
+        if kind not in self.bases:
+            return along.new_zeros(len(along), size)
+        basis = self.bases[kind].to(along.dtype)
+        return torch.cat([part @ basis[number] for number, part in _by_layer(layer, along, self.layers)])
+
+    def spread(self, kind: int, layer: torch.Tensor) -> torch.Tensor:
+        """Return the root mean square of a vector of length one along each row, if it lies in the span; (n, R)."""
+        ranks = torch.from_numpy(self.ranks_of(kind)).to(layer.device)[layer]  # (n,)
+        rows = torch.arange(self.rows(kind), device=layer.device)
+        return torch.where(rows < ranks[:, None], ranks.clamp_min(1)[:, None] ** -0.5, 0.0)
+
+
+def span_of(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sensitivity) -> Span:
+    """Draw an initial A and make it orthonormal; without one nothing is known.
+
+    Args:
+        initial: Where it was drawn. Shifts and boosts are 0 at first.
+        config: The generator's configuration.
+        sensitivity: The weights that tokens are made with.
+
+    Raises:
+        NotCovered: The generator does not cover one of the modules.
+    """
+    zeros = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
+    span = Span(zeros, zeros, config.layers)
+    if initial is None:
+        return span
+    factors = initial_factors(initial)
+    alike: defaultdict[tuple[int, int], list[tuple[int, NDArray[np.float32]]]] = defaultdict(list)
+    for module in initial.modules:
+        kind, layer = config.place_of(module.shape)
+        if module.shape.rank < module.shape.inputs:  # else all inputs are in it, and nothing is gained
+            alike[kind, module.shape.rank].append((layer, factors[module.shape.module]))
+    for (kind, rank), modules in alike.items():
+        layers = [layer for layer, _ in modules]
+        span.ranks.setdefault(kind, np.zeros(config.layers, dtype=np.int64))[layers] = rank
+    for kind, ranks in span.ranks.items():
+        span.bases[kind] = torch.zeros(config.layers, int(ranks.max()), config.kinds[kind].inputs)
+    for (kind, rank), modules in alike.items():
+        layers = [layer for layer, _ in modules]
+        rows = torch.from_numpy(np.stack([factor for _, factor in modules]))
+        rows.mul_(torch.exp2(sensitivity.inputs[kind][layers])[:, None])
+        span.bases[kind][layers, :rank] = _orthonormal(rows)
+    return span
+
+
+def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows of the same spans: those of the QR decomposition whose R has a positive diagonal.
+
+    That one is unique, so every machine gets the same rows up to rounding.
+
+    Args:
+        rows: Shape (modules, r, in), r < in.
+
+    Returns:
+        The same shape.
+    """
+    q, r = torch.linalg.qr(rows.double().mT)
+    sign = torch.where(r.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)  # (modules, r)
+    result: torch.Tensor = (q.mT * sign[:, :, None]).float()
+    return result
+
+
+def _by_layer(layer: torch.Tensor, rows: torch.Tensor, layers: int) -> list[tuple[int, torch.Tensor]]:
+    return list(enumerate(torch.split(rows, torch.bincount(layer, minlength=layers).tolist())))

@@ -1,0 +1,288 @@
+"""The safetensors format, read strictly and written deterministically; numpy only, no torch.
+
+    | 8 bytes: N, little endian | N bytes: JSON header, space padded | data, no holes |
+
+The header maps each name to {"dtype", "shape", "data_offsets"}. The public library accepts duplicate keys (the last
+wins), names with escape characters, empty tensors and values that are not finite; this reader refuses them.
+
+Look for NaN and infinity in the raw bits of a tensor file; numpy only, so that ingest never imports torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icmlora.errors import AdapterRefused, UnsafeInput, located
+from icmlora.io.files import open_regular, read_exactly
+from icmlora.io.strict_json import parse_object
+from registry.names import printable
+
+MAX_HEADER_BYTES = 8 * 1024 * 1024
+MAX_TENSORS = 20_000
+MAX_RANK = 4
+MAX_DIMENSION = 2**31
+MAX_FILE_BYTES = 8 * 1024**3
+"""Above any adapter in use: rank 256 on every linear layer of a 70B model is 3.3 GB in bf16."""
+
+ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+
+_NAME = re.compile(r"[A-Za-z0-9_.]{1,512}")
+_PREFIX_BYTES = 8
+_METADATA = "__metadata__"
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: offsets count from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor as bytes, row-major and little endian, ready to be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A checked header: tensors in file order, which leave no hole and end where the file ends."""
+
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+
+    @cached_property
+    def runs(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        """Neighbours of one type: one pass over a run is ten times faster than one per tensor."""
+        return tuple(tuple(run) for _, run in itertools.groupby(self.tensors, key=lambda tensor: tensor.dtype))
+
+
+def read_header(data: bytes | bytearray | memoryview) -> TensorHeader:
+    """Read and check the header of a safetensors file that is in memory as a whole.
+
+    Raises:
+        UnsafeInput: A pickle, a broken limit, a duplicate key or a hostile name.
+        AdapterRefused: Anything else that makes the file no valid safetensors file.
+    """
+    return parse_header(header_text(data), len(data))
+
+
+def header_text(data: bytes | bytearray | memoryview) -> bytes:
+    """Cut the JSON header out of a file in memory; raises as `read_header` does."""
+    view = memoryview(data)
+    length = _header_length(bytes(view[: _PREFIX_BYTES + 1]), len(view))
+    return bytes(view[_PREFIX_BYTES : _PREFIX_BYTES + length])
+
+
+def parse_header(text: bytes, size: int) -> TensorHeader:
+    """Parse and check a header against the size of its file; raises as `read_header` does."""
+    # Each tensor opens one brace; counting them bounds the memory that parsing can take.
+    if text.count(b"{") > MAX_TENSORS + 2:
+        raise UnsafeInput(f"more than {MAX_TENSORS:,} tensors", kind="limits")
+    fields = parse_object(text, what="the safetensors header", max_bytes=MAX_HEADER_BYTES)
+    metadata = _metadata(fields.pop(_METADATA, {}))
+    if not fields:
+        raise AdapterRefused("holds no tensors", kind="empty")
+    start = _PREFIX_BYTES + len(text)
+    tensors = sorted((_tensor(name, value, start) for name, value in fields.items()), key=lambda tensor: tensor.begin)
+    _check_contiguous(tensors, start, size)
+    return TensorHeader(tuple(tensors), metadata)
+
+
+def read_tensor_file(path: Path) -> bytes:
+    """Read a safetensors file from disk; its header is checked against its size before the data is read.
+
+    Raises:
+        UnsafeInput: As `read_header` and `open_regular`.
+        AdapterRefused: As `read_header` and `open_regular`.
+    """
+    with located(path), open_regular(path, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
+        start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)
+        head = read_exactly(descriptor, _PREFIX_BYTES + _header_length(start, size), 0)
+        parse_header(head[_PREFIX_BYTES:], size)
+        return head + read_exactly(descriptor, size - len(head), len(head))
+
+
+def encode(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> bytes:
+    """Serialise tensors; the same tensors and metadata always give the same bytes.
+
+    Names are written in sorted order (the library's order of metadata varies from run to run).
+
+    Args:
+        tensors: Name to tensor.
+        metadata: Text keys and values; `{"format": "pt"}` is what readers of adapters expect.
+
+    Raises:
+        ValueError: A tensor's bytes do not fit its shape.
+    """
+    header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    # Wide types first keeps every tensor aligned, as the format asks for.
+    order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
+    for name in order:
+        tensor = tensors[name]
+        if len(tensor.data) != math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]:
+            raise ValueError(f"{name}: {len(tensor.data)} bytes do not fill {tensor.dtype} {tensor.shape}")
+        end = offset + len(tensor.data)
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *(tensors[name].data for name in order)])
+
+
+def _header_length(start: bytes, size: int) -> int:
+    length = int.from_bytes(start[:_PREFIX_BYTES], "little")
+    if size > _PREFIX_BYTES and start[_PREFIX_BYTES:] == b"{" and length <= min(MAX_HEADER_BYTES, size - _PREFIX_BYTES):
+        return length
+    # Only now: the length of a good header may begin with the same two bytes as a pickle (640 is 80 02).
+    _refuse_other_format(start)
+    if size <= _PREFIX_BYTES:
+        raise AdapterRefused(f"has {size} bytes, too few for a safetensors file", kind="damaged")
+    if length > MAX_HEADER_BYTES:
+        message = f"claims a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}"
+        raise UnsafeInput(message, kind="limits")
+    if length > size - _PREFIX_BYTES:
+        message = f"claims a header of {length:,} bytes but has {size:,} in all"
+        raise AdapterRefused(message, kind="damaged", hint="fetch the file again: it seems cut short")
+    raise AdapterRefused("the header does not start with '{'", kind="damaged")
+
+
+def _refuse_other_format(start: bytes) -> None:
+    if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        raise UnsafeInput(
+            "a pickle (a PyTorch file), which could run code: it was not opened",
+            kind="pickle",
+            hint="re-save the adapter as safetensors where it was trained",
+        )
+    if start.startswith(b"version "):
+        raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
+    if start.startswith(b"GGUF"):
+        raise AdapterRefused("a GGUF file, not safetensors", kind="gguf", hint="give the PEFT folder it was made from")
+
+
+def _check_contiguous(tensors: list[TensorInfo], start: int, size: int) -> None:
+    expected = start
+    for tensor in tensors:
+        if tensor.begin != expected:
+            word = "overlaps the tensor before it" if tensor.begin < expected else "leaves a hole before it"
+            raise AdapterRefused(f"{tensor.name} {word}", kind="damaged")
+        expected = tensor.end
+    if expected != size:
+        message = f"its tensors end at byte {expected:,} but the file has {size:,}"
+        raise AdapterRefused(message, kind="damaged", hint="fetch the file again")
+
+
+def _metadata(value: object) -> Mapping[str, str]:
+    if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+        return value
+    raise AdapterRefused("the header's metadata is not a map of text to text", kind="damaged")
+
+
+def _tensor(name: str, value: object, start: int) -> TensorInfo:
+    if not _NAME.fullmatch(name):
+        raise UnsafeInput(f"the tensor name {printable(name)!r} is not plain", kind="name")
+    if not isinstance(value, dict) or set(value) != _FIELDS:
+        raise AdapterRefused(f"{name} has no plain dtype, shape and data_offsets", kind="damaged")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        message = f"{name} has the type {printable(str(dtype), 32)}; F32, F16 and BF16 are supported"
+        raise AdapterRefused(message, kind="dtype")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        raise AdapterRefused(f"{name} has a shape or offsets that are no whole numbers", kind="damaged")
+    if len(shape) > MAX_RANK or any(size > MAX_DIMENSION for size in shape):
+        raise UnsafeInput(f"{name} has the shape {printable(str(shape), 64)}", kind="limits")
+    if 0 in shape:
+        hint = "an un-gathered ZeRO-3 or FSDP save looks like this: gather the weights, then save"
+        raise AdapterRefused(f"{name} is empty: shape {shape}", kind="shape", hint=hint)
+    if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise AdapterRefused(f"{name} has offsets that do not fit {dtype} {shape}", kind="damaged")
+    return TensorInfo(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
+
+
+Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+# All bits of the exponent: a value that has them all set is NaN or infinite.
+_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+_MANTISSA = {"F32": 0x007FFFFF, "F16": 0x03FF, "BF16": 0x007F}
+# Elements looked at together: half a megabyte or one, which stays in the processor's cache for the second look.
+_CHUNK = 256 * 1024
+
+
+def check_finite(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
+    """Check that every value of a file is finite.
+
+    Raises:
+        AdapterRefused: Names the tensor, the value and the position of the first one that is not.
+    """
+    for run in header.runs:
+        dtype = run[0].dtype
+        if not _all_finite(bits(data, dtype, run[0].begin, run[-1].end), _EXPONENT[dtype]):
+            _refuse_first(data, header)
+
+
+def bits(data: bytes | bytearray | memoryview, dtype: str, begin: int, end: int) -> Bits:
+    """View the bytes from `begin` to `end` as unsigned integers of the type's width, without a copy."""
+    kind = np.dtype("<u4" if ITEM_BYTES[dtype] == 4 else "<u2")
+    return np.frombuffer(data, dtype=kind, count=(end - begin) // kind.itemsize, offset=begin)
+
+
+def _all_finite(values: Bits, exponent: int) -> bool:
+    """Say whether no value has all bits of the exponent set.
+
+    Those that have are the largest integers: the positive ones if the highest bit is read as a sign, the negative ones
+    if it is not. Two maxima need no memory; a mask over all values would take as much as they do.
+    """
+    negative = exponent | 1 << (8 * values.itemsize - 1)
+    signed = values.view(f"<i{values.itemsize}")
+    return all(
+        int(signed[start : start + _CHUNK].max()) < exponent and int(values[start : start + _CHUNK].max()) < negative
+        for start in range(0, values.size, _CHUNK)
+    )
+
+
+def _refuse_first(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
+    for tensor in header.tensors:
+        values = bits(data, tensor.dtype, tensor.begin, tensor.end)
+        wrong = np.flatnonzero((values & _EXPONENT[tensor.dtype]) == _EXPONENT[tensor.dtype])
+        if wrong.size:
+            index = int(wrong[0])
+            raise AdapterRefused(
+                f"{tensor.name} holds {_value_name(int(values[index]), tensor)} at {_position(index, tensor)}"
+                f" ({wrong.size:,} such values in it)",
+                kind="non-finite",
+                hint="the training run diverged: take an earlier checkpoint",
+            )
+
+
+def _value_name(value: int, tensor: TensorInfo) -> str:
+    if value & _MANTISSA[tensor.dtype]:
+        return "NaN"
+    return "-Inf" if value >> (8 * ITEM_BYTES[tensor.dtype] - 1) else "Inf"
+
+
+def _position(index: int, tensor: TensorInfo) -> str:
+    return str([int(axis) for axis in np.unravel_index(index, tensor.shape)]) if tensor.shape else "[]"

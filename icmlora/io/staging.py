@@ -1,0 +1,245 @@
+"""What is built beside its target, locked as long as its process lives; what a killed run left there is unlocked.
+
+The lock is taken after the entry can be seen, so another run may take it for abandoned in between and remove it. It
+removes under the lock, and who builds looks whether the entry is still there once the lock is held.
+
+Write one large file so that it appears as a whole or not at all, and stays after a crash.
+
+The file grows as `NAME.icm-XXXXXXXX` beside the target, is made durable, and renamed. What a killed run left behind is
+recognised by its lock, which died with the process, and removed by the next run for the same target.
+
+Write a folder of files so that it appears as a whole or not at all, and stays after a crash.
+
+The files are built in `NAME.icm-XXXXXXXX` beside the target, made durable, and renamed. What a killed run left behind
+is recognised by its lock, which died with the process, and removed by the next run for the same target.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from icmlora.errors import OutputExists
+from icmlora.formats.tree import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from icmlora.io.files import fsync_folder, write_durably, write_synced
+
+_SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
+
+
+def locked_beside(target: Path, *, flags: int, create: Callable[[Path], object]) -> tuple[Path, int]:
+    """Make a new, locked entry `NAME.icm-XXXXXXXX` in the target's folder.
+
+    Args:
+        target: What it will be renamed to.
+        flags: How the entry is opened.
+        create: Makes an empty entry of a given path.
+
+    Returns:
+        The entry, and the descriptor that holds the lock until it is closed.
+    """
+    while True:
+        entry = target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
+        create(entry)
+        try:
+            descriptor = os.open(entry, flags)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_at(entry, descriptor):
+            return entry, descriptor
+        os.close(descriptor)
+
+
+def remove_leftovers(target: Path, *, flags: int, remove: Callable[[Path], object]) -> None:
+    """Remove what runs for the same target left that are dead.
+
+    Args:
+        target: What they meant to write.
+        flags: How such an entry is opened, besides for reading and without following links; one that cannot be opened
+            so is left alone.
+        remove: Removes one entry.
+    """
+    for entry in target.parent.iterdir():
+        suffix = entry.name.removeprefix(target.name)
+        if suffix != entry.name and _SUFFIX.fullmatch(suffix):
+            _remove_abandoned(entry, flags, remove)
+
+
+def _remove_abandoned(entry: Path, flags: int, remove: Callable[[Path], object]) -> None:
+    try:
+        descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | flags)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return
+    else:
+        remove(entry)
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(entry: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(entry.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for writing; it is at `path` after the block, and not at all if the block raises.
+
+    Args:
+        path: The file; missing parents are made. A link is followed.
+        force: Replace a file that exists.
+
+    Raises:
+        OutputExists: It exists and `force` is not given, or is no file.
+        OSError: The file system refused; nothing was left at `path` that was not there.
+    """
+    target = Path(os.path.realpath(path))
+    check_absent(path, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target, flags=os.O_NONBLOCK, remove=lambda entry: entry.unlink(missing_ok=True))
+    temporary, descriptor = locked_beside(target, flags=os.O_WRONLY, create=partial(Path.touch, exist_ok=False))
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+            check_absent(path, force=force)  # once more: writing took a while
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(target.parent)
+
+
+def check_absent(path: Path, *, force: bool = False) -> None:
+    """Check that a file can be written, before the work of making its content.
+
+    Raises:
+        OutputExists: As `writing_file`.
+    """
+    if path.exists() and not path.is_file():
+        raise OutputExists("is not a file", path=path)
+    if path.exists() and not force:
+        raise OutputExists("exists already", path=path, hint="choose another name, or replace it with --force")
+
+
+def check_free(directory: Path, *, force: bool = False) -> None:
+    """Check that a folder can be written, before the work of making its content.
+
+    Raises:
+        OutputExists: It holds something and `force` is not given, or is no folder.
+        PermissionError: Nothing can be made where it is to be.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise OutputExists("is not a folder", path=directory)
+    if not force and directory.is_dir() and any(directory.iterdir()):
+        hint = "choose another folder, or replace the adapter in it with --force"
+        raise OutputExists("the folder is not empty", path=directory, hint=hint)
+    target = Path(os.path.realpath(directory))
+    place = next(parent for parent in target.parents if parent.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
+def write_original(config: bytes, weights: bytes, card: bytes | str, directory: Path, *, force: bool = False) -> None:
+    """Write stored bytes, unchanged, as a PEFT folder; torch is not needed for it.
+
+    Args:
+        config: Content of `adapter_config.json`.
+        weights: Content of `adapter_model.safetensors`.
+        card: Content of README.md.
+        directory: The folder, absent or empty unless `force`.
+        force: Replace the adapter in a folder that holds something: weights first, configuration last.
+
+    Raises:
+        OutputExists: As `check_free`.
+    """
+    text = card.encode() if isinstance(card, str) else card
+    write_folder(directory, {WEIGHTS_NAME: weights, CARD_NAME: text, CONFIG_NAME: config}, force=force)
+
+
+def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
+    """Write files as the content of a folder.
+
+    Args:
+        directory: The folder; it may exist if it is empty. Missing parents are made.
+        files: Name to content, in the order in which they are replaced under `force`.
+        force: Replace these files in a folder that holds something; other files in it stay. If that is cut short,
+            there is no configuration, so the folder is no adapter until the same is done again.
+
+    Raises:
+        OutputExists: As `check_free`, or the folder was filled by someone else meanwhile.
+        OSError: The file system refused; nothing was left at `directory`.
+    """
+    check_free(directory, force=force)
+    if force and directory.is_dir() and any(directory.iterdir()):
+        _replace(_cleared(directory), files)
+        return
+    with building_folder(directory) as folder:
+        for name, data in files.items():
+            write_synced(folder / name, data)
+
+
+@contextmanager
+def building_folder(directory: Path) -> Iterator[Path]:
+    """Make a folder beside another, absent or empty one, whose place it takes after the block unless the block raises.
+
+    Args:
+        directory: The folder to make. Missing parents are made. A link is followed.
+
+    Yields:
+        The folder to fill with files; they are to be synced in the block.
+
+    Raises:
+        OutputExists: The folder was filled by someone else meanwhile.
+        OSError: The file system refused; nothing was left at `directory`.
+    """
+    target = _cleared(directory)
+    folder, lock = locked_beside(target, flags=os.O_DIRECTORY, create=Path.mkdir)
+    try:
+        yield folder
+        fsync_folder(folder)
+        try:
+            folder.rename(target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise OutputExists("the folder was filled by someone else meanwhile", path=directory) from None
+            raise
+    finally:
+        os.close(lock)
+        _remove_folder(folder)
+    fsync_folder(target.parent)
+
+
+def _cleared(directory: Path) -> Path:
+    """Return where a folder really is, or will be, once its parents are there and leftovers of killed runs are gone."""
+    target = Path(os.path.realpath(directory))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target, flags=os.O_DIRECTORY, remove=_remove_folder)
+    return target
+
+
+def _replace(target: Path, files: Mapping[str, bytes]) -> None:
+    """Replace files one by one, without the configuration meanwhile: a mixture of two adapters must not load."""
+    (target / CONFIG_NAME).unlink(missing_ok=True)
+    fsync_folder(target)
+    for name, data in files.items():
+        write_durably(target / name, data)
+
+
+def _remove_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,75 @@
+"""Between a tensor file and torch tensors: exact widening on the way in, checked rounding on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from icmlora.errors import AdapterRefused
+from icmlora.io.safetensors import RawTensor, TensorHeader, bits, encode, read_header
+
+DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+_TORCH: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -> dict[str, torch.Tensor]:
+    """Read every tensor of a checked file as float32; F16 and BF16 widen exactly.
+
+    Args:
+        data: The whole file.
+        header: Its header, from `icmlora.tensorfile.read_header`.
+
+    Returns:
+        Name to tensor, in file order; neighbours may share storage.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for run in header.runs:
+        # A copy: torch must neither see read-only memory nor an address that is not a multiple of the item size.
+        raw = torch.from_numpy(bits(data, run[0].dtype, run[0].begin, run[-1].end).copy())
+        values = raw.view(_TORCH[run[0].dtype]).float()
+        offset = 0
+        for info in run:
+            count = (info.end - info.begin) * values.numel() // (run[-1].end - run[0].begin)
+            tensors[info.name] = values[offset : offset + count].view(info.shape)
+            offset += count
+    return tensors
+
+
+def decode_torch(data: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Check a whole tensor file and read it as float32.
+
+    Returns:
+        Its header text, and name to tensor.
+
+    Raises:
+        AdapterRefused: Not a well-formed tensor file.
+    """
+    header = read_header(data)
+    return dict(header.metadata), decode_float32(data, header)
+
+
+def encode_torch(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, dtype: str) -> bytes:
+    """Serialise tensors as one type, rounding to nearest even; deterministic.
+
+    Args:
+        tensors: Name to tensor.
+        metadata: Text for the header.
+        dtype: "float32", "float16" or "bfloat16".
+
+    Raises:
+        AdapterRefused: A value that is not finite in that type (float16 ends at 65504).
+    """
+    name = DTYPE_NAMES[dtype]
+    return encode({key: _raw(key, tensor, name) for key, tensor in tensors.items()}, metadata)
+
+
+def _raw(key: str, tensor: torch.Tensor, dtype: str) -> RawTensor:
+    narrow = tensor.detach().to("cpu", _TORCH[dtype]).contiguous()
+    # The sum is finite only if every value is, and costs one pass; the exact test runs when the sum overflowed.
+    if not torch.isfinite(narrow.sum(dtype=torch.float64)) and not torch.isfinite(narrow).all():
+        message = f"{key} holds a value that {dtype} cannot hold"
+        raise AdapterRefused(message, kind="overflow", hint="write float32")
+    width = torch.int32 if dtype == "F32" else torch.int16
+    return RawTensor(dtype, tuple(narrow.shape), narrow.view(width).numpy().tobytes())

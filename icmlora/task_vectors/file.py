@@ -1,0 +1,183 @@
+"""The bytes of all vectors of a task: what its support sets share once, what tells them apart coarsely, range-coded.
+
+    ICMT 2 | views (1) | length (4) | per view: which, sets, exponent, slope, two scales (8) | words | check (8)
+
+    sets ──cosine transform over the sets──▶ mean, differences ──one step──▶ integers
+                                               `── of a later view: less what the first view's mean predicts
+
+The sets of a task are so many looks at one thing, so their spread says how precise a look is: the step is 1.3 times the
+typical difference, to an eighth of an octave. That moves a set by a fifth of its distance from another set, and the
+mean by a sixth of a set's distance from it, where drawing other samples would move the mean by more than half of that.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icmlora.errors import CodeError, DataError
+from icmlora.generator.entropy_coding import LIMIT, Reader, Writer, clip
+from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
+from icmlora.io.checksum import seal, unseal
+from icmlora.task_vectors.vector import View
+
+if TYPE_CHECKING:
+    import torch
+
+Floats = NDArray[np.float64]
+
+_MAGIC = b"ICMT\x02"
+_HEAD = struct.Struct("<BI")
+_VIEW = struct.Struct("<BBhhbb")
+_VIEWS: tuple[View, ...] = get_args(View)
+"""The order of views in a file, and their numbers."""
+_TYPICAL = 0.6745
+"""Median magnitude of a standard normal value: outliers must not set the step."""
+_STEP = 2.0 ** (3 / OCTAVE)
+"""Of a typical difference between sets."""
+_SINGLE, _FINEST = 1 / 8, 1 / 64
+"""Of a typical value: the step of a set that is alone, and the finest of all."""
+_ONE = 256
+"""Unit of a slope."""
+_STEEPEST = 15 * _ONE
+"""Keeps what is left of a value within the largest integer: values take up to a sixteenth of it."""
+_LARGEST = 1 << 24
+_EXTREME = 130 * OCTAVE
+
+
+@dataclass(frozen=True)
+class _ViewHead:
+    """How the integers of one view are written; `slope` is of the first view's mean, in 256ths and in steps."""
+
+    which: int
+    sets: int
+    exponent: int
+    slope: int
+    mean_scale: int
+    spread_scale: int
+
+    def predicted(self, first: Floats) -> Floats:
+        """Return what the first view's mean says of this one's: whole numbers that doubles hold exactly."""
+        prediction: Floats = np.floor((self.slope * first + _ONE // 2) / _ONE)
+        return prediction
+
+    @property
+    def step(self) -> float:
+        """The quantiser's step."""
+        return float(2.0 ** (self.exponent / OCTAVE))
+
+    def is_sound(self) -> bool:
+        """Whether an encoder could have written it."""
+        scales = (self.mean_scale, self.spread_scale)
+        in_range = all(SMALLEST <= scale <= LARGEST for scale in scales) and abs(self.exponent) <= _EXTREME
+        return in_range and self.sets > 0 and self.which < len(_VIEWS)
+
+
+def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
+    """Write the vectors of a task, by view float32 of shape (support sets, hidden size); equal values give equal bytes.
+
+    Raises:
+        ValueError: No view, other shapes, more than 255 sets, or values that are not finite.
+    """
+    exact = {view: values.detach().cpu().double().numpy() for view, values in views.items()}
+    lengths = {values.shape[-1] for values in exact.values() if values.ndim == 2 and 1 <= len(values) <= 255}
+    if len(lengths) != 1 or not all(values.ndim == 2 and np.isfinite(values).all() for values in exact.values()):
+        raise ValueError("task vectors are rows of finite values, equally long in every view")
+    length = lengths.pop()
+    heads, writer = b"", Writer()
+    first = np.zeros(length)
+    present = [view for view in _VIEWS if view in exact]
+    for view in present:
+        head, integers = _quantised(_VIEWS.index(view), exact[view], first)
+        writer.write(clip(integers[0] - head.predicted(first)), np.full(length, head.mean_scale, dtype=np.int32))
+        writer.write(clip(integers[1:].ravel()), np.full(integers[1:].size, head.spread_scale, dtype=np.int32))
+        first = first if heads else integers[0]
+        heads += _VIEW.pack(*astuple(head))
+    return seal(_MAGIC + _HEAD.pack(len(present), length) + heads + writer.to_bytes())
+
+
+def vectors_from_bytes(data: bytes) -> dict[View, torch.Tensor]:
+    """Read the vectors of a task as `arrays_from_bytes`, as tensors."""
+    import torch  # it takes seconds to import, and a command that compares vectors needs none of it
+
+    return {view: torch.from_numpy(values) for view, values in arrays_from_bytes(data).items()}
+
+
+def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
+    """Read the vectors of a task, by view float32 of shape (support sets, hidden size).
+
+    Raises:
+        DataError: The bytes are no task vectors, or damaged.
+    """
+    content = unseal(data)
+    if content is None or not content.startswith(_MAGIC) or len(content) < len(_MAGIC) + _HEAD.size:
+        raise DataError("no task vectors: other bytes, or damaged", hint="`icm vectors --again` makes them again")
+    count, length = _HEAD.unpack_from(content, len(_MAGIC))
+    start = len(_MAGIC) + _HEAD.size
+    end = start + count * _VIEW.size
+    heads = [_ViewHead(*fields) for fields in _VIEW.iter_unpack(content[start:end])] if end <= len(content) else []
+    is_sound = bool(heads) and all(head.is_sound() for head in heads)
+    if not is_sound or not 1 <= length * sum(head.sets for head in heads) <= _LARGEST:
+        raise DataError("no task vectors: their head is out of range")
+    try:
+        return _read(Reader(content[end:]), heads, length)
+    except CodeError as error:
+        raise DataError(f"no task vectors: {error.message}") from error
+
+
+def _read(reader: Reader, heads: list[_ViewHead], length: int) -> dict[View, NDArray[np.float32]]:
+    views: dict[View, NDArray[np.float32]] = {}
+    first = np.zeros(length)
+    for head in heads:
+        mean = reader.read(np.full(length, head.mean_scale, dtype=np.int32)) + head.predicted(first)
+        rest = reader.read(np.full((head.sets - 1) * length, head.spread_scale, dtype=np.int32))
+        first = first if views else mean
+        integers = np.concatenate([mean, rest]).reshape(head.sets, length)
+        values = _cosines(head.sets).T @ (integers * head.step)
+        views[_VIEWS[head.which]] = values.astype(np.float32)
+    return views
+
+
+def _quantised(which: int, exact: Floats, first: Floats) -> tuple[_ViewHead, Floats]:
+    """Return how a view is written, and its whole numbers, (sets, length): the mean in the first row."""
+    coefficients = _cosines(len(exact)) @ exact
+    typical = _typical(exact)
+    step = _STEP * _typical(coefficients[1:]) if len(exact) > 1 else _SINGLE * typical
+    # Neither may the mean take more steps than a scale has, nor an outlier more than an integer.
+    step = max(step, _FINEST * typical, 16 * float(np.abs(coefficients).max(initial=0.0)) / LIMIT, 2.0**-120)
+    exponent = round(OCTAVE * np.log2(step))
+    steps = coefficients / 2.0 ** (exponent / OCTAVE)
+    head = _ViewHead(which, len(exact), exponent, _slope(steps[0], first), 0, _scale(steps[1:]))
+    return replace(head, mean_scale=_scale(steps[0] - head.predicted(first))), np.rint(steps)
+
+
+def _slope(mean: Floats, first: Floats) -> int:
+    """Return what one view's mean is of another's, in 256ths, by least squares over values that are no outliers."""
+    near, near_first = np.clip(mean, *_bounds(mean)), np.clip(first, *_bounds(first))
+    slope = float(near @ near_first) / max(float(near_first @ near_first), 1.0)
+    return int(np.clip(np.rint(_ONE * slope), -_STEEPEST, _STEEPEST))
+
+
+def _bounds(values: Floats) -> tuple[float, float]:
+    return -4 * _typical(values), 4 * _typical(values)
+
+
+def _scale(steps: Floats) -> int:
+    return int(np.clip(np.rint(OCTAVE * np.log2(max(_typical(steps), 2.0**-4))), SMALLEST, LARGEST))
+
+
+def _typical(values: Floats) -> float:
+    return float(np.median(np.abs(values))) / _TYPICAL if values.size else 0.0
+
+
+def _cosines(sets: int) -> Floats:
+    """Return the orthonormal cosine transform, (sets, sets): the first row makes the mean, the others differences."""
+    angles = np.pi / sets * np.outer(np.arange(sets), np.arange(sets) + 0.5)
+    rows: Floats = np.cos(angles) * np.sqrt(2 / sets)
+    rows[0] /= np.sqrt(2)
+    return rows

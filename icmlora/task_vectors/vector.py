@@ -1,0 +1,119 @@
+"""Task vectors: the condition of the generator, with a description of what made them.
+
+    samples --split_samples--> support sets --extract_*--> TaskVector(view, support_set, values)
+
+View "adapted" is the paper's (arXiv 2501.17635): base model plus adapter, last layer, last position, mean over samples.
+View "context" needs no adapter: the base model reads the samples as consecutive demonstrations, mean over positions.
+Both views of a task come from the same support sets; sets are disjoint: each is an independent look at the task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from icmlora.base_models.examples import spread
+from icmlora.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+View = Literal["adapted", "context"]
+Source = Literal["samples", "probes"]
+
+VERSION = 1
+"""Raised whenever the same samples would give other vectors than before."""
+
+
+@dataclass(frozen=True)
+class VectorSettings:
+    """How much text a task vector is made from; the defaults read about 6,000 tokens per task for both views."""
+
+    support_sets: int = 4
+    """Disjoint sets of samples, each giving one vector per view."""
+
+    set_size: int = 8
+    """Samples in a set."""
+
+    sample_tokens: int = 128
+    """Tokens of a sample that the adapted view reads."""
+
+    context_tokens: int = 512
+    """Tokens of all demonstrations together in the context view; each sample of the set gets an equal share."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to read.
+
+        Raises:
+            ValueError: A number is too small.
+        """
+        if min(self.support_sets, self.set_size, self.sample_tokens) < 1 or self.context_tokens < self.set_size:
+            raise ValueError("task vectors need at least one set of one sample of one token")
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """What made a task vector; vectors of different extractors must not be mixed.
+
+    Attributes:
+        view: Which view.
+        source: Whether the texts were the task's samples or the bundled probes.
+        settings: How much text was read.
+        dtype: Precision of the base model.
+        base: Fingerprint of the base model.
+        version: Version of the procedure.
+    """
+
+    view: View
+    source: Source
+    settings: VectorSettings
+    dtype: str
+    base: str
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """Return the canonical JSON text: equal extractors give equal text."""
+        fields = {"name": "hidden-state", **asdict(self)}
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """One look at a task.
+
+    Attributes:
+        view: "adapted" or "context".
+        support_set: Number of the support set, from 0.
+        values: float32, shape (hidden size,).
+        extractor: What made it.
+    """
+
+    view: View
+    support_set: int
+    values: torch.Tensor
+    extractor: Extractor
+
+
+def split_samples(samples: Sequence[str], settings: VectorSettings | None = None) -> tuple[tuple[str, ...], ...]:
+    """Choose disjoint support sets out of a task's samples.
+
+    The chosen samples are spread evenly over the file and dealt out in turn, so that a file sorted by topic gives sets
+    that are alike. With fewer samples there are fewer sets; with less than one full set, one set of all samples.
+
+    Args:
+        samples: The texts, in the order of the file.
+        settings: How many sets of how many samples; None for the defaults.
+
+    Raises:
+        DataError: There is no sample.
+    """
+    settings = settings or VectorSettings()
+    if not samples:
+        raise DataError(
+            "a task vector needs at least one sample", hint="give the task a samples.jsonl, or use the bundled probes"
+        )
+    sets = max(1, min(settings.support_sets, len(samples) // settings.set_size))
+    picked = spread(samples, sets * settings.set_size)
+    return tuple(tuple(picked[number::sets]) for number in range(sets))

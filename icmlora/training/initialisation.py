@@ -1,0 +1,141 @@
+"""Where training begins: a fresh network set to the fleet's statistics, or a present generator made to fit."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.cvae import CVAE, VIEWS, ConditionNet
+from icmlora.generator.sensitivity import Sensitivity, even
+from icmlora.generator.tokens import tokenize
+from icmlora.io.devices import seed_everything
+from icmlora.training.source import Fleet
+
+# Spread of a log2 norm that no second adapter has been seen for.
+_DEFAULT_SPREAD = 0.5
+# Of a component of the task vectors, relative to its mean.
+_LEAST_SPREAD = 2.0**-12
+# How the parameters begin that encode, which tuning leaves alone.
+_READERS = ("condition.", "encoder.", "prior.")
+
+
+def fresh_network(config: GeneratorConfig, fleet: Fleet, seed: int, sensitivity: Sensitivity | None = None) -> CVAE:
+    """Make a network whose norm tables and vector standardisation are those of the fleet's final adapters.
+
+    Args:
+        config: The network's sizes.
+        fleet: Read once.
+        seed: Of the initial values.
+        sensitivity: The weights of the base model's channels; without, all count the same.
+    """
+    seed_everything(seed)
+    net = CVAE(config)
+    net.sensitivity = sensitivity or even(config)
+    _standardise(net.condition, fleet)
+    _set_norms(net, fleet)
+    return net
+
+
+def grown_network(
+    config: GeneratorConfig, previous: CVAE, fleet: Fleet, seed: int, sensitivity: Sensitivity | None = None
+) -> CVAE:
+    """Make a network for a grown fleet that starts from a present one wherever the two agree.
+
+    New kinds, layers and slots start fresh. The standardisation of task vectors is kept, so that the present
+    network's condition still means what it meant; so are the channel weights, unless there are new ones.
+    """
+    old = previous.config
+    net = fresh_network(config, fleet, seed, sensitivity or _grown_weights(config, previous))
+    if old.condition_size == config.condition_size:
+        net.condition.load_state_dict(previous.condition.state_dict())
+    places = torch.tensor([config.kinds.index(kind) for kind in old.kinds])
+    sides = torch.stack([2 * places, 2 * places + 1], dim=1).flatten()
+    with torch.no_grad():
+        for name in ("prior", "enter", "mix", "modulate", "leave"):
+            getattr(net, name).load_state_dict(getattr(previous, name).state_dict())
+        for name in ("enter", "leave"):
+            getattr(net.encoder, name).load_state_dict(getattr(previous.encoder, name).state_dict())
+        net.layer.weight[: old.layers] = previous.layer.weight
+        net.slot.weight[: old.slots] = previous.slot.weight
+        net.factor.weight[sides] = previous.factor.weight
+        net.gain.weight[places], net.gain.bias[places] = previous.gain.weight, previous.gain.bias
+        net.norm_mean[places, : old.layers, : old.slots] = previous.norm_mean
+        net.norm_spread[places, : old.slots] = previous.norm_spread
+        net.spread[places, :, : old.layers, : old.slots] = previous.spread
+        for number, place in enumerate(places.tolist()):
+            net.encoder.sketch_in[place].copy_(previous.encoder.sketch_in[number])
+            net.encoder.sketch_out[place].copy_(previous.encoder.sketch_out[number])
+            for side in (0, 1):
+                net.directions[2 * place + side].copy_(previous.directions[2 * number + side])
+    return net
+
+
+def tunable_network(previous: CVAE) -> CVAE:
+    """Make a copy of a network of which only the decoder is trained: what reads adapters and vectors stays."""
+    net = copy.deepcopy(previous)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(not name.startswith(_READERS))
+    return net
+
+
+def _grown_weights(config: GeneratorConfig, previous: CVAE) -> Sensitivity:
+    """Return the weights of a present network; modules that it does not have count as one."""
+    weights, old = even(config), previous.sensitivity
+    for number, kind in enumerate(previous.config.kinds):
+        place, layers = config.kinds.index(kind), previous.config.layers
+        weights.inputs[place][:layers], weights.outputs[place][:layers] = old.inputs[number], old.outputs[number]
+    return weights
+
+
+def _standardise(condition: ConditionNet, fleet: Fleet) -> None:
+    if not len(condition.views):
+        return
+    count = torch.zeros(len(VIEWS), 1)
+    total, squares = torch.zeros((2, *condition.shift.shape), dtype=torch.float64)
+    for task in range(fleet.tasks()):
+        for support_set in range(fleet.support_sets(task)):
+            for view, vector in fleet.vectors(task, support_set).items():
+                row = VIEWS.index(view)
+                count[row] += 1
+                total[row] += vector
+                squares[row] += vector.double().square()
+    seen = count.clamp_min(1)
+    variance = (squares / seen - (total / seen).square()).clamp_min(0)
+    # A view of one vector has no spread; dividing by it would blow the first new task up.
+    mean, scale = total / seen, torch.where(variance > 1e-12, variance.sqrt(), 1.0)
+    # The shift mean / scale is stored as an integer, which has an end.
+    condition.standardise(mean.float(), torch.maximum(scale, mean.abs() * _LEAST_SPREAD).float())
+
+
+@torch.no_grad()
+def _set_norms(net: CVAE, fleet: Fleet) -> None:
+    # float64: the variance is the difference of two nearly equal numbers.
+    count, total, squares = torch.zeros((3, *net.norm_mean.shape), dtype=torch.float64)
+    for task in range(fleet.tasks()):
+        for group in tokenize(fleet.load(task, None), net.config, net.sensitivity):
+            places = (torch.full_like(group.layer, group.kind), group.layer, group.slot)
+            log = group.norm.double().log2()
+            count.index_put_(places, torch.ones_like(log), accumulate=True)
+            total.index_put_(places, log, accumulate=True)
+            squares.index_put_(places, log.square(), accumulate=True)
+    mean = total / count.clamp_min(1)
+    variance = (squares / count.clamp_min(1) - mean.square()).clamp_min(0)
+    pooled = (variance * count).sum(1) / count.sum(1).clamp_min(1)  # (K, S)
+    net.norm_mean.copy_(_filled(total, count))
+    net.norm_spread.copy_(torch.where(pooled > 1e-6, pooled.sqrt(), _DEFAULT_SPREAD).log2())
+
+
+def _filled(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each cell (K, L, S), and a guess where no final adapter has one.
+
+    The guess is the mean of that slot over the kind's other layers, else that of the slot before, else of everything.
+    Without it the norm would be 2^0, far above what adapters have.
+    """
+    seen, slots = count.sum(1), total.sum(1) / count.sum(1).clamp_min(1)  # (K, S)
+    guess = (total.sum() / count.sum().clamp_min(1)).expand(len(slots))
+    for slot in range(slots.shape[1]):
+        guess = torch.where(seen[:, slot] > 0, slots[:, slot], guess)
+        slots[:, slot] = guess
+    return torch.where(count > 0, total / count.clamp_min(1), slots[:, None, :])

@@ -1,0 +1,241 @@
+"""What the store takes and returns about codes that were made elsewhere; the other values are in `registry.records`.
+
+Take in codes that were made elsewhere: their tasks are recorded as tasks whose original was evicted.
+
+blobs are durable ──▶ what is known ──▶ decide, task by task ──▶ generator, tasks, codes: one transaction
+
+The same again changes nothing. The generator must be the one in use for its base model, or the first one: a code is
+readable under its own generator only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry import records
+from registry import schema as models
+from registry.blobs.local import Spare, no_spare
+from registry.errors import GeneratorConflict, TaskConflict
+from registry.evaluations import record_evaluation
+from registry.files import failpoint
+from registry.generators import generator_row
+from registry.ingest import KnownTask, known_tasks
+from registry.names import check_name
+from registry.part import Part
+from registry.records import description_of
+from registry.rows import RowWriter, document_row, in_parts, task_folder, unusual_source
+from registry.vectors import record_vector
+
+ArrivalStatus = Literal["added", "encoded", "known", "skipped"]
+
+
+@dataclass(frozen=True)
+class ArrivingTask:
+    """A task whose code arrives without its original.
+
+    Attributes:
+        name: the task.
+        original: its final adapter; the weights are elsewhere, the other blobs are in the store.
+        weights_bytes: length of the weights.
+        code: digest of the code's file.
+        dw_error: as for :class:`registry.records.NewCode`.
+        evaluation: what was measured of the code, if anything; it is recorded under the generator that arrives.
+        vectors: of a new task; they are not recorded of one that is there.
+    """
+
+    name: str
+    original: records.NewAdapter
+    weights_bytes: int
+    code: str
+    dw_error: float | None
+    evaluation: records.NewEvaluation | None = None
+    vectors: Sequence[records.NewVector] = ()
+
+    def digests(self) -> Iterator[str]:
+        """Yield the digests that the task refers to, the one of the absent weights too."""
+        yield from filter(None, (self.code, self.original.weights, self.original.config, self.original.card))
+        yield from (vector.blob for vector in self.vectors)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A generator with codes, to be recorded in one transaction.
+
+    Attributes:
+        generator: the generator, without codes.
+        version: which one it was where it comes from; it gets this number, or a higher one if that is taken.
+        tasks: the tasks, each once.
+        on_conflict: what to do where the store has a task of that name with another adapter, or another code of it.
+        spare: gives the bytes of a digest, or None; asked for what turns out to be needed and is not in the store (any
+            more), under the write lock.
+    """
+
+    generator: records.NewGenerator
+    version: int
+    tasks: Sequence[ArrivingTask]
+    on_conflict: Literal["skip", "fail"] = "fail"
+    spare: Spare = field(default=no_spare, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class ArrivalOutcome:
+    """What became of an :class:`ArrivingTask`.
+
+    Attributes:
+        name: the task's name as the store spells it.
+        status: `added` (new task, its original elsewhere), `encoded` (the task was there with the same original and
+            got its code), `known` (nothing to do) or `skipped` (a conflict).
+    """
+
+    name: str
+    status: ArrivalStatus
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What is done about one task; `known` is the task as it is in the store."""
+
+    task: ArrivingTask
+    status: ArrivalStatus
+    known: KnownTask | None
+
+    def outcome(self) -> ArrivalOutcome:
+        """Return what the caller is told."""
+        return ArrivalOutcome(self.task.name if self.known is None else self.known.name, self.status)
+
+
+class Bundles(Part):
+    """What the store does with codes that were made elsewhere."""
+
+    def plan(self, arrival: Arrival) -> list[ArrivalOutcome]:
+        """Say what :meth:`take_arrival` would do; no blob need be in the store yet. Raises as that does."""
+        with self._db.read() as session:
+            return [item.outcome() for item in _decide(session, arrival)]
+
+    def take(self, arrival: Arrival) -> list[ArrivalOutcome]:
+        """Record a generator with its codes, and tasks that the store lacks, in one transaction.
+
+        Raises:
+            GeneratorConflict: another generator of the base model is in use.
+            TaskConflict: a task is there with another adapter or code, and `on_conflict` is `fail`.
+            InvalidName: a name outside the rule.
+            MissingBlob: a digest is not in the store, and the arrival has no spare bytes of it.
+            In each case nothing is recorded.
+        """
+        self.must_write()
+        with self._db.write() as session:
+            decisions = _decide(session, arrival)
+            todo = [item for item in decisions if item.status in ("added", "encoded")]
+            if todo:
+                _write(RowWriter(session, self._blobs, arrival.spare), arrival, todo)
+            failpoint("rows-before-commit")
+        failpoint("rows-committed")
+        return [item.outcome() for item in decisions]
+
+
+def _decide(session: Session, arrival: Arrival) -> list[_Decision]:
+    names = [check_name(task.name) for task in arrival.tasks]
+    if len({name.lower() for name in names}) != len(names):
+        raise ValueError("two tasks of one arrival have the same name")
+    generator = _generator_in_use(session, arrival)
+    known = known_tasks(session.connection(), names)
+    codes = {} if generator is None else _codes(session, generator, list(known.values()))
+    return [_decide_task(known.get(task.name.lower()), codes, task, arrival) for task in arrival.tasks]
+
+
+def _decide_task(known: KnownTask | None, codes: dict[int, str], task: ArrivingTask, arrival: Arrival) -> _Decision:
+    if known is None:
+        return _Decision(task, "added", None)
+    original = task.original.weights, task.original.config
+    code = codes.get(known.id)
+    if (known.base_model, known.final) == (arrival.generator.base_model, original) and code in (None, task.code):
+        return _Decision(task, "encoded" if code is None else "known", known)
+    if arrival.on_conflict == "fail":
+        raise TaskConflict(known.name, choices="skip")
+    return _Decision(task, "skipped", known)
+
+
+def _generator_in_use(session: Session, arrival: Arrival) -> models.Generator | None:
+    """Return the row of the arriving generator, or None if its base model has none yet."""
+    generator, new = models.Generator, arrival.generator
+    query = select(generator).join(generator.base_model).where(models.BaseModel.name == new.base_model)
+    row = session.scalar(query.where(generator.is_current))
+    if row is not None and row.blob.digest != new.blob:
+        fact = (
+            f"the store uses generator {row.version} ({row.blob.digest[:12]}) of {new.base_model}, not {new.blob[:12]}"
+        )
+        hint = "import into a store of its own (--store), or use the file with `icm materialize --from`"
+        raise GeneratorConflict(fact, hint=hint)
+    return row
+
+
+def _codes(session: Session, generator: models.Generator, tasks: Sequence[KnownTask]) -> dict[int, str]:
+    """Return the number of each task that has a code under the generator, with the code's digest."""
+    code, found = models.Code, dict[int, str]()
+    for some in in_parts([task.id for task in tasks]):
+        query = select(code.task_id, models.Blob.digest).join(code.blob)
+        rows = session.execute(query.where(code.generator_id == generator.id, code.task_id.in_(some)))
+        found.update((number, digest) for number, digest in rows)
+    return found
+
+
+def _write(writer: RowWriter, arrival: Arrival, todo: Sequence[_Decision]) -> None:
+    session = writer.session
+    writer.load_blobs(digest for item in todo for digest in item.task.digests())
+    generator = _generator_in_use(session, arrival)
+    if generator is None:
+        generator = generator_row(writer, arrival.generator, least_version=arrival.version)
+    session.flush()
+    for item in todo:
+        adapter = _new_adapter(writer, arrival, item.task) if item.known is None else _final(session, item.known)
+        session.flush()
+        session.add(_code(writer, item.task, adapter, generator))
+        if item.task.evaluation is not None:
+            evaluation = replace(item.task.evaluation, task=adapter.task.name, generator_id=generator.id)
+            record_evaluation(session, evaluation, writer.now)
+        for vector in item.task.vectors if item.known is None else ():
+            record_vector(writer, vector)
+    session.flush()
+
+
+def _code(writer: RowWriter, task: ArrivingTask, adapter: models.Adapter, generator: models.Generator) -> models.Code:
+    blob = writer.blob(task.code)
+    return models.Code(
+        task_id=adapter.task_id,
+        adapter_id=adapter.id,
+        generator_id=generator.id,
+        blob=blob,
+        bits=8.0 * blob.size,
+        dw_error=task.dw_error,
+    )
+
+
+def _new_adapter(writer: RowWriter, arrival: Arrival, new: ArrivingTask) -> models.Adapter:
+    """Make the rows of a task and of its original, whose weights no file of this store holds."""
+    base_model, original = writer.base_model(arrival.generator.base_model), new.original
+    folder = task_folder(original.source)
+    adapter = models.Adapter(
+        task=models.Task(name=new.name, base_model=base_model, created_at=writer.now, folder=folder),
+        step=original.step,
+        is_final=True,
+        weights=writer.absent_blob(original.weights, new.weights_bytes),
+        config=writer.blob(original.config),
+        card=None if original.card is None else writer.blob(original.card),
+        description=document_row(writer.session, description_of(original)),
+        source=unusual_source(original.source, folder, original.step, is_final=True),
+        created_at=writer.now,
+        evicted_at=writer.now,
+        is_generated=original.is_generated,
+    )
+    writer.session.add(adapter)
+    return adapter
+
+
+def _final(session: Session, task: KnownTask) -> models.Adapter:
+    adapter = models.Adapter
+    return session.scalars(select(adapter).where(adapter.task_id == task.id, adapter.is_final)).one()

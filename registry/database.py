@@ -1,0 +1,232 @@
+"""SQLite through SQLAlchemy, set up so that nothing is lost, half-done or silently waited for.
+
+The rollback journal is used, not WAL: SQLite 3.7.0 to 3.51.2 can corrupt a WAL database in rare races, and icm makes
+few commits. Writers begin with BEGIN IMMEDIATE, because Python's default transactions lose updates: a transaction
+that reads first and writes later works from what another one has replaced meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from sqlalchemy import Connection, create_engine, event
+from sqlalchemy.exc import DBAPIError, NoResultFound
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from registry.errors import (
+    DamagedStore,
+    NotAStore,
+    RegistryError,
+    StoreFull,
+    StoreIOError,
+    StoreLocked,
+    StoreReadOnly,
+    StoreTooNew,
+)
+from registry.schema import Base, UnreadableValue
+
+APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
+
+_DAMAGE_HINT = "`icm verify` says what is damaged; a backup of registry.db restores it"
+PAGE_SIZE = 512
+"""The least that SQLite has: a store of 20 tasks has two dozen tables and indexes, most of them less than a page."""
+
+_PRAGMAS = (
+    "foreign_keys=ON",
+    "synchronous=FULL",
+    "trusted_schema=OFF",
+    "cell_size_check=ON",
+    "mmap_size=0",
+)
+
+
+class Database:
+    """The rows of one store."""
+
+    def __init__(self, path: Path, *, read_only: bool, busy_timeout: float) -> None:
+        """Prepare to connect; nothing is opened yet.
+
+        Args:
+            path: the SQLite file.
+            read_only: refuse writes.
+            busy_timeout: seconds to wait for the commits of other processes.
+        """
+        self.path = path
+        self.read_only = read_only
+        self.busy_timeout = busy_timeout
+        self._create = False
+        self._engine = create_engine(
+            "sqlite://",
+            creator=self._connect,
+            poolclass=NullPool,
+        )
+        event.listen(self._engine, "begin", _begin)
+        self._reader = self._engine.execution_options(icm_begin="BEGIN")
+
+    def can_be_written(self) -> bool:
+        """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
+        if not os.access(self.path.parent, os.W_OK):
+            return False
+        return os.access(self.path, os.W_OK) or not self.path.exists()
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """Open a session that sees one consistent state. Fetch and leave: a reader holds up commits.
+
+        Raises:
+            RegistryError: the database cannot be read.
+        """
+        with self._errors(), Session(self._reader, autoflush=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """Open a session that holds the write lock from its first statement; leaving the block commits.
+
+        Raises:
+            StoreReadOnly: the store was opened read-only.
+            RegistryError: the database cannot be written; nothing of the block remains.
+        """
+        if self.read_only:
+            raise StoreReadOnly(f"the store {self.path.parent} was opened read-only", path=self.path)
+        with self._errors(), self._writing() as session:
+            yield session
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        # Rows are flushed in few large statements, where the writer asks for it.
+        with Session(self._engine, autoflush=False, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def connection(self, *, write: bool = False, create: bool = False) -> Iterator[Connection]:
+        """Open a transaction without the ORM, for migrations and checks; a `write` block is committed.
+
+        Args:
+            write: hold the write lock from the first statement.
+            create: make the file if it is absent.
+
+        Raises:
+            RegistryError: the database cannot be read, or written.
+        """
+        self._create = create
+        try:
+            with self._errors(), (self._engine if write else self._reader).begin() as connection:
+                yield connection
+        finally:
+            self._create = False
+
+    def _connect(self) -> sqlite3.Connection:
+        # A reader may have to roll back the journal of a killed writer, so it opens read-only only where it must.
+        mode = "rwc" if self._create else ("rw" if not self.read_only or self.can_be_written() else "ro")
+        uri = f"file:{quote(str(self.path))}?mode={mode}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=self.busy_timeout)
+        try:
+            for pragma in _PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}")
+            if self._create:
+                connection.execute(f"PRAGMA page_size={PAGE_SIZE}")  # a file that is there already keeps its own
+            if self.read_only:
+                connection.execute("PRAGMA query_only=ON")
+            else:
+                connection.execute("PRAGMA journal_mode=TRUNCATE")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            translated = self._translate(error)
+            if translated is None:  # a broken rule of the schema is a bug of ours
+                raise
+            raise translated from error
+        except (UnicodeDecodeError, UnreadableValue, NoResultFound) as error:
+            raise DamagedStore(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
+
+    def _translate(self, error: DBAPIError) -> RegistryError | None:
+        """Return the store's own error for what SQLite said, if that is about the store."""
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+        fact = f"{self.path}: {error.orig}"
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            hint = "another icm is writing; try again or wait longer with --lock-timeout"
+            return StoreLocked(fact, path=self.path, hint=hint)
+        if code == sqlite3.SQLITE_FULL:
+            return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
+            return DamagedStore(fact, path=self.path, hint=_DAMAGE_HINT)
+        if code == sqlite3.SQLITE_READONLY:
+            return StoreReadOnly(fact, path=self.path, hint="check the permissions of the store folder")
+        if code == sqlite3.SQLITE_IOERR:
+            return StoreIOError(fact, path=self.path)
+        return None
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("icm_begin", "BEGIN IMMEDIATE"))
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = ()
+"""What moves a database from schema 1 on, one function for each schema; it gets a connection with the write lock."""
+
+
+def newest() -> int:
+    """Return the schema that this program reads and writes."""
+    return 1 + len(MIGRATIONS)
+
+
+def migrate(database: Database, *, create: bool = False) -> None:
+    """Bring the database to the newest schema, or check that it is there already.
+
+    A migration and the record that it ran are one transaction. The version is read again once the write lock is held,
+    so of many processes that open an old store at once exactly one migrates it.
+
+    Args:
+        database: moved forward even where it is only to be read: no query fits an old schema.
+        create: make the database if it is absent.
+
+    Raises:
+        StoreTooNew: its schema is newer than this program; nothing was touched.
+        NotAStore: it is an SQLite database of something else.
+        DamagedStore: it is old and cannot be written, or not a database at all.
+    """
+    with database.connection(create=create) as connection:
+        version = _version(connection, database, create=create)
+    if version == newest():
+        return
+    if not database.can_be_written():
+        hint = "copy the store to a place that can be written; the first icm command there migrates it"
+        raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
+    writer = database
+    if database.read_only:
+        writer = Database(database.path, read_only=False, busy_timeout=database.busy_timeout)
+    with writer.connection(write=True, create=create) as connection:
+        version = _version(connection, database, create=create)
+        if version == 0:
+            Base.metadata.create_all(connection)
+        else:
+            for migration in MIGRATIONS[version - 1 :]:
+                migration(connection)
+        connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
+        connection.exec_driver_sql(f"PRAGMA user_version={newest()}")
+
+
+def _version(connection: Connection, database: Database, *, create: bool) -> int:
+    version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+    application = int(connection.exec_driver_sql("PRAGMA application_id").scalar_one())
+    if version > newest():
+        hint = "use the icm that wrote it, or a newer one"
+        raise StoreTooNew(f"{database.path} has schema {version}, this icm knows {newest()}", hint=hint)
+    is_new = create and version == 0 and application == 0
+    if application != APPLICATION_ID and not is_new:
+        raise NotAStore(f"{database.path} is no icm database", path=database.path)
+    return version

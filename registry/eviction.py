@@ -1,0 +1,124 @@
+"""Operations on originals: pin them, let go of them, know them again.
+
+rows say "evicted" ──commit──▶ files are unlinked       both under the exclusive lock
+                        `── a kill here leaves files that nobody needs; the next evict, or prune, removes them
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from registry import ingest as known_tasks
+from registry import rows
+from registry import schema as models
+from registry.errors import LastCopy
+from registry.evaluations import record_evaluation
+from registry.files import failpoint
+from registry.folder import restore_reserve, with_reserve
+from registry.part import Part
+from registry.prune import drop_evicted, evicted_files
+from registry.records import EvictedAdapter, Eviction
+from registry.rows import in_parts, utc_now
+
+
+class Originals(Part):
+    """What the store does with the weights that were ingested."""
+
+    def evicted(self) -> list[EvictedAdapter]:
+        """Return all adapters whose weights were deleted, by task."""
+        with self._db.connection() as connection:
+            return known_tasks.evicted_adapters(connection)
+
+    def in_use(self) -> dict[str, int]:
+        """Return digest -> number of adapters that still have these weights; a file with two goes with the second."""
+        with self._db.read() as session:
+            query = select(models.Blob.digest, func.count()).join(
+                models.Adapter, models.Adapter.weights_id == models.Blob.id
+            )
+            query = query.where(models.Adapter.evicted_at.is_(None)).group_by(models.Blob.digest)
+            return {row[0]: row[1] for row in session.execute(query)}
+
+    def evict(self, eviction: Eviction) -> int:
+        """Delete the weights of some adapters of a task, for good, and record what was measured before.
+
+        Code and generator are looked at once more, since another process may have come between. Works on a full disk.
+
+        Returns:
+            The bytes freed; a file that other adapters need stays.
+
+        Raises:
+            LastCopy: the code is not the task's present one any more, or the task is pinned; nothing was changed.
+            DamagedStore: generator, code or residual are not intact; nothing was changed.
+            StoreLocked: other processes use the store.
+        """
+        self.must_write()
+
+        def let_go() -> int:
+            with self._db.write() as session:
+                code = _must_stand_in(session, eviction)
+                for digest in eviction.digests():  # after the rows: of a code that was replaced the file is gone too
+                    self._blobs.check(digest)
+                digests = _mark_evicted(session, eviction, code)
+                failpoint("rows-before-commit")
+            failpoint("eviction-committed")
+            return drop_evicted(self._db, self._blobs, digests)
+
+        with self._lock.exclusive():
+            freed = with_reserve(self._paths, let_go)
+            restore_reserve(self._paths)
+        return freed
+
+    def finish_evictions(self, *, dry_run: bool = False) -> int:
+        """Delete the files that a killed :meth:`evict` left, or only add them up, and return their bytes.
+
+        Raises:
+            StoreLocked: other processes use the store; also where nothing was left, so that somebody who is about to
+                measure for minutes and then evict hears it at once.
+        """
+        if dry_run:
+            return sum(map(self._blobs.size, evicted_files(self._db, self._blobs)))
+        self.must_write()
+        with self._lock.exclusive():
+            left = evicted_files(self._db, self._blobs)
+            freed = with_reserve(self._paths, lambda: drop_evicted(self._db, self._blobs, left)) if left else 0
+            restore_reserve(self._paths)
+        return freed
+
+
+def _must_stand_in(session: Session, eviction: Eviction) -> models.Code:
+    """Return the row of the code that stands in; raise unless it is still what was checked."""
+    task, code = rows.find_task(session, eviction.task), eviction.code
+    if task.pinned:
+        raise LastCopy(f"task {task.name!r} is pinned", hint="`icm unpin` lets its original go")
+    row, generator = session.get(models.Code, code.id), session.get(models.Generator, eviction.generator.id)
+    final = rows.find_final(session, task.id)
+    if (
+        row is None
+        or generator is None
+        or final is None
+        or not generator.is_current
+        or (row.task_id, row.generator_id, row.adapter_id) != (task.id, generator.id, final.id)
+        or generator.blob.digest != eviction.generator.blob
+        or (row.blob.digest, row.residual and row.residual.digest) != (code.blob, code.residual and code.residual.blob)
+    ):
+        raise LastCopy(f"task {task.name!r} changed while its code was checked", hint="run the same command again")
+    return row
+
+
+def _mark_evicted(session: Session, eviction: Eviction, row: models.Code) -> list[str]:
+    """Write everything that an eviction changes in an open transaction, and return the digests that may go."""
+    adapter, now = models.Adapter, utc_now()
+    digests: list[str] = []
+    for some in in_parts(eviction.adapters):
+        chosen = (adapter.task_id == row.task_id, adapter.id.in_(some))
+        digests += session.scalars(select(models.Blob.digest).join(adapter.weights).where(*chosen))
+        session.execute(update(adapter).where(*chosen, adapter.evicted_at.is_(None)).values(evicted_at=now))
+    if row.residual is None:
+        row.dw_error = eviction.dw_error
+    else:
+        row.residual_error = eviction.dw_error
+    for evaluation in eviction.evaluations:
+        record_evaluation(session, evaluation, now)
+    session.flush()
+    return digests

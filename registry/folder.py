@@ -1,0 +1,200 @@
+"""Where things are in a store folder.
+
+FORMAT            "icm store 2"; written last when a store is made, so it marks a whole one
+registry.db       rows
+blobs/3/3f9a..    bytes, named by their SHA-256; 16 folders: syncing 256 costs a first ingest a tenth of its time
+tmp/              files being written; on the same file system, so that a rename is atomic
+quarantine/       damaged blobs that were moved aside
+lock              flock: see `registry.locks`
+jobs/             flocks of long jobs, one for each base model
+reserve           bytes given back to a full disk so that rows can still be deleted
+
+A little space that is kept so that a full disk can still be emptied.
+
+On a full disk SQLite cannot even delete rows: it needs room for its journal. Giving up this file makes that room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from registry import files as fs
+from registry.database import Database, migrate
+from registry.errors import NotAStore, RegistryError, StoreFull, StoreTooNew
+
+FORMAT_TEXT = "icm store 2\n"
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class StorePaths:
+    """The paths of one store.
+
+    Attributes:
+        root: the store folder.
+    """
+
+    root: Path
+
+    @cached_property
+    def format(self) -> Path:
+        """The file that says what this folder is."""
+        return self.root / "FORMAT"
+
+    @cached_property
+    def database(self) -> Path:
+        """The SQLite file."""
+        return self.root / "registry.db"
+
+    @cached_property
+    def blobs(self) -> Path:
+        """The folder of content-addressed files."""
+        return self.root / "blobs"
+
+    @cached_property
+    def tmp(self) -> Path:
+        """The folder of files that are being written."""
+        return self.root / "tmp"
+
+    @cached_property
+    def quarantine(self) -> Path:
+        """The folder of damaged blobs."""
+        return self.root / "quarantine"
+
+    @cached_property
+    def lock(self) -> Path:
+        """The file that is flock'ed."""
+        return self.root / "lock"
+
+    def job(self, base_model: str) -> Path:
+        """Return the lock file of a base model's jobs."""
+        return self.root / "jobs" / hashlib.sha256(base_model.encode()).hexdigest()[:16]
+
+    @cached_property
+    def reserve(self) -> Path:
+        """The file that is given up on a full disk."""
+        return self.root / "reserve"
+
+    def blob(self, digest: str) -> Path:
+        """Return the path of a blob.
+
+        This is the one place where a digest becomes a path, so it is checked here.
+
+        Raises:
+            ValueError: `digest` is not 64 lower-case hexadecimal digits.
+        """
+        if not is_digest(digest):
+            raise ValueError(f"not a digest: {digest[:80]!r}")
+        return Path(f"{self.root}/blobs/{digest[0]}/{digest}")  # three times faster than joining, for each of many
+
+
+def is_digest(text: str) -> bool:
+    """Say whether `text` is a SHA-256 in the form the store uses."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+RESERVE_BYTES = 128 << 10
+
+T = TypeVar("T")
+
+
+def make_reserve(paths: StorePaths) -> None:
+    """Write the reserve file if it is not there.
+
+    Raises:
+        OSError: no space for it.
+    """
+    if not paths.reserve.exists():
+        temporary = paths.tmp / "reserve"
+        fs.unlink(temporary)
+        fs.write_file(temporary, bytes(RESERVE_BYTES), 0o600)
+        fs.replace(temporary, paths.reserve)
+
+
+def with_reserve(paths: StorePaths, delete: Callable[[], T]) -> T:
+    """Run a deletion of rows; if the disk is full, give up the reserve and run it once more.
+
+    The caller makes the reserve again when bytes are free, with :func:`restore_reserve`.
+
+    Raises:
+        StoreFull: even the reserve was not enough.
+    """
+    try:
+        return delete()
+    except StoreFull:
+        with fs.store_errors(paths.reserve):
+            fs.unlink(paths.reserve)
+        return delete()
+
+
+def restore_reserve(paths: StorePaths) -> None:
+    """Make the reserve again if there is room for it by now."""
+    with suppress(OSError):
+        make_reserve(paths)
+
+
+def prepare_folder(paths: StorePaths) -> None:
+    """Make the store folder, unless it holds things that are not a store's."""
+    with fs.store_errors(paths.root):
+        paths.root.mkdir(parents=True, exist_ok=True)
+        check_place(paths.root)
+
+
+def check_place(root: Path) -> None:
+    """Check that a folder is a store, or that one could be made there.
+
+    Raises:
+        NotAStore: It holds things that are not a store's.
+    """
+    # FORMAT too: another process may make a store here while this looks.
+    ours = {"FORMAT", "registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "lock", "jobs", "reserve"}
+    if not root.is_dir() or StorePaths(root).format.exists():
+        return
+    if foreign := {entry.name for entry in root.iterdir()} - ours:
+        message = f"{root} is no store: it holds {min(foreign)!r}"
+        raise NotAStore(message, path=root, hint="name an empty or a new folder with --store")
+
+
+def create_store(paths: StorePaths, database: Database) -> None:
+    """Make the parts of a store, FORMAT last; a killed attempt is simply made again."""
+    if paths.format.exists():  # another process was faster
+        return
+    with fs.store_errors(paths.root):
+        make_folders(paths)
+        make_reserve(paths)
+        migrate(database, create=True)
+        fs.failpoint("store-before-format")
+        temporary = paths.tmp / "FORMAT"
+        fs.unlink(temporary)
+        fs.write_file(temporary, FORMAT_TEXT.encode(), 0o444)
+        fs.replace(temporary, paths.format)
+        fs.fsync_dir(paths.root)
+        fs.fsync_dir(paths.root.parent)
+
+
+def make_folders(paths: StorePaths) -> None:
+    """Make the folders of a store; copies of one often lack the empty ones."""
+    with fs.store_errors(paths.root):
+        for folder in (paths.blobs, paths.tmp, paths.quarantine):
+            fs.make_dir(folder)
+
+
+def check_format(paths: StorePaths) -> None:
+    """Raise unless FORMAT names the format that this program reads and writes."""
+    try:
+        with paths.format.open("rb") as file:
+            text = file.read(64)
+    except OSError as error:
+        raise RegistryError(f"cannot read {paths.format}: {error.strerror}", path=paths.format) from error
+    if text != FORMAT_TEXT.encode():
+        known = FORMAT_TEXT.strip()
+        message = f"{paths.root} has the format {text.decode(errors='replace').strip()!r}, this icm knows {known!r}"
+        raise StoreTooNew(message, path=paths.format, hint="use the icm that wrote it, or a newer one")

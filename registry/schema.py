@@ -1,0 +1,363 @@
+"""How values lie in the columns of the database, which is on the bill of every task.
+
+in Python                   in SQLite
+64 hexadecimal digits       Digest   32 bytes
+RFC 3339, UTC, seconds      Moment   seconds since 1970
+one of a few words          Choice   its place among them
+a JSON value                Packed   its text, deflated: a layout names every module of a model
+
+The tables, as SQLAlchemy classes.
+
+    base_models 1─n tasks 1─n adapters
+         │            ├──n task_vectors
+         │            ├──n codes n─1 generators
+         │            └──n evaluations
+         ├──n generators      blobs: the files rows refer to
+         └──n train_runs      documents: JSON values that many rows share, kept once
+
+How a value lies in a column is in :mod:`registry.columns`.
+Migrations make these tables (see :mod:`registry.migrations`); a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar
+
+from sqlalchemy import ForeignKey, Index, Integer, LargeBinary, String, UniqueConstraint, text
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+_START = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class UnreadableValue(ValueError):
+    """A column holds what no icm wrote there."""
+
+
+class _Column(TypeDecorator[Any]):
+    """A column that keeps a value in another form; None is NULL in all of them."""
+
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = LargeBinary
+    cache_ok = True
+
+    def pack(self, value: Any) -> Any:
+        """Return what SQLite keeps."""
+        raise NotImplementedError
+
+    def unpack(self, kept: Any) -> Any:
+        """Return the value; whatever this raises is damage."""
+        raise NotImplementedError
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        """Turn a value into what is kept (SQLAlchemy's hook)."""
+        return None if value is None else self.pack(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        """Turn what is kept into the value (SQLAlchemy's hook)."""
+        try:
+            return None if value is None else self.unpack(value)
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError, zlib.error) as error:
+            raise UnreadableValue(f"what is no {type(self).__name__.lower()} is kept as one: {error}") from error
+
+
+class Digest(_Column):
+    """A SHA-256."""
+
+    cache_ok = True
+
+    def pack(self, value: str) -> bytes:
+        """Return 32 bytes."""
+        return bytes.fromhex(value)
+
+    def unpack(self, kept: bytes) -> str:
+        """Return 64 digits."""
+        return kept.hex()
+
+
+class Packed(_Column):
+    """A JSON value."""
+
+    cache_ok = True
+
+    def pack(self, value: object) -> bytes:
+        """Return the deflated text."""
+        return pack_text(compact_json(value))
+
+    def unpack(self, kept: bytes) -> object:
+        """Return the value."""
+        return json.loads(zlib.decompress(kept))
+
+
+class Moment(_Column):
+    """A time, to the second."""
+
+    impl = Integer
+    cache_ok = True
+
+    def pack(self, value: str) -> int:
+        """Return seconds since 1970."""
+        return (datetime.fromisoformat(value) - _START) // timedelta(seconds=1)
+
+    def unpack(self, kept: int) -> str:
+        """Return RFC 3339."""
+        return (_START + timedelta(seconds=kept)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Choice(_Column):
+    """One of a few words, which are given in the order of the alphabet so that rows sort as the words do."""
+
+    impl = Integer
+    cache_ok = True
+
+    def __init__(self, *words: str) -> None:
+        """Name the words; their places are part of the schema."""
+        super().__init__()
+        self.words = words
+
+    def pack(self, value: str) -> int:
+        """Return the place of a word."""
+        return self.words.index(value)
+
+    def unpack(self, kept: int) -> str:
+        """Return the word at a place."""
+        return self.words[kept]
+
+
+def compact_json(value: object) -> str:
+    """Write JSON the one way the store writes it, so that equal values are equal texts.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity, which are no JSON.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def pack_text(text: str) -> bytes:
+    """Deflate the text of a JSON value."""
+    return zlib.compress(text.encode(), 9)
+
+
+_GONE_WITH_PARENT = "CASCADE"
+
+
+class Base(DeclarativeBase):
+    """Declarative base of all tables."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {Any: Packed()}
+
+
+class Blob(Base):
+    """A file of the blob store that rows refer to."""
+
+    __tablename__ = "blobs"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(Digest(), unique=True)
+    size: Mapped[int]
+
+
+class Document(Base):
+    """A JSON value kept once, however many rows share it (descriptions of adapters, extractors, settings)."""
+
+    __tablename__ = "documents"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(Digest(), unique=True)
+    body: Mapped[Any]
+
+
+class BaseModel(Base):
+    """A base model, known by the label that adapters give it."""
+
+    __tablename__ = "base_models"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    fingerprint: Mapped[str | None]
+    path: Mapped[str | None]
+    shape: Mapped[Any | None]
+
+
+class Task(Base):
+    """A task: what its adapters were trained for."""
+
+    __tablename__ = "tasks"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(collation="NOCASE"), unique=True)
+    base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
+    samples_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    eval_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    created_at: Mapped[str] = mapped_column(Moment())
+    pinned: Mapped[bool] = mapped_column(server_default=text("0"))
+    folder: Mapped[str]
+
+    base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
+    samples: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[samples_id])
+    eval_data: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[eval_id])
+
+
+class Adapter(Base):
+    """One adapter of a task: the final one or a training checkpoint. An evicted one has a row but no weights file."""
+
+    __tablename__ = "adapters"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
+    step: Mapped[int | None]
+    is_final: Mapped[bool]
+    weights_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    config_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    card_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    description_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
+    source: Mapped[str | None]
+    created_at: Mapped[str] = mapped_column(Moment())
+    evicted_at: Mapped[str | None] = mapped_column(Moment())
+    is_generated: Mapped[bool] = mapped_column(server_default=text("0"))
+
+    task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
+    weights: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[weights_id])
+    config: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[config_id])
+    card: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[card_id])
+    description: Mapped[Document] = relationship(lazy="joined", innerjoin=True)
+
+    __table_args__ = (
+        # A plain unique constraint would let two rows without a step pass: NULLs are distinct.
+        Index("one_row_per_adapter", "task_id", "weights_id", "config_id", text("coalesce(step, -1)"), unique=True),
+        Index("one_final_adapter", "task_id", unique=True, sqlite_where=text("is_final")),
+    )
+
+
+class TaskVector(Base):
+    """One task vector: a view of one support set. The vectors of a task mostly share a file; `id` counts them all."""
+
+    __tablename__ = "task_vectors"
+
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT), primary_key=True)
+    view: Mapped[str] = mapped_column(Choice("adapted", "context"), primary_key=True)
+    support_set: Mapped[int] = mapped_column(primary_key=True)
+    extractor_id: Mapped[int] = mapped_column(ForeignKey("documents.id"), primary_key=True)
+    id: Mapped[int]
+    blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    dim: Mapped[int]
+
+    task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
+    extractor: Mapped[Document] = relationship(lazy="joined", innerjoin=True)
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
+
+    # The key is most of the row: with rowids, an index would hold all of it once more.
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+
+class Generator(Base):
+    """One version of a base model's generator."""
+
+    __tablename__ = "generators"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
+    version: Mapped[int]
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete="SET NULL"))
+    blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    config: Mapped[Any]
+    metrics: Mapped[Any]
+    is_current: Mapped[bool]
+    created_at: Mapped[str] = mapped_column(Moment())
+    start_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+
+    base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
+    parent: Mapped[Generator | None] = relationship(remote_side=[id])
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])
+    start: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[start_id])
+
+    __table_args__ = (
+        UniqueConstraint("base_model_id", "version"),
+        Index("one_current_generator", "base_model_id", unique=True, sqlite_where=text("is_current")),
+    )
+
+
+class TrainRun(Base):
+    """A training run with its latest checkpoint."""
+
+    __tablename__ = "train_runs"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
+    state: Mapped[str]
+    config: Mapped[Any]
+    step: Mapped[int]
+    weights_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    optimizer_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    created_at: Mapped[str] = mapped_column(Moment())
+    updated_at: Mapped[str] = mapped_column(Moment())
+
+    base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
+    weights: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[weights_id])
+    optimizer: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[optimizer_id])
+
+    __table_args__ = (
+        Index("one_running_train_run", "base_model_id", unique=True, sqlite_where=text("state = 'running'")),
+    )
+
+
+class Code(Base):
+    """The code of one adapter under one generator, with what lies beside it and what the two were asked to keep."""
+
+    __tablename__ = "codes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
+    generator_id: Mapped[int] = mapped_column(ForeignKey("generators.id", ondelete=_GONE_WITH_PARENT))
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete=_GONE_WITH_PARENT))
+    blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    bits: Mapped[float]
+    dw_error: Mapped[float | None]
+    residual_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    residual_error: Mapped[float | None]
+    min_gain: Mapped[float | None]
+    max_error: Mapped[float | None]
+    tolerance: Mapped[float | None]
+    is_kept: Mapped[bool | None]
+    refined: Mapped[int | None]
+
+    task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])
+    residual: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[residual_id])
+
+    __table_args__ = (UniqueConstraint("task_id", "generator_id"),)
+
+
+class Evaluation(Base):
+    """How good one rung of one task is on some held-out texts, which need not be in the store."""
+
+    __tablename__ = "evaluations"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
+    rung: Mapped[str] = mapped_column(Choice("base", "code", "generate", "original", "residual"))
+    generator_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete=_GONE_WITH_PARENT))
+    data_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    metric: Mapped[str] = mapped_column(Choice("nll"))
+    nats_per_token: Mapped[float]
+    tokens: Mapped[int]
+    utf8_bytes: Mapped[int]
+    retained_gain: Mapped[float | None]
+    dw_error: Mapped[float | None]
+    settings_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
+    created_at: Mapped[str] = mapped_column(Moment())
+
+    task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
+    data: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
+    settings: Mapped[Document] = relationship(lazy="joined", innerjoin=True)
+
+    __table_args__ = (
+        Index(
+            "one_row_per_evaluation",
+            *("task_id", "rung", text("coalesce(generator_id, -1)"), "data_id", "metric"),
+            unique=True,
+        ),
+    )

@@ -1,0 +1,91 @@
+"""Task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from registry import records, rows
+from registry import schema as models
+from registry.errors import CodeChanged
+from registry.evaluations import adapter_row
+from registry.files import failpoint
+from registry.part import Part
+from registry.rows import RowWriter, document_row, task_record
+
+
+class Vectors(Part):
+    """Task vectors."""
+
+    def add(self, vectors: Sequence[records.NewVector], of: records.TaskSummary | None = None) -> int:
+        """Record task vectors in one transaction and return how many were new or changed.
+
+        A vector of the same task, view, support set and extractor takes the place of the earlier one.
+
+        Args:
+            vectors: what was made.
+            of: the task that they were made of, as it was read then; without it they are taken as they come.
+
+        Raises:
+            TaskNotFound: a task is not in the store.
+            CodeChanged: the task has another adapter, or other samples, by now.
+            MissingBlob: a digest is not in the store.
+            In each case nothing is recorded.
+        """
+        with self._db.write() as session:
+            if of is not None:
+                must_be_unchanged(session, of)
+            writer = RowWriter(session, self._blobs)
+            writer.load_blobs(vector.blob for vector in vectors)
+            changed = sum([record_vector(writer, vector) for vector in vectors])
+            session.flush()
+            failpoint("rows-before-commit")
+        failpoint("rows-committed")
+        return changed
+
+    def all(self, task: str | None = None) -> list[records.VectorRecord]:
+        """Return all vectors, or those of one task, by task, extractor, view and support set.
+
+        Raises:
+            TaskNotFound: there is no such task.
+        """
+        vector = models.TaskVector
+        with self._db.read() as session:
+            query = select(vector).join(vector.task)
+            query = query.order_by(models.Task.name, vector.extractor_id, vector.view, vector.support_set)
+            if task is not None:
+                query = query.where(vector.task_id == rows.find_task(session, task).id)
+            return [rows.vector_record(row) for row in session.scalars(query)]
+
+
+def record_vector(writer: RowWriter, new: records.NewVector) -> bool:
+    """Record a task vector in an open transaction, and say whether it is new or changed."""
+    vector = models.TaskVector
+    task = rows.find_task(writer.session, new.task)
+    extractor = document_row(writer.session, dict(new.extractor))
+    blob = writer.blob(new.blob)
+    writer.session.flush()
+    row = writer.session.get(vector, (task.id, new.view, new.support_set, extractor.id))
+    if row is not None and (row.blob_id, row.dim) == (blob.id, new.dim):
+        return False
+    if row is None:
+        last = writer.session.scalar(select(func.max(vector.id))) or 0
+        row = vector(id=last + 1, task=task, view=new.view, support_set=new.support_set, extractor=extractor)
+        writer.session.add(row)
+    row.blob, row.dim = blob, new.dim
+    writer.session.flush()
+    return True
+
+
+def must_be_unchanged(session: Session, seen: records.TaskSummary) -> None:
+    """Raise unless a task has the very adapter and samples that it had.
+
+    Raises:
+        TaskNotFound: there is no such task (any more).
+        CodeChanged: it has another adapter, or other samples.
+    """
+    task = adapter_row(session, seen.final).task
+    if task_record(task).samples != seen.task.samples:
+        raise CodeChanged(f"task {task.name!r} got other samples meanwhile", hint="run the same command again")

@@ -1,0 +1,206 @@
+"""Find what is wrong with a store, and move damaged bytes out of the way. Nothing is ever deleted here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import and_, or_, select, true
+from sqlalchemy.orm import Session
+
+from registry.blobs.local import BlobStore
+from registry.database import Database
+from registry.errors import DamagedStore, MissingBlob, StoreIOError
+from registry.folder import StorePaths
+from registry.prune import is_needed
+from registry.rows import find_task
+from registry.schema import Adapter, Blob, Code, Generator, Task, TaskVector
+
+Kind = Literal["database", "dangling", "missing", "length", "digest", "orphan", "leftover"]
+
+_HARMLESS = {"orphan", "leftover"}
+_TASKS_WITHOUT_ADAPTER = "SELECT name FROM tasks WHERE id NOT IN (SELECT task_id FROM adapters WHERE is_final)"
+_EVICTED_WITHOUT_CODE = """
+SELECT name FROM tasks JOIN adapters ON adapters.task_id = tasks.id
+WHERE is_final AND evicted_at IS NOT NULL AND adapters.id NOT IN (SELECT adapter_id FROM codes)"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be.
+
+    Attributes:
+        kind: `database` (SQLite's own check), `dangling` (a row lacks another that it needs), `missing` (no file
+            for a blob), `length` and `digest` (a blob with other bytes), `orphan` (a blob without a row) or `leftover`
+            (a temporary file).
+        message: the fact.
+        path: the file it is about.
+        digest: the blob it is about, if any.
+        tasks: the tasks that need the blob.
+    """
+
+    kind: Kind
+    message: str
+    path: Path
+    digest: str | None = None
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def is_problem(self) -> bool:
+        """False for what a crash may leave and prune removes."""
+        return self.kind not in _HARMLESS
+
+
+def verify(
+    database: Database, blobs: BlobStore, paths: StorePaths, *, read_data: bool, names: Sequence[str] = ()
+) -> Iterator[Finding]:
+    """Check the database, then each blob's presence and length, then (`read_data`) its bytes.
+
+    With `names`, only the blobs of these tasks are checked and the folder is not searched for orphans.
+
+    Raises:
+        TaskNotFound: a name is not in the store.
+    """
+    broken = list(_check_database(database))
+    yield from broken
+    if any(finding.kind == "database" for finding in broken):
+        return  # rows of a broken database prove nothing about the files
+    expected = _expected(database, names)
+    for digest, size in expected.items():
+        finding = _check_blob(database, blobs, paths, digest, size, read_data=read_data)
+        if finding is not None:
+            yield finding
+    if not names:
+        yield from _strays(blobs, paths, expected)
+
+
+def repair(database: Database, blobs: BlobStore, paths: StorePaths) -> list[tuple[Finding, Path]]:
+    """Move every blob whose bytes are wrong to quarantine; ingesting its original again then restores it.
+
+    Returns:
+        Each finding with the place where its blob is now.
+    """
+    found = list(verify(database, blobs, paths, read_data=True))
+    damaged = [(finding, finding.digest) for finding in found if finding.kind in ("length", "digest")]
+    return [(finding, blobs.set_aside(digest)) for finding, digest in damaged if digest is not None]
+
+
+def _check_database(database: Database) -> Iterator[Finding]:
+    try:
+        with database.connection() as connection:
+            answers = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
+            dangling = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+            lost = connection.exec_driver_sql(_TASKS_WITHOUT_ADAPTER).scalars().all()
+            bare = connection.exec_driver_sql(_EVICTED_WITHOUT_CODE).scalars().all()
+    except DamagedStore as error:
+        answers, dangling, lost, bare = [str(error)], [], [], []
+    for answer in answers:
+        if answer != "ok":
+            yield Finding("database", answer, database.path)
+    for table, rowid, parent, _ in dangling:
+        place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
+        yield Finding("dangling", f"{place} of {table} refers to a row of {parent} that is gone", database.path)
+    for name in lost:
+        yield Finding("dangling", f"task {name} has no final adapter", database.path, tasks=(name,))
+    for name in bare:
+        yield Finding("dangling", f"task {name} was evicted and has no code", database.path, tasks=(name,))
+
+
+def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:
+    """Return digest -> length of every blob whose bytes rows need, or of those that some tasks need."""
+    with database.read() as session:
+        query = select(Blob.digest, Blob.size).order_by(Blob.digest)
+        if names:
+            ids = [find_task(session, name).id for name in names]
+            base_ids = select(Task.base_model_id).where(Task.id.in_(ids))
+            current = select(Generator.blob_id).where(Generator.is_current, Generator.base_model_id.in_(base_ids))
+            needed = [*(columns.where(Task.id.in_(ids)) for columns in _BLOBS_OF_TASK), current]
+            query = query.where(or_(*(Blob.id.in_(select_ids) for select_ids in needed)))
+        else:
+            query = query.where(is_needed())
+        return {row.digest: row.size for row in session.execute(query)}
+
+
+_BLOBS_OF_TASK = (
+    select(Task.samples_id),
+    select(Task.eval_id),
+    *(
+        select(column).join(Task, Adapter.task_id == Task.id).where(condition)
+        for column, condition in (
+            (Adapter.weights_id, Adapter.evicted_at.is_(None)),
+            (Adapter.config_id, true()),
+            (Adapter.card_id, true()),
+        )
+    ),
+    select(TaskVector.blob_id).join(Task, TaskVector.task_id == Task.id),
+    select(Code.blob_id).join(Task, Code.task_id == Task.id),
+    select(Code.residual_id).join(Task, Code.task_id == Task.id),
+)
+
+
+def _check_blob(
+    database: Database, blobs: BlobStore, paths: StorePaths, digest: str, size: int, *, read_data: bool
+) -> Finding | None:
+    if _fault(blobs, digest, size, read_data=read_data) is None:
+        return None
+    with database.read() as session:
+        # Others may have let go of it since the rows were read, or stored it again. While this session is open nobody
+        # commits, so a row that needs the bytes now goes on doing so, and no file of such a row is removed.
+        needed = session.scalar(select(Blob.size).where(Blob.digest == digest, is_needed()))
+        fault = None if needed is None else _fault(blobs, digest, needed, read_data=read_data)
+        if fault is None:
+            return None
+        kind, fact = fault
+        is_generator = session.scalar(select(Generator.id).join(Generator.blob).where(Blob.digest == digest))
+        what = "blob" if is_generator is None else "generator"
+        return Finding(kind, f"{what} {digest} {fact}", paths.blob(digest), digest, _tasks_of(session, digest))
+
+
+def _fault(blobs: BlobStore, digest: str, size: int, *, read_data: bool) -> tuple[Kind, str] | None:
+    """Say what is wrong with the file of a blob, if anything is."""
+    try:
+        found = blobs.size(digest)
+        if found != size:
+            return "length", f"has {found} bytes instead of {size}"
+        if read_data and not blobs.is_intact(digest):
+            return "digest", "has other bytes than when it was stored"
+    except MissingBlob:
+        return "missing", "is missing"
+    except StoreIOError as error:
+        return "digest", f"cannot be read: {error}"
+    return None
+
+
+def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
+    blob_id = select(Blob.id).where(Blob.digest == digest).scalar_subquery()
+    query = (
+        select(Task.name)
+        .outerjoin(Adapter, Adapter.task_id == Task.id)
+        .outerjoin(TaskVector, TaskVector.task_id == Task.id)
+        .outerjoin(Code, Code.task_id == Task.id)
+        .outerjoin(Generator, Code.generator_id == Generator.id)
+        .where(
+            or_(
+                Task.samples_id == blob_id,
+                Task.eval_id == blob_id,
+                and_(Adapter.weights_id == blob_id, Adapter.evicted_at.is_(None)),
+                Adapter.config_id == blob_id,
+                Adapter.card_id == blob_id,
+                TaskVector.blob_id == blob_id,
+                Code.blob_id == blob_id,
+                Code.residual_id == blob_id,
+                Generator.blob_id == blob_id,
+            )
+        )
+    )
+    return tuple(session.scalars(query.distinct().order_by(Task.name)))
+
+
+def _strays(blobs: BlobStore, paths: StorePaths, expected: dict[str, int]) -> Iterator[Finding]:
+    for digest in blobs.digests():
+        if digest not in expected:
+            yield Finding("orphan", f"no row needs blob {digest}", paths.blob(digest), digest)
+    for path in sorted(paths.tmp.iterdir()):
+        yield Finding("leftover", f"{path.name} was left by a command that was killed", path)
