@@ -46,7 +46,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def run(context: Path, tmp_path: Path, *points: Point, settings: Settings | None = None) -> list[PointResult]:
+def run(place: Path, tmp_path: Path, *points: Point, settings: Settings | None = None) -> list[PointResult]:
     fleet, cache = FleetFolder(place / "loras"), Cache(tmp_path / "cache.jsonl")
     judge = Judge(place / "base", fleet, settings or Settings(), cache)
     return list(Study(fleet, judge, cache, tmp_path / "work").run(points))
@@ -56,7 +56,7 @@ def naive(*names: str) -> list[Point]:
     return [Point("naive", name, Naive(name)) for name in names]
 
 
-def test_a_fleet_is_every_folder_with_an_adapter_and_held_out_text(context: Path) -> None:
+def test_a_fleet_is_every_folder_with_an_adapter_and_held_out_text(place: Path) -> None:
     fleet = FleetFolder(place / "loras")
     assert list(fleet) == ["poems", "rules"]
     assert fleet.bf16_sizes["poems"] == 2 * sum(shape.parameters for shape in fleet["poems"].layout)
@@ -64,49 +64,49 @@ def test_a_fleet_is_every_folder_with_an_adapter_and_held_out_text(context: Path
         FleetFolder(place / "loras", ["silent"])
 
 
-def test_fewer_bytes_are_measured_beside_what_they_lose(context: Path, tmp_path: Path) -> None:
-    exact, coarse = map(summarise, run(context, tmp_path, *naive("bf16", "1bit")))
+def test_fewer_bytes_are_measured_beside_what_they_lose(place: Path, tmp_path: Path) -> None:
+    exact, coarse = map(summarise, run(place, tmp_path, *naive("bf16", "1bit")))
     assert exact.total > coarse.total
     assert exact.dw_error < 1e-4 < coarse.dw_error
     assert exact.gain == pytest.approx(1.0, abs=0.01) or exact.gain != exact.gain
 
 
-def test_a_second_run_measures_and_encodes_nothing(context: Path, tmp_path: Path, measured: list[int]) -> None:
-    first = run(context, tmp_path, *naive("int8"))
+def test_a_second_run_measures_and_encodes_nothing(place: Path, tmp_path: Path, measured: list[int]) -> None:
+    first = run(place, tmp_path, *naive("int8"))
     assert len(measured) == 6  # base, original and int8 of two tasks
-    assert run(context, tmp_path, *naive("int8")) == first
+    assert run(place, tmp_path, *naive("int8")) == first
     assert len(measured) == 6
 
 
-def test_base_and_original_are_measured_once_for_all_points(context: Path, tmp_path: Path, measured: list[int]) -> None:
-    run(context, tmp_path, *naive("int8", "3bit", "2bit"))
+def test_base_and_original_are_measured_once_for_all_points(place: Path, tmp_path: Path, measured: list[int]) -> None:
+    run(place, tmp_path, *naive("int8", "3bit", "2bit"))
     assert len(measured) == 4 + 3 * 2
 
 
 def test_the_same_weights_are_measured_once_whatever_made_them(
-    context: Path, tmp_path: Path, measured: list[int]
+    place: Path, tmp_path: Path, measured: list[int]
 ) -> None:
-    run(context, tmp_path, *naive("svd8-2bit", "svd9-2bit"))
+    run(place, tmp_path, *naive("svd8-2bit", "svd9-2bit"))
     assert len(measured) == 4 + 2
 
 
-def test_a_run_that_was_killed_goes_on_with_the_next_task(context: Path, tmp_path: Path, measured: list[int]) -> None:
-    run(context, tmp_path, *naive("int8"))
+def test_a_run_that_was_killed_goes_on_with_the_next_task(place: Path, tmp_path: Path, measured: list[int]) -> None:
+    run(place, tmp_path, *naive("int8"))
     lines = (tmp_path / "cache.jsonl").read_text().splitlines()
     assert len(lines) == 8  # six losses, two coded tasks
     cut = [line for line in lines if '"rules"' not in line or '"loss"' in line]
     (tmp_path / "cache.jsonl").write_text("\n".join([*cut, lines[-1][:20]]))
-    run(context, tmp_path, *naive("int8"))
+    run(place, tmp_path, *naive("int8"))
     assert len(measured) == 6
 
 
-def test_other_settings_are_other_measurements(context: Path, tmp_path: Path, measured: list[int]) -> None:
-    run(context, tmp_path, *naive("int8"))
-    run(context, tmp_path, *naive("int8"), settings=Settings(texts=1))
+def test_other_settings_are_other_measurements(place: Path, tmp_path: Path, measured: list[int]) -> None:
+    run(place, tmp_path, *naive("int8"))
+    run(place, tmp_path, *naive("int8"), settings=Settings(texts=1))
     assert measured[-6:] == [1] * 6
 
 
-def test_what_gives_the_original_back_is_not_measured(context: Path, tmp_path: Path, measured: list[int]) -> None:
+def test_what_gives_the_original_back_is_not_measured(place: Path, tmp_path: Path, measured: list[int]) -> None:
     class Same:
         def identity(self) -> str:
             return "same"
@@ -118,7 +118,7 @@ def test_what_gives_the_original_back_is_not_measured(context: Path, tmp_path: P
     def run_decoded(fleet: FleetFolder) -> dict[str, Any]:
         return {task: load_adapter_folder(fleet.folder(task)) for task in fleet}
 
-    (result,) = run(context, tmp_path, Point("same", "same", Same()))
+    (result,) = run(place, tmp_path, Point("same", "same", Same()))
     assert summarise(result).total == 17
     assert all(task.dw_error < 1e-4 for task in result.tasks)
 
@@ -186,7 +186,7 @@ def test_half_a_line_of_a_killed_run_is_skipped(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_a_table_and_writes_json_and_figure(
-    context: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
     out, svg = tmp_path / "study.json", tmp_path / "study.svg"
@@ -212,6 +212,6 @@ def test_the_command_prints_a_table_and_writes_json_and_figure(
     assert svg.read_text().count("<svg") == 1
 
 
-def test_a_method_that_does_not_exist_is_an_error(context: Path) -> None:
+def test_a_method_that_does_not_exist_is_an_error(place: Path) -> None:
     with pytest.raises(SystemExit, match="zstd"):
         main(["--fleet", str(place / "loras"), "--base", str(place / "base"), "--methods", "zstd"])
