@@ -14,14 +14,14 @@ from typing import Protocol
 
 from icmlora.adapter.model import Adapter
 
-Fleet = Mapping[str, Adapter]
+NamedAdapters = Mapping[str, Adapter]
 """Task to adapter. A mapping may load an adapter whenever it is asked for, so baselines hold one at a time."""
 
 
 class Baseline(Protocol):
     """One method at one operating point."""
 
-    def prepare(self, fleet: Fleet) -> bytes:
+    def prepare(self, fleet: NamedAdapters) -> bytes:
         """Return what is stored once for a fleet; the same fleet gives the same bytes."""
         ...
 
@@ -41,6 +41,6 @@ class Baseline(Protocol):
 class PerAdapter:
     """The half of a baseline that stores each adapter alone: nothing is shared."""
 
-    def prepare(self, fleet: Fleet) -> bytes:
+    def prepare(self, fleet: NamedAdapters) -> bytes:
         """Return no bytes."""
         return b""

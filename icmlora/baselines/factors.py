@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from icmlora.adapter.canonical import among, mean_adapter, plus, times, truncated
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.baselines.baseline import Baseline, Fleet, PerAdapter
+from icmlora.baselines.baseline import Baseline, NamedAdapters, PerAdapter
 from icmlora.baselines.head import Head, Reader
 from icmlora.baselines.quantizers import Quantizer
 from icmlora.errors import CodeError
@@ -93,7 +93,7 @@ class FleetMean:
     quantizer: Quantizer
     residual: Baseline | None = None
 
-    def prepare(self, fleet: Fleet) -> bytes:
+    def prepare(self, fleet: NamedAdapters) -> bytes:
         """Store the mean over the modules that at least half of the tasks have; a task without one counts as zero.
 
         Raises:

@@ -27,7 +27,7 @@ import torch
 
 from icmlora.adapter.metrics import dw_norm
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.baselines.baseline import Fleet
+from icmlora.baselines.baseline import NamedAdapters
 from icmlora.baselines.factors import factors_from_bytes, factors_to_bytes
 from icmlora.baselines.head import Head, Reader
 from icmlora.baselines.quantizers import Bf16, Int8, Quantizer
@@ -176,7 +176,7 @@ class Joint:
     _PASSES: ClassVar[int] = 10
     _ROUNDS: ClassVar[int] = 4
 
-    def prepare(self, fleet: Fleet) -> bytes:
+    def prepare(self, fleet: NamedAdapters) -> bytes:
         """Fit and store the bases of every cluster."""
         groups = [list(fleet)] if self.clusters == 1 else self._grouped(fleet)
         parts = [len(groups).to_bytes(1, "little")]
@@ -227,10 +227,10 @@ class Joint:
     def _rows(self, bases: Bases, module: str) -> int:
         return 1 if self.diagonal else bases.outputs[module].shape[1]
 
-    def _fit(self, fleet: Fleet, tasks: list[str]) -> Bases:
+    def _fit(self, fleet: NamedAdapters, tasks: list[str]) -> Bases:
         return fit_bases(fleet, tasks, self.rank, diagonal=self.diagonal, passes=self._PASSES)
 
-    def _grouped(self, fleet: Fleet) -> list[list[str]]:
+    def _grouped(self, fleet: NamedAdapters) -> list[list[str]]:
         """Return the clusters that hold a task, each a list of tasks in the fleet's order."""
         common = self._fit(fleet, list(fleet))
         names = list(fleet)

@@ -67,7 +67,7 @@ class Episode:
     """On the query samples, 0 as good as the task's own adapter, 1 as good as none; mean over the updates."""
 
 
-class EpisodeFleet(Protocol):
+class EpisodeSource(Protocol):
     """A fleet with samples, read one task at a time."""
 
     def tasks(self) -> int:
@@ -104,7 +104,7 @@ class _Rates:
 
 
 def meta_train(
-    base: BaseModel, start: Start, fleet: EpisodeFleet, config: MetaConfig
+    base: BaseModel, start: Start, fleet: EpisodeSource, config: MetaConfig
 ) -> Iterator[tuple[Episode, Start]]:
     """Learn the lengths of a start's steps.
 

@@ -30,8 +30,8 @@ _FLOAT32 = 4
 _TOO_WIDE = f"its rank is above {MAX_SLOTS}, the most that a code has room for"
 
 
-class StoreFleet:
-    """The tasks of one base model (see `icmlora.training.fleet.Fleet`). Rows are in memory, adapters are not.
+class StoreAdapterSource:
+    """The tasks of one base model (see `icmlora.training.source.AdapterSource`). Rows are in memory, adapters are not.
 
     Evicted adapters are not among them: a task without its final one, and checkpoints without weights.
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 
-class WholeFleet:
-    """The tasks of one base model, evicted ones included (see `icmlora.adaptation.meta_training.EpisodeFleet`).
+class StoreEpisodeSource:
+    """The tasks of one base model, evicted ones included (see `icmlora.fewshot.meta_training.EpisodeSource`).
 
     Rows are in memory, adapters are not. What a start made is not among them: it would only confirm that start.
 
@@ -110,7 +110,7 @@ class StartRequest:
 
 @dataclass(frozen=True)
 class EpisodeDone(Event):
-    """One episode; what it measured is in `icmlora.adaptation.meta_training.Episode`."""
+    """One episode; what it measured is in `icmlora.fewshot.meta_training.Episode`."""
 
     base_model: str
     task: str
@@ -153,7 +153,7 @@ class StartReport:
 class _Episodes:
     """The tasks of a fleet that have samples; of one task at a time they are in memory."""
 
-    def __init__(self, fleet: WholeFleet, base: BaseModel) -> None:
+    def __init__(self, fleet: StoreEpisodeSource, base: BaseModel) -> None:
         self._fleet, self._tokenizer = fleet, base.tokenizer
         self._places = [task for task in range(len(fleet.names)) if len(self._samples(task, _TRIED)) >= _FEWEST]
 
@@ -241,7 +241,7 @@ def _learn(
     """Return what was learned, or None if the user stopped; then nothing is kept."""
     began = time.monotonic()
     lineage = Lineage(store.blobs.read(generator.blob))
-    fleet = WholeFleet(store, generator, lineage)
+    fleet = StoreEpisodeSource(store, generator, lineage)
     episodes = _Episodes(fleet, base)
     _must_be_enough(generator.base_model, episodes.tasks())
     yield Progress(0, request.episodes, "averaging the fleet")

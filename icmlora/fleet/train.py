@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.errors import DataError, GeneratorError
-from icmlora.fleet.adapter_source import StoreFleet
+from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.fleet.context import Context, Event, Progress, StopFlag, check_base_model
 from icmlora.fleet.training_run import Trained, TrainRequest, begin, must_have_codes, publish
 from icmlora.io.devices import resolve_device
@@ -108,7 +108,7 @@ def _train_base(
 ) -> Generator[Event, None, Trained | int]:
     """Return what was published, or the step at which the user stopped."""
     _must_keep_codes(store, label)
-    fleet = StoreFleet(store, label)
+    fleet = StoreAdapterSource(store, label)
     must_have_codes(fleet.names, fleet.left_out)
     previous = None if request.fresh else store.generators.current(label)
     started = time.monotonic()
@@ -144,7 +144,7 @@ def _must_keep_codes(store: Store, label: str) -> None:
 
 
 def fit_all(
-    fleet: StoreFleet, state: TrainState, stop: StopFlag, save: Callable[[], None]
+    fleet: StoreAdapterSource, state: TrainState, stop: StopFlag, save: Callable[[], None]
 ) -> Generator[Event, None, float | None]:
     """Train to the end or until the user stops.
 

@@ -23,7 +23,7 @@ import torch
 from icmlora.adapter.layout import ModuleShape
 from icmlora.base_models.causal_lm import channel_statistics
 from icmlora.errors import BaseModelNotFound, DataError, GeneratorError
-from icmlora.fleet.adapter_source import StoreFleet
+from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.fleet.context import Event, Progress, StopFlag, sample_texts, with_files
 from icmlora.fleet.loading import open_base
 from icmlora.generator.codec import Codec
@@ -67,7 +67,7 @@ class TrainRequest:
 
 def begin(
     store: Store,
-    fleet: StoreFleet,
+    fleet: StoreAdapterSource,
     request: TrainRequest,
     device: torch.device,
     previous: GeneratorRecord | None,
@@ -124,7 +124,7 @@ def _stopped(
 
 def measured_sensitivity(
     store: Store,
-    fleet: StoreFleet,
+    fleet: StoreAdapterSource,
     config: GeneratorConfig,
     present: GeneratorConfig | None,
     device: torch.device,
@@ -149,7 +149,7 @@ def _texts(store: Store, names: Sequence[str]) -> list[str]:
     return [text for row in zip_longest(*texts) for text in row if text is not None] or list(PROBES)
 
 
-def _config(fleet: StoreFleet, request: TrainRequest, previous: GeneratorConfig | None) -> GeneratorConfig:
+def _config(fleet: StoreAdapterSource, request: TrainRequest, previous: GeneratorConfig | None) -> GeneratorConfig:
     tolerance = request.tolerance
     if previous is not None:
         if request.width not in (None, previous.width):
@@ -199,7 +199,7 @@ class Trained(Event):
 
 def publish(
     store: Store,
-    fleet: StoreFleet,
+    fleet: StoreAdapterSource,
     state: TrainState,
     run: TrainRunRecord,
     previous: GeneratorRecord | None,

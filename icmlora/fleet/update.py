@@ -29,7 +29,7 @@ import torch
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import DataError, GeneratorError
-from icmlora.fleet.adapter_source import StoreFleet
+from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.fleet.context import Context, Event, Progress, StopFlag
 from icmlora.fleet.train import fit_all, labels_of, run_metrics
 from icmlora.fleet.training_run import CodeMade, TrainRequest, measured_sensitivity
@@ -90,7 +90,7 @@ class Growth:
     def __init__(
         self,
         store: Store,
-        fleet: StoreFleet,
+        fleet: StoreAdapterSource,
         request: TrainRequest,
         tolerance: float,
         device: torch.device,
@@ -124,7 +124,9 @@ class Growth:
         ((digest, _),) = Counter(named.values()).most_common(1)
         base = lineage.digests.index(digest)
         net = lineage.codec(base).generator.net
-        fleet = StoreFleet(self._store, self._fleet.base_model, [name for name in named if named[name] == digest])
+        fleet = StoreAdapterSource(
+            self._store, self._fleet.base_model, [name for name in named if named[name] == digest]
+        )
         steps = self._request.steps or _TUNING_STEPS * fleet.tasks()
         rate = self._request.learning_rate or _TUNING_RATE
         options = TrainConfig(steps=steps, learning_rate=rate, weight_decay=0.0, seed=self._request.seed)
@@ -139,7 +141,7 @@ class Growth:
 
         It reads no task vectors: from so few tasks nobody learns how adapters follow from them.
         """
-        fleet = StoreFleet(self._store, self._fleet.base_model, names)
+        fleet = StoreAdapterSource(self._store, self._fleet.base_model, names)
         config = config_for(
             fleet.base_model,
             ([ModuleShape(*entry) for entry in row.layout] for row in fleet.rows()),
@@ -155,13 +157,13 @@ class Growth:
         state = yield from self._fit(fleet, new_state(net.to(self._device), options))
         return (yield from self._under_last(append_epoch(data, generator_to_bytes(state.net), None), fleet))
 
-    def _fit(self, fleet: StoreFleet, state: TrainState) -> Generator[Event, None, TrainState]:
+    def _fit(self, fleet: StoreAdapterSource, state: TrainState) -> Generator[Event, None, TrainState]:
         yield from fit_all(fleet, state, self._stop, lambda: None)
         self._look()
         self.steps += state.step
         return state
 
-    def _under_last(self, data: bytes, fleet: StoreFleet) -> Generator[Event, None, Candidate]:
+    def _under_last(self, data: bytes, fleet: StoreAdapterSource) -> Generator[Event, None, Candidate]:
         lineage, codes = Lineage(data), dict[str, Encoded]()
         codec = lineage.codec(len(lineage.digests) - 1)
         for task, name in enumerate(fleet.names):
@@ -170,7 +172,7 @@ class Growth:
             yield Progress(task + 1, fleet.tasks(), f"encoding {name}")
         return Candidate(data, codes)
 
-    def _encoded(self, codec: Codec, fleet: StoreFleet, task: int) -> Encoded | None:
+    def _encoded(self, codec: Codec, fleet: StoreAdapterSource, task: int) -> Encoded | None:
         """Return the code of a task, or None where there is none; then the task is left out."""
         self._look()
         vectors = fleet.mean_vectors(task)
@@ -288,7 +290,7 @@ def _update_base(
     started = time.monotonic()
     label, data = generator.base_model, store.blobs.read(generator.blob)
     names = [row.task.name for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
-    fleet = StoreFleet(store, label, names)
+    fleet = StoreAdapterSource(store, label, names)
     tolerance = _tolerance(request, data)
     growth = Growth(store, fleet, request, tolerance, device, stop, cache)
     chosen = yield from _choose(growth, data, fleet)
@@ -333,7 +335,7 @@ def _tolerance(request: TrainRequest, data: bytes) -> float:
     return Lineage(data).configs[0].tolerance if request.quality is None else tolerance_of(request.quality)
 
 
-def _choose(growth: Growth, data: bytes, fleet: StoreFleet) -> Generator[Event, None, _Chosen]:
+def _choose(growth: Growth, data: bytes, fleet: StoreAdapterSource) -> Generator[Event, None, _Chosen]:
     """Take the new tasks in with the fewest bytes."""
     kept = yield from growth.kept(data)
     best, added, kept_size, tuned_size = kept, list[str](), None, None
@@ -349,7 +351,7 @@ def _choose(growth: Growth, data: bytes, fleet: StoreFleet) -> Generator[Event, 
     return _Chosen(best, added, kept_size, tuned_size)
 
 
-def _stored(store: Store, fleet: StoreFleet, best: Candidate, tolerance: float) -> list[NewCode]:
+def _stored(store: Store, fleet: StoreAdapterSource, best: Candidate, tolerance: float) -> list[NewCode]:
     """Store the files of codes and return what is to be recorded."""
     adapters = {name: fleet.final(task) for task, name in enumerate(fleet.names)}
     blobs = store.blobs.put_all([code.data for code in best.codes.values()])

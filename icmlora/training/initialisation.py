@@ -11,7 +11,7 @@ from icmlora.generator.cvae import CVAE, VIEWS, ConditionNet
 from icmlora.generator.sensitivity import Sensitivity, even
 from icmlora.generator.tokens import tokenize
 from icmlora.io.devices import seed_everything
-from icmlora.training.source import Fleet
+from icmlora.training.source import AdapterSource
 
 # Spread of a log2 norm that no second adapter has been seen for.
 _DEFAULT_SPREAD = 0.5
@@ -21,7 +21,9 @@ _LEAST_SPREAD = 2.0**-12
 _READERS = ("condition.", "encoder.", "prior.")
 
 
-def fresh_network(config: GeneratorConfig, fleet: Fleet, seed: int, sensitivity: Sensitivity | None = None) -> CVAE:
+def fresh_network(
+    config: GeneratorConfig, fleet: AdapterSource, seed: int, sensitivity: Sensitivity | None = None
+) -> CVAE:
     """Make a network whose norm tables and vector standardisation are those of the fleet's final adapters.
 
     Args:
@@ -39,7 +41,7 @@ def fresh_network(config: GeneratorConfig, fleet: Fleet, seed: int, sensitivity:
 
 
 def grown_network(
-    config: GeneratorConfig, previous: CVAE, fleet: Fleet, seed: int, sensitivity: Sensitivity | None = None
+    config: GeneratorConfig, previous: CVAE, fleet: AdapterSource, seed: int, sensitivity: Sensitivity | None = None
 ) -> CVAE:
     """Make a network for a grown fleet that starts from a present one wherever the two agree.
 
@@ -89,7 +91,7 @@ def _grown_weights(config: GeneratorConfig, previous: CVAE) -> Sensitivity:
     return weights
 
 
-def _standardise(condition: ConditionNet, fleet: Fleet) -> None:
+def _standardise(condition: ConditionNet, fleet: AdapterSource) -> None:
     if not len(condition.views):
         return
     count = torch.zeros(len(VIEWS), 1)
@@ -110,7 +112,7 @@ def _standardise(condition: ConditionNet, fleet: Fleet) -> None:
 
 
 @torch.no_grad()
-def _set_norms(net: CVAE, fleet: Fleet) -> None:
+def _set_norms(net: CVAE, fleet: AdapterSource) -> None:
     # float64: the variance is the difference of two nearly equal numbers.
     count, total, squares = torch.zeros((3, *net.norm_mean.shape), dtype=torch.float64)
     for task in range(fleet.tasks()):

@@ -13,7 +13,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.generator.initial_a.subspace import span_of
 from icmlora.generator.objective import Bits, adapter_bits
 from icmlora.generator.tokens import refuse_overflow, tokenize
-from icmlora.training.source import Fleet
+from icmlora.training.source import AdapterSource
 from icmlora.training.state import TrainState
 
 _GRADIENT_LIMIT = 1.0
@@ -36,7 +36,7 @@ class TrainStep:
     learning_rate: float
 
 
-def fit(state: TrainState, fleet: Fleet) -> Iterator[TrainStep]:
+def fit(state: TrainState, fleet: AdapterSource) -> Iterator[TrainStep]:
     """Train until the configured number of steps is done; the caller saves `state` whenever it likes between steps.
 
     Args:
@@ -65,7 +65,7 @@ def fit(state: TrainState, fleet: Fleet) -> Iterator[TrainStep]:
 
 
 def _episode(
-    state: TrainState, fleet: Fleet, task: int, draw: random.Random
+    state: TrainState, fleet: AdapterSource, task: int, draw: random.Random
 ) -> tuple[Adapter, dict[str, torch.Tensor]]:
     """Draw what one step sees of a task: one of its adapters, one of its support sets, perhaps without one view."""
     checkpoint = None

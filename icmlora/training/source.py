@@ -11,7 +11,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.generator.initial_a.draw import InitialA
 
 
-class Fleet(Protocol):
+class AdapterSource(Protocol):
     """A fleet that is read one adapter at a time; nothing here holds more than that in memory."""
 
     def tasks(self) -> int:

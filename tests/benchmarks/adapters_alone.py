@@ -1,4 +1,4 @@
-"""What a fleet answers of which nothing is known but final adapters (see `icmlora.training.source.Fleet`)."""
+"""What a fleet answers of which nothing is known but final adapters (see `icmlora.training.source.AdapterSource`)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from icmlora.adapter.metrics import relative_dw_error
-from icmlora.fleet.adapter_source import StoreFleet
+from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.formats.peft import load_adapter_folder, save_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.file import generator_from_bytes
@@ -48,7 +48,7 @@ def seeds_in_codes(path: Path) -> dict[str, int | None]:
 
 def test_the_fleet_of_a_store_knows_where_training_began(seeded: Path) -> None:
     with Store.open(seeded) as store:
-        fleet = StoreFleet(store, LABEL)
+        fleet = StoreAdapterSource(store, LABEL)
         found = dict(zip(fleet.names, (fleet.initial(task) for task in range(fleet.tasks())), strict=True))
     assert {name: initial.seed if initial else None for name, initial in found.items()} == {**TRAINED, "unseeded": None}
     assert found["first"] == initial_of(peft_made(SEED, moved=1 / 3).adapter)

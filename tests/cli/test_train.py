@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from icm_cli.errors import ExitCode
 from icmlora.fleet import train as training
 from icmlora.fleet import training_run as publishing
-from icmlora.fleet.adapter_source import StoreFleet
+from icmlora.fleet.adapter_source import StoreAdapterSource
 from registry.records import GeneratorRecord
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -219,7 +219,7 @@ def test_the_same_weights_under_another_alpha_are_another_adapter(icm: Icm, tmp_
         write_lora(tmp_path / "loras" / name, alpha=alpha)
     icm("ingest", tmp_path / "loras", "--no-vectors")
     with Store.open(tmp_path / "store") as store:
-        fleet = StoreFleet(store, LABEL)
+        fleet = StoreAdapterSource(store, LABEL)
         assert not fleet.load(0, None).modules[0].b.equal(fleet.load(1, None).modules[0].b)
 
 

@@ -21,7 +21,7 @@ from icmlora.generator.file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.training.loop import fit
-from tests.icmlora.small_fleet import BASE, MemoryFleet, begin
+from tests.icmlora.small_fleet import BASE, MemoryAdapterSource, begin
 from tests.icmlora.tiny_base import tiny_model
 
 HIDDEN = 64
@@ -87,7 +87,7 @@ def initial_of(adapter: Adapter) -> InitialA:
 
 
 @cache
-def peft_fleet() -> MemoryFleet:
+def peft_fleet() -> MemoryAdapterSource:
     """Return tasks of mixed ranks and kinds, two of one seed, with nine tenths of A in the span of the initial A."""
     tasks = [
         peft_made(SEED, moved=1 / 3, task=0),
@@ -95,7 +95,7 @@ def peft_fleet() -> MemoryFleet:
         peft_made(7, ("v_proj", "q_proj", "down_proj"), rank=6, moved=1 / 3, task=2),
     ]
     adapters = [made.adapter for made in tasks]
-    return MemoryFleet([[adapter] for adapter in adapters], 0, [initial_of(adapter) for adapter in adapters])
+    return MemoryAdapterSource([[adapter] for adapter in adapters], 0, [initial_of(adapter) for adapter in adapters])
 
 
 @cache

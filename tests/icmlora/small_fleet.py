@@ -73,7 +73,7 @@ def make_vectors(task: int, support_set: int = 0) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class MemoryFleet:
+class MemoryAdapterSource:
     """A fleet in memory: per task its final adapter, then its checkpoints."""
 
     adapters: Sequence[Sequence[Adapter]]
@@ -107,14 +107,14 @@ class MemoryFleet:
         return config_for(BASE, self.layouts(), tasks=64, condition_size=size, quality=quality, previous=previous)
 
 
-def mixed_fleet(sets: int = 2) -> MemoryFleet:
+def mixed_fleet(sets: int = 2) -> MemoryAdapterSource:
     """Return three tasks of different ranks and kinds; the first has a checkpoint."""
     first = [make_adapter(0), make_adapter(0, strength=0.03)]
     rest = [[make_adapter(1, rank=4)], [make_adapter(2, rank=1, kinds=("q_proj", "down_proj"))]]
-    return MemoryFleet([first, *rest], sets)
+    return MemoryAdapterSource([first, *rest], sets)
 
 
-def begin(fleet: MemoryFleet, steps: int, **options: float) -> TrainState:
+def begin(fleet: MemoryAdapterSource, steps: int, **options: float) -> TrainState:
     """Start a training run."""
     net = fresh_network(fleet.config(), fleet, 0, uneven(fleet.config()))
     return new_state(net, TrainConfig(steps=steps, **options))  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from tests.benchmarks.growth.figure import draw
 from tests.benchmarks.growth.measured import KindStatistics, Statistics, measure, to_tensors
 from tests.benchmarks.growth.real import EVERY, RealGroup, real_group
 from tests.benchmarks.growth.study import Setting, measure_alternatives
-from tests.benchmarks.growth.synthetic import SyntheticFleet
+from tests.benchmarks.growth.synthetic import SyntheticAdapterSource
 from tests.benchmarks.performance.machine import describe_machine
 from tests.benchmarks.rate_distortion.cache import Cache
 
@@ -62,7 +62,7 @@ def main() -> None:
     save_file(to_tensors(statistics), path)
     cache = Cache(options.work / "growth.jsonl")
     results = _results(list(settings(group)), cache, options.jobs, lambda each: _measure(each, path, options.fleet))
-    fleet = SyntheticFleet(statistics, 0, round(group.same_start, 4))
+    fleet = SyntheticAdapterSource(statistics, 0, round(group.same_start, 4))
     document = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
@@ -99,9 +99,9 @@ def _measure(setting: Setting, statistics: Path, fleet: Path) -> dict[str, Any]:
     return found
 
 
-def _description(group: RealGroup, statistics: Statistics, fleet: SyntheticFleet) -> dict[str, Any]:
+def _description(group: RealGroup, statistics: Statistics, fleet: SyntheticAdapterSource) -> dict[str, Any]:
     """Say what was measured, and what the same estimators find in as many synthetic tasks."""
-    twins = SyntheticFleet(statistics, len(group.adapters))
+    twins = SyntheticAdapterSource(statistics, len(group.adapters))
     made = [twins.load(number, None) for number in range(twins.count)]
     some = next(iter(statistics.values()))
     again = measure(made, list(statistics), range(len(some.log_norms)))

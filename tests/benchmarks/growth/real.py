@@ -12,7 +12,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.formats.peft import CONFIG_NAME, load_adapter_folder
 from icmlora.generator.config import ModuleKind, kind_of
 from tests.benchmarks.growth.measured import same_start
-from tests.icmlora.small_fleet import MemoryFleet
+from tests.icmlora.small_fleet import MemoryAdapterSource
 
 EVERY = 3
 """Every third layer takes part, to save time."""
@@ -30,9 +30,9 @@ class RealGroup:
     adapters: Sequence[Adapter]
     same_start: float
 
-    def fleet(self) -> MemoryFleet:
+    def fleet(self) -> MemoryAdapterSource:
         """Return them as a fleet without task vectors."""
-        return MemoryFleet([[adapter] for adapter in self.adapters], sets=0)
+        return MemoryAdapterSource([[adapter] for adapter in self.adapters], sets=0)
 
 
 def real_group(folder: Path) -> RealGroup:

@@ -28,11 +28,11 @@ from icmlora.generator.file import generator_from_bytes, generator_to_bytes
 from icmlora.training.config import TrainConfig, steps_for
 from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
-from icmlora.training.source import Fleet
+from icmlora.training.source import AdapterSource
 from icmlora.training.state import new_state
 from tests.benchmarks.growth.measured import from_tensors
 from tests.benchmarks.growth.real import real_group
-from tests.benchmarks.growth.synthetic import UNSEEN, SyntheticFleet
+from tests.benchmarks.growth.synthetic import UNSEEN, SyntheticAdapterSource
 from tests.benchmarks.performance.machine import peak_memory
 
 SAMPLE = 20
@@ -68,7 +68,7 @@ class Setting:
         return min(steps_for(self.tasks), self.step_limit) if self.trained else 0
 
 
-def measure_setting(setting: Setting, fleet: Fleet) -> dict[str, Any]:
+def measure_setting(setting: Setting, fleet: AdapterSource) -> dict[str, Any]:
     """Train, encode a sample and say what it took."""
     first = fleet.load(0, None)
     sizes = {"tasks": setting.tasks, "quality": setting.quality, "width": setting.width}
@@ -96,7 +96,7 @@ def measure_setting(setting: Setting, fleet: Fleet) -> dict[str, Any]:
     }
 
 
-def measure_alternatives(fleet: SyntheticFleet) -> list[dict[str, Any]]:
+def measure_alternatives(fleet: SyntheticAdapterSource) -> list[dict[str, Any]]:
     """Encode the unseen sample with methods that store each adapter alone."""
     adapters = [fleet.load(UNSEEN + number, None) for number in range(SAMPLE)]
     found = []
@@ -110,7 +110,7 @@ def measure_alternatives(fleet: SyntheticFleet) -> list[dict[str, Any]]:
     return found
 
 
-def _encode(codec: Codec, fleet: Fleet, tasks: Sequence[int]) -> dict[str, float] | None:
+def _encode(codec: Codec, fleet: AdapterSource, tasks: Sequence[int]) -> dict[str, float] | None:
     if not tasks:
         return None
     sizes, errors, encoding, decoding = [], [], [], []
@@ -145,7 +145,7 @@ def main() -> None:
         result = measure_setting(setting, real_group(fleet).fleet())
     else:
         statistics = from_tensors(load_file(Path(sys.argv[2])))
-        result = measure_setting(setting, SyntheticFleet(statistics, setting.tasks, setting.same_start))
+        result = measure_setting(setting, SyntheticAdapterSource(statistics, setting.tasks, setting.same_start))
     print(json.dumps(result))
 
 

@@ -23,8 +23,8 @@ UNSEEN = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class SyntheticFleet(AdaptersAlone):
-    """Implements `icmlora.training.fleet.Fleet`; without task vectors and checkpoints.
+class SyntheticAdapterSource(AdaptersAlone):
+    """Implements `icmlora.training.source.AdapterSource`; without task vectors and checkpoints.
 
     Attributes:
         statistics: By module kind.

@@ -17,7 +17,7 @@ from icmlora.generator.config import ModuleKind
 from tests.benchmarks.growth.bill import break_even, per_task, table
 from tests.benchmarks.growth.measured import KindStatistics, from_tensors, measure, same_start, to_tensors
 from tests.benchmarks.growth.study import Setting, measure_alternatives, measure_setting
-from tests.benchmarks.growth.synthetic import UNSEEN, SyntheticFleet
+from tests.benchmarks.growth.synthetic import UNSEEN, SyntheticAdapterSource
 from tests.icmlora.small_fleet import make_adapter, same
 
 KIND = ModuleKind("model.layers.{}.self_attn.q_proj", 96, 64)
@@ -45,8 +45,8 @@ def wanted() -> KindStatistics:
     )
 
 
-def fleet(**options: Any) -> SyntheticFleet:
-    return SyntheticFleet({KIND: wanted()}, MANY, **options)
+def fleet(**options: Any) -> SyntheticAdapterSource:
+    return SyntheticAdapterSource({KIND: wanted()}, MANY, **options)
 
 
 def balanced(adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_a_shared_start_holds_the_asked_share_of_each_input_vector() -> None:
     # A spread that swaps neighbouring slots would swap their shares too.
     still = replace(wanted(), slot_spread=torch.zeros(SLOTS))
     for task in range(5):
-        found = shares(SyntheticFleet({KIND: still}, MANY).load(task, None))
+        found = shares(SyntheticAdapterSource({KIND: still}, MANY).load(task, None))
         torch.testing.assert_close(found, wanted().inputs_shared.expand_as(found), atol=1e-3, rtol=0)
 
 

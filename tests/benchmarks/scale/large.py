@@ -21,7 +21,7 @@ from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.sensitivity import Sensitivity, even
 from icmlora.training.initialisation import fresh_network
-from tests.icmlora.small_fleet import MemoryFleet
+from tests.icmlora.small_fleet import MemoryAdapterSource
 
 RANK, LAYERS = 16, 32
 HIDDEN, KEYS, MLP = 4096, 1024, 14336
@@ -71,7 +71,7 @@ def make_adapter(layout: Sequence[ModuleShape], spectra: Sequence[torch.Tensor],
 def make_network(adapter: Adapter) -> CVAE:
     """Make a generator's network for an adapter: plain initial values, norm tables of that adapter."""
     config = config_for(adapter.base_model, [adapter.layout], tasks=64, condition_size=0, quality=4)
-    return fresh_network(config, MemoryFleet([[adapter]], sets=0), 0, _weights(config))
+    return fresh_network(config, MemoryAdapterSource([[adapter]], sets=0), 0, _weights(config))
 
 
 def _weights(config: GeneratorConfig) -> Sensitivity:

@@ -16,7 +16,7 @@ from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
 from icmlora.training.state import new_state
-from tests.icmlora.small_fleet import MemoryFleet
+from tests.icmlora.small_fleet import MemoryAdapterSource
 
 
 def trained_codec(adapters: Sequence[Adapter], channels: MeanSquares, steps: int) -> Codec:
@@ -27,7 +27,7 @@ def trained_codec(adapters: Sequence[Adapter], channels: MeanSquares, steps: int
         channels: What `channel_statistics` measured; may be empty.
         steps: Few are enough: they change what decoding gives, not how long it takes.
     """
-    fleet = MemoryFleet([[adapter] for adapter in adapters], sets=0)
+    fleet = MemoryAdapterSource([[adapter] for adapter in adapters], sets=0)
     config = config_for(adapters[0].base_model, fleet.layouts(), tasks=fleet.tasks(), condition_size=0, quality=4)
     state = new_state(fresh_network(config, fleet, 0, sensitivity_of(config, channels)), TrainConfig(steps=steps))
     for _ in fit(state, fleet):

@@ -41,7 +41,7 @@ def random_adapter(seed: int, rank: int = 2, strength: float = 0.1) -> Adapter:
 
 @dataclass(frozen=True, eq=False)
 class TrainedTasks:
-    """Adapters and samples by task, as `icmlora.fewshot.meta_training.EpisodeFleet`."""
+    """Adapters and samples by task, as `icmlora.fewshot.meta_training.EpisodeSource`."""
 
     adapters: Sequence[Adapter]
     texts: Sequence[Sequence[Scored]]

@@ -24,7 +24,15 @@ from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, tunable_network
 from icmlora.training.loop import fit
 from icmlora.training.state import new_state
-from tests.icmlora.small_fleet import MemoryFleet, codec, make_adapter, make_vectors, mixed_fleet, same, trained_file
+from tests.icmlora.small_fleet import (
+    MemoryAdapterSource,
+    codec,
+    make_adapter,
+    make_vectors,
+    mixed_fleet,
+    same,
+    trained_file,
+)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -41,7 +49,7 @@ def differences(seed: int) -> bytes:
 @cache
 def other_network() -> bytes:
     """Return the file of a network for a module that the trained one does not know."""
-    fleet = MemoryFleet([[make_adapter(7, rank=8, kinds=("v_proj",))]], sets=0)
+    fleet = MemoryAdapterSource([[make_adapter(7, rank=8, kinds=("v_proj",))]], sets=0)
     return generator_to_bytes(fresh_network(fleet.config(), fleet, 0))
 
 

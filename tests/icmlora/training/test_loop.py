@@ -19,7 +19,7 @@ from tests.icmlora.peft_made import peft_fleet
 from tests.icmlora.small_fleet import (
     BASE,
     HIDDEN,
-    MemoryFleet,
+    MemoryAdapterSource,
     begin,
     make_adapter,
     make_vectors,
@@ -30,7 +30,7 @@ from tests.icmlora.small_fleet import (
 CPU = torch.device("cpu")
 
 
-def run(state: TrainState, fleet: MemoryFleet) -> list[float]:
+def run(state: TrainState, fleet: MemoryAdapterSource) -> list[float]:
     return [at.bits for at in fit(state, fleet)]
 
 
@@ -85,7 +85,7 @@ def test_a_finished_run_does_nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Watched(MemoryFleet):
+class Watched(MemoryAdapterSource):
     """Remembers what was read."""
 
     seen: list[int | None] = field(default_factory=list)
@@ -120,28 +120,28 @@ def test_the_adapted_view_is_dropped_as_often_as_was_asked(dropout: float, chang
 
 
 def test_an_adapter_of_zeros_does_not_spoil_the_network() -> None:
-    fleet = MemoryFleet([[with_factors(make_adapter(0), b=0.0)], [make_adapter(1)]])
+    fleet = MemoryAdapterSource([[with_factors(make_adapter(0), b=0.0)], [make_adapter(1)]])
     state = begin(fleet, 8)
     assert all(torch.isfinite(torch.tensor(run(state, fleet))))
     assert all(torch.isfinite(parameter).all() for parameter in state.net.parameters())
 
 
 def test_an_adapter_too_large_for_float32_ends_training_by_name() -> None:
-    fleet = MemoryFleet([[with_factors(make_adapter(0), b=1e20)]])
+    fleet = MemoryAdapterSource([[with_factors(make_adapter(0), b=1e20)]])
     with pytest.raises(AdapterRefused, match=r"q_proj has the size .*, too large"):
         run(begin(fleet, 1), fleet)
 
 
 def test_a_single_adapter_is_a_fleet() -> None:
-    fleet = MemoryFleet([[make_adapter(0)]])
+    fleet = MemoryAdapterSource([[make_adapter(0)]])
     bits = run(begin(fleet, 30), fleet)
     assert bits[-1] < bits[0]
 
 
 def test_a_fleet_that_the_network_does_not_cover_is_refused() -> None:
-    fleet = MemoryFleet([[make_adapter(0, rank=4)]])
+    fleet = MemoryAdapterSource([[make_adapter(0, rank=4)]])
     config = config_for(BASE, [make_adapter(0).layout], tasks=64, condition_size=HIDDEN, quality=5)
-    small = MemoryFleet([[make_adapter(0)]])
+    small = MemoryAdapterSource([[make_adapter(0)]])
     with pytest.raises(GeneratorError, match="does not cover"):
         run(new_state(fresh_network(config, small, 0), TrainConfig(steps=1)), fleet)
 
@@ -149,7 +149,7 @@ def test_a_fleet_that_the_network_does_not_cover_is_refused() -> None:
 def test_both_support_sets_are_seen() -> None:
     seen: set[int] = set()
 
-    class Sets(MemoryFleet):
+    class Sets(MemoryAdapterSource):
         def vectors(self, task: int, support_set: int) -> dict[str, torch.Tensor]:
             seen.add(support_set)
             return make_vectors(task, support_set)

@@ -11,12 +11,12 @@ from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import fit
 from icmlora.training.state import new_state
-from tests.icmlora.small_fleet import HIDDEN, MemoryFleet, codec, make_adapter, make_vectors, mixed_fleet
+from tests.icmlora.small_fleet import HIDDEN, MemoryAdapterSource, codec, make_adapter, make_vectors, mixed_fleet
 
-LARGER = MemoryFleet([*mixed_fleet().adapters, [make_adapter(7, rank=6, kinds=("v_proj", "down_proj"))]])
+LARGER = MemoryAdapterSource([*mixed_fleet().adapters, [make_adapter(7, rank=6, kinds=("v_proj", "down_proj"))]])
 
 
-def first_bits(net: CVAE, fleet: MemoryFleet) -> float:
+def first_bits(net: CVAE, fleet: MemoryAdapterSource) -> float:
     return sum(at.bits for at in fit(new_state(net, TrainConfig(steps=12, learning_rate=1e-9)), fleet))
 
 
@@ -32,7 +32,7 @@ def test_the_same_seed_makes_the_same_network() -> None:
 
 
 def test_norm_tables_are_the_mean_over_final_adapters() -> None:
-    fleet = MemoryFleet([[make_adapter(0), make_adapter(9)], [make_adapter(1)]])
+    fleet = MemoryAdapterSource([[make_adapter(0), make_adapter(9)], [make_adapter(1)]])
     net = fresh_network(fleet.config(), fleet, 0)
     groups = [tokenize(fleet.load(task, None), net.config, net.sensitivity)[0] for task in range(2)]
     wanted = torch.stack([group.norm.log2() for group in groups]).mean(0)
@@ -47,7 +47,7 @@ def test_a_place_that_no_final_adapter_has_gets_a_norm_like_its_neighbours() -> 
 
 
 def test_a_kind_that_only_checkpoints_have_gets_the_fleets_norm() -> None:
-    fleet = MemoryFleet([[make_adapter(0), make_adapter(0, kinds=("down_proj",))]])
+    fleet = MemoryAdapterSource([[make_adapter(0), make_adapter(0, kinds=("down_proj",))]])
     net = fresh_network(fleet.config(), fleet, 0)
     down = next(number for number, kind in enumerate(net.config.kinds) if "down" in kind.pattern)
     seen = [number for number in range(3) if number != down]
@@ -56,7 +56,7 @@ def test_a_kind_that_only_checkpoints_have_gets_the_fleets_norm() -> None:
 
 
 def test_one_adapter_alone_gives_the_default_spread() -> None:
-    fleet = MemoryFleet([[make_adapter(0, layers=(0,))]])
+    fleet = MemoryAdapterSource([[make_adapter(0, layers=(0,))]])
     net = fresh_network(fleet.config(), fleet, 0)
     torch.testing.assert_close(net.norm_spread, torch.full_like(net.norm_spread, -1.0))
 
@@ -70,7 +70,7 @@ def test_task_vectors_are_standardised_over_the_fleet() -> None:
 
 
 def test_a_single_vector_does_not_make_the_scale_zero() -> None:
-    fleet = MemoryFleet([[make_adapter(0)]], sets=1)
+    fleet = MemoryAdapterSource([[make_adapter(0)]], sets=1)
     assert torch.equal(fresh_network(fleet.config(), fleet, 0).condition.log_scale, torch.zeros(2, HIDDEN))
 
 
@@ -88,7 +88,7 @@ def test_a_network_grown_to_the_same_fleet_is_the_present_one() -> None:
 @pytest.mark.parametrize("sets", [0, 2])
 def test_a_grown_network_predicts_for_old_tasks_what_it_did(sets: int) -> None:
     present = codec(sets).generator.net
-    fleet = MemoryFleet(LARGER.adapters, sets)
+    fleet = MemoryAdapterSource(LARGER.adapters, sets)
     net = grown_network(fleet.config(previous=present.config), present, fleet, 5)
     assert net.config.slots > present.config.slots
     left, right = (first_bits(network, mixed_fleet(sets)) for network in (net, present))
@@ -102,8 +102,8 @@ def test_new_slots_of_a_grown_network_start_at_the_fleets_statistics() -> None:
 
 
 def test_a_kind_between_two_known_ones_moves_them_without_mixing_them() -> None:
-    old = MemoryFleet([[make_adapter(0, kinds=("q_proj", "down_proj"))]])
-    new = MemoryFleet([*old.adapters, [make_adapter(1, kinds=("q_proj", "v_proj", "down_proj"))]])
+    old = MemoryAdapterSource([[make_adapter(0, kinds=("q_proj", "down_proj"))]])
+    new = MemoryAdapterSource([*old.adapters, [make_adapter(1, kinds=("q_proj", "v_proj", "down_proj"))]])
     present = fresh_network(old.config(), old, 0)
     with torch.no_grad():
         for number, direction in enumerate(present.directions):
