@@ -31,7 +31,7 @@ from icmlora.errors import BaseModelNotFound, DataError, IcmLoraError
 from icmlora.fleet.context import Context, check_base_model
 from icmlora.fleet.map import nearest_tasks
 from icmlora.generator.code import Code, generator_of
-from icmlora.generator.file import epochs_of
+from icmlora.generator.file import versions_of
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.task_vectors.distances import Neighbour
 from registry.errors import DamagedStore
@@ -400,7 +400,7 @@ def _named(store: Store, name: str) -> GeneratorRecord:
 
 def _epochs(store: Store, generator: GeneratorRecord) -> int | None:
     try:
-        return len(epochs_of(store.blobs.read(generator.blob)))
+        return len(versions_of(store.blobs.read(generator.blob)))
     except (DamagedStore, IcmLoraError):
         return None
 
@@ -459,8 +459,8 @@ def describe_task(context: Context, name: str) -> TaskDetails:
 def _initial(store: Store, generator: GeneratorRecord, code: CodeRecord) -> InitialA | None:
     """Read it from the code; where a file is damaged nothing is known, and `icm verify` says that it is damaged."""
     try:
-        data, epochs = store.blobs.read(code.blob), epochs_of(store.blobs.read(generator.blob))
-        config = next((epoch.config for epoch in epochs if epoch.digest == generator_of(data)), None)
+        data, versions = store.blobs.read(code.blob), versions_of(store.blobs.read(generator.blob))
+        config = next((version.config for version in versions if version.digest == generator_of(data)), None)
         return None if config is None else Code.from_bytes(data, config).head.initial
     except (DamagedStore, IcmLoraError):
         return None

@@ -33,7 +33,7 @@ from registry.records import EvaluationRecord, GeneratorRecord, NewAdapter, NewE
 
 if TYPE_CHECKING:
     from icmlora.fleet.materialize import Materialized
-    from icmlora.generator.versions import Lineage
+    from icmlora.generator.versions import GeneratorFile
     from registry.store import Store
 
 _ATTEMPTS = 3
@@ -186,9 +186,9 @@ def _float(value: float | None) -> float | None:
 
 def _digests(store: Store, generator: GeneratorRecord) -> frozenset[str]:
     """Return what the codes of a generator may name."""
-    from icmlora.generator.file import epochs_of
+    from icmlora.generator.file import versions_of
 
-    return frozenset(epoch.digest for epoch in epochs_of(store.blobs.read(generator.blob)))
+    return frozenset(version.digest for version in versions_of(store.blobs.read(generator.blob)))
 
 
 def _read(store: Store, digest: str, known: Collection[str], codes: Mapping[str, str]) -> bytes:
@@ -243,23 +243,23 @@ def materialize_bundled(path: Path, request: MaterializeRequest) -> Materialized
         )
         check_error(made_by, request.max_error, hint=_BETTER)
         bundle.check()
-        lineage, code = open_lineage(bundle), bundle.read(task.code)
-    return write_decoded(lineage.codec_of(code).decode(code), made_by, request)
+        generator_file, code = open_generator_file(bundle), bundle.read(task.code)
+    return write_decoded(generator_file.codec_of(code).decode(code), made_by, request)
 
 
-def open_lineage(bundle: Bundle) -> Lineage:
-    """Take the generator of a bundle apart; the network of an epoch is opened with the first code that names it.
+def open_generator_file(bundle: Bundle) -> GeneratorFile:
+    """Take the generator of a bundle apart; the network of a version is opened with the first code that names it.
 
     Raises:
         GeneratorError: It is damaged, or of a newer format.
         BundleError: It is damaged, or made for another base model than the bundle says.
     """
-    from icmlora.generator.versions import Lineage
+    from icmlora.generator.versions import GeneratorFile
 
-    lineage = Lineage(bundle.read(bundle.index.generator.blob))
-    if lineage.configs[0].base_model != bundle.index.base_model:
+    generator_file = GeneratorFile(bundle.read(bundle.index.generator.blob))
+    if generator_file.configs[0].base_model != bundle.index.base_model:
         raise BundleError("the bundle names another base model than its generator")
-    return lineage
+    return generator_file
 
 
 def find_task(index: BundleIndex, name: str) -> BundledTask:
@@ -330,15 +330,15 @@ def take_in(context: Context, request: ImportRequest) -> Generator[Event, None, 
 
 
 def _check_parts(bundle: Bundle, tasks: Sequence[BundledTask]) -> None:
-    """Check what the format itself does not look into: every epoch opens, and codes and configurations go with it."""
+    """Check what the format itself does not look into: every version opens, and codes and configurations go with it."""
     from icmlora.generator.code import generator_of
 
     index = bundle.index
-    lineage = open_lineage(bundle)
-    for number in range(len(lineage.digests)):
-        lineage.codec(number)
+    generator_file = open_generator_file(bundle)
+    for number in range(len(generator_file.digests)):
+        generator_file.codec(number)
     for task in tasks:
-        if generator_of(bundle.read(task.code)) not in lineage.digests:
+        if generator_of(bundle.read(task.code)) not in generator_file.digests:
             raise BundleError(f"the code of {task.name!r} belongs to another generator")
         if AdapterConfig.parse(bundle.read(task.config)).base_model != index.base_model:
             raise BundleError(f"the configuration of {task.name!r} names another base model")

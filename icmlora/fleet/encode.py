@@ -161,7 +161,7 @@ class _Work:
             raise DataError("it has no code that a residual could be put beside", hint="`icm train` makes it")
         evaluation = None if self._request.min_gain is None else self._evaluation(task, generator)
         code = self._bytes_of(present)
-        search = ResidualSearch(self._models.lineage(generator).codec_of(code), original, code, evaluation)
+        search = ResidualSearch(self._models.generator_file(generator).codec_of(code), original, code, evaluation)
         found = yield from search.run(self._request, stop)
         if found is None:
             return None
@@ -190,7 +190,7 @@ class _Work:
     def _search(
         self, task: TaskRecord, generator: GeneratorRecord, original: Adapter, present: CodeRecord | None
     ) -> CodeSearch:
-        codec = codec_at(self._store, self._models.lineage(generator), present, original.layout)
+        codec = codec_at(self._store, self._models.generator_file(generator), present, original.layout)
         vectors = mean_vectors(self._store, self._store.vectors.all(task.name))
         evaluation = None if self._request.min_gain is None else self._evaluation(task, generator)
         refiner = None if not self._request.refine else self._refiner(task)

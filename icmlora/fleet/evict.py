@@ -181,10 +181,10 @@ class StandInCheck:
         return self._with_gain(task, code, generator, error, self._min_gain)
 
     def _dw_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
-        lineage = self._models.lineage(generator)
+        generator_file = self._models.generator_file(generator)
         original = None if final.is_evicted else read_original(self._store, final)
         try:
-            decoded = decode_rung(self._store, lineage, code, code.rung)
+            decoded = decode_rung(self._store, generator_file, code, code.rung)
             # Without the original (only later checkpoints are left) what was measured when it went stands.
             error = code.best_error if original is None else relative_dw_error(original, decoded)
         except DamagedStore:

@@ -37,7 +37,7 @@ from icmlora.fleet.vectors import VECTOR_DTYPE, canonical, comparable_vectors, p
 from icmlora.formats.peft import inspect_adapter, save_adapter
 from icmlora.formats.tree import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from icmlora.generator.codec import Encoded
-from icmlora.generator.versions import Lineage
+from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.io.files import read_regular
 from icmlora.io.staging import check_free
@@ -71,7 +71,7 @@ def check_unknown(store: Store, name: str) -> None:
 
 
 def code_for(
-    lineage: Lineage,
+    generator_file: GeneratorFile,
     adapter: Adapter,
     vectors: Sequence[TaskVector],
     base: BaseModel,
@@ -81,9 +81,9 @@ def code_for(
     """Make the code of a generated adapter, a coarse one that is refined on the samples; None where the user stopped.
 
     Raises:
-        NotCovered: Its rank is above what any epoch of the generator covers.
+        NotCovered: Its rank is above what any version of the generator covers.
     """
-    codec = lineage.codec_for(adapter.layout)
+    codec = generator_file.codec_for(adapter.layout)
     mean = {"context": torch.stack([vector.values for vector in vectors]).mean(dim=0)}
     coarse = codec.encode(adapter, mean, tolerance=_TOLERANCE)
     return (yield from refined(codec, adapter, coarse, Refiner(base, texts, RefineConfig()), stop))
@@ -224,9 +224,9 @@ def generate(context: Context, request: GenerateRequest, stop: StopFlag) -> Gene
         if request.register:
             check_unknown(store, request.name)
         generator = _generator(store, request.base_model)
-        lineage = Lineage(store.blobs.read(generator.blob))
-        start = read_start(store, generator, lineage)
-        rank = _rank(lineage, start, request)
+        generator_file = GeneratorFile(store.blobs.read(generator.blob))
+        start = read_start(store, generator, generator_file)
+        rank = _rank(generator_file, start, request)
         yield Progress(0, None, f"loading {generator.base_model}")
         texts = [example.text for example in examples]
         base, vectors = _opened(store, generator.base_model, device, texts, context.cache)
@@ -244,7 +244,7 @@ def generate(context: Context, request: GenerateRequest, stop: StopFlag) -> Gene
         )
         code = None
         if request.register:
-            code = yield from code_for(lineage, adapter, vectors, base, texts, stop)
+            code = yield from code_for(generator_file, adapter, vectors, base, texts, stop)
         if stop.requested:
             return None
         weights = _write(adapter, generator, facts.samples, request)
@@ -285,9 +285,9 @@ def _generator(store: Store, base_model: str | None) -> GeneratorRecord:
     return started[0]
 
 
-def _rank(lineage: Lineage, start: Start, request: GenerateRequest) -> int:
+def _rank(generator_file: GeneratorFile, start: Start, request: GenerateRequest) -> int:
     """Return the rank to write: what is asked for, else the largest that a code of the start's modules can have."""
-    most = max(lineage.configs[number].slots for number in lineage.covering(start.adapter.layout))
+    most = max(generator_file.configs[number].slots for number in generator_file.covering(start.adapter.layout))
     if request.register and request.rank is not None and request.rank > most:
         fact = f"codes of the generator have ranks up to {most}, and {request.rank} is asked for"
         raise NotCovered(fact, hint=f"--rank {most}, or write the folder alone, without --register")

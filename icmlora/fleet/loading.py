@@ -15,7 +15,7 @@ from icmlora.base_models.lookup import FoundBase, fingerprint_base, inspect_base
 from icmlora.errors import OutputExists
 from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.peft import load_adapter, save_adapter
-from icmlora.generator.versions import Lineage
+from icmlora.generator.versions import GeneratorFile
 from registry.records import AdapterRecord, GeneratorRecord
 
 if TYPE_CHECKING:
@@ -73,20 +73,20 @@ class Models:
 
     def __init__(self, store: Store, device: torch.device, cache: Path) -> None:
         self._store, self._device, self._cache = store, device, cache
-        self._lineage: Lineage | None = None
+        self._generator_file: GeneratorFile | None = None
         self._bases: dict[tuple[str, torch.dtype | None], BaseModel] = {}
 
-    def lineage(self, generator: GeneratorRecord) -> Lineage:
-        """Return the epochs of a generator, whose digest is checked when it is read.
+    def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
+        """Return the versions of a generator, whose digest is checked when it is read.
 
         Raises:
             DamagedStore: Its bytes are not those that were stored.
             GeneratorError: It cannot be opened.
         """
-        if self._lineage is None or self._lineage.digests[-1] != generator.blob:
-            self._lineage = None
-            self._lineage = Lineage(self._store.blobs.read(generator.blob))
-        return self._lineage
+        if self._generator_file is None or self._generator_file.digests[-1] != generator.blob:
+            self._generator_file = None
+            self._generator_file = GeneratorFile(self._store.blobs.read(generator.blob))
+        return self._generator_file
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
         """Return a base model, in what suits the device or in a precision of its own.

@@ -1,4 +1,4 @@
-"""A code of the store: the epoch that it names, and the adapter it is, with or without what lies beside it.
+"""A code of the store: the version that it names, and the adapter it is, with or without what lies beside it.
 
 Write one task's adapter as a PEFT folder: from its original, its code (and residual), or its task vectors.
 """
@@ -19,7 +19,7 @@ from icmlora.fleet.context import Context, with_files
 from icmlora.formats.tree import WEIGHTS_NAME
 from icmlora.generator.codec import Codec
 from icmlora.generator.residual import LayeredCodec
-from icmlora.generator.versions import Lineage
+from icmlora.generator.versions import GeneratorFile
 from icmlora.io.staging import check_free, write_original
 from registry.errors import DamagedStore
 from registry.evaluations import latest
@@ -30,44 +30,50 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 
-def decode_rung(store: Store, lineage: Lineage, code: CodeRecord, rung: Literal["residual", "code"]) -> Adapter:
+def decode_rung(
+    store: Store, generator_file: GeneratorFile, code: CodeRecord, rung: Literal["residual", "code"]
+) -> Adapter:
     """Read a code from disk, and its residual for the rung of that name, and decode them.
 
     Args:
         store: The open store.
-        lineage: The epochs of the code's generator; the code names one of them.
+        generator_file: The versions of the code's generator; the code names one of them.
         code: The code; it has a residual if one is asked for.
         rung: Which of the two.
 
     Raises:
         DamagedStore: Bytes that are not those that were stored.
         CodeError: Bytes that cannot be decoded.
-        GeneratorError: The epoch's network cannot be read.
+        GeneratorError: The version's network cannot be read.
     """
     data = store.blobs.read(code.blob)
-    codec = lineage.codec_of(data)
+    codec = generator_file.codec_of(data)
     if rung == "code" or code.residual is None:
         return codec.decode(data)
     return LayeredCodec(codec).decode(data, store.blobs.read(code.residual.blob))
 
 
-def codec_at(store: Store, lineage: Lineage, code: CodeRecord | None, layout: Sequence[ModuleShape]) -> Codec:
-    """Return the codec of the epoch that a task's code names; without a readable code, of the newest that covers it.
+def codec_at(
+    store: Store, generator_file: GeneratorFile, code: CodeRecord | None, layout: Sequence[ModuleShape]
+) -> Codec:
+    """Return the codec of the version that a task's code names; without a readable code, of the newest that covers it.
 
     Args:
         store: The open store.
-        lineage: The epochs of its generator.
+        generator_file: The versions of its generator.
         code: The task's code under it, if it has one.
         layout: The modules of its adapter.
 
     Raises:
-        NotCovered: It has no code, and no epoch covers the adapter.
-        GeneratorError: The epoch's network cannot be read.
+        NotCovered: It has no code, and no version covers the adapter.
+        GeneratorError: The version's network cannot be read.
     """
     try:
-        return lineage.codec_for(layout) if code is None else lineage.codec_of(store.blobs.read(code.blob))
+        return (
+            generator_file.codec_for(layout) if code is None else generator_file.codec_of(store.blobs.read(code.blob))
+        )
     except (CodeError, DamagedStore):
-        return lineage.codec_for(layout)
+        return generator_file.codec_for(layout)
 
 
 Source = Literal["auto", "original", "residual", "code", "generate"]
@@ -224,16 +230,16 @@ def _decode(
     from icmlora.adapter.layout import ModuleShape
     from icmlora.fleet.adapter_source import mean_vectors
     from icmlora.formats.peft_config import AdapterConfig
-    from icmlora.generator.versions import Lineage
+    from icmlora.generator.versions import GeneratorFile
 
-    lineage = Lineage(store.blobs.read(generator.blob))
+    generator_file = GeneratorFile(store.blobs.read(generator.blob))
     if code is not None and rung != "generate":
-        return decode_rung(store, lineage, code, rung)
+        return decode_rung(store, generator_file, code, rung)
     vectors = mean_vectors(store, store.vectors.all(final.task))
     if not vectors:
         raise DataError(f"task {final.task!r} has no task vector", hint="`icm vectors` makes it")
     layout = [ModuleShape(*entry) for entry in final.layout]
-    codec = codec_at(store, lineage, code, layout)
+    codec = codec_at(store, generator_file, code, layout)
     config = AdapterConfig.parse(store.blobs.read(final.config))
     return codec.generate(vectors, layout, task_type=config.task_type, seed=seed)
 

@@ -27,7 +27,7 @@ from icmlora.fleet.loading import open_base, read_original
 from icmlora.fleet.materialize import decode_rung
 from icmlora.fleet.train import labels_of
 from icmlora.generator.codec import Codec
-from icmlora.generator.versions import Lineage
+from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.io.text import counted
 from registry.records import GeneratorRecord
@@ -44,11 +44,11 @@ class StoreEpisodeSource:
     Args:
         store: The open store.
         generator: The current generator.
-        lineage: Its file, which decodes what was evicted.
+        generator_file: Its file, which decodes what was evicted.
     """
 
-    def __init__(self, store: Store, generator: GeneratorRecord, lineage: Lineage) -> None:
-        self._store, self._generator, self._lineage = store, generator, lineage
+    def __init__(self, store: Store, generator: GeneratorRecord, generator_file: GeneratorFile) -> None:
+        self._store, self._generator, self._generator_file = store, generator, generator_file
         rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
         self._rows = [row for row in rows if not row.final.is_generated]
         self.names = [row.task.name for row in self._rows]
@@ -69,7 +69,7 @@ class StoreEpisodeSource:
         code = self._store.codes.get(row.task.name, self._generator.id)
         if code is None:
             raise DataError(f"task {row.task.name!r} has neither an original nor a code", hint="`icm verify` says more")
-        return decode_rung(self._store, self._lineage, code, code.rung)
+        return decode_rung(self._store, self._generator_file, code, code.rung)
 
     def samples(self, task: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int, most: int) -> Sequence[Scored]:
         """Return some of a task's samples as token ids, spread evenly over them; none where it has no samples.
@@ -191,7 +191,7 @@ def check_learnable(context: Context, base_model: str | None) -> None:
             locate_base(store, label)
 
 
-def read_start(store: Store, generator: GeneratorRecord, lineage: Lineage) -> Start:
+def read_start(store: Store, generator: GeneratorRecord, generator_file: GeneratorFile) -> Start:
     """Read the start that a generator has now; another process may have learned it anew.
 
     Raises:
@@ -204,7 +204,7 @@ def read_start(store: Store, generator: GeneratorRecord, lineage: Lineage) -> St
         return str(next((row.start for row in rows if row.id == generator.id), generator.start))
 
     data = with_files(present, store.blobs.read)
-    return start_from_bytes(data, lambda code: lineage.codec_of(code).decode(code))
+    return start_from_bytes(data, lambda code: generator_file.codec_of(code).decode(code))
 
 
 def learn_starts(context: Context, request: StartRequest, stop: StopFlag) -> Generator[Event, None, StartReport]:
@@ -240,12 +240,12 @@ def _learn(
 ) -> Generator[Event, None, StartLearned | None]:
     """Return what was learned, or None if the user stopped; then nothing is kept."""
     began = time.monotonic()
-    lineage = Lineage(store.blobs.read(generator.blob))
-    fleet = StoreEpisodeSource(store, generator, lineage)
+    generator_file = GeneratorFile(store.blobs.read(generator.blob))
+    fleet = StoreEpisodeSource(store, generator, generator_file)
     episodes = _Episodes(fleet, base)
     _must_be_enough(generator.base_model, episodes.tasks())
     yield Progress(0, request.episodes, "averaging the fleet")
-    start, codec = _encodable(untrained_start(fleet), lineage)
+    start, codec = _encodable(untrained_start(fleet), generator_file)
     code = mean_code(start, codec)
     learned = replace(start, adapter=codec.decode(code))
     losses: list[float] = []
@@ -266,12 +266,12 @@ def _must_be_enough(base_model: str, tasks: int) -> None:
         raise DataError(fact, hint="`icm ingest PATH --samples FILE` gives a task its samples")
 
 
-def _encodable(start: Start, lineage: Lineage) -> tuple[Start, Codec]:
-    """Return what a generator can encode of a start, under the epoch that has most of its modules, newest first."""
+def _encodable(start: Start, generator_file: GeneratorFile) -> tuple[Start, Codec]:
+    """Return what a generator can encode of a start, under the version that has most of its modules, newest first."""
     shapes = [shape._replace(rank=1) for shape in start.adapter.layout]
-    known = [sum(config.covers([shape]) for shape in shapes) for config in lineage.configs]
+    known = [sum(config.covers([shape]) for shape in shapes) for config in generator_file.configs]
     best = max(range(len(known)), key=lambda number: (known[number], number))
-    return within(start, lineage.configs[best]), lineage.codec(best)
+    return within(start, generator_file.configs[best]), generator_file.codec(best)
 
 
 def _publish(

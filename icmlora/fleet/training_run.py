@@ -30,7 +30,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
-from icmlora.generator.versions import Lineage
+from icmlora.generator.versions import GeneratorFile
 from icmlora.task_vectors.extraction import PROBES
 from icmlora.training.config import TrainConfig, steps_for
 from icmlora.training.initialisation import fresh_network, grown_network
@@ -86,8 +86,8 @@ def begin(
     Raises:
         DataError: A width that the present generator does not have.
     """
-    # The first epoch is the one that was trained on a whole fleet; later ones suit the tasks they were made for.
-    present = None if previous is None else Lineage(store.blobs.read(previous.blob)).codec(0).generator.net
+    # The first version is the one that was trained on a whole fleet; later ones suit the tasks they were made for.
+    present = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
     config = _config(fleet, request, None if present is None else present.config)
     adapters = sum(1 for _ in fleet.rows())
     rate = {} if request.learning_rate is None else {"learning_rate": request.learning_rate}

@@ -1,10 +1,10 @@
 """Ways to take new tasks into a generator whose earlier tasks are not looked at.
 
-    new tasks ─┬─ covered by an epoch ─┬─ encoded as it is ───────────────────────────┬─▶ fewer bytes
-               │                       └─ decoder tuned on them: an epoch of differences ┘
-               └─ with modules or ranks that none has ──▶ a small network of their own: one more epoch
+    new tasks ─┬─ covered by a version ┬─ encoded as it is ─────────────────────────────┬─▶ fewer bytes
+               │                      └─ decoder tuned on them: a version of differences ┘
+               └─ with modules or ranks that none has ──▶ a small network of their own: one more version
 
-An epoch is only ever appended, so every code made before decodes to the same adapter, whatever is chosen.
+A version is only ever appended, so every code made before decodes to the same adapter, whatever is chosen.
 
 Add tasks to a trained generator; what was there before is neither read nor changed.
 
@@ -36,9 +36,9 @@ from icmlora.fleet.training_run import CodeMade, TrainRequest, measured_sensitiv
 from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec, Encoded
 from icmlora.generator.config import config_for, tolerance_of
-from icmlora.generator.file import append_epoch, generator_to_bytes
+from icmlora.generator.file import append_version, generator_to_bytes
 from icmlora.generator.parameters import differences_to_words
-from icmlora.generator.versions import Lineage
+from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import resolve_device
 from icmlora.training.config import TrainConfig, steps_for
 from icmlora.training.initialisation import fresh_network, tunable_network
@@ -61,7 +61,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A generator file, with codes of new tasks by name: each names an epoch of the file."""
+    """A generator file, with codes of new tasks by name: each names a version of the file."""
 
     data: bytes
     codes: Mapping[str, Encoded] = field(default_factory=dict)
@@ -104,11 +104,11 @@ class Growth:
         self.left_out = dict(fleet.left_out)
 
     def kept(self, data: bytes) -> Generator[Event, None, Candidate]:
-        """Encode the tasks that some epoch of a file covers, each under the one that gives the smallest code."""
-        lineage, codes = Lineage(data), dict[str, Encoded]()
+        """Encode the tasks that some version of a file covers, each under the one that gives the smallest code."""
+        generator_file, codes = GeneratorFile(data), dict[str, Encoded]()
         for task, name in enumerate(self._fleet.names):
-            epochs = lineage.covering([ModuleShape(*entry) for entry in self._fleet.final(task).layout])
-            made = [self._encoded(lineage.codec(number), self._fleet, task) for number in epochs]
+            numbers = generator_file.covering([ModuleShape(*entry) for entry in self._fleet.final(task).layout])
+            made = [self._encoded(generator_file.codec(number), self._fleet, task) for number in numbers]
             found = [code for code in made if code is not None]
             if found:
                 codes[name] = reduce(_smaller, found)
@@ -116,14 +116,17 @@ class Growth:
         return Candidate(data, codes)
 
     def tuned(self, kept: Candidate) -> Generator[Event, None, Candidate]:
-        """Tune the decoder of the epoch that most codes of a candidate name, and encode their tasks under it.
+        """Tune the decoder of the version that most codes of a candidate name, and encode their tasks under it.
 
         A task keeps the code that it has where that is not larger. Nothing that reads adapters or vectors is tuned.
         """
-        lineage, named = Lineage(kept.data), {name: generator_of(code.data) for name, code in kept.codes.items()}
+        generator_file, named = (
+            GeneratorFile(kept.data),
+            {name: generator_of(code.data) for name, code in kept.codes.items()},
+        )
         ((digest, _),) = Counter(named.values()).most_common(1)
-        base = lineage.digests.index(digest)
-        net = lineage.codec(base).generator.net
+        base = generator_file.digests.index(digest)
+        net = generator_file.codec(base).generator.net
         fleet = StoreAdapterSource(
             self._store, self._fleet.base_model, [name for name in named if named[name] == digest]
         )
@@ -132,7 +135,7 @@ class Growth:
         options = TrainConfig(steps=steps, learning_rate=rate, weight_decay=0.0, seed=self._request.seed)
         state = yield from self._fit(fleet, new_state(tunable_network(net).to(self._device), options))
         words = differences_to_words(net.state_dict(), state.net.state_dict(), _COARSENESS)
-        found = yield from self._under_last(append_epoch(kept.data, words, base), fleet)
+        found = yield from self._under_last(append_version(kept.data, words, base), fleet)
         smaller = {name: _smaller(kept.codes[name], code) for name, code in found.codes.items()}
         return Candidate(found.data, {**kept.codes, **smaller})
 
@@ -155,7 +158,7 @@ class Growth:
         sensitivity = measured_sensitivity(self._store, fleet, config, None, self._device, self._cache)
         net = fresh_network(config, fleet, self._request.seed, sensitivity)
         state = yield from self._fit(fleet, new_state(net.to(self._device), options))
-        return (yield from self._under_last(append_epoch(data, generator_to_bytes(state.net), None), fleet))
+        return (yield from self._under_last(append_version(data, generator_to_bytes(state.net), None), fleet))
 
     def _fit(self, fleet: StoreAdapterSource, state: TrainState) -> Generator[Event, None, TrainState]:
         yield from fit_all(fleet, state, self._stop, lambda: None)
@@ -164,8 +167,8 @@ class Growth:
         return state
 
     def _under_last(self, data: bytes, fleet: StoreAdapterSource) -> Generator[Event, None, Candidate]:
-        lineage, codes = Lineage(data), dict[str, Encoded]()
-        codec = lineage.codec(len(lineage.digests) - 1)
+        generator_file, codes = GeneratorFile(data), dict[str, Encoded]()
+        codec = generator_file.codec(len(generator_file.digests) - 1)
         for task, name in enumerate(fleet.names):
             if (code := self._encoded(codec, fleet, task)) is not None:
                 codes[name] = code
@@ -188,7 +191,7 @@ class Growth:
 
 
 def _smaller(earlier: Encoded, later: Encoded) -> Encoded:
-    """Return the smaller of two codes; of equal ones that of the earlier epoch."""
+    """Return the smaller of two codes; of equal ones that of the earlier version."""
     return later if len(later.data) < len(earlier.data) else earlier
 
 
@@ -198,15 +201,15 @@ class Updated(Event):
 
     Attributes:
         base_model: Whose generator it is.
-        version: Its version; that of before where no epoch was appended.
+        version: Its version; that of before where no version was appended.
         generator: Its digest.
         generator_size: Bytes of its file.
-        epochs: How many it has.
-        added: The epochs that were appended: `tuned`, `fresh`.
+        epochs: How many versions it has.
+        added: The versions that were appended: `tuned`, `fresh`.
         tasks: The tasks that got a code.
         codes_size: Bytes of these codes.
         kept_size: Bytes of the codes that the network as it was would give the tasks that it covers, if there are any.
-        tuned_size: The same under the tuned network, with the epoch.
+        tuned_size: The same under the tuned network, with the version.
         metrics: What was measured meanwhile.
         left_out: The tasks that have no code, with the reason: they keep their originals.
     """
@@ -308,7 +311,7 @@ def _update_base(
     if best.data == data:
         recorded = store.codes.add(generator.id, codes)
     else:
-        config, blob = json.loads(Lineage(best.data).configs[-1].to_json()), store.blobs.put(best.data)
+        config, blob = json.loads(GeneratorFile(best.data).configs[-1].to_json()), store.blobs.put(best.data)
         new = NewGenerator(label, blob, config, metrics, parent_id=generator.id, codes=codes)
         generator = store.generators.extend(new)
         recorded = [code for code in store.codes.all(generator.id) if code.task in best.codes]
@@ -317,7 +320,7 @@ def _update_base(
         version=generator.version,
         generator=generator.blob,
         generator_size=len(best.data),
-        epochs=len(Lineage(best.data).digests),
+        epochs=len(GeneratorFile(best.data).digests),
         added=chosen.added,
         tasks=[code.task for code in recorded],
         codes_size=sum(code.size for code in recorded),
@@ -332,7 +335,7 @@ def _tolerance(request: TrainRequest, data: bytes) -> float:
     """Return what new codes may lose: what was asked for, or what the generator was first trained for."""
     if request.tolerance is not None:
         return request.tolerance
-    return Lineage(data).configs[0].tolerance if request.quality is None else tolerance_of(request.quality)
+    return GeneratorFile(data).configs[0].tolerance if request.quality is None else tolerance_of(request.quality)
 
 
 def _choose(growth: Growth, data: bytes, fleet: StoreAdapterSource) -> Generator[Event, None, _Chosen]:

@@ -100,7 +100,7 @@ class GeneratorConfig:
         number = self._index.get(kind)
         if number is None or layer >= self.layers or shape.rank > self.slots:
             message = f"the generator does not cover {shape.module} with rank {shape.rank}"
-            raise NotCovered(message, hint="`icm train --update` makes an epoch that does")
+            raise NotCovered(message, hint="`icm train --update` makes a version that does")
         return number, layer
 
     def covers(self, layout: Iterable[ModuleShape]) -> bool:

@@ -1,22 +1,22 @@
-"""The frames of a generator file: which epochs it has, what codes call each, and where its bytes are. Without torch.
+"""The frames of a generator file: which versions it has, what codes call each, and where its bytes are. Without torch.
 
-    one epoch       ICMG 2 | length of header (4) | header: JSON, zlib | range-coded words | check (8)
-    several         ICMG 3 | epoch | epoch | ...
+    one version     ICMG 2 | length of header (4) | header: JSON, zlib | range-coded words | check (8)
+    several         ICMG 3 | version | version | ...
     each of them    kind (1) | base (2) | length of content (4) | content | check (8)
 
-A file grows at its end and nowhere else. The first epoch is a file of one epoch as it was; a further one is a network
-of its own (the content is such a file again), or the differences of its parameters to those of the epoch `base`. The
-check is the beginning of the SHA-256 of everything before it, from the beginning of the file.
+A file grows at its end and nowhere else. The first version is a file of one version as it was; a further one is a
+network of its own (the content is such a file again), or the differences of its parameters to those of the version
+`base`. The check is the beginning of the SHA-256 of everything before it, from the beginning of the file.
 
-An epoch is called by the SHA-256 of the file of which it was the last. The file that has grown still tells that digest,
-so a code goes on naming the very bytes it was made under, and they go on giving the same network.
+A version is called by the SHA-256 of the file of which it was the last. The file that has grown still tells that
+digest, so a code goes on naming the very bytes it was made under, and they go on giving the same network.
 
 A network as bytes: its configuration as JSON, and its parameters rounded and range-coded.
 
     ICMG 2 | length of header (4) | header: JSON, zlib | range-coded words | check (8)
 
-Alone it is a generator file of one epoch (see :mod:`icmlora.generator.epochs`). Codes are made under the network as it
-is read back. The check is the beginning of the SHA-256 of everything before it.
+Alone it is a generator file of one version (see :mod:`icmlora.generator.versions`). Codes are made under the network as
+it is read back. The check is the beginning of the SHA-256 of everything before it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from icmlora.generator.parameters import parameters_to_words, words_to_parameter
 from icmlora.generator.scales import tables_digest
 from icmlora.io.checksum import CHECK, seal, unseal
 
-MAGIC, LINEAGE = b"ICMG\x02", b"ICMG\x03"
+MAGIC, MAGIC_OF_VERSIONS = b"ICMG\x02", b"ICMG\x03"
 _START = len(MAGIC) + 4
 _HEADER_LIMIT = 1 << 20
 _FRAME = struct.Struct("<BHI")
@@ -48,63 +48,63 @@ _DAMAGED = "the generator file is damaged or cut short"
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """One epoch of a generator file."""
+class StoredVersion:
+    """One version of a generator file."""
 
     digest: str
     """SHA-256 of the file of which it was the last, in hexadecimal: what its codes name."""
     config: GeneratorConfig
     base: int | None
-    """Number of the epoch that its parameters are stored as differences to; None where it is a network of its own."""
+    """Number of the version that its parameters are stored as differences to; None where it is a network of its own."""
     content: bytes
-    """A file of one epoch, or the range-coded words of the differences."""
+    """A file of one version, or the range-coded words of the differences."""
 
 
-def epochs_of(data: bytes) -> tuple[Epoch, ...]:
-    """Take a generator file apart, oldest epoch first. No network is opened.
+def versions_of(data: bytes) -> tuple[StoredVersion, ...]:
+    """Take a generator file apart, oldest version first. No network is opened.
 
     Raises:
         GeneratorError: Not a generator file, of a newer format, damaged or cut short.
     """
-    if not data.startswith(LINEAGE):
-        return (Epoch(hashlib.sha256(data).hexdigest(), config_in(split_network(data)[0]), None, data),)
-    epochs: list[Epoch] = []
+    if not data.startswith(MAGIC_OF_VERSIONS):
+        return (StoredVersion(hashlib.sha256(data).hexdigest(), config_in(split_network(data)[0]), None, data),)
+    versions: list[StoredVersion] = []
     for digest, base, content in _frames(data):
         if base is None:
             config = config_in(split_network(content)[0])
-            # The first epoch was a file of one epoch once, and is called as that was.
-            digest = digest if epochs else hashlib.sha256(content).hexdigest()
-        elif base < len(epochs):
-            config = epochs[base].config
+            # The first version was a file of one version once, and is called as that was.
+            digest = digest if versions else hashlib.sha256(content).hexdigest()
+        elif base < len(versions):
+            config = versions[base].config
         else:
-            raise GeneratorError("an epoch of the generator is stored as differences to a later one")
-        if epochs and config.base_model != epochs[0].config.base_model:
-            raise GeneratorError("the epochs of the generator are of different base models")
-        epochs.append(Epoch(digest, config, base, content))
-    if len(epochs) < 2:
+            raise GeneratorError("a version of the generator is stored as differences to a later one")
+        if versions and config.base_model != versions[0].config.base_model:
+            raise GeneratorError("the versions of the generator are of different base models")
+        versions.append(StoredVersion(digest, config, base, content))
+    if len(versions) < 2:
         raise GeneratorError(_DAMAGED)
-    return tuple(epochs)
+    return tuple(versions)
 
 
-def append_epoch(data: bytes, content: bytes, base: int | None) -> bytes:
-    """Return a generator file with one epoch more; all it had stays as it is.
+def append_version(data: bytes, content: bytes, base: int | None) -> bytes:
+    """Return a generator file with one version more; all it had stays as it is.
 
     Args:
         data: The file.
-        content: A file of one epoch, or with `base` the words of the differences to that epoch.
-        base: Number of an epoch of the file.
+        content: A file of one version, or with `base` the words of the differences to that version.
+        base: Number of a version of the file.
 
     Raises:
-        GeneratorError: The file has as many epochs as there can be.
+        GeneratorError: The file has as many versions as there can be.
     """
-    if len(epochs_of(data)) >= _MOST:
-        raise GeneratorError("the generator has too many epochs", hint="`icm train` makes one epoch of them")
-    before = data if data.startswith(LINEAGE) else _framed(LINEAGE, data, None)
+    if len(versions_of(data)) >= _MOST:
+        raise GeneratorError("the generator has too many versions", hint="`icm train` makes one version of them")
+    before = data if data.startswith(MAGIC_OF_VERSIONS) else _framed(MAGIC_OF_VERSIONS, data, None)
     return _framed(before, content, base)
 
 
 def split_network(data: bytes) -> tuple[dict[str, object], bytes]:
-    """Take a file of one epoch apart into its header and its words.
+    """Take a file of one version apart into its header and its words.
 
     Raises:
         GeneratorError: Not a generator file, of a newer format, damaged or cut short.
@@ -123,7 +123,7 @@ def split_network(data: bytes) -> tuple[dict[str, object], bytes]:
 
 
 def config_in(header: dict[str, object]) -> GeneratorConfig:
-    """Return the configuration that the header of a file of one epoch holds.
+    """Return the configuration that the header of a file of one version holds.
 
     Raises:
         GeneratorError: It holds none.
@@ -137,8 +137,8 @@ def _framed(before: bytes, content: bytes, base: int | None) -> bytes:
 
 
 def _frames(data: bytes) -> Iterator[tuple[str, int | None, bytes]]:
-    """Yield digest of the file up to here, base and content of each epoch."""
-    sofar, at = hashlib.sha256(LINEAGE), len(LINEAGE)
+    """Yield digest of the file up to here, base and content of each version."""
+    sofar, at = hashlib.sha256(MAGIC_OF_VERSIONS), len(MAGIC_OF_VERSIONS)
     while at < len(data):
         if at + _FRAME.size > len(data):
             raise GeneratorError(_DAMAGED)
@@ -149,7 +149,7 @@ def _frames(data: bytes) -> Iterator[tuple[str, int | None, bytes]]:
         if end > len(data) or data[end - CHECK : end] != sofar.digest()[:CHECK]:
             raise GeneratorError(_DAMAGED)
         if kind not in (_NETWORK, _DIFFERENCES) or (kind == _NETWORK and base):
-            raise GeneratorError("an epoch of the generator is of a newer kind")
+            raise GeneratorError("a version of the generator is of a newer kind")
         sofar.update(data[end - CHECK : end])
         yield sofar.hexdigest(), base if kind == _DIFFERENCES else None, content
         at = end
@@ -165,7 +165,7 @@ class Generator:
 
     net: CVAE
     digest: str
-    """SHA-256 of the file whose last epoch it is, in hexadecimal: what its codes name."""
+    """SHA-256 of the file whose last version it is, in hexadecimal: what its codes name."""
 
 
 def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> bytes:
@@ -185,7 +185,7 @@ def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> byt
 
 
 def generator_from_bytes(data: bytes) -> Generator:
-    """Open a generator file of one epoch.
+    """Open a generator file of one version.
 
     Raises:
         GeneratorError: Not a generator file, of a newer format, with tensors that are not its configuration's, or

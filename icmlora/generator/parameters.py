@@ -7,12 +7,12 @@
 Channel weights repeat: the modules of a layer read the same inputs, and neighbouring layers are alike. Each row of
 weights is stored as the difference to the earlier row that leaves least, up to a constant that is stored with it.
 
-What tuning changed of a network <-> range-coded words: an epoch that costs a fraction of a network of its own.
+What tuning changed of a network <-> range-coded words: a version that costs a fraction of a network of its own.
 
     scale index of each tensor | exponent of each tensor | integers of each tensor, all as one row
 
-A parameter is that of the earlier epoch plus integer * 2^(exponent / 8). Tables stay whole eighths. Channel weights are
-measured on the base model, not trained; they stay as they are and are not written.
+A parameter is that of the earlier version plus integer * 2^(exponent / 8). Tables stay whole eighths. Channel weights
+are measured on the base model, not trained; they stay as they are and are not written.
 """
 
 from __future__ import annotations
@@ -182,10 +182,10 @@ _EIGHTHS = -3 * OCTAVE
 
 
 def differences_to_words(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], step: float) -> bytes:
-    """Write how the tensors of a network differ from those of an earlier epoch.
+    """Write how the tensors of a network differ from those of an earlier version.
 
     Args:
-        before: The earlier epoch's, as they are read back, in the network's order.
+        before: The earlier version's, as they are read back, in the network's order.
         after: The network's.
         step: What differences are rounded to, in terms of the root mean square of a tensor's differences. At 2 most of
             them round to zero.
@@ -216,7 +216,7 @@ def words_to_changed(words: bytes, before: Mapping[str, torch.Tensor]) -> dict[s
 
     Args:
         words: The bytes.
-        before: The tensors of the earlier epoch, in the network's order.
+        before: The tensors of the earlier version, in the network's order.
 
     Raises:
         CodeError: Words that no encoder wrote.

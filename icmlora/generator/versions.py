@@ -1,4 +1,4 @@
-"""A generator file as what decodes: one codec per epoch, each opened when a code or an adapter asks for it."""
+"""A generator file as what decodes: one codec per version, each opened when a code or an adapter asks for it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.file import Generator, epochs_of, generator_from_bytes
+from icmlora.generator.file import Generator, generator_from_bytes, versions_of
 from icmlora.generator.parameters import words_to_changed
 
 
-class Lineage:
-    """The epochs of one generator file, oldest first; what is opened stays open.
+class GeneratorFile:
+    """The versions of one generator file, oldest first; what is opened stays open.
 
     Args:
         data: The file.
@@ -26,21 +26,21 @@ class Lineage:
     """
 
     def __init__(self, data: bytes) -> None:
-        self._epochs = epochs_of(data)
+        self._versions = versions_of(data)
         self._codecs: dict[int, Codec] = {}
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """What the codes of each epoch name; the last one is the SHA-256 of the file."""
-        return tuple(epoch.digest for epoch in self._epochs)
+        """What the codes of each version name; the last one is the SHA-256 of the file."""
+        return tuple(version.digest for version in self._versions)
 
     @property
     def configs(self) -> tuple[GeneratorConfig, ...]:
-        """The configuration of each epoch; all are of one base model."""
-        return tuple(epoch.config for epoch in self._epochs)
+        """The configuration of each version; all are of one base model."""
+        return tuple(version.config for version in self._versions)
 
     def codec(self, number: int) -> Codec:
-        """Return the codec of an epoch, counted from 0: the same whatever epochs came after it.
+        """Return the codec of a version, counted from 0: the same whatever versions came after it.
 
         Raises:
             GeneratorError: Its network cannot be read, or not on this machine.
@@ -50,7 +50,7 @@ class Lineage:
         return self._codecs[number]
 
     def codec_of(self, code: bytes) -> Codec:
-        """Return the codec of the epoch that a code names.
+        """Return the codec of the version that a code names.
 
         Raises:
             CodeError: Not a code, or made by another generator.
@@ -62,37 +62,37 @@ class Lineage:
         return self.codec(self.digests.index(digest))
 
     def codec_for(self, layout: Sequence[ModuleShape]) -> Codec:
-        """Return the codec of the newest epoch that covers an adapter.
+        """Return the codec of the newest version that covers an adapter.
 
         Raises:
-            NotCovered: No epoch does.
+            NotCovered: No version does.
             GeneratorError: As `codec`.
         """
         covering = self.covering(layout)
         if not covering:
             fact = "the generator does not cover every module and rank of this adapter"
-            raise NotCovered(fact, hint="`icm train --update` makes an epoch that does")
+            raise NotCovered(fact, hint="`icm train --update` makes a version that does")
         return self.codec(covering[-1])
 
     def covering(self, layout: Sequence[ModuleShape]) -> list[int]:
-        """Return the numbers of the epochs that have every module, layer and rank of an adapter, oldest first."""
+        """Return the numbers of the versions that have every module, layer and rank of an adapter, oldest first."""
         return [number for number, config in enumerate(self.configs) if config.covers(layout)]
 
     def _open(self, number: int) -> Generator:
-        """Read an epoch's network: the one that its differences begin with, then each of them in turn."""
+        """Read a version's network: the one that its differences begin with, then each of them in turn."""
         chain = [number]
-        while (base := self._epochs[chain[-1]].base) is not None:
+        while (base := self._versions[chain[-1]].base) is not None:
             chain.append(base)
-        generator = generator_from_bytes(self._epochs[chain[-1]].content)
+        generator = generator_from_bytes(self._versions[chain[-1]].content)
         for link in reversed(chain[:-1]):
-            generator = Generator(_changed(generator.net, self._epochs[link].content), "")
-        return replace(generator, digest=self._epochs[number].digest)
+            generator = Generator(_changed(generator.net, self._versions[link].content), "")
+        return replace(generator, digest=self._versions[number].digest)
 
 
 def _changed(net: CVAE, words: bytes) -> CVAE:
-    """Change a network in place as the differences of an epoch say."""
+    """Change a network in place as the differences of a version say."""
     try:
         net.load_state_dict(words_to_changed(words, net.state_dict()))
     except CodeError as error:
-        raise GeneratorError("the differences of an epoch are not those of its network") from error
+        raise GeneratorError("the differences of a version are not those of its network") from error
     return net

@@ -21,7 +21,7 @@ from icmlora.fleet import vectors
 from icmlora.fleet.context import Context, StopFlag
 from icmlora.fleet.measure import TaskEvaluation
 from icmlora.fleet.training_run import TrainRequest
-from icmlora.generator.versions import Lineage
+from icmlora.generator.versions import GeneratorFile
 from registry.records import GeneratorRecord, NewGenerator
 from registry.store import Store
 from tests.cli.coded import codes
@@ -209,7 +209,7 @@ class TestMaterialize:
         self, icm: Icm, trained: Path, finer: dict[str, bytes], tmp_path: Path
     ) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            before(patch, Lineage, "__init__", lambda: put_code(trained, "rules", finer["rules"]))
+            before(patch, GeneratorFile, "__init__", lambda: put_code(trained, "rules", finer["rules"]))
             ran = icm(*self.CODE, "-o", tmp_path / "out")
         later = icm(*self.CODE, "-o", tmp_path / "later")
         assert ran.document["weights"] == later.document["weights"]
@@ -283,7 +283,7 @@ def test_an_adapter_is_generated_from_the_start_that_was_learned_meanwhile(
     command = ("generate", "geese", "--samples", samples, "--device", "cpu", "--json", "-o")
     learning = ("train", "--objective", "functional", "--episodes", 3, "--device", "cpu")
     with pytest.MonkeyPatch.context() as patch:
-        before(patch, generating, "Lineage", lambda: icm_quietly(started, *learning))
+        before(patch, generating, "GeneratorFile", lambda: icm_quietly(started, *learning))
         ran = icm(*command, tmp_path / "out")
     assert ran.code == 0, ran.err
     later = icm(*command, tmp_path / "later")

@@ -14,7 +14,7 @@ from icm_cli.errors import ExitCode
 from icmlora.adapter.model import Adapter
 from icmlora.fleet import train as training
 from icmlora.fleet import update as growing
-from icmlora.generator.versions import Lineage
+from icmlora.generator.versions import GeneratorFile
 from registry.records import GeneratorRecord
 from registry.store import Store
 from tests.cli.coded import codes
@@ -40,9 +40,9 @@ def decoded(store: Path) -> dict[str, Adapter]:
     with Store.open(store, read_only=True) as opened:
         generator = opened.generators.current(LABEL)
         assert generator is not None
-        lineage = Lineage(opened.blobs.read(generator.blob))
+        generator_file = GeneratorFile(opened.blobs.read(generator.blob))
         data = {code.task: opened.blobs.read(code.blob) for code in opened.codes.all(generator.id)}
-    return {task: lineage.codec_of(code).decode(code) for task, code in data.items()}
+    return {task: generator_file.codec_of(code).decode(code) for task, code in data.items()}
 
 
 def updated(ran: Ran) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def test_a_tuned_network_is_one_more_epoch_under_which_every_earlier_code_decode
     assert [task for task, adapter in adapters.items() if not same(adapter, after[task])] == []
     assert set(after) == {*adapters, "extra-0", "extra-1"}
     with Store.open(trained) as store:
-        assert Lineage(store.blobs.read(current(trained).blob)).digests[0] == before.blob
+        assert GeneratorFile(store.blobs.read(current(trained).blob)).digests[0] == before.blob
 
 
 def test_modules_that_the_network_does_not_know_get_a_network_of_their_own(
@@ -245,7 +245,7 @@ def test_a_full_training_after_updates_makes_one_network_of_all_again(
     icm(*UPDATE)
     assert icm("train", "--no-eval", "--device", "cpu", "--steps", STEPS).code == 0
     with Store.open(trained) as store:
-        assert len(Lineage(store.blobs.read(current(trained).blob)).digests) == 1
+        assert len(GeneratorFile(store.blobs.read(current(trained).blob)).digests) == 1
     assert len(codes(trained)) == 4
 
 

@@ -8,7 +8,7 @@ from icmlora.fewshot import start as start_file
 from icmlora.fewshot import step
 from icmlora.fewshot.meta_training import MetaConfig
 from icmlora.fewshot.start import RANK, USUAL_SAMPLES, Start
-from icmlora.generator import file as epochs
+from icmlora.generator import file as versions
 from icmlora.generator import residual
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
 from icmlora.generator.config import GeneratorConfig, config_for, tolerance_of
@@ -44,9 +44,9 @@ def test_every_part_of_a_residual_is_in_the_design() -> None:
 def test_every_field_of_a_generators_configuration_is_in_the_design() -> None:
     section = section_of(DESIGN, "Generator file")
     assert {field.name for field in dataclasses.fields(GeneratorConfig)} <= set(codes_in(section))
-    assert epochs.MAGIC.decode() == "ICMG\x02"
+    assert versions.MAGIC.decode() == "ICMG\x02"
     assert {"ICMG", "0x02", "0x03", "config", "shapes", "tables"} <= set(codes_in(section))
-    assert epochs.LINEAGE.decode() == "ICMG\x03"
+    assert versions.MAGIC_OF_VERSIONS.decode() == "ICMG\x03"
 
 
 def test_every_part_of_a_store_is_in_the_design() -> None:

@@ -5,7 +5,7 @@ vectors      ingested store        -> every task with its vectors
 train        store with vectors    -> a generator and a code per task
 materialize  trained store         -> a folder with the very bytes of an undisturbed run
 evict        trained store         -> no original, and of every task the code that was checked
-update       evicted store, one task more with modules of its own -> the generator with one more epoch, and all codes
+update       evicted store, one task more with modules of its own -> the generator with one more version, and all codes
 encode       trained store         -> every task comes back within an error, from its code and what lies beside it
 export       trained store         -> a file with the very bytes of an undisturbed run
 import       absent store, that file -> its generator and its tasks, each with a code that can be decoded

@@ -10,7 +10,7 @@ from icmlora.adapter.metrics import relative_dw_error
 from icmlora.adapter.model import Adapter
 from icmlora.fleet.loading import read_original
 from icmlora.generator.residual import LayeredCodec
-from icmlora.generator.versions import Lineage
+from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore, TaskNotFound
 from registry.records import CodeRecord
 from registry.store import Store
@@ -109,7 +109,7 @@ def _decoded(store: Store, code: CodeRecord) -> Adapter:
     generator = store.generators.current(LABEL)
     assert generator is not None
     data = store.blobs.read(code.blob)
-    codec = Lineage(store.blobs.read(generator.blob)).codec_of(data)
+    codec = GeneratorFile(store.blobs.read(generator.blob)).codec_of(data)
     if code.residual is None:
         return codec.decode(data)
     return LayeredCodec(codec).decode(data, store.blobs.read(code.residual.blob))

@@ -1,4 +1,4 @@
-"""Generator files of several epochs: they grow at their end, and what was there before is still there, bit for bit."""
+"""Generator files of several versions: they grow at their end, and earlier versions stay bit for bit."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError, GeneratorError, NotCovered
-from icmlora.generator.file import LINEAGE, append_epoch, epochs_of, generator_to_bytes
+from icmlora.generator.file import MAGIC_OF_VERSIONS, append_version, generator_to_bytes, versions_of
 from icmlora.generator.parameters import WEIGHTS, differences_to_words, words_to_changed
-from icmlora.generator.versions import Lineage
+from icmlora.generator.versions import GeneratorFile
 from icmlora.io.checksum import CHECK, seal
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, tunable_network
@@ -39,7 +39,7 @@ Tensors = dict[str, torch.Tensor]
 
 @cache
 def differences(seed: int) -> bytes:
-    """Return an epoch of random differences to the trained network."""
+    """Return a version of random differences to the trained network."""
     draw = torch.Generator().manual_seed(seed)
     before = codec().generator.net.state_dict()
     changed = {name: value + 0.02 * torch.randn(value.shape, generator=draw) for name, value in before.items()}
@@ -54,16 +54,16 @@ def other_network() -> bytes:
 
 
 def grown(choices: Sequence[tuple[bool, int]]) -> list[bytes]:
-    """Return the file after each epoch; per epoch whether it is a network of its own, else to which it differs."""
+    """Return the file after each version; per version whether it is a network of its own, else to which it differs."""
     files = [trained_file()]
-    networks = [0]  # epochs that have the trained network's shapes
+    networks = [0]  # versions that have the trained network's shapes
     for is_network, choice in choices:
         if is_network:
-            files.append(append_epoch(files[-1], other_network(), None))
+            files.append(append_version(files[-1], other_network(), None))
         else:
             base = networks[choice % len(networks)]
             networks.append(len(files))
-            files.append(append_epoch(files[-1], differences(choice), base))
+            files.append(append_version(files[-1], differences(choice), base))
     return files
 
 
@@ -73,31 +73,31 @@ def three() -> bytes:
 
 
 def code_of(number: int, data: bytes) -> bytes:
-    return Lineage(data).codec(number).encode(make_adapter(1, rank=4), make_vectors(1)).data
+    return GeneratorFile(data).codec(number).encode(make_adapter(1, rank=4), make_vectors(1)).data
 
 
 @settings(max_examples=20, deadline=None)
 @given(choices=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=4))
-def test_every_epoch_is_called_by_the_file_that_it_was_the_last_of(choices: list[tuple[bool, int]]) -> None:
+def test_every_version_is_called_by_the_file_that_it_was_the_last_of(choices: list[tuple[bool, int]]) -> None:
     files = grown(choices)
-    assert Lineage(files[-1]).digests == tuple(hashlib.sha256(data).hexdigest() for data in files)
+    assert GeneratorFile(files[-1]).digests == tuple(hashlib.sha256(data).hexdigest() for data in files)
 
 
 @settings(max_examples=20, deadline=None)
 @given(choices=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=4))
 def test_a_file_begins_with_each_file_that_it_grew_from(choices: list[tuple[bool, int]]) -> None:
     first, *later = grown(choices)
-    assert epochs_of(later[-1])[0].content == first
+    assert versions_of(later[-1])[0].content == first
     assert all(longer.startswith(shorter) for shorter, longer in pairwise(later))
 
 
 @settings(max_examples=10, deadline=None)
 @given(choices=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=4))
-def test_every_epoch_gives_the_same_network_however_the_file_grows(choices: list[tuple[bool, int]]) -> None:
+def test_every_version_gives_the_same_network_however_the_file_grows(choices: list[tuple[bool, int]]) -> None:
     files = grown(choices)
-    longest = Lineage(files[-1])
+    longest = GeneratorFile(files[-1])
     for number, data in enumerate(files):
-        earlier, later = (one.codec(number).generator.net.state_dict() for one in (Lineage(data), longest))
+        earlier, later = (one.codec(number).generator.net.state_dict() for one in (GeneratorFile(data), longest))
         assert all(torch.equal(earlier[name], later[name]) for name in earlier)
 
 
@@ -105,29 +105,29 @@ def test_a_code_decodes_bit_for_bit_under_every_later_file() -> None:
     files = grown([(False, 1), (True, 0), (False, 2)])
     for number in (0, 1, 3):
         code = code_of(number, files[number])
-        decoded = [Lineage(data).codec_of(code).decode(code) for data in files[number:]]
+        decoded = [GeneratorFile(data).codec_of(code).decode(code) for data in files[number:]]
         assert all(same(decoded[0], adapter) for adapter in decoded)
 
 
-def test_a_code_of_a_later_epoch_is_refused_by_an_earlier_file() -> None:
+def test_a_code_of_a_later_version_is_refused_by_an_earlier_file() -> None:
     files = grown([(False, 1)])
     with pytest.raises(CodeError, match="belongs to generator"):
-        Lineage(files[0]).codec_of(code_of(1, files[1]))
+        GeneratorFile(files[0]).codec_of(code_of(1, files[1]))
 
 
-def test_a_file_of_one_epoch_is_a_lineage_of_one() -> None:
-    lineage = Lineage(trained_file())
-    assert lineage.digests == (codec().generator.digest,)
-    assert lineage.configs == (codec().config,)
+def test_a_file_that_never_grew_has_one_version() -> None:
+    generator_file = GeneratorFile(trained_file())
+    assert generator_file.digests == (codec().generator.digest,)
+    assert generator_file.configs == (codec().config,)
 
 
-def test_an_adapter_is_covered_by_the_epochs_that_have_its_modules() -> None:
-    lineage = Lineage(three())
-    assert lineage.covering(make_adapter(1).layout) == [0, 1]
-    assert lineage.covering(make_adapter(1, rank=8, kinds=("v_proj",)).layout) == [2]
-    assert lineage.codec_for(make_adapter(1).layout).generator.digest == lineage.digests[1]
+def test_an_adapter_is_covered_by_the_versions_that_have_its_modules() -> None:
+    generator_file = GeneratorFile(three())
+    assert generator_file.covering(make_adapter(1).layout) == [0, 1]
+    assert generator_file.covering(make_adapter(1, rank=8, kinds=("v_proj",)).layout) == [2]
+    assert generator_file.codec_for(make_adapter(1).layout).generator.digest == generator_file.digests[1]
     with pytest.raises(NotCovered):
-        lineage.codec_for(make_adapter(1, rank=8).layout)
+        generator_file.codec_for(make_adapter(1, rank=8).layout)
 
 
 @settings(deadline=None)
@@ -136,7 +136,7 @@ def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
     data = bytearray(three())
     data[place] ^= 1 << bit
     with pytest.raises(GeneratorError):
-        epochs_of(bytes(data))
+        versions_of(bytes(data))
 
 
 @settings(deadline=None)
@@ -144,7 +144,7 @@ def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
 def test_a_file_that_is_cut_short_is_refused_or_the_file_that_it_grew_from(end: int) -> None:
     earlier = grown([(False, 1)])[-1]
     with contextlib.suppress(GeneratorError):
-        epochs_of(three()[:end])
+        versions_of(three()[:end])
         assert three()[:end] == earlier
 
 
@@ -152,7 +152,7 @@ def test_a_file_that_is_cut_short_is_refused_or_the_file_that_it_grew_from(end: 
 @given(words=st.binary(max_size=2000))
 def test_any_differences_are_a_network_or_refused(words: bytes) -> None:
     with contextlib.suppress(GeneratorError):
-        assert Lineage(append_epoch(trained_file(), words, 0)).codec(1).config == codec().config
+        assert GeneratorFile(append_version(trained_file(), words, 0)).codec(1).config == codec().config
 
 
 def framed(kind: int, base: int, content: bytes, before: bytes | None = None) -> bytes:
@@ -167,23 +167,23 @@ def framed(kind: int, base: int, content: bytes, before: bytes | None = None) ->
         (framed(2, 0, differences(1)), "newer kind"),
         (framed(0, 1, trained_file()), "newer kind"),
         (framed(0, 0, b"no network"), "not a generator file"),
-        (framed(0, 0, trained_file(), LINEAGE), "damaged"),
-        (LINEAGE, "damaged"),
+        (framed(0, 0, trained_file(), MAGIC_OF_VERSIONS), "damaged"),
+        (MAGIC_OF_VERSIONS, "damaged"),
         (grown([(False, 1)])[-1] + b"\0", "damaged"),
     ],
-    ids=["its own base", "a later base", "a newer kind", "a network with a base", "no network", "one epoch", "none",
+    ids=["its own base", "a later base", "a newer kind", "a network with a base", "no network", "one version", "none",
          "bytes after it"],
 )  # fmt: skip
-def test_epochs_that_nothing_writes_are_refused(data: bytes, message: str) -> None:
+def test_versions_that_nothing_writes_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(GeneratorError, match=message):
-        epochs_of(data)
+        versions_of(data)
 
 
-def test_an_epoch_of_another_base_model_is_refused() -> None:
+def test_a_version_of_another_base_model_is_refused() -> None:
     net = copy.deepcopy(codec().generator.net)
     object.__setattr__(net.config, "base_model", "another/base")
     with pytest.raises(GeneratorError, match="different base models"):
-        epochs_of(append_epoch(trained_file(), generator_to_bytes(net), None))
+        versions_of(append_version(trained_file(), generator_to_bytes(net), None))
 
 
 def tensors() -> Tensors:
@@ -224,6 +224,6 @@ def test_tuning_changes_the_decoder_alone() -> None:
     assert not [name for name in changed if name.startswith(WEIGHTS)]
 
 
-def test_the_check_of_an_epoch_covers_all_before_it() -> None:
+def test_the_check_of_a_version_covers_all_before_it() -> None:
     data = three()
     assert data[-CHECK:] == hashlib.sha256(data[:-CHECK]).digest()[:CHECK]
