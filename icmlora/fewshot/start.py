@@ -33,7 +33,7 @@ from icmlora.generator.code import inflate
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import OCTAVE
-from icmlora.io.checksum import seal, unseal
+from icmlora.io.checksum import add_checksum, checked
 
 RANK = 16
 """Directions that the start has of each module."""
@@ -154,7 +154,7 @@ def start_to_bytes(start: Start, code: bytes) -> bytes:
     """Write a start whose mean is what a code decodes to; the same start gives the same bytes."""
     head = {"sizes": start.sizes, "rates": start.rates, "slopes": start.slopes, "tasks": start.tasks}
     packed = zlib.compress(json.dumps(head, sort_keys=True).encode(), 9)
-    return seal(MAGIC + struct.pack("<I", len(packed)) + packed + code)
+    return add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + code)
 
 
 def start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> Start:
@@ -167,7 +167,7 @@ def start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> Start:
     Raises:
         GeneratorError: Not a start file, of a newer format, damaged, or of another generator.
     """
-    content = unseal(data) if data.startswith(MAGIC) else None
+    content = checked(data) if data.startswith(MAGIC) else None
     if content is None or len(content) < _BEFORE_HEAD:
         raise GeneratorError("not a start file, of another format, or damaged", hint="`icm train --objective both`")
     (length,) = struct.unpack_from("<I", content, len(MAGIC))

@@ -44,7 +44,7 @@ from icmlora.generator.initial_a.draw import (
 from icmlora.generator.initial_a.subspace import Span
 from icmlora.generator.quantizer import Quantizer, Sides, SideScales, Slots
 from icmlora.generator.scales import EXTREME
-from icmlora.io.checksum import seal, unseal
+from icmlora.io.checksum import add_checksum, checked
 
 MAGIC = b"ICMC\x03"
 _BEFORE = b"ICMC\x02"
@@ -103,7 +103,9 @@ class Code:
             ]
         )
         packed = zlib.compress(plain, 9)
-        return seal(MAGIC + bytes.fromhex(self.generator) + struct.pack("<I", len(packed)) + packed + self.words)
+        return add_checksum(
+            MAGIC + bytes.fromhex(self.generator) + struct.pack("<I", len(packed)) + packed + self.words
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes, config: GeneratorConfig) -> Code:
@@ -113,7 +115,7 @@ class Code:
             CodeError: Not a code, cut short, or out of the configuration's range.
         """
         generator, start = generator_of(data), len(MAGIC) + 36
-        content = unseal(data)
+        content = checked(data)
         if content is None or len(content) < start:
             raise CodeError("the code is damaged or cut short")
         (length,) = struct.unpack_from("<I", content, start - 4)

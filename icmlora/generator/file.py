@@ -36,7 +36,7 @@ from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE, VIEWS
 from icmlora.generator.parameters import parameters_to_words, words_to_parameters
 from icmlora.generator.scales import tables_digest
-from icmlora.io.checksum import CHECK, seal, unseal
+from icmlora.io.checksum import CHECKSUM_SIZE, add_checksum, checked
 
 MAGIC, MAGIC_OF_VERSIONS = b"ICMG\x02", b"ICMG\x03"
 _START = len(MAGIC) + 4
@@ -111,7 +111,7 @@ def split_network(data: bytes) -> tuple[dict[str, object], bytes]:
     """
     if not data.startswith(MAGIC):
         raise GeneratorError("not a generator file, or of another format")
-    content = unseal(data)
+    content = checked(data)
     if content is None or len(content) < _START:
         raise GeneratorError(_DAMAGED)
     (length,) = struct.unpack_from("<I", content, len(MAGIC))
@@ -133,7 +133,7 @@ def config_in(header: dict[str, object]) -> GeneratorConfig:
 
 def _framed(before: bytes, content: bytes, base: int | None) -> bytes:
     kind = _NETWORK if base is None else _DIFFERENCES
-    return seal(before + _FRAME.pack(kind, base or 0, len(content)) + content)
+    return add_checksum(before + _FRAME.pack(kind, base or 0, len(content)) + content)
 
 
 def _frames(data: bytes) -> Iterator[tuple[str, int | None, bytes]]:
@@ -144,13 +144,13 @@ def _frames(data: bytes) -> Iterator[tuple[str, int | None, bytes]]:
             raise GeneratorError(_DAMAGED)
         kind, base, length = _FRAME.unpack_from(data, at)
         content = data[at + _FRAME.size : at + _FRAME.size + length]
-        end = at + _FRAME.size + length + CHECK
-        sofar.update(data[at : end - CHECK])
-        if end > len(data) or data[end - CHECK : end] != sofar.digest()[:CHECK]:
+        end = at + _FRAME.size + length + CHECKSUM_SIZE
+        sofar.update(data[at : end - CHECKSUM_SIZE])
+        if end > len(data) or data[end - CHECKSUM_SIZE : end] != sofar.digest()[:CHECKSUM_SIZE]:
             raise GeneratorError(_DAMAGED)
         if kind not in (_NETWORK, _DIFFERENCES) or (kind == _NETWORK and base):
             raise GeneratorError("a version of the generator is of a newer kind")
-        sofar.update(data[end - CHECK : end])
+        sofar.update(data[end - CHECKSUM_SIZE : end])
         yield sofar.hexdigest(), base if kind == _DIFFERENCES else None, content
         at = end
 
@@ -181,7 +181,7 @@ def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> byt
     own = {"config": net.config.to_json(), "shapes": _shapes_digest(net), "tables": tables_digest()}
     header = {**(notes or {}), **own}
     packed = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
-    return seal(MAGIC + struct.pack("<I", len(packed)) + packed + parameters_to_words(net.state_dict()))
+    return add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + parameters_to_words(net.state_dict()))
 
 
 def generator_from_bytes(data: bytes) -> Generator:

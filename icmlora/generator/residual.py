@@ -50,7 +50,7 @@ from icmlora.generator.entropy_coding import Integers, Scales
 from icmlora.generator.quantizer import Slots, centred
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST
 from icmlora.generator.tokens import KindTokens, slot_overlaps, tokenize
-from icmlora.io.checksum import seal, unseal
+from icmlora.io.checksum import add_checksum, checked
 from icmlora.io.devices import one_thread
 
 MAGIC = b"ICMR\x01"
@@ -88,7 +88,7 @@ class Residual:
         head = self.head
         parts = (head.strengths, head.kept, head.scales)
         packed = zlib.compress(struct.pack("<h", head.step) + b"".join(part.tobytes() for part in parts), 9)
-        return seal(MAGIC + bytes.fromhex(self.code) + struct.pack("<I", len(packed)) + packed + self.words)
+        return add_checksum(MAGIC + bytes.fromhex(self.code) + struct.pack("<I", len(packed)) + packed + self.words)
 
     @classmethod
     def from_bytes(cls, data: bytes, code: bytes, under: CodeHead, config: GeneratorConfig) -> Residual:
@@ -103,7 +103,7 @@ class Residual:
         Raises:
             CodeError: Not a residual, damaged, that of another code, or out of the code's range.
         """
-        content = unseal(data)
+        content = checked(data)
         if content is None or len(content) < _START or not content.startswith(MAGIC):
             raise CodeError("this is not a residual of icm, or it is damaged or cut short")
         digest = content[len(MAGIC) : len(MAGIC) + 32].hex()

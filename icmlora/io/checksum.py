@@ -1,22 +1,24 @@
-"""A check at the end of a file of our own: the beginning of the SHA-256 of everything before it.
+"""The checksum at the end of our own files: the first bytes of the SHA-256 of everything before them.
 
-It tells damage anywhere from a whole file, also outside a store, where no digest stands beside the bytes.
+    content | SHA-256(content)[:8]
+
+It detects damage anywhere in a file, also outside a store, where no digest of the whole file is at hand.
 """
 
 from __future__ import annotations
 
 import hashlib
 
-CHECK = 8
-"""Length of the check, in bytes: so much of a SHA-256."""
+CHECKSUM_SIZE = 8
+"""Length of a checksum, in bytes."""
 
 
-def seal(data: bytes) -> bytes:
-    """Return bytes with their check."""
-    return data + hashlib.sha256(data).digest()[:CHECK]
+def add_checksum(content: bytes) -> bytes:
+    """Return the content followed by its checksum."""
+    return content + hashlib.sha256(content).digest()[:CHECKSUM_SIZE]
 
 
-def unseal(data: bytes) -> bytes | None:
-    """Return what was sealed, or None if that is not what is here any more."""
-    content = data[:-CHECK]
-    return content if seal(content) == data else None
+def checked(data: bytes) -> bytes | None:
+    """Return the content in front of the checksum, or None if the two do not match."""
+    content = data[:-CHECKSUM_SIZE]
+    return content if add_checksum(content) == data else None

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from icmlora.errors import CodeError, DataError
 from icmlora.generator.entropy_coding import LIMIT, Reader, Writer, clip
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
-from icmlora.io.checksum import seal, unseal
+from icmlora.io.checksum import add_checksum, checked
 from icmlora.task_vectors.vector import View
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
         writer.write(clip(integers[1:].ravel()), np.full(integers[1:].size, head.spread_scale, dtype=np.int32))
         first = first if heads else integers[0]
         heads += _VIEW.pack(*astuple(head))
-    return seal(_MAGIC + _HEAD.pack(len(present), length) + heads + writer.to_bytes())
+    return add_checksum(_MAGIC + _HEAD.pack(len(present), length) + heads + writer.to_bytes())
 
 
 def vectors_from_bytes(data: bytes) -> dict[View, torch.Tensor]:
@@ -114,7 +114,7 @@ def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
     Raises:
         DataError: The bytes are no task vectors, or damaged.
     """
-    content = unseal(data)
+    content = checked(data)
     if content is None or not content.startswith(_MAGIC) or len(content) < len(_MAGIC) + _HEAD.size:
         raise DataError("no task vectors: other bytes, or damaged", hint="`icm vectors --again` makes them again")
     count, length = _HEAD.unpack_from(content, len(_MAGIC))

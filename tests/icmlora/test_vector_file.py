@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import DataError
-from icmlora.io.checksum import seal
+from icmlora.io.checksum import add_checksum
 from icmlora.task_vectors.file import vectors_from_bytes, vectors_to_bytes
 from icmlora.task_vectors.vector import View
 
@@ -133,5 +133,5 @@ def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
 
 def test_vectors_of_the_earlier_form_are_refused_with_what_to_do() -> None:
     with pytest.raises(DataError) as refused:
-        vectors_from_bytes(seal(b"ICMT\x01" + bytes(40)))
+        vectors_from_bytes(add_checksum(b"ICMT\x01" + bytes(40)))
     assert "--again" in str(refused.value.hint)

@@ -16,7 +16,7 @@ from icmlora.errors import GeneratorError, IcmLoraError
 from icmlora.fewshot.start import MAGIC, Start, mean_code, start_from_bytes, start_to_bytes, untrained_start
 from icmlora.generator.codec import Codec
 from icmlora.generator.file import generator_from_bytes
-from icmlora.io.checksum import seal
+from icmlora.io.checksum import add_checksum
 from tests.icmlora.small_fleet import codec, make_adapter, same, trained_file
 
 MEAN = make_adapter(0)
@@ -53,7 +53,7 @@ def written(**changes: object) -> bytes:
     """Return a sealed file whose head says something else."""
     head = {"sizes": [1] * MODULES, "rates": [[2] * MODULES], "slopes": [4], "tasks": 6} | changes
     packed = zlib.compress(json.dumps(head).encode())
-    return seal(MAGIC + struct.pack("<I", len(packed)) + packed + b"the mean's code")
+    return add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + b"the mean's code")
 
 
 @given(starts())
@@ -115,12 +115,12 @@ def test_a_head_that_makes_no_sense_is_refused(changes: dict[str, object]) -> No
 def test_a_head_that_is_no_object_or_huge_is_refused(head: bytes) -> None:
     packed = zlib.compress(head)
     with pytest.raises(GeneratorError):
-        start_from_bytes(seal(MAGIC + struct.pack("<I", len(packed)) + packed + b"the mean's code"), decode)
+        start_from_bytes(add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + b"the mean's code"), decode)
 
 
 def test_a_length_of_the_head_beyond_the_file_is_refused() -> None:
     with pytest.raises(GeneratorError):
-        start_from_bytes(seal(MAGIC + struct.pack("<I", 2**32 - 1) + b"head"), decode)
+        start_from_bytes(add_checksum(MAGIC + struct.pack("<I", 2**32 - 1) + b"head"), decode)
 
 
 def test_the_mean_comes_back_as_its_code_says() -> None:

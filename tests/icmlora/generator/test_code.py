@@ -17,7 +17,7 @@ from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, generator_of
 from icmlora.generator.config import GeneratorConfig, ModuleKind
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
 from icmlora.generator.scales import EXTREME
-from icmlora.io.checksum import seal
+from icmlora.io.checksum import add_checksum
 from tests.icmlora.small_fleet import mixed_fleet, module_name
 
 CONFIG = mixed_fleet().config()
@@ -55,7 +55,7 @@ def code(words: bytes = b"12345678", **changes: object) -> bytes:
 
 def framed(packed: bytes) -> bytes:
     data = MAGIC + bytes.fromhex(DIGEST) + struct.pack("<I", len(packed)) + packed
-    return seal(data)
+    return add_checksum(data)
 
 
 @given(

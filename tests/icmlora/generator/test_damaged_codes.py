@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
 from icmlora.generator.code import MAGIC, Code, CodeHead
-from icmlora.io.checksum import seal
+from icmlora.io.checksum import add_checksum
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 
@@ -146,11 +146,11 @@ def with_head(plain: bytes, words: bytes | None = None) -> bytes:
     packed = zlib.compress(plain)
     start = HEAD + int(struct.unpack_from("<I", KNOWN, HEAD - 4)[0])
     rest = KNOWN[start:-8] if words is None else words
-    return seal(KNOWN[: HEAD - 4] + struct.pack("<I", len(packed)) + packed + rest)
+    return add_checksum(KNOWN[: HEAD - 4] + struct.pack("<I", len(packed)) + packed + rest)
 
 
 def checked(data: bytes) -> bytes:
-    return seal(data)
+    return add_checksum(data)
 
 
 def flipped(place: int, bit: int) -> bytes:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from icmlora.errors import GeneratorError
 from icmlora.generator.file import MAGIC, generator_from_bytes, generator_to_bytes
-from icmlora.io.checksum import seal
+from icmlora.io.checksum import add_checksum
 from tests.icmlora.small_fleet import codec, trained_file
 
 
@@ -34,7 +34,7 @@ def rewritten(header: dict[str, str] | None = None, words: bytes | None = None, 
     stored["config"] = json.dumps(json.loads(stored["config"]) | config)
     packed = zlib.compress(json.dumps({**stored, **(header or {})}).encode())
     data = MAGIC + struct.pack("<I", len(packed)) + packed + (present if words is None else words)
-    return seal(data)
+    return add_checksum(data)
 
 
 def test_the_same_network_is_written_as_the_same_bytes() -> None:

@@ -18,7 +18,7 @@ from icmlora.errors import GeneratorError
 from icmlora.generator.code import MAGIC, Code
 from icmlora.generator.codec import Codec
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
-from icmlora.io.checksum import seal
+from icmlora.io.checksum import add_checksum
 from tests.icmlora.peft_made import initial_of, peft_codec, peft_fleet, peft_made
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, same, with_factors
 
@@ -180,7 +180,7 @@ def as_version_2(under: Codec, data: bytes) -> bytes:
     assert not any(plain[before:after])
     packed = zlib.compress(plain[:before] + plain[after:], 9)
     digest = bytes.fromhex(parsed.generator)
-    return seal(b"ICMC\x02" + digest + struct.pack("<I", len(packed)) + packed + parsed.words)
+    return add_checksum(b"ICMC\x02" + digest + struct.pack("<I", len(packed)) + packed + parsed.words)
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "Ünïcode"])

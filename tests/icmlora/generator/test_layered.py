@@ -19,7 +19,7 @@ from icmlora.generator.code import ABSENT
 from icmlora.generator.codec import Codec, Limits
 from icmlora.generator.residual import CLASSES, MAGIC, LayeredCodec, classes_of
 from icmlora.generator.scales import LARGEST, SMALLEST
-from icmlora.io.checksum import seal
+from icmlora.io.checksum import add_checksum
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, same, with_factors
 
@@ -217,7 +217,7 @@ def test_a_code_in_the_place_of_a_residual_is_refused() -> None:
 @given(words=st.binary(max_size=200))
 def test_any_words_under_a_valid_head_are_an_adapter_or_refused(words: bytes) -> None:
     try:
-        decoded = LAYERED.decode(CODE, seal(DATA[:WORDS] + words))
+        decoded = LAYERED.decode(CODE, add_checksum(DATA[:WORDS] + words))
     except CodeError:
         return
     assert decoded.layout
@@ -237,4 +237,4 @@ def test_the_head_is_checked_even_where_its_checksum_is_right(place: int, value:
     plain[place] = value & 255
     packed = zlib.compress(bytes(plain))
     with pytest.raises(CodeError, match="range"):
-        LAYERED.decode(CODE, seal(DATA[: HEAD - 4] + struct.pack("<I", len(packed)) + packed + DATA[WORDS:-8]))
+        LAYERED.decode(CODE, add_checksum(DATA[: HEAD - 4] + struct.pack("<I", len(packed)) + packed + DATA[WORDS:-8]))

@@ -19,7 +19,7 @@ from icmlora.errors import CodeError, GeneratorError, NotCovered
 from icmlora.generator.file import MAGIC_OF_VERSIONS, append_version, generator_to_bytes, versions_of
 from icmlora.generator.parameters import WEIGHTS, differences_to_words, words_to_changed
 from icmlora.generator.versions import GeneratorFile
-from icmlora.io.checksum import CHECK, seal
+from icmlora.io.checksum import CHECKSUM_SIZE, add_checksum
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, tunable_network
 from icmlora.training.loop import fit
@@ -156,7 +156,7 @@ def test_any_differences_are_a_network_or_refused(words: bytes) -> None:
 
 
 def framed(kind: int, base: int, content: bytes, before: bytes | None = None) -> bytes:
-    return seal((before or grown([(False, 1)])[-1]) + struct.pack("<BHI", kind, base, len(content)) + content)
+    return add_checksum((before or grown([(False, 1)])[-1]) + struct.pack("<BHI", kind, base, len(content)) + content)
 
 
 @pytest.mark.parametrize(
@@ -226,4 +226,4 @@ def test_tuning_changes_the_decoder_alone() -> None:
 
 def test_the_check_of_a_version_covers_all_before_it() -> None:
     data = three()
-    assert data[-CHECK:] == hashlib.sha256(data[:-CHECK]).digest()[:CHECK]
+    assert data[-CHECKSUM_SIZE:] == hashlib.sha256(data[:-CHECKSUM_SIZE]).digest()[:CHECKSUM_SIZE]
