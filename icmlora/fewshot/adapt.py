@@ -23,7 +23,7 @@ from icmlora.adapter.canonical import plus
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.causal_lm import BaseModel, Scored
 from icmlora.fewshot.evidence import gather_evidence, mean_loss
-from icmlora.fewshot.start import USUAL_SAMPLES, Start
+from icmlora.fewshot.start import USUAL_SAMPLES, FewShotStart
 from icmlora.fewshot.step import lengthened, unit_steps
 from icmlora.generator.relaxed import Factors
 
@@ -38,7 +38,7 @@ class Adapted:
     """Loss on the samples before the last of these steps, in nats per token."""
 
 
-def adapt(base: BaseModel, start: Start, samples: Sequence[Scored], *, batch_size: int = 1) -> Iterator[Adapted]:
+def adapt(base: BaseModel, start: FewShotStart, samples: Sequence[Scored], *, batch_size: int = 1) -> Iterator[Adapted]:
     """Adapt the start to a task, step by step.
 
     Args:

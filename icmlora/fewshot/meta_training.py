@@ -27,7 +27,7 @@ from icmlora.base_models.causal_lm import BaseModel, Scored
 from icmlora.errors import GeneratorError
 from icmlora.fewshot.adapt import factors_of
 from icmlora.fewshot.evidence import gather_evidence, mean_loss
-from icmlora.fewshot.start import Start, octaves
+from icmlora.fewshot.start import FewShotStart, octaves
 from icmlora.fewshot.step import lengthened, unit_steps
 from icmlora.generator.relaxed import Factors
 from icmlora.generator.scales import OCTAVE
@@ -87,7 +87,7 @@ class _Rates:
     rates: torch.Tensor
     slopes: torch.Tensor
 
-    def lengths(self, start: Start, step: int, samples: int) -> torch.Tensor:
+    def lengths(self, start: FewShotStart, step: int, samples: int) -> torch.Tensor:
         """Return the lengths of a step, shape (modules,)."""
         sizes = torch.tensor(start.sizes, dtype=torch.float32)
         return torch.exp2(octaves(sizes, self.rates[step], self.slopes[step], samples))
@@ -96,7 +96,7 @@ class _Rates:
         """Return whether all of them are numbers that can be rounded."""
         return bool(torch.isfinite(self.rates).all() and torch.isfinite(self.slopes).all())
 
-    def into(self, start: Start) -> Start:
+    def into(self, start: FewShotStart) -> FewShotStart:
         """Round to what is stored."""
         rates = self.rates.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist()
         slopes = self.slopes.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist()
@@ -104,8 +104,8 @@ class _Rates:
 
 
 def meta_train(
-    base: BaseModel, start: Start, fleet: EpisodeSource, config: MetaConfig
-) -> Iterator[tuple[Episode, Start]]:
+    base: BaseModel, start: FewShotStart, fleet: EpisodeSource, config: MetaConfig
+) -> Iterator[tuple[Episode, FewShotStart]]:
     """Learn the lengths of a start's steps.
 
     Args:
@@ -153,7 +153,7 @@ def _split(
 
 def _episode(
     base: BaseModel,
-    start: Start,
+    start: FewShotStart,
     own: Adapter,
     support: Sequence[Scored],
     queries: Sequence[Sequence[Scored]],
@@ -187,7 +187,7 @@ def _nats(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> float:
         return nats.item()
 
 
-def _without(start: Start, own: Adapter) -> Adapter:
+def _without(start: FewShotStart, own: Adapter) -> Adapter:
     """Return the mean of the other tasks, as far as the start's rank knows it."""
     if start.tasks < 2:
         return start.adapter

@@ -47,7 +47,7 @@ _SHORTER = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class FewShotStart:
     """Where an adapter for an unseen task begins, and the lengths of its steps."""
 
     adapter: Adapter
@@ -76,7 +76,7 @@ def octaves(size: Number, rate: Number, slope: Number, samples: int) -> Number:
     return (size + (rate + slope * math.log2(samples / USUAL_SAMPLES))) / OCTAVE
 
 
-def within(start: Start, config: GeneratorConfig) -> Start:
+def encodable_part(start: FewShotStart, config: GeneratorConfig) -> FewShotStart:
     """Return what a generator can encode of a start: its modules, and as many directions as it has rank slots.
 
     Raises:
@@ -95,7 +95,7 @@ def within(start: Start, config: GeneratorConfig) -> Start:
     )
 
 
-def untrained_start(adapters: Iterable[Adapter], rank: int = RANK) -> Start:
+def untrained_fewshot_start(adapters: Iterable[Adapter], rank: int = RANK) -> FewShotStart:
     """Make the start of a fleet, with lengths that nothing was learned about.
 
     Args:
@@ -122,10 +122,10 @@ def untrained_start(adapters: Iterable[Adapter], rank: int = RANK) -> Start:
     usual = {name: sum(group) / len(group) for name, group in logs.items()}
     middle = sum(known) / len(known)
     sizes = tuple(round(OCTAVE * usual.get(module.name, middle)) for module in mean.modules)
-    return unlearned(Start(mean, sizes, (), (), count))
+    return with_first_lengths(FewShotStart(mean, sizes, (), (), count))
 
 
-def unlearned(start: Start) -> Start:
+def with_first_lengths(start: FewShotStart) -> FewShotStart:
     """Return a start with the lengths that it has before the first episode."""
     rates = tuple((rate,) * len(start.sizes) for rate in FIRST_RATES)
     return replace(start, rates=rates, slopes=(FIRST_SLOPE,) * len(rates))
@@ -141,7 +141,7 @@ _TOLERANCE = 0.25
 """Weighted error of the mean's code: half of its size buys less than 0.01 of retained gain (docs/results/LOG.md)."""
 
 
-def mean_code(start: Start, codec: Codec) -> bytes:
+def mean_code(start: FewShotStart, codec: Codec) -> bytes:
     """Encode a start's mean under a generator; the lengths of steps are then learned for what it decodes to.
 
     Raises:
@@ -150,14 +150,14 @@ def mean_code(start: Start, codec: Codec) -> bytes:
     return codec.encode(start.adapter, {}, tolerance=_TOLERANCE).data
 
 
-def start_to_bytes(start: Start, code: bytes) -> bytes:
+def fewshot_start_to_bytes(start: FewShotStart, code: bytes) -> bytes:
     """Write a start whose mean is what a code decodes to; the same start gives the same bytes."""
     head = {"sizes": start.sizes, "rates": start.rates, "slopes": start.slopes, "tasks": start.tasks}
     packed = zlib.compress(json.dumps(head, sort_keys=True).encode(), 9)
     return add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + code)
 
 
-def start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> Start:
+def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> FewShotStart:
     """Read a start file.
 
     Args:
@@ -175,7 +175,7 @@ def start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> Start:
     try:
         head = json.loads(inflate(content[_BEFORE_HEAD:end], 2, _HEAD_LIMIT))
         adapter = decode(content[end:])
-        start = Start(
+        start = FewShotStart(
             adapter=adapter,
             sizes=_whole(head["sizes"]),
             rates=tuple(_whole(row) for row in head["rates"]),

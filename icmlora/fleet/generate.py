@@ -27,11 +27,11 @@ from icmlora.base_models.causal_lm import BaseModel, Scored, nll, tokenized
 from icmlora.base_models.examples import Example, parse_examples, spread
 from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.adapt import FinetuneConfig, adapt, factors_of, finetune, supports
-from icmlora.fewshot.start import Start
+from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.cards import GeneratedCard
 from icmlora.fleet.context import Context, Event, Progress, StopFlag
 from icmlora.fleet.loading import open_base
-from icmlora.fleet.meta_train import SAMPLE_TOKENS, read_start
+from icmlora.fleet.meta_train import SAMPLE_TOKENS, read_fewshot_start
 from icmlora.fleet.search import Refiner, refined
 from icmlora.fleet.vectors import VECTOR_DTYPE, canonical, comparable_vectors, put_vectors
 from icmlora.formats.peft import inspect_adapter, save_adapter
@@ -225,7 +225,7 @@ def generate(context: Context, request: GenerateRequest, stop: StopFlag) -> Gene
             check_unknown(store, request.name)
         generator = _generator(store, request.base_model)
         generator_file = GeneratorFile(store.blobs.read(generator.blob))
-        start = read_start(store, generator, generator_file)
+        start = read_fewshot_start(store, generator, generator_file)
         rank = _rank(generator_file, start, request)
         yield Progress(0, None, f"loading {generator.base_model}")
         texts = [example.text for example in examples]
@@ -285,7 +285,7 @@ def _generator(store: Store, base_model: str | None) -> GeneratorRecord:
     return started[0]
 
 
-def _rank(generator_file: GeneratorFile, start: Start, request: GenerateRequest) -> int:
+def _rank(generator_file: GeneratorFile, start: FewShotStart, request: GenerateRequest) -> int:
     """Return the rank to write: what is asked for, else the largest that a code of the start's modules can have."""
     most = max(generator_file.configs[number].slots for number in generator_file.covering(start.adapter.layout))
     if request.register and request.rank is not None and request.rank > most:
@@ -308,7 +308,7 @@ def _opened(
 
 def _adapted(
     base: BaseModel,
-    start: Start,
+    start: FewShotStart,
     samples: Sequence[Scored],
     rank: int,
     request: GenerateRequest,

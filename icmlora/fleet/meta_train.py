@@ -21,7 +21,14 @@ from icmlora.base_models.causal_lm import BaseModel, Scored, tokenized
 from icmlora.base_models.examples import parse_examples, spread
 from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
-from icmlora.fewshot.start import Start, mean_code, start_from_bytes, start_to_bytes, untrained_start, within
+from icmlora.fewshot.start import (
+    FewShotStart,
+    encodable_part,
+    fewshot_start_from_bytes,
+    fewshot_start_to_bytes,
+    mean_code,
+    untrained_fewshot_start,
+)
 from icmlora.fleet.context import Context, Event, Progress, StopFlag, locate_base, with_files
 from icmlora.fleet.loading import open_base, read_original
 from icmlora.fleet.materialize import decode_rung
@@ -191,7 +198,7 @@ def check_learnable(context: Context, base_model: str | None) -> None:
             locate_base(store, label)
 
 
-def read_start(store: Store, generator: GeneratorRecord, generator_file: GeneratorFile) -> Start:
+def read_fewshot_start(store: Store, generator: GeneratorRecord, generator_file: GeneratorFile) -> FewShotStart:
     """Read the start that a generator has now; another process may have learned it anew.
 
     Raises:
@@ -204,7 +211,7 @@ def read_start(store: Store, generator: GeneratorRecord, generator_file: Generat
         return str(next((row.start for row in rows if row.id == generator.id), generator.start))
 
     data = with_files(present, store.blobs.read)
-    return start_from_bytes(data, lambda code: generator_file.codec_of(code).decode(code))
+    return fewshot_start_from_bytes(data, lambda code: generator_file.codec_of(code).decode(code))
 
 
 def learn_starts(context: Context, request: StartRequest, stop: StopFlag) -> Generator[Event, None, StartReport]:
@@ -245,7 +252,7 @@ def _learn(
     episodes = _Episodes(fleet, base)
     _must_be_enough(generator.base_model, episodes.tasks())
     yield Progress(0, request.episodes, "averaging the fleet")
-    start, codec = _encodable(untrained_start(fleet), generator_file)
+    start, codec = _encodable(untrained_fewshot_start(fleet), generator_file)
     code = mean_code(start, codec)
     learned = replace(start, adapter=codec.decode(code))
     losses: list[float] = []
@@ -257,7 +264,7 @@ def _learn(
         yield Progress(at.number, at.episodes, episodes.name(at.task))
         if stop.requested:
             return None
-    return _publish(store, generator, start_to_bytes(learned, code), start.tasks, losses, began)
+    return _publish(store, generator, fewshot_start_to_bytes(learned, code), start.tasks, losses, began)
 
 
 def _must_be_enough(base_model: str, tasks: int) -> None:
@@ -266,12 +273,12 @@ def _must_be_enough(base_model: str, tasks: int) -> None:
         raise DataError(fact, hint="`icm ingest PATH --samples FILE` gives a task its samples")
 
 
-def _encodable(start: Start, generator_file: GeneratorFile) -> tuple[Start, Codec]:
+def _encodable(start: FewShotStart, generator_file: GeneratorFile) -> tuple[FewShotStart, Codec]:
     """Return what a generator can encode of a start, under the version that has most of its modules, newest first."""
     shapes = [shape._replace(rank=1) for shape in start.adapter.layout]
     known = [sum(config.covers([shape]) for shape in shapes) for config in generator_file.configs]
     best = max(range(len(known)), key=lambda number: (known[number], number))
-    return within(start, generator_file.configs[best]), generator_file.codec(best)
+    return encodable_part(start, generator_file.configs[best]), generator_file.codec(best)
 
 
 def _publish(

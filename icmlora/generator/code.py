@@ -41,7 +41,7 @@ from icmlora.generator.initial_a.draw import (
     initial_size,
     initial_to_bytes,
 )
-from icmlora.generator.initial_a.subspace import Span
+from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.quantizer import Quantizer, Sides, SideScales, Slots
 from icmlora.generator.scales import EXTREME
 from icmlora.io.checksum import add_checksum, checked
@@ -69,9 +69,9 @@ class CodeHead:
     kept: NDArray[np.uint8]
     """Shape (K, L)."""
     shifts: NDArray[np.int8]
-    """Shape (K, S): how much of the inputs is left across the span of the initial A (`Span.shifts`)."""
+    """Shape (K, S): how much of the inputs is left across the initial subspace (`InitialSubspace.shifts`)."""
     boosts: NDArray[np.int8]
-    """Shape (K, S): how much longer refinement made that (`Span.boosts`)."""
+    """Shape (K, S): how much longer refinement made that (`InitialSubspace.boosts`)."""
     initial: InitialA | None
     task_type: str | None
 
@@ -201,7 +201,7 @@ class KindIntegers:
     outputs: Integers
     """Shape (n, out)."""
     along: Integers
-    """Shape (n, R): of the inputs, what lies along the span of the initial A."""
+    """Shape (n, R): of the inputs, what lies along the initial subspace."""
     scales: SideScales
     """What the vectors' integers are coded under."""
 
@@ -243,7 +243,7 @@ def write_groups(writer: entropy.Writer, quantizer: Quantizer, groups: Sequence[
         writer.write(_flat(group.sides), _flat(group.scales))
 
 
-def unpack(quantizer: Quantizer, head: CodeHead, span: Span, words: bytes) -> list[KindIntegers]:
+def unpack(quantizer: Quantizer, head: CodeHead, subspace: InitialSubspace, words: bytes) -> list[KindIntegers]:
     """Read back what `pack` wrote.
 
     Raises:
@@ -251,7 +251,7 @@ def unpack(quantizer: Quantizer, head: CodeHead, span: Span, words: bytes) -> li
     """
     none = np.zeros_like(head.kept)
     slots = slots_between(none, head.kept)
-    return read_groups(entropy.Reader(words), quantizer, slots, head.gains, span, head.step)
+    return read_groups(entropy.Reader(words), quantizer, slots, head.gains, subspace, head.step)
 
 
 def read_groups(
@@ -259,7 +259,7 @@ def read_groups(
     quantizer: Quantizer,
     kinds: Sequence[Slots],
     gains: NDArray[np.int16],
-    span: Span,
+    subspace: InitialSubspace,
     step: int,
 ) -> list[KindIntegers]:
     """Read back what `write_groups` wrote of some slots.
@@ -274,7 +274,7 @@ def read_groups(
         norms = quantizer.norms(slots, gain, residual)
         if (np.abs(norms) > EXTREME).any():
             raise CodeError("the code's norms are out of range")
-        scales = quantizer.scales(slots, norms, span, step)
+        scales = quantizer.scales(slots, norms, subspace, step)
         values = reader.read(_flat(scales))
         inputs, outputs, along = split_sides(values, len(slots.layer), [side.shape[1] for side in scales])
         groups.append(KindIntegers(slots, gain, residual, inputs, outputs, along, scales))

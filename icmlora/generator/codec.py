@@ -23,7 +23,7 @@ from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import VIEWS, TaskState, predicted_tokens
 from icmlora.generator.file import Generator
 from icmlora.generator.initial_a.draw import InitialA
-from icmlora.generator.initial_a.subspace import Span, span_of
+from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
 from icmlora.generator.objective import water_level, worth_writing
 from icmlora.generator.quantizer import Quantizer, Slots
 from icmlora.generator.scales import OCTAVE, STRENGTHS
@@ -75,9 +75,9 @@ class Limits:
         pairs = ((encoded.weighted_error, self.tolerance), (encoded.dw_error, self.max_error))
         return all(limit is None or error <= limit for error, limit in pairs)
 
-    def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, span: Span) -> int:
+    def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> int:
         """Return the step, in eighths of an octave, that theory gives for the smaller limit."""
-        return math.floor(OCTAVE * math.log2(water_level(tokens, self.least, sensitivity, span)))
+        return math.floor(OCTAVE * math.log2(water_level(tokens, self.least, sensitivity, subspace)))
 
 
 def coarsest(expected: int, limits: Limits, encode: Callable[[int], Encoded]) -> Encoded:
@@ -111,7 +111,7 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], Encoded]) ->
 
 
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
-_SPANS = 4
+_SUBSPACES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,7 @@ class Codec:
         # Drawing an initial A takes a third of the time of decoding. All codes that are tried for an adapter have the
         # same one, and tasks often share it: alike in ranks and modules, trained under one seed.
         config, sensitivity = self.config, self.sensitivity  # not self, which the cache would keep alive
-        self._span = lru_cache(_SPANS)(lambda initial: span_of(initial, config, sensitivity))
+        self._subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, config, sensitivity))
 
     @property
     def config(self) -> GeneratorConfig:
@@ -176,10 +176,10 @@ class Codec:
         tokens = tokenize(adapter, self.config, self.sensitivity)
         refuse_overflow(tokens, self.config)
         condition = self._condition(vectors)
-        span = self._span(initial)
-        state = TaskState(condition, self._net.posterior(tokens, condition).round().clamp(-127, 127), span)
-        state = replace(state, span=replace(span, shifts=self.quantizer.shifts(tokens, state)))
-        expected = limits.expected_step(tokens, self.sensitivity, span)
+        subspace = self._subspace(initial)
+        state = TaskState(condition, self._net.posterior(tokens, condition).round().clamp(-127, 127), subspace)
+        state = replace(state, subspace=replace(subspace, shifts=self.quantizer.shifts(tokens, state)))
+        expected = limits.expected_step(tokens, self.sensitivity, subspace)
         return coarsest(expected, limits, lambda step: self._encode_at(step, adapter, tokens, state, initial))
 
     @torch.no_grad()
@@ -227,10 +227,10 @@ class Codec:
         if digest != self.generator.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
         code = Code.from_bytes(data, self.config)
-        span = self._span(code.head.initial)
-        span = replace(span, shifts=code.head.shifts, boosts=code.head.boosts)
-        state = TaskState(_floats(code.head.condition), _floats(code.head.latent), span)
-        return OpenCode(code.head, state, tuple(unpack(self.quantizer, code.head, span, code.words)))
+        subspace = self._subspace(code.head.initial)
+        subspace = replace(subspace, shifts=code.head.shifts, boosts=code.head.boosts)
+        state = TaskState(_floats(code.head.condition), _floats(code.head.latent), subspace)
+        return OpenCode(code.head, state, tuple(unpack(self.quantizer, code.head, subspace, code.words)))
 
     def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
         """Write a code of these integers."""
@@ -272,7 +272,7 @@ class Codec:
         mean, scale = self._net.latent_prior(condition)
         if seed is not None:
             mean = mean + scale * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-        state = TaskState(condition, mean.round().clamp(-127, 127), self._span(None))
+        state = TaskState(condition, mean.round().clamp(-127, 127), self._subspace(None))
         tokens = predicted_tokens(self._net, state, modules)
         pairs = [(kind, layer) for kind, layer, _ in modules]
         return detokenize(tokens, self.config, self.sensitivity, modules=pairs, task_type=task_type)
@@ -302,7 +302,15 @@ class Codec:
             np.add.at(kept[group.slots.kind], group.slots.layer, 1)
         task = _bytes(state.condition), _bytes(state.latent)
         head = CodeHead(
-            step, *task, gains, strengths, kept, state.span.shifts, state.span.boosts, initial, adapter.task_type
+            step,
+            *task,
+            gains,
+            strengths,
+            kept,
+            state.subspace.shifts,
+            state.subspace.boosts,
+            initial,
+            adapter.task_type,
         )
         return self.measure(adapter, self.close(head, groups))
 
@@ -324,7 +332,7 @@ class Codec:
         gain, residuals = self.quantizer.norm_residuals(slots, group.norm, gain)
         norms = self.quantizer.norms(slots, gain, residuals)
         sides = self.quantizer.quantise(group, norms, state, step)
-        scales = self.quantizer.scales(slots, norms, state.span, step)
+        scales = self.quantizer.scales(slots, norms, state.subspace, step)
         rebuilt = self.quantizer.dequantise(slots, norms, state, step, sides, scales)
         inputs, outputs, along = (torch.from_numpy(side) for side in sides)
         alive = worth_writing(group, rebuilt, (torch.cat([inputs, along], dim=1), outputs))

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.initial_a.subspace import Span
+from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens
@@ -48,7 +48,7 @@ class TaskState:
     """Shape (C,)."""
     latent: torch.Tensor
     """Shape (Z,)."""
-    span: Span
+    subspace: InitialSubspace
     """Directions of its inputs that cost nothing."""
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
-from icmlora.generator.initial_a.subspace import Span
+from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import GAUSSIAN_SHARE, OCTAVE, SMALLEST_SCALE, WIDE
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens, slot_errors, squared_norm
@@ -42,7 +42,11 @@ class Bits:
 
 
 def adapter_bits(
-    net: CVAE, tokens: tuple[KindTokens, ...], vectors: Mapping[str, torch.Tensor], span: Span, noise: torch.Generator
+    net: CVAE,
+    tokens: tuple[KindTokens, ...],
+    vectors: Mapping[str, torch.Tensor],
+    subspace: InitialSubspace,
+    noise: torch.Generator,
 ) -> Bits:
     """Estimate the code length of one adapter.
 
@@ -50,15 +54,15 @@ def adapter_bits(
         net: The generator's network.
         tokens: The adapter, on the network's device.
         vectors: Task vectors of one support set by view, each (hidden,); views may be missing.
-        span: What is known of its inputs, on the network's device; shifts are not read.
+        subspace: What is known of its inputs, on the network's device; shifts are not read.
         noise: Source of the quantisation noise, a CPU generator.
     """
     condition = _noisy(net.embed(vectors), noise)
     mean, scale = net.latent_prior(condition)
     latent = _noisy(net.posterior(tokens, condition), noise)
-    state = TaskState(condition, latent, span)
+    state = TaskState(condition, latent, subspace)
     sensitivity = net.sensitivity
-    step = water_level(tokens, net.config.tolerance, sensitivity, span)
+    step = water_level(tokens, net.config.tolerance, sensitivity, subspace)
     integers = [_token_bits(net, group, state, step, sensitivity) for group in tokens]
     gains = net.gains(state)
     norms = [_norm_bits(net, group, gains) for group in tokens]
@@ -85,14 +89,14 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sen
         (values * sign - norm * mean) / step
         for values, mean in zip((group.inputs, group.outputs), (prediction.inputs, prediction.outputs), strict=True)
     )
-    along = state.span.project(group.kind, group.layer, inputs)
-    across = inputs - state.span.expand(group.kind, group.layer, along, inputs.shape[1])
+    along = state.subspace.project(group.kind, group.layer, inputs)
+    across = inputs - state.subspace.expand(group.kind, group.layer, along, inputs.shape[1])
     scales = [_scale(net, group, side, step, sensitivity) for side in (INPUTS, OUTPUTS)]
-    scales[INPUTS] = scales[INPUTS] * _left(group, state.span, across, scales[INPUTS])[:, None]
-    known = state.span.spread(group.kind, group.layer) * norm / step  # (n, R)
+    scales[INPUTS] = scales[INPUTS] * _left(group, state.subspace, across, scales[INPUTS])[:, None]
+    known = state.subspace.spread(group.kind, group.layer) * norm / step  # (n, R)
     wholes = [exact.detach().round() for exact in (across, outputs, along)]
     lengths = [bin_bits(whole, scale).sum(1) for whole, scale in zip(wholes, (*scales, known), strict=True)]
-    given = wholes[INPUTS] + state.span.expand(group.kind, group.layer, wholes[2], inputs.shape[1])
+    given = wholes[INPUTS] + state.subspace.expand(group.kind, group.layer, wholes[2], inputs.shape[1])
     rebuilt = replace(
         group,
         inputs=norm * prediction.inputs.detach() + given * step,
@@ -112,12 +116,12 @@ def _scale(net: CVAE, group: KindTokens, side: int, step: float, sensitivity: Se
 
 
 @torch.no_grad()
-def _left(group: KindTokens, span: Span, across: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _left(group: KindTokens, subspace: InitialSubspace, across: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return what the codec's shifts come to: how far the values (n, in) of each slot lie from their scales, (n,).
 
     As there, modules of which nothing is known do not count, and are not shifted.
     """
-    known = torch.from_numpy(span.knows(group.kind)).to(group.layer.device)[group.layer]
+    known = torch.from_numpy(subspace.knows(group.kind)).to(group.layer.device)[group.layer]
     share = torch.where(known, across.square().sum(1) / scale.square().sum(1), 0.0)
     count = torch.bincount(group.slot, weights=known.to(share.dtype))
     mean = torch.zeros_like(count).index_add_(0, group.slot, share) / count.clamp_min(1)
@@ -161,14 +165,16 @@ def _bin(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return mass
 
 
-def water_level(tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sensitivity, span: Span) -> float:
+def water_level(
+    tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sensitivity, subspace: InitialSubspace
+) -> float:
     """Return the quantiser step whose expected relative dW error is `tolerance` (1 for an adapter without energy).
 
     A coefficient of variance v contributes min(v, step^2 / 12): reverse water-filling (Cover and Thomas, 10.3.3).
     """
     if not tokens:
         return 1.0
-    parts = [_variances(group, side, sensitivity, span) for group in tokens for side in (INPUTS, OUTPUTS)]
+    parts = [_variances(group, side, sensitivity, subspace) for group in tokens for side in (INPUTS, OUTPUTS)]
     variance, count = (torch.cat(column) for column in zip(*parts, strict=True))
     allowed = tolerance * squared_norm(tokens)
     low, high = -40.0, 40.0
@@ -179,10 +185,12 @@ def water_level(tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sen
     return float(2.0**low)
 
 
-def _variances(group: KindTokens, side: int, sensitivity: Sensitivity, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+def _variances(
+    group: KindTokens, side: int, sensitivity: Sensitivity, subspace: InitialSubspace
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the variances of a side's coefficients and how many have each; channels are taken a sixteenth together.
 
-    What lies along the span is not among them: it takes next to no bits, so it loses next to nothing.
+    What lies along the subspace is not among them: it takes next to no bits, so it loses next to nothing.
     """
     size = (group.inputs, group.outputs)[side].shape[1]
     square = torch.exp2(2 * sensitivity.profile(group.kind, side)).double().sort(dim=1).values  # (L, size)
@@ -193,7 +201,7 @@ def _variances(group: KindTokens, side: int, sensitivity: Sensitivity, span: Spa
     share = share / (share * counts).sum(dim=1, keepdim=True)  # (L, parts); one row's variances add up to 1
     energy = group.norm.double().square()
     if side == INPUTS:
-        energy = energy - span.project(group.kind, group.layer, group.inputs).double().square().sum(1)
+        energy = energy - subspace.project(group.kind, group.layer, group.inputs).double().square().sum(1)
     variance = energy.clamp_min(0)[:, None] * share[group.layer]
     return variance.flatten(), counts.double().expand_as(variance).flatten()
 

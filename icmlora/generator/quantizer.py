@@ -3,7 +3,7 @@
     integer = round((value - norm * mean direction) / step),
     coded under the scale  norm / sqrt(size) * spread * profile of the channel / step
 
-What of the inputs lies along the span of the initial A is one integer per row of it, and only the rest is one per
+What of the inputs lies along the initial subspace is one integer per row of it, and only the rest is one per
 channel: coded under that scale times 2^shift, with a shift for each kind and rank slot, in modules whose
 initial A is known.
 
@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from icmlora.generator import entropy_coding as entropy
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
 from icmlora.generator.entropy_coding import Integers, Scales
-from icmlora.generator.initial_a.subspace import Span
+from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
 from icmlora.generator.tokens import KindTokens
 
 Norms = NDArray[np.int64]
 """log2 norms in eighths."""
-SPAN = 2
+ALONG = 2
 """The third side of a token, beside `INPUTS` and `OUTPUTS`."""
 Sides = tuple[Integers, Integers, Integers]
 """Of tokens of one kind: shapes (n, in), (n, out) and (n, R)."""
@@ -88,19 +88,19 @@ class Quantizer:
         norms: Norms = self._norms[slots.kind, slots.layer, slots.slot] + gain + residuals
         return norms
 
-    def scales(self, slots: Slots, norms: Norms, span: Span, step: int) -> SideScales:
+    def scales(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> SideScales:
         """Return the scale indices of the integers of each slot, shapes (n, in), (n, out) and (n, R)."""
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
         wide = [_half_octaves(size) for size in self._sizes[slots.kind]]
         level = norms[:, None] - step - np.array(wide) + spread
-        known = span.knows(slots.kind)[slots.layer]
-        level[known, INPUTS] += span.shifts[slots.kind, slots.slot[known]]
+        known = subspace.knows(slots.kind)[slots.layer]
+        level[known, INPUTS] += subspace.shifts[slots.kind, slots.slot[known]]
         # Profiles lie within EXTREME, so a level further out than that ends at the same index from there.
         level = np.clip(level, SMALLEST - EXTREME, LARGEST + EXTREME).astype(np.int16)
         inputs, outputs = (
             _indices(self._profiles[2 * slots.kind + side], slots.layer, level[:, side]) for side in (INPUTS, OUTPUTS)
         )
-        return inputs, outputs, _span_scales(slots, norms - step, span)
+        return inputs, outputs, _subspace_scales(slots, norms - step, subspace)
 
     def quantise(self, group: KindTokens, norms: Norms, state: TaskState, step: int) -> Sides:
         """Round tokens to integers."""
@@ -119,11 +119,11 @@ class Quantizer:
             ((values * factor[:, None] - mean) / 2.0 ** (step / OCTAVE)).double()
             for values, mean in zip((group.inputs, group.outputs), means, strict=True)
         )
-        along = state.span.project(group.kind, group.layer, inputs)
-        return inputs - state.span.expand(group.kind, group.layer, along, inputs.shape[1]), outputs, along
+        along = state.subspace.project(group.kind, group.layer, inputs)
+        return inputs - state.subspace.expand(group.kind, group.layer, along, inputs.shape[1]), outputs, along
 
     def shifts(self, tokens: Iterable[KindTokens], state: TaskState) -> NDArray[np.int8]:
-        """Measure the shifts of an adapter: how much of its inputs is left across the span of its initial A."""
+        """Measure the shifts of an adapter: how much of its inputs is left across its initial subspace."""
         config = self._net.config
         shifts = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
         for group in tokens:
@@ -133,7 +133,7 @@ class Quantizer:
             level = norms + self._spreads[group.kind, INPUTS, slots.layer, slots.slot]
             profiles = np.exp2(2 / OCTAVE * self._profiles[2 * group.kind + INPUTS]).mean(axis=1)  # (L,)
             share = rest / (np.exp2(2 / OCTAVE * level) * profiles[slots.layer])
-            known = state.span.knows(group.kind)[slots.layer]
+            known = state.subspace.knows(group.kind)[slots.layer]
             for slot in np.unique(slots.slot[known]).tolist():
                 left = float(share[known & (slots.slot == slot)].mean())
                 shifts[group.kind, slot] = np.clip(round(OCTAVE / 2 * math.log2(max(left, 2.0**-30))), -127, 127)
@@ -149,8 +149,8 @@ class Quantizer:
         )
         means = self.means(slots, norms, state)
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        inputs.mul_(boost_of(slots, state.span))
-        inputs.add_(means[INPUTS]).add_(state.span.expand(slots.kind, layer, along, inputs.shape[1]))
+        inputs.mul_(boost_of(slots, state.subspace))
+        inputs.add_(means[INPUTS]).add_(state.subspace.expand(slots.kind, layer, along, inputs.shape[1]))
         return KindTokens(slots.kind, layer, slot, norm_of(norms), inputs, outputs.add_(means[OUTPUTS]))
 
     def means(self, slots: Slots, norms: Norms, state: TaskState) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,17 +177,17 @@ def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
     return values
 
 
-def boost_of(slots: Slots, span: Span) -> torch.Tensor:
-    """Return what the decoded inputs of each slot across the span are multiplied by, shape (n, 1)."""
-    known = span.knows(slots.kind)[slots.layer]
-    boosts = np.where(known, span.boosts[slots.kind, slots.slot], 0)
+def boost_of(slots: Slots, subspace: InitialSubspace) -> torch.Tensor:
+    """Return what the decoded inputs of each slot across the subspace are multiplied by, shape (n, 1)."""
+    known = subspace.knows(slots.kind)[slots.layer]
+    boosts = np.where(known, subspace.boosts[slots.kind, slots.slot], 0)
     return torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))[:, None]
 
 
-def _span_scales(slots: Slots, level: Norms, span: Span) -> Scales:
-    """Return the scale indices of the integers along the span, shape (n, R): a slot's norm spread evenly over them."""
-    rows = np.arange(span.rows(slots.kind))
-    ranks = span.ranks_of(slots.kind)  # (L,)
+def _subspace_scales(slots: Slots, level: Norms, subspace: InitialSubspace) -> Scales:
+    """Return the scale indices of the integers along the subspace, (n, R): a slot's norm spread evenly over them."""
+    rows = np.arange(subspace.rows(slots.kind))
+    ranks = subspace.ranks_of(slots.kind)  # (L,)
     wide = np.array([_half_octaves(max(rank, 1)) for rank in ranks.tolist()], dtype=np.int64)
     indices = np.where(rows < ranks[slots.layer, None], (level - wide[slots.layer])[:, None], SMALLEST)
     return np.clip(indices, SMALLEST, LARGEST).astype(np.int8)

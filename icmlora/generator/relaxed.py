@@ -41,13 +41,13 @@ class _Part:
     means: tuple[torch.Tensor, torch.Tensor]
     """The generator's prediction, shapes (n, in) and (n, out)."""
     values: tuple[nn.Parameter, nn.Parameter, nn.Parameter]
-    """In steps from the prediction, of these shapes; the third is along the span of the initial A."""
+    """In steps from the prediction, of these shapes; the third is along the initial subspace."""
     strength: nn.Parameter
     """log2 of the factor of each layer's dW, shape (L,)."""
     boost: nn.Parameter
-    """log2 of the factor of each rank slot's inputs across the span of the initial A, shape (S,)."""
+    """log2 of the factor of each rank slot's inputs across the initial subspace, shape (S,)."""
     boosted: torch.Tensor
-    """1 where a slot's module has such a span, else 0; shape (n, 1)."""
+    """1 where a slot's module has such a subspace, else 0; shape (n, 1)."""
 
 
 class RelaxedCode:
@@ -73,7 +73,7 @@ class RelaxedCode:
 
     @property
     def strengths(self) -> list[nn.Parameter]:
-        """log2 of how strong each module is, and its inputs across the span of the initial A."""
+        """log2 of how strong each module is, and its inputs across the initial subspace."""
         return [factor for part in self._parts for factor in (part.strength, part.boost)]
 
     def factors(self) -> Factors:
@@ -116,7 +116,7 @@ class RelaxedCode:
             (nn.Parameter(inputs), nn.Parameter(outputs), nn.Parameter(along)),
             _factors(head.strengths[slots.kind]),
             _factors(head.boosts[slots.kind]),
-            torch.from_numpy(state.span.knows(slots.kind)[slots.layer]).float()[:, None],
+            torch.from_numpy(state.subspace.knows(slots.kind)[slots.layer]).float()[:, None],
         )
 
     def _modules(self, part: _Part) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -126,7 +126,7 @@ class RelaxedCode:
             for values, scales in zip(part.values, part.integers.scales, strict=True)
         )
         boost = torch.exp2(part.boosted * part.boost[torch.from_numpy(part.integers.slots.slot)][:, None])
-        inputs = inputs * boost + self._opened.state.span.expand(kind, layer, along, inputs.shape[1])
+        inputs = inputs * boost + self._opened.state.subspace.expand(kind, layer, along, inputs.shape[1])
         inputs, outputs = (
             (values + mean) / part.root for values, mean in zip((inputs, outputs), part.means, strict=True)
         )

@@ -210,7 +210,7 @@ class LayeredCodec:
             data = self._encode_at(step, digest_of(code), opened, layers, missing)
             return self._codec.compare(adapter, self._decode(opened, layers, code, data), data)
 
-        return coarsest(limits.expected_step(tokens, self._codec.sensitivity, opened.state.span), limits, at)
+        return coarsest(limits.expected_step(tokens, self._codec.sensitivity, opened.state.subspace), limits, at)
 
     @torch.no_grad()
     @one_thread()
@@ -268,8 +268,8 @@ class LayeredCodec:
             inputs, outputs = split_sides(values, len(layer.slots.layer), self._quantizer.sizes(kind))
             finer.append(_finer(layer.tokens, (inputs, outputs), _scales(head.scales[kind], layer.classes), head.step))
         slots = slots_between(opened.head.kept, head.kept)
-        span = opened.state.span
-        groups = read_groups(reader, self._quantizer, slots, opened.head.gains, span, head.step)
+        subspace = opened.state.subspace
+        groups = read_groups(reader, self._quantizer, slots, opened.head.gains, subspace, head.step)
         tokens = (
             _joined(kept, self._codec.dequantised(group, opened.state, head.step))
             for kept, group in zip(finer, groups, strict=True)

@@ -10,14 +10,14 @@ from functools import lru_cache
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.generator.initial_a.subspace import span_of
+from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.objective import Bits, adapter_bits
 from icmlora.generator.tokens import refuse_overflow, tokenize
 from icmlora.training.source import AdapterSource
 from icmlora.training.state import TrainState
 
 _GRADIENT_LIMIT = 1.0
-_SPANS = 4
+_SUBSPACES = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def fit(state: TrainState, fleet: AdapterSource) -> Iterator[TrainStep]:
     device = next(state.net.parameters()).device
     sensitivity = state.net.sensitivity.to(torch.device("cpu"))
     # Tasks often share an initial A, and drawing it takes as long as a part of a step.
-    span = lru_cache(_SPANS)(lambda initial: span_of(initial, state.net.config, sensitivity).to(device))
+    subspace_of = lru_cache(_SUBSPACES)(
+        lambda initial: initial_subspace(initial, state.net.config, sensitivity).to(device)
+    )
     while state.step < state.config.steps:
         draw = random.Random(f"{state.config.seed}/{state.step}")  # noqa: S311 - training noise, not secrets
         noise = torch.Generator().manual_seed(draw.getrandbits(62))
@@ -60,7 +62,7 @@ def fit(state: TrainState, fleet: AdapterSource) -> Iterator[TrainStep]:
         tokens = tuple(group.to(device) for group in tokens)
         vectors = {view: vector.to(device) for view, vector in vectors.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            bits = adapter_bits(state.net, tokens, vectors, span(fleet.initial(task)), noise)
+            bits = adapter_bits(state.net, tokens, vectors, subspace_of(fleet.initial(task)), noise)
         yield _advance(state, bits, sum(shape.parameters for shape in adapter.layout), task)
 
 

@@ -88,7 +88,7 @@ def initial_of(adapter: Adapter) -> InitialA:
 
 @cache
 def peft_fleet() -> MemoryAdapterSource:
-    """Return tasks of mixed ranks and kinds, two of one seed, with nine tenths of A in the span of the initial A."""
+    """Return tasks of mixed ranks and kinds, two of one seed, with nine tenths of A in the initial subspace."""
     tasks = [
         peft_made(SEED, moved=1 / 3, task=0),
         peft_made(SEED, moved=1 / 3, task=1, rank_pattern={"layers.1.self_attn.q_proj": 6}),

@@ -1,15 +1,15 @@
-"""What the decoder knows of a task's inputs for nothing: the span of the A that training began with.
+"""What the decoder knows of a task's inputs for nothing: the row space of the A that training began with.
 
-    inputs of a slot x  =  Q^T (Q x)          +   the rest, across the span
+    inputs of a slot x  =  Q^T (Q x)          +   the rest, across the subspace
                            r numbers instead       as before, only that much less of it is left
                            of as many as inputs
 
 Q is the initial A, weighted as tokens are, made orthonormal: one quantiser step means the same distortion along it as
 along the channels. How much less the rest is, the code says once per kind and rank slot (`shifts`).
 
-The rest is where A has moved, towards what really comes in; the span is random, and little comes in along it. So the
-rest does more of the work than its length says, and much of it rounds to zero. Refinement may make what is left of it
-longer (`boosts`), per kind and rank slot.
+The rest is where A has moved, towards what really comes in; the subspace is random, and little comes in along it. So
+the rest does more of the work than its length says, and much of it rounds to zero. Refinement may make what is left of
+it longer (`boosts`), per kind and rank slot.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from icmlora.generator.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True, eq=False)
-class Span:
+class InitialSubspace:
     """The known directions of one task's inputs, on one device."""
 
     shifts: NDArray[np.int8]
@@ -53,7 +53,7 @@ class Span:
         known: NDArray[np.bool_] = self.ranks_of(kind) > 0
         return known
 
-    def to(self, device: torch.device) -> Span:
+    def to(self, device: torch.device) -> InitialSubspace:
         """Move everything to a device."""
         return replace(self, bases={kind: basis.to(device) for kind, basis in self.bases.items()})
 
@@ -81,13 +81,13 @@ class Span:
         return torch.cat([part @ basis[number] for number, part in _by_layer(layer, along, self.layers)])
 
     def spread(self, kind: int, layer: torch.Tensor) -> torch.Tensor:
-        """Return the root mean square of a vector of length one along each row, if it lies in the span; (n, R)."""
+        """Return the root mean square of a vector of length one along each row, if it lies in the subspace; (n, R)."""
         ranks = torch.from_numpy(self.ranks_of(kind)).to(layer.device)[layer]  # (n,)
         rows = torch.arange(self.rows(kind), device=layer.device)
         return torch.where(rows < ranks[:, None], ranks.clamp_min(1)[:, None] ** -0.5, 0.0)
 
 
-def span_of(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sensitivity) -> Span:
+def initial_subspace(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sensitivity) -> InitialSubspace:
     """Draw an initial A and make it orthonormal; without one nothing is known.
 
     Args:
@@ -99,9 +99,9 @@ def span_of(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sens
         NotCovered: The generator does not cover one of the modules.
     """
     zeros = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
-    span = Span(zeros, zeros, config.layers)
+    subspace = InitialSubspace(zeros, zeros, config.layers)
     if initial is None:
-        return span
+        return subspace
     factors = initial_factors(initial)
     alike: defaultdict[tuple[int, int], list[tuple[int, NDArray[np.float32]]]] = defaultdict(list)
     for module in initial.modules:
@@ -110,15 +110,15 @@ def span_of(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sens
             alike[kind, module.shape.rank].append((layer, factors[module.shape.module]))
     for (kind, rank), modules in alike.items():
         layers = [layer for layer, _ in modules]
-        span.ranks.setdefault(kind, np.zeros(config.layers, dtype=np.int64))[layers] = rank
-    for kind, ranks in span.ranks.items():
-        span.bases[kind] = torch.zeros(config.layers, int(ranks.max()), config.kinds[kind].inputs)
+        subspace.ranks.setdefault(kind, np.zeros(config.layers, dtype=np.int64))[layers] = rank
+    for kind, ranks in subspace.ranks.items():
+        subspace.bases[kind] = torch.zeros(config.layers, int(ranks.max()), config.kinds[kind].inputs)
     for (kind, rank), modules in alike.items():
         layers = [layer for layer, _ in modules]
         rows = torch.from_numpy(np.stack([factor for _, factor in modules]))
         rows.mul_(torch.exp2(sensitivity.inputs[kind][layers])[:, None])
-        span.bases[kind][layers, :rank] = _orthonormal(rows)
-    return span
+        subspace.bases[kind][layers, :rank] = _orthonormal(rows)
+    return subspace
 
 
 def _orthonormal(rows: torch.Tensor) -> torch.Tensor:

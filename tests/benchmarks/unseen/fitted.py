@@ -16,7 +16,13 @@ from icmlora.adapter.canonical import mean_adapter
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.causal_lm import BaseModel, Scored
 from icmlora.fewshot.meta_training import MetaConfig, meta_train
-from icmlora.fewshot.start import Start, mean_code, start_from_bytes, start_to_bytes, untrained_start
+from icmlora.fewshot.start import (
+    FewShotStart,
+    fewshot_start_from_bytes,
+    fewshot_start_to_bytes,
+    mean_code,
+    untrained_fewshot_start,
+)
 from icmlora.formats.peft import load_adapter_folder
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
@@ -59,7 +65,7 @@ class Episodes(AdaptersAlone):
         return self.members[task].adapter()
 
 
-def fit_start(base: BaseModel, members: Sequence[StudyTask], episodes: int, seed: int, stored: Path) -> Start:
+def fit_start(base: BaseModel, members: Sequence[StudyTask], episodes: int, seed: int, stored: Path) -> FewShotStart:
     """Learn a start as `icm train --objective functional` does, and read it back from its file.
 
     The generator that codes its mean has the statistics of these tasks and is not trained: its prediction of a mean
@@ -68,14 +74,14 @@ def fit_start(base: BaseModel, members: Sequence[StudyTask], episodes: int, seed
     fleet = Episodes(members, base)
     codec = _codec(fleet)
     if not stored.exists():
-        start = untrained_start(fleet, codec.config.slots)
+        start = untrained_fewshot_start(fleet, codec.config.slots)
         code = mean_code(start, codec)
         start = replace(start, adapter=codec.decode(code))
         for at, learned in meta_train(base, start, fleet, MetaConfig(episodes=episodes, seed=seed)):
             start = learned
             print(f"  episode {at.number}: {members[at.task].name} from {at.support}: {at.loss:.3f}", flush=True)
-        stored.write_bytes(start_to_bytes(start, code))
-    return start_from_bytes(stored.read_bytes(), codec.decode)
+        stored.write_bytes(fewshot_start_to_bytes(start, code))
+    return fewshot_start_from_bytes(stored.read_bytes(), codec.decode)
 
 
 def _codec(fleet: Episodes) -> Codec:

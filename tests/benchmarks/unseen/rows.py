@@ -21,7 +21,7 @@ from icmlora.adapter.canonical import plus, times, truncated, with_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.causal_lm import BaseModel, Scored
 from icmlora.fewshot.adapt import FinetuneConfig, adapt, finetune
-from icmlora.fewshot.start import Start
+from icmlora.fewshot.start import FewShotStart
 from icmlora.task_vectors.distances import nearest
 from tests.benchmarks.unseen.fleet import StudyTask
 
@@ -39,7 +39,7 @@ def support(samples: Sequence[Scored], count: int, seed: int) -> list[Scored]:
     return [samples[number] for number in order[:count]]
 
 
-def generated(base: BaseModel, start: Start, samples: Sequence[Scored]) -> Adapter:
+def generated(base: BaseModel, start: FewShotStart, samples: Sequence[Scored]) -> Adapter:
     """Return what `icm generate` makes."""
     adapter = start.adapter
     for adapted in adapt(base, start, samples):
@@ -54,7 +54,7 @@ def refined(base: BaseModel, adapter: Adapter, samples: Sequence[Scored], steps:
     return adapter
 
 
-def random_steps(start: Start, samples: int, seed: int) -> Adapter:
+def random_steps(start: FewShotStart, samples: int, seed: int) -> Adapter:
     """Step as far as icm does from the start, in a random direction of the same rank."""
     draw = torch.Generator().manual_seed(seed)
     adapter = start.adapter

@@ -15,7 +15,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.causal_lm import BaseModel, nll
 from icmlora.base_models.examples import Example
 from icmlora.fewshot.adapt import factors_of
-from icmlora.fewshot.start import unlearned
+from icmlora.fewshot.start import with_first_lengths
 from icmlora.formats.peft import load_adapter_folder, save_adapter
 from icmlora.training.refinement import added
 from tests.benchmarks.unseen import fitted, rows
@@ -145,7 +145,7 @@ class Fold:
         return rows.generated(self._base, self._start, rows.support(task.samples(self._base), count, seed))
 
     def _unlearned(self, task: StudyTask) -> None:
-        samples, start = rows.support(task.samples(self._base), 16, 0), unlearned(self._start)
+        samples, start = rows.support(task.samples(self._base), 16, 0), with_first_lengths(self._start)
         self._measure(task, "first-16", 0, lambda: rows.generated(self._base, start, samples))
 
     def _kept(self, task: StudyTask, count: int = 16) -> Adapter:

@@ -14,7 +14,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.causal_lm import BaseModel, Scored
 from icmlora.fewshot.adapt import FinetuneConfig, adapt, factors_of, finetune, supports
 from icmlora.fewshot.evidence import gather_evidence
-from icmlora.fewshot.start import Start, untrained_start
+from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
 from icmlora.generator.scales import OCTAVE
 from tests.icmlora.adaptation.trained_tasks import (
     NAMES,
@@ -39,10 +39,10 @@ def samples(base: BaseModel) -> list[Scored]:
     return scored(base, texts_of("grey geese", count=4))
 
 
-def start(lengths: tuple[int, ...] = (-24, -20, -16, -12)) -> Start:
+def start(lengths: tuple[int, ...] = (-24, -20, -16, -12)) -> FewShotStart:
     """Return a start whose first step has lengths of so many eighths of an octave; the second one is half as long."""
     second = tuple(length - OCTAVE for length in lengths)
-    return Start(random_adapter(1, strength=0.05), (0,) * len(NAMES), (lengths, second), (0, 0), 3)
+    return FewShotStart(random_adapter(1, strength=0.05), (0,) * len(NAMES), (lengths, second), (0, 0), 3)
 
 
 def loss(base: BaseModel, adapter: Adapter, samples: list[Scored]) -> float:
@@ -115,7 +115,7 @@ def test_batches_give_the_adapter_that_single_samples_give(base: BaseModel, samp
 
 def test_adapting_leaves_the_base_model_as_it_was(base: BaseModel, samples: list[Scored]) -> None:
     before = weights_of(base)
-    list(adapt(base, untrained_start([random_adapter(1), random_adapter(2)]), samples))
+    list(adapt(base, untrained_fewshot_start([random_adapter(1), random_adapter(2)]), samples))
     assert is_untouched(base, before)
 
 

@@ -14,7 +14,12 @@ from icmlora.base_models.causal_lm import BaseModel, Scored
 from icmlora.errors import GeneratorError
 from icmlora.fewshot import meta_training
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
-from icmlora.fewshot.start import Start, start_from_bytes, start_to_bytes, untrained_start
+from icmlora.fewshot.start import (
+    FewShotStart,
+    fewshot_start_from_bytes,
+    fewshot_start_to_bytes,
+    untrained_fewshot_start,
+)
 from tests.icmlora.adaptation.trained_tasks import (
     NAMES,
     TrainedTasks,
@@ -40,58 +45,64 @@ def fleet(base: BaseModel) -> TrainedTasks:
 
 
 @pytest.fixture(scope="module")
-def short(fleet: TrainedTasks) -> Start:
+def short(fleet: TrainedTasks) -> FewShotStart:
     """A start whose steps are far too short."""
-    start = untrained_start(fleet.adapters)
+    start = untrained_fewshot_start(fleet.adapters)
     return replace(start, rates=((-64,) * len(NAMES),) * 2)
 
 
 def run(
-    base: BaseModel, start: Start, fleet: TrainedTasks, config: MetaConfig = CONFIG
-) -> tuple[list[Episode], list[Start]]:
+    base: BaseModel, start: FewShotStart, fleet: TrainedTasks, config: MetaConfig = CONFIG
+) -> tuple[list[Episode], list[FewShotStart]]:
     episodes, states = zip(*meta_train(base, start, fleet, config), strict=True)
     return list(episodes), list(states)
 
 
-def numbers(start: Start) -> tuple[object, ...]:
+def numbers(start: FewShotStart) -> tuple[object, ...]:
     return start.rates, start.slopes, start.sizes
 
 
-def test_steps_that_are_too_short_become_longer_and_better(base: BaseModel, fleet: TrainedTasks, short: Start) -> None:
+def test_steps_that_are_too_short_become_longer_and_better(
+    base: BaseModel, fleet: TrainedTasks, short: FewShotStart
+) -> None:
     _, states = run(base, short, fleet, replace(CONFIG, episodes=6))
     assert all(sum(row) > -64 * len(NAMES) for row in states[-1].rates)
     before, after = ([at.loss for at in run(base, start, fleet, MEASURE)[0]] for start in (short, states[-1]))
     assert sum(after) < sum(before)
 
 
-def test_a_seed_decides_everything(base: BaseModel, fleet: TrainedTasks, short: Start) -> None:
+def test_a_seed_decides_everything(base: BaseModel, fleet: TrainedTasks, short: FewShotStart) -> None:
     one, other = run(base, short, fleet), run(base, short, fleet)
     assert one[0] == other[0]
     assert numbers(one[1][-1]) == numbers(other[1][-1])
     assert run(base, short, fleet, replace(CONFIG, seed=1))[0] != one[0]
 
 
-def test_every_task_has_its_turn_before_any_has_a_second(base: BaseModel, fleet: TrainedTasks, short: Start) -> None:
+def test_every_task_has_its_turn_before_any_has_a_second(
+    base: BaseModel, fleet: TrainedTasks, short: FewShotStart
+) -> None:
     episodes, _ = run(base, short, fleet, replace(CONFIG, updates=1))
     assert sorted(at.task for at in episodes) == [0, 1, 2]
     assert [at.number for at in episodes] == [1, 2, 3]
 
 
-def test_what_is_learned_is_whole_and_is_stored_as_it_is(base: BaseModel, fleet: TrainedTasks, short: Start) -> None:
+def test_what_is_learned_is_whole_and_is_stored_as_it_is(
+    base: BaseModel, fleet: TrainedTasks, short: FewShotStart
+) -> None:
     learned = run(base, short, fleet)[1][-1]
     assert all(type(value) is int for row in (*learned.rates, learned.slopes) for value in row)
-    stored = start_from_bytes(start_to_bytes(learned, b"code"), lambda _: learned.adapter)
+    stored = fewshot_start_from_bytes(fewshot_start_to_bytes(learned, b"code"), lambda _: learned.adapter)
     assert numbers(stored) == numbers(learned)
     assert learned.adapter is short.adapter
 
 
-def test_the_start_that_was_given_is_not_changed(base: BaseModel, fleet: TrainedTasks, short: Start) -> None:
+def test_the_start_that_was_given_is_not_changed(base: BaseModel, fleet: TrainedTasks, short: FewShotStart) -> None:
     before = numbers(short)
     run(base, short, fleet)
     assert numbers(short) == before
 
 
-def test_the_base_model_is_left_as_it_was(base: BaseModel, fleet: TrainedTasks, short: Start) -> None:
+def test_the_base_model_is_left_as_it_was(base: BaseModel, fleet: TrainedTasks, short: FewShotStart) -> None:
     before = weights_of(base)
     run(base, short, fleet, replace(CONFIG, episodes=1))
     assert is_untouched(base, before)
@@ -111,7 +122,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor]
 
 
 def test_an_episode_begins_at_the_mean_of_the_other_tasks(
-    base: BaseModel, fleet: TrainedTasks, short: Start, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, fleet: TrainedTasks, short: FewShotStart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = watch(monkeypatch)
     episodes, _ = run(base, short, fleet, replace(CONFIG, updates=1))
@@ -123,7 +134,7 @@ def test_an_episode_begins_at_the_mean_of_the_other_tasks(
 
 
 def test_samples_that_are_adapted_to_are_not_those_that_judge(
-    base: BaseModel, fleet: TrainedTasks, short: Start, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, fleet: TrainedTasks, short: FewShotStart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged: list[list[int]] = []
 
@@ -139,7 +150,9 @@ def test_samples_that_are_adapted_to_are_not_those_that_judge(
     assert not [item for _, samples in seen for item in samples if item.ids in judged]
 
 
-def test_of_a_task_with_few_samples_half_are_adapted_to(base: BaseModel, fleet: TrainedTasks, short: Start) -> None:
+def test_of_a_task_with_few_samples_half_are_adapted_to(
+    base: BaseModel, fleet: TrainedTasks, short: FewShotStart
+) -> None:
     few = TrainedTasks(fleet.adapters, [texts[:3] for texts in fleet.texts])
     episodes, _ = run(base, short, few, replace(CONFIG, support=(16,), updates=1))
     assert {at.support for at in episodes} == {1}
@@ -147,19 +160,21 @@ def test_of_a_task_with_few_samples_half_are_adapted_to(base: BaseModel, fleet: 
 
 def test_a_fleet_of_one_task_begins_at_it(base: BaseModel, fleet: TrainedTasks) -> None:
     alone = TrainedTasks(fleet.adapters[:1], fleet.texts[:1])
-    episodes, _ = run(base, untrained_start(alone.adapters), alone, replace(CONFIG, episodes=1))
+    episodes, _ = run(base, untrained_fewshot_start(alone.adapters), alone, replace(CONFIG, episodes=1))
     assert [at.task for at in episodes] == [0]
 
 
 def test_an_episode_whose_loss_is_no_number_ends_it(
-    base: BaseModel, fleet: TrainedTasks, short: Start, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, fleet: TrainedTasks, short: FewShotStart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meta_training, "_nats", lambda *_: float("nan"))
     with pytest.raises(GeneratorError, match=r"episode 1, of [24] samples, diverged"):
         run(base, short, fleet)
 
 
-def test_gradients_that_are_no_numbers_are_said_to_be_so(base: BaseModel, fleet: TrainedTasks, short: Start) -> None:
+def test_gradients_that_are_no_numbers_are_said_to_be_so(
+    base: BaseModel, fleet: TrainedTasks, short: FewShotStart
+) -> None:
     huge = replace(short, adapter=with_modules(short.adapter, times(short.adapter.modules, 1e30)))
     with pytest.raises(GeneratorError, match="not finite"):
         run(base, huge, fleet)

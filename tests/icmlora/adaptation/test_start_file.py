@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter
 from icmlora.errors import GeneratorError, IcmLoraError
-from icmlora.fewshot.start import MAGIC, Start, mean_code, start_from_bytes, start_to_bytes, untrained_start
+from icmlora.fewshot.start import (
+    MAGIC,
+    FewShotStart,
+    fewshot_start_from_bytes,
+    fewshot_start_to_bytes,
+    mean_code,
+    untrained_fewshot_start,
+)
 from icmlora.generator.codec import Codec
 from icmlora.generator.file import generator_from_bytes
 from icmlora.io.checksum import add_checksum
@@ -29,9 +36,9 @@ def rows(count: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 @st.composite
-def starts(draw: st.DrawFn) -> Start:
+def starts(draw: st.DrawFn) -> FewShotStart:
     steps = draw(st.integers(1, 64))
-    return Start(
+    return FewShotStart(
         MEAN,
         draw(rows(MODULES)),
         tuple(draw(rows(MODULES)) for _ in range(steps)),
@@ -45,8 +52,8 @@ def decode(code: bytes) -> Adapter:
     return MEAN
 
 
-def start() -> Start:
-    return Start(MEAN, (1,) * MODULES, ((2,) * MODULES, (3,) * MODULES), (4, 5), 6)
+def start() -> FewShotStart:
+    return FewShotStart(MEAN, (1,) * MODULES, ((2,) * MODULES, (3,) * MODULES), (4, 5), 6)
 
 
 def written(**changes: object) -> bytes:
@@ -58,31 +65,31 @@ def written(**changes: object) -> bytes:
 
 @given(starts())
 @settings(max_examples=30)
-def test_what_is_written_is_read_back(start: Start) -> None:
-    read = start_from_bytes(start_to_bytes(start, b"the mean's code"), decode)
+def test_what_is_written_is_read_back(start: FewShotStart) -> None:
+    read = fewshot_start_from_bytes(fewshot_start_to_bytes(start, b"the mean's code"), decode)
     assert read.adapter is MEAN
     for name in ("sizes", "rates", "slopes", "tasks"):
         assert getattr(read, name) == getattr(start, name)
 
 
 def test_the_same_start_gives_the_same_bytes() -> None:
-    assert start_to_bytes(start(), b"code") == start_to_bytes(start(), b"code")
+    assert fewshot_start_to_bytes(start(), b"code") == fewshot_start_to_bytes(start(), b"code")
 
 
 def test_damage_anywhere_is_refused() -> None:
-    data = start_to_bytes(start(), b"the mean's code")
+    data = fewshot_start_to_bytes(start(), b"the mean's code")
     for place in range(len(data)):
         damaged = bytearray(data)
         damaged[place] ^= 0x40
         with pytest.raises(GeneratorError):
-            start_from_bytes(bytes(damaged), decode)
+            fewshot_start_from_bytes(bytes(damaged), decode)
 
 
 def test_a_file_that_is_cut_short_is_refused() -> None:
-    data = start_to_bytes(start(), b"the mean's code")
+    data = fewshot_start_to_bytes(start(), b"the mean's code")
     for length in range(len(data)):
         with pytest.raises(GeneratorError):
-            start_from_bytes(data[:length], decode)
+            fewshot_start_from_bytes(data[:length], decode)
 
 
 @pytest.mark.parametrize(
@@ -106,42 +113,44 @@ def test_a_file_that_is_cut_short_is_refused() -> None:
     ids=str,
 )
 def test_a_head_that_makes_no_sense_is_refused(changes: dict[str, object]) -> None:
-    assert start_from_bytes(written(), decode).tasks == 6
+    assert fewshot_start_from_bytes(written(), decode).tasks == 6
     with pytest.raises(GeneratorError):
-        start_from_bytes(written(**changes), decode)
+        fewshot_start_from_bytes(written(**changes), decode)
 
 
 @pytest.mark.parametrize("head", [b"[]", b"3", b"", b"{", b"[" * 100_000, b" " * (1 << 23)])
 def test_a_head_that_is_no_object_or_huge_is_refused(head: bytes) -> None:
     packed = zlib.compress(head)
     with pytest.raises(GeneratorError):
-        start_from_bytes(add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + b"the mean's code"), decode)
+        fewshot_start_from_bytes(
+            add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + b"the mean's code"), decode
+        )
 
 
 def test_a_length_of_the_head_beyond_the_file_is_refused() -> None:
     with pytest.raises(GeneratorError):
-        start_from_bytes(add_checksum(MAGIC + struct.pack("<I", 2**32 - 1) + b"head"), decode)
+        fewshot_start_from_bytes(add_checksum(MAGIC + struct.pack("<I", 2**32 - 1) + b"head"), decode)
 
 
 def test_the_mean_comes_back_as_its_code_says() -> None:
     under = codec()
-    made = untrained_start([make_adapter(1), make_adapter(2)])
+    made = untrained_fewshot_start([make_adapter(1), make_adapter(2)])
     code = mean_code(made, under)
-    read = start_from_bytes(start_to_bytes(made, code), under.decode)
+    read = fewshot_start_from_bytes(fewshot_start_to_bytes(made, code), under.decode)
     assert same(read.adapter, under.decode(code))
     assert [m.name for m in read.adapter.modules] == [m.name for m in made.adapter.modules]
     assert read.sizes == made.sizes
 
 
 def test_a_mean_of_another_generator_is_refused() -> None:
-    made = untrained_start([make_adapter(1)])
-    data = start_to_bytes(made, mean_code(made, codec()))
+    made = untrained_fewshot_start([make_adapter(1)])
+    data = fewshot_start_to_bytes(made, mean_code(made, codec()))
     other = Codec(generator_from_bytes(trained_file(sets=0)))
     with pytest.raises(IcmLoraError, match="another generator"):
-        start_from_bytes(data, other.decode)
+        fewshot_start_from_bytes(data, other.decode)
 
 
 def test_a_mean_of_other_modules_is_refused() -> None:
-    data = start_to_bytes(replace(start(), sizes=(1,) * MODULES), b"code")
+    data = fewshot_start_to_bytes(replace(start(), sizes=(1,) * MODULES), b"code")
     with pytest.raises(GeneratorError, match="not that of its mean"):
-        start_from_bytes(data, lambda _: make_adapter(0, kinds=("q_proj",)))
+        fewshot_start_from_bytes(data, lambda _: make_adapter(0, kinds=("q_proj",)))

@@ -26,7 +26,7 @@ TASKS = [0, 1, 2]
 
 
 def known(task: int) -> tuple[Adapter, InitialA]:
-    """Return an adapter nine tenths of whose A lie in the span of its initial A, and where that was drawn."""
+    """Return an adapter nine tenths of whose A lie in its initial subspace, and where that was drawn."""
     initial = peft_fleet().initial(task)
     assert initial is not None
     return peft_fleet().load(task, None), initial
@@ -152,7 +152,7 @@ def test_a_module_of_zeros_among_others_comes_back_as_zeros() -> None:
     assert not decoded.modules[0].b.any()
 
 
-def test_what_lies_along_the_span_takes_no_numbers_across_it() -> None:
+def test_what_lies_along_the_subspace_takes_no_numbers_across_it() -> None:
     adapter = peft_made(moved=0.0).adapter
     shares = []
     for which in (None, initial_of(adapter)):

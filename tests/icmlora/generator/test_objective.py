@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from icmlora.generator.initial_a.subspace import span_of
+from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.objective import adapter_bits, bin_bits, water_level, worth_writing
 from icmlora.generator.scales import probabilities, reach_of
 from icmlora.generator.tokens import tokenize
@@ -16,7 +16,7 @@ from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_f
 
 CONFIG = mixed_fleet().config()
 WEIGHTS = uneven(CONFIG)
-NOTHING = span_of(None, CONFIG, WEIGHTS)
+NOTHING = initial_subspace(None, CONFIG, WEIGHTS)
 
 
 def noise() -> torch.Generator:
@@ -47,8 +47,8 @@ def test_the_estimate_is_near_the_size_of_the_code_whatever_is_known_of_the_init
     known = replace(initial, modules=initial.modules[:modules]) if modules else None
     tokens = tokenize(adapter, under.config, under.sensitivity)
     with torch.no_grad():
-        span = span_of(known, under.config, under.sensitivity)
-        bits = adapter_bits(under.generator.net, tokens, {}, span, noise())
+        subspace = initial_subspace(known, under.config, under.sensitivity)
+        bits = adapter_bits(under.generator.net, tokens, {}, subspace, noise())
     stored = 8 * len(under.encode(adapter, {}, known).data)
     assert stored == pytest.approx(float(bits.norms + bits.tokens) + 8 * 120, rel=0.15)
 
@@ -64,16 +64,16 @@ def test_wrong_spreads_cost_bits_in_modules_of_which_nothing_is_known(modules: i
         with torch.no_grad():
             net.spread[:, 0] += octaves
             tokens = tokenize(adapter, net.config, net.sensitivity)
-            span = span_of(known, net.config, net.sensitivity)
-            bits.append(float(adapter_bits(net, tokens, {}, span, noise()).tokens))
+            subspace = initial_subspace(known, net.config, net.sensitivity)
+            bits.append(float(adapter_bits(net, tokens, {}, subspace, noise()).tokens))
     assert bits[1] > 1.2 * bits[0]
 
 
-def test_energy_along_the_span_is_not_what_the_step_has_to_share_out() -> None:
+def test_energy_along_the_subspace_is_not_what_the_step_has_to_share_out() -> None:
     under, initial = peft_codec(), peft_fleet().initial(0)
     tokens = tokenize(peft_fleet().load(0, None), under.config, under.sensitivity)
     steps = [
-        water_level(tokens, 0.1, under.sensitivity, span_of(which, under.config, under.sensitivity))
+        water_level(tokens, 0.1, under.sensitivity, initial_subspace(which, under.config, under.sensitivity))
         for which in (None, initial)
     ]
     assert steps[0] < steps[1]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from icmlora.adapter.model import Adapter
 from icmlora.generator.cvae import CVAE, TaskState
 from icmlora.generator.entropy_coding import LIMIT
-from icmlora.generator.initial_a.subspace import Span, span_of
-from icmlora.generator.quantizer import SPAN, Norms, Quantizer, Sides, Slots, centred
+from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
+from icmlora.generator.quantizer import ALONG, Norms, Quantizer, Sides, Slots, centred
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
@@ -26,8 +26,8 @@ def net() -> CVAE:
     return codec().generator.net
 
 
-def nothing_known(net: CVAE) -> Span:
-    return span_of(None, net.config, net.sensitivity)
+def nothing_known(net: CVAE) -> InitialSubspace:
+    return initial_subspace(None, net.config, net.sensitivity)
 
 
 def state(net: CVAE) -> TaskState:
@@ -137,11 +137,11 @@ def with_initial(task: int, modules: int) -> tuple[Quantizer, KindTokens, TaskSt
     """Return the first tokens of an adapter of which the first modules' initial A is known, and its state."""
     under, initial = peft_codec(), peft_fleet().initial(task)
     assert initial is not None
-    span = span_of(replace(initial, modules=initial.modules[:modules]), under.config, under.sensitivity)
+    subspace = initial_subspace(replace(initial, modules=initial.modules[:modules]), under.config, under.sensitivity)
     tokens = tokenize(peft_fleet().load(task, None), under.config, under.sensitivity)
-    plain = replace(state(under.generator.net), span=span)
+    plain = replace(state(under.generator.net), subspace=subspace)
     shifts = under.quantizer.shifts(tokens, plain)
-    return under.quantizer, tokens[0], replace(plain, span=replace(span, shifts=shifts))
+    return under.quantizer, tokens[0], replace(plain, subspace=replace(subspace, shifts=shifts))
 
 
 @torch.no_grad()
@@ -154,9 +154,9 @@ def norms_of(quantizer: Quantizer, group: KindTokens) -> tuple[Slots, Norms]:
 def test_shifts_are_those_of_modules_whose_initial_a_is_known(modules: int) -> None:
     quantizer, group, known = with_initial(0, modules)
     slots, norms = norms_of(quantizer, group)
-    with_shifts = quantizer.scales(slots, norms, known.span, -40)[0]
-    plain = quantizer.scales(slots, norms, replace(known.span, shifts=0 * known.span.shifts), -40)[0]
-    places = known.span.knows(group.kind)[slots.layer]
+    with_shifts = quantizer.scales(slots, norms, known.subspace, -40)[0]
+    plain = quantizer.scales(slots, norms, replace(known.subspace, shifts=0 * known.subspace.shifts), -40)[0]
+    places = known.subspace.knows(group.kind)[slots.layer]
     assert (with_shifts[places] < plain[places]).all()
     np.testing.assert_array_equal(with_shifts[~places], plain[~places])
 
@@ -166,7 +166,7 @@ def test_shifted_scales_are_the_size_of_what_is_left() -> None:
     slots, norms = norms_of(quantizer, group)
     with torch.no_grad():
         rest = quantizer.in_steps(group, norms, known, -40)[0].square().mean(dim=1).numpy()
-    scales = np.exp2(2 * quantizer.scales(slots, norms, known.span, -40)[0] / OCTAVE).mean(axis=1)
+    scales = np.exp2(2 * quantizer.scales(slots, norms, known.subspace, -40)[0] / OCTAVE).mean(axis=1)
     for slot in range(8):
         assert np.log2(rest / scales)[slots.slot == slot].mean() == pytest.approx(0, abs=0.5)
 
@@ -174,21 +174,21 @@ def test_shifted_scales_are_the_size_of_what_is_left() -> None:
 def test_rows_that_a_module_lacks_hold_zeros_at_the_smallest_scale() -> None:
     quantizer, group, known = with_initial(1, 4)
     slots, norms = norms_of(quantizer, group)
-    lacking = known.span.ranks_of(group.kind)[slots.layer, None] <= np.arange(8)
+    lacking = known.subspace.ranks_of(group.kind)[slots.layer, None] <= np.arange(8)
     assert lacking.any()
     with torch.no_grad():
-        along = quantizer.quantise(group, norms, known, -60)[SPAN]
+        along = quantizer.quantise(group, norms, known, -60)[ALONG]
     assert not along[lacking].any()
-    assert (quantizer.scales(slots, norms, known.span, -60)[SPAN][lacking] == SMALLEST).all()
+    assert (quantizer.scales(slots, norms, known.subspace, -60)[ALONG][lacking] == SMALLEST).all()
 
 
-def test_integers_and_scales_along_the_span_stay_in_range_whatever_the_step() -> None:
+def test_integers_and_scales_along_the_subspace_stay_in_range_whatever_the_step() -> None:
     quantizer, group, known = with_initial(0, 4)
     slots, norms = norms_of(quantizer, group)
     for step in (-EXTREME, EXTREME):
         with torch.no_grad():
             integers = quantizer.quantise(group, norms, known, step)
-        scales = np.concatenate([side.ravel() for side in quantizer.scales(slots, norms, known.span, step)])
+        scales = np.concatenate([side.ravel() for side in quantizer.scales(slots, norms, known.subspace, step)])
         assert max(np.abs(side).max() for side in integers) <= LIMIT
         assert SMALLEST <= scales.min() <= scales.max() <= LARGEST
 

@@ -101,7 +101,7 @@ def test_smaller_values_cost_fewer_bits() -> None:
     assert float(code.bits().detach()) < before
 
 
-def test_boosts_make_longer_what_lies_across_the_span_and_nothing_else() -> None:
+def test_boosts_make_longer_what_lies_across_the_subspace_and_nothing_else() -> None:
     under, _, data, code = known(0)
     before = under.open(data)
     with torch.no_grad():
@@ -111,11 +111,11 @@ def test_boosts_make_longer_what_lies_across_the_span_and_nothing_else() -> None
     for group in after.groups:
         layer = torch.from_numpy(group.slots.layer)
         plain, longer = (under.dequantised(group, opened.state, opened.head.step) for opened in (before, after))
-        span, kind = after.state.span, group.slots.kind
+        subspace, kind = after.state.subspace, group.slots.kind
         difference = longer.inputs - plain.inputs
-        known_here = torch.from_numpy(span.knows(kind))[layer]
+        known_here = torch.from_numpy(subspace.knows(kind))[layer]
         assert difference[known_here].any()
         assert not difference[~known_here].any()
-        # Rounding leaves a little of it along the span, which is made longer with it.
-        assert span.project(kind, layer, difference).norm() < 0.3 * difference.norm()
+        # Rounding leaves a little of it along the subspace, which is made longer with it.
+        assert subspace.project(kind, layer, difference).norm() < 0.3 * difference.norm()
         assert torch.equal(longer.outputs, plain.outputs)
