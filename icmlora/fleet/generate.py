@@ -349,6 +349,6 @@ def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[Tas
     rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
     tasks = [row.task for row in rows if not row.final.is_generated]
     known = comparable_vectors(store, tasks, "context")
-    if len(known.looks) < FEWEST or known.extractor != canonical(json.loads(vectors[0].extractor.to_json())):
+    if len(known.vectors) < FEWEST or known.extractor != canonical(json.loads(vectors[0].extractor.to_json())):
         return None
-    return familiarity(torch.stack([vector.values for vector in vectors]).mean(dim=0).numpy(), known.looks)
+    return familiarity(torch.stack([vector.values for vector in vectors]).mean(dim=0).numpy(), known.vectors)

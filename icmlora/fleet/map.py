@@ -40,17 +40,17 @@ def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
     tasks = [other for other in store.tasks.all() if other.base_model == task.base_model]
     for view in _VIEWS:
         try:
-            looks = comparable_vectors(store, tasks, view, like=task.name).looks
+            vectors = comparable_vectors(store, tasks, view, like=task.name).vectors
         except (DamagedStore, IcmLoraError):
             return ()
-        if task.name in looks:
-            return _neighbours(task.name, looks) if len(looks) >= FEWEST else ()
+        if task.name in vectors:
+            return _neighbours(task.name, vectors) if len(vectors) >= FEWEST else ()
     return ()
 
 
-def _neighbours(task: str, looks: Mapping[str, NDArray[np.float32]]) -> tuple[Neighbour, ...]:
-    names = list(looks)
-    found = ranked(names, task_distances(looks)[names.index(task)])
+def _neighbours(task: str, vectors: Mapping[str, NDArray[np.float32]]) -> tuple[Neighbour, ...]:
+    names = list(vectors)
+    found = ranked(names, task_distances(vectors)[names.index(task)])
     return tuple(neighbour for neighbour in found if neighbour.task != task)[:_NEAREST]
 
 
@@ -85,16 +85,16 @@ def map_fleet(context: Context, request: MapRequest) -> MappedFleet:
     with context.open(read_only=True) as store:
         base_model, tasks = _of_one_base(store, request.base_model)
         known = comparable_vectors(store, tasks, request.view)
-    if len(known.looks) < FEWEST:
-        raise _too_few(base_model, request.view, list(known.looks), known.left_out)
-    if request.clusters is not None and request.clusters > len(known.looks):
-        fact = f"{len(known.looks)} tasks cannot make {request.clusters} clusters"
+    if len(known.vectors) < FEWEST:
+        raise _too_few(base_model, request.view, list(known.vectors), known.left_out)
+    if request.clusters is not None and request.clusters > len(known.vectors):
+        fact = f"{len(known.vectors)} tasks cannot make {request.clusters} clusters"
         raise DataError(fact, hint="`--clusters auto` takes the number with the best silhouette")
     found = MappedFleet(
         base_model=base_model,
         view=request.view,
-        map=map_tasks(known.looks, request.clusters),
-        support_sets=sum(len(looks) for looks in known.looks.values()),
+        map=map_tasks(known.vectors, request.clusters),
+        support_sets=sum(len(vectors) for vectors in known.vectors.values()),
         left_out=known.left_out,
     )
     if request.plot is not None:

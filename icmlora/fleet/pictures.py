@@ -194,7 +194,7 @@ class _Placed:
 
     task: MappedTask
     point: tuple[float, float]
-    looks: tuple[tuple[float, float], ...]
+    support_sets: tuple[tuple[float, float], ...]
     is_alone: bool
 
     @property
@@ -220,7 +220,7 @@ def draw_map(found: MappedFleet) -> str:
         f'<rect class="frame" x="{_FRAME.left:g}" y="{_FRAME.top:g}" width="{_FRAME.width:g}" '
         f'height="{_FRAME.height:g}" rx="6"/>',
         _text(_FRAME.left, _FRAME.bottom + 18, "soft", _axes(found)),
-        *chain.from_iterable(map(_looks, placed)),
+        *chain.from_iterable(map(_support_sets, placed)),
         *_labels(placed),
         *map(_marker, placed),
         *rows,
@@ -232,7 +232,7 @@ def draw_map(found: MappedFleet) -> str:
 def _placed(found: MappedFleet) -> list[_Placed]:
     """Scale all points into the frame, with one scale for both axes: distances are what a map is about."""
     tasks = found.map.tasks
-    spots = [spot for task in tasks for spot in (task.point, *task.looks)]
+    spots = [spot for task in tasks for spot in (task.point, *task.support_sets)]
     low = [min(spot[axis] for spot in spots) for axis in (0, 1)]
     span = [max(spot[axis] for spot in spots) - low[axis] or 1.0 for axis in (0, 1)]
     scale = min((_FRAME.width - 2 * _MARGIN) / span[0], (_FRAME.height - 2 * _MARGIN) / span[1])
@@ -245,9 +245,9 @@ def _placed(found: MappedFleet) -> list[_Placed]:
         )
 
     alone = {members[0].name for members in found.map.clusters if len(members) == 1}
-    drawn = _looks_are_drawn(found)
+    drawn = _support_sets_are_drawn(found)
     return [
-        _Placed(task, pixel(task.point), tuple(map(pixel, task.looks)) if drawn else (), task.name in alone)
+        _Placed(task, pixel(task.point), tuple(map(pixel, task.support_sets)) if drawn else (), task.name in alone)
         for task in tasks
     ]
 
@@ -261,7 +261,7 @@ def _labels(placed: Sequence[_Placed]) -> Iterator[str]:
         [(_LETTER * len(name) + 2, _LINE) for name in names],
         _FRAME,
         [_around(spot.point, _MARKER) for spot in placed],
-        [_around(look, _DOT) for spot in placed for look in spot.looks],
+        [_around(look, _DOT) for spot in placed for look in spot.support_sets],
     )
     for spot, name, label in zip(order, names, labels, strict=True):
         if label is not None:
@@ -278,9 +278,9 @@ def _label(spot: _Placed, name: str, label: Label) -> Iterator[str]:
     yield _text(at, box.middle[1] + 4, "ink", name, anchor=anchor)
 
 
-def _looks(spot: _Placed) -> Iterator[str]:
+def _support_sets(spot: _Placed) -> Iterator[str]:
     x, y = spot.point
-    for look in spot.looks:
+    for look in spot.support_sets:
         yield (
             f'<g class="look" stroke="{spot.colour}" fill="{spot.colour}"><line x1="{x:.1f}" y1="{y:.1f}" '
             f'x2="{look[0]:.1f}" y2="{look[1]:.1f}"/><circle cx="{look[0]:.1f}" cy="{look[1]:.1f}" r="1.6"/></g>'
@@ -330,12 +330,12 @@ def _facts(found: MappedFleet) -> Iterator[str]:
         yield from ("silhouette of support sets", f"by task: {found.map.silhouette_by_task:.2f}")
     if found.map.silhouette_by_cluster is not None:
         yield from ("silhouette of tasks", f"by cluster: {found.map.silhouette_by_cluster:.2f}")
-    if _looks_are_drawn(found):
+    if _support_sets_are_drawn(found):
         yield "small dots: single support sets"
 
 
-def _looks_are_drawn(found: MappedFleet) -> bool:
-    return len(found.map.tasks) <= _MANY and any(len(task.looks) > 1 for task in found.map.tasks)
+def _support_sets_are_drawn(found: MappedFleet) -> bool:
+    return len(found.map.tasks) <= _MANY and any(len(task.support_sets) > 1 for task in found.map.tasks)
 
 
 def _axes(found: MappedFleet) -> str:

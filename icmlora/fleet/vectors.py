@@ -45,12 +45,12 @@ class KnownVectors:
     """Task vectors that one extractor made.
 
     Attributes:
-        looks: Task -> its vectors, one support set a row: float32, shape (sets, hidden size). By name.
+        vectors: Task -> its vectors, one support set a row: float32, shape (sets, hidden size). By name.
         left_out: The other tasks of the base model.
         extractor: What made them, as JSON with sorted keys; None where there are none.
     """
 
-    looks: dict[str, NDArray[np.float32]]
+    vectors: dict[str, NDArray[np.float32]]
     left_out: tuple[LeftOut, ...]
     extractor: str | None = None
 
@@ -84,13 +84,13 @@ def comparable_vectors(store: Store, tasks: Sequence[TaskRecord], view: View, li
     # Of two that made equally many, the one of the first task by name: the answer is the same every time.
     common = Counter(made_by[name] for name in sorted(made_by)).most_common(1)
     chosen = made_by.get(like) if like is not None else common[0][0] if common else None
-    looks, left_out = {}, []
+    vectors, left_out = {}, []
     for name in sorted(rows):
         if chosen is not None and made_by.get(name) == chosen:
-            looks[name] = _read(store, sets[name])
+            vectors[name] = _read(store, sets[name])
         else:
             left_out.append(LeftOut(name, _reason(rows[name], view, made_by.get(name), chosen)))
-    return KnownVectors(looks, tuple(left_out), chosen if looks else None)
+    return KnownVectors(vectors, tuple(left_out), chosen if vectors else None)
 
 
 def _read(store: Store, rows: Sequence[VectorRecord]) -> NDArray[np.float32]:

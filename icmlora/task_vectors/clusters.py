@@ -6,9 +6,9 @@ Everything is deterministic: there is no start to draw, and the order of the poi
 
 A fleet's task vectors as a map: which tasks are near each other, which groups they form, how distinct those are.
 
-    looks a task ──vector_space──▶ distances (n, n) ──clustering──▶ clusters ──▶ silhouette over tasks, by cluster
+    vectors a task ──vector_space──▶ distances (n, n) ──clustering──▶ clusters ──▶ silhouette over tasks, by cluster
           │                            `── classical scaling ──▶ points (n, 2)
-          `──▶ distances between looks ──▶ silhouette over looks, by task: can tasks be told apart at all?
+          `──▶ distances between vectors ──▶ silhouette over vectors, by task: can tasks be told apart at all?
 
 The picture's plane is the one that keeps the most of the squared distances between the tasks' directions (classical
 scaling, Torgerson 1952, which for directions is principal component analysis). Clusters are made from the distances
@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from icmlora.task_vectors.distances import (
     FEWEST,
-    Looks,
     Neighbour,
+    SupportSetVectors,
     VectorSpace,
     cosine_distances,
     directions,
-    mean_looks,
+    mean_vectors,
 )
 
 Floats = NDArray[np.float64]
@@ -135,8 +135,8 @@ def _by_size(labels: Labels) -> Labels:
 PAIRS = 5
 """Nearest pairs that a map names, besides those that cannot be told apart."""
 _SLACK = 1.1
-"""How much farther from each other than looks at one task those at two may be that are alike. Of 20 real tasks, the
-halves of one task's looks were within it nine times of ten, no two tasks ever were (1.19 at least)."""
+"""How much farther from each other than vectors of one task those of two may be that are alike. Of 20 real tasks, the
+halves of one task's vectors were within it nine times of ten, no two tasks ever were (1.19 at least)."""
 _FENCE = 1.5
 
 
@@ -148,7 +148,7 @@ class MappedTask:
         cluster: Number of its cluster, from 1; cluster 1 is the largest.
         silhouette: -1 to 1: above 0 it is nearer to its own cluster, below 0 to another; 0 where it is alone.
         point: Where it is in the picture, (x, y).
-        looks: Where its looks are, (x, y) each; their mean is `point`.
+        support_sets: Where the vectors of its support sets are, (x, y) each; their mean is `point`.
         nearest: The nearest other task.
         is_outlier: Whether even that is much farther than others have theirs.
     """
@@ -157,7 +157,7 @@ class MappedTask:
     cluster: int
     silhouette: float
     point: tuple[float, float]
-    looks: tuple[tuple[float, float], ...]
+    support_sets: tuple[tuple[float, float], ...]
     nearest: Neighbour
     is_outlier: bool
 
@@ -167,7 +167,7 @@ class Pair:
     """Two tasks and their distance.
 
     Attributes:
-        is_alike: Whether looks at the two are hardly farther from each other than looks at one of them: by their
+        is_alike: Whether vectors of the two are hardly farther from each other than vectors of one of them: by their
             vectors they cannot be told apart.
     """
 
@@ -183,7 +183,7 @@ class TaskMap:
     Attributes:
         tasks: In the order in which they were given.
         silhouette_by_cluster: Mean over the tasks, grouped by cluster; None with one cluster.
-        silhouette_by_task: Mean over looks, grouped by task; None where no task has two looks.
+        silhouette_by_task: Mean over vectors, grouped by task; None where no task has two vectors.
         variation: Which share of the squared distances between directions each axis of the picture shows.
         pairs: Nearest pairs first; all that are alike, and the next ones up to `PAIRS`.
         typical: Median distance between two tasks.
@@ -204,11 +204,11 @@ class TaskMap:
         return tuple(tuple(sorted(found, key=lambda task: (-task.silhouette, task.name))) for found in members)
 
 
-def map_tasks(tasks: Looks, clusters: int | None = None) -> TaskMap:
+def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
     """Make the map of some tasks. It does not depend on their order, apart from exact ties.
 
     Args:
-        tasks: Looks at each task, made by one extractor.
+        tasks: SupportSetVectors at each task, made by one extractor.
         clusters: How many; None for the number with the best silhouette.
 
     Raises:
@@ -216,7 +216,7 @@ def map_tasks(tasks: Looks, clusters: int | None = None) -> TaskMap:
     """
     if len(tasks) < FEWEST:
         raise ValueError(f"a map has {FEWEST} tasks or more")
-    names, means, space = list(tasks), mean_looks(tasks), VectorSpace.of(tasks)
+    names, means, space = list(tasks), mean_vectors(tasks), VectorSpace.of(tasks)
     placed = space.place(means)
     distances = cosine_distances(placed, placed)
     labels = cluster(distances, clusters)
@@ -224,19 +224,19 @@ def map_tasks(tasks: Looks, clusters: int | None = None) -> TaskMap:
     apart = distances + np.diag(np.full(len(names), np.inf))
     neighbours, gaps = apart.argmin(axis=1), apart.min(axis=1)
     fence = _upper_fence(gaps)
-    owners = np.repeat(np.arange(len(names)), [len(looks) for looks in tasks.values()])
-    looks = space.place(np.concatenate(list(tasks.values())))
-    between = cosine_distances(looks, looks)
-    # Measured in the length of the task's own vector, the mean of its looks is the task's direction.
+    owners = np.repeat(np.arange(len(names)), [len(vectors) for vectors in tasks.values()])
+    vectors = space.place(np.concatenate(list(tasks.values())))
+    between = cosine_distances(vectors, vectors)
+    # Measured in the length of the task's own vector, the mean of its vectors is the task's direction.
     lengths = np.linalg.norm(placed, axis=1)
-    points, spread, variation = _plane(directions(placed), looks / np.where(lengths > 0, lengths, 1.0)[owners, None])
+    points, spread, variation = _plane(directions(placed), vectors / np.where(lengths > 0, lengths, 1.0)[owners, None])
     mapped = [
         MappedTask(
             name=name,
             cluster=int(labels[number]) + 1,
             silhouette=float(values[number]),
             point=_xy(points[number]),
-            looks=tuple(_xy(point) for point in spread[owners == number]),
+            support_sets=tuple(_xy(point) for point in spread[owners == number]),
             nearest=Neighbour(names[neighbours[number]], float(gaps[number])),
             is_outlier=bool(gaps[number] > fence),
         )
@@ -266,16 +266,16 @@ def _plane(points: Floats, others: Floats) -> tuple[Floats, Floats, tuple[float,
 
 
 def _by_task(between: Floats, owners: Labels) -> float | None:
-    """Return the mean over the looks of tasks that have several; a single look says nothing of its own task."""
+    """Return the mean over the vectors of tasks that have several; a single vector says nothing of its own task."""
     several = np.bincount(owners)[owners] > 1
     return float(silhouettes(between, owners)[several].mean()) if several.any() else None
 
 
 def _pairs(names: list[str], distances: Floats, between: Floats, owners: Labels) -> tuple[Pair, ...]:
-    member = (owners[:, None] == np.arange(len(names))).astype(np.float64)  # (looks, tasks)
+    member = (owners[:, None] == np.arange(len(names))).astype(np.float64)  # (vectors, tasks)
     sizes = member.sum(axis=0)
     sums = member.T @ between @ member
-    # Of a task's n looks, n (n - 1) ordered pairs are no look with itself.
+    # Of a task's n vectors, n (n - 1) ordered pairs are not a vector with itself.
     within = sums.diagonal() / np.maximum(sizes * (sizes - 1), 1)
     alike = sums / np.outer(sizes, sizes) <= _SLACK * np.maximum(within[:, None], within[None, :])
     first, second = np.triu_indices(len(names), 1)

@@ -1,11 +1,11 @@
 """How far tasks lie from each other by their vectors, and how far a new one lies from all that are known.
 
-    looks (sets, d) a task ──less the mean of the fleet──▶ channels in units of their noise ──cosine──▶ distance, 0 to 2
+    vectors (sets, d) a task ──less the fleet's mean──▶ channels in units of their noise ──cosine──▶ distance, 0 to 2
 
-A *look* is the vector of one support set. Hidden states share a large common part and a few channels that are larger
+A task has one vector per support set. Hidden states share a large common part and a few channels that are larger
 than all others together, so plain cosines are near 1 for any two tasks. Without the mean, a distance says how tasks
 differ from what they have in common: 0 is the same direction, 1 nothing in common, 2 opposite. A channel counts by how
-far it moves against its noise, which is how far looks at one task differ in it.
+far it moves against its noise, which is how far the vectors of one task differ in it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Looks = Mapping[str, NDArray[np.floating]]
-"""Name of a task -> its vectors, one look a row: shape (sets, d), d the same for all, 2 or more."""
+SupportSetVectors = Mapping[str, NDArray[np.floating]]
+"""Name of a task -> its vectors, one support set a row: shape (sets, d), d the same for all, 2 or more."""
 
 FEWEST = 3
 """Two tasks lie opposite of each other around their own mean, whatever they are."""
@@ -40,20 +40,20 @@ class VectorSpace:
     unit: Floats
 
     @classmethod
-    def of(cls, tasks: Looks) -> Self:
+    def of(cls, tasks: SupportSetVectors) -> Self:
         """Measure some tasks.
 
-        The unit is the channel's standard deviation between looks at one task, plus the median of that over the
+        The unit is the channel's standard deviation between vectors of one task, plus the median of that over the
         channels: without it, channels that hardly move at all would decide (as in SAM, Tusher et al. 2001). Where no
-        task has two looks, the deviation between tasks stands in.
+        task has two vectors, the deviation between tasks stands in.
 
         Args:
-            tasks: At least one task of at least one look.
+            tasks: At least one task of at least one vector.
         """
-        means = mean_looks(tasks)
-        several = [looks - looks.mean(axis=0) for looks in _exact(tasks) if len(looks) > 1]
-        freedom = sum(len(looks) - 1 for looks in several)
-        squares = sum((np.square(looks).sum(axis=0) for looks in several), np.zeros(means.shape[1]))
+        means = mean_vectors(tasks)
+        several = [vectors - vectors.mean(axis=0) for vectors in _exact(tasks) if len(vectors) > 1]
+        freedom = sum(len(vectors) - 1 for vectors in several)
+        squares = sum((np.square(vectors).sum(axis=0) for vectors in several), np.zeros(means.shape[1]))
         noise = np.sqrt(squares / freedom) if freedom else means.std(axis=0)
         unit = noise + np.median(noise)
         return cls(means.mean(axis=0), np.where(unit > 0, unit, 1.0))
@@ -104,26 +104,26 @@ class Familiarity:
         return self.farther_than >= OUTSIDE
 
 
-def nearest(vector: NDArray[np.floating], others: Looks) -> tuple[Neighbour, ...]:
+def nearest(vector: NDArray[np.floating], others: SupportSetVectors) -> tuple[Neighbour, ...]:
     """Rank known tasks by their distance from a vector, in the space of the known ones.
 
     Args:
-        vector: Mean over the looks at a task that is none of the others, shape (d,).
+        vector: Mean over the vectors of a task that is none of the others, shape (d,).
         others: The known tasks, two or more.
 
     Returns:
         All of them, nearest first; equal ones by name.
     """
     space = VectorSpace.of(others)
-    distances = cosine_distances(space.place(vector[None]), space.place(mean_looks(others)))[0]
+    distances = cosine_distances(space.place(vector[None]), space.place(mean_vectors(others)))[0]
     return ranked(list(others), distances)
 
 
-def familiarity(vector: NDArray[np.floating], others: Looks) -> Familiarity:
+def familiarity(vector: NDArray[np.floating], others: SupportSetVectors) -> Familiarity:
     """Say how far a task lies from the known ones, against how far those lie from each other.
 
     Args:
-        vector: Mean over the looks at a task that is none of the others, shape (d,).
+        vector: Mean over the vectors of a task that is none of the others, shape (d,).
         others: The known tasks.
 
     Raises:
@@ -131,14 +131,14 @@ def familiarity(vector: NDArray[np.floating], others: Looks) -> Familiarity:
     """
     if len(others) < FEWEST:
         raise ValueError(f"what is usual follows from {FEWEST} tasks or more")
-    placed = VectorSpace.of(others).place(mean_looks(others))
+    placed = VectorSpace.of(others).place(mean_vectors(others))
     usual = sorted(float(distance) for distance in _left_out(placed).min(axis=1))
     return Familiarity(nearest(vector, others), tuple(usual))
 
 
-def task_distances(tasks: Looks) -> Floats:
+def task_distances(tasks: SupportSetVectors) -> Floats:
     """Return the distances between all tasks, around their common mean: symmetric, in their order, shape (n, n)."""
-    placed = VectorSpace.of(tasks).place(mean_looks(tasks))
+    placed = VectorSpace.of(tasks).place(mean_vectors(tasks))
     return cosine_distances(placed, placed)
 
 
@@ -169,13 +169,13 @@ def ranked(names: list[str], distances: Floats) -> tuple[Neighbour, ...]:
     return tuple(Neighbour(name, distance) for distance, name in pairs)
 
 
-def mean_looks(tasks: Looks) -> Floats:
-    """Return the vector of each task, the mean over its looks: shape (n, d)."""
-    return np.stack([looks.mean(axis=0) for looks in _exact(tasks)])
+def mean_vectors(tasks: SupportSetVectors) -> Floats:
+    """Return the vector of each task, the mean over its vectors: shape (n, d)."""
+    return np.stack([vectors.mean(axis=0) for vectors in _exact(tasks)])
 
 
-def _exact(tasks: Looks) -> list[Floats]:
-    return [looks.astype(np.float64) for looks in tasks.values()]
+def _exact(tasks: SupportSetVectors) -> list[Floats]:
+    return [vectors.astype(np.float64) for vectors in tasks.values()]
 
 
 def _left_out(points: Floats) -> Floats:

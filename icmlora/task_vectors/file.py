@@ -5,7 +5,7 @@
     sets ──cosine transform over the sets──▶ mean, differences ──one step──▶ integers
                                                `── of a later view: less what the first view's mean predicts
 
-The sets of a task are so many looks at one thing, so their spread says how precise a look is: the step is 1.3 times the
+All sets of a task describe the same task, so their spread says how precise one vector is: the step is 1.3 times the
 typical difference, to an eighth of an octave. That moves a set by a fifth of its distance from another set, and the
 mean by a sixth of a set's distance from it, where drawing other samples would move the mean by more than half of that.
 """

@@ -4,7 +4,7 @@
 
 View "adapted" is the paper's (arXiv 2501.17635): base model plus adapter, last layer, last position, mean over samples.
 View "context" needs no adapter: the base model reads the samples as consecutive demonstrations, mean over positions.
-Both views of a task come from the same support sets; sets are disjoint: each is an independent look at the task.
+Both views of a task come from the same support sets; sets are disjoint: each describes the task independently.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Extractor:
 
 @dataclass(frozen=True)
 class TaskVector:
-    """One look at a task.
+    """What one support set says about a task.
 
     Attributes:
         view: "adapted" or "context".

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from icmlora.task_vectors.clusters import PAIRS, map_tasks
-from icmlora.task_vectors.distances import VectorSpace, cosine_distances, mean_looks, task_distances
+from icmlora.task_vectors.distances import VectorSpace, cosine_distances, mean_vectors, task_distances
 
 Floats = NDArray[np.float64]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -17,7 +17,7 @@ CHANNELS = 24
 
 
 def groups(seed: int = 0, sizes: tuple[int, ...] = (4, 3, 2), sets: int = 4, apart: float = 0.4) -> dict[str, Floats]:
-    """Return looks at tasks in groups; the first letter of a name is the group's."""
+    """Return vectors of tasks in groups; the first letter of a name is the group's."""
     random = np.random.default_rng(seed)
     middles = random.standard_normal((len(sizes), CHANNELS))
     return {
@@ -71,12 +71,12 @@ def test_the_first_axis_shows_the_most() -> None:
     assert 1 > first >= second > 0
 
 
-def test_a_tasks_point_is_the_mean_of_its_looks() -> None:
+def test_a_tasks_point_is_the_mean_of_its_support_sets() -> None:
     for task in map_tasks(groups()).tasks:
-        assert np.mean(task.looks, axis=0) == pytest.approx(task.point, abs=1e-9)
+        assert np.mean(task.support_sets, axis=0) == pytest.approx(task.point, abs=1e-9)
 
 
-def test_tasks_that_differ_more_than_their_looks_can_be_told_apart() -> None:
+def test_tasks_that_differ_more_than_their_support_sets_can_be_told_apart() -> None:
     clear = map_tasks(groups(apart=2.0)).silhouette_by_task
     blurred = map_tasks(groups(apart=0.05)).silhouette_by_task
     assert clear is not None
@@ -84,7 +84,7 @@ def test_tasks_that_differ_more_than_their_looks_can_be_told_apart() -> None:
     assert clear > 0.7 > 0.2 > blurred
 
 
-def test_single_looks_say_nothing_of_whether_tasks_can_be_told_apart() -> None:
+def test_single_support_sets_say_nothing_of_whether_tasks_can_be_told_apart() -> None:
     assert map_tasks(groups(sets=1)).silhouette_by_task is None
 
 
@@ -105,7 +105,9 @@ def test_the_nearest_pair_comes_first_with_its_distance() -> None:
 def alike_by_definition(tasks: dict[str, Floats], one: str, other: str) -> bool:
     space = VectorSpace.of(tasks)
     first, second = space.place(tasks[one]), space.place(tasks[other])
-    within = [cosine_distances(looks, looks)[np.triu_indices(len(looks), 1)].mean() for looks in (first, second)]
+    within = [
+        cosine_distances(vectors, vectors)[np.triu_indices(len(vectors), 1)].mean() for vectors in (first, second)
+    ]
     return bool(cosine_distances(first, second.copy()).mean() <= 1.1 * max(within))
 
 
@@ -117,7 +119,7 @@ def test_pairs_are_alike_by_the_definition(seed: int) -> None:
     assert all(pair.is_alike for pair in found.pairs[PAIRS:])
 
 
-def test_two_looks_at_one_task_under_two_names_are_alike_and_no_others() -> None:
+def test_two_vectors_of_one_task_under_two_names_are_alike_and_no_others() -> None:
     tasks = groups(sets=8, apart=1.0)
     tasks["a0"], tasks["copy"] = tasks["a0"][:4], tasks["a0"][4:]
     assert [pair.tasks for pair in map_tasks(tasks).pairs if pair.is_alike] == [("a0", "copy")]
@@ -125,14 +127,16 @@ def test_two_looks_at_one_task_under_two_names_are_alike_and_no_others() -> None
 
 def test_a_task_that_is_far_from_all_in_a_crowd_is_an_outlier() -> None:
     tasks = groups(sizes=(12,), apart=0.1)
-    tasks = {name: looks + 10.0 * np.eye(CHANNELS)[number % 2] for number, (name, looks) in enumerate(tasks.items())}
+    tasks = {
+        name: vectors + 10.0 * np.eye(CHANNELS)[number % 2] for number, (name, vectors) in enumerate(tasks.items())
+    }
     tasks["odd"] = np.random.default_rng(5).standard_normal((4, CHANNELS)) * 0.1 + 10.0 * np.eye(CHANNELS)[9]
     assert [task.name for task in map_tasks(tasks).tasks if task.is_outlier] == ["odd"]
 
 
 def test_the_same_vectors_under_every_name_make_a_map_of_one_place() -> None:
-    looks = mean_looks(groups())
-    found = map_tasks({"a": looks, "b": looks, "c": looks})
+    vectors = mean_vectors(groups())
+    found = map_tasks({"a": vectors, "b": vectors, "c": vectors})
     assert {task.point for task in found.tasks} == {(0.0, 0.0)}
     assert found.typical == 0.0
 

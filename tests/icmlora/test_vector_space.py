@@ -13,7 +13,7 @@ from icmlora.task_vectors.distances import (
     cosine_distances,
     directions,
     familiarity,
-    mean_looks,
+    mean_vectors,
     nearest,
     ranked,
     task_distances,
@@ -25,7 +25,7 @@ CHANNELS = 24
 
 
 def fleet(seed: int = 0, tasks: int = 8, sets: int = 4, noise: float = 0.2) -> dict[str, Floats]:
-    """Return looks at tasks that share a large common part, with one channel larger than all others."""
+    """Return vectors of tasks that share a large common part, with one channel larger than all others."""
     random = np.random.default_rng(seed)
     common = 5.0 * random.standard_normal(CHANNELS)
     size = np.where(np.arange(CHANNELS) == 3, 50.0, 1.0)
@@ -37,7 +37,7 @@ def fleet(seed: int = 0, tasks: int = 8, sets: int = 4, noise: float = 0.2) -> d
 
 
 def without(tasks: dict[str, Floats], name: str) -> dict[str, Floats]:
-    return {other: looks for other, looks in tasks.items() if other != name}
+    return {other: vectors for other, vectors in tasks.items() if other != name}
 
 
 @given(SEEDS)
@@ -58,25 +58,25 @@ def test_distances_between_tasks_are_symmetric_and_zero_on_the_diagonal(seed: in
 @given(SEEDS, st.floats(0.01, 100.0))
 def test_neither_a_common_part_nor_the_units_of_channels_change_distances(seed: int, factor: float) -> None:
     tasks = fleet(seed)
-    moved = {name: factor * looks + 7.0 for name, looks in tasks.items()}
+    moved = {name: factor * vectors + 7.0 for name, vectors in tasks.items()}
     assert task_distances(moved) == pytest.approx(task_distances(tasks), abs=1e-9)
 
 
 def test_one_large_channel_does_not_decide() -> None:
     tasks = fleet()
-    plain = mean_looks(tasks) - mean_looks(tasks).mean(axis=0)
+    plain = mean_vectors(tasks) - mean_vectors(tasks).mean(axis=0)
     rest = np.delete(directions(plain), 3, axis=1)
     assert np.median(np.square(rest).sum(axis=1)) < 0.05
-    placed = directions(VectorSpace.of(tasks).place(mean_looks(tasks)))
+    placed = directions(VectorSpace.of(tasks).place(mean_vectors(tasks)))
     assert np.median(np.square(np.delete(placed, 3, axis=1)).sum(axis=1)) > 0.7
 
 
 def test_a_channel_that_differs_between_looks_at_one_task_counts_for_less() -> None:
     tasks = fleet(noise=0.1)
     random = np.random.default_rng(1)
-    for looks in tasks.values():
-        looks[:, 5] += 100.0 * random.standard_normal(len(looks))
-    placed = directions(VectorSpace.of(tasks).place(mean_looks(tasks)))
+    for vectors in tasks.values():
+        vectors[:, 5] += 100.0 * random.standard_normal(len(vectors))
+    placed = directions(VectorSpace.of(tasks).place(mean_vectors(tasks)))
     unit = VectorSpace.of(tasks).unit
     assert unit[5] > 50 * np.median(unit)
     assert np.square(placed[:, 5]).mean() < 5 / CHANNELS
@@ -87,15 +87,17 @@ def test_tasks_with_one_look_each_have_distances_too() -> None:
     assert distances[~np.eye(8, dtype=bool)].min() > 0.1
 
 
-def test_the_number_of_looks_does_not_change_where_a_task_lies() -> None:
+def test_the_number_of_support_sets_does_not_change_where_a_task_lies() -> None:
     tasks = fleet()
-    repeated = {name: np.concatenate([looks, looks]) if name == "task-2" else looks for name, looks in tasks.items()}
-    assert np.allclose(mean_looks(repeated), mean_looks(tasks))
+    repeated = {
+        name: np.concatenate([vectors, vectors]) if name == "task-2" else vectors for name, vectors in tasks.items()
+    }
+    assert np.allclose(mean_vectors(repeated), mean_vectors(tasks))
 
 
 def test_tasks_that_are_all_the_same_are_in_one_place() -> None:
-    looks = np.ones((4, CHANNELS))
-    assert not task_distances({"a": looks, "b": looks, "c": looks}).any()
+    vectors = np.ones((4, CHANNELS))
+    assert not task_distances({"a": vectors, "b": vectors, "c": vectors}).any()
 
 
 def test_the_nearest_of_a_tasks_own_vector_is_the_task() -> None:
@@ -121,10 +123,10 @@ def test_the_usual_distances_are_those_of_each_known_task_as_if_it_were_the_new_
     tasks = fleet(seed, count, sets)
     space = VectorSpace.of(tasks)
     expected = []
-    for name, looks in tasks.items():
-        others = mean_looks(without(tasks, name))
+    for name, vectors in tasks.items():
+        others = mean_vectors(without(tasks, name))
         around = others.mean(axis=0)
-        one, rest = (looks.mean(axis=0) - around) / space.unit, (others - around) / space.unit
+        one, rest = (vectors.mean(axis=0) - around) / space.unit, (others - around) / space.unit
         expected.append(cosine_distances(one[None], rest).min())
     assert familiarity(np.ones(CHANNELS), tasks).usual == pytest.approx(sorted(expected), abs=1e-9)
 
@@ -151,7 +153,7 @@ def test_a_task_like_the_known_ones_is_not_outside() -> None:
 
 def test_a_task_that_has_nothing_in_common_with_the_known_ones_is_outside() -> None:
     tasks = groups()
-    _, _, rest = np.linalg.svd(VectorSpace.of(tasks).place(mean_looks(tasks)))
+    _, _, rest = np.linalg.svd(VectorSpace.of(tasks).place(mean_vectors(tasks)))
     space = VectorSpace.of(tasks)
     found = familiarity(space.mean + 5.0 * space.unit * rest[-1], tasks)
     assert found.is_outside
@@ -161,9 +163,9 @@ def test_a_task_that_has_nothing_in_common_with_the_known_ones_is_outside() -> N
 def test_a_task_like_the_known_ones_is_seldom_called_outside() -> None:
     fleets = [groups(seed) for seed in range(10)]
     called = [
-        familiarity(looks.mean(axis=0), without(tasks, name)).is_outside
+        familiarity(vectors.mean(axis=0), without(tasks, name)).is_outside
         for tasks in fleets
-        for name, looks in tasks.items()
+        for name, vectors in tasks.items()
     ]
     assert 0.02 < np.mean(called) < 0.12  # two ranks of 24 are outside
 

@@ -123,6 +123,6 @@ def _train(
     train(model, tokens, task, schedule, folder)
 
 
-def looks_of(base: BaseModel, texts: Sequence[str]) -> NDArray[np.float32]:
+def support_set_vectors(base: BaseModel, texts: Sequence[str]) -> NDArray[np.float32]:
     """Return the context vectors of some texts, one support set a row."""
     return np.stack([vector.values.numpy() for vector in extract_context(base, texts)])

@@ -73,15 +73,15 @@ class Known:
     """The tasks that are not held out, by their vectors."""
 
     tasks: dict[str, StudyTask]
-    looks: dict[str, NDArray[np.float32]]
+    vectors: dict[str, NDArray[np.float32]]
 
     def nearest(self, vector: NDArray[np.float32]) -> Adapter:
         """Return the adapter of the nearest task."""
-        return self.tasks[nearest(vector, self.looks)[0].task].adapter()
+        return self.tasks[nearest(vector, self.vectors)[0].task].adapter()
 
     def mixture(self, vector: NDArray[np.float32]) -> Adapter:
         """Return the mean of the nearest adapters, weighted by how near they are."""
-        near = nearest(vector, self.looks)[:MIXED]
+        near = nearest(vector, self.vectors)[:MIXED]
         weights = [math.exp((near[0].distance - one.distance) / _SHARPNESS) for one in near]
         parts = [self.tasks[one.task].adapter() for one in near]
         scaled = [times(part.modules, weight / sum(weights)) for part, weight in zip(parts, weights, strict=True)]

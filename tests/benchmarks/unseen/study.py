@@ -96,8 +96,8 @@ class Fold:
         self._start = fitted.fit_start(base, members, options.episodes, number, folder / "start.icms")
         self._mean = fitted.fit_mean(members)
         self._multitask = fitted.fit_multitask(options.base_folder, base, members, number, folder / "multitask")
-        looks = {task.name: fitted.looks_of(base, task.texts) for task in members}
-        self._known = rows.Known({task.name: task for task in members}, looks)
+        vectors = {task.name: fitted.support_set_vectors(base, task.texts) for task in members}
+        self._known = rows.Known({task.name: task for task in members}, vectors)
         self._texts = {task.name: task.held_out(base) for task in held_out}
 
     def run(self) -> None:
@@ -132,7 +132,7 @@ class Fold:
         self._measure(task, "start", 0, lambda: self._start.adapter)
         self._measure(task, "mean", 0, lambda: self._mean)
         self._measure(task, "multitask", 0, lambda: self._multitask)
-        vector = fitted.looks_of(self._base, [task.texts[i] for i in range(0, 64, 4)]).mean(axis=0)
+        vector = fitted.support_set_vectors(self._base, [task.texts[i] for i in range(0, 64, 4)]).mean(axis=0)
         self._measure(task, "nearest", 0, lambda: self._known.nearest(vector))
         self._measure(task, "mixture", 0, lambda: self._known.mixture(vector))
 
