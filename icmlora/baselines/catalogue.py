@@ -16,7 +16,7 @@ from icmlora.baselines.baseline import Baseline
 from icmlora.baselines.factors import FleetMean, Plain, Truncation
 from icmlora.baselines.joint import Joint
 from icmlora.baselines.mixed_precision import MixedPrecision
-from icmlora.baselines.quantizers import Bf16, Int8, Nf4, Quantizer, Uniform
+from icmlora.baselines.quantizers import Bf16, Int8, Nf4, Uniform, ValueQuantizer
 from icmlora.errors import UnknownBaseline
 
 EXAMPLES = ("bf16", "int8", "nf4", "3bit", "svd4", "svd2-3bit", "mean16", "loraquant2", "jd16", "jd16x4diag")
@@ -49,7 +49,7 @@ def baseline_named(name: str) -> Baseline:
     raise UnknownBaseline(f"no baseline is called {name!r}", hint=f"some that are: {', '.join(EXAMPLES)}")
 
 
-def _quantizer(name: str | None) -> Quantizer:
+def _quantizer(name: str | None) -> ValueQuantizer:
     match name:
         case None | "bf16":
             return Bf16()

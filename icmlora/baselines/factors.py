@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from icmlora.adapter.canonical import among, mean_adapter, plus, times, truncated
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.baselines.baseline import Baseline, NamedAdapters, PerAdapter
-from icmlora.baselines.head import Head, Reader
-from icmlora.baselines.quantizers import Quantizer
+from icmlora.baselines.head import ByteReader, Head
+from icmlora.baselines.quantizers import ValueQuantizer
 from icmlora.errors import CodeError
 
 
-def factors_to_bytes(adapter: Adapter, quantizer: Quantizer) -> bytes:
+def factors_to_bytes(adapter: Adapter, quantizer: ValueQuantizer) -> bytes:
     """Serialise an adapter's factors as they are."""
     parts = [Head.of(adapter).to_bytes()]
     for module in adapter.modules:
@@ -31,13 +31,13 @@ def factors_to_bytes(adapter: Adapter, quantizer: Quantizer) -> bytes:
     return b"".join(parts)
 
 
-def factors_from_bytes(data: bytes, quantizer: Quantizer) -> Adapter:
+def factors_from_bytes(data: bytes, quantizer: ValueQuantizer) -> Adapter:
     """Read an adapter back.
 
     Raises:
         CodeError: Bytes are missing or left over.
     """
-    reader = Reader(data)
+    reader = ByteReader(data)
     head = Head.read(reader)
     modules = []
     for name, rank, inputs, outputs in head.layout:
@@ -52,7 +52,7 @@ def factors_from_bytes(data: bytes, quantizer: Quantizer) -> Adapter:
 class Plain(PerAdapter):
     """Quantise A and B."""
 
-    quantizer: Quantizer
+    quantizer: ValueQuantizer
 
     def encode(self, adapter: Adapter, shared: bytes) -> bytes:
         """Serialise one adapter."""
@@ -68,7 +68,7 @@ class Truncation(PerAdapter):
     """Keep `rank` directions of every module, or all where it has fewer."""
 
     rank: int
-    quantizer: Quantizer
+    quantizer: ValueQuantizer
 
     def encode(self, adapter: Adapter, shared: bytes) -> bytes:
         """Truncate and serialise one adapter."""
@@ -90,7 +90,7 @@ class FleetMean:
     """
 
     rank: int
-    quantizer: Quantizer
+    quantizer: ValueQuantizer
     residual: Baseline | None = None
 
     def prepare(self, fleet: NamedAdapters) -> bytes:

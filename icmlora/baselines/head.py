@@ -21,7 +21,7 @@ from icmlora.errors import CodeError
 from registry.names import natural_key
 
 
-class Reader:
+class ByteReader:
     """Bytes that are taken in order; what is missing or left over is an error."""
 
     def __init__(self, data: bytes) -> None:
@@ -85,7 +85,7 @@ class Head:
         return len(packed).to_bytes(2, "little") + packed
 
     @classmethod
-    def read(cls, reader: Reader) -> Head:
+    def read(cls, reader: ByteReader) -> Head:
         """Read a head from the front of a code.
 
         Raises:

@@ -29,8 +29,8 @@ from icmlora.adapter.metrics import dw_norm
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.baselines.baseline import NamedAdapters
 from icmlora.baselines.factors import factors_from_bytes, factors_to_bytes
-from icmlora.baselines.head import Head, Reader
-from icmlora.baselines.quantizers import Bf16, Int8, Quantizer
+from icmlora.baselines.head import ByteReader, Head
+from icmlora.baselines.quantizers import Bf16, Int8, ValueQuantizer
 from icmlora.errors import CodeError, NotCovered
 
 _SEED = 0
@@ -171,7 +171,7 @@ class Joint:
     rank: int
     clusters: int = 1
     diagonal: bool = False
-    quantizer: Quantizer = field(default_factory=Bf16)
+    quantizer: ValueQuantizer = field(default_factory=Bf16)
 
     _PASSES: ClassVar[int] = 10
     _ROUNDS: ClassVar[int] = 4
@@ -205,7 +205,7 @@ class Joint:
 
     def decode(self, code: bytes, shared: bytes) -> Adapter:
         """Multiply cores and bases."""
-        reader, choices = Reader(code), self._bases(shared)
+        reader, choices = ByteReader(code), self._bases(shared)
         cluster = reader.number(1)
         if cluster >= len(choices):
             raise CodeError(f"the code names cluster {cluster} of {len(choices)}")
@@ -221,7 +221,7 @@ class Joint:
         return head.with_modules(modules)
 
     @property
-    def _cores(self) -> Quantizer:
+    def _cores(self) -> ValueQuantizer:
         return Bf16() if isinstance(self.quantizer, Bf16) else Int8()
 
     def _rows(self, bases: Bases, module: str) -> int:
@@ -249,7 +249,7 @@ class Joint:
         return Head.of(first).with_modules(modules)
 
     def _bases(self, shared: bytes) -> list[Bases]:
-        reader = Reader(shared)
+        reader = ByteReader(shared)
         choices = []
         for _ in range(reader.number(1)):
             basis = factors_from_bytes(reader.take(reader.number(4)), self.quantizer)

@@ -18,8 +18,8 @@ import torch
 from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.baselines.baseline import PerAdapter
-from icmlora.baselines.head import Head, Reader
-from icmlora.baselines.quantizers import Quantizer, Uniform
+from icmlora.baselines.head import ByteReader, Head
+from icmlora.baselines.quantizers import Uniform, ValueQuantizer
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class MixedPrecision(PerAdapter):
 
     def decode(self, code: bytes, shared: bytes) -> Adapter:
         """Read it back."""
-        reader = Reader(code)
+        reader = ByteReader(code)
         head = Head.read(reader)
         counts = reader.take(len(head.layout))
         modules = []
@@ -64,11 +64,11 @@ class MixedPrecision(PerAdapter):
         reader.finish()
         return head.with_modules(modules)
 
-    def _quantizers(self) -> tuple[Quantizer, Quantizer]:
+    def _quantizers(self) -> tuple[ValueQuantizer, ValueQuantizer]:
         return Uniform(self.bits, self._GROUP, self.full), Uniform(1, self._GROUP, self.full)
 
 
-def _read(reader: Reader, quantizer: Quantizer, rows: int, columns: int) -> torch.Tensor:
+def _read(reader: ByteReader, quantizer: ValueQuantizer, rows: int, columns: int) -> torch.Tensor:
     return quantizer.decode(reader.take(quantizer.size(rows, columns)), rows, columns)
 
 

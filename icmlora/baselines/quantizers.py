@@ -45,7 +45,7 @@ _NF4 = torch.tensor(
 )  # fmt: skip
 
 
-class Quantizer(Protocol):
+class ValueQuantizer(Protocol):
     """A matrix to bytes whose number follows from its shape, and back."""
 
     def size(self, rows: int, columns: int) -> int:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from icmlora.bundle.index import MAX_INDEX_BYTES, BundleIndex, Part, index_from_json, index_to_json
+from icmlora.bundle.index import MAX_INDEX_BYTES, BundleIndex, BundlePart, index_from_json, index_to_json
 from icmlora.errors import BundleError, located
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.staging import writing_file
@@ -99,7 +99,7 @@ def open_bundle(path: Path) -> Iterator[Bundle]:
 
 def write_bundle(
     path: Path, index: BundleIndex, read: Callable[[str], bytes], *, force: bool = False
-) -> Iterator[Part]:
+) -> Iterator[BundlePart]:
     """Write a bundle part by part; the file appears when the last one is taken, complete and durable, or never.
 
     Args:

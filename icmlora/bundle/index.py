@@ -3,7 +3,7 @@
     BundleIndex
     |-- generator   BundledGenerator
     |-- tasks       BundledTask, by name
-    `-- parts       Part (digest, size), in the order of the file; the others refer to them by digest
+    `-- parts       BundlePart (digest, size), in the order of the file; the others refer to them by digest
 
 A part has no offset of its own: it begins where the one before it ends, so parts cannot overlap or leave holes.
 
@@ -34,7 +34,7 @@ MAX_CARD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
-class Part:
+class BundlePart:
     """A run of bytes in the file."""
 
     digest: str
@@ -56,7 +56,7 @@ class BundledGenerator:
 
 
 @dataclass(frozen=True)
-class Measured:
+class BundledMeasurement:
     """What a code kept on some held-out text."""
 
     data: str
@@ -92,7 +92,7 @@ class BundledTask:
     is_generated: bool
     """Nobody trained the original: a generator made it from samples of the task."""
     layout: tuple[ModuleShape, ...]
-    measured: Measured | None
+    measured: BundledMeasurement | None
 
     @property
     def rank_max(self) -> int:
@@ -129,7 +129,7 @@ class BundleIndex:
     generator: BundledGenerator
     tasks: tuple[BundledTask, ...]
     """By name, without regard to case."""
-    parts: tuple[Part, ...]
+    parts: tuple[BundlePart, ...]
 
     def __post_init__(self) -> None:
         """Check that names and parts fit together.
@@ -173,7 +173,7 @@ MAX_TASKS = 5_000
 _INDEX = ("base_model", "generator", "layouts", "parts", "tasks")
 _GENERATOR = tuple(BundledGenerator.__dataclass_fields__)
 _TASK = tuple(BundledTask.__dataclass_fields__)
-_MEASURED = tuple(Measured.__dataclass_fields__)
+_MEASURED = tuple(BundledMeasurement.__dataclass_fields__)
 
 Layout = tuple[ModuleShape, ...]
 
@@ -260,11 +260,11 @@ def _task(value: object, layouts: Sequence[Layout]) -> BundledTask:
     )
 
 
-def _measured(value: object) -> Measured | None:
+def _measured(value: object) -> BundledMeasurement | None:
     if value is None:
         return None
     fields = Fields(value, _MEASURED, "a measurement of the bundle")
-    return Measured(
+    return BundledMeasurement(
         data=fields.digest("data"),
         nats_per_token=fields.number("nats_per_token"),
         tokens=fields.count("tokens"),
@@ -275,10 +275,10 @@ def _measured(value: object) -> Measured | None:
     )
 
 
-def _part(value: object) -> Part:
+def _part(value: object) -> BundlePart:
     if not isinstance(value, list) or len(value) != 2:
         raise wrong(value, "a part of the bundle")
-    return Part(as_digest(value[0], "a part's digest"), as_count(value[1], "a part's size"))
+    return BundlePart(as_digest(value[0], "a part's digest"), as_count(value[1], "a part's size"))
 
 
 def _layout(value: object) -> Layout:

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.bundle.file import Bundle, bundle_digest, bundle_size, open_bundle, write_bundle
-from icmlora.bundle.index import MAX_CARD_BYTES, BundledGenerator, BundledTask, BundleIndex, Measured, Part
+from icmlora.bundle.index import (
+    MAX_CARD_BYTES,
+    BundledGenerator,
+    BundledMeasurement,
+    BundledTask,
+    BundleIndex,
+    BundlePart,
+)
 from icmlora.errors import BundleError, CodeError, DataError
 from icmlora.fleet.cards import Provenance
 from icmlora.fleet.context import Context, Event, Progress, as_it_is_now, check_base_model
@@ -140,7 +147,7 @@ def _index(store: Store, choice: _Choice) -> BundleIndex:
         base_model=generator.base_model,
         generator=BundledGenerator(generator.blob, generator.version, dict(generator.config), dict(generator.metrics)),
         tasks=tuple(sorted(tasks, key=lambda task: task.name.lower())),
-        parts=tuple(Part(digest, store.blobs.size(digest)) for digest in digests),
+        parts=tuple(BundlePart(digest, store.blobs.size(digest)) for digest in digests),
     )
 
 
@@ -165,10 +172,10 @@ def _task(store: Store, row: TaskSummary, generator: GeneratorRecord) -> Bundled
     )
 
 
-def _measured(row: EvaluationRecord | None) -> Measured | None:
+def _measured(row: EvaluationRecord | None) -> BundledMeasurement | None:
     if row is None:
         return None
-    return Measured(
+    return BundledMeasurement(
         data=row.data,
         nats_per_token=float(row.nats_per_token),
         tokens=row.tokens,

@@ -42,7 +42,7 @@ from icmlora.generator.initial_a.draw import (
     initial_to_bytes,
 )
 from icmlora.generator.initial_a.subspace import InitialSubspace
-from icmlora.generator.quantizer import Quantizer, Sides, SideScales, Slots
+from icmlora.generator.quantizer import Sides, SideScales, Slots, TokenQuantizer
 from icmlora.generator.scales import EXTREME
 from icmlora.io.checksum import add_checksum, checked
 
@@ -228,14 +228,14 @@ def written_slots(slots: Slots, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return slots.slot < count[slots.layer]
 
 
-def pack(quantizer: Quantizer, groups: Sequence[KindIntegers]) -> bytes:
+def pack(quantizer: TokenQuantizer, groups: Sequence[KindIntegers]) -> bytes:
     """Write the integers of an adapter; at most one group per kind, ordered by kind."""
-    writer = entropy.Writer()
+    writer = entropy.IntegerWriter()
     write_groups(writer, quantizer, groups)
     return writer.to_bytes()
 
 
-def write_groups(writer: entropy.Writer, quantizer: Quantizer, groups: Sequence[KindIntegers]) -> None:
+def write_groups(writer: entropy.IntegerWriter, quantizer: TokenQuantizer, groups: Sequence[KindIntegers]) -> None:
     """Append the integers of some slots; at most one group per kind, ordered by kind."""
     for group in groups:
         writer.write(group.residuals, quantizer.norm_scales(group.slots))
@@ -243,7 +243,7 @@ def write_groups(writer: entropy.Writer, quantizer: Quantizer, groups: Sequence[
         writer.write(_flat(group.sides), _flat(group.scales))
 
 
-def unpack(quantizer: Quantizer, head: CodeHead, subspace: InitialSubspace, words: bytes) -> list[KindIntegers]:
+def unpack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, words: bytes) -> list[KindIntegers]:
     """Read back what `pack` wrote.
 
     Raises:
@@ -251,12 +251,12 @@ def unpack(quantizer: Quantizer, head: CodeHead, subspace: InitialSubspace, word
     """
     none = np.zeros_like(head.kept)
     slots = slots_between(none, head.kept)
-    return read_groups(entropy.Reader(words), quantizer, slots, head.gains, subspace, head.step)
+    return read_groups(entropy.IntegerReader(words), quantizer, slots, head.gains, subspace, head.step)
 
 
 def read_groups(
-    reader: entropy.Reader,
-    quantizer: Quantizer,
+    reader: entropy.IntegerReader,
+    quantizer: TokenQuantizer,
     kinds: Sequence[Slots],
     gains: NDArray[np.int16],
     subspace: InitialSubspace,

@@ -21,11 +21,11 @@ from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.code import ABSENT, Code, CodeHead, KindIntegers, generator_of, pack, unpack, written_slots
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import VIEWS, TaskState, predicted_tokens
-from icmlora.generator.file import Generator
+from icmlora.generator.file import TrainedGenerator
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
 from icmlora.generator.objective import water_level, worth_writing
-from icmlora.generator.quantizer import Quantizer, Slots
+from icmlora.generator.quantizer import Slots, TokenQuantizer
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import (
@@ -129,11 +129,11 @@ class Codec:
     Under a tolerance near 1 the code of an adapter that is predicted well holds condition and latent, and no integers.
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: TrainedGenerator) -> None:
         self.generator = generator
         self._net = generator.net.eval()
         self.sensitivity = self._net.sensitivity
-        self.quantizer = Quantizer(self._net)
+        self.quantizer = TokenQuantizer(self._net)
         # Drawing an initial A takes a third of the time of decoding. All codes that are tried for an adapter have the
         # same one, and tasks often share it: alike in ranks and modules, trained under one seed.
         config, sensitivity = self.config, self.sensitivity  # not self, which the cache would keep alive

@@ -35,7 +35,7 @@ def clip(values: NDArray[np.float64]) -> Integers:
     return np.clip(values, -LIMIT, LIMIT).astype(np.int32)
 
 
-class Writer:
+class IntegerWriter:
     """Appends integers to one stream of range-coded words."""
 
     def __init__(self) -> None:
@@ -66,8 +66,8 @@ class Writer:
                 self._coder.encode((excess[places] - (1 << length)).astype(np.int32), _bits(length))
 
 
-class Reader:
-    """Reads back what `Writer` wrote, in the same order and under the same scales."""
+class IntegerReader:
+    """Reads back what `IntegerWriter` wrote, in the same order and under the same scales."""
 
     def __init__(self, data: bytes) -> None:
         if len(data) % 4:

@@ -160,7 +160,7 @@ _VALUES_PER_BYTE = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class Generator:
+class TrainedGenerator:
     """A trained network as it lies on disk."""
 
     net: CVAE
@@ -184,7 +184,7 @@ def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> byt
     return add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + parameters_to_words(net.state_dict()))
 
 
-def generator_from_bytes(data: bytes) -> Generator:
+def generator_from_bytes(data: bytes) -> TrainedGenerator:
     """Open a generator file of one version.
 
     Raises:
@@ -196,7 +196,7 @@ def generator_from_bytes(data: bytes) -> Generator:
         message = "the coding tables computed here differ from those of the machine that trained this generator"
         raise GeneratorError(message, hint="decode on a machine with the same C library, or train again here")
     net = _network(config_in(header), str(header.get("shapes")), words)
-    return Generator(net.eval(), hashlib.sha256(data).hexdigest())
+    return TrainedGenerator(net.eval(), hashlib.sha256(data).hexdigest())
 
 
 def _network(config: GeneratorConfig, shapes_digest: str, words: bytes) -> CVAE:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.entropy_coding import Integers, Reader, Writer, clip
+from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, clip
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST
 
 TABLES = ("norm_mean", "norm_spread", "spread", "condition.shift", "condition.log_scale")
@@ -47,7 +47,7 @@ def parameters_to_words(state: Mapping[str, torch.Tensor]) -> bytes:
     Raises:
         GeneratorError: A value is not finite.
     """
-    writer = Writer()
+    writer = IntegerWriter()
     weights: list[Integers] = []
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
@@ -72,7 +72,7 @@ def words_to_parameters(words: bytes, shapes: Mapping[str, torch.Size]) -> dict[
     Raises:
         CodeError: Words that no encoder wrote.
     """
-    reader = Reader(words)
+    reader = IntegerReader(words)
     weights: list[Integers] = []
     state = {}
     for name, shape in shapes.items():
@@ -91,7 +91,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
 
 
-def _write_rows(writer: Writer, rows: NDArray[np.float64]) -> None:
+def _write_rows(writer: IntegerWriter, rows: NDArray[np.float64]) -> None:
     power = np.square(rows).mean(axis=1)
     used = power > 2.0**-200
     level = np.rint(OCTAVE * np.log2(np.where(used, power, 1.0)) / 2).astype(np.int32) - _RESOLUTION
@@ -102,7 +102,7 @@ def _write_rows(writer: Writer, rows: NDArray[np.float64]) -> None:
     writer.write(integers.ravel(), np.full(integers.size, _RESOLUTION, dtype=np.int32))
 
 
-def _read_rows(reader: Reader, rows: int, columns: int) -> NDArray[np.float64]:
+def _read_rows(reader: IntegerReader, rows: int, columns: int) -> NDArray[np.float64]:
     exponents = read_side(reader, rows)
     used = exponents != _ZERO
     scales = np.full(int(used.sum()) * columns, _RESOLUTION, dtype=np.int32)
@@ -113,7 +113,7 @@ def _read_rows(reader: Reader, rows: int, columns: int) -> NDArray[np.float64]:
     return values
 
 
-def _write_table(writer: Writer, integers: Integers) -> None:
+def _write_table(writer: IntegerWriter, integers: Integers) -> None:
     middles = np.rint(np.median(integers, axis=1)).astype(np.int32)
     rest = integers - middles[:, None]
     scales = scales_of(rest)
@@ -122,7 +122,7 @@ def _write_table(writer: Writer, integers: Integers) -> None:
     writer.write(rest.ravel(), np.repeat(scales, rest.shape[1]))
 
 
-def _read_table(reader: Reader, rows: int, columns: int) -> Integers:
+def _read_table(reader: IntegerReader, rows: int, columns: int) -> Integers:
     middles, scales = read_side(reader, rows), read_side(reader, rows)
     if (scales < SMALLEST).any() or (scales > LARGEST).any():
         raise CodeError("a scale is out of range")
@@ -131,7 +131,7 @@ def _read_table(reader: Reader, rows: int, columns: int) -> Integers:
     return integers
 
 
-def _write_weights(writer: Writer, integers: Integers, known: list[Integers]) -> None:
+def _write_weights(writer: IntegerWriter, integers: Integers, known: list[Integers]) -> None:
     """Write rows of weights, each above the earlier row that leaves least, or above none; `known` grows by them."""
     for row in integers:
         rests = [row - earlier for earlier in _references(known, len(integers), len(row))]
@@ -141,7 +141,7 @@ def _write_weights(writer: Writer, integers: Integers, known: list[Integers]) ->
         known.append(row)
 
 
-def _read_weights(reader: Reader, rows: int, columns: int, known: list[Integers]) -> Integers:
+def _read_weights(reader: IntegerReader, rows: int, columns: int, known: list[Integers]) -> Integers:
     for _ in range(rows):
         references = _references(known, rows, columns)
         best = int(read_side(reader, 1)[0])
@@ -166,12 +166,12 @@ def scales_of(rest: Integers) -> Integers:
     return scales
 
 
-def write_side(writer: Writer, values: Integers) -> None:
+def write_side(writer: IntegerWriter, values: Integers) -> None:
     """Write something about rows or tensors, shape (n,): each as its distance to the one before."""
     writer.write(np.diff(values, prepend=0).astype(np.int32), np.full(len(values), _SIDE, dtype=np.int32))
 
 
-def read_side(reader: Reader, count: int) -> Integers:
+def read_side(reader: IntegerReader, count: int) -> Integers:
     """Read back what `write_side` wrote, shape (count,)."""
     values: Integers = np.cumsum(reader.read(np.full(count, _SIDE, dtype=np.int32))).astype(np.int32)
     return values
@@ -203,7 +203,7 @@ def differences_to_words(before: Mapping[str, torch.Tensor], after: Mapping[str,
         exponents[number] = _EIGHTHS if name in TABLES else _exponent(rest, step)
         integers.append(clip(np.rint(rest * np.exp2(-exponents[number] / OCTAVE))))
         scales[number] = scales_of(integers[-1][None])[0]
-    writer = Writer()
+    writer = IntegerWriter()
     write_side(writer, scales)
     write_side(writer, exponents)
     for values, scale in zip(integers, scales, strict=True):
@@ -221,7 +221,7 @@ def words_to_changed(words: bytes, before: Mapping[str, torch.Tensor]) -> dict[s
     Raises:
         CodeError: Words that no encoder wrote.
     """
-    names, reader = _written(before), Reader(words)
+    names, reader = _written(before), IntegerReader(words)
     scales, exponents = read_side(reader, len(names)), read_side(reader, len(names))
     if (scales < SMALLEST).any() or (scales > LARGEST).any() or (np.abs(exponents) > EXTREME).any():
         raise CodeError("a scale or a step is out of range")

@@ -54,7 +54,7 @@ class Slots:
         return Slots(self.kind, self.layer[chosen], self.slot[chosen])
 
 
-class Quantizer:
+class TokenQuantizer:
     """The integer side of one network: its tables rounded once, and rounding under its predictions."""
 
     def __init__(self, net: CVAE) -> None:

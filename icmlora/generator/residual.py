@@ -238,7 +238,7 @@ class LayeredCodec:
         head = opened.head
         strengths, kept = head.strengths.copy(), head.kept.copy()
         scales = np.full((len(head.kept), 2, CLASSES), SMALLEST, dtype=np.int8)
-        writer, further = entropy.Writer(), []
+        writer, further = entropy.IntegerWriter(), []
         for layer in layers:
             lack = missing[layer.slots.kind]
             if lack is None:
@@ -260,7 +260,7 @@ class LayeredCodec:
 
     def _decode(self, opened: OpenCode, layers: Sequence[_Layer], code: bytes, data: bytes) -> Adapter:
         residual = Residual.from_bytes(data, code, opened.head, self._codec.config)
-        head, reader = residual.head, entropy.Reader(residual.words)
+        head, reader = residual.head, entropy.IntegerReader(residual.words)
         finer = []
         for layer in layers:
             kind = layer.slots.kind

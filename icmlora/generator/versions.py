@@ -11,7 +11,7 @@ from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.file import Generator, generator_from_bytes, versions_of
+from icmlora.generator.file import TrainedGenerator, generator_from_bytes, versions_of
 from icmlora.generator.parameters import words_to_changed
 
 
@@ -78,14 +78,14 @@ class GeneratorFile:
         """Return the numbers of the versions that have every module, layer and rank of an adapter, oldest first."""
         return [number for number, config in enumerate(self.configs) if config.covers(layout)]
 
-    def _open(self, number: int) -> Generator:
+    def _open(self, number: int) -> TrainedGenerator:
         """Read a version's network: the one that its differences begin with, then each of them in turn."""
         chain = [number]
         while (base := self._versions[chain[-1]].base) is not None:
             chain.append(base)
         generator = generator_from_bytes(self._versions[chain[-1]].content)
         for link in reversed(chain[:-1]):
-            generator = Generator(_changed(generator.net, self._versions[link].content), "")
+            generator = TrainedGenerator(_changed(generator.net, self._versions[link].content), "")
         return replace(generator, digest=self._versions[number].digest)
 
 

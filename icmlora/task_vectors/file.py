@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, DataError
-from icmlora.generator.entropy_coding import LIMIT, Reader, Writer, clip
+from icmlora.generator.entropy_coding import LIMIT, IntegerReader, IntegerWriter, clip
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.io.checksum import add_checksum, checked
 from icmlora.task_vectors.vector import View
@@ -89,7 +89,7 @@ def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
     if len(lengths) != 1 or not all(values.ndim == 2 and np.isfinite(values).all() for values in exact.values()):
         raise ValueError("task vectors are rows of finite values, equally long in every view")
     length = lengths.pop()
-    heads, writer = b"", Writer()
+    heads, writer = b"", IntegerWriter()
     first = np.zeros(length)
     present = [view for view in _VIEWS if view in exact]
     for view in present:
@@ -125,12 +125,12 @@ def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
     if not is_sound or not 1 <= length * sum(head.sets for head in heads) <= _LARGEST:
         raise DataError("no task vectors: their head is out of range")
     try:
-        return _read(Reader(content[end:]), heads, length)
+        return _read(IntegerReader(content[end:]), heads, length)
     except CodeError as error:
         raise DataError(f"no task vectors: {error.message}") from error
 
 
-def _read(reader: Reader, heads: list[_ViewHead], length: int) -> dict[View, NDArray[np.float32]]:
+def _read(reader: IntegerReader, heads: list[_ViewHead], length: int) -> dict[View, NDArray[np.float32]]:
     views: dict[View, NDArray[np.float32]] = {}
     first = np.zeros(length)
     for head in heads:

@@ -10,7 +10,7 @@ from typing import Any
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.bundle.file import MAGIC, write_bundle
-from icmlora.bundle.index import BundledGenerator, BundledTask, BundleIndex, Measured, Part
+from icmlora.bundle.index import BundledGenerator, BundledMeasurement, BundledTask, BundleIndex, BundlePart
 
 HEAD = 41
 LAYOUT = (ModuleShape("model.layers.0.q_proj", 4, 8, 6), ModuleShape("model.layers.1.q_proj", 2, 8, 6))
@@ -50,12 +50,12 @@ def task(name: str, **fields: Any) -> BundledTask:
 
 def index(**fields: Any) -> BundleIndex:
     """Return the index of a bundle of rust and sql."""
-    measured = Measured("d" * 64, 2.5, 1000, 4000, 0.98, 0.11, {"dtype": "float32"})
+    measured = BundledMeasurement("d" * 64, 2.5, 1000, 4000, 0.98, 0.11, {"dtype": "float32"})
     plain: dict[str, Any] = {
         "base_model": "acme/tiny",
         "generator": BundledGenerator(digest("generator"), 3, {"width": 32}, {"steps": 100}),
         "tasks": (task("rust", card=digest("card"), measured=measured, step=80), task("sql")),
-        "parts": tuple(Part(digest(name), len(CONTENT[name])) for name in CONTENT),
+        "parts": tuple(BundlePart(digest(name), len(CONTENT[name])) for name in CONTENT),
     }
     return BundleIndex(**plain | fields)
 

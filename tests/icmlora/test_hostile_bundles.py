@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from icmlora.bundle import index as bundle_json
 from icmlora.bundle.file import open_bundle
-from icmlora.bundle.index import MAX_CARD_BYTES, Part
+from icmlora.bundle.index import MAX_CARD_BYTES, BundlePart
 from icmlora.errors import BundleError, UnsafeInput
 from tests.icmlora import bundles
 
@@ -147,7 +147,7 @@ def test_a_rank_beyond_the_limit_is_refused(path: Path) -> None:
 
 def test_a_card_that_claims_to_be_huge_is_refused() -> None:
     sizes = {bundles.digest("card"): MAX_CARD_BYTES + 1}
-    parts = tuple(Part(part.digest, sizes.get(part.digest, part.size)) for part in bundles.index().parts)
+    parts = tuple(BundlePart(part.digest, sizes.get(part.digest, part.size)) for part in bundles.index().parts)
     with pytest.raises(UnsafeInput, match="more than"):
         bundles.index(parts=parts)
 

@@ -71,7 +71,7 @@ def test_one_large_channel_does_not_decide() -> None:
     assert np.median(np.square(np.delete(placed, 3, axis=1)).sum(axis=1)) > 0.7
 
 
-def test_a_channel_that_differs_between_looks_at_one_task_counts_for_less() -> None:
+def test_a_channel_that_differs_between_support_sets_of_one_task_counts_for_less() -> None:
     tasks = fleet(noise=0.1)
     random = np.random.default_rng(1)
     for vectors in tasks.values():
@@ -82,7 +82,7 @@ def test_a_channel_that_differs_between_looks_at_one_task_counts_for_less() -> N
     assert np.square(placed[:, 5]).mean() < 5 / CHANNELS
 
 
-def test_tasks_with_one_look_each_have_distances_too() -> None:
+def test_tasks_with_one_support_set_each_have_distances_too() -> None:
     distances = task_distances(fleet(sets=1))
     assert distances[~np.eye(8, dtype=bool)].min() > 0.1
 

@@ -13,7 +13,7 @@ from icmlora.adapter.layout import target_modules
 from icmlora.adapter.metrics import dw_norm, relative_dw_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.baselines.catalogue import baseline_named
-from icmlora.baselines.head import Head, Reader
+from icmlora.baselines.head import ByteReader, Head
 from icmlora.baselines.joint import fit_bases
 from icmlora.errors import CodeError, NotCovered
 from tests.icmlora.small_fleet import make_adapter, with_factors
@@ -39,7 +39,7 @@ def with_names(*names: str) -> Adapter:
 )
 def test_a_head_gives_labels_names_and_sizes_back(names: tuple[str, ...]) -> None:
     head = Head.of(with_names(*names))
-    assert Head.read(Reader(head.to_bytes())) == head
+    assert Head.read(ByteReader(head.to_bytes())) == head
 
 
 def test_a_head_of_sixty_modules_takes_two_hundred_bytes() -> None:
@@ -50,7 +50,7 @@ def test_a_head_of_sixty_modules_takes_two_hundred_bytes() -> None:
 @pytest.mark.parametrize("data", [b"", b"\x05\0abcde", b"\xff\xff"])
 def test_something_else_is_no_head(data: bytes) -> None:
     with pytest.raises(CodeError):
-        Head.read(Reader(data))
+        Head.read(ByteReader(data))
 
 
 def test_truncation_is_the_best_of_its_rank() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from icmlora.baselines.quantizers import Bf16, Int8, Nf4, Quantizer, Uniform, pack, packed_size, unpack
+from icmlora.baselines.quantizers import Bf16, Int8, Nf4, Uniform, ValueQuantizer, pack, packed_size, unpack
 
 ALL = [Bf16(), Int8(), Nf4(), *(Uniform(bits) for bits in (1, 2, 3, 4)), Uniform(3, 16), Uniform(2, None, full=True)]
 SHAPES = [(1, 1), (3, 7), (8, 576), (2, 130)]
@@ -16,33 +16,33 @@ def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return 0.01 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def there_and_back(quantizer: Quantizer, values: torch.Tensor) -> torch.Tensor:
+def there_and_back(quantizer: ValueQuantizer, values: torch.Tensor) -> torch.Tensor:
     return quantizer.decode(quantizer.encode(values), *values.shape)
 
 
-def error(quantizer: Quantizer, values: torch.Tensor) -> float:
+def error(quantizer: ValueQuantizer, values: torch.Tensor) -> float:
     return float((values - there_and_back(quantizer, values)).square().sum() / values.square().sum())
 
 
 @pytest.mark.parametrize("quantizer", ALL, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_size_is_the_number_of_bytes(quantizer: Quantizer, shape: tuple[int, int]) -> None:
+def test_the_size_is_the_number_of_bytes(quantizer: ValueQuantizer, shape: tuple[int, int]) -> None:
     assert len(quantizer.encode(normal(*shape))) == quantizer.size(*shape)
 
 
 @pytest.mark.parametrize("quantizer", ALL, ids=str)
-def test_zeros_stay_zeros(quantizer: Quantizer) -> None:
+def test_zeros_stay_zeros(quantizer: ValueQuantizer) -> None:
     assert torch.equal(there_and_back(quantizer, torch.zeros(2, 70)), torch.zeros(2, 70))
 
 
 @pytest.mark.parametrize("quantizer", ALL, ids=str)
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
-def test_the_size_of_the_values_does_not_matter(quantizer: Quantizer, scale: float) -> None:
+def test_the_size_of_the_values_does_not_matter(quantizer: ValueQuantizer, scale: float) -> None:
     assert error(quantizer, scale * normal(4, 200)) == pytest.approx(error(quantizer, normal(4, 200)), rel=0.1)
 
 
 @pytest.mark.parametrize("quantizer", ALL, ids=str)
-def test_no_rows_take_no_bytes(quantizer: Quantizer) -> None:
+def test_no_rows_take_no_bytes(quantizer: ValueQuantizer) -> None:
     values = torch.zeros(0, 12)
     assert quantizer.encode(values) == b""
     assert there_and_back(quantizer, values).shape == (0, 12)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
-from icmlora.generator.entropy_coding import LIMIT, Integers, Reader, Writer, clip
+from icmlora.generator.entropy_coding import LIMIT, IntegerReader, Integers, IntegerWriter, clip
 from icmlora.generator.scales import LARGEST, SMALLEST, probabilities, reach_of
 
 SCALE = st.integers(SMALLEST, LARGEST)
@@ -24,7 +24,7 @@ def arrays(pairs: list[tuple[int, int]]) -> tuple[Integers, Integers]:
 
 
 def written(*parts: tuple[Integers, Integers]) -> bytes:
-    writer = Writer()
+    writer = IntegerWriter()
     for values, scales in parts:
         writer.write(values, scales)
     return writer.to_bytes()
@@ -38,7 +38,7 @@ def gaussian(count: int, scale: int) -> tuple[Integers, Integers]:
 @given(first=PAIRS, second=PAIRS)
 def test_any_integers_come_back_under_any_scales(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> None:
     parts = [arrays(first), arrays(second)]
-    reader = Reader(written(*parts))
+    reader = IntegerReader(written(*parts))
     for values, scales in parts:
         np.testing.assert_array_equal(reader.read(scales), values)
 
@@ -58,7 +58,7 @@ def test_the_width_of_the_scales_changes_nothing(pairs: list[tuple[int, int]]) -
     narrow = scales.astype(np.int8)
     data = written((values, scales))
     assert written((values, narrow)) == data
-    np.testing.assert_array_equal(Reader(data).read(narrow), values)
+    np.testing.assert_array_equal(IntegerReader(data).read(narrow), values)
 
 
 @given(pairs=st.lists(st.tuples(st.integers(-40, 40), SCALE), max_size=60))
@@ -76,12 +76,12 @@ def test_integers_are_written_by_ascending_scale_in_their_own_order(pairs: list[
 @given(scale=SCALE, offset=st.integers(-2, 2), sign=st.sampled_from([-1, 1]))
 def test_integers_around_the_end_of_a_table_come_back(scale: int, offset: int, sign: int) -> None:
     values, scales = arrays([(sign * (reach_of(scale) + offset), scale), (0, scale)])
-    np.testing.assert_array_equal(Reader(written((values, scales))).read(scales), values)
+    np.testing.assert_array_equal(IntegerReader(written((values, scales))).read(scales), values)
 
 
 def test_nothing_is_written_as_nothing() -> None:
     empty = arrays([])
-    reader = Reader(written(empty))
+    reader = IntegerReader(written(empty))
     assert len(reader.read(empty[1])) == 0
 
 
@@ -104,7 +104,7 @@ def test_clipping_keeps_what_can_be_written() -> None:
 
 def test_half_a_word_is_refused() -> None:
     with pytest.raises(CodeError, match="middle of a word"):
-        Reader(b"\0\0\0")
+        IntegerReader(b"\0\0\0")
 
 
 @settings(max_examples=200)
@@ -112,7 +112,7 @@ def test_half_a_word_is_refused() -> None:
 def test_any_words_are_integers_in_range_or_refused(data: bytes, pairs: list[tuple[int, int]]) -> None:
     words, (_, scales) = data[: len(data) // 4 * 4], arrays(pairs)
     try:
-        values = Reader(words).read(scales)
+        values = IntegerReader(words).read(scales)
     except CodeError:
         return
     assert len(values) == len(scales)

@@ -14,7 +14,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.generator.cvae import CVAE, TaskState
 from icmlora.generator.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.quantizer import ALONG, Norms, Quantizer, Sides, Slots, centred
+from icmlora.generator.quantizer import ALONG, Norms, Sides, Slots, TokenQuantizer, centred
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
@@ -41,7 +41,7 @@ def first(net: CVAE, adapter: Adapter) -> tuple[KindTokens, Slots]:
 
 @torch.no_grad()
 def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, Norms, Sides]:
-    quantizer, (group, slots) = Quantizer(net), first(net, adapter)
+    quantizer, (group, slots) = TokenQuantizer(net), first(net, adapter)
     norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
     return group, slots, norms, quantizer.quantise(group, norms, state(net), step)
 
@@ -49,8 +49,8 @@ def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, 
 @torch.no_grad()
 def restored(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, KindTokens]:
     group, slots, norms, integers = rounded(net, adapter, step)
-    scales = Quantizer(net).scales(slots, norms, nothing_known(net), step)
-    return group, Quantizer(net).dequantise(slots, norms, state(net), step, integers, scales)
+    scales = TokenQuantizer(net).scales(slots, norms, nothing_known(net), step)
+    return group, TokenQuantizer(net).dequantise(slots, norms, state(net), step, integers, scales)
 
 
 def products(group: KindTokens) -> torch.Tensor:
@@ -65,10 +65,10 @@ def test_the_same_tokens_give_the_same_integers(net: CVAE) -> None:
 
 def test_scales_do_not_depend_on_the_task_or_on_floats_of_the_network(net: CVAE) -> None:
     _, slots, norms, _ = rounded(net, make_adapter(3), -40)
-    wanted = Quantizer(net).scales(slots, norms, nothing_known(net), -40)
+    wanted = TokenQuantizer(net).scales(slots, norms, nothing_known(net), -40)
     with torch.no_grad():
         net.enter.weight += 1.0
-    for scales, before in zip(Quantizer(net).scales(slots, norms, nothing_known(net), -40), wanted, strict=True):
+    for scales, before in zip(TokenQuantizer(net).scales(slots, norms, nothing_known(net), -40), wanted, strict=True):
         np.testing.assert_array_equal(scales, before)
 
 
@@ -82,7 +82,7 @@ def test_a_finer_step_loses_less(net: CVAE) -> None:
 
 
 def test_the_sign_of_a_pair_does_not_matter(net: CVAE) -> None:
-    quantizer, (group, slots) = Quantizer(net), first(net, make_adapter(3))
+    quantizer, (group, slots) = TokenQuantizer(net), first(net, make_adapter(3))
     flipped = KindTokens(group.kind, group.layer, group.slot, group.norm, -group.inputs, -group.outputs)
     norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_integers_and_scales_stay_in_range_whatever_the_step(net: CVAE) -> None:
     for step in (-EXTREME, EXTREME):
         _, slots, norms, integers = rounded(net, make_adapter(3), step)
         scales = np.concatenate(
-            [part.ravel() for part in Quantizer(net).scales(slots, norms, nothing_known(net), step)]
+            [part.ravel() for part in TokenQuantizer(net).scales(slots, norms, nothing_known(net), step)]
         )
         assert max(np.abs(part).max(initial=0) for part in integers) <= LIMIT
         assert SMALLEST <= scales.min() <= scales.max() <= LARGEST
@@ -123,7 +123,7 @@ def test_integers_and_scales_stay_in_range_whatever_the_step(net: CVAE) -> None:
 
 @pytest.mark.parametrize("level", [-4000, SMALLEST, 0, LARGEST, 4000])
 def test_a_scale_is_the_sum_of_its_parts_as_far_as_there_are_tables(net: CVAE, level: int) -> None:
-    quantizer, (_, slots) = Quantizer(net), first(net, make_adapter(3))
+    quantizer, (_, slots) = TokenQuantizer(net), first(net, make_adapter(3))
     size = quantizer.sizes(slots.kind)[0]
     spread = np.rint(OCTAVE * net.spread.detach().numpy())[slots.kind, 0, slots.layer, slots.slot]
     profile = np.rint(OCTAVE * net.sensitivity.profile(slots.kind, 0).numpy())[slots.layer]
@@ -133,7 +133,7 @@ def test_a_scale_is_the_sum_of_its_parts_as_far_as_there_are_tables(net: CVAE, l
 
 
 @torch.no_grad()
-def with_initial(task: int, modules: int) -> tuple[Quantizer, KindTokens, TaskState]:
+def with_initial(task: int, modules: int) -> tuple[TokenQuantizer, KindTokens, TaskState]:
     """Return the first tokens of an adapter of which the first modules' initial A is known, and its state."""
     under, initial = peft_codec(), peft_fleet().initial(task)
     assert initial is not None
@@ -145,7 +145,7 @@ def with_initial(task: int, modules: int) -> tuple[Quantizer, KindTokens, TaskSt
 
 
 @torch.no_grad()
-def norms_of(quantizer: Quantizer, group: KindTokens) -> tuple[Slots, Norms]:
+def norms_of(quantizer: TokenQuantizer, group: KindTokens) -> tuple[Slots, Norms]:
     slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
     return slots, quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
 
