@@ -7,7 +7,7 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.fewshot import start as start_file
 from icmlora.fewshot import step
 from icmlora.fewshot.meta_training import MetaConfig
-from icmlora.fewshot.start import RANK, USUAL_SAMPLES, Start
+from icmlora.fewshot.start import RANK, USUAL_SAMPLES, FewShotStart
 from icmlora.generator import file as versions
 from icmlora.generator import residual
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
@@ -80,7 +80,7 @@ def test_every_part_of_a_start_file_is_in_the_design() -> None:
     assert start_file.MAGIC.decode() == "ICMS\x01"
     assert {"ICMS", "0x01"} <= set(codes_in(section))
     keys = {name for row in cells_of(section) for name in codes_in(row[0])}
-    assert keys == {field.name for field in dataclasses.fields(Start)} - {"adapter"}
+    assert keys == {field.name for field in dataclasses.fields(FewShotStart)} - {"adapter"}
     assert f"tolerance of {start_file._TOLERANCE}" in section
     assert f"+-{start_file._EXPONENT_LIMIT}" in section
     assert f"{start_file._STEPS_LIMIT} steps" in section

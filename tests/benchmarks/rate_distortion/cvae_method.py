@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.baselines.head import Head, Reader
+from icmlora.baselines.head import ByteReader, Head
 from icmlora.io.files import write_durably
 from icmlora.io.tensors import decode_torch, encode_torch
 from tests.benchmarks.rate_distortion import flat_cvae
@@ -100,7 +100,7 @@ def standardised(adapter: Adapter) -> tuple[torch.Tensor, tuple[float, float]]:
 
 @torch.no_grad()
 def _decode(decoder: flat_cvae.Decoder, task: int, tasks: int, code: bytes) -> Adapter:
-    reader = Reader(code)
+    reader = ByteReader(code)
     head = Head.read(reader)
     mean, deviation = struct.unpack("<2f", reader.take(8))
     reader.finish()
