@@ -20,7 +20,7 @@ from icmlora.fewshot.start import (
     fewshot_start_to_bytes,
     untrained_fewshot_start,
 )
-from tests.icmlora.adaptation.trained_tasks import (
+from tests.icmlora.fewshot.trained_tasks import (
     NAMES,
     TrainedTasks,
     dense,

@@ -11,7 +11,7 @@ from icmlora.base_models.causal_lm import BaseModel
 from icmlora.fewshot.adapt import factors_of
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
 from icmlora.fewshot.step import unit_steps
-from tests.icmlora.adaptation.trained_tasks import NAMES, random_adapter, scored
+from tests.icmlora.fewshot.trained_tasks import NAMES, random_adapter, scored
 from tests.icmlora.tiny_base import load_tiny_base
 
 TEXTS = ["a first text", "another one, and a longer one", "third"]

@@ -15,7 +15,7 @@ from icmlora.fewshot import evidence as evidence_module
 from icmlora.fewshot import evidence as module
 from icmlora.fewshot.adapt import FinetuneConfig, factors_of, finetune
 from icmlora.fewshot.evidence import Evidence, gather_evidence, mean_loss, recomputing
-from tests.icmlora.adaptation.trained_tasks import NAMES, is_untouched, random_adapter, scored, weights_of
+from tests.icmlora.fewshot.trained_tasks import NAMES, is_untouched, random_adapter, scored, weights_of
 from tests.icmlora.tiny_base import load_tiny_base
 
 TEXTS = ["a first text", "another one, and a longer one", "third", "one more of the fourth length"]

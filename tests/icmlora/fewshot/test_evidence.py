@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from icmlora.base_models.causal_lm import BaseModel, Scored
 from icmlora.fewshot.adapt import factors_of
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
-from tests.icmlora.adaptation.trained_tasks import NAMES, dense, is_untouched, random_adapter, scored, weights_of
+from tests.icmlora.fewshot.trained_tasks import NAMES, dense, is_untouched, random_adapter, scored, weights_of
 from tests.icmlora.tiny_base import load_tiny_base
 
 TEXTS = ["a first text", "another one, and a longer one", "third", "one more of the fourth length"]

@@ -16,7 +16,7 @@ from icmlora.fewshot.adapt import FinetuneConfig, adapt, factors_of, finetune, s
 from icmlora.fewshot.evidence import gather_evidence
 from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
 from icmlora.generator.scales import OCTAVE
-from tests.icmlora.adaptation.trained_tasks import (
+from tests.icmlora.fewshot.trained_tasks import (
     NAMES,
     dense,
     is_untouched,
