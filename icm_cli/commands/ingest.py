@@ -5,48 +5,59 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from icm_cli.commands.vectors import tell_vectors
 from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict
 from icm_cli.session import Session, command
+from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.context import Event, StopFlag
+    from icmlora.fleet.context import Event
     from icmlora.fleet.ingest import IngestReport
+    from icmlora.fleet.vectors import VectorReport
 
 PathsArg = Annotated[
-    list[Path], typer.Argument(metavar="PATH...", help="Folders that hold adapters, at any depth.", show_default=False)
+    list[Path], typer.Argument(metavar="PATH...", help="Folders with adapters, at any depth.", show_default=False)
 ]
 NameOpt = Annotated[
     str | None,
-    typer.Option("--name", metavar="NAME", help="Name of the one task found; else its folder's.", show_default=False),
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        help="Name of the task, if there is only one. Default: the name of its folder.",
+        show_default=False,
+    ),
 ]
 SamplesOpt = Annotated[
     Path | None,
     typer.Option(
         "--samples",
         metavar="FILE",
-        help="Training texts of the one task found, as JSON lines; else samples.jsonl beside it.",
+        help="Samples of the task as JSON lines, if there is only one. Default: samples.jsonl next to its adapter.",
         show_default=False,
     ),
 ]
 TextsOpt = Annotated[
-    bool, typer.Option("--texts/--no-texts", help="Take samples.jsonl and eval.jsonl where they lie beside adapters.")
+    bool,
+    typer.Option("--texts/--no-texts", help="Also ingest the samples.jsonl and eval.jsonl found next to adapters."),
 ]
-SkipBadOpt = Annotated[bool, typer.Option("--skip-bad", help="Go on past what is refused; exit 3 says that some was.")]
+SkipBadOpt = Annotated[
+    bool, typer.Option("--skip-bad", help="Skip inputs that are refused; exit with code 3 if there were any.")
+]
 OnConflictOpt = Annotated[
-    OnConflict, typer.Option("--on-conflict", help="A task of that name has another adapter: what to do.")
+    OnConflict,
+    typer.Option("--on-conflict", help="What to do if the store has a task of that name with another adapter."),
 ]
-
 RestoreOpt = Annotated[
-    bool, typer.Option("--restore", help="Bring back originals that were evicted; else they stay evicted.")
+    bool, typer.Option("--restore", help="Bring evicted originals back. By default they stay evicted.")
 ]
 VectorsOpt = Annotated[
-    bool, typer.Option("--vectors/--no-vectors", help="Extract task vectors where the base model is found.")
+    bool, typer.Option("--vectors/--no-vectors", help="Extract task vectors if the base model is on this machine.")
 ]
 
 
@@ -64,76 +75,70 @@ def ingest(
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
-    """Take adapters into the store: PEFT folders, or runs with checkpoint-N folders.
+    """Take adapters into the store: PEFT folders, or training runs with checkpoint-N folders.
 
-    The files are read, checked and copied; nothing in PATH is changed. The same again changes nothing. What could
-    not be given back exactly is refused by name. Where the base model is on this machine, task vectors are
-    extracted too; else `icm vectors` does that later.
+    Files are checked and copied; nothing in PATH is changed. Running the same command again changes nothing. An
+    adapter that icm could not give back exactly is refused. If the base model is on this machine, task vectors are
+    extracted too; otherwise run `icm vectors` later.
 
-    A task is called like its folder. Where that is called adapter, best, final, lora, model, output or the like, it is
-    called like the folder above.
+    A task is named after its folder. If the folder is called adapter, best, final, lora, model, output or similar, the
+    task is named after the folder above it.
 
     Example:
       icm ingest ./loras
     """
-    from icmlora.fleet.ingest import IngestRequest
-    from icmlora.fleet.ingest import ingest as take_in
-
-    request = IngestRequest(
-        paths=tuple(paths),
-        name=name,
-        samples=samples,
-        skip_bad=skip_bad,
-        on_conflict=on_conflict.value,
-        dry_run=dry_run,
-        restore=restore,
-        texts=texts,
-    )
-    with session.stoppable() as stop:
-        report = session.follow(take_in(session.context, request, stop), "ingest", partial(_tell, session, set()))
-        _tell_sum(session, report, dry_run=dry_run)
-        if vectors and report.without_vectors and not report.stopped:
-            _extract(session, report, session.device(device), stop)
+    stopped = False
+    try:
+        with session.working("ingest", partial(_tell, session, set())) as fleet:
+            report = fleet.ingest(
+                paths,
+                name=name,
+                samples=samples,
+                texts=texts,
+                skip_bad=skip_bad,
+                on_conflict=on_conflict.value,
+                restore=restore,
+                dry_run=dry_run,
+            )
+    except Cancelled as stop:
+        report, stopped = cast("IngestReport", stop.report), True
+    _tell_sum(session, report, dry_run=dry_run)
+    if vectors and report.extractable and not stopped:
+        stopped = _extract(session, report, session.device(device))
     _tell_end(session, report, dry_run=dry_run)
-    if report.stopped:
+    if stopped:
         done = f"{len(report.ingested)} of {counted(report.found, 'task')}"
         raise Interrupted(f"interrupted; {done} ingested", hint="run the same command to continue")
     if report.refused:
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def _extract(session: Session, report: IngestReport, device: str, stop: StopFlag) -> None:
-    """Extract the task vectors of the tasks whose base model is on this machine."""
-    from icmlora.fleet.admin import with_local_base
-
-    ready = with_local_base(session.context, report.without_vectors)
-    if not ready:
-        return
-    # torch and transformers take seconds to import; most ingests on a machine without the base model need neither.
-    from icmlora.fleet.vectors import extract_missing
-
-    work = extract_missing(session.context, ready, device=device, again=False, stop=stop)
-    extracted = session.follow(work, "task vectors", partial(_tell, session, set()))
+def _extract(session: Session, report: IngestReport, device: str) -> bool:
+    """Extract task vectors where that is possible, and return whether the user stopped it."""
+    stopped = False
+    try:
+        with session.working("task vectors", partial(tell_vectors, session)) as fleet:
+            extracted = fleet.extract_vectors(report.extractable, device=device)
+    except Cancelled as stop:
+        extracted, stopped = cast("VectorReport", stop.report), True
     done = {entry.task for entry in extracted.tasks}
     report.without_vectors = [task for task in report.without_vectors if task not in done]
-    report.stopped = extracted.stopped
-    session.out.line(f"extracted task vectors of {counted(len(done), 'task')}")
+    session.out.line(f"extracted the vectors of {counted(len(done), 'task')}")
+    return stopped
 
 
 def _tell(session: Session, hints: set[str], event: Event) -> None:
-    """Say what became of a task; a hint is given once, however many refusals have it."""
-    from icmlora.fleet.ingest import Ingested, Refused
+    """Report one task or one refusal; each hint is printed once, however many refusals share it."""
+    from icmlora.fleet.ingest import InputRefused, TaskIngested
 
-    if isinstance(event, Ingested):
+    if isinstance(event, TaskIngested):
         session.out.event("task", **asdict(event))
         session.out.detail(f"{event.task}: {event.status}, {event.new} new, {event.known} known")
-    elif isinstance(event, Refused):
+    elif isinstance(event, InputRefused):
         session.out.warn(f"{event.path}: {event.message}", kind=event.kind, path=event.path, hint=event.hint)
         if event.hint is not None and event.hint not in hints:
             hints.add(event.hint)
             session.out.hint(event.hint)
-    else:  # a task's vectors, from `extract_missing`
-        session.out.event("vectors", **asdict(event))
 
 
 def _tell_sum(session: Session, report: IngestReport, *, dry_run: bool) -> None:
@@ -163,4 +168,4 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool) -> None:
     )
     if report.without_vectors:
         session.out.note(f"{counted(len(report.without_vectors), 'task')} without task vectors")
-        session.out.hint("`icm vectors` makes them; it needs the base model (`icm base ls` says whether it is found)")
+        session.out.hint("run `icm vectors` to extract them; `icm base ls` shows whether the base model is found")

@@ -4,61 +4,59 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from icm_cli.errors import Interrupted
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.session import Session, command
+from icmlora.errors import Cancelled
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
     from icmlora.fleet.context import Event
     from icmlora.fleet.vectors import VectorReport
 
-AgainOpt = Annotated[bool, typer.Option("--again", help="Also for tasks that have their vectors.")]
+AgainOpt = Annotated[bool, typer.Option("--again", help="Also extract the vectors of tasks that already have some.")]
 
 
 @command
 def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = None, again: AgainOpt = False) -> None:
-    """Extract task vectors: what the base model makes of each task's samples, with and without its adapter.
+    """Extract task vectors: the base model's hidden states on samples of each task, with and without its adapter.
 
-    `icm ingest` does it where it finds the base model. A task without samples is read through bundled probe texts.
+    `icm ingest` does this already if the base model is on this machine. For a task without samples, bundled probe
+    texts are used.
 
     Example:
       icm vectors
     """
-    from icmlora.fleet.vectors import extract_missing
-
-    with session.stoppable() as stop:
-        work = extract_missing(session.context, tasks or [], device=session.device(device), again=again, stop=stop)
-        report = session.follow(work, "vectors", partial(tell, session))
-    session.out.event("summary", extracted=len(report.tasks), present=report.present)
-    session.out.line(f"extracted the vectors of {counted(len(report.tasks), 'task')}; {report.present} had theirs")
-    if report.evicted:
-        session.out.note(f"evicted, so there is no adapter to look through: {', '.join(report.evicted)}")
-    if report.changed:
-        names = ", ".join(report.changed)
-        session.out.note(f"changed by another icm meanwhile, so their vectors were not stored: {names}")
-    check_finished(report)
-
-
-def tell(session: Session, event: Event) -> None:
-    """Report one task whose vectors are stored."""
-    from icmlora.fleet.vectors import Extracted
-
-    if isinstance(event, Extracted):
-        session.out.event("vectors", **asdict(event))
-        session.out.detail(f"{event.task}: {event.vectors} vectors from its {event.source}")
-
-
-def check_finished(report: VectorReport) -> None:
-    """Raise if the user stopped the extraction.
-
-    Raises:
-        Interrupted: It was stopped.
-    """
-    if report.stopped:
+    try:
+        with session.working("vectors", partial(tell_vectors, session)) as fleet:
+            report = fleet.extract_vectors(tasks or (), device=session.device(device), again=again)
+    except Cancelled as stop:
+        report = cast("VectorReport", stop.report)
+        _tell_end(session, report)
         done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} extracted", hint="`icm vectors` goes on with the others")
+        raise Interrupted(f"interrupted; {done} extracted", hint="run `icm vectors` to continue") from None
+    _tell_end(session, report)
+
+
+def tell_vectors(session: Session, event: Event) -> None:
+    """Report one task whose vectors are stored."""
+    from icmlora.fleet.vectors import VectorsExtracted
+
+    if isinstance(event, VectorsExtracted):
+        session.out.event("vectors", **asdict(event))
+        source = "its samples" if event.source == "samples" else "probe texts"
+        session.out.detail(f"{event.task}: {event.vectors} vectors from {source}")
+
+
+def _tell_end(session: Session, report: VectorReport) -> None:
+    out = session.out
+    out.event("summary", extracted=len(report.tasks), present=report.present)
+    out.line(f"extracted the vectors of {counted(len(report.tasks), 'task')}; {report.present} already had vectors")
+    if report.evicted:
+        out.note(f"skipped, because the original was evicted: {', '.join(report.evicted)}")
+    if report.changed:
+        out.note(f"not stored, because the task changed in the meantime: {', '.join(report.changed)}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.fleet.vectors import latest_vectors
+from icmlora.fleet.stored_vectors import latest_vectors
 from icmlora.formats.peft import load_adapter
 from icmlora.generator.config import MAX_SLOTS
 from icmlora.generator.initial_a.draw import InitialA

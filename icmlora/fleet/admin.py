@@ -98,13 +98,6 @@ def known_bases(context: Context) -> list[KnownBase]:
         return [_locate(record) for record in store.base_models.all()]
 
 
-def with_local_base(context: Context, names: Sequence[str]) -> list[str]:
-    """Return those of some tasks whose base model is on this machine."""
-    with context.open(read_only=True) as store:
-        found = {base.name for base in store.base_models.all() if _locate(base).path is not None}
-        return [name for name in names if store.tasks.get(name).base_model in found]
-
-
 def add_base(context: Context, name: str, path: Path) -> Path:
     """Record where a base model is; the store is made if there is none.
 

@@ -10,10 +10,15 @@ A method imports what it needs when it is called, so that `import icmlora` and l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Context, Event, ignore
+
+if TYPE_CHECKING:
+    from icmlora.fleet.ingest import Conflict, IngestReport
+    from icmlora.fleet.vectors import VectorReport
 
 
 class Fleet:
@@ -48,6 +53,75 @@ class Fleet:
         return self._context.path
 
     # ingest, vectors
+
+    def ingest(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        name: str | None = None,
+        samples: str | Path | None = None,
+        texts: bool = True,
+        skip_bad: bool = False,
+        on_conflict: Conflict = "fail",
+        restore: bool = False,
+        dry_run: bool = False,
+    ) -> IngestReport:
+        """Take adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
+
+            report = fleet.ingest(["loras"])
+            print(report.new, "new adapters,", report.known, "known")
+
+        Args:
+            paths: PEFT folders, training runs with checkpoint-N folders, or folders of those at any depth.
+            name: Name for the task, if exactly one is found. By default a task is named after its folder.
+            samples: Samples for the task as JSON lines, if exactly one is found. By default the `samples.jsonl` next
+                to its adapter.
+            texts: Also ingest the `samples.jsonl` and `eval.jsonl` found next to adapters.
+            skip_bad: Report refused inputs and continue. By default the first one ends the ingest.
+            on_conflict: If the store has a task of that name with another adapter: `skip`, `replace` or `fail`.
+            restore: Bring evicted originals back. By default they stay evicted.
+            dry_run: Check everything and report what would change, but write nothing.
+
+        Returns:
+            What was recorded and what was refused, task by task.
+
+        Raises:
+            AdapterRefused: An input was refused, nothing was found, or everything was refused.
+            TaskConflict: A task has another adapter in the store and `on_conflict` is `fail`.
+        """
+        from icmlora.fleet.ingest import IngestRequest, ingest
+
+        request = IngestRequest(
+            paths=tuple(map(Path, paths)),
+            name=name,
+            samples=None if samples is None else Path(samples),
+            texts=texts,
+            skip_bad=skip_bad,
+            on_conflict=on_conflict,
+            restore=restore,
+            dry_run=dry_run,
+        )
+        return ingest(self._context, request)
+
+    def extract_vectors(self, tasks: Sequence[str] = (), *, device: str = "auto", again: bool = False) -> VectorReport:
+        """Extract and store task vectors: the base model's hidden states on samples, with and without the adapter.
+
+        Args:
+            tasks: Names of tasks; all if empty.
+            device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+            again: Also extract the vectors of tasks that already have some.
+
+        Returns:
+            Which tasks got vectors, and which did not.
+
+        Raises:
+            BaseModelNotFound: A base model is not on this machine. Tasks of the other base models are done first.
+            BaseModelMismatch: An adapter does not fit its base model.
+            DeviceUnavailable: The device does not exist.
+        """
+        from icmlora.fleet.vectors import VectorRequest, extract_vectors
+
+        return extract_vectors(self._context, VectorRequest(tasks, device, again))
 
     # materialize, bundles
 

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from icmlora.base_models.examples import parse_examples
-from icmlora.base_models.lookup import FoundBase, find_base_model
 from icmlora.errors import Cancelled, DataError
 from registry.errors import MissingBlob
 from registry.records import BaseModelRecord, TaskRecord
 
 if TYPE_CHECKING:
+    from icmlora.base_models.lookup import FoundBase
     from registry.store import Store
 
 
@@ -176,6 +175,8 @@ def sample_texts(store: Store, task: TaskRecord) -> list[str] | None:
     Raises:
         DataError: They cannot be used.
     """
+    from icmlora.base_models.examples import parse_examples
+
     if task.samples is None:
         return None
     return [example.text for example in parse_examples(store.blobs.read(task.samples))]
@@ -187,6 +188,8 @@ def locate_base(store: Store, label: str) -> FoundBase:
     Raises:
         BaseModelNotFound: There is no local copy.
     """
+    from icmlora.base_models.lookup import find_base_model
+
     record = base_record(store, label)
     aliases = {label: record.path} if record is not None and record.path is not None else {}
     return find_base_model(label, aliases=aliases)

@@ -33,7 +33,8 @@ from icmlora.fleet.context import Context, Event, Progress, StopFlag
 from icmlora.fleet.loading import open_base
 from icmlora.fleet.meta_train import SAMPLE_TOKENS, read_fewshot_start
 from icmlora.fleet.search import Refiner, refined
-from icmlora.fleet.vectors import VECTOR_DTYPE, canonical, comparable_vectors, put_vectors
+from icmlora.fleet.stored_vectors import canonical_json, comparable_vectors
+from icmlora.fleet.vectors import VECTOR_DTYPE, put_vectors
 from icmlora.formats.peft import inspect_adapter, save_adapter
 from icmlora.formats.tree import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from icmlora.generator.codec import Encoded
@@ -349,6 +350,6 @@ def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[Tas
     rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
     tasks = [row.task for row in rows if not row.final.is_generated]
     known = comparable_vectors(store, tasks, "context")
-    if len(known.vectors) < FEWEST or known.extractor != canonical(json.loads(vectors[0].extractor.to_json())):
+    if len(known.vectors) < FEWEST or known.extractor != canonical_json(json.loads(vectors[0].extractor.to_json())):
         return None
     return familiarity(torch.stack([vector.values for vector in vectors]).mean(dim=0).numpy(), known.vectors)

@@ -1,24 +1,24 @@
-"""What an ingest is asked for and what it reports.
+"""Ingest adapters: find them, check them, store their bytes, then record them.
 
-Take adapters into the store: find them, check them, store their bytes, then record them.
+    plan     paths -> tasks, in batches
+    put      files -> checked in memory -> blobs, durable        (icmlora.fleet.ingest_files)
+    record   one transaction per batch -> rows
 
-    paths --find--> tasks --batch--> blobs --commit--> rows
-                      `--> refusals: the first one ends the ingest, or all are passed over (skip_bad)
-
-What a batch has recorded stays. The same ingest again records only what is missing.
+A refused input ends the ingest, or is reported and passed over (`skip_bad`). Batches that were recorded stay; running
+the same ingest again records only what is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.errors import AdapterRefused
-from icmlora.fleet.context import Context, Event, Progress, StopFlag
+from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled
+from icmlora.fleet.context import Context, Event, locate_base, reporting
 from icmlora.fleet.ingest_files import PreparedTask, Problem, batches, prepare
 from icmlora.formats.discovery import Discovery, FoundTask, find_adapters
 from registry.errors import MissingBlob, StoreNotFound, TaskConflict
@@ -33,38 +33,38 @@ Conflict = Literal["skip", "replace", "fail"]
 
 @dataclass(frozen=True)
 class IngestRequest:
-    """What to take into the store.
+    """What to ingest.
 
     Attributes:
-        paths: Folders that hold adapters at any depth.
-        name: A name for the one task that is found, instead of its folder's.
-        samples: Training texts for the one task that is found, instead of `samples.jsonl` beside it.
-        skip_bad: Go on past what is refused.
-        on_conflict: What to do with a task whose name has another adapter in the store.
-        dry_run: Check everything, say what the store would make of it, and store nothing.
-        restore: Bring evicted originals back; else they are known and stay evicted.
-        texts: Take `samples.jsonl` and `eval.jsonl` that lie beside adapters; `samples` is taken in any case.
+        paths: Folders with adapters at any depth.
+        name: Name for the task, if exactly one is found. By default a task is named after its folder.
+        samples: Samples for the task, if exactly one is found, instead of the `samples.jsonl` next to its adapter.
+        texts: Also ingest the `samples.jsonl` and `eval.jsonl` found next to adapters.
+        skip_bad: Report refused inputs and continue. By default the first one ends the ingest.
+        on_conflict: What to do if the store has a task of that name with another adapter.
+        restore: Bring evicted originals back. By default they stay evicted.
+        dry_run: Check everything and report what would change, but write nothing.
     """
 
     paths: tuple[Path, ...]
     name: str | None = None
     samples: Path | None = None
+    texts: bool = True
     skip_bad: bool = False
     on_conflict: Conflict = "fail"
-    dry_run: bool = False
     restore: bool = False
-    texts: bool = True
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
-class Ingested(Event):
-    """A task is in the store now, or would be.
+class TaskIngested(Event):
+    """A task is in the store now, or would be after a dry run.
 
     Attributes:
         task: Its name.
         status: `added`, `updated`, `known`, `replaced` or `skipped`.
         new: Adapters that were recorded.
-        known: Adapters that the store had.
+        known: Adapters that the store already had.
         size: Bytes of all its adapters' files.
         evicted: Known adapters that stay evicted.
         restored: Known adapters that were evicted and are back.
@@ -80,13 +80,13 @@ class Ingested(Event):
 
 
 @dataclass(frozen=True)
-class Refused(Event):
-    """Something that is not taken.
+class InputRefused(Event):
+    """An input that was refused and passed over.
 
     Attributes:
         path: The file or folder.
         kind: A short stable word for the reason.
-        message: The fact.
+        message: What is wrong.
         hint: What to do next, or None.
     """
 
@@ -101,18 +101,18 @@ class IngestReport:
     """What an ingest did.
 
     Attributes:
-        found: Tasks that were found.
-        ingested: One entry per task that was taken or already there.
-        refused: One entry per refusal that was passed over.
-        without_vectors: Tasks of this ingest that have no task vectors yet; a dry run does not say.
-        stopped: Whether the user stopped it before the end.
+        found: Number of tasks found.
+        ingested: One entry for each task that was recorded or already known.
+        refused: One entry for each refused input.
+        without_vectors: Those of the tasks that have no task vectors yet; empty after a dry run.
+        extractable: Those of `without_vectors` whose base model is on this machine.
     """
 
     found: int = 0
-    ingested: list[Ingested] = field(default_factory=list)
-    refused: list[Refused] = field(default_factory=list)
+    ingested: list[TaskIngested] = field(default_factory=list)
+    refused: list[InputRefused] = field(default_factory=list)
     without_vectors: list[str] = field(default_factory=list)
-    stopped: bool = False
+    extractable: list[str] = field(default_factory=list)
 
     @property
     def new(self) -> int:
@@ -121,7 +121,7 @@ class IngestReport:
 
     @property
     def known(self) -> int:
-        """Adapters that the store had."""
+        """Adapters that the store already had."""
         return sum(task.known for task in self.ingested)
 
     @property
@@ -136,8 +136,74 @@ class IngestReport:
 
     @property
     def size(self) -> int:
-        """Bytes of all adapters that were taken or already there."""
+        """Bytes of all adapters that were recorded or already known."""
         return sum(task.size for task in self.ingested)
+
+
+def ingest(context: Context, request: IngestRequest) -> IngestReport:
+    """Ingest adapters into the store, creating it if necessary.
+
+    Tells `Progress` in adapters, `TaskIngested` for each task and `InputRefused` for each refusal passed over.
+
+    Raises:
+        AdapterRefused: An input was refused and `skip_bad` is off, or nothing was found, or everything was refused.
+        TaskConflict: The store has a task of that name with another adapter, and `on_conflict` is `fail`.
+        RegistryError: The store cannot be used.
+        Cancelled: The listener stopped it; `report` holds the `IngestReport`.
+    """
+    found = _find(request)
+    report = IngestReport(found=len(found.tasks))
+    refusals = _Refusals(context, request.skip_bad, report)
+    with reporting(report):
+        for refusal in found.refused:
+            refusals.add(refusal, Path(refusal.path or "."))
+        with _open_target(context, request) as target:
+            try:
+                _ingest_batches(context, found.tasks, request, target, report, refusals)
+            except Cancelled:
+                _note_missing_vectors(target.store, report)
+                raise
+            _note_missing_vectors(target.store, report)
+    if not report.ingested and report.refused:
+        first = report.refused[0]
+        fact = f"nothing was ingested: all {len(report.refused)} inputs were refused"
+        raise AdapterRefused(fact, kind=first.kind, path=first.path, hint=first.hint)
+    return report
+
+
+class _Refusals:
+    """The one place that decides what a refused input does: end the ingest, or go into the report."""
+
+    def __init__(self, context: Context, skip_bad: bool, report: IngestReport) -> None:
+        self._context, self._skip_bad, self._report = context, skip_bad, report
+
+    def add(self, error: Exception, path: Path) -> None:
+        """Raise the error, or report it and go on. `path` is used if the error does not name a closer one."""
+        if not self._skip_bad:
+            raise error
+        kind = getattr(error, "kind", "conflict" if isinstance(error, TaskConflict) else "unreadable")
+        message = str(getattr(error, "message", error))
+        where = str(getattr(error, "path", None) or path)
+        refused = InputRefused(where, str(kind), message, getattr(error, "hint", None))
+        self._report.refused.append(refused)
+        self._context.on_event(refused)
+
+
+# Plan
+
+
+def _find(request: IngestRequest) -> Discovery:
+    found = find_adapters(request.paths, name=request.name, texts=request.texts)
+    if not found.tasks and not found.refused:
+        paths = ", ".join(str(path) for path in request.paths)
+        hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors"
+        raise AdapterRefused("no adapter was found", kind="nothing-found", path=paths, hint=hint)
+    if request.samples is None:
+        return found
+    if len(found.tasks) != 1:
+        fact = f"--samples is for one task, but {len(found.tasks)} were found"
+        raise AdapterRefused(fact, kind="samples", path=request.samples, hint="give the folder of a single task")
+    return replace(found, tasks=(replace(found.tasks[0], samples=request.samples),))
 
 
 _Record = Callable[[Sequence[TaskIngest]], list[IngestOutcome]]
@@ -148,9 +214,9 @@ class _Target:
     """Where tasks go.
 
     Attributes:
-        store: Where the bytes of files go; None in a dry run.
-        record: Records tasks, or says what that would do.
-        evicted: Adapters whose weights are checked and not stored.
+        store: Where blobs are stored; None in a dry run.
+        record: Records tasks, or in a dry run says what that would do.
+        evicted: Adapters whose weights are checked but not stored.
     """
 
     store: Store | None
@@ -158,42 +224,17 @@ class _Target:
     evicted: Sequence[EvictedAdapter] = ()
 
 
-def ingest(context: Context, request: IngestRequest, stop: StopFlag) -> Generator[Event, None, IngestReport]:
-    """Take adapters into the store, which is made if there is none.
-
-    Yields:
-        `Step` for progress, `Ingested` for each task, `Refused` for each refusal that is passed over.
-
-    Raises:
-        AdapterRefused: Something was refused and `skip_bad` is off, or nothing at all was found or taken.
-        TaskConflict: A task's name has another adapter in the store, likewise.
-        RegistryError: The store cannot be used.
-    """
-    discovery = _find(request)
-    report = IngestReport(found=len(discovery.tasks))
-    for refusal in discovery.refused:
-        yield _pass_over(refusal, Path(refusal.path or "."), request, report)
-    with _target(context, request) as target:
-        yield from _ingest_batches(discovery.tasks, request, target, report, stop)
-        if target.store is not None:
-            report.without_vectors = _without_vectors(target.store, report)
-    if not report.ingested and report.refused and not report.stopped:
-        first = report.refused[0]
-        fact = f"nothing was taken: all {len(report.refused)} found were refused"
-        raise AdapterRefused(fact, kind=first.kind, path=first.path, hint=first.hint)
-    return report
-
-
 @contextmanager
-def _target(context: Context, request: IngestRequest) -> Iterator[_Target]:
-    """Open the store to write, or for a dry run to read, where a store that is not there yet is an empty one."""
+def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
+    """Open the store for writing. A dry run opens it for reading; a store that does not exist yet counts as empty."""
     if not request.dry_run:
         with context.open(create=True) as store:
             yield _Target(store, store.tasks.ingest, () if request.restore else store.originals.evicted())
         return
-    present = _open_to_read(context)
-    if present is None:
-        # SQLAlchemy comes with it, and takes most of the time that a short command has.
+    try:
+        present = context.open(read_only=True)
+    except StoreNotFound:
+        # SQLAlchemy comes with these, so they are imported only if they are needed.
         from registry.folder import check_place
         from registry.ingest import plan_tasks
 
@@ -204,83 +245,44 @@ def _target(context: Context, request: IngestRequest) -> Iterator[_Target]:
         yield _Target(None, present.tasks.plan_ingest)
 
 
-def _open_to_read(context: Context) -> Store | None:
-    try:
-        return context.open(read_only=True)
-    except StoreNotFound:
-        return None
-
-
-def _find(request: IngestRequest) -> Discovery:
-    discovery = find_adapters(request.paths, name=request.name, texts=request.texts)
-    if not discovery.tasks and not discovery.refused:
-        paths = ", ".join(str(path) for path in request.paths)
-        hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors"
-        raise AdapterRefused("no adapter was found", kind="nothing-found", path=paths, hint=hint)
-    if request.samples is None:
-        return discovery
-    if len(discovery.tasks) != 1:
-        fact = f"--samples is for one task, but {len(discovery.tasks)} were found"
-        raise AdapterRefused(fact, kind="samples", path=request.samples, hint="give the folder of one task")
-    return replace(discovery, tasks=(replace(discovery.tasks[0], samples=request.samples),))
+# Put and record
 
 
 def _ingest_batches(
-    tasks: Sequence[FoundTask], request: IngestRequest, target: _Target, report: IngestReport, stop: StopFlag
-) -> Generator[Event, None, None]:
+    context: Context,
+    tasks: Sequence[FoundTask],
+    request: IngestRequest,
+    target: _Target,
+    report: IngestReport,
+    refusals: _Refusals,
+) -> None:
     total = sum(len(task.adapters) for task in tasks)
     done = 0
-    yield Progress(done, total)
+    context.progress(done, total)
     for batch in batches(tasks):
-        if stop.requested:
-            report.stopped = True
-            return
         prepared = prepare(batch, target.store, target.evicted)
-        # Recorded before any refusal is raised: what is good of a batch stays, wherever the bad one stands in it.
+        # Good tasks are recorded before a refusal is raised, wherever in the batch the refused one is.
         try:
             outcomes = _record(prepared, request, target.record)
         except MissingBlob:
-            # Weights were left out since they are evicted, and now their task gets another adapter: all are needed.
+            # Weights were not stored because they were evicted, but their task now needs them: store everything.
             prepared = prepare(batch, target.store)
             outcomes = _record(prepared, request, target.record)
-        for item, outcome in zip(_good(prepared), outcomes, strict=True):
+        for task, outcome in zip(_good(prepared), outcomes, strict=True):
             if isinstance(outcome, IngestOutcome):
-                ingested = _ingested(item, outcome)
+                ingested = _ingested(task, outcome)
                 report.ingested.append(ingested)
-                yield ingested
+                context.on_event(ingested)
         for problem in _problems(prepared, outcomes):
-            yield _pass_over(problem.error, problem.path, request, report)
+            refusals.add(problem.error, problem.path)
         done += sum(len(task.adapters) for task in batch)
-        yield Progress(done, total, batch[-1].name)
-
-
-def _good(prepared: Sequence[PreparedTask | Problem]) -> list[PreparedTask]:
-    return [item for item in prepared if isinstance(item, PreparedTask)]
-
-
-def _ingested(task: PreparedTask, outcome: IngestOutcome) -> Ingested:
-    return Ingested(
-        task=outcome.name,
-        status=outcome.status,
-        new=outcome.new,
-        known=outcome.known,
-        size=task.size,
-        evicted=outcome.evicted,
-        restored=outcome.restored,
-    )
-
-
-def _problems(prepared: Sequence[PreparedTask | Problem], outcomes: Sequence[IngestOutcome | Problem]) -> list[Problem]:
-    problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
-    for item in prepared:
-        problems.extend([item] if isinstance(item, Problem) else item.problems)
-    return sorted(problems, key=lambda problem: str(problem.path))
+        context.progress(done, total, batch[-1].name)
 
 
 def _record(
     prepared: Sequence[PreparedTask | Problem], request: IngestRequest, record: _Record
 ) -> list[IngestOutcome | Problem]:
-    """Record what is good in one transaction; if one task conflicts, each in its own."""
+    """Record the good tasks in one transaction, or each in its own if one of them conflicts."""
     tasks = _good(prepared)
     rows = [_rows(task, request) for task in tasks]
     try:
@@ -308,18 +310,43 @@ def _rows(task: PreparedTask, request: IngestRequest) -> TaskIngest:
     )
 
 
-def _pass_over(error: Exception, path: Path, request: IngestRequest, report: IngestReport) -> Refused:
-    """Note a refusal, or raise it if refusals end the ingest."""
-    if not request.skip_bad:
-        raise error
-    kind = getattr(error, "kind", "conflict" if isinstance(error, TaskConflict) else "unreadable")
-    message = str(getattr(error, "message", error))
-    where = str(getattr(error, "path", None) or path)
-    refused = Refused(where, str(kind), message, getattr(error, "hint", None))
-    report.refused.append(refused)
-    return refused
+def _good(prepared: Sequence[PreparedTask | Problem]) -> list[PreparedTask]:
+    return [item for item in prepared if isinstance(item, PreparedTask)]
 
 
-def _without_vectors(store: Store, report: IngestReport) -> list[str]:
+def _problems(prepared: Sequence[PreparedTask | Problem], outcomes: Sequence[IngestOutcome | Problem]) -> list[Problem]:
+    problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
+    for item in prepared:
+        problems.extend([item] if isinstance(item, Problem) else item.problems)
+    return sorted(problems, key=lambda problem: str(problem.path))
+
+
+def _ingested(task: PreparedTask, outcome: IngestOutcome) -> TaskIngested:
+    return TaskIngested(
+        task=outcome.name,
+        status=outcome.status,
+        new=outcome.new,
+        known=outcome.known,
+        size=task.size,
+        evicted=outcome.evicted,
+        restored=outcome.restored,
+    )
+
+
+def _note_missing_vectors(store: Store | None, report: IngestReport) -> None:
+    """Note which of the ingested tasks lack vectors, and for which of them the base model is on this machine."""
+    if store is None:
+        return
     names = {task.task for task in report.ingested}
-    return [name for name in store.tasks.without_vectors() if name in names]
+    report.without_vectors = [name for name in store.tasks.without_vectors() if name in names]
+    base_models = {name: store.tasks.get(name).base_model for name in report.without_vectors}
+    local = {label for label in set(base_models.values()) if _is_local(store, label)}
+    report.extractable = [name for name in report.without_vectors if base_models[name] in local]
+
+
+def _is_local(store: Store, label: str) -> bool:
+    try:
+        locate_base(store, label)
+    except BaseModelNotFound:
+        return False
+    return True

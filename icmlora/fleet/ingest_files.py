@@ -1,7 +1,7 @@
-"""Read, check and store the files of found tasks, a batch at a time.
+"""Read, check and store the files of found tasks, one batch at a time.
 
-    FoundTask --check--> PreparedTask (everything stored as blobs, ready to be recorded as rows)
-         `--------------> Problem     (refused: why, and which task or checkpoint it costs)
+    FoundTask --check--> PreparedTask (its bytes are stored as blobs; ready to be recorded)
+         `-------------> Problem      (refused: why, and which task or checkpoint is lost)
 
 Weights and texts are checked in the very bytes that are hashed and stored. Configurations and cards are small: they
 are read first, because weights are checked against them, and stored from memory.
@@ -33,14 +33,15 @@ if TYPE_CHECKING:
 
 _CONFIG_LIMIT = 1 << 20
 _CARD_LIMIT = 4 << 20
-_WITHOUT_TEXTS = "or take the adapter without its texts, with --no-texts"
+_WITHOUT_TEXTS = "or ingest the adapter without its texts, with --no-texts"
+# An interrupted ingest reads at most one batch again: 256 MiB, or 256 adapters.
 _BATCH_BYTES = 256 << 20
-_BATCH_ADAPTERS = 256  # a kill costs at most reading so many again: their blobs are in the store by then
+_BATCH_ADAPTERS = 256
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A refusal: of one checkpoint, or of the whole task."""
+    """A refusal of one checkpoint or of a whole task."""
 
     error: Exception
     path: Path
@@ -48,11 +49,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task whose bytes are in the store, or, in a dry run, were found good.
+    """A task whose bytes are in the store, or in a dry run were only checked.
 
     Attributes:
-        adapters: What is to be recorded.
-        problems: Checkpoints that were left out.
+        found: Where it comes from.
+        base_model: The name that its final adapter gives the base model.
+        adapters: The adapters to record.
+        samples: Digest of the samples, or None.
+        eval_data: Digest of the held-out text, or None.
+        size: Bytes of all its adapters' files.
+        problems: Checkpoints that are left out.
     """
 
     found: FoundTask
@@ -74,10 +80,12 @@ class _Small:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A file that was found good and is in the store, except in a dry run.
+    """A file that passed its checks; it is in the store, except in a dry run.
 
     Attributes:
-        summaries: What an adapter's weights are under each configuration that goes with them; none for texts.
+        digest: Its SHA-256.
+        size: Its length in bytes.
+        summaries: What the weights are under each configuration that goes with them; empty for texts.
     """
 
     digest: str
@@ -85,13 +93,14 @@ class _Checked:
     summaries: _Summaries
 
 
+# Several folders may link to the same weights, each with a configuration of its own: configuration -> summary.
 _Summaries = Mapping[bytes, AdapterSummary | IcmLoraError]
 _Checks = dict[Path, Callable[[bytes | memoryview], _Summaries]]
 _Outcomes = dict[Path, _Checked | Exception]
 
 
 def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
-    """Split tasks into batches of bounded size; a task is never split."""
+    """Split tasks into batches of limited size, without splitting a task."""
     batch: list[FoundTask] = []
     size = count = 0
     for task in tasks:
@@ -113,16 +122,16 @@ def prepare(
 
     Args:
         tasks: One batch.
-        store: Where the blobs go; None only checks.
-        evicted: Adapters whose weights are checked and not stored.
+        store: Where to put the blobs; None to check only.
+        evicted: Adapters whose weights are checked but not stored.
 
     Returns:
-        For each task, in order: what is to be recorded, or why it is refused.
+        For each task, in order: what to record, or why it is refused.
     """
     adapters = [adapter for task in tasks for adapter in task.adapters]
     small = {adapter.folder: _read_small(adapter) for adapter in adapters}
     good = {folder: item for folder, item in small.items() if isinstance(item, _Small)}
-    configs: defaultdict[Path, set[bytes]] = defaultdict(set)  # several folders may link to the same weights
+    configs: defaultdict[Path, set[bytes]] = defaultdict(set)
     for adapter in adapters:
         if adapter.folder in good:
             configs[adapter.weights].add(good[adapter.folder].config)
@@ -142,7 +151,7 @@ def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
     try:
         config = read_regular(found.config, max_bytes=_CONFIG_LIMIT)
         card = None if found.card is None else read_regular(found.card, max_bytes=_CARD_LIMIT)
-        with located(found.config):  # by itself, so that its faults are not said of the weights
+        with located(found.config):  # parsed separately, so that an error names this file and not the weights
             AdapterConfig.parse(config)
     except IcmLoraError as error:
         return error
@@ -150,7 +159,7 @@ def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
 
 
 def _inspect(configs: Sequence[bytes], data: bytes | memoryview, *, path: Path) -> _Summaries:
-    """Check weights under each of their configurations; raises if they are good under none."""
+    """Check weights under each of their configurations; raise if they are valid under none."""
     found: dict[bytes, AdapterSummary | IcmLoraError] = {}
     for config in configs:
         try:
@@ -173,22 +182,22 @@ def _check_text(data: bytes | memoryview, *, path: Path) -> _Summaries:
 
 
 def _too_large(path: Path) -> DataError:
-    hint = f"keep a sample of the task's text; {_WITHOUT_TEXTS}"
+    hint = f"shorten the file to a sample of the task's text; {_WITHOUT_TEXTS}"
     return DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint=hint)
 
 
 def _withheld(
     tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Sequence[EvictedAdapter]
 ) -> dict[Path, set[str]]:
-    """Return weights file -> digests of evicted weights that it may turn out to hold.
+    """Return weights file -> digests of evicted weights that it may hold and that are not to be stored again.
 
-    Where another adapter needs them after all, recording says so, and all are stored.
+    If another adapter needs them after all, recording raises `MissingBlob`, and the batch is stored in full.
     """
     if not evicted:
         return {}
     known: defaultdict[tuple[str, str, int | None, bool], set[str]] = defaultdict(set)
     for row in evicted:
-        # A final adapter is known by its bytes alone, a checkpoint by its step too, as in the store.
+        # As in the store, a final adapter is recognised by its bytes alone, a checkpoint also by its step.
         known[row.task.lower(), row.config, None if row.is_final else row.step, row.is_final].add(row.weights)
     withheld: defaultdict[Path, set[str]] = defaultdict(set)
     for task in tasks:
@@ -206,7 +215,7 @@ def _check_and_store(
     def inspect(path: Path, data: memoryview) -> _Summaries:
         return checks[path](data)
 
-    # Everything of the batch at once: what takes time is waiting for the disk, once per call.
+    # The whole batch in one call: each call waits for the disk once, and that is what takes time.
     outcomes: _Outcomes = {}
     done = store.blobs.put_files(list(checks), inspect, refusals=(IcmLoraError,), contents=contents, withheld=withheld)
     for result in done:
@@ -218,7 +227,7 @@ def _check_and_store(
 
 
 def _check_only(checks: _Checks) -> _Outcomes:
-    """Read files as the store would, and refuse what it would refuse."""
+    """Read the files as the store would, and refuse what it would refuse."""
     outcomes: _Outcomes = {}
     for path, check in checks.items():
         try:
@@ -232,7 +241,7 @@ def _check_only(checks: _Checks) -> _Outcomes:
 def _prepared(
     task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
 ) -> PreparedTask | Problem:
-    """Bring together what was read of one task; without its final adapter, or with bad texts, there is no task."""
+    """Put together what was read of one task; it is refused if its final adapter or its texts are."""
     rows: list[NewAdapter] = []
     problems: list[Problem] = []
     base_model, size = "", 0
@@ -290,7 +299,7 @@ def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSumma
 
 
 def _size(path: Path) -> int:
-    """Return a file's size for planning; one that vanished is refused when it is read."""
+    """Return a file's size for planning; a file that is gone by then is refused when it is read."""
     try:
         return path.stat(follow_symlinks=False).st_size
     except OSError:

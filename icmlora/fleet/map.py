@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, check_base_model
 from icmlora.fleet.pictures import MappedFleet, draw_map, grouped_reasons
-from icmlora.fleet.vectors import LeftOut, comparable_vectors
+from icmlora.fleet.stored_vectors import LeftOut, comparable_vectors
 from icmlora.io.staging import check_absent, writing_file
 from icmlora.task_vectors.clusters import map_tasks
 from icmlora.task_vectors.distances import FEWEST, Neighbour, ranked, task_distances

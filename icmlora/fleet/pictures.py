@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import chain
 
-from icmlora.fleet.vectors import LeftOut
+from icmlora.fleet.stored_vectors import LeftOut
 from icmlora.io.text import counted
 from icmlora.task_vectors.clusters import MappedTask, TaskMap
 from registry.names import printable

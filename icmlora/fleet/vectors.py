@@ -1,215 +1,147 @@
-"""The task vectors of a base model that may be compared with each other. Never imports torch.
-
-Extract the task vectors that are missing: run the base model, with and without each adapter, over its samples.
-"""
+"""Extract task vectors: run the base model over samples of each task, with and without the task's adapter."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Generator, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from icmlora.base_models.causal_lm import BaseModel, check_fits
 from icmlora.errors import BaseModelNotFound
-from icmlora.fleet.context import Context, Event, Progress, StopFlag, sample_texts
+from icmlora.fleet.context import Context, Event, reporting, sample_texts
 from icmlora.fleet.loading import open_base, write_plain_copy
 from icmlora.io.devices import resolve_device
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
-from icmlora.task_vectors.file import arrays_from_bytes, vectors_to_bytes
+from icmlora.task_vectors.file import vectors_to_bytes
 from icmlora.task_vectors.vector import TaskVector
 from registry.errors import CodeChanged, TaskNotFound
-from registry.records import Json, NewVector, TaskRecord, TaskSummary, VectorRecord, View
+from registry.records import NewVector, TaskSummary, View
 
 if TYPE_CHECKING:
     from registry.store import Store
 
+VECTOR_DTYPE = torch.bfloat16
+"""Precision of the base model, on every device: vectors made in another precision cannot be compared.
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A task without vectors that could be compared, and why."""
-
-    task: str
-    reason: str
+bfloat16 is twice as fast as float32 and moves a vector by less than a hundredth of what another support set does.
+"""
 
 
 @dataclass(frozen=True)
-class KnownVectors:
-    """Task vectors that one extractor made.
+class VectorRequest:
+    """What to extract.
 
     Attributes:
-        vectors: Task -> its vectors, one support set a row: float32, shape (sets, hidden size). By name.
-        left_out: The other tasks of the base model.
-        extractor: What made them, as JSON with sorted keys; None where there are none.
+        names: Tasks; all if empty.
+        device: Where to run the base model, as `--device` takes it.
+        again: Include tasks that already have vectors.
     """
 
-    vectors: dict[str, NDArray[np.float32]]
-    left_out: tuple[LeftOut, ...]
-    extractor: str | None = None
-
-
-def latest_vectors(rows: Iterable[VectorRecord]) -> list[VectorRecord]:
-    """Return the vectors of the last recorded extractor of each view: those of different extractors do not mix."""
-    ordered = sorted(rows, key=lambda row: row.id)
-    extractors = {row.view: row.extractor for row in ordered}
-    return [row for row in ordered if row.extractor == extractors[row.view]]
-
-
-def comparable_vectors(store: Store, tasks: Sequence[TaskRecord], view: View, like: str | None = None) -> KnownVectors:
-    """Read the vectors of tasks, as far as one extractor made them.
-
-    Args:
-        store: The open store.
-        tasks: Tasks of one base model.
-        view: Which vectors.
-        like: Name of the task whose extractor counts; None for the one that made most tasks' vectors.
-
-    Raises:
-        DamagedStore: Bytes that are not those that were stored.
-        DataError: Bytes that are no task vectors.
-    """
-    of_task: defaultdict[str, list[VectorRecord]] = defaultdict(list)
-    for vector in store.vectors.all():
-        of_task[vector.task].append(vector)
-    rows = {task.name: latest_vectors(of_task[task.name]) for task in tasks}
-    sets = {name: [row for row in found if row.view == view] for name, found in rows.items()}
-    made_by = {name: canonical(found[0].extractor) for name, found in sets.items() if found}
-    # Of two that made equally many, the one of the first task by name: the answer is the same every time.
-    common = Counter(made_by[name] for name in sorted(made_by)).most_common(1)
-    chosen = made_by.get(like) if like is not None else common[0][0] if common else None
-    vectors, left_out = {}, []
-    for name in sorted(rows):
-        if chosen is not None and made_by.get(name) == chosen:
-            vectors[name] = _read(store, sets[name])
-        else:
-            left_out.append(LeftOut(name, _reason(rows[name], view, made_by.get(name), chosen)))
-    return KnownVectors(vectors, tuple(left_out), chosen if vectors else None)
-
-
-def _read(store: Store, rows: Sequence[VectorRecord]) -> NDArray[np.float32]:
-    files = {blob: arrays_from_bytes(store.blobs.read(blob)) for blob in {row.blob for row in rows}}
-    return np.stack([files[row.blob][row.view][row.support_set] for row in rows])
-
-
-def canonical(extractor: Json) -> str:
-    """Return an extractor as text that is equal for equal ones."""
-    return json.dumps(extractor, sort_keys=True)
-
-
-def _reason(rows: Sequence[VectorRecord], view: View, made_by: str | None, chosen: str | None) -> str:
-    if not rows:
-        return "no vectors"
-    if made_by is None or chosen is None:
-        return f"no vectors of the {view} view, which needs samples"
-    own, others = json.loads(made_by), json.loads(chosen)
-    if own.get("source") != others.get("source"):
-        return f"read through {_source(own)}, where the others were read through {_source(others)}"
-    if own.get("base") != others.get("base"):
-        return "read by another copy of the base model"
-    return "read by another icm, or with other settings"
-
-
-def _source(extractor: dict[str, object]) -> str:
-    return "probe texts" if extractor.get("source") == "probes" else "samples"
-
-
-VECTOR_DTYPE = torch.bfloat16
-"""Precision of the base model that vectors are made with, on every device: others cannot be compared with them."""
+    names: Sequence[str] = ()
+    device: str = "auto"
+    again: bool = False
 
 
 @dataclass(frozen=True)
-class Extracted(Event):
-    """The vectors of one task are stored."""
+class VectorsExtracted(Event):
+    """The vectors of one task are stored.
+
+    Attributes:
+        task: Its name.
+        vectors: How many there are, over all views and support sets.
+        source: `samples`, or `probes` for a task without samples.
+    """
 
     task: str
     vectors: int
     source: str
-    """`samples`, or `probes` where the task has none."""
 
 
 @dataclass
 class VectorReport:
-    """What an extraction did."""
+    """What an extraction did.
 
-    tasks: list[Extracted] = field(default_factory=list)
+    Attributes:
+        tasks: Tasks whose vectors were stored.
+        present: How many tasks already had vectors.
+        evicted: Tasks that need vectors, but whose original was evicted.
+        changed: Tasks that got another adapter or other samples during the extraction; nothing was stored for them.
+    """
+
+    tasks: list[VectorsExtracted] = field(default_factory=list)
     present: int = 0
-    """Tasks that had their vectors already."""
     evicted: list[str] = field(default_factory=list)
-    """Tasks that lack vectors, or were to get new ones, and whose original is gone."""
     changed: list[str] = field(default_factory=list)
-    """Tasks that got another adapter or other samples while theirs were read: nothing was stored."""
-    stopped: bool = False
+
+    @property
+    def done(self) -> int:
+        """Tasks that need no more work."""
+        return len(self.tasks) + len(self.changed)
 
 
-def extract_missing(
-    context: Context, names: Sequence[str], *, device: str, again: bool, stop: StopFlag
-) -> Generator[Event, None, VectorReport]:
-    """Extract and store task vectors, task by task; what is stored stays, whatever ends the work.
+def extract_vectors(context: Context, request: VectorRequest) -> VectorReport:
+    """Extract and store task vectors, one task after the other; what is stored stays.
 
-    A base model that is missing keeps nobody from the tasks of the others; it is raised after them.
-
-    Args:
-        context: The store.
-        names: Tasks; all if empty.
-        device: As `--device` takes it.
-        again: Also for tasks that have vectors.
-        stop: Looked at between tasks.
+    If a base model is missing, the tasks of the others are done first, then the error is raised.
 
     Raises:
-        DeviceUnavailable: The device is not there; nothing was opened.
+        DeviceUnavailable: The device does not exist; nothing was opened.
         BaseModelNotFound: A base model is not on this machine.
         BaseModelMismatch: An adapter does not fit its base model.
         TaskNotFound: A name is not in the store.
+        Cancelled: The listener stopped it; `report` holds the `VectorReport`.
     """
-    chosen = resolve_device(device)
+    device = resolve_device(request.device)
     report = VectorReport()
-    with context.open() as store:
-        wanted = {store.tasks.get(name).name for name in names}
-        rows = [row for row in store.tasks.summaries() if not wanted or row.task.name in wanted]
-        todo: defaultdict[str, list[TaskSummary]] = defaultdict(list)
-        for row in rows:
-            if row.vectors and not again:
-                report.present += 1
-            elif row.final.is_evicted:
-                report.evicted.append(row.task.name)
-            else:
-                todo[row.task.base_model].append(row)
+    with context.open() as store, reporting(report):
+        todo = _plan(store, request, report)
         total = sum(map(len, todo.values()))
-        yield Progress(0, total)
+        context.progress(0, total)
         missing: BaseModelNotFound | None = None
         for label, tasks in todo.items():
-            yield Progress(len(report.tasks) + len(report.changed), total, f"loading {label}")
+            context.progress(report.done, total, f"loading {label}")
             try:
-                # bfloat16 moves a vector by less than a hundredth of what another support set does: twice as fast.
-                base = open_base(store, label, chosen, VECTOR_DTYPE, cache=context.cache)
+                base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
             except BaseModelNotFound as error:
                 missing = missing or error
                 continue
-            for row in tasks:
-                if stop.requested:
-                    report.stopped = True
-                    return report
-                done = _extract(store, base, row)
-                if done is None:
-                    report.changed.append(row.task.name)
+            for task in tasks:
+                extracted = _extract(store, base, task)
+                if extracted is None:
+                    report.changed.append(task.task.name)
                 else:
-                    report.tasks.append(done)
-                    yield done
-                yield Progress(len(report.tasks) + len(report.changed), total, row.task.name)
+                    report.tasks.append(extracted)
+                    context.on_event(extracted)
+                context.progress(report.done, total, task.task.name)
     if missing is not None:
         raise missing
     return report
 
 
-def _extract(store: Store, base: BaseModel, row: TaskSummary) -> Extracted | None:
-    """Extract and store the vectors of one task; None where the task is another one by now."""
+def _plan(store: Store, request: VectorRequest, report: VectorReport) -> dict[str, list[TaskSummary]]:
+    """Return the tasks to work on by base model, and note the others in the report."""
+    wanted = {store.tasks.get(name).name for name in request.names}
+    todo: defaultdict[str, list[TaskSummary]] = defaultdict(list)
+    for row in store.tasks.summaries():
+        if wanted and row.task.name not in wanted:
+            continue
+        if row.vectors and not request.again:
+            report.present += 1
+        elif row.final.is_evicted:
+            report.evicted.append(row.task.name)
+        else:
+            todo[row.task.base_model].append(row)
+    return todo
+
+
+def _extract(store: Store, base: BaseModel, row: TaskSummary) -> VectorsExtracted | None:
+    """Extract and store the vectors of one task; return None if the task changed in the meantime."""
     check_fits(base, row.final.layout)
     samples = sample_texts(store, row.task)
     with tempfile.TemporaryDirectory(prefix="icm-") as folder:
@@ -222,15 +154,15 @@ def _extract(store: Store, base: BaseModel, row: TaskSummary) -> Extracted | Non
         store.vectors.add(put_vectors(store, row.task.name, vectors), of=row)
     except (TaskNotFound, CodeChanged):
         return None
-    return Extracted(row.task.name, len(vectors), "probes" if samples is None else "samples")
+    return VectorsExtracted(row.task.name, len(vectors), "probes" if samples is None else "samples")
 
 
 def put_vectors(store: Store, task: str, vectors: Sequence[TaskVector]) -> list[NewVector]:
-    """Store the vectors of a task as one file, and return the rows that are to be recorded."""
-    sets: defaultdict[View, list[torch.Tensor]] = defaultdict(list)
+    """Store the vectors of a task as one file and return the rows to record."""
+    by_view: defaultdict[View, list[torch.Tensor]] = defaultdict(list)
     for vector in vectors:
-        sets[vector.view].append(vector.values)
-    blob = store.blobs.put(vectors_to_bytes({view: torch.stack(values) for view, values in sets.items()}))
+        by_view[vector.view].append(vector.values)
+    blob = store.blobs.put(vectors_to_bytes({view: torch.stack(values) for view, values in by_view.items()}))
     return [_row(task, vector, blob) for vector in vectors]
 
 

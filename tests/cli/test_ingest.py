@@ -2,28 +2,22 @@
 
 import json
 import os
-from collections.abc import Callable, Generator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.fleet.context import Context, Event, StopFlag
-from icmlora.fleet.ingest import IngestReport, IngestRequest, ingest
+from icmlora import Cancelled, Fleet
+from icmlora.fleet.context import Event, Progress
+from icmlora.fleet.ingest import IngestReport
+from icmlora.fleet.ingest_files import batches
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.fleet import write_adapter, write_run, write_texts
 
 Icm = Callable[..., Ran]
-
-
-def finished(work: Generator[Event, None, IngestReport]) -> IngestReport:
-    """Run a workflow to its end and return its result."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
 
 
 def names(icm: Icm) -> list[str]:
@@ -147,7 +141,7 @@ def test_when_everything_is_refused_the_first_reason_decides_the_exit_code(icm: 
     write_adapter(tmp_path / "b", bias="all")
     ran = icm("ingest", tmp_path, "--skip-bad")
     assert ran.code == ExitCode.FAILED
-    assert "all 2 found were refused" in ran.err
+    assert "all 2 inputs were refused" in ran.err
 
 
 def test_a_folder_without_adapters_is_an_error(icm: Icm, tmp_path: Path) -> None:
@@ -308,17 +302,63 @@ def test_a_hostile_folder_name_cannot_reach_the_terminal(icm: Icm, tmp_path: Pat
     assert not {"\x1b", "\u202e"} & set(ran.err + ran.out)
 
 
-def test_a_stopped_ingest_keeps_what_it_has_and_says_so(fleet: Path, tmp_path: Path) -> None:
-    stop = StopFlag()
-    stop.requested = True
-    work = ingest(Context(tmp_path / "store"), IngestRequest((fleet,)), stop)
-    report = finished(work)
-    assert (report.stopped, report.ingested) == (True, [])
+def stopping(batches: Callable[..., Iterator[object]]) -> Callable[..., Iterator[object]]:
+    """Return the same batches; the user presses Ctrl-C when the first one is handed out."""
+
+    def call(*arguments: object) -> Iterator[object]:
+        for number, batch in enumerate(batches(*arguments)):
+            if number == 0:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    return call
+
+
+def stop_after(count: int) -> Callable[[Event], None]:
+    """Return a listener that stops the work with its nth event."""
+    heard: list[Event] = []
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        if len(heard) == count:
+            raise Cancelled
+
+    return listen
+
+
+def test_an_ingest_that_is_stopped_at_once_has_stored_nothing(fleet: Path, tmp_path: Path) -> None:
+    with pytest.raises(Cancelled) as stop:
+        Fleet(tmp_path / "store", on_event=stop_after(1)).ingest([fleet])
+    assert isinstance(stop.value.report, IngestReport)
+    assert (stop.value.report.found, stop.value.report.ingested) == (3, [])
+
+
+def test_an_ingest_that_is_stopped_between_batches_keeps_the_first(
+    icm: Icm, fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icmlora.fleet.ingest_files._BATCH_ADAPTERS", 3)
+    with pytest.raises(Cancelled) as stop:
+        Fleet(tmp_path / "store", on_event=stop_after(3)).ingest([fleet])  # progress, the first task, progress
+    assert isinstance(stop.value.report, IngestReport)
+    assert [task.task for task in stop.value.report.ingested] == names(icm) == ["rust"]
+    assert stop.value.report.without_vectors == ["rust"]
+
+
+def test_a_stopped_command_prints_what_it_has_and_exits_with_130(
+    icm: Icm, fleet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icmlora.fleet.ingest_files._BATCH_ADAPTERS", 3)
+    monkeypatch.setattr("icmlora.fleet.ingest.batches", stopping(batches))
+    ran = icm("ingest", fleet, "--json")
+    assert ran.code == ExitCode.INTERRUPTED
+    assert [event["type"] for event in ran.events] == ["task", "summary"]
+    assert "1 of 3 tasks" in ran.err.splitlines()[-1]
 
 
 def test_progress_counts_adapters(fleet: Path, tmp_path: Path) -> None:
-    steps = [e for e in ingest(Context(tmp_path / "store"), IngestRequest((fleet,)), StopFlag()) if hasattr(e, "done")]
-    assert [(step.done, step.total) for step in steps] == [(0, 9), (9, 9)]
+    heard: list[Event] = []
+    Fleet(tmp_path / "store", on_event=heard.append).ingest([fleet])
+    assert [(event.done, event.total) for event in heard if isinstance(event, Progress)] == [(0, 9), (9, 9)]
 
 
 def test_ingest_does_not_need_torch(fleet: Path) -> None:

@@ -106,7 +106,7 @@ class TestVectors:
     ) -> None:
         before(monkeypatch, vectors, "extract_adapted", lambda: replace_adapter(mixed, other))
         ran = icm(*self.VECTORS)
-        assert (ran.code, "not stored: poems" in ran.err) == (0, True)
+        assert (ran.code, "in the meantime: poems" in ran.err) == (0, True)
         assert self.of_poems(mixed) == []
         assert icm("vectors", "--device", "cpu", "--json").events[-1]["extracted"] == 1
 

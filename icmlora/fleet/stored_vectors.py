@@ -1,0 +1,115 @@
+"""Read the task vectors that a store has, as far as they may be compared with each other. Never imports torch.
+
+Vectors may be compared when one extractor made them: the same base model, the same settings, and the same kind of
+text (samples of the task, or the bundled probe texts).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icmlora.task_vectors.file import arrays_from_bytes
+from registry.records import Json, TaskRecord, VectorRecord, View
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A task whose vectors cannot be compared with the others, and why."""
+
+    task: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ComparableVectors:
+    """Task vectors that one extractor made.
+
+    Attributes:
+        vectors: Task -> one row per support set, float32 of shape (support sets, hidden size). Ordered by name.
+        left_out: The other tasks of the base model.
+        extractor: What made them, as JSON with sorted keys; None if there are none.
+    """
+
+    vectors: dict[str, NDArray[np.float32]]
+    left_out: tuple[LeftOut, ...]
+    extractor: str | None = None
+
+
+def latest_vectors(rows: Iterable[VectorRecord]) -> list[VectorRecord]:
+    """Return, for each view, only the vectors of the extractor that was recorded last: different ones do not mix."""
+    ordered = sorted(rows, key=lambda row: row.id)
+    extractors = {row.view: row.extractor for row in ordered}
+    return [row for row in ordered if row.extractor == extractors[row.view]]
+
+
+def comparable_vectors(
+    store: Store, tasks: Sequence[TaskRecord], view: View, like: str | None = None
+) -> ComparableVectors:
+    """Read the vectors of some tasks that were all made by one extractor.
+
+    Args:
+        store: The open store.
+        tasks: Tasks of one base model.
+        view: `adapted` or `context`.
+        like: Use the extractor of this task. By default the extractor that made the vectors of most tasks.
+
+    Raises:
+        DamagedStore: A file has changed since it was stored.
+        DataError: A file does not hold task vectors.
+    """
+    of_task: defaultdict[str, list[VectorRecord]] = defaultdict(list)
+    for vector in store.vectors.all():
+        of_task[vector.task].append(vector)
+    rows = {task.name: latest_vectors(of_task[task.name]) for task in tasks}
+    in_view = {name: [row for row in found if row.view == view] for name, found in rows.items()}
+    made_by = {name: canonical_json(found[0].extractor) for name, found in in_view.items() if found}
+    if like is not None:
+        chosen = made_by.get(like)
+    else:
+        # Counted by name, so that of two extractors with equally many tasks the same one wins every time.
+        common = Counter(made_by[name] for name in sorted(made_by)).most_common(1)
+        chosen = common[0][0] if common else None
+    vectors, left_out = {}, []
+    for name in sorted(rows):
+        if chosen is not None and made_by.get(name) == chosen:
+            vectors[name] = _read(store, in_view[name])
+        else:
+            left_out.append(LeftOut(name, _reason(rows[name], view, made_by.get(name), chosen)))
+    return ComparableVectors(vectors, tuple(left_out), chosen if vectors else None)
+
+
+def canonical_json(extractor: Json) -> str:
+    """Return an extractor as text; equal extractors give equal text."""
+    return json.dumps(extractor, sort_keys=True)
+
+
+def _read(store: Store, rows: Sequence[VectorRecord]) -> NDArray[np.float32]:
+    files = {blob: arrays_from_bytes(store.blobs.read(blob)) for blob in {row.blob for row in rows}}
+    return np.stack([files[row.blob][row.view][row.support_set] for row in rows])
+
+
+def _reason(rows: Sequence[VectorRecord], view: View, made_by: str | None, chosen: str | None) -> str:
+    if not rows:
+        return "no vectors"
+    if made_by is None or chosen is None:
+        return f"no vectors of the {view} view, which needs samples"
+    own, others = json.loads(made_by), json.loads(chosen)
+    if own.get("source") != others.get("source"):
+        return f"read through {_texts_of(own)}, where the others were read through {_texts_of(others)}"
+    if own.get("base") != others.get("base"):
+        return "made with another copy of the base model"
+    return "made by another version of icm, or with other settings"
+
+
+def _texts_of(extractor: dict[str, object]) -> str:
+    return "probe texts" if extractor.get("source") == "probes" else "samples"
