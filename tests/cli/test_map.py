@@ -177,7 +177,7 @@ def test_vectors_of_another_copy_of_the_base_model_do_not_mix(icm: Icm, fruit: P
     icm("ingest", write_lora(tmp_path / "new"), "--no-vectors")
     give_vectors(fruit, "new", "ships", base="f" * 64)
     left_out = {entry["task"]: entry["reason"] for entry in icm("map", "--json").document["left_out"]}
-    assert left_out["new"] == "read by another copy of the base model"
+    assert left_out["new"] == "made with another copy of the base model"
 
 
 def test_two_names_of_the_same_vectors_are_said_to_be_alike(icm: Icm, fruit: Path, tmp_path: Path) -> None:

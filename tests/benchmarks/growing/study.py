@@ -25,7 +25,7 @@ from icmlora.fleet.materialize import MaterializeRequest, write_rung
 from icmlora.fleet.train import train
 from icmlora.fleet.training_run import TrainRequest
 from icmlora.fleet.update import update
-from icmlora.fleet.vectors import extract_missing
+from icmlora.fleet.vectors import VectorRequest, extract_vectors
 
 Result = TypeVar("Result")
 MAX_ERROR = 0.3
@@ -83,10 +83,10 @@ class Growing:
 
     def _stage(self, folders: Sequence[Path], *, fresh: bool) -> Stage:
         self._folders |= {folder.name: folder for folder in folders}
-        finish(ingest(self._place, IngestRequest(tuple(folders)), StopFlag()))
+        ingest(self._place, IngestRequest(tuple(folders)))
         if fresh:
             add_base(self._place, self._label, self._base_folder)
-        finish(extract_missing(self._place, [], device="cpu", again=False, stop=StopFlag()))
+        extract_vectors(self._place, VectorRequest(device="cpu"))
         began = time.monotonic()
         request = TrainRequest(device="cpu")
         finish((train if fresh else update)(self._place, request, StopFlag()))

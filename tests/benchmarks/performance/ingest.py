@@ -11,8 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from icmlora.fleet.context import Context, StopFlag
-from icmlora.fleet.ingest import IngestRequest, ingest
+from icmlora import Fleet
 from tests.benchmarks.performance.commands import icm, process
 from tests.benchmarks.performance.figures import Figure, seconds
 from tests.benchmarks.performance.machine import weight_files
@@ -56,8 +55,7 @@ def _hash(files: list[Path]) -> None:
 
 
 def _ingest(fleet: Path, store: Path) -> None:
-    for _ in ingest(Context(store), IngestRequest(paths=(fleet,)), StopFlag()):
-        pass
+    Fleet(store).ingest([fleet])
 
 
 def _new(stores: Path) -> Path:
