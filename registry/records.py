@@ -73,6 +73,7 @@ class AdapterRecord:
         card: digest of the model card, if any.
         layout: its modules, in order.
         source: where it came from, as a label.
+        format: name of the format of its files.
         original_bytes: weights, config and card together, as they were ingested.
         weights_bytes: the weights alone.
         evicted_at: when the weights were deleted, None while the store has them; everything else stays known.
@@ -92,6 +93,7 @@ class AdapterRecord:
     target_modules: tuple[str, ...]
     layout: tuple[LayoutEntry, ...]
     source: str
+    format: str
     original_bytes: int
     weights_bytes: int
     created_at: str
@@ -125,6 +127,7 @@ class NewAdapter:
     layout: Sequence[LayoutEntry]
     source: str
     is_generated: bool = False
+    format: str = "peft"
 
 
 @dataclass(frozen=True)
@@ -451,8 +454,10 @@ class Description(NamedTuple):
     parameters: int
     target_modules: Sequence[str]
     layout: Sequence[LayoutEntry]
+    format: str
 
 
 def description_of(new: NewAdapter) -> Description:
     """Return the description of a new adapter, in a form that can be a key."""
-    return Description(new.dtype, new.rank_max, new.parameters, tuple(new.target_modules), tuple(new.layout))
+    modules, layout = tuple(new.target_modules), tuple(new.layout)
+    return Description(new.dtype, new.rank_max, new.parameters, modules, layout, new.format)

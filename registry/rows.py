@@ -281,6 +281,7 @@ def adapter_record(row: models.Adapter) -> records.AdapterRecord:
         target_modules=tuple(description.target_modules),
         layout=tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in description.layout),
         source=_source(row),
+        format=description.format,
         original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
         weights_bytes=row.weights.size,
         created_at=row.created_at,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.adapter.model import Adapter
+from icmlora.fleet.loading import read_original
 from icmlora.fleet.stored_vectors import latest_vectors
-from icmlora.formats.peft import load_adapter
 from icmlora.generator.config import MAX_SLOTS
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch, initial_under
@@ -97,7 +97,7 @@ class StoreAdapterSource:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        adapter = load_adapter(self._store.blobs.read(row.config), self._store.blobs.read(row.weights))
+        adapter = read_original(self._store, row)
         self._cache[key] = adapter
         self._cached += row.parameters * _FLOAT32
         while self._cached > _CACHE_BYTES and len(self._cache) > 1:

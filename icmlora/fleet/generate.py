@@ -35,8 +35,7 @@ from icmlora.fleet.meta_train import SAMPLE_TOKENS, read_fewshot_start
 from icmlora.fleet.search import Refiner, refined
 from icmlora.fleet.stored_vectors import canonical_json, comparable_vectors
 from icmlora.fleet.vectors import VECTOR_DTYPE, put_vectors
-from icmlora.formats.peft import inspect_adapter, save_adapter
-from icmlora.formats.tree import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from icmlora.formats.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME, save_adapter
 from icmlora.generator.codec import Encoded
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device
@@ -114,7 +113,7 @@ def register(
     """
     config, weights = (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
     card = store.blobs.put((folder / CARD_NAME).read_bytes())
-    summary = inspect_adapter(config, weights, path=folder)
+    summary = PEFT.inspect(config, weights, path=folder)
     original = NewAdapter(
         weights=hashlib.sha256(weights).hexdigest(),
         config=store.blobs.put(config),

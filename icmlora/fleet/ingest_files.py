@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.base_models.examples import MAX_BYTES, parse_examples
-from icmlora.errors import DataError, IcmLoraError, located
+from icmlora.errors import AdapterRefused, DataError, IcmLoraError, located
 from icmlora.formats.discovery import FoundAdapter, FoundTask
-from icmlora.formats.peft import AdapterSummary, inspect_adapter
-from icmlora.formats.peft_config import AdapterConfig
+from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.io.files import read_regular
 from registry.blobs.local import PutRefusal, digest_of
 from registry.errors import SourceRefused
@@ -129,13 +128,16 @@ def prepare(
         For each task, in order: what to record, or why it is refused.
     """
     adapters = [adapter for task in tasks for adapter in task.adapters]
-    small = {adapter.folder: _read_small(adapter) for adapter in adapters}
+    small = {adapter.place: _read_small(adapter) for adapter in adapters}
     good = {folder: item for folder, item in small.items() if isinstance(item, _Small)}
+    formats = {adapter.weights: adapter.format for adapter in adapters}
     configs: defaultdict[Path, set[bytes]] = defaultdict(set)
     for adapter in adapters:
-        if adapter.folder in good:
-            configs[adapter.weights].add(good[adapter.folder].config)
-    checks: _Checks = {path: partial(_inspect, sorted(some), path=path) for path, some in configs.items()}
+        if adapter.place in good:
+            configs[adapter.weights].add(good[adapter.place].config)
+    checks: _Checks = {
+        path: partial(_inspect, formats[path], sorted(some), path=path) for path, some in configs.items()
+    }
     texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
     checks |= {path: partial(_check_text, path=path) for path in sorted(texts) if _size(path) <= MAX_BYTES}
     contents = [data for item in good.values() for data in (item.config, item.card) if data is not None]
@@ -149,27 +151,39 @@ def prepare(
 
 def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
     try:
-        config = read_regular(found.config, max_bytes=_CONFIG_LIMIT)
+        config = b"" if found.config is None else read_regular(found.config, max_bytes=_CONFIG_LIMIT)
         card = None if found.card is None else read_regular(found.card, max_bytes=_CARD_LIMIT)
         with located(found.config):  # parsed separately, so that an error names this file and not the weights
-            AdapterConfig.parse(config)
+            found.format.read_config(config)
     except IcmLoraError as error:
         return error
     return _Small(config, card)
 
 
-def _inspect(configs: Sequence[bytes], data: bytes | memoryview, *, path: Path) -> _Summaries:
+def _inspect(
+    adapter_format: AdapterFormat, configs: Sequence[bytes], data: bytes | memoryview, *, path: Path
+) -> _Summaries:
     """Check weights under each of their configurations; raise if they are valid under none."""
     found: dict[bytes, AdapterSummary | IcmLoraError] = {}
     for config in configs:
         try:
-            found[config] = inspect_adapter(config, data, path=path)
+            found[config] = _refuse_extras(adapter_format.inspect(config, data, path=path), path)
         except IcmLoraError as error:
             found[config] = error
     errors = [item for item in found.values() if isinstance(item, IcmLoraError)]
     if len(errors) == len(found):
         raise errors[0]
     return found
+
+
+def _refuse_extras(summary: AdapterSummary, path: Path) -> AdapterSummary:
+    """Refuse what the store could not give back once only a code is left of the adapter."""
+    if summary.extras:
+        message = f"{summary.extras[0]} is not part of a LoRA ({len(summary.extras)} such tensors)"
+        raise AdapterRefused(
+            message, kind="extras", path=path, hint="remove what is not LoRA, or keep the file as it is"
+        )
+    return summary
 
 
 def _check_text(data: bytes | memoryview, *, path: Path) -> _Summaries:
@@ -202,8 +216,8 @@ def _withheld(
     withheld: defaultdict[Path, set[str]] = defaultdict(set)
     for task in tasks:
         for found in task.adapters:
-            if found.folder in small:
-                config = digest_of(small[found.folder].config)
+            if found.place in small:
+                config = digest_of(small[found.place].config)
                 step = None if found.is_final else found.step
                 withheld[found.weights] |= known[task.name.lower(), config, step, found.is_final]
     return withheld
@@ -248,7 +262,7 @@ def _prepared(
     for found in task.adapters:
         match _read_of(found, small, outcomes):
             case Exception() as error:
-                problems.append(Problem(error, found.folder))
+                problems.append(Problem(error, found.place))
                 if found.is_final:
                     return problems[-1]
             case files, checked, summary:
@@ -267,7 +281,7 @@ def _read_of(
     found: FoundAdapter, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
 ) -> tuple[_Small, _Checked, AdapterSummary] | Exception:
     """Return what was read of one adapter, or the first reason to refuse it."""
-    files = small[found.folder]
+    files = small[found.place]
     if isinstance(files, Exception):
         return files
     checked = outcomes[found.weights]
@@ -294,7 +308,8 @@ def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSumma
         parameters=summary.parameters,
         target_modules=summary.target_modules,
         layout=summary.layout,
-        source=source_label(found.folder),
+        source=source_label(found.place),
+        format=found.format.name,
     )
 
 

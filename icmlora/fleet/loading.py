@@ -14,7 +14,8 @@ from icmlora.base_models.gguf import convert_gguf
 from icmlora.base_models.lookup import FoundBase, fingerprint_base, inspect_base
 from icmlora.errors import OutputExists
 from icmlora.fleet.context import base_record, locate_base
-from icmlora.formats.peft import load_adapter, save_adapter
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.peft import save_adapter
 from icmlora.generator.versions import GeneratorFile
 from registry.records import AdapterRecord, GeneratorRecord
 
@@ -102,7 +103,8 @@ class Models:
 
 def read_original(store: Store, final: AdapterRecord) -> Adapter:
     """Read an original with its scale folded in."""
-    return load_adapter(store.blobs.read(final.config), store.blobs.read(final.weights))
+    found = format_named(final.format).read(store.blobs.read(final.config), store.blobs.read(final.weights))
+    return found.adapter
 
 
 def write_plain_copy(store: Store, final: AdapterRecord, folder: Path) -> None:

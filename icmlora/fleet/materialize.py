@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
-from icmlora.errors import CodeError, DataError
+from icmlora.errors import CodeError, DataError, located
 from icmlora.fleet.cards import Provenance, card_text, original_card
 from icmlora.fleet.context import Context, with_files
-from icmlora.formats.tree import WEIGHTS_NAME
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.format import AdapterBytes, AdapterFormat, write_adapter_folder
+from icmlora.formats.peft import PEFT
 from icmlora.generator.codec import Codec
 from icmlora.generator.residual import LayeredCodec
 from icmlora.generator.versions import GeneratorFile
-from icmlora.io.staging import check_free, write_original
+from icmlora.io.staging import check_free
 from registry.errors import DamagedStore
 from registry.evaluations import latest
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
@@ -127,21 +129,24 @@ def materialize(context: Context, request: MaterializeRequest) -> Materialized:
         return write_rung(store, request)
 
 
-def write_rung(store: Store, request: MaterializeRequest, seen: Subject | None = None) -> Materialized:
+def write_rung(
+    store: Store, request: MaterializeRequest, seen: Subject | None = None, adapter_format: AdapterFormat | None = None
+) -> Materialized:
     """Do what `materialize` does, in a store that is open already.
 
     Args:
         store: The open store.
         request: What is asked for.
         seen: What to write, as it was read before; without it what the task has now.
+        adapter_format: The format to write a decoded adapter in; None for that of the task's original.
 
     Raises:
         MissingBlob: A file is gone: the store is damaged or, where `seen` is given, perhaps another one is there now.
     """
     check_free(request.directory, force=request.force)
     if seen is not None:
-        return _write(store, store.tasks.get(request.task), seen, request)
-    return with_files(lambda: _present(store, request.task), lambda row: _write(store, *row, request))
+        return _write(store, store.tasks.get(request.task), seen, request, adapter_format)
+    return with_files(lambda: _present(store, request.task), lambda row: _write(store, *row, request, adapter_format))
 
 
 def _present(store: Store, name: str) -> tuple[TaskRecord, Subject]:
@@ -153,7 +158,9 @@ def _present(store: Store, name: str) -> tuple[TaskRecord, Subject]:
     return task, Subject(final, generator, None if generator is None else store.codes.get(name, generator.id))
 
 
-def _write(store: Store, task: TaskRecord, seen: Subject, request: MaterializeRequest) -> Materialized:
+def _write(
+    store: Store, task: TaskRecord, seen: Subject, request: MaterializeRequest, adapter_format: AdapterFormat | None
+) -> Materialized:
     final, generator, code = seen.final, seen.generator, seen.code
     rung = _choose(request, final, code, generator)
     if rung == "original" or generator is None:
@@ -161,7 +168,7 @@ def _write(store: Store, task: TaskRecord, seen: Subject, request: MaterializeRe
     provenance = _provenance(store, task, final, rung, generator, code, request.seed)
     check_error(provenance, request.max_error, hint=_BETTER)
     adapter = _decode(store, final, rung, code, generator, request.seed)
-    return write_decoded(adapter, provenance, request)
+    return write_decoded(adapter, provenance, request, adapter_format or format_named(final.format))
 
 
 def _choose(
@@ -229,7 +236,6 @@ def _decode(
 
     from icmlora.adapter.layout import ModuleShape
     from icmlora.fleet.adapter_source import mean_vectors
-    from icmlora.formats.peft_config import AdapterConfig
     from icmlora.generator.versions import GeneratorFile
 
     generator_file = GeneratorFile(store.blobs.read(generator.blob))
@@ -240,23 +246,19 @@ def _decode(
         raise DataError(f"task {final.task!r} has no task vector", hint="`icm vectors` makes it")
     layout = [ModuleShape(*entry) for entry in final.layout]
     codec = codec_at(store, generator_file, code, layout)
-    config = AdapterConfig.parse(store.blobs.read(final.config))
+    config = format_named(final.format).read_config(store.blobs.read(final.config))
     return codec.generate(vectors, layout, task_type=config.task_type, seed=seed)
 
 
-def write_decoded(adapter: Adapter, provenance: Provenance, request: MaterializeRequest) -> Materialized:
+def write_decoded(
+    adapter: Adapter, provenance: Provenance, request: MaterializeRequest, adapter_format: AdapterFormat = PEFT
+) -> Materialized:
     """Write an adapter that a generator made, with its card; the same arguments give the same bytes."""
-    from icmlora.formats.peft import save_adapter
-
-    save_adapter(
-        adapter,
-        request.directory,
-        dtype=request.dtype,
-        card=card_text(provenance),
-        metadata=provenance.metadata(),
-        force=request.force,
-    )
-    digest = hashlib.sha256((request.directory / WEIGHTS_NAME).read_bytes()).hexdigest()
+    card, metadata = card_text(provenance), provenance.metadata()
+    with located(request.directory):
+        files = adapter_format.encode(adapter, dtype=request.dtype, card=card, metadata=metadata)
+    write_adapter_folder(request.directory, adapter_format, files, force=request.force)
+    digest = hashlib.sha256(files.weights).hexdigest()
     p = provenance
     return Materialized(p.task, request.directory, p.rung, p.generator.blob, p.dw_error, p.retained_gain, digest)
 
@@ -266,6 +268,6 @@ def _write_original(store: Store, task: TaskRecord, final: AdapterRecord, reques
         card = original_card(task.name, task.base_model, final.weights).encode()
     else:
         card = store.blobs.read(final.card)
-    config, weights = store.blobs.read(final.config), store.blobs.read(final.weights)
-    write_original(config, weights, card, request.directory, force=request.force)
+    files = AdapterBytes(store.blobs.read(final.weights), store.blobs.read(final.config), card)
+    write_adapter_folder(request.directory, format_named(final.format), files, force=request.force)
     return Materialized(task.name, request.directory, "original", None, 0.0, 1.0, final.weights)

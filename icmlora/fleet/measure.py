@@ -20,7 +20,7 @@ from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.context import with_files
 from icmlora.fleet.loading import read_original, write_plain_copy
 from icmlora.fleet.materialize import MaterializeRequest, write_rung
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.peft import PEFT, load_adapter_folder
 from registry.evaluations import Subject
 from registry.records import EvaluationRecord, GeneratorRecord, NewEvaluation, Rung, TaskRecord
 
@@ -193,7 +193,7 @@ class TaskEvaluation:
         if rung == "original":
             write_plain_copy(self._store, seen.final, folder)
         elif rung != "base":
-            write_rung(self._store, MaterializeRequest(self._task.name, folder, source=rung), seen)
+            write_rung(self._store, MaterializeRequest(self._task.name, folder, source=rung), seen, PEFT)
         return seen
 
     def _loss(self, label: str, model: object) -> NllResult:

@@ -1,6 +1,4 @@
-"""Check an adapter in memory and say what it is, with numpy alone: what `icm ingest` does to every file.
-
-Read and write PEFT LoRA folders: adapter_config.json + adapter_model.safetensors + README.md.
+"""PEFT LoRA folders: adapter_config.json + adapter_model.safetensors + README.md.
 
 What is written is the one form that every engine reads alike: one rank for all modules (padded with zeros), the scale
 folded into B, alpha equal to the rank, no patterns, literal target modules.
@@ -10,128 +8,108 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.functional import pad
-
-from icmlora.adapter.layout import PEFT_PREFIX, FactorPair, ModuleShape, pair_factors, target_modules
-from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, located
+from icmlora.formats.format import (
+    AdapterBytes,
+    AdapterFormat,
+    AdapterPaths,
+    AdapterSummary,
+    Buffer,
+    ConfigFacts,
+    LoadedAdapter,
+    write_adapter_folder,
+)
+from icmlora.formats.peft_check import check_adapter
 from icmlora.formats.peft_config import MAX_CONFIG_BYTES, AdapterConfig
-from icmlora.formats.tree import CONFIG_NAME, WEIGHTS_NAME
+from icmlora.formats.peft_names import PEFT_PREFIX
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import TensorHeader, check_finite, header_text, parse_header, read_header, read_tensor_file
-from icmlora.io.staging import write_original
-from icmlora.io.tensors import decode_float32, encode_torch
+from icmlora.io.safetensors import RawTensor, read_header, read_tensor_file
 
+if TYPE_CHECKING:
+    from icmlora.adapter.model import Adapter, LoraModule
+    from icmlora.formats.tree import Folder
 
-@dataclass(frozen=True)
-class AdapterSummary:
-    """What an adapter is, without its values."""
-
-    base_model: str
-    """The base model's label as the configuration gives it: opaque text."""
-    revision: str | None
-    task_type: str | None
-    dtype: str
-    """"F32", "F16" or "BF16"; several joined with "+" where the file mixes them."""
-    rank_max: int
-    parameters: int
-    target_modules: tuple[str, ...]
-    """Derived from the tensors, never from the configuration."""
-    layout: tuple[ModuleShape, ...]
-    """Modules in natural order, named as in the base model (without PEFT's prefix)."""
-
-
-@dataclass(frozen=True)
-class CheckedAdapter:
-    """A configuration and the factors that fit it, with their summary; the values have been found finite."""
-
-    config: AdapterConfig
-    pairs: tuple[FactorPair, ...]
-    summary: AdapterSummary
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that follows from the configuration and the header alone."""
-
-    header: TensorHeader
-    checked: CheckedAdapter
-
-
-# The checkpoints of a run, and most runs of a fleet, have the same configuration and header byte for byte: checking
-# those once makes the check of a 1 MB file ten times faster. Large headers are not kept.
-_REMEMBERED_PLANS = 16
-_REMEMBERED_BYTES = 256 * 1024
-
-
-def inspect_adapter(
-    config: bytes, weights: bytes | bytearray | memoryview, *, path: str | Path | None = None
-) -> AdapterSummary:
-    """Check an adapter's two files and summarise them.
-
-    Args:
-        config: The bytes of `adapter_config.json`.
-        weights: The bytes of `adapter_model.safetensors`, any bytes-like object.
-        path: Where they came from, for messages.
-
-    Raises:
-        UnsafeInput: A pickle, hostile names, or limits broken.
-        AdapterRefused: The adapter is damaged or could not be given back exactly; `kind` says why.
-    """
-    return check_adapter(config, weights, path=path).summary
-
-
-def check_adapter(
-    config: bytes, weights: bytes | bytearray | memoryview, *, path: str | Path | None = None
-) -> CheckedAdapter:
-    """Parse and check an adapter's two files; raises as `inspect_adapter` does."""
-    with located(path):
-        text = header_text(weights)
-        make_plan = _remembered_plan if len(text) + len(config) <= _REMEMBERED_BYTES else _plan
-        plan = make_plan(config, text, len(weights))
-        check_finite(weights, plan.header)
-    return plan.checked
-
-
-def _plan(config: bytes, text: bytes, size: int) -> _Plan:
-    parsed = AdapterConfig.parse(config)
-    header = parse_header(text, size)
-    pairs = pair_factors(header)
-    for pair in pairs:
-        rank, stated = pair.a.shape[0], parsed.rank_of(pair.module)
-        if rank != stated:
-            message = f"{pair.a.name} has rank {rank} but adapter_config.json says {stated}"
-            raise AdapterRefused(message, kind="rank")
-    return _Plan(header, CheckedAdapter(parsed, pairs, _summarise(parsed, pairs)))
-
-
-_remembered_plan = lru_cache(maxsize=_REMEMBERED_PLANS)(_plan)
-
-
-def _summarise(config: AdapterConfig, pairs: tuple[FactorPair, ...]) -> AdapterSummary:
-    layout = tuple(pair.shape for pair in pairs)
-    dtypes = {tensor.dtype for pair in pairs for tensor in (pair.a, pair.b)}
-    return AdapterSummary(
-        base_model=config.base_model,
-        revision=config.revision,
-        task_type=config.task_type,
-        dtype="+".join(sorted(dtypes)),
-        rank_max=max(shape.rank for shape in layout),
-        parameters=sum(shape.parameters for shape in layout),
-        target_modules=target_modules(shape.module for shape in layout),
-        layout=layout,
-    )
-
-
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "load_adapter", "load_adapter_folder", "save_adapter"]
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
 
 # vLLM and SGLang reserve space for ranks of 8, 16, 32, 64, ...
 _SMALLEST_RANK = 8
+
+
+class PeftFormat:
+    """The format of PEFT's `save_pretrained`, restricted to plain LoRA on linear layers."""
+
+    name = "peft"
+    watched = frozenset({CONFIG_NAME, WEIGHTS_NAME, CARD_NAME})
+
+    def find(self, folder: Folder) -> list[AdapterPaths]:
+        """Find the adapter of a folder; there is at most one."""
+        files = folder.files
+        if CONFIG_NAME not in files or WEIGHTS_NAME not in files:
+            return []
+        return [AdapterPaths(folder.path, files[WEIGHTS_NAME], files[CONFIG_NAME], files.get(CARD_NAME))]
+
+    def refuse(self, folder: Folder) -> list[AdapterRefused]:
+        """Report a configuration without weights."""
+        if CONFIG_NAME not in folder.files:
+            return []
+        hint = f"copy {WEIGHTS_NAME} into the same folder"
+        path = folder.files[CONFIG_NAME].parent
+        return [AdapterRefused(f"there is no {WEIGHTS_NAME}", kind="no-weights", path=path, hint=hint)]
+
+    def read_config(self, config: bytes) -> ConfigFacts:
+        """Read `adapter_config.json`."""
+        parsed = AdapterConfig.parse(config)
+        return ConfigFacts(parsed.base_model, parsed.revision, parsed.task_type)
+
+    def inspect(self, config: bytes, weights: Buffer, *, path: str | Path | None = None) -> AdapterSummary:
+        """Check an adapter's two files and summarise them."""
+        return check_adapter(config, weights, path=path).summary
+
+    def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
+        """Read an adapter; there is never anything kept aside, because what a code cannot represent is refused."""
+        return LoadedAdapter(load_adapter(config, weights, path=path))
+
+    def encode(
+        self,
+        adapter: Adapter,
+        *,
+        dtype: str,
+        card: str,
+        metadata: Mapping[str, str],
+        extras: Mapping[str, RawTensor] | None = None,
+    ) -> AdapterBytes:
+        """Write an adapter's three files.
+
+        bfloat16 keeps float32's range and 8 significant bits (relative error up to 2^-9 per value); float16 keeps 11
+        bits but ends at 65504, which is refused rather than rounded to infinity.
+        """
+        from torch.nn.functional import pad
+
+        from icmlora.io.tensors import encode_torch
+
+        if extras:
+            raise AdapterRefused(f"{next(iter(extras))} cannot be written as PEFT", kind="extras")
+        rank = _written_rank(adapter)
+        tensors = {}
+        for module in adapter.modules:
+            missing = rank - module.a.shape[0]
+            tensors[f"{PEFT_PREFIX}{module.name}.lora_A.weight"] = pad(module.a, (0, 0, 0, missing))  # (rank, in)
+            tensors[f"{PEFT_PREFIX}{module.name}.lora_B.weight"] = pad(module.b, (0, missing))  # (out, rank)
+        weights = encode_torch(tensors, {"format": "pt", **metadata}, dtype=dtype)
+        return AdapterBytes(weights, _config(adapter, rank), card.encode())
+
+    def lay_out(self, files: AdapterBytes) -> dict[str, bytes]:
+        """Name the files as PEFT does; without its configuration a folder is not an adapter, so that comes last."""
+        card = {} if files.card is None else {CARD_NAME: files.card}
+        return {WEIGHTS_NAME: files.weights, **card, CONFIG_NAME: files.config}
+
+
+PEFT: AdapterFormat = PeftFormat()
 
 
 def load_adapter(config: bytes, weights: bytes, *, path: str | Path | None = None) -> Adapter:
@@ -149,6 +127,9 @@ def load_adapter(config: bytes, weights: bytes, *, path: str | Path | None = Non
         UnsafeInput: A pickle, hostile names, or limits broken.
         AdapterRefused: Damaged, or not representable exactly; `kind` says why.
     """
+    from icmlora.adapter.model import Adapter, LoraModule
+    from icmlora.io.tensors import decode_float32
+
     checked = check_adapter(config, weights, path=path)
     with located(path):
         tensors = decode_float32(weights, read_header(weights))
@@ -178,35 +159,26 @@ def save_adapter(
 ) -> None:
     """Write an adapter as a PEFT folder, atomically and durably; the same arguments give the same bytes.
 
-    Values are rounded to nearest even. bfloat16 keeps float32's range and 8 significant bits (relative error up to
-    2^-9 per value); float16 keeps 11 bits but ends at 65504, which is refused rather than rounded to infinity.
-
     Args:
         adapter: What to write.
         directory: The folder, absent or empty unless `force`.
-        dtype: "bfloat16", "float16" or "float32".
+        dtype: "bfloat16", "float16" or "float32"; values are rounded to nearest even.
         card: Text of README.md.
-        metadata: Text for the tensor file's header, beside `{"format": "pt"}`.
+        metadata: Text for the tensor file's header, in addition to `{"format": "pt"}`.
         force: Replace the adapter in a folder that holds something: weights first, configuration last.
 
     Raises:
         OutputExists: The folder is not empty and `force` is not given.
         AdapterRefused: A value that `dtype` cannot hold.
     """
-    rank = _written_rank(adapter)
-    tensors: dict[str, torch.Tensor] = {}
-    for module in adapter.modules:
-        missing = rank - module.a.shape[0]
-        tensors[f"{PEFT_PREFIX}{module.name}.lora_A.weight"] = pad(module.a, (0, 0, 0, missing))
-        tensors[f"{PEFT_PREFIX}{module.name}.lora_B.weight"] = pad(module.b, (0, missing))
     with located(directory):
-        weights = encode_torch(tensors, {"format": "pt", **metadata}, dtype=dtype)
-    write_original(_config(adapter, rank), weights, card, directory, force=force)
+        files = PEFT.encode(adapter, dtype=dtype, card=card, metadata=metadata)
+    write_adapter_folder(directory, PEFT, files, force=force)
 
 
 def _check_scaled(modules: list[LoraModule]) -> None:
     for module in modules:
-        if not torch.isfinite(module.b).all():
+        if not module.b.isfinite().all():
             message = f"{module.name}: B times the scale exceeds float32"
             raise AdapterRefused(message, kind="overflow", hint="the training run diverged: take an earlier checkpoint")
 

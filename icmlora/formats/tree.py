@@ -1,19 +1,7 @@
-"""Names of the files in an adapter's folder.
-
-What the task of a folder is called: by the folder's own name, unless that says nothing of the task.
-
-loras/rust/                                        rust
-runs/rust/adapter/   runs/rust/final_adapter/      rust: such names say what lies there, not what it is for
-models--acme--rust/snapshots/0a1b.../              rust, as the Hugging Face cache keeps a repository
-
-What a Hugging Face Trainer leaves beside adapters: folders of checkpoints and a note of the best one.
-
-Walk a tree from outside: no link out of it is followed, no special file is opened, no depth overflows a stack.
-"""
+"""Walk a tree from outside: no link out of it is followed, no special file opened, and no depth overflows a stack."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,85 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.io.files import read_regular
+from icmlora.formats.task_names import cached_repository
 from registry.names import printable
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-CARD_NAME = "README.md"
-SAMPLES_NAME = "samples.jsonl"
-EVAL_NAME = "eval.jsonl"
-
-
-GENERIC_WORDS = frozenset(
-    {"adapter", "adapters", "lora", "peft", "model", "weights", "out", "output", "outputs"}
-    | {"best", "checkpoint", "default", "final", "last", "latest"}
-)
-"""A folder whose name has no other words than these is called by the folder above it."""
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPOSITORY = re.compile(r"models--(?:.+--)?(?P<name>.+)")
-
-
-def telling_folder(folder: Path) -> Path:
-    """Return the folder itself, or the nearest above it whose name says something; the folder if there is none."""
-    return next((place for place in (folder, *folder.parents) if place.name and not _is_generic(place.name)), folder)
-
-
-def name_of(folder: Path) -> str:
-    """Return the name of a telling folder; of a snapshot in the Hugging Face cache, the repository's."""
-    if _COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots":
-        repository = _REPOSITORY.fullmatch(folder.parent.parent.name)
-        if repository is not None:
-            return repository["name"]
-    return folder.name
-
-
-def cached_repository(path: Path) -> Path | None:
-    """Return the folder of a repository in the Hugging Face cache whose snapshot holds a path, or None."""
-    for place in path.parents:
-        if place.name == "snapshots" and _REPOSITORY.fullmatch(place.parent.name):
-            return place.parent
-    return None
-
-
-def _is_generic(name: str) -> bool:
-    return all(word in GENERIC_WORDS for word in re.split("[-_]", name.lower()))
-
-
-STATE_NAME = "trainer_state.json"
-
-# transformers' own pattern, with a bound on the digits.
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})", re.ASCII)
-_BEST = re.compile(rb'"best_model_checkpoint"\s*:\s*("(?:[^"\\]|\\.)*")')
-_MAX_STATE_BYTES = 64 * 1024 * 1024
-
-
-def step_of(folder_name: str) -> int | None:
-    """Return the step of a checkpoint's folder name, or None for any other folder."""
-    match = _CHECKPOINT.fullmatch(folder_name)
-    return int(match[1]) if match else None
-
-
-def best_step(state: Path) -> int | None:
-    """Return the step of the best checkpoint that `trainer_state.json` notes, or None.
-
-    The note is a path on the machine that trained, so only its last part counts. The file is searched, not parsed:
-    trainers write NaN into it, which is no JSON.
-    """
-    try:
-        match = _BEST.search(read_regular(state, max_bytes=_MAX_STATE_BYTES))
-        noted = json.loads(match[1]) if match else ""
-    except (AdapterRefused, ValueError):
-        return None
-    return step_of(noted.replace("\\", "/").rstrip("/").rpartition("/")[2])
-
 
 MAX_ENTRIES = 1_000_000
 
 Refuse = Callable[[AdapterRefused], None]
 
-# Output of `icmlora.output_folder` that is being built, or was when its process died.
+# A folder that `icmlora.io.staging` is building, or was building when its process died.
 _UNFINISHED = re.compile(r".+\.icm-[0-9a-f]{8}")
 
 

@@ -1,17 +1,9 @@
-"""What is built beside its target, locked as long as its process lives; what a killed run left there is unlocked.
+"""Write a file or a folder so that it appears as a whole or not at all, and is still there after a crash.
 
-The lock is taken after the entry can be seen, so another run may take it for abandoned in between and remove it. It
-removes under the lock, and who builds looks whether the entry is still there once the lock is held.
+    NAME.icm-XXXXXXXX  next to the target, locked  --fill--> --fsync--> --rename--> NAME
 
-Write one large file so that it appears as a whole or not at all, and stays after a crash.
-
-The file grows as `NAME.icm-XXXXXXXX` beside the target, is made durable, and renamed. What a killed run left behind is
-recognised by its lock, which died with the process, and removed by the next run for the same target.
-
-Write a folder of files so that it appears as a whole or not at all, and stays after a crash.
-
-The files are built in `NAME.icm-XXXXXXXX` beside the target, made durable, and renamed. What a killed run left behind
-is recognised by its lock, which died with the process, and removed by the next run for the same target.
+The process that builds an entry holds a lock on it. What a killed process left behind is therefore unlocked, and the
+next run for the same target removes it.
 """
 
 from __future__ import annotations
@@ -29,7 +21,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from icmlora.errors import OutputExists
-from icmlora.formats.tree import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from icmlora.io.files import fsync_folder, write_durably, write_synced
 
 _SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
@@ -37,6 +28,9 @@ _SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
 
 def locked_beside(target: Path, *, flags: int, create: Callable[[Path], object]) -> tuple[Path, int]:
     """Make a new, locked entry `NAME.icm-XXXXXXXX` in the target's folder.
+
+    Other runs see the entry before it is locked, and may take it for abandoned and remove it. They remove it under the
+    lock; so this checks, once it holds the lock, that the entry is still there, and else makes another one.
 
     Args:
         target: What it will be renamed to.
@@ -155,31 +149,15 @@ def check_free(directory: Path, *, force: bool = False) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
-def write_original(config: bytes, weights: bytes, card: bytes | str, directory: Path, *, force: bool = False) -> None:
-    """Write stored bytes, unchanged, as a PEFT folder; torch is not needed for it.
-
-    Args:
-        config: Content of `adapter_config.json`.
-        weights: Content of `adapter_model.safetensors`.
-        card: Content of README.md.
-        directory: The folder, absent or empty unless `force`.
-        force: Replace the adapter in a folder that holds something: weights first, configuration last.
-
-    Raises:
-        OutputExists: As `check_free`.
-    """
-    text = card.encode() if isinstance(card, str) else card
-    write_folder(directory, {WEIGHTS_NAME: weights, CARD_NAME: text, CONFIG_NAME: config}, force=force)
-
-
 def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
     """Write files as the content of a folder.
 
     Args:
         directory: The folder; it may exist if it is empty. Missing parents are made.
-        files: Name to content, in the order in which they are replaced under `force`.
+        files: Name to content, in the order in which they are replaced under `force`; the last one is the file
+            without which the folder means nothing.
         force: Replace these files in a folder that holds something; other files in it stay. If that is cut short,
-            there is no configuration, so the folder is no adapter until the same is done again.
+            the last file is missing until the same is done again.
 
     Raises:
         OutputExists: As `check_free`, or the folder was filled by someone else meanwhile.
@@ -234,8 +212,8 @@ def _cleared(directory: Path) -> Path:
 
 
 def _replace(target: Path, files: Mapping[str, bytes]) -> None:
-    """Replace files one by one, without the configuration meanwhile: a mixture of two adapters must not load."""
-    (target / CONFIG_NAME).unlink(missing_ok=True)
+    """Replace files one by one, the last one missing meanwhile: a mixture of two adapters must not load."""
+    (target / list(files)[-1]).unlink(missing_ok=True)
     fsync_folder(target)
     for name, data in files.items():
         write_durably(target / name, data)

@@ -11,7 +11,7 @@ import torch
 from icmlora.base_models import gguf as gguf_base
 from icmlora.fleet.loading import open_base
 from registry.store import Store
-from tests.icmlora.test_gguf_base import write_tiny_gguf
+from tests.icmlora.base_models.test_gguf import write_tiny_gguf
 
 LABEL = "example/tiny"
 

@@ -15,8 +15,8 @@ from safetensors.torch import save
 from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.errors import AdapterRefused, OutputExists
-from icmlora.formats.peft import load_adapter, load_adapter_folder, save_adapter
-from icmlora.io.staging import write_original
+from icmlora.formats.format import AdapterBytes, write_adapter_folder
+from icmlora.formats.peft import PEFT, load_adapter, load_adapter_folder, save_adapter
 from tests.icmlora.adapter_files import INPUTS, OUTPUTS, Q0, V0, adapter, config, factors, key, weights, write_adapter
 from tests.icmlora.tiny_base import tiny_model
 
@@ -174,6 +174,6 @@ def test_writing_into_a_filled_folder_needs_force(tmp_path: Path) -> None:
 
 
 def test_an_original_is_written_byte_for_byte(tmp_path: Path) -> None:
-    write_original(config(my_note="kept"), weights(), "card", tmp_path / "out")
+    write_adapter_folder(tmp_path / "out", PEFT, AdapterBytes(weights(), config(my_note="kept"), b"card"))
     assert (tmp_path / "out" / "adapter_config.json").read_bytes() == config(my_note="kept")
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.formats.tree import cached_repository, name_of, telling_folder
+from icmlora.formats.task_names import cached_repository, name_of, telling_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

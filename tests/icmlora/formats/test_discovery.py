@@ -10,7 +10,7 @@ import pytest
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.discovery import Discovery, FoundTask, find_adapters
-from icmlora.formats.tree import best_step, step_of
+from icmlora.formats.task_names import best_step, step_of
 from tests.icmlora.adapter_files import write_adapter
 
 
@@ -139,7 +139,7 @@ def test_a_folder_with_a_name_that_says_nothing_is_called_like_the_one_above(tmp
         write_adapter(tmp_path / "runs" / name)
     discovery = find_adapters([tmp_path / "runs"])
     assert ([task.name for task in discovery.tasks], discovery.refused) == (["t1", "t2", "t3", "t4"], ())
-    assert discovery.tasks[0].final.folder == tmp_path / "runs" / "t1" / "adapter"
+    assert discovery.tasks[0].final.place == tmp_path / "runs" / "t1" / "adapter"
 
 
 def test_it_is_called_so_where_it_alone_is_given(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_what_was_saved_beside_checkpoints_is_the_runs_own(tmp_path: Path) -> No
         write_adapter(tmp_path / name)
     (tmp_path / "rust" / "samples.jsonl").write_text("x")
     task = only(find_adapters([tmp_path]))
-    assert (task.name, steps(task), task.final.folder) == ("rust", [80, 100, None], tmp_path / "rust" / "final")
+    assert (task.name, steps(task), task.final.place) == ("rust", [80, 100, None], tmp_path / "rust" / "final")
     assert task.samples == tmp_path / "rust" / "samples.jsonl"
 
 
@@ -194,7 +194,7 @@ def test_a_run_with_an_adapter_of_its_own_keeps_it(tmp_path: Path) -> None:
     run = write_adapter(tmp_path / "rust")
     write_adapter(tmp_path / "rust" / "adapter")
     discovery = find_adapters([tmp_path])
-    assert [task.final.folder for task in discovery.tasks] == [run]
+    assert [task.final.place for task in discovery.tasks] == [run]
     assert [error.kind for error in discovery.refused] == ["name-collision"]
     assert "--name" in str(discovery.refused[0].hint)
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from icmlora.adapter.layout import ModuleShape, target_modules
+from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.formats.peft import inspect_adapter
+from icmlora.formats.peft import PEFT
 from tests.icmlora.adapter_files import BASE, INPUTS, OUTPUTS, Q0, V0, config, factors, key, weights
 
 ONE = torch.ones(2, INPUTS)
@@ -21,13 +21,13 @@ ONE = torch.ones(2, INPUTS)
 
 def refusal(tensors: dict[str, torch.Tensor], **fields: object) -> AdapterRefused:
     with pytest.raises(AdapterRefused) as caught:
-        inspect_adapter(config(**fields), weights(tensors), path="adapter")
+        PEFT.inspect(config(**fields), weights(tensors), path="adapter")
     assert caught.value.path == "adapter"
     return caught.value
 
 
 def test_the_summary_says_what_the_adapter_is() -> None:
-    summary = inspect_adapter(config(revision="abc"), weights(dtype="bfloat16"))
+    summary = PEFT.inspect(config(revision="abc"), weights(dtype="bfloat16"))
     assert (summary.base_model, summary.revision, summary.task_type) == (BASE, "abc", "CAUSAL_LM")
     assert (summary.dtype, summary.rank_max, summary.parameters) == ("BF16", 2, 2 * 2 * (INPUTS + OUTPUTS))
     assert summary.target_modules == ("q_proj", "v_proj")
@@ -35,31 +35,31 @@ def test_the_summary_says_what_the_adapter_is() -> None:
 
 
 def test_a_memoryview_is_inspected_in_place() -> None:
-    assert inspect_adapter(config(), memoryview(weights())).rank_max == 2
+    assert PEFT.inspect(config(), memoryview(weights())).rank_max == 2
 
 
 def test_a_summary_keeps_nothing_of_the_memory_that_was_inspected() -> None:
     memory = bytearray(weights())
     with memoryview(memory) as view:
-        summary = inspect_adapter(config(), view)
+        summary = PEFT.inspect(config(), view)
     memory.clear()  # bytes that somebody still looks at cannot be cleared
-    assert summary == inspect_adapter(config(), weights())
+    assert summary == PEFT.inspect(config(), weights())
 
 
 def test_modules_come_in_natural_order() -> None:
     names = tuple(f"model.layers.{layer}.mlp.up_proj" for layer in range(11))
-    summary = inspect_adapter(config(), weights(factors(names)))
+    summary = PEFT.inspect(config(), weights(factors(names)))
     assert tuple(shape.module for shape in summary.layout) == names
 
 
 def test_ranks_by_pattern_are_accepted() -> None:
     tensors = factors((Q0,), rank=3) | factors((V0,), rank=2)
-    assert inspect_adapter(config(rank_pattern={"q_proj": 3}), weights(tensors)).rank_max == 3
+    assert PEFT.inspect(config(rank_pattern={"q_proj": 3}), weights(tensors)).rank_max == 3
 
 
 @pytest.mark.parametrize("rank", [1, 2, 256])
 def test_small_and_large_ranks_are_accepted(rank: int) -> None:
-    assert inspect_adapter(config(r=rank), weights(factors(rank=rank))).rank_max == rank
+    assert PEFT.inspect(config(r=rank), weights(factors(rank=rank))).rank_max == rank
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_small_and_large_ranks_are_accepted(rank: int) -> None:
 )
 def test_wrappers_and_the_name_default_are_removed_from_keys(name: str) -> None:
     tensors = {name: ONE, key(Q0, "B"): torch.ones(OUTPUTS, 2)}
-    assert inspect_adapter(config(), weights(tensors)).layout[0].module == Q0
+    assert PEFT.inspect(config(), weights(tensors)).layout[0].module == Q0
 
 
 TENSORS = [
@@ -150,7 +150,7 @@ def test_nan_is_refused_with_tensor_and_position() -> None:
 
 
 def test_nan_is_found_in_a_file_whose_header_was_met_before() -> None:
-    inspect_adapter(config(), weights())
+    PEFT.inspect(config(), weights())
     tensors = factors()
     tensors[key(Q0, "A")][0, 0] = float("inf")
     assert refusal(tensors).kind == "non-finite"
@@ -158,13 +158,13 @@ def test_nan_is_found_in_a_file_whose_header_was_met_before() -> None:
 
 def test_a_pickle_is_unsafe() -> None:
     with pytest.raises(UnsafeInput, match="pickle"):
-        inspect_adapter(config(), b"PK\x03\x04" + b"\0" * 100)
+        PEFT.inspect(config(), b"PK\x03\x04" + b"\0" * 100)
 
 
 def test_mixed_types_are_named_together() -> None:
     tensors = factors()
     tensors[key(V0, "A")] = tensors[key(V0, "A")].half()
-    assert inspect_adapter(config(), save(tensors)).dtype == "F16+F32"
+    assert PEFT.inspect(config(), save(tensors)).dtype == "F16+F32"
 
 
 @given(position=st.integers(0, 2000), value=st.integers(0, 255), where=st.sampled_from(["config", "weights"]))
@@ -172,7 +172,7 @@ def test_a_mutated_adapter_is_inspected_or_refused(position: int, value: int, wh
     files = {"config": bytearray(config()), "weights": bytearray(weights())}
     files[where][position % len(files[where])] = value
     try:
-        summary = inspect_adapter(bytes(files["config"]), files["weights"])
+        summary = PEFT.inspect(bytes(files["config"]), files["weights"])
     except AdapterRefused as error:
         refused = error
     else:
@@ -181,27 +181,6 @@ def test_a_mutated_adapter_is_inspected_or_refused(position: int, value: int, wh
     assert refused.message.isprintable()
 
 
-def test_inspection_and_discovery_do_not_import_torch() -> None:
-    code = "import sys, icmlora.formats.discovery, icmlora.formats.peft_config; sys.exit('torch' in sys.modules)"
+def test_discovery_and_the_formats_do_not_import_torch() -> None:
+    code = "import sys, icmlora.formats.discovery, icmlora.formats.catalogue; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def layers(count: range, *parts: str) -> list[str]:
-    return [f"model.layers.{layer}.{part}" for layer in count for part in parts]
-
-
-def test_target_modules_are_short_where_every_layer_is_there() -> None:
-    assert target_modules(layers(range(12), "self_attn.v_proj", "self_attn.q_proj")) == ("q_proj", "v_proj")
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        layers(range(3, 6), "self_attn.q_proj"),
-        layers(range(4), "self_attn.q_proj") + layers(range(2), "self_attn.v_proj"),
-        layers(range(2), "self_attn.out", "cross_attn.out"),
-        ["lm_head"],
-    ],
-)
-def test_target_modules_are_in_full_where_the_short_name_would_say_more(names: list[str]) -> None:
-    assert target_modules(names) == tuple(names)

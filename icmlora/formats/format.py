@@ -1,0 +1,190 @@
+"""The protocol of an adapter format: everything icm needs to know of one kind of adapter files.
+
+    folder --find--> AdapterPaths --read bytes--> config, weights --inspect--> AdapterSummary      (no torch)
+                                                        `---------read-------> LoadedAdapter       (tensors)
+    AdapterBytes <--encode-- Adapter
+        `--lay_out--> file name -> bytes
+
+To add a format, write one file with a class that has these members and name it in `catalogue.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from icmlora.adapter.layout import ModuleShape
+from icmlora.errors import AdapterRefused
+from icmlora.io import staging
+from icmlora.io.safetensors import RawTensor
+
+if TYPE_CHECKING:
+    from icmlora.adapter.model import Adapter
+    from icmlora.formats.tree import Folder
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class AdapterPaths:
+    """Where one adapter is on disk; every path is a regular file.
+
+    Attributes:
+        place: The folder, or for a single file the file without its suffix: the task is named after it.
+        weights: The file with the tensors.
+        config: The file that says what they mean; None where the weights' own header does.
+        card: The model card, or None.
+    """
+
+    place: Path
+    weights: Path
+    config: Path | None = None
+    card: Path | None = None
+
+
+@dataclass(frozen=True)
+class AdapterBytes:
+    """The same files as bytes, as the store keeps them: what comes out is what went in.
+
+    Attributes:
+        weights: The file with the tensors.
+        config: Empty for a format without such a file.
+        card: The model card, or None.
+    """
+
+    weights: bytes
+    config: bytes = b""
+    card: bytes | None = None
+
+
+@dataclass(frozen=True)
+class ConfigFacts:
+    """What a configuration says by itself; None where the format notes it elsewhere or nowhere."""
+
+    base_model: str | None
+    """The base model's label: opaque text, never opened or fetched."""
+    revision: str | None = None
+    task_type: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What an adapter is, without its values."""
+
+    base_model: str
+    """The base model's label as the adapter gives it: opaque text."""
+    revision: str | None
+    task_type: str | None
+    dtype: str
+    """"F32", "F16" or "BF16"; several joined with "+" where the file mixes them."""
+    rank_max: int
+    parameters: int
+    target_modules: tuple[str, ...]
+    """Derived from the tensors, never from the configuration."""
+    layout: tuple[ModuleShape, ...]
+    """Modules in natural order, named as in the base model (without a format's own prefix)."""
+    extras: tuple[str, ...] = ()
+    """Names of the tensors that a code cannot represent, such as a head or a bias."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """An adapter's tensors: what a code can represent, and the rest exactly as it was."""
+
+    adapter: Adapter
+    """Float32, the scale folded into B; not yet canonical."""
+    extras: Mapping[str, RawTensor] = field(default_factory=dict)
+    """The tensors that a code cannot represent, by their names in the file."""
+
+
+class AdapterFormat(Protocol):
+    """One kind of adapter files. Only `read` and `encode` may load torch."""
+
+    @property
+    def name(self) -> str:
+        """The name under which the store notes the format."""
+        ...
+
+    @property
+    def watched(self) -> frozenset[str]:
+        """File names that only this format uses: a link or special file of such a name is reported, not passed over."""
+        ...
+
+    def find(self, folder: Folder) -> list[AdapterPaths]:
+        """Return the adapters of this format in one folder, judged by file names and a few bytes."""
+        ...
+
+    def refuse(self, folder: Folder) -> list[AdapterRefused]:
+        """Say what is wrong in a folder where no format found an adapter, if it looks like one of this format."""
+        ...
+
+    def read_config(self, config: bytes) -> ConfigFacts:
+        """Read a configuration by itself, so that its faults are not blamed on the weights.
+
+        Raises:
+            AdapterRefused: It is damaged, or asks for something that cannot be kept exactly.
+        """
+        ...
+
+    def inspect(self, config: bytes, weights: Buffer, *, path: str | Path | None = None) -> AdapterSummary:
+        """Check an adapter completely and summarise it.
+
+        Args:
+            config: Its configuration; empty for a format without one.
+            weights: Its tensors.
+            path: Where they came from, for messages.
+
+        Raises:
+            AdapterRefused: It is damaged, or could not be given back exactly; `kind` says why.
+        """
+        ...
+
+    def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
+        """Read an adapter's tensors; raises as `inspect` does."""
+        ...
+
+    def encode(
+        self,
+        adapter: Adapter,
+        *,
+        dtype: str,
+        card: str,
+        metadata: Mapping[str, str],
+        extras: Mapping[str, RawTensor] | None = None,
+    ) -> AdapterBytes:
+        """Write an adapter; the same arguments give the same bytes.
+
+        Args:
+            adapter: What to write.
+            dtype: "bfloat16", "float16" or "float32"; values are rounded to nearest even.
+            card: Text of the model card.
+            metadata: Short facts for the header of the weights.
+            extras: What `read` kept aside; written exactly.
+
+        Raises:
+            AdapterRefused: A value that `dtype` cannot hold.
+        """
+        ...
+
+    def lay_out(self, files: AdapterBytes) -> dict[str, bytes]:
+        """Return file name -> content of a folder that holds the adapter; the file that makes it valid comes last."""
+        ...
+
+
+def write_adapter_folder(
+    directory: Path, adapter_format: AdapterFormat, files: AdapterBytes, *, force: bool = False
+) -> None:
+    """Write an adapter's files, unchanged, as a folder: complete and durable, or not at all.
+
+    Args:
+        directory: The folder, absent or empty unless `force`.
+        adapter_format: The format of the files.
+        files: Their content.
+        force: Replace the adapter in a folder that holds something.
+
+    Raises:
+        OutputExists: The folder is not empty and `force` is not given.
+    """
+    staging.write_folder(directory, adapter_format.lay_out(files), force=force)
