@@ -102,7 +102,7 @@ class Session:
     def _fleet(self, on_event: Callable[[Event], None]) -> Fleet:
         return Fleet(
             self.settings.store.value,
-            cache=cache_folder(),
+            cache=cache_folder,
             lock_timeout=self.settings.lock_timeout.value,
             command=self.command,
             on_event=on_event,
@@ -111,7 +111,7 @@ class Session:
     @property
     def context(self) -> Context:
         """The store to work on, for the workflows."""
-        return Context(self.settings.store.value, cache_folder(), self.settings.lock_timeout.value, self.command)
+        return Context(self.settings.store.value, cache_folder, self.settings.lock_timeout.value, self.command)
 
     def device(self, flag: str | None) -> str:
         """Return the device name from the flag, the environment or the configuration."""

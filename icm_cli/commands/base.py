@@ -1,4 +1,4 @@
-"""`icm base`: where base models are on this machine."""
+"""`icm base`: add, list and forget the places of base models on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from icm_cli.session import Session, command
 
 NameArg = Annotated[
     str,
-    typer.Argument(metavar="NAME", help="The name that adapters give the base model.", autocompletion=complete_base),
+    typer.Argument(metavar="NAME", help="Name of the base model, as adapters give it.", autocompletion=complete_base),
 ]
 PathArg = Annotated[
     Path, typer.Argument(metavar="PATH", help="A Hugging Face model folder or a .gguf file.", show_default=False)
@@ -24,28 +24,24 @@ _COLUMNS = (Column("base model"), Column("tasks", right=True), Column("path", sh
 
 @command
 def add(session: Session, name: NameArg, path: PathArg) -> None:
-    """Say where the base model NAME is; it comes before the Hugging Face cache.
+    """Tell icm where the base model NAME is. This path is preferred to the Hugging Face cache.
 
     Example:
       icm base add HuggingFaceTB/SmolLM2-135M-Instruct ./smollm2
     """
-    from icmlora.fleet.admin import add_base
-
-    recorded = add_base(session.context, name, path)
+    recorded = session.fleet.add_base_model(name, path)
     session.out.document({"name": name, "path": str(recorded)})
     session.out.line(f"{name} is at {recorded}")
 
 
 @command
 def ls(session: Session) -> None:
-    """List the base models that adapters name or that were added, and where each one is.
+    """List the base models of the store and where each one is on this machine.
 
     Example:
       icm base ls
     """
-    from icmlora.fleet.admin import known_bases
-
-    bases = known_bases(session.context)
+    bases = session.fleet.base_models()
     session.out.document(
         [
             {
@@ -65,24 +61,24 @@ def ls(session: Session) -> None:
     rows = [[base.record.name, str(base.record.tasks), str(base.path or "not found")] for base in bases]
     session.out.table(_COLUMNS, rows)
     if any(base.path is None for base in bases):
-        session.out.hint("`icm base add NAME PATH` says where a base model is")
+        session.out.hint("run `icm base add NAME PATH` to tell icm where a base model is")
 
 
 @command
 def rm(session: Session, name: NameArg) -> None:
-    """Forget where the base model NAME is; adapters and files stay.
+    """Forget where the base model NAME is. Its adapters and files stay.
 
     Example:
       icm base rm HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    from icmlora.fleet.admin import forget_base
-
-    forget_base(session.context, name)
+    session.fleet.forget_base_model(name)
     session.out.document({"name": name, "path": None})
     session.out.line(f"forgot where {name} is")
 
 
-base = typer.Typer(name="base", help="Say where base models are on this machine.", no_args_is_help=True)
+base = typer.Typer(
+    name="base", help="List base models, and tell icm where they are on this machine.", no_args_is_help=True
+)
 base.command()(add)
 base.command()(ls)
 base.command()(rm)

@@ -1,4 +1,4 @@
-"""`icm doctor`: what a report of a problem needs."""
+"""`icm doctor`: check the installation and the store."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from icmlora.io.text import human_size
 
 @command
 def doctor(session: Session) -> None:
-    """Show versions, devices, settings and the state of the store; exit 1 if something is wrong.
+    """Check versions, devices, settings and the store. Exit with code 1 if something is wrong.
 
-    Its output belongs into every report of a problem. The store is opened to be read, as by every other command.
+    Include the output in every problem report. The store is only read.
 
     Example:
       icm doctor --json
     """
-    from icmlora.fleet.admin import examine
-
     settings = session.settings
-    checks = examine(session.context)
+    checks = session.fleet.doctor()
     problems = [check for check in checks if check.problem is not None]
     configured = {
         "store": (str(settings.store.value), settings.store.source),

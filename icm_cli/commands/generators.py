@@ -12,7 +12,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.admin import Version
+    from icmlora.fleet.generators import Version
 
 DigestArg = Annotated[
     str, typer.Argument(metavar="DIGEST", help="The first digits of a generator, as `icm generators` lists it.")
@@ -47,7 +47,7 @@ def ls(session: Session) -> None:
     Example:
       icm generators
     """
-    from icmlora.fleet.admin import versions
+    from icmlora.fleet.generators import versions
 
     found = versions(session.context)
     session.out.document([_as_json(version) for version in found])
@@ -70,7 +70,7 @@ def rollback(session: Session, digest: DigestArg) -> None:
     Example:
       icm generators rollback 3f9a12c4
     """
-    from icmlora.fleet.admin import roll_back
+    from icmlora.fleet.generators import roll_back
 
     switched = roll_back(session.context, digest)
     made, out = switched.generator, session.out
@@ -98,7 +98,7 @@ def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes:
     Example:
       icm generators forget 3f9a12c4 --dry-run
     """
-    from icmlora.fleet import admin as work
+    from icmlora.fleet import generators as work
 
     out, plan = session.out, work.plan_forgetting(session.context, digest)
     made = plan.generator

@@ -1,4 +1,4 @@
-"""`icm ls`: the tasks in the store."""
+"""`icm ls`: list the tasks in the store, or in a bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from icm_cli.text import coded_size
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
-    from registry.records import TaskSummary
+    from icmlora.fleet.records import TaskSummary
 
 _COLUMNS = (
     Column("task", shrink=True),
@@ -27,11 +27,11 @@ _COLUMNS = (
 
 @command
 def ls(session: Session, base_model: BaseModelOpt = None, bundle: FromOpt = None) -> None:
-    """List the tasks in the store.
+    """List the tasks in the store, or with --from the tasks in a bundle.
 
-    ORIGINAL says "evicted" where the weights were deleted, and "pinned" where they never are. CODE is the size of the
-    task's code under the current generator, and of the residual beside it; "-" before `icm train`. With --quiet only
-    names are printed, one a line. With --from the tasks of a bundle are listed, with what their codes kept.
+    ORIGINAL is the size of the original, "evicted" if its weights were deleted, or "pinned" if they never will be.
+    CODE is the size of the code under the current generator, plus its residual if it has one; "-" means no code yet
+    (run `icm train`). --quiet prints one name per line.
 
     Example:
       icm ls --json
@@ -41,9 +41,7 @@ def ls(session: Session, base_model: BaseModelOpt = None, bundle: FromOpt = None
 
         list_bundle(session, bundle, base_model)
         return
-    from icmlora.fleet.admin import list_tasks
-
-    rows = list_tasks(session.context, base_model)
+    rows = session.fleet.tasks(base_model)
     out = session.out
     out.document([_as_json(row) for row in rows])
     if out.is_quiet:
@@ -52,7 +50,7 @@ def ls(session: Session, base_model: BaseModelOpt = None, bundle: FromOpt = None
     out.table(_COLUMNS, [_as_cells(row) for row in rows])
     if not rows:
         out.note("no tasks")
-        out.hint("`icm ingest PATH` takes adapters in")
+        out.hint("run `icm ingest PATH` to add adapters")
 
 
 def _as_cells(row: TaskSummary) -> list[str]:

@@ -1,4 +1,4 @@
-"""`icm map`: which tasks are near each other by their vectors."""
+"""`icm map`: compare tasks by their vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_percent
 
 if TYPE_CHECKING:
-    from icmlora.fleet.pictures import MappedFleet
+    from icmlora.fleet.map import MapReport
     from icmlora.task_vectors.clusters import MappedTask
 
 
@@ -27,16 +27,17 @@ class View(StrEnum):
 
 
 ViewOpt = Annotated[
-    View, typer.Option("--view", help="Which vectors: of the base model with the adapter, or of it alone on samples.")
+    View,
+    typer.Option("--view", help="Which vectors to compare: with the adapter (adapted) or of the base model (context)."),
 ]
 ClustersOpt = Annotated[
     str,
-    typer.Option("--clusters", metavar="N|auto", help="How many clusters; auto takes the best mean silhouette."),
+    typer.Option("--clusters", metavar="N|auto", help="Number of clusters; auto picks the best mean silhouette."),
 ]
 PlotOpt = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE.svg", help="Also draw the map.", show_default=False)
+    Path | None, typer.Option("--plot", metavar="FILE.svg", help="Also draw the map to this file.", show_default=False)
 ]
-ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace FILE.svg if it exists.")]
+ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace the --plot FILE if it exists.")]
 
 _CLUSTERS = (
     Column("cluster", right=True),
@@ -64,19 +65,19 @@ def map_(
     plot: PlotOpt = None,
     force: ReplaceOpt = False,
 ) -> None:
-    """Show which tasks are near each other by their vectors, and which clusters they form.
+    """Show which tasks are alike, by their task vectors, and which clusters they form.
 
-    A distance is 0 in the same direction from the mean of the fleet, 1 with nothing in common, 2 opposite. SILHOUETTE
-    is 1 deep inside, 0 on the border, below 0 nearer to another: of support sets by task it says whether tasks can be
-    told apart, of tasks by cluster whether clusters can. With -v, one row per task. With --quiet, one cluster a line.
+    DISTANCE is the cosine distance from the mean of the fleet: 0 is the same direction, 1 unrelated, 2 opposite.
+    SILHOUETTE is 1 well inside a group, 0 on its border, and below 0 if another group is nearer. By task it says
+    whether the support sets of different tasks can be told apart; by cluster, whether the clusters can. -v adds a row
+    per task; --quiet prints one cluster per line.
 
     Example:
       icm map --plot map.svg
     """
-    from icmlora.fleet.map import MapRequest, map_fleet
-
-    request = MapRequest(view.value, base_model, _number(clusters), plot, force)
-    found = map_fleet(session.context, request)
+    found = session.fleet.task_map(
+        view=view.value, base_model=base_model, clusters=_number(clusters), plot=plot, force=force
+    )
     session.out.document(_as_json(found, plot))
     if session.out.is_quiet:
         for members in found.map.clusters:
@@ -90,13 +91,11 @@ def _number(clusters: str) -> int | None:
     if clusters == "auto":
         return None
     if not clusters.isascii() or not clusters.isdigit() or int(clusters) < 1:
-        raise UsageProblem(f"--clusters {clusters!r} is no number", hint="give a number from 1, or auto")
+        raise UsageProblem(f"--clusters {clusters!r} is not a number", hint="use a number from 1, or auto")
     return int(clusters)
 
 
-def _print(session: Session, found: MappedFleet) -> None:
-    from icmlora.fleet.pictures import grouped_reasons
-
+def _print(session: Session, found: MapReport) -> None:
     out, tasks = session.out, found.map.tasks
     out.record(_summary(found))
     out.line()
@@ -110,19 +109,19 @@ def _print(session: Session, found: MappedFleet) -> None:
     alike = sum(pair.is_alike for pair in found.map.pairs)
     if alike:
         out.line()
-        why = "their vectors hardly differ more than those of one task's support sets"
-        out.line(f"{counted(alike, 'pair')} cannot be told apart: {why}")
+        why = "their vectors differ hardly more than those of support sets of the same task"
+        out.line(f"{counted(alike, 'pair')} of tasks cannot be told apart: {why}")
     outliers = [f"{task.name} ({task.nearest.task}, {task.nearest.distance:.3f})" for task in tasks if task.is_outlier]
     if outliers:
         out.line()
-        out.line(f"far from everything, even the nearest task: {', '.join(outliers)}")
-    for reason in grouped_reasons(found.left_out):
+        out.line(f"far from every other task (nearest task, distance): {', '.join(outliers)}")
+    for reason in found.reasons:
         out.note(f"not on the map, {reason}")
     if any(entry.reason == "no vectors" for entry in found.left_out):
-        out.hint("`icm vectors` makes the vectors that are missing")
+        out.hint("run `icm vectors` to extract the missing vectors")
 
 
-def _summary(found: MappedFleet) -> list[tuple[str, str]]:
+def _summary(found: MapReport) -> list[tuple[str, str]]:
     shown = found.map
     across, up = shown.variation
     return [
@@ -131,7 +130,7 @@ def _summary(found: MappedFleet) -> list[tuple[str, str]]:
         ("silhouette by task", _judged(shown.silhouette_by_task)),
         ("silhouette by cluster", _judged(shown.silhouette_by_cluster)),
         ("median distance", f"{shown.typical:.3f}"),
-        ("plane of the picture", f"{human_percent(across + up)} of the variation"),
+        ("shown by the picture", f"{human_percent(across + up)} of the variation"),
     ]
 
 
@@ -153,7 +152,7 @@ def _task_cells(task: MappedTask) -> list[str]:
     return [task.name, str(task.cluster), f"{task.silhouette:.3f}", near.task, f"{near.distance:.3f}"]
 
 
-def _as_json(found: MappedFleet, plot: Path | None) -> dict[str, object]:
+def _as_json(found: MapReport, plot: Path | None) -> dict[str, object]:
     shown = found.map
     return {
         "base_model": found.base_model,

@@ -1,4 +1,4 @@
-"""`icm path`: print one path, for scripts."""
+"""`icm path`: print where icm keeps something, for scripts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from icm_cli.session import Session, command
 
 
 class What(StrEnum):
-    """The paths that icm knows."""
+    """The paths that `icm path` prints."""
 
     STORE = "store"
     DB = "db"
@@ -24,9 +24,10 @@ class What(StrEnum):
 
 @command
 def path(session: Session, what: Annotated[What, typer.Argument(help="Which path to print.")] = What.STORE) -> None:
-    """Print where something is, whether it exists or not.
+    """Print the path of the store, its database, its blobs, the configuration file or the log.
 
-    The configuration file may set store, device and lock_timeout, as in: store = "/data/icm"
+    The path need not exist. The configuration file may set store, device and lock_timeout, for example:
+    store = "/data/icm"
 
     Example:
       du -sb "$(icm path store)"

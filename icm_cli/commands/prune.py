@@ -1,4 +1,4 @@
-"""`icm prune`: free the bytes that nothing needs."""
+"""`icm prune`: delete bytes that no task needs."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from icmlora.io.text import counted, human_size
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
-OlderThanOpt = Annotated[str, typer.Option("--older-than", metavar="AGE", help="Only what is older, as 30m, 1h or 7d.")]
+OlderThanOpt = Annotated[
+    str, typer.Option("--older-than", metavar="AGE", help="Delete only files older than this, such as 30m, 1h or 7d.")
+]
 
 
 @command
 def prune(session: Session, older_than: OlderThanOpt = "1h", dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
-    """Delete blobs that no task needs any more, and what killed commands left behind.
+    """Delete blobs that no task needs and files that interrupted commands left behind.
 
-    Nothing that is listed by `icm ls` changes. What is younger than --older-than stays, so that a running ingest is
-    safe even where file locks do not work.
+    This changes nothing that `icm ls` shows. Files younger than --older-than stay, so a running `icm ingest` is safe
+    even on file systems without locks.
 
     Example:
       icm prune --dry-run
     """
-    from icmlora.fleet.admin import prune_store
-
-    out, grace = session.out, seconds(older_than)
-    report = prune_store(session.context, grace=grace, dry_run=True)
+    out, fleet, grace = session.out, session.fleet, seconds(older_than)
+    report = fleet.prune(grace=grace, dry_run=True)
     what = f"{counted(report.blobs, 'blob')} and {counted(report.temporary_files, 'temporary file')}"
     found = bool(report.blobs or report.temporary_files)
     deleted = False
     if found and not dry_run and out.confirm(f"Delete {what} ({human_size(report.freed_bytes)})?", yes=yes):
-        report = prune_store(session.context, grace=grace, dry_run=False)
+        report = fleet.prune(grace=grace)
         deleted = True
     out.document(
         {
@@ -50,12 +50,12 @@ def prune(session: Session, older_than: OlderThanOpt = "1h", dry_run: DryRunOpt 
 
 
 def seconds(age: str) -> float:
-    """Return an age as `90`, `90s`, `30m`, `1h` or `7d` in seconds.
+    """Return an age such as `90`, `90s`, `30m`, `1h` or `7d` in seconds.
 
     Raises:
-        UsageProblem: It is none of those.
+        UsageProblem: It is not an age.
     """
     match = re.fullmatch(r"(\d{1,9})([smhd]?)", age)
     if match is None:
-        raise UsageProblem(f"{age!r} is no age", hint="give a number and a unit: 90s, 30m, 1h, 7d")
+        raise UsageProblem(f"invalid age {age!r}", hint="use a number and a unit, such as 90s, 30m, 1h or 7d")
     return float(int(match[1]) * _UNITS[match[2]])

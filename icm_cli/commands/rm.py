@@ -1,4 +1,4 @@
-"""`icm rm`: forget tasks."""
+"""`icm rm`: remove tasks."""
 
 from __future__ import annotations
 
@@ -9,31 +9,26 @@ from icmlora.io.text import counted, human_size
 
 @command
 def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
-    """Forget tasks with their adapters, vectors, codes and measurements.
+    """Remove tasks with their adapters, vectors, codes and measurements.
 
-    The bytes stay until `icm prune`. All names are looked up before anything is forgotten. Of an evicted task
-    the code is the only copy, and it goes too.
+    If one name is unknown, nothing is removed. The bytes stay until you run `icm prune`. An evicted task has only its
+    code left; removing the task removes that last copy.
 
     Example:
       icm rm shakespeare --dry-run
     """
-    from icmlora.fleet.admin import plan_removal, remove_tasks
-
-    out = session.out
-    doomed = plan_removal(session.context, tasks)
-    for task in doomed:
-        last = "; its original was evicted, its code is the only copy" if task.is_last_copy else ""
+    out, fleet = session.out, session.fleet
+    planned = fleet.plan_removal(tasks)
+    for task in planned:
+        last = "; the original was evicted, so the code is the only copy" if task.is_last_copy else ""
         out.note(f"{task.name}: {counted(task.adapters, 'adapter')}, {human_size(task.size)}{last}")
-    names = [task.name for task in doomed]
-    last_copies = [task.name for task in doomed if task.is_last_copy]
-    question = f"Forget {counted(len(names), 'task')}?"
-    if last_copies:
-        question = (
-            f"Forget {counted(len(names), 'task')}, of which the codes of {len(last_copies)} are the only copies?"
-        )
+    names = [task.name for task in planned]
+    last_copies = [task.name for task in planned if task.is_last_copy]
+    lost = f", including the only copies of {len(last_copies)}" if last_copies else ""
+    question = f"Remove {counted(len(names), 'task')}{lost}?"
     removed = False
     if not dry_run and out.confirm(question, yes=yes):
-        remove_tasks(session.context, names, last_copies=last_copies)
+        fleet.remove(names, last_copies=last_copies)
         removed = True
     out.document(
         {
@@ -43,7 +38,7 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
         }
     )
     if removed:
-        out.line(f"forgot {counted(len(names), 'task')}")
-        out.hint("`icm prune` frees the bytes that nothing else needs")
+        out.line(f"removed {counted(len(names), 'task')}")
+        out.hint("run `icm prune` to free the bytes")
     else:
-        out.note("nothing was forgotten")
+        out.note("nothing was removed")

@@ -1,4 +1,4 @@
-"""`icm show`: everything about one task."""
+"""`icm show`: print everything about one task."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from icm_cli.text import limits_text
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.admin import TaskDetails
-    from registry.records import AdapterRecord, EvaluationRecord
+    from icmlora.fleet.records import AdapterRecord, EvaluationRecord
+    from icmlora.fleet.tasks import TaskDetails
 
 _ADAPTER_COLUMNS = (
     Column("step", right=True),
@@ -25,7 +25,7 @@ _ADAPTER_COLUMNS = (
     Column("weights"),
 )
 _EVALUATION_COLUMNS = (
-    Column("rung"),
+    Column("source"),
     Column("text"),
     Column("nats/token", right=True),
     Column("perplexity", right=True),
@@ -40,16 +40,14 @@ _RUNGS = ("base", "original", "residual", "code", "generate")
 
 @command
 def show(session: Session, task: TaskArg) -> None:
-    """Show a task: its adapters, vectors, code and residual, and how good each rung was measured to be.
+    """Show one task: its adapters, vectors, code and residual, and how good each source was measured to be.
 
-    NEAREST TASKS are those with the least cosine distance between task vectors; `icm map` shows all.
+    NEAREST TASKS have the smallest cosine distance between task vectors; `icm map` compares all tasks.
 
     Example:
       icm show shakespeare
     """
-    from icmlora.fleet.admin import describe_task
-
-    details = describe_task(session.context, task)
+    details = session.fleet.show(task)
     session.out.document(_as_json(details))
     session.out.record(_summary(details))
     session.out.line()
@@ -91,27 +89,27 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
         return [("code", "-")]
     error = "" if code.dw_error is None else f", dW error {code.dw_error:.3f}"
     lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}")]
-    lines.append(("initial A", _initial(details)))
+    lines.append(("initialisation", _initial(details)))
     if code.residual is not None:
-        beside = code.residual
-        lines.append(("residual", f"{human_size(beside.size)}, with it dW error {beside.dw_error:.3f}"))
+        residual = code.residual
+        lines.append(("residual", f"{human_size(residual.size)}, dW error with it {residual.dw_error:.3f}"))
     if code.asked is not None:
-        verdict = "kept" if code.asked.is_kept else "not kept"
-        lines.append(("asked for", f"{limits_text(code.asked)}: {verdict}"))
+        verdict = "met" if code.asked.is_kept else "not met"
+        lines.append(("limit", f"{limits_text(code.asked)}: {verdict}"))
     return lines
 
 
 def _initial(details: TaskDetails) -> str:
     if details.initial is None:
-        return "not known"
+        return "seed unknown"
     found, modules = len(details.initial.modules), len(details.final.layout)
-    return f"drawn again from seed {details.initial.seed} for {found} of {counted(modules, 'module')}"
+    return f"seed {details.initial.seed}, recovered for {found} of {counted(modules, 'module')}"
 
 
 def _original(details: TaskDetails) -> str:
     state = "in the store" if details.final.evicted_at is None else f"evicted at {details.final.evicted_at}"
     if details.final.is_generated:
-        state = f"none was trained: the task was generated{'' if details.final.evicted_at else ', and ingested since'}"
+        state = "none: generated, not trained" if details.final.evicted_at else "generated, then ingested"
     return f"{state}, pinned" if details.task.pinned else state
 
 
@@ -127,7 +125,7 @@ def _adapter_cells(adapter: AdapterRecord) -> list[str]:
 
 
 def _present(details: TaskDetails) -> list[EvaluationRecord]:
-    """Return the measurements that earlier generators have no part in, those on the task's own text first."""
+    """Return the measurements that do not depend on an earlier generator, those on the task's own text first."""
     current = {None, None if details.generator is None else details.generator.id}
     rows = [row for row in details.evaluations if row.generator_id in current]
     return sorted(rows, key=lambda row: (row.data != details.task.eval_data, row.data, _RUNGS.index(row.rung)))
@@ -172,12 +170,12 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
 
 
 def _evaluation_json(details: TaskDetails, entry: EvaluationRecord) -> dict[str, object]:
-    # The store does not repeat it in every row: a task has one original, and its measurements go with it.
+    # A task has one original, and its measurements are deleted with it: the rows do not repeat its digest.
     settings = {**entry.settings, "original": details.final.weights}
     return {**_without_ids(asdict(entry)), "settings": settings}
 
 
 def _without_ids(fields: dict[str, object], *others: str) -> dict[str, object]:
-    """Drop what is the database's own business, and the task's name, which stands above already."""
+    """Drop the database's own numbers, and the task's name, which the document has already."""
     dropped = {"id", "task", "adapter_id", "generator_id", *others}
     return {name: value for name, value in fields.items() if name not in dropped}

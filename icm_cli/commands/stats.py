@@ -1,4 +1,4 @@
-"""`icm stats`: what the fleet takes on disk, what the codes save and what they cost."""
+"""`icm stats`: show what the fleet takes on disk, what the codes save, and what they cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from icm_cli.text import coded_size, shortfalls
 from icmlora.io.text import counted, human_percent, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.stats import Bill, FleetBill, TaskBill
+    from icmlora.fleet.stats import BaseModelBill, Bill, TaskBill
 
 PlotOpt = Annotated[
     Path | None,
@@ -23,7 +23,7 @@ PlotOpt = Annotated[
         "--plot", metavar="FILE.svg|png|pdf", help="Also draw bytes against the number of tasks.", show_default=False
     ),
 ]
-ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace the FILE of --plot if it exists.")]
+ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace the --plot FILE if it exists.")]
 
 _FLEET_COLUMNS = (
     Column("base model", shrink=True),
@@ -51,17 +51,17 @@ _TASK_COLUMNS = (
 
 @command
 def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> None:
-    """Show the bill: bytes on disk, what generator and codes take against bf16, and what the codes keep.
+    """Show the bytes on disk, how much smaller generator and codes are than the adapters, and what that costs.
 
-    GENERATOR is the generator's file, with the start of `icm generate` if it has one. OF BF16 compares it and codes,
-    residuals and vectors with every final adapter in bf16; BREAK-EVEN is the number of tasks from which they are
-    smaller. dW ERROR and RETAINED GAIN are mean / worst, of codes with what lies beside them. Tasks that keep their
-    original because nothing smaller keeps what was asked for are counted. With -v, one row per task.
+    BF16 is the size of all final adapters in bf16. OF BF16 is the share that generator, codes, residuals and vectors
+    take; from BREAK-EVEN tasks on they are smaller. GENERATOR includes the few-shot start, if there is one. DW ERROR
+    and RETAINED GAIN are mean / worst over the tasks, measured on the codes with their residuals. -v adds a row per
+    task.
 
     Example:
       icm stats --json
     """
-    found = _found(session, plot, force=force)
+    found = session.fleet.stats(plot=plot, force=force)
     out = session.out
     out.document(_as_json(found))
     out.table(_FLEET_COLUMNS, [_fleet_cells(fleet) for fleet in found.fleets])
@@ -80,29 +80,12 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
         out.note(f"drew {plot}")
 
 
-def _found(session: Session, plot: Path | None, *, force: bool) -> Bill:
-    """Return the bill, and draw it if a file is named."""
-    from icmlora.fleet.stats import bill
-
-    if plot is None:
-        return bill(session.context)
-    from icmlora.fleet.stats import check_plot, plot_bill
-
-    check_plot(plot, force=force)
-    found = bill(session.context)
-    plot_bill(found, plot, force=force)
-    return found
-
-
 def _disk(found: Bill) -> list[tuple[str, str]]:
     usage = found.usage
     lines = [
         ("originals (final adapters)", usage.originals),
         ("checkpoints", usage.checkpoints),
-        (
-            "generators, with their starts" if any(fleet.start_size for fleet in found.fleets) else "generators",
-            usage.generators,
-        ),
+        ("generators", usage.generators),
         ("codes", usage.codes),
         ("residuals", usage.residuals),
         ("task vectors", usage.vectors),
@@ -111,7 +94,7 @@ def _disk(found: Bill) -> list[tuple[str, str]]:
         ("unfinished training", usage.training),
         ("database", usage.database),
         ("unreferenced", usage.unreferenced),
-        ("reserve and marks", usage.overhead),
+        ("reserve and lock files", usage.overhead),
         ("on disk", usage.total),
     ]
     always = {"originals (final adapters)", "on disk"}
@@ -122,35 +105,32 @@ def _disk(found: Bill) -> list[tuple[str, str]]:
 
 def _verdict(found: Bill) -> str:
     if not found.bf16_size:
-        return "nothing is ingested"
+        return "the store has no tasks"
     now = found.usage.total / found.bf16_size
     disk = (
         f"The store takes {human_percent(now)} of what all final adapters take in bf16 ({human_size(found.bf16_size)})"
     )
     if not any(fleet.encoded for fleet in found.fleets):
-        return f"{disk}: nothing is encoded yet, so nothing is saved."
+        return f"{disk}: no task has a code yet, so nothing is saved."
+    disk = f"{disk}{_originals(found)}."
     share = found.compact_share
-    what = f"Generators, codes, {'residuals, ' if found.usage.residuals else ''}vectors and database"
-    kept = f"{disk}{_held(found)}."
     if share is None:
-        return f"{kept} Not every task has a code yet, so what they save is not known: see `icm train --update`."
+        return f"{disk} Not every task has a code yet, so the saving is unknown: run `icm train --update`."
+    parts = f"Generators, codes, {'residuals, ' if found.usage.residuals else ''}vectors and database"
     if share >= 1:
-        return (
-            f"{kept} {what} take {human_percent(share)}: they save nothing, they cost {human_percent(share - 1)} more."
-        )
-    return f"{kept} {what} alone take {human_percent(share)}: they save {human_percent(1 - share)}."
+        return f"{disk} {parts} take {human_percent(share)}, so they cost {human_percent(share - 1)} more."
+    return f"{disk} {parts} alone take {human_percent(share)}, so they save {human_percent(1 - share)}."
 
 
-def _held(found: Bill) -> str:
+def _originals(found: Bill) -> str:
+    """Say how many originals are still in the store."""
     left = found.tasks - found.evicted
     if not found.evicted:
-        return ", since it still holds the originals"
-    return (
-        f", with the originals of {left} of {counted(found.tasks, 'task')}" if left else "; every original is evicted"
-    )
+        return " because it still holds the originals"
+    return f" with the originals of {left} of {counted(found.tasks, 'task')}" if left else "; every original is evicted"
 
 
-def _fleet_cells(fleet: FleetBill) -> list[str]:
+def _fleet_cells(fleet: BaseModelBill) -> list[str]:
     size = fleet.shared_size + fleet.per_task_size
     marginal, complete = fleet.marginal_size, len(fleet.encoded) == len(fleet.tasks)
     return [
@@ -204,7 +184,7 @@ def _as_json(found: Bill) -> dict[str, object]:
     }
 
 
-def _fleet_json(fleet: FleetBill) -> dict[str, object]:
+def _fleet_json(fleet: BaseModelBill) -> dict[str, object]:
     return {
         "base_model": fleet.base_model,
         "adapters_count": len(fleet.tasks),

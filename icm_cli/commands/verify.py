@@ -1,4 +1,4 @@
-"""`icm verify`: look for damage."""
+"""`icm verify`: check the store for damage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from registry.verify import Finding
+    from icmlora.fleet.maintenance import Finding
 
 ReadDataOpt = Annotated[
-    bool, typer.Option("--read-data", help="Read and hash every blob; not only look at its length.")
+    bool, typer.Option("--read-data", help="Read and hash every blob instead of only checking its length.")
 ]
 RepairOpt = Annotated[
-    bool, typer.Option("--repair", help="Move damaged blobs to quarantine; reads all data, deletes nothing.")
+    bool, typer.Option("--repair", help="Read all data and move damaged blobs to quarantine. Deletes nothing.")
 ]
 
 
@@ -31,20 +31,18 @@ def verify(
     dry_run: DryRunOpt = False,
     yes: YesOpt = False,
 ) -> None:
-    """Check the store: the database, every blob's presence and length, and with --read-data its bytes.
+    """Check the store for damage: the database, the length of every blob, and with --read-data its bytes.
 
-    Exit 1 means that something is wrong. What a killed command may leave (orphans, temporary files) is no problem, and
-    is shown with --verbose.
+    Exit code 1 means that something is wrong. Files that interrupted commands left behind are harmless and are listed
+    with --verbose only.
 
     Example:
       icm verify --read-data
     """
-    from icmlora.fleet.admin import find_damage, quarantine_damage
-
     if repair and tasks:
-        raise UsageProblem("--repair works on the whole store", hint="leave the names out")
-    findings = []
-    for finding in find_damage(session.context, names=tasks or [], read_data=read_data or repair):
+        raise UsageProblem("--repair works on the whole store", hint="leave out the task names")
+    fleet, findings = session.fleet, []
+    for finding in fleet.verify(tasks or (), read_data=read_data or repair):
         findings.append(finding)
         _tell(session, finding)
     problems = [finding for finding in findings if finding.is_problem]
@@ -52,7 +50,7 @@ def verify(
     movable = [finding for finding in problems if finding.kind in ("length", "digest")]
     question = f"Move {counted(len(movable), 'damaged blob')} to quarantine?"
     if repair and movable and not dry_run and session.out.confirm(question, yes=yes):
-        moved = quarantine_damage(session.context)
+        moved = fleet.repair()
     session.out.document(
         {
             "ok": not problems,
@@ -73,15 +71,15 @@ def _sum_up(
     if problems:
         out.line(f"{counted(len(problems), 'problem')} found")
     else:
-        out.line("the store is in order" if read_data else "the store is in order (contents not read: --read-data)")
+        out.line("the store is intact" if read_data else "the store is intact (contents not read: use --read-data)")
     affected = sorted({task for finding in problems for task in finding.tasks})
     if moved:
         out.line(f"moved {counted(len(moved), 'damaged blob')} to quarantine")
-        out.hint(f"`icm ingest` of the original adapters restores: {', '.join(affected)}")
+        out.hint(f"run `icm ingest` on the original adapters to restore: {', '.join(affected)}")
     elif any(finding.kind in ("length", "digest") for finding in problems):
-        out.hint("`icm verify --repair` moves damaged blobs to quarantine, then `icm ingest` restores them")
+        out.hint("run `icm verify --repair` to move damaged blobs to quarantine, then ingest their adapters again")
     if len(findings) > len(problems):
-        out.detail(f"{counted(len(findings) - len(problems), 'harmless leftover')}; `icm prune` removes them")
+        out.detail(f"{counted(len(findings) - len(problems), 'harmless leftover')}; run `icm prune` to delete them")
 
 
 def _tell(session: Session, finding: Finding) -> None:

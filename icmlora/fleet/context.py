@@ -55,23 +55,36 @@ def ignore(event: Event) -> None:
     """Do nothing with an event."""
 
 
+def default_cache() -> Path:
+    """Return the folder `icm` in the Hugging Face home."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "icm"
+
+
 @dataclass(frozen=True)
 class Context:
     """Which store to work on, how to wait for it, and who listens.
 
     Attributes:
         path: The store folder.
-        cache: Folder for what can be made again: base models converted from GGUF.
+        cache_folder: Folder for files that can be created again, such as base models converted from GGUF, or a
+            function that returns it. The function is called only when the folder is needed.
         lock_timeout: Seconds to wait for another process.
         command: What this process does, as others see it in their lock message.
         on_event: Called between atomic steps; raises `Cancelled` to stop.
     """
 
     path: Path
-    cache: Path
+    cache_folder: Path | Callable[[], Path] = default_cache
     lock_timeout: float = 30.0
     command: str = "icm"
     on_event: Callable[[Event], None] = ignore
+
+    @property
+    def cache(self) -> Path:
+        """The folder for files that can be created again; it need not exist."""
+        return self.cache_folder if isinstance(self.cache_folder, Path) else self.cache_folder()
 
     def open(self, *, create: bool = False, read_only: bool = False) -> Store:
         """Open the store, as a context manager; see `registry.store.Store.open` for what it raises."""

@@ -28,7 +28,7 @@ from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, Event, Progress, StopFlag, chosen_tasks, locate_base
 from icmlora.fleet.loading import open_base, read_original
 from icmlora.fleet.measure import MAX_TOKENS, RUNGS, RungResult, TaskEvaluation
-from icmlora.fleet.stats import Bill, FleetBill, TaskBill
+from icmlora.fleet.stats import BaseModelBill, Bill, TaskBill
 from icmlora.formats.peft import load_adapter_folder, save_adapter
 from icmlora.io.devices import resolve_device
 from icmlora.io.files import read_regular
@@ -321,7 +321,7 @@ def compare(report: EvaluateReport, bill: Bill) -> list[MethodSummary]:
     return sorted((_summary(method, found) for method, found in cells.items()), key=lambda row: -row.task_size)
 
 
-def _cells(done: TaskEvaluated, fleet: FleetBill, task: TaskBill) -> Iterator[tuple[str, _Cell]]:
+def _cells(done: TaskEvaluated, fleet: BaseModelBill, task: TaskBill) -> Iterator[tuple[str, _Cell]]:
     rungs = {str(rung): result for rung, result in done.rungs.items()}
     code = (task.code_size or 0) + task.vectors_size
     sizes = {"residual": task.size, "code": code, "generate": task.vectors_size}

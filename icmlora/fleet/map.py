@@ -1,7 +1,4 @@
-"""The nearest tasks of one, by their vectors. Never imports torch.
-
-The map of a fleet by its task vectors. Never imports torch.
-"""
+"""Compare tasks by their vectors: the map of a base model, and the nearest tasks of one task. Never imports torch."""
 
 from __future__ import annotations
 
@@ -16,10 +13,9 @@ from numpy.typing import NDArray
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, check_base_model
-from icmlora.fleet.pictures import MappedFleet, draw_map, grouped_reasons
 from icmlora.fleet.stored_vectors import LeftOut, comparable_vectors
 from icmlora.io.staging import check_absent, writing_file
-from icmlora.task_vectors.clusters import map_tasks
+from icmlora.task_vectors.clusters import TaskMap, map_tasks
 from icmlora.task_vectors.distances import FEWEST, Neighbour, ranked, task_distances
 from registry.errors import DamagedStore
 from registry.records import TaskRecord, View
@@ -29,13 +25,93 @@ if TYPE_CHECKING:
 
 _NEAREST = 5
 _VIEWS: tuple[View, ...] = ("adapted", "context")
+_VECTORS = "run `icm vectors` to extract the missing vectors"
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """Which map to make.
+
+    Attributes:
+        view: Which vectors.
+        base_model: Which base model; None if tasks of only one have vectors.
+        clusters: How many clusters; None for the number with the best silhouette.
+        plot: The .svg file to draw, or None.
+        force: Whether to replace that file if it exists.
+    """
+
+    view: View = "adapted"
+    base_model: str | None = None
+    clusters: int | None = None
+    plot: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class MapReport:
+    """The map of one base model's tasks.
+
+    Attributes:
+        base_model: Its name.
+        view: Which vectors were compared.
+        map: Points, clusters and distances.
+        support_sets: How many vectors it was made from.
+        left_out: The tasks of the base model that are not on the map.
+    """
+
+    base_model: str
+    view: View
+    map: TaskMap
+    support_sets: int
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def reasons(self) -> list[str]:
+        """A line for each reason why tasks are not on the map, with their names."""
+        return _grouped(self.left_out)
+
+
+def map_fleet(context: Context, request: MapRequest) -> MapReport:
+    """Make the map of a base model's tasks, and draw it if a file is named (completely or not at all).
+
+    Raises:
+        DataError: Fewer than three tasks have comparable vectors; tasks of several base models have vectors and none is
+            chosen; there are fewer tasks than clusters; or the picture is not an .svg file.
+        OutputExists: The picture exists and `force` is not given.
+        DamagedStore: Vectors are missing or damaged.
+    """
+    if request.plot is not None:
+        if request.plot.suffix.lower() != ".svg":
+            raise DataError("a map is drawn as an .svg file", path=request.plot, hint="use the ending .svg")
+        check_absent(request.plot, force=request.force)
+    with context.open(read_only=True) as store:
+        base_model, tasks = _of_one_base(store, request.base_model)
+        known = comparable_vectors(store, tasks, request.view)
+    if len(known.vectors) < FEWEST:
+        raise _too_few(base_model, request.view, list(known.vectors), known.left_out)
+    if request.clusters is not None and request.clusters > len(known.vectors):
+        fact = f"{len(known.vectors)} tasks cannot make {request.clusters} clusters"
+        raise DataError(fact, hint="use `--clusters auto` for the best silhouette")
+    found = MapReport(
+        base_model=base_model,
+        view=request.view,
+        map=map_tasks(known.vectors, request.clusters),
+        support_sets=sum(len(vectors) for vectors in known.vectors.values()),
+        left_out=known.left_out,
+    )
+    if request.plot is not None:
+        from icmlora.fleet.map_picture import draw_map
+
+        with writing_file(request.plot, force=request.force) as stream:
+            stream.write(draw_map(found).encode())
+    return found
 
 
 def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
-    """Return the tasks that are nearest to one, at most five; none where too few can be compared.
+    """Return the tasks with the nearest vectors, at most five; none if too few can be compared.
 
-    By the adapted view, or by the context view if the task has no other, as one that was generated. Damaged vectors
-    say nothing here; `icm verify` says that they are damaged.
+    Compares the adapted view, or the context view for a task that has no other (a generated one). Damaged vectors are
+    ignored here: `icm verify` reports them.
     """
     tasks = [other for other in store.tasks.all() if other.base_model == task.base_model]
     for view in _VIEWS:
@@ -54,57 +130,8 @@ def _neighbours(task: str, vectors: Mapping[str, NDArray[np.float32]]) -> tuple[
     return tuple(neighbour for neighbour in found if neighbour.task != task)[:_NEAREST]
 
 
-_VECTORS = "`icm vectors` makes the vectors that are missing"
-
-
-@dataclass(frozen=True)
-class MapRequest:
-    """What `icm map` was asked for."""
-
-    view: View = "adapted"
-    base_model: str | None = None
-    clusters: int | None = None
-    """How many; None for the number with the best silhouette."""
-    plot: Path | None = None
-    force: bool = False
-
-
-def map_fleet(context: Context, request: MapRequest) -> MappedFleet:
-    """Make the map of a base model's tasks, and draw it if a file is named: whole, or not at all.
-
-    Raises:
-        DataError: Fewer than three tasks have vectors that can be compared, or tasks of several base models; there are
-            fewer tasks than clusters; or the picture is no .svg file.
-        OutputExists: The picture exists and `force` is not given.
-        DamagedStore: Vectors are missing or damaged.
-    """
-    if request.plot is not None:
-        if request.plot.suffix.lower() != ".svg":
-            raise DataError("the picture of a map is an .svg file", path=request.plot, hint="give it the ending .svg")
-        check_absent(request.plot, force=request.force)
-    with context.open(read_only=True) as store:
-        base_model, tasks = _of_one_base(store, request.base_model)
-        known = comparable_vectors(store, tasks, request.view)
-    if len(known.vectors) < FEWEST:
-        raise _too_few(base_model, request.view, list(known.vectors), known.left_out)
-    if request.clusters is not None and request.clusters > len(known.vectors):
-        fact = f"{len(known.vectors)} tasks cannot make {request.clusters} clusters"
-        raise DataError(fact, hint="`--clusters auto` takes the number with the best silhouette")
-    found = MappedFleet(
-        base_model=base_model,
-        view=request.view,
-        map=map_tasks(known.vectors, request.clusters),
-        support_sets=sum(len(vectors) for vectors in known.vectors.values()),
-        left_out=known.left_out,
-    )
-    if request.plot is not None:
-        with writing_file(request.plot, force=request.force) as stream:
-            stream.write(draw_map(found).encode())
-    return found
-
-
 def _of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[TaskRecord]]:
-    """Return the base model that is meant, and its tasks."""
+    """Return the chosen base model, or the only one with vectors, and its tasks."""
     by_base: defaultdict[str, list[TaskRecord]] = defaultdict(list)
     has_vectors: defaultdict[str, bool] = defaultdict(bool)
     for row in store.tasks.summaries():
@@ -115,7 +142,7 @@ def _of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[Ta
         return base_model, by_base[base_model]
     ready = sorted(base for base, has in has_vectors.items() if has)
     if len(ready) > 1:
-        fact = f"a map has one base model, and tasks of {len(ready)} have vectors: {', '.join(ready)}"
+        fact = f"a map shows one base model, but tasks of {len(ready)} have vectors: {', '.join(ready)}"
         raise DataError(fact, hint="choose one with --base-model NAME")
     if not ready:
         raise DataError("no task has vectors", hint=_VECTORS)
@@ -123,6 +150,13 @@ def _of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[Ta
 
 
 def _too_few(base_model: str, view: View, mapped: Sequence[str], left_out: Sequence[LeftOut]) -> DataError:
-    fact = f"a map needs {FEWEST} tasks of {base_model} whose vectors of the {view} view were made alike"
+    fact = f"a map needs {FEWEST} tasks of {base_model} with comparable vectors of the {view} view"
     have = f"there {'is' if len(mapped) == 1 else 'are'} {len(mapped)}"
-    return DataError("; ".join([f"{fact}, and {have}", *grouped_reasons(left_out)]), hint=_VECTORS)
+    return DataError("; ".join([f"{fact}, but {have}", *_grouped(left_out)]), hint=_VECTORS)
+
+
+def _grouped(left_out: Sequence[LeftOut]) -> list[str]:
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for entry in left_out:
+        names[entry.reason].append(entry.task)
+    return [f"{reason}: {', '.join(tasks)}" for reason, tasks in names.items()]

@@ -36,7 +36,8 @@ from icmlora.fleet.training_run import CodeMade, TrainRequest, measured_sensitiv
 from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec, Encoded
 from icmlora.generator.config import config_for, tolerance_of
-from icmlora.generator.file import append_version, generator_to_bytes
+from icmlora.generator.file import generator_to_bytes
+from icmlora.generator.frames import append_version
 from icmlora.generator.parameters import differences_to_words
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import resolve_device

@@ -24,7 +24,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,10 +41,12 @@ from icmlora.generator.initial_a.draw import (
     initial_size,
     initial_to_bytes,
 )
-from icmlora.generator.initial_a.subspace import InitialSubspace
-from icmlora.generator.quantizer import Sides, SideScales, Slots, TokenQuantizer
 from icmlora.generator.scales import EXTREME
 from icmlora.io.checksum import add_checksum, checked
+
+if TYPE_CHECKING:  # they import torch, and reading the head of a code does not
+    from icmlora.generator.initial_a.subspace import InitialSubspace
+    from icmlora.generator.quantizer import Sides, SideScales, Slots, TokenQuantizer
 
 MAGIC = b"ICMC\x03"
 _BEFORE = b"ICMC\x02"
@@ -298,6 +300,8 @@ def _flat(sides: Sequence[NDArray[_Number]]) -> NDArray[_Number]:
 
 
 def _slots(kind: int, first: NDArray[np.uint8], kept: NDArray[np.uint8]) -> Slots:
+    from icmlora.generator.quantizer import Slots
+
     begins = np.where(kept == ABSENT, 0, first).astype(np.int64)
     ends = np.where(kept == ABSENT, 0, kept).astype(np.int64)
     layer = np.repeat(np.arange(len(ends)), ends - begins)

@@ -11,7 +11,8 @@ from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.file import TrainedGenerator, generator_from_bytes, versions_of
+from icmlora.generator.file import TrainedGenerator, generator_from_bytes
+from icmlora.generator.frames import versions_of
 from icmlora.generator.parameters import words_to_changed
 
 

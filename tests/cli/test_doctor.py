@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.fleet.admin import has_wal_reset_bug
+from icmlora.fleet.maintenance import has_wal_reset_bug
 from tests.cli.conftest import Ran
 from tests.cli.homeless import leave_home
 

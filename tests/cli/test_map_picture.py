@@ -6,15 +6,14 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from icmlora.fleet.pictures import MappedFleet, draw_map
+from icmlora.fleet.map import MapReport
+from icmlora.fleet.map_picture import draw_map
 from icmlora.task_vectors.clusters import map_tasks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def fleet(
-    groups: int = 3, each: int = 3, *, sets: int = 4, base_model: str = "acme/tiny", seed: int = 0
-) -> MappedFleet:
+def fleet(groups: int = 3, each: int = 3, *, sets: int = 4, base_model: str = "acme/tiny", seed: int = 0) -> MapReport:
     random = np.random.default_rng(seed)
     middles = random.standard_normal((groups, 24))
     tasks = {
@@ -24,14 +23,14 @@ def fleet(
         for group in range(groups)
         for number in range(each)
     }
-    return MappedFleet(base_model, "adapted", map_tasks(tasks), sets * len(tasks), ())
+    return MapReport(base_model, "adapted", map_tasks(tasks), sets * len(tasks), ())
 
 
-def texts(found: MappedFleet) -> list[str]:
+def texts(found: MapReport) -> list[str]:
     return ["".join(text.itertext()) for text in ET.fromstring(draw_map(found)).iter(f"{SVG}text")]
 
 
-def markers(found: MappedFleet) -> list[ET.Element]:
+def markers(found: MapReport) -> list[ET.Element]:
     """Return the markers of tasks: those of the legend tell nothing."""
     return [path for path in ET.fromstring(draw_map(found)).iter(f"{SVG}path") if path.find(f"{SVG}title") is not None]
 

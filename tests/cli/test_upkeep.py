@@ -106,8 +106,8 @@ def test_ages_have_units(age: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize("age", ["", "h", "-1h", "1w", "1.5h", "9999999999"])
-def test_what_is_no_age_is_refused(age: str) -> None:
-    with pytest.raises(UsageProblem, match="no age"):
+def test_an_invalid_age_is_refused(age: str) -> None:
+    with pytest.raises(UsageProblem, match="invalid age"):
         seconds(age)
 
 
@@ -119,7 +119,7 @@ def test_a_sound_store_is_in_order(icm: Icm, stored: Path) -> None:
 def test_verify_says_that_it_did_not_read_the_contents(icm: Icm, damaged: Path) -> None:
     ran = icm("verify")
     assert ran.code == 0
-    assert "contents not read: --read-data" in ran.out
+    assert "contents not read: use --read-data" in ran.out
 
 
 def test_verify_finds_a_flipped_bit_when_it_reads(icm: Icm, damaged: Path) -> None:

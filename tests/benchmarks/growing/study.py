@@ -16,7 +16,7 @@ import torch
 from icmlora.base_models.attach import adapted
 from icmlora.base_models.causal_lm import BaseModel, nll, retained_gain
 from icmlora.base_models.examples import parse_examples
-from icmlora.fleet.admin import add_base
+from icmlora.fleet.base_models import add_base_model
 from icmlora.fleet.context import Context, StopFlag
 from icmlora.fleet.evict import EvictRequest, evict
 from icmlora.fleet.ingest import IngestRequest, ingest
@@ -85,7 +85,7 @@ class Growing:
         self._folders |= {folder.name: folder for folder in folders}
         ingest(self._place, IngestRequest(tuple(folders)))
         if fresh:
-            add_base(self._place, self._label, self._base_folder)
+            add_base_model(self._place, self._label, self._base_folder)
         extract_vectors(self._place, VectorRequest(device="cpu"))
         began = time.monotonic()
         request = TrainRequest(device="cpu")

@@ -1,163 +1,28 @@
-"""What `icm map` shows: a fleet's map, and the tasks that are not on it.
+"""Draw a map of tasks as one SVG file, without matplotlib: readable on light and dark ground, the same every time.
 
-Where the labels of a picture go: beside their points and clear of each other; the first ones choose first.
+    task: a marker in the shape and colour of its cluster, and its name
+    support set: a small dot with a line to its task
 
-candidates of a label: 8 places around its point, then the same farther away, with a line to the point
-
-The map of a fleet as one SVG file: readable on light and dark ground, without matplotlib, the same every time.
-
-    task ── marker: shape and colour of its cluster      look ── small dot, with a line to its task      label ── name
-
-Colours are Okabe and Ito's, which the common kinds of colour blindness tell apart; shapes repeat what they say.
+The colours are Okabe and Ito's, which people with the common kinds of colour blindness can tell apart; the shapes
+repeat what they say. matplotlib with adjustText was tried: its labels cover markers and leave the frame, and its SVG
+has neither colours for a dark ground nor names under the pointer.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import chain
+from typing import TYPE_CHECKING
 
-from icmlora.fleet.stored_vectors import LeftOut
+from icmlora.fleet.label_placement import Box, Label, place_labels
 from icmlora.io.text import counted
-from icmlora.task_vectors.clusters import MappedTask, TaskMap
 from registry.names import printable
-from registry.records import View
 
-
-@dataclass(frozen=True)
-class MappedFleet:
-    """The map of one base model's tasks.
-
-    Attributes:
-        support_sets: How many vectors it was made from.
-        left_out: Tasks of the base model that are not on it.
-    """
-
-    base_model: str
-    view: View
-    map: TaskMap
-    support_sets: int
-    left_out: tuple[LeftOut, ...]
-
-
-def grouped_reasons(left_out: Sequence[LeftOut]) -> list[str]:
-    """Return a line for each reason why tasks are not on a map, with their names."""
-    names: defaultdict[str, list[str]] = defaultdict(list)
-    for entry in left_out:
-        names[entry.reason].append(entry.task)
-    return [f"{reason}: {', '.join(tasks)}" for reason, tasks in names.items()]
-
-
-_AROUND = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1))
-_GAPS = (9.0, 22.0, 38.0)
-"""From a point to its label; beyond the first, the two need a line between them."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of a picture; y grows downwards."""
-
-    left: float
-    top: float
-    width: float
-    height: float
-
-    @property
-    def right(self) -> float:
-        """The right edge."""
-        return self.left + self.width
-
-    @property
-    def bottom(self) -> float:
-        """The lower edge."""
-        return self.top + self.height
-
-    @property
-    def middle(self) -> tuple[float, float]:
-        """The point in its middle."""
-        return self.left + self.width / 2, self.top + self.height / 2
-
-    def overlaps(self, other: Box) -> bool:
-        """Whether the two have a point in common."""
-        return (
-            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
-        )
-
-    def holds(self, other: Box) -> bool:
-        """Whether the other lies inside."""
-        return (
-            self.left <= other.left
-            and other.right <= self.right
-            and self.top <= other.top
-            and other.bottom <= self.bottom
-        )
-
-
-@dataclass(frozen=True)
-class Label:
-    """A label that has its place.
-
-    Attributes:
-        box: Where it is.
-        across: -1 where it lies left of its point, 1 right, 0 above or below.
-        is_away: Whether it needs a line to its point.
-    """
-
-    box: Box
-    across: int
-    is_away: bool
-
-
-def place_labels(
-    points: Sequence[tuple[float, float]],
-    sizes: Sequence[tuple[float, float]],
-    frame: Box,
-    obstacles: Sequence[Box],
-    soft: Sequence[Box] = (),
-) -> list[Label | None]:
-    """Give each point's label the first place that is free, in the order of the points.
-
-    Args:
-        points: One a label.
-        sizes: Width and height of each label.
-        frame: What no label leaves.
-        obstacles: What no label covers.
-        soft: What a label covers only where it must: of the places at one distance, that with the fewest of them.
-
-    Returns:
-        One a point; None where no place is free.
-    """
-    taken = list(obstacles)
-    labels: list[Label | None] = []
-    for point, size in zip(points, sizes, strict=True):
-        label = _first_free(point, size, frame, taken, soft)
-        labels.append(label)
-        if label is not None:
-            taken.append(label.box)
-    return labels
-
-
-def _first_free(
-    point: tuple[float, float], size: tuple[float, float], frame: Box, taken: Sequence[Box], soft: Sequence[Box]
-) -> Label | None:
-    for gap in _GAPS:
-        places = [Label(_beside(point, size, gap, way), way[0], gap > _GAPS[0]) for way in _AROUND]
-        free = [place for place in places if frame.holds(place.box) and not any(map(place.box.overlaps, taken))]
-        if free:
-            return min(free, key=lambda place: sum(map(place.box.overlaps, soft)))
-    return None
-
-
-def _beside(point: tuple[float, float], size: tuple[float, float], gap: float, direction: tuple[int, int]) -> Box:
-    """Return the box of a size whose edge or corner is a gap away from a point, in one of the 8 directions."""
-    across, down = direction
-    reach = gap if 0 in direction else 0.7 * gap
-    left = point[0] + across * reach - (1 - across) / 2 * size[0]
-    top = point[1] + down * reach - (1 - down) / 2 * size[1]
-    return Box(left, top, *size)
-
+if TYPE_CHECKING:
+    from icmlora.fleet.map import MapReport
+    from icmlora.task_vectors.clusters import MappedTask
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _SHAPES = (
@@ -202,7 +67,7 @@ class _Placed:
         return "#6e7781" if self.is_alone else _COLOURS[(self.task.cluster - 1) % len(_COLOURS)]
 
 
-def draw_map(found: MappedFleet) -> str:
+def draw_map(found: MapReport) -> str:
     """Return the picture of a map as the text of an SVG file."""
     placed = _placed(found)
     rows, end = _legend(found)
@@ -229,7 +94,7 @@ def draw_map(found: MappedFleet) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _placed(found: MappedFleet) -> list[_Placed]:
+def _placed(found: MapReport) -> list[_Placed]:
     """Scale all points into the frame, with one scale for both axes: distances are what a map is about."""
     tasks = found.map.tasks
     spots = [spot for task in tasks for spot in (task.point, *task.support_sets)]
@@ -302,7 +167,7 @@ def _shape(cluster: int, x: float, y: float, told: str = "") -> str:
     return f'<path {look} d="{path}" transform="translate({x:.1f} {y:.1f})">{inner}</path>'
 
 
-def _legend(found: MappedFleet) -> tuple[list[str], float]:
+def _legend(found: MapReport) -> tuple[list[str], float]:
     """Return the legend and the lower edge of it."""
     clusters = [members for members in found.map.clusters if len(members) > 1]
     alone = len(found.map.clusters) - len(clusters)
@@ -325,7 +190,7 @@ def _legend(found: MappedFleet) -> tuple[list[str], float]:
     return parts, y + 16
 
 
-def _facts(found: MappedFleet) -> Iterator[str]:
+def _facts(found: MapReport) -> Iterator[str]:
     if found.map.silhouette_by_task is not None:
         yield from ("silhouette of support sets", f"by task: {found.map.silhouette_by_task:.2f}")
     if found.map.silhouette_by_cluster is not None:
@@ -334,11 +199,11 @@ def _facts(found: MappedFleet) -> Iterator[str]:
         yield "small dots: single support sets"
 
 
-def _support_sets_are_drawn(found: MappedFleet) -> bool:
+def _support_sets_are_drawn(found: MapReport) -> bool:
     return len(found.map.tasks) <= _MANY and any(len(task.support_sets) > 1 for task in found.map.tasks)
 
 
-def _axes(found: MappedFleet) -> str:
+def _axes(found: MapReport) -> str:
     across, up = found.map.variation
     shown = f"The plane shows {across + up:.0%} of the variation ({across:.0%} across, {up:.0%} up)"
     return f"{shown}, so tasks that look near need not be: clusters are made from all of it."

@@ -1,0 +1,117 @@
+"""Place the labels of a picture next to their points and clear of each other; the first points choose first.
+
+A label has 8 candidates around its point, then the same 8 farther away, connected to the point by a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_AROUND = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1))
+_GAPS = (9.0, 22.0, 38.0)
+"""From a point to its label; beyond the first, the two need a line between them."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a picture; y grows downwards."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    @property
+    def right(self) -> float:
+        """The right edge."""
+        return self.left + self.width
+
+    @property
+    def bottom(self) -> float:
+        """The lower edge."""
+        return self.top + self.height
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """The point in its middle."""
+        return self.left + self.width / 2, self.top + self.height / 2
+
+    def overlaps(self, other: Box) -> bool:
+        """Whether the two have a point in common."""
+        return (
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+        )
+
+    def holds(self, other: Box) -> bool:
+        """Whether the other lies inside."""
+        return (
+            self.left <= other.left
+            and other.right <= self.right
+            and self.top <= other.top
+            and other.bottom <= self.bottom
+        )
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label that has its place.
+
+    Attributes:
+        box: Where it is.
+        across: -1 where it lies left of its point, 1 right, 0 above or below.
+        is_away: Whether it needs a line to its point.
+    """
+
+    box: Box
+    across: int
+    is_away: bool
+
+
+def place_labels(
+    points: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    frame: Box,
+    obstacles: Sequence[Box],
+    soft: Sequence[Box] = (),
+) -> list[Label | None]:
+    """Give each point's label the first place that is free, in the order of the points.
+
+    Args:
+        points: One a label.
+        sizes: Width and height of each label.
+        frame: What no label leaves.
+        obstacles: What no label covers.
+        soft: What a label covers only where it must: of the places at one distance, that with the fewest of them.
+
+    Returns:
+        One a point; None where no place is free.
+    """
+    taken = list(obstacles)
+    labels: list[Label | None] = []
+    for point, size in zip(points, sizes, strict=True):
+        label = _first_free(point, size, frame, taken, soft)
+        labels.append(label)
+        if label is not None:
+            taken.append(label.box)
+    return labels
+
+
+def _first_free(
+    point: tuple[float, float], size: tuple[float, float], frame: Box, taken: Sequence[Box], soft: Sequence[Box]
+) -> Label | None:
+    for gap in _GAPS:
+        places = [Label(_next_to(point, size, gap, way), way[0], gap > _GAPS[0]) for way in _AROUND]
+        free = [place for place in places if frame.holds(place.box) and not any(map(place.box.overlaps, taken))]
+        if free:
+            return min(free, key=lambda place: sum(map(place.box.overlaps, soft)))
+    return None
+
+
+def _next_to(point: tuple[float, float], size: tuple[float, float], gap: float, direction: tuple[int, int]) -> Box:
+    """Return the box of a size whose edge or corner is a gap away from a point, in one of the 8 directions."""
+    across, down = direction
+    reach = gap if 0 in direction else 0.7 * gap
+    left = point[0] + across * reach - (1 - across) / 2 * size[0]
+    top = point[1] + down * reach - (1 - down) / 2 * size[1]
+    return Box(left, top, *size)

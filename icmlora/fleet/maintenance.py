@@ -1,0 +1,149 @@
+"""Verify, repair and prune a store, and check the machine that it is on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.fleet.context import Context
+from registry.errors import RegistryError
+
+if TYPE_CHECKING:
+    from registry.prune import PruneReport as PruneReport
+    from registry.verify import Finding as Finding
+
+
+def verify(context: Context, names: Sequence[str], *, read_data: bool) -> Iterator[Finding]:
+    """Yield what is wrong with a store as it is found.
+
+    Args:
+        context: The store.
+        names: Check only what these tasks need; everything if empty.
+        read_data: Hash every blob instead of only comparing its length.
+
+    Raises:
+        TaskNotFound: A name is not in the store.
+    """
+    with context.open(read_only=True) as store:
+        yield from store.verify(read_data=read_data, names=names)
+
+
+def repair(context: Context) -> list[tuple[Finding, Path]]:
+    """Move every damaged blob to quarantine and return each finding with the new place of its blob."""
+    with context.open() as store:
+        return store.repair()
+
+
+def prune(context: Context, *, grace: float, dry_run: bool) -> PruneReport:
+    """Delete the bytes that no row refers to.
+
+    Args:
+        context: The store.
+        grace: Seconds; younger files stay.
+        dry_run: Only report what would be deleted.
+    """
+    with context.open(read_only=dry_run) as store:
+        return store.prune(grace=grace, dry_run=dry_run)
+
+
+_DISTRIBUTIONS = ("icm-lora", "torch", "transformers", "peft", "safetensors", "sqlalchemy", "numpy", "typer")
+_LOW_SPACE = 1 << 30  # bytes: less than this does not hold a handful of adapters and a generator
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result of `icm doctor`.
+
+    Attributes:
+        name: What was checked, as a JSON key.
+        value: What was found.
+        problem: What is wrong, or None.
+    """
+
+    name: str
+    value: str | int | None
+    problem: str | None = None
+
+
+def examine(context: Context) -> list[Check]:
+    """Check versions, devices, free space and the store, which is opened for reading as other commands do."""
+    return [*_versions(), *_devices(), *_database_library(), *_store(context)]
+
+
+def _versions() -> list[Check]:
+    found = [Check("python", platform.python_version()), Check("platform", platform.platform())]
+    for name in _DISTRIBUTIONS:
+        try:
+            found.append(Check(name, version(name)))
+        except PackageNotFoundError:
+            found.append(Check(name, None, "not installed"))
+    return found
+
+
+def _devices() -> list[Check]:
+    import torch
+
+    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return [
+        Check("cpu_threads", torch.get_num_threads()),
+        Check("cuda", ", ".join(cuda) or "none"),
+        Check("mps", "available" if torch.backends.mps.is_available() else "none"),
+    ]
+
+
+def _database_library() -> list[Check]:
+    note = "has the WAL-reset bug, which icm avoids by using the rollback journal"
+    suffix = f" ({note})" if has_wal_reset_bug(sqlite3.sqlite_version_info) else ""
+    return [Check("sqlite", f"{sqlite3.sqlite_version}{suffix}")]
+
+
+def has_wal_reset_bug(release: tuple[int, ...]) -> bool:
+    """Return whether an SQLite release can corrupt a WAL database: 3.7.0 to 3.51.2, but two have the fix."""
+    if (3, 44, 6) <= release < (3, 45) or (3, 50, 7) <= release < (3, 51):
+        return False
+    return (3, 7, 0) <= release < (3, 51, 3)
+
+
+def _store(context: Context) -> list[Check]:
+    store = context.path
+    anchor = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(anchor).free
+    checks = [Check("free_bytes", free, "less than 1 GiB is free" if free < _LOW_SPACE else None)]
+    if not os.access(anchor, os.W_OK | os.X_OK):
+        checks.append(Check("writable", "no", f"{anchor} cannot be written by this user"))
+    if not (store / "FORMAT").exists():
+        return [*checks, Check("store", "none yet; `icm ingest` creates it")]
+    return [*checks, _opened(context), _schema(store / "registry.db")]
+
+
+def _opened(context: Context) -> Check:
+    """Open the store: if another command would refuse it, that is a problem, in the same words."""
+    problem = None
+    try:
+        with context.open(read_only=True):
+            pass
+    except RegistryError as error:
+        problem = str(error) if error.hint is None else f"{error}; {error.hint}"
+    try:
+        format_ = (context.path / "FORMAT").read_text(errors="replace").strip()[:80]
+    except OSError:
+        format_ = None
+    return Check("store", format_, problem)
+
+
+def _schema(database: Path) -> Check:
+    try:
+        with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            (schema,) = connection.execute("PRAGMA user_version").fetchone()
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        return Check("schema", None, f"the database cannot be read: {error}")
+    return Check("schema", schema, None if verdict == "ok" else f"the database is damaged: {verdict}")
