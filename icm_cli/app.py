@@ -41,35 +41,35 @@ from icm_cli.output import Output
 from icm_cli.session import GlobalOptions
 from icmlora.io.text import utc
 
-MAIN = "Main commands"
-CARRY = "Take it elsewhere"
-LOOK = "See what is there"
-LOOK_AFTER = "Look after the store"
+ADAPTERS = "Store and write adapters"
+INSPECT = "Inspect"
+BUNDLES = "Bundles: use codes without the store"
+MAINTAIN = "Maintain the store"
 
 app = typer.Typer(name="icm", rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
-app.command(rich_help_panel=MAIN)(ingest)
-app.command(rich_help_panel=MAIN)(vectors)
-app.command(rich_help_panel=MAIN)(train)
-app.command(rich_help_panel=MAIN)(encode)
-app.command(rich_help_panel=MAIN)(materialize)
-app.command(rich_help_panel=MAIN)(generate)
-app.command(rich_help_panel=MAIN, name="eval")(evaluate)
-app.command(rich_help_panel=MAIN)(stats)
-app.command(rich_help_panel=CARRY)(export)
-app.command(rich_help_panel=CARRY, name="import")(import_)
-app.command(rich_help_panel=LOOK)(ls)
-app.command(rich_help_panel=LOOK)(show)
-app.command(rich_help_panel=LOOK, name="map")(map_)
-app.add_typer(generators, rich_help_panel=LOOK_AFTER)
-app.command(rich_help_panel=LOOK_AFTER)(evict)
-app.command(rich_help_panel=LOOK_AFTER)(pin)
-app.command(rich_help_panel=LOOK_AFTER)(unpin)
-app.command(rich_help_panel=LOOK_AFTER)(rm)
-app.command(rich_help_panel=LOOK_AFTER)(prune)
-app.command(rich_help_panel=LOOK_AFTER)(verify)
-app.add_typer(base, rich_help_panel=LOOK_AFTER)
-app.command(rich_help_panel=LOOK_AFTER)(doctor)
-app.command(rich_help_panel=LOOK_AFTER)(path)
+app.command(rich_help_panel=ADAPTERS)(ingest)
+app.command(rich_help_panel=ADAPTERS)(vectors)
+app.command(rich_help_panel=ADAPTERS)(train)
+app.command(rich_help_panel=ADAPTERS)(encode)
+app.command(rich_help_panel=ADAPTERS)(materialize)
+app.command(rich_help_panel=ADAPTERS)(generate)
+app.command(rich_help_panel=INSPECT)(ls)
+app.command(rich_help_panel=INSPECT)(show)
+app.command(rich_help_panel=INSPECT)(stats)
+app.command(rich_help_panel=INSPECT, name="eval")(evaluate)
+app.command(rich_help_panel=INSPECT, name="map")(map_)
+app.command(rich_help_panel=BUNDLES)(export)
+app.command(rich_help_panel=BUNDLES, name="import")(import_)
+app.command(rich_help_panel=MAINTAIN)(evict)
+app.command(rich_help_panel=MAINTAIN)(pin)
+app.command(rich_help_panel=MAINTAIN)(unpin)
+app.command(rich_help_panel=MAINTAIN)(rm)
+app.command(rich_help_panel=MAINTAIN)(prune)
+app.command(rich_help_panel=MAINTAIN)(verify)
+app.add_typer(generators, rich_help_panel=MAINTAIN)
+app.add_typer(base, rich_help_panel=MAINTAIN)
+app.command(rich_help_panel=MAINTAIN)(doctor)
+app.command(rich_help_panel=MAINTAIN)(path)
 
 
 def _print_version(wanted: bool) -> None:
@@ -96,12 +96,12 @@ def icm(
     no_progress: NoProgressOpt = False,
     lock_timeout: LockTimeoutOpt = None,
 ) -> None:
-    """One generator plus a few kilobytes per task, instead of a folder of LoRA adapters.
+    """Store one generator plus a few kilobytes per task instead of a folder of LoRA adapters.
 
     icm ingest ./loras                 take adapters into the store
-    icm train                          fit the generator, keep a code per task
-    icm materialize TASK -o adapter/   write an adapter as a PEFT folder
-    icm stats                          what that saved, and what it cost
+    icm train                          train the generator and encode every task
+    icm materialize TASK -o adapter/   write an adapter back as a PEFT folder
+    icm stats                          show what that saves and what it costs
     """
     ctx.obj = GlobalOptions(store, json, quiet, verbose, no_progress, lock_timeout)
     if ctx.invoked_subcommand is None:
@@ -119,7 +119,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line.
 
     Returns:
-        The exit code; every failure has been told on stderr by then.
+        The exit code; any failure is on stderr by then.
     """
     try:
         code = typer.main.get_command(app).main(args=list(arguments), prog_name="icm", standalone_mode=False)
@@ -141,7 +141,7 @@ def _tell(error: BaseException, *, as_json: bool) -> ExitCode:
         traceback.print_exception(error)
     elif not failure.expected:
         failure = _logged(failure, error)
-    # A usage error of Typer knows which command it is about.
+    # Typer's usage errors know their command.
     command_path = getattr(getattr(error, "ctx", None), "command_path", None)
     if failure.hint is None and command_path is not None:
         failure = Failure(failure.code, "usage", failure.message, f"`{command_path} --help` shows the usage")
@@ -150,7 +150,7 @@ def _tell(error: BaseException, *, as_json: bool) -> ExitCode:
 
 
 def _logged(failure: Failure, error: BaseException) -> Failure:
-    """Leave the traceback of an unexpected error in the log and say where it is."""
+    """Append the traceback of an unexpected error to the log and say where it is."""
     try:
         log = log_file()
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -159,15 +159,15 @@ def _logged(failure: Failure, error: BaseException) -> Failure:
     except (OSError, ConfigProblem):
         hint = "set ICM_DEBUG=1 to see the traceback"
     else:
-        hint = f"this is a bug in icm; the traceback is at the end of {log}, and `icm doctor` lists what a report needs"
+        hint = f"this is a bug in icm: please report it with the end of {log} and the output of `icm doctor`"
     return Failure(failure.code, failure.kind, failure.message, hint)
 
 
 def _fill_closed_streams() -> None:
-    """Put /dev/null where a standard stream is closed, as git does: nobody listens, and no file may take its place."""
+    """Open /dev/null in place of a closed standard stream, as git does, so that no other file gets its number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # open to the end
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # stays open
 
 
 def _silence_stdout() -> None:

@@ -1,6 +1,6 @@
-"""Where settings come from: flag, then `ICM_*`, then config.toml, then the default.
+"""Resolve settings: first the flag, then `ICM_*`, then config.toml, then the default.
 
-config.toml is read from the user's configuration folder alone, never from the current one: a downloaded tree must not
+config.toml is read only from the user's configuration folder, never from the current one: a downloaded folder must not
 be able to redirect the store.
 """
 
@@ -17,17 +17,17 @@ from icm_cli.errors import ConfigProblem, UsageProblem
 
 DEFAULT_LOCK_TIMEOUT = 30.0  # seconds
 
-# Every variable that icm reads, for `docs/reference/cli.md`. A test compares it with the code.
+# Every variable that icm reads, for docs/reference/cli.md; a test compares it with the code.
 VARIABLES = {
     "ICM_STORE": "folder of the store",
-    "ICM_DEVICE": "device for training and extraction: auto, cpu, cuda, cuda:N, mps",
-    "ICM_CONFIG": "configuration file to read instead of `$XDG_CONFIG_HOME/icm/config.toml`",
-    "ICM_LOCK_TIMEOUT": "seconds to wait for another icm",
-    "ICM_NO_PROGRESS": "1: no progress on stderr",
-    "ICM_PROGRESS_INTERVAL": "seconds between progress lines where stderr is no terminal (10)",
-    "ICM_DEBUG": "1: tracebacks on stderr",
+    "ICM_DEVICE": "device to compute on: auto, cpu, cuda, cuda:N or mps",
+    "ICM_CONFIG": "configuration file; default `$XDG_CONFIG_HOME/icm/config.toml`",
+    "ICM_LOCK_TIMEOUT": "seconds to wait for another icm process",
+    "ICM_NO_PROGRESS": "1: show no progress",
+    "ICM_PROGRESS_INTERVAL": "seconds between progress lines if stderr is not a terminal; default 10",
+    "ICM_DEBUG": "1: print tracebacks on stderr",
     "ICM_LOG": "file for the tracebacks of unexpected errors",
-    "NO_COLOR": "any value: no colour",
+    "NO_COLOR": "any value: print without colour",
 }
 
 _KEYS = {"store": str, "device": str, "lock_timeout": (int, float)}
@@ -59,11 +59,11 @@ class Settings:
 
     @property
     def store(self) -> Setting[Path]:
-        """The store folder; it need not exist. Commands that work without a store never ask for it.
+        """The store folder, which need not exist. Commands that work without a store never read this.
 
         Raises:
-            ConfigProblem: It is not named and there is no home folder.
-            UsageProblem: It is in the home folder of somebody who has none.
+            ConfigProblem: No store is named and there is no home folder to put it in.
+            UsageProblem: The path begins with `~user` and that user has no home folder.
         """
         return Setting(_store_folder(self.named_store), self.named_store.source)
 
@@ -74,7 +74,7 @@ def load_settings(
     """Resolve all settings; the arguments are the flags that were given.
 
     Raises:
-        ConfigProblem: config.toml is not TOML, or a key of it is unknown or of the wrong type.
+        ConfigProblem: config.toml is not TOML, or a key is unknown or has the wrong type.
         UsageProblem: `ICM_LOCK_TIMEOUT` is not a number, or a timeout is negative.
     """
     config = _read_config()
@@ -98,7 +98,7 @@ def config_file() -> Path:
 
 
 def log_file() -> Path:
-    """Return where unexpected errors leave their traceback.
+    """Return the file that receives the tracebacks of unexpected errors.
 
     Raises:
         ConfigProblem: It is not named and there is no home folder.
@@ -108,7 +108,7 @@ def log_file() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what can be made again, such as dequantised base models.
+    """Return the folder for files that can be created again, such as dequantised base models.
 
     Raises:
         ConfigProblem: There is no home folder.
@@ -117,17 +117,17 @@ def cache_folder() -> Path:
 
 
 def switched_on(variable: str) -> bool:
-    """Say whether an environment variable is set to something other than nothing or `0`."""
+    """Return whether an environment variable is set, and not to `0`."""
     return os.environ.get(variable, "") not in ("", "0")
 
 
 def _home(variable: str, fallback: str, *others: str) -> Path:
     folder = os.environ.get(variable, "")
-    if Path(folder).is_absolute():  # the XDG specification: a relative path is to be ignored
+    if Path(folder).is_absolute():  # the XDG specification says to ignore a relative path
         return Path(folder)
     try:
         return Path.home() / fallback
-    except RuntimeError as error:  # a container often has users that no file of it knows
+    except RuntimeError as error:  # containers often run as a user without an entry in /etc/passwd
         hint = f"set {' or '.join(('HOME', variable, *others))}"
         raise ConfigProblem("this user has no home folder, and HOME is not set", hint=hint) from error
 
@@ -138,27 +138,27 @@ def _store_folder(setting: Setting[object]) -> Path:
     try:
         return Path(str(setting.value)).expanduser()
     except RuntimeError as error:
-        fact = f"the store {setting.value} ({setting.source}) is in a home folder that nobody knows"
-        raise UsageProblem(fact, hint="write the path in full") from error
+        fact = f"the store {setting.value} ({setting.source}) is in an unknown home folder"
+        raise UsageProblem(fact, hint="use an absolute path") from error
 
 
 def _read_config() -> Mapping[str, Setting[object]]:
     try:
         path = config_file()
     except ConfigProblem:
-        return {}  # nowhere to look for one
+        return {}  # no home folder, so no configuration file
     try:
         config = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigProblem(f"{path} cannot be read: {error}", hint="correct it or move it away") from error
+        raise ConfigProblem(f"{path} cannot be read: {error}", hint="correct the file or move it away") from error
     for key, value in config.items():
         if key not in _KEYS:
             known = ", ".join(_KEYS)
-            raise ConfigProblem(f"{path} has an unknown key {key!r}", hint=f"the keys are: {known}")
+            raise ConfigProblem(f"{path} has an unknown key {key!r}", hint=f"known keys: {known}")
         if not isinstance(value, _KEYS[key]) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise ConfigProblem(f"{path}: {key!r} has the wrong type", hint="`icm path --help` shows an example")
+            raise ConfigProblem(f"{path}: {key!r} has the wrong type", hint="see the example in `icm path --help`")
     return {key: Setting(value, str(path)) for key, value in config.items()}
 
 

@@ -1,13 +1,12 @@
-"""The one table from exceptions to exit codes, and how a failure is told.
+"""Map exceptions to exit codes and messages.
 
     CliError                what this package itself refuses
-    ├── UsageProblem        options that do not go together, a value that makes no sense (2)
-    ├── ConfigProblem       config.toml cannot be used (2)
-    ├── Interrupted         Ctrl-C, with one line on what was kept (130)
-    └── StdoutClosed        the reader of stdout went away (141, silently)
+    |-- UsageProblem        options that contradict each other, or an invalid value (2)
+    |-- ConfigProblem       an unusable config.toml (2)
+    |-- Interrupted         Ctrl-C or SIGTERM, with one line on what was kept (130)
+    `-- StdoutClosed        the reader of stdout closed it (141, silently)
 
-Exceptions of the other packages are named here by their full name and found along their method resolution order, so
-that `icm --help` imports none of them.
+The table names the exceptions of other packages by their full name, so that `icm --help` imports none of them.
 """
 
 from __future__ import annotations
@@ -20,36 +19,38 @@ from enum import IntEnum
 
 from icmlora.io.text import escape
 
+INTERRUPTED = "interrupted; finished work is kept"
+
 
 class ExitCode(IntEnum):
-    """What a command's exit code says. Codes are only added; `docs/reference/exit-codes.md` lists the same."""
+    """The exit codes of every command. Codes are only ever added; docs/reference/exit-codes.md is made from this."""
 
     meaning: str
 
     def __new__(cls, code: int, meaning: str) -> ExitCode:
-        """Make a member that carries its meaning."""
+        """Create a member with its meaning."""
         member = int.__new__(cls, code)
         member._value_ = code
         member.meaning = meaning
         return member
 
     DONE = 0, "done"
-    FAILED = 1, "failed, or `verify` found problems"
+    FAILED = 1, "failed, or `icm verify` found problems"
     USAGE = 2, "wrong usage"
-    PARTLY = 3, "partly done: some inputs were refused, or some originals kept"
-    NO_STORE = 10, "no store there"
-    LOCKED = 11, "the store is locked by another icm and `--lock-timeout` passed"
-    TOO_NEW = 12, "store format or schema is newer than this icm"
-    DAMAGED = 13, "damaged data met (digest mismatch, missing blob)"
-    TOO_LOSSY = 14, "distortion above the limit that was asked for"
-    NO_SPACE = 15, "no space left; the store is consistent"
-    UNSAFE = 16, "input refused as unsafe (pickle, symlink out of the tree, over limits)"
+    PARTLY = 3, "partly done: some inputs were refused, or some originals were not evicted"
+    NO_STORE = 10, "there is no store at that path"
+    LOCKED = 11, "another icm process still holds the lock after `--lock-timeout`"
+    TOO_NEW = 12, "a newer icm wrote the store"
+    DAMAGED = 13, "damaged data: a digest does not match, or a blob is missing"
+    TOO_LOSSY = 14, "the error is above the limit you set"
+    NO_SPACE = 15, "no space left on the device; the store is intact"
+    UNSAFE = 16, "unsafe input refused: a pickle, a link out of the folder, or a file over the limits"
     INTERRUPTED = 130, "interrupted"
-    STDOUT_CLOSED = 141, "stdout was closed by its reader"
+    STDOUT_CLOSED = 141, "the reader of stdout closed it"
 
 
 class CliError(Exception):
-    """Base class of what the command line itself refuses.
+    """Base class of errors of the command line itself.
 
     Attributes:
         hint: What to do next, or None.
@@ -61,7 +62,7 @@ class CliError(Exception):
 
 
 class UsageProblem(CliError):
-    """Options or arguments that make no sense together."""
+    """Options that contradict each other, or an invalid value."""
 
 
 class ConfigProblem(CliError):
@@ -73,19 +74,19 @@ class Interrupted(CliError):
 
 
 class StdoutClosed(CliError):
-    """Nobody reads the answer any more."""
+    """The reader of stdout closed it."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What is told about an exception.
+    """What the user is told about an exception.
 
     Attributes:
         code: The exit code.
         kind: A short stable word for scripts.
-        message: The fact.
+        message: What happened.
         hint: What to do next, or None.
-        expected: Whether the exception is in the table; others are bugs and get a traceback in the log.
+        expected: Whether the exception is in the table; any other is a bug, and its traceback goes to the log.
     """
 
     code: ExitCode
@@ -105,7 +106,7 @@ class Failure:
         return json.dumps({**fields, "hint": self.hint})
 
 
-# Full name of an exception class -> exit code. A class that is not here takes its nearest base's line.
+# Full name of an exception class -> exit code. A class that is not listed takes the code of its nearest base class.
 TABLE: dict[str, ExitCode] = {
     "icm_cli.errors.CliError": ExitCode.FAILED,
     "icm_cli.errors.UsageProblem": ExitCode.USAGE,
@@ -124,7 +125,6 @@ TABLE: dict[str, ExitCode] = {
     "registry.errors.SourceRefused": ExitCode.UNSAFE,
     "registry.errors.SourceChanged": ExitCode.FAILED,
     "icmlora.errors.IcmLoraError": ExitCode.FAILED,
-    "icmlora.errors.Cancelled": ExitCode.INTERRUPTED,
     "icmlora.errors.UnsafeInput": ExitCode.UNSAFE,
     "icmlora.errors.CodeError": ExitCode.DAMAGED,
     "icmlora.errors.UnknownBaseline": ExitCode.USAGE,
@@ -133,10 +133,9 @@ TABLE: dict[str, ExitCode] = {
 
 
 def describe(error: BaseException) -> Failure:
-    """Return what is told about an exception: from the table, from the operating system, or as a bug."""
+    """Describe an exception: one of the table, one of the operating system, or a bug."""
     if isinstance(error, KeyboardInterrupt):
-        hint = "run the same command again to continue"
-        return Failure(ExitCode.INTERRUPTED, "interrupted", "interrupted; what was finished is kept", hint)
+        return Failure(ExitCode.INTERRUPTED, "interrupted", INTERRUPTED, "run the same command again to continue")
     code = next((TABLE[name] for name in map(full_name, type(error).__mro__) if name in TABLE), None)
     if code is not None:
         return Failure(code, _kind(error), _fact(error), getattr(error, "hint", None))
@@ -147,7 +146,7 @@ def describe(error: BaseException) -> Failure:
 
 
 def is_help(error: BaseException) -> bool:
-    """Say whether an exception stands for a group without a subcommand, whose help is all that there is to say."""
+    """Return whether an exception means that a command group was called without a subcommand and printed its help."""
     return type(error).__name__ == "NoArgsIsHelpError"
 
 
@@ -162,13 +161,13 @@ def escape_lines(text: str) -> str:
 
 
 def _fact(error: BaseException) -> str:
-    """Return the message of an exception; a usage error of Typer names its option only when it is asked for that."""
+    """Return the message of an exception. For Typer's usage errors only `format_message` names the option."""
     if is_help(error):
         return "no command was given"
     formatted = getattr(error, "format_message", None)
     if formatted is None:
         return str(error)
-    return str(formatted()).replace(": Value error, ", ": ", 1)  # Pydantic's words, which say nothing
+    return str(formatted()).replace(": Value error, ", ": ", 1)  # Pydantic's noise
 
 
 def _kind(error: BaseException) -> str:
@@ -185,5 +184,5 @@ def _from_system(error: OSError) -> Failure:
     if error.filename is not None:
         message = f"{error.filename}: {message}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Failure(ExitCode.NO_SPACE, "no_space", message, "free some space; `icm prune` needs none to run")
+        return Failure(ExitCode.NO_SPACE, "no_space", message, "free some space; `icm prune` also works on a full disk")
     return Failure(ExitCode.FAILED, _snake(type(error).__name__), message, None)

@@ -1,7 +1,6 @@
 """Options that several commands share, each written once.
 
-The global ones are added to every command by `icm_cli.session.command`, so they are understood before and
-after its name.
+`icm_cli.session.command` adds the global ones to every command, so they work before and after its name.
 """
 
 from __future__ import annotations
@@ -21,50 +20,56 @@ StoreOpt = Annotated[
     typer.Option(
         "--store",
         metavar="FOLDER",
-        help="Folder of the store. (env ICM_STORE, then config.toml, then $XDG_DATA_HOME/icm)",
+        help="Store folder. Default: $ICM_STORE, then config.toml, then $XDG_DATA_HOME/icm.",
         show_default=False,
         rich_help_panel=GLOBAL_PANEL,
     ),
 ]
 JsonOpt = Annotated[
-    bool, typer.Option("--json", help="Answer in JSON: no progress, no questions.", rich_help_panel=GLOBAL_PANEL)
+    bool, typer.Option("--json", help="Print JSON, without progress or questions.", rich_help_panel=GLOBAL_PANEL)
 ]
 QuietOpt = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print the bare answer and errors only.", rich_help_panel=GLOBAL_PANEL)
+    bool, typer.Option("--quiet", "-q", help="Print only the bare answer and errors.", rich_help_panel=GLOBAL_PANEL)
 ]
 VerboseOpt = Annotated[
     int,
     typer.Option(
-        "--verbose", "-v", count=True, help="Say more.", show_default=False, rich_help_panel=GLOBAL_PANEL, metavar=""
+        "--verbose",
+        "-v",
+        count=True,
+        help="Print more details.",
+        show_default=False,
+        rich_help_panel=GLOBAL_PANEL,
+        metavar="",
     ),
 ]
 NoProgressOpt = Annotated[
     bool,
-    typer.Option("--no-progress", help="Show no progress. (env ICM_NO_PROGRESS)", rich_help_panel=GLOBAL_PANEL),
+    typer.Option("--no-progress", help="Show no progress. (env: ICM_NO_PROGRESS)", rich_help_panel=GLOBAL_PANEL),
 ]
 LockTimeoutOpt = Annotated[
     float | None,
     typer.Option(
         "--lock-timeout",
         metavar="SECONDS",
-        help="How long to wait for another icm: 30 if not set. (env ICM_LOCK_TIMEOUT)",
+        help="How long to wait for another icm process. Default: 30. (env: ICM_LOCK_TIMEOUT)",
         show_default=False,
         rich_help_panel=GLOBAL_PANEL,
     ),
 ]
 
 TaskArg = Annotated[
-    str, typer.Argument(metavar="TASK", help="Name of a task, as `icm ls` lists it.", autocompletion=complete_task)
+    str, typer.Argument(metavar="TASK", help="Name of a task (see `icm ls`).", autocompletion=complete_task)
 ]
 TasksArg = Annotated[
     list[str],
-    typer.Argument(metavar="TASK...", help="Names of tasks, as `icm ls` lists them.", autocompletion=complete_task),
+    typer.Argument(metavar="TASK...", help="Names of tasks (see `icm ls`).", autocompletion=complete_task),
 ]
 SomeTasksArg = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[TASK]...",
-        help="Names of tasks; all if none is given.",
+        help="Names of tasks. Default: all tasks.",
         autocompletion=complete_task,
         show_default=False,
     ),
@@ -74,47 +79,45 @@ BaseModelOpt = Annotated[
     typer.Option(
         "--base-model",
         metavar="NAME",
-        help="Only what belongs to this base model.",
+        help="Only tasks of this base model.",
         autocompletion=complete_base,
         show_default=False,
     ),
 ]
 FromOpt = Annotated[
     Path | None,
-    typer.Option(
-        "--from", metavar="FILE", help="A bundle that `icm export` wrote, instead of the store.", show_default=False
-    ),
+    typer.Option("--from", metavar="FILE", help="Read this bundle instead of the store.", show_default=False),
 ]
 BundleArg = Annotated[
-    Path, typer.Argument(metavar="FILE", help="A bundle, as `icm export` writes it.", show_default=False)
+    Path, typer.Argument(metavar="FILE", help="A bundle written by `icm export`.", show_default=False)
 ]
-DryRunOpt = Annotated[bool, typer.Option("--dry-run", "-n", help="Say what would be done and do nothing.")]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", "-n", help="Print what would be done, but do nothing.")]
 YesOpt = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 ForceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace an output folder that is not empty.")]
-SeedOpt = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of what is random.", show_default=False)]
+SeedOpt = Annotated[int | None, typer.Option("--seed", metavar="N", help="Random seed.", show_default=False)]
 DeviceOpt = Annotated[
     str | None,
     typer.Option(
         "--device",
         metavar="auto|cpu|cuda|cuda:N|mps",
-        help="Where to compute: auto if not set. (env ICM_DEVICE)",
+        help="Device to compute on. Default: auto. (env: ICM_DEVICE)",
         show_default=False,
     ),
 ]
 
 
 def loss_option(name: str, text: str, panel: str | None = None) -> Any:
-    """Return an option for a share of dW that a code may lose."""
+    """Return an option for an upper limit on the error of dW."""
     return typer.Option(name, metavar="X", min=1e-4, max=0.9, help=text, show_default=False, rich_help_panel=panel)
 
 
 def gain_option(text: str) -> Any:
-    """Return an option for the retained gain that a code has to keep."""
+    """Return an option for a lower limit on the retained gain."""
     return typer.Option("--min-gain", metavar="G", min=0.0, max=1.0, help=text, show_default=False)
 
 
 class OnConflict(StrEnum):
-    """What happens to a task whose name is taken by another adapter."""
+    """What to do with a task whose name is taken by another adapter."""
 
     SKIP = "skip"
     REPLACE = "replace"

@@ -1,10 +1,10 @@
-"""The one sink: stdout carries the answer, stderr the talk.
+"""Print everything: the answer on stdout; notes, warnings, errors and progress on stderr.
 
 Modes:
     human   stdout is a terminal: aligned, cut to its width, headings in bold
     plain   stdout is a pipe: aligned, nothing cut, no colour
     json    --json: documents or JSON lines on stdout, JSON lines on stderr, no progress, no questions
-    quiet   -q: the bare answer (names, paths) and errors
+    quiet   -q: only the bare answer (names, paths) and errors
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from icm_cli.progress import PlainProgress, Progress, RichProgress, SilentProgre
 from icmlora.io.text import escape, shortened, width
 
 _GAP = "  "
-_NARROWEST = 8  # cells that a shrinking column keeps
+_NARROWEST = 8  # terminal cells that a shrinking column keeps
 
 
 class Mode(Enum):
-    """How the answer is written."""
+    """How the answer is printed."""
 
     HUMAN = "human"
     PLAIN = "plain"
@@ -43,7 +43,7 @@ class Column:
 
     Attributes:
         title: The heading, printed in capitals.
-        right: Whether the values stand at the right, as numbers do.
+        right: Whether values are aligned to the right, as numbers are.
         shrink: Whether the column may be cut when the terminal is narrow.
     """
 
@@ -53,7 +53,7 @@ class Column:
 
 
 class Output:
-    """Where a command says everything it says."""
+    """Prints whatever a command has to say."""
 
     def __init__(
         self, *, as_json: bool = False, quiet: bool = False, verbosity: int = 0, progress: bool = True
@@ -80,28 +80,28 @@ class Output:
     # The answer, on stdout.
 
     def document(self, value: object) -> None:
-        """Print the one JSON document of a command; nothing in the other modes."""
+        """Print the one JSON document of a command; JSON mode only."""
         if self.is_json:
             _write(sys.stdout, _json(value, sys.stdout, indent=2))
 
     def event(self, kind: str, **fields: object) -> None:
-        """Print one JSON line `{"type": kind, ...}`; nothing in the other modes."""
+        """Print one JSON line `{"type": kind, ...}`; JSON mode only."""
         if self.is_json:
             _write(sys.stdout, _json({"type": kind, **fields}, sys.stdout))
             sys.stdout.flush()
 
     def answer(self, text: str) -> None:
-        """Print a line that is the bare answer (a name, a path): in all modes but JSON."""
+        """Print a line of the bare answer (a name, a path); all modes but JSON."""
         if not self.is_json:
             _write(sys.stdout, escape_lines(text))
 
     def line(self, text: str = "") -> None:
-        """Print a line for people on stdout: human and plain modes."""
+        """Print a line for people; human and plain mode only."""
         if self.mode in (Mode.HUMAN, Mode.PLAIN):
             _write(sys.stdout, escape_lines(text))
 
     def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]], *, total: bool = False) -> None:
-        """Print a table for people; `total` says that the last row sums up the others."""
+        """Print a table for people; `total` marks the last row as the sum of the others."""
         if self.mode not in (Mode.HUMAN, Mode.PLAIN) or not rows:
             return
         cells = [[escape(cell) for cell in row] for row in rows]
@@ -113,42 +113,42 @@ class Output:
             _write(sys.stdout, self._bold(text) if total and index == len(cells) - 1 else text)
 
     def record(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Print name-value pairs for people, one a line."""
+        """Print name-value pairs for people, one per line."""
         if self.mode not in (Mode.HUMAN, Mode.PLAIN) or not pairs:
             return
         widest = max(width(name) for name, _ in pairs)
         for name, value in pairs:
             _write(sys.stdout, f"{self._bold(name.ljust(widest))}{_GAP}{escape(value)}".rstrip())
 
-    # The talk, on stderr.
+    # Notes, warnings, errors and progress, on stderr.
 
     def note(self, text: str) -> None:
-        """Say something in passing; silent with --quiet and --json."""
+        """Print a note; silent with --quiet and --json."""
         if self.mode in (Mode.HUMAN, Mode.PLAIN):
             _write(sys.stderr, escape_lines(text))
 
     def detail(self, text: str) -> None:
-        """Say something only --verbose wants to hear."""
+        """Print a note with --verbose only."""
         if self.verbosity > 0:
             self.note(text)
 
     def hint(self, text: str) -> None:
-        """Name the next command; silent with --quiet and --json."""
+        """Print what to do next; silent with --quiet and --json."""
         self.note(f"hint: {text}")
 
     def warn(self, text: str, *, kind: str = "warning", **fields: object) -> None:
-        """Say that something is not as it should be; always heard, in JSON as a line on stderr."""
+        """Print a warning in every mode; in JSON mode as a JSON line on stderr."""
         if self.is_json:
             _write(sys.stderr, json.dumps({"type": "warning", "kind": kind, "message": text, **fields}))
         else:
             _write(sys.stderr, f"warning: {escape_lines(text)}")
 
     def failure(self, failure: Failure) -> None:
-        """Say why the command failed."""
+        """Print why the command failed."""
         _write(sys.stderr, failure.as_json() if self.is_json else failure.as_text())
 
     def progress(self, label: str) -> Progress:
-        """Return a progress display on stderr: a bar on a terminal, else a plain line every few seconds."""
+        """Return a progress display on stderr: a bar on a terminal, otherwise a line every few seconds."""
         if not self._progress or self.mode in (Mode.JSON, Mode.QUIET):
             return SilentProgress()
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -159,12 +159,14 @@ class Output:
         """Ask before something that cannot be undone.
 
         Raises:
-            UsageProblem: nobody can answer and the flag that answers was not given.
+            UsageProblem: stdin is not a terminal, so nobody can answer, and `yes` is not given.
         """
         if yes:
             return True
         if self.is_json or not sys.stdin.isatty():
-            raise UsageProblem(f"{question} Nobody is there to answer.", hint=f"add {flag} to go on without asking")
+            raise UsageProblem(
+                f"{question} There is no terminal to answer on.", hint=f"add {flag} to skip the question"
+            )
         sys.stderr.write(f"{escape_lines(question)} [y/N] ")
         sys.stderr.flush()
         return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -175,13 +177,13 @@ class Output:
 
 
 def _json(value: object, stream: TextIO, indent: int | None = None) -> str:
-    # What an encoding lacks has to be escaped as JSON does it, before `_write` does it as Python does.
+    # Escape characters that the encoding lacks the JSON way, before `_write` would do it the Python way.
     is_utf8 = codecs.lookup(stream.encoding or "utf-8").name == "utf-8"
     return json.dumps(value, ensure_ascii=not is_utf8, indent=indent, allow_nan=False)
 
 
 def _write(stream: TextIO, text: str) -> None:
-    # A name that the terminal's encoding lacks is written out rather than ending the command.
+    # Characters that the terminal's encoding lacks are escaped instead of raising an error.
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 

@@ -1,6 +1,6 @@
-"""Progress on stderr: a bar where there is a terminal, else a plain line now and then, or nothing.
+"""Show progress on stderr: a bar on a terminal, otherwise a line every few seconds, or nothing.
 
-All three are context managers with the same method, so that commands need not know which one they hold.
+All three are context managers with the same `update` method.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Progress(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the display away."""
+        """Remove the display."""
 
     def update(self, done: float, total: float | None, note: str = "") -> None:
-        """Show that `done` of `total` is finished; None where nobody knows the total."""
+        """Show that `done` of `total` is finished; a total of None is unknown."""
 
 
 class SilentProgress:
@@ -45,7 +45,7 @@ class SilentProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take nothing away."""
+        """Remove nothing."""
 
     def update(self, done: float, total: float | None, note: str = "") -> None:
         """Show nothing."""
@@ -64,7 +64,7 @@ class PlainProgress(SilentProgress):
     def update(self, done: float, total: float | None, note: str = "") -> None:
         """Write a line if the last one is old enough."""
         now = time.monotonic()
-        if total != self._total:  # another phase: what the first one took says nothing of it
+        if total != self._total:  # a new phase: the pace of the last one no longer counts
             self._started, self._from, self._total = now, done, total
         if now - self._last < self._interval:
             return
@@ -78,7 +78,7 @@ class PlainProgress(SilentProgress):
 
 
 class RichProgress:
-    """Draws a bar with Rich, which is imported only when there is a terminal to draw on."""
+    """Draws a bar with Rich, which is imported only if there is a terminal."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -91,7 +91,7 @@ class RichProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichBar
 
-        # Notes carry names from outside, so no column may read markup.
+        # Notes contain names from outside, so no column may interpret markup.
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -107,7 +107,7 @@ class RichProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wipe the bar."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,4 +1,4 @@
-"""What a command gets: its output, its settings and its place; and `@command`, which adds the global options.
+"""Give a command its `Session` (output, settings, fleet), and add the global options to it.
 
 @command
 def ls(session: Session, limit: ...) -> None:      ->  icm ls [--limit N] [--store ...] [--json] [-q] ...
@@ -19,7 +19,7 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 import typer
 
 from icm_cli.config import Settings, cache_folder, load_settings
-from icm_cli.errors import Interrupted, StdoutClosed
+from icm_cli.errors import INTERRUPTED, Interrupted, StdoutClosed
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
 from icmlora.errors import Cancelled
@@ -27,7 +27,7 @@ from icmlora.fleet.api import Fleet
 from icmlora.fleet.context import Context, Event, Progress, StopFlag, ignore
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
-"""Ctrl-C, and what batch systems and containers send some time before they kill."""
+"""Ctrl-C, and the signal that batch systems and containers send before they kill."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class GlobalOptions:
-    """The global options as they were given; the field names are the parameter names."""
+    """The global options as given; the field names are the parameter names."""
 
     store: StoreOpt = None
     json: JsonOpt = False
@@ -45,7 +45,7 @@ class GlobalOptions:
     lock_timeout: LockTimeoutOpt = None
 
     def over(self, outer: GlobalOptions) -> GlobalOptions:
-        """Return these options, completed by those that stood before the command's name."""
+        """Return these options, completed by those given before the command's name."""
         return GlobalOptions(
             store=self.store if self.store is not None else outer.store,
             json=self.json or outer.json,
@@ -61,10 +61,10 @@ class Session:
     """One run of one command.
 
     Attributes:
-        out: Where everything is said.
+        out: Prints everything.
         settings: The resolved settings.
         command: The command as typed, without its arguments (`icm ls`).
-        options: The global options as they were given.
+        options: The global options as given.
     """
 
     out: Output
@@ -74,14 +74,14 @@ class Session:
 
     @property
     def fleet(self) -> Fleet:
-        """The fleet of the store, for work that takes no time worth showing."""
+        """The fleet of the store, for work that is too short for a progress display."""
         return self._fleet(ignore)
 
     @contextmanager
     def working(self, label: str, on_event: Callable[[Event], None] = ignore) -> Iterator[Fleet]:
-        """Yield the fleet of the store, with its progress on the display.
+        """Yield the fleet of the store and display its progress.
 
-        The first Ctrl-C or SIGTERM stops the work after the current step, with `Cancelled`; the second stops at once.
+        The first Ctrl-C or SIGTERM raises `Cancelled` after the current step; the second stops at once.
 
         Args:
             label: What the display calls the work.
@@ -141,14 +141,14 @@ class Session:
     def stoppable(self) -> Iterator[StopFlag]:
         """Turn the first Ctrl-C or SIGTERM into a request to stop after the current step; the second stops at once."""
         flag = StopFlag()
-        stderr = sys.stderr  # loading a model sends it elsewhere
+        stderr = sys.stderr  # it is redirected while a model is loaded
 
         def request(number: int, frame: FrameType | None) -> None:
             if flag.requested:
                 raise KeyboardInterrupt
             flag.requested = True
             with redirect_stderr(stderr):
-                self.out.note("stopping after the current step; Ctrl-C again stops at once")
+                self.out.note("stopping after the current step; press Ctrl-C again to stop at once")
 
         before = {number: signal.signal(number, request) for number in _STOPPING}
         try:
@@ -168,24 +168,31 @@ def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., 
         given = {field.name: values.pop(field.name) for field in fields(GlobalOptions)}
         options = GlobalOptions(**given)  # type: ignore[arg-type]  # Typer has converted them
         options = options.over(ctx.obj)
-        if ctx.invoked_subcommand is not None:  # a group that does something of its own when it is alone
+        if ctx.invoked_subcommand is not None:  # a group that also works as a command, with a subcommand
             ctx.obj = options
             return
         session = _start(options, ctx.command_path)
         try:
             cast(Callable[..., None], function)(session, **values)
             sys.stdout.flush()
-        except KeyboardInterrupt as error:
-            raise Interrupted("interrupted; what was finished is kept") from error
+        except (KeyboardInterrupt, Cancelled) as error:
+            raise Interrupted(INTERRUPTED) from error
         except BrokenPipeError as error:
             raise StdoutClosed("stdout was closed") from error
 
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     parameters = [context, *keywords, *global_parameters()]
+    run.__doc__ = _reflowed(inspect.cleandoc(function.__doc__ or ""))
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _reflowed(text: str) -> str:
+    """Join the lines of each paragraph without indented lines, so that the help fits any terminal."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(part if "\n " in part else part.replace("\n", " ") for part in paragraphs)
 
 
 def global_parameters() -> list[inspect.Parameter]:

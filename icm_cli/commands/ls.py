@@ -27,7 +27,7 @@ _COLUMNS = (
 
 @command
 def ls(session: Session, base_model: BaseModelOpt = None, bundle: FromOpt = None) -> None:
-    """List the tasks in the store, or with --from the tasks in a bundle.
+    """List the tasks in the store, or in a bundle with --from.
 
     ORIGINAL is the size of the original, "evicted" if its weights were deleted, or "pinned" if they never will be.
     CODE is the size of the code under the current generator, plus its residual if it has one; "-" means no code yet

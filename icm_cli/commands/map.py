@@ -28,7 +28,7 @@ class View(StrEnum):
 
 ViewOpt = Annotated[
     View,
-    typer.Option("--view", help="Which vectors to compare: with the adapter (adapted) or of the base model (context)."),
+    typer.Option("--view", help="Vectors to compare: with the adapter (adapted) or of the base model alone (context)."),
 ]
 ClustersOpt = Annotated[
     str,

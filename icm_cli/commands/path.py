@@ -26,8 +26,8 @@ class What(StrEnum):
 def path(session: Session, what: Annotated[What, typer.Argument(help="Which path to print.")] = What.STORE) -> None:
     """Print the path of the store, its database, its blobs, the configuration file or the log.
 
-    The path need not exist. The configuration file may set store, device and lock_timeout, for example:
-    store = "/data/icm"
+    The path need not exist. The configuration file may set store, device and lock_timeout, for example
+    `store = "/data/icm"`.
 
     Example:
       du -sb "$(icm path store)"

@@ -40,7 +40,7 @@ _RUNGS = ("base", "original", "residual", "code", "generate")
 
 @command
 def show(session: Session, task: TaskArg) -> None:
-    """Show one task: its adapters, vectors, code and residual, and how good each source was measured to be.
+    """Show one task: its adapters, vectors, code and residual, and their measured quality.
 
     NEAREST TASKS have the smallest cosine distance between task vectors; `icm map` compares all tasks.
 

@@ -51,7 +51,7 @@ _TASK_COLUMNS = (
 
 @command
 def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> None:
-    """Show the bytes on disk, how much smaller generator and codes are than the adapters, and what that costs.
+    """Show the bytes on disk, what the codes save, and what they cost in quality.
 
     BF16 is the size of all final adapters in bf16. OF BF16 is the share that generator, codes, residuals and vectors
     take; from BREAK-EVEN tasks on they are smaller. GENERATOR includes the few-shot start, if there is one. DW ERROR

@@ -114,7 +114,7 @@ def test_ctrl_c_gives_one_line_and_130(icm: Icm, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("icmlora.fleet.maintenance.examine", interrupt)
     ran = icm("doctor")
-    assert (ran.code, ran.err) == (130, "error: interrupted; what was finished is kept\n")
+    assert (ran.code, ran.err) == (130, "error: interrupted; finished work is kept\n")
 
 
 def test_a_closed_stdout_is_quiet() -> None:

@@ -112,7 +112,7 @@ def test_without_a_home_what_would_be_in_it_names_the_variables(
 
 
 def test_a_store_in_the_home_of_nobody_is_wrong_usage() -> None:
-    with pytest.raises(UsageProblem, match="nobody knows"):
+    with pytest.raises(UsageProblem, match="unknown home folder"):
         _ = load_settings(store=Path("~no-such-user/store")).store
 
 

@@ -69,7 +69,7 @@ def test_what_is_written_from_such_a_code_has_the_error_that_was_said(icm: Icm, 
 
 
 def test_show_names_the_seed(icm: Icm, seeded: Path) -> None:
-    assert f"drawn again from seed {SEED} for " in icm("show", "first").out
+    assert f"seed {SEED}, recovered for " in icm("show", "first").out
     assert icm("show", "third", "--json").document["initial_seed"] == 7
     assert icm("show", "unseeded", "--json").document["initial_seed"] is None
 
