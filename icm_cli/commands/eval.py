@@ -18,7 +18,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.base_models.causal_lm import NllResult
+    from icmlora.base_models.likelihood import NllResult
     from icmlora.fleet.context import Event
     from icmlora.fleet.evaluate import BaselineResult, EvaluateReport, MethodSummary, TaskEvaluated
     from icmlora.fleet.measure import RungResult

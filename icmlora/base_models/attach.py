@@ -16,7 +16,7 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from icmlora.base_models.causal_lm import BaseModel
+from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelMismatch
 
 WEIGHTS = "adapter_model.safetensors"

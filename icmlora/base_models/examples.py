@@ -9,10 +9,10 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from icmlora.errors import DataError
 
@@ -40,26 +40,44 @@ class Example:
         return self.prompt + self.completion
 
 
+def plain(texts: Iterable[str]) -> tuple[Example, ...]:
+    """Return texts as examples without a prompt: all of each counts."""
+    return tuple(Example("", text) for text in texts)
+
+
+class ReadExamples(Protocol):
+    """Reads the bytes of a file of examples, one a line."""
+
+    def __call__(self, data: bytes, *, path: str | Path | None = None) -> tuple[Any, ...]:
+        """Read them."""
+        ...
+
+
 @dataclass(frozen=True)
 class EvaluationData:
-    """Held-out text of a task.
+    """Held-out examples of a task.
 
     Attributes:
-        examples: The texts, in the order of the file.
+        examples: In the order of the file.
         digest: SHA-256 of the file's bytes, which names the data in stored results.
     """
 
-    examples: tuple[Example, ...]
+    examples: tuple[Any, ...]
     digest: str
 
     @classmethod
-    def parse(cls, data: bytes, *, path: str | Path | None = None) -> EvaluationData:
+    def parse(cls, data: bytes, *, path: str | Path | None = None, read: ReadExamples | None = None) -> EvaluationData:
         """Parse the bytes of an `eval.jsonl`.
 
+        Args:
+            data: The bytes.
+            path: Where they came from, for messages.
+            read: Reads the examples, as the `read_examples` of a modality does; None for text.
+
         Raises:
-            DataError: See `parse_examples`.
+            DataError: See `read`.
         """
-        return cls(parse_examples(data, path=path), hashlib.sha256(data).hexdigest())
+        return cls((read or parse_examples)(data, path=path), hashlib.sha256(data).hexdigest())
 
 
 def spread(items: Sequence[Item], most: int) -> list[Item]:

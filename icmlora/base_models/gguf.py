@@ -1,50 +1,23 @@
-"""Calling the model loaders of transformers: silently, and with one error instead of whatever they run into.
-
-Base models in GGUF files: dequantise one, and write it down once as a Hugging Face folder.
+"""Base models in GGUF files: dequantise one, and write it once as a Hugging Face folder.
 
 model.gguf --load_gguf--> model, tokenizer          (slow: every tensor is dequantised and the vocabulary rebuilt)
---convert_gguf--> folder of safetensors  (then loading takes a second)
+model.gguf --convert_gguf--> folder of safetensors  (then loading takes a second)
 """
 
 from __future__ import annotations
 
-import io
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from icmlora.base_models.lookup import FoundBase, inspect_base
-from icmlora.errors import BaseModelNotFound, OutputExists
+from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.quiet import quiet_loading
+from icmlora.errors import OutputExists
 from icmlora.io.staging import building_folder
-
-
-@contextmanager
-def quiet_loading(found: FoundBase) -> Iterator[None]:
-    """Load without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        # The GGUF reader draws its own bar on stderr whatever the library's setting is.
-        with redirect_stderr(io.StringIO()):
-            yield
-    except Exception as error:
-        # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BaseModelNotFound(
-            f"base model {found.label!r} cannot be loaded as a causal language model: {first}",
-            path=found.path,
-            hint="the folder must be a complete text model that transformers knows, with its tokenizer",
-        ) from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -78,7 +51,7 @@ def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:
         `directory`.
 
     Raises:
-        BaseModelNotFound: The file is no GGUF file that transformers can read.
+        BaseModelNotFound: transformers cannot read the file as GGUF.
         OutputExists: `directory` exists and is not empty, or another process made it meanwhile.
     """
     found = inspect_base(label, source)

@@ -21,7 +21,7 @@ import torch
 
 from icmlora.adapter.canonical import plus
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.fewshot.evidence import gather_evidence, mean_loss
 from icmlora.fewshot.start import USUAL_SAMPLES, FewShotStart
 from icmlora.fewshot.step import lengthened, unit_steps
@@ -38,7 +38,9 @@ class Adapted:
     """Loss on the samples before the last of these steps, in nats per token."""
 
 
-def adapt(base: BaseModel, start: FewShotStart, samples: Sequence[Scored], *, batch_size: int = 1) -> Iterator[Adapted]:
+def adapt(
+    base: BaseModel, start: FewShotStart, samples: Sequence[Prepared], *, batch_size: int = 1
+) -> Iterator[Adapted]:
     """Adapt the start to a task, step by step.
 
     Args:
@@ -59,7 +61,7 @@ def adapt(base: BaseModel, start: FewShotStart, samples: Sequence[Scored], *, ba
         yield Adapted(current, evidence.nats)
 
 
-def supports(samples: Sequence[Scored], learned: int) -> list[Sequence[Scored]]:
+def supports(samples: Sequence[Prepared], learned: int) -> list[Sequence[Prepared]]:
     """Return which samples each step reads.
 
     Args:
@@ -103,7 +105,7 @@ class FinetuneConfig:
 
 
 def finetune(
-    base: BaseModel, adapter: Adapter, samples: Sequence[Scored], config: FinetuneConfig
+    base: BaseModel, adapter: Adapter, samples: Sequence[Prepared], config: FinetuneConfig
 ) -> Iterator[tuple[float, Adapter]]:
     """Fine-tune the factors of an adapter.
 
@@ -116,12 +118,12 @@ def finetune(
     Yields:
         After each step its loss in nats per token, and the adapter as it is then.
     """
-    device = base.model.device
+    device = base.device
     pairs = {m.name: (_leaf(m.a, device), _leaf(m.b, device)) for m in adapter.modules}
     weights = [factor for pair in pairs.values() for factor in pair]
     optimizer = torch.optim.Adam(weights, lr=config.learning_rate)
     draw = random.Random(config.seed)  # noqa: S311 - the order of samples, not secrets
-    waiting: list[Scored] = []
+    waiting: list[Prepared] = []
     for step in range(config.steps):
         while len(waiting) < config.batch:
             waiting += draw.sample(list(samples), len(samples))

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from icmlora.base_models.causal_lm import BaseModel, Scored, linear_shape, padded
+from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.modules import linear_shape
 from icmlora.generator.relaxed import Factors
 from icmlora.training.refinement import added
 
@@ -83,7 +83,7 @@ class Evidence:
 
 
 def gather_evidence(
-    base: BaseModel, start: Factors, modules: Iterable[str], samples: Sequence[Scored], *, batch_size: int = 1
+    base: BaseModel, start: Factors, modules: Iterable[str], samples: Sequence[Prepared], *, batch_size: int = 1
 ) -> Evidence:
     """Run the samples forward and backward once.
 
@@ -93,7 +93,7 @@ def gather_evidence(
         base: The base model; it is left as it was.
         start: Factors of what is added to it meanwhile; none for the bare base model.
         modules: Dotted names of linear modules.
-        samples: Token ids; of labelled ones only the completion is scored.
+        samples: Samples, from the modality's `prepare`; of one with a prompt only the completion is scored.
         batch_size: Samples a pass; more than 1 pays on accelerators only.
 
     Raises:
@@ -104,9 +104,9 @@ def gather_evidence(
     nats, tokens = 0.0, sum(item.count for item in samples)
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
-        ids, mask = padded([item.ids for item in batch], base.model.device)
-        with added(base.model, start), _summing(base.model, mask.bool(), sums), recomputing(base.model):
-            loss = _summed_loss(base, ids, mask, batch)
+        real = base.modality.counted(base, batch)
+        with added(base.model, start), _summing(base.model, real, sums), recomputing(base.model):
+            loss = base.modality.loss(base, batch)
             loss.backward()  # type: ignore[no-untyped-call]
         nats += float(loss.detach())
     found = {name: ModuleEvidence(*(part / tokens for part in parts)) for name, parts in sums.items()}
@@ -114,7 +114,7 @@ def gather_evidence(
 
 
 @contextmanager
-def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> Iterator[torch.Tensor]:
+def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> Iterator[torch.Tensor]:
     """Give the loss of some samples in nats per token, with gradients to the factors where they have them.
 
     Backward belongs into the block: on an accelerator it computes activations again, with the factors in place.
@@ -122,32 +122,10 @@ def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> Ite
     Args:
         base: The base model; it is left as it was.
         factors: Of what is added to it meanwhile; none for the bare base model.
-        batch: Token ids.
+        batch: Samples, from the modality's `prepare`.
     """
-    ids, mask = padded([item.ids for item in batch], base.model.device)
     with added(base.model, factors), recomputing(base.model):
-        yield _summed_loss(base, ids, mask, batch) / sum(item.count for item in batch)
-
-
-def _summed_loss(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor, batch: Sequence[Scored]) -> torch.Tensor:
-    """Return the loss of all scored tokens in nats, with gradients.
-
-    Args:
-        base: The base model.
-        ids: Token ids, (rows, T).
-        mask: 1 for real tokens, (rows, T).
-        batch: What the rows are.
-    """
-    # Gradients need a leaf to flow to, and no parameter of the base model is one.
-    embedded = base.model.get_input_embeddings()(ids).detach().requires_grad_()
-    logits = base.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits  # (rows, T, V)
-    return torch.stack([_row_loss(*row) for row in zip(logits, ids, batch, strict=True)]).sum()
-
-
-def _row_loss(logits: torch.Tensor, ids: torch.Tensor, item: Scored) -> torch.Tensor:
-    end = len(item.ids)
-    predicted = logits[item.first - 1 : end - 1].float()  # (scored tokens, V)
-    return functional.cross_entropy(predicted, ids[item.first : end], reduction="sum")
+        yield base.modality.loss(base, batch) / sum(item.count for item in batch)
 
 
 @contextmanager

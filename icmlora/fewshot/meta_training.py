@@ -23,7 +23,7 @@ import torch
 
 from icmlora.adapter.canonical import among, plus, times
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import GeneratorError
 from icmlora.fewshot.adapt import factors_of
 from icmlora.fewshot.evidence import gather_evidence, mean_loss
@@ -76,7 +76,7 @@ class EpisodeSource(Protocol):
     def load(self, task: int) -> Adapter:
         """Read the adapter of a task."""
 
-    def samples(self, task: int) -> Sequence[Scored]:
+    def samples(self, task: int) -> Sequence[Prepared]:
         """Return a task's samples as token ids, two or more."""
 
 
@@ -142,8 +142,8 @@ def meta_train(
 
 
 def _split(
-    samples: Sequence[Scored], size: int, config: MetaConfig, draw: random.Random
-) -> tuple[list[Scored], list[list[Scored]]]:
+    samples: Sequence[Prepared], size: int, config: MetaConfig, draw: random.Random
+) -> tuple[list[Prepared], list[list[Prepared]]]:
     """Draw support samples, and the query samples of each update from the others."""
     shuffled = draw.sample(list(samples), len(samples))
     size = min(size, max(1, len(shuffled) // 2))
@@ -155,8 +155,8 @@ def _episode(
     base: BaseModel,
     start: FewShotStart,
     own: Adapter,
-    support: Sequence[Scored],
-    queries: Sequence[Sequence[Scored]],
+    support: Sequence[Prepared],
+    queries: Sequence[Sequence[Prepared]],
     learned: _Rates,
     optimizer: torch.optim.Optimizer,
 ) -> float:
@@ -182,7 +182,7 @@ def _episode(
     return sum(losses) / len(losses)
 
 
-def _nats(base: BaseModel, factors: Factors, batch: Sequence[Scored]) -> float:
+def _nats(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> float:
     with mean_loss(base, factors, batch) as nats:
         return nats.item()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from icmlora.errors import Cancelled, DataError
 from registry.errors import MissingBlob
@@ -21,6 +21,7 @@ from registry.records import BaseModelRecord, TaskRecord
 
 if TYPE_CHECKING:
     from icmlora.base_models.lookup import FoundBase
+    from icmlora.base_models.modality import BaseModel
     from registry.store import Store
 
 
@@ -182,17 +183,15 @@ def check_base_model(base_model: str | None, known: Collection[str], *, named: b
         raise DataError(f"{none} belongs to base model {base_model!r}", hint="`icm base ls` lists the base models")
 
 
-def sample_texts(store: Store, task: TaskRecord) -> list[str] | None:
-    """Return a task's samples, or None where it has none.
+def read_samples(store: Store, task: TaskRecord, base: BaseModel) -> Sequence[Any] | None:
+    """Return a task's samples as its base model's modality reads them, or None where it has none.
 
     Raises:
         DataError: They cannot be used.
     """
-    from icmlora.base_models.examples import parse_examples
-
     if task.samples is None:
         return None
-    return [example.text for example in parse_examples(store.blobs.read(task.samples))]
+    return base.modality.read_examples(store.blobs.read(task.samples))
 
 
 def locate_base(store: Store, label: str) -> FoundBase:

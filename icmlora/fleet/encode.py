@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from icmlora.adapter.model import Adapter
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.adapter_source import mean_vectors
-from icmlora.fleet.context import Context, Event, Progress, StopFlag, as_it_is_now, chosen_tasks, sample_texts
+from icmlora.fleet.context import Context, Event, Progress, StopFlag, as_it_is_now, chosen_tasks, read_samples
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.materialize import codec_at
 from icmlora.fleet.measure import TaskEvaluation, on_own_text
@@ -203,11 +203,10 @@ class _Work:
         return on_own_text(self._store, self._models.base(task.base_model), task, generator)
 
     def _refiner(self, task: TaskRecord) -> Refiner:
-        texts = sample_texts(self._store, task)
-        if texts is None:
+        if task.samples is None:
             raise DataError("it has no samples, so its code cannot be refined")
         base = self._models.base(task.base_model, gradient_dtype(self._device))
-        return Refiner(base, texts, RefineConfig(steps=self._request.refine))
+        return Refiner(base, read_samples(self._store, task, base) or (), RefineConfig(steps=self._request.refine))
 
 
 def _size_of(code: CodeRecord | None) -> int | None:

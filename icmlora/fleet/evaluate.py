@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING
 
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel, NllResult, retained_gain
+from icmlora.base_models.catalogue import read_examples
 from icmlora.base_models.examples import EvaluationData
+from icmlora.base_models.likelihood import NllResult
+from icmlora.base_models.modality import BaseModel
 from icmlora.baselines.baseline import Baseline
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, Event, Progress, StopFlag, chosen_tasks, locate_base
 from icmlora.fleet.loading import open_base, read_original
-from icmlora.fleet.measure import MAX_TOKENS, RUNGS, RungResult, TaskEvaluation
+from icmlora.fleet.measure import MAX_TOKENS, RUNGS, RungResult, TaskEvaluation, own_text
 from icmlora.fleet.stats import BaseModelBill, Bill, TaskBill
 from icmlora.formats.peft import load_adapter_folder, save_adapter
 from icmlora.io.devices import resolve_device
@@ -95,7 +97,7 @@ class BaselineEvaluation:
             shared = self._prepared(name)
             code = method.encode(self._fleet[task], shared)
             loss, error = self._measure(name, method.decode(code, shared), task, work)
-            gain = retained_gain(base, original, loss.nats_per_token)
+            gain = work.gain(base, original, loss.nats_per_token)
             results[name] = BaselineResult(len(code), len(shared), len(self._fleet), loss, gain, error)
         return results
 
@@ -186,7 +188,7 @@ def evaluate(context: Context, request: EvaluateRequest, stop: StopFlag) -> Gene
     given = None
     if request.data is not None:
         content = read_regular(request.data, max_bytes=_DATA_LIMIT)
-        given = EvaluationData.parse(content, path=request.data)
+        given = EvaluationData.parse(content, path=request.data, read=read_examples)
     with context.open() as store:
         tasks = chosen_tasks(store, request.names)
         todo = [task for task in tasks if given is not None or task.eval_data is not None]
@@ -205,7 +207,7 @@ def evaluate(context: Context, request: EvaluateRequest, stop: StopFlag) -> Gene
                 yield Progress(len(report.tasks), len(todo), f"loading {task.base_model}")
                 base = open_base(store, task.base_model, device, cache=context.cache)
                 others = BaselineEvaluation(store, task.base_model, request.baselines)
-            data = given or EvaluationData.parse(store.blobs.read(str(task.eval_data)), path=task.name)
+            data = given or own_text(store, base, task)
             work = TaskEvaluation(store, base, task, data, request.max_tokens)
             rungs = work.run(request.rungs, again=request.again)
             done = TaskEvaluated(task.name, rungs, others.run(task.name, work, rungs) if others else {})

@@ -17,14 +17,15 @@ import json
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from icmlora.adapter.canonical import truncated
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel, Scored, nll, tokenized
-from icmlora.base_models.examples import Example, parse_examples, spread
+from icmlora.base_models.catalogue import read_examples
+from icmlora.base_models.examples import spread
+from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.adapt import FinetuneConfig, adapt, factors_of, finetune, supports
 from icmlora.fewshot.start import FewShotStart
@@ -75,7 +76,7 @@ def code_for(
     adapter: Adapter,
     vectors: Sequence[TaskVector],
     base: BaseModel,
-    texts: Sequence[str],
+    samples: Sequence[Any],
     stop: StopFlag,
 ) -> Generator[Event, None, Encoded | None]:
     """Make the code of a generated adapter, a coarse one that is refined on the samples; None where the user stopped.
@@ -86,7 +87,7 @@ def code_for(
     codec = generator_file.codec_for(adapter.layout)
     mean = {"context": torch.stack([vector.values for vector in vectors]).mean(dim=0)}
     coarse = codec.encode(adapter, mean, tolerance=_TOLERANCE)
-    return (yield from refined(codec, adapter, coarse, Refiner(base, texts, RefineConfig()), stop))
+    return (yield from refined(codec, adapter, coarse, Refiner(base, samples, RefineConfig()), stop))
 
 
 def register(
@@ -228,15 +229,14 @@ def generate(context: Context, request: GenerateRequest, stop: StopFlag) -> Gene
         start = read_fewshot_start(store, generator, generator_file)
         rank = _rank(generator_file, start, request)
         yield Progress(0, None, f"loading {generator.base_model}")
-        texts = [example.text for example in examples]
-        base, vectors = _opened(store, generator.base_model, device, texts, context.cache)
-        samples = tokenized(base.tokenizer, examples, SAMPLE_TOKENS)
+        base, vectors = _opened(store, generator.base_model, device, examples, context.cache)
+        samples = base.modality.prepare(base, examples, SAMPLE_TOKENS)
         adapter = None if stop.requested else (yield from _adapted(base, start, samples, rank, request, stop))
         if adapter is None:
             return None
         facts = _Facts(
             samples=len(examples),
-            reaching=sum(len(sample.ids) == SAMPLE_TOKENS for sample in samples),
+            reaching=sum(sample.size == SAMPLE_TOKENS for sample in samples),
             base_nats=_nats(base, None, examples),
             nats=_nats(base, adapter, examples),
             known=_familiarity(store, generator, vectors),
@@ -244,7 +244,7 @@ def generate(context: Context, request: GenerateRequest, stop: StopFlag) -> Gene
         )
         code = None
         if request.register:
-            code = yield from code_for(generator_file, adapter, vectors, base, texts, stop)
+            code = yield from code_for(generator_file, adapter, vectors, base, examples, stop)
         if stop.requested:
             return None
         weights = _write(adapter, generator, facts.samples, request)
@@ -262,9 +262,9 @@ def generate(context: Context, request: GenerateRequest, stop: StopFlag) -> Gene
     )
 
 
-def _chosen(request: GenerateRequest) -> list[Example]:
+def _chosen(request: GenerateRequest) -> list[Any]:
     data = read_regular(request.samples, max_bytes=_DATA_LIMIT)
-    return spread(parse_examples(data, path=request.samples), request.count)
+    return spread(read_examples(data, path=request.samples), request.count)
 
 
 def _generator(store: Store, base_model: str | None) -> GeneratorRecord:
@@ -295,11 +295,11 @@ def _rank(generator_file: GeneratorFile, start: FewShotStart, request: GenerateR
 
 
 def _opened(
-    store: Store, label: str, device: torch.device, texts: Sequence[str], cache: Path
+    store: Store, label: str, device: torch.device, samples: Sequence[Any], cache: Path
 ) -> tuple[BaseModel, tuple[TaskVector, ...]]:
     """Load the base model, and read the samples in the precision in which vectors of all tasks are made."""
     base = open_base(store, label, device, VECTOR_DTYPE, cache=cache)
-    vectors = extract_context(base, texts)
+    vectors = extract_context(base, samples)
     if gradient_dtype(device) is not VECTOR_DTYPE:
         del base  # one copy of it at a time
         base = open_base(store, label, device, gradient_dtype(device), cache=cache)
@@ -309,13 +309,13 @@ def _opened(
 def _adapted(
     base: BaseModel,
     start: FewShotStart,
-    samples: Sequence[Scored],
+    samples: Sequence[Prepared],
     rank: int,
     request: GenerateRequest,
     stop: StopFlag,
 ) -> Generator[Event, None, Adapter | None]:
     """Return the adapter at the rank that is written, or None if the user stopped."""
-    batch = 1 if base.model.device.type == "cpu" else _BATCH
+    batch = 1 if base.device.type == "cpu" else _BATCH
     adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
     for done, adapted in enumerate(adapt(base, start, samples, batch_size=batch), start=1):
         adapter = adapted.adapter
@@ -340,9 +340,9 @@ def _write(adapter: Adapter, generator: GeneratorRecord, samples: int, request: 
     return hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
 
 
-def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Example]) -> float:
+def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Any]) -> float:
     with added(base.model, {} if adapter is None else factors_of(adapter)):
-        return nll(base.model, base.tokenizer, examples, max_tokens=SAMPLE_TOKENS).nats_per_token
+        return base.modality.measure(base, examples, SAMPLE_TOKENS).value
 
 
 def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[TaskVector]) -> Familiarity | None:

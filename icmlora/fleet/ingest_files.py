@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.base_models.examples import MAX_BYTES, parse_examples
+from icmlora.base_models.catalogue import read_examples
+from icmlora.base_models.examples import MAX_BYTES
 from icmlora.errors import AdapterRefused, DataError, IcmLoraError, located
 from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.format import AdapterFormat, AdapterSummary
@@ -188,7 +189,7 @@ def _refuse_extras(summary: AdapterSummary, path: Path) -> AdapterSummary:
 
 def _check_text(data: bytes | memoryview, *, path: Path) -> _Summaries:
     try:
-        parse_examples(bytes(data), path=path)
+        read_examples(bytes(data), path=path)
     except DataError as error:
         error.hint = f"{error.hint}; {_WITHOUT_TEXTS}"
         raise

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel, load_base_model
+from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.gguf import convert_gguf
 from icmlora.base_models.lookup import FoundBase, fingerprint_base, inspect_base
+from icmlora.base_models.modality import BaseModel
 from icmlora.errors import OutputExists
 from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
@@ -46,7 +47,8 @@ def open_base(
     known = record is not None and record.shape is not None and record.shape.get("stamp") == stamp
     fingerprint = record.fingerprint if known and record is not None else None
     fingerprint = fingerprint or fingerprint_base(found)
-    base = load_base_model(_readable(found, stamp, cache), device=device, dtype=dtype, fingerprint=fingerprint)
+    readable = _readable(found, stamp, cache)
+    base = modality_of(readable).load(readable, device=device, dtype=dtype, fingerprint=fingerprint)
     if not known:
         facts = {"stamp": stamp, "hidden_size": base.hidden_size, "layers": base.layers}
         store.base_models.set_facts(label, fingerprint=fingerprint, shape=facts)

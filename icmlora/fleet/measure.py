@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import BaseModel, NllResult, nll, retained_gain
 from icmlora.base_models.examples import EvaluationData
+from icmlora.base_models.likelihood import NllResult
+from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.context import with_files
 from icmlora.fleet.loading import read_original, write_plain_copy
@@ -48,13 +49,14 @@ class RungResult:
         return NllResult(self.nats_per_token * self.tokens, self.tokens, self.utf8_bytes)
 
 
-def result_of(rung: Rung, loss: NllResult, error: float | None, before: Mapping[Rung, RungResult]) -> RungResult:
-    """Put a loss beside those of base and original, which are among the results `before` it where they are known."""
-    gain = None
-    if rung not in ("base", "original") and "original" in before:
-        base, original = before["base"], before["original"]
-        gain = retained_gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
-    return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
+def own_text(store: Store, base: BaseModel, task: TaskRecord) -> EvaluationData:
+    """Read the held-out text that a task has.
+
+    Raises:
+        DataError: The text cannot be used.
+    """
+    content = store.blobs.read(str(task.eval_data))
+    return EvaluationData.parse(content, path=task.name, read=base.modality.read_examples)
 
 
 def on_own_text(store: Store, base: BaseModel, task: TaskRecord, generator: GeneratorRecord) -> TaskEvaluation:
@@ -63,8 +65,7 @@ def on_own_text(store: Store, base: BaseModel, task: TaskRecord, generator: Gene
     Raises:
         DataError: The text cannot be used.
     """
-    data = EvaluationData.parse(store.blobs.read(str(task.eval_data)), path=task.name)
-    return TaskEvaluation(store, base, task, data, MAX_TOKENS, generator)
+    return TaskEvaluation(store, base, task, own_text(store, base, task), MAX_TOKENS, generator)
 
 
 class TaskEvaluation:
@@ -138,6 +139,20 @@ class TaskEvaluation:
                 self.is_outdated = True
         return results
 
+    def gain(self, base: float, original: float, other: float) -> float | None:
+        """Return the retained gain of an adapter, from the metric of the base model, with the original and with it."""
+        return retained_gain(base, original, other, higher_is_better=self._base.modality.metric.higher_is_better)
+
+    def result_of(
+        self, rung: Rung, loss: NllResult, error: float | None, before: Mapping[Rung, RungResult]
+    ) -> RungResult:
+        """Return a loss with its retained gain, if the results `before` it have those of base and original."""
+        gain = None
+        if rung not in ("base", "original") and "original" in before:
+            base, original = before["base"], before["original"]
+            gain = self.gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
+        return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
+
     def loss_of(self, label: str, written: Path) -> NllResult:
         """Measure an adapter that was written to a folder, and record nothing.
 
@@ -148,12 +163,12 @@ class TaskEvaluation:
         Raises:
             DataError: A loss that is no number.
         """
-        with adapted(self._base, written) as model:
-            return self._loss(label, model)
+        with adapted(self._base, written):
+            return self._loss(label)
 
     def _completed(self, known: RungResult, before: Mapping[Rung, RungResult], *, record: bool) -> RungResult:
         """Add the retained gain to what was measured while the original was evicted, once that is back."""
-        gain = result_of(known.rung, known.as_loss(), known.dw_error, before).retained_gain
+        gain = self.result_of(known.rung, known.as_loss(), known.dw_error, before).retained_gain
         if known.retained_gain is not None or gain is None:
             return known
         found = replace(known, retained_gain=gain)
@@ -177,14 +192,14 @@ class TaskEvaluation:
     def _measure(self, rung: Rung, before: Mapping[Rung, RungResult]) -> tuple[RungResult, Subject] | None:
         """Return a result, and what it is of; None where there is no such rung."""
         if rung == "base":
-            return result_of(rung, self._loss(rung, self._base.model), None, before), self._seen()
+            return self.result_of(rung, self._loss(rung), None, before), self._seen()
         with tempfile.TemporaryDirectory(prefix="icm-") as folder:
             written = Path(folder) / "adapter"
             seen = with_files(self._seen, lambda row: self._write(rung, row, written))
             if seen is None:
                 return None
             error = None if rung == "original" else self._dw_error(rung, written, seen)
-            return result_of(rung, self.loss_of(rung, written), error, before), seen
+            return self.result_of(rung, self.loss_of(rung, written), error, before), seen
 
     def _write(self, rung: Rung, seen: Subject, folder: Path) -> Subject | None:
         """Write a rung for PEFT to load, and return what was written; None where there is no such rung."""
@@ -196,10 +211,12 @@ class TaskEvaluation:
             write_rung(self._store, MaterializeRequest(self._task.name, folder, source=rung), seen, PEFT)
         return seen
 
-    def _loss(self, label: str, model: object) -> NllResult:
-        loss = nll(model, self._base.tokenizer, self._data.examples, max_tokens=self._max_tokens)
+    def _loss(self, label: str) -> NllResult:
+        loss = NllResult.of(self._base.modality.measure(self._base, self._data.examples, self._max_tokens))
         if not math.isfinite(loss.nats):
-            fact = f"the loss of {self._task.name!r} ({label}) is no number: its values overflow in {self._base.dtype}"
+            fact = (
+                f"the loss of {self._task.name!r} ({label}) is not a number: its values overflow in {self._base.dtype}"
+            )
             raise DataError(fact, hint="the training run diverged: take an earlier checkpoint")
         return loss
 

@@ -14,11 +14,9 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel, Scored, tokenized
-from icmlora.base_models.examples import parse_examples, spread
+from icmlora.base_models.examples import spread
+from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
 from icmlora.fewshot.start import (
@@ -78,21 +76,21 @@ class StoreEpisodeSource:
             raise DataError(f"task {row.task.name!r} has neither an original nor a code", hint="`icm verify` says more")
         return decode_rung(self._store, self._generator_file, code, code.rung)
 
-    def samples(self, task: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int, most: int) -> Sequence[Scored]:
-        """Return some of a task's samples as token ids, spread evenly over them; none where it has no samples.
+    def samples(self, task: int, base: BaseModel, max_tokens: int, most: int) -> Sequence[Prepared]:
+        """Return some of a task's samples as the base model reads them, spread evenly; none where it has no samples.
 
         Args:
             task: Which task.
-            tokenizer: The base model's.
+            base: The base model that is to read them.
             max_tokens: Tokens read of a sample.
             most: Samples: a file may hold a hundred thousand.
         """
         digest = self._rows[task].task.samples
         if digest is None:
             return ()
-        some = spread(parse_examples(self._store.blobs.read(digest)), most)
+        some = spread(base.modality.read_examples(self._store.blobs.read(digest)), most)
         try:
-            return tokenized(tokenizer, some, max_tokens)
+            return base.modality.prepare(base, some, max_tokens)
         except DataError:
             return ()  # single letters: nothing to predict
 
@@ -161,7 +159,7 @@ class _Episodes:
     """The tasks of a fleet that have samples; of one task at a time they are in memory."""
 
     def __init__(self, fleet: StoreEpisodeSource, base: BaseModel) -> None:
-        self._fleet, self._tokenizer = fleet, base.tokenizer
+        self._fleet, self._base = fleet, base
         self._places = [task for task in range(len(fleet.names)) if len(self._samples(task, _TRIED)) >= _FEWEST]
 
     def tasks(self) -> int:
@@ -176,12 +174,12 @@ class _Episodes:
         """Read a task's adapter."""
         return self._fleet.load(self._places[task])
 
-    def samples(self, task: int) -> Sequence[Scored]:
+    def samples(self, task: int) -> Sequence[Prepared]:
         """Read a task's samples."""
         return self._samples(self._places[task], _MOST)
 
-    def _samples(self, context: int, most: int) -> Sequence[Scored]:
-        return self._fleet.samples(context, self._tokenizer, SAMPLE_TOKENS, most)
+    def _samples(self, context: int, most: int) -> Sequence[Prepared]:
+        return self._fleet.samples(context, self._base, SAMPLE_TOKENS, most)
 
 
 def check_learnable(context: Context, base_model: str | None) -> None:

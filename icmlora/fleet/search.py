@@ -23,15 +23,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel
+from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
 from icmlora.fleet.context import Event, Progress, StopFlag
-from icmlora.fleet.measure import RungResult, TaskEvaluation, result_of
+from icmlora.fleet.measure import RungResult, TaskEvaluation
 from icmlora.formats.peft import save_adapter
 from icmlora.generator.codec import Codec, Encoded, Limits
 from icmlora.generator.initial_a.draw import InitialA
@@ -234,7 +234,7 @@ def measure(evaluation: TaskEvaluation, rung: Rung, adapter: Adapter, error: flo
     with tempfile.TemporaryDirectory(prefix="icm-") as folder:
         written = Path(folder) / "adapter"
         save_adapter(adapter, written, dtype="bfloat16", card="", metadata={})
-        return result_of(rung, evaluation.loss_of(rung, written), error, known)
+        return evaluation.result_of(rung, evaluation.loss_of(rung, written), error, known)
 
 
 def evaluations_of(evaluation: TaskEvaluation | None, candidate: Candidate | None) -> Sequence[NewEvaluation]:
@@ -253,7 +253,7 @@ class Refiner:
     """What refining a code takes."""
 
     base: BaseModel
-    texts: Sequence[str]
+    samples: Sequence[Any]
     config: RefineConfig
 
 
@@ -332,7 +332,7 @@ def refined(
 ) -> Generator[Event, None, Encoded | None]:
     """Return a code that does more of what the adapter does, or None where the user stopped."""
     relaxed = RelaxedCode(codec, adapter, encoded.data)
-    for step in refine(relaxed, encoded.weighted_error, refiner.base, adapter, refiner.texts, refiner.config):
+    for step in refine(relaxed, encoded.weighted_error, refiner.base, adapter, refiner.samples, refiner.config):
         yield Progress(step, refiner.config.steps, "refining its code")
         if stop.requested:
             return None

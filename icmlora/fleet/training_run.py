@@ -16,22 +16,22 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.base_models.causal_lm import channel_statistics
+from icmlora.base_models.channel_statistics import channel_statistics
+from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelNotFound, DataError, GeneratorError
 from icmlora.fleet.adapter_source import StoreAdapterSource
-from icmlora.fleet.context import Event, Progress, StopFlag, sample_texts, with_files
+from icmlora.fleet.context import Event, Progress, StopFlag, read_samples, with_files
 from icmlora.fleet.loading import open_base
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.generator.versions import GeneratorFile
-from icmlora.task_vectors.extraction import PROBES
 from icmlora.training.config import TrainConfig, steps_for
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.state import TrainState, new_state, state_from_bytes
@@ -138,15 +138,15 @@ def measured_sensitivity(
     except BaseModelNotFound:
         return None
     modules = [kind.module(layer) for kind in config.kinds for layer in range(config.layers)]
-    statistics = channel_statistics(base, _texts(store, fleet.names), modules, max_tokens=_STATISTICS_TOKENS)
+    statistics = channel_statistics(base, _examples(store, fleet.names, base), modules, max_tokens=_STATISTICS_TOKENS)
     return sensitivity_of(config, statistics)
 
 
-def _texts(store: Store, names: Sequence[str]) -> list[str]:
-    """Return the first samples of each task in turn, or neutral texts where no task has any."""
-    samples = (sample_texts(store, store.tasks.get(name)) for name in names[:_STATISTICS_TASKS])
-    texts = (some[:_SAMPLES_EACH] for some in samples if some is not None)
-    return [text for row in zip_longest(*texts) for text in row if text is not None] or list(PROBES)
+def _examples(store: Store, names: Sequence[str], base: BaseModel) -> list[Any]:
+    """Return the first samples of each task in turn, or neutral ones where no task has any."""
+    samples = (read_samples(store, store.tasks.get(name), base) for name in names[:_STATISTICS_TASKS])
+    firsts = (some[:_SAMPLES_EACH] for some in samples if some is not None)
+    return [one for row in zip_longest(*firsts) for one in row if one is not None] or list(base.modality.probes)
 
 
 def _config(fleet: StoreAdapterSource, request: TrainRequest, previous: GeneratorConfig | None) -> GeneratorConfig:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from icmlora.base_models.causal_lm import BaseModel, check_fits
+from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.modules import check_fits
 from icmlora.errors import BaseModelNotFound
-from icmlora.fleet.context import Context, Event, reporting, sample_texts
+from icmlora.fleet.context import Context, Event, read_samples, reporting
 from icmlora.fleet.loading import open_base, write_plain_copy
 from icmlora.io.devices import resolve_device
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
@@ -143,7 +144,7 @@ def _plan(store: Store, request: VectorRequest, report: VectorReport) -> dict[st
 def _extract(store: Store, base: BaseModel, row: TaskSummary) -> VectorsExtracted | None:
     """Extract and store the vectors of one task; return None if the task changed in the meantime."""
     check_fits(base, row.final.layout)
-    samples = sample_texts(store, row.task)
+    samples = read_samples(store, row.task, base)
     with tempfile.TemporaryDirectory(prefix="icm-") as folder:
         adapter = Path(folder) / "adapter"
         write_plain_copy(store, row.final, adapter)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from icmlora.base_models.examples import spread
 from icmlora.errors import DataError
@@ -20,6 +20,7 @@ from icmlora.errors import DataError
 if TYPE_CHECKING:
     import torch
 
+Sample = TypeVar("Sample")
 View = Literal["adapted", "context"]
 Source = Literal["samples", "probes"]
 
@@ -96,7 +97,7 @@ class TaskVector:
     extractor: Extractor
 
 
-def split_samples(samples: Sequence[str], settings: VectorSettings | None = None) -> tuple[tuple[str, ...], ...]:
+def split_samples(samples: Sequence[Sample], settings: VectorSettings | None = None) -> tuple[tuple[Sample, ...], ...]:
     """Choose disjoint support sets out of a task's samples.
 
     The chosen samples are spread evenly over the file and dealt out in turn, so that a file sorted by topic gives sets

@@ -26,12 +26,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel, padded
+from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
 from icmlora.generator.relaxed import Factors, RelaxedCode
 
@@ -43,10 +44,10 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """The distributions after each token of one text."""
+    """The distributions that an adapter predicts for one example, such as one after each of T tokens."""
 
-    ids: list[int]
-    """The text, T token ids."""
+    item: Any
+    """The example, as the base model reads it."""
     tokens: torch.Tensor
     """int64, shape (T, K): the likeliest next tokens."""
     log_p: torch.Tensor
@@ -59,15 +60,15 @@ class Teacher:
     Args:
         base: The adapter's base model.
         original: Its factors.
-        texts: Token ids of texts.
+        items: Examples as the base model reads them, from its modality's `prepare`.
     """
 
-    def __init__(self, base: BaseModel, original: Factors, texts: Sequence[list[int]]) -> None:
-        self._base, self._original, self._texts = base, original, texts
+    def __init__(self, base: BaseModel, original: Factors, items: Sequence[Any]) -> None:
+        self._base, self._original, self._items = base, original, items
         self._known: dict[int, Wanted] = {}
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._items)
 
     def divergence(self, code: Factors, numbers: Sequence[int]) -> torch.Tensor:
         """Return KL(original || code) of the next token in nats, averaged over the tokens of some texts.
@@ -77,21 +78,19 @@ class Teacher:
             numbers: Which texts.
         """
         wanted = [self._wanted(number) for number in numbers]
-        ids, mask = padded([item.ids for item in wanted], self._base.model.device)
         with added(self._base.model, code):
-            logits = self._base.model(ids, attention_mask=mask, use_cache=False).logits  # (rows, T, V)
-        nats = [_nats(item, row[: len(item.ids)]) for item, row in zip(wanted, logits, strict=True)]
-        return torch.stack(nats).sum() / mask.sum()
+            rows = self._base.modality.logits(self._base, [one.item for one in wanted])  # (T, V) each
+        nats = torch.stack([_nats(one, row) for one, row in zip(wanted, rows, strict=True)])
+        return nats.sum() / torch.tensor(sum(len(row) for row in rows), device=nats.device)
 
     @torch.no_grad()
     def _wanted(self, number: int) -> Wanted:
         if number not in self._known:
-            ids = self._texts[number]
+            item = self._items[number]
             with added(self._base.model, self._original):
-                row = torch.tensor([ids], device=self._base.model.device)
-                logits = self._base.model(row, use_cache=False).logits[0]  # (T, V)
+                (logits,) = self._base.modality.logits(self._base, [item])  # (T, V)
             tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
-            self._known[number] = Wanted(ids, tokens, _log_shares(logits, tokens))
+            self._known[number] = Wanted(item, tokens, _log_shares(logits, tokens))
         return self._known[number]
 
 
@@ -157,7 +156,7 @@ class RefineConfig:
 
 
 def refine(
-    relaxed: RelaxedCode, error: float, base: BaseModel, adapter: Adapter, texts: Sequence[str], config: RefineConfig
+    relaxed: RelaxedCode, error: float, base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig
 ) -> Iterator[int]:
     """Refine the code of one adapter; the caller may stop after any step and take the code as it is then.
 
@@ -166,7 +165,7 @@ def refine(
         error: Its relative error, weighted by sensitivity.
         base: The adapter's base model; it is left as it was.
         adapter: The adapter.
-        texts: Of the adapter's task, such as its samples.
+        samples: Of the adapter's task, as the base model's modality reads them.
         config: The options.
 
     Yields:
@@ -175,10 +174,9 @@ def refine(
     Raises:
         DataError: No text has two tokens.
     """
-    ids = [base.tokenizer(text, truncation=True, max_length=config.tokens)["input_ids"] for text in texts]
-    ids = [row for row in ids if len(row) > 1]
-    if not ids:
-        raise DataError("there is no text to refine on", hint="give the task a samples.jsonl")
+    if not samples:
+        raise DataError("there is nothing to refine on", hint="give the task a samples.jsonl")
+    items = base.modality.prepare(base, samples, config.tokens, whole=True)
     if not relaxed.values:  # an adapter of zeros has a code without integers
         return
     groups = [
@@ -187,10 +185,10 @@ def refine(
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / config.steps) ** 0.5)
-    teacher = Teacher(base, {module.name: (module.a, module.b) for module in adapter.modules}, ids)
-    batches = _batches(len(ids), config)
+    teacher = Teacher(base, {module.name: (module.a, module.b) for module in adapter.modules}, items)
+    batches = _batches(len(items), config)
     with torch.no_grad():
-        effects = [float(teacher.divergence({}, [number])) for number in range(min(_EFFECT_TEXTS, len(ids)))]
+        effects = [float(teacher.divergence({}, [number])) for number in range(min(_EFFECT_TEXTS, len(items)))]
         effect = max(sum(effects) / len(effects), _LEAST_EFFECT)
         price = config.price * error / max(float(relaxed.bits()), 1.0)
     for step in range(config.steps):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from icm_cli.app import run
-from icmlora.base_models.causal_lm import NllResult
+from icmlora.base_models.likelihood import NllResult
 from icmlora.fleet import measure as task_evaluation
 from icmlora.fleet import search as gain_search
 from icmlora.fleet.measure import RungResult

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.base_models.causal_lm import NllResult
-from icmlora.fleet import measure as task_evaluation
+from icmlora.base_models import likelihood
+from icmlora.base_models.likelihood import NllResult
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
@@ -30,8 +30,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         return real(model, *arguments, **options)
 
     calls: list[object] = []
-    real = task_evaluation.nll
-    monkeypatch.setattr(task_evaluation, "nll", nll)
+    real = likelihood.nll
+    monkeypatch.setattr(likelihood, "nll", nll)
     return calls
 
 
@@ -178,7 +178,7 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_task(icm: Icm, mixe
     texts(write_lora(tmp_path / "loud", alpha=1e9, targets=("mlp.down_proj",), rank=1) / "eval.jsonl", "held-out")
     icm("ingest", tmp_path / "loud", "--no-vectors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task_evaluation, "nll", lambda *a, **k: NllResult(float("nan"), 1, 1))
+        patch.setattr(likelihood, "nll", lambda *a, **k: NllResult(float("nan"), 1, 1))
         ran = icm(*EVAL, "loud", "--json")
     assert (ran.code, ran.error["kind"], "'loud'" in ran.error["message"]) == (ExitCode.FAILED, "data_error", True)
 
@@ -186,11 +186,11 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_task(icm: Icm, mixe
 def test_ctrl_c_ends_after_the_task_and_keeps_it(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nll(*arguments: Any, **options: Any) -> NllResult:
         os.kill(os.getpid(), signal.SIGINT)
-        monkeypatch.setattr(task_evaluation, "nll", real)
+        monkeypatch.setattr(likelihood, "nll", real)
         return real(*arguments, **options)
 
-    real = task_evaluation.nll
-    monkeypatch.setattr(task_evaluation, "nll", nll)
+    real = likelihood.nll
+    monkeypatch.setattr(likelihood, "nll", nll)
     ran = icm(*EVAL, "--json")
     assert (ran.code, "1 task measured" in ran.error["message"]) == (ExitCode.INTERRUPTED, True)
     with Store.open(trained) as store:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.base_models.causal_lm import NllResult
+from icmlora.base_models.likelihood import NllResult
 from icmlora.fleet.context import Context
 from icmlora.fleet.evaluate import BaselineResult, EvaluateReport, StoredOriginals, TaskEvaluated, compare
 from icmlora.fleet.stats import bill

@@ -13,8 +13,8 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import nll
 from icmlora.base_models.examples import parse_examples
+from icmlora.base_models.likelihood import nll
 from icmlora.fleet import generate as generating
 from registry.store import Store
 from tests.cli.conftest import Ran

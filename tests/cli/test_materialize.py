@@ -216,7 +216,7 @@ def test_neither_base_model_nor_gpu_is_asked_for(
     def never(*arguments: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("icmlora.base_models.causal_lm.load_base_model", never)
+    monkeypatch.setattr("icmlora.base_models.load.load_base_model", never)
     monkeypatch.setattr("torch.cuda.is_available", never)
     for source in SOURCES:
         assert icm("materialize", "poems", "-o", tmp_path / source, "--source", source).code == 0

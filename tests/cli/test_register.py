@@ -11,8 +11,8 @@ import pytest
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import nll
 from icmlora.base_models.examples import parse_examples
+from icmlora.base_models.likelihood import nll
 from icmlora.fleet import generate as generating
 from icmlora.fleet import generate as registering
 from icmlora.formats.peft import load_adapter_folder

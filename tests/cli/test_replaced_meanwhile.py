@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
+from icmlora.base_models import likelihood
 from icmlora.fleet import bundles as exporting
 from icmlora.fleet import encode as encoding
 from icmlora.fleet import generate as generating
@@ -158,7 +159,7 @@ class TestEval:
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = current(trained)
-        before(monkeypatch, task_evaluation, "nll", lambda: publish(trained))
+        before(monkeypatch, likelihood, "nll", lambda: publish(trained))
         assert icm(*EVAL).code == 0
         assert current(trained).id != first.id
         assert measured(trained) == {"base": None, "original": None, "code": first.id, "generate": first.id}
@@ -185,7 +186,7 @@ class TestEncode:
     def test_an_adapter_that_was_replaced_while_its_code_was_measured_is_no_bug(
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        before(monkeypatch, task_evaluation, "nll", lambda: replace_adapter(trained, other))
+        before(monkeypatch, likelihood, "nll", lambda: replace_adapter(trained, other))
         ran = icm("encode", "poems", "--residual", "--min-gain", "0.9", "--device", "cpu", "--json")
         assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "code_changed")
 

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from icmlora.base_models.causal_lm import BaseModel, load_base_model
+from icmlora.base_models.load import load_base_model
 from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.modality import BaseModel
 
 HIDDEN = 32
 LABEL = "tiny/llama"

@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 
 from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import BaseModel, nll, retained_gain
 from icmlora.base_models.examples import parse_examples
+from icmlora.base_models.likelihood import nll
+from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.fleet.base_models import add_base_model
 from icmlora.fleet.context import Context, StopFlag
 from icmlora.fleet.evict import EvictRequest, evict

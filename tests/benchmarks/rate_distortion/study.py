@@ -12,7 +12,8 @@ from typing import Any
 
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import NllResult, retained_gain
+from icmlora.base_models.likelihood import NllResult
+from icmlora.base_models.modality import retained_gain
 from icmlora.formats.peft import load_adapter_folder, save_adapter
 from tests.benchmarks.rate_distortion.cache import Cache
 from tests.benchmarks.rate_distortion.fleet import FleetFolder

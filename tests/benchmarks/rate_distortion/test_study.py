@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from icmlora.base_models import causal_lm as evaluation
+from icmlora.base_models import likelihood as evaluation
 from icmlora.formats.peft import load_adapter_folder
 from tests.benchmarks.rate_distortion import judging
 from tests.benchmarks.rate_distortion.__main__ import main

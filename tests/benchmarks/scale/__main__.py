@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import channel_statistics, load_base_model
+from icmlora.base_models.channel_statistics import channel_statistics
 from icmlora.base_models.examples import EvaluationData
+from icmlora.base_models.load import load_base_model
 from icmlora.base_models.lookup import find_base_model
 from icmlora.formats.peft import CONFIG_NAME, load_adapter_folder
 from icmlora.generator.sensitivity import MeanSquares
@@ -90,9 +91,9 @@ def _channels(base: Path, fleet: Path, adapters: dict[str, Adapter]) -> MeanSqua
     label = next(iter(adapters.values())).base_model
     model = load_base_model(find_base_model(label, aliases={label: base}))
     files = [fleet / task / "eval.jsonl" for task in adapters]
-    texts = [EvaluationData.parse(path.read_bytes(), path=path).examples[0].text for path in files if path.exists()]
+    samples = [EvaluationData.parse(path.read_bytes(), path=path).examples[0] for path in files if path.exists()]
     names = {shape.module for adapter in adapters.values() for shape in adapter.layout}
-    return channel_statistics(model, texts, sorted(names), max_tokens=_TOKENS)
+    return channel_statistics(model, samples, sorted(names), max_tokens=_TOKENS)
 
 
 def _options() -> argparse.Namespace:

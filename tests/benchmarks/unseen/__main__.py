@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from icmlora.base_models.causal_lm import load_base_model
+from icmlora.base_models.load import load_base_model
 from icmlora.base_models.lookup import inspect_base
 from tests.benchmarks.example_fleet.tasks import BASE_MODEL
 from tests.benchmarks.unseen.fleet import built_tasks

@@ -14,7 +14,9 @@ from peft import get_peft_model
 
 from icmlora.adapter.canonical import mean_adapter
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.base_models.examples import plain
+from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.meta_training import MetaConfig, meta_train
 from icmlora.fewshot.start import (
     FewShotStart,
@@ -125,4 +127,4 @@ def _train(
 
 def support_set_vectors(base: BaseModel, texts: Sequence[str]) -> NDArray[np.float32]:
     """Return the context vectors of some texts, one support set a row."""
-    return np.stack([vector.values.numpy() for vector in extract_context(base, texts)])
+    return np.stack([vector.values.numpy() for vector in extract_context(base, plain(texts))])

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel, Scored, tokenized
 from icmlora.base_models.examples import Example, parse_examples
+from icmlora.base_models.likelihood import Scored, tokenized
+from icmlora.base_models.modality import BaseModel
 from icmlora.formats.peft import load_adapter_folder
 
 SAMPLE_TOKENS = 128

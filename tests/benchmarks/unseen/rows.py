@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from icmlora.adapter.canonical import plus, times, truncated, with_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.adapt import FinetuneConfig, adapt, finetune
 from icmlora.fewshot.start import FewShotStart
 from icmlora.task_vectors.distances import nearest

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel, nll
 from icmlora.base_models.examples import Example
+from icmlora.base_models.likelihood import nll
+from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.adapt import factors_of
 from icmlora.fewshot.start import with_first_lengths
 from icmlora.formats.peft import load_adapter_folder, save_adapter

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import BaseModel
+from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelMismatch
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.base_models.causal_lm import BaseModel, channel_statistics
+from icmlora.base_models.channel_statistics import channel_statistics
+from icmlora.base_models.examples import plain
+from icmlora.base_models.modality import BaseModel
 from tests.icmlora.tiny_base import load_tiny_base
 
 MODULES = [f"model.layers.{layer}.self_attn.{kind}" for layer in (0, 1) for kind in ("q_proj", "o_proj")]
 TEXTS = ["the first text", "another, which is longer"]
+SAMPLES = plain(TEXTS)
 
 
 @pytest.fixture
@@ -24,12 +27,12 @@ def test_inputs_are_those_of_a_forward_pass(base: BaseModel) -> None:
     module = base.model.get_submodule(MODULES[2])
     with module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach()[0])):
         base.model(torch.tensor([base.tokenizer(TEXTS[0])["input_ids"]]))
-    inputs, _ = channel_statistics(base, TEXTS[:1], MODULES, max_tokens=1000)[MODULES[2]]
+    inputs, _ = channel_statistics(base, SAMPLES[:1], MODULES, max_tokens=1000)[MODULES[2]]
     torch.testing.assert_close(inputs, seen[0].square().mean(dim=0), rtol=1e-4, atol=1e-6)
 
 
 def test_every_module_has_its_sizes_and_gradients_that_are_not_zero(base: BaseModel) -> None:
-    statistics = channel_statistics(base, TEXTS, MODULES, max_tokens=1000)
+    statistics = channel_statistics(base, SAMPLES, MODULES, max_tokens=1000)
     assert sorted(statistics) == sorted(MODULES)
     for name, (inputs, outputs) in statistics.items():
         weight = base.model.get_submodule(name).weight
@@ -38,20 +41,20 @@ def test_every_module_has_its_sizes_and_gradients_that_are_not_zero(base: BaseMo
 
 
 def test_the_same_texts_give_the_same_figures(base: BaseModel) -> None:
-    first, second = (channel_statistics(base, TEXTS, MODULES, max_tokens=1000) for _ in range(2))
+    first, second = (channel_statistics(base, SAMPLES, MODULES, max_tokens=1000) for _ in range(2))
     assert all(
         torch.equal(left, right) for name in MODULES for left, right in zip(first[name], second[name], strict=True)
     )
 
 
 def test_reading_stops_once_there_are_enough_tokens(base: BaseModel) -> None:
-    enough = channel_statistics(base, TEXTS, MODULES, max_tokens=5)
-    alone = channel_statistics(base, TEXTS[:1], MODULES, max_tokens=1000)
+    enough = channel_statistics(base, SAMPLES, MODULES, max_tokens=5)
+    alone = channel_statistics(base, SAMPLES[:1], MODULES, max_tokens=1000)
     assert torch.equal(enough[MODULES[0]][0], alone[MODULES[0]][0])
 
 
 def test_a_module_that_the_model_lacks_is_left_out(base: BaseModel) -> None:
-    assert channel_statistics(base, TEXTS, ["model.layers.9.q_proj"], max_tokens=1000) == {}
+    assert channel_statistics(base, SAMPLES, ["model.layers.9.q_proj"], max_tokens=1000) == {}
 
 
 def test_no_text_gives_no_figures(base: BaseModel) -> None:
@@ -60,7 +63,7 @@ def test_no_text_gives_no_figures(base: BaseModel) -> None:
 
 def test_the_model_is_left_as_it_was(base: BaseModel) -> None:
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
-    channel_statistics(base, TEXTS, MODULES, max_tokens=1000)
+    channel_statistics(base, SAMPLES, MODULES, max_tokens=1000)
     assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
     assert all(parameter.grad is None for parameter in base.model.parameters())
     assert not any(module._forward_hooks for module in base.model.modules())

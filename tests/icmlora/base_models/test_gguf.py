@@ -11,8 +11,8 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from icmlora.base_models.causal_lm import load_base_model
 from icmlora.base_models.gguf import convert_gguf
+from icmlora.base_models.load import load_base_model
 from icmlora.base_models.lookup import inspect_base
 from icmlora.errors import BaseModelNotFound, OutputExists
 from tests.icmlora.tiny_base import HIDDEN, LABEL, tiny_model

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import BaseModel, NllResult, nll, retained_gain
 from icmlora.base_models.examples import Example
+from icmlora.base_models.likelihood import NllResult, nll
+from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.errors import DataError
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 

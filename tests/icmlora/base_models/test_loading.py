@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from icmlora.base_models.causal_lm import check_fits, load_base_model
+from icmlora.base_models.load import load_base_model
 from icmlora.base_models.lookup import fingerprint_base, inspect_base
+from icmlora.base_models.modules import check_fits
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, tiny_model, write_tiny_base
 
@@ -112,5 +113,5 @@ def test_a_module_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> 
 
 
 def test_a_module_that_is_no_linear_layer_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelMismatch, match="is no linear layer"):
+    with pytest.raises(BaseModelMismatch, match="is not a linear layer"):
         check_fits(load_tiny_base(tmp_path), [("model.norm", 2, 32, 32)])

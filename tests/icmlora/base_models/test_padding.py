@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icmlora.base_models.causal_lm import padded
+from icmlora.base_models.likelihood import padded
 
 
 def test_short_rows_are_padded_on_the_right_and_masked() -> None:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.adapt import FinetuneConfig, adapt, factors_of, finetune, supports
 from icmlora.fewshot.evidence import gather_evidence
 from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.adapt import factors_of
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
 from tests.icmlora.fewshot.trained_tasks import NAMES, dense, is_untouched, random_adapter, scored, weights_of
@@ -135,7 +136,7 @@ def test_the_base_model_is_left_as_it_was_where_gathering_fails(
         raise RuntimeError
 
     before = weights_of(base)
-    monkeypatch.setattr("icmlora.fewshot.evidence._row_loss", fail)
+    monkeypatch.setattr("icmlora.base_models.likelihood._row_loss", fail)
     with pytest.raises(RuntimeError):
         gather_evidence(base, factors_of(random_adapter(1)), NAMES, scored(base, TEXTS))
     assert is_untouched(base, before)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from icmlora.adapter.canonical import times, with_modules
-from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.modality import BaseModel
 from icmlora.errors import GeneratorError
 from icmlora.fewshot import meta_training
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from icmlora.base_models.causal_lm import BaseModel
-from icmlora.fewshot import evidence as evidence_module
+from icmlora.base_models import likelihood
+from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot import evidence as module
 from icmlora.fewshot.adapt import FinetuneConfig, factors_of, finetune
 from icmlora.fewshot.evidence import Evidence, gather_evidence, mean_loss, recomputing
@@ -90,8 +90,8 @@ def test_what_comes_into_a_module_is_not_kept_until_backward(
         gone.append(all(reference.expired() for reference in inputs))
         return row_loss(*arguments)
 
-    row_loss = evidence_module._row_loss
-    monkeypatch.setattr(evidence_module, "_row_loss", before_backward)
+    row_loss = likelihood._row_loss
+    monkeypatch.setattr(likelihood, "_row_loss", before_backward)
     handle = base.model.get_submodule(NAMES[1]).register_forward_pre_hook(
         lambda _, arguments: inputs.append(StorageWeakRef(arguments[0].untyped_storage()))
     )

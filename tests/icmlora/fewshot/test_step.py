@@ -7,7 +7,7 @@ import torch
 
 from icmlora.adapter.canonical import with_modules
 from icmlora.adapter.model import LoraModule
-from icmlora.base_models.causal_lm import BaseModel
+from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.adapt import factors_of
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
 from icmlora.fewshot.step import unit_steps

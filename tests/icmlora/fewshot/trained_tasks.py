@@ -9,7 +9,8 @@ import torch
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.causal_lm import BaseModel, Scored
+from icmlora.base_models.likelihood import Scored
+from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.adapt import FinetuneConfig, finetune
 from tests.icmlora.tiny_base import HIDDEN, LABEL
 

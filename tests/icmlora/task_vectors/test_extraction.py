@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from icmlora.base_models.attach import adapted
-from icmlora.base_models.causal_lm import BaseModel
+from icmlora.base_models.examples import plain
+from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.probes import PROBES
 from icmlora.errors import DataError
-from icmlora.task_vectors.extraction import PROBES, extract_adapted, extract_context
+from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.vector import TaskVector, VectorSettings, split_samples
 from tests.icmlora.tiny_base import HIDDEN, load_tiny_base, write_tiny_adapter
 
-SAMPLES = [f"{'long ' * (number % 5)}text number {number}" for number in range(16)]
+TEXTS = [f"{'long ' * (number % 5)}text number {number}" for number in range(16)]
+SAMPLES = plain(TEXTS)
 SMALL = VectorSettings(support_sets=2, set_size=4, sample_tokens=20, context_tokens=64)
 
 
@@ -46,7 +49,7 @@ def test_each_support_set_gives_one_vector_of_the_hidden_size(base: BaseModel, f
 
 
 def test_the_adapted_view_is_the_mean_of_last_positions_of_the_adapted_model(base: BaseModel, folder: Path) -> None:
-    texts = split_samples(SAMPLES, SMALL)[0]
+    texts = split_samples(TEXTS, SMALL)[0]
     with adapted(base, folder):
         rows = [last_layer(base, base.tokenizer(text)["input_ids"][:20])[-1] for text in texts]
     vector = extract_adapted(base, folder, SAMPLES, SMALL)[0]
@@ -54,7 +57,7 @@ def test_the_adapted_view_is_the_mean_of_last_positions_of_the_adapted_model(bas
 
 
 def test_the_context_view_is_the_mean_over_all_demonstrations_of_the_bare_model(base: BaseModel) -> None:
-    texts = split_samples(SAMPLES, SMALL)[0]
+    texts = split_samples(TEXTS, SMALL)[0]
     share = 64 // 4 - 2  # two bytes separate the demonstrations
     ids = base.tokenizer("\n\n".join(text[:share] for text in texts))["input_ids"]
     assert len(ids) <= SMALL.context_tokens
@@ -64,16 +67,17 @@ def test_the_context_view_is_the_mean_over_all_demonstrations_of_the_bare_model(
 
 def test_padding_does_not_reach_a_short_sample(base: BaseModel, folder: Path) -> None:
     settings = VectorSettings(support_sets=1, set_size=2, sample_tokens=200, context_tokens=64)
-    (both,) = extract_adapted(base, folder, ["short", "a much, much longer sample"], settings)
+    (both,) = extract_adapted(base, folder, plain(["short", "a much, much longer sample"]), settings)
     alone = [
-        extract_adapted(base, folder, [text], settings)[0].values for text in ("short", "a much, much longer sample")
+        extract_adapted(base, folder, plain([text]), settings)[0].values
+        for text in ("short", "a much, much longer sample")
     ]
     assert torch.allclose(both.values, torch.stack(alone).mean(0), atol=1e-5)
 
 
 def test_text_beyond_the_limit_of_a_sample_is_not_read(base: BaseModel, folder: Path) -> None:
-    longer = [text.ljust(20, ".") + " and more" for text in SAMPLES]
-    other = [text.ljust(20, ".") + " or less" for text in SAMPLES]
+    longer = plain(text.ljust(20, ".") + " and more" for text in TEXTS)
+    other = plain(text.ljust(20, ".") + " or less" for text in TEXTS)
     assert same(extract_adapted(base, folder, longer, SMALL), extract_adapted(base, folder, other, SMALL))
 
 
@@ -94,7 +98,7 @@ def test_a_task_without_samples_is_seen_through_the_probes(base: BaseModel, fold
     vectors = extract_adapted(base, folder, None)
     assert len(vectors) == len(PROBES) // 8
     assert {vector.extractor.source for vector in vectors} == {"probes"}
-    assert same(vectors, extract_adapted(base, folder, PROBES))
+    assert same(vectors, extract_adapted(base, folder, plain(PROBES)))
 
 
 def test_the_extractor_names_the_base_model_its_precision_and_the_view(base: BaseModel) -> None:
@@ -112,7 +116,7 @@ def test_vectors_can_be_used_in_training(base: BaseModel) -> None:
 
 def test_a_sample_without_tokens_is_an_error(base: BaseModel, folder: Path) -> None:
     with pytest.raises(DataError, match="no token"):
-        extract_adapted(base, folder, [""])
+        extract_adapted(base, folder, plain([""]))
 
 
 def test_hidden_states_that_are_not_finite_are_an_error(base: BaseModel) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.causal_lm import BaseModel
+from icmlora.base_models.examples import plain
+from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
 from icmlora.formats.peft import load_adapter_folder
 from icmlora.generator.codec import Codec
@@ -57,7 +58,7 @@ def divergence(base: BaseModel, original: Adapter, other: Adapter) -> float:
 def refined(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], config: RefineConfig = CONFIG) -> bytes:
     codec, data = coded
     relaxed = RelaxedCode(codec, adapter, data)
-    assert list(refine(relaxed, 0.4, base, adapter, TEXTS, config)) == list(range(1, config.steps + 1))
+    assert list(refine(relaxed, 0.4, base, adapter, plain(TEXTS), config)) == list(range(1, config.steps + 1))
     return relaxed.to_code()
 
 
@@ -92,5 +93,5 @@ def test_without_text_there_is_nothing_to_refine_on(
     base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]
 ) -> None:
     codec, data = coded
-    with pytest.raises(DataError, match="no text"):
-        next(refine(RelaxedCode(codec, adapter, data), 0.4, base, adapter, [""], CONFIG))
+    with pytest.raises(DataError, match="no example"):
+        next(refine(RelaxedCode(codec, adapter, data), 0.4, base, adapter, plain([""]), CONFIG))

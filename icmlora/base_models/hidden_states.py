@@ -1,0 +1,72 @@
+"""The last layer of a causal language model: what its output head reads, after the final norm. The head is not run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from icmlora.base_models.likelihood import padded
+from icmlora.base_models.modality import BaseModel
+from icmlora.errors import DataError
+
+_SEPARATOR = "\n\n"
+
+
+def last_positions(base: BaseModel, texts: Sequence[str], limit: int) -> torch.Tensor:
+    """Return the last layer at the last real token of each text, (texts, d) in float32.
+
+    Args:
+        base: The base model, with or without an adapter on it.
+        texts: The texts; they run as one batch.
+        limit: Most tokens read of a text.
+
+    Raises:
+        DataError: A text without a token.
+    """
+    rows = [_tokens(base.tokenizer, text, limit) for text in texts]
+    hidden = _last_layer(base, *padded(rows))  # (texts, T, d)
+    last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
+    return hidden[torch.arange(len(rows), device=hidden.device), last].float()
+
+
+def mean_over_context(base: BaseModel, texts: Sequence[str], limit: int) -> torch.Tensor:
+    """Return the mean of the last layer over one context that holds the beginning of every text, (d,) in float32.
+
+    Args:
+        base: The bare base model.
+        texts: The texts, read as consecutive demonstrations.
+        limit: Tokens of the whole context; each text gets an equal share.
+
+    Raises:
+        DataError: A text without a token.
+    """
+    ids = torch.tensor([_demonstrations(base.tokenizer, texts, limit)])  # (1, T)
+    return _last_layer(base, ids, torch.ones_like(ids))[0].float().mean(dim=0)
+
+
+def _demonstrations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) -> list[int]:
+    """Pack the beginnings of all texts into one context; the share of each includes a separator."""
+    separator = list(tokenizer(_SEPARATOR, add_special_tokens=False)["input_ids"])
+    share = max(1, limit // len(texts) - len(separator))
+    packed = _tokens(tokenizer, texts[0], share)
+    for text in texts[1:]:
+        packed += separator + _tokens(tokenizer, text, share, special=False)
+    return packed[:limit]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, special: bool = True) -> list[int]:
+    ids = list(tokenizer(text, truncation=True, max_length=limit, add_special_tokens=special)["input_ids"])
+    if not ids:
+        raise DataError("a sample has no token", hint="remove empty samples")
+    return ids
+
+
+def _last_layer(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    trunk = base.model.base_model
+    with torch.no_grad():
+        output = trunk(input_ids=ids.to(base.model.device), attention_mask=mask.to(base.model.device), use_cache=False)
+    hidden = output.last_hidden_state
+    assert isinstance(hidden, torch.Tensor)
+    return hidden

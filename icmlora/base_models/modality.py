@@ -1,0 +1,230 @@
+"""The protocol of a modality: everything icm needs to know of one kind of base model.
+
+    FoundBase --load--> BaseModel
+    bytes of samples.jsonl --read_examples--> examples --prepare--> items (token ids, pixels, ...)
+    items --loss--> gradients      items --logits--> predictions      examples --states--> task vector, (d,)
+    examples --measure--> Score, of which more or less is better (`metric`)
+
+All of them run `base.model` as it is at that moment: an adapter that was put on it takes part.
+To add a modality, write one file with a class that has these members and name it in `catalogue.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from icmlora.base_models.lookup import FoundBase
+
+Example = TypeVar("Example")
+"""One line of `samples.jsonl` or `eval.jsonl`."""
+Item = TypeVar("Item", bound="Prepared")
+"""An example as the model reads it."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What `measure` returns."""
+
+    name: str
+    higher_is_better: bool
+
+
+class Prepared(Protocol):
+    """An example as the model reads it."""
+
+    @property
+    def count(self) -> int:
+        """How many predictions are scored in it: tokens, images, boxes."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How much of it is read, in the unit of the limit: tokens; 1 where examples are never cut."""
+        ...
+
+
+class Score(Protocol):
+    """How good a model is on some examples."""
+
+    @property
+    def value(self) -> float:
+        """The metric, averaged over what was scored."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many predictions were scored."""
+        ...
+
+    @property
+    def utf8_bytes(self) -> int:
+        """Length in UTF-8 of the scored text, at least 1; 1 where there is no text."""
+        ...
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base model in evaluation mode.
+
+    Attributes:
+        label: The name that adapters give it.
+        model: The network; adapters are put on it and taken off again, its weights never change.
+        processor: What turns examples into its inputs, such as a tokenizer.
+        fingerprint: Which weights these are (see `icmlora.base_models.lookup.fingerprint_base`).
+        modality: What can be done with it.
+        hidden_size: Width of the hidden states, which is the dimension of a task vector.
+        layers: Number of its layers.
+    """
+
+    label: str
+    model: Any
+    processor: Any
+    fingerprint: str
+    modality: Modality[Any, Any]
+    hidden_size: int
+    layers: int
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor of a model that reads text."""
+        return self.processor
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> str:
+        """Precision of its weights, as "float32" or "bfloat16"."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+
+class Modality(Protocol[Example, Item]):
+    """One kind of base model. Importing it should not import torch: `icm ingest` reads examples without."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def metric(self) -> Metric:
+        """What `measure` returns."""
+        ...
+
+    @property
+    def probes(self) -> Sequence[Example]:
+        """Neutral examples, for task vectors of tasks that bring no samples; none where there is nothing neutral."""
+        ...
+
+    def suits(self, found: FoundBase) -> bool:
+        """Whether a base model is of this kind, judged by its files without loading it."""
+        ...
+
+    def load(
+        self,
+        found: FoundBase,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        fingerprint: str | None = None,
+    ) -> BaseModel:
+        """Load a base model.
+
+        Args:
+            found: Where it is.
+            device: Where to put it.
+            dtype: Precision of the weights; None for what suits the device.
+            fingerprint: Its fingerprint; None to compute it, which reads every weight file.
+
+        Raises:
+            BaseModelNotFound: It cannot be loaded.
+        """
+        ...
+
+    def read_examples(self, data: bytes, *, path: str | Path | None = None) -> tuple[Example, ...]:
+        """Read the bytes of `samples.jsonl` or `eval.jsonl`.
+
+        Raises:
+            DataError: They are not examples of this kind; the message names the line.
+        """
+        ...
+
+    def prepare(self, base: BaseModel, examples: Sequence[Example], limit: int, *, whole: bool = False) -> list[Item]:
+        """Turn examples into what the model reads; those without anything to score are left out.
+
+        Args:
+            base: The base model.
+            examples: At least one.
+            limit: Most tokens read of an example.
+            whole: Score all of an example, its prompt included.
+
+        Raises:
+            DataError: None is left.
+        """
+        ...
+
+    def states(self, base: BaseModel, examples: Sequence[Example], limit: int) -> torch.Tensor:
+        """Return one hidden state for each example, float32 of shape (examples, d)."""
+        ...
+
+    def context_state(self, base: BaseModel, examples: Sequence[Example], limit: int) -> torch.Tensor:
+        """Return one hidden state for all examples together, (d,) in float32; no adapter is on the model."""
+        ...
+
+    def logits(self, base: BaseModel, items: Sequence[Item], *, from_leaf: bool = False) -> list[torch.Tensor]:
+        """Return the predictions for each item, without padding: a tensor of shape (predictions, classes) for each.
+
+        Args:
+            base: The base model.
+            items: The items.
+            from_leaf: Let gradients flow back to the model's inputs, so that they reach every module on the way.
+        """
+        ...
+
+    def loss(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor:
+        """Return the loss of all scored predictions, summed, with gradients that reach every module."""
+        ...
+
+    def counted(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor:
+        """Return which rows of a module's input are real and which are padding, in `loss` and `logits` of these items.
+
+        Returns:
+            A boolean mask over all dimensions of a module's input but the last.
+        """
+        ...
+
+    def measure(self, base: BaseModel, examples: Sequence[Example], limit: int) -> Score:
+        """Measure the model on held-out examples, in the unit of `metric`.
+
+        Raises:
+            DataError: There is nothing to score.
+        """
+        ...
+
+
+def retained_gain(base: float, original: float, other: float, *, higher_is_better: bool = False) -> float | None:
+    """Return which share of the original adapter's gain another adapter keeps.
+
+    1 is as good as the original, 0 as good as no adapter; the share may be below 0 or above 1.
+
+    Args:
+        base: The metric of the base model.
+        original: With the original adapter.
+        other: With the adapter in question.
+        higher_is_better: The direction of the metric.
+
+    Returns:
+        The share, or None where the original does not help, so that there is no gain to keep.
+    """
+    gain = original - base if higher_is_better else base - original
+    kept = other - base if higher_is_better else base - other
+    return kept / gain if gain > 0 else None
