@@ -29,9 +29,9 @@ from icmlora.adapter.canonical import mean_adapter, truncated, with_modules
 from icmlora.adapter.metrics import module_norms
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.code import inflate
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.container import inflate
 from icmlora.generator.scales import OCTAVE
 from icmlora.io.checksum import add_checksum, checked
 

@@ -193,7 +193,7 @@ def _float(value: float | None) -> float | None:
 
 def _digests(store: Store, generator: GeneratorRecord) -> frozenset[str]:
     """Return what the codes of a generator may name."""
-    from icmlora.generator.frames import versions_of
+    from icmlora.generator.file import versions_of
 
     return frozenset(version.digest for version in versions_of(store.blobs.read(generator.blob)))
 

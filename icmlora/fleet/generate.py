@@ -37,7 +37,7 @@ from icmlora.fleet.search import Refiner, refined
 from icmlora.fleet.stored_vectors import canonical_json, comparable_vectors
 from icmlora.fleet.vectors import VECTOR_DTYPE, put_vectors
 from icmlora.formats.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME, save_adapter
-from icmlora.generator.codec import Encoded
+from icmlora.generator.encoding import Encoded
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.io.files import read_regular

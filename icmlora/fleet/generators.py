@@ -97,7 +97,7 @@ def _named(store: Store, name: str) -> GeneratorRecord:
 
 
 def _epochs(store: Store, generator: GeneratorRecord) -> int | None:
-    from icmlora.generator.frames import versions_of
+    from icmlora.generator.file import versions_of
 
     try:
         return len(versions_of(store.blobs.read(generator.blob)))

@@ -20,7 +20,7 @@ from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, write_adapter_folder
 from icmlora.formats.peft import PEFT
 from icmlora.generator.codec import Codec
-from icmlora.generator.residual import LayeredCodec
+from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.staging import check_free
 from registry.errors import DamagedStore
@@ -52,7 +52,7 @@ def decode_rung(
     codec = generator_file.codec_of(data)
     if rung == "code" or code.residual is None:
         return codec.decode(data)
-    return LayeredCodec(codec).decode(data, store.blobs.read(code.residual.blob))
+    return ResidualCodec(codec).decode(data, store.blobs.read(code.residual.blob))
 
 
 def codec_at(

@@ -33,10 +33,11 @@ from icmlora.errors import DataError
 from icmlora.fleet.context import Event, Progress, StopFlag
 from icmlora.fleet.measure import RungResult, TaskEvaluation
 from icmlora.formats.peft import save_adapter
-from icmlora.generator.codec import Codec, Encoded, Limits
+from icmlora.generator.codec import Codec
+from icmlora.generator.encoding import Encoded, Limits
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.relaxed import RelaxedCode
-from icmlora.generator.residual import LayeredCodec
+from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.training.refinement import RefineConfig, refine
 from registry.errors import CodeChanged
 from registry.records import Asked, NewEvaluation, Rung
@@ -370,7 +371,7 @@ class ResidualSearch:
     """
 
     def __init__(self, codec: Codec, original: Adapter, code: bytes, evaluation: TaskEvaluation | None) -> None:
-        self._codec, self._layered = codec, LayeredCodec(codec)
+        self._codec, self._layered = codec, ResidualCodec(codec)
         self._original, self._code, self._evaluation = original, code, evaluation
 
     def run(self, request: EncodeRequest, stop: StopFlag) -> Generator[Event, None, Beside | None]:

@@ -139,7 +139,7 @@ def remove_tasks(context: Context, names: Sequence[str], *, last_copies: Collect
 def _initial(store: Store, generator: GeneratorRecord, code: CodeRecord) -> InitialA | None:
     """Read it from the code. A damaged file tells nothing here: `icm verify` reports the damage."""
     from icmlora.generator.code import Code, generator_of
-    from icmlora.generator.frames import versions_of
+    from icmlora.generator.file import versions_of
 
     try:
         data, versions = store.blobs.read(code.blob), versions_of(store.blobs.read(generator.blob))

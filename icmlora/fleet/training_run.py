@@ -29,7 +29,7 @@ from icmlora.fleet.context import Event, Progress, StopFlag, read_samples, with_
 from icmlora.fleet.loading import open_base
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.generator.versions import GeneratorFile
 from icmlora.training.config import TrainConfig, steps_for

@@ -34,11 +34,12 @@ from icmlora.fleet.context import Context, Event, Progress, StopFlag
 from icmlora.fleet.train import fit_all, labels_of, run_metrics
 from icmlora.fleet.training_run import CodeMade, TrainRequest, measured_sensitivity
 from icmlora.generator.code import generator_of
-from icmlora.generator.codec import Codec, Encoded
+from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for, tolerance_of
-from icmlora.generator.file import generator_to_bytes
-from icmlora.generator.frames import append_version
-from icmlora.generator.parameters import differences_to_words
+from icmlora.generator.differences import differences_to_words
+from icmlora.generator.encoding import Encoded
+from icmlora.generator.file import append_version
+from icmlora.generator.network_file import generator_to_bytes
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import resolve_device
 from icmlora.training.config import TrainConfig, steps_for

@@ -1,9 +1,17 @@
-"""A network as bytes: its configuration as JSON, and its parameters rounded and range-coded.
+"""The frames of a generator file: its versions, what codes call each of them, and where their bytes are.
 
-    ICMG 2 | length of header (4) | header: JSON, zlib | range-coded words | check (8)
+    one version     ICMG 2 | length of header (4) | header: JSON, zlib | range-coded words | checksum (8)
+    several         ICMG 3 | version | version | ...
+    each of them    kind (1) | base (2) | length of content (4) | content | checksum (8)
 
-Alone it is a generator file of one version (see :mod:`icmlora.generator.frames`). Codes are made under the network as
-it is read back. The check is the beginning of the SHA-256 of everything before it.
+A file only ever grows at its end. Its first version is a file of one version, unchanged. A further version is a network
+of its own (the content is such a file again), or the differences of its parameters to those of version `base`. A
+version's checksum covers everything before it, from the beginning of the file.
+
+A version is named by the SHA-256 of the file as it was when this version was its last. The digest can still be computed
+after the file has grown, so a code goes on naming the very bytes it was made under, and these decode it as before.
+
+This module does not import torch: listing generators needs no network (icmlora/generator/network_file.py reads one).
 """
 
 from __future__ import annotations
@@ -11,93 +19,129 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
 
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.cvae import CVAE, VIEWS
-from icmlora.generator.frames import MAGIC, config_in, split_network
-from icmlora.generator.parameters import parameters_to_words, words_to_parameters
-from icmlora.generator.scales import tables_digest
-from icmlora.io.checksum import add_checksum
+from icmlora.generator.container import inflate, open_container
+from icmlora.io.checksum import CHECKSUM_SIZE, add_checksum
 
-# A parameter of an ordinary row takes half a byte; rows of zeros, which a fresh network has, take next to nothing.
-_VALUES_PER_BYTE = 1000
+MAGIC, MAGIC_OF_VERSIONS = b"ICMG\x02", b"ICMG\x03"
+_HEADER_LIMIT = 1 << 20
+"""Largest header, in bytes."""
+_FRAME = struct.Struct("<BHI")
+"""Kind, base and length of content in front of each version."""
+_NETWORK, _DIFFERENCES = 0, 1
+"""Kinds of versions."""
+_MOST = 1 << 16
+"""Versions that `base` can tell apart."""
+_DAMAGED = "the generator file is damaged or cut short"
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedGenerator:
-    """A trained network as it lies on disk."""
+@dataclass(frozen=True)
+class StoredVersion:
+    """One version in a generator file."""
 
-    net: CVAE
     digest: str
-    """SHA-256 of the file whose last version it is, in hexadecimal: what its codes name."""
+    """SHA-256, in hexadecimal, of the file that ended with this version: what its codes name."""
+    config: GeneratorConfig
+    base: int | None
+    """Number of the version that its parameters are stored as differences to; None if it is a network of its own."""
+    content: bytes
+    """A file of one version, or the range-coded words of the differences."""
 
 
-def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> bytes:
-    """Serialise a network; the same parameters give the same bytes.
+def versions_of(data: bytes) -> tuple[StoredVersion, ...]:
+    """Split a generator file into its versions, oldest first, without reading any network.
+
+    Raises:
+        GeneratorError: Not a generator file, of a newer format, damaged or cut short.
+    """
+    if not data.startswith(MAGIC_OF_VERSIONS):
+        return (StoredVersion(hashlib.sha256(data).hexdigest(), config_in(split_network(data)[0]), None, data),)
+    versions: list[StoredVersion] = []
+    for digest, base, content in _frames(data):
+        if base is None:
+            config = config_in(split_network(content)[0])
+            # The first version was a file of its own before the file grew, and keeps the name it had then.
+            digest = digest if versions else hashlib.sha256(content).hexdigest()
+        elif base < len(versions):
+            config = versions[base].config
+        else:
+            raise GeneratorError("a version of the generator is stored as differences to a later one")
+        if versions and config.base_model != versions[0].config.base_model:
+            raise GeneratorError("the versions of the generator are of different base models")
+        versions.append(StoredVersion(digest, config, base, content))
+    if len(versions) < 2:
+        raise GeneratorError(_DAMAGED)
+    return tuple(versions)
+
+
+def append_version(data: bytes, content: bytes, base: int | None) -> bytes:
+    """Return a generator file with one more version; the earlier ones stay as they are.
 
     Args:
-        net: The network, in any dtype, on any device.
-        notes: Further header text, such as the seed and the number of steps.
+        data: The file.
+        content: A file of one version; with `base`, the words of the differences to that version.
+        base: Number of a version of the file.
 
     Raises:
-        GeneratorError: A parameter is not finite.
+        GeneratorError: The file is full.
     """
-    own = {"config": net.config.to_json(), "shapes": _shapes_digest(net), "tables": tables_digest()}
-    header = {**(notes or {}), **own}
-    packed = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
-    return add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + parameters_to_words(net.state_dict()))
+    if len(versions_of(data)) >= _MOST:
+        raise GeneratorError("the generator has too many versions", hint="run `icm train` to make one version of them")
+    before = data if data.startswith(MAGIC_OF_VERSIONS) else _framed(MAGIC_OF_VERSIONS, data, None)
+    return _framed(before, content, base)
 
 
-def generator_from_bytes(data: bytes) -> TrainedGenerator:
-    """Open a generator file of one version.
+def split_network(data: bytes) -> tuple[dict[str, object], bytes]:
+    """Split a file of one version into its header and its words.
 
     Raises:
-        GeneratorError: Not a generator file, of a newer format, with tensors that are not its configuration's, or
-            made on a machine whose coding tables differ from this one's.
+        GeneratorError: Not a generator file, of a newer format, damaged or cut short.
     """
-    header, words = split_network(data)
-    if header.get("tables") != tables_digest():
-        message = "the coding tables computed here differ from those of the machine that trained this generator"
-        raise GeneratorError(message, hint="decode on a machine with the same C library, or train again here")
-    net = _network(config_in(header), str(header.get("shapes")), words)
-    return TrainedGenerator(net.eval(), hashlib.sha256(data).hexdigest())
-
-
-def _network(config: GeneratorConfig, shapes_digest: str, words: bytes) -> CVAE:
-    # A configuration that claims far more than the file can hold is refused before anything is allocated.
-    if _least_values(config) > _VALUES_PER_BYTE * len(words):
-        raise GeneratorError("the generator's parameters are not those of its configuration")
+    if not data.startswith(MAGIC):
+        raise GeneratorError("not a generator file, or one of another format")
+    opened = open_container(data, len(MAGIC))
+    if opened is None:
+        raise GeneratorError(_DAMAGED)
+    packed, words = opened
     try:
-        with torch.random.fork_rng(devices=[]):  # the initial values are thrown away; the caller's stream stays
-            net = CVAE(config)
-        if _shapes_digest(net) != shapes_digest:
-            raise ValueError("other shapes")
-        net.load_state_dict(words_to_parameters(words, _shapes(net)))
-    except (CodeError, RuntimeError, TypeError, ValueError) as error:
-        raise GeneratorError("the generator's parameters are not those of its configuration") from error
-    return net
+        return dict(json.loads(inflate(packed, 2, _HEADER_LIMIT))), words
+    except (CodeError, ValueError, TypeError, RecursionError) as error:
+        raise GeneratorError("the generator's header is damaged") from error
 
 
-def _shapes(net: CVAE) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in net.state_dict().items()}
+def config_in(header: dict[str, object]) -> GeneratorConfig:
+    """Return the configuration in the header of a file of one version.
+
+    Raises:
+        GeneratorError: There is none.
+    """
+    return GeneratorConfig.from_json(str(header.get("config", "")))
 
 
-def _shapes_digest(net: CVAE) -> str:
-    """Name the order and shapes of the parameters: the words themselves do not say where one ends."""
-    text = json.dumps([[name, list(shape)] for name, shape in _shapes(net).items()])
-    return hashlib.sha256(text.encode()).hexdigest()
+def _framed(before: bytes, content: bytes, base: int | None) -> bytes:
+    kind = _NETWORK if base is None else _DIFFERENCES
+    return add_checksum(before + _FRAME.pack(kind, base or 0, len(content)) + content)
 
 
-def _least_values(config: GeneratorConfig) -> int:
-    """Count the values of the parts of a network that grow with its configuration."""
-    sides = sum(kind.inputs + kind.outputs for kind in config.kinds)
-    places = len(config.kinds) * config.layers * config.slots
-    task = config.condition + config.latent
-    embedded = config.layers + config.slots + 2 * len(config.kinds) + len(VIEWS) * config.condition_size
-    return (config.width + config.sketch) * sides + places + config.width * task + config.embedding * embedded
+def _frames(data: bytes) -> Iterator[tuple[str, int | None, bytes]]:
+    """Yield each version's digest of the file up to its end, its base and its content."""
+    # One running SHA-256 gives all digests and checksums in a single pass over the file.
+    sha, begin = hashlib.sha256(MAGIC_OF_VERSIONS), len(MAGIC_OF_VERSIONS)
+    while begin < len(data):
+        if begin + _FRAME.size > len(data):
+            raise GeneratorError(_DAMAGED)
+        kind, base, length = _FRAME.unpack_from(data, begin)
+        content = data[begin + _FRAME.size : begin + _FRAME.size + length]
+        end = begin + _FRAME.size + length + CHECKSUM_SIZE
+        sha.update(data[begin : end - CHECKSUM_SIZE])
+        if end > len(data) or data[end - CHECKSUM_SIZE : end] != sha.digest()[:CHECKSUM_SIZE]:
+            raise GeneratorError(_DAMAGED)
+        if kind not in (_NETWORK, _DIFFERENCES) or (kind == _NETWORK and base):
+            raise GeneratorError("a version of the generator is of a newer kind")
+        sha.update(data[end - CHECKSUM_SIZE : end])
+        yield sha.hexdigest(), base if kind == _DIFFERENCES else None, content
+        begin = end

@@ -20,9 +20,9 @@ from torch import nn
 
 from icmlora.adapter.model import Adapter
 from icmlora.generator import entropy_coding as entropy
-from icmlora.generator.code import KindIntegers
 from icmlora.generator.codec import Codec
 from icmlora.generator.objective import bin_bits
+from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import centred, norm_of
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.tokens import KindTokens, tokenize

@@ -1,4 +1,4 @@
-"""A generator file as what decodes: one codec per version, each opened when a code or an adapter asks for it."""
+"""A generator file that decodes: one codec per version, opened when a code or an adapter asks for it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.file import TrainedGenerator, generator_from_bytes
-from icmlora.generator.frames import versions_of
-from icmlora.generator.parameters import words_to_changed
+from icmlora.generator.differences import words_to_changed
+from icmlora.generator.file import versions_of
+from icmlora.generator.network_file import TrainedGenerator, generator_from_bytes
 
 
 class GeneratorFile:
-    """The versions of one generator file, oldest first; what is opened stays open.
+    """The versions of one generator, oldest first; earlier ones decode the codes that were made under them.
+
+    An opened codec stays in memory as long as this object does.
 
     Args:
         data: The file.
@@ -37,11 +39,11 @@ class GeneratorFile:
 
     @property
     def configs(self) -> tuple[GeneratorConfig, ...]:
-        """The configuration of each version; all are of one base model."""
+        """The configuration of each version; all have the same base model."""
         return tuple(version.config for version in self._versions)
 
     def codec(self, number: int) -> Codec:
-        """Return the codec of a version, counted from 0: the same whatever versions came after it.
+        """Return the codec of a version, counted from 0; versions added later do not change it.
 
         Raises:
             GeneratorError: Its network cannot be read, or not on this machine.
@@ -54,7 +56,7 @@ class GeneratorFile:
         """Return the codec of the version that a code names.
 
         Raises:
-            CodeError: Not a code, or made by another generator.
+            CodeError: Not a code, or another generator made it.
             GeneratorError: As `codec`.
         """
         digest = generator_of(code)
@@ -66,13 +68,13 @@ class GeneratorFile:
         """Return the codec of the newest version that covers an adapter.
 
         Raises:
-            NotCovered: No version does.
+            NotCovered: No version covers it.
             GeneratorError: As `codec`.
         """
         covering = self.covering(layout)
         if not covering:
             fact = "the generator does not cover every module and rank of this adapter"
-            raise NotCovered(fact, hint="`icm train --update` makes a version that does")
+            raise NotCovered(fact, hint="run `icm train --update` to add a version that does")
         return self.codec(covering[-1])
 
     def covering(self, layout: Sequence[ModuleShape]) -> list[int]:
@@ -80,7 +82,7 @@ class GeneratorFile:
         return [number for number, config in enumerate(self.configs) if config.covers(layout)]
 
     def _open(self, number: int) -> TrainedGenerator:
-        """Read a version's network: the one that its differences begin with, then each of them in turn."""
+        """Read a version's network: a whole network first, then the differences that lead from it to this version."""
         chain = [number]
         while (base := self._versions[chain[-1]].base) is not None:
             chain.append(base)
@@ -91,9 +93,9 @@ class GeneratorFile:
 
 
 def _changed(net: CVAE, words: bytes) -> CVAE:
-    """Change a network in place as the differences of a version say."""
+    """Apply the differences of a version to a network, in place."""
     try:
         net.load_state_dict(words_to_changed(words, net.state_dict()))
     except CodeError as error:
-        raise GeneratorError("the differences of a version are not those of its network") from error
+        raise GeneratorError("the differences of a version do not fit its network") from error
     return net

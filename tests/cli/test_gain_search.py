@@ -10,7 +10,7 @@ from icmlora.errors import DataError
 from icmlora.fleet.context import Event
 from icmlora.fleet.measure import RungResult
 from icmlora.fleet.search import LADDER, Attempt, Candidate, Found, coarsest_kept, nearest_kept
-from icmlora.generator.codec import Encoded
+from icmlora.generator.encoding import Encoded
 
 GAINS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99)  # by place, coarse to fine
 Search = Callable[[Attempt], Generator[Event, None, Found | None]]

@@ -11,7 +11,7 @@ from icmlora.adapter.metrics import relative_dw_error
 from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.formats.peft import load_adapter_folder, save_adapter
 from icmlora.generator.codec import Codec
-from icmlora.generator.file import generator_from_bytes
+from icmlora.generator.network_file import generator_from_bytes
 from registry.store import Store
 from tests.cli.coded import codes
 from tests.cli.conftest import Ran

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from icmlora.generator.file import generator_from_bytes
+from icmlora.generator.network_file import generator_from_bytes
 from icmlora.generator.sensitivity import Sensitivity
 from registry.store import Store
 from tests.cli.conftest import Ran

@@ -9,7 +9,7 @@ from typing import Any
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.adapter.model import Adapter
 from icmlora.fleet.loading import read_original
-from icmlora.generator.residual import LayeredCodec
+from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore, TaskNotFound
 from registry.records import CodeRecord
@@ -112,4 +112,4 @@ def _decoded(store: Store, code: CodeRecord) -> Adapter:
     codec = GeneratorFile(store.blobs.read(generator.blob)).codec_of(data)
     if code.residual is None:
         return codec.decode(data)
-    return LayeredCodec(codec).decode(data, store.blobs.read(code.residual.blob))
+    return ResidualCodec(codec).decode(data, store.blobs.read(code.residual.blob))

@@ -24,7 +24,7 @@ from icmlora.adapter.metrics import relative_dw_error
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
-from icmlora.generator.file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.config import TrainConfig, steps_for
 from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit

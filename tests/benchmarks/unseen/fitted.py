@@ -29,7 +29,7 @@ from icmlora.formats.peft import load_adapter_folder
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.training.initialisation import fresh_network
 from tests.benchmarks.adapters_alone import AdaptersAlone

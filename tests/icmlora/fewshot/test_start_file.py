@@ -22,7 +22,7 @@ from icmlora.fewshot.start import (
     untrained_fewshot_start,
 )
 from icmlora.generator.codec import Codec
-from icmlora.generator.file import generator_from_bytes
+from icmlora.generator.network_file import generator_from_bytes
 from icmlora.io.checksum import add_checksum
 from tests.icmlora.small_fleet import codec, make_adapter, same, trained_file
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmlora.errors import GeneratorError
-from icmlora.generator.file import generator_from_bytes, generator_to_bytes
-from icmlora.generator.frames import MAGIC
+from icmlora.generator.file import MAGIC
+from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.io.checksum import add_checksum
 from tests.icmlora.small_fleet import codec, trained_file
 

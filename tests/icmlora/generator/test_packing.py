@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from icmlora.generator.code import KindIntegers, written_slots
+from icmlora.generator.packing import KindIntegers, written_slots
 from icmlora.generator.quantizer import Slots
 
 

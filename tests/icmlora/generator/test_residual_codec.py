@@ -16,15 +16,17 @@ from icmlora.adapter.metrics import dw_norm, relative_dw_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.code import ABSENT
-from icmlora.generator.codec import Codec, Limits
-from icmlora.generator.residual import CLASSES, MAGIC, LayeredCodec, classes_of
+from icmlora.generator.codec import Codec
+from icmlora.generator.encoding import Limits
+from icmlora.generator.residual import CLASSES, MAGIC
+from icmlora.generator.residual_codec import ResidualCodec, classes_of
 from icmlora.generator.scales import LARGEST, SMALLEST
 from icmlora.io.checksum import add_checksum
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, same, with_factors
 
 CODEC = codec()
-LAYERED = LayeredCodec(CODEC)
+LAYERED = ResidualCodec(CODEC)
 TASKS = [0, 1, 2]
 
 
@@ -98,7 +100,7 @@ def test_slots_that_the_code_left_out_come_back() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_a_residual_beside_a_code_with_an_initial_a_keeps_the_limit(task: int, limit: float) -> None:
     adapter, code = coarse_and_known(task, 0.4)
-    under = LayeredCodec(peft_codec())
+    under = ResidualCodec(peft_codec())
     made = under.encode(adapter, code, Limits(max_error=limit))
     assert made.dw_error == relative_dw_error(adapter, under.decode(code, made.data)) <= limit
     assert same(under.decode(code, made.data), under.decode(code, made.data))
@@ -106,7 +108,7 @@ def test_a_residual_beside_a_code_with_an_initial_a_keeps_the_limit(task: int, l
 
 def test_slots_that_a_code_with_an_initial_a_left_out_come_back() -> None:
     adapter, code = coarse_and_known(0, 0.7)
-    under = LayeredCodec(peft_codec())
+    under = ResidualCodec(peft_codec())
     decoded = under.decode(code, under.encode(adapter, code, Limits(max_error=1e-3)).data)
     sides = (peft_codec().decode(code), decoded, adapter)
     ranks = [sum(len(module.a) for module in side.modules) for side in sides]
@@ -123,7 +125,7 @@ def test_slots_that_the_code_left_out_take_less_with_an_initial_a() -> None:
         head = replace(opened.head, kept=np.where(opened.head.kept == ABSENT, ABSENT, 0).astype(np.uint8))
         nothing = [group[np.zeros(len(group.slots.layer), dtype=np.bool_)] for group in opened.groups]
         empty = under.close(head, nothing)
-        sizes.append(len(LayeredCodec(under).encode(adapter, empty, Limits(max_error=0.1)).data))
+        sizes.append(len(ResidualCodec(under).encode(adapter, empty, Limits(max_error=0.1)).data))
     assert sizes[1] < 0.9 * sizes[0]
 
 

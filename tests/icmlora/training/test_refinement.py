@@ -15,7 +15,7 @@ from icmlora.formats.peft import load_adapter_folder
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.refinement import RefineConfig, added, refine
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter

@@ -1,0 +1,72 @@
+"""The container that codes, residuals, generator networks and few-shot starts share.
+
+    prefix | length of head (4) | head, zlib | body | checksum (8)
+
+The prefix is a magic number; in codes and residuals the digest of what they belong to follows it. The body is
+range-coded integers, or the code inside a few-shot start. All integers are little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icmlora.errors import CodeError
+from icmlora.io.checksum import add_checksum, checked
+
+LENGTH = struct.Struct("<I")
+"""How the length of the compressed head is written."""
+
+
+def write_container(prefix: bytes, head: bytes, body: bytes) -> bytes:
+    """Return a container; the same parts give the same bytes."""
+    packed = zlib.compress(head, 9)
+    return add_checksum(prefix + LENGTH.pack(len(packed)) + packed + body)
+
+
+def open_container(data: bytes, prefix: int) -> tuple[bytes, bytes] | None:
+    """Return the compressed head and the body.
+
+    Args:
+        data: The container.
+        prefix: Length of its prefix in bytes, which the caller has checked.
+
+    Returns:
+        None if the checksum does not match, or if the data end before the head.
+    """
+    content = checked(data)
+    begin = prefix + LENGTH.size
+    if content is None or len(content) < begin:
+        return None
+    (length,) = LENGTH.unpack_from(content, prefix)
+    return content[begin : begin + length], content[begin + length :]
+
+
+def inflate(packed: bytes, least: int, most: int) -> bytes:
+    """Decompress a head of a bounded size, so that a few bytes cannot ask for gigabytes of memory.
+
+    Args:
+        packed: Exactly one zlib stream.
+        least: Smallest size of the result, in bytes.
+        most: Largest size of the result, in bytes.
+
+    Raises:
+        CodeError: The stream is damaged, has bytes after its end, or gives another size.
+    """
+    stream = zlib.decompressobj()
+    try:
+        plain = stream.decompress(packed, most + 1)
+    except zlib.error as error:
+        raise CodeError("the code's head is damaged") from error
+    if not stream.eof or stream.unused_data or not least <= len(plain) <= most:
+        raise CodeError("the code's head has the wrong length")
+    return plain
+
+
+def split_fields(plain: bytes, sizes: Sequence[int]) -> list[NDArray[np.uint8]]:
+    """Split a head into its fields; `sizes` are in bytes and add up to its length."""
+    return np.split(np.frombuffer(plain, dtype=np.uint8), np.cumsum(sizes)[:-1])
