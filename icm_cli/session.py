@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields
 from types import FrameType
-from typing import Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
 import typer
 
@@ -23,8 +23,10 @@ from icm_cli.errors import INTERRUPTED, Interrupted, StdoutClosed
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
 from icmlora.errors import Cancelled
-from icmlora.fleet.api import Fleet
-from icmlora.fleet.context import Context, Event, Progress, StopFlag, ignore
+
+if TYPE_CHECKING:  # commands without a store, such as --help, do not import the library
+    from icmlora.fleet.api import Fleet
+    from icmlora.fleet.context import Context, Event, StopFlag
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and the signal that batch systems and containers send before they kill."""
@@ -75,10 +77,10 @@ class Session:
     @property
     def fleet(self) -> Fleet:
         """The fleet of the store, for work that is too short for a progress display."""
-        return self._fleet(ignore)
+        return self._fleet()
 
     @contextmanager
-    def working(self, label: str, on_event: Callable[[Event], None] = ignore) -> Iterator[Fleet]:
+    def working(self, label: str, on_event: Callable[[Event], None] | None = None) -> Iterator[Fleet]:
         """Yield the fleet of the store and display its progress.
 
         The first Ctrl-C or SIGTERM raises `Cancelled` after the current step; the second stops at once.
@@ -87,30 +89,37 @@ class Session:
             label: What the display calls the work.
             on_event: Gets every event that is not a `Progress`.
         """
+        from icmlora.fleet.context import Progress
+
         with self.out.progress(label) as display, self.stoppable() as stop:
 
             def listen(event: Event) -> None:
                 if isinstance(event, Progress):
                     display.update(event.done, event.total, event.note)
-                else:
+                elif on_event is not None:
                     on_event(event)
                 if stop.requested:
                     raise Cancelled
 
             yield self._fleet(listen)
 
-    def _fleet(self, on_event: Callable[[Event], None]) -> Fleet:
+    def _fleet(self, on_event: Callable[[Event], None] | None = None) -> Fleet:
+        from icmlora.fleet.api import Fleet
+        from icmlora.fleet.context import ignore
+
         return Fleet(
             self.settings.store.value,
             cache=cache_folder,
             lock_timeout=self.settings.lock_timeout.value,
             command=self.command,
-            on_event=on_event,
+            on_event=on_event or ignore,
         )
 
     @property
     def context(self) -> Context:
         """The store to work on, for the workflows."""
+        from icmlora.fleet.context import Context
+
         return Context(self.settings.store.value, cache_folder, self.settings.lock_timeout.value, self.command)
 
     def device(self, flag: str | None) -> str:
@@ -125,6 +134,8 @@ class Session:
             label: What the display calls it.
             on_event: Gets every event that is not a `Step`.
         """
+        from icmlora.fleet.context import Progress
+
         with self.out.progress(label) as display:
             while True:
                 try:
@@ -140,6 +151,8 @@ class Session:
     @contextmanager
     def stoppable(self) -> Iterator[StopFlag]:
         """Turn the first Ctrl-C or SIGTERM into a request to stop after the current step; the second stops at once."""
+        from icmlora.fleet.context import StopFlag
+
         flag = StopFlag()
         stderr = sys.stderr  # it is redirected while a model is loaded
 

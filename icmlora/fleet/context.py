@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from icmlora.errors import Cancelled, DataError
-from registry.errors import MissingBlob
-from registry.records import BaseModelRecord, TaskRecord
 
 if TYPE_CHECKING:
     from icmlora.base_models.lookup import FoundBase
     from icmlora.base_models.modality import BaseModel
+    from registry.errors import MissingBlob
+    from registry.records import BaseModelRecord, TaskRecord
     from registry.store import Store
 
 
@@ -129,6 +129,8 @@ def with_files(read: Callable[[], Row], use: Callable[[Row], Result]) -> Result:
     Raises:
         MissingBlob: A file is gone, and the row is as it was: the store is damaged.
     """
+    from registry.errors import MissingBlob
+
     row = read()
     while True:
         try:
