@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, IcmLoraError
     from icmlora.fleet.api import Fleet
+    from icmlora.fleet.bundles import Bundle
     from icmlora.fleet.context import Event, Progress
     from icmlora.formats.peft import load_adapter_folder, save_adapter
 
@@ -27,6 +28,7 @@ __all__ = [
     "Adapter",
     "AdapterRefused",
     "BaseModelNotFound",
+    "Bundle",
     "Cancelled",
     "Event",
     "Fleet",
@@ -40,6 +42,7 @@ _HOMES = {
     "Adapter": "icmlora.adapter.model",
     "AdapterRefused": "icmlora.errors",
     "BaseModelNotFound": "icmlora.errors",
+    "Bundle": "icmlora.fleet.bundles",
     "Cancelled": "icmlora.errors",
     "Event": "icmlora.fleet.context",
     "Fleet": "icmlora.fleet.api",

@@ -10,7 +10,8 @@ from icm_cli.session import Session
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
-    from icmlora.bundle.index import BundledTask, BundleIndex
+    from icmlora.bundle.index import BundledTask
+    from icmlora.fleet.bundles import Bundle
 
 _COLUMNS = (
     Column("task", shrink=True),
@@ -24,49 +25,44 @@ _COLUMNS = (
 )
 
 
-def list_bundle(session: Session, bundle: Path, base_model: str | None) -> None:
+def list_bundle(session: Session, file: Path, base_model: str | None) -> None:
     """Print what a bundle holds; only its index is read."""
-    from icmlora.fleet.bundles import read_index
+    from icmlora.fleet.bundles import Bundle
     from icmlora.fleet.context import check_base_model
 
-    out = session.out
-    index, digest = read_index(bundle)
-    check_base_model(base_model, (index.base_model,))
-    out.document([_as_json(index, task) for task in index.tasks])
+    out, bundle = session.out, Bundle(file)
+    check_base_model(base_model, (bundle.base_model,))
+    out.document([_as_json(bundle, task) for task in bundle.tasks])
     if out.is_quiet:
-        for task in index.tasks:
+        for task in bundle.tasks:
             out.answer(task.name)
-    out.table(_COLUMNS, [_as_cells(index, task) for task in index.tasks])
-    out.note(f"generator {index.generator.version} of {index.base_model}; bundle {digest}")
+    out.table(_COLUMNS, [_as_cells(bundle, task) for task in bundle.tasks])
+    out.note(f"generator {bundle.generator.version} of {bundle.base_model}; bundle {bundle.digest}")
 
 
-def _original_size(index: BundleIndex, task: BundledTask) -> int:
-    return task.weights_size + index.sizes[task.config] + (0 if task.card is None else index.sizes[task.card])
-
-
-def _as_cells(index: BundleIndex, task: BundledTask) -> list[str]:
+def _as_cells(bundle: Bundle, task: BundledTask) -> list[str]:
     return [
         task.name,
-        index.base_model,
+        bundle.base_model,
         str(task.rank_max),
         ",".join(task.target_modules),
-        human_size(_original_size(index, task)),
-        human_size(index.sizes[task.code]),
+        human_size(bundle.original_size(task)),
+        human_size(bundle.code_size(task)),
         "-" if task.dw_error is None else f"{task.dw_error:.4f}",
         "-" if task.retained_gain is None else f"{task.retained_gain:.3f}",
     ]
 
 
-def _as_json(index: BundleIndex, task: BundledTask) -> dict[str, object]:
+def _as_json(bundle: Bundle, task: BundledTask) -> dict[str, object]:
     return {
         "name": task.name,
-        "base_model": index.base_model,
+        "base_model": bundle.base_model,
         "rank": task.rank_max,
         "dtype": task.dtype.lower(),
         "parameters": task.parameters,
         "target_modules": list(task.target_modules),
-        "original_size": _original_size(index, task),
-        "code_size": index.sizes[task.code],
+        "original_size": bundle.original_size(task),
+        "code_size": bundle.code_size(task),
         "dw_error": task.dw_error,
         "retained_gain": task.retained_gain,
     }

@@ -1,4 +1,4 @@
-"""`icm export`: a generator with codes as one file."""
+"""`icm export`: write a generator with codes into one file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.bundles import Exported
+    from icmlora.fleet.export_bundle import ExportReport
 
 FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="The bundle to write.", show_default=False)]
 ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists.")]
@@ -26,22 +26,20 @@ def export(
     base_model: BaseModelOpt = None,
     force: ReplaceOpt = False,
 ) -> None:
-    """Write the generator with the codes of some tasks into one portable file.
+    """Write the generator and the codes of some tasks into one file, a bundle.
 
-    Where FILE is, `icm materialize --from FILE` writes adapters without a store, and `icm import FILE` takes all into
-    one. It holds no original, no residual and no text. The same store gives the same bytes.
+    On another machine, `icm materialize --from FILE` writes adapters from it without a store, and `icm import FILE`
+    takes it into a store. A bundle has no originals, no residuals and no texts. The same store gives the same bytes.
 
     Example:
       icm export fleet.icm
     """
-    from icmlora.fleet.bundles import ExportRequest
-    from icmlora.fleet.bundles import export as write
-
-    request = ExportRequest(file, tuple(tasks or ()), base_model, force)
-    _tell(session, session.follow(write(session.context, request), "export"))
+    with session.working("export") as fleet:
+        done = fleet.export_bundle(file, tasks or (), base_model=base_model, force=force)
+    _tell(session, done)
 
 
-def _tell(session: Session, done: Exported) -> None:
+def _tell(session: Session, done: ExportReport) -> None:
     out, index = session.out, done.index
     out.document(
         {
@@ -63,9 +61,9 @@ def _tell(session: Session, done: Exported) -> None:
         f"{counted(len(index.tasks), 'code')}; {human_size(done.size)}"
     )
     if done.left_out:
-        out.warn(f"{counted(len(done.left_out), 'task')} without a code left out")
+        out.warn(f"left out {counted(len(done.left_out), 'task')} without a code")
         out.detail(", ".join(done.left_out))
-        out.hint("`icm train --update` makes theirs")
+        out.hint("run `icm train --update` to make the missing codes")
     if done.without_residual:
-        out.note(f"a bundle carries codes: the residual of {counted(len(done.without_residual), 'task')} stays behind")
+        out.note(f"left out the residual of {counted(len(done.without_residual), 'task')}: a bundle holds codes only")
         out.detail(", ".join(done.without_residual))

@@ -12,7 +12,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.bundles import Imported
+    from icmlora.fleet.import_bundle import ImportReport
 
 
 class ImportConflict(StrEnum):
@@ -24,13 +24,13 @@ class ImportConflict(StrEnum):
 
 NamesArg = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[TASK]...", help="Tasks of the bundle, as `icm ls --from FILE` lists them; all if none is given."
-    ),
+    typer.Argument(metavar="[TASK]...", help="Tasks of the bundle, as `icm ls --from FILE` lists them. Default: all."),
 ]
 OnConflictOpt = Annotated[
     ImportConflict,
-    typer.Option("--on-conflict", help="A task of that name has another adapter, or another code: what to do."),
+    typer.Option(
+        "--on-conflict", help="What to do if the store has a task of that name with another adapter or another code."
+    ),
 ]
 
 
@@ -42,22 +42,21 @@ def import_(
     on_conflict: OnConflictOpt = ImportConflict.FAIL,
     dry_run: DryRunOpt = False,
 ) -> None:
-    """Take a bundle's generator, codes and tasks into the store, which is made if there is none.
+    """Take the generator, codes and tasks of a bundle into the store.
 
-    The tasks have no original here: their adapters come from the codes. A task that is there with the same original
-    gets its code. If the store uses another generator for the base model, nothing is taken. The same again changes
-    nothing.
+    A bundle has no originals: in this store the adapters come from the codes. A task that the store already has with
+    the same original gets its code. If the store uses another generator for the base model, nothing is imported.
+    Running the same command again changes nothing.
 
     Example:
       icm import fleet.icm
     """
-    from icmlora.fleet.bundles import ImportRequest, take_in
+    with session.working("import") as fleet:
+        done = fleet.import_bundle(file, tasks or (), on_conflict=on_conflict.value, dry_run=dry_run)
+    _tell(session, done, dry_run=dry_run)
 
-    request = ImportRequest(file, tuple(tasks or ()), on_conflict.value, dry_run)
-    _tell(session, session.follow(take_in(session.context, request), "import"), dry_run=dry_run)
 
-
-def _tell(session: Session, done: Imported, *, dry_run: bool) -> None:
+def _tell(session: Session, done: ImportReport, *, dry_run: bool) -> None:
     out, generator = session.out, done.index.generator
     out.document(
         {
@@ -80,4 +79,4 @@ def _tell(session: Session, done: Imported, *, dry_run: bool) -> None:
         out.detail(f"{task.name}: {task.status}")
     skipped = [task.name for task in done.tasks if task.status == "skipped"]
     if skipped:
-        out.warn(f"skipped, another adapter or code of that name is in the store: {', '.join(skipped)}")
+        out.warn(f"skipped, because the store has another adapter or code of that name: {', '.join(skipped)}")

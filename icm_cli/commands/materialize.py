@@ -13,7 +13,7 @@ from icm_cli.options import ForceOpt, FromOpt, SeedOpt, TaskArg
 from icm_cli.session import Session, command
 
 if TYPE_CHECKING:
-    from icmlora.fleet.materialize import Materialized, MaterializeRequest
+    from icmlora.fleet.materialize import MaterializeReport
 
 
 class SourceName(StrEnum):
@@ -36,21 +36,27 @@ class DtypeName(StrEnum):
 
 OutputOpt = Annotated[
     Path,
-    typer.Option("--output", "-o", metavar="DIR", help="Folder to write; absent or empty.", show_default=False),
+    typer.Option("--output", "-o", metavar="DIR", help="Folder to write. Must be absent or empty.", show_default=False),
 ]
 SourceOpt = Annotated[
     SourceName,
     typer.Option(
         "--source",
-        help="auto: the best there is: original, residual, code. residual: the task's code with its residual. "
-        "code: the code alone. generate: predict it from the task's vectors alone.",
+        help="original: the ingested files. residual: the code, corrected by its residual. code: the code alone. "
+        "generate: predicted from the task vectors. auto: the first of original, residual and code that is there.",
     ),
 ]
-DtypeOpt = Annotated[DtypeName, typer.Option("--dtype", help="Number format; an original keeps its own.")]
+DtypeOpt = Annotated[
+    DtypeName, typer.Option("--dtype", help="Number format of decoded weights. An original keeps its own.")
+]
 ErrorOpt = Annotated[
     float | None,
     typer.Option(
-        "--max-error", metavar="X", min=0.0, help="Refuse (exit 14) above this relative dW error.", show_default=False
+        "--max-error",
+        metavar="X",
+        min=0.0,
+        help="Exit with code 14 and write nothing if the relative dW error is above X.",
+        show_default=False,
     ),
 ]
 
@@ -67,50 +73,47 @@ def materialize(
     max_error: ErrorOpt = None,
     force: ForceOpt = False,
 ) -> None:
-    """Write TASK's adapter as a PEFT folder that loads anywhere.
+    """Write the adapter of TASK as a PEFT folder.
 
-    Needs neither the base model nor a GPU. The same command writes the same bytes. With --seed the latent of a
-    generated adapter is sampled instead of taken at its mean. With --from no store is needed: the code is decoded from
-    a bundle, every byte of which is checked first.
+    Neither the base model nor a GPU is needed. The same command writes the same bytes. With --seed, the adapter is
+    generated from a sampled latent instead of the mean. With --from, the adapter is decoded from a bundle and no store
+    is needed; every byte of the bundle is checked first.
 
     Example:
       icm materialize dog-detection -o adapter/
     """
-    from icmlora.fleet.materialize import MaterializeRequest
-    from icmlora.fleet.materialize import materialize as write
-
     if bundle is not None and (seed is not None or source not in (SourceName.AUTO, SourceName.CODE)):
-        raise UsageProblem("a bundle holds codes only", hint="without --seed, --from goes with --source auto or code")
+        raise UsageProblem(
+            "a bundle holds codes only", hint="use --from without --seed, and with --source auto or code"
+        )
     if seed is not None and source not in (SourceName.AUTO, SourceName.GENERATE):
-        raise UsageProblem(f"--seed samples a generated adapter; --source {source.value} has nothing to sample")
-    request = MaterializeRequest(
-        task=task,
-        directory=output,
-        source=source.value,
-        dtype=dtype.value,
-        seed=seed,
-        force=force,
-        max_error=max_error,
-    )
-    done = write(session.context, request) if bundle is None else _from_bundle(bundle, request)
-    if bundle is None and source is SourceName.AUTO and done.rung in ("residual", "code"):
-        session.out.note(f"the original of {done.task} was evicted: decoded from {_FROM[done.rung]} instead")
+        raise UsageProblem(f"--seed is for generated adapters, not for --source {source.value}")
+    if bundle is not None:
+        from icmlora.fleet.bundles import Bundle
+
+        done = Bundle(bundle).materialize(task, output, dtype=dtype.value, max_error=max_error, force=force)
+    else:
+        done = session.fleet.materialize(
+            task,
+            output,
+            source=source.value,
+            dtype=dtype.value,
+            seed=seed,
+            max_error=max_error,
+            force=force,
+        )
+        if source is SourceName.AUTO and done.source in ("residual", "code"):
+            session.out.note(f"the original of {done.task} was evicted; decoding {_FROM[done.source]} instead")
     _tell(session, done)
 
 
-def _from_bundle(bundle: Path, request: MaterializeRequest) -> Materialized:
-    from icmlora.fleet.bundles import materialize_bundled
-
-    return materialize_bundled(bundle, request)
-
-
-def _tell(session: Session, done: Materialized) -> None:
+def _tell(session: Session, done: MaterializeReport) -> None:
     out = session.out
     out.document(
         {
             "task": done.task,
             "output": str(done.directory),
-            "source": done.rung,
+            "source": done.source,
             "generator": done.generator,
             "dw_error": done.dw_error,
             "retained_gain": done.retained_gain,
@@ -118,12 +121,9 @@ def _tell(session: Session, done: Materialized) -> None:
         }
     )
     out.answer(str(done.directory))
-    known = [
-        ("relative dW error", done.dw_error),
-        ("retained gain", done.retained_gain),
-    ]
+    known = [("relative dW error", done.dw_error), ("retained gain", done.retained_gain)]
     figures = "".join(f", {name} {value:.4f}" for name, value in known if value is not None)
-    out.note(f"{done.task} from {_FROM[done.rung]}{figures}")
+    out.note(f"wrote {done.task} from {_FROM[done.source]}{figures}")
 
 
 _FROM = {

@@ -31,8 +31,8 @@ _CHUNK = 8 * 1024 * 1024
 _HINT = "fetch or copy the file again"
 
 
-class Bundle:
-    """An open bundle. Made by `open_bundle`, which has checked everything but the bytes of the parts.
+class BundleFile:
+    """An open bundle file. `open_bundle` makes it and has checked everything except the bytes of the parts.
 
     Attributes:
         index: What is in it.
@@ -74,7 +74,7 @@ class Bundle:
 
 
 @contextmanager
-def open_bundle(path: Path) -> Iterator[Bundle]:
+def open_bundle(path: Path) -> Iterator[BundleFile]:
     """Open a bundle and check its index, without reading its parts.
 
     Raises:
@@ -94,7 +94,7 @@ def open_bundle(path: Path) -> Iterator[Bundle]:
         expected = start + sum(part.size for part in index.parts)
         if size != expected:
             raise BundleError(f"the bundle has {size:,} bytes, not {expected:,}", hint=_HINT)
-        yield Bundle(descriptor, size, start, index, digest)
+        yield BundleFile(descriptor, size, start, index, digest)
 
 
 def write_bundle(
@@ -141,7 +141,7 @@ def bundle_size(index: BundleIndex) -> int:
 def _head(data: bytes, size: int) -> tuple[int, str]:
     """Return length and digest of the index."""
     if data[:4] != MAGIC[:4]:
-        raise BundleError("this is no bundle of icm", hint="`icm export FILE` makes one")
+        raise BundleError("not an icm bundle", hint="`icm export FILE` writes one")
     if len(data) < _HEAD.size:
         raise BundleError(f"the bundle has {size:,} bytes, too few for its head", hint=_HINT)
     magic, length, digest = _HEAD.unpack(data)

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from icmlora.fleet.context import Context, Event, default_cache, ignore
 
 if TYPE_CHECKING:
+    from icmlora.adapter.model import Adapter
     from icmlora.fleet.base_models import KnownBase
+    from icmlora.fleet.export_bundle import ExportReport
+    from icmlora.fleet.import_bundle import ImportReport
     from icmlora.fleet.ingest import Conflict, IngestReport
     from icmlora.fleet.maintenance import Check, Finding, PruneReport
     from icmlora.fleet.map import MapReport
+    from icmlora.fleet.materialize import MaterializeReport, Source
     from icmlora.fleet.records import TaskSummary, View
     from icmlora.fleet.stats import Bill
     from icmlora.fleet.tasks import Removal, TaskDetails
@@ -129,6 +133,121 @@ class Fleet:
         return extract_vectors(self._context, VectorRequest(tasks, device, again))
 
     # materialize, bundles
+
+    def materialize(
+        self,
+        task: str,
+        directory: str | Path,
+        *,
+        source: Source = "auto",
+        dtype: str = "bfloat16",
+        seed: int | None = None,
+        max_error: float | None = None,
+        force: bool = False,
+    ) -> MaterializeReport:
+        """Write a task's adapter as a PEFT folder. The folder appears complete or not at all.
+
+            fleet.materialize("dog-detection", "adapter")
+
+        Neither the base model nor a GPU is needed. The same arguments write the same bytes.
+
+        Args:
+            task: Name of the task.
+            directory: The folder, absent or empty.
+            source: `original`, `residual`, `code` or `generate`; `auto` takes the best there is of the first three.
+            dtype: Number format of decoded weights: `bfloat16`, `float16` or `float32`. An original keeps its own.
+            seed: Generate the adapter from a latent sampled with this seed.
+            max_error: Refuse an adapter whose relative error is larger, or was not measured.
+            force: Replace the adapter in a folder that is not empty.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            DataError: The store does not have this source.
+            TooLossy: The error is above `max_error`.
+            OutputExists: The folder is not empty and `force` is not given.
+        """
+        from icmlora.fleet.materialize import MaterializeRequest, materialize
+
+        request = MaterializeRequest(
+            task=task,
+            directory=Path(directory),
+            source=source,
+            dtype=dtype,
+            seed=seed,
+            max_error=max_error,
+            force=force,
+        )
+        return materialize(self._context, request)
+
+    def load(
+        self, task: str, *, source: Source = "auto", seed: int | None = None, max_error: float | None = None
+    ) -> Adapter:
+        """Load a task's adapter into memory: float32 tensors, with the scale folded into B.
+
+            adapter = fleet.load("dog-detection")
+            for module in adapter.modules:
+                delta = module.b @ module.a  # (out, in)
+
+        Args:
+            task: Name of the task.
+            source: As for `materialize`.
+            seed: As for `materialize`.
+            max_error: As for `materialize`.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            DataError: The store does not have this source.
+            TooLossy: The error is above `max_error`.
+        """
+        from icmlora.fleet.materialize import LoadRequest, load
+
+        return load(self._context, LoadRequest(task=task, source=source, seed=seed, max_error=max_error))
+
+    def export_bundle(
+        self, file: str | Path, tasks: Sequence[str] = (), *, base_model: str | None = None, force: bool = False
+    ) -> ExportReport:
+        """Write the generator and the codes of some tasks into one file; `icmlora.Bundle` reads it without a store.
+
+        A bundle has no originals, no residuals and no texts. The same store gives the same bytes.
+
+        Args:
+            file: The bundle to write.
+            tasks: Names of tasks; all that have a code if empty.
+            base_model: Only tasks of this base model. Needed if the tasks have several.
+            force: Replace a file that exists.
+
+        Raises:
+            DataError: A named task has no code, or the tasks have several base models.
+            OutputExists: The file exists and `force` is not given.
+        """
+        from icmlora.fleet.export_bundle import ExportRequest, export_bundle
+
+        return export_bundle(self._context, ExportRequest(Path(file), tasks, base_model, force))
+
+    def import_bundle(
+        self,
+        file: str | Path,
+        tasks: Sequence[str] = (),
+        *,
+        on_conflict: Literal["skip", "fail"] = "fail",
+        dry_run: bool = False,
+    ) -> ImportReport:
+        """Take the generator, codes and tasks of a bundle into the store, which is created if necessary.
+
+        Args:
+            file: The bundle.
+            tasks: Tasks of the bundle; all if empty.
+            on_conflict: If the store has a task of that name with another adapter or code: `skip` or `fail`.
+            dry_run: Check everything and report what would change, but write nothing.
+
+        Raises:
+            BundleError: The bundle is damaged, cut short, or of another format.
+            GeneratorConflict: The store uses another generator for this base model.
+            TaskConflict: A task has another adapter or code in the store, and `on_conflict` is `fail`.
+        """
+        from icmlora.fleet.import_bundle import ImportRequest, import_bundle
+
+        return import_bundle(self._context, ImportRequest(Path(file), tasks, on_conflict, dry_run))
 
     # train, update, few-shot starts, generators
 

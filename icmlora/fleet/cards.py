@@ -1,7 +1,4 @@
-"""The model card of a written adapter: where it comes from and what it kept.
-
-The model card of an adapter that was generated for a task that nobody trained one for.
-"""
+"""Model cards (README.md) of the adapters that icm writes; the same facts give the same bytes."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ _HOW = {
 
 
 class NamedGenerator(Protocol):
-    """What a card says of a generator, whether it lies in a store or in a bundle."""
+    """What a card says about a generator, from a store or from a bundle."""
 
     @property
     def blob(self) -> str:
@@ -66,40 +63,50 @@ class NamedGenerator(Protocol):
 
     @property
     def version(self) -> int:
-        """Which one it is of its base model."""
+        """Its number among the generators of its base model, from 1."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an adapter that a generator made comes from; None where a figure was not measured."""
+    """Where a decoded adapter comes from.
+
+    Attributes:
+        task: Its task.
+        base_model: The name of the base model.
+        source: What it was decoded from.
+        generator: What decoded it.
+        dw_error: Relative error of dW, or None if it was not measured.
+        retained_gain: As `icm eval` measured it, or None.
+        seed: Seed of a sampled latent, or None.
+        is_generated: The original was itself generated, for a task that nobody trained an adapter for.
+    """
 
     task: str
     base_model: str
-    rung: Literal["residual", "code", "generate"]
+    source: Literal["residual", "code", "generate"]
     generator: NamedGenerator
     dw_error: float | None
     retained_gain: float | None
     seed: int | None
     is_generated: bool
-    """Nobody trained the original: it was generated for a task that had none."""
 
     def metadata(self) -> dict[str, str]:
-        """Return header text for the tensor file."""
-        fields = {"icm_task": self.task, "icm_rung": self.rung, "icm_generator": self.generator.blob}
+        """Return the fields for the header of the tensor file."""
+        fields = {"icm_task": self.task, "icm_rung": self.source, "icm_generator": self.generator.blob}
         return fields if self.seed is None else fields | {"icm_seed": str(self.seed)}
 
 
 def card_text(provenance: Provenance) -> str:
-    """Write the card; the same provenance gives the same text."""
+    """Return the card of a decoded adapter."""
     sampled = "" if provenance.seed is None else f" (sampled with seed {provenance.seed})"
     untrained = _UNTRAINED if provenance.is_generated else ""
     return _CARD.format(
         front=front_matter(provenance.base_model),
         task=provenance.task,
         base=quoted(provenance.base_model),
-        how=_HOW[provenance.rung] + sampled,
+        how=_HOW[provenance.source] + sampled,
         untrained=untrained,
-        rung=provenance.rung,
+        rung=provenance.source,
         version=provenance.generator.version,
         generator=provenance.generator.blob,
         error=_figure(provenance.dw_error),
@@ -108,23 +115,23 @@ def card_text(provenance: Provenance) -> str:
 
 
 def original_card(task: str, base_model: str, weights: str) -> str:
-    """Write the card of an original that came without one; `weights` is the digest of its tensor file."""
+    """Return the card of an original that came without one; `weights` is the digest of its tensor file."""
     return _ORIGINAL_CARD.format(front=front_matter(base_model), task=task, base=quoted(base_model), weights=weights)
 
 
 def front_matter(base_model: str) -> str:
-    """Return the YAML head that the hub reads."""
+    """Return the YAML header that the Hugging Face Hub reads."""
     fields = {
         "base_model": base_model,
         "library_name": "peft",
         "tags": ["lora", "icm", f"base_model:adapter:{base_model}"],
     }
-    # The label comes from outside: the YAML library quotes what needs quoting.
+    # The label is untrusted, so the YAML library does the quoting.
     return yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)
 
 
 def quoted(label: str) -> str:
-    """Make a label from outside fit between two backticks of one line."""
+    """Make an untrusted label fit between two backticks on one line."""
     return escape(label).replace("`", "'")
 
 
@@ -151,7 +158,16 @@ so nothing is known of what this one keeps: measure it on text of your own befor
 
 @dataclass(frozen=True)
 class GeneratedCard:
-    """What is said of a generated adapter."""
+    """The card of an adapter that `icm generate` made for a task that nobody trained an adapter for.
+
+    Attributes:
+        task: Its task.
+        base_model: The name of the base model.
+        generator: What generated it.
+        samples: How many samples of the task were read.
+        refined: Gradient steps after generating.
+        description: What the user said about the task, or None.
+    """
 
     task: str
     base_model: str
@@ -161,7 +177,7 @@ class GeneratedCard:
     description: str | None
 
     def text(self) -> str:
-        """Write the card; the same facts give the same text."""
+        """Return the text of the card."""
         described = (
             "" if self.description is None else f"\nIn the words of who asked for it: {escape(self.description)}\n"
         )
@@ -178,5 +194,5 @@ class GeneratedCard:
         )
 
     def metadata(self) -> dict[str, str]:
-        """Return header text for the tensor file."""
+        """Return the fields for the header of the tensor file."""
         return {"icm_task": self.task, "icm_rung": "generated", "icm_generator": self.generator.blob}

@@ -15,8 +15,8 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.adapter_source import mean_vectors
 from icmlora.fleet.context import Context, Event, Progress, StopFlag, as_it_is_now, chosen_tasks, read_samples
+from icmlora.fleet.decoding import codec_of_task
 from icmlora.fleet.loading import Models, read_original
-from icmlora.fleet.materialize import codec_at
 from icmlora.fleet.measure import TaskEvaluation, on_own_text
 from icmlora.fleet.search import (
     CodeSearch,
@@ -190,7 +190,7 @@ class _Work:
     def _search(
         self, task: TaskRecord, generator: GeneratorRecord, original: Adapter, present: CodeRecord | None
     ) -> CodeSearch:
-        codec = codec_at(self._store, self._models.generator_file(generator), present, original.layout)
+        codec = codec_of_task(self._store, self._models.generator_file(generator), present, original.layout)
         vectors = mean_vectors(self._store, self._store.vectors.all(task.name))
         evaluation = None if self._request.min_gain is None else self._evaluation(task, generator)
         refiner = None if not self._request.refine else self._refiner(task)

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, Event, Progress, StopFlag, chosen_tasks
+from icmlora.fleet.decoding import decode_code
 from icmlora.fleet.loading import Models, read_original
-from icmlora.fleet.materialize import decode_rung
 from icmlora.fleet.measure import on_own_text
 from icmlora.io.devices import resolve_device
 from registry.errors import DamagedStore, LastCopy, TaskNotFound
@@ -184,7 +184,7 @@ class StandInCheck:
         generator_file = self._models.generator_file(generator)
         original = None if final.is_evicted else read_original(self._store, final)
         try:
-            decoded = decode_rung(self._store, generator_file, code, code.rung)
+            decoded = decode_code(self._store, generator_file, code, code.rung)
             # Without the original (only later checkpoints are left) what was measured when it went stands.
             error = code.best_error if original is None else relative_dw_error(original, decoded)
         except DamagedStore:

@@ -1,273 +1,272 @@
-"""A code of the store: the version that it names, and the adapter it is, with or without what lies beside it.
+"""Write a task's adapter as a folder, or load it: from its original, its code, or its task vectors.
 
-Write one task's adapter as a PEFT folder: from its original, its code (and residual), or its task vectors.
+    original   the bytes that were ingested, unchanged
+    residual   the code, corrected by its residual
+    code       the code alone
+    generate   predicted from the task vectors; no code is needed
+
+torch is imported only to decode or to load: an original is written as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.adapter.layout import ModuleShape
-from icmlora.adapter.model import Adapter
-from icmlora.errors import CodeError, DataError, located
+from icmlora.errors import DataError, located
 from icmlora.fleet.cards import Provenance, card_text, original_card
-from icmlora.fleet.context import Context, with_files
+from icmlora.fleet.context import Context
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, write_adapter_folder
-from icmlora.formats.peft import PEFT
-from icmlora.generator.codec import Codec
-from icmlora.generator.residual_codec import ResidualCodec
-from icmlora.generator.versions import GeneratorFile
 from icmlora.io.staging import check_free
-from registry.errors import DamagedStore
-from registry.evaluations import latest
-from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
 
 if TYPE_CHECKING:
+    from icmlora.adapter.model import Adapter
+    from icmlora.generator.versions import GeneratorFile
     from registry.evaluations import Subject
+    from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
     from registry.store import Store
 
-
-def decode_rung(
-    store: Store, generator_file: GeneratorFile, code: CodeRecord, rung: Literal["residual", "code"]
-) -> Adapter:
-    """Read a code from disk, and its residual for the rung of that name, and decode them.
-
-    Args:
-        store: The open store.
-        generator_file: The versions of the code's generator; the code names one of them.
-        code: The code; it has a residual if one is asked for.
-        rung: Which of the two.
-
-    Raises:
-        DamagedStore: Bytes that are not those that were stored.
-        CodeError: Bytes that cannot be decoded.
-        GeneratorError: The version's network cannot be read.
-    """
-    data = store.blobs.read(code.blob)
-    codec = generator_file.codec_of(data)
-    if rung == "code" or code.residual is None:
-        return codec.decode(data)
-    return ResidualCodec(codec).decode(data, store.blobs.read(code.residual.blob))
-
-
-def codec_at(
-    store: Store, generator_file: GeneratorFile, code: CodeRecord | None, layout: Sequence[ModuleShape]
-) -> Codec:
-    """Return the codec of the version that a task's code names; without a readable code, of the newest that covers it.
-
-    Args:
-        store: The open store.
-        generator_file: The versions of its generator.
-        code: The task's code under it, if it has one.
-        layout: The modules of its adapter.
-
-    Raises:
-        NotCovered: It has no code, and no version covers the adapter.
-        GeneratorError: The version's network cannot be read.
-    """
-    try:
-        return (
-            generator_file.codec_for(layout) if code is None else generator_file.codec_of(store.blobs.read(code.blob))
-        )
-    except (CodeError, DamagedStore):
-        return generator_file.codec_for(layout)
-
-
+Decoded = Literal["residual", "code", "generate"]
 Source = Literal["auto", "original", "residual", "code", "generate"]
-Rung = Literal["original", "residual", "code", "generate"]
 
-_BETTER = "`--source original` loses nothing; `icm train` with a higher --quality makes better codes"
+_BETTER = "`--source original` is exact; `icm train` with a higher --quality makes better codes"
 
 
-@dataclass(frozen=True)
-class MaterializeRequest:
-    """What `icm materialize` was asked for."""
+@dataclass(frozen=True, kw_only=True)
+class LoadRequest:
+    """Which adapter to read.
+
+    Attributes:
+        task: Its task.
+        source: Where it comes from. `auto` takes the best there is: original, residual, then code.
+        seed: Sample the latent of a generated adapter with this seed, instead of taking its mean; with `auto`, the
+            adapter is then generated.
+        max_error: Refuse an adapter whose relative error is larger, or was not measured.
+    """
 
     task: str
-    directory: Path
     source: Source = "auto"
-    dtype: str = "bfloat16"
     seed: int | None = None
-    """Samples the latent; for `generate`, which `auto` then means."""
-    force: bool = False
     max_error: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaterializeRequest(LoadRequest):
+    """Which adapter to write, and where.
+
+    Attributes:
+        directory: The folder, absent or empty.
+        dtype: Number format of decoded weights: `bfloat16`, `float16` or `float32`. An original keeps its own.
+        force: Replace the adapter in a folder that is not empty.
+    """
+
+    directory: Path
+    dtype: str = "bfloat16"
+    force: bool = False
+
+
 @dataclass(frozen=True)
-class Materialized:
-    """What was written; None where a figure was not measured."""
+class MaterializeReport:
+    """What was written.
+
+    Attributes:
+        task: Its task.
+        directory: The folder.
+        source: Where the adapter comes from.
+        generator: Digest of the generator that decoded it; None for an original.
+        dw_error: Relative error of dW, or None if it was not measured.
+        retained_gain: As `icm eval` measured it, or None.
+        weights: SHA-256 of the written weights.
+    """
 
     task: str
     directory: Path
-    rung: Rung
+    source: Literal["original", Decoded]
     generator: str | None
     dw_error: float | None
     retained_gain: float | None
     weights: str
-    """SHA-256 of the written weights."""
 
 
 class TooLossy(DataError):
-    """The adapter would lose more than was allowed; nothing was written."""
+    """The adapter's relative error is above the limit, or was not measured; nothing was written."""
 
 
-def materialize(context: Context, request: MaterializeRequest) -> Materialized:
-    """Write an adapter; the folder appears complete or not at all, and the same request gives the same bytes.
+def materialize(context: Context, request: MaterializeRequest) -> MaterializeReport:
+    """Write an adapter as a folder, which appears complete or not at all. The same request gives the same bytes.
 
     Raises:
-        TaskNotFound: No such task.
-        DataError: The source that was asked for is not there.
-        TooLossy: Above `max_error`.
+        TaskNotFound: There is no such task.
+        DataError: The store does not have the source that was asked for.
+        TooLossy: The error is above `max_error`.
         OutputExists: The folder is not empty and `force` is not given.
     """
+    check_free(request.directory, force=request.force)
     with context.open(read_only=True) as store:
-        return write_rung(store, request)
+        stored = _read_rows(store, request.task)
+        source = _choose_source(request, stored)
+        if source == "original":
+            return _write_original(store, stored, request)
+        provenance = _provenance(store, stored, source, request)
+        adapter = _decode(store, stored, source, request.seed)
+    return write_decoded(adapter, provenance, request, format_named(stored.final.format))
 
 
 def write_rung(
-    store: Store, request: MaterializeRequest, seen: Subject | None = None, adapter_format: AdapterFormat | None = None
-) -> Materialized:
-    """Do what `materialize` does, in a store that is open already.
+    store: Store, request: MaterializeRequest, seen: Subject, adapter_format: AdapterFormat
+) -> MaterializeReport:
+    """Do what `materialize` does, in an open store, with the rows of a task that were read before."""
+    stored = _Stored(store.tasks.get(request.task), seen.final, seen.generator, seen.code)
+    source = _choose_source(request, stored)
+    if source == "original":
+        return _write_original(store, stored, request)
+    provenance = _provenance(store, stored, source, request)
+    return write_decoded(_decode(store, stored, source, request.seed), provenance, request, adapter_format)
 
-    Args:
-        store: The open store.
-        request: What is asked for.
-        seen: What to write, as it was read before; without it what the task has now.
-        adapter_format: The format to write a decoded adapter in; None for that of the task's original.
+
+def load(context: Context, request: LoadRequest) -> Adapter:
+    """Read an adapter into memory: float32, with the scale folded into B. Raises as `materialize` does."""
+    with context.open(read_only=True) as store:
+        stored = _read_rows(store, request.task)
+        source = _choose_source(request, stored)
+        if source == "original":
+            config, weights = store.blobs.read(stored.final.config), store.blobs.read(stored.final.weights)
+            return format_named(stored.final.format).read(config, weights).adapter
+        _provenance(store, stored, source, request)
+        return _decode(store, stored, source, request.seed)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The rows of one task: what the store has of it."""
+
+    task: TaskRecord
+    final: AdapterRecord
+    generator: GeneratorRecord | None
+    code: CodeRecord | None
+
+
+def _read_rows(store: Store, name: str) -> _Stored:
+    task = store.tasks.get(name)
+    generator = store.generators.current(task.base_model)
+    code = None if generator is None else store.codes.get(task.name, generator.id)
+    return _Stored(task, store.tasks.final(task.name), generator, code)
+
+
+def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original", Decoded]:
+    """Return the source to use.
 
     Raises:
-        MissingBlob: A file is gone: the store is damaged or, where `seen` is given, perhaps another one is there now.
+        DataError: The store does not have the one that was asked for; the hint says how to get it.
     """
-    check_free(request.directory, force=request.force)
-    if seen is not None:
-        return _write(store, store.tasks.get(request.task), seen, request, adapter_format)
-    return with_files(lambda: _present(store, request.task), lambda row: _write(store, *row, request, adapter_format))
-
-
-def _present(store: Store, name: str) -> tuple[TaskRecord, Subject]:
-    """Return a task and what there is of it."""
-    from registry.evaluations import Subject
-
-    task, final = store.tasks.get(name), store.tasks.final(name)
-    generator = store.generators.current(task.base_model)
-    return task, Subject(final, generator, None if generator is None else store.codes.get(name, generator.id))
-
-
-def _write(
-    store: Store, task: TaskRecord, seen: Subject, request: MaterializeRequest, adapter_format: AdapterFormat | None
-) -> Materialized:
-    final, generator, code = seen.final, seen.generator, seen.code
-    rung = _choose(request, final, code, generator)
-    if rung == "original" or generator is None:
-        return _write_original(store, task, final, request)
-    provenance = _provenance(store, task, final, rung, generator, code, request.seed)
-    check_error(provenance, request.max_error, hint=_BETTER)
-    adapter = _decode(store, final, rung, code, generator, request.seed)
-    return write_decoded(adapter, provenance, request, adapter_format or format_named(final.format))
-
-
-def _choose(
-    request: MaterializeRequest, final: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None
-) -> Rung:
-    """Return the rung that is asked for; `auto` is the best there is, the original as long as the store has it."""
-    source = request.source
-    if source == "auto":
-        without: Rung = "code" if code is None else code.rung
-        kept: Rung = without if final.is_evicted else "original"
-        source = kept if request.seed is None else "generate"
+    source, code, final = request.source, stored.code, stored.final
+    task = repr(stored.task.name)
+    if source == "auto" and request.seed is not None:
+        source = "generate"
+    elif source == "auto":
+        source = "original" if not final.is_evicted else "code" if code is None else code.rung
     if source == "original" and final.is_evicted:
-        hint = "`icm ingest --restore PATH` of it brings it back; `--source code` gives what the store kept"
-        raise DataError(f"the original of task {request.task!r} was evicted at {final.evicted_at}", hint=hint)
+        hint = "`icm ingest --restore PATH` brings it back; `--source code` decodes what the store still has"
+        raise DataError(f"the original of task {task} was evicted at {final.evicted_at}", hint=hint)
     if source in ("code", "residual") and code is None:
-        trains = "icm train" if generator is None else "icm train --update"
-        raise DataError(f"task {request.task!r} has no code", hint=f"`{trains}` makes it")
+        train = "icm train" if stored.generator is None else "icm train --update"
+        raise DataError(f"task {task} has no code", hint=f"run `{train}` to make one")
     if source == "residual" and code is not None and code.residual is None:
-        hint = "its code kept what was asked for, or nothing was: `icm encode --residual` makes one"
-        raise DataError(f"task {request.task!r} has no residual", hint=hint)
-    if source == "generate" and generator is None:
-        raise DataError(f"there is no generator for task {request.task!r}", hint="`icm train` makes it")
+        hint = "its code meets its limits, or has none; `icm encode --residual` makes a residual"
+        raise DataError(f"task {task} has no residual", hint=hint)
+    if source == "generate" and stored.generator is None:
+        raise DataError(f"there is no generator for task {task}", hint="run `icm train` to make one")
     return source
 
 
-def _provenance(
-    store: Store,
-    task: TaskRecord,
-    final: AdapterRecord,
-    rung: Literal["residual", "code", "generate"],
-    generator: GeneratorRecord,
-    code: CodeRecord | None,
-    seed: int | None,
-) -> Provenance:
-    """Gather what is known of an adapter; of one that is sampled nothing was measured."""
-    measured = None if seed is not None else latest(store.evaluations.all(task.name), task, rung, generator)
-    error, gain = (None, None) if measured is None else (measured.dw_error, measured.retained_gain)
-    if code is not None and rung != "generate":
-        error = code.dw_error if rung == "code" else code.best_error
-    return Provenance(task.name, task.base_model, rung, generator, error, gain, seed, final.is_generated)
+def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadRequest) -> Provenance:
+    """Gather what is known of an adapter before it is decoded.
+
+    Raises:
+        TooLossy: Its error is above the limit.
+    """
+    task, generator, code = stored.task, _generator_of(stored), stored.code
+    error = gain = None
+    if request.seed is None:  # nothing was measured of a sampled adapter
+        from registry.evaluations import latest
+
+        measured = latest(store.evaluations.all(task.name), task, source, generator)
+        if measured is not None:
+            error, gain = measured.dw_error, measured.retained_gain
+    if code is not None and source != "generate":
+        error = code.dw_error if source == "code" else code.best_error
+    provenance = Provenance(
+        task.name, task.base_model, source, generator, error, gain, request.seed, stored.final.is_generated
+    )
+    check_error(provenance, request.max_error, hint=_BETTER)
+    return provenance
 
 
 def check_error(provenance: Provenance, limit: float | None, *, hint: str) -> None:
-    """Refuse an adapter whose error is above a limit, or unknown where there is a limit.
+    """Refuse an adapter whose error is above a limit, or was not measured although there is a limit.
 
     Raises:
-        TooLossy: With the hint that is given.
+        TooLossy: With the given hint.
     """
     error = provenance.dw_error
     if limit is None or (error is not None and error <= limit):
         return
-    fact = "was not measured" if error is None else f"is {error:.4f}"
-    raise TooLossy(f"the relative dW error of {provenance.task!r} {fact}, and {limit} is allowed", hint=hint)
+    found = "was not measured" if error is None else f"is {error:.4f}"
+    raise TooLossy(f"the relative dW error of {provenance.task!r} {found}, but the limit is {limit}", hint=hint)
 
 
-def _decode(
-    store: Store,
-    final: AdapterRecord,
-    rung: Literal["residual", "code", "generate"],
-    code: CodeRecord | None,
-    generator: GeneratorRecord,
-    seed: int | None,
-) -> Adapter:
-    # torch is imported here: writing an original back needs none.
-
-    from icmlora.adapter.layout import ModuleShape
-    from icmlora.fleet.adapter_source import mean_vectors
+def _decode(store: Store, stored: _Stored, source: Decoded, seed: int | None) -> Adapter:
+    from icmlora.fleet.decoding import decode_code
     from icmlora.generator.versions import GeneratorFile
 
-    generator_file = GeneratorFile(store.blobs.read(generator.blob))
-    if code is not None and rung != "generate":
-        return decode_rung(store, generator_file, code, rung)
+    generator_file = GeneratorFile(store.blobs.read(_generator_of(stored).blob))
+    if stored.code is not None and source != "generate":
+        return decode_code(store, generator_file, stored.code, source)
+    return _generate(store, stored, generator_file, seed)
+
+
+def _generate(store: Store, stored: _Stored, generator_file: GeneratorFile, seed: int | None) -> Adapter:
+    from icmlora.adapter.layout import ModuleShape
+    from icmlora.fleet.adapter_source import mean_vectors
+    from icmlora.fleet.decoding import codec_of_task
+
+    final = stored.final
     vectors = mean_vectors(store, store.vectors.all(final.task))
     if not vectors:
-        raise DataError(f"task {final.task!r} has no task vector", hint="`icm vectors` makes it")
+        raise DataError(f"task {final.task!r} has no task vectors", hint="run `icm vectors` to extract them")
     layout = [ModuleShape(*entry) for entry in final.layout]
-    codec = codec_at(store, generator_file, code, layout)
+    codec = codec_of_task(store, generator_file, stored.code, layout)
     config = format_named(final.format).read_config(store.blobs.read(final.config))
     return codec.generate(vectors, layout, task_type=config.task_type, seed=seed)
 
 
+def _generator_of(stored: _Stored) -> GeneratorRecord:
+    assert stored.generator is not None  # `_choose_source` has checked it
+    return stored.generator
+
+
 def write_decoded(
-    adapter: Adapter, provenance: Provenance, request: MaterializeRequest, adapter_format: AdapterFormat = PEFT
-) -> Materialized:
-    """Write an adapter that a generator made, with its card; the same arguments give the same bytes."""
+    adapter: Adapter, provenance: Provenance, request: MaterializeRequest, adapter_format: AdapterFormat
+) -> MaterializeReport:
+    """Write a decoded adapter with its model card; the same arguments give the same bytes."""
     card, metadata = card_text(provenance), provenance.metadata()
     with located(request.directory):
         files = adapter_format.encode(adapter, dtype=request.dtype, card=card, metadata=metadata)
     write_adapter_folder(request.directory, adapter_format, files, force=request.force)
     digest = hashlib.sha256(files.weights).hexdigest()
     p = provenance
-    return Materialized(p.task, request.directory, p.rung, p.generator.blob, p.dw_error, p.retained_gain, digest)
+    return MaterializeReport(p.task, request.directory, p.source, p.generator.blob, p.dw_error, p.retained_gain, digest)
 
 
-def _write_original(store: Store, task: TaskRecord, final: AdapterRecord, request: MaterializeRequest) -> Materialized:
+def _write_original(store: Store, stored: _Stored, request: MaterializeRequest) -> MaterializeReport:
+    task, final = stored.task, stored.final
     if final.card is None:
         card = original_card(task.name, task.base_model, final.weights).encode()
     else:
         card = store.blobs.read(final.card)
     files = AdapterBytes(store.blobs.read(final.weights), store.blobs.read(final.config), card)
     write_adapter_folder(request.directory, format_named(final.format), files, force=request.force)
-    return Materialized(task.name, request.directory, "original", None, 0.0, 1.0, final.weights)
+    return MaterializeReport(task.name, request.directory, "original", None, 0.0, 1.0, final.weights)

@@ -208,7 +208,8 @@ class TaskEvaluation:
         if rung == "original":
             write_plain_copy(self._store, seen.final, folder)
         elif rung != "base":
-            write_rung(self._store, MaterializeRequest(self._task.name, folder, source=rung), seen, PEFT)
+            request = MaterializeRequest(task=self._task.name, directory=folder, source=rung)
+            write_rung(self._store, request, seen, PEFT)
         return seen
 
     def _loss(self, label: str) -> NllResult:

@@ -28,8 +28,8 @@ from icmlora.fewshot.start import (
     untrained_fewshot_start,
 )
 from icmlora.fleet.context import Context, Event, Progress, StopFlag, locate_base, with_files
+from icmlora.fleet.decoding import decode_code
 from icmlora.fleet.loading import open_base, read_original
-from icmlora.fleet.materialize import decode_rung
 from icmlora.fleet.train import labels_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.versions import GeneratorFile
@@ -74,7 +74,7 @@ class StoreEpisodeSource:
         code = self._store.codes.get(row.task.name, self._generator.id)
         if code is None:
             raise DataError(f"task {row.task.name!r} has neither an original nor a code", hint="`icm verify` says more")
-        return decode_rung(self._store, self._generator_file, code, code.rung)
+        return decode_code(self._store, self._generator_file, code, code.rung)
 
     def samples(self, task: int, base: BaseModel, max_tokens: int, most: int) -> Sequence[Prepared]:
         """Return some of a task's samples as the base model reads them, spread evenly; none where it has no samples.

@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from icm_cli.errors import ExitCode
+from icmlora import Bundle
 from icmlora.errors import BundleError
-from icmlora.fleet.bundles import materialize_bundled
-from icmlora.fleet.materialize import MaterializeRequest
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.test_materialize import blob_of, content, damage
@@ -82,7 +81,7 @@ def test_tasks_without_a_code_are_left_out_and_told(icm: Icm, trained: Path, tmp
     icm("ingest", write_lora(tmp_path / "extra", seed=9), "--no-vectors")
     ran = icm("export", tmp_path / "fleet.icm")
     assert ran.code == 0
-    assert "warning: 1 task without a code" in ran.err
+    assert "warning: left out 1 task without a code" in ran.err
     assert icm("export", tmp_path / "fleet.icm", "--force", "--json").document["left_out"] == ["extra"]
 
 
@@ -198,7 +197,7 @@ def test_any_flipped_bit_is_noticed_before_anything_is_written(
     data[draw.draw(st.integers(0, len(data) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
     (tmp_path / "spoilt.icm").write_bytes(data)
     with pytest.raises(BundleError):
-        materialize_bundled(tmp_path / "spoilt.icm", MaterializeRequest("poems", tmp_path / "out"))
+        Bundle(tmp_path / "spoilt.icm").materialize("poems", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -212,14 +211,14 @@ def test_a_bundle_that_is_cut_short_is_exit_13(icm: Icm, elsewhere: Path, tmp_pa
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(trained: Path, tmp_path: Path) -> None:
     script = (
         "import os, signal\n"
-        "from registry.store import Store\n"
-        "read = Store.read_blob\n"
+        "from icmlora.fleet import export_bundle\n"
+        "read = export_bundle._read_part\n"
         "count = []\n"
-        "def stop(self, digest):\n"
+        "def stop(store, digest, *rest):\n"
         "    count.append(digest)\n"
         "    os.kill(os.getpid(), signal.SIGKILL) if len(count) > 2 else None\n"
-        "    return read(self, digest)\n"
-        "Store.read_blob = stop\n"
+        "    return read(store, digest, *rest)\n"
+        "export_bundle._read_part = stop\n"
         f"from icm_cli.app import run; run(['export', {str(tmp_path / 'out' / 'fleet.icm')!r}])\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9

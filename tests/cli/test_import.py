@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from registry.bundles import Arrival, ArrivalOutcome
-from registry.store import Store
+from registry.bundles import Arrival, ArrivalOutcome, Bundles
 from tests.cli.conftest import Ran
 from tests.cli.test_materialize import content
 from tests.cli.tiny_fleet import icm_quietly, train_store, write_lora
@@ -124,14 +123,14 @@ def test_a_task_that_was_to_be_passed_over_gets_its_code_if_the_same_adapter_cam
     icm: Icm, bundle: Path, mixed_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     icm("ingest", write_lora(tmp_path / "rules", seed=77), "--no-vectors")
-    real = Store.take_arrival
+    real = Bundles.take
 
-    def take_arrival(store: Store, arrival: Arrival) -> list[ArrivalOutcome]:
+    def take(bundles: Bundles, arrival: Arrival) -> list[ArrivalOutcome]:
         folder = mixed_template / "loras" / "rules"
-        icm_quietly(store.paths.root, "ingest", folder, "--on-conflict", "replace", "--no-vectors")
-        return real(store, arrival)
+        icm_quietly(tmp_path / "store", "ingest", folder, "--on-conflict", "replace", "--no-vectors")
+        return real(bundles, arrival)
 
-    monkeypatch.setattr(Store, "take_arrival", take_arrival)
+    monkeypatch.setattr(Bundles, "take", take)
     ran = icm("import", bundle, "--on-conflict", "skip", "--json")
     assert (ran.code, statuses(ran)) == (0, {"poems": "added", "rules": "encoded", "silent": "added"})
     icm("materialize", "rules", "--source", "code", "-o", tmp_path / "after")

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from icmlora import Fleet
 from icmlora.base_models.attach import adapted
 from icmlora.base_models.examples import parse_examples
 from icmlora.base_models.likelihood import nll
@@ -22,7 +23,6 @@ from icmlora.fleet.context import Context, StopFlag
 from icmlora.fleet.evict import EvictRequest, evict
 from icmlora.fleet.ingest import IngestRequest, ingest
 from icmlora.fleet.loading import open_base
-from icmlora.fleet.materialize import MaterializeRequest, write_rung
 from icmlora.fleet.train import train
 from icmlora.fleet.training_run import TrainRequest
 from icmlora.fleet.update import update
@@ -109,7 +109,7 @@ class Growing:
                 if name not in self._ends:
                     self._ends[name] = self._nats(base, None, folder), self._nats(base, folder, folder)
                 decoded = self._place.path.parent / "decoded"
-                write_rung(store, MaterializeRequest(name, decoded, source="code", force=True))
+                Fleet(self._place.path).materialize(name, decoded, source="code", force=True)
                 gain = retained_gain(*self._ends[name], self._nats(base, decoded, folder))
                 assert gain is not None
                 gains[name] = gain

@@ -7,8 +7,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from icmlora.fleet.context import Context
-from icmlora.fleet.materialize import MaterializeRequest, Source, materialize
+from icmlora import Fleet
+from icmlora.fleet.materialize import Source
 from tests.benchmarks.performance.figures import Figure, seconds
 from tests.benchmarks.performance.machine import weight_files
 from tests.benchmarks.performance.runs import alternate, ratio, walls
@@ -73,7 +73,7 @@ def _inside(store: Path, task: str, output: Path, sources: list[Source], runs: i
     """Measure the work alone, in this process, where all imports are done."""
 
     def write(source: Source) -> None:
-        materialize(Context(store), MaterializeRequest(task, output, source=source, force=True))
+        Fleet(store).materialize(task, output, source=source, force=True)
 
     timed = alternate({source: partial(write, source) for source in sources}, runs)
     return [

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmlora import Fleet
 from icmlora.adapter.model import Adapter
-from icmlora.fleet.context import Context
-from icmlora.fleet.materialize import MaterializeRequest, write_rung
 from icmlora.formats.peft import load_adapter_folder
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
@@ -30,13 +29,13 @@ class IcmStore:
 
     def identity(self) -> str:
         """Return what names the generator and the codes."""
-        with self._place.open(read_only=True) as store:
+        with Store.open(self.folder, read_only=True) as store:
             codes = [code.blob for generator in self._generators(store) for code in store.codes.all(generator.id)]
         return f"icm {' '.join(codes)}"
 
     def code(self, fleet: FleetFolder, work: Path) -> Coded:
         """Read the sizes; a task is decoded when it is asked for."""
-        with self._place.open(read_only=True) as store:
+        with Store.open(self.folder, read_only=True) as store:
             (generator,) = self._generators(store)
             sizes, vectors = {}, {}
             for task in fleet:
@@ -51,14 +50,10 @@ class IcmStore:
         # The database is no part of any one task here, but without it nothing comes back from the store.
         return Coded(generator.size + usage.database, sizes, self._decode, notes)
 
-    @property
-    def _place(self) -> Context:
-        return Context(self.folder)
-
     def _decode(self, task: str) -> Adapter:
-        with self._place.open(read_only=True) as store, tempfile.TemporaryDirectory(prefix="icm-") as folder:
+        with tempfile.TemporaryDirectory(prefix="icm-") as folder:
             written = Path(folder) / "adapter"
-            write_rung(store, MaterializeRequest(task, written, source="code", dtype="float32"))
+            Fleet(self.folder).materialize(task, written, source="code", dtype="float32")
             return load_adapter_folder(written)
 
     def _generators(self, store: Store) -> list[GeneratorRecord]:

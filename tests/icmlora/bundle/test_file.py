@@ -107,7 +107,7 @@ def test_only_the_part_that_is_read_is_hashed(data: bytes, spoilt: Path) -> None
 
 def test_another_file_is_called_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(BundleError, match="no bundle") as caught, open_bundle(tmp_path / "x.zip"):
+    with pytest.raises(BundleError, match="not an icm bundle") as caught, open_bundle(tmp_path / "x.zip"):
         pass
     assert str(tmp_path) in str(caught.value)
 

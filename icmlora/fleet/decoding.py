@@ -1,0 +1,67 @@
+"""Decode what a store has of a task: its code, with or without the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from icmlora.adapter.layout import ModuleShape
+from icmlora.adapter.model import Adapter
+from icmlora.errors import CodeError
+from icmlora.generator.codec import Codec
+from icmlora.generator.versions import GeneratorFile
+from registry.errors import DamagedStore
+
+if TYPE_CHECKING:
+    from registry.records import CodeRecord
+    from registry.store import Store
+
+
+def decode_code(
+    store: Store, generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
+) -> Adapter:
+    """Read a code from disk and decode it.
+
+    Args:
+        store: The open store.
+        generator_file: The generator of the code; the code says which of its versions decodes it.
+        code: The code.
+        source: `residual` applies the code's residual, if it has one; `code` does not.
+
+    Raises:
+        DamagedStore: A file has changed since it was stored, or is missing.
+        CodeError: The bytes cannot be decoded.
+        GeneratorError: The network of that version cannot be read.
+    """
+    data = store.blobs.read(code.blob)
+    codec = generator_file.codec_of(data)
+    if source == "code" or code.residual is None:
+        return codec.decode(data)
+    from icmlora.generator.residual_codec import ResidualCodec  # most codes have no residual
+
+    return ResidualCodec(codec).decode(data, store.blobs.read(code.residual.blob))
+
+
+def codec_of_task(
+    store: Store, generator_file: GeneratorFile, code: CodeRecord | None, layout: Sequence[ModuleShape]
+) -> Codec:
+    """Return the codec of the version that a task's code was made with.
+
+    A task without a readable code gets the codec of the newest version that covers its adapter.
+
+    Args:
+        store: The open store.
+        generator_file: The generator.
+        code: The task's code, if it has one.
+        layout: The modules of its adapter.
+
+    Raises:
+        NotCovered: There is no code, and no version covers the adapter.
+        GeneratorError: The network of the version cannot be read.
+    """
+    if code is not None:
+        try:
+            return generator_file.codec_of(store.blobs.read(code.blob))
+        except (CodeError, DamagedStore):
+            pass
+    return generator_file.codec_for(layout)

@@ -1,0 +1,185 @@
+"""Write the generator of one base model and the codes of some tasks into one file, for use without the store."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.adapter.layout import ModuleShape
+from icmlora.bundle.file import bundle_digest, bundle_size, write_bundle
+from icmlora.bundle.index import (
+    MAX_CARD_BYTES,
+    BundledGenerator,
+    BundledMeasurement,
+    BundledTask,
+    BundleIndex,
+    BundlePart,
+)
+from icmlora.errors import CodeError, DataError
+from icmlora.fleet.context import Context, check_base_model
+from icmlora.generator.code import generator_of
+from icmlora.generator.file import versions_of
+from icmlora.io.staging import check_absent
+from registry.evaluations import latest
+
+if TYPE_CHECKING:
+    from registry.records import EvaluationRecord, GeneratorRecord, TaskSummary
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export.
+
+    Attributes:
+        file: The bundle to write.
+        names: Tasks; all that have a code if empty.
+        base_model: Only tasks of this base model.
+        force: Replace a file that exists.
+    """
+
+    file: Path
+    names: Sequence[str] = ()
+    base_model: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        file: The bundle.
+        digest: SHA-256 that identifies the whole file.
+        size: Its length in bytes.
+        index: What is in it.
+        left_out: Tasks that have no code, if no tasks were named.
+        without_residual: Tasks whose residual is not in the bundle: a bundle holds codes only.
+    """
+
+    file: Path
+    digest: str
+    size: int
+    index: BundleIndex
+    left_out: tuple[str, ...]
+    without_residual: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    generator: GeneratorRecord
+    rows: Sequence[TaskSummary]
+    left_out: tuple[str, ...]
+
+
+def export_bundle(context: Context, request: ExportRequest) -> ExportReport:
+    """Write a bundle. Every byte is checked as it is read; the file appears complete or not at all.
+
+    The codes are those that the tasks have when the export begins.
+
+    Raises:
+        TaskNotFound: A name is not in the store.
+        DataError: A named task has no code under the current generator, the tasks have several base models, or none of
+            them belongs to the base model that was asked for.
+        DamagedStore: A blob is missing or damaged.
+        OutputExists: The file exists and `force` is not given.
+        Cancelled: The listener stopped it; no file was written.
+    """
+    check_absent(request.file, force=request.force)
+    with context.open(read_only=True) as store:
+        choice = _choose(store, request)
+        index = _index(store, choice)
+        codes = {task.code: task.name for task in index.tasks}
+        made_by = {version.digest for version in versions_of(store.blobs.read(choice.generator.blob))}
+        parts = write_bundle(
+            request.file, index, lambda digest: _read_part(store, digest, codes, made_by), force=request.force
+        )
+        for done, part in enumerate(parts, 1):
+            context.progress(done, len(index.parts), codes.get(part.digest, ""))
+    without = tuple(row.task.name for row in choice.rows if row.code is not None and row.code.residual is not None)
+    return ExportReport(request.file, bundle_digest(index), bundle_size(index), index, choice.left_out, without)
+
+
+def _choose(store: Store, request: ExportRequest) -> _Choice:
+    """Find the tasks to export and the one generator that all their codes belong to."""
+    named = {store.tasks.get(name).name for name in request.names}
+    rows = [row for row in store.tasks.summaries() if not named or row.task.name in named]
+    check_base_model(request.base_model, {row.task.base_model for row in rows}, named=bool(named))
+    rows = [row for row in rows if request.base_model in (None, row.task.base_model)]
+    coded = [row for row in rows if row.code is not None]
+    without = tuple(row.task.name for row in rows if row.code is None)
+    if named and without:
+        hint = "run `icm train --update` to make them, or export the other tasks only"
+        raise DataError(f"no code under the current generator: {', '.join(without)}", hint=hint)
+    bases = sorted({row.task.base_model for row in coded})
+    if len(bases) > 1:
+        fact = f"a bundle has one base model, but these tasks have {len(bases)}: {', '.join(bases)}"
+        raise DataError(fact, hint="choose one with --base-model NAME, or name tasks of a single base model")
+    generator = store.generators.current(bases[0]) if bases else None
+    if generator is None:
+        raise DataError("no task has a code to export", hint="run `icm train` to make codes")
+    if any(row.code is None or row.code.generator_id != generator.id for row in coded):
+        raise DataError("another icm has just replaced the generator", hint="run the same command again")
+    return _Choice(generator, coded, without)
+
+
+def _index(store: Store, choice: _Choice) -> BundleIndex:
+    generator = choice.generator
+    tasks = [_task(store, row, generator) for row in choice.rows]
+    digests = dict.fromkeys([generator.blob, *(digest for task in tasks for digest in task.parts)])
+    return BundleIndex(
+        base_model=generator.base_model,
+        generator=BundledGenerator(generator.blob, generator.version, dict(generator.config), dict(generator.metrics)),
+        tasks=tuple(sorted(tasks, key=lambda task: task.name.lower())),
+        parts=tuple(BundlePart(digest, store.blobs.size(digest)) for digest in digests),
+    )
+
+
+def _task(store: Store, row: TaskSummary, generator: GeneratorRecord) -> BundledTask:
+    final, code = row.final, row.code
+    assert code is not None  # `_choose` takes tasks with a code only
+    card = final.card if final.card is not None and store.blobs.size(final.card) <= MAX_CARD_BYTES else None
+    return BundledTask(
+        name=row.task.name,
+        code=code.blob,
+        dw_error=_float(code.dw_error),
+        weights=final.weights,
+        weights_size=final.weights_bytes,
+        config=final.config,
+        card=card,
+        dtype=final.dtype,
+        step=final.step,
+        is_generated=final.is_generated,
+        layout=tuple(ModuleShape(*entry) for entry in final.layout),
+        measured=_measured(latest(store.evaluations.all(row.task.name), row.task, "code", generator)),
+    )
+
+
+def _measured(row: EvaluationRecord | None) -> BundledMeasurement | None:
+    if row is None:
+        return None
+    return BundledMeasurement(
+        data=row.data,
+        nats_per_token=float(row.nats_per_token),
+        tokens=row.tokens,
+        utf8_bytes=row.utf8_bytes,
+        retained_gain=_float(row.retained_gain),
+        dw_error=_float(row.dw_error),
+        settings=dict(row.settings),
+    )
+
+
+def _float(value: float | None) -> float | None:
+    """Return a number as a float: SQLite gives 0.0 back as 0, and the two differ in JSON."""
+    return None if value is None else float(value)
+
+
+def _read_part(store: Store, digest: str, codes: Mapping[str, str], made_by: Collection[str]) -> bytes:
+    """Read a part; a code must belong to the generator that is exported with it."""
+    data = store.blobs.read(digest)
+    if digest in codes and generator_of(data) not in made_by:
+        fact = f"the code of {codes[digest]!r} belongs to another generator"
+        raise CodeError(fact, hint="run `icm train` to make it again")
+    return data

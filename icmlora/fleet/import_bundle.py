@@ -1,0 +1,156 @@
+"""Take the generator, codes and tasks of a bundle into a store. The originals are not in a bundle.
+
+    bundle --check every byte--> --decide--> blobs, durable --> one transaction: generator, tasks, codes
+
+Until the transaction the store is as it was. A killed import leaves blobs without rows, which `icm prune` removes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from icmlora.bundle.file import open_bundle
+from icmlora.errors import BundleError
+from icmlora.fleet.bundles import find_task, open_generator
+from icmlora.fleet.context import Context
+from icmlora.formats.peft_config import AdapterConfig
+from icmlora.generator.code import generator_of
+from registry.bundles import Arrival, ArrivalOutcome, ArrivingTask
+from registry.errors import StoreNotFound
+from registry.records import NewAdapter, NewEvaluation, NewGenerator
+
+if TYPE_CHECKING:
+    from icmlora.bundle.file import BundleFile
+    from icmlora.bundle.index import BundledTask, BundleIndex
+    from registry.store import Store
+
+_BATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """What to import.
+
+    Attributes:
+        file: The bundle.
+        names: Tasks of the bundle; all if empty.
+        on_conflict: What to do if the store has a task of that name with another adapter or another code.
+        dry_run: Check everything and report what would change, but write nothing.
+    """
+
+    file: Path
+    names: Sequence[str] = ()
+    on_conflict: Literal["skip", "fail"] = "fail"
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was imported, or would be.
+
+    Attributes:
+        index: What is in the bundle.
+        digest: SHA-256 that identifies the whole bundle.
+        tasks: What became of each task: `added`, `encoded`, `known` or `skipped`.
+    """
+
+    index: BundleIndex
+    digest: str
+    tasks: tuple[ArrivalOutcome, ...]
+
+
+def import_bundle(context: Context, request: ImportRequest) -> ImportReport:
+    """Record the tasks of a bundle with their codes, creating the store if necessary.
+
+    Raises:
+        BundleError: The bundle is damaged, cut short, of another format, or its parts contradict each other.
+        DataError: It has no task of a given name.
+        GeneratorConflict: The store uses another generator for this base model.
+        TaskConflict: A task has another adapter or code in the store, and `on_conflict` is `fail`.
+        Cancelled: The listener stopped it; nothing was recorded.
+    """
+    with open_bundle(request.file) as bundle:
+        index = bundle.index
+        names = {find_task(index, name).name for name in request.names}
+        tasks = [task for task in index.tasks if not names or task.name in names]
+        context.progress(0, None, "checking")
+        bundle.check()
+        _check_parts(bundle, tasks)
+        arrival = _arrival(bundle, tasks, request)
+        if request.dry_run:
+            return ImportReport(index, bundle.digest, tuple(_plan(context, arrival)))
+        with context.open(create=True) as store:
+            planned = store.bundles.plan(arrival)
+            new = {outcome.name.lower() for outcome in planned if outcome.status in ("added", "encoded")}
+            _put(context, store, bundle, [task for task in tasks if task.name.lower() in new])
+            # `take` decides again under the write lock: a task that was to be skipped may get its code after all if
+            # another process has changed it. The bytes it then needs are read from the bundle.
+            outcomes = store.bundles.take(arrival) if new else planned
+    return ImportReport(index, bundle.digest, tuple(outcomes))
+
+
+def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
+    """Check what the file format does not: that every version opens, and that codes and configurations belong to it."""
+    index = bundle.index
+    generator_file = open_generator(bundle)
+    for number in range(len(generator_file.digests)):
+        generator_file.codec(number)
+    for task in tasks:
+        if generator_of(bundle.read(task.code)) not in generator_file.digests:
+            raise BundleError(f"the code of {task.name!r} belongs to another generator")
+        if AdapterConfig.parse(bundle.read(task.config)).base_model != index.base_model:
+            raise BundleError(f"the configuration of {task.name!r} names another base model")
+
+
+def _plan(context: Context, arrival: Arrival) -> list[ArrivalOutcome]:
+    try:
+        with context.open(read_only=True) as store:
+            return store.bundles.plan(arrival)
+    except StoreNotFound:
+        return [ArrivalOutcome(task.name, "added") for task in arrival.tasks]
+
+
+def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
+    """Store the parts that some tasks need, a few at a time."""
+    if not tasks:
+        return
+    digests = list(dict.fromkeys([bundle.index.generator.blob, *(part for task in tasks for part in task.parts)]))
+    batch: list[bytes] = []
+    for done, digest in enumerate(digests, 1):
+        batch.append(bundle.read(digest))
+        if done == len(digests) or sum(map(len, batch)) >= _BATCH_BYTES:
+            store.blobs.put_all(batch)
+            batch = []
+            context.progress(done, len(digests))
+
+
+def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], request: ImportRequest) -> Arrival:
+    index = bundle.index
+    generator = NewGenerator(index.base_model, index.generator.blob, index.generator.config, index.generator.metrics)
+    source = f"bundle {bundle.digest}"
+    arriving = [_arriving(task, source) for task in tasks]
+    return Arrival(generator, index.generator.version, arriving, request.on_conflict, bundle.read)
+
+
+def _arriving(task: BundledTask, source: str) -> ArrivingTask:
+    original = NewAdapter(
+        weights=task.weights,
+        config=task.config,
+        card=task.card,
+        step=task.step,
+        is_final=True,
+        dtype=task.dtype,
+        rank_max=task.rank_max,
+        parameters=task.parameters,
+        target_modules=task.target_modules,
+        layout=[(shape.module, shape.rank, shape.inputs, shape.outputs) for shape in task.layout],
+        source=source,
+        is_generated=task.is_generated,
+    )
+    measured = None
+    if task.measured is not None:
+        measured = NewEvaluation(task=task.name, rung="code", generator_id=None, **asdict(task.measured))
+    return ArrivingTask(task.name, original, task.weights_size, task.code, task.dw_error, measured)
