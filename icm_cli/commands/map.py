@@ -130,7 +130,7 @@ def _summary(found: MapReport) -> list[tuple[str, str]]:
         ("silhouette by task", _judged(shown.silhouette_by_task)),
         ("silhouette by cluster", _judged(shown.silhouette_by_cluster)),
         ("median distance", f"{shown.typical:.3f}"),
-        ("shown by the picture", f"{human_percent(across + up)} of the variation"),
+        ("shown in the picture", f"{human_percent(across + up)} of the variation"),
     ]
 
 

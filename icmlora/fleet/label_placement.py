@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 _AROUND = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1))
 _GAPS = (9.0, 22.0, 38.0)
-"""From a point to its label; beyond the first, the two need a line between them."""
+"""Pixels from a point to its label. Beyond the first gap a line connects the two."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of a picture; y grows downwards."""
+    """A rectangle in a picture; y grows downwards."""
 
     left: float
     top: float
@@ -44,7 +44,7 @@ class Box:
         )
 
     def holds(self, other: Box) -> bool:
-        """Whether the other lies inside."""
+        """Whether the other one is inside."""
         return (
             self.left <= other.left
             and other.right <= self.right
@@ -55,11 +55,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Label:
-    """A label that has its place.
+    """A label in its place.
 
     Attributes:
         box: Where it is.
-        across: -1 where it lies left of its point, 1 right, 0 above or below.
+        across: -1 if it is left of its point, 1 if right, 0 if above or below.
         is_away: Whether it needs a line to its point.
     """
 
@@ -75,17 +75,17 @@ def place_labels(
     obstacles: Sequence[Box],
     soft: Sequence[Box] = (),
 ) -> list[Label | None]:
-    """Give each point's label the first place that is free, in the order of the points.
+    """Place each label at its first free candidate, in the order of the points.
 
     Args:
-        points: One a label.
+        points: One per label.
         sizes: Width and height of each label.
-        frame: What no label leaves.
-        obstacles: What no label covers.
-        soft: What a label covers only where it must: of the places at one distance, that with the fewest of them.
+        frame: No label leaves it.
+        obstacles: No label covers them.
+        soft: Labels avoid them if they can: of the free candidates at one distance, the one that covers fewest wins.
 
     Returns:
-        One a point; None where no place is free.
+        One per point; None if no candidate is free.
     """
     taken = list(obstacles)
     labels: list[Label | None] = []
@@ -109,7 +109,7 @@ def _first_free(
 
 
 def _next_to(point: tuple[float, float], size: tuple[float, float], gap: float, direction: tuple[int, int]) -> Box:
-    """Return the box of a size whose edge or corner is a gap away from a point, in one of the 8 directions."""
+    """Return the box whose edge or corner is `gap` away from a point, in one of the 8 directions."""
     across, down = direction
     reach = gap if 0 in direction else 0.7 * gap
     left = point[0] + across * reach - (1 - across) / 2 * size[0]

@@ -32,30 +32,30 @@ _SHAPES = (
     "M0,-6.2L6.2,0L0,6.2L-6.2,0z",
     "M0,6L5.5,-4H-5.5z",
 )
-"""Paths around (0, 0); with the colours, 30 clusters look different."""
+"""Paths around (0, 0). With the colours they tell 30 clusters apart."""
 _WIDTH, _FRAME, _LEGEND = 940.0, Box(28, 64, 660, 560), 708.0
 _MARGIN, _MARKER, _DOT = 34.0, 12.0, 4.0
 _LETTER, _LINE = 6.3, 14.0
-"""Width of a letter and height of a line of labels, a little more than they take in common fonts of 11 pixels."""
+"""Width of a letter and height of a line in labels: a little more than common fonts of 11 pixels need."""
 _LONGEST = 32
 _LEGEND_ROWS = 24
 _MANY = 200
-"""Tasks above which their looks would hide each other, and are not drawn."""
+"""With more tasks than this, support sets would hide each other, so they are not drawn."""
 _STYLE = """
 svg { font: 11px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif }
 .title { font-size: 16px; font-weight: 600 }
 .ground { fill: #ffffff } .ink { fill: #1f2328 } .soft { fill: #59636e } .frame { fill: none; stroke: #d1d9e0 }
 .link { stroke: #59636e; stroke-width: 0.7 } .alone { fill: none; stroke: #6e7781; stroke-width: 1.8 }
-.look { stroke-width: 0.8; opacity: 0.4 }
+.set { stroke-width: 0.8; opacity: 0.4 }
 @media (prefers-color-scheme: dark) {
   .ground { fill: #0d1117 } .ink { fill: #f0f6fc } .soft { fill: #9198a1 } .frame { stroke: #3d444d }
-  .link { stroke: #9198a1 } .alone { stroke: #9198a1 } .look { opacity: 0.55 }
+  .link { stroke: #9198a1 } .alone { stroke: #9198a1 } .set { opacity: 0.55 }
 }"""
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """A task with its point and its looks in pixels."""
+    """A task with the points of its mean vector and of its support sets, in pixels."""
 
     task: MappedTask
     point: tuple[float, float]
@@ -95,7 +95,7 @@ def draw_map(found: MapReport) -> str:
 
 
 def _placed(found: MapReport) -> list[_Placed]:
-    """Scale all points into the frame, with one scale for both axes: distances are what a map is about."""
+    """Scale all points into the frame, with the same scale for both axes so that distances stay comparable."""
     tasks = found.map.tasks
     spots = [spot for task in tasks for spot in (task.point, *task.support_sets)]
     low = [min(spot[axis] for spot in spots) for axis in (0, 1)]
@@ -118,7 +118,7 @@ def _placed(found: MapReport) -> list[_Placed]:
 
 
 def _labels(placed: Sequence[_Placed]) -> Iterator[str]:
-    """Write the names, those of tasks with near neighbours first: in a crowd, that is what one wants to read."""
+    """Write the names. Tasks with near neighbours choose their place first, because crowds are hardest to read."""
     order = sorted(placed, key=lambda spot: (spot.task.nearest.distance, spot.task.name))
     names = [printable(spot.task.name, _LONGEST) for spot in order]
     labels = place_labels(
@@ -126,7 +126,7 @@ def _labels(placed: Sequence[_Placed]) -> Iterator[str]:
         [(_LETTER * len(name) + 2, _LINE) for name in names],
         _FRAME,
         [_around(spot.point, _MARKER) for spot in placed],
-        [_around(look, _DOT) for spot in placed for look in spot.support_sets],
+        [_around(dot, _DOT) for spot in placed for dot in spot.support_sets],
     )
     for spot, name, label in zip(order, names, labels, strict=True):
         if label is not None:
@@ -135,7 +135,7 @@ def _labels(placed: Sequence[_Placed]) -> Iterator[str]:
 
 def _label(spot: _Placed, name: str, label: Label) -> Iterator[str]:
     box, (x, y) = label.box, spot.point
-    # The width is an estimate, so a label begins or ends where it is nearest to its point.
+    # The width is an estimate, so a label is anchored at the side that is nearest to its point.
     anchor, at = {1: ("start", box.left), -1: ("end", box.right), 0: ("middle", box.middle[0])}[label.across]
     if label.is_away:
         end = box.middle[1] if label.across else box.top if box.top > y else box.bottom
@@ -145,10 +145,10 @@ def _label(spot: _Placed, name: str, label: Label) -> Iterator[str]:
 
 def _support_sets(spot: _Placed) -> Iterator[str]:
     x, y = spot.point
-    for look in spot.support_sets:
+    for u, v in spot.support_sets:
         yield (
-            f'<g class="look" stroke="{spot.colour}" fill="{spot.colour}"><line x1="{x:.1f}" y1="{y:.1f}" '
-            f'x2="{look[0]:.1f}" y2="{look[1]:.1f}"/><circle cx="{look[0]:.1f}" cy="{look[1]:.1f}" r="1.6"/></g>'
+            f'<g class="set" stroke="{spot.colour}" fill="{spot.colour}"><line x1="{x:.1f}" y1="{y:.1f}" '
+            f'x2="{u:.1f}" y2="{v:.1f}"/><circle cx="{u:.1f}" cy="{v:.1f}" r="1.6"/></g>'
         )
 
 
@@ -159,16 +159,16 @@ def _marker(spot: _Placed) -> str:
 
 
 def _shape(cluster: int, x: float, y: float, told: str = "") -> str:
-    """Write the marker of a cluster, or of a task that is alone (0); what it tells shows under a pointer."""
+    """Write the marker of a cluster, or of a task that is alone (0). `told` appears under the pointer."""
     number = cluster - 1
     path = _SHAPES[number % len(_SHAPES)] if cluster else _SHAPES[0]
-    look = 'class="alone"' if not cluster else f'fill="{_COLOURS[number % len(_COLOURS)]}"'
+    paint = 'class="alone"' if not cluster else f'fill="{_COLOURS[number % len(_COLOURS)]}"'
     inner = f"<title>{escape(printable(told, 400))}</title>" if told else ""
-    return f'<path {look} d="{path}" transform="translate({x:.1f} {y:.1f})">{inner}</path>'
+    return f'<path {paint} d="{path}" transform="translate({x:.1f} {y:.1f})">{inner}</path>'
 
 
 def _legend(found: MapReport) -> tuple[list[str], float]:
-    """Return the legend and the lower edge of it."""
+    """Return the legend and its lower edge."""
     clusters = [members for members in found.map.clusters if len(members) > 1]
     alone = len(found.map.clusters) - len(clusters)
     parts: list[str] = []
@@ -205,8 +205,8 @@ def _support_sets_are_drawn(found: MapReport) -> bool:
 
 def _axes(found: MapReport) -> str:
     across, up = found.map.variation
-    shown = f"The plane shows {across + up:.0%} of the variation ({across:.0%} across, {up:.0%} up)"
-    return f"{shown}, so tasks that look near need not be: clusters are made from all of it."
+    shown = f"The picture shows {across + up:.0%} of the variation ({across:.0%} across, {up:.0%} up)"
+    return f"{shown}. Clusters use all of it, so tasks that look near may be far apart."
 
 
 def _text(x: float, y: float, style: str, text: str, *, anchor: str = "start") -> str:

@@ -28,7 +28,7 @@ def converted(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "cache").glob("**/base-models/*"))
 
 
-def test_it_is_converted_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_is_converted_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
     monkeypatch.setattr(gguf_base, "load_gguf", lambda *_: pytest.fail("it is in the cache"))
     second = open_base(store, LABEL, torch.device("cpu"), cache=store.paths.root.parent / "cache" / "icm")
@@ -36,7 +36,7 @@ def test_it_is_converted_once(store: Store, tmp_path: Path, monkeypatch: pytest.
     assert len(converted(tmp_path)) == 1
 
 
-def test_two_that_convert_it_at_once_both_succeed(
+def test_two_processes_that_convert_it_at_the_same_time_both_succeed(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, others = gguf_base.load_gguf, []

@@ -78,13 +78,13 @@ def test_a_lock_timeout_is_a_number_of_seconds(value: str, monkeypatch: pytest.M
         load_settings()
 
 
-def test_without_a_home_a_named_store_is_all_that_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_a_named_store_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_home(monkeypatch)
     settings = load_settings(store=tmp_path)
     assert (settings.store.value, settings.device.value, settings.lock_timeout.value) == (tmp_path, "auto", 30.0)
 
 
-def test_without_a_home_icm_config_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_icm_config_is_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_home(monkeypatch)
     (tmp_path / "mine.toml").write_text('store = "/from/config"')
     monkeypatch.setenv("ICM_CONFIG", str(tmp_path / "mine.toml"))
@@ -101,7 +101,7 @@ def test_without_a_home_icm_config_is_read_all_the_same(tmp_path: Path, monkeypa
         (cache_folder, "HOME or XDG_CACHE_HOME"),
     ],
 )
-def test_without_a_home_what_would_be_in_it_names_the_variables(
+def test_without_a_home_the_error_names_the_variables_to_set(
     monkeypatch: pytest.MonkeyPatch, find: Callable[[], object], variables: str
 ) -> None:
     leave_home(monkeypatch)
@@ -111,7 +111,7 @@ def test_without_a_home_what_would_be_in_it_names_the_variables(
     assert caught.value.hint == f"set {variables}"
 
 
-def test_a_store_in_the_home_of_nobody_is_wrong_usage() -> None:
+def test_a_store_in_an_unknown_home_is_wrong_usage() -> None:
     with pytest.raises(UsageProblem, match="unknown home folder"):
         _ = load_settings(store=Path("~no-such-user/store")).store
 

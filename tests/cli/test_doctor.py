@@ -28,7 +28,7 @@ def test_doctor_says_the_same_in_json(icm: Icm, tmp_path: Path) -> None:
     assert document["checks"]["free_bytes"]["value"] > 0
 
 
-def test_doctor_finds_a_database_that_is_none(icm: Icm, tmp_path: Path) -> None:
+def test_doctor_finds_a_file_that_is_not_a_database(icm: Icm, tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
     (store / "FORMAT").write_text("icm store 2\n")
@@ -54,7 +54,7 @@ def test_doctor_finds_nothing_wrong_with_a_good_store(icm: Icm, stored: Path, tm
         ("lock", None, ExitCode.FAILED, "lock"),
     ],
 )
-def test_doctor_says_what_keeps_other_commands_from_the_store(
+def test_doctor_says_why_other_commands_refuse_the_store(
     icm: Icm, stored: Path, tmp_path: Path, file: str, content: str | None, code: ExitCode, fact: str
 ) -> None:
     path = tmp_path / "store" / file
@@ -75,7 +75,7 @@ def test_doctor_says_that_the_store_is_locked(icm: Icm, stored: Path, tmp_path: 
     assert (ran.code, "is in use" in ran.document["checks"]["store"]["problem"]) == (ExitCode.FAILED, True)
 
 
-def test_doctor_makes_no_store(icm: Icm, tmp_path: Path) -> None:
+def test_doctor_creates_no_store(icm: Icm, tmp_path: Path) -> None:
     icm("doctor")
     assert not (tmp_path / "store").exists()
 
@@ -112,7 +112,7 @@ def test_path_answers_in_json(icm: Icm, tmp_path: Path) -> None:
     }
 
 
-def test_path_needs_no_home_for_what_is_not_in_it(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_needs_no_home_for_paths_outside_it(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_home(monkeypatch)
     assert icm("path").code == 0
     assert icm("path", "log").code == ExitCode.USAGE

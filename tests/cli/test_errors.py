@@ -40,11 +40,11 @@ def test_an_error_has_a_code_and_a_kind(error: BaseException, code: ExitCode, ki
     assert (failure.code, failure.kind, failure.expected) == (code, kind, True)
 
 
-def test_the_hint_of_an_error_is_told() -> None:
+def test_the_hint_of_an_error_is_printed() -> None:
     assert describe(TaskNotFound("dog-detecton", ("dog-detection",))).hint == "did you mean 'dog-detection'?"
 
 
-def test_a_usage_error_tells_what_typer_would_print() -> None:
+def test_a_usage_error_has_the_message_that_typer_would_print() -> None:
     failure = describe(typer.BadParameter("Value error, too small", param_hint="--rank"))
     assert (failure.code, failure.kind) == (ExitCode.USAGE, "bad_parameter")
     assert failure.message == "Invalid value for --rank: too small"
@@ -54,7 +54,7 @@ def test_a_system_error_names_the_file() -> None:
     assert describe(PermissionError(errno.EACCES, "Permission denied", "a/b")).message == "a/b: Permission denied"
 
 
-def test_an_error_that_nobody_foresaw_is_a_bug() -> None:
+def test_an_unexpected_error_is_a_bug() -> None:
     failure = describe(ZeroDivisionError("division by zero"))
     assert (failure.code, failure.expected) == (ExitCode.FAILED, False)
 

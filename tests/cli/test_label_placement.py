@@ -15,10 +15,10 @@ def dot(point: tuple[float, float]) -> Box:
 
 
 def share_a_point(one: Box, other: Box) -> bool:
-    """By the definition: neither lies beside or above the other."""
-    beside = one.left + one.width <= other.left or other.left + other.width <= one.left
+    """By definition: neither is next to or above the other."""
+    next_to = one.left + one.width <= other.left or other.left + other.width <= one.left
     above = one.top + one.height <= other.top or other.top + other.height <= one.top
-    return not (beside or above)
+    return not (next_to or above)
 
 
 @given(POINTS)
@@ -31,32 +31,32 @@ def test_no_label_covers_another_or_a_point_or_leaves_the_frame(points: list[tup
 
 
 @given(POINTS)
-def test_the_first_label_has_a_place_unless_points_are_in_its_way(points: list[tuple[float, float]]) -> None:
+def test_the_first_label_always_has_a_place_without_obstacles(points: list[tuple[float, float]]) -> None:
     labels = place_labels(points, [SIZE] * len(points), FRAME, [])
     assert len(labels) == len(points)
     assert all(label is not None for label in labels[:1])
 
 
-def test_a_label_with_room_stands_right_of_its_point() -> None:
+def test_a_label_with_room_is_right_of_its_point() -> None:
     (label,) = place_labels([(100, 100)], [SIZE], FRAME, [dot((100, 100))])
     assert label is not None
     assert (label.across, label.is_away, label.box.middle[1]) == (1, False, 100)
     assert 4 < label.box.left - 100 < 15
 
 
-def test_a_label_at_the_right_edge_stands_left_of_its_point() -> None:
+def test_a_label_at_the_right_edge_is_left_of_its_point() -> None:
     (label,) = place_labels([(295, 100)], [SIZE], FRAME, [])
     assert label is not None
     assert (label.across, label.is_away) == (-1, False)
 
 
-def test_a_label_rather_covers_nothing_soft() -> None:
+def test_a_label_avoids_soft_obstacles_if_it_can() -> None:
     (label,) = place_labels([(100, 100)], [SIZE], FRAME, [], [Box(110, 95, 10, 10)])
     assert label is not None
     assert label.across != 1
 
 
-def test_a_label_whose_surroundings_are_taken_stands_away() -> None:
+def test_a_label_moves_away_if_all_near_places_are_taken() -> None:
     ring = Box(85, 85, 30, 30)
     (label,) = place_labels([(100, 100)], [SIZE], FRAME, [ring])
     assert label is not None

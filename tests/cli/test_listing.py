@@ -78,7 +78,7 @@ def test_ls_shows_codes_of_the_current_generator(icm: Icm, trained: Path) -> Non
     assert [row["code_size"] for row in icm("ls", "--json").document] == [4, None, None]
 
 
-def test_ls_can_be_narrowed_to_a_base_model(icm: Icm, stored: Path) -> None:
+def test_ls_can_show_one_base_model(icm: Icm, stored: Path) -> None:
     assert len(icm("ls", "--base-model", BASE, "--json").document) == 3
 
 
@@ -88,7 +88,7 @@ def test_ls_of_a_base_model_that_no_task_has_is_refused(icm: Icm, stored: Path) 
     assert ran.error["message"] == "no task belongs to base model 'other'"
 
 
-def test_ls_of_nothing_names_the_next_command(icm: Icm, tmp_path: Path) -> None:
+def test_ls_of_an_empty_store_names_the_next_command(icm: Icm, tmp_path: Path) -> None:
     Store.open(tmp_path / "store", create=True).close()
     ran = icm("ls")
     assert (ran.code, ran.out) == (0, "")
@@ -99,7 +99,7 @@ def test_ls_does_not_import_torch(stored: Path) -> None:
     assert not {"torch", "numpy", "transformers"} & modules_of("ls", "--json")
 
 
-def test_show_tells_everything_about_a_task(icm: Icm, trained: Path) -> None:
+def test_show_prints_everything_about_a_task(icm: Icm, trained: Path) -> None:
     out = icm("show", "rust").out
     assert "4 B under generator 1, dW error 0.020" in out
     assert "RETAINED GAIN" in out

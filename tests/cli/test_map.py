@@ -67,7 +67,7 @@ def test_the_same_store_gives_the_same_map(icm: Icm, fruit: Path, tmp_path: Path
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
 
 
-def test_both_silhouettes_are_said_with_a_word(icm: Icm, fruit: Path) -> None:
+def test_both_silhouettes_are_described_with_a_word(icm: Icm, fruit: Path) -> None:
     document, out = icm("map", "--json").document, icm("map").out
     assert f"silhouette by task     {document['silhouette_by_task']:.3f} (" in out
     assert f"silhouette by cluster  {document['silhouette_by_cluster']:.3f} (" in out
@@ -88,7 +88,7 @@ def test_the_number_of_clusters_can_be_set(icm: Icm, fruit: Path) -> None:
 
 
 @pytest.mark.parametrize("clusters", ["many", "0", "-1", "1.5"])
-def test_a_number_of_clusters_that_is_none_is_wrong_usage(icm: Icm, fruit: Path, clusters: str) -> None:
+def test_an_invalid_number_of_clusters_is_wrong_usage(icm: Icm, fruit: Path, clusters: str) -> None:
     assert icm("map", f"--clusters={clusters}").code == ExitCode.USAGE
 
 
@@ -98,7 +98,7 @@ def test_more_clusters_than_tasks_are_refused(icm: Icm, fruit: Path) -> None:
     assert "4 tasks cannot make 5 clusters" in ran.err
 
 
-def test_quiet_prints_a_cluster_a_line(icm: Icm, fruit: Path) -> None:
+def test_quiet_prints_one_cluster_per_line(icm: Icm, fruit: Path) -> None:
     clusters = icm("map", "--json").document["clusters"]
     assert icm("map", "-q").out.splitlines() == [" ".join(names) for names in clusters]
 
@@ -131,7 +131,7 @@ def test_a_picture_of_another_kind_is_refused(icm: Icm, fruit: Path, tmp_path: P
     assert ".svg" in ran.err
 
 
-def test_a_picture_where_nothing_can_be_written_is_an_error_that_names_the_place(
+def test_a_picture_that_cannot_be_written_is_an_error_that_names_the_place(
     icm: Icm, fruit: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -144,7 +144,7 @@ def test_it_imports_neither_torch_nor_matplotlib(fruit: Path, tmp_path: Path) ->
     assert not {"torch", "matplotlib", "transformers"} & modules_of("map", "--plot", str(tmp_path / "map.svg"))
 
 
-def test_what_was_read_through_other_texts_is_left_out_and_named(icm: Icm, fruit: Path) -> None:
+def test_a_task_read_through_other_texts_is_left_out_and_named(icm: Icm, fruit: Path) -> None:
     reason = "read through probe texts, where the others were read through samples"
     assert icm("map", "--json").document["left_out"] == [{"task": "silent", "reason": reason}]
     assert f"not on the map, {reason}: silent" in icm("map").err
@@ -180,7 +180,7 @@ def test_vectors_of_another_copy_of_the_base_model_do_not_mix(icm: Icm, fruit: P
     assert left_out["new"] == "made with another copy of the base model"
 
 
-def test_two_names_of_the_same_vectors_are_said_to_be_alike(icm: Icm, fruit: Path, tmp_path: Path) -> None:
+def test_two_tasks_with_the_same_vectors_are_called_alike(icm: Icm, fruit: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "vessels"), "--no-vectors")
     give_vectors(fruit, "vessels", "ships")
     pair = icm("map", "--json").document["pairs"][0]
@@ -204,7 +204,7 @@ def test_a_base_model_that_no_task_has_is_refused(icm: Icm, fruit: Path) -> None
     assert (ran.code, "icm base ls" in ran.error["hint"]) == (ExitCode.FAILED, True)
 
 
-def test_damaged_vectors_are_found_by_map_and_do_not_keep_show_from_its_answer(icm: Icm, fruit: Path) -> None:
+def test_damaged_vectors_stop_map_but_not_show(icm: Icm, fruit: Path) -> None:
     with Store.open(fruit) as store:
         blob = store.vectors.all("ships")[0].blob
     damaged = fruit / "blobs" / blob[0] / blob
@@ -227,7 +227,7 @@ def test_show_names_the_nearest_tasks_as_the_map_does(icm: Icm, fruit: Path) -> 
     assert f"nearest tasks  {nearest[0]['task']} {nearest[0]['distance']:.3f}, " in icm("show", "pears").out
 
 
-def test_show_names_no_nearest_tasks_where_none_can_be_compared(icm: Icm, fruit: Path) -> None:
+def test_show_names_no_nearest_tasks_if_none_can_be_compared(icm: Icm, fruit: Path) -> None:
     assert icm("show", "silent", "--json").document["nearest"] == []
     assert "nearest tasks" not in icm("show", "silent").out
 

@@ -49,7 +49,7 @@ def test_every_task_has_a_marker_and_a_label() -> None:
     assert len(markers(found)) == len(names)
 
 
-def test_a_cluster_has_one_look_and_no_other_has_it() -> None:
+def test_each_cluster_has_a_marker_of_its_own() -> None:
     found = fleet(groups=8)
     looks = {}
     for task, marker in zip(found.map.tasks, markers(found), strict=True):
@@ -65,7 +65,7 @@ def test_a_task_that_is_alone_is_a_ring_without_a_colour() -> None:
     )
 
 
-def test_the_legend_says_the_silhouettes() -> None:
+def test_the_legend_shows_the_silhouettes() -> None:
     found = fleet()
     assert f"by task: {found.map.silhouette_by_task:.2f}" in texts(found)
     assert f"by cluster: {found.map.silhouette_by_cluster:.2f}" in texts(found)
@@ -76,14 +76,14 @@ def test_it_says_how_much_of_the_variation_it_shows() -> None:
     assert any(f"shows {sum(found.map.variation):.0%} of the variation" in text for text in texts(found))
 
 
-def test_hostile_text_neither_breaks_the_file_nor_enters_it() -> None:
+def test_hostile_text_cannot_break_the_file() -> None:
     found = fleet(base_model='</text><script>alert("1")</script>\x1b[31m\u202e&amp;')
     root = ET.fromstring(draw_map(found))
     assert not list(root.iter(f"{SVG}script"))
     assert not {"\x1b", "\u202e"} & set(draw_map(found))
 
 
-def test_nothing_lies_outside_of_the_picture() -> None:
+def test_nothing_is_drawn_outside_the_picture() -> None:
     for found in (fleet(), fleet(groups=40, each=2), fleet(groups=3, each=1, sets=1)):
         root = ET.fromstring(draw_map(found))
         width, height = (float(root.get(name, "0")) for name in ("width", "height"))
@@ -99,7 +99,7 @@ def test_nothing_lies_outside_of_the_picture() -> None:
                 assert 0 <= float(element.get(name, "0")) <= limit
 
 
-def test_single_support_sets_are_drawn_where_a_task_has_several_and_tasks_are_few() -> None:
+def test_support_sets_are_drawn_if_a_task_has_several_and_there_are_few_tasks() -> None:
     assert draw_map(fleet()).count("<circle") == 4 * 9
     assert "<circle" not in draw_map(fleet(sets=1))
     assert "<circle" not in draw_map(fleet(groups=51, each=4))

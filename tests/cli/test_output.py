@@ -104,7 +104,7 @@ def test_json_refuses_numbers_that_json_does_not_have() -> None:
         Output(as_json=True).document({"loss": float("nan")})
 
 
-def test_details_are_heard_with_verbose_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_details_are_printed_with_verbose_only(capsys: pytest.CaptureFixture[str]) -> None:
     Output(verbosity=1).detail("heard")
     Output().detail("not heard")
     assert capsys.readouterr().err == "heard\n"
@@ -119,7 +119,7 @@ def test_a_failure_is_a_fact_a_blank_line_and_a_hint(capsys: pytest.CaptureFixtu
     assert json.loads(line)["code"] == 10
 
 
-def test_a_question_without_anybody_to_answer_names_the_flag() -> None:
+def test_a_question_without_a_terminal_names_the_flag() -> None:
     with pytest.raises(UsageProblem) as caught:
         Output().confirm("Delete 3 blobs?", yes=False)
     assert "--yes" in str(caught.value.hint)
@@ -141,7 +141,7 @@ def test_progress_is_a_bar_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("silent", [{"as_json": True}, {"quiet": True}, {"progress": False}])
-def test_progress_is_silent_where_it_is_not_wanted(silent: dict[str, bool]) -> None:
+def test_progress_is_silent_if_it_is_switched_off(silent: dict[str, bool]) -> None:
     assert type(Output(**silent).progress("x")) is SilentProgress
 
 
@@ -154,7 +154,7 @@ def test_plain_progress_writes_a_line_with_the_note_escaped(
     assert capsys.readouterr().err == "ingest 3/10 \\x1bx\n"
 
 
-def test_plain_progress_reckons_what_is_left_from_what_it_saw_being_done(
+def test_plain_progress_estimates_the_rest_from_the_pace_so_far(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ICM_PROGRESS_INTERVAL", "0")

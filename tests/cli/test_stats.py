@@ -30,7 +30,7 @@ def test_the_total_is_the_size_of_the_files(icm: Icm, trained: Path) -> None:
     assert 0 <= du - total <= folders
 
 
-def test_a_file_that_vanishes_meanwhile_does_not_count(
+def test_a_file_that_disappears_in_the_meantime_does_not_count(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [path for path in trained.rglob("*") if path.is_file()]
@@ -84,7 +84,7 @@ def test_bf16_is_two_bytes_for_every_parameter_of_a_final_adapter(icm: Icm, mixe
     assert icm("stats", "--json").document["original_size"] == 2 * parameters
 
 
-def test_a_negative_saving_is_said(icm: Icm, trained: Path) -> None:
+def test_a_negative_saving_is_stated(icm: Icm, trained: Path) -> None:
     document = icm("stats", "--json").document
     assert document["complete"]
     assert document["space_saving"] == pytest.approx(1 - document["compact_size"] / document["original_size"])
@@ -93,7 +93,7 @@ def test_a_negative_saving_is_said(icm: Icm, trained: Path) -> None:
     assert "so they cost" in out
 
 
-def test_fidelity_stands_beside_the_bytes(icm: Icm, trained: Path) -> None:
+def test_quality_is_shown_next_to_the_bytes(icm: Icm, trained: Path) -> None:
     heading, row = icm("stats").out.splitlines()[:2]
     assert ("DW ERROR" in heading, "RETAINED GAIN" in heading, "not measured" in row) == (True, True, True)
     assert f"{max(task['dw_error'] for task in icm('ls', '--json').document):.3f}" in row
@@ -112,7 +112,7 @@ def test_no_saving_is_claimed_while_a_task_has_no_code(icm: Icm, trained: Path, 
     assert "Not every task has a code yet" in icm("stats").out
 
 
-def test_earlier_generators_are_counted_apart(icm: Icm, trained: Path) -> None:
+def test_earlier_generators_are_counted_separately(icm: Icm, trained: Path) -> None:
     before = icm("stats", "--json").document
     icm("train", "--no-eval", "--steps", 2, "--device", "cpu")
     after = icm("stats", "--json").document["on_disk"]
@@ -120,7 +120,7 @@ def test_earlier_generators_are_counted_apart(icm: Icm, trained: Path) -> None:
     assert after["total"] == size_of_files(trained)
 
 
-def test_a_stopped_training_is_counted_apart(icm: Icm, mixed: Path) -> None:
+def test_a_stopped_training_is_counted_separately(icm: Icm, mixed: Path) -> None:
     with Store.open(mixed) as store:
         run = store.runs.start(LABEL, {})
         store.runs.save_checkpoint(run.id, step=1, weights=b"w" * 100, optimizer=b"o" * 50)

@@ -30,7 +30,7 @@ def test_no_size_is_shown_as_1024_of_a_smaller_unit() -> None:
     assert not any(human_size(1024**power - 1).startswith("1024") for power in range(1, 6))
 
 
-def test_a_percentage_that_nobody_knows_is_a_dash() -> None:
+def test_an_unknown_percentage_is_a_dash() -> None:
     assert (human_percent(0.7812), human_percent(None), human_percent(-0.013)) == ("78.1%", "-", "-1.3%")
 
 

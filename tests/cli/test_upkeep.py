@@ -41,7 +41,7 @@ def base_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_rm_forgets_tasks_and_keeps_bytes(icm: Icm, stored: Path, tmp_path: Path) -> None:
+def test_rm_removes_tasks_and_keeps_their_bytes(icm: Icm, stored: Path, tmp_path: Path) -> None:
     before = blobs(tmp_path / "store")
     ran = icm("rm", "rust", "sql", "--yes", "--json")
     assert ran.document == {"removed": ["rust", "sql"], "would_remove": [], "last_copies": []}
@@ -49,29 +49,29 @@ def test_rm_forgets_tasks_and_keeps_bytes(icm: Icm, stored: Path, tmp_path: Path
     assert blobs(tmp_path / "store") == before
 
 
-def test_rm_dry_run_forgets_nothing(icm: Icm, stored: Path) -> None:
+def test_rm_dry_run_removes_nothing(icm: Icm, stored: Path) -> None:
     ran = icm("rm", "rust", "-n", "--json")
     assert ran.document == {"removed": [], "would_remove": ["rust"], "last_copies": []}
     assert "rust" in icm("ls", "-q").out
 
 
-def test_rm_without_anybody_to_ask_needs_yes(icm: Icm, stored: Path) -> None:
+def test_rm_without_a_terminal_needs_yes(icm: Icm, stored: Path) -> None:
     ran = icm("rm", "rust")
     assert ran.code == ExitCode.USAGE
     assert "--yes" in ran.err
     assert "rust" in icm("ls", "-q").out
 
 
-def test_rm_looks_up_every_name_before_it_forgets_any(icm: Icm, stored: Path) -> None:
+def test_rm_with_an_unknown_name_removes_nothing(icm: Icm, stored: Path) -> None:
     assert icm("rm", "rust", "nope", "-y").code == ExitCode.FAILED
     assert "rust" in icm("ls", "-q").out
 
 
-def test_rm_of_the_same_name_twice_forgets_it_once(icm: Icm, stored: Path) -> None:
+def test_rm_of_the_same_name_twice_removes_it_once(icm: Icm, stored: Path) -> None:
     assert icm("rm", "rust", "RUST", "-y", "--json").document["removed"] == ["rust"]
 
 
-def test_prune_frees_what_rm_left(icm: Icm, stored: Path, tmp_path: Path) -> None:
+def test_prune_frees_the_bytes_of_removed_tasks(icm: Icm, stored: Path, tmp_path: Path) -> None:
     before = sum(path.stat().st_size for path in blobs(tmp_path / "store"))
     icm("rm", "rust", "-y")
     ran = icm("prune", "--older-than", "0s", "-y", "--json")
@@ -81,7 +81,7 @@ def test_prune_frees_what_rm_left(icm: Icm, stored: Path, tmp_path: Path) -> Non
     assert icm("verify", "--read-data").code == 0
 
 
-def test_prune_spares_what_is_young(icm: Icm, stored: Path, tmp_path: Path) -> None:
+def test_prune_keeps_young_files(icm: Icm, stored: Path, tmp_path: Path) -> None:
     icm("rm", "rust", "-y")
     before = blobs(tmp_path / "store")
     assert "nothing to delete" in icm("prune", "-y").out
@@ -95,7 +95,7 @@ def test_prune_dry_run_deletes_nothing(icm: Icm, stored: Path, tmp_path: Path) -
     assert blobs(tmp_path / "store") == before
 
 
-def test_prune_without_anybody_to_ask_needs_yes(icm: Icm, stored: Path) -> None:
+def test_prune_without_a_terminal_needs_yes(icm: Icm, stored: Path) -> None:
     icm("rm", "rust", "-y")
     assert icm("prune", "--older-than", "0s").code == ExitCode.USAGE
 
@@ -111,7 +111,7 @@ def test_an_invalid_age_is_refused(age: str) -> None:
         seconds(age)
 
 
-def test_a_sound_store_is_in_order(icm: Icm, stored: Path) -> None:
+def test_an_undamaged_store_is_called_intact(icm: Icm, stored: Path) -> None:
     assert icm("verify").code == icm("verify", "--read-data").code == 0
     assert icm("verify", "--json").document == {"ok": True, "read_data": False, "findings": [], "quarantined": []}
 
@@ -130,7 +130,7 @@ def test_verify_finds_a_flipped_bit_when_it_reads(icm: Icm, damaged: Path) -> No
     ]
 
 
-def test_verify_of_one_task_looks_at_that_task_only(icm: Icm, damaged: Path) -> None:
+def test_verify_of_one_task_checks_only_that_task(icm: Icm, damaged: Path) -> None:
     assert icm("verify", "sql", "--read-data").code == 0
     assert icm("verify", "rust", "--read-data").code == ExitCode.FAILED
 
@@ -161,14 +161,14 @@ def test_repair_works_on_the_whole_store_only(icm: Icm, stored: Path) -> None:
     assert icm("verify", "rust", "--repair").code == ExitCode.USAGE
 
 
-def test_leftovers_of_a_crash_are_no_problem(icm: Icm, stored: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_crash_are_not_a_problem(icm: Icm, stored: Path, tmp_path: Path) -> None:
     (tmp_path / "store" / "tmp" / "left").write_text("over")
     ran = icm("verify", "-v")
     assert ran.code == 0
     assert "harmless leftover" in ran.err
 
 
-def test_a_base_model_can_be_named_and_forgotten(icm: Icm, stored: Path, tmp_path: Path) -> None:
+def test_a_base_model_can_be_added_and_forgotten(icm: Icm, stored: Path, tmp_path: Path) -> None:
     folder = base_folder(tmp_path)
     assert icm("base", "add", BASE, folder).code == 0
     (row,) = icm("base", "ls", "--json").document
@@ -177,7 +177,7 @@ def test_a_base_model_can_be_named_and_forgotten(icm: Icm, stored: Path, tmp_pat
     assert icm("base", "ls", "--json").document[0]["alias"] is None
 
 
-def test_a_relative_path_of_a_base_model_is_kept_absolute(
+def test_a_relative_path_of_a_base_model_is_made_absolute(
     icm: Icm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = base_folder(tmp_path)
@@ -186,7 +186,7 @@ def test_a_relative_path_of_a_base_model_is_kept_absolute(
     assert icm("base", "ls", "--json").document[0]["alias"] == str(folder)
 
 
-def test_a_folder_that_is_no_base_model_is_refused(icm: Icm, tmp_path: Path) -> None:
+def test_a_folder_without_a_base_model_is_refused(icm: Icm, tmp_path: Path) -> None:
     ran = icm("base", "add", BASE, tmp_path)
     assert ran.code == ExitCode.FAILED
     assert not (tmp_path / "store").exists()
