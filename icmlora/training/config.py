@@ -8,10 +8,24 @@ from dataclasses import asdict, dataclass
 
 from icmlora.errors import GeneratorError
 
+SMALL_FLEET = 24
+"""Tasks below which a run is short by default: the trained part of a generator hardly pays there."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of one training run; stored with it, so that a resumed run goes on with the same ones."""
+    """Options of one training run; stored with it, so that a resumed run goes on with the same ones.
+
+    What `default` chooses for a fleet:
+
+        below 24 tasks      20 steps a task, at least 100; learning rate 0.008
+        from 24 tasks on    10 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004
+
+    A small fleet starts from its own norm tables, and most of what steps can add is there after a fifth of them. The
+    schedule is short as a whole, so the rate has fallen to nothing at its end and nothing has to watch for that end:
+    the same seed gives the same bytes, however often a run is stopped. A number of steps that is asked for is a long
+    run's: it keeps the rate of 0.004.
+    """
 
     steps: int
     """Optimiser steps; each sees one adapter."""
@@ -33,6 +47,28 @@ class TrainConfig:
         shares = (self.warmup, self.view_dropout, self.final_share)
         if self.steps < 1 or self.learning_rate <= 0 or any(not 0 <= share <= 1 for share in shares):
             raise GeneratorError("the training options are out of range")
+
+    @classmethod
+    def default(
+        cls, tasks: int, adapters: int, *, steps: int | None = None, learning_rate: float | None = None, seed: int = 0
+    ) -> TrainConfig:
+        """Choose the options of a run.
+
+        Args:
+            tasks: Of the fleet.
+            adapters: Of the fleet, checkpoints included.
+            steps: What was asked for, if anything was; it takes the place of the default.
+            learning_rate: Likewise.
+            seed: Of all that is drawn.
+        """
+        small = is_small(tasks, steps)
+        default_steps = max(100, 20 * tasks) if small else steps_for(adapters)
+        default_rate = 8e-3 if small else cls.learning_rate
+        return cls(
+            steps=steps or default_steps,
+            learning_rate=default_rate if learning_rate is None else learning_rate,
+            seed=seed,
+        )
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -59,6 +95,11 @@ class TrainConfig:
             raise GeneratorError(f"the training configuration cannot be read ({error})") from error
 
 
+def is_small(tasks: int, steps: int | None) -> bool:
+    """Say whether a run is a small fleet's short one: few tasks, and no number of steps that was asked for."""
+    return steps is None and tasks < SMALL_FLEET
+
+
 def steps_for(adapters: int) -> int:
-    """Return how many steps a fleet of so many adapters (checkpoints included) is trained for by default."""
+    """Return how many steps so many adapters (checkpoints included) are trained for by default."""
     return min(20_000, max(1_000, 10 * adapters))

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from icmlora.adapter.model import Adapter
+from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.objective import Bits, adapter_bits
-from icmlora.generator.tokens import refuse_overflow, tokenize
+from icmlora.generator.tokens import KindTokens, refuse_overflow, tokenize
 from icmlora.training.source import AdapterSource
 from icmlora.training.state import TrainState
 
 _GRADIENT_LIMIT = 1.0
 _SUBSPACES = 4
+_TOKEN_BYTES = 256 << 20
+"""Of tokens that are kept for later steps. They never change, and making them takes a third of a step."""
+_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -52,23 +56,22 @@ def fit(state: TrainState, fleet: AdapterSource) -> Iterator[TrainStep]:
     subspace_of = lru_cache(_SUBSPACES)(
         lambda initial: initial_subspace(initial, state.net.config, sensitivity).to(device)
     )
+    tokens_of = _Tokens(fleet, state.net, device)
     while state.step < state.config.steps:
         draw = random.Random(f"{state.config.seed}/{state.step}")  # noqa: S311 - training noise, not secrets
         noise = torch.Generator().manual_seed(draw.getrandbits(62))
         task = draw.randrange(fleet.tasks())
-        adapter, vectors = _episode(state, fleet, task, draw)
-        tokens = tokenize(adapter, state.net.config, sensitivity)
-        refuse_overflow(tokens, state.net.config)
-        tokens = tuple(group.to(device) for group in tokens)
+        checkpoint, vectors = _episode(state, fleet, task, draw)
+        tokens, parameters = tokens_of(task, checkpoint)
         vectors = {view: vector.to(device) for view, vector in vectors.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             bits = adapter_bits(state.net, tokens, vectors, subspace_of(fleet.initial(task)), noise)
-        yield _advance(state, bits, sum(shape.parameters for shape in adapter.layout), task)
+        yield _advance(state, bits, parameters, task)
 
 
 def _episode(
     state: TrainState, fleet: AdapterSource, task: int, draw: random.Random
-) -> tuple[Adapter, dict[str, torch.Tensor]]:
+) -> tuple[int | None, dict[str, torch.Tensor]]:
     """Draw what one step sees of a task: one of its adapters, one of its support sets, perhaps without one view."""
     checkpoint = None
     if fleet.checkpoints(task) and draw.random() >= state.config.final_share:
@@ -78,7 +81,35 @@ def _episode(
         vectors = dict(fleet.vectors(task, draw.randrange(fleet.support_sets(task))))
     if draw.random() < state.config.view_dropout:
         vectors.pop("adapted", None)
-    return fleet.load(task, checkpoint), vectors
+    return checkpoint, vectors
+
+
+class _Tokens:
+    """Reads adapters as tokens on the network's device, and keeps those of the latest ones."""
+
+    def __init__(self, fleet: AdapterSource, net: CVAE, device: torch.device) -> None:
+        self._fleet, self._config, self._device = fleet, net.config, device
+        self._sensitivity = net.sensitivity.to(torch.device("cpu"))
+        self._cache: OrderedDict[tuple[int, int | None], tuple[tuple[KindTokens, ...], int]] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, task: int, checkpoint: int | None) -> tuple[tuple[KindTokens, ...], int]:
+        """Return an adapter's tokens, and its number of parameters."""
+        key = task, checkpoint
+        found = self._cache.pop(key, None) or self._read(task, checkpoint)
+        self._cache[key] = found  # last: the first is dropped first
+        while self._bytes > _TOKEN_BYTES:
+            _, (_, parameters) = self._cache.popitem(last=False)
+            self._bytes -= parameters * _FLOAT32
+        return found
+
+    def _read(self, task: int, checkpoint: int | None) -> tuple[tuple[KindTokens, ...], int]:
+        adapter = self._fleet.load(task, checkpoint)
+        tokens = tokenize(adapter, self._config, self._sensitivity)
+        refuse_overflow(tokens, self._config)
+        parameters = sum(shape.parameters for shape in adapter.layout)
+        self._bytes += parameters * _FLOAT32
+        return tuple(group.to(self._device) for group in tokens), parameters
 
 
 def _advance(state: TrainState, bits: Bits, parameters: int, task: int) -> TrainStep:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from icmlora.errors import GeneratorError
-from icmlora.training.config import TrainConfig, steps_for
+from icmlora.training.config import SMALL_FLEET, TrainConfig, is_small, steps_for
 
 
 def test_options_come_back_from_their_json() -> None:
@@ -41,3 +41,23 @@ def test_options_that_describe_no_run_are_refused(text: str) -> None:
 
 def test_a_larger_fleet_is_trained_for_longer_within_bounds() -> None:
     assert (steps_for(1), steps_for(300), steps_for(10**6)) == (1_000, 3_000, 20_000)
+
+
+@pytest.mark.parametrize(("tasks", "steps"), [(1, 100), (5, 100), (10, 200), (SMALL_FLEET - 1, 460)])
+def test_a_small_fleet_is_trained_briefly_at_a_higher_rate(tasks: int, steps: int) -> None:
+    assert TrainConfig.default(tasks, 10 * tasks, seed=3) == TrainConfig(steps=steps, learning_rate=8e-3, seed=3)
+
+
+@pytest.mark.parametrize(("tasks", "adapters", "steps"), [(SMALL_FLEET, 30, 1_000), (40, 300, 3_000)])
+def test_a_larger_fleet_is_trained_for_its_adapters(tasks: int, adapters: int, steps: int) -> None:
+    assert TrainConfig.default(tasks, adapters) == TrainConfig(steps=steps)
+
+
+@pytest.mark.parametrize("tasks", [1, 10, 100])
+def test_steps_that_were_asked_for_leave_everything_else_at_its_usual_value(tasks: int) -> None:
+    assert TrainConfig.default(tasks, tasks, steps=7) == TrainConfig(steps=7)
+    assert not is_small(tasks, steps=7)
+
+
+def test_a_learning_rate_that_was_asked_for_changes_no_steps() -> None:
+    assert TrainConfig.default(10, 10, learning_rate=1e-3) == TrainConfig(steps=200, learning_rate=1e-3)

@@ -95,12 +95,41 @@ class Watched(MemoryAdapterSource):
         return super().load(task, checkpoint)
 
 
+@pytest.fixture
+def no_token_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read an adapter at every step."""
+    monkeypatch.setattr("icmlora.training.loop._TOKEN_BYTES", 0)
+
+
+@pytest.mark.usefixtures("no_token_cache")
 def test_checkpoints_are_seen_as_often_as_was_asked() -> None:
     fleet = Watched([[make_adapter(0), make_adapter(0, strength=0.05)]])
     state = begin(fleet, 24, final_share=0.25)
     fleet.seen.clear()
     run(state, fleet)
     assert 2 <= fleet.seen.count(None) <= 11
+
+
+def test_each_adapter_is_read_once_as_long_as_its_tokens_fit_in_memory() -> None:
+    fleet = Watched([[make_adapter(0), make_adapter(0, strength=0.05)], [make_adapter(1)]])
+    state = begin(fleet, 24)
+    fleet.seen.clear()
+    run(state, fleet)
+    assert len(fleet.seen) == 3
+
+
+def test_tokens_that_do_not_fit_in_memory_are_made_again_and_the_run_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = run(begin(mixed_fleet(), 12), mixed_fleet())
+    one_adapter = sum(shape.parameters for shape in mixed_fleet().adapters[0][0].layout) * 4
+    for limit in (0, one_adapter):
+        monkeypatch.setattr("icmlora.training.loop._TOKEN_BYTES", limit)
+        fleet = Watched(mixed_fleet().adapters, mixed_fleet().sets)
+        state = begin(fleet, 12)
+        fleet.seen.clear()
+        assert run(state, fleet) == wanted
+        assert len(fleet.seen) > 3
 
 
 def test_without_checkpoints_every_step_sees_a_final_adapter() -> None:
