@@ -1,10 +1,9 @@
-"""`icm encode`: give tasks the smallest codes, or residuals beside them, that keep what is asked for."""
+"""`icm encode`: make smaller, or more accurate, codes without training."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -13,22 +12,28 @@ from icm_cli.options import BaseModelOpt, DeviceOpt, SomeTasksArg, gain_option, 
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import coded_size
+from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.context import Event
-    from icmlora.fleet.search import EncodeReport, EncodeRequest, TaskEncoded
+    from collections.abc import Callable
 
-ErrorOpt = Annotated[float | None, loss_option("--max-error", "Largest relative dW error that a code may have.")]
+    from icmlora.fleet.api import Fleet
+    from icmlora.fleet.context import Event
+    from icmlora.fleet.encode import EncodeReport, TaskEncoded
+
+ErrorOpt = Annotated[
+    float | None, loss_option("--max-error", "Largest squared relative error of dW that a code may have.")
+]
 GainOpt = Annotated[
     float | None,
-    gain_option("Smallest retained gain that a code may have, on the task's held-out text; needs the base model."),
+    gain_option("Smallest retained gain that a code may have, on the task's held-out text. Needs the base model."),
 ]
 ToleranceOpt = Annotated[
     float | None,
     loss_option(
         "--tolerance",
-        "Share of dW's energy, weighted by sensitivity, that a code may lose, as `icm train --quality` sets it.",
+        "Largest squared relative error of dW weighted by sensitivity: the limit that `icm train --quality` sets.",
     ),
 ]
 RefineOpt = Annotated[
@@ -37,16 +42,15 @@ RefineOpt = Annotated[
         "--refine",
         metavar="STEPS",
         min=0,
-        help="Then fit the code to what the adapter does on the task's samples; needs the base model. 40 is a start.",
+        help="Steps that fit each code to what its adapter does on the task's samples; try 40. Needs the base model.",
     ),
 ]
-
 ResidualOpt = Annotated[
     bool,
-    typer.Option(
-        "--residual",
-        help="Leave the codes as they are, and put beside each what it lacks to keep the limit; nothing where it does.",
-    ),
+    typer.Option("--residual", help="Keep the codes, and also store a residual for tasks whose code misses the limit."),
+]
+AgainOpt = Annotated[
+    bool, typer.Option("--again", help="Re-encode even if the current code already meets these limits.")
 ]
 
 _COLUMNS = (
@@ -57,13 +61,13 @@ _COLUMNS = (
     Column("dW error", right=True),
     Column("retained gain", right=True),
 )
-AgainOpt = Annotated[bool, typer.Option("--again", help="Also tasks whose present code was made for the very same.")]
 _STATUS = {
-    "known": "as it was",
+    "known": "up to date",
     "enough": "code is enough",
-    "below": "keeps its original",
-    "evicted": "original gone",
+    "below": "misses the limit",
+    "evicted": "original evicted",
     "unmeasured": "not measured",
+    "changed": "changed meanwhile",
 }
 
 
@@ -80,63 +84,89 @@ def encode(
     device: DeviceOpt = None,
     again: AgainOpt = False,
 ) -> None:
-    """Give tasks the smallest codes that keep a fidelity, under the present generator; nothing is trained.
+    """Re-encode tasks with the current generator, as small as the quality you ask for allows.
 
-    A task that no code keeps well enough gets its most faithful one and should keep its original: `icm evict` with the
-    same --min-gain or --max-error leaves it. Exit 3 says that there are such tasks, and `icm stats` too.
+    Nothing is trained. A task for which no code is good enough gets its most accurate code and should keep its
+    original: `icm evict` with the same --min-gain or --max-error does not delete it. Exit code 3 means that there are
+    such tasks; `icm stats` counts them too.
 
-    A task whose code was made for the same limits before is left as it is, so a run that was stopped goes on with the
-    same command. --again makes them all.
+    A task whose current code was made with the same limits is skipped, so the same command continues after an
+    interruption. --again re-encodes every task.
 
-    With --residual the codes stay, for use where bytes count, and code and residual together keep the limit.
+    With --residual the codes stay as they are, and a code together with its residual meets the limit. Bundles hold
+    codes alone.
 
     Example:
       icm encode --min-gain 0.98
     """
     if max_error is None and min_gain is None and tolerance is None:
-        hint = "`--min-gain 0.98` limits the loss of retained gain, `--max-error 0.1` the relative dW error"
-        raise UsageProblem("what a code has to keep was not said: give --min-gain or --max-error", hint=hint)
+        hint = "`--min-gain 0.98` limits the loss of quality, `--max-error 0.1` the squared relative error of dW"
+        raise UsageProblem("no limit was given: use --min-gain or --max-error", hint=hint)
     if refine and max_error is not None:
-        hint = "`--min-gain` measures what refined codes do"
-        raise UsageProblem("--refine leaves the weights for the function: it does not go with --max-error", hint=hint)
+        hint = "use --min-gain, which measures what refined codes do"
+        raise UsageProblem("--refine moves codes away from the weights, so it cannot keep --max-error", hint=hint)
     if refine and residual:
-        hint = "refine codes first, then put residuals beside them"
-        raise UsageProblem("--residual leaves the codes as they are: it does not go with --refine", hint=hint)
-    from icmlora.fleet.search import EncodeRequest
+        hint = "refine the codes first, then add residuals"
+        raise UsageProblem("--residual keeps the codes as they are, so it cannot be used with --refine", hint=hint)
 
-    request = EncodeRequest(
-        names=tasks or [],
-        max_error=max_error,
-        min_gain=min_gain,
-        device=session.device(device),
-        tolerance=tolerance,
-        refine=refine,
-        base_model=base_model,
-        residual=residual,
-        again=again,
-    )
-    if run(session, request):
+    def work(fleet: Fleet) -> EncodeReport:
+        return fleet.encode(
+            tasks or [],
+            min_gain=min_gain,
+            max_error=max_error,
+            tolerance=tolerance,
+            refine=refine,
+            residual=residual,
+            base_model=base_model,
+            device=session.device(device),
+            again=again,
+        )
+
+    if run(session, work, evict_hint(max_error, min_gain)):
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def run(session: Session, request: EncodeRequest, *, go_on: str = "run the same command to go on") -> bool:
-    """Encode, show what became of each task, and say whether a task fell short; `go_on` is what to do if stopped."""
-    # torch is imported from here on; a wrong command line is answered at once.
-    from icmlora.fleet.encode import encode as work
+def run(
+    session: Session,
+    work: Callable[[Fleet], EncodeReport],
+    hint: str,
+    *,
+    go_on: str = "run the same command to continue",
+) -> bool:
+    """Encode, print what was done with each task, and say whether a task missed the limits.
 
-    with session.stoppable() as stop:
-        report = session.follow(work(session.context, request, stop), "encode", partial(_tell, session))
-    _sum_up(session, report)
-    if not report.short and not report.stopped and any(task.status != "evicted" for task in report.tasks):
-        session.out.hint(_hint(request))
-    if report.stopped:
+    Args:
+        session: The command's session.
+        work: Encodes.
+        hint: The next command, where every task meets the limits.
+        go_on: The next command, where the user stops this one.
+
+    Raises:
+        Interrupted: The user stopped it.
+    """
+    try:
+        with session.working("encode", lambda event: _tell(session, event)) as fleet:
+            report = work(fleet)
+    except Cancelled as stop:
+        report = cast("EncodeReport", stop.report)
+        _sum_up(session, report)
         done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} encoded", hint=go_on)
+        raise Interrupted(f"interrupted; {done} encoded", hint=go_on) from stop
+    _sum_up(session, report)
+    if not report.short and any(task.status != "evicted" for task in report.tasks):
+        session.out.hint(hint)
     return bool(report.short)
 
 
+def evict_hint(max_error: float | None, min_gain: float | None) -> str:
+    """Return the command that deletes originals under the same limits."""
+    limits = (("--max-error", max_error), ("--min-gain", min_gain))
+    same = " ".join(f"{option} {limit:g}" for option, limit in limits if limit is not None)
+    return f"`icm evict {same or '--min-gain GAIN'}` deletes the originals of tasks whose codes meet the limit"
+
+
 def _tell(session: Session, event: Event) -> None:
-    from icmlora.fleet.search import TaskEncoded
+    from icmlora.fleet.encode import TaskEncoded
 
     if isinstance(event, TaskEncoded):
         session.out.event("task", **asdict(event))
@@ -151,18 +181,9 @@ def _sum_up(session: Session, report: EncodeReport) -> None:
     for task in report.tasks:
         if task.reason:
             out.line(f"{task.task}: {task.reason}")
-    out.line(
-        f"{counted(len(report.tasks), 'task')} of together {human_size(now)}, before {human_size(before)}; "
-        f"{len(report.short)} below what was asked for"
-    )
-
-
-def _hint(request: EncodeRequest) -> str:
-    limits = (("--max-error", request.max_error), ("--min-gain", request.min_gain))
-    same = " ".join(f"{option} {limit:g}" for option, limit in limits if limit is not None)
-    return (
-        f"`icm evict {same or '--min-gain GAIN'}` deletes the originals of tasks that keep {'that' if same else 'it'}"
-    )
+    count = counted(len(report.tasks), "task")
+    missed = f"{len(report.short)} without a code that meets the limit"
+    out.line(f"{count}, {human_size(now)} in total, {human_size(before)} before; {missed}")
 
 
 def _cells(task: TaskEncoded) -> list[str]:

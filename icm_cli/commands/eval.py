@@ -1,13 +1,12 @@
-"""`icm eval`: measure what every rung of a task does on held-out text."""
+"""`icm eval`: measure the sources of tasks on held-out text."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -15,17 +14,22 @@ from icm_cli.errors import Interrupted
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
+from icmlora.errors import Cancelled
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from icmlora.base_models.likelihood import NllResult
+    from icmlora.fleet.api import Fleet
+    from icmlora.fleet.compare import BaselineResult, MethodSummary
     from icmlora.fleet.context import Event
-    from icmlora.fleet.evaluate import BaselineResult, EvaluateReport, MethodSummary, TaskEvaluated
-    from icmlora.fleet.measure import RungResult
+    from icmlora.fleet.evaluate import EvaluateReport, TaskEvaluated
+    from icmlora.fleet.measure import SourceResult
 
 
-class RungName(StrEnum):
-    """A rung that can be measured; base model and original always are."""
+class SourceName(StrEnum):
+    """A source that can be measured; base model and original always are."""
 
     RESIDUAL = "residual"
     CODE = "code"
@@ -34,29 +38,32 @@ class RungName(StrEnum):
 
 DataOpt = Annotated[
     Path | None,
-    typer.Option("--data", metavar="FILE", help="Held-out JSON lines; else the task's own.", show_default=False),
+    typer.Option(
+        "--data", metavar="FILE", help="Held-out text as JSON lines. Default: the task's own.", show_default=False
+    ),
 ]
-RungOpt = Annotated[
-    list[RungName] | None,
-    typer.Option("--rung", help="Only these rungs beside base model and original.", show_default=False),
+SourceOpt = Annotated[
+    list[SourceName] | None,
+    typer.Option(
+        "--rung", help="Measure only this source, with base model and original. Can be repeated.", show_default=False
+    ),
 ]
-TokensOpt = Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens scored of each text.")]
-AgainOpt = Annotated[bool, typer.Option("--again", help="Measure again what was measured on this text before.")]
-
+TokensOpt = Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens to score in each text.")]
+AgainOpt = Annotated[bool, typer.Option("--again", help="Measure again what was measured on the same text before.")]
 BaselineOpt = Annotated[
     list[str] | None,
     typer.Option(
         "--baseline",
         metavar="NAME,...",
-        help="Other methods to measure on the same text: bf16, int8, nf4, 3bit, svd4, svd2-3bit, mean16, loraquant2, "
-        "jd16, ... Nothing of them is stored.",
+        help="Also measure other methods: bf16, int8, nf4, 3bit, svd4, svd2-3bit, mean16, loraquant2, jd16, ... "
+        "Nothing is stored.",
         show_default=False,
     ),
 ]
 
 _TOKENS = 256
-_METHOD_COLUMNS = ("bytes a task", "of one more", "of bf16", "dW err", "gain", "worst")
-_RUNGS = ("base", "original", "residual", "code", "generate")
+_METHOD_COLUMNS = ("bytes per task", "one more task", "of bf16", "dW err", "gain", "worst")
+_SOURCES = ("base", "original", "residual", "code", "generate")
 
 
 @command
@@ -64,81 +71,101 @@ def evaluate(
     session: Session,
     tasks: SomeTasksArg = None,
     data: DataOpt = None,
-    rung: RungOpt = None,
+    rung: SourceOpt = None,
     device: DeviceOpt = None,
     max_tokens: TokensOpt = _TOKENS,
     again: AgainOpt = False,
     baseline: BaselineOpt = None,
 ) -> None:
-    """Measure perplexity and bits per byte of base model, original, residual, code and generated adapter, side by side.
+    """Measure perplexity and bits per byte of the base model, original, residual, code and generated adapter.
 
-    GAIN is the retained gain: (loss of base - loss of rung) / (loss of base - loss of original). Adapters are written
-    to disk and loaded by PEFT before they are measured. Needs the base model. Of an evicted original, what was measured
-    before on the same text counts. With --baseline, methods that need no training are measured beside the rungs, with
-    the bytes that each would take.
+    GAIN is the retained gain: (loss of base - loss of source) / (loss of base - loss of original). Each adapter is
+    written to disk and loaded with PEFT before it is measured. Needs the base model. For an evicted original, icm uses
+    what it measured before on the same text. With --baseline it also measures methods that need no training, and shows
+    how many bytes each would take.
 
     Example:
       icm eval shakespeare
     """
-    from icmlora.fleet.evaluate import EvaluateRequest
-    from icmlora.fleet.evaluate import evaluate as measure
+    baselines = [name for names in baseline or [] for name in names.split(",") if name]
 
-    request = EvaluateRequest(
-        names=tasks or [],
-        device=session.device(device),
-        rungs=[name.value for name in rung] if rung else ("residual", "code", "generate"),
-        data=data,
-        max_tokens=max_tokens,
-        again=again,
-        baselines=[name for names in baseline or [] for name in names.split(",") if name],
-    )
-    with session.stoppable() as stop:
-        report = session.follow(measure(session.context, request, stop), "eval", partial(tell, session))
-    print_tasks(session, report)
-    if report.tasks and max_tokens != _TOKENS:
-        usual = f"`icm eval` without --max-tokens measures {_TOKENS} tokens of each text"
-        session.out.note(f"this is what `icm stats` shows until {usual}")
-    if request.baselines:
-        print_methods(session, report)
-    check_finished(report)
-
-
-def print_tasks(session: Session, report: EvaluateReport) -> None:
-    """Print the table of a report, with means over its tasks."""
-    from icmlora.fleet.evaluate import summarise
-
-    shown = [rung for rung in _RUNGS if any(rung in task.rungs for task in report.tasks)]
-    gains = [rung for rung in shown if rung not in ("base", "original")]
-    columns = [Column("task", shrink=True)]
-    columns += [Column(f"{rung} ppl", right=True) for rung in shown]
-    columns += [Column(f"{rung} bpb", right=True) for rung in shown]
-    for rung in gains:
-        columns += [Column(f"{rung} gain", right=True), Column(f"{rung} dW err", right=True)]
-    session.out.table(columns, [_cells(task, shown, gains) for task in report.tasks])
-    for rung in gains:
-        summary = summarise(report, rung)
-        if summary is None:
-            continue
-        session.out.event("mean", rung=rung, tasks=summary.tasks, mean=summary.mean, worst=summary.worst)
-        session.out.line(
-            f"retained gain of `{rung}`: mean {summary.mean:.3f}, worst {summary.worst:.3f} ({summary.worst_task})"
+    def work(fleet: Fleet) -> EvaluateReport:
+        return fleet.evaluate(
+            tasks or [],
+            sources=[name.value for name in rung] if rung else ("residual", "code", "generate"),
+            data=data,
+            max_tokens=max_tokens,
+            baselines=baselines,
+            device=session.device(device),
+            again=again,
         )
-    if report.without_data:
-        session.out.note(f"without held-out text, so not measured: {', '.join(report.without_data)}")
-    if report.without_original:
-        names = ", ".join(report.without_original)
-        session.out.note(f"evicted before it was measured on this text, so the retained gain is unknown: {names}")
-    if report.outdated:
-        names = ", ".join(report.outdated)
-        session.out.note(f"changed by another icm meanwhile, so not all that was measured is recorded: {names}")
+
+    def print_more(report: EvaluateReport) -> None:
+        if report.tasks and max_tokens != _TOKENS:
+            usual = f"`icm eval` without --max-tokens measures {_TOKENS} tokens of each text"
+            session.out.note(f"`icm stats` shows these figures until {usual}")
+        if baselines:
+            _print_methods(session, session.fleet.compare(report))
+
+    run(session, work, print_more)
 
 
-def print_methods(session: Session, report: EvaluateReport) -> None:
-    """Print every method with its bytes, most bytes first."""
-    from icmlora.fleet.evaluate import compare
-    from icmlora.fleet.stats import bill
+def run(
+    session: Session,
+    work: Callable[[Fleet], EvaluateReport],
+    print_more: Callable[[EvaluateReport], None] = lambda report: None,
+) -> None:
+    """Measure, and print a table of the results.
 
-    rows = compare(report, bill(session.context))
+    Args:
+        session: The command's session.
+        work: Measures.
+        print_more: Prints what comes after the table.
+
+    Raises:
+        Interrupted: The user stopped it.
+    """
+    stopped = None
+    try:
+        with session.working("eval", lambda event: _tell(session, event)) as fleet:
+            report = work(fleet)
+    except Cancelled as stop:
+        report, stopped = cast("EvaluateReport", stop.report), stop
+    _print_tasks(session, report)
+    print_more(report)
+    if stopped is not None:
+        done = counted(len(report.tasks), "task")
+        raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` measures the rest") from stopped
+
+
+def _print_tasks(session: Session, report: EvaluateReport) -> None:
+    shown = [source for source in _SOURCES if any(source in task.sources for task in report.tasks)]
+    with_gain = [source for source in shown if source not in ("base", "original")]
+    columns = [Column("task", shrink=True)]
+    columns += [Column(f"{source} ppl", right=True) for source in shown]
+    columns += [Column(f"{source} bpb", right=True) for source in shown]
+    for source in with_gain:
+        columns += [Column(f"{source} gain", right=True), Column(f"{source} dW err", right=True)]
+    session.out.table(columns, [_cells(task, shown, with_gain) for task in report.tasks])
+    for source in with_gain:
+        gain = report.gain_of(source)
+        if gain is None:
+            continue
+        session.out.event("mean", rung=source, tasks=gain.tasks, mean=gain.mean, worst=gain.worst)
+        session.out.line(
+            f"retained gain of `{source}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} ({gain.worst_task})"
+        )
+    notes = {
+        "no held-out text, so not measured": report.without_data,
+        "evicted before it was measured on this text, so the retained gain is unknown": report.without_original,
+        "changed by another icm meanwhile, so not everything was recorded": report.outdated,
+    }
+    for text, names in notes.items():
+        if names:
+            session.out.note(f"{text}: {', '.join(names)}")
+
+
+def _print_methods(session: Session, rows: list[MethodSummary]) -> None:
     for row in rows:
         session.out.event("method", **asdict(row))
     columns = [Column("method"), *(Column(title, right=True) for title in _METHOD_COLUMNS), Column("worst task")]
@@ -146,23 +173,11 @@ def print_methods(session: Session, report: EvaluateReport) -> None:
     session.out.table(columns, [_method_cells(row) for row in rows])
 
 
-def check_finished(report: EvaluateReport) -> None:
-    """Raise if the user stopped the evaluation.
-
-    Raises:
-        Interrupted: It was stopped.
-    """
-    if report.stopped:
-        done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` goes on with the others")
-
-
-def tell(session: Session, event: Event) -> None:
-    """Report one task that is measured."""
+def _tell(session: Session, event: Event) -> None:
     from icmlora.fleet.evaluate import TaskEvaluated
 
     if isinstance(event, TaskEvaluated):
-        rungs = {rung: _as_json(result) for rung, result in event.rungs.items()}
+        rungs = {source: _as_json(result) for source, result in event.sources.items()}
         others = {name: _baseline_as_json(result) for name, result in event.baselines.items()}
         session.out.event("task", task=event.task, rungs=rungs, **({"baselines": others} if others else {}))
 
@@ -172,7 +187,7 @@ def _baseline_as_json(result: BaselineResult) -> dict[str, object]:
     return sizes | _loss_as_json(result.loss) | {"retained_gain": result.retained_gain, "dw_error": result.dw_error}
 
 
-def _as_json(result: RungResult) -> dict[str, object]:
+def _as_json(result: SourceResult) -> dict[str, object]:
     figures = {"retained_gain": result.retained_gain, "dw_error": result.dw_error}
     return _loss_as_json(result.as_loss()) | figures
 
@@ -192,14 +207,14 @@ def _method_cells(row: MethodSummary) -> list[str]:
     return [row.method, *sizes, *figures, row.worst_task or "-"]
 
 
-def _cells(task: TaskEvaluated, shown: list[str], gains: list[str]) -> list[str]:
-    found = {str(rung): result for rung, result in task.rungs.items()}
-    losses = [found[rung].as_loss() if rung in found else None for rung in shown]
+def _cells(task: TaskEvaluated, shown: list[str], with_gain: list[str]) -> list[str]:
+    found = {str(source): result for source, result in task.sources.items()}
+    losses = [found[source].as_loss() if source in found else None for source in shown]
     cells = [task.task]
     cells += ["-" if loss is None else f"{loss.perplexity:.2f}" for loss in losses]
     cells += ["-" if loss is None else f"{loss.bits_per_byte:.3f}" for loss in losses]
-    for rung in gains:
-        result = found.get(rung)
+    for source in with_gain:
+        result = found.get(source)
         cells += [_figure(None if result is None else result.retained_gain, 3)]
         cells += [_figure(None if result is None else result.dw_error, 3)]
     return cells

@@ -1,11 +1,10 @@
-"""`icm evict`: delete originals whose code, with its residual, keeps what is asked for."""
+"""`icm evict`: delete originals whose codes were checked."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -14,6 +13,7 @@ from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, gain_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import coded_size
+from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -23,15 +23,19 @@ if TYPE_CHECKING:
 ErrorOpt = Annotated[
     float | None,
     typer.Option(
-        "--max-error", metavar="X", min=0.0, help="Largest relative dW error that a code may have.", show_default=False
+        "--max-error",
+        metavar="X",
+        min=0.0,
+        help="Largest squared relative error of dW that a code may have.",
+        show_default=False,
     ),
 ]
 GainOpt = Annotated[
     float | None,
-    gain_option("Smallest retained gain that a code may have, on the task's held-out text; needs the base model."),
+    gain_option("Smallest retained gain that a code may have, on the task's held-out text. Needs the base model."),
 ]
 CheckpointsOpt = Annotated[
-    bool, typer.Option("--checkpoints-only", help="Delete training checkpoints and leave the final adapters.")
+    bool, typer.Option("--checkpoints-only", help="Delete only checkpoints; keep the final adapters.")
 ]
 
 _COLUMNS = (
@@ -42,7 +46,7 @@ _COLUMNS = (
     Column("dW error", right=True),
     Column("retained gain", right=True),
 )
-_STATUS = {"would_evict": "would go", "known": "nothing left"}
+_STATUS = {"would_evict": "would evict", "known": "nothing to do"}
 
 
 @command
@@ -55,44 +59,43 @@ def evict(
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
-    """Delete originals, final adapters and checkpoints, whose code was checked to stand in for them.
+    """Delete originals (final adapters and checkpoints), each after a check that its code can replace it.
 
-    Each code, with its residual if it has one, is read again from disk, decoded and measured against the original
-    first. A task that does not meet the limits keeps its original, and so does a pinned one. Exit 3 says that some were
-    kept. Works on a full disk.
+    For the check, each code is read back from disk, with its residual if it has one, decoded, and measured against the
+    original. A task whose code misses a limit keeps its original; so does a pinned task. Exit code 3 means that some
+    originals were kept. Works on a full disk.
 
     Example:
       icm evict --max-error 0.05 --dry-run
     """
     _check_limits(max_error, min_gain)
-    # torch is imported from here on; a wrong command line is answered at once.
-    from icmlora.fleet.evict import EvictRequest
-    from icmlora.fleet.evict import evict as let_go
-
-    request = EvictRequest(
-        names=tasks or [],
-        max_error=max_error,
-        min_gain=min_gain,
-        checkpoints_only=checkpoints_only,
-        dry_run=dry_run,
-        device=session.device(device),
-    )
-    with session.stoppable() as stop:
-        report = session.follow(let_go(session.context, request, stop), "evict", partial(_tell, session))
+    stopped = False
+    try:
+        with session.working("evict", lambda event: _tell(session, event)) as fleet:
+            report = fleet.evict(
+                tasks or [],
+                max_error=max_error,
+                min_gain=min_gain,
+                checkpoints_only=checkpoints_only,
+                dry_run=dry_run,
+                device=session.device(device),
+            )
+    except Cancelled as stop:
+        report, stopped = cast("EvictReport", stop.report), True
     _sum_up(session, report, dry_run=dry_run)
-    if report.stopped:
+    if stopped:
         done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} looked at", hint="run the same command to go on")
+        raise Interrupted(f"interrupted; {done} checked", hint="run the same command to continue")
     if report.partly:
         raise typer.Exit(ExitCode.PARTLY)
 
 
 def _check_limits(max_error: float | None, min_gain: float | None) -> None:
     if max_error is None and min_gain is None:
-        hint = "`--max-error 0.05` limits the relative dW error, `--min-gain 0.97` the retained gain; both may be given"
-        raise UsageProblem("what a code has to keep was not said: give --max-error or --min-gain", hint=hint)
+        hint = "`--max-error 0.05` limits the squared relative error of dW, `--min-gain 0.97` the retained gain"
+        raise UsageProblem("no limit was given: use --max-error, --min-gain or both", hint=hint)
     if any(limit is not None and not math.isfinite(limit) for limit in (max_error, min_gain)):
-        raise UsageProblem("a limit is a finite number")
+        raise UsageProblem("a limit must be a finite number")
 
 
 def _tell(session: Session, event: Event) -> None:
@@ -119,11 +122,11 @@ def _sum_up(session: Session, report: EvictReport, *, dry_run: bool) -> None:
     for task in report.kept:
         out.line(f"kept {task.task}: {task.reason}")
     if report.left:
-        out.note(f"{human_size(report.left)} had been left by an evict that was killed")
+        out.note(f"{human_size(report.left)} of this had been left by an interrupted `icm evict`")
     verb, freed = ("would evict", "would free") if dry_run else ("evicted", "freed")
     out.line(f"{verb} {len(report.gone)} of {counted(len(report.tasks), 'task')}, {freed} {human_size(report.freed)}")
     if report.gone and not dry_run:
-        out.hint("`icm materialize TASK -o DIR` decodes the code; `icm ingest --restore PATH` brings an original back")
+        out.hint("`icm materialize TASK -o DIR` decodes a code; `icm ingest --restore PATH` brings an original back")
 
 
 def _cells(task: TaskEvicted) -> list[str]:

@@ -1,4 +1,4 @@
-"""`icm pin` and `icm unpin`: keep originals for good, or let them go."""
+"""`icm pin` and `icm unpin`: keep originals, or allow `icm evict` to delete them again."""
 
 from __future__ import annotations
 
@@ -9,30 +9,25 @@ from icmlora.io.text import counted
 
 @command
 def pin(session: Session, tasks: TasksArg) -> None:
-    """Keep the originals of tasks for good: `icm evict` leaves them alone.
+    """Keep the originals of tasks: `icm evict` will not delete them.
 
     Example:
       icm pin shakespeare
     """
-    _set(session, tasks, pinned=True)
+    done = session.fleet.pin(tasks)
+    session.out.document({"pinned": done.names})
+    session.out.line(f"pinned {counted(len(done.names), 'task')}")
+    if done.evicted:
+        session.out.note(f"already evicted, so there is no original to keep: {', '.join(done.evicted)}")
 
 
 @command
 def unpin(session: Session, tasks: TasksArg) -> None:
-    """Let `icm evict` delete the originals of tasks again, if their codes keep enough.
+    """Allow `icm evict` to delete the originals of tasks again.
 
     Example:
       icm unpin shakespeare
     """
-    _set(session, tasks, pinned=False)
-
-
-def _set(session: Session, tasks: list[str], *, pinned: bool) -> None:
-    from icmlora.fleet.evict import set_pinned
-
-    done = set_pinned(session.context, tasks, pinned=pinned)
-    word = "pinned" if pinned else "unpinned"
-    session.out.document({word: done.names})
-    session.out.line(f"{word} {counted(len(done.names), 'task')}")
-    if pinned and done.evicted:
-        session.out.note(f"evicted before, so there is no original to keep: {', '.join(done.evicted)}")
+    done = session.fleet.unpin(tasks)
+    session.out.document({"unpinned": done.names})
+    session.out.line(f"unpinned {counted(len(done.names), 'task')}")

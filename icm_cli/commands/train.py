@@ -34,7 +34,9 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
+    from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Event
+    from icmlora.fleet.encode import EncodeReport
     from icmlora.fleet.meta_train import StartRequest
     from icmlora.fleet.training_run import Trained, TrainRequest
     from icmlora.fleet.update import Updated
@@ -166,15 +168,20 @@ def _encode_and_measure(
     Returns:
         Whether a task fell short, or was left out before.
     """
-    from icmlora.fleet.search import EncodeRequest
-
     short = made.partly
     if made.nothing:
         return short
+    max_error, min_gain = limits
     if limits != (None, None):
-        what = EncodeRequest(made.tasks, *limits, request.device, base_model=request.base_model)
-        go_on = "the generator is kept; `icm encode` with the same limits does what is left"
-        short = encode.run(session, what, go_on=go_on) or short
+
+        def work(fleet: Fleet) -> EncodeReport:
+            base_model, device = request.base_model, request.device
+            return fleet.encode(
+                made.tasks, max_error=max_error, min_gain=min_gain, base_model=base_model, device=device
+            )
+
+        go_on = "the generator is kept; `icm encode` with the same limits encodes the rest"
+        short = encode.run(session, work, encode.evict_hint(*limits), go_on=go_on) or short
     if evaluate:
         _evaluate(session, request.device, made)
     return short
@@ -274,17 +281,10 @@ def _sum_up_update(session: Session, updated: Updated) -> None:
 
 def _evaluate(session: Session, device: str, made: _Made) -> None:
     """Measure the codes; a missing base model or missing texts are worth a word, not a failure."""
-    from icmlora.fleet.evaluate import EvaluateRequest, evaluable, evaluate
-
-    names, why_not = evaluable(session.context, made.base_models, made.tasks)
-    for reason in why_not:
+    found = session.fleet.measurable(made.base_models, made.tasks)
+    for reason in found.reasons:
         session.out.note(f"not measured: {reason}")
-    if not names:
+    if not found.tasks:
         session.out.hint("`icm eval` measures what the codes kept, with the base model and held-out text")
         return
-    request = EvaluateRequest(names=names, device=device, rungs=("code",))
-    with session.stoppable() as stop:
-        work = evaluate(session.context, request, stop)
-        report = session.follow(work, "eval", partial(evaluation.tell, session))
-    evaluation.print_tasks(session, report)
-    evaluation.check_finished(report)
+    evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), device=device))

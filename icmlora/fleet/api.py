@@ -19,13 +19,17 @@ from icmlora.fleet.context import Context, Event, default_cache, ignore
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.base_models import KnownBase
+    from icmlora.fleet.compare import MethodSummary
+    from icmlora.fleet.encode import EncodeReport
+    from icmlora.fleet.evaluate import EvaluateReport, Measurable
+    from icmlora.fleet.evict import EvictReport, Pinned
     from icmlora.fleet.export_bundle import ExportReport
     from icmlora.fleet.import_bundle import ImportReport
     from icmlora.fleet.ingest import Conflict, IngestReport
     from icmlora.fleet.maintenance import Check, Finding, PruneReport
     from icmlora.fleet.map import MapReport
     from icmlora.fleet.materialize import MaterializeReport, Source
-    from icmlora.fleet.records import TaskSummary, View
+    from icmlora.fleet.records import Rung, TaskSummary, View
     from icmlora.fleet.stats import Bill
     from icmlora.fleet.tasks import Removal, TaskDetails
     from icmlora.fleet.vectors import VectorReport
@@ -255,9 +259,165 @@ class Fleet:
 
     # encode
 
+    def encode(
+        self,
+        tasks: Sequence[str] = (),
+        *,
+        min_gain: float | None = None,
+        max_error: float | None = None,
+        tolerance: float | None = None,
+        refine: int = 0,
+        residual: bool = False,
+        base_model: str | None = None,
+        device: str = "auto",
+        again: bool = False,
+    ) -> EncodeReport:
+        """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
+
+        A task whose present code was made with the same limits is skipped, so the same call continues after an
+        interruption. Give at least one of `min_gain`, `max_error` and `tolerance`.
+
+            fleet.encode(min_gain=0.98)
+
+        Args:
+            tasks: Names of tasks; all by default.
+            min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
+            max_error: Largest squared relative error of dW.
+            tolerance: Largest squared relative error of dW weighted by sensitivity.
+            refine: Steps that fit a code to what its adapter does on the task's samples. Needs the base model.
+            residual: Keep the codes, and store a residual for each task whose code misses the limits.
+            base_model: Only tasks of this base model.
+            device: Where to measure and refine: "auto", "cpu", "cuda", "cuda:N" or "mps".
+            again: Encode tasks even if their code already meets these limits.
+
+        Returns:
+            One entry per task; `report.short` lists those without a code that meets the limits.
+
+        Raises:
+            TaskNotFound: A name is not in the store.
+            DataError: There is no generator, or no task of the base model.
+            StoreLocked: Another process trains, updates, encodes or evicts for the same base model.
+            Cancelled: The listener stopped it; `report` of the exception has the tasks that are done.
+        """
+        from icmlora.fleet.encode import EncodeRequest, encode
+
+        request = EncodeRequest(tasks, max_error, min_gain, tolerance, refine, residual, base_model, device, again)
+        return encode(self._context, request)
+
     # evaluate
 
+    def evaluate(
+        self,
+        tasks: Sequence[str] = (),
+        *,
+        sources: Sequence[Rung] = ("residual", "code", "generate"),
+        data: str | Path | None = None,
+        max_tokens: int = 256,
+        baselines: Sequence[str] = (),
+        device: str = "auto",
+        again: bool = False,
+    ) -> EvaluateReport:
+        """Measure the sources of tasks on held-out text, with the base model, and record the results.
+
+        Base model and original are always measured. What was measured on the same text before is not measured again.
+
+        Args:
+            tasks: Names of tasks; all by default.
+            sources: What else to measure, where a task has it.
+            data: File of held-out text as JSON lines; each task's own by default.
+            max_tokens: Tokens scored in each text.
+            baselines: Other methods to compare with, such as "int8" or "svd4". Their results are not stored.
+            device: Where to compute.
+            again: Measure again what was measured on the same text before.
+
+        Raises:
+            TaskNotFound: A name is not in the store.
+            DataError: No task has held-out text, or the text cannot be used.
+            BaseModelNotFound: There is no local copy of a base model.
+            UnknownBaseline: There is no method of that name.
+            Cancelled: The listener stopped it; `report` of the exception has the tasks that are done.
+        """
+        from icmlora.fleet.evaluate import EvaluateRequest, evaluate
+
+        path = None if data is None else Path(data)
+        request = EvaluateRequest(tasks, sources, path, max_tokens, again, baselines, device)
+        return evaluate(self._context, request)
+
+    def measurable(self, base_models: Sequence[str], tasks: Sequence[str] = ()) -> Measurable:
+        """Return which tasks of some base models can be measured on this machine, and why others cannot.
+
+        Args:
+            base_models: Names of base models.
+            tasks: Only these tasks; all by default.
+        """
+        from icmlora.fleet.evaluate import measurable
+
+        return measurable(self._context, base_models, tasks)
+
+    def compare(self, report: EvaluateReport) -> list[MethodSummary]:
+        """Sum up an evaluation by method, with the bytes that each takes, largest first.
+
+        Args:
+            report: What `evaluate` returned.
+        """
+        from icmlora.fleet.compare import compare
+
+        return compare(report.tasks, self.stats())
+
     # evict, pin
+
+    def evict(
+        self,
+        tasks: Sequence[str] = (),
+        *,
+        max_error: float | None = None,
+        min_gain: float | None = None,
+        checkpoints_only: bool = False,
+        dry_run: bool = False,
+        device: str = "auto",
+    ) -> EvictReport:
+        """Delete originals, each after a check that its code can replace it.
+
+        The code is read back from disk, with its residual if it has one, decoded and measured. An original whose code
+        misses a limit is kept. Give at least one limit.
+
+        Args:
+            tasks: Names of tasks; all by default.
+            max_error: Largest squared relative error of dW.
+            min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
+            checkpoints_only: Delete checkpoints and keep the final adapters.
+            dry_run: Check everything and delete nothing.
+            device: Where to measure.
+
+        Raises:
+            TaskNotFound: A name is not in the store; nothing was deleted.
+            StoreLocked: Another process uses the store, or works on the same base model.
+            Cancelled: The listener stopped it; `report` of the exception has the tasks that are done.
+        """
+        from icmlora.fleet.evict import EvictRequest, evict
+
+        request = EvictRequest(tasks, max_error, min_gain, checkpoints_only, dry_run, device)
+        return evict(self._context, request)
+
+    def pin(self, tasks: Sequence[str]) -> Pinned:
+        """Keep the originals of tasks: `evict` does not delete them.
+
+        Raises:
+            TaskNotFound: A name is not in the store; nothing was changed.
+        """
+        from icmlora.fleet.evict import set_pinned
+
+        return set_pinned(self._context, tasks, pinned=True)
+
+    def unpin(self, tasks: Sequence[str]) -> Pinned:
+        """Allow `evict` to delete the originals of tasks again.
+
+        Raises:
+            TaskNotFound: A name is not in the store; nothing was changed.
+        """
+        from icmlora.fleet.evict import set_pinned
+
+        return set_pinned(self._context, tasks, pinned=False)
 
     # tasks: list, show, remove
 

@@ -1,226 +1,277 @@
-"""Give every task the smallest code that keeps what is asked for, under the present generator; nothing is trained.
+"""Make the codes of tasks again with the current generator, or add residuals to them. Nothing is trained.
 
-task ──search (code_search)──▶ code ──one transaction──▶ in the place of the present one, with what was measured of it
-  `────search (residual_search)──▶ residual ──one transaction──▶ beside the present code, which stays
+task ──search──▶ code      ──one transaction──▶ replaces the present code and what was measured of it
+  └────search──▶ residual  ──one transaction──▶ stored with the present code, which stays
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
-from icmlora.errors import DataError, IcmLoraError
+from icmlora.errors import Cancelled, DataError, IcmLoraError
 from icmlora.fleet.adapter_source import mean_vectors
-from icmlora.fleet.context import Context, Event, Progress, StopFlag, as_it_is_now, chosen_tasks, read_samples
+from icmlora.fleet.context import Context, Event, chosen_tasks, read_samples, reporting
 from icmlora.fleet.decoding import codec_of_task
 from icmlora.fleet.loading import Models, read_original
-from icmlora.fleet.measure import TaskEvaluation, on_own_text
-from icmlora.fleet.search import (
-    CodeSearch,
-    EncodeReport,
-    EncodeRequest,
-    EncodeStatus,
-    Refiner,
-    ResidualSearch,
-    TaskEncoded,
-    evaluations_of,
-)
+from icmlora.fleet.measure import TaskLosses, losses_on_own_text
+from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Trial
+from icmlora.generator.encoding import Limits
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.training.refinement import RefineConfig
-from registry.errors import CodeChanged, MissingBlob
-from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, NewCode, NewResidual, TaskRecord
+from registry.errors import CodeChanged, TaskNotFound
+from registry.records import (
+    AdapterRecord,
+    Asked,
+    CodeRecord,
+    GeneratorRecord,
+    NewCode,
+    NewEvaluation,
+    NewResidual,
+    TaskRecord,
+)
 
 if TYPE_CHECKING:
     from registry.store import Store
 
+EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeasured", "changed"]
 
-def encode(context: Context, request: EncodeRequest, stop: StopFlag) -> Generator[Event, None, EncodeReport]:
-    """Encode tasks anew; each new code is recorded at once, in the place of the present one.
+
+@dataclass(frozen=True)
+class EncodeRequest:
+    """What to encode, and which limits to meet; at least one is given.
+
+    Attributes:
+        names: Tasks; all if empty.
+        max_error: Largest squared relative error of dW.
+        min_gain: Smallest retained gain; it takes the base model and held-out text to measure it.
+        tolerance: Largest squared relative error of dW weighted by sensitivity; `icm train --quality` sets the same.
+        refine: Steps of refinement, 0 for none; it takes the base model and samples.
+        residual: Keep the codes, and add a residual to each one that misses a limit.
+        base_model: Only tasks of this one.
+        device: Where to measure gains and refine codes.
+        again: Encode a task even if its present code was made with the same limits.
+    """
+
+    names: Sequence[str] = ()
+    max_error: float | None = None
+    min_gain: float | None = None
+    tolerance: float | None = None
+    refine: int = 0
+    residual: bool = False
+    base_model: str | None = None
+    device: str = "auto"
+    again: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the error."""
+        return Limits(self.tolerance, self.max_error)
+
+    def asked(self, *, is_kept: bool) -> Asked:
+        """Return what the store records of the limits."""
+        return Asked(self.min_gain, self.max_error, self.tolerance, is_kept, self.refine)
+
+
+@dataclass(frozen=True)
+class TaskEncoded(Event):
+    """One task is done.
+
+    Attributes:
+        task: Its name.
+        status: `encoded`: it has a new code, or a new residual, the smallest found that meets the limits. `known`: it
+            had one already. `enough`: its code meets them without a residual. `below`: nothing does, so it should keep
+            its original; it has its most accurate code, and no residual. `evicted`: its original is gone, so its code
+            stays. `unmeasured`: see `reason`; its code stays. `changed`: it got another adapter or code meanwhile,
+            which it keeps; see `reason`.
+        size: Bytes of its code.
+        residual_size: Bytes of its residual, if it has one.
+        before: Bytes of the code and residual that it had before, if any.
+        dw_error: Squared relative error of the adapter that they decode to.
+        retained_gain: Retained gain of that adapter, if it was measured.
+        reason: Why it has no new code.
+    """
+
+    task: str
+    status: EncodeStatus
+    size: int | None = None
+    residual_size: int | None = None
+    before: int | None = None
+    dw_error: float | None = None
+    retained_gain: float | None = None
+    reason: str | None = None
+
+
+@dataclass
+class EncodeReport:
+    """What was done, one entry per task."""
+
+    tasks: list[TaskEncoded] = field(default_factory=list)
+
+    @property
+    def short(self) -> list[TaskEncoded]:
+        """The tasks without a code that is known to meet the limits."""
+        return [task for task in self.tasks if task.status in ("below", "unmeasured", "changed")]
+
+
+def encode(context: Context, request: EncodeRequest) -> EncodeReport:
+    """Encode tasks one after the other; each new code is recorded at once.
 
     Raises:
         TaskNotFound: A name is not in the store.
         DataError: There is no generator, or no task belongs to the base model.
         DeviceUnavailable: The device is not there.
+        StoreLocked: Another process trains, updates, encodes or evicts for the same base model.
+        Cancelled: The listener wants to stop; the report has the tasks that are done.
     """
     report = EncodeReport()
-    with context.open() as store:
+    with context.open() as store, reporting(report):
         tasks = chosen_tasks(store, request.names, request.base_model)
-        work = _Work(store, request, context.cache)
-        yield Progress(0, len(tasks))
-        for task in tasks:
-            if stop.requested:
-                report.stopped = True
-                break
-            done = yield from _within(work.one(task, stop), len(report.tasks), len(tasks), task.name)
-            if done is None:
-                report.stopped = True
-                break
-            report.tasks.append(done)
-            yield done
-            yield Progress(len(report.tasks), len(tasks), task.name)
+        encoder = Encoder(store, request, Models(store, resolve_device(request.device), context.cache))
+        context.progress(0, len(tasks))
+        for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
+            with store.job(base_model):
+                for task in of_base:
+
+                    def tell(note: str, name: str = task.name) -> None:
+                        context.progress(len(report.tasks), len(tasks), f"{name}: {note}")
+
+                    report.tasks.append(encoder.encode(task.name, base_model, tell))
+                    context.on_event(report.tasks[-1])
+                    context.progress(len(report.tasks), len(tasks), task.name)
     return report
 
 
-def _within(
-    work: Generator[Event, None, TaskEncoded | None], done: int, total: int, name: str
-) -> Generator[Event, None, TaskEncoded | None]:
-    """Show the steps of one task inside the progress over all tasks."""
-    while True:
-        try:
-            event = next(work)
-        except StopIteration as end:
-            result: TaskEncoded | None = end.value
-            return result
-        yield (
-            Progress(done, total, f"{name}: step {event.done} of {event.total}")
-            if isinstance(event, Progress)
-            else event
-        )
+@dataclass(frozen=True)
+class _Turn:
+    """What the store has of a task when its turn comes, and who hears what is done with it."""
+
+    task: TaskRecord
+    generator: GeneratorRecord
+    final: AdapterRecord
+    code: CodeRecord | None
+    tell: Callable[[str], None]
+
+    def unchanged(self, status: EncodeStatus, reason: str | None = None) -> TaskEncoded:
+        """Return the outcome of a task whose code stays."""
+        if self.code is None:
+            return TaskEncoded(self.task.name, status, reason=reason)
+        residual = None if self.code.residual is None else self.code.residual.size
+        error = self.code.best_error
+        return TaskEncoded(self.task.name, status, self.code.size, residual, self.size_before, error, reason=reason)
+
+    @property
+    def size_before(self) -> int | None:
+        """Bytes of the present code and residual."""
+        if self.code is None:
+            return None
+        return self.code.size + (0 if self.code.residual is None else self.code.residual.size)
 
 
-class _Work:
-    """Encodes one task after the other; the latest generator and base model are kept, adapters are not."""
+class Encoder:
+    """Encodes one task after the other; the latest generator and base model stay loaded, adapters do not."""
 
-    def __init__(self, store: Store, request: EncodeRequest, cache: Path) -> None:
-        self._store, self._request = store, request
-        self._device = resolve_device(request.device)
-        self._models = Models(store, self._device, cache)
+    def __init__(self, store: Store, request: EncodeRequest, models: Models) -> None:
+        self._store, self._request, self._models = store, request, models
+        self._gradients = gradient_dtype(resolve_device(request.device))
         self._seeds = SeedSearch()
 
-    def one(self, task: TaskRecord, stop: StopFlag) -> Generator[Event, None, TaskEncoded | None]:
-        """Encode one task and record its code; None where the user stopped in the middle."""
-        generator = self._store.generators.current(task.base_model)
+    def encode(self, name: str, base_model: str, tell: Callable[[str], None]) -> TaskEncoded:
+        """Encode one task and record its code, or say why not."""
+        generator = self._store.generators.current(base_model)
         if generator is None:
-            raise DataError(f"there is no generator for task {task.name!r}", hint="`icm train` makes it")
-        present, final = self._store.codes.get(task.name, generator.id), self._store.tasks.final(task.name)
-        if final.is_evicted:
-            return _as_it_is(task, "evicted", present)
-        if not self._request.again and (known := self._known(task, present)) is not None:
+            raise DataError(f"there is no generator for task {name!r}", hint="`icm train` makes one")
+        try:
+            task, final = self._store.tasks.get(name), self._store.tasks.final(name)
+            turn = _Turn(task, generator, final, self._store.codes.get(name, generator.id), tell)
+            if task.base_model != base_model:
+                return TaskEncoded(name, "changed", reason=f"it belongs to base model {task.base_model!r} now")
+            return self._encode(turn)
+        except (CodeChanged, TaskNotFound) as error:  # `icm ingest` and `icm rm` do not wait for this job
+            return TaskEncoded(name, "changed", reason=str(error))
+
+    def _encode(self, turn: _Turn) -> TaskEncoded:
+        if turn.final.is_evicted:
+            return turn.unchanged("evicted")
+        if not self._request.again and (known := self._known(turn)) is not None:
             return known
         try:
-            original = read_original(self._store, final)
-            if self._request.residual:
-                return (yield from self._beside(task, generator, original, present, stop))
-            return (yield from self._anew(task, generator, final, original, present, stop))
+            original = read_original(self._store, turn.final)
+            return self._add_residual(turn, original) if self._request.residual else self._replace_code(turn, original)
+        except Cancelled:
+            raise
         except IcmLoraError as error:
-            return _as_it_is(task, "unmeasured", present, str(error))
+            return turn.unchanged("unmeasured", str(error))
 
-    def _known(self, task: TaskRecord, present: CodeRecord | None) -> TaskEncoded | None:
-        """Return what there is to say of a code that was made for the very same; None where it has to be made.
-
-        A run that was stopped goes on by this.
-        """
-        beside = present is not None and present.residual is not None
-        if present is None or present.asked is None or beside != self._request.residual:
-            return None  # a code that needs no residual is looked at anew: that takes no search
-        if present.asked != self._request.asked(is_kept=present.asked.is_kept):
+    def _known(self, turn: _Turn) -> TaskEncoded | None:
+        """Return the outcome where the present code was made with the same limits; so a stopped run goes on."""
+        code = turn.code
+        if code is None or code.asked is None or (code.residual is not None) != self._request.residual:
+            return None  # with --residual this measures a code again that needs no residual; that takes no search
+        if code.asked != self._request.asked(is_kept=code.asked.is_kept):
             return None
-        of_code = (row for row in self._store.evaluations.all(task.name) if row.generator_id == present.generator_id)
-        gains = [row.retained_gain for row in of_code if (row.rung, row.data) == (present.rung, task.eval_data)]
+        gains = [
+            row.retained_gain
+            for row in self._store.evaluations.all(turn.task.name)
+            if (row.generator_id, row.rung, row.data) == (code.generator_id, code.rung, turn.task.eval_data)
+        ]
         if self._request.min_gain is not None and not gains:
-            return None  # its held-out text is another one now
-        as_it_is = _as_it_is(task, "known" if present.asked.is_kept else "below", present)
-        return replace(as_it_is, retained_gain=gains[0] if gains else None)
+            return None  # its held-out text has changed
+        outcome = turn.unchanged("known" if code.asked.is_kept else "below")
+        return replace(outcome, retained_gain=gains[0] if gains else None)
 
-    def _anew(
-        self,
-        task: TaskRecord,
-        generator: GeneratorRecord,
-        encoded: AdapterRecord,
-        original: Adapter,
-        present: CodeRecord | None,
-        stop: StopFlag,
-    ) -> Generator[Event, None, TaskEncoded | None]:
-        """Give a task another code."""
-        search = self._search(task, generator, original, present)
-        found = yield from search.run(self._request, stop)
-        if found is None:
-            return None
-        best, keeps = found
-        data, asked = best.encoded.data, self._request.asked(is_kept=keeps)
-        error = best.encoded.dw_error
-        code = NewCode(encoded, self._store.blobs.put(data), 8.0 * len(data), error, asked, data=data)
-        self._store.codes.replace(generator.id, code, search.evaluations(best))
-        status: EncodeStatus = "encoded" if keeps else "below"
-        return TaskEncoded(task.name, status, len(data), None, _size_of(present), error, best.gain)
+    def _replace_code(self, turn: _Turn, original: Adapter) -> TaskEncoded:
+        """Search for the smallest code and record it in the place of the present one."""
+        generator_file, task = self._models.generator_file(turn.generator), turn.task
+        codec = codec_of_task(self._store, generator_file, turn.code, original.layout)
+        vectors = mean_vectors(self._store, self._store.vectors.all(task.name))
+        losses = self._losses(turn)
+        refiner = self._refiner(task) if self._request.refine else None
+        search = CodeSearch(codec, original, vectors, self._seeds.find(original), losses, refiner, turn.tell)
+        best, is_kept = search.smallest(self._request.limits, self._request.min_gain)
+        data, error = best.encoded.data, best.encoded.dw_error
+        blob, asked = self._store.blobs.put(data), self._request.asked(is_kept=is_kept)
+        code = NewCode(turn.final, blob, 8.0 * len(data), error, asked, data=data)
+        self._store.codes.replace(turn.generator.id, code, _records(losses, best))
+        status: EncodeStatus = "encoded" if is_kept else "below"
+        return TaskEncoded(task.name, status, len(data), None, turn.size_before, error, best.gain)
 
-    def _beside(
-        self,
-        task: TaskRecord,
-        generator: GeneratorRecord,
-        original: Adapter,
-        present: CodeRecord | None,
-        stop: StopFlag,
-    ) -> Generator[Event, None, TaskEncoded | None]:
-        """Leave a task's code as it is, and put beside it what it lacks."""
+    def _add_residual(self, turn: _Turn, original: Adapter) -> TaskEncoded:
+        """Search for the smallest residual of the present code and record it, or that none is needed."""
+        present, task = turn.code, turn.task
         if present is None:
-            raise DataError("it has no code that a residual could be put beside", hint="`icm train` makes it")
-        evaluation = None if self._request.min_gain is None else self._evaluation(task, generator)
-        code = self._bytes_of(present)
-        search = ResidualSearch(self._models.generator_file(generator).codec_of(code), original, code, evaluation)
-        found = yield from search.run(self._request, stop)
-        if found is None:
-            return None
-        new, measured = None, evaluations_of(evaluation, found.residual)
+            raise DataError("it has no code that a residual could be added to; `icm train --update` makes one")
+        losses, code = self._losses(turn), self._store.blobs.read(present.blob)
+        codec = self._models.generator_file(turn.generator).codec_of(code)
+        search = ResidualSearch(codec, original, code, losses, turn.tell)
+        found = search.smallest(self._request.limits, self._request.min_gain)
+        new, size = None, None
         if found.residual is not None:
             made = found.residual.encoded
-            new = NewResidual(self._store.blobs.put(made.data), made.dw_error, data=made.data)
-        self._store.codes.replace_residual(present, new, self._request.asked(is_kept=found.keeps), measured)
-        status: EncodeStatus = "below" if not found.keeps else "enough" if found.residual is None else "encoded"
-        size, best = None if found.residual is None else len(found.residual.encoded.data), found.best
-        return TaskEncoded(task.name, status, present.size, size, _size_of(present), best.encoded.dw_error, best.gain)
+            new, size = NewResidual(self._store.blobs.put(made.data), made.dw_error, data=made.data), len(made.data)
+        asked = self._request.asked(is_kept=found.is_kept)
+        self._store.codes.replace_residual(present, new, asked, _records(losses, found.residual))
+        status: EncodeStatus = "below" if not found.is_kept else "enough" if new is None else "encoded"
+        error, gain = found.best.encoded.dw_error, found.best.gain
+        return TaskEncoded(task.name, status, present.size, size, turn.size_before, error, gain)
 
-    def _bytes_of(self, present: CodeRecord) -> bytes:
-        """Read a code, whose row may have been read minutes ago.
-
-        Raises:
-            CodeChanged: The task has another one by now.
-        """
-        try:
-            return self._store.blobs.read(present.blob)
-        except MissingBlob as missing:
-            as_it_is_now(lambda: self._store.codes.get(present.task, present.generator_id), present, missing)
-            fact = f"task {present.task!r} got another code meanwhile"
-            raise CodeChanged(fact, hint="run the same command again") from missing
-
-    def _search(
-        self, task: TaskRecord, generator: GeneratorRecord, original: Adapter, present: CodeRecord | None
-    ) -> CodeSearch:
-        codec = codec_of_task(self._store, self._models.generator_file(generator), present, original.layout)
-        vectors = mean_vectors(self._store, self._store.vectors.all(task.name))
-        evaluation = None if self._request.min_gain is None else self._evaluation(task, generator)
-        refiner = None if not self._request.refine else self._refiner(task)
-        initial = self._seeds.find(original)
-        return CodeSearch(codec, original, vectors, initial, evaluation, refiner)
-
-    def _evaluation(self, task: TaskRecord, generator: GeneratorRecord) -> TaskEvaluation:
-        if task.eval_data is None:
-            raise DataError("it has no held-out text, so its retained gain cannot be measured")
-        return on_own_text(self._store, self._models.base(task.base_model), task, generator)
+    def _losses(self, turn: _Turn) -> TaskLosses | None:
+        if self._request.min_gain is None:
+            return None
+        return losses_on_own_text(self._store, self._models, turn.task, turn.generator)
 
     def _refiner(self, task: TaskRecord) -> Refiner:
         if task.samples is None:
             raise DataError("it has no samples, so its code cannot be refined")
-        base = self._models.base(task.base_model, gradient_dtype(self._device))
-        return Refiner(base, read_samples(self._store, task, base) or (), RefineConfig(steps=self._request.refine))
+        base = self._models.base(task.base_model, self._gradients)
+        samples = read_samples(self._store, task, base) or ()
+        return Refiner(base, samples, RefineConfig(steps=self._request.refine))
 
 
-def _size_of(code: CodeRecord | None) -> int | None:
-    """Return the bytes of a code with what lies beside it."""
-    if code is None:
-        return None
-    return code.size + (0 if code.residual is None else code.residual.size)
-
-
-def _as_it_is(
-    task: TaskRecord, status: EncodeStatus, present: CodeRecord | None, reason: str | None = None
-) -> TaskEncoded:
-    if present is None:
-        return TaskEncoded(task.name, status, reason=reason)
-    beside = None if present.residual is None else present.residual.size
-    error = present.best_error
-    return TaskEncoded(task.name, status, present.size, beside, _size_of(present), error, reason=reason)
+def _records(losses: TaskLosses | None, trial: Trial | None) -> Sequence[NewEvaluation]:
+    """Return what the store records of a trial."""
+    return () if losses is None or trial is None or trial.result is None else (losses.record_of(trial.result),)

@@ -1,40 +1,28 @@
-"""What an eviction is asked for and what it reports.
+"""Delete originals, each after a check that its code can replace it.
 
-Whether a task's code may stand in for its original: read again from disk, decoded and measured, now.
-
-    generator ─┐
-    code ──────┤ digest
-    residual ──┴ checked ──decode──▶ adapter ── dW error against the stored original
-                                        └─ written ──PEFT──▶ retained gain on the task's held-out text
-
-What a code is, and how it is decoded, is the codec's business; whatever goes wrong in there keeps the original.
-
-Delete originals whose code was checked to stand in for them, task by task.
-
-    pinned? ──▶ code (and residual)? ──▶ read back, decoded, measured ──▶ evicted (rows, then files)
+    pinned? ──▶ code (and residual)? ──▶ read back from disk, decoded, measured ──▶ evicted (rows, then files)
        └────────────────┴────────────────────┴──▶ kept, with the reason
 
-What is evicted is acknowledged at once. A kill at any time loses nothing that was not checked, and the same command
-again goes on.
-
-Keep the originals of some tasks for good, or let them go again.
+Each eviction is durable when it is told. A kill at any time loses no original that was not checked, and the same
+command continues.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.metrics import relative_dw_error
-from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context, Event, Progress, StopFlag, chosen_tasks
+from icmlora.errors import Cancelled, DataError, IcmLoraError
+from icmlora.fleet.context import Context, Event, chosen_tasks, reporting
 from icmlora.fleet.decoding import decode_code
 from icmlora.fleet.loading import Models, read_original
-from icmlora.fleet.measure import on_own_text
+from icmlora.fleet.measure import losses_on_own_text
 from icmlora.io.devices import resolve_device
 from registry.errors import DamagedStore, LastCopy, TaskNotFound
 from registry.evaluations import latest
@@ -48,39 +36,39 @@ EvictStatus = Literal["evicted", "would_evict", "kept", "pinned", "known", "remo
 
 @dataclass(frozen=True)
 class EvictRequest:
-    """What `icm evict` was asked for; at least one limit is given.
+    """What to evict, and which limits the codes must meet; at least one is given.
 
     Attributes:
         names: Tasks; all if empty.
-        max_error: Largest relative dW error that a code may have.
-        min_gain: Smallest retained gain that a code may have; measuring it needs the base model.
-        checkpoints_only: Leave the final adapters.
+        max_error: Largest squared relative error of dW.
+        min_gain: Smallest retained gain; it takes the base model to measure it.
+        checkpoints_only: Keep the final adapters.
         dry_run: Check everything and delete nothing.
-        device: Where the retained gain is measured.
+        device: Where to measure retained gains.
     """
 
-    names: Sequence[str]
-    max_error: float | None
-    min_gain: float | None
-    checkpoints_only: bool
-    dry_run: bool
-    device: str
+    names: Sequence[str] = ()
+    max_error: float | None = None
+    min_gain: float | None = None
+    checkpoints_only: bool = False
+    dry_run: bool = False
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
 class TaskEvicted(Event):
-    """What became of one task.
+    """One task is done.
 
     Attributes:
         task: Its name.
         status: `evicted`; `would_evict` in a dry run; `kept` (see `reason`); `pinned`; `known` (nothing was left to
-            evict); `removed` (by another process, since the command began).
-        adapters: Originals that went, checkpoints included.
+            evict); `removed` (by another process, meanwhile).
+        adapters: Number of originals that were deleted, checkpoints included.
         freed: Their bytes on disk; a file that another task needs frees nothing.
-        code_size: The code that stands in.
-        residual_size: The residual that stands in with it, if there is one.
-        dw_error: Their relative dW error, as measured now, else as known.
-        retained_gain: Their retained gain, likewise.
+        code_size: Bytes of the code that replaces them.
+        residual_size: Bytes of its residual, if there is one.
+        dw_error: Squared relative error of the decoded adapter, as measured now, else as known.
+        retained_gain: Its retained gain, likewise.
         reason: Why the original is kept.
     """
 
@@ -97,209 +85,123 @@ class TaskEvicted(Event):
 
 @dataclass
 class EvictReport:
-    """What an eviction did, or would do.
+    """What was deleted, or would be.
 
     Attributes:
         tasks: One entry per task.
-        left: Bytes of files that a killed eviction had left.
-        partly: Whether a task was kept that was meant to go: one below the limit, or a pinned one that was named.
-        stopped: Whether the user stopped it before the end.
+        left: Bytes of files that an interrupted eviction had left.
+        partly: Whether an original was kept that was meant to go: it misses a limit, or its task is pinned and named.
     """
 
     tasks: list[TaskEvicted] = field(default_factory=list)
     left: int = 0
     partly: bool = False
-    stopped: bool = False
 
     @property
     def gone(self) -> list[TaskEvicted]:
-        """The tasks whose originals went, or would go."""
+        """The tasks whose originals were deleted, or would be."""
         return [task for task in self.tasks if task.status in ("evicted", "would_evict")]
 
     @property
     def kept(self) -> list[TaskEvicted]:
-        """The tasks that do not meet the limits."""
+        """The tasks that miss a limit."""
         return [task for task in self.tasks if task.status == "kept"]
 
     @property
     def freed(self) -> int:
-        """All bytes that went, or would go."""
+        """All bytes that were freed, or would be."""
         return self.left + sum(task.freed for task in self.tasks)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of a code, and what of it is to be recorded."""
-
-    dw_error: float
-    retained_gain: float | None
-    evaluations: tuple[NewEvaluation, ...]
-
-
-class CannotStandIn(DataError):
-    """A code that does not keep what was asked for, or of which that is not known.
-
-    Attributes:
-        dw_error: What was measured of it before it failed.
-        retained_gain: Likewise.
-    """
-
-    def __init__(self, reason: str, dw_error: float | None = None, retained_gain: float | None = None) -> None:
-        super().__init__(reason)
-        self.dw_error, self.retained_gain = dw_error, retained_gain
-
-
-class StandInCheck:
-    """Measures one task after the other; the latest generator and base model are kept, adapters are not.
-
-    Args:
-        store: The open store.
-        max_error: Largest relative dW error, or None for any.
-        min_gain: Smallest retained gain, or None for any; it is then not measured.
-        device: Where to measure the gain.
-    """
-
-    def __init__(
-        self, store: Store, *, max_error: float | None, min_gain: float | None, device: str, cache: Path
-    ) -> None:
-        self._store, self._max_error, self._min_gain = store, max_error, min_gain
-        self._models = Models(store, resolve_device(device), cache)
-
-    def measure(self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> Measured:
-        """Measure a code, with its residual if it has one, against the original, which is in the store.
-
-        Raises:
-            CannotStandIn: It does not keep the limits, or cannot be decoded.
-            DamagedStore: Generator, code, residual, original or text are not the bytes that were stored.
-            IcmLoraError: Generator, base model or text cannot be used.
-        """
-        error = self._dw_error(final, code, generator)
-        if self._max_error is not None and error > self._max_error:
-            raise CannotStandIn(f"its relative dW error is {error:.4f}; {self._max_error:g} is allowed", error)
-        if self._min_gain is None:
-            return Measured(error, None, ())
-        return self._with_gain(task, code, generator, error, self._min_gain)
-
-    def _dw_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
-        generator_file = self._models.generator_file(generator)
-        original = None if final.is_evicted else read_original(self._store, final)
-        try:
-            decoded = decode_code(self._store, generator_file, code, code.rung)
-            # Without the original (only later checkpoints are left) what was measured when it went stands.
-            error = code.best_error if original is None else relative_dw_error(original, decoded)
-        except DamagedStore:
-            raise
-        except Exception as failure:  # the last look at the original: nothing that a decoder does may cost it
-            fact = f"its code cannot be decoded: {type(failure).__name__}: {failure}"
-            raise CannotStandIn(fact) from failure
-        if error is None or not math.isfinite(error):
-            raise CannotStandIn("the relative dW error of its code is no number")
-        return error
-
-    def _with_gain(
-        self, task: TaskRecord, code: CodeRecord, generator: GeneratorRecord, error: float, limit: float
-    ) -> Measured:
-        if task.eval_data is None:
-            raise CannotStandIn("it has no held-out text, so its retained gain is not known", error)
-        work = on_own_text(self._store, self._models.base(task.base_model), task, generator)
-        # Everything anew, the original too: it is the last time that it can be measured.
-        results = work.run((code.rung,), again=True, record=False)
-        gain = results[code.rung].retained_gain if code.rung in results else None
-        if gain is None:
-            raise CannotStandIn("its original does not help on its held-out text, so there is no gain to keep", error)
-        if not gain >= limit:
-            raise CannotStandIn(f"its retained gain is {gain:.4f}; {limit:g} is asked for", error, gain)
-        return Measured(error, gain, tuple(map(work.evaluation_of, results.values())))
-
-
-def evict(context: Context, request: EvictRequest, stop: StopFlag) -> Generator[Event, None, EvictReport]:
+def evict(context: Context, request: EvictRequest) -> EvictReport:
     """Evict the originals of some tasks, or say what would be evicted.
 
     Raises:
         TaskNotFound: A name is not in the store; nothing was deleted.
         DeviceUnavailable: The device is not there; nothing was deleted.
-        StoreLocked: Other processes use the store.
+        StoreLocked: Another process uses the store, or trains, updates, encodes or evicts for the same base model.
+        Cancelled: The listener wants to stop; the report has the tasks that are done.
     """
     report = EvictReport()
-    # To measure a gain may be to learn what the base model is, which the store then notes.
-    with context.open(read_only=request.dry_run and request.min_gain is None) as store:
+    # Loading a base model to measure a gain may tell the store what it is, so that takes a writable store.
+    read_only = request.dry_run and request.min_gain is None
+    with context.open(read_only=read_only) as store, reporting(report):
         tasks = chosen_tasks(store, request.names)
-        work = _Work(store, request, context.cache)
+        work = Evictor(store, request, Models(store, resolve_device(request.device), context.cache))
         report.left = store.originals.finish_evictions(dry_run=request.dry_run)
-        yield Progress(0, len(tasks))
-        for task in tasks:
-            if stop.requested:
-                report.stopped = True
-                break
-            done = work.one(task)
-            report.tasks.append(done)
-            report.partly |= done.status == "kept" or (done.status == "pinned" and bool(request.names))
-            yield done
-            yield Progress(len(report.tasks), len(tasks), task.name)
+        context.progress(0, len(tasks))
+        for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
+            with nullcontext() if request.dry_run else store.job(base_model):
+                for task in of_base:
+                    done = work.evict(task.name)
+                    report.tasks.append(done)
+                    report.partly |= done.status == "kept" or (done.status == "pinned" and bool(request.names))
+                    context.on_event(done)
+                    context.progress(len(report.tasks), len(tasks), task.name)
     return report
 
 
-class _Work:
-    """One eviction of many tasks."""
+class Evictor:
+    """Checks and evicts one task after the other."""
 
-    def __init__(self, store: Store, request: EvictRequest, cache: Path) -> None:
+    def __init__(self, store: Store, request: EvictRequest, models: Models) -> None:
         self._store, self._request = store, request
-        self._check = StandInCheck(
-            store, max_error=request.max_error, min_gain=request.min_gain, device=request.device, cache=cache
-        )
+        self._check = _EvictionCheck(store, models, request.max_error, request.min_gain)
         self._in_use = Counter(store.originals.in_use())
 
-    def one(self, task: TaskRecord) -> TaskEvicted:
+    def evict(self, name: str) -> TaskEvicted:
         """Check one task and evict it, or say why not."""
         try:
-            return self._one(task)
-        except TaskNotFound:  # to evict another one, the store was let go of for a moment: `icm rm` had its turn
-            return TaskEvicted(task.name, "removed")
+            return self._evict(self._store.tasks.get(name))
+        except TaskNotFound:  # `icm rm` does not wait for this job
+            return TaskEvicted(name, "removed")
 
-    def _one(self, task: TaskRecord) -> TaskEvicted:
+    def _evict(self, task: TaskRecord) -> TaskEvicted:
         adapters = self._store.tasks.adapters(task.name)
         chosen = [row for row in adapters if not (row.is_evicted or (row.is_final and self._request.checkpoints_only))]
         generator = self._store.generators.current(task.base_model)
         code = None if generator is None else self._store.codes.get(task.name, generator.id)
         if task.pinned or not chosen:
-            return self._as_known(task, code, generator)
+            return self._untouched(task, code, generator)
         if code is None or generator is None:
-            return TaskEvicted(task.name, "kept", reason="it has no code: `icm train --update` makes it")
+            return TaskEvicted(task.name, "kept", reason="it has no code; `icm train --update` makes one")
         try:
-            measured = self._check.measure(task, adapters[-1], code, generator)
-            return self._let_go(task, chosen, code, generator, measured)
-        except CannotStandIn as error:
+            checked = self._check.run(task, adapters[-1], code, generator)
+            return self._delete(task, chosen, code, generator, checked)
+        except _CheckFailed as error:
             figures = (*_sizes(code), error.dw_error, error.retained_gain)
             return TaskEvicted(task.name, "kept", 0, 0, *figures, str(error))
+        except Cancelled:
+            raise
         except (IcmLoraError, DamagedStore, LastCopy) as error:
             return TaskEvicted(task.name, "kept", 0, 0, *_sizes(code), reason=str(error))
 
-    def _let_go(
+    def _delete(
         self,
         task: TaskRecord,
         chosen: Sequence[AdapterRecord],
         code: CodeRecord,
         generator: GeneratorRecord,
-        measured: Measured,
+        checked: _Checked,
     ) -> TaskEvicted:
         freed = self._freed(chosen)
         if not self._request.dry_run:
             numbers = [row.id for row in chosen]
-            order = Eviction(task.name, numbers, code, generator, measured.dw_error, measured.evaluations)
+            order = Eviction(task.name, numbers, code, generator, checked.dw_error, checked.evaluations)
             freed = self._store.originals.evict(order)
         status: EvictStatus = "would_evict" if self._request.dry_run else "evicted"
-        figures = (*_sizes(code), measured.dw_error, measured.retained_gain)
+        figures = (*_sizes(code), checked.dw_error, checked.retained_gain)
         return TaskEvicted(task.name, status, len(chosen), freed, *figures)
 
     def _freed(self, chosen: Sequence[AdapterRecord]) -> int:
-        """Return the bytes of the files that go with some adapters; several may share one."""
+        """Return the bytes of the files that go with some adapters; several adapters may share one."""
         freed = 0
         for row in chosen:
             self._in_use[row.weights] -= 1
             freed += 0 if self._in_use[row.weights] else row.weights_bytes
         return freed
 
-    def _as_known(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:
+    def _untouched(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:
         status: EvictStatus = "pinned" if task.pinned else "known"
         if code is None or generator is None:
             return TaskEvicted(task.name, status)
@@ -309,8 +211,78 @@ class _Work:
 
 
 def _sizes(code: CodeRecord) -> tuple[int, int | None]:
-    """Return the bytes of a code, and of what lies beside it."""
+    """Return the bytes of a code, and of its residual."""
     return code.size, None if code.residual is None else code.residual.size
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What was measured of a code that met the limits, and what the store records of it."""
+
+    dw_error: float
+    retained_gain: float | None = None
+    evaluations: tuple[NewEvaluation, ...] = ()
+
+
+class _CheckFailed(DataError):
+    """A code misses a limit, or cannot be measured; with what was measured until then."""
+
+    def __init__(self, reason: str, dw_error: float | None = None, retained_gain: float | None = None) -> None:
+        super().__init__(reason)
+        self.dw_error, self.retained_gain = dw_error, retained_gain
+
+
+@dataclass(frozen=True)
+class _EvictionCheck:
+    """Measures codes against their originals, as they are on disk; whatever goes wrong keeps the original."""
+
+    store: Store
+    models: Models
+    max_error: float | None
+    min_gain: float | None
+
+    def run(self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> _Checked:
+        """Check a code, with its residual if it has one.
+
+        Raises:
+            _CheckFailed: It misses a limit, or cannot be decoded.
+            DamagedStore: Generator, code, residual, original or text are not the bytes that were stored.
+            IcmLoraError: Generator, base model or text cannot be used.
+        """
+        error = self._dw_error(final, code, generator)
+        if self.max_error is not None and error > self.max_error:
+            fact = f"its squared relative error is {error:.4f}, above the limit of {self.max_error:g}"
+            raise _CheckFailed(fact, error)
+        if self.min_gain is None:
+            return _Checked(error)
+        if task.eval_data is None:
+            raise _CheckFailed("it has no held-out text, so its retained gain is unknown", error)
+        losses = losses_on_own_text(self.store, self.models, task, generator)
+        # Measure everything again, also the original: this is the last time that it can be measured.
+        results = losses.measure((code.rung,), again=True, record=False)
+        gain = results[code.rung].retained_gain if code.rung in results else None
+        if gain is None:
+            fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"
+            raise _CheckFailed(fact, error)
+        if not gain >= self.min_gain:
+            raise _CheckFailed(f"its retained gain is {gain:.4f}, below the limit of {self.min_gain:g}", error, gain)
+        return _Checked(error, gain, tuple(map(losses.record_of, results.values())))
+
+    def _dw_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
+        generator_file = self.models.generator_file(generator)
+        original = None if final.is_evicted else read_original(self.store, final)
+        try:
+            decoded = decode_code(self.store, generator_file, code, code.rung)
+            # If only later checkpoints are left, what was measured when the final original went still holds.
+            error = code.best_error if original is None else relative_dw_error(original, decoded)
+        except DamagedStore:
+            raise
+        except Exception as failure:  # nothing that a decoder does may cost the original
+            fact = f"its code cannot be decoded: {type(failure).__name__}: {failure}"
+            raise _CheckFailed(fact) from failure
+        if error is None or not math.isfinite(error):
+            raise _CheckFailed("the squared relative error of its code is not a finite number")
+        return error
 
 
 @dataclass(frozen=True)
@@ -319,7 +291,7 @@ class Pinned:
 
     Attributes:
         names: The tasks, as the store spells them.
-        evicted: Those whose original is gone already.
+        evicted: Those whose original was evicted before.
     """
 
     names: list[str]

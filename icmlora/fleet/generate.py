@@ -26,14 +26,14 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import read_examples
 from icmlora.base_models.examples import spread
 from icmlora.base_models.modality import BaseModel, Prepared
-from icmlora.errors import DataError, NotCovered
+from icmlora.errors import Cancelled, DataError, NotCovered
 from icmlora.fewshot.adapt import FinetuneConfig, adapt, factors_of, finetune, supports
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.cards import GeneratedCard
 from icmlora.fleet.context import Context, Event, Progress, StopFlag
 from icmlora.fleet.loading import open_base
 from icmlora.fleet.meta_train import SAMPLE_TOKENS, read_fewshot_start
-from icmlora.fleet.search import Refiner, refined
+from icmlora.fleet.search import Refiner
 from icmlora.fleet.stored_vectors import canonical_json, comparable_vectors
 from icmlora.fleet.vectors import VECTOR_DTYPE, put_vectors
 from icmlora.formats.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME, save_adapter
@@ -87,7 +87,16 @@ def code_for(
     codec = generator_file.codec_for(adapter.layout)
     mean = {"context": torch.stack([vector.values for vector in vectors]).mean(dim=0)}
     coarse = codec.encode(adapter, mean, tolerance=_TOLERANCE)
-    return (yield from refined(codec, adapter, coarse, Refiner(base, samples, RefineConfig()), stop))
+    yield Progress(0, None, "refining its code")
+
+    def tell(note: str) -> None:
+        if stop.requested:
+            raise Cancelled
+
+    try:
+        return Refiner(base, samples, RefineConfig()).refine(codec, adapter, coarse, tell)
+    except Cancelled:
+        return None
 
 
 def register(

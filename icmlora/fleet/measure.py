@@ -1,43 +1,62 @@
-"""One task on one set of texts: every rung that exists, or what was recorded of it before.
+"""Measure the sources of one task on held-out text.
 
-Every adapter is written to a folder and loaded by PEFT before it is measured: what counts is what a user would get.
+    base model, original, residual, code, generate
+       └─ written as a PEFT folder ──PEFT──▶ base model with adapter ──▶ nats per token ──▶ retained gain
+
+Every adapter is written to disk and loaded with PEFT before it is measured, so the figures are those of what a user
+gets, rounding to bfloat16 included.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.model import Adapter
 from icmlora.base_models.attach import adapted
 from icmlora.base_models.examples import EvaluationData
 from icmlora.base_models.likelihood import NllResult
 from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.errors import DataError, NotCovered
-from icmlora.fleet.context import with_files
-from icmlora.fleet.loading import read_original, write_plain_copy
-from icmlora.fleet.materialize import MaterializeRequest, write_rung
-from icmlora.formats.peft import PEFT, load_adapter_folder
+from icmlora.fleet.adapter_source import mean_vectors
+from icmlora.fleet.decoding import codec_of_task, decode_code
+from icmlora.fleet.loading import Models, read_original, write_plain_copy
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.peft import load_adapter_folder, save_adapter
 from registry.evaluations import Subject
-from registry.records import EvaluationRecord, GeneratorRecord, NewEvaluation, Rung, TaskRecord
+from registry.records import CodeRecord, EvaluationRecord, GeneratorRecord, NewEvaluation, Rung, TaskRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
 
 MAX_TOKENS = 256
-"""Tokens scored of each text, unless something else is asked for."""
-RUNGS: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate")
+"""Tokens scored in each text, unless the caller asks for another number."""
+SOURCES: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate")
+"""In the order in which they are measured: every gain needs the losses of base model and original."""
 
 
 @dataclass(frozen=True)
-class RungResult:
-    """One rung of one task, measured on one set of texts."""
+class SourceResult:
+    """What was measured of one source of a task on one set of texts.
 
-    rung: Rung
+    Attributes:
+        source: Which source.
+        nats_per_token: Its mean negative log-likelihood.
+        tokens: Tokens scored.
+        utf8_bytes: Length of the text that they spell.
+        retained_gain: None for base model and original, and where the original has no gain.
+        dw_error: Squared relative error of dW; None where there is none.
+    """
+
+    source: Rung
     nats_per_token: float
     tokens: int
     utf8_bytes: int
@@ -49,211 +68,148 @@ class RungResult:
         return NllResult(self.nats_per_token * self.tokens, self.tokens, self.utf8_bytes)
 
 
-def own_text(store: Store, base: BaseModel, task: TaskRecord) -> EvaluationData:
+def own_text(store: Store, task: TaskRecord, base: BaseModel) -> EvaluationData:
     """Read the held-out text that a task has.
 
     Raises:
-        DataError: The text cannot be used.
+        DataError: It cannot be used.
     """
     content = store.blobs.read(str(task.eval_data))
     return EvaluationData.parse(content, path=task.name, read=base.modality.read_examples)
 
 
-def on_own_text(store: Store, base: BaseModel, task: TaskRecord, generator: GeneratorRecord) -> TaskEvaluation:
-    """Measure a task on the held-out text that it has, as `icm eval` does by default, under a generator.
+def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator: GeneratorRecord) -> TaskLosses:
+    """Return what measures a task on its own held-out text, as `icm eval` does by default.
 
     Raises:
-        DataError: The text cannot be used.
+        DataError: It has no held-out text, or one that cannot be used.
+        BaseModelNotFound: There is no local copy of its base model.
     """
-    return TaskEvaluation(store, base, task, own_text(store, base, task), MAX_TOKENS, generator)
+    if task.eval_data is None:  # before the base model is loaded
+        raise DataError("it has no held-out text, so its retained gain cannot be measured")
+    text = own_text(store, task, models.base(task.base_model))
+    return TaskLosses(store, models, task, text, MAX_TOKENS, generator)
 
 
-class TaskEvaluation:
-    """Measures a task on one set of texts; base and original first, since every gain is relative to them.
+class TaskLosses:
+    """Measures one task on one set of texts.
 
-    Adapter and generator are those of the beginning, a code is read when its turn comes. Others may replace any of them
-    meanwhile; what was measured of it is then not recorded.
+    The adapter and the generator are those that the task has when this is made; codes are read when they are measured.
+    A result whose adapter, code or generator was replaced meanwhile is returned, but not recorded.
 
     Args:
         store: The open store.
-        base: The task's base model.
+        models: Loads the base model and the generator.
         task: The task.
-        data: Held-out text.
-        max_tokens: Tokens scored of each text.
-        generator: Of the rungs that need one; the current one if none is given.
+        text: Held-out text.
+        max_tokens: Tokens scored in each text.
+        generator: The generator of the task's codes; the current one by default.
 
     Attributes:
-        is_outdated: Whether anything was measured and not recorded.
+        is_outdated: Whether a result was not recorded because the task changed meanwhile.
     """
 
     def __init__(
         self,
         store: Store,
-        base: BaseModel,
+        models: Models,
         task: TaskRecord,
-        data: EvaluationData,
+        text: EvaluationData,
         max_tokens: int,
         generator: GeneratorRecord | None = None,
     ) -> None:
-        self._store, self._base, self._task, self._data, self._max_tokens = store, base, task, data, max_tokens
+        self._store, self._models, self._task, self._text, self._max_tokens = store, models, task, text, max_tokens
+        self._base = models.base(task.base_model)
         self._generator = generator or store.generators.current(task.base_model)
         self._final = store.tasks.final(task.name)
-        self._is_evicted = self._final.is_evicted
-        self.is_outdated = False
         self._settings: dict[str, object] = {
             "max_tokens": max_tokens,
-            "dtype": base.dtype,
-            "base": base.fingerprint,
+            "dtype": self._base.dtype,
+            "base": self._base.fingerprint,
         }
+        self.is_outdated = False
 
-    def run(self, rungs: Sequence[Rung], *, again: bool, record: bool = True) -> Mapping[Rung, RungResult]:
-        """Measure rungs where they exist, and base and original in any case; each is recorded at once.
+    def measure(self, sources: Sequence[Rung], *, again: bool = False, record: bool = True) -> dict[Rung, SourceResult]:
+        """Measure base model and original, and some other sources where they exist.
 
-        An original that was evicted is not measured: what was recorded of it counts, if it was on the same text.
+        What was measured before on the same text, in the same way, is not measured again. Of an evicted original that
+        is all there is.
 
         Args:
-            rungs: Which ones.
-            again: Also what was measured before on the same text, in the same way.
-            record: Whether to record; :meth:`evaluation_of` says what.
+            sources: Which others.
+            again: Measure again what was measured before.
+            record: Record each result in the store as soon as it is there.
 
         Raises:
-            DataError: A loss that is no number.
+            DataError: A loss that is not a number.
         """
-        recorded = self._recorded()
-        known = {rung: recorded[rung] for rung in recorded if not again or (rung == "original" and self._is_evicted)}
-        results: dict[Rung, RungResult] = {}
-        for rung in RUNGS:
-            if rung not in {"base", "original", *rungs}:
+        known = self._recorded()
+        if again:
+            known = {name: row for name, row in known.items() if name == "original" and self._final.is_evicted}
+        results: dict[Rung, SourceResult] = {}
+        for source in SOURCES:
+            if source not in {"base", "original", *sources}:
                 continue
-            if rung in known:
-                results[rung] = self._completed(known[rung], results, record=record)
+            if source in known:
+                results[source] = self._completed(known[source], results, record=record)
+                continue
+            subject = self._subject()
+            if not self._exists(source, subject.code):
                 continue
             try:
-                measured = self._measure(rung, results)
-            except NotCovered:  # a task that was ingested after the last training, with modules of its own
+                result = self._measured(source, subject.code, results)
+            except NotCovered:  # ingested after the last training, with modules or ranks of its own
                 continue
-            if measured is None:
-                continue
-            results[rung], seen = measured
-            if record and not self._store.evaluations.add([self.evaluation_of(results[rung])], of=seen):
-                self.is_outdated = True
+            results[source] = result
+            if record:
+                self._record(result, subject)
         return results
 
+    def measure_adapter(self, source: Rung, adapter: Adapter, dw_error: float) -> SourceResult:
+        """Measure an adapter that is not in the store, and record nothing.
+
+        Args:
+            source: What it will be once it is stored.
+            adapter: The adapter.
+            dw_error: Its squared relative error of dW.
+        """
+        with _written(adapter) as folder:
+            return self.result_of(source, self.loss_of(source, folder), dw_error, self._references)
+
+    def loss_of(self, label: str, folder: Path) -> NllResult:
+        """Load a folder with PEFT, measure it, and record nothing.
+
+        Args:
+            label: What an error calls it.
+            folder: An adapter.
+
+        Raises:
+            DataError: A loss that is not a number.
+        """
+        with adapted(self._base, folder):
+            return self._loss(label)
+
     def gain(self, base: float, original: float, other: float) -> float | None:
-        """Return the retained gain of an adapter, from the metric of the base model, with the original and with it."""
+        """Return the retained gain of an adapter, from the metric without, with the original, and with it."""
         return retained_gain(base, original, other, higher_is_better=self._base.modality.metric.higher_is_better)
 
     def result_of(
-        self, rung: Rung, loss: NllResult, error: float | None, before: Mapping[Rung, RungResult]
-    ) -> RungResult:
-        """Return a loss with its retained gain, if the results `before` it have those of base and original."""
+        self, source: Rung, loss: NllResult, dw_error: float | None, references: Mapping[Rung, SourceResult]
+    ) -> SourceResult:
+        """Return the result of a source, with its retained gain where base model and original are in `references`."""
         gain = None
-        if rung not in ("base", "original") and "original" in before:
-            base, original = before["base"], before["original"]
+        if source not in ("base", "original") and "original" in references:
+            base, original = references["base"], references["original"]
             gain = self.gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
-        return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
+        return SourceResult(source, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, dw_error)
 
-    def loss_of(self, label: str, written: Path) -> NllResult:
-        """Measure an adapter that was written to a folder, and record nothing.
-
-        Args:
-            label: What to call it in an error.
-            written: The folder, loaded by PEFT.
-
-        Raises:
-            DataError: A loss that is no number.
-        """
-        with adapted(self._base, written):
-            return self._loss(label)
-
-    def _completed(self, known: RungResult, before: Mapping[Rung, RungResult], *, record: bool) -> RungResult:
-        """Add the retained gain to what was measured while the original was evicted, once that is back."""
-        gain = self.result_of(known.rung, known.as_loss(), known.dw_error, before).retained_gain
-        if known.retained_gain is not None or gain is None:
-            return known
-        found = replace(known, retained_gain=gain)
-        if record:
-            self._store.evaluations.add([self.evaluation_of(found)], of=self._seen())
-        return found
-
-    def _seen(self) -> Subject:
-        """Return what there is to measure."""
-        generator = self._generator
-        code = None if generator is None else self._store.codes.get(self._task.name, generator.id)
-        return Subject(self._final, generator, code)
-
-    def _exists(self, rung: Rung, seen: Subject) -> bool:
-        if rung in ("residual", "code"):
-            return seen.code is not None and (rung == "code" or seen.code.residual is not None)
-        if rung == "generate":
-            return self._generator is not None and bool(self._store.vectors.all(self._task.name))
-        return not self._is_evicted
-
-    def _measure(self, rung: Rung, before: Mapping[Rung, RungResult]) -> tuple[RungResult, Subject] | None:
-        """Return a result, and what it is of; None where there is no such rung."""
-        if rung == "base":
-            return self.result_of(rung, self._loss(rung), None, before), self._seen()
-        with tempfile.TemporaryDirectory(prefix="icm-") as folder:
-            written = Path(folder) / "adapter"
-            seen = with_files(self._seen, lambda row: self._write(rung, row, written))
-            if seen is None:
-                return None
-            error = None if rung == "original" else self._dw_error(rung, written, seen)
-            return self.result_of(rung, self.loss_of(rung, written), error, before), seen
-
-    def _write(self, rung: Rung, seen: Subject, folder: Path) -> Subject | None:
-        """Write a rung for PEFT to load, and return what was written; None where there is no such rung."""
-        if not self._exists(rung, seen):
-            return None
-        if rung == "original":
-            write_plain_copy(self._store, seen.final, folder)
-        elif rung != "base":
-            request = MaterializeRequest(task=self._task.name, directory=folder, source=rung)
-            write_rung(self._store, request, seen, PEFT)
-        return seen
-
-    def _loss(self, label: str) -> NllResult:
-        loss = NllResult.of(self._base.modality.measure(self._base, self._data.examples, self._max_tokens))
-        if not math.isfinite(loss.nats):
-            fact = (
-                f"the loss of {self._task.name!r} ({label}) is not a number: its values overflow in {self._base.dtype}"
-            )
-            raise DataError(fact, hint="the training run diverged: take an earlier checkpoint")
-        return loss
-
-    def _dw_error(self, rung: Rung, written: Path, seen: Subject) -> float | None:
-        if self._is_evicted:  # of what stands in, the error was measured before the original went
-            code = seen.code
-            if code is None or rung not in ("residual", "code"):
-                return None
-            return code.dw_error if rung == "code" else code.best_error
-        error = relative_dw_error(read_original(self._store, self._final), load_adapter_folder(written))
-        return error if math.isfinite(error) else None  # an original of zeros has no relative error
-
-    def _recorded(self) -> dict[Rung, RungResult]:
-        """Return what was measured before on the same text, in the same way, of the same adapter and generator."""
-        rows = [row for row in self._store.evaluations.all(self._task.name) if self._is_current(row)]
-        return {
-            row.rung: RungResult(
-                row.rung, row.nats_per_token, row.tokens, row.utf8_bytes, row.retained_gain, row.dw_error
-            )
-            for row in rows
-        }
-
-    def _is_current(self, row: EvaluationRecord) -> bool:
-        made_by = self._made_by(row.rung)
-        return (row.data, row.generator_id, dict(row.settings)) == (self._data.digest, made_by, self._settings)
-
-    def _made_by(self, rung: Rung) -> int | None:
-        return self._generator.id if self._generator is not None and rung in ("residual", "code", "generate") else None
-
-    def evaluation_of(self, result: RungResult) -> NewEvaluation:
-        """Return what is recorded of a result."""
+    def record_of(self, result: SourceResult) -> NewEvaluation:
+        """Return what the store records of a result."""
         return NewEvaluation(
             task=self._task.name,
-            rung=result.rung,
-            generator_id=self._made_by(result.rung),
-            data=self._data.digest,
+            rung=result.source,
+            generator_id=self._generator_of(result.source),
+            data=self._text.digest,
             nats_per_token=result.nats_per_token,
             tokens=result.tokens,
             utf8_bytes=result.utf8_bytes,
@@ -261,3 +217,111 @@ class TaskEvaluation:
             dw_error=result.dw_error,
             settings=self._settings,
         )
+
+    @cached_property
+    def _references(self) -> Mapping[Rung, SourceResult]:
+        """The results of base model and original."""
+        return self.measure(())
+
+    @cached_property
+    def _original(self) -> Adapter:
+        return read_original(self._store, self._final)
+
+    def _subject(self) -> Subject:
+        """Return what the task has now, which the store compares with what it has when a result is recorded."""
+        generator = self._generator
+        code = None if generator is None else self._store.codes.get(self._task.name, generator.id)
+        return Subject(self._final, generator, code)
+
+    def _exists(self, source: Rung, code: CodeRecord | None) -> bool:
+        match source:
+            case "base":
+                return True
+            case "original":
+                return not self._final.is_evicted
+            case "residual":
+                return code is not None and code.residual is not None
+            case "code":
+                return code is not None
+            case "generate":
+                return self._generator is not None and bool(self._store.vectors.all(self._task.name))
+
+    def _measured(self, source: Rung, code: CodeRecord | None, references: Mapping[Rung, SourceResult]) -> SourceResult:
+        if source == "base":
+            return self.result_of(source, self._loss(source), None, references)
+        if source == "original":
+            with tempfile.TemporaryDirectory(prefix="icm-") as folder:
+                write_plain_copy(self._store, self._final, Path(folder) / "adapter")
+                return self.result_of(source, self.loss_of(source, Path(folder) / "adapter"), None, references)
+        with _written(self._decoded(source, code)) as written:
+            error = self._dw_error(source, written, code)
+            return self.result_of(source, self.loss_of(source, written), error, references)
+
+    def _decoded(self, source: Rung, code: CodeRecord | None) -> Adapter:
+        """Decode a code, with its residual for that source, or generate an adapter from the task's vectors."""
+        assert self._generator is not None
+        generator_file = self._models.generator_file(self._generator)
+        if code is not None and (source == "residual" or source == "code"):
+            return decode_code(self._store, generator_file, code, source)
+        vectors = mean_vectors(self._store, self._store.vectors.all(self._task.name))
+        layout = [ModuleShape(*entry) for entry in self._final.layout]
+        codec = codec_of_task(self._store, generator_file, code, layout)
+        config = format_named(self._final.format).read_config(self._store.blobs.read(self._final.config))
+        return codec.generate(vectors, layout, task_type=config.task_type)
+
+    def _loss(self, label: str) -> NllResult:
+        """Measure the base model as it is now, with the adapter that is on it."""
+        loss = NllResult.of(self._base.modality.measure(self._base, self._text.examples, self._max_tokens))
+        if not math.isfinite(loss.nats):
+            fact = f"the loss of {self._task.name!r} ({label}) is not a number: values overflow in {self._base.dtype}"
+            raise DataError(fact, hint="the training run diverged: use an earlier checkpoint")
+        return loss
+
+    def _dw_error(self, source: Rung, written: Path, code: CodeRecord | None) -> float | None:
+        if self._final.is_evicted:  # what was measured when the original went still holds
+            if code is None or source == "generate":
+                return None
+            return code.dw_error if source == "code" else code.best_error
+        error = relative_dw_error(self._original, load_adapter_folder(written))
+        return error if math.isfinite(error) else None  # an original of zeros has no relative error
+
+    def _completed(self, known: SourceResult, references: Mapping[Rung, SourceResult], *, record: bool) -> SourceResult:
+        """Add the retained gain to a result from a time when the original was evicted, once that is back."""
+        gain = self.result_of(known.source, known.as_loss(), known.dw_error, references).retained_gain
+        if known.retained_gain is not None or gain is None:
+            return known
+        found = replace(known, retained_gain=gain)
+        if record:
+            self._record(found, self._subject())
+        return found
+
+    def _record(self, result: SourceResult, subject: Subject) -> None:
+        if not self._store.evaluations.add([self.record_of(result)], of=subject):
+            self.is_outdated = True
+
+    def _recorded(self) -> dict[Rung, SourceResult]:
+        """Return what was measured before on the same text, in the same way, of the same generator."""
+        rows = [row for row in self._store.evaluations.all(self._task.name) if self._is_current(row)]
+        return {
+            row.rung: SourceResult(
+                row.rung, row.nats_per_token, row.tokens, row.utf8_bytes, row.retained_gain, row.dw_error
+            )
+            for row in rows
+        }
+
+    def _is_current(self, row: EvaluationRecord) -> bool:
+        same = (self._text.digest, self._generator_of(row.rung), self._settings)
+        return (row.data, row.generator_id, dict(row.settings)) == same
+
+    def _generator_of(self, source: Rung) -> int | None:
+        """Return the number of the generator that a source depends on."""
+        return None if self._generator is None or source in ("base", "original") else self._generator.id
+
+
+@contextmanager
+def _written(adapter: Adapter) -> Iterator[Path]:
+    """Write an adapter as `icm materialize` does, without its card, into a folder that goes after the block."""
+    with tempfile.TemporaryDirectory(prefix="icm-") as folder:
+        written = Path(folder) / "adapter"
+        save_adapter(adapter, written, dtype="bfloat16", card="", metadata={})
+        yield written

@@ -1,38 +1,25 @@
-"""What an encoding is asked for and what it reports.
+"""Search for the smallest code, or residual, of one adapter that meets the limits.
 
-What was made of an adapter with what was measured of it, and the search for the smallest that keeps a gain.
+    tolerance  0.95   0.71   0.5   0.35   ...   0.004
+               few bytes                   many bytes
+                 └─ bisection: encode, load with PEFT, measure ──▶ the coarsest that keeps the retained gain
 
-    tolerance ladder:  0.95 ── 0.71 ── 0.5 ── 0.35 ── ... ── 0.004      coarse to fine
-                                        └── halving: make, load by PEFT, measure ──▶ coarsest that keeps the gain
-
-The gain is measured on the task's held-out text, and is therefore a little flattered by having been chosen; what
-`icm eval --data` says on other text is not.
-
-Look for the smallest code of one adapter that keeps what is asked for: see :mod:`icm_cli.workflows.gain_search`.
-
-Look for the smallest residual with which a task's present code keeps what is asked for.
-
-code alone ──keeps it?──▶ nothing
-    └── no ──▶ tolerances finer than the code's, halved as for codes ──▶ coarsest residual that keeps the gain
+The tolerance is chosen by the gain on the task's held-out text, which makes that gain slightly optimistic. `icm eval
+--data` with other text is the stricter test.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
-from icmlora.fleet.context import Event, Progress, StopFlag
-from icmlora.fleet.measure import RungResult, TaskEvaluation
-from icmlora.formats.peft import save_adapter
+from icmlora.fleet.measure import SourceResult, TaskLosses
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded, Limits
 from icmlora.generator.initial_a.draw import InitialA
@@ -40,101 +27,32 @@ from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.training.refinement import RefineConfig, refine
 from registry.errors import CodeChanged
-from registry.records import Asked, NewEvaluation, Rung
+from registry.records import Rung
 
-EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeasured"]
+LADDER = (0.95, *(2 ** (-half / 2) for half in range(1, 17)))
+"""Tolerances from 0.95 to 0.004, half an octave apart; each takes a tenth to a fifth more bytes than the one before.
 
-
-@dataclass(frozen=True)
-class EncodeRequest:
-    """What a code has to keep; at least one limit is given.
-
-    Attributes:
-        names: Tasks; all if empty.
-        max_error: Largest relative dW error.
-        min_gain: Smallest retained gain; measuring it needs the base model and held-out text.
-        tolerance: Largest relative error of dW weighted by sensitivity, which is what `--quality` of a training sets.
-        residual: Leave the codes as they are, and put beside each what it lacks.
-        refine: Steps of functional refinement, 0 for none; it needs the base model and samples.
-        base_model: Only tasks of this one.
-        device: Where gains are measured and codes refined.
-        again: Also tasks whose present code was made for the very same.
-    """
-
-    names: Sequence[str]
-    max_error: float | None
-    min_gain: float | None
-    device: str
-    tolerance: float | None = None
-    refine: int = 0
-    base_model: str | None = None
-    residual: bool = False
-    again: bool = False
-
-    def asked(self, *, is_kept: bool) -> Asked:
-        """Return what is recorded of the limits."""
-        return Asked(self.min_gain, self.max_error, self.tolerance, is_kept, self.refine)
-
-
-@dataclass(frozen=True)
-class TaskEncoded(Event):
-    """What became of one task.
-
-    Attributes:
-        task: Its name.
-        status: `encoded`: its code, or the residual beside it, is the smallest found that keeps the limits; `known`: it
-            was that already; `enough`: its code needs no residual for that; `below`: nothing does, so it should keep
-            its original (it has its best code, and no residual); `evicted`: only what is left of it stays;
-            `unmeasured`: see `reason`.
-        size: Bytes of its code.
-        residual_size: Bytes of the residual beside it, if it has one.
-        before: Bytes of the code and residual that it had, if any.
-        dw_error: Relative dW error of what they decode to.
-        retained_gain: Retained gain of that, if it was measured.
-        reason: Why its gain could not be measured; its code is as it was.
-    """
-
-    task: str
-    status: EncodeStatus
-    size: int | None = None
-    residual_size: int | None = None
-    before: int | None = None
-    dw_error: float | None = None
-    retained_gain: float | None = None
-    reason: str | None = None
-
-
-@dataclass
-class EncodeReport:
-    """What an encoding did."""
-
-    tasks: list[TaskEncoded] = field(default_factory=list)
-    stopped: bool = False
-
-    @property
-    def short(self) -> list[TaskEncoded]:
-        """The tasks that have no code which is known to keep the limits."""
-        return [task for task in self.tasks if task.status in ("below", "unmeasured")]
-
-
-LADDER = (0.95, *(2 ** (-rung / 2) for rung in range(1, 17)))
-"""Weighted errors from 0.95 to 0.004, half an octave apart: each rung takes a tenth to a fifth more bytes.
-
-On the coarsest, a task that the generator predicts well has a code without integers: the prediction, by itself.
+At the coarsest, the code of a task that the generator predicts well holds no integers: it is the prediction itself.
 """
 
+_LOSS_RATIO = 1.5
+"""Refinement divides the lost gain of a code by about this, which says at which tolerance to begin with it."""
+
+Tell = Callable[[str], None]
+"""Called before each trial and after each step of refinement, with what is being done; may raise `Cancelled`."""
+
 
 @dataclass(frozen=True)
-class Candidate:
-    """A code, or a residual beside one, with what was measured of it.
+class Trial:
+    """A code or a residual that was made, with what was measured of it.
 
     Attributes:
-        encoded: Its bytes.
+        encoded: Its bytes and errors.
         result: Its loss and gain; None where no gain is asked for.
     """
 
     encoded: Encoded
-    result: RungResult | None
+    result: SourceResult | None = None
 
     @property
     def gain(self) -> float | None:
@@ -142,278 +60,239 @@ class Candidate:
         return None if self.result is None else self.result.retained_gain
 
     def keeps(self, min_gain: float) -> bool:
-        """Say whether it keeps a gain.
+        """Say whether it keeps a retained gain.
 
         Raises:
-            DataError: There is no gain to keep.
+            DataError: The original itself has no gain.
         """
         if self.gain is None:
-            raise DataError("its original does not help on its held-out text, so there is no gain to keep")
+            fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"
+            raise DataError(fact)
         return self.gain >= min_gain
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search along a ladder came to: the place, what is there, and whether it keeps the gain."""
+    """The end of a search along a ladder: where, what is there, and whether it keeps the gain."""
 
-    place: int
-    candidate: Candidate
-    keeps: bool
-
-
-Attempt = Callable[[int], Generator[Event, None, Candidate | None]]
-"""Makes and measures what is at one place of a ladder; None where the user stopped."""
+    index: int
+    trial: Trial
+    is_kept: bool
 
 
-def coarsest_kept(places: int, min_gain: float, attempt: Attempt) -> Generator[Event, None, Found | None]:
-    """Halve a ladder for the coarsest place that keeps a gain; if none does, return the finest. None if stopped.
+Attempt = Callable[[int], Trial]
+"""Makes and measures what one index of a ladder stands for."""
+
+
+def bisect(length: int, min_gain: float, attempt: Attempt) -> Found:
+    """Bisect a ladder for its coarsest entry that keeps a gain; if none does, return the finest.
 
     Args:
-        places: How many there are, coarse to fine; at least one.
-        min_gain: The gain.
-        attempt: Called with some of them.
+        length: Number of entries, coarse to fine; at least one.
+        min_gain: Smallest retained gain.
+        attempt: Called with some of the indices.
 
     Raises:
         DataError: There is no gain to keep.
     """
-    low, high, found = 0, places - 1, None
+    low, high = 0, length - 1
+    best: Found | None = None
     while low <= high:
         middle = (low + high) // 2
-        tried = yield from attempt(middle)
-        if tried is None:
-            return None
-        if tried.keeps(min_gain):
-            found, high = Found(middle, tried, True), middle - 1
+        trial = attempt(middle)
+        is_kept = trial.keeps(min_gain)
+        if is_kept or best is None or not best.is_kept:
+            best = Found(middle, trial, is_kept)
+        if is_kept:
+            high = middle - 1
         else:
             low = middle + 1
-            if found is None:
-                finest = Found(middle, tried, False)
-    return finest if found is None else found
+    assert best is not None
+    return best
 
 
-def nearest_kept(start: int, places: int, min_gain: float, attempt: Attempt) -> Generator[Event, None, Found | None]:
-    """Go from one place of a ladder to coarser ones while the gain is kept, or to finer ones until it is.
+def walk(first: int, length: int, min_gain: float, attempt: Attempt) -> Found:
+    """Go from one entry of a ladder to coarser ones while they keep a gain, or to finer ones until one does.
 
-    Where an attempt is dear and the place is nearly known, that is two of them; halving takes four.
+    If the first guess is good this takes two attempts, where bisection takes four.
 
     Args:
-        start: Where to begin.
-        places: How many there are, coarse to fine.
-        min_gain: The gain.
-        attempt: Called with some of them.
+        first: Where to begin.
+        length: Number of entries, coarse to fine.
+        min_gain: Smallest retained gain.
+        attempt: Called with some of the indices.
 
     Returns:
-        The coarsest found that keeps the gain; if none does, the finest. None if the user stopped.
+        The coarsest entry found that keeps the gain; if none does, the finest.
 
     Raises:
         DataError: There is no gain to keep.
     """
-    first = yield from attempt(start)
-    if first is None:
-        return None
-    found = Found(start, first, first.keeps(min_gain))
-    for place in range(start - 1, -1, -1) if found.keeps else range(start + 1, places):
-        tried = yield from attempt(place)
-        if tried is None:
-            return None
-        if tried.keeps(min_gain) != found.keeps:
-            return found if found.keeps else Found(place, tried, True)
-        found = Found(place, tried, found.keeps)
+    trial = attempt(first)
+    found = Found(first, trial, trial.keeps(min_gain))
+    for index in range(first - 1, -1, -1) if found.is_kept else range(first + 1, length):
+        trial = attempt(index)
+        if trial.keeps(min_gain) != found.is_kept:
+            return found if found.is_kept else Found(index, trial, True)
+        found = Found(index, trial, found.is_kept)
     return found
-
-
-def measure(evaluation: TaskEvaluation, rung: Rung, adapter: Adapter, error: float) -> RungResult:
-    """Write an adapter as `icm materialize` does, load it by PEFT and measure it; nothing is recorded of it.
-
-    Args:
-        evaluation: Measures the task.
-        rung: What the adapter will be, once it is stored.
-        adapter: The adapter.
-        error: Its relative dW error.
-    """
-    known = evaluation.run((), again=False)
-    with tempfile.TemporaryDirectory(prefix="icm-") as folder:
-        written = Path(folder) / "adapter"
-        save_adapter(adapter, written, dtype="bfloat16", card="", metadata={})
-        return evaluation.result_of(rung, evaluation.loss_of(rung, written), error, known)
-
-
-def evaluations_of(evaluation: TaskEvaluation | None, candidate: Candidate | None) -> Sequence[NewEvaluation]:
-    """Return what is to be recorded of a candidate."""
-    if evaluation is None or candidate is None or candidate.result is None:
-        return ()
-    return (evaluation.evaluation_of(candidate.result),)
-
-
-_WON_BACK = 1.5
-"""A refined code loses about this much less than the code that it started from: where to look for it."""
 
 
 @dataclass(frozen=True)
 class Refiner:
-    """What refining a code takes."""
+    """What refinement takes: the base model, in a precision for gradients, and samples of the task."""
 
     base: BaseModel
     samples: Sequence[Any]
     config: RefineConfig
 
-
-class CodeSearch:
-    """Encodes one adapter in several ways.
-
-    Args:
-        codec: The generator's.
-        original: The adapter.
-        vectors: The task's vectors by view.
-        initial: Where the A that its training began with was drawn, if that is known.
-        evaluation: Measures gains; None where none is asked for.
-        refiner: Refines codes; None for no refinement.
-    """
-
-    def __init__(
-        self,
-        codec: Codec,
-        original: Adapter,
-        vectors: Mapping[str, torch.Tensor],
-        initial: InitialA | None,
-        evaluation: TaskEvaluation | None,
-        refiner: Refiner | None,
-    ) -> None:
-        self._codec, self._original, self._vectors, self._initial = codec, original, vectors, initial
-        self._evaluation, self._refiner = evaluation, refiner
-
-    def run(self, request: EncodeRequest, stop: StopFlag) -> Generator[Event, None, tuple[Candidate, bool] | None]:
-        """Return the smallest code found and whether it keeps the limits; if none does, the most faithful one.
-
-        None where the user stopped.
+    def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
+        """Return another code, which does more of what the adapter does.
 
         Raises:
-            DataError: There is no gain to keep, or no code at all.
+            DataError: No sample can be used.
         """
-        if request.min_gain is None:
-            tried = yield from self._candidate(request.tolerance, request.max_error, stop, self._refiner)
-            return None if tried is None else (tried, True)
-
-        def attempt(refiner: Refiner | None, place: int) -> Generator[Event, None, Candidate | None]:
-            return self._candidate(LADDER[place], request.max_error, stop, refiner)
-
-        plain, gain = partial(attempt, None), request.min_gain
-        if self._refiner is None:
-            found = yield from coarsest_kept(len(LADDER), gain, plain)
-        else:  # refining takes minutes, so where to begin is looked for without
-            found = yield from coarsest_kept(len(LADDER), 1 - _WON_BACK * (1 - gain), plain)
-            if found is not None:
-                found = yield from nearest_kept(found.place, len(LADDER), gain, partial(attempt, self._refiner))
-        return None if found is None else (found.candidate, found.keeps)
-
-    def evaluations(self, candidate: Candidate) -> Sequence[NewEvaluation]:
-        """Return what is to be recorded of a candidate."""
-        return evaluations_of(self._evaluation, candidate)
-
-    def _candidate(
-        self, tolerance: float | None, max_error: float | None, stop: StopFlag, refiner: Refiner | None
-    ) -> Generator[Event, None, Candidate | None]:
-        if stop.requested:
-            return None
-        limits = {"tolerance": tolerance, "max_error": max_error}
-        encoded = self._codec.encode(self._original, self._vectors, self._initial, **limits)
-        if refiner is not None:
-            better = yield from refined(self._codec, self._original, encoded, refiner, stop)
-            if better is None:
-                return None
-            encoded = better
-        if self._evaluation is None:
-            return Candidate(encoded, None)
-        decoded = self._codec.decode(encoded.data)
-        return Candidate(encoded, measure(self._evaluation, "code", decoded, encoded.dw_error))
-
-
-def refined(
-    codec: Codec, adapter: Adapter, encoded: Encoded, refiner: Refiner, stop: StopFlag
-) -> Generator[Event, None, Encoded | None]:
-    """Return a code that does more of what the adapter does, or None where the user stopped."""
-    relaxed = RelaxedCode(codec, adapter, encoded.data)
-    for step in refine(relaxed, encoded.weighted_error, refiner.base, adapter, refiner.samples, refiner.config):
-        yield Progress(step, refiner.config.steps, "refining its code")
-        if stop.requested:
-            return None
-    return codec.measure(adapter, relaxed.to_code())
+        relaxed = RelaxedCode(codec, adapter, encoded.data)
+        for step in refine(relaxed, encoded.weighted_error, self.base, adapter, self.samples, self.config):
+            tell(f"refining, step {step} of {self.config.steps}")
+        return codec.measure(adapter, relaxed.to_code())
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What was found.
+class CodeSearch:
+    """Encodes one adapter in several ways.
 
     Attributes:
-        keeps: Whether the limits are kept.
-        alone: The code, as it was measured now.
-        residual: What it lacks to keep them; None where it lacks nothing, and where nothing is enough.
+        codec: The generator's.
+        original: The adapter.
+        vectors: The task's vectors by view.
+        initial: The initial A that its training began with, if its seed is known.
+        losses: Measures gains; None where no gain is asked for.
+        refiner: Refines codes; None for no refinement.
+        tell: Hears what is done.
     """
 
-    keeps: bool
-    alone: Candidate
-    residual: Candidate | None
+    codec: Codec
+    original: Adapter
+    vectors: Mapping[str, torch.Tensor]
+    initial: InitialA | None
+    losses: TaskLosses | None
+    refiner: Refiner | None
+    tell: Tell
+
+    def smallest(self, limits: Limits, min_gain: float | None) -> tuple[Trial, bool]:
+        """Return the smallest code found and whether it meets the limits; if none does, the most accurate one.
+
+        Args:
+            limits: Limits of the error; with `min_gain` the ladder takes the place of the tolerance.
+            min_gain: Smallest retained gain, or None.
+
+        Raises:
+            DataError: There is no gain to keep, or no sample to refine on.
+            GeneratorError: No code keeps the limits of the error.
+        """
+        if min_gain is None:
+            return self._try(limits, self.refiner), True
+
+        def attempt(index: int) -> Trial:
+            return self._try(Limits(LADDER[index], limits.max_error), self.refiner)
+
+        def plain(index: int) -> Trial:
+            return self._try(Limits(LADDER[index], limits.max_error), None)
+
+        if self.refiner is None:
+            found = bisect(len(LADDER), min_gain, plain)
+        else:  # refinement takes minutes, so find out without it where to begin
+            near = bisect(len(LADDER), 1 - _LOSS_RATIO * (1 - min_gain), plain)
+            found = walk(near.index, len(LADDER), min_gain, attempt)
+        return found.trial, found.is_kept
+
+    def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:
+        self.tell("encoding" if limits.tolerance is None else f"encoding, tolerance {limits.tolerance:.2g}")
+        encoded = self.codec.encode(
+            self.original, self.vectors, self.initial, tolerance=limits.tolerance, max_error=limits.max_error
+        )
+        if refiner is not None:
+            encoded = refiner.refine(self.codec, self.original, encoded, self.tell)
+        return _measured(self.losses, "code", encoded, lambda: self.codec.decode(encoded.data))
+
+
+@dataclass(frozen=True)
+class FoundResidual:
+    """The end of a search for a residual.
+
+    Attributes:
+        is_kept: Whether the task meets the limits, by its code or with its residual.
+        code: The code alone, as it was measured now.
+        residual: What to store with it; None if the code is enough, or no residual is.
+    """
+
+    is_kept: bool
+    code: Trial
+    residual: Trial | None = None
 
     @property
-    def best(self) -> Candidate:
-        """What the task comes back as."""
-        return self.alone if self.residual is None else self.residual
+    def best(self) -> Trial:
+        """What the task is decoded to."""
+        return self.code if self.residual is None else self.residual
 
 
+@dataclass(frozen=True)
 class ResidualSearch:
     """Makes residuals of one adapter and its code.
 
-    Args:
-        codec: The generator's.
+    Attributes:
+        codec: The codec of the code.
         original: The adapter.
         code: Its code, as it is in the store.
-        evaluation: Measures gains; None where none is asked for.
+        losses: Measures gains; None where no gain is asked for.
+        tell: Hears what is done.
     """
 
-    def __init__(self, codec: Codec, original: Adapter, code: bytes, evaluation: TaskEvaluation | None) -> None:
-        self._codec, self._layered = codec, ResidualCodec(codec)
-        self._original, self._code, self._evaluation = original, code, evaluation
+    codec: Codec
+    original: Adapter
+    code: bytes
+    losses: TaskLosses | None
+    tell: Tell
 
-    def run(self, request: EncodeRequest, stop: StopFlag) -> Generator[Event, None, Beside | None]:
-        """Return the smallest residual found that keeps the limits; None where the user stopped.
+    def smallest(self, limits: Limits, min_gain: float | None) -> FoundResidual:
+        """Return the smallest residual found that meets the limits, or none where the code meets them.
 
         Raises:
             DataError: There is no gain to keep.
-            GeneratorError: Float32 cannot keep the limits.
-            CodeChanged: The code is gone: its task got another adapter meanwhile.
+            GeneratorError: No residual keeps the limits of the error.
+            CodeChanged: The task has another code by now.
         """
-        limits, gain, evaluation = Limits(request.tolerance, request.max_error), request.min_gain, self._evaluation
-        encoded = self._codec.measure(self._original, self._code)
-        if gain is None or evaluation is None:
-            alone = Candidate(encoded, None)
-            if limits.keeps(encoded):
-                return Beside(True, alone, None)
-            return Beside(True, alone, Candidate(self._layered.encode(self._original, self._code, limits), None))
-        alone = Candidate(encoded, _measured(evaluation))
-        if limits.keeps(encoded) and alone.keeps(gain):
-            return Beside(True, alone, None)
-        finer = [rung for rung in LADDER if rung < min(encoded.weighted_error, request.tolerance or 1.0)]
-
-        def attempt(place: int) -> Generator[Event, None, Candidate | None]:
-            yield from ()
-            return None if stop.requested else self._candidate(Limits(finer[place], request.max_error), evaluation)
-
+        encoded = self.codec.measure(self.original, self.code)
+        if min_gain is None or self.losses is None:
+            code = Trial(encoded)
+            return FoundResidual(True, code, None if limits.keeps(encoded) else self._try(limits))
+        code = Trial(encoded, _result_of_code(self.losses))
+        if limits.keeps(encoded) and code.keeps(min_gain):
+            return FoundResidual(True, code)
+        coarsest = min(encoded.weighted_error, limits.tolerance or 1.0)
+        finer = [tolerance for tolerance in LADDER if tolerance < coarsest]
         if not finer:
-            return Beside(False, alone, None)
-        found = yield from coarsest_kept(len(finer), gain, attempt)
-        if found is None:
-            return None
-        return Beside(found.keeps, alone, found.candidate if found.keeps else None)
+            return FoundResidual(False, code)
+        found = bisect(len(finer), min_gain, lambda index: self._try(Limits(finer[index], limits.max_error)))
+        return FoundResidual(found.is_kept, code, found.trial if found.is_kept else None)
 
-    def _candidate(self, limits: Limits, evaluation: TaskEvaluation) -> Candidate:
-        made = self._layered.encode(self._original, self._code, limits)
-        decoded = self._layered.decode(self._code, made.data)
-        return Candidate(made, measure(evaluation, "residual", decoded, made.dw_error))
+    def _try(self, limits: Limits) -> Trial:
+        self.tell("making a residual" if limits.tolerance is None else f"residual, tolerance {limits.tolerance:.2g}")
+        residuals = ResidualCodec(self.codec)
+        encoded = residuals.encode(self.original, self.code, limits)
+        return _measured(self.losses, "residual", encoded, lambda: residuals.decode(self.code, encoded.data))
 
 
-def _measured(evaluation: TaskEvaluation) -> RungResult:
-    """Measure the code, or return what is known of it."""
-    results = evaluation.run(("code",), again=False)
+def _measured(losses: TaskLosses | None, source: Rung, encoded: Encoded, decode: Callable[[], Adapter]) -> Trial:
+    if losses is None:
+        return Trial(encoded)
+    return Trial(encoded, losses.measure_adapter(source, decode(), encoded.dw_error))
+
+
+def _result_of_code(losses: TaskLosses) -> SourceResult:
+    """Measure the code that the task has, or return what is known of it."""
+    results = losses.measure(("code",))
     if "code" not in results:
-        raise CodeChanged("the task got another adapter while its code was measured", hint="run the same command again")
+        raise CodeChanged("the task got another adapter while its code was measured")
     return results["code"]

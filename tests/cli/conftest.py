@@ -13,9 +13,7 @@ import pytest
 
 from icm_cli.app import run
 from icmlora.base_models.likelihood import NllResult
-from icmlora.fleet import measure as task_evaluation
-from icmlora.fleet import search as gain_search
-from icmlora.fleet.measure import RungResult
+from icmlora.fleet.measure import SourceResult, TaskLosses
 from icmlora.fleet.update import Candidate
 from registry.records import Rung
 from tests.cli.fleet import write_fleet
@@ -127,12 +125,13 @@ def started(started_template: Path, tmp_path: Path) -> Path:
 def plain_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the retained gain be what the error leaves of dW: random adapters have gains by chance."""
 
-    def result_of(rung: Rung, loss: NllResult, error: float | None, before: Mapping[Rung, RungResult]) -> RungResult:
+    def result_of(
+        self: TaskLosses, source: Rung, loss: NllResult, error: float | None, references: Mapping[Rung, SourceResult]
+    ) -> SourceResult:
         gain = None if error is None else 1 - error
-        return RungResult(rung, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
+        return SourceResult(source, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
 
-    for module in (task_evaluation, gain_search):
-        monkeypatch.setattr(module, "result_of", result_of)
+    monkeypatch.setattr(TaskLosses, "result_of", result_of)
 
 
 @pytest.fixture

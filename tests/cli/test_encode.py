@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ import pytest
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.fleet import search as code_search
-from icmlora.fleet.context import StopFlag
-from icmlora.fleet.search import CodeSearch, EncodeRequest
+from icmlora.fleet.search import CodeSearch, Trial
 from icmlora.formats.peft import load_adapter_folder
+from icmlora.generator.encoding import Limits
 from icmlora.generator.relaxed import RelaxedCode
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
@@ -24,15 +26,15 @@ Icm = Callable[..., Ran]
 
 
 def stop_after_one(patch: pytest.MonkeyPatch) -> None:
-    """Let the user stop once the first code is made."""
+    """Press Ctrl-C once the first code is made."""
 
-    def run(self: CodeSearch, request: EncodeRequest, stop: StopFlag) -> Any:
-        found = yield from real(self, request, stop)
-        stop.requested = True
+    def smallest(self: CodeSearch, limits: Limits, min_gain: float | None) -> tuple[Trial, bool]:
+        found = real(self, limits, min_gain)
+        os.kill(os.getpid(), signal.SIGINT)
         return found
 
-    real = CodeSearch.run
-    patch.setattr(CodeSearch, "run", run)
+    real = CodeSearch.smallest
+    patch.setattr(CodeSearch, "smallest", smallest)
 
 
 def test_what_a_code_has_to_keep_must_be_said(icm: Icm, trained: Path) -> None:

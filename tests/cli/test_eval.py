@@ -153,7 +153,7 @@ def test_show_lists_the_measurements_of_the_present_generator(icm: Icm, trained:
     icm("train", "--no-eval", "--steps", 2, "--device", "cpu")
     out = icm("show", "poems").out
     rows = [line.split() for line in out.splitlines()[out.splitlines().index(next(
-        line for line in out.splitlines() if line.startswith("RUNG"))) + 1 :]]  # fmt: skip
+        line for line in out.splitlines() if line.startswith("SOURCE"))) + 1 :]]  # fmt: skip
     assert [row[:2] for row in rows] == [["base", "held-out"], ["original", "held-out"]]
     current = {entry["rung"]: entry["is_current"] for entry in icm("show", "poems", "--json").document["evaluations"]}
     assert current == {"base": True, "original": True, "code": False, "generate": False}

@@ -8,8 +8,9 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.base_models.likelihood import NllResult
+from icmlora.fleet.compare import BaselineResult, StoredOriginals, compare
 from icmlora.fleet.context import Context
-from icmlora.fleet.evaluate import BaselineResult, EvaluateReport, StoredOriginals, TaskEvaluated, compare
+from icmlora.fleet.evaluate import TaskEvaluated
 from icmlora.fleet.stats import bill
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -26,7 +27,7 @@ def of_type(ran: Ran, kind: str) -> list[dict[str, Any]]:
 def test_methods_stand_beside_the_code_with_their_bytes(icm: Icm, trained: Path) -> None:
     out = icm(*EVAL, "int8,svd1-2bit", "--baseline", "mean2").out
     table = out[out.index("METHOD") :].splitlines()
-    for heading in ("BYTES A TASK", "OF ONE MORE", "OF BF16", "DW ERR", "GAIN", "WORST"):
+    for heading in ("BYTES PER TASK", "ONE MORE TASK", "OF BF16", "DW ERR", "GAIN", "WORST"):
         assert heading in table[0]
     assert {line.split()[0] for line in table[1:]} == {"code", "int8", "svd1-2bit", "mean2"}
 
@@ -87,14 +88,14 @@ def test_originals_are_read_when_they_are_asked_for(trained: Path) -> None:
 
 
 def test_a_tasks_bytes_are_its_own_and_its_part_of_the_shared_ones(trained: Path) -> None:
-    found = bill(Context(trained))
+    found = bill(Context(trained, trained))
     bf16 = sum(task.bf16_size for task in found.fleets[0].tasks if task.task in ("poems", "rules"))
     loss = NllResult(1.0, 1, 1)
     done = [
         TaskEvaluated("poems", {}, {"m": BaselineResult(10, 400, 4, loss, 0.5, 0.2)}),
         TaskEvaluated("rules", {}, {"m": BaselineResult(30, 400, 4, loss, None, None)}),
     ]
-    (row,) = compare(EvaluateReport(tasks=done), found)
+    (row,) = compare(done, found)
     assert (row.task_size, row.marginal_size, row.share) == (120, 20, 240 / bf16)
     assert (row.mean, row.worst, row.worst_task, row.dw_error) == (0.5, 0.5, "poems", 0.2)
 
@@ -102,5 +103,5 @@ def test_a_tasks_bytes_are_its_own_and_its_part_of_the_shared_ones(trained: Path
 def test_a_task_that_was_removed_since_it_was_measured_is_passed_over(trained: Path) -> None:
     result = BaselineResult(10, 400, 4, NllResult(1.0, 1, 1), 0.5, 0.2)
     done = [TaskEvaluated(name, {}, {"m": result}) for name in ("poems", "gone")]
-    (row,) = compare(EvaluateReport(tasks=done), bill(Context(trained)))
+    (row,) = compare(done, bill(Context(trained, trained)))
     assert (row.tasks, row.worst_task) == (1, "poems")

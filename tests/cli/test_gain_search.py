@@ -2,88 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from icmlora.errors import DataError
-from icmlora.fleet.context import Event
-from icmlora.fleet.measure import RungResult
-from icmlora.fleet.search import LADDER, Attempt, Candidate, Found, coarsest_kept, nearest_kept
+from icmlora.fleet.measure import SourceResult
+from icmlora.fleet.search import LADDER, Attempt, Found, Trial, bisect, walk
 from icmlora.generator.encoding import Encoded
 
-GAINS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99)  # by place, coarse to fine
-Search = Callable[[Attempt], Generator[Event, None, Found | None]]
+GAINS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99)  # by index, coarse to fine
+Search = Callable[[Attempt], Found]
 
 
-def end_of(
-    search: Search, gains: Sequence[float | None] = GAINS, stop_at: int | None = None
-) -> tuple[Found | None, list[int]]:
-    """Run a search to its end, and return what it found and the places that it tried."""
+def searched(search: Search, gains: Sequence[float | None] = GAINS) -> tuple[Found, list[int]]:
+    """Return what a search found, and the indices that it tried."""
     tried: list[int] = []
 
-    def attempt(place: int) -> Generator[Event, None, Candidate | None]:
-        yield from ()
-        tried.append(place)
-        if place == stop_at:
-            return None
-        return Candidate(Encoded(b"", 0.0, 0.0), RungResult("code", 1.0, 1, 1, gains[place], 0.0))
+    def attempt(index: int) -> Trial:
+        tried.append(index)
+        return Trial(Encoded(b"", 0.0, 0.0), SourceResult("code", 1.0, 1, 1, gains[index], 0.0))
 
-    steps = search(attempt)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value, tried
+    return search(attempt), tried
 
 
-def halved(limit: float) -> Search:
-    return lambda attempt: coarsest_kept(len(GAINS), limit, attempt)
+def bisected(limit: float) -> Search:
+    return lambda attempt: bisect(len(GAINS), limit, attempt)
 
 
-def near(start: int, limit: float = 0.9) -> Search:
-    return lambda attempt: nearest_kept(start, len(GAINS), limit, attempt)
+def walked(first: int, limit: float = 0.9) -> Search:
+    return lambda attempt: walk(first, len(GAINS), limit, attempt)
 
 
-@pytest.mark.parametrize(("limit", "place"), [(0.0, 0), (0.31, 2), (0.9, 4), (0.99, 7)])
-def test_halving_finds_the_coarsest_place_that_keeps_the_gain(limit: float, place: int) -> None:
-    found, tried = end_of(halved(limit))
-    assert found is not None
-    assert (found.place, found.keeps, found.candidate.gain) == (place, True, GAINS[place])
+@pytest.mark.parametrize(("limit", "index"), [(0.0, 0), (0.31, 2), (0.9, 4), (0.99, 7)])
+def test_bisection_finds_the_coarsest_entry_that_keeps_the_gain(limit: float, index: int) -> None:
+    found, tried = searched(bisected(limit))
+    assert (found.index, found.is_kept, found.trial.gain) == (index, True, GAINS[index])
     assert len(tried) <= 4
 
 
 def test_where_nothing_keeps_the_gain_the_finest_comes_back() -> None:
-    for search in (halved(1.0), near(3, 1.0)):
-        found, _ = end_of(search)
-        assert found is not None
-        assert (found.place, found.keeps) == (len(GAINS) - 1, False)
+    for search in (bisected(1.0), walked(3, 1.0)):
+        found, _ = searched(search)
+        assert (found.index, found.is_kept) == (len(GAINS) - 1, False)
 
 
-@pytest.mark.parametrize(("start", "places"), [(4, [4, 3]), (3, [3, 4]), (6, [6, 5, 4, 3]), (1, [1, 2, 3, 4])])
-def test_from_a_place_it_goes_coarser_while_the_gain_is_kept_or_finer_until_it_is(
-    start: int, places: list[int]
-) -> None:
-    found, tried = end_of(near(start))
-    assert found is not None
-    assert (found.place, found.keeps, tried) == (4, True, places)
+@pytest.mark.parametrize(("first", "indices"), [(4, [4, 3]), (3, [3, 4]), (6, [6, 5, 4, 3]), (1, [1, 2, 3, 4])])
+def test_a_walk_goes_coarser_while_the_gain_is_kept_or_finer_until_it_is(first: int, indices: list[int]) -> None:
+    found, tried = searched(walked(first))
+    assert (found.index, found.is_kept, tried) == (4, True, indices)
 
 
-def test_from_the_ends_of_the_ladder_it_goes_no_further() -> None:
-    assert end_of(near(0, 0.0))[1] == [0]
-    found, tried = end_of(near(7, 1.0))
-    assert (found is not None, tried) == (True, [7])
-
-
-def test_a_user_who_stops_gets_nothing() -> None:
-    assert end_of(halved(0.9), stop_at=5)[0] is None
-    assert end_of(near(6), stop_at=4)[0] is None
+def test_a_walk_ends_at_the_ends_of_the_ladder() -> None:
+    assert searched(walked(0, 0.0))[1] == [0]
+    assert searched(walked(7, 1.0))[1] == [7]
 
 
 def test_an_original_without_a_gain_is_refused() -> None:
-    for search in (halved(0.9), near(2)):
+    for search in (bisected(0.9), walked(2)):
         with pytest.raises(DataError, match="no gain to keep"):
-            end_of(search, [None] * len(GAINS))
+            searched(search, [None] * len(GAINS))
 
 
 def test_the_ladder_goes_down_from_nearly_nothing_kept() -> None:

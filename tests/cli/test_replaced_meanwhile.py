@@ -12,20 +12,22 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
+from icmlora.adapter.model import Adapter
 from icmlora.base_models import likelihood
 from icmlora.fleet import bundles as exporting
 from icmlora.fleet import encode as encoding
 from icmlora.fleet import generate as generating
-from icmlora.fleet import measure as task_evaluation
 from icmlora.fleet import update as updating
 from icmlora.fleet import vectors
 from icmlora.fleet.context import Context, StopFlag
-from icmlora.fleet.measure import TaskEvaluation
+from icmlora.fleet.evict import Evictor, TaskEvicted
+from icmlora.fleet.measure import TaskLosses
+from icmlora.fleet.search import ResidualSearch
 from icmlora.fleet.training_run import TrainRequest
 from icmlora.generator.versions import GeneratorFile
-from registry.records import GeneratorRecord, NewGenerator
+from registry.records import AdapterRecord, GeneratorRecord, NewGenerator
 from registry.store import Store
-from tests.cli.coded import codes
+from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
 from tests.cli.test_train import TRAIN, current, interrupt_at
 from tests.cli.tiny_fleet import icm_quietly, write_lora
@@ -128,14 +130,14 @@ class TestVectors:
 class TestEval:
     """`icm eval`."""
 
-    def while_it_measures(self, patch: pytest.MonkeyPatch, rung: str, happen: Happen) -> None:
-        def loss_of(work: TaskEvaluation, label: str, written: Path) -> object:
-            if label == rung:
+    def while_it_measures(self, patch: pytest.MonkeyPatch, source: str, happen: Happen) -> None:
+        def loss_of(losses: TaskLosses, label: str, folder: Path) -> object:
+            if label == source:
                 happen()
-            return real(work, label, written)
+            return real(losses, label, folder)
 
-        real = TaskEvaluation.loss_of
-        patch.setattr(TaskEvaluation, "loss_of", loss_of)
+        real = TaskLosses.loss_of
+        patch.setattr(TaskLosses, "loss_of", loss_of)
 
     def test_the_gain_of_a_code_that_was_replaced_is_not_recorded(
         self, icm: Icm, trained: Path, finer: dict[str, bytes]
@@ -152,8 +154,23 @@ class TestEval:
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.while_it_measures(monkeypatch, "original", lambda: replace_adapter(trained, other))
-        assert icm(*EVAL).code == 0
+        ran = icm(*EVAL)
+        assert (ran.code, "recorded: poems" in ran.err) == (0, True)
         assert "original" not in measured(trained)
+
+    def test_a_task_that_was_removed_is_named_and_the_others_are_measured(
+        self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def subject(losses: TaskLosses) -> object:
+            losses._store.tasks.remove_one("poems")  # as `icm rm` does
+            monkeypatch.setattr(TaskLosses, "_subject", real)
+            return real(losses)
+
+        real = TaskLosses._subject
+        monkeypatch.setattr(TaskLosses, "_subject", subject)
+        ran = icm("eval", "--device", "cpu")
+        assert (ran.code, "recorded: poems" in ran.err) == (0, True)
+        assert [line.split()[0] for line in ran.out.splitlines()[1:2]] == ["rules"]
 
     def test_what_is_measured_stands_under_the_generator_that_made_it(
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,41 +181,77 @@ class TestEval:
         assert current(trained).id != first.id
         assert measured(trained) == {"base": None, "original": None, "code": first.id, "generate": first.id}
 
-    def test_a_code_that_was_replaced_before_it_was_read_is_measured_as_it_is_now(
-        self, icm: Icm, trained: Path, finer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        before(monkeypatch, task_evaluation, "write_rung", lambda: put_code(trained, "poems", finer["poems"]))
-        assert icm(*EVAL, "--rung", "code").code == 0
-        assert "code" in measured(trained)
-
 
 class TestEncode:
-    """`icm encode --residual`."""
+    """`icm encode`."""
 
-    def test_a_code_that_was_replaced_is_no_damage(
+    def test_a_task_whose_code_was_replaced_is_left_out_and_named(
         self, icm: Icm, trained: Path, finer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        before(monkeypatch, encoding, "read_original", lambda: put_code(trained, "rules", finer["rules"]))
-        ran = icm("encode", "rules", "--residual", "--max-error", "0.01", "--json")
-        assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "code_changed")
-        assert "run the same command again" in ran.error["hint"]
+        before(monkeypatch, ResidualSearch, "smallest", lambda: put_code(trained, "poems", finer["poems"]))
+        ran = icm("encode", "poems", "rules", "--residual", "--max-error", "0.01", "--json")
+        told = tasks_of(ran)
+        assert (ran.code, told["poems"]["status"], told["rules"]["status"]) == (ExitCode.PARTLY, "changed", "encoded")
+        assert "'poems'" in told["poems"]["reason"]
+        assert codes(trained)["poems"].residual is None
 
-    def test_an_adapter_that_was_replaced_while_its_code_was_measured_is_no_bug(
+    def test_a_task_whose_adapter_was_replaced_is_left_out_and_named(
+        self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before(monkeypatch, encoding, "read_original", lambda: replace_adapter(trained, other))
+        ran = icm("encode", "poems", "rules", "--max-error", "0.01")
+        assert (ran.code, "poems: task 'poems' got another adapter" in ran.out) == (ExitCode.PARTLY, True)
+        assert set(codes(trained)) == {"rules", "silent"}
+
+    def test_an_adapter_that_was_replaced_while_its_code_was_measured_is_left_out_too(
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before(monkeypatch, likelihood, "nll", lambda: replace_adapter(trained, other))
         ran = icm("encode", "poems", "--residual", "--min-gain", "0.9", "--device", "cpu", "--json")
-        assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "code_changed")
+        assert (ran.code, tasks_of(ran)["poems"]["status"]) == (ExitCode.PARTLY, "changed")
+
+    def test_a_task_that_was_removed_is_left_out_and_named(
+        self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def read_original(store: Store, final: AdapterRecord) -> Adapter:
+            adapter = real(store, final)
+            if final.task == "poems":
+                store.tasks.remove_one("poems")  # as `icm rm` does
+            return adapter
+
+        real = encoding.read_original
+        monkeypatch.setattr(encoding, "read_original", read_original)
+        ran = icm("encode", "poems", "rules", "--max-error", "0.01", "--json")
+        assert {name: event["status"] for name, event in tasks_of(ran).items()} == {
+            "poems": "changed", "rules": "encoded",
+        }  # fmt: skip
 
     @pytest.mark.usefixtures("plain_gains")
     def test_what_is_measured_of_a_residual_stands_under_its_own_generator(
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = current(trained)
-        before(monkeypatch, encoding, "on_own_text", lambda: publish(trained))
+        before(monkeypatch, encoding, "losses_on_own_text", lambda: publish(trained))
         assert icm("encode", "poems", "--residual", "--min-gain", "0.9", "--device", "cpu").code == 0
         assert current(trained).id != first.id
         assert measured(trained)["residual"] == first.id
+
+
+class TestJobLock:
+    """`icm encode` and `icm evict` wait for other long jobs of the same base model."""
+
+    def test_while_another_job_runs_an_encode_says_which_base_model_is_in_use(self, icm: Icm, trained: Path) -> None:
+        with Store.open(trained, command="icm train") as opened, opened.job(LABEL):
+            ran = icm("encode", "--max-error", "0.5", "--lock-timeout", "0", "--json")
+        assert (ran.code, ran.error["kind"]) == (ExitCode.LOCKED, "store_locked")
+        assert LABEL in ran.error["message"]
+
+    @pytest.mark.parametrize(
+        "command", [("evict", "--max-error", "0.5", "--dry-run"), ("eval", "poems", "--device", "cpu")]
+    )
+    def test_a_dry_run_and_an_evaluation_do_not_wait(self, icm: Icm, trained: Path, command: tuple[str, ...]) -> None:
+        with Store.open(trained, command="icm train") as opened, opened.job(LABEL):
+            assert icm(*command, "--lock-timeout", "0").code == 0
 
 
 class TestMaterialize:
@@ -316,14 +369,14 @@ def test_an_update_begins_with_the_generator_that_each_base_model_has_when_its_t
 def test_an_eviction_passes_over_a_task_that_was_removed_meanwhile(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evict(store: Store, order: Any) -> int:
-        freed = real(store, order)
-        monkeypatch.setattr(Store, "evict", real)
-        store.tasks.remove_one("rules")  # as `icm rm` does in the moment in which the store is let go of
-        return freed
+    def evict(evictor: Evictor, name: str) -> TaskEvicted:
+        done = real(evictor, name)
+        if name == "poems":
+            evictor._store.tasks.remove_one("rules")  # as `icm rm` does
+        return done
 
-    real = Store.evict
-    monkeypatch.setattr(Store, "evict", evict)
+    real = Evictor.evict
+    monkeypatch.setattr(Evictor, "evict", evict)
     ran = icm("evict", "--max-error", "0.5", "--json")
     found = {event["task"]: event["status"] for event in ran.events if event["type"] == "task"}
     assert (ran.code, found) == (0, {"poems": "evicted", "rules": "removed", "silent": "evicted"})
