@@ -46,7 +46,12 @@ class Ran:
 
 def modules_of(*arguments: str) -> set[str]:
     """Return the top-level modules that one command line imports, run in a process of its own."""
-    script = f"import sys; from icm_cli.app import run; run({list(arguments)!r}); print(); print(*sys.modules)"
+    return modules_after(f"from icm_cli.app import run; run({list(arguments)!r})")
+
+
+def modules_after(code: str) -> set[str]:
+    """Return the top-level modules that are imported after some code, run in a process of its own."""
+    script = f"import sys; {code}; print(); print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return {name.partition(".")[0] for name in ran.stdout.splitlines()[-1].split()}
 
