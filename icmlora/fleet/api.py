@@ -5,20 +5,20 @@
     fleet.train(device="cuda")
     fleet.materialize("dog-detection", "adapter")
 
-A method imports what it needs when it is called, so that `import icmlora` and listing tasks never load torch.
+A method imports what it needs when it is called, so that `import icmlora` and listing tasks never load torch. The
+methods that list and maintain the store are in the base class, `icmlora.fleet.api_store.StoredFleet`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.fleet.context import Context, Event, default_cache, ignore
+from icmlora.fleet.api_store import StoredFleet
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from icmlora.fleet.base_models import KnownBase
     from icmlora.fleet.compare import MethodSummary
     from icmlora.fleet.encode import EncodeReport
     from icmlora.fleet.evaluate import EvaluateReport, Measurable
@@ -26,16 +26,12 @@ if TYPE_CHECKING:
     from icmlora.fleet.export_bundle import ExportReport
     from icmlora.fleet.import_bundle import ImportReport
     from icmlora.fleet.ingest import Conflict, IngestReport
-    from icmlora.fleet.maintenance import Check, Finding, PruneReport
-    from icmlora.fleet.map import MapReport
     from icmlora.fleet.materialize import MaterializeReport, Source
-    from icmlora.fleet.records import Rung, TaskSummary, View
-    from icmlora.fleet.stats import Bill
-    from icmlora.fleet.tasks import Removal, TaskDetails
+    from icmlora.fleet.records import Rung
     from icmlora.fleet.vectors import VectorReport
 
 
-class Fleet:
+class Fleet(StoredFleet):
     """The tasks of a store, and everything that can be done with them.
 
     Args:
@@ -47,23 +43,6 @@ class Fleet:
         on_event: Called with a `Progress` after each unit of work, and with what each use case has to tell. To stop,
             raise `Cancelled` in it: what was finished is kept.
     """
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        cache: str | Path | Callable[[], Path] = default_cache,
-        lock_timeout: float = 30.0,
-        command: str = "icm",
-        on_event: Callable[[Event], None] = ignore,
-    ) -> None:
-        cache = Path(cache) if isinstance(cache, str) else cache
-        self._context = Context(Path(path), cache, lock_timeout, command, on_event)
-
-    @property
-    def path(self) -> Path:
-        """The store folder."""
-        return self._context.path
 
     # ingest, vectors
 
@@ -418,181 +397,3 @@ class Fleet:
         from icmlora.fleet.evict import set_pinned
 
         return set_pinned(self._context, tasks, pinned=False)
-
-    # tasks: list, show, remove
-
-    def tasks(self, base_model: str | None = None) -> list[TaskSummary]:
-        """List the tasks by name.
-
-        Args:
-            base_model: List only the tasks of this base model.
-
-        Raises:
-            StoreNotFound: There is no store at the path.
-            DataError: No task belongs to the base model.
-        """
-        from icmlora.fleet.tasks import list_tasks
-
-        return list_tasks(self._context, base_model)
-
-    def show(self, task: str) -> TaskDetails:
-        """Return everything the store knows about one task.
-
-        Raises:
-            TaskNotFound: There is no such task; the error names the closest ones.
-        """
-        from icmlora.fleet.tasks import show_task
-
-        return show_task(self._context, task)
-
-    def plan_removal(self, tasks: Sequence[str]) -> list[Removal]:
-        """Return what `remove` would take away; nothing changes.
-
-        Raises:
-            TaskNotFound: A task is not in the store.
-        """
-        from icmlora.fleet.tasks import plan_removal
-
-        return plan_removal(self._context, tasks)
-
-    def remove(self, tasks: Sequence[str], *, last_copies: Collection[str] = ()) -> list[str]:
-        """Remove tasks with their adapters, vectors, codes and measurements; `prune` then frees the bytes.
-
-        Args:
-            tasks: The tasks to remove: all of them, or none if one is refused.
-            last_copies: Evicted tasks among them that may be lost although their code is the only copy.
-
-        Returns:
-            The names of the removed tasks.
-
-        Raises:
-            TaskNotFound: A task is not in the store.
-            LastCopy: A task is evicted and not in `last_copies`.
-        """
-        from icmlora.fleet.tasks import remove_tasks
-
-        return remove_tasks(self._context, tasks, last_copies=last_copies)
-
-    # base models
-
-    def base_models(self) -> list[KnownBase]:
-        """List the base models that adapters name or that were added, and where each one is on this machine."""
-        from icmlora.fleet.base_models import list_base_models
-
-        return list_base_models(self._context)
-
-    def add_base_model(self, name: str, path: str | Path) -> Path:
-        """Record where a base model is; this comes before the Hugging Face cache. Creates the store if there is none.
-
-        Args:
-            name: The name that adapters give the base model.
-            path: A Hugging Face model folder or a `.gguf` file.
-
-        Returns:
-            The absolute path.
-
-        Raises:
-            BaseModelNotFound: There is no loadable base model at the path.
-        """
-        from icmlora.fleet.base_models import add_base_model
-
-        return add_base_model(self._context, name, Path(path))
-
-    def forget_base_model(self, name: str) -> None:
-        """Forget where a base model is. Its adapters and files stay.
-
-        Raises:
-            BaseModelNotFound: The store does not know the name.
-        """
-        from icmlora.fleet.base_models import forget_base_model
-
-        forget_base_model(self._context, name)
-
-    # stats, map
-
-    def stats(self, *, plot: str | Path | None = None, force: bool = False) -> Bill:
-        """Count the bytes on disk, what the codes save, and what they cost in quality.
-
-        Args:
-            plot: Also draw bytes against the number of tasks to this .svg, .png or .pdf file (needs matplotlib).
-            force: Replace the file if it exists.
-
-        Raises:
-            DataError: The plot has another ending, matplotlib is missing, or no task has a code to draw.
-            OutputExists: The file exists and `force` is not given.
-        """
-        from icmlora.fleet.stats import stats
-
-        return stats(self._context, None if plot is None else Path(plot), force=force)
-
-    def task_map(
-        self,
-        *,
-        view: View = "adapted",
-        base_model: str | None = None,
-        clusters: int | None = None,
-        plot: str | Path | None = None,
-        force: bool = False,
-    ) -> MapReport:
-        """Compare the tasks of a base model by their vectors, and cluster them.
-
-        Args:
-            view: Which vectors: `adapted` (the base model with the adapter) or `context` (the base model alone).
-            base_model: Which base model; needed only if tasks of several have vectors.
-            clusters: How many clusters; by default the number with the best mean silhouette.
-            plot: Also draw the map to this .svg file.
-            force: Replace the file if it exists.
-
-        Raises:
-            DataError: Too few tasks have comparable vectors, there are fewer tasks than clusters, or the plot is not
-                an .svg file.
-            OutputExists: The file exists and `force` is not given.
-            DamagedStore: Vectors are missing or damaged.
-        """
-        from icmlora.fleet.map import MapRequest, map_fleet
-
-        request = MapRequest(view, base_model, clusters, None if plot is None else Path(plot), force)
-        return map_fleet(self._context, request)
-
-    # verify, prune, doctor
-
-    def verify(self, tasks: Sequence[str] = (), *, read_data: bool = False) -> Iterator[Finding]:
-        """Check the database and the blobs, and yield what is wrong as it is found.
-
-        Args:
-            tasks: Check only what these tasks need; everything if empty.
-            read_data: Also read and hash every blob; otherwise only its presence and length are checked.
-
-        Raises:
-            TaskNotFound: A task is not in the store.
-        """
-        from icmlora.fleet.maintenance import verify
-
-        return verify(self._context, tasks, read_data=read_data)
-
-    def repair(self) -> list[tuple[Finding, Path]]:
-        """Move every damaged blob to quarantine; ingesting its original again restores it.
-
-        Returns:
-            Each finding with the new place of its blob.
-        """
-        from icmlora.fleet.maintenance import repair
-
-        return repair(self._context)
-
-    def prune(self, *, grace: float = 3600.0, dry_run: bool = False) -> PruneReport:
-        """Delete blobs that no task needs and files that interrupted commands left behind.
-
-        Args:
-            grace: Seconds; younger files stay, so that a running ingest is safe.
-            dry_run: Only report what would be deleted.
-        """
-        from icmlora.fleet.maintenance import prune
-
-        return prune(self._context, grace=grace, dry_run=dry_run)
-
-    def doctor(self) -> list[Check]:
-        """Check versions, devices, free space and the store, for a problem report."""
-        from icmlora.fleet.maintenance import examine
-
-        return examine(self._context)
