@@ -1,14 +1,10 @@
-"""Keep the activations of one layer at a time; backward computes those of the others again (arXiv 1604.06174).
-
-Saves most of the memory of a long pass through a large base model and costs another forward. It pays on accelerators,
-whose memory is what limits the size of the base model.
-
-What a few samples say about a base model's modules: how the loss would have each of them changed.
+"""What a few samples say about a base model's modules: how the loss would change each of them.
 
     samples ──base + start──▶ loss ──backward──▶ per module:   g x^T       (out, in)       gradient
       inputs x (in) of a module, gradients g (out) of its outputs    x^2, g^2    (in,), (out,)   mean squares
 
-All are means over the scored tokens. One pass forward and backward, without any adapter of the task.
+All are means over the scored tokens, from one pass forward and backward without any adapter of the task. On an
+accelerator the activations of one layer at a time are in memory; backward computes the others again (`recomputing`).
 """
 
 from __future__ import annotations
@@ -24,21 +20,94 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from icmlora.base_models.factors import Factors, added
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.modules import linear_shape
-from icmlora.generator.relaxed import Factors
-from icmlora.training.refinement import added
 
 _AMPLE = ("cpu",)
 """Types of devices with memory enough for all activations of a few short texts."""
 
 
+@dataclass(frozen=True, eq=False)
+class ModuleEvidence:
+    """What the samples say about one module, float32 on the base model's device."""
+
+    gradient: torch.Tensor
+    """Gradient of the loss with respect to dW, shape (out, in)."""
+    inputs: torch.Tensor
+    """Mean squares of the module's inputs, shape (in,)."""
+    outputs: torch.Tensor
+    """Mean squares of the loss's gradient with respect to the module's outputs, shape (out,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the samples say, by dotted module name.
+
+    Attributes:
+        modules: One entry per module, in the order in which they were named.
+        nats: Loss where the evidence was gathered, in nats per token.
+        tokens: How many tokens were scored.
+    """
+
+    modules: Mapping[str, ModuleEvidence]
+    nats: float
+    tokens: int
+
+
+def gather_evidence(
+    base: BaseModel, start: Factors, modules: Iterable[str], samples: Sequence[Prepared], *, batch_size: int = 1
+) -> Evidence:
+    """Run the samples forward and backward once.
+
+    Needs 4 * in * out bytes a module in addition to the base model's activations, whatever the number of samples.
+
+    Args:
+        base: The base model; it is left as it was.
+        start: Factors that are added to it meanwhile; empty for the bare base model.
+        modules: Dotted names of linear modules.
+        samples: Samples, from the modality's `prepare`; of one with a prompt only the completion is scored.
+        batch_size: Samples a pass; more than 1 pays on accelerators only.
+
+    Raises:
+        ValueError: A module is not a linear layer.
+    """
+    # Made beforehand: backward reaches the modules last to first, and some, such as experts, not at all.
+    sums = {name: _zeros(base, name) for name in modules}
+    nats, tokens = 0.0, sum(item.count for item in samples)
+    for first in range(0, len(samples), batch_size):
+        batch = samples[first : first + batch_size]
+        real = base.modality.counted(base, batch)  # (rows, T)
+        with added(base.model, start), _summing(base.model, real, sums), recomputing(base.model):
+            loss = base.modality.loss(base, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        nats += float(loss.detach())
+    found = {name: ModuleEvidence(*(part / tokens for part in parts)) for name, parts in sums.items()}
+    return Evidence(found, nats / tokens, tokens)
+
+
+@contextmanager
+def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> Iterator[torch.Tensor]:
+    """Give the loss of some samples in nats per token, with gradients to the factors that ask for them.
+
+    Call backward inside the block: on an accelerator it computes activations again, with the factors in place.
+
+    Args:
+        base: The base model; it is left as it was.
+        factors: Factors that are added to it meanwhile; empty for the bare base model.
+        batch: Samples, from the modality's `prepare`.
+    """
+    with added(base.model, factors), recomputing(base.model):
+        yield base.modality.loss(base, batch) / sum(item.count for item in batch)
+
+
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """Let a model forget what is within its layers, for the block, where it is on an accelerator.
+    """On an accelerator, keep no activations inside the model's layers (Chen et al., arXiv 1604.06174).
 
-    Forward and backward both belong into the block, and into those of hooks on the layers' modules: they run again.
-    The model's own switch needs training mode, which would turn dropout on.
+    Saves most of the memory of a long pass through a large base model and costs another forward pass. Forward and
+    backward both belong into the block, and into the blocks of hooks on the layers' modules, which run again. The
+    model's own switch would need training mode, which turns dropout on.
 
     Args:
         model: A model of the transformers library; layers that it cannot recompute keep their activations.
@@ -55,82 +124,15 @@ def recomputing(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-@dataclass(frozen=True, eq=False)
-class ModuleEvidence:
-    """What the samples say about one module, float32 on the base model's device."""
-
-    gradient: torch.Tensor
-    """Of the loss for dW, shape (out, in)."""
-    inputs: torch.Tensor
-    """Mean squares of what comes in, shape (in,)."""
-    outputs: torch.Tensor
-    """Mean squares of the loss's gradient for what goes out, shape (out,)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """What the samples say, by dotted module name.
-
-    Attributes:
-        modules: One entry per module, in the order in which they were named.
-        nats: Loss where it was gathered, in nats per token.
-        tokens: How many tokens were scored.
-    """
-
-    modules: Mapping[str, ModuleEvidence]
-    nats: float
-    tokens: int
-
-
-def gather_evidence(
-    base: BaseModel, start: Factors, modules: Iterable[str], samples: Sequence[Prepared], *, batch_size: int = 1
-) -> Evidence:
-    """Run the samples forward and backward once.
-
-    Memory is 4 in out bytes a module beside the base model's activations, whatever the number of samples.
-
-    Args:
-        base: The base model; it is left as it was.
-        start: Factors of what is added to it meanwhile; none for the bare base model.
-        modules: Dotted names of linear modules.
-        samples: Samples, from the modality's `prepare`; of one with a prompt only the completion is scored.
-        batch_size: Samples a pass; more than 1 pays on accelerators only.
-
-    Raises:
-        ValueError: A module is no linear layer.
-    """
-    # Made beforehand: backward reaches the modules last to first, and some, such as experts, not at all.
-    sums = {name: _nothing(base, name) for name in modules}
-    nats, tokens = 0.0, sum(item.count for item in samples)
-    for first in range(0, len(samples), batch_size):
-        batch = samples[first : first + batch_size]
-        real = base.modality.counted(base, batch)
-        with added(base.model, start), _summing(base.model, real, sums), recomputing(base.model):
-            loss = base.modality.loss(base, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-        nats += float(loss.detach())
-    found = {name: ModuleEvidence(*(part / tokens for part in parts)) for name, parts in sums.items()}
-    return Evidence(found, nats / tokens, tokens)
-
-
-@contextmanager
-def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> Iterator[torch.Tensor]:
-    """Give the loss of some samples in nats per token, with gradients to the factors where they have them.
-
-    Backward belongs into the block: on an accelerator it computes activations again, with the factors in place.
-
-    Args:
-        base: The base model; it is left as it was.
-        factors: Of what is added to it meanwhile; none for the bare base model.
-        batch: Samples, from the modality's `prepare`.
-    """
-    with added(base.model, factors), recomputing(base.model):
-        yield base.modality.loss(base, batch) / sum(item.count for item in batch)
-
-
 @contextmanager
 def _summing(model: nn.Module, real: torch.Tensor, sums: Mapping[str, list[torch.Tensor]]) -> Iterator[None]:
-    """Add the products of inputs and gradients to `sums` for the block; `real` says which tokens are no padding."""
+    """Add products of inputs and gradients to `sums` inside the block.
+
+    Args:
+        model: The base model.
+        real: True for tokens that are not padding, (rows, T).
+        sums: For each module a gradient (out, in) and two rows of squares, (in,) and (out,).
+    """
 
     def watched(parts: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], Any]:
         return lambda _, inputs, outputs: _Watched.apply(outputs, inputs[0], real, parts)  # type: ignore[no-untyped-call]
@@ -143,20 +145,20 @@ def _summing(model: nn.Module, real: torch.Tensor, sums: Mapping[str, list[torch
             handle.remove()
 
 
-def _nothing(base: BaseModel, name: str) -> list[torch.Tensor]:
+def _zeros(base: BaseModel, name: str) -> list[torch.Tensor]:
     module = base.model.get_submodule(name)
     found = linear_shape(module)
     if found is None:
-        raise ValueError(f"{name} is no linear layer")
+        raise ValueError(f"{name} is not a linear layer")
     outputs, inputs = found
     device = next(module.parameters()).device
     return [torch.zeros(shape, device=device) for shape in ((outputs, inputs), (inputs,), (outputs,))]
 
 
 class _Watched(torch.autograd.Function):
-    """Passes the outputs of a module on; backward adds what its inputs and their gradient say to `sums`.
+    """Pass a module's outputs on; backward adds products of its inputs and their gradient to `sums`.
 
-    Inputs are saved as autograd saves them and not in a closure: so `recomputing` can drop them and make them again.
+    Inputs are saved through autograd and not in a closure, so that `recomputing` can drop them and make them again.
     """
 
     @staticmethod

@@ -1,14 +1,14 @@
 """Learn how far to step, from tasks whose adapters are known.
 
-One episode: a task of the fleet is taken for unseen, and the start is the mean of the others.
+One episode: one task of the fleet is treated as unseen, and the start is the mean of the others.
 
     support (K samples) ──evidence──▶ directions of each step, |dW| = 1
     query (other samples) ──base + start + sum of length * direction──▶ loss ──gradient──▶ rates, slopes
 
     minimise   (loss - loss of the task's own adapter) / (loss of the base model - loss of the task's own adapter)
 
-so that every task counts the same: 0 is as good as its own adapter, 1 as good as none. Directions are taken as given
-(first-order MAML, arXiv 1803.02999). The base model is frozen; only some numbers per module are learned.
+so that every task counts the same: 0 is as good as its own adapter, 1 as good as no adapter. Directions are treated as
+constants (first-order MAML, arXiv 1803.02999). The base model is frozen; only a few numbers per module are learned.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ import torch
 
 from icmlora.adapter.canonical import among, plus, times
 from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.base_models.factors import Factors, factors_of
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import GeneratorError
-from icmlora.fewshot.adapt import factors_of
 from icmlora.fewshot.evidence import gather_evidence, mean_loss
 from icmlora.fewshot.start import FewShotStart, octaves
 from icmlora.fewshot.step import lengthened, unit_steps
-from icmlora.generator.relaxed import Factors
 from icmlora.generator.scales import OCTAVE
 
 _LEAST_GAIN = 0.2
-"""Nats per token: a task whose own adapter gains less on two texts would count by its noise."""
+"""In nats per token: where a task's own adapter gains less, the loss is divided by this, not by noise."""
 _LIMIT = 8 * OCTAVE
-"""Rates lie within eight octaves of a module's usual size."""
+"""Rates stay within eight octaves of a module's usual size."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class MetaConfig:
 
     episodes: int = 48
     updates: int = 4
-    """Optimiser steps of each episode, each on other query samples."""
+    """Optimiser steps per episode, each on other query samples."""
     query: int = 2
-    """Query samples of each update."""
+    """Query samples per update."""
     support: tuple[int, ...] = (1, 4, 16)
     """Numbers of support samples, drawn evenly."""
     learning_rate: float = 0.5
@@ -64,7 +63,7 @@ class Episode:
     task: int
     support: int
     loss: float
-    """On the query samples, 0 as good as the task's own adapter, 1 as good as none; mean over the updates."""
+    """Mean over the updates, on query samples: 0 is as good as the task's own adapter, 1 as good as no adapter."""
 
 
 class EpisodeSource(Protocol):
@@ -77,7 +76,7 @@ class EpisodeSource(Protocol):
         """Read the adapter of a task."""
 
     def samples(self, task: int) -> Sequence[Prepared]:
-        """Return a task's samples as token ids, two or more."""
+        """Return a task's samples, from the modality's `prepare`; two or more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +92,11 @@ class _Rates:
         return torch.exp2(octaves(sizes, self.rates[step], self.slopes[step], samples))
 
     def is_finite(self) -> bool:
-        """Return whether all of them are numbers that can be rounded."""
+        """Say whether all of them can be rounded to integers."""
         return bool(torch.isfinite(self.rates).all() and torch.isfinite(self.slopes).all())
 
     def into(self, start: FewShotStart) -> FewShotStart:
-        """Round to what is stored."""
+        """Return the start with these rates and slopes, rounded as they are stored."""
         rates = self.rates.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist()
         slopes = self.slopes.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist()
         return replace(start, rates=tuple(map(tuple, rates)), slopes=tuple(slopes))
@@ -111,14 +110,14 @@ def meta_train(
     Args:
         base: The base model; it is left as it was.
         start: What to begin with.
-        fleet: The tasks that the start was made of; one is read per episode.
+        fleet: The tasks that the start was made from; one is read per episode.
         config: The options.
 
     Yields:
         After each episode what it measured, and the start as it is then.
 
     Raises:
-        GeneratorError: An episode diverged: its loss, or what was learned from it, is no number.
+        GeneratorError: An episode diverged: its loss, or a rate learned from it, is not finite.
     """
     learned = _Rates(
         torch.tensor(start.rates, dtype=torch.float32, requires_grad=True),
@@ -130,13 +129,13 @@ def meta_train(
     for number in range(config.episodes):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - number / config.episodes)
-        order = order or draw.sample(range(fleet.tasks()), fleet.tasks())
+        order = order or draw.sample(range(fleet.tasks()), fleet.tasks())  # every task once before any comes again
         task = order.pop()
         size = draw.choice(config.support)
         support, queries = _split(fleet.samples(task), size, config, draw)
         loss = _episode(base, start, fleet.load(task), support, queries, learned, optimizer)
         if not (math.isfinite(loss) and learned.is_finite()):
-            hint = "run again with another --seed; the start is as it was"
+            hint = "run again with another --seed; the stored few-shot start is unchanged"
             raise GeneratorError(f"episode {number + 1}, of {len(support)} samples, diverged", hint=hint)
         yield Episode(number + 1, config.episodes, task, len(support), loss), learned.into(start)
 
@@ -162,6 +161,7 @@ def _episode(
 ) -> float:
     """Step through one task and update the rates on each query; return the mean loss."""
     others = _without(start, own)
+    # Directions are gathered once per episode, under the rates of now; only their lengths get gradients.
     current, units = others, list[tuple[LoraModule, ...]]()
     names = [module.name for module in others.modules]
     for step in range(len(start.rates)):
@@ -188,7 +188,7 @@ def _nats(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> float
 
 
 def _without(start: FewShotStart, own: Adapter) -> Adapter:
-    """Return the mean of the other tasks, as far as the start's rank knows it."""
+    """Return the mean of the other tasks, as exactly as the start's rank allows."""
     if start.tasks < 2:
         return start.adapter
     mean = times(start.adapter.modules, start.tasks / (start.tasks - 1))
@@ -197,7 +197,7 @@ def _without(start: FewShotStart, own: Adapter) -> Adapter:
 
 
 def _stepped(adapter: Adapter, units: Sequence[Sequence[LoraModule]], lengths: Sequence[torch.Tensor]) -> Factors:
-    """Return the factors of an adapter and of steps beside it, with gradients to their lengths."""
+    """Concatenate the factors of an adapter and of some steps, with gradients to the steps' lengths (modules,)."""
     parts = {module.name: ([module.a], [module.b]) for module in adapter.modules}
     for step, length in zip(units, lengths, strict=True):
         for number, unit in enumerate(step):

@@ -1,25 +1,15 @@
-"""What a fleet knows about tasks that it has not seen: where to start, and how far each module steps from there.
+"""What a fleet knows about unseen tasks: where to start, and how far each module steps from there.
 
 start: the fleet's mean dW, of a small rank         size: usual |dW| of a module over the fleet
 step s of a module, on K samples, has the length    size * 2^((rate[s] + slope[s] * log2(K / 16)) / 8)
-step s after the last one that was learned          that of the last, less half an octave for each step in between
-
-The start file: what a generator knows of tasks that it has not seen, beside its own file.
-
-    ICMS 1 | length of head (4) | head: JSON, zlib | code of the mean (icmlora/generator/code.py) | check (8)
-
-The mean is stored as any adapter is, as a code of the generator; the head holds sizes, rates and slopes as whole
-eighths of an octave, in the natural order of the mean's modules. The check is the beginning of the SHA-256 of the rest.
+a step after the last learned one                   half an octave shorter than the step before it
 """
 
 from __future__ import annotations
 
-import json
 import math
-import struct
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -28,22 +18,20 @@ import torch
 from icmlora.adapter.canonical import mean_adapter, truncated, with_modules
 from icmlora.adapter.metrics import module_norms
 from icmlora.adapter.model import Adapter
-from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.container import inflate
 from icmlora.generator.scales import OCTAVE
-from icmlora.io.checksum import add_checksum, checked
 
 RANK = 16
-"""Directions that the start has of each module."""
+"""Directions that the start has in each module."""
 USUAL_SAMPLES = 16
-"""How many samples rates are for; slopes say what more or fewer are worth."""
+"""The number of samples that rates are for; slopes say what more or fewer are worth."""
 FIRST_RATES = (-22, -26)
-"""Of steps that nothing was learned about, in eighths: a seventh and a tenth of a module's usual size."""
+"""Rates before any episode, in eighths of an octave: a seventh and a tenth of a module's usual size."""
 FIRST_SLOPE = 1
 _SHORTER = 4
 """Eighths of an octave by which each step after the last learned one is shorter: 0.7 and 0.5 of it were tried."""
+
+Number = TypeVar("Number", float, torch.Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,50 +41,28 @@ class FewShotStart:
     adapter: Adapter
     """The fleet's mean."""
     sizes: tuple[int, ...]
-    """log2 of the usual |dW| of each module of it, in eighths."""
+    """log2 of the usual |dW| of each of its modules, in eighths."""
     rates: tuple[tuple[int, ...], ...]
-    """By step and module: log2 of a step's length in sizes, in eighths."""
+    """By step and module: log2 of a step's length relative to the module's size, in eighths."""
     slopes: tuple[int, ...]
     """By step: what twice as many samples add to the rates, in eighths."""
     tasks: int
-    """How many tasks it was made of."""
+    """How many tasks it was made from."""
 
     def length(self, step: int, module: int, samples: int) -> float:
-        """Return how long a step of a module is."""
+        """Return |dW| of a module's step, counted from 0, with so many samples."""
         learned = min(step, len(self.rates) - 1)
         rate = self.rates[learned][module] - _SHORTER * (step - learned)
         return float(2.0 ** octaves(self.sizes[module], rate, self.slopes[learned], samples))
 
 
-Number = TypeVar("Number", float, torch.Tensor)
-
-
 def octaves(size: Number, rate: Number, slope: Number, samples: int) -> Number:
-    """Return log2 of the length of a step, of numbers or of tensors of them; what is given is in eighths."""
+    """Return log2 of the length of a step, of numbers or of tensors of them; the arguments are in eighths."""
     return (size + (rate + slope * math.log2(samples / USUAL_SAMPLES))) / OCTAVE
 
 
-def encodable_part(start: FewShotStart, config: GeneratorConfig) -> FewShotStart:
-    """Return what a generator can encode of a start: its modules, and as many directions as it has rank slots.
-
-    Raises:
-        ValueError: It has none of the modules.
-    """
-    shapes = start.adapter.layout
-    kept = [number for number, shape in enumerate(shapes) if config.covers([shape._replace(rank=1)])]
-    if not kept:
-        raise ValueError("the generator has no module of the start")
-    modules = [start.adapter.modules[number] for number in kept]
-    return replace(
-        start,
-        adapter=truncated(with_modules(start.adapter, modules), config.slots),
-        sizes=tuple(start.sizes[number] for number in kept),
-        rates=tuple(tuple(row[number] for number in kept) for row in start.rates),
-    )
-
-
 def untrained_fewshot_start(adapters: Iterable[Adapter], rank: int = RANK) -> FewShotStart:
-    """Make the start of a fleet, with lengths that nothing was learned about.
+    """Make the start of a fleet, with step lengths that were not learned.
 
     Args:
         adapters: The fleet's; read once, one at a time.
@@ -105,7 +71,7 @@ def untrained_fewshot_start(adapters: Iterable[Adapter], rank: int = RANK) -> Fe
     Raises:
         ValueError: There is no adapter.
     """
-    logs: defaultdict[str, list[float]] = defaultdict(list)
+    logs: defaultdict[str, list[float]] = defaultdict(list)  # log2 |dW| over the fleet, by module name
     count = 0
 
     def measured() -> Iterable[Adapter]:
@@ -120,81 +86,31 @@ def untrained_fewshot_start(adapters: Iterable[Adapter], rank: int = RANK) -> Fe
     mean = mean_adapter(measured(), rank)
     known = [log for group in logs.values() for log in group] or [0.0]
     usual = {name: sum(group) / len(group) for name, group in logs.items()}
-    middle = sum(known) / len(known)
+    middle = sum(known) / len(known)  # for a module that is zero in every adapter
     sizes = tuple(round(OCTAVE * usual.get(module.name, middle)) for module in mean.modules)
     return with_first_lengths(FewShotStart(mean, sizes, (), (), count))
 
 
 def with_first_lengths(start: FewShotStart) -> FewShotStart:
-    """Return a start with the lengths that it has before the first episode."""
+    """Return a start with the step lengths that it has before the first episode."""
     rates = tuple((rate,) * len(start.sizes) for rate in FIRST_RATES)
     return replace(start, rates=rates, slopes=(FIRST_SLOPE,) * len(rates))
 
 
-MAGIC = b"ICMS\x01"
-_BEFORE_HEAD = len(MAGIC) + 4
-_HEAD_LIMIT = 1 << 22
-_STEPS_LIMIT = 64
-_EXPONENT_LIMIT = 1024
-_TASKS_LIMIT = 1 << 32
-_TOLERANCE = 0.25
-"""Weighted error of the mean's code: half of its size buys less than 0.01 of retained gain (docs/results/LOG.md)."""
-
-
-def mean_code(start: FewShotStart, codec: Codec) -> bytes:
-    """Encode a start's mean under a generator; the lengths of steps are then learned for what it decodes to.
+def encodable_part(start: FewShotStart, config: GeneratorConfig) -> FewShotStart:
+    """Return what a generator can encode of a start: its modules, with at most as many directions as it has slots.
 
     Raises:
-        GeneratorError: The generator does not cover the mean.
+        ValueError: The generator has none of the modules.
     """
-    return codec.encode(start.adapter, {}, tolerance=_TOLERANCE).data
-
-
-def fewshot_start_to_bytes(start: FewShotStart, code: bytes) -> bytes:
-    """Write a start whose mean is what a code decodes to; the same start gives the same bytes."""
-    head = {"sizes": start.sizes, "rates": start.rates, "slopes": start.slopes, "tasks": start.tasks}
-    packed = zlib.compress(json.dumps(head, sort_keys=True).encode(), 9)
-    return add_checksum(MAGIC + struct.pack("<I", len(packed)) + packed + code)
-
-
-def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> FewShotStart:
-    """Read a start file.
-
-    Args:
-        data: The file.
-        decode: Turns the mean's code into an adapter, as the generator's codec does.
-
-    Raises:
-        GeneratorError: Not a start file, of a newer format, damaged, or of another generator.
-    """
-    content = checked(data) if data.startswith(MAGIC) else None
-    if content is None or len(content) < _BEFORE_HEAD:
-        raise GeneratorError("not a start file, of another format, or damaged", hint="`icm train --objective both`")
-    (length,) = struct.unpack_from("<I", content, len(MAGIC))
-    end = _BEFORE_HEAD + length
-    try:
-        head = json.loads(inflate(content[_BEFORE_HEAD:end], 2, _HEAD_LIMIT))
-        adapter = decode(content[end:])
-        start = FewShotStart(
-            adapter=adapter,
-            sizes=_whole(head["sizes"]),
-            rates=tuple(_whole(row) for row in head["rates"]),
-            slopes=_whole(head["slopes"]),
-            tasks=_whole([head["tasks"]], _TASKS_LIMIT)[0],
-        )
-    except (CodeError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise GeneratorError(f"the start file is damaged or of another generator ({error})") from error
-    lengths = {len(start.sizes), *map(len, start.rates)}
-    if (
-        start.tasks < 1
-        or lengths != {len(adapter.modules)}
-        or not 1 <= len(start.rates) == len(start.slopes) <= _STEPS_LIMIT
-    ):
-        raise GeneratorError("the start file's head is not that of its mean")
-    return start
-
-
-def _whole(values: object, limit: int = _EXPONENT_LIMIT) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(value) is int and abs(value) <= limit for value in values):
-        raise ValueError("a row of the head is out of range")
-    return tuple(values)
+    shapes = start.adapter.layout
+    kept = [number for number, shape in enumerate(shapes) if config.covers([shape._replace(rank=1)])]
+    if not kept:
+        raise ValueError("the generator has no module of the few-shot start")
+    modules = [start.adapter.modules[number] for number in kept]
+    return replace(
+        start,
+        adapter=truncated(with_modules(start.adapter, modules), config.slots),
+        sizes=tuple(start.sizes[number] for number in kept),
+        rates=tuple(tuple(row[number] for number in kept) for row in start.rates),
+    )

@@ -3,7 +3,7 @@
     P = gradient / (root mean squares of outputs) / (root mean squares of inputs)     (out, in)
     dW = - length * P_r / |P_r|                P_r: the strongest r directions of P
 
-The gradient alone points where inputs are large, not where they tell tasks apart; dividing by both root mean squares is
+The gradient alone points where inputs are large, not where they tell tasks apart. Dividing by both root mean squares is
 K-FAC with diagonal factors (Martens and Grosse, arXiv 1503.05671), to half its power as in Shampoo (arXiv 1802.09568).
 How long a step has to be differs by module and hardly by task, so lengths are learned (see `meta_training`).
 """
@@ -22,13 +22,14 @@ from icmlora.fewshot.evidence import Evidence, ModuleEvidence
 RANK = 16
 """Directions kept of each step."""
 _DAMPING = 0.05
-"""Share of the mean that a channel's mean square is raised by: a few samples do not know quiet channels."""
+"""Share of the mean that is added to every mean square: a few samples say little about quiet channels."""
 _OVERSAMPLING = 8
+"""Further columns of the random sketch, which make its strongest directions accurate."""
 _SEED = 0
 
 
 def unit_steps(evidence: Evidence, rank: int = RANK) -> tuple[LoraModule, ...]:
-    """Return the downhill direction of each module, |dW| = 1; a module without any gradient gets zeros.
+    """Return the downhill direction of each module with |dW| = 1, or zeros where there is no gradient.
 
     The same evidence gives the same directions: the random sketch of the singular vectors is seeded.
 
@@ -41,16 +42,17 @@ def unit_steps(evidence: Evidence, rank: int = RANK) -> tuple[LoraModule, ...]:
 
 
 def lengthened(units: Sequence[LoraModule], lengths: Sequence[float]) -> list[LoraModule]:
-    """Give each direction its length."""
+    """Scale each direction to its length."""
     return [module for unit, length in zip(units, lengths, strict=True) for module in times([unit], length)]
 
 
 @torch.no_grad()
 def _unit_step(name: str, evidence: ModuleEvidence, rank: int) -> LoraModule:
+    # (out, in), on the CPU: every device then gives the same singular vectors for the same evidence.
     scaled = (evidence.gradient / _root(evidence.outputs)[:, None] / _root(evidence.inputs)).cpu()
     if not torch.isfinite(scaled).all():
         fact = f"the gradient of the loss on the samples is not finite ({name})"
-        raise GeneratorError(fact, hint="leave out samples that are no ordinary text")
+        raise GeneratorError(fact, hint="leave out samples that are not ordinary text")
     width = min(scaled.shape)
     u, s, v = torch.svd_lowrank(scaled, q=min(rank + _OVERSAMPLING, width), niter=2)
     u, s, v = u[:, :rank], s[:rank], v[:, :rank]

@@ -25,9 +25,11 @@ from icmlora.adapter.canonical import truncated
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import read_examples
 from icmlora.base_models.examples import spread
+from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import Cancelled, DataError, NotCovered
-from icmlora.fewshot.adapt import FinetuneConfig, adapt, factors_of, finetune, supports
+from icmlora.fewshot.adapt import adapt, supports
+from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.cards import GeneratedCard
 from icmlora.fleet.context import Context, Event, Progress, StopFlag
@@ -45,7 +47,7 @@ from icmlora.io.staging import check_free
 from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.vector import TaskVector
-from icmlora.training.refinement import RefineConfig, added
+from icmlora.training.refinement import RefineConfig
 from registry.bundles import Arrival, ArrivingTask
 from registry.errors import TaskConflict, TaskNotFound
 from registry.names import check_name

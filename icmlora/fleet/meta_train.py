@@ -19,14 +19,8 @@ from icmlora.base_models.examples import spread
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
-from icmlora.fewshot.start import (
-    FewShotStart,
-    encodable_part,
-    fewshot_start_from_bytes,
-    fewshot_start_to_bytes,
-    mean_code,
-    untrained_fewshot_start,
-)
+from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewshot_start
+from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
 from icmlora.fleet.context import Context, Event, Progress, StopFlag, locate_base, with_files
 from icmlora.fleet.decoding import decode_code
 from icmlora.fleet.loading import open_base, read_original

@@ -1,11 +1,11 @@
-"""A code whose integers are real numbers for a while, so that a gradient can move them.
+"""A code whose integers are real numbers for the time being, so that gradient steps can change them.
 
     code ──open──▶ values in steps, log2 strengths ──round, with a straight-through gradient──▶ factors of each module
                             │                                                                        (what it does)
                             └──▶ bits under the coder's scales (what it costs)
     rounded values ──close──▶ code of the same form
 
-Values start where the adapter has them, not where they were rounded to. Slots that the code leaves out stay out.
+Values start where the adapter has them, not where they were rounded to. Slots that the code leaves out stay left out.
 """
 
 from __future__ import annotations
@@ -19,21 +19,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from icmlora.adapter.model import Adapter
-from icmlora.generator import entropy_coding as entropy
+from icmlora.base_models.factors import Factors
 from icmlora.generator.codec import Codec
+from icmlora.generator.entropy_coding import Integers, Scales, clip
 from icmlora.generator.objective import bin_bits
 from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import centred, norm_of
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.tokens import KindTokens, tokenize
 
-Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""By dotted module name: A (r, in) and B (out, r)."""
-
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One kind of a code: what moves and what stays."""
+    """One module kind of a code: the parameters, and what stays fixed."""
 
     integers: KindIntegers
     root: torch.Tensor
@@ -41,26 +39,26 @@ class _Part:
     means: tuple[torch.Tensor, torch.Tensor]
     """The generator's prediction, shapes (n, in) and (n, out)."""
     values: tuple[nn.Parameter, nn.Parameter, nn.Parameter]
-    """In steps from the prediction, of these shapes; the third is along the initial subspace."""
+    """In quantiser steps from the prediction, shapes (n, in), (n, out) and, along the initial subspace, (n, R)."""
     strength: nn.Parameter
-    """log2 of the factor of each layer's dW, shape (L,)."""
+    """log2 of the factor that each layer's dW is multiplied by, shape (L,)."""
     boost: nn.Parameter
-    """log2 of the factor of each rank slot's inputs across the initial subspace, shape (S,)."""
+    """log2 of the factor for each rank slot's inputs across the initial subspace, shape (S,)."""
     boosted: torch.Tensor
-    """1 where a slot's module has such a subspace, else 0; shape (n, 1)."""
+    """1 where a slot's module has an initial subspace, else 0; shape (n, 1)."""
 
 
 class RelaxedCode:
-    """The code of one adapter, on its way to another code of it.
+    """The code of one adapter, while an optimiser changes it.
 
     Args:
         codec: The generator's.
         adapter: The adapter that was encoded.
-        data: Its code.
+        code: Its code.
     """
 
-    def __init__(self, codec: Codec, adapter: Adapter, data: bytes) -> None:
-        self._codec, self._opened = codec, codec.open(data)
+    def __init__(self, codec: Codec, adapter: Adapter, code: bytes) -> None:
+        self._codec, self._opened = codec, codec.open(code)
         self._step = 2.0 ** (self._opened.head.step / OCTAVE)
         tokens = {group.kind: group for group in tokenize(adapter, codec.config, codec.sensitivity)}
         with torch.no_grad():
@@ -68,20 +66,20 @@ class RelaxedCode:
 
     @property
     def values(self) -> list[nn.Parameter]:
-        """Everything that is rounded."""
+        """The parameters that are rounded to integers."""
         return [values for part in self._parts for values in part.values]
 
     @property
     def strengths(self) -> list[nn.Parameter]:
-        """log2 of how strong each module is, and its inputs across the initial subspace."""
+        """The parameters that scale modules, and their inputs across the initial subspace; in octaves."""
         return [factor for part in self._parts for factor in (part.strength, part.boost)]
 
     def factors(self) -> Factors:
-        """Return the factors of every module as the rounded code gives them; values and strengths get gradients."""
+        """Return the factors that the rounded code decodes to, with gradients to values and strengths."""
         return dict(factors for part in self._parts for factors in self._modules(part))
 
     def bits(self) -> torch.Tensor:
-        """Return the length of the values under the coder's tables, as if they need not be whole."""
+        """Return the length of the values under the coder's tables, in bits; they need not be whole numbers."""
         total = torch.zeros(())
         for part in self._parts:
             for values, scales in zip(part.values, part.integers.scales, strict=True):
@@ -89,7 +87,7 @@ class RelaxedCode:
         return total
 
     def to_code(self) -> bytes:
-        """Round everything and write the code."""
+        """Round all parameters and write the code."""
         strengths, boosts = self._opened.head.strengths.copy(), self._opened.head.boosts.copy()
         groups = []
         for part in self._parts:
@@ -104,19 +102,20 @@ class RelaxedCode:
     def _part(self, integers: KindIntegers, tokens: KindTokens) -> _Part:
         quantizer, head, state = self._codec.quantizer, self._opened.head, self._opened.state
         slots = integers.slots
+        # The tokens of the slots that the code has, in its order.
         written = set(zip(slots.layer.tolist(), slots.slot.tolist(), strict=True))
         places = zip(tokens.layer.tolist(), tokens.slot.tolist(), strict=True)
         kept = tokens[torch.tensor([place in written for place in places], dtype=torch.bool)]
         norms = quantizer.norms(slots, integers.gain, integers.residuals)
         inputs, outputs, along = (side.float() for side in quantizer.in_steps(kept, norms, state, head.step))
         return _Part(
-            integers,
-            norm_of(norms).sqrt()[:, None],
-            quantizer.means(slots, norms, state),
-            (nn.Parameter(inputs), nn.Parameter(outputs), nn.Parameter(along)),
-            _factors(head.strengths[slots.kind]),
-            _factors(head.boosts[slots.kind]),
-            torch.from_numpy(state.subspace.knows(slots.kind)[slots.layer]).float()[:, None],
+            integers=integers,
+            root=norm_of(norms).sqrt()[:, None],
+            means=quantizer.means(slots, norms, state),
+            values=(nn.Parameter(inputs), nn.Parameter(outputs), nn.Parameter(along)),
+            strength=_factors(head.strengths[slots.kind]),
+            boost=_factors(head.boosts[slots.kind]),
+            boosted=torch.from_numpy(state.subspace.knows(slots.kind)[slots.layer]).float()[:, None],
         )
 
     def _modules(self, part: _Part) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -125,6 +124,7 @@ class RelaxedCode:
             _rounded(values, scales) * self._step
             for values, scales in zip(part.values, part.integers.scales, strict=True)
         )
+        # As `TokenQuantizer.dequantise`, then A = inputs / sqrt(s), B = outputs / sqrt(s), and channel weights undone.
         boost = torch.exp2(part.boosted * part.boost[torch.from_numpy(part.integers.slots.slot)][:, None])
         inputs = inputs * boost + self._opened.state.subspace.expand(kind, layer, along, inputs.shape[1])
         inputs, outputs = (
@@ -138,8 +138,8 @@ class RelaxedCode:
             yield self._codec.config.kinds[kind].module(number), (a, b.T)
 
 
-def _rounded(values: torch.Tensor, scales: entropy.Scales) -> torch.Tensor:
-    """Round as the codec does, and let the gradient through as if nothing had happened (arXiv 1308.3432)."""
+def _rounded(values: torch.Tensor, scales: Scales) -> torch.Tensor:
+    """Round as the codec does, with a straight-through gradient (Bengio et al., arXiv 1308.3432)."""
     return torch.from_numpy(centred(_whole(values), scales)) + (values - values.detach())
 
 
@@ -152,5 +152,5 @@ def _stored(factors: torch.Tensor) -> NDArray[np.int8]:
     return stored
 
 
-def _whole(values: torch.Tensor) -> entropy.Integers:
-    return entropy.clip(np.rint(values.detach().double().numpy()))
+def _whole(values: torch.Tensor) -> Integers:
+    return clip(np.rint(values.detach().double().numpy()))

@@ -1,1 +1,1 @@
-"""Training of a generator: a resumable loop over a fleet that is streamed, one adapter at a time."""
+"""Train a generator: a resumable loop over a fleet that is streamed, one adapter at a time."""

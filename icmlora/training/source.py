@@ -1,4 +1,4 @@
-"""What training needs to know of a fleet, wherever it is kept."""
+"""Where training reads its adapters from: a store, or memory in tests."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from icmlora.generator.initial_a.draw import InitialA
 
 
 class AdapterSource(Protocol):
-    """A fleet that is read one adapter at a time; nothing here holds more than that in memory."""
+    """The tasks of a fleet, numbered from 0 and read one adapter at a time, so that memory does not grow with them."""
 
     def tasks(self) -> int:
         """Return the number of tasks."""
 
     def checkpoints(self, task: int) -> int:
-        """Return how many adapters task `task` has besides its final one."""
+        """Return how many adapters a task has in addition to its final one."""
 
     def load(self, task: int, checkpoint: int | None) -> Adapter:
         """Read the final adapter of a task (None), or one of its checkpoints."""
 
     def initial(self, task: int) -> InitialA | None:
-        """Return where the A that a task's training began with was drawn, None where it is not known."""
+        """Return where a task's initial A was drawn, None if that is unknown."""
 
     def support_sets(self, task: int) -> int:
-        """Return the number of support sets with vectors, 0 without any."""
+        """Return the number of a task's support sets that have vectors; may be 0."""
 
     def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
-        """Return a task's vectors of one support set by view, each float32 of shape (hidden,)."""
+        """Return the vectors of one support set by view, each float32 of shape (hidden,)."""

@@ -1,4 +1,7 @@
-"""A training run in the middle, as two safetensors files: the network, and its optimiser. No pickle, no RNG state."""
+"""The state of an unfinished training run as two safetensors files: the network, and its optimiser.
+
+There is no pickle and no random state: every step draws from a stream of its own (icmlora/training/loop.py).
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ import torch
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE
+from icmlora.generator.parameters import diverged
 from icmlora.io.tensors import decode_torch, encode_torch
 from icmlora.training.config import TrainConfig
 
 NETWORK_FORMAT, OPTIMIZER_FORMAT = "icm training network 1", "icm training optimizer 1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# Updates that each parameter has seen; 0 for one that no step has touched, which has no moments yet.
 _COUNTS = "counts"
+"""Updates of each parameter; 0 for a parameter that no step has touched, which has no moments yet."""
 
 
 @dataclass(eq=False)
@@ -28,7 +32,7 @@ class TrainState:
     step: int
 
     def network_bytes(self) -> bytes:
-        """Serialise the network in float32, which is what the run computes in.
+        """Serialise the network in float32, the precision that the run computes in.
 
         Raises:
             GeneratorError: Training has diverged.
@@ -56,7 +60,7 @@ class TrainState:
 
 
 def new_state(net: CVAE, config: TrainConfig) -> TrainState:
-    """Start a run."""
+    """Start a run with a fresh optimiser."""
     return TrainState(net, _optimizer(net, config), config, 0)
 
 
@@ -64,17 +68,18 @@ def state_from_bytes(network: bytes, optimizer: bytes, device: torch.device) -> 
     """Continue a run from what `network_bytes` and `optimizer_bytes` wrote after the same step.
 
     Raises:
-        GeneratorError: Not the two halves of one training state.
+        GeneratorError: The two files do not belong together, or one of them is damaged.
     """
     header, parameters = _parse(network, NETWORK_FORMAT)
     progress, moments = _parse(optimizer, OPTIMIZER_FORMAT)
     try:
         if header["step"] != progress["step"]:
-            raise GeneratorError("the network and the optimiser are of different steps of training")
+            raise GeneratorError("the network and the optimiser come from different steps of training")
         config = TrainConfig.from_json(progress["train"])
         net = CVAE(GeneratorConfig.from_json(header["config"]))
         net.load_state_dict(parameters)
         adam = _optimizer(net.to(device), config)
+        # A fresh optimiser has no moments; they are put where AdamW would have made them.
         stored = adam.state_dict()
         stored["state"] = {
             number: {"step": torch.tensor(count)} | {name: moments[f"{number}.{name}"] for name in _MOMENTS}
@@ -91,7 +96,7 @@ def _encode(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> bytes:
     try:
         return encode_torch(tensors, header, dtype="float32")
     except AdapterRefused as error:
-        raise GeneratorError("training has diverged", hint="train again with a lower learning rate") from error
+        raise diverged() from error
 
 
 def _parse(data: bytes, expected: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -4,8 +4,7 @@ import dataclasses
 import re
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.fewshot import start as start_file
-from icmlora.fewshot import step
+from icmlora.fewshot import start_file, step
 from icmlora.fewshot.meta_training import MetaConfig
 from icmlora.fewshot.start import RANK, USUAL_SAMPLES, FewShotStart
 from icmlora.generator import file as versions

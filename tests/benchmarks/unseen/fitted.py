@@ -18,13 +18,8 @@ from icmlora.base_models.examples import plain
 from icmlora.base_models.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.meta_training import MetaConfig, meta_train
-from icmlora.fewshot.start import (
-    FewShotStart,
-    fewshot_start_from_bytes,
-    fewshot_start_to_bytes,
-    mean_code,
-    untrained_fewshot_start,
-)
+from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
+from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
 from icmlora.formats.peft import load_adapter_folder
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for

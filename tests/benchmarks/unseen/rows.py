@@ -21,7 +21,8 @@ from icmlora.adapter.canonical import plus, times, truncated, with_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
-from icmlora.fewshot.adapt import FinetuneConfig, adapt, finetune
+from icmlora.fewshot.adapt import adapt
+from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.start import FewShotStart
 from icmlora.task_vectors.distances import nearest
 from tests.benchmarks.unseen.fleet import StudyTask

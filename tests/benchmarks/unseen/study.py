@@ -13,12 +13,11 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples import Example
+from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.likelihood import nll
 from icmlora.base_models.modality import BaseModel
-from icmlora.fewshot.adapt import factors_of
 from icmlora.fewshot.start import with_first_lengths
 from icmlora.formats.peft import load_adapter_folder, save_adapter
-from icmlora.training.refinement import added
 from tests.benchmarks.unseen import fitted, rows
 from tests.benchmarks.unseen.fleet import StudyTask
 

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.factors import factors_of
 from icmlora.base_models.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
-from icmlora.fewshot.adapt import FinetuneConfig, adapt, factors_of, finetune, supports
+from icmlora.fewshot.adapt import adapt, supports
 from icmlora.fewshot.evidence import gather_evidence
+from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
 from icmlora.generator.scales import OCTAVE
 from tests.icmlora.fewshot.trained_tasks import (

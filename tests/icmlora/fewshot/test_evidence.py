@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from icmlora.base_models.factors import factors_of
 from icmlora.base_models.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
-from icmlora.fewshot.adapt import factors_of
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
 from tests.icmlora.fewshot.trained_tasks import NAMES, dense, is_untouched, random_adapter, scored, weights_of
 from tests.icmlora.tiny_base import load_tiny_base
@@ -119,7 +119,7 @@ def test_layers_that_hold_their_weight_the_other_way_round_are_read_as_they_are(
 
 
 def test_a_module_that_is_no_linear_layer_is_refused(base: BaseModel) -> None:
-    with pytest.raises(ValueError, match="no linear layer"):
+    with pytest.raises(ValueError, match="not a linear layer"):
         gather_evidence(base, {}, ["model.norm"], scored(base, TEXTS[:1]))
 
 

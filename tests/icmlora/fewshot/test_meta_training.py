@@ -15,12 +15,8 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.errors import GeneratorError
 from icmlora.fewshot import meta_training
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
-from icmlora.fewshot.start import (
-    FewShotStart,
-    fewshot_start_from_bytes,
-    fewshot_start_to_bytes,
-    untrained_fewshot_start,
-)
+from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
+from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes
 from tests.icmlora.fewshot.trained_tasks import (
     NAMES,
     TrainedTasks,

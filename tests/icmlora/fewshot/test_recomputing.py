@@ -11,10 +11,11 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from icmlora.base_models import likelihood
+from icmlora.base_models.factors import factors_of
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot import evidence as module
-from icmlora.fewshot.adapt import FinetuneConfig, factors_of, finetune
 from icmlora.fewshot.evidence import Evidence, gather_evidence, mean_loss, recomputing
+from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from tests.icmlora.fewshot.trained_tasks import NAMES, is_untouched, random_adapter, scored, weights_of
 from tests.icmlora.tiny_base import load_tiny_base
 

@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter
 from icmlora.errors import GeneratorError, IcmLoraError
-from icmlora.fewshot.start import (
-    MAGIC,
-    FewShotStart,
-    fewshot_start_from_bytes,
-    fewshot_start_to_bytes,
-    mean_code,
-    untrained_fewshot_start,
-)
+from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
+from icmlora.fewshot.start_file import MAGIC, fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
 from icmlora.generator.codec import Codec
 from icmlora.generator.network_file import generator_from_bytes
 from icmlora.io.checksum import add_checksum

@@ -11,7 +11,7 @@ from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
-from icmlora.fewshot.adapt import FinetuneConfig, finetune
+from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from tests.icmlora.tiny_base import HIDDEN, LABEL
 
 WIDTHS = {"self_attn.q_proj": (HIDDEN, HIDDEN), "mlp.down_proj": (2 * HIDDEN, HIDDEN)}

@@ -9,6 +9,7 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples import plain
+from icmlora.base_models.factors import added
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
 from icmlora.formats.peft import load_adapter_folder
@@ -17,7 +18,7 @@ from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.relaxed import RelaxedCode
-from icmlora.training.refinement import RefineConfig, added, refine
+from icmlora.training.refinement import RefineConfig, refine
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length", "the third"]

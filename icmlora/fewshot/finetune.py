@@ -1,0 +1,78 @@
+"""Continue from an adapter with ordinary gradient steps on a few samples.
+
+minimise   loss of some of the samples, drawn again for each step        by Adam, over the factors A and B
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.fewshot.evidence import mean_loss
+
+_GRADIENT_LIMIT = 1.0
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How an adapter is fine-tuned."""
+
+    steps: int
+    learning_rate: float = 1e-3
+    """Peak of a linear schedule: up during the first tenth of the steps, then down to zero."""
+    batch: int = 2
+    """Samples per step."""
+    seed: int = 0
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        rising = max(1, self.steps // 10)
+        return self.learning_rate * min((step + 1) / rising, (self.steps - step) / max(1, self.steps - rising))
+
+
+def finetune(
+    base: BaseModel, adapter: Adapter, samples: Sequence[Prepared], config: FinetuneConfig
+) -> Iterator[tuple[float, Adapter]]:
+    """Fine-tune the factors of an adapter.
+
+    Args:
+        base: The base model; it is left as it was.
+        adapter: Where to begin; it is not changed.
+        samples: Samples from the modality's `prepare`; every one is drawn once before any is drawn again.
+        config: The options.
+
+    Yields:
+        After each step its loss in nats per token, and the adapter as it is then.
+    """
+    device = base.device
+    pairs = {m.name: (_leaf(m.a, device), _leaf(m.b, device)) for m in adapter.modules}
+    weights = [factor for pair in pairs.values() for factor in pair]
+    optimizer = torch.optim.Adam(weights, lr=config.learning_rate)
+    draw = random.Random(config.seed)  # noqa: S311 - the order of samples, not secrets
+    waiting: list[Prepared] = []
+    for step in range(config.steps):
+        while len(waiting) < config.batch:
+            waiting += draw.sample(list(samples), len(samples))
+        batch, waiting = waiting[: config.batch], waiting[config.batch :]
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate_at(step)
+        optimizer.zero_grad()
+        with mean_loss(base, pairs, batch) as loss:
+            loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(weights, _GRADIENT_LIMIT)
+        optimizer.step()
+        modules = [LoraModule(name, _copy(a), _copy(b)) for name, (a, b) in pairs.items()]
+        yield loss.item(), replace(adapter, modules=tuple(modules))
+
+
+def _leaf(factor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return factor.detach().to(device).clone().requires_grad_()
+
+
+def _copy(factor: torch.Tensor) -> torch.Tensor:
+    return factor.detach().clone().cpu()  # the next step changes the leaf in place

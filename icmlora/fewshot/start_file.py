@@ -1,0 +1,87 @@
+"""The bytes of a few-shot start, which a store keeps next to its generator.
+
+    ICMS 1 | length of head (4) | head: JSON, zlib | code of the mean (icmlora/generator/code.py) | checksum (8)
+
+The mean is stored as any adapter is: as a code of the generator. The head holds sizes, rates and slopes as whole
+eighths of an octave, in the natural order of the mean's modules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from icmlora.adapter.model import Adapter
+from icmlora.errors import CodeError, GeneratorError
+from icmlora.fewshot.start import FewShotStart
+from icmlora.generator.codec import Codec
+from icmlora.generator.container import inflate, open_container, write_container
+
+MAGIC = b"ICMS\x01"
+_HEAD_LIMIT = 1 << 22
+"""Largest head, in bytes."""
+_STEPS_LIMIT = 64
+_EXPONENT_LIMIT = 1024
+"""Largest size, rate or slope, in eighths."""
+_TASKS_LIMIT = 1 << 32
+_TOLERANCE = 0.25
+"""Weighted error of the mean's code: half of its size buys less than 0.01 of retained gain (docs/results/LOG.md)."""
+
+
+def mean_code(start: FewShotStart, codec: Codec) -> bytes:
+    """Encode a start's mean; the lengths of steps are then learned for the adapter that the code decodes to.
+
+    Raises:
+        GeneratorError: The generator does not cover the mean.
+    """
+    return codec.encode(start.adapter, {}, tolerance=_TOLERANCE).data
+
+
+def fewshot_start_to_bytes(start: FewShotStart, code: bytes) -> bytes:
+    """Write a start whose mean is what the code decodes to; the same start gives the same bytes."""
+    head = {"sizes": start.sizes, "rates": start.rates, "slopes": start.slopes, "tasks": start.tasks}
+    return write_container(MAGIC, json.dumps(head, sort_keys=True).encode(), code)
+
+
+def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> FewShotStart:
+    """Read a few-shot start.
+
+    Args:
+        data: The file.
+        decode: Turns the mean's code into an adapter, as the generator's codec does.
+
+    Raises:
+        GeneratorError: Not a few-shot start, of a newer format, damaged, or of another generator.
+    """
+    opened = open_container(data, len(MAGIC)) if data.startswith(MAGIC) else None
+    if opened is None:
+        message = "not a few-shot start, or damaged or of another format"
+        raise GeneratorError(message, hint="run `icm train --objective both` to make it again")
+    packed, code = opened
+    try:
+        head = json.loads(inflate(packed, 2, _HEAD_LIMIT))
+        start = FewShotStart(
+            adapter=decode(code),
+            sizes=_whole(head["sizes"]),
+            rates=tuple(_whole(row) for row in head["rates"]),
+            slopes=_whole(head["slopes"]),
+            tasks=_whole([head["tasks"]], _TASKS_LIMIT)[0],
+        )
+    except (CodeError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise GeneratorError(f"the few-shot start is damaged or of another generator ({error})") from error
+    if not _fits(start):
+        raise GeneratorError("the head of the few-shot start is not that of its mean")
+    return start
+
+
+def _fits(start: FewShotStart) -> bool:
+    """Say whether a start has one size and one rate for each module, and one slope for each step."""
+    rows = {len(start.sizes), *map(len, start.rates)}
+    steps = len(start.rates)
+    return start.tasks >= 1 and rows == {len(start.adapter.modules)} and 1 <= steps == len(start.slopes) <= _STEPS_LIMIT
+
+
+def _whole(values: object, limit: int = _EXPONENT_LIMIT) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int and abs(value) <= limit for value in values):
+        raise ValueError("a row of the head is out of range")
+    return tuple(values)
