@@ -103,6 +103,26 @@ class Session:
 
             yield self._fleet(listen)
 
+    def run(
+        self, label: str, work: Callable[[Fleet], R], on_event: Callable[[Event], None] | None = None
+    ) -> tuple[R, bool]:
+        """Call a method of the fleet as in `working`, and return its report and whether the user stopped it.
+
+        A stopped method reports what was done until then. The command prints that and raises `Interrupted`.
+
+        Args:
+            label: What the display calls the work.
+            work: Calls the method.
+            on_event: Gets every event that is not a `Progress`.
+        """
+        try:
+            with self.working(label, on_event) as fleet:
+                return work(fleet), False
+        except Cancelled as stop:
+            if stop.report is None:
+                raise
+            return cast(R, stop.report), True
+
     def _fleet(self, on_event: Callable[[Event], None] | None = None) -> Fleet:
         from icmlora.fleet.api import Fleet
         from icmlora.fleet.context import ignore

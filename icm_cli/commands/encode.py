@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,6 @@ from icm_cli.options import BaseModelOpt, DeviceOpt, SomeTasksArg, gain_option, 
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import coded_size
-from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -144,15 +143,11 @@ def run(
     Raises:
         Interrupted: The user stopped it.
     """
-    try:
-        with session.working("encode", lambda event: _tell(session, event)) as fleet:
-            report = work(fleet)
-    except Cancelled as stop:
-        report = cast("EncodeReport", stop.report)
-        _sum_up(session, report)
-        done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} encoded", hint=go_on) from stop
+    report, stopped = session.run("encode", work, lambda event: _tell(session, event))
     _sum_up(session, report)
+    if stopped:
+        done = counted(len(report.tasks), "task")
+        raise Interrupted(f"interrupted; {done} encoded", hint=go_on)
     if not report.short and any(task.status != "evicted" for task in report.tasks):
         session.out.hint(hint)
     return bool(report.short)

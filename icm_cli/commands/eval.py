@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ from icm_cli.errors import Interrupted
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icmlora.errors import Cancelled
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
@@ -125,17 +124,12 @@ def run(
     Raises:
         Interrupted: The user stopped it.
     """
-    stopped = None
-    try:
-        with session.working("eval", lambda event: _tell(session, event)) as fleet:
-            report = work(fleet)
-    except Cancelled as stop:
-        report, stopped = cast("EvaluateReport", stop.report), stop
+    report, stopped = session.run("eval", work, lambda event: _tell(session, event))
     _print_tasks(session, report)
     print_more(report)
-    if stopped is not None:
+    if stopped:
         done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` measures the rest") from stopped
+        raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` measures the rest")
 
 
 def _print_tasks(session: Session, report: EvaluateReport) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,6 @@ from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, gain_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import coded_size
-from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -69,19 +68,18 @@ def evict(
       icm evict --max-error 0.05 --dry-run
     """
     _check_limits(max_error, min_gain)
-    stopped = False
-    try:
-        with session.working("evict", lambda event: _tell(session, event)) as fleet:
-            report = fleet.evict(
-                tasks or [],
-                max_error=max_error,
-                min_gain=min_gain,
-                checkpoints_only=checkpoints_only,
-                dry_run=dry_run,
-                device=session.device(device),
-            )
-    except Cancelled as stop:
-        report, stopped = cast("EvictReport", stop.report), True
+    report, stopped = session.run(
+        "evict",
+        lambda fleet: fleet.evict(
+            tasks or [],
+            max_error=max_error,
+            min_gain=min_gain,
+            checkpoints_only=checkpoints_only,
+            dry_run=dry_run,
+            device=session.device(device),
+        ),
+        lambda event: _tell(session, event),
+    )
     _sum_up(session, report, dry_run=dry_run)
     if stopped:
         done = counted(len(report.tasks), "task")

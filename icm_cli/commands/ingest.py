@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,13 +13,11 @@ from icm_cli.commands.vectors import tell_vectors
 from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict
 from icm_cli.session import Session, command
-from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from icmlora.fleet.context import Event
     from icmlora.fleet.ingest import IngestReport
-    from icmlora.fleet.vectors import VectorReport
 
 PathsArg = Annotated[
     list[Path], typer.Argument(metavar="PATH...", help="Folders with adapters, at any depth.", show_default=False)
@@ -87,21 +85,20 @@ def ingest(
     Example:
       icm ingest ./loras
     """
-    stopped = False
-    try:
-        with session.working("ingest", partial(_tell, session, set())) as fleet:
-            report = fleet.ingest(
-                paths,
-                name=name,
-                samples=samples,
-                texts=texts,
-                skip_bad=skip_bad,
-                on_conflict=on_conflict.value,
-                restore=restore,
-                dry_run=dry_run,
-            )
-    except Cancelled as stop:
-        report, stopped = cast("IngestReport", stop.report), True
+    report, stopped = session.run(
+        "ingest",
+        lambda fleet: fleet.ingest(
+            paths,
+            name=name,
+            samples=samples,
+            texts=texts,
+            skip_bad=skip_bad,
+            on_conflict=on_conflict.value,
+            restore=restore,
+            dry_run=dry_run,
+        ),
+        partial(_tell, session, set()),
+    )
     _tell_sum(session, report, dry_run=dry_run)
     if vectors and report.extractable and not stopped:
         stopped = _extract(session, report, session.device(device))
@@ -115,12 +112,11 @@ def ingest(
 
 def _extract(session: Session, report: IngestReport, device: str) -> bool:
     """Extract task vectors where that is possible, and return whether the user stopped it."""
-    stopped = False
-    try:
-        with session.working("task vectors", partial(tell_vectors, session)) as fleet:
-            extracted = fleet.extract_vectors(report.extractable, device=device)
-    except Cancelled as stop:
-        extracted, stopped = cast("VectorReport", stop.report), True
+    extracted, stopped = session.run(
+        "task vectors",
+        lambda fleet: fleet.extract_vectors(report.extractable, device=device),
+        partial(tell_vectors, session),
+    )
     done = {entry.task for entry in extracted.tasks}
     report.without_vectors = [task for task in report.without_vectors if task not in done]
     session.out.line(f"extracted the vectors of {counted(len(done), 'task')}")

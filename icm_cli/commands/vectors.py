@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from icm_cli.errors import Interrupted
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.session import Session, command
-from icmlora.errors import Cancelled
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
@@ -31,15 +30,15 @@ def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = No
     Example:
       icm vectors
     """
-    try:
-        with session.working("vectors", partial(tell_vectors, session)) as fleet:
-            report = fleet.extract_vectors(tasks or (), device=session.device(device), again=again)
-    except Cancelled as stop:
-        report = cast("VectorReport", stop.report)
-        _tell_end(session, report)
-        done = counted(len(report.tasks), "task")
-        raise Interrupted(f"interrupted; {done} extracted", hint="run `icm vectors` to continue") from None
+    report, stopped = session.run(
+        "vectors",
+        lambda fleet: fleet.extract_vectors(tasks or (), device=session.device(device), again=again),
+        partial(tell_vectors, session),
+    )
     _tell_end(session, report)
+    if stopped:
+        done = counted(len(report.tasks), "task")
+        raise Interrupted(f"interrupted; {done} extracted", hint="run `icm vectors` to continue")
 
 
 def tell_vectors(session: Session, event: Event) -> None:

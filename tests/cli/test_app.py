@@ -1,6 +1,7 @@
 """The program as a whole: global options, usage errors, bugs, closed pipes, what it imports."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from icm_cli import app as program
+from icm_cli.config import load_settings
 from icm_cli.errors import ExitCode
-from icmlora.fleet.context import Context
+from icm_cli.output import Output
+from icm_cli.session import GlobalOptions, Session
+from icmlora.fleet.api import Fleet
+from icmlora.fleet.context import Context, reporting
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.homeless import leave_home
 
@@ -147,3 +152,35 @@ def test_completion_never_raises(tmp_path: Path) -> None:
 
 def test_the_program_is_called_icm() -> None:
     assert program.app.info.name == "icm"
+
+
+def test_a_stopped_job_reports_what_was_done_and_that_it_was_stopped() -> None:
+    def work(fleet: Fleet) -> list[str]:
+        done: list[str] = []
+        with reporting(done):
+            for name in ("first", "second"):
+                done.append(name)
+                signal.raise_signal(signal.SIGTERM)
+                fleet._context.progress(1, 2)
+        return done
+
+    session = Session(Output(), load_settings(), "icm test", GlobalOptions())
+    assert session.run("test", work) == (["first"], True)
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    session = Session(Output(), load_settings(), "icm test", GlobalOptions())
+
+    def work(fleet: Fleet) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        session.run("test", work)
+
+
+def test_the_signal_handlers_are_put_back_after_the_work() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    session = Session(Output(), load_settings(), "icm test", GlobalOptions())
+    assert session.run("test", lambda fleet: 1) == (1, False)
+    assert signal.getsignal(signal.SIGINT) is before
