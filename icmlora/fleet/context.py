@@ -1,10 +1,9 @@
-"""What every use case gets: the store, who listens, and which tasks to work on. Never imports torch.
+"""Give every use case its store, its listener and the tasks to work on. Never imports torch.
 
     on_event(Progress(3, 20, "poems"))     after each unit of work
-    on_event(TaskEncoded("poems", ...))    whatever else a use case has to tell
+    on_event(TaskEncoded("poems", ...))    for each result
 
-A use case calls `on_event` only where everything it acknowledged is durable. Whoever listens stops it there by raising
-`Cancelled`.
+A use case calls `on_event` only when everything it has reported is durable. A listener stops it by raising `Cancelled`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """Base class of everything that a use case tells while it works."""
+    """Base class of everything that a use case reports while it works."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Progress(Event):
 
     Attributes:
         done: Finished units.
-        total: All units, or None while it is unknown.
-        note: What it is working on, as untrusted text.
+        total: All units, or None if that is unknown.
+        note: The unit in work, as untrusted text.
     """
 
     done: float
@@ -65,15 +64,15 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class Context:
-    """Which store to work on, how to wait for it, and who listens.
+    """The store to work on, how long to wait for it, and who listens.
 
     Attributes:
         path: The store folder.
         cache_folder: Folder for files that can be created again, such as base models converted from GGUF, or a
             function that returns it. The function is called only when the folder is needed.
         lock_timeout: Seconds to wait for another process.
-        command: What this process does, as others see it in their lock message.
-        on_event: Called between atomic steps; raises `Cancelled` to stop.
+        command: What this process does; others that have to wait for it see this.
+        on_event: Called between atomic steps. It raises `Cancelled` to stop the use case.
     """
 
     path: Path
@@ -89,7 +88,7 @@ class Context:
 
     def open(self, *, create: bool = False, read_only: bool = False) -> Store:
         """Open the store, as a context manager; see `registry.store.Store.open` for what it raises."""
-        # SQLAlchemy takes most of the time of a short command, so commands without a store never import it.
+        # Importing SQLAlchemy takes most of the time of a short command.
         from registry.store import Store
 
         return Store.open(
@@ -97,17 +96,17 @@ class Context:
         )
 
     def progress(self, done: float, total: float | None, note: str = "") -> None:
-        """Tell how far the use case is.
+        """Report how far the use case is.
 
         Raises:
-            Cancelled: The listener wants it to stop.
+            Cancelled: The listener wants the use case to stop.
         """
         self.on_event(Progress(done, total, note))
 
 
 @contextmanager
 def reporting(report: object) -> Iterator[None]:
-    """Hand out what was done so far when the block is stopped: `Cancelled.report`."""
+    """If the block is stopped, set `Cancelled.report` to what was done until then."""
     try:
         yield
     except Cancelled as stop:
@@ -152,16 +151,16 @@ def as_it_is_now(read: Callable[[], Row], seen: object, missing: MissingBlob) ->
 
 
 def chosen_tasks(store: Store, names: Sequence[str], base_model: str | None = None) -> list[TaskRecord]:
-    """Return some tasks, or all, each once, those of one base model together.
+    """Return the selected tasks, each once, ordered by base model and name.
 
     Args:
         store: The open store.
-        names: Tasks; all if empty.
-        base_model: Leave out the tasks of others.
+        names: Names of tasks; all tasks if empty.
+        base_model: Select only tasks of this base model.
 
     Raises:
         TaskNotFound: A name is not in the store.
-        DataError: No task, or none of those that are named, belongs to the base model.
+        DataError: No task, or none of the named ones, belongs to the base model.
     """
     tasks = [store.tasks.get(name) for name in names] or list(store.tasks.all())
     check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
@@ -170,23 +169,23 @@ def chosen_tasks(store: Store, names: Sequence[str], base_model: str | None = No
 
 
 def check_base_model(base_model: str | None, known: Collection[str], *, named: bool = False) -> None:
-    """Check that some task belongs to the base model that is asked for, if one is.
+    """Check that a task belongs to the selected base model.
 
     Args:
-        base_model: What is asked for.
-        known: The base models of all tasks, or of those that are named.
+        base_model: The selected base model; None selects all.
+        known: The base models of all tasks, or of the named ones.
         named: Whether tasks are named.
 
     Raises:
-        DataError: None does.
+        DataError: No task does.
     """
     if base_model is not None and base_model not in known:
         none = "none of these tasks" if named else "no task"
-        raise DataError(f"{none} belongs to base model {base_model!r}", hint="`icm base ls` lists the base models")
+        raise DataError(f"{none} belongs to base model {base_model!r}", hint="run `icm base ls` to list them")
 
 
 def read_samples(store: Store, task: TaskRecord, base: BaseModel) -> Sequence[Any] | None:
-    """Return a task's samples as its base model's modality reads them, or None where it has none.
+    """Return a task's samples as the modality of its base model reads them, or None if it has none.
 
     Raises:
         DataError: They cannot be used.
@@ -210,5 +209,5 @@ def locate_base(store: Store, label: str) -> FoundBase:
 
 
 def base_record(store: Store, label: str) -> BaseModelRecord | None:
-    """Return what the store knows of a base model, if anything."""
+    """Return what the store knows about a base model, if anything."""
     return next((known for known in store.base_models.all() if known.name == label), None)

@@ -1,4 +1,4 @@
-"""Load what a store holds or names: base models, generators, original adapters."""
+"""Load base models, generators and original adapters of a store."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 def open_base(
     store: Store, label: str, device: torch.device, dtype: torch.dtype | None = None, *, cache: Path
 ) -> BaseModel:
-    """Find and load a base model, and note in the store what it is.
+    """Find and load a base model, and record its fingerprint and sizes in the store.
 
-    A GGUF file is dequantised once into the cache: reading it takes a minute, reading the result a second.
+    A GGUF file is dequantised into the cache once: reading it takes a minute, reading the result a second.
 
     Args:
-        store: The open store; its aliases come first.
+        store: The open store; paths from `icm base add` come first.
         label: The name that adapters give the base model.
         device: Where to put it.
-        dtype: Precision; what suits the device by default.
-        cache: Where a GGUF file is converted to.
+        dtype: Its precision; by default what suits the device.
+        cache: The folder that a GGUF file is converted into.
 
     Raises:
         BaseModelNotFound: There is no local copy, or it cannot be loaded.
@@ -47,7 +47,7 @@ def open_base(
     known = record is not None and record.shape is not None and record.shape.get("stamp") == stamp
     fingerprint = record.fingerprint if known and record is not None else None
     fingerprint = fingerprint or fingerprint_base(found)
-    readable = _readable(found, stamp, cache)
+    readable = _converted(found, stamp, cache)
     base = modality_of(readable).load(readable, device=device, dtype=dtype, fingerprint=fingerprint)
     if not known:
         facts = {"stamp": stamp, "hidden_size": base.hidden_size, "layers": base.layers}
@@ -55,23 +55,23 @@ def open_base(
     return base
 
 
-def _readable(found: FoundBase, stamp: str, cache: Path) -> FoundBase:
+def _converted(found: FoundBase, stamp: str, cache: Path) -> FoundBase:
     if not found.is_gguf:
         return found
     folder = cache / "base-models" / stamp[:32]
     if not (folder / "config.json").is_file():
-        with suppress(OutputExists):  # another icm was faster
+        with suppress(OutputExists):  # another process was faster
             convert_gguf(found.path, folder, label=found.label)
     return inspect_base(found.label, Path(folder))
 
 
 class Models:
-    """Loads on demand, and lets go of a base model once another one is asked for.
+    """A cache of loaded models: one generator, and one base model in the precisions that were asked for.
 
     Args:
         store: The open store.
-        device: Where base models go.
-        cache: Where base models are converted to.
+        device: Where to put base models.
+        cache: The folder that GGUF files are converted into.
     """
 
     def __init__(self, store: Store, device: torch.device, cache: Path) -> None:
@@ -80,10 +80,10 @@ class Models:
         self._bases: dict[tuple[str, torch.dtype | None], BaseModel] = {}
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
-        """Return the versions of a generator, whose digest is checked when it is read.
+        """Return the versions of a generator. Its digest is checked when it is read.
 
         Raises:
-            DamagedStore: Its bytes are not those that were stored.
+            DamagedStore: Its bytes have changed since they were stored.
             GeneratorError: It cannot be opened.
         """
         if self._generator_file is None or self._generator_file.digests[-1] != generator.blob:
@@ -92,7 +92,7 @@ class Models:
         return self._generator_file
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
-        """Return a base model, in what suits the device or in a precision of its own.
+        """Return a base model, in the given precision or in what suits the device.
 
         Raises:
             BaseModelNotFound: There is no local copy.
@@ -104,15 +104,15 @@ class Models:
 
 
 def read_original(store: Store, final: AdapterRecord) -> Adapter:
-    """Read an original with its scale folded in."""
+    """Read the original of a task; alpha / rank is multiplied into its weights."""
     found = format_named(final.format).read(store.blobs.read(final.config), store.blobs.read(final.weights))
     return found.adapter
 
 
 def write_plain_copy(store: Store, final: AdapterRecord, folder: Path) -> None:
-    """Write an original for PEFT to load here.
+    """Write a copy of an original that is safe for PEFT to load on this machine.
 
-    PEFT runs the patterns of a configuration as regular expressions, and one from outside may never end. The copy
-    names its modules literally; in float32 its weights, scale included, are those of the original.
+    PEFT runs the patterns in a configuration as regular expressions, and a hostile one may never end. The copy names
+    its modules literally. In float32 its weights, with the scale multiplied in, are those of the original.
     """
     save_adapter(read_original(store, final), folder, dtype="float32", card="", metadata={})
