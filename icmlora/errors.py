@@ -22,26 +22,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from registry.names import printable
+from registry.errors import IcmError
+from registry.names import escape
 
 
-class IcmLoraError(Exception):
-    """Base class of every error that this package raises on purpose.
-
-    Attributes:
-        message: The fact, in one sentence, without the path.
-        path: The file or folder it is about, or None where there is none.
-        hint: What to do next, or None.
-    """
-
-    def __init__(self, message: str, *, path: str | Path | None = None, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.path = None if path is None else str(path)
-        self.hint = hint
+class IcmLoraError(IcmError):
+    """Base class of every error that this package raises on purpose; `str` gives the path and the message."""
 
     def __str__(self) -> str:
-        return self.message if self.path is None else f"{printable(self.path, 4096)}: {self.message}"
+        return self.message if self.path is None else f"{escape(self.path, 4096)}: {self.message}"
 
 
 class AdapterRefused(IcmLoraError):

@@ -1,17 +1,15 @@
-"""What the store takes and returns about codes that were made elsewhere; the other values are in `registry.records`.
+"""Import bundles: codes that were made elsewhere become tasks whose original was evicted.
 
-Take in codes that were made elsewhere: their tasks are recorded as tasks whose original was evicted.
+    blobs are durable ──▶ what is known ──▶ decide, task by task ──▶ generator, tasks, codes: one transaction
 
-blobs are durable ──▶ what is known ──▶ decide, task by task ──▶ generator, tasks, codes: one transaction
-
-The same again changes nothing. The generator must be the one in use for its base model, or the first one: a code is
-readable under its own generator only.
+The same import again changes nothing. The generator must be the one in use for its base model, or the first one: a code
+can be decoded with its own generator only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sqlalchemy import select
@@ -19,7 +17,6 @@ from sqlalchemy.orm import Session
 
 from registry import records
 from registry import schema as models
-from registry.blobs.local import Spare, no_spare
 from registry.errors import GeneratorConflict, TaskConflict
 from registry.evaluations import record_evaluation
 from registry.files import failpoint
@@ -31,12 +28,12 @@ from registry.records import description_of
 from registry.rows import RowWriter, document_row, in_parts, task_folder, unusual_source
 from registry.vectors import record_vector
 
-ArrivalStatus = Literal["added", "encoded", "known", "skipped"]
+ImportStatus = Literal["added", "encoded", "known", "skipped"]
 
 
 @dataclass(frozen=True)
-class ArrivingTask:
-    """A task whose code arrives without its original.
+class ImportedTask:
+    """A task whose code comes without its original.
 
     Attributes:
         name: the task.
@@ -44,7 +41,7 @@ class ArrivingTask:
         weights_bytes: length of the weights.
         code: digest of the code's file.
         dw_error: as for :class:`registry.records.NewCode`.
-        evaluation: what was measured of the code, if anything; it is recorded under the generator that arrives.
+        evaluation: what was measured of the code, if anything; it is recorded under the generator of the bundle.
         vectors: of a new task; they are not recorded of one that is there.
     """
 
@@ -63,7 +60,7 @@ class ArrivingTask:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class BundleImport:
     """A generator with codes, to be recorded in one transaction.
 
     Attributes:
@@ -71,20 +68,17 @@ class Arrival:
         version: which one it was where it comes from; it gets this number, or a higher one if that is taken.
         tasks: the tasks, each once.
         on_conflict: what to do where the store has a task of that name with another adapter, or another code of it.
-        spare: gives the bytes of a digest, or None; asked for what turns out to be needed and is not in the store (any
-            more), under the write lock.
     """
 
     generator: records.NewGenerator
     version: int
-    tasks: Sequence[ArrivingTask]
+    tasks: Sequence[ImportedTask]
     on_conflict: Literal["skip", "fail"] = "fail"
-    spare: Spare = field(default=no_spare, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class ArrivalOutcome:
-    """What became of an :class:`ArrivingTask`.
+class ImportOutcome:
+    """What became of an :class:`ImportedTask`.
 
     Attributes:
         name: the task's name as the store spells it.
@@ -93,76 +87,82 @@ class ArrivalOutcome:
     """
 
     name: str
-    status: ArrivalStatus
+    status: ImportStatus
 
 
 @dataclass(frozen=True)
 class _Decision:
     """What is done about one task; `known` is the task as it is in the store."""
 
-    task: ArrivingTask
-    status: ArrivalStatus
+    task: ImportedTask
+    status: ImportStatus
     known: KnownTask | None
 
-    def outcome(self) -> ArrivalOutcome:
+    def outcome(self) -> ImportOutcome:
         """Return what the caller is told."""
-        return ArrivalOutcome(self.task.name if self.known is None else self.known.name, self.status)
+        return ImportOutcome(self.task.name if self.known is None else self.known.name, self.status)
 
 
 class Bundles(Part):
-    """What the store does with codes that were made elsewhere."""
+    """Codes that were made elsewhere."""
 
-    def plan(self, arrival: Arrival) -> list[ArrivalOutcome]:
-        """Say what :meth:`take_arrival` would do; no blob need be in the store yet. Raises as that does."""
+    def plan(self, bundle: BundleImport) -> list[ImportOutcome]:
+        """Say what :meth:`add` would do; no blob need be in the store yet. Raises as that does."""
         with self._db.read() as session:
-            return [item.outcome() for item in _decide(session, arrival)]
+            return [item.outcome() for item in _decide(session, bundle)]
 
-    def take(self, arrival: Arrival) -> list[ArrivalOutcome]:
+    def add(self, bundle: BundleImport) -> list[ImportOutcome]:
         """Record a generator with its codes, and tasks that the store lacks, in one transaction.
 
         Raises:
             GeneratorConflict: another generator of the base model is in use.
             TaskConflict: a task is there with another adapter or code, and `on_conflict` is `fail`.
             InvalidName: a name outside the rule.
-            MissingBlob: a digest is not in the store, and the arrival has no spare bytes of it.
+            MissingBlob: a digest is not in the store.
             In each case nothing is recorded.
         """
-        self.must_write()
+        self._db.must_write()
         with self._db.write() as session:
-            decisions = _decide(session, arrival)
+            decisions = [self._without_bytes(item, bundle) for item in _decide(session, bundle)]
             todo = [item for item in decisions if item.status in ("added", "encoded")]
             if todo:
-                _write(RowWriter(session, self._blobs, arrival.spare), arrival, todo)
+                _write(RowWriter(session, self._blobs), bundle, todo)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         return [item.outcome() for item in decisions]
 
+    def _without_bytes(self, item: _Decision, bundle: BundleImport) -> _Decision:
+        """Skip a task whose code nobody stored: it was to be skipped by the plan, and changed since then."""
+        if bundle.on_conflict == "fail" or item.status != "encoded" or self._blobs.exists(item.task.code):
+            return item
+        return replace(item, status="skipped")
 
-def _decide(session: Session, arrival: Arrival) -> list[_Decision]:
-    names = [check_name(task.name) for task in arrival.tasks]
+
+def _decide(session: Session, bundle: BundleImport) -> list[_Decision]:
+    names = [check_name(task.name) for task in bundle.tasks]
     if len({name.lower() for name in names}) != len(names):
-        raise ValueError("two tasks of one arrival have the same name")
-    generator = _generator_in_use(session, arrival)
+        raise ValueError("two tasks of one bundle have the same name")
+    generator = _generator_in_use(session, bundle)
     known = known_tasks(session.connection(), names)
     codes = {} if generator is None else _codes(session, generator, list(known.values()))
-    return [_decide_task(known.get(task.name.lower()), codes, task, arrival) for task in arrival.tasks]
+    return [_decide_task(known.get(task.name.lower()), codes, task, bundle) for task in bundle.tasks]
 
 
-def _decide_task(known: KnownTask | None, codes: dict[int, str], task: ArrivingTask, arrival: Arrival) -> _Decision:
+def _decide_task(known: KnownTask | None, codes: dict[int, str], task: ImportedTask, bundle: BundleImport) -> _Decision:
     if known is None:
         return _Decision(task, "added", None)
     original = task.original.weights, task.original.config
     code = codes.get(known.id)
-    if (known.base_model, known.final) == (arrival.generator.base_model, original) and code in (None, task.code):
+    if (known.base_model, known.final) == (bundle.generator.base_model, original) and code in (None, task.code):
         return _Decision(task, "encoded" if code is None else "known", known)
-    if arrival.on_conflict == "fail":
+    if bundle.on_conflict == "fail":
         raise TaskConflict(known.name, choices="skip")
     return _Decision(task, "skipped", known)
 
 
-def _generator_in_use(session: Session, arrival: Arrival) -> models.Generator | None:
-    """Return the row of the arriving generator, or None if its base model has none yet."""
-    generator, new = models.Generator, arrival.generator
+def _generator_in_use(session: Session, bundle: BundleImport) -> models.Generator | None:
+    """Return the row of the bundle's generator, or None if its base model has none yet."""
+    generator, new = models.Generator, bundle.generator
     query = select(generator).join(generator.base_model).where(models.BaseModel.name == new.base_model)
     row = session.scalar(query.where(generator.is_current))
     if row is not None and row.blob.digest != new.blob:
@@ -184,15 +184,15 @@ def _codes(session: Session, generator: models.Generator, tasks: Sequence[KnownT
     return found
 
 
-def _write(writer: RowWriter, arrival: Arrival, todo: Sequence[_Decision]) -> None:
+def _write(writer: RowWriter, bundle: BundleImport, todo: Sequence[_Decision]) -> None:
     session = writer.session
     writer.load_blobs(digest for item in todo for digest in item.task.digests())
-    generator = _generator_in_use(session, arrival)
+    generator = _generator_in_use(session, bundle)
     if generator is None:
-        generator = generator_row(writer, arrival.generator, least_version=arrival.version)
+        generator = generator_row(writer, bundle.generator, least_version=bundle.version)
     session.flush()
     for item in todo:
-        adapter = _new_adapter(writer, arrival, item.task) if item.known is None else _final(session, item.known)
+        adapter = _new_adapter(writer, bundle, item.task) if item.known is None else _final(session, item.known)
         session.flush()
         session.add(_code(writer, item.task, adapter, generator))
         if item.task.evaluation is not None:
@@ -203,7 +203,7 @@ def _write(writer: RowWriter, arrival: Arrival, todo: Sequence[_Decision]) -> No
     session.flush()
 
 
-def _code(writer: RowWriter, task: ArrivingTask, adapter: models.Adapter, generator: models.Generator) -> models.Code:
+def _code(writer: RowWriter, task: ImportedTask, adapter: models.Adapter, generator: models.Generator) -> models.Code:
     blob = writer.blob(task.code)
     return models.Code(
         task_id=adapter.task_id,
@@ -215,9 +215,9 @@ def _code(writer: RowWriter, task: ArrivingTask, adapter: models.Adapter, genera
     )
 
 
-def _new_adapter(writer: RowWriter, arrival: Arrival, new: ArrivingTask) -> models.Adapter:
+def _new_adapter(writer: RowWriter, bundle: BundleImport, new: ImportedTask) -> models.Adapter:
     """Make the rows of a task and of its original, whose weights no file of this store holds."""
-    base_model, original = writer.base_model(arrival.generator.base_model), new.original
+    base_model, original = writer.base_model(bundle.generator.base_model), new.original
     folder = task_folder(original.source)
     adapter = models.Adapter(
         task=models.Task(name=new.name, base_model=base_model, created_at=writer.now, folder=folder),

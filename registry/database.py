@@ -75,6 +75,15 @@ class Database:
             return False
         return os.access(self.path, os.W_OK) or not self.path.exists()
 
+    def must_write(self) -> None:
+        """Raise unless the store was opened for writing.
+
+        Raises:
+            StoreReadOnly: it was opened read-only.
+        """
+        if self.read_only:
+            raise StoreReadOnly(f"the store {self.path.parent} was opened read-only", path=self.path.parent)
+
     @contextmanager
     def read(self) -> Iterator[Session]:
         """Open a session that sees one consistent state. Fetch and leave: a reader holds up commits.
@@ -93,15 +102,9 @@ class Database:
             StoreReadOnly: the store was opened read-only.
             RegistryError: the database cannot be written; nothing of the block remains.
         """
-        if self.read_only:
-            raise StoreReadOnly(f"the store {self.path.parent} was opened read-only", path=self.path)
-        with self._errors(), self._writing() as session:
-            yield session
-
-    @contextmanager
-    def _writing(self) -> Iterator[Session]:
+        self.must_write()
         # Rows are flushed in few large statements, where the writer asks for it.
-        with Session(self._engine, autoflush=False, expire_on_commit=False) as session, session.begin():
+        with self._errors(), Session(self._engine, autoflush=False, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
@@ -228,5 +231,5 @@ def _version(connection: Connection, database: Database, *, create: bool) -> int
         raise StoreTooNew(f"{database.path} has schema {version}, this icm knows {newest()}", hint=hint)
     is_new = create and version == 0 and application == 0
     if application != APPLICATION_ID and not is_new:
-        raise NotAStore(f"{database.path} is no icm database", path=database.path)
+        raise NotAStore(f"{database.path} is not an icm database", path=database.path)
     return version

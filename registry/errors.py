@@ -1,44 +1,52 @@
-"""Everything the registry can refuse or find wrong.
+"""All errors of the registry, and `IcmError`, the base class of every error that icm raises on purpose.
 
-RegistryError
-├── StoreNotFound      there is no store at the path
-├── NotAStore          the folder holds something else
-├── StoreLocked        another process holds the lock and the timeout passed
-├── StoreTooNew        written by a newer icm
-├── StoreReadOnly      a write was asked of a store that cannot be written
-├── StoreFull          no space left; what was committed before is intact
-├── StoreIOError       the operating system failed a read or a write
-├── DamagedStore       the database or the folder is not as icm left it
-│   ├── MissingBlob    a committed row refers to bytes that are gone
-│   └── DamagedBlob    the bytes of a blob are not those of its digest
-├── SourceRefused      a file offered to the store is no plain readable file
-│   └── SourceChanged  it changed while it was read
-├── InvalidName        a task name outside the rule
-├── TaskNotFound       no task of that name
-├── TaskConflict       the task exists with another adapter
-├── GeneratorNotFound  no generator of that number
-├── GeneratorConflict  another generator of the base model is in use
-├── CodeChanged        a task got another code while something was made for its present one
-└── LastCopy           what was asked for would lose the last copy of an adapter
+IcmError                     (also the base of `icmlora.errors.IcmLoraError`)
+└── RegistryError
+    ├── StoreNotFound        there is no store at the path
+    ├── NotAStore            the folder holds something else
+    ├── StoreLocked          another process holds the lock and the timeout passed
+    ├── StoreTooNew          a newer icm wrote the store
+    ├── StoreReadOnly        a write to a store that cannot be written
+    ├── StoreFull            no space left; what was committed before is intact
+    ├── StoreIOError         the operating system failed a read or a write
+    ├── DamagedStore         the database or the folder is not as icm left it
+    │   ├── MissingBlob      a committed row refers to bytes that are gone
+    │   └── DamagedBlob      the bytes of a blob do not match its digest
+    ├── SourceRefused        a file from outside is not a plain, readable file within the limits
+    │   └── SourceChanged    it changed while it was read
+    ├── InvalidName          a task name that breaks the rule
+    ├── TaskNotFound         no task has that name
+    ├── TaskConflict         the task exists with another adapter
+    ├── GeneratorNotFound    no generator has that number
+    ├── GeneratorConflict    another generator of the base model is in use
+    ├── CodeChanged          a task got another code or adapter in the meantime
+    └── LastCopy             the request would lose the last copy of an adapter
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 
-class RegistryError(Exception):
-    """Base of all errors of this package.
+class IcmError(Exception):
+    """Base class of every error that icm raises on purpose.
 
     Attributes:
-        path: the file or folder the fact is about, if there is one.
-        hint: the next step for the user, if there is one.
+        message: The fact, in one sentence.
+        path: The file or folder it is about, or None.
+        hint: What to do next, or None.
     """
 
-    def __init__(self, message: str, *, path: Path | None = None, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, path: str | Path | None = None, hint: str | None = None) -> None:
         super().__init__(message)
-        self.path = path
+        self.message = message
+        self.path = None if path is None else str(path)
         self.hint = hint
+
+
+class RegistryError(IcmError):
+    """Base class of the errors of this package."""
 
 
 class StoreNotFound(RegistryError):
@@ -50,15 +58,15 @@ class NotAStore(RegistryError):
 
 
 class StoreLocked(RegistryError):
-    """Another process holds the store and the lock timeout passed."""
+    """Another process holds the store or a job and the lock timeout passed."""
 
 
 class StoreTooNew(RegistryError):
-    """The store was written by a newer version; nothing was touched."""
+    """A newer version wrote the store; nothing was touched."""
 
 
 class StoreReadOnly(RegistryError):
-    """A write was asked of a store that was opened, or can only be, read-only."""
+    """A write to a store that was opened read-only, or that cannot be written."""
 
 
 class StoreFull(RegistryError):
@@ -74,7 +82,7 @@ class DamagedStore(RegistryError):
 
 
 class MissingBlob(DamagedStore):
-    """The bytes of a digest are not in the store."""
+    """The store does not have the bytes of a digest."""
 
 
 class DamagedBlob(DamagedStore):
@@ -82,11 +90,24 @@ class DamagedBlob(DamagedStore):
 
 
 class SourceRefused(RegistryError):
-    """A file offered to the store is not a plain readable file within the limits."""
+    """A file from outside is not a plain, readable file within the limits.
+
+    Attributes:
+        reason: A short stable word; `unreadable` covers absent files and missing permissions.
+    """
+
+    Reason = Literal["unreadable", "symlink", "special-file", "limits", "changed"]
+
+    def __init__(self, message: str, *, reason: Reason, path: str | Path | None = None, hint: str | None = None):
+        super().__init__(message, path=path, hint=hint)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.message if self.path is None else f"{self.path}: {self.message}"
 
 
 class SourceChanged(SourceRefused):
-    """A file offered to the store changed while it was read."""
+    """A file from outside changed while it was read."""
 
 
 class InvalidName(RegistryError):
@@ -97,7 +118,7 @@ class TaskNotFound(RegistryError):
     """No task has that name.
 
     Attributes:
-        matches: the closest names that exist, best first.
+        matches: The closest names that exist, best first.
     """
 
     def __init__(self, name: str, matches: tuple[str, ...] = ()) -> None:
@@ -122,12 +143,12 @@ class GeneratorNotFound(RegistryError):
 
 
 class GeneratorConflict(RegistryError):
-    """Codes were offered whose generator is not the one in use; no code is readable under two."""
+    """The generator is not the one in use; a code can be decoded with its own generator only."""
 
 
 class CodeChanged(RegistryError):
-    """What was offered belongs to a code or an adapter that a task does not have any more; nothing was changed."""
+    """A task got another code or adapter in the meantime; nothing was changed."""
 
 
 class LastCopy(RegistryError):
-    """What was asked for would lose the last copy of a task's adapter; nothing was changed."""
+    """The request would lose the last copy of a task's adapter; nothing was changed."""

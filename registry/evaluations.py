@@ -1,4 +1,4 @@
-"""Measurements of what a task keeps."""
+"""Measurements of how well the sources of a task do on held-out text."""
 
 from __future__ import annotations
 
@@ -10,21 +10,14 @@ from sqlalchemy.orm import Session
 
 from registry import records, rows
 from registry import schema as models
-from registry.errors import CodeChanged, TaskNotFound
 from registry.files import failpoint
 from registry.part import Part
-from registry.rows import RowWriter, code_record, document_row, find_final, find_task, named_blob
+from registry.rows import document_row, final_if_unchanged, named_blob, utc_now
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured of a task, as it was read.
-
-    Attributes:
-        final: its final adapter.
-        generator: the generator of the rungs `residual`, `code` and `generate`; it need not be current any more.
-        code: the task's code under it, with its residual.
-    """
+    """What is measured of a task, as it was read; pass `of` and `code` to `Evaluations.add` instead."""
 
     final: records.AdapterRecord
     generator: records.GeneratorRecord | None
@@ -32,14 +25,22 @@ class Subject:
 
 
 class Evaluations(Part):
-    """Measurements, one for each task, source, generator and text."""
+    """Measurements, one for each task, source, generator, text and metric."""
 
-    def add(self, evaluations: Sequence[records.NewEvaluation], of: Subject | None = None) -> int:
-        """Record measurements in one transaction; each takes the place of an earlier one of the same thing.
+    def add(
+        self,
+        evaluations: Sequence[records.NewEvaluation],
+        of: records.AdapterRecord | Subject | None = None,
+        code: records.CodeRecord | None = None,
+    ) -> int:
+        """Record measurements in one transaction; each replaces an earlier one of the same thing.
+
+        A measurement speaks for what its task has from then on. So it is left out if that changed since it was read.
 
         Args:
-            evaluations: what was measured.
-            of: what it was measured on, as it was read then. What is not of what the task has by now is left out.
+            evaluations: What was measured.
+            of: The final adapter of the task, as it was measured or encoded; without it nothing is compared.
+            code: The code that was measured, with its residual.
 
         Returns:
             How many were recorded.
@@ -47,9 +48,11 @@ class Evaluations(Part):
         Raises:
             TaskNotFound: a task is not in the store.
         """
+        if isinstance(of, Subject):
+            code, of = of.code, of.final
         with self._db.write() as session:
-            now = RowWriter(session, self._blobs).now
-            present = [one for one in evaluations if of is None or is_of_present(session, one, of)]
+            now = utc_now()
+            present = [one for one in evaluations if of is None or _is_current(session, one, of, code)]
             for evaluation in present:
                 record_evaluation(session, evaluation, now)
             session.flush()
@@ -102,47 +105,20 @@ def record_evaluation(session: Session, new: records.NewEvaluation, now: str) ->
     session.flush()
 
 
-def is_of_present(session: Session, new: records.NewEvaluation, of: Subject) -> bool:
+def _is_current(
+    session: Session, new: records.NewEvaluation, of: records.AdapterRecord, code: records.CodeRecord | None
+) -> bool:
     """Say whether what was measured is what the task has now; of the base model that is always so."""
     if new.rung == "base":
         return True
-    try:
-        task = adapter_row(session, of.final).task
-    except (TaskNotFound, CodeChanged):
-        return False
-    if new.rung == "original":
-        return True
-    generator = None if of.generator is None else session.get(models.Generator, of.generator.id)
-    if of.generator is None or generator is None or generator.blob.digest != of.generator.blob:
-        return False
-    return new.rung == "generate" or _is_present_code(session, task, generator, of.code)
-
-
-def _is_present_code(
-    session: Session, task: models.Task, generator: models.Generator, seen: records.CodeRecord | None
-) -> bool:
-    code = models.Code
-    row = session.scalar(select(code).where(code.task_id == task.id, code.generator_id == generator.id))
-    return row is not None and seen is not None and _files(code_record(row)) == _files(seen)
-
-
-def _files(code: records.CodeRecord) -> tuple[str, str | None]:
-    return code.blob, None if code.residual is None else code.residual.blob
-
-
-def adapter_row(session: Session, encoded: records.AdapterRecord) -> models.Adapter:
-    """Return the row of an adapter that was encoded.
-
-    Raises:
-        TaskNotFound: there is no such task (any more).
-        CodeChanged: it is not the final adapter of its task any more.
-    """
-    task = find_task(session, encoded.task)
-    final = find_final(session, task.id)
-    wanted = encoded.id, encoded.weights, encoded.config
-    if final is None or (final.id, final.weights.digest, final.config.digest) != wanted:
-        raise CodeChanged(f"task {task.name!r} got another adapter meanwhile", hint="run the same command again")
-    return final
+    final = final_if_unchanged(session, of)
+    if final is None or new.rung == "original":
+        return final is not None
+    if new.rung == "generate":
+        return session.get(models.Generator, new.generator_id) is not None
+    of_task = models.Code.task_id == final.task_id, models.Code.generator_id == new.generator_id
+    row = session.scalar(select(models.Code).where(*of_task))
+    return row is not None and code is not None and rows.code_record(row).digests() == code.digests()
 
 
 def latest(

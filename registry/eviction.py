@@ -52,7 +52,7 @@ class Originals(Part):
             DamagedStore: generator, code or residual are not intact; nothing was changed.
             StoreLocked: other processes use the store.
         """
-        self.must_write()
+        self._db.must_write()
 
         def let_go() -> int:
             with self._db.write() as session:
@@ -78,7 +78,7 @@ class Originals(Part):
         """
         if dry_run:
             return sum(map(self._blobs.size, evicted_files(self._db, self._blobs)))
-        self.must_write()
+        self._db.must_write()
         with self._lock.exclusive():
             left = evicted_files(self._db, self._blobs)
             freed = with_reserve(self._paths, lambda: drop_evicted(self._db, self._blobs, left)) if left else 0

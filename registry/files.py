@@ -1,17 +1,17 @@
-"""The seam between the store and the operating system.
+"""The seam to the operating system: durable writing, and careful reading of files that others made.
 
-Every write, fsync, rename and unlink of the store goes through this module, so that tests can count them, let the
-n-th one fail, or kill the process between two of them.
+Every write, sync, rename and removal of the store goes through this module, so that tests can count them, let the n-th
+one fail, or kill the process between two of them.
 
-Read files that others made: plain files only, within a limit, unchanged from first to last byte.
+    writing   new file ──fsync──▶ rename ──▶ fsync of the folder       after a crash: there in full, or not at all
+    reading   no symbolic link, regular files only, a size limit, unchanged from the first to the last byte
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
 import os
+import secrets
 import signal
 import stat
 from collections.abc import Iterator
@@ -22,17 +22,20 @@ from registry.errors import SourceChanged, SourceRefused, StoreFull, StoreIOErro
 
 Bytes = bytes | bytearray | memoryview
 
+# An adapter is megabytes; 8 GiB is far above the largest one and still below what would hurt a machine that can use it.
+MAX_SOURCE_BYTES = 8 << 30
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-_DIRECT: int = getattr(os, "O_DIRECT", 0)  # macOS has none
-# Below, waiting for the device takes longer than the copy to the page cache that it saves.
-_DIRECT_BYTES = 512 << 10
+_MOST_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
+# O_NONBLOCK: without it, opening a pipe that nobody writes to would wait for ever.
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def failpoint(name: str) -> None:
-    """Kill this process here, as power loss would, if the environment variable ICM_FAILPOINT says so.
+    """Kill this process here, as power loss would, if the environment variable ICM_FAILPOINT holds `name`.
 
-    The variable holds `NAME`; it exists for crash tests and costs one dictionary look-up otherwise.
+    It exists for crash tests and costs one dictionary look-up otherwise.
     """
     if os.environ.get("ICM_FAILPOINT") == name:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -50,40 +53,18 @@ def write(fd: int, data: Bytes) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def write_past_cache(fd: int, data: Bytes) -> None:
-    """Write all of `data` to a file that is empty, and what is worth it past the page cache.
-
-    Those are the whole pages of large data that begins on a page. The rest, and everything where the file system does
-    not allow it, goes through the cache: so nothing is padded, and the file is never longer than `data`.
-    """
-    rest = memoryview(data)
-    if _DIRECT and len(rest) >= _DIRECT_BYTES:
-        done = len(rest) // mmap.PAGESIZE * mmap.PAGESIZE
-        try:
-            fcntl.fcntl(fd, fcntl.F_SETFL, _DIRECT)
-            write(fd, rest[:done])
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            done = os.lseek(fd, 0, os.SEEK_CUR)  # the file system cannot, or not from this place in memory
-        fcntl.fcntl(fd, fcntl.F_SETFL, 0)
-        rest = rest[done:]
-        failpoint("pages-written")
-    write(fd, rest)
-
-
 def fsync(fd: int) -> None:
     """Wait until the file's bytes are on the device."""
     os.fsync(fd)
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename over whatever `target` was; atomic, and durable once the folder is synced."""
+    """Rename a file over whatever `target` was; atomic, and durable once the folder is synced."""
     os.replace(source, target)
 
 
 def unlink(path: Path) -> None:
-    """Remove a file; one that is gone already is fine."""
+    """Remove a file; do nothing if it is gone already."""
     path.unlink(missing_ok=True)
 
 
@@ -107,41 +88,37 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def write_unsynced(path: Path, data: Bytes, mode: int) -> int:
-    """Create `path` with these bytes and return its descriptor, to be given to `sync_and_close`.
+def write_file(path: Path, data: Bytes, mode: int = 0o666) -> None:
+    """Create `path` with these bytes and sync it; its name is durable only after `fsync_dir` of the folder.
 
     The file is removed again when that fails.
     """
     fd = create(path, mode)
     try:
-        write_past_cache(fd, data)
-    except BaseException:
-        os.close(fd)
-        discard(path)
-        raise
-    return fd
-
-
-def sync_and_close(fd: int) -> None:
-    """Wait until the file's bytes are on the device, and let go of it, also when that fails."""
-    try:
-        fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_file(path: Path, data: Bytes, mode: int) -> None:
-    """Create `path` with these bytes and sync it; the file is removed again when that fails."""
-    fd = write_unsynced(path, data, mode)
-    try:
-        sync_and_close(fd)
+        try:
+            write(fd, data)
+            fsync(fd)
+        finally:
+            os.close(fd)
     except BaseException:
         discard(path)
         raise
+
+
+def write_durably(path: Path, data: Bytes) -> None:
+    """Write a file so that after a crash it is there in full or not at all; the mode is `0666 & ~umask`."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    write_file(temporary, data)
+    try:
+        replace(temporary, path)
+    except BaseException:
+        discard(temporary)
+        raise
+    fsync_dir(path.parent)
 
 
 @contextmanager
-def store_errors(path: Path) -> Iterator[None]:
+def store_errors(path: Path | str) -> Iterator[None]:
     """Turn an OSError of the block into the store's own error about `path`.
 
     Raises:
@@ -161,69 +138,82 @@ def store_errors(path: Path) -> Iterator[None]:
         raise StoreIOError(f"{path}: {error.strerror or error}", path=path) from error
 
 
-MAX_SOURCE_BYTES = 8 << 30
-# An adapter is megabytes; 8 GiB is far above the largest and still below what would hurt a machine that can use it.
+@contextmanager
+def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tuple[int, int]]:
+    """Open a regular file of bounded size and yield its descriptor and its size in bytes.
 
-
-def source_size(path: Path) -> int:
-    """Return the size of a plain file in bytes without opening it.
-
-    Raises:
-        SourceRefused: it is absent, a link, a device, a pipe or too large.
-    """
-    try:
-        status = os.lstat(path)
-    except OSError as error:
-        raise SourceRefused(f"cannot read {path}: {error.strerror}", path=path) from error
-    return _check(path, status).st_size
-
-
-def read_source(path: Path, memory: memoryview) -> memoryview:
-    """Fill `memory`, which is as long as the file was found to be, with the bytes of a plain file.
-
-    The file is read with read(2), never mapped: a mapped file that shrinks kills the process.
-
-    Returns:
-        The same memory, read-only.
+    Read it with :func:`read_exactly`, never through a mapping: a mapped file that shrinks kills the process.
 
     Raises:
-        SourceRefused: it is absent, a link, a device, a pipe or too large.
-        SourceChanged: it changed meanwhile.
+        SourceRefused: it is absent, unreadable, a link, a device, a pipe or too large.
+        SourceChanged: it was written to, or another file got its name, before the block ended.
     """
-    # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags)
+        fd = os.open(path, _READ_FLAGS)
     except OSError as error:
-        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise SourceRefused(f"cannot read {path}: {reason}", path=path) from error
+        raise _not_opened(path, error) from error
     try:
-        before = _check(path, os.fstat(fd))
-        is_full = before.st_size == len(memory) and _fill(memory, fd)
-        named = os.stat(path, follow_symlinks=False)
-    except OSError as error:
-        raise SourceRefused(f"cannot read {path}: {error.strerror}", path=path) from error
+        before = os.fstat(fd)
+        if not stat.S_ISREG(before.st_mode):
+            raise _special(path)
+        if before.st_size > max_bytes:
+            fact = f"has {before.st_size:,} bytes, more than {max_bytes:,}"
+            raise SourceRefused(fact, reason="limits", path=path)
+        yield fd, before.st_size
+        try:
+            after = os.stat(path, follow_symlinks=False)
+        except OSError as error:
+            raise SourceRefused(f"cannot be read: {error.strerror}", reason="unreadable", path=path) from error
     finally:
         os.close(fd)
-    if not is_full or _identity(before) != _identity(named):
-        raise SourceChanged(f"{path} changed while it was read", path=path, hint="try again when it is written")
-    return memory.toreadonly()
+    if _identity(before) != _identity(after):
+        hint = "try again when nothing writes it"
+        raise SourceChanged("changed while it was read", reason="changed", path=path, hint=hint)
 
 
-def _check(path: Path, status: os.stat_result) -> os.stat_result:
-    if not stat.S_ISREG(status.st_mode):
-        raise SourceRefused(f"{path} is no regular file", path=path, hint="give the file itself, not a link or device")
-    if status.st_size > MAX_SOURCE_BYTES:
-        raise SourceRefused(f"{path} has {status.st_size} bytes, the limit is {MAX_SOURCE_BYTES}", path=path)
-    return status
+def read_exactly(fd: int, size: int, offset: int) -> bytes:
+    """Read `size` bytes at `offset` of an open file.
+
+    Raises:
+        SourceChanged: the file ends early, so it was cut while it was read.
+    """
+    parts: list[bytes] = []
+    end = offset + size
+    while offset < end:
+        part = os.pread(fd, min(_MOST_AT_ONCE, end - offset), offset)
+        if not part:
+            raise SourceChanged("was cut while it was read", reason="changed")
+        parts.append(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _fill(memory: memoryview, fd: int) -> bool:
-    """Read until the memory is full, and say whether it is; the file may have become shorter."""
-    rest = memory
-    while rest and (count := os.readv(fd, [rest])):
-        rest = rest[count:]
-    return not rest
+def read_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> bytes:
+    """Read a whole regular file of bounded size.
+
+    Raises:
+        SourceRefused: as `open_plain`.
+        SourceChanged: it changed while it was read.
+    """
+    try:
+        with open_plain(path, max_bytes=max_bytes) as (fd, size):
+            return read_exactly(fd, size, 0)
+    except SourceChanged as error:
+        error.path = str(path)
+        raise
+
+
+def _not_opened(path: Path, error: OSError) -> SourceRefused:
+    if error.errno == errno.ELOOP:
+        return SourceRefused("a symbolic link is not followed", reason="symlink", path=path)
+    if error.errno in (errno.ENXIO, errno.ENODEV):
+        return _special(path)
+    return SourceRefused(f"cannot be read: {error.strerror}", reason="unreadable", path=path)
+
+
+def _special(path: Path) -> SourceRefused:
+    hint = "give the file itself, not a link or a device"
+    return SourceRefused("not a regular file", reason="special-file", path=path, hint=hint)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

@@ -155,11 +155,12 @@ def check_place(root: Path) -> None:
         NotAStore: It holds things that are not a store's.
     """
     # FORMAT too: another process may make a store here while this looks.
-    ours = {"FORMAT", "registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "lock", "jobs", "reserve"}
+    ours = {"FORMAT", "registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "jobs", "reserve"}
+    ours |= {"lock", "lock.gate"}
     if not root.is_dir() or StorePaths(root).format.exists():
         return
     if foreign := {entry.name for entry in root.iterdir()} - ours:
-        message = f"{root} is no store: it holds {min(foreign)!r}"
+        message = f"{root} is not a store: it holds {min(foreign)!r}"
         raise NotAStore(message, path=root, hint="name an empty or a new folder with --store")
 
 

@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, func, insert, literal, select, update
+from sqlalchemy import Select, delete, func, insert, literal, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry import records, rows
 from registry import schema as models
-from registry.codes import code_rows, copies, current_row, spare_of
+from registry.codes import code_files, code_rows, current_row
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.files import failpoint
 from registry.part import Part
-from registry.prune import drop_unreferenced
 from registry.rows import RowWriter
 from registry.runs import finish_run
 
@@ -54,7 +53,7 @@ class Generators(Part):
             LastCopy: an evicted task would have no code under it.
         """
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs, spare_of(generator.codes))
+            writer = RowWriter(session, self._blobs)
             row = generator_row(writer, generator)
             codes = list(code_rows(writer, row, generator.codes))
             must_cover_evicted(session, generator.base_model, [code.task.name for code in codes])
@@ -64,7 +63,7 @@ class Generators(Part):
             record = rows.generator_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
-        drop_unreferenced(self._db, self._blobs, garbage)
+        self._drop(garbage)
         return record
 
     def current(self, base_model: str) -> records.GeneratorRecord | None:
@@ -100,7 +99,7 @@ class Generators(Part):
             In each case nothing is recorded.
         """
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs, spare_of(new.codes))
+            writer = RowWriter(session, self._blobs)
             parent = current_row(session, new.parent_id)
             row = generator_row(writer, new)
             session.flush()
@@ -109,8 +108,8 @@ class Generators(Part):
             session.flush()
             row.start_id = parent.start_id  # its mean is a code as others are
             _link(session, parent.id, row.id, [code.task_id for code in fresh])
-            _must_keepcopies(session, parent, row)
-            must_cover_evicted(session, new.base_model, copies(session, row.id))
+            _must_keep_codes(session, parent, row)
+            must_cover_evicted(session, new.base_model, code_files(session, row.id))
             record = rows.generator_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
@@ -123,25 +122,24 @@ class Generators(Part):
             query = select(generator).join(generator.base_model).order_by(models.BaseModel.name, generator.version)
             return [
                 GeneratorUse(
-                    rows.generator_record(row), tuple(sorted(copies(session, row.id))), _lastcopies(session, row)
+                    rows.generator_record(row), tuple(sorted(code_files(session, row.id))), _last_copies(session, row)
                 )
                 for row in session.scalars(query)
             ]
 
-    def set_start(self, generator_id: int, blob: str, data: bytes | None = None) -> records.GeneratorRecord:
+    def set_start(self, generator_id: int, blob: str) -> records.GeneratorRecord:
         """Record what adapters for unseen tasks start from, in the place of what there is.
 
         Args:
             generator_id: the current generator.
             blob: digest of the start's file.
-            data: as for :class:`registry.records.NewCode`.
 
         Raises:
             GeneratorConflict: the generator is not the current one any more.
             MissingBlob: the digest is not in the store.
         """
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs, {blob: data}.get)
+            writer = RowWriter(session, self._blobs)
             row = current_row(session, generator_id)
             old = None if row.start is None else row.start.digest
             row.start = writer.blob(blob)
@@ -149,7 +147,7 @@ class Generators(Part):
             record = rows.generator_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
-        drop_unreferenced(self._db, self._blobs, [old] if old not in (None, blob) else [])
+        self._drop({old} - {blob} if old else ())
         return record
 
     def make_current(self, generator_id: int) -> list[str]:
@@ -167,10 +165,10 @@ class Generators(Part):
             row = _find(session, generator_id)
             of_base = generator.base_model_id == row.base_model_id
             present = session.scalar(select(generator).where(of_base, generator.is_current))
-            codes, before = copies(session, row.id), {}
+            codes, before = code_files(session, row.id), {}
             if present is not None:
-                _must_keepcopies(session, present, row)
-                before = copies(session, present.id)
+                _must_keep_codes(session, present, row)
+                before = code_files(session, present.id)
             must_cover_evicted(session, row.base_model.name, codes)
             session.execute(update(generator).where(of_base, generator.is_current).values(is_current=False))
             session.execute(update(generator).where(generator.id == generator_id).values(is_current=True))
@@ -180,29 +178,37 @@ class Generators(Part):
     def check_forgettable(self, generator: records.GeneratorRecord) -> int:
         """Return how many codes :meth:`forget_generator` would forget, or raise what it would raise."""
         with self._db.read() as session:
-            return len(copies(session, _forgettable(session, generator).id))
+            return len(code_files(session, _forgettable(session, generator).id))
 
     def forget(self, generator: records.GeneratorRecord) -> int:
-        """Forget a generator that is not current, with its codes and what was measured of them; prune frees the bytes.
+        """Forget a generator that is not current, with its codes and what was measured of them.
 
         Args:
-            generator: as it was when somebody decided that. The number of a row that went is given to the next one, so
+            generator: As it was when somebody decided that. The number of a deleted row is given to the next one, so
                 the rest is compared too.
 
         Returns:
-            The number of codes that went.
+            The number of codes that were forgotten.
 
         Raises:
             GeneratorNotFound: it is not there any more.
             GeneratorConflict: it is the current one.
             LastCopy: it holds the only code of an evicted task.
         """
-        with self._lock.exclusive(), self._db.write() as session:
+        with self._db.write() as session:
             row = _forgettable(session, generator)
-            count = len(copies(session, row.id))
+            codes = [rows.code_record(code) for code in session.scalars(_codes_of(row))]
+            garbage = [row.blob.digest, *([] if row.start is None else [row.start.digest])]
+            garbage += [digest for code in codes for digest in code.digests()]
             session.execute(delete(models.Generator).where(models.Generator.id == row.id))
             failpoint("rows-before-commit")
-            return count
+        failpoint("rows-committed")
+        self._drop(garbage)
+        return len(codes)
+
+
+def _codes_of(row: models.Generator) -> Select[models.Code]:
+    return select(models.Code).where(models.Code.generator_id == row.id)
 
 
 def _find(session: Session, generator_id: int) -> models.Generator:
@@ -220,7 +226,7 @@ def _forgettable(session: Session, generator: records.GeneratorRecord) -> models
     if row.is_current:
         hint = "`icm generators rollback DIGEST` makes another one current first"
         raise GeneratorConflict(f"generator {row.blob.digest[:12]} is in use", hint=hint)
-    last = _lastcopies(session, row)
+    last = _last_copies(session, row)
     if last:
         fact = f"generator {row.blob.digest[:12]} holds the only code of {_shown(last)}"
         hint = "`icm ingest --restore PATH` of their originals, or `icm rm` if nobody needs them"
@@ -233,22 +239,22 @@ def _identity(generator: records.GeneratorRecord) -> tuple[str, str, int, str]:
     return generator.blob, generator.base_model, generator.version, generator.created_at
 
 
-def _lastcopies(session: Session, row: models.Generator) -> tuple[str, ...]:
+def _last_copies(session: Session, row: models.Generator) -> tuple[str, ...]:
     """Return the evicted tasks that only this generator can give back as they were checked."""
-    generator, mine = models.Generator, copies(session, row.id, evicted=True)
+    generator, mine = models.Generator, code_files(session, row.id, evicted=True)
     others = select(generator.id).where(generator.base_model_id == row.base_model_id, generator.id != row.id)
     if row.is_current:
-        found = [copies(session, other, evicted=True) for other in session.scalars(others)]
-        kept = {name for copies in found for name, copy in copies.items() if mine.get(name) == copy}
+        found = [code_files(session, other, evicted=True) for other in session.scalars(others)]
+        kept = {name for codes in found for name, code in codes.items() if mine.get(name) == code}
     else:  # whatever code the current one has is the one that was checked
         present = session.scalar(others.where(generator.is_current))
-        kept = set() if present is None else set(copies(session, present, evicted=True))
+        kept = set() if present is None else set(code_files(session, present, evicted=True))
     return tuple(sorted(set(mine) - kept))
 
 
-def _must_keepcopies(session: Session, present: models.Generator, new: models.Generator) -> None:
+def _must_keep_codes(session: Session, present: models.Generator, new: models.Generator) -> None:
     """Raise unless a generator has the very codes, and residuals, that stand in for evicted tasks now."""
-    needed, found = copies(session, present.id, evicted=True), copies(session, new.id)
+    needed, found = code_files(session, present.id, evicted=True), code_files(session, new.id)
     lost = sorted(name for name, copy in needed.items() if found.get(name) != copy)
     if lost:
         fact = f"generator {new.blob.digest[:12]} does not have the codes that stand in for {_shown(lost)}"

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, exists, insert, select, update
 
 from registry import records
 from registry import schema as models
-from registry.blobs.local import BlobStore
+from registry.blobs.content import Blobs
 from registry.errors import TaskConflict
 from registry.names import check_name
 from registry.records import Description, EvictedAdapter, description_of
@@ -172,7 +172,7 @@ def plan_tasks(connection: Connection | None, tasks: Sequence[records.TaskIngest
 
 
 def record_tasks(
-    connection: Connection, files: BlobStore, ingests: Sequence[records.TaskIngest]
+    connection: Connection, files: Blobs, ingests: Sequence[records.TaskIngest]
 ) -> list[records.IngestOutcome]:
     """Write the rows of tasks into an open transaction; see :meth:`registry.tasks.TaskOperations.ingest_tasks`."""
     decisions = _decide_all(connection, ingests)
@@ -246,7 +246,7 @@ def _key(adapter: records.NewAdapter) -> AdapterKey:
     return adapter.weights, adapter.config, adapter.step
 
 
-def _write(connection: Connection, files: BlobStore, decisions: Sequence[_Decision]) -> None:
+def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision]) -> None:
     numbers = RowNumbers(connection, files)
     blobs = numbers.blobs(digest for item in decisions for digest in item.digests())
     descriptions = numbers.documents(description_of(new) for item in decisions for new in item.new)

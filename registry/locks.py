@@ -1,10 +1,13 @@
-"""Two kinds of flock: one for the store, and one job lock for each base model.
+"""Locks between processes: one for the store, and one for the jobs of each base model.
 
     store lock   shared while a process uses the store, exclusive while one deletes bytes
     job lock     exclusive while a process trains, updates, encodes or evicts for one base model
 
-The kernel drops a lock when its process dies, so there are no stale locks and no command to break one. The names in a
-lock file serve the error message only.
+Both are flocks. The kernel drops a lock when its process dies, so there are no stale locks and no command to break one.
+The names in a lock file are only for the error message.
+
+An flock gives up the shared lock while it turns into an exclusive one, and may lose it if the attempt fails. So whoever
+wants the exclusive lock first holds a second file, the gate: in between, no other process can get in to delete.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from registry.errors import StoreLocked
+from registry.files import store_errors
 
 _POLL_SECONDS = 0.05
 _MAX_NAMES_BYTES = 4096
@@ -31,11 +35,11 @@ class FileLock:
         """Open the lock file without taking the lock.
 
         Args:
-            path: the lock file; made if `writable` and absent.
-            timeout: seconds to wait for other processes.
-            command: what this process does, for the message that others see.
+            path: The lock file; made if `writable` and absent.
+            timeout: Seconds to wait for other processes.
+            command: What this process does, for the message that others see.
             writable: False for a store on read-only media, where the file must exist.
-            subject: what the lock is for, in the error message; the store by default.
+            subject: What the lock is for, in the error message; the store by default.
 
         Raises:
             OSError: the file cannot be opened.
@@ -45,31 +49,16 @@ class FileLock:
         self._command = " ".join(command.split())[:200]
         self._writable = writable
         self._subject = subject or f"the store {path.parent}"
-        flags = (os.O_RDWR | os.O_CREAT | os.O_APPEND) if writable else os.O_RDONLY
-        self._fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._fd = _open(path, writable=writable)
 
     def share(self) -> None:
         """Take, or go back to, the shared lock.
 
         Raises:
-            StoreLocked: another process removes bytes and the timeout passed.
+            StoreLocked: another process deletes bytes and the timeout passed.
         """
-        self._take(fcntl.LOCK_SH)
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the exclusive lock for a block, then go back to the shared one.
-
-        flock gives up the shared lock while it waits, so nothing read before the block may be trusted inside it.
-
-        Raises:
-            StoreLocked: other processes use the store and the timeout passed.
-        """
-        try:
-            self._take(fcntl.LOCK_EX)
-            yield
-        finally:
-            self._take(fcntl.LOCK_SH)
+        self._wait(self._fd, fcntl.LOCK_SH)
+        self._sign()
 
     def hold(self) -> None:
         """Take the exclusive lock until :meth:`close`.
@@ -77,7 +66,48 @@ class FileLock:
         Raises:
             StoreLocked: another process holds it and the timeout passed.
         """
-        self._take(fcntl.LOCK_EX)
+        self._wait(self._fd, fcntl.LOCK_EX)
+        self._sign()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Wait for the exclusive lock, hold it for a block, then go back to the shared one.
+
+        The shared lock is given up while this waits, so nothing read before the block may be trusted inside it.
+
+        Raises:
+            StoreLocked: other processes use the store and the timeout passed.
+        """
+        fcntl.flock(self._fd, fcntl.LOCK_UN)  # two that wait for each other's shared lock would wait for ever
+        try:
+            with self._gate() as gate:
+                self._wait(gate, fcntl.LOCK_EX)
+                try:
+                    self.hold()
+                    yield
+                finally:
+                    self.share()  # before the gate opens
+        except StoreLocked:
+            self.share()
+            raise
+
+    @contextmanager
+    def try_exclusive(self) -> Iterator[bool]:
+        """Hold the exclusive lock for a block if no other process uses the store; never wait.
+
+        What was read before the block is as it was: no other process can delete anything in between.
+
+        Yields:
+            Whether the lock is held.
+        """
+        with self._gate() as gate:
+            if not _try(gate, fcntl.LOCK_EX):
+                yield False
+                return
+            try:
+                yield _try(self._fd, fcntl.LOCK_EX)
+            finally:
+                self._wait(self._fd, fcntl.LOCK_SH)  # a failed attempt loses the shared lock too
 
     def close(self) -> None:
         """Give up the lock."""
@@ -85,18 +115,22 @@ class FileLock:
             os.close(self._fd)
             self._fd = -1
 
-    def _take(self, kind: int) -> None:
+    @contextmanager
+    def _gate(self) -> Iterator[int]:
+        path = self._path.with_name(f"{self._path.name}.gate")
+        with store_errors(path):
+            fd = _open(path, writable=True)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _wait(self, fd: int, kind: int) -> None:
         deadline = time.monotonic() + self._timeout
-        while True:
-            try:
-                fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise self._locked() from None
-                time.sleep(_POLL_SECONDS)
-            else:
-                self._sign()
-                return
+        while not _try(fd, kind):
+            if time.monotonic() >= deadline:
+                raise self._locked()
+            time.sleep(_POLL_SECONDS)
 
     def _sign(self) -> None:
         """Add this process to the names in the file, which is cut now and then so that it cannot grow."""
@@ -129,5 +163,19 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def _open(path: Path, *, writable: bool) -> int:
+    flags = (os.O_RDWR | os.O_CREAT | os.O_APPEND) if writable else os.O_RDONLY
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
+def _try(fd: int, kind: int) -> bool:
+    """Take a lock unless another open file has it."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
     return True

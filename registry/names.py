@@ -1,11 +1,6 @@
-"""Names from outside: which may name a task, how they are shown, how module names are ordered.
+"""Names from outside: which ones may name a task, how they are shown, how module names are sorted.
 
-A name is data. It is never joined to a path, and it reaches a message only through `printable`.
-
-The rule for task names.
-
-A name is shown, typed and compared, and may become a folder name on the user's side, so it is held to characters that
-are the same everywhere. It never becomes a path inside the store.
+A name is data. It is never joined to a path inside the store, and it reaches a message only through `escape`.
 """
 
 from __future__ import annotations
@@ -20,6 +15,7 @@ MAX_NAME = 128
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _DIGITS = re.compile(r"(\d+)")
+# Windows opens a device, not a file, for these, whatever the extension.
 _WINDOWS_NAMES = frozenset(
     ["con", "prn", "aux", "nul", *(f"com{n}" for n in range(1, 10)), *(f"lpt{n}" for n in range(1, 10))]
 )
@@ -28,7 +24,7 @@ _WINDOWS_NAMES = frozenset(
 def task_name_problem(name: str) -> str | None:
     """Say why a name cannot be a task's, or return None if it can.
 
-    Letters, digits, `.`, `_` and `-`, first a letter or digit, at most 128 characters, and no name that Windows
+    Letters, digits, `.`, `_` and `-`, first a letter or digit, at most 128 characters, and not a name that Windows
     reserves: such a name means the same on every file system, in a URL and in a shell.
     """
     if not name:
@@ -44,6 +40,17 @@ def task_name_problem(name: str) -> str | None:
     return None
 
 
+def check_name(name: str) -> str:
+    """Return `name` unchanged if it can name a task.
+
+    Raises:
+        InvalidName: it cannot; see `task_name_problem`.
+    """
+    if (problem := task_name_problem(name)) is not None:
+        raise InvalidName(f"{escape(name, 120)!r} cannot name a task: {problem}", hint="choose another name")
+    return name
+
+
 def is_module_name(name: str) -> bool:
     """Return whether a name is a dotted path of plain identifiers, as in `model.layers.0.self_attn.q_proj`."""
     return _MODULE_NAME.fullmatch(name) is not None
@@ -55,35 +62,23 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), part) if index % 2 else (1, 0, part) for index, part in enumerate(parts))
 
 
-def printable(text: str, limit: int = 120) -> str:
-    """Escape everything that could move a cursor, reorder a line or end it, and shorten what is very long."""
-    shown = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(char if char.isprintable() else _escaped(char) for char in shown)
+def escape(text: str, limit: int | None = None) -> str:
+    r"""Write out everything that could move a cursor, reorder a line or end it, as `\x1b` or `\u202e`.
+
+    Names of files, tensors and tasks are hostile text until they have passed through here.
+
+    Args:
+        text: Any text.
+        limit: The most characters of it to show; a longer text is cut and ends in an ellipsis.
+    """
+    shown = text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
+    if shown.isascii() and shown.isprintable():
+        return shown
+    return "".join(char if char.isprintable() else _written_out(char) for char in shown)
 
 
-def _escaped(char: str) -> str:
+def _written_out(char: str) -> str:
     code = ord(char)
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-# Windows opens a device, not a file, for these, whatever the extension.
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
-
-
-def check_name(name: str) -> str:
-    """Return `name` unchanged if it follows the rule.
-
-    Raises:
-        InvalidName: it does not.
-    """
-    if not _NAME.fullmatch(name):
-        raise InvalidName(
-            f"{name[:200]!r} is no task name",
-            hint="a name has 1 to 128 letters, digits, '.', '_' or '-', and begins with a letter or digit",
-        )
-    if name.split(".")[0].lower() in _DEVICES:
-        raise InvalidName(f"{name!r} is a device name on Windows", hint="choose another name")
-    return name

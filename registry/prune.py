@@ -1,17 +1,16 @@
 """What may be deleted, and deleting it: rows first, bytes after.
 
-A file goes only while the write lock is held and no row refers to it; a row comes only while the write lock is held
-and its file is there (see :meth:`registry.writer.RowWriter.blob`). So no order of two processes leaves a row without
-its bytes.
+A file is deleted only under the exclusive store lock, so no other process is between storing bytes and recording the
+row that refers to them, and none is about to read the file of a row that it has seen.
 
-Two questions: is there a row that *refers* to a blob (then its row stays), and is there one that *needs* its bytes
-(then its file stays)? Evicted adapters, and the texts of evaluations, are referred to and not needed.
+There are two questions. Does any row *refer* to a blob? Then its row stays. Does any row *need* its bytes? Then its
+file stays. Evicted adapters, and the texts of evaluations, are referred to and not needed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from sqlalchemy import ColumnElement, and_, delete, exists, or_, select
 from sqlalchemy.orm import InstrumentedAttribute
 
 from registry import files as fs
-from registry.blobs.local import BlobStore
+from registry.blobs.content import Blobs
 from registry.database import Database
 from registry.files import failpoint
 from registry.folder import StorePaths
+from registry.locks import FileLock
 from registry.rows import in_parts
 from registry.schema import Adapter, Base, Blob, Code, Document, Evaluation, Generator, Task, TaskVector, TrainRun
 
@@ -61,16 +61,22 @@ class PruneReport:
     freed_bytes: int
 
 
-def drop_evicted(database: Database, blobs: BlobStore, digests: Sequence[str]) -> int:
-    """Remove the files of these blobs unless a row needs their bytes, and return the bytes freed; their rows stay."""
-    with database.write() as session:
-        wanted: set[str] = set()
+def drop_evicted(database: Database, blobs: Blobs, digests: Sequence[str]) -> int:
+    """Delete the files of these blobs unless a row needs their bytes; their rows stay.
+
+    The caller holds the exclusive lock.
+
+    Returns:
+        The bytes freed.
+    """
+    needed: set[str] = set()
+    with database.read() as session:
         for some in in_parts(digests):
-            wanted |= set(session.scalars(select(Blob.digest).where(Blob.digest.in_(some), is_needed())))
-        return blobs.unlink(digest for digest in digests if digest not in wanted)
+            needed |= set(session.scalars(select(Blob.digest).where(Blob.digest.in_(some), is_needed())))
+    return blobs.delete(digest for digest in digests if digest not in needed)
 
 
-def evicted_files(database: Database, blobs: BlobStore) -> list[str]:
+def evicted_files(database: Database, blobs: Blobs) -> list[str]:
     """Return the digests of files that only evicted adapters refer to: what a killed `evict` left."""
     with database.read() as session:
         query = select(Blob.digest).where(blob_references(Adapter, needed=False), ~is_needed()).order_by(Blob.digest)
@@ -78,33 +84,42 @@ def evicted_files(database: Database, blobs: BlobStore) -> list[str]:
     return [digest for digest in digests if blobs.exists(digest)]
 
 
-def drop_unreferenced(database: Database, blobs: BlobStore, digests: Sequence[str]) -> int:
-    """Remove these blobs if no row refers to them, and return the bytes freed."""
-    if not digests:
-        return 0
-    with database.write() as session:
-        session.execute(delete(Blob).where(Blob.digest.in_(digests), ~is_referenced()))
-        kept = set(session.scalars(select(Blob.digest).where(Blob.digest.in_(digests))))
-    failpoint("garbage-rows-gone")
-    with database.write() as session:
-        kept |= set(session.scalars(select(Blob.digest).where(Blob.digest.in_(digests))))
-        return blobs.unlink(digest for digest in digests if digest not in kept)
+def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests: Iterable[str]) -> None:
+    """Delete the files of these blobs, and those of earlier calls that could not, unless a row refers to them.
+
+    Nothing is deleted while another process uses the store: the files then stay for the next call, or for prune.
+    """
+    blobs.unwanted.update(digests)
+    if not blobs.unwanted:
+        return
+    with lock.try_exclusive() as is_alone:
+        if not is_alone:
+            return
+        kept: set[str] = set()
+        with database.write() as session:
+            for some in in_parts(sorted(blobs.unwanted)):
+                session.execute(delete(Blob).where(Blob.digest.in_(some), ~is_referenced()))
+                kept |= set(session.scalars(select(Blob.digest).where(Blob.digest.in_(some))))
+        failpoint("garbage-rows-gone")
+        blobs.delete(sorted(blobs.unwanted - kept))
+        blobs.unwanted.clear()
 
 
-def prune(
-    database: Database, blobs: BlobStore, paths: StorePaths, *, grace: float, dry_run: bool = False
-) -> PruneReport:
+def prune(database: Database, blobs: Blobs, paths: StorePaths, *, grace: float, dry_run: bool = False) -> PruneReport:
     """Remove what no row refers to, or only say what would go.
 
-    The caller holds the exclusive lock, so nobody is between blob and row. Files younger than `grace` seconds stay
-    nevertheless, for file systems whose locks do not lock.
+    The caller holds the exclusive lock, except for a dry run. Files younger than `grace` seconds stay nevertheless, for
+    file systems whose locks do not lock.
     """
-    doomed = _older(map(paths.blob, _garbage(database, blobs)), grace)
-    temporary = _older(sorted(paths.tmp.iterdir()), grace)
+    newest = time.time() - grace
+    with database.read() as session:
+        needed = set(session.scalars(select(Blob.digest).where(is_needed())))
+    doomed = {blob.digest: blob.size for blob in blobs.all() if blob.digest not in needed and blob.modified <= newest}
+    temporary = _older(paths.tmp, newest)
     if not dry_run:
         _delete_rows(database)
         failpoint("garbage-rows-gone")
-        blobs.unlink(path.name for path in doomed)
+        blobs.delete(doomed)
         with fs.store_errors(paths.tmp):
             for path in temporary:
                 fs.unlink(path)
@@ -135,12 +150,6 @@ def _needs(column: InstrumentedAttribute[int] | InstrumentedAttribute[int | None
     return and_(refers, Adapter.evicted_at.is_(None)) if column is Adapter.weights_id else refers
 
 
-def _garbage(database: Database, blobs: BlobStore) -> Iterator[str]:
-    with database.read() as session:
-        wanted = set(session.scalars(select(Blob.digest).where(is_needed())))
-    return (digest for digest in blobs.digests() if digest not in wanted)
-
-
 def _delete_rows(database: Database) -> None:
     """Delete the rows that nothing refers to, a few per commit."""
     stale = select(Blob.id).where(~is_referenced()).limit(_CHUNK)
@@ -161,15 +170,12 @@ def _has_document() -> ColumnElement[bool]:
     )
 
 
-def _older(paths: Iterable[Path], seconds: float) -> dict[Path, int]:
-    """Return path -> length of the files that have been there for some time.
-
-    A dry run has others beside it: what one of them has renamed or removed since the folder was listed is passed over.
-    """
+def _older(folder: Path, newest: float) -> dict[Path, int]:
+    """Return path -> length of the files that were there before a time, in seconds since 1970."""
     found: dict[Path, int] = {}
-    for path in paths:
-        with suppress(FileNotFoundError):
+    for path in sorted(folder.iterdir()):
+        with suppress(FileNotFoundError):  # beside a dry run, another process renamed or removed it meanwhile
             state = path.stat()
-            if time.time() - state.st_mtime >= seconds:
+            if state.st_mtime <= newest:
                 found[path] = state.st_size
     return found

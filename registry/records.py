@@ -240,13 +240,12 @@ class NewResidual:
     """What is to be recorded beside a code.
 
     Attributes:
-        blob: digest of the residual's file; `data` as for :class:`NewCode`.
+        blob: digest of the residual's file.
         dw_error: relative squared error of dW, decoded from code and residual.
     """
 
     blob: str
     dw_error: float
-    data: bytes | None = field(default=None, repr=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -266,8 +265,6 @@ class NewCode:
         bits: its length in bits, as the training loss counts it.
         dw_error: relative squared error of the decoded dW, if it was measured.
         asked: what it was made to keep, if that is known.
-        data: the bytes of its file, where they are held: if another process, which had the very same, drops the file
-            before there is a row, it is stored again.
     """
 
     adapter: AdapterRecord
@@ -275,7 +272,6 @@ class NewCode:
     bits: float
     dw_error: float | None
     asked: Asked | None = None
-    data: bytes | None = field(default=None, repr=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -308,6 +304,10 @@ class CodeRecord:
     def best_error(self) -> float | None:
         """The relative dW error of that."""
         return self.dw_error if self.residual is None else self.residual.dw_error
+
+    def digests(self) -> list[str]:
+        """Return the digests of the code and of its residual."""
+        return [self.blob, *([] if self.residual is None else [self.residual.blob])]
 
 
 @dataclass(frozen=True)
@@ -439,8 +439,7 @@ class Eviction:
 
     def digests(self) -> list[str]:
         """Return the digests of everything that stands in."""
-        beside = [] if self.code.residual is None else [self.code.residual.blob]
-        return [self.generator.blob, self.code.blob, *beside]
+        return [self.generator.blob, *self.code.digests()]
 
 
 class Description(NamedTuple):

@@ -30,7 +30,6 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -41,7 +40,7 @@ from sqlalchemy.orm import Session
 
 from registry import records
 from registry import schema as models
-from registry.blobs.local import BlobStore, Spare, no_spare
+from registry.blobs.content import Blobs
 from registry.errors import TaskNotFound
 from registry.records import Description
 from registry.schema import BaseModel, Blob, Document, compact_json
@@ -75,33 +74,19 @@ MAX_VARIABLES = 500  # SQLite's own limit on `IN (...)` was 999 for long
 class RowWriter:
     """Finds or makes the rows of blobs and base models in an open transaction."""
 
-    def __init__(self, session: Session, blobs: BlobStore, spare: Spare = no_spare) -> None:
-        """Begin to write.
-
-        Args:
-            session: with the write lock.
-            blobs: the files.
-            spare: where the bytes are of files that are gone when their rows are to be made.
-        """
+    def __init__(self, session: Session, blobs: Blobs) -> None:
         self.session = session
         self.now = utc_now()
-        self._files, self._spare = blobs, spare
+        self._files = blobs
         self._blobs: dict[str, Blob | None] = {}  # None: looked for, has no row yet
         self._base_models: dict[str, BaseModel] = {}
 
     def blob(self, digest: str) -> Blob:
         """Return the row of a blob.
 
-        The file is looked for under the write lock, so no row is ever committed whose bytes another process has
-        removed. It may have had the very same bytes, and dropped them since they were put; then they are put again,
-        where they are spare. While this holds the lock nobody drops them.
-
         Raises:
-            MissingBlob: there is no such file, and no spare.
-            StoreFull: no space left for them.
+            MissingBlob: the store does not have its bytes.
         """
-        if not self._files.exists(digest) and (data := self._spare(digest)) is not None:
-            self._files.put([data])
         row = self.absent_blob(digest, size := self._files.size(digest))
         row.size = size  # a bundle may have said something else of bytes that were not here
         return row
@@ -182,7 +167,7 @@ def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
 class RowNumbers:
     """Finds or makes the rows of blobs, JSON values and base models in an open transaction."""
 
-    def __init__(self, connection: Connection, files: BlobStore) -> None:
+    def __init__(self, connection: Connection, files: Blobs) -> None:
         self._connection = connection
         self._files = files
 
@@ -249,6 +234,18 @@ def find_final(session: Session, task_id: int) -> models.Adapter | None:
     """Return the final adapter of a task; only a damaged store has a task without one."""
     adapter = models.Adapter
     return session.scalar(select(adapter).where(adapter.task_id == task_id, adapter.is_final))
+
+
+def final_if_unchanged(session: Session, seen: records.AdapterRecord) -> models.Adapter | None:
+    """Return the row of an adapter that was encoded or measured; None if its task has another one by now, or is gone.
+
+    The digests are compared, not only the row's number: the number of a deleted row is given to the next one.
+    """
+    task = session.scalar(select(models.Task).where(models.Task.name == seen.task))
+    final = None if task is None else find_final(session, task.id)
+    if final is None or (final.id, final.weights.digest, final.config.digest) != (seen.id, seen.weights, seen.config):
+        return None
+    return final
 
 
 def task_record(row: models.Task) -> records.TaskRecord:
@@ -389,6 +386,3 @@ def _source(row: models.Adapter) -> str:
 
 def _digest(blob: models.Blob | None) -> str | None:
     return None if blob is None else blob.digest
-
-
-_ASKED = tuple(field.name for field in fields(records.Asked))

@@ -8,7 +8,6 @@ from registry import records, rows
 from registry import schema as models
 from registry.files import failpoint
 from registry.part import Part
-from registry.prune import drop_unreferenced
 from registry.rows import RowWriter
 
 
@@ -39,20 +38,19 @@ class Runs(Part):
             session.add(row)
             session.flush()
             record = rows.train_run_record(row)
-        drop_unreferenced(self._db, self._blobs, garbage)
+        self._drop(garbage)
         return record
 
     def save_checkpoint(self, run_id: int, *, step: int, weights: bytes, optimizer: bytes) -> records.TrainRunRecord:
-        """Store a checkpoint durably in place of the run's earlier one, whose bytes are freed at once.
+        """Store a checkpoint durably in place of the run's earlier one, whose files are deleted.
 
         Raises:
             LookupError: no run of that number is running.
             StoreFull: no space left; the earlier checkpoint is intact.
         """
-        digests = self._blobs.put([weights, optimizer])
-        spare = dict(zip(digests, (weights, optimizer), strict=True))
+        digests = self._blobs.put_all([weights, optimizer])
         with self._db.write() as session:
-            writer = RowWriter(session, self._blobs, spare.get)
+            writer = RowWriter(session, self._blobs)
             row = session.get(models.TrainRun, run_id)
             if row is None or row.state != "running":
                 raise LookupError(f"train run {run_id} is not running")
@@ -63,7 +61,7 @@ class Runs(Part):
             record = rows.train_run_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
-        drop_unreferenced(self._db, self._blobs, [digest for digest in garbage if digest not in digests])
+        self._drop(digest for digest in garbage if digest not in digests)
         return record
 
 

@@ -18,7 +18,9 @@ from registry import files as fs
 from registry import prune as garbage
 from registry import usage
 from registry import verify as integrity
-from registry.blobs.local import BlobStore
+from registry.blobs.backend import BlobBackend
+from registry.blobs.content import Blobs
+from registry.blobs.local import LocalBackend
 from registry.bundles import Bundles
 from registry.codes import Codes
 from registry.database import Database, migrate
@@ -36,7 +38,6 @@ from registry.folder import (
 )
 from registry.generators import Generators
 from registry.locks import FileLock
-from registry.part import Blobs
 from registry.runs import Runs
 from registry.tasks import BaseModels, Tasks
 from registry.vectors import Vectors
@@ -59,14 +60,22 @@ class Store:
         bundles: Codes that were made elsewhere.
     """
 
-    def __init__(self, paths: StorePaths, lock: FileLock, database: Database, *, timeout: float, command: str) -> None:
+    def __init__(
+        self,
+        paths: StorePaths,
+        lock: FileLock,
+        database: Database,
+        backend: BlobBackend,
+        *,
+        timeout: float,
+        command: str,
+    ) -> None:
         self._timeout, self._command = timeout, command
         self._paths = paths
         self._lock = lock
         self._db = database
-        self._blobs = BlobStore(paths)
-        parts = paths, lock, database, self._blobs
-        self.blobs = Blobs(*parts)
+        self.blobs = Blobs(backend, database.must_write)
+        parts = paths, lock, database, self.blobs
         self.tasks = Tasks(*parts)
         self.base_models = BaseModels(*parts)
         self.vectors = Vectors(*parts)
@@ -86,6 +95,7 @@ class Store:
         read_only: bool = False,
         lock_timeout: float = 30.0,
         command: str = "icm",
+        backend: BlobBackend | None = None,
     ) -> Self:
         """Open a store and hold it, shared with others, until :meth:`close`.
 
@@ -95,6 +105,7 @@ class Store:
             read_only: refuse writes; works on read-only media.
             lock_timeout: seconds to wait for other processes, for the lock and for each commit.
             command: what this process does, for the message that others see.
+            backend: where the bytes are, if not in the store folder.
 
         Raises:
             StoreNotFound: there is no store and `create` is False.
@@ -124,7 +135,7 @@ class Store:
         except BaseException:
             lock.close()
             raise
-        return cls(paths, lock, database, timeout=lock_timeout, command=command)
+        return cls(paths, lock, database, backend or LocalBackend(paths), timeout=lock_timeout, command=command)
 
     def close(self) -> None:
         """Let go of the store."""
@@ -158,7 +169,7 @@ class Store:
         Raises:
             StoreLocked: another process holds it and the lock timeout passed; the error names it.
         """
-        self.blobs.must_write()
+        self._db.must_write()
         path = self._paths.job(base_model)
         with fs.store_errors(path):
             path.parent.mkdir(exist_ok=True)
@@ -171,7 +182,7 @@ class Store:
 
     def usage(self) -> usage.Usage:
         """Return the bytes on disk by what they are for; their total is what `du -b` says of the files."""
-        return usage.measure(self._db, self._paths)
+        return usage.measure(self._db, self.blobs, self._paths)
 
     def prune(self, *, grace: float = GRACE_SECONDS, dry_run: bool = False) -> garbage.PruneReport:
         """Delete blobs that no row refers to, and leftovers of killed commands. Works on a full disk.
@@ -184,10 +195,10 @@ class Store:
             StoreLocked: other processes use the store.
         """
         if dry_run:
-            return garbage.prune(self._db, self._blobs, self._paths, grace=grace, dry_run=True)
-        self.blobs.must_write()
+            return garbage.prune(self._db, self.blobs, self._paths, grace=grace, dry_run=True)
+        self._db.must_write()
         with self._lock.exclusive():
-            report = with_reserve(self._paths, lambda: garbage.prune(self._db, self._blobs, self._paths, grace=grace))
+            report = with_reserve(self._paths, lambda: garbage.prune(self._db, self.blobs, self._paths, grace=grace))
             restore_reserve(self._paths)
         return report
 
@@ -201,14 +212,14 @@ class Store:
         Raises:
             TaskNotFound: a name is not in the store.
         """
-        return integrity.verify(self._db, self._blobs, self._paths, read_data=read_data, names=names)
+        return integrity.verify(self._db, self.blobs, self._paths, read_data=read_data, names=names)
 
-    def repair(self) -> list[tuple[integrity.Finding, Path]]:
+    def repair(self) -> list[tuple[integrity.Finding, str]]:
         """Move damaged blobs to quarantine and return each with its new place.
 
         Raises:
             StoreLocked: other processes use the store.
         """
-        self.blobs.must_write()
+        self._db.must_write()
         with self._lock.exclusive():
-            return integrity.repair(self._db, self._blobs, self._paths)
+            return integrity.repair(self._db, self.blobs, self._paths)

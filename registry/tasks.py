@@ -37,7 +37,7 @@ class Tasks(Part):
             MissingBlob: a digest is not in the store.
             In each case nothing of the batch is recorded.
         """
-        self.must_write()
+        self._db.must_write()
         with self._db.connection(write=True) as connection:
             outcomes = record_tasks(connection, self._blobs, tasks)
             failpoint("rows-before-commit")
@@ -123,7 +123,7 @@ class Tasks(Part):
             with self._db.write() as session:
                 session.execute(delete(models.Task).where(models.Task.id == task_id))
 
-        self.must_write()
+        self._db.must_write()
         with self._lock.exclusive():
             with self._db.read() as session:
                 doomed = list(_doomed(session, names, last_copies))

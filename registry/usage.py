@@ -10,6 +10,7 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
 
+from registry.blobs.content import Blobs
 from registry.database import Database
 from registry.folder import StorePaths
 from registry.prune import blob_references
@@ -56,19 +57,22 @@ class Usage:
         return sum(vars(self).values())
 
 
-def measure(database: Database, paths: StorePaths) -> Usage:
+def measure(database: Database, blobs: Blobs, paths: StorePaths) -> Usage:
     """Add up the files of a store by use."""
     with database.read() as session:
         uses = _uses(session)
     sums = dict.fromkeys(Usage.__dataclass_fields__, 0)
+    listed = {blob.digest: blob.size for blob in blobs.all()}
+    for digest, size in listed.items():
+        sums[uses.get(digest, "unreferenced")] += size
     for path in _files(paths.root):
+        if path.is_relative_to(paths.blobs) and path.name in listed:
+            continue
         try:
             size = path.lstat().st_size
         except FileNotFoundError:
             continue  # another process has renamed or removed it since the folder was listed
-        if path.is_relative_to(paths.blobs):
-            sums[uses.get(path.name, "unreferenced")] += size
-        elif path.name.startswith(paths.database.name):
+        if path.name.startswith(paths.database.name):
             sums["database"] += size
         elif path.parent == paths.root:
             sums["overhead"] += size

@@ -5,38 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
 
 from registry import records, rows
 from registry import schema as models
-from registry.errors import CodeChanged
-from registry.evaluations import adapter_row
 from registry.files import failpoint
 from registry.part import Part
-from registry.rows import RowWriter, document_row, task_record
+from registry.rows import RowWriter, document_row, final_if_unchanged
 
 
 class Vectors(Part):
     """Task vectors."""
 
-    def add(self, vectors: Sequence[records.NewVector], of: records.TaskSummary | None = None) -> int:
-        """Record task vectors in one transaction and return how many were new or changed.
+    def add(self, vectors: Sequence[records.NewVector], of: records.TaskSummary | None = None) -> int | None:
+        """Record task vectors in one transaction.
 
         A vector of the same task, view, support set and extractor takes the place of the earlier one.
 
         Args:
-            vectors: what was made.
-            of: the task that they were made of, as it was read then; without it they are taken as they come.
+            vectors: What was made.
+            of: The task that all of them were made of, as it was read then; without it nothing is compared.
+
+        Returns:
+            How many were new or changed; None if the task has another adapter or other samples by now, or is gone. Then
+            nothing is recorded.
 
         Raises:
-            TaskNotFound: a task is not in the store.
-            CodeChanged: the task has another adapter, or other samples, by now.
-            MissingBlob: a digest is not in the store.
-            In each case nothing is recorded.
+            TaskNotFound: a task is not in the store; nothing is recorded.
+            MissingBlob: a digest is not in the store; nothing is recorded.
         """
         with self._db.write() as session:
             if of is not None:
-                must_be_unchanged(session, of)
+                final = final_if_unchanged(session, of.final)
+                if final is None or rows.task_record(final.task).samples != of.task.samples:
+                    return None
             writer = RowWriter(session, self._blobs)
             writer.load_blobs(vector.blob for vector in vectors)
             changed = sum([record_vector(writer, vector) for vector in vectors])
@@ -77,15 +78,3 @@ def record_vector(writer: RowWriter, new: records.NewVector) -> bool:
     row.blob, row.dim = blob, new.dim
     writer.session.flush()
     return True
-
-
-def must_be_unchanged(session: Session, seen: records.TaskSummary) -> None:
-    """Raise unless a task has the very adapter and samples that it had.
-
-    Raises:
-        TaskNotFound: there is no such task (any more).
-        CodeChanged: it has another adapter, or other samples.
-    """
-    task = adapter_row(session, seen.final).task
-    if task_record(task).samples != seen.task.samples:
-        raise CodeChanged(f"task {task.name!r} got other samples meanwhile", hint="run the same command again")

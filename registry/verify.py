@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import and_, or_, select, true
 from sqlalchemy.orm import Session
 
-from registry.blobs.local import BlobStore
+from registry.blobs.content import Blobs
 from registry.database import Database
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.folder import StorePaths
@@ -43,7 +42,7 @@ class Finding:
 
     kind: Kind
     message: str
-    path: Path
+    path: str
     digest: str | None = None
     tasks: tuple[str, ...] = ()
 
@@ -54,7 +53,7 @@ class Finding:
 
 
 def verify(
-    database: Database, blobs: BlobStore, paths: StorePaths, *, read_data: bool, names: Sequence[str] = ()
+    database: Database, blobs: Blobs, paths: StorePaths, *, read_data: bool, names: Sequence[str] = ()
 ) -> Iterator[Finding]:
     """Check the database, then each blob's presence and length, then (`read_data`) its bytes.
 
@@ -69,14 +68,14 @@ def verify(
         return  # rows of a broken database prove nothing about the files
     expected = _expected(database, names)
     for digest, size in expected.items():
-        finding = _check_blob(database, blobs, paths, digest, size, read_data=read_data)
+        finding = _check_blob(database, blobs, digest, size, read_data=read_data)
         if finding is not None:
             yield finding
     if not names:
         yield from _strays(blobs, paths, expected)
 
 
-def repair(database: Database, blobs: BlobStore, paths: StorePaths) -> list[tuple[Finding, Path]]:
+def repair(database: Database, blobs: Blobs, paths: StorePaths) -> list[tuple[Finding, str]]:
     """Move every blob whose bytes are wrong to quarantine; ingesting its original again then restores it.
 
     Returns:
@@ -84,7 +83,7 @@ def repair(database: Database, blobs: BlobStore, paths: StorePaths) -> list[tupl
     """
     found = list(verify(database, blobs, paths, read_data=True))
     damaged = [(finding, finding.digest) for finding in found if finding.kind in ("length", "digest")]
-    return [(finding, blobs.set_aside(digest)) for finding, digest in damaged if digest is not None]
+    return [(finding, blobs.quarantine(digest)) for finding, digest in damaged if digest is not None]
 
 
 def _check_database(database: Database) -> Iterator[Finding]:
@@ -98,14 +97,14 @@ def _check_database(database: Database) -> Iterator[Finding]:
         answers, dangling, lost, bare = [str(error)], [], [], []
     for answer in answers:
         if answer != "ok":
-            yield Finding("database", answer, database.path)
+            yield Finding("database", answer, str(database.path))
     for table, rowid, parent, _ in dangling:
         place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
-        yield Finding("dangling", f"{place} of {table} refers to a row of {parent} that is gone", database.path)
+        yield Finding("dangling", f"{place} of {table} refers to a row of {parent} that is gone", str(database.path))
     for name in lost:
-        yield Finding("dangling", f"task {name} has no final adapter", database.path, tasks=(name,))
+        yield Finding("dangling", f"task {name} has no final adapter", str(database.path), tasks=(name,))
     for name in bare:
-        yield Finding("dangling", f"task {name} was evicted and has no code", database.path, tasks=(name,))
+        yield Finding("dangling", f"task {name} was evicted and has no code", str(database.path), tasks=(name,))
 
 
 def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:
@@ -140,25 +139,18 @@ _BLOBS_OF_TASK = (
 )
 
 
-def _check_blob(
-    database: Database, blobs: BlobStore, paths: StorePaths, digest: str, size: int, *, read_data: bool
-) -> Finding | None:
-    if _fault(blobs, digest, size, read_data=read_data) is None:
+def _check_blob(database: Database, blobs: Blobs, digest: str, size: int, *, read_data: bool) -> Finding | None:
+    fault = _fault(blobs, digest, size, read_data=read_data)
+    if fault is None:
         return None
+    kind, fact = fault
     with database.read() as session:
-        # Others may have let go of it since the rows were read, or stored it again. While this session is open nobody
-        # commits, so a row that needs the bytes now goes on doing so, and no file of such a row is removed.
-        needed = session.scalar(select(Blob.size).where(Blob.digest == digest, is_needed()))
-        fault = None if needed is None else _fault(blobs, digest, needed, read_data=read_data)
-        if fault is None:
-            return None
-        kind, fact = fault
         is_generator = session.scalar(select(Generator.id).join(Generator.blob).where(Blob.digest == digest))
         what = "blob" if is_generator is None else "generator"
-        return Finding(kind, f"{what} {digest} {fact}", paths.blob(digest), digest, _tasks_of(session, digest))
+        return Finding(kind, f"{what} {digest} {fact}", blobs.place(digest), digest, _tasks_of(session, digest))
 
 
-def _fault(blobs: BlobStore, digest: str, size: int, *, read_data: bool) -> tuple[Kind, str] | None:
+def _fault(blobs: Blobs, digest: str, size: int, *, read_data: bool) -> tuple[Kind, str] | None:
     """Say what is wrong with the file of a blob, if anything is."""
     try:
         found = blobs.size(digest)
@@ -198,9 +190,9 @@ def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
     return tuple(session.scalars(query.distinct().order_by(Task.name)))
 
 
-def _strays(blobs: BlobStore, paths: StorePaths, expected: dict[str, int]) -> Iterator[Finding]:
-    for digest in blobs.digests():
-        if digest not in expected:
-            yield Finding("orphan", f"no row needs blob {digest}", paths.blob(digest), digest)
+def _strays(blobs: Blobs, paths: StorePaths, expected: dict[str, int]) -> Iterator[Finding]:
+    for blob in blobs.all():
+        if blob.digest not in expected:
+            yield Finding("orphan", f"no row needs blob {blob.digest}", blobs.place(blob.digest), blob.digest)
     for path in sorted(paths.tmp.iterdir()):
-        yield Finding("leftover", f"{path.name} was left by a command that was killed", path)
+        yield Finding("leftover", f"{path.name} was left by a command that was killed", str(path))

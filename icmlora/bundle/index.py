@@ -26,7 +26,7 @@ from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
 from icmlora.formats.peft_config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
 from icmlora.io.safetensors import ITEM_BYTES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import Fields, as_count, as_digest, parse_object, wrong
-from registry.names import is_module_name, printable, task_name_problem
+from registry.names import escape, is_module_name, task_name_problem
 
 MAX_CODE_BYTES = 1024**3
 MAX_CARD_BYTES = 64 * 1024
@@ -237,7 +237,7 @@ def _task(value: object, layouts: Sequence[Layout]) -> BundledTask:
     fields = Fields(value, _TASK, "a task of the bundle")
     name = fields.text("name", limit=1024)
     if (problem := task_name_problem(name)) is not None:
-        raise UnsafeInput(f"{printable(name)!r} is no task name: {problem}", kind="name")
+        raise UnsafeInput(f"{escape(name, 120)!r} is no task name: {problem}", kind="name")
     dtype = fields.text("dtype", limit=64)
     if dtype != "+".join(sorted(set(dtype.split("+")) & ITEM_BYTES.keys())):
         raise wrong(dtype, "a task of the bundle: dtype")
@@ -295,7 +295,7 @@ def _shape(value: object) -> ModuleShape:
         raise wrong(value, "a module of the bundle")
     module, rank, inputs, outputs = value
     if not isinstance(module, str) or len(module) > 512 or not is_module_name(module):
-        raise UnsafeInput(f"{printable(str(module))!r} is no module name", kind="name")
+        raise UnsafeInput(f"{escape(str(module), 120)!r} is no module name", kind="name")
     sizes = [as_count(size, f"{module} of the bundle", least=1) for size in (rank, inputs, outputs)]
     if sizes[0] > MAX_RANK or max(sizes) > MAX_DIMENSION:
         raise UnsafeInput(f"{module} of the bundle has the shape {sizes}", kind="limits")

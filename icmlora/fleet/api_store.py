@@ -198,7 +198,7 @@ class StoredFleet:
 
         return verify(self._context, tasks, read_data=read_data)
 
-    def repair(self) -> list[tuple[Finding, Path]]:
+    def repair(self) -> list[tuple[Finding, str]]:
         """Move every damaged blob to quarantine; ingesting its original again restores it.
 
         Returns:

@@ -235,8 +235,9 @@ class Encoder:
         best, is_kept = search.smallest(self._request.limits, self._request.min_gain)
         data, error = best.encoded.data, best.encoded.dw_error
         blob, asked = self._store.blobs.put(data), self._request.asked(is_kept=is_kept)
-        code = NewCode(turn.final, blob, 8.0 * len(data), error, asked, data=data)
-        self._store.codes.replace(turn.generator.id, code, _records(losses, best))
+        code = NewCode(turn.final, blob, 8.0 * len(data), error, asked)
+        if self._store.codes.replace(turn.generator.id, code, _records(losses, best)) is None:
+            raise CodeChanged(f"task {task.name!r} got another adapter in the meantime")
         status: EncodeStatus = "encoded" if is_kept else "below"
         return TaskEncoded(task.name, status, len(data), None, turn.size_before, error, best.gain)
 
@@ -252,9 +253,10 @@ class Encoder:
         new, size = None, None
         if found.residual is not None:
             made = found.residual.encoded
-            new, size = NewResidual(self._store.blobs.put(made.data), made.dw_error, data=made.data), len(made.data)
+            new, size = NewResidual(self._store.blobs.put(made.data), made.dw_error), len(made.data)
         asked = self._request.asked(is_kept=found.is_kept)
-        self._store.codes.replace_residual(present, new, asked, _records(losses, found.residual))
+        if self._store.codes.replace_residual(present, new, asked, _records(losses, found.residual)) is None:
+            raise CodeChanged(f"task {task.name!r} got another adapter or code in the meantime")
         status: EncodeStatus = "below" if not found.is_kept else "enough" if new is None else "encoded"
         error, gain = found.best.encoded.dw_error, found.best.gain
         return TaskEncoded(task.name, status, present.size, size, turn.size_before, error, gain)

@@ -48,7 +48,7 @@ from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.vector import TaskVector
 from icmlora.training.refinement import RefineConfig
-from registry.bundles import Arrival, ArrivingTask
+from registry.bundles import BundleImport, ImportedTask
 from registry.errors import TaskConflict, TaskNotFound
 from registry.names import check_name
 from registry.records import GeneratorRecord, NewAdapter, NewGenerator
@@ -142,9 +142,9 @@ def register(
     )
     rows = put_vectors(store, name, vectors)
     blob = store.blobs.put(code.data)
-    task = ArrivingTask(name, original, len(weights), blob, code.dw_error, vectors=rows)
+    task = ImportedTask(name, original, len(weights), blob, code.dw_error, vectors=rows)
     present = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
-    store.bundles.take(Arrival(present, generator.version, [task], spare={blob: code.data}.get))
+    store.bundles.add(BundleImport(present, generator.version, [task]))
 
 
 _DATA_LIMIT = 64 << 20

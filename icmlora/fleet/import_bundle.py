@@ -18,7 +18,7 @@ from icmlora.fleet.bundles import find_task, open_generator
 from icmlora.fleet.context import Context
 from icmlora.formats.peft_config import AdapterConfig
 from icmlora.generator.code import generator_of
-from registry.bundles import Arrival, ArrivalOutcome, ArrivingTask
+from registry.bundles import BundleImport, ImportedTask, ImportOutcome
 from registry.errors import StoreNotFound
 from registry.records import NewAdapter, NewEvaluation, NewGenerator
 
@@ -59,7 +59,7 @@ class ImportReport:
 
     index: BundleIndex
     digest: str
-    tasks: tuple[ArrivalOutcome, ...]
+    tasks: tuple[ImportOutcome, ...]
 
 
 def import_bundle(context: Context, request: ImportRequest) -> ImportReport:
@@ -86,9 +86,8 @@ def import_bundle(context: Context, request: ImportRequest) -> ImportReport:
             planned = store.bundles.plan(arrival)
             new = {outcome.name.lower() for outcome in planned if outcome.status in ("added", "encoded")}
             _put(context, store, bundle, [task for task in tasks if task.name.lower() in new])
-            # `take` decides again under the write lock: a task that was to be skipped may get its code after all if
-            # another process has changed it. The bytes it then needs are read from the bundle.
-            outcomes = store.bundles.take(arrival) if new else planned
+            # `add` decides again under the write lock, since another process may have changed a task in the meantime.
+            outcomes = store.bundles.add(arrival) if new else planned
     return ImportReport(index, bundle.digest, tuple(outcomes))
 
 
@@ -105,12 +104,12 @@ def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
             raise BundleError(f"the configuration of {task.name!r} names another base model")
 
 
-def _plan(context: Context, arrival: Arrival) -> list[ArrivalOutcome]:
+def _plan(context: Context, arrival: BundleImport) -> list[ImportOutcome]:
     try:
         with context.open(read_only=True) as store:
             return store.bundles.plan(arrival)
     except StoreNotFound:
-        return [ArrivalOutcome(task.name, "added") for task in arrival.tasks]
+        return [ImportOutcome(task.name, "added") for task in arrival.tasks]
 
 
 def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
@@ -127,15 +126,15 @@ def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Bun
             context.progress(done, len(digests))
 
 
-def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], request: ImportRequest) -> Arrival:
+def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], request: ImportRequest) -> BundleImport:
     index = bundle.index
     generator = NewGenerator(index.base_model, index.generator.blob, index.generator.config, index.generator.metrics)
     source = f"bundle {bundle.digest}"
     arriving = [_arriving(task, source) for task in tasks]
-    return Arrival(generator, index.generator.version, arriving, request.on_conflict, bundle.read)
+    return BundleImport(generator, index.generator.version, arriving, request.on_conflict)
 
 
-def _arriving(task: BundledTask, source: str) -> ArrivingTask:
+def _arriving(task: BundledTask, source: str) -> ImportedTask:
     original = NewAdapter(
         weights=task.weights,
         config=task.config,
@@ -153,4 +152,4 @@ def _arriving(task: BundledTask, source: str) -> ArrivingTask:
     measured = None
     if task.measured is not None:
         measured = NewEvaluation(task=task.name, rung="code", generator_id=None, **asdict(task.measured))
-    return ArrivingTask(task.name, original, task.weights_size, task.code, task.dw_error, measured)
+    return ImportedTask(task.name, original, task.weights_size, task.code, task.dw_error, measured)

@@ -22,9 +22,9 @@ from icmlora.errors import AdapterRefused, DataError, IcmLoraError, located
 from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.io.files import read_regular
-from registry.blobs.local import PutRefusal, digest_of
+from registry.blobs.content import PutRefusal, digest_of
 from registry.errors import SourceRefused
-from registry.files import read_source, source_size
+from registry.files import read_plain
 from registry.records import EvictedAdapter, NewAdapter
 from registry.rows import source_label
 
@@ -227,7 +227,7 @@ def _withheld(
 def _check_and_store(
     checks: _Checks, contents: Sequence[bytes], store: Store, withheld: Mapping[Path, Collection[str]]
 ) -> _Outcomes:
-    def inspect(path: Path, data: memoryview) -> _Summaries:
+    def inspect(path: Path, data: bytes) -> _Summaries:
         return checks[path](data)
 
     # The whole batch in one call: each call waits for the disk once, and that is what takes time.
@@ -246,7 +246,7 @@ def _check_only(checks: _Checks) -> _Outcomes:
     outcomes: _Outcomes = {}
     for path, check in checks.items():
         try:
-            data = read_source(path, memoryview(bytearray(source_size(path))))
+            data = read_plain(path)
             outcomes[path] = _Checked(digest_of(data), len(data), check(data))
         except (IcmLoraError, SourceRefused) as error:
             outcomes[path] = error

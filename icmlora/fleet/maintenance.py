@@ -36,7 +36,7 @@ def verify(context: Context, names: Sequence[str], *, read_data: bool) -> Iterat
         yield from store.verify(read_data=read_data, names=names)
 
 
-def repair(context: Context) -> list[tuple[Finding, Path]]:
+def repair(context: Context) -> list[tuple[Finding, str]]:
     """Move every damaged blob to quarantine and return each finding with the new place of its blob."""
     with context.open() as store:
         return store.repair()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.fleet.label_placement import Box, Label, place_labels
 from icmlora.io.text import counted
-from registry.names import printable
+from registry.names import escape as printable
 
 if TYPE_CHECKING:
     from icmlora.fleet.map import MapReport
@@ -72,7 +72,7 @@ def draw_map(found: MapReport) -> str:
     placed = _placed(found)
     rows, end = _legend(found)
     height = max(_FRAME.bottom + 32, end)
-    name = printable(found.base_model)
+    name = printable(found.base_model, 120)
     title = f"{len(placed)} tasks of {name} by their task vectors, {found.view} view"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" width="{_WIDTH:g}" '

@@ -277,7 +277,7 @@ def _publish(
     store: Store, generator: GeneratorRecord, data: bytes, tasks: int, losses: Sequence[float], began: float
 ) -> StartLearned:
     blob = store.blobs.put(data)
-    store.generators.set_start(generator.id, blob, data)
+    store.generators.set_start(generator.id, blob)
     last = losses[len(losses) // 2 :]
     return StartLearned(
         base_model=generator.base_model,

@@ -362,6 +362,6 @@ def _stored(store: Store, fleet: StoreAdapterSource, best: Candidate, tolerance:
     blobs = store.blobs.put_all([code.data for code in best.codes.values()])
     asked = Asked(tolerance=tolerance)
     return [
-        NewCode(adapters[name], blob, 8.0 * len(code.data), code.dw_error, asked, data=code.data)
+        NewCode(adapters[name], blob, 8.0 * len(code.data), code.dw_error, asked)
         for (name, code), blob in zip(best.codes.items(), blobs, strict=True)
     ]

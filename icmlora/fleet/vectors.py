@@ -21,7 +21,6 @@ from icmlora.io.devices import resolve_device
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes
 from icmlora.task_vectors.vector import TaskVector
-from registry.errors import CodeChanged, TaskNotFound
 from registry.records import NewVector, TaskSummary, View
 
 if TYPE_CHECKING:
@@ -151,9 +150,7 @@ def _extract(store: Store, base: BaseModel, row: TaskSummary) -> VectorsExtracte
         vectors = extract_adapted(base, adapter, samples)
     if samples is not None:
         vectors += extract_context(base, samples)
-    try:
-        store.vectors.add(put_vectors(store, row.task.name, vectors), of=row)
-    except (TaskNotFound, CodeChanged):
+    if store.vectors.add(put_vectors(store, row.task.name, vectors), of=row) is None:
         return None
     return VectorsExtracted(row.task.name, len(vectors), "probes" if samples is None else "samples")
 

@@ -32,7 +32,7 @@ from icmlora.formats.task_names import (
     telling_folder,
 )
 from icmlora.formats.tree import Folder, walk
-from registry.names import natural_key, printable, task_name_problem
+from registry.names import escape, natural_key, task_name_problem
 
 _NOTES = (SAMPLES_NAME, EVAL_NAME, STATE_NAME)
 
@@ -161,7 +161,7 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
         home, step = _home(located.paths.place, root)
         first = runs[home].adapters.setdefault(step, located)
         if first.paths != located.paths:
-            message = f"step {step} was found already, in {printable(first.paths.place.name)}"
+            message = f"step {step} was found already, in {escape(first.paths.place.name, 120)}"
             refused.append(AdapterRefused(message, kind="name-collision", path=located.paths.place))
     if not found:
         of_no_format = foreign_adapters(folder.files)
@@ -215,7 +215,7 @@ def _gathered(runs: Mapping[Path, _Run], refused: list[AdapterRefused]) -> dict[
             found[home] = outer.joined(inner[0])
             continue
         for folder in folders:
-            message = f"{printable(home.name)} has another adapter too: they are not merged"
+            message = f"{escape(home.name, 120)} has another adapter too: they are not merged"
             hint = "ingest it alone with --name"
             refused.append(AdapterRefused(message, kind="name-collision", path=folder, hint=hint))
     return found

@@ -21,7 +21,7 @@ from typing import Any
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.refusals import refuse_unsupported
 from icmlora.io.strict_json import parse_object
-from registry.names import printable
+from registry.names import escape
 
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.]|\\\.)+")
 _LITERAL_DOT = "\\"
@@ -147,7 +147,7 @@ class _Reader:
         if type(value) is not int or value < 1:
             raise self._wrong(key, value, "a whole number from 1")
         if value > MAX_RANK:
-            raise UnsafeInput(f"{key} holds the rank {printable(str(value), 32)}", kind="limits")
+            raise UnsafeInput(f"{key} holds the rank {escape(str(value), 32)}", kind="limits")
         return value
 
     def number(self, key: str, value: object) -> float:
@@ -168,12 +168,12 @@ class _Reader:
         pattern = ModulePattern.parse(name)
         if pattern is None:
             raise AdapterRefused(
-                f"{key} has the key {printable(name)!r}, which is no plain module name: no pattern is run",
+                f"{key} has the key {escape(name, 120)!r}, which is no plain module name: no pattern is run",
                 kind="pattern",
                 hint=f"write {key} with module names in full",
             )
         return pattern
 
     def _wrong(self, key: str, value: object, wanted: str) -> AdapterRefused:
-        message = f"{key} is {printable(repr(value), 48)}, not {wanted}"
+        message = f"{key} is {escape(repr(value), 48)}, not {wanted}"
         return AdapterRefused(message, kind="config")

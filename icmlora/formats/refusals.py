@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from icmlora.errors import AdapterRefused
-from registry.names import printable
+from registry.names import escape
 
 _MERGE = "merge it into the base model, extract a plain LoRA with mergekit-extract-lora, and ingest that"
 _WHOLE_LAYERS = "train without modules_to_save, or keep those layers as a model of their own"
@@ -80,7 +80,7 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
         if fields.get(key) not in _UNUSED:
             raise AdapterRefused(f"{key} is set: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
     if fields.get("bias", "none") not in ("none", None):
-        message = f"bias is {printable(repr(fields['bias']), 32)}: bias terms beside the LoRA"
+        message = f"bias is {escape(repr(fields['bias']), 32)}: bias terms beside the LoRA"
         raise AdapterRefused(message, kind="bias", hint='train with bias="none"')
     _check_init(fields.get("init_lora_weights", True))
     _check_unknown(fields)
@@ -109,7 +109,7 @@ def _check_method(fields: dict[str, Any]) -> None:
             kind="mlx" if mlx else "peft-method",
             hint="convert it to a PEFT folder" if mlx else 'add "peft_type": "LORA" if it is a plain PEFT LoRA',
         )
-    message = f"peft_type is {printable(repr(method), 48)}, not LORA"
+    message = f"peft_type is {escape(repr(method), 48)}, not LORA"
     raise AdapterRefused(message, kind="peft-method", hint="convert it with peft.save_as_lora")
 
 
@@ -122,14 +122,14 @@ def _check_init(init: object) -> None:
     if _CHANGED_BASE.fullmatch(name):
         message = f"init_lora_weights is {name}: its weights fit a changed base model, not the one it names"
         raise AdapterRefused(message, kind="init", hint=_CONVERT)
-    raise AdapterRefused(f"init_lora_weights is {printable(repr(init), 48)}, unknown here", kind="init")
+    raise AdapterRefused(f"init_lora_weights is {escape(repr(init), 48)}, unknown here", kind="init")
 
 
 def _check_unknown(fields: dict[str, Any]) -> None:
     """Refuse switches that this version does not know: what they change cannot be given back."""
     for key, value in fields.items():
         if key not in _KNOWN and value not in _UNUSED and _SWITCH.fullmatch(key):
-            message = f"{printable(key)!r} is set, a variant of LoRA that is unknown here"
+            message = f"{escape(key, 120)!r} is set, a variant of LoRA that is unknown here"
             raise AdapterRefused(message, kind="unknown-variant", hint=_MERGE)
 
 

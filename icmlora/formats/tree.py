@@ -10,7 +10,7 @@ from pathlib import Path
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.task_names import cached_repository
-from registry.names import printable
+from registry.names import escape
 
 MAX_ENTRIES = 1_000_000
 
@@ -101,6 +101,6 @@ def _inside(entry: os.DirEntry[str], root: Path, watched: Collection[str], refus
         repository = cached_repository(Path(entry.path))
         hint = "give the folder it leads to, or one that holds both"
         if repository is not None:
-            hint = f"give {printable(str(repository), 4096)}, which holds both, or a copy made with `cp -rL`"
+            hint = f"give {escape(str(repository), 4096)}, which holds both, or a copy made with `cp -rL`"
         refuse(UnsafeInput("a symbolic link out of the folder given", kind="symlink", path=entry.path, hint=hint))
     return None

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from icmlora.errors import AdapterRefused, UnsafeInput, located
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.strict_json import parse_object
-from registry.names import printable
+from registry.names import escape
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
 MAX_TENSORS = 20_000
@@ -200,17 +200,17 @@ def _metadata(value: object) -> Mapping[str, str]:
 
 def _tensor(name: str, value: object, start: int) -> TensorInfo:
     if not _NAME.fullmatch(name):
-        raise UnsafeInput(f"the tensor name {printable(name)!r} is not plain", kind="name")
+        raise UnsafeInput(f"the tensor name {escape(name, 120)!r} is not plain", kind="name")
     if not isinstance(value, dict) or set(value) != _FIELDS:
         raise AdapterRefused(f"{name} has no plain dtype, shape and data_offsets", kind="damaged")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        message = f"{name} has the type {printable(str(dtype), 32)}; F32, F16 and BF16 are supported"
+        message = f"{name} has the type {escape(str(dtype), 32)}; F32, F16 and BF16 are supported"
         raise AdapterRefused(message, kind="dtype")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise AdapterRefused(f"{name} has a shape or offsets that are no whole numbers", kind="damaged")
     if len(shape) > MAX_RANK or any(size > MAX_DIMENSION for size in shape):
-        raise UnsafeInput(f"{name} has the shape {printable(str(shape), 64)}", kind="limits")
+        raise UnsafeInput(f"{name} has the shape {escape(str(shape), 64)}", kind="limits")
     if 0 in shape:
         hint = "an un-gathered ZeRO-3 or FSDP save looks like this: gather the weights, then save"
         raise AdapterRefused(f"{name} is empty: shape {shape}", kind="shape", hint=hint)

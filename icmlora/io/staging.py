@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from icmlora.errors import OutputExists
-from icmlora.io.files import fsync_folder, write_durably, write_synced
+from registry.files import fsync_dir, write_durably, write_file
 
 _SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
 
@@ -116,7 +116,7 @@ def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_folder(target.parent)
+    fsync_dir(target.parent)
 
 
 def check_absent(path: Path, *, force: bool = False) -> None:
@@ -169,7 +169,7 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
         return
     with building_folder(directory) as folder:
         for name, data in files.items():
-            write_synced(folder / name, data)
+            write_file(folder / name, data)
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def building_folder(directory: Path) -> Iterator[Path]:
     folder, lock = locked_beside(target, flags=os.O_DIRECTORY, create=Path.mkdir)
     try:
         yield folder
-        fsync_folder(folder)
+        fsync_dir(folder)
         try:
             folder.rename(target)
         except OSError as error:
@@ -200,7 +200,7 @@ def building_folder(directory: Path) -> Iterator[Path]:
     finally:
         os.close(lock)
         _remove_folder(folder)
-    fsync_folder(target.parent)
+    fsync_dir(target.parent)
 
 
 def _cleared(directory: Path) -> Path:
@@ -214,7 +214,7 @@ def _cleared(directory: Path) -> Path:
 def _replace(target: Path, files: Mapping[str, bytes]) -> None:
     """Replace files one by one, the last one missing meanwhile: a mixture of two adapters must not load."""
     (target / list(files)[-1]).unlink(missing_ok=True)
-    fsync_folder(target)
+    fsync_dir(target)
     for name, data in files.items():
         write_durably(target / name, data)
 

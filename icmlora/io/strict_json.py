@@ -15,7 +15,7 @@ from collections.abc import Collection
 from typing import Any, NoReturn, cast
 
 from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
-from registry.names import printable
+from registry.names import escape
 
 MAX_DEPTH = 32
 """Nesting allowed; real configurations need 3."""
@@ -55,7 +55,7 @@ def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in items:
             if key in found:
-                raise UnsafeInput(f"{what} has the key {printable(key)!r} twice", kind="duplicate-key")
+                raise UnsafeInput(f"{what} has the key {escape(key, 120)!r} twice", kind="duplicate-key")
             found[key] = value
         return found
 
@@ -72,7 +72,7 @@ def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
         text = data.decode("utf-8")
         parsed = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise AdapterRefused(f"{what} is not valid JSON: {printable(str(error))}", kind="json") from None
+        raise AdapterRefused(f"{what} is not valid JSON: {escape(str(error), 120)}", kind="json") from None
     if not isinstance(parsed, dict):
         raise AdapterRefused(f"{what} is not a JSON object", kind="json")
     if "\\u" in text and _has_surrogate(parsed):
@@ -208,4 +208,4 @@ def as_count(value: object, what: str, *, least: int = 0) -> int:
 
 def wrong(value: object, what: str) -> BundleError:
     """Return the error that names a value of the wrong kind."""
-    return BundleError(f"{what} is {printable(repr(value), 60)}, which this format does not have")
+    return BundleError(f"{what} is {escape(repr(value), 60)}, which this format does not have")

@@ -8,27 +8,11 @@ from __future__ import annotations
 import unicodedata
 from datetime import UTC, datetime
 
+from registry.names import escape
+
+__all__ = ["counted", "escape", "human_duration", "human_percent", "human_size", "shortened", "utc", "width"]
+
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
-# Bidirectional controls reorder what follows them on a terminal; \u2028 and \u2029 break lines in some.
-_REORDERING = frozenset("\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
-
-
-def escape(text: str) -> str:
-    r"""Return `text` with everything that could drive a terminal written out, as `\x1b` or `\u202e`.
-
-    Names of files, tensors and tasks are hostile text until they have passed through here.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_escaped(character) for character in text)
-
-
-def _escaped(character: str) -> str:
-    # Categories Cc, Cs, Co and Cn: controls, lone surrogates (undecodable file names), private use, unassigned.
-    if character in _REORDERING or unicodedata.category(character) in {"Cc", "Cs", "Co", "Cn"}:
-        code = ord(character)
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-    return character
 
 
 def human_size(size: int) -> str:

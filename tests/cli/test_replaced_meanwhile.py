@@ -14,8 +14,8 @@ import pytest
 from icm_cli.errors import ExitCode
 from icmlora.adapter.model import Adapter
 from icmlora.base_models import likelihood
-from icmlora.fleet import bundles as exporting
 from icmlora.fleet import encode as encoding
+from icmlora.fleet import export_bundle as exporting
 from icmlora.fleet import generate as generating
 from icmlora.fleet import update as updating
 from icmlora.fleet import vectors
@@ -29,7 +29,7 @@ from registry.records import AdapterRecord, GeneratorRecord, NewGenerator
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
-from tests.cli.test_train import TRAIN, current, interrupt_at
+from tests.cli.test_train import current
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 from tests.icmlora.tiny_base import LABEL
 from tests.registry.examples import code, ingest, new_store
@@ -259,14 +259,14 @@ class TestMaterialize:
 
     CODE = ("materialize", "rules", "--source", "code", "--json")
 
-    def test_a_code_that_was_replaced_gives_way_to_the_present_one(
+    def test_a_code_that_was_replaced_is_still_there_for_who_has_read_its_row(
         self, icm: Icm, trained: Path, finer: dict[str, bytes], tmp_path: Path
     ) -> None:
+        earlier = icm(*self.CODE, "-o", tmp_path / "earlier")
         with pytest.MonkeyPatch.context() as patch:
             before(patch, GeneratorFile, "__init__", lambda: put_code(trained, "rules", finer["rules"]))
             ran = icm(*self.CODE, "-o", tmp_path / "out")
-        later = icm(*self.CODE, "-o", tmp_path / "later")
-        assert ran.document["weights"] == later.document["weights"]
+        assert ran.document["weights"] == earlier.document["weights"]
 
     def test_a_code_whose_file_is_gone_is_damage(self, icm: Icm, trained: Path, tmp_path: Path) -> None:
         remove_file(trained, "rules")
@@ -277,57 +277,19 @@ class TestMaterialize:
 class TestExport:
     """`icm export`."""
 
-    def test_a_code_that_was_replaced_gives_way_to_the_present_one(
+    def test_a_code_that_was_replaced_is_still_there_for_who_has_read_its_row(
         self, icm: Icm, trained: Path, finer: dict[str, bytes], tmp_path: Path
     ) -> None:
+        icm("export", tmp_path / "earlier.icm")
         with pytest.MonkeyPatch.context() as patch:
-            before(patch, exporting, "_digests", lambda: put_code(trained, "rules", finer["rules"]))
+            before(patch, exporting, "versions_of", lambda: put_code(trained, "rules", finer["rules"]))
             assert icm("export", tmp_path / "out.icm").code == 0
-        icm("export", tmp_path / "later.icm")
-        assert (tmp_path / "out.icm").read_bytes() == (tmp_path / "later.icm").read_bytes()
-
-    def test_it_gives_up_where_codes_are_replaced_all_the_time(
-        self, icm: Icm, trained: Path, finer: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with Store.open(trained) as opened:
-            present = opened.blobs.read(codes(trained)["rules"].blob)
-        turns = [lambda data=data: put_code(trained, "rules", data) for data in (finer["rules"], present) * 2]
-        before(monkeypatch, exporting, "_digests", *turns)
-        ran = icm("export", tmp_path / "out.icm", "--json")
-        assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "code_changed")
-        assert "run the same command again" in ran.error["hint"]
-        assert not (tmp_path / "out.icm").exists()
+        assert (tmp_path / "out.icm").read_bytes() == (tmp_path / "earlier.icm").read_bytes()
 
     def test_a_code_whose_file_is_gone_is_damage(self, icm: Icm, trained: Path, tmp_path: Path) -> None:
         remove_file(trained, "rules")
         ran = icm("export", tmp_path / "out.icm", "--json")
         assert (ran.code, ran.error["kind"]) == (ExitCode.DAMAGED, "missing_blob")
-
-
-def test_a_training_goes_on_from_the_checkpoint_that_another_one_has_just_saved(
-    icm: Icm, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped_at(store: Path, step: int) -> tuple[bytes, bytes]:
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, step)
-            assert icm("--store", store, *TRAIN).code == ExitCode.INTERRUPTED
-        with Store.open(store) as opened:
-            run = opened.runs.running(LABEL)
-            assert run is not None
-            return opened.blobs.read(str(run.weights)), opened.blobs.read(str(run.optimizer))
-
-    def running(store: Store, label: str) -> object:
-        found = real(store, label)
-        if found is not None and found.step == 5:
-            with Store.open(mixed) as opened:
-                opened.runs.save_checkpoint(found.id, step=9, weights=later[0], optimizer=later[1])
-        return found
-
-    later = stopped_at(Path(shutil.copytree(mixed, tmp_path / "copy")), 9)
-    stopped_at(mixed, 5)
-    real = Store.running_train_run
-    monkeypatch.setattr(Store, "running_train_run", running)
-    assert icm(*TRAIN, "--json").events[0] == {"type": "resumed", "base_model": LABEL, "step": 9}
 
 
 def test_an_adapter_is_generated_from_the_start_that_was_learned_meanwhile(

@@ -16,32 +16,32 @@ from registry import files as fs
 
 def rows_first() -> None:
     """Record rows before their bytes are in place, which the store never does."""
-    from registry.blobs.local import BlobStore
+    from registry.blobs.local import LocalBackend, LocalBatch
     from registry.bundles import Bundles
     from registry.codes import Codes
     from registry.tasks import Tasks
 
-    publish, size = BlobStore.publish, BlobStore.size
-    waiting: dict[str, tuple[BlobStore, Path]] = {}
+    publish, size = LocalBatch.publish, LocalBackend.size
+    waiting: list[LocalBatch] = []
 
-    def later(self: BlobStore, staged: dict[str, Path | None]) -> None:
-        waiting.update({digest: (self, path) for digest, path in staged.items() if path is not None})
-
-    def size_of(self: BlobStore, digest: str) -> int:
-        return waiting[digest][1].stat().st_size if digest in waiting else size(self, digest)
+    def size_of(self: LocalBackend, digest: str) -> int:
+        for batch in waiting:
+            if (temporary := batch._written.get(digest)) is not None:
+                return temporary.stat().st_size
+        return size(self, digest)
 
     def before_bytes(record: Callable[..., Any]) -> Callable[..., Any]:
         def rows_then_bytes(self: Any, *arguments: Any) -> Any:
             outcomes = record(self, *arguments)
-            for digest, (blobs, path) in waiting.items():
-                publish(blobs, {digest: path})
+            for batch in waiting:
+                publish(batch)
             waiting.clear()
             return outcomes
 
         return rows_then_bytes
 
-    BlobStore.publish, BlobStore.size = later, size_of  # type: ignore[method-assign]
-    for part, name in ((Tasks, "ingest"), (Bundles, "take"), (Codes, "replace_residual")):
+    LocalBatch.publish, LocalBackend.size = waiting.append, size_of  # type: ignore[method-assign,assignment]
+    for part, name in ((Tasks, "ingest"), (Bundles, "add"), (Codes, "replace_residual")):
         setattr(part, name, before_bytes(getattr(part, name)))
 
 
@@ -54,7 +54,7 @@ def files_first() -> None:
 
     def unlink_then_evict(self: Originals, eviction: Any) -> int:
         adapters = Tasks(self._paths, self._lock, self._db, self._blobs).adapters(eviction.task)
-        self._blobs.unlink(row.weights for row in adapters)
+        self._blobs.delete(row.weights for row in adapters)
         return evict(self, eviction)
 
     Originals.evict = unlink_then_evict  # type: ignore[method-assign]
@@ -98,7 +98,7 @@ def die_at_output_call() -> None:
     from icmlora.io import staging as output_folder
 
     mortal = _mortal()
-    for name in ("write_synced", "write_durably", "fsync_folder"):
+    for name in ("write_file", "write_durably", "fsync_dir"):
         setattr(output_folder, name, mortal(getattr(output_folder, name)))
     Path.rename = mortal(Path.rename)  # type: ignore[method-assign]
 
@@ -110,7 +110,7 @@ def die_at_file_call() -> None:
     mortal = _mortal()
     os.fsync = mortal(os.fsync)
     Path.replace = mortal(Path.replace)  # type: ignore[method-assign]
-    output_file.fsync_folder = mortal(output_file.fsync_folder)  # type: ignore[attr-defined]
+    output_file.fsync_dir = mortal(output_file.fsync_dir)  # type: ignore[attr-defined]
 
 
 def _mortal() -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.io.files import open_regular, read_exactly, read_regular, write_durably
+from icmlora.io.files import open_regular, read_exactly, read_regular
+from registry.files import write_durably
 
 
 def test_a_regular_file_is_read(tmp_path: Path) -> None:

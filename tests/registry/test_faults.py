@@ -1,6 +1,6 @@
 """Crashes and failing calls: the store is as before or as after, and the same command again reaches the goal.
 
-SIGKILL says nothing of power loss, since the page cache survives it; the order of syncs is tested in test_blobs.py.
+SIGKILL says nothing of power loss, since the page cache survives it; blobs/test_local.py tests the order of syncs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from registry import files as fs
-from registry.blobs.local import BlobStore
+from registry.blobs.content import Blobs
 from registry.errors import RegistryError
 from registry.folder import StorePaths
 from registry.store import Store
@@ -32,7 +32,6 @@ def ingest_all(root: Path) -> None:
         files = [root.parent / f"file{n}" for n in range(3)]
         for file in files:
             file.write_bytes(file.name.encode())
-        files[0].write_bytes(b"large" * 200_001)  # its pages are written past the page cache
         store.blobs.put_files(files, lambda path, data: None)
         store.tasks.ingest([offer(store, name, steps=[80, 90], samples=b"samples") for name in ("rust", "html")])
 
@@ -86,7 +85,7 @@ def evict_and_prune(root: Path) -> None:
 
 COMMANDS = {command.__name__: command for command in (ingest_all, learn, extend, remove_and_prune, evict_and_prune)}
 FAILPOINTS = {
-    "ingest_all": ["store-before-format", "pages-written", "blob-staged", "blob-renamed", "blobs-durable",
+    "ingest_all": ["store-before-format", "blob-staged", "blob-renamed", "blobs-durable",
                    "rows-before-commit", "rows-committed"],
     "learn": ["blob-staged", "blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed",
               "garbage-rows-gone", "blob-unlinked"],
@@ -141,19 +140,12 @@ def test_the_check_would_catch_a_row_that_is_written_before_its_bytes(tmp_path: 
     def rows_first() -> None:
         with new_store(tmp_path / "store") as store, pytest.MonkeyPatch.context() as patch:
             digests = {b"weights": "aa" * 32, b'{"r": 8}': "bb" * 32}
-            patch.setattr(BlobStore, "put", lambda self, items: [digests[bytes(data)] for data in items])
-            patch.setattr(BlobStore, "size", lambda self, digest: 7)
+            patch.setattr(Blobs, "put_all", lambda self, items: [digests[bytes(data)] for data in items])
+            patch.setattr(Blobs, "size", lambda self, digest: 7)
             ingest(store, "rust", weights=b"weights")
 
     assert run(rows_first, failpoint="rows-committed") == KILLED
     assert len(problems(tmp_path / "store")) == 2
-
-
-def test_a_kill_between_the_pages_of_a_blob_and_its_rest_leaves_a_temporary_file_alone(tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    assert run(lambda: ingest_all(root), failpoint="pages-written") == KILLED
-    with new_store(root) as store:
-        assert {finding.kind for finding in store.verify(read_data=True)} == {"leftover"}
 
 
 class FailingCalls:

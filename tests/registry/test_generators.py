@@ -29,13 +29,69 @@ def use_of(store: Store, made: GeneratorRecord) -> tuple[tuple[str, ...], tuple[
     return use.tasks, use.last_copies
 
 
-def drop(store: Store, digest: str) -> None:
-    """Refer to bytes and let go of them, as any command may for which the very same came out."""
-    current = store.generators.current(BASE)
-    assert current is not None
-    store.generators.set_start(current.id, digest)
-    store.generators.set_start(current.id, store.blobs.put(b"another start"))
-    assert not store.paths.blob(digest).exists()
+class TestAdding:
+    """A generator with its codes."""
+
+    @pytest.fixture(autouse=True)
+    def two_tasks(self, store: Store) -> None:
+        """Every test here begins with two tasks."""
+        ingest(store, "rust")
+        ingest(store, "html")
+
+    def test_there_is_none_at_first(self, store: Store) -> None:
+        assert store.generators.current(BASE) is None
+
+    def test_the_newest_is_the_current_one_and_versions_count_up(self, store: Store) -> None:
+        first = store.generators.add(generator(store))
+        second = store.generators.add(generator(store, data=b"newer", parent_id=first.id))
+        assert (first.version, second.version, second.parent_id) == (1, 2, first.id)
+        assert store.generators.current(BASE) == second
+        assert [made.is_current for made in store.generators.all(BASE)] == [False, True]
+
+    def test_it_comes_back_with_its_configuration_and_size(self, store: Store) -> None:
+        made = store.generators.add(generator(store))
+        assert (made.config, made.metrics, made.size) == ({"quality": 4}, {"bits": 1.5}, len(b"generator"))
+        assert store.blobs.read(made.blob) == b"generator"
+
+    def test_each_base_model_has_its_own(self, store: Store) -> None:
+        store.generators.add(generator(store))
+        other = store.generators.add(replace(generator(store, data=b"other"), base_model="other"))
+        assert other.version == 1
+        assert len(store.generators.all()) == 2
+        assert store.generators.all("other") == [other]
+
+    def test_its_codes_are_recorded_with_it(self, store: Store) -> None:
+        made = store.generators.add(generator(store, ["rust", "html"]))
+        assert [found.task for found in store.codes.all(made.id)] == ["html", "rust"]
+        found = store.codes.get("rust", made.id)
+        assert found is not None
+        assert (found.adapter_id, found.bits, found.dw_error) == (store.tasks.final("rust").id, 80.5, 0.01)
+        assert found.size == len(store.blobs.read(found.blob))
+
+    def test_a_task_without_a_code_has_none(self, store: Store) -> None:
+        made = store.generators.add(generator(store, ["rust"]))
+        assert store.codes.get("html", made.id) is None
+
+    def test_a_code_that_cannot_be_recorded_keeps_the_present_generator(self, store: Store) -> None:
+        made = store.generators.add(generator(store, ["rust"]))
+        bad = replace(code(store, "html"), blob="ab" * 32)
+        with pytest.raises(MissingBlob):
+            store.generators.add(replace(generator(store, ["rust"], data=b"newer"), codes=[code(store, "rust"), bad]))
+        assert store.generators.current(BASE) == made
+        assert store.generators.all() == [made]
+
+    def test_a_code_of_a_task_that_was_removed_meanwhile_is_left_out(self, store: Store) -> None:
+        ingest(store, "html")
+        new = generator(store, ["rust", "html"])
+        store.tasks.remove_one("rust")
+        assert [code.task for code in store.codes.all(store.generators.add(new).id)] == ["html"]
+
+    def test_a_code_of_an_adapter_that_was_replaced_meanwhile_is_left_out(self, store: Store) -> None:
+        ingest(store, "html")
+        new = generator(store, ["html"])
+        ingest(store, "html", weights=b"other weights", on_conflict="replace")
+        assert store.tasks.final("html").id == new.codes[0].adapter.id  # numbers of rows are given again
+        assert store.codes.all(store.generators.add(new).id) == []
 
 
 class TestAddingCodes:
@@ -63,20 +119,6 @@ class TestAddingCodes:
         with pytest.raises(GeneratorConflict):
             store.codes.add(first.id, [code(store, "html")])
         assert store.codes.get("html", first.id) is None
-
-
-@pytest.mark.parametrize("how", ["add_codes", "extend_generator", "add_generator"])
-def test_codes_whose_bytes_others_dropped_are_stored_again(
-    store: Store, twin: Store, first: GeneratorRecord, how: str
-) -> None:
-    new = replace(code(store, "html", data=b"code"), data=b"code")
-    drop(twin, new.blob)
-    if how == "add_codes":
-        store.codes.add(first.id, [new])
-    else:
-        getattr(store, how)(replace(generator(store, data=b"newer", parent_id=first.id), codes=[new]))
-    assert store.blobs.read(code_of(store, "html").blob) == b"code"
-    assert [finding for finding in store.verify(read_data=True) if finding.is_problem] == []
 
 
 class TestExtending:

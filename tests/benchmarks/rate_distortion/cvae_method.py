@@ -16,8 +16,8 @@ import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.baselines.head import ByteReader, Head
-from icmlora.io.files import write_durably
 from icmlora.io.tensors import decode_torch, encode_torch
+from registry.files import write_durably
 from tests.benchmarks.rate_distortion import flat_cvae
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded

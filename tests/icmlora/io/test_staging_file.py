@@ -98,7 +98,7 @@ def test_the_bytes_are_synced_before_the_name_and_the_name_before_it_is_done(
     order: list[str] = []
     replace = Path.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: order.append("bytes"))
-    monkeypatch.setattr(output_file, "fsync_folder", lambda folder: order.append("folder"))
+    monkeypatch.setattr(output_file, "fsync_dir", lambda folder: order.append("folder"))
     monkeypatch.setattr(Path, "replace", lambda path, target: order.append("rename") or replace(path, target))
     write(tmp_path / "out", b"1")
     assert order == ["bytes", "rename", "folder"]

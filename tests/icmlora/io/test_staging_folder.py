@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(path: Path, _data: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(output_folder, "write_synced", full)
+    monkeypatch.setattr(output_folder, "write_file", full)
     with pytest.raises(OSError, match="No space"):
         write_folder(tmp_path / "out", FILES)
     assert list(tmp_path.iterdir()) == []
@@ -96,7 +96,7 @@ def test_a_folder_filled_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatc
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "mine").write_bytes(b"x")
 
-    monkeypatch.setattr(output_folder, "fsync_folder", intrude)
+    monkeypatch.setattr(output_folder, "fsync_dir", intrude)
     with pytest.raises(OutputExists, match="meanwhile"):
         write_folder(tmp_path / "out", FILES)
     assert content(tmp_path / "out") == {"mine": b"x"}

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from registry.blobs.local import digest_of
-from registry.bundles import Arrival, ArrivingTask
+from registry.blobs.content import digest_of
+from registry.bundles import BundleImport, ImportedTask
 from registry.errors import GeneratorConflict, InvalidName, MissingBlob, StoreReadOnly, TaskConflict
 from registry.records import NewAdapter, NewGenerator
 from registry.store import Store
-from tests.registry.examples import BASE, LAYOUT, code_of, evaluation, generator, ingest, new_store, offer, vector
+from tests.registry.examples import BASE, LAYOUT, evaluation, generator, ingest, new_store, offer, vector
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def arriving(store: Store, name: str, **fields: Any) -> ArrivingTask:
+def imported(store: Store, name: str, **fields: Any) -> ImportedTask:
     """Store what arrives of a task and return it; its original is what `ingest` would record."""
     original = NewAdapter(
         weights=digest_of(f"weights of {name.lower()}".encode()),
@@ -46,12 +46,12 @@ def arriving(store: Store, name: str, **fields: Any) -> ArrivingTask:
         "dw_error": 0.11,
         "evaluation": evaluation(name),
     }
-    return ArrivingTask(**plain | fields)
+    return ImportedTask(**plain | fields)
 
 
-def arrival(store: Store, *tasks: ArrivingTask, data: bytes = b"generator", **fields: Any) -> Arrival:
+def bundle(store: Store, *tasks: ImportedTask, data: bytes = b"generator", **fields: Any) -> BundleImport:
     new = NewGenerator(BASE, store.blobs.put(data), {"quality": 4}, {"bits": 1.5})
-    return Arrival(**{"generator": new, "version": 3, "tasks": tasks} | fields)
+    return BundleImport(**{"generator": new, "version": 3, "tasks": tasks} | fields)
 
 
 def statuses(outcomes: list[Any]) -> list[tuple[str, str]]:
@@ -63,7 +63,7 @@ def rows(store: Store) -> list[Any]:
 
 
 def test_a_task_arrives_without_its_original(store: Store) -> None:
-    outcomes = store.bundles.take(arrival(store, arriving(store, "rust")))
+    outcomes = store.bundles.add(bundle(store, imported(store, "rust")))
     assert statuses(outcomes) == [("rust", "added")]
     final = store.tasks.final("rust")
     assert (final.is_evicted, final.weights_bytes, final.stored_bytes) == (True, 4096, len(b'{"r": 8}'))
@@ -72,7 +72,7 @@ def test_a_task_arrives_without_its_original(store: Store) -> None:
 
 
 def test_its_code_belongs_to_the_generator_that_arrives(store: Store) -> None:
-    store.bundles.take(arrival(store, arriving(store, "rust")))
+    store.bundles.add(bundle(store, imported(store, "rust")))
     current = store.generators.current(BASE)
     assert current is not None
     code = store.codes.get("rust", current.id)
@@ -82,7 +82,7 @@ def test_its_code_belongs_to_the_generator_that_arrives(store: Store) -> None:
 
 
 def test_what_was_measured_arrives_under_that_generator(store: Store) -> None:
-    store.bundles.take(arrival(store, arriving(store, "rust"), arriving(store, "sql", evaluation=None)))
+    store.bundles.add(bundle(store, imported(store, "rust"), imported(store, "sql", evaluation=None)))
     current = store.generators.current(BASE)
     assert current is not None
     assert [(row.task, row.generator_id, row.retained_gain) for row in store.evaluations.all()] == [
@@ -91,28 +91,28 @@ def test_what_was_measured_arrives_under_that_generator(store: Store) -> None:
 
 
 def test_verify_and_prune_find_nothing_wrong(store: Store) -> None:
-    store.bundles.take(arrival(store, arriving(store, "rust"), arriving(store, "sql")))
+    store.bundles.add(bundle(store, imported(store, "rust"), imported(store, "sql")))
     assert list(store.verify(read_data=True)) == []
     assert store.prune(grace=0).blobs == 0
 
 
 def test_the_same_again_changes_nothing(store: Store) -> None:
-    store.bundles.take(arrival(store, arriving(store, "rust")))
+    store.bundles.add(bundle(store, imported(store, "rust")))
     before = rows(store)
-    assert statuses(store.bundles.take(arrival(store, arriving(store, "RUST")))) == [("rust", "known")]
+    assert statuses(store.bundles.add(bundle(store, imported(store, "RUST")))) == [("rust", "known")]
     assert rows(store) == before
 
 
 def test_a_second_arrival_adds_to_the_first(store: Store) -> None:
-    store.bundles.take(arrival(store, arriving(store, "rust")))
-    outcomes = store.bundles.take(arrival(store, arriving(store, "rust"), arriving(store, "sql")))
+    store.bundles.add(bundle(store, imported(store, "rust")))
+    outcomes = store.bundles.add(bundle(store, imported(store, "rust"), imported(store, "sql")))
     assert statuses(outcomes) == [("rust", "known"), ("sql", "added")]
     assert len(store.generators.all()) == 1
 
 
 def test_a_task_with_the_same_original_gets_its_code_and_keeps_the_original(store: Store) -> None:
     ingest(store, "rust", steps=[80])
-    outcomes = store.bundles.take(arrival(store, arriving(store, "rust")))
+    outcomes = store.bundles.add(bundle(store, imported(store, "rust")))
     assert statuses(outcomes) == [("rust", "encoded")]
     (summary,) = store.tasks.summaries()
     assert (summary.final.is_evicted, summary.checkpoints) == (False, 1)
@@ -124,29 +124,29 @@ def test_a_task_with_another_original_is_a_conflict(store: Store) -> None:
     ingest(store, "rust", weights=b"other weights")
     before = rows(store)
     with pytest.raises(TaskConflict) as caught:
-        store.bundles.take(arrival(store, arriving(store, "sql"), arriving(store, "rust")))
+        store.bundles.add(bundle(store, imported(store, "sql"), imported(store, "rust")))
     assert (caught.value.name, "replace" in str(caught.value.hint)) == ("rust", False)
     assert rows(store) == before
 
 
 def test_a_conflict_can_be_skipped(store: Store) -> None:
     ingest(store, "rust", weights=b"other weights")
-    new = arrival(store, arriving(store, "sql"), arriving(store, "rust"), on_conflict="skip")
-    assert statuses(store.bundles.take(new)) == [("sql", "added"), ("rust", "skipped")]
+    new = bundle(store, imported(store, "sql"), imported(store, "rust"), on_conflict="skip")
+    assert statuses(store.bundles.add(new)) == [("sql", "added"), ("rust", "skipped")]
     assert [row.code is not None for row in store.tasks.summaries()] == [False, True]
 
 
 def test_nothing_but_conflicts_leave_no_generator(store: Store) -> None:
     ingest(store, "rust", weights=b"other weights")
-    store.bundles.take(arrival(store, arriving(store, "rust"), on_conflict="skip"))
+    store.bundles.add(bundle(store, imported(store, "rust"), on_conflict="skip"))
     assert store.generators.all() == []
 
 
 def test_another_code_of_the_same_task_is_a_conflict(store: Store) -> None:
-    store.bundles.take(arrival(store, arriving(store, "rust")))
-    other = arriving(store, "rust", code=store.blobs.put(b"coarser code"))
+    store.bundles.add(bundle(store, imported(store, "rust")))
+    other = imported(store, "rust", code=store.blobs.put(b"coarser code"))
     with pytest.raises(TaskConflict):
-        store.bundles.take(arrival(store, other))
+        store.bundles.add(bundle(store, other))
 
 
 def test_another_generator_is_refused_and_the_codes_in_use_stay(store: Store) -> None:
@@ -154,7 +154,7 @@ def test_another_generator_is_refused_and_the_codes_in_use_stay(store: Store) ->
     store.generators.add(generator(store, ["rust"], data=b"generator in use"))
     before = rows(store)
     with pytest.raises(GeneratorConflict, match=BASE) as caught:
-        store.bundles.take(arrival(store, arriving(store, "sql"), on_conflict="skip"))
+        store.bundles.add(bundle(store, imported(store, "sql"), on_conflict="skip"))
     assert "--store" in str(caught.value.hint)
     assert rows(store) == before
 
@@ -162,93 +162,75 @@ def test_another_generator_is_refused_and_the_codes_in_use_stay(store: Store) ->
 def test_the_generator_of_another_base_model_is_in_nobodys_way(store: Store) -> None:
     ingest(store, "rust")
     store.generators.add(generator(store, ["rust"], data=b"generator in use"))
-    new = arrival(store, arriving(store, "sql"))
-    store.bundles.take(replace(new, generator=replace(new.generator, base_model="acme/other")))
+    new = bundle(store, imported(store, "sql"))
+    store.bundles.add(replace(new, generator=replace(new.generator, base_model="acme/other")))
     assert [row.is_current for row in store.generators.all()] == [True, True]
 
 
 def test_a_plan_says_the_same_and_writes_nothing(store: Store) -> None:
     ingest(store, "rust")
     before = rows(store)
-    new = arrival(store, arriving(store, "rust"), arriving(store, "sql"))
+    new = bundle(store, imported(store, "rust"), imported(store, "sql"))
     planned = store.bundles.plan(new)
     assert rows(store) == before
-    assert store.bundles.take(new) == planned
+    assert store.bundles.add(new) == planned
 
 
 def test_a_plan_needs_no_blob(store: Store) -> None:
-    new = arrival(store, arriving(store, "rust", code="0" * 64))
+    new = bundle(store, imported(store, "rust", code="0" * 64))
     assert statuses(store.bundles.plan(new)) == [("rust", "added")]
 
 
 @pytest.mark.parametrize("what", ["code", "config"])
 def test_a_blob_that_is_not_there_records_nothing(store: Store, what: str) -> None:
-    task = arriving(store, "rust")
+    task = imported(store, "rust")
     lacking = (
         replace(task, code="0" * 64)
         if what == "code"
         else replace(task, original=replace(task.original, config="0" * 64))
     )
     with pytest.raises(MissingBlob):
-        store.bundles.take(arrival(store, arriving(store, "sql"), lacking))
+        store.bundles.add(bundle(store, imported(store, "sql"), lacking))
     assert rows(store) == [[], [], []]
 
 
-def test_a_task_that_was_to_be_skipped_gets_its_code_after_all_from_the_spare_bytes(store: Store, twin: Store) -> None:
+def test_a_task_that_was_to_be_skipped_and_could_be_encoded_by_now_is_skipped(store: Store, twin: Store) -> None:
     ingest(store, "rust", weights=b"other weights")
-    late, read = b"code that nobody put", list[str]()
-    lacking = arriving(store, "rust", code=digest_of(late))
-
-    def spare(digest: str) -> bytes | None:
-        read.append(digest)
-        return late if digest == lacking.code else None
-
-    new = arrival(store, lacking, arriving(store, "sql"), on_conflict="skip", spare=spare)
+    lacking = imported(store, "rust", code=digest_of(b"code that nobody put, since the plan skips it"))
+    new = bundle(store, lacking, imported(store, "sql"), on_conflict="skip")
     assert statuses(store.bundles.plan(new)) == [("rust", "skipped"), ("sql", "added")]
-    ingest(twin, "rust", on_conflict="replace")  # by what the bundle has the code of
-    assert statuses(store.bundles.take(new)) == [("rust", "encoded"), ("sql", "added")]
-    assert store.blobs.read(code_of(store, "rust").blob) == late
-    assert read == [lacking.code]  # and nothing that is there
+    ingest(twin, "rust", on_conflict="replace")  # by the very adapter that the bundle has the code of
+    assert statuses(store.bundles.add(new)) == [("rust", "skipped"), ("sql", "added")]
     assert [finding for finding in store.verify(read_data=True) if finding.is_problem] == []
-
-
-def test_everything_that_arrives_can_be_spare(store: Store) -> None:
-    task = arriving(store, "rust", vectors=[vector(store, "rust")])
-    parts = {path.name: path.read_bytes() for path in store.paths.blobs.glob("?/*")}
-    new = arrival(store, task, spare=(parts | {digest_of(b"generator"): b"generator"}).get)
-    for path in store.paths.blobs.glob("?/*"):
-        path.unlink()
-    store.bundles.take(new)
-    assert list(store.verify(read_data=True)) == []
 
 
 def test_a_hostile_name_is_refused(store: Store) -> None:
     with pytest.raises(InvalidName):
-        store.bundles.take(arrival(store, arriving(store, "../rust")))
+        store.bundles.add(bundle(store, imported(store, "../rust")))
 
 
 def test_two_tasks_of_one_name_are_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="same name"):
-        store.bundles.take(arrival(store, arriving(store, "rust"), arriving(store, "RUST")))
+        store.bundles.add(bundle(store, imported(store, "rust"), imported(store, "RUST")))
 
 
 def test_a_store_opened_read_only_takes_nothing(store: Store, tmp_path: Path) -> None:
-    new = arrival(store, arriving(store, "rust"))
+    new = bundle(store, imported(store, "rust"))
     with Store.open(tmp_path / "store", read_only=True) as opened, pytest.raises(StoreReadOnly):
-        opened.bundles.take(new)
+        opened.bundles.add(new)
 
 
 def test_ingesting_the_original_brings_it_back_whatever_length_was_claimed(store: Store) -> None:
-    store.bundles.take(arrival(store, arriving(store, "rust")))
+    store.bundles.add(bundle(store, imported(store, "rust")))
     store.tasks.ingest_one(replace(offer(store, "rust"), restore=True))
     assert not store.tasks.final("rust").is_evicted
     assert list(store.verify(read_data=True)) == []
 
 
 def test_a_new_task_comes_with_its_vectors_and_its_mark(store: Store) -> None:
-    task = arriving(store, "rust")
+    task = imported(store, "rust")
     made = replace(task.original, is_generated=True)
-    store.bundles.take(arrival(store, replace(task, original=made, vectors=[vector(store, "rust")])))
+    store.bundles.add(bundle(store, replace(task, original=made, vectors=[vector(store, "rust")])))
     assert [row.task for row in store.vectors.all("rust")] == ["rust"]
     assert store.tasks.final("rust").is_generated
 
@@ -256,12 +238,12 @@ def test_a_new_task_comes_with_its_vectors_and_its_mark(store: Store) -> None:
 def test_vectors_that_are_not_in_the_store_leave_nothing_recorded(store: Store) -> None:
     absent = replace(vector(store, "rust"), blob="0" * 64)
     with pytest.raises(MissingBlob):
-        store.bundles.take(arrival(store, arriving(store, "rust", vectors=[absent])))
+        store.bundles.add(bundle(store, imported(store, "rust", vectors=[absent])))
     assert list(store.tasks.all()) == []
 
 
 def test_a_task_that_is_there_keeps_its_vectors(store: Store) -> None:
-    store.bundles.take(arrival(store, arriving(store, "rust")))
-    again = arriving(store, "rust", vectors=[vector(store, "rust")])
-    assert statuses(store.bundles.take(arrival(store, again))) == [("rust", "known")]
+    store.bundles.add(bundle(store, imported(store, "rust")))
+    again = imported(store, "rust", vectors=[vector(store, "rust")])
+    assert statuses(store.bundles.add(bundle(store, again))) == [("rust", "known")]
     assert store.vectors.all("rust") == []

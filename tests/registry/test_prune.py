@@ -11,6 +11,7 @@ from sqlalchemy import ForeignKeyConstraint
 
 from registry import prune as garbage
 from registry.errors import StoreLocked
+from registry.records import GeneratorRecord
 from registry.schema import Base
 from registry.store import Store
 from tests.registry.examples import BASE, evaluation, generator, ingest, new_store, vector
@@ -121,15 +122,6 @@ def test_many_rows_go_in_several_commits(store: Store, monkeypatch: pytest.Monke
             assert session.connection().exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one() == 0
 
 
-def test_prune_gives_back_what_rows_took_in_the_database(store: Store) -> None:
-    empty = store.paths.database.stat().st_size
-    ingest(store, "rust", steps=range(200))
-    store.tasks.remove_one("rust")
-    assert store.paths.database.stat().st_size > 2 * empty
-    store.prune(grace=0)
-    assert store.paths.database.stat().st_size <= empty
-
-
 def test_a_text_that_was_only_measured_on_is_not_missed_and_its_row_goes_with_the_measurement(store: Store) -> None:
     ingest(store, "rust")
     store.evaluations.add([evaluation("rust")])
@@ -171,8 +163,63 @@ def test_a_pruned_blob_can_be_stored_again(store: Store) -> None:
     assert list(store.verify(read_data=True)) == []
 
 
-def test_dropping_keeps_what_got_a_row_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = store.blobs.put(b"wanted")
-    monkeypatch.setattr(garbage, "failpoint", lambda _: ingest(store, "rust", weights=b"wanted"))
-    garbage.drop_unreferenced(store._db, store._blobs, [digest])
-    assert store.blobs.read(store.tasks.final("rust").weights) == b"wanted"
+class TestDropping:
+    """Deleting files that rows no longer name, right after a commit."""
+
+    def test_a_file_goes_at_once_if_nobody_else_uses_the_store(self, store: Store) -> None:
+        digest = replaced_start(store)
+        assert not store.blobs.exists(digest)
+        assert list(store.verify(read_data=True)) == []
+
+    def test_a_file_stays_while_another_process_uses_the_store(self, store: Store, twin: Store) -> None:
+        digest = replaced_start(store)
+        assert twin.blobs.read(digest) == b"first"
+        assert [(finding.kind, finding.digest) for finding in store.verify()] == [("orphan", digest)]
+
+    def test_what_stayed_goes_with_the_next_file_that_is_dropped(self, store: Store, twin: Store) -> None:
+        first = replaced_start(store)
+        twin.close()
+        second = current(store).start
+        store.generators.set_start(current(store).id, store.blobs.put(b"third"))
+        assert not store.blobs.exists(first)
+        assert not store.blobs.exists(str(second))
+
+    def test_what_stayed_goes_with_prune(self, store: Store, twin: Store) -> None:
+        replaced_start(store)
+        twin.close()
+        assert store.prune(grace=0).blobs == 1
+        assert list(store.verify(read_data=True)) == []
+
+    def test_what_stayed_and_is_stored_again_is_not_dropped_with_the_next_file(self, store: Store, twin: Store) -> None:
+        first = replaced_start(store)
+        twin.close()
+        again = store.blobs.put(b"first")  # to be recorded in a moment
+        store.generators.set_start(current(store).id, store.blobs.put(b"third"))
+        assert store.generators.set_start(current(store).id, again).start == first
+        assert store.blobs.read(first) == b"first"
+
+    def test_what_a_row_refers_to_stays(self, store: Store) -> None:
+        ingest(store, "rust")
+        weights = store.tasks.final("rust").weights
+        garbage.drop_unreferenced(store._lock, store._db, store.blobs, [weights])
+        assert store.blobs.read(weights) == b"weights of rust"
+
+    def test_the_lock_is_shared_again_afterwards(self, store: Store) -> None:
+        replaced_start(store)
+        with new_store(store.paths.root, lock_timeout=0) as other, pytest.raises(StoreLocked):
+            other.prune(grace=0)
+
+
+def current(store: Store) -> GeneratorRecord:
+    found = store.generators.current(BASE)
+    assert found is not None
+    return found
+
+
+def replaced_start(store: Store) -> str:
+    """Replace the few-shot start of a generator and return the digest of the earlier one."""
+    made = store.generators.add(generator(store))
+    first = store.blobs.put(b"first")
+    store.generators.set_start(made.id, first)
+    store.generators.set_start(made.id, store.blobs.put(b"second"))
+    return first

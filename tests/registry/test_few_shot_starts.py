@@ -69,17 +69,6 @@ def test_bytes_that_are_not_in_the_store_are_refused(store: Store, made: Generat
     assert current(store) == before
 
 
-def test_one_whose_bytes_others_dropped_meanwhile_is_stored_again(
-    store: Store, twin: Store, made: GeneratorRecord
-) -> None:
-    first = started(store, made)
-    blob = store.blobs.put(b"start")  # learned once more
-    started(twin, made, b"another start")
-    assert not store.paths.blob(blob).exists()
-    assert store.generators.set_start(made.id, blob, b"start") == first
-    assert store.blobs.read(blob) == b"start"
-
-
 def test_a_failure_before_the_commit_leaves_the_earlier_one(
     store: Store, made: GeneratorRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Many files at once."""
+"""Storing many files at once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from registry import files as fs
-from registry.blobs import local as intake
-from registry.blobs.local import PutRefusal, PutResult, digest_of
+from registry.blobs.content import PutRefusal, PutResult, digest_of
 from registry.errors import SourceRefused, StoreFull, StoreIOError
 from registry.store import Store
 
@@ -25,7 +24,7 @@ def write(folder: Path, **contents: bytes) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def length(path: Path, data: memoryview) -> int:
+def length(path: Path, data: bytes) -> int:
     return len(data)
 
 
@@ -66,7 +65,7 @@ def test_of_equal_files_one_is_written(store: Store, tmp_path: Path) -> None:
 def test_a_refused_file_leaves_nothing_and_the_others_go_on(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", good=b"good", bad=b"bad")
 
-    def inspect(path: Path, data: memoryview) -> None:
+    def inspect(path: Path, data: bytes) -> None:
         if data == b"bad":
             raise LookupError(path.name)
 
@@ -88,7 +87,7 @@ def test_a_link_among_the_files_is_refused(store: Store, tmp_path: Path) -> None
 def test_an_unexpected_error_of_the_inspection_ends_the_batch_with_nothing_stored(store: Store, tmp_path: Path) -> None:
     files = write(tmp_path / "in", **{f"f{n}": bytes([n]) for n in range(30)})
 
-    def inspect(path: Path, data: memoryview) -> None:
+    def inspect(path: Path, data: bytes) -> None:
         if path.name == "f20":
             raise ZeroDivisionError
 
@@ -136,17 +135,12 @@ def test_a_clean_up_that_fails_too_does_not_hide_the_full_disk(
         store.blobs.put_files(files, length)
 
 
-SIZES = [0, 1, 4095, 4096, 4097, fs._DIRECT_BYTES - 1, fs._DIRECT_BYTES, fs._DIRECT_BYTES + 1, 3_000_001]
+SIZES = [0, 1, 4095, 4096, 4097, 3_000_001]
 
 
-@pytest.mark.parametrize("direct", [fs._DIRECT, 0], ids=["past the page cache", "through it"])
-def test_a_file_of_any_size_is_stored_as_it_was_inspected_and_nothing_of_another_is_with_it(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: int
-) -> None:
-    monkeypatch.setattr(fs, "_DIRECT", direct)
+def test_a_file_of_any_size_is_stored_as_it_was_inspected(store: Store, tmp_path: Path) -> None:
     draw = random.Random(20)
-    order = draw.sample([*SIZES, *reversed(SIZES)], 2 * len(SIZES))  # each memory is lent to small after large files
-    files = write(tmp_path / "in", **{f"f{n}": draw.randbytes(size) for n, size in enumerate(order)})
+    files = write(tmp_path / "in", **{f"f{size}": draw.randbytes(size) for size in SIZES})
     results = store.blobs.put_files(files, lambda path, data: digest_of(data))
     for path, result in zip(files, results, strict=True):
         assert isinstance(result, PutResult)
@@ -166,27 +160,6 @@ def test_a_file_whose_damaged_blob_is_there_heals_it(store: Store, tmp_path: Pat
     assert isinstance(again, PutResult)
     assert again.is_new
     assert store.blobs.read(first.digest) == bytes(3_000_001)
-
-
-def test_a_refusal_that_still_looks_at_its_bytes_disturbs_nobody(store: Store, tmp_path: Path) -> None:
-    files = write(tmp_path / "in", **{f"f{n}": bytes([n]) * 5000 for n in range(20)})
-
-    def inspect(path: Path, data: memoryview) -> None:
-        seen = memoryview(data)[1:]  # the traceback of the error keeps it
-        if seen[0] % 2:
-            raise LookupError(path.name)
-
-    results = store.blobs.put_files(files, inspect, refusals=(LookupError,))
-    assert [isinstance(result, PutRefusal) for result in results] == [bool(n % 2) for n in range(20)]
-    assert not any(finding.is_problem for finding in store.verify(read_data=True))
-
-
-def test_files_above_the_memory_budget_go_through_one_at_a_time(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(intake, "_BYTES_IN_FLIGHT", 4)
-    files = write(tmp_path / "in", **{f"f{n}": bytes([n]) * 10 for n in range(10)})
-    assert len([result for result in store.blobs.put_files(files, length) if isinstance(result, PutResult)]) == 10
 
 
 def test_bytes_in_memory_are_stored_with_the_files_and_have_no_result_of_their_own(

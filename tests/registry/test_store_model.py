@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from registry.blobs.local import digest_of
+from registry.blobs.content import digest_of
 from registry.errors import TaskConflict, TaskNotFound
 from registry.records import OnConflict
 from tests.registry.children import KILLED, run

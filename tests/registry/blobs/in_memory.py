@@ -1,0 +1,70 @@
+"""A second blob backend: it shows that a new kind of place is one small file."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+from uuid import uuid4
+
+from registry.blobs.backend import BlobInfo
+from registry.files import Bytes
+
+
+class MemoryBatch:
+    """Bytes that are kept once the batch ends."""
+
+    def __init__(self, kept: dict[str, bytes]) -> None:
+        self._kept = kept
+        self.new: dict[str, bytes] = {}
+
+    def put(self, digest: str, data: Bytes) -> bool:
+        if self.new.get(digest, self._kept.get(digest)) == data:
+            return False
+        self.new[digest] = bytes(data)
+        return True
+
+
+class MemoryBackend:
+    """Blobs in a dictionary."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+        self.damaged: dict[str, bytes] = {}
+        self._modified: dict[str, float] = {}
+
+    @contextmanager
+    def batch(self) -> Iterator[MemoryBatch]:
+        batch = MemoryBatch(self.kept)
+        yield batch
+        self.kept |= batch.new
+        self._modified |= dict.fromkeys(batch.new, time.time())
+
+    def get(self, digest: str) -> BinaryIO:
+        if digest not in self.kept:
+            raise FileNotFoundError(digest)
+        return io.BytesIO(self.kept[digest])
+
+    def exists(self, digest: str) -> bool:
+        return digest in self.kept
+
+    def size(self, digest: str) -> int:
+        with self.get(digest) as file:
+            return len(file.read())
+
+    def all(self) -> Iterator[BlobInfo]:
+        for digest in sorted(self.kept):
+            yield BlobInfo(digest, len(self.kept[digest]), self._modified[digest])
+
+    def delete(self, digest: str) -> int:
+        return len(self.kept.pop(digest, b""))
+
+    def quarantine(self, digest: str) -> str:
+        place = f"{digest}.{uuid4().hex[:8]}"
+        self.damaged[place] = self.kept.pop(digest)
+        return place
+
+    def place(self, digest: str) -> str:
+        return f"memory:{digest}"
