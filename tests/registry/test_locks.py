@@ -1,15 +1,22 @@
-"""Shared and exclusive locks between open files, as between processes."""
+"""The store lock between open files, as between processes, and the job lock between processes."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from registry.errors import StoreLocked
+from registry.errors import StoreLocked, StoreReadOnly
 from registry.locks import FileLock
+from registry.store import Store
+from tests.registry.children import start, wait
+from tests.registry.examples import BASE, ingest
 
 
 @pytest.fixture
@@ -82,3 +89,118 @@ def test_a_command_with_line_breaks_stays_one_line(tmp_path: Path) -> None:
     lock.share()
     assert len((tmp_path / "lock").read_text().splitlines()) == 1
     lock.close()
+
+
+def test_a_try_takes_the_lock_when_nobody_else_has_it(locks: tuple[FileLock, FileLock]) -> None:
+    locks[0].share()
+    with locks[0].try_exclusive() as is_alone:
+        assert is_alone
+        with pytest.raises(StoreLocked):
+            locks[1].share()
+
+
+def test_a_try_does_not_wait_and_keeps_the_shared_lock(locks: tuple[FileLock, FileLock]) -> None:
+    locks[0].share()
+    locks[1].share()
+    with locks[0].try_exclusive() as is_alone:
+        assert not is_alone
+    locks[1].close()
+    with pytest.raises(StoreLocked), second(locks[0]).exclusive():
+        pytest.fail("the shared lock was lost")
+
+
+def test_nobody_gets_in_to_delete_while_a_try_turns_one_lock_into_the_other(
+    locks: tuple[FileLock, FileLock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks[0].share()
+    real, tried = fcntl.flock, list[bool]()
+
+    def flock(fd: int, kind: int) -> None:
+        if fd == locks[0]._fd and kind & fcntl.LOCK_EX and not tried:
+            real(fd, fcntl.LOCK_UN)  # as the kernel does in between
+            tried.append(True)
+            with pytest.raises(StoreLocked), locks[1].exclusive():
+                pytest.fail("it got in")
+            locks[1].close()
+        real(fd, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locks[0].try_exclusive() as is_alone:
+        assert is_alone
+    assert tried
+
+
+def second(lock: FileLock) -> FileLock:
+    """Return another lock on the same file, as another process has it."""
+    return FileLock(lock._path, timeout=0, command="icm prune")
+
+
+class TestJobs:
+    """One long job at a time for a base model, among processes."""
+
+    def test_a_second_job_times_out_and_names_the_first(self, tmp_path: Path) -> None:
+        with job_elsewhere(tmp_path, "icm train --steps 300") as pid, open_store(tmp_path, timeout=0.2) as store:
+            with pytest.raises(StoreLocked) as caught, store.job(BASE):
+                pytest.fail("two jobs ran")
+            assert f"base model '{BASE}' is in use by pid {pid}, icm train --steps 300" in str(caught.value)
+            assert "--lock-timeout" in (caught.value.hint or "")
+
+    def test_a_second_job_waits_for_the_first(self, tmp_path: Path) -> None:
+        with job_elsewhere(tmp_path, "icm encode", seconds=0.4), open_store(tmp_path, timeout=30) as store:
+            began = time.monotonic()
+            with store.job(BASE):
+                assert time.monotonic() - began > 0.1
+
+    def test_a_job_of_another_base_model_does_not_wait(self, tmp_path: Path) -> None:
+        with job_elsewhere(tmp_path, "icm train"), open_store(tmp_path, timeout=0) as store, store.job("other/base"):
+            pass
+
+    def test_reading_and_ingesting_do_not_wait_for_a_job(self, tmp_path: Path) -> None:
+        with job_elsewhere(tmp_path, "icm train"), open_store(tmp_path, timeout=0) as store:
+            ingest(store, "rust")
+            assert store.blobs.read(store.tasks.final("rust").weights) == b"weights of rust"
+
+    def test_a_killed_job_leaves_no_lock(self, tmp_path: Path) -> None:
+        with job_elsewhere(tmp_path, "icm train") as pid, open_store(tmp_path, timeout=5) as store:
+            os.kill(pid, signal.SIGKILL)
+            with store.job(BASE):
+                pass
+
+    def test_a_job_that_fails_leaves_no_lock(self, tmp_path: Path) -> None:
+        def fail(store: Store) -> None:
+            with store.job(BASE):
+                raise LookupError
+
+        with open_store(tmp_path, timeout=0) as store, open_store(tmp_path, timeout=0) as other:
+            with pytest.raises(LookupError):
+                fail(store)
+            with other.job(BASE):
+                pass
+
+    def test_a_store_that_is_opened_read_only_has_no_jobs(self, tmp_path: Path) -> None:
+        open_store(tmp_path, timeout=0).close()
+        with Store.open(tmp_path / "store", read_only=True) as store, pytest.raises(StoreReadOnly), store.job(BASE):
+            pytest.fail("it ran")
+
+
+def open_store(folder: Path, *, timeout: float, command: str = "test") -> Store:
+    return Store.open(folder / "store", create=True, lock_timeout=timeout, command=command)
+
+
+@contextmanager
+def job_elsewhere(folder: Path, command: str, *, seconds: float = 60.0) -> Iterator[int]:
+    """Run a job in another process, which is killed after the block, and yield the pid."""
+
+    def work() -> None:
+        with open_store(folder, timeout=5, command=command) as store, store.job(BASE):
+            (folder / "began").touch()
+            time.sleep(seconds)
+
+    pid = start(work)
+    try:
+        while not (folder / "began").exists():
+            time.sleep(0.01)
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        wait(pid)
