@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from icmlora.errors import AdapterRefused
-from icmlora.formats.catalogue import FORMATS
+from icmlora.formats import catalogue
 from icmlora.formats.foreign import foreign_adapters
 from icmlora.formats.format import AdapterFormat, AdapterPaths
 from icmlora.formats.task_names import (
@@ -136,7 +136,8 @@ def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool
     """
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
-    watched = {STATE_NAME}.union(*(known.watched for known in FORMATS), (SAMPLES_NAME, EVAL_NAME) if texts else ())
+    watched = {STATE_NAME, SAMPLES_NAME, EVAL_NAME} if texts else {STATE_NAME}
+    watched = watched.union(*(known.watched for known in catalogue.FORMATS))
     for path in paths:
         root = Path(os.path.realpath(path))
         if root.is_dir():
@@ -156,7 +157,7 @@ def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool
 
 
 def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
-    found = [_Located(known, paths) for known in FORMATS for paths in known.find(folder)]
+    found = [_Located(known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
     for located in found:
         home, step = _home(located.paths.place, root)
         first = runs[home].adapters.setdefault(step, located)
@@ -165,7 +166,7 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
             refused.append(AdapterRefused(message, kind="name-collision", path=located.paths.place))
     if not found:
         of_no_format = foreign_adapters(folder.files)
-        refused.extend(of_no_format or [error for known in FORMATS for error in known.refuse(folder)])
+        refused.extend(of_no_format or [error for known in catalogue.FORMATS for error in known.refuse(folder)])
     home, step = _home(folder.path, root)
     for name in _NOTES:
         if name in folder.files:
@@ -177,7 +178,7 @@ def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
     if not file.is_file():
         return False
     folder = Folder(file.parent, {file.name: file})
-    for known in FORMATS:
+    for known in catalogue.FORMATS:
         for paths in known.find(folder):
             runs[paths.place].adapters[None] = _Located(known, paths)
             return True

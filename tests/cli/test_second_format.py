@@ -1,0 +1,97 @@
+"""A second adapter format goes through the whole program once it is registered, and PEFT folders beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.formats import catalogue
+from icmlora.formats.peft import PEFT, load_adapter_folder
+from icmlora.io.safetensors import RawTensor
+from registry.store import Store
+from tests.cli.conftest import Ran
+from tests.cli.tiny_fleet import STEPS, write_lora
+from tests.icmlora.formats.toy_format import ToyFormat
+
+Icm = Callable[..., Ran]
+TOY = ToyFormat()
+TRAIN = ("train", "--no-eval", "--device", "cpu", "--steps", STEPS)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "FORMATS", [PEFT, TOY])
+
+
+def toy_file(folder: Path, name: str, seed: int, **extras: RawTensor) -> Path:
+    """Write one of the tiny fleet's adapters as a single file, and return it."""
+    adapter = load_adapter_folder(write_lora(folder.parent / "peft" / name, seed=seed))
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.toy"
+    file.write_bytes(TOY.encode(adapter, dtype="float32", card="", metadata={}, extras=extras).weights)
+    return file
+
+
+@pytest.fixture
+def files(icm: Icm, tmp_path: Path) -> dict[str, Path]:
+    """Two tasks in single files and one in a PEFT folder, ingested together."""
+    folder = tmp_path / "toys"
+    files = {name: toy_file(folder, name, seed) for seed, name in enumerate(("rust", "sql"))}
+    write_lora(folder / "poems", seed=7)
+    assert icm("ingest", folder, "--no-vectors").code == 0
+    return files
+
+
+def test_single_files_and_folders_are_tasks_of_one_fleet(icm: Icm, files: dict[str, Path]) -> None:
+    assert [task["name"] for task in icm("ls", "--json").document] == ["poems", "rust", "sql"]
+
+
+def test_the_store_notes_the_format_of_each(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store", read_only=True) as opened:
+        assert [opened.tasks.final(name).format for name in ("poems", "rust", "sql")] == ["peft", "toy", "toy"]
+
+
+def test_an_original_comes_back_byte_for_byte(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
+    assert icm("materialize", "rust", "-o", tmp_path / "out").code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter.toy"]
+    assert (tmp_path / "out" / "adapter.toy").read_bytes() == files["rust"].read_bytes()
+
+
+def test_the_same_files_again_are_known(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
+    ran = icm("ingest", tmp_path / "toys", "--no-vectors", "--json")
+    assert (ran.code, {event["status"] for event in ran.events if "status" in event}) == (0, {"known"})
+
+
+def test_a_code_is_written_in_the_format_of_its_original(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
+    assert icm(*TRAIN).code == 0
+    ran = icm("materialize", "sql", "-o", tmp_path / "out", "--source", "code", "--dtype", "float32", "--json")
+    assert ran.code == 0
+    original = TOY.read(b"", files["sql"].read_bytes()).adapter
+    decoded = TOY.read(b"", (tmp_path / "out" / "adapter.toy").read_bytes()).adapter
+    assert relative_dw_error(original, decoded) == pytest.approx(ran.document["dw_error"], rel=1e-3)
+
+
+def test_an_evicted_original_is_restored_from_the_same_file(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
+    icm(*TRAIN)
+    assert icm("evict", "sql", "--max-error", "10").code == 0
+    assert icm("ingest", "--restore", files["sql"], "--no-vectors").code == 0
+    assert icm("materialize", "sql", "-o", tmp_path / "out", "--source", "original").code == 0
+    assert (tmp_path / "out" / "adapter.toy").read_bytes() == files["sql"].read_bytes()
+
+
+def test_what_a_code_could_not_bring_back_is_refused(icm: Icm, tmp_path: Path) -> None:
+    file = toy_file(tmp_path / "toys", "headed", 3, head=RawTensor("F32", (1,), b"\0\0\x80\x3f"))
+    ran = icm("ingest", file, "--no-vectors", "--json")
+    assert (ran.code, "head" in ran.error["message"]) == (ExitCode.FAILED, True)
+
+
+def test_a_damaged_file_is_refused_and_the_others_are_taken(icm: Icm, tmp_path: Path) -> None:
+    toy_file(tmp_path / "toys", "rust", 0)
+    (tmp_path / "toys" / "broken.toy").write_bytes(b"toy 1\n{}\n")
+    ran = icm("ingest", tmp_path / "toys", "--no-vectors", "--skip-bad", "--json")
+    assert [event["task"] for event in ran.events if "status" in event] == ["rust"]
+    assert "broken.toy" in ran.err
