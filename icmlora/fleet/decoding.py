@@ -1,4 +1,4 @@
-"""Decode what a store has of a task: its code, with or without the residual."""
+"""Make the adapter of a task: from its code, with or without the residual, or from its task vectors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
-from icmlora.errors import CodeError
+from icmlora.errors import CodeError, DataError
+from icmlora.formats.catalogue import format_named
 from icmlora.generator.codec import Codec
 from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
-    from registry.records import CodeRecord
+    from registry.records import AdapterRecord, CodeRecord
     from registry.store import Store
 
 
@@ -65,3 +66,35 @@ def codec_of_task(
         except (CodeError, DamagedStore):
             pass
     return generator_file.codec_for(layout)
+
+
+def generate_adapter(
+    store: Store,
+    generator_file: GeneratorFile,
+    final: AdapterRecord,
+    code: CodeRecord | None,
+    *,
+    seed: int | None = None,
+) -> Adapter:
+    """Generate the adapter of a task from its task vectors, without its code.
+
+    Args:
+        store: The open store.
+        generator_file: The generator.
+        final: The task's adapter, which says what modules and ranks to make.
+        code: The task's code, if it has one; it says which version of the generator to use.
+        seed: Sample the latent with this seed, instead of taking its mean.
+
+    Raises:
+        DataError: The task has no task vectors.
+        NotCovered: No version of the generator covers the adapter.
+    """
+    from icmlora.fleet.adapter_source import mean_vectors  # imports what training needs
+
+    vectors = mean_vectors(store, store.vectors.all(final.task))
+    if not vectors:
+        raise DataError(f"task {final.task!r} has no task vectors", hint="run `icm vectors` to extract them")
+    layout = [ModuleShape(*entry) for entry in final.layout]
+    codec = codec_of_task(store, generator_file, code, layout)
+    config = format_named(final.format).read_config(store.blobs.read(final.config))
+    return codec.generate(vectors, layout, task_type=config.task_type, seed=seed)

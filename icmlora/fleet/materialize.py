@@ -24,8 +24,6 @@ from icmlora.io.staging import check_free
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from icmlora.generator.versions import GeneratorFile
-    from registry.evaluations import Subject
     from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
     from registry.store import Store
 
@@ -113,18 +111,6 @@ def materialize(context: Context, request: MaterializeRequest) -> MaterializeRep
         provenance = _provenance(store, stored, source, request)
         adapter = _decode(store, stored, source, request.seed)
     return write_decoded(adapter, provenance, request, format_named(stored.final.format))
-
-
-def write_rung(
-    store: Store, request: MaterializeRequest, seen: Subject, adapter_format: AdapterFormat
-) -> MaterializeReport:
-    """Do what `materialize` does, in an open store, with the rows of a task that were read before."""
-    stored = _Stored(store.tasks.get(request.task), seen.final, seen.generator, seen.code)
-    source = _choose_source(request, stored)
-    if source == "original":
-        return _write_original(store, stored, request)
-    provenance = _provenance(store, stored, source, request)
-    return write_decoded(_decode(store, stored, source, request.seed), provenance, request, adapter_format)
 
 
 def load(context: Context, request: LoadRequest) -> Adapter:
@@ -219,28 +205,13 @@ def check_error(provenance: Provenance, limit: float | None, *, hint: str) -> No
 
 
 def _decode(store: Store, stored: _Stored, source: Decoded, seed: int | None) -> Adapter:
-    from icmlora.fleet.decoding import decode_code
+    from icmlora.fleet.decoding import decode_code, generate_adapter
     from icmlora.generator.versions import GeneratorFile
 
     generator_file = GeneratorFile(store.blobs.read(_generator_of(stored).blob))
     if stored.code is not None and source != "generate":
         return decode_code(store, generator_file, stored.code, source)
-    return _generate(store, stored, generator_file, seed)
-
-
-def _generate(store: Store, stored: _Stored, generator_file: GeneratorFile, seed: int | None) -> Adapter:
-    from icmlora.adapter.layout import ModuleShape
-    from icmlora.fleet.adapter_source import mean_vectors
-    from icmlora.fleet.decoding import codec_of_task
-
-    final = stored.final
-    vectors = mean_vectors(store, store.vectors.all(final.task))
-    if not vectors:
-        raise DataError(f"task {final.task!r} has no task vectors", hint="run `icm vectors` to extract them")
-    layout = [ModuleShape(*entry) for entry in final.layout]
-    codec = codec_of_task(store, generator_file, stored.code, layout)
-    config = format_named(final.format).read_config(store.blobs.read(final.config))
-    return codec.generate(vectors, layout, task_type=config.task_type, seed=seed)
+    return generate_adapter(store, generator_file, stored.final, stored.code, seed=seed)
 
 
 def _generator_of(stored: _Stored) -> GeneratorRecord:

@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.attach import adapted
@@ -26,10 +25,8 @@ from icmlora.base_models.examples import EvaluationData
 from icmlora.base_models.likelihood import NllResult
 from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.errors import DataError, NotCovered
-from icmlora.fleet.adapter_source import mean_vectors
-from icmlora.fleet.decoding import codec_of_task, decode_code
+from icmlora.fleet.decoding import decode_code, generate_adapter
 from icmlora.fleet.loading import Models, read_original, write_plain_copy
-from icmlora.formats.catalogue import format_named
 from icmlora.formats.peft import load_adapter_folder, save_adapter
 from registry.evaluations import Subject
 from registry.records import CodeRecord, EvaluationRecord, GeneratorRecord, NewEvaluation, Rung, TaskRecord
@@ -263,11 +260,7 @@ class TaskLosses:
         generator_file = self._models.generator_file(self._generator)
         if code is not None and (source == "residual" or source == "code"):
             return decode_code(self._store, generator_file, code, source)
-        vectors = mean_vectors(self._store, self._store.vectors.all(self._task.name))
-        layout = [ModuleShape(*entry) for entry in self._final.layout]
-        codec = codec_of_task(self._store, generator_file, code, layout)
-        config = format_named(self._final.format).read_config(self._store.blobs.read(self._final.config))
-        return codec.generate(vectors, layout, task_type=config.task_type)
+        return generate_adapter(self._store, generator_file, self._final, code)
 
     def _loss(self, label: str) -> NllResult:
         """Measure the base model as it is now, with the adapter that is on it."""

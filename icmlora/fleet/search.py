@@ -11,7 +11,7 @@ The tolerance is chosen by the gain on the task's held-out text, which makes tha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -210,11 +210,16 @@ class CodeSearch:
     def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:
         self.tell("encoding" if limits.tolerance is None else f"encoding, tolerance {limits.tolerance:.2g}")
         encoded = self.codec.encode(
-            self.original, self.vectors, self.initial, tolerance=limits.tolerance, max_error=limits.max_error
+            self.original,
+            self.vectors,
+            self.initial,
+            tolerance=limits.tolerance,
+            max_error=limits.max_error,
+            keep_decoded=self.losses is not None and refiner is None,
         )
         if refiner is not None:
             encoded = refiner.refine(self.codec, self.original, encoded, self.tell)
-        return _measured(self.losses, "code", encoded, lambda: self.codec.decode(encoded.data))
+        return _measured(self.losses, "code", encoded)
 
 
 @dataclass(frozen=True)
@@ -263,7 +268,7 @@ class ResidualSearch:
             GeneratorError: No residual keeps the limits of the error.
             CodeChanged: The task has another code by now.
         """
-        encoded = self.codec.measure(self.original, self.code)
+        encoded = replace(self.codec.measure(self.original, self.code), decoded=None)
         if min_gain is None or self.losses is None:
             code = Trial(encoded)
             return FoundResidual(True, code, None if limits.keeps(encoded) else self._try(limits))
@@ -279,15 +284,16 @@ class ResidualSearch:
 
     def _try(self, limits: Limits) -> Trial:
         self.tell("making a residual" if limits.tolerance is None else f"residual, tolerance {limits.tolerance:.2g}")
-        residuals = ResidualCodec(self.codec)
-        encoded = residuals.encode(self.original, self.code, limits)
-        return _measured(self.losses, "residual", encoded, lambda: residuals.decode(self.code, encoded.data))
+        return _measured(self.losses, "residual", ResidualCodec(self.codec).encode(self.original, self.code, limits))
 
 
-def _measured(losses: TaskLosses | None, source: Rung, encoded: Encoded, decode: Callable[[], Adapter]) -> Trial:
-    if losses is None:
-        return Trial(encoded)
-    return Trial(encoded, losses.measure_adapter(source, decode(), encoded.dw_error))
+def _measured(losses: TaskLosses | None, source: Rung, encoded: Encoded) -> Trial:
+    """Measure what was decoded to find its error, if a gain is asked for, and let go of it."""
+    result = None
+    if losses is not None:
+        assert encoded.decoded is not None
+        result = losses.measure_adapter(source, encoded.decoded, encoded.dw_error)
+    return Trial(replace(encoded, decoded=None), result)
 
 
 def _result_of_code(losses: TaskLosses) -> SourceResult:

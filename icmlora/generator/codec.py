@@ -91,6 +91,7 @@ class Codec:
         *,
         tolerance: float | None = None,
         max_error: float | None = None,
+        keep_decoded: bool = False,
     ) -> Encoded:
         """Encode one adapter with the coarsest quantiser step found that keeps the limits.
 
@@ -100,6 +101,7 @@ class Codec:
             initial: Where the A that its training began with was drawn, if that is known: the code is shorter then.
             tolerance: Largest weighted error. Default: the generator's own, unless `max_error` is given.
             max_error: Largest relative dW error.
+            keep_decoded: Whether to return the decoded adapter as well.
 
         Returns:
             A code that keeps every limit that was given.
@@ -112,7 +114,8 @@ class Codec:
 
         if tolerance is None and max_error is None:
             tolerance = self.config.tolerance
-        return encode_adapter(self, adapter, vectors, initial, Limits(tolerance, max_error))
+        limits = Limits(tolerance, max_error)
+        return encode_adapter(self, adapter, vectors, initial, limits, keep_decoded=keep_decoded)
 
     @torch.no_grad()
     def measure(self, adapter: Adapter, code: bytes) -> Encoded:

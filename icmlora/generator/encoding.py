@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,6 +51,8 @@ class Encoded:
     """Relative squared error of dW."""
     weighted_error: float
     """The same of dW weighted by the sensitivity of its channels; equal to `dw_error` under even weights."""
+    decoded: Adapter | None = field(default=None, repr=False, compare=False)
+    """That adapter, where the caller wants to go on with it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,13 @@ class Limits:
 
 
 def encode_adapter(
-    codec: Codec, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None, limits: Limits
+    codec: Codec,
+    adapter: Adapter,
+    vectors: Mapping[str, torch.Tensor],
+    initial: InitialA | None,
+    limits: Limits,
+    *,
+    keep_decoded: bool,
 ) -> Encoded:
     """Encode one adapter with the coarsest quantiser step found that keeps the limits; see `Codec.encode`.
 
@@ -88,6 +96,7 @@ def encode_adapter(
         vectors: The task's vectors by view; may be empty.
         initial: Where its initial A was drawn, if that is known.
         limits: What the code has to keep.
+        keep_decoded: Whether to return the decoded adapter as well.
     """
     tokens = tokenize(adapter, codec.config, codec.sensitivity)
     refuse_overflow(tokens, codec.config)
@@ -97,7 +106,8 @@ def encode_adapter(
     expected = limits.expected_step(tokens, codec.sensitivity, subspace)
 
     def at(step: int) -> Encoded:
-        return measure(codec, adapter, _encode_at(step, codec, adapter, tokens, state, initial))
+        found = measure(codec, adapter, _encode_at(step, codec, adapter, tokens, state, initial))
+        return found if keep_decoded else replace(found, decoded=None)  # one decoded adapter at a time in memory
 
     return coarsest(expected, limits, at)
 
@@ -140,7 +150,7 @@ def measure(codec: Codec, adapter: Adapter, code: bytes) -> Encoded:
 def compare(codec: Codec, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
     """Measure how far an adapter, decoded from these bytes, is from the one that was encoded."""
     pair = (weighted(which, codec.config, codec.sensitivity) for which in (adapter, decoded))
-    return Encoded(data, relative_dw_error(adapter, decoded), relative_dw_error(*pair))
+    return Encoded(data, relative_dw_error(adapter, decoded), relative_dw_error(*pair), decoded)
 
 
 def quantised(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,10 +15,14 @@ import pytest
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.fleet import search as code_search
+from icmlora.fleet.measure import TaskLosses
 from icmlora.fleet.search import CodeSearch, Trial
 from icmlora.formats.peft import load_adapter_folder
+from icmlora.generator import encoding
+from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Limits
 from icmlora.generator.relaxed import RelaxedCode
+from registry.evaluations import Evaluations
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
@@ -222,6 +228,32 @@ def test_a_gain_is_looked_for_without_refining_first(icm: Icm, trained: Path, mo
     assert (ran.code, tasks_of(ran)["rules"]["status"]) == (0, "encoded")
     assert tasks_of(ran)["rules"]["retained_gain"] >= 0.5
     assert 1 <= len(refined) <= 3
+
+
+def test_each_code_of_a_gain_search_is_decoded_once_and_the_references_are_read_once(
+    icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def count(owner: type | ModuleType, name: str) -> None:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return real(*arguments, **options)
+
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, name in (
+        (encoding, "compare"),
+        (Codec, "decode"),
+        (TaskLosses, "measure_adapter"),
+        (Evaluations, "all"),
+    ):
+        count(owner, name)
+    assert icm("encode", "rules", "--min-gain", "0.5", "--device", "cpu").code in (0, ExitCode.PARTLY)
+    assert calls["measure_adapter"] >= 4
+    assert calls["decode"] == calls["compare"]
+    assert calls["all"] == 1
 
 
 def test_a_task_without_samples_is_not_refined(icm: Icm, trained: Path) -> None:

@@ -93,7 +93,7 @@ class Growing:
         finish((train if fresh else update)(self._place, request, StopFlag()))
         seconds = time.monotonic() - began
         names = tuple(folder.name for folder in folders)
-        report = finish(evict(self._place, EvictRequest(names, MAX_ERROR, None, False, False, "cpu"), StopFlag()))
+        report = evict(self._place, EvictRequest(names, MAX_ERROR, device="cpu"))
         kept = [task.task for task in report.tasks if task.status != "evicted"]
         if kept:
             raise SystemExit(f"not evicted: {', '.join(kept)}")
