@@ -92,8 +92,8 @@ def encode(
     A task whose current code was made with the same limits is skipped, so the same command continues after an
     interruption. --again re-encodes every task.
 
-    With --residual the codes stay as they are, and a code together with its residual meets the limit. Bundles hold
-    codes alone.
+    With --residual the codes stay as they are, and a code together with its residual meets the limit. Bundles contain
+    codes without residuals.
 
     Example:
       icm encode --min-gain 0.98
