@@ -19,7 +19,6 @@ IcmError                     (also the base of `icmlora.errors.IcmLoraError`)
     ├── TaskConflict         the task exists with another adapter
     ├── GeneratorNotFound    no generator has that number
     ├── GeneratorConflict    another generator of the base model is in use
-    ├── CodeChanged          a task got another code or adapter in the meantime
     └── LastCopy             the request would lose the last copy of an adapter
 """
 
@@ -144,10 +143,6 @@ class GeneratorNotFound(RegistryError):
 
 class GeneratorConflict(RegistryError):
     """The generator is not the one in use; a code can be decoded with its own generator only."""
-
-
-class CodeChanged(RegistryError):
-    """A task got another code or adapter in the meantime; nothing was changed."""
 
 
 class LastCopy(RegistryError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -15,22 +14,13 @@ from registry.part import Part
 from registry.rows import document_row, final_if_unchanged, named_blob, utc_now
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is measured of a task, as it was read; pass `of` and `code` to `Evaluations.add` instead."""
-
-    final: records.AdapterRecord
-    generator: records.GeneratorRecord | None
-    code: records.CodeRecord | None
-
-
 class Evaluations(Part):
     """Measurements, one for each task, source, generator, text and metric."""
 
     def add(
         self,
         evaluations: Sequence[records.NewEvaluation],
-        of: records.AdapterRecord | Subject | None = None,
+        of: records.AdapterRecord | None = None,
         code: records.CodeRecord | None = None,
     ) -> int:
         """Record measurements in one transaction; each replaces an earlier one of the same thing.
@@ -48,8 +38,6 @@ class Evaluations(Part):
         Raises:
             TaskNotFound: a task is not in the store.
         """
-        if isinstance(of, Subject):
-            code, of = of.code, of.final
         with self._db.write() as session:
             now = utc_now()
             present = [one for one in evaluations if of is None or _is_current(session, one, of, code)]

@@ -23,7 +23,7 @@ from icmlora.generator.encoding import Limits
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.training.refinement import RefineConfig
-from registry.errors import CodeChanged, TaskNotFound
+from registry.errors import TaskNotFound
 from registry.records import (
     AdapterRecord,
     Asked,
@@ -189,10 +189,10 @@ class Encoder:
             task, final = self._store.tasks.get(name), self._store.tasks.final(name)
             turn = _Turn(task, generator, final, self._store.codes.get(name, generator.id), tell)
             if task.base_model != base_model:
-                return TaskEncoded(name, "changed", reason=f"it belongs to base model {task.base_model!r} now")
+                return _changed(name, f"it belongs to base model {task.base_model!r} now")
             return self._encode(turn)
-        except (CodeChanged, TaskNotFound) as error:  # `icm ingest` and `icm rm` do not wait for this job
-            return TaskEncoded(name, "changed", reason=str(error))
+        except TaskNotFound:  # `icm rm` does not wait for this job
+            return _changed(name, "it was removed in the meantime")
 
     def _encode(self, turn: _Turn) -> TaskEncoded:
         if turn.final.is_evicted:
@@ -237,7 +237,7 @@ class Encoder:
         blob, asked = self._store.blobs.put(data), self._request.asked(is_kept=is_kept)
         code = NewCode(turn.final, blob, 8.0 * len(data), error, asked)
         if self._store.codes.replace(turn.generator.id, code, _records(losses, best)) is None:
-            raise CodeChanged(f"task {task.name!r} got another adapter in the meantime")
+            return _changed(task.name, "it got another adapter in the meantime")
         status: EncodeStatus = "encoded" if is_kept else "below"
         return TaskEncoded(task.name, status, len(data), None, turn.size_before, error, best.gain)
 
@@ -247,8 +247,11 @@ class Encoder:
         if present is None:
             raise DataError("it has no code that a residual could be added to; `icm train --update` makes one")
         losses, code = self._losses(turn), self._store.blobs.read(present.blob)
+        result = None if losses is None else losses.measure(("code",)).get("code")
+        if losses is not None and result is None:
+            return _changed(task.name, "it got another adapter in the meantime")
         codec = self._models.generator_file(turn.generator).codec_of(code)
-        search = ResidualSearch(codec, original, code, losses, turn.tell)
+        search = ResidualSearch(codec, original, code, result, losses, turn.tell)
         found = search.smallest(self._request.limits, self._request.min_gain)
         new, size = None, None
         if found.residual is not None:
@@ -256,7 +259,7 @@ class Encoder:
             new, size = NewResidual(self._store.blobs.put(made.data), made.dw_error), len(made.data)
         asked = self._request.asked(is_kept=found.is_kept)
         if self._store.codes.replace_residual(present, new, asked, _records(losses, found.residual)) is None:
-            raise CodeChanged(f"task {task.name!r} got another adapter or code in the meantime")
+            return _changed(task.name, "it got another adapter or code in the meantime")
         status: EncodeStatus = "below" if not found.is_kept else "enough" if new is None else "encoded"
         error, gain = found.best.encoded.dw_error, found.best.gain
         return TaskEncoded(task.name, status, present.size, size, turn.size_before, error, gain)
@@ -272,6 +275,10 @@ class Encoder:
         base = self._models.base(task.base_model, self._gradients)
         samples = read_samples(self._store, task, base) or ()
         return Refiner(base, samples, RefineConfig(steps=self._request.refine))
+
+
+def _changed(name: str, reason: str) -> TaskEncoded:
+    return TaskEncoded(name, "changed", reason=reason)
 
 
 def _records(losses: TaskLosses | None, trial: Trial | None) -> Sequence[NewEvaluation]:

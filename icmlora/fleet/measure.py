@@ -28,7 +28,6 @@ from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.decoding import decode_code, generate_adapter
 from icmlora.fleet.loading import Models, read_original, write_plain_copy
 from icmlora.formats.peft import load_adapter_folder, save_adapter
-from registry.evaluations import Subject
 from registry.records import CodeRecord, EvaluationRecord, GeneratorRecord, NewEvaluation, Rung, TaskRecord
 
 if TYPE_CHECKING:
@@ -150,16 +149,16 @@ class TaskLosses:
             if source in known:
                 results[source] = self._completed(known[source], results, record=record)
                 continue
-            subject = self._subject()
-            if not self._exists(source, subject.code):
+            code = self._code()
+            if not self._exists(source, code):
                 continue
             try:
-                result = self._measured(source, subject.code, results)
+                result = self._measured(source, code, results)
             except NotCovered:  # ingested after the last training, with modules or ranks of its own
                 continue
             results[source] = result
             if record:
-                self._record(result, subject)
+                self._record(result, code)
         return results
 
     def measure_adapter(self, source: Rung, adapter: Adapter, dw_error: float) -> SourceResult:
@@ -224,11 +223,9 @@ class TaskLosses:
     def _original(self) -> Adapter:
         return read_original(self._store, self._final)
 
-    def _subject(self) -> Subject:
-        """Return what the task has now, which the store compares with what it has when a result is recorded."""
-        generator = self._generator
-        code = None if generator is None else self._store.codes.get(self._task.name, generator.id)
-        return Subject(self._final, generator, code)
+    def _code(self) -> CodeRecord | None:
+        """Return the code that the task has now."""
+        return None if self._generator is None else self._store.codes.get(self._task.name, self._generator.id)
 
     def _exists(self, source: Rung, code: CodeRecord | None) -> bool:
         match source:
@@ -285,11 +282,12 @@ class TaskLosses:
             return known
         found = replace(known, retained_gain=gain)
         if record:
-            self._record(found, self._subject())
+            self._record(found, self._code())
         return found
 
-    def _record(self, result: SourceResult, subject: Subject) -> None:
-        if not self._store.evaluations.add([self.record_of(result)], of=subject):
+    def _record(self, result: SourceResult, code: CodeRecord | None) -> None:
+        """Record a result, unless the task has another adapter or code by now than the one that was measured."""
+        if not self._store.evaluations.add([self.record_of(result)], of=self._final, code=code):
             self.is_outdated = True
 
     def _recorded(self) -> dict[Rung, SourceResult]:

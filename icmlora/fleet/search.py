@@ -26,7 +26,6 @@ from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.training.refinement import RefineConfig, refine
-from registry.errors import CodeChanged
 from registry.records import Rung
 
 LADDER = (0.95, *(2 ** (-half / 2) for half in range(1, 17)))
@@ -250,6 +249,7 @@ class ResidualSearch:
         codec: The codec of the code.
         original: The adapter.
         code: Its code, as it is in the store.
+        result: What was measured of the code; None where no gain is asked for.
         losses: Measures gains; None where no gain is asked for.
         tell: Hears what is done.
     """
@@ -257,6 +257,7 @@ class ResidualSearch:
     codec: Codec
     original: Adapter
     code: bytes
+    result: SourceResult | None
     losses: TaskLosses | None
     tell: Tell
 
@@ -266,13 +267,11 @@ class ResidualSearch:
         Raises:
             DataError: There is no gain to keep.
             GeneratorError: No residual keeps the limits of the error.
-            CodeChanged: The task has another code by now.
         """
         encoded = replace(self.codec.measure(self.original, self.code), decoded=None)
-        if min_gain is None or self.losses is None:
-            code = Trial(encoded)
+        code = Trial(encoded, self.result)
+        if min_gain is None:
             return FoundResidual(True, code, None if limits.keeps(encoded) else self._try(limits))
-        code = Trial(encoded, _result_of_code(self.losses))
         if limits.keeps(encoded) and code.keeps(min_gain):
             return FoundResidual(True, code)
         coarsest = min(encoded.weighted_error, limits.tolerance or 1.0)
@@ -294,11 +293,3 @@ def _measured(losses: TaskLosses | None, source: Rung, encoded: Encoded) -> Tria
         assert encoded.decoded is not None
         result = losses.measure_adapter(source, encoded.decoded, encoded.dw_error)
     return Trial(replace(encoded, decoded=None), result)
-
-
-def _result_of_code(losses: TaskLosses) -> SourceResult:
-    """Measure the code that the task has, or return what is known of it."""
-    results = losses.measure(("code",))
-    if "code" not in results:
-        raise CodeChanged("the task got another adapter while its code was measured")
-    return results["code"]

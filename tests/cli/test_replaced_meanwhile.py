@@ -161,13 +161,13 @@ class TestEval:
     def test_a_task_that_was_removed_is_named_and_the_others_are_measured(
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def subject(losses: TaskLosses) -> object:
+        def code(losses: TaskLosses) -> object:
             losses._store.tasks.remove_one("poems")  # as `icm rm` does
-            monkeypatch.setattr(TaskLosses, "_subject", real)
+            monkeypatch.setattr(TaskLosses, "_code", real)
             return real(losses)
 
-        real = TaskLosses._subject
-        monkeypatch.setattr(TaskLosses, "_subject", subject)
+        real = TaskLosses._code
+        monkeypatch.setattr(TaskLosses, "_code", code)
         ran = icm("eval", "--device", "cpu")
         assert (ran.code, "recorded: poems" in ran.err) == (0, True)
         assert [line.split()[0] for line in ran.out.splitlines()[1:2]] == ["rules"]
@@ -192,7 +192,7 @@ class TestEncode:
         ran = icm("encode", "poems", "rules", "--residual", "--max-error", "0.01", "--json")
         told = tasks_of(ran)
         assert (ran.code, told["poems"]["status"], told["rules"]["status"]) == (ExitCode.PARTLY, "changed", "encoded")
-        assert "'poems'" in told["poems"]["reason"]
+        assert "another adapter or code" in told["poems"]["reason"]
         assert codes(trained)["poems"].residual is None
 
     def test_a_task_whose_adapter_was_replaced_is_left_out_and_named(
@@ -200,7 +200,7 @@ class TestEncode:
     ) -> None:
         before(monkeypatch, encoding, "read_original", lambda: replace_adapter(trained, other))
         ran = icm("encode", "poems", "rules", "--max-error", "0.01")
-        assert (ran.code, "poems: task 'poems' got another adapter" in ran.out) == (ExitCode.PARTLY, True)
+        assert (ran.code, "poems: it got another adapter" in ran.out) == (ExitCode.PARTLY, True)
         assert set(codes(trained)) == {"rules", "silent"}
 
     def test_an_adapter_that_was_replaced_while_its_code_was_measured_is_left_out_too(
