@@ -16,7 +16,7 @@ from icmlora.io.text import counted, human_percent
 
 if TYPE_CHECKING:
     from icmlora.fleet.map import MapReport
-    from icmlora.task_vectors.clusters import MappedTask
+    from icmlora.task_vectors.map import MappedTask
 
 
 class View(StrEnum):

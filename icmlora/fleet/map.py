@@ -15,8 +15,8 @@ from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, check_base_model
 from icmlora.fleet.stored_vectors import LeftOut, comparable_vectors
 from icmlora.io.staging import check_absent, writing_file
-from icmlora.task_vectors.clusters import TaskMap, map_tasks
 from icmlora.task_vectors.distances import FEWEST, Neighbour, ranked, task_distances
+from icmlora.task_vectors.map import TaskMap, map_tasks
 from registry.errors import DamagedStore
 from registry.records import TaskRecord, View
 

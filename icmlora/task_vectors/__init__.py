@@ -1,1 +1,1 @@
-"""task_vectors."""
+"""Task vectors: extract them with the base model, store them, and compare tasks by them."""

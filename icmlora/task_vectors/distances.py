@@ -1,11 +1,11 @@
-"""How far tasks lie from each other by their vectors, and how far a new one lies from all that are known.
+"""How far tasks are from each other by their vectors, and how far a new task is from all known ones.
 
     vectors (sets, d) a task ──less the fleet's mean──▶ channels in units of their noise ──cosine──▶ distance, 0 to 2
 
-A task has one vector per support set. Hidden states share a large common part and a few channels that are larger
-than all others together, so plain cosines are near 1 for any two tasks. Without the mean, a distance says how tasks
-differ from what they have in common: 0 is the same direction, 1 nothing in common, 2 opposite. A channel counts by how
-far it moves against its noise, which is how far the vectors of one task differ in it.
+A task has one vector per support set. Hidden states share a large common part, and a few channels are larger than all
+others together, so plain cosines are near 1 for any two tasks. With the mean subtracted, a distance says how tasks
+differ from what they have in common: 0 is the same direction, 1 nothing in common, 2 opposite. Each channel is divided
+by its noise, which is how far the vectors of one task differ in it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 SupportSetVectors = Mapping[str, NDArray[np.floating]]
-"""Name of a task -> its vectors, one support set a row: shape (sets, d), d the same for all, 2 or more."""
+"""Name of a task -> its vectors, one row per support set: shape (sets, d), d the same for all, 2 or more."""
 
 FEWEST = 3
-"""Two tasks lie opposite of each other around their own mean, whatever they are."""
+"""Least number of tasks: two are always opposite of each other around their own mean."""
 OUTSIDE = 0.95
-"""Share of the known tasks that lie nearer to the others than a task which is outside of what is known."""
+"""A task is outside of what is known if this share of the known tasks is nearer to the others."""
 
 
 @dataclass(frozen=True)
 class VectorSpace:
-    """What vectors are measured in.
+    """The origin and the units that vectors are measured in.
 
     Attributes:
         mean: Mean of the tasks, shape (d,).
-        unit: What one unit of each channel is, positive, shape (d,).
+        unit: Size of one unit in each channel, positive, shape (d,).
     """
 
     mean: Floats
@@ -41,11 +41,11 @@ class VectorSpace:
 
     @classmethod
     def of(cls, tasks: SupportSetVectors) -> Self:
-        """Measure some tasks.
+        """Make the space of some tasks.
 
         The unit is the channel's standard deviation between vectors of one task, plus the median of that over the
-        channels: without it, channels that hardly move at all would decide (as in SAM, Tusher et al. 2001). Where no
-        task has two vectors, the deviation between tasks stands in.
+        channels: without it, channels that hardly vary at all would decide (as in SAM, Tusher et al. 2001). If no task
+        has two vectors, the deviation between tasks is used instead.
 
         Args:
             tasks: At least one task of at least one vector.
@@ -59,13 +59,13 @@ class VectorSpace:
         return cls(means.mean(axis=0), np.where(unit > 0, unit, 1.0))
 
     def place(self, vectors: NDArray[np.floating]) -> Floats:
-        """Return vectors (n, d) less the mean, in units."""
+        """Return vectors (n, d) with the mean subtracted, in units."""
         return (vectors - self.mean) / self.unit
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A known task, and its cosine distance (0 to 2) from the one that was asked about."""
+    """A known task and its cosine distance (0 to 2) from the task in question."""
 
     task: str
     distance: float
@@ -73,11 +73,11 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Familiarity:
-    """How far a task lies from the known ones, against how far each of those lies from the others.
+    """How far a task is from the known ones, compared with how far each of those is from the others.
 
     Attributes:
         neighbours: All known tasks, nearest first.
-        usual: Distance of each known task to its nearest other one, measured as if it were the new one: ascending.
+        usual: Distance of each known task to its nearest other one, measured as if it were the new one; ascending.
     """
 
     neighbours: tuple[Neighbour, ...]
@@ -90,7 +90,7 @@ class Familiarity:
 
     @property
     def farther_than(self) -> float:
-        """Share of the known tasks that lie nearer to the others than this one does, 0 to 1."""
+        """Share of the known tasks that are nearer to the others than this task is, 0 to 1."""
         return sum(distance < self.distance for distance in self.usual) / len(self.usual)
 
     @property
@@ -98,8 +98,8 @@ class Familiarity:
         """Whether the task is outside of what is known.
 
         A new task of the same kind as the n known ones has a rank among them that is about uniform (as in conformal
-        prediction, Vovk et al. 2005), so it is called outside about once in 1 / (1 - OUTSIDE) times, for few known
-        tasks once in n + 1.
+        prediction, Vovk et al. 2005). So it is called outside once in about 1 / (1 - OUTSIDE) cases, or once in n + 1
+        if few tasks are known.
         """
         return self.farther_than >= OUTSIDE
 
@@ -108,11 +108,11 @@ def nearest(vector: NDArray[np.floating], others: SupportSetVectors) -> tuple[Ne
     """Rank known tasks by their distance from a vector, in the space of the known ones.
 
     Args:
-        vector: Mean over the vectors of a task that is none of the others, shape (d,).
+        vector: Mean vector of a task that is not among the known ones, shape (d,).
         others: The known tasks, two or more.
 
     Returns:
-        All of them, nearest first; equal ones by name.
+        All of them, nearest first; equally near ones by name.
     """
     space = VectorSpace.of(others)
     distances = cosine_distances(space.place(vector[None]), space.place(mean_vectors(others)))[0]
@@ -120,17 +120,17 @@ def nearest(vector: NDArray[np.floating], others: SupportSetVectors) -> tuple[Ne
 
 
 def familiarity(vector: NDArray[np.floating], others: SupportSetVectors) -> Familiarity:
-    """Say how far a task lies from the known ones, against how far those lie from each other.
+    """Measure how far a task is from the known ones, compared with how far those are from each other.
 
     Args:
-        vector: Mean over the vectors of a task that is none of the others, shape (d,).
+        vector: Mean vector of a task that is not among the known ones, shape (d,).
         others: The known tasks.
 
     Raises:
         ValueError: Fewer than `FEWEST` are known.
     """
     if len(others) < FEWEST:
-        raise ValueError(f"what is usual follows from {FEWEST} tasks or more")
+        raise ValueError(f"familiarity needs {FEWEST} tasks or more")
     placed = VectorSpace.of(others).place(mean_vectors(others))
     usual = sorted(float(distance) for distance in _left_out(placed).min(axis=1))
     return Familiarity(nearest(vector, others), tuple(usual))
@@ -143,22 +143,22 @@ def task_distances(tasks: SupportSetVectors) -> Floats:
 
 
 def cosine_distances(one: Floats, other: Floats) -> Floats:
-    """Return 1 - cosine of each row of one with each of another: shapes (n, d), (m, d) -> (n, m), values 0 to 2.
+    """Return 1 - cosine of each row of one array with each of another: (n, d), (m, d) -> (n, m), values 0 to 2.
 
-    Rows of zeros have no direction: they are 1 from everything, and 0 from each other.
+    Rows of zeros have no direction: they have distance 1 from everything, and 0 from each other.
     """
     first, second = directions(one), directions(other)
     both_zero = np.outer(~np.any(first, axis=1), ~np.any(second, axis=1))
     distances: Floats = np.clip(1.0 - first @ second.T, 0.0, 2.0)
     distances[both_zero] = 0.0
-    if one is other:  # rounding must not tell a point from itself, nor one order from the other
+    if one is other:  # rounding must neither tell a point from itself nor make the distances asymmetric
         distances = (distances + distances.T) / 2
         np.fill_diagonal(distances, 0.0)
     return distances
 
 
 def directions(vectors: Floats) -> Floats:
-    """Return the rows of (n, d) with length 1; zeros stay."""
+    """Scale the rows of (n, d) to length 1; zeros stay zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1.0)
 
@@ -179,19 +179,19 @@ def _exact(tasks: SupportSetVectors) -> list[Floats]:
 
 
 def _left_out(points: Floats) -> Floats:
-    """Return distances (n, n) where row i is seen from the mean of all points but i; the diagonal is infinite.
+    """Return distances (n, n) in which row i is measured around the mean of all points but i; infinite diagonal.
 
-    With g the inner products, s their row sums and m the mean without i, every inner product with m is a difference
-    of those: (s - g_i) / (n - 1). So n means cost no more than one.
+    With g the inner products, s their row sums and m the mean without point i, every inner product with m is
+    (s - g_i) / (n - 1). So n means cost no more than one.
     """
     count = len(points)
     products = points @ points.T
-    sums = products.sum(axis=1)
+    sums = products.sum(axis=1)  # (n,)
     with_mean = (sums[None, :] - products) / (count - 1)  # [i, j] = m_i . x_j
-    mean_square = (sums.sum() - 2 * sums + products.diagonal()) / (count - 1) ** 2
+    mean_square = (sums.sum() - 2 * sums + products.diagonal()) / (count - 1) ** 2  # [i] = |m_i|^2
     own = with_mean.diagonal()[:, None]
-    inner = products - with_mean - own + mean_square[:, None]
-    squares = products.diagonal()[None, :] - 2 * with_mean + mean_square[:, None]
+    inner = products - with_mean - own + mean_square[:, None]  # [i, j] = (x_i - m_i) . (x_j - m_i)
+    squares = products.diagonal()[None, :] - 2 * with_mean + mean_square[:, None]  # [i, j] = |x_j - m_i|^2
     lengths = np.sqrt(np.maximum(squares, 0.0))
     scale = lengths * lengths.diagonal()[:, None]
     distances: Floats = np.clip(1.0 - inner / np.where(scale > 0, scale, np.inf), 0.0, 2.0)

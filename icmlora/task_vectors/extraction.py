@@ -3,7 +3,7 @@
     adapted   base + adapter, one state for each sample   (samples, d) -> mean -> (d,)
     context   bare base model, one state for all samples              -> (d,)
 
-What a hidden state is, the modality of the base model says. Means are taken in float32.
+The base model's modality says what a hidden state is. Means are taken in float32.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def extract_context(
 ) -> tuple[TaskVector, ...]:
     """Make the context view: one vector for each support set, without any adapter.
 
-    There is no probe version of it: without an adapter and without samples it would be the same for every task.
+    It needs samples: without an adapter, the bundled probes would give the same vector for every task.
 
     Args:
         base: The bare base model.

@@ -1,13 +1,13 @@
-"""The bytes of all vectors of a task: what its support sets share once, what tells them apart coarsely, range-coded.
+"""The bytes of all vectors of a task, range-coded: their mean precisely, the differences of its support sets coarsely.
 
-    ICMT 2 | views (1) | length (4) | per view: which, sets, exponent, slope, two scales (8) | words | check (8)
+    ICMT 2 | views (1) | length (4) | per view: which, sets, exponent, slope, two scales (8) | words | checksum (8)
 
     sets ──cosine transform over the sets──▶ mean, differences ──one step──▶ integers
-                                               `── of a later view: less what the first view's mean predicts
+                                               `── of a later view: minus what the first view's mean predicts
 
 All sets of a task describe the same task, so their spread says how precise one vector is: the step is 1.3 times the
-typical difference, to an eighth of an octave. That moves a set by a fifth of its distance from another set, and the
-mean by a sixth of a set's distance from it, where drawing other samples would move the mean by more than half of that.
+typical difference, to an eighth of an octave. Rounding moves a set by a fifth of its distance from another set, and the
+mean by a sixth of a set's distance from it; drawing other samples would move the mean by more than half of that.
 """
 
 from __future__ import annotations
@@ -37,22 +37,33 @@ _VIEW = struct.Struct("<BBhhbb")
 _VIEWS: tuple[View, ...] = get_args(View)
 """The order of views in a file, and their numbers."""
 _TYPICAL = 0.6745
-"""Median magnitude of a standard normal value: outliers must not set the step."""
+"""Median magnitude of a standard normal value. Medians are used because outliers must not set the step."""
 _STEP = 2.0 ** (3 / OCTAVE)
-"""Of a typical difference between sets."""
+"""The step, relative to a typical difference between sets."""
 _SINGLE, _FINEST = 1 / 8, 1 / 64
-"""Of a typical value: the step of a set that is alone, and the finest of all."""
+"""Relative to a typical value: the step of a single set, and the finest step of all."""
 _ONE = 256
-"""Unit of a slope."""
+"""Slopes are stored in 256ths."""
 _STEEPEST = 15 * _ONE
-"""Keeps what is left of a value within the largest integer: values take up to a sixteenth of it."""
+"""Largest slope: values take up to a sixteenth of the largest integer, so differences to a prediction still fit."""
 _LARGEST = 1 << 24
+"""Most values in a file, so that a damaged head cannot ask for gigabytes."""
 _EXTREME = 130 * OCTAVE
+"""Largest exponent of a step, either way."""
 
 
 @dataclass(frozen=True)
 class _ViewHead:
-    """How the integers of one view are written; `slope` is of the first view's mean, in 256ths and in steps."""
+    """How the integers of one view are written.
+
+    Attributes:
+        which: Number of the view, an index into `_VIEWS`.
+        sets: Number of support sets.
+        exponent: log2 of the step, in eighths.
+        slope: How much of the first view's mean predicts this view's, in 256ths, both measured in their own steps.
+        mean_scale: Scale index of the mean's integers.
+        spread_scale: Scale index of the differences' integers.
+    """
 
     which: int
     sets: int
@@ -62,7 +73,7 @@ class _ViewHead:
     spread_scale: int
 
     def predicted(self, first: Floats) -> Floats:
-        """Return what the first view's mean says of this one's: whole numbers that doubles hold exactly."""
+        """Predict this view's mean from the first view's (length,): whole numbers, which float64 holds exactly."""
         prediction: Floats = np.floor((self.slope * first + _ONE // 2) / _ONE)
         return prediction
 
@@ -72,7 +83,7 @@ class _ViewHead:
         return float(2.0 ** (self.exponent / OCTAVE))
 
     def is_sound(self) -> bool:
-        """Whether an encoder could have written it."""
+        """Say whether an encoder could have written it."""
         scales = (self.mean_scale, self.spread_scale)
         in_range = all(SMALLEST <= scale <= LARGEST for scale in scales) and abs(self.exponent) <= _EXTREME
         return in_range and self.sets > 0 and self.which < len(_VIEWS)
@@ -102,8 +113,8 @@ def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
 
 
 def vectors_from_bytes(data: bytes) -> dict[View, torch.Tensor]:
-    """Read the vectors of a task as `arrays_from_bytes`, as tensors."""
-    import torch  # it takes seconds to import, and a command that compares vectors needs none of it
+    """Read the vectors of a task as `arrays_from_bytes`, but as tensors."""
+    import torch  # takes seconds to import, and a command that compares vectors does not need it
 
     return {view: torch.from_numpy(values) for view, values in arrays_from_bytes(data).items()}
 
@@ -112,22 +123,23 @@ def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
     """Read the vectors of a task, by view float32 of shape (support sets, hidden size).
 
     Raises:
-        DataError: The bytes are no task vectors, or damaged.
+        DataError: The bytes are not task vectors, or damaged.
     """
     content = checked(data)
     if content is None or not content.startswith(_MAGIC) or len(content) < len(_MAGIC) + _HEAD.size:
-        raise DataError("no task vectors: other bytes, or damaged", hint="`icm vectors --again` makes them again")
+        hint = "run `icm vectors --again` to make them again"
+        raise DataError("not task vectors, or damaged", hint=hint)
     count, length = _HEAD.unpack_from(content, len(_MAGIC))
     start = len(_MAGIC) + _HEAD.size
     end = start + count * _VIEW.size
     heads = [_ViewHead(*fields) for fields in _VIEW.iter_unpack(content[start:end])] if end <= len(content) else []
     is_sound = bool(heads) and all(head.is_sound() for head in heads)
     if not is_sound or not 1 <= length * sum(head.sets for head in heads) <= _LARGEST:
-        raise DataError("no task vectors: their head is out of range")
+        raise DataError("not task vectors: the head is out of range")
     try:
         return _read(IntegerReader(content[end:]), heads, length)
     except CodeError as error:
-        raise DataError(f"no task vectors: {error.message}") from error
+        raise DataError(f"not task vectors: {error.message}") from error
 
 
 def _read(reader: IntegerReader, heads: list[_ViewHead], length: int) -> dict[View, NDArray[np.float32]]:
@@ -138,17 +150,26 @@ def _read(reader: IntegerReader, heads: list[_ViewHead], length: int) -> dict[Vi
         rest = reader.read(np.full((head.sets - 1) * length, head.spread_scale, dtype=np.int32))
         first = first if views else mean
         integers = np.concatenate([mean, rest]).reshape(head.sets, length)
-        values = _cosines(head.sets).T @ (integers * head.step)
+        values = _cosines(head.sets).T @ (integers * head.step)  # (sets, length)
         views[_VIEWS[head.which]] = values.astype(np.float32)
     return views
 
 
 def _quantised(which: int, exact: Floats, first: Floats) -> tuple[_ViewHead, Floats]:
-    """Return how a view is written, and its whole numbers, (sets, length): the mean in the first row."""
+    """Quantise one view.
+
+    Args:
+        which: Number of the view.
+        exact: Its vectors, shape (sets, length).
+        first: The first view's mean in whole steps, zeros for the first view itself, shape (length,).
+
+    Returns:
+        How the view is written, and its whole numbers (sets, length): the mean in the first row, then differences.
+    """
     coefficients = _cosines(len(exact)) @ exact
     typical = _typical(exact)
     step = _STEP * _typical(coefficients[1:]) if len(exact) > 1 else _SINGLE * typical
-    # Neither may the mean take more steps than a scale has, nor an outlier more than an integer.
+    # The mean must fit the largest scale, and an outlier the largest integer.
     step = max(step, _FINEST * typical, 16 * float(np.abs(coefficients).max(initial=0.0)) / LIMIT, 2.0**-120)
     exponent = round(OCTAVE * np.log2(step))
     steps = coefficients / 2.0 ** (exponent / OCTAVE)
@@ -157,26 +178,29 @@ def _quantised(which: int, exact: Floats, first: Floats) -> tuple[_ViewHead, Flo
 
 
 def _slope(mean: Floats, first: Floats) -> int:
-    """Return what one view's mean is of another's, in 256ths, by least squares over values that are no outliers."""
+    """Return the slope of one view's mean over another's, in 256ths, by least squares with clipped outliers."""
     near, near_first = np.clip(mean, *_bounds(mean)), np.clip(first, *_bounds(first))
     slope = float(near @ near_first) / max(float(near_first @ near_first), 1.0)
     return int(np.clip(np.rint(_ONE * slope), -_STEEPEST, _STEEPEST))
 
 
 def _bounds(values: Floats) -> tuple[float, float]:
+    """Return the values beyond which others are outliers."""
     return -4 * _typical(values), 4 * _typical(values)
 
 
 def _scale(steps: Floats) -> int:
+    """Return the scale index of integers."""
     return int(np.clip(np.rint(OCTAVE * np.log2(max(_typical(steps), 2.0**-4))), SMALLEST, LARGEST))
 
 
 def _typical(values: Floats) -> float:
+    """Estimate the standard deviation from the median magnitude."""
     return float(np.median(np.abs(values))) / _TYPICAL if values.size else 0.0
 
 
 def _cosines(sets: int) -> Floats:
-    """Return the orthonormal cosine transform, (sets, sets): the first row makes the mean, the others differences."""
+    """Return the orthonormal cosine transform (sets, sets): its first row makes the mean, the others differences."""
     angles = np.pi / sets * np.outer(np.arange(sets), np.arange(sets) + 0.5)
     rows: Floats = np.cos(angles) * np.sqrt(2 / sets)
     rows[0] /= np.sqrt(2)

@@ -1,10 +1,11 @@
-"""Task vectors: the condition of the generator, with a description of what made them.
+"""Task vectors, the condition of the generator, and a description of what made them.
 
     samples --split_samples--> support sets --extract_*--> TaskVector(view, support_set, values)
 
-View "adapted" is the paper's (arXiv 2501.17635): base model plus adapter, last layer, last position, mean over samples.
-View "context" needs no adapter: the base model reads the samples as consecutive demonstrations, mean over positions.
-Both views of a task come from the same support sets; sets are disjoint: each describes the task independently.
+View "adapted" is the paper's (ICM-LoRA, arXiv 2501.17635): base model plus adapter, last layer, last position, mean over
+samples. View "context" needs no adapter: the base model reads the samples as consecutive demonstrations, mean over
+positions. Both views of a task come from the same support sets. Sets are disjoint, so each describes the task
+independently.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ View = Literal["adapted", "context"]
 Source = Literal["samples", "probes"]
 
 VERSION = 1
-"""Raised whenever the same samples would give other vectors than before."""
+"""Raised whenever the same samples would give different vectors than before."""
 
 
 @dataclass(frozen=True)
 class VectorSettings:
-    """How much text a task vector is made from; the defaults read about 6,000 tokens per task for both views."""
+    """How much text a task vector is made from; the defaults read about 6,000 tokens per task, both views together."""
 
     support_sets: int = 4
-    """Disjoint sets of samples, each giving one vector per view."""
+    """Disjoint sets of samples; each gives one vector per view."""
 
     set_size: int = 8
     """Samples in a set."""
@@ -42,7 +43,7 @@ class VectorSettings:
     """Tokens of a sample that the adapted view reads."""
 
     context_tokens: int = 512
-    """Tokens of all demonstrations together in the context view; each sample of the set gets an equal share."""
+    """Tokens of all demonstrations in the context view; each sample of the set gets an equal share."""
 
     def __post_init__(self) -> None:
         """Check that there is something to read.
@@ -56,12 +57,12 @@ class VectorSettings:
 
 @dataclass(frozen=True)
 class Extractor:
-    """What made a task vector; vectors of different extractors must not be mixed.
+    """What made a task vector; vectors of different extractors must not be compared.
 
     Attributes:
         view: Which view.
-        source: Whether the texts were the task's samples or the bundled probes.
-        settings: How much text was read.
+        source: Whether the task's samples or the bundled probes were read.
+        settings: How much was read.
         dtype: Precision of the base model.
         base: Fingerprint of the base model.
         version: Version of the procedure.
@@ -98,13 +99,13 @@ class TaskVector:
 
 
 def split_samples(samples: Sequence[Sample], settings: VectorSettings | None = None) -> tuple[tuple[Sample, ...], ...]:
-    """Choose disjoint support sets out of a task's samples.
+    """Choose disjoint support sets from a task's samples.
 
-    The chosen samples are spread evenly over the file and dealt out in turn, so that a file sorted by topic gives sets
-    that are alike. With fewer samples there are fewer sets; with less than one full set, one set of all samples.
+    The chosen samples are spread evenly over the file and dealt out in turn, so that a file sorted by topic gives
+    similar sets. Fewer samples give fewer sets; less than one full set gives one set of all samples.
 
     Args:
-        samples: The texts, in the order of the file.
+        samples: The task's samples, in the order of the file.
         settings: How many sets of how many samples; None for the defaults.
 
     Raises:

@@ -8,7 +8,7 @@ import pytest
 
 from icmlora.fleet.map import MapReport
 from icmlora.fleet.map_picture import draw_map
-from icmlora.task_vectors.clusters import map_tasks
+from icmlora.task_vectors.map import map_tasks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -119,7 +119,7 @@ def test_what_is_not_rows_of_finite_values_is_not_written(views: dict[View, torc
 @given(st.integers(0, 10**6))
 def test_truncated_vectors_are_refused(cut: int) -> None:
     data = vectors_to_bytes(alike(2, 10))
-    with pytest.raises(DataError, match="no task vectors"):
+    with pytest.raises(DataError, match="not task vectors"):
         vectors_from_bytes(data[: cut % len(data)])
 
 
@@ -127,7 +127,7 @@ def test_truncated_vectors_are_refused(cut: int) -> None:
 def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
     data = bytearray(vectors_to_bytes(alike(2, 10)))
     data[place % len(data)] ^= 1 << bit
-    with pytest.raises(DataError, match="no task vectors"):
+    with pytest.raises(DataError, match="not task vectors"):
         vectors_from_bytes(bytes(data))
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from icmlora.task_vectors.clusters import PAIRS, map_tasks
 from icmlora.task_vectors.distances import VectorSpace, cosine_distances, mean_vectors, task_distances
+from icmlora.task_vectors.map import PAIRS, map_tasks
 
 Floats = NDArray[np.float64]
 SEEDS = st.integers(0, 2**32 - 1)

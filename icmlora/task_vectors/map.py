@@ -1,0 +1,210 @@
+"""A map of a fleet by its task vectors: which tasks are near each other, and how distinct their clusters are.
+
+    vectors a task ──VectorSpace──▶ distances (n, n) ──cluster──▶ clusters ──▶ silhouette over tasks, by cluster
+          │                            `── classical scaling ──▶ points (n, 2)
+          `──▶ distances between vectors ──▶ silhouette over vectors, by task: can tasks be told apart at all?
+
+The picture's plane is the one that keeps the most of the squared distances between the tasks' directions (classical
+scaling, Torgerson 1952, which for directions is principal component analysis). Clusters are made from the distances
+themselves, not from the picture, so they may overlap in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from icmlora.task_vectors.clusters import Floats, Labels, cluster, silhouettes
+from icmlora.task_vectors.distances import (
+    FEWEST,
+    Neighbour,
+    SupportSetVectors,
+    VectorSpace,
+    cosine_distances,
+    directions,
+    mean_vectors,
+)
+
+PAIRS = 5
+"""Nearest pairs that a map names, in addition to pairs that cannot be told apart."""
+_SLACK = 1.1
+"""Two tasks are alike if their vectors are at most this much farther apart than vectors of one task. Of 20 real tasks,
+the halves of one task's vectors were alike nine times of ten, and no two tasks ever were (1.19 at least)."""
+_FENCE = 1.5
+"""Quartile ranges above the third quartile from which a value is an outlier (Tukey 1977)."""
+
+
+@dataclass(frozen=True)
+class MappedTask:
+    """One task on the map.
+
+    Attributes:
+        cluster: Number of its cluster, from 1; cluster 1 is the largest.
+        silhouette: -1 to 1: above 0 it is nearer to its own cluster, below 0 to another; 0 if it is alone.
+        point: Where it is in the picture, (x, y).
+        support_sets: Where the vectors of its support sets are, (x, y) each; their mean is `point`.
+        nearest: The nearest other task.
+        is_outlier: Whether even the nearest task is much farther away than other tasks' nearest ones.
+    """
+
+    name: str
+    cluster: int
+    silhouette: float
+    point: tuple[float, float]
+    support_sets: tuple[tuple[float, float], ...]
+    nearest: Neighbour
+    is_outlier: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two tasks and their distance.
+
+    Attributes:
+        is_alike: Whether vectors of the two are hardly farther from each other than vectors of one of them, so that
+            vectors cannot tell the tasks apart.
+    """
+
+    tasks: tuple[str, str]
+    distance: float
+    is_alike: bool
+
+
+@dataclass(frozen=True)
+class TaskMap:
+    """The map of a fleet.
+
+    Attributes:
+        tasks: In the order in which they were given.
+        silhouette_by_cluster: Mean over the tasks, grouped by cluster; None if there is one cluster.
+        silhouette_by_task: Mean over the vectors, grouped by task; None if no task has two vectors.
+        variation: Share of the squared distances between directions that each axis of the picture shows.
+        pairs: Nearest pairs first; all pairs that are alike, and more up to `PAIRS`.
+        typical: Median distance between two tasks.
+    """
+
+    tasks: tuple[MappedTask, ...]
+    silhouette_by_cluster: float | None
+    silhouette_by_task: float | None
+    variation: tuple[float, float]
+    pairs: tuple[Pair, ...]
+    typical: float
+
+    @property
+    def clusters(self) -> tuple[tuple[MappedTask, ...], ...]:
+        """The tasks of each cluster, cluster 1 first; the best silhouette first."""
+        last = max(task.cluster for task in self.tasks)
+        members = [[task for task in self.tasks if task.cluster == number] for number in range(1, last + 1)]
+        return tuple(tuple(sorted(found, key=lambda task: (-task.silhouette, task.name))) for found in members)
+
+
+def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
+    """Make the map of some tasks; their order matters for exact ties only.
+
+    Args:
+        tasks: Vectors of each task, all made by one extractor.
+        clusters: How many; None for the number with the best silhouette.
+
+    Raises:
+        ValueError: Fewer than `FEWEST` tasks, or more clusters than tasks.
+    """
+    if len(tasks) < FEWEST:
+        raise ValueError(f"a map has {FEWEST} tasks or more")
+    names, means, space = list(tasks), mean_vectors(tasks), VectorSpace.of(tasks)
+    placed = space.place(means)
+    distances = cosine_distances(placed, placed)
+    labels = cluster(distances, clusters)
+    values = silhouettes(distances, labels)
+    apart = distances + np.diag(np.full(len(names), np.inf))  # (n, n): nobody is the nearest task of itself
+    neighbours, gaps = apart.argmin(axis=1), apart.min(axis=1)
+    fence = _upper_fence(gaps)
+    owners = np.repeat(np.arange(len(names)), [len(vectors) for vectors in tasks.values()])
+    vectors = space.place(np.concatenate(list(tasks.values())))
+    between = cosine_distances(vectors, vectors)
+    # In units of the length of the task's mean vector, the mean of its vectors is the task's direction.
+    lengths = np.linalg.norm(placed, axis=1)
+    points, spread, variation = _plane(directions(placed), vectors / np.where(lengths > 0, lengths, 1.0)[owners, None])
+    mapped = [
+        MappedTask(
+            name=name,
+            cluster=int(labels[number]) + 1,
+            silhouette=float(values[number]),
+            point=_xy(points[number]),
+            support_sets=tuple(_xy(point) for point in spread[owners == number]),
+            nearest=Neighbour(names[neighbours[number]], float(gaps[number])),
+            is_outlier=bool(gaps[number] > fence),
+        )
+        for number, name in enumerate(names)
+    ]
+    return TaskMap(
+        tasks=tuple(mapped),
+        silhouette_by_cluster=float(values.mean()) if labels.any() else None,
+        silhouette_by_task=_by_task(between, owners),
+        variation=variation,
+        pairs=_pairs(names, distances, between, owners),
+        typical=float(np.median(distances[np.triu_indices(len(names), 1)])),
+    )
+
+
+def _plane(points: Floats, others: Floats) -> tuple[Floats, Floats, tuple[float, float]]:
+    """Project onto the plane in which the points vary most.
+
+    Args:
+        points: What the plane is fitted to, shape (n, d).
+        others: Shape (m, d).
+
+    Returns:
+        Points (n, 2), others (m, 2), and the share of the points' variation on each axis.
+    """
+    middle = points.mean(axis=0)
+    _, strengths, axes = np.linalg.svd(points - middle, full_matrices=False)
+    plane = axes[:2]
+    flat = (points - middle) @ plane.T
+    # A singular vector has no sign of its own: the farthest point is put on the positive side of each axis.
+    signs = np.sign(flat[np.abs(flat).argmax(axis=0), [0, 1]])
+    plane = plane * np.where(signs < 0, -1.0, 1.0)[:, None]
+    shares = np.square(strengths) / max(float(np.square(strengths).sum()), np.finfo(np.float64).tiny)
+    return (points - middle) @ plane.T, (others - middle) @ plane.T, (float(shares[0]), float(shares[1]))
+
+
+def _by_task(between: Floats, owners: Labels) -> float | None:
+    """Return the mean over the vectors of tasks that have several; a single vector says nothing of its own task."""
+    several = np.bincount(owners)[owners] > 1
+    return float(silhouettes(between, owners)[several].mean()) if several.any() else None
+
+
+def _pairs(names: list[str], distances: Floats, between: Floats, owners: Labels) -> tuple[Pair, ...]:
+    """Return the pairs that a map names.
+
+    Args:
+        names: Of n tasks.
+        distances: Between tasks, shape (n, n).
+        between: Between vectors, shape (m, m).
+        owners: Number of the task of each vector, shape (m,).
+    """
+    member = (owners[:, None] == np.arange(len(names))).astype(np.float64)  # (vectors, tasks)
+    sizes = member.sum(axis=0)
+    sums = member.T @ between @ member
+    # A task of s vectors has s (s - 1) ordered pairs of two different ones.
+    within = sums.diagonal() / np.maximum(sizes * (sizes - 1), 1)
+    alike = sums / np.outer(sizes, sizes) <= _SLACK * np.maximum(within[:, None], within[None, :])
+    first, second = np.triu_indices(len(names), 1)
+    order = np.argsort(distances[first, second], kind="stable")
+    first, second = first[order], second[order]
+    shown = alike[first, second]
+    shown[:PAIRS] = True
+    return tuple(
+        Pair((names[one], names[other]), float(distances[one, other]), bool(alike[one, other]))
+        for one, other in zip(first[shown].tolist(), second[shown].tolist(), strict=True)
+    )
+
+
+def _upper_fence(values: Floats) -> float:
+    """Return the value above which values are outliers."""
+    low, high = np.quantile(values, [0.25, 0.75])
+    return float(high + _FENCE * (high - low))
+
+
+def _xy(point: Floats) -> tuple[float, float]:
+    return float(point[0]), float(point[1])
