@@ -1,1 +1,1 @@
-"""What else a fleet could be stored as: the methods that icm is compared with, as real bytes that are read back."""
+"""The methods that icm is compared with; each writes real bytes and reads adapters back from them."""

@@ -1,10 +1,11 @@
-"""What every baseline is: bytes for the whole fleet, bytes for each task, and an adapter from exactly those bytes.
+"""The protocol of a baseline: bytes for the whole fleet, bytes for each task, and an adapter from exactly those.
 
     fleet --prepare--> shared bytes            b"" for a method that stores each adapter alone
     adapter, shared --encode--> code           one task
     code, shared --decode--> adapter           nothing else is read
 
-A task that was not in the fleet is encoded under the same shared bytes, so its code is what one more task costs.
+A task that was not in the fleet is encoded under the same shared bytes, so the size of its code is what one more task
+costs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 from icmlora.adapter.model import Adapter
 
 NamedAdapters = Mapping[str, Adapter]
-"""Task to adapter. A mapping may load an adapter whenever it is asked for, so baselines hold one at a time."""
+"""Task to adapter. The mapping may load an adapter each time it is asked, so baselines hold one at a time."""
 
 
 class Baseline(Protocol):
@@ -33,13 +34,13 @@ class Baseline(Protocol):
         """Read an adapter back.
 
         Raises:
-            CodeError: The bytes are not of this method and operating point.
+            CodeError: The bytes were not made by this method at this operating point.
         """
         ...
 
 
 class PerAdapter:
-    """The half of a baseline that stores each adapter alone: nothing is shared."""
+    """Base class for baselines that store each adapter alone and share nothing."""
 
     def prepare(self, fleet: NamedAdapters) -> bytes:
         """Return no bytes."""

@@ -1,9 +1,9 @@
-"""The names of baselines: `int8`, `svd4-3bit`, `mean16+svd2-2bit`, `loraquant2-90`, `jd16x4diag-int8`.
+"""Baselines by name: `int8`, `svd4-3bit`, `mean16+svd2-2bit`, `loraquant2-90`, `jd16x4diag-int8`.
 
-QUANTISER              bf16 int8 nf4, or 1bit to 4bit; 3bitg64: a scale per 64 values; 3bitf: at full strength
+QUANTISER              bf16 int8 nf4, or 1bit to 4bit; 3bitg64: one scale per 64 values; 3bitf: at full strength
 svdK[-QUANTISER]       the K strongest directions, bf16 by default; svd alone is svd4
 meanK[-QUANTISER]      the fleet's mean dW in K directions for every task; mean alone is mean16
-meanK[-Q]+svdK[-Q]     and what a task's dW differs from it
+meanK[-Q]+svdK[-Q]     the mean, plus each task's difference to it
 loraquantB[-SHARE][f]  B bits for the directions with SHARE % of the energy (90), 1 bit for the others
 jdR[xC][diag][-Q]      joint diagonalisation: R columns, C clusters, full or diagonal cores
 """
@@ -29,10 +29,10 @@ _JOINT = re.compile(rf"jd([1-9]\d{{0,3}})(?:x([1-9]\d?))?(diag)?(?:-{_QUANTISER}
 
 
 def baseline_named(name: str) -> Baseline:
-    """Return the baseline of a name.
+    """Return the baseline with this name.
 
     Raises:
-        UnknownBaseline: There is none.
+        UnknownBaseline: There is no such baseline.
     """
     full = _SHORT.get(name, name)
     if re.fullmatch(_QUANTISER, full):
@@ -46,7 +46,7 @@ def baseline_named(name: str) -> Baseline:
         return FleetMean(int(match[1]), _quantizer(match[2]), residual)
     if match := _JOINT.fullmatch(full):
         return Joint(int(match[1]), int(match[2] or 1), match[3] is not None, _quantizer(match[4]))
-    raise UnknownBaseline(f"no baseline is called {name!r}", hint=f"some that are: {', '.join(EXAMPLES)}")
+    raise UnknownBaseline(f"unknown baseline {name!r}", hint=f"examples: {', '.join(EXAMPLES)}")
 
 
 def _quantizer(name: str | None) -> ValueQuantizer:

@@ -1,14 +1,9 @@
-"""An adapter as a head and its factors, all under one quantiser: `head | A, B^T of each module in natural order`.
+"""Baselines that store an adapter as its factors: quantised, truncated, or as a difference to the fleet's mean.
 
-The factors as trained, value by value: bf16, int8, nf4, 4 to 1 bits.
-
-Fewer ranks: the strongest directions of each module's dW, balanced over the two factors, then quantised.
-
-dW = sum s u v^T   ->   A' = sqrt(s) v^T,  B' = u sqrt(s)  of the first k
-
-One adapter for all tasks: the mean dW of the fleet, cut to a rank. A task's code is empty, or what the mean lacks.
-
-shared = k strongest directions of mean(B_i A_i);   code = b"", or directions of B A - mean
+bytes        head | A, B^T of each module in natural order, all under one quantiser
+Plain        the factors as trained
+Truncation   dW = sum s u v^T   ->   A' = sqrt(s) v^T,  B' = u sqrt(s)  of the k strongest directions
+FleetMean    shared = k strongest directions of mean(B_i A_i);   code = b"", or directions of B A - mean
 """
 
 from __future__ import annotations
@@ -35,7 +30,7 @@ def factors_from_bytes(data: bytes, quantizer: ValueQuantizer) -> Adapter:
     """Read an adapter back.
 
     Raises:
-        CodeError: Bytes are missing or left over.
+        CodeError: There are too few or too many bytes.
     """
     reader = ByteReader(data)
     head = Head.read(reader)
@@ -50,7 +45,7 @@ def factors_from_bytes(data: bytes, quantizer: ValueQuantizer) -> Adapter:
 
 @dataclass(frozen=True)
 class Plain(PerAdapter):
-    """Quantise A and B."""
+    """Quantise A and B as they were trained."""
 
     quantizer: ValueQuantizer
 
@@ -65,7 +60,7 @@ class Plain(PerAdapter):
 
 @dataclass(frozen=True)
 class Truncation(PerAdapter):
-    """Keep `rank` directions of every module, or all where it has fewer."""
+    """Keep the `rank` strongest directions of every module, or all if it has fewer."""
 
     rank: int
     quantizer: ValueQuantizer
@@ -81,12 +76,12 @@ class Truncation(PerAdapter):
 
 @dataclass(frozen=True)
 class FleetMean:
-    """The mean of the fleet's dW, for every task.
+    """Give every task the mean of the fleet's dW, optionally with a difference of its own.
 
     Attributes:
         rank: Directions kept of each module.
         quantizer: How the mean is stored.
-        residual: How a task's difference to the mean is stored, a baseline that shares nothing; None stores nothing.
+        residual: Stores a task's difference to the mean: a baseline that shares nothing, or None for no difference.
     """
 
     rank: int
@@ -94,7 +89,7 @@ class FleetMean:
     residual: Baseline | None = None
 
     def prepare(self, fleet: NamedAdapters) -> bytes:
-        """Store the mean over the modules that at least half of the tasks have; a task without one counts as zero.
+        """Store the mean of the modules that at least half of the tasks have; a missing module counts as zero.
 
         Raises:
             ValueError: The fleet is empty.
@@ -103,18 +98,18 @@ class FleetMean:
         return factors_to_bytes(mean, self.quantizer)
 
     def encode(self, adapter: Adapter, shared: bytes) -> bytes:
-        """Store what the decoded mean lacks, if anything is stored."""
+        """Store the difference to the decoded mean, if differences are stored."""
         if self.residual is None:
             return b""
         mean = among(factors_from_bytes(shared, self.quantizer).modules, adapter)
         return self.residual.encode(plus(adapter, times(mean, -1.0)), b"")
 
     def decode(self, code: bytes, shared: bytes) -> Adapter:
-        """Return the mean, or the mean with a task's difference added, of the modules that the task has."""
+        """Return the mean; with differences, the mean of the modules that the task has, plus its difference."""
         mean = factors_from_bytes(shared, self.quantizer)
         if self.residual is not None:
             difference = self.residual.decode(code, b"")
             return plus(difference, among(mean.modules, difference))
         if code:
-            raise CodeError("a task has no code beside the fleet's mean")
+            raise CodeError("the task has a code, but this baseline stores only the fleet's mean")
         return mean

@@ -1,11 +1,9 @@
-"""Taking a byte string apart from its front.
-
-What an adapter is apart from its values, in about 200 bytes: labels, module names, ranks and widths.
+"""An adapter without its values, in about 200 bytes: labels, module names, ranks and widths.
 
     size (2) | zlib of  [base model, task type, revision, [[pattern, layers, rank, inputs, outputs], ...]]
 
 A safetensors header names every tensor in full: 13 kB for 60 modules, more than a whole adapter at 2 bits and rank 1.
-Here modules that differ in their layer alone are one entry, `model.layers.#.self_attn.q_proj` in layers 0-29.
+Here modules that differ only in their layer are one entry, such as `model.layers.#.self_attn.q_proj` in layers 0-29.
 """
 
 from __future__ import annotations
@@ -18,11 +16,12 @@ from dataclasses import dataclass
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError
+from icmlora.generator.container import inflate
 from registry.names import natural_key
 
 
 class ByteReader:
-    """Bytes that are taken in order; what is missing or left over is an error."""
+    """Read bytes from front to back; missing and left-over bytes are errors."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
@@ -31,7 +30,7 @@ class ByteReader:
         """Return the next `size` bytes.
 
         Raises:
-            CodeError: There are fewer.
+            CodeError: There are fewer bytes.
         """
         end = self._at + size
         if end > len(self._data):
@@ -44,17 +43,19 @@ class ByteReader:
         return int.from_bytes(self.take(size), "little")
 
     def finish(self) -> None:
-        """Check that nothing is left.
+        """Check that all bytes were read.
 
         Raises:
-            CodeError: Something is.
+            CodeError: Some are left.
         """
         if self._at != len(self._data):
             raise CodeError(f"the code has {len(self._data) - self._at} bytes too many")
 
 
-_LAYER = "#"  # no part of a module's name
+_LAYER = "#"
+"""Stands for the layer number in a pattern; module names cannot contain it."""
 _LIMIT = 1 << 20
+"""Largest head once it is decompressed, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ class Head:
         """Read a head from the front of a code.
 
         Raises:
-            CodeError: There is none.
+            CodeError: There is no head.
         """
         packed = reader.take(reader.number(2))
         try:
-            base_model, task_type, revision, groups = json.loads(zlib.decompressobj().decompress(packed, _LIMIT))
+            base_model, task_type, revision, groups = json.loads(inflate(packed, 2, _LIMIT))
             shapes = [shape for group in groups for shape in _spread(*group)]
-        except (zlib.error, ValueError, TypeError) as error:
+        except (CodeError, ValueError, TypeError) as error:
             raise CodeError("the code does not begin with a head") from error
         return cls(base_model, task_type, revision, tuple(sorted(shapes, key=lambda shape: natural_key(shape.module))))
 
@@ -107,6 +108,7 @@ class Head:
 
 
 def _grouped(layout: Iterable[ModuleShape]) -> Iterator[list[object]]:
+    """Yield one entry for all modules that differ only in their layer."""
     groups: dict[tuple[str, int, int, int], list[int]] = {}
     for shape in layout:
         parts = shape.module.split(".")

@@ -3,9 +3,9 @@
     dW = sum s u v^T;   the first h directions that hold a share of sum s^2: 2 or 3 bits;   the others: 1 bit
     head | h of each module (1 byte each) | A, B^T of the first h | A, B^T of the others, module by module
 
-Scales are shared by 128 values, as in the paper. Two things are kinder than there: levels are symmetric, so no zero
-points are stored, and the clip is searched. The paper's gradient steps on the scales are left out; a searched clip
-and the scale of least error do the same for a given direction.
+Scales are shared by 128 values, as in the paper. Two things favour the method compared with the paper: levels are
+symmetric, so no zero points are stored, and the clip is searched. The paper's gradient steps on the scales are left
+out; a searched clip and the scale of least error do the same for a given direction.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from icmlora.baselines.quantizers import Uniform, ValueQuantizer
 
 @dataclass(frozen=True)
 class MixedPrecision(PerAdapter):
-    """More bits for the directions that carry the share `ratio` of a module's energy.
+    """Spend more bits on the directions that carry the share `ratio` of a module's energy.
 
     Attributes:
-        bits: Of the directions that carry it, 2 to 4.
+        bits: Bits for these directions, 2 to 4; the others get 1.
         ratio: The share.
-        full: Scales at full strength, which is not in the paper; see `Uniform`.
+        full: Use scales at full strength, which the paper does not; see `Uniform`.
     """
 
     bits: int
@@ -37,6 +37,7 @@ class MixedPrecision(PerAdapter):
     full: bool = False
 
     _GROUP: ClassVar[int] = 128
+    """Values that share a scale."""
 
     def encode(self, adapter: Adapter, shared: bytes) -> bytes:
         """Split, quantise and serialise one adapter."""

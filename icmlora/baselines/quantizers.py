@@ -1,9 +1,6 @@
-"""Integers of a few bits, packed without gaps.
+"""Matrices <-> bytes: bfloat16, int8, NF4, and uniform steps of 1 to 4 bits, with scales in bfloat16.
 
-Matrices as bytes: bfloat16, int8, NF4, and uniform steps of 1 to 4 bits. Scales are bfloat16 and counted.
-
-A row is one rank slot: a row of A, or a column of B. A scale for each row of B instead would be one for every r
-values.
+A row is one rank slot: a row of A, or a column of B (as B^T). Scales per row of B would be one for every r values.
 """
 
 from __future__ import annotations
@@ -16,25 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-
-def packed_size(count: int, bits: int) -> int:
-    """Return the bytes that `count` integers of `bits` bits take."""
-    return (count * bits + 7) // 8
-
-
-def pack(values: NDArray[np.uint8], bits: int) -> bytes:
-    """Pack integers below 2^bits, lowest bit first; the last byte is filled with zeros."""
-    planes = (values.reshape(-1, 1) >> np.arange(bits, dtype=np.uint8)) & 1  # (count, bits)
-    return np.packbits(planes.astype(np.uint8), bitorder="little").tobytes()
-
-
-def unpack(data: bytes, bits: int, count: int) -> NDArray[np.uint8]:
-    """Read `count` integers back."""
-    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits, bitorder="little")
-    weights = (1 << np.arange(bits)).astype(np.uint8)
-    return np.asarray((flat.reshape(count, bits) * weights).sum(axis=1), dtype=np.uint8)
-
-
 _BF16 = 2  # bytes
 _CLIPS = torch.linspace(0.1, 1.0, 46)  # tried shares of the largest value that the outermost level stands for
 # The code book of bitsandbytes' NF4 (Dettmers et al., arXiv 2305.14314): quantiles of a normal distribution.
@@ -46,7 +24,7 @@ _NF4 = torch.tensor(
 
 
 class ValueQuantizer(Protocol):
-    """A matrix to bytes whose number follows from its shape, and back."""
+    """Turn a matrix into bytes, whose number follows from its shape, and back."""
 
     def size(self, rows: int, columns: int) -> int:
         """Return the bytes that a matrix takes."""
@@ -131,13 +109,13 @@ class Nf4:
 
 @dataclass(frozen=True)
 class Uniform:
-    """2^bits levels at -1/2, 1/2, 3/2 ... steps; the step with the least squared error of 46. One bit is the sign.
+    """2^bits levels at -1/2, 1/2, 3/2 ... steps; of 46 steps the one with the least squared error. One bit is the sign.
 
     Attributes:
         bits: 1 to 4.
         group: Values of a row that share a scale; None for the whole row.
         full: Choose the scale that gives a row its full length along the original, not the one of least error, which
-            is shorter. An adapter that is too weak loses more of its gain than the larger error costs.
+            makes it shorter. An adapter that is too weak loses more of its gain than the larger error costs.
     """
 
     bits: int
@@ -149,7 +127,7 @@ class Uniform:
         return sum(self._piece_size(rows * count, width) for _, count, width in self._pieces(columns))
 
     def encode(self, values: torch.Tensor) -> bytes:
-        """Search the best clip of each group."""
+        """Search for the best clip of each group."""
         pieces = [
             values[:, start : start + count * width].reshape(-1, width)
             for start, count, width in self._pieces(values.shape[1])
@@ -166,7 +144,7 @@ class Uniform:
         return torch.cat(parts, dim=1)
 
     def _pieces(self, columns: int) -> Iterator[tuple[int, int, int]]:
-        """Yield start, number and width of groups: the whole ones together, then what is left of a row."""
+        """Yield first column, number and width of groups: all full groups together, then the rest of a row."""
         width = min(self.group or columns, columns)
         whole = columns // width
         yield 0, whole, width
@@ -202,8 +180,26 @@ class Uniform:
         return torch.where(overlap > 0, (values * values).sum(dim=1, keepdim=True) / overlap, 0.0)
 
 
+def packed_size(count: int, bits: int) -> int:
+    """Return the bytes that `count` integers of `bits` bits take."""
+    return (count * bits + 7) // 8
+
+
+def pack(values: NDArray[np.uint8], bits: int) -> bytes:
+    """Pack integers below 2^bits without gaps, lowest bit first; the last byte is filled with zeros."""
+    planes = (values.reshape(-1, 1) >> np.arange(bits, dtype=np.uint8)) & 1  # (count, bits)
+    return np.packbits(planes.astype(np.uint8), bitorder="little").tobytes()
+
+
+def unpack(data: bytes, bits: int, count: int) -> NDArray[np.uint8]:
+    """Unpack `count` integers."""
+    flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count * bits, bitorder="little")
+    weights = (1 << np.arange(bits)).astype(np.uint8)
+    return np.asarray((flat.reshape(count, bits) * weights).sum(axis=1), dtype=np.uint8)
+
+
 def _rounded(values: torch.Tensor) -> torch.Tensor:
-    """Return what the decoder will see of a scale, so that levels are chosen for it."""
+    """Round scales as they are stored, so that levels are chosen for what the decoder sees."""
     return values.to(torch.bfloat16).float()
 
 

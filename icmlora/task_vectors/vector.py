@@ -2,7 +2,7 @@
 
     samples --split_samples--> support sets --extract_*--> TaskVector(view, support_set, values)
 
-View "adapted" is the paper's (ICM-LoRA, arXiv 2501.17635): base model plus adapter, last layer, last position, mean over
+View "adapted" is that of the paper (arXiv 2501.17635): base model plus adapter, last layer, last position, mean over
 samples. View "context" needs no adapter: the base model reads the samples as consecutive demonstrations, mean over
 positions. Both views of a task come from the same support sets. Sets are disjoint, so each describes the task
 independently.

@@ -150,3 +150,8 @@ def same(left: Adapter, right: Adapter) -> bool:
     return left.layout == right.layout and all(
         torch.equal(x.a, y.a) and torch.equal(x.b, y.b) for x, y in zip(left.modules, right.modules, strict=True)
     )
+
+
+def dense(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return dW by module name, in float64."""
+    return {module.name: module.b.double() @ module.a.double() for module in adapter.modules}

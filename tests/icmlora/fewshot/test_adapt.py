@@ -1,4 +1,4 @@
-"""Learned steps from a start, and gradient steps from an adapter, on a tiny base model."""
+"""Learned steps from a few-shot start, on a tiny base model."""
 
 from __future__ import annotations
 
@@ -10,25 +10,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.adapter.model import Adapter
-from icmlora.base_models.factors import factors_of
 from icmlora.base_models.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.adapt import adapt, supports
-from icmlora.fewshot.evidence import gather_evidence
-from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
 from icmlora.generator.scales import OCTAVE
 from tests.icmlora.fewshot.trained_tasks import (
     NAMES,
-    dense,
     is_untouched,
+    loss_of,
     random_adapter,
     scored,
     texts_of,
     weights_of,
 )
-from tests.icmlora.small_fleet import same
+from tests.icmlora.small_fleet import dense, same
 from tests.icmlora.tiny_base import load_tiny_base
 
 
@@ -48,10 +44,6 @@ def start(lengths: tuple[int, ...] = (-24, -20, -16, -12)) -> FewShotStart:
     return FewShotStart(random_adapter(1, strength=0.05), (0,) * len(NAMES), (lengths, second), (0, 0), 3)
 
 
-def loss(base: BaseModel, adapter: Adapter, samples: list[Scored]) -> float:
-    return gather_evidence(base, factors_of(adapter), [], samples).nats
-
-
 def test_every_module_steps_as_far_as_was_learned_for_it(base: BaseModel, samples: list[Scored]) -> None:
     known = start()
     before = dense(known.adapter)
@@ -65,8 +57,8 @@ def test_every_module_steps_as_far_as_was_learned_for_it(base: BaseModel, sample
 
 def test_the_loss_falls_with_each_step(base: BaseModel, samples: list[Scored]) -> None:
     first, second = adapt(base, start(), samples)
-    losses = [first.nats, second.nats, loss(base, second.adapter, samples)]
-    assert losses[0] == pytest.approx(loss(base, start().adapter, samples), rel=1e-5)
+    losses = [first.nats, second.nats, loss_of(base, second.adapter, samples)]
+    assert losses[0] == pytest.approx(loss_of(base, start().adapter, samples), rel=1e-5)
     assert losses == sorted(losses, reverse=True)
     assert len(set(losses)) == 3
 
@@ -120,57 +112,3 @@ def test_adapting_leaves_the_base_model_as_it_was(base: BaseModel, samples: list
     before = weights_of(base)
     list(adapt(base, untrained_fewshot_start([random_adapter(1), random_adapter(2)]), samples))
     assert is_untouched(base, before)
-
-
-class TestFinetuning:
-    """Ordinary gradient steps."""
-
-    CONFIG = FinetuneConfig(steps=12, learning_rate=0.02)
-
-    def test_the_loss_falls(self, base: BaseModel, samples: list[Scored]) -> None:
-        given = random_adapter(1)
-        *_, (_, tuned) = finetune(base, given, samples, self.CONFIG)
-        assert loss(base, tuned, samples) < loss(base, given, samples)
-
-    def test_each_step_says_the_loss_before_it(self, base: BaseModel, samples: list[Scored]) -> None:
-        given = random_adapter(1)
-        nats, _ = next(finetune(base, given, samples, replace(self.CONFIG, batch=len(samples))))
-        assert nats == pytest.approx(loss(base, given, samples), rel=1e-5)
-
-    def test_the_given_adapter_is_not_changed(self, base: BaseModel, samples: list[Scored]) -> None:
-        given = random_adapter(1)
-        *_, (_, tuned) = finetune(base, given, samples, self.CONFIG)
-        assert same(given, random_adapter(1))
-        assert tuned.layout == given.layout
-        assert not any(module.a.requires_grad or module.b.requires_grad for module in tuned.modules)
-
-    def test_what_a_step_gave_is_not_changed_by_the_next(self, base: BaseModel, samples: list[Scored]) -> None:
-        work = finetune(base, random_adapter(1), samples, self.CONFIG)
-        _, first = next(work)
-        before = dense(first)
-        next(work)
-        assert all(torch.equal(before[name], dense(first)[name]) for name in NAMES)
-
-    def test_a_seed_decides_everything(self, base: BaseModel, samples: list[Scored]) -> None:
-        def last(seed: int) -> Adapter:
-            *_, (_, tuned) = finetune(base, random_adapter(1), samples, replace(self.CONFIG, seed=seed))
-            return tuned
-
-        assert same(last(0), last(0))
-        assert not same(last(0), last(1))
-
-    def test_one_sample_is_enough(self, base: BaseModel, samples: list[Scored]) -> None:
-        assert len(list(finetune(base, random_adapter(1), samples[:1], self.CONFIG))) == self.CONFIG.steps
-
-    def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(self) -> None:
-        config = FinetuneConfig(steps=40, learning_rate=1.0)
-        rates = [config.rate_at(step) for step in range(40)]
-        assert max(rates) == rates[3] == 1.0
-        assert rates[:4] == sorted(rates[:4])
-        assert rates[3:] == sorted(rates[3:], reverse=True)
-        assert 0 < rates[-1] < 0.1
-
-    def test_it_leaves_the_base_model_as_it_was(self, base: BaseModel, samples: list[Scored]) -> None:
-        before = weights_of(base)
-        list(finetune(base, random_adapter(1), samples, self.CONFIG))
-        assert is_untouched(base, before)

@@ -14,7 +14,8 @@ from icmlora.base_models.factors import factors_of
 from icmlora.base_models.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
-from tests.icmlora.fewshot.trained_tasks import NAMES, dense, is_untouched, random_adapter, scored, weights_of
+from tests.icmlora.fewshot.trained_tasks import NAMES, is_untouched, random_adapter, scored, weights_of
+from tests.icmlora.small_fleet import dense
 from tests.icmlora.tiny_base import load_tiny_base
 
 TEXTS = ["a first text", "another one, and a longer one", "third", "one more of the fourth length"]

@@ -17,14 +17,8 @@ from icmlora.fewshot import meta_training
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes
-from tests.icmlora.fewshot.trained_tasks import (
-    NAMES,
-    TrainedTasks,
-    dense,
-    is_untouched,
-    trained_tasks,
-    weights_of,
-)
+from tests.icmlora.fewshot.trained_tasks import NAMES, TrainedTasks, is_untouched, trained_tasks, weights_of
+from tests.icmlora.small_fleet import dense
 from tests.icmlora.tiny_base import load_tiny_base
 
 CONFIG = MetaConfig(episodes=3, updates=2, support=(2, 4), learning_rate=4.0)

@@ -14,8 +14,7 @@ from icmlora.adapter.metrics import module_norms
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.fewshot.start import FIRST_RATES, FIRST_SLOPE, FewShotStart, encodable_part, untrained_fewshot_start
 from icmlora.generator.config import config_for
-from tests.icmlora.fewshot.trained_tasks import dense
-from tests.icmlora.small_fleet import BASE, make_adapter, module_name, with_factors
+from tests.icmlora.small_fleet import BASE, dense, make_adapter, module_name, with_factors
 
 BOTH = make_adapter(0)
 NAMES = [module.name for module in BOTH.modules]

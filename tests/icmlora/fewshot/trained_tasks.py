@@ -9,8 +9,10 @@ import torch
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.base_models.factors import factors_of
 from icmlora.base_models.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
+from icmlora.fewshot.evidence import gather_evidence
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from tests.icmlora.tiny_base import HIDDEN, LABEL
 
@@ -69,9 +71,9 @@ def trained_tasks(base: BaseModel) -> TrainedTasks:
     return TrainedTasks(adapters, texts)
 
 
-def dense(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Return dW by module name, in float64."""
-    return {module.name: module.b.double() @ module.a.double() for module in adapter.modules}
+def loss_of(base: BaseModel, adapter: Adapter, samples: Sequence[Scored]) -> float:
+    """Return the loss of samples under an adapter, in nats per token."""
+    return gather_evidence(base, factors_of(adapter), [], samples).nats
 
 
 def weights_of(base: BaseModel) -> Mapping[str, torch.Tensor]:
