@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.icm-ready
+# Each process of the tests computes on one core. Tests of a file share fixtures that take seconds, so they stay together.
+JOBS   ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint types format docs lock example-fleet domain-fleet ci clean
@@ -23,10 +26,10 @@ demo: $(READY)  ## ingest, train, materialize, compare and measure on the CPU: f
 
 ## Check it
 test: $(READY)  ## run the tests (without the slow and the fault-injecting ones)
-	@$(BIN)/python -m pytest -q -m "not slow and not fault"
+	@$(PYTEST) -m "not slow and not fault"
 
 test-all: $(READY)  ## run every test
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 lint: $(READY)  ## run ruff and check the formatting and the direction of imports
 	@$(BIN)/ruff check .

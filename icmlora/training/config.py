@@ -18,7 +18,7 @@ class TrainConfig:
 
     What `default` chooses for a fleet:
 
-        below 24 tasks      20 steps a task, at least 100; learning rate 0.008
+        below 24 tasks      20 steps a task, at least 200; learning rate 0.008
         from 24 tasks on    10 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004
 
     A small fleet starts from its own norm tables, and most of what steps can add is there after a fifth of them. The
@@ -62,7 +62,7 @@ class TrainConfig:
             seed: Of all that is drawn.
         """
         small = is_small(tasks, steps)
-        default_steps = max(100, 20 * tasks) if small else steps_for(adapters)
+        default_steps = max(200, 20 * tasks) if small else steps_for(adapters)
         default_rate = 8e-3 if small else cls.learning_rate
         return cls(
             steps=steps or default_steps,
