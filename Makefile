@@ -15,7 +15,7 @@ help:  ## show this list
 		$(MAKEFILE_LIST)
 
 ## Try it
-setup: $(READY)  ## create .venv with the locked dependencies and icm itself (about 1.3 GB; 6 GB with CUDA)
+setup: $(READY)  ## create .venv with the locked dependencies and icm itself (about 1.4 GB; 6 GB with CUDA)
 
 $(READY): pyproject.toml requirements.lock .ci/setup
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
