@@ -1,4 +1,4 @@
-"""Rows and bytes: what `icm` holds, kept in one folder that survives crashes.
+"""Rows and bytes: what `icm` stores, in one folder that survives crashes.
 
 The only door is :class:`registry.store.Store`. Everything else here is how it keeps its promises:
 

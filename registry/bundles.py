@@ -25,7 +25,8 @@ from registry.ingest import KnownTask, known_tasks
 from registry.names import check_name
 from registry.part import Part
 from registry.records import description_of
-from registry.rows import RowWriter, document_row, in_parts, task_folder, unusual_source
+from registry.rows import RowWriter, document_row, in_parts
+from registry.sources import task_folder, unusual_source
 from registry.vectors import record_vector
 
 ImportStatus = Literal["added", "encoded", "known", "skipped"]
@@ -42,7 +43,7 @@ class ImportedTask:
         code: digest of the code's file.
         dw_error: as for :class:`registry.records.NewCode`.
         evaluation: what was measured of the code, if anything; it is recorded under the generator of the bundle.
-        vectors: of a new task; they are not recorded of one that is there.
+        vectors: of a new task; those of a task that is in the store are not recorded.
     """
 
     name: str
@@ -112,11 +113,11 @@ class Bundles(Part):
             return [item.outcome() for item in _decide(session, bundle)]
 
     def add(self, bundle: BundleImport) -> list[ImportOutcome]:
-        """Record a generator with its codes, and tasks that the store lacks, in one transaction.
+        """Record a generator with its codes, and the tasks that are not in the store, in one transaction.
 
         Raises:
             GeneratorConflict: another generator of the base model is in use.
-            TaskConflict: a task is there with another adapter or code, and `on_conflict` is `fail`.
+            TaskConflict: a task is in the store with another adapter or code, and `on_conflict` is `fail`.
             InvalidName: a name outside the rule.
             MissingBlob: a digest is not in the store.
             In each case nothing is recorded.
@@ -132,7 +133,7 @@ class Bundles(Part):
         return [item.outcome() for item in decisions]
 
     def _without_bytes(self, item: _Decision, bundle: BundleImport) -> _Decision:
-        """Skip a task whose code nobody stored: it was to be skipped by the plan, and changed since then."""
+        """Skip a task that the plan skipped, so that its code was not stored, and that has changed since then."""
         if bundle.on_conflict == "fail" or item.status != "encoded" or self._blobs.exists(item.task.code):
             return item
         return replace(item, status="skipped")

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from registry import records, rows
 from registry import schema as models
+from registry.conversion import code_record
 from registry.errors import GeneratorConflict, LastCopy
 from registry.evaluations import record_evaluation
 from registry.files import failpoint
@@ -39,14 +40,14 @@ class Codes(Part):
         with self._db.read() as session:
             query = select(code).where(code.task_id == rows.find_task(session, task).id)
             row = session.scalar(query.where(code.generator_id == generator_id))
-            return None if row is None else rows.code_record(row)
+            return None if row is None else code_record(row)
 
     def all(self, generator_id: int) -> list[records.CodeRecord]:
         """Return all codes of a generator, by task name."""
         code = models.Code
         with self._db.read() as session:
             query = select(code).join(code.task).where(code.generator_id == generator_id).order_by(models.Task.name)
-            return [rows.code_record(row) for row in session.scalars(query)]
+            return [code_record(row) for row in session.scalars(query)]
 
     def add(self, generator_id: int, codes: Sequence[records.NewCode]) -> list[records.CodeRecord]:
         """Record codes of tasks that have none under the current generator, in one transaction.
@@ -67,7 +68,7 @@ class Codes(Part):
             new = list(code_rows(writer, generator, [code for code in codes if code.adapter.task not in known]))
             session.add_all(new)
             session.flush()
-            recorded = [rows.code_record(row) for row in new]
+            recorded = [code_record(row) for row in new]
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         return recorded
@@ -95,7 +96,7 @@ class Codes(Part):
                 return None
             _must_have_original(adapter)
             row = session.scalar(select(code).where(code.task_id == adapter.task_id, code.generator_id == generator.id))
-            old = set() if row is None else set(rows.code_record(row).digests())
+            old = set() if row is None else set(code_record(row).digests())
             if row is None:
                 row = code(task=adapter.task, generator_id=generator.id)
                 session.add(row)
@@ -104,7 +105,7 @@ class Codes(Part):
             row.residual, row.residual_error = None, None
             _set_limits(writer, row, new.asked)
             _replace_evaluations(writer, row, ("code", "residual"), evaluations)
-            record = rows.code_record(row)
+            record = code_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         self._drop(old - {new.blob})
@@ -130,7 +131,7 @@ class Codes(Part):
 
         Raises:
             MissingBlob: the residual's digest is not in the store.
-            LastCopy: the task's original is gone, so what is there is the only copy.
+            LastCopy: the task's original is gone, so code and residual are the only copy.
         """
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
@@ -143,7 +144,7 @@ class Codes(Part):
             row.residual_error = None if new is None else new.dw_error
             _set_limits(writer, row, asked)
             _replace_evaluations(writer, row, ("residual",), evaluations)
-            record = rows.code_record(row)
+            record = code_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         self._drop(old if new is None else old - {new.blob})

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from registry import records, rows
 from registry import schema as models
+from registry.conversion import code_record, evaluation_record
 from registry.files import failpoint
 from registry.part import Part
 from registry.rows import document_row, final_if_unchanged, named_blob, utc_now
@@ -48,7 +49,7 @@ class Evaluations(Part):
         return len(present)
 
     def all(self, task: str | None = None) -> list[records.EvaluationRecord]:
-        """Return all measurements, or those of one task, by task, data and rung.
+        """Return all measurements, or those of one task, by task, text and source.
 
         Raises:
             TaskNotFound: there is no such task.
@@ -59,7 +60,7 @@ class Evaluations(Part):
             query = query.order_by(models.Task.name, models.Blob.digest, evaluation.rung, evaluation.id)
             if task is not None:
                 query = query.where(evaluation.task_id == rows.find_task(session, task).id)
-            return [rows.evaluation_record(row) for row in session.scalars(query)]
+            return [evaluation_record(row) for row in session.scalars(query)]
 
 
 def record_evaluation(session: Session, new: records.NewEvaluation, now: str) -> None:
@@ -106,7 +107,7 @@ def _is_current(
         return session.get(models.Generator, new.generator_id) is not None
     of_task = models.Code.task_id == final.task_id, models.Code.generator_id == new.generator_id
     row = session.scalar(select(models.Code).where(*of_task))
-    return row is not None and code is not None and rows.code_record(row).digests() == code.digests()
+    return row is not None and code is not None and code_record(row).digests() == code.digests()
 
 
 def latest(
@@ -115,6 +116,6 @@ def latest(
     rung: records.Rung,
     generator: records.GeneratorRecord,
 ) -> records.EvaluationRecord | None:
-    """Return the measurement of a generator's rung on the task's own held-out text, else the latest on any text."""
+    """Return how a source does under a generator on the task's own held-out text, else the latest on any text."""
     rows = [row for row in evaluations if row.rung == rung and row.generator_id == generator.id]
     return max(rows, key=lambda row: (row.data == task.eval_data, row.id), default=None)

@@ -1,7 +1,7 @@
-"""Operations on originals: pin them, let go of them, know them again.
+"""Originals: the weights as they were ingested, and deleting them for good.
 
-rows say "evicted" ──commit──▶ files are unlinked       both under the exclusive lock
-                        `── a kill here leaves files that nobody needs; the next evict, or prune, removes them
+rows say "evicted" ──commit──▶ files are deleted       both under the exclusive lock
+                        `── a kill here leaves files that no row needs; the next evict, or prune, deletes them
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from registry.rows import in_parts, utc_now
 
 
 class Originals(Part):
-    """What the store does with the weights that were ingested."""
+    """The weights as they were ingested."""
 
     def evicted(self) -> list[EvictedAdapter]:
         """Return all adapters whose weights were deleted, by task."""
@@ -31,7 +31,7 @@ class Originals(Part):
             return known_tasks.evicted_adapters(connection)
 
     def in_use(self) -> dict[str, int]:
-        """Return digest -> number of adapters that still have these weights; a file with two goes with the second."""
+        """Return digest -> number of adapters that have these weights; a file is deleted with the last of them."""
         with self._db.read() as session:
             query = select(models.Blob.digest, func.count()).join(
                 models.Adapter, models.Adapter.weights_id == models.Blob.id
@@ -42,7 +42,7 @@ class Originals(Part):
     def evict(self, eviction: Eviction) -> int:
         """Delete the weights of some adapters of a task, for good, and record what was measured before.
 
-        Code and generator are looked at once more, since another process may have come between. Works on a full disk.
+        Code and generator are compared once more with what was checked. Works on a full disk.
 
         Returns:
             The bytes freed; a file that other adapters need stays.
@@ -54,10 +54,10 @@ class Originals(Part):
         """
         self._db.must_write()
 
-        def let_go() -> int:
+        def delete() -> int:
             with self._db.write() as session:
-                code = _must_stand_in(session, eviction)
-                for digest in eviction.digests():  # after the rows: of a code that was replaced the file is gone too
+                code = _code_to_rely_on(session, eviction)
+                for digest in eviction.digests():
                     self._blobs.check(digest)
                 digests = _mark_evicted(session, eviction, code)
                 failpoint("rows-before-commit")
@@ -65,7 +65,7 @@ class Originals(Part):
             return drop_evicted(self._db, self._blobs, digests)
 
         with self._lock.exclusive():
-            freed = with_reserve(self._paths, let_go)
+            freed = with_reserve(self._paths, delete)
             restore_reserve(self._paths)
         return freed
 
@@ -73,8 +73,8 @@ class Originals(Part):
         """Delete the files that a killed :meth:`evict` left, or only add them up, and return their bytes.
 
         Raises:
-            StoreLocked: other processes use the store; also where nothing was left, so that somebody who is about to
-                measure for minutes and then evict hears it at once.
+            StoreLocked: other processes use the store; also if there is nothing to delete, so that a user who is
+                about to measure for minutes and then evict is told at once.
         """
         if dry_run:
             return sum(map(self._blobs.size, evicted_files(self._db, self._blobs)))
@@ -86,11 +86,11 @@ class Originals(Part):
         return freed
 
 
-def _must_stand_in(session: Session, eviction: Eviction) -> models.Code:
-    """Return the row of the code that stands in; raise unless it is still what was checked."""
+def _code_to_rely_on(session: Session, eviction: Eviction) -> models.Code:
+    """Return the row of the code that was checked; raise if the task has another one by now."""
     task, code = rows.find_task(session, eviction.task), eviction.code
     if task.pinned:
-        raise LastCopy(f"task {task.name!r} is pinned", hint="`icm unpin` lets its original go")
+        raise LastCopy(f"task {task.name!r} is pinned", hint="`icm unpin` allows its original to be deleted")
     row, generator = session.get(models.Code, code.id), session.get(models.Generator, eviction.generator.id)
     final = rows.find_final(session, task.id)
     if (

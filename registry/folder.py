@@ -2,16 +2,12 @@
 
 FORMAT            "icm store 2"; written last when a store is made, so it marks a whole one
 registry.db       rows
-blobs/3/3f9a..    bytes, named by their SHA-256; 16 folders: syncing 256 costs a first ingest a tenth of its time
+blobs/3/3f9a..    the bytes of `registry.blobs.local`; 16 folders: syncing 256 costs a first ingest a tenth of its time
 tmp/              files being written; on the same file system, so that a rename is atomic
 quarantine/       damaged blobs that were moved aside
-lock              flock: see `registry.locks`
+lock, lock.gate   flocks of the store: see `registry.locks`
 jobs/             flocks of long jobs, one for each base model
-reserve           bytes given back to a full disk so that rows can still be deleted
-
-A little space that is kept so that a full disk can still be emptied.
-
-On a full disk SQLite cannot even delete rows: it needs room for its journal. Giving up this file makes that room.
+reserve           bytes that are freed on a full disk, so that SQLite has room for its journal when it deletes rows
 """
 
 from __future__ import annotations
@@ -120,9 +116,9 @@ def make_reserve(paths: StorePaths) -> None:
 
 
 def with_reserve(paths: StorePaths, delete: Callable[[], T]) -> T:
-    """Run a deletion of rows; if the disk is full, give up the reserve and run it once more.
+    """Run a deletion of rows; if the disk is full, delete the reserve and run it once more.
 
-    The caller makes the reserve again when bytes are free, with :func:`restore_reserve`.
+    The caller makes the reserve again with :func:`restore_reserve` when there is room.
 
     Raises:
         StoreFull: even the reserve was not enough.

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from sqlalchemy import Select, delete, func, insert, literal, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from registry import records, rows
+from registry import records
 from registry import schema as models
 from registry.codes import code_files, code_rows, current_row
+from registry.conversion import code_record, generator_record
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.files import failpoint
 from registry.part import Part
@@ -41,7 +42,7 @@ class GeneratorUse:
 
 
 class Generators(Part):
-    """What the store does with generators once they are there."""
+    """Generators with their codes."""
 
     def add(self, generator: records.NewGenerator) -> records.GeneratorRecord:
         """Record a generator with all its codes in one transaction and make it the current one.
@@ -60,7 +61,7 @@ class Generators(Part):
             session.add_all(codes)
             garbage = finish_run(writer, generator.train_run_id) if generator.train_run_id else []
             session.flush()
-            record = rows.generator_record(row)
+            record = generator_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         self._drop(garbage)
@@ -72,7 +73,7 @@ class Generators(Part):
         with self._db.read() as session:
             query = select(generator).join(generator.base_model).where(models.BaseModel.name == base_model)
             row = session.scalar(query.where(generator.is_current))
-            return None if row is None else rows.generator_record(row)
+            return None if row is None else generator_record(row)
 
     def all(self, base_model: str | None = None) -> list[records.GeneratorRecord]:
         """Return all generators, or those of one base model, oldest first."""
@@ -81,12 +82,12 @@ class Generators(Part):
         if base_model is not None:
             query = query.where(models.BaseModel.name == base_model)
         with self._db.read() as session:
-            return [rows.generator_record(row) for row in session.scalars(query)]
+            return [generator_record(row) for row in session.scalars(query)]
 
     def extend(self, new: records.NewGenerator) -> records.GeneratorRecord:
         """Make a generator current that decodes every code of its parent, in one transaction.
 
-        All codes of the parent are its codes too, with what lies beside them and what was measured of them.
+        All codes of the parent are its codes too, with their residuals and what was measured of them.
 
         Args:
             new: with the codes of further tasks; one of a task that the parent has a code of takes its place, one of a
@@ -110,7 +111,7 @@ class Generators(Part):
             _link(session, parent.id, row.id, [code.task_id for code in fresh])
             _must_keep_codes(session, parent, row)
             must_cover_evicted(session, new.base_model, code_files(session, row.id))
-            record = rows.generator_record(row)
+            record = generator_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         return record
@@ -122,13 +123,13 @@ class Generators(Part):
             query = select(generator).join(generator.base_model).order_by(models.BaseModel.name, generator.version)
             return [
                 GeneratorUse(
-                    rows.generator_record(row), tuple(sorted(code_files(session, row.id))), _last_copies(session, row)
+                    generator_record(row), tuple(sorted(code_files(session, row.id))), _last_copies(session, row)
                 )
                 for row in session.scalars(query)
             ]
 
     def set_start(self, generator_id: int, blob: str) -> records.GeneratorRecord:
-        """Record what adapters for unseen tasks start from, in the place of what there is.
+        """Record the few-shot start of a generator, in place of an earlier one.
 
         Args:
             generator_id: the current generator.
@@ -144,7 +145,7 @@ class Generators(Part):
             old = None if row.start is None else row.start.digest
             row.start = writer.blob(blob)
             session.flush()
-            record = rows.generator_record(row)
+            record = generator_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         self._drop({old} - {blob} if old else ())
@@ -197,7 +198,7 @@ class Generators(Part):
         """
         with self._db.write() as session:
             row = _forgettable(session, generator)
-            codes = [rows.code_record(code) for code in session.scalars(_codes_of(row))]
+            codes = [code_record(code) for code in session.scalars(_codes_of(row))]
             garbage = [row.blob.digest, *([] if row.start is None else [row.start.digest])]
             garbage += [digest for code in codes for digest in code.digests()]
             session.execute(delete(models.Generator).where(models.Generator.id == row.id))
@@ -220,8 +221,8 @@ def _find(session: Session, generator_id: int) -> models.Generator:
 
 def _forgettable(session: Session, generator: records.GeneratorRecord) -> models.Generator:
     row = _find(session, generator.id)
-    if _identity(rows.generator_record(row)) != _identity(generator):
-        fact = f"generator {generator.blob[:12]} was forgotten meanwhile; another one has its number"
+    if _identity(generator_record(row)) != _identity(generator):
+        fact = f"generator {generator.blob[:12]} was forgotten in the meantime; another one has its number"
         raise GeneratorNotFound(fact, hint="`icm generators` lists them")
     if row.is_current:
         hint = "`icm generators rollback DIGEST` makes another one current first"
@@ -235,7 +236,7 @@ def _forgettable(session: Session, generator: records.GeneratorRecord) -> models
 
 
 def _identity(generator: records.GeneratorRecord) -> tuple[str, str, int, str]:
-    """Return what of a generator never changes and tells it from one that gets its number later."""
+    """Return the values that never change and tell a generator from one that gets its number later."""
     return generator.blob, generator.base_model, generator.version, generator.created_at
 
 
@@ -253,12 +254,12 @@ def _last_copies(session: Session, row: models.Generator) -> tuple[str, ...]:
 
 
 def _must_keep_codes(session: Session, present: models.Generator, new: models.Generator) -> None:
-    """Raise unless a generator has the very codes, and residuals, that stand in for evicted tasks now."""
+    """Raise unless a generator has the very codes and residuals that evicted tasks rely on now."""
     needed, found = code_files(session, present.id, evicted=True), code_files(session, new.id)
     lost = sorted(name for name, copy in needed.items() if found.get(name) != copy)
     if lost:
-        fact = f"generator {new.blob.digest[:12]} does not have the codes that stand in for {_shown(lost)}"
-        hint = "`icm ingest --restore PATH` of their originals; until then the present generator has to stay"
+        fact = f"generator {new.blob.digest[:12]} does not have the codes that replace the originals of {_shown(lost)}"
+        hint = "`icm ingest --restore PATH` of their originals; until then the present generator must stay"
         raise LastCopy(fact, hint=hint)
 
 
@@ -286,7 +287,7 @@ def must_cover_evicted(session: Session, base_model: str, tasks: Iterable[str]) 
     covered = {task.lower() for task in tasks}
     bare = [name for name in session.scalars(query.order_by(models.Task.name)) if name.lower() not in covered]
     if bare:
-        fact = f"task {bare[0]!r} has no original any more, and would have no code"
+        fact = f"task {bare[0]!r} was evicted, and would have no code"
         raise LastCopy(fact, hint="`icm ingest --restore PATH` of its original brings it back")
 
 

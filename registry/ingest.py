@@ -1,8 +1,8 @@
-"""What the store knows of tasks, as an ingest needs it: digests and numbers, in few statements and without the ORM.
-
-Record tasks with their adapters, so that the same ingest again changes nothing.
+"""Record tasks with their adapters, so that the same ingest again changes nothing.
 
 what is known ──▶ decide, task by task ──▶ numbers of blobs, layouts, base models ──▶ all new rows at once
+
+An ingest may have thousands of adapters, so this works with digests and numbers in few statements, without the ORM.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from registry.blobs.content import Blobs
 from registry.errors import TaskConflict
 from registry.names import check_name
 from registry.records import Description, EvictedAdapter, description_of
-from registry.rows import RowNumbers, in_parts, table_of, task_folder, unusual_source, utc_now
+from registry.rows import RowNumbers, in_parts, table_of, utc_now
+from registry.sources import task_folder, unusual_source
 
 AdapterKey = tuple[str, str, int | None]
 """What tells adapters of a task apart: weights, configuration, step."""
@@ -127,7 +128,7 @@ class _Decision:
 
     Attributes:
         known: the task as it is in the store; None where it is not, or will be replaced.
-        new: its adapters that the store lacks.
+        new: its adapters that are not in the store.
         new_samples: whether it gets other samples than it has.
         new_eval_data: whether it gets other held-out texts than it has.
         evicted: its offered adapters whose weights were deleted, with their rows' numbers.
@@ -158,7 +159,7 @@ class _Decision:
         return task_folder(final.source) if self.known is None else self.known.folder
 
     def digests(self) -> Iterator[str]:
-        """Yield the digests whose files must be there: all but the weights of what stays evicted."""
+        """Yield the digests whose files must be there: all but the weights that stay evicted."""
         yield from filter(None, (self.ingest.samples, self.ingest.eval_data))
         for adapter in self.ingest.adapters:
             yield from filter(None, (adapter.config, adapter.card))
@@ -174,7 +175,7 @@ def plan_tasks(connection: Connection | None, tasks: Sequence[records.TaskIngest
 def record_tasks(
     connection: Connection, files: Blobs, ingests: Sequence[records.TaskIngest]
 ) -> list[records.IngestOutcome]:
-    """Write the rows of tasks into an open transaction; see :meth:`registry.tasks.TaskOperations.ingest_tasks`."""
+    """Write the rows of tasks into an open transaction; see :meth:`registry.tasks.Tasks.ingest`."""
     decisions = _decide_all(connection, ingests)
     for item in decisions:
         if item.replaced is not None:

@@ -148,7 +148,7 @@ class FileLock:
         return StoreLocked(message, path=self._path, hint=hint)
 
     def _holders(self) -> dict[int, str]:
-        """Return pid -> command of the processes in the file that are alive; some may have let go already."""
+        """Return pid -> command of the processes in the file that are alive; some may have released it already."""
         found: dict[int, str] = {}
         for line in self._path.read_text(errors="replace").splitlines():
             pid, _, command = line.partition(" ")

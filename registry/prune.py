@@ -108,7 +108,7 @@ def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests:
 def prune(database: Database, blobs: Blobs, paths: StorePaths, *, grace: float, dry_run: bool = False) -> PruneReport:
     """Remove what no row refers to, or only say what would go.
 
-    The caller holds the exclusive lock, except for a dry run. Files younger than `grace` seconds stay nevertheless, for
+    The caller holds the exclusive lock, except for a dry run. Files younger than `grace` seconds stay in any case, for
     file systems whose locks do not lock.
     """
     newest = time.time() - grace
@@ -174,7 +174,7 @@ def _older(folder: Path, newest: float) -> dict[Path, int]:
     """Return path -> length of the files that were there before a time, in seconds since 1970."""
     found: dict[Path, int] = {}
     for path in sorted(folder.iterdir()):
-        with suppress(FileNotFoundError):  # beside a dry run, another process renamed or removed it meanwhile
+        with suppress(FileNotFoundError):  # during a dry run, another process renamed or removed it
             state = path.stat()
             if state.st_mtime <= newest:
                 found[path] = state.st_size

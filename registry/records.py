@@ -1,10 +1,6 @@
-"""What the store takes and returns: frozen values, free of SQLAlchemy and of open connections.
+"""What the store takes (`New...`) and returns (`...Record`): frozen values, free of SQLAlchemy and open connections.
 
-Times are RFC 3339 in UTC, sizes are bytes, digests are lower-case SHA-256 of a blob's bytes.
-
-What the store takes and returns about originals that it lets go of; the other values are in `registry.records`.
-
-What the adapters of a fleet have in common, kept once for all that are alike.
+Times are RFC 3339 in UTC, sizes are bytes, digests are the lower-case SHA-256 of a blob's bytes.
 """
 
 from __future__ import annotations
@@ -62,58 +58,20 @@ class TaskRecord:
 
 
 @dataclass(frozen=True)
-class AdapterRecord:
-    """One adapter of a task.
+class NewAdapter:
+    """An adapter to be recorded; its blobs are in the store already.
 
     Attributes:
-        step: the training step of a checkpoint, None where the folder's name gives none.
-        is_final: True for exactly one adapter of the task: the one that is materialized.
         weights: digest of the safetensors file.
         config: digest of `adapter_config.json`.
         card: digest of the model card, if any.
+        step: the training step of a checkpoint, None where the folder's name gives none.
+        is_final: True for exactly one adapter of the task: the one that is materialized.
         layout: its modules, in order.
         source: where it came from, as a label.
+        is_generated: a generator made it from samples of the task; nobody trained it.
         format: name of the format of its files.
-        original_bytes: weights, config and card together, as they were ingested.
-        weights_bytes: the weights alone.
-        evicted_at: when the weights were deleted, None while the store has them; everything else stays known.
-        is_generated: nobody trained it: a generator made it from samples of the task.
     """
-
-    id: int
-    task: str
-    step: int | None
-    is_final: bool
-    weights: str
-    config: str
-    card: str | None
-    dtype: str
-    rank_max: int
-    parameters: int
-    target_modules: tuple[str, ...]
-    layout: tuple[LayoutEntry, ...]
-    source: str
-    format: str
-    original_bytes: int
-    weights_bytes: int
-    created_at: str
-    evicted_at: str | None
-    is_generated: bool
-
-    @property
-    def is_evicted(self) -> bool:
-        """Whether the weights were deleted."""
-        return self.evicted_at is not None
-
-    @property
-    def stored_bytes(self) -> int:
-        """What of the files is in the store."""
-        return self.original_bytes - (self.weights_bytes if self.is_evicted else 0)
-
-
-@dataclass(frozen=True)
-class NewAdapter:
-    """An adapter to be recorded; its blobs are in the store already. Attributes as in :class:`AdapterRecord`."""
 
     weights: str
     config: str
@@ -128,6 +86,34 @@ class NewAdapter:
     source: str
     is_generated: bool = False
     format: str = "peft"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord(NewAdapter):
+    """One adapter of a task.
+
+    Attributes:
+        original_bytes: weights, config and card together, as they were ingested.
+        weights_bytes: the weights alone.
+        evicted_at: when the weights were deleted, None while the store has them; everything else stays known.
+    """
+
+    id: int
+    task: str
+    original_bytes: int
+    weights_bytes: int
+    created_at: str
+    evicted_at: str | None
+
+    @property
+    def is_evicted(self) -> bool:
+        """Whether the weights were deleted."""
+        return self.evicted_at is not None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of its files that are in the store."""
+        return self.original_bytes - (self.weights_bytes if self.is_evicted else 0)
 
 
 @dataclass(frozen=True)
@@ -178,7 +164,7 @@ class TaskSummary:
 
     Attributes:
         final: its final adapter.
-        checkpoints: the number of its other adapters whose weights the store has; `evicted_checkpoints`: of the rest.
+        checkpoints: the number of its other adapters whose weights the store has; `evicted_checkpoints`: of the others.
         vectors: the number of its task vectors.
         code: its code under the current generator, if any.
     """
@@ -220,12 +206,12 @@ class VectorRecord(NewVector):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a code, with its residual if it has one, was asked to keep the last time; None where nothing was said.
+    """The limits that a code, with its residual, was last made for; None where there is none.
 
     Attributes:
         min_gain: smallest retained gain.
         max_error: largest relative squared error of dW; `tolerance`: the same of dW weighted by sensitivity.
-        is_kept: whether it does, after `refined` steps of refinement.
+        is_kept: whether it meets them, after `refined` steps of refinement.
     """
 
     min_gain: float | None = None
@@ -237,7 +223,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class NewResidual:
-    """What is to be recorded beside a code.
+    """The residual of a code, to be recorded.
 
     Attributes:
         blob: digest of the residual's file.
@@ -264,7 +250,7 @@ class NewCode:
         blob: digest of the code's file.
         bits: its length in bits, as the training loss counts it.
         dw_error: relative squared error of the decoded dW, if it was measured.
-        asked: what it was made to keep, if that is known.
+        asked: the limits that it was made for, if there are any.
     """
 
     adapter: AdapterRecord
@@ -281,7 +267,7 @@ class CodeRecord:
     Attributes:
         adapter_id: the adapter it encodes.
         blob: digest of its file, of `size` bytes; `bits`, `dw_error` and `asked` as for :class:`NewCode`.
-        residual: what lies beside it, if anything.
+        residual: its residual, if it has one.
     """
 
     id: int
@@ -297,12 +283,12 @@ class CodeRecord:
 
     @property
     def rung(self) -> Literal["residual", "code"]:
-        """The best that the store has of the task without its original."""
+        """The best source that the store has of the task without its original."""
         return "code" if self.residual is None else "residual"
 
     @property
     def best_error(self) -> float | None:
-        """The relative dW error of that."""
+        """The relative dW error of that source."""
         return self.dw_error if self.residual is None else self.residual.dw_error
 
     def digests(self) -> list[str]:
@@ -335,7 +321,7 @@ class GeneratorRecord:
     """A generator in the store; versions of one base model count from 1.
 
     Attributes:
-        start: digest of what adapters for unseen tasks start from, of `start_size` bytes, if that was learned.
+        start: digest of its few-shot start, of `start_size` bytes, if one was learned.
     """
 
     id: int
@@ -408,7 +394,7 @@ class EvaluationRecord(NewEvaluation):
 
 @dataclass(frozen=True)
 class EvictedAdapter:
-    """What tells an evicted adapter when it is met again; attributes as in :class:`registry.records.AdapterRecord`."""
+    """What an evicted adapter is recognised by; attributes as in :class:`AdapterRecord`."""
 
     task: str
     weights: str
@@ -419,13 +405,13 @@ class EvictedAdapter:
 
 @dataclass(frozen=True)
 class Eviction:
-    """Originals to be let go, and what was found to stand in for them.
+    """Originals to be deleted, and the code that was checked to replace them.
 
     Attributes:
         task: the task.
-        adapters: numbers of its adapters whose weights go.
-        code: the code that stands in, with its residual if it has one, as they were read and decoded.
-        generator: the generator that decodes it, likewise.
+        adapters: numbers of its adapters whose weights are deleted.
+        code: the code, with its residual if it has one, as they were read and decoded.
+        generator: the generator that decoded it.
         dw_error: relative squared error of dW that was measured on what they decode to.
         evaluations: what else was measured.
     """
@@ -438,12 +424,12 @@ class Eviction:
     evaluations: Sequence[NewEvaluation] = ()
 
     def digests(self) -> list[str]:
-        """Return the digests of everything that stands in."""
+        """Return the digests of generator, code and residual."""
         return [self.generator.blob, *self.code.digests()]
 
 
 class Description(NamedTuple):
-    """An adapter without its weights; attributes as in :class:`registry.records.AdapterRecord`.
+    """What similar adapters have in common, stored once; attributes as in :class:`NewAdapter`.
 
     As JSON it is an array, in this order.
     """

@@ -1,37 +1,15 @@
-"""Where an adapter came from, in as few bytes as a trainer's habits allow.
+"""Rows that other rows refer to, found or made in an open transaction.
 
-A trainer puts a task's adapter into one folder and its checkpoints into `checkpoint-N` below. So the folder is kept
-once per task, and a source only where it is another one.
-
-Rows that others refer to, made when they are new. One writer serves one transaction.
-
-Rows that many others refer to, found or made many at a time, and known by their numbers.
-
-An ingest refers to hundreds of blobs. With an object for each row, and statements that fetch it back, this took ten
-times longer; so here are plain statements, and the number of a row is all that is kept of it.
-
-From table rows to records.
-
-Rows of codes in an open transaction: whether what was encoded is still the task's adapter, and what is written then.
-
-A code is made of an adapter that was read minutes ago. Meanwhile another ingest may have replaced it, and the number of
-a row that went is given to the next one. So the bytes are compared, not only the number.
-
-What task vectors and measurements are of, and whether their task still has it when they are recorded.
-
-Both are made of what was read minutes ago. Meanwhile another process may have replaced the adapter, its samples or its
-code, and what is recorded for a task speaks for what the task has from then on. So it is compared in the transaction.
+:class:`RowWriter` works with SQLAlchemy's objects. :class:`RowNumbers` works with plain statements and the numbers of
+rows: an ingest refers to hundreds of blobs, and with an object for each this took ten times longer.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection, Table, select
@@ -41,34 +19,13 @@ from sqlalchemy.orm import Session
 from registry import records
 from registry import schema as models
 from registry.blobs.content import Blobs
+from registry.columns import compact_json
 from registry.errors import TaskNotFound
-from registry.records import Description
-from registry.schema import BaseModel, Blob, Document, compact_json
+from registry.schema import BaseModel, Blob, Document
 
-_CHECKPOINT = re.compile(r"/checkpoint-[0-9]+$")
+T = TypeVar("T")
 
-
-def source_label(path: Path) -> str:
-    """Return a path as text that every database takes: bytes that are no UTF-8 are written out in hexadecimal."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def task_folder(source: str) -> str:
-    """Return the folder of a task whose final adapter came from `source`, which may be a checkpoint itself."""
-    return _CHECKPOINT.sub("", source)
-
-
-def usual_source(folder: str, step: int | None, *, is_final: bool) -> str:
-    """Return where a trainer would have put an adapter of a task."""
-    return folder if is_final or step is None else f"{folder}/checkpoint-{step}"
-
-
-def unusual_source(source: str, folder: str, step: int | None, *, is_final: bool) -> str | None:
-    """Return a source if it has to be kept, because it is not the usual one."""
-    return None if source == usual_source(folder, step, is_final=is_final) else source
-
-
-MAX_VARIABLES = 500  # SQLite's own limit on `IN (...)` was 999 for long
+MAX_VARIABLES = 500  # older SQLite takes at most 999 values in one `IN (...)`
 
 
 class RowWriter:
@@ -92,7 +49,7 @@ class RowWriter:
         return row
 
     def absent_blob(self, digest: str, size: int) -> Blob:
-        """Return the row of a blob that this store need not hold, because only evicted adapters refer to it."""
+        """Return the row of a blob whose bytes the store need not have, because only evicted adapters refer to it."""
         if digest not in self._blobs:
             self.load_blobs([digest])
         row = self._blobs[digest]
@@ -150,9 +107,6 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-T = TypeVar("T")
-
-
 def table_of(model: type[models.Base]) -> Table:
     """Return the table behind a class."""
     return cast(Table, model.__table__)
@@ -174,11 +128,8 @@ class RowNumbers:
     def blobs(self, digests: Iterable[str]) -> dict[str, int]:
         """Return digest -> number.
 
-        The files are looked for under the write lock, so no row is ever committed whose bytes another process has
-        removed.
-
         Raises:
-            MissingBlob: there is no such file.
+            MissingBlob: the store does not have the bytes.
         """
         rows = {digest: {"size": self._files.size(digest)} for digest in sorted(set(digests))}
         # An imported bundle may have said something else of the size of bytes that were not here.
@@ -198,7 +149,7 @@ class RowNumbers:
     def _numbers(
         self, table: Table, key: str, rows: Mapping[str, Mapping[str, Any]], *, corrected: str | None = None
     ) -> dict[str, int]:
-        """Insert those rows whose key the table lacks, correct one column of the others, return every row's number."""
+        """Insert the rows that are not in the table, correct one column of the others, return the number of each."""
         if not rows:
             return {}
         statement = insert(table)
@@ -246,143 +197,3 @@ def final_if_unchanged(session: Session, seen: records.AdapterRecord) -> models.
     if final is None or (final.id, final.weights.digest, final.config.digest) != (seen.id, seen.weights, seen.config):
         return None
     return final
-
-
-def task_record(row: models.Task) -> records.TaskRecord:
-    """Return the record of a task."""
-    return records.TaskRecord(
-        id=row.id,
-        name=row.name,
-        base_model=row.base_model.name,
-        samples=_digest(row.samples),
-        eval_data=_digest(row.eval_data),
-        created_at=row.created_at,
-        pinned=row.pinned,
-    )
-
-
-def adapter_record(row: models.Adapter) -> records.AdapterRecord:
-    """Return the record of an adapter."""
-    description = Description(*row.description.body)
-    return records.AdapterRecord(
-        id=row.id,
-        task=row.task.name,
-        step=row.step,
-        is_final=row.is_final,
-        weights=row.weights.digest,
-        config=row.config.digest,
-        card=_digest(row.card),
-        dtype=description.dtype,
-        rank_max=description.rank_max,
-        parameters=description.parameters,
-        target_modules=tuple(description.target_modules),
-        layout=tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in description.layout),
-        source=_source(row),
-        format=description.format,
-        original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
-        weights_bytes=row.weights.size,
-        created_at=row.created_at,
-        evicted_at=row.evicted_at,
-        is_generated=row.is_generated,
-    )
-
-
-def vector_record(row: models.TaskVector) -> records.VectorRecord:
-    """Return the record of a task vector."""
-    return records.VectorRecord(
-        id=row.id,
-        task=row.task.name,
-        view=cast(records.View, row.view),
-        support_set=row.support_set,
-        extractor=row.extractor.body,
-        blob=row.blob.digest,
-        dim=row.dim,
-    )
-
-
-def code_record(row: models.Code) -> records.CodeRecord:
-    """Return the record of a code."""
-    return records.CodeRecord(
-        id=row.id,
-        task=row.task.name,
-        adapter_id=row.adapter_id,
-        generator_id=row.generator_id,
-        blob=row.blob.digest,
-        size=row.blob.size,
-        bits=row.bits,
-        dw_error=row.dw_error,
-        asked=_asked(row),
-        residual=_residual(row),
-    )
-
-
-def generator_record(row: models.Generator) -> records.GeneratorRecord:
-    """Return the record of a generator."""
-    return records.GeneratorRecord(
-        id=row.id,
-        base_model=row.base_model.name,
-        version=row.version,
-        parent_id=row.parent_id,
-        blob=row.blob.digest,
-        size=row.blob.size,
-        config=row.config,
-        metrics=row.metrics,
-        is_current=row.is_current,
-        created_at=row.created_at,
-        start=None if row.start is None else row.start.digest,
-        start_size=0 if row.start is None else row.start.size,
-    )
-
-
-def train_run_record(row: models.TrainRun) -> records.TrainRunRecord:
-    """Return the record of a training run."""
-    return records.TrainRunRecord(
-        id=row.id,
-        base_model=row.base_model.name,
-        state=cast(Any, row.state),
-        config=row.config,
-        step=row.step,
-        weights=_digest(row.weights),
-        optimizer=_digest(row.optimizer),
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-    )
-
-
-def evaluation_record(row: models.Evaluation) -> records.EvaluationRecord:
-    """Return the record of a measurement."""
-    return records.EvaluationRecord(
-        id=row.id,
-        task=row.task.name,
-        rung=cast(records.Rung, row.rung),
-        generator_id=row.generator_id,
-        data=row.data.digest,
-        metric=row.metric,
-        nats_per_token=row.nats_per_token,
-        tokens=row.tokens,
-        utf8_bytes=row.utf8_bytes,
-        retained_gain=row.retained_gain,
-        dw_error=row.dw_error,
-        settings=row.settings.body,
-        created_at=row.created_at,
-    )
-
-
-def _residual(row: models.Code) -> records.ResidualRecord | None:
-    if row.residual is None or row.residual_error is None:
-        return None
-    return records.ResidualRecord(row.residual.digest, row.residual_error, row.residual.size)
-
-
-def _asked(row: models.Code) -> records.Asked | None:
-    if row.is_kept is None:
-        return None
-    return records.Asked(row.min_gain, row.max_error, row.tolerance, row.is_kept, row.refined or 0)
-
-
-def _source(row: models.Adapter) -> str:
-    return usual_source(row.task.folder, row.step, is_final=row.is_final) if row.source is None else row.source
-
-
-def _digest(blob: models.Blob | None) -> str | None:
-    return None if blob is None else blob.digest

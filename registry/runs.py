@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from sqlalchemy import select
 
-from registry import records, rows
+from registry import records
 from registry import schema as models
+from registry.conversion import train_run_record
 from registry.files import failpoint
 from registry.part import Part
 from registry.rows import RowWriter
@@ -20,7 +21,7 @@ class Runs(Part):
             query = select(models.TrainRun).join(models.TrainRun.base_model)
             query = query.where(models.BaseModel.name == base_model, models.TrainRun.state == "running")
             row = session.scalar(query)
-            return None if row is None else rows.train_run_record(row)
+            return None if row is None else train_run_record(row)
 
     def start(self, base_model: str, config: records.Json) -> records.TrainRunRecord:
         """Begin a run; one of the same base model that was running is given up with its checkpoint."""
@@ -37,7 +38,7 @@ class Runs(Part):
             row.updated_at = writer.now
             session.add(row)
             session.flush()
-            record = rows.train_run_record(row)
+            record = train_run_record(row)
         self._drop(garbage)
         return record
 
@@ -58,7 +59,7 @@ class Runs(Part):
             row.weights, row.optimizer = writer.blob(digests[0]), writer.blob(digests[1])
             row.step, row.updated_at = step, writer.now
             session.flush()
-            record = rows.train_run_record(row)
+            record = train_run_record(row)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         self._drop(digest for digest in garbage if digest not in digests)

@@ -1,145 +1,23 @@
-"""How values lie in the columns of the database, which is on the bill of every task.
-
-in Python                   in SQLite
-64 hexadecimal digits       Digest   32 bytes
-RFC 3339, UTC, seconds      Moment   seconds since 1970
-one of a few words          Choice   its place among them
-a JSON value                Packed   its text, deflated: a layout names every module of a model
-
-The tables, as SQLAlchemy classes.
+"""The tables of schema 1, as SQLAlchemy classes.
 
     base_models 1─n tasks 1─n adapters
          │            ├──n task_vectors
          │            ├──n codes n─1 generators
          │            └──n evaluations
-         ├──n generators      blobs: the files rows refer to
-         └──n train_runs      documents: JSON values that many rows share, kept once
+         ├──n generators      blobs: the files that rows refer to
+         └──n train_runs      documents: JSON values that many rows share, stored once
 
-How a value lies in a column is in :mod:`registry.columns`.
-Migrations make these tables (see :mod:`registry.migrations`); a test compares the two.
+A new store gets these tables; `registry.database.MIGRATIONS` moves an older one forward to them.
 """
 
 from __future__ import annotations
 
-import json
-import zlib
-from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
-from sqlalchemy import ForeignKey, Index, Integer, LargeBinary, String, UniqueConstraint, text
-from sqlalchemy.engine import Dialect
+from sqlalchemy import ForeignKey, Index, String, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
-from sqlalchemy.types import TypeDecorator, TypeEngine
 
-_START = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-class UnreadableValue(ValueError):
-    """A column holds what no icm wrote there."""
-
-
-class _Column(TypeDecorator[Any]):
-    """A column that keeps a value in another form; None is NULL in all of them."""
-
-    impl: TypeEngine[Any] | type[TypeEngine[Any]] = LargeBinary
-    cache_ok = True
-
-    def pack(self, value: Any) -> Any:
-        """Return what SQLite keeps."""
-        raise NotImplementedError
-
-    def unpack(self, kept: Any) -> Any:
-        """Return the value; whatever this raises is damage."""
-        raise NotImplementedError
-
-    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
-        """Turn a value into what is kept (SQLAlchemy's hook)."""
-        return None if value is None else self.pack(value)
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
-        """Turn what is kept into the value (SQLAlchemy's hook)."""
-        try:
-            return None if value is None else self.unpack(value)
-        except (AttributeError, LookupError, OverflowError, TypeError, ValueError, zlib.error) as error:
-            raise UnreadableValue(f"what is no {type(self).__name__.lower()} is kept as one: {error}") from error
-
-
-class Digest(_Column):
-    """A SHA-256."""
-
-    cache_ok = True
-
-    def pack(self, value: str) -> bytes:
-        """Return 32 bytes."""
-        return bytes.fromhex(value)
-
-    def unpack(self, kept: bytes) -> str:
-        """Return 64 digits."""
-        return kept.hex()
-
-
-class Packed(_Column):
-    """A JSON value."""
-
-    cache_ok = True
-
-    def pack(self, value: object) -> bytes:
-        """Return the deflated text."""
-        return pack_text(compact_json(value))
-
-    def unpack(self, kept: bytes) -> object:
-        """Return the value."""
-        return json.loads(zlib.decompress(kept))
-
-
-class Moment(_Column):
-    """A time, to the second."""
-
-    impl = Integer
-    cache_ok = True
-
-    def pack(self, value: str) -> int:
-        """Return seconds since 1970."""
-        return (datetime.fromisoformat(value) - _START) // timedelta(seconds=1)
-
-    def unpack(self, kept: int) -> str:
-        """Return RFC 3339."""
-        return (_START + timedelta(seconds=kept)).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-class Choice(_Column):
-    """One of a few words, which are given in the order of the alphabet so that rows sort as the words do."""
-
-    impl = Integer
-    cache_ok = True
-
-    def __init__(self, *words: str) -> None:
-        """Name the words; their places are part of the schema."""
-        super().__init__()
-        self.words = words
-
-    def pack(self, value: str) -> int:
-        """Return the place of a word."""
-        return self.words.index(value)
-
-    def unpack(self, kept: int) -> str:
-        """Return the word at a place."""
-        return self.words[kept]
-
-
-def compact_json(value: object) -> str:
-    """Write JSON the one way the store writes it, so that equal values are equal texts.
-
-    Raises:
-        ValueError: the value holds NaN or an infinity, which are no JSON.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def pack_text(text: str) -> bytes:
-    """Deflate the text of a JSON value."""
-    return zlib.compress(text.encode(), 9)
-
+from registry.columns import Choice, Digest, Moment, Packed
 
 _GONE_WITH_PARENT = "CASCADE"
 
@@ -161,7 +39,7 @@ class Blob(Base):
 
 
 class Document(Base):
-    """A JSON value kept once, however many rows share it (descriptions of adapters, extractors, settings)."""
+    """A JSON value stored once, however many rows share it (descriptions of adapters, extractors, settings)."""
 
     __tablename__ = "documents"
 
@@ -305,7 +183,7 @@ class TrainRun(Base):
 
 
 class Code(Base):
-    """The code of one adapter under one generator, with what lies beside it and what the two were asked to keep."""
+    """The code of one adapter under one generator, with its residual and the limits that the two were made for."""
 
     __tablename__ = "codes"
 
@@ -332,7 +210,7 @@ class Code(Base):
 
 
 class Evaluation(Base):
-    """How good one rung of one task is on some held-out texts, which need not be in the store."""
+    """How well one source of one task does on some held-out texts, which need not be in the store."""
 
     __tablename__ = "evaluations"
 

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from registry import records, rows
 from registry import schema as models
+from registry.conversion import adapter_record, code_record, task_record
 from registry.errors import DamagedStore, LastCopy
 from registry.files import failpoint
 from registry.folder import restore_reserve, with_reserve
@@ -24,7 +25,7 @@ class Tasks(Part):
     """Tasks with their adapters."""
 
     def ingest_one(self, task: records.TaskIngest) -> records.IngestOutcome:
-        """Record one task; see :meth:`ingest_tasks`."""
+        """Record one task; see :meth:`ingest`."""
         return self.ingest([task])[0]
 
     def ingest(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
@@ -45,7 +46,7 @@ class Tasks(Part):
         return outcomes
 
     def all(self) -> Iterator[records.TaskRecord]:
-        """Yield all tasks by name. Each page is one short read, so that a slow reader holds up nobody."""
+        """Yield all tasks by name. Each page is one short read, so that a slow reader delays nobody."""
         after = ""
         while page := self._task_page(after):
             yield from page
@@ -58,7 +59,7 @@ class Tasks(Part):
             TaskNotFound: there is none; the error names the closest ones.
         """
         with self._db.read() as session:
-            return rows.task_record(rows.find_task(session, name))
+            return task_record(rows.find_task(session, name))
 
     def without_vectors(self) -> list[str]:
         """Return the names of the tasks that have no task vector yet, in order."""
@@ -82,7 +83,7 @@ class Tasks(Part):
         with self._db.read() as session:
             query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id)
             query = query.order_by(adapter.is_final, adapter.step, adapter.id)
-            return [rows.adapter_record(row) for row in session.scalars(query)]
+            return [adapter_record(row) for row in session.scalars(query)]
 
     def final(self, task: str) -> records.AdapterRecord:
         """Return the adapter of a task that is materialized.
@@ -93,10 +94,10 @@ class Tasks(Part):
         adapter = models.Adapter
         with self._db.read() as session:
             query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id, adapter.is_final)
-            return rows.adapter_record(session.scalars(query).one())
+            return adapter_record(session.scalars(query).one())
 
     def remove_one(self, name: str) -> records.TaskRecord:
-        """Forget a task, even if its code is the only copy; see :meth:`remove_tasks`.
+        """Forget a task, even if its code is the only copy; see :meth:`remove`.
 
         Raises:
             TaskNotFound: there is no such task.
@@ -111,7 +112,7 @@ class Tasks(Part):
 
         Args:
             names: the tasks.
-            last_copies: those of them that go even if their original is gone, so that nothing brings them back.
+            last_copies: those of them that are removed even if they were evicted, so that nothing brings them back.
 
         Raises:
             TaskNotFound: there is no task of a name; nothing was changed.
@@ -133,7 +134,7 @@ class Tasks(Part):
         return doomed
 
     def plan_ingest(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
-        """Say what :meth:`registry.tasks.TaskOperations.ingest_tasks` would do, and write nothing.
+        """Say what :meth:`ingest` would do, and write nothing.
 
         No blob need be in the store yet, so `MissingBlob` is never raised; everything else is, as by that.
         """
@@ -154,7 +155,7 @@ class Tasks(Part):
 
     def _task_page(self, after: str) -> list[records.TaskRecord]:
         with self._db.read() as session:
-            return [rows.task_record(row) for row in session.scalars(_page_query(after))]
+            return [task_record(row) for row in session.scalars(_page_query(after))]
 
     def _summary_page(self, after: str) -> list[records.TaskSummary]:
         with self._db.read() as session:
@@ -197,9 +198,9 @@ def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]
     for row in dict.fromkeys(rows.find_task(session, name) for name in names):
         final = rows.find_final(session, row.id)
         if final is not None and final.evicted_at is not None and row.name.lower() not in allowed:
-            fact = f"task {row.name!r} has no original any more: its code is the only copy"
-            raise LastCopy(fact, hint="run the same command again if it is to be forgotten nevertheless")
-        yield rows.task_record(row)
+            fact = f"task {row.name!r} was evicted: its code is the only copy"
+            raise LastCopy(fact, hint="run the same command again to remove it nevertheless")
+        yield task_record(row)
 
 
 def _page_query(after: str) -> Select[models.Task]:
@@ -215,8 +216,8 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
         .join(models.Generator, code.generator_id == models.Generator.id)
         .where(code.task_id.in_(ids), models.Generator.is_current)
     )
-    final_of = {row.task_id: rows.adapter_record(row) for row in finals}
-    code_of = {row.task_id: rows.code_record(row) for row in codes}
+    final_of = {row.task_id: adapter_record(row) for row in finals}
+    code_of = {row.task_id: code_record(row) for row in codes}
     adapters = _counts(session, adapter, ids, adapter.evicted_at.is_(None), ~adapter.is_final)
     evicted = _counts(session, adapter, ids, adapter.evicted_at.is_not(None), ~adapter.is_final)
     vectors = _counts(session, vector, ids)
@@ -224,7 +225,7 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
         raise DamagedStore(f"task {lost[0]!r} has no final adapter", hint="remove it and ingest it again")
     return [
         records.TaskSummary(
-            task=rows.task_record(task),
+            task=task_record(task),
             final=final_of[task.id],
             checkpoints=adapters.get(task.id, 0),
             evicted_checkpoints=evicted.get(task.id, 0),

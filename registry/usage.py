@@ -26,8 +26,8 @@ class Usage:
     Attributes:
         originals: final adapters: weights, configs and cards.
         checkpoints: the other adapters.
-        generators: current generators, with what adapters for unseen tasks start from.
-        residuals: what lies beside codes under the current generators.
+        generators: current generators, with their few-shot starts.
+        residuals: residuals under the current generators.
         codes: codes under the current generators.
         vectors: task vectors.
         texts: samples and held-out texts.

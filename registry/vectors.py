@@ -8,6 +8,7 @@ from sqlalchemy import func, select
 
 from registry import records, rows
 from registry import schema as models
+from registry.conversion import task_record, vector_record
 from registry.files import failpoint
 from registry.part import Part
 from registry.rows import RowWriter, document_row, final_if_unchanged
@@ -36,7 +37,7 @@ class Vectors(Part):
         with self._db.write() as session:
             if of is not None:
                 final = final_if_unchanged(session, of.final)
-                if final is None or rows.task_record(final.task).samples != of.task.samples:
+                if final is None or task_record(final.task).samples != of.task.samples:
                     return None
             writer = RowWriter(session, self._blobs)
             writer.load_blobs(vector.blob for vector in vectors)
@@ -58,7 +59,7 @@ class Vectors(Part):
             query = query.order_by(models.Task.name, vector.extractor_id, vector.view, vector.support_set)
             if task is not None:
                 query = query.where(vector.task_id == rows.find_task(session, task).id)
-            return [rows.vector_record(row) for row in session.scalars(query)]
+            return [vector_record(row) for row in session.scalars(query)]
 
 
 def record_vector(writer: RowWriter, new: records.NewVector) -> bool:

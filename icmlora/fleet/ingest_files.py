@@ -26,7 +26,7 @@ from registry.blobs.content import PutRefusal, digest_of
 from registry.errors import SourceRefused
 from registry.files import read_plain
 from registry.records import EvictedAdapter, NewAdapter
-from registry.rows import source_label
+from registry.sources import source_label
 
 if TYPE_CHECKING:
     from registry.store import Store

@@ -1,4 +1,4 @@
-"""Immutable bytes, named by the SHA-256 of what they are.
+"""Immutable bytes, named by their SHA-256.
 
 :class:`Blobs` is `store.blobs`. It names and verifies the bytes; a :class:`registry.blobs.backend.BlobBackend` keeps
 them.

@@ -54,7 +54,7 @@ class BlobBackend(Protocol):
     """A place for immutable bytes. Errors of the place are raised as errors of `registry.errors`."""
 
     def batch(self) -> AbstractContextManager[BlobBatch]:
-        """Begin a batch. When the block ends, its bytes are durable; if the block raises, none of them is kept."""
+        """Begin a batch. When the block ends, its bytes are durable; if the block raises, nothing is stored."""
         ...
 
     def get(self, digest: str) -> BinaryIO:
@@ -78,7 +78,7 @@ class BlobBackend(Protocol):
         ...
 
     def all(self) -> Iterator[BlobInfo]:
-        """Yield every blob, by digest. A blob that is deleted meanwhile may be left out."""
+        """Yield every blob, by digest. A blob that is deleted in the meantime may be left out."""
         ...
 
     def delete(self, digest: str) -> int:

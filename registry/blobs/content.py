@@ -235,7 +235,7 @@ class Blobs:
 def _on_threads(call: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
     """Return what `call` returns for each item, in order, having called it on several at a time.
 
-    If a call raises, those that have not begun never begin, and its error goes on.
+    If a call raises, those that have not begun never begin, and its error is raised.
     """
     if len(items) < 2:
         return [call(item) for item in items]

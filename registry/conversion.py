@@ -1,0 +1,93 @@
+"""From table rows to records.
+
+A record has the fields of its row under the same names. A blob becomes its digest, a document its JSON value, a task or
+base model its name; what a record has in addition is given by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, TypeVar, cast
+
+from registry import records
+from registry import schema as models
+from registry.records import Description
+from registry.sources import usual_source
+
+Record = TypeVar("Record")
+
+
+def task_record(row: models.Task) -> records.TaskRecord:
+    """Return the record of a task."""
+    return _record(records.TaskRecord, row)
+
+
+def adapter_record(row: models.Adapter) -> records.AdapterRecord:
+    """Return the record of an adapter."""
+    common = Description(*row.description.body)
+    layout = tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in common.layout)
+    common = common._replace(target_modules=tuple(common.target_modules), layout=layout)
+    usual = usual_source(row.task.folder, row.step, is_final=row.is_final)
+    return _record(
+        records.AdapterRecord,
+        row,
+        **common._asdict(),
+        source=usual if row.source is None else row.source,
+        original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
+        weights_bytes=row.weights.size,
+    )
+
+
+def vector_record(row: models.TaskVector) -> records.VectorRecord:
+    """Return the record of a task vector."""
+    return _record(records.VectorRecord, row)
+
+
+def code_record(row: models.Code) -> records.CodeRecord:
+    """Return the record of a code."""
+    return _record(records.CodeRecord, row, size=row.blob.size, asked=_limits(row), residual=_residual(row))
+
+
+def generator_record(row: models.Generator) -> records.GeneratorRecord:
+    """Return the record of a generator."""
+    start_size = 0 if row.start is None else row.start.size
+    return _record(records.GeneratorRecord, row, size=row.blob.size, start_size=start_size)
+
+
+def train_run_record(row: models.TrainRun) -> records.TrainRunRecord:
+    """Return the record of a training run."""
+    return _record(records.TrainRunRecord, row)
+
+
+def evaluation_record(row: models.Evaluation) -> records.EvaluationRecord:
+    """Return the record of a measurement."""
+    return _record(records.EvaluationRecord, row)
+
+
+def _record(kind: type[Record], row: models.Base, **more: object) -> Record:
+    names = [field.name for field in fields(cast(Any, kind)) if field.name not in more]
+    return kind(**more, **{name: _value(getattr(row, name)) for name in names})
+
+
+def _value(value: Any) -> Any:
+    match value:
+        case models.Blob():
+            return value.digest
+        case models.Document():
+            return value.body
+        case models.Task() | models.BaseModel():
+            return value.name
+        case _:
+            return value
+
+
+def _residual(row: models.Code) -> records.ResidualRecord | None:
+    if row.residual is None or row.residual_error is None:
+        return None
+    return records.ResidualRecord(row.residual.digest, row.residual_error, row.residual.size)
+
+
+def _limits(row: models.Code) -> records.Asked | None:
+    if row.is_kept is None:
+        return None
+    return records.Asked(row.min_gain, row.max_error, row.tolerance, row.is_kept, row.refined or 0)
