@@ -35,8 +35,8 @@ from registry.schema import Base
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
 _DAMAGE_HINT = "`icm verify` says what is damaged; a backup of registry.db restores it"
-# SQLite's smallest: most of two dozen tables and indexes fill less than a page. The rows of 20 tasks with vectors, codes
-# and evaluations take 53 KB; with pages of 4096 bytes they take 115 KB.
+# SQLite's smallest: most of two dozen tables and indexes fill less than a page. The rows of 20 tasks with vectors,
+# codes and evaluations take 53 KB; with pages of 4096 bytes they take 115 KB.
 PAGE_SIZE = 512
 
 _PRAGMAS = (

@@ -31,9 +31,9 @@ class Finding:
     """One thing that is not as it should be.
 
     Attributes:
-        kind: `database` (SQLite's own check), `dangling` (a row refers to another one that is gone), `missing` (no file for a
-            blob), `length` and `digest` (a blob with other bytes), `orphan` (a blob without a row) or `leftover`
-            (a temporary file).
+        kind: `database` (SQLite's own check), `dangling` (a row refers to another one that is gone), `missing` (no
+            file for a blob), `length` and `digest` (a blob with other bytes), `orphan` (a blob without a row) or
+            `leftover` (a temporary file).
         message: the fact.
         path: the file it is about.
         digest: the blob it is about, if any.

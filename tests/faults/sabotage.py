@@ -24,6 +24,9 @@ def rows_first() -> None:
     publish, size = LocalBatch.publish, LocalBackend.size
     waiting: list[LocalBatch] = []
 
+    def later(self: LocalBatch) -> None:
+        waiting.append(self)
+
     def size_of(self: LocalBackend, digest: str) -> int:
         for batch in waiting:
             if (temporary := batch._written.get(digest)) is not None:
@@ -40,7 +43,7 @@ def rows_first() -> None:
 
         return rows_then_bytes
 
-    LocalBatch.publish, LocalBackend.size = waiting.append, size_of  # type: ignore[method-assign,assignment]
+    LocalBatch.publish, LocalBackend.size = later, size_of  # type: ignore[method-assign]
     for part, name in ((Tasks, "ingest"), (Bundles, "add"), (Codes, "replace_residual")):
         setattr(part, name, before_bytes(getattr(part, name)))
 
