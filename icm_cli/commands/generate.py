@@ -1,4 +1,4 @@
-"""`icm generate`: an adapter for a task that was never ingested."""
+"""`icm generate`: make an adapter for a new task from a few samples."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from icm_cli.commands.materialize import DtypeName, DtypeOpt, OutputOpt
 from icm_cli.errors import Interrupted
 from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt
 from icm_cli.session import Session, command
+from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -29,30 +30,39 @@ SamplesOpt = Annotated[
         "--samples",
         metavar="FILE",
         help=(
-            'JSON lines: {"text": ...}, or {"prompt": ..., "completion": ...} where only completions count. '
-            "Of each, 128 tokens are read."
+            'Samples of the task as JSON lines: {"text": ...}, or {"prompt": ..., "completion": ...}, where only '
+            "completions count. icm reads 128 tokens of each."
         ),
         show_default=False,
     ),
 ]
 CountOpt = Annotated[
     int,
-    typer.Option("-n", "--count", metavar="K", min=1, max=_MOST_SAMPLES, help="Samples to read of the file, at most."),
+    typer.Option(
+        "-n", "--count", metavar="K", min=1, max=_MOST_SAMPLES, help="Read at most K samples, spread over the file."
+    ),
 ]
 DescriptionOpt = Annotated[
     str | None,
-    typer.Option("--description", metavar="TEXT", help="For the model card; nothing is learned from it."),
+    typer.Option(
+        "--description", metavar="TEXT", help="A sentence for the model card. It does not change the adapter."
+    ),
 ]
 RegisterOpt = Annotated[
-    bool, typer.Option("--register", help="Keep the task in the store: its code and its vector, no weights.")
+    bool, typer.Option("--register", help="Also keep the task in the store, by a code and a task vector.")
 ]
 RefineOpt = Annotated[
-    int, typer.Option("--refine", metavar="STEPS", min=0, help="Gradient steps on the samples after generating.")
+    int, typer.Option("--refine", metavar="STEPS", min=0, help="Then take this many gradient steps on the samples.")
 ]
 RankOpt = Annotated[
     int | None,
     typer.Option(
-        "--rank", metavar="R", min=1, max=256, help="Rank to write; else the fleet's largest.", show_default=False
+        "--rank",
+        metavar="R",
+        min=1,
+        max=256,
+        help="Rank of the adapter. Default: the largest in the fleet.",
+        show_default=False,
     ),
 ]
 
@@ -73,41 +83,40 @@ def generate(
     dtype: DtypeOpt = DtypeName.BFLOAT16,
     force: ForceOpt = False,
 ) -> None:
-    """Make an adapter for a task that has none, from a few samples of it.
+    """Make an adapter for a new task from a few samples, without training one.
 
-    It starts at what the fleet's adapters have in common and takes the steps that `icm train --objective functional`
-    learned. The base model has to be on this machine. What the adapter keeps is not known: measure it on text of your
-    own. A task unlike all known ones is said to be outside of what the generator knows.
+    It starts from what the adapters of the fleet have in common, and takes a few steps whose lengths were learned by
+    `icm train --objective functional`. It needs the base model on this machine.
+
+    Nobody knows how good the adapter is: measure it on other text of the task. icm warns if the task is unlike all
+    known tasks.
 
     Example:
       icm generate cat-detection --samples cats.jsonl -o adapter/
     """
-    from icmlora.fleet.generate import GenerateRequest
-    from icmlora.fleet.generate import generate as make
-
-    request = GenerateRequest(
-        name=name,
-        samples=samples,
-        directory=output,
-        count=count,
-        description=description,
-        refine=refine,
-        rank=rank,
-        base_model=base_model,
-        device=session.device(device),
-        dtype=dtype.value,
-        register=register,
-        force=force,
-    )
-    with session.stoppable() as stop:
-        done = session.follow(make(session.context, request, stop), "generate", lambda event: None)
-    if done is None:
-        raise Interrupted("interrupted; nothing was written", hint="run the same command again")
+    try:
+        with session.working("generate") as fleet:
+            done = fleet.generate(
+                name,
+                samples,
+                output,
+                count=count,
+                description=description,
+                refine=refine,
+                rank=rank,
+                base_model=base_model,
+                device=session.device(device),
+                dtype=dtype.value,
+                register=register,
+                force=force,
+            )
+    except Cancelled as stop:
+        raise Interrupted("interrupted; nothing was written", hint="run the same command again") from stop
     _tell(session, done, rank)
 
 
 def _tell(session: Session, done: Generated, rank: int | None) -> None:
-    from icmlora.fleet.meta_train import SAMPLE_TOKENS
+    from icmlora.fleet.train_few_shot import SAMPLE_TOKENS
 
     out, known = session.out, done.known
     out.document(
@@ -132,15 +141,18 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
     out.answer(str(done.directory))
     out.note(f"{done.task} from {counted(done.samples, 'sample')}, rank {done.rank}")
     if done.reaching:
-        out.note(f"{done.reaching} of them reach {SAMPLE_TOKENS} tokens, which is all that is read of one")
+        have = "sample has" if done.reaching == 1 else "samples have"
+        out.note(f"{done.reaching} {have} {SAMPLE_TOKENS} tokens or more; icm reads {SAMPLE_TOKENS} tokens of each")
     if rank is not None and done.rank < rank:
-        out.note(f"rank {done.rank} is all that it has; {rank} was asked for")
-    out.note(f"nats per token on these very samples: {done.base_nats:.3f} without it, {done.nats:.3f} with it")
+        out.note(f"the adapter has rank {done.rank}, less than the requested {rank}: it has no more directions")
+    losses = f"{done.base_nats:.3f} without the adapter, {done.nats:.3f} with it"
+    out.note(f"nats per token on these samples: {losses}")
     _tell_familiarity(session, known)
     if done.code_size is not None:
-        out.note(f"registered with a code of {human_size(done.code_size)}, relative dW error {done.code_error:.4f}")
+        size = human_size(done.code_size)
+        out.note(f"registered with a code of {size}, squared relative error {done.code_error:.4f}")
     else:
-        out.hint("it has seen these samples; measure it on other text of the task before you rely on it")
+        out.hint("the adapter has seen these samples; measure it on other text of the task before you rely on it")
 
 
 def _nearest(known: Familiarity | None) -> Sequence[Neighbour]:
@@ -150,13 +162,13 @@ def _nearest(known: Familiarity | None) -> Sequence[Neighbour]:
 def _tell_familiarity(session: Session, known: Familiarity | None) -> None:
     out = session.out
     if known is None:
-        out.note("how far it lies from known tasks is not known: fewer than three have vectors that can be compared")
+        out.note("distance to known tasks unknown: fewer than three tasks have comparable vectors")
         return
     out.note("nearest tasks: " + ", ".join(f"{one.task} {one.distance:.2f}" for one in _nearest(known)))
     if known.is_outside:
         out.warn(
-            f"outside of what the generator knows: {known.distance:.2f} from the nearest task, which is farther than "
-            f"{known.farther_than:.0%} of the known tasks lie from theirs",
+            f"unlike the known tasks: the nearest is at distance {known.distance:.2f}; "
+            f"{known.farther_than:.0%} of the known tasks are closer to their nearest",
             kind="outside",
         )
-        out.hint("expect less of it than usual; an adapter that is trained for the task may serve better")
+        out.hint("expect less of this adapter; training one for the task may work better")

@@ -1,11 +1,11 @@
-"""`icm train`: fit the generator and keep a code per task."""
+"""`icm train`: train the generator, encode the tasks and measure the codes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -31,17 +31,37 @@ from icm_cli.commands.train_options import (
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt
 from icm_cli.session import Session, command
+from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Event
     from icmlora.fleet.encode import EncodeReport
-    from icmlora.fleet.meta_train import StartRequest
-    from icmlora.fleet.training_run import Trained, TrainRequest
-    from icmlora.fleet.update import Updated
+    from icmlora.fleet.train import Trained, TrainReport
+    from icmlora.fleet.train_few_shot import FewShotReport, FewShotTrained
+    from icmlora.fleet.update import Updated, UpdateReport
 
 _EVENT_EVERY = 10  # steps between two JSON lines
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options that several parts of the command need."""
+
+    device: str
+    base_model: str | None
+    quality: int | None
+    tolerance: float | None
+    width: int | None
+    steps: int | None
+    lr: float | None
+    seed: int
+    resume: bool
+    fresh: bool
+    evaluate: bool
+    max_error: float | None
+    min_gain: float | None
 
 
 @command
@@ -64,191 +84,201 @@ def train(
     lr: RateOpt = None,
     episodes: EpisodesOpt = 48,
 ) -> None:
-    """Fit one generator per base model over all its tasks, encode every task, and measure what the codes kept.
+    """Train one generator per base model on all its tasks, store a code for every task, and measure the codes.
 
-    A fit that was stopped goes on with the same command. After further ingests the present generator is trained on,
-    and every task is encoded again, for which all originals are needed.
+    Run the same command again to resume an interrupted training. If there is already a generator, training starts from
+    it and encodes every task again, which needs all originals.
 
-    With --update the present generator is continued instead: that takes as long as the new tasks take, and every code
-    that was there decodes to the same adapter as before.
+    After adding tasks, --update encodes only the new ones. It needs no other originals, leaves existing codes as they
+    are, and takes as long as the new tasks take.
 
-    With --objective both it also learns where adapters for unseen tasks start, which `icm generate` needs.
+    To use `icm generate`, train with --objective both, or with --objective functional later.
 
     Example:
       icm train --device cuda
     """
     others = (quality, tolerance, width, steps, lr, max_error, min_gain)
     _check_options(objective, update=update, anew=fresh or width is not None, others=others)
-    from icmlora.fleet.meta_train import StartRequest, check_learnable
-    from icmlora.fleet.training_run import TrainRequest
-
-    request = TrainRequest(
-        device=session.device(device),
-        base_model=base_model,
-        quality=quality,
-        tolerance=tolerance,
-        width=width,
-        steps=steps,
-        learning_rate=lr,
-        seed=seed,
-        resume=resume,
-        fresh=fresh,
+    where = session.device(device)
+    options = _Options(
+        where, base_model, quality, tolerance, width, steps, lr, seed, resume, fresh, evaluate, max_error, min_gain
     )
-    if learns := objective is not ObjectiveName.BITS:
-        check_learnable(session.context, base_model)
+    few_shot = objective is not ObjectiveName.BITS
+    if few_shot:  # fail now, not after hours of training the generator
+        session.fleet.check_few_shot(base_model=base_model)
     partly = False
     if objective is not ObjectiveName.FUNCTIONAL:
-        made = _update(session, request) if update else _train(session, request, learns=learns)
-        partly = _encode_and_measure(session, request, made, (max_error, min_gain), evaluate=evaluate)
-    if learns:
-        _learn_starts(session, StartRequest(request.device, base_model, episodes, seed))
-    if partly:  # only now: one task that falls short must not cost the others what comes after
+        made = _update(session, options) if update else _train(session, options, few_shot=few_shot)
+        partly = _encode_and_measure(session, options, made)
+    if few_shot:
+        _train_few_shot(session, options, episodes)
+    if partly:  # only now: a task that misses a limit must not stop what comes after
         raise typer.Exit(ExitCode.PARTLY)
 
 
 def _check_options(objective: ObjectiveName, *, update: bool, anew: bool, others: Sequence[float | None]) -> None:
     if update and anew:
-        hint = "`icm train --fresh` makes another one, of all tasks"
-        raise UsageProblem("--update continues the present generator: --fresh and --width do not go with it", hint=hint)
+        hint = "`icm train --fresh` trains a new one on all tasks"
+        raise UsageProblem("--update keeps the current generator: it does not go with --fresh or --width", hint=hint)
     if objective is ObjectiveName.FUNCTIONAL and (update or anew or any(value is not None for value in others)):
-        fact = "--objective functional leaves generator and codes as they are: no option about those goes with it"
-        raise UsageProblem(fact, hint="`icm train --objective both` does one after the other")
+        fact = "--objective functional trains no generator and no codes: it does not go with options for these"
+        raise UsageProblem(fact, hint="`icm train --objective both` trains both, one after the other")
 
 
 @dataclass(frozen=True)
 class _Made:
-    """Which tasks have new codes: all of some base models, or only those that are named."""
+    """The tasks that have new codes: all of some base models, or only those that are named."""
 
     base_models: Sequence[str]
     tasks: Sequence[str] = ()
     partly: bool = False
     """Whether a task was left out."""
 
-    @property
-    def nothing(self) -> bool:
-        """Whether none has."""
-        return not self.base_models
 
-
-def _train(session: Session, request: TrainRequest, *, learns: bool) -> _Made:
-    from icmlora.fleet.train import train as fit
-
-    with session.stoppable() as stop:
-        report = session.follow(fit(session.context, request, stop), "train", partial(_tell, session))
-    if report.stopped_at is not None:
-        kept = f"interrupted; the run is kept at step {report.stopped_at}"
-        raise Interrupted(kept, hint="run the same command to continue")
+def _train(session: Session, options: _Options, *, few_shot: bool) -> _Made:
+    stopped = None
+    try:
+        with session.working("train", partial(_tell, session)) as fleet:
+            report = fleet.train(
+                device=options.device,
+                base_model=options.base_model,
+                quality=options.quality,
+                tolerance=options.tolerance,
+                width=options.width,
+                steps=options.steps,
+                learning_rate=options.lr,
+                seed=options.seed,
+                resume=options.resume,
+                fresh=options.fresh,
+            )
+    except Cancelled as stop:
+        report, stopped = cast("TrainReport", stop.report), stop
     for trained in report.trained:
         _sum_up(session, trained)
-        if trained.start_dropped and not learns:
-            session.out.note("the new generator has no start for unseen tasks, which the one before had")
-            session.out.hint("`icm train --objective functional` learns it, and leaves all codes as they are")
+        if trained.start_dropped and not few_shot:
+            session.out.note("the new generator has no few-shot start; the earlier one had one")
+            session.out.hint("`icm train --objective functional` trains one; codes do not change")
+    if stopped is not None:
+        saved = f"saved a training checkpoint at step {report.stopped_at}" if report.stopped_at else "nothing was lost"
+        raise Interrupted(f"interrupted; {saved}", hint="run the same command to continue") from stopped
     partly = any(trained.left_out for trained in report.trained)
     return _Made([trained.base_model for trained in report.trained], partly=partly)
 
 
-def _update(session: Session, request: TrainRequest) -> _Made:
-    from icmlora.fleet.update import update
-
-    with session.stoppable() as stop:
-        report = session.follow(update(session.context, request, stop), "update", partial(_tell, session))
+def _update(session: Session, options: _Options) -> _Made:
+    stopped = None
+    try:
+        with session.working("update", partial(_tell, session)) as fleet:
+            report = fleet.update(
+                device=options.device,
+                base_model=options.base_model,
+                quality=options.quality,
+                tolerance=options.tolerance,
+                steps=options.steps,
+                learning_rate=options.lr,
+                seed=options.seed,
+            )
+    except Cancelled as stop:
+        report, stopped = cast("UpdateReport", stop.report), stop
     for updated in report.updated:
         _sum_up_update(session, updated)
-    if report.stopped:
-        raise Interrupted("interrupted; what is not listed is as it was", hint="run the same command again")
+    if stopped is not None:
+        unchanged = "interrupted; base models that are not listed did not change"
+        raise Interrupted(unchanged, hint="run the same command again") from stopped
     partly = any(updated.left_out for updated in report.updated)
     return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks, partly)
 
 
-def _encode_and_measure(
-    session: Session, request: TrainRequest, made: _Made, limits: tuple[float | None, float | None], *, evaluate: bool
-) -> bool:
-    """Encode once more if there is a limit of the error or of the gain, and measure.
+def _encode_and_measure(session: Session, options: _Options, made: _Made) -> bool:
+    """Re-encode if there is a limit for the error or the gain, and measure.
 
     Returns:
-        Whether a task fell short, or was left out before.
+        Whether a task misses a limit, or was left out before.
     """
-    short = made.partly
-    if made.nothing:
-        return short
-    max_error, min_gain = limits
-    if limits != (None, None):
+    partly = made.partly
+    if not made.base_models:
+        return partly
+    max_error, min_gain = options.max_error, options.min_gain
+    if (max_error, min_gain) != (None, None):
 
         def work(fleet: Fleet) -> EncodeReport:
-            base_model, device = request.base_model, request.device
+            base_model, device = options.base_model, options.device
             return fleet.encode(
                 made.tasks, max_error=max_error, min_gain=min_gain, base_model=base_model, device=device
             )
 
         go_on = "the generator is kept; `icm encode` with the same limits encodes the rest"
-        short = encode.run(session, work, encode.evict_hint(*limits), go_on=go_on) or short
-    if evaluate:
-        _evaluate(session, request.device, made)
-    return short
+        partly = encode.run(session, work, encode.evict_hint(max_error, min_gain), go_on=go_on) or partly
+    if options.evaluate:
+        _evaluate(session, options.device, made)
+    return partly
 
 
-def _learn_starts(session: Session, request: StartRequest) -> None:
-    from icmlora.fleet.meta_train import EpisodeDone, StartLearned, learn_starts
-
-    def tell(event: Event) -> None:
-        if isinstance(event, EpisodeDone):
-            session.out.event("episode", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
-        elif isinstance(event, StartLearned):
-            session.out.event("start", **asdict(event))
-
-    with session.stoppable() as stop:
-        report = session.follow(learn_starts(session.context, request, stop), "episodes", tell)
-    for learned in report.learned:
-        of = f"{human_size(learned.size)}, from {counted(learned.tasks, 'task')}"
-        session.out.line(f"start for unseen tasks of {learned.base_model}: {of}")
-        kept = f"{1 - learned.loss:.2f} of what their own adapters gain on samples that were not read"
-        session.out.note(
-            f"after {counted(learned.episodes, 'episode')} in {human_duration(learned.seconds)}: known tasks get {kept}"
-        )
-    if report.stopped:
-        hint = "`icm train --objective functional` begins the episodes again, and leaves generator and codes"
-        raise Interrupted("interrupted; no start was kept", hint=hint)
+def _train_few_shot(session: Session, options: _Options, episodes: int) -> None:
+    stopped = None
+    try:
+        with session.working("episodes", partial(_tell_few_shot, session)) as fleet:
+            report = fleet.train_few_shot(
+                device=options.device, base_model=options.base_model, episodes=episodes, seed=options.seed
+            )
+    except Cancelled as stop:
+        report, stopped = cast("FewShotReport", stop.report), stop
+    for trained in report.trained:
+        _sum_up_few_shot(session, trained)
+    if stopped is not None:
+        hint = "`icm train --objective functional` starts the episodes again; generators and codes do not change"
+        raise Interrupted("interrupted; no few-shot start was stored", hint=hint) from stopped
 
 
 def _tell(session: Session, event: Event) -> None:
-    from icmlora.fleet.train import Continued, Progressed, Resumed
-    from icmlora.fleet.training_run import CodeMade, Trained
+    from icmlora.fleet.train import CodeMade, Continued, Resumed, Trained
+    from icmlora.fleet.training_run import StepDone
     from icmlora.fleet.update import Updated
 
     out = session.out
-    if isinstance(event, Progressed):
+    if isinstance(event, StepDone):
         if event.at.step % _EVENT_EVERY == 0 or event.at.step == event.at.steps:
             out.event("step", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
     elif isinstance(event, Resumed):
         out.event("resumed", **asdict(event))
-        out.note(f"going on from step {event.step}")
+        out.note(f"resuming from step {event.step}")
     elif isinstance(event, Continued):
         out.event("continued", **asdict(event))
-        new = f"{counted(event.new_tasks, 'task')} without a code so far" if event.new_tasks else "no new task"
-        out.note(f"training generator {event.version} of {event.base_model} on: {new}; every task is encoded again")
+        new = f"{counted(event.new_tasks, 'task')} without a code" if event.new_tasks else "no new tasks"
+        out.note(f"training from generator {event.version} of {event.base_model}: {new}; all tasks are encoded again")
     elif isinstance(event, CodeMade):
         out.event("code", **asdict(event))
-        out.detail(f"{event.task}: code of {human_size(event.size)}, relative dW error {event.dw_error:.4f}")
+        out.detail(f"{event.task}: code of {human_size(event.size)}, squared relative error {event.dw_error:.4f}")
     elif isinstance(event, Trained):
         out.event("trained", **asdict(event))
     elif isinstance(event, Updated):
         out.event("updated", **asdict(event))
 
 
+def _tell_few_shot(session: Session, event: Event) -> None:
+    from icmlora.fleet.train_few_shot import EpisodeDone, FewShotTrained
+
+    if isinstance(event, EpisodeDone):
+        session.out.event("episode", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
+    elif isinstance(event, FewShotTrained):
+        session.out.event("start", **asdict(event))
+
+
 def _sum_up(session: Session, trained: Trained) -> None:
-    metrics = trained.metrics
+    out, metrics = session.out, trained.metrics
     bits = metrics["bits_per_parameter"]
-    loss = "" if bits is None else f"{bits:.3f} bits per parameter "
-    session.out.line(
-        f"generator {trained.version} of {trained.base_model}: {human_size(trained.generator_size)}, "
-        f"{counted(trained.tasks, 'code')} of together {human_size(trained.codes_size)}"
+    loss = "" if bits is None else f"{bits:.3f} bits per parameter after "
+    out.line(
+        f"generator {trained.version} of {trained.base_model}: {human_size(trained.generator_size)}; "
+        f"{counted(trained.tasks, 'code')}, {human_size(trained.codes_size)} in total"
     )
-    session.out.note(
-        f"{loss}after {metrics['steps']} steps; "
-        f"fitted in {human_duration(float(str(metrics['fit_seconds'])))} on {metrics['device']}, "
+    out.note(
+        f"{loss}{metrics['steps']} steps; "
+        f"trained in {human_duration(float(str(metrics['fit_seconds'])))} on {metrics['device']}, "
         f"peak memory {human_size(int(str(metrics['peak_memory'])))}"
     )
-    session.out.note(f"the initial A of {metrics['initial_a_known']} of them is drawn again from its seed")
+    seeds = f"{metrics['initial_a_known']} of {counted(trained.tasks, 'adapter')}"
+    out.note(f"initialisation seed recovered for {seeds} (smaller codes)")
     _warn_of(session, trained.left_out)
 
 
@@ -260,23 +290,30 @@ def _warn_of(session: Session, left_out: Mapping[str, str]) -> None:
 def _sum_up_update(session: Session, updated: Updated) -> None:
     out = session.out
     _warn_of(session, updated.left_out)
-    if not updated.tasks and updated.left_out:
-        return
     if not updated.tasks:
-        out.line(f"every task of {updated.base_model} has a code: nothing to add")
+        if not updated.left_out:
+            out.line(f"every task of {updated.base_model} has a code: nothing to add")
         return
+    networks = f", {counted(updated.epochs, 'network')}" if updated.epochs > 1 else ""
     out.line(
-        f"generator {updated.version} of {updated.base_model}: {human_size(updated.generator_size)} in "
-        f"{counted(updated.epochs, 'epoch')}, {counted(len(updated.tasks), 'new code')} of together "
-        f"{human_size(updated.codes_size)}"
+        f"generator {updated.version} of {updated.base_model}: {human_size(updated.generator_size)}{networks}; "
+        f"{counted(len(updated.tasks), 'new code')}, {human_size(updated.codes_size)} in total"
     )
     if updated.kept_size is not None and updated.tuned_size is not None:
         kept, tuned = human_size(updated.kept_size), human_size(updated.tuned_size)
-        why = f"codes under the network as it was take {kept}, codes and epoch of a tuned one {tuned}"
-        out.note(f"the network was {'tuned' if 'tuned' in updated.added else 'kept'}: {why}")
+        done = "added a tuned network" if "tuned" in updated.added else "kept the network as it is"
+        out.note(f"{done}: new codes take {kept} without tuning, {tuned} with it (tuned network included)")
     if "fresh" in updated.added:
-        out.note("tasks with modules or ranks that the network does not know got one of their own, as an epoch")
-    out.note(f"done in {human_duration(float(str(updated.metrics['update_seconds'])))}; earlier codes are as they were")
+        out.note("added a network for tasks with modules or ranks that the generator did not cover")
+    out.note(f"took {human_duration(float(str(updated.metrics['update_seconds'])))}; earlier codes did not change")
+
+
+def _sum_up_few_shot(session: Session, trained: FewShotTrained) -> None:
+    size, tasks = human_size(trained.size), counted(trained.tasks, "task")
+    session.out.line(f"few-shot start for {trained.base_model}: {size}, from {tasks}")
+    gain = f"{1 - trained.loss:.2f} of the gain of their own adapters, on samples that were held out"
+    took = f"{counted(trained.episodes, 'episode')} in {human_duration(trained.seconds)}"
+    session.out.note(f"{took}; known tasks reach {gain}")
 
 
 def _evaluate(session: Session, device: str, made: _Made) -> None:
@@ -285,6 +322,6 @@ def _evaluate(session: Session, device: str, made: _Made) -> None:
     for reason in found.reasons:
         session.out.note(f"not measured: {reason}")
     if not found.tasks:
-        session.out.hint("`icm eval` measures what the codes kept, with the base model and held-out text")
+        session.out.hint("`icm eval` measures the codes, with the base model and held-out text")
         return
     evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), device=device))

@@ -18,35 +18,34 @@ QualityOpt = Annotated[
         metavar="1..8",
         min=1,
         max=8,
-        help="The one dial: 1 is smallest, 8 most faithful; else the present generator's, at first 4.",
+        help="1 (smallest) to 8 (most accurate). Default: 4, or whatever the current generator uses.",
         show_default=False,
     ),
 ]
-SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything that is random.")]
-ResumeOpt = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a run that was stopped.")]
-FreshOpt = Annotated[bool, typer.Option("--fresh", help="Start anew, not from the present generator.")]
+SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed for all random numbers.")]
+ResumeOpt = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an interrupted training.")]
+FreshOpt = Annotated[bool, typer.Option("--fresh", help="Start from scratch instead of from the current generator.")]
 UpdateOpt = Annotated[
     bool,
-    typer.Option(
-        "--update", help="Only give tasks without a code one; nothing else is read or changed, originals may be gone."
-    ),
+    typer.Option("--update", help="Only encode tasks that have no code yet. Other tasks do not change."),
 ]
 EvalOpt = Annotated[
-    bool, typer.Option("--eval/--no-eval", help="Then measure what the codes kept, where the base model is found.")
+    bool,
+    typer.Option("--eval/--no-eval", help="Afterwards, measure the codes if the base model is on this machine."),
 ]
 ErrorOpt = Annotated[
     float | None,
-    loss_option("--max-error", "Relative dW error that a code may have; then tasks are encoded as by `icm encode`."),
+    loss_option("--max-error", "Then re-encode to keep this squared relative error of dW, as `icm encode` does."),
 ]
 GainOpt = Annotated[
     float | None,
-    gain_option("Smallest retained gain that a code may have, likewise; needs the base model and held-out text."),
+    gain_option("Then re-encode to keep this retained gain, as `icm encode` does. Needs the base model."),
 ]
 ToleranceOpt = Annotated[
     float | None,
     loss_option(
         "--tolerance",
-        "Share of dW's energy, weighted by sensitivity, that a code may lose; else the quality's.",
+        "Largest squared relative error of dW weighted by sensitivity. Default: set by --quality.",
         MODEL_PANEL,
     ),
 ]
@@ -57,7 +56,7 @@ WidthOpt = Annotated[
         metavar="N",
         min=4,
         max=4096,
-        help="Hidden width of a new generator's decoder; else that of the fleet's size.",
+        help="Hidden width of a new generator's decoder. Default: depends on the number of tasks.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),
@@ -68,7 +67,7 @@ StepsOpt = Annotated[
         "--steps",
         metavar="N",
         min=1,
-        help="Optimiser steps; else 10 per adapter, from 1,000 to 20,000.",
+        help="Optimiser steps. Default: 10 per adapter, at least 1,000 and at most 20,000.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),
@@ -80,7 +79,7 @@ RateOpt = Annotated[
         metavar="X",
         min=1e-6,
         max=1.0,
-        help="Peak learning rate; else 0.004.",
+        help="Peak learning rate. Default: 0.004.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),
@@ -88,7 +87,7 @@ RateOpt = Annotated[
 
 
 class ObjectiveName(StrEnum):
-    """What training is for."""
+    """What to train."""
 
     BITS = "bits"
     FUNCTIONAL = "functional"
@@ -99,13 +98,17 @@ ObjectiveOpt = Annotated[
     ObjectiveName,
     typer.Option(
         "--objective",
-        help="bits: the generator and its codes. functional: where unseen tasks start, for `icm generate`; needs the "
-        "base model, and leaves generator and codes as they are. both: one after the other.",
+        help="bits: train the generator and encode the tasks. functional: train the few-shot start that `icm generate` "
+        "needs; codes do not change. both: one after the other.",
     ),
 ]
 EpisodesOpt = Annotated[
     int,
     typer.Option(
-        "--episodes", metavar="N", min=1, help="Episodes of the functional objective.", rich_help_panel=MODEL_PANEL
+        "--episodes",
+        metavar="N",
+        min=1,
+        help="Episodes of training for the few-shot start.",
+        rich_help_panel=MODEL_PANEL,
     ),
 ]

@@ -1,4 +1,4 @@
-"""A store's fleet as training reads it: one adapter at a time, the latest few kept in memory."""
+"""The adapters of a store as training reads them: one at a time, with the latest few kept in memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
 from icmlora.fleet.loading import read_original
 from icmlora.fleet.stored_vectors import latest_vectors
@@ -24,25 +25,26 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 _CACHE_BYTES = 256 << 20
-_INITIALS = 256
-"""A place for each module is up to 100 kB; finding it again takes some hundredths of a second."""
-_FLOAT32 = 4
-_TOO_WIDE = f"its rank is above {MAX_SLOTS}, the most that a code has room for"
+_CACHED_INITIALS = (
+    256  # an InitialA takes up to 100 kB; making it again from its seed takes some hundredths of a second
+)
+_FLOAT32 = 4  # bytes
+_TOO_WIDE = f"its rank is above {MAX_SLOTS}, the largest that a code can hold"
 
 
 class StoreAdapterSource:
-    """The tasks of one base model (see `icmlora.training.source.AdapterSource`). Rows are in memory, adapters are not.
+    """The tasks of one base model whose originals are there; implements `icmlora.training.source.AdapterSource`.
 
-    Evicted adapters are not among them: a task without its final one, and checkpoints without weights.
+    Rows are in memory, adapters are not. Evicted tasks and evicted checkpoints are left out.
 
     Args:
         store: The open store.
-        base_model: The tasks' base model.
-        names: Only the final adapters of these tasks.
+        base_model: The base model of the tasks.
+        names: Only the final adapters of these tasks, without checkpoints.
 
     Attributes:
-        names: The tasks, in order.
-        left_out: The tasks that no generator can have, with the reason.
+        names: The tasks, in the order of their numbers.
+        left_out: Tasks that no generator can encode, and why.
     """
 
     def __init__(self, store: Store, base_model: str, names: Collection[str] | None = None) -> None:
@@ -56,7 +58,7 @@ class StoreAdapterSource:
         rows = [row for row in rows if row.task.name not in self.left_out]
         self.names = [row.task.name for row in rows]
         self._finals = [row.final for row in rows]
-        self._others = [
+        self._checkpoints = [
             [row for row in store.tasks.adapters(name) if names is None and _is_checkpoint(row)] for name in self.names
         ]
         self._vectors = [_by_support_set(store.vectors.all(name)) for name in self.names]
@@ -64,35 +66,42 @@ class StoreAdapterSource:
         self._cached = 0
         self._search = SeedSearch()
         self._seeds: dict[int, int | None] = {}
-        self._initial = lru_cache(_INITIALS)(self._find_initial)
+        self._initial = lru_cache(_CACHED_INITIALS)(self._find_initial)
 
     def tasks(self) -> int:
         """Return the number of tasks."""
         return len(self.names)
 
     def checkpoints(self, task: int) -> int:
-        """Return how many adapters task `task` has besides its final one."""
-        return len(self._others[task])
+        """Return the number of checkpoints of a task."""
+        return len(self._checkpoints[task])
 
     def final(self, task: int) -> AdapterRecord:
         """Return the row of a task's final adapter."""
         return self._finals[task]
 
-    def rows(self) -> Iterator[AdapterRecord]:
-        """Yield the rows of all adapters, checkpoints included."""
-        for final, others in zip(self._finals, self._others, strict=True):
+    def adapters(self) -> int:
+        """Return the number of adapters, checkpoints included."""
+        return sum(1 for _ in self._rows())
+
+    def layouts(self) -> Iterator[list[ModuleShape]]:
+        """Yield the modules of each adapter with their shapes and ranks, checkpoints included."""
+        return (layout_of(row) for row in self._rows())
+
+    def _rows(self) -> Iterator[AdapterRecord]:
+        for final, checkpoints in zip(self._finals, self._checkpoints, strict=True):
             yield final
-            yield from others
+            yield from checkpoints
 
     def digest(self) -> str:
-        """Return what names everything that training reads: adapters, checkpoints and vectors, by content."""
-        adapters = [[row.task, row.is_final, row.weights, row.config] for row in self.rows()]
+        """Return a digest of everything that training reads: adapters, checkpoints and vectors."""
+        adapters = [[row.task, row.is_final, row.weights, row.config] for row in self._rows()]
         vectors = [[sorted((view, row.blob) for view, row in rows.items()) for rows in sets] for sets in self._vectors]
         return hashlib.sha256(json.dumps([adapters, vectors]).encode()).hexdigest()
 
     def load(self, task: int, checkpoint: int | None) -> Adapter:
-        """Read the final adapter of a task (None), or one of its checkpoints."""
-        row = self._finals[task] if checkpoint is None else self._others[task][checkpoint]
+        """Read one checkpoint of a task, or its final adapter (None)."""
+        row = self._finals[task] if checkpoint is None else self._checkpoints[task][checkpoint]
         key = row.config, row.weights  # the same weights under another alpha are another adapter
         if key in self._cache:
             self._cache.move_to_end(key)
@@ -106,9 +115,9 @@ class StoreAdapterSource:
         return adapter
 
     def initial(self, task: int) -> InitialA | None:
-        """Return where the A that a task's training began with was drawn; checkpoints share it.
+        """Return the initial A of a task's adapters as its seed gives it, None if the seed is not known.
 
-        The latest are kept. Of the others the seed is, so that it is searched once.
+        The seed is searched once per task; of the tasks used last, the initial A stays in memory.
         """
         return self._initial(task)
 
@@ -139,7 +148,7 @@ class StoreAdapterSource:
 
 
 def mean_vectors(store: Store, rows: Iterable[VectorRecord]) -> dict[str, torch.Tensor]:
-    """Average a task's vectors by view; the views that are there, each (hidden,)."""
+    """Average a task's vectors over its support sets: view -> tensor of shape (hidden,)."""
     views: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
     latest = latest_vectors(rows)
     for row, values in zip(latest, _read(store, latest), strict=True):
@@ -148,9 +157,14 @@ def mean_vectors(store: Store, rows: Iterable[VectorRecord]) -> dict[str, torch.
 
 
 def _read(store: Store, rows: Sequence[VectorRecord]) -> list[torch.Tensor]:
-    """Read vectors, each file once: it holds all of its task."""
+    """Read vectors; a file holds all vectors of one extraction, so each is read once."""
     files = {blob: vectors_from_bytes(store.blobs.read(blob)) for blob in {row.blob for row in rows}}
     return [files[row.blob][row.view][row.support_set] for row in rows]
+
+
+def layout_of(row: AdapterRecord) -> list[ModuleShape]:
+    """Return the modules of an adapter with their shapes and ranks."""
+    return [ModuleShape(*entry) for entry in row.layout]
 
 
 def _is_checkpoint(row: AdapterRecord) -> bool:

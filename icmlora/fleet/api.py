@@ -6,7 +6,8 @@
     fleet.materialize("dog-detection", "adapter")
 
 A method imports what it needs when it is called, so that `import icmlora` and listing tasks never load torch. The
-methods that list and maintain the store are in the base class, `icmlora.fleet.api_store.StoredFleet`.
+methods that list and maintain the store are in `icmlora.fleet.api_store`, those that train, use and list generators in
+`icmlora.fleet.api_generators`; `Fleet` inherits both.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.fleet.api_store import StoredFleet
+from icmlora.fleet.api_generators import GeneratorFleet
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.vectors import VectorReport
 
 
-class Fleet(StoredFleet):
+class Fleet(GeneratorFleet):
     """The tasks of a store, and everything that can be done with them.
 
     Args:
@@ -231,10 +232,6 @@ class Fleet(StoredFleet):
         from icmlora.fleet.import_bundle import ImportRequest, import_bundle
 
         return import_bundle(self._context, ImportRequest(Path(file), tasks, on_conflict, dry_run))
-
-    # train, update, few-shot starts, generators
-
-    # generate
 
     # encode
 

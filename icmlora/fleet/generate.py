@@ -1,20 +1,18 @@
-"""Keep a generated task: its code and its vector, and no weights beside them.
+"""Generate an adapter for a task that has none, from some of its samples.
 
-adapter ──encode, refine──▶ code ────────┐
-written folder ──▶ configuration, card ──┼──▶ a task without an original, with its code and its vectors: one transaction
-samples ──base──▶ vectors ───────────────┘
+samples ──base model──▶ context vectors ──▶ how far the task is from known ones
+   └──base model + few-shot start──▶ steps ──▶ adapter ──(gradient steps)──▶ PEFT folder
 
-An adapter for a task that was never ingested, from some of its samples.
-
-samples ──base──▶ context vector ──▶ how far from the known tasks
-   └──base + start──▶ evidence ──steps──▶ adapter ──(gradient steps)──▶ PEFT folder (──▶ store: vector and code)
+register:  adapter ──encode, refine──▶ code ──┐
+           written folder ──▶ configuration, card ──┼──▶ an evicted task: one transaction, no weights
+           context vectors ───────────────────┘
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,16 +25,16 @@ from icmlora.base_models.catalogue import read_examples
 from icmlora.base_models.examples import spread
 from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.modality import BaseModel, Prepared
-from icmlora.errors import Cancelled, DataError, NotCovered
+from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.adapt import adapt, supports
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.cards import GeneratedCard
-from icmlora.fleet.context import Context, Event, Progress, StopFlag
+from icmlora.fleet.context import Context
 from icmlora.fleet.loading import open_base
-from icmlora.fleet.meta_train import SAMPLE_TOKENS, read_fewshot_start
 from icmlora.fleet.search import Refiner
 from icmlora.fleet.stored_vectors import canonical_json, comparable_vectors
+from icmlora.fleet.train_few_shot import SAMPLE_TOKENS, read_few_shot_start
 from icmlora.fleet.vectors import VECTOR_DTYPE, put_vectors
 from icmlora.formats.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME, save_adapter
 from icmlora.generator.encoding import Encoded
@@ -56,16 +54,138 @@ from registry.records import GeneratorRecord, NewAdapter, NewGenerator
 if TYPE_CHECKING:
     from registry.store import Store
 
-_TOLERANCE = 0.7
-"""A generated adapter does what it does in few directions: finer rounding without refinement is larger and worse."""
+# A generated adapter has few directions that matter: finer rounding without refinement is larger and worse.
+_CODE_TOLERANCE = 0.7
+_SAMPLES_LIMIT = 64 << 20  # bytes of the samples file
+_BATCH = 8  # samples per pass on an accelerator
 
 
-def check_unknown(store: Store, name: str) -> None:
-    """Check that a task can be registered under a name.
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What to generate, and where to write it.
+
+    Attributes:
+        count: Number of samples to read, spread over the file; fewer if the file has fewer.
+        description: A sentence for the model card.
+        refine: Gradient steps on the samples after the few-shot steps.
+        rank: Rank to write; by default the largest that a code can have.
+        register: Also keep the task in the store, by its code and its vectors.
+    """
+
+    name: str
+    samples: Path
+    directory: Path
+    count: int = 64
+    description: str | None = None
+    refine: int = 0
+    rank: int | None = None
+    base_model: str | None = None
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    register: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of an adapter before it is written.
+
+    Attributes:
+        samples: Number of samples that were read.
+        reaching: How many of them are as long as what is read of a sample (`SAMPLE_TOKENS`), or longer.
+        base_nats: Loss of the base model on these samples, in nats per token.
+        nats: Loss of the adapter on the same samples. It has seen them, so it gains less on other text of the task.
+        known: How far the task is from known ones; None if too few of them can be compared.
+        rank: Its largest rank.
+    """
+
+    samples: int
+    reaching: int
+    base_nats: float
+    nats: float
+    known: Familiarity | None
+    rank: int
+
+
+@dataclass(frozen=True)
+class Generated(_Facts):
+    """A generated adapter.
+
+    Attributes:
+        task: The name of the task.
+        directory: Where the adapter was written.
+        base_model: Its base model.
+        generator: Digest of the generator.
+        weights: SHA-256 of the written weights.
+        code_size: Bytes of the code that was registered; None without `register`.
+        code_error: Squared relative error of the code; likewise.
+    """
+
+    task: str
+    directory: Path
+    base_model: str
+    generator: str
+    weights: str
+    code_size: int | None
+    code_error: float | None
+
+
+def generate(context: Context, request: GenerateRequest) -> Generated:
+    """Generate an adapter for a new task. Its folder appears whole or not at all, the registered task after it.
 
     Raises:
-        TaskConflict: The store has a task of that name.
+        DeviceUnavailable: The device is not there.
+        InvalidName: The name is not allowed for a task.
+        DataError: The samples cannot be used, or there is no generator with a few-shot start.
+        OutputExists: The folder is not empty and `force` is not given.
+        BaseModelNotFound: The base model is not on this machine.
+        TaskConflict: The task is to be registered, and its name is taken.
+        NotCovered: The task is to be registered, and no code can have the rank.
+        Cancelled: The listener stopped it; nothing was written.
     """
+    device = resolve_device(request.device)
+    check_name(request.name)
+    check_free(request.directory, force=request.force)
+    data = read_regular(request.samples, max_bytes=_SAMPLES_LIMIT)
+    examples = spread(read_examples(data, path=request.samples), request.count)
+    with context.open() as store:
+        if request.register:
+            _refuse_known(store, request.name)
+        generator = _generator_with_start(store, request.base_model)
+        file = GeneratorFile(store.blobs.read(generator.blob))
+        start = read_few_shot_start(store, generator, file)
+        rank = _rank(file, start, request)
+        context.progress(0, None, f"loading {generator.base_model}")
+        base, vectors = _load_base(context, store, generator.base_model, device, examples)
+        samples = base.modality.prepare(base, examples, SAMPLE_TOKENS)
+        adapter = _adapted(context, base, start, samples, rank, request.refine)
+        facts = _Facts(
+            samples=len(examples),
+            reaching=sum(sample.size == SAMPLE_TOKENS for sample in samples),
+            base_nats=_nats(base, None, examples),
+            nats=_nats(base, adapter, examples),
+            known=_familiarity(store, generator, vectors),
+            rank=max(shape.rank for shape in adapter.layout),
+        )
+        code = _encode(context, file, adapter, vectors, base, examples) if request.register else None
+        context.progress(0, None, "writing the adapter")  # the last moment to stop: then the folder, then the task
+        weights = _write(adapter, generator, facts.samples, request)
+        if code is not None:
+            _register(store, generator, request, vectors, code)
+    return Generated(
+        **vars(facts),
+        task=request.name,
+        directory=request.directory,
+        base_model=generator.base_model,
+        generator=generator.blob,
+        weights=weights,
+        code_size=None if code is None else len(code.data),
+        code_error=None if code is None else code.dw_error,
+    )
+
+
+def _refuse_known(store: Store, name: str) -> None:
+    """Raise `TaskConflict` if the store has a task of that name."""
     try:
         known = store.tasks.get(name)
     except TaskNotFound:
@@ -73,56 +193,116 @@ def check_unknown(store: Store, name: str) -> None:
     raise TaskConflict(known.name, choices=None)
 
 
-def code_for(
-    generator_file: GeneratorFile,
+def _generator_with_start(store: Store, base_model: str | None) -> GeneratorRecord:
+    """Return the current generator that has a few-shot start; there must be exactly one."""
+    current = [row for row in store.generators.all(base_model) if row.is_current]
+    if not current:
+        of_it = "" if base_model is None else f" for {base_model}"
+        hint = "`icm train --objective both` trains one"
+        if store.generators.all():
+            hint = f"`icm generators` lists those of other base models; {hint}"
+        raise DataError(f"there is no generator{of_it}", hint=hint)
+    found = [row for row in current if row.start is not None]
+    if not found:
+        fact = f"the generator of {current[0].base_model} has no few-shot start"
+        raise DataError(fact, hint="`icm train --objective functional` trains one; codes do not change")
+    if len(found) > 1:
+        names = ", ".join(row.base_model for row in found)
+        raise DataError(f"there are generators for several base models: {names}", hint="choose one with --base-model")
+    return found[0]
+
+
+def _rank(file: GeneratorFile, start: FewShotStart, request: GenerateRequest) -> int:
+    """Return the rank to write: as requested, else the largest that a code of these modules can have."""
+    most = max(file.configs[number].slots for number in file.covering(start.adapter.layout))
+    if request.register and request.rank is not None and request.rank > most:
+        fact = f"codes of this generator have at most rank {most}, and rank {request.rank} was requested"
+        raise NotCovered(fact, hint=f"use --rank {most}, or leave out --register to write the folder only")
+    return most if request.rank is None else request.rank
+
+
+def _load_base(
+    context: Context, store: Store, label: str, device: torch.device, examples: Sequence[Any]
+) -> tuple[BaseModel, tuple[TaskVector, ...]]:
+    """Load the base model, and extract context vectors in the precision in which those of all tasks are extracted."""
+    base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
+    vectors = extract_context(base, examples)
+    if gradient_dtype(device) is not VECTOR_DTYPE:
+        del base  # a device may have no room for two copies
+        base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
+    return base, vectors
+
+
+def _adapted(
+    context: Context, base: BaseModel, start: FewShotStart, samples: Sequence[Prepared], rank: int, refine: int
+) -> Adapter:
+    """Take the few-shot steps, cut the adapter to the rank that is written, and refine it by gradient steps."""
+    batch = 1 if base.device.type == "cpu" else _BATCH
+    adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
+    for done, adapted in enumerate(adapt(base, start, samples, batch_size=batch), start=1):
+        adapter = adapted.adapter
+        context.progress(done, steps, "adapting")
+    adapter = truncated(adapter, rank)
+    if refine:
+        for done, (nats, refined) in enumerate(finetune(base, adapter, samples, FinetuneConfig(refine)), start=1):
+            adapter = refined
+            context.progress(done, refine, f"refining, {nats:.3f} nats per token")
+    return adapter
+
+
+def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Any]) -> float:
+    with added(base.model, {} if adapter is None else factors_of(adapter)):
+        return base.modality.measure(base, examples, SAMPLE_TOKENS).value
+
+
+def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[TaskVector]) -> Familiarity | None:
+    """Compare a new task with the known ones by their context vectors; None if fewer than three are comparable."""
+    rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
+    tasks = [row.task for row in rows if not row.final.is_generated]
+    known = comparable_vectors(store, tasks, "context")
+    if len(known.vectors) < FEWEST or known.extractor != canonical_json(json.loads(vectors[0].extractor.to_json())):
+        return None
+    return familiarity(_mean(vectors).numpy(), known.vectors)
+
+
+def _mean(vectors: Sequence[TaskVector]) -> torch.Tensor:
+    """Average the vectors of several support sets, shape (hidden,)."""
+    return torch.stack([vector.values for vector in vectors]).mean(dim=0)
+
+
+def _write(adapter: Adapter, generator: GeneratorRecord, samples: int, request: GenerateRequest) -> str:
+    """Write the folder and return the digest of its weights."""
+    card = GeneratedCard(request.name, generator.base_model, generator, samples, request.refine, request.description)
+    folder = request.directory
+    save_adapter(adapter, folder, dtype=request.dtype, card=card.text(), metadata=card.metadata(), force=request.force)
+    return hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
+
+
+def _encode(
+    context: Context,
+    file: GeneratorFile,
     adapter: Adapter,
     vectors: Sequence[TaskVector],
     base: BaseModel,
-    samples: Sequence[Any],
-    stop: StopFlag,
-) -> Generator[Event, None, Encoded | None]:
-    """Make the code of a generated adapter, a coarse one that is refined on the samples; None where the user stopped.
-
-    Raises:
-        NotCovered: Its rank is above what any version of the generator covers.
-    """
-    codec = generator_file.codec_for(adapter.layout)
-    mean = {"context": torch.stack([vector.values for vector in vectors]).mean(dim=0)}
-    coarse = codec.encode(adapter, mean, tolerance=_TOLERANCE)
-    yield Progress(0, None, "refining its code")
-
-    def tell(note: str) -> None:
-        if stop.requested:
-            raise Cancelled
-
-    try:
-        return Refiner(base, samples, RefineConfig()).refine(codec, adapter, coarse, tell)
-    except Cancelled:
-        return None
+    examples: Sequence[Any],
+) -> Encoded:
+    """Encode a generated adapter coarsely, and refine the code on the samples."""
+    codec = file.codec_for(adapter.layout)
+    coarse = codec.encode(adapter, {"context": _mean(vectors)}, tolerance=_CODE_TOLERANCE)
+    refiner = Refiner(base, examples, RefineConfig())
+    return refiner.refine(codec, adapter, coarse, lambda note: context.progress(0, None, note))
 
 
-def register(
-    store: Store,
-    generator: GeneratorRecord,
-    name: str,
-    folder: Path,
-    vectors: Sequence[TaskVector],
-    code: Encoded,
+def _register(
+    store: Store, generator: GeneratorRecord, request: GenerateRequest, vectors: Sequence[TaskVector], code: Encoded
 ) -> None:
-    """Record the task of a written folder, which is what the code stands in for.
-
-    Args:
-        store: The open store.
-        generator: The current generator.
-        name: What the task is called.
-        folder: The adapter as it was written.
-        vectors: What the base model says of its samples.
-        code: Under that generator.
+    """Record the task of a written folder, as if that had been ingested, encoded and evicted.
 
     Raises:
-        TaskConflict: The store has another task of that name by now.
+        TaskConflict: The store has a task of that name by now.
         GeneratorConflict: Another generator is current by now.
     """
+    name, folder = request.name, request.directory
     config, weights = (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
     card = store.blobs.put((folder / CARD_NAME).read_bytes())
     summary = PEFT.inspect(config, weights, path=folder)
@@ -143,223 +323,5 @@ def register(
     rows = put_vectors(store, name, vectors)
     blob = store.blobs.put(code.data)
     task = ImportedTask(name, original, len(weights), blob, code.dw_error, vectors=rows)
-    present = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
-    store.bundles.add(BundleImport(present, generator.version, [task]))
-
-
-_DATA_LIMIT = 64 << 20
-_BATCH = 8
-"""Samples a pass on an accelerator."""
-
-
-@dataclass(frozen=True)
-class GenerateRequest:
-    """What `icm generate` was asked for."""
-
-    name: str
-    samples: Path
-    directory: Path
-    count: int
-    """Samples that are read; fewer if there are fewer."""
-    description: str | None = None
-    refine: int = 0
-    """Gradient steps after the generated point."""
-    rank: int | None = None
-    """Of what is written; that of the fleet's widest adapter where it is None."""
-    base_model: str | None = None
-    device: str = "auto"
-    dtype: str = "bfloat16"
-    register: bool = False
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What is known of an adapter before it is written.
-
-    Attributes:
-        samples: How many samples were read.
-        reaching: How many of them reach `SAMPLE_TOKENS`, which is all that is read of one.
-        base_nats: Loss of the base model on these very samples, in nats per token.
-        nats: Of the adapter, likewise: it has seen them, so on other text of the task it gains less.
-        known: How far the task lies from the known ones; None where too few of them can be compared.
-        rank: Its largest.
-    """
-
-    samples: int
-    reaching: int
-    base_nats: float
-    nats: float
-    known: Familiarity | None
-    rank: int
-
-
-@dataclass(frozen=True)
-class Generated(_Facts):
-    """What was made.
-
-    Attributes:
-        weights: SHA-256 of the written weights.
-        code_size: Bytes of the code that was registered, None without registering.
-        code_error: Its relative dW error.
-    """
-
-    task: str
-    directory: Path
-    base_model: str
-    generator: str
-    weights: str
-    code_size: int | None
-    code_error: float | None
-
-
-def generate(context: Context, request: GenerateRequest, stop: StopFlag) -> Generator[Event, None, Generated | None]:
-    """Make an adapter for an unseen task; the folder appears whole or not at all, and a task after its folder.
-
-    Returns:
-        What was made, or None if the user stopped; then nothing is written.
-
-    Raises:
-        DeviceUnavailable: The device is not there.
-        InvalidName: A name outside the rule.
-        DataError: Samples that cannot be used, or a generator that has no start.
-        OutputExists: The folder is not empty and `force` is not given.
-        BaseModelNotFound: The base model is not on this machine.
-        TaskConflict: It is to be registered, and its name is taken.
-        NotCovered: It is to be registered, and no code of the generator has the rank that is asked for.
-    """
-    device = resolve_device(request.device)
-    check_name(request.name)
-    check_free(request.directory, force=request.force)
-    examples = _chosen(request)
-    with context.open() as store:
-        if request.register:
-            check_unknown(store, request.name)
-        generator = _generator(store, request.base_model)
-        generator_file = GeneratorFile(store.blobs.read(generator.blob))
-        start = read_fewshot_start(store, generator, generator_file)
-        rank = _rank(generator_file, start, request)
-        yield Progress(0, None, f"loading {generator.base_model}")
-        base, vectors = _opened(store, generator.base_model, device, examples, context.cache)
-        samples = base.modality.prepare(base, examples, SAMPLE_TOKENS)
-        adapter = None if stop.requested else (yield from _adapted(base, start, samples, rank, request, stop))
-        if adapter is None:
-            return None
-        facts = _Facts(
-            samples=len(examples),
-            reaching=sum(sample.size == SAMPLE_TOKENS for sample in samples),
-            base_nats=_nats(base, None, examples),
-            nats=_nats(base, adapter, examples),
-            known=_familiarity(store, generator, vectors),
-            rank=max(shape.rank for shape in adapter.layout),
-        )
-        code = None
-        if request.register:
-            code = yield from code_for(generator_file, adapter, vectors, base, examples, stop)
-        if stop.requested:
-            return None
-        weights = _write(adapter, generator, facts.samples, request)
-        if code is not None:
-            register(store, generator, request.name, request.directory, vectors, code)
-    return Generated(
-        **vars(facts),
-        task=request.name,
-        directory=request.directory,
-        base_model=generator.base_model,
-        generator=generator.blob,
-        weights=weights,
-        code_size=None if code is None else len(code.data),
-        code_error=None if code is None else code.dw_error,
-    )
-
-
-def _chosen(request: GenerateRequest) -> list[Any]:
-    data = read_regular(request.samples, max_bytes=_DATA_LIMIT)
-    return spread(read_examples(data, path=request.samples), request.count)
-
-
-def _generator(store: Store, base_model: str | None) -> GeneratorRecord:
-    current = [row for row in store.generators.all(base_model) if row.is_current]
-    if not current:
-        of_it = "" if base_model is None else f" of {base_model}"
-        hint = "`icm train --objective both` makes one that generates"
-        if store.generators.all():
-            hint = f"`icm generators` lists those of other base models; {hint}"
-        raise DataError(f"there is no generator{of_it}", hint=hint)
-    started = [row for row in current if row.start is not None]
-    if not started:
-        fact = f"the generator of {current[0].base_model} has not learned where unseen tasks start"
-        raise DataError(fact, hint="`icm train --objective functional` learns it, and leaves all codes as they are")
-    if len(started) > 1:
-        names = ", ".join(row.base_model for row in started)
-        raise DataError(f"there are generators of several base models: {names}", hint="choose one with --base-model")
-    return started[0]
-
-
-def _rank(generator_file: GeneratorFile, start: FewShotStart, request: GenerateRequest) -> int:
-    """Return the rank to write: what is asked for, else the largest that a code of the start's modules can have."""
-    most = max(generator_file.configs[number].slots for number in generator_file.covering(start.adapter.layout))
-    if request.register and request.rank is not None and request.rank > most:
-        fact = f"codes of the generator have ranks up to {most}, and {request.rank} is asked for"
-        raise NotCovered(fact, hint=f"--rank {most}, or write the folder alone, without --register")
-    return most if request.rank is None else request.rank
-
-
-def _opened(
-    store: Store, label: str, device: torch.device, samples: Sequence[Any], cache: Path
-) -> tuple[BaseModel, tuple[TaskVector, ...]]:
-    """Load the base model, and read the samples in the precision in which vectors of all tasks are made."""
-    base = open_base(store, label, device, VECTOR_DTYPE, cache=cache)
-    vectors = extract_context(base, samples)
-    if gradient_dtype(device) is not VECTOR_DTYPE:
-        del base  # one copy of it at a time
-        base = open_base(store, label, device, gradient_dtype(device), cache=cache)
-    return base, vectors
-
-
-def _adapted(
-    base: BaseModel,
-    start: FewShotStart,
-    samples: Sequence[Prepared],
-    rank: int,
-    request: GenerateRequest,
-    stop: StopFlag,
-) -> Generator[Event, None, Adapter | None]:
-    """Return the adapter at the rank that is written, or None if the user stopped."""
-    batch = 1 if base.device.type == "cpu" else _BATCH
-    adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
-    for done, adapted in enumerate(adapt(base, start, samples, batch_size=batch), start=1):
-        adapter = adapted.adapter
-        yield Progress(done, steps, "adapting")
-        if stop.requested:
-            return None
-    adapter = truncated(adapter, rank)
-    if request.refine:
-        for done, (nats, refined) in enumerate(finetune(base, adapter, samples, FinetuneConfig(request.refine)), 1):
-            adapter = refined
-            yield Progress(done, request.refine, f"refining, {nats:.3f} nats per token")
-            if stop.requested:
-                return None
-    return adapter
-
-
-def _write(adapter: Adapter, generator: GeneratorRecord, samples: int, request: GenerateRequest) -> str:
-    """Write the folder and return the digest of its weights."""
-    card = GeneratedCard(request.name, generator.base_model, generator, samples, request.refine, request.description)
-    folder = request.directory
-    save_adapter(adapter, folder, dtype=request.dtype, card=card.text(), metadata=card.metadata(), force=request.force)
-    return hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
-
-
-def _nats(base: BaseModel, adapter: Adapter | None, examples: Sequence[Any]) -> float:
-    with added(base.model, {} if adapter is None else factors_of(adapter)):
-        return base.modality.measure(base, examples, SAMPLE_TOKENS).value
-
-
-def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[TaskVector]) -> Familiarity | None:
-    rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
-    tasks = [row.task for row in rows if not row.final.is_generated]
-    known = comparable_vectors(store, tasks, "context")
-    if len(known.vectors) < FEWEST or known.extractor != canonical_json(json.loads(vectors[0].extractor.to_json())):
-        return None
-    return familiarity(torch.stack([vector.values for vector in vectors]).mean(dim=0).numpy(), known.vectors)
+    current = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
+    store.bundles.add(BundleImport(current, generator.version, [task]))

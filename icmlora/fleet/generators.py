@@ -1,7 +1,8 @@
-"""The generators of a store: what depends on each, which one is in use, and which are not needed any more."""
+"""The generators of a store: list them, roll back to an earlier one, forget one that is not needed any more."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,24 +12,31 @@ from registry.errors import DamagedStore
 from registry.records import GeneratorRecord
 
 if TYPE_CHECKING:
-    from registry.generators import GeneratorUse
     from registry.store import Store
 
-SHORTEST = 4
-"""Hexadecimal digits that a generator has to be named by."""
+_FEWEST_DIGITS = 4  # of a digest, to name a generator
 
 
 @dataclass(frozen=True)
-class Version:
-    """A generator as a listing shows it; `epochs` is None where its file is damaged."""
+class GeneratorVersion:
+    """A generator of the store.
 
-    use: GeneratorUse
-    epochs: int | None
+    Attributes:
+        record: What the store knows of it.
+        tasks: The tasks that have a code under it.
+        last_copies: Evicted tasks that no other generator restores as they were checked.
+        networks: How many versions of the network its file holds; None if the file is damaged.
+    """
+
+    record: GeneratorRecord
+    tasks: Sequence[str]
+    last_copies: Sequence[str]
+    networks: int | None
 
 
 @dataclass(frozen=True)
-class Switched:
-    """Which generator is current now, and the tasks that have no code under it but had one before."""
+class RolledBack:
+    """The generator that is current now, and the tasks that had a code before and have none under it."""
 
     generator: GeneratorRecord
     without_code: list[str]
@@ -42,61 +50,64 @@ class Forgotten:
     codes: int
 
 
-def versions(context: Context) -> list[Version]:
-    """Return all generators by base model, oldest first. Reads their files, and no code."""
+def list_generators(context: Context) -> list[GeneratorVersion]:
+    """Return all generators by base model, oldest first."""
     with context.open(read_only=True) as store:
-        return [Version(use, _epochs(store, use.generator)) for use in store.generators.uses()]
+        return [
+            GeneratorVersion(use.generator, use.tasks, use.last_copies, _networks(store, use.generator))
+            for use in store.generators.uses()
+        ]
 
 
-def roll_back(context: Context, name: str) -> Switched:
-    """Make another generator the current one of its base model; the present one stays in the store.
+def rollback(context: Context, digest: str) -> RolledBack:
+    """Make another generator the current one of its base model. The one that is current now stays in the store.
 
     Raises:
-        DataError: No generator, or several, begin with that name.
-        LastCopy: It does not have the codes that stand in for evicted tasks; nothing was changed.
+        DataError: No generator, or more than one, begins with these digits.
+        LastCopy: It does not have the codes for which originals were evicted; nothing changed.
+        StoreLocked: Another process works on the generator or the codes of the same base model.
     """
     with context.open() as store:
-        generator = _named(store, name)
-        return Switched(generator, store.generators.make_current(generator.id))
+        generator = _find(store, digest)
+        # An update in progress would lose its work: the generator that it continues must be current when it is done.
+        with store.job(generator.base_model):
+            return RolledBack(generator, store.generators.make_current(generator.id))
 
 
-def plan_forgetting(context: Context, name: str) -> Forgotten:
-    """Say what forgetting a generator would take away.
+def forget_generator(context: Context, generator: str | GeneratorRecord, *, dry_run: bool = False) -> Forgotten:
+    """Forget a generator with its codes and what was measured of them; `prune` frees the bytes.
 
-    Raises:
-        DataError: No generator, or several, begin with that name.
-        GeneratorConflict, LastCopy: As `forget`.
-    """
-    with context.open(read_only=True) as store:
-        generator = _named(store, name)
-        return Forgotten(generator, store.generators.check_forgettable(generator))
-
-
-def forget(context: Context, generator: GeneratorRecord) -> None:
-    """Forget a generator with its codes; `icm prune` frees the bytes that nothing else needs.
+    Args:
+        context: The store.
+        generator: The first digits of its digest; or its record, which no other generator matches later.
+        dry_run: Only return what would be forgotten.
 
     Raises:
-        GeneratorConflict: It is the current one; nothing was changed.
-        LastCopy: It holds the only code of an evicted task; nothing was changed.
-        GeneratorNotFound: Another process was faster, and another generator may have its number by now; likewise.
+        DataError: No generator, or more than one, begins with these digits.
+        GeneratorConflict: It is in use; nothing changed.
+        LastCopy: It holds the only code of an evicted task; nothing changed.
+        GeneratorNotFound: It was forgotten in the meantime; nothing changed.
     """
-    with context.open() as store:
-        store.generators.forget(generator)
+    with context.open(read_only=dry_run) as store:
+        record = _find(store, generator) if isinstance(generator, str) else generator
+        work = store.generators.check_forgettable if dry_run else store.generators.forget
+        return Forgotten(record, work(record))
 
 
-def _named(store: Store, name: str) -> GeneratorRecord:
-    """Find a generator by the beginning of its digest; of several with one file the newest that is not current."""
-    found = [record for record in store.generators.all() if record.blob.startswith(name.lower())]
+def _find(store: Store, digits: str) -> GeneratorRecord:
+    """Find a generator by the beginning of its digest; of several with the same file the newest not in use."""
     hint = "`icm generators` lists them"
-    if not found or len(name) < SHORTEST:
-        fact = f"no generator begins with {name!r}"
-        raise DataError(fact if len(name) >= SHORTEST else f"{name!r} is too short: give {SHORTEST} digits", hint=hint)
+    if len(digits) < _FEWEST_DIGITS:
+        raise DataError(f"{digits!r} is too short: give at least {_FEWEST_DIGITS} digits", hint=hint)
+    found = [record for record in store.generators.all() if record.blob.startswith(digits.lower())]
+    if not found:
+        raise DataError(f"no generator begins with {digits!r}", hint=hint)
     if len({record.blob for record in found}) > 1:
-        raise DataError(f"{len(found)} generators begin with {name!r}: give more digits", hint=hint)
+        raise DataError(f"{len(found)} generators begin with {digits!r}: give more digits", hint=hint)
     return max(found, key=lambda record: (not record.is_current, record.version))
 
 
-def _epochs(store: Store, generator: GeneratorRecord) -> int | None:
+def _networks(store: Store, generator: GeneratorRecord) -> int | None:
     from icmlora.generator.file import versions_of
 
     try:

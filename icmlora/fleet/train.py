@@ -1,49 +1,47 @@
-"""Fit the generator of each base model over all its tasks, and publish it with a code per task.
+"""Train the generator of each base model on all its tasks, and publish it with a code per task.
 
-fleet --fit (resumable)--> network --publish--> generator + codes, current together
+    adapters ──run (resumable)──▶ network ──▶ generator file ──encode──▶ a code per task
+                                                    └── one transaction: generator and codes ──▶ current
+
+Until that transaction the store answers with the earlier generator, or with none.
 """
 
 from __future__ import annotations
 
-import math
-import resource
-import sys
+import json
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from icmlora.errors import DataError, GeneratorError
+from icmlora.errors import Cancelled, DataError, GeneratorError
 from icmlora.fleet.adapter_source import StoreAdapterSource
-from icmlora.fleet.context import Context, Event, Progress, StopFlag, check_base_model
-from icmlora.fleet.training_run import Trained, TrainRequest, begin, must_have_codes, publish
+from icmlora.fleet.context import Context, Event, reporting
+from icmlora.fleet.training_run import (
+    TrainingRun,
+    TrainRequest,
+    base_models_with_tasks,
+    open_run,
+    run_metrics,
+    train_network,
+)
+from icmlora.generator.codec import Codec
+from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.io.devices import resolve_device
-from icmlora.training.loop import TrainStep, fit
-from icmlora.training.state import TrainState
-from registry.records import TrainRunRecord
+from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator
 
 if TYPE_CHECKING:
     from registry.store import Store
 
-_CHECKPOINT_SECONDS = 20.0
-
-
-@dataclass(frozen=True)
-class Progressed(Event):
-    """One optimiser step; `bits` and its parts are bits per parameter of the adapter that was seen."""
-
-    base_model: str
-    task: str
-    at: TrainStep
+REPLACED = "its adapter was replaced in the meantime"
+"""Why a task that was encoded has no code."""
 
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """A run goes on where it was stopped."""
+    """A run that was stopped goes on from its checkpoint."""
 
     base_model: str
     step: int
@@ -51,11 +49,48 @@ class Resumed(Event):
 
 @dataclass(frozen=True)
 class Continued(Event):
-    """Training starts from the present generator, under which `new_tasks` tasks have no code."""
+    """Training starts from the current generator, which has no code of `new_tasks` tasks."""
 
     base_model: str
     version: int
     new_tasks: int
+
+
+@dataclass(frozen=True)
+class CodeMade(Event):
+    """One task is encoded; its code becomes current together with all others."""
+
+    task: str
+    size: int
+    dw_error: float
+
+
+@dataclass(frozen=True)
+class Trained(Event):
+    """A generator and its codes are current.
+
+    Attributes:
+        base_model: Whose generator it is.
+        version: Its number among the generators of the base model.
+        generator: Digest of its file.
+        generator_size: Bytes of its file.
+        tasks: How many tasks have a code.
+        codes_size: Bytes of these codes.
+        metrics: What was measured during the training; stored with the generator.
+        start_dropped: Whether the earlier generator had a few-shot start. That is a code of the earlier generator, so
+            the new one has none.
+        left_out: Tasks without a code, and why; they keep their originals.
+    """
+
+    base_model: str
+    version: int
+    generator: str
+    generator_size: int
+    tasks: int
+    codes_size: int
+    metrics: dict[str, object]
+    start_dropped: bool
+    left_out: Mapping[str, str]
 
 
 @dataclass
@@ -64,133 +99,140 @@ class TrainReport:
 
     trained: list[Trained] = field(default_factory=list)
     stopped_at: int | None = None
-    """The step of the checkpoint that was kept when the user stopped."""
+    """The step of the checkpoint of the run that was stopped, if any: 0 before its first step."""
 
 
-def train(context: Context, request: TrainRequest, stop: StopFlag) -> Generator[Event, None, TrainReport]:
+def train(context: Context, request: TrainRequest) -> TrainReport:
     """Train one generator per base model.
 
     Raises:
         DeviceUnavailable: The device is not there; nothing was opened or changed.
-        DataError: There is nothing to train on, or a task would lose its only copy.
-        GeneratorError: Training diverged.
+        DataError: There is nothing to train on, or an evicted task would lose its only copy.
+        GeneratorError: The training diverged, or no task could be encoded.
+        StoreLocked: Another process works on the generator or the codes of the same base model.
+        Cancelled: The listener stopped it; the run has a checkpoint, from which the same request resumes.
     """
     device = resolve_device(request.device)
     report = TrainReport()
-    with context.open() as store:
-        for label in labels_of(store, request.base_model):
-            trained = yield from _train_base(store, label, request, device, stop, context.cache)
-            if isinstance(trained, int):
-                report.stopped_at = trained
-                break
+    with reporting(report), context.open() as store:
+        for label in base_models_with_tasks(store, request.base_model):
+            with store.job(label):
+                trained = _train_base(context, store, label, request, device, report)
             report.trained.append(trained)
-            yield trained
+            context.on_event(trained)
     return report
 
 
-def labels_of(store: Store, base_model: str | None) -> list[str]:
-    """Return the base models of all tasks, or the one that is asked for.
-
-    Raises:
-        DataError: It has no task, or there is no task at all.
-    """
-    labels = sorted({row.task.base_model for row in store.tasks.summaries()})
-    if not labels:
-        raise DataError("there is nothing to train on", hint="`icm ingest PATH` takes adapters in")
-    if base_model is None:
-        return labels
-    check_base_model(base_model, labels)
-    return [base_model]
-
-
 def _train_base(
-    store: Store, label: str, request: TrainRequest, device: torch.device, stop: StopFlag, cache: Path
-) -> Generator[Event, None, Trained | int]:
-    """Return what was published, or the step at which the user stopped."""
-    _must_keep_codes(store, label)
-    fleet = StoreAdapterSource(store, label)
-    must_have_codes(fleet.names, fleet.left_out)
+    context: Context, store: Store, label: str, request: TrainRequest, device: torch.device, report: TrainReport
+) -> Trained:
+    _refuse_evicted(store, label)
+    source = StoreAdapterSource(store, label)
+    _refuse_none(source.names, source.left_out)
     previous = None if request.fresh else store.generators.current(label)
     started = time.monotonic()
-    state, run = begin(store, fleet, request, device, previous, cache)
-    if state.step:
-        yield Resumed(label, state.step)
-    elif previous is not None:
-        bare = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
-        yield Continued(label, previous.version, len(bare))
-    first = state.step
-    recent = yield from fit_all(fleet, state, stop, partial(_save, store, run, state))
-    if stop.requested:
-        return state.step
-    metrics: dict[str, object] = {
-        "bits_per_parameter": recent,
-        "steps": state.step,
-        "resumed_from": first,
-        "fit_seconds": round(time.monotonic() - started, 3),
-        **run_metrics(device),
-    }
-    trained = yield from publish(store, fleet, state, run, previous, metrics, stop)
-    return state.step if trained is None else trained
+    run = open_run(context, store, source, request, device, previous)
+    first = run.state.step
+    try:
+        if first:
+            context.on_event(Resumed(label, first))
+        elif previous is not None:
+            new = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
+            context.on_event(Continued(label, previous.version, len(new)))
+        loss = train_network(context, source, run.state, run.save)
+        metrics: dict[str, object] = {
+            "bits_per_parameter": loss,
+            "steps": run.state.step,
+            "resumed_from": first,
+            "fit_seconds": round(time.monotonic() - started, 3),
+            **run_metrics(device),
+        }
+        return _publish(context, store, source, run, previous, metrics)
+    except Cancelled:
+        report.stopped_at = run.state.step
+        raise
 
 
-def _must_keep_codes(store: Store, label: str) -> None:
-    """Raise if there are tasks that the present generator alone can decode: a new one would not have their code."""
-    bare = [row.task.name for row in store.tasks.summaries() if row.task.base_model == label and row.final.is_evicted]
-    if bare:
-        shown = ", ".join(map(repr, bare[:3])) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
+def _refuse_evicted(store: Store, label: str) -> None:
+    """Raise if a task is evicted: only the current generator decodes its code, and it cannot be encoded again."""
+    rows = [row for row in store.tasks.summaries() if row.task.base_model == label]
+    evicted = [row.task.name for row in rows if row.final.is_evicted]
+    if evicted:
+        shown = ", ".join(map(repr, evicted[:3])) + (f" and {len(evicted) - 3} more" if len(evicted) > 3 else "")
         fact = f"a new generator would leave evicted tasks without a code: {shown}"
-        hint = "`icm train --update` adds tasks to the present one; or `icm ingest --restore PATH` of their originals"
+        hint = "`icm train --update` only adds new tasks; or restore the originals with `icm ingest --restore PATH`"
         raise DataError(fact, hint=hint)
 
 
-def fit_all(
-    fleet: StoreAdapterSource, state: TrainState, stop: StopFlag, save: Callable[[], None]
-) -> Generator[Event, None, float | None]:
-    """Train to the end or until the user stops.
+def _refuse_none(encodable: Sequence[object], left_out: Mapping[str, str]) -> None:
+    """Raise if there are tasks, and none of them can be encoded."""
+    if left_out and not encodable:
+        name, reason = next(iter(left_out.items()))
+        hint = "`icm rm TASK` removes a task; the originals did not change"
+        raise GeneratorError(f"no task could be encoded; {name!r}: {reason}", hint=hint)
 
-    Args:
-        fleet: What to train on.
-        state: Where to go on; changed in place.
-        stop: Looked at after each step.
-        save: Called every 20 seconds and at the end, unless there was no step left to do.
+
+def _publish(
+    context: Context,
+    store: Store,
+    source: StoreAdapterSource,
+    run: TrainingRun,
+    previous: GeneratorRecord | None,
+    metrics: Mapping[str, object],
+) -> Trained:
+    """Write the generator, encode every task with the file as it is read back, and make both current."""
+    started = time.monotonic()
+    label, data = source.base_model, generator_to_bytes(run.state.net)
+    blob = store.blobs.put(data)
+    codec = Codec(generator_from_bytes(data))
+    codes, left_out, known_seeds = _encode_all(context, store, source, codec)
+    _refuse_none(codes, left_out)
+    seconds = round(time.monotonic() - started, 3)
+    metrics = {**metrics, "encode_seconds": seconds, "initial_a_known": known_seeds}
+    config = json.loads(run.state.net.config.to_json()) | {"train": asdict(run.state.config)}
+    before, parent = store.generators.current(label), None if previous is None else previous.id
+    record = store.generators.add(NewGenerator(label, blob, config, metrics, parent, codes, run.id))
+    recorded = {code.task: code.size for code in store.codes.all(record.id)}
+    left_out |= replaced(store, [code.adapter.task for code in codes if code.adapter.task not in recorded])
+    return Trained(
+        base_model=label,
+        version=record.version,
+        generator=blob,
+        generator_size=len(data),
+        tasks=len(recorded),
+        codes_size=sum(recorded.values()),
+        metrics=metrics,
+        start_dropped=before is not None and before.start is not None,
+        left_out=left_out,
+    )
+
+
+def _encode_all(
+    context: Context, store: Store, source: StoreAdapterSource, codec: Codec
+) -> tuple[list[NewCode], dict[str, str], int]:
+    """Encode every task and store the files of the codes.
 
     Returns:
-        The running mean of the loss in bits per parameter, None if there was no step left to do.
-
-    Raises:
-        GeneratorError: Training diverged.
+        The codes, the tasks without one with the reason, and of how many adapters the initialisation seed is known.
     """
-    saved, recent = time.monotonic(), None
-    for at in fit(state, fleet):
-        if not math.isfinite(at.bits):
-            raise GeneratorError(f"training diverged at step {at.step}", hint="train again with a lower --lr")
-        recent = at.bits if recent is None else 0.98 * recent + 0.02 * at.bits
-        yield Progressed(fleet.base_model, fleet.names[at.task], at)
-        yield Progress(at.step, at.steps, f"{recent:.3f} bits per parameter")
-        if stop.requested:
-            break
-        if time.monotonic() - saved > _CHECKPOINT_SECONDS:
-            save()
-            saved = time.monotonic()
-    if recent is not None:
-        save()
-    return recent
+    codes, left_out, known_seeds = list[NewCode](), dict(source.left_out), 0
+    asked = Asked(tolerance=codec.config.tolerance)
+    for task, name in enumerate(source.names):
+        initial = source.initial(task)
+        try:
+            made = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
+        except GeneratorError as error:  # such as an adapter of numbers too small to be divided
+            left_out[name] = str(error)
+            continue
+        known_seeds += initial is not None
+        size = len(made.data)
+        codes.append(NewCode(source.final(task), store.blobs.put(made.data), 8.0 * size, made.dw_error, asked))
+        context.on_event(CodeMade(name, size, made.dw_error))
+        context.progress(task + 1, source.tasks(), f"encoding {name}")
+    return codes, left_out, known_seeds
 
 
-def _save(store: Store, run: TrainRunRecord, state: TrainState) -> None:
-    network, optimizer = state.network_bytes(), state.optimizer_bytes()
-    try:
-        store.runs.save_checkpoint(run.id, step=state.step, weights=network, optimizer=optimizer)
-    except LookupError as error:
-        fact = f"another `icm train` has taken over {run.base_model!r}"
-        raise DataError(fact, hint="let that one finish; this one's steps are dropped") from error
-
-
-def run_metrics(device: torch.device) -> dict[str, object]:
-    """Return where a run took place, and its peak memory in bytes: of the process and, on CUDA, of the device."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if device.type == "cuda":
-        peak["peak_device_memory"] = torch.cuda.max_memory_allocated(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return {"device": name, **peak, "torch": torch.__version__}
+def replaced(store: Store, names: Sequence[str]) -> dict[str, str]:
+    """Return those of some tasks that are still there, with the reason why the code that was made is not theirs."""
+    present = {row.task.name for row in store.tasks.summaries()}
+    return {name: REPLACED for name in names if name in present}

@@ -1,266 +1,248 @@
-"""Where a training begins: the run that was stopped, the present generator, or nothing.
+"""Train a network step by step, with a checkpoint in the store from which a stopped run resumes.
 
-Turn a trained network into what the store answers with: one generator file and a code per task.
-
-    network --file--> generator --encode--> code per task
-                          `---- one transaction: generator + all codes ----> current
-
-Until that transaction the store answers with the earlier generator, or with none.
+run that was stopped (same options, same adapters) ──┐
+current generator ───────────────────────────────────┼──▶ network and optimiser ──steps──▶ trained network
+nothing ─────────────────────────────────────────────┘         └── checkpoint: every 20 s, at a stop, at the end
 """
 
 from __future__ import annotations
 
 import json
+import math
+import resource
+import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from icmlora.adapter.layout import ModuleShape
 from icmlora.base_models.channel_statistics import channel_statistics
 from icmlora.base_models.modality import BaseModel
-from icmlora.errors import BaseModelNotFound, DataError, GeneratorError
+from icmlora.errors import BaseModelNotFound, Cancelled, DataError, GeneratorError
 from icmlora.fleet.adapter_source import StoreAdapterSource
-from icmlora.fleet.context import Event, Progress, StopFlag, read_samples, with_files
+from icmlora.fleet.context import Context, Event, check_base_model, read_samples
 from icmlora.fleet.loading import open_base
-from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.generator.versions import GeneratorFile
 from icmlora.training.config import TrainConfig, steps_for
 from icmlora.training.initialisation import fresh_network, grown_network
+from icmlora.training.loop import TrainStep, fit
 from icmlora.training.state import TrainState, new_state, state_from_bytes
-from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator, TrainRunRecord
+from registry.records import GeneratorRecord, TrainRunRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
 
 DEFAULT_QUALITY = 4
 
-# Twice as many tokens change the weights by less than their grid (docs/results/LOG.md).
+_CHECKPOINT_SECONDS = 20.0
+# Twice as many tokens change the weights by less than the grid they are rounded to (docs/results/LOG.md).
 _STATISTICS_TOKENS = 8192
 _STATISTICS_TASKS = 64
-_SAMPLES_EACH = 8
+_STATISTICS_SAMPLES = 8  # of each task
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What `icm train` was asked for; None takes that of the present generator, or the default where there is none."""
+    """The options of a training; None stands for what the current generator uses, or for the default.
 
-    device: str
-    quality: int | None = None
-    seed: int = 0
+    Attributes:
+        resume: Resume the run that was stopped, if it had the same options and adapters.
+        fresh: Start from scratch instead of from the current generator.
+    """
+
+    device: str = "auto"
     base_model: str | None = None
+    quality: int | None = None
     tolerance: float | None = None
     width: int | None = None
     steps: int | None = None
     learning_rate: float | None = None
+    seed: int = 0
     resume: bool = True
     fresh: bool = False
-    """Do not start from the present generator."""
 
 
-def begin(
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimiser step is done; `at` has the loss in bits per parameter of the adapter of this step."""
+
+    base_model: str
+    task: str
+    at: TrainStep
+
+
+class TrainingRun:
+    """A network in training, with the row of the store that its checkpoint belongs to.
+
+    Attributes:
+        state: The network and its optimiser.
+        id: Number of the run's row.
+    """
+
+    def __init__(self, store: Store, state: TrainState, row: TrainRunRecord) -> None:
+        self._store, self.state, self.id = store, state, row.id
+
+    def save(self) -> None:
+        """Replace the run's checkpoint by one of the present step."""
+        network, optimizer = self.state.network_bytes(), self.state.optimizer_bytes()
+        self._store.runs.save_checkpoint(self.id, step=self.state.step, weights=network, optimizer=optimizer)
+
+
+def open_run(
+    context: Context,
     store: Store,
-    fleet: StoreAdapterSource,
+    source: StoreAdapterSource,
     request: TrainRequest,
     device: torch.device,
     previous: GeneratorRecord | None,
-    cache: Path,
-) -> tuple[TrainState, TrainRunRecord]:
-    """Go on with the run that was stopped if it is the same one, else start a new one.
+) -> TrainingRun:
+    """Resume the run that was stopped if it is the same one, else start a new one. Call it inside the job lock.
 
     Args:
+        context: Where base models are found.
         store: The open store.
-        fleet: What to train on.
-        request: What was asked for.
+        source: The adapters to train on.
+        request: The options.
         device: Where to train.
         previous: The generator to start from, if any.
-        cache: Where a GGUF base model is converted to.
 
     Raises:
-        DataError: A width that the present generator does not have.
+        DataError: A width other than that of the generator to start from.
     """
-    # The first version is the one that was trained on a whole fleet; later ones suit the tasks they were made for.
-    present = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
-    config = _config(fleet, request, None if present is None else present.config)
-    adapters = sum(1 for _ in fleet.rows())
-    rate = {} if request.learning_rate is None else {"learning_rate": request.learning_rate}
-    options = TrainConfig(steps=request.steps or steps_for(adapters), seed=request.seed, **rate)
+    # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
+    network = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
+    known = None if network is None else network.config
+    config = _config(source, request, known)
+    options = train_config(request.steps or steps_for(source.adapters()), request.seed, request.learning_rate)
     identity: dict[str, object] = {
         "generator": json.loads(config.to_json()),
         "train": json.loads(options.to_json()),
-        "fleet": fleet.digest(),
+        "fleet": source.digest(),
         "parent": None if previous is None else previous.blob,
     }
-    if request.resume and (stopped := _stopped(store, fleet.base_model, identity, device)) is not None:
-        return stopped
-    sensitivity = measured_sensitivity(store, fleet, config, None if present is None else present.config, device, cache)
-    if present is None:
-        net = fresh_network(config, fleet, request.seed, sensitivity)
+    stopped = store.runs.running(source.base_model) if request.resume else None
+    if stopped is not None and stopped.config == identity and stopped.weights and stopped.optimizer:
+        weights, optimizer = store.blobs.read(stopped.weights), store.blobs.read(stopped.optimizer)
+        return TrainingRun(store, state_from_bytes(weights, optimizer, device), stopped)
+    sensitivity = None
+    if known is None or (known.kinds, known.layers) != (config.kinds, config.layers):
+        sensitivity = measured_sensitivity(context, store, source, config, device)
+    if network is None:
+        network = fresh_network(config, source, request.seed, sensitivity)
     else:
-        net = grown_network(config, present, fleet, request.seed, sensitivity)
-    return new_state(net.to(device), options), store.runs.start(fleet.base_model, identity)
+        network = grown_network(config, network, source, request.seed, sensitivity)
+    return TrainingRun(store, new_state(network.to(device), options), store.runs.start(source.base_model, identity))
 
 
-def _stopped(
-    store: Store, label: str, identity: Mapping[str, object], device: torch.device
-) -> tuple[TrainState, TrainRunRecord] | None:
-    """Read the checkpoint of a run that was stopped and is the same one; another train may go on with it just now."""
+def train_config(steps: int, seed: int, learning_rate: float | None) -> TrainConfig:
+    """Return the options of the training loop."""
+    rate = {} if learning_rate is None else {"learning_rate": learning_rate}
+    return TrainConfig(steps=steps, seed=seed, **rate)
 
-    def read(running: TrainRunRecord | None) -> tuple[TrainState, TrainRunRecord] | None:
-        if running is None or running.config != identity or not (running.weights and running.optimizer):
-            return None
-        weights, optimizer = store.blobs.read(running.weights), store.blobs.read(running.optimizer)
-        return state_from_bytes(weights, optimizer, device), running
 
-    return with_files(lambda: store.runs.running(label), read)
+def train_network(
+    context: Context, source: StoreAdapterSource, state: TrainState, save: Callable[[], None] | None = None
+) -> float | None:
+    """Train to the last step.
+
+    Args:
+        context: Who is told about each step.
+        source: The adapters to train on.
+        state: Where to start; changed in place.
+        save: Called every 20 seconds, when the listener stops the training, and at the end.
+
+    Returns:
+        The running mean of the loss in bits per parameter, or None if there was no step left.
+
+    Raises:
+        GeneratorError: The training diverged.
+        Cancelled: The listener stopped it; `state` was saved first.
+    """
+    saved, recent = time.monotonic(), None
+    try:
+        for at in fit(state, source):
+            if not math.isfinite(at.bits):
+                raise GeneratorError(f"training diverged at step {at.step}", hint="train again with a lower --lr")
+            recent = at.bits if recent is None else 0.98 * recent + 0.02 * at.bits
+            context.on_event(StepDone(source.base_model, source.names[at.task], at))
+            context.progress(at.step, at.steps, f"{recent:.3f} bits per parameter")
+            if save is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                save()
+                saved = time.monotonic()
+    except Cancelled:  # only listeners raise it, and they are called between two steps, so the state is whole
+        if save is not None:
+            save()
+        raise
+    if save is not None and recent is not None:
+        save()
+    return recent
+
+
+def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:
+    """Return the base models that have tasks, or only the given one.
+
+    Raises:
+        DataError: It has no task, or there is no task at all.
+    """
+    found = sorted({row.task.base_model for row in store.tasks.summaries()})
+    if not found:
+        raise DataError("there are no tasks to train on", hint="`icm ingest PATH` adds adapters")
+    if base_model is None:
+        return found
+    check_base_model(base_model, found)
+    return [base_model]
+
+
+def run_metrics(device: torch.device) -> dict[str, object]:
+    """Return where a run took place, and its peak memory in bytes: of the process and, on CUDA, of the device."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    peak = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["peak_device_memory"] = torch.cuda.max_memory_allocated(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {"device": name, **peak, "torch": torch.__version__}
 
 
 def measured_sensitivity(
-    store: Store,
-    fleet: StoreAdapterSource,
-    config: GeneratorConfig,
-    present: GeneratorConfig | None,
-    device: torch.device,
-    cache: Path,
+    context: Context, store: Store, source: StoreAdapterSource, config: GeneratorConfig, device: torch.device
 ) -> Sensitivity | None:
-    """Measure the channels of the base model where they are not known yet and it is on this machine."""
-    if present is not None and (present.kinds, present.layers) == (config.kinds, config.layers):
-        return None
+    """Measure how strongly the base model reacts to each channel, or return None if it is not on this machine."""
     try:
-        base = open_base(store, fleet.base_model, device, cache=cache)
+        base = open_base(store, source.base_model, device, cache=context.cache)
     except BaseModelNotFound:
         return None
     modules = [kind.module(layer) for kind in config.kinds for layer in range(config.layers)]
-    statistics = channel_statistics(base, _examples(store, fleet.names, base), modules, max_tokens=_STATISTICS_TOKENS)
+    statistics = channel_statistics(base, _examples(store, source.names, base), modules, max_tokens=_STATISTICS_TOKENS)
     return sensitivity_of(config, statistics)
 
 
 def _examples(store: Store, names: Sequence[str], base: BaseModel) -> list[Any]:
-    """Return the first samples of each task in turn, or neutral ones where no task has any."""
+    """Return the first samples of each task in turn, or neutral ones if no task has any."""
     samples = (read_samples(store, store.tasks.get(name), base) for name in names[:_STATISTICS_TASKS])
-    firsts = (some[:_SAMPLES_EACH] for some in samples if some is not None)
+    firsts = (some[:_STATISTICS_SAMPLES] for some in samples if some is not None)
     return [one for row in zip_longest(*firsts) for one in row if one is not None] or list(base.modality.probes)
 
 
-def _config(fleet: StoreAdapterSource, request: TrainRequest, previous: GeneratorConfig | None) -> GeneratorConfig:
+def _config(source: StoreAdapterSource, request: TrainRequest, previous: GeneratorConfig | None) -> GeneratorConfig:
     tolerance = request.tolerance
     if previous is not None:
         if request.width not in (None, previous.width):
-            fact = f"the present generator has a width of {previous.width}, and training on keeps it"
-            raise DataError(fact, hint="`icm train --fresh` starts anew, with any width")
+            fact = f"the current generator has width {previous.width}, and training that starts from it keeps the width"
+            raise DataError(fact, hint="`icm train --fresh` starts from scratch, with any width")
         if tolerance is None and request.quality is None:
             tolerance = previous.tolerance
     return config_for(
-        fleet.base_model,
-        ([ModuleShape(*entry) for entry in row.layout] for row in fleet.rows()),
-        tasks=fleet.tasks(),
-        condition_size=fleet.condition_size(),
+        source.base_model,
+        source.layouts(),
+        tasks=source.tasks(),
+        condition_size=source.condition_size(),
         quality=DEFAULT_QUALITY if request.quality is None else request.quality,
         tolerance=tolerance,
         width=request.width,
         previous=previous,
     )
-
-
-@dataclass(frozen=True)
-class CodeMade(Event):
-    """One task is encoded; it becomes current with all the others."""
-
-    task: str
-    size: int
-    dw_error: float
-
-
-@dataclass(frozen=True)
-class Trained(Event):
-    """A generator and its codes are current.
-
-    `start_dropped` says that the generator before knew where adapters for unseen tasks start: its start is a code of
-    that generator, so this one has none. `left_out` says which tasks have no code, and why: they keep their originals.
-    """
-
-    base_model: str
-    version: int
-    generator: str
-    generator_size: int
-    tasks: int
-    codes_size: int
-    metrics: dict[str, object]
-    start_dropped: bool
-    left_out: Mapping[str, str]
-
-
-def publish(
-    store: Store,
-    fleet: StoreAdapterSource,
-    state: TrainState,
-    run: TrainRunRecord,
-    previous: GeneratorRecord | None,
-    metrics: dict[str, object],
-    stop: StopFlag,
-) -> Generator[Event, None, Trained | None]:
-    """Write the generator, encode every task under the file as it is read back, and make both current.
-
-    Args:
-        store: The open store.
-        fleet: What was trained on.
-        state: The trained network.
-        run: The training run, which is done with this.
-        previous: The generator that training started from.
-        metrics: What training measured; stored with the generator.
-        stop: Looked at between tasks.
-
-    Returns:
-        What became current, or None if the user stopped; then nothing is.
-
-    Raises:
-        GeneratorError: No task could be encoded.
-    """
-    started = time.monotonic()
-    data = generator_to_bytes(state.net)
-    blob = store.blobs.put(data)
-    codec = Codec(generator_from_bytes(data))
-    codes: list[NewCode] = []
-    known, left_out = 0, dict(fleet.left_out)
-    for task, name in enumerate(fleet.names):
-        if stop.requested:
-            return None
-        initial = fleet.initial(task)
-        try:
-            encoded = codec.encode(fleet.load(task, None), fleet.mean_vectors(task), initial)
-        except GeneratorError as error:  # such as an adapter of numbers too small to be divided
-            left_out[name] = str(error)
-            continue
-        known += initial is not None
-        code = store.blobs.put(encoded.data)
-        size, asked = len(encoded.data), Asked(tolerance=codec.config.tolerance)
-        codes.append(NewCode(fleet.final(task), code, 8.0 * size, encoded.dw_error, asked))
-        yield CodeMade(name, len(encoded.data), encoded.dw_error)
-        yield Progress(task + 1, fleet.tasks(), f"encoding {name}")
-    must_have_codes(codes, left_out)
-    metrics = metrics | {"encode_seconds": round(time.monotonic() - started, 3), "initial_a_known": known}
-    config = json.loads(state.net.config.to_json()) | {"train": asdict(state.config)}
-    parent, before = None if previous is None else previous.id, store.generators.current(run.base_model)
-    record = store.generators.add(NewGenerator(run.base_model, blob, config, metrics, parent, codes, run.id))
-    sizes = [code.size for code in store.codes.all(record.id)]
-    dropped = before is not None and before.start is not None
-    return Trained(run.base_model, record.version, blob, len(data), len(sizes), sum(sizes), metrics, dropped, left_out)
-
-
-def must_have_codes(codes: Sequence[object], left_out: Mapping[str, str]) -> None:
-    """Raise if no task of some could be encoded.
-
-    Raises:
-        GeneratorError: There are tasks that were left out, and no code.
-    """
-    if left_out and not codes:
-        name, reason = next(iter(left_out.items()))
-        hint = "`icm rm` forgets a task; their originals are as they were"
-        raise GeneratorError(f"no task could be encoded; {name!r}: {reason}", hint=hint)

@@ -14,7 +14,7 @@ import pytest
 from icm_cli.app import run
 from icmlora.base_models.likelihood import NllResult
 from icmlora.fleet.measure import SourceResult, TaskLosses
-from icmlora.fleet.update import Candidate
+from icmlora.fleet.update_candidates import Candidate
 from registry.records import Rung
 from tests.cli.fleet import write_fleet
 from tests.cli.tiny_fleet import EPISODES, build_ingested, icm_quietly, train_store

@@ -18,7 +18,7 @@ from icmlora.base_models.likelihood import nll
 from icmlora.fleet import generate as generating
 from registry.store import Store
 from tests.cli.conftest import Ran
-from tests.cli.tiny_fleet import write_subject
+from tests.cli.tiny_fleet import icm_quietly, write_subject
 from tests.icmlora.tiny_base import load_tiny_base
 
 Icm = Callable[..., Ran]
@@ -105,7 +105,7 @@ def test_text_tells_the_losses_and_that_it_is_to_be_measured(generate: Generate,
     ran = generate()
     assert ran.out == f"{out}\n"
     assert "geese from 20 samples, rank 4" in ran.err
-    assert "nats per token on these very samples" in ran.err
+    assert "nats per token on these samples" in ran.err
     assert "measure it on other text" in ran.err
 
 
@@ -171,20 +171,20 @@ def test_a_rank_is_that_of_what_is_written(generate: Generate, tmp_path: Path) -
 def test_a_rank_beyond_all_that_there_is_is_said(generate: Generate) -> None:
     ran = generate("--rank", 256)
     assert ran.code == 0
-    assert "is all that it has; 256 was asked for" in ran.err
+    assert "less than the requested 256" in ran.err
 
 
 def test_samples_of_which_only_the_beginning_is_read_are_counted(generate: Generate, tmp_path: Path) -> None:
     file = write_lines(tmp_path / "long.jsonl", [*LINES[:3], {"text": "grey geese " * 200}])
     ran = generate(file=file, folder=tmp_path / "text")
-    assert "1 of them reach 128 tokens, which is all that is read of one" in ran.err
+    assert "1 sample has 128 tokens or more; icm reads 128 tokens of each" in ran.err
     assert generate("--json", file=file, folder=tmp_path / "json").document["samples_at_limit"] == 1
-    assert "tokens, which is all" not in generate(folder=tmp_path / "short").err
+    assert "tokens or more" not in generate(folder=tmp_path / "short").err
 
 
 def test_another_base_model_than_those_of_the_store_is_refused_with_where_to_look(generate: Generate) -> None:
     ran = generate("--base-model", "mistyped")
-    assert "there is no generator of mistyped" in ran.err
+    assert "there is no generator for mistyped" in ran.err
     assert "`icm generators` lists those of other base models" in ran.err
 
 
@@ -198,7 +198,7 @@ def test_the_nearest_tasks_are_named_where_enough_can_be_compared(icm: Icm, gene
     assert document["outside"] == (document["farther_than"] >= 0.95)
     ran = generate(folder=tmp_path / "two")
     assert "nearest tasks: " in ran.err
-    assert ("outside of what the generator knows" in ran.err) == document["outside"]
+    assert ("unlike the known tasks" in ran.err) == document["outside"]
 
 
 def test_the_samples_of_a_known_task_lie_near_it_and_not_outside(icm: Icm, generate: Generate, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_the_samples_of_a_known_task_lie_near_it_and_not_outside(icm: Icm, gener
 def test_where_too_few_can_be_compared_it_says_that_it_does_not_know(generate: Generate, tmp_path: Path) -> None:
     document = generate("--json", folder=tmp_path / "one").document
     assert (document["nearest"], document["farther_than"], document["outside"]) == ([], None, None)
-    assert "is not known" in generate(folder=tmp_path / "two").err
+    assert "distance to known tasks unknown" in generate(folder=tmp_path / "two").err
 
 
 class TestRefusals:
@@ -287,7 +287,7 @@ class TestRefusals:
         assert "--objective both" in ran.error["hint"]
 
     def test_another_base_model(self, generate: Generate) -> None:
-        assert "no generator of other/base" in generate("--base-model", "other/base", "--json").error["message"]
+        assert "no generator for other/base" in generate("--base-model", "other/base", "--json").error["message"]
 
     def test_no_store(self, icm: Icm, samples: Path, out: Path) -> None:
         assert icm("generate", "geese", "--samples", samples, "-o", out).code == ExitCode.NO_STORE
@@ -340,3 +340,18 @@ def test_ctrl_c_writes_nothing(
     assert not out.exists()
     assert "geese" not in names(icm)
     assert icm("verify", "-v", "--json").document["findings"] == []
+
+
+@pytest.mark.xfail(reason="files are still deleted under open stores")
+def test_a_few_shot_start_that_is_trained_meanwhile_does_not_matter(
+    icm: Icm, generate: Generate, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_another(*arguments: Any) -> Any:
+        icm_quietly(started, "train", "--objective", "functional", "--episodes", 3, "--device", "cpu")
+        return real(*arguments)
+
+    before = generate("--json", folder=tmp_path / "before").document
+    real = generating.read_few_shot_start
+    monkeypatch.setattr(generating, "read_few_shot_start", train_another)
+    ran = generate("--json", folder=tmp_path / "meanwhile")
+    assert (ran.code, ran.document["weights"]) == (0, before["weights"])

@@ -40,7 +40,7 @@ def test_it_lists_versions_and_what_depends_on_each(icm: Icm, updated: Path) -> 
 
 def test_the_table_has_a_row_per_generator(icm: Icm, updated: Path) -> None:
     heading, *rows = icm("generators").out.splitlines()
-    assert "EPOCHS" in heading
+    assert "NETWORKS" in heading
     assert [row.split()[0] for row in rows] == [row["generator"][:12] for row in versions(icm)]
 
 

@@ -14,8 +14,9 @@ from icmlora.base_models.attach import adapted
 from icmlora.base_models.examples import parse_examples
 from icmlora.base_models.likelihood import nll
 from icmlora.fleet import generate as generating
-from icmlora.fleet import generate as registering
+from icmlora.fleet.search import Refiner
 from icmlora.formats.peft import load_adapter_folder
+from registry.bundles import Bundles
 from registry.errors import TaskConflict
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -240,7 +241,7 @@ class TestFailures:
         self, icm: Icm, register: Register, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "take_arrival", raising(TaskConflict("geese", choices=None)))
+            patch.setattr(Bundles, "take", raising(TaskConflict("geese", choices=None)))
             assert register("--json").error["kind"] == "task_conflict"
         assert load_adapter_folder(folder).modules
         assert "geese" not in names(icm)
@@ -251,7 +252,7 @@ class TestFailures:
     def test_where_it_cannot_be_encoded_the_store_is_as_it_was(
         self, icm: Icm, register: Register, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(registering, "refined", raising(MemoryError()))
+        monkeypatch.setattr(Refiner, "refine", raising(MemoryError()))
         assert register().code != 0
         assert "geese" not in names(icm)
         assert icm("verify", "-v", "--json").document["findings"] == []

@@ -16,23 +16,19 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models import likelihood
 from icmlora.fleet import encode as encoding
 from icmlora.fleet import export_bundle as exporting
-from icmlora.fleet import generate as generating
-from icmlora.fleet import update as updating
 from icmlora.fleet import vectors
-from icmlora.fleet.context import Context, StopFlag
 from icmlora.fleet.evict import Evictor, TaskEvicted
 from icmlora.fleet.measure import TaskLosses
 from icmlora.fleet.search import ResidualSearch
-from icmlora.fleet.training_run import TrainRequest
 from icmlora.generator.versions import GeneratorFile
-from registry.records import AdapterRecord, GeneratorRecord, NewGenerator
+from registry.records import AdapterRecord, NewGenerator
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
 from tests.cli.test_train import current
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 from tests.icmlora.tiny_base import LABEL
-from tests.registry.examples import code, ingest, new_store
+from tests.registry.examples import code
 
 Icm = Callable[..., Ran]
 Happen = Callable[[], object]
@@ -290,42 +286,6 @@ class TestExport:
         remove_file(trained, "rules")
         ran = icm("export", tmp_path / "out.icm", "--json")
         assert (ran.code, ran.error["kind"]) == (ExitCode.DAMAGED, "missing_blob")
-
-
-def test_an_adapter_is_generated_from_the_start_that_was_learned_meanwhile(
-    icm: Icm, started: Path, tmp_path: Path, mixed_template: Path
-) -> None:
-    samples = mixed_template / "loras" / "poems" / "samples.jsonl"
-    command = ("generate", "geese", "--samples", samples, "--device", "cpu", "--json", "-o")
-    learning = ("train", "--objective", "functional", "--episodes", 3, "--device", "cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        before(patch, generating, "GeneratorFile", lambda: icm_quietly(started, *learning))
-        ran = icm(*command, tmp_path / "out")
-    assert ran.code == 0, ran.err
-    later = icm(*command, tmp_path / "later")
-    assert ran.document["weights"] == later.document["weights"]
-
-
-def test_an_update_begins_with_the_generator_that_each_base_model_has_when_its_turn_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def add(store: Store, label: str, data: bytes) -> None:
-        store.generators.add(NewGenerator(label, store.blobs.put(data), {}, {}))
-
-    def update_base(store: Store, generator: GeneratorRecord, *rest: Any) -> Any:
-        begun[generator.base_model] = store.blobs.read(generator.blob)
-        add(store, "two", b"made while one was trained")
-        yield from ()
-
-    begun: dict[str, bytes] = {}
-    monkeypatch.setattr(updating, "_update_base", update_base)
-    with new_store(tmp_path / "store") as store:
-        for label in ("one", "two"):
-            ingest(store, f"task of {label}".replace(" ", "-"), base_model=label)
-            add(store, label, label.encode())
-    for _ in updating.update(Context(tmp_path / "store"), TrainRequest("cpu"), StopFlag()):
-        pass
-    assert begun == {"one": b"one", "two": b"made while one was trained"}
 
 
 def test_an_eviction_passes_over_a_task_that_was_removed_meanwhile(

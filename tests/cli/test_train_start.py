@@ -1,4 +1,4 @@
-"""`icm train --objective`: where adapters for unseen tasks start."""
+"""`icm train --objective`: the few-shot start."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.fleet import meta_train as starting
-from registry.records import GeneratorRecord
+from icmlora.fleet import train_few_shot as starting
+from registry.records import GeneratorRecord, NewGenerator
 from registry.store import Store
 from tests.cli.coded import codes
 from tests.cli.conftest import Ran
-from tests.cli.tiny_fleet import EPISODES, STEPS, train_store, write_lora
+from tests.cli.tiny_fleet import EPISODES, STEPS, write_lora
 from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
@@ -77,8 +77,8 @@ def test_tasks_without_samples_are_in_the_mean_and_have_no_episode(icm: Icm, tra
 
 def test_text_says_what_known_tasks_get(icm: Icm, trained: Path) -> None:
     ran = icm(*FUNCTIONAL)
-    assert f"start for unseen tasks of {LABEL}: " in ran.out
-    assert "of what their own adapters gain on samples that were not read" in ran.err
+    assert f"few-shot start for {LABEL}: " in ran.out
+    assert "of the gain of their own adapters, on samples that were held out" in ran.err
 
 
 def test_a_seed_decides_the_start(icm: Icm, trained: Path, started_template: Path) -> None:
@@ -109,7 +109,7 @@ def test_one_task_with_samples_is_too_few_and_is_said_before_any_work(
     before = current(trained)
     ran = icm(*command, "--fresh", "--json") if command is BOTH else icm(*command, "--json")
     assert ran.code == ExitCode.FAILED
-    assert "learning to start takes two" in ran.error["message"]
+    assert "a few-shot start needs 2 tasks" in ran.error["message"]
     assert "--samples" in ran.error["hint"]
     assert (ran.out, current(trained)) == ("", before)
 
@@ -148,7 +148,7 @@ def test_options_of_generator_and_codes_do_not_go_with_functional(icm: Icm, trai
 def test_ctrl_c_keeps_no_start(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     during_episodes(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     ran = icm(*FUNCTIONAL, "--json")
-    assert (ran.code, "no start was kept" in ran.error["message"]) == (ExitCode.INTERRUPTED, True)
+    assert (ran.code, "no few-shot start was stored" in ran.error["message"]) == (ExitCode.INTERRUPTED, True)
     assert current(trained).start is None
     assert icm("verify", "-v").code == 0
 
@@ -170,10 +170,14 @@ def test_a_failure_keeps_the_start_that_was_there(icm: Icm, started: Path, monke
     assert current(started) == before
 
 
-def test_a_generator_that_another_process_makes_current_meanwhile_gets_no_start(
+def test_a_generator_that_becomes_current_meanwhile_gets_no_start(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    during_episodes(monkeypatch, lambda: train_store(trained, "--fresh", "--seed", 7))
+    def make_another_current() -> None:  # as `icm import` does
+        with Store.open(trained) as store:
+            store.generators.add(NewGenerator(LABEL, store.blobs.put(b"another one"), {}, {}))
+
+    during_episodes(monkeypatch, make_another_current)
     ran = icm(*FUNCTIONAL, "--json")
     assert (ran.error["kind"], "again" in ran.error["hint"]) == ("generator_conflict", True)
     assert (current(trained).version, current(trained).start) == (2, None)
@@ -184,7 +188,7 @@ class TestLaterTrainings:
 
     def test_a_full_training_drops_it_and_says_so(self, icm: Icm, started: Path) -> None:
         ran = icm(*FULL)
-        assert "no start for unseen tasks, which the one before had" in ran.err
+        assert "no few-shot start; the earlier one had one" in ran.err
         assert "--objective functional" in ran.err
         assert current(started).start is None
 
@@ -195,11 +199,11 @@ class TestLaterTrainings:
         assert event["start_dropped"] == (name == "started")
 
     def test_nothing_is_said_where_there_was_none(self, icm: Icm, trained: Path) -> None:
-        assert "unseen" not in icm(*FULL).err
+        assert "few-shot" not in icm(*FULL).err
 
     def test_both_learns_it_anew(self, icm: Icm, started: Path) -> None:
         before = current(started).start
-        assert "no start for unseen tasks" not in icm(*BOTH).err
+        assert "no few-shot start" not in icm(*BOTH).err
         assert current(started).start not in (None, before)
 
     def test_an_update_keeps_it(self, icm: Icm, started: Path, tmp_path: Path) -> None:
@@ -213,7 +217,7 @@ class TestLaterTrainings:
         assert (ran.code, "nothing to add" in ran.out) == (0, True)
         assert current(trained).start is not None
 
-    def test_it_is_learned_where_the_newest_epoch_is_of_other_modules(
+    def test_it_is_learned_where_the_newest_network_is_of_other_modules(
         self, icm: Icm, trained: Path, tmp_path: Path
     ) -> None:
         icm("ingest", write_lora(tmp_path / "extra", seed=9, targets=("mlp.down_proj",), rank=8), "--no-vectors")

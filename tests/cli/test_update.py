@@ -12,17 +12,20 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.model import Adapter
-from icmlora.fleet import train as training
-from icmlora.fleet import update as growing
+from icmlora.fleet import training_run as training
+from icmlora.fleet import update_candidates as candidates
+from icmlora.fleet.api import Fleet
+from icmlora.fleet.update_candidates import Candidate, UpdateCandidates
 from icmlora.generator.versions import GeneratorFile
-from registry.records import GeneratorRecord
+from registry.records import GeneratorRecord, NewGenerator
 from registry.store import Store
 from tests.cli.coded import codes
 from tests.cli.conftest import Ran
 from tests.cli.fleet import write_texts
-from tests.cli.tiny_fleet import STEPS, write_lora
-from tests.icmlora.small_fleet import same
+from tests.cli.tiny_fleet import STEPS, icm_quietly, write_lora
+from tests.icmlora.small_fleet import same, trained_file
 from tests.icmlora.tiny_base import LABEL
+from tests.registry.examples import ingest, new_store
 
 Icm = Callable[..., Ran]
 UPDATE = ("train", "--update", "--no-eval", "--device", "cpu", "--steps", STEPS)
@@ -221,21 +224,72 @@ def test_a_diverged_tuning_changes_nothing(
     assert codes(trained) == before
 
 
-def test_a_generator_that_another_process_makes_current_meanwhile_wins(
-    icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def while_it_tunes(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> None:
+    """Let something happen once, after the training of the tuned decoder."""
+
     def differences(*arguments: Any) -> bytes:
-        with monkeypatch.context() as patch:
-            patch.setattr(growing, "differences_to_words", real)
-            assert icm("train", "--no-eval", "--device", "cpu", "--steps", STEPS, "--fresh").code == 0
+        happen()
+        monkeypatch.setattr(candidates, "differences_to_words", real)
         return bytes(real(*arguments))
 
-    real = growing.differences_to_words
-    monkeypatch.setattr(growing, "differences_to_words", differences)
+    real = candidates.differences_to_words
+    monkeypatch.setattr(candidates, "differences_to_words", differences)
+
+
+def test_a_generator_that_becomes_current_meanwhile_wins(
+    icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_another_current() -> None:  # as `icm import` does
+        with Store.open(trained) as store:
+            store.generators.add(NewGenerator(LABEL, store.blobs.put(b"another one"), {}, {}))
+
+    while_it_tunes(monkeypatch, make_another_current)
     add(icm, tmp_path, seed=9)
     ran = icm(*UPDATE, "--json")
     assert (ran.error["kind"], "again" in ran.error["hint"]) == ("generator_conflict", True)
     assert current(trained).version == 2
+
+
+def test_a_new_task_that_is_replaced_meanwhile_gets_no_code_and_is_named(
+    icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace_it() -> None:
+        icm_quietly(trained, "ingest", other, "--on-conflict", "replace", "--no-vectors")
+
+    other = write_lora(tmp_path / "other" / "extra", seed=77)
+    add(icm, tmp_path, seed=9)
+    add(icm, tmp_path, "more", seed=5)
+    while_it_tunes(monkeypatch, replace_it)
+    ran = icm(*UPDATE, "--json")
+    assert (ran.code, ran.events[-1]["tasks"]) == (ExitCode.PARTLY, ["more"])
+    assert "replaced" in ran.events[-1]["left_out"]["extra"]
+
+
+def test_each_base_model_begins_with_the_generator_that_it_has_when_its_turn_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reached(Exception):
+        """The second base model has its turn."""
+
+    def unchanged(work: UpdateCandidates, data: bytes) -> Candidate:
+        begun.append(data)
+        if len(begun) == 2:
+            raise Reached
+        with Store.open(store_path) as other:
+            other.generators.add(NewGenerator("two", other.blobs.put(second), {}, {}))
+        work.left_out = {"task-of-one": "not encoded here"}
+        return Candidate(data, {})
+
+    store_path, begun = tmp_path / "store", list[bytes]()
+    first, second = trained_file(sets=2), trained_file(sets=0)
+    monkeypatch.setattr(UpdateCandidates, "unchanged", unchanged)
+    with new_store(store_path) as store:
+        for label in ("one", "two"):
+            ingest(store, f"task-of-{label}", base_model=label)
+            store.generators.add(NewGenerator(label, store.blobs.put(first), {}, {}))
+    with pytest.raises(Reached):
+        Fleet(store_path).update(device="cpu")
+    assert begun == [first, second]
 
 
 def test_a_full_training_after_updates_makes_one_network_of_all_again(

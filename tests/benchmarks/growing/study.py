@@ -26,6 +26,7 @@ from icmlora.fleet.loading import open_base
 from icmlora.fleet.train import train
 from icmlora.fleet.training_run import TrainRequest
 from icmlora.fleet.update import update
+from icmlora.fleet.update_candidates import UpdateRequest
 from icmlora.fleet.vectors import VectorRequest, extract_vectors
 
 Result = TypeVar("Result")
@@ -89,8 +90,10 @@ class Growing:
             add_base_model(self._place, self._label, self._base_folder)
         extract_vectors(self._place, VectorRequest(device="cpu"))
         began = time.monotonic()
-        request = TrainRequest(device="cpu")
-        finish((train if fresh else update)(self._place, request, StopFlag()))
+        if fresh:
+            train(self._place, TrainRequest(device="cpu"))
+        else:
+            update(self._place, UpdateRequest(device="cpu"))
         seconds = time.monotonic() - began
         names = tuple(folder.name for folder in folders)
         report = evict(self._place, EvictRequest(names, MAX_ERROR, device="cpu"))

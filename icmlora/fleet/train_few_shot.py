@@ -1,0 +1,288 @@
+"""Meta-train the few-shot start of a generator: where `icm generate` begins, and how far each of its steps goes.
+
+    all adapters ──mean──▶ start ──episodes over tasks with samples──▶ lengths of its steps ──▶ few-shot start file
+
+The file and the row that names it are one transaction. Until then the generator keeps the few-shot start it had, or
+none. No code changes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.examples import spread
+from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.errors import DataError
+from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
+from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewshot_start
+from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
+from icmlora.fleet.context import Context, Event, locate_base, reporting
+from icmlora.fleet.decoding import decode_code
+from icmlora.fleet.loading import open_base, read_original
+from icmlora.fleet.training_run import base_models_with_tasks
+from icmlora.generator.codec import Codec
+from icmlora.generator.versions import GeneratorFile
+from icmlora.io.devices import gradient_dtype, resolve_device
+from icmlora.io.text import counted
+from registry.records import GeneratorRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+SAMPLE_TOKENS = 128
+"""Tokens read of each sample, here and in `icm generate`."""
+_FEWEST_SAMPLES = 2  # an episode adapts to one and is judged on another
+_FEWEST_TASKS = 2
+_PROBED_SAMPLES, _EPISODE_SAMPLES = 8, 1024  # read of a task: to see whether enough are usable, and in an episode
+
+
+@dataclass(frozen=True)
+class FewShotRequest:
+    """The options of the meta-training."""
+
+    device: str = "auto"
+    base_model: str | None = None
+    episodes: int = MetaConfig.episodes
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EpisodeDone(Event):
+    """One episode is done; `at` has what it measured."""
+
+    base_model: str
+    task: str
+    at: Episode
+
+
+@dataclass(frozen=True)
+class FewShotTrained(Event):
+    """A generator has a new few-shot start.
+
+    Attributes:
+        base_model: Whose generator it is.
+        generator: Digest of its file.
+        start: Digest of the few-shot start's file.
+        size: Bytes of that file.
+        tasks: How many tasks the mean was made of.
+        episodes: How many episodes trained the lengths of the steps.
+        loss: Mean over the last half of the episodes: 0 is as good as the task's own adapter, 1 as good as none.
+        seconds: How long it took.
+    """
+
+    base_model: str
+    generator: str
+    start: str
+    size: int
+    tasks: int
+    episodes: int
+    loss: float
+    seconds: float
+
+
+@dataclass
+class FewShotReport:
+    """What the meta-training did; base models that are not listed did not change."""
+
+    trained: list[FewShotTrained] = field(default_factory=list)
+
+
+class AllAdapters:
+    """Every task of a base model as an adapter: its original, or what its code decodes to if that is evicted.
+
+    Rows are in memory, adapters are not. Generated tasks are left out: they would only confirm the few-shot start that
+    made them.
+
+    Args:
+        store: The open store.
+        generator: The current generator.
+        file: Its file.
+    """
+
+    def __init__(self, store: Store, generator: GeneratorRecord, file: GeneratorFile) -> None:
+        self._store, self._generator, self._file = store, generator, file
+        rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
+        self._rows = [row for row in rows if not row.final.is_generated]
+        self.names = [row.task.name for row in self._rows]
+
+    def __iter__(self) -> Iterator[Adapter]:
+        """Read all adapters, one after the other."""
+        return (self.load(task) for task in range(len(self._rows)))
+
+    def load(self, task: int) -> Adapter:
+        """Read or decode the adapter of a task.
+
+        Raises:
+            DataError: It has neither an original nor a code.
+        """
+        row = self._rows[task]
+        if not row.final.is_evicted:
+            return read_original(self._store, row.final)
+        code = self._store.codes.get(row.task.name, self._generator.id)
+        if code is None:
+            fact = f"task {row.task.name!r} has neither an original nor a code"
+            raise DataError(fact, hint="`icm verify` checks the store for damage")
+        return decode_code(self._store, self._file, code, code.rung)
+
+    def samples(self, task: int, base: BaseModel, most: int) -> Sequence[Prepared]:
+        """Return up to `most` samples of a task, spread evenly over its file; none if none is usable."""
+        digest = self._rows[task].task.samples
+        if digest is None:
+            return ()
+        some = spread(base.modality.read_examples(self._store.blobs.read(digest)), most)
+        try:
+            return base.modality.prepare(base, some, SAMPLE_TOKENS)
+        except DataError:
+            return ()  # single letters: there is no token to predict
+
+
+class StoreEpisodeSource:
+    """The tasks with enough samples; implements `icmlora.fewshot.meta_training.EpisodeSource`.
+
+    Only the samples of one task at a time are in memory.
+    """
+
+    def __init__(self, adapters: AllAdapters, base: BaseModel) -> None:
+        self._adapters, self._base = adapters, base
+        tasks = range(len(adapters.names))
+        self._numbers = [
+            task for task in tasks if len(adapters.samples(task, base, _PROBED_SAMPLES)) >= _FEWEST_SAMPLES
+        ]
+
+    def tasks(self) -> int:
+        """Return the number of tasks."""
+        return len(self._numbers)
+
+    def name(self, task: int) -> str:
+        """Return the name of a task."""
+        return self._adapters.names[self._numbers[task]]
+
+    def load(self, task: int) -> Adapter:
+        """Read the adapter of a task."""
+        return self._adapters.load(self._numbers[task])
+
+    def samples(self, task: int) -> Sequence[Prepared]:
+        """Read the samples of a task."""
+        return self._adapters.samples(self._numbers[task], self._base, _EPISODE_SAMPLES)
+
+
+def check_few_shot(context: Context, base_model: str | None) -> None:
+    """Check what the meta-training needs, before hours are spent on what comes first. Reads rows only.
+
+    Raises:
+        DataError: There is no task, or fewer than two tasks of a base model have samples.
+        BaseModelNotFound: A base model is not on this machine.
+    """
+    with context.open() as store:
+        for label in base_models_with_tasks(store, base_model):
+            tasks = [row.task for row in store.tasks.summaries() if row.task.base_model == label]
+            _refuse_few(label, sum(task.samples is not None for task in tasks))
+            locate_base(store, label)
+
+
+def read_few_shot_start(store: Store, generator: GeneratorRecord, file: GeneratorFile) -> FewShotStart:
+    """Read the few-shot start of a generator that has one.
+
+    Raises:
+        GeneratorError: The file is not a few-shot start of this generator.
+        DamagedStore: Its bytes are not those that were stored.
+    """
+    data = store.blobs.read(str(generator.start))
+    return fewshot_start_from_bytes(data, lambda code: file.codec_of(code).decode(code))
+
+
+def train_few_shot(context: Context, request: FewShotRequest) -> FewShotReport:
+    """Meta-train a few-shot start for the generator of each base model.
+
+    Raises:
+        DeviceUnavailable: The device is not there; nothing was opened.
+        DataError: There is no task or no generator, or fewer than two tasks have samples.
+        BaseModelNotFound: A base model is not on this machine.
+        GeneratorConflict: `icm generators rollback` or an import made another generator current.
+        GeneratorError: An episode diverged; the few-shot start did not change.
+        StoreLocked: Another process works on the generator or the codes of the same base model.
+        Cancelled: The listener stopped it; base models that are not in the report keep the few-shot start they had.
+    """
+    device = resolve_device(request.device)
+    report = FewShotReport()
+    with reporting(report), context.open() as store:
+        for label in base_models_with_tasks(store, request.base_model):
+            with store.job(label):
+                trained = _train_base(context, store, label, request, device)
+            report.trained.append(trained)
+            context.on_event(trained)
+    return report
+
+
+def _train_base(
+    context: Context, store: Store, label: str, request: FewShotRequest, device: torch.device
+) -> FewShotTrained:
+    generator = store.generators.current(label)
+    if generator is None:
+        raise DataError(f"{label} has no generator", hint="`icm train` trains one")
+    base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
+    began = time.monotonic()
+    file = GeneratorFile(store.blobs.read(generator.blob))
+    adapters = AllAdapters(store, generator, file)
+    source = StoreEpisodeSource(adapters, base)
+    _refuse_few(label, source.tasks())
+    context.progress(0, request.episodes, "averaging the adapters")
+    start, codec = _encodable(untrained_fewshot_start(adapters), file)
+    code = mean_code(start, codec)
+    decoded = replace(start, adapter=codec.decode(code))  # what `icm generate` will read
+    trained, losses = _run_episodes(context, base, label, decoded, source, request)
+    data = fewshot_start_to_bytes(trained, code)
+    blob = store.blobs.put(data)
+    store.generators.set_start(generator.id, blob)
+    last = losses[len(losses) // 2 :]
+    return FewShotTrained(
+        base_model=label,
+        generator=generator.blob,
+        start=blob,
+        size=len(data),
+        tasks=start.tasks,
+        episodes=len(losses),
+        loss=sum(last) / max(len(last), 1),
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def _run_episodes(
+    context: Context,
+    base: BaseModel,
+    label: str,
+    start: FewShotStart,
+    source: StoreEpisodeSource,
+    request: FewShotRequest,
+) -> tuple[FewShotStart, Sequence[float]]:
+    """Train the lengths of the steps, and return the few-shot start with the loss of each episode."""
+    config = MetaConfig(episodes=request.episodes, seed=request.seed)
+    losses: list[float] = []
+    for at, trained in meta_train(base, start, source, config):
+        start = trained
+        losses.append(at.loss)
+        name = source.name(at.task)
+        context.on_event(EpisodeDone(label, name, at))
+        context.progress(at.number, at.episodes, name)
+    return start, losses
+
+
+def _refuse_few(base_model: str, tasks: int) -> None:
+    if tasks < _FEWEST_TASKS:
+        needed = f"a few-shot start needs {_FEWEST_TASKS} tasks with {_FEWEST_SAMPLES} or more samples each"
+        hint = "`icm ingest PATH --samples FILE` adds samples to a task"
+        raise DataError(f"{needed}; {base_model} has {counted(tasks, 'such task')}", hint=hint)
+
+
+def _encodable(start: FewShotStart, file: GeneratorFile) -> tuple[FewShotStart, Codec]:
+    """Return what a generator can encode of a few-shot start, with the codec of the version that covers most of it."""
+    shapes = [shape._replace(rank=1) for shape in start.adapter.layout]
+    covered = [sum(config.covers([shape]) for shape in shapes) for config in file.configs]
+    best = max(range(len(covered)), key=lambda number: (covered[number], number))  # of equal ones the newest
+    return encodable_part(start, file.configs[best]), file.codec(best)

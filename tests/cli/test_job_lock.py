@@ -1,0 +1,74 @@
+"""One process at a time trains, updates or meta-trains for a base model; the others wait, or are told who does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from tests.cli.conftest import Ran
+from tests.cli.test_train import current
+from tests.cli.tiny_fleet import EPISODES, STEPS
+from tests.icmlora.tiny_base import LABEL
+
+Icm = Callable[..., Ran]
+TRAIN = ("train", "--no-eval", "--device", "cpu", "--steps", STEPS)
+UPDATE = ("train", "--update", "--no-eval", "--device", "cpu", "--steps", STEPS)
+FUNCTIONAL = ("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
+HOLD = """
+import sys, time
+from pathlib import Path
+from registry.store import Store
+
+with Store.open(Path(sys.argv[1]), command="icm train") as store, store.job(sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.readline() if sys.argv[3] == "-" else time.sleep(float(sys.argv[3]))
+"""
+
+
+@contextmanager
+def another_process_trains(store: Path, base_model: str = LABEL, seconds: float | None = None) -> Iterator[int]:
+    """Let another process hold the job lock, for some seconds or to the end of the block; yield its number."""
+    command = [sys.executable, "-c", HOLD, str(store), base_model, "-" if seconds is None else str(seconds)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process.pid
+        process.communicate("\n")
+
+
+@pytest.mark.parametrize("command", [TRAIN, UPDATE, FUNCTIONAL], ids=["train", "update", "functional"])
+def test_the_second_one_is_told_who_trains_and_changes_nothing(
+    icm: Icm, started: Path, command: tuple[object, ...]
+) -> None:
+    before = current(started)
+    with another_process_trains(started) as pid:
+        ran = icm(*command, "--lock-timeout", 0.1, "--json")
+    assert (ran.code, ran.error["kind"]) == (ExitCode.LOCKED, "store_locked")
+    assert LABEL in ran.error["message"]
+    assert f"pid {pid}, icm train" in ran.error["message"]
+    assert "--lock-timeout" in ran.error["hint"]
+    assert current(started) == before
+
+
+def test_the_second_one_waits_for_the_first(icm: Icm, mixed: Path) -> None:
+    with another_process_trains(mixed, seconds=0.5):
+        assert icm(*TRAIN).code == 0
+    assert current(mixed).version == 1
+
+
+def test_a_training_for_another_base_model_does_not_wait(icm: Icm, mixed: Path) -> None:
+    with another_process_trains(mixed, "another/model"):
+        assert icm(*TRAIN, "--lock-timeout", 0).code == 0
+
+
+def test_reading_and_ingesting_do_not_wait(icm: Icm, trained: Path, mixed_template: Path, tmp_path: Path) -> None:
+    folder = mixed_template / "loras" / "poems"
+    with another_process_trains(trained):
+        for command in (("ls",), ("stats",), ("materialize", "poems", "-o", tmp_path / "out"), ("ingest", folder)):
+            assert icm(*command, "--lock-timeout", 0).code == 0, command
