@@ -342,7 +342,6 @@ def test_ctrl_c_writes_nothing(
     assert icm("verify", "-v", "--json").document["findings"] == []
 
 
-@pytest.mark.xfail(reason="files are still deleted under open stores")
 def test_a_few_shot_start_that_is_trained_meanwhile_does_not_matter(
     icm: Icm, generate: Generate, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,7 +158,7 @@ def test_it_is_known_as_generated(icm: Icm, register: Register, tmp_path: Path) 
     register()
     assert icm("show", "geese", "--json").document["adapters"][0]["is_generated"]
     assert not icm("show", "rules", "--json").document["adapters"][0]["is_generated"]
-    assert "none was trained: the task was generated\n" in icm("show", "geese").out
+    assert "none: generated, not trained\n" in icm("show", "geese").out
 
 
 def test_its_card_says_that_nobody_trained_it(icm: Icm, register: Register, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ class TestFailures:
         self, icm: Icm, register: Register, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(Bundles, "take", raising(TaskConflict("geese", choices=None)))
+            patch.setattr(Bundles, "add", raising(TaskConflict("geese", choices=None)))
             assert register("--json").error["kind"] == "task_conflict"
         assert load_adapter_folder(folder).modules
         assert "geese" not in names(icm)

@@ -300,7 +300,6 @@ def test_it_measures_what_the_codes_kept(icm: Icm, mixed: Path) -> None:
     assert "1 of 3 tasks" in ran.err
 
 
-@pytest.mark.xfail(reason="files are still deleted under open stores")
 def test_a_task_that_is_removed_meanwhile_is_not_named(icm: Icm, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(*arguments: Any) -> Generator[Any, None, None]:
         yield from real(*arguments)
