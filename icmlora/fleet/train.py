@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 REPLACED = "its adapter was replaced in the meantime"
-"""Why a task that was encoded has no code."""
+"""Why a task has no code although its adapter was encoded: an ingest replaced the adapter during the training."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _publish(
     before, parent = store.generators.current(label), None if previous is None else previous.id
     record = store.generators.add(NewGenerator(label, blob, config, metrics, parent, codes, run.id))
     recorded = {code.task: code.size for code in store.codes.all(record.id)}
-    left_out |= replaced(store, [code.adapter.task for code in codes if code.adapter.task not in recorded])
+    left_out |= {code.adapter.task: REPLACED for code in codes if code.adapter.task not in recorded}
     return Trained(
         base_model=label,
         version=record.version,
@@ -230,9 +230,3 @@ def _encode_all(
         context.on_event(CodeMade(name, size, made.dw_error))
         context.progress(task + 1, source.tasks(), f"encoding {name}")
     return codes, left_out, known_seeds
-
-
-def replaced(store: Store, names: Sequence[str]) -> dict[str, str]:
-    """Return those of some tasks that are still there, with the reason why the code that was made is not theirs."""
-    present = {row.task.name for row in store.tasks.summaries()}
-    return {name: REPLACED for name in names if name in present}

@@ -19,7 +19,7 @@ import torch
 from icmlora.errors import DataError
 from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.fleet.context import Context, Event, reporting
-from icmlora.fleet.train import CodeMade, replaced
+from icmlora.fleet.train import REPLACED, CodeMade
 from icmlora.fleet.training_run import base_models_with_tasks, run_metrics
 from icmlora.fleet.update_candidates import Candidate, UpdateCandidates, UpdateRequest
 from icmlora.generator.config import tolerance_of
@@ -147,8 +147,8 @@ def _update_base(
         grown = NewGenerator(label, blob, config, metrics, parent_id=generator.id, codes=codes)
         generator = store.generators.extend(grown)
         recorded = [code for code in store.codes.all(generator.id) if code.task in best.codes]
-    failed = {name: reason for name, reason in candidates.left_out.items() if name not in best.codes}
-    lost = sorted(set(best.codes) - {code.task for code in recorded})
+    left_out = {name: reason for name, reason in candidates.left_out.items() if name not in best.codes}
+    left_out |= dict.fromkeys(sorted(set(best.codes) - {code.task for code in recorded}), REPLACED)
     updated = Updated(
         base_model=label,
         version=generator.version,
@@ -161,7 +161,7 @@ def _update_base(
         kept_size=choice.kept_size,
         tuned_size=choice.tuned_size,
         metrics=metrics,
-        left_out={**failed, **replaced(store, lost)},
+        left_out=left_out,
     )
     encoded = [(code.task, best.codes[code.task]) for code in recorded]
     return updated, [CodeMade(name, len(code.data), code.dw_error) for name, code in encoded]

@@ -300,18 +300,6 @@ def test_it_measures_what_the_codes_kept(icm: Icm, mixed: Path) -> None:
     assert "1 of 3 tasks" in ran.err
 
 
-def test_a_task_that_is_removed_meanwhile_is_not_named(icm: Icm, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(*arguments: Any) -> Generator[Any, None, None]:
-        yield from real(*arguments)
-        with Store.open(mixed) as other:
-            other.tasks.remove_one("poems")
-
-    real = training.fit
-    monkeypatch.setattr(training, "fit", fit)
-    ran = icm(*TRAIN, "--json")
-    assert (ran.code, ran.events[-1]["tasks"], ran.events[-1]["left_out"]) == (0, 2, {})
-
-
 def test_text_says_what_was_made(icm: Icm, mixed: Path) -> None:
     ran = icm(*TRAIN)
     assert re.fullmatch(rf"generator 1 of {LABEL}: [\d.]+ KiB; 3 codes, [\d.]+ \w+ in total\n", ran.out)
