@@ -12,14 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from icmlora.errors import Cancelled, DataError
 
 if TYPE_CHECKING:
     from icmlora.base_models.lookup import FoundBase
     from icmlora.base_models.modality import BaseModel
-    from registry.errors import MissingBlob
     from registry.records import BaseModelRecord, TaskRecord
     from registry.store import Store
 
@@ -112,42 +111,6 @@ def reporting(report: object) -> Iterator[None]:
     except Cancelled as stop:
         stop.report = report
         raise
-
-
-Row = TypeVar("Row")
-Result = TypeVar("Result")
-
-
-def with_files(read: Callable[[], Row], use: Callable[[Row], Result]) -> Result:
-    """Read a row and use the files that it names; once more where another process replaced them in between.
-
-    Args:
-        read: Reads the row, or several.
-        use: Is called with it again if a file was gone, so it changes nothing before it has read them all.
-
-    Raises:
-        MissingBlob: A file is gone, and the row is as it was: the store is damaged.
-    """
-    from registry.errors import MissingBlob
-
-    row = read()
-    while True:
-        try:
-            return use(row)
-        except MissingBlob as missing:
-            row = as_it_is_now(read, row, missing)
-
-
-def as_it_is_now(read: Callable[[], Row], seen: object, missing: MissingBlob) -> Row:
-    """Read a row again, since a file that it named is gone.
-
-    Raises:
-        MissingBlob: That which is given, if the row is as it was.
-    """
-    row = read()
-    if row == seen:
-        raise missing
-    return row
 
 
 def chosen_tasks(store: Store, names: Sequence[str], base_model: str | None = None) -> list[TaskRecord]:
