@@ -1,4 +1,4 @@
-"""What a generator is for (base model, module kinds) and how large it is."""
+"""The configuration of a generator: its base model, the module kinds that it covers, and the sizes of its network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from functools import cached_property
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import GeneratorError, NotCovered
 
-# A layer number has no leading zero, so that a module's name comes back from it, and is short, so that a name cannot
-# ask for tables of millions of layers. Other digits are part of the name.
+# A layer number has no leading zero, so that a module's name can be made from it again, and is short, so that a name
+# cannot ask for tables of millions of layers. Other digits are part of the name.
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,3})(?=\.)")
 
 # quality -> share of |dW|^2 that a code may lose.
@@ -31,7 +31,7 @@ class ModuleKind:
     """One kind of target module: all layers' modules that share a name pattern and a shape."""
 
     pattern: str
-    """Dotted name with `{}` for the layer number, or the whole name where it holds no number."""
+    """Dotted name with `{}` for the layer number, or the whole name if it has no number."""
     inputs: int
     outputs: int
 
@@ -41,7 +41,7 @@ class ModuleKind:
 
 
 def kind_of(shape: ModuleShape) -> tuple[ModuleKind, int]:
-    """Split a module into its kind and its layer number (0 where the name holds no number)."""
+    """Split a module into its kind and its layer number (0 if the name has no number)."""
     match = _NUMBER.search(shape.module)
     if match is None:
         return ModuleKind(shape.module, shape.inputs, shape.outputs), 0
@@ -50,7 +50,7 @@ def kind_of(shape: ModuleShape) -> tuple[ModuleKind, int]:
 
 
 MAX_SLOTS = 254
-"""A code counts the rank slots of a module in one byte, in which 255 says that there is no such module."""
+"""A code counts the rank slots of a module in one byte, where 255 means that there is no such module."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class GeneratorConfig:
     condition_size: int
     """Length of a task vector (the base model's hidden size); 0 where the generator was trained without vectors."""
     tolerance: float
-    """Share of |dW|^2 that a code may lose: the relative dW error it is made for."""
+    """Share of |dW|^2 that a code may lose: the relative squared dW error that codes are made for."""
     width: int = 32
-    """Hidden width of the decoder, and so the rank of its weight predictions over tokens."""
+    """Hidden width of the decoder, which is also the rank of its predictions over tokens."""
     embedding: int = 32
     """Length of the layer, slot and kind embeddings."""
     latent: int = 16
-    """Length of the task latent z, stored as one byte each."""
+    """Length of the task latent z; each value is stored in one byte."""
     condition: int = 16
-    """Length of the embedded condition, stored as one byte each."""
+    """Length of the embedded condition; each value is stored in one byte."""
     sketch: int = 8
     """Length of the encoder's bilinear sketch u^T P Q v of one rank slot."""
 
@@ -86,9 +86,10 @@ class GeneratorConfig:
         if not self.kinds or min(sizes) < 1 or self.condition_size < 0 or not 0.0 < self.tolerance < 1.0:
             raise GeneratorError("the generator's configuration is out of range")
         if self.slots > MAX_SLOTS or list(self.kinds) != sorted(set(self.kinds)):
-            raise GeneratorError("the generator's configuration names too many slots, or kinds twice or out of order")
+            message = "the generator's configuration has too many rank slots, or its kinds are repeated or out of order"
+            raise GeneratorError(message)
         if any(min(kind.inputs, kind.outputs) < 1 for kind in self.kinds):
-            raise GeneratorError("the generator's configuration names a module without inputs or outputs")
+            raise GeneratorError("the generator's configuration has a module without inputs or outputs")
 
     def place_of(self, shape: ModuleShape) -> tuple[int, int]:
         """Return the index of a module's kind and its layer.
@@ -100,11 +101,11 @@ class GeneratorConfig:
         number = self._index.get(kind)
         if number is None or layer >= self.layers or shape.rank > self.slots:
             message = f"the generator does not cover {shape.module} with rank {shape.rank}"
-            raise NotCovered(message, hint="`icm train --update` makes a version that does")
+            raise NotCovered(message, hint="run `icm train --update` to add a version that does")
         return number, layer
 
     def covers(self, layout: Iterable[ModuleShape]) -> bool:
-        """Say whether the generator has all of some modules, with their layers and ranks."""
+        """Say whether the generator has all of these modules, with their layers and ranks."""
         try:
             for shape in layout:
                 self.place_of(shape)
@@ -113,9 +114,9 @@ class GeneratorConfig:
         return True
 
     def are_modules(self, places: Iterable[Sequence[int]]) -> bool:
-        """Say whether pairs of kind and layer are modules, each of them another one.
+        """Say whether pairs of kind and layer are possible modules, all of them different.
 
-        A kind without a layer number has no further layers, and kinds that differ in widths alone share their names.
+        A kind without a layer number has layer 0 only, and kinds that differ only in their widths share their names.
         """
         found = [(self.kinds[kind], layer) for kind, layer in places]
         names = {kind.module(layer) for kind, layer in found}
@@ -145,9 +146,9 @@ class GeneratorConfig:
 
 
 def tolerance_of(quality: int) -> float:
-    """Return the relative dW error that a quality of 1 (smallest) to 8 (most faithful) stands for."""
+    """Return the relative squared dW error that a quality from 1 (smallest) to 8 (most accurate) stands for."""
     if not 1 <= quality <= len(_TOLERANCES):
-        raise GeneratorError(f"there is no quality {quality}, only 1 to {len(_TOLERANCES)}")
+        raise GeneratorError(f"invalid quality {quality}; use 1 to {len(_TOLERANCES)}")
     return _TOLERANCES[quality - 1]
 
 
@@ -166,16 +167,16 @@ def config_for(
 
     Args:
         base_model: Label of the base model.
-        layouts: One layout per adapter; read once, not kept.
-        tasks: How many tasks the fleet has: it sets the sizes of a new network.
+        layouts: One layout per adapter; read once, not kept in memory.
+        tasks: How many tasks the fleet has; this sets the sizes of a new network.
         condition_size: Length of the task vectors, 0 without any.
-        quality: 1 to 8; sets the tolerance where that is None.
-        tolerance: Relative dW error of a code.
-        width: Hidden width of a new network's decoder; that of the fleet's size where it is None.
+        quality: 1 to 8; sets the tolerance if that is None.
+        tolerance: Relative squared dW error of a code.
+        width: Hidden width of a new network's decoder; None for the usual width of a fleet of this size.
         previous: A generator to grow from: its kinds, layers and slots stay covered and its sizes are kept.
 
     Raises:
-        GeneratorError: A quality, tolerance or width that does not exist, or no layout at all.
+        GeneratorError: The quality, tolerance or width is invalid, or there is no layout.
     """
     kinds = set(previous.kinds) if previous else set()
     layers, slots = (previous.layers, previous.slots) if previous else (1, 1)

@@ -14,7 +14,7 @@ length of the stored code in bits:
 
 Notation: K kinds, L layers, S slots, E embedding, H width, C condition, Z latent, n tokens of one kind.
 
-Tokens from the prior alone: what `generate` puts in the place of a code.
+`predicted_tokens` makes tokens without a code, for `generate`.
 """
 
 from __future__ import annotations
@@ -34,27 +34,28 @@ from icmlora.generator.tokens import KindTokens
 
 VIEWS = ("adapted", "context")
 INPUTS, OUTPUTS = 0, 1
+"""The sides of a token."""
 
-# Integers of one byte; the network sees them divided by this, so that a byte spans about +-8.
+# Condition and latent are integers of one byte; the network sees them divided by this, so that a byte covers about +-8.
 _GRID = 16.0
 _BYTE = 127.0
 
 
 @dataclass(frozen=True, eq=False)
 class TaskState:
-    """What the decoder knows of a task: two vectors of integers in [-127, 127], and where its training began."""
+    """What the decoder knows about a task: two vectors of integers in [-127, 127], and where its training began."""
 
     condition: torch.Tensor
     """Shape (C,)."""
     latent: torch.Tensor
     """Shape (Z,)."""
     subspace: InitialSubspace
-    """Directions of its inputs that cost nothing."""
+    """Directions of its inputs that cost nothing to store."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The decoder's mean for the tokens of one kind, as directions: multiply with the token's norm."""
+    """The decoder's mean for the tokens of one kind, as directions: multiply them by the tokens' norms."""
 
     inputs: torch.Tensor
     """Shape (n, in)."""
@@ -63,7 +64,7 @@ class Prediction:
 
 
 class CVAE(nn.Module):
-    """Encoder, prior and decoder of one fleet. All sizes come from `GeneratorConfig`."""
+    """Encoder, prior and decoder of one fleet (picture above). All sizes come from `GeneratorConfig`."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -71,10 +72,11 @@ class CVAE(nn.Module):
         kinds, layers, slots, width = len(config.kinds), config.layers, config.slots, config.width
         self.condition = ConditionNet(config)
         self.encoder = Encoder(config)
-        self.prior = nn.Linear(config.condition, 2 * config.latent)
+        self.prior = nn.Linear(config.condition, 2 * config.latent)  # mean and log scale of z
         nn.init.zeros_(self.prior.weight)
         nn.init.zeros_(self.prior.bias)
 
+        # The decoder reads a token's place: embeddings of its layer, slot and (kind, side) in one row, (n, 3E).
         self.layer = nn.Embedding(layers, config.embedding)
         self.slot = nn.Embedding(slots, config.embedding)
         self.factor = nn.Embedding(2 * kinds, config.embedding)
@@ -83,13 +85,14 @@ class CVAE(nn.Module):
         self.mix = nn.Linear(width, width)
         self.modulate = nn.Linear(task, width)
         self.leave = nn.Linear(width, width)
+        # Predictions over channels have rank H: hidden (n, H) times directions (H, size).
         shapes = [(kind.inputs, kind.outputs) for kind in config.kinds]
         self.directions = nn.ParameterList([torch.zeros(width, size) for pair in shapes for size in pair])
         # log2 of a token's norm: a table over (kind, layer, slot) plus one gain per kind that depends on the task.
         self.norm_mean = nn.Parameter(torch.zeros(kinds, layers, slots))
         self.norm_spread = nn.Parameter(torch.zeros(kinds, slots))
         self.gain = nn.Linear(task, kinds)
-        # Not trained: measured on the base model once, or even.
+        # log2 channel weights. Not trained: measured on the base model once, or even.
         for number, direction in enumerate(self.directions):
             self.register_buffer(f"weight_{number}", torch.zeros(layers, direction.shape[1]))
         # log2 of the spread of (w - mean) relative to a random direction of that norm. Tables, not network outputs:
@@ -104,7 +107,7 @@ class CVAE(nn.Module):
 
     @sensitivity.setter
     def sensitivity(self, value: Sensitivity) -> None:
-        """Set the weights and what the spreads are without any training: that of values equal in all channels."""
+        """Set the weights, and the spreads of an untrained network: those of values that are equal in all channels."""
         for kind, pair in enumerate(zip(value.inputs, value.outputs, strict=True)):
             for side, weights in enumerate(pair):
                 self.get_buffer(f"weight_{2 * kind + side}").copy_(weights)
@@ -112,7 +115,7 @@ class CVAE(nn.Module):
                 self.spread.data[kind, side] = -0.5 * mean_square.log2()[:, None]
 
     def embed(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the condition in integer units before rounding, shape (C,); `vectors` maps views to (hidden,)."""
+        """Return the condition in integer units, not rounded yet, shape (C,); `vectors` maps views to (hidden,)."""
         raw: torch.Tensor = self.condition(vectors)
         return raw
 
@@ -136,18 +139,19 @@ class CVAE(nn.Module):
             slot: int64, shape (n,).
             state: The task.
         """
-        task = torch.cat([state.condition, state.latent]) / _GRID
+        task = torch.cat([state.condition, state.latent]) / _GRID  # (C + Z,)
         means = []
         for side in (INPUTS, OUTPUTS):
             token = torch.cat([self.layer(layer), self.slot(slot), self._factor(kind, side, len(layer))], dim=1)
             hidden = self.enter(torch.cat([token, task.expand(len(layer), -1)], dim=1))  # (n, H)
+            # The task also scales the features of places, as in FiLM (Perez et al., arXiv 1709.07871).
             hidden = (hidden + self.mix(silu(hidden))) * (1 + self.modulate(task))
             hidden = hidden + self.leave(silu(hidden))
-            means.append(hidden @ self.directions[2 * kind + side])
+            means.append(hidden @ self.directions[2 * kind + side])  # (n, size)
         return Prediction(*means)
 
     def gains(self, state: TaskState) -> torch.Tensor:
-        """Predict the task's gain of each kind in octaves, shape (K,)."""
+        """Predict how far the task's norms of each kind are above the table, in octaves, shape (K,)."""
         gains: torch.Tensor = self.gain(torch.cat([state.condition, state.latent]) / _GRID)
         return gains
 
@@ -160,7 +164,7 @@ class CVAE(nn.Module):
 
 
 class ConditionNet(nn.Module):
-    """Task vectors to a condition of C integers; each view may be missing, and both may."""
+    """Embed task vectors as a condition of C integers; either view may be missing, or both."""
 
     shift: torch.Tensor
     log_scale: torch.Tensor
@@ -168,8 +172,8 @@ class ConditionNet(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         size, inner = config.condition_size, config.embedding
-        # Hidden states share a large common part: they are standardised over the fleet before anything reads them.
-        # Without vectors there are neither these buffers nor layers that read a view.
+        # Hidden states share a large common part, so they are standardised over the fleet before anything reads them.
+        # A generator without vectors has neither these buffers nor layers that read a view.
         if size:
             self.register_buffer("shift", torch.zeros(len(VIEWS), size))
             self.register_buffer("log_scale", torch.zeros(len(VIEWS), size))
@@ -178,17 +182,17 @@ class ConditionNet(nn.Module):
         self.out = nn.Linear(inner, config.condition)
 
     def standardise(self, mean: torch.Tensor, scale: torch.Tensor) -> None:
-        """Set what vectors are standardised by, each of shape (views, hidden), in whole eighths as it is stored."""
+        """Set mean and scale that vectors are standardised by, (views, hidden) each, rounded as they are stored."""
         self.log_scale.copy_((scale.log2() * OCTAVE).round() / OCTAVE)
         self.shift.copy_((mean * torch.exp2(-self.log_scale) * OCTAVE).round() / OCTAVE)
 
     def forward(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Embed the views that are there; shape (C,), values in [-127, 127]."""
+        """Embed the views that are there; returns shape (C,), values in [-127, 127]."""
         hidden = torch.zeros_like(self.missing[0])
         for number, view in enumerate(VIEWS):
             if view in vectors and len(self.views):
                 standard = vectors[view] * torch.exp2(-self.log_scale[number]) - self.shift[number]
-                hidden = hidden + self.views[number](standard / standard.numel() ** 0.5)
+                hidden = hidden + self.views[number](standard / standard.numel() ** 0.5)  # (E,)
             else:
                 hidden = hidden + self.missing[number]
         return _BYTE * torch.tanh(self.out(silu(hidden)))
@@ -197,7 +201,7 @@ class ConditionNet(nn.Module):
 class Encoder(nn.Module):
     """q(z|w,c): a bilinear sketch of every rank slot, an MLP, and a mean over slots weighted by energy.
 
-    The sketch (P v) * (Q u) does not change when both vectors change sign, which the singular vectors may do.
+    The sketch (P v) * (Q u) stays the same when both vectors change sign, which singular vectors may do.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -217,7 +221,7 @@ class Encoder(nn.Module):
         for group, feature in zip(tokens, features, strict=True):
             norm = group.norm[:, None]
             right = group.inputs / norm @ self.sketch_in[group.kind]  # (n, sketch)
-            left = group.outputs / norm @ self.sketch_out[group.kind]
+            left = group.outputs / norm @ self.sketch_out[group.kind]  # (n, sketch)
             hidden = silu(self.enter(torch.cat([right * left, norm.log2(), feature], dim=1)))  # (n, 2E)
             energy = group.norm.square()
             total = total + (energy[:, None] * self.leave(hidden)).sum(0)
@@ -227,12 +231,12 @@ class Encoder(nn.Module):
 
 
 def predicted_tokens(net: CVAE, state: TaskState, modules: Sequence[tuple[int, int, int]]) -> list[KindTokens]:
-    """Predict the tokens of an adapter.
+    """Predict the tokens of an adapter from the task alone.
 
     Args:
         net: The generator's network.
         state: The task.
-        modules: Sorted (kind, layer, rank).
+        modules: (kind, layer, rank) of each module, sorted.
     """
     gains = net.gains(state)
     groups = []
@@ -246,10 +250,11 @@ def predicted_tokens(net: CVAE, state: TaskState, modules: Sequence[tuple[int, i
 
 
 def _resized(group: KindTokens) -> KindTokens:
-    """Scale predicted directions to tokens whose dW lies between least squares and the expected size.
+    """Scale predicted directions to tokens whose dW is between the least-squares and the expected size.
 
-    The mean direction of uncertain tokens is shorter than one, and dW shrinks with its square. Least squares wants
-    that; a working adapter needs more. The size is raised half way, in logarithms, to the one predicted for dW.
+    The mean direction of uncertain tokens is shorter than 1, and dW shrinks with its square. That is best in the least-
+    squares sense, but a working adapter needs more. So the size is raised half way, in logarithms, to the size that is
+    predicted for dW.
     """
     confidence = group.inputs.norm(dim=1) * group.outputs.norm(dim=1)  # (n,)
     predicted = (group.norm * confidence).square().sum().sqrt()

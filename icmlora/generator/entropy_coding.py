@@ -1,7 +1,10 @@
-"""Range coding of integers whose scale is known: one pass per scale index, through `constriction`.
+"""Range coding of integers whose scales are known, with one pass per scale index, by `constriction`.
 
-A magnitude below the table's reach is one symbol. The reach itself announces a larger one, whose excess follows after
-all symbols as an Elias gamma code: how many bits, then the bits. So no value is cut off, however wrong its scale is.
+    integers of scale index -32 | ... | of scale index 64 | excess of the integers beyond their table
+
+A magnitude below the table's reach is one symbol. The reach itself announces a larger magnitude, whose excess follows
+after all symbols as an Elias gamma code: the number of bits, then the bits. So no value is cut off, however wrong its
+scale is.
 """
 
 from __future__ import annotations
@@ -22,16 +25,17 @@ Scales = NDArray[np.signedinteger[Any]]
 """Scale indices, in whatever width; they fit in one byte."""
 
 LIMIT = 1 << 20
-"""Largest magnitude that can be written. Beyond it a quantiser step is below the resolution of float32."""
+"""Largest magnitude that can be written. Larger ones would mean a quantiser step below the resolution of float32."""
 
 _LARGEST_LAZY = -12
+"""Scale index up to which a lazy model decodes faster."""
 
 _LENGTHS = LIMIT.bit_length()
 """Longest excess, in bits after the leading one, plus one."""
 
 
 def clip(values: NDArray[np.float64]) -> Integers:
-    """Turn whole numbers into integers that can be written."""
+    """Turn whole numbers into integers, clipped to those that can be written."""
     return np.clip(values, -LIMIT, LIMIT).astype(np.int32)
 
 
@@ -46,6 +50,7 @@ class IntegerWriter:
         beyond = []
         for index, places in _groups(_keys(scales)):
             found, reach = values.take(places), reach_of(index + SMALLEST)
+            # Symbols count from 0; symbols 0 and 2 * reach announce a magnitude of `reach` or more.
             self._coder.encode(np.clip(found, -reach, reach) + reach, _model(index + SMALLEST))
             beyond.append(places[np.abs(found) >= reach])
         ends = _ascending(beyond)
@@ -67,7 +72,7 @@ class IntegerWriter:
 
 
 class IntegerReader:
-    """Reads back what `IntegerWriter` wrote, in the same order and under the same scales."""
+    """Reads what `IntegerWriter` wrote, in the same order and under the same scales."""
 
     def __init__(self, data: bytes) -> None:
         if len(data) % 4:
@@ -78,7 +83,7 @@ class IntegerReader:
         """Read integers, shape (n,).
 
         Raises:
-            CodeError: Words that no encoder wrote.
+            CodeError: No encoder wrote these words.
         """
         values = np.empty(len(scales), dtype=np.int32)
         beyond = []
@@ -91,7 +96,7 @@ class IntegerReader:
                 beyond.append(places[np.abs(found) == reach])
             ends = _ascending(beyond)
             values[ends] += np.sign(values[ends]) * (self._read_excess(len(ends)) - 1)
-        except AssertionError as error:  # constriction's word for data that no encoder produces
+        except AssertionError as error:  # what constriction raises for data that no encoder produces
             raise CodeError("the code's integers are damaged") from error
         return values
 
@@ -107,12 +112,13 @@ class IntegerReader:
 
 
 def _keys(scales: Scales) -> NDArray[np.uint8]:
-    """Count scale indices from 0 in one byte."""
+    """Return scale indices counted from 0, in one byte each."""
     return (scales - SMALLEST).astype(np.uint8)
 
 
 def _groups(keys: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield the places of each key, keys and places ascending; numpy sorts single bytes in linear time."""
+    """Yield each key with its places, both ascending."""
+    # A stable sort of single bytes is a radix sort in numpy, so this takes linear time.
     order = np.argsort(keys, kind="stable")
     found = np.arange(int(keys.max(initial=0)) + 1, dtype=np.uint8)  # of another type, all keys would be converted
     ends = np.searchsorted(keys.take(order), found, side="right")
@@ -139,10 +145,10 @@ def _model(index: int) -> object:
 
 @cache
 def _reading_model(index: int) -> object:
-    """Return the same model in the form that is read fastest.
+    """Return the same model in the form that decodes fastest.
 
-    A lazy one goes through the symbols from the first on, which takes two thirds of the time of a binary search where
-    there are up to 17 of them, and most integers have so small a scale.
+    A lazy model goes through the symbols from the first on. For up to 17 symbols that takes two thirds of the time of a
+    binary search, and most integers have such a small scale.
     """
     return constriction.stream.model.Categorical(probabilities(index), perfect=False, lazy=index <= _LARGEST_LAZY)
 

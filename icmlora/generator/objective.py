@@ -1,10 +1,10 @@
 """The loss: how many bits one adapter's code takes.
 
-bits = bits(z | c) + bits(norms) + bits(token integers | z, c)
+    bits = bits(z | c) + bits(norms) + bits(token integers | z, c)
 
-Every part is the length of what the codec really writes: the integers are rounded as the codec rounds them, and the
-quantiser step is set per adapter so that the code's relative dW error is the configured tolerance. The sum is the
-storage bill of that fidelity. Rounding has no gradient; `_token_bits` says what stands in for it.
+Every part is the length of what the codec really writes: integers are rounded as the codec rounds them, and the
+quantiser step is chosen per adapter so that the code's relative squared dW error is the configured tolerance. The sum
+is what storage at that accuracy costs. Rounding has no gradient; `_token_bits` says what replaces it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens, slot_errors, squared_norm
 
 _PARTS = 16
-"""Groups of channels of about the same weight; the step of a training episode need not be exact."""
+"""Groups of channels of about equal weight in `water_level`, where the step need not be exact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,11 @@ class Bits:
     norms: torch.Tensor
     tokens: torch.Tensor
     prior: torch.Tensor
-    """Not stored: what the norms' gains cost under the decoder's prediction. It trains what `generate` uses."""
+    """Not stored: what the norms' gains would cost under the decoder's prediction. It trains what `generate` uses."""
 
     @property
     def total(self) -> torch.Tensor:
-        """What training minimises."""
+        """The loss that training minimises."""
         return self.latent + self.norms + self.tokens + self.prior
 
 
@@ -54,8 +54,8 @@ def adapter_bits(
         net: The generator's network.
         tokens: The adapter, on the network's device.
         vectors: Task vectors of one support set by view, each (hidden,); views may be missing.
-        subspace: What is known of its inputs, on the network's device; shifts are not read.
-        noise: Source of the quantisation noise, a CPU generator.
+        subspace: What is known about its inputs, on the network's device; shifts are not read.
+        noise: Source of the quantisation noise, a random generator on the CPU.
     """
     condition = _noisy(net.embed(vectors), noise)
     mean, scale = net.latent_prior(condition)
@@ -75,14 +75,15 @@ def adapter_bits(
 
 
 def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sensitivity: Sensitivity) -> torch.Tensor:
-    """Bits of the integers of one kind's tokens; the sign of each pair is the one nearer to the prediction.
+    """Return the bits of the integers of one kind's tokens.
 
-    The value is the length under the coder's tables. Its gradient for the predicted scales is exact. For the
-    predicted means it is that of the same integers under a Gaussian widened by the rounding error (variance 1/12),
-    which also pulls where everything rounds to zero.
+    The value is the length under the coder's tables, and its gradient with respect to the predicted scales is exact.
+    The gradient with respect to the predicted means is that of unrounded values under a Gaussian widened by the
+    rounding error (variance 1/12), which pulls even where everything rounds to zero.
     """
     prediction = net.decode(group.kind, group.layer, group.slot, state)
-    norm = group.norm[:, None]
+    norm = group.norm[:, None]  # (n, 1)
+    # The sign of each pair is the one nearer to the prediction, as in the codec.
     agreement = (group.inputs * prediction.inputs).sum(1) + (group.outputs * prediction.outputs).sum(1)
     sign = torch.where(agreement.detach() < 0, -1.0, 1.0)[:, None]
     inputs, outputs = (
@@ -90,11 +91,12 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sen
         for values, mean in zip((group.inputs, group.outputs), (prediction.inputs, prediction.outputs), strict=True)
     )
     along = state.subspace.project(group.kind, group.layer, inputs)
+    # Inputs in the initial subspace take r integers instead of one per channel.
     across = inputs - state.subspace.expand(group.kind, group.layer, along, inputs.shape[1])
     scales = [_scale(net, group, side, step, sensitivity) for side in (INPUTS, OUTPUTS)]
     scales[INPUTS] = scales[INPUTS] * _left(group, state.subspace, across, scales[INPUTS])[:, None]
     known = state.subspace.spread(group.kind, group.layer) * norm / step  # (n, R)
-    wholes = [exact.detach().round() for exact in (across, outputs, along)]
+    wholes = [exact.detach().round() for exact in (across, outputs, along)]  # (n, in), (n, out), (n, R)
     lengths = [bin_bits(whole, scale).sum(1) for whole, scale in zip(wholes, (*scales, known), strict=True)]
     given = wholes[INPUTS] + state.subspace.expand(group.kind, group.layer, wholes[2], inputs.shape[1])
     rebuilt = replace(
@@ -104,12 +106,13 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sen
     )
     written = worth_writing(group, rebuilt, (torch.cat([wholes[INPUTS], wholes[2]], dim=1), wholes[OUTPUTS]))
     bits = torch.where(written, torch.stack(lengths).sum(0), 0.0).sum()
+    # Its value is subtracted again below: only its gradient counts.
     pull = _sum([_soft(exact, scale) for exact, scale in zip((across, outputs), scales, strict=True)])
     return bits + pull - pull.detach()
 
 
 def _scale(net: CVAE, group: KindTokens, side: int, step: float, sensitivity: Sensitivity) -> torch.Tensor:
-    """Return the scale of each integer of one side as if nothing of it were known, shape (n, size)."""
+    """Return the scale of each integer of one side as if no initial A were known, shape (n, size)."""
     profile = torch.exp2(sensitivity.profile(group.kind, side))[group.layer]
     spread = torch.exp2(net.spread[group.kind, side, group.layer, group.slot])[:, None]
     return group.norm[:, None] / math.sqrt(profile.shape[1]) / step * spread * profile
@@ -117,9 +120,9 @@ def _scale(net: CVAE, group: KindTokens, side: int, step: float, sensitivity: Se
 
 @torch.no_grad()
 def _left(group: KindTokens, subspace: InitialSubspace, across: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return what the codec's shifts come to: how far the values (n, in) of each slot lie from their scales, (n,).
+    """Return the factors of the codec's shifts: how far the values (n, in) of each slot are from their scales, (n,).
 
-    As there, modules of which nothing is known do not count, and are not shifted.
+    As in `TokenQuantizer.shifts`, modules without a known initial A neither count nor are shifted.
     """
     known = torch.from_numpy(subspace.knows(group.kind)).to(group.layer.device)[group.layer]
     share = torch.where(known, across.square().sum(1) / scale.square().sum(1), 0.0)
@@ -129,21 +132,22 @@ def _left(group: KindTokens, subspace: InitialSubspace, across: torch.Tensor, sc
 
 
 def _soft(exact: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the bits of unrounded values under a Gaussian widened by the rounding error, up to a constant."""
     return (exact.square() / (2 * math.log(2) * (scale.detach().square() + 1 / 12))).sum()
 
 
 def worth_writing(group: KindTokens, rebuilt: KindTokens, integers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Say of each slot whether the codec writes it, shape (n,).
+    """Say for each slot whether it is worth its bits, so that the codec writes it; shape (n,).
 
-    A slot is worth its bits where both vectors have integers other than zero, or where the prediction alone gives
-    back half of its energy. Without the second part a slot that is predicted well would be lost for that very reason.
+    A slot is worth its bits if both vectors have nonzero integers, or if the prediction alone gives back half of its
+    energy. Without the second part, a slot would be lost because it is predicted well.
     """
     coded = (integers[INPUTS] != 0).any(dim=1) & (integers[OUTPUTS] != 0).any(dim=1)
     return coded | (slot_errors(group, rebuilt) < group.norm.square() / 2)
 
 
 def _norm_bits(net: CVAE, group: KindTokens, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bits of the rounded log-norms around table + gain, and bits of that gain under the decoder's prediction."""
+    """Return the bits of the rounded log-norms around table + gain, and of that gain under the prediction."""
     offset = group.norm.log2() - net.norm_mean[group.kind, group.layer, group.slot]
     gain = offset.mean()
     spread = torch.exp2(net.norm_spread[group.kind, group.slot])
@@ -160,7 +164,7 @@ def bin_bits(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _bin(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    magnitude = values.abs()  # both edges on the negative side keep the difference exact in the tail
+    magnitude = values.abs()  # with both edges on the negative side the difference is exact in the tail
     mass: torch.Tensor = torch.special.ndtr((0.5 - magnitude) / scale) - torch.special.ndtr((-0.5 - magnitude) / scale)
     return mass
 
@@ -168,7 +172,7 @@ def _bin(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def water_level(
     tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sensitivity, subspace: InitialSubspace
 ) -> float:
-    """Return the quantiser step whose expected relative dW error is `tolerance` (1 for an adapter without energy).
+    """Return the quantiser step whose expected relative squared dW error is `tolerance` (1 for an adapter of zeros).
 
     A coefficient of variance v contributes min(v, step^2 / 12): reverse water-filling (Cover and Thomas, 10.3.3).
     """
@@ -177,7 +181,7 @@ def water_level(
     parts = [_variances(group, side, sensitivity, subspace) for group in tokens for side in (INPUTS, OUTPUTS)]
     variance, count = (torch.cat(column) for column in zip(*parts, strict=True))
     allowed = tolerance * squared_norm(tokens)
-    low, high = -40.0, 40.0
+    low, high = -40.0, 40.0  # log2 of the step
     for _ in range(50):
         middle = (low + high) / 2
         error = float((torch.clamp(variance, max=4.0**middle / 12) * count).sum())
@@ -188,14 +192,15 @@ def water_level(
 def _variances(
     group: KindTokens, side: int, sensitivity: Sensitivity, subspace: InitialSubspace
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the variances of a side's coefficients and how many have each; channels are taken a sixteenth together.
+    """Return the variances of a side's coefficients and how many coefficients have each of them.
 
-    What lies along the subspace is not among them: it takes next to no bits, so it loses next to nothing.
+    Channels are grouped by weight, a sixteenth at a time. Inputs along the subspace are left out: they take next to no
+    bits, so they lose next to nothing.
     """
     size = (group.inputs, group.outputs)[side].shape[1]
     square = torch.exp2(2 * sensitivity.profile(group.kind, side)).double().sort(dim=1).values  # (L, size)
     share = torch.stack([part.mean(dim=1) for part in square.tensor_split(min(_PARTS, size), dim=1)], dim=1)
-    counts = torch.tensor(
+    counts = torch.tensor(  # channels in each group
         [len(part) for part in torch.arange(size).tensor_split(min(_PARTS, size))], device=square.device
     )
     share = share / (share * counts).sum(dim=1, keepdim=True)  # (L, parts); one row's variances add up to 1
@@ -211,4 +216,5 @@ def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _noisy(values: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+    """Add uniform noise in place of rounding, which keeps the gradient (Ballé et al., arXiv 1611.01704)."""
     return values + (torch.rand(values.shape, generator=noise) - 0.5).to(values.device)

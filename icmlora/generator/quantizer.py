@@ -3,14 +3,13 @@
     integer = round((value - norm * mean direction) / step),
     coded under the scale  norm / sqrt(size) * spread * profile of the channel / step
 
-What of the inputs lies along the initial subspace is one integer per row of it, and only the rest is one per
-channel: coded under that scale times 2^shift, with a shift for each kind and rank slot, in modules whose
-initial A is known.
+In modules whose initial A is known, the part of the inputs in the initial subspace takes one integer per row of A. Only
+the rest takes one per channel, coded under that scale times 2^shift, with one shift for each kind and rank slot.
 
 Norms, steps, spreads and profiles are whole eighths of an octave here, so a scale index is a sum of integers: encoder
-and decoder agree on it exactly, whatever machine they run on. Only the mean direction is float, and it is added after
-decoding, where a rounding difference stays a rounding difference. Both vectors of a token carry its singular value, so
-they are first scaled to the rounded one: rounding a norm costs nothing of dW.
+and decoder agree on it exactly, on every machine. Only the mean direction is a float, and it is added after decoding,
+where a rounding difference stays a rounding difference. Both vectors of a token carry its singular value, so they are
+first scaled to the rounded one: rounding a norm does not change dW.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGT
 from icmlora.generator.tokens import KindTokens
 
 Norms = NDArray[np.int64]
-"""log2 norms in eighths."""
+"""log2 norms, in eighths."""
 ALONG = 2
-"""The third side of a token, beside `INPUTS` and `OUTPUTS`."""
+"""The third side of a token, after `INPUTS` and `OUTPUTS`: inputs along the initial subspace."""
 Sides = tuple[Integers, Integers, Integers]
-"""Of tokens of one kind: shapes (n, in), (n, out) and (n, R)."""
+"""Integers of the tokens of one kind: shapes (n, in), (n, out) and (n, R)."""
 SideScales = tuple[Scales, Scales, Scales]
 """Scale indices of the integers, of the same shapes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Rank slots of one kind, ordered by (layer, slot)."""
+    """n rank slots of one kind, ordered by (layer, slot)."""
 
     kind: int
     layer: NDArray[np.int64]
@@ -55,7 +54,7 @@ class Slots:
 
 
 class TokenQuantizer:
-    """The integer side of one network: its tables rounded once, and rounding under its predictions."""
+    """The integer side of one network: its tables, rounded once, and the rounding of tokens under its predictions."""
 
     def __init__(self, net: CVAE) -> None:
         self._net = net
@@ -77,25 +76,25 @@ class TokenQuantizer:
         return scales
 
     def norm_residuals(self, slots: Slots, norm: torch.Tensor, gain: int | None = None) -> tuple[int, Integers]:
-        """Split norms (n,) into the task's gain (their mean, if it is not given) and residuals (n,), in eighths."""
+        """Split norms (n,) into the task's gain and residuals (n,), in eighths; by default the gain is their mean."""
         offset = _eighths(norm.log2()) - self._norms[slots.kind, slots.layer, slots.slot]
         if gain is None:
             gain = round(float(offset.mean())) if len(offset) else 0
         return gain, (offset - gain).astype(np.int32)
 
     def norms(self, slots: Slots, gain: int, residuals: Integers) -> Norms:
-        """Put log2 norms together again, shape (n,)."""
+        """Return log2 norms from gain and residuals, shape (n,)."""
         norms: Norms = self._norms[slots.kind, slots.layer, slots.slot] + gain + residuals
         return norms
 
     def scales(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> SideScales:
         """Return the scale indices of the integers of each slot, shapes (n, in), (n, out) and (n, R)."""
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
-        wide = [_half_octaves(size) for size in self._sizes[slots.kind]]
-        level = norms[:, None] - step - np.array(wide) + spread
+        wide = [_half_octaves(size) for size in self._sizes[slots.kind]]  # log2 sqrt(size) of both sides
+        level = norms[:, None] - step - np.array(wide) + spread  # (n, 2)
         known = subspace.knows(slots.kind)[slots.layer]
         level[known, INPUTS] += subspace.shifts[slots.kind, slots.slot[known]]
-        # Profiles lie within EXTREME, so a level further out than that ends at the same index from there.
+        # Profiles are within EXTREME, so a level further out is clipped to the same index from there.
         level = np.clip(level, SMALLEST - EXTREME, LARGEST + EXTREME).astype(np.int16)
         inputs, outputs = (
             _indices(self._profiles[2 * slots.kind + side], slots.layer, level[:, side]) for side in (INPUTS, OUTPUTS)
@@ -113,6 +112,7 @@ class TokenQuantizer:
         """Measure tokens in quantiser steps from their prediction: float64, shapes (n, in), (n, out) and (n, R)."""
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
         means = self.means(slots, norms, state)
+        # The two vectors of a pair may change sign together: the sign nearer to the prediction takes fewer bits.
         agreement = (group.inputs * means[INPUTS]).sum(1) + (group.outputs * means[OUTPUTS]).sum(1)
         factor = torch.where(agreement < 0, -1.0, 1.0) * (norm_of(norms) / group.norm).sqrt()
         inputs, outputs = (
@@ -123,7 +123,7 @@ class TokenQuantizer:
         return inputs - state.subspace.expand(group.kind, group.layer, along, inputs.shape[1]), outputs, along
 
     def shifts(self, tokens: Iterable[KindTokens], state: TaskState) -> NDArray[np.int8]:
-        """Measure the shifts of an adapter: how much of its inputs is left across its initial subspace."""
+        """Measure the shifts of an adapter, (K, S): how much of its inputs is outside the initial subspace."""
         config = self._net.config
         shifts = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
         for group in tokens:
@@ -142,7 +142,7 @@ class TokenQuantizer:
     def dequantise(
         self, slots: Slots, norms: Norms, state: TaskState, step: int, integers: Sides, scales: SideScales
     ) -> KindTokens:
-        """Turn integers back into tokens; each lands on the mean of its bin under the scale that it is coded under."""
+        """Turn integers into tokens; each integer becomes the mean of its bin under its scale."""
         inputs, outputs, along = (
             torch.from_numpy(centred(whole, scale)).mul_(2.0 ** (step / OCTAVE))
             for whole, scale in zip(integers, scales, strict=True)
@@ -154,7 +154,7 @@ class TokenQuantizer:
         return KindTokens(slots.kind, layer, slot, norm_of(norms), inputs, outputs.add_(means[OUTPUTS]))
 
     def means(self, slots: Slots, norms: Norms, state: TaskState) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the generator predicts, shapes (n, in) and (n, out)."""
+        """Return the generator's predictions, shapes (n, in) and (n, out)."""
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
         prediction = self._net.decode(slots.kind, layer, slot, state)
         norm = norm_of(norms)[:, None]
@@ -162,9 +162,10 @@ class TokenQuantizer:
 
 
 def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
-    """Put each integer on the mean of its bin; most are zero and stay there."""
+    """Return the mean of each integer's bin, in quantiser steps; most integers are zero and stay so."""
     table, starts = centre_table()
     values = whole.astype(np.float32)
+    # Only nonzero integers are looked up, by flat index.
     places = np.flatnonzero(whole != 0)  # of booleans: several times as fast as of integers
     found = values.ravel().take(places)
     indices = scale.ravel().take(places).astype(np.int64) - SMALLEST
@@ -178,14 +179,14 @@ def centred(whole: Integers, scale: Scales) -> NDArray[np.float32]:
 
 
 def boost_of(slots: Slots, subspace: InitialSubspace) -> torch.Tensor:
-    """Return what the decoded inputs of each slot across the subspace are multiplied by, shape (n, 1)."""
+    """Return the factor of each slot's decoded inputs across the subspace, shape (n, 1)."""
     known = subspace.knows(slots.kind)[slots.layer]
     boosts = np.where(known, subspace.boosts[slots.kind, slots.slot], 0)
     return torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))[:, None]
 
 
 def _subspace_scales(slots: Slots, level: Norms, subspace: InitialSubspace) -> Scales:
-    """Return the scale indices of the integers along the subspace, (n, R): a slot's norm spread evenly over them."""
+    """Return the scale indices of integers along the subspace, (n, R): a slot's norm is spread evenly over them."""
     rows = np.arange(subspace.rows(slots.kind))
     ranks = subspace.ranks_of(slots.kind)  # (L,)
     wide = np.array([_half_octaves(max(rank, 1)) for rank in ranks.tolist()], dtype=np.int64)
@@ -203,7 +204,7 @@ def _whole(values: torch.Tensor) -> Integers:
 
 
 def _indices(profiles: NDArray[np.int16], layer: NDArray[np.int64], level: NDArray[np.int16]) -> Scales:
-    """Add the profile (L, size) of each slot's layer to its level, both of shape (n,); shape (n, size)."""
+    """Add the profile (L, size) of each slot's layer (n,) to its level (n,); returns scale indices (n, size)."""
     indices = profiles[layer]
     indices += level[:, None]
     return np.clip(indices, SMALLEST, LARGEST, out=indices).astype(np.int8)
@@ -215,4 +216,5 @@ def norm_of(norms: Norms) -> torch.Tensor:
 
 
 def _eighths(log2: torch.Tensor) -> NDArray[np.int64]:
+    """Round to whole eighths."""
     return np.clip(np.rint(log2.detach().numpy() * float(OCTAVE)), -EXTREME, EXTREME).astype(np.int64)

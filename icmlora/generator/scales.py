@@ -1,8 +1,8 @@
 """Integer scales and the frequency tables of the entropy coder.
 
-Every scale is an integer number of eighths of an octave, so encoder and decoder agree on it exactly. The tables come
-from one float64 computation; their digest is stored in the generator and compared when it is opened, so that a
-machine on which the arithmetic differs refuses to decode instead of writing other weights.
+Every scale is a whole number of eighths of an octave, so encoder and decoder agree on it exactly. The tables come from
+one float64 computation. Their digest is stored in the generator and compared when it is opened, so that a machine with
+different arithmetic refuses to decode instead of writing wrong weights.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 OCTAVE = 8
-"""Steps per factor of two, of norms, quantiser steps and scales."""
+"""Steps per factor of two for norms, quantiser steps and scales."""
 STRENGTHS = 64
-"""Steps per factor of two, of what decoded values are multiplied by."""
+"""Steps per factor of two for the factors that decoded values are multiplied by."""
 SMALLEST, LARGEST = -4 * OCTAVE, 8 * OCTAVE
 """Range of a scale index: 2^-4 to 2^8 quantiser steps."""
 SMALLEST_SCALE = 2.0 ** (SMALLEST / OCTAVE)
 GAUSSIAN_SHARE, WIDE = 0.95, 2.0
-"""A coefficient is Gaussian; one in twenty is taken from one twice as wide, which makes outliers cheap."""
+"""A coefficient is modelled as Gaussian, one in twenty as a Gaussian twice as wide, which makes outliers cheap."""
 EXTREME = 120 * OCTAVE
 """Norms and quantiser steps lie between 2^-120 and 2^120, within float32."""
 _PRECISION = 1 << 20
+"""Sum of a table's frequencies, about; every symbol gets at least 1, so that everything can be coded."""
 
 
 @cache
@@ -33,7 +34,7 @@ def frequencies(index: int) -> NDArray[np.int64]:
     """Return integer frequencies of the symbols -reach .. reach for one scale index (reach = len // 2)."""
     scale = 2.0 ** (index / OCTAVE)
     reach = reach_of(index)
-    edges = np.arange(-reach, reach + 2) - 0.5
+    edges = np.arange(-reach, reach + 2) - 0.5  # of the bins around -reach .. reach, in quantiser steps
     near, far = _cumulative(edges / scale), _cumulative(edges / (WIDE * scale))
     mass = np.diff(GAUSSIAN_SHARE * near + (1 - GAUSSIAN_SHARE) * far)
     table: NDArray[np.int64] = np.maximum(np.rint(mass * _PRECISION), 1).astype(np.int64)
@@ -54,7 +55,7 @@ def probabilities(index: int) -> NDArray[np.float64]:
 
 @cache
 def centres(index: int) -> NDArray[np.float64]:
-    """Return where each magnitude 0 .. reach is reconstructed: the mean of a Gaussian inside its quantiser bin.
+    """Return the value that each magnitude 0 .. reach decodes to: the mean of a Gaussian inside its quantiser bin.
 
     Magnitude m stands for the values from m - 1/2 to m + 1/2, in quantiser steps.
     """
@@ -86,4 +87,5 @@ def tables_digest() -> str:
 
 
 def _cumulative(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the standard normal distribution function, from the C library's erfc."""
     return np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in values.tolist()])

@@ -2,11 +2,11 @@
 
     dW = sum_i s_i u_i v_i^T        token pair i:  outputs = s_i u_i  (out),   inputs = s_i v_i  (in),   norm = s_i
 
-Both vectors carry the singular value, so an error e in either of them changes dW by about |e|: to first order one
+Both vectors carry the singular value, so an error e in either of them changes dW by about |e|. To first order one
 quantiser step means the same distortion everywhere, and a uniform step spends bits where dW has energy (reverse
-water-filling). The factors come back as A = inputs / sqrt(s), B = outputs / sqrt(s).
+water-filling). The factors are A = inputs / sqrt(s), B = outputs / sqrt(s).
 
-dW is weighted by the sensitivity of its channels before, so that the same distortion means the same harm.
+dW is first weighted by the sensitivity of its channels, so that equal distortion means equal harm.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import Sensitivity
 
 _LARGEST = 2.0**50
-"""Of a singular value: the network sums their squares in float32, and quantiser steps end at 2^40."""
+"""Largest singular value: the network sums their squares in float32, and quantiser steps end at 2^40."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity
 
 
 def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> None:
-    """Refuse an adapter whose dW is larger than the network reckons with.
+    """Refuse an adapter whose dW is too large for the network.
 
     Raises:
         AdapterRefused: Names the module of the largest dW.
@@ -91,12 +91,13 @@ def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> No
         if (group.norm > _LARGEST).any():
             slot = int(group.norm.argmax())
             name = config.kinds[group.kind].module(int(group.layer[slot]))
-            message = f"dW of {name} has the size {float(group.norm[slot]):.0e}, too large to be encoded"
-            hint = "it was scaled by mistake, or training diverged: ingest it again with usual values, or `icm rm` it"
+            message = f"dW of {name} has the size {float(group.norm[slot]):.0e}, too large to encode"
+            hint = "scaled by mistake, or training diverged: ingest it with usual values, or `icm rm` it"
             raise AdapterRefused(message, kind="overflow", hint=hint)
 
 
 def _stack(kind: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:
+    """Concatenate the tokens of all layers of one kind; modules are (layer, module in canonical gauge)."""
     layers, slots, norms, inputs, outputs = [], [], [], [], []
     for layer, module in modules:
         norm = module.a.norm(dim=1) * module.b.norm(dim=0)  # balanced factors: |a_i| = |b_i| = sqrt(s_i)
@@ -121,7 +122,7 @@ def detokenize(
     """Turn tokens back into an adapter.
 
     Args:
-        tokens: At most one entry per kind; taken one after the other, none is kept.
+        tokens: At most one entry per kind; taken one after the other, so that one is in memory at a time.
         config: The generator's configuration.
         sensitivity: The weights that the tokens were made with.
         modules: (kind, layer) of every module to write; one without tokens becomes a rank 1 module of zeros.
@@ -129,8 +130,8 @@ def detokenize(
     """
     written = {place: _zero_module(config, *place) for place in modules}
     for group in tokens:
-        # All layers at once: a module by itself is so small that calls take longer than what they do.
-        root = group.norm.sqrt()[:, None]
+        # All layers at once: a single module is so small that calling an operation takes longer than the operation.
+        root = group.norm.sqrt()[:, None]  # (n, 1)
         inputs, outputs = group.inputs / root, group.outputs / root
         sensitivity.unweigh(group.kind, group.layer, inputs, outputs)
         counts = torch.bincount(group.layer, minlength=config.layers).tolist()

@@ -1,15 +1,17 @@
-"""The A that an adapter's training began with, drawn again from the seed of that training.
+"""Draw the A that an adapter's training began with again, from the seed of that training.
 
 LoRA training begins with B = 0 and a random A, which PEFT draws from torch's CPU generator, module by module, uniform
-in +-1 / sqrt(in). Training moves A, but not far: most of what it becomes still lies in the span of these r rows.
-Whoever knows the seed, and where in the stream each module's draws begin, has the rows for nothing.
+in +-1 / sqrt(in). Training moves A, but not far: most of the trained A is still in the span of these r rows. Whoever
+knows the seed, and where in the stream each module's draws begin, gets the rows for nothing.
 
-The stream is that of MT19937. numpy's `RandomState` yields it too, and promises to do so for ever.
+The stream is that of MT19937. numpy's `RandomState` yields it too, and promises never to change it.
 
-Where an initial A was drawn, as bytes of a code's head: seed (u4) | ranks (K*L x u1) | offsets (K*L x i8).
+A code's head stores where an initial A was drawn as these bytes:
 
-A rank of 0 says that a module's is not known. Offsets are stored as second differences along the layers, which are zero
-where layers are alike, so that all of it takes some tens of bytes once it is compressed.
+    seed (u4) | ranks (K*L x u1) | offsets (K*L x i8)
+
+A rank of 0 means that a module's initial A is unknown. Offsets are stored as second differences along the layers, which
+are zero where layers are alike, so that all of it takes some tens of bytes once the head is compressed.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from icmlora.errors import CodeError
 from icmlora.generator.config import GeneratorConfig
 
 _MANTISSA = (1 << 24) - 1
+"""Bits of a random word that torch uses for a float32."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +35,23 @@ class InitialModule:
     """Where one module's A was drawn."""
 
     offset: int
-    """Draws before it."""
+    """Draws in the stream before it."""
     shape: ModuleShape
 
     @property
     def end(self) -> int:
-        """Draws up to its end."""
+        """Draws in the stream up to its end."""
         return self.offset + self.shape.rank * self.shape.inputs
 
 
 @dataclass(frozen=True)
 class InitialA:
-    """Where the A of an adapter's modules was drawn."""
+    """Where an adapter's initial A was drawn."""
 
     seed: int
-    """Of `torch.manual_seed`, modulo 2^32 as MT19937 takes it."""
+    """The seed given to `torch.manual_seed`, modulo 2^32 as MT19937 takes it."""
     modules: tuple[InitialModule, ...]
-    """In the order of drawing; modules of other origin are not among them."""
+    """In the order of drawing, without modules whose A came from elsewhere."""
 
 
 class UniformStream:
@@ -56,18 +59,18 @@ class UniformStream:
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.MT19937()
-        self._state = np.random.RandomState(self._bits)  # the legacy interface, because its stream is frozen
+        self._state = np.random.RandomState(self._bits)  # the legacy interface, because its stream will not change
         self.restart(seed)
 
     def restart(self, seed: int) -> None:
-        """Begin again under another seed: far less work than another stream."""
+        """Begin again with another seed, which is far less work than a new stream."""
         self._state.seed(seed)
         self._position = 0
 
     def read(self, offset: int, count: int) -> NDArray[np.float32]:
-        """Return `count` draws that come after `offset` others, uniform in [-1, 1), float32, shape (count,).
+        """Return the `count` draws after the first `offset` draws, uniform in [-1, 1), float32, shape (count,).
 
-        `offset` may not lie before the end of the last draws that were read.
+        `offset` must not be before the end of the last draws that were read.
         """
         if offset > self._position:
             self._bits.random_raw(offset - self._position, output=False)
@@ -92,7 +95,7 @@ def initial_factors(initial: InitialA) -> dict[str, NDArray[np.float32]]:
     return factors
 
 
-MADE_ELSEWHERE = "icm writes no such code: get it again from where it came, or make it anew with `icm encode`"
+MADE_ELSEWHERE = "icm does not write such codes: get it again from where it came, or run `icm encode` to make it again"
 
 
 def initial_size(config: GeneratorConfig) -> int:
@@ -101,7 +104,7 @@ def initial_size(config: GeneratorConfig) -> int:
 
 
 def initial_to_bytes(initial: InitialA | None, config: GeneratorConfig) -> bytes:
-    """Serialise; None is all zeros.
+    """Serialise; None becomes zeros.
 
     Raises:
         NotCovered: The generator does not cover one of the modules.
@@ -118,21 +121,21 @@ def initial_to_bytes(initial: InitialA | None, config: GeneratorConfig) -> bytes
 
 
 def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
-    """Read back what `initial_to_bytes` wrote.
+    """Read what `initial_to_bytes` wrote.
 
     Raises:
-        CodeError: Draws that no adapter of the generator's layout begins with.
+        CodeError: No adapter of the generator's layout can begin with these draws.
     """
     (seed,) = struct.unpack_from("<I", data)
     shape = len(config.kinds), config.layers
     count = shape[0] * shape[1]
     ranks = np.frombuffer(data, dtype=np.uint8, offset=4, count=count).reshape(shape)
     offsets = np.frombuffer(data, dtype="<i8", offset=4 + count, count=count).reshape(shape)
-    for _ in range(2):
+    for _ in range(2):  # they were stored as second differences
         offsets = np.cumsum(offsets, axis=1)
     places = np.argwhere(ranks).tolist()
     if not config.are_modules(places):
-        raise CodeError("the code's initial A names a module twice, or one that there cannot be", hint=MADE_ELSEWHERE)
+        raise CodeError("the code's initial A names a module twice, or one that cannot exist", hint=MADE_ELSEWHERE)
     modules = []
     for kind, layer in places:
         place = config.kinds[kind]
@@ -144,8 +147,8 @@ def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
 
 
 def _check(modules: list[InitialModule], config: GeneratorConfig) -> None:
-    """Refuse draws that overlap, and a stream so long that reading it would take for ever."""
-    # For each module PEFT draws A twice, and B once.
+    """Refuse draws that overlap, and offsets so large that skipping to them would take forever."""
+    # PEFT draws A twice and B once for each module.
     most = 2 * config.slots * config.layers * sum(kind.inputs + kind.outputs for kind in config.kinds)
     begins = [module.offset for module in modules] + [most]
     ends = [0] + [module.end for module in modules]

@@ -1,12 +1,12 @@
 """Find the seed that an adapter's training began with.
 
-    for every seed:  is the first module's A like what PEFT would have drawn?  ──yes──▶ follow PEFT on to the others
+    for every seed:  is the first module's A like what PEFT would have drawn?  ──yes──▶ follow PEFT to the others
 
 For each module PEFT makes two linear layers, whose own initial values it draws and throws away, and then draws A
 again: r * in and out * r numbers, then r * in. So the first module's A begins after r * (in + out) draws, and each
-further one as far behind the end of the module before it. Which module is next is seen from which one fits.
+further one as far after the end of the module before it. The next module is the one that fits best there.
 
-Chance agreement of n values is 1 / sqrt(n), so a seed that agrees by six times as much is the right one.
+Unrelated values have a cosine of about 1 / sqrt(n), so a seed that agrees six times as much is the right one.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from icmlora.generator.config import ModuleKind, kind_of
 from icmlora.generator.initial_a.draw import InitialA, InitialModule, UniformStream
 
 SEEDS = (*range(10_000), 12345, 31337, 65537, 123456, 1234567)
-"""What is tried. 42 and other numbers of up to four digits are what people and trainers take."""
+"""Seeds that are tried: 42 and other numbers of up to four digits are what people and trainers use."""
 _SEEN = 1024
-"""Values of a module that are compared."""
+"""Values of a module's A that are compared."""
 _LEAST_AGREEMENT = 0.2
-"""Cosine of A and its initial values; below it they have too little in common to be of use."""
+"""Least cosine of A and its initial values; with less in common, knowing the seed saves nothing."""
 _SURE = 6.0
-"""Standard deviations of chance."""
+"""Standard deviations of the cosine of unrelated values."""
 _RECENT = 16
+"""Seeds found lately, which are tried first."""
 _TABLES = 16
-"""Of 10 MB. There is one for each rank and width of module: three for a Llama layer with everything targeted."""
+"""Tables in memory, 10 MB each: one for each rank and width of modules, three for a Llama with all modules targeted."""
 
 
 class SeedSearch:
-    """Finds seeds; those that were found before are tried first. What is drawn for all seeds is kept for the next."""
+    """Finds seeds; seeds found lately are tried first, and draws of all seeds are cached between adapters."""
 
     def __init__(self, seeds: Sequence[int] = SEEDS) -> None:
         self._seeds = seeds
@@ -46,10 +47,10 @@ class SeedSearch:
         self._table = lru_cache(_TABLES)(partial(_draws, seeds))
 
     def find(self, adapter: Adapter) -> InitialA | None:
-        """Return where an adapter's initial A comes from, None if no seed gives it.
+        """Return where an adapter's initial A was drawn, None if no seed gives it.
 
         Args:
-            adapter: As its trainer wrote it: in the canonical gauge the rows of A are no longer those of training.
+            adapter: The adapter as its trainer wrote it; the canonical gauge mixes the rows of A.
         """
         for seed in chain(tuple(self._recent), self._candidates(adapter)):
             if found := initial_under(adapter, seed):
@@ -59,24 +60,24 @@ class SeedSearch:
         return None
 
     def _candidates(self, adapter: Adapter) -> Iterator[int]:
-        """Yield the seeds under which some module could have been the first that was made."""
+        """Yield the seeds under which some module can have been the first that PEFT made."""
         for module in _first_layer(adapter.modules):
             head = _head(module)
             table = self._table(_before(module), len(head))
-            for start in range(0, len(table), _SEEN):
+            for start in range(0, len(table), _SEEN):  # in blocks, so that the float copy stays small
                 agreements = _agreements(table[start : start + _SEEN].astype(np.float32), head)
                 for number in np.flatnonzero(agreements > _least(len(head))).tolist():
                     yield self._seeds[start + number]
 
 
 def initial_under(adapter: Adapter, seed: int) -> InitialA | None:
-    """Return where an adapter's initial A comes from if it is this seed; the adapter is as its trainer wrote it."""
+    """Return where an adapter's initial A was drawn if it was this seed; the adapter is as its trainer wrote it."""
     found = _followed(adapter, seed)
     return InitialA(seed, found) if found else None
 
 
 def _draws(seeds: Sequence[int], offset: int, count: int) -> NDArray[np.int8]:
-    """Return the draws of every seed at one place, in 127ths, shape (seeds, count)."""
+    """Return the draws of every seed at one offset, in 127ths, shape (seeds, count)."""
     table = np.empty((len(seeds), count), dtype=np.int8)
     stream = UniformStream(0)
     for row, seed in zip(table, seeds, strict=True):
@@ -86,7 +87,7 @@ def _draws(seeds: Sequence[int], offset: int, count: int) -> NDArray[np.int8]:
 
 
 def _first_layer(modules: Sequence[LoraModule]) -> list[LoraModule]:
-    """Return one module of each kind, that of its lowest number; one of them was made first."""
+    """Return the module with the lowest layer number of each kind; PEFT made one of them first."""
     kinds: dict[ModuleKind, LoraModule] = {}
     for module in modules:  # in natural order
         kinds.setdefault(kind_of(module.shape)[0], module)
@@ -94,10 +95,10 @@ def _first_layer(modules: Sequence[LoraModule]) -> list[LoraModule]:
 
 
 def _followed(adapter: Adapter, seed: int) -> tuple[InitialModule, ...]:
-    """Return the modules that PEFT made one after the other under a seed, as far as they fit."""
+    """Return the modules that PEFT made one after the other under a seed, up to the first that does not fit."""
     stream, position = UniformStream(seed), 0
     waiting = {module.name: (module, _head(module)) for module in adapter.modules}
-    drawn = np.zeros(0, dtype=np.float32)  # from `position` on
+    drawn = np.zeros(0, dtype=np.float32)  # draws from `position` on that were read ahead
     done: list[InitialModule] = []
     while waiting:
         reach = max(_before(module) + len(head) for module, head in waiting.values())
@@ -108,7 +109,7 @@ def _followed(adapter: Adapter, seed: int) -> tuple[InitialModule, ...]:
             for name, (module, head) in waiting.items()
         }
         best = max(fits, key=fits.__getitem__)
-        if fits[best] <= 1:
+        if fits[best] <= 1:  # not better than chance
             break
         module, _ = waiting.pop(best)
         done.append(InitialModule(position + _before(module), module.shape))
@@ -117,23 +118,24 @@ def _followed(adapter: Adapter, seed: int) -> tuple[InitialModule, ...]:
 
 
 def _before(module: LoraModule) -> int:
-    """Return how many numbers PEFT draws for a module before its A."""
+    """Return how many numbers PEFT draws for a module before the A that training begins with."""
     return module.shape.rank * (module.shape.inputs + module.shape.outputs)
 
 
 def _head(module: LoraModule) -> NDArray[np.float32]:
-    """Return the first values of A, of length one (zeros stay zeros), shape (n,)."""
+    """Return the first values of A, scaled to length 1 (zeros stay zeros), shape (n,)."""
     head = module.a.reshape(-1)[:_SEEN].double().numpy()
     scaled: NDArray[np.float32] = (head / max(float(np.linalg.norm(head)), math.ulp(0.0))).astype(np.float32)
     return scaled
 
 
 def _agreements(draws: NDArray[np.float32], head: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the cosine of rows of draws (m, n) and some values (n,) of length one, shape (m,)."""
+    """Return the cosine of rows of draws (m, n) with values (n,) of length 1, shape (m,)."""
     lengths = np.linalg.norm(draws, axis=1)  # a few draws in 127ths may all be 0
     cosines: NDArray[np.float32] = draws @ head / np.maximum(lengths, np.finfo(np.float32).tiny)
     return cosines
 
 
 def _least(count: int) -> float:
+    """Return the cosine from which so many values agree by more than chance."""
     return max(_LEAST_AGREEMENT, _SURE / math.sqrt(count))

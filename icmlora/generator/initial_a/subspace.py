@@ -1,15 +1,15 @@
-"""What the decoder knows of a task's inputs for nothing: the row space of the A that training began with.
+"""The row space of the A that training began with: what the decoder knows about a task's inputs for nothing.
 
-    inputs of a slot x  =  Q^T (Q x)          +   the rest, across the subspace
-                           r numbers instead       as before, only that much less of it is left
-                           of as many as inputs
+    inputs of a slot x  =  Q^T (Q x)              +   the rest, across the subspace
+                           r numbers instead of       one number per channel, but smaller ones
+                           one per channel
 
-Q is the initial A, weighted as tokens are, made orthonormal: one quantiser step means the same distortion along it as
-along the channels. How much less the rest is, the code says once per kind and rank slot (`shifts`).
+Q is the initial A, weighted as tokens are and made orthonormal, so one quantiser step means the same distortion along
+it as along the channels. The code stores once per kind and rank slot how much smaller the rest is (`shifts`).
 
-The rest is where A has moved, towards what really comes in; the subspace is random, and little comes in along it. So
-the rest does more of the work than its length says, and much of it rounds to zero. Refinement may make what is left of
-it longer (`boosts`), per kind and rank slot.
+The rest is where training has moved A, towards the module's real inputs; the subspace is random, and real inputs have
+little in it. So the rest does more of the work than its length suggests, and much of it rounds to zero. Refinement may
+make what is left of it longer, per kind and rank slot (`boosts`).
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from icmlora.generator.sensitivity import Sensitivity
 
 @dataclass(frozen=True, eq=False)
 class InitialSubspace:
-    """The known directions of one task's inputs, on one device."""
+    """The known directions of one task's inputs, on one device; R is the largest rank of a kind's modules."""
 
     shifts: NDArray[np.int8]
-    """log2 of how much of the inputs is left across it, in eighths, shape (K, S)."""
+    """log2 of the share of the inputs that is across the subspace, in eighths, shape (K, S)."""
     boosts: NDArray[np.int8]
-    """log2 of what the rest is multiplied by once it is decoded, in 64ths, shape (K, S)."""
+    """log2 of the factor of the decoded rest, in 64ths, shape (K, S)."""
     layers: int
     bases: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By kind: orthonormal rows, float32, shape (L, R, in); rows of zeros where a module has fewer."""
+    """By kind: orthonormal rows, float32, shape (L, R, in); rows of zeros if a module has fewer than R."""
     ranks: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     """By kind: how many rows each module has, shape (L,)."""
 
     def rows(self, kind: int) -> int:
-        """Return R, the most rows that a module of a kind has."""
+        """Return R of a kind."""
         return self.bases[kind].shape[1] if kind in self.bases else 0
 
     def ranks_of(self, kind: int) -> NDArray[np.int64]:
@@ -49,7 +49,7 @@ class InitialSubspace:
         return self.ranks.get(kind, np.zeros(self.layers, dtype=np.int64))
 
     def knows(self, kind: int) -> NDArray[np.bool_]:
-        """Say of each layer's module of a kind whether it has rows, shape (L,)."""
+        """Say for each layer's module of a kind whether its initial A is known, shape (L,)."""
         known: NDArray[np.bool_] = self.ranks_of(kind) > 0
         return known
 
@@ -81,19 +81,22 @@ class InitialSubspace:
         return torch.cat([part @ basis[number] for number, part in _by_layer(layer, along, self.layers)])
 
     def spread(self, kind: int, layer: torch.Tensor) -> torch.Tensor:
-        """Return the root mean square of a vector of length one along each row, if it lies in the subspace; (n, R)."""
+        """Return the root mean square, along each row, of vectors of length 1 in the subspace; (n, R)."""
         ranks = torch.from_numpy(self.ranks_of(kind)).to(layer.device)[layer]  # (n,)
         rows = torch.arange(self.rows(kind), device=layer.device)
         return torch.where(rows < ranks[:, None], ranks.clamp_min(1)[:, None] ** -0.5, 0.0)
 
 
 def initial_subspace(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sensitivity) -> InitialSubspace:
-    """Draw an initial A and make it orthonormal; without one nothing is known.
+    """Draw an initial A again and make its rows orthonormal.
 
     Args:
-        initial: Where it was drawn. Shifts and boosts are 0 at first.
+        initial: Where it was drawn, None if that is unknown.
         config: The generator's configuration.
         sensitivity: The weights that tokens are made with.
+
+    Returns:
+        The subspace, with shifts and boosts of 0.
 
     Raises:
         NotCovered: The generator does not cover one of the modules.
@@ -106,8 +109,9 @@ def initial_subspace(initial: InitialA | None, config: GeneratorConfig, sensitiv
     alike: defaultdict[tuple[int, int], list[tuple[int, NDArray[np.float32]]]] = defaultdict(list)
     for module in initial.modules:
         kind, layer = config.place_of(module.shape)
-        if module.shape.rank < module.shape.inputs:  # else all inputs are in it, and nothing is gained
+        if module.shape.rank < module.shape.inputs:  # otherwise all inputs are in the subspace, and nothing is saved
             alike[kind, module.shape.rank].append((layer, factors[module.shape.module]))
+    # Modules of one kind and rank go through one batched QR decomposition.
     for (kind, rank), modules in alike.items():
         layers = [layer for layer, _ in modules]
         subspace.ranks.setdefault(kind, np.zeros(config.layers, dtype=np.int64))[layers] = rank
@@ -115,16 +119,16 @@ def initial_subspace(initial: InitialA | None, config: GeneratorConfig, sensitiv
         subspace.bases[kind] = torch.zeros(config.layers, int(ranks.max()), config.kinds[kind].inputs)
     for (kind, rank), modules in alike.items():
         layers = [layer for layer, _ in modules]
-        rows = torch.from_numpy(np.stack([factor for _, factor in modules]))
+        rows = torch.from_numpy(np.stack([factor for _, factor in modules]))  # (modules, r, in)
         rows.mul_(torch.exp2(sensitivity.inputs[kind][layers])[:, None])
         subspace.bases[kind][layers, :rank] = _orthonormal(rows)
     return subspace
 
 
 def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows of the same spans: those of the QR decomposition whose R has a positive diagonal.
+    """Return rows with the same span, from the QR decomposition whose R has a positive diagonal.
 
-    That one is unique, so every machine gets the same rows up to rounding.
+    That decomposition is unique, so every machine gets the same rows up to rounding.
 
     Args:
         rows: Shape (modules, r, in), r < in.
@@ -139,4 +143,5 @@ def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _by_layer(layer: torch.Tensor, rows: torch.Tensor, layers: int) -> list[tuple[int, torch.Tensor]]:
+    """Split rows (n, ...) by their layer (n,), which is ascending; also layers without rows are listed."""
     return list(enumerate(torch.split(rows, torch.bincount(layer, minlength=layers).tolist())))
