@@ -1,19 +1,21 @@
-"""Errors of `icmlora`: one base class, every error a fact, the path it is about and what to do next.
+"""All errors that `icmlora` raises on purpose. Each states a fact, the path it is about, and what to do next.
 
-IcmLoraError
-|-- AdapterRefused          an adapter that cannot be represented exactly (kind: "dora", "bias", "shape", ...)
-|   `-- UnsafeInput         input that is not even opened or not read on (kind: "pickle", "symlink", "limits", ...)
-|-- OutputExists            the folder to write into holds something already
-|-- BaseModelNotFound       no local copy of the base model that an adapter names
-|-- BaseModelMismatch       a base model whose modules or shapes are not the adapter's
-|-- DeviceUnavailable       a device that was asked for and is not there
-|-- GeneratorError          a generator that cannot be made, read or used as asked
-|   `-- NotCovered          an adapter with a module, layer or rank that the generator was not made for
-|-- CodeError               a code that is damaged or belongs to another generator
-|-- UnknownBaseline         a baseline that is not in the catalogue
-|-- BundleError             a bundle that is damaged, cut short or of another format
-|-- DataError               samples or held-out text that cannot be used
-`-- Cancelled               somebody asked to stop; what was finished is kept
+registry.errors.IcmError     message, path, hint; catch it to catch everything that icm raises on purpose
+├── registry.errors.RegistryError    errors of the store, drawn in that file
+└── IcmLoraError
+    ├── AdapterRefused       an adapter that could not be given back exactly (kind: "dora", "bias", "shape", ...)
+    │   └── UnsafeInput      input that is refused for safety (kind: "pickle", "symlink", "limits", ...)
+    ├── OutputExists         the output folder or file exists already
+    ├── BaseModelNotFound    no local copy of the base model that an adapter names
+    ├── BaseModelMismatch    the base model lacks a module of the adapter, or has it in another shape
+    ├── DeviceUnavailable    the machine does not have the device
+    ├── GeneratorError       a generator that cannot be made, read or used as asked
+    │   └── NotCovered       an adapter with a module, layer or rank that the generator does not cover
+    ├── CodeError            a code that is damaged or belongs to another generator
+    ├── UnknownBaseline      no baseline has that name
+    ├── BundleError          a bundle that is damaged, cut short or of another format
+    ├── DataError            samples or held-out text that cannot be used
+    └── Cancelled            the caller asked to stop; what was finished is stored
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ from registry.names import escape
 
 
 class IcmLoraError(IcmError):
-    """Base class of every error that this package raises on purpose; `str` gives the path and the message."""
+    """Base class of the errors of this package; `str` gives the path and the message."""
 
     def __str__(self) -> str:
         return self.message if self.path is None else f"{escape(self.path, 4096)}: {self.message}"
 
 
 class AdapterRefused(IcmLoraError):
-    """An adapter that is not taken in, because it could not be given back exactly.
+    """An adapter that icm does not take, because it could not give it back exactly.
 
     Attributes:
         kind: A short stable word for the reason, for tables and JSON ("dora", "bias", "non-finite", ...).
@@ -50,7 +52,7 @@ class UnsafeInput(AdapterRefused):
 
 
 class OutputExists(IcmLoraError):
-    """The output folder is not empty and overwriting was not asked for."""
+    """The output folder is not empty, or the output file exists, and overwriting was not asked for."""
 
 
 class BaseModelNotFound(IcmLoraError):
@@ -70,7 +72,7 @@ class GeneratorError(IcmLoraError):
 
 
 class NotCovered(GeneratorError):
-    """An adapter with a module, layer or rank that the generator was not made for."""
+    """An adapter with a module, layer or rank that the generator does not cover."""
 
 
 class CodeError(IcmLoraError):
@@ -82,7 +84,7 @@ class BundleError(IcmLoraError):
 
 
 class UnknownBaseline(IcmLoraError):
-    """A name that no baseline has."""
+    """No baseline has that name."""
 
 
 class DataError(IcmLoraError):
@@ -90,7 +92,7 @@ class DataError(IcmLoraError):
 
 
 class Cancelled(IcmLoraError):
-    """Somebody asked to stop, and the work stopped between two atomic steps; what was finished is kept.
+    """The caller asked to stop, and the work stopped between two atomic steps; what was finished is stored.
 
     Attributes:
         report: What was done until then, where the use case reports that.
@@ -103,9 +105,9 @@ class Cancelled(IcmLoraError):
 
 @contextmanager
 def located(path: str | Path | None) -> Iterator[None]:
-    """Give the errors raised inside the path they are about, unless they carry a closer one.
+    """Add a path to the errors raised in the block, unless they have a more precise one.
 
-    Parsers see bytes and state facts; whoever knows where the bytes came from wraps the call.
+    Parsers see only bytes; the caller who knows where the bytes came from wraps the call.
     """
     try:
         yield

@@ -1,24 +1,20 @@
 """One representative per adapter: the balanced singular value decomposition of B @ A.
 
 (A, B) and (M A, B M^-1) are the same adapter for every invertible M. Before adapters are compared, averaged or learned,
-each is put in the form that depends on dW = B @ A alone:
+each is put into the form that depends on dW = B @ A alone:
 
     B = Qb Rb,   A^T = Qa Ra,   Rb Ra^T = U S V^T   (r x r),   A' = S^1/2 V^T Qa^T,   B' = Qb U S^1/2
 
 Singular values descend along the rank slots; the largest entry of each row of A' is positive. dW is never formed.
-
-Sums of adapters, on their factors: dW is added, ranks are added; dW itself (out x in) is never formed.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
 from dataclasses import replace
 
 import torch
 
-from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused
 
@@ -83,67 +79,3 @@ def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     new_a = torch.nn.functional.pad(new_a, (0, 0, 0, unused))
     new_b = torch.nn.functional.pad(new_b, (0, unused))
     return new_a.to(torch.float32), new_b.to(torch.float32)
-
-
-_WORKING_RANK = 256
-"""Ranks that a running sum may reach before it is cut: exact for a few dozen tasks, bounded for thousands."""
-
-
-def plus(left: Adapter, right: Iterable[LoraModule]) -> Adapter:
-    """Add modules to an adapter; its head stays."""
-    total = {module.name: module for module in left.modules}
-    for module in right:
-        known = total.get(module.name)
-        if known is not None:
-            a, b = torch.cat([known.a, module.a]), torch.cat([known.b, module.b], dim=1)
-            module = LoraModule(module.name, a, b)
-        total[module.name] = module
-    return with_modules(left, total.values())
-
-
-def times(modules: Iterable[LoraModule], factor: float) -> list[LoraModule]:
-    """Multiply the dW of modules by a number."""
-    return [LoraModule(module.name, module.a, factor * module.b) for module in modules]
-
-
-def with_modules(adapter: Adapter, modules: Iterable[LoraModule]) -> Adapter:
-    """Return an adapter of other modules."""
-    chosen = tuple(modules)
-    return replace(adapter, modules=chosen, target_modules=target_modules(module.name for module in chosen))
-
-
-def truncated(adapter: Adapter, rank: int) -> Adapter:
-    """Return the best adapter of a smaller rank, in the Frobenius norm of dW."""
-    kept = [LoraModule(module.name, module.a[:rank], module.b[:, :rank]) for module in canonicalize(adapter).modules]
-    return replace(adapter, modules=tuple(kept))
-
-
-def mean_adapter(adapters: Iterable[Adapter], rank: int) -> Adapter:
-    """Return the mean dW over the modules that at least half of the adapters have.
-
-    Args:
-        adapters: Read once, one at a time; one that lacks a module counts as zero there.
-        rank: Directions kept of each module.
-
-    Raises:
-        ValueError: There is no adapter.
-    """
-    total: Adapter | None = None
-    owners: Counter[str] = Counter()
-    count = 0
-    for adapter in adapters:
-        count += 1
-        owners.update(module.name for module in adapter.modules)
-        total = adapter if total is None else plus(total, adapter.modules)
-        if max(shape.rank for shape in total.layout) > _WORKING_RANK:
-            total = truncated(total, _WORKING_RANK // 2)
-    if total is None:
-        raise ValueError("no adapters have no mean")
-    most = [module for module in total.modules if 2 * owners[module.name] >= count]
-    return truncated(with_modules(total, times(most or total.modules, 1 / count)), rank)
-
-
-def among(modules: Iterable[LoraModule], adapter: Adapter) -> list[LoraModule]:
-    """Return those of some modules that an adapter has too."""
-    own = {module.name for module in adapter.modules}
-    return [module for module in modules if module.name in own]

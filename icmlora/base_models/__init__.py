@@ -1,1 +1,1 @@
-"""base_models."""
+"""Base models: finding, loading and running them; one file per modality."""

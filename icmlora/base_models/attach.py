@@ -24,10 +24,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 @contextmanager
 def adapted(base: BaseModel, folder: Path) -> Iterator[PeftModel]:
-    """Put the adapter in `folder` on the base model for the time of a `with` block.
+    """Put the adapter in `folder` on the base model inside a `with` block.
 
     Args:
-        base: The base model; not to be used by anybody else meanwhile.
+        base: The base model; nobody else may use it in the block.
         folder: A PEFT folder that this package wrote or checked: the library runs patterns of its configuration.
 
     Yields:
@@ -71,7 +71,7 @@ def _take_out(base: BaseModel) -> None:
 def _check_every_tensor_landed(model: PeftModel, base: BaseModel, folder: Path) -> None:
     # A key that matches nothing is dropped by the library, and the adapter would silently be the base model.
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        stored = {name.replace(".default.", ".") for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        stored = {name.replace(".default.", ".") for name in file.keys()}  # noqa: SIM118  # it is not a mapping
     # save_embedding_layers: the default "auto" asks the hub for the base model's vocabulary size.
     present = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     stray = sorted(stored ^ present)

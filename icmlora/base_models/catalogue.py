@@ -16,7 +16,7 @@ MODALITIES: list[Modality[Any, Any]] = [
 
 
 def modality_of(found: FoundBase) -> Modality[Any, Any]:
-    """Return the first modality that suits a base model; the last one takes whatever no other does."""
+    """Return the first modality that suits a base model; the last one takes all that are left."""
     return next((known for known in MODALITIES if known.suits(found)), MODALITIES[-1])
 
 

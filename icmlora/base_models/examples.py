@@ -94,7 +94,7 @@ def parse_examples(data: bytes, *, path: str | Path | None = None) -> tuple[Exam
         path: Where they came from, for the messages.
 
     Raises:
-        DataError: The data is no such file, holds no example, or breaks a limit; the message names the line.
+        DataError: The data is not JSON lines of text, has no example, or breaks a limit; the message names the line.
     """
     if len(data) > MAX_BYTES:
         raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")

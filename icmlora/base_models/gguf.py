@@ -52,7 +52,7 @@ def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:
 
     Raises:
         BaseModelNotFound: transformers cannot read the file as GGUF.
-        OutputExists: `directory` exists and is not empty, or another process made it meanwhile.
+        OutputExists: `directory` exists and is not empty, or another process made it in the meantime.
     """
     found = inspect_base(label, source)
     if directory.exists() and any(directory.iterdir()):

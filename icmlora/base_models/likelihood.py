@@ -98,7 +98,7 @@ def nll(
         model: A causal language model, bare or adapted.
         tokenizer: Its tokenizer.
         examples: The texts; of one with a prompt only the completion is scored.
-        max_tokens: Tokens of an example that are read. Of a prompt the last ones that fit are kept.
+        max_tokens: Most tokens read of an example. Of a prompt the last ones that fit are read.
         batch_size: Examples per forward pass; more than 1 pays on accelerators only.
 
     Raises:

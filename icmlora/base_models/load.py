@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from icmlora.base_models.causal_lm import CausalLM
+from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.gguf import load_gguf
-from icmlora.base_models.lookup import FoundBase, fingerprint_base
+from icmlora.base_models.lookup import FoundBase
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.quiet import quiet_loading
 from icmlora.io.devices import inference_dtype

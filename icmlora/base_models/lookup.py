@@ -1,16 +1,8 @@
-"""Find a base model on this machine, by the name that adapters call it. Never asks the network, never imports torch.
+"""Find a base model on this machine by the name that adapters give it. Never asks the network, never imports torch.
 
-    label -> alias of the caller -> local folder or .gguf file -> Hugging Face cache -> BaseModelNotFound
+    name -> alias of the caller -> local folder or .gguf file -> Hugging Face cache -> BaseModelNotFound
 
 Only safetensors and GGUF weights count: a pickled checkpoint is recognised, named in the error and never opened.
-
-The fingerprint of a base model: which weights, in which architecture. Never imports torch.
-
-    sha256( sorted digests of the weight files + architecture of config.json )
-
-Two folders with the same weight files and the same architecture are the same base model, wherever they lie and whatever
-the shards are called. A GGUF file and the folder made from it are different files and have different fingerprints. The
-tokenizer is not part of it: it does not decide whether an adapter fits.
 """
 
 from __future__ import annotations
@@ -110,7 +102,7 @@ def read_config(path: Path) -> dict[str, object]:
     """Read the `config.json` of a base model's folder.
 
     Raises:
-        BaseModelNotFound: It is missing, too large or no JSON object.
+        BaseModelNotFound: It is missing, too large or not a JSON object.
     """
     file = path / "config.json"
     return _json_object(file, hint="the folder must be a complete Hugging Face model folder")
@@ -188,46 +180,3 @@ def _cached(label: str, cache_dir: Path | None, revision: str | None) -> Path | 
 def _add_hint(label: str) -> str:
     name = label if label.isascii() and label.isprintable() and " " not in label and label else "NAME"
     return f"name a local copy once: icm base add {name} PATH"
-
-
-# What saving tools rewrite, or what concerns generation only: it changes between copies of one model.
-_VOLATILE = frozenset(
-    (
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-    )
-)
-
-
-def fingerprint_base(found: FoundBase) -> str:
-    """Hash the weights and architecture of a base model on disk; reads every weight file once.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        BaseModelNotFound: Its config.json cannot be read.
-        OSError: A weight file cannot be read.
-    """
-    total = hashlib.sha256()
-    for digest in sorted(_digest(path) for path in found.weights):
-        total.update(bytes.fromhex(digest))
-    if not found.is_gguf:
-        total.update(_architecture(read_config(found.path)))
-    return total.hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _architecture(config: dict[str, object]) -> bytes:
-    kept = {key: value for key, value in config.items() if key not in _VOLATILE and not key.startswith("_")}
-    return json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()

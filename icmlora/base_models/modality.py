@@ -226,5 +226,5 @@ def retained_gain(base: float, original: float, other: float, *, higher_is_bette
         The share, or None where the original does not help, so that there is no gain to keep.
     """
     gain = original - base if higher_is_better else base - original
-    kept = other - base if higher_is_better else base - other
-    return kept / gain if gain > 0 else None
+    remaining = other - base if higher_is_better else base - other
+    return remaining / gain if gain > 0 else None

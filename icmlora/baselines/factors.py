@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from icmlora.adapter.canonical import among, mean_adapter, plus, times, truncated
+from icmlora.adapter.arithmetic import among, mean_adapter, plus, times, truncated
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.baselines.baseline import Baseline, NamedAdapters, PerAdapter
 from icmlora.baselines.head import ByteReader, Head

@@ -2,10 +2,10 @@
 
     | "ICMB" 2 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
 
-The SHA-256 covers what stands before it and the index, and the index holds the SHA-256 of every part: no byte of the
-file is without a digest, and this one stands for the whole file. The shape is that of safetensors (length, JSON,
-data); a ZIP says most things twice and covers few of them with a checksum, and safetensors itself has no place for a
-digest of its own header. docs/reference/bundle.md is for readers in other languages.
+The SHA-256 covers the bytes in front of it and the index, and the index holds the SHA-256 of every part. So every byte
+of the file is covered, and this one digest stands for the whole file. The shape is that of safetensors (length, JSON,
+data); a ZIP says most things twice and covers few of them with a checksum, and safetensors has no place for a digest
+of its header. docs/reference/bundle.md describes the format for readers in other languages.
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
-"""What a bundle says of itself: its generator, its tasks, and the parts that follow in the file.
+"""The index of a bundle: its generator, its tasks, and the parts that follow in the file; as records and as JSON.
 
     BundleIndex
     |-- generator   BundledGenerator
     |-- tasks       BundledTask, by name
     `-- parts       BundlePart (digest, size), in the order of the file; the others refer to them by digest
 
-A part has no offset of its own: it begins where the one before it ends, so parts cannot overlap or leave holes.
-
-A bundle's index as JSON: written so that equal indexes give equal bytes, read as hostile input.
-
-Tasks of one layout, as most of a fleet are, share it: it is listed once and referred to by its number. What follows
-from a layout (rank, parameters, target modules) is not written, so that it cannot contradict it.
+A part has no offset of its own: it begins where the one before it ends, so parts cannot overlap or leave holes. Tasks
+that share a layout, as most of a fleet do, refer to it by number. What follows from a layout (rank, parameters, target
+modules) is not written, so it cannot contradict it. Equal indexes give equal bytes; reading treats them as hostile.
 """
 
 from __future__ import annotations
@@ -22,20 +19,21 @@ from functools import cached_property
 from typing import Any
 
 from icmlora.adapter.layout import ModuleShape, target_modules
+from icmlora.bundle.fields import Fields, as_count, as_digest, wrong
 from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
 from icmlora.formats.peft_config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
 from icmlora.io.safetensors import ITEM_BYTES, MAX_DIMENSION, MAX_FILE_BYTES
-from icmlora.io.strict_json import Fields, as_count, as_digest, parse_object, wrong
+from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_module_name, task_name_problem
 
 MAX_CODE_BYTES = 1024**3
 MAX_CARD_BYTES = 64 * 1024
-"""A longer model card stays behind: it says nothing that writing an adapter needs."""
+"""A longer model card is left out: nothing in it is needed to write an adapter."""
 
 
 @dataclass(frozen=True)
 class BundlePart:
-    """A run of bytes in the file."""
+    """A range of bytes in the file."""
 
     digest: str
     """SHA-256 of its bytes, in hexadecimal; also its name."""
@@ -49,7 +47,7 @@ class BundledGenerator:
     blob: str
     """Its part."""
     version: int
-    """Which one it was of its base model, from 1."""
+    """Its number among the generators of its base model, from 1."""
     config: Mapping[str, Any]
     metrics: Mapping[str, Any]
     """What its training measured."""
@@ -57,7 +55,7 @@ class BundledGenerator:
 
 @dataclass(frozen=True)
 class BundledMeasurement:
-    """What a code kept on some held-out text."""
+    """What was measured of a code on held-out text."""
 
     data: str
     """SHA-256 of the text."""
@@ -111,7 +109,7 @@ class BundledTask:
 
     @property
     def retained_gain(self) -> float | None:
-        """What the code kept of the original's gain, if it was measured."""
+        """Retained gain of the code, if it was measured."""
         return None if self.measured is None else self.measured.retained_gain
 
     @property
@@ -196,7 +194,7 @@ def index_from_json(data: bytes) -> BundleIndex:
     """Read what `index_to_json` wrote.
 
     Raises:
-        UnsafeInput: Limits broken, duplicate keys, or names that are no names.
+        UnsafeInput: Limits broken, duplicate keys, or invalid names.
         BundleError: Anything else that is not the index of a bundle.
     """
     try:
@@ -237,7 +235,7 @@ def _task(value: object, layouts: Sequence[Layout]) -> BundledTask:
     fields = Fields(value, _TASK, "a task of the bundle")
     name = fields.text("name", limit=1024)
     if (problem := task_name_problem(name)) is not None:
-        raise UnsafeInput(f"{escape(name, 120)!r} is no task name: {problem}", kind="name")
+        raise UnsafeInput(f"{escape(name, 120)!r} is not a task name: {problem}", kind="name")
     dtype = fields.text("dtype", limit=64)
     if dtype != "+".join(sorted(set(dtype.split("+")) & ITEM_BYTES.keys())):
         raise wrong(dtype, "a task of the bundle: dtype")
@@ -295,7 +293,7 @@ def _shape(value: object) -> ModuleShape:
         raise wrong(value, "a module of the bundle")
     module, rank, inputs, outputs = value
     if not isinstance(module, str) or len(module) > 512 or not is_module_name(module):
-        raise UnsafeInput(f"{escape(str(module), 120)!r} is no module name", kind="name")
+        raise UnsafeInput(f"{escape(str(module), 120)!r} is not a module name", kind="name")
     sizes = [as_count(size, f"{module} of the bundle", least=1) for size in (rank, inputs, outputs)]
     if sizes[0] > MAX_RANK or max(sizes) > MAX_DIMENSION:
         raise UnsafeInput(f"{module} of the bundle has the shape {sizes}", kind="limits")

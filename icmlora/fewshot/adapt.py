@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from icmlora.adapter.canonical import plus
+from icmlora.adapter.arithmetic import plus
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.factors import factors_of
 from icmlora.base_models.modality import BaseModel, Prepared

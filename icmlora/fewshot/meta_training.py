@@ -21,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-from icmlora.adapter.canonical import among, plus, times
+from icmlora.adapter.arithmetic import among, plus, times
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.factors import Factors, factors_of
 from icmlora.base_models.modality import BaseModel, Prepared

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from icmlora.adapter.canonical import mean_adapter, truncated, with_modules
+from icmlora.adapter.arithmetic import mean_adapter, truncated, with_modules
 from icmlora.adapter.metrics import module_norms
 from icmlora.adapter.model import Adapter
 from icmlora.generator.config import GeneratorConfig

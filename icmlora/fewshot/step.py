@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from icmlora.adapter.canonical import times
+from icmlora.adapter.arithmetic import times
 from icmlora.adapter.model import LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence

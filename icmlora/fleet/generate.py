@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from icmlora.adapter.canonical import truncated
+from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import read_examples
 from icmlora.base_models.examples import spread

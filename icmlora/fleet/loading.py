@@ -10,8 +10,9 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import modality_of
+from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.gguf import convert_gguf
-from icmlora.base_models.lookup import FoundBase, fingerprint_base, inspect_base
+from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import OutputExists
 from icmlora.fleet.context import base_record, locate_base

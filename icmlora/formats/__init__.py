@@ -1,1 +1,1 @@
-"""formats."""
+"""Adapters on disk: one file per format, and how adapters are found in a tree."""

@@ -21,8 +21,8 @@ _NOT_ADAPTERS = re.compile(
 )
 
 _LITGPT = "merge it with 'litgpt merge_lora' and extract a LoRA, or train with PEFT"
-_RESAVE = "re-save the adapter as safetensors where it was trained"
-_BARE = "put the adapter_config.json that it was trained with beside it"
+_RESAVE = "load the adapter where it was trained and save it as safetensors"
+_BARE = "copy the adapter_config.json of its training into the same folder"
 _TO_PEFT = "convert it to a PEFT folder first"
 
 # Exact names that tell a dialect: kind, what it is, what to do.
@@ -60,7 +60,7 @@ def _foreign(name: str, path: Path) -> AdapterRefused | None:
         return _refusal(("shards", "an adapter in several files", "join them: load it with PEFT and save it"), path)
     if _PICKLE.fullmatch(name) and not _NOT_ADAPTERS.fullmatch(name):
         hint = _LITGPT if name.endswith(".pth.lora") else _RESAVE
-        return UnsafeInput("a pickle, which could run code: it was not opened", kind="pickle", path=path, hint=hint)
+        return UnsafeInput("a pickle can run code, so it was not opened", kind="pickle", path=path, hint=hint)
     if name.endswith(".gguf"):
         if _GGUF_ADAPTER in _peek(path, 64 * 1024):
             return _refusal(("gguf", "a llama.cpp adapter", "give the PEFT folder it was made from"), path)
@@ -73,11 +73,11 @@ def _foreign(name: str, path: Path) -> AdapterRefused | None:
 
 def _refusal(facts: tuple[str, str, str], path: Path) -> AdapterRefused:
     kind, what, hint = facts
-    return AdapterRefused(f"{what}: this form is not read", kind=kind, path=path, hint=hint)
+    return AdapterRefused(f"{what}: icm does not read this format", kind=kind, path=path, hint=hint)
 
 
 def _peek(path: Path, size: int) -> bytes:
-    """Read the start of a file; empty if it cannot be read, because it may be nothing of ours."""
+    """Read the start of a file; return nothing if it cannot be read, because it may have nothing to do with icm."""
     try:
         with open_regular(path, max_bytes=2**62) as (descriptor, length):
             return read_exactly(descriptor, min(size, length), 0)

@@ -46,7 +46,7 @@ class AdapterPaths:
 
 @dataclass(frozen=True)
 class AdapterBytes:
-    """The same files as bytes, as the store keeps them: what comes out is what went in.
+    """The same files as bytes, which the store keeps unchanged.
 
     Attributes:
         weights: The file with the tensors.
@@ -161,7 +161,7 @@ class AdapterFormat(Protocol):
             dtype: "bfloat16", "float16" or "float32"; values are rounded to nearest even.
             card: Text of the model card.
             metadata: Short facts for the header of the weights.
-            extras: What `read` kept aside; written exactly.
+            extras: The extras that `read` returned; written exactly.
 
         Raises:
             AdapterRefused: A value that `dtype` cannot hold.

@@ -71,7 +71,7 @@ class PeftFormat:
         return check_adapter(config, weights, path=path).summary
 
     def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
-        """Read an adapter; there is never anything kept aside, because what a code cannot represent is refused."""
+        """Read an adapter. It never has extras: what a code cannot represent is refused."""
         return LoadedAdapter(load_adapter(config, weights, path=path))
 
     def encode(

@@ -11,7 +11,8 @@ from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import AdapterSummary, Buffer
 from icmlora.formats.peft_config import AdapterConfig
 from icmlora.formats.peft_names import FactorPair, pair_factors
-from icmlora.io.safetensors import TensorHeader, check_finite, header_text, parse_header
+from icmlora.io.finite import check_finite
+from icmlora.io.safetensors import TensorHeader, header_text, parse_header
 
 
 @dataclass(frozen=True)

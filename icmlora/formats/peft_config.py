@@ -1,14 +1,8 @@
-r"""Keys of `rank_pattern` and `alpha_pattern`, matched exactly as PEFT does but without a regular expression.
-
-PEFT runs `re.match(rf"(.*\.)?({key})$", module)`. A key that is a dotted name is a regular expression too, whose dots
-stand for any one character; such keys, with an optional leading `^` and with `\.` for a literal dot, are what
-trainers write. They are compared character by character, in linear time. Any other key is not run.
-
-`adapter_config.json` read as hostile input: the few fields that matter, the scale, and what is refused by name.
+"""`adapter_config.json`, read as hostile input: the few fields that matter, the scale, and what is refused by name.
 
     dW = scale * B @ A,   scale = alpha / r,   or alpha / sqrt(r) with rsLoRA,   r and alpha per module by pattern
 
-No regular expression of the file is ever run. Everything else in the file is kept byte for byte by whoever stores it.
+No regular expression of the file is ever run. Whoever stores the file keeps everything else in it byte for byte.
 """
 
 from __future__ import annotations
@@ -30,7 +24,16 @@ _LITERAL_DOT = "\\"
 
 @dataclass(frozen=True)
 class ModulePattern:
-    """A module name or the end of one; a dot in `characters` matches any character."""
+    r"""A key of `rank_pattern` or `alpha_pattern`, matched as PEFT does but without running a regular expression.
+
+    PEFT runs `re.match(rf"(.*\.)?({key})$", module)`. A dotted name is a regular expression too, whose dots match any
+    character. Such keys, with an optional leading `^` and with a backslash before a literal dot, are what trainers
+    write: they are compared character by character, in linear time. Any other key is refused.
+
+    Attributes:
+        characters: The name or the end of one; a dot matches any character.
+        anchored: Whether the whole name has to match, not just its end.
+    """
 
     characters: str
     anchored: bool
@@ -85,7 +88,7 @@ class AdapterConfig:
 
         Raises:
             UnsafeInput: Limits broken, duplicate keys.
-            AdapterRefused: No plain LoRA, or a value of the wrong kind; the message names the field.
+            AdapterRefused: Not a plain LoRA, or a value of the wrong type; the message names the field.
         """
         fields = parse_object(data, what="adapter_config.json", max_bytes=MAX_CONFIG_BYTES)
         refuse_unsupported(fields)
@@ -168,7 +171,7 @@ class _Reader:
         pattern = ModulePattern.parse(name)
         if pattern is None:
             raise AdapterRefused(
-                f"{key} has the key {escape(name, 120)!r}, which is no plain module name: no pattern is run",
+                f"{key} has the key {escape(name, 120)!r}, which is not a plain module name, and icm runs no patterns",
                 kind="pattern",
                 hint=f"write {key} with module names in full",
             )

@@ -24,7 +24,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 @dataclass(frozen=True)
 class FactorPair:
-    """Both halves of one module as they lie in the file: `a` is (r, in), `b` is (out, r)."""
+    """Both factors of one module, as the file has them: `a` is (r, in), `b` is (out, r)."""
 
     module: str
     a: TensorInfo
@@ -40,7 +40,7 @@ def pair_factors(header: TensorHeader) -> tuple[FactorPair, ...]:
     """Match every `lora_A` with its `lora_B`, in natural order of the modules.
 
     Raises:
-        AdapterRefused: A tensor of another kind, a half without its other half, or shapes that do not multiply.
+        AdapterRefused: A tensor of another kind, a factor without the other one, or shapes that do not multiply.
     """
     halves: dict[str, dict[str, TensorInfo]] = {}
     for tensor in header.tensors:
@@ -60,11 +60,11 @@ def _parse_key(name: str) -> tuple[str, str]:
         refuse_tensor(name)
     if not module.startswith(PEFT_PREFIX):
         message = f"{name} does not start with {PEFT_PREFIX}"
-        hint = "save it again with PEFT: the names of other trainers are not guessed"
+        hint = "save it again with PEFT: icm does not guess the names that other trainers use"
         raise AdapterRefused(message, kind="prefix", hint=hint)
     module = module.removeprefix(PEFT_PREFIX)
     if not is_module_name(module):
-        raise AdapterRefused(f"{name} names no module", kind="unknown-tensor")
+        raise AdapterRefused(f"{name} does not name a module", kind="unknown-tensor")
     return module, match["half"]
 
 
@@ -85,8 +85,9 @@ def _pair(module: str, halves: dict[str, TensorInfo]) -> FactorPair:
     a, b = halves["A"], halves["B"]
     for tensor in (a, b):
         if len(tensor.shape) != 2:
-            kind = "conv" if len(tensor.shape) > 2 else "shape"
-            hint = "a 1-D factor is an un-gathered ZeRO-3 or FSDP save" if kind == "shape" else "only linear layers"
+            kind, hint = "shape", "gather the weights of a ZeRO-3 or FSDP run before saving"
+            if len(tensor.shape) > 2:
+                kind, hint = "conv", "train linear layers only"
             message = f"{tensor.name} has the shape {list(tensor.shape)}, not two dimensions"
             raise AdapterRefused(message, kind=kind, hint=hint)
     if a.shape[0] != b.shape[1]:

@@ -1,6 +1,6 @@
-"""What is refused by name: fields and tensors that a plain LoRA adapter cannot hold, each with the way out.
+"""Refuse by name what a plain LoRA adapter cannot hold, each field and tensor with the way out.
 
-Nothing here is dropped in silence: an adapter that came back without one of these would be a different adapter.
+Nothing is dropped silently: an adapter that came back without one of these would be a different adapter.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class _Refusal:
 
 
 _FIELDS: dict[str, _Refusal] = {
-    "use_dora": _Refusal("dora", "DoRA, whose magnitudes are no part of a plain LoRA", _MERGE),
-    "modules_to_save": _Refusal("whole-layers", "whole layers beside the LoRA", _WHOLE_LAYERS),
+    "use_dora": _Refusal("dora", "DoRA stores magnitudes in addition to the LoRA weights", _MERGE),
+    "modules_to_save": _Refusal("whole-layers", "whole layers in addition to the LoRA weights", _WHOLE_LAYERS),
     "lora_bias": _Refusal("bias", "bias terms", "train with lora_bias=False"),
     "trainable_token_indices": _Refusal("tokens", "replaced token rows", "train without trainable_token_indices"),
     "layer_replication": _Refusal("layer-replication", "replicated layers", _MERGE),
@@ -70,7 +70,7 @@ _TENSORS: tuple[tuple[re.Pattern[str], _Refusal], ...] = (
 
 
 def refuse_unsupported(fields: dict[str, Any]) -> None:
-    """Refuse a configuration that is no plain LoRA.
+    """Refuse a configuration that is not a plain LoRA.
 
     Raises:
         AdapterRefused: Names the field and says what to do instead.
@@ -80,7 +80,7 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
         if fields.get(key) not in _UNUSED:
             raise AdapterRefused(f"{key} is set: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
     if fields.get("bias", "none") not in ("none", None):
-        message = f"bias is {escape(repr(fields['bias']), 32)}: bias terms beside the LoRA"
+        message = f"bias is {escape(repr(fields['bias']), 32)}: bias terms are stored in addition to the LoRA weights"
         raise AdapterRefused(message, kind="bias", hint='train with bias="none"')
     _check_init(fields.get("init_lora_weights", True))
     _check_unknown(fields)
@@ -95,7 +95,7 @@ def refuse_tensor(name: str) -> NoReturn:
     for pattern, refusal in _TENSORS:
         if pattern.search(name):
             raise AdapterRefused(f"{name}: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
-    raise AdapterRefused(f"{name} is no tensor of a PEFT LoRA adapter", kind="unknown-tensor")
+    raise AdapterRefused(f"{name} is not a tensor of a PEFT LoRA adapter", kind="unknown-tensor")
 
 
 def _check_method(fields: dict[str, Any]) -> None:
@@ -120,16 +120,16 @@ def _check_init(init: object) -> None:
     if name in _PLAIN_INITS:
         return
     if _CHANGED_BASE.fullmatch(name):
-        message = f"init_lora_weights is {name}: its weights fit a changed base model, not the one it names"
+        message = f"init_lora_weights is {name}: its weights fit a changed base model and not the one it names"
         raise AdapterRefused(message, kind="init", hint=_CONVERT)
-    raise AdapterRefused(f"init_lora_weights is {escape(repr(init), 48)}, unknown here", kind="init")
+    raise AdapterRefused(f"init_lora_weights is {escape(repr(init), 48)}, which this icm does not know", kind="init")
 
 
 def _check_unknown(fields: dict[str, Any]) -> None:
     """Refuse switches that this version does not know: what they change cannot be given back."""
     for key, value in fields.items():
         if key not in _KNOWN and value not in _UNUSED and _SWITCH.fullmatch(key):
-            message = f"{escape(key, 120)!r} is set, a variant of LoRA that is unknown here"
+            message = f"{escape(key, 120)!r} is set, a variant of LoRA that this icm does not know"
             raise AdapterRefused(message, kind="unknown-variant", hint=_MERGE)
 
 

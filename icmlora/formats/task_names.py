@@ -71,7 +71,7 @@ def best_step(state: Path) -> int | None:
     """Return the step of the best checkpoint that `trainer_state.json` notes, or None.
 
     The note is a path on the machine that trained, so only its last part counts. The file is searched, not parsed:
-    trainers write NaN into it, which is no JSON.
+    trainers write NaN into it, which is not JSON.
     """
     try:
         match = _BEST.search(read_regular(state, max_bytes=_MAX_STATE_BYTES))

@@ -1,1 +1,1 @@
-"""io."""
+"""Files: safetensors, strict JSON, output that appears as a whole, devices."""

@@ -4,8 +4,6 @@
 
 The header maps each name to {"dtype", "shape", "data_offsets"}. The public library accepts duplicate keys (the last
 wins), names with escape characters, empty tensors and values that are not finite; this reader refuses them.
-
-Look for NaN and infinity in the raw bits of a tensor file; numpy only, so that ingest never imports torch.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: offsets count from the start of the file."""
+    """Where one tensor is: offsets count from the start of the file."""
 
     name: str
     dtype: str
@@ -81,7 +79,7 @@ def read_header(data: bytes | bytearray | memoryview) -> TensorHeader:
 
     Raises:
         UnsafeInput: A pickle, a broken limit, a duplicate key or a hostile name.
-        AdapterRefused: Anything else that makes the file no valid safetensors file.
+        AdapterRefused: Any other reason why the file is not valid.
     """
     return parse_header(header_text(data), len(data))
 
@@ -136,7 +134,7 @@ def encode(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> byt
     """
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
-    # Wide types first keeps every tensor aligned, as the format asks for.
+    # Wide types come first, which keeps every tensor aligned, as the format asks for.
     order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
     for name in order:
         tensor = tensors[name]
@@ -170,7 +168,7 @@ def _header_length(start: bytes, size: int) -> int:
 def _refuse_other_format(start: bytes) -> None:
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         raise UnsafeInput(
-            "a pickle (a PyTorch file), which could run code: it was not opened",
+            "a pickle (a PyTorch file) can run code, so it was not opened",
             kind="pickle",
             hint="re-save the adapter as safetensors where it was trained",
         )
@@ -202,17 +200,17 @@ def _tensor(name: str, value: object, start: int) -> TensorInfo:
     if not _NAME.fullmatch(name):
         raise UnsafeInput(f"the tensor name {escape(name, 120)!r} is not plain", kind="name")
     if not isinstance(value, dict) or set(value) != _FIELDS:
-        raise AdapterRefused(f"{name} has no plain dtype, shape and data_offsets", kind="damaged")
+        raise AdapterRefused(f"{name} needs exactly dtype, shape and data_offsets", kind="damaged")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         message = f"{name} has the type {escape(str(dtype), 32)}; F32, F16 and BF16 are supported"
         raise AdapterRefused(message, kind="dtype")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-        raise AdapterRefused(f"{name} has a shape or offsets that are no whole numbers", kind="damaged")
+        raise AdapterRefused(f"{name} has a shape or offsets that are not whole numbers", kind="damaged")
     if len(shape) > MAX_RANK or any(size > MAX_DIMENSION for size in shape):
         raise UnsafeInput(f"{name} has the shape {escape(str(shape), 64)}", kind="limits")
     if 0 in shape:
-        hint = "an un-gathered ZeRO-3 or FSDP save looks like this: gather the weights, then save"
+        hint = "gather the weights of a ZeRO-3 or FSDP run before saving"
         raise AdapterRefused(f"{name} is empty: shape {shape}", kind="shape", hint=hint)
     if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
         raise AdapterRefused(f"{name} has offsets that do not fit {dtype} {shape}", kind="damaged")
@@ -225,64 +223,8 @@ def _is_sizes(value: object) -> bool:
 
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
-# All bits of the exponent: a value that has them all set is NaN or infinite.
-_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-_MANTISSA = {"F32": 0x007FFFFF, "F16": 0x03FF, "BF16": 0x007F}
-# Elements looked at together: half a megabyte or one, which stays in the processor's cache for the second look.
-_CHUNK = 256 * 1024
-
-
-def check_finite(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
-    """Check that every value of a file is finite.
-
-    Raises:
-        AdapterRefused: Names the tensor, the value and the position of the first one that is not.
-    """
-    for run in header.runs:
-        dtype = run[0].dtype
-        if not _all_finite(bits(data, dtype, run[0].begin, run[-1].end), _EXPONENT[dtype]):
-            _refuse_first(data, header)
-
 
 def bits(data: bytes | bytearray | memoryview, dtype: str, begin: int, end: int) -> Bits:
     """View the bytes from `begin` to `end` as unsigned integers of the type's width, without a copy."""
     kind = np.dtype("<u4" if ITEM_BYTES[dtype] == 4 else "<u2")
     return np.frombuffer(data, dtype=kind, count=(end - begin) // kind.itemsize, offset=begin)
-
-
-def _all_finite(values: Bits, exponent: int) -> bool:
-    """Say whether no value has all bits of the exponent set.
-
-    Those that have are the largest integers: the positive ones if the highest bit is read as a sign, the negative ones
-    if it is not. Two maxima need no memory; a mask over all values would take as much as they do.
-    """
-    negative = exponent | 1 << (8 * values.itemsize - 1)
-    signed = values.view(f"<i{values.itemsize}")
-    return all(
-        int(signed[start : start + _CHUNK].max()) < exponent and int(values[start : start + _CHUNK].max()) < negative
-        for start in range(0, values.size, _CHUNK)
-    )
-
-
-def _refuse_first(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
-    for tensor in header.tensors:
-        values = bits(data, tensor.dtype, tensor.begin, tensor.end)
-        wrong = np.flatnonzero((values & _EXPONENT[tensor.dtype]) == _EXPONENT[tensor.dtype])
-        if wrong.size:
-            index = int(wrong[0])
-            raise AdapterRefused(
-                f"{tensor.name} holds {_value_name(int(values[index]), tensor)} at {_position(index, tensor)}"
-                f" ({wrong.size:,} such values in it)",
-                kind="non-finite",
-                hint="the training run diverged: take an earlier checkpoint",
-            )
-
-
-def _value_name(value: int, tensor: TensorInfo) -> str:
-    if value & _MANTISSA[tensor.dtype]:
-        return "NaN"
-    return "-Inf" if value >> (8 * ITEM_BYTES[tensor.dtype] - 1) else "Inf"
-
-
-def _position(index: int, tensor: TensorInfo) -> str:
-    return str([int(axis) for axis in np.unravel_index(index, tensor.shape)]) if tensor.shape else "[]"

@@ -26,7 +26,7 @@ from registry.files import fsync_dir, write_durably, write_file
 _SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
 
 
-def locked_beside(target: Path, *, flags: int, create: Callable[[Path], object]) -> tuple[Path, int]:
+def locked_next_to(target: Path, *, flags: int, create: Callable[[Path], object]) -> tuple[Path, int]:
     """Make a new, locked entry `NAME.icm-XXXXXXXX` in the target's folder.
 
     Other runs see the entry before it is locked, and may take it for abandoned and remove it. They remove it under the
@@ -53,13 +53,13 @@ def locked_beside(target: Path, *, flags: int, create: Callable[[Path], object])
         os.close(descriptor)
 
 
-def remove_leftovers(target: Path, *, flags: int, remove: Callable[[Path], object]) -> None:
-    """Remove what runs for the same target left that are dead.
+def remove_abandoned(target: Path, *, flags: int, remove: Callable[[Path], object]) -> None:
+    """Remove what dead processes left behind for the same target.
 
     Args:
-        target: What they meant to write.
-        flags: How such an entry is opened, besides for reading and without following links; one that cannot be opened
-            so is left alone.
+        target: What they were writing.
+        flags: How such an entry is opened, in addition to reading and not following links; one that cannot be
+            opened like that is left alone.
         remove: Removes one entry.
     """
     for entry in target.parent.iterdir():
@@ -99,14 +99,14 @@ def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
         force: Replace a file that exists.
 
     Raises:
-        OutputExists: It exists and `force` is not given, or is no file.
+        OutputExists: It exists and `force` is not given, or it is not a file.
         OSError: The file system refused; nothing was left at `path` that was not there.
     """
     target = Path(os.path.realpath(path))
     check_absent(path, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target, flags=os.O_NONBLOCK, remove=lambda entry: entry.unlink(missing_ok=True))
-    temporary, descriptor = locked_beside(target, flags=os.O_WRONLY, create=partial(Path.touch, exist_ok=False))
+    remove_abandoned(target, flags=os.O_NONBLOCK, remove=lambda entry: entry.unlink(missing_ok=True))
+    temporary, descriptor = locked_next_to(target, flags=os.O_WRONLY, create=partial(Path.touch, exist_ok=False))
     try:
         with os.fdopen(descriptor, "wb") as stream:
             yield stream
@@ -128,14 +128,14 @@ def check_absent(path: Path, *, force: bool = False) -> None:
     if path.exists() and not path.is_file():
         raise OutputExists("is not a file", path=path)
     if path.exists() and not force:
-        raise OutputExists("exists already", path=path, hint="choose another name, or replace it with --force")
+        raise OutputExists("already exists", path=path, hint="choose another name, or replace it with --force")
 
 
 def check_free(directory: Path, *, force: bool = False) -> None:
     """Check that a folder can be written, before the work of making its content.
 
     Raises:
-        OutputExists: It holds something and `force` is not given, or is no folder.
+        OutputExists: It holds something and `force` is not given, or it is not a folder.
         PermissionError: Nothing can be made where it is to be.
     """
     if directory.exists() and not directory.is_dir():
@@ -160,7 +160,7 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
             the last file is missing until the same is done again.
 
     Raises:
-        OutputExists: As `check_free`, or the folder was filled by someone else meanwhile.
+        OutputExists: As `check_free`, or someone else filled the folder in the meantime.
         OSError: The file system refused; nothing was left at `directory`.
     """
     check_free(directory, force=force)
@@ -174,7 +174,7 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
 
 @contextmanager
 def building_folder(directory: Path) -> Iterator[Path]:
-    """Make a folder beside another, absent or empty one, whose place it takes after the block unless the block raises.
+    """Make a folder that takes the place of an absent or empty one after the block, unless the block raises.
 
     Args:
         directory: The folder to make. Missing parents are made. A link is followed.
@@ -183,11 +183,11 @@ def building_folder(directory: Path) -> Iterator[Path]:
         The folder to fill with files; they are to be synced in the block.
 
     Raises:
-        OutputExists: The folder was filled by someone else meanwhile.
+        OutputExists: Someone else filled the folder in the meantime.
         OSError: The file system refused; nothing was left at `directory`.
     """
     target = _cleared(directory)
-    folder, lock = locked_beside(target, flags=os.O_DIRECTORY, create=Path.mkdir)
+    folder, lock = locked_next_to(target, flags=os.O_DIRECTORY, create=Path.mkdir)
     try:
         yield folder
         fsync_dir(folder)
@@ -195,7 +195,7 @@ def building_folder(directory: Path) -> Iterator[Path]:
             folder.rename(target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise OutputExists("the folder was filled by someone else meanwhile", path=directory) from None
+                raise OutputExists("someone else filled the folder in the meantime", path=directory) from None
             raise
     finally:
         os.close(lock)
@@ -207,12 +207,12 @@ def _cleared(directory: Path) -> Path:
     """Return where a folder really is, or will be, once its parents are there and leftovers of killed runs are gone."""
     target = Path(os.path.realpath(directory))
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target, flags=os.O_DIRECTORY, remove=_remove_folder)
+    remove_abandoned(target, flags=os.O_DIRECTORY, remove=_remove_folder)
     return target
 
 
 def _replace(target: Path, files: Mapping[str, bytes]) -> None:
-    """Replace files one by one, the last one missing meanwhile: a mixture of two adapters must not load."""
+    """Replace files one by one, the last one missing until the end: a mixture of two adapters must not load."""
     (target / list(files)[-1]).unlink(missing_ok=True)
     fsync_dir(target)
     for name, data in files.items():

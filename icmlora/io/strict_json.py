@@ -1,9 +1,7 @@
 """JSON from strangers: one object, bounded size and depth, no duplicate keys, no NaN, no Infinity.
 
-The standard parser keeps the last of two equal keys, accepts `NaN` and recurses; another reader of the same file may
-see something else. Whatever two readers could disagree on is refused here.
-
-Read the fields of a JSON object strictly: exactly the keys of a format, each of its kind.
+The standard parser uses the last of two equal keys, accepts `NaN` and recurses; another reader of the same file may
+see something else. Anything that two readers could disagree on is refused here.
 """
 
 from __future__ import annotations
@@ -11,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
-from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
+from icmlora.errors import AdapterRefused, UnsafeInput
 from registry.names import escape
 
 MAX_DEPTH = 32
@@ -107,105 +104,3 @@ def _has_surrogate(value: object) -> bool:
     if isinstance(value, list):
         return any(_has_surrogate(item) for item in value)
     return False
-
-
-MAX_COUNT = 2**53
-"""Whole numbers above this differ between JSON readers."""
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class Fields:
-    """One object of a bundle's index; every reader names the field in what it raises.
-
-    Raises:
-        BundleError: Not an object, or not exactly with these keys.
-    """
-
-    def __init__(self, value: object, keys: Collection[str], what: str) -> None:
-        if not isinstance(value, dict) or value.keys() != set(keys):
-            raise BundleError(f"{what} does not have the fields of this format")
-        self._values = cast(dict[str, Any], value)
-        self._what = what
-
-    def text(self, key: str, limit: int) -> str:
-        """Return a text of 1 to `limit` characters."""
-        value = self._values[key]
-        if not isinstance(value, str) or not 1 <= len(value) <= limit:
-            raise self._wrong(key)
-        return value
-
-    def digest(self, key: str) -> str:
-        """Return a SHA-256 in lower-case hexadecimal."""
-        return as_digest(self._values[key], f"{self._what}: {key}")
-
-    def optional_digest(self, key: str) -> str | None:
-        """Return a digest, or None for null."""
-        return None if self._values[key] is None else self.digest(key)
-
-    def flag(self, key: str) -> bool:
-        """Return true or false."""
-        value = self._values[key]
-        if not isinstance(value, bool):
-            raise self._wrong(key)
-        return value
-
-    def count(self, key: str, *, least: int = 0) -> int:
-        """Return a whole number."""
-        return as_count(self._values[key], f"{self._what}: {key}", least=least)
-
-    def optional_count(self, key: str) -> int | None:
-        """Return a whole number, or None for null."""
-        return None if self._values[key] is None else self.count(key)
-
-    def optional_number(self, key: str) -> float | None:
-        """Return a finite number, or None for null."""
-        return None if self._values[key] is None else self.number(key)
-
-    def number(self, key: str) -> float:
-        """Return a finite number."""
-        value = self._values[key]
-        # Another type than the writer's would be written differently again; a whole number of JSON may be huge.
-        if not isinstance(value, float) or not math.isfinite(value):
-            raise self._wrong(key)
-        return value
-
-    def mapping(self, key: str) -> dict[str, Any]:
-        """Return an object as it is."""
-        value = self._values[key]
-        if not isinstance(value, dict):
-            raise self._wrong(key)
-        return value
-
-    def optional_mapping(self, key: str) -> dict[str, Any] | None:
-        """Return an object, or None for null."""
-        return None if self._values[key] is None else self.mapping(key)
-
-    def entries(self, key: str) -> list[Any]:
-        """Return a list as it is."""
-        value = self._values[key]
-        if not isinstance(value, list):
-            raise self._wrong(key)
-        return value
-
-    def _wrong(self, key: str) -> BundleError:
-        return wrong(self._values[key], f"{self._what}: {key}")
-
-
-def as_digest(value: object, what: str) -> str:
-    """Return a value that must be a SHA-256 in lower-case hexadecimal."""
-    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise wrong(value, what)
-    return value
-
-
-def as_count(value: object, what: str, *, least: int = 0) -> int:
-    """Return a value that must be a whole number; `True` is none."""
-    if type(value) is not int or not least <= value <= MAX_COUNT:
-        raise wrong(value, what)
-    return value
-
-
-def wrong(value: object, what: str) -> BundleError:
-    """Return the error that names a value of the wrong kind."""
-    return BundleError(f"{what} is {escape(repr(value), 60)}, which this format does not have")

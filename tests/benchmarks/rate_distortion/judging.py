@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from icmlora.base_models.attach import adapted
+from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.likelihood import NllResult, nll
 from icmlora.base_models.load import load_base_model
-from icmlora.base_models.lookup import FoundBase, fingerprint_base, inspect_base
+from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.formats.peft import WEIGHTS_NAME
 from tests.benchmarks.rate_distortion.cache import Cache

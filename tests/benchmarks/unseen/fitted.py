@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from peft import get_peft_model
 
-from icmlora.adapter.canonical import mean_adapter
+from icmlora.adapter.arithmetic import mean_adapter
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples import plain
 from icmlora.base_models.likelihood import Scored

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from icmlora.adapter.canonical import plus, times, truncated, with_modules
+from icmlora.adapter.arithmetic import plus, times, truncated, with_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.likelihood import Scored
 from icmlora.base_models.modality import BaseModel

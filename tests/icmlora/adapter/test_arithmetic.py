@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmlora.adapter import canonical as arithmetic
-from icmlora.adapter.canonical import among, mean_adapter, plus, times, truncated, with_modules
+from icmlora.adapter import arithmetic as arithmetic
+from icmlora.adapter.arithmetic import among, mean_adapter, plus, times, truncated, with_modules
 from icmlora.adapter.model import Adapter
 from tests.icmlora.small_fleet import make_adapter, module_name, same
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.base_models.lookup import fingerprint_base, inspect_base
+from icmlora.base_models.fingerprint import fingerprint_base
+from icmlora.base_models.lookup import inspect_base
 
 CONFIG: dict[str, object] = {
     "model_type": "llama",

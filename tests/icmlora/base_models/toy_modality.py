@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from icmlora.base_models.lookup import FoundBase, fingerprint_base, read_config
+from icmlora.base_models.fingerprint import fingerprint_base
+from icmlora.base_models.lookup import FoundBase, read_config
 from icmlora.base_models.modality import BaseModel, Metric
 from icmlora.errors import DataError
 

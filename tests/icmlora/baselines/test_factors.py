@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import pytest
 import torch
 
-from icmlora.adapter.canonical import truncated
+from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.adapter.model import Adapter
 from icmlora.baselines.catalogue import baseline_named

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from icmlora.adapter.canonical import times, with_modules
+from icmlora.adapter.arithmetic import times, with_modules
 from icmlora.base_models.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import GeneratorError

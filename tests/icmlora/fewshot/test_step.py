@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from icmlora.adapter.canonical import with_modules
+from icmlora.adapter.arithmetic import with_modules
 from icmlora.adapter.model import LoraModule
 from icmlora.base_models.factors import factors_of
 from icmlora.base_models.modality import BaseModel

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import AdapterRefused
-from icmlora.io.safetensors import RawTensor, check_finite, encode, read_header
+from icmlora.io.finite import check_finite
+from icmlora.io.safetensors import RawTensor, encode, read_header
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

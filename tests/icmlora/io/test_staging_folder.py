@@ -11,7 +11,7 @@ import pytest
 
 from icmlora.errors import OutputExists
 from icmlora.io import staging as output_folder
-from icmlora.io.staging import check_free, remove_leftovers, write_folder
+from icmlora.io.staging import check_free, remove_abandoned, write_folder
 
 FILES = {"a": b"1", "b": b"2"}
 
@@ -137,7 +137,7 @@ def test_one_that_another_run_took_for_left_before_it_was_locked_is_made_again(
     def flock(descriptor: int, kind: int) -> None:
         if not removed:
             removed.extend(tmp_path.iterdir())
-            remove_leftovers(tmp_path / "out", flags=os.O_DIRECTORY, remove=Path.rmdir)
+            remove_abandoned(tmp_path / "out", flags=os.O_DIRECTORY, remove=Path.rmdir)
         real(descriptor, kind)
 
     monkeypatch.setattr(fcntl, "flock", flock)

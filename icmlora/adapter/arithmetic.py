@@ -1,0 +1,76 @@
+"""Sums and means of adapters, computed on their factors: ranks add up, and dW (out x in) is never formed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from icmlora.adapter.canonical import canonicalize
+from icmlora.adapter.layout import target_modules
+from icmlora.adapter.model import Adapter, LoraModule
+
+_WORKING_RANK = 256
+"""Rank that a running sum may reach before it is cut: exact for a few dozen tasks, bounded for thousands."""
+
+
+def plus(left: Adapter, right: Iterable[LoraModule]) -> Adapter:
+    """Add modules to an adapter; its head stays."""
+    total = {module.name: module for module in left.modules}
+    for module in right:
+        known = total.get(module.name)
+        if known is not None:
+            a, b = torch.cat([known.a, module.a]), torch.cat([known.b, module.b], dim=1)
+            module = LoraModule(module.name, a, b)
+        total[module.name] = module
+    return with_modules(left, total.values())
+
+
+def times(modules: Iterable[LoraModule], factor: float) -> list[LoraModule]:
+    """Multiply the dW of modules by a number."""
+    return [LoraModule(module.name, module.a, factor * module.b) for module in modules]
+
+
+def with_modules(adapter: Adapter, modules: Iterable[LoraModule]) -> Adapter:
+    """Return an adapter of other modules."""
+    chosen = tuple(modules)
+    return replace(adapter, modules=chosen, target_modules=target_modules(module.name for module in chosen))
+
+
+def truncated(adapter: Adapter, rank: int) -> Adapter:
+    """Return the best adapter of a smaller rank, in the Frobenius norm of dW."""
+    cut = [LoraModule(module.name, module.a[:rank], module.b[:, :rank]) for module in canonicalize(adapter).modules]
+    return replace(adapter, modules=tuple(cut))
+
+
+def mean_adapter(adapters: Iterable[Adapter], rank: int) -> Adapter:
+    """Return the mean dW over the modules that at least half of the adapters have.
+
+    Args:
+        adapters: Read once, one at a time; a missing module counts as zero.
+        rank: Rank of the result.
+
+    Raises:
+        ValueError: There is no adapter.
+    """
+    total: Adapter | None = None
+    owners: Counter[str] = Counter()
+    count = 0
+    for adapter in adapters:
+        count += 1
+        owners.update(module.name for module in adapter.modules)
+        total = adapter if total is None else plus(total, adapter.modules)
+        if max(shape.rank for shape in total.layout) > _WORKING_RANK:
+            total = truncated(total, _WORKING_RANK // 2)
+    if total is None:
+        raise ValueError("no adapters have no mean")
+    most = [module for module in total.modules if 2 * owners[module.name] >= count]
+    return truncated(with_modules(total, times(most or total.modules, 1 / count)), rank)
+
+
+def among(modules: Iterable[LoraModule], adapter: Adapter) -> list[LoraModule]:
+    """Return those of some modules that an adapter has too."""
+    own = {module.name for module in adapter.modules}
+    return [module for module in modules if module.name in own]

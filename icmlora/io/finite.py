@@ -1,0 +1,64 @@
+"""Find NaN and infinity in the raw bits of a tensor file; numpy only, so that ingest never imports torch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from icmlora.errors import AdapterRefused
+from icmlora.io.safetensors import ITEM_BYTES, Bits, TensorHeader, TensorInfo, bits
+
+# All bits of the exponent: a value that has them all set is NaN or infinite.
+_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+_MANTISSA = {"F32": 0x007FFFFF, "F16": 0x03FF, "BF16": 0x007F}
+# Elements looked at together: half a megabyte or one, which stays in the processor's cache for the second look.
+_CHUNK = 256 * 1024
+
+
+def check_finite(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
+    """Check that every value of a file is finite.
+
+    Raises:
+        AdapterRefused: Names the tensor, the value and the position of the first one that is not.
+    """
+    for run in header.runs:
+        dtype = run[0].dtype
+        if not _all_finite(bits(data, dtype, run[0].begin, run[-1].end), _EXPONENT[dtype]):
+            _refuse_first(data, header)
+
+
+def _all_finite(values: Bits, exponent: int) -> bool:
+    """Say whether no value has all bits of the exponent set.
+
+    Those that have are the largest integers: the positive ones if the highest bit is read as a sign, the negative ones
+    if it is not. Two maxima need no memory; a mask over all values would take as much as they do.
+    """
+    negative = exponent | 1 << (8 * values.itemsize - 1)
+    signed = values.view(f"<i{values.itemsize}")
+    return all(
+        int(signed[start : start + _CHUNK].max()) < exponent and int(values[start : start + _CHUNK].max()) < negative
+        for start in range(0, values.size, _CHUNK)
+    )
+
+
+def _refuse_first(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
+    for tensor in header.tensors:
+        values = bits(data, tensor.dtype, tensor.begin, tensor.end)
+        wrong = np.flatnonzero((values & _EXPONENT[tensor.dtype]) == _EXPONENT[tensor.dtype])
+        if wrong.size:
+            index = int(wrong[0])
+            raise AdapterRefused(
+                f"{tensor.name} holds {_value_name(int(values[index]), tensor)} at {_position(index, tensor)}"
+                f" ({wrong.size:,} such values in it)",
+                kind="non-finite",
+                hint="the training run diverged: take an earlier checkpoint",
+            )
+
+
+def _value_name(value: int, tensor: TensorInfo) -> str:
+    if value & _MANTISSA[tensor.dtype]:
+        return "NaN"
+    return "-Inf" if value >> (8 * ITEM_BYTES[tensor.dtype] - 1) else "Inf"
+
+
+def _position(index: int, tensor: TensorInfo) -> str:
+    return str([int(axis) for axis in np.unravel_index(index, tensor.shape)]) if tensor.shape else "[]"
