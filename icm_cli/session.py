@@ -10,7 +10,7 @@ import functools
 import inspect
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields
 from types import FrameType
@@ -26,7 +26,7 @@ from icmlora.errors import Cancelled
 
 if TYPE_CHECKING:  # commands without a store, such as --help, do not import the library
     from icmlora.fleet.api import Fleet
-    from icmlora.fleet.context import Context, Event, StopFlag
+    from icmlora.fleet.context import Event
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and the signal that batch systems and containers send before they kill."""
@@ -91,14 +91,14 @@ class Session:
         """
         from icmlora.fleet.context import Progress
 
-        with self.out.progress(label) as display, self.stoppable() as stop:
+        with self.out.progress(label) as display, self._catching_signals() as received:
 
             def listen(event: Event) -> None:
                 if isinstance(event, Progress):
                     display.update(event.done, event.total, event.note)
                 elif on_event is not None:
                     on_event(event)
-                if stop.requested:
+                if received:
                     raise Cancelled
 
             yield self._fleet(listen)
@@ -135,57 +135,26 @@ class Session:
             on_event=on_event or ignore,
         )
 
-    @property
-    def context(self) -> Context:
-        """The store to work on, for the workflows."""
-        from icmlora.fleet.context import Context
-
-        return Context(self.settings.store.value, cache_folder, self.settings.lock_timeout.value, self.command)
-
     def device(self, flag: str | None) -> str:
         """Return the device name from the flag, the environment or the configuration."""
         return flag if flag is not None else self.settings.device.value
 
-    def follow(self, work: Generator[Event, None, R], label: str, on_event: Callable[[Event], None] | None = None) -> R:
-        """Run a workflow to its end and return its result, with its steps on the progress display.
-
-        Args:
-            work: The workflow.
-            label: What the display calls it.
-            on_event: Gets every event that is not a `Step`.
-        """
-        from icmlora.fleet.context import Progress
-
-        with self.out.progress(label) as display:
-            while True:
-                try:
-                    event = next(work)
-                except StopIteration as finished:
-                    result: R = finished.value
-                    return result
-                if isinstance(event, Progress):
-                    display.update(event.done, event.total, event.note)
-                elif on_event is not None:
-                    on_event(event)
-
     @contextmanager
-    def stoppable(self) -> Iterator[StopFlag]:
-        """Turn the first Ctrl-C or SIGTERM into a request to stop after the current step; the second stops at once."""
-        from icmlora.fleet.context import StopFlag
-
-        flag = StopFlag()
+    def _catching_signals(self) -> Iterator[list[int]]:
+        """Yield a list that receives the first Ctrl-C or SIGTERM; the second one raises `KeyboardInterrupt`."""
+        received: list[int] = []
         stderr = sys.stderr  # it is redirected while a model is loaded
 
-        def request(number: int, frame: FrameType | None) -> None:
-            if flag.requested:
+        def receive(number: int, frame: FrameType | None) -> None:
+            if received:
                 raise KeyboardInterrupt
-            flag.requested = True
+            received.append(number)
             with redirect_stderr(stderr):
                 self.out.note("stopping after the current step; press Ctrl-C again to stop at once")
 
-        before = {number: signal.signal(number, request) for number in _STOPPING}
+        before = {number: signal.signal(number, receive) for number in _STOPPING}
         try:
-            yield flag
+            yield received
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -31,16 +31,15 @@ from icm_cli.commands.train_options import (
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt
 from icm_cli.session import Session, command
-from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Event
     from icmlora.fleet.encode import EncodeReport
-    from icmlora.fleet.train import Trained, TrainReport
-    from icmlora.fleet.train_few_shot import FewShotReport, FewShotTrained
-    from icmlora.fleet.update import Updated, UpdateReport
+    from icmlora.fleet.train import Trained
+    from icmlora.fleet.train_few_shot import FewShotTrained
+    from icmlora.fleet.update import Updated
 
 _EVENT_EVERY = 10  # steps between two JSON lines
 
@@ -136,55 +135,53 @@ class _Made:
 
 
 def _train(session: Session, options: _Options, *, few_shot: bool) -> _Made:
-    stopped = None
-    try:
-        with session.working("train", partial(_tell, session)) as fleet:
-            report = fleet.train(
-                device=options.device,
-                base_model=options.base_model,
-                quality=options.quality,
-                tolerance=options.tolerance,
-                width=options.width,
-                steps=options.steps,
-                learning_rate=options.lr,
-                seed=options.seed,
-                resume=options.resume,
-                fresh=options.fresh,
-            )
-    except Cancelled as stop:
-        report, stopped = cast("TrainReport", stop.report), stop
+    report, stopped = session.run(
+        "train",
+        lambda fleet: fleet.train(
+            device=options.device,
+            base_model=options.base_model,
+            quality=options.quality,
+            tolerance=options.tolerance,
+            width=options.width,
+            steps=options.steps,
+            learning_rate=options.lr,
+            seed=options.seed,
+            resume=options.resume,
+            fresh=options.fresh,
+        ),
+        partial(_tell, session),
+    )
     for trained in report.trained:
         _sum_up(session, trained)
         if trained.start_dropped and not few_shot:
             session.out.note("the new generator has no few-shot start; the earlier one had one")
             session.out.hint("`icm train --objective functional` trains one; codes do not change")
-    if stopped is not None:
+    if stopped:
         saved = f"saved a training checkpoint at step {report.stopped_at}" if report.stopped_at else "nothing was lost"
-        raise Interrupted(f"interrupted; {saved}", hint="run the same command to continue") from stopped
+        raise Interrupted(f"interrupted; {saved}", hint="run the same command to continue")
     partly = any(trained.left_out for trained in report.trained)
     return _Made([trained.base_model for trained in report.trained], partly=partly)
 
 
 def _update(session: Session, options: _Options) -> _Made:
-    stopped = None
-    try:
-        with session.working("update", partial(_tell, session)) as fleet:
-            report = fleet.update(
-                device=options.device,
-                base_model=options.base_model,
-                quality=options.quality,
-                tolerance=options.tolerance,
-                steps=options.steps,
-                learning_rate=options.lr,
-                seed=options.seed,
-            )
-    except Cancelled as stop:
-        report, stopped = cast("UpdateReport", stop.report), stop
+    report, stopped = session.run(
+        "update",
+        lambda fleet: fleet.update(
+            device=options.device,
+            base_model=options.base_model,
+            quality=options.quality,
+            tolerance=options.tolerance,
+            steps=options.steps,
+            learning_rate=options.lr,
+            seed=options.seed,
+        ),
+        partial(_tell, session),
+    )
     for updated in report.updated:
         _sum_up_update(session, updated)
-    if stopped is not None:
+    if stopped:
         unchanged = "interrupted; base models that are not listed did not change"
-        raise Interrupted(unchanged, hint="run the same command again") from stopped
+        raise Interrupted(unchanged, hint="run the same command again")
     partly = any(updated.left_out for updated in report.updated)
     return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks, partly)
 
@@ -215,19 +212,18 @@ def _encode_and_measure(session: Session, options: _Options, made: _Made) -> boo
 
 
 def _train_few_shot(session: Session, options: _Options, episodes: int) -> None:
-    stopped = None
-    try:
-        with session.working("episodes", partial(_tell_few_shot, session)) as fleet:
-            report = fleet.train_few_shot(
-                device=options.device, base_model=options.base_model, episodes=episodes, seed=options.seed
-            )
-    except Cancelled as stop:
-        report, stopped = cast("FewShotReport", stop.report), stop
+    report, stopped = session.run(
+        "episodes",
+        lambda fleet: fleet.train_few_shot(
+            device=options.device, base_model=options.base_model, episodes=episodes, seed=options.seed
+        ),
+        partial(_tell_few_shot, session),
+    )
     for trained in report.trained:
         _sum_up_few_shot(session, trained)
-    if stopped is not None:
+    if stopped:
         hint = "`icm train --objective functional` starts the episodes again; generators and codes do not change"
-        raise Interrupted("interrupted; no few-shot start was stored", hint=hint) from stopped
+        raise Interrupted("interrupted; no few-shot start was stored", hint=hint)
 
 
 def _tell(session: Session, event: Event) -> None:

@@ -43,13 +43,6 @@ class Progress(Event):
     note: str = ""
 
 
-class StopFlag:
-    """Says that the user asked to stop; use cases look at it between atomic steps."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-
 def ignore(event: Event) -> None:
     """Do nothing with an event."""
 
@@ -113,7 +106,7 @@ def reporting(report: object) -> Iterator[None]:
         raise
 
 
-def chosen_tasks(store: Store, names: Sequence[str], base_model: str | None = None) -> list[TaskRecord]:
+def select_tasks(store: Store, names: Sequence[str], base_model: str | None = None) -> list[TaskRecord]:
     """Return the selected tasks, each once, ordered by base model and name.
 
     Args:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.adapter.model import Adapter
 from icmlora.errors import Cancelled, DataError, IcmLoraError
 from icmlora.fleet.adapter_source import mean_vectors
-from icmlora.fleet.context import Context, Event, chosen_tasks, read_samples, reporting
+from icmlora.fleet.context import Context, Event, read_samples, reporting, select_tasks
 from icmlora.fleet.decoding import codec_of_task
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import TaskLosses, losses_on_own_text
@@ -130,7 +130,7 @@ def encode(context: Context, request: EncodeRequest) -> EncodeReport:
     """
     report = EncodeReport()
     with context.open() as store, reporting(report):
-        tasks = chosen_tasks(store, request.names, request.base_model)
+        tasks = select_tasks(store, request.names, request.base_model)
         encoder = Encoder(store, request, Models(store, resolve_device(request.device), context.cache))
         context.progress(0, len(tasks))
         for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):

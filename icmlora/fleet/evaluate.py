@@ -16,7 +16,7 @@ from icmlora.base_models.examples import EvaluationData
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.fleet.compare import BaselineResult, Baselines
-from icmlora.fleet.context import Context, Event, chosen_tasks, locate_base, reporting
+from icmlora.fleet.context import Context, Event, locate_base, reporting, select_tasks
 from icmlora.fleet.loading import Models
 from icmlora.fleet.measure import MAX_TOKENS, SOURCES, SourceResult, TaskLosses, own_text
 from icmlora.io.devices import resolve_device
@@ -163,7 +163,7 @@ def _given_text(path: Path | None) -> EvaluationData | None:
 
 
 def _tasks_with_text(store: Store, request: EvaluateRequest, report: EvaluateReport) -> list[TaskRecord]:
-    tasks = chosen_tasks(store, request.names)
+    tasks = select_tasks(store, request.names)
     if request.data is not None:
         return tasks
     report.without_data = sorted(task.name for task in tasks if task.eval_data is None)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.errors import Cancelled, DataError, IcmLoraError
-from icmlora.fleet.context import Context, Event, chosen_tasks, reporting
+from icmlora.fleet.context import Context, Event, reporting, select_tasks
 from icmlora.fleet.decoding import decode_code
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import losses_on_own_text
@@ -126,7 +126,7 @@ def evict(context: Context, request: EvictRequest) -> EvictReport:
     # Loading a base model to measure a gain may tell the store what it is, so that takes a writable store.
     read_only = request.dry_run and request.min_gain is None
     with context.open(read_only=read_only) as store, reporting(report):
-        tasks = chosen_tasks(store, request.names)
+        tasks = select_tasks(store, request.names)
         work = Evictor(store, request, Models(store, resolve_device(request.device), context.cache))
         report.left = store.originals.finish_evictions(dry_run=request.dry_run)
         context.progress(0, len(tasks))

@@ -77,7 +77,7 @@ def test_verify_yields_a_damaged_blob_and_repair_moves_it(fleet_of: Fleet) -> No
     (finding,) = fleet_of.verify()
     assert (finding.kind, finding.tasks) == ("length", ("rust",))
     ((moved, place),) = fleet_of.repair()
-    assert (moved.digest, place.exists(), path.exists()) == (weights, True, False)
+    assert (moved.digest, Path(place).exists(), path.exists()) == (weights, True, False)
 
 
 def test_verify_of_a_good_store_yields_nothing(fleet_of: Fleet) -> None:
