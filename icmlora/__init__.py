@@ -16,40 +16,78 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from icmlora.errors import (
+    AdapterRefused,
+    BaseModelMismatch,
+    BaseModelNotFound,
+    BundleError,
+    Cancelled,
+    CodeError,
+    DataError,
+    DeviceUnavailable,
+    GeneratorError,
+    IcmLoraError,
+    OutputExists,
+    UnsafeInput,
+)
+from registry.errors import (
+    DamagedStore,
+    IcmError,
+    LastCopy,
+    RegistryError,
+    StoreLocked,
+    StoreNotFound,
+    TaskConflict,
+    TaskNotFound,
+)
+
 if TYPE_CHECKING:
-    from icmlora.adapter.model import Adapter
-    from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, IcmLoraError
+    from icmlora.adapter.model import Adapter, LoraModule
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.bundles import Bundle
     from icmlora.fleet.context import Event, Progress
-    from icmlora.formats.peft import load_adapter_folder, save_adapter
+    from icmlora.formats.folder import load_adapter, save_adapter
 
 __all__ = [
     "Adapter",
     "AdapterRefused",
+    "BaseModelMismatch",
     "BaseModelNotFound",
     "Bundle",
+    "BundleError",
     "Cancelled",
+    "CodeError",
+    "DamagedStore",
+    "DataError",
+    "DeviceUnavailable",
     "Event",
     "Fleet",
+    "GeneratorError",
+    "IcmError",
     "IcmLoraError",
+    "LastCopy",
+    "LoraModule",
+    "OutputExists",
     "Progress",
-    "load_adapter_folder",
+    "RegistryError",
+    "StoreLocked",
+    "StoreNotFound",
+    "TaskConflict",
+    "TaskNotFound",
+    "UnsafeInput",
+    "load_adapter",
     "save_adapter",
 ]
 
 _HOMES = {
     "Adapter": "icmlora.adapter.model",
-    "AdapterRefused": "icmlora.errors",
-    "BaseModelNotFound": "icmlora.errors",
     "Bundle": "icmlora.fleet.bundles",
-    "Cancelled": "icmlora.errors",
     "Event": "icmlora.fleet.context",
     "Fleet": "icmlora.fleet.api",
-    "IcmLoraError": "icmlora.errors",
+    "LoraModule": "icmlora.adapter.model",
     "Progress": "icmlora.fleet.context",
-    "load_adapter_folder": "icmlora.formats.peft",
-    "save_adapter": "icmlora.formats.peft",
+    "load_adapter": "icmlora.formats.folder",
+    "save_adapter": "icmlora.formats.folder",
 }
 
 

@@ -76,6 +76,9 @@ class StoredFleet:
     def plan_removal(self, tasks: Sequence[str]) -> list[Removal]:
         """Return what `remove` would take away; nothing changes.
 
+        Args:
+            tasks: Names of tasks.
+
         Raises:
             TaskNotFound: A task is not in the store.
         """

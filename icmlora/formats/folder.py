@@ -1,0 +1,69 @@
+"""Read and write one adapter folder, whatever its format. For Python programs; icm itself reads from its store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.errors import AdapterRefused, located
+from icmlora.formats.catalogue import FORMATS, format_named
+from icmlora.formats.format import AdapterPaths, write_adapter_folder
+from icmlora.formats.peft_config import MAX_CONFIG_BYTES
+from icmlora.formats.tree import Folder
+from icmlora.io.files import read_regular
+from icmlora.io.safetensors import read_tensor_file
+
+if TYPE_CHECKING:
+    from icmlora.adapter.model import Adapter
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Read the adapter in a folder into memory: float32, with LoRA's scale folded into B.
+
+    Args:
+        folder: A folder with one adapter, in any format that icm knows. Folders below it are not searched.
+
+    Raises:
+        UnsafeInput: A pickle, a link, or a file beyond the limits.
+        AdapterRefused: There is no adapter, it is damaged, or it could not be given back exactly; `kind` says why.
+    """
+    place = Path(folder)
+    entries = {path.name: path for path in place.iterdir() if path.is_file()} if place.is_dir() else {}
+    for known in FORMATS:
+        for paths in known.find(Folder(place, entries)):
+            return known.read(_config(paths), read_tensor_file(paths.weights), path=place).adapter
+    hint = "name the folder that holds adapter_config.json"
+    raise AdapterRefused("there is no adapter in this folder", kind="empty", path=place, hint=hint)
+
+
+def save_adapter(
+    adapter: Adapter,
+    folder: str | Path,
+    *,
+    adapter_format: str = "peft",
+    dtype: str = "bfloat16",
+    card: str = "",
+    force: bool = False,
+) -> None:
+    """Write an adapter as a folder: complete and durable, or not at all. The same arguments give the same bytes.
+
+    Args:
+        adapter: What to write.
+        folder: Absent or empty, unless `force`.
+        adapter_format: Name of the format.
+        dtype: Number format of the weights: "bfloat16", "float16" or "float32".
+        card: Text of the model card.
+        force: Replace the adapter in a folder that holds something.
+
+    Raises:
+        OutputExists: The folder is not empty and `force` is not given.
+        AdapterRefused: A value that `dtype` cannot hold.
+    """
+    known, place = format_named(adapter_format), Path(folder)
+    with located(place):
+        files = known.encode(adapter, dtype=dtype, card=card, metadata={})
+    write_adapter_folder(place, known, files, force=force)
+
+
+def _config(paths: AdapterPaths) -> bytes:
+    return b"" if paths.config is None else read_regular(paths.config, max_bytes=MAX_CONFIG_BYTES)
