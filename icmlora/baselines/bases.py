@@ -42,10 +42,11 @@ class Bases:
     def core(self, module: LoraModule) -> torch.Tensor:
         """Return the core of one module of one task: (r, r), or (r,) if diagonal."""
         u, v = self.outputs[module.name], self.inputs[module.name]
+        # Through the narrow factors: dW itself would be (out, in).
         projected = (u.mT @ module.b) @ (module.a @ v)  # (r, r)
         if not self.diagonal:
             return projected
-        gram = (u.mT @ u) * (v.mT @ v)
+        gram = (u.mT @ u) * (v.mT @ v)  # (r, r): inner products of the rank-1 matrices u_i v_i^T
         return _solved(gram, projected.diagonal()[None])[0]
 
     def explained(self, adapter: Adapter) -> float:
@@ -87,7 +88,7 @@ def _sketched(
     fleet: NamedAdapters, tasks: list[str], rank: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return first orthonormal bases from random sketches of all dW, as the range finder of a randomised SVD."""
-    random = torch.Generator().manual_seed(_SEED)
+    random = torch.Generator().manual_seed(_SEED)  # the same fleet gives the same bytes
     outputs: dict[str, torch.Tensor] = {}
     inputs: dict[str, torch.Tensor] = {}
     for task in tasks:

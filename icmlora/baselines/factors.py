@@ -22,6 +22,7 @@ def factors_to_bytes(adapter: Adapter, quantizer: ValueQuantizer) -> bytes:
     """Serialise an adapter's factors as they are."""
     parts = [Head.of(adapter).to_bytes()]
     for module in adapter.modules:
+        # A (r, in) and B^T (r, out): in both a row is one rank slot.
         parts += [quantizer.encode(module.a), quantizer.encode(module.b.mT)]
     return b"".join(parts)
 
@@ -101,6 +102,7 @@ class FleetMean:
         """Store the difference to the decoded mean, if differences are stored."""
         if self.residual is None:
             return b""
+        # The difference to the mean as it is stored, so that its rounding error is corrected too.
         mean = among(factors_from_bytes(shared, self.quantizer).modules, adapter)
         return self.residual.encode(plus(adapter, times(mean, -1.0)), b"")
 

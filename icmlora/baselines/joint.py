@@ -108,6 +108,7 @@ class Joint:
         places = _k_means(torch.stack([_features(common, fleet[task]) for task in names]), self.clusters)
         for _ in range(self._ROUNDS):
             groups = _members(names, places)
+            # Loads the fleet again for every round, so that one adapter at a time is in memory.
             fitted = [self._fit(fleet, tasks) for tasks in groups]
             moved = [_best(fitted, fleet[task]) for task in names]
             if _members(names, moved) == groups:
@@ -142,6 +143,7 @@ def _features(bases: Bases, adapter: Adapter) -> torch.Tensor:
 
 def _k_means(points: torch.Tensor, clusters: int) -> list[int]:
     """Cluster unit vectors (n, d), starting from the point nearest to the mean and then those farthest from all."""
+    # Deterministic, unlike random first centres: the same fleet gives the same bytes.
     centres = points[(points @ points.mean(dim=0)).argmax()][None]
     while len(centres) < min(clusters, len(points)):
         centres = torch.cat([centres, points[torch.cdist(points, centres).amin(dim=1).argmax()][None]])

@@ -41,7 +41,7 @@ class MixedPrecision(PerAdapter):
 
     def encode(self, adapter: Adapter, shared: bytes) -> bytes:
         """Split, quantise and serialise one adapter."""
-        balanced = canonicalize(adapter)
+        balanced = canonicalize(adapter)  # rows of A and columns of B in the order of falling singular values
         counts = [_carriers(module, self.ratio) for module in balanced.modules]
         parts = [Head.of(balanced).to_bytes(), bytes(counts)]
         for module, count in zip(balanced.modules, counts, strict=True):

@@ -67,7 +67,7 @@ class Int8:
     def encode(self, values: torch.Tensor) -> bytes:
         """Round to the nearest of 255 levels."""
         scales = _rounded(values.abs().amax(dim=1, keepdim=True) / 127)
-        levels = torch.where(scales > 0, values / scales, 0.0).round().clamp(-127, 127)
+        levels = torch.where(scales > 0, values / scales, 0.0).round().clamp(-127, 127)  # (rows, columns)
         return _halves(scales) + levels.to(torch.int8).numpy().tobytes()
 
     def decode(self, data: bytes, rows: int, columns: int) -> torch.Tensor:
@@ -93,6 +93,7 @@ class Nf4:
         padded = torch.nn.functional.pad(values.reshape(-1), (0, blocks * self.block - count)).reshape(-1, self.block)
         scales = _rounded(padded.abs().amax(dim=1, keepdim=True))
         unit = torch.where(scales > 0, padded / scales, 0.0)
+        # Borders half way between two levels.
         nearest = torch.bucketize(unit, (_NF4[1:] + _NF4[:-1]) / 2).reshape(-1)[:count]
         return _halves(scales) + pack(nearest.numpy().astype(np.uint8), 4)
 
@@ -155,7 +156,7 @@ class Uniform:
         return _BF16 * groups + packed_size(groups * width, self.bits)
 
     def _encode(self, values: torch.Tensor) -> bytes:
-        half = (1 << self.bits) // 2
+        half = (1 << self.bits) // 2  # levels on either side of zero
         largest = values.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         kept = torch.full_like(largest, -1.0)
         levels = torch.zeros_like(values)
@@ -174,7 +175,7 @@ class Uniform:
         return (levels.reshape(groups, width) + 0.5 - (1 << self.bits) / 2) * scales
 
     def _scales(self, values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        overlap = (values * levels).sum(dim=1, keepdim=True)
+        overlap = (values * levels).sum(dim=1, keepdim=True)  # (groups, 1)
         if not self.full:
             return overlap / (levels * levels).sum(dim=1, keepdim=True)
         return torch.where(overlap > 0, (values * values).sum(dim=1, keepdim=True) / overlap, 0.0)

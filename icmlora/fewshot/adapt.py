@@ -67,6 +67,7 @@ def supports(samples: Sequence[Prepared], learned: int) -> list[Sequence[Prepare
     if len(samples) <= USUAL_SAMPLES:
         return [samples] * learned
     steps = max(learned, math.ceil(len(samples) / USUAL_SAMPLES))
+    # Every step-th sample in turn, so that neighbours in the file end up in different steps.
     mixed = [sample for first in range(steps) for sample in samples[first::steps]]
     places = [range(step * USUAL_SAMPLES, (step + 1) * USUAL_SAMPLES) for step in range(steps)]
     return [[mixed[place % len(mixed)] for place in some] for some in places]

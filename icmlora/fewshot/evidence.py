@@ -79,7 +79,7 @@ def gather_evidence(
         batch = samples[first : first + batch_size]
         real = base.modality.counted(base, batch)  # (rows, T)
         with added(base.model, start), _summing(base.model, real, sums), recomputing(base.model):
-            loss = base.modality.loss(base, batch)
+            loss = base.modality.loss(base, batch)  # summed over the scored tokens, in nats
             loss.backward()  # type: ignore[no-untyped-call]
         nats += float(loss.detach())
     found = {name: ModuleEvidence(*(part / tokens for part in parts)) for name, parts in sums.items()}

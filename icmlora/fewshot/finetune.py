@@ -56,7 +56,7 @@ def finetune(
     draw = random.Random(config.seed)  # noqa: S311 - the order of samples, not secrets
     waiting: list[Prepared] = []
     for step in range(config.steps):
-        while len(waiting) < config.batch:
+        while len(waiting) < config.batch:  # the next pass over the samples, in another order
             waiting += draw.sample(list(samples), len(samples))
         batch, waiting = waiting[: config.batch], waiting[config.batch :]
         for group in optimizer.param_groups:

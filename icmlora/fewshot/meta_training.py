@@ -145,6 +145,7 @@ def _split(
 ) -> tuple[list[Prepared], list[list[Prepared]]]:
     """Draw support samples, and the query samples of each update from the others."""
     shuffled = draw.sample(list(samples), len(samples))
+    # At most half of the samples are support, so that there are others to query.
     size = min(size, max(1, len(shuffled) // 2))
     support, rest = shuffled[:size], shuffled[size:] or shuffled
     return support, [[draw.choice(rest) for _ in range(config.query)] for _ in range(config.updates)]
@@ -168,9 +169,10 @@ def _episode(
         units.append(unit_steps(gather_evidence(base, factors_of(current), names, support)))
         lengths = learned.lengths(start, step, len(support)).tolist()
         current = plus(current, lengthened(units[-1], lengths))
-    losses = []
+    losses = []  # on each query, relative to the task's own adapter
     for query in queries:
         with torch.no_grad():
+            # Nats per token of the bare base model and of the task's own adapter: 1 and 0 on the scale of the loss.
             nothing, best = (_nats(base, factors, query) for factors in ({}, factors_of(own)))
         every = [learned.lengths(start, step, len(support)) for step in range(len(units))]
         optimizer.zero_grad()

@@ -56,6 +56,7 @@ def _unit_step(name: str, evidence: ModuleEvidence, rank: int) -> LoraModule:
     width = min(scaled.shape)
     u, s, v = torch.svd_lowrank(scaled, q=min(rank + _OVERSAMPLING, width), niter=2)
     u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+    # Balanced factors with |B A| = 1; the sign makes the step go downhill.
     root = (s / s.norm().clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
     return LoraModule(name, (v * root).T.contiguous(), -(u * root))
 

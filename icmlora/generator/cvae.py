@@ -64,14 +64,14 @@ class Prediction:
 
 
 class CVAE(nn.Module):
-    """Encoder, prior and decoder of one fleet (picture above). All sizes come from `GeneratorConfig`."""
+    """TokenEncoder, prior and decoder of one fleet (picture above). All sizes come from `GeneratorConfig`."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
         kinds, layers, slots, width = len(config.kinds), config.layers, config.slots, config.width
         self.condition = ConditionNet(config)
-        self.encoder = Encoder(config)
+        self.encoder = TokenEncoder(config)
         self.prior = nn.Linear(config.condition, 2 * config.latent)  # mean and log scale of z
         nn.init.zeros_(self.prior.weight)
         nn.init.zeros_(self.prior.bias)
@@ -198,7 +198,7 @@ class ConditionNet(nn.Module):
         return _BYTE * torch.tanh(self.out(silu(hidden)))
 
 
-class Encoder(nn.Module):
+class TokenEncoder(nn.Module):
     """q(z|w,c): a bilinear sketch of every rank slot, an MLP, and a mean over slots weighted by energy.
 
     The sketch (P v) * (Q u) stays the same when both vectors change sign, which singular vectors may do.

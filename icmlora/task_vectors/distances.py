@@ -50,8 +50,9 @@ class VectorSpace:
         Args:
             tasks: At least one task of at least one vector.
         """
-        means = mean_vectors(tasks)
+        means = mean_vectors(tasks)  # (n, d)
         several = [vectors - vectors.mean(axis=0) for vectors in _exact(tasks) if len(vectors) > 1]
+        # One mean was estimated for each task, so a task of s vectors has s - 1 degrees of freedom.
         freedom = sum(len(vectors) - 1 for vectors in several)
         squares = sum((np.square(vectors).sum(axis=0) for vectors in several), np.zeros(means.shape[1]))
         noise = np.sqrt(squares / freedom) if freedom else means.std(axis=0)

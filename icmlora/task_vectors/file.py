@@ -107,7 +107,7 @@ def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
         head, integers = _quantised(_VIEWS.index(view), exact[view], first)
         writer.write(clip(integers[0] - head.predicted(first)), np.full(length, head.mean_scale, dtype=np.int32))
         writer.write(clip(integers[1:].ravel()), np.full(integers[1:].size, head.spread_scale, dtype=np.int32))
-        first = first if heads else integers[0]
+        first = first if heads else integers[0]  # later views are predicted from the first one
         heads += _VIEW.pack(*astuple(head))
     return add_checksum(_MAGIC + _HEAD.pack(len(present), length) + heads + writer.to_bytes())
 
@@ -166,13 +166,13 @@ def _quantised(which: int, exact: Floats, first: Floats) -> tuple[_ViewHead, Flo
     Returns:
         How the view is written, and its whole numbers (sets, length): the mean in the first row, then differences.
     """
-    coefficients = _cosines(len(exact)) @ exact
+    coefficients = _cosines(len(exact)) @ exact  # (sets, length)
     typical = _typical(exact)
     step = _STEP * _typical(coefficients[1:]) if len(exact) > 1 else _SINGLE * typical
     # The mean must fit the largest scale, and an outlier the largest integer.
     step = max(step, _FINEST * typical, 16 * float(np.abs(coefficients).max(initial=0.0)) / LIMIT, 2.0**-120)
     exponent = round(OCTAVE * np.log2(step))
-    steps = coefficients / 2.0 ** (exponent / OCTAVE)
+    steps = coefficients / 2.0 ** (exponent / OCTAVE)  # in units of the step as it is stored
     head = _ViewHead(which, len(exact), exponent, _slope(steps[0], first), 0, _scale(steps[1:]))
     return replace(head, mean_scale=_scale(steps[0] - head.predicted(first))), np.rint(steps)
 

@@ -113,7 +113,7 @@ def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
         raise ValueError(f"a map has {FEWEST} tasks or more")
     names, means, space = list(tasks), mean_vectors(tasks), VectorSpace.of(tasks)
     placed = space.place(means)
-    distances = cosine_distances(placed, placed)
+    distances = cosine_distances(placed, placed)  # (n, n)
     labels = cluster(distances, clusters)
     values = silhouettes(distances, labels)
     apart = distances + np.diag(np.full(len(names), np.inf))  # (n, n): nobody is the nearest task of itself
@@ -121,7 +121,7 @@ def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
     fence = _upper_fence(gaps)
     owners = np.repeat(np.arange(len(names)), [len(vectors) for vectors in tasks.values()])
     vectors = space.place(np.concatenate(list(tasks.values())))
-    between = cosine_distances(vectors, vectors)
+    between = cosine_distances(vectors, vectors)  # (m, m)
     # In units of the length of the task's mean vector, the mean of its vectors is the task's direction.
     lengths = np.linalg.norm(placed, axis=1)
     points, spread, variation = _plane(directions(placed), vectors / np.where(lengths > 0, lengths, 1.0)[owners, None])
@@ -160,7 +160,7 @@ def _plane(points: Floats, others: Floats) -> tuple[Floats, Floats, tuple[float,
     middle = points.mean(axis=0)
     _, strengths, axes = np.linalg.svd(points - middle, full_matrices=False)
     plane = axes[:2]
-    flat = (points - middle) @ plane.T
+    flat = (points - middle) @ plane.T  # (n, 2)
     # A singular vector has no sign of its own: the farthest point is put on the positive side of each axis.
     signs = np.sign(flat[np.abs(flat).argmax(axis=0), [0, 1]])
     plane = plane * np.where(signs < 0, -1.0, 1.0)[:, None]
@@ -185,7 +185,7 @@ def _pairs(names: list[str], distances: Floats, between: Floats, owners: Labels)
     """
     member = (owners[:, None] == np.arange(len(names))).astype(np.float64)  # (vectors, tasks)
     sizes = member.sum(axis=0)
-    sums = member.T @ between @ member
+    sums = member.T @ between @ member  # (tasks, tasks), over all pairs of vectors
     # A task of s vectors has s (s - 1) ordered pairs of two different ones.
     within = sums.diagonal() / np.maximum(sizes * (sizes - 1), 1)
     alike = sums / np.outer(sizes, sizes) <= _SLACK * np.maximum(within[:, None], within[None, :])

@@ -100,7 +100,7 @@ def peft_fleet() -> MemoryAdapterSource:
 
 
 @cache
-@torch.enable_grad()  # whoever asks first may be without
+@torch.enable_grad()  # the first caller may be in no_grad
 def peft_file() -> bytes:
     """Return the file of a generator trained on them."""
     state = begin(peft_fleet(), 40)

@@ -132,6 +132,7 @@ def uneven(config: GeneratorConfig) -> Sensitivity:
 
 
 @cache
+@torch.enable_grad()  # the first caller may be in no_grad
 def trained_file(sets: int = 2) -> bytes:
     """Return the file of a generator trained on the mixed fleet."""
     state = begin(mixed_fleet(sets), 40)
