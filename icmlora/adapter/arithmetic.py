@@ -17,11 +17,12 @@ _WORKING_RANK = 256
 
 
 def plus(left: Adapter, right: Iterable[LoraModule]) -> Adapter:
-    """Add modules to an adapter; its head stays."""
+    """Add the dW of some modules to an adapter."""
     total = {module.name: module for module in left.modules}
     for module in right:
         known = total.get(module.name)
         if known is not None:
+            # B A + B' A' = [B B'] [A; A'], exactly: (out, r + r') times (r + r', in).
             a, b = torch.cat([known.a, module.a]), torch.cat([known.b, module.b], dim=1)
             module = LoraModule(module.name, a, b)
         total[module.name] = module
@@ -34,13 +35,14 @@ def times(modules: Iterable[LoraModule], factor: float) -> list[LoraModule]:
 
 
 def with_modules(adapter: Adapter, modules: Iterable[LoraModule]) -> Adapter:
-    """Return an adapter of other modules."""
+    """Return a copy of an adapter with other modules."""
     chosen = tuple(modules)
     return replace(adapter, modules=chosen, target_modules=target_modules(module.name for module in chosen))
 
 
 def truncated(adapter: Adapter, rank: int) -> Adapter:
     """Return the best adapter of a smaller rank, in the Frobenius norm of dW."""
+    # Canonical slots are sorted by singular value, so the first ones are the best (Eckart and Young).
     cut = [LoraModule(module.name, module.a[:rank], module.b[:, :rank]) for module in canonicalize(adapter).modules]
     return replace(adapter, modules=tuple(cut))
 
@@ -62,6 +64,7 @@ def mean_adapter(adapters: Iterable[Adapter], rank: int) -> Adapter:
         count += 1
         owners.update(module.name for module in adapter.modules)
         total = adapter if total is None else plus(total, adapter.modules)
+        # Ranks add up with every adapter; cutting now and then bounds memory.
         if max(shape.rank for shape in total.layout) > _WORKING_RANK:
             total = truncated(total, _WORKING_RANK // 2)
     if total is None:

@@ -27,6 +27,7 @@ def target_modules(modules: Iterable[str]) -> tuple[str, ...]:
     only where the layers 0, 1, 2 ... are all there; otherwise the modules are named in full.
     """
     names = tuple(dict.fromkeys(modules))
+    # Which layer numbers each short name occurs in; a name with no number, or several, has no layer.
     layers: dict[str, set[int]] = {}
     numbered = True
     for name in names:

@@ -40,7 +40,7 @@ class Adapter:
     Attributes:
         base_model: The base model's label, opaque text.
         task_type: PEFT's task type ("CAUSAL_LM"), or None.
-        target_modules: Literal names for the configuration, as `icmlora.layout.target_modules` derives them.
+        target_modules: Literal names for the configuration, as `icmlora.adapter.layout.target_modules` derives them.
         modules: The adapted modules; they are put in natural order.
         revision: The base model's revision, or None.
     """

@@ -26,6 +26,7 @@ def read_examples(data: bytes, *, path: str | Path | None = None) -> tuple[Any, 
     Raises:
         DataError: None does; the message is the last one's.
     """
+    # The last modality is the most general one, and its message is the most helpful.
     for known in MODALITIES[:-1]:
         try:
             return known.read_examples(data, path=path)

@@ -27,6 +27,7 @@ def last_positions(base: BaseModel, texts: Sequence[str], limit: int) -> torch.T
     """
     rows = [_tokens(base.tokenizer, text, limit) for text in texts]
     hidden = _last_layer(base, *padded(rows))  # (texts, T, d)
+    # Padding is on the right, so the last real token of a row is at its length minus one.
     last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
     return hidden[torch.arange(len(rows), device=hidden.device), last].float()
 
@@ -51,6 +52,7 @@ def _demonstrations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], li
     separator = list(tokenizer(_SEPARATOR, add_special_tokens=False)["input_ids"])
     share = max(1, limit // len(texts) - len(separator))
     packed = _tokens(tokenizer, texts[0], share)
+    # Only the first text may begin with special tokens: another one would look like a new document.
     for text in texts[1:]:
         packed += separator + _tokens(tokenizer, text, share, special=False)
     return packed[:limit]
@@ -64,6 +66,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, specia
 
 
 def _last_layer(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    # The trunk without its head: logits over the whole vocabulary would cost as much as several layers.
     trunk = base.model.base_model
     with torch.no_grad():
         output = trunk(input_ids=ids.to(base.model.device), attention_mask=mask.to(base.model.device), use_cache=False)

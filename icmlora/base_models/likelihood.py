@@ -137,6 +137,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int) 
         # Without special tokens, or the tokenizer would start a second text between prompt and completion.
         options = {"add_special_tokens": False, "truncation": True, "max_length": limit - 1}
         answer = list(tokenizer(example.completion, **options)["input_ids"])
+        # Cut the prompt at its beginning: the tokens next to the answer say most about it.
         prompt = prompt[-(limit - len(answer)) :]
         ids, first = prompt + answer, max(1, len(prompt))
     return Scored(ids, first) if len(ids) > first else None
@@ -154,6 +155,7 @@ def _row_nats(logits: torch.Tensor, ids: torch.Tensor, item: Scored) -> float:
     end = len(item.ids)
     predicted = logits[item.first - 1 : end - 1].float()
     losses = functional.cross_entropy(predicted, ids[item.first : end], reduction="none")
+    # float64: a sum over thousands of tokens would lose digits that a retained gain needs.
     return float(losses.double().sum())
 
 
@@ -178,6 +180,7 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
     """
     ids, mask = padded([item.ids for item in items], base.device)
     inputs = {"inputs_embeds": _leaf(base, ids)} if from_leaf else {"input_ids": ids}
+    # A single text has no padding, and without a mask attention may use its fastest kernel.
     if len(items) > 1:
         inputs["attention_mask"] = mask
     logits = base.model(**inputs, use_cache=False).logits  # (texts, T, vocabulary)
@@ -191,11 +194,13 @@ def summed_loss(base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
 
 
 def _leaf(base: BaseModel, ids: torch.Tensor) -> torch.Tensor:
+    # Autograd only runs from a leaf that takes gradients, and every parameter of the base model is frozen.
     embedded: torch.Tensor = base.model.get_input_embeddings()(ids)  # (texts, T, d)
     return embedded.detach().requires_grad_()
 
 
 def _row_loss(logits: torch.Tensor, item: Scored) -> torch.Tensor:
+    # The logits at token t predict token t + 1.
     predicted = logits[item.first - 1 : -1].float()  # (scored tokens, vocabulary)
     wanted = torch.tensor(item.ids[item.first :], device=logits.device)
     return functional.cross_entropy(predicted, wanted, reduction="sum")

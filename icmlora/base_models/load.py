@@ -40,6 +40,7 @@ def load_base_model(
             model, tokenizer = load_gguf(found.path, dtype or inference_dtype(device))
         else:
             model, tokenizer = _load_folder(found, dtype or inference_dtype(device))
+    # Frozen, or every backward pass would keep a gradient as large as the model; no dropout.
     model.requires_grad_(False).train(False).to(device)
     sizes = model.config.get_text_config()
     return BaseModel(
@@ -60,6 +61,7 @@ def _load_folder(found: FoundBase, dtype: torch.dtype) -> tuple[PreTrainedModel,
         found.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
     model, report = loaded
+    # The library would fill missing weights with random numbers and only warn.
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"its weight files lack {missing[0]!r} (and {len(missing) - 1} more)")

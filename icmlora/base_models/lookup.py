@@ -71,6 +71,7 @@ def find_base_model(
     if alias is not None:
         return inspect_base(label, Path(alias))
     reason = "no local copy of the base model was found"
+    # A local path comes before the cache: it is what the trainer loaded on this machine.
     for path in (_local(label), _cached(label, cache_dir, revision)):
         if path is None:
             continue
@@ -88,6 +89,7 @@ def inspect_base(label: str, path: Path) -> FoundBase:
         BaseModelNotFound: It does not; the message says what is missing.
     """
     if path.is_dir():
+        # A folder with one GGUF file and nothing else is that file; several are ambiguous.
         lone = sorted(path.glob("*.gguf"))
         if not (path / "config.json").is_file() and len(lone) == 1:
             return _gguf(label, lone[0])

@@ -39,6 +39,7 @@ def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> 
 
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     """Return (out, in) of a linear layer; quantised layers and GPT-2's Conv1D have the sizes in attributes."""
+    # A quantised weight is packed, so its shape says nothing; GPT-2's Conv1D stores it transposed.
     for outputs, inputs in (("out_features", "in_features"), ("nf", "nx")):
         if module is not None and hasattr(module, outputs) and hasattr(module, inputs):
             return int(getattr(module, outputs)), int(getattr(module, inputs))

@@ -91,6 +91,7 @@ def open_bundle(path: Path) -> Iterator[BundleFile]:
             raise BundleError("the bundle's index is damaged", hint=_HINT)
         index = index_from_json(text)
         start = _HEAD.size + length
+        # Parts follow each other without gaps, so the length alone shows a file that was cut short.
         expected = start + sum(part.size for part in index.parts)
         if size != expected:
             raise BundleError(f"the bundle has {size:,} bytes, not {expected:,}", hint=_HINT)
@@ -117,7 +118,7 @@ def write_bundle(
         UnsafeInput: The index is larger than readers allow.
     """
     text = index_to_json(index)
-    index_from_json(text)  # what no reader would take is not written
+    index_from_json(text)  # readers have limits: what they would refuse is not written
     with writing_file(path, force=force) as stream:
         stream.write(_prefix(text) + bytes.fromhex(_digest(text)) + text)
         for part in index.parts:

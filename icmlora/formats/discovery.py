@@ -164,6 +164,7 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
         if first.paths != located.paths:
             message = f"step {step} was found already, in {escape(first.paths.place.name, 120)}"
             refused.append(AdapterRefused(message, kind="name-collision", path=located.paths.place))
+    # Next to an adapter that is read, the same adapter as a pickle or in shards is not worth a refusal.
     if not found:
         of_no_format = foreign_adapters(folder.files)
         refused.extend(of_no_format or [error for known in catalogue.FORMATS for error in known.refuse(folder)])
@@ -191,6 +192,7 @@ def _home(path: Path, root: Path) -> tuple[Path, int | None]:
     `run/checkpoint-80` belongs to `run`. PEFT saves an adapter that is not called "default" one level deeper: so
     `run/checkpoint-80/NAME` belongs to `run/NAME`, where the same trainer puts the final adapter.
     """
+    # The innermost checkpoint-N is the step; the folder given may be one itself, so its own name takes part.
     parts = [root.name, *path.relative_to(root).parts]
     for index in range(len(parts) - 1, -1, -1):
         step = step_of(parts[index])
@@ -212,6 +214,7 @@ def _gathered(runs: Mapping[Path, _Run], refused: list[AdapterRefused]) -> dict[
     for home, folders in places.items():
         inner = [found.pop(folder) for folder in folders]
         outer = runs.get(home, _Run())
+        # The run's checkpoints and one `final` or `best` folder fit together if no step is there twice.
         if len(inner) == 1 and not outer.adapters.keys() & inner[0].adapters.keys():
             found[home] = outer.joined(inner[0])
             continue

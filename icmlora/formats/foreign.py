@@ -66,6 +66,7 @@ def _foreign(name: str, path: Path) -> AdapterRefused | None:
             return _refusal(("gguf", "a llama.cpp adapter", "give the PEFT folder it was made from"), path)
     elif name.endswith(".safetensors"):
         head = _peek(path, _PEEK_BYTES)
+        # Searched as text and not parsed: this file may have nothing to do with icm.
         header = head[8 : 8 + int.from_bytes(head[:8], "little")]
         return next((_refusal(facts, path) for mark, facts in _MARKS if re.search(mark, header)), None)
     return None

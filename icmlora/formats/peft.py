@@ -94,6 +94,7 @@ class PeftFormat:
 
         if extras:
             raise AdapterRefused(f"{next(iter(extras))} cannot be written as PEFT", kind="extras")
+        # Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all.
         rank = _written_rank(adapter)
         tensors = {}
         for module in adapter.modules:
@@ -135,6 +136,7 @@ def load_adapter(config: bytes, weights: bytes, *, path: str | Path | None = Non
         tensors = decode_float32(weights, read_header(weights))
         modules = []
         for pair in checked.pairs:
+            # The scale goes into B, as A may be the initial one, whose bits the seed search needs.
             b = tensors[pair.b.name] * checked.config.scale_of(pair.module)
             modules.append(LoraModule(pair.module, tensors[pair.a.name], b))
         _check_scaled(modules)

@@ -63,6 +63,7 @@ def _plan(config: bytes, text: bytes, size: int) -> _Plan:
     header = parse_header(text, size)
     pairs = pair_factors(header)
     for pair in pairs:
+        # PEFT would build layers of the stated rank and then fail to load the tensors.
         rank, stated = pair.a.shape[0], parsed.rank_of(pair.module)
         if rank != stated:
             message = f"{pair.a.name} has rank {rank} but adapter_config.json says {stated}"

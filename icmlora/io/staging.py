@@ -74,6 +74,7 @@ def _remove_abandoned(entry: Path, flags: int, remove: Callable[[Path], object])
     except OSError:
         return
     try:
+        # Whoever builds the entry holds its lock, which dies with the process: no pid file can go stale.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return
@@ -110,12 +111,14 @@ def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(descriptor, "wb") as stream:
             yield stream
+            # Content before name: after a crash the name must not lead to blocks that were never written.
             stream.flush()
             os.fsync(stream.fileno())
             check_absent(path, force=force)  # once more: writing took a while
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+    # A rename survives a crash only once the folder that holds the name is synced.
     fsync_dir(target.parent)
 
 
@@ -192,6 +195,7 @@ def building_folder(directory: Path) -> Iterator[Path]:
         yield folder
         fsync_dir(folder)
         try:
+            # rename replaces an empty folder atomically, and fails on one that holds something.
             folder.rename(target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):

@@ -19,7 +19,7 @@ def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -
 
     Args:
         data: The whole file.
-        header: Its header, from `icmlora.tensorfile.read_header`.
+        header: Its header, from `icmlora.io.safetensors.read_header`.
 
     Returns:
         Name to tensor, in file order; neighbours may share storage.
@@ -30,6 +30,7 @@ def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -
         raw = torch.from_numpy(bits(data, run[0].dtype, run[0].begin, run[-1].end).copy())
         values = raw.view(_TORCH[run[0].dtype]).float()
         offset = 0
+        # Neighbours of one type were widened in one pass; cut them apart again.
         for info in run:
             count = (info.end - info.begin) * values.numel() // (run[-1].end - run[0].begin)
             tensors[info.name] = values[offset : offset + count].view(info.shape)
@@ -71,5 +72,6 @@ def _raw(key: str, tensor: torch.Tensor, dtype: str) -> RawTensor:
     if not torch.isfinite(narrow.sum(dtype=torch.float64)) and not torch.isfinite(narrow).all():
         message = f"{key} holds a value that {dtype} cannot hold"
         raise AdapterRefused(message, kind="overflow", hint="write float32")
+    # numpy has no bfloat16: hand over the raw bits as integers of the same width.
     width = torch.int32 if dtype == "F32" else torch.int16
     return RawTensor(dtype, tuple(narrow.shape), narrow.view(width).numpy().tobytes())

@@ -1,14 +1,11 @@
-"""Names from outside, and patterns over module names."""
+"""Names from outside: task names, module names, and how they are shown."""
 
 from __future__ import annotations
-
-import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.formats.peft_config import ModulePattern
 from registry.names import escape, is_module_name, natural_key, task_name_problem
 
 
@@ -55,25 +52,3 @@ def test_different_names_have_different_places_in_the_order(left: str, right: st
 @pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a..b", "a-b", "a b", "\u00e9"])
 def test_a_broken_path_is_no_module_name(name: str) -> None:
     assert not is_module_name(name)
-
-
-NAMES = st.text(alphabet="ab.0_", min_size=1, max_size=8)
-
-
-@given(key=st.builds("".join, st.tuples(st.sampled_from(["", "^"]), NAMES)), module=NAMES)
-def test_a_plain_pattern_matches_exactly_what_peft_matches(key: str, module: str) -> None:
-    pattern = ModulePattern.parse(key)
-    assert pattern is not None
-    assert pattern.matches(module) == bool(re.match(rf"(.*\.)?({key})$", module))
-
-
-def test_an_escaped_dot_matches_only_a_dot() -> None:
-    pattern = ModulePattern.parse(r"layers\.0\.q")
-    assert pattern is not None
-    assert pattern.matches("model.layers.0.q")
-    assert not pattern.matches("model.layersx0.q")
-
-
-@pytest.mark.parametrize("key", ["", "(a|a)*b", "q.*", "a|b", "a$", "[ab]", "a+", "q_proj\n", "a\\d", "^"])
-def test_a_regular_expression_is_no_pattern_of_ours(key: str) -> None:
-    assert ModulePattern.parse(key) is None
