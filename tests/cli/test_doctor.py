@@ -48,7 +48,7 @@ def test_doctor_finds_nothing_wrong_with_a_good_store(icm: Icm, stored: Path, tm
 @pytest.mark.parametrize(
     ("file", "content", "code", "fact"),
     [
-        ("registry.db", "", ExitCode.NO_STORE, "no icm database"),
+        ("registry.db", "", ExitCode.NO_STORE, "not an icm database"),
         ("FORMAT", "icm store 9\n", ExitCode.TOO_NEW, "'icm store 9'"),
         ("registry.db", None, ExitCode.DAMAGED, "unable to open"),
         ("lock", None, ExitCode.FAILED, "lock"),
