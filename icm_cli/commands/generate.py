@@ -88,8 +88,8 @@ def generate(
     It starts from what the adapters of the fleet have in common, and takes a few steps whose lengths were learned by
     `icm train --objective functional`. It needs the base model on this machine.
 
-    Nobody knows how good the adapter is: measure it on other text of the task. icm warns if the task is unlike all
-    known tasks.
+    Measure the adapter on other text of the task before you rely on it. icm warns if the task is unlike all known
+    tasks.
 
     Example:
       icm generate cat-detection --samples cats.jsonl -o adapter/

@@ -92,7 +92,8 @@ def rollback(session: Session, digest: DigestArg) -> None:
 def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
     """Forget a generator that is not in use, with its codes and their measurements.
 
-    `icm prune` then frees the space. icm refuses if an evicted task has its only code there.
+    If another icm is running, the space is only freed by the next `icm prune`. icm refuses if an evicted task has its
+    only code there.
 
     Example:
       icm generators forget 3f9a12c4 --dry-run
@@ -114,7 +115,6 @@ def forget(session: Session, digest: DigestArg, dry_run: DryRunOpt = False, yes:
     )
     if forgotten:
         out.line(f"forgot {what}")
-        out.hint("`icm prune` frees the space")
     else:
         out.note(f"nothing was forgotten; without --dry-run it would be {what}" if dry_run else "nothing was forgotten")
 

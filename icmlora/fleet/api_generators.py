@@ -48,7 +48,7 @@ class GeneratorFleet(StoredFleet):
             quality: 1 (smallest codes) to 8 (most accurate); by default that of the current generator, at first 4.
             tolerance: The same as a number: the largest squared relative error of dW weighted by sensitivity.
             width: Hidden width of a new generator's decoder; by default it depends on the number of tasks.
-            steps: Optimiser steps; by default they depend on the number of adapters.
+            steps: Optimiser steps; by default they depend on the number of tasks and adapters.
             learning_rate: Peak learning rate.
             seed: Seed for all random numbers: the same seed on the same machine gives the same bytes.
             resume: Resume a training that was stopped.
@@ -181,7 +181,9 @@ class GeneratorFleet(StoredFleet):
         return rollback(self._context, digest)
 
     def forget_generator(self, generator: str | GeneratorRecord, *, dry_run: bool = False) -> Forgotten:
-        """Forget a generator that is not in use, with its codes and their measurements; `prune` frees the bytes.
+        """Forget a generator that is not in use, with its codes and their measurements.
+
+        Its files are deleted at once, or by the next `prune` if another process uses the store.
 
         Args:
             generator: The first digits of its digest, four or more, or its record from `generators`.
@@ -250,18 +252,8 @@ class GeneratorFleet(StoredFleet):
         """
         from icmlora.fleet.generate import GenerateRequest, generate
 
+        files = Path(samples), Path(directory)
         request = GenerateRequest(
-            name=name,
-            samples=Path(samples),
-            directory=Path(directory),
-            count=count,
-            description=description,
-            refine=refine,
-            rank=rank,
-            base_model=base_model,
-            device=device,
-            dtype=dtype,
-            register=register,
-            force=force,
+            name, *files, count, description, refine, rank, base_model, device, dtype, register, force
         )
         return generate(self._context, request)

@@ -75,7 +75,7 @@ def rollback(context: Context, digest: str) -> RolledBack:
 
 
 def forget_generator(context: Context, generator: str | GeneratorRecord, *, dry_run: bool = False) -> Forgotten:
-    """Forget a generator with its codes and what was measured of them; `prune` frees the bytes.
+    """Forget a generator with its codes and what was measured of them.
 
     Args:
         context: The store.

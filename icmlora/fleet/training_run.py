@@ -28,7 +28,7 @@ from icmlora.fleet.loading import open_base
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.generator.versions import GeneratorFile
-from icmlora.training.config import TrainConfig, steps_for
+from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import TrainStep, fit
 from icmlora.training.state import TrainState, new_state, state_from_bytes
@@ -118,7 +118,13 @@ def open_run(
     network = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
     known = None if network is None else network.config
     config = _config(source, request, known)
-    options = train_config(request.steps or steps_for(source.adapters()), request.seed, request.learning_rate)
+    options = TrainConfig.default(
+        source.tasks(),
+        source.adapters(),
+        steps=request.steps,
+        learning_rate=request.learning_rate,
+        seed=request.seed,
+    )
     identity: dict[str, object] = {
         "generator": json.loads(config.to_json()),
         "train": json.loads(options.to_json()),
@@ -137,12 +143,6 @@ def open_run(
     else:
         network = grown_network(config, network, source, request.seed, sensitivity)
     return TrainingRun(store, new_state(network.to(device), options), store.runs.start(source.base_model, identity))
-
-
-def train_config(steps: int, seed: int, learning_rate: float | None) -> TrainConfig:
-    """Return the options of the training loop."""
-    rate = {} if learning_rate is None else {"learning_rate": learning_rate}
-    return TrainConfig(steps=steps, seed=seed, **rate)
 
 
 def train_network(

@@ -21,7 +21,7 @@ import torch
 from icmlora.errors import GeneratorError
 from icmlora.fleet.adapter_source import StoreAdapterSource, layout_of
 from icmlora.fleet.context import Context
-from icmlora.fleet.training_run import measured_sensitivity, train_config, train_network
+from icmlora.fleet.training_run import measured_sensitivity, train_network
 from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
@@ -153,7 +153,8 @@ class UpdateCandidates:
             quality=1,
             tolerance=self._tolerance,
         )
-        options = train_config(request.steps or steps_for(len(names)), request.seed, request.learning_rate)
+        rate = {} if request.learning_rate is None else {"learning_rate": request.learning_rate}
+        options = TrainConfig(steps=request.steps or steps_for(len(names)), seed=request.seed, **rate)
         sensitivity = measured_sensitivity(self._context, self._store, source, config, self._device)
         network = fresh_network(config, source, request.seed, sensitivity)
         state = self._train(source, new_state(network.to(self._device), options))

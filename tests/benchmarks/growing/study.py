@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -29,7 +28,6 @@ from icmlora.fleet.update import update
 from icmlora.fleet.update_candidates import UpdateRequest
 from icmlora.fleet.vectors import VectorRequest, extract_vectors
 
-Result = TypeVar("Result")
 MAX_ERROR = 0.3
 """Relative dW error up to which an original is evicted."""
 
@@ -46,15 +44,6 @@ class Stage:
     """Of all codes."""
     gains: dict[str, float]
     """Retained gain of every task so far."""
-
-
-def finish(work: Generator[object, None, Result]) -> Result:
-    """Run a workflow to its end."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
 
 
 class Growing:
