@@ -1,4 +1,4 @@
-"""Run functions in processes of their own, to kill them or to let them run beside each other."""
+"""Run functions in processes of their own, to kill them or to let them run at the same time."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def run(function: Callable[[], object], *, failpoint: str | None = None) -> int:
 
 
 def run_together(*functions: Callable[[], object]) -> list[int]:
-    """Run functions beside each other and return their exit statuses."""
+    """Run functions at the same time and return their exit statuses."""
     return [wait(pid) for pid in [start(function) for function in functions]]

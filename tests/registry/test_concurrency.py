@@ -1,4 +1,4 @@
-"""Processes beside each other: nobody loses, nobody fails."""
+"""Processes at the same time: nothing is lost, and none of them fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What adapters for unseen tasks start from: a file beside a generator's."""
+"""Few-shot starts: each is a file that a generator names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies beside a code: whose it is, who may change it, and when its bytes go."""
+"""Residuals of codes: whose they are, who may change them, and when their files are deleted."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from registry.records import Asked, CodeRecord, NewCode, NewResidual
 from registry.store import Store
 from tests.registry.examples import code_of, evaluation, eviction, generator, ingest
 
-DATA = b"what the code lacks"
+DATA = b"a residual"
 ASKED = Asked(max_error=0.01)
 
 
 @pytest.fixture
 def coded(store: Store) -> CodeRecord:
-    """Record a task with a generator, a code, and a residual beside it; return the code as it was before."""
+    """Record a task with a generator, a code, and a residual; return the code as it was before."""
     ingest(store, "rust")
     store.generators.add(generator(store, ["rust"]))
     bare = code_of(store, "rust")
@@ -34,7 +34,7 @@ def files(store: Store) -> list[bytes]:
     return [path.read_bytes() for path in store.paths.blobs.glob("?/*")]
 
 
-def test_a_code_says_what_lies_beside_it_and_what_it_was_asked_to_keep(store: Store, coded: CodeRecord) -> None:
+def test_a_code_has_its_residual_and_the_limits_that_it_was_made_for(store: Store, coded: CodeRecord) -> None:
     code = code_of(store, "rust")
     assert code.residual is not None
     assert store.blobs.read(code.residual.blob) == DATA

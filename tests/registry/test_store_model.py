@@ -1,4 +1,4 @@
-"""A real store beside a dictionary: after any sequence of operations they agree."""
+"""A real store and a dictionary: after any sequence of operations they agree."""
 
 from __future__ import annotations
 
