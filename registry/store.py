@@ -10,23 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from registry import files as fs
-from registry import prune as garbage
-from registry import usage
-from registry import verify as integrity
 from registry.blobs.backend import BlobBackend
 from registry.blobs.content import Blobs
 from registry.blobs.local import LocalBackend
-from registry.bundles import Bundles
-from registry.codes import Codes
 from registry.database import Database, migrate
 from registry.errors import StoreNotFound
-from registry.evaluations import Evaluations
-from registry.eviction import Originals
 from registry.folder import (
     StorePaths,
     check_format,
@@ -36,11 +30,20 @@ from registry.folder import (
     restore_reserve,
     with_reserve,
 )
-from registry.generators import Generators
 from registry.locks import FileLock
-from registry.runs import Runs
-from registry.tasks import BaseModels, Tasks
-from registry.vectors import Vectors
+
+if TYPE_CHECKING:
+    from registry.bundles import Bundles
+    from registry.codes import Codes
+    from registry.evaluations import Evaluations
+    from registry.eviction import Originals
+    from registry.generators import Generators
+    from registry.prune import PruneReport
+    from registry.runs import Runs
+    from registry.tasks import BaseModels, Tasks
+    from registry.usage import Usage
+    from registry.vectors import Vectors
+    from registry.verify import Finding
 
 __all__ = ["Store"]
 
@@ -53,11 +56,10 @@ class Store:
     A store is used by one thread at a time, and is opened anew after a fork. Any number of processes may have it
     open; those that delete wait for the others.
 
+    Each part below is made, and its modules imported, when it is first used: most commands need few of them.
+
     Attributes:
         blobs: The bytes, by their SHA-256.
-        tasks, base_models, vectors, generators, codes, evaluations, runs: The rows.
-        originals: The weights as they were ingested.
-        bundles: Codes that were made elsewhere.
     """
 
     def __init__(
@@ -75,16 +77,7 @@ class Store:
         self._lock = lock
         self._db = database
         self.blobs = Blobs(backend, database.must_write)
-        parts = paths, lock, database, self.blobs
-        self.tasks = Tasks(*parts)
-        self.base_models = BaseModels(*parts)
-        self.vectors = Vectors(*parts)
-        self.generators = Generators(*parts)
-        self.codes = Codes(*parts)
-        self.evaluations = Evaluations(*parts)
-        self.runs = Runs(*parts)
-        self.originals = Originals(*parts)
-        self.bundles = Bundles(*parts)
+        self._parts = paths, lock, database, self.blobs
 
     @classmethod
     def open(
@@ -137,6 +130,69 @@ class Store:
             raise
         return cls(paths, lock, database, backend or LocalBackend(paths), timeout=lock_timeout, command=command)
 
+    @cached_property
+    def tasks(self) -> Tasks:
+        """Tasks with their adapters."""
+        from registry.tasks import Tasks
+
+        return Tasks(*self._parts)
+
+    @cached_property
+    def base_models(self) -> BaseModels:
+        """Base models."""
+        from registry.tasks import BaseModels
+
+        return BaseModels(*self._parts)
+
+    @cached_property
+    def vectors(self) -> Vectors:
+        """Task vectors."""
+        from registry.vectors import Vectors
+
+        return Vectors(*self._parts)
+
+    @cached_property
+    def generators(self) -> Generators:
+        """Generators with their codes."""
+        from registry.generators import Generators
+
+        return Generators(*self._parts)
+
+    @cached_property
+    def codes(self) -> Codes:
+        """Codes and residuals."""
+        from registry.codes import Codes
+
+        return Codes(*self._parts)
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        """Measurements."""
+        from registry.evaluations import Evaluations
+
+        return Evaluations(*self._parts)
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Training runs and their checkpoints."""
+        from registry.runs import Runs
+
+        return Runs(*self._parts)
+
+    @cached_property
+    def originals(self) -> Originals:
+        """The weights as they were ingested."""
+        from registry.eviction import Originals
+
+        return Originals(*self._parts)
+
+    @cached_property
+    def bundles(self) -> Bundles:
+        """Codes that were made elsewhere."""
+        from registry.bundles import Bundles
+
+        return Bundles(*self._parts)
+
     def close(self) -> None:
         """Let go of the store."""
         self._lock.close()
@@ -180,11 +236,13 @@ class Store:
         finally:
             lock.close()
 
-    def usage(self) -> usage.Usage:
+    def usage(self) -> Usage:
         """Return the bytes on disk by what they are for; their total is what `du -b` says of the files."""
-        return usage.measure(self._db, self.blobs, self._paths)
+        from registry.usage import measure
 
-    def prune(self, *, grace: float = GRACE_SECONDS, dry_run: bool = False) -> garbage.PruneReport:
+        return measure(self._db, self.blobs, self._paths)
+
+    def prune(self, *, grace: float = GRACE_SECONDS, dry_run: bool = False) -> PruneReport:
         """Delete blobs that no row refers to, and leftovers of killed commands. Works on a full disk.
 
         Args:
@@ -194,15 +252,17 @@ class Store:
         Raises:
             StoreLocked: other processes use the store.
         """
+        from registry.prune import prune
+
         if dry_run:
-            return garbage.prune(self._db, self.blobs, self._paths, grace=grace, dry_run=True)
+            return prune(self._db, self.blobs, self._paths, grace=grace, dry_run=True)
         self._db.must_write()
         with self._lock.exclusive():
-            report = with_reserve(self._paths, lambda: garbage.prune(self._db, self.blobs, self._paths, grace=grace))
+            report = with_reserve(self._paths, lambda: prune(self._db, self.blobs, self._paths, grace=grace))
             restore_reserve(self._paths)
         return report
 
-    def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[integrity.Finding]:
+    def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[Finding]:
         """Yield what is wrong, as it is found.
 
         Args:
@@ -212,14 +272,18 @@ class Store:
         Raises:
             TaskNotFound: a name is not in the store.
         """
-        return integrity.verify(self._db, self.blobs, self._paths, read_data=read_data, names=names)
+        from registry.verify import verify
 
-    def repair(self) -> list[tuple[integrity.Finding, str]]:
+        return verify(self._db, self.blobs, self._paths, read_data=read_data, names=names)
+
+    def repair(self) -> list[tuple[Finding, str]]:
         """Move damaged blobs to quarantine and return each with its new place.
 
         Raises:
             StoreLocked: other processes use the store.
         """
+        from registry.verify import repair
+
         self._db.must_write()
         with self._lock.exclusive():
-            return integrity.repair(self._db, self.blobs, self._paths)
+            return repair(self._db, self.blobs, self._paths)
