@@ -19,6 +19,7 @@ from icmlora.bundle.index import (
 )
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.context import Context, check_base_model
+from icmlora.formats.peft import PEFT
 from icmlora.generator.code import generator_of
 from icmlora.generator.file import versions_of
 from icmlora.io.staging import check_absent
@@ -113,6 +114,12 @@ def _choose(store: Store, request: ExportRequest) -> _Choice:
     if named and without:
         hint = "run `icm train --update` to make them, or export the other tasks only"
         raise DataError(f"no code under the current generator: {', '.join(without)}", hint=hint)
+    others = [row.task.name for row in coded if row.final.format != PEFT.name]
+    if others:  # the bundle format holds a PEFT configuration for each task and does not note a format
+        hint = "name the tasks to export, without these"
+        raise DataError(
+            f"a bundle holds only tasks that were ingested as PEFT adapters: {', '.join(others)}", hint=hint
+        )
     bases = sorted({row.task.base_model for row in coded})
     if len(bases) > 1:
         fact = f"a bundle has one base model, but these tasks have {len(bases)}: {', '.join(bases)}"

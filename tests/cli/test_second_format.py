@@ -95,3 +95,10 @@ def test_a_damaged_file_is_refused_and_the_others_are_taken(icm: Icm, tmp_path: 
     ran = icm("ingest", tmp_path / "toys", "--no-vectors", "--skip-bad", "--json")
     assert [event["task"] for event in ran.events if "status" in event] == ["rust"]
     assert "broken.toy" in ran.err
+
+
+def test_a_bundle_takes_the_peft_adapters_only(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
+    icm(*TRAIN)
+    ran = icm("export", tmp_path / "all.icm", "--json")
+    assert (ran.code, "rust" in ran.error["message"]) == (ExitCode.FAILED, True)
+    assert icm("export", tmp_path / "peft.icm", "poems").code == 0
