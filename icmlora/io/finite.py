@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from icmlora.errors import AdapterRefused
-from icmlora.io.safetensors import ITEM_BYTES, Bits, TensorHeader, TensorInfo, bits
+from icmlora.io.safetensors import ITEM_BYTES, TensorHeader, TensorInfo
+
+Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 # All bits of the exponent: a value that has them all set is NaN or infinite.
 _EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
@@ -24,6 +27,12 @@ def check_finite(data: bytes | bytearray | memoryview, header: TensorHeader) -> 
         dtype = run[0].dtype
         if not _all_finite(bits(data, dtype, run[0].begin, run[-1].end), _EXPONENT[dtype]):
             _refuse_first(data, header)
+
+
+def bits(data: bytes | bytearray | memoryview, dtype: str, begin: int, end: int) -> Bits:
+    """View the bytes from `begin` to `end` as unsigned integers of the type's width, without a copy."""
+    kind = np.dtype("<u4" if ITEM_BYTES[dtype] == 4 else "<u2")
+    return np.frombuffer(data, dtype=kind, count=(end - begin) // kind.itemsize, offset=begin)
 
 
 def _all_finite(values: Bits, exponent: int) -> bool:

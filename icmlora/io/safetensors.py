@@ -1,4 +1,4 @@
-"""The safetensors format, read strictly and written deterministically; numpy only, no torch.
+"""The safetensors format, read strictly and written deterministically. Imports neither numpy nor torch.
 
     | 8 bytes: N, little endian | N bytes: JSON header, space padded | data, no holes |
 
@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from icmlora.errors import AdapterRefused, UnsafeInput, located
 from icmlora.io.files import open_regular, read_exactly
@@ -219,12 +216,3 @@ def _tensor(name: str, value: object, start: int) -> TensorInfo:
 
 def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
-
-
-Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-
-
-def bits(data: bytes | bytearray | memoryview, dtype: str, begin: int, end: int) -> Bits:
-    """View the bytes from `begin` to `end` as unsigned integers of the type's width, without a copy."""
-    kind = np.dtype("<u4" if ITEM_BYTES[dtype] == 4 else "<u2")
-    return np.frombuffer(data, dtype=kind, count=(end - begin) // kind.itemsize, offset=begin)

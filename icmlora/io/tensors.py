@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from icmlora.errors import AdapterRefused
-from icmlora.io.safetensors import RawTensor, TensorHeader, bits, encode, read_header
+from icmlora.io.finite import bits
+from icmlora.io.safetensors import RawTensor, TensorHeader, encode, read_header
 
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
