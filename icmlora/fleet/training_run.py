@@ -28,7 +28,7 @@ from icmlora.fleet.loading import open_base
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.generator.versions import GeneratorFile
-from icmlora.training.config import TrainConfig
+from icmlora.training.config import TrainConfig, is_small
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import TrainStep, fit
 from icmlora.training.state import TrainState, new_state, state_from_bytes
@@ -42,6 +42,8 @@ DEFAULT_QUALITY = 4
 _CHECKPOINT_SECONDS = 20.0
 # Twice as many tokens change the weights by less than the grid they are rounded to (docs/results/LOG.md).
 _STATISTICS_TOKENS = 8192
+# A quarter of them takes a quarter of the time and costs a small fleet no bytes (docs/results/LOG.md).
+_STATISTICS_TOKENS_SMALL = 2048
 _STATISTICS_TASKS = 64
 _STATISTICS_SAMPLES = 8  # of each task
 
@@ -137,7 +139,8 @@ def open_run(
         return TrainingRun(store, state_from_bytes(weights, optimizer, device), stopped)
     sensitivity = None
     if known is None or (known.kinds, known.layers) != (config.kinds, config.layers):
-        sensitivity = measured_sensitivity(context, store, source, config, device)
+        few = _STATISTICS_TOKENS_SMALL if is_small(source.tasks(), request.steps) else _STATISTICS_TOKENS
+        sensitivity = measured_sensitivity(context, store, source, config, device, tokens=few)
     if network is None:
         network = fresh_network(config, source, request.seed, sensitivity)
     else:
@@ -209,7 +212,13 @@ def run_metrics(device: torch.device) -> dict[str, object]:
 
 
 def measured_sensitivity(
-    context: Context, store: Store, source: StoreAdapterSource, config: GeneratorConfig, device: torch.device
+    context: Context,
+    store: Store,
+    source: StoreAdapterSource,
+    config: GeneratorConfig,
+    device: torch.device,
+    *,
+    tokens: int = _STATISTICS_TOKENS,
 ) -> Sensitivity | None:
     """Measure how strongly the base model reacts to each channel, or return None if it is not on this machine."""
     try:
@@ -217,7 +226,7 @@ def measured_sensitivity(
     except BaseModelNotFound:
         return None
     modules = [kind.module(layer) for kind in config.kinds for layer in range(config.layers)]
-    statistics = channel_statistics(base, _examples(store, source.names, base), modules, max_tokens=_STATISTICS_TOKENS)
+    statistics = channel_statistics(base, _examples(store, source.names, base), modules, max_tokens=tokens)
     return sensitivity_of(config, statistics)
 
 
