@@ -7,33 +7,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 
-from icm_cli.commands.base import base
-from icm_cli.commands.doctor import doctor
-from icm_cli.commands.encode import encode
-from icm_cli.commands.eval import evaluate
-from icm_cli.commands.evict import evict
-from icm_cli.commands.export import export
-from icm_cli.commands.generate import generate
-from icm_cli.commands.generators import generators
-from icm_cli.commands.import_ import import_
-from icm_cli.commands.ingest import ingest
-from icm_cli.commands.ls import ls
-from icm_cli.commands.map import map_
-from icm_cli.commands.materialize import materialize
-from icm_cli.commands.path import path
-from icm_cli.commands.pin import pin, unpin
-from icm_cli.commands.prune import prune
-from icm_cli.commands.rm import rm
-from icm_cli.commands.show import show
-from icm_cli.commands.stats import stats
-from icm_cli.commands.train import train
-from icm_cli.commands.vectors import vectors
-from icm_cli.commands.verify import verify
 from icm_cli.config import log_file, switched_on
 from icm_cli.errors import ConfigProblem, ExitCode, Failure, StdoutClosed, describe, is_help
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
@@ -41,35 +21,72 @@ from icm_cli.output import Output
 from icm_cli.session import GlobalOptions
 from icmlora.io.text import utc
 
+if TYPE_CHECKING:
+    from typer import _click as click  # Typer brings its own copy of click
+
 ADAPTERS = "Store and write adapters"
 INSPECT = "Inspect"
 BUNDLES = "Bundles: use codes without the store"
 MAINTAIN = "Maintain the store"
 
-app = typer.Typer(name="icm", rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
-app.command(rich_help_panel=ADAPTERS)(ingest)
-app.command(rich_help_panel=ADAPTERS)(vectors)
-app.command(rich_help_panel=ADAPTERS)(train)
-app.command(rich_help_panel=ADAPTERS)(encode)
-app.command(rich_help_panel=ADAPTERS)(materialize)
-app.command(rich_help_panel=ADAPTERS)(generate)
-app.command(rich_help_panel=INSPECT)(ls)
-app.command(rich_help_panel=INSPECT)(show)
-app.command(rich_help_panel=INSPECT)(stats)
-app.command(rich_help_panel=INSPECT, name="eval")(evaluate)
-app.command(rich_help_panel=INSPECT, name="map")(map_)
-app.command(rich_help_panel=BUNDLES)(export)
-app.command(rich_help_panel=BUNDLES, name="import")(import_)
-app.command(rich_help_panel=MAINTAIN)(evict)
-app.command(rich_help_panel=MAINTAIN)(pin)
-app.command(rich_help_panel=MAINTAIN)(unpin)
-app.command(rich_help_panel=MAINTAIN)(rm)
-app.command(rich_help_panel=MAINTAIN)(prune)
-app.command(rich_help_panel=MAINTAIN)(verify)
-app.add_typer(generators, rich_help_panel=MAINTAIN)
-app.add_typer(base, rich_help_panel=MAINTAIN)
-app.command(rich_help_panel=MAINTAIN)(doctor)
-app.command(rich_help_panel=MAINTAIN)(path)
+# Command -> its module in icm_cli.commands, the function (or group) in it, and its panel in the help, in this order.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "ingest": ("ingest", "ingest", ADAPTERS),
+    "vectors": ("vectors", "vectors", ADAPTERS),
+    "train": ("train", "train", ADAPTERS),
+    "encode": ("encode", "encode", ADAPTERS),
+    "materialize": ("materialize", "materialize", ADAPTERS),
+    "generate": ("generate", "generate", ADAPTERS),
+    "ls": ("ls", "ls", INSPECT),
+    "show": ("show", "show", INSPECT),
+    "stats": ("stats", "stats", INSPECT),
+    "eval": ("eval", "evaluate", INSPECT),
+    "map": ("map", "map_", INSPECT),
+    "export": ("export", "export", BUNDLES),
+    "import": ("import_", "import_", BUNDLES),
+    "evict": ("evict", "evict", MAINTAIN),
+    "pin": ("pin", "pin", MAINTAIN),
+    "unpin": ("pin", "unpin", MAINTAIN),
+    "rm": ("rm", "rm", MAINTAIN),
+    "prune": ("prune", "prune", MAINTAIN),
+    "verify": ("verify", "verify", MAINTAIN),
+    "generators": ("generators", "generators", MAINTAIN),
+    "base": ("base", "base", MAINTAIN),
+    "doctor": ("doctor", "doctor", MAINTAIN),
+    "path": ("path", "path", MAINTAIN),
+}
+
+
+class CommandGroup(TyperGroup):
+    """The `icm` command. It imports a subcommand when that is run or listed, which keeps short commands fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all subcommands, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a subcommand; None if there is no such command."""
+        # Typer suggests similar names from `commands`, so a typo imports them all.
+        for name in [cmd_name] if cmd_name in COMMANDS else COMMANDS:
+            if name not in self.commands:
+                self.commands[name] = _load_command(name)
+        return super().get_command(ctx, cmd_name)
+
+
+def _load_command(name: str) -> click.Command:
+    module, attribute, panel = COMMANDS[name]
+    found = getattr(import_module(f"icm_cli.commands.{module}"), attribute)
+    alone = typer.Typer(rich_markup_mode="rich")
+    if isinstance(found, typer.Typer):
+        alone.add_typer(found, name=name, rich_help_panel=panel)
+    else:
+        alone.command(name=name, rich_help_panel=panel)(found)
+    return typer.main.get_group(alone).commands[name]
+
+
+app = typer.Typer(
+    name="icm", cls=CommandGroup, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 def _print_version(wanted: bool) -> None:

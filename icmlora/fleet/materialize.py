@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError, located
-from icmlora.fleet.cards import Provenance, card_text, original_card
 from icmlora.fleet.context import Context
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, write_adapter_folder
@@ -104,7 +103,7 @@ def materialize(context: Context, request: MaterializeRequest) -> MaterializeRep
     """
     check_free(request.directory, force=request.force)
     with context.open(read_only=True) as store:
-        stored = _read_rows(store, request.task)
+        stored = _read_rows(store, request)
         source = _choose_source(request, stored)
         if source == "original":
             return _write_original(store, stored, request)
@@ -116,7 +115,7 @@ def materialize(context: Context, request: MaterializeRequest) -> MaterializeRep
 def load(context: Context, request: LoadRequest) -> Adapter:
     """Read an adapter into memory: float32, with the scale folded into B. Raises as `materialize` does."""
     with context.open(read_only=True) as store:
-        stored = _read_rows(store, request.task)
+        stored = _read_rows(store, request)
         source = _choose_source(request, stored)
         if source == "original":
             config, weights = store.blobs.read(stored.final.config), store.blobs.read(stored.final.weights)
@@ -127,7 +126,7 @@ def load(context: Context, request: LoadRequest) -> Adapter:
 
 @dataclass(frozen=True)
 class _Stored:
-    """The rows of one task: what the store has of it."""
+    """What the store has of one task."""
 
     task: TaskRecord
     final: AdapterRecord
@@ -135,11 +134,16 @@ class _Stored:
     code: CodeRecord | None
 
 
-def _read_rows(store: Store, name: str) -> _Stored:
-    task = store.tasks.get(name)
+def _read_rows(store: Store, request: LoadRequest) -> _Stored:
+    """Read the rows of a task; its generator and code are left out if the original is what will be used."""
+    task = store.tasks.get(request.task)
+    final = store.tasks.final(task.name)
+    use_original = request.source == "auto" and request.seed is None and not final.is_evicted
+    if use_original or request.source == "original":
+        return _Stored(task, final, None, None)
     generator = store.generators.current(task.base_model)
     code = None if generator is None else store.codes.get(task.name, generator.id)
-    return _Stored(task, store.tasks.final(task.name), generator, code)
+    return _Stored(task, final, generator, code)
 
 
 def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original", Decoded]:
@@ -184,6 +188,8 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
             error, gain = measured.dw_error, measured.retained_gain
     if code is not None and source != "generate":
         error = code.dw_error if source == "code" else code.best_error
+    from icmlora.fleet.cards import Provenance
+
     provenance = Provenance(
         task.name, task.base_model, source, generator, error, gain, request.seed, stored.final.is_generated
     )
@@ -223,6 +229,8 @@ def write_decoded(
     adapter: Adapter, provenance: Provenance, request: MaterializeRequest, adapter_format: AdapterFormat
 ) -> MaterializeReport:
     """Write a decoded adapter with its model card; the same arguments give the same bytes."""
+    from icmlora.fleet.cards import card_text
+
     card, metadata = card_text(provenance), provenance.metadata()
     with located(request.directory):
         files = adapter_format.encode(adapter, dtype=request.dtype, card=card, metadata=metadata)
@@ -235,6 +243,8 @@ def write_decoded(
 def _write_original(store: Store, stored: _Stored, request: MaterializeRequest) -> MaterializeReport:
     task, final = stored.task, stored.final
     if final.card is None:
+        from icmlora.fleet.cards import original_card
+
         card = original_card(task.name, task.base_model, final.weights).encode()
     else:
         card = store.blobs.read(final.card)

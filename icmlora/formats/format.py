@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from icmlora.adapter.layout import ModuleShape
-from icmlora.errors import AdapterRefused
 from icmlora.io import staging
-from icmlora.io.safetensors import RawTensor
 
 if TYPE_CHECKING:
+    from icmlora.adapter.layout import ModuleShape
     from icmlora.adapter.model import Adapter
+    from icmlora.errors import AdapterRefused
     from icmlora.formats.tree import Folder
+    from icmlora.io.safetensors import RawTensor
 
 Buffer = bytes | bytearray | memoryview
 

@@ -2,6 +2,8 @@
 
 What is written is the one form that every engine reads alike: one rank for all modules (padded with zeros), the scale
 folded into B, alpha equal to the rank, no patterns, literal target modules.
+
+Checking and decoding are imported by the methods that need them: to write an original back, the file names are enough.
 """
 
 from __future__ import annotations
@@ -22,15 +24,11 @@ from icmlora.formats.format import (
     LoadedAdapter,
     write_adapter_folder,
 )
-from icmlora.formats.peft_check import check_adapter
-from icmlora.formats.peft_config import MAX_CONFIG_BYTES, AdapterConfig
-from icmlora.formats.peft_names import PEFT_PREFIX
-from icmlora.io.files import read_regular
-from icmlora.io.safetensors import RawTensor, read_header, read_tensor_file
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter, LoraModule
     from icmlora.formats.tree import Folder
+    from icmlora.io.safetensors import RawTensor
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -63,11 +61,15 @@ class PeftFormat:
 
     def read_config(self, config: bytes) -> ConfigFacts:
         """Read `adapter_config.json`."""
+        from icmlora.formats.peft_config import AdapterConfig
+
         parsed = AdapterConfig.parse(config)
         return ConfigFacts(parsed.base_model, parsed.revision, parsed.task_type)
 
     def inspect(self, config: bytes, weights: Buffer, *, path: str | Path | None = None) -> AdapterSummary:
         """Check an adapter's two files and summarise them."""
+        from icmlora.formats.peft_check import check_adapter
+
         return check_adapter(config, weights, path=path).summary
 
     def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
@@ -90,6 +92,7 @@ class PeftFormat:
         """
         from torch.nn.functional import pad
 
+        from icmlora.formats.peft_names import PEFT_PREFIX
         from icmlora.io.tensors import encode_torch
 
         if extras:
@@ -129,6 +132,8 @@ def load_adapter(config: bytes, weights: bytes, *, path: str | Path | None = Non
         AdapterRefused: Damaged, or not representable exactly; `kind` says why.
     """
     from icmlora.adapter.model import Adapter, LoraModule
+    from icmlora.formats.peft_check import check_adapter
+    from icmlora.io.safetensors import read_header
     from icmlora.io.tensors import decode_float32
 
     checked = check_adapter(config, weights, path=path)
@@ -146,6 +151,10 @@ def load_adapter(config: bytes, weights: bytes, *, path: str | Path | None = Non
 
 def load_adapter_folder(folder: Path) -> Adapter:
     """Read an adapter from a PEFT folder; raises as `load_adapter` does."""
+    from icmlora.formats.peft_config import MAX_CONFIG_BYTES
+    from icmlora.io.files import read_regular
+    from icmlora.io.safetensors import read_tensor_file
+
     config = read_regular(folder / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
     return load_adapter(config, read_tensor_file(folder / WEIGHTS_NAME), path=folder)
 
