@@ -14,7 +14,6 @@ from registry.conversion import adapter_record, code_record, task_record
 from registry.errors import DamagedStore, LastCopy
 from registry.files import failpoint
 from registry.folder import restore_reserve, with_reserve
-from registry.ingest import names_without_vectors, plan_tasks, record_tasks
 from registry.part import Part
 from registry.rows import RowWriter
 
@@ -38,9 +37,11 @@ class Tasks(Part):
             MissingBlob: a digest is not in the store.
             In each case nothing of the batch is recorded.
         """
+        from registry import ingest  # not needed to read tasks
+
         self._db.must_write()
         with self._db.connection(write=True) as connection:
-            outcomes = record_tasks(connection, self._blobs, tasks)
+            outcomes = ingest.record_tasks(connection, self._blobs, tasks)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
         return outcomes
@@ -63,8 +64,10 @@ class Tasks(Part):
 
     def without_vectors(self) -> list[str]:
         """Return the names of the tasks that have no task vector yet, in order."""
+        from registry import ingest
+
         with self._db.connection() as connection:
-            return names_without_vectors(connection)
+            return ingest.names_without_vectors(connection)
 
     def summaries(self) -> Iterator[records.TaskSummary]:
         """Yield all tasks by name with what a listing shows of them."""
@@ -138,8 +141,10 @@ class Tasks(Part):
 
         No blob need be in the store yet, so `MissingBlob` is never raised; everything else is, as by that.
         """
+        from registry import ingest
+
         with self._db.connection() as connection:
-            return plan_tasks(connection, tasks)
+            return ingest.plan_tasks(connection, tasks)
 
     def pin(self, names: Sequence[str], pinned: bool) -> list[str]:
         """Say whether the originals of some tasks are never evicted; return the tasks, each once.

@@ -23,6 +23,7 @@ from icmlora.io.staging import check_free
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
+    from icmlora.fleet.cards import Provenance
     from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
     from registry.store import Store
 

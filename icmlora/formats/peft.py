@@ -34,6 +34,9 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the name that a module has in the base model."""
+
 # vLLM and SGLang reserve space for ranks of 8, 16, 32, 64, ...
 _SMALLEST_RANK = 8
 
@@ -92,7 +95,6 @@ class PeftFormat:
         """
         from torch.nn.functional import pad
 
-        from icmlora.formats.peft_names import PEFT_PREFIX
         from icmlora.io.tensors import encode_torch
 
         if extras:

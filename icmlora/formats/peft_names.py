@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import AdapterRefused
+from icmlora.formats.peft import PEFT_PREFIX
 from icmlora.formats.refusals import refuse_tensor
 from icmlora.io.safetensors import TensorHeader, TensorInfo
 from registry.names import is_module_name, natural_key
-
-PEFT_PREFIX = "base_model.model."
 
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 # Names that torch.compile, FSDP and activation checkpointing put between two modules.

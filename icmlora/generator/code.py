@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
-from icmlora.formats.peft_config import MAX_LABEL
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.container import inflate, open_container, split_fields, write_container
 from icmlora.generator.initial_a.draw import (
@@ -40,7 +39,7 @@ _PREFIX = len(MAGIC) + 32
 """Bytes before the length of the head: the magic number and the generator's digest."""
 ABSENT = 255
 """In `CodeHead.kept`: the adapter has no such module."""
-_TASK_TYPE_LIMIT = 4 * MAX_LABEL
+_TASK_TYPE_LIMIT = 4096  # bytes: as many characters as a label may have (1024), up to 4 bytes each
 """In bytes: a character takes up to four of them in UTF-8."""
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused
@@ -73,6 +72,8 @@ def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity
         GeneratorError: The adapter has a module kind, layer or rank that the generator does not cover.
         AdapterRefused: A factor that float32 cannot hold.
     """
+    from icmlora.adapter.canonical import canonicalize  # needed to encode only
+
     groups: defaultdict[int, list[tuple[int, LoraModule]]] = defaultdict(list)
     for module in canonicalize(weighted(adapter, config, sensitivity)).modules:
         kind, layer = config.place_of(module.shape)

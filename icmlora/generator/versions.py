@@ -11,7 +11,6 @@ from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.differences import words_to_changed
 from icmlora.generator.file import versions_of
 from icmlora.generator.network_file import TrainedGenerator, generator_from_bytes
 
@@ -94,6 +93,8 @@ class GeneratorFile:
 
 def _changed(net: CVAE, words: bytes) -> CVAE:
     """Apply the differences of a version to a network, in place."""
+    from icmlora.generator.differences import words_to_changed  # the first version of a generator has none
+
     try:
         net.load_state_dict(words_to_changed(words, net.state_dict()))
     except CodeError as error:
