@@ -17,12 +17,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from icm_cli.config import switched_on
 from icm_cli.errors import Failure, UsageProblem, escape_lines
-from icm_cli.progress import PlainProgress, Progress, RichProgress, SilentProgress
 from icmlora.io.text import escape, shortened, width
+
+if TYPE_CHECKING:
+    from icm_cli.progress import Progress
 
 _GAP = "  "
 _NARROWEST = 8  # terminal cells that a shrinking column keeps
@@ -149,6 +151,8 @@ class Output:
 
     def progress(self, label: str) -> Progress:
         """Return a progress display on stderr: a bar on a terminal, otherwise a line every few seconds."""
+        from icm_cli.progress import PlainProgress, RichProgress, SilentProgress
+
         if not self._progress or self.mode in (Mode.JSON, Mode.QUIET):
             return SilentProgress()
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":

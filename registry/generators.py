@@ -24,7 +24,6 @@ from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.files import failpoint
 from registry.part import Part
 from registry.rows import RowWriter
-from registry.runs import finish_run
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ class Generators(Part):
             MissingBlob: a digest is not in the store.
             LastCopy: an evicted task would have no code under it.
         """
+        from registry.runs import finish_run  # not needed to read generators
+
         with self._db.write() as session:
             writer = RowWriter(session, self._blobs)
             row = generator_row(writer, generator)

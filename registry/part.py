@@ -8,7 +8,6 @@ from registry.blobs.content import Blobs
 from registry.database import Database
 from registry.folder import StorePaths
 from registry.locks import FileLock
-from registry.prune import drop_unreferenced
 
 
 class Part:
@@ -19,4 +18,6 @@ class Part:
 
     def _drop(self, digests: Iterable[str]) -> None:
         """Delete files that rows no longer name, after the commit, if no other process uses the store."""
+        from registry.prune import drop_unreferenced  # readers delete nothing
+
         drop_unreferenced(self._lock, self._db, self._blobs, digests)

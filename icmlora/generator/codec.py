@@ -12,7 +12,8 @@ Decoding is the half that everybody needs, so this module imports nothing that o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -34,7 +35,6 @@ from icmlora.generator.packing import KindIntegers, pack, unpack
 from icmlora.generator.quantizer import TokenQuantizer
 from icmlora.generator.scales import STRENGTHS
 from icmlora.generator.tokens import KindTokens, detokenize
-from icmlora.io.devices import one_thread
 
 if TYPE_CHECKING:
     from icmlora.generator.encoding import Encoded
@@ -50,6 +50,21 @@ class OpenCode:
     head: CodeHead
     state: TaskState
     groups: tuple[KindIntegers, ...]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch on the calling thread; also a decorator.
+
+    Sums of several threads may differ in the last bit, and for pieces this small waiting for threads costs more than
+    they save.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Codec:

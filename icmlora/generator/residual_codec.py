@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError
 from icmlora.generator.code import ABSENT
-from icmlora.generator.codec import Codec, OpenCode
+from icmlora.generator.codec import Codec, OpenCode, one_thread
 from icmlora.generator.cvae import INPUTS, OUTPUTS
 from icmlora.generator.encoding import Encoded, Limits, coarsest, compare, quantised, strength_of
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, Scales, clip
@@ -30,7 +30,6 @@ from icmlora.generator.quantizer import Slots, centred
 from icmlora.generator.residual import CLASSES, Residual, ResidualHead, digest_of
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.generator.tokens import KindTokens, slot_overlaps, tokenize
-from icmlora.io.devices import one_thread
 
 _WIDTH = OCTAVE // 2
 """Scale indices in one class: half an octave."""

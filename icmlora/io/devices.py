@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -61,20 +59,6 @@ def gradient_dtype(device: torch.device) -> torch.dtype:
 def seed_everything(seed: int) -> None:
     """Seed torch's global generators on every device; what has its own generator is not touched."""
     torch.manual_seed(seed)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch on the calling thread, for work in small pieces: on busy cores waiting for others outweighs it.
-
-    Also a decorator.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _best() -> str:

@@ -20,7 +20,6 @@ from typing import Any
 
 from icmlora.errors import AdapterRefused, UnsafeInput, located
 from icmlora.io.files import open_regular, read_exactly
-from icmlora.io.strict_json import parse_object
 from registry.names import escape
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
@@ -91,6 +90,8 @@ def header_text(data: bytes | bytearray | memoryview) -> bytes:
 def parse_header(text: bytes, size: int) -> TensorHeader:
     """Parse and check a header against the size of its file; raises as `read_header` does."""
     # Each tensor opens one brace; counting them bounds the memory that parsing can take.
+    from icmlora.io.strict_json import parse_object  # needed to read only
+
     if text.count(b"{") > MAX_TENSORS + 2:
         raise UnsafeInput(f"more than {MAX_TENSORS:,} tensors", kind="limits")
     fields = parse_object(text, what="the safetensors header", max_bytes=MAX_HEADER_BYTES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from icmlora.errors import DeviceUnavailable
-from icmlora.io.devices import gradient_dtype, inference_dtype, one_thread, resolve_device, seed_everything
+from icmlora.io.devices import gradient_dtype, inference_dtype, resolve_device, seed_everything
 
 
 @pytest.fixture
@@ -75,21 +75,6 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     first = torch.randn(4)
     seed_everything(7)
     assert torch.equal(first, torch.randn(4))
-
-
-def test_one_thread_ends_with_the_block_however_it_ends() -> None:
-    before = torch.get_num_threads()
-    seen = []
-
-    @one_thread()
-    def work() -> None:
-        seen.append(torch.get_num_threads())
-        raise ValueError
-
-    with pytest.raises(ValueError):
-        work()
-    assert seen == [1]
-    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
