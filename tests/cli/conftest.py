@@ -45,7 +45,12 @@ class Ran:
 
 
 def modules_of(*arguments: str) -> set[str]:
-    """Return the top-level modules that one command line imports, run in a process of its own."""
+    """Return the top-level packages that one command line imports, run in a process of its own."""
+    return {name.partition(".")[0] for name in imported_by(*arguments)}
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """Return the full names of the modules that one command line imports, run in a process of its own."""
     return modules_after(f"from icm_cli.app import run; run({list(arguments)!r})")
 
 
@@ -53,7 +58,7 @@ def modules_after(code: str) -> set[str]:
     """Return the top-level modules that are imported after some code, run in a process of its own."""
     script = f"import sys; {code}; print(); print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return {name.partition(".")[0] for name in ran.stdout.splitlines()[-1].split()}
+    return set(ran.stdout.splitlines()[-1].split())
 
 
 @pytest.fixture
