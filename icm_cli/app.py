@@ -50,10 +50,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "rm": ("rm", "rm", MAINTAIN),
     "prune": ("prune", "prune", MAINTAIN),
     "verify": ("verify", "verify", MAINTAIN),
-    "generators": ("generators", "generators", MAINTAIN),
-    "base": ("base", "base", MAINTAIN),
     "doctor": ("doctor", "doctor", MAINTAIN),
     "path": ("path", "path", MAINTAIN),
+    "generators": ("generators", "generators", MAINTAIN),
+    "base": ("base", "base", MAINTAIN),
 }
 
 

@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from registry import files as fs
-from registry.blobs.backend import BlobBackend
 from registry.blobs.content import Blobs
 from registry.blobs.local import LocalBackend
 from registry.database import Database, migrate
@@ -33,6 +32,7 @@ from registry.folder import (
 from registry.locks import FileLock
 
 if TYPE_CHECKING:
+    from registry.blobs.backend import BlobBackend
     from registry.bundles import Bundles
     from registry.codes import Codes
     from registry.evaluations import Evaluations

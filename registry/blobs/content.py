@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from registry.blobs.backend import BlobBackend, BlobBatch, BlobInfo
 from registry.errors import DamagedBlob, MissingBlob, SourceRefused, StoreIOError
 from registry.files import Bytes, read_plain, store_errors
+
+if TYPE_CHECKING:
+    from registry.blobs.backend import BlobBackend, BlobBatch, BlobInfo
 
 T = TypeVar("T")
 Item = TypeVar("Item")

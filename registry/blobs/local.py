@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 from uuid import uuid4
 
 from registry import files as fs
-from registry.blobs.backend import BlobInfo
 from registry.folder import StorePaths, is_digest
+
+if TYPE_CHECKING:
+    from registry.blobs.backend import BlobInfo
 
 _CHUNK = 1 << 20
 _MODE = 0o444  # immutable, and it shows
@@ -58,6 +60,8 @@ class LocalBackend:
 
     def all(self) -> Iterator[BlobInfo]:
         """Yield every file that is named by a digest and is in the folder of its first digit."""
+        from registry.blobs.backend import BlobInfo
+
         for folder in sorted(self._paths.blobs.iterdir()):
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
                 if is_digest(path.name) and path.parent.name == path.name[0]:
