@@ -39,8 +39,8 @@ _PREFIX = len(MAGIC) + 32
 """Bytes before the length of the head: the magic number and the generator's digest."""
 ABSENT = 255
 """In `CodeHead.kept`: the adapter has no such module."""
-_TASK_TYPE_LIMIT = 4096  # bytes: as many characters as a label may have (1024), up to 4 bytes each
-"""In bytes: a character takes up to four of them in UTF-8."""
+_TASK_TYPE_LIMIT = 4 * 1024
+"""In bytes: as many characters as a label of PEFT may have here, and a character takes up to four bytes in UTF-8."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 
 from icmlora.errors import AdapterRefused
-from icmlora.io.finite import bits
 from icmlora.io.safetensors import RawTensor, TensorHeader, encode, read_header
 
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -25,6 +24,8 @@ def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -
     Returns:
         Name to tensor, in file order; neighbours may share storage.
     """
+    from icmlora.io.finite import bits  # needed to read only
+
     tensors: dict[str, torch.Tensor] = {}
     for run in header.runs:
         # A copy: torch must neither see read-only memory nor an address that is not a multiple of the item size.
