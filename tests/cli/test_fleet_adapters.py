@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora import Adapter, Bundle, Cancelled, Event, Fleet, Progress, load_adapter_folder
+from icmlora import Adapter, Bundle, Cancelled, Event, Fleet, Progress, load_adapter
 from icmlora.errors import BundleError, DataError
 from icmlora.fleet.materialize import TooLossy
 from icmlora.fleet.vectors import VectorReport, VectorsExtracted
@@ -37,7 +37,7 @@ def test_a_store_is_filled_and_gives_its_adapters_back(tmp_path: Path, mixed_tem
     assert ([task.task for task in report.ingested], report.new, report.extractable) == (list(TASKS), 5, [])
     done = fleet.materialize("poems", tmp_path / "out")
     assert (done.source, done.dw_error) == ("original", 0.0)
-    assert equal(fleet.load("poems"), load_adapter_folder(mixed_template / "loras" / "poems"))
+    assert equal(fleet.load("poems"), load_adapter(mixed_template / "loras" / "poems"))
     assert any(isinstance(event, Progress) for event in heard)
 
 
@@ -62,7 +62,7 @@ def test_vectors_that_were_extracted_before_a_stop_stay(mixed: Path) -> None:
 def test_an_adapter_in_memory_is_the_one_in_the_folder(trained: Path, tmp_path: Path, source: str) -> None:
     fleet = Fleet(trained)
     fleet.materialize("silent", tmp_path / "out", source=source, dtype="float32")  # type: ignore[arg-type]
-    written = load_adapter_folder(tmp_path / "out")
+    written = load_adapter(tmp_path / "out")
     loaded = fleet.load("silent", source=source)  # type: ignore[arg-type]
     for one, other in zip(loaded.modules, written.modules, strict=True):  # a folder pads the rank with zeros
         torch.testing.assert_close(one.b @ one.a, other.b @ other.a, rtol=1e-6, atol=1e-7)
