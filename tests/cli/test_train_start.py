@@ -12,6 +12,7 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.fleet import train_few_shot as starting
+from icmlora.io.text import human_size
 from registry.records import GeneratorRecord, NewGenerator
 from registry.store import Store
 from tests.cli.coded import codes
@@ -250,5 +251,7 @@ class TestTheBill:
         grown = after["on_disk"]["database"] - before["on_disk"]["database"]
         assert after["compact_size"] == before["compact_size"] + size + grown
 
-    def test_stats_say_that_generators_have_starts(self, icm: Icm, started: Path) -> None:
-        assert "generators, with their starts" in icm("stats").out
+    def test_stats_print_the_generators_with_their_starts(self, icm: Icm, started: Path) -> None:
+        made = current(started)
+        (line,) = [line for line in icm("stats").out.splitlines() if line.startswith("generators ")]
+        assert human_size(made.size + made.start_size) in line
