@@ -4,6 +4,7 @@ python docs/demo_sample.py BASE ADAPTER...
 """
 
 import sys
+import warnings
 
 import torch
 from peft import PeftModel
@@ -13,8 +14,10 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 # A recipe in docs/example-fleet/recipes-en/eval.jsonl: held-out text, which the adapter was not trained on.
 PROMPT = "Edamame\nStep 1."
 
+warnings.simplefilter("ignore", FutureWarning)
 disable_progress_bar()
 set_verbosity_error()
+
 base_path, *adapter_paths = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base_path)
 base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
