@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from icmlora.errors import GeneratorError
 
-SMALL_FLEET = 24
+SMALL_FLEET = 16
 """Tasks below which a run is short by default: the trained part of a generator hardly pays there."""
 
 
@@ -18,8 +18,8 @@ class TrainConfig:
 
     What `default` chooses for a fleet:
 
-        below 24 tasks      20 steps a task, at least 200; learning rate 0.008
-        from 24 tasks on    10 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004
+        below 16 tasks      20 steps a task, at least 200; learning rate 0.008
+        from 16 tasks on    10 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004
 
     A small fleet starts from its own norm tables, and most of what steps can add is there after a fifth of them. The
     schedule is short as a whole, so the rate has fallen to nothing at its end and nothing has to watch for that end:
