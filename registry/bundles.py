@@ -17,16 +17,16 @@ from sqlalchemy.orm import Session
 
 from registry import records
 from registry import schema as models
+from registry.conversion import task_folder, unusual_source
+from registry.database import Part
 from registry.errors import GeneratorConflict, TaskConflict
 from registry.evaluations import record_evaluation
 from registry.files import failpoint
 from registry.generators import generator_row
 from registry.ingest import KnownTask, known_tasks
 from registry.names import check_name
-from registry.part import Part
 from registry.records import description_of
 from registry.rows import RowWriter, document_row, in_parts
-from registry.sources import task_folder, unusual_source
 from registry.vectors import record_vector
 
 ImportStatus = Literal["added", "encoded", "known", "skipped"]

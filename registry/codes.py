@@ -15,10 +15,10 @@ from sqlalchemy.orm import Session
 from registry import records, rows
 from registry import schema as models
 from registry.conversion import code_record
+from registry.database import Part
 from registry.errors import GeneratorConflict, LastCopy
 from registry.evaluations import record_evaluation
 from registry.files import failpoint
-from registry.part import Part
 from registry.rows import RowWriter, final_if_unchanged
 
 CodeFiles = tuple[int, int | None]

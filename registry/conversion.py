@@ -2,19 +2,26 @@
 
 A record has the fields of its row under the same names. A blob becomes its digest, a document its JSON value, a task or
 base model its name; what a record has in addition is given by name.
+
+The source of an adapter takes few bytes: a trainer puts a task's adapter into one folder and its checkpoints into
+`checkpoint-N` below it. So a task stores the folder once, and an adapter stores its source only if it is another one.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from registry import records
 from registry import schema as models
 from registry.records import Description
-from registry.sources import usual_source
 
 Record = TypeVar("Record")
+
+_CHECKPOINT = re.compile(r"/checkpoint-[0-9]+$")
 
 
 def task_record(row: models.Task) -> records.TaskRecord:
@@ -91,3 +98,23 @@ def _limits(row: models.Code) -> records.Asked | None:
     if row.is_kept is None:
         return None
     return records.Asked(row.min_gain, row.max_error, row.tolerance, row.is_kept, row.refined or 0)
+
+
+def source_label(path: Path) -> str:
+    """Return a path as text that every database takes: bytes that are not UTF-8 are written out in hexadecimal."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def task_folder(source: str) -> str:
+    """Return the folder of a task whose final adapter came from `source`, which may be a checkpoint itself."""
+    return _CHECKPOINT.sub("", source)
+
+
+def usual_source(folder: str, step: int | None, *, is_final: bool) -> str:
+    """Return where a trainer would have put an adapter of a task."""
+    return folder if is_final or step is None else f"{folder}/checkpoint-{step}"
+
+
+def unusual_source(source: str, folder: str, step: int | None, *, is_final: bool) -> str | None:
+    """Return a source if it has to be stored, because it is not the usual one."""
+    return None if source == usual_source(folder, step, is_final=is_final) else source

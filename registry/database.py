@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from sqlalchemy import Connection, create_engine, event
@@ -19,7 +20,6 @@ from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from registry.columns import UnreadableValue
 from registry.errors import (
     DamagedStore,
     NotAStore,
@@ -30,7 +30,12 @@ from registry.errors import (
     StoreReadOnly,
     StoreTooNew,
 )
-from registry.schema import Base
+from registry.schema import Base, UnreadableValue
+
+if TYPE_CHECKING:
+    from registry.blobs.content import Blobs
+    from registry.folder import StorePaths
+    from registry.locks import FileLock
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
@@ -235,3 +240,16 @@ def _version(connection: Connection, database: Database, *, create: bool) -> int
     if application != APPLICATION_ID and not is_new:
         raise NotAStore(f"{database.path} is not an icm database", path=database.path)
     return version
+
+
+class Part:
+    """Operations on one kind of row; a :class:`registry.store.Store` has one of each."""
+
+    def __init__(self, paths: StorePaths, lock: FileLock, database: Database, blobs: Blobs) -> None:
+        self._paths, self._lock, self._db, self._blobs = paths, lock, database, blobs
+
+    def _drop(self, digests: Iterable[str]) -> None:
+        """Delete files that rows no longer name, after the commit, if no other process uses the store."""
+        from registry.prune import drop_unreferenced  # readers delete nothing
+
+        drop_unreferenced(self._lock, self._db, self._blobs, digests)

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 from registry import records, rows
 from registry import schema as models
 from registry.conversion import code_record, evaluation_record
+from registry.database import Part
 from registry.files import failpoint
-from registry.part import Part
 from registry.rows import document_row, final_if_unchanged, named_blob, utc_now
 
 

@@ -12,11 +12,11 @@ from sqlalchemy.orm import Session
 from registry import ingest as known_tasks
 from registry import rows
 from registry import schema as models
+from registry.database import Part
 from registry.errors import LastCopy
 from registry.evaluations import record_evaluation
 from registry.files import failpoint
 from registry.folder import restore_reserve, with_reserve
-from registry.part import Part
 from registry.prune import drop_evicted, evicted_files
 from registry.records import EvictedAdapter, Eviction
 from registry.rows import in_parts, utc_now

@@ -20,9 +20,9 @@ from registry import records
 from registry import schema as models
 from registry.codes import code_files, code_rows, current_row
 from registry.conversion import code_record, generator_record
+from registry.database import Part
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.files import failpoint
-from registry.part import Part
 from registry.rows import RowWriter
 
 

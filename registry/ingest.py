@@ -16,11 +16,11 @@ from sqlalchemy import Connection, delete, exists, insert, select, update
 from registry import records
 from registry import schema as models
 from registry.blobs.content import Blobs
+from registry.conversion import task_folder, unusual_source
 from registry.errors import TaskConflict
 from registry.names import check_name
 from registry.records import Description, EvictedAdapter, description_of
 from registry.rows import RowNumbers, in_parts, table_of, utc_now
-from registry.sources import task_folder, unusual_source
 
 AdapterKey = tuple[str, str, int | None]
 """What tells adapters of a task apart: weights, configuration, step."""

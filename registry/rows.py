@@ -19,9 +19,8 @@ from sqlalchemy.orm import Session
 from registry import records
 from registry import schema as models
 from registry.blobs.content import Blobs
-from registry.columns import compact_json
 from registry.errors import TaskNotFound
-from registry.schema import BaseModel, Blob, Document
+from registry.schema import BaseModel, Blob, Document, compact_json
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ from sqlalchemy import select
 from registry import records
 from registry import schema as models
 from registry.conversion import train_run_record
+from registry.database import Part
 from registry.files import failpoint
-from registry.part import Part
 from registry.rows import RowWriter
 
 

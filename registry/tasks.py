@@ -11,10 +11,10 @@ from sqlalchemy.orm import Session
 from registry import records, rows
 from registry import schema as models
 from registry.conversion import adapter_record, code_record, task_record
+from registry.database import Part
 from registry.errors import DamagedStore, LastCopy
 from registry.files import failpoint
 from registry.folder import restore_reserve, with_reserve
-from registry.part import Part
 from registry.rows import RowWriter
 
 _PAGE = 256

@@ -9,8 +9,8 @@ from sqlalchemy import func, select
 from registry import records, rows
 from registry import schema as models
 from registry.conversion import task_record, vector_record
+from registry.database import Part
 from registry.files import failpoint
-from registry.part import Part
 from registry.rows import RowWriter, document_row, final_if_unchanged
 
 

@@ -23,10 +23,10 @@ from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.io.files import read_regular
 from registry.blobs.content import PutRefusal, digest_of
+from registry.conversion import source_label
 from registry.errors import SourceRefused
 from registry.files import read_plain
 from registry.records import EvictedAdapter, NewAdapter
-from registry.sources import source_label
 
 if TYPE_CHECKING:
     from registry.store import Store

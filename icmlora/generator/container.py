@@ -8,6 +8,7 @@ range-coded integers, or the code inside a few-shot start. All integers are litt
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
@@ -16,10 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
-from icmlora.io.checksum import add_checksum, checked
 
+CHECKSUM_SIZE = 8
+"""Bytes of a checksum, the first ones of the SHA-256 of what precedes it. It detects damage also outside a store."""
 LENGTH = struct.Struct("<I")
 """How the length of the compressed head is written."""
+
+
+def add_checksum(content: bytes) -> bytes:
+    """Return the content followed by its checksum."""
+    return content + hashlib.sha256(content).digest()[:CHECKSUM_SIZE]
+
+
+def checked(data: bytes) -> bytes | None:
+    """Return the content in front of the checksum, or None if the two do not match."""
+    content = data[:-CHECKSUM_SIZE]
+    return content if add_checksum(content) == data else None
 
 
 def write_container(prefix: bytes, head: bytes, body: bytes) -> bytes:

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.container import inflate, open_container
-from icmlora.io.checksum import CHECKSUM_SIZE, add_checksum
+from icmlora.generator.container import CHECKSUM_SIZE, add_checksum, inflate, open_container
 
 MAGIC, MAGIC_OF_VERSIONS = b"ICMG\x02", b"ICMG\x03"
 _HEADER_LIMIT = 1 << 20

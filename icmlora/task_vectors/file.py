@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, DataError
+from icmlora.generator.container import add_checksum, checked
 from icmlora.generator.entropy_coding import LIMIT, IntegerReader, IntegerWriter, clip
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
-from icmlora.io.checksum import add_checksum, checked
 from icmlora.task_vectors.vector import View
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError
 from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, generator_of
 from icmlora.generator.config import GeneratorConfig, ModuleKind
+from icmlora.generator.container import add_checksum
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
 from icmlora.generator.scales import EXTREME
-from icmlora.io.checksum import add_checksum
 from tests.icmlora.small_fleet import mixed_fleet, module_name
 
 CONFIG = mixed_fleet().config()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
 from icmlora.generator.code import MAGIC, Code, CodeHead
-from icmlora.io.checksum import add_checksum
+from icmlora.generator.container import add_checksum
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 

@@ -17,11 +17,11 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.code import ABSENT
 from icmlora.generator.codec import Codec
+from icmlora.generator.container import add_checksum
 from icmlora.generator.encoding import Limits
 from icmlora.generator.residual import CLASSES, MAGIC
 from icmlora.generator.residual_codec import ResidualCodec, classes_of
 from icmlora.generator.scales import LARGEST, SMALLEST
-from icmlora.io.checksum import add_checksum
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, same, with_factors
 

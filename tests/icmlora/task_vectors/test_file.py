@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import DataError
-from icmlora.io.checksum import add_checksum
+from icmlora.generator.container import add_checksum
 from icmlora.task_vectors.file import vectors_from_bytes, vectors_to_bytes
 from icmlora.task_vectors.vector import View
 

@@ -17,8 +17,8 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.generator.code import MAGIC, Code
 from icmlora.generator.codec import Codec
+from icmlora.generator.container import add_checksum
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
-from icmlora.io.checksum import add_checksum
 from tests.icmlora.peft_made import initial_of, peft_codec, peft_fleet, peft_made
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, same, with_factors
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.dialects import sqlite
 
-from registry.columns import Choice, Digest, Moment, Packed, compact_json
 from registry.errors import DamagedStore
+from registry.schema import Choice, Digest, Moment, Packed, compact_json
 from registry.store import Store
 from tests.registry.examples import ingest
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.sources import source_label, task_folder, unusual_source, usual_source
+from registry.conversion import source_label, task_folder, unusual_source, usual_source
 from registry.store import Store
 from tests.registry.every_row import fill
 
