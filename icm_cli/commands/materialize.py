@@ -122,6 +122,8 @@ def _tell(session: Session, done: MaterializeReport) -> None:
     )
     out.answer(str(done.directory))
     known = [("relative dW error", done.dw_error), ("retained gain", done.retained_gain)]
+    if done.source == "original":
+        known = []  # nothing was lost
     figures = "".join(f", {name} {value:.4f}" for name, value in known if value is not None)
     out.note(f"wrote {done.task} from {_FROM[done.source]}{figures}")
 

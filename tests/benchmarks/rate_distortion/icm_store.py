@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from icmlora import Fleet
 from icmlora.adapter.model import Adapter
 from icmlora.formats.peft import load_adapter_folder
+from registry.store import Store
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
 
 if TYPE_CHECKING:
     from registry.records import GeneratorRecord
-    from registry.store import Store
 
 
 @dataclass(frozen=True)
