@@ -18,17 +18,7 @@ if TYPE_CHECKING:
 
 
 class StoredFleet:
-    """What can be listed and maintained in a store; `icmlora.Fleet` adds everything that computes.
-
-    Args:
-        path: The store folder.
-        cache: Folder for files that can be created again (base models converted from GGUF), or a function that
-            returns it; by default `icm` in the Hugging Face home.
-        lock_timeout: Seconds to wait for another process.
-        command: What this process does, as others see it when they have to wait.
-        on_event: Called with a `Progress` after each unit of work, and with what each use case has to tell. To stop,
-            raise `Cancelled` in it: what was finished is kept.
-    """
+    """What can be listed and maintained in a store. `icmlora.Fleet` explains the arguments."""
 
     def __init__(
         self,
