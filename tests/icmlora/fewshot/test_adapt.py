@@ -25,17 +25,6 @@ from tests.icmlora.fewshot.trained_tasks import (
     weights_of,
 )
 from tests.icmlora.small_fleet import dense, same
-from tests.icmlora.tiny_base import load_tiny_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    return load_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def samples(base: BaseModel) -> list[Scored]:
-    return scored(base, texts_of("grey geese", count=4))
 
 
 def start(lengths: tuple[int, ...] = (-24, -20, -16, -12)) -> FewShotStart:

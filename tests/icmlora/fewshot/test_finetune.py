@@ -16,23 +16,9 @@ from tests.icmlora.fewshot.trained_tasks import (
     is_untouched,
     loss_of,
     random_adapter,
-    scored,
-    texts_of,
     weights_of,
 )
 from tests.icmlora.small_fleet import dense, same
-from tests.icmlora.tiny_base import load_tiny_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    return load_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def samples(base: BaseModel) -> list[Scored]:
-    return scored(base, texts_of("grey geese", count=4))
-
 
 CONFIG = FinetuneConfig(steps=12, learning_rate=0.02)
 
