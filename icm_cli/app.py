@@ -133,11 +133,7 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line.
-
-    Returns:
-        The exit code; any failure is on stderr by then.
-    """
+    """Run one command line and return its exit code; any failure is on stderr by then."""
     try:
         code = typer.main.get_command(app).main(args=list(arguments), prog_name="icm", standalone_mode=False)
         sys.stdout.flush()

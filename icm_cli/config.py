@@ -45,38 +45,22 @@ class Setting(Generic[T]):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that is configured, resolved once per command.
+    """Everything that is configured, resolved once per command."""
 
-    Attributes:
-        named_store: The store folder as it was named, or None.
-        device: The device name, not yet resolved to hardware.
-        lock_timeout: Seconds to wait for another icm.
-    """
-
-    named_store: Setting[object]
+    named_store: Setting[object]  # the store folder as it was named
     device: Setting[str]
-    lock_timeout: Setting[float]
+    lock_timeout: Setting[float]  # seconds to wait for another icm
 
     @property
     def store(self) -> Setting[Path]:
-        """The store folder, which need not exist. Commands that work without a store never read this.
-
-        Raises:
-            ConfigProblem: No store is named and there is no home folder to put it in.
-            UsageProblem: The path begins with `~user` and that user has no home folder.
-        """
+        """The store folder, which need not exist. Commands that work without a store never read this."""
         return Setting(_store_folder(self.named_store), self.named_store.source)
 
 
 def load_settings(
     *, store: Path | None = None, device: str | None = None, lock_timeout: float | None = None
 ) -> Settings:
-    """Resolve all settings; the arguments are the flags that were given.
-
-    Raises:
-        ConfigProblem: config.toml is not TOML, or a key is unknown or has the wrong type.
-        UsageProblem: `ICM_LOCK_TIMEOUT` is not a number, or a timeout is negative.
-    """
+    """Resolve all settings; the arguments are the flags that were given."""
     config = _read_config()
     timeout = _pick(lock_timeout, "ICM_LOCK_TIMEOUT", config, "lock_timeout", DEFAULT_LOCK_TIMEOUT)
     chosen = _pick(device, "ICM_DEVICE", config, "device", "auto")
@@ -88,31 +72,19 @@ def load_settings(
 
 
 def config_file() -> Path:
-    """Return the configuration file, which need not exist.
-
-    Raises:
-        ConfigProblem: It is not named and there is no home folder.
-    """
+    """Return the configuration file, which need not exist."""
     named = os.environ.get("ICM_CONFIG")
     return Path(named) if named else _home("XDG_CONFIG_HOME", ".config", "ICM_CONFIG") / "icm" / "config.toml"
 
 
 def log_file() -> Path:
-    """Return the file that receives the tracebacks of unexpected errors.
-
-    Raises:
-        ConfigProblem: It is not named and there is no home folder.
-    """
+    """Return the file that receives the tracebacks of unexpected errors."""
     named = os.environ.get("ICM_LOG")
     return Path(named) if named else _home("XDG_STATE_HOME", ".local/state", "ICM_LOG") / "icm" / "errors.log"
 
 
 def cache_folder() -> Path:
-    """Return the folder for files that can be created again, such as dequantised base models.
-
-    Raises:
-        ConfigProblem: There is no home folder.
-    """
+    """Return the folder for files that can be created again, such as dequantised base models."""
     return _home("XDG_CACHE_HOME", ".cache") / "icm"
 
 

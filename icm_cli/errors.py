@@ -50,11 +50,7 @@ class ExitCode(IntEnum):
 
 
 class CliError(Exception):
-    """Base class of errors of the command line itself.
-
-    Attributes:
-        hint: What to do next, or None.
-    """
+    """Base class of errors of the command line itself."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -79,20 +75,13 @@ class StdoutClosed(CliError):
 
 @dataclass(frozen=True)
 class Failure:
-    """What the user is told about an exception.
-
-    Attributes:
-        code: The exit code.
-        kind: A short stable word for scripts.
-        message: What happened.
-        hint: What to do next, or None.
-        expected: Whether the exception is in the table; any other is a bug, and its traceback goes to the log.
-    """
+    """What the user is told about an exception."""
 
     code: ExitCode
     kind: str
     message: str
     hint: str | None
+    # Whether the exception is in the table; any other is a bug, and its traceback goes to the log.
     expected: bool = True
 
     def as_text(self) -> str:

@@ -41,17 +41,11 @@ class Mode(Enum):
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
-
-    Attributes:
-        title: The heading, printed in capitals.
-        right: Whether values are aligned to the right, as numbers are.
-        shrink: Whether the column may be cut when the terminal is narrow.
-    """
+    """A column of a table."""
 
     title: str
-    right: bool = False
-    shrink: bool = False
+    right: bool = False  # whether values are aligned to the right, as numbers are
+    shrink: bool = False  # whether the column may be cut when the terminal is narrow
 
 
 class Output:
@@ -160,11 +154,7 @@ class Output:
         return PlainProgress(label)
 
     def confirm(self, question: str, *, yes: bool, flag: str = "--yes") -> bool:
-        """Ask before something that cannot be undone.
-
-        Raises:
-            UsageProblem: stdin is not a terminal, so nobody can answer, and `yes` is not given.
-        """
+        """Ask before something that cannot be undone."""
         if yes:
             return True
         if self.is_json or not sys.stdin.isatty():

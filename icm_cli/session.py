@@ -60,14 +60,7 @@ class GlobalOptions:
 
 @dataclass(frozen=True)
 class Session:
-    """One run of one command.
-
-    Attributes:
-        out: Prints everything.
-        settings: The resolved settings.
-        command: The command as typed, without its arguments (`icm ls`).
-        options: The global options as given.
-    """
+    """One run of one command."""
 
     out: Output
     settings: Settings
@@ -81,14 +74,7 @@ class Session:
 
     @contextmanager
     def working(self, label: str, on_event: Callable[[Event], None] | None = None) -> Iterator[Fleet]:
-        """Yield the fleet of the store and display its progress.
-
-        The first Ctrl-C or SIGTERM raises `Cancelled` after the current step; the second stops at once.
-
-        Args:
-            label: What the display calls the work.
-            on_event: Gets every event that is not a `Progress`.
-        """
+        """Yield the fleet of the store and display its progress; Ctrl-C stops it after the current step."""
         from icmlora.fleet.context import Progress
 
         with self.out.progress(label) as display, self._catching_signals() as received:
@@ -106,15 +92,7 @@ class Session:
     def run(
         self, label: str, work: Callable[[Fleet], R], on_event: Callable[[Event], None] | None = None
     ) -> tuple[R, bool]:
-        """Call a method of the fleet as in `working`, and return its report and whether the user stopped it.
-
-        A stopped method reports what was done until then. The command prints that and raises `Interrupted`.
-
-        Args:
-            label: What the display calls the work.
-            work: Calls the method.
-            on_event: Gets every event that is not a `Progress`.
-        """
+        """Call a method of the fleet as in `working`, and return its report and whether the user stopped it."""
         try:
             with self.working(label, on_event) as fleet:
                 return work(fleet), False

@@ -132,17 +132,7 @@ def run(
     *,
     go_on: str = "run the same command to continue",
 ) -> bool:
-    """Encode, print what was done with each task, and say whether a task missed the limits.
-
-    Args:
-        session: The command's session.
-        work: Encodes.
-        hint: The next command, where every task meets the limits.
-        go_on: The next command, where the user stops this one.
-
-    Raises:
-        Interrupted: The user stopped it.
-    """
+    """Encode, print what was done with each task, and say whether a task missed the limits."""
     report, stopped = session.run("encode", work, lambda event: _tell(session, event))
     _sum_up(session, report)
     if stopped:

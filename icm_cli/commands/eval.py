@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from icmlora.base_models.likelihood import NllResult
     from icmlora.fleet.api import Fleet
-    from icmlora.fleet.compare import BaselineResult, MethodSummary
+    from icmlora.fleet.baselines import BaselineResult
+    from icmlora.fleet.compare import MethodSummary
     from icmlora.fleet.context import Event
     from icmlora.fleet.evaluate import EvaluateReport, TaskEvaluated
     from icmlora.fleet.measure import SourceResult
@@ -114,16 +115,7 @@ def run(
     work: Callable[[Fleet], EvaluateReport],
     print_more: Callable[[EvaluateReport], None] = lambda report: None,
 ) -> None:
-    """Measure, and print a table of the results.
-
-    Args:
-        session: The command's session.
-        work: Measures.
-        print_more: Prints what comes after the table.
-
-    Raises:
-        Interrupted: The user stopped it.
-    """
+    """Measure, and print a table of the results."""
     report, stopped = session.run("eval", work, lambda event: _tell(session, event))
     _print_tasks(session, report)
     print_more(report)

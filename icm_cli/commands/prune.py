@@ -50,11 +50,7 @@ def prune(session: Session, older_than: OlderThanOpt = "1h", dry_run: DryRunOpt 
 
 
 def seconds(age: str) -> float:
-    """Return an age such as `90`, `90s`, `30m`, `1h` or `7d` in seconds.
-
-    Raises:
-        UsageProblem: It is not an age.
-    """
+    """Return an age such as `90`, `90s`, `30m`, `1h` or `7d` in seconds."""
     match = re.fullmatch(r"(\d{1,9})([smhd]?)", age)
     if match is None:
         raise UsageProblem(f"invalid age {age!r}", hint="use a number and a unit, such as 90s, 30m, 1h or 7d")

@@ -15,7 +15,7 @@ from icm_cli.text import coded_size, shortfalls
 from icmlora.io.text import counted, human_percent, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.stats import BaseModelBill, Bill, TaskBill
+    from icmlora.fleet.bill import BaseModelBill, Bill, TaskBill
 
 PlotOpt = Annotated[
     Path | None,

@@ -187,11 +187,7 @@ def _update(session: Session, options: _Options) -> _Made:
 
 
 def _encode_and_measure(session: Session, options: _Options, made: _Made) -> bool:
-    """Re-encode if there is a limit for the error or the gain, and measure.
-
-    Returns:
-        Whether a task misses a limit, or was left out before.
-    """
+    """Re-encode for the limits, if there are any, and measure; return whether a task was left out or misses a limit."""
     partly = made.partly
     if not made.base_models:
         return partly

@@ -25,27 +25,14 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 _CACHE_BYTES = 256 << 20
-_CACHED_INITIALS = (
-    256  # an InitialA takes up to 100 kB; making it again from its seed takes some hundredths of a second
-)
+# An InitialA takes up to 100 kB; drawing it again from its seed takes some hundredths of a second.
+_CACHED_INITIALS = 256
 _FLOAT32 = 4  # bytes
 _TOO_WIDE = f"its rank is above {MAX_SLOTS}, the largest that a code can hold"
 
 
 class StoreAdapterSource:
-    """The tasks of one base model whose originals are there; implements `icmlora.training.source.AdapterSource`.
-
-    Rows are in memory, adapters are not. Evicted tasks and evicted checkpoints are left out.
-
-    Args:
-        store: The open store.
-        base_model: The base model of the tasks.
-        names: Only the final adapters of these tasks, without checkpoints.
-
-    Attributes:
-        names: The tasks, in the order of their numbers.
-        left_out: Tasks that no generator can encode, and why.
-    """
+    """The tasks of one base model whose originals are there; implements `icmlora.training.source.AdapterSource`."""
 
     def __init__(self, store: Store, base_model: str, names: Collection[str] | None = None) -> None:
         self._store = store
@@ -62,6 +49,7 @@ class StoreAdapterSource:
             [row for row in store.tasks.adapters(name) if names is None and _is_checkpoint(row)] for name in self.names
         ]
         self._vectors = [_by_support_set(store.vectors.all(name)) for name in self.names]
+        # Rows stay in memory; of the adapters, which are larger, only those read last.
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._cached = 0
         self._search = SeedSearch()
@@ -115,13 +103,11 @@ class StoreAdapterSource:
         return adapter
 
     def initial(self, task: int) -> InitialA | None:
-        """Return the initial A of a task's adapters as its seed gives it, None if the seed is not known.
-
-        The seed is searched once per task; of the tasks used last, the initial A stays in memory.
-        """
+        """Return the initial A of a task's adapters as its seed gives it, None if the seed is not known."""
         return self._initial(task)
 
     def _find_initial(self, task: int) -> InitialA | None:
+        # The search takes seconds, drawing from a known seed hundredths of one, so every seed is kept.
         if task in self._seeds:
             seed = self._seeds[task]
             return None if seed is None else initial_under(self.load(task, None), seed)

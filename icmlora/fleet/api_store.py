@@ -10,10 +10,10 @@ from icmlora.fleet.context import Context, Event, default_cache, ignore
 
 if TYPE_CHECKING:
     from icmlora.fleet.base_models import KnownBase
+    from icmlora.fleet.bill import Bill
     from icmlora.fleet.maintenance import Check, Finding, PruneReport
     from icmlora.fleet.map import MapReport
     from icmlora.fleet.records import TaskSummary, View
-    from icmlora.fleet.stats import Bill
     from icmlora.fleet.tasks import Removal, TaskDetails
 
 

@@ -13,17 +13,11 @@ from registry.records import BaseModelRecord
 
 @dataclass(frozen=True)
 class KnownBase:
-    """A base model that an adapter names or that the user added.
-
-    Attributes:
-        record: What the store knows about it.
-        path: Where a local copy is, or None.
-        problem: Why there is no usable copy, or None.
-    """
+    """A base model that an adapter names or that the user added."""
 
     record: BaseModelRecord
-    path: Path | None
-    problem: str | None
+    path: Path | None  # where a local copy is
+    problem: str | None  # why there is no usable copy
 
 
 def list_base_models(context: Context) -> list[KnownBase]:
@@ -33,14 +27,7 @@ def list_base_models(context: Context) -> list[KnownBase]:
 
 
 def add_base_model(context: Context, name: str, path: Path) -> Path:
-    """Record where a base model is, and create the store if there is none.
-
-    Returns:
-        The absolute path that was recorded.
-
-    Raises:
-        BaseModelNotFound: There is no loadable base model at the path.
-    """
+    """Record where a base model is, and create the store if there is none."""
     found = inspect_base(name, path.expanduser().absolute())
     with context.open(create=True) as store:
         store.base_models.set_path(name, str(found.path))
@@ -48,11 +35,7 @@ def add_base_model(context: Context, name: str, path: Path) -> Path:
 
 
 def forget_base_model(context: Context, name: str) -> None:
-    """Forget where a base model is. Its adapters and files stay.
-
-    Raises:
-        BaseModelNotFound: The store does not know the name.
-    """
+    """Forget where a base model is. Its adapters and files stay."""
     with context.open() as store:
         if name not in {record.name for record in store.base_models.all()}:
             raise BaseModelNotFound(f"no base model is called {name!r}", hint="`icm base ls` lists them")

@@ -11,7 +11,7 @@ from icmlora.io.staging import check_absent, writing_file
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.stats import BaseModelBill, Bill
+    from icmlora.fleet.bill import BaseModelBill, Bill
 
 _MEBIBYTE = 2**20
 # Without the date: the same store gives the same bytes.
@@ -20,12 +20,7 @@ _GREY, _BLUE = "#6e7781", "#0072b2"  # both are readable on white and on black
 
 
 def check_plot(path: Path, *, force: bool = False) -> None:
-    """Check that a plot can be drawn to a file, before anything is computed for it.
-
-    Raises:
-        DataError: The file's ending is not svg, png or pdf, or matplotlib is not installed.
-        OutputExists: The file exists and `force` is not given.
-    """
+    """Check that a plot can be drawn to a file, before anything is computed for it."""
     if path.suffix.lower() not in _METADATA:
         raise DataError("a plot is an .svg, .png or .pdf file", path=path, hint="use one of these endings")
     check_absent(path, force=force)
@@ -33,14 +28,7 @@ def check_plot(path: Path, *, force: bool = False) -> None:
 
 
 def plot_bill(found: Bill, path: Path, *, force: bool = False) -> None:
-    """Draw bytes against the number of tasks: all adapters in bf16, and generator plus codes and vectors.
-
-    The file is written completely or not at all.
-
-    Raises:
-        DataError: No task has a code.
-        OutputExists: The file exists and `force` is not given.
-    """
+    """Draw bytes against the number of tasks: all adapters in bf16, and generator plus codes and vectors."""
     fleets = [fleet for fleet in found.fleets if fleet.encoded]
     if not fleets:
         raise DataError("no task has a code, so there is nothing to draw", hint="run `icm train`")

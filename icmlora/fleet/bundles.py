@@ -150,11 +150,7 @@ class Bundle:
 
 
 def find_task(index: BundleIndex, name: str) -> BundledTask:
-    """Return a task of a bundle by name, in any case.
-
-    Raises:
-        DataError: There is none; the hint suggests the closest name.
-    """
+    """Return a task of a bundle by name, in any case."""
     task = index.task(name)
     if task is None:
         close = difflib.get_close_matches(name, [task.name for task in index.tasks], n=1)
@@ -164,12 +160,7 @@ def find_task(index: BundleIndex, name: str) -> BundledTask:
 
 
 def open_generator(bundle: BundleFile) -> GeneratorFile:
-    """Read the generator of a bundle. The network of a version is opened with the first code that needs it.
-
-    Raises:
-        GeneratorError: It is damaged, or of a newer format.
-        BundleError: It is damaged, or was made for another base model than the bundle says.
-    """
+    """Read the generator of a bundle. The network of a version is opened with the first code that needs it."""
     from icmlora.generator.versions import GeneratorFile
 
     generator_file = GeneratorFile(bundle.read(bundle.index.generator.blob))

@@ -68,25 +68,14 @@ class NamedGenerator(Protocol):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a decoded adapter comes from.
-
-    Attributes:
-        task: Its task.
-        base_model: The name of the base model.
-        source: What it was decoded from.
-        generator: What decoded it.
-        dw_error: Relative error of dW, or None if it was not measured.
-        retained_gain: As `icm eval` measured it, or None.
-        seed: Seed of a sampled latent, or None.
-        is_generated: The original was itself generated, for a task that nobody trained an adapter for.
-    """
+    """Where a decoded adapter comes from."""
 
     task: str
     base_model: str
     source: Literal["residual", "code", "generate"]
     generator: NamedGenerator
-    dw_error: float | None
-    retained_gain: float | None
+    dw_error: float | None  # relative error of dW; None if it was not measured
+    retained_gain: float | None  # as `icm eval` measured it
     seed: int | None
     is_generated: bool
 
@@ -158,23 +147,14 @@ so nothing is known of what this one keeps: measure it on text of your own befor
 
 @dataclass(frozen=True)
 class GeneratedCard:
-    """The card of an adapter that `icm generate` made for a task that nobody trained an adapter for.
-
-    Attributes:
-        task: Its task.
-        base_model: The name of the base model.
-        generator: What generated it.
-        samples: How many samples of the task were read.
-        refined: Gradient steps after generating.
-        description: What the user said about the task, or None.
-    """
+    """The card of an adapter that `icm generate` made for a task that nobody trained an adapter for."""
 
     task: str
     base_model: str
     generator: NamedGenerator
     samples: int
     refined: int
-    description: str | None
+    description: str | None  # what the user said about the task
 
     def text(self) -> str:
         """Return the text of the card."""

@@ -56,21 +56,15 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class Context:
-    """The store to work on, how long to wait for it, and who listens.
-
-    Attributes:
-        path: The store folder.
-        cache_folder: Folder for files that can be created again, such as base models converted from GGUF, or a
-            function that returns it. The function is called only when the folder is needed.
-        lock_timeout: Seconds to wait for another process.
-        command: What this process does; others that have to wait for it see this.
-        on_event: Called between atomic steps. It raises `Cancelled` to stop the use case.
-    """
+    """The store to work on, how long to wait for it, and who listens."""
 
     path: Path
+    # Folder for files that can be created again, such as base models converted from GGUF, or a function that
+    # returns it. The function is called only when the folder is needed.
     cache_folder: Path | Callable[[], Path] = default_cache
-    lock_timeout: float = 30.0
+    lock_timeout: float = 30.0  # seconds to wait for another process
     command: str = "icm"
+    # Called between atomic steps. It raises `Cancelled` to stop the use case.
     on_event: Callable[[Event], None] = ignore
 
     @property
@@ -88,11 +82,7 @@ class Context:
         )
 
     def progress(self, done: float, total: float | None, note: str = "") -> None:
-        """Report how far the use case is.
-
-        Raises:
-            Cancelled: The listener wants the use case to stop.
-        """
+        """Report how far the use case is."""
         self.on_event(Progress(done, total, note))
 
 
@@ -107,17 +97,7 @@ def reporting(report: object) -> Iterator[None]:
 
 
 def select_tasks(store: Store, names: Sequence[str], base_model: str | None = None) -> list[TaskRecord]:
-    """Return the selected tasks, each once, ordered by base model and name.
-
-    Args:
-        store: The open store.
-        names: Names of tasks; all tasks if empty.
-        base_model: Select only tasks of this base model.
-
-    Raises:
-        TaskNotFound: A name is not in the store.
-        DataError: No task, or none of the named ones, belongs to the base model.
-    """
+    """Return the selected tasks, each once, ordered by base model and name."""
     tasks = [store.tasks.get(name) for name in names] or list(store.tasks.all())
     check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
     chosen = {task.name: task for task in tasks if base_model in (None, task.base_model)}
@@ -125,38 +105,21 @@ def select_tasks(store: Store, names: Sequence[str], base_model: str | None = No
 
 
 def check_base_model(base_model: str | None, known: Collection[str], *, named: bool = False) -> None:
-    """Check that a task belongs to the selected base model.
-
-    Args:
-        base_model: The selected base model; None selects all.
-        known: The base models of all tasks, or of the named ones.
-        named: Whether tasks are named.
-
-    Raises:
-        DataError: No task does.
-    """
+    """Check that a task belongs to the selected base model."""
     if base_model is not None and base_model not in known:
         none = "none of these tasks" if named else "no task"
         raise DataError(f"{none} belongs to base model {base_model!r}", hint="run `icm base ls` to list them")
 
 
 def read_samples(store: Store, task: TaskRecord, base: BaseModel) -> Sequence[Any] | None:
-    """Return a task's samples as the modality of its base model reads them, or None if it has none.
-
-    Raises:
-        DataError: They cannot be used.
-    """
+    """Return a task's samples as the modality of its base model reads them, or None if it has none."""
     if task.samples is None:
         return None
     return base.modality.read_examples(store.blobs.read(task.samples))
 
 
 def locate_base(store: Store, label: str) -> FoundBase:
-    """Find a base model without loading it.
-
-    Raises:
-        BaseModelNotFound: There is no local copy.
-    """
+    """Find a base model without loading it."""
     from icmlora.base_models.lookup import find_base_model
 
     record = base_record(store, label)

@@ -21,19 +21,7 @@ if TYPE_CHECKING:
 def decode_code(
     store: Store, generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
 ) -> Adapter:
-    """Read a code from disk and decode it.
-
-    Args:
-        store: The open store.
-        generator_file: The generator of the code; the code says which of its versions decodes it.
-        code: The code.
-        source: `residual` applies the code's residual, if it has one; `code` does not.
-
-    Raises:
-        DamagedStore: A file has changed since it was stored, or is missing.
-        CodeError: The bytes cannot be decoded.
-        GeneratorError: The network of that version cannot be read.
-    """
+    """Read a code from disk and decode it."""
     data = store.blobs.read(code.blob)
     codec = generator_file.codec_of(data)
     if source == "code" or code.residual is None:
@@ -46,23 +34,11 @@ def decode_code(
 def codec_of_task(
     store: Store, generator_file: GeneratorFile, code: CodeRecord | None, layout: Sequence[ModuleShape]
 ) -> Codec:
-    """Return the codec of the version that a task's code was made with.
-
-    A task without a readable code gets the codec of the newest version that covers its adapter.
-
-    Args:
-        store: The open store.
-        generator_file: The generator.
-        code: The task's code, if it has one.
-        layout: The modules of its adapter.
-
-    Raises:
-        NotCovered: There is no code, and no version covers the adapter.
-        GeneratorError: The network of the version cannot be read.
-    """
+    """Return the codec of the version that a task's code was made with."""
     if code is not None:
         try:
             return generator_file.codec_of(store.blobs.read(code.blob))
+        # Without a readable code, take the newest version that covers the adapter.
         except (CodeError, DamagedStore):
             pass
     return generator_file.codec_for(layout)
@@ -76,19 +52,7 @@ def generate_adapter(
     *,
     seed: int | None = None,
 ) -> Adapter:
-    """Generate the adapter of a task from its task vectors, without its code.
-
-    Args:
-        store: The open store.
-        generator_file: The generator.
-        final: The task's adapter, which says what modules and ranks to make.
-        code: The task's code, if it has one; it says which version of the generator to use.
-        seed: Sample the latent with this seed, instead of taking its mean.
-
-    Raises:
-        DataError: The task has no task vectors.
-        NotCovered: No version of the generator covers the adapter.
-    """
+    """Generate the adapter of a task from its task vectors, without its code."""
     from icmlora.fleet.adapter_source import mean_vectors  # imports what training needs
 
     vectors = mean_vectors(store, store.vectors.all(final.task))

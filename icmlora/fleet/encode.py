@@ -43,19 +43,7 @@ EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeas
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """What to encode, and which limits to meet; at least one is given.
-
-    Attributes:
-        names: Tasks; all if empty.
-        max_error: Largest squared relative error of dW.
-        min_gain: Smallest retained gain; it takes the base model and held-out text to measure it.
-        tolerance: Largest squared relative error of dW weighted by sensitivity; `icm train --quality` sets the same.
-        refine: Steps of refinement, 0 for none; it takes the base model and samples.
-        residual: Keep the codes, and add a residual to each one that misses a limit.
-        base_model: Only tasks of this one.
-        device: Where to measure gains and refine codes.
-        again: Encode a task even if its present code was made with the same limits.
-    """
+    """What to encode, and which limits to meet; at least one is given."""
 
     names: Sequence[str] = ()
     max_error: float | None = None
@@ -79,28 +67,18 @@ class EncodeRequest:
 
 @dataclass(frozen=True)
 class TaskEncoded(Event):
-    """One task is done.
-
-    Attributes:
-        task: Its name.
-        status: `encoded`: it has a new code, or a new residual, the smallest found that meets the limits. `known`: it
-            had one already. `enough`: its code meets them without a residual. `below`: nothing does, so it should keep
-            its original; it has its most accurate code, and no residual. `evicted`: its original is gone, so its code
-            stays. `unmeasured`: see `reason`; its code stays. `changed`: it got another adapter or code meanwhile,
-            which it keeps; see `reason`.
-        size: Bytes of its code.
-        residual_size: Bytes of its residual, if it has one.
-        before: Bytes of the code and residual that it had before, if any.
-        dw_error: Squared relative error of the adapter that they decode to.
-        retained_gain: Retained gain of that adapter, if it was measured.
-        reason: Why it has no new code.
-    """
+    """One task is done."""
 
     task: str
+    # `encoded`: it has a new code, or a new residual, the smallest found that meets the limits. `known`: it had
+    # one already. `enough`: its code meets them without a residual. `below`: nothing does, so it should keep its
+    # original; it has its most accurate code, and no residual. `evicted`: its original is gone, so its code
+    # stays. `unmeasured`: see `reason`; its code stays. `changed`: it got another adapter or code meanwhile,
+    # which it keeps; see `reason`.
     status: EncodeStatus
-    size: int | None = None
-    residual_size: int | None = None
-    before: int | None = None
+    size: int | None = None  # bytes of its code
+    residual_size: int | None = None  # bytes of its residual, if it has one
+    before: int | None = None  # bytes of the code and residual that it had before, if any
     dw_error: float | None = None
     retained_gain: float | None = None
     reason: str | None = None
@@ -119,15 +97,7 @@ class EncodeReport:
 
 
 def encode(context: Context, request: EncodeRequest) -> EncodeReport:
-    """Encode tasks one after the other; each new code is recorded at once.
-
-    Raises:
-        TaskNotFound: A name is not in the store.
-        DataError: There is no generator, or no task belongs to the base model.
-        DeviceUnavailable: The device is not there.
-        StoreLocked: Another process trains, updates, encodes or evicts for the same base model.
-        Cancelled: The listener wants to stop; the report has the tasks that are done.
-    """
+    """Encode tasks one after the other; each new code is recorded at once."""
     report = EncodeReport()
     with context.open() as store, reporting(report):
         tasks = select_tasks(store, request.names, request.base_model)

@@ -15,7 +15,7 @@ from icmlora.base_models.catalogue import read_examples
 from icmlora.base_models.examples import EvaluationData
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.errors import BaseModelNotFound, DataError
-from icmlora.fleet.compare import BaselineResult, Baselines
+from icmlora.fleet.baselines import BaselineResult, Baselines
 from icmlora.fleet.context import Context, Event, locate_base, reporting, select_tasks
 from icmlora.fleet.loading import Models
 from icmlora.fleet.measure import MAX_TOKENS, SOURCES, SourceResult, TaskLosses, own_text
@@ -33,17 +33,7 @@ _TEXT_LIMIT = 64 << 20
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """What to measure.
-
-    Attributes:
-        names: Tasks; all if empty.
-        sources: Sources to measure in addition to base model and original.
-        data: File with held-out text; each task's own by default.
-        max_tokens: Tokens scored in each text.
-        again: Measure again what was measured on the same text before.
-        baselines: Names of other methods to compare with.
-        device: Where to compute.
-    """
+    """What to measure."""
 
     names: Sequence[str] = ()
     sources: Sequence[Rung] = SOURCES
@@ -56,13 +46,7 @@ class EvaluateRequest:
 
 @dataclass(frozen=True)
 class TaskEvaluated(Event):
-    """One task is measured, and its results are recorded.
-
-    Attributes:
-        task: Its name.
-        sources: Results by source, as far as there are such sources.
-        baselines: Results of other methods by name.
-    """
+    """One task is measured, and its results are recorded."""
 
     task: str
     sources: Mapping[Rung, SourceResult]
@@ -81,15 +65,7 @@ class GainSummary:
 
 @dataclass
 class EvaluateReport:
-    """What was measured.
-
-    Attributes:
-        tasks: The tasks that are done.
-        without_data: Tasks without held-out text.
-        without_original: Tasks whose original was evicted before it was measured on this text; without its loss there
-            are no retained gains.
-        outdated: Tasks that changed while they were measured, so that not every result is recorded.
-    """
+    """What was measured."""
 
     tasks: list[TaskEvaluated] = field(default_factory=list)
     without_data: list[str] = field(default_factory=list)
@@ -119,16 +95,7 @@ class EvaluateReport:
 
 
 def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
-    """Measure tasks one after the other; each result is recorded at once.
-
-    Raises:
-        DeviceUnavailable: The device is not there.
-        BaseModelNotFound: There is no local copy of a base model.
-        DataError: No task has held-out text, or the text cannot be used.
-        TaskNotFound: A name is not in the store.
-        UnknownBaseline: There is no method of that name.
-        Cancelled: The listener wants to stop; the report has the tasks that are done.
-    """
+    """Measure tasks one after the other; each result is recorded at once."""
     for name in request.baselines:
         baseline_named(name)  # a typing error is told before a model is loaded
     device, given = resolve_device(request.device), _given_text(request.data)
@@ -176,25 +143,14 @@ def _tasks_with_text(store: Store, request: EvaluateRequest, report: EvaluateRep
 
 @dataclass(frozen=True)
 class Measurable:
-    """Which tasks can be measured on this machine.
-
-    Attributes:
-        tasks: Their names.
-        reasons: Why others cannot, one sentence each.
-    """
+    """Which tasks can be measured on this machine."""
 
     tasks: list[str]
     reasons: list[str]
 
 
 def measurable(context: Context, base_models: Sequence[str], names: Sequence[str] = ()) -> Measurable:
-    """Return which tasks of some base models can be measured here.
-
-    Args:
-        context: The store.
-        base_models: Their labels.
-        names: Only these tasks; all if empty.
-    """
+    """Return which tasks of some base models can be measured here."""
     found = Measurable([], [])
     with context.open(read_only=True) as store:
         for label in base_models:

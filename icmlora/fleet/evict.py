@@ -36,16 +36,7 @@ EvictStatus = Literal["evicted", "would_evict", "kept", "pinned", "known", "remo
 
 @dataclass(frozen=True)
 class EvictRequest:
-    """What to evict, and which limits the codes must meet; at least one is given.
-
-    Attributes:
-        names: Tasks; all if empty.
-        max_error: Largest squared relative error of dW.
-        min_gain: Smallest retained gain; it takes the base model to measure it.
-        checkpoints_only: Keep the final adapters.
-        dry_run: Check everything and delete nothing.
-        device: Where to measure retained gains.
-    """
+    """What to evict, and which limits the codes must meet; at least one is given."""
 
     names: Sequence[str] = ()
     max_error: float | None = None
@@ -57,27 +48,16 @@ class EvictRequest:
 
 @dataclass(frozen=True)
 class TaskEvicted(Event):
-    """One task is done.
-
-    Attributes:
-        task: Its name.
-        status: `evicted`; `would_evict` in a dry run; `kept` (see `reason`); `pinned`; `known` (nothing was left to
-            evict); `removed` (by another process, meanwhile).
-        adapters: Number of originals that were deleted, checkpoints included.
-        freed: Their bytes on disk; a file that another task needs frees nothing.
-        code_size: Bytes of the code that replaces them.
-        residual_size: Bytes of its residual, if there is one.
-        dw_error: Squared relative error of the decoded adapter, as measured now, else as known.
-        retained_gain: Its retained gain, likewise.
-        reason: Why the original is kept.
-    """
+    """One task is done."""
 
     task: str
+    # `evicted`; `would_evict` in a dry run; `kept` (see `reason`); `pinned`; `known` (nothing was left to evict);
+    # `removed` (by another process, meanwhile).
     status: EvictStatus
     adapters: int = 0
-    freed: int = 0
-    code_size: int | None = None
-    residual_size: int | None = None
+    freed: int = 0  # their bytes on disk; a file that another task needs frees nothing
+    code_size: int | None = None  # bytes of the code that replaces them
+    residual_size: int | None = None  # bytes of its residual, if there is one
     dw_error: float | None = None
     retained_gain: float | None = None
     reason: str | None = None
@@ -85,16 +65,11 @@ class TaskEvicted(Event):
 
 @dataclass
 class EvictReport:
-    """What was deleted, or would be.
-
-    Attributes:
-        tasks: One entry per task.
-        left: Bytes of files that an interrupted eviction had left.
-        partly: Whether an original was kept that was meant to go: it misses a limit, or its task is pinned and named.
-    """
+    """What was deleted, or would be."""
 
     tasks: list[TaskEvicted] = field(default_factory=list)
-    left: int = 0
+    left: int = 0  # bytes of files that an interrupted eviction had left
+    # Whether an original was kept that was meant to go: it misses a limit, or its task is pinned and named.
     partly: bool = False
 
     @property
@@ -114,14 +89,7 @@ class EvictReport:
 
 
 def evict(context: Context, request: EvictRequest) -> EvictReport:
-    """Evict the originals of some tasks, or say what would be evicted.
-
-    Raises:
-        TaskNotFound: A name is not in the store; nothing was deleted.
-        DeviceUnavailable: The device is not there; nothing was deleted.
-        StoreLocked: Another process uses the store, or trains, updates, encodes or evicts for the same base model.
-        Cancelled: The listener wants to stop; the report has the tasks that are done.
-    """
+    """Evict the originals of some tasks, or say what would be evicted."""
     report = EvictReport()
     # Loading a base model to measure a gain may tell the store what it is, so that takes a writable store.
     read_only = request.dry_run and request.min_gain is None
@@ -242,13 +210,7 @@ class _EvictionCheck:
     min_gain: float | None
 
     def run(self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> _Checked:
-        """Check a code, with its residual if it has one.
-
-        Raises:
-            _CheckFailed: It misses a limit, or cannot be decoded.
-            DamagedStore: Generator, code, residual, original or text are not the bytes that were stored.
-            IcmLoraError: Generator, base model or text cannot be used.
-        """
+        """Check a code, with its residual if it has one."""
         error = self._dw_error(final, code, generator)
         if self.max_error is not None and error > self.max_error:
             fact = f"its squared relative error is {error:.4f}, above the limit of {self.max_error:g}"
@@ -287,23 +249,14 @@ class _EvictionCheck:
 
 @dataclass(frozen=True)
 class Pinned:
-    """What was pinned or unpinned.
-
-    Attributes:
-        names: The tasks, as the store spells them.
-        evicted: Those whose original was evicted before.
-    """
+    """What was pinned or unpinned."""
 
     names: list[str]
     evicted: list[str]
 
 
 def set_pinned(context: Context, names: Sequence[str], *, pinned: bool) -> Pinned:
-    """Pin some tasks, or unpin them.
-
-    Raises:
-        TaskNotFound: One of them is not in the store; nothing was changed.
-    """
+    """Pin some tasks, or unpin them."""
     with context.open() as store:
         done = store.tasks.pin(names, pinned)
         return Pinned(done, [name for name in done if store.tasks.final(name).is_evicted])

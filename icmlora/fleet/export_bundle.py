@@ -32,14 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export.
-
-    Attributes:
-        file: The bundle to write.
-        names: Tasks; all that have a code if empty.
-        base_model: Only tasks of this base model.
-        force: Replace a file that exists.
-    """
+    """What to export."""
 
     file: Path
     names: Sequence[str] = ()
@@ -49,23 +42,14 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written.
-
-    Attributes:
-        file: The bundle.
-        digest: SHA-256 that identifies the whole file.
-        size: Its length in bytes.
-        index: What is in it.
-        left_out: Tasks that have no code, if no tasks were named.
-        without_residual: Tasks whose residual is not in the bundle: a bundle holds codes only.
-    """
+    """What was written."""
 
     file: Path
-    digest: str
+    digest: str  # SHA-256 that identifies the whole file
     size: int
     index: BundleIndex
     left_out: tuple[str, ...]
-    without_residual: tuple[str, ...]
+    without_residual: tuple[str, ...]  # tasks whose residual is not in the bundle: a bundle holds codes only
 
 
 @dataclass(frozen=True)
@@ -76,22 +60,12 @@ class _Choice:
 
 
 def export_bundle(context: Context, request: ExportRequest) -> ExportReport:
-    """Write a bundle. Every byte is checked as it is read; the file appears complete or not at all.
-
-    The codes are those that the tasks have when the export begins.
-
-    Raises:
-        TaskNotFound: A name is not in the store.
-        DataError: A named task has no code under the current generator, the tasks have several base models, or none of
-            them belongs to the base model that was asked for.
-        DamagedStore: A blob is missing or damaged.
-        OutputExists: The file exists and `force` is not given.
-        Cancelled: The listener stopped it; no file was written.
-    """
+    """Write a bundle. Every byte is checked as it is read; the file appears complete or not at all."""
     check_absent(request.file, force=request.force)
     with context.open(read_only=True) as store:
         choice = _choose(store, request)
         index = _index(store, choice)
+        # From here on the export keeps to the codes in the index, whatever other processes encode.
         codes = {task.code: task.name for task in index.tasks}
         made_by = {version.digest for version in versions_of(store.blobs.read(choice.generator.blob))}
         parts = write_bundle(

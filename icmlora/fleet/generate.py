@@ -62,15 +62,7 @@ _BATCH = 8  # samples per pass on an accelerator
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What to generate, and where to write it.
-
-    Attributes:
-        count: Number of samples to read, spread over the file; fewer if the file has fewer.
-        description: A sentence for the model card.
-        refine: Gradient steps on the samples after the few-shot steps.
-        rank: Rank to write; by default the largest that a code can have.
-        register: Also keep the task in the store, by its code and its vectors.
-    """
+    """What to generate, and where to write it."""
 
     name: str
     samples: Path
@@ -88,61 +80,31 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of an adapter before it is written.
-
-    Attributes:
-        samples: Number of samples that were read.
-        reaching: How many of them are as long as what is read of a sample (`SAMPLE_TOKENS`), or longer.
-        base_nats: Loss of the base model on these samples, in nats per token.
-        nats: Loss of the adapter on the same samples. It has seen them, so it gains less on other text of the task.
-        known: How far the task is from known ones; None if too few of them can be compared.
-        rank: Its largest rank.
-    """
+    """What is known of an adapter before it is written."""
 
     samples: int
-    reaching: int
+    reaching: int  # how many of them are as long as what is read of a sample (`SAMPLE_TOKENS`), or longer
     base_nats: float
     nats: float
-    known: Familiarity | None
+    known: Familiarity | None  # how far the task is from known ones; None if too few of them can be compared
     rank: int
 
 
 @dataclass(frozen=True)
 class Generated(_Facts):
-    """A generated adapter.
-
-    Attributes:
-        task: The name of the task.
-        directory: Where the adapter was written.
-        base_model: Its base model.
-        generator: Digest of the generator.
-        weights: SHA-256 of the written weights.
-        code_size: Bytes of the code that was registered; None without `register`.
-        code_error: Squared relative error of the code; likewise.
-    """
+    """A generated adapter."""
 
     task: str
     directory: Path
     base_model: str
     generator: str
-    weights: str
-    code_size: int | None
+    weights: str  # SHA-256 of the written weights
+    code_size: int | None  # bytes of the code that was registered; None without `register`
     code_error: float | None
 
 
 def generate(context: Context, request: GenerateRequest) -> Generated:
-    """Generate an adapter for a new task. Its folder appears whole or not at all, the registered task after it.
-
-    Raises:
-        DeviceUnavailable: The device is not there.
-        InvalidName: The name is not allowed for a task.
-        DataError: The samples cannot be used, or there is no generator with a few-shot start.
-        OutputExists: The folder is not empty and `force` is not given.
-        BaseModelNotFound: The base model is not on this machine.
-        TaskConflict: The task is to be registered, and its name is taken.
-        NotCovered: The task is to be registered, and no code can have the rank.
-        Cancelled: The listener stopped it; nothing was written.
-    """
+    """Generate an adapter for a new task. Its folder appears whole or not at all, the registered task after it."""
     device = resolve_device(request.device)
     check_name(request.name)
     check_free(request.directory, force=request.force)
@@ -296,12 +258,7 @@ def _encode(
 def _register(
     store: Store, generator: GeneratorRecord, request: GenerateRequest, vectors: Sequence[TaskVector], code: Encoded
 ) -> None:
-    """Record the task of a written folder, as if that had been ingested, encoded and evicted.
-
-    Raises:
-        TaskConflict: The store has a task of that name by now.
-        GeneratorConflict: Another generator is current by now.
-    """
+    """Record the task of a written folder, as if that had been ingested, encoded and evicted."""
     name, folder = request.name, request.directory
     config, weights = (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
     card = store.blobs.put((folder / CARD_NAME).read_bytes())

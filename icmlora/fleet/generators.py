@@ -19,19 +19,12 @@ _FEWEST_DIGITS = 4  # of a digest, to name a generator
 
 @dataclass(frozen=True)
 class GeneratorVersion:
-    """A generator of the store.
-
-    Attributes:
-        record: What the store knows of it.
-        tasks: The tasks that have a code under it.
-        last_copies: Evicted tasks that no other generator restores as they were checked.
-        networks: How many versions of the network its file holds; None if the file is damaged.
-    """
+    """A generator of the store."""
 
     record: GeneratorRecord
     tasks: Sequence[str]
     last_copies: Sequence[str]
-    networks: int | None
+    networks: int | None  # how many versions of the network its file holds; None if the file is damaged
 
 
 @dataclass(frozen=True)
@@ -60,13 +53,7 @@ def list_generators(context: Context) -> list[GeneratorVersion]:
 
 
 def rollback(context: Context, digest: str) -> RolledBack:
-    """Make another generator the current one of its base model. The one that is current now stays in the store.
-
-    Raises:
-        DataError: No generator, or more than one, begins with these digits.
-        LastCopy: It does not have the codes for which originals were evicted; nothing changed.
-        StoreLocked: Another process works on the generator or the codes of the same base model.
-    """
+    """Make another generator the current one of its base model. The one that is current now stays in the store."""
     with context.open() as store:
         generator = _find(store, digest)
         # An update in progress would lose its work: the generator that it continues must be current when it is done.
@@ -75,19 +62,7 @@ def rollback(context: Context, digest: str) -> RolledBack:
 
 
 def forget_generator(context: Context, generator: str | GeneratorRecord, *, dry_run: bool = False) -> Forgotten:
-    """Forget a generator with its codes and what was measured of them.
-
-    Args:
-        context: The store.
-        generator: The first digits of its digest; or its record, which no other generator matches later.
-        dry_run: Only return what would be forgotten.
-
-    Raises:
-        DataError: No generator, or more than one, begins with these digits.
-        GeneratorConflict: It is in use; nothing changed.
-        LastCopy: It holds the only code of an evicted task; nothing changed.
-        GeneratorNotFound: It was forgotten in the meantime; nothing changed.
-    """
+    """Forget a generator with its codes and what was measured of them."""
     with context.open(read_only=dry_run) as store:
         record = _find(store, generator) if isinstance(generator, str) else generator
         work = store.generators.check_forgettable if dry_run else store.generators.forget

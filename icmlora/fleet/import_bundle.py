@@ -32,14 +32,7 @@ _BATCH_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """What to import.
-
-    Attributes:
-        file: The bundle.
-        names: Tasks of the bundle; all if empty.
-        on_conflict: What to do if the store has a task of that name with another adapter or another code.
-        dry_run: Check everything and report what would change, but write nothing.
-    """
+    """What to import."""
 
     file: Path
     names: Sequence[str] = ()
@@ -49,29 +42,15 @@ class ImportRequest:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was imported, or would be.
-
-    Attributes:
-        index: What is in the bundle.
-        digest: SHA-256 that identifies the whole bundle.
-        tasks: What became of each task: `added`, `encoded`, `known` or `skipped`.
-    """
+    """What was imported, or would be."""
 
     index: BundleIndex
-    digest: str
-    tasks: tuple[ImportOutcome, ...]
+    digest: str  # SHA-256 that identifies the whole bundle
+    tasks: tuple[ImportOutcome, ...]  # what became of each task: `added`, `encoded`, `known` or `skipped`
 
 
 def import_bundle(context: Context, request: ImportRequest) -> ImportReport:
-    """Record the tasks of a bundle with their codes, creating the store if necessary.
-
-    Raises:
-        BundleError: The bundle is damaged, cut short, of another format, or its parts contradict each other.
-        DataError: It has no task of a given name.
-        GeneratorConflict: The store uses another generator for this base model.
-        TaskConflict: A task has another adapter or code in the store, and `on_conflict` is `fail`.
-        Cancelled: The listener stopped it; nothing was recorded.
-    """
+    """Record the tasks of a bundle with their codes, creating the store if necessary."""
     with open_bundle(request.file) as bundle:
         index = bundle.index
         names = {find_task(index, name).name for name in request.names}

@@ -33,18 +33,7 @@ Conflict = Literal["skip", "replace", "fail"]
 
 @dataclass(frozen=True)
 class IngestRequest:
-    """What to ingest.
-
-    Attributes:
-        paths: Folders with adapters at any depth.
-        name: Name for the task, if exactly one is found. By default a task is named after its folder.
-        samples: Samples for the task, if exactly one is found, instead of the `samples.jsonl` next to its adapter.
-        texts: Also ingest the `samples.jsonl` and `eval.jsonl` found next to adapters.
-        skip_bad: Report refused inputs and continue. By default the first one ends the ingest.
-        on_conflict: What to do if the store has a task of that name with another adapter.
-        restore: Bring evicted originals back. By default they stay evicted.
-        dry_run: Check everything and report what would change, but write nothing.
-    """
+    """What to ingest."""
 
     paths: tuple[Path, ...]
     name: str | None = None
@@ -58,37 +47,20 @@ class IngestRequest:
 
 @dataclass(frozen=True)
 class TaskIngested(Event):
-    """A task is in the store now, or would be after a dry run.
-
-    Attributes:
-        task: Its name.
-        status: `added`, `updated`, `known`, `replaced` or `skipped`.
-        new: Adapters that were recorded.
-        known: Adapters that the store already had.
-        size: Bytes of all its adapters' files.
-        evicted: Known adapters that stay evicted.
-        restored: Known adapters that were evicted and are back.
-    """
+    """A task is in the store now, or would be after a dry run."""
 
     task: str
-    status: str
+    status: str  # `added`, `updated`, `known`, `replaced` or `skipped`
     new: int
     known: int
-    size: int
+    size: int  # bytes of all its adapters' files
     evicted: int = 0
     restored: int = 0
 
 
 @dataclass(frozen=True)
 class InputRefused(Event):
-    """An input that was refused and passed over.
-
-    Attributes:
-        path: The file or folder.
-        kind: A short stable word for the reason.
-        message: What is wrong.
-        hint: What to do next, or None.
-    """
+    """An input that was refused and passed over."""
 
     path: str
     kind: str
@@ -98,20 +70,13 @@ class InputRefused(Event):
 
 @dataclass
 class IngestReport:
-    """What an ingest did.
-
-    Attributes:
-        found: Number of tasks found.
-        ingested: One entry for each task that was recorded or already known.
-        refused: One entry for each refused input.
-        without_vectors: Those of the tasks that have no task vectors yet; empty after a dry run.
-        extractable: Those of `without_vectors` whose base model is on this machine.
-    """
+    """What an ingest did."""
 
     found: int = 0
     ingested: list[TaskIngested] = field(default_factory=list)
     refused: list[InputRefused] = field(default_factory=list)
     without_vectors: list[str] = field(default_factory=list)
+    # Those of `without_vectors` whose base model is on this machine.
     extractable: list[str] = field(default_factory=list)
 
     @property
@@ -141,16 +106,7 @@ class IngestReport:
 
 
 def ingest(context: Context, request: IngestRequest) -> IngestReport:
-    """Ingest adapters into the store, creating it if necessary.
-
-    Tells `Progress` in adapters, `TaskIngested` for each task and `InputRefused` for each refusal passed over.
-
-    Raises:
-        AdapterRefused: An input was refused and `skip_bad` is off, or nothing was found, or everything was refused.
-        TaskConflict: The store has a task of that name with another adapter, and `on_conflict` is `fail`.
-        RegistryError: The store cannot be used.
-        Cancelled: The listener stopped it; `report` holds the `IngestReport`.
-    """
+    """Ingest adapters into the store, creating it if necessary."""
     found = _find(request)
     report = IngestReport(found=len(found.tasks))
     refusals = _Refusals(context, request.skip_bad, report)
@@ -211,15 +167,9 @@ _Record = Callable[[Sequence[TaskIngest]], list[IngestOutcome]]
 
 @dataclass(frozen=True)
 class _Target:
-    """Where tasks go.
+    """Where tasks go."""
 
-    Attributes:
-        store: Where blobs are stored; None in a dry run.
-        record: Records tasks, or in a dry run says what that would do.
-        evicted: Adapters whose weights are checked but not stored.
-    """
-
-    store: Store | None
+    store: Store | None  # where blobs are stored; None in a dry run
     record: _Record
     evicted: Sequence[EvictedAdapter] = ()
 

@@ -49,24 +49,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task whose bytes are in the store, or in a dry run were only checked.
-
-    Attributes:
-        found: Where it comes from.
-        base_model: The name that its final adapter gives the base model.
-        adapters: The adapters to record.
-        samples: Digest of the samples, or None.
-        eval_data: Digest of the held-out text, or None.
-        size: Bytes of all its adapters' files.
-        problems: Checkpoints that are left out.
-    """
+    """A task whose bytes are in the store, or in a dry run were only checked."""
 
     found: FoundTask
     base_model: str
     adapters: tuple[NewAdapter, ...]
     samples: str | None
     eval_data: str | None
-    size: int
+    size: int  # bytes of all its adapters' files
     problems: tuple[Problem, ...]
 
 
@@ -80,13 +70,7 @@ class _Small:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A file that passed its checks; it is in the store, except in a dry run.
-
-    Attributes:
-        digest: Its SHA-256.
-        size: Its length in bytes.
-        summaries: What the weights are under each configuration that goes with them; empty for texts.
-    """
+    """A file that passed its checks; it is in the store, except in a dry run."""
 
     digest: str
     size: int
@@ -118,16 +102,7 @@ def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
 def prepare(
     tasks: Sequence[FoundTask], store: Store | None, evicted: Sequence[EvictedAdapter] = ()
 ) -> list[PreparedTask | Problem]:
-    """Check the files of some tasks and store them as blobs.
-
-    Args:
-        tasks: One batch.
-        store: Where to put the blobs; None to check only.
-        evicted: Adapters whose weights are checked but not stored.
-
-    Returns:
-        For each task, in order: what to record, or why it is refused.
-    """
+    """Check the files of some tasks and store them as blobs."""
     adapters = [adapter for task in tasks for adapter in task.adapters]
     small = {adapter.place: _read_small(adapter) for adapter in adapters}
     good = {folder: item for folder, item in small.items() if isinstance(item, _Small)}
@@ -204,16 +179,14 @@ def _too_large(path: Path) -> DataError:
 def _withheld(
     tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Sequence[EvictedAdapter]
 ) -> dict[Path, set[str]]:
-    """Return weights file -> digests of evicted weights that it may hold and that are not to be stored again.
-
-    If another adapter needs them after all, recording raises `MissingBlob`, and the batch is stored in full.
-    """
+    """Return weights file -> digests of evicted weights that it may hold and that are not to be stored again."""
     if not evicted:
         return {}
     known: defaultdict[tuple[str, str, int | None, bool], set[str]] = defaultdict(set)
     for row in evicted:
         # As in the store, a final adapter is recognised by its bytes alone, a checkpoint also by its step.
         known[row.task.lower(), row.config, None if row.is_final else row.step, row.is_final].add(row.weights)
+    # If another adapter needs one of these after all, recording raises `MissingBlob` and the batch is stored in full.
     withheld: defaultdict[Path, set[str]] = defaultdict(set)
     for task in tasks:
         for found in task.adapters:

@@ -55,17 +55,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Label:
-    """A label in its place.
-
-    Attributes:
-        box: Where it is.
-        across: -1 if it is left of its point, 1 if right, 0 if above or below.
-        is_away: Whether it needs a line to its point.
-    """
+    """A label in its place."""
 
     box: Box
-    across: int
-    is_away: bool
+    across: int  # -1 if it is left of its point, 1 if right, 0 if above or below
+    is_away: bool  # whether it needs a line to its point
 
 
 def place_labels(
@@ -75,18 +69,7 @@ def place_labels(
     obstacles: Sequence[Box],
     soft: Sequence[Box] = (),
 ) -> list[Label | None]:
-    """Place each label at its first free candidate, in the order of the points.
-
-    Args:
-        points: One per label.
-        sizes: Width and height of each label.
-        frame: No label leaves it.
-        obstacles: No label covers them.
-        soft: Labels avoid them if they can: of the free candidates at one distance, the one that covers fewest wins.
-
-    Returns:
-        One per point; None if no candidate is free.
-    """
+    """Place each label at its first free candidate, in the order of the points."""
     taken = list(obstacles)
     labels: list[Label | None] = []
     for point, size in zip(points, sizes, strict=True):

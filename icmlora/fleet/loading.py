@@ -28,20 +28,7 @@ if TYPE_CHECKING:
 def open_base(
     store: Store, label: str, device: torch.device, dtype: torch.dtype | None = None, *, cache: Path
 ) -> BaseModel:
-    """Find and load a base model, and record its fingerprint and sizes in the store.
-
-    A GGUF file is dequantised into the cache once: reading it takes a minute, reading the result a second.
-
-    Args:
-        store: The open store; paths from `icm base add` come first.
-        label: The name that adapters give the base model.
-        device: Where to put it.
-        dtype: Its precision; by default what suits the device.
-        cache: The folder that a GGUF file is converted into.
-
-    Raises:
-        BaseModelNotFound: There is no local copy, or it cannot be loaded.
-    """
+    """Find and load a base model, and record its fingerprint and sizes in the store."""
     record = base_record(store, label)
     found = locate_base(store, label)
     stamp = found.stamp()
@@ -59,6 +46,7 @@ def open_base(
 def _converted(found: FoundBase, stamp: str, cache: Path) -> FoundBase:
     if not found.is_gguf:
         return found
+    # Dequantising a GGUF file takes a minute, reading the result a second.
     folder = cache / "base-models" / stamp[:32]
     if not (folder / "config.json").is_file():
         with suppress(OutputExists):  # another process was faster
@@ -67,13 +55,7 @@ def _converted(found: FoundBase, stamp: str, cache: Path) -> FoundBase:
 
 
 class Models:
-    """A cache of loaded models: one generator, and one base model in the precisions that were asked for.
-
-    Args:
-        store: The open store.
-        device: Where to put base models.
-        cache: The folder that GGUF files are converted into.
-    """
+    """A cache of loaded models: one generator, and one base model in the precisions that were asked for."""
 
     def __init__(self, store: Store, device: torch.device, cache: Path) -> None:
         self._store, self._device, self._cache = store, device, cache
@@ -81,23 +63,14 @@ class Models:
         self._bases: dict[tuple[str, torch.dtype | None], BaseModel] = {}
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
-        """Return the versions of a generator. Its digest is checked when it is read.
-
-        Raises:
-            DamagedStore: Its bytes have changed since they were stored.
-            GeneratorError: It cannot be opened.
-        """
+        """Return the versions of a generator. Its digest is checked when it is read."""
         if self._generator_file is None or self._generator_file.digests[-1] != generator.blob:
             self._generator_file = None
             self._generator_file = GeneratorFile(self._store.blobs.read(generator.blob))
         return self._generator_file
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
-        """Return a base model, in the given precision or in what suits the device.
-
-        Raises:
-            BaseModelNotFound: There is no local copy.
-        """
+        """Return a base model, in the given precision or in what suits the device."""
         if (label, dtype) not in self._bases:
             self._bases = {key: base for key, base in self._bases.items() if key[0] == label}
             self._bases[label, dtype] = open_base(self._store, label, self._device, dtype, cache=self._cache)
@@ -111,9 +84,7 @@ def read_original(store: Store, final: AdapterRecord) -> Adapter:
 
 
 def write_plain_copy(store: Store, final: AdapterRecord, folder: Path) -> None:
-    """Write a copy of an original that is safe for PEFT to load on this machine.
-
-    PEFT runs the patterns in a configuration as regular expressions, and a hostile one may never end. The copy names
-    its modules literally. In float32 its weights, with the scale multiplied in, are those of the original.
-    """
+    """Write a copy of an original that is safe for PEFT to load on this machine."""
+    # PEFT runs the patterns in a configuration as regular expressions, and a hostile one may never end; here the
+    # modules are named literally. float32 keeps the weights exact, with the scale multiplied in.
     save_adapter(read_original(store, final), folder, dtype="float32", card="", metadata={})

@@ -22,16 +22,7 @@ if TYPE_CHECKING:
 
 
 def verify(context: Context, names: Sequence[str], *, read_data: bool) -> Iterator[Finding]:
-    """Yield what is wrong with a store as it is found.
-
-    Args:
-        context: The store.
-        names: Check only what these tasks need; everything if empty.
-        read_data: Hash every blob instead of only comparing its length.
-
-    Raises:
-        TaskNotFound: A name is not in the store.
-    """
+    """Yield what is wrong with a store as it is found."""
     with context.open(read_only=True) as store:
         yield from store.verify(read_data=read_data, names=names)
 
@@ -43,13 +34,7 @@ def repair(context: Context) -> list[tuple[Finding, str]]:
 
 
 def prune(context: Context, *, grace: float, dry_run: bool) -> PruneReport:
-    """Delete the bytes that no row refers to.
-
-    Args:
-        context: The store.
-        grace: Seconds; younger files stay.
-        dry_run: Only report what would be deleted.
-    """
+    """Delete the bytes that no row refers to."""
     with context.open(read_only=dry_run) as store:
         return store.prune(grace=grace, dry_run=dry_run)
 
@@ -60,13 +45,7 @@ _LOW_SPACE = 1 << 30  # bytes: less than this does not hold a handful of adapter
 
 @dataclass(frozen=True)
 class Check:
-    """One result of `icm doctor`.
-
-    Attributes:
-        name: What was checked, as a JSON key.
-        value: What was found.
-        problem: What is wrong, or None.
-    """
+    """One result of `icm doctor`."""
 
     name: str
     value: str | int | None

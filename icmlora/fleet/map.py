@@ -30,15 +30,7 @@ _VECTORS = "run `icm vectors` to extract the missing vectors"
 
 @dataclass(frozen=True)
 class MapRequest:
-    """Which map to make.
-
-    Attributes:
-        view: Which vectors.
-        base_model: Which base model; None if tasks of only one have vectors.
-        clusters: How many clusters; None for the number with the best silhouette.
-        plot: The .svg file to draw, or None.
-        force: Whether to replace that file if it exists.
-    """
+    """Which map to make."""
 
     view: View = "adapted"
     base_model: str | None = None
@@ -49,15 +41,7 @@ class MapRequest:
 
 @dataclass(frozen=True)
 class MapReport:
-    """The map of one base model's tasks.
-
-    Attributes:
-        base_model: Its name.
-        view: Which vectors were compared.
-        map: Points, clusters and distances.
-        support_sets: How many vectors it was made from.
-        left_out: The tasks of the base model that are not on the map.
-    """
+    """The map of one base model's tasks."""
 
     base_model: str
     view: View
@@ -72,14 +56,7 @@ class MapReport:
 
 
 def map_fleet(context: Context, request: MapRequest) -> MapReport:
-    """Make the map of a base model's tasks, and draw it if a file is named (completely or not at all).
-
-    Raises:
-        DataError: Fewer than three tasks have comparable vectors; tasks of several base models have vectors and none is
-            chosen; there are fewer tasks than clusters; or the picture is not an .svg file.
-        OutputExists: The picture exists and `force` is not given.
-        DamagedStore: Vectors are missing or damaged.
-    """
+    """Make the map of a base model's tasks, and draw it if a file is named (completely or not at all)."""
     if request.plot is not None:
         if request.plot.suffix.lower() != ".svg":
             raise DataError("a map is drawn as an .svg file", path=request.plot, hint="use the ending .svg")
@@ -103,18 +80,15 @@ def map_fleet(context: Context, request: MapRequest) -> MapReport:
         from icmlora.fleet.map_picture import draw_map
 
         with writing_file(request.plot, force=request.force) as stream:
-            stream.write(draw_map(found).encode())
+            stream.write(draw_map(found.map, base_model, request.view).encode())
     return found
 
 
 def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:
-    """Return the tasks with the nearest vectors, at most five; none if too few can be compared.
-
-    Compares the adapted view, or the context view for a task that has no other (a generated one). Damaged vectors are
-    ignored here: `icm verify` reports them.
-    """
+    """Return the tasks with the nearest vectors, at most five; none if too few can be compared."""
     tasks = [other for other in store.tasks.all() if other.base_model == task.base_model]
     for view in _VIEWS:
+        # A generated task has vectors of the context view only. Damaged vectors are left to `icm verify`.
         try:
             vectors = comparable_vectors(store, tasks, view, like=task.name).vectors
         except (DamagedStore, IcmLoraError):

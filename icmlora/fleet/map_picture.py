@@ -21,8 +21,8 @@ from icmlora.io.text import counted
 from registry.names import escape as printable
 
 if TYPE_CHECKING:
-    from icmlora.fleet.map import MapReport
-    from icmlora.task_vectors.map import MappedTask
+    from icmlora.task_vectors.map import MappedTask, TaskMap
+    from registry.records import View
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _SHAPES = (
@@ -67,13 +67,13 @@ class _Placed:
         return "#6e7781" if self.is_alone else _COLOURS[(self.task.cluster - 1) % len(_COLOURS)]
 
 
-def draw_map(found: MapReport) -> str:
+def draw_map(found: TaskMap, base_model: str, view: View) -> str:
     """Return the picture of a map as the text of an SVG file."""
     placed = _placed(found)
     rows, end = _legend(found)
     height = max(_FRAME.bottom + 32, end)
-    name = printable(found.base_model, 120)
-    title = f"{len(placed)} tasks of {name} by their task vectors, {found.view} view"
+    name = printable(base_model, 120)
+    title = f"{len(placed)} tasks of {name} by their task vectors, {view} view"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" width="{_WIDTH:g}" '
         f'height="{height:g}" role="img">',
@@ -81,7 +81,7 @@ def draw_map(found: MapReport) -> str:
         f"<style>{_STYLE}\n</style>",
         f'<rect class="ground" width="{_WIDTH:g}" height="{height:g}"/>',
         _text(_FRAME.left, 26, "ink title", f"{len(placed)} tasks by their vectors"),
-        _text(_FRAME.left, 46, "soft", f"{name}, {found.view} view"),
+        _text(_FRAME.left, 46, "soft", f"{name}, {view} view"),
         f'<rect class="frame" x="{_FRAME.left:g}" y="{_FRAME.top:g}" width="{_FRAME.width:g}" '
         f'height="{_FRAME.height:g}" rx="6"/>',
         _text(_FRAME.left, _FRAME.bottom + 18, "soft", _axes(found)),
@@ -94,9 +94,9 @@ def draw_map(found: MapReport) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _placed(found: MapReport) -> list[_Placed]:
+def _placed(found: TaskMap) -> list[_Placed]:
     """Scale all points into the frame, with the same scale for both axes so that distances stay comparable."""
-    tasks = found.map.tasks
+    tasks = found.tasks
     spots = [spot for task in tasks for spot in (task.point, *task.support_sets)]
     low = [min(spot[axis] for spot in spots) for axis in (0, 1)]
     span = [max(spot[axis] for spot in spots) - low[axis] or 1.0 for axis in (0, 1)]
@@ -109,7 +109,7 @@ def _placed(found: MapReport) -> list[_Placed]:
             middle[1] - scale * (spot[1] - low[1] - span[1] / 2),
         )
 
-    alone = {members[0].name for members in found.map.clusters if len(members) == 1}
+    alone = {members[0].name for members in found.clusters if len(members) == 1}
     drawn = _support_sets_are_drawn(found)
     return [
         _Placed(task, pixel(task.point), tuple(map(pixel, task.support_sets)) if drawn else (), task.name in alone)
@@ -167,10 +167,10 @@ def _shape(cluster: int, x: float, y: float, told: str = "") -> str:
     return f'<path {paint} d="{path}" transform="translate({x:.1f} {y:.1f})">{inner}</path>'
 
 
-def _legend(found: MapReport) -> tuple[list[str], float]:
+def _legend(found: TaskMap) -> tuple[list[str], float]:
     """Return the legend and its lower edge."""
-    clusters = [members for members in found.map.clusters if len(members) > 1]
-    alone = len(found.map.clusters) - len(clusters)
+    clusters = [members for members in found.clusters if len(members) > 1]
+    alone = len(found.clusters) - len(clusters)
     parts: list[str] = []
     y = _FRAME.top + 12
     for members in clusters[:_LEGEND_ROWS]:
@@ -190,21 +190,21 @@ def _legend(found: MapReport) -> tuple[list[str], float]:
     return parts, y + 16
 
 
-def _facts(found: MapReport) -> Iterator[str]:
-    if found.map.silhouette_by_task is not None:
-        yield from ("silhouette of support sets", f"by task: {found.map.silhouette_by_task:.2f}")
-    if found.map.silhouette_by_cluster is not None:
-        yield from ("silhouette of tasks", f"by cluster: {found.map.silhouette_by_cluster:.2f}")
+def _facts(found: TaskMap) -> Iterator[str]:
+    if found.silhouette_by_task is not None:
+        yield from ("silhouette of support sets", f"by task: {found.silhouette_by_task:.2f}")
+    if found.silhouette_by_cluster is not None:
+        yield from ("silhouette of tasks", f"by cluster: {found.silhouette_by_cluster:.2f}")
     if _support_sets_are_drawn(found):
         yield "small dots: single support sets"
 
 
-def _support_sets_are_drawn(found: MapReport) -> bool:
-    return len(found.map.tasks) <= _MANY and any(len(task.support_sets) > 1 for task in found.map.tasks)
+def _support_sets_are_drawn(found: TaskMap) -> bool:
+    return len(found.tasks) <= _MANY and any(len(task.support_sets) > 1 for task in found.tasks)
 
 
-def _axes(found: MapReport) -> str:
-    across, up = found.map.variation
+def _axes(found: TaskMap) -> str:
+    across, up = found.variation
     shown = f"The picture shows {across + up:.0%} of the variation ({across:.0%} across, {up:.0%} up)"
     return f"{shown}. Clusters use all of it, so tasks that look near may be far apart."
 

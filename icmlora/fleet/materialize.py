@@ -35,15 +35,7 @@ _BETTER = "`--source original` is exact; `icm train` with a higher --quality mak
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRequest:
-    """Which adapter to read.
-
-    Attributes:
-        task: Its task.
-        source: Where it comes from. `auto` takes the best there is: original, residual, then code.
-        seed: Sample the latent of a generated adapter with this seed, instead of taking its mean; with `auto`, the
-            adapter is then generated.
-        max_error: Refuse an adapter whose relative error is larger, or was not measured.
-    """
+    """Which adapter to read."""
 
     task: str
     source: Source = "auto"
@@ -53,13 +45,7 @@ class LoadRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class MaterializeRequest(LoadRequest):
-    """Which adapter to write, and where.
-
-    Attributes:
-        directory: The folder, absent or empty.
-        dtype: Number format of decoded weights: `bfloat16`, `float16` or `float32`. An original keeps its own.
-        force: Replace the adapter in a folder that is not empty.
-    """
+    """Which adapter to write, and where."""
 
     directory: Path
     dtype: str = "bfloat16"
@@ -68,25 +54,15 @@ class MaterializeRequest(LoadRequest):
 
 @dataclass(frozen=True)
 class MaterializeReport:
-    """What was written.
-
-    Attributes:
-        task: Its task.
-        directory: The folder.
-        source: Where the adapter comes from.
-        generator: Digest of the generator that decoded it; None for an original.
-        dw_error: Relative error of dW, or None if it was not measured.
-        retained_gain: As `icm eval` measured it, or None.
-        weights: SHA-256 of the written weights.
-    """
+    """What was written."""
 
     task: str
     directory: Path
     source: Literal["original", Decoded]
-    generator: str | None
-    dw_error: float | None
-    retained_gain: float | None
-    weights: str
+    generator: str | None  # digest of the generator that decoded it; None for an original
+    dw_error: float | None  # relative error of dW; None if it was not measured
+    retained_gain: float | None  # as `icm eval` measured it
+    weights: str  # SHA-256 of the written weights
 
 
 class TooLossy(DataError):
@@ -94,14 +70,7 @@ class TooLossy(DataError):
 
 
 def materialize(context: Context, request: MaterializeRequest) -> MaterializeReport:
-    """Write an adapter as a folder, which appears complete or not at all. The same request gives the same bytes.
-
-    Raises:
-        TaskNotFound: There is no such task.
-        DataError: The store does not have the source that was asked for.
-        TooLossy: The error is above `max_error`.
-        OutputExists: The folder is not empty and `force` is not given.
-    """
+    """Write an adapter as a folder, which appears complete or not at all. The same request gives the same bytes."""
     check_free(request.directory, force=request.force)
     with context.open(read_only=True) as store:
         stored = _read_rows(store, request)
@@ -148,11 +117,7 @@ def _read_rows(store: Store, request: LoadRequest) -> _Stored:
 
 
 def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original", Decoded]:
-    """Return the source to use.
-
-    Raises:
-        DataError: The store does not have the one that was asked for; the hint says how to get it.
-    """
+    """Return the source to use."""
     source, code, final = request.source, stored.code, stored.final
     task = repr(stored.task.name)
     if source == "auto" and request.seed is not None:
@@ -174,11 +139,7 @@ def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original",
 
 
 def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadRequest) -> Provenance:
-    """Gather what is known of an adapter before it is decoded.
-
-    Raises:
-        TooLossy: Its error is above the limit.
-    """
+    """Gather what is known of an adapter before it is decoded."""
     task, generator, code = stored.task, _generator_of(stored), stored.code
     error = gain = None
     if request.seed is None:  # nothing was measured of a sampled adapter
@@ -199,11 +160,7 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
 
 
 def check_error(provenance: Provenance, limit: float | None, *, hint: str) -> None:
-    """Refuse an adapter whose error is above a limit, or was not measured although there is a limit.
-
-    Raises:
-        TooLossy: With the given hint.
-    """
+    """Refuse an adapter whose error is above a limit, or was not measured although there is a limit."""
     error = provenance.dw_error
     if limit is None or (error is not None and error <= limit):
         return

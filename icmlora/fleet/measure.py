@@ -41,23 +41,14 @@ SOURCES: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate")
 
 @dataclass(frozen=True)
 class SourceResult:
-    """What was measured of one source of a task on one set of texts.
-
-    Attributes:
-        source: Which source.
-        nats_per_token: Its mean negative log-likelihood.
-        tokens: Tokens scored.
-        utf8_bytes: Length of the text that they spell.
-        retained_gain: None for base model and original, and where the original has no gain.
-        dw_error: Squared relative error of dW; None where there is none.
-    """
+    """What was measured of one source of a task on one set of texts."""
 
     source: Rung
-    nats_per_token: float
+    nats_per_token: float  # its mean negative log-likelihood
     tokens: int
     utf8_bytes: int
-    retained_gain: float | None
-    dw_error: float | None
+    retained_gain: float | None  # None for base model and original, and where the original has no gain
+    dw_error: float | None  # squared relative error of dW; None where there is none
 
     def as_loss(self) -> NllResult:
         """Return the loss with its perplexity and bits per byte."""
@@ -65,22 +56,13 @@ class SourceResult:
 
 
 def own_text(store: Store, task: TaskRecord, base: BaseModel) -> EvaluationData:
-    """Read the held-out text that a task has.
-
-    Raises:
-        DataError: It cannot be used.
-    """
+    """Read the held-out text that a task has."""
     content = store.blobs.read(str(task.eval_data))
     return EvaluationData.parse(content, path=task.name, read=base.modality.read_examples)
 
 
 def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator: GeneratorRecord) -> TaskLosses:
-    """Return what measures a task on its own held-out text, as `icm eval` does by default.
-
-    Raises:
-        DataError: It has no held-out text, or one that cannot be used.
-        BaseModelNotFound: There is no local copy of its base model.
-    """
+    """Return what measures a task on its own held-out text, as `icm eval` does by default."""
     if task.eval_data is None:  # before the base model is loaded
         raise DataError("it has no held-out text, so its retained gain cannot be measured")
     text = own_text(store, task, models.base(task.base_model))
@@ -88,22 +70,7 @@ def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator
 
 
 class TaskLosses:
-    """Measures one task on one set of texts.
-
-    The adapter and the generator are those that the task has when this is made; codes are read when they are measured.
-    A result whose adapter, code or generator was replaced meanwhile is returned, but not recorded.
-
-    Args:
-        store: The open store.
-        models: Loads the base model and the generator.
-        task: The task.
-        text: Held-out text.
-        max_tokens: Tokens scored in each text.
-        generator: The generator of the task's codes; the current one by default.
-
-    Attributes:
-        is_outdated: Whether a result was not recorded because the task changed meanwhile.
-    """
+    """Measures one task on one set of texts."""
 
     def __init__(
         self,
@@ -117,6 +84,7 @@ class TaskLosses:
         self._store, self._models, self._task, self._text, self._max_tokens = store, models, task, text, max_tokens
         self._base = models.base(task.base_model)
         self._generator = generator or store.generators.current(task.base_model)
+        # Results are recorded only while the task still has this adapter and generator; see `_record`.
         self._final = store.tasks.final(task.name)
         self._settings: dict[str, object] = {
             "max_tokens": max_tokens,
@@ -126,19 +94,8 @@ class TaskLosses:
         self.is_outdated = False
 
     def measure(self, sources: Sequence[Rung], *, again: bool = False, record: bool = True) -> dict[Rung, SourceResult]:
-        """Measure base model and original, and some other sources where they exist.
-
-        What was measured before on the same text, in the same way, is not measured again. Of an evicted original that
-        is all there is.
-
-        Args:
-            sources: Which others.
-            again: Measure again what was measured before.
-            record: Record each result in the store as soon as it is there.
-
-        Raises:
-            DataError: A loss that is not a number.
-        """
+        """Measure base model and original, and some other sources where they exist."""
+        # What was measured before in the same way is kept. For an evicted original there is nothing else.
         known = self._recorded()
         if again:
             known = {name: row for name, row in known.items() if name == "original" and self._final.is_evicted}
@@ -162,26 +119,12 @@ class TaskLosses:
         return results
 
     def measure_adapter(self, source: Rung, adapter: Adapter, dw_error: float) -> SourceResult:
-        """Measure an adapter that is not in the store, and record nothing.
-
-        Args:
-            source: What it will be once it is stored.
-            adapter: The adapter.
-            dw_error: Its squared relative error of dW.
-        """
+        """Measure an adapter that is not in the store, and record nothing."""
         with _written(adapter) as folder:
             return self.result_of(source, self.loss_of(source, folder), dw_error, self._references)
 
     def loss_of(self, label: str, folder: Path) -> NllResult:
-        """Load a folder with PEFT, measure it, and record nothing.
-
-        Args:
-            label: What an error calls it.
-            folder: An adapter.
-
-        Raises:
-            DataError: A loss that is not a number.
-        """
+        """Load a folder with PEFT, measure it, and record nothing."""
         with adapted(self._base, folder):
             return self._loss(label)
 

@@ -43,15 +43,10 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Trial:
-    """A code or a residual that was made, with what was measured of it.
-
-    Attributes:
-        encoded: Its bytes and errors.
-        result: Its loss and gain; None where no gain is asked for.
-    """
+    """A code or a residual that was made, with what was measured of it."""
 
     encoded: Encoded
-    result: SourceResult | None = None
+    result: SourceResult | None = None  # its loss and gain; None where no gain is asked for
 
     @property
     def gain(self) -> float | None:
@@ -59,11 +54,7 @@ class Trial:
         return None if self.result is None else self.result.retained_gain
 
     def keeps(self, min_gain: float) -> bool:
-        """Say whether it keeps a retained gain.
-
-        Raises:
-            DataError: The original itself has no gain.
-        """
+        """Say whether it keeps a retained gain."""
         if self.gain is None:
             fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"
             raise DataError(fact)
@@ -84,16 +75,7 @@ Attempt = Callable[[int], Trial]
 
 
 def bisect(length: int, min_gain: float, attempt: Attempt) -> Found:
-    """Bisect a ladder for its coarsest entry that keeps a gain; if none does, return the finest.
-
-    Args:
-        length: Number of entries, coarse to fine; at least one.
-        min_gain: Smallest retained gain.
-        attempt: Called with some of the indices.
-
-    Raises:
-        DataError: There is no gain to keep.
-    """
+    """Bisect a ladder for its coarsest entry that keeps a gain; if none does, return the finest."""
     low, high = 0, length - 1
     best: Found | None = None
     while low <= high:
@@ -111,22 +93,8 @@ def bisect(length: int, min_gain: float, attempt: Attempt) -> Found:
 
 
 def walk(first: int, length: int, min_gain: float, attempt: Attempt) -> Found:
-    """Go from one entry of a ladder to coarser ones while they keep a gain, or to finer ones until one does.
-
-    If the first guess is good this takes two attempts, where bisection takes four.
-
-    Args:
-        first: Where to begin.
-        length: Number of entries, coarse to fine.
-        min_gain: Smallest retained gain.
-        attempt: Called with some of the indices.
-
-    Returns:
-        The coarsest entry found that keeps the gain; if none does, the finest.
-
-    Raises:
-        DataError: There is no gain to keep.
-    """
+    """Go from one entry of a ladder to coarser ones while they keep a gain, or to finer ones until one does."""
+    # A good first guess takes two attempts, where bisection takes four.
     trial = attempt(first)
     found = Found(first, trial, trial.keeps(min_gain))
     for index in range(first - 1, -1, -1) if found.is_kept else range(first + 1, length):
@@ -146,11 +114,7 @@ class Refiner:
     config: RefineConfig
 
     def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
-        """Return another code, which does more of what the adapter does.
-
-        Raises:
-            DataError: No sample can be used.
-        """
+        """Return another code, which does more of what the adapter does."""
         relaxed = RelaxedCode(codec, adapter, encoded.data)
         for step in refine(relaxed, encoded.weighted_error, self.base, adapter, self.samples, self.config):
             tell(f"refining, step {step} of {self.config.steps}")
@@ -159,37 +123,18 @@ class Refiner:
 
 @dataclass(frozen=True)
 class CodeSearch:
-    """Encodes one adapter in several ways.
-
-    Attributes:
-        codec: The generator's.
-        original: The adapter.
-        vectors: The task's vectors by view.
-        initial: The initial A that its training began with, if its seed is known.
-        losses: Measures gains; None where no gain is asked for.
-        refiner: Refines codes; None for no refinement.
-        tell: Hears what is done.
-    """
+    """Encodes one adapter in several ways."""
 
     codec: Codec
     original: Adapter
     vectors: Mapping[str, torch.Tensor]
     initial: InitialA | None
-    losses: TaskLosses | None
+    losses: TaskLosses | None  # measures gains; None where no gain is asked for
     refiner: Refiner | None
     tell: Tell
 
     def smallest(self, limits: Limits, min_gain: float | None) -> tuple[Trial, bool]:
-        """Return the smallest code found and whether it meets the limits; if none does, the most accurate one.
-
-        Args:
-            limits: Limits of the error; with `min_gain` the ladder takes the place of the tolerance.
-            min_gain: Smallest retained gain, or None.
-
-        Raises:
-            DataError: There is no gain to keep, or no sample to refine on.
-            GeneratorError: No code keeps the limits of the error.
-        """
+        """Return the smallest code found and whether it meets the limits; if none does, the most accurate one."""
         if min_gain is None:
             return self._try(limits, self.refiner), True
 
@@ -223,17 +168,11 @@ class CodeSearch:
 
 @dataclass(frozen=True)
 class FoundResidual:
-    """The end of a search for a residual.
+    """The end of a search for a residual."""
 
-    Attributes:
-        is_kept: Whether the task meets the limits, by its code or with its residual.
-        code: The code alone, as it was measured now.
-        residual: What to store with it; None if the code is enough, or no residual is.
-    """
-
-    is_kept: bool
+    is_kept: bool  # whether the task meets the limits, by its code or with its residual
     code: Trial
-    residual: Trial | None = None
+    residual: Trial | None = None  # what to store with it; None if the code is enough, or no residual is
 
     @property
     def best(self) -> Trial:
@@ -243,31 +182,17 @@ class FoundResidual:
 
 @dataclass(frozen=True)
 class ResidualSearch:
-    """Makes residuals of one adapter and its code.
-
-    Attributes:
-        codec: The codec of the code.
-        original: The adapter.
-        code: Its code, as it is in the store.
-        result: What was measured of the code; None where no gain is asked for.
-        losses: Measures gains; None where no gain is asked for.
-        tell: Hears what is done.
-    """
+    """Makes residuals of one adapter and its code."""
 
     codec: Codec
     original: Adapter
     code: bytes
-    result: SourceResult | None
-    losses: TaskLosses | None
+    result: SourceResult | None  # what was measured of the code; None where no gain is asked for
+    losses: TaskLosses | None  # measures gains; None where no gain is asked for
     tell: Tell
 
     def smallest(self, limits: Limits, min_gain: float | None) -> FoundResidual:
-        """Return the smallest residual found that meets the limits, or none where the code meets them.
-
-        Raises:
-            DataError: There is no gain to keep.
-            GeneratorError: No residual keeps the limits of the error.
-        """
+        """Return the smallest residual found that meets the limits, or none where the code meets them."""
         encoded = replace(self.codec.measure(self.original, self.code), decoded=None)
         code = Trial(encoded, self.result)
         if min_gain is None:

@@ -32,17 +32,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class ComparableVectors:
-    """Task vectors that one extractor made.
+    """Task vectors that one extractor made."""
 
-    Attributes:
-        vectors: Task -> one row per support set, float32 of shape (support sets, hidden size). Ordered by name.
-        left_out: The other tasks of the base model.
-        extractor: What made them, as JSON with sorted keys; None if there are none.
-    """
-
+    # Task -> one row per support set, float32 of shape (support sets, hidden size). Ordered by name.
     vectors: dict[str, NDArray[np.float32]]
     left_out: tuple[LeftOut, ...]
-    extractor: str | None = None
+    extractor: str | None = None  # what made them, as JSON with sorted keys; None if there are none
 
 
 def latest_vectors(rows: Iterable[VectorRecord]) -> list[VectorRecord]:
@@ -55,18 +50,7 @@ def latest_vectors(rows: Iterable[VectorRecord]) -> list[VectorRecord]:
 def comparable_vectors(
     store: Store, tasks: Sequence[TaskRecord], view: View, like: str | None = None
 ) -> ComparableVectors:
-    """Read the vectors of some tasks that were all made by one extractor.
-
-    Args:
-        store: The open store.
-        tasks: Tasks of one base model.
-        view: `adapted` or `context`.
-        like: Use the extractor of this task. By default the extractor that made the vectors of most tasks.
-
-    Raises:
-        DamagedStore: A file has changed since it was stored.
-        DataError: A file does not hold task vectors.
-    """
+    """Read the vectors of some tasks that were all made by one extractor."""
     of_task: defaultdict[str, list[VectorRecord]] = defaultdict(list)
     for vector in store.vectors.all():
         of_task[vector.task].append(vector)

@@ -27,18 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskDetails:
-    """Everything that the store knows about a task.
-
-    Attributes:
-        task: The task.
-        adapters: Its checkpoints by step, the final adapter last.
-        vectors: Its task vectors.
-        nearest: The tasks with the nearest vectors, at most five; empty without vectors or with too few to compare.
-        generator: The current generator of its base model, if there is one.
-        code: Its code under that generator, if it has one.
-        initial: Where PEFT drew the initial A from, if the code records that.
-        evaluations: The latest measurement of each kind.
-    """
+    """Everything that the store knows about a task."""
 
     task: TaskRecord
     adapters: tuple[AdapterRecord, ...]
@@ -57,27 +46,16 @@ class TaskDetails:
 
 @dataclass(frozen=True)
 class Removal:
-    """What removing a task takes away.
-
-    Attributes:
-        name: The task, as the store spells it.
-        adapters: How many adapters it has.
-        size: Bytes of their files; other tasks may share some of them.
-        is_last_copy: Whether its original was evicted, so that its code is the only copy.
-    """
+    """What removing a task takes away."""
 
     name: str
     adapters: int
-    size: int
-    is_last_copy: bool
+    size: int  # bytes of their files; other tasks may share some of them
+    is_last_copy: bool  # whether its original was evicted, so that its code is the only copy
 
 
 def list_tasks(context: Context, base_model: str | None = None) -> list[TaskSummary]:
-    """Return all tasks by name, or those of one base model.
-
-    Raises:
-        DataError: No task belongs to the base model.
-    """
+    """Return all tasks by name, or those of one base model."""
     with context.open(read_only=True) as store:
         rows = list(store.tasks.summaries())
     check_base_model(base_model, {row.task.base_model for row in rows})
@@ -85,11 +63,7 @@ def list_tasks(context: Context, base_model: str | None = None) -> list[TaskSumm
 
 
 def show_task(context: Context, name: str) -> TaskDetails:
-    """Return everything about one task.
-
-    Raises:
-        TaskNotFound: There is no such task; the error names the closest ones.
-    """
+    """Return everything about one task."""
     from icmlora.fleet.map import nearest_tasks
 
     with context.open(read_only=True) as store:
@@ -110,28 +84,14 @@ def show_task(context: Context, name: str) -> TaskDetails:
 
 
 def plan_removal(context: Context, names: Sequence[str]) -> list[Removal]:
-    """Return what removing some tasks would take away, each task once.
-
-    Raises:
-        TaskNotFound: One of them is not in the store.
-    """
+    """Return what removing some tasks would take away, each task once."""
     with context.open(read_only=True) as store:
         tasks = {store.tasks.get(name).name: None for name in names}
         return [_removal(name, store.tasks.adapters(name)) for name in tasks]
 
 
 def remove_tasks(context: Context, names: Sequence[str], *, last_copies: Collection[str] = ()) -> list[str]:
-    """Remove tasks and return their names; pruning frees their bytes.
-
-    Args:
-        context: The store.
-        names: The tasks.
-        last_copies: Evicted tasks that the user agreed to lose.
-
-    Raises:
-        TaskNotFound: One of them is gone by now; nothing was changed.
-        LastCopy: Another one was evicted meanwhile; nothing was changed.
-    """
+    """Remove tasks and return their names; pruning frees their bytes."""
     with context.open() as store:
         return [task.name for task in store.tasks.remove(names, last_copies=last_copies)]
 

@@ -67,20 +67,7 @@ class CodeMade(Event):
 
 @dataclass(frozen=True)
 class Trained(Event):
-    """A generator and its codes are current.
-
-    Attributes:
-        base_model: Whose generator it is.
-        version: Its number among the generators of the base model.
-        generator: Digest of its file.
-        generator_size: Bytes of its file.
-        tasks: How many tasks have a code.
-        codes_size: Bytes of these codes.
-        metrics: What was measured during the training; stored with the generator.
-        start_dropped: Whether the earlier generator had a few-shot start. That is a code of the earlier generator, so
-            the new one has none.
-        left_out: Tasks without a code, and why; they keep their originals.
-    """
+    """A generator and its codes are current."""
 
     base_model: str
     version: int
@@ -89,6 +76,8 @@ class Trained(Event):
     tasks: int
     codes_size: int
     metrics: dict[str, object]
+    # Whether the earlier generator had a few-shot start. That is a code of the earlier generator, so the new one
+    # has none.
     start_dropped: bool
     left_out: Mapping[str, str]
 
@@ -103,15 +92,7 @@ class TrainReport:
 
 
 def train(context: Context, request: TrainRequest) -> TrainReport:
-    """Train one generator per base model.
-
-    Raises:
-        DeviceUnavailable: The device is not there; nothing was opened or changed.
-        DataError: There is nothing to train on, or an evicted task would lose its only copy.
-        GeneratorError: The training diverged, or no task could be encoded.
-        StoreLocked: Another process works on the generator or the codes of the same base model.
-        Cancelled: The listener stopped it; the run has a checkpoint, from which the same request resumes.
-    """
+    """Train one generator per base model."""
     device = resolve_device(request.device)
     report = TrainReport()
     with reporting(report), context.open() as store:
@@ -210,11 +191,7 @@ def _publish(
 def _encode_all(
     context: Context, store: Store, source: StoreAdapterSource, codec: Codec
 ) -> tuple[list[NewCode], dict[str, str], int]:
-    """Encode every task and store the files of the codes.
-
-    Returns:
-        The codes, the tasks without one with the reason, and of how many adapters the initialisation seed is known.
-    """
+    """Encode every task and store the files of the codes."""
     codes, left_out, known_seeds = list[NewCode](), dict(source.left_out), 0
     asked = Asked(tolerance=codec.config.tolerance)
     for task, name in enumerate(source.names):

@@ -63,18 +63,7 @@ class EpisodeDone(Event):
 
 @dataclass(frozen=True)
 class FewShotTrained(Event):
-    """A generator has a new few-shot start.
-
-    Attributes:
-        base_model: Whose generator it is.
-        generator: Digest of its file.
-        start: Digest of the few-shot start's file.
-        size: Bytes of that file.
-        tasks: How many tasks the mean was made of.
-        episodes: How many episodes trained the lengths of the steps.
-        loss: Mean over the last half of the episodes: 0 is as good as the task's own adapter, 1 as good as none.
-        seconds: How long it took.
-    """
+    """A generator has a new few-shot start."""
 
     base_model: str
     generator: str
@@ -82,7 +71,7 @@ class FewShotTrained(Event):
     size: int
     tasks: int
     episodes: int
-    loss: float
+    loss: float  # mean over the last half of the episodes: 0 is as good as the task's own adapter, 1 as good as none
     seconds: float
 
 
@@ -94,20 +83,12 @@ class FewShotReport:
 
 
 class AllAdapters:
-    """Every task of a base model as an adapter: its original, or what its code decodes to if that is evicted.
-
-    Rows are in memory, adapters are not. Generated tasks are left out: they would only confirm the few-shot start that
-    made them.
-
-    Args:
-        store: The open store.
-        generator: The current generator.
-        file: Its file.
-    """
+    """Every task of a base model as an adapter: its original, or what its code decodes to if that is evicted."""
 
     def __init__(self, store: Store, generator: GeneratorRecord, file: GeneratorFile) -> None:
         self._store, self._generator, self._file = store, generator, file
         rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
+        # A generated task would only confirm the few-shot start that made it.
         self._rows = [row for row in rows if not row.final.is_generated]
         self.names = [row.task.name for row in self._rows]
 
@@ -116,11 +97,7 @@ class AllAdapters:
         return (self.load(task) for task in range(len(self._rows)))
 
     def load(self, task: int) -> Adapter:
-        """Read or decode the adapter of a task.
-
-        Raises:
-            DataError: It has neither an original nor a code.
-        """
+        """Read or decode the adapter of a task."""
         row = self._rows[task]
         if not row.final.is_evicted:
             return read_original(self._store, row.final)
@@ -143,10 +120,7 @@ class AllAdapters:
 
 
 class StoreEpisodeSource:
-    """The tasks with enough samples; implements `icmlora.fewshot.meta_training.EpisodeSource`.
-
-    Only the samples of one task at a time are in memory.
-    """
+    """The tasks with enough samples; implements `icmlora.fewshot.meta_training.EpisodeSource`."""
 
     def __init__(self, adapters: AllAdapters, base: BaseModel) -> None:
         self._adapters, self._base = adapters, base
@@ -173,12 +147,7 @@ class StoreEpisodeSource:
 
 
 def check_few_shot(context: Context, base_model: str | None) -> None:
-    """Check what the meta-training needs, before hours are spent on what comes first. Reads rows only.
-
-    Raises:
-        DataError: There is no task, or fewer than two tasks of a base model have samples.
-        BaseModelNotFound: A base model is not on this machine.
-    """
+    """Check what the meta-training needs, before hours are spent on what comes first. Reads rows only."""
     with context.open() as store:
         for label in base_models_with_tasks(store, base_model):
             tasks = [row.task for row in store.tasks.summaries() if row.task.base_model == label]
@@ -187,28 +156,13 @@ def check_few_shot(context: Context, base_model: str | None) -> None:
 
 
 def read_few_shot_start(store: Store, generator: GeneratorRecord, file: GeneratorFile) -> FewShotStart:
-    """Read the few-shot start of a generator that has one.
-
-    Raises:
-        GeneratorError: The file is not a few-shot start of this generator.
-        DamagedStore: Its bytes are not those that were stored.
-    """
+    """Read the few-shot start of a generator that has one."""
     data = store.blobs.read(str(generator.start))
     return fewshot_start_from_bytes(data, lambda code: file.codec_of(code).decode(code))
 
 
 def train_few_shot(context: Context, request: FewShotRequest) -> FewShotReport:
-    """Meta-train a few-shot start for the generator of each base model.
-
-    Raises:
-        DeviceUnavailable: The device is not there; nothing was opened.
-        DataError: There is no task or no generator, or fewer than two tasks have samples.
-        BaseModelNotFound: A base model is not on this machine.
-        GeneratorConflict: `icm generators rollback` or an import made another generator current.
-        GeneratorError: An episode diverged; the few-shot start did not change.
-        StoreLocked: Another process works on the generator or the codes of the same base model.
-        Cancelled: The listener stopped it; base models that are not in the report keep the few-shot start they had.
-    """
+    """Meta-train a few-shot start for the generator of each base model."""
     device = resolve_device(request.device)
     report = FewShotReport()
     with reporting(report), context.open() as store:

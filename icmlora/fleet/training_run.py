@@ -50,12 +50,7 @@ _STATISTICS_SAMPLES = 8  # of each task
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The options of a training; None stands for what the current generator uses, or for the default.
-
-    Attributes:
-        resume: Resume the run that was stopped, if it had the same options and adapters.
-        fresh: Start from scratch instead of from the current generator.
-    """
+    """The options of a training; None stands for what the current generator uses, or for the default."""
 
     device: str = "auto"
     base_model: str | None = None
@@ -79,12 +74,7 @@ class StepDone(Event):
 
 
 class TrainingRun:
-    """A network in training, with the row of the store that its checkpoint belongs to.
-
-    Attributes:
-        state: The network and its optimiser.
-        id: Number of the run's row.
-    """
+    """A network in training, with the row of the store that its checkpoint belongs to."""
 
     def __init__(self, store: Store, state: TrainState, row: TrainRunRecord) -> None:
         self._store, self.state, self.id = store, state, row.id
@@ -103,19 +93,7 @@ def open_run(
     device: torch.device,
     previous: GeneratorRecord | None,
 ) -> TrainingRun:
-    """Resume the run that was stopped if it is the same one, else start a new one. Call it inside the job lock.
-
-    Args:
-        context: Where base models are found.
-        store: The open store.
-        source: The adapters to train on.
-        request: The options.
-        device: Where to train.
-        previous: The generator to start from, if any.
-
-    Raises:
-        DataError: A width other than that of the generator to start from.
-    """
+    """Resume the run that was stopped if it is the same one, else start a new one. Call it inside the job lock."""
     # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
     network = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
     known = None if network is None else network.config
@@ -151,21 +129,7 @@ def open_run(
 def train_network(
     context: Context, source: StoreAdapterSource, state: TrainState, save: Callable[[], None] | None = None
 ) -> float | None:
-    """Train to the last step.
-
-    Args:
-        context: Who is told about each step.
-        source: The adapters to train on.
-        state: Where to start; changed in place.
-        save: Called every 20 seconds, when the listener stops the training, and at the end.
-
-    Returns:
-        The running mean of the loss in bits per parameter, or None if there was no step left.
-
-    Raises:
-        GeneratorError: The training diverged.
-        Cancelled: The listener stopped it; `state` was saved first.
-    """
+    """Train to the last step and return the mean loss in bits per parameter; None if no step was left."""
     saved, recent = time.monotonic(), None
     try:
         for at in fit(state, source):
@@ -187,11 +151,7 @@ def train_network(
 
 
 def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:
-    """Return the base models that have tasks, or only the given one.
-
-    Raises:
-        DataError: It has no task, or there is no task at all.
-    """
+    """Return the base models that have tasks, or only the given one."""
     found = sorted({row.task.base_model for row in store.tasks.summaries()})
     if not found:
         raise DataError("there are no tasks to train on", hint="`icm ingest PATH` adds adapters")

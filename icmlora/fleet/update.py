@@ -33,33 +33,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Updated(Event):
-    """The new tasks of a base model have codes.
-
-    Attributes:
-        base_model: Whose generator it is.
-        version: Its number among the generators of the base model; unchanged if its file did not grow.
-        generator: Digest of its file.
-        generator_size: Bytes of its file.
-        epochs: How many versions of the network the file holds.
-        added: What was appended to it: `tuned` for a tuned decoder, `fresh` for a new network.
-        tasks: The tasks that got a code.
-        codes_size: Bytes of these codes.
-        kept_size: Bytes of the codes that the networks of before make; None if they cover no new task.
-        tuned_size: Bytes of the codes under the tuned decoder and of that decoder; None if none was tuned.
-        metrics: What was measured meanwhile.
-        left_out: New tasks without a code, and why; they keep their originals.
-    """
+    """The new tasks of a base model have codes."""
 
     base_model: str
     version: int
     generator: str
     generator_size: int
     epochs: int
-    added: Sequence[str]
+    added: Sequence[str]  # what was appended to it: `tuned` for a tuned decoder, `fresh` for a new network
     tasks: Sequence[str]
     codes_size: int
-    kept_size: int | None
-    tuned_size: int | None
+    kept_size: int | None  # bytes of the codes that the networks of before make; None if they cover no new task
+    tuned_size: int | None  # bytes of the codes under the tuned decoder and of that decoder; None if none was tuned
     metrics: dict[str, object]
     left_out: Mapping[str, str]
 
@@ -87,16 +72,7 @@ class _Choice:
 
 
 def update(context: Context, request: UpdateRequest) -> UpdateReport:
-    """Encode every task that has no code yet, and let the generator of its base model grow where that saves bytes.
-
-    Raises:
-        DeviceUnavailable: The device is not there; nothing was opened or changed.
-        DataError: There is no task, or a base model has no generator yet.
-        GeneratorError: Training diverged; nothing of this base model changed.
-        GeneratorConflict: `icm generators rollback` or an import made another generator current; likewise.
-        StoreLocked: Another process works on the generator or the codes of the same base model.
-        Cancelled: The listener stopped it; base models that are not in the report did not change.
-    """
+    """Encode every task that has no code yet, and let the generator of its base model grow where that saves bytes."""
     device = resolve_device(request.device)
     report = UpdateReport()
     with reporting(report), context.open() as store:

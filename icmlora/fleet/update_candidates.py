@@ -44,13 +44,7 @@ _COARSENESS = 2.0  # grid to which the differences of a tuned decoder are rounde
 
 @dataclass(frozen=True)
 class UpdateRequest:
-    """The options of an update; None stands for the default.
-
-    Attributes:
-        quality: Quality of the new codes, 1 to 8; by default that of the generator's first training.
-        tolerance: The same as a number: the largest weighted squared relative error.
-        steps: Steps of each training; by default as many as the new tasks need.
-    """
+    """The options of an update; None stands for the default."""
 
     device: str = "auto"
     base_model: str | None = None
@@ -74,20 +68,7 @@ class Candidate:
 
 
 class UpdateCandidates:
-    """Makes the candidates of one update.
-
-    Args:
-        context: Who is told about the progress; its `Cancelled` goes through.
-        store: The open store.
-        source: The final adapters of the new tasks.
-        request: The options.
-        tolerance: Largest weighted squared relative error of the codes.
-        device: Where to train.
-
-    Attributes:
-        steps: How many training steps were done.
-        left_out: Tasks that some network failed to encode, and why.
-    """
+    """Makes the candidates of one update."""
 
     def __init__(
         self,
@@ -116,11 +97,7 @@ class UpdateCandidates:
         return Candidate(data, codes)
 
     def tuned(self, unchanged: Candidate) -> Candidate:
-        """Tune the decoder that most codes of a candidate name, append it as differences, and encode its tasks.
-
-        A task keeps its code if the new one is not smaller. The parts of the network that read adapters and task
-        vectors stay as they are.
-        """
+        """Tune the decoder that most codes of a candidate name, append it as differences, and encode its tasks."""
         file = GeneratorFile(unchanged.data)
         named = {name: generator_of(code.data) for name, code in unchanged.codes.items()}
         ((digest, _),) = Counter(named.values()).most_common(1)
@@ -133,6 +110,7 @@ class UpdateCandidates:
             weight_decay=0.0,
             seed=self._request.seed,
         )
+        # Only the decoder is tuned: the parts that read adapters and task vectors stay as they are.
         state = self._train(source, new_state(tunable_network(network).to(self._device), options))
         words = differences_to_words(network.state_dict(), state.net.state_dict(), _COARSENESS)
         found = self._with_last_version(append_version(unchanged.data, words, base), source)
@@ -140,15 +118,13 @@ class UpdateCandidates:
         return Candidate(found.data, {**unchanged.codes, **smaller})
 
     def with_new_network(self, data: bytes, names: Sequence[str]) -> Candidate:
-        """Train a small network for some tasks, append it to a file, and encode the tasks.
-
-        It reads no task vectors: so few tasks do not show how adapters follow from them.
-        """
+        """Train a small network for some tasks, append it to a file, and encode the tasks."""
         source, request = self._only(names), self._request
         config = config_for(
             source.base_model,
             source.layouts(),
             tasks=source.tasks(),
+            # So few tasks do not show how adapters follow from task vectors.
             condition_size=0,
             quality=1,
             tolerance=self._tolerance,

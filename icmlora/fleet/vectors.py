@@ -35,13 +35,7 @@ bfloat16 is twice as fast as float32 and moves a vector by less than a hundredth
 
 @dataclass(frozen=True)
 class VectorRequest:
-    """What to extract.
-
-    Attributes:
-        names: Tasks; all if empty.
-        device: Where to run the base model, as `--device` takes it.
-        again: Include tasks that already have vectors.
-    """
+    """What to extract."""
 
     names: Sequence[str] = ()
     device: str = "auto"
@@ -50,29 +44,16 @@ class VectorRequest:
 
 @dataclass(frozen=True)
 class VectorsExtracted(Event):
-    """The vectors of one task are stored.
-
-    Attributes:
-        task: Its name.
-        vectors: How many there are, over all views and support sets.
-        source: `samples`, or `probes` for a task without samples.
-    """
+    """The vectors of one task are stored."""
 
     task: str
     vectors: int
-    source: str
+    source: str  # `samples`, or `probes` for a task without samples
 
 
 @dataclass
 class VectorReport:
-    """What an extraction did.
-
-    Attributes:
-        tasks: Tasks whose vectors were stored.
-        present: How many tasks already had vectors.
-        evicted: Tasks that need vectors, but whose original was evicted.
-        changed: Tasks that got another adapter or other samples during the extraction; nothing was stored for them.
-    """
+    """What an extraction did."""
 
     tasks: list[VectorsExtracted] = field(default_factory=list)
     present: int = 0
@@ -86,17 +67,7 @@ class VectorReport:
 
 
 def extract_vectors(context: Context, request: VectorRequest) -> VectorReport:
-    """Extract and store task vectors, one task after the other; what is stored stays.
-
-    If a base model is missing, the tasks of the others are done first, then the error is raised.
-
-    Raises:
-        DeviceUnavailable: The device does not exist; nothing was opened.
-        BaseModelNotFound: A base model is not on this machine.
-        BaseModelMismatch: An adapter does not fit its base model.
-        TaskNotFound: A name is not in the store.
-        Cancelled: The listener stopped it; `report` holds the `VectorReport`.
-    """
+    """Extract and store task vectors, one task after the other; what is stored stays."""
     device = resolve_device(request.device)
     report = VectorReport()
     with context.open() as store, reporting(report):
@@ -109,6 +80,7 @@ def extract_vectors(context: Context, request: VectorRequest) -> VectorReport:
             try:
                 base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
             except BaseModelNotFound as error:
+                # The tasks of the other base models come first; then the error is raised.
                 missing = missing or error
                 continue
             for task in tasks:

@@ -8,7 +8,8 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.base_models.likelihood import NllResult
-from icmlora.fleet.compare import BaselineResult, StoredOriginals, compare
+from icmlora.fleet.baselines import BaselineResult, StoredOriginals
+from icmlora.fleet.compare import compare
 from icmlora.fleet.context import Context
 from icmlora.fleet.evaluate import TaskEvaluated
 from icmlora.fleet.stats import bill

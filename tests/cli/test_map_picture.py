@@ -26,13 +26,17 @@ def fleet(groups: int = 3, each: int = 3, *, sets: int = 4, base_model: str = "a
     return MapReport(base_model, "adapted", map_tasks(tasks), sets * len(tasks), ())
 
 
+def draw(found: MapReport) -> str:
+    return draw_map(found.map, found.base_model, found.view)
+
+
 def texts(found: MapReport) -> list[str]:
-    return ["".join(text.itertext()) for text in ET.fromstring(draw_map(found)).iter(f"{SVG}text")]
+    return ["".join(text.itertext()) for text in ET.fromstring(draw(found)).iter(f"{SVG}text")]
 
 
 def markers(found: MapReport) -> list[ET.Element]:
     """Return the markers of tasks: those of the legend tell nothing."""
-    return [path for path in ET.fromstring(draw_map(found)).iter(f"{SVG}path") if path.find(f"{SVG}title") is not None]
+    return [path for path in ET.fromstring(draw(found)).iter(f"{SVG}path") if path.find(f"{SVG}title") is not None]
 
 
 def luminance(colour: str) -> float:
@@ -78,14 +82,14 @@ def test_it_says_how_much_of_the_variation_it_shows() -> None:
 
 def test_hostile_text_cannot_break_the_file() -> None:
     found = fleet(base_model='</text><script>alert("1")</script>\x1b[31m\u202e&amp;')
-    root = ET.fromstring(draw_map(found))
+    root = ET.fromstring(draw(found))
     assert not list(root.iter(f"{SVG}script"))
-    assert not {"\x1b", "\u202e"} & set(draw_map(found))
+    assert not {"\x1b", "\u202e"} & set(draw(found))
 
 
 def test_nothing_is_drawn_outside_the_picture() -> None:
     for found in (fleet(), fleet(groups=40, each=2), fleet(groups=3, each=1, sets=1)):
-        root = ET.fromstring(draw_map(found))
+        root = ET.fromstring(draw(found))
         width, height = (float(root.get(name, "0")) for name in ("width", "height"))
         for element in root.iter():
             for name, limit in (
@@ -100,14 +104,14 @@ def test_nothing_is_drawn_outside_the_picture() -> None:
 
 
 def test_support_sets_are_drawn_if_a_task_has_several_and_there_are_few_tasks() -> None:
-    assert draw_map(fleet()).count("<circle") == 4 * 9
-    assert "<circle" not in draw_map(fleet(sets=1))
-    assert "<circle" not in draw_map(fleet(groups=51, each=4))
+    assert draw(fleet()).count("<circle") == 4 * 9
+    assert "<circle" not in draw(fleet(sets=1))
+    assert "<circle" not in draw(fleet(groups=51, each=4))
 
 
 @pytest.mark.parametrize("ground", ["#ffffff", "#0d1117"])
 def test_markers_and_text_stand_out_from_the_ground(ground: str) -> None:
-    drawn = draw_map(fleet(groups=6))
+    drawn = draw(fleet(groups=6))
     light, dark = drawn.split("prefers-color-scheme")[0], drawn.split("prefers-color-scheme")[1].split("</style>")[0]
     style = light if ground == "#ffffff" else dark
     assert f".ground {{ fill: {ground} }}" in style

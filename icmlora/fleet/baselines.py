@@ -1,0 +1,93 @@
+"""Measure other methods, such as int8 or a low-rank SVD, on the tasks of a store: bytes, error, retained gain.
+
+    original ──encode──▶ bytes ──decode──▶ PEFT folder ──▶ measured as every source is
+
+Nothing is stored. What a method shares between tasks, it prepares from all tasks of the base model that still have
+their originals, one adapter at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.likelihood import NllResult
+from icmlora.baselines.baseline import Baseline
+from icmlora.baselines.catalogue import baseline_named
+from icmlora.fleet.loading import read_original
+from icmlora.fleet.measure import SourceResult, TaskLosses
+from icmlora.formats.peft import load_adapter_folder, save_adapter
+from registry.records import AdapterRecord, Rung
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class BaselineResult:
+    """One method on one task."""
+
+    size: int  # bytes stored for this task alone
+    shared_size: int  # bytes stored once for the fleet
+    fleet_size: int
+    loss: NllResult
+    retained_gain: float | None  # None where the original has no gain
+    dw_error: float | None  # squared relative error of dW; None where the original is zero
+
+
+class Baselines:
+    """Measures other methods on the tasks of one base model."""
+
+    def __init__(self, store: Store, base_model: str, names: Sequence[str]) -> None:
+        self._originals = StoredOriginals(store, base_model)
+        self._methods: dict[str, Baseline] = {name: baseline_named(name) for name in names}
+        self._shared: dict[str, bytes] = {}
+
+    def measure(self, task: str, losses: TaskLosses, sources: Mapping[Rung, SourceResult]) -> dict[str, BaselineResult]:
+        """Measure every method on one task; none if its original was evicted."""
+        if not self._methods or task not in self._originals:
+            return {}
+        base, original = sources["base"].nats_per_token, sources["original"].nats_per_token
+        adapter = self._originals[task]
+        results = {}
+        for name, method in self._methods.items():
+            shared = self._prepared(name)
+            code = method.encode(adapter, shared)
+            with tempfile.TemporaryDirectory(prefix="icm-") as folder:
+                written = Path(folder) / "adapter"
+                save_adapter(method.decode(code, shared), written, card="", metadata={})
+                error = relative_dw_error(adapter, load_adapter_folder(written))
+                loss = losses.loss_of(name, written)
+            gain = losses.gain(base, original, loss.nats_per_token)
+            finite = error if math.isfinite(error) else None
+            results[name] = BaselineResult(len(code), len(shared), len(self._originals), loss, gain, finite)
+        return results
+
+    def _prepared(self, name: str) -> bytes:
+        if name not in self._shared:
+            self._shared[name] = self._methods[name].prepare(self._originals)
+        return self._shared[name]
+
+
+class StoredOriginals(Mapping[str, Adapter]):
+    """The originals of one base model that the store still has, read each time that one is asked for."""
+
+    def __init__(self, store: Store, base_model: str) -> None:
+        rows = (row for row in store.tasks.summaries() if row.task.base_model == base_model)
+        self._store = store
+        self._finals: dict[str, AdapterRecord] = {row.task.name: row.final for row in rows if not row.final.is_evicted}
+
+    def __getitem__(self, task: str) -> Adapter:
+        return read_original(self._store, self._finals[task])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._finals)
+
+    def __len__(self) -> int:
+        return len(self._finals)

@@ -1,0 +1,142 @@
+"""What a store takes on disk, task by task: the bill that `icm stats` shows and draws."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from registry.records import Asked, GeneratorRecord
+
+if TYPE_CHECKING:
+    from registry.usage import Usage
+
+
+@dataclass(frozen=True)
+class TaskBill:
+    """The bytes and the quality of one task; None where it has no code, or was not measured."""
+
+    task: str
+    bf16_size: int
+    original_size: int
+    vectors_size: int
+    code_size: int | None
+    residual_size: int | None
+    rung: Literal["residual", "code"] | None
+    dw_error: float | None
+    retained_gain: float | None
+    evicted: bool
+    asked: Asked | None
+
+    @property
+    def size(self) -> int:
+        """Code, residual and vectors: everything but the original."""
+        return (self.code_size or 0) + (self.residual_size or 0) + self.vectors_size
+
+    @property
+    def fell_short(self) -> bool:
+        """Whether no code meets its limits, so that its original has to stay."""
+        return self.asked is not None and not self.asked.is_kept and not self.evicted
+
+
+@dataclass(frozen=True)
+class BaseModelBill:
+    """The tasks of one base model."""
+
+    base_model: str
+    generator: GeneratorRecord | None
+    tasks: tuple[TaskBill, ...]
+
+    @property
+    def bf16_size(self) -> int:
+        """Every final adapter in bfloat16: the denominator of every saving."""
+        return sum(task.bf16_size for task in self.tasks)
+
+    @property
+    def generator_size(self) -> int:
+        """The current generator's file."""
+        return 0 if self.generator is None else self.generator.size
+
+    @property
+    def start_size(self) -> int:
+        """The generator's few-shot start; 0 if it has none."""
+        return 0 if self.generator is None else self.generator.start_size
+
+    @property
+    def shared_size(self) -> int:
+        """What all tasks share: the generator and its few-shot start."""
+        return self.generator_size + self.start_size
+
+    @property
+    def per_task_size(self) -> int:
+        """All codes, residuals and vectors."""
+        return sum(task.size for task in self.tasks)
+
+    @property
+    def encoded(self) -> tuple[TaskBill, ...]:
+        """The tasks that have a code."""
+        return tuple(task for task in self.tasks if task.code_size is not None)
+
+    @property
+    def evicted(self) -> int:
+        """How many tasks are evicted."""
+        return sum(task.evicted for task in self.tasks)
+
+    @property
+    def short(self) -> tuple[TaskBill, ...]:
+        """The tasks that keep their original because no code meets their limits."""
+        return tuple(task for task in self.tasks if task.fell_short)
+
+    @property
+    def marginal_size(self) -> float | None:
+        """Mean bytes of one more task: its code, residual and vectors."""
+        if not self.encoded:
+            return None
+        return sum(task.size for task in self.encoded) / len(self.encoded)
+
+    @property
+    def break_even(self) -> int | None:
+        """The number of tasks from which generator and codes are smaller than bf16; None if they never are."""
+        if self.marginal_size is None:
+            return None
+        saved = sum(task.bf16_size for task in self.encoded) / len(self.encoded) - self.marginal_size
+        return math.ceil(self.shared_size / saved) if saved > 0 else None
+
+
+@dataclass(frozen=True)
+class Bill:
+    """The whole store."""
+
+    usage: Usage
+    fleets: tuple[BaseModelBill, ...]
+
+    @property
+    def bf16_size(self) -> int:
+        """Every final adapter of the store in bfloat16."""
+        return sum(fleet.bf16_size for fleet in self.fleets)
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks there are."""
+        return sum(len(fleet.tasks) for fleet in self.fleets)
+
+    @property
+    def evicted(self) -> int:
+        """How many tasks are evicted."""
+        return sum(fleet.evicted for fleet in self.fleets)
+
+    @property
+    def compact_size(self) -> int:
+        """Everything but originals and texts: generators, codes, residuals, vectors, database."""
+        usage = self.usage
+        return usage.generators + usage.codes + usage.residuals + usage.vectors + usage.database
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are tasks and every one has a code, so that the compact size covers all of them."""
+        return bool(self.fleets) and all(len(fleet.encoded) == len(fleet.tasks) for fleet in self.fleets)
+
+    @property
+    def compact_share(self) -> float | None:
+        """The compact size as a share of bf16 (above 1 if it is larger); None until every task has a code."""
+        return self.compact_size / self.bf16_size if self.is_complete and self.bf16_size else None
