@@ -12,8 +12,8 @@ from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 
+# Rank that a running sum may reach before it is cut: exact for a few dozen tasks, bounded for thousands.
 _WORKING_RANK = 256
-"""Rank that a running sum may reach before it is cut: exact for a few dozen tasks, bounded for thousands."""
 
 
 def plus(left: Adapter, right: Iterable[LoraModule]) -> Adapter:
@@ -48,15 +48,8 @@ def truncated(adapter: Adapter, rank: int) -> Adapter:
 
 
 def mean_adapter(adapters: Iterable[Adapter], rank: int) -> Adapter:
-    """Return the mean dW over the modules that at least half of the adapters have.
-
-    Args:
-        adapters: Read once, one at a time; a missing module counts as zero.
-        rank: Rank of the result.
-
-    Raises:
-        ValueError: There is no adapter.
-    """
+    """Return the mean dW, cut to `rank`, over the modules that at least half of the adapters have."""
+    # Adapters are read one at a time; a module that one of them lacks counts as zero there.
     total: Adapter | None = None
     owners: Counter[str] = Counter()
     count = 0

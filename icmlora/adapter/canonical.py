@@ -24,19 +24,8 @@ _NOISE = 1e-13
 
 
 def canonicalize(adapter: Adapter) -> Adapter:
-    """Fix the gauge of every module; dW stays the same up to float32 rounding, ranks and names stay the same.
-
-    Slots that the module does not use (a rank-deficient dW) become zero and come last.
-
-    Args:
-        adapter: Any adapter with finite values.
-
-    Returns:
-        The canonical adapter, float32 on the CPU.
-
-    Raises:
-        AdapterRefused: A factor that float32 cannot hold, from values near its limit.
-    """
+    """Fix the gauge of every module; dW stays the same up to float32 rounding, ranks and names stay the same."""
+    # Slots that the module does not use (a rank-deficient dW) become zero and come last.
     groups: defaultdict[tuple[int, ...], list[LoraModule]] = defaultdict(list)
     for module in adapter.modules:
         groups[module.shape[1:]].append(module)
@@ -52,15 +41,7 @@ def canonicalize(adapter: Adapter) -> Adapter:
 
 
 def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Balance a batch of factor pairs of one shape.
-
-    Args:
-        a: Shape (n, r, in).
-        b: Shape (n, out, r).
-
-    Returns:
-        The canonical factors, same shapes, float32 on the CPU.
-    """
+    """Balance factor pairs of one shape: a (n, r, in), b (n, out, r); float32 on the CPU, shapes unchanged."""
     rank = a.shape[1]
     # float64: the sign and order of slots should not depend on rounding, and some devices have no float64.
     a64, b64 = a.detach().to("cpu", torch.float64), b.detach().to("cpu", torch.float64)

@@ -21,11 +21,9 @@ class ModuleShape(NamedTuple):
 
 
 def target_modules(modules: Iterable[str]) -> tuple[str, ...]:
-    """Name the modules the way `target_modules` of a configuration does, without a pattern.
-
-    The short form is the last part of each name (`q_proj`). It stands for that module in every layer, so it is used
-    only where the layers 0, 1, 2 ... are all there; otherwise the modules are named in full.
-    """
+    """Name the modules the way `target_modules` of a configuration does, without a pattern."""
+    # The short form is the last part of each name (`q_proj`). It stands for that module in every layer, so it is used
+    # only where the layers 0, 1, 2 ... are all there; otherwise the modules are named in full.
     names = tuple(dict.fromkeys(modules))
     # Which layer numbers each short name occurs in; a name with no number, or several, has no layer.
     layers: dict[str, set[int]] = {}

@@ -17,17 +17,8 @@ from icmlora.adapter.model import Adapter, LoraModule
 def relative_dw_error(original: Adapter, other: Adapter) -> float:
     """Return ||dW_original - dW_other||^2 / ||dW_original||^2 over all modules (Frobenius, squared).
 
-    A module that one side lacks counts as zero there. Rounding limits the result to about 1e-15.
-
-    Args:
-        original: The reference.
-        other: The adapter that is measured; ranks may differ.
-
-    Returns:
-        0 for equal adapters; infinite where the original is zero and the other is not.
-
-    Raises:
-        ValueError: A module with different widths on the two sides.
+    Ranks may differ; a module that one side lacks counts as zero there. Rounding limits the result to about 1e-15.
+    It is infinite where the original is zero and the other is not.
     """
     parts = _parts(original, other)
     return _ratio(sum(error for error, _ in parts.values()), sum(norm for _, norm in parts.values()))

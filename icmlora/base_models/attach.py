@@ -24,18 +24,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 @contextmanager
 def adapted(base: BaseModel, folder: Path) -> Iterator[PeftModel]:
-    """Put the adapter in `folder` on the base model inside a `with` block.
-
-    Args:
-        base: The base model; nobody else may use it in the block.
-        folder: A PEFT folder that this package wrote or checked: the library runs patterns of its configuration.
-
-    Yields:
-        The adapted model, in evaluation mode.
-
-    Raises:
-        BaseModelMismatch: The adapter cannot be put on this base model, or not every tensor of it found its place.
-    """
+    """Put the adapter in `folder` on the base model inside the block; yields it in evaluation mode."""
+    # The folder must be one that this package wrote or checked: PEFT runs patterns of its configuration.
     model = _attach(base, folder)
     try:
         _check_every_tensor_landed(model, base, folder)

@@ -21,11 +21,7 @@ def modality_of(found: FoundBase) -> Modality[Any, Any]:
 
 
 def read_examples(data: bytes, *, path: str | Path | None = None) -> tuple[Any, ...]:
-    """Read examples where the base model, and so their modality, is not known: any modality may take them.
-
-    Raises:
-        DataError: None does; the message is the last one's.
-    """
+    """Read examples where the base model, and so their modality, is not known: any modality may take them."""
     # The last modality is the most general one, and its message is the most helpful.
     for known in MODALITIES[:-1]:
         try:

@@ -26,17 +26,9 @@ _SEED = 0
 def channel_statistics(
     base: BaseModel, examples: Sequence[Any], modules: Iterable[str], *, max_tokens: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Measure mean squares of inputs and of output gradients over some examples.
-
-    Args:
-        base: The base model, in float32 or bfloat16.
-        examples: Read in turn, the first 192 tokens of each, until there are enough tokens.
-        modules: Dotted names of linear modules; a name that the model does not have is left out.
-        max_tokens: How much is read.
-
-    Returns:
-        By module: float32 mean squares of inputs (in,) and of gradients (out,), on the CPU; empty without any example.
-    """
+    """Return by module the mean squares of inputs (in,) and of output gradients (out,), float32 on the CPU."""
+    # Examples are read in turn, the first 192 tokens of each, until there are `max_tokens`; modules that the model does
+    # not have are left out.
     named = dict(base.model.named_modules())
     sums: dict[str, list[torch.Tensor]] = {}
     handles = [named[name].register_forward_hook(_adder(name, sums)) for name in modules if name in named]

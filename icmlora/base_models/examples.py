@@ -55,28 +55,14 @@ class ReadExamples(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Held-out examples of a task.
+    """Held-out examples of a task."""
 
-    Attributes:
-        examples: In the order of the file.
-        digest: SHA-256 of the file's bytes, which names the data in stored results.
-    """
-
-    examples: tuple[Any, ...]
-    digest: str
+    examples: tuple[Any, ...]  # in the order of the file
+    digest: str  # SHA-256 of the file's bytes, which names the data in stored results
 
     @classmethod
     def parse(cls, data: bytes, *, path: str | Path | None = None, read: ReadExamples | None = None) -> EvaluationData:
-        """Parse the bytes of an `eval.jsonl`.
-
-        Args:
-            data: The bytes.
-            path: Where they came from, for messages.
-            read: Reads the examples, as the `read_examples` of a modality does; None for text.
-
-        Raises:
-            DataError: See `read`.
-        """
+        """Parse the bytes of an `eval.jsonl`."""
         return cls((read or parse_examples)(data, path=path), hashlib.sha256(data).hexdigest())
 
 
@@ -87,15 +73,7 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def parse_examples(data: bytes, *, path: str | Path | None = None) -> tuple[Example, ...]:
-    """Parse JSON lines of text; blank lines are skipped.
-
-    Args:
-        data: The file's bytes, UTF-8; a byte order mark is passed over.
-        path: Where they came from, for the messages.
-
-    Raises:
-        DataError: The data is not JSON lines of text, has no example, or breaks a limit; the message names the line.
-    """
+    """Parse JSON lines of text; blank lines are skipped."""
     if len(data) > MAX_BYTES:
         raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
     examples = []

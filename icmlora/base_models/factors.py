@@ -15,8 +15,8 @@ from torch import nn
 
 from icmlora.adapter.model import Adapter
 
+# By dotted module name: A (r, in) and B (out, r); dW = B A, scale folded in. Empty stands for the bare base model.
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""By dotted module name: A (r, in) and B (out, r); dW = B A, scale folded in. Empty stands for the bare base model."""
 
 
 def factors_of(adapter: Adapter) -> Factors:
@@ -26,12 +26,7 @@ def factors_of(adapter: Adapter) -> Factors:
 
 @contextmanager
 def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Add dW = B A to linear modules inside the block, with gradients to the factors.
-
-    Args:
-        model: The base model.
-        factors: By dotted module name; moved to the module's device and dtype.
-    """
+    """Add dW = B A to linear modules inside the block, with gradients to the factors."""
 
     def adder(a: torch.Tensor, b: torch.Tensor) -> object:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

@@ -31,15 +31,7 @@ _VOLATILE = frozenset(
 
 
 def fingerprint_base(found: FoundBase) -> str:
-    """Hash the weights and architecture of a base model on disk; reads every weight file once.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        BaseModelNotFound: Its config.json cannot be read.
-        OSError: A weight file cannot be read.
-    """
+    """Hash the weights and architecture of a base model on disk; reads every weight file once."""
     total = hashlib.sha256()
     for digest in sorted(_digest(path) for path in found.weights):
         total.update(bytes.fromhex(digest))

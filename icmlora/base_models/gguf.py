@@ -21,12 +21,8 @@ from icmlora.io.staging import building_folder
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and tokenizer of a GGUF file, dequantised to `dtype`.
-
-    Raises:
-        OSError, ValueError, ImportError: What transformers raises for a file it cannot read; `convert_gguf` and
-            `load_base_model` turn them into `BaseModelNotFound`.
-    """
+    """Load the model and tokenizer of a GGUF file, dequantised to `dtype`."""
+    # Raises what transformers raises; the callers run it inside `quiet_loading`.
     model: Any = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
     )
@@ -40,20 +36,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 
 def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:
-    """Write a GGUF base model as a float32 Hugging Face folder.
-
-    Args:
-        source: The `.gguf` file.
-        directory: The folder to make; it appears complete or not at all.
-        label: The name the adapters use, for messages.
-
-    Returns:
-        `directory`.
-
-    Raises:
-        BaseModelNotFound: transformers cannot read the file as GGUF.
-        OutputExists: `directory` exists and is not empty, or another process made it in the meantime.
-    """
+    """Write a GGUF base model as a float32 Hugging Face folder."""
     found = inspect_base(label, source)
     if directory.exists() and any(directory.iterdir()):
         raise OutputExists(

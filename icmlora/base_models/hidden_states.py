@@ -15,16 +15,7 @@ _SEPARATOR = "\n\n"
 
 
 def last_positions(base: BaseModel, texts: Sequence[str], limit: int) -> torch.Tensor:
-    """Return the last layer at the last real token of each text, (texts, d) in float32.
-
-    Args:
-        base: The base model, with or without an adapter on it.
-        texts: The texts; they run as one batch.
-        limit: Most tokens read of a text.
-
-    Raises:
-        DataError: A text without a token.
-    """
+    """Return the last layer at the last real token of each text, (texts, d) in float32."""
     rows = [_tokens(base.tokenizer, text, limit) for text in texts]
     hidden = _last_layer(base, *padded(rows))  # (texts, T, d)
     # Padding is on the right, so the last real token of a row is at its length minus one.
@@ -33,16 +24,7 @@ def last_positions(base: BaseModel, texts: Sequence[str], limit: int) -> torch.T
 
 
 def mean_over_context(base: BaseModel, texts: Sequence[str], limit: int) -> torch.Tensor:
-    """Return the mean of the last layer over one context that holds the beginning of every text, (d,) in float32.
-
-    Args:
-        base: The bare base model.
-        texts: The texts, read as consecutive demonstrations.
-        limit: Tokens of the whole context; each text gets an equal share.
-
-    Raises:
-        DataError: A text without a token.
-    """
+    """Return the mean of the last layer over one context that holds the beginning of every text, (d,) in float32."""
     ids = torch.tensor([_demonstrations(base.tokenizer, texts, limit)])  # (1, T)
     return _last_layer(base, ids, torch.ones_like(ids))[0].float().mean(dim=0)
 

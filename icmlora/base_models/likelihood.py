@@ -23,16 +23,11 @@ from icmlora.errors import DataError
 
 @dataclass(frozen=True)
 class NllResult:
-    """Negative log-likelihood of text under a model.
+    """Negative log-likelihood of text under a model."""
 
-    Attributes:
-        nats: Sum over the scored tokens.
-        tokens: How many were scored.
-        utf8_bytes: Length in UTF-8 of the text that those tokens spell; a character that a limit cuts counts as three.
-    """
-
-    nats: float
-    tokens: int
+    nats: float  # sum over the scored tokens
+    tokens: int  # how many were scored
+    # Length in UTF-8 of the text that those tokens spell; a character that a limit cuts counts as three.
     utf8_bytes: int
 
     @classmethod
@@ -92,18 +87,8 @@ def nll(
     max_tokens: int = 256,
     batch_size: int = 1,
 ) -> NllResult:
-    """Score examples by teacher forcing.
-
-    Args:
-        model: A causal language model, bare or adapted.
-        tokenizer: Its tokenizer.
-        examples: The texts; of one with a prompt only the completion is scored.
-        max_tokens: Most tokens read of an example. Of a prompt the last ones that fit are read.
-        batch_size: Examples per forward pass; more than 1 pays on accelerators only.
-
-    Raises:
-        DataError: No token of any example is left to predict.
-    """
+    """Score examples by teacher forcing; of one with a prompt only the completion is scored."""
+    # Of a prompt the last tokens that fit are read. A batch size above 1 pays on accelerators only.
     scored = tokenized(tokenizer, examples, max_tokens)
     # Summed in input order, whatever the batches were.
     starts = range(0, len(scored), batch_size)
@@ -117,11 +102,7 @@ def nll(
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit: int) -> list[Scored]:
-    """Turn examples into token ids, at most `limit` each; those without a token to predict are left out.
-
-    Raises:
-        DataError: None is left.
-    """
+    """Turn examples into token ids, at most `limit` each; those without a token to predict are left out."""
     scored = [item for example in examples if (item := _tokenize(tokenizer, example, limit)) is not None]
     if not scored:
         raise DataError("no example is long enough to predict a token of it", hint="give longer texts")
@@ -160,10 +141,8 @@ def _row_nats(logits: torch.Tensor, ids: torch.Tensor, item: Scored) -> float:
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, both int64 of shape (rows, T).
-
-    Padding is on the right and masked: in a causal model no real token sees it.
-    """
+    """Return token ids and attention mask, both int64 of shape (rows, T)."""
+    # Padding is on the right and masked: in a causal model no real token sees it.
     length = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
@@ -171,13 +150,8 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device | None = None) ->
 
 
 def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
-    """Return the next-token logits of each text, (T, vocabulary) without its padding.
-
-    Args:
-        base: The base model.
-        items: Texts as token ids.
-        from_leaf: Begin at embeddings that take gradients: no parameter of the base model does.
-    """
+    """Return the next-token logits of each text, (T, vocabulary) without its padding."""
+    # `from_leaf` begins at embeddings that take gradients: no parameter of the base model does.
     ids, mask = padded([item.ids for item in items], base.device)
     inputs = {"inputs_embeds": _leaf(base, ids)} if from_leaf else {"input_ids": ids}
     # A single text has no padding, and without a mask attention may use its fastest kernel.

@@ -23,17 +23,7 @@ def load_base_model(
     dtype: torch.dtype | None = None,
     fingerprint: str | None = None,
 ) -> BaseModel:
-    """Load a base model that `find_base_model` found.
-
-    Args:
-        found: Where it is.
-        device: Where to put it; None for the CPU.
-        dtype: Precision of the weights; None for what `inference_dtype` chooses for the device.
-        fingerprint: The fingerprint, where the caller has it already; None computes it, reading every weight file.
-
-    Raises:
-        BaseModelNotFound: The files cannot be loaded as a causal language model, or do not hold all its weights.
-    """
+    """Load a base model that `find_base_model` found."""
     device = device or torch.device("cpu")
     with quiet_loading(found):
         if found.is_gguf:

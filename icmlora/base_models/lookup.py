@@ -23,17 +23,11 @@ _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class FoundBase:
-    """A base model on disk, not loaded yet.
+    """A base model on disk, not loaded yet."""
 
-    Attributes:
-        label: The name the adapters use.
-        path: A folder in Hugging Face form, or a `.gguf` file.
-        weights: The weight files, sorted by name.
-    """
-
-    label: str
-    path: Path
-    weights: tuple[Path, ...]
+    label: str  # the name the adapters use
+    path: Path  # a folder in Hugging Face form, or a `.gguf` file
+    weights: tuple[Path, ...]  # the weight files, sorted by name
 
     @property
     def is_gguf(self) -> bool:
@@ -56,17 +50,8 @@ def find_base_model(
     cache_dir: Path | None = None,
     revision: str | None = None,
 ) -> FoundBase:
-    """Find the local copy of the base model `label`.
-
-    Args:
-        label: `base_model_name_or_path` of an adapter: opaque, it may be a hub name or a path.
-        aliases: Folders or `.gguf` files that the user has named for labels; they come first.
-        cache_dir: The Hugging Face cache; None for the usual place.
-        revision: The hub revision to look for in the cache; None for `main`.
-
-    Raises:
-        BaseModelNotFound: There is none, or what is there cannot be used; the message says which.
-    """
+    """Find the local copy of the base model `label`."""
+    # A label is opaque: it may be a hub name or a path. A revision of None stands for `main`.
     alias = (aliases or {}).get(label)
     if alias is not None:
         return inspect_base(label, Path(alias))
@@ -83,11 +68,7 @@ def find_base_model(
 
 
 def inspect_base(label: str, path: Path) -> FoundBase:
-    """Check that `path` holds a base model that can be loaded, without loading it.
-
-    Raises:
-        BaseModelNotFound: It does not; the message says what is missing.
-    """
+    """Check that `path` holds a base model that can be loaded, without loading it."""
     if path.is_dir():
         # A folder with one GGUF file and nothing else is that file; several are ambiguous.
         lone = sorted(path.glob("*.gguf"))
@@ -101,11 +82,7 @@ def inspect_base(label: str, path: Path) -> FoundBase:
 
 
 def read_config(path: Path) -> dict[str, object]:
-    """Read the `config.json` of a base model's folder.
-
-    Raises:
-        BaseModelNotFound: It is missing, too large or not a JSON object.
-    """
+    """Read the `config.json` of a base model's folder."""
     file = path / "config.json"
     return _json_object(file, hint="the folder must be a complete Hugging Face model folder")
 

@@ -13,15 +13,8 @@ if TYPE_CHECKING:
 
 
 def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> None:
-    """Check that every module of an adapter exists in the base model, with its sizes.
-
-    Args:
-        base: The base model.
-        layout: For each module of the adapter: name, rank, input size, output size.
-
-    Raises:
-        BaseModelMismatch: One does not; the message names the first and both shapes.
-    """
+    """Check that every module of an adapter exists in the base model, with its sizes."""
+    # layout: name, rank, input size and output size of each module.
     modules = dict(base.model.named_modules())
     hint = "name the right base model: icm base add NAME PATH"
     for name, _, inputs, outputs in layout:

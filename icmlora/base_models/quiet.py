@@ -14,12 +14,7 @@ from icmlora.errors import BaseModelNotFound
 
 @contextmanager
 def quiet_loading(found: FoundBase, kind: str = "causal language model") -> Iterator[None]:
-    """Load in the block without progress bars of the library; turn its many exceptions into `BaseModelNotFound`.
-
-    Args:
-        found: What is loaded.
-        kind: What it is loaded as, for the message.
-    """
+    """Load in the block without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -15,8 +15,8 @@ from typing import Protocol
 
 from icmlora.adapter.model import Adapter
 
+# Task to adapter. The mapping may load an adapter each time it is asked, so baselines hold one at a time.
 NamedAdapters = Mapping[str, Adapter]
-"""Task to adapter. The mapping may load an adapter each time it is asked, so baselines hold one at a time."""
 
 
 class Baseline(Protocol):
@@ -31,11 +31,7 @@ class Baseline(Protocol):
         ...
 
     def decode(self, code: bytes, shared: bytes) -> Adapter:
-        """Read an adapter back.
-
-        Raises:
-            CodeError: The bytes were not made by this method at this operating point.
-        """
+        """Read an adapter back."""
         ...
 
 

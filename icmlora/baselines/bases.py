@@ -19,25 +19,17 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.baselines.baseline import NamedAdapters
 
 _SEED = 0
-_RIDGE = 1e-6
-"""Share of a Gram matrix's mean diagonal that is added to it, so that it can be solved."""
-_EMPTY = 1e-30
-"""Keeps divisions finite for adapters and modules of zeros."""
+_RIDGE = 1e-6  # share of a Gram matrix's mean diagonal that is added to it, so that it can be solved
+_EMPTY = 1e-30  # keeps divisions finite for adapters and modules of zeros
 
 
 @dataclass(frozen=True, eq=False)
 class Bases:
-    """The shared bases of one cluster of tasks.
+    """The shared bases of one cluster of tasks."""
 
-    Attributes:
-        outputs: Module to U, shape (out, r).
-        inputs: Module to V, shape (in, r).
-        diagonal: Whether cores are vectors.
-    """
-
-    outputs: Mapping[str, torch.Tensor]
-    inputs: Mapping[str, torch.Tensor]
-    diagonal: bool
+    outputs: Mapping[str, torch.Tensor]  # module to U, shape (out, r)
+    inputs: Mapping[str, torch.Tensor]  # module to V, shape (in, r)
+    diagonal: bool  # whether cores are vectors
 
     def core(self, module: LoraModule) -> torch.Tensor:
         """Return the core of one module of one task: (r, r), or (r,) if diagonal."""
@@ -65,15 +57,8 @@ class Bases:
 
 
 def fit_bases(fleet: NamedAdapters, tasks: Iterable[str], rank: int, *, diagonal: bool, passes: int) -> Bases:
-    """Fit the bases of some tasks.
-
-    Args:
-        fleet: Where the adapters come from; each pass loads every one of them twice.
-        tasks: Names of those to fit.
-        rank: Columns of U and V, fewer where a module is narrower.
-        diagonal: Whether cores are vectors.
-        passes: Alternations after the first bases.
-    """
+    """Fit the bases of some tasks, with `rank` columns, or fewer where a module is narrower."""
+    # Each pass loads every adapter twice.
     names = list(tasks)
     bases = Bases(*_sketched(fleet, names, rank), diagonal=diagonal)
     for _ in range(passes):

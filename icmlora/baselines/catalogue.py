@@ -29,11 +29,7 @@ _JOINT = re.compile(rf"jd([1-9]\d{{0,3}})(?:x([1-9]\d?))?(diag)?(?:-{_QUANTISER}
 
 
 def baseline_named(name: str) -> Baseline:
-    """Return the baseline with this name.
-
-    Raises:
-        UnknownBaseline: There is no such baseline.
-    """
+    """Return the baseline with this name."""
     full = _SHORT.get(name, name)
     if re.fullmatch(_QUANTISER, full):
         return Plain(_quantizer(full))

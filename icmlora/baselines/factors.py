@@ -28,11 +28,7 @@ def factors_to_bytes(adapter: Adapter, quantizer: ValueQuantizer) -> bytes:
 
 
 def factors_from_bytes(data: bytes, quantizer: ValueQuantizer) -> Adapter:
-    """Read an adapter back.
-
-    Raises:
-        CodeError: There are too few or too many bytes.
-    """
+    """Read an adapter back."""
     reader = ByteReader(data)
     head = Head.read(reader)
     modules = []
@@ -77,24 +73,15 @@ class Truncation(PerAdapter):
 
 @dataclass(frozen=True)
 class FleetMean:
-    """Give every task the mean of the fleet's dW, optionally with a difference of its own.
+    """Give every task the mean of the fleet's dW, optionally with a difference of its own."""
 
-    Attributes:
-        rank: Directions kept of each module.
-        quantizer: How the mean is stored.
-        residual: Stores a task's difference to the mean: a baseline that shares nothing, or None for no difference.
-    """
-
-    rank: int
-    quantizer: ValueQuantizer
+    rank: int  # directions kept of each module
+    quantizer: ValueQuantizer  # how the mean is stored
+    # Stores a task's difference to the mean: a baseline that shares nothing, or None for no difference.
     residual: Baseline | None = None
 
     def prepare(self, fleet: NamedAdapters) -> bytes:
-        """Store the mean of the modules that at least half of the tasks have; a missing module counts as zero.
-
-        Raises:
-            ValueError: The fleet is empty.
-        """
+        """Store the mean of the modules that at least half of the tasks have; a missing module counts as zero."""
         mean = mean_adapter((fleet[task] for task in fleet), self.rank)
         return factors_to_bytes(mean, self.quantizer)
 

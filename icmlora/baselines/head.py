@@ -27,11 +27,7 @@ class ByteReader:
         self._data, self._at = data, 0
 
     def take(self, size: int) -> bytes:
-        """Return the next `size` bytes.
-
-        Raises:
-            CodeError: There are fewer bytes.
-        """
+        """Return the next `size` bytes."""
         end = self._at + size
         if end > len(self._data):
             raise CodeError(f"the code ends after {len(self._data)} bytes; {end} were expected")
@@ -43,36 +39,24 @@ class ByteReader:
         return int.from_bytes(self.take(size), "little")
 
     def finish(self) -> None:
-        """Check that all bytes were read.
-
-        Raises:
-            CodeError: Some are left.
-        """
+        """Check that all bytes were read."""
         if self._at != len(self._data):
             raise CodeError(f"the code has {len(self._data) - self._at} bytes too many")
 
 
+# Stands for the layer number in a pattern; module names cannot contain it.
 _LAYER = "#"
-"""Stands for the layer number in a pattern; module names cannot contain it."""
-_LIMIT = 1 << 20
-"""Largest head once it is decompressed, in bytes."""
+_LIMIT = 1 << 20  # largest head once it is decompressed, in bytes
 
 
 @dataclass(frozen=True)
 class Head:
-    """An adapter without its values.
-
-    Attributes:
-        base_model: The base model's label.
-        task_type: PEFT's task type.
-        revision: The base model's revision.
-        layout: Modules in natural order.
-    """
+    """An adapter without its values."""
 
     base_model: str
     task_type: str | None
     revision: str | None
-    layout: tuple[ModuleShape, ...]
+    layout: tuple[ModuleShape, ...]  # modules in natural order
 
     @classmethod
     def of(cls, adapter: Adapter) -> Head:
@@ -87,11 +71,7 @@ class Head:
 
     @classmethod
     def read(cls, reader: ByteReader) -> Head:
-        """Read a head from the front of a code.
-
-        Raises:
-            CodeError: There is no head.
-        """
+        """Read a head from the front of a code."""
         packed = reader.take(reader.number(2))
         try:
             base_model, task_type, revision, groups = json.loads(inflate(packed, 2, _LIMIT))

@@ -28,24 +28,15 @@ from icmlora.errors import CodeError, NotCovered
 
 @dataclass(frozen=True)
 class Joint:
-    """Share bases among all tasks of a cluster; store a small core per task and module.
+    """Share bases among all tasks of a cluster; store a small core per task and module."""
 
-    Attributes:
-        rank: Columns of the bases.
-        clusters: Number of bases per module; fewer if there are fewer tasks.
-        diagonal: Whether cores are vectors instead of matrices.
-        quantizer: How the bases are stored.
-    """
+    rank: int  # columns of the bases
+    clusters: int = 1  # number of bases per module; fewer if there are fewer tasks
+    diagonal: bool = False  # whether cores are vectors instead of matrices
+    quantizer: ValueQuantizer = field(default_factory=Bf16)  # how the bases are stored
 
-    rank: int
-    clusters: int = 1
-    diagonal: bool = False
-    quantizer: ValueQuantizer = field(default_factory=Bf16)
-
-    _PASSES: ClassVar[int] = 10
-    """Alternations of each fit."""
-    _ROUNDS: ClassVar[int] = 4
-    """How often tasks may move to another cluster."""
+    _PASSES: ClassVar[int] = 10  # alternations of each fit
+    _ROUNDS: ClassVar[int] = 4  # how often tasks may move to another cluster
 
     def prepare(self, fleet: NamedAdapters) -> bytes:
         """Fit and store the bases of every cluster."""
@@ -57,11 +48,7 @@ class Joint:
         return b"".join(parts)
 
     def encode(self, adapter: Adapter, shared: bytes) -> bytes:
-        """Store the cores under the cluster that keeps most of the adapter.
-
-        Raises:
-            NotCovered: No cluster has a basis for any of its modules.
-        """
+        """Store the cores under the cluster that keeps most of the adapter."""
         choices = self._bases(shared)
         cluster = max(range(len(choices)), key=lambda index: choices[index].explained(adapter))
         bases = choices[cluster]

@@ -24,20 +24,13 @@ from icmlora.baselines.quantizers import Uniform, ValueQuantizer
 
 @dataclass(frozen=True)
 class MixedPrecision(PerAdapter):
-    """Spend more bits on the directions that carry the share `ratio` of a module's energy.
+    """Spend more bits on the directions that carry the share `ratio` of a module's energy."""
 
-    Attributes:
-        bits: Bits for these directions, 2 to 4; the others get 1.
-        ratio: The share.
-        full: Use scales at full strength, which the paper does not; see `Uniform`.
-    """
+    bits: int  # bits for these directions, 2 to 4; the others get 1
+    ratio: float = 0.9  # the share
+    full: bool = False  # use scales at full strength, which the paper does not; see `Uniform`
 
-    bits: int
-    ratio: float = 0.9
-    full: bool = False
-
-    _GROUP: ClassVar[int] = 128
-    """Values that share a scale."""
+    _GROUP: ClassVar[int] = 128  # values that share a scale
 
     def encode(self, adapter: Adapter, shared: bytes) -> bytes:
         """Split, quantise and serialise one adapter."""

@@ -110,17 +110,12 @@ class Nf4:
 
 @dataclass(frozen=True)
 class Uniform:
-    """2^bits levels at -1/2, 1/2, 3/2 ... steps; of 46 steps the one with the least squared error. One bit is the sign.
+    """2^bits levels at -1/2, 1/2, 3/2 ... steps, of 46 steps the best one; one bit is the sign."""
 
-    Attributes:
-        bits: 1 to 4.
-        group: Values of a row that share a scale; None for the whole row.
-        full: Choose the scale that gives a row its full length along the original, not the one of least error, which
-            makes it shorter. An adapter that is too weak loses more of its gain than the larger error costs.
-    """
-
-    bits: int
-    group: int | None = None
+    bits: int  # 1 to 4
+    group: int | None = None  # values of a row that share a scale; None for the whole row
+    # Choose the scale that gives a row its full length along the original, not the one of least error, which makes it
+    # shorter. An adapter that is too weak loses more of its gain than the larger error costs.
     full: bool = False
 
     def size(self, rows: int, columns: int) -> int:

@@ -10,18 +10,13 @@ from typing import Any, cast
 from icmlora.errors import BundleError
 from registry.names import escape
 
-MAX_COUNT = 2**53
-"""Whole numbers above this differ between JSON readers."""
+MAX_COUNT = 2**53  # whole numbers above this differ between JSON readers
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Fields:
-    """One object of a bundle's index; every reader names the field in what it raises.
-
-    Raises:
-        BundleError: Not an object, or not exactly with these keys.
-    """
+    """One object of a bundle's index; every reader names the field in what it raises."""
 
     def __init__(self, value: object, keys: Collection[str], what: str) -> None:
         if not isinstance(value, dict) or value.keys() != set(keys):

@@ -32,13 +32,7 @@ _HINT = "fetch or copy the file again"
 
 
 class BundleFile:
-    """An open bundle file. `open_bundle` makes it and has checked everything except the bytes of the parts.
-
-    Attributes:
-        index: What is in it.
-        digest: SHA-256 that stands for the whole file.
-        size: Length of the file.
-    """
+    """An open bundle file. `open_bundle` makes it and has checked everything except the bytes of the parts."""
 
     def __init__(self, descriptor: int, size: int, start: int, index: BundleIndex, digest: str) -> None:
         self._descriptor = descriptor
@@ -49,22 +43,14 @@ class BundleFile:
         self._begins = {part.digest: begin for part, begin in zip(index.parts, ends, strict=False)}
 
     def read(self, digest: str) -> bytes:
-        """Return the bytes of a part once they are known to be the right ones.
-
-        Raises:
-            BundleError: They have another digest.
-        """
+        """Return the bytes of a part once they are known to be the right ones."""
         data = read_exactly(self._descriptor, self.index.sizes[digest], self._begins[digest])
         if hashlib.sha256(data).hexdigest() != digest:
             raise _damaged(digest)
         return data
 
     def check(self) -> None:
-        """Hash every part, holding a few megabytes at a time.
-
-        Raises:
-            BundleError: One of them is damaged.
-        """
+        """Hash every part, holding a few megabytes at a time."""
         for part in self.index.parts:
             begin, hashed = self._begins[part.digest], hashlib.sha256()
             for at in range(0, part.size, _CHUNK):
@@ -75,13 +61,7 @@ class BundleFile:
 
 @contextmanager
 def open_bundle(path: Path) -> Iterator[BundleFile]:
-    """Open a bundle and check its index, without reading its parts.
-
-    Raises:
-        BundleError: Not a bundle, of a newer format, damaged, or cut short.
-        UnsafeInput: Limits broken, hostile names, or no regular file.
-        AdapterRefused: Missing or unreadable.
-    """
+    """Open a bundle and check its index, without reading its parts."""
     # The user named this path, so a link is followed; what it leads to must be a plain file.
     target = Path(os.path.realpath(path))
     with located(path), open_regular(target, max_bytes=MAX_BUNDLE_BYTES) as (descriptor, size):
@@ -101,22 +81,8 @@ def open_bundle(path: Path) -> Iterator[BundleFile]:
 def write_bundle(
     path: Path, index: BundleIndex, read: Callable[[str], bytes], *, force: bool = False
 ) -> Iterator[BundlePart]:
-    """Write a bundle part by part; the file appears when the last one is taken, complete and durable, or never.
-
-    Args:
-        path: The file to make.
-        index: What goes into it; the same index gives the same bytes.
-        read: Returns the bytes of a part by its digest.
-        force: Replace a file that exists.
-
-    Yields:
-        Each part once it is written.
-
-    Raises:
-        OutputExists: There is such a file and `force` is not given.
-        BundleError: A part is not what the index says.
-        UnsafeInput: The index is larger than readers allow.
-    """
+    """Write a bundle; yields each part once it is written."""
+    # The file appears when the last part is taken, complete and durable, or never.
     text = index_to_json(index)
     index_from_json(text)  # readers have limits: what they would refuse is not written
     with writing_file(path, force=force) as stream:

@@ -27,16 +27,14 @@ from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_module_name, task_name_problem
 
 MAX_CODE_BYTES = 1024**3
-MAX_CARD_BYTES = 64 * 1024
-"""A longer model card is left out: nothing in it is needed to write an adapter."""
+MAX_CARD_BYTES = 64 * 1024  # a longer model card is left out: nothing in it is needed to write an adapter
 
 
 @dataclass(frozen=True)
 class BundlePart:
     """A range of bytes in the file."""
 
-    digest: str
-    """SHA-256 of its bytes, in hexadecimal; also its name."""
+    digest: str  # SHA-256 of its bytes, in hexadecimal; also its name
     size: int
 
 
@@ -44,21 +42,17 @@ class BundlePart:
 class BundledGenerator:
     """The generator that all codes of the bundle belong to."""
 
-    blob: str
-    """Its part."""
-    version: int
-    """Its number among the generators of its base model, from 1."""
+    blob: str  # its part
+    version: int  # its number among the generators of its base model, from 1
     config: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-    """What its training measured."""
+    metrics: Mapping[str, Any]  # what its training measured
 
 
 @dataclass(frozen=True)
 class BundledMeasurement:
     """What was measured of a code on held-out text."""
 
-    data: str
-    """SHA-256 of the text."""
+    data: str  # SHA-256 of the text
     nats_per_token: float
     tokens: int
     utf8_bytes: int
@@ -72,23 +66,15 @@ class BundledTask:
     """One task: its code, and what is known of the original adapter, which is not in the bundle."""
 
     name: str
-    code: str
-    """Its part."""
-    dw_error: float | None
-    """Relative squared error of the decoded dW, as it was measured when the code was made."""
-    weights: str
-    """SHA-256 of the original `adapter_model.safetensors`."""
+    code: str  # its part
+    dw_error: float | None  # relative squared error of the decoded dW, as it was measured when the code was made
+    weights: str  # SHA-256 of the original `adapter_model.safetensors`
     weights_size: int
-    config: str
-    """Its part: the original `adapter_config.json`."""
-    card: str | None
-    """Its part: the original model card, if it was short."""
-    dtype: str
-    """Of the original: "F32", "F16", "BF16", or several joined with "+"."""
-    step: int | None
-    """The original's training step, if it is known."""
-    is_generated: bool
-    """Nobody trained the original: a generator made it from samples of the task."""
+    config: str  # its part: the original `adapter_config.json`
+    card: str | None  # its part: the original model card, if it was short
+    dtype: str  # of the original: "F32", "F16", "BF16", or several joined with "+"
+    step: int | None  # the original's training step, if it is known
+    is_generated: bool  # nobody trained the original: a generator made it from samples of the task
     layout: tuple[ModuleShape, ...]
     measured: BundledMeasurement | None
 
@@ -122,20 +108,13 @@ class BundledTask:
 class BundleIndex:
     """Everything in a bundle but the bytes of its parts."""
 
-    base_model: str
-    """Label of the base model, as adapters name it."""
+    base_model: str  # label of the base model, as adapters name it
     generator: BundledGenerator
-    tasks: tuple[BundledTask, ...]
-    """By name, without regard to case."""
+    tasks: tuple[BundledTask, ...]  # by name, without regard to case
     parts: tuple[BundlePart, ...]
 
     def __post_init__(self) -> None:
-        """Check that names and parts fit together.
-
-        Raises:
-            BundleError: No task, a task or a part twice, or a part that is missing or that nothing refers to.
-            UnsafeInput: A part that is larger than one of its kind can be.
-        """
+        """Check that names and parts fit together."""
         names = [task.name.lower() for task in self.tasks]
         if not names or names != sorted(set(names)):
             raise BundleError("the bundle's tasks are not in order, or one is there twice, or there is none")
@@ -191,12 +170,7 @@ def index_to_json(index: BundleIndex) -> bytes:
 
 
 def index_from_json(data: bytes) -> BundleIndex:
-    """Read what `index_to_json` wrote.
-
-    Raises:
-        UnsafeInput: Limits broken, duplicate keys, or invalid names.
-        BundleError: Anything else that is not the index of a bundle.
-    """
+    """Read what `index_to_json` wrote."""
     try:
         parsed = parse_object(data, what="the bundle's index", max_bytes=MAX_INDEX_BYTES)
     except UnsafeInput:

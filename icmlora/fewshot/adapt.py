@@ -25,26 +25,14 @@ from icmlora.fewshot.step import lengthened, unit_steps
 class Adapted:
     """An adapter after some steps."""
 
-    adapter: Adapter
-    """Its rank is the sum of the ranks of the start and of all steps so far."""
-    nats: float
-    """Loss on the samples before the last of these steps, in nats per token."""
+    adapter: Adapter  # its rank is the sum of the ranks of the start and of all steps so far
+    nats: float  # loss on the samples before the last of these steps, in nats per token
 
 
 def adapt(
     base: BaseModel, start: FewShotStart, samples: Sequence[Prepared], *, batch_size: int = 1
 ) -> Iterator[Adapted]:
-    """Adapt the start to a task, step by step.
-
-    Args:
-        base: The base model; it is left as it was.
-        start: Where to begin.
-        samples: The task's samples, from the modality's `prepare`.
-        batch_size: Samples per pass.
-
-    Yields:
-        The adapter after each step; the last one is the result.
-    """
+    """Adapt the start to a task; yields the adapter after each step."""
     current = start.adapter
     names = [module.name for module in current.modules]
     for step, support in enumerate(supports(samples, len(start.rates))):
@@ -55,15 +43,8 @@ def adapt(
 
 
 def supports(samples: Sequence[Prepared], learned: int) -> list[Sequence[Prepared]]:
-    """Return the samples that each step reads.
-
-    Args:
-        samples: All samples; their order may mean something, such as a file sorted by topic.
-        learned: The least number of steps.
-
-    Returns:
-        For each step all samples if they are 16 or fewer, else 16 from all over the file; each is read at least once.
-    """
+    """Return the samples that each step reads: all if they are 16 or fewer, else 16 from all over the file."""
+    # The order of samples may mean something, such as a file sorted by topic. Each is read at least once.
     if len(samples) <= USUAL_SAMPLES:
         return [samples] * learned
     steps = max(learned, math.ceil(len(samples) / USUAL_SAMPLES))

@@ -24,54 +24,32 @@ from icmlora.base_models.factors import Factors, added
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.modules import linear_shape
 
-_AMPLE = ("cpu",)
-"""Types of devices with memory enough for all activations of a few short texts."""
+_AMPLE = ("cpu",)  # types of devices with memory enough for all activations of a few short texts
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleEvidence:
     """What the samples say about one module, float32 on the base model's device."""
 
-    gradient: torch.Tensor
-    """Gradient of the loss with respect to dW, shape (out, in)."""
-    inputs: torch.Tensor
-    """Mean squares of the module's inputs, shape (in,)."""
-    outputs: torch.Tensor
-    """Mean squares of the loss's gradient with respect to the module's outputs, shape (out,)."""
+    gradient: torch.Tensor  # gradient of the loss with respect to dW, shape (out, in)
+    inputs: torch.Tensor  # mean squares of the module's inputs, shape (in,)
+    outputs: torch.Tensor  # mean squares of the loss's gradient with respect to the module's outputs, shape (out,)
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What the samples say, by dotted module name.
+    """What the samples say, by dotted module name."""
 
-    Attributes:
-        modules: One entry per module, in the order in which they were named.
-        nats: Loss where the evidence was gathered, in nats per token.
-        tokens: How many tokens were scored.
-    """
-
-    modules: Mapping[str, ModuleEvidence]
-    nats: float
-    tokens: int
+    modules: Mapping[str, ModuleEvidence]  # one entry per module, in the order in which they were named
+    nats: float  # loss where the evidence was gathered, in nats per token
+    tokens: int  # how many tokens were scored
 
 
 def gather_evidence(
     base: BaseModel, start: Factors, modules: Iterable[str], samples: Sequence[Prepared], *, batch_size: int = 1
 ) -> Evidence:
-    """Run the samples forward and backward once.
-
-    Needs 4 * in * out bytes a module in addition to the base model's activations, whatever the number of samples.
-
-    Args:
-        base: The base model; it is left as it was.
-        start: Factors that are added to it meanwhile; empty for the bare base model.
-        modules: Dotted names of linear modules.
-        samples: Samples, from the modality's `prepare`; of one with a prompt only the completion is scored.
-        batch_size: Samples a pass; more than 1 pays on accelerators only.
-
-    Raises:
-        ValueError: A module is not a linear layer.
-    """
+    """Run the samples forward and backward once."""
+    # Needs 4 * in * out bytes a module in addition to the base model's activations, whatever the number of samples.
     # Made beforehand: backward reaches the modules last to first, and some, such as experts, not at all.
     sums = {name: _zeros(base, name) for name in modules}
     nats, tokens = 0.0, sum(item.count for item in samples)
@@ -88,30 +66,18 @@ def gather_evidence(
 
 @contextmanager
 def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> Iterator[torch.Tensor]:
-    """Give the loss of some samples in nats per token, with gradients to the factors that ask for them.
-
-    Call backward inside the block: on an accelerator it computes activations again, with the factors in place.
-
-    Args:
-        base: The base model; it is left as it was.
-        factors: Factors that are added to it meanwhile; empty for the bare base model.
-        batch: Samples, from the modality's `prepare`.
-    """
+    """Give the loss of some samples in nats per token, with gradients to the factors that ask for them."""
+    # Call backward inside the block: on an accelerator it computes activations again, with the factors in place.
     with added(base.model, factors), recomputing(base.model):
         yield base.modality.loss(base, batch) / sum(item.count for item in batch)
 
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """On an accelerator, keep no activations inside the model's layers (Chen et al., arXiv 1604.06174).
-
-    Saves most of the memory of a long pass through a large base model and costs another forward pass. Forward and
-    backward both belong into the block, and into the blocks of hooks on the layers' modules, which run again. The
-    model's own switch would need training mode, which turns dropout on.
-
-    Args:
-        model: A model of the transformers library; layers that it cannot recompute keep their activations.
-    """
+    """On an accelerator, keep no activations inside the model's layers (Chen et al., arXiv 1604.06174)."""
+    # Saves most of the memory of a long pass through a large base model and costs another forward pass. Forward and
+    # backward both belong into the block, and into the blocks of hooks on the layers' modules, which run again. The
+    # model's own switch would need training mode, which turns dropout on.
     is_ample = next(model.parameters()).device.type in _AMPLE
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     changed = [] if is_ample else layers
@@ -126,13 +92,9 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _summing(model: nn.Module, real: torch.Tensor, sums: Mapping[str, list[torch.Tensor]]) -> Iterator[None]:
-    """Add products of inputs and gradients to `sums` inside the block.
-
-    Args:
-        model: The base model.
-        real: True for tokens that are not padding, (rows, T).
-        sums: For each module a gradient (out, in) and two rows of squares, (in,) and (out,).
-    """
+    """Add products of inputs and gradients to `sums` inside the block."""
+    # real: (rows, T), True for tokens that are not padding. sums: for each module a gradient (out, in) and two rows of
+    # squares, (in,) and (out,).
 
     def watched(parts: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], Any]:
         return lambda _, inputs, outputs: _Watched.apply(outputs, inputs[0], real, parts)  # type: ignore[no-untyped-call]
@@ -156,10 +118,9 @@ def _zeros(base: BaseModel, name: str) -> list[torch.Tensor]:
 
 
 class _Watched(torch.autograd.Function):
-    """Pass a module's outputs on; backward adds products of its inputs and their gradient to `sums`.
+    """Pass a module's outputs on; backward adds products of its inputs and their gradient to `sums`."""
 
-    Inputs are saved through autograd and not in a closure, so that `recomputing` can drop them and make them again.
-    """
+    # Inputs are saved through autograd and not in a closure, so that `recomputing` can drop them and make them again.
 
     @staticmethod
     def forward(

@@ -23,10 +23,8 @@ class FinetuneConfig:
     """How an adapter is fine-tuned."""
 
     steps: int
-    learning_rate: float = 1e-3
-    """Peak of a linear schedule: up during the first tenth of the steps, then down to zero."""
-    batch: int = 2
-    """Samples per step."""
+    learning_rate: float = 1e-3  # peak of a linear schedule: up during the first tenth of the steps, then down to zero
+    batch: int = 2  # samples per step
     seed: int = 0
 
     def rate_at(self, step: int) -> float:
@@ -38,17 +36,8 @@ class FinetuneConfig:
 def finetune(
     base: BaseModel, adapter: Adapter, samples: Sequence[Prepared], config: FinetuneConfig
 ) -> Iterator[tuple[float, Adapter]]:
-    """Fine-tune the factors of an adapter.
-
-    Args:
-        base: The base model; it is left as it was.
-        adapter: Where to begin; it is not changed.
-        samples: Samples from the modality's `prepare`; every one is drawn once before any is drawn again.
-        config: The options.
-
-    Yields:
-        After each step its loss in nats per token, and the adapter as it is then.
-    """
+    """Fine-tune an adapter's factors; yields each step's loss (nats per token) and the adapter as it is then."""
+    # Every sample is drawn once before any is drawn again.
     device = base.device
     pairs = {m.name: (_leaf(m.a, device), _leaf(m.b, device)) for m in adapter.modules}
     weights = [factor for pair in pairs.values() for factor in pair]

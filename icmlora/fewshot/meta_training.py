@@ -31,10 +31,8 @@ from icmlora.fewshot.start import FewShotStart, octaves
 from icmlora.fewshot.step import lengthened, unit_steps
 from icmlora.generator.scales import OCTAVE
 
-_LEAST_GAIN = 0.2
-"""In nats per token: where a task's own adapter gains less, the loss is divided by this, not by noise."""
-_LIMIT = 8 * OCTAVE
-"""Rates stay within eight octaves of a module's usual size."""
+_LEAST_GAIN = 0.2  # in nats per token: where a task's own adapter gains less, the loss is divided by this, not by noise
+_LIMIT = 8 * OCTAVE  # rates stay within eight octaves of a module's usual size
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,10 @@ class MetaConfig:
     """How rates are learned."""
 
     episodes: int = 48
-    updates: int = 4
-    """Optimiser steps per episode, each on other query samples."""
-    query: int = 2
-    """Query samples per update."""
-    support: tuple[int, ...] = (1, 4, 16)
-    """Numbers of support samples, drawn evenly."""
-    learning_rate: float = 0.5
-    """Adam's, in eighths of an octave."""
+    updates: int = 4  # optimiser steps per episode, each on other query samples
+    query: int = 2  # query samples per update
+    support: tuple[int, ...] = (1, 4, 16)  # numbers of support samples, drawn evenly
+    learning_rate: float = 0.5  # Adam's, in eighths of an octave
     seed: int = 0
 
 
@@ -57,13 +51,12 @@ class MetaConfig:
 class Episode:
     """What one episode measured."""
 
-    number: int
-    """Counted from 1."""
+    number: int  # counted from 1
     episodes: int
     task: int
     support: int
+    # Mean over the updates, on query samples: 0 is as good as the task's own adapter, 1 as good as no adapter.
     loss: float
-    """Mean over the updates, on query samples: 0 is as good as the task's own adapter, 1 as good as no adapter."""
 
 
 class EpisodeSource(Protocol):
@@ -105,20 +98,7 @@ class _Rates:
 def meta_train(
     base: BaseModel, start: FewShotStart, fleet: EpisodeSource, config: MetaConfig
 ) -> Iterator[tuple[Episode, FewShotStart]]:
-    """Learn the lengths of a start's steps.
-
-    Args:
-        base: The base model; it is left as it was.
-        start: What to begin with.
-        fleet: The tasks that the start was made from; one is read per episode.
-        config: The options.
-
-    Yields:
-        After each episode what it measured, and the start as it is then.
-
-    Raises:
-        GeneratorError: An episode diverged: its loss, or a rate learned from it, is not finite.
-    """
+    """Learn the lengths of a start's steps; yields each episode's record, and the start as it is then."""
     learned = _Rates(
         torch.tensor(start.rates, dtype=torch.float32, requires_grad=True),
         torch.tensor(start.slopes, dtype=torch.float32, requires_grad=True),

@@ -21,15 +21,13 @@ from icmlora.adapter.model import Adapter
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import OCTAVE
 
-RANK = 16
-"""Directions that the start has in each module."""
-USUAL_SAMPLES = 16
-"""The number of samples that rates are for; slopes say what more or fewer are worth."""
+RANK = 16  # directions that the start has in each module
+USUAL_SAMPLES = 16  # the number of samples that rates are for; slopes say what more or fewer are worth
+# Rates before any episode, in eighths of an octave: a seventh and a tenth of a module's usual size.
 FIRST_RATES = (-22, -26)
-"""Rates before any episode, in eighths of an octave: a seventh and a tenth of a module's usual size."""
 FIRST_SLOPE = 1
+# Eighths of an octave by which each step after the last learned one is shorter: 0.7 and 0.5 of it were tried.
 _SHORTER = 4
-"""Eighths of an octave by which each step after the last learned one is shorter: 0.7 and 0.5 of it were tried."""
 
 Number = TypeVar("Number", float, torch.Tensor)
 
@@ -38,16 +36,12 @@ Number = TypeVar("Number", float, torch.Tensor)
 class FewShotStart:
     """Where an adapter for an unseen task begins, and the lengths of its steps."""
 
-    adapter: Adapter
-    """The fleet's mean."""
-    sizes: tuple[int, ...]
-    """log2 of the usual |dW| of each of its modules, in eighths."""
+    adapter: Adapter  # the fleet's mean
+    sizes: tuple[int, ...]  # log2 of the usual |dW| of each of its modules, in eighths
+    # By step and module: log2 of a step's length relative to the module's size, in eighths.
     rates: tuple[tuple[int, ...], ...]
-    """By step and module: log2 of a step's length relative to the module's size, in eighths."""
-    slopes: tuple[int, ...]
-    """By step: what twice as many samples add to the rates, in eighths."""
-    tasks: int
-    """How many tasks it was made from."""
+    slopes: tuple[int, ...]  # by step: what twice as many samples add to the rates, in eighths
+    tasks: int  # how many tasks it was made from
 
     def length(self, step: int, module: int, samples: int) -> float:
         """Return |dW| of a module's step, counted from 0, with so many samples."""
@@ -62,15 +56,7 @@ def octaves(size: Number, rate: Number, slope: Number, samples: int) -> Number:
 
 
 def untrained_fewshot_start(adapters: Iterable[Adapter], rank: int = RANK) -> FewShotStart:
-    """Make the start of a fleet, with step lengths that were not learned.
-
-    Args:
-        adapters: The fleet's; read once, one at a time.
-        rank: Directions kept of each module.
-
-    Raises:
-        ValueError: There is no adapter.
-    """
+    """Make the start of a fleet, with step lengths that were not learned."""
     logs: defaultdict[str, list[float]] = defaultdict(list)  # log2 |dW| over the fleet, by module name
     count = 0
 
@@ -98,11 +84,7 @@ def with_first_lengths(start: FewShotStart) -> FewShotStart:
 
 
 def encodable_part(start: FewShotStart, config: GeneratorConfig) -> FewShotStart:
-    """Return what a generator can encode of a start: its modules, with at most as many directions as it has slots.
-
-    Raises:
-        ValueError: The generator has none of the modules.
-    """
+    """Return what a generator can encode of a start: its modules, with at most as many directions as it has slots."""
     shapes = start.adapter.layout
     kept = [number for number, shape in enumerate(shapes) if config.covers([shape._replace(rank=1)])]
     if not kept:

@@ -18,22 +18,16 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.container import inflate, open_container, write_container
 
 MAGIC = b"ICMS\x01"
-_HEAD_LIMIT = 1 << 22
-"""Largest head, in bytes."""
+_HEAD_LIMIT = 1 << 22  # largest head, in bytes
 _STEPS_LIMIT = 64
-_EXPONENT_LIMIT = 1024
-"""Largest size, rate or slope, in eighths."""
+_EXPONENT_LIMIT = 1024  # largest size, rate or slope, in eighths
 _TASKS_LIMIT = 1 << 32
+# Weighted error of the mean's code: half of its size buys less than 0.01 of retained gain (docs/results/LOG.md).
 _TOLERANCE = 0.25
-"""Weighted error of the mean's code: half of its size buys less than 0.01 of retained gain (docs/results/LOG.md)."""
 
 
 def mean_code(start: FewShotStart, codec: Codec) -> bytes:
-    """Encode a start's mean; the lengths of steps are then learned for the adapter that the code decodes to.
-
-    Raises:
-        GeneratorError: The generator does not cover the mean.
-    """
+    """Encode a start's mean; the lengths of steps are then learned for the adapter that the code decodes to."""
     return codec.encode(start.adapter, {}, tolerance=_TOLERANCE).data
 
 
@@ -44,15 +38,7 @@ def fewshot_start_to_bytes(start: FewShotStart, code: bytes) -> bytes:
 
 
 def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) -> FewShotStart:
-    """Read a few-shot start.
-
-    Args:
-        data: The file.
-        decode: Turns the mean's code into an adapter, as the generator's codec does.
-
-    Raises:
-        GeneratorError: Not a few-shot start, of a newer format, damaged, or of another generator.
-    """
+    """Read a few-shot start."""
     opened = open_container(data, len(MAGIC)) if data.startswith(MAGIC) else None
     if opened is None:
         message = "not a few-shot start, or damaged or of another format"

@@ -19,23 +19,15 @@ from icmlora.adapter.model import LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence
 
-RANK = 16
-"""Directions kept of each step."""
-_DAMPING = 0.05
-"""Share of the mean that is added to every mean square: a few samples say little about quiet channels."""
-_OVERSAMPLING = 8
-"""Further columns of the random sketch, which make its strongest directions accurate."""
+RANK = 16  # directions kept of each step
+_DAMPING = 0.05  # share of the mean that is added to every mean square: a few samples say little about quiet channels
+_OVERSAMPLING = 8  # further columns of the random sketch, which make its strongest directions accurate
 _SEED = 0
 
 
 def unit_steps(evidence: Evidence, rank: int = RANK) -> tuple[LoraModule, ...]:
-    """Return the downhill direction of each module with |dW| = 1, or zeros where there is no gradient.
-
-    The same evidence gives the same directions: the random sketch of the singular vectors is seeded.
-
-    Raises:
-        GeneratorError: The evidence is not finite.
-    """
+    """Return the downhill direction of each module with |dW| = 1, or zeros where there is no gradient."""
+    # The same evidence gives the same directions: the random sketch of the singular vectors is seeded.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_SEED)  # the other manual_seed would change those of all devices
         return tuple(_unit_step(name, module, rank) for name, module in evidence.modules.items())

@@ -12,11 +12,7 @@ FORMATS: list[AdapterFormat] = [
 
 
 def format_named(name: str) -> AdapterFormat:
-    """Return the format of a name.
-
-    Raises:
-        AdapterRefused: There is none; a newer icm or a plug-in may have written the name.
-    """
+    """Return the format of a name."""
     for known in FORMATS:
         if known.name == name:
             return known

@@ -39,44 +39,26 @@ _NOTES = (SAMPLES_NAME, EVAL_NAME, STATE_NAME)
 
 @dataclass(frozen=True)
 class FoundAdapter:
-    """One adapter on disk; the paths lead to regular files.
-
-    Attributes:
-        format: The format of its files.
-        place: Its folder, or for a single file the file without its suffix.
-        weights: The file with its tensors.
-        config: The file with its configuration; None for a format without one.
-        card: Its model card, or None.
-        step: The training step of a checkpoint, or None for an adapter that is not a checkpoint.
-        is_final: Whether this is *the* adapter of its task; true for exactly one.
-    """
+    """One adapter on disk; the paths lead to regular files."""
 
     format: AdapterFormat
-    place: Path
-    weights: Path
-    config: Path | None
+    place: Path  # its folder, or for a single file the file without its suffix
+    weights: Path  # the file with its tensors
+    config: Path | None  # the file with its configuration; None for a format without one
     card: Path | None
-    step: int | None
-    is_final: bool
+    step: int | None  # the training step of a checkpoint, or None for an adapter that is not a checkpoint
+    is_final: bool  # whether this is *the* adapter of its task; true for exactly one
 
 
 @dataclass(frozen=True)
 class FoundTask:
-    """A task: its final adapter, its checkpoints, and its texts.
+    """A task: its final adapter, its checkpoints, and its texts."""
 
-    Attributes:
-        name: A valid task name.
-        folder: The folder of the run.
-        adapters: In order of steps; an adapter that is not a checkpoint comes last.
-        samples: `samples.jsonl`, or None.
-        eval_data: `eval.jsonl`, or None.
-    """
-
-    name: str
+    name: str  # a valid task name
     folder: Path
-    adapters: tuple[FoundAdapter, ...]
-    samples: Path | None
-    eval_data: Path | None
+    adapters: tuple[FoundAdapter, ...]  # in order of steps; an adapter that is not a checkpoint comes last
+    samples: Path | None  # `samples.jsonl`, or None
+    eval_data: Path | None  # `eval.jsonl`, or None
 
     @property
     def final(self) -> FoundAdapter:
@@ -119,21 +101,9 @@ class _Run:
 
 
 def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool = True) -> Discovery:
-    """Find every adapter under some folders.
-
-    Args:
-        paths: Folders: adapters, runs, checkpoints, or folders of those at any depth; or adapters in single files.
-        name: A name for the task, instead of its folder's; for exactly one task.
-        texts: Also find the texts next to them.
-
-    Returns:
-        Tasks, and everything that looks like an adapter but is not taken: formats that are not read, links out of the
-        tree, names that cannot be a task's, and folders with the same name (which are not merged).
-
-    Raises:
-        AdapterRefused: `name` is not a valid task name, or there is not exactly one task to give it to.
-        UnsafeInput: More than a million files.
-    """
+    """Find every adapter under some folders: the tasks, and what looks like an adapter but is not taken."""
+    # Not taken are formats that are not read, links out of the tree, names that cannot be a task's, and folders with
+    # the same name (which are not merged).
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
     watched = {STATE_NAME, SAMPLES_NAME, EVAL_NAME} if texts else {STATE_NAME}
@@ -187,11 +157,9 @@ def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
 
 
 def _home(path: Path, root: Path) -> tuple[Path, int | None]:
-    """Return the folder of the run that a folder belongs to, and its step.
-
-    `run/checkpoint-80` belongs to `run`. PEFT saves an adapter that is not called "default" one level deeper: so
-    `run/checkpoint-80/NAME` belongs to `run/NAME`, where the same trainer puts the final adapter.
-    """
+    """Return the folder of the run that a folder belongs to, and its step."""
+    # `run/checkpoint-80` belongs to `run`. PEFT saves an adapter that is not called "default" one level deeper: so
+    # `run/checkpoint-80/NAME` belongs to `run/NAME`, where the same trainer puts the final adapter.
     # The innermost checkpoint-N is the step; the folder given may be one itself, so its own name takes part.
     parts = [root.name, *path.relative_to(root).parts]
     for index in range(len(parts) - 1, -1, -1):
@@ -202,10 +170,8 @@ def _home(path: Path, root: Path) -> tuple[Path, int | None]:
 
 
 def _gathered(runs: Mapping[Path, _Run], refused: list[AdapterRefused]) -> dict[Path, _Run]:
-    """Return the runs that have adapters, each under the folder that its task is named after.
-
-    So `rust/final` joins the run `rust` and its checkpoints. Two adapters of one run are not merged.
-    """
+    """Return the runs that have adapters, each under the folder that its task is named after."""
+    # So `rust/final` joins the run `rust` and its checkpoints. Two adapters of one run are not merged.
     places: defaultdict[Path, list[Path]] = defaultdict(list)
     found = {folder: run for folder, run in runs.items() if run.adapters}
     for folder in sorted(found):

@@ -45,11 +45,7 @@ _GGUF_ADAPTER = b"general.type" + (8).to_bytes(4, "little") + (7).to_bytes(8, "l
 
 
 def foreign_adapters(files: Mapping[str, Path]) -> list[AdapterRefused]:
-    """Return a refusal for each adapter among some files that no format here reads.
-
-    Args:
-        files: Name to path of the regular files of a folder in which no adapter was found.
-    """
+    """Return a refusal for each adapter among some files that no format here reads."""
     return [refusal for name, path in sorted(files.items()) if (refusal := _foreign(name, path)) is not None]
 
 

@@ -34,8 +34,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the name that a module has in the base model."""
+PEFT_PREFIX = "base_model.model."  # what PEFT puts before the name that a module has in the base model
 
 # vLLM and SGLang reserve space for ranks of 8, 16, 32, 64, ...
 _SMALLEST_RANK = 8
@@ -88,11 +87,9 @@ class PeftFormat:
         metadata: Mapping[str, str],
         extras: Mapping[str, RawTensor] | None = None,
     ) -> AdapterBytes:
-        """Write an adapter's three files.
-
-        bfloat16 keeps float32's range and 8 significant bits (relative error up to 2^-9 per value); float16 keeps 11
-        bits but ends at 65504, which is refused rather than rounded to infinity.
-        """
+        """Write an adapter's three files."""
+        # bfloat16 keeps float32's range and 8 significant bits (relative error up to 2^-9 per value); float16 keeps 11
+        # bits but ends at 65504, which is refused rather than rounded to infinity.
         from torch.nn.functional import pad
 
         from icmlora.io.tensors import encode_torch
@@ -119,20 +116,7 @@ PEFT: AdapterFormat = PeftFormat()
 
 
 def load_adapter(config: bytes, weights: bytes, *, path: str | Path | None = None) -> Adapter:
-    """Read an adapter from the bytes of its two files.
-
-    Args:
-        config: `adapter_config.json`.
-        weights: `adapter_model.safetensors`.
-        path: Where they came from, for messages.
-
-    Returns:
-        The adapter in float32, the scale folded into B; not yet canonical.
-
-    Raises:
-        UnsafeInput: A pickle, hostile names, or limits broken.
-        AdapterRefused: Damaged, or not representable exactly; `kind` says why.
-    """
+    """Read an adapter from the bytes of its two files."""
     from icmlora.adapter.model import Adapter, LoraModule
     from icmlora.formats.peft_check import check_adapter
     from icmlora.io.safetensors import read_header
@@ -170,20 +154,7 @@ def save_adapter(
     metadata: Mapping[str, str],
     force: bool = False,
 ) -> None:
-    """Write an adapter as a PEFT folder, atomically and durably; the same arguments give the same bytes.
-
-    Args:
-        adapter: What to write.
-        directory: The folder, absent or empty unless `force`.
-        dtype: "bfloat16", "float16" or "float32"; values are rounded to nearest even.
-        card: Text of README.md.
-        metadata: Text for the tensor file's header, in addition to `{"format": "pt"}`.
-        force: Replace the adapter in a folder that holds something: weights first, configuration last.
-
-    Raises:
-        OutputExists: The folder is not empty and `force` is not given.
-        AdapterRefused: A value that `dtype` cannot hold.
-    """
+    """Write an adapter as a PEFT folder, atomically and durably; the same arguments give the same bytes."""
     with located(directory):
         files = PEFT.encode(adapter, dtype=dtype, card=card, metadata=metadata)
     write_adapter_folder(directory, PEFT, files, force=force)

@@ -39,17 +39,7 @@ _REMEMBERED_BYTES = 256 * 1024
 
 
 def check_adapter(config: bytes, weights: Buffer, *, path: str | Path | None = None) -> CheckedAdapter:
-    """Parse and check an adapter's two files.
-
-    Args:
-        config: The bytes of `adapter_config.json`.
-        weights: The bytes of `adapter_model.safetensors`.
-        path: Where they came from, for messages.
-
-    Raises:
-        UnsafeInput: A pickle, hostile names, or limits broken.
-        AdapterRefused: The adapter is damaged or could not be given back exactly; `kind` says why.
-    """
+    """Parse and check an adapter's two files."""
     with located(path):
         text = header_text(weights)
         make_plan = _remembered_plan if len(text) + len(config) <= _REMEMBERED_BYTES else _plan

@@ -18,25 +18,19 @@ from icmlora.io.strict_json import parse_object
 from registry.names import escape
 
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.]|\\\.)+")
-_LITERAL_DOT = "\\"
-"""Stands for an escaped dot inside `characters`; no module name holds a backslash."""
+_LITERAL_DOT = "\\"  # stands for an escaped dot inside `characters`; no module name holds a backslash
 
 
 @dataclass(frozen=True)
 class ModulePattern:
-    r"""A key of `rank_pattern` or `alpha_pattern`, matched as PEFT does but without running a regular expression.
+    """A key of `rank_pattern` or `alpha_pattern`, matched as PEFT does but without running a regular expression."""
 
-    PEFT runs `re.match(rf"(.*\.)?({key})$", module)`. A dotted name is a regular expression too, whose dots match any
-    character. Such keys, with an optional leading `^` and with a backslash before a literal dot, are what trainers
-    write: they are compared character by character, in linear time. Any other key is refused.
+    # PEFT runs `re.match(rf"(.*\.)?({key})$", module)`. A dotted name is a regular expression too, whose dots match any
+    # character. Such keys, with an optional leading `^` and with a backslash before a literal dot, are what trainers
+    # write: they are compared character by character, in linear time. Any other key is refused.
 
-    Attributes:
-        characters: The name or the end of one; a dot matches any character.
-        anchored: Whether the whole name has to match, not just its end.
-    """
-
-    characters: str
-    anchored: bool
+    characters: str  # the name or the end of one; a dot matches any character
+    anchored: bool  # whether the whole name has to match, not just its end
 
     @classmethod
     def parse(cls, key: str) -> ModulePattern | None:
@@ -69,8 +63,7 @@ _DEFAULT_ALPHA = 8
 class AdapterConfig:
     """The fields of a PEFT LoRA configuration that decide what its tensors mean."""
 
-    base_model: str
-    """The label of the base model: opaque text, never opened or fetched."""
+    base_model: str  # the label of the base model: opaque text, never opened or fetched
     revision: str | None
     task_type: str | None
     rank: int
@@ -81,15 +74,7 @@ class AdapterConfig:
 
     @classmethod
     def parse(cls, data: bytes) -> AdapterConfig:
-        """Read a configuration.
-
-        Args:
-            data: The bytes of `adapter_config.json`.
-
-        Raises:
-            UnsafeInput: Limits broken, duplicate keys.
-            AdapterRefused: Not a plain LoRA, or a value of the wrong type; the message names the field.
-        """
+        """Read a configuration."""
         fields = parse_object(data, what="adapter_config.json", max_bytes=MAX_CONFIG_BYTES)
         refuse_unsupported(fields)
         reader = _Reader(fields)

@@ -36,11 +36,7 @@ class FactorPair:
 
 
 def pair_factors(header: TensorHeader) -> tuple[FactorPair, ...]:
-    """Match every `lora_A` with its `lora_B`, in natural order of the modules.
-
-    Raises:
-        AdapterRefused: A tensor of another kind, a factor without the other one, or shapes that do not multiply.
-    """
+    """Match every `lora_A` with its `lora_B`, in natural order of the modules."""
     halves: dict[str, dict[str, TensorInfo]] = {}
     for tensor in header.tensors:
         module, half = _parse_key(tensor.name)

@@ -70,11 +70,7 @@ _TENSORS: tuple[tuple[re.Pattern[str], _Refusal], ...] = (
 
 
 def refuse_unsupported(fields: dict[str, Any]) -> None:
-    """Refuse a configuration that is not a plain LoRA.
-
-    Raises:
-        AdapterRefused: Names the field and says what to do instead.
-    """
+    """Refuse a configuration that is not a plain LoRA."""
     _check_method(fields)
     for key, refusal in _FIELDS.items():
         if fields.get(key) not in _UNUSED:
@@ -87,11 +83,7 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
 
 
 def refuse_tensor(name: str) -> NoReturn:
-    """Refuse a tensor that is neither a `lora_A` nor a `lora_B` weight, by what it is.
-
-    Raises:
-        AdapterRefused: Always.
-    """
+    """Refuse a tensor that is neither a `lora_A` nor a `lora_B` weight, by what it is."""
     for pattern, refusal in _TENSORS:
         if pattern.search(name):
             raise AdapterRefused(f"{name}: {refusal.what}", kind=refusal.kind, hint=refusal.hint)

@@ -19,11 +19,11 @@ SAMPLES_NAME = "samples.jsonl"
 EVAL_NAME = "eval.jsonl"
 STATE_NAME = "trainer_state.json"
 
+# A folder whose name has no other words than these is named after the folder above it.
 GENERIC_WORDS = frozenset(
     {"adapter", "adapters", "lora", "peft", "model", "weights", "out", "output", "outputs"}
     | {"best", "checkpoint", "default", "final", "last", "latest"}
 )
-"""A folder whose name has no other words than these is named after the folder above it."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"models--(?:.+--)?(?P<name>.+)")
@@ -68,11 +68,9 @@ def step_of(folder_name: str) -> int | None:
 
 
 def best_step(state: Path) -> int | None:
-    """Return the step of the best checkpoint that `trainer_state.json` notes, or None.
-
-    The note is a path on the machine that trained, so only its last part counts. The file is searched, not parsed:
-    trainers write NaN into it, which is not JSON.
-    """
+    """Return the step of the best checkpoint that `trainer_state.json` notes, or None."""
+    # The note is a path on the machine that trained, so only its last part counts. The file is searched, not parsed:
+    # trainers write NaN into it, which is not JSON.
     try:
         match = _BEST.search(read_regular(state, max_bytes=_MAX_STATE_BYTES))
         noted = json.loads(match[1]) if match else ""

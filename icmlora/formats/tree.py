@@ -22,30 +22,16 @@ _UNFINISHED = re.compile(r".+\.icm-[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder of the tree and the regular files in it.
+    """One folder of the tree and the regular files in it."""
 
-    Attributes:
-        path: The folder, without links.
-        files: Name to real path; a link inside the tree is listed under its own name.
-    """
-
-    path: Path
-    files: Mapping[str, Path]
+    path: Path  # the folder, without links
+    files: Mapping[str, Path]  # name to real path; a link inside the tree is listed under its own name
 
 
 def walk(root: Path, watched: Collection[str], refuse: Refuse) -> Iterator[Folder]:
-    """Yield every folder of a tree, parents first, in order of names.
-
-    A link to a folder inside the tree is skipped, because its target is met anyway; hidden folders are skipped too.
-
-    Args:
-        root: A real folder (no link).
-        watched: File names whose links and special files are worth a refusal; others are ignored.
-        refuse: Called with everything that was not followed or not readable.
-
-    Raises:
-        UnsafeInput: More than a million entries.
-    """
+    """Yield every folder of a tree, parents first, in order of names."""
+    # A link to a folder inside the tree is skipped, because its target is met anyway; hidden folders are skipped too.
+    # Links and special files are refused if their names are `watched`, and ignored otherwise.
     pending = [root]
     budget = MAX_ENTRIES
     while pending:

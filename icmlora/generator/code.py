@@ -35,49 +35,35 @@ from icmlora.generator.scales import EXTREME
 
 MAGIC = b"ICMC\x03"
 _MAGIC_WITHOUT_INITIAL = b"ICMC\x02"
-_PREFIX = len(MAGIC) + 32
-"""Bytes before the length of the head: the magic number and the generator's digest."""
-ABSENT = 255
-"""In `CodeHead.kept`: the adapter has no such module."""
+_PREFIX = len(MAGIC) + 32  # bytes before the length of the head: the magic number and the generator's digest
+ABSENT = 255  # in `CodeHead.kept`: the adapter has no such module
+# In bytes: as many characters as a label of PEFT may have here, and a character takes up to four bytes in UTF-8.
 _TASK_TYPE_LIMIT = 4 * 1024
-"""In bytes: as many characters as a label of PEFT may have here, and a character takes up to four bytes in UTF-8."""
 
 
 @dataclass(frozen=True, eq=False)
 class CodeHead:
     """Everything in a code except its range-coded integers."""
 
-    step: int
-    """log2 of the quantiser step, in eighths."""
-    condition: NDArray[np.int8]
-    """Shape (C,)."""
-    latent: NDArray[np.int8]
-    """Shape (Z,)."""
-    gains: NDArray[np.int16]
-    """Shape (K,): how far the task's mean log2 norm is above the generator's table, in eighths."""
-    strengths: NDArray[np.int8]
-    """Shape (K, L): the decoded dW of a module is multiplied by 2^(strength / 64)."""
-    kept: NDArray[np.uint8]
-    """Shape (K, L): coded rank slots of each module, or `ABSENT`."""
-    shifts: NDArray[np.int8]
-    """Shape (K, S): `InitialSubspace.shifts`."""
-    boosts: NDArray[np.int8]
-    """Shape (K, S): `InitialSubspace.boosts`."""
-    initial: InitialA | None
-    """Where the adapter's initial A was drawn, None if that is unknown."""
-    task_type: str | None
-    """PEFT's task type, such as CAUSAL_LM."""
+    step: int  # log2 of the quantiser step, in eighths
+    condition: NDArray[np.int8]  # shape (C,)
+    latent: NDArray[np.int8]  # shape (Z,)
+    gains: NDArray[np.int16]  # shape (K,): how far the task's mean log2 norm is above the generator's table, in eighths
+    strengths: NDArray[np.int8]  # shape (K, L): the decoded dW of a module is multiplied by 2^(strength / 64)
+    kept: NDArray[np.uint8]  # shape (K, L): coded rank slots of each module, or `ABSENT`
+    shifts: NDArray[np.int8]  # shape (K, S): `InitialSubspace.shifts`.
+    boosts: NDArray[np.int8]  # shape (K, S): `InitialSubspace.boosts`.
+    initial: InitialA | None  # where the adapter's initial A was drawn, None if that is unknown
+    task_type: str | None  # PEFT's task type, such as CAUSAL_LM
 
 
 @dataclass(frozen=True, eq=False)
 class Code:
     """One task's code; only the generator that it names can decode it."""
 
-    generator: str
-    """SHA-256 of the generator file, in hexadecimal."""
+    generator: str  # SHA-256 of the generator file, in hexadecimal
     head: CodeHead
-    words: bytes
-    """Range-coded integers."""
+    words: bytes  # range-coded integers
 
     def to_bytes(self, config: GeneratorConfig) -> bytes:
         """Serialise; the same code of one generator gives the same bytes."""
@@ -98,11 +84,7 @@ class Code:
 
     @classmethod
     def from_bytes(cls, data: bytes, config: GeneratorConfig) -> Code:
-        """Parse a code that was made under this generator configuration.
-
-        Raises:
-            CodeError: This is not a code, or it is damaged, cut short or out of the configuration's range.
-        """
+        """Parse a code that was made under this generator configuration."""
         generator = generator_of(data)
         opened = open_container(data, _PREFIX)
         if opened is None:
@@ -115,11 +97,7 @@ class Code:
 
 
 def generator_of(data: bytes) -> str:
-    """Return the digest of the generator that a code belongs to, without decoding the code.
-
-    Raises:
-        CodeError: This is not a code.
-    """
+    """Return the digest of the generator that a code belongs to, without decoding the code."""
     if not data.startswith((MAGIC, _MAGIC_WITHOUT_INITIAL)) or len(data) < _PREFIX + 4:
         raise CodeError("not a code of icm, or cut short")
     return data[len(MAGIC) : _PREFIX].hex()

@@ -39,8 +39,7 @@ from icmlora.generator.tokens import KindTokens, detokenize
 if TYPE_CHECKING:
     from icmlora.generator.encoding import Encoded
 
-_SUBSPACES = 4
-"""Initial subspaces that stay in memory."""
+_SUBSPACES = 4  # initial subspaces that stay in memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +53,9 @@ class OpenCode:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch on the calling thread; also a decorator.
-
-    Sums of several threads may differ in the last bit, and for pieces this small waiting for threads costs more than
-    they save.
-    """
+    """Keep torch on the calling thread; also a decorator."""
+    # Sums of several threads may differ in the last bit, and for pieces this small waiting for threads costs more than
+    # they save.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -68,19 +65,10 @@ def one_thread() -> Iterator[None]:
 
 
 class Codec:
-    """Encode and decode the adapters of one generator. Works on the CPU in float32.
+    """Encode and decode the adapters of one generator. Works on the CPU in float32."""
 
-    Under a tolerance near 1 the code of an adapter that is predicted well holds condition and latent, and no integers.
-
-    Args:
-        generator: The trained generator.
-
-    Attributes:
-        generator: The same.
-        net: Its network.
-        sensitivity: The weights that tokens are made with.
-        quantizer: The integer side of the network.
-    """
+    # Under a tolerance near 1 the code of an adapter that is predicted well holds condition and latent, and no
+    # integers.
 
     def __init__(self, generator: TrainedGenerator) -> None:
         self.generator = generator
@@ -108,23 +96,8 @@ class Codec:
         max_error: float | None = None,
         keep_decoded: bool = False,
     ) -> Encoded:
-        """Encode one adapter with the coarsest quantiser step found that keeps the limits.
-
-        Args:
-            adapter: Any adapter that the generator covers.
-            vectors: The task's vectors by view; may be empty.
-            initial: Where the A that its training began with was drawn, if that is known: the code is shorter then.
-            tolerance: Largest weighted error. Default: the generator's own, unless `max_error` is given.
-            max_error: Largest relative dW error.
-            keep_decoded: Whether to return the decoded adapter as well.
-
-        Returns:
-            A code that keeps every limit that was given.
-
-        Raises:
-            GeneratorError: The generator does not cover the adapter, or float32 cannot keep the limits.
-            AdapterRefused: Its values are too large for float32.
-        """
+        """Encode one adapter with the coarsest quantiser step found that keeps the limits."""
+        # `tolerance` limits the weighted error, `max_error` that of dW. Default: the generator's own tolerance.
         from icmlora.generator.encoding import Limits, encode_adapter
 
         if tolerance is None and max_error is None:
@@ -142,11 +115,7 @@ class Codec:
     @torch.no_grad()
     @one_thread()
     def decode(self, code: bytes) -> Adapter:
-        """Decode one code.
-
-        Raises:
-            CodeError: It is damaged, or another generator made it.
-        """
+        """Decode one code."""
         opened = self.open(code)
         tokens = (self.dequantised(group, opened.state, opened.head.step) for group in opened.groups)
         return self.assemble(tokens, opened.head, opened.head.strengths)
@@ -160,17 +129,7 @@ class Codec:
         task_type: str | None,
         seed: int | None = None,
     ) -> Adapter:
-        """Make an adapter from task vectors alone, with z at the prior's mean (or sampled, with a seed).
-
-        Args:
-            vectors: By view, each (hidden,).
-            layout: The modules to make and their ranks.
-            task_type: PEFT's task type.
-            seed: Sample z from the prior p(z|c) instead of taking its mean.
-
-        Raises:
-            GeneratorError: The generator does not cover one of the modules.
-        """
+        """Make an adapter from task vectors (hidden,) alone, with z at the prior's mean or sampled with a seed."""
         modules = sorted((*self.config.place_of(shape), shape.rank) for shape in layout)
         condition = self.condition(vectors)
         mean, scale = self.net.latent_prior(condition)
@@ -182,11 +141,7 @@ class Codec:
         return detokenize(tokens, self.config, self.sensitivity, modules=pairs, task_type=task_type)
 
     def open(self, code: bytes) -> OpenCode:
-        """Read a code's integers without decoding them to weights.
-
-        Raises:
-            CodeError: It is damaged, or another generator made it.
-        """
+        """Read a code's integers without decoding them to weights."""
         digest = generator_of(code)
         if digest != self.generator.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
@@ -202,11 +157,7 @@ class Codec:
         return Code(self.generator.digest, head, words).to_bytes(self.config)
 
     def condition(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Embed task vectors as the integers that a code stores, shape (C,).
-
-        Raises:
-            GeneratorError: Vectors of another size than the generator was trained on.
-        """
+        """Embed task vectors as the integers that a code stores, shape (C,)."""
         size = self.config.condition_size
         wrong = [len(vectors[view]) for view in VIEWS if size and view in vectors and vectors[view].shape != (size,)]
         if wrong:
@@ -223,16 +174,8 @@ class Codec:
         return self.quantizer.dequantise(group.slots, norms, state, step, group.sides, group.scales)
 
     def assemble(self, tokens: Iterable[KindTokens], head: CodeHead, strengths: NDArray[np.int8]) -> Adapter:
-        """Make an adapter with a code's modules from tokens, which are changed in place.
-
-        Args:
-            tokens: At most one entry per kind; they are taken one after the other, so that one is in memory at a time.
-            head: Says which modules there are.
-            strengths: Per kind and layer, shape (K, L).
-
-        Raises:
-            CodeError: Values that float32 cannot hold.
-        """
+        """Make an adapter with a code's modules from tokens, which are changed in place."""
+        # strengths: (K, L). Tokens are taken one kind after the other, so that one is in memory at a time.
         modules = [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
         strong = (_strengthened(group, strengths[group.kind]) for group in tokens)
         adapter = detokenize(strong, self.config, self.sensitivity, modules=modules, task_type=head.task_type)

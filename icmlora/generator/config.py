@@ -30,8 +30,7 @@ _SIZES = (
 class ModuleKind:
     """One kind of target module: all layers' modules that share a name pattern and a shape."""
 
-    pattern: str
-    """Dotted name with `{}` for the layer number, or the whole name if it has no number."""
+    pattern: str  # dotted name with `{}` for the layer number, or the whole name if it has no number
     inputs: int
     outputs: int
 
@@ -49,36 +48,25 @@ def kind_of(shape: ModuleShape) -> tuple[ModuleKind, int]:
     return ModuleKind(pattern, shape.inputs, shape.outputs), int(match.group())
 
 
-MAX_SLOTS = 254
-"""A code counts the rank slots of a module in one byte, where 255 means that there is no such module."""
+MAX_SLOTS = 254  # a code counts the rank slots of a module in one byte, where 255 means that there is no such module
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
     """Everything needed to rebuild the network and read its codes; stored as JSON inside the generator file."""
 
-    base_model: str
-    """Label of the base model, as adapters name it."""
-    kinds: tuple[ModuleKind, ...]
-    """Module kinds, sorted; a code refers to them by index."""
-    layers: int
-    """Layers that may hold target modules."""
-    slots: int
-    """Rank slots of the widest adapter."""
+    base_model: str  # label of the base model, as adapters name it
+    kinds: tuple[ModuleKind, ...]  # module kinds, sorted; a code refers to them by index
+    layers: int  # layers that may hold target modules
+    slots: int  # rank slots of the widest adapter
+    # Length of a task vector (the base model's hidden size); 0 where the generator was trained without vectors.
     condition_size: int
-    """Length of a task vector (the base model's hidden size); 0 where the generator was trained without vectors."""
-    tolerance: float
-    """Share of |dW|^2 that a code may lose: the relative squared dW error that codes are made for."""
-    width: int = 32
-    """Hidden width of the decoder, which is also the rank of its predictions over tokens."""
-    embedding: int = 32
-    """Length of the layer, slot and kind embeddings."""
-    latent: int = 16
-    """Length of the task latent z; each value is stored in one byte."""
-    condition: int = 16
-    """Length of the embedded condition; each value is stored in one byte."""
-    sketch: int = 8
-    """Length of the encoder's bilinear sketch u^T P Q v of one rank slot."""
+    tolerance: float  # share of |dW|^2 that a code may lose: the relative squared dW error that codes are made for
+    width: int = 32  # hidden width of the decoder, which is also the rank of its predictions over tokens
+    embedding: int = 32  # length of the layer, slot and kind embeddings
+    latent: int = 16  # length of the task latent z; each value is stored in one byte
+    condition: int = 16  # length of the embedded condition; each value is stored in one byte
+    sketch: int = 8  # length of the encoder's bilinear sketch u^T P Q v of one rank slot
 
     def __post_init__(self) -> None:
         """Refuse configurations that describe no network."""
@@ -92,11 +80,7 @@ class GeneratorConfig:
             raise GeneratorError("the generator's configuration has a module without inputs or outputs")
 
     def place_of(self, shape: ModuleShape) -> tuple[int, int]:
-        """Return the index of a module's kind and its layer.
-
-        Raises:
-            NotCovered: The generator has no such module, layer or rank.
-        """
+        """Return the index of a module's kind and its layer."""
         kind, layer = kind_of(shape)
         number = self._index.get(kind)
         if number is None or layer >= self.layers or shape.rank > self.slots:
@@ -114,10 +98,8 @@ class GeneratorConfig:
         return True
 
     def are_modules(self, places: Iterable[Sequence[int]]) -> bool:
-        """Say whether pairs of kind and layer are possible modules, all of them different.
-
-        A kind without a layer number has layer 0 only, and kinds that differ only in their widths share their names.
-        """
+        """Say whether pairs of kind and layer are possible modules, all of them different."""
+        # A kind without a layer number has layer 0 only, and kinds that differ only in their widths share their names.
         found = [(self.kinds[kind], layer) for kind, layer in places]
         names = {kind.module(layer) for kind, layer in found}
         return len(names) == len(found) and all(not layer or kind.module(0) != kind.module(1) for kind, layer in found)
@@ -132,11 +114,7 @@ class GeneratorConfig:
 
     @classmethod
     def from_json(cls, text: str) -> GeneratorConfig:
-        """Parse what `to_json` wrote.
-
-        Raises:
-            GeneratorError: Not the JSON of a configuration.
-        """
+        """Parse what `to_json` wrote."""
         try:
             fields = json.loads(text)
             fields["kinds"] = tuple(ModuleKind(**kind) for kind in fields["kinds"])
@@ -163,21 +141,9 @@ def config_for(
     width: int | None = None,
     previous: GeneratorConfig | None = None,
 ) -> GeneratorConfig:
-    """Make the configuration that covers a fleet.
-
-    Args:
-        base_model: Label of the base model.
-        layouts: One layout per adapter; read once, not kept in memory.
-        tasks: How many tasks the fleet has; this sets the sizes of a new network.
-        condition_size: Length of the task vectors, 0 without any.
-        quality: 1 to 8; sets the tolerance if that is None.
-        tolerance: Relative squared dW error of a code.
-        width: Hidden width of a new network's decoder; None for the usual width of a fleet of this size.
-        previous: A generator to grow from: its kinds, layers and slots stay covered and its sizes are kept.
-
-    Raises:
-        GeneratorError: The quality, tolerance or width is invalid, or there is no layout.
-    """
+    """Make the configuration that covers a fleet, or a grown fleet under a `previous` one's sizes."""
+    # Layouts are read once. `condition_size` is the length of the task vectors, 0 without any; `quality` (1 to 8) sets
+    # the tolerance if that is None.
     kinds = set(previous.kinds) if previous else set()
     layers, slots = (previous.layers, previous.slots) if previous else (1, 1)
     for layout in layouts:

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
 
+# Bytes of a checksum, the first ones of the SHA-256 of what precedes it. It detects damage also outside a store.
 CHECKSUM_SIZE = 8
-"""Bytes of a checksum, the first ones of the SHA-256 of what precedes it. It detects damage also outside a store."""
-LENGTH = struct.Struct("<I")
-"""How the length of the compressed head is written."""
+LENGTH = struct.Struct("<I")  # how the length of the compressed head is written
 
 
 def add_checksum(content: bytes) -> bytes:
@@ -42,15 +41,7 @@ def write_container(prefix: bytes, head: bytes, body: bytes) -> bytes:
 
 
 def open_container(data: bytes, prefix: int) -> tuple[bytes, bytes] | None:
-    """Return the compressed head and the body.
-
-    Args:
-        data: The container.
-        prefix: Length of its prefix in bytes, which the caller has checked.
-
-    Returns:
-        None if the checksum does not match, or if the data end before the head.
-    """
+    """Return the compressed head and the body; None if the checksum is wrong or the data end early."""
     content = checked(data)
     begin = prefix + LENGTH.size
     if content is None or len(content) < begin:
@@ -60,16 +51,7 @@ def open_container(data: bytes, prefix: int) -> tuple[bytes, bytes] | None:
 
 
 def inflate(packed: bytes, least: int, most: int) -> bytes:
-    """Decompress a head of a bounded size, so that a few bytes cannot ask for gigabytes of memory.
-
-    Args:
-        packed: Exactly one zlib stream.
-        least: Smallest size of the result, in bytes.
-        most: Largest size of the result, in bytes.
-
-    Raises:
-        CodeError: The stream is damaged, has bytes after its end, or gives another size.
-    """
+    """Decompress a head of a bounded size, so that a few bytes cannot ask for gigabytes of memory."""
     stream = zlib.decompressobj()
     try:
         plain = stream.decompress(packed, most + 1)

@@ -33,8 +33,7 @@ from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens
 
 VIEWS = ("adapted", "context")
-INPUTS, OUTPUTS = 0, 1
-"""The sides of a token."""
+INPUTS, OUTPUTS = 0, 1  # the sides of a token
 
 # Condition and latent are integers of one byte; the network sees them divided by this, so that a byte covers about +-8.
 _GRID = 16.0
@@ -45,22 +44,17 @@ _BYTE = 127.0
 class TaskState:
     """What the decoder knows about a task: two vectors of integers in [-127, 127], and where its training began."""
 
-    condition: torch.Tensor
-    """Shape (C,)."""
-    latent: torch.Tensor
-    """Shape (Z,)."""
-    subspace: InitialSubspace
-    """Directions of its inputs that cost nothing to store."""
+    condition: torch.Tensor  # shape (C,)
+    latent: torch.Tensor  # shape (Z,)
+    subspace: InitialSubspace  # directions of its inputs that cost nothing to store
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """The decoder's mean for the tokens of one kind, as directions: multiply them by the tokens' norms."""
 
-    inputs: torch.Tensor
-    """Shape (n, in)."""
-    outputs: torch.Tensor
-    """Shape (n, out)."""
+    inputs: torch.Tensor  # shape (n, in)
+    outputs: torch.Tensor  # shape (n, out)
 
 
 class CVAE(nn.Module):
@@ -131,14 +125,7 @@ class CVAE(nn.Module):
         return mean
 
     def decode(self, kind: int, layer: torch.Tensor, slot: torch.Tensor, state: TaskState) -> Prediction:
-        """Predict the mean directions of tokens of one kind.
-
-        Args:
-            kind: Index of the module kind.
-            layer: int64, shape (n,).
-            slot: int64, shape (n,).
-            state: The task.
-        """
+        """Predict the mean directions of tokens of one kind; layer and slot are int64, shape (n,)."""
         task = torch.cat([state.condition, state.latent]) / _GRID  # (C + Z,)
         means = []
         for side in (INPUTS, OUTPUTS):
@@ -199,10 +186,9 @@ class ConditionNet(nn.Module):
 
 
 class TokenEncoder(nn.Module):
-    """q(z|w,c): a bilinear sketch of every rank slot, an MLP, and a mean over slots weighted by energy.
+    """q(z|w,c): a bilinear sketch of every rank slot, an MLP, and a mean over slots weighted by energy."""
 
-    The sketch (P v) * (Q u) stays the same when both vectors change sign, which singular vectors may do.
-    """
+    # The sketch (P v) * (Q u) stays the same when both vectors change sign, which singular vectors may do.
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -231,13 +217,7 @@ class TokenEncoder(nn.Module):
 
 
 def predicted_tokens(net: CVAE, state: TaskState, modules: Sequence[tuple[int, int, int]]) -> list[KindTokens]:
-    """Predict the tokens of an adapter from the task alone.
-
-    Args:
-        net: The generator's network.
-        state: The task.
-        modules: (kind, layer, rank) of each module, sorted.
-    """
+    """Predict tokens from the task alone, for modules given as sorted (kind, layer, rank)."""
     gains = net.gains(state)
     groups = []
     for kind in sorted({kind for kind, _, _ in modules}):
@@ -250,12 +230,10 @@ def predicted_tokens(net: CVAE, state: TaskState, modules: Sequence[tuple[int, i
 
 
 def _resized(group: KindTokens) -> KindTokens:
-    """Scale predicted directions to tokens whose dW is between the least-squares and the expected size.
-
-    The mean direction of uncertain tokens is shorter than 1, and dW shrinks with its square. That is best in the least-
-    squares sense, but a working adapter needs more. So the size is raised half way, in logarithms, to the size that is
-    predicted for dW.
-    """
+    """Scale predicted directions to tokens whose dW is between the least-squares and the expected size."""
+    # The mean direction of uncertain tokens is shorter than 1, and dW shrinks with its square. That is best in the
+    # least-squares sense, but a working adapter needs more. So the size is raised half way, in logarithms, to the size
+    # that is predicted for dW.
     confidence = group.inputs.norm(dim=1) * group.outputs.norm(dim=1)  # (n,)
     predicted = (group.norm * confidence).square().sum().sqrt()
     expected = group.norm.square().sum().sqrt()

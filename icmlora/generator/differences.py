@@ -19,22 +19,12 @@ from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWri
 from icmlora.generator.parameters import TABLES, WEIGHTS, diverged, read_side, scales_of, write_side
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST
 
-_EIGHTHS = -3 * OCTAVE
-"""Exponent of tensors that are stored in whole eighths."""
+_EIGHTHS = -3 * OCTAVE  # exponent of tensors that are stored in whole eighths
 
 
 def differences_to_words(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], step: float) -> bytes:
-    """Write how the tensors of a network differ from those of an earlier version.
-
-    Args:
-        before: The earlier version's tensors as read from its file, in the network's order.
-        after: The network's tensors.
-        step: The quantiser step, relative to the root mean square of a tensor's differences. At 2 most of them round
-            to zero.
-
-    Raises:
-        GeneratorError: A value is not finite.
-    """
+    """Write how the tensors of a network differ from those of an earlier version."""
+    # The step is relative to the root mean square of a tensor's differences. At 2 most of them round to zero.
     names = _written(before)
     exponents, scales = np.zeros((2, len(names)), dtype=np.int32)
     integers: list[Integers] = []
@@ -55,15 +45,7 @@ def differences_to_words(before: Mapping[str, torch.Tensor], after: Mapping[str,
 
 
 def words_to_changed(words: bytes, before: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors that `differences_to_words` wrote; every machine reads the same integers.
-
-    Args:
-        words: The bytes.
-        before: The tensors of the earlier version, in the network's order.
-
-    Raises:
-        CodeError: No encoder wrote these words.
-    """
+    """Return the tensors that `differences_to_words` wrote; every machine reads the same integers."""
     names, reader = _written(before), IntegerReader(words)
     scales, exponents = read_side(reader, len(names)), read_side(reader, len(names))
     if (scales < SMALLEST).any() or (scales > LARGEST).any() or (np.abs(exponents) > EXTREME).any():

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 _BELOW, _ABOVE = 4 * OCTAVE, 2 * OCTAVE
 # How often the search goes down by `_BELOW` again: 2^-16 of the expected step is below what float32 resolves.
 _RETRIES = 3
-_STRONGEST = STRENGTHS
-"""A code is made at most twice as strong."""
+_STRONGEST = STRENGTHS  # a code is made at most twice as strong
 
 
 @dataclass(frozen=True)
@@ -47,22 +46,19 @@ class Encoded:
     """A code or a residual, with the errors of the adapter that it decodes to."""
 
     data: bytes
-    dw_error: float
-    """Relative squared error of dW."""
+    dw_error: float  # relative squared error of dW
+    # The same of dW weighted by the sensitivity of its channels; equal to `dw_error` under even weights.
     weighted_error: float
-    """The same of dW weighted by the sensitivity of its channels; equal to `dw_error` under even weights."""
+    # That adapter, where the caller wants to go on with it.
     decoded: Adapter | None = field(default=None, repr=False, compare=False)
-    """That adapter, where the caller wants to go on with it."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """The largest errors that a code may have; at least one of the two is set."""
 
-    tolerance: float | None = None
-    """Largest weighted error."""
-    max_error: float | None = None
-    """Largest relative dW error."""
+    tolerance: float | None = None  # largest weighted error
+    max_error: float | None = None  # largest relative dW error
 
     @property
     def least(self) -> float:
@@ -88,16 +84,7 @@ def encode_adapter(
     *,
     keep_decoded: bool,
 ) -> Encoded:
-    """Encode one adapter with the coarsest quantiser step found that keeps the limits; see `Codec.encode`.
-
-    Args:
-        codec: The generator's.
-        adapter: Any adapter that the generator covers.
-        vectors: The task's vectors by view; may be empty.
-        initial: Where its initial A was drawn, if that is known.
-        limits: What the code has to keep.
-        keep_decoded: Whether to return the decoded adapter as well.
-    """
+    """Encode one adapter with the coarsest quantiser step found that keeps the limits; see `Codec.encode`."""
     tokens = tokenize(adapter, codec.config, codec.sensitivity)
     refuse_overflow(tokens, codec.config)
     condition, subspace = codec.condition(vectors), codec.subspace(initial)
@@ -113,16 +100,7 @@ def encode_adapter(
 
 
 def coarsest(expected: int, limits: Limits, encode: Callable[[int], Encoded]) -> Encoded:
-    """Return the result of the coarsest step that keeps the limits, found by bisection.
-
-    Args:
-        expected: Where the search begins, in eighths of an octave.
-        limits: What has to be kept.
-        encode: Makes the code, or the residual, of one step.
-
-    Raises:
-        GeneratorError: No step keeps them.
-    """
+    """Return the result of the coarsest step (eighths of an octave) that keeps the limits, by bisection."""
     low, high = expected - _BELOW, expected + _ABOVE
     best = encode(low)
     for _ in range(_RETRIES):
@@ -156,18 +134,9 @@ def compare(codec: Codec, adapter: Adapter, decoded: Adapter, data: bytes) -> En
 def quantised(
     codec: Codec, group: KindTokens, state: TaskState, step: int, gain: int | None = None
 ) -> tuple[KindIntegers, KindTokens, KindTokens]:
-    """Round the tokens of one kind, and leave out the slots that are not worth their bits.
-
-    Args:
-        codec: The generator's.
-        group: The tokens.
-        state: The task's.
-        step: log2 of the quantiser step, in eighths.
-        gain: What norms are counted from, in eighths; the tokens' own mean by default.
-
-    Returns:
-        The integers of the slots that are kept, the tokens of these slots, and the tokens that the integers decode to.
-    """
+    """Round the tokens of one kind, and leave out the slots that are not worth their bits."""
+    # step and gain are log2 in eighths; norms are counted from the gain, by default the tokens' own mean. Returns the
+    # integers of the slots that are kept, the tokens of these slots, and the tokens that the integers decode to.
     slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
     gain, residuals = codec.quantizer.norm_residuals(slots, group.norm, gain)
     norms = codec.quantizer.norms(slots, gain, residuals)
@@ -182,18 +151,10 @@ def quantised(
 
 
 def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:
-    """Return the strength with which the decoded dW of a kind is as long, along the original, as the original is.
-
-    Values that round to zero make the decoded dW shorter. An adapter at nine tenths of its strength loses more of its
-    gain than the larger error of a full-strength one costs (docs/results/LOG.md).
-
-    Args:
-        original: The tokens of the kind.
-        overlaps: Inner product of original and decoded dW in each rank slot that is kept.
-
-    Returns:
-        log2 of a factor, in 64ths, from 0 to `_STRONGEST`.
-    """
+    """Return the strength with which the decoded dW of a kind is as long, along the original, as the original is."""
+    # Values that round to zero make the decoded dW shorter. An adapter at nine tenths of its strength loses more of its
+    # gain than the larger error of a full-strength one costs (docs/results/LOG.md). overlaps: inner product of original
+    # and decoded dW in each kept slot. Returns log2 of a factor, in 64ths.
     along, length = float(overlaps.sum()), squared_norm([original])
     if not 0 < along < math.inf:  # products of very large values overflow float32
         return 0

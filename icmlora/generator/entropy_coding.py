@@ -21,17 +21,14 @@ from icmlora.errors import CodeError
 from icmlora.generator.scales import LARGEST, SMALLEST, probabilities, reach_of
 
 Integers = NDArray[np.int32]
-Scales = NDArray[np.signedinteger[Any]]
-"""Scale indices, in whatever width; they fit in one byte."""
+Scales = NDArray[np.signedinteger[Any]]  # scale indices, in whatever width; they fit in one byte
 
+# Largest magnitude that can be written. Larger ones would mean a quantiser step below the resolution of float32.
 LIMIT = 1 << 20
-"""Largest magnitude that can be written. Larger ones would mean a quantiser step below the resolution of float32."""
 
-_LARGEST_LAZY = -12
-"""Scale index up to which a lazy model decodes faster."""
+_LARGEST_LAZY = -12  # scale index up to which a lazy model decodes faster
 
-_LENGTHS = LIMIT.bit_length()
-"""Longest excess, in bits after the leading one, plus one."""
+_LENGTHS = LIMIT.bit_length()  # longest excess, in bits after the leading one, plus one
 
 
 def clip(values: NDArray[np.float64]) -> Integers:
@@ -80,11 +77,7 @@ class IntegerReader:
         self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, dtype="<u4").astype(np.uint32))
 
     def read(self, scales: Scales) -> Integers:
-        """Read integers, shape (n,).
-
-        Raises:
-            CodeError: No encoder wrote these words.
-        """
+        """Read integers, shape (n,)."""
         values = np.empty(len(scales), dtype=np.int32)
         beyond = []
         try:
@@ -145,11 +138,9 @@ def _model(index: int) -> object:
 
 @cache
 def _reading_model(index: int) -> object:
-    """Return the same model in the form that decodes fastest.
-
-    A lazy model goes through the symbols from the first on. For up to 17 symbols that takes two thirds of the time of a
-    binary search, and most integers have such a small scale.
-    """
+    """Return the same model in the form that decodes fastest."""
+    # A lazy model goes through the symbols from the first on. For up to 17 symbols that takes two thirds of the time of
+    # a binary search, and most integers have such a small scale.
     return constriction.stream.model.Categorical(probabilities(index), perfect=False, lazy=index <= _LARGEST_LAZY)
 
 

@@ -27,14 +27,10 @@ from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.container import CHECKSUM_SIZE, add_checksum, inflate, open_container
 
 MAGIC, MAGIC_OF_VERSIONS = b"ICMG\x02", b"ICMG\x03"
-_HEADER_LIMIT = 1 << 20
-"""Largest header, in bytes."""
-_FRAME = struct.Struct("<BHI")
-"""Kind, base and length of content in front of each version."""
-_NETWORK, _DIFFERENCES = 0, 1
-"""Kinds of versions."""
-_MOST = 1 << 16
-"""Versions that `base` can tell apart."""
+_HEADER_LIMIT = 1 << 20  # largest header, in bytes
+_FRAME = struct.Struct("<BHI")  # kind, base and length of content in front of each version
+_NETWORK, _DIFFERENCES = 0, 1  # kinds of versions
+_MOST = 1 << 16  # versions that `base` can tell apart
 _DAMAGED = "the generator file is damaged or cut short"
 
 
@@ -42,21 +38,15 @@ _DAMAGED = "the generator file is damaged or cut short"
 class StoredVersion:
     """One version in a generator file."""
 
-    digest: str
-    """SHA-256, in hexadecimal, of the file that ended with this version: what its codes name."""
+    digest: str  # SHA-256, in hexadecimal, of the file that ended with this version: what its codes name
     config: GeneratorConfig
+    # Number of the version that its parameters are stored as differences to; None if it is a network of its own.
     base: int | None
-    """Number of the version that its parameters are stored as differences to; None if it is a network of its own."""
-    content: bytes
-    """A file of one version, or the range-coded words of the differences."""
+    content: bytes  # a file of one version, or the range-coded words of the differences
 
 
 def versions_of(data: bytes) -> tuple[StoredVersion, ...]:
-    """Split a generator file into its versions, oldest first, without reading any network.
-
-    Raises:
-        GeneratorError: Not a generator file, of a newer format, damaged or cut short.
-    """
+    """Split a generator file into its versions, oldest first, without reading any network."""
     if not data.startswith(MAGIC_OF_VERSIONS):
         return (StoredVersion(hashlib.sha256(data).hexdigest(), config_in(split_network(data)[0]), None, data),)
     versions: list[StoredVersion] = []
@@ -78,16 +68,8 @@ def versions_of(data: bytes) -> tuple[StoredVersion, ...]:
 
 
 def append_version(data: bytes, content: bytes, base: int | None) -> bytes:
-    """Return a generator file with one more version; the earlier ones stay as they are.
-
-    Args:
-        data: The file.
-        content: A file of one version; with `base`, the words of the differences to that version.
-        base: Number of a version of the file.
-
-    Raises:
-        GeneratorError: The file is full.
-    """
+    """Return a generator file with one more version; the earlier ones stay as they are."""
+    # content: a file of one version, or with `base` the words of the differences to that version.
     if len(versions_of(data)) >= _MOST:
         raise GeneratorError("the generator has too many versions", hint="run `icm train` to make one version of them")
     before = data if data.startswith(MAGIC_OF_VERSIONS) else _framed(MAGIC_OF_VERSIONS, data, None)
@@ -95,11 +77,7 @@ def append_version(data: bytes, content: bytes, base: int | None) -> bytes:
 
 
 def split_network(data: bytes) -> tuple[dict[str, object], bytes]:
-    """Split a file of one version into its header and its words.
-
-    Raises:
-        GeneratorError: Not a generator file, of a newer format, damaged or cut short.
-    """
+    """Split a file of one version into its header and its words."""
     if not data.startswith(MAGIC):
         raise GeneratorError("not a generator file, or one of another format")
     opened = open_container(data, len(MAGIC))
@@ -113,11 +91,7 @@ def split_network(data: bytes) -> tuple[dict[str, object], bytes]:
 
 
 def config_in(header: dict[str, object]) -> GeneratorConfig:
-    """Return the configuration in the header of a file of one version.
-
-    Raises:
-        GeneratorError: There is none.
-    """
+    """Return the configuration in the header of a file of one version."""
     return GeneratorConfig.from_json(str(header.get("config", "")))
 
 

@@ -33,32 +33,18 @@ class TrainedGenerator:
     """A trained network as it was read from a file."""
 
     net: CVAE
-    digest: str
-    """SHA-256, in hexadecimal, of the file that ended with this version: what its codes name."""
+    digest: str  # SHA-256, in hexadecimal, of the file that ended with this version: what its codes name
 
 
 def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> bytes:
-    """Serialise a network; the same parameters give the same bytes.
-
-    Args:
-        net: The network, in any dtype, on any device.
-        notes: Further header text, such as the seed and the number of steps.
-
-    Raises:
-        GeneratorError: A parameter is not finite.
-    """
+    """Serialise a network; the same parameters give the same bytes."""
     own = {"config": net.config.to_json(), "shapes": _shapes_digest(net), "tables": tables_digest()}
     header = json.dumps({**(notes or {}), **own}, sort_keys=True)
     return write_container(MAGIC, header.encode(), parameters_to_words(net.state_dict()))
 
 
 def generator_from_bytes(data: bytes) -> TrainedGenerator:
-    """Read a generator file of one version.
-
-    Raises:
-        GeneratorError: Not a generator file, of a newer format, with tensors that do not fit its configuration, or
-            made on a machine whose coding tables differ from this one's.
-    """
+    """Read a generator file of one version."""
     header, words = split_network(data)
     if header.get("tables") != tables_digest():
         message = "the coding tables computed here differ from those of the machine that trained this generator"

@@ -21,8 +21,7 @@ from icmlora.generator.scales import GAUSSIAN_SHARE, OCTAVE, SMALLEST_SCALE, WID
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens, slot_errors, squared_norm
 
-_PARTS = 16
-"""Groups of channels of about equal weight in `water_level`, where the step need not be exact."""
+_PARTS = 16  # groups of channels of about equal weight in `water_level`, where the step need not be exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +31,8 @@ class Bits:
     latent: torch.Tensor
     norms: torch.Tensor
     tokens: torch.Tensor
+    # Not stored: what the norms' gains would cost under the decoder's prediction. It trains what `generate` uses.
     prior: torch.Tensor
-    """Not stored: what the norms' gains would cost under the decoder's prediction. It trains what `generate` uses."""
 
     @property
     def total(self) -> torch.Tensor:
@@ -48,15 +47,9 @@ def adapter_bits(
     subspace: InitialSubspace,
     noise: torch.Generator,
 ) -> Bits:
-    """Estimate the code length of one adapter.
-
-    Args:
-        net: The generator's network.
-        tokens: The adapter, on the network's device.
-        vectors: Task vectors of one support set by view, each (hidden,); views may be missing.
-        subspace: What is known about its inputs, on the network's device; shifts are not read.
-        noise: Source of the quantisation noise, a random generator on the CPU.
-    """
+    """Estimate the code length of one adapter."""
+    # vectors: of one support set by view, each (hidden,); views may be missing. Tokens and subspace are on the
+    # network's device, `noise` draws on the CPU.
     condition = _noisy(net.embed(vectors), noise)
     mean, scale = net.latent_prior(condition)
     latent = _noisy(net.posterior(tokens, condition), noise)
@@ -120,10 +113,8 @@ def _scale(net: CVAE, group: KindTokens, side: int, step: float, sensitivity: Se
 
 @torch.no_grad()
 def _left(group: KindTokens, subspace: InitialSubspace, across: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the factors of the codec's shifts: how far the values (n, in) of each slot are from their scales, (n,).
-
-    As in `TokenQuantizer.shifts`, modules without a known initial A neither count nor are shifted.
-    """
+    """Return the factors of the codec's shifts: how far the values (n, in) of each slot are from their scales, (n,)."""
+    # As in `TokenQuantizer.shifts`, modules without a known initial A neither count nor are shifted.
     known = torch.from_numpy(subspace.knows(group.kind)).to(group.layer.device)[group.layer]
     share = torch.where(known, across.square().sum(1) / scale.square().sum(1), 0.0)
     count = torch.bincount(group.slot, weights=known.to(share.dtype))

@@ -29,18 +29,12 @@ class KindIntegers:
     """Everything that a code stores about the tokens of one module kind; n rank slots, R rows of the initial A."""
 
     slots: Slots
-    gain: int
-    """How far the task's mean log2 norm is above the generator's table, in eighths."""
-    residuals: Integers
-    """Shape (n,): log2 norms relative to table and gain, in eighths."""
-    inputs: Integers
-    """Shape (n, in)."""
-    outputs: Integers
-    """Shape (n, out)."""
-    along: Integers
-    """Shape (n, R): the part of the inputs in the initial subspace."""
-    scales: SideScales
-    """Scale indices that the vectors' integers are coded under."""
+    gain: int  # how far the task's mean log2 norm is above the generator's table, in eighths
+    residuals: Integers  # shape (n,): log2 norms relative to table and gain, in eighths
+    inputs: Integers  # shape (n, in)
+    outputs: Integers  # shape (n, out)
+    along: Integers  # shape (n, R): the part of the inputs in the initial subspace
+    scales: SideScales  # scale indices that the vectors' integers are coded under
 
     @property
     def sides(self) -> Sides:
@@ -63,11 +57,7 @@ def pack(quantizer: TokenQuantizer, groups: Sequence[KindIntegers]) -> bytes:
 
 
 def unpack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, words: bytes) -> list[KindIntegers]:
-    """Read what `pack` wrote.
-
-    Raises:
-        CodeError: `pack` cannot have written these words under this head.
-    """
+    """Read what `pack` wrote."""
     slots = slots_between(np.zeros_like(head.kept), head.kept)
     return read_groups(IntegerReader(words), quantizer, slots, head.gains, subspace, head.step)
 
@@ -88,19 +78,8 @@ def read_groups(
     subspace: InitialSubspace,
     step: int,
 ) -> list[KindIntegers]:
-    """Read what `write_groups` wrote.
-
-    Args:
-        reader: The words.
-        quantizer: Of the generator.
-        kinds: The slots of each kind, in the order in which they were written.
-        gains: Of each kind, shape (K,).
-        subspace: What is known about the task's inputs.
-        step: log2 of the quantiser step, in eighths.
-
-    Raises:
-        CodeError: `write_groups` cannot have written these words.
-    """
+    """Read what `write_groups` wrote."""
+    # gains: (K,). step: log2 of the quantiser step, in eighths.
     residuals = [reader.read(quantizer.norm_scales(slots)) for slots in kinds]
     groups = []
     for slots, residual in zip(kinds, residuals, strict=True):
@@ -127,17 +106,8 @@ def slots_between(first: NDArray[np.uint8], kept: NDArray[np.uint8]) -> list[Slo
 
 
 def written_slots(slots: Slots, is_worth: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Choose the slots to write: in each layer all up to the last one that is worth its bits.
-
-    Slots in between are written too, so that one number per layer says which slots a code holds.
-
-    Args:
-        slots: n slots of one kind.
-        is_worth: Shape (n,).
-
-    Returns:
-        A mask of shape (n,).
-    """
+    """Return a mask (n,) of the slots to write: in each layer all up to the last one that is worth its bits."""
+    # Slots in between are written too, so that one number per layer says which slots a code holds.
     count = np.zeros(int(slots.layer.max(initial=-1)) + 1, dtype=np.int64)  # (layers,)
     np.maximum.at(count, slots.layer[is_worth], slots.slot[is_worth] + 1)
     return slots.slot < count[slots.layer]

@@ -20,26 +20,17 @@ from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, clip
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 
+# Names of the tensors that are stored in whole eighths of an octave.
 TABLES = ("norm_mean", "norm_spread", "spread", "condition.shift", "condition.log_scale")
-"""Names of the tensors that are stored in whole eighths of an octave."""
-WEIGHTS = "weight_"
-"""Prefix of the names of channel weights."""
-_WEIGHT_GRID = 2
-"""Steps per octave: weights are whole halves."""
-_RESOLUTION = 2 * OCTAVE
-"""log2 of a row's root mean square in quantiser steps, in eighths."""
-_ZERO = -(1 << 12)
-"""Exponent of a row of zeros."""
-_SIDE = 3 * OCTAVE
-"""Scale index of whatever is stored about rows or tensors."""
+WEIGHTS = "weight_"  # prefix of the names of channel weights
+_WEIGHT_GRID = 2  # steps per octave: weights are whole halves
+_RESOLUTION = 2 * OCTAVE  # log2 of a row's root mean square in quantiser steps, in eighths
+_ZERO = -(1 << 12)  # exponent of a row of zeros
+_SIDE = 3 * OCTAVE  # scale index of whatever is stored about rows or tensors
 
 
 def parameters_to_words(state: Mapping[str, torch.Tensor]) -> bytes:
-    """Write a network's tensors, in the order of `state`.
-
-    Raises:
-        GeneratorError: A value is not finite.
-    """
+    """Write a network's tensors, in the order of `state`."""
     writer = IntegerWriter()
     weights: list[Integers] = []
     for name, tensor in state.items():
@@ -56,15 +47,7 @@ def parameters_to_words(state: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def words_to_parameters(words: bytes, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Read what `parameters_to_words` wrote; every machine reads the same integers.
-
-    Args:
-        words: The bytes.
-        shapes: Shapes of the network's tensors, in its order.
-
-    Raises:
-        CodeError: No encoder wrote these words.
-    """
+    """Read what `parameters_to_words` wrote; every machine reads the same integers."""
     reader = IntegerReader(words)
     weights: list[Integers] = []
     state = {}
@@ -152,10 +135,8 @@ def _read_weights(reader: IntegerReader, rows: int, columns: int, known: list[In
 
 
 def _references(known: Sequence[Integers], layers: int, columns: int) -> list[Integers]:
-    """Return the rows that a row may be stored as a difference to.
-
-    These are zeros, the previous row, and the rows of the same layer in earlier tensors, where the sizes agree.
-    """
+    """Return the rows that a row may be stored as a difference to."""
+    # These are zeros, the previous row, and the rows of the same layer in earlier tensors, where the sizes agree.
     backs = (1, *range(layers, len(known) + 1, layers))
     rows = [known[-back] for back in backs if back <= len(known)]
     return [np.zeros(columns, dtype=np.int32), *(row for row in rows if len(row) == columns)]

@@ -29,14 +29,10 @@ from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
 from icmlora.generator.tokens import KindTokens
 
-Norms = NDArray[np.int64]
-"""log2 norms, in eighths."""
-ALONG = 2
-"""The third side of a token, after `INPUTS` and `OUTPUTS`: inputs along the initial subspace."""
-Sides = tuple[Integers, Integers, Integers]
-"""Integers of the tokens of one kind: shapes (n, in), (n, out) and (n, R)."""
-SideScales = tuple[Scales, Scales, Scales]
-"""Scale indices of the integers, of the same shapes."""
+Norms = NDArray[np.int64]  # log2 norms, in eighths
+ALONG = 2  # the third side of a token, after `INPUTS` and `OUTPUTS`: inputs along the initial subspace
+Sides = tuple[Integers, Integers, Integers]  # integers of the tokens of one kind: shapes (n, in), (n, out) and (n, R)
+SideScales = tuple[Scales, Scales, Scales]  # scale indices of the integers, of the same shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +40,8 @@ class Slots:
     """n rank slots of one kind, ordered by (layer, slot)."""
 
     kind: int
-    layer: NDArray[np.int64]
-    """Shape (n,)."""
-    slot: NDArray[np.int64]
-    """Shape (n,)."""
+    layer: NDArray[np.int64]  # shape (n,)
+    slot: NDArray[np.int64]  # shape (n,)
 
     def __getitem__(self, chosen: NDArray[np.bool_]) -> Slots:
         return Slots(self.kind, self.layer[chosen], self.slot[chosen])

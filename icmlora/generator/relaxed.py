@@ -34,28 +34,17 @@ class _Part:
     """One module kind of a code: the parameters, and what stays fixed."""
 
     integers: KindIntegers
-    root: torch.Tensor
-    """Square roots of the norms, shape (n, 1)."""
-    means: tuple[torch.Tensor, torch.Tensor]
-    """The generator's prediction, shapes (n, in) and (n, out)."""
+    root: torch.Tensor  # square roots of the norms, shape (n, 1)
+    means: tuple[torch.Tensor, torch.Tensor]  # the generator's prediction, shapes (n, in) and (n, out)
+    # In quantiser steps from the prediction, shapes (n, in), (n, out) and, along the initial subspace, (n, R).
     values: tuple[nn.Parameter, nn.Parameter, nn.Parameter]
-    """In quantiser steps from the prediction, shapes (n, in), (n, out) and, along the initial subspace, (n, R)."""
-    strength: nn.Parameter
-    """log2 of the factor that each layer's dW is multiplied by, shape (L,)."""
-    boost: nn.Parameter
-    """log2 of the factor for each rank slot's inputs across the initial subspace, shape (S,)."""
-    boosted: torch.Tensor
-    """1 where a slot's module has an initial subspace, else 0; shape (n, 1)."""
+    strength: nn.Parameter  # log2 of the factor that each layer's dW is multiplied by, shape (L,)
+    boost: nn.Parameter  # log2 of the factor for each rank slot's inputs across the initial subspace, shape (S,)
+    boosted: torch.Tensor  # 1 where a slot's module has an initial subspace, else 0; shape (n, 1)
 
 
 class RelaxedCode:
-    """The code of one adapter, while an optimiser changes it.
-
-    Args:
-        codec: The generator's.
-        adapter: The adapter that was encoded.
-        code: Its code.
-    """
+    """The code of one adapter, while an optimiser changes it."""
 
     def __init__(self, codec: Codec, adapter: Adapter, code: bytes) -> None:
         self._codec, self._opened = codec, codec.open(code)

@@ -24,36 +24,30 @@ from icmlora.generator.container import inflate, open_container, split_fields, w
 from icmlora.generator.scales import EXTREME, LARGEST, SMALLEST
 
 MAGIC = b"ICMR\x01"
-_PREFIX = len(MAGIC) + 32
-"""Bytes before the length of the head: the magic number and the code's digest."""
+_PREFIX = len(MAGIC) + 32  # bytes before the length of the head: the magic number and the code's digest
+# Scales per side: one for integers next to a nonzero integer of the code, twelve for those next to a zero, by the scale
+# that the zero was coded under.
 CLASSES = 13
-"""Scales per side: one for integers next to a nonzero integer of the code, twelve for those next to a zero, by the
-scale that the zero was coded under."""
 
 
 @dataclass(frozen=True, eq=False)
 class ResidualHead:
     """Everything in a residual except its range-coded integers."""
 
-    step: int
-    """log2 of its quantiser step, in eighths."""
-    strengths: NDArray[np.int8]
-    """Shape (K, L): these replace the code's."""
-    kept: NDArray[np.uint8]
-    """Shape (K, L): rank slots in code and residual together, or `ABSENT`."""
+    step: int  # log2 of its quantiser step, in eighths
+    strengths: NDArray[np.int8]  # shape (K, L): these replace the code's
+    kept: NDArray[np.uint8]  # shape (K, L): rank slots in code and residual together, or `ABSENT`
+    # Shape (K, 2, 13): scale index of the integers of each kind, side and class, as they were measured.
     scales: NDArray[np.int8]
-    """Shape (K, 2, 13): scale index of the integers of each kind, side and class, as they were measured."""
 
 
 @dataclass(frozen=True, eq=False)
 class Residual:
     """A correction to one code."""
 
-    code: str
-    """SHA-256 of the code, in hexadecimal."""
+    code: str  # SHA-256 of the code, in hexadecimal
     head: ResidualHead
-    words: bytes
-    """Range-coded integers."""
+    words: bytes  # range-coded integers
 
     def to_bytes(self) -> bytes:
         """Serialise; the same residual gives the same bytes."""
@@ -63,17 +57,7 @@ class Residual:
 
     @classmethod
     def from_bytes(cls, data: bytes, code: bytes, under: CodeHead, config: GeneratorConfig) -> Residual:
-        """Parse the residual of one code.
-
-        Args:
-            data: The residual.
-            code: The code, whose digest the residual must name.
-            under: The code's head.
-            config: The configuration of the code's generator.
-
-        Raises:
-            CodeError: Not a residual, damaged, for another code, or out of the code's range.
-        """
+        """Parse the residual of one code."""
         opened = open_container(data, _PREFIX) if data.startswith(MAGIC) else None
         if opened is None:
             raise CodeError("not a residual of icm, or damaged or cut short")

@@ -31,11 +31,9 @@ from icmlora.generator.residual import CLASSES, Residual, ResidualHead, digest_o
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.generator.tokens import KindTokens, slot_overlaps, tokenize
 
-_WIDTH = OCTAVE // 2
-"""Scale indices in one class: half an octave."""
+_WIDTH = OCTAVE // 2  # scale indices in one class: half an octave
 
-_Classes = tuple[NDArray[np.uint8], NDArray[np.uint8]]
-"""Classes of a kind's integers, shapes (n, in) and (n, out)."""
+_Classes = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # classes of a kind's integers, shapes (n, in) and (n, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +42,7 @@ class _Decoded:
 
     slots: Slots
     gain: int
-    tokens: KindTokens
-    """What its integers decode to, before strengths."""
+    tokens: KindTokens  # what its integers decode to, before strengths
     classes: _Classes
 
 
@@ -53,22 +50,15 @@ class _Decoded:
 class _Missing:
     """What a code does not say about one kind of its adapter."""
 
-    original: KindTokens
-    """All tokens of the kind."""
-    shared: KindTokens
-    """Those in the code's slots."""
-    further: KindTokens
-    """The others."""
+    original: KindTokens  # all tokens of the kind
+    shared: KindTokens  # those in the code's slots
+    further: KindTokens  # the others
+    # From what the code decodes to, to the tokens in its slots: shapes (n, in) and (n, out).
     difference: tuple[NDArray[np.float64], NDArray[np.float64]]
-    """From what the code decodes to, to the tokens in its slots: shapes (n, in) and (n, out)."""
 
 
 class ResidualCodec:
-    """Encode and decode residuals. Works on the CPU in float32.
-
-    Args:
-        codec: The codec of the codes.
-    """
+    """Encode and decode residuals. Works on the CPU in float32."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec, self._quantizer = codec, codec.quantizer
@@ -76,17 +66,7 @@ class ResidualCodec:
     @torch.no_grad()
     @one_thread()  # as `decode`: threads may change the last bit, and what is measured here is what is decoded there
     def encode(self, adapter: Adapter, code: bytes, limits: Limits) -> Encoded:
-        """Make the residual with the coarsest quantiser step found that keeps the limits.
-
-        Args:
-            adapter: The adapter that was encoded.
-            code: Its code.
-            limits: What code and residual have to keep together.
-
-        Raises:
-            CodeError: The code is damaged, or that of another adapter.
-            GeneratorError: Float32 cannot keep the limits.
-        """
+        """Make the residual with the coarsest quantiser step found that keeps the limits."""
         opened = self._codec.open(code)
         parts = self._decoded(opened)
         tokens = tokenize(adapter, self._codec.config, self._codec.sensitivity)
@@ -102,11 +82,7 @@ class ResidualCodec:
     @torch.no_grad()
     @one_thread()
     def decode(self, code: bytes, residual: bytes) -> Adapter:
-        """Decode a code with its residual.
-
-        Raises:
-            CodeError: One of them is damaged, or the residual is for another code.
-        """
+        """Decode a code with its residual."""
         opened = self._codec.open(code)
         return self._decode(opened, self._decoded(opened), code, residual)
 
@@ -170,20 +146,14 @@ class ResidualCodec:
 
 
 def classes_of(integers: Integers, scales: Scales) -> NDArray[np.uint8]:
-    """Return the class of each of a code's integers: 0 where it is not zero, else by the scale it was coded under.
-
-    A zero under a small scale stands for a value near zero, one under a large scale for any value within half a step.
-    """
+    """Return the class of each of a code's integers: 0 where it is not zero, else by the scale it was coded under."""
+    # A zero under a small scale stands for a value near zero, one under a large scale for any value within half a step.
     likely = np.clip((scales.astype(np.int16) - SMALLEST) // _WIDTH, 0, CLASSES - 2)
     return np.where(integers == 0, likely + 1, 0).astype(np.uint8)
 
 
 def _missing(original: KindTokens | None, part: _Decoded, opened: OpenCode) -> _Missing | None:
-    """Compare what a code decodes to with the original tokens of one kind; None where the adapter has none.
-
-    Raises:
-        CodeError: The code has slots that the adapter lacks.
-    """
+    """Compare what a code decodes to with the original tokens of one kind; None where the adapter has none."""
     if original is None and not len(part.slots.layer):
         return None
     kept = np.where(opened.head.kept == ABSENT, 0, opened.head.kept)[part.slots.kind]  # (L,)

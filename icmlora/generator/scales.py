@@ -14,19 +14,15 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-OCTAVE = 8
-"""Steps per factor of two for norms, quantiser steps and scales."""
-STRENGTHS = 64
-"""Steps per factor of two for the factors that decoded values are multiplied by."""
-SMALLEST, LARGEST = -4 * OCTAVE, 8 * OCTAVE
-"""Range of a scale index: 2^-4 to 2^8 quantiser steps."""
+OCTAVE = 8  # steps per factor of two for norms, quantiser steps and scales
+STRENGTHS = 64  # steps per factor of two for the factors that decoded values are multiplied by
+SMALLEST, LARGEST = -4 * OCTAVE, 8 * OCTAVE  # range of a scale index: 2^-4 to 2^8 quantiser steps
 SMALLEST_SCALE = 2.0 ** (SMALLEST / OCTAVE)
+# A coefficient is modelled as Gaussian, one in twenty as a Gaussian twice as wide, which makes outliers cheap.
 GAUSSIAN_SHARE, WIDE = 0.95, 2.0
-"""A coefficient is modelled as Gaussian, one in twenty as a Gaussian twice as wide, which makes outliers cheap."""
-EXTREME = 120 * OCTAVE
-"""Norms and quantiser steps lie between 2^-120 and 2^120, within float32."""
+EXTREME = 120 * OCTAVE  # norms and quantiser steps lie between 2^-120 and 2^120, within float32
+# Sum of a table's frequencies, about; every symbol gets at least 1, so that everything can be coded.
 _PRECISION = 1 << 20
-"""Sum of a table's frequencies, about; every symbol gets at least 1, so that everything can be coded."""
 
 
 @cache

@@ -20,25 +20,22 @@ from icmlora.adapter.model import LoraModule
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import OCTAVE
 
+# By dotted module name: mean squares of inputs (in,) and of output gradients (out,).
 MeanSquares = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""By dotted module name: mean squares of inputs (in,) and of output gradients (out,)."""
 
+# Powers of root mean squares, within a module and between modules; 1 is the Fisher information, 0 even weights.
 _CHANNEL_POWER, _LEVEL_POWER = 0.5, 0.25
-"""Powers of root mean squares, within a module and between modules; 1 is the Fisher information, 0 even weights."""
+# Share of the mean that is added to every mean square: an input that was zero on these texts may not stay so.
 _FLOOR = 0.05
-"""Share of the mean that is added to every mean square: an input that was zero on these texts may not stay so."""
-_RANGE = 12.0
-"""Weights are between 2^-12 and 2^12."""
+_RANGE = 12.0  # weights are between 2^-12 and 2^12
 
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
     """log2 weights of the channels of every module, in whole halves."""
 
-    inputs: tuple[torch.Tensor, ...]
-    """Per kind, float32, shape (L, in)."""
-    outputs: tuple[torch.Tensor, ...]
-    """Per kind, float32, shape (L, out)."""
+    inputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, in)
+    outputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, out)
 
     def to(self, device: torch.device) -> Sensitivity:
         """Move all weights to a device."""
@@ -51,22 +48,13 @@ class Sensitivity:
         return LoraModule(module.name, module.a * right, module.b * left[:, None])
 
     def unweigh(self, kind: int, layer: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Undo `weigh`, in place, for rank slots of one kind.
-
-        Args:
-            kind: Index of the module kind.
-            layer: Of each slot, shape (n,).
-            inputs: Rows of A, shape (n, in).
-            outputs: Columns of B, shape (n, out).
-        """
+        """Undo `weigh`, in place, for rank slots of one kind: layer (n,), inputs (n, in), outputs (n, out)."""
         inputs.mul_(torch.exp2(-self.inputs[kind]).index_select(0, layer))
         outputs.mul_(torch.exp2(-self.outputs[kind]).index_select(0, layer))
 
     def profile(self, kind: int, side: int) -> torch.Tensor:
-        """Return log2 of how far each channel is above the layer's mean, in whole eighths, shape (L, size).
-
-        Values with the same spread in every channel have this profile once they are weighted.
-        """
+        """Return log2 of how far each channel is above the layer's mean, in whole eighths, shape (L, size)."""
+        # Values with the same spread in every channel have this profile once they are weighted.
         weights = (self.inputs, self.outputs)[side][kind]
         middle = (weights.mean(dim=1, keepdim=True) * OCTAVE).round() / OCTAVE
         return weights - middle
@@ -80,12 +68,7 @@ def even(config: GeneratorConfig) -> Sensitivity:
 
 
 def sensitivity_of(config: GeneratorConfig, measured: MeanSquares) -> Sensitivity:
-    """Turn mean squares into weights, whose log2 has a mean of about 0 over all measured modules.
-
-    Args:
-        config: Says which modules there are.
-        measured: Mean squares; a module that is missing gets weights of 1.
-    """
+    """Turn mean squares into weights, whose log2 has a mean of about 0 over all measured modules."""
     weights = even(config)
     places = [(kind, layer) for kind in range(len(config.kinds)) for layer in range(config.layers)]
     known = [(k, layer, *measured[name]) for k, layer in places if (name := config.kinds[k].module(layer)) in measured]

@@ -23,26 +23,19 @@ from icmlora.errors import AdapterRefused
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import Sensitivity
 
-_LARGEST = 2.0**50
-"""Largest singular value: the network sums their squares in float32, and quantiser steps end at 2^40."""
+_LARGEST = 2.0**50  # largest singular value: the network sums their squares in float32, and quantiser steps end at 2^40
 
 
 @dataclass(frozen=True, eq=False)
 class KindTokens:
     """All token pairs of one module kind of one adapter, ordered by (layer, slot)."""
 
-    kind: int
-    """Index into the generator's kinds."""
-    layer: torch.Tensor
-    """int64, shape (n,)."""
-    slot: torch.Tensor
-    """int64, shape (n,)."""
-    norm: torch.Tensor
-    """Singular values of dW, float32, shape (n,), all positive."""
-    inputs: torch.Tensor
-    """s * v, float32, shape (n, in)."""
-    outputs: torch.Tensor
-    """s * u, float32, shape (n, out)."""
+    kind: int  # index into the generator's kinds
+    layer: torch.Tensor  # int64, shape (n,)
+    slot: torch.Tensor  # int64, shape (n,)
+    norm: torch.Tensor  # singular values of dW, float32, shape (n,), all positive
+    inputs: torch.Tensor  # s * v, float32, shape (n, in)
+    outputs: torch.Tensor  # s * u, float32, shape (n, out)
 
     def __getitem__(self, chosen: torch.Tensor) -> KindTokens:
         """Choose token pairs with a mask of shape (n,)."""
@@ -56,22 +49,13 @@ class KindTokens:
 
 
 def weighted(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> Adapter:
-    """Return an adapter with dW multiplied by the weights of its channels.
-
-    Raises:
-        GeneratorError: The adapter has a module kind, layer or rank that the generator does not cover.
-    """
+    """Return an adapter with dW multiplied by the weights of its channels."""
     modules = (sensitivity.weigh(module, *config.place_of(module.shape)) for module in adapter.modules)
     return replace(adapter, modules=tuple(modules))
 
 
 def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> tuple[KindTokens, ...]:
-    """Turn an adapter (any gauge) into tokens; slots and kinds without energy are left out.
-
-    Raises:
-        GeneratorError: The adapter has a module kind, layer or rank that the generator does not cover.
-        AdapterRefused: A factor that float32 cannot hold.
-    """
+    """Turn an adapter (any gauge) into tokens; slots and kinds without energy are left out."""
     from icmlora.adapter.canonical import canonicalize  # needed to encode only
 
     groups: defaultdict[int, list[tuple[int, LoraModule]]] = defaultdict(list)
@@ -83,11 +67,7 @@ def tokenize(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity
 
 
 def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> None:
-    """Refuse an adapter whose dW is too large for the network.
-
-    Raises:
-        AdapterRefused: Names the module of the largest dW.
-    """
+    """Refuse an adapter whose dW is too large for the network."""
     for group in tokens:
         if (group.norm > _LARGEST).any():
             slot = int(group.norm.argmax())
@@ -120,15 +100,9 @@ def detokenize(
     modules: Sequence[tuple[int, int]],
     task_type: str | None,
 ) -> Adapter:
-    """Turn tokens back into an adapter.
-
-    Args:
-        tokens: At most one entry per kind; taken one after the other, so that one is in memory at a time.
-        config: The generator's configuration.
-        sensitivity: The weights that the tokens were made with.
-        modules: (kind, layer) of every module to write; one without tokens becomes a rank 1 module of zeros.
-        task_type: PEFT's task type, such as CAUSAL_LM.
-    """
+    """Turn tokens back into an adapter."""
+    # Tokens are taken one kind after the other, so that one is in memory at a time. A (kind, layer) of `modules`
+    # without tokens becomes a rank 1 module of zeros.
     written = {place: _zero_module(config, *place) for place in modules}
     for group in tokens:
         # All layers at once: a single module is so small that calling an operation takes longer than the operation.

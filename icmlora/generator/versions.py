@@ -16,16 +16,9 @@ from icmlora.generator.network_file import TrainedGenerator, generator_from_byte
 
 
 class GeneratorFile:
-    """The versions of one generator, oldest first; earlier ones decode the codes that were made under them.
+    """The versions of one generator, oldest first; earlier ones decode the codes that were made under them."""
 
-    An opened codec stays in memory as long as this object does.
-
-    Args:
-        data: The file.
-
-    Raises:
-        GeneratorError: Not a generator file, of a newer format, damaged or cut short.
-    """
+    # An opened codec stays in memory as long as this object does.
 
     def __init__(self, data: bytes) -> None:
         self._versions = versions_of(data)
@@ -42,34 +35,20 @@ class GeneratorFile:
         return tuple(version.config for version in self._versions)
 
     def codec(self, number: int) -> Codec:
-        """Return the codec of a version, counted from 0; versions added later do not change it.
-
-        Raises:
-            GeneratorError: Its network cannot be read, or not on this machine.
-        """
+        """Return the codec of a version, counted from 0; versions added later do not change it."""
         if number not in self._codecs:
             self._codecs[number] = Codec(self._open(number))
         return self._codecs[number]
 
     def codec_of(self, code: bytes) -> Codec:
-        """Return the codec of the version that a code names.
-
-        Raises:
-            CodeError: Not a code, or another generator made it.
-            GeneratorError: As `codec`.
-        """
+        """Return the codec of the version that a code names."""
         digest = generator_of(code)
         if digest not in self.digests:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.digests[-1][:12]}")
         return self.codec(self.digests.index(digest))
 
     def codec_for(self, layout: Sequence[ModuleShape]) -> Codec:
-        """Return the codec of the newest version that covers an adapter.
-
-        Raises:
-            NotCovered: No version covers it.
-            GeneratorError: As `codec`.
-        """
+        """Return the codec of the newest version that covers an adapter."""
         covering = self.covering(layout)
         if not covering:
             fact = "the generator does not cover every module and rank of this adapter"

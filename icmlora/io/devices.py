@@ -15,14 +15,7 @@ _NAME = re.compile(r"(cpu|mps|cuda(?::(\d{1,3}))?)")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Turn a device name into a device that exists.
-
-    Args:
-        name: "auto", "cpu", "cuda", "cuda:N" or "mps".
-
-    Raises:
-        DeviceUnavailable: The name is unknown, or this machine has no such device.
-    """
+    """Turn a device name into a device that exists."""
     if name == "auto":
         return torch.device(_best())
     match = _NAME.fullmatch(name)
@@ -36,22 +29,18 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:
-    """Return the precision that hidden states and losses are computed in on `device`.
-
-    float32 on a CPU: with SmolLM2-135M, bfloat16 lowered the retained gain by 0.003 on both tasks tried, and it is
-    faster only on processors with instructions for it. Task vectors stand it (there they moved by under 1 %, where
-    support sets differ by 11 to 30 %). Accelerators are built for bfloat16, so there it is the default.
-    """
+    """Return the precision that hidden states and losses are computed in on `device`."""
+    # float32 on a CPU: with SmolLM2-135M, bfloat16 lowered the retained gain by 0.003 on both tasks tried, and it is
+    # faster only on processors with instructions for it. Task vectors stand it (there they moved by under 1 %, where
+    # support sets differ by 11 to 30 %). Accelerators are built for bfloat16, so there it is the default.
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def gradient_dtype(device: torch.device) -> torch.dtype:
-    """Return the precision that gradients through a frozen base model are computed in on `device`.
-
-    bfloat16 wherever there are instructions for it: gradients are averages, and what they move is rounded far more
-    coarsely. On a CPU that multiplies bfloat16 (AVX512-BF16; every one with AMX has it too) forward and backward of two
-    texts of 256 tokens took 3.2 s instead of 8 s; one without takes a third longer for it than for float32.
-    """
+    """Return the precision that gradients through a frozen base model are computed in on `device`."""
+    # bfloat16 wherever there are instructions for it: gradients are averages, and what they move is rounded far more
+    # coarsely. On a CPU that multiplies bfloat16 (AVX512-BF16; every one with AMX has it too) forward and backward of
+    # two texts of 256 tokens took 3.2 s instead of 8 s; one without takes a third longer for it than for float32.
     is_fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if is_fast else torch.float32
 

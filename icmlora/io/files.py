@@ -13,33 +13,19 @@ from registry.errors import SourceRefused
 
 @contextmanager
 def open_regular(path: Path, *, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Open a regular file of bounded size and yield its descriptor and size; see `registry.files.open_plain`.
-
-    Raises:
-        UnsafeInput: A symbolic link, a special file, too large, or changed while it was read.
-        AdapterRefused: Missing or unreadable.
-    """
+    """Open a regular file of bounded size and yield its descriptor and size; see `registry.files.open_plain`."""
     with _refusals(), files.open_plain(path, max_bytes=max_bytes) as opened:
         yield opened
 
 
 def read_exactly(descriptor: int, size: int, offset: int) -> bytes:
-    """Read `size` bytes at `offset`.
-
-    Raises:
-        UnsafeInput: The file ends early: it was cut while it was read.
-    """
+    """Read `size` bytes at `offset`."""
     with _refusals():
         return files.read_exactly(descriptor, size, offset)
 
 
 def read_regular(path: Path, *, max_bytes: int) -> bytes:
-    """Read a whole regular file of bounded size.
-
-    Raises:
-        UnsafeInput: As `open_regular`.
-        AdapterRefused: As `open_regular`.
-    """
+    """Read a whole regular file of bounded size."""
     with _refusals():
         return files.read_plain(path, max_bytes=max_bytes)
 

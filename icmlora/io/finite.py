@@ -18,11 +18,7 @@ _CHUNK = 256 * 1024
 
 
 def check_finite(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
-    """Check that every value of a file is finite.
-
-    Raises:
-        AdapterRefused: Names the tensor, the value and the position of the first one that is not.
-    """
+    """Check that every value of a file is finite."""
     for run in header.runs:
         dtype = run[0].dtype
         if not _all_finite(bits(data, dtype, run[0].begin, run[-1].end), _EXPONENT[dtype]):
@@ -36,11 +32,9 @@ def bits(data: bytes | bytearray | memoryview, dtype: str, begin: int, end: int)
 
 
 def _all_finite(values: Bits, exponent: int) -> bool:
-    """Say whether no value has all bits of the exponent set.
-
-    Those that have are the largest integers: the positive ones if the highest bit is read as a sign, the negative ones
-    if it is not. Two maxima need no memory; a mask over all values would take as much as they do.
-    """
+    """Say whether no value has all bits of the exponent set."""
+    # Those that have are the largest integers: the positive ones if the highest bit is read as a sign, the negative
+    # ones if it is not. Two maxima need no memory; a mask over all values would take as much as they do.
     negative = exponent | 1 << (8 * values.itemsize - 1)
     signed = values.view(f"<i{values.itemsize}")
     return all(

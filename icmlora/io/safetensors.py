@@ -26,8 +26,8 @@ MAX_HEADER_BYTES = 8 * 1024 * 1024
 MAX_TENSORS = 20_000
 MAX_RANK = 4
 MAX_DIMENSION = 2**31
+# Above any adapter in use: rank 256 on every linear layer of a 70B model is 3.3 GB in bf16.
 MAX_FILE_BYTES = 8 * 1024**3
-"""Above any adapter in use: rank 256 on every linear layer of a 70B model is 3.3 GB in bf16."""
 
 ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -71,12 +71,7 @@ class TensorHeader:
 
 
 def read_header(data: bytes | bytearray | memoryview) -> TensorHeader:
-    """Read and check the header of a safetensors file that is in memory as a whole.
-
-    Raises:
-        UnsafeInput: A pickle, a broken limit, a duplicate key or a hostile name.
-        AdapterRefused: Any other reason why the file is not valid.
-    """
+    """Read and check the header of a safetensors file that is in memory as a whole."""
     return parse_header(header_text(data), len(data))
 
 
@@ -105,12 +100,7 @@ def parse_header(text: bytes, size: int) -> TensorHeader:
 
 
 def read_tensor_file(path: Path) -> bytes:
-    """Read a safetensors file from disk; its header is checked against its size before the data is read.
-
-    Raises:
-        UnsafeInput: As `read_header` and `open_regular`.
-        AdapterRefused: As `read_header` and `open_regular`.
-    """
+    """Read a safetensors file from disk; its header is checked against its size before the data is read."""
     with located(path), open_regular(path, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
         start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)
         head = read_exactly(descriptor, _PREFIX_BYTES + _header_length(start, size), 0)
@@ -119,17 +109,8 @@ def read_tensor_file(path: Path) -> bytes:
 
 
 def encode(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> bytes:
-    """Serialise tensors; the same tensors and metadata always give the same bytes.
-
-    Names are written in sorted order (the library's order of metadata varies from run to run).
-
-    Args:
-        tensors: Name to tensor.
-        metadata: Text keys and values; `{"format": "pt"}` is what readers of adapters expect.
-
-    Raises:
-        ValueError: A tensor's bytes do not fit its shape.
-    """
+    """Serialise tensors; the same tensors and metadata always give the same bytes."""
+    # Names are written in sorted order (the library's order of metadata varies from run to run).
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     # Wide types come first, which keeps every tensor aligned, as the format asks for.

@@ -27,19 +27,9 @@ _SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
 
 
 def locked_next_to(target: Path, *, flags: int, create: Callable[[Path], object]) -> tuple[Path, int]:
-    """Make a new, locked entry `NAME.icm-XXXXXXXX` in the target's folder.
-
-    Other runs see the entry before it is locked, and may take it for abandoned and remove it. They remove it under the
-    lock; so this checks, once it holds the lock, that the entry is still there, and else makes another one.
-
-    Args:
-        target: What it will be renamed to.
-        flags: How the entry is opened.
-        create: Makes an empty entry of a given path.
-
-    Returns:
-        The entry, and the descriptor that holds the lock until it is closed.
-    """
+    """Make a new, locked entry `NAME.icm-XXXXXXXX` in the target's folder."""
+    # Other runs see the entry before it is locked, and may take it for abandoned and remove it. They remove it under
+    # the lock; so this checks, once it holds the lock, that the entry is still there, and else makes another one.
     while True:
         entry = target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
         create(entry)
@@ -54,14 +44,8 @@ def locked_next_to(target: Path, *, flags: int, create: Callable[[Path], object]
 
 
 def remove_abandoned(target: Path, *, flags: int, remove: Callable[[Path], object]) -> None:
-    """Remove what dead processes left behind for the same target.
-
-    Args:
-        target: What they were writing.
-        flags: How such an entry is opened, in addition to reading and not following links; one that cannot be
-            opened like that is left alone.
-        remove: Removes one entry.
-    """
+    """Remove what dead processes left behind for the same target."""
+    # An entry that cannot be opened with `flags` is not ours and is left alone.
     for entry in target.parent.iterdir():
         suffix = entry.name.removeprefix(target.name)
         if suffix != entry.name and _SUFFIX.fullmatch(suffix):
@@ -93,16 +77,7 @@ def _is_at(entry: Path, descriptor: int) -> bool:
 
 @contextmanager
 def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
-    """Open a file for writing; it is at `path` after the block, and not at all if the block raises.
-
-    Args:
-        path: The file; missing parents are made. A link is followed.
-        force: Replace a file that exists.
-
-    Raises:
-        OutputExists: It exists and `force` is not given, or it is not a file.
-        OSError: The file system refused; nothing was left at `path` that was not there.
-    """
+    """Open a file for writing; it is at `path` after the block, and not at all if the block raises."""
     target = Path(os.path.realpath(path))
     check_absent(path, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,11 +98,7 @@ def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
 
 
 def check_absent(path: Path, *, force: bool = False) -> None:
-    """Check that a file can be written, before the work of making its content.
-
-    Raises:
-        OutputExists: As `writing_file`.
-    """
+    """Check that a file can be written, before the work of making its content."""
     if path.exists() and not path.is_file():
         raise OutputExists("is not a file", path=path)
     if path.exists() and not force:
@@ -135,12 +106,7 @@ def check_absent(path: Path, *, force: bool = False) -> None:
 
 
 def check_free(directory: Path, *, force: bool = False) -> None:
-    """Check that a folder can be written, before the work of making its content.
-
-    Raises:
-        OutputExists: It holds something and `force` is not given, or it is not a folder.
-        PermissionError: Nothing can be made where it is to be.
-    """
+    """Check that a folder can be written, before the work of making its content."""
     if directory.exists() and not directory.is_dir():
         raise OutputExists("is not a folder", path=directory)
     if not force and directory.is_dir() and any(directory.iterdir()):
@@ -153,19 +119,9 @@ def check_free(directory: Path, *, force: bool = False) -> None:
 
 
 def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
-    """Write files as the content of a folder.
-
-    Args:
-        directory: The folder; it may exist if it is empty. Missing parents are made.
-        files: Name to content, in the order in which they are replaced under `force`; the last one is the file
-            without which the folder means nothing.
-        force: Replace these files in a folder that holds something; other files in it stay. If that is cut short,
-            the last file is missing until the same is done again.
-
-    Raises:
-        OutputExists: As `check_free`, or someone else filled the folder in the meantime.
-        OSError: The file system refused; nothing was left at `directory`.
-    """
+    """Write files as the content of a folder, which may exist if it is empty."""
+    # The last file is the one without which the folder means nothing. Under `force` files are replaced in this order
+    # and others stay; if that is cut short, the last one is missing until the same is done again.
     check_free(directory, force=force)
     if force and directory.is_dir() and any(directory.iterdir()):
         _replace(_cleared(directory), files)
@@ -177,18 +133,8 @@ def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = F
 
 @contextmanager
 def building_folder(directory: Path) -> Iterator[Path]:
-    """Make a folder that takes the place of an absent or empty one after the block, unless the block raises.
-
-    Args:
-        directory: The folder to make. Missing parents are made. A link is followed.
-
-    Yields:
-        The folder to fill with files; they are to be synced in the block.
-
-    Raises:
-        OutputExists: Someone else filled the folder in the meantime.
-        OSError: The file system refused; nothing was left at `directory`.
-    """
+    """Make a folder that takes the place of an absent or empty one after the block, unless the block raises."""
+    # A link is followed. Files are to be synced in the block.
     target = _cleared(directory)
     folder, lock = locked_next_to(target, flags=os.O_DIRECTORY, create=Path.mkdir)
     try:

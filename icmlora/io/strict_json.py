@@ -14,12 +14,11 @@ from typing import Any, NoReturn
 from icmlora.errors import AdapterRefused, UnsafeInput
 from registry.names import escape
 
-MAX_DEPTH = 32
-"""Nesting allowed; real configurations need 3."""
+MAX_DEPTH = 32  # nesting allowed; real configurations need 3
 
+# Marks of one kind allowed: twice what the header of 20,000 tensors needs. It bounds the objects that parsing makes,
+# which take fifty times the memory of their text.
 MAX_PUNCTUATION = 400_000
-"""Marks of one kind allowed: twice what the header of 20,000 tensors needs. It bounds the objects that parsing makes,
-which take fifty times the memory of their text."""
 
 # A string, or one structural character: enough to follow the nesting without building anything.
 # Possessive, and a string may end with the data: the scan never goes back, so it is linear for any input.
@@ -29,20 +28,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
-    """Parse bytes that must hold exactly one JSON object.
-
-    Args:
-        data: UTF-8 bytes.
-        what: What the bytes are, for messages ("adapter_config.json", "safetensors header").
-        max_bytes: The most bytes that are looked at.
-
-    Returns:
-        The object; every string in it can be encoded as UTF-8.
-
-    Raises:
-        UnsafeInput: Too large, too deep, or with duplicate keys.
-        AdapterRefused: Not JSON, not an object, or with a number that is not finite.
-    """
+    """Parse bytes that must hold exactly one JSON object."""
     if len(data) > max_bytes:
         raise UnsafeInput(f"{what} has {len(data):,} bytes, more than {max_bytes:,}", kind="limits")
     _check_punctuation(data, what)

@@ -15,15 +15,8 @@ _TORCH: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16,
 
 
 def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -> dict[str, torch.Tensor]:
-    """Read every tensor of a checked file as float32; F16 and BF16 widen exactly.
-
-    Args:
-        data: The whole file.
-        header: Its header, from `icmlora.io.safetensors.read_header`.
-
-    Returns:
-        Name to tensor, in file order; neighbours may share storage.
-    """
+    """Read every tensor of a checked file as float32; F16 and BF16 widen exactly."""
+    # Neighbours may share storage.
     from icmlora.io.finite import bits  # needed to read only
 
     tensors: dict[str, torch.Tensor] = {}
@@ -41,29 +34,13 @@ def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -
 
 
 def decode_torch(data: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Check a whole tensor file and read it as float32.
-
-    Returns:
-        Its header text, and name to tensor.
-
-    Raises:
-        AdapterRefused: Not a well-formed tensor file.
-    """
+    """Check a whole tensor file and read it as float32."""
     header = read_header(data)
     return dict(header.metadata), decode_float32(data, header)
 
 
 def encode_torch(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, dtype: str) -> bytes:
-    """Serialise tensors as one type, rounding to nearest even; deterministic.
-
-    Args:
-        tensors: Name to tensor.
-        metadata: Text for the header.
-        dtype: "float32", "float16" or "bfloat16".
-
-    Raises:
-        AdapterRefused: A value that is not finite in that type (float16 ends at 65504).
-    """
+    """Serialise tensors as one type, rounding to nearest even; deterministic."""
     name = DTYPE_NAMES[dtype]
     return encode({key: _raw(key, tensor, name) for key, tensor in tensors.items()}, metadata)
 

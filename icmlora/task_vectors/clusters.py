@@ -15,20 +15,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-MAX_CLUSTERS = 50
-"""Largest number that is chosen automatically: neither a table nor a picture can show more."""
+MAX_CLUSTERS = 50  # largest number that is chosen automatically: neither a table nor a picture can show more
 
 
 def partitions(distances: Floats) -> Iterator[Labels]:
-    """Yield cluster numbers for n, n - 1, ..., 1 clusters, by average linkage (UPGMA, Sokal and Michener 1958).
+    """Yield cluster numbers (n,) for n, n - 1, ..., 1 clusters, by average linkage (UPGMA, Sokal and Michener 1958).
 
-    The distance of two clusters is the mean of the distances between their points; the two nearest become one.
-
-    Args:
-        distances: Symmetric, shape (n, n).
-
-    Returns:
-        Shape (n,) each; equal numbers are one cluster, in no particular order.
+    The distance of two clusters is the mean of the distances (n, n) between their points; the two nearest become one.
     """
     count = len(distances)
     labels = np.arange(count)
@@ -49,18 +42,11 @@ def partitions(distances: Floats) -> Iterator[Labels]:
 
 
 def silhouettes(distances: Floats, labels: Labels) -> Floats:
-    """Return each point's silhouette (Rousseeuw 1987): (b - a) / max(a, b).
+    """Return each point's silhouette (Rousseeuw 1987): (b - a) / max(a, b), shape (n,), in [-1, 1].
 
     a is its mean distance to the others of its cluster, b that to the nearest other cluster. 1 means deep inside, 0 on
     the border, below 0 nearer to another cluster. A point that is alone in its cluster has 0, and so has every point if
     there is only one cluster.
-
-    Args:
-        distances: Symmetric with a diagonal of 0, shape (n, n).
-        labels: Any numbers, shape (n,).
-
-    Returns:
-        Shape (n,), in [-1, 1].
     """
     names, own = np.unique(labels, return_inverse=True)
     if len(names) < 2:
@@ -76,21 +62,9 @@ def silhouettes(distances: Floats, labels: Labels) -> Floats:
 
 
 def cluster(distances: Floats, clusters: int | None = None) -> Labels:
-    """Return cluster numbers from 0, the largest cluster first.
-
-    By default the number of clusters is the one with the best mean silhouette, from 2 to half of the points; of equally
-    good ones the smallest.
-
-    Args:
-        distances: Symmetric with a diagonal of 0, shape (n, n), n at least 2.
-        clusters: How many, 1 to n; None for the best number.
-
-    Returns:
-        Shape (n,).
-
-    Raises:
-        ValueError: There are fewer points than clusters, or than two.
-    """
+    """Return cluster numbers (n,) from 0, the largest cluster first, for distances (n, n)."""
+    # By default the number of clusters is the one with the best mean silhouette, from 2 to half of the points; of
+    # equally good ones the smallest.
     count = len(distances)
     if count < 2 or (clusters is not None and not 1 <= clusters <= count):
         raise ValueError("clusters need two points or more, and number 1 to the number of points")

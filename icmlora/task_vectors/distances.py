@@ -18,26 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+# Name of a task -> its vectors, one row per support set: shape (sets, d), d the same for all, 2 or more.
 SupportSetVectors = Mapping[str, NDArray[np.floating]]
-"""Name of a task -> its vectors, one row per support set: shape (sets, d), d the same for all, 2 or more."""
 
-FEWEST = 3
-"""Least number of tasks: two are always opposite of each other around their own mean."""
-OUTSIDE = 0.95
-"""A task is outside of what is known if this share of the known tasks is nearer to the others."""
+FEWEST = 3  # least number of tasks: two are always opposite of each other around their own mean
+OUTSIDE = 0.95  # a task is outside of what is known if this share of the known tasks is nearer to the others
 
 
 @dataclass(frozen=True)
 class VectorSpace:
-    """The origin and the units that vectors are measured in.
+    """The origin and the units that vectors are measured in."""
 
-    Attributes:
-        mean: Mean of the tasks, shape (d,).
-        unit: Size of one unit in each channel, positive, shape (d,).
-    """
-
-    mean: Floats
-    unit: Floats
+    mean: Floats  # mean of the tasks, shape (d,)
+    unit: Floats  # size of one unit in each channel, positive, shape (d,)
 
     @classmethod
     def of(cls, tasks: SupportSetVectors) -> Self:
@@ -46,9 +39,6 @@ class VectorSpace:
         The unit is the channel's standard deviation between vectors of one task, plus the median of that over the
         channels: without it, channels that hardly vary at all would decide (as in SAM, Tusher et al. 2001). If no task
         has two vectors, the deviation between tasks is used instead.
-
-        Args:
-            tasks: At least one task of at least one vector.
         """
         means = mean_vectors(tasks)  # (n, d)
         several = [vectors - vectors.mean(axis=0) for vectors in _exact(tasks) if len(vectors) > 1]
@@ -74,14 +64,10 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Familiarity:
-    """How far a task is from the known ones, compared with how far each of those is from the others.
+    """How far a task is from the known ones, compared with how far each of those is from the others."""
 
-    Attributes:
-        neighbours: All known tasks, nearest first.
-        usual: Distance of each known task to its nearest other one, measured as if it were the new one; ascending.
-    """
-
-    neighbours: tuple[Neighbour, ...]
+    neighbours: tuple[Neighbour, ...]  # all known tasks, nearest first
+    # Distance of each known task to its nearest other one, measured as if it were the new one; ascending.
     usual: tuple[float, ...]
 
     @property
@@ -96,40 +82,22 @@ class Familiarity:
 
     @property
     def is_outside(self) -> bool:
-        """Whether the task is outside of what is known.
-
-        A new task of the same kind as the n known ones has a rank among them that is about uniform (as in conformal
-        prediction, Vovk et al. 2005). So it is called outside once in about 1 / (1 - OUTSIDE) cases, or once in n + 1
-        if few tasks are known.
-        """
+        """Whether the task is outside of what is known."""
+        # A new task of the same kind as the n known ones has a rank among them that is about uniform (as in conformal
+        # prediction, Vovk et al. 2005). So it is called outside once in about 1 / (1 - OUTSIDE) cases, or once in n + 1
+        # if few tasks are known.
         return self.farther_than >= OUTSIDE
 
 
 def nearest(vector: NDArray[np.floating], others: SupportSetVectors) -> tuple[Neighbour, ...]:
-    """Rank known tasks by their distance from a vector, in the space of the known ones.
-
-    Args:
-        vector: Mean vector of a task that is not among the known ones, shape (d,).
-        others: The known tasks, two or more.
-
-    Returns:
-        All of them, nearest first; equally near ones by name.
-    """
+    """Rank known tasks by distance from a new task's mean vector (d,), nearest first; equally near ones by name."""
     space = VectorSpace.of(others)
     distances = cosine_distances(space.place(vector[None]), space.place(mean_vectors(others)))[0]
     return ranked(list(others), distances)
 
 
 def familiarity(vector: NDArray[np.floating], others: SupportSetVectors) -> Familiarity:
-    """Measure how far a task is from the known ones, compared with how far those are from each other.
-
-    Args:
-        vector: Mean vector of a task that is not among the known ones, shape (d,).
-        others: The known tasks.
-
-    Raises:
-        ValueError: Fewer than `FEWEST` are known.
-    """
+    """Measure how far a task is from the known ones, compared with how far those are from each other."""
     if len(others) < FEWEST:
         raise ValueError(f"familiarity needs {FEWEST} tasks or more")
     placed = VectorSpace.of(others).place(mean_vectors(others))

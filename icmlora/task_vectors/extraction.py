@@ -23,18 +23,7 @@ from icmlora.task_vectors.vector import Extractor, Source, TaskVector, VectorSet
 def extract_adapted(
     base: BaseModel, folder: Path, samples: Sequence[Any] | None, settings: VectorSettings | None = None
 ) -> tuple[TaskVector, ...]:
-    """Make the adapted view: one vector for each support set.
-
-    Args:
-        base: The base model; the adapter is put on it and taken off again.
-        folder: The adapter as a PEFT folder that this package wrote or checked.
-        samples: The task's samples, as the base model's modality reads them; None for its probes.
-        settings: How much to read; None for the defaults.
-
-    Raises:
-        BaseModelMismatch: The adapter cannot be put on this base model.
-        DataError: There is no sample, or one has nothing to read.
-    """
+    """Make the adapted view: one vector for each support set."""
     settings = settings or VectorSettings()
     sets = split_samples(base.modality.probes if samples is None else samples, settings)
     with adapted(base, folder):
@@ -45,18 +34,8 @@ def extract_adapted(
 def extract_context(
     base: BaseModel, samples: Sequence[Any], settings: VectorSettings | None = None
 ) -> tuple[TaskVector, ...]:
-    """Make the context view: one vector for each support set, without any adapter.
-
-    It needs samples: without an adapter, the bundled probes would give the same vector for every task.
-
-    Args:
-        base: The bare base model.
-        samples: The task's samples, as the base model's modality reads them.
-        settings: How much to read; None for the defaults.
-
-    Raises:
-        DataError: There is no sample, or one has nothing to read.
-    """
+    """Make the context view: one vector for each support set, without any adapter."""
+    # It needs samples: without an adapter, the bundled probes would give the same vector for every task.
     settings = settings or VectorSettings()
     sets = split_samples(samples, settings)
     values = [base.modality.context_state(base, some, settings.context_tokens) for some in sets]

@@ -34,43 +34,28 @@ Floats = NDArray[np.float64]
 _MAGIC = b"ICMT\x02"
 _HEAD = struct.Struct("<BI")
 _VIEW = struct.Struct("<BBhhbb")
-_VIEWS: tuple[View, ...] = get_args(View)
-"""The order of views in a file, and their numbers."""
+_VIEWS: tuple[View, ...] = get_args(View)  # the order of views in a file, and their numbers
+# Median magnitude of a standard normal value. Medians are used because outliers must not set the step.
 _TYPICAL = 0.6745
-"""Median magnitude of a standard normal value. Medians are used because outliers must not set the step."""
-_STEP = 2.0 ** (3 / OCTAVE)
-"""The step, relative to a typical difference between sets."""
-_SINGLE, _FINEST = 1 / 8, 1 / 64
-"""Relative to a typical value: the step of a single set, and the finest step of all."""
-_ONE = 256
-"""Slopes are stored in 256ths."""
+_STEP = 2.0 ** (3 / OCTAVE)  # the step, relative to a typical difference between sets
+_SINGLE, _FINEST = 1 / 8, 1 / 64  # relative to a typical value: the step of a single set, and the finest step of all
+_ONE = 256  # slopes are stored in 256ths
+# Largest slope: values take up to a sixteenth of the largest integer, so differences to a prediction still fit.
 _STEEPEST = 15 * _ONE
-"""Largest slope: values take up to a sixteenth of the largest integer, so differences to a prediction still fit."""
-_LARGEST = 1 << 24
-"""Most values in a file, so that a damaged head cannot ask for gigabytes."""
-_EXTREME = 130 * OCTAVE
-"""Largest exponent of a step, either way."""
+_LARGEST = 1 << 24  # most values in a file, so that a damaged head cannot ask for gigabytes
+_EXTREME = 130 * OCTAVE  # largest exponent of a step, either way
 
 
 @dataclass(frozen=True)
 class _ViewHead:
-    """How the integers of one view are written.
+    """How the integers of one view are written."""
 
-    Attributes:
-        which: Number of the view, an index into `_VIEWS`.
-        sets: Number of support sets.
-        exponent: log2 of the step, in eighths.
-        slope: How much of the first view's mean predicts this view's, in 256ths, both measured in their own steps.
-        mean_scale: Scale index of the mean's integers.
-        spread_scale: Scale index of the differences' integers.
-    """
-
-    which: int
+    which: int  # number of the view, an index into `_VIEWS`
     sets: int
-    exponent: int
-    slope: int
-    mean_scale: int
-    spread_scale: int
+    exponent: int  # log2 of the step, in eighths
+    slope: int  # how much of the first view's mean predicts this view's, in 256ths, both measured in their own steps
+    mean_scale: int  # scale index of the mean's integers
+    spread_scale: int  # scale index of the differences' integers
 
     def predicted(self, first: Floats) -> Floats:
         """Predict this view's mean from the first view's (length,): whole numbers, which float64 holds exactly."""
@@ -90,11 +75,7 @@ class _ViewHead:
 
 
 def vectors_to_bytes(views: Mapping[View, torch.Tensor]) -> bytes:
-    """Write the vectors of a task, by view float32 of shape (support sets, hidden size); equal values give equal bytes.
-
-    Raises:
-        ValueError: No view, other shapes, more than 255 sets, or values that are not finite.
-    """
+    """Write a task's vectors, by view float32 (support sets, hidden size); equal values give equal bytes."""
     exact = {view: values.detach().cpu().double().numpy() for view, values in views.items()}
     lengths = {values.shape[-1] for values in exact.values() if values.ndim == 2 and 1 <= len(values) <= 255}
     if len(lengths) != 1 or not all(values.ndim == 2 and np.isfinite(values).all() for values in exact.values()):
@@ -120,11 +101,7 @@ def vectors_from_bytes(data: bytes) -> dict[View, torch.Tensor]:
 
 
 def arrays_from_bytes(data: bytes) -> dict[View, NDArray[np.float32]]:
-    """Read the vectors of a task, by view float32 of shape (support sets, hidden size).
-
-    Raises:
-        DataError: The bytes are not task vectors, or damaged.
-    """
+    """Read the vectors of a task, by view float32 of shape (support sets, hidden size)."""
     content = checked(data)
     if content is None or not content.startswith(_MAGIC) or len(content) < len(_MAGIC) + _HEAD.size:
         hint = "run `icm vectors --again` to make them again"
@@ -156,16 +133,8 @@ def _read(reader: IntegerReader, heads: list[_ViewHead], length: int) -> dict[Vi
 
 
 def _quantised(which: int, exact: Floats, first: Floats) -> tuple[_ViewHead, Floats]:
-    """Quantise one view.
-
-    Args:
-        which: Number of the view.
-        exact: Its vectors, shape (sets, length).
-        first: The first view's mean in whole steps, zeros for the first view itself, shape (length,).
-
-    Returns:
-        How the view is written, and its whole numbers (sets, length): the mean in the first row, then differences.
-    """
+    """Quantise one view (sets, length), given the first view's mean in whole steps (length,), zeros for that view."""
+    # Whole numbers come back as (sets, length): the mean in the first row, then differences.
     coefficients = _cosines(len(exact)) @ exact  # (sets, length)
     typical = _typical(exact)
     step = _STEP * _typical(coefficients[1:]) if len(exact) > 1 else _SINGLE * typical

@@ -26,70 +26,49 @@ from icmlora.task_vectors.distances import (
     mean_vectors,
 )
 
-PAIRS = 5
-"""Nearest pairs that a map names, in addition to pairs that cannot be told apart."""
+PAIRS = 5  # nearest pairs that a map names, in addition to pairs that cannot be told apart
+# Two tasks are alike if their vectors are at most this much farther apart than vectors of one task. Of 20 real tasks,
+# the halves of one task's vectors were alike nine times of ten, and no two tasks ever were (1.19 at least).
 _SLACK = 1.1
-"""Two tasks are alike if their vectors are at most this much farther apart than vectors of one task. Of 20 real tasks,
-the halves of one task's vectors were alike nine times of ten, and no two tasks ever were (1.19 at least)."""
-_FENCE = 1.5
-"""Quartile ranges above the third quartile from which a value is an outlier (Tukey 1977)."""
+_FENCE = 1.5  # quartile ranges above the third quartile from which a value is an outlier (Tukey 1977)
 
 
 @dataclass(frozen=True)
 class MappedTask:
-    """One task on the map.
-
-    Attributes:
-        cluster: Number of its cluster, from 1; cluster 1 is the largest.
-        silhouette: -1 to 1: above 0 it is nearer to its own cluster, below 0 to another; 0 if it is alone.
-        point: Where it is in the picture, (x, y).
-        support_sets: Where the vectors of its support sets are, (x, y) each; their mean is `point`.
-        nearest: The nearest other task.
-        is_outlier: Whether even the nearest task is much farther away than other tasks' nearest ones.
-    """
+    """One task on the map."""
 
     name: str
-    cluster: int
-    silhouette: float
-    point: tuple[float, float]
+    cluster: int  # number of its cluster, from 1; cluster 1 is the largest
+    silhouette: float  # -1 to 1: above 0 it is nearer to its own cluster, below 0 to another; 0 if it is alone
+    point: tuple[float, float]  # where it is in the picture, (x, y)
+    # Where the vectors of its support sets are, (x, y) each; their mean is `point`.
     support_sets: tuple[tuple[float, float], ...]
     nearest: Neighbour
-    is_outlier: bool
+    is_outlier: bool  # whether even the nearest task is much farther away than other tasks' nearest ones
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two tasks and their distance.
-
-    Attributes:
-        is_alike: Whether vectors of the two are hardly farther from each other than vectors of one of them, so that
-            vectors cannot tell the tasks apart.
-    """
+    """Two tasks and their distance."""
 
     tasks: tuple[str, str]
     distance: float
+    # Whether vectors of the two are hardly farther from each other than vectors of one of them, so that vectors cannot
+    # tell the tasks apart.
     is_alike: bool
 
 
 @dataclass(frozen=True)
 class TaskMap:
-    """The map of a fleet.
+    """The map of a fleet."""
 
-    Attributes:
-        tasks: In the order in which they were given.
-        silhouette_by_cluster: Mean over the tasks, grouped by cluster; None if there is one cluster.
-        silhouette_by_task: Mean over the vectors, grouped by task; None if no task has two vectors.
-        variation: Share of the squared distances between directions that each axis of the picture shows.
-        pairs: Nearest pairs first; all pairs that are alike, and more up to `PAIRS`.
-        typical: Median distance between two tasks.
-    """
-
-    tasks: tuple[MappedTask, ...]
-    silhouette_by_cluster: float | None
-    silhouette_by_task: float | None
+    tasks: tuple[MappedTask, ...]  # in the order in which they were given
+    silhouette_by_cluster: float | None  # mean over the tasks, grouped by cluster; None if there is one cluster
+    silhouette_by_task: float | None  # mean over the vectors, grouped by task; None if no task has two vectors
+    # Share of the squared distances between directions that each axis of the picture shows.
     variation: tuple[float, float]
-    pairs: tuple[Pair, ...]
-    typical: float
+    pairs: tuple[Pair, ...]  # nearest pairs first; all pairs that are alike, and more up to `PAIRS`
+    typical: float  # median distance between two tasks
 
     @property
     def clusters(self) -> tuple[tuple[MappedTask, ...], ...]:
@@ -100,15 +79,7 @@ class TaskMap:
 
 
 def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
-    """Make the map of some tasks; their order matters for exact ties only.
-
-    Args:
-        tasks: Vectors of each task, all made by one extractor.
-        clusters: How many; None for the number with the best silhouette.
-
-    Raises:
-        ValueError: Fewer than `FEWEST` tasks, or more clusters than tasks.
-    """
+    """Make the map of some tasks; their order matters for exact ties only."""
     if len(tasks) < FEWEST:
         raise ValueError(f"a map has {FEWEST} tasks or more")
     names, means, space = list(tasks), mean_vectors(tasks), VectorSpace.of(tasks)
@@ -148,15 +119,8 @@ def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
 
 
 def _plane(points: Floats, others: Floats) -> tuple[Floats, Floats, tuple[float, float]]:
-    """Project onto the plane in which the points vary most.
-
-    Args:
-        points: What the plane is fitted to, shape (n, d).
-        others: Shape (m, d).
-
-    Returns:
-        Points (n, 2), others (m, 2), and the share of the points' variation on each axis.
-    """
+    """Project points (n, d) and others (m, d) onto the plane in which the points vary most."""
+    # Returns points (n, 2), others (m, 2), and the share of the points' variation on each axis.
     middle = points.mean(axis=0)
     _, strengths, axes = np.linalg.svd(points - middle, full_matrices=False)
     plane = axes[:2]
@@ -175,14 +139,8 @@ def _by_task(between: Floats, owners: Labels) -> float | None:
 
 
 def _pairs(names: list[str], distances: Floats, between: Floats, owners: Labels) -> tuple[Pair, ...]:
-    """Return the pairs that a map names.
-
-    Args:
-        names: Of n tasks.
-        distances: Between tasks, shape (n, n).
-        between: Between vectors, shape (m, m).
-        owners: Number of the task of each vector, shape (m,).
-    """
+    """Return the pairs that a map names."""
+    # distances: (n, n) between tasks. between: (m, m) between vectors. owners: (m,) task of each vector.
     member = (owners[:, None] == np.arange(len(names))).astype(np.float64)  # (vectors, tasks)
     sizes = member.sum(axis=0)
     sums = member.T @ between @ member  # (tasks, tasks), over all pairs of vectors

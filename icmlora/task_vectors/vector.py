@@ -25,55 +25,38 @@ Sample = TypeVar("Sample")
 View = Literal["adapted", "context"]
 Source = Literal["samples", "probes"]
 
-VERSION = 1
-"""Raised whenever the same samples would give different vectors than before."""
+VERSION = 1  # raised whenever the same samples would give different vectors than before
 
 
 @dataclass(frozen=True)
 class VectorSettings:
     """How much text a task vector is made from; the defaults read about 6,000 tokens per task, both views together."""
 
-    support_sets: int = 4
-    """Disjoint sets of samples; each gives one vector per view."""
+    support_sets: int = 4  # disjoint sets of samples; each gives one vector per view
 
-    set_size: int = 8
-    """Samples in a set."""
+    set_size: int = 8  # samples in a set
 
-    sample_tokens: int = 128
-    """Tokens of a sample that the adapted view reads."""
+    sample_tokens: int = 128  # tokens of a sample that the adapted view reads
 
+    # Tokens of all demonstrations in the context view; each sample of the set gets an equal share.
     context_tokens: int = 512
-    """Tokens of all demonstrations in the context view; each sample of the set gets an equal share."""
 
     def __post_init__(self) -> None:
-        """Check that there is something to read.
-
-        Raises:
-            ValueError: A number is too small.
-        """
+        """Check that there is something to read."""
         if min(self.support_sets, self.set_size, self.sample_tokens) < 1 or self.context_tokens < self.set_size:
             raise ValueError("task vectors need at least one set of one sample of one token")
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """What made a task vector; vectors of different extractors must not be compared.
-
-    Attributes:
-        view: Which view.
-        source: Whether the task's samples or the bundled probes were read.
-        settings: How much was read.
-        dtype: Precision of the base model.
-        base: Fingerprint of the base model.
-        version: Version of the procedure.
-    """
+    """What made a task vector; vectors of different extractors must not be compared."""
 
     view: View
-    source: Source
+    source: Source  # whether the task's samples or the bundled probes were read
     settings: VectorSettings
-    dtype: str
-    base: str
-    version: int = VERSION
+    dtype: str  # precision of the base model
+    base: str  # fingerprint of the base model
+    version: int = VERSION  # version of the procedure
 
     def to_json(self) -> str:
         """Return the canonical JSON text: equal extractors give equal text."""
@@ -83,34 +66,18 @@ class Extractor:
 
 @dataclass(frozen=True)
 class TaskVector:
-    """What one support set says about a task.
+    """What one support set says about a task."""
 
-    Attributes:
-        view: "adapted" or "context".
-        support_set: Number of the support set, from 0.
-        values: float32, shape (hidden size,).
-        extractor: What made it.
-    """
-
-    view: View
-    support_set: int
-    values: torch.Tensor
+    view: View  # "adapted" or "context"
+    support_set: int  # number of the support set, from 0
+    values: torch.Tensor  # float32, shape (hidden size,)
     extractor: Extractor
 
 
 def split_samples(samples: Sequence[Sample], settings: VectorSettings | None = None) -> tuple[tuple[Sample, ...], ...]:
-    """Choose disjoint support sets from a task's samples.
-
-    The chosen samples are spread evenly over the file and dealt out in turn, so that a file sorted by topic gives
-    similar sets. Fewer samples give fewer sets; less than one full set gives one set of all samples.
-
-    Args:
-        samples: The task's samples, in the order of the file.
-        settings: How many sets of how many samples; None for the defaults.
-
-    Raises:
-        DataError: There is no sample.
-    """
+    """Choose disjoint support sets from a task's samples."""
+    # The chosen samples are spread evenly over the file and dealt out in turn, so that a file sorted by topic gives
+    # similar sets. Fewer samples give fewer sets; less than one full set gives one set of all samples.
     settings = settings or VectorSettings()
     if not samples:
         raise DataError(

@@ -8,39 +8,32 @@ from dataclasses import asdict, dataclass
 
 from icmlora.errors import GeneratorError
 
-SMALL_FLEET = 16
-"""Tasks below which a run is short by default: the trained part of a generator hardly pays there."""
+SMALL_FLEET = 16  # tasks below which a run is short by default: the trained part of a generator hardly pays there
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of one training run; stored with it, so that a resumed run goes on with the same ones.
+    """Options of one training run; stored with it, so that a resumed run goes on with the same ones."""
 
-    What `default` chooses for a fleet:
+    # What `default` chooses for a fleet:
+    #
+    #     below 16 tasks      20 steps a task, at least 200; learning rate 0.008
+    #     from 16 tasks on    10 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004
+    #
+    # A small fleet starts from its own norm tables, and most of what steps can add is there after a fifth of them. The
+    # schedule is short as a whole, so the rate has fallen to nothing at its end and nothing has to watch for that end:
+    # the same seed gives the same bytes, however often a run is stopped. A number of steps that is asked for is a long
+    # run's: it keeps the rate of 0.004.
 
-        below 16 tasks      20 steps a task, at least 200; learning rate 0.008
-        from 16 tasks on    10 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004
-
-    A small fleet starts from its own norm tables, and most of what steps can add is there after a fifth of them. The
-    schedule is short as a whole, so the rate has fallen to nothing at its end and nothing has to watch for that end:
-    the same seed gives the same bytes, however often a run is stopped. A number of steps that is asked for is a long
-    run's: it keeps the rate of 0.004.
-    """
-
-    steps: int
-    """Optimiser steps; each sees one adapter."""
-    learning_rate: float = 4e-3
-    """Peak of a cosine schedule with a linear warm-up."""
-    weight_decay: float = 0.01
-    """AdamW's, on all parameters."""
-    warmup: float = 0.1
-    """Share of the steps over which the learning rate rises."""
-    view_dropout: float = 0.5
-    """Chance that a step does not see the adapted view, which a new task does not have."""
+    steps: int  # optimiser steps; each sees one adapter
+    learning_rate: float = 4e-3  # peak of a cosine schedule with a linear warm-up
+    weight_decay: float = 0.01  # AdamW's, on all parameters
+    warmup: float = 0.1  # share of the steps over which the learning rate rises
+    view_dropout: float = 0.5  # chance that a step does not see the adapted view, which a new task does not have
+    # Chance that a step sees a task's final adapter rather than one of its earlier checkpoints.
     final_share: float = 0.5
-    """Chance that a step sees a task's final adapter rather than one of its earlier checkpoints."""
+    # Every step draws from its own stream, so a resumed run repeats the uninterrupted one bit for bit on a CPU.
     seed: int = 0
-    """Every step draws from its own stream, so a resumed run repeats the uninterrupted one bit for bit on a CPU."""
 
     def __post_init__(self) -> None:
         """Refuse options that describe no run."""
@@ -52,15 +45,7 @@ class TrainConfig:
     def default(
         cls, tasks: int, adapters: int, *, steps: int | None = None, learning_rate: float | None = None, seed: int = 0
     ) -> TrainConfig:
-        """Choose the options of a run.
-
-        Args:
-            tasks: Of the fleet.
-            adapters: Of the fleet, checkpoints included.
-            steps: What was asked for, if anything was; it takes the place of the default.
-            learning_rate: Likewise.
-            seed: Of all that is drawn.
-        """
+        """Choose the options of a run; what was asked for takes the place of a default."""
         small = is_small(tasks, steps)
         default_steps = max(200, 20 * tasks) if small else steps_for(adapters)
         default_rate = 8e-3 if small else cls.learning_rate
@@ -84,11 +69,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Parse what `to_json` wrote.
-
-        Raises:
-            GeneratorError: Not the JSON of a training configuration.
-        """
+        """Parse what `to_json` wrote."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:

@@ -24,14 +24,7 @@ _READERS = ("condition.", "encoder.", "prior.")
 def fresh_network(
     config: GeneratorConfig, fleet: AdapterSource, seed: int, sensitivity: Sensitivity | None = None
 ) -> CVAE:
-    """Make a network whose norm tables and vector standardisation are those of the fleet's final adapters.
-
-    Args:
-        config: The network's sizes.
-        fleet: Read once.
-        seed: Of the initial values.
-        sensitivity: The weights of the base model's channels; without, all count the same.
-    """
+    """Make a network whose norm tables and vector standardisation are those of the fleet's final adapters."""
     seed_everything(seed)
     net = CVAE(config)
     net.sensitivity = sensitivity or even(config)
@@ -43,11 +36,9 @@ def fresh_network(
 def grown_network(
     config: GeneratorConfig, previous: CVAE, fleet: AdapterSource, seed: int, sensitivity: Sensitivity | None = None
 ) -> CVAE:
-    """Make a network for a grown fleet that starts from a present one wherever the two agree.
-
-    New kinds, layers and slots start fresh. The standardisation of task vectors is kept, so that the present
-    network's condition still means what it meant; so are the channel weights, unless there are new ones.
-    """
+    """Make a network for a grown fleet that starts from a present one wherever the two agree."""
+    # New kinds, layers and slots start fresh. The standardisation of task vectors is kept, so that the present
+    # network's condition still means what it meant; so are the channel weights, unless there are new ones.
     old = previous.config
     net = fresh_network(config, fleet, seed, sensitivity or _grown_weights(config, previous))
     if old.condition_size == config.condition_size:
@@ -130,11 +121,9 @@ def _set_norms(net: CVAE, fleet: AdapterSource) -> None:
 
 
 def _filled(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Return the mean of each cell (K, L, S), and a guess where no final adapter has one.
-
-    The guess is the mean of that slot over the kind's other layers, else that of the slot before, else of everything.
-    Without it the norm would be 2^0, far above what adapters have.
-    """
+    """Return the mean of each cell (K, L, S), and a guess where no final adapter has one."""
+    # The guess is the mean of that slot over the kind's other layers, else that of the slot before, else of everything.
+    # Without it the norm would be 2^0, far above what adapters have.
     seen, slots = count.sum(1), total.sum(1) / count.sum(1).clamp_min(1)  # (K, S)
     guess = (total.sum() / count.sum().clamp_min(1)).expand(len(slots))
     for slot in range(slots.shape[1]):

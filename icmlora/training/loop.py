@@ -19,8 +19,8 @@ from icmlora.training.state import TrainState
 
 _GRADIENT_LIMIT = 1.0
 _SUBSPACES = 4
+# Of tokens that are kept for later steps. They never change, and making them takes a third of a step.
 _TOKEN_BYTES = 256 << 20
-"""Of tokens that are kept for later steps. They never change, and making them takes a third of a step."""
 _FLOAT32 = 4
 
 
@@ -28,12 +28,10 @@ _FLOAT32 = 4
 class TrainStep:
     """What one step measured, in bits per parameter of the adapter it saw."""
 
-    step: int
-    """Steps done, counted from 1."""
+    step: int  # steps done, counted from 1
     steps: int
     task: int
-    bits: float
-    """The loss: the sum of the parts below and of what only trains the prior."""
+    bits: float  # the loss: the sum of the parts below and of what only trains the prior
     latent_bits: float
     norm_bits: float
     token_bits: float
@@ -41,15 +39,8 @@ class TrainStep:
 
 
 def fit(state: TrainState, fleet: AdapterSource) -> Iterator[TrainStep]:
-    """Train until the configured number of steps is done; the caller saves `state` whenever it likes between steps.
-
-    Args:
-        state: Where to go on; changed in place.
-        fleet: Read one adapter per step.
-
-    Yields:
-        One record per step.
-    """
+    """Train until the configured number of steps is done; yields one record per step."""
+    # The caller saves `state` whenever it likes between steps.
     device = next(state.net.parameters()).device
     sensitivity = state.net.sensitivity.to(torch.device("cpu"))
     # Tasks often share an initial A, and drawing it takes as long as a part of a step.

@@ -26,50 +26,30 @@ from icmlora.errors import DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.teacher import Teacher
 
-_EFFECT_TEXTS = 8
-"""Samples from which an adapter's whole effect, KL(p || base), is measured."""
-_LEAST_EFFECT = 1e-6
-"""Nats per token; an adapter with a smaller effect has none."""
+_EFFECT_TEXTS = 8  # samples from which an adapter's whole effect, KL(p || base), is measured
+_LEAST_EFFECT = 1e-6  # nats per token; an adapter with a smaller effect has none
 
 
 @dataclass(frozen=True)
 class RefineConfig:
     """How a code is refined."""
 
-    steps: int = 40
-    """Optimiser steps."""
-    learning_rate: float = 0.03
-    """Adam's, in quantiser steps."""
-    strength_rate: float = 0.03
-    """Adam's, in octaves."""
+    steps: int = 40  # optimiser steps
+    learning_rate: float = 0.03  # Adam's, in quantiser steps
+    strength_rate: float = 0.03  # Adam's, in octaves
+    # What the bits of the whole code are worth: this times its error, as a share of the adapter's whole effect.
     price: float = 0.125
-    """What the bits of the whole code are worth: this times its error, as a share of the adapter's whole effect."""
-    texts: int = 2
-    """Samples per step."""
-    tokens: int = 192
-    """Tokens read from a sample."""
+    texts: int = 2  # samples per step
+    tokens: int = 192  # tokens read from a sample
     seed: int = 0
 
 
 def refine(
     relaxed: RelaxedCode, error: float, base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig
 ) -> Iterator[int]:
-    """Refine the code of one adapter; the caller may stop after any step and take the code as it is then.
-
-    Args:
-        relaxed: The code; changed in place.
-        error: Its relative squared error, weighted by sensitivity.
-        base: The adapter's base model; it is left as it was.
-        adapter: The adapter.
-        samples: Samples of the adapter's task, as the base model's modality reads them.
-        config: The options.
-
-    Yields:
-        The number of steps done, after each.
-
-    Raises:
-        DataError: There is no sample with two tokens or more.
-    """
+    """Refine the code of one adapter; yields the number of steps done, after each."""
+    # The caller may stop after any step and take the code as it is then. `error` is the code's relative squared error,
+    # weighted by sensitivity.
     if not samples:
         raise DataError("there is nothing to refine on", hint="give the task a samples.jsonl")
     items = base.modality.prepare(base, samples, config.tokens, whole=True)

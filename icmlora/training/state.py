@@ -18,8 +18,7 @@ from icmlora.training.config import TrainConfig
 
 NETWORK_FORMAT, OPTIMIZER_FORMAT = "icm training network 1", "icm training optimizer 1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_COUNTS = "counts"
-"""Updates of each parameter; 0 for a parameter that no step has touched, which has no moments yet."""
+_COUNTS = "counts"  # updates of each parameter; 0 for a parameter that no step has touched, which has no moments yet
 
 
 @dataclass(eq=False)
@@ -32,20 +31,12 @@ class TrainState:
     step: int
 
     def network_bytes(self) -> bytes:
-        """Serialise the network in float32, the precision that the run computes in.
-
-        Raises:
-            GeneratorError: Training has diverged.
-        """
+        """Serialise the network in float32, the precision that the run computes in."""
         header = {"format": NETWORK_FORMAT, "config": self.net.config.to_json(), "step": str(self.step)}
         return _encode(self.net.state_dict(), header)
 
     def optimizer_bytes(self) -> bytes:
-        """Serialise the optimiser's moments in float32, with the options of the run.
-
-        Raises:
-            GeneratorError: Training has diverged.
-        """
+        """Serialise the optimiser's moments in float32, with the options of the run."""
         counts = torch.zeros(len(list(self.net.parameters())))
         tensors = {_COUNTS: counts}
         for number, moments in self.optimizer.state_dict()["state"].items():
@@ -65,11 +56,7 @@ def new_state(net: CVAE, config: TrainConfig) -> TrainState:
 
 
 def state_from_bytes(network: bytes, optimizer: bytes, device: torch.device) -> TrainState:
-    """Continue a run from what `network_bytes` and `optimizer_bytes` wrote after the same step.
-
-    Raises:
-        GeneratorError: The two files do not belong together, or one of them is damaged.
-    """
+    """Continue a run from what `network_bytes` and `optimizer_bytes` wrote after the same step."""
     header, parameters = _parse(network, NETWORK_FORMAT)
     progress, moments = _parse(optimizer, OPTIMIZER_FORMAT)
     try:

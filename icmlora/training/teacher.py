@@ -20,32 +20,21 @@ import torch
 from icmlora.base_models.factors import Factors, added
 from icmlora.base_models.modality import BaseModel
 
-KEPT = 128
-"""Tokens stored of each distribution."""
-_LEAST = 1e-6
-"""Smallest probability of the rest, so that its logarithm is finite."""
+KEPT = 128  # tokens stored of each distribution
+_LEAST = 1e-6  # smallest probability of the rest, so that its logarithm is finite
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
     """The distributions that an adapter predicts for one example, such as one after each of T tokens."""
 
-    item: Any
-    """The example, as the base model reads it."""
-    tokens: torch.Tensor
-    """int64, shape (T, K): the likeliest next tokens."""
-    log_p: torch.Tensor
-    """float32, shape (T, K + 1): their log probabilities, and that of all others together."""
+    item: Any  # as the base model reads it
+    tokens: torch.Tensor  # int64, shape (T, K): the likeliest next tokens
+    log_p: torch.Tensor  # float32, shape (T, K + 1): their log probabilities, and that of all others together
 
 
 class Teacher:
-    """The original adapter's predictions, made when an example is first asked for.
-
-    Args:
-        base: The adapter's base model.
-        original: Its factors.
-        items: Examples as the base model reads them, from its modality's `prepare`.
-    """
+    """The original adapter's predictions, made when an example is first asked for."""
 
     def __init__(self, base: BaseModel, original: Factors, items: Sequence[Any]) -> None:
         self._base, self._original, self._items = base, original, items
@@ -55,12 +44,8 @@ class Teacher:
         return len(self._items)
 
     def divergence(self, other: Factors, numbers: Sequence[int]) -> torch.Tensor:
-        """Return KL(original || other) of the next token in nats, averaged over the tokens of some examples.
-
-        Args:
-            other: Factors of another adapter, with or without gradients; empty for the bare base model.
-            numbers: Which examples.
-        """
+        """Return KL(original || other) of the next token in nats, averaged over the tokens of some examples."""
+        # other: with or without gradients; empty for the bare base model.
         targets = [self._target(number) for number in numbers]
         with added(self._base.model, other):
             rows = self._base.modality.logits(self._base, [target.item for target in targets])  # (T, V) each

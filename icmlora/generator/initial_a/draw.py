@@ -26,16 +26,14 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError
 from icmlora.generator.config import GeneratorConfig
 
-_MANTISSA = (1 << 24) - 1
-"""Bits of a random word that torch uses for a float32."""
+_MANTISSA = (1 << 24) - 1  # bits of a random word that torch uses for a float32
 
 
 @dataclass(frozen=True)
 class InitialModule:
     """Where one module's A was drawn."""
 
-    offset: int
-    """Draws in the stream before it."""
+    offset: int  # draws in the stream before it
     shape: ModuleShape
 
     @property
@@ -48,10 +46,8 @@ class InitialModule:
 class InitialA:
     """Where an adapter's initial A was drawn."""
 
-    seed: int
-    """The seed given to `torch.manual_seed`, modulo 2^32 as MT19937 takes it."""
-    modules: tuple[InitialModule, ...]
-    """In the order of drawing, without modules whose A came from elsewhere."""
+    seed: int  # the seed given to `torch.manual_seed`, modulo 2^32 as MT19937 takes it
+    modules: tuple[InitialModule, ...]  # in the order of drawing, without modules whose A came from elsewhere
 
 
 class UniformStream:
@@ -68,10 +64,8 @@ class UniformStream:
         self._position = 0
 
     def read(self, offset: int, count: int) -> NDArray[np.float32]:
-        """Return the `count` draws after the first `offset` draws, uniform in [-1, 1), float32, shape (count,).
-
-        `offset` must not be before the end of the last draws that were read.
-        """
+        """Return the `count` draws after the first `offset` draws, uniform in [-1, 1), float32, shape (count,)."""
+        # `offset` must not be before the end of the last draws that were read.
         if offset > self._position:
             self._bits.random_raw(offset - self._position, output=False)
         self._position = offset + count
@@ -104,11 +98,7 @@ def initial_size(config: GeneratorConfig) -> int:
 
 
 def initial_to_bytes(initial: InitialA | None, config: GeneratorConfig) -> bytes:
-    """Serialise; None becomes zeros.
-
-    Raises:
-        NotCovered: The generator does not cover one of the modules.
-    """
+    """Serialise; None becomes zeros."""
     shape = len(config.kinds), config.layers
     ranks, offsets = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.int64)
     for module in () if initial is None else initial.modules:
@@ -121,11 +111,7 @@ def initial_to_bytes(initial: InitialA | None, config: GeneratorConfig) -> bytes
 
 
 def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
-    """Read what `initial_to_bytes` wrote.
-
-    Raises:
-        CodeError: No adapter of the generator's layout can begin with these draws.
-    """
+    """Read what `initial_to_bytes` wrote."""
     (seed,) = struct.unpack_from("<I", data)
     shape = len(config.kinds), config.layers
     count = shape[0] * shape[1]

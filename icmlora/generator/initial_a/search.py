@@ -24,18 +24,14 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.config import ModuleKind, kind_of
 from icmlora.generator.initial_a.draw import InitialA, InitialModule, UniformStream
 
+# Seeds that are tried: 42 and other numbers of up to four digits are what people and trainers use.
 SEEDS = (*range(10_000), 12345, 31337, 65537, 123456, 1234567)
-"""Seeds that are tried: 42 and other numbers of up to four digits are what people and trainers use."""
-_SEEN = 1024
-"""Values of a module's A that are compared."""
-_LEAST_AGREEMENT = 0.2
-"""Least cosine of A and its initial values; with less in common, knowing the seed saves nothing."""
-_SURE = 6.0
-"""Standard deviations of the cosine of unrelated values."""
-_RECENT = 16
-"""Seeds found lately, which are tried first."""
+_SEEN = 1024  # values of a module's A that are compared
+_LEAST_AGREEMENT = 0.2  # least cosine of A and its initial values; with less in common, knowing the seed saves nothing
+_SURE = 6.0  # standard deviations of the cosine of unrelated values
+_RECENT = 16  # seeds found lately, which are tried first
+# Tables in memory, 10 MB each: one for each rank and width of modules, three for a Llama with all modules targeted.
 _TABLES = 16
-"""Tables in memory, 10 MB each: one for each rank and width of modules, three for a Llama with all modules targeted."""
 
 
 class SeedSearch:
@@ -47,11 +43,8 @@ class SeedSearch:
         self._table = lru_cache(_TABLES)(partial(_draws, seeds))
 
     def find(self, adapter: Adapter) -> InitialA | None:
-        """Return where an adapter's initial A was drawn, None if no seed gives it.
-
-        Args:
-            adapter: The adapter as its trainer wrote it; the canonical gauge mixes the rows of A.
-        """
+        """Return where an adapter's initial A was drawn, None if no seed gives it."""
+        # The adapter must be as its trainer wrote it: the canonical gauge mixes the rows of A.
         for seed in chain(tuple(self._recent), self._candidates(adapter)):
             if found := initial_under(adapter, seed):
                 if seed not in self._recent:

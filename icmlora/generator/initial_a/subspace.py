@@ -30,15 +30,13 @@ from icmlora.generator.sensitivity import Sensitivity
 class InitialSubspace:
     """The known directions of one task's inputs, on one device; R is the largest rank of a kind's modules."""
 
-    shifts: NDArray[np.int8]
-    """log2 of the share of the inputs that is across the subspace, in eighths, shape (K, S)."""
-    boosts: NDArray[np.int8]
-    """log2 of the factor of the decoded rest, in 64ths, shape (K, S)."""
+    shifts: NDArray[np.int8]  # log2 of the share of the inputs that is across the subspace, in eighths, shape (K, S)
+    boosts: NDArray[np.int8]  # log2 of the factor of the decoded rest, in 64ths, shape (K, S)
     layers: int
+    # By kind: orthonormal rows, float32, shape (L, R, in); rows of zeros if a module has fewer than R.
     bases: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By kind: orthonormal rows, float32, shape (L, R, in); rows of zeros if a module has fewer than R."""
+    # By kind: how many rows each module has, shape (L,).
     ranks: dict[int, NDArray[np.int64]] = field(default_factory=dict)
-    """By kind: how many rows each module has, shape (L,)."""
 
     def rows(self, kind: int) -> int:
         """Return R of a kind."""
@@ -58,16 +56,7 @@ class InitialSubspace:
         return replace(self, bases={kind: basis.to(device) for kind, basis in self.bases.items()})
 
     def project(self, kind: int, layer: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Return Q x of rows of values.
-
-        Args:
-            kind: Index of the module kind.
-            layer: Of each row, ascending, shape (n,).
-            values: Shape (n, in).
-
-        Returns:
-            Shape (n, R).
-        """
+        """Return Q x, shape (n, R), of rows of values (n, in); layer (n,) is ascending."""
         if kind not in self.bases:
             return values.new_zeros(len(values), 0)
         basis = self.bases[kind].to(values.dtype)
@@ -88,19 +77,7 @@ class InitialSubspace:
 
 
 def initial_subspace(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sensitivity) -> InitialSubspace:
-    """Draw an initial A again and make its rows orthonormal.
-
-    Args:
-        initial: Where it was drawn, None if that is unknown.
-        config: The generator's configuration.
-        sensitivity: The weights that tokens are made with.
-
-    Returns:
-        The subspace, with shifts and boosts of 0.
-
-    Raises:
-        NotCovered: The generator does not cover one of the modules.
-    """
+    """Draw an initial A again and make its rows orthonormal; shifts and boosts are 0."""
     zeros = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
     subspace = InitialSubspace(zeros, zeros, config.layers)
     if initial is None:
@@ -126,16 +103,8 @@ def initial_subspace(initial: InitialA | None, config: GeneratorConfig, sensitiv
 
 
 def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows with the same span, from the QR decomposition whose R has a positive diagonal.
-
-    That decomposition is unique, so every machine gets the same rows up to rounding.
-
-    Args:
-        rows: Shape (modules, r, in), r < in.
-
-    Returns:
-        The same shape.
-    """
+    """Make rows (modules, r, in), r < in, orthonormal by the QR decomposition whose R has a positive diagonal."""
+    # That decomposition is unique, so every machine gets the same rows up to rounding.
     q, r = torch.linalg.qr(rows.double().mT)
     sign = torch.where(r.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)  # (modules, r)
     result: torch.Tensor = (q.mT * sign[:, :, None]).float()
