@@ -16,11 +16,13 @@ from registry.folder import FORMAT_TEXT, RESERVE_BYTES, StorePaths
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of
 
 DESIGN = ROOT / "docs" / "design.md"
+FORMATS = ROOT / "docs" / "reference" / "formats.md"
 GENERATOR = ROOT / "docs" / "concepts" / "generator.md"
+FEW_SHOT = ROOT / "docs" / "concepts" / "few-shot.md"
 
 
-def test_every_part_of_a_code_is_in_the_design() -> None:
-    section = section_of(DESIGN, "Code format")
+def test_every_part_of_a_code_is_on_the_page_of_formats() -> None:
+    section = section_of(FORMATS, "Code format")
     assert MAGIC.decode() == "ICMC\x03"
     assert {"0x03", "0x02"} <= set(codes_in(section))
     assert str(ABSENT) in section
@@ -30,8 +32,8 @@ def test_every_part_of_a_code_is_in_the_design() -> None:
         assert row.startswith(field.name), "the head's fields, in the order in which they are written"
 
 
-def test_every_part_of_a_residual_is_in_the_design() -> None:
-    section = section_of(DESIGN, "Residual format")
+def test_every_part_of_a_residual_is_on_the_page_of_formats() -> None:
+    section = section_of(FORMATS, "Residual format")
     assert residual.MAGIC.decode() == "ICMR\x01"
     assert {"ICMR", "0x01"} <= set(codes_in(section))
     parts = [row for row in cells_of(section) if row[1] in ("int16", "int8", "uint8")]
@@ -40,8 +42,8 @@ def test_every_part_of_a_residual_is_in_the_design() -> None:
     assert rows["scales"] == f"{2 * residual.CLASSES} K"
 
 
-def test_every_field_of_a_generators_configuration_is_in_the_design() -> None:
-    section = section_of(DESIGN, "Generator file")
+def test_every_field_of_a_generators_configuration_is_on_the_page_of_formats() -> None:
+    section = section_of(FORMATS, "Generator file")
     assert {field.name for field in dataclasses.fields(GeneratorConfig)} <= set(codes_in(section))
     assert versions.MAGIC.decode() == "ICMG\x02"
     assert {"ICMG", "0x02", "0x03", "config", "shapes", "tables"} <= set(codes_in(section))
@@ -74,8 +76,8 @@ def test_the_table_of_sizes_is_that_of_the_code() -> None:
             assert rows["sketch"][column] == str(config.sketch)
 
 
-def test_every_part_of_a_start_file_is_in_the_design() -> None:
-    section = section_of(DESIGN, "Start file")
+def test_every_part_of_a_start_file_is_on_the_page_of_formats() -> None:
+    section = section_of(FORMATS, "Start file")
     assert start_file.MAGIC.decode() == "ICMS\x01"
     assert {"ICMS", "0x01"} <= set(codes_in(section))
     keys = {name for row in cells_of(section) for name in codes_in(row[0])}
@@ -87,7 +89,7 @@ def test_every_part_of_a_start_file_is_in_the_design() -> None:
 
 
 def test_the_figures_of_a_step_are_those_of_the_code() -> None:
-    section = section_of(GENERATOR, "Tasks that were never ingested")
+    section = FEW_SHOT.read_text(encoding="utf-8")
     assert f"P_{step.RANK} / |P_{step.RANK}|" in section
     assert step._DAMPING == 1 / 20  # "raised by a twentieth"
     assert f"log2(K / {USUAL_SAMPLES})) / {OCTAVE})" in section
