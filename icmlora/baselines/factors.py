@@ -98,7 +98,11 @@ class FleetMean:
         mean = factors_from_bytes(shared, self.quantizer)
         if self.residual is not None:
             difference = self.residual.decode(code, b"")
-            return plus(difference, among(mean.modules, difference))
+            common = among(mean.modules, difference)
+            widths = {shape.module: shape[2:] for shape in difference.layout}
+            if any(module.shape[2:] != widths[module.name] for module in common):
+                raise CodeError("a module has other widths in the code than in the fleet's mean")
+            return plus(difference, common)
         if code:
             raise CodeError("the task has a code, but this baseline stores only the fleet's mean")
         return mean

@@ -12,12 +12,14 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError
 from icmlora.generator.container import inflate
-from registry.names import natural_key
+from icmlora.io.safetensors import MAX_DIMENSION, MAX_TENSORS
+from registry.names import is_module_name, natural_key
 
 
 class ByteReader:
@@ -75,9 +77,15 @@ class Head:
         packed = reader.take(reader.number(2))
         try:
             base_model, task_type, revision, groups = json.loads(inflate(packed, 2, _LIMIT))
-            shapes = [shape for group in groups for shape in _spread(*group)]
-        except (CodeError, ValueError, TypeError) as error:
+            spread = (shape for group in groups for shape in _spread(*group))
+            # A run of layers such as [0, 10^12] is a few bytes long, so modules are counted as they are made.
+            shapes = list(islice(spread, MAX_TENSORS + 1))
+        except (CodeError, ValueError, TypeError, RecursionError) as error:
             raise CodeError("the code does not begin with a head") from error
+        labels = isinstance(base_model, str) and all(isinstance(text, str | None) for text in (task_type, revision))
+        names = {shape.module for shape in shapes}
+        if not labels or not 1 <= len(shapes) == len(names) <= MAX_TENSORS:
+            raise CodeError("the head of the code is not that of an adapter")
         return cls(base_model, task_type, revision, tuple(sorted(shapes, key=lambda shape: natural_key(shape.module))))
 
     def with_modules(self, modules: Iterable[LoraModule]) -> Adapter:
@@ -111,7 +119,14 @@ def _runs(layers: list[int]) -> list[list[int]]:
     return runs
 
 
-def _spread(pattern: str, runs: list[list[int]], rank: int, inputs: int, outputs: int) -> Iterator[ModuleShape]:
+def _spread(pattern: str, runs: list[list[int]], *sizes: int) -> Iterator[ModuleShape]:
+    if not isinstance(pattern, str) or not all(type(size) is int and 1 <= size <= MAX_DIMENSION for size in sizes):
+        raise ValueError("a name, rank or width is not that of a module")
     for first, last in runs:
+        if not -1 <= first <= last:
+            raise ValueError("a run of layers is out of range")
         for layer in range(first, last + 1):
-            yield ModuleShape(pattern.replace(_LAYER, str(layer), 1), rank, inputs, outputs)
+            module = pattern.replace(_LAYER, str(layer), 1)
+            if not is_module_name(module):
+                raise ValueError("a name, rank or width is not that of a module")
+            yield ModuleShape(module, *sizes)

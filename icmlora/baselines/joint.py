@@ -70,6 +70,8 @@ class Joint:
         bases, head = choices[cluster], Head.read(reader)
         modules = []
         for name, *_ in head.layout:
+            if name not in bases.outputs:
+                raise CodeError(f"the code names {name}, for which its cluster has no basis")
             u, v = bases.outputs[name], bases.inputs[name]
             shape = self._rows(bases, name), u.shape[1]
             core = self._cores.decode(reader.take(self._cores.size(*shape)), *shape)
