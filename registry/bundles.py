@@ -21,8 +21,7 @@ from registry.conversion import task_folder, unusual_source
 from registry.database import Part
 from registry.errors import GeneratorConflict, TaskConflict
 from registry.evaluations import record_evaluation
-from registry.files import failpoint
-from registry.generators import generator_row
+from registry.generators import find_current, generator_row
 from registry.ingest import KnownTask, known_tasks
 from registry.names import check_name
 from registry.records import description_of
@@ -34,25 +33,15 @@ ImportStatus = Literal["added", "encoded", "known", "skipped"]
 
 @dataclass(frozen=True)
 class ImportedTask:
-    """A task whose code comes without its original.
-
-    Attributes:
-        name: the task.
-        original: its final adapter; the weights are elsewhere, the other blobs are in the store.
-        weights_bytes: length of the weights.
-        code: digest of the code's file.
-        dw_error: as for :class:`registry.records.NewCode`.
-        evaluation: what was measured of the code, if anything; it is recorded under the generator of the bundle.
-        vectors: of a new task; those of a task that is in the store are not recorded.
-    """
+    """A task whose code comes without its original."""
 
     name: str
-    original: records.NewAdapter
+    original: records.NewAdapter  # its weights are elsewhere, its other blobs in the store
     weights_bytes: int
-    code: str
+    code: str  # digest of the code's file
     dw_error: float | None
-    evaluation: records.NewEvaluation | None = None
-    vectors: Sequence[records.NewVector] = ()
+    evaluation: records.NewEvaluation | None = None  # of the code; recorded under the generator of the bundle
+    vectors: Sequence[records.NewVector] = ()  # recorded for a new task only
 
     def digests(self) -> Iterator[str]:
         """Yield the digests that the task refers to, the one of the absent weights too."""
@@ -62,32 +51,19 @@ class ImportedTask:
 
 @dataclass(frozen=True)
 class BundleImport:
-    """A generator with codes, to be recorded in one transaction.
+    """A generator with codes, to be recorded in one transaction."""
 
-    Attributes:
-        generator: the generator, without codes.
-        version: which one it was where it comes from; it gets this number, or a higher one if that is taken.
-        tasks: the tasks, each once.
-        on_conflict: what to do where the store has a task of that name with another adapter, or another code of it.
-    """
-
-    generator: records.NewGenerator
-    version: int
+    generator: records.NewGenerator  # without codes
+    version: int  # its number where it comes from; a higher one here if that is taken
     tasks: Sequence[ImportedTask]
-    on_conflict: Literal["skip", "fail"] = "fail"
+    on_conflict: Literal["skip", "fail"] = "fail"  # if the store has such a task with another adapter, or code
 
 
 @dataclass(frozen=True)
 class ImportOutcome:
-    """What became of an :class:`ImportedTask`.
+    """What became of an `ImportedTask`."""
 
-    Attributes:
-        name: the task's name as the store spells it.
-        status: `added` (new task, its original elsewhere), `encoded` (the task was there with the same original and
-            got its code), `known` (nothing to do) or `skipped` (a conflict).
-    """
-
-    name: str
+    name: str  # as the store spells it
     status: ImportStatus
 
 
@@ -100,7 +76,6 @@ class _Decision:
     known: KnownTask | None
 
     def outcome(self) -> ImportOutcome:
-        """Return what the caller is told."""
         return ImportOutcome(self.task.name if self.known is None else self.known.name, self.status)
 
 
@@ -113,23 +88,12 @@ class Bundles(Part):
             return [item.outcome() for item in _decide(session, bundle)]
 
     def add(self, bundle: BundleImport) -> list[ImportOutcome]:
-        """Record a generator with its codes, and the tasks that are not in the store, in one transaction.
-
-        Raises:
-            GeneratorConflict: another generator of the base model is in use.
-            TaskConflict: a task is in the store with another adapter or code, and `on_conflict` is `fail`.
-            InvalidName: a name outside the rule.
-            MissingBlob: a digest is not in the store.
-            In each case nothing is recorded.
-        """
-        self._db.must_write()
-        with self._db.write() as session:
-            decisions = [self._without_bytes(item, bundle) for item in _decide(session, bundle)]
+        """Record a generator with its codes, and the tasks that are not in the store, in one transaction."""
+        with self._write() as writer:
+            decisions = [self._without_bytes(item, bundle) for item in _decide(writer.session, bundle)]
             todo = [item for item in decisions if item.status in ("added", "encoded")]
             if todo:
-                _write(RowWriter(session, self._blobs), bundle, todo)
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
+                _write(writer, bundle, todo)
         return [item.outcome() for item in decisions]
 
     def _without_bytes(self, item: _Decision, bundle: BundleImport) -> _Decision:
@@ -163,9 +127,8 @@ def _decide_task(known: KnownTask | None, codes: dict[int, str], task: ImportedT
 
 def _generator_in_use(session: Session, bundle: BundleImport) -> models.Generator | None:
     """Return the row of the bundle's generator, or None if its base model has none yet."""
-    generator, new = models.Generator, bundle.generator
-    query = select(generator).join(generator.base_model).where(models.BaseModel.name == new.base_model)
-    row = session.scalar(query.where(generator.is_current))
+    new = bundle.generator
+    row = find_current(session, new.base_model)
     if row is not None and row.blob.digest != new.blob:
         fact = (
             f"the store uses generator {row.version} ({row.blob.digest[:12]}) of {new.base_model}, not {new.blob[:12]}"

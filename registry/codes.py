@@ -18,7 +18,6 @@ from registry.conversion import code_record
 from registry.database import Part
 from registry.errors import GeneratorConflict, LastCopy
 from registry.evaluations import record_evaluation
-from registry.files import failpoint
 from registry.rows import RowWriter, final_if_unchanged
 
 CodeFiles = tuple[int, int | None]
@@ -31,11 +30,7 @@ class Codes(Part):
     """Codes, one for each task and generator."""
 
     def get(self, task: str, generator_id: int) -> records.CodeRecord | None:
-        """Return the code of a task under a generator, if it has one.
-
-        Raises:
-            TaskNotFound: there is no such task.
-        """
+        """Return the code of a task under a generator, if it has one."""
         code = models.Code
         with self._db.read() as session:
             query = select(code).where(code.task_id == rows.find_task(session, task).id)
@@ -50,47 +45,22 @@ class Codes(Part):
             return [code_record(row) for row in session.scalars(query)]
 
     def add(self, generator_id: int, codes: Sequence[records.NewCode]) -> list[records.CodeRecord]:
-        """Record codes of tasks that have none under the current generator, in one transaction.
-
-        A code is left out if its task has one already, is gone, or has another adapter by now.
-
-        Returns:
-            What was recorded.
-
-        Raises:
-            GeneratorConflict: the generator is not the current one any more; nothing is recorded.
-            MissingBlob: a digest is not in the store; nothing is recorded.
-        """
-        with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
-            generator = current_row(session, generator_id)
-            known = code_files(session, generator.id)
+        """Record codes under the current generator, for tasks that have none and the same adapter still."""
+        with self._write() as writer:
+            generator = current_row(writer.session, generator_id)
+            known = code_files(writer.session, generator.id)
             new = list(code_rows(writer, generator, [code for code in codes if code.adapter.task not in known]))
-            session.add_all(new)
-            session.flush()
-            recorded = [code_record(row) for row in new]
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
-        return recorded
+            writer.session.add_all(new)
+            writer.session.flush()
+            return [code_record(row) for row in new]
 
     def replace(
         self, generator_id: int, new: records.NewCode, evaluations: Sequence[records.NewEvaluation] = ()
     ) -> records.CodeRecord | None:
-        """Record a code in place of the task's present one, with its measurements, in one transaction.
-
-        The residual of the present code, and what was measured of the two, go with it.
-
-        Returns:
-            What was recorded; None if the task has another adapter by now, or is gone.
-
-        Raises:
-            GeneratorConflict: the generator is not the current one any more.
-            MissingBlob: the new code's digest is not in the store.
-            LastCopy: the task's original is gone, so the present code is the only copy.
-        """
+        """Record a code in place of the task's present one; return None if the task has another adapter by now."""
         code = models.Code
-        with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+        with self._write() as writer:
+            session = writer.session
             generator, adapter = current_row(session, generator_id), final_if_unchanged(session, new.adapter)
             if adapter is None:
                 return None
@@ -106,8 +76,6 @@ class Codes(Part):
             _set_limits(writer, row, new.asked)
             _replace_evaluations(writer, row, ("code", "residual"), evaluations)
             record = code_record(row)
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
         self._drop(old - {new.blob})
         return record
 
@@ -118,35 +86,18 @@ class Codes(Part):
         asked: records.Asked,
         evaluations: Sequence[records.NewEvaluation] = (),
     ) -> records.CodeRecord | None:
-        """Record the residual of a code, with its measurements, in one transaction.
-
-        Args:
-            present: The code, which stays as it is.
-            new: The residual; None to have none.
-            asked: The limits that code and residual were made for.
-            evaluations: What was measured.
-
-        Returns:
-            What was recorded; None if the task has another code by now, or is gone.
-
-        Raises:
-            MissingBlob: the residual's digest is not in the store.
-            LastCopy: the task's original is gone, so code and residual are the only copy.
-        """
-        with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
-            row = session.get(models.Code, present.id)
+        """Record the residual of a code, or that it has none; return None if the task has another code by now."""
+        with self._write() as writer:
+            row = writer.session.get(models.Code, present.id)
             if row is None or (row.task.name, row.blob.digest) != (present.task, present.blob):
                 return None
-            _must_have_original(session.get_one(models.Adapter, row.adapter_id))
+            _must_have_original(writer.session.get_one(models.Adapter, row.adapter_id))
             old = set() if row.residual is None else {row.residual.digest}
             row.residual = None if new is None else writer.blob(new.blob)
             row.residual_error = None if new is None else new.dw_error
             _set_limits(writer, row, asked)
             _replace_evaluations(writer, row, ("residual",), evaluations)
             record = code_record(row)
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
         self._drop(old if new is None else old - {new.blob})
         return record
 
@@ -176,11 +127,7 @@ def _replace_evaluations(
 
 
 def current_row(session: Session, generator_id: int | None) -> models.Generator:
-    """Return the row of a generator.
-
-    Raises:
-        GeneratorConflict: it is not the current one of its base model (any more).
-    """
+    """Return the row of a generator; raise if it is not the current one of its base model (any more)."""
     row = None if generator_id is None else session.get(models.Generator, generator_id)
     if row is None or not row.is_current:
         fact = "another icm made another generator current in the meantime"
@@ -191,13 +138,7 @@ def current_row(session: Session, generator_id: int | None) -> models.Generator:
 def code_rows(
     writer: RowWriter, generator: models.Generator, codes: Sequence[records.NewCode]
 ) -> Iterator[models.Code]:
-    """Make the rows of codes, without those whose task is gone or has another adapter by now.
-
-    Args:
-        writer: Of the open transaction.
-        generator: The generator of the codes.
-        codes: What was made.
-    """
+    """Make the rows of codes, without those whose task is gone or has another adapter by now."""
     writer.session.flush()  # so that the generator has its number
     for new in codes:
         adapter = final_if_unchanged(writer.session, new.adapter)
@@ -220,13 +161,7 @@ def limit_columns(asked: records.Asked | None) -> dict[str, float | None]:
 
 
 def code_files(session: Session, generator_id: int, *, evicted: bool = False) -> dict[str, CodeFiles]:
-    """Return task -> the files that a generator has of it.
-
-    Args:
-        session: Of the open transaction.
-        generator_id: The generator.
-        evicted: Only of tasks whose original was evicted.
-    """
+    """Return task -> the files that a generator has of it; `evicted`: only where the original was evicted."""
     code, adapter = models.Code, models.Adapter
     query = select(models.Task.name, code.blob_id, code.residual_id).join_from(code, models.Task)
     query = query.where(code.generator_id == generator_id)

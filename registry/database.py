@@ -30,12 +30,14 @@ from registry.errors import (
     StoreReadOnly,
     StoreTooNew,
 )
+from registry.files import failpoint
 from registry.schema import Base, UnreadableValue
 
 if TYPE_CHECKING:
     from registry.blobs.content import Blobs
     from registry.folder import StorePaths
     from registry.locks import FileLock
+    from registry.rows import RowWriter
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
@@ -57,13 +59,7 @@ class Database:
     """The rows of one store."""
 
     def __init__(self, path: Path, *, read_only: bool, busy_timeout: float) -> None:
-        """Prepare to connect; nothing is opened yet.
-
-        Args:
-            path: the SQLite file.
-            read_only: refuse writes.
-            busy_timeout: seconds to wait for the commits of other processes.
-        """
+        """Prepare to connect; nothing is opened yet. `busy_timeout` is the seconds to wait for commits of others."""
         self.path = path
         self.read_only = read_only
         self.busy_timeout = busy_timeout
@@ -83,32 +79,19 @@ class Database:
         return os.access(self.path, os.W_OK) or not self.path.exists()
 
     def must_write(self) -> None:
-        """Raise unless the store was opened for writing.
-
-        Raises:
-            StoreReadOnly: it was opened read-only.
-        """
+        """Raise `StoreReadOnly` if the store was opened read-only."""
         if self.read_only:
             raise StoreReadOnly(f"the store {self.path.parent} was opened read-only", path=self.path.parent)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """Open a session that sees one consistent state. Fetch and leave: a reader holds up commits.
-
-        Raises:
-            RegistryError: the database cannot be read.
-        """
+        """Open a session that sees one consistent state. Fetch and leave: a reader holds up commits."""
         with self._errors(), Session(self._reader, autoflush=False) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """Open a session that holds the write lock from its first statement; leaving the block commits.
-
-        Raises:
-            StoreReadOnly: the store was opened read-only.
-            RegistryError: the database cannot be written; nothing of the block remains.
-        """
+        """Open a session that holds the write lock from its first statement; leaving the block commits."""
         self.must_write()
         # Rows are flushed in few large statements, where the writer asks for it.
         with self._errors(), Session(self._engine, autoflush=False, expire_on_commit=False) as session, session.begin():
@@ -116,15 +99,7 @@ class Database:
 
     @contextmanager
     def connection(self, *, write: bool = False, create: bool = False) -> Iterator[Connection]:
-        """Open a transaction without the ORM, for migrations and checks; a `write` block is committed.
-
-        Args:
-            write: hold the write lock from the first statement.
-            create: make the file if it is absent.
-
-        Raises:
-            RegistryError: the database cannot be read, or written.
-        """
+        """Open a transaction without the ORM; a `write` block is committed, `create` makes the file if it is absent."""
         self._create = create
         try:
             with self._errors(), (self._engine if write else self._reader).begin() as connection:
@@ -164,7 +139,6 @@ class Database:
             raise DamagedStore(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
 
     def _translate(self, error: DBAPIError) -> RegistryError | None:
-        """Return the store's own error for what SQLite said, if that is about the store."""
         code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
         fact = f"{self.path}: {error.orig}"
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -195,24 +169,12 @@ def newest() -> int:
 
 
 def migrate(database: Database, *, create: bool = False) -> None:
-    """Bring the database to the newest schema, or check that it is there.
-
-    A migration and the record that it ran are one transaction. The version is read again once the write lock is held,
-    so if many processes open an old store at once, exactly one migrates it.
-
-    Args:
-        database: moved forward even where it is only to be read: no query fits an old schema.
-        create: make the database if it is absent.
-
-    Raises:
-        StoreTooNew: its schema is newer than this program; nothing was touched.
-        NotAStore: it is the SQLite database of another program.
-        DamagedStore: it is old and cannot be written, or not a database at all.
-    """
+    """Bring the database to the newest schema, or check that it is there."""
     with database.connection(create=create) as connection:
         version = _version(connection, database, create=create)
     if version == newest():
         return
+    # A store that is only to be read is migrated too: no query fits an old schema.
     if not database.can_be_written():
         hint = "copy the store to a place that can be written; the first icm command there migrates it"
         raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
@@ -220,6 +182,7 @@ def migrate(database: Database, *, create: bool = False) -> None:
     if database.read_only:
         writer = Database(database.path, read_only=False, busy_timeout=database.busy_timeout)
     with writer.connection(write=True, create=create) as connection:
+        # Read again under the write lock: if many processes open an old store at once, one of them migrates it.
         version = _version(connection, database, create=create)
         if version == 0:
             Base.metadata.create_all(connection)
@@ -247,6 +210,16 @@ class Part:
 
     def __init__(self, paths: StorePaths, lock: FileLock, database: Database, blobs: Blobs) -> None:
         self._paths, self._lock, self._db, self._blobs = paths, lock, database, blobs
+
+    @contextmanager
+    def _write(self) -> Iterator[RowWriter]:
+        """Open a transaction for rows that refer to durable bytes; leaving the block commits."""
+        from registry.rows import RowWriter  # readers write nothing
+
+        with self._db.write() as session:
+            yield RowWriter(session, self._blobs)
+            failpoint("rows-before-commit")
+        failpoint("rows-committed")
 
     def _drop(self, digests: Iterable[str]) -> None:
         """Delete files that rows no longer name, after the commit, if no other process uses the store."""

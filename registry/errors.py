@@ -89,11 +89,7 @@ class DamagedBlob(DamagedStore):
 
 
 class SourceRefused(RegistryError):
-    """A file from outside is not a plain, readable file within the limits.
-
-    Attributes:
-        reason: A short stable word; `unreadable` covers absent files and missing permissions.
-    """
+    """A file from outside is not a plain, readable file within the limits."""
 
     Reason = Literal["unreadable", "symlink", "special-file", "limits", "changed"]
 
@@ -114,11 +110,7 @@ class InvalidName(RegistryError):
 
 
 class TaskNotFound(RegistryError):
-    """No task has that name.
-
-    Attributes:
-        matches: The closest names that exist, best first.
-    """
+    """No task has that name; `matches` are the closest names that exist, best first."""
 
     def __init__(self, name: str, matches: tuple[str, ...] = ()) -> None:
         hint = f"did you mean {matches[0]!r}?" if matches else "`icm ls` lists the tasks"

@@ -11,8 +11,7 @@ from registry import records, rows
 from registry import schema as models
 from registry.conversion import code_record, evaluation_record
 from registry.database import Part
-from registry.files import failpoint
-from registry.rows import document_row, final_if_unchanged, named_blob, utc_now
+from registry.rows import document_row, final_if_unchanged, named_blob
 
 
 class Evaluations(Part):
@@ -26,34 +25,16 @@ class Evaluations(Part):
     ) -> int:
         """Record measurements in one transaction; each replaces an earlier one of the same thing.
 
-        A measurement speaks for what its task has from then on. So it is left out if that changed since it was read.
-
-        Args:
-            evaluations: What was measured.
-            of: The final adapter of the task, as it was measured or encoded; without it nothing is compared.
-            code: The code that was measured, with its residual.
-
-        Returns:
-            How many were recorded.
-
-        Raises:
-            TaskNotFound: a task is not in the store.
+        Those of `of`, the adapter, or `code` that the task no longer has are left out. Return how many were recorded.
         """
-        with self._db.write() as session:
-            now = utc_now()
-            present = [one for one in evaluations if of is None or _is_current(session, one, of, code)]
+        with self._write() as writer:
+            present = [one for one in evaluations if of is None or _is_current(writer.session, one, of, code)]
             for evaluation in present:
-                record_evaluation(session, evaluation, now)
-            session.flush()
-            failpoint("rows-before-commit")
-        return len(present)
+                record_evaluation(writer.session, evaluation, writer.now)
+            return len(present)
 
     def all(self, task: str | None = None) -> list[records.EvaluationRecord]:
-        """Return all measurements, or those of one task, by task, text and source.
-
-        Raises:
-            TaskNotFound: there is no such task.
-        """
+        """Return all measurements, or those of one task, by task, text and source."""
         evaluation = models.Evaluation
         with self._db.read() as session:
             query = select(evaluation).join(evaluation.task).join(evaluation.data)

@@ -40,18 +40,7 @@ class Originals(Part):
             return {row[0]: row[1] for row in session.execute(query)}
 
     def evict(self, eviction: Eviction) -> int:
-        """Delete the weights of some adapters of a task, for good, and record what was measured before.
-
-        Code and generator are compared once more with what was checked. Works on a full disk.
-
-        Returns:
-            The bytes freed; a file that other adapters need stays.
-
-        Raises:
-            LastCopy: the code is not the task's present one any more, or the task is pinned; nothing was changed.
-            DamagedStore: generator, code or residual are not intact; nothing was changed.
-            StoreLocked: other processes use the store.
-        """
+        """Delete the weights of some adapters of a task, for good; return the bytes freed. Works on a full disk."""
         self._db.must_write()
 
         def delete() -> int:
@@ -70,15 +59,11 @@ class Originals(Part):
         return freed
 
     def finish_evictions(self, *, dry_run: bool = False) -> int:
-        """Delete the files that a killed :meth:`evict` left, or only add them up, and return their bytes.
-
-        Raises:
-            StoreLocked: other processes use the store; also if there is nothing to delete, so that a user who is
-                about to measure for minutes and then evict is told at once.
-        """
+        """Delete the files that a killed `evict` left, or only add them up, and return their bytes."""
         if dry_run:
             return sum(map(self._blobs.size, evicted_files(self._db, self._blobs)))
         self._db.must_write()
+        # Also if nothing is left: whoever is about to measure for minutes and then evict learns at once that he cannot.
         with self._lock.exclusive():
             left = evicted_files(self._db, self._blobs)
             freed = with_reserve(self._paths, lambda: drop_evicted(self._db, self._blobs, left)) if left else 0
@@ -107,7 +92,7 @@ def _code_to_rely_on(session: Session, eviction: Eviction) -> models.Code:
 
 
 def _mark_evicted(session: Session, eviction: Eviction, row: models.Code) -> list[str]:
-    """Write everything that an eviction changes in an open transaction, and return the digests that may go."""
+    """Write what an eviction changes in an open transaction, and return the digests that may go."""
     adapter, now = models.Adapter, utc_now()
     digests: list[str] = []
     for some in in_parts(eviction.adapters):

@@ -33,11 +33,8 @@ _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def failpoint(name: str) -> None:
-    """Kill this process here, as power loss would, if the environment variable ICM_FAILPOINT holds `name`.
-
-    It exists for crash tests and costs one dictionary look-up otherwise.
-    """
-    if os.environ.get("ICM_FAILPOINT") == name:
+    """Kill this process here, as power loss would, if the environment variable ICM_FAILPOINT holds `name`."""
+    if os.environ.get("ICM_FAILPOINT") == name:  # one look-up; only crash tests set it
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -89,10 +86,7 @@ def fsync_dir(path: Path) -> None:
 
 
 def write_file(path: Path, data: Bytes, mode: int = 0o666) -> None:
-    """Create `path` with these bytes and sync it; its name is durable only after `fsync_dir` of the folder.
-
-    The file is removed again when that fails.
-    """
+    """Create `path` with these bytes and sync it, or leave nothing; the name is durable after `fsync_dir`."""
     fd = create(path, mode)
     try:
         try:
@@ -119,13 +113,7 @@ def write_durably(path: Path, data: Bytes) -> None:
 
 @contextmanager
 def store_errors(path: Path | str) -> Iterator[None]:
-    """Turn an OSError of the block into the store's own error about `path`.
-
-    Raises:
-        StoreFull: no space or quota left.
-        StoreReadOnly: the file system or the permissions forbid it.
-        StoreIOError: anything else.
-    """
+    """Turn an OSError of the block into the store's own error about `path`."""
     try:
         yield
     except OSError as error:
@@ -143,10 +131,6 @@ def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tup
     """Open a regular file of bounded size and yield its descriptor and its size in bytes.
 
     Read it with :func:`read_exactly`, never through a mapping: a mapped file that shrinks kills the process.
-
-    Raises:
-        SourceRefused: it is absent, unreadable, a link, a device, a pipe or too large.
-        SourceChanged: it was written to, or another file got its name, before the block ended.
     """
     try:
         fd = os.open(path, _READ_FLAGS)
@@ -172,11 +156,7 @@ def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tup
 
 
 def read_exactly(fd: int, size: int, offset: int) -> bytes:
-    """Read `size` bytes at `offset` of an open file.
-
-    Raises:
-        SourceChanged: the file ends early, so it was cut while it was read.
-    """
+    """Read `size` bytes at `offset` of an open file; raise `SourceChanged` if it was cut."""
     parts: list[bytes] = []
     end = offset + size
     while offset < end:
@@ -189,12 +169,7 @@ def read_exactly(fd: int, size: int, offset: int) -> bytes:
 
 
 def read_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> bytes:
-    """Read a whole regular file of bounded size.
-
-    Raises:
-        SourceRefused: as `open_plain`.
-        SourceChanged: it changed while it was read.
-    """
+    """Read a whole regular file of bounded size."""
     try:
         with open_plain(path, max_bytes=max_bytes) as (fd, size):
             return read_exactly(fd, size, 0)

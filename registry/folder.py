@@ -32,11 +32,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class StorePaths:
-    """The paths of one store.
-
-    Attributes:
-        root: the store folder.
-    """
+    """The paths of one store."""
 
     root: Path
 
@@ -80,13 +76,7 @@ class StorePaths:
         return self.root / "reserve"
 
     def blob(self, digest: str) -> Path:
-        """Return the path of a blob.
-
-        This is the one place where a digest becomes a path, so it is checked here.
-
-        Raises:
-            ValueError: `digest` is not 64 lower-case hexadecimal digits.
-        """
+        """Return the path of a blob. Only here does a digest become a path, so it is checked here."""
         if not is_digest(digest):
             raise ValueError(f"not a digest: {digest[:80]!r}")
         return Path(f"{self.root}/blobs/{digest[0]}/{digest}")  # three times faster than joining, for each of many
@@ -103,11 +93,7 @@ T = TypeVar("T")
 
 
 def make_reserve(paths: StorePaths) -> None:
-    """Write the reserve file if it is not there.
-
-    Raises:
-        OSError: no space for it.
-    """
+    """Write the reserve file if it is not there."""
     if not paths.reserve.exists():
         temporary = paths.tmp / "reserve"
         fs.unlink(temporary)
@@ -116,13 +102,7 @@ def make_reserve(paths: StorePaths) -> None:
 
 
 def with_reserve(paths: StorePaths, delete: Callable[[], T]) -> T:
-    """Run a deletion of rows; if the disk is full, delete the reserve and run it once more.
-
-    The caller makes the reserve again with :func:`restore_reserve` when there is room.
-
-    Raises:
-        StoreFull: even the reserve was not enough.
-    """
+    """Run a deletion of rows; if the disk is full, delete the reserve and run it once more."""
     try:
         return delete()
     except StoreFull:
@@ -145,11 +125,7 @@ def prepare_folder(paths: StorePaths) -> None:
 
 
 def check_place(root: Path) -> None:
-    """Check that a folder is a store, or that one could be made there.
-
-    Raises:
-        NotAStore: It holds things that are not a store's.
-    """
+    """Raise `NotAStore` if a folder holds things that are not a store's."""
     # FORMAT too: another process may make a store here while this looks.
     ours = {"FORMAT", "registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "jobs", "reserve"}
     ours |= {"lock", "lock.gate"}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Select, delete, func, insert, literal, select, update
+from sqlalchemy import delete, func, insert, literal, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry import records
@@ -22,58 +22,40 @@ from registry.codes import code_files, code_rows, current_row
 from registry.conversion import code_record, generator_record
 from registry.database import Part
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
-from registry.files import failpoint
 from registry.rows import RowWriter
 
 
 @dataclass(frozen=True)
 class GeneratorUse:
-    """A generator with what depends on it.
-
-    Attributes:
-        tasks: the tasks that have a code under it, by name.
-        last_copies: the evicted ones of them that it alone gives back as they were checked.
-    """
+    """A generator with what depends on it."""
 
     generator: records.GeneratorRecord
-    tasks: tuple[str, ...]
-    last_copies: tuple[str, ...]
+    tasks: tuple[str, ...]  # that have a code under it, by name
+    last_copies: tuple[str, ...]  # evicted tasks that only it gives back as they were checked
 
 
 class Generators(Part):
     """Generators with their codes."""
 
     def add(self, generator: records.NewGenerator) -> records.GeneratorRecord:
-        """Record a generator with all its codes in one transaction and make it the current one.
-
-        A code whose task is gone, or has another adapter by now, is left out.
-
-        Raises:
-            MissingBlob: a digest is not in the store.
-            LastCopy: an evicted task would have no code under it.
-        """
+        """Record a generator with all its codes in one transaction and make it the current one."""
         from registry.runs import finish_run  # not needed to read generators
 
-        with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+        with self._write() as writer:
             row = generator_row(writer, generator)
             codes = list(code_rows(writer, row, generator.codes))
-            must_cover_evicted(session, generator.base_model, [code.task.name for code in codes])
-            session.add_all(codes)
+            must_cover_evicted(writer.session, generator.base_model, [code.task.name for code in codes])
+            writer.session.add_all(codes)
             garbage = finish_run(writer, generator.train_run_id) if generator.train_run_id else []
-            session.flush()
+            writer.session.flush()
             record = generator_record(row)
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
         self._drop(garbage)
         return record
 
     def current(self, base_model: str) -> records.GeneratorRecord | None:
         """Return the generator in use for a base model, or None before the first training."""
-        generator = models.Generator
         with self._db.read() as session:
-            query = select(generator).join(generator.base_model).where(models.BaseModel.name == base_model)
-            row = session.scalar(query.where(generator.is_current))
+            row = find_current(session, base_model)
             return None if row is None else generator_record(row)
 
     def all(self, base_model: str | None = None) -> list[records.GeneratorRecord]:
@@ -86,22 +68,12 @@ class Generators(Part):
             return [generator_record(row) for row in session.scalars(query)]
 
     def extend(self, new: records.NewGenerator) -> records.GeneratorRecord:
-        """Make a generator current that decodes every code of its parent, in one transaction.
+        """Make a generator current that decodes every code of its parent, and record codes of further tasks.
 
-        All codes of the parent are its codes too, with their residuals and what was measured of them.
-
-        Args:
-            new: with the codes of further tasks; one of a task that the parent has a code of takes its place, one of a
-                task that is gone, or has another adapter by now, is left out.
-
-        Raises:
-            GeneratorConflict: its parent is not the current generator any more.
-            MissingBlob: a digest is not in the store.
-            LastCopy: an evicted task would have another code, or none.
-            In each case nothing is recorded.
+        All codes of the parent become its codes too, with residuals and measurements, unless a new one replaces them.
         """
-        with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+        with self._write() as writer:
+            session = writer.session
             parent = current_row(session, new.parent_id)
             row = generator_row(writer, new)
             session.flush()
@@ -112,10 +84,7 @@ class Generators(Part):
             _link(session, parent.id, row.id, [code.task_id for code in fresh])
             _must_keep_codes(session, parent, row)
             must_cover_evicted(session, new.base_model, code_files(session, row.id))
-            record = generator_record(row)
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
-        return record
+            return generator_record(row)
 
     def uses(self) -> list[GeneratorUse]:
         """Return every generator with what depends on it, by base model and version."""
@@ -130,43 +99,24 @@ class Generators(Part):
             ]
 
     def set_start(self, generator_id: int, blob: str) -> records.GeneratorRecord:
-        """Record the few-shot start of a generator, in place of an earlier one.
-
-        Args:
-            generator_id: the current generator.
-            blob: digest of the start's file.
-
-        Raises:
-            GeneratorConflict: the generator is not the current one any more.
-            MissingBlob: the digest is not in the store.
-        """
-        with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
-            row = current_row(session, generator_id)
+        """Record the few-shot start of the current generator, in place of an earlier one."""
+        with self._write() as writer:
+            row = current_row(writer.session, generator_id)
             old = None if row.start is None else row.start.digest
             row.start = writer.blob(blob)
-            session.flush()
+            writer.session.flush()
             record = generator_record(row)
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
         self._drop({old} - {blob} if old else ())
         return record
 
     def make_current(self, generator_id: int) -> list[str]:
-        """Make a generator the current one of its base model, whichever is now.
-
-        Returns:
-            The tasks that have a code now and none under that generator.
-
-        Raises:
-            GeneratorNotFound: there is none of that number.
-            LastCopy: of an evicted task it has not the code that was checked when the original went.
-        """
+        """Make a generator the current one; return the tasks that lose their code by that."""
         generator = models.Generator
-        with self._db.write() as session:
+        with self._write() as writer:
+            session = writer.session
             row = _find(session, generator_id)
             of_base = generator.base_model_id == row.base_model_id
-            present = session.scalar(select(generator).where(of_base, generator.is_current))
+            present = find_current(session, row.base_model.name)
             codes, before = code_files(session, row.id), {}
             if present is not None:
                 _must_keep_codes(session, present, row)
@@ -174,7 +124,6 @@ class Generators(Part):
             must_cover_evicted(session, row.base_model.name, codes)
             session.execute(update(generator).where(of_base, generator.is_current).values(is_current=False))
             session.execute(update(generator).where(generator.id == generator_id).values(is_current=True))
-            failpoint("rows-before-commit")
             return sorted(set(before) - set(codes))
 
     def check_forgettable(self, generator: records.GeneratorRecord) -> int:
@@ -183,34 +132,23 @@ class Generators(Part):
             return len(code_files(session, _forgettable(session, generator).id))
 
     def forget(self, generator: records.GeneratorRecord) -> int:
-        """Forget a generator that is not current, with its codes and what was measured of them.
-
-        Args:
-            generator: As it was when somebody decided that. The number of a deleted row is given to the next one, so
-                the rest is compared too.
-
-        Returns:
-            The number of codes that were forgotten.
-
-        Raises:
-            GeneratorNotFound: it is not there any more.
-            GeneratorConflict: it is the current one.
-            LastCopy: it holds the only code of an evicted task.
-        """
-        with self._db.write() as session:
-            row = _forgettable(session, generator)
-            codes = [code_record(code) for code in session.scalars(_codes_of(row))]
+        """Forget a generator that is not current, with its codes and measurements; return the number of codes."""
+        with self._write() as writer:
+            row = _forgettable(writer.session, generator)
+            query = select(models.Code).where(models.Code.generator_id == row.id)
+            codes = [code_record(code) for code in writer.session.scalars(query)]
             garbage = [row.blob.digest, *([] if row.start is None else [row.start.digest])]
             garbage += [digest for code in codes for digest in code.digests()]
-            session.execute(delete(models.Generator).where(models.Generator.id == row.id))
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
+            writer.session.execute(delete(models.Generator).where(models.Generator.id == row.id))
         self._drop(garbage)
         return len(codes)
 
 
-def _codes_of(row: models.Generator) -> Select[models.Code]:
-    return select(models.Code).where(models.Code.generator_id == row.id)
+def find_current(session: Session, base_model: str) -> models.Generator | None:
+    """Return the row of the generator in use for a base model."""
+    generator = models.Generator
+    query = select(generator).join(generator.base_model).where(models.BaseModel.name == base_model)
+    return session.scalar(query.where(generator.is_current))
 
 
 def _find(session: Session, generator_id: int) -> models.Generator:

@@ -31,16 +31,7 @@ _BLOBS, _BASES = map(table_of, (models.Blob, models.BaseModel))
 
 @dataclass(frozen=True)
 class KnownTask:
-    """A task that is in the store.
-
-    Attributes:
-        final: weights and configuration of its final adapter; None only where the store is damaged.
-        pinned: whether its originals are never evicted.
-        folder: where its adapters came from.
-        adapters: all its adapters.
-        evicted: those whose weights were deleted, with their row's number, without the final one.
-        evicted_final: the number of the final adapter, if its weights were deleted.
-    """
+    """A task that is in the store."""
 
     id: int
     name: str
@@ -49,10 +40,10 @@ class KnownTask:
     eval_data: str | None
     pinned: bool
     folder: str
-    final: tuple[str, str] | None = None
+    final: tuple[str, str] | None = None  # weights and configuration; None only where the store is damaged
     adapters: frozenset[AdapterKey] = frozenset()
-    evicted: Mapping[AdapterKey, int] = field(default_factory=dict)
-    evicted_final: int | None = None
+    evicted: Mapping[AdapterKey, int] = field(default_factory=dict)  # adapter -> row, without the final adapter
+    evicted_final: int | None = None  # row of the final adapter, if its weights were deleted
 
 
 def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, KnownTask]:
@@ -124,37 +115,26 @@ def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, K
 
 @dataclass(frozen=True)
 class _Decision:
-    """What is done about one task.
-
-    Attributes:
-        known: the task as it is in the store; None where it is not, or will be replaced.
-        new: its adapters that are not in the store.
-        new_samples: whether it gets other samples than it has.
-        new_eval_data: whether it gets other held-out texts than it has.
-        evicted: its offered adapters whose weights were deleted, with their rows' numbers.
-        pinned: whether its originals are never evicted.
-        replaced: the number of the task whose place it takes; None where there is none.
-    """
+    """What is done about one task."""
 
     ingest: records.TaskIngest
     status: records.IngestStatus
-    known: KnownTask | None
-    new: tuple[records.NewAdapter, ...]
+    known: KnownTask | None  # None if it is not in the store, or will be replaced
+    new: tuple[records.NewAdapter, ...]  # its adapters that are not in the store
     new_samples: bool
     new_eval_data: bool
+    # its offered adapters whose weights were deleted -> row
     evicted: Mapping[AdapterKey, int] = field(default_factory=dict)
     pinned: bool = False
-    replaced: int | None = None
+    replaced: int | None = None  # the task whose place it takes
 
     def outcome(self) -> records.IngestOutcome:
-        """Return what the caller is told."""
         name = self.ingest.name if self.known is None else self.known.name
         seen = 0 if self.status == "skipped" else len(self.ingest.adapters) - len(self.new)
         left, back = (0, len(self.evicted)) if self.ingest.restore else (len(self.evicted), 0)
         return records.IngestOutcome(name, len(self.new), seen, self.status, left, back)
 
     def folder(self) -> str:
-        """Return where the task's adapters come from."""
         final = next(adapter for adapter in self.ingest.adapters if adapter.is_final)
         return task_folder(final.source) if self.known is None else self.known.folder
 

@@ -32,18 +32,7 @@ class FileLock:
     def __init__(
         self, path: Path, *, timeout: float, command: str, writable: bool = True, subject: str | None = None
     ) -> None:
-        """Open the lock file without taking the lock.
-
-        Args:
-            path: The lock file; made if `writable` and absent.
-            timeout: Seconds to wait for other processes.
-            command: What this process does, for the message that others see.
-            writable: False for a store on read-only media, where the file must exist.
-            subject: What the lock is for, in the error message; the store by default.
-
-        Raises:
-            OSError: the file cannot be opened.
-        """
+        """Open the lock file without taking the lock; `command` is what others see of this process."""
         self._path = path
         self._timeout = timeout
         self._command = " ".join(command.split())[:200]
@@ -52,20 +41,12 @@ class FileLock:
         self._fd = _open(path, writable=writable)
 
     def share(self) -> None:
-        """Take, or go back to, the shared lock.
-
-        Raises:
-            StoreLocked: another process deletes bytes and the timeout passed.
-        """
+        """Take, or go back to, the shared lock."""
         self._wait(self._fd, fcntl.LOCK_SH)
         self._sign()
 
     def hold(self) -> None:
-        """Take the exclusive lock until :meth:`close`.
-
-        Raises:
-            StoreLocked: another process holds it and the timeout passed.
-        """
+        """Take the exclusive lock until :meth:`close`."""
         self._wait(self._fd, fcntl.LOCK_EX)
         self._sign()
 
@@ -74,9 +55,6 @@ class FileLock:
         """Wait for the exclusive lock, hold it for a block, then go back to the shared one.
 
         The shared lock is given up while this waits, so nothing read before the block may be trusted inside it.
-
-        Raises:
-            StoreLocked: other processes use the store and the timeout passed.
         """
         fcntl.flock(self._fd, fcntl.LOCK_UN)  # two that wait for each other's shared lock would wait for ever
         try:
@@ -93,13 +71,8 @@ class FileLock:
 
     @contextmanager
     def try_exclusive(self) -> Iterator[bool]:
-        """Hold the exclusive lock for a block if no other process uses the store; never wait.
-
-        What was read before the block is as it was: no other process can delete anything in between.
-
-        Yields:
-            Whether the lock is held.
-        """
+        """Hold the exclusive lock for a block if no other process uses the store, and yield whether it is held."""
+        # The gate stays closed while the lock changes, so what was read before the block is still so inside it.
         with self._gate() as gate:
             if not _try(gate, fcntl.LOCK_EX):
                 yield False

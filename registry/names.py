@@ -12,6 +12,7 @@ from registry.errors import InvalidName
 
 MAX_NAME = 128
 
+# Such a name means the same on every file system, in a URL and in a shell.
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _DIGITS = re.compile(r"(\d+)")
@@ -22,11 +23,7 @@ _WINDOWS_NAMES = frozenset(
 
 
 def task_name_problem(name: str) -> str | None:
-    """Say why a name cannot be a task's, or return None if it can.
-
-    Letters, digits, `.`, `_` and `-`, first a letter or digit, at most 128 characters, and not a name that Windows
-    reserves: such a name means the same on every file system, in a URL and in a shell.
-    """
+    """Say why a name cannot be a task's, or return None if it can."""
     if not name:
         return "the name is empty"
     if len(name) > MAX_NAME:
@@ -41,11 +38,7 @@ def task_name_problem(name: str) -> str | None:
 
 
 def check_name(name: str) -> str:
-    """Return `name` unchanged if it can name a task.
-
-    Raises:
-        InvalidName: it cannot; see `task_name_problem`.
-    """
+    """Return `name` unchanged if it can name a task, else raise `InvalidName`."""
     if (problem := task_name_problem(name)) is not None:
         raise InvalidName(f"{escape(name, 120)!r} cannot name a task: {problem}", hint="choose another name")
     return name
@@ -66,10 +59,6 @@ def escape(text: str, limit: int | None = None) -> str:
     r"""Write out everything that could move a cursor, reorder a line or end it, as `\x1b` or `\u202e`.
 
     Names of files, tensors and tasks are hostile text until they have passed through here.
-
-    Args:
-        text: Any text.
-        limit: The most characters of it to show; a longer text is cut and ends in an ellipsis.
     """
     shown = text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
     if shown.isascii() and shown.isprintable():

@@ -48,28 +48,16 @@ _CHUNK = 200  # rows deleted per commit, so that the journal stays small on a fu
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What prune removed, or would remove.
+    """What prune removed, or would remove."""
 
-    Attributes:
-        blobs: blobs that no row refers to.
-        temporary_files: leftovers of killed writers.
-        freed_bytes: the length of both together.
-    """
-
-    blobs: int
-    temporary_files: int
+    blobs: int  # that no row refers to
+    temporary_files: int  # left by killed writers
     freed_bytes: int
 
 
 def drop_evicted(database: Database, blobs: Blobs, digests: Sequence[str]) -> int:
-    """Delete the files of these blobs unless a row needs their bytes; their rows stay.
-
-    The caller holds the exclusive lock.
-
-    Returns:
-        The bytes freed.
-    """
-    needed: set[str] = set()
+    """Delete the files of these blobs unless a row needs their bytes, and return the bytes freed; the rows stay."""
+    needed: set[str] = set()  # cannot grow meanwhile: the caller holds the exclusive lock
     with database.read() as session:
         for some in in_parts(digests):
             needed |= set(session.scalars(select(Blob.digest).where(Blob.digest.in_(some), is_needed())))
@@ -85,15 +73,12 @@ def evicted_files(database: Database, blobs: Blobs) -> list[str]:
 
 
 def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests: Iterable[str]) -> None:
-    """Delete the files of these blobs, and those of earlier calls that could not, unless a row refers to them.
-
-    Nothing is deleted while another process uses the store: the files then stay for the next call, or for prune.
-    """
+    """Delete the files of these blobs, and those of earlier calls that could not, unless a row refers to them."""
     blobs.unwanted.update(digests)
     if not blobs.unwanted:
         return
     with lock.try_exclusive() as is_alone:
-        if not is_alone:
+        if not is_alone:  # the files stay for the next call, or for prune
             return
         kept: set[str] = set()
         with database.write() as session:
@@ -106,12 +91,8 @@ def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests:
 
 
 def prune(database: Database, blobs: Blobs, paths: StorePaths, *, grace: float, dry_run: bool = False) -> PruneReport:
-    """Remove what no row refers to, or only say what would go.
-
-    The caller holds the exclusive lock, except for a dry run. Files younger than `grace` seconds stay in any case, for
-    file systems whose locks do not lock.
-    """
-    newest = time.time() - grace
+    """Remove what no row refers to, or only say what would go; files younger than `grace` seconds stay."""
+    newest = time.time() - grace  # young files may be another writer's, where file locks do not lock
     with database.read() as session:
         needed = set(session.scalars(select(Blob.digest).where(is_needed())))
     doomed = {blob.digest: blob.size for blob in blobs.all() if blob.digest not in needed and blob.modified <= newest}

@@ -21,89 +21,58 @@ LayoutEntry = tuple[str, int, int, int]
 
 @dataclass(frozen=True)
 class BaseModelRecord:
-    """A base model.
-
-    Attributes:
-        name: the label that adapters give it.
-        fingerprint: what its weights are, and `shape` its sizes, once they have been seen.
-        path: where the user said it is.
-        tasks: the number of tasks that need it.
-    """
+    """A base model; fingerprint and shape are known once its weights have been seen."""
 
     id: int
-    name: str
+    name: str  # the label that adapters give it
     fingerprint: str | None
-    path: str | None
+    path: str | None  # where the user said it is
     shape: Json | None
     tasks: int
 
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """A task.
-
-    Attributes:
-        samples: digest of its training samples (JSON lines), if any.
-        eval_data: digest of its held-out texts (JSON lines), if any.
-        pinned: whether its originals are never evicted.
-    """
+    """A task."""
 
     id: int
     name: str
     base_model: str
-    samples: str | None
-    eval_data: str | None
+    samples: str | None  # digest of the training samples (JSON lines)
+    eval_data: str | None  # digest of the held-out texts (JSON lines)
     created_at: str
-    pinned: bool
+    pinned: bool  # its originals are never evicted
 
 
 @dataclass(frozen=True)
 class NewAdapter:
-    """An adapter to be recorded; its blobs are in the store already.
+    """An adapter to be recorded; its blobs are in the store already."""
 
-    Attributes:
-        weights: digest of the safetensors file.
-        config: digest of `adapter_config.json`.
-        card: digest of the model card, if any.
-        step: the training step of a checkpoint, None where the folder's name gives none.
-        is_final: True for exactly one adapter of the task: the one that is materialized.
-        layout: its modules, in order.
-        source: where it came from, as a label.
-        is_generated: a generator made it from samples of the task; nobody trained it.
-        format: name of the format of its files.
-    """
-
-    weights: str
-    config: str
+    weights: str  # digest of the safetensors file
+    config: str  # digest of adapter_config.json
     card: str | None
-    step: int | None
-    is_final: bool
+    step: int | None  # of a checkpoint; None if the folder's name gives none
+    is_final: bool  # exactly one adapter of a task is: the one that is materialized
     dtype: str
     rank_max: int
     parameters: int
     target_modules: Sequence[str]
     layout: Sequence[LayoutEntry]
-    source: str
-    is_generated: bool = False
+    source: str  # where it came from, as a label
+    is_generated: bool = False  # a generator made it from samples; nobody trained it
     format: str = "peft"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRecord(NewAdapter):
-    """One adapter of a task.
-
-    Attributes:
-        original_bytes: weights, config and card together, as they were ingested.
-        weights_bytes: the weights alone.
-        evicted_at: when the weights were deleted, None while the store has them; everything else stays known.
-    """
+    """One adapter of a task."""
 
     id: int
     task: str
-    original_bytes: int
+    original_bytes: int  # weights, configuration and card, as they were ingested
     weights_bytes: int
     created_at: str
-    evicted_at: str | None
+    evicted_at: str | None  # when the weights were deleted; everything else stays known
 
     @property
     def is_evicted(self) -> bool:
@@ -118,81 +87,49 @@ class AdapterRecord(NewAdapter):
 
 @dataclass(frozen=True)
 class TaskIngest:
-    """A task to be recorded with all its adapters, in one transaction.
-
-    Attributes:
-        adapters: exactly one has `is_final`.
-        samples: digest, as `eval_data` is; None keeps what the store has.
-        on_conflict: what to do where the task exists with another final adapter or base model: leave it as it is,
-            replace it with everything derived from it, or fail.
-        restore: take the weights of evicted adapters back; else they stay evicted, and need not be in the store.
-    """
+    """A task to be recorded with all its adapters, in one transaction."""
 
     name: str
     base_model: str
     adapters: Sequence[NewAdapter]
-    samples: str | None = None
+    samples: str | None = None  # digest; None keeps what the store has
     eval_data: str | None = None
-    on_conflict: OnConflict = "fail"
-    restore: bool = False
+    on_conflict: OnConflict = "fail"  # if the task exists with another final adapter or base model
+    restore: bool = False  # take weights of evicted adapters back; else they need not be in the store
 
 
 @dataclass(frozen=True)
 class IngestOutcome:
-    """What became of a :class:`TaskIngest`.
+    """What became of a `TaskIngest`."""
 
-    Attributes:
-        name: the task's name as the store spells it.
-        new: adapters recorded now.
-        known: adapters that were recorded before.
-        status: `added` (new task), `updated` (more checkpoints, other samples or held-out texts, restored originals),
-            `known` (nothing to do), `replaced` or `skipped` (a conflict, decided by `on_conflict`).
-        evicted: those of the known ones that stay evicted; `restored`: those that were and are back.
-    """
-
-    name: str
+    name: str  # as the store spells it
     new: int
     known: int
     status: IngestStatus
-    evicted: int = 0
+    evicted: int = 0  # known adapters that stay evicted
     restored: int = 0
 
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """A task with what a listing shows of it.
-
-    Attributes:
-        final: its final adapter.
-        checkpoints: the number of its other adapters whose weights the store has; `evicted_checkpoints`: of the others.
-        vectors: the number of its task vectors.
-        code: its code under the current generator, if any.
-    """
+    """A task with what a listing shows of it."""
 
     task: TaskRecord
     final: AdapterRecord
-    checkpoints: int
+    checkpoints: int  # adapters other than the final one whose weights are in the store
     evicted_checkpoints: int
     vectors: int
-    code: CodeRecord | None
+    code: CodeRecord | None  # under the current generator
 
 
 @dataclass(frozen=True)
 class NewVector:
-    """A task vector to be recorded.
-
-    Attributes:
-        view: what was read: the adapted model, or the base model in context.
-        support_set: which of the disjoint support sets, from 0.
-        extractor: what made it, with the fingerprint of the base model.
-        blob: digest of the safetensors file.
-        dim: its length.
-    """
+    """A task vector to be recorded."""
 
     task: str
-    view: View
-    support_set: int
-    extractor: Json
+    view: View  # the adapted model was read, or the base model in context
+    support_set: int  # which of the disjoint support sets, from 0
+    extractor: Json  # what made it, with the fingerprint of the base model
     blob: str
     dim: int
 
@@ -206,32 +143,21 @@ class VectorRecord(NewVector):
 
 @dataclass(frozen=True)
 class Asked:
-    """The limits that a code, with its residual, was last made for; None where there is none.
+    """The limits that a code, with its residual, was made for."""
 
-    Attributes:
-        min_gain: smallest retained gain.
-        max_error: largest relative squared error of dW; `tolerance`: the same of dW weighted by sensitivity.
-        is_kept: whether it meets them, after `refined` steps of refinement.
-    """
-
-    min_gain: float | None = None
-    max_error: float | None = None
-    tolerance: float | None = None
-    is_kept: bool = True
-    refined: int = 0
+    min_gain: float | None = None  # least retained gain
+    max_error: float | None = None  # largest relative squared error of dW
+    tolerance: float | None = None  # the same of dW weighted by sensitivity
+    is_kept: bool = True  # whether the limits are met
+    refined: int = 0  # steps of refinement
 
 
 @dataclass(frozen=True)
 class NewResidual:
-    """The residual of a code, to be recorded.
-
-    Attributes:
-        blob: digest of the residual's file.
-        dw_error: relative squared error of dW, decoded from code and residual.
-    """
+    """The residual of a code, to be recorded."""
 
     blob: str
-    dw_error: float
+    dw_error: float  # relative squared error of dW, decoded from code and residual
 
 
 @dataclass(frozen=True)
@@ -243,32 +169,18 @@ class ResidualRecord(NewResidual):
 
 @dataclass(frozen=True)
 class NewCode:
-    """A code to be recorded.
+    """A code to be recorded."""
 
-    Attributes:
-        adapter: the adapter it encodes, as it was then.
-        blob: digest of the code's file.
-        bits: its length in bits, as the training loss counts it.
-        dw_error: relative squared error of the decoded dW, if it was measured.
-        asked: the limits that it was made for, if there are any.
-    """
-
-    adapter: AdapterRecord
+    adapter: AdapterRecord  # what it encodes, as it was then
     blob: str
-    bits: float
-    dw_error: float | None
+    bits: float  # as the training loss counts them
+    dw_error: float | None  # relative squared error of the decoded dW, if it was measured
     asked: Asked | None = None
 
 
 @dataclass(frozen=True)
 class CodeRecord:
-    """A code in the store.
-
-    Attributes:
-        adapter_id: the adapter it encodes.
-        blob: digest of its file, of `size` bytes; `bits`, `dw_error` and `asked` as for :class:`NewCode`.
-        residual: its residual, if it has one.
-    """
+    """A code in the store."""
 
     id: int
     task: str
@@ -298,31 +210,20 @@ class CodeRecord:
 
 @dataclass(frozen=True)
 class NewGenerator:
-    """A generator to be recorded; it becomes the current one of its base model.
-
-    Attributes:
-        blob: digest of the generator's file.
-        parent_id: the generator it was trained on from, if any.
-        codes: the codes of all tasks under it, recorded in the same transaction.
-        train_run_id: the run that is done with it, if it had checkpoints.
-    """
+    """A generator to be recorded; it becomes the current one of its base model."""
 
     base_model: str
     blob: str
     config: Json
     metrics: Json
-    parent_id: int | None = None
-    codes: Sequence[NewCode] = field(default=())
-    train_run_id: int | None = None
+    parent_id: int | None = None  # the generator it was trained on from
+    codes: Sequence[NewCode] = field(default=())  # of all tasks under it, recorded in the same transaction
+    train_run_id: int | None = None  # the run that ends with it
 
 
 @dataclass(frozen=True)
 class GeneratorRecord:
-    """A generator in the store; versions of one base model count from 1.
-
-    Attributes:
-        start: digest of its few-shot start, of `start_size` bytes, if one was learned.
-    """
+    """A generator in the store; versions of one base model count from 1."""
 
     id: int
     base_model: str
@@ -334,25 +235,20 @@ class GeneratorRecord:
     metrics: Json
     is_current: bool
     created_at: str
-    start: str | None
+    start: str | None  # digest of its few-shot start
     start_size: int
 
 
 @dataclass(frozen=True)
 class TrainRunRecord:
-    """A training run; one that is `running` can be resumed from its checkpoint.
-
-    Attributes:
-        weights: digest of the checkpoint's weights, at `step`, and `optimizer` that of the optimizer's state; None
-            before the first one and after the run.
-    """
+    """A training run; one that is `running` can be resumed from its checkpoint."""
 
     id: int
     base_model: str
     state: Literal["running", "done"]
     config: Json
     step: int
-    weights: str | None
+    weights: str | None  # digest of the checkpoint's weights; None before the first one and after the run
     optimizer: str | None
     created_at: str
     updated_at: str
@@ -360,27 +256,18 @@ class TrainRunRecord:
 
 @dataclass(frozen=True)
 class NewEvaluation:
-    """A measurement to be recorded; it replaces the earlier one of the same task, rung, generator, data and metric.
-
-    Attributes:
-        generator_id: the generator of the rungs `residual`, `code` and `generate`, None for the others.
-        data: digest of the held-out texts.
-        nats_per_token: mean negative log-likelihood.
-        tokens: the number of predicted tokens.
-        utf8_bytes: the length of the text that was scored.
-        settings: how it was measured.
-    """
+    """A measurement to be recorded; it replaces the earlier one of the same task, rung, generator, data and metric."""
 
     task: str
     rung: Rung
-    generator_id: int | None
-    data: str
-    nats_per_token: float
-    tokens: int
-    utf8_bytes: int
+    generator_id: int | None  # None for the rungs base and original
+    data: str  # digest of the held-out texts
+    nats_per_token: float  # mean negative log-likelihood
+    tokens: int  # predicted ones
+    utf8_bytes: int  # length of the text that was scored
     retained_gain: float | None
     dw_error: float | None
-    settings: Json
+    settings: Json  # how it was measured
     metric: str = "nll"
 
 
@@ -394,7 +281,7 @@ class EvaluationRecord(NewEvaluation):
 
 @dataclass(frozen=True)
 class EvictedAdapter:
-    """What an evicted adapter is recognised by; attributes as in :class:`AdapterRecord`."""
+    """What an evicted adapter is recognised by."""
 
     task: str
     weights: str
@@ -405,22 +292,13 @@ class EvictedAdapter:
 
 @dataclass(frozen=True)
 class Eviction:
-    """Originals to be deleted, and the code that was checked to replace them.
-
-    Attributes:
-        task: the task.
-        adapters: numbers of its adapters whose weights are deleted.
-        code: the code, with its residual if it has one, as they were read and decoded.
-        generator: the generator that decoded it.
-        dw_error: relative squared error of dW that was measured on what they decode to.
-        evaluations: what else was measured.
-    """
+    """Originals to be deleted, and the code that was checked to replace them."""
 
     task: str
-    adapters: Sequence[int]
-    code: CodeRecord
-    generator: GeneratorRecord
-    dw_error: float
+    adapters: Sequence[int]  # rows of the adapters whose weights are deleted
+    code: CodeRecord  # as it was read and decoded
+    generator: GeneratorRecord  # that decoded it
+    dw_error: float  # relative squared error of dW that was measured
     evaluations: Sequence[NewEvaluation] = ()
 
     def digests(self) -> list[str]:
@@ -429,10 +307,7 @@ class Eviction:
 
 
 class Description(NamedTuple):
-    """What similar adapters have in common, stored once; attributes as in :class:`NewAdapter`.
-
-    As JSON it is an array, in this order.
-    """
+    """What similar adapters have in common, stored once as a JSON array in this order."""
 
     dtype: str
     rank_max: int

@@ -38,11 +38,7 @@ class RowWriter:
         self._base_models: dict[str, BaseModel] = {}
 
     def blob(self, digest: str) -> Blob:
-        """Return the row of a blob.
-
-        Raises:
-            MissingBlob: the store does not have its bytes.
-        """
+        """Return the row of a blob; raise `MissingBlob` if the store does not have its bytes."""
         row = self.absent_blob(digest, size := self._files.size(digest))
         row.size = size  # a bundle may have said something else of bytes that were not here
         return row
@@ -59,9 +55,7 @@ class RowWriter:
 
     def load_blobs(self, digests: Iterable[str]) -> None:
         """Fetch the rows of many blobs in few queries, before :meth:`blob` is called for each."""
-        wanted = sorted(set(digests) - self._blobs.keys())
-        for at in range(0, len(wanted), MAX_VARIABLES):
-            some = wanted[at : at + MAX_VARIABLES]
+        for some in in_parts(sorted(set(digests) - self._blobs.keys())):
             self._blobs |= dict.fromkeys(some)
             query = select(Blob).where(Blob.digest.in_(some))
             self._blobs |= {row.digest: row for row in self.session.scalars(query)}
@@ -125,11 +119,7 @@ class RowNumbers:
         self._files = files
 
     def blobs(self, digests: Iterable[str]) -> dict[str, int]:
-        """Return digest -> number.
-
-        Raises:
-            MissingBlob: the store does not have the bytes.
-        """
+        """Return digest -> number; raise `MissingBlob` if the store does not have the bytes."""
         rows = {digest: {"size": self._files.size(digest)} for digest in sorted(set(digests))}
         # An imported bundle may have said something else of the size of bytes that were not here.
         return self._numbers(table_of(models.Blob), "digest", rows, corrected="size")
@@ -167,11 +157,7 @@ class RowNumbers:
 
 
 def find_task(session: Session, name: str) -> models.Task:
-    """Return a task by name, in any case.
-
-    Raises:
-        TaskNotFound: there is none; the error holds the closest names.
-    """
+    """Return a task by name, in any case; the error if there is none holds the closest names."""
     task = session.scalar(select(models.Task).where(models.Task.name == name))
     if task is None:
         names = {found.lower(): found for found in session.scalars(select(models.Task.name))}
@@ -187,12 +173,10 @@ def find_final(session: Session, task_id: int) -> models.Adapter | None:
 
 
 def final_if_unchanged(session: Session, seen: records.AdapterRecord) -> models.Adapter | None:
-    """Return the row of an adapter that was encoded or measured; None if its task has another one by now, or is gone.
-
-    The digests are compared, not only the row's number: the number of a deleted row is given to the next one.
-    """
+    """Return the row of an adapter that was encoded or measured; None if its task has another one by now."""
     task = session.scalar(select(models.Task).where(models.Task.name == seen.task))
     final = None if task is None else find_final(session, task.id)
+    # The number of a deleted row is given to the next one, so the digests are compared too.
     if final is None or (final.id, final.weights.digest, final.config.digest) != (seen.id, seen.weights, seen.config):
         return None
     return final

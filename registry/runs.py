@@ -8,7 +8,6 @@ from registry import records
 from registry import schema as models
 from registry.conversion import train_run_record
 from registry.database import Part
-from registry.files import failpoint
 from registry.rows import RowWriter
 
 
@@ -25,8 +24,8 @@ class Runs(Part):
 
     def start(self, base_model: str, config: records.Json) -> records.TrainRunRecord:
         """Begin a run; one of the same base model that was running is given up with its checkpoint."""
-        with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
+        with self._write() as writer:
+            session = writer.session
             base = writer.base_model(base_model)
             session.flush()
             query = select(models.TrainRun).where(
@@ -43,25 +42,17 @@ class Runs(Part):
         return record
 
     def save_checkpoint(self, run_id: int, *, step: int, weights: bytes, optimizer: bytes) -> records.TrainRunRecord:
-        """Store a checkpoint durably in place of the run's earlier one, whose files are deleted.
-
-        Raises:
-            LookupError: no run of that number is running.
-            StoreFull: no space left; the earlier checkpoint is intact.
-        """
+        """Store a checkpoint durably in place of the run's earlier one, whose files are deleted."""
         digests = self._blobs.put_all([weights, optimizer])
-        with self._db.write() as session:
-            writer = RowWriter(session, self._blobs)
-            row = session.get(models.TrainRun, run_id)
+        with self._write() as writer:
+            row = writer.session.get(models.TrainRun, run_id)
             if row is None or row.state != "running":
                 raise LookupError(f"train run {run_id} is not running")
             garbage = [blob.digest for blob in (row.weights, row.optimizer) if blob]
             row.weights, row.optimizer = writer.blob(digests[0]), writer.blob(digests[1])
             row.step, row.updated_at = step, writer.now
-            session.flush()
+            writer.session.flush()
             record = train_run_record(row)
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
         self._drop(digest for digest in garbage if digest not in digests)
         return record
 

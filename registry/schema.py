@@ -64,7 +64,7 @@ class _Column(TypeDecorator[Any]):
 
 
 class Digest(_Column):
-    """A SHA-256."""
+    """A SHA-256 as 64 hexadecimal digits, stored as 32 bytes."""
 
     cache_ok = True
 
@@ -78,7 +78,7 @@ class Digest(_Column):
 
 
 class Packed(_Column):
-    """A JSON value."""
+    """A JSON value, stored as its text, deflated."""
 
     cache_ok = True
 
@@ -92,7 +92,7 @@ class Packed(_Column):
 
 
 class Moment(_Column):
-    """A time, to the second."""
+    """A time in RFC 3339, UTC, stored as seconds since 1970."""
 
     impl = Integer
     cache_ok = True
@@ -107,7 +107,7 @@ class Moment(_Column):
 
 
 class Choice(_Column):
-    """One of a few words, given in alphabetical order so that rows sort as the words do."""
+    """One of a few words, stored as its place among them."""
 
     impl = Integer
     cache_ok = True
@@ -127,11 +127,7 @@ class Choice(_Column):
 
 
 def compact_json(value: object) -> str:
-    """Write JSON in one canonical way, so that equal values are equal texts.
-
-    Raises:
-        ValueError: the value holds NaN or an infinity, which JSON does not have.
-    """
+    """Write JSON in one canonical way, so that equal values are equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 

@@ -55,11 +55,6 @@ class Store:
 
     A store is used by one thread at a time, and is opened anew after a fork. Any number of processes may have it
     open; those that delete wait for the others.
-
-    Each part below is made, and its modules imported, when it is first used: most commands need few of them.
-
-    Attributes:
-        blobs: The bytes, by their SHA-256.
     """
 
     def __init__(
@@ -99,13 +94,6 @@ class Store:
             lock_timeout: seconds to wait for other processes, for the lock and for each commit.
             command: what this process does, for the message that others see.
             backend: where the bytes are, if not in the store folder.
-
-        Raises:
-            StoreNotFound: there is no store and `create` is False.
-            NotAStore: the folder holds something else.
-            StoreLocked: another process holds it exclusively.
-            StoreTooNew: a newer icm wrote it.
-            DamagedStore: the database is missing or broken.
         """
         paths = StorePaths(path)
         if create and not read_only:
@@ -218,13 +206,7 @@ class Store:
 
     @contextmanager
     def job(self, base_model: str) -> Iterator[None]:
-        """Hold the job lock of a base model, so that one process at a time trains, updates, encodes or evicts for it.
-
-        Not reentrant: a job does not start another one.
-
-        Raises:
-            StoreLocked: another process holds it and the lock timeout passed; the error names it.
-        """
+        """Hold the job lock of a base model: one process at a time trains, updates, encodes or evicts for it."""
         self._db.must_write()
         path = self._paths.job(base_model)
         with fs.store_errors(path):
@@ -243,15 +225,7 @@ class Store:
         return measure(self._db, self.blobs, self._paths)
 
     def prune(self, *, grace: float = GRACE_SECONDS, dry_run: bool = False) -> PruneReport:
-        """Delete blobs that no row refers to, and leftovers of killed commands. Works on a full disk.
-
-        Args:
-            grace: seconds; younger files stay.
-            dry_run: only say what would go.
-
-        Raises:
-            StoreLocked: other processes use the store.
-        """
+        """Delete blobs that no row refers to, and leftovers of killed commands, if older than `grace` seconds."""
         from registry.prune import prune
 
         if dry_run:
@@ -263,25 +237,13 @@ class Store:
         return report
 
     def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[Finding]:
-        """Yield what is wrong, as it is found.
-
-        Args:
-            read_data: also hash every blob.
-            names: only the blobs of these tasks.
-
-        Raises:
-            TaskNotFound: a name is not in the store.
-        """
+        """Yield what is wrong, as it is found; `read_data` also hashes every blob, `names` checks only these tasks."""
         from registry.verify import verify
 
         return verify(self._db, self.blobs, self._paths, read_data=read_data, names=names)
 
     def repair(self) -> list[tuple[Finding, str]]:
-        """Move damaged blobs to quarantine and return each with its new place.
-
-        Raises:
-            StoreLocked: other processes use the store.
-        """
+        """Move damaged blobs to quarantine and return each with its new place."""
         from registry.verify import repair
 
         self._db.must_write()

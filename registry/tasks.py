@@ -28,19 +28,11 @@ class Tasks(Part):
         return self.ingest([task])[0]
 
     def ingest(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
-        """Record tasks with all their adapters in one transaction; the same again changes nothing.
-
-        Raises:
-            ValueError: two tasks of one name, or a task without exactly one final adapter.
-            InvalidName: a name outside the rule.
-            TaskConflict: a task exists with another adapter and its `on_conflict` is `fail`.
-            MissingBlob: a digest is not in the store.
-            In each case nothing of the batch is recorded.
-        """
+        """Record tasks with all their adapters in one transaction; the same again changes nothing."""
         from registry import ingest  # not needed to read tasks
 
         self._db.must_write()
-        with self._db.connection(write=True) as connection:
+        with self._db.connection(write=True) as connection:  # no ORM: a fleet has thousands of rows
             outcomes = ingest.record_tasks(connection, self._blobs, tasks)
             failpoint("rows-before-commit")
         failpoint("rows-committed")
@@ -54,11 +46,7 @@ class Tasks(Part):
             after = page[-1].name
 
     def get(self, name: str) -> records.TaskRecord:
-        """Return a task by name, in any case.
-
-        Raises:
-            TaskNotFound: there is none; the error names the closest ones.
-        """
+        """Return a task by name, in any case."""
         with self._db.read() as session:
             return task_record(rows.find_task(session, name))
 
@@ -77,11 +65,7 @@ class Tasks(Part):
             after = page[-1].task.name
 
     def adapters(self, task: str) -> list[records.AdapterRecord]:
-        """Return the adapters of a task: checkpoints by step, the final one last.
-
-        Raises:
-            TaskNotFound: there is no such task.
-        """
+        """Return the adapters of a task: checkpoints by step, the final one last."""
         adapter = models.Adapter
         with self._db.read() as session:
             query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id)
@@ -89,39 +73,18 @@ class Tasks(Part):
             return [adapter_record(row) for row in session.scalars(query)]
 
     def final(self, task: str) -> records.AdapterRecord:
-        """Return the adapter of a task that is materialized.
-
-        Raises:
-            TaskNotFound: there is no such task.
-        """
+        """Return the adapter of a task that is materialized."""
         adapter = models.Adapter
         with self._db.read() as session:
             query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id, adapter.is_final)
             return adapter_record(session.scalars(query).one())
 
     def remove_one(self, name: str) -> records.TaskRecord:
-        """Forget a task, even if its code is the only copy; see :meth:`remove`.
-
-        Raises:
-            TaskNotFound: there is no such task.
-            StoreLocked: other processes use the store.
-        """
+        """Forget a task, even if its code is the only copy; see :meth:`remove`."""
         return self.remove([name], last_copies=[name])[0]
 
     def remove(self, names: Sequence[str], *, last_copies: Collection[str] = ()) -> list[records.TaskRecord]:
-        """Forget tasks with their adapters, vectors, codes and evaluations; prune frees the bytes.
-
-        Works on a full disk.
-
-        Args:
-            names: the tasks.
-            last_copies: those of them that are removed even if they were evicted, so that nothing brings them back.
-
-        Raises:
-            TaskNotFound: there is no task of a name; nothing was changed.
-            LastCopy: the original of another one is gone; nothing was changed.
-            StoreLocked: other processes use the store.
-        """
+        """Forget tasks with everything derived from them, evicted ones only if `last_copies` names them."""
 
         def forget(task_id: int) -> None:
             with self._db.write() as session:
@@ -137,21 +100,14 @@ class Tasks(Part):
         return doomed
 
     def plan_ingest(self, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
-        """Say what :meth:`ingest` would do, and write nothing.
-
-        No blob need be in the store yet, so `MissingBlob` is never raised; everything else is, as by that.
-        """
+        """Say what :meth:`ingest` would do, and write nothing; no blob need be in the store yet."""
         from registry import ingest
 
         with self._db.connection() as connection:
             return ingest.plan_tasks(connection, tasks)
 
     def pin(self, names: Sequence[str], pinned: bool) -> list[str]:
-        """Say whether the originals of some tasks are never evicted; return the tasks, each once.
-
-        Raises:
-            TaskNotFound: one of them is not in the store; nothing was changed.
-        """
+        """Say whether the originals of some tasks are never evicted; return the tasks, each once."""
         with self._db.write() as session:
             tasks = {task.id: task for task in (rows.find_task(session, name) for name in names)}
             for task in tasks.values():

@@ -19,37 +19,20 @@ from registry.schema import Adapter, Blob, Code, Generator, Task, TaskVector, Tr
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes of the files of a store.
+    """Bytes of the files of a store. A blob with several uses counts for the first of them, in this order."""
 
-    A blob with several uses counts for the first of them, in this order.
-
-    Attributes:
-        originals: final adapters: weights, configs and cards.
-        checkpoints: the other adapters.
-        generators: current generators, with their few-shot starts.
-        residuals: residuals under the current generators.
-        codes: codes under the current generators.
-        vectors: task vectors.
-        texts: samples and held-out texts.
-        old_generators: generators that are not current, with their codes.
-        training: checkpoints of unfinished runs.
-        database: the SQLite file and its journal.
-        unreferenced: blobs that no row refers to, temporary files, quarantine; prune frees the first two.
-        overhead: FORMAT, lock and reserve.
-    """
-
-    originals: int
-    checkpoints: int
-    generators: int
-    residuals: int
-    codes: int
+    originals: int  # final adapters: weights, configurations and cards
+    checkpoints: int  # the other adapters
+    generators: int  # current ones, with their few-shot starts
+    residuals: int  # under the current generators
+    codes: int  # under the current generators
     vectors: int
-    texts: int
-    old_generators: int
-    training: int
-    database: int
-    unreferenced: int
-    overhead: int
+    texts: int  # samples and held-out texts
+    old_generators: int  # not current, with their codes
+    training: int  # checkpoints of unfinished runs
+    database: int  # the SQLite file and its journal
+    unreferenced: int  # blobs that no row refers to, temporary files, quarantine
+    overhead: int  # FORMAT, locks and reserve
 
     @property
     def total(self) -> int:

@@ -10,7 +10,6 @@ from registry import records, rows
 from registry import schema as models
 from registry.conversion import task_record, vector_record
 from registry.database import Part
-from registry.files import failpoint
 from registry.rows import RowWriter, document_row, final_if_unchanged
 
 
@@ -18,41 +17,20 @@ class Vectors(Part):
     """Task vectors."""
 
     def add(self, vectors: Sequence[records.NewVector], of: records.TaskSummary | None = None) -> int | None:
-        """Record task vectors in one transaction.
+        """Record task vectors in one transaction and return how many were new or changed.
 
-        A vector of the same task, view, support set and extractor takes the place of the earlier one.
-
-        Args:
-            vectors: What was made.
-            of: The task that all of them were made of, as it was read then; without it nothing is compared.
-
-        Returns:
-            How many were new or changed; None if the task has another adapter or other samples by now, or is gone. Then
-            nothing is recorded.
-
-        Raises:
-            TaskNotFound: a task is not in the store; nothing is recorded.
-            MissingBlob: a digest is not in the store; nothing is recorded.
+        With `of`, the task that they were made of, nothing is recorded and None returned if that has changed since.
         """
-        with self._db.write() as session:
+        with self._write() as writer:
             if of is not None:
-                final = final_if_unchanged(session, of.final)
+                final = final_if_unchanged(writer.session, of.final)
                 if final is None or task_record(final.task).samples != of.task.samples:
                     return None
-            writer = RowWriter(session, self._blobs)
             writer.load_blobs(vector.blob for vector in vectors)
-            changed = sum([record_vector(writer, vector) for vector in vectors])
-            session.flush()
-            failpoint("rows-before-commit")
-        failpoint("rows-committed")
-        return changed
+            return sum([record_vector(writer, vector) for vector in vectors])
 
     def all(self, task: str | None = None) -> list[records.VectorRecord]:
-        """Return all vectors, or those of one task, by task, extractor, view and support set.
-
-        Raises:
-            TaskNotFound: there is no such task.
-        """
+        """Return all vectors, or those of one task, by task, extractor, view and support set."""
         vector = models.TaskVector
         with self._db.read() as session:
             query = select(vector).join(vector.task)

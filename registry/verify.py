@@ -28,23 +28,13 @@ WHERE is_final AND evicted_at IS NOT NULL AND adapters.id NOT IN (SELECT adapter
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be.
-
-    Attributes:
-        kind: `database` (SQLite's own check), `dangling` (a row refers to another one that is gone), `missing` (no
-            file for a blob), `length` and `digest` (a blob with other bytes), `orphan` (a blob without a row) or
-            `leftover` (a temporary file).
-        message: the fact.
-        path: the file it is about.
-        digest: the blob it is about, if any.
-        tasks: the tasks that need the blob.
-    """
+    """One thing that is not as it should be."""
 
     kind: Kind
     message: str
     path: str
-    digest: str | None = None
-    tasks: tuple[str, ...] = ()
+    digest: str | None = None  # the blob it is about
+    tasks: tuple[str, ...] = ()  # that need the blob
 
     @property
     def is_problem(self) -> bool:
@@ -58,9 +48,6 @@ def verify(
     """Check the database, then each blob's presence and length, then (`read_data`) its bytes.
 
     With `names`, only the blobs of these tasks are checked and the folder is not searched for orphans.
-
-    Raises:
-        TaskNotFound: a name is not in the store.
     """
     broken = list(_check_database(database))
     yield from broken
@@ -76,11 +63,7 @@ def verify(
 
 
 def repair(database: Database, blobs: Blobs, paths: StorePaths) -> list[tuple[Finding, str]]:
-    """Move every blob whose bytes are wrong to quarantine; ingesting its original again then restores it.
-
-    Returns:
-        Each finding with the place where its blob is now.
-    """
+    """Move every blob whose bytes are wrong to quarantine; return each finding with the blob's new place."""
     found = list(verify(database, blobs, paths, read_data=True))
     damaged = [(finding, finding.digest) for finding in found if finding.kind in ("length", "digest")]
     return [(finding, blobs.quarantine(digest)) for finding, digest in damaged if digest is not None]

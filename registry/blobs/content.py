@@ -40,67 +40,37 @@ def digest_of(data: Bytes) -> str:
 
 @dataclass(frozen=True)
 class PutResult(Generic[T]):
-    """A file that is in the store now.
+    """A file that is in the store now."""
 
-    Attributes:
-        path: Where it was read.
-        digest: Its SHA-256, by which rows refer to it.
-        size: Its length in bytes.
-        is_new: Whether its bytes were written now; False where the store, or an equal file of the batch, had them.
-        inspected: What the caller's `inspect` returned for it.
-    """
-
-    path: Path
+    path: Path  # where it was read
     digest: str
     size: int
-    is_new: bool
-    inspected: T
+    is_new: bool  # False if the store, or an equal file of the batch, had its bytes
+    inspected: T  # what the caller's `inspect` returned
 
 
 @dataclass(frozen=True)
 class PutRefusal:
-    """A file that was refused; the store has nothing of it.
-
-    Attributes:
-        path: The file.
-        error: Why, from the store or from the caller's `inspect`.
-    """
+    """A file that was refused; the store has nothing of it."""
 
     path: Path
     error: Exception
 
 
 class Blobs:
-    """Immutable bytes, named by their SHA-256.
-
-    Attributes:
-        unwanted: Digests that this process dropped while others used the store, so that their files are still there.
-    """
+    """Immutable bytes, named by their SHA-256."""
 
     def __init__(self, backend: BlobBackend, must_write: Callable[[], None] = lambda: None) -> None:
-        """Work on a backend.
-
-        Args:
-            backend: Where the bytes are.
-            must_write: Called before anything is written; raises where the store is read-only.
-        """
+        """Work on a backend."""
         self._backend, self._must_write = backend, must_write
         self.unwanted: set[str] = set()
 
     def put(self, data: Bytes) -> str:
-        """Store bytes durably and return their digest; a row may then refer to it.
-
-        Raises:
-            StoreFull: no space left.
-        """
+        """Store bytes durably and return their digest; a row may then refer to it."""
         return self.put_all([data])[0]
 
     def put_all(self, items: Sequence[Bytes]) -> list[str]:
-        """Store byte strings durably, in one batch, and return their digests in order.
-
-        Raises:
-            StoreFull: no space left; nothing of the batch is stored.
-        """
+        """Store byte strings durably, in one batch, and return their digests in order."""
         self._must_write()
         named = [(digest_of(data), data) for data in items]
         self.unwanted.difference_update(digest for digest, _ in named)
@@ -116,7 +86,7 @@ class Blobs:
         contents: Sequence[bytes] = (),
         withheld: Mapping[Path, Collection[str]] = MappingProxyType({}),
     ) -> list[PutResult[T] | PutRefusal]:
-        """Store plain files durably, several at a time.
+        """Store plain files durably, several at a time; return a result or a refusal for each, in order.
 
         Give it a few hundred megabytes at once: nothing of a batch counts before all of it is durable, and a file is
         held in memory while it is written.
@@ -126,15 +96,8 @@ class Blobs:
             inspect: called on worker threads with a path and the very bytes that are hashed and stored; raises to
                 refuse them.
             refusals: what `inspect` raises to refuse one file. Any other exception ends the batch.
-            contents: bytes that are in memory already, to be stored in the same batch; :func:`digest_of` tells their
-                digests.
+            contents: bytes in memory, to be stored in the same batch.
             withheld: file -> digests under which it is inspected but not stored: weights that are to stay evicted.
-
-        Returns:
-            For each file, in order: a result, or a refusal with the reason.
-
-        Raises:
-            StoreFull: no space left; nothing of the batch is stored.
         """
         self._must_write()
         expected: tuple[type[Exception], ...] = (SourceRefused, *refusals)
@@ -156,12 +119,7 @@ class Blobs:
             return _on_threads(lambda path: put_file(batch, path), files)
 
     def read(self, digest: str) -> bytes:
-        """Return a blob's bytes once they are known to be the right ones.
-
-        Raises:
-            MissingBlob: the store does not have it.
-            DamagedBlob: its bytes have another digest.
-        """
+        """Return a blob's bytes once they are known to be the right ones."""
         with self._errors(digest), self._backend.get(digest) as file:
             data = file.read()
         if digest_of(data) != digest:
@@ -169,21 +127,12 @@ class Blobs:
         return data
 
     def check(self, digest: str) -> None:
-        """Raise unless a blob's bytes are there and are the right ones; they are not held in memory.
-
-        Raises:
-            MissingBlob: the store does not have it.
-            DamagedBlob: its bytes have another digest.
-        """
+        """Raise unless a blob's bytes are there and are the right ones; they are not held in memory."""
         if not self.is_intact(digest):
             raise self._damaged(digest)
 
     def is_intact(self, digest: str) -> bool:
-        """Say whether a blob's bytes have its digest, without holding them all in memory.
-
-        Raises:
-            MissingBlob: the store does not have it.
-        """
+        """Say whether a blob's bytes have its digest, without holding them all in memory."""
         with self._errors(digest), self._backend.get(digest) as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == digest  # type: ignore[arg-type]
 
@@ -192,11 +141,7 @@ class Blobs:
         return self._backend.exists(digest)
 
     def size(self, digest: str) -> int:
-        """Return a blob's length in bytes.
-
-        Raises:
-            MissingBlob: the store does not have it.
-        """
+        """Return a blob's length in bytes."""
         with self._errors(digest):
             return self._backend.size(digest)
 
@@ -235,10 +180,7 @@ class Blobs:
 
 
 def _on_threads(call: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
-    """Return what `call` returns for each item, in order, having called it on several at a time.
-
-    If a call raises, those that have not begun never begin, and its error is raised.
-    """
+    """Return what `call` returns for each item, in order; after an error no further call begins."""
     if len(items) < 2:
         return [call(item) for item in items]
     with ThreadPoolExecutor(min(_WORKERS, len(items))) as pool:

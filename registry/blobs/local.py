@@ -119,10 +119,8 @@ class LocalBatch:
         return True
 
     def publish(self) -> None:
-        """Give the files their names and make the names durable.
-
-        The folder of a blob that was there is synced too: the process that wrote it may have been killed before it did.
-        """
+        """Give the files their names and make the names durable."""
+        # Also of blobs that were there: the process that wrote one may have been killed before it synced the folder.
         folders = {self._paths.blob(digest).parent for digest in self._written}
         for folder in sorted(folders):
             fs.make_dir(folder)
