@@ -38,7 +38,7 @@ class ExitCode(IntEnum):
     FAILED = 1, "failed, or `icm verify` found problems"
     USAGE = 2, "wrong usage"
     PARTLY = 3, "partly done: some inputs were refused, or some originals were not evicted"
-    NO_STORE = 10, "there is no store at that path"
+    NO_STORE = 10, "no store was found at the path"
     LOCKED = 11, "another icm process still holds the lock after `--lock-timeout`"
     TOO_NEW = 12, "a newer icm wrote the store"
     DAMAGED = 13, "damaged data: a digest does not match, or a blob is missing"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -34,33 +34,12 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Event
-    from icmlora.fleet.encode import EncodeReport
     from icmlora.fleet.train import Trained
     from icmlora.fleet.train_few_shot import FewShotTrained
     from icmlora.fleet.update import Updated
 
 _EVENT_EVERY = 10  # steps between two JSON lines
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The options that several parts of the command need."""
-
-    device: str
-    base_model: str | None
-    quality: int | None
-    tolerance: float | None
-    width: int | None
-    steps: int | None
-    lr: float | None
-    seed: int
-    resume: bool
-    fresh: bool
-    evaluate: bool
-    max_error: float | None
-    min_gain: float | None
 
 
 @command
@@ -99,18 +78,33 @@ def train(
     others = (quality, tolerance, width, steps, lr, max_error, min_gain)
     _check_options(objective, update=update, anew=fresh or width is not None, others=others)
     where = session.device(device)
-    options = _Options(
-        where, base_model, quality, tolerance, width, steps, lr, seed, resume, fresh, evaluate, max_error, min_gain
-    )
     few_shot = objective is not ObjectiveName.BITS
     if few_shot:  # fail now, not after hours of training the generator
         session.fleet.check_few_shot(base_model=base_model)
     partly = False
     if objective is not ObjectiveName.FUNCTIONAL:
-        made = _update(session, options) if update else _train(session, options, few_shot=few_shot)
-        partly = _encode_and_measure(session, options, made)
+        options = {
+            "device": where,
+            "base_model": base_model,
+            "quality": quality,
+            "tolerance": tolerance,
+            "steps": steps,
+            "learning_rate": lr,
+            "seed": seed,
+        }
+        if update:
+            made = _update(session, options)
+        else:
+            options |= {"width": width, "resume": resume, "fresh": fresh}
+            made = _train(session, options, few_shot=few_shot)
+        partly = made.partly
+        if made.base_models and (max_error is not None or min_gain is not None):
+            limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model, "device": where}
+            partly = _encode(session, made, limits) or partly
+        if made.base_models and evaluate:
+            _evaluate(session, where, made)
     if few_shot:
-        _train_few_shot(session, options, episodes)
+        _train_few_shot(session, where, base_model, episodes, seed)
     if partly:  # only now: a task that misses a limit must not stop what comes after
         raise typer.Exit(ExitCode.PARTLY)
 
@@ -130,27 +124,11 @@ class _Made:
 
     base_models: Sequence[str]
     tasks: Sequence[str] = ()
-    partly: bool = False
-    """Whether a task was left out."""
+    partly: bool = False  # whether a task was left out
 
 
-def _train(session: Session, options: _Options, *, few_shot: bool) -> _Made:
-    report, stopped = session.run(
-        "train",
-        lambda fleet: fleet.train(
-            device=options.device,
-            base_model=options.base_model,
-            quality=options.quality,
-            tolerance=options.tolerance,
-            width=options.width,
-            steps=options.steps,
-            learning_rate=options.lr,
-            seed=options.seed,
-            resume=options.resume,
-            fresh=options.fresh,
-        ),
-        partial(_tell, session),
-    )
+def _train(session: Session, options: dict[str, Any], *, few_shot: bool) -> _Made:
+    report, stopped = session.run("train", lambda fleet: fleet.train(**options), partial(_tell, session))
     for trained in report.trained:
         _sum_up(session, trained)
         if trained.start_dropped and not few_shot:
@@ -163,20 +141,8 @@ def _train(session: Session, options: _Options, *, few_shot: bool) -> _Made:
     return _Made([trained.base_model for trained in report.trained], partly=partly)
 
 
-def _update(session: Session, options: _Options) -> _Made:
-    report, stopped = session.run(
-        "update",
-        lambda fleet: fleet.update(
-            device=options.device,
-            base_model=options.base_model,
-            quality=options.quality,
-            tolerance=options.tolerance,
-            steps=options.steps,
-            learning_rate=options.lr,
-            seed=options.seed,
-        ),
-        partial(_tell, session),
-    )
+def _update(session: Session, options: dict[str, Any]) -> _Made:
+    report, stopped = session.run("update", lambda fleet: fleet.update(**options), partial(_tell, session))
     for updated in report.updated:
         _sum_up_update(session, updated)
     if stopped:
@@ -186,33 +152,17 @@ def _update(session: Session, options: _Options) -> _Made:
     return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks, partly)
 
 
-def _encode_and_measure(session: Session, options: _Options, made: _Made) -> bool:
-    """Re-encode for the limits, if there are any, and measure; return whether a task was left out or misses a limit."""
-    partly = made.partly
-    if not made.base_models:
-        return partly
-    max_error, min_gain = options.max_error, options.min_gain
-    if (max_error, min_gain) != (None, None):
-
-        def work(fleet: Fleet) -> EncodeReport:
-            base_model, device = options.base_model, options.device
-            return fleet.encode(
-                made.tasks, max_error=max_error, min_gain=min_gain, base_model=base_model, device=device
-            )
-
-        go_on = "the generator is kept; `icm encode` with the same limits encodes the rest"
-        partly = encode.run(session, work, encode.evict_hint(max_error, min_gain), go_on=go_on) or partly
-    if options.evaluate:
-        _evaluate(session, options.device, made)
-    return partly
+def _encode(session: Session, made: _Made, limits: dict[str, Any]) -> bool:
+    """Re-encode for the limits, and return whether a task misses one."""
+    go_on = "the generator is kept; `icm encode` with the same limits encodes the rest"
+    hint = encode.evict_hint(limits["max_error"], limits["min_gain"])
+    return encode.run(session, lambda fleet: fleet.encode(made.tasks, **limits), hint, go_on=go_on)
 
 
-def _train_few_shot(session: Session, options: _Options, episodes: int) -> None:
+def _train_few_shot(session: Session, device: str, base_model: str | None, episodes: int, seed: int) -> None:
     report, stopped = session.run(
         "episodes",
-        lambda fleet: fleet.train_few_shot(
-            device=options.device, base_model=options.base_model, episodes=episodes, seed=options.seed
-        ),
+        lambda fleet: fleet.train_few_shot(device=device, base_model=base_model, episodes=episodes, seed=seed),
         partial(_tell_few_shot, session),
     )
     for trained in report.trained:

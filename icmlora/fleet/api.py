@@ -1,13 +1,7 @@
 """The public face of a fleet: one method per use case, each a call into the file of that name.
 
-    fleet = Fleet("store", on_event=print)
-    fleet.ingest(["loras"])
-    fleet.train(device="cuda")
-    fleet.materialize("dog-detection", "adapter")
-
 A method imports what it needs when it is called, so that `import icmlora` and listing tasks never load torch. The
-methods that list and maintain the store are in `icmlora.fleet.api_store`, those that train, use and list generators in
-`icmlora.fleet.api_generators`; `Fleet` inherits both.
+methods that list and maintain a store are in `icmlora.fleet.api_store`; `Fleet` inherits them.
 """
 
 from __future__ import annotations
@@ -16,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.fleet.api_generators import GeneratorFleet
+from icmlora.fleet.api_store import StoredFleet
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
@@ -25,15 +19,29 @@ if TYPE_CHECKING:
     from icmlora.fleet.evaluate import EvaluateReport, Measurable
     from icmlora.fleet.evict import EvictReport, Pinned
     from icmlora.fleet.export_bundle import ExportReport
+    from icmlora.fleet.generate import Generated
+    from icmlora.fleet.generators import Forgotten, GeneratorVersion, RolledBack
     from icmlora.fleet.import_bundle import ImportReport
     from icmlora.fleet.ingest import Conflict, IngestReport
     from icmlora.fleet.materialize import MaterializeReport, Source
-    from icmlora.fleet.records import Rung
+    from icmlora.fleet.records import GeneratorRecord, Rung
+    from icmlora.fleet.train import TrainReport
+    from icmlora.fleet.train_few_shot import FewShotReport
+    from icmlora.fleet.update import UpdateReport
     from icmlora.fleet.vectors import VectorReport
 
 
-class Fleet(GeneratorFleet):
+class Fleet(StoredFleet):
     """The tasks of a store, and everything that can be done with them.
+
+        fleet = Fleet("store", on_event=print)
+        fleet.ingest(["loras"])
+        fleet.train(device="cuda")
+        fleet.materialize("dog-detection", "adapter")
+
+    A device is "auto", "cpu", "cuda", "cuda:N" or "mps". The methods do not repeat these errors: `StoreNotFound`;
+    `StoreLocked`, if another process uses the store or works on the same base model; `TaskNotFound`, before anything
+    changes; `DeviceUnavailable`; and `Cancelled`, whose `report` holds what was finished.
 
     Args:
         path: The store folder.
@@ -41,8 +49,8 @@ class Fleet(GeneratorFleet):
             returns it; by default `icm` in the Hugging Face home.
         lock_timeout: Seconds to wait for another process.
         command: What this process does, as others see it when they have to wait.
-        on_event: Called with a `Progress` after each unit of work, and with what each use case has to tell. To stop,
-            raise `Cancelled` in it: what was finished is kept.
+        on_event: Called with a `Progress` after each unit of work, and with each result. To stop, raise `Cancelled`
+            in it: what was finished is kept.
     """
 
     # ingest, vectors
@@ -61,9 +69,6 @@ class Fleet(GeneratorFleet):
     ) -> IngestReport:
         """Take adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
 
-            report = fleet.ingest(["loras"])
-            print(report.new, "new adapters,", report.known, "known")
-
         Args:
             paths: PEFT folders, training runs with checkpoint-N folders, or folders of those at any depth.
             name: Name for the task, if exactly one is found. By default a task is named after its folder.
@@ -75,46 +80,199 @@ class Fleet(GeneratorFleet):
             restore: Bring evicted originals back. By default they stay evicted.
             dry_run: Check everything and report what would change, but write nothing.
 
-        Returns:
-            What was recorded and what was refused, task by task.
-
         Raises:
             AdapterRefused: An input was refused, nothing was found, or everything was refused.
             TaskConflict: A task has another adapter in the store and `on_conflict` is `fail`.
         """
         from icmlora.fleet.ingest import IngestRequest, ingest
 
-        request = IngestRequest(
-            paths=tuple(map(Path, paths)),
-            name=name,
-            samples=None if samples is None else Path(samples),
-            texts=texts,
-            skip_bad=skip_bad,
-            on_conflict=on_conflict,
-            restore=restore,
-            dry_run=dry_run,
-        )
-        return ingest(self._context, request)
+        found, given = tuple(map(Path, paths)), None if samples is None else Path(samples)
+        return ingest(self._context, IngestRequest(found, name, given, texts, skip_bad, on_conflict, restore, dry_run))
 
     def extract_vectors(self, tasks: Sequence[str] = (), *, device: str = "auto", again: bool = False) -> VectorReport:
         """Extract and store task vectors: the base model's hidden states on samples, with and without the adapter.
 
         Args:
-            tasks: Names of tasks; all if empty.
-            device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+            tasks: Names of tasks; all by default.
+            device: Where to compute.
             again: Also extract the vectors of tasks that already have some.
-
-        Returns:
-            Which tasks got vectors, and which did not.
 
         Raises:
             BaseModelNotFound: A base model is not on this machine. Tasks of the other base models are done first.
             BaseModelMismatch: An adapter does not fit its base model.
-            DeviceUnavailable: The device does not exist.
         """
         from icmlora.fleet.vectors import VectorRequest, extract_vectors
 
         return extract_vectors(self._context, VectorRequest(tasks, device, again))
+
+    # train, update, encode
+
+    def train(
+        self,
+        *,
+        device: str = "auto",
+        base_model: str | None = None,
+        quality: int | None = None,
+        tolerance: float | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        seed: int = 0,
+        resume: bool = True,
+        fresh: bool = False,
+    ) -> TrainReport:
+        """Train one generator per base model on all its tasks, and store a code for every task.
+
+        Training starts from the current generator if there is one. All originals are needed; after evicting some, use
+        `update` to add tasks. The same call resumes a training that was stopped, and ends with the same generator.
+
+        Args:
+            device: Where to train.
+            base_model: Train only the generator of this base model.
+            quality: 1 (smallest codes) to 8 (most accurate); by default that of the current generator, at first 4.
+            tolerance: The same as a number: the largest squared relative error of dW weighted by sensitivity.
+            width: Hidden width of a new generator's decoder; by default it depends on the number of tasks.
+            steps: Optimiser steps; by default they depend on the number of tasks and adapters.
+            learning_rate: Peak learning rate.
+            seed: Seed for all random numbers: the same seed on the same machine gives the same bytes.
+            resume: Resume a training that was stopped.
+            fresh: Start from scratch instead of from the current generator.
+
+        Returns:
+            One entry per base model; its `left_out` names tasks that have no code, and why.
+
+        Raises:
+            DataError: There is nothing to train on, or a task is evicted.
+            GeneratorError: The training diverged, or no task could be encoded.
+        """
+        from icmlora.fleet.train import train
+        from icmlora.fleet.training_run import TrainRequest
+
+        network = width, steps, learning_rate, seed
+        return train(self._context, TrainRequest(device, base_model, quality, tolerance, *network, resume, fresh))
+
+    def update(
+        self,
+        *,
+        device: str = "auto",
+        base_model: str | None = None,
+        quality: int | None = None,
+        tolerance: float | None = None,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        seed: int = 0,
+    ) -> UpdateReport:
+        """Store codes for the tasks that have none, and let the generator grow if that makes them smaller.
+
+        Only the new tasks are read. Existing codes decode to the same adapters as before, and their originals may be
+        evicted. It takes as long as the new tasks take.
+
+        Args:
+            device: Where to compute.
+            base_model: Update only the generator of this base model.
+            quality: Of the new codes: 1 (smallest) to 8 (most accurate); by default that of the first training.
+            tolerance: The same as a number: the largest squared relative error of dW weighted by sensitivity.
+            steps: Optimiser steps; by default they depend on the number of new tasks.
+            learning_rate: Peak learning rate.
+            seed: Seed for all random numbers.
+
+        Raises:
+            DataError: The store has no tasks, or a base model has no generator yet.
+            GeneratorError: The training diverged; nothing changed.
+            GeneratorConflict: Another generator became current in the meantime; nothing changed.
+        """
+        from icmlora.fleet.update import update
+        from icmlora.fleet.update_candidates import UpdateRequest
+
+        request = UpdateRequest(device, base_model, quality, tolerance, steps, learning_rate, seed)
+        return update(self._context, request)
+
+    def encode(
+        self,
+        tasks: Sequence[str] = (),
+        *,
+        min_gain: float | None = None,
+        max_error: float | None = None,
+        tolerance: float | None = None,
+        refine: int = 0,
+        residual: bool = False,
+        base_model: str | None = None,
+        device: str = "auto",
+        again: bool = False,
+    ) -> EncodeReport:
+        """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
+
+        A task whose code was made with the same limits is skipped, so the same call continues after an interruption.
+        Give at least one of `min_gain`, `max_error` and `tolerance`; a code meets all that are given.
+
+        Args:
+            tasks: Names of tasks; all by default.
+            min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
+            max_error: Largest squared relative error of dW.
+            tolerance: Largest squared relative error of dW weighted by sensitivity.
+            refine: Steps that fit a code to what its adapter does on the task's samples. Needs the base model.
+            residual: Keep the codes, and store a residual for each task whose code misses the limits.
+            base_model: Only tasks of this base model.
+            device: Where to measure and refine.
+            again: Encode tasks even if their code already meets these limits.
+
+        Returns:
+            One entry per task; `report.short` lists those without a code that meets the limits.
+
+        Raises:
+            DataError: There is no generator, or the base model has no tasks.
+        """
+        from icmlora.fleet.encode import EncodeRequest, encode
+
+        request = EncodeRequest(tasks, max_error, min_gain, tolerance, refine, residual, base_model, device, again)
+        return encode(self._context, request)
+
+    # evaluate, compare
+
+    def evaluate(
+        self,
+        tasks: Sequence[str] = (),
+        *,
+        sources: Sequence[Rung] = ("residual", "code", "generate"),
+        data: str | Path | None = None,
+        max_tokens: int = 256,
+        baselines: Sequence[str] = (),
+        device: str = "auto",
+        again: bool = False,
+    ) -> EvaluateReport:
+        """Measure the sources of tasks on held-out text, with the base model, and record the results.
+
+        Args:
+            tasks: Names of tasks; all by default.
+            sources: What to measure in addition to base model and original, where a task has it.
+            data: File of held-out text as JSON lines; each task's own by default.
+            max_tokens: Tokens scored in each text.
+            baselines: Other methods to compare with, such as "int8" or "svd4". Their results are not stored.
+            device: Where to compute.
+            again: Measure again what was measured on the same text before.
+
+        Raises:
+            DataError: No task has held-out text, or the text cannot be used.
+            BaseModelNotFound: A base model is not on this machine.
+            UnknownBaseline: No method has that name.
+        """
+        from icmlora.fleet.evaluate import EvaluateRequest, evaluate
+
+        path = None if data is None else Path(data)
+        request = EvaluateRequest(tasks, sources, path, max_tokens, again, baselines, device)
+        return evaluate(self._context, request)
+
+    def measurable(self, base_models: Sequence[str], tasks: Sequence[str] = ()) -> Measurable:
+        """Return which `tasks` of some `base_models` this machine can measure, and why it cannot measure others."""
+        from icmlora.fleet.evaluate import measurable
+
+        return measurable(self._context, base_models, tasks)
+
+    def compare(self, report: EvaluateReport) -> list[MethodSummary]:
+        """Sum up the `report` of `evaluate` by method, with the bytes that each takes, largest first."""
+        from icmlora.fleet.compare import compare
+
+        return compare(report.tasks, self.stats())
 
     # materialize, bundles
 
@@ -131,8 +289,6 @@ class Fleet(GeneratorFleet):
     ) -> MaterializeReport:
         """Write a task's adapter as a PEFT folder. The folder appears complete or not at all.
 
-            fleet.materialize("dog-detection", "adapter")
-
         Neither the base model nor a GPU is needed. The same arguments write the same bytes.
 
         Args:
@@ -145,21 +301,15 @@ class Fleet(GeneratorFleet):
             force: Replace the adapter in a folder that is not empty.
 
         Raises:
-            TaskNotFound: There is no such task.
             DataError: The store does not have this source.
             TooLossy: The error is above `max_error`.
             OutputExists: The folder is not empty and `force` is not given.
         """
         from icmlora.fleet.materialize import MaterializeRequest, materialize
 
+        where = Path(directory)
         request = MaterializeRequest(
-            task=task,
-            directory=Path(directory),
-            source=source,
-            dtype=dtype,
-            seed=seed,
-            max_error=max_error,
-            force=force,
+            task=task, source=source, seed=seed, max_error=max_error, directory=where, dtype=dtype, force=force
         )
         return materialize(self._context, request)
 
@@ -168,20 +318,10 @@ class Fleet(GeneratorFleet):
     ) -> Adapter:
         """Load a task's adapter into memory: float32 tensors, with the scale folded into B.
 
-            adapter = fleet.load("dog-detection")
-            for module in adapter.modules:
+            for module in fleet.load("dog-detection").modules:
                 delta = module.b @ module.a  # (out, in)
 
-        Args:
-            task: Name of the task.
-            source: As for `materialize`.
-            seed: As for `materialize`.
-            max_error: As for `materialize`.
-
-        Raises:
-            TaskNotFound: There is no such task.
-            DataError: The store does not have this source.
-            TooLossy: The error is above `max_error`.
+        `task`, `source`, `seed`, `max_error` and the errors are those of `materialize`.
         """
         from icmlora.fleet.materialize import LoadRequest, load
 
@@ -196,7 +336,7 @@ class Fleet(GeneratorFleet):
 
         Args:
             file: The bundle to write.
-            tasks: Names of tasks; all that have a code if empty.
+            tasks: Names of tasks; by default all that have a code.
             base_model: Only tasks of this base model. Needed if the tasks have several.
             force: Replace a file that exists.
 
@@ -220,7 +360,7 @@ class Fleet(GeneratorFleet):
 
         Args:
             file: The bundle.
-            tasks: Tasks of the bundle; all if empty.
+            tasks: Tasks of the bundle; all by default.
             on_conflict: If the store has a task of that name with another adapter or code: `skip` or `fail`.
             dry_run: Check everything and report what would change, but write nothing.
 
@@ -233,112 +373,123 @@ class Fleet(GeneratorFleet):
 
         return import_bundle(self._context, ImportRequest(Path(file), tasks, on_conflict, dry_run))
 
-    # encode
+    # generate
 
-    def encode(
+    def check_few_shot(self, *, base_model: str | None = None) -> None:
+        """Check that `train_few_shot` has all it needs except a generator, for one `base_model` or for all."""
+        from icmlora.fleet.train_few_shot import check_few_shot
+
+        check_few_shot(self._context, base_model)
+
+    def train_few_shot(
+        self, *, device: str = "auto", base_model: str | None = None, episodes: int = 48, seed: int = 0
+    ) -> FewShotReport:
+        """Meta-train the few-shot start that `generate` needs; generators and codes do not change.
+
+        Args:
+            device: Where to compute.
+            base_model: Only for the generator of this base model.
+            episodes: Length of the training: in each episode one known task is treated as new.
+            seed: Seed for all random numbers.
+
+        Raises:
+            DataError: A base model has no generator, or fewer than two tasks with samples.
+            BaseModelNotFound: A base model is not on this machine.
+            GeneratorError: The training diverged; nothing changed.
+        """
+        from icmlora.fleet.train_few_shot import FewShotRequest, train_few_shot
+
+        return train_few_shot(self._context, FewShotRequest(device, base_model, episodes, seed))
+
+    def generate(
         self,
-        tasks: Sequence[str] = (),
+        name: str,
+        samples: str | Path,
+        directory: str | Path,
         *,
-        min_gain: float | None = None,
-        max_error: float | None = None,
-        tolerance: float | None = None,
+        count: int = 64,
+        description: str | None = None,
         refine: int = 0,
-        residual: bool = False,
+        rank: int | None = None,
         base_model: str | None = None,
         device: str = "auto",
-        again: bool = False,
-    ) -> EncodeReport:
-        """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
+        dtype: str = "bfloat16",
+        register: bool = False,
+        force: bool = False,
+    ) -> Generated:
+        """Generate an adapter for a new task from a few samples of it, and write it as a PEFT folder.
 
-        A task whose present code was made with the same limits is skipped, so the same call continues after an
-        interruption. Give at least one of `min_gain`, `max_error` and `tolerance`.
-
-            fleet.encode(min_gain=0.98)
+        The quality of the adapter is not known: measure it on other text of the task. Needs the base model, and a
+        generator with a few-shot start (`train_few_shot`).
 
         Args:
-            tasks: Names of tasks; all by default.
-            min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
-            max_error: Largest squared relative error of dW.
-            tolerance: Largest squared relative error of dW weighted by sensitivity.
-            refine: Steps that fit a code to what its adapter does on the task's samples. Needs the base model.
-            residual: Keep the codes, and store a residual for each task whose code misses the limits.
-            base_model: Only tasks of this base model.
-            device: Where to measure and refine: "auto", "cpu", "cuda", "cuda:N" or "mps".
-            again: Encode tasks even if their code already meets these limits.
+            name: Name of the new task.
+            samples: File of JSON lines with "text", or with "prompt" and "completion".
+            directory: The folder to write.
+            count: Number of samples to read, spread over the file.
+            description: A sentence for the model card.
+            refine: Gradient steps on the samples after generating.
+            rank: Rank to write; by default the largest that a code can have.
+            base_model: Which base model; needed only if several have a few-shot start.
+            device: Where to compute.
+            dtype: Number format of the weights: `bfloat16`, `float16` or `float32`.
+            register: Also keep the task in the store, by a code and its task vectors; weights are not stored.
+            force: Replace the folder if it is not empty.
 
         Returns:
-            One entry per task; `report.short` lists those without a code that meets the limits.
+            What was written, its loss on the samples, and the nearest known tasks.
 
         Raises:
-            TaskNotFound: A name is not in the store.
-            DataError: There is no generator, or no task of the base model.
-            StoreLocked: Another process trains, updates, encodes or evicts for the same base model.
-            Cancelled: The listener stopped it; `report` of the exception has the tasks that are done.
+            DataError: The samples cannot be used, or no generator has a few-shot start.
+            OutputExists: The folder is not empty and `force` is not given.
+            TaskConflict: The task is to be registered, and its name is taken.
+            NotCovered: The task is to be registered, and no code can have the rank.
         """
-        from icmlora.fleet.encode import EncodeRequest, encode
+        from icmlora.fleet.generate import GenerateRequest, generate
 
-        request = EncodeRequest(tasks, max_error, min_gain, tolerance, refine, residual, base_model, device, again)
-        return encode(self._context, request)
+        files = Path(samples), Path(directory)
+        request = GenerateRequest(
+            name, *files, count, description, refine, rank, base_model, device, dtype, register, force
+        )
+        return generate(self._context, request)
 
-    # evaluate
+    # generators
 
-    def evaluate(
-        self,
-        tasks: Sequence[str] = (),
-        *,
-        sources: Sequence[Rung] = ("residual", "code", "generate"),
-        data: str | Path | None = None,
-        max_tokens: int = 256,
-        baselines: Sequence[str] = (),
-        device: str = "auto",
-        again: bool = False,
-    ) -> EvaluateReport:
-        """Measure the sources of tasks on held-out text, with the base model, and record the results.
+    def generators(self) -> list[GeneratorVersion]:
+        """List all generators by base model, oldest first, with what depends on each."""
+        from icmlora.fleet.generators import list_generators
 
-        Base model and original are always measured. What was measured on the same text before is not measured again.
+        return list_generators(self._context)
+
+    def rollback(self, digest: str) -> RolledBack:
+        """Make another generator of the same base model the current one; nothing is deleted.
 
         Args:
-            tasks: Names of tasks; all by default.
-            sources: What else to measure, where a task has it.
-            data: File of held-out text as JSON lines; each task's own by default.
-            max_tokens: Tokens scored in each text.
-            baselines: Other methods to compare with, such as "int8" or "svd4". Their results are not stored.
-            device: Where to compute.
-            again: Measure again what was measured on the same text before.
+            digest: The first digits of the generator's digest, four or more.
 
         Raises:
-            TaskNotFound: A name is not in the store.
-            DataError: No task has held-out text, or the text cannot be used.
-            BaseModelNotFound: There is no local copy of a base model.
-            UnknownBaseline: There is no method of that name.
-            Cancelled: The listener stopped it; `report` of the exception has the tasks that are done.
+            DataError: No generator, or more than one, begins with these digits.
+            LastCopy: An evicted task could not be restored as it was checked; nothing changed.
         """
-        from icmlora.fleet.evaluate import EvaluateRequest, evaluate
+        from icmlora.fleet.generators import rollback
 
-        path = None if data is None else Path(data)
-        request = EvaluateRequest(tasks, sources, path, max_tokens, again, baselines, device)
-        return evaluate(self._context, request)
+        return rollback(self._context, digest)
 
-    def measurable(self, base_models: Sequence[str], tasks: Sequence[str] = ()) -> Measurable:
-        """Return which tasks of some base models can be measured on this machine, and why others cannot.
+    def forget_generator(self, generator: str | GeneratorRecord, *, dry_run: bool = False) -> Forgotten:
+        """Forget a generator that is not in use, with its codes and their measurements; `prune` deletes its files.
 
         Args:
-            base_models: Names of base models.
-            tasks: Only these tasks; all by default.
+            generator: The first digits of its digest, four or more, or its record from `generators`.
+            dry_run: Only return what would be forgotten.
+
+        Raises:
+            DataError: No generator, or more than one, begins with these digits.
+            GeneratorConflict: It is in use; nothing changed.
+            LastCopy: It holds the only code of an evicted task; nothing changed.
         """
-        from icmlora.fleet.evaluate import measurable
+        from icmlora.fleet.generators import forget_generator
 
-        return measurable(self._context, base_models, tasks)
-
-    def compare(self, report: EvaluateReport) -> list[MethodSummary]:
-        """Sum up an evaluation by method, with the bytes that each takes, largest first.
-
-        Args:
-            report: What `evaluate` returned.
-        """
-        from icmlora.fleet.compare import compare
-
-        return compare(report.tasks, self.stats())
+        return forget_generator(self._context, generator, dry_run=dry_run)
 
     # evict, pin
 
@@ -364,11 +515,6 @@ class Fleet(GeneratorFleet):
             checkpoints_only: Delete checkpoints and keep the final adapters.
             dry_run: Check everything and delete nothing.
             device: Where to measure.
-
-        Raises:
-            TaskNotFound: A name is not in the store; nothing was deleted.
-            StoreLocked: Another process uses the store, or works on the same base model.
-            Cancelled: The listener stopped it; `report` of the exception has the tasks that are done.
         """
         from icmlora.fleet.evict import EvictRequest, evict
 
@@ -376,21 +522,13 @@ class Fleet(GeneratorFleet):
         return evict(self._context, request)
 
     def pin(self, tasks: Sequence[str]) -> Pinned:
-        """Keep the originals of tasks: `evict` does not delete them.
-
-        Raises:
-            TaskNotFound: A name is not in the store; nothing was changed.
-        """
+        """Keep the originals of `tasks`: `evict` does not delete them."""
         from icmlora.fleet.evict import set_pinned
 
         return set_pinned(self._context, tasks, pinned=True)
 
     def unpin(self, tasks: Sequence[str]) -> Pinned:
-        """Allow `evict` to delete the originals of tasks again.
-
-        Raises:
-            TaskNotFound: A name is not in the store; nothing was changed.
-        """
+        """Allow `evict` to delete the originals of `tasks` again."""
         from icmlora.fleet.evict import set_pinned
 
         return set_pinned(self._context, tasks, pinned=False)

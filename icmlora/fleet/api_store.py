@@ -1,4 +1,4 @@
-"""Open the fleet of a store, list it and maintain it: the methods of `Fleet` that need no tensors."""
+"""The methods of `Fleet` that need no tensors: they list the store and maintain it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class StoredFleet:
-    """What can be listed and maintained in a store. `icmlora.Fleet` explains the arguments."""
+    """Open a store, list and maintain it. `icmlora.Fleet` explains the arguments."""
 
     def __init__(
         self,
@@ -40,38 +40,19 @@ class StoredFleet:
     # tasks: list, show, remove
 
     def tasks(self, base_model: str | None = None) -> list[TaskSummary]:
-        """List the tasks by name.
-
-        Args:
-            base_model: List only the tasks of this base model.
-
-        Raises:
-            StoreNotFound: There is no store at the path.
-            DataError: No task belongs to the base model.
-        """
+        """List the tasks by name, all or those of one `base_model`; a `DataError` if it has none."""
         from icmlora.fleet.tasks import list_tasks
 
         return list_tasks(self._context, base_model)
 
     def show(self, task: str) -> TaskDetails:
-        """Return everything the store knows about one task.
-
-        Raises:
-            TaskNotFound: There is no such task; the error names the closest ones.
-        """
+        """Return everything the store knows about one `task`."""
         from icmlora.fleet.tasks import show_task
 
         return show_task(self._context, task)
 
     def plan_removal(self, tasks: Sequence[str]) -> list[Removal]:
-        """Return what `remove` would take away; nothing changes.
-
-        Args:
-            tasks: Names of tasks.
-
-        Raises:
-            TaskNotFound: A task is not in the store.
-        """
+        """Return what `remove` would delete with these `tasks`; nothing changes."""
         from icmlora.fleet.tasks import plan_removal
 
         return plan_removal(self._context, tasks)
@@ -81,13 +62,12 @@ class StoredFleet:
 
         Args:
             tasks: The tasks to remove: all of them, or none if one is refused.
-            last_copies: Evicted tasks among them that may be lost although their code is the only copy.
+            last_copies: Evicted tasks to remove although their code is the only copy.
 
         Returns:
             The names of the removed tasks.
 
         Raises:
-            TaskNotFound: A task is not in the store.
             LastCopy: A task is evicted and not in `last_copies`.
         """
         from icmlora.fleet.tasks import remove_tasks
@@ -113,18 +93,14 @@ class StoredFleet:
             The absolute path.
 
         Raises:
-            BaseModelNotFound: There is no loadable base model at the path.
+            BaseModelNotFound: The path does not hold a base model that can be loaded.
         """
         from icmlora.fleet.base_models import add_base_model
 
         return add_base_model(self._context, name, Path(path))
 
     def forget_base_model(self, name: str) -> None:
-        """Forget where a base model is. Its adapters and files stay.
-
-        Raises:
-            BaseModelNotFound: The store does not know the name.
-        """
+        """Forget where the base model `name` is; `BaseModelNotFound` if it is unknown. Adapters and files stay."""
         from icmlora.fleet.base_models import forget_base_model
 
         forget_base_model(self._context, name)
@@ -182,21 +158,14 @@ class StoredFleet:
 
         Args:
             tasks: Check only what these tasks need; everything if empty.
-            read_data: Also read and hash every blob; otherwise only its presence and length are checked.
-
-        Raises:
-            TaskNotFound: A task is not in the store.
+            read_data: Also read and hash every blob. By default only its presence and length are checked.
         """
         from icmlora.fleet.maintenance import verify
 
         return verify(self._context, tasks, read_data=read_data)
 
     def repair(self) -> list[tuple[Finding, str]]:
-        """Move every damaged blob to quarantine; ingesting its original again restores it.
-
-        Returns:
-            Each finding with the new place of its blob.
-        """
+        """Move every damaged blob to quarantine, and return its finding and new place. Ingesting restores originals."""
         from icmlora.fleet.maintenance import repair
 
         return repair(self._context)

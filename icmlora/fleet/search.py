@@ -105,6 +105,13 @@ def walk(first: int, length: int, min_gain: float, attempt: Attempt) -> Found:
     return found
 
 
+def ladder_within(tolerance: float | None) -> tuple[float, ...]:
+    """Return the ladder without what is coarser than a tolerance; its coarsest entry is then the tolerance itself."""
+    if tolerance is None:
+        return LADDER
+    return tolerance, *(finer for finer in LADDER if finer < tolerance)
+
+
 @dataclass(frozen=True)
 class Refiner:
     """What refinement takes: the base model, in a precision for gradients, and samples of the task."""
@@ -137,18 +144,19 @@ class CodeSearch:
         """Return the smallest code found and whether it meets the limits; if none does, the most accurate one."""
         if min_gain is None:
             return self._try(limits, self.refiner), True
+        ladder = ladder_within(limits.tolerance)
 
         def attempt(index: int) -> Trial:
-            return self._try(Limits(LADDER[index], limits.max_error), self.refiner)
+            return self._try(Limits(ladder[index], limits.max_error), self.refiner)
 
         def plain(index: int) -> Trial:
-            return self._try(Limits(LADDER[index], limits.max_error), None)
+            return self._try(Limits(ladder[index], limits.max_error), None)
 
         if self.refiner is None:
-            found = bisect(len(LADDER), min_gain, plain)
+            found = bisect(len(ladder), min_gain, plain)
         else:  # refinement takes minutes, so find out without it where to begin
-            near = bisect(len(LADDER), 1 - _LOSS_RATIO * (1 - min_gain), plain)
-            found = walk(near.index, len(LADDER), min_gain, attempt)
+            near = bisect(len(ladder), 1 - _LOSS_RATIO * (1 - min_gain), plain)
+            found = walk(near.index, len(ladder), min_gain, attempt)
         return found.trial, found.is_kept
 
     def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:

@@ -150,6 +150,25 @@ def test_a_gain_that_every_code_keeps_gives_smaller_codes_than_one_that_few_keep
     assert sizes[0] < sizes[1]
 
 
+def test_a_gain_that_every_code_keeps_does_not_loosen_the_tolerance(icm: Icm, trained: Path, plain_gains: None) -> None:
+    blobs = []
+    for limits in (("--tolerance", "0.03"), ("--tolerance", "0.03", "--min-gain", "0.1"), ("--min-gain", "0.1")):
+        told = tasks_of(icm("encode", "poems", *limits, "--device", "cpu", "--json"))["poems"]
+        assert told["status"] == "encoded"
+        blobs.append(codes(trained)["poems"].blob)
+    assert blobs[0] == blobs[1] != blobs[2]
+
+
+def test_a_gain_that_the_tolerance_does_not_keep_takes_a_finer_code(icm: Icm, trained: Path, plain_gains: None) -> None:
+    sizes, gains = [], []
+    for limits in (("--tolerance", "0.3"), ("--tolerance", "0.3", "--min-gain", "0.95")):
+        told = tasks_of(icm("encode", "poems", *limits, "--device", "cpu", "--json"))["poems"]
+        sizes.append(told["size"])
+        gains.append(told["retained_gain"])
+    assert sizes[0] < sizes[1]
+    assert gains[1] >= 0.95
+
+
 def test_the_gain_that_was_measured_is_recorded(icm: Icm, trained: Path) -> None:
     told = tasks_of(icm("encode", "--min-gain", "0.5", "--device", "cpu", "--json"))
     with Store.open(trained) as store:

@@ -8,7 +8,7 @@ import pytest
 
 from icmlora.errors import DataError
 from icmlora.fleet.measure import SourceResult
-from icmlora.fleet.search import LADDER, Attempt, Found, Trial, bisect, walk
+from icmlora.fleet.search import LADDER, Attempt, Found, Trial, bisect, ladder_within, walk
 from icmlora.generator.encoding import Encoded
 
 GAINS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99)  # by index, coarse to fine
@@ -68,3 +68,14 @@ def test_the_ladder_goes_down_from_nearly_nothing_kept() -> None:
     assert list(LADDER) == sorted(LADDER, reverse=True)
     assert LADDER[0] == 0.95
     assert LADDER[1:3] == (pytest.approx(0.7071, abs=1e-4), 0.5)
+
+
+@pytest.mark.parametrize("tolerance", [0.001, 0.1, 0.5, 0.97])
+def test_within_a_tolerance_a_search_tries_that_tolerance_and_what_is_finer(tolerance: float) -> None:
+    ladder = ladder_within(tolerance)
+    assert ladder[0] == tolerance
+    assert list(ladder[1:]) == [entry for entry in LADDER if entry < tolerance]
+
+
+def test_without_a_tolerance_a_search_tries_the_whole_ladder() -> None:
+    assert ladder_within(None) == LADDER
