@@ -160,8 +160,10 @@ def _write(writer: RowWriter, bundle: BundleImport, todo: Sequence[_Decision]) -
         session.flush()
         session.add(_code(writer, item.task, adapter, generator))
         if item.task.evaluation is not None:
+            # The generator has another number here.
             evaluation = replace(item.task.evaluation, task=adapter.task.name, generator_id=generator.id)
             record_evaluation(session, evaluation, writer.now)
+        # A task that is here already has vectors of its own samples.
         for vector in item.task.vectors if item.known is None else ():
             record_vector(writer, vector)
     session.flush()
@@ -187,6 +189,7 @@ def _new_adapter(writer: RowWriter, bundle: BundleImport, new: ImportedTask) -> 
         task=models.Task(name=new.name, base_model=base_model, created_at=writer.now, folder=folder),
         step=original.step,
         is_final=True,
+        # Known by digest only, so that the original is recognised when it comes.
         weights=writer.absent_blob(original.weights, new.weights_bytes),
         config=writer.blob(original.config),
         card=None if original.card is None else writer.blob(original.card),

@@ -48,6 +48,7 @@ class Codes(Part):
         """Record codes under the current generator, for tasks that have none and the same adapter still."""
         with self._write() as writer:
             generator = current_row(writer.session, generator_id)
+            # Another process may have encoded some of them since they were chosen.
             known = code_files(writer.session, generator.id)
             new = list(code_rows(writer, generator, [code for code in codes if code.adapter.task not in known]))
             writer.session.add_all(new)
@@ -66,12 +67,14 @@ class Codes(Part):
                 return None
             _must_have_original(adapter)
             row = session.scalar(select(code).where(code.task_id == adapter.task_id, code.generator_id == generator.id))
+            # Read before the row changes; deleted after the commit.
             old = set() if row is None else set(code_record(row).digests())
             if row is None:
                 row = code(task=adapter.task, generator_id=generator.id)
                 session.add(row)
             row.adapter_id, row.blob = adapter.id, writer.blob(new.blob)
             row.bits, row.dw_error = new.bits, new.dw_error
+            # A residual corrects the code that it was made for, and no other.
             row.residual, row.residual_error = None, None
             _set_limits(writer, row, new.asked)
             _replace_evaluations(writer, row, ("code", "residual"), evaluations)

@@ -32,6 +32,7 @@ def task_record(row: models.Task) -> records.TaskRecord:
 def adapter_record(row: models.Adapter) -> records.AdapterRecord:
     """Return the record of an adapter."""
     common = Description(*row.description.body)
+    # JSON has lists only; a description must be a key.
     layout = tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in common.layout)
     common = common._replace(target_modules=tuple(common.target_modules), layout=layout)
     usual = usual_source(row.task.folder, row.step, is_final=row.is_final)

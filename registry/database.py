@@ -47,10 +47,14 @@ _DAMAGE_HINT = "`icm verify` says what is damaged; a backup of registry.db resto
 PAGE_SIZE = 512
 
 _PRAGMAS = (
+    # SQLite ignores foreign keys unless each connection asks for them.
     "foreign_keys=ON",
+    # A commit that was acknowledged survives power loss.
     "synchronous=FULL",
+    # A database file from elsewhere may hold hostile views and triggers.
     "trusted_schema=OFF",
     "cell_size_check=ON",
+    # A read error of a mapped file is a signal that kills the process, not an error.
     "mmap_size=0",
 )
 
@@ -67,6 +71,7 @@ class Database:
         self._engine = create_engine(
             "sqlite://",
             creator=self._connect,
+            # SQLite connections must not be carried over a fork, so none is pooled.
             poolclass=NullPool,
         )
         event.listen(self._engine, "begin", _begin)
@@ -120,6 +125,7 @@ class Database:
             if self.read_only:
                 connection.execute("PRAGMA query_only=ON")
             else:
+                # Faster than DELETE, which changes the folder as well.
                 connection.execute("PRAGMA journal_mode=TRUNCATE")
         except BaseException:
             connection.close()

@@ -46,11 +46,13 @@ class Originals(Part):
         def delete() -> int:
             with self._db.write() as session:
                 code = _code_to_rely_on(session, eviction)
+                # Damage since the check would make these weights the last good copy.
                 for digest in eviction.digests():
                     self._blobs.check(digest)
                 digests = _mark_evicted(session, eviction, code)
                 failpoint("rows-before-commit")
             failpoint("eviction-committed")
+            # Bytes last: a kill before this leaves files that no row needs.
             return drop_evicted(self._db, self._blobs, digests)
 
         with self._lock.exclusive():
@@ -99,6 +101,7 @@ def _mark_evicted(session: Session, eviction: Eviction, row: models.Code) -> lis
         chosen = (adapter.task_id == row.task_id, adapter.id.in_(some))
         digests += session.scalars(select(models.Blob.digest).join(adapter.weights).where(*chosen))
         session.execute(update(adapter).where(*chosen, adapter.evicted_at.is_(None)).values(evicted_at=now))
+    # The error belongs to the source that replaces the original.
     if row.residual is None:
         row.dw_error = eviction.dw_error
     else:

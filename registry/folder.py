@@ -97,6 +97,7 @@ def make_reserve(paths: StorePaths) -> None:
     if not paths.reserve.exists():
         temporary = paths.tmp / "reserve"
         fs.unlink(temporary)
+        # Real bytes: a sparse file would free nothing.
         fs.write_file(temporary, bytes(RESERVE_BYTES), 0o600)
         fs.replace(temporary, paths.reserve)
 
@@ -145,6 +146,7 @@ def create_store(paths: StorePaths, database: Database) -> None:
         make_reserve(paths)
         migrate(database, create=True)
         fs.failpoint("store-before-format")
+        # FORMAT last: a folder without it is an attempt that was killed, and is made again.
         temporary = paths.tmp / "FORMAT"
         fs.unlink(temporary)
         fs.write_file(temporary, FORMAT_TEXT.encode(), 0o444)

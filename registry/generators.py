@@ -106,6 +106,7 @@ class Generators(Part):
             row.start = writer.blob(blob)
             writer.session.flush()
             record = generator_record(row)
+        # The very same start again must keep its file.
         self._drop({old} - {blob} if old else ())
         return record
 
@@ -185,6 +186,7 @@ def _last_copies(session: Session, row: models.Generator) -> tuple[str, ...]:
     others = select(generator.id).where(generator.base_model_id == row.base_model_id, generator.id != row.id)
     if row.is_current:
         found = [code_files(session, other, evicted=True) for other in session.scalars(others)]
+        # Equal files are one blob, so equal rows are the same code.
         kept = {name for codes in found for name, code in codes.items() if mine.get(name) == code}
     else:  # whatever code the current one has is the one that was checked
         present = session.scalar(others.where(generator.is_current))
@@ -208,6 +210,7 @@ def _shown(names: Sequence[str]) -> str:
 
 def _link(session: Session, parent_id: int, generator_id: int, without: Sequence[int]) -> None:
     """Give a generator the codes of its parent and what was measured of them, without those of some tasks."""
+    # Copied inside SQLite: a fleet has thousands of codes.
     for table in (models.Code, models.Evaluation):
         columns: list[InstrumentedAttribute[object]] = [
             getattr(table, column.key) for column in table.__table__.columns if column.key not in ("id", "generator_id")

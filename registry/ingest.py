@@ -159,6 +159,7 @@ def record_tasks(
     decisions = _decide_all(connection, ingests)
     for item in decisions:
         if item.replaced is not None:
+            # Everything derived from the replaced task goes with it: foreign keys cascade.
             connection.execute(delete(_TASKS).where(_TASKS.c.id == item.replaced))
     _write(connection, files, [item for item in decisions if item.status != "skipped"])
     return [item.outcome() for item in decisions]
@@ -173,6 +174,7 @@ def _decide_all(connection: Connection | None, ingests: Sequence[records.TaskIng
     names = [ingest.name for ingest in ingests]
     if len({name.lower() for name in names}) != len(names):
         raise ValueError("two tasks of one batch have the same name")
+    # Case-insensitive, as the column is.
     known = {} if connection is None else known_tasks(connection, names)
     return [_decide(known.get(ingest.name.lower()), ingest) for ingest in ingests]
 
@@ -242,6 +244,7 @@ def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision])
         )
     if rows:
         connection.execute(insert(_ADAPTERS), rows)
+    # Only now: the weights of restored adapters must be there, which `blobs` above has checked.
     back = [number for item in decisions if item.ingest.restore for number in item.evicted.values()]
     for some in in_parts(back):
         connection.execute(update(_ADAPTERS).where(_ADAPTERS.c.id.in_(some)).values(evicted_at=None))

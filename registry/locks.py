@@ -123,6 +123,7 @@ class FileLock:
     def _holders(self) -> dict[int, str]:
         """Return pid -> command of the processes in the file that are alive; some may have released it already."""
         found: dict[int, str] = {}
+        # Anybody may have written to the file, so nothing in it is trusted but the number of a live process.
         for line in self._path.read_text(errors="replace").splitlines():
             pid, _, command = line.partition(" ")
             if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
@@ -141,6 +142,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _open(path: Path, *, writable: bool) -> int:
+    # O_APPEND: several processes may sign at the same time.
     flags = (os.O_RDWR | os.O_CREAT | os.O_APPEND) if writable else os.O_RDONLY
     return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 

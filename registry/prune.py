@@ -114,6 +114,7 @@ def is_referenced() -> ColumnElement[bool]:
 
 def is_needed() -> ColumnElement[bool]:
     """Return the condition that any row needs the bytes of a blob."""
+    # Held-out text is known by its digest; a measurement stays true without it.
     return or_(*(exists().where(_needs(column)) for column in BLOB_COLUMNS if column is not Evaluation.data_id))
 
 
@@ -128,6 +129,7 @@ def blob_references(
 
 def _needs(column: InstrumentedAttribute[int] | InstrumentedAttribute[int | None]) -> ColumnElement[bool]:
     refers = column == Blob.id
+    # The row of evicted weights stays, so that the original is recognised when it comes back.
     return and_(refers, Adapter.evicted_at.is_(None)) if column is Adapter.weights_id else refers
 
 

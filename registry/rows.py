@@ -56,6 +56,7 @@ class RowWriter:
     def load_blobs(self, digests: Iterable[str]) -> None:
         """Fetch the rows of many blobs in few queries, before :meth:`blob` is called for each."""
         for some in in_parts(sorted(set(digests) - self._blobs.keys())):
+            # Those without a row are remembered too, so that nobody looks for them again.
             self._blobs |= dict.fromkeys(some)
             query = select(Blob).where(Blob.digest.in_(some))
             self._blobs |= {row.digest: row for row in self.session.scalars(query)}
@@ -160,6 +161,7 @@ def find_task(session: Session, name: str) -> models.Task:
     """Return a task by name, in any case; the error if there is none holds the closest names."""
     task = session.scalar(select(models.Task).where(models.Task.name == name))
     if task is None:
+        # Names differ in case only by accident, so the search does not see case.
         names = {found.lower(): found for found in session.scalars(select(models.Task.name))}
         close = difflib.get_close_matches(name.lower(), names, n=3)
         raise TaskNotFound(name, tuple(names[match] for match in close))

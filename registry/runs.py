@@ -43,6 +43,7 @@ class Runs(Part):
 
     def save_checkpoint(self, run_id: int, *, step: int, weights: bytes, optimizer: bytes) -> records.TrainRunRecord:
         """Store a checkpoint durably in place of the run's earlier one, whose files are deleted."""
+        # Bytes first: a row never refers to bytes that are not durable.
         digests = self._blobs.put_all([weights, optimizer])
         with self._write() as writer:
             row = writer.session.get(models.TrainRun, run_id)
@@ -53,6 +54,7 @@ class Runs(Part):
             row.step, row.updated_at = step, writer.now
             writer.session.flush()
             record = train_run_record(row)
+        # What did not change since the last checkpoint is the same blob.
         self._drop(digest for digest in garbage if digest not in digests)
         return record
 

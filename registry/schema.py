@@ -183,6 +183,7 @@ class Task(Base):
     __tablename__ = "tasks"
 
     id: Mapped[int] = mapped_column(primary_key=True)
+    # Files of tasks must not collide where file systems ignore case.
     name: Mapped[str] = mapped_column(String(collation="NOCASE"), unique=True)
     base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
     samples_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
@@ -256,6 +257,7 @@ class Generator(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
     version: Mapped[int]
+    # A forgotten parent leaves its successors as they are.
     parent_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete="SET NULL"))
     blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     config: Mapped[Any]

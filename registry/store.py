@@ -108,6 +108,7 @@ class Store:
             database = Database(paths.database, read_only=read_only, busy_timeout=lock_timeout)
             if not paths.format.exists():
                 with lock.exclusive():
+                    # Several processes may come here; the first one makes the store, the others find it.
                     create_store(paths, database)
             check_format(paths)
             if not read_only:
@@ -210,9 +211,11 @@ class Store:
         self._db.must_write()
         path = self._paths.job(base_model)
         with fs.store_errors(path):
+            # The first job of a store makes the folder.
             path.parent.mkdir(exist_ok=True)
             lock = FileLock(path, timeout=self._timeout, command=self._command, subject=f"base model {base_model!r}")
         try:
+            # Not reentrant: a job does not start another one.
             lock.hold()
             yield
         finally:

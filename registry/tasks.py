@@ -93,6 +93,7 @@ class Tasks(Part):
         self._db.must_write()
         with self._lock.exclusive():
             with self._db.read() as session:
+                # All are checked before the first one goes.
                 doomed = list(_doomed(session, names, last_copies))
             for task in doomed:  # each in a commit of its own, so that the journal stays small on a full disk
                 with_reserve(self._paths, partial(forget, task.id))

@@ -55,6 +55,7 @@ def measure(database: Database, blobs: Blobs, paths: StorePaths) -> Usage:
             size = path.lstat().st_size
         except FileNotFoundError:
             continue  # another process has renamed or removed it since the folder was listed
+        # The journal has the name of the database and a suffix.
         if path.name.startswith(paths.database.name):
             sums["database"] += size
         elif path.parent == paths.root:

@@ -51,6 +51,7 @@ def record_vector(writer: RowWriter, new: records.NewVector) -> bool:
     if row is not None and (row.blob_id, row.dim) == (blob.id, new.dim):
         return False
     if row is None:
+        # The table has no rowids, so nobody else numbers its rows.
         last = writer.session.scalar(select(func.max(vector.id))) or 0
         row = vector(id=last + 1, task=task, view=new.view, support_set=new.support_set, extractor=extractor)
         writer.session.add(row)

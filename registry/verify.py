@@ -128,6 +128,7 @@ def _check_blob(database: Database, blobs: Blobs, digest: str, size: int, *, rea
         return None
     kind, fact = fault
     with database.read() as session:
+        # A damaged generator costs every task of its base model, so it is called by name.
         is_generator = session.scalar(select(Generator.id).join(Generator.blob).where(Blob.digest == digest))
         what = "blob" if is_generator is None else "generator"
         return Finding(kind, f"{what} {digest} {fact}", blobs.place(digest), digest, _tasks_of(session, digest))

@@ -75,6 +75,7 @@ class Blobs:
         named = [(digest_of(data), data) for data in items]
         self.unwanted.difference_update(digest for digest, _ in named)
         with self._backend.batch() as batch:
+            # Equal bytes once: two threads must not write one blob.
             _on_threads(lambda item: batch.put(*item), list(dict(named).items()))
         return [digest for digest, _ in named]
 
@@ -108,6 +109,7 @@ class Blobs:
                 inspected = inspect(path, data)
             except expected as error:
                 return PutRefusal(path, error)
+            # What was read is what is inspected, hashed and stored: the file may change at any time.
             digest = digest_of(data)
             self.unwanted.discard(digest)
             is_new = digest not in withheld.get(path, ()) and batch.put(digest, data)

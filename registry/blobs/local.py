@@ -106,6 +106,7 @@ class LocalBatch:
 
     def put(self, digest: str, data: fs.Bytes) -> bool:
         """Write and sync a temporary file, unless exactly these bytes are there."""
+        # Claim the digest first, so that two threads do not write the same bytes.
         with self._lock:
             if digest in self._written:
                 return False
