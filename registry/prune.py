@@ -27,8 +27,9 @@ from registry.locks import FileLock
 from registry.rows import in_parts
 from registry.schema import Adapter, Base, Blob, Code, Document, Evaluation, Generator, Task, TaskVector, TrainRun
 
+BlobColumn = InstrumentedAttribute[int] | InstrumentedAttribute[int | None]
 # Every column that refers to a blob; a test compares this with the tables.
-BLOB_COLUMNS: tuple[InstrumentedAttribute[int] | InstrumentedAttribute[int | None], ...] = (
+BLOB_COLUMNS: tuple[BlobColumn, ...] = (
     Task.samples_id,
     Task.eval_id,
     Adapter.weights_id,
@@ -127,7 +128,7 @@ def blob_references(
     return exists().where(refers if condition is None else and_(refers, condition))
 
 
-def _needs(column: InstrumentedAttribute[int] | InstrumentedAttribute[int | None]) -> ColumnElement[bool]:
+def _needs(column: BlobColumn) -> ColumnElement[bool]:
     refers = column == Blob.id
     # The row of evicted weights stays, so that the original is recognised when it comes back.
     return and_(refers, Adapter.evicted_at.is_(None)) if column is Adapter.weights_id else refers

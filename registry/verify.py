@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import and_, or_, select, true
+from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from registry.blobs.content import Blobs
 from registry.database import Database
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.folder import StorePaths
-from registry.prune import is_needed
+from registry.prune import BLOB_COLUMNS, BlobColumn, is_needed
 from registry.rows import find_task
 from registry.schema import Adapter, Blob, Code, Generator, Task, TaskVector
 
@@ -98,28 +98,22 @@ def _expected(database: Database, names: Sequence[str]) -> dict[str, int]:
             ids = [find_task(session, name).id for name in names]
             base_ids = select(Task.base_model_id).where(Task.id.in_(ids))
             current = select(Generator.blob_id).where(Generator.is_current, Generator.base_model_id.in_(base_ids))
-            needed = [*(columns.where(Task.id.in_(ids)) for columns in _BLOBS_OF_TASK), current]
+            needed = [*(rows.where(Task.id.in_(ids)) for _, rows in _needs_of_tasks()), current]
             query = query.where(or_(*(Blob.id.in_(select_ids) for select_ids in needed)))
         else:
             query = query.where(is_needed())
         return {row.digest: row.size for row in session.execute(query)}
 
 
-_BLOBS_OF_TASK = (
-    select(Task.samples_id),
-    select(Task.eval_id),
-    *(
-        select(column).join(Task, Adapter.task_id == Task.id).where(condition)
-        for column, condition in (
-            (Adapter.weights_id, Adapter.evicted_at.is_(None)),
-            (Adapter.config_id, true()),
-            (Adapter.card_id, true()),
-        )
-    ),
-    select(TaskVector.blob_id).join(Task, TaskVector.task_id == Task.id),
-    select(Code.blob_id).join(Task, Code.task_id == Task.id),
-    select(Code.residual_id).join(Task, Code.task_id == Task.id),
-)
+def _needs_of_tasks() -> Iterator[tuple[BlobColumn, Select[int | None]]]:
+    """Yield each column by which tasks need blobs, with the query of its values joined to the tasks."""
+    for column in BLOB_COLUMNS:
+        owner = column.class_
+        if owner is Task:
+            yield column, select(column)
+        elif owner in (Adapter, TaskVector, Code):  # measurements name texts that need not be here
+            rows = select(column).join(Task, owner.task_id == Task.id)
+            yield column, rows.where(Adapter.evicted_at.is_(None)) if column is Adapter.weights_id else rows
 
 
 def _check_blob(database: Database, blobs: Blobs, digest: str, size: int, *, read_data: bool) -> Finding | None:
@@ -151,27 +145,12 @@ def _fault(blobs: Blobs, digest: str, size: int, *, read_data: bool) -> tuple[Ki
 
 def _tasks_of(session: Session, digest: str) -> tuple[str, ...]:
     blob_id = select(Blob.id).where(Blob.digest == digest).scalar_subquery()
-    query = (
-        select(Task.name)
-        .outerjoin(Adapter, Adapter.task_id == Task.id)
-        .outerjoin(TaskVector, TaskVector.task_id == Task.id)
-        .outerjoin(Code, Code.task_id == Task.id)
-        .outerjoin(Generator, Code.generator_id == Generator.id)
-        .where(
-            or_(
-                Task.samples_id == blob_id,
-                Task.eval_id == blob_id,
-                and_(Adapter.weights_id == blob_id, Adapter.evicted_at.is_(None)),
-                Adapter.config_id == blob_id,
-                Adapter.card_id == blob_id,
-                TaskVector.blob_id == blob_id,
-                Code.blob_id == blob_id,
-                Code.residual_id == blob_id,
-                Generator.blob_id == blob_id,
-            )
-        )
-    )
-    return tuple(session.scalars(query.distinct().order_by(Task.name)))
+    of_code = select(Task.name).join(Code, Code.task_id == Task.id).join(Generator, Code.generator_id == Generator.id)
+    queries = [of_code.where(Generator.blob_id == blob_id)]
+    for column, rows in _needs_of_tasks():
+        queries.append(rows.with_only_columns(Task.name, maintain_column_froms=True).where(column == blob_id))
+    names = {name for query in queries for name in session.scalars(query)}
+    return tuple(sorted(names, key=str.lower))
 
 
 def _strays(blobs: Blobs, paths: StorePaths, expected: dict[str, int]) -> Iterator[Finding]:
