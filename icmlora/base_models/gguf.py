@@ -9,30 +9,13 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from icmlora.base_models.load import load_gguf, quiet_loading
 from icmlora.base_models.lookup import inspect_base
-from icmlora.base_models.quiet import quiet_loading
 from icmlora.errors import OutputExists
 from icmlora.io.staging import building_folder
-
-
-def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and tokenizer of a GGUF file, dequantised to `dtype`."""
-    # Raises what transformers raises; the callers run it inside `quiet_loading`.
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
-    )
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    # The tensors are plain by now, but the model is still marked as quantised, which refuses saving and misleads peft.
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    return model, tokenizer
 
 
 def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:

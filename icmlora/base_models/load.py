@@ -1,58 +1,73 @@
-"""Load a causal language model from a Hugging Face folder or a GGUF file: offline, and without running its code."""
+"""Load the network and tokenizer of a causal language model: offline, quietly, and without running its code."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
-from icmlora.base_models.causal_lm import CausalLM
-from icmlora.base_models.fingerprint import fingerprint_base
-from icmlora.base_models.gguf import load_gguf
 from icmlora.base_models.lookup import FoundBase
-from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.quiet import quiet_loading
-from icmlora.io.devices import inference_dtype
+from icmlora.errors import BaseModelNotFound
 
 
-def load_base_model(
-    found: FoundBase,
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    fingerprint: str | None = None,
-) -> BaseModel:
-    """Load a base model that `find_base_model` found."""
-    device = device or torch.device("cpu")
+def load_network(found: FoundBase, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a Hugging Face folder or a GGUF file."""
     with quiet_loading(found):
-        if found.is_gguf:
-            model, tokenizer = load_gguf(found.path, dtype or inference_dtype(device))
-        else:
-            model, tokenizer = _load_folder(found, dtype or inference_dtype(device))
-    # Frozen, or every backward pass would keep a gradient as large as the model; no dropout.
-    model.requires_grad_(False).train(False).to(device)
-    sizes = model.config.get_text_config()
-    return BaseModel(
-        label=found.label,
-        model=model,
-        processor=tokenizer,
-        fingerprint=fingerprint or fingerprint_base(found),
-        modality=CausalLM(),
-        hidden_size=int(sizes.hidden_size),
-        layers=int(sizes.num_hidden_layers),
+        return load_gguf(found.path, dtype) if found.is_gguf else _load_folder(found.path, dtype)
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and tokenizer of a GGUF file, dequantised to `dtype`."""
+    # Raises what transformers raises; the callers run it inside `quiet_loading`.
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
     )
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    # The tensors are plain by now, but the model is still marked as quantised, which refuses saving and misleads peft.
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    return model, tokenizer
 
 
-def _load_folder(found: FoundBase, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@contextmanager
+def quiet_loading(found: FoundBase) -> Iterator[None]:
+    """Load in the block without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        # The GGUF reader draws its own bar on stderr whatever the library's setting is.
+        with redirect_stderr(io.StringIO()):
+            yield
+    except Exception as error:
+        # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BaseModelNotFound(
+            f"base model {found.label!r} cannot be loaded as a causal language model: {first}",
+            path=found.path,
+            hint="the folder must be a complete text model that transformers knows, with its tokenizer",
+        ) from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     # The stub does not know the pair that output_loading_info gives.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        found.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
     model, report = loaded
     # The library would fill missing weights with random numbers and only warn.
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"its weight files lack {missing[0]!r} (and {len(missing) - 1} more)")
-    return model, AutoTokenizer.from_pretrained(found.path, **options)
+    return model, AutoTokenizer.from_pretrained(path, **options)

@@ -76,7 +76,7 @@ class BaseModel:
         label: The name that adapters give it.
         model: The network; adapters are put on it and taken off again, its weights never change.
         processor: What turns examples into its inputs, such as a tokenizer.
-        fingerprint: Which weights these are (see `icmlora.base_models.lookup.fingerprint_base`).
+        fingerprint: Which weights these are (see `icmlora.base_models.fingerprint.fingerprint_base`).
         modality: What can be done with it.
         hidden_size: Width of the hidden states, which is the dimension of a task vector.
         layers: Number of its layers.

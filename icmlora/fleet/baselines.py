@@ -22,7 +22,7 @@ from icmlora.baselines.baseline import Baseline
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.fleet.loading import read_original
 from icmlora.fleet.measure import SourceResult, TaskLosses
-from icmlora.formats.peft import load_adapter_folder, save_adapter
+from icmlora.formats.folder import load_adapter, save_adapter
 from registry.records import AdapterRecord, Rung
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class Baselines:
             code = method.encode(adapter, shared)
             with tempfile.TemporaryDirectory(prefix="icm-") as folder:
                 written = Path(folder) / "adapter"
-                save_adapter(method.decode(code, shared), written, card="", metadata={})
-                error = relative_dw_error(adapter, load_adapter_folder(written))
+                save_adapter(method.decode(code, shared), written)
+                error = relative_dw_error(adapter, load_adapter(written))
                 loss = losses.loss_of(name, written)
             gain = losses.gain(base, original, loss.nats_per_token)
             finite = error if math.isfinite(error) else None

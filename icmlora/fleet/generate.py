@@ -36,7 +36,8 @@ from icmlora.fleet.search import Refiner
 from icmlora.fleet.stored_vectors import canonical_json, comparable_vectors
 from icmlora.fleet.train_few_shot import SAMPLE_TOKENS, read_few_shot_start
 from icmlora.fleet.vectors import VECTOR_DTYPE, put_vectors
-from icmlora.formats.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME, save_adapter
+from icmlora.formats.folder import save_adapter
+from icmlora.formats.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device

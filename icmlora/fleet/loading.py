@@ -17,7 +17,7 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.errors import OutputExists
 from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.peft import save_adapter
+from icmlora.formats.folder import save_adapter
 from icmlora.generator.versions import GeneratorFile
 from registry.records import AdapterRecord, GeneratorRecord
 
@@ -87,4 +87,4 @@ def write_plain_copy(store: Store, final: AdapterRecord, folder: Path) -> None:
     """Write a copy of an original that is safe for PEFT to load on this machine."""
     # PEFT runs the patterns in a configuration as regular expressions, and a hostile one may never end; here the
     # modules are named literally. float32 keeps the weights exact, with the scale multiplied in.
-    save_adapter(read_original(store, final), folder, dtype="float32", card="", metadata={})
+    save_adapter(read_original(store, final), folder, dtype="float32")

@@ -27,7 +27,7 @@ from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.decoding import decode_code, generate_adapter
 from icmlora.fleet.loading import Models, read_original, write_plain_copy
-from icmlora.formats.peft import load_adapter_folder, save_adapter
+from icmlora.formats.folder import load_adapter, save_adapter
 from registry.records import CodeRecord, EvaluationRecord, GeneratorRecord, NewEvaluation, Rung, TaskRecord
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class TaskLosses:
             if code is None or source == "generate":
                 return None
             return code.dw_error if source == "code" else code.best_error
-        error = relative_dw_error(self._original, load_adapter_folder(written))
+        error = relative_dw_error(self._original, load_adapter(written))
         return error if math.isfinite(error) else None  # an original of zeros has no relative error
 
     def _completed(self, known: SourceResult, references: Mapping[Rung, SourceResult], *, record: bool) -> SourceResult:
@@ -257,5 +257,5 @@ def _written(adapter: Adapter) -> Iterator[Path]:
     """Write an adapter as `icm materialize` does, without its card, into a folder that goes after the block."""
     with tempfile.TemporaryDirectory(prefix="icm-") as folder:
         written = Path(folder) / "adapter"
-        save_adapter(adapter, written, dtype="bfloat16", card="", metadata={})
+        save_adapter(adapter, written, dtype="bfloat16")
         yield written

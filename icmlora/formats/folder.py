@@ -1,7 +1,8 @@
-"""Read and write one adapter folder, whatever its format. For Python programs; icm itself reads from its store."""
+"""Read and write one adapter folder, whatever its format."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ def save_adapter(
     adapter_format: str = "peft",
     dtype: str = "bfloat16",
     card: str = "",
+    metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> None:
     """Write an adapter as a folder: complete and durable, or not at all. The same arguments give the same bytes.
@@ -53,6 +55,7 @@ def save_adapter(
         adapter_format: Name of the format.
         dtype: Number format of the weights: "bfloat16", "float16" or "float32".
         card: Text of the model card.
+        metadata: Short facts for the header of the weights file.
         force: Replace the adapter in a folder that holds something.
 
     Raises:
@@ -61,7 +64,7 @@ def save_adapter(
     """
     known, place = format_named(adapter_format), Path(folder)
     with located(place):
-        files = known.encode(adapter, dtype=dtype, card=card, metadata={})
+        files = known.encode(adapter, dtype=dtype, card=card, metadata=metadata or {})
     write_adapter_folder(place, known, files, force=force)
 
 

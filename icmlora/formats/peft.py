@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmlora.adapter.layout import PEFT_PREFIX
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import (
     AdapterBytes,
@@ -22,7 +23,6 @@ from icmlora.formats.format import (
     Buffer,
     ConfigFacts,
     LoadedAdapter,
-    write_adapter_folder,
 )
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
-
-PEFT_PREFIX = "base_model.model."  # what PEFT puts before the name that a module has in the base model
 
 # vLLM and SGLang reserve space for ranks of 8, 16, 32, 64, ...
 _SMALLEST_RANK = 8
@@ -76,7 +74,24 @@ class PeftFormat:
 
     def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
         """Read an adapter. It never has extras: what a code cannot represent is refused."""
-        return LoadedAdapter(load_adapter(config, weights, path=path))
+        from icmlora.adapter.model import Adapter, LoraModule
+        from icmlora.formats.peft_check import check_adapter
+        from icmlora.io.safetensors import read_header
+        from icmlora.io.tensors import decode_float32
+
+        checked = check_adapter(config, weights, path=path)
+        with located(path):
+            tensors = decode_float32(weights, read_header(weights))
+            modules = []
+            for pair in checked.pairs:
+                # The scale goes into B, as A may be the initial one, whose bits the seed search needs.
+                b = tensors[pair.b.name] * checked.config.scale_of(pair.module)
+                modules.append(LoraModule(pair.module, tensors[pair.a.name], b))
+            _check_scaled(modules)
+        facts = checked.summary
+        return LoadedAdapter(
+            Adapter(facts.base_model, facts.task_type, facts.target_modules, tuple(modules), facts.revision)
+        )
 
     def encode(
         self,
@@ -113,51 +128,6 @@ class PeftFormat:
 
 
 PEFT: AdapterFormat = PeftFormat()
-
-
-def load_adapter(config: bytes, weights: bytes, *, path: str | Path | None = None) -> Adapter:
-    """Read an adapter from the bytes of its two files."""
-    from icmlora.adapter.model import Adapter, LoraModule
-    from icmlora.formats.peft_check import check_adapter
-    from icmlora.io.safetensors import read_header
-    from icmlora.io.tensors import decode_float32
-
-    checked = check_adapter(config, weights, path=path)
-    with located(path):
-        tensors = decode_float32(weights, read_header(weights))
-        modules = []
-        for pair in checked.pairs:
-            # The scale goes into B, as A may be the initial one, whose bits the seed search needs.
-            b = tensors[pair.b.name] * checked.config.scale_of(pair.module)
-            modules.append(LoraModule(pair.module, tensors[pair.a.name], b))
-        _check_scaled(modules)
-    summary = checked.summary
-    return Adapter(summary.base_model, summary.task_type, summary.target_modules, tuple(modules), summary.revision)
-
-
-def load_adapter_folder(folder: Path) -> Adapter:
-    """Read an adapter from a PEFT folder; raises as `load_adapter` does."""
-    from icmlora.formats.peft_config import MAX_CONFIG_BYTES
-    from icmlora.io.files import read_regular
-    from icmlora.io.safetensors import read_tensor_file
-
-    config = read_regular(folder / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
-    return load_adapter(config, read_tensor_file(folder / WEIGHTS_NAME), path=folder)
-
-
-def save_adapter(
-    adapter: Adapter,
-    directory: Path,
-    *,
-    dtype: str = "bfloat16",
-    card: str,
-    metadata: Mapping[str, str],
-    force: bool = False,
-) -> None:
-    """Write an adapter as a PEFT folder, atomically and durably; the same arguments give the same bytes."""
-    with located(directory):
-        files = PEFT.encode(adapter, dtype=dtype, card=card, metadata=metadata)
-    write_adapter_folder(directory, PEFT, files, force=force)
 
 
 def _check_scaled(modules: list[LoraModule]) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from icmlora.adapter.layout import ModuleShape
+from icmlora.adapter.layout import PEFT_PREFIX, ModuleShape
 from icmlora.errors import AdapterRefused
-from icmlora.formats.peft import PEFT_PREFIX
 from icmlora.formats.refusals import refuse_tensor
 from icmlora.io.safetensors import TensorHeader, TensorInfo
 from registry.names import is_module_name, natural_key

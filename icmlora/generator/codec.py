@@ -1,89 +1,30 @@
-"""Adapters <-> codes of one generator, and task vectors -> adapters.
+"""Adapters <-> codes of one generator.
 
     task vectors ──▶ condition ─┐
-    adapter ──tokens──▶ latent ─┴──▶ prediction ──rounded difference──▶ integers ──▶ code        encode
-    code ──▶ condition, latent ────▶ prediction ──+ integers──────────▶ tokens ──▶ adapter       decode
-    task vectors ──▶ condition ────▶ prediction ──────────────────────▶ tokens ──▶ adapter       generate
+    adapter ──tokens──▶ latent ─┴──▶ prediction ──rounded difference──▶ integers ──▶ code
 
-Decoding is the half that everybody needs, so this module imports nothing that only encoding needs
-(icmlora/generator/encoding.py).
+The way back is in icmlora/generator/decoder.py, the search for the quantiser step in icmlora/generator/encoding.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
-from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.code import ABSENT, Code, CodeHead, generator_of
-from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.cvae import VIEWS, TaskState, predicted_tokens
+from icmlora.generator.decoder import Decoder
 from icmlora.generator.initial_a.draw import InitialA
-from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.network_file import TrainedGenerator
-from icmlora.generator.packing import KindIntegers, pack, unpack
-from icmlora.generator.quantizer import TokenQuantizer
-from icmlora.generator.scales import STRENGTHS
-from icmlora.generator.tokens import KindTokens, detokenize
 
 if TYPE_CHECKING:
     from icmlora.generator.encoding import Encoded
 
-_SUBSPACES = 4  # initial subspaces that stay in memory
 
-
-@dataclass(frozen=True, eq=False)
-class OpenCode:
-    """A code as integers."""
-
-    head: CodeHead
-    state: TaskState
-    groups: tuple[KindIntegers, ...]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch on the calling thread; also a decorator."""
-    # Sums of several threads may differ in the last bit, and for pieces this small waiting for threads costs more than
-    # they save.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-class Codec:
+class Codec(Decoder):
     """Encode and decode the adapters of one generator. Works on the CPU in float32."""
 
-    # Under a tolerance near 1 the code of an adapter that is predicted well holds condition and latent, and no
-    # integers.
-
-    def __init__(self, generator: TrainedGenerator) -> None:
-        self.generator = generator
-        self.net = generator.net.eval()
-        self.sensitivity = self.net.sensitivity
-        self.quantizer = TokenQuantizer(self.net)
-        # Drawing an initial A takes a third of the time of decoding. All codes that are tried for an adapter have the
-        # same one, and tasks often share it: alike in ranks and modules, trained under one seed.
-        config, sensitivity = self.config, self.sensitivity  # not self, which the cache would keep alive
-        self._subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, config, sensitivity))
-
-    @property
-    def config(self) -> GeneratorConfig:
-        """The generator's configuration."""
-        return self.generator.net.config
+    # Under a tolerance near 1 the code of an adapter that is predicted well is condition and latent, without integers.
 
     @torch.no_grad()
     def encode(
@@ -98,7 +39,7 @@ class Codec:
     ) -> Encoded:
         """Encode one adapter with the coarsest quantiser step found that keeps the limits."""
         # `tolerance` limits the weighted error, `max_error` that of dW. Default: the generator's own tolerance.
-        from icmlora.generator.encoding import Limits, encode_adapter
+        from icmlora.generator.encoding import Limits, encode_adapter  # most commands only decode
 
         if tolerance is None and max_error is None:
             tolerance = self.config.tolerance
@@ -111,90 +52,3 @@ class Codec:
         from icmlora.generator.encoding import measure
 
         return measure(self, adapter, code)
-
-    @torch.no_grad()
-    @one_thread()
-    def decode(self, code: bytes) -> Adapter:
-        """Decode one code."""
-        opened = self.open(code)
-        tokens = (self.dequantised(group, opened.state, opened.head.step) for group in opened.groups)
-        return self.assemble(tokens, opened.head, opened.head.strengths)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        vectors: Mapping[str, torch.Tensor],
-        layout: Sequence[ModuleShape],
-        *,
-        task_type: str | None,
-        seed: int | None = None,
-    ) -> Adapter:
-        """Make an adapter from task vectors (hidden,) alone, with z at the prior's mean or sampled with a seed."""
-        modules = sorted((*self.config.place_of(shape), shape.rank) for shape in layout)
-        condition = self.condition(vectors)
-        mean, scale = self.net.latent_prior(condition)
-        if seed is not None:
-            mean = mean + scale * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-        state = TaskState(condition, mean.round().clamp(-127, 127), self.subspace(None))
-        tokens = predicted_tokens(self.net, state, modules)
-        pairs = [(kind, layer) for kind, layer, _ in modules]
-        return detokenize(tokens, self.config, self.sensitivity, modules=pairs, task_type=task_type)
-
-    def open(self, code: bytes) -> OpenCode:
-        """Read a code's integers without decoding them to weights."""
-        digest = generator_of(code)
-        if digest != self.generator.digest:
-            raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
-        parsed = Code.from_bytes(code, self.config)
-        head = parsed.head
-        subspace = replace(self.subspace(head.initial), shifts=head.shifts, boosts=head.boosts)
-        state = TaskState(_floats(head.condition), _floats(head.latent), subspace)
-        return OpenCode(head, state, tuple(unpack(self.quantizer, head, subspace, parsed.words)))
-
-    def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
-        """Write a code of these integers."""
-        words = pack(self.quantizer, groups)
-        return Code(self.generator.digest, head, words).to_bytes(self.config)
-
-    def condition(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Embed task vectors as the integers that a code stores, shape (C,)."""
-        size = self.config.condition_size
-        wrong = [len(vectors[view]) for view in VIEWS if size and view in vectors and vectors[view].shape != (size,)]
-        if wrong:
-            raise GeneratorError(f"a task vector has {wrong[0]} values; the generator was trained on {size}")
-        return self.net.embed(vectors).round()
-
-    def subspace(self, initial: InitialA | None) -> InitialSubspace:
-        """Return the subspace of an initial A, with shifts and boosts of 0; the last few are cached."""
-        return self._subspace(initial)
-
-    def dequantised(self, group: KindIntegers, state: TaskState, step: int) -> KindTokens:
-        """Turn the integers of one kind into tokens; strengths are not applied yet."""
-        norms = self.quantizer.norms(group.slots, group.gain, group.residuals)
-        return self.quantizer.dequantise(group.slots, norms, state, step, group.sides, group.scales)
-
-    def assemble(self, tokens: Iterable[KindTokens], head: CodeHead, strengths: NDArray[np.int8]) -> Adapter:
-        """Make an adapter with a code's modules from tokens, which are changed in place."""
-        # strengths: (K, L). Tokens are taken one kind after the other, so that one is in memory at a time.
-        modules = [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
-        strong = (_strengthened(group, strengths[group.kind]) for group in tokens)
-        adapter = detokenize(strong, self.config, self.sensitivity, modules=modules, task_type=head.task_type)
-        if not all(_is_finite(factor) for module in adapter.modules for factor in (module.a, module.b)):
-            raise CodeError("the code's values are out of float32's range")
-        return adapter
-
-
-def _strengthened(tokens: KindTokens, strengths: NDArray[np.int8]) -> KindTokens:
-    """Multiply the tokens of each layer by its strength, shape (L,), in place."""
-    factors = torch.exp2(torch.from_numpy(strengths.astype(np.float32)) / STRENGTHS)
-    tokens.outputs.mul_(factors[tokens.layer][:, None])
-    return tokens
-
-
-def _is_finite(values: torch.Tensor) -> bool:
-    low, high = torch.aminmax(values)  # NaN is the smallest and the largest; a tenth of the time of torch.isfinite
-    return math.isfinite(low) and math.isfinite(high)
-
-
-def _floats(values: NDArray[np.int8]) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.float32))

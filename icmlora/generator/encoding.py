@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import GeneratorError
 from icmlora.generator.code import ABSENT, CodeHead
 from icmlora.generator.cvae import TaskState
+from icmlora.generator.decoder import Decoder
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.objective import water_level, worth_writing
@@ -30,9 +30,6 @@ from icmlora.generator.quantizer import Slots
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens, refuse_overflow, slot_overlaps, squared_norm, tokenize, weighted
-
-if TYPE_CHECKING:
-    from icmlora.generator.codec import Codec
 
 # Steps tried below and above the one that theory gives for a tolerance, in eighths of an octave.
 _BELOW, _ABOVE = 4 * OCTAVE, 2 * OCTAVE
@@ -76,7 +73,7 @@ class Limits:
 
 
 def encode_adapter(
-    codec: Codec,
+    codec: Decoder,
     adapter: Adapter,
     vectors: Mapping[str, torch.Tensor],
     initial: InitialA | None,
@@ -120,19 +117,19 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], Encoded]) ->
     return best
 
 
-def measure(codec: Codec, adapter: Adapter, code: bytes) -> Encoded:
+def measure(codec: Decoder, adapter: Adapter, code: bytes) -> Encoded:
     """Decode a code and compare the result with the adapter that was encoded."""
     return compare(codec, adapter, codec.decode(code), code)
 
 
-def compare(codec: Codec, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
+def compare(codec: Decoder, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
     """Measure how far an adapter, decoded from these bytes, is from the one that was encoded."""
     pair = (weighted(which, codec.config, codec.sensitivity) for which in (adapter, decoded))
     return Encoded(data, relative_dw_error(adapter, decoded), relative_dw_error(*pair), decoded)
 
 
 def quantised(
-    codec: Codec, group: KindTokens, state: TaskState, step: int, gain: int | None = None
+    codec: Decoder, group: KindTokens, state: TaskState, step: int, gain: int | None = None
 ) -> tuple[KindIntegers, KindTokens, KindTokens]:
     """Round the tokens of one kind, and leave out the slots that are not worth their bits."""
     # step and gain are log2 in eighths; norms are counted from the gain, by default the tokens' own mean. Returns the
@@ -163,7 +160,7 @@ def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:
 
 def _encode_at(
     step: int,
-    codec: Codec,
+    codec: Decoder,
     adapter: Adapter,
     tokens: Sequence[KindTokens],
     state: TaskState,

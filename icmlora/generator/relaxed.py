@@ -20,7 +20,7 @@ from torch import nn
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.factors import Factors
-from icmlora.generator.codec import Codec
+from icmlora.generator.decoder import Decoder
 from icmlora.generator.entropy_coding import Integers, Scales, clip
 from icmlora.generator.objective import bin_bits
 from icmlora.generator.packing import KindIntegers
@@ -46,7 +46,7 @@ class _Part:
 class RelaxedCode:
     """The code of one adapter, while an optimiser changes it."""
 
-    def __init__(self, codec: Codec, adapter: Adapter, code: bytes) -> None:
+    def __init__(self, codec: Decoder, adapter: Adapter, code: bytes) -> None:
         self._codec, self._opened = codec, codec.open(code)
         self._step = 2.0 ** (self._opened.head.step / OCTAVE)
         tokens = {group.kind: group for group in tokenize(adapter, codec.config, codec.sensitivity)}

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError
 from icmlora.generator.code import ABSENT
-from icmlora.generator.codec import Codec, OpenCode, one_thread
 from icmlora.generator.cvae import INPUTS, OUTPUTS
+from icmlora.generator.decoder import Decoder, OpenCode, one_thread
 from icmlora.generator.encoding import Encoded, Limits, coarsest, compare, quantised, strength_of
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, Scales, clip
 from icmlora.generator.packing import KindIntegers, read_groups, slots_between, split_sides, write_groups
@@ -60,7 +60,7 @@ class _Missing:
 class ResidualCodec:
     """Encode and decode residuals. Works on the CPU in float32."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Decoder) -> None:
         self._codec, self._quantizer = codec, codec.quantizer
 
     @torch.no_grad()

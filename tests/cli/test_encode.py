@@ -17,7 +17,7 @@ from icmlora.adapter.metrics import relative_dw_error
 from icmlora.fleet import search as code_search
 from icmlora.fleet.measure import TaskLosses
 from icmlora.fleet.search import CodeSearch, Trial
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 from icmlora.generator import encoding
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Limits
@@ -64,7 +64,7 @@ def test_what_is_written_from_the_new_code_has_the_error_that_was_said(icm: Icm,
         assert (
             icm("materialize", name, "-o", str(tmp_path / source), "--source", source, "--dtype", "float32").code == 0
         )
-    pair = (load_adapter_folder(tmp_path / source) for source in ("original", "code"))
+    pair = (load_adapter(tmp_path / source) for source in ("original", "code"))
     assert relative_dw_error(*pair) == pytest.approx(said, rel=1e-2)
 
 

@@ -15,7 +15,7 @@ import torch
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.adapter.model import Adapter
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 from icmlora.generator.codec import Codec
 from registry.database import Database
 from registry.errors import StoreFull
@@ -135,8 +135,8 @@ def test_a_code_that_loses_too_much_keeps_its_original(icm: Icm, trained: Path) 
 
 def test_the_error_is_measured_now_and_stored(icm: Icm, trained: Path, mixed_template: Path, tmp_path: Path) -> None:
     icm("materialize", "rules", "--source", "code", "--dtype", "float32", "-o", tmp_path / "out")
-    original = load_adapter_folder(mixed_template / "loras" / "rules")
-    error = relative_dw_error(original, load_adapter_folder(tmp_path / "out"))
+    original = load_adapter(mixed_template / "loras" / "rules")
+    error = relative_dw_error(original, load_adapter(tmp_path / "out"))
     with closing(sqlite3.connect(trained / "registry.db")) as connection:
         connection.execute("UPDATE codes SET dw_error = 0.0")
         connection.commit()

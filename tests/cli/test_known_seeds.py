@@ -9,7 +9,7 @@ import pytest
 
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.fleet.adapter_source import StoreAdapterSource
-from icmlora.formats.peft import load_adapter_folder, save_adapter
+from icmlora.formats.folder import load_adapter, save_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.network_file import generator_from_bytes
 from registry.store import Store
@@ -28,7 +28,7 @@ def seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a trained store of three adapters that PEFT began and one of random values."""
     for task, (name, seed) in enumerate(TRAINED.items()):
         adapter = peft_made(seed, moved=1 / 3, task=task).adapter
-        save_adapter(adapter, tmp_path / "loras" / name, dtype="float32", card="", metadata={})
+        save_adapter(adapter, tmp_path / "loras" / name, dtype="float32")
     write_lora(tmp_path / "loras" / "unseeded", targets=("mlp.down_proj",))
     store = tmp_path / "store"
     monkeypatch.setenv("ICM_STORE", str(store))
@@ -64,7 +64,7 @@ def test_what_is_written_from_such_a_code_has_the_error_that_was_said(icm: Icm, 
     assert icm("encode", "--max-error", "0.02").code == 0
     written = tmp_path / "written"
     assert icm("materialize", "first", "-o", str(written), "--source", "code", "--dtype", "float32").code == 0
-    pair = (load_adapter_folder(folder) for folder in (tmp_path / "loras" / "first", written))
+    pair = (load_adapter(folder) for folder in (tmp_path / "loras" / "first", written))
     assert relative_dw_error(*pair) == pytest.approx(codes(seeded)["first"].dw_error, rel=1e-2)
 
 

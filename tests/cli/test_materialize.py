@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import relative_dw_error
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
@@ -67,7 +67,7 @@ def test_what_peft_adds_to_the_weights_is_what_was_trained(icm: Icm, trained: Pa
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         model = PeftModel.from_pretrained(tiny_model(), tmp_path / "out").merge_and_unload()
-    adapter = load_adapter_folder(tmp_path / "out")
+    adapter = load_adapter(tmp_path / "out")
     name = "model.layers.1.mlp.down_proj"
     change = model.get_submodule(name).weight - tiny_model().get_submodule(name).weight
     module = next(module for module in adapter.modules if module.name == name)
@@ -90,10 +90,8 @@ def test_a_code_keeps_what_it_says(icm: Icm, trained: Path, mixed_template: Path
     done = icm(
         "materialize", "rules", "-o", tmp_path / "out", "--source", "code", "--dtype", "float32", "--json"
     ).document
-    original = load_adapter_folder(mixed_template / "loras" / "rules")
-    assert relative_dw_error(original, load_adapter_folder(tmp_path / "out")) == pytest.approx(
-        done["dw_error"], rel=1e-3
-    )
+    original = load_adapter(mixed_template / "loras" / "rules")
+    assert relative_dw_error(original, load_adapter(tmp_path / "out")) == pytest.approx(done["dw_error"], rel=1e-3)
 
 
 def test_the_card_and_the_header_say_where_it_comes_from(icm: Icm, trained: Path, tmp_path: Path) -> None:
@@ -216,7 +214,7 @@ def test_neither_base_model_nor_gpu_is_asked_for(
     def never(*arguments: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("icmlora.base_models.load.load_base_model", never)
+    monkeypatch.setattr("icmlora.base_models.causal_lm.CausalLM.load", never)
     monkeypatch.setattr("torch.cuda.is_available", never)
     for source in SOURCES:
         assert icm("materialize", "poems", "-o", tmp_path / source, "--source", source).code == 0

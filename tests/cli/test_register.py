@@ -15,7 +15,7 @@ from icmlora.base_models.examples import parse_examples
 from icmlora.base_models.likelihood import nll
 from icmlora.fleet import generate as generating
 from icmlora.fleet.search import Refiner
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 from registry.bundles import Bundles
 from registry.errors import TaskConflict
 from registry.store import Store
@@ -77,7 +77,7 @@ def test_its_code_gives_the_adapter_that_was_written(
 ) -> None:
     document = register("--json").document
     assert icm("materialize", "geese", "-o", tmp_path / "again").code == 0
-    found = relative_dw_error(load_adapter_folder(folder), load_adapter_folder(tmp_path / "again"))
+    found = relative_dw_error(load_adapter(folder), load_adapter(tmp_path / "again"))
     assert found == pytest.approx(document["code_dw_error"], abs=0.02)
 
 
@@ -133,14 +133,14 @@ def test_stats_count_it_among_the_tasks(icm: Icm, register: Register, folder: Pa
     assert after["evicted_count"] == before["evicted_count"] + 1
     assert after["on_disk"]["codes"] == before["on_disk"]["codes"] + document["code_size"]
     (task,) = [task for task in after["fleets"][0]["tasks"] if task["task"] == "geese"]
-    parameters = sum(m.a.numel() + m.b.numel() for m in load_adapter_folder(folder).modules)
+    parameters = sum(m.a.numel() + m.b.numel() for m in load_adapter(folder).modules)
     assert (task["bf16_size"], task["rung"], task["evicted"]) == (2 * parameters, "code", True)
 
 
 def test_what_was_refined_is_what_is_registered(icm: Icm, register: Register, folder: Path, tmp_path: Path) -> None:
     document = register("--refine", 5, "--json").document
     icm("materialize", "geese", "-o", tmp_path / "again")
-    found = relative_dw_error(load_adapter_folder(folder), load_adapter_folder(tmp_path / "again"))
+    found = relative_dw_error(load_adapter(folder), load_adapter(tmp_path / "again"))
     assert found == pytest.approx(document["code_dw_error"], abs=0.02)
 
 
@@ -243,7 +243,7 @@ class TestFailures:
         with monkeypatch.context() as patch:
             patch.setattr(Bundles, "add", raising(TaskConflict("geese", choices=None)))
             assert register("--json").error["kind"] == "task_conflict"
-        assert load_adapter_folder(folder).modules
+        assert load_adapter(folder).modules
         assert "geese" not in names(icm)
         assert icm("verify", "--read-data").code == 0
         assert register("--force").code == 0

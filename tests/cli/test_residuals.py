@@ -10,7 +10,7 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import relative_dw_error
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
 from tests.cli.conftest import Ran
@@ -68,7 +68,7 @@ def test_what_is_written_has_the_error_that_was_said(icm: Icm, layered: Path, tm
     for source in ("original", "residual", "code"):
         ran = icm("materialize", "rules", "-o", tmp_path / source, "--source", source, "--dtype", "float32", "--json")
         assert (ran.code, ran.document["source"]) == (0, source)
-    original, residual, code = (load_adapter_folder(tmp_path / source) for source in ("original", "residual", "code"))
+    original, residual, code = (load_adapter(tmp_path / source) for source in ("original", "residual", "code"))
     said = codes(layered)["rules"]
     assert relative_dw_error(original, residual) == pytest.approx(said.best_error, rel=1e-2)
     assert relative_dw_error(original, code) == pytest.approx(said.dw_error, rel=1e-2)

@@ -10,7 +10,8 @@ import pytest
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.formats import catalogue
-from icmlora.formats.peft import PEFT, load_adapter_folder
+from icmlora.formats.folder import load_adapter
+from icmlora.formats.peft import PEFT
 from icmlora.io.safetensors import RawTensor
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -29,7 +30,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def toy_file(folder: Path, name: str, seed: int, **extras: RawTensor) -> Path:
     """Write one of the tiny fleet's adapters as a single file, and return it."""
-    adapter = load_adapter_folder(write_lora(folder.parent / "peft" / name, seed=seed))
+    adapter = load_adapter(write_lora(folder.parent / "peft" / name, seed=seed))
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}.toy"
     file.write_bytes(TOY.encode(adapter, dtype="float32", card="", metadata={}, extras=extras).weights)

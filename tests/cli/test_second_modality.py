@@ -15,7 +15,7 @@ from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.lookup import inspect_base
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
-from icmlora.formats.peft import load_adapter_folder, save_adapter
+from icmlora.formats.folder import load_adapter, save_adapter
 from icmlora.task_vectors.vector import VectorSettings
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -43,7 +43,7 @@ def write_task(folder: Path, base_folder: Path, task: int) -> None:
     start = Adapter(LABEL, None, ("encoder", "mix"), tuple(modules))
     samples = points(task, 64)
     *_, (_, trained) = finetune(base, start, list(MODALITY.read_examples(samples)), FinetuneConfig(150, 0.05, batch=16))
-    save_adapter(trained, folder, dtype="float32", card="# trained\n", metadata={})
+    save_adapter(trained, folder, dtype="float32", card="# trained\n")
     (folder / "samples.jsonl").write_bytes(samples)
     (folder / "eval.jsonl").write_bytes(points(task, 100, seed=1))
 
@@ -81,7 +81,7 @@ def test_the_retained_gain_is_that_of_the_accuracy(icm: Icm, store: Path, fleet:
     held_out = MODALITY.read_examples(points(1, 100, seed=1))
     accuracies = [MODALITY.measure(base, held_out, 1).value]
     for folder in (fleet / "loras" / "turned-1", tmp_path / "out"):
-        with added(base.model, factors_of(load_adapter_folder(folder))):
+        with added(base.model, factors_of(load_adapter(folder))):
             accuracies.append(MODALITY.measure(base, held_out, 1).value)
     without, original, code = accuracies
     assert original > without + 0.2

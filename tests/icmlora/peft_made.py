@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from icmlora.adapter.layout import target_modules
+from icmlora.adapter.layout import PEFT_PREFIX, target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.formats.peft_names import PEFT_PREFIX
 from icmlora.generator.codec import Codec
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch

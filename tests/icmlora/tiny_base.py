@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from icmlora.base_models.load import load_base_model
+from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.lookup import inspect_base
 from icmlora.base_models.modality import BaseModel
 
@@ -54,7 +54,7 @@ def write_tiny_base(folder: Path, seed: int = 0, hidden: int = HIDDEN) -> Path:
 
 def load_tiny_base(folder: Path, seed: int = 0, hidden: int = HIDDEN) -> BaseModel:
     """Write the model to `folder` and load it as a caller would."""
-    return load_base_model(inspect_base(LABEL, write_tiny_base(folder, seed, hidden)))
+    return CausalLM().load(inspect_base(LABEL, write_tiny_base(folder, seed, hidden)))
 
 
 def write_tiny_adapter(folder: Path, seed: int = 1, hidden: int = HIDDEN, strength: float = 0.5) -> Path:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.formats.peft import CONFIG_NAME, load_adapter_folder
+from icmlora.formats.folder import load_adapter
+from icmlora.formats.peft import CONFIG_NAME
 from icmlora.generator.config import ModuleKind, kind_of
 from tests.benchmarks.growth.measured import same_start
 from tests.icmlora.small_fleet import MemoryAdapterSource
@@ -37,7 +38,7 @@ class RealGroup:
 
 def real_group(folder: Path) -> RealGroup:
     """Read the group from a folder of adapters: the rank that most have, the kinds that all of these have."""
-    found = [load_adapter_folder(path.parent) for path in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
+    found = [load_adapter(path.parent) for path in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
     rank, _ = Counter(adapter.modules[0].shape.rank for adapter in found).most_common(1)[0]
     adapters = [adapter for adapter in found if adapter.modules[0].shape.rank == rank]
     kinds = set.intersection(*({kind_of(shape)[0] for shape in adapter.layout} for adapter in adapters))

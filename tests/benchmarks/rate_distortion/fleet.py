@@ -9,7 +9,8 @@ from pathlib import Path
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples import EvaluationData
-from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME, load_adapter_folder
+from icmlora.formats.folder import load_adapter
+from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 
 BF16 = 2  # bytes a value
 TEXTS = "eval.jsonl"
@@ -35,7 +36,7 @@ class FleetFolder(Mapping[str, Adapter]):
     def __getitem__(self, task: str) -> Adapter:
         if task not in self._tasks:
             raise KeyError(task)
-        return load_adapter_folder(self.folder(task))
+        return load_adapter(self.folder(task))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tasks)

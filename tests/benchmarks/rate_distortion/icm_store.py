@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from icmlora import Fleet
 from icmlora.adapter.model import Adapter
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 from registry.store import Store
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
@@ -54,7 +54,7 @@ class IcmStore:
         with tempfile.TemporaryDirectory(prefix="icm-") as folder:
             written = Path(folder) / "adapter"
             Fleet(self.folder).materialize(task, written, source="code", dtype="float32")
-            return load_adapter_folder(written)
+            return load_adapter(written)
 
     def _generators(self, store: Store) -> list[GeneratorRecord]:
         found = [generator for generator in store.generators.all() if generator.is_current]

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from icmlora.base_models.attach import adapted
+from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.likelihood import NllResult, nll
-from icmlora.base_models.load import load_base_model
 from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.formats.peft import WEIGHTS_NAME
@@ -95,7 +95,7 @@ class Judge:
     @cached_property
     def _base(self) -> BaseModel:
         dtype: torch.dtype = getattr(torch, self._settings.dtype)
-        return load_base_model(self._found, dtype=dtype, fingerprint=self._fingerprint)
+        return CausalLM().load(self._found, dtype=dtype, fingerprint=self._fingerprint)
 
 
 def weights_digest(folder: Path) -> str:

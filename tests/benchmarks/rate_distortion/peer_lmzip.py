@@ -7,7 +7,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
 from tests.benchmarks.rate_distortion.peers import disk_size, imported, installed_version, stage
@@ -38,4 +38,4 @@ class Lmzip:
             sizes[starts[bisect_right(starts, (chunk.dst, "\U0010ffff")) - 1][1]] += chunk.clen
         shared = disk_size(archive) - sum(sizes.values())
         notes = {"package": self.package, "version": installed_version(self.package)}
-        return Coded(shared, sizes, lambda task: load_adapter_folder(unpacked / task), notes)
+        return Coded(shared, sizes, lambda task: load_adapter(unpacked / task), notes)

@@ -21,7 +21,8 @@ from icmlora.adapter.model import Adapter
 from icmlora.baselines.factors import factors_from_bytes, factors_to_bytes
 from icmlora.baselines.head import Head
 from icmlora.baselines.quantizers import Bf16
-from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME, load_adapter_folder
+from icmlora.formats.folder import load_adapter
+from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
 
@@ -79,7 +80,7 @@ class PeerMethod:
         sizes.update({task: len(code) for task, code in alone.items()})
 
         def decode(task: str) -> Adapter:
-            return factors_from_bytes(alone[task], Bf16()) if task in alone else load_adapter_folder(rebuilt[task])
+            return factors_from_bytes(alone[task], Bf16()) if task in alone else load_adapter(rebuilt[task])
 
         together = [size for task, size in sizes.items() if task not in alone]
         notes = {
@@ -134,7 +135,7 @@ def stage(fleet: FleetFolder, tasks: Sequence[str], root: Path, *, exact: bool =
 
 def head_size(folder: Path) -> int:
     """Return what the configuration of an adapter takes in the compact form that all methods are counted with."""
-    return len(Head.of(load_adapter_folder(folder)).to_bytes())
+    return len(Head.of(load_adapter(folder)).to_bytes())
 
 
 def disk_size(path: Path) -> int:

@@ -14,7 +14,7 @@ from icmlora.adapter.metrics import relative_dw_error
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.likelihood import NllResult
 from icmlora.base_models.modality import retained_gain
-from icmlora.formats.peft import load_adapter_folder, save_adapter
+from icmlora.formats.folder import load_adapter, save_adapter
 from tests.benchmarks.rate_distortion.cache import Cache
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.judging import Judge, weights_digest
@@ -89,7 +89,7 @@ class Study:
         with tempfile.TemporaryDirectory(prefix="icm-") as folder:
             written = Path(folder) / "adapter"
             _write(coded.decode(task), written)
-            error = relative_dw_error(original, load_adapter_folder(written))
+            error = relative_dw_error(original, load_adapter(written))
             if not math.isfinite(error):
                 raise SystemExit(f"the original of {task} is zero")
             weights = _ORIGINAL
@@ -123,4 +123,4 @@ class Study:
 
 
 def _write(adapter: Adapter, folder: Path, dtype: str = "bfloat16") -> None:
-    save_adapter(adapter, folder, dtype=dtype, card="", metadata={})
+    save_adapter(adapter, folder, dtype=dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from icmlora.base_models import likelihood as evaluation
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 from tests.benchmarks.rate_distortion import judging
 from tests.benchmarks.rate_distortion.__main__ import main
 from tests.benchmarks.rate_distortion.cache import Cache
@@ -116,7 +116,7 @@ def test_what_gives_the_original_back_is_not_measured(place: Path, tmp_path: Pat
             return Coded(7, dict.fromkeys(fleet, 5), lambda task: rounded[task])
 
     def run_decoded(fleet: FleetFolder) -> dict[str, Any]:
-        return {task: load_adapter_folder(fleet.folder(task)) for task in fleet}
+        return {task: load_adapter(fleet.folder(task)) for task in fleet}
 
     (result,) = run(place, tmp_path, Point("same", "same", Same()))
     assert summarise(result).total == 17

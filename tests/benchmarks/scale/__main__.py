@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.channel_statistics import channel_statistics
 from icmlora.base_models.examples import EvaluationData
-from icmlora.base_models.load import load_base_model
 from icmlora.base_models.lookup import find_base_model
-from icmlora.formats.peft import CONFIG_NAME, load_adapter_folder
+from icmlora.formats.folder import load_adapter
+from icmlora.formats.peft import CONFIG_NAME
 from icmlora.generator.sensitivity import MeanSquares
 from tests.benchmarks.performance.machine import describe_machine
 from tests.benchmarks.scale.small import measure_tasks, trained_codec
@@ -46,9 +47,7 @@ def main() -> None:
             "decode": _worker("decode", folder, str(options.runs)),
         }
     torch.set_num_threads(1)
-    adapters = {
-        path.parent.name: load_adapter_folder(path.parent) for path in sorted(options.fleet.glob(f"*/{CONFIG_NAME}"))
-    }
+    adapters = {path.parent.name: load_adapter(path.parent) for path in sorted(options.fleet.glob(f"*/{CONFIG_NAME}"))}
     channels = {} if options.base is None else _channels(options.base, options.fleet, adapters)
     tasks = measure_tasks(trained_codec(list(adapters.values()), channels, _STEPS), adapters, options.runs)
     document = {
@@ -89,7 +88,7 @@ def _worker(task: str, folder: str, last: str) -> dict[str, Any]:
 def _channels(base: Path, fleet: Path, adapters: dict[str, Adapter]) -> MeanSquares:
     """Measure the base model's channels on one held-out text of each task that has any."""
     label = next(iter(adapters.values())).base_model
-    model = load_base_model(find_base_model(label, aliases={label: base}))
+    model = CausalLM().load(find_base_model(label, aliases={label: base}))
     files = [fleet / task / "eval.jsonl" for task in adapters]
     samples = [EvaluationData.parse(path.read_bytes(), path=path).examples[0] for path in files if path.exists()]
     names = {shape.module for adapter in adapters.values() for shape in adapter.layout}

@@ -16,7 +16,8 @@ import torch
 from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.formats.peft import CONFIG_NAME, load_adapter_folder
+from icmlora.formats.folder import load_adapter
+from icmlora.formats.peft import CONFIG_NAME
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.sensitivity import Sensitivity, even
@@ -49,7 +50,7 @@ def shapes(layers: int = LAYERS, shrink: int = 1) -> list[ModuleShape]:
 
 def spectra_of(fleet: Path) -> list[torch.Tensor]:
     """Return the singular values (16,) of every module of the fleet's adapters of rank 16."""
-    adapters = [load_adapter_folder(path.parent) for path in sorted(fleet.glob(f"*/{CONFIG_NAME}"))]
+    adapters = [load_adapter(path.parent) for path in sorted(fleet.glob(f"*/{CONFIG_NAME}"))]
     modules = [module for adapter in adapters for module in canonicalize(adapter).modules if module.shape.rank == RANK]
     return [module.a.square().sum(1) for module in modules]
 

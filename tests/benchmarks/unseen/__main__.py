@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from icmlora.base_models.load import load_base_model
+from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.lookup import inspect_base
 from tests.benchmarks.example_fleet.tasks import BASE_MODEL
 from tests.benchmarks.unseen.fleet import built_tasks
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     base = None
     for number in options.folds:
-        base = base or load_base_model(
+        base = base or CausalLM().load(
             inspect_base(BASE_MODEL, options.base), dtype=torch.bfloat16, fingerprint="study"
         )
         members = [task for task in tasks if task not in folds[number]]

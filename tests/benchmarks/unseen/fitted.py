@@ -20,7 +20,7 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.meta_training import MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
@@ -98,7 +98,7 @@ def fit_multitask(base_folder: Path, base: BaseModel, members: Sequence[StudyTas
     if not (folder / "adapter_config.json").exists():
         rows = [scored.ids for task in members for scored in task.samples(base)]
         _train(base_folder, rows, MULTITASK, MULTITASK_RANK, seed, folder)
-    return load_adapter_folder(folder)
+    return load_adapter(folder)
 
 
 def fit_fresh(base_folder: Path, rows: Sequence[list[int]], steps: int, rank: int, seed: int) -> Adapter:
@@ -106,7 +106,7 @@ def fit_fresh(base_folder: Path, rows: Sequence[list[int]], steps: int, rank: in
     schedule = Schedule(steps=steps, batch=2, length=SAMPLE_TOKENS, learning_rate=2e-3, warmup=5)
     with tempfile.TemporaryDirectory() as folder:
         _train(base_folder, rows, schedule, rank, seed, Path(folder) / "adapter")
-        return load_adapter_folder(Path(folder) / "adapter")
+        return load_adapter(Path(folder) / "adapter")
 
 
 def _train(

@@ -11,7 +11,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples import Example, parse_examples
 from icmlora.base_models.likelihood import Scored, tokenized
 from icmlora.base_models.modality import BaseModel
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 
 SAMPLE_TOKENS = 128
 """Tokens of a sample or held-out text that are read."""
@@ -34,7 +34,7 @@ class StudyTask:
 
     def adapter(self) -> Adapter:
         """Read its own adapter."""
-        return load_adapter_folder(self.folder)
+        return load_adapter(self.folder)
 
     @cached_property
     def texts(self) -> list[str]:

@@ -17,7 +17,7 @@ from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.likelihood import nll
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.start import with_first_lengths
-from icmlora.formats.peft import load_adapter_folder, save_adapter
+from icmlora.formats.folder import load_adapter, save_adapter
 from tests.benchmarks.unseen import fitted, rows
 from tests.benchmarks.unseen.fleet import StudyTask
 
@@ -153,7 +153,7 @@ class Fold:
         folder = self._options.work / "generated" / str(count) / task.name
         if not folder.exists():
             _write(self._made(task, count, 0), folder)
-        return load_adapter_folder(folder)
+        return load_adapter(folder)
 
     def _random(self, task: StudyTask, seed: int) -> None:
         self._measure(task, "random", seed, lambda: rows.random_steps(self._start, 16, seed))
@@ -200,10 +200,10 @@ class Fold:
         if adapter is not None:
             with tempfile.TemporaryDirectory() as folder:
                 _write(adapter, Path(folder) / "adapter", dtype="bfloat16")
-                factors = factors_of(load_adapter_folder(Path(folder) / "adapter"))
+                factors = factors_of(load_adapter(Path(folder) / "adapter"))
         with added(self._base.model, factors):
             return nll(self._base.model, self._base.tokenizer, examples, max_tokens=2048).nats_per_token
 
 
 def _write(adapter: Adapter, folder: Path, dtype: str = "float32") -> None:
-    save_adapter(adapter, folder, dtype=dtype, card="", metadata={}, force=True)
+    save_adapter(adapter, folder, dtype=dtype, force=True)

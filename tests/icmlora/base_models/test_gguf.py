@@ -11,8 +11,8 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
+from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.gguf import convert_gguf
-from icmlora.base_models.load import load_base_model
 from icmlora.base_models.lookup import inspect_base
 from icmlora.errors import BaseModelNotFound, OutputExists
 from tests.icmlora.tiny_base import HIDDEN, LABEL, tiny_model
@@ -81,19 +81,19 @@ def folder(file: Path) -> Path:
 
 
 def test_the_folder_holds_the_weights_of_the_file(folder: Path) -> None:
-    base = load_base_model(inspect_base(LABEL, folder))
+    base = CausalLM().load(inspect_base(LABEL, folder))
     expected = tiny_model().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in base.model.state_dict().items())
 
 
 def test_the_folder_holds_the_vocabulary_of_the_file(folder: Path) -> None:
-    tokenizer = load_base_model(inspect_base(LABEL, folder)).tokenizer
+    tokenizer = CausalLM().load(inspect_base(LABEL, folder)).tokenizer
     assert tokenizer.decode(tokenizer("plain text")["input_ids"]) == "plain text"
 
 
 def test_a_gguf_file_can_be_loaded_without_converting_it(file: Path, folder: Path) -> None:
-    direct = load_base_model(inspect_base(LABEL, file))
-    converted = load_base_model(inspect_base(LABEL, folder))
+    direct = CausalLM().load(inspect_base(LABEL, file))
+    converted = CausalLM().load(inspect_base(LABEL, folder))
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         assert torch.equal(direct.model(ids).logits, converted.model(ids).logits)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.fingerprint import fingerprint_base
-from icmlora.base_models.load import load_base_model
 from icmlora.base_models.lookup import inspect_base
 from icmlora.base_models.modules import check_fits
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound
@@ -34,7 +34,7 @@ def test_a_loaded_model_tells_its_name_sizes_and_fingerprint(tmp_path: Path) -> 
 
 def test_a_known_fingerprint_is_not_computed_again(tmp_path: Path) -> None:
     found = inspect_base(LABEL, write_tiny_base(tmp_path))
-    assert load_base_model(found, fingerprint="known").fingerprint == "known"
+    assert CausalLM().load(found, fingerprint="known").fingerprint == "known"
 
 
 def test_a_loaded_model_is_ready_for_inference_only(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_loaded_model_is_ready_for_inference_only(tmp_path: Path) -> None:
 
 def test_the_precision_can_be_chosen(tmp_path: Path) -> None:
     found = inspect_base(LABEL, write_tiny_base(tmp_path))
-    assert load_base_model(found, dtype=torch.bfloat16).dtype == "bfloat16"
+    assert CausalLM().load(found, dtype=torch.bfloat16).dtype == "bfloat16"
 
 
 def test_loading_asks_no_network_and_prints_nothing(
@@ -58,7 +58,7 @@ def test_loading_asks_no_network_and_prints_nothing(
     capfd.readouterr()
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    load_base_model(inspect_base(LABEL, folder))
+    CausalLM().load(inspect_base(LABEL, folder))
     assert capfd.readouterr() == ("", "")
 
 
@@ -68,14 +68,14 @@ def test_weights_that_the_files_lack_are_not_made_up(tmp_path: Path) -> None:
     del tensors[f"{Q}.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(BaseModelNotFound, match="q_proj"):
-        load_base_model(inspect_base(LABEL, tmp_path))
+        CausalLM().load(inspect_base(LABEL, tmp_path))
 
 
 def test_damaged_weights_are_an_error_of_ours(tmp_path: Path) -> None:
     file = write_tiny_base(tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(BaseModelNotFound, match="cannot be loaded"):
-        load_base_model(inspect_base(LABEL, tmp_path))
+        CausalLM().load(inspect_base(LABEL, tmp_path))
 
 
 def test_code_in_the_folder_of_a_model_is_not_run(tmp_path: Path) -> None:
@@ -86,14 +86,14 @@ def test_code_in_the_folder_of_a_model_is_not_run(tmp_path: Path) -> None:
     content["auto_map"] = {"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
     config.write_text(json.dumps(content))
     with pytest.raises(BaseModelNotFound):
-        load_base_model(inspect_base(LABEL, tmp_path))
+        CausalLM().load(inspect_base(LABEL, tmp_path))
     assert not canary.exists()
 
 
 def test_a_model_without_tokenizer_is_an_error_of_ours(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(BaseModelNotFound, match="cannot be loaded"):
-        load_base_model(inspect_base(LABEL, tmp_path))
+        CausalLM().load(inspect_base(LABEL, tmp_path))
 
 
 def test_an_adapter_for_this_model_fits(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from icmlora.base_models.modules import check_fits, linear_shape
 from icmlora.errors import DataError
 from icmlora.fewshot.evidence import gather_evidence
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
-from icmlora.formats.peft import save_adapter
+from icmlora.formats.folder import save_adapter
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.training.teacher import Teacher
 from tests.icmlora.base_models.toy_modality import VectorClassifier, points, write_classifier
@@ -178,7 +178,7 @@ class TestProtocol:
     def test_an_adapter_that_was_put_on_the_model_takes_part(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...], tmp_path: Path
     ) -> None:
-        save_adapter(make_adapter(case, base, strength=2.0), tmp_path / "adapter", card="", metadata={})
+        save_adapter(make_adapter(case, base, strength=2.0), tmp_path / "adapter")
         bare = base.modality.states(base, examples, LIMIT)
         with adapted(base, tmp_path / "adapter"):
             changed = base.modality.states(base, examples, LIMIT)
@@ -193,7 +193,7 @@ class TestWhatStandsOnIt:
     def test_vectors_of_both_views(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...], tmp_path: Path
     ) -> None:
-        save_adapter(make_adapter(case, base), tmp_path / "adapter", card="", metadata={})
+        save_adapter(make_adapter(case, base), tmp_path / "adapter")
         vectors = (*extract_adapted(base, tmp_path / "adapter", examples), *extract_context(base, examples))
         assert {vector.view for vector in vectors} == {"adapted", "context"}
         assert {tuple(vector.values.shape) for vector in vectors} == {(base.hidden_size,)}
@@ -201,7 +201,7 @@ class TestWhatStandsOnIt:
     def test_without_samples_a_task_is_seen_through_probes_where_there_are_any(
         self, case: Case, base: BaseModel, tmp_path: Path
     ) -> None:
-        save_adapter(make_adapter(case, base), tmp_path / "adapter", card="", metadata={})
+        save_adapter(make_adapter(case, base), tmp_path / "adapter")
         if base.modality.probes:
             vectors = extract_adapted(base, tmp_path / "adapter", None)
             assert {vector.extractor.source for vector in vectors} == {"probes"}

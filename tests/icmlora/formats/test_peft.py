@@ -14,14 +14,21 @@ from safetensors.torch import save
 
 from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused, OutputExists
+from icmlora.formats.folder import load_adapter, save_adapter
 from icmlora.formats.format import AdapterBytes, write_adapter_folder
-from icmlora.formats.peft import PEFT, load_adapter, load_adapter_folder, save_adapter
+from icmlora.formats.peft import PEFT
 from tests.icmlora.adapter_files import INPUTS, OUTPUTS, Q0, V0, adapter, config, factors, key, weights, write_adapter
 from tests.icmlora.tiny_base import tiny_model
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def read(config: bytes, weights: bytes, path: str | None = None) -> Adapter:
+    return PEFT.read(config, weights, path=path).adapter
+
 
 IDS = torch.arange(1, 20)[None]
 
@@ -61,14 +68,14 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_peft_gives_the_same_logits_for_the_canonical_form(tmp_path: Path, fields: dict[str, Any]) -> None:
     before = tuned(tmp_path / "in", **fields)
-    canonical = canonicalize(load_adapter_folder(tmp_path / "in"))
-    save_adapter(canonical, tmp_path / "out", dtype="float32", card="", metadata={})
+    canonical = canonicalize(load_adapter(tmp_path / "in"))
+    save_adapter(canonical, tmp_path / "out", dtype="float32")
     torch.testing.assert_close(logits_of(tmp_path / "out"), before, rtol=1e-4, atol=1e-5)
 
 
 def test_peft_finds_every_key_it_expects(tmp_path: Path) -> None:
     tuned(tmp_path / "in")
-    save_adapter(load_adapter_folder(tmp_path / "in"), tmp_path / "out", card="", metadata={})
+    save_adapter(load_adapter(tmp_path / "in"), tmp_path / "out")
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "out")
     result = model.load_adapter(tmp_path / "out", "again")
     assert not result.unexpected_keys
@@ -76,21 +83,21 @@ def test_peft_finds_every_key_it_expects(tmp_path: Path) -> None:
 
 
 def test_the_scale_is_folded_into_b() -> None:
-    loaded = load_adapter(config(lora_alpha=6), weights())
+    loaded = read(config(lora_alpha=6), weights())
     assert torch.equal(loaded.modules[0].a, factors()[key(Q0, "A")])
     assert torch.equal(loaded.modules[0].b, factors()[key(Q0, "B")] * 3.0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_type_widens_exactly(dtype: str) -> None:
-    loaded = load_adapter(config(), weights(dtype=dtype))
+    loaded = read(config(), weights(dtype=dtype))
     assert torch.equal(loaded.modules[0].a, factors()[key(Q0, "A")].to(getattr(torch, dtype)).float())
 
 
 def test_types_may_be_mixed_and_misaligned() -> None:
     tensors = factors()
     tensors[key(V0, "A")] = tensors[key(V0, "A")].bfloat16()
-    loaded = load_adapter(config(), save(tensors))
+    loaded = read(config(), save(tensors))
     for module in loaded.modules:
         assert torch.equal(module.a, tensors[key(module.name, "A")].float())
 
@@ -99,7 +106,7 @@ def test_a_scaled_value_beyond_float32_is_refused() -> None:
     tensors = factors()
     tensors[key(V0, "B")][0, 0] = 3e38
     with pytest.raises(AdapterRefused, match="exceeds float32") as caught:
-        load_adapter(config(lora_alpha=200), weights(tensors), path="x")
+        read(config(lora_alpha=200), weights(tensors), path="x")
     assert (caught.value.kind, caught.value.path) == ("overflow", "x")
 
 
@@ -107,12 +114,12 @@ def test_a_folder_that_lacks_a_file_is_refused_with_its_path(tmp_path: Path) -> 
     write_adapter(tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterRefused) as caught:
-        load_adapter_folder(tmp_path / "a")
+        load_adapter(tmp_path / "a")
     assert caught.value.path == str(tmp_path / "a" / "adapter_model.safetensors")
 
 
 def written(tmp_path: Path, name: str = "out", **arguments: Any) -> Path:
-    source = load_adapter(config(lora_alpha=6, revision="abc"), weights())
+    source = read(config(lora_alpha=6, revision="abc"), weights())
     save_adapter(source, tmp_path / name, **{"card": "# Card\n", "metadata": {"icm": "1"}, **arguments})
     return tmp_path / name
 
@@ -126,9 +133,9 @@ def test_the_written_configuration_is_plain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rank", "padded"), [(1, 8), (8, 8), (9, 16), (16, 16), (33, 64)])
 def test_ranks_are_padded_to_what_engines_reserve(tmp_path: Path, rank: int, padded: int) -> None:
-    source = load_adapter(config(r=rank), weights(factors(rank=rank)))
-    save_adapter(source, tmp_path / "out", card="", metadata={})
-    loaded = load_adapter_folder(tmp_path / "out")
+    source = read(config(r=rank), weights(factors(rank=rank)))
+    save_adapter(source, tmp_path / "out")
+    loaded = load_adapter(tmp_path / "out")
     assert {module.a.shape[0] for module in loaded.modules} == {padded}
     assert relative_dw_error(source, loaded) < 1e-4
 
@@ -148,20 +155,20 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2**-16), ("float16", 2**-20), ("float32", 2**-44)])
 def test_rounding_stays_within_the_type(tmp_path: Path, dtype: str, error: float) -> None:
-    source = load_adapter(config(), weights())
-    loaded = load_adapter_folder(written_as(source, tmp_path, dtype))
+    source = read(config(), weights())
+    loaded = load_adapter(written_as(source, tmp_path, dtype))
     assert relative_dw_error(source, loaded) < error
 
 
 def written_as(source: Any, tmp_path: Path, dtype: str) -> Path:
-    save_adapter(source, tmp_path / dtype, dtype=dtype, card="", metadata={})
+    save_adapter(source, tmp_path / dtype, dtype=dtype)
     return tmp_path / dtype
 
 
 def test_a_value_that_float16_cannot_hold_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     big = adapter((Q0, torch.full((2, INPUTS), 1e5), torch.ones(OUTPUTS, 2)))
     with pytest.raises(AdapterRefused, match="F16 cannot hold") as caught:
-        save_adapter(big, tmp_path / "out", dtype="float16", card="", metadata={})
+        save_adapter(big, tmp_path / "out", dtype="float16")
     assert caught.value.kind == "overflow"
     assert list(tmp_path.glob("out*")) == []
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from icmlora.adapter.metrics import dw_norm, relative_dw_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, CodeError, GeneratorError
-from icmlora.generator.codec import Codec, one_thread
+from icmlora.generator.codec import Codec
+from icmlora.generator.decoder import one_thread
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.tokens import weighted
 from icmlora.training.loop import fit

@@ -12,7 +12,7 @@ from icmlora.base_models.examples import plain
 from icmlora.base_models.factors import added
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
-from icmlora.formats.peft import load_adapter_folder
+from icmlora.formats.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
@@ -32,7 +32,7 @@ def base(tmp_path: Path) -> BaseModel:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Adapter:
-    return load_adapter_folder(write_tiny_adapter(tmp_path / "adapter", strength=2.0))
+    return load_adapter(write_tiny_adapter(tmp_path / "adapter", strength=2.0))
 
 
 @pytest.fixture
