@@ -30,9 +30,12 @@ def load_adapter(folder: str | Path) -> Adapter:
     """
     place = Path(folder)
     entries = {path.name: path for path in place.iterdir() if path.is_file()} if place.is_dir() else {}
+    searched = Folder(place, entries)
     for known in FORMATS:
-        for paths in known.find(Folder(place, entries)):
+        for paths in known.find(searched):
             return known.read(_config(paths), read_tensor_file(paths.weights), path=place).adapter
+    for refusal in (refusal for known in FORMATS for refusal in known.refuse(searched)):
+        raise refusal
     hint = "name the folder that holds adapter_config.json"
     raise AdapterRefused("there is no adapter in this folder", kind="empty", path=place, hint=hint)
 

@@ -110,12 +110,12 @@ def test_a_scaled_value_beyond_float32_is_refused() -> None:
     assert (caught.value.kind, caught.value.path) == ("overflow", "x")
 
 
-def test_a_folder_that_lacks_a_file_is_refused_with_its_path(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused_with_its_path(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterRefused) as caught:
         load_adapter(tmp_path / "a")
-    assert caught.value.path == str(tmp_path / "a" / "adapter_model.safetensors")
+    assert (caught.value.kind, caught.value.path) == ("no-weights", str(tmp_path / "a"))
 
 
 def written(tmp_path: Path, name: str = "out", **arguments: Any) -> Path:
