@@ -109,7 +109,7 @@ def _print(session: Session, found: MapReport) -> None:
     alike = sum(pair.is_alike for pair in found.map.pairs)
     if alike:
         out.line()
-        why = "their vectors differ hardly more than those of support sets of the same task"
+        why = "their vectors differ little more than those of support sets of the same task"
         out.line(f"{counted(alike, 'pair')} of tasks cannot be told apart: {why}")
     outliers = [f"{task.name} ({task.nearest.task}, {task.nearest.distance:.3f})" for task in tasks if task.is_outlier]
     if outliers:

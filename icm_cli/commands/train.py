@@ -112,9 +112,11 @@ def train(
 def _check_options(objective: ObjectiveName, *, update: bool, anew: bool, others: Sequence[float | None]) -> None:
     if update and anew:
         hint = "`icm train --fresh` trains a new one on all tasks"
-        raise UsageProblem("--update keeps the current generator: it does not go with --fresh or --width", hint=hint)
+        raise UsageProblem(
+            "--update keeps the current generator, so it cannot be used with --fresh or --width", hint=hint
+        )
     if objective is ObjectiveName.FUNCTIONAL and (update or anew or any(value is not None for value in others)):
-        fact = "--objective functional trains no generator and no codes: it does not go with options for these"
+        fact = "--objective functional does not train the generator, so it cannot be used with options for that"
         raise UsageProblem(fact, hint="`icm train --objective both` trains both, one after the other")
 
 
@@ -259,7 +261,7 @@ def _sum_up_few_shot(session: Session, trained: FewShotTrained) -> None:
 
 
 def _evaluate(session: Session, device: str, made: _Made) -> None:
-    """Measure the codes; a missing base model or missing texts are worth a word, not a failure."""
+    """Measure the codes. A missing base model or missing text is noted and is not a failure."""
     found = session.fleet.measurable(made.base_models, made.tasks)
     for reason in found.reasons:
         session.out.note(f"not measured: {reason}")

@@ -2,8 +2,8 @@
 
     original ──encode──▶ bytes ──decode──▶ PEFT folder ──▶ measured as every source is
 
-Nothing is stored. What a method shares between tasks, it prepares from all tasks of the base model that still have
-their originals, one adapter at a time.
+Nothing is stored. If a method shares something between tasks, it prepares that from all tasks of the base model that
+still have their originals, one adapter at a time.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Baselines:
 
 
 class StoredOriginals(Mapping[str, Adapter]):
-    """The originals of one base model that the store still has, read each time that one is asked for."""
+    """The originals of one base model that the store still has. Each is read when it is asked for."""
 
     def __init__(self, store: Store, base_model: str) -> None:
         rows = (row for row in store.tasks.summaries() if row.task.base_model == base_model)

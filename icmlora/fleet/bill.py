@@ -30,7 +30,7 @@ class TaskBill:
 
     @property
     def size(self) -> int:
-        """Code, residual and vectors: everything but the original."""
+        """Bytes of code, residual and vectors: everything except the original."""
         return (self.code_size or 0) + (self.residual_size or 0) + self.vectors_size
 
     @property
@@ -49,27 +49,27 @@ class BaseModelBill:
 
     @property
     def bf16_size(self) -> int:
-        """Every final adapter in bfloat16: the denominator of every saving."""
+        """Bytes of all final adapters in bfloat16; savings are relative to this."""
         return sum(task.bf16_size for task in self.tasks)
 
     @property
     def generator_size(self) -> int:
-        """The current generator's file."""
+        """Bytes of the current generator's file."""
         return 0 if self.generator is None else self.generator.size
 
     @property
     def start_size(self) -> int:
-        """The generator's few-shot start; 0 if it has none."""
+        """Bytes of the generator's few-shot start; 0 if it has none."""
         return 0 if self.generator is None else self.generator.start_size
 
     @property
     def shared_size(self) -> int:
-        """What all tasks share: the generator and its few-shot start."""
+        """Bytes that all tasks share: the generator and its few-shot start."""
         return self.generator_size + self.start_size
 
     @property
     def per_task_size(self) -> int:
-        """All codes, residuals and vectors."""
+        """Bytes of all codes, residuals and vectors."""
         return sum(task.size for task in self.tasks)
 
     @property
@@ -112,7 +112,7 @@ class Bill:
 
     @property
     def bf16_size(self) -> int:
-        """Every final adapter of the store in bfloat16."""
+        """Bytes of all final adapters of the store in bfloat16."""
         return sum(fleet.bf16_size for fleet in self.fleets)
 
     @property
@@ -127,7 +127,7 @@ class Bill:
 
     @property
     def compact_size(self) -> int:
-        """Everything but originals and texts: generators, codes, residuals, vectors, database."""
+        """Bytes of everything except originals and texts: generators, codes, residuals, vectors, database."""
         usage = self.usage
         return usage.generators + usage.codes + usage.residuals + usage.vectors + usage.database
 

@@ -79,8 +79,8 @@ class Bundle:
             max_error: Refuse an adapter whose relative error is larger, or was not measured.
 
         Raises:
-            BundleError: The bundle is damaged, or is another file than before.
-            DataError: It has no such task.
+            BundleError: The bundle is damaged, or the file was replaced.
+            DataError: The bundle has no task of that name.
             TooLossy: The error is above `max_error`.
         """
         return self._decode(task, max_error)[0]
@@ -106,8 +106,8 @@ class Bundle:
             force: Replace the adapter in a folder that is not empty.
 
         Raises:
-            BundleError: The bundle is damaged, or is another file than before.
-            DataError: It has no such task.
+            BundleError: The bundle is damaged, or the file was replaced.
+            DataError: The bundle has no task of that name.
             TooLossy: The error is above `max_error`.
             OutputExists: The folder is not empty and `force` is not given.
         """

@@ -118,7 +118,7 @@ def encode(context: Context, request: EncodeRequest) -> EncodeReport:
 
 @dataclass(frozen=True)
 class _Turn:
-    """What the store has of a task when its turn comes, and who hears what is done with it."""
+    """What the store knows of a task when its turn comes, and where to report progress."""
 
     task: TaskRecord
     generator: GeneratorRecord
@@ -178,7 +178,7 @@ class Encoder:
             return turn.unchanged("unmeasured", str(error))
 
     def _known(self, turn: _Turn) -> TaskEncoded | None:
-        """Return the outcome where the present code was made with the same limits; so a stopped run goes on."""
+        """Return the outcome if the code was made with the same limits already, so that a stopped run can continue."""
         code = turn.code
         if code is None or code.asked is None or (code.residual is not None) != self._request.residual:
             return None  # with --residual this measures a code again that needs no residual; that takes no search
@@ -195,7 +195,7 @@ class Encoder:
         return replace(outcome, retained_gain=gains[0] if gains else None)
 
     def _replace_code(self, turn: _Turn, original: Adapter) -> TaskEncoded:
-        """Search for the smallest code and record it in the place of the present one."""
+        """Replace the current code by the smallest one that meets the limits."""
         generator_file, task = self._models.generator_file(turn.generator), turn.task
         codec = codec_of_task(self._store, generator_file, turn.code, original.layout)
         vectors = mean_vectors(self._store, self._store.vectors.all(task.name))
@@ -212,7 +212,7 @@ class Encoder:
         return TaskEncoded(task.name, status, len(data), None, turn.size_before, error, best.gain)
 
     def _add_residual(self, turn: _Turn, original: Adapter) -> TaskEncoded:
-        """Search for the smallest residual of the present code and record it, or that none is needed."""
+        """Store the smallest residual that lets the current code meet the limits, if it needs one."""
         present, task = turn.code, turn.task
         if present is None:
             raise DataError("it has no code that a residual could be added to; `icm train --update` makes one")

@@ -3,7 +3,7 @@
     pinned? ──▶ code (and residual)? ──▶ read back from disk, decoded, measured ──▶ evicted (rows, then files)
        └────────────────┴────────────────────┴──▶ kept, with the reason
 
-Each eviction is durable when it is told. A kill at any time loses no original that was not checked, and the same
+Each eviction is durable before it is reported. A kill never loses an original that was not checked, and the same
 command continues.
 """
 
@@ -162,7 +162,7 @@ class Evictor:
         return TaskEvicted(task.name, status, len(chosen), freed, *figures)
 
     def _freed(self, chosen: Sequence[AdapterRecord]) -> int:
-        """Return the bytes of the files that go with some adapters; several adapters may share one."""
+        """Return the bytes of the files that are deleted with some adapters; several adapters may share one."""
         freed = 0
         for row in chosen:
             self._in_use[row.weights] -= 1
@@ -193,7 +193,7 @@ class _Checked:
 
 
 class _CheckFailed(DataError):
-    """A code misses a limit, or cannot be measured; with what was measured until then."""
+    """A code misses a limit or cannot be measured; holds what was measured until then."""
 
     def __init__(self, reason: str, dw_error: float | None = None, retained_gain: float | None = None) -> None:
         super().__init__(reason)
@@ -202,7 +202,7 @@ class _CheckFailed(DataError):
 
 @dataclass(frozen=True)
 class _EvictionCheck:
-    """Measures codes against their originals, as they are on disk; whatever goes wrong keeps the original."""
+    """Measures codes, as they are on disk, against their originals. Any failure keeps the original."""
 
     store: Store
     models: Models

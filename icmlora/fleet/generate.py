@@ -105,7 +105,7 @@ class Generated(_Facts):
 
 
 def generate(context: Context, request: GenerateRequest) -> Generated:
-    """Generate an adapter for a new task. Its folder appears whole or not at all, the registered task after it."""
+    """Generate an adapter for a new task. The folder appears complete or not at all; then the task is registered."""
     device = resolve_device(request.device)
     check_name(request.name)
     check_free(request.directory, force=request.force)
@@ -259,7 +259,7 @@ def _encode(
 def _register(
     store: Store, generator: GeneratorRecord, request: GenerateRequest, vectors: Sequence[TaskVector], code: Encoded
 ) -> None:
-    """Record the task of a written folder, as if that had been ingested, encoded and evicted."""
+    """Record the task of a written folder as if it had been ingested, encoded and evicted."""
     name, folder = request.name, request.directory
     config, weights = (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
     card = store.blobs.put((folder / CARD_NAME).read_bytes())

@@ -4,8 +4,8 @@
     put      files -> checked in memory -> blobs, durable        (icmlora.fleet.ingest_files)
     record   one transaction per batch -> rows
 
-A refused input ends the ingest, or is reported and passed over (`skip_bad`). Batches that were recorded stay; running
-the same ingest again records only what is missing.
+A refused input ends the ingest, or is reported and skipped (`skip_bad`). Recorded batches stay; running the same
+ingest again records only what is missing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class TaskIngested(Event):
 
 @dataclass(frozen=True)
 class InputRefused(Event):
-    """An input that was refused and passed over."""
+    """An input that was refused and skipped."""
 
     path: str
     kind: str

@@ -3,8 +3,8 @@
     FoundTask --check--> PreparedTask (its bytes are stored as blobs; ready to be recorded)
          `-------------> Problem      (refused: why, and which task or checkpoint is lost)
 
-Weights and texts are checked in the very bytes that are hashed and stored. Configurations and cards are small: they
-are read first, because weights are checked against them, and stored from memory.
+Weights and texts are read once: the bytes that are checked are those that are hashed and stored. Configurations and
+cards are small; they are read first, because weights are checked against them, and stored from memory.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _too_large(path: Path) -> DataError:
 def _withheld(
     tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Sequence[EvictedAdapter]
 ) -> dict[Path, set[str]]:
-    """Return weights file -> digests of evicted weights that it may hold and that are not to be stored again."""
+    """Map each weights file to the digests of evicted weights that must not be stored again."""
     if not evicted:
         return {}
     known: defaultdict[tuple[str, str, int | None, bool], set[str]] = defaultdict(set)
@@ -229,7 +229,7 @@ def _check_only(checks: _Checks) -> _Outcomes:
 def _prepared(
     task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
 ) -> PreparedTask | Problem:
-    """Put together what was read of one task; it is refused if its final adapter or its texts are."""
+    """Combine what was read of one task; refuse the task if its final adapter or a text was refused."""
     rows: list[NewAdapter] = []
     problems: list[Problem] = []
     base_model, size = "", 0

@@ -1,4 +1,4 @@
-"""Place the labels of a picture next to their points and clear of each other; the first points choose first.
+"""Place the labels of a picture next to their points, without overlaps; earlier points choose first.
 
 A label has 8 candidates around its point, then the same 8 farther away, connected to the point by a line.
 """

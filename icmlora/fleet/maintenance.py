@@ -104,7 +104,7 @@ def _store(context: Context) -> list[Check]:
 
 
 def _opened(context: Context) -> Check:
-    """Open the store: if another command would refuse it, that is a problem, in the same words."""
+    """Open the store, and report the error that another command would raise."""
     problem = None
     try:
         with context.open(read_only=True):

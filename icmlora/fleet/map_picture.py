@@ -1,4 +1,4 @@
-"""Draw a map of tasks as one SVG file, without matplotlib: readable on light and dark ground, the same every time.
+"""Draw a map of tasks as one SVG file, without matplotlib: readable on a light or dark ground, always the same bytes.
 
     task: a marker in the shape and colour of its cluster, and its name
     support set: a small dot with a line to its task

@@ -131,7 +131,7 @@ def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original",
         train = "icm train" if stored.generator is None else "icm train --update"
         raise DataError(f"task {task} has no code", hint=f"run `{train}` to make one")
     if source == "residual" and code is not None and code.residual is None:
-        hint = "its code meets its limits, or has none; `icm encode --residual` makes a residual"
+        hint = "a residual is only stored if a code misses its limits; `icm encode --residual` makes one"
         raise DataError(f"task {task} has no residual", hint=hint)
     if source == "generate" and stored.generator is None:
         raise DataError(f"there is no generator for task {task}", hint="run `icm train` to make one")

@@ -56,13 +56,13 @@ class SourceResult:
 
 
 def own_text(store: Store, task: TaskRecord, base: BaseModel) -> EvaluationData:
-    """Read the held-out text that a task has."""
+    """Read the held-out text of a task."""
     content = store.blobs.read(str(task.eval_data))
     return EvaluationData.parse(content, path=task.name, read=base.modality.read_examples)
 
 
 def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator: GeneratorRecord) -> TaskLosses:
-    """Return what measures a task on its own held-out text, as `icm eval` does by default."""
+    """Prepare to measure a task on its own held-out text, as `icm eval` does by default."""
     if task.eval_data is None:  # before the base model is loaded
         raise DataError("it has no held-out text, so its retained gain cannot be measured")
     text = own_text(store, task, models.base(task.base_model))
@@ -129,7 +129,7 @@ class TaskLosses:
             return self._loss(label)
 
     def gain(self, base: float, original: float, other: float) -> float | None:
-        """Return the retained gain of an adapter, from the metric without, with the original, and with it."""
+        """Return the retained gain of an adapter from the losses of base model, original and adapter."""
         return retained_gain(base, original, other, higher_is_better=self._base.modality.metric.higher_is_better)
 
     def result_of(
@@ -167,7 +167,7 @@ class TaskLosses:
         return read_original(self._store, self._final)
 
     def _code(self) -> CodeRecord | None:
-        """Return the code that the task has now."""
+        """Return the current code of the task."""
         return None if self._generator is None else self._store.codes.get(self._task.name, self._generator.id)
 
     def _exists(self, source: Rung, code: CodeRecord | None) -> bool:
@@ -219,7 +219,7 @@ class TaskLosses:
         return error if math.isfinite(error) else None  # an original of zeros has no relative error
 
     def _completed(self, known: SourceResult, references: Mapping[Rung, SourceResult], *, record: bool) -> SourceResult:
-        """Add the retained gain to a result from a time when the original was evicted, once that is back."""
+        """Add the retained gain to a result that was measured while the original was evicted."""
         gain = self.result_of(known.source, known.as_loss(), known.dw_error, references).retained_gain
         if known.retained_gain is not None or gain is None:
             return known
@@ -229,7 +229,7 @@ class TaskLosses:
         return found
 
     def _record(self, result: SourceResult, code: CodeRecord | None) -> None:
-        """Record a result, unless the task has another adapter or code by now than the one that was measured."""
+        """Record a result, unless the adapter or the code was replaced while it was measured."""
         if not self._store.evaluations.add([self.record_of(result)], of=self._final, code=code):
             self.is_outdated = True
 
@@ -254,7 +254,7 @@ class TaskLosses:
 
 @contextmanager
 def _written(adapter: Adapter) -> Iterator[Path]:
-    """Write an adapter as `icm materialize` does, without its card, into a folder that goes after the block."""
+    """Write an adapter as `icm materialize` does, without its card, into a folder that is deleted after the block."""
     with tempfile.TemporaryDirectory(prefix="icm-") as folder:
         written = Path(folder) / "adapter"
         save_adapter(adapter, written, dtype="bfloat16")

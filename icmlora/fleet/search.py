@@ -54,7 +54,7 @@ class Trial:
         return None if self.result is None else self.result.retained_gain
 
     def keeps(self, min_gain: float) -> bool:
-        """Say whether it keeps a retained gain."""
+        """Return whether its retained gain is at least `min_gain`."""
         if self.gain is None:
             fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"
             raise DataError(fact)
@@ -63,7 +63,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """The end of a search along a ladder: where, what is there, and whether it keeps the gain."""
+    """The result of a search along a ladder: the index, its trial, and whether that keeps the gain."""
 
     index: int
     trial: Trial
@@ -106,7 +106,7 @@ def walk(first: int, length: int, min_gain: float, attempt: Attempt) -> Found:
 
 
 def ladder_within(tolerance: float | None) -> tuple[float, ...]:
-    """Return the ladder without what is coarser than a tolerance; its coarsest entry is then the tolerance itself."""
+    """Return the tolerances to try: the given one, then the finer entries of the ladder."""
     if tolerance is None:
         return LADDER
     return tolerance, *(finer for finer in LADDER if finer < tolerance)
@@ -114,14 +114,14 @@ def ladder_within(tolerance: float | None) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Refiner:
-    """What refinement takes: the base model, in a precision for gradients, and samples of the task."""
+    """What refinement needs: the base model, in a precision for gradients, and samples of the task."""
 
     base: BaseModel
     samples: Sequence[Any]
     config: RefineConfig
 
     def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
-        """Return another code, which does more of what the adapter does."""
+        """Return a code whose adapter acts more like the original on the samples."""
         relaxed = RelaxedCode(codec, adapter, encoded.data)
         for step in refine(relaxed, encoded.weighted_error, self.base, adapter, self.samples, self.config):
             tell(f"refining, step {step} of {self.config.steps}")
@@ -176,7 +176,7 @@ class CodeSearch:
 
 @dataclass(frozen=True)
 class FoundResidual:
-    """The end of a search for a residual."""
+    """The result of a search for a residual."""
 
     is_kept: bool  # whether the task meets the limits, by its code or with its residual
     code: Trial
@@ -220,7 +220,7 @@ class ResidualSearch:
 
 
 def _measured(losses: TaskLosses | None, source: Rung, encoded: Encoded) -> Trial:
-    """Measure what was decoded to find its error, if a gain is asked for, and let go of it."""
+    """Measure the decoded adapter if a gain is asked for, and free its memory."""
     result = None
     if losses is not None:
         assert encoded.decoded is not None

@@ -1,6 +1,6 @@
-"""Read the task vectors that a store has, as far as they may be compared with each other. Never imports torch.
+"""Read the task vectors of a store that can be compared with each other. Never imports torch.
 
-Vectors may be compared when one extractor made them: the same base model, the same settings, and the same kind of
+Vectors can be compared if one extractor made them: the same base model, the same settings, and the same kind of
 text (samples of the task, or the bundled probe texts).
 """
 
@@ -89,7 +89,7 @@ def _reason(rows: Sequence[VectorRecord], view: View, made_by: str | None, chose
         return f"no vectors of the {view} view, which needs samples"
     own, others = json.loads(made_by), json.loads(chosen)
     if own.get("source") != others.get("source"):
-        return f"read through {_texts_of(own)}, where the others were read through {_texts_of(others)}"
+        return f"made from {_texts_of(own)}, but the others were made from {_texts_of(others)}"
     if own.get("base") != others.get("base"):
         return "made with another copy of the base model"
     return "made by another version of icm, or with other settings"

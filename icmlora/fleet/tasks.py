@@ -40,13 +40,13 @@ class TaskDetails:
 
     @property
     def final(self) -> AdapterRecord:
-        """The adapter that stands for the task."""
+        """The final adapter of the task."""
         return next(adapter for adapter in self.adapters if adapter.is_final)
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What removing a task takes away."""
+    """What is deleted with a task."""
 
     name: str
     adapters: int
@@ -84,7 +84,7 @@ def show_task(context: Context, name: str) -> TaskDetails:
 
 
 def plan_removal(context: Context, names: Sequence[str]) -> list[Removal]:
-    """Return what removing some tasks would take away, each task once."""
+    """Return what would be deleted with some tasks, each task once."""
     with context.open(read_only=True) as store:
         tasks = {store.tasks.get(name).name: None for name in names}
         return [_removal(name, store.tasks.adapters(name)) for name in tasks]
@@ -97,7 +97,7 @@ def remove_tasks(context: Context, names: Sequence[str], *, last_copies: Collect
 
 
 def _initial(store: Store, generator: GeneratorRecord, code: CodeRecord) -> InitialA | None:
-    """Read it from the code. A damaged file tells nothing here: `icm verify` reports the damage."""
+    """Read the initialisation seed from a code; None if a file is damaged, which `icm verify` reports."""
     from icmlora.generator.code import Code, generator_of
     from icmlora.generator.file import versions_of
 

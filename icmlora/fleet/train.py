@@ -3,7 +3,7 @@
     adapters ──run (resumable)──▶ network ──▶ generator file ──encode──▶ a code per task
                                                     └── one transaction: generator and codes ──▶ current
 
-Until that transaction the store answers with the earlier generator, or with none.
+Until that transaction the earlier generator stays current, if there is one.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     all adapters ──mean──▶ start ──episodes over tasks with samples──▶ lengths of its steps ──▶ few-shot start file
 
-The file and the row that names it are one transaction. Until then the generator keeps the few-shot start it had, or
-none. No code changes.
+The file is recorded in one transaction. Until then the generator keeps its earlier few-shot start, if it has one.
+Codes do not change.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class StoreEpisodeSource:
 
 
 def check_few_shot(context: Context, base_model: str | None) -> None:
-    """Check what the meta-training needs, before hours are spent on what comes first. Reads rows only."""
+    """Check that the meta-training can run, before hours are spent on the generator. Reads rows only."""
     with context.open() as store:
         for label in base_models_with_tasks(store, base_model):
             tasks = [row.task for row in store.tasks.summaries() if row.task.base_model == label]
@@ -235,7 +235,7 @@ def _refuse_few(base_model: str, tasks: int) -> None:
 
 
 def _encodable(start: FewShotStart, file: GeneratorFile) -> tuple[FewShotStart, Codec]:
-    """Return what a generator can encode of a few-shot start, with the codec of the version that covers most of it."""
+    """Return the part of a few-shot start that a generator can encode, and the codec that covers most of it."""
     shapes = [shape._replace(rank=1) for shape in start.adapter.layout]
     covered = [sum(config.covers([shape]) for shape in shapes) for config in file.configs]
     best = max(range(len(covered)), key=lambda number: (covered[number], number))  # of equal ones the newest

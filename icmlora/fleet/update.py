@@ -3,7 +3,7 @@
     new tasks ──candidates──▶ the smallest ─┬─ same file: codes of the new tasks
                                             └─ longer file: a new generator with the codes of all tasks, current
 
-Either way it is one transaction. Until it commits, every task answers as before.
+Either way it is one transaction; until it commits, nothing has changed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Choice:
 
 
 def update(context: Context, request: UpdateRequest) -> UpdateReport:
-    """Encode every task that has no code yet, and let the generator of its base model grow where that saves bytes."""
+    """Encode every task that has no code yet; the generator of its base model grows if that saves bytes."""
     device = resolve_device(request.device)
     report = UpdateReport()
     with reporting(report), context.open() as store:

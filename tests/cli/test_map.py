@@ -145,7 +145,7 @@ def test_it_imports_neither_torch_nor_matplotlib(fruit: Path, tmp_path: Path) ->
 
 
 def test_a_task_read_through_other_texts_is_left_out_and_named(icm: Icm, fruit: Path) -> None:
-    reason = "read through probe texts, where the others were read through samples"
+    reason = "made from probe texts, but the others were made from samples"
     assert icm("map", "--json").document["left_out"] == [{"task": "silent", "reason": reason}]
     assert f"not on the map, {reason}: silent" in icm("map").err
 
