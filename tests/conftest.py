@@ -1,6 +1,7 @@
-"""What every test gets: a home of its own, no network, no colour, one thread."""
+"""What every test gets: a home of its own, no network, no colour, one thread; and small stores that many tests share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,53 @@ def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+@pytest.fixture(scope="session")
+def mixed_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny base model, the mixed fleet, and its store with vectors; made once, not to be changed."""
+    from tests.cli.tiny_fleet import build_ingested  # needs torch, as most tests of the registry do not
+
+    folder = tmp_path_factory.mktemp("mixed")
+    build_ingested(folder, vectors=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same store after `icm train`; made once, not to be changed."""
+    from tests.cli.tiny_fleet import train_store
+
+    store = tmp_path_factory.mktemp("trained") / "store"
+    shutil.copytree(mixed_template / "store", store)
+    train_store(store)
+    return store
+
+
+@pytest.fixture(scope="session")
+def started_template(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained store with a few-shot start for its generator; made once, not to be changed."""
+    from tests.cli.tiny_fleet import EPISODES, icm_quietly
+
+    store = tmp_path_factory.mktemp("started") / "store"
+    shutil.copytree(trained_template, store)
+    icm_quietly(store, "train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
+    return store
+
+
+@pytest.fixture
+def mixed(mixed_template: Path, tmp_path: Path) -> Path:
+    """The store of the mixed fleet with its vectors, at the default place."""
+    return Path(shutil.copytree(mixed_template / "store", tmp_path / "store"))
+
+
+@pytest.fixture
+def trained(trained_template: Path, tmp_path: Path) -> Path:
+    """The same store with a generator and codes."""
+    return Path(shutil.copytree(trained_template, tmp_path / "store"))
+
+
+@pytest.fixture
+def started(started_template: Path, tmp_path: Path) -> Path:
+    """The same store with a few-shot start."""
+    return Path(shutil.copytree(started_template, tmp_path / "store"))

@@ -1,7 +1,6 @@
 """Run `icm` in this process, as a shell would see it."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +16,6 @@ from icmlora.fleet.measure import SourceResult, TaskLosses
 from icmlora.fleet.update_candidates import Candidate
 from registry.records import Rung
 from tests.cli.fleet import write_fleet
-from tests.cli.tiny_fleet import EPISODES, build_ingested, icm_quietly, train_store
 
 
 @dataclass(frozen=True)
@@ -85,50 +83,6 @@ def stored(icm: Callable[..., Ran], fleet: Path) -> Path:
     """The same folder, ingested."""
     assert icm("ingest", fleet).code == 0
     return fleet
-
-
-@pytest.fixture(scope="session")
-def mixed_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny base model, the mixed fleet, and its store with vectors; made once, not to be changed."""
-    folder = tmp_path_factory.mktemp("mixed")
-    build_ingested(folder, vectors=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def trained_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same store after `icm train`; made once, not to be changed."""
-    store = tmp_path_factory.mktemp("trained") / "store"
-    shutil.copytree(mixed_template / "store", store)
-    train_store(store)
-    return store
-
-
-@pytest.fixture(scope="session")
-def started_template(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained store after its generator has learned where unseen tasks start; made once, not to be changed."""
-    store = tmp_path_factory.mktemp("started") / "store"
-    shutil.copytree(trained_template, store)
-    icm_quietly(store, "train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
-    return store
-
-
-@pytest.fixture
-def mixed(mixed_template: Path, tmp_path: Path) -> Path:
-    """The store of the mixed fleet with its vectors, where `icm` looks for it."""
-    return Path(shutil.copytree(mixed_template / "store", tmp_path / "store"))
-
-
-@pytest.fixture
-def trained(trained_template: Path, tmp_path: Path) -> Path:
-    """The same store with a generator and codes."""
-    return Path(shutil.copytree(trained_template, tmp_path / "store"))
-
-
-@pytest.fixture
-def started(started_template: Path, tmp_path: Path) -> Path:
-    """The same store with a start beside the generator."""
-    return Path(shutil.copytree(started_template, tmp_path / "store"))
 
 
 @pytest.fixture

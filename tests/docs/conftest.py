@@ -1,5 +1,5 @@
-"""The stores that the tests of the command line use."""
+"""The command line, for the tests of the documentation."""
 
-from tests.cli.conftest import icm, mixed, mixed_template, trained, trained_template
+from tests.cli.conftest import icm
 
-__all__ = ["icm", "mixed", "mixed_template", "trained", "trained_template"]
+__all__ = ["icm"]

@@ -1,0 +1,170 @@
+"""`Fleet.evaluate`, `measurable` and `compare`: what is measured, recorded and left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from icmlora import BaseModelNotFound, Cancelled, DataError, Fleet, TaskNotFound
+from icmlora.errors import UnknownBaseline
+from icmlora.fleet.evaluate import EvaluateReport, Measurable, TaskEvaluated
+from tests.icmlora.fleet.stores import files_of, is_sound, stop_after
+from tests.icmlora.tiny_base import LABEL
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of held-out text that no task has."""
+    file = tmp_path / "other.jsonl"
+    file.write_text("".join(json.dumps({"text": f"white horses {number}"}) + "\n" for number in range(3)))
+    return file
+
+
+def test_base_model_and_original_are_always_measured(learned: Fleet) -> None:
+    (task,) = learned.evaluate(["apples"], sources=[], device="cpu").tasks
+    assert set(task.sources) == {"base", "original"}
+    assert task.sources["original"].nats_per_token < task.sources["base"].nats_per_token
+    assert task.sources["base"].retained_gain is None
+
+
+def test_a_gain_is_the_share_of_what_the_original_gains(learned: Fleet) -> None:
+    (task,) = learned.evaluate(["apples"], sources=["code"], device="cpu").tasks
+    losses = {name: result.nats_per_token for name, result in task.sources.items()}
+    gain = (losses["base"] - losses["code"]) / (losses["base"] - losses["original"])
+    assert task.sources["code"].retained_gain == pytest.approx(gain)
+
+
+def test_every_result_is_recorded(learned: Fleet) -> None:
+    (task,) = learned.evaluate(["ships"], device="cpu").tasks
+    recorded = {row.rung: row.nats_per_token for row in learned.show("ships").evaluations}
+    assert recorded == {name: result.nats_per_token for name, result in task.sources.items()}
+    assert set(recorded) == {"base", "original", "code", "generate"}
+
+
+def test_what_was_measured_is_not_measured_again(learned: Fleet) -> None:
+    first = learned.evaluate(["ships"], device="cpu")
+    before = files_of(learned.path)
+    assert learned.evaluate(["ships"], device="cpu") == first
+    assert files_of(learned.path) == before
+
+
+def test_the_best_and_the_worst_gain_are_summed_up(learned: Fleet) -> None:
+    report = learned.evaluate(sources=["code"], device="cpu")
+    gains = {task.task: task.sources["code"].retained_gain or 0.0 for task in report.tasks}
+    summary = report.gain_of("code")
+    assert summary is not None
+    assert (summary.tasks, summary.worst, summary.worst_task) == (3, min(gains.values()), min(gains, key=gains.__getitem__))
+    assert summary.mean == pytest.approx(sum(gains.values()) / 3)
+    assert report.gain_of("residual") is None
+
+
+def test_a_source_that_a_task_does_not_have_is_left_out(learned: Fleet) -> None:
+    (task,) = learned.evaluate(["apples"], sources=["residual"], device="cpu").tasks
+    assert "residual" not in task.sources
+
+
+def test_fewer_tokens_can_be_scored(learned: Fleet) -> None:
+    (task,) = learned.evaluate(["apples"], sources=[], max_tokens=5, device="cpu").tasks
+    assert task.sources["base"].tokens <= 4 * 5  # four texts
+
+
+def test_tasks_without_text_are_named(fleet: Fleet) -> None:
+    report = fleet.evaluate(sources=[], device="cpu")
+    assert (report.without_data, [task.task for task in report.tasks]) == (["silent"], ["poems", "rules"])
+
+
+def test_given_text_measures_tasks_without_text_of_their_own(fleet: Fleet, text: Path) -> None:
+    report = fleet.evaluate(["silent"], sources=["code"], data=text, device="cpu")
+    assert ([task.task for task in report.tasks], report.without_data) == (["silent"], [])
+    assert {row.rung for row in fleet.show("silent").evaluations} == {"base", "original", "code"}
+
+
+def test_results_on_other_text_do_not_replace_those_on_the_own_text(learned: Fleet, text: Path) -> None:
+    learned.evaluate(["apples"], sources=["code"], device="cpu")
+    gain = learned.stats().fleets[0].tasks[0].retained_gain
+    learned.evaluate(["apples"], sources=["code"], data=str(text), device="cpu")
+    assert len(learned.show("apples").evaluations) == 6
+    assert learned.stats().fleets[0].tasks[0].retained_gain == gain
+
+
+def test_no_text_at_all_is_an_error(fleet: Fleet) -> None:
+    with pytest.raises(DataError, match="no task has held-out text") as error:
+        fleet.evaluate(["silent"], device="cpu")
+    assert "eval.jsonl" in str(error.value.hint)
+
+
+def test_text_that_is_not_json_lines_is_an_error_with_its_line(fleet: Fleet, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("dear diary\n")
+    with pytest.raises(DataError, match="line 1 is not JSON") as error:
+        fleet.evaluate(data=file, device="cpu")
+    assert error.value.path == str(file)
+
+
+def test_an_unknown_baseline_is_told_before_the_store_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(UnknownBaseline, match="int9") as error:
+        Fleet(tmp_path / "nowhere").evaluate(baselines=["int8", "int9"])
+    assert "int8" in str(error.value.hint)
+
+
+def test_an_unknown_task_changes_nothing(fleet: Fleet) -> None:
+    before = files_of(fleet.path)
+    with pytest.raises(TaskNotFound) as error:
+        fleet.evaluate(["poem"], device="cpu")
+    assert (error.value.hint, files_of(fleet.path)) == ("did you mean 'poems'?", before)
+
+
+def test_without_the_base_model_nothing_can_be_measured(fleet: Fleet) -> None:
+    fleet.forget_base_model(LABEL)
+    with pytest.raises(BaseModelNotFound) as error:
+        fleet.evaluate(device="cpu")
+    assert f"icm base add {LABEL}" in str(error.value.hint)
+
+
+def test_an_original_that_is_gone_has_no_gain_to_compare_with(learned: Fleet) -> None:
+    learned.evict(["apples"], max_error=0.5)
+    report = learned.evaluate(["apples"], sources=["code"], device="cpu")
+    assert report.without_original == ["apples"]
+    assert report.tasks[0].sources["code"].retained_gain is None
+
+
+def test_an_original_that_was_measured_before_it_went_still_counts(learned: Fleet) -> None:
+    learned.evaluate(["apples"], sources=[], device="cpu")
+    learned.evict(["apples"], max_error=0.5)
+    report = learned.evaluate(["apples"], sources=["code"], device="cpu")
+    assert report.without_original == []
+    assert report.tasks[0].sources["code"].retained_gain is not None
+
+
+def test_a_stopped_evaluation_keeps_what_it_measured(learned: Fleet) -> None:
+    with pytest.raises(Cancelled) as stopped:
+        Fleet(learned.path, on_event=stop_after(1, TaskEvaluated)).evaluate(sources=[], device="cpu")
+    assert isinstance(stopped.value.report, EvaluateReport)
+    assert [task.task for task in stopped.value.report.tasks] == ["apples"]
+    assert {name: len(learned.show(name).evaluations) for name in ("apples", "ships")} == {"apples": 2, "ships": 0}
+    assert is_sound(learned)
+
+
+def test_methods_are_compared_by_their_bytes_largest_first(learned: Fleet) -> None:
+    report = learned.evaluate(sources=["code"], baselines=["int8", "bf16"], device="cpu")
+    rows = learned.compare(report)
+    sizes = [row.bytes_per_task for row in rows]
+    assert {row.method for row in rows} == {"bf16", "int8", "code"}
+    assert rows[0].method == "bf16"
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_results_of_other_methods_are_not_stored(learned: Fleet) -> None:
+    learned.evaluate(["apples"], sources=[], device="cpu")
+    before = files_of(learned.path)
+    learned.evaluate(["apples"], sources=[], baselines=["svd1"], device="cpu")
+    assert files_of(learned.path) == before
+
+
+def test_only_named_tasks_of_the_given_base_models_are_measurable(learned: Fleet) -> None:
+    assert learned.measurable([LABEL], ["ships"]) == Measurable(["ships"], [])
+    assert learned.measurable([]) == Measurable([], [])
+    (reason,) = learned.measurable(["acme/elsewhere"]).reasons
+    assert "acme/elsewhere" in reason

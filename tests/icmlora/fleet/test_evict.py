@@ -1,0 +1,176 @@
+"""`Fleet.evict`, `pin` and `unpin`: which originals go, what that frees, and why others stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from icmlora import Cancelled, DataError, Event, Fleet, TaskNotFound
+from icmlora.fleet.encode import TaskEncoded
+from icmlora.fleet.evict import EvictReport, TaskEvicted
+from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, damage, equal, files_of, has_blob, is_sound, stop_after
+
+
+def blob_bytes(fleet: Fleet) -> int:
+    return sum(path.stat().st_size for path in (fleet.path / "blobs").rglob("*") if path.is_file())
+
+
+def gone(fleet: Fleet) -> list[str]:
+    return [row.task.name for row in fleet.tasks() if row.final.is_evicted]
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_error": float("nan")}, {"min_gain": float("nan")}, {"max_error": float("inf")}]
+)
+def test_without_a_limit_nothing_is_deleted(fleet: Fleet, limits: dict[str, float]) -> None:
+    before = files_of(fleet.path)
+    with pytest.raises(DataError, match="limit"):
+        fleet.evict(**limits)  # type: ignore[arg-type]
+    assert files_of(fleet.path) == before
+
+
+def test_what_is_freed_is_what_the_disk_gets_back(fleet: Fleet) -> None:
+    before = blob_bytes(fleet)
+    report = fleet.evict(max_error=0.5)
+    assert report.freed == sum(task.freed for task in report.tasks) == before - blob_bytes(fleet)
+    assert [task.adapters for task in report.gone] == [3, 1, 1]
+
+
+def test_what_is_left_is_the_code(fleet: Fleet) -> None:
+    expected = fleet.load("rules", source="code")
+    fleet.evict(["rules"], max_error=0.5)
+    assert equal(fleet.load("rules"), expected)
+    assert (gone(fleet), is_sound(fleet)) == (["rules"], True)
+
+
+def test_the_report_names_the_code_that_is_left(fleet: Fleet) -> None:
+    (task,) = fleet.evict(["rules"], max_error=0.5).tasks
+    assert task.code_size == blob_of(fleet, code_blobs(fleet)["rules"]).stat().st_size
+    code = fleet.show("rules").code
+    assert code is not None
+    assert task.dw_error == pytest.approx(code.dw_error)
+
+
+def test_a_dry_run_reports_the_same_and_changes_no_byte(fleet: Fleet) -> None:
+    before = files_of(fleet.path)
+    planned = fleet.evict(max_error=0.2, dry_run=True)
+    assert files_of(fleet.path) == before
+    assert [task.status for task in planned.tasks] == ["kept", "would_evict", "would_evict"]
+    done = fleet.evict(max_error=0.2)
+    assert (done.freed, [task.task for task in done.gone]) == (planned.freed, [task.task for task in planned.gone])
+
+
+def test_a_code_that_misses_the_limit_keeps_its_original(fleet: Fleet) -> None:
+    report = fleet.evict(["poems"], max_error=0.01)
+    (task,) = report.kept
+    assert (report.partly, report.freed, gone(fleet)) == (True, 0, [])
+    assert "above the limit of 0.01" in str(task.reason)
+
+
+def test_a_second_call_has_nothing_to_do(fleet: Fleet) -> None:
+    fleet.evict(max_error=0.5)
+    before = files_of(fleet.path)
+    report = fleet.evict(max_error=0.5)
+    assert ({task.status for task in report.tasks}, report.freed, report.partly) == ({"known"}, 0, False)
+    assert files_of(fleet.path) == before
+
+
+def test_checkpoints_can_go_alone(fleet: Fleet, loras: Path) -> None:
+    report = fleet.evict(max_error=0.5, checkpoints_only=True)
+    assert [(task.task, task.adapters) for task in report.gone] == [("poems", 2)]
+    assert gone(fleet) == []
+    poems = fleet.show("poems")
+    assert [adapter.is_evicted for adapter in poems.adapters] == [True, True, False]
+    assert blob_of(fleet, poems.final.weights).read_bytes() == (
+        loras / "poems" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_weights_that_another_task_needs_stay(fleet: Fleet, loras: Path) -> None:
+    fleet.ingest([loras / "silent"], name="twin")
+    (task,) = fleet.evict(["silent"], max_error=0.5).tasks
+    assert (task.status, task.freed) == ("evicted", 0)
+    assert has_blob(fleet, fleet.show("twin").final.weights)
+    assert equal(fleet.load("twin"), fleet.load("twin", source="original"))
+
+
+def test_a_task_without_a_code_is_kept(fleet: Fleet, loras: Path) -> None:
+    fleet.ingest([loras / "silent"], name="twin")
+    (task,) = fleet.evict(["twin"], max_error=0.5).tasks
+    assert (task.status, task.code_size) == ("kept", None)
+    assert "it has no code" in str(task.reason)
+
+
+def test_a_damaged_code_keeps_its_original(fleet: Fleet) -> None:
+    damage(blob_of(fleet, code_blobs(fleet)["poems"]))
+    report = fleet.evict(max_error=0.5)
+    assert [task.task for task in report.kept] == ["poems"]
+    assert gone(fleet) == ["rules", "silent"]
+
+
+def test_a_gain_is_measured_before_the_original_goes(learned: Fleet) -> None:
+    (task,) = learned.evict(["apples"], min_gain=0.9, device="cpu").tasks
+    assert task.status == "evicted"
+    assert task.retained_gain is not None
+    assert task.retained_gain >= 0.9
+    assert {row.rung for row in learned.show("apples").evaluations} == {"base", "original", "code"}
+
+
+def test_a_gain_that_is_too_small_keeps_the_original(learned: Fleet) -> None:
+    (task,) = learned.evict(["ships"], min_gain=0.999, device="cpu").tasks
+    assert (task.status, gone(learned)) == ("kept", [])
+    assert "below the limit of 0.999" in str(task.reason)
+
+
+def test_a_residual_counts(fleet: Fleet) -> None:
+    fleet.encode(["poems"], max_error=0.01, residual=True)
+    (task,) = fleet.evict(["poems"], max_error=0.01).tasks
+    assert (task.status, fleet.materialize("poems", fleet.path.parent / "out").source) == ("evicted", "residual")
+    assert task.residual_size
+
+
+def test_a_stopped_eviction_is_finished_by_the_same_call(fleet: Fleet) -> None:
+    with pytest.raises(Cancelled) as stopped:
+        Fleet(fleet.path, on_event=stop_after(2, TaskEvicted)).evict(max_error=0.5)
+    assert isinstance(stopped.value.report, EvictReport)
+    assert [task.task for task in stopped.value.report.gone] == gone(fleet) == ["poems", "rules"]
+    assert is_sound(fleet)
+    assert [task.status for task in fleet.evict(max_error=0.5).tasks] == ["known", "known", "evicted"]
+
+
+def test_a_dry_run_does_not_wait_for_a_job(fleet: Fleet) -> None:
+    other, planned = Fleet(fleet.path, lock_timeout=0), list[str]()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, TaskEncoded):
+            planned.extend(task.status for task in other.evict(["rules"], max_error=0.5, dry_run=True).tasks)
+
+    Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.01)
+    assert planned == ["would_evict"]
+
+
+def test_a_pinned_task_that_is_named_makes_the_report_partial(fleet: Fleet) -> None:
+    fleet.pin(["silent", "SILENT"])
+    assert fleet.evict(max_error=0.5, dry_run=True).partly is False
+    report = fleet.evict(["silent"], max_error=0.5)
+    assert (report.tasks[0].status, report.partly, gone(fleet)) == ("pinned", True, [])
+
+
+def test_pinning_is_undone_by_unpinning(fleet: Fleet) -> None:
+    assert fleet.pin(["Silent", "poems"]).names == ["silent", "poems"]
+    assert [row.task.name for row in fleet.tasks() if row.task.pinned] == ["poems", "silent"]
+    fleet.unpin(["silent", "poems"])
+    assert [task.task for task in fleet.evict(max_error=0.5).gone] == TASKS
+
+
+def test_pinning_what_is_evicted_says_so(fleet: Fleet) -> None:
+    fleet.evict(["silent"], max_error=0.5)
+    assert fleet.pin(["silent", "poems"]).evicted == ["silent"]
+
+
+def test_an_unknown_name_is_refused_with_the_closest(fleet: Fleet) -> None:
+    for work in (fleet.pin, fleet.unpin):
+        with pytest.raises(TaskNotFound) as error:
+            work(["rule"])
+        assert error.value.matches[0] == "rules"

@@ -1,0 +1,114 @@
+"""`Fleet.update`: codes for new tasks, while earlier codes and evicted originals stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from icmlora import Cancelled, DataError, Event, Fleet
+from icmlora.fleet.train import CodeMade
+from icmlora.fleet.update import Updated, UpdateReport
+from tests.cli.tiny_fleet import write_lora
+from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, equal, files_of, is_sound, stop_after
+from tests.icmlora.tiny_base import LABEL
+
+
+@pytest.fixture
+def larger(fleet: Fleet, tmp_path: Path) -> Fleet:
+    """The trained fleet with one task that has no code yet."""
+    fleet.ingest([write_lora(tmp_path / "new" / "odes", seed=7)])
+    return fleet
+
+
+@pytest.fixture
+def wider(fleet: Fleet, tmp_path: Path) -> Fleet:
+    """The trained fleet with a task of a rank that the generator does not cover."""
+    fleet.ingest([write_lora(tmp_path / "new" / "epics", seed=8, rank=16)])
+    return fleet
+
+
+def test_only_the_new_task_gets_a_code(larger: Fleet) -> None:
+    before = code_blobs(larger)
+    report = larger.update(device="cpu", steps=2)
+    assert report.tasks == ["odes"]
+    assert {name: digest for name, digest in code_blobs(larger).items() if name != "odes"} == before
+
+
+def test_the_report_has_the_sizes_of_the_files(larger: Fleet) -> None:
+    (updated,) = larger.update(device="cpu", steps=2).updated
+    assert updated.codes_size == blob_of(larger, code_blobs(larger)["odes"]).stat().st_size
+    assert updated.generator_size == blob_of(larger, updated.generator).stat().st_size
+    assert (updated.base_model, updated.left_out) == (LABEL, {})
+
+
+def test_a_generator_that_covers_the_new_task_is_kept(larger: Fleet) -> None:
+    (before,) = larger.generators()
+    (updated,) = larger.update(device="cpu", steps=2).updated
+    assert (updated.added, updated.epochs, updated.version) == ([], 1, 1)
+    assert updated.generator == before.record.blob
+    assert updated.kept_size is not None
+
+
+def test_each_new_code_is_told_and_then_the_generator(larger: Fleet) -> None:
+    heard: list[Event] = []
+    report = Fleet(larger.path, on_event=heard.append).update(device="cpu", steps=2)
+    told = [event for event in heard if isinstance(event, CodeMade | Updated)]
+    assert [type(event) for event in told] == [CodeMade, Updated]
+    assert told[1] == report.updated[0]
+
+
+def test_without_a_new_task_no_byte_changes(fleet: Fleet) -> None:
+    before = files_of(fleet.path)
+    assert fleet.update(device="cpu", steps=2).tasks == []
+    assert files_of(fleet.path) == before
+
+
+def test_a_task_that_is_not_covered_gets_a_network_of_its_own(wider: Fleet) -> None:
+    before = {name: wider.load(name, source="code") for name in TASKS}
+    (updated,) = wider.update(device="cpu", steps=4).updated
+    assert (updated.added, updated.epochs, updated.version, updated.tasks) == (["fresh"], 2, 2, ["epics"])
+    assert all(equal(wider.load(name, source="code"), before[name]) for name in TASKS)
+    assert [version.networks for version in wider.generators()] == [1, 2]
+
+
+def test_evicted_tasks_are_no_obstacle(larger: Fleet) -> None:
+    larger.evict(TASKS, max_error=0.5)
+    before = larger.load("rules")
+    assert larger.update(device="cpu", steps=2).tasks == ["odes"]
+    assert equal(larger.load("rules"), before)
+
+
+def test_a_smaller_tolerance_gives_a_smaller_error(larger: Fleet) -> None:
+    larger.update(device="cpu", steps=2, tolerance=0.01)
+    code = larger.show("odes").code
+    assert code is not None
+    assert code.asked is not None
+    assert code.asked.tolerance == 0.01
+    assert code.dw_error is not None
+    assert code.dw_error < 0.05
+
+
+def test_the_first_generator_is_not_made_by_an_update(ingested: Fleet) -> None:
+    with pytest.raises(DataError, match="has no generator to add tasks to") as error:
+        ingested.update(device="cpu")
+    assert f"--base-model {LABEL}" in str(error.value.hint)
+
+
+def test_an_update_fails_before_any_work_if_one_base_model_has_no_generator(larger: Fleet, tmp_path: Path) -> None:
+    larger.ingest([write_lora(tmp_path / "alien", base_model_name_or_path="zeta/elsewhere")])
+    before = files_of(larger.path)
+    with pytest.raises(DataError, match="zeta/elsewhere has no generator"):
+        larger.update(device="cpu", steps=2)
+    assert files_of(larger.path) == before
+    assert larger.update(device="cpu", base_model=LABEL, steps=2).tasks == ["odes"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_stopped_update_changes_nothing_and_the_next_one_finishes(wider: Fleet, count: int) -> None:
+    before, versions = code_blobs(wider), wider.generators()
+    with pytest.raises(Cancelled) as stopped:
+        Fleet(wider.path, on_event=stop_after(count)).update(device="cpu", steps=4)
+    assert stopped.value.report == UpdateReport()
+    assert (code_blobs(wider), wider.generators(), is_sound(wider)) == (before, versions, True)
+    assert wider.update(device="cpu", steps=4).tasks == ["epics"]
