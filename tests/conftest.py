@@ -1,4 +1,4 @@
-"""What every test gets: a home of its own, no network, no colour, one thread; and small stores that many tests share."""
+"""What every test gets: a home of its own, no network, no colour, one thread; and small stores that tests share."""
 
 import os
 import shutil

@@ -90,6 +90,7 @@ class EvictReport:
 
 def evict(context: Context, request: EvictRequest) -> EvictReport:
     """Evict the originals of some tasks, or say what would be evicted."""
+    _check_limits(request)
     report = EvictReport()
     # Loading a base model to measure a gain may tell the store what it is, so that takes a writable store.
     read_only = request.dry_run and request.min_gain is None
@@ -107,6 +108,13 @@ def evict(context: Context, request: EvictRequest) -> EvictReport:
                     context.on_event(done)
                     context.progress(len(report.tasks), len(tasks), task.name)
     return report
+
+
+def _check_limits(request: EvictRequest) -> None:
+    """Refuse a request that would delete originals whatever their codes lose."""
+    limits = [limit for limit in (request.max_error, request.min_gain) if limit is not None]
+    if not limits or not all(map(math.isfinite, limits)):
+        raise DataError("evicting takes a limit that is a finite number", hint="give max_error or min_gain, or both")
 
 
 class Evictor:

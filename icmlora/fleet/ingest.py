@@ -153,7 +153,7 @@ def _find(request: IngestRequest) -> Discovery:
     if not found.tasks and not found.refused:
         paths = ", ".join(str(path) for path in request.paths)
         hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors"
-        raise AdapterRefused("no adapter was found", kind="nothing-found", path=paths, hint=hint)
+        raise AdapterRefused("no adapter was found", kind="nothing-found", path=paths or None, hint=hint)
     if request.samples is None:
         return found
     if len(found.tasks) != 1:

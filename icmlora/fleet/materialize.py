@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from icmlora.errors import DataError, located
 from icmlora.fleet.context import Context
@@ -120,6 +120,10 @@ def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original",
     """Return the source to use."""
     source, code, final = request.source, stored.code, stored.final
     task = repr(stored.task.name)
+    if source not in get_args(Source):
+        raise DataError(f"unknown source {source!r}", hint=f"choose one of {', '.join(get_args(Source))}")
+    if request.seed is not None and source not in ("auto", "generate"):
+        raise DataError(f"source {source!r} has nothing to sample", hint="a seed is for source 'generate' or 'auto'")
     if source == "auto" and request.seed is not None:
         source = "generate"
     elif source == "auto":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from icmlora.errors import AdapterRefused
+from icmlora.errors import AdapterRefused, DataError
 from icmlora.io.safetensors import RawTensor, TensorHeader, encode, read_header
 
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -41,6 +41,8 @@ def decode_torch(data: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 def encode_torch(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, dtype: str) -> bytes:
     """Serialise tensors as one type, rounding to nearest even; deterministic."""
+    if dtype not in DTYPE_NAMES:
+        raise DataError(f"unknown number format {dtype!r}", hint=f"choose one of {', '.join(sorted(DTYPE_NAMES))}")
     name = DTYPE_NAMES[dtype]
     return encode({key: _raw(key, tensor, name) for key, tensor in tensors.items()}, metadata)
 

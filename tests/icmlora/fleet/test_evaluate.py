@@ -55,7 +55,11 @@ def test_the_best_and_the_worst_gain_are_summed_up(learned: Fleet) -> None:
     gains = {task.task: task.sources["code"].retained_gain or 0.0 for task in report.tasks}
     summary = report.gain_of("code")
     assert summary is not None
-    assert (summary.tasks, summary.worst, summary.worst_task) == (3, min(gains.values()), min(gains, key=gains.__getitem__))
+    assert (summary.tasks, summary.worst, summary.worst_task) == (
+        3,
+        min(gains.values()),
+        min(gains, key=gains.__getitem__),
+    )
     assert summary.mean == pytest.approx(sum(gains.values()) / 3)
     assert report.gain_of("residual") is None
 

@@ -9,7 +9,17 @@ import pytest
 from icmlora import Cancelled, DataError, Event, Fleet, TaskNotFound
 from icmlora.fleet.encode import TaskEncoded
 from icmlora.fleet.evict import EvictReport, TaskEvicted
-from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, damage, equal, files_of, has_blob, is_sound, stop_after
+from tests.icmlora.fleet.stores import (
+    TASKS,
+    blob_of,
+    code_blobs,
+    damage,
+    equal,
+    files_of,
+    has_blob,
+    is_sound,
+    stop_after,
+)
 
 
 def blob_bytes(fleet: Fleet) -> int:
@@ -82,9 +92,9 @@ def test_checkpoints_can_go_alone(fleet: Fleet, loras: Path) -> None:
     assert gone(fleet) == []
     poems = fleet.show("poems")
     assert [adapter.is_evicted for adapter in poems.adapters] == [True, True, False]
-    assert blob_of(fleet, poems.final.weights).read_bytes() == (
-        loras / "poems" / "adapter_model.safetensors"
-    ).read_bytes()
+    assert (
+        blob_of(fleet, poems.final.weights).read_bytes() == (loras / "poems" / "adapter_model.safetensors").read_bytes()
+    )
 
 
 def test_weights_that_another_task_needs_stay(fleet: Fleet, loras: Path) -> None:

@@ -13,7 +13,7 @@ from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, copy_of, files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL
 
-STEPS = 6
+STEPS = 5
 
 
 def test_the_report_has_the_sizes_of_the_files(ingested: Fleet) -> None:
