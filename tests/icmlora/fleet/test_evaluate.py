@@ -154,7 +154,7 @@ def test_a_stopped_evaluation_keeps_what_it_measured(learned: Fleet) -> None:
 def test_methods_are_compared_by_their_bytes_largest_first(learned: Fleet) -> None:
     report = learned.evaluate(sources=["code"], baselines=["int8", "bf16"], device="cpu")
     rows = learned.compare(report)
-    sizes = [row.bytes_per_task for row in rows]
+    sizes = [row.task_size for row in rows]
     assert {row.method for row in rows} == {"bf16", "int8", "code"}
     assert rows[0].method == "bf16"
     assert sizes == sorted(sizes, reverse=True)

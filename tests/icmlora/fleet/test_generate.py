@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from icmlora import BaseModelNotFound, Cancelled, DataError, Fleet, OutputExists, TaskConflict, load_adapter
+from icmlora import Adapter, BaseModelNotFound, Cancelled, DataError, Fleet, OutputExists, TaskConflict, load_adapter
 from icmlora.errors import NotCovered
 from registry.errors import InvalidName
 from tests.icmlora.fleet.stores import blob_of, code_blobs, files_of, is_sound, stop_after
@@ -35,12 +36,17 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+def rank_of(adapter: Adapter) -> int:
+    """Return the largest rank of an update: a folder pads its factors with zeros."""
+    return max(int(torch.linalg.matrix_rank(module.b @ module.a)) for module in adapter.modules)
+
+
 def test_the_report_describes_the_folder(able: Fleet, samples: Path, out: Path) -> None:
     made = able.generate("geese", str(samples), str(out), device="cpu")
     adapter = load_adapter(out)
     assert (made.task, made.directory, made.base_model, made.samples) == ("geese", out, LABEL, 6)
     assert made.weights == hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert made.rank == max(shape.rank for shape in adapter.layout)
+    assert made.rank == rank_of(adapter)
     assert made.generator == able.generators()[0].record.blob
     assert (made.code_size, made.code_error) == (None, None)
 
@@ -62,7 +68,7 @@ def test_only_some_samples_are_read(able: Fleet, samples: Path, out: Path) -> No
 
 def test_a_smaller_rank_can_be_written(able: Fleet, samples: Path, out: Path) -> None:
     assert able.generate("geese", samples, out, rank=1, device="cpu").rank == 1
-    assert {shape.rank for shape in load_adapter(out).layout} == {1}
+    assert rank_of(load_adapter(out)) == 1
 
 
 def test_the_card_has_the_description(able: Fleet, samples: Path, out: Path) -> None:
