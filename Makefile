@@ -46,8 +46,9 @@ format: $(READY)  ## rewrite the code as ruff formats it
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(READY)  ## regenerate docs/reference
+docs: $(READY)  ## regenerate docs/reference and docs/compatibility.md
 	@$(BIN)/python -m icm_cli.reference docs/reference
+	@$(BIN)/python -m tests.compat.table docs/compatibility.md
 
 lock: $(READY)  ## resolve requirements.lock again (torch stays out: see pyproject.toml)
 	@$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/torch.txt
