@@ -37,7 +37,7 @@ class ExitCode(IntEnum):
     DONE = 0, "done"
     FAILED = 1, "failed, or `icm verify` found problems"
     USAGE = 2, "wrong usage"
-    PARTLY = 3, "partly done: some inputs were refused, or some originals were not evicted"
+    PARTLY = 3, "partly done: some inputs or tasks could not be used, or some originals were not evicted"
     NO_STORE = 10, "no store was found at the path"
     LOCKED = 11, "another icm process still holds the lock after `--lock-timeout`"
     TOO_NEW = 12, "a newer icm wrote the store"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.errors import Interrupted
+from icm_cli.commands.vectors import tell_failure
+from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
@@ -39,7 +40,7 @@ class SourceName(StrEnum):
 DataOpt = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="FILE", help="Held-out text as JSON lines. Default: the task's own.", show_default=False
+        "--data", metavar="FILE", help="File with held-out text. Default: the task's own.", show_default=False
     ),
 ]
 SourceOpt = Annotated[
@@ -107,21 +108,23 @@ def evaluate(
         if baselines:
             _print_methods(session, session.fleet.compare(report))
 
-    run(session, work, print_more)
+    if not run(session, work, print_more):
+        raise typer.Exit(ExitCode.PARTLY)
 
 
 def run(
     session: Session,
     work: Callable[[Fleet], EvaluateReport],
     print_more: Callable[[EvaluateReport], None] = lambda report: None,
-) -> None:
-    """Measure, and print a table of the results."""
+) -> bool:
+    """Measure, print a table of the results, and return whether no task failed."""
     report, stopped = session.run("eval", work, lambda event: _tell(session, event))
     _print_tasks(session, report)
     print_more(report)
     if stopped:
         done = counted(len(report.tasks), "task")
         raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` measures the rest")
+    return not report.failed
 
 
 def _print_tasks(session: Session, report: EvaluateReport) -> None:
@@ -145,10 +148,13 @@ def _print_tasks(session: Session, report: EvaluateReport) -> None:
         "no held-out text, so not measured": report.without_data,
         "evicted before it was measured on this text, so the retained gain is unknown": report.without_original,
         "changed by another icm meanwhile, so not everything was recorded": report.outdated,
+        "not measured, see the warnings above": [failure.task for failure in report.failed],
     }
     for text, names in notes.items():
         if names:
             session.out.note(f"{text}: {', '.join(names)}")
+    for note in report.notes:
+        session.out.note(note)
 
 
 def _print_methods(session: Session, rows: list[MethodSummary]) -> None:
@@ -162,10 +168,13 @@ def _print_methods(session: Session, rows: list[MethodSummary]) -> None:
 def _tell(session: Session, event: Event) -> None:
     from icmlora.fleet.evaluate import TaskEvaluated
 
+    tell_failure(session, event)
     if isinstance(event, TaskEvaluated):
         rungs = {source: _as_json(result) for source, result in event.sources.items()}
         others = {name: _baseline_as_json(result) for name, result in event.baselines.items()}
         session.out.event("task", task=event.task, rungs=rungs, **({"baselines": others} if others else {}))
+        if event.skipped is not None:
+            session.out.detail(f"{event.task}: {event.skipped}")
 
 
 def _baseline_as_json(result: BaselineResult) -> dict[str, object]:

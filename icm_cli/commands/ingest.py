@@ -13,6 +13,7 @@ from icm_cli.commands.vectors import tell_vectors
 from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict
 from icm_cli.session import Session, command
+from icmlora.errors import BaseModelMismatch, DataError
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ SamplesOpt = Annotated[
     typer.Option(
         "--samples",
         metavar="FILE",
-        help="Samples of the task as JSON lines, if there is only one. Default: samples.jsonl next to its adapter.",
+        help="Samples of the task, if there is only one. Default: samples.jsonl next to its adapter.",
         show_default=False,
     ),
 ]
@@ -100,27 +101,35 @@ def ingest(
         partial(_tell, session, set()),
     )
     _tell_sum(session, report, dry_run=dry_run)
+    partly = bool(report.refused)
     if vectors and report.extractable and not stopped:
-        stopped = _extract(session, report, session.device(device))
+        stopped, failed = _extract(session, report, session.device(device))
+        partly = partly or failed
     _tell_end(session, report, dry_run=dry_run)
     if stopped:
         done = f"{len(report.ingested)} of {counted(report.found, 'task')}"
         raise Interrupted(f"interrupted; {done} ingested", hint="run the same command to continue")
-    if report.refused:
+    if partly:
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def _extract(session: Session, report: IngestReport, device: str) -> bool:
-    """Extract task vectors where that is possible, and return whether the user stopped it."""
-    extracted, stopped = session.run(
-        "task vectors",
-        lambda fleet: fleet.extract_vectors(report.extractable, device=device),
-        partial(tell_vectors, session),
-    )
+def _extract(session: Session, report: IngestReport, device: str) -> tuple[bool, bool]:
+    """Extract task vectors where that is possible, and return whether the user stopped it and whether any failed."""
+    try:
+        extracted, stopped = session.run(
+            "task vectors",
+            lambda fleet: fleet.extract_vectors(report.extractable, device=device),
+            partial(tell_vectors, session),
+        )
+    except (BaseModelMismatch, DataError) as error:  # of the only task, and its adapter is stored
+        session.out.warn(f"{report.extractable[0]}: {error.message}", kind="vectors", hint=error.hint)
+        return False, True
     done = {entry.task for entry in extracted.tasks}
     report.without_vectors = [task for task in report.without_vectors if task not in done]
     session.out.line(f"extracted the vectors of {counted(len(done), 'task')}")
-    return stopped
+    for note in extracted.notes:
+        session.out.note(note)
+    return stopped, bool(extracted.failed)
 
 
 def _tell(session: Session, hints: set[str], event: Event) -> None:
@@ -130,6 +139,10 @@ def _tell(session: Session, hints: set[str], event: Event) -> None:
     if isinstance(event, TaskIngested):
         session.out.event("task", **asdict(event))
         session.out.detail(f"{event.task}: {event.status}, {event.new} new, {event.known} known")
+        for name, read in (("samples", event.samples), ("held-out text", event.eval_data)):
+            if read is not None and read.skipped:
+                rows = f"kept {counted(read.kept, 'row')}, skipped {read.skipped:,}"
+                session.out.note(f"{event.task}: {name}: {rows}; the first: {read.reason}")
     elif isinstance(event, InputRefused):
         session.out.warn(f"{event.path}: {event.message}", kind=event.kind, path=event.path, hint=event.hint)
         if event.hint is not None and event.hint not in hints:
@@ -139,7 +152,9 @@ def _tell(session: Session, hints: set[str], event: Event) -> None:
 
 def _tell_sum(session: Session, report: IngestReport, *, dry_run: bool) -> None:
     verb = "would ingest" if dry_run else "ingested"
-    some = [(report.evicted, "evicted"), (report.restored, "restored"), (len(report.refused), "refused")]
+    in_part = sum(refused.in_part for refused in report.refused)
+    some = [(report.evicted, "evicted"), (report.restored, "restored")]
+    some += [(len(report.refused) - in_part, "refused"), (in_part, "not usable as text")]
     more = "".join(f", {count} {what}" for count, what in some if count)
     session.out.line(
         f"{verb} {counted(len(report.ingested), 'task')}: {counted(report.new, 'new adapter')}, "

@@ -102,7 +102,7 @@ def train(
             limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model, "device": where}
             partly = _encode(session, made, limits) or partly
         if made.base_models and evaluate:
-            _evaluate(session, where, made)
+            partly = not _evaluate(session, where, made) or partly
     if few_shot:
         _train_few_shot(session, where, base_model, episodes, seed)
     if partly:  # only now: a task that misses a limit must not stop what comes after
@@ -260,12 +260,12 @@ def _sum_up_few_shot(session: Session, trained: FewShotTrained) -> None:
     session.out.note(f"{took}; known tasks reach {gain}")
 
 
-def _evaluate(session: Session, device: str, made: _Made) -> None:
-    """Measure the codes. A missing base model or missing text is noted and is not a failure."""
+def _evaluate(session: Session, device: str, made: _Made) -> bool:
+    """Measure the codes, and return whether none failed; a missing base model or text is only worth a word."""
     found = session.fleet.measurable(made.base_models, made.tasks)
     for reason in found.reasons:
         session.out.note(f"not measured: {reason}")
     if not found.tasks:
         session.out.hint("`icm eval` measures the codes, with the base model and held-out text")
-        return
-    evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), device=device))
+        return True
+    return evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), device=device))

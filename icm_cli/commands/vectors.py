@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.errors import Interrupted
+from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
@@ -25,7 +25,7 @@ def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = No
     """Extract task vectors: the base model's hidden states on samples of each task, with and without its adapter.
 
     `icm ingest` does this already if the base model is on this machine. For a task without samples, bundled probe
-    texts are used.
+    texts are used. A task whose samples cannot be used is named, and the others go on; the exit code is then 3.
 
     Example:
       icm vectors
@@ -39,22 +39,42 @@ def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = No
     if stopped:
         done = counted(len(report.tasks), "task")
         raise Interrupted(f"interrupted; {done} extracted", hint="run `icm vectors` to continue")
+    if report.failed:
+        raise typer.Exit(ExitCode.PARTLY)
 
 
 def tell_vectors(session: Session, event: Event) -> None:
-    """Report one task whose vectors are stored."""
+    """Report one task whose vectors are stored, or one that failed."""
     from icmlora.fleet.vectors import VectorsExtracted
 
+    tell_failure(session, event)
     if isinstance(event, VectorsExtracted):
         session.out.event("vectors", **asdict(event))
         source = "its samples" if event.source == "samples" else "probe texts"
         session.out.detail(f"{event.task}: {event.vectors} vectors from {source}")
+        if event.skipped is not None:
+            session.out.detail(f"{event.task}: {event.skipped}")
+
+
+def tell_failure(session: Session, event: Event) -> None:
+    """Report one task that something is wrong with, while the others go on."""
+    from icmlora.fleet.context import TaskFailed
+
+    if isinstance(event, TaskFailed):
+        session.out.warn(f"{event.task}: {event.message}", kind=event.kind, task=event.task, hint=event.hint)
+        if event.hint is not None:
+            session.out.hint(event.hint)
 
 
 def _tell_end(session: Session, report: VectorReport) -> None:
     out = session.out
-    out.event("summary", extracted=len(report.tasks), present=report.present)
+    failed = [failure.task for failure in report.failed]
+    out.event("summary", extracted=len(report.tasks), present=report.present, failed=failed)
     out.line(f"extracted the vectors of {counted(len(report.tasks), 'task')}; {report.present} already had vectors")
+    for note in report.notes:
+        out.note(note)
+    if failed:
+        out.note(f"without vectors, see the warnings above: {', '.join(failed)}")
     if report.evicted:
         out.note(f"skipped, because the original was evicted: {', '.join(report.evicted)}")
     if report.changed:

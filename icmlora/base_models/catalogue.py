@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from icmlora.base_models.causal_lm import CausalLM
+from icmlora.base_models.examples import Examples, parse_examples
 from icmlora.base_models.lookup import FoundBase
 from icmlora.base_models.modality import Modality
 from icmlora.errors import DataError
@@ -20,12 +22,18 @@ def modality_of(found: FoundBase) -> Modality[Any, Any]:
     return next((known for known in MODALITIES if known.suits(found)), MODALITIES[-1])
 
 
-def read_examples(data: bytes, *, path: str | Path | None = None) -> tuple[Any, ...]:
-    """Read examples where the base model, and so their modality, is not known: any modality may take them."""
-    # The last modality is the most general one, and its message is the most helpful.
+def check_examples(data: bytes, *, path: str | Path | None = None) -> Examples:
+    """Read examples where the base model, and so their modality, is not known: the modality of most rows has them."""
+    found: list[Examples] = []
     for known in MODALITIES[:-1]:
-        try:
-            return known.read_examples(data, path=path)
-        except DataError:
-            continue
-    return MODALITIES[-1].read_examples(data, path=path)
+        with suppress(DataError):
+            found.append(parse_examples(data, known.example, path=path))
+    if any(not examples.skipped for examples in found):
+        return max(found, key=len)
+    # The last modality is the most general one, and its message is the most helpful.
+    try:
+        found.append(parse_examples(data, MODALITIES[-1].example, path=path))
+    except DataError:
+        if not found:
+            raise
+    return max(found, key=len)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from icmlora.base_models.examples import Example, parse_examples, plain
+from icmlora.base_models.chat_template import ChatTemplate, Rendered
+from icmlora.base_models.chats import Chat
+from icmlora.base_models.examples import Example, Examples, plain, text_example
 from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -80,28 +82,47 @@ class CausalLM:
             layers=int(sizes.num_hidden_layers),
         )
 
-    def read_examples(self, data: bytes, *, path: str | Path | None = None) -> tuple[Example, ...]:
-        """Read JSON lines of text, or of prompt and completion."""
-        return parse_examples(data, path=path)
+    def example(self, row: Mapping[str, Any]) -> Example | Chat:
+        """Read text, prompt and completion, or a chat."""
+        return text_example(row)
 
-    def prepare(self, base: BaseModel, examples: Sequence[Example], limit: int, *, whole: bool = False) -> list[Scored]:
+    def readable(self, base: BaseModel, examples: Sequence[Example | Chat]) -> Examples:
+        """Render chats with the chat template; those that it refuses are left out."""
+        if not any(isinstance(example, Chat) for example in examples):
+            return Examples(tuple(examples))
+        template = ChatTemplate(base.tokenizer)
+        found: list[Example | Rendered] = []
+        skipped, reason = 0, None
+        for example in examples:
+            try:
+                found.append(_readable(example, template))
+            except DataError as error:
+                skipped += 1
+                reason = reason or f"a chat {error.message}"
+        if not any(isinstance(example, Rendered) for example in found):
+            return Examples(tuple(found), skipped, reason)
+        note = None if template.is_own else f"{base.label} has no chat template: its chats are read as ChatML"
+        return Examples(tuple(found), skipped, reason, template.digest, note)
+
+    def prepare(
+        self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int, *, whole: bool = False
+    ) -> list[Scored]:
         """Return token ids; of an example with a prompt only the completion is scored, unless it is read as a whole."""
         from icmlora.base_models.likelihood import tokenized
 
-        texts = plain(example.text for example in examples) if whole else examples
-        return tokenized(base.tokenizer, texts, limit)
+        return tokenized(base.tokenizer, examples, limit, whole=whole)
 
-    def states(self, base: BaseModel, examples: Sequence[Example], limit: int) -> torch.Tensor:
+    def states(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
         """Return the last layer at the last token of each text."""
         from icmlora.base_models.hidden_states import last_positions
 
-        return last_positions(base, [example.text for example in examples], limit)
+        return last_positions(base, _texts(examples), limit)
 
-    def context_state(self, base: BaseModel, examples: Sequence[Example], limit: int) -> torch.Tensor:
+    def context_state(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
         """Return the mean of the last layer over one context of all texts, one after the other."""
         from icmlora.base_models.hidden_states import mean_over_context
 
-        return mean_over_context(base, [example.text for example in examples], limit)
+        return mean_over_context(base, _texts(examples), limit)
 
     def logits(self, base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
         """Return next-token logits at every token, (T, vocabulary) for each text."""
@@ -121,8 +142,20 @@ class CausalLM:
 
         return padded([item.ids for item in items], base.device)[1].bool()
 
-    def measure(self, base: BaseModel, examples: Sequence[Example], limit: int) -> NllResult:
+    def measure(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> NllResult:
         """Return the loss in nats per token."""
         from icmlora.base_models.likelihood import nll
 
         return nll(base.model, base.tokenizer, examples, max_tokens=limit)
+
+
+def _readable(example: Example | Chat, template: ChatTemplate) -> Example | Rendered:
+    if isinstance(example, Example):
+        return example
+    if example.plain is not None and not template.is_own:
+        return Example(*example.plain)
+    return template.render(example)
+
+
+def _texts(examples: Sequence[Example | Rendered]) -> list[str | Rendered]:
+    return [example.text if isinstance(example, Example) else example for example in examples]

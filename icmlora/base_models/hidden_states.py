@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from icmlora.base_models.chat_template import Rendered
 from icmlora.base_models.likelihood import padded
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
@@ -14,18 +15,26 @@ from icmlora.errors import DataError
 _SEPARATOR = "\n\n"
 
 
-def last_positions(base: BaseModel, texts: Sequence[str], limit: int) -> torch.Tensor:
+def last_positions(base: BaseModel, texts: Sequence[str | Rendered], limit: int) -> torch.Tensor:
     """Return the last layer at the last real token of each text, (texts, d) in float32."""
-    rows = [_tokens(base.tokenizer, text, limit) for text in texts]
+    # A chat is read up to the end of its last answer: what closes a turn is the same for every task.
+    rows = [
+        _tokens(base.tokenizer, text.text[: text.stop], limit, special=False)
+        if isinstance(text, Rendered)
+        else _tokens(base.tokenizer, text, limit)
+        for text in texts
+    ]
     hidden = _last_layer(base, *padded(rows))  # (texts, T, d)
     # Padding is on the right, so the last real token of a row is at its length minus one.
     last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
     return hidden[torch.arange(len(rows), device=hidden.device), last].float()
 
 
-def mean_over_context(base: BaseModel, texts: Sequence[str], limit: int) -> torch.Tensor:
+def mean_over_context(base: BaseModel, texts: Sequence[str | Rendered], limit: int) -> torch.Tensor:
     """Return the mean of the last layer over one context that holds the beginning of every text, (d,) in float32."""
-    ids = torch.tensor([_demonstrations(base.tokenizer, texts, limit)])  # (1, T)
+    # A demonstration gets few tokens, and what a template writes before a chat is the same for every task.
+    plain = [text.text[text.start : text.stop] if isinstance(text, Rendered) else text for text in texts]
+    ids = torch.tensor([_demonstrations(base.tokenizer, plain, limit)])  # (1, T)
     return _last_layer(base, ids, torch.ones_like(ids))[0].float().mean(dim=0)
 
 

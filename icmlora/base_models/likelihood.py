@@ -7,6 +7,7 @@ Losses are sums over predicted tokens, so that texts of different length count b
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,14 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from icmlora.base_models.chat_template import Rendered, scored_tokens
 from icmlora.base_models.examples import Example
 from icmlora.base_models.modality import BaseModel, Score
 from icmlora.errors import DataError
+
+_IGNORED = -100
+"""The index that `torch.nn.functional.cross_entropy` ignores."""
+_SPECIAL = {"add_special_tokens": False}
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,28 @@ class NllResult:
 
 @dataclass(frozen=True)
 class Scored:
-    """Token ids of one example and the index of the first that is scored, at least 1."""
+    """Token ids of one example, and which of them are scored.
+
+    Attributes:
+        ids: The tokens.
+        first: Index of the first that is scored, at least 1.
+        unscored: Indices after it of tokens that are not: the user's turns of a longer chat.
+    """
 
     ids: list[int]
     first: int
+    unscored: frozenset[int] = frozenset()
 
     @property
     def count(self) -> int:
         """How many tokens are scored."""
-        return len(self.ids) - self.first
+        return len(self.ids) - self.first - len(self.unscored)
+
+    @property
+    def targets(self) -> list[int]:
+        """What is to be predicted from the first scored token on; torch's loss passes over the others."""
+        rest = self.ids[self.first :]
+        return [_IGNORED if place in self.unscored else token for place, token in enumerate(rest, self.first)]
 
     @property
     def size(self) -> int:
@@ -82,18 +101,18 @@ class Scored:
 def nll(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Sequence[Example | Rendered],
     *,
     max_tokens: int = 256,
     batch_size: int = 1,
 ) -> NllResult:
-    """Score examples by teacher forcing; of one with a prompt only the completion is scored."""
+    """Score examples by teacher forcing; only completions and the assistant's turns, where there are such."""
     # Of a prompt the last tokens that fit are read. A batch size above 1 pays on accelerators only.
     scored = tokenized(tokenizer, examples, max_tokens)
     # Summed in input order, whatever the batches were.
     starts = range(0, len(scored), batch_size)
     nats = math.fsum(value for start in starts for value in _batch_nats(model, scored[start : start + batch_size]))
-    spelled = (tokenizer.decode(s.ids[s.first :], clean_up_tokenization_spaces=False) for s in scored)
+    spelled = (tokenizer.decode(run, clean_up_tokenization_spaces=False) for item in scored for run in _runs(item))
     return NllResult(
         nats=nats,
         tokens=sum(item.count for item in scored),
@@ -101,9 +120,28 @@ def nll(
     )
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit: int) -> list[Scored]:
+def _runs(item: Scored) -> list[list[int]]:
+    """Return the scored tokens, each run of them together."""
+    runs: list[list[int]] = [[]]
+    for token in item.targets:
+        if token != _IGNORED:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return runs
+
+
+def tokenized(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example | Rendered], limit: int, *, whole: bool = False
+) -> list[Scored]:
     """Turn examples into token ids, at most `limit` each; those without a token to predict are left out."""
-    scored = [item for example in examples if (item := _tokenize(tokenizer, example, limit)) is not None]
+    found = (
+        _chat_tokens(tokenizer, example, limit, whole=whole)
+        if isinstance(example, Rendered)
+        else _tokenize(tokenizer, Example("", example.text) if whole else example, limit)
+        for example in examples
+    )
+    scored = [item for item in found if item is not None]
     if not scored:
         raise DataError("no example is long enough to predict a token of it", hint="give longer texts")
     return scored
@@ -124,18 +162,52 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int) 
     return Scored(ids, first) if len(ids) > first else None
 
 
+def _chat_tokens(
+    tokenizer: PreTrainedTokenizerBase, chat: Rendered, limit: int, *, whole: bool = False
+) -> Scored | None:
+    ids, marks = _marked_tokens(tokenizer, chat)
+    if whole:
+        return Scored(ids[:limit], 1) if min(len(ids), limit) > 1 else None
+    places = [place for place, is_scored in enumerate(marks) if is_scored and place > 0]
+    if not places:
+        return None
+    # As for a prompt: what is far from the first answer is cut, at most to the token before it.
+    end = min(places[-1] + 1, max(limit, places[0] + limit - 1))
+    start = max(0, min(end - limit, places[0] - 1))
+    kept = marks[start:end]
+    first = places[0] - start
+    unscored = frozenset(place for place in range(first, len(kept)) if not kept[place])
+    return Scored(ids[start:end], first, unscored)
+
+
+def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a chat and which are scored; its special tokens are spelled in its text already."""
+    if tokenizer.is_fast:
+        tokens = tokenizer(chat.text, return_offsets_mapping=True, **_SPECIAL)
+        return list(tokens["input_ids"]), scored_tokens(chat, tokens["offset_mapping"])
+    ids: list[int] = []
+    marks: list[bool] = []
+    edges = [0, *(edge for span in chat.scored for edge in span), len(chat.text)]
+    for number, (start, end) in enumerate(itertools.pairwise(edges)):
+        piece = list(tokenizer(chat.text[start:end], **_SPECIAL)["input_ids"]) if start < end else []
+        ids += piece
+        marks += [number % 2 == 1] * len(piece)
+    return ids, marks
+
+
 def _batch_nats(model: Any, batch: Sequence[Scored]) -> list[float]:
     ids, mask = padded([item.ids for item in batch], model.device)  # padding is never a target
     with torch.inference_mode():
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (batch, length, vocabulary)
-        return [_row_nats(logits[row], ids[row], item) for row, item in enumerate(batch)]
+        return [_row_nats(logits[row], item) for row, item in enumerate(batch)]
 
 
-def _row_nats(logits: torch.Tensor, ids: torch.Tensor, item: Scored) -> float:
+def _row_nats(logits: torch.Tensor, item: Scored) -> float:
     # One row at a time in float32: a whole batch of vocabulary-wide rows would double the peak memory.
     end = len(item.ids)
     predicted = logits[item.first - 1 : end - 1].float()
-    losses = functional.cross_entropy(predicted, ids[item.first : end], reduction="none")
+    targets = torch.tensor(item.targets, device=logits.device)
+    losses = functional.cross_entropy(predicted, targets, reduction="none")
     # float64: a sum over thousands of tokens would lose digits that a retained gain needs.
     return float(losses.double().sum())
 
@@ -176,5 +248,5 @@ def _leaf(base: BaseModel, ids: torch.Tensor) -> torch.Tensor:
 def _row_loss(logits: torch.Tensor, item: Scored) -> torch.Tensor:
     # The logits at token t predict token t + 1.
     predicted = logits[item.first - 1 : -1].float()  # (scored tokens, vocabulary)
-    wanted = torch.tensor(item.ids[item.first :], device=logits.device)
+    wanted = torch.tensor(item.targets, device=logits.device)
     return functional.cross_entropy(predicted, wanted, reduction="sum")

@@ -1,7 +1,7 @@
 """The protocol of a modality: everything icm needs to know of one kind of base model.
 
     FoundBase --load--> BaseModel
-    bytes of samples.jsonl --read_examples--> examples --prepare--> items (token ids, pixels, ...)
+    row of samples.jsonl --example--> example --readable--> example --prepare--> item (token ids, pixels, ...)
     items --loss--> gradients      items --logits--> predictions      examples --states--> task vector, (d,)
     examples --measure--> Score, of which more or less is better (`metric`)
 
@@ -11,14 +11,14 @@ To add a modality, write one file with a class that has these members and name i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+    from icmlora.base_models.examples import Examples
     from icmlora.base_models.lookup import FoundBase
 
 Example = TypeVar("Example")
@@ -150,11 +150,18 @@ class Modality(Protocol[Example, Item]):
         """
         ...
 
-    def read_examples(self, data: bytes, *, path: str | Path | None = None) -> tuple[Example, ...]:
-        """Read the bytes of `samples.jsonl` or `eval.jsonl`.
+    def example(self, row: Mapping[str, Any]) -> Any:
+        """Turn a row of `samples.jsonl` or `eval.jsonl` into an example, without any base model.
 
         Raises:
-            DataError: They are not examples of this kind; the message names the line.
+            DataError: It is not an example of this kind; the message is a fact about the row, such as "has no text".
+        """
+        ...
+
+    def readable(self, base: BaseModel, examples: Sequence[Any]) -> Examples:
+        """Bring what `example` returned into the form that this base model reads; what cannot be is left out.
+
+        All other methods take the result. A language model renders chats with its chat template here.
         """
         ...
 

@@ -8,15 +8,17 @@ A use case calls `on_event` only when everything it has reported is durable. A l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from icmlora.errors import Cancelled, DataError
+from icmlora.errors import Cancelled, DataError, IcmLoraError
 
 if TYPE_CHECKING:
+    from icmlora.base_models.examples import Examples
     from icmlora.base_models.lookup import FoundBase
     from icmlora.base_models.modality import BaseModel
     from registry.records import BaseModelRecord, TaskRecord
@@ -41,6 +43,22 @@ class Progress(Event):
     done: float
     total: float | None
     note: str = ""
+
+
+@dataclass(frozen=True)
+class TaskFailed(Event):
+    """A task that something is wrong with; the others go on."""
+
+    task: str
+    kind: str  # a short stable word for the reason
+    message: str
+    hint: str | None
+
+    @classmethod
+    def of(cls, task: str, error: IcmLoraError) -> TaskFailed:
+        """Describe the error of a task."""
+        kind = getattr(error, "kind", None) or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
+        return cls(task, kind, error.message, error.hint)
 
 
 def ignore(event: Event) -> None:
@@ -111,11 +129,13 @@ def check_base_model(base_model: str | None, known: Collection[str], *, named: b
         raise DataError(f"{none} belongs to base model {base_model!r}", hint="run `icm base ls` to list them")
 
 
-def read_samples(store: Store, task: TaskRecord, base: BaseModel) -> Sequence[Any] | None:
-    """Return a task's samples as the modality of its base model reads them, or None if it has none."""
+def read_samples(store: Store, task: TaskRecord, base: BaseModel, most: int | None = None) -> Examples | None:
+    """Return a task's samples as its base model reads them, at most so many; None if it has none."""
+    from icmlora.base_models.examples import examples_for
+
     if task.samples is None:
         return None
-    return base.modality.read_examples(store.blobs.read(task.samples))
+    return examples_for(base, store.blobs.read(task.samples), most=most)
 
 
 def locate_base(store: Store, label: str) -> FoundBase:

@@ -243,8 +243,8 @@ class Encoder:
         if task.samples is None:
             raise DataError("it has no samples, so its code cannot be refined")
         base = self._models.base(task.base_model, self._gradients)
-        samples = read_samples(self._store, task, base) or ()
-        return Refiner(base, samples, RefineConfig(steps=self._request.refine))
+        samples = read_samples(self._store, task, base)
+        return Refiner(base, () if samples is None else samples.items, RefineConfig(steps=self._request.refine))
 
 
 def _changed(name: str, reason: str) -> TaskEncoded:

@@ -11,12 +11,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.base_models.catalogue import read_examples
+from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples import EvaluationData
 from icmlora.baselines.catalogue import baseline_named
-from icmlora.errors import BaseModelNotFound, DataError
+from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.baselines import BaselineResult, Baselines
-from icmlora.fleet.context import Context, Event, locate_base, reporting, select_tasks
+from icmlora.fleet.context import Context, Event, TaskFailed, locate_base, reporting, select_tasks
 from icmlora.fleet.loading import Models
 from icmlora.fleet.measure import MAX_TOKENS, SOURCES, SourceResult, TaskLosses, own_text
 from icmlora.io.devices import resolve_device
@@ -51,6 +51,7 @@ class TaskEvaluated(Event):
     task: str
     sources: Mapping[Rung, SourceResult]
     baselines: Mapping[str, BaselineResult] = field(default_factory=dict)
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class EvaluateReport:
     without_data: list[str] = field(default_factory=list)
     without_original: list[str] = field(default_factory=list)
     outdated: list[str] = field(default_factory=list)
+    failed: list[TaskFailed] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, done: TaskEvaluated, *, is_outdated: bool) -> None:
         """Add a task that is done."""
@@ -95,10 +98,10 @@ class EvaluateReport:
 
 
 def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
-    """Measure tasks one after the other; each result is recorded at once."""
+    """Measure tasks one after the other; each result is recorded at once, and a task that fails is reported."""
     for name in request.baselines:
         baseline_named(name)  # a typing error is told before a model is loaded
-    device, given = resolve_device(request.device), _given_text(request.data)
+    device, given = resolve_device(request.device), _given_data(request.data)
     report = EvaluateReport()
     with context.open() as store, reporting(report):
         tasks = _tasks_with_text(store, request, report)
@@ -108,25 +111,51 @@ def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
             context.progress(len(report.tasks), len(tasks), f"loading {base_model}")
             base = models.base(base_model)
             baselines = Baselines(store, base_model, request.baselines)
+            text = None if given is None else EvaluationData.parse(given, base=base, path=request.data)
             for task in of_base:
-                text = given or own_text(store, task, base)
                 try:
-                    losses = TaskLosses(store, models, task, text, request.max_tokens)
-                    sources = losses.measure(request.sources, again=request.again)
+                    done, is_outdated = _measure(store, models, baselines, task, request, report, text)
                 except TaskNotFound:  # `icm rm` does not wait for this
                     report.outdated.append(task.name)
                     continue
-                done = TaskEvaluated(task.name, sources, baselines.measure(task.name, losses, sources))
-                report.add(done, is_outdated=losses.is_outdated)
+                except (DataError, BaseModelMismatch) as error:
+                    if len(tasks) == 1:
+                        raise
+                    report.failed.append(TaskFailed.of(task.name, error))
+                    context.on_event(report.failed[-1])
+                    continue
+                report.add(done, is_outdated=is_outdated)
                 context.on_event(done)
                 context.progress(len(report.tasks), len(tasks), task.name)
     return report
 
 
-def _given_text(path: Path | None) -> EvaluationData | None:
+def _measure(
+    store: Store,
+    models: Models,
+    baselines: Baselines,
+    task: TaskRecord,
+    request: EvaluateRequest,
+    report: EvaluateReport,
+    given: EvaluationData | None,
+) -> tuple[TaskEvaluated, bool]:
+    """Measure one task, and return whether it changed meanwhile."""
+    text = given or own_text(store, task, models.base(task.base_model))
+    if text.note is not None and text.note not in report.notes:
+        report.notes.append(text.note)
+    losses = TaskLosses(store, models, task, text, request.max_tokens)
+    sources = losses.measure(request.sources, again=request.again)
+    others = baselines.measure(task.name, losses, sources)
+    return TaskEvaluated(task.name, sources, others, text.skipped), losses.is_outdated
+
+
+def _given_data(path: Path | None) -> bytes | None:
+    """Read the file of `data`, and check that it has text before any model is loaded."""
     if path is None:
         return None
-    return EvaluationData.parse(read_regular(path, max_bytes=_TEXT_LIMIT), path=path, read=read_examples)
+    data = read_regular(path, max_bytes=_TEXT_LIMIT)
+    check_examples(data, path=path)
+    return data
 
 
 def _tasks_with_text(store: Store, request: EvaluateRequest, report: EvaluateReport) -> list[TaskRecord]:

@@ -21,8 +21,8 @@ import torch
 
 from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.catalogue import read_examples
-from icmlora.base_models.examples import spread
+from icmlora.base_models.catalogue import check_examples
+from icmlora.base_models.examples import Examples, examples_for
 from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import DataError, NotCovered
@@ -33,7 +33,7 @@ from icmlora.fleet.cards import GeneratedCard
 from icmlora.fleet.context import Context
 from icmlora.fleet.loading import open_base
 from icmlora.fleet.search import Refiner
-from icmlora.fleet.stored_vectors import canonical_json, comparable_vectors
+from icmlora.fleet.stored_vectors import comparable_vectors, comparison_key
 from icmlora.fleet.train_few_shot import SAMPLE_TOKENS, read_few_shot_start
 from icmlora.fleet.vectors import VECTOR_DTYPE, put_vectors
 from icmlora.formats.folder import save_adapter
@@ -110,7 +110,7 @@ def generate(context: Context, request: GenerateRequest) -> Generated:
     check_name(request.name)
     check_free(request.directory, force=request.force)
     data = read_regular(request.samples, max_bytes=_SAMPLES_LIMIT)
-    examples = spread(read_examples(data, path=request.samples), request.count)
+    check_examples(data, path=request.samples)  # a wrong file is told before a model is loaded
     with context.open() as store:
         if request.register:
             _refuse_known(store, request.name)
@@ -119,7 +119,8 @@ def generate(context: Context, request: GenerateRequest) -> Generated:
         start = read_few_shot_start(store, generator, file)
         rank = _rank(file, start, request)
         context.progress(0, None, f"loading {generator.base_model}")
-        base, vectors = _load_base(context, store, generator.base_model, device, examples)
+        base, found, vectors = _load_base(context, store, generator.base_model, device, data, request)
+        examples = found.items
         samples = base.modality.prepare(base, examples, SAMPLE_TOKENS)
         adapter = _adapted(context, base, start, samples, rank, request.refine)
         facts = _Facts(
@@ -185,15 +186,16 @@ def _rank(file: GeneratorFile, start: FewShotStart, request: GenerateRequest) ->
 
 
 def _load_base(
-    context: Context, store: Store, label: str, device: torch.device, examples: Sequence[Any]
-) -> tuple[BaseModel, tuple[TaskVector, ...]]:
+    context: Context, store: Store, label: str, device: torch.device, data: bytes, request: GenerateRequest
+) -> tuple[BaseModel, Examples, tuple[TaskVector, ...]]:
     """Load the base model, and extract context vectors in the precision in which those of all tasks are extracted."""
     base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
-    vectors = extract_context(base, examples)
+    examples = examples_for(base, data, path=request.samples, most=request.count)
+    vectors = extract_context(base, examples.items, template=examples.template)
     if gradient_dtype(device) is not VECTOR_DTYPE:
         del base  # a device may have no room for two copies
         base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
-    return base, vectors
+    return base, examples, vectors
 
 
 def _adapted(
@@ -223,7 +225,7 @@ def _familiarity(store: Store, generator: GeneratorRecord, vectors: Sequence[Tas
     rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
     tasks = [row.task for row in rows if not row.final.is_generated]
     known = comparable_vectors(store, tasks, "context")
-    if len(known.vectors) < FEWEST or known.extractor != canonical_json(json.loads(vectors[0].extractor.to_json())):
+    if len(known.vectors) < FEWEST or known.extractor != comparison_key(json.loads(vectors[0].extractor.to_json())):
         return None
     return familiarity(_mean(vectors).numpy(), known.vectors)
 

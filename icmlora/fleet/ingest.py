@@ -4,8 +4,9 @@
     put      files -> checked in memory -> blobs, durable        (icmlora.fleet.ingest_files)
     record   one transaction per batch -> rows
 
-A refused input ends the ingest, or is reported and skipped (`skip_bad`). Recorded batches stay; running the same
-ingest again records only what is missing.
+A refused input ends the ingest, or is reported and skipped (`skip_bad`). A text without a usable row is always reported
+and skipped: its task is taken without it. Recorded batches stay; running the same ingest again records only what is
+missing.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled
 from icmlora.fleet.context import Context, Event, locate_base, reporting
-from icmlora.fleet.ingest_files import PreparedTask, Problem, batches, prepare
+from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
 from icmlora.formats.discovery import Discovery, FoundTask, find_adapters
 from registry.errors import MissingBlob, StoreNotFound, TaskConflict
 from registry.records import IngestOutcome, TaskIngest
@@ -56,16 +57,19 @@ class TaskIngested(Event):
     size: int  # bytes of all its adapters' files
     evicted: int = 0
     restored: int = 0
+    samples: TextRead | None = None
+    eval_data: TextRead | None = None
 
 
 @dataclass(frozen=True)
 class InputRefused(Event):
-    """An input that was refused and skipped."""
+    """An input that was refused and skipped; with `in_part` a text, whose task was taken without it."""
 
     path: str
     kind: str
     message: str
     hint: str | None
+    in_part: bool = False
 
 
 @dataclass
@@ -133,14 +137,14 @@ class _Refusals:
     def __init__(self, context: Context, skip_bad: bool, report: IngestReport) -> None:
         self._context, self._skip_bad, self._report = context, skip_bad, report
 
-    def add(self, error: Exception, path: Path) -> None:
+    def add(self, error: Exception, path: Path, *, in_part: bool = False) -> None:
         """Raise the error, or report it and go on. `path` is used if the error does not name a closer one."""
-        if not self._skip_bad:
+        if not self._skip_bad and not in_part:
             raise error
         kind = getattr(error, "kind", "conflict" if isinstance(error, TaskConflict) else "unreadable")
         message = str(getattr(error, "message", error))
         where = str(getattr(error, "path", None) or path)
-        refused = InputRefused(where, str(kind), message, getattr(error, "hint", None))
+        refused = InputRefused(where, str(kind), message, getattr(error, "hint", None), in_part)
         self._report.refused.append(refused)
         self._context.on_event(refused)
 
@@ -223,8 +227,9 @@ def _ingest_batches(
                 ingested = _ingested(task, outcome)
                 report.ingested.append(ingested)
                 context.on_event(ingested)
-        for problem in _problems(prepared, outcomes):
-            refusals.add(problem.error, problem.path)
+        # Those that may end the ingest come last.
+        for problem in sorted(_problems(prepared, outcomes), key=lambda problem: not problem.in_part):
+            refusals.add(problem.error, problem.path, in_part=problem.in_part)
         done += sum(len(task.adapters) for task in batch)
         context.progress(done, total, batch[-1].name)
 
@@ -280,6 +285,8 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome) -> TaskIngested:
         size=task.size,
         evicted=outcome.evicted,
         restored=outcome.restored,
+        samples=task.samples_read,
+        eval_data=task.eval_read,
     )
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.base_models.catalogue import read_examples
+from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples import MAX_BYTES
 from icmlora.errors import AdapterRefused, DataError, IcmLoraError, located
 from icmlora.formats.discovery import FoundAdapter, FoundTask
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _CONFIG_LIMIT = 1 << 20
 _CARD_LIMIT = 4 << 20
-_WITHOUT_TEXTS = "or ingest the adapter without its texts, with --no-texts"
+_AGAIN = "correct the file and ingest it again, or use --no-texts"
 # An interrupted ingest reads at most one batch again: 256 MiB, or 256 adapters.
 _BATCH_BYTES = 256 << 20
 _BATCH_ADAPTERS = 256
@@ -41,10 +41,26 @@ _BATCH_ADAPTERS = 256
 
 @dataclass(frozen=True)
 class Problem:
-    """A refusal of one checkpoint or of a whole task."""
+    """A refusal of one checkpoint, of a whole task, or of a text of a task that is taken without it (`in_part`)."""
 
     error: Exception
     path: Path
+    in_part: bool = False
+
+
+@dataclass(frozen=True)
+class TextRead:
+    """How many rows of a task's samples or held-out text can be used.
+
+    Attributes:
+        kept: Rows that can.
+        skipped: Rows that cannot.
+        reason: Why the first of them cannot.
+    """
+
+    kept: int
+    skipped: int
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,8 @@ class PreparedTask:
     eval_data: str | None
     size: int  # bytes of all its adapters' files
     problems: tuple[Problem, ...]
+    samples_read: TextRead | None = None
+    eval_read: TextRead | None = None
 
 
 @dataclass(frozen=True)
@@ -74,12 +92,12 @@ class _Checked:
 
     digest: str
     size: int
-    summaries: _Summaries
+    found: _Summaries | TextRead
 
 
 # Several folders may link to the same weights, each with a configuration of its own: configuration -> summary.
 _Summaries = Mapping[bytes, AdapterSummary | IcmLoraError]
-_Checks = dict[Path, Callable[[bytes | memoryview], _Summaries]]
+_Checks = dict[Path, Callable[[bytes | memoryview], _Summaries | TextRead]]
 _Outcomes = dict[Path, _Checked | Exception]
 
 
@@ -162,17 +180,17 @@ def _refuse_extras(summary: AdapterSummary, path: Path) -> AdapterSummary:
     return summary
 
 
-def _check_text(data: bytes | memoryview, *, path: Path) -> _Summaries:
+def _check_text(data: bytes | memoryview, *, path: Path) -> TextRead:
     try:
-        read_examples(bytes(data), path=path)
+        found = check_examples(bytes(data), path=path)
     except DataError as error:
-        error.hint = f"{error.hint}; {_WITHOUT_TEXTS}"
+        error.hint = f"{error.hint}; {_AGAIN}"
         raise
-    return {}
+    return TextRead(len(found), found.skipped, found.reason)
 
 
 def _too_large(path: Path) -> DataError:
-    hint = f"shorten the file to a sample of the task's text; {_WITHOUT_TEXTS}"
+    hint = f"shorten the file to a sample of the task's text; {_AGAIN}"
     return DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint=hint)
 
 
@@ -200,7 +218,7 @@ def _withheld(
 def _check_and_store(
     checks: _Checks, contents: Sequence[bytes], store: Store, withheld: Mapping[Path, Collection[str]]
 ) -> _Outcomes:
-    def inspect(path: Path, data: bytes) -> _Summaries:
+    def inspect(path: Path, data: bytes) -> _Summaries | TextRead:
         return checks[path](data)
 
     # The whole batch in one call: each call waits for the disk once, and that is what takes time.
@@ -229,7 +247,7 @@ def _check_only(checks: _Checks) -> _Outcomes:
 def _prepared(
     task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
 ) -> PreparedTask | Problem:
-    """Combine what was read of one task; refuse the task if its final adapter or a text was refused."""
+    """Combine what was read of one task; refuse the task if its final adapter was refused."""
     rows: list[NewAdapter] = []
     problems: list[Problem] = []
     base_model, size = "", 0
@@ -243,12 +261,12 @@ def _prepared(
                 rows.append(_row(found, files, checked.digest, summary))
                 size += checked.size + len(files.config) + len(files.card or b"")
                 base_model = summary.base_model if found.is_final else base_model
-    samples, eval_data = _text(task.samples, outcomes), _text(task.eval_data, outcomes)
-    if isinstance(samples, Exception):
-        return Problem(samples, task.folder)
-    if isinstance(eval_data, Exception):
-        return Problem(eval_data, task.folder)
-    return PreparedTask(task, base_model, tuple(rows), samples, eval_data, size, tuple(problems))
+    (samples, samples_read), (eval_data, eval_read) = (
+        _text(path, outcomes, problems) for path in (task.samples, task.eval_data)
+    )
+    return PreparedTask(
+        task, base_model, tuple(rows), samples, eval_data, size, tuple(problems), samples_read, eval_read
+    )
 
 
 def _read_of(
@@ -261,13 +279,21 @@ def _read_of(
     checked = outcomes[found.weights]
     if isinstance(checked, Exception):
         return checked
-    summary = checked.summaries[files.config]
+    assert not isinstance(checked.found, TextRead)
+    summary = checked.found[files.config]
     return summary if isinstance(summary, Exception) else (files, checked, summary)
 
 
-def _text(path: Path | None, outcomes: _Outcomes) -> str | Exception | None:
-    outcome = None if path is None else outcomes[path]
-    return outcome.digest if isinstance(outcome, _Checked) else outcome
+def _text(path: Path | None, outcomes: _Outcomes, problems: list[Problem]) -> tuple[str, TextRead] | tuple[None, None]:
+    """Return the digest of a text and what was read of it, or note why it cannot be used."""
+    if path is None:
+        return None, None
+    match outcomes[path]:
+        case _Checked(digest=digest, found=TextRead() as read):
+            return digest, read
+        case Exception() as error:
+            problems.append(Problem(error, path, in_part=True))
+    return None, None
 
 
 def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary) -> NewAdapter:

@@ -57,8 +57,7 @@ class SourceResult:
 
 def own_text(store: Store, task: TaskRecord, base: BaseModel) -> EvaluationData:
     """Read the held-out text of a task."""
-    content = store.blobs.read(str(task.eval_data))
-    return EvaluationData.parse(content, path=task.name, read=base.modality.read_examples)
+    return EvaluationData.parse(store.blobs.read(str(task.eval_data)), base=base, path=task.name)
 
 
 def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator: GeneratorRecord) -> TaskLosses:
@@ -91,6 +90,8 @@ class TaskLosses:
             "dtype": self._base.dtype,
             "base": self._base.fingerprint,
         }
+        if text.template is not None:
+            self._settings["template"] = text.template
         self.is_outdated = False
 
     def measure(self, sources: Sequence[Rung], *, again: bool = False, record: bool = True) -> dict[Rung, SourceResult]:

@@ -56,7 +56,7 @@ def comparable_vectors(
         of_task[vector.task].append(vector)
     rows = {task.name: latest_vectors(of_task[task.name]) for task in tasks}
     in_view = {name: [row for row in found if row.view == view] for name, found in rows.items()}
-    made_by = {name: canonical_json(found[0].extractor) for name, found in in_view.items() if found}
+    made_by = {name: comparison_key(found[0].extractor) for name, found in in_view.items() if found}
     if like is not None:
         chosen = made_by.get(like)
     else:
@@ -72,9 +72,12 @@ def comparable_vectors(
     return ComparableVectors(vectors, tuple(left_out), chosen if vectors else None)
 
 
-def canonical_json(extractor: Json) -> str:
-    """Return an extractor as text; equal extractors give equal text."""
-    return json.dumps(extractor, sort_keys=True)
+def comparison_key(extractor: Json) -> str:
+    """Return an extractor as text, equal for those whose vectors may be compared.
+
+    The chat template does not count: a task of plain text and one of chats are both read as they were trained.
+    """
+    return json.dumps({name: value for name, value in extractor.items() if name != "template"}, sort_keys=True)
 
 
 def _read(store: Store, rows: Sequence[VectorRecord]) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples import spread
+from icmlora.base_models.examples import examples_for
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
@@ -112,11 +112,11 @@ class AllAdapters:
         digest = self._rows[task].task.samples
         if digest is None:
             return ()
-        some = spread(base.modality.read_examples(self._store.blobs.read(digest)), most)
         try:
-            return base.modality.prepare(base, some, SAMPLE_TOKENS)
+            some = examples_for(base, self._store.blobs.read(digest), most=most)
+            return base.modality.prepare(base, some.items, SAMPLE_TOKENS)
         except DataError:
-            return ()  # single letters: there is no token to predict
+            return ()  # single letters, where there is no token to predict, or chats that the chat template refuses
 
 
 class StoreEpisodeSource:

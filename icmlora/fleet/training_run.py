@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -192,8 +193,11 @@ def measured_sensitivity(
 
 def _examples(store: Store, names: Sequence[str], base: BaseModel) -> list[Any]:
     """Return the first samples of each task in turn, or neutral ones if no task has any."""
-    samples = (read_samples(store, store.tasks.get(name), base) for name in names[:_STATISTICS_TASKS])
-    firsts = (some[:_STATISTICS_SAMPLES] for some in samples if some is not None)
+    firsts: list[Sequence[Any]] = []
+    for name in names[:_STATISTICS_TASKS]:
+        with suppress(DataError):  # its chats do not go with the chat template
+            samples = read_samples(store, store.tasks.get(name), base)
+            firsts.append(() if samples is None else samples.items[:_STATISTICS_SAMPLES])
     return [one for row in zip_longest(*firsts) for one in row if one is not None] or list(base.modality.probes)
 
 

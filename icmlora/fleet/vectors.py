@@ -14,13 +14,13 @@ import torch
 
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.modules import check_fits
-from icmlora.errors import BaseModelNotFound
-from icmlora.fleet.context import Context, Event, read_samples, reporting
+from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
+from icmlora.fleet.context import Context, Event, TaskFailed, read_samples, reporting
 from icmlora.fleet.loading import open_base, write_plain_copy
 from icmlora.io.devices import resolve_device
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes
-from icmlora.task_vectors.vector import TaskVector
+from icmlora.task_vectors.vector import TaskVector, VectorSettings
 from registry.records import NewVector, TaskSummary, View
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ VECTOR_DTYPE = torch.bfloat16
 
 bfloat16 is twice as fast as float32 and moves a vector by less than a hundredth of what another support set does.
 """
+
+_READ = VectorSettings().support_sets * VectorSettings().set_size
+"""Samples that vectors are made from: what `split_samples` chooses of a whole file, it also chooses of these."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class VectorsExtracted(Event):
     task: str
     vectors: int
     source: str  # `samples`, or `probes` for a task without samples
+    skipped: str | None = None  # how many rows of its samples were left out and why, in words
 
 
 @dataclass
@@ -59,15 +63,17 @@ class VectorReport:
     present: int = 0
     evicted: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    failed: list[TaskFailed] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def done(self) -> int:
         """Tasks that need no more work."""
-        return len(self.tasks) + len(self.changed)
+        return len(self.tasks) + len(self.changed) + len(self.failed)
 
 
 def extract_vectors(context: Context, request: VectorRequest) -> VectorReport:
-    """Extract and store task vectors, one task after the other; what is stored stays."""
+    """Extract and store task vectors, one task after the other; what is stored stays, and a failure is reported."""
     device = resolve_device(request.device)
     report = VectorReport()
     with context.open() as store, reporting(report):
@@ -84,7 +90,14 @@ def extract_vectors(context: Context, request: VectorRequest) -> VectorReport:
                 missing = missing or error
                 continue
             for task in tasks:
-                extracted = _extract(store, base, task)
+                try:
+                    extracted = _extract(store, base, task, report)
+                except (DataError, BaseModelMismatch) as error:
+                    if total == 1:  # there are no others that could go on
+                        raise
+                    report.failed.append(TaskFailed.of(task.task.name, error))
+                    context.on_event(report.failed[-1])
+                    continue
                 if extracted is None:
                     report.changed.append(task.task.name)
                 else:
@@ -112,19 +125,24 @@ def _plan(store: Store, request: VectorRequest, report: VectorReport) -> dict[st
     return todo
 
 
-def _extract(store: Store, base: BaseModel, row: TaskSummary) -> VectorsExtracted | None:
+def _extract(store: Store, base: BaseModel, row: TaskSummary, report: VectorReport) -> VectorsExtracted | None:
     """Extract and store the vectors of one task; return None if the task changed in the meantime."""
     check_fits(base, row.final.layout)
-    samples = read_samples(store, row.task, base)
+    samples = read_samples(store, row.task, base, most=_READ)
+    items, template = (None, None) if samples is None else (samples.items, samples.template)
     with tempfile.TemporaryDirectory(prefix="icm-") as folder:
         adapter = Path(folder) / "adapter"
         write_plain_copy(store, row.final, adapter)
-        vectors = extract_adapted(base, adapter, samples)
-    if samples is not None:
-        vectors += extract_context(base, samples)
+        vectors = extract_adapted(base, adapter, items, template=template)
+    if items is not None:
+        vectors += extract_context(base, items, template=template)
     if store.vectors.add(put_vectors(store, row.task.name, vectors), of=row) is None:
         return None
-    return VectorsExtracted(row.task.name, len(vectors), "probes" if samples is None else "samples")
+    if samples is None:
+        return VectorsExtracted(row.task.name, len(vectors), "probes")
+    if samples.note is not None and samples.note not in report.notes:
+        report.notes.append(samples.note)
+    return VectorsExtracted(row.task.name, len(vectors), "samples", samples.summary)
 
 
 def put_vectors(store: Store, task: str, vectors: Sequence[TaskVector]) -> list[NewVector]:

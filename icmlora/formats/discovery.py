@@ -23,8 +23,8 @@ from icmlora.formats import catalogue
 from icmlora.formats.foreign import foreign_adapters
 from icmlora.formats.format import AdapterFormat, AdapterPaths
 from icmlora.formats.task_names import (
-    EVAL_NAME,
-    SAMPLES_NAME,
+    EVAL_NAMES,
+    SAMPLES_NAMES,
     STATE_NAME,
     best_step,
     name_of,
@@ -34,7 +34,7 @@ from icmlora.formats.task_names import (
 from icmlora.formats.tree import Folder, walk
 from registry.names import escape, natural_key, task_name_problem
 
-_NOTES = (SAMPLES_NAME, EVAL_NAME, STATE_NAME)
+_NOTES = (*SAMPLES_NAMES, *EVAL_NAMES, STATE_NAME)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class FoundTask:
     name: str  # a valid task name
     folder: Path
     adapters: tuple[FoundAdapter, ...]  # in order of steps; an adapter that is not a checkpoint comes last
-    samples: Path | None  # `samples.jsonl`, or None
-    eval_data: Path | None  # `eval.jsonl`, or None
+    samples: Path | None  # `samples.jsonl`, or the same as JSON or Parquet
+    eval_data: Path | None  # `eval.jsonl`, likewise
 
     @property
     def final(self) -> FoundAdapter:
@@ -106,7 +106,7 @@ def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool
     # the same name (which are not merged).
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
-    watched = {STATE_NAME, SAMPLES_NAME, EVAL_NAME} if texts else {STATE_NAME}
+    watched = {*_NOTES} if texts else {STATE_NAME}
     watched = watched.union(*(known.watched for known in catalogue.FORMATS))
     for path in paths:
         root = Path(os.path.realpath(path))
@@ -227,9 +227,14 @@ def _task(name: str, folder: Path, run: _Run) -> FoundTask:
         name=name,
         folder=folder,
         adapters=tuple(_adapter(run.adapters[step], step, is_final=step == final) for step in steps),
-        samples=run.note(SAMPLES_NAME) or _next_to(folder, SAMPLES_NAME),
-        eval_data=run.note(EVAL_NAME) or _next_to(folder, EVAL_NAME),
+        samples=_text(folder, run, SAMPLES_NAMES),
+        eval_data=_text(folder, run, EVAL_NAMES),
     )
+
+
+def _text(folder: Path, run: _Run, names: Sequence[str]) -> Path | None:
+    found = (run.note(name) or _next_to(folder, name) for name in names)
+    return next((path for path in found if path is not None), None)
 
 
 def _final_step(run: _Run) -> int | None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from icmlora.errors import AdapterRefused
 from icmlora.io.files import read_regular
 
-SAMPLES_NAME = "samples.jsonl"
-EVAL_NAME = "eval.jsonl"
+SAMPLES_NAMES = ("samples.jsonl", "samples.json", "samples.parquet")
+EVAL_NAMES = ("eval.jsonl", "eval.json", "eval.parquet")
+"""Of several files the first counts; what is in one is told from its bytes."""
 STATE_NAME = "trainer_state.json"
 
 # A folder whose name has no other words than these is named after the folder above it.

@@ -17,35 +17,43 @@ import torch
 from icmlora.base_models.attach import adapted
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
-from icmlora.task_vectors.vector import Extractor, Source, TaskVector, VectorSettings, View, split_samples
+from icmlora.task_vectors.vector import Extractor, Source, TaskVector, VectorSettings, split_samples
 
 
 def extract_adapted(
-    base: BaseModel, folder: Path, samples: Sequence[Any] | None, settings: VectorSettings | None = None
+    base: BaseModel,
+    folder: Path,
+    samples: Sequence[Any] | None,
+    settings: VectorSettings | None = None,
+    *,
+    template: str | None = None,
 ) -> tuple[TaskVector, ...]:
     """Make the adapted view: one vector for each support set."""
     settings = settings or VectorSettings()
     sets = split_samples(base.modality.probes if samples is None else samples, settings)
     with adapted(base, folder):
         values = [base.modality.states(base, some, settings.sample_tokens).mean(dim=0) for some in sets]
-    return _vectors(base, "adapted", "probes" if samples is None else "samples", settings, values)
+    source: Source = "probes" if samples is None else "samples"
+    return _vectors(base, Extractor("adapted", source, settings, base.dtype, base.fingerprint, template), values)
 
 
 def extract_context(
-    base: BaseModel, samples: Sequence[Any], settings: VectorSettings | None = None
+    base: BaseModel,
+    samples: Sequence[Any],
+    settings: VectorSettings | None = None,
+    *,
+    template: str | None = None,
 ) -> tuple[TaskVector, ...]:
     """Make the context view: one vector for each support set, without any adapter."""
     # It needs samples: without an adapter, the bundled probes would give the same vector for every task.
     settings = settings or VectorSettings()
     sets = split_samples(samples, settings)
     values = [base.modality.context_state(base, some, settings.context_tokens) for some in sets]
-    return _vectors(base, "context", "samples", settings, values)
+    return _vectors(base, Extractor("context", "samples", settings, base.dtype, base.fingerprint, template), values)
 
 
-def _vectors(
-    base: BaseModel, view: View, source: Source, settings: VectorSettings, values: Sequence[torch.Tensor]
-) -> tuple[TaskVector, ...]:
-    extractor = Extractor(view, source, settings, base.dtype, base.fingerprint)
+def _vectors(base: BaseModel, extractor: Extractor, values: Sequence[torch.Tensor]) -> tuple[TaskVector, ...]:
+    view = extractor.view
     if not all(bool(torch.isfinite(value).all()) for value in values):
         raise DataError(f"the hidden states of the {view} view are not finite", hint="try a wider precision")
     return tuple(TaskVector(view, number, value.cpu(), extractor) for number, value in enumerate(values))

@@ -56,11 +56,14 @@ class Extractor:
     settings: VectorSettings
     dtype: str  # precision of the base model
     base: str  # fingerprint of the base model
+    template: str | None = None  # digest of the chat template, where chats were read
     version: int = VERSION  # version of the procedure
 
     def to_json(self) -> str:
         """Return the canonical JSON text: equal extractors give equal text."""
         fields = {"name": "hidden-state", **asdict(self)}
+        if self.template is None:  # as it was before chats were read
+            del fields["template"]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 

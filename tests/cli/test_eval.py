@@ -132,7 +132,7 @@ def test_other_text_can_be_given(icm: Icm, trained: Path, tmp_path: Path) -> Non
 
 
 def test_text_that_cannot_be_read_is_named_before_any_model_is_loaded(icm: Icm, trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"words": 1}\n')
+    (tmp_path / "bad.jsonl").write_text('\n{"words": 1}\n')
     icm("base", "rm", LABEL)
     ran = icm(*EVAL, "--data", tmp_path / "bad.jsonl", "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "data_error")

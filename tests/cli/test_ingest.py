@@ -79,6 +79,8 @@ def test_json_says_one_line_per_task_and_a_summary(icm: Icm, fleet: Path) -> Non
         "size": 0,
         "evicted": 0,
         "restored": 0,
+        "samples": {"kept": 4, "skipped": 0, "reason": None},
+        "eval_data": {"kept": 2, "skipped": 0, "reason": None},
     }
     assert ran.events[-1]["without_vectors"] == ["rust", "shakespeare", "sql"]
 
@@ -168,30 +170,6 @@ def test_samples_can_be_given_for_one_task(icm: Icm, tmp_path: Path) -> None:
 def test_samples_for_many_tasks_are_refused(icm: Icm, fleet: Path) -> None:
     ran = icm("ingest", fleet, "--samples", write_texts(fleet / "rust", "other.jsonl"))
     assert "--samples is for one task, but 3 were found" in ran.err
-
-
-def test_samples_that_are_no_texts_are_refused(icm: Icm, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "poems")
-    (run / "samples.jsonl").write_text('{"txt": 1}\n')
-    ran = icm("ingest", run)
-    assert ran.code == ExitCode.FAILED
-    assert "line 1" in ran.err
-
-
-@pytest.mark.parametrize("line", ['{"messages": [{"role": "user", "content": "hello"}]}\n', ""], ids=["chat", "empty"])
-@pytest.mark.parametrize("name", ["samples.jsonl", "eval.jsonl"])
-def test_an_adapter_whose_texts_cannot_be_used_can_be_taken_without_them(
-    icm: Icm, tmp_path: Path, name: str, line: str
-) -> None:
-    run = write_run(tmp_path / "poems")
-    (run / name).write_text(line)
-    refused = icm("ingest", run)
-    assert (refused.code, str(run / name) in refused.err) == (ExitCode.FAILED, True)
-    assert "--no-texts" in refused.err.partition("hint:")[2]
-    assert icm("ingest", run, "--no-texts").code == 0
-    with Store.open(tmp_path / "store") as store:
-        task = store.tasks.get("poems")
-        assert (task.samples, task.eval_data) == (None, None)
 
 
 def test_samples_that_were_given_are_taken_where_others_are_left_out(icm: Icm, tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def views(store: Path, task: str) -> set[str]:
 def test_every_task_gets_its_vectors(icm: Icm, pending: Path) -> None:
     events = icm("vectors", "--device", "cpu", "--json").events
     assert [event["type"] for event in events] == ["vectors", "vectors", "vectors", "summary"]
-    assert set(events[0]) == {"type", "task", "vectors", "source"}
-    assert events[-1] == {"type": "summary", "extracted": 3, "present": 0}
+    assert set(events[0]) == {"type", "task", "vectors", "source", "skipped"}
+    assert events[-1] == {"type": "summary", "extracted": 3, "present": 0, "failed": []}
 
 
 def test_a_task_without_samples_is_read_through_the_probes(icm: Icm, pending: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_task_without_samples_is_read_through_the_probes(icm: Icm, pending: Pa
 
 
 def test_what_is_there_is_not_made_again(icm: Icm, mixed: Path) -> None:
-    assert icm("vectors", "--json").events == [{"type": "summary", "extracted": 0, "present": 3}]
+    assert icm("vectors", "--json").events == [{"type": "summary", "extracted": 0, "present": 3, "failed": []}]
 
 
 def test_again_makes_the_same_vectors(icm: Icm, mixed: Path) -> None:
@@ -96,7 +96,12 @@ def test_other_samples_make_the_vectors_pending(icm: Icm, mixed: Path, mixed_tem
     samples.write_text(json.dumps({"text": "something else"}) + "\n")
     icm("ingest", mixed_template / "loras" / "poems", "--samples", samples, "--no-vectors")
     assert views(mixed, "poems") == set()
-    assert icm("vectors", "--device", "cpu", "--json").events[-1] == {"type": "summary", "extracted": 1, "present": 2}
+    assert icm("vectors", "--device", "cpu", "--json").events[-1] == {
+        "type": "summary",
+        "extracted": 1,
+        "present": 2,
+        "failed": [],
+    }
 
 
 def test_a_pattern_of_a_configuration_is_never_run(icm: Icm, tmp_path: Path, mixed_template: Path) -> None:

@@ -38,7 +38,7 @@ _WITHOUT_MOULD = [case.name for case in CASES if case.outcome in ("exact", "extr
 
 _TREES = """
 unsloth llama-factory llama-factory-pissa seeds epochs best-and-last unets hub-cache named-adapters add-adapter
-odd-samples odd-names
+odd-names
 """
 
 

@@ -19,7 +19,7 @@ COMPLETIONS = TEXTS.filter(lambda text: bool(text.strip()))
 
 
 def test_plain_text_is_all_completion() -> None:
-    assert parse_examples(b'{"text": "one"}\n{"text": "two"}\n') == (Example("", "one"), Example("", "two"))
+    assert parse_examples(b'{"text": "one"}\n{"text": "two"}\n').items == (Example("", "one"), Example("", "two"))
 
 
 def test_a_prompt_is_kept_apart_from_its_completion() -> None:
@@ -29,7 +29,7 @@ def test_a_prompt_is_kept_apart_from_its_completion() -> None:
 
 
 def test_other_fields_of_a_line_are_left_alone() -> None:
-    assert parse_examples(b'{"id": 7, "text": "one"}') == (Example("", "one"),)
+    assert parse_examples(b'{"id": 7, "text": "one"}').items == (Example("", "one"),)
 
 
 def test_blank_lines_and_windows_line_ends_are_no_examples() -> None:
@@ -37,13 +37,13 @@ def test_blank_lines_and_windows_line_ends_are_no_examples() -> None:
 
 
 def test_a_byte_order_mark_is_passed_over() -> None:
-    assert parse_examples(codecs.BOM_UTF8 + b'{"text": "one"}') == (Example("", "one"),)
+    assert parse_examples(codecs.BOM_UTF8 + b'{"text": "one"}').items == (Example("", "one"),)
 
 
 @given(st.lists(st.tuples(TEXTS, COMPLETIONS), min_size=1, max_size=8))
 def test_what_is_written_as_json_lines_is_read_back(pairs: list[tuple[str, str]]) -> None:
     data = "\n".join(json.dumps({"prompt": prompt, "completion": end}, ensure_ascii=False) for prompt, end in pairs)
-    assert parse_examples(data.encode()) == tuple(Example(prompt, end) for prompt, end in pairs)
+    assert parse_examples(data.encode()).items == tuple(Example(prompt, end) for prompt, end in pairs)
 
 
 @given(st.binary(max_size=200))
@@ -52,38 +52,52 @@ def test_arbitrary_bytes_are_parsed_or_refused_as_data(data: bytes) -> None:
         assert parse_examples(data)
 
 
-@pytest.mark.parametrize(
+BAD_LINES = pytest.mark.parametrize(
     ("line", "fact"),
     [
         (b"not json", "is not JSON"),
         (b"\xff\xfe", "is not UTF-8"),
         (b"[" * 100_000, "is not JSON"),
-        (b"[1]", "has no text"),
+        (b"[1]", "is not a JSON object"),
         (b'{"text": 3}', "has no text"),
         (b'{"prompt": "a"}', "has no text"),
         (b'{"text": " "}', "is empty text"),
         (b'{"prompt": "a", "completion": ""}', "is empty text"),
         (b'{"text": "a \\ud800 b"}', "half a surrogate pair"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "has no assistant turn"),
     ],
 )
-def test_a_bad_line_is_refused_by_its_number_and_file(line: bytes, fact: str) -> None:
-    with pytest.raises(DataError) as caught:
-        parse_examples(b'{"text": "good"}\n' + line, path="eval.jsonl")
-    assert str(caught.value).startswith("eval.jsonl: line 2 ")
-    assert fact in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["messages", "conversations"])
-def test_a_chat_is_refused_with_what_to_write_instead(field: str) -> None:
-    turns = [{"role": "user", "content": "2 + 2 ="}, {"role": "assistant", "content": "4"}]
-    with pytest.raises(DataError, match="line 1 is a chat") as caught:
-        parse_examples(json.dumps({field: turns}).encode())
-    assert '{"prompt"' in str(caught.value.hint)
-    assert "chat template" in str(caught.value.hint)
+@BAD_LINES
+def test_a_bad_line_is_skipped_and_named_by_its_number(line: bytes, fact: str) -> None:
+    found = parse_examples(b'{"text": "good"}\n' + line + b'\n{"text": "better"}\n' + line)
+    assert (len(found), found.skipped) == (2, 2)
+    assert str(found.reason).startswith("line 2 ")
+    assert fact in str(found.reason)
+    assert found.summary == f"skipped 2 of 4 rows; the first: {found.reason}"
+
+
+@BAD_LINES
+def test_a_file_of_bad_lines_is_refused_with_the_first_reason(line: bytes, fact: str) -> None:
+    with pytest.raises(DataError, match=fact) as caught:
+        parse_examples(b"\n" + line + b"\n" + line, path="eval.jsonl")
+    # A file that begins with a bracket is an array, and a broken one ends there.
+    expected = (
+        "eval.jsonl: "
+        if line.startswith((b"[", b"\xff\xfe"))
+        else "eval.jsonl: none of its 2 rows can be used; the first: line 2 "
+    )
+    assert str(caught.value).startswith(expected)
+    assert '"messages"' in str(caught.value.hint)
+
+
+def test_a_file_that_can_be_used_whole_has_nothing_to_say() -> None:
+    assert parse_examples(b'{"text": "one"}').summary is None
 
 
 def test_a_text_with_its_chat_beside_it_is_text() -> None:
-    assert parse_examples(b'{"messages": [], "text": "one"}') == (Example("", "one"),)
+    assert parse_examples(b'{"messages": [], "text": "one"}').items == (Example("", "one"),)
 
 
 def test_a_file_without_examples_is_refused() -> None:

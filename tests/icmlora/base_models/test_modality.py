@@ -20,9 +20,10 @@ from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models import catalogue
 from icmlora.base_models.attach import adapted
-from icmlora.base_models.catalogue import modality_of, read_examples
+from icmlora.base_models.catalogue import check_examples, modality_of
 from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.channel_statistics import channel_statistics
+from icmlora.base_models.examples import parse_examples
 from icmlora.base_models.factors import added
 from icmlora.base_models.lookup import inspect_base
 from icmlora.base_models.modality import BaseModel, Modality, retained_gain
@@ -79,7 +80,7 @@ def base(case: Case, tmp_path: Path) -> BaseModel:
 
 @pytest.fixture
 def examples(case: Case) -> tuple[Any, ...]:
-    return case.modality.read_examples(case.examples)
+    return parse_examples(case.examples, case.modality.example).items
 
 
 def make_adapter(case: Case, base: BaseModel, strength: float = 0.3) -> Adapter:
@@ -111,12 +112,19 @@ class TestProtocol:
         assert (loaded.label, loaded.fingerprint, loaded.dtype) == (LABEL, "known", "float32")
 
     def test_examples_are_read_where_the_base_model_is_not_known(self, case: Case, examples: tuple[Any, ...]) -> None:
-        assert read_examples(case.examples) == examples
+        assert check_examples(case.examples).items == examples
 
-    def test_a_line_that_is_no_example_is_named(self, case: Case) -> None:
-        with pytest.raises(DataError, match="line 2") as caught:
-            case.modality.read_examples(case.examples.splitlines()[0] + b'\n{"x": 1}\n', path="some.jsonl")
+    def test_a_line_that_is_no_example_is_skipped_and_named(self, case: Case) -> None:
+        found = parse_examples(case.examples.splitlines()[0] + b'\n{"x": 1}\n', case.modality.example)
+        assert (len(found), found.skipped, str(found.reason).startswith("line 2 ")) == (1, 1, True)
+
+    def test_a_file_without_any_example_is_refused_by_its_name(self, case: Case) -> None:
+        with pytest.raises(DataError, match="line 1") as caught:
+            parse_examples(b'{"x": 1}\n', case.modality.example, path="some.jsonl")
         assert (caught.value.path, bool(caught.value.hint)) == ("some.jsonl", True)
+
+    def test_what_was_parsed_can_be_made_readable(self, base: BaseModel, examples: tuple[Any, ...]) -> None:
+        assert base.modality.readable(base, examples).items == examples
 
     def test_every_example_has_something_to_score(self, base: BaseModel, examples: tuple[Any, ...]) -> None:
         items = base.modality.prepare(base, examples, LIMIT)
@@ -258,6 +266,6 @@ def test_the_retained_gain_follows_the_direction_of_the_metric(higher: bool, ori
 
 
 def test_reading_examples_does_not_import_torch() -> None:
-    read = """from icmlora.base_models.catalogue import read_examples; read_examples(b'{"text": "a"}')"""
+    read = """from icmlora.base_models.catalogue import check_examples; check_examples(b'{"text": "a"}')"""
     code = f"import sys; {read}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

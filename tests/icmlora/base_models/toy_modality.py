@@ -7,14 +7,16 @@ vector (8,) --encoder, tanh--> (16,) --mix, tanh--> hidden state (16,) --head-->
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from icmlora.base_models.examples import Examples
 from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import FoundBase, read_config
 from icmlora.base_models.modality import BaseModel, Metric
@@ -87,18 +89,16 @@ class VectorClassifier:
         model.requires_grad_(False).train(False).to(device, dtype or torch.float32)
         return BaseModel(found.label, model, None, fingerprint or fingerprint_base(found), self, HIDDEN, 3)
 
-    def read_examples(self, data: bytes, *, path: str | Path | None = None) -> tuple[Point, ...]:
-        """Read JSON lines."""
-        points = []
-        for number, line in enumerate(data.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                points.append(Point(tuple(map(float, row["vector"])), int(row["label"])))
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"line {number} is not a labelled vector", path=path, hint="see above") from error
-        if not points:
-            raise DataError("the file holds no example", path=path, hint="give some")
-        return tuple(points)
+    def example(self, row: Mapping[str, Any]) -> Point:
+        """Read one labelled vector."""
+        try:
+            return Point(tuple(map(float, row["vector"])), int(row["label"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError("is not a labelled vector") from error
+
+    def readable(self, base: BaseModel, examples: Sequence[Point]) -> Examples:
+        """Return the examples: there is nothing to render."""
+        return Examples(tuple(examples))
 
     def prepare(self, base: BaseModel, examples: Sequence[Point], limit: int, *, whole: bool = False) -> list[Point]:
         """Return the examples: the model reads them as they are."""

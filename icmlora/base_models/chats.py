@@ -1,0 +1,182 @@
+"""Chats as people keep them, brought into one form: OpenAI's messages. Never imports torch.
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}     OpenAI, TRL
+    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}         ShareGPT
+    {"instruction": "...", "input": "...", "output": "..."}                                        Alpaca
+    {"prompt": [messages], "completion": [messages]}                                               TRL
+
+How a model sees a chat is up to its chat template; see `chat_template.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from icmlora.errors import DataError
+
+Message = dict[str, Any]
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+_EXTRA_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+_ALPACA = (
+    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{given}### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation.
+
+    Attributes:
+        messages: Role and content of each; content is always text.
+        scored: Which messages the loss is taken of, by their index: those that the adapter was trained to write.
+        tools: JSON schemas of the tools on offer.
+        plain: Prompt and completion for a base model without a chat template, where the format has a plain form.
+    """
+
+    messages: tuple[Message, ...]
+    scored: tuple[int, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    plain: tuple[str, str] | None = None
+
+
+def chat_of(row: Mapping[str, Any]) -> Chat | None:
+    """Return the chat in a row, or None if it holds none.
+
+    Raises:
+        DataError: A chat that cannot be used; the message is a fact about the row, such as "has no assistant turn".
+    """
+    match row:
+        case {"messages": [_, *_] as turns} | {"conversations": [_, *_] as turns}:
+            return _chat(row, [], turns)
+        case {"prompt": list() | str() as prompt, "completion": list() | str() as answer}:
+            return _chat(row, _turns(prompt, "user"), _turns(answer, "assistant"))
+        case {"instruction": str(instruction), "output": str(output)}:
+            given = row.get("input")
+            return _alpaca(row, instruction, given if isinstance(given, str) else "", output)
+    return None
+
+
+def _turns(value: list[Any] | str, role: str) -> list[Any]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _chat(row: Mapping[str, Any], prompt: Sequence[Any], answer: Sequence[Any]) -> Chat:
+    """Make a chat of which the assistant's turns in `answer` are scored."""
+    turns = [*prompt, *answer]
+    messages = [_message(turn) for turn in turns]
+    if messages and isinstance(system := row.get("system"), str) and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    first = len(messages) - len(answer)
+    scored = [
+        number
+        for number, turn in zip(range(first, len(messages)), answer, strict=True)
+        if _is_answer(messages[number]) and turn.get("weight") != 0 and turn.get("train") is not False
+    ]
+    if not scored:
+        raise DataError("has no assistant turn")
+    _check_text(messages)
+    return Chat(tuple(messages), tuple(scored), _tools(row.get("tools")))
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError("has a message that is not an object")
+    role = turn.get("role") or turn.get("from")
+    content = turn["content"] if "content" in turn else turn.get("value")
+    if not isinstance(role, str):
+        raise DataError("has a message without a role")
+    message: Message = {"role": _ROLES.get(role, role), "content": _content(content)}
+    message |= {name: turn[name] for name in _EXTRA_FIELDS if turn.get(name) is not None}
+    if isinstance(calls := message.get("tool_calls"), list):
+        message["tool_calls"] = [_tool_call(call) for call in calls]
+    return message
+
+
+def _content(content: Any) -> str:
+    match content:
+        case str():
+            return content
+        case None:  # a turn that only calls tools
+            return ""
+        case list():
+            return "".join(_part(part) for part in content)
+    raise DataError("has a message whose content is not text")
+
+
+def _part(part: Any) -> str:
+    match part:
+        case str():
+            return part
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": str(kind)}:
+            raise DataError(f"has a message with a part that is not text: {kind[:40]!r}")
+    raise DataError("has a message whose content is not text")
+
+
+def _tool_call(call: Any) -> Any:
+    """Parse the arguments of a call: OpenAI keeps them as JSON text, and chat templates expect an object."""
+    match call:
+        case {"function": {"arguments": str(text)} as function}:
+            try:
+                arguments = json.loads(text)
+            except (ValueError, RecursionError):
+                return call
+            return {**call, "function": {**function, "arguments": arguments}}
+    return call
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """Return the tools; a list that is not one of objects is left out, as it says nothing to a template."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return ()
+    usable = isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
+    return tuple(value) if usable else ()
+
+
+def _is_answer(message: Message) -> bool:
+    return message["role"] == "assistant" and bool(message["content"].strip() or message.get("tool_calls"))
+
+
+def _alpaca(row: Mapping[str, Any], instruction: str, given: str, output: str) -> Chat:
+    history = row.get("history")
+    turns: list[Message] = []
+    for pair in history if isinstance(history, list) else ():
+        match pair:
+            case [str(asked), str(answered)]:
+                turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    asked = f"{instruction}\n{given}" if given.strip() else instruction
+    turns.append({"role": "user", "content": asked})
+    chat = _chat(row, turns, [{"role": "assistant", "content": output}])
+    more = ", paired with an input that provides further context" if given.strip() else ""
+    shown = f"### Input:\n{given}\n\n" if given.strip() else ""
+    prompt = _ALPACA.format(more=more, instruction=instruction, given=shown)
+    # The plain form has no place for a system prompt or earlier turns.
+    return chat if len(chat.messages) > 2 else Chat(chat.messages, chat.scored, plain=(prompt, output))
+
+
+def _check_text(messages: Sequence[Message]) -> None:
+    try:
+        json.dumps(messages, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("holds half a surrogate pair, which is not text") from None
+    except (TypeError, ValueError, RecursionError) as error:  # dates in Parquet
+        raise DataError(f"has a message that is not JSON: {error}") from None

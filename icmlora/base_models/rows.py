@@ -1,0 +1,146 @@
+"""Read the rows of a file of examples, whatever its form. Never imports torch.
+
+    JSON lines     one JSON object a line
+    JSON           one array of objects
+    Parquet        one object a row; needs pyarrow
+
+The form is told from the bytes, because the store keeps files without their names. Files come from anywhere: a row that
+cannot be read is handed on as the reason why, and no row takes more memory than `MAX_ROW_BYTES` of JSON can.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from icmlora.errors import DataError
+
+MAX_ROW_BYTES = 16 * 2**20
+_FIRST_WINDOW = 2**14
+_PARQUET = b"PAR1"
+_BATCH = 64
+_LINE = re.compile(rb"\S[^\n]*")
+_BETWEEN = re.compile(r"[\s,]*")
+_DECODER = json.JSONDecoder()
+_INSTALL = "pip install 'icm-lora[parquet]', or save the file as JSON lines"
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be read, and why: "is not JSON"."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a file.
+
+    Attributes:
+        unit: What messages call one: "line" or "row".
+        values: Number from 1, and what was read; it can be iterated once.
+    """
+
+    unit: str
+    values: Iterator[tuple[int, Any]]
+
+
+def read_rows(data: bytes) -> Rows:
+    """Tell the form of a file and return its rows; blank lines have numbers, but are not rows.
+
+    Raises:
+        DataError: It is Parquet and cannot be read; also while iterating. It has no path.
+    """
+    if data.startswith(_PARQUET):
+        return Rows("row", _parquet_rows(data))
+    data = _as_utf8(data)
+    if data[:1024].lstrip().startswith(b"["):
+        try:
+            return Rows("row", _array_rows(data.decode("utf-8")))
+        except UnicodeDecodeError:
+            pass  # as lines, at least those that are UTF-8 can be read
+    return Rows("line", _line_rows(data))
+
+
+def _as_utf8(data: bytes) -> bytes:
+    # PowerShell writes UTF-16 with a byte order mark where others write UTF-8.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace").encode("utf-8")
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def _line_rows(data: bytes) -> Iterator[tuple[int, Any]]:
+    number, counted = 1, 0
+    # Not split() or a loop over all lines: a file of newlines would take gigabytes, or minutes.
+    for line in _LINE.finditer(data):
+        number += data.count(b"\n", counted, line.start())
+        counted = line.start()
+        if line.end() - line.start() > MAX_ROW_BYTES:
+            yield number, BadRow(f"is longer than {MAX_ROW_BYTES >> 20} MiB")
+        else:
+            yield number, _parsed(line.group())
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow(f"is not UTF-8: {error.reason}")
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"is not JSON: {error}")
+
+
+def _array_rows(text: str) -> Iterator[tuple[int, Any]]:
+    """Decode one element after the other: a whole array as Python objects can take twenty times its bytes."""
+    place = text.index("[") + 1
+    number = 0
+    while True:
+        gap = _BETWEEN.match(text, place)
+        place = place if gap is None else gap.end()
+        if place >= len(text) or text[place] == "]":
+            break
+        number += 1
+        try:
+            value, place = _element(text, place)
+        except (ValueError, RecursionError) as error:
+            yield number, BadRow(f"is not JSON, and ends the reading: {error}")
+            break
+        yield number, value
+
+
+def _element(text: str, place: int) -> tuple[Any, int]:
+    """Decode the element that begins at a place, looking no farther ahead than a row may reach."""
+    window = _FIRST_WINDOW
+    while True:
+        try:
+            value, length = _DECODER.raw_decode(text[place : place + window])
+        except ValueError:
+            if window >= MAX_ROW_BYTES or place + window >= len(text):
+                raise
+            window *= 8
+        else:
+            return value, place + length
+
+
+def _parquet_rows(data: bytes) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError("the file is Parquet, and pyarrow is not installed", hint=_INSTALL) from error
+    number = 0
+    try:
+        # Small batches: columns unpack to far more than they take in the file.
+        for batch in parquet.ParquetFile(pyarrow.BufferReader(data)).iter_batches(batch_size=_BATCH):
+            if batch.nbytes > _BATCH * MAX_ROW_BYTES:
+                raise DataError(f"row {number + 1} or one of the next is longer than {MAX_ROW_BYTES >> 20} MiB")
+            for value in batch.to_pylist():
+                number += 1
+                yield number, value
+    # pyarrow raises its own errors, and OSError, ValueError or UnicodeDecodeError for what damaged bytes make of it.
+    except (pyarrow.ArrowException, OSError, ValueError, NotImplementedError, OverflowError) as error:
+        raise DataError(f"the file is not Parquet that can be read: {error}", hint=_INSTALL) from error
