@@ -83,15 +83,8 @@ def train(
         session.fleet.check_few_shot(base_model=base_model)
     partly = False
     if objective is not ObjectiveName.FUNCTIONAL:
-        options = {
-            "device": where,
-            "base_model": base_model,
-            "quality": quality,
-            "tolerance": tolerance,
-            "steps": steps,
-            "learning_rate": lr,
-            "seed": seed,
-        }
+        options = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
+        options |= {"steps": steps, "learning_rate": lr, "seed": seed}
         if update:
             made = _update(session, options)
         else:
