@@ -15,6 +15,7 @@ from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.gguf import convert_gguf
 from icmlora.base_models.lookup import inspect_base
 from icmlora.errors import BaseModelNotFound, OutputExists
+from tests.icmlora.base_models.chat_templates import QWEN
 from tests.icmlora.tiny_base import HIDDEN, LABEL, tiny_model
 
 # From the names of the network to those of llama.cpp, for one layer.
@@ -37,7 +38,7 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_tiny_gguf(file: Path) -> Path:
+def write_tiny_gguf(file: Path, chat_template: str | None = None) -> Path:
     """Write the tiny model with unquantised weights and a byte-level vocabulary."""
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(2)
@@ -51,6 +52,8 @@ def write_tiny_gguf(file: Path) -> Path:
     writer.add_vocab_size(257)
     tokens = ["ab", *sorted(pre_tokenizers.ByteLevel.alphabet())]  # a vocabulary of this kind needs one merge
     writer.add_tokenizer_model("gpt2")
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * 257)
     writer.add_token_merges(["a b"])
@@ -125,3 +128,9 @@ def test_a_damaged_file_is_an_error_that_leaves_nothing(file: Path, tmp_path: Pa
     with pytest.raises(BaseModelNotFound, match="cannot be loaded"):
         convert_gguf(damaged, tmp_path / "out", label=LABEL)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged.gguf"]
+
+
+def test_the_chat_template_of_a_gguf_file_survives_its_conversion(tmp_path: Path) -> None:
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", QWEN)
+    base = CausalLM().load(inspect_base(LABEL, convert_gguf(file, tmp_path / "folder", label=LABEL)))
+    assert base.tokenizer.chat_template == QWEN
