@@ -46,6 +46,7 @@ class ImportedTask:
     def digests(self) -> Iterator[str]:
         """Yield the digests that the task refers to, the one of the absent weights too."""
         yield from filter(None, (self.code, self.original.weights, self.original.config, self.original.card))
+        yield from (extra.blob for extra in self.original.extras)
         yield from (vector.blob for vector in self.vectors)
 
 
@@ -200,6 +201,8 @@ def _new_adapter(writer: RowWriter, bundle: BundleImport, new: ImportedTask) -> 
         is_generated=original.is_generated,
     )
     writer.session.add(adapter)
+    for extra in original.extras:
+        adapter.extras.append(models.Extra(file=extra.file or "", blob=writer.blob(extra.blob), size=extra.size))
     return adapter
 
 

@@ -41,9 +41,14 @@ def adapter_record(row: models.Adapter) -> records.AdapterRecord:
         row,
         **common._asdict(),
         source=usual if row.source is None else row.source,
+        extras=tuple(_extra(extra) for extra in row.extras),
         original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
         weights_bytes=row.weights.size,
     )
+
+
+def _extra(row: models.Extra) -> records.Extra:
+    return records.Extra(row.blob.digest, row.file or None, row.size, row.blob.size)
 
 
 def vector_record(row: models.TaskVector) -> records.VectorRecord:

@@ -31,7 +31,7 @@ from registry.errors import (
     StoreTooNew,
 )
 from registry.files import failpoint
-from registry.schema import Base, UnreadableValue
+from registry.schema import Base, Extra, UnreadableValue
 
 if TYPE_CHECKING:
     from registry.blobs.content import Blobs
@@ -165,7 +165,11 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql(connection.get_execution_options().get("icm_begin", "BEGIN IMMEDIATE"))
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = ()
+def _add_extras(connection: Connection) -> None:
+    Extra.metadata.tables[Extra.__tablename__].create(connection)
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_add_extras,)
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 
 

@@ -26,7 +26,7 @@ AdapterKey = tuple[str, str, int | None]
 """What tells adapters of a task apart: weights, configuration, step."""
 
 _TASKS, _ADAPTERS, _VECTORS = map(table_of, (models.Task, models.Adapter, models.TaskVector))
-_BLOBS, _BASES = map(table_of, (models.Blob, models.BaseModel))
+_BLOBS, _BASES, _EXTRAS = map(table_of, (models.Blob, models.BaseModel, models.Extra))
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class _Decision:
         """Yield the digests whose files must be there: all but the weights that stay evicted."""
         yield from filter(None, (self.ingest.samples, self.ingest.eval_data))
         for adapter in self.ingest.adapters:
-            yield from filter(None, (adapter.config, adapter.card))
+            yield from filter(None, (adapter.config, adapter.card, *(extra.blob for extra in adapter.extras)))
             if self.ingest.restore or _key(adapter) not in self.evicted:
                 yield adapter.weights
 
@@ -243,7 +243,9 @@ def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision])
             for new in item.new
         )
     if rows:
-        connection.execute(insert(_ADAPTERS), rows)
+        new = [new for item in decisions for new in item.new]
+        made = connection.execute(insert(_ADAPTERS).returning(_ADAPTERS.c.id, sort_by_parameter_order=True), rows)
+        _write_extras(connection, made.scalars().all(), new, blobs)
     # Only now: the weights of restored adapters must be there, which `blobs` above has checked.
     back = [number for item in decisions if item.ingest.restore for number in item.evicted.values()]
     for some in in_parts(back):
@@ -283,6 +285,18 @@ def _adapter_values(
         "description_id": descriptions[description_of(new)],
         "source": unusual_source(new.source, folder, new.step, is_final=new.is_final),
     }
+
+
+def _write_extras(
+    connection: Connection, adapters: Sequence[int], news: Sequence[records.NewAdapter], blobs: Mapping[str, int]
+) -> None:
+    values = [
+        {"adapter_id": adapter, "file": extra.file or "", "blob_id": blobs[extra.blob], "size": extra.size}
+        for adapter, new in zip(adapters, news, strict=True)
+        for extra in new.extras
+    ]
+    if values:
+        connection.execute(insert(_EXTRAS), values)
 
 
 def _number(blobs: Mapping[str, int], digest: str | None) -> int | None:

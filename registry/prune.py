@@ -25,7 +25,19 @@ from registry.files import failpoint
 from registry.folder import StorePaths
 from registry.locks import FileLock
 from registry.rows import in_parts
-from registry.schema import Adapter, Base, Blob, Code, Document, Evaluation, Generator, Task, TaskVector, TrainRun
+from registry.schema import (
+    Adapter,
+    Base,
+    Blob,
+    Code,
+    Document,
+    Evaluation,
+    Extra,
+    Generator,
+    Task,
+    TaskVector,
+    TrainRun,
+)
 
 BlobColumn = InstrumentedAttribute[int] | InstrumentedAttribute[int | None]
 # Every column that refers to a blob; a test compares this with the tables.
@@ -35,6 +47,7 @@ BLOB_COLUMNS: tuple[BlobColumn, ...] = (
     Adapter.weights_id,
     Adapter.config_id,
     Adapter.card_id,
+    Extra.blob_id,
     TaskVector.blob_id,
     Generator.blob_id,
     Generator.start_id,

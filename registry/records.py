@@ -44,6 +44,15 @@ class TaskRecord:
     pinned: bool  # its originals are never evicted
 
 
+class Extra(NamedTuple):
+    """What a code of an adapter cannot represent and is kept exactly."""
+
+    blob: str  # packed; other tasks may share it
+    file: str | None  # name of a file next to the adapter; None for a blob of its tensors
+    size: int  # in bytes, before packing
+    packed_size: int
+
+
 @dataclass(frozen=True)
 class NewAdapter:
     """An adapter to be recorded; its blobs are in the store already."""
@@ -61,6 +70,10 @@ class NewAdapter:
     source: str  # where it came from, as a label
     is_generated: bool = False  # a generator made it from samples; nobody trained it
     format: str = "peft"
+    original_only: str | None = None  # why there can be no code of it
+    does_nothing: bool = False  # it leaves the base model as it is, or is not finite
+    template: str = ""  # JSON: what its format needs to write a decoded adapter in its form; empty for the usual form
+    extras: Sequence[Extra] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +96,11 @@ class AdapterRecord(NewAdapter):
     def stored_bytes(self) -> int:
         """Bytes of its files that are in the store."""
         return self.original_bytes - (self.weights_bytes if self.is_evicted else 0)
+
+    @property
+    def extras_bytes(self) -> int:
+        """Bytes of its extras in the store; other tasks may share some of them."""
+        return sum(extra.packed_size for extra in self.extras)
 
 
 @dataclass(frozen=True)
@@ -315,9 +333,14 @@ class Description(NamedTuple):
     target_modules: Sequence[str]
     layout: Sequence[LayoutEntry]
     format: str
+    # Older rows end here.
+    original_only: str | None = None
+    does_nothing: bool = False
+    template: str = ""
 
 
 def description_of(new: NewAdapter) -> Description:
     """Return the description of a new adapter, in a form that can be a key."""
     modules, layout = tuple(new.target_modules), tuple(new.layout)
-    return Description(new.dtype, new.rank_max, new.parameters, modules, layout, new.format)
+    shape = (new.dtype, new.rank_max, new.parameters, modules, layout, new.format)
+    return Description(*shape, new.original_only, new.does_nothing, new.template)

@@ -1,6 +1,6 @@
 """The tables of schema 1, as SQLAlchemy classes.
 
-    base_models 1─n tasks 1─n adapters
+    base_models 1─n tasks 1─n adapters 1─n extras
          │            ├──n task_vectors
          │            ├──n codes n─1 generators
          │            └──n evaluations
@@ -216,6 +216,7 @@ class Adapter(Base):
     is_generated: Mapped[bool] = mapped_column(server_default=text("0"))
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
+    extras: Mapped[list[Extra]] = relationship(lazy="selectin", order_by="Extra.file, Extra.blob_id")
     weights: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[weights_id])
     config: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[config_id])
     card: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[card_id])
@@ -226,6 +227,21 @@ class Adapter(Base):
         Index("one_row_per_adapter", "task_id", "weights_id", "config_id", text("coalesce(step, -1)"), unique=True),
         Index("one_final_adapter", "task_id", unique=True, sqlite_where=text("is_final")),
     )
+
+
+class Extra(Base):
+    """What a code of an adapter cannot represent and is kept as it is: a file next to it, or some of its tensors."""
+
+    __tablename__ = "extras"
+
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete=_GONE_WITH_PARENT), primary_key=True)
+    file: Mapped[str] = mapped_column(primary_key=True)  # its name; empty for tensors, which name themselves
+    blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"), primary_key=True)
+    size: Mapped[int]  # before packing
+
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
+
+    __table_args__ = ({"sqlite_with_rowid": False},)
 
 
 class TaskVector(Base):

@@ -14,7 +14,7 @@ from registry.blobs.content import Blobs
 from registry.database import Database
 from registry.folder import StorePaths
 from registry.prune import blob_references
-from registry.schema import Adapter, Blob, Code, Generator, Task, TaskVector, TrainRun
+from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector, TrainRun
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Usage:
     generators: int  # current ones, with their few-shot starts
     residuals: int  # under the current generators
     codes: int  # under the current generators
+    extras: int  # heads, tokenizers and whatever else of an adapter is kept as it is
     vectors: int
     texts: int  # samples and held-out texts
     old_generators: int  # not current, with their codes
@@ -74,6 +75,7 @@ def _uses(session: Session) -> dict[str, str]:
         ("generators", blob_references(Generator, Generator.is_current.is_(True))),
         ("residuals", exists().where(Code.residual_id == Blob.id, of_current)),
         ("codes", blob_references(Code, of_current)),
+        ("extras", blob_references(Extra)),
         ("vectors", blob_references(TaskVector)),
         ("texts", blob_references(Task)),
         ("old_generators", blob_references(Generator)),

@@ -15,7 +15,7 @@ from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.folder import StorePaths
 from registry.prune import BLOB_COLUMNS, BlobColumn, is_needed
 from registry.rows import find_task
-from registry.schema import Adapter, Blob, Code, Generator, Task, TaskVector
+from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector
 
 Kind = Literal["database", "dangling", "missing", "length", "digest", "orphan", "leftover"]
 
@@ -114,6 +114,8 @@ def _needs_of_tasks() -> Iterator[tuple[BlobColumn, Select[int | None]]]:
         elif owner in (Adapter, TaskVector, Code):  # measurements name texts that need not be here
             rows = select(column).join(Task, owner.task_id == Task.id)
             yield column, rows.where(Adapter.evicted_at.is_(None)) if column is Adapter.weights_id else rows
+        elif owner is Extra:
+            yield column, select(column).join(Adapter, Extra.adapter_id == Adapter.id).join(Task)
 
 
 def _check_blob(database: Database, blobs: Blobs, digest: str, size: int, *, read_data: bool) -> Finding | None:
