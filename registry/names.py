@@ -15,6 +15,7 @@ MAX_NAME = 128
 # Such a name means the same on every file system, in a URL and in a shell.
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _DIGITS = re.compile(r"(\d+)")
 # Windows opens a device, not a file, for these, whatever the extension.
 _WINDOWS_NAMES = frozenset(
@@ -47,6 +48,11 @@ def check_name(name: str) -> str:
 def is_module_name(name: str) -> bool:
     """Return whether a name is a dotted path of plain identifiers, as in `model.layers.0.self_attn.q_proj`."""
     return _MODULE_NAME.fullmatch(name) is not None
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a name is that of a file in a folder: no path, nothing hidden, plain characters."""
+    return _FILE_NAME.fullmatch(name) is not None
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:

@@ -93,6 +93,11 @@ class AdapterRecord(NewAdapter):
         return self.evicted_at is not None
 
     @property
+    def can_be_read(self) -> bool:
+        """Whether its weights are in the store and are those of a LoRA."""
+        return not self.is_evicted and self.original_only is None
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of its files that are in the store."""
         return self.original_bytes - (self.weights_bytes if self.is_evicted else 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.commands.materialize import DtypeName, DtypeOpt, OutputOpt
+from icm_cli.commands.materialize import DtypeName, OutputOpt
 from icm_cli.errors import Interrupted
 from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt
 from icm_cli.session import Session, command
@@ -80,7 +80,7 @@ def generate(
     register: RegisterOpt = False,
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
-    dtype: DtypeOpt = DtypeName.BFLOAT16,
+    dtype: Annotated[DtypeName, typer.Option("--dtype", help="Number format of the weights.")] = DtypeName.BFLOAT16,
     force: ForceOpt = False,
 ) -> None:
     """Make an adapter for a new task from a few samples, without training one.

@@ -47,7 +47,21 @@ SourceOpt = Annotated[
     ),
 ]
 DtypeOpt = Annotated[
-    DtypeName, typer.Option("--dtype", help="Number format of decoded weights. An original keeps its own.")
+    DtypeName | None,
+    typer.Option(
+        "--dtype", help="Number format of decoded weights. Default: that of the original.", show_default=False
+    ),
+]
+PadOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--pad-rank",
+        metavar="N",
+        min=1,
+        help="Write decoded weights with rank N for all modules, filled with zeros, for engines that need one rank. "
+        "Default: the ranks of the original.",
+        show_default=False,
+    ),
 ]
 ErrorOpt = Annotated[
     float | None,
@@ -69,13 +83,15 @@ def materialize(
     bundle: FromOpt = None,
     source: SourceOpt = SourceName.AUTO,
     seed: SeedOpt = None,
-    dtype: DtypeOpt = DtypeName.BFLOAT16,
+    dtype: DtypeOpt = None,
+    pad_rank: PadOpt = None,
     max_error: ErrorOpt = None,
     force: ForceOpt = False,
 ) -> None:
-    """Write the adapter of TASK as a PEFT folder.
+    """Write the adapter of TASK as a folder.
 
-    Neither the base model nor a GPU is needed. The same command writes the same bytes. With --seed, the adapter is
+    A decoded adapter has the form of its original: configuration, names, ranks and number formats. Neither the base
+    model nor a GPU is needed. The same command writes the same bytes. With --seed, the adapter is
     generated from a sampled latent instead of the mean. With --from, the adapter is decoded from a bundle and no store
     is needed; every byte of the bundle is checked first.
 
@@ -91,13 +107,15 @@ def materialize(
     if bundle is not None:
         from icmlora.fleet.bundles import Bundle
 
-        done = Bundle(bundle).materialize(task, output, dtype=dtype.value, max_error=max_error, force=force)
+        kind = dtype and dtype.value
+        done = Bundle(bundle).materialize(task, output, dtype=kind, pad_rank=pad_rank, max_error=max_error, force=force)
     else:
         done = session.fleet.materialize(
             task,
             output,
             source=source.value,
-            dtype=dtype.value,
+            dtype=dtype and dtype.value,
+            pad_rank=pad_rank,
             seed=seed,
             max_error=max_error,
             force=force,

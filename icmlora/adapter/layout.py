@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-PEFT_PREFIX = "base_model.model."  # what PEFT puts before the name that a module has in the base model
-
 
 class ModuleShape(NamedTuple):
     """One adapted module: its name in the base model, its rank, and the width of its input and output."""

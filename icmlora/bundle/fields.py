@@ -31,6 +31,10 @@ class Fields:
             raise self._wrong(key)
         return value
 
+    def optional_text(self, key: str, limit: int) -> str | None:
+        """Return a text of up to `limit` characters, or None for an empty one."""
+        return None if self._values[key] == "" else self.text(key, limit)
+
     def digest(self, key: str) -> str:
         """Return a SHA-256 in lower-case hexadecimal."""
         return as_digest(self._values[key], f"{self._what}: {key}")

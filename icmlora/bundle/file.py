@@ -1,6 +1,6 @@
 """One file that holds a generator with the codes of some tasks: made once, carried anywhere, read without a store.
 
-    | "ICMB" 2 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
+    | "ICMB" 3 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
 
 The SHA-256 covers the bytes in front of it and the index, and the index holds the SHA-256 of every part. So every byte
 of the file is covered, and this one digest stands for the whole file. The shape is that of safetensors (length, JSON,
@@ -23,7 +23,8 @@ from icmlora.errors import BundleError, located
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.staging import writing_file
 
-MAGIC = b"ICMB\x02"
+MAGIC = b"ICMB\x03"
+_READABLE = (b"ICMB\x02", MAGIC)  # version 2 had neither templates nor extras
 MAX_BUNDLE_BYTES = 64 * 1024**3
 
 _HEAD = struct.Struct("<5sI32s")
@@ -65,9 +66,9 @@ def open_bundle(path: Path) -> Iterator[BundleFile]:
     # The user named this path, so a link is followed; what it leads to must be a plain file.
     target = Path(os.path.realpath(path))
     with located(path), open_regular(target, max_bytes=MAX_BUNDLE_BYTES) as (descriptor, size):
-        length, digest = _head(read_exactly(descriptor, min(size, _HEAD.size), 0), size)
+        magic, length, digest = _head(read_exactly(descriptor, min(size, _HEAD.size), 0), size)
         text = read_exactly(descriptor, length, _HEAD.size)
-        if _digest(text) != digest:
+        if _digest(text, magic) != digest:
             raise BundleError("the bundle's index is damaged", hint=_HINT)
         index = index_from_json(text)
         start = _HEAD.size + length
@@ -105,27 +106,27 @@ def bundle_size(index: BundleIndex) -> int:
     return _HEAD.size + len(index_to_json(index)) + sum(part.size for part in index.parts)
 
 
-def _head(data: bytes, size: int) -> tuple[int, str]:
-    """Return length and digest of the index."""
+def _head(data: bytes, size: int) -> tuple[bytes, int, str]:
+    """Return magic number, length and digest of the index."""
     if data[:4] != MAGIC[:4]:
         raise BundleError("not an icm bundle", hint="`icm export FILE` writes one")
     if len(data) < _HEAD.size:
         raise BundleError(f"the bundle has {size:,} bytes, too few for its head", hint=_HINT)
     magic, length, digest = _HEAD.unpack(data)
-    if magic != MAGIC:
+    if magic not in _READABLE:
         message = f"the bundle is damaged, or has the format {magic[4]}; this icm knows {MAGIC[4]}"
         raise BundleError(message, hint="use the icm that wrote it, or a newer one")
     if length > min(MAX_INDEX_BYTES, size - _HEAD.size):
         raise BundleError(f"the bundle claims an index of {length:,} bytes and has {size:,} in all", hint=_HINT)
-    return length, digest.hex()
+    return magic, length, digest.hex()
 
 
-def _prefix(text: bytes) -> bytes:
-    return MAGIC + struct.pack("<I", len(text))
+def _prefix(text: bytes, magic: bytes = MAGIC) -> bytes:
+    return magic + struct.pack("<I", len(text))
 
 
-def _digest(text: bytes) -> str:
-    return hashlib.sha256(_prefix(text) + text).hexdigest()
+def _digest(text: bytes, magic: bytes = MAGIC) -> str:
+    return hashlib.sha256(_prefix(text, magic) + text).hexdigest()
 
 
 def _damaged(digest: str) -> BundleError:

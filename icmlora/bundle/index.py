@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.bundle.fields import Fields, as_count, as_digest, wrong
@@ -24,7 +24,7 @@ from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
 from icmlora.formats.peft_config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
 from icmlora.io.safetensors import ITEM_BYTES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
-from registry.names import escape, is_module_name, task_name_problem
+from registry.names import escape, is_file_name, is_module_name, task_name_problem
 
 MAX_CODE_BYTES = 1024**3
 MAX_CARD_BYTES = 64 * 1024  # a longer model card is left out: nothing in it is needed to write an adapter
@@ -61,6 +61,14 @@ class BundledMeasurement:
     settings: Mapping[str, Any]
 
 
+class BundledExtra(NamedTuple):
+    """What the code of a task cannot represent: packed tensors, or a packed file."""
+
+    part: str
+    file: str | None  # the file's name; None for tensors, which name themselves
+    size: int  # in bytes, before packing
+
+
 @dataclass(frozen=True)
 class BundledTask:
     """One task: its code, and what is known of the original adapter, which is not in the bundle."""
@@ -77,6 +85,8 @@ class BundledTask:
     is_generated: bool  # nobody trained the original: a generator made it from samples of the task
     layout: tuple[ModuleShape, ...]
     measured: BundledMeasurement | None
+    template: str = ""  # what the original's format notes of its form
+    extras: tuple[BundledExtra, ...] = ()
 
     @property
     def rank_max(self) -> int:
@@ -101,7 +111,8 @@ class BundledTask:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that belong to this task."""
-        return (self.code, self.config) if self.card is None else (self.code, self.config, self.card)
+        card = () if self.card is None else (self.card,)
+        return (self.code, self.config, *card, *(extra.part for extra in self.extras))
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,7 @@ class BundleIndex:
             yield task.config, MAX_CONFIG_BYTES
             if task.card is not None:
                 yield task.card, MAX_CARD_BYTES
+            yield from ((extra.part, MAX_FILE_BYTES) for extra in task.extras)
 
 
 MAX_INDEX_BYTES = 32 * 1024 * 1024
@@ -150,6 +162,7 @@ MAX_TASKS = 5_000
 _INDEX = ("base_model", "generator", "layouts", "parts", "tasks")
 _GENERATOR = tuple(BundledGenerator.__dataclass_fields__)
 _TASK = tuple(BundledTask.__dataclass_fields__)
+_SINCE_VERSION_3: dict[str, Any] = {"template": "", "extras": []}
 _MEASURED = tuple(BundledMeasurement.__dataclass_fields__)
 
 Layout = tuple[ModuleShape, ...]
@@ -206,6 +219,8 @@ def _generator(value: object) -> BundledGenerator:
 
 
 def _task(value: object, layouts: Sequence[Layout]) -> BundledTask:
+    if isinstance(value, dict):
+        value = _SINCE_VERSION_3 | value
     fields = Fields(value, _TASK, "a task of the bundle")
     name = fields.text("name", limit=1024)
     if (problem := task_name_problem(name)) is not None:
@@ -229,7 +244,24 @@ def _task(value: object, layouts: Sequence[Layout]) -> BundledTask:
         is_generated=fields.flag("is_generated"),
         layout=layouts[layout],
         measured=_measured(fields.optional_mapping("measured")),
+        template=_template(fields.optional_text("template", limit=MAX_CONFIG_BYTES)),
+        extras=tuple(_extra(entry) for entry in fields.entries("extras")),
     )
+
+
+def _template(text: str | None) -> str:
+    if text is not None:
+        parse_object(text.encode(), what="a template of the bundle", max_bytes=MAX_CONFIG_BYTES)
+    return text or ""
+
+
+def _extra(value: object) -> BundledExtra:
+    if not isinstance(value, list) or len(value) != 3:
+        raise wrong(value, "an extra of the bundle")
+    part, file, size = value
+    if file is not None and (not isinstance(file, str) or not is_file_name(file)):
+        raise UnsafeInput(f"{escape(str(file), 120)!r} is not a file name", kind="name")
+    return BundledExtra(as_digest(part, "an extra's digest"), file, as_count(size, "an extra's size"))
 
 
 def _measured(value: object) -> BundledMeasurement | None:

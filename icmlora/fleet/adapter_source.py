@@ -41,7 +41,8 @@ class StoreAdapterSource:
             row for row in store.tasks.summaries() if row.task.base_model == base_model and not row.final.is_evicted
         ]
         rows = [row for row in rows if names is None or row.task.name in names]
-        self.left_out = {row.task.name: _TOO_WIDE for row in rows if row.final.rank_max > MAX_SLOTS}
+        reasons = {row.task.name: row.final.original_only or _too_wide(row.final) for row in rows}
+        self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         rows = [row for row in rows if row.task.name not in self.left_out]
         self.names = [row.task.name for row in rows]
         self._finals = [row.final for row in rows]
@@ -154,7 +155,11 @@ def layout_of(row: AdapterRecord) -> list[ModuleShape]:
 
 
 def _is_checkpoint(row: AdapterRecord) -> bool:
-    return not (row.is_final or row.is_evicted or row.rank_max > MAX_SLOTS)
+    return not (row.is_final or row.is_evicted or row.original_only or _too_wide(row))
+
+
+def _too_wide(row: AdapterRecord) -> str | None:
+    return _TOO_WIDE if row.rank_max > MAX_SLOTS else None
 
 
 def _by_support_set(rows: Iterable[VectorRecord]) -> list[dict[str, VectorRecord]]:

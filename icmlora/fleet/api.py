@@ -282,20 +282,23 @@ class Fleet(StoredFleet):
         directory: str | Path,
         *,
         source: Source = "auto",
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
+        pad_rank: int | None = None,
         seed: int | None = None,
         max_error: float | None = None,
         force: bool = False,
     ) -> MaterializeReport:
-        """Write a task's adapter as a PEFT folder. The folder appears complete or not at all.
+        """Write a task's adapter as a folder. The folder appears complete or not at all.
 
-        Neither the base model nor a GPU is needed. The same arguments write the same bytes.
+        A decoded adapter has the form of its original: its configuration, names, ranks and number formats. Neither the
+        base model nor a GPU is needed. The same arguments write the same bytes.
 
         Args:
             task: Name of the task.
             directory: The folder, absent or empty.
             source: `original`, `residual`, `code` or `generate`; `auto` takes the best there is of the first three.
-            dtype: Number format of decoded weights: `bfloat16`, `float16` or `float32`. An original keeps its own.
+            dtype: Number format of decoded factors: `bfloat16`, `float16` or `float32`. Default: that of the original.
+            pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.
             seed: Generate the adapter from a latent sampled with this seed.
             max_error: Refuse an adapter whose relative error is larger, or was not measured.
             force: Replace the adapter in a folder that is not empty.
@@ -309,7 +312,14 @@ class Fleet(StoredFleet):
 
         where = Path(directory)
         request = MaterializeRequest(
-            task=task, source=source, seed=seed, max_error=max_error, directory=where, dtype=dtype, force=force
+            task=task,
+            directory=where,
+            source=source,
+            dtype=dtype,
+            pad_rank=pad_rank,
+            seed=seed,
+            max_error=max_error,
+            force=force,
         )
         return materialize(self._context, request)
 

@@ -81,7 +81,8 @@ class StoredOriginals(Mapping[str, Adapter]):
     def __init__(self, store: Store, base_model: str) -> None:
         rows = (row for row in store.tasks.summaries() if row.task.base_model == base_model)
         self._store = store
-        self._finals: dict[str, AdapterRecord] = {row.task.name: row.final for row in rows if not row.final.is_evicted}
+        finals = ((row.task.name, row.final) for row in rows)
+        self._finals: dict[str, AdapterRecord] = {name: final for name, final in finals if final.can_be_read}
 
     def __getitem__(self, task: str) -> Adapter:
         return read_original(self._store, self._finals[task])

@@ -15,6 +15,7 @@ from icmlora.errors import BundleError, DataError
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.cards import Provenance
+    from icmlora.fleet.decoding import OriginalForm
     from icmlora.fleet.materialize import MaterializeReport
     from icmlora.generator.versions import GeneratorFile
 
@@ -90,7 +91,8 @@ class Bundle:
         task: str,
         directory: str | Path,
         *,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
+        pad_rank: int | None = None,
         max_error: float | None = None,
         force: bool = False,
     ) -> MaterializeReport:
@@ -101,7 +103,9 @@ class Bundle:
         Args:
             task: Name of the task, in any case.
             directory: The folder, absent or empty.
-            dtype: Number format of the weights: `bfloat16`, `float16` or `float32`.
+            dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original.
+            pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks
+                of the original.
             max_error: Refuse an adapter whose relative error is larger, or was not measured.
             force: Replace the adapter in a folder that is not empty.
 
@@ -112,15 +116,14 @@ class Bundle:
             OutputExists: The folder is not empty and `force` is not given.
         """
         from icmlora.fleet.materialize import MaterializeRequest, write_decoded
-        from icmlora.formats.peft import PEFT
         from icmlora.io.staging import check_free
 
         check_free(Path(directory), force=force)
-        adapter, provenance = self._decode(task, max_error)
-        request = MaterializeRequest(task=task, directory=Path(directory), dtype=dtype, force=force)
-        return write_decoded(adapter, provenance, request, PEFT)
+        adapter, provenance, form = self._decode(task, max_error)
+        request = MaterializeRequest(task=task, directory=Path(directory), dtype=dtype, pad_rank=pad_rank, force=force)
+        return write_decoded(adapter, provenance, request, form)
 
-    def _decode(self, name: str, max_error: float | None) -> tuple[Adapter, Provenance]:
+    def _decode(self, name: str, max_error: float | None) -> tuple[Adapter, Provenance, OriginalForm]:
         from icmlora.fleet.cards import Provenance
         from icmlora.fleet.materialize import check_error
 
@@ -139,7 +142,8 @@ class Bundle:
         with self._open() as file:
             file.check()
             generator_file, code = open_generator(file), file.read(task.code)
-        return generator_file.codec_of(code).decode(code), provenance
+            form = _form(file, task)
+        return generator_file.codec_of(code).decode(code), provenance, form
 
     @contextmanager
     def _open(self) -> Iterator[BundleFile]:
@@ -147,6 +151,18 @@ class Bundle:
             if file.digest != self.digest:
                 raise BundleError("the bundle was replaced by another one", path=self.path)
             yield file
+
+
+def _form(file: BundleFile, task: BundledTask) -> OriginalForm:
+    from icmlora.fleet.decoding import OriginalForm
+    from icmlora.formats.extras import unpack, unpack_tensors
+    from icmlora.formats.format import Template
+    from icmlora.formats.peft import PEFT
+
+    template = Template(file.read(task.config), task.layout, task.dtype, task.template)
+    tensors = unpack_tensors(file.read(extra.part) for extra in task.extras if extra.file is None)
+    files = {extra.file: unpack(file.read(extra.part)) for extra in task.extras if extra.file is not None}
+    return OriginalForm(PEFT, template, tensors, files)
 
 
 def find_task(index: BundleIndex, name: str) -> BundledTask:

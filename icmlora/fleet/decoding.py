@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, DataError
 from icmlora.formats.catalogue import format_named
+from icmlora.formats.format import AdapterFormat, Template
 from icmlora.generator.codec import Codec
 from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
+    from icmlora.io.safetensors import RawTensor
     from registry.records import AdapterRecord, CodeRecord
     from registry.store import Store
 
@@ -29,6 +32,39 @@ def decode_code(
     from icmlora.generator.residual_codec import ResidualCodec  # most codes have no residual
 
     return ResidualCodec(codec).decode(data, store.blobs.read(code.residual.blob))
+
+
+@dataclass(frozen=True)
+class OriginalForm:
+    """What a decoded adapter takes over from its original: format, form, and what a code cannot represent."""
+
+    format: AdapterFormat
+    template: Template
+    tensors: Mapping[str, RawTensor]
+    files: Mapping[str, bytes]
+
+
+def read_form(store: Store, final: AdapterRecord) -> OriginalForm:
+    """Read the form and the extras of a task's original; its weights need not be there."""
+    layout = tuple(ModuleShape(*entry) for entry in final.layout)
+    template = Template(store.blobs.read(final.config), layout, final.dtype, final.template)
+    tensors: Mapping[str, RawTensor] = {}
+    packed = [extra.blob for extra in final.extras if extra.file is None]
+    if packed:
+        from icmlora.formats.extras import unpack_tensors
+
+        tensors = unpack_tensors(map(store.blobs.read, packed))
+    return OriginalForm(format_named(final.format), template, tensors, read_companions(store, final))
+
+
+def read_companions(store: Store, final: AdapterRecord) -> dict[str, bytes]:
+    """Read the files that came with an adapter."""
+    named = [(extra.file, extra.blob) for extra in final.extras if extra.file is not None]
+    if not named:
+        return {}
+    from icmlora.formats.extras import unpack
+
+    return {name: unpack(store.blobs.read(blob)) for name, blob in named}
 
 
 def codec_of_task(

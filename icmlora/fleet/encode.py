@@ -167,6 +167,8 @@ class Encoder:
     def _encode(self, turn: _Turn) -> TaskEncoded:
         if turn.final.is_evicted:
             return turn.unchanged("evicted")
+        if turn.final.original_only is not None:
+            return turn.unchanged("unmeasured", turn.final.original_only)
         if not self._request.again and (known := self._known(turn)) is not None:
             return known
         try:

@@ -11,6 +11,7 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.bundle.file import bundle_digest, bundle_size, write_bundle
 from icmlora.bundle.index import (
     MAX_CARD_BYTES,
+    BundledExtra,
     BundledGenerator,
     BundledMeasurement,
     BundledTask,
@@ -134,6 +135,8 @@ def _task(store: Store, row: TaskSummary, generator: GeneratorRecord) -> Bundled
         step=final.step,
         is_generated=final.is_generated,
         layout=tuple(ModuleShape(*entry) for entry in final.layout),
+        template=final.template,
+        extras=tuple(BundledExtra(extra.blob, extra.file, extra.size) for extra in final.extras),
         measured=_measured(latest(store.evaluations.all(row.task.name), row.task, "code", generator)),
     )
 

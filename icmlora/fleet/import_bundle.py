@@ -7,7 +7,7 @@ Until the transaction the store is as it was. A killed import leaves blobs witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +20,7 @@ from icmlora.formats.peft_config import AdapterConfig
 from icmlora.generator.code import generator_of
 from registry.bundles import BundleImport, ImportedTask, ImportOutcome
 from registry.errors import StoreNotFound
-from registry.records import NewAdapter, NewEvaluation, NewGenerator
+from registry.records import Extra, NewAdapter, NewEvaluation, NewGenerator
 
 if TYPE_CHECKING:
     from icmlora.bundle.file import BundleFile
@@ -109,11 +109,11 @@ def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], request: ImportRe
     index = bundle.index
     generator = NewGenerator(index.base_model, index.generator.blob, index.generator.config, index.generator.metrics)
     source = f"bundle {bundle.digest}"
-    arriving = [_arriving(task, source) for task in tasks]
+    arriving = [_arriving(task, source, index.sizes) for task in tasks]
     return BundleImport(generator, index.generator.version, arriving, request.on_conflict)
 
 
-def _arriving(task: BundledTask, source: str) -> ImportedTask:
+def _arriving(task: BundledTask, source: str, sizes: Mapping[str, int]) -> ImportedTask:
     original = NewAdapter(
         weights=task.weights,
         config=task.config,
@@ -127,6 +127,8 @@ def _arriving(task: BundledTask, source: str) -> ImportedTask:
         layout=[(shape.module, shape.rank, shape.inputs, shape.outputs) for shape in task.layout],
         source=source,
         is_generated=task.is_generated,
+        template=task.template,
+        extras=[Extra(extra.part, extra.file, extra.size, sizes[extra.part]) for extra in task.extras],
     )
     measured = None
     if task.measured is not None:

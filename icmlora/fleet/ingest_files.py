@@ -18,21 +18,25 @@ from typing import TYPE_CHECKING
 
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples import MAX_BYTES
-from icmlora.errors import AdapterRefused, DataError, IcmLoraError, located
+from icmlora.errors import DataError, IcmLoraError, located
 from icmlora.formats.discovery import FoundAdapter, FoundTask
+from icmlora.formats.extras import pack, pack_tensors
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.io.files import read_regular
+from icmlora.io.safetensors import RawTensor
 from registry.blobs.content import PutRefusal, digest_of
 from registry.conversion import source_label
 from registry.errors import SourceRefused
 from registry.files import read_plain
-from registry.records import EvictedAdapter, NewAdapter
+from registry.records import EvictedAdapter, Extra, NewAdapter
 
 if TYPE_CHECKING:
     from registry.store import Store
 
 _CONFIG_LIMIT = 1 << 20
 _CARD_LIMIT = 4 << 20
+_COMPANION_LIMIT = 128 << 20
+UNKNOWN_BASE = "unknown"  # the base model of adapters that name none
 _AGAIN = "correct the file and ingest it again, or use --no-texts"
 # An interrupted ingest reads at most one batch again: 256 MiB, or 256 adapters.
 _BATCH_BYTES = 256 << 20
@@ -140,7 +144,7 @@ def prepare(
     else:
         outcomes = _check_and_store(checks, contents, store, _withheld(tasks, good, evicted))
     outcomes |= {path: _too_large(path) for path in texts - checks.keys()}
-    return [_prepared(task, small, outcomes) for task in tasks]
+    return [_prepared(task, small, outcomes, store) for task in tasks]
 
 
 def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
@@ -161,23 +165,13 @@ def _inspect(
     found: dict[bytes, AdapterSummary | IcmLoraError] = {}
     for config in configs:
         try:
-            found[config] = _refuse_extras(adapter_format.inspect(config, data, path=path), path)
+            found[config] = adapter_format.inspect(config, data, path=path)
         except IcmLoraError as error:
             found[config] = error
     errors = [item for item in found.values() if isinstance(item, IcmLoraError)]
     if len(errors) == len(found):
         raise errors[0]
     return found
-
-
-def _refuse_extras(summary: AdapterSummary, path: Path) -> AdapterSummary:
-    """Refuse what the store could not give back once only a code is left of the adapter."""
-    if summary.extras:
-        message = f"{summary.extras[0]} is not part of a LoRA ({len(summary.extras)} such tensors)"
-        raise AdapterRefused(
-            message, kind="extras", path=path, hint="remove what is not LoRA, or keep the file as it is"
-        )
-    return summary
 
 
 def _check_text(data: bytes | memoryview, *, path: Path) -> TextRead:
@@ -245,12 +239,12 @@ def _check_only(checks: _Checks) -> _Outcomes:
 
 
 def _prepared(
-    task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
+    task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes, store: Store | None
 ) -> PreparedTask | Problem:
     """Combine what was read of one task; refuse the task if its final adapter was refused."""
     rows: list[NewAdapter] = []
     problems: list[Problem] = []
-    base_model, size = "", 0
+    base_model, size = UNKNOWN_BASE, 0
     for found in task.adapters:
         match _read_of(found, small, outcomes):
             case Exception() as error:
@@ -258,9 +252,16 @@ def _prepared(
                 if found.is_final:
                     return problems[-1]
             case files, checked, summary:
-                rows.append(_row(found, files, checked.digest, summary))
+                extras: tuple[Extra, ...] = ()
+                if found.is_final:
+                    base_model = summary.base_model or UNKNOWN_BASE
+                    try:
+                        extras = _extras(found, checked.digest, summary, store)
+                    except (IcmLoraError, SourceRefused) as error:
+                        return Problem(error, found.place)
+                rows.append(_row(found, files, checked.digest, summary, extras))
                 size += checked.size + len(files.config) + len(files.card or b"")
-                base_model = summary.base_model if found.is_final else base_model
+                size += sum(extra.size for extra in extras if extra.file is not None)
     (samples, samples_read), (eval_data, eval_read) = (
         _text(path, outcomes, problems) for path in (task.samples, task.eval_data)
     )
@@ -296,7 +297,29 @@ def _text(path: Path | None, outcomes: _Outcomes, problems: list[Problem]) -> tu
     return None, None
 
 
-def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary) -> NewAdapter:
+def _extras(found: FoundAdapter, weights: str, summary: AdapterSummary, store: Store | None) -> tuple[Extra, ...]:
+    """Pack and store the tensors and the files that a code cannot represent; in a dry run only read the files."""
+    packed: list[tuple[str | None, bytes, int]] = []
+    for name, path in sorted(found.companions.items()):
+        data = read_regular(path, max_bytes=_COMPANION_LIMIT)
+        packed.append((name, pack(data), len(data)))
+    # Evicted weights that stay evicted are not in the store; the row of their adapter has its extras already.
+    if store is not None and summary.extras and store.blobs.exists(weights):
+        data = store.blobs.read(weights)
+        tensors = {info.name: RawTensor(info.dtype, info.shape, data[info.begin : info.end]) for info in summary.extras}
+        packed.extend((None, blob, size) for blob, size in pack_tensors(tensors))
+    return tuple(
+        Extra(digest_of(blob) if store is None else store.blobs.put(blob), name, size, len(blob))
+        for name, blob, size in packed
+    )
+
+
+def _row(
+    found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary, extras: tuple[Extra, ...]
+) -> NewAdapter:
+    reason = summary.original_only
+    if reason is None and summary.base_model is None:
+        reason = "it names no base model; `icm ingest --base-model NAME` says which"
     return NewAdapter(
         weights=weights,
         config=digest_of(files.config),
@@ -310,6 +333,10 @@ def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSumma
         layout=summary.layout,
         source=source_label(found.place),
         format=found.format.name,
+        original_only=reason,
+        does_nothing=summary.does_nothing,
+        template=summary.template,
+        extras=extras,
     )
 
 

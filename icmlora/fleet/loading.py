@@ -14,7 +14,7 @@ from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.gguf import convert_gguf
 from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
-from icmlora.errors import OutputExists
+from icmlora.errors import DataError, OutputExists
 from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.folder import save_adapter
@@ -83,8 +83,16 @@ def read_original(store: Store, final: AdapterRecord) -> Adapter:
     return found.adapter
 
 
+def refuse_extras(final: AdapterRecord) -> None:
+    """Refuse to run an adapter that is more than its LoRA: without its extras it would be another one."""
+    if count := sum(extra.file is None for extra in final.extras):
+        fact = f"task {final.task!r} has tensors in addition to its LoRA ({count} blobs), so it cannot be run yet"
+        raise DataError(fact, hint="its bytes are kept exactly; quality is not measured")
+
+
 def write_plain_copy(store: Store, final: AdapterRecord, folder: Path) -> None:
     """Write a copy of an original that is safe for PEFT to load on this machine."""
+    refuse_extras(final)
     # PEFT runs the patterns in a configuration as regular expressions, and a hostile one may never end; here the
     # modules are named literally. float32 keeps the weights exact, with the scale multiplied in.
     save_adapter(read_original(store, final), folder, dtype="float32")

@@ -11,19 +11,20 @@ torch is imported only to decode or to load: an original is written as it is.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from icmlora.errors import DataError, located
 from icmlora.fleet.context import Context
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import AdapterBytes, AdapterFormat, write_adapter_folder
+from icmlora.formats.format import AdapterBytes, write_adapter_folder
 from icmlora.io.staging import check_free
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.cards import Provenance
+    from icmlora.fleet.decoding import OriginalForm
     from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
     from registry.store import Store
 
@@ -48,7 +49,8 @@ class MaterializeRequest(LoadRequest):
     """Which adapter to write, and where."""
 
     directory: Path
-    dtype: str = "bfloat16"
+    dtype: str | None = None  # of decoded factors; None for that of the original
+    pad_rank: int | None = None  # one rank for all modules, for engines; None for the ranks of the original
     force: bool = False
 
 
@@ -77,9 +79,12 @@ def materialize(context: Context, request: MaterializeRequest) -> MaterializeRep
         source = _choose_source(request, stored)
         if source == "original":
             return _write_original(store, stored, request)
+        from icmlora.fleet.decoding import read_form
+
         provenance = _provenance(store, stored, source, request)
         adapter = _decode(store, stored, source, request.seed)
-    return write_decoded(adapter, provenance, request, format_named(stored.final.format))
+        form = read_form(store, stored.final)
+    return write_decoded(adapter, provenance, request, form)
 
 
 def load(context: Context, request: LoadRequest) -> Adapter:
@@ -131,6 +136,8 @@ def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original",
     if source == "original" and final.is_evicted:
         hint = "`icm ingest --restore PATH` brings it back; `--source code` decodes what the store still has"
         raise DataError(f"the original of task {task} was evicted at {final.evicted_at}", hint=hint)
+    if source != "original" and final.original_only is not None:
+        raise DataError(f"task {task} has its original only: {final.original_only}", hint="use `--source original`")
     if source in ("code", "residual") and code is None:
         train = "icm train" if stored.generator is None else "icm train --update"
         raise DataError(f"task {task} has no code", hint=f"run `{train}` to make one")
@@ -188,15 +195,23 @@ def _generator_of(stored: _Stored) -> GeneratorRecord:
 
 
 def write_decoded(
-    adapter: Adapter, provenance: Provenance, request: MaterializeRequest, adapter_format: AdapterFormat
+    adapter: Adapter, provenance: Provenance, request: MaterializeRequest, form: OriginalForm
 ) -> MaterializeReport:
     """Write a decoded adapter with its model card; the same arguments give the same bytes."""
     from icmlora.fleet.cards import card_text
 
-    card, metadata = card_text(provenance), provenance.metadata()
     with located(request.directory):
-        files = adapter_format.encode(adapter, dtype=request.dtype, card=card, metadata=metadata)
-    write_adapter_folder(request.directory, adapter_format, files, force=request.force)
+        files = form.format.encode(
+            adapter,
+            card=card_text(provenance),
+            metadata=provenance.metadata(),
+            like=form.template,
+            dtype=request.dtype,
+            pad_rank=request.pad_rank,
+            extras=form.tensors,
+        )
+    files = replace(files, companions=form.files)
+    write_adapter_folder(request.directory, form.format, files, force=request.force)
     digest = hashlib.sha256(files.weights).hexdigest()
     p = provenance
     return MaterializeReport(p.task, request.directory, p.source, p.generator.blob, p.dw_error, p.retained_gain, digest)
@@ -210,6 +225,12 @@ def _write_original(store: Store, stored: _Stored, request: MaterializeRequest) 
         card = original_card(task.name, task.base_model, final.weights).encode()
     else:
         card = store.blobs.read(final.card)
-    files = AdapterBytes(store.blobs.read(final.weights), store.blobs.read(final.config), card)
+    weights, config = store.blobs.read(final.weights), store.blobs.read(final.config)
+    companions: dict[str, bytes] = {}
+    if final.extras:
+        from icmlora.fleet.decoding import read_companions
+
+        companions = read_companions(store, final)
+    files = AdapterBytes(weights, config, card, companions)
     write_adapter_folder(request.directory, format_named(final.format), files, force=request.force)
     return MaterializeReport(task.name, request.directory, "original", None, 0.0, 1.0, final.weights)

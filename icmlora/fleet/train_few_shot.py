@@ -89,7 +89,7 @@ class AllAdapters:
         self._store, self._generator, self._file = store, generator, file
         rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
         # A generated task would only confirm the few-shot start that made it.
-        self._rows = [row for row in rows if not row.final.is_generated]
+        self._rows = [row for row in rows if not (row.final.is_generated or row.final.original_only)]
         self.names = [row.task.name for row in self._rows]
 
     def __iter__(self) -> Iterator[Adapter]:

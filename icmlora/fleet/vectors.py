@@ -61,6 +61,7 @@ class VectorReport:
 
     tasks: list[VectorsExtracted] = field(default_factory=list)
     present: int = 0
+    original_only: list[str] = field(default_factory=list)  # tasks whose adapters no code can represent
     evicted: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     failed: list[TaskFailed] = field(default_factory=list)
@@ -120,6 +121,8 @@ def _plan(store: Store, request: VectorRequest, report: VectorReport) -> dict[st
             report.present += 1
         elif row.final.is_evicted:
             report.evicted.append(row.task.name)
+        elif row.final.original_only is not None:
+            report.original_only.append(row.task.name)
         else:
             todo[row.task.base_model].append(row)
     return todo

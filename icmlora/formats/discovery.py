@@ -48,6 +48,7 @@ class FoundAdapter:
     card: Path | None
     step: int | None  # the training step of a checkpoint, or None for an adapter that is not a checkpoint
     is_final: bool  # whether this is *the* adapter of its task; true for exactly one
+    companions: Mapping[str, Path] = field(default_factory=dict)  # other files that belong to it, by name
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,8 @@ def _order(step: int | None) -> tuple[bool, int]:
 
 def _adapter(located: _Located, step: int | None, *, is_final: bool) -> FoundAdapter:
     paths = located.paths
-    return FoundAdapter(located.format, paths.place, paths.weights, paths.config, paths.card, step, is_final)
+    files = paths.place, paths.weights, paths.config, paths.card
+    return FoundAdapter(located.format, *files, step, is_final, paths.companions)
 
 
 def _next_to(folder: Path, name: str) -> Path | None:

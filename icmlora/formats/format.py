@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.errors import AdapterRefused
     from icmlora.formats.tree import Folder
-    from icmlora.io.safetensors import RawTensor
+    from icmlora.io.safetensors import RawTensor, TensorInfo
 
 Buffer = bytes | bytearray | memoryview
 
@@ -36,12 +36,14 @@ class AdapterPaths:
         weights: The file with the tensors.
         config: The file that says what they mean; None where the weights' own header does.
         card: The model card, or None.
+        companions: Name to path of other files that belong to the adapter, such as a tokenizer.
     """
 
     place: Path
     weights: Path
     config: Path | None = None
     card: Path | None = None
+    companions: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class AdapterBytes:
         weights: The file with the tensors.
         config: Empty for a format without such a file.
         card: The model card, or None.
+        companions: Name to content of other files that belong to the adapter.
     """
 
     weights: bytes
     config: bytes = b""
     card: bytes | None = None
+    companions: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,28 @@ class ConfigFacts:
 class AdapterSummary:
     """What an adapter is, without its values."""
 
-    base_model: str
+    base_model: str | None
     """The base model's label as the adapter gives it: opaque text."""
     revision: str | None
     task_type: str | None
     dtype: str
-    """"F32", "F16" or "BF16"; several joined with "+" where the file mixes them."""
+    """Of the factors, as safetensors names it; several are joined with "+"."""
     rank_max: int
     parameters: int
     target_modules: tuple[str, ...]
-    """Derived from the tensors, never from the configuration."""
+    """Derived from the tensors, or from the configuration where there can be no code."""
     layout: tuple[ModuleShape, ...]
-    """Modules in natural order, named as in the base model (without a format's own prefix)."""
-    extras: tuple[str, ...] = ()
-    """Names of the tensors that a code cannot represent, such as a head or a bias."""
+    """Modules in natural order, named as in the base model (without a format's own prefix). A convolution's kernel
+    counts as part of its input, and an embedding's rows are its input. Empty where there can be no code."""
+    extras: tuple[TensorInfo, ...] = ()
+    """The tensors that a code cannot represent and that are kept exactly, such as a head or a bias."""
+    original_only: str | None = None
+    """Why there can be no code of it ("peft_type is LOHA, not LORA"); it is kept as it is. None where there can."""
+    does_nothing: bool = False
+    """It leaves the base model as it is, or its values are not finite."""
+    template: str = ""
+    """JSON of what `encode` needs, besides configuration and layout, to write a decoded adapter in the form of this
+    one: unusual names, shapes, types. Empty for the usual form."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +109,17 @@ class LoadedAdapter:
     """Float32, the scale folded into B; not yet canonical."""
     extras: Mapping[str, RawTensor] = field(default_factory=dict)
     """The tensors that a code cannot represent, by their names in the file."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """The form of an adapter without its values. A decoded adapter is written in the form of its original."""
+
+    config: bytes
+    layout: tuple[ModuleShape, ...]
+    dtype: str
+    details: str = ""
+    """`AdapterSummary.template`."""
 
 
 class AdapterFormat(Protocol):
@@ -131,40 +154,49 @@ class AdapterFormat(Protocol):
     def inspect(self, config: bytes, weights: Buffer, *, path: str | Path | None = None) -> AdapterSummary:
         """Check an adapter completely and summarise it.
 
+        What can be read safely is never refused: where there can be no code, `original_only` says why.
+
         Args:
             config: Its configuration; empty for a format without one.
             weights: Its tensors.
             path: Where they came from, for messages.
 
         Raises:
-            AdapterRefused: It is damaged, or could not be given back exactly; `kind` says why.
+            AdapterRefused: It is damaged; `kind` says how.
+            UnsafeInput: A pickle, hostile names, or limits broken.
         """
         ...
 
     def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
-        """Read an adapter's tensors; raises as `inspect` does."""
+        """Read an adapter's tensors; raises as `inspect` does, and `AdapterRefused` where there can be no code."""
         ...
 
     def encode(
         self,
         adapter: Adapter,
         *,
-        dtype: str,
         card: str,
         metadata: Mapping[str, str],
+        like: Template | None = None,
+        dtype: str | None = None,
+        pad_rank: int | None = None,
         extras: Mapping[str, RawTensor] | None = None,
     ) -> AdapterBytes:
         """Write an adapter; the same arguments give the same bytes.
 
         Args:
             adapter: What to write.
-            dtype: "bfloat16", "float16" or "float32"; values are rounded to nearest even.
             card: Text of the model card.
-            metadata: Short facts for the header of the weights.
+            metadata: Short facts for the header of the weights; not written with `like`, whose own header stays.
+            like: Write it in this form: configuration, names, ranks, shapes and types. None for a fresh configuration.
+            dtype: "bfloat16", "float16" or "float32" for the factors, rounded to nearest even. Default: the type of
+                `like`, or bfloat16.
+            pad_rank: Write the form that every engine reads instead: this rank for all modules, filled with zeros, the
+                scale folded into B.
             extras: The extras that `read` returned; written exactly.
 
         Raises:
-            AdapterRefused: A value that `dtype` cannot hold.
+            AdapterRefused: A value that the type cannot hold, or a rank above `pad_rank`.
         """
         ...
 

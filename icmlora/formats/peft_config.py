@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from icmlora.errors import AdapterRefused, UnsafeInput
+from icmlora.formats.format import ConfigFacts
 from icmlora.formats.refusals import refuse_unsupported
 from icmlora.io.strict_json import parse_object
-from registry.names import escape
+from registry.names import escape, is_module_name
 
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.]|\\\.)+")
 _LITERAL_DOT = "\\"  # stands for an escaped dot inside `characters`; no module name holds a backslash
@@ -53,6 +54,7 @@ class ModulePattern:
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_RANK = 4096
 MAX_LABEL = 1024
+MAX_TARGETS = 10_000
 
 # PEFT's own defaults for keys that the file leaves out.
 _DEFAULT_RANK = 8
@@ -63,7 +65,7 @@ _DEFAULT_ALPHA = 8
 class AdapterConfig:
     """The fields of a PEFT LoRA configuration that decide what its tensors mean."""
 
-    base_model: str  # the label of the base model: opaque text, never opened or fetched
+    base_model: str | None  # the label of the base model: opaque text, never opened or fetched
     revision: str | None
     task_type: str | None
     rank: int
@@ -75,18 +77,11 @@ class AdapterConfig:
     @classmethod
     def parse(cls, data: bytes) -> AdapterConfig:
         """Read a configuration."""
-        fields = parse_object(data, what="adapter_config.json", max_bytes=MAX_CONFIG_BYTES)
+        fields = _fields(data)
         refuse_unsupported(fields)
         reader = _Reader(fields)
-        base_model = reader.text("base_model_name_or_path")
-        if base_model is None:
-            raise AdapterRefused(
-                "adapter_config.json names no base model",
-                kind="base-model",
-                hint="set base_model_name_or_path in adapter_config.json to the model it was trained on",
-            )
         return cls(
-            base_model=base_model,
+            base_model=reader.text("base_model_name_or_path"),
             revision=reader.text("revision"),
             task_type=reader.text("task_type"),
             rank=reader.rank("r", fields.get("r", _DEFAULT_RANK)),
@@ -107,6 +102,31 @@ class AdapterConfig:
         alpha = next((alpha for pattern, alpha in self.alpha_pattern if pattern.matches(module)), self.alpha)
         rank = self.rank_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def read_facts(data: bytes) -> ConfigFacts:
+    """Read what every PEFT configuration says, whatever the method; refuse only what is damaged."""
+    reader = _Reader(_fields(data))
+    labels = (reader.text(key) for key in ("base_model_name_or_path", "revision", "task_type"))
+    return ConfigFacts(*labels)
+
+
+def stated_rank(data: bytes) -> int:
+    """Return the rank that a configuration states; 0 if it states none."""
+    rank = _fields(data).get("r")
+    return rank if type(rank) is int and 0 < rank < 2**31 else 0
+
+
+def stated_targets(data: bytes) -> tuple[str, ...]:
+    """Return the target modules that a configuration lists."""
+    targets = _fields(data).get("target_modules")
+    if not isinstance(targets, list) or len(targets) > MAX_TARGETS:
+        return ()
+    return tuple(sorted(name for name in targets if isinstance(name, str) and is_module_name(name)))
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    return parse_object(data, what="adapter_config.json", max_bytes=MAX_CONFIG_BYTES)
 
 
 class _Reader:
@@ -135,7 +155,7 @@ class _Reader:
         if type(value) is not int or value < 1:
             raise self._wrong(key, value, "a whole number from 1")
         if value > MAX_RANK:
-            raise UnsafeInput(f"{key} holds the rank {escape(str(value), 32)}", kind="limits")
+            raise AdapterRefused(f"{key} holds the rank {escape(str(value), 32)}", kind="rank")
         return value
 
     def number(self, key: str, value: object) -> float:

@@ -1,28 +1,39 @@
 """PEFT's names for tensors: which module each belongs to, and which half of it.
 
-base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
-|-- prefix -----|-- module, as the base model calls it -|-- half --|
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+    |-- prefix -----|-- module, as the base model calls it -|-- half --|
+
+    linear         lora_A.weight      (r, in)         lora_B.weight      (out, r)
+    convolution    lora_A.weight      (r, in, k...)   lora_B.weight      (out, r, 1...)
+    embedding      lora_embedding_A   (r, rows)       lora_embedding_B   (dim, r)
+
+All other tensors are extras: heads, biases, DoRA's magnitudes, token rows, copies of base layers.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import prod
 
-from icmlora.adapter.layout import PEFT_PREFIX, ModuleShape
+from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import AdapterRefused
 from icmlora.formats.refusals import refuse_tensor
 from icmlora.io.safetensors import TensorHeader, TensorInfo
 from registry.names import is_module_name, natural_key
 
-_HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
+PREFIX = "base_model.model."  # what PEFT puts before the name that a module has in the base model
+
+_HALF = re.compile(
+    r"(?P<module>.+)\.lora_(?:(?P<half>[AB])(?:\.default)?\.weight|embedding_(?P<row_half>[AB])(?:\.default)?)"
+)
 # Names that torch.compile, FSDP and activation checkpointing put between two modules.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 @dataclass(frozen=True)
 class FactorPair:
-    """Both factors of one module, as the file has them: `a` is (r, in), `b` is (out, r)."""
+    """Both factors of one module, as the file has them."""
 
     module: str
     a: TensorInfo
@@ -30,42 +41,72 @@ class FactorPair:
 
     @property
     def shape(self) -> ModuleShape:
-        """The module with its rank and widths."""
-        return ModuleShape(self.module, self.a.shape[0], self.a.shape[1], self.b.shape[0])
+        """The module with its rank and widths; a convolution's kernel counts as part of its input."""
+        return ModuleShape(self.module, self.a.shape[0], prod(self.a.shape[1:]), self.b.shape[0])
+
+    @property
+    def has_usual_names(self) -> bool:
+        """Whether the tensors are called as those of a linear layer."""
+        return (self.a.name, self.b.name) == usual_names(self.module)
 
 
-def pair_factors(header: TensorHeader) -> tuple[FactorPair, ...]:
-    """Match every `lora_A` with its `lora_B`, in natural order of the modules."""
+@dataclass(frozen=True)
+class SortedTensors:
+    """The tensors of a file: pairs of factors in natural order of their modules, and everything else."""
+
+    pairs: tuple[FactorPair, ...]
+    extras: tuple[TensorInfo, ...]
+
+
+def usual_names(module: str) -> tuple[str, str]:
+    """Return what PEFT calls the two factors of a linear layer."""
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def sort_tensors(header: TensorHeader) -> SortedTensors:
+    """Match every A with its B, and set aside what is neither.
+
+    Raises:
+        AdapterRefused: A tensor of another method than LoRA, a factor without the other, or shapes that do not fit.
+    """
     halves: dict[str, dict[str, TensorInfo]] = {}
+    extras: list[TensorInfo] = []
     for tensor in header.tensors:
-        module, half = _parse_key(tensor.name)
+        found = _parse_key(tensor.name)
+        if found is None:
+            extras.append(tensor)
+            continue
+        module, half = found
         known = halves.setdefault(module, {})
         if half in known:
             message = f"{tensor.name} and {known[half].name} are the same factor"
             raise AdapterRefused(message, kind="duplicate-key")
         known[half] = tensor
-    return tuple(_pair(module, halves[module]) for module in sorted(halves, key=natural_key))
+    pairs = tuple(_pair(module, halves[module]) for module in sorted(halves, key=natural_key))
+    return SortedTensors(pairs, tuple(extras))
 
 
-def _parse_key(name: str) -> tuple[str, str]:
+def _parse_key(name: str) -> tuple[str, str] | None:
+    """Return module and half of a factor, or None for an extra."""
     match = _HALF.fullmatch(name)
-    module = _unwrapped(match["module"]) if match else ""
-    if match is None or "base_layer" in module.split(".") or module.rpartition(".")[2] == "experts":
+    if match is None:
         refuse_tensor(name)
-    if not module.startswith(PEFT_PREFIX):
-        message = f"{name} does not start with {PEFT_PREFIX}"
+        return None
+    module = _unwrapped(match["module"])
+    if not module.startswith(PREFIX):
+        message = f"{name} does not start with {PREFIX}"
         hint = "save it again with PEFT: icm does not guess the names that other trainers use"
         raise AdapterRefused(message, kind="prefix", hint=hint)
-    module = module.removeprefix(PEFT_PREFIX)
+    module = module.removeprefix(PREFIX)
     if not is_module_name(module):
         raise AdapterRefused(f"{name} does not name a module", kind="unknown-tensor")
-    return module, match["half"]
+    return module, match["half"] or match["row_half"]
 
 
 def _unwrapped(module: str) -> str:
     plain = ".".join(part for part in module.split(".") if part not in _WRAPPERS)
     # DistributedDataParallel calls what it wraps `module`; deeper down that may be a real name.
-    for prefix in ("module.", PEFT_PREFIX + "module."):
+    for prefix in ("module.", PREFIX + "module."):
         if plain.startswith(prefix):
             return prefix.removesuffix("module.") + plain.removeprefix(prefix)
     return plain
@@ -78,13 +119,17 @@ def _pair(module: str, halves: dict[str, TensorInfo]) -> FactorPair:
         raise AdapterRefused(f"{present.name} has no {missing}", kind="missing-half")
     a, b = halves["A"], halves["B"]
     for tensor in (a, b):
-        if len(tensor.shape) != 2:
-            kind, hint = "shape", "gather the weights of a ZeRO-3 or FSDP run before saving"
-            if len(tensor.shape) > 2:
-                kind, hint = "conv", "train linear layers only"
-            message = f"{tensor.name} has the shape {list(tensor.shape)}, not two dimensions"
-            raise AdapterRefused(message, kind=kind, hint=hint)
-    if a.shape[0] != b.shape[1]:
-        message = f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} differ in rank"
+        if len(tensor.shape) < 2 or 0 in tensor.shape:
+            hint = "gather the weights of a ZeRO-3 or FSDP run before saving"
+            message = f"{tensor.name} has the shape {list(tensor.shape)}"
+            raise AdapterRefused(message, kind="shape", hint=hint)
+    if (
+        len(a.shape) > 2
+        and len(a.shape) == len(b.shape)
+        and a.shape[0] == b.shape[1] * (a.shape[0] // b.shape[1]) > b.shape[1]
+    ):
+        raise AdapterRefused(f"{module} is a grouped convolution", kind="grouped-convolution")
+    if a.shape[0] != b.shape[1] or prod(b.shape[2:]) != 1:
+        message = f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not fit together"
         raise AdapterRefused(message, kind="shape")
     return FactorPair(module, a, b)

@@ -1,19 +1,18 @@
-"""Refuse by name what a plain LoRA adapter cannot hold, each field and tensor with the way out.
+"""Refuse to code, by name, what is not a LoRA that a generator can represent, each with the way out.
 
-Nothing is dropped silently: an adapter that came back without one of these would be a different adapter.
+Such an adapter is kept as its original only; the refusal says why.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from icmlora.errors import AdapterRefused
 from registry.names import escape
 
 _MERGE = "merge it into the base model, extract a plain LoRA with mergekit-extract-lora, and ingest that"
-_WHOLE_LAYERS = "train without modules_to_save, or keep those layers as a model of their own"
 _CONVERT = "convert it with PEFT: save_pretrained(dir, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
 
 
@@ -25,14 +24,7 @@ class _Refusal:
 
 
 _FIELDS: dict[str, _Refusal] = {
-    "use_dora": _Refusal("dora", "DoRA stores magnitudes in addition to the LoRA weights", _MERGE),
-    "modules_to_save": _Refusal("whole-layers", "whole layers in addition to the LoRA weights", _WHOLE_LAYERS),
-    "lora_bias": _Refusal("bias", "bias terms", "train with lora_bias=False"),
-    "trainable_token_indices": _Refusal("tokens", "replaced token rows", "train without trainable_token_indices"),
-    "layer_replication": _Refusal("layer-replication", "replicated layers", _MERGE),
-    "alora_invocation_tokens": _Refusal("alora", "an activated LoRA (aLoRA)", "keep it as it is: it cannot be merged"),
     "use_bdlora": _Refusal("bdlora", "a block-diagonal LoRA (BD-LoRA)", _MERGE),
-    "use_qalora": _Refusal("qalora", "a quantisation-aware LoRA (QALoRA)", _MERGE),
     "arrow_config": _Refusal("arrow", "routing over several adapters (Arrow)", "ingest the adapters it routes over"),
     "kasa_config": _Refusal("kasa", "a KaSA adapter, made for a truncated base model", "keep it with its base model"),
     "monteclora_config": _Refusal("monteclora", "a MonteCLoRA adapter", _MERGE),
@@ -47,25 +39,19 @@ _CHANGED_BASE = re.compile(r"pissa(_niter_\d{1,6})?|olora|corda|loftq")
 # How files say that a feature is not used.
 _UNUSED: tuple[object, ...] = (None, False, "", [], {})
 
-# Checked in this order against the part of a tensor's name after its module.
+# Marks of other methods in the name of a tensor. What has none of them is kept exactly, as an extra.
 _TENSORS: tuple[tuple[re.Pattern[str], _Refusal], ...] = (
-    (re.compile(r"lora_magnitude_vector|dora_scale"), _FIELDS["use_dora"]),
-    (re.compile(r"trainable_tokens_"), _FIELDS["trainable_token_indices"]),
-    (re.compile(r"lora_embedding_[AB]"), _Refusal("embedding", "a LoRA on an embedding", "train linear layers only")),
     (re.compile(r"lora_diag"), _FIELDS["kasa_config"]),
     (re.compile(r"lora_monteclora"), _FIELDS["monteclora_config"]),
     (re.compile(r"lora_velora"), _Refusal("velora", "VeLoRA's training state", "save it again after training")),
-    (re.compile(r"lora_E\b|ranknum"), _Refusal("peft-method", "AdaLoRA", "convert it with peft.save_as_lora")),
+    (re.compile(r"lora_[EAB]$|ranknum"), _Refusal("peft-method", "AdaLoRA", "train it as a plain LoRA")),
     (re.compile(r"lora_(down|up|mid)\b"), _Refusal("kohya", "kohya or diffusers names", "convert it with diffusers")),
-    (re.compile(r"hada_|lokr_|oft_blocks"), _Refusal("lycoris", "LyCORIS factors", "convert it where it was trained")),
+    (re.compile(r"hada_|lokr_|oft_|boft_"), _Refusal("lycoris", "LyCORIS factors", "convert it where it was trained")),
     (re.compile(r"\blora_[ab]\b"), _Refusal("mlx", "MLX or torchtune names", "convert it to a PEFT folder")),
-    (re.compile(r"\bexperts(\.base_layer)?\.lora_[AB]\b"), _FIELDS["target_parameters"]),
     (
-        re.compile(r"base_layer\.(?!weight$|bias$).*lora_[AB]\b"),
-        _Refusal("nested", "a LoRA inside a wrapped layer", _MERGE),
+        re.compile(r"lora_(?!magnitude_vector|B\.bias|[AB]\.(default\.)?bias)"),
+        _Refusal("unknown-tensor", "a LoRA tensor that this icm does not know", _MERGE),
     ),
-    (re.compile(r"\.bias$"), _FIELDS["lora_bias"]),
-    (re.compile(r"\.weight$"), _FIELDS["modules_to_save"]),
 )
 
 
@@ -75,19 +61,15 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
     for key, refusal in _FIELDS.items():
         if fields.get(key) not in _UNUSED:
             raise AdapterRefused(f"{key} is set: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
-    if fields.get("bias", "none") not in ("none", None):
-        message = f"bias is {escape(repr(fields['bias']), 32)}: bias terms are stored in addition to the LoRA weights"
-        raise AdapterRefused(message, kind="bias", hint='train with bias="none"')
     _check_init(fields.get("init_lora_weights", True))
     _check_unknown(fields)
 
 
-def refuse_tensor(name: str) -> NoReturn:
-    """Refuse a tensor that is neither a `lora_A` nor a `lora_B` weight, by what it is."""
+def refuse_tensor(name: str) -> None:
+    """Refuse a tensor of another method; pass over one that can be kept in addition to the LoRA weights."""
     for pattern, refusal in _TENSORS:
         if pattern.search(name):
             raise AdapterRefused(f"{name}: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
-    raise AdapterRefused(f"{name} is not a tensor of a PEFT LoRA adapter", kind="unknown-tensor")
 
 
 def _check_method(fields: dict[str, Any]) -> None:
@@ -102,7 +84,7 @@ def _check_method(fields: dict[str, Any]) -> None:
             hint="convert it to a PEFT folder" if mlx else 'add "peft_type": "LORA" if it is a plain PEFT LoRA',
         )
     message = f"peft_type is {escape(repr(method), 48)}, not LORA"
-    raise AdapterRefused(message, kind="peft-method", hint="convert it with peft.save_as_lora")
+    raise AdapterRefused(message, kind="peft-method", hint="only a LORA can have a code")
 
 
 def _check_init(init: object) -> None:

@@ -8,11 +8,12 @@ import numpy.typing as npt
 from icmlora.errors import AdapterRefused
 from icmlora.io.safetensors import ITEM_BYTES, TensorHeader, TensorInfo
 
-Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 
 # All bits of the exponent: a value that has them all set is NaN or infinite.
-_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-_MANTISSA = {"F32": 0x007FFFFF, "F16": 0x03FF, "BF16": 0x007F}
+_EXPONENT = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+_MANTISSA = {"F64": (1 << 52) - 1, "F32": 0x007FFFFF, "F16": 0x03FF, "BF16": 0x007F}
+_UNSIGNED = {8: "<u8", 4: "<u4", 2: "<u2", 1: "u1"}
 # Elements looked at together: half a megabyte or one, which stays in the processor's cache for the second look.
 _CHUNK = 256 * 1024
 
@@ -21,13 +22,19 @@ def check_finite(data: bytes | bytearray | memoryview, header: TensorHeader) -> 
     """Check that every value of a file is finite."""
     for run in header.runs:
         dtype = run[0].dtype
-        if not _all_finite(bits(data, dtype, run[0].begin, run[-1].end), _EXPONENT[dtype]):
+        if dtype in _EXPONENT and not _all_finite(bits(data, dtype, run[0].begin, run[-1].end), _EXPONENT[dtype]):
             _refuse_first(data, header)
+
+
+def is_zero(data: bytes | bytearray | memoryview, tensor: TensorInfo) -> bool:
+    """Say whether every value of a tensor is zero, of either sign."""
+    values = bits(data, tensor.dtype, tensor.begin, tensor.end)
+    return not (values << np.array(1, values.dtype)).any()  # without the bit of the sign
 
 
 def bits(data: bytes | bytearray | memoryview, dtype: str, begin: int, end: int) -> Bits:
     """View the bytes from `begin` to `end` as unsigned integers of the type's width, without a copy."""
-    kind = np.dtype("<u4" if ITEM_BYTES[dtype] == 4 else "<u2")
+    kind = np.dtype(_UNSIGNED[ITEM_BYTES[dtype]])
     return np.frombuffer(data, dtype=kind, count=(end - begin) // kind.itemsize, offset=begin)
 
 
@@ -44,7 +51,7 @@ def _all_finite(values: Bits, exponent: int) -> bool:
 
 
 def _refuse_first(data: bytes | bytearray | memoryview, header: TensorHeader) -> None:
-    for tensor in header.tensors:
+    for tensor in (tensor for tensor in header.tensors if tensor.dtype in _EXPONENT):
         values = bits(data, tensor.dtype, tensor.begin, tensor.end)
         wrong = np.flatnonzero((values & _EXPONENT[tensor.dtype]) == _EXPONENT[tensor.dtype])
         if wrong.size:

@@ -11,11 +11,18 @@ from icmlora.io.safetensors import RawTensor, TensorHeader, encode, read_header
 
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-_TORCH: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+# numpy has no bfloat16: bits are handed over as integers of the same width.
+_INTEGERS = {"F64": torch.int64, "F32": torch.int32, "F16": torch.int16, "BF16": torch.int16}
 
 
 def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -> dict[str, torch.Tensor]:
-    """Read every tensor of a checked file as float32; F16 and BF16 widen exactly."""
+    """Read the tensors that a header names as float32; F16 and BF16 widen exactly."""
     # Neighbours may share storage.
     from icmlora.io.finite import bits  # needed to read only
 
@@ -44,15 +51,14 @@ def encode_torch(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     if dtype not in DTYPE_NAMES:
         raise DataError(f"unknown number format {dtype!r}", hint=f"choose one of {', '.join(sorted(DTYPE_NAMES))}")
     name = DTYPE_NAMES[dtype]
-    return encode({key: _raw(key, tensor, name) for key, tensor in tensors.items()}, metadata)
+    return encode({key: raw_tensor(key, tensor, name) for key, tensor in tensors.items()}, metadata)
 
 
-def _raw(key: str, tensor: torch.Tensor, dtype: str) -> RawTensor:
+def raw_tensor(key: str, tensor: torch.Tensor, dtype: str) -> RawTensor:
+    """Round a tensor to a type of safetensors; refuse values that are not finite in it."""
     narrow = tensor.detach().to("cpu", _TORCH[dtype]).contiguous()
     # The sum is finite only if every value is, and costs one pass; the exact test runs when the sum overflowed.
     if not torch.isfinite(narrow.sum(dtype=torch.float64)) and not torch.isfinite(narrow).all():
         message = f"{key} holds a value that {dtype} cannot hold"
         raise AdapterRefused(message, kind="overflow", hint="write float32")
-    # numpy has no bfloat16: hand over the raw bits as integers of the same width.
-    width = torch.int32 if dtype == "F32" else torch.int16
-    return RawTensor(dtype, tuple(narrow.shape), narrow.view(width).numpy().tobytes())
+    return RawTensor(dtype, tuple(narrow.shape), narrow.view(_INTEGERS[dtype]).numpy().tobytes())

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from icmlora.adapter.layout import PEFT_PREFIX, target_modules
+from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.formats.peft_names import PREFIX
 from icmlora.generator.codec import Codec
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch
@@ -67,7 +68,7 @@ def peft_made(
             a = layer.lora_A["default"].weight.detach().clone()
             change = torch.randn(a.shape, generator=learned)
             b = torch.randn(layer.out_features, len(a), generator=learned) * 0.8 ** torch.arange(len(a))
-            name = name.removeprefix(PEFT_PREFIX)
+            name = name.removeprefix(PREFIX)
             drawn[name] = a
             modules.append(LoraModule(name, a + moved * a.norm() / change.norm() * change, 0.1 * b))
     names = target_modules(module.name for module in modules)

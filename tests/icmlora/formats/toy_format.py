@@ -17,8 +17,16 @@ import numpy.typing as npt
 
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.errors import AdapterRefused, located
-from icmlora.formats.format import AdapterBytes, AdapterPaths, AdapterSummary, Buffer, ConfigFacts, LoadedAdapter
-from icmlora.io.safetensors import RawTensor
+from icmlora.formats.format import (
+    AdapterBytes,
+    AdapterPaths,
+    AdapterSummary,
+    Buffer,
+    ConfigFacts,
+    LoadedAdapter,
+    Template,
+)
+from icmlora.io.safetensors import RawTensor, TensorInfo
 from icmlora.io.strict_json import parse_object
 
 if TYPE_CHECKING:
@@ -63,6 +71,10 @@ class ToyFormat:
     def inspect(self, config: bytes, weights: Buffer, *, path: str | Path | None = None) -> AdapterSummary:
         """Check and summarise an adapter."""
         parsed = self._parse(config, weights, path)
+        extras, begin = [], len(weights) - 4 * sum(map(prod, parsed.extras.values()))
+        for name, shape in parsed.extras.items():
+            extras.append(TensorInfo(name, "F32", shape, begin, begin + 4 * prod(shape)))
+            begin = extras[-1].end
         return AdapterSummary(
             base_model=parsed.base_model,
             revision=None,
@@ -72,7 +84,7 @@ class ToyFormat:
             parameters=sum(shape.parameters for shape in parsed.layout),
             target_modules=target_modules(shape.module for shape in parsed.layout),
             layout=parsed.layout,
-            extras=tuple(parsed.extras),
+            extras=tuple(extras),
         )
 
     def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
@@ -98,15 +110,17 @@ class ToyFormat:
         self,
         adapter: Adapter,
         *,
-        dtype: str,
         card: str,
         metadata: Mapping[str, str],
+        like: Template | None = None,
+        dtype: str | None = None,
+        pad_rank: int | None = None,
         extras: Mapping[str, RawTensor] | None = None,
     ) -> AdapterBytes:
         """Write an adapter; its values are rounded to `dtype` and stored as float32."""
         import torch
 
-        extras = extras or {}
+        extras, dtype = extras or {}, dtype or "float32"
         head = {
             "base_model": adapter.base_model,
             "task_type": adapter.task_type,

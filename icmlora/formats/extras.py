@@ -1,0 +1,85 @@
+"""Extras as packed bytes: tensors and files of an adapter that a code cannot represent and that are kept exactly.
+
+    "ICMX" 1 | width of an item (1) | length before packing (8) | zstd( safetensors file, its bytes in planes )
+
+The bytes of numbers are stored in planes, all first bytes and then all second bytes: signs and exponents of trained
+weights repeat, and the rest hardly packs. A large tensor has a blob of its own, so that tasks that share a head, or the
+rows of an embedding, share its blob.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+import zstandard
+
+from icmlora.errors import DataError
+from icmlora.io.safetensors import ITEM_BYTES, RawTensor, encode, read_header
+
+_HEAD = struct.Struct("<5sBQ")
+_MAGIC = b"ICMX\x01"
+_ALONE = 64 * 1024  # bytes from which a tensor gets a blob of its own
+_LEVEL = 9  # higher levels take several times longer for less than a per cent
+MAX_BYTES = 8 * 1024**3
+
+
+def pack_tensors(tensors: Mapping[str, RawTensor]) -> Iterator[tuple[bytes, int]]:
+    """Yield packed blobs that together hold all tensors, each with its length before packing."""
+    small: defaultdict[int, dict[str, RawTensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if len(tensor.data) < _ALONE:
+            small[ITEM_BYTES[tensor.dtype]][name] = tensor
+    large = ({name: tensor} for name, tensor in tensors.items() if len(tensor.data) >= _ALONE)
+    for group in (*large, *small.values()):
+        width = max(ITEM_BYTES[tensor.dtype] for tensor in group.values())
+        data = encode(group, {})
+        yield pack(data, width), len(data)
+
+
+def unpack_tensors(blobs: Iterable[bytes]) -> dict[str, RawTensor]:
+    """Return the tensors that packed blobs hold."""
+    tensors: dict[str, RawTensor] = {}
+    for blob in blobs:
+        data = unpack(blob)
+        for info in read_header(data).tensors:
+            tensors[info.name] = RawTensor(info.dtype, info.shape, data[info.begin : info.end])
+    return tensors
+
+
+def pack(data: bytes, width: int = 1) -> bytes:
+    """Pack bytes without loss; `width` is the length of the numbers in them."""
+    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+    return _HEAD.pack(_MAGIC, width, len(data)) + compressor.compress(_planes(data, width))
+
+
+def unpack(packed: bytes) -> bytes:
+    """Return what `pack` was given.
+
+    Raises:
+        DataError: These are not packed bytes, or they are damaged.
+    """
+    try:
+        magic, width, length = _HEAD.unpack_from(packed)
+        if magic != _MAGIC or width not in (1, 2, 4, 8) or length > MAX_BYTES:
+            raise ValueError("not packed by icm")
+        planes = zstandard.ZstdDecompressor().decompress(packed[_HEAD.size :], max_output_size=length)
+        if len(planes) != length:
+            raise ValueError("cut short")
+    except (struct.error, ValueError, zstandard.ZstdError) as error:
+        raise DataError(f"what is kept of an adapter in addition to its LoRA cannot be read: {error}") from error
+    return _unplaned(planes, width)
+
+
+def _planes(data: bytes, width: int) -> bytes:
+    whole = len(data) - len(data) % width
+    return b"".join(data[byte:whole:width] for byte in range(width)) + data[whole:]
+
+
+def _unplaned(planes: bytes, width: int) -> bytes:
+    count = len(planes) // width
+    data = bytearray(planes)
+    for byte in range(width):
+        data[byte : count * width : width] = planes[byte * count : (byte + 1) * count]
+    return bytes(data)

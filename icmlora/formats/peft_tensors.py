@@ -1,0 +1,139 @@
+"""The tensors of a PEFT adapter, from a file to factors and back.
+
+tensor file, config ──▶ factors (r, in), (out, r) with the scale folded into B  +  extras
+factors, template   ──▶ the same names, ranks, shapes and types as the original, with the scale taken out again
+factors alone       ──▶ the form that every engine reads: one rank, alpha == rank, no patterns
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.errors import AdapterRefused, located
+from icmlora.formats.format import LoadedAdapter, Template
+from icmlora.formats.peft_check import check_adapter
+from icmlora.formats.peft_config import AdapterConfig
+from icmlora.formats.peft_names import FactorPair, usual_names
+from icmlora.io.safetensors import RawTensor, TensorHeader, encode
+from icmlora.io.tensors import DTYPE_NAMES, decode_float32, raw_tensor
+
+_METADATA = {"format": "pt"}
+
+
+def read_adapter(config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
+    """Read the factors in float32 and the extras as they are."""
+    checked = check_adapter(config, weights, path=path)
+    summary, parsed, tensors = checked.summary, checked.config, checked.tensors
+    if parsed is None or tensors is None:
+        fact = f"only its original can be used: {summary.original_only}"
+        raise AdapterRefused(fact, kind="original-only", path=path)
+    factors = [tensor for pair in tensors.pairs for tensor in (pair.a, pair.b)]
+    in_file = sorted(factors, key=lambda tensor: tensor.begin)
+    values = decode_float32(weights, TensorHeader(tuple(in_file), {}))
+    with located(path):
+        modules = [_module(pair, values, parsed.scale_of(pair.module)) for pair in tensors.pairs]
+    extras = {
+        tensor.name: RawTensor(tensor.dtype, tensor.shape, weights[tensor.begin : tensor.end])
+        for tensor in tensors.extras
+    }
+    label = summary.base_model or ""
+    targets = summary.target_modules
+    return LoadedAdapter(Adapter(label, summary.task_type, targets, tuple(modules), summary.revision), extras)
+
+
+def _module(pair: FactorPair, values: Mapping[str, torch.Tensor], scale: float) -> LoraModule:
+    a, b = values[pair.a.name].flatten(1), values[pair.b.name].flatten(1)
+    # The scale goes into B, as A may be the initial one, whose bits the seed search needs.
+    b = b * scale
+    if not b.isfinite().all():
+        message = f"{pair.module}: B times the scale exceeds float32"
+        raise AdapterRefused(message, kind="overflow", hint="the training run diverged: take an earlier checkpoint")
+    return LoraModule(pair.module, a, b)
+
+
+def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapping[str, RawTensor]) -> bytes:
+    """Write a tensor file in the form of another adapter; modules that `adapter` lacks become zeros."""
+    config = AdapterConfig.parse(like.config)
+    details: dict[str, Any] = json.loads(like.details or "{}")
+    names, shapes, types = (details.get(key, {}) for key in ("names", "shapes", "dtypes"))
+    main = details.get("dtype", like.dtype)
+    modules = {module.name: module for module in adapter.modules}
+    tensors: dict[str, RawTensor] = {}
+    for shape in like.layout:
+        factors = _fitted(modules.pop(shape.module, None), shape.rank, shape.inputs, shape.outputs)
+        scale = config.scale_of(shape.module)
+        # An adapter of scale 0 does nothing, whatever its factors are.
+        unscaled = factors[0], factors[1] / scale if scale else torch.zeros_like(factors[1])
+        for name, factor in zip(names.get(shape.module) or usual_names(shape.module), unscaled, strict=True):
+            kind = types.get(name, main) if dtype is None else DTYPE_NAMES[dtype]
+            tensors[name] = raw_tensor(name, factor.reshape(shapes.get(name) or factor.shape), kind)
+    if modules:
+        raise ValueError(f"the template has no module {next(iter(modules))}")
+    return encode(tensors | dict(extras), details.get("metadata", _METADATA))
+
+
+def write_fresh(
+    adapter: Adapter,
+    dtype: str,
+    metadata: Mapping[str, str],
+    extras: Mapping[str, RawTensor],
+    *,
+    rank: int | None = None,
+) -> tuple[bytes, bytes]:
+    """Write a tensor file and its configuration in the form that every engine reads.
+
+    Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all.
+    """
+    if extras:
+        fact = f"{next(iter(extras))} has no place in the form that every engine reads"
+        raise AdapterRefused(fact, kind="extras", hint="write it without --pad-rank")
+    largest = max(module.a.shape[0] for module in adapter.modules)
+    if rank is not None and rank < largest:
+        raise AdapterRefused(f"rank {rank} is too small: a module has rank {largest}", kind="rank")
+    rank = rank or largest
+    tensors: dict[str, RawTensor] = {}
+    for module in adapter.modules:
+        factors = _fitted(module, rank, module.a.shape[1], module.b.shape[0])
+        for name, factor in zip(usual_names(module.name), factors, strict=True):
+            tensors[name] = raw_tensor(name, factor, DTYPE_NAMES[dtype])
+    return encode(tensors, {**_METADATA, **metadata}), _config(adapter, rank)
+
+
+def _fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factors of the wanted rank, filled up with zeros: (rank, in) and (out, rank)."""
+    if module is None:
+        return torch.zeros(rank, inputs), torch.zeros(outputs, rank)
+    missing = rank - module.a.shape[0]
+    if missing < 0 or (module.a.shape[1], module.b.shape[0]) != (inputs, outputs):
+        raise ValueError(f"{module.name} does not fit the template")
+    return pad(module.a, (0, 0, 0, missing)), pad(module.b, (0, missing))
+
+
+def _config(adapter: Adapter, rank: int) -> bytes:
+    fields: dict[str, Any] = {
+        "alpha_pattern": {},
+        "base_model_name_or_path": adapter.base_model or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "revision": adapter.revision,
+        "target_modules": list(adapter.target_modules),
+        "task_type": adapter.task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
