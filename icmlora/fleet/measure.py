@@ -26,7 +26,7 @@ from icmlora.base_models.likelihood import NllResult
 from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.decoding import decode_code, generate_adapter
-from icmlora.fleet.loading import Models, read_original, refuse_extras, write_plain_copy
+from icmlora.fleet.loading import Models, read_original, write_plain_copy
 from icmlora.formats.folder import load_adapter, save_adapter
 from registry.records import CodeRecord, EvaluationRecord, GeneratorRecord, NewEvaluation, Rung, TaskRecord
 
