@@ -25,6 +25,7 @@ class _Refusal:
 
 _FIELDS: dict[str, _Refusal] = {
     "use_bdlora": _Refusal("bdlora", "a block-diagonal LoRA (BD-LoRA)", _MERGE),
+    "use_qalora": _Refusal("qalora", "a quantisation-aware LoRA (QALoRA)", _MERGE),
     "arrow_config": _Refusal("arrow", "routing over several adapters (Arrow)", "ingest the adapters it routes over"),
     "kasa_config": _Refusal("kasa", "a KaSA adapter, made for a truncated base model", "keep it with its base model"),
     "monteclora_config": _Refusal("monteclora", "a MonteCLoRA adapter", _MERGE),
@@ -110,6 +111,15 @@ def _check_unknown(fields: dict[str, Any]) -> None:
 # Keys with the shape of a switch that are read here or change nothing once training is over.
 _SWITCH = re.compile(r"use_.*|.*_config")
 _KNOWN = frozenset(
-    {"use_rslora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_config"}
+    {
+        "use_rslora",
+        "use_dora",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "megatron_config",
+    }
     | {"runtime_config"}
 )

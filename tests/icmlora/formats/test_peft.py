@@ -126,18 +126,27 @@ def written(tmp_path: Path, name: str = "out", **arguments: Any) -> Path:
 
 def test_the_written_configuration_is_plain(tmp_path: Path) -> None:
     fields = json.loads((written(tmp_path) / "adapter_config.json").read_text())
-    assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"], fields["use_rslora"]) == (8, 8, {}, False)
+    assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"], fields["use_rslora"]) == (2, 2, {}, False)
     assert (fields["base_model_name_or_path"], fields["revision"]) == ("tiny/llama", "abc")
     assert fields["target_modules"] == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize(("rank", "padded"), [(1, 8), (8, 8), (9, 16), (16, 16), (33, 64)])
-def test_ranks_are_padded_to_what_engines_reserve(tmp_path: Path, rank: int, padded: int) -> None:
+@pytest.mark.parametrize("rank", [1, 2, 8, 9, 33])
+def test_a_fresh_adapter_has_its_own_rank(tmp_path: Path, rank: int) -> None:
     source = read(config(r=rank), weights(factors(rank=rank)))
     save_adapter(source, tmp_path / "out")
     loaded = load_adapter(tmp_path / "out")
-    assert {module.a.shape[0] for module in loaded.modules} == {padded}
+    assert {module.a.shape[0] for module in loaded.modules} == {rank}
     assert relative_dw_error(source, loaded) < 1e-4
+
+
+def test_a_fresh_adapter_of_several_ranks_has_the_largest_everywhere(tmp_path: Path) -> None:
+    tensors = factors((Q0,), rank=3) | factors((V0,), rank=2, seed=1)
+    source = read(config(rank_pattern={"q_proj": 3}), weights(tensors))
+    save_adapter(source, tmp_path / "out", dtype="float32")
+    loaded = load_adapter(tmp_path / "out")
+    assert {module.a.shape[0] for module in loaded.modules} == {3}
+    assert relative_dw_error(source, loaded) < 1e-12
 
 
 def test_card_and_metadata_are_written(tmp_path: Path) -> None:

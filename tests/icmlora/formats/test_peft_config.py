@@ -1,4 +1,4 @@
-"""adapter_config.json: the scale, and everything that is refused by name."""
+"""adapter_config.json: the scale, and everything of which there can be no code, by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.formats.peft_config import MAX_CONFIG_BYTES, AdapterConfig
+from icmlora.formats.format import ConfigFacts
+from icmlora.formats.peft_config import MAX_CONFIG_BYTES, AdapterConfig, read_facts, stated_rank, stated_targets
 from tests.icmlora.adapter_files import BASE, Q0, V0, config
 
 
@@ -67,15 +68,6 @@ def test_left_out_rank_and_alpha_are_pefts_defaults() -> None:
 
 
 REFUSED: list[tuple[str, Any, str]] = [
-    ("use_dora", True, "dora"),
-    ("modules_to_save", ["lm_head"], "whole-layers"),
-    ("bias", "all", "bias"),
-    ("bias", "lora_only", "bias"),
-    ("bias", 7, "bias"),
-    ("lora_bias", True, "bias"),
-    ("trainable_token_indices", [1], "tokens"),
-    ("layer_replication", [[0, 4], [2, 5]], "layer-replication"),
-    ("alora_invocation_tokens", [5], "alora"),
     ("use_bdlora", {"nblocks": 2}, "bdlora"),
     ("use_qalora", True, "qalora"),
     ("arrow_config", {"top_k": 3}, "arrow"),
@@ -100,7 +92,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("r", True, "config"),
     ("r", "8", "config"),
     ("r", None, "config"),
-    ("r", 5000, "limits"),
+    ("r", 5000, "rank"),
     ("lora_alpha", "16", "config"),
     ("lora_alpha", None, "config"),
     ("lora_alpha", True, "config"),
@@ -108,12 +100,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("use_rslora", 1, "config"),
     ("rank_pattern", [1], "config"),
     ("rank_pattern", {"q_proj": 0}, "config"),
-    ("rank_pattern", {"q_proj": 10**6}, "limits"),
+    ("rank_pattern", {"q_proj": 10**6}, "rank"),
     ("rank_pattern", {"(a|a)*b": 8}, "pattern"),
     ("alpha_pattern", {"q.*": 8}, "pattern"),
     ("alpha_pattern", {"q_proj": "8"}, "config"),
-    ("base_model_name_or_path", None, "base-model"),
-    ("base_model_name_or_path", "", "base-model"),
     ("base_model_name_or_path", ["a"], "config"),
     ("base_model_name_or_path", "x" * 5000, "limits"),
     ("revision", 5, "config"),
@@ -127,8 +117,59 @@ def test_a_field_is_refused_by_kind_and_the_message_can_be_shown(field: str, val
     assert error.message.isprintable()
 
 
+# What these add to the factors is in extras or in the configuration, and both are kept exactly.
+KEPT: list[tuple[str, Any]] = [
+    ("use_dora", True),
+    ("modules_to_save", ["lm_head"]),
+    ("bias", "all"),
+    ("bias", "lora_only"),
+    ("lora_bias", True),
+    ("trainable_token_indices", [1]),
+    ("layer_replication", [[0, 4], [2, 5]]),
+    ("alora_invocation_tokens", [5]),
+    ("auto_mapping", {"base_model_class": "X", "parent_library": "y"}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), KEPT)
+def test_a_field_whose_meaning_is_kept_exactly_changes_no_rank_and_no_scale(field: str, value: Any) -> None:
+    assert parse(**{field: value}) == parse()
+
+
+@pytest.mark.parametrize("label", [None, ""])
+def test_a_configuration_may_name_no_base_model(label: str | None) -> None:
+    assert parse(base_model_name_or_path=label).base_model is None
+
+
+@pytest.mark.parametrize("alpha", [0, -4, 0.5])
+def test_alpha_may_be_zero_negative_or_a_fraction(alpha: float) -> None:
+    assert parse(r=8, lora_alpha=alpha).scale_of(Q0) == alpha / 8
+
+
 def test_the_message_names_the_field() -> None:
-    assert "use_dora" in refusal(use_dora=True).message
+    assert "use_bdlora" in refusal(use_bdlora=True).message
+
+
+@pytest.mark.parametrize("field", ["base_model_name_or_path", "revision", "task_type"])
+def test_a_label_of_the_wrong_kind_is_damage_for_every_method(field: str) -> None:
+    with pytest.raises(AdapterRefused, match=field):
+        read_facts(config(peft_type="LOHA", **{field: ["a"]}))
+
+
+def test_the_facts_of_another_method_are_read() -> None:
+    assert read_facts(config(peft_type="LOHA", revision="abc")) == ConfigFacts(BASE, "abc", "CAUSAL_LM")
+
+
+@pytest.mark.parametrize(("stated", "rank"), [(8, 8), (5000, 5000), (0, 0), (-1, 0), ("8", 0), (None, 0), (2**40, 0)])
+def test_the_stated_rank_is_a_whole_number_or_zero(stated: Any, rank: int) -> None:
+    assert stated_rank(config(r=stated)) == rank
+
+
+@pytest.mark.parametrize(
+    ("stated", "names"), [(["v", "q"], ("q", "v")), ("all-linear", ()), (None, ()), ([1, "../x", "ok.w"], ("ok.w",))]
+)
+def test_the_stated_targets_are_names_of_modules(stated: Any, names: tuple[str, ...]) -> None:
+    assert stated_targets(config(target_modules=stated)) == names
 
 
 def test_a_converted_init_tells_how_to_convert() -> None:
