@@ -31,7 +31,7 @@ def ls(session: Session, base_model: BaseModelOpt = None, bundle: FromOpt = None
 
     ORIGINAL is the size of the original, "evicted" if its weights were deleted, or "pinned" if they never will be.
     CODE is the size of the code under the current generator, plus its residual if it has one; "-" means no code yet
-    (run `icm train`). --quiet prints one name per line.
+    (run `icm train`), "original only" that there can be none (`icm show` says why). --quiet prints one name per line.
 
     Example:
       icm ls --json
@@ -67,6 +67,8 @@ def _as_cells(row: TaskSummary) -> list[str]:
 
 
 def _coded(row: TaskSummary) -> str:
+    if row.final.original_only is not None:
+        return "original only"
     if row.code is None:
         return "-"
     return coded_size(row.code.size, None if row.code.residual is None else row.code.residual.size)
@@ -90,6 +92,8 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "original_size": row.final.original_bytes,
         "evicted_at": row.final.evicted_at,
         "pinned": row.task.pinned,
+        "original_only": row.final.original_only,
+        "extras_bytes": row.final.extras_bytes,
         "checkpoints_count": row.checkpoints,
         "evicted_checkpoints_count": row.evicted_checkpoints,
         "vectors_count": row.vectors,

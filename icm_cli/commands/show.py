@@ -69,6 +69,7 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
         ("modules", f"{len(final.layout)}, {final.parameters:,} parameters"),
         ("source", final.source),
         ("original", _original(details)),
+        *_kept(final),
         ("samples", "yes" if details.task.samples else "no"),
         ("held-out text", "yes" if details.task.eval_data else "no"),
         ("vectors", counted(len(details.vectors), "vector")),
@@ -85,6 +86,8 @@ def _nearest(details: TaskDetails) -> list[tuple[str, str]]:
 
 def _coded(details: TaskDetails) -> list[tuple[str, str]]:
     generator, code = details.generator, details.code
+    if details.final.original_only is not None:
+        return []
     if code is None or generator is None:
         return [("code", "-")]
     error = "" if code.dw_error is None else f", dW error {code.dw_error:.3f}"
@@ -111,6 +114,15 @@ def _original(details: TaskDetails) -> str:
     if details.final.is_generated:
         state = "none: generated, not trained" if details.final.evicted_at else "generated, then ingested"
     return f"{state}, pinned" if details.task.pinned else state
+
+
+def _kept(final: AdapterRecord) -> list[tuple[str, str]]:
+    """Say what of an adapter is kept exactly because no code can represent it."""
+    lines = [] if final.original_only is None else [("original only", final.original_only)]
+    if final.extras:
+        files = ", ".join(extra.file for extra in final.extras if extra.file is not None)
+        lines.append(("extras", f"{human_size(final.extras_bytes)}, kept exactly{files and f': {files}'}"))
+    return lines
 
 
 def _adapter_cells(adapter: AdapterRecord) -> list[str]:
@@ -153,7 +165,9 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         "pinned": details.task.pinned,
         "samples": details.task.samples,
         "eval_data": details.task.eval_data,
-        "adapters": [_without_ids(asdict(adapter), "layout") for adapter in details.adapters],
+        "original_only": details.final.original_only,
+        "extras_bytes": details.final.extras_bytes,
+        "adapters": [_adapter_json(adapter) for adapter in details.adapters],
         "layout": [
             {"module": module, "rank": rank, "in": inputs, "out": outputs}
             for module, rank, inputs, outputs in details.final.layout
@@ -167,6 +181,11 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
             {**_evaluation_json(details, entry), "is_current": entry in present} for entry in details.evaluations
         ],
     }
+
+
+def _adapter_json(adapter: AdapterRecord) -> dict[str, object]:
+    extras = [extra._asdict() for extra in adapter.extras]
+    return {**_without_ids(asdict(adapter), "layout", "template"), "extras": extras}
 
 
 def _evaluation_json(details: TaskDetails, entry: EvaluationRecord) -> dict[str, object]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.output import Column
+from icm_cli.output import Column, Output
 from icm_cli.session import Session, command
 from icm_cli.text import coded_size, shortfalls
 from icmlora.io.text import counted, human_percent, human_size
@@ -25,12 +25,14 @@ PlotOpt = Annotated[
 ]
 ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace the --plot FILE if it exists.")]
 
+_EXTRAS = Column("extras", right=True)
 _FLEET_COLUMNS = (
     Column("base model", shrink=True),
     Column("tasks", right=True),
     Column("bf16", right=True),
     Column("generator", right=True),
     Column("codes+vectors", right=True),
+    _EXTRAS,
     Column("per task", right=True),
     Column("of bf16", right=True),
     Column("break-even", right=True),
@@ -43,6 +45,7 @@ _TASK_COLUMNS = (
     Column("original", right=True),
     Column("code", right=True),
     Column("vectors", right=True),
+    _EXTRAS,
     Column("of bf16", right=True),
     Column("dW error", right=True),
     Column("retained gain", right=True),
@@ -53,10 +56,11 @@ _TASK_COLUMNS = (
 def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> None:
     """Show the bytes on disk, what the codes save, and what they cost in quality.
 
-    BF16 is the size of all final adapters in bf16. OF BF16 is the share that generator, codes, residuals and vectors
-    take; from BREAK-EVEN tasks on they are smaller. GENERATOR includes the few-shot start, if there is one. DW ERROR
-    and RETAINED GAIN are mean / worst over the tasks, measured on the codes with their residuals. -v adds a row per
-    task.
+    BF16 is the size of all final adapters in bf16. OF BF16 is the share that generator, codes, residuals, vectors and
+    extras take; from BREAK-EVEN tasks on they are smaller. EXTRAS are heads, tokenizers and whatever else no code can
+    represent; a task that has its original only counts with that. GENERATOR includes the few-shot start, if there is
+    one. DW ERROR and RETAINED GAIN are mean / worst over the tasks, measured on the codes with their residuals. -v
+    adds a row per task.
 
     Example:
       icm stats --json
@@ -64,11 +68,11 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
     found = session.fleet.stats(plot=plot, force=force)
     out = session.out
     out.document(_as_json(found))
-    out.table(_FLEET_COLUMNS, [_fleet_cells(fleet) for fleet in found.fleets])
+    _table(out, _FLEET_COLUMNS, [_fleet_cells(fleet) for fleet in found.fleets], found)
     if out.verbosity:
         out.line()
         tasks = [task for fleet in found.fleets for task in fleet.tasks]
-        out.table(_TASK_COLUMNS, [_task_cells(task) for task in tasks])
+        _table(out, _TASK_COLUMNS, [_task_cells(task) for task in tasks], found)
     if found.fleets:
         out.line()
     out.record(_disk(found))
@@ -80,6 +84,12 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
         out.note(f"drew {plot}")
 
 
+def _table(out: Output, columns: Sequence[Column], rows: Sequence[list[str]], found: Bill) -> None:
+    """Print a table; few fleets have extras, so their column is left out where there are none."""
+    shown = [number for number, column in enumerate(columns) if column is not _EXTRAS or found.usage.extras]
+    out.table([columns[number] for number in shown], [[row[number] for number in shown] for row in rows])
+
+
 def _disk(found: Bill) -> list[tuple[str, str]]:
     usage = found.usage
     lines = [
@@ -88,6 +98,7 @@ def _disk(found: Bill) -> list[tuple[str, str]]:
         ("generators", usage.generators),
         ("codes", usage.codes),
         ("residuals", usage.residuals),
+        ("extras of codes", usage.extras),
         ("task vectors", usage.vectors),
         ("samples and held-out text", usage.texts),
         ("earlier generators", usage.old_generators),
@@ -116,7 +127,13 @@ def _verdict(found: Bill) -> str:
     share = found.compact_share
     if share is None:
         return f"{disk} Not every task has a code yet, so the saving is unknown: run `icm train --update`."
-    parts = f"Generators, codes, {'residuals, ' if found.usage.residuals else ''}vectors and database"
+    usage = found.usage
+    some = [
+        (usage.residuals, "residuals, "),
+        (usage.extras, "extras, "),
+        (found.original_only, "originals without a code, "),
+    ]
+    parts = f"Generators, codes, {''.join(name for size, name in some if size)}vectors and database"
     if share >= 1:
         return f"{disk} {parts} take {human_percent(share)}, so they cost {human_percent(share - 1)} more."
     return f"{disk} {parts} alone take {human_percent(share)}, so they save {human_percent(1 - share)}."
@@ -132,13 +149,14 @@ def _originals(found: Bill) -> str:
 
 def _fleet_cells(fleet: BaseModelBill) -> list[str]:
     size = fleet.shared_size + fleet.per_task_size
-    marginal, complete = fleet.marginal_size, len(fleet.encoded) == len(fleet.tasks)
+    marginal, complete = fleet.marginal_size, fleet.is_complete
     return [
         fleet.base_model,
         str(len(fleet.tasks)),
         human_size(fleet.bf16_size),
         human_size(fleet.shared_size) if fleet.generator else "-",
-        human_size(fleet.per_task_size),
+        human_size(fleet.codes_and_vectors_size),
+        human_size(fleet.extras_bytes),
         "-" if marginal is None else human_size(round(marginal)),
         human_percent(size / fleet.bf16_size if complete and fleet.bf16_size else None),
         "-" if not fleet.encoded else ("never" if fleet.break_even is None else str(fleet.break_even)),
@@ -148,14 +166,15 @@ def _fleet_cells(fleet: BaseModelBill) -> list[str]:
 
 
 def _task_cells(task: TaskBill) -> list[str]:
-    size = None if task.code_size is None else task.size
+    size = None if task.code_size is None and task.original_only is None else task.size
     return [
         task.task,
         human_size(task.bf16_size),
         "evicted" if task.evicted else human_size(task.original_size),
-        coded_size(task.code_size, task.residual_size),
+        "original only" if task.original_only else coded_size(task.code_size, task.residual_size),
         human_size(task.vectors_size),
-        human_percent(None if size is None else size / task.bf16_size),
+        human_size(task.extras_bytes),
+        human_percent(size / task.bf16_size if size is not None and task.bf16_size else None),
         "-" if task.dw_error is None else f"{task.dw_error:.3f}",
         "-" if task.retained_gain is None else f"{task.retained_gain:.3f}",
     ]
@@ -180,6 +199,7 @@ def _as_json(found: Bill) -> dict[str, object]:
         "space_saving": None if share is None else 1 - share,
         "complete": found.is_complete,
         "evicted_count": found.evicted,
+        "original_only_count": found.original_only,
         "fleets": [_fleet_json(fleet) for fleet in found.fleets],
     }
 
@@ -196,7 +216,9 @@ def _fleet_json(fleet: BaseModelBill) -> dict[str, object]:
         "decoder_size": fleet.generator_size,
         "start_size": fleet.start_size,
         "short_count": len(fleet.short),
-        "codes_and_vectors_size": fleet.per_task_size,
+        "codes_and_vectors_size": fleet.codes_and_vectors_size,
+        "original_only_count": len(fleet.original_only),
+        "extras_bytes": fleet.extras_bytes,
         "marginal_size": fleet.marginal_size,
         "break_even_count": fleet.break_even,
         "tasks": [asdict(task) for task in fleet.tasks],

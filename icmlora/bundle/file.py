@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from icmlora.bundle.index import MAX_INDEX_BYTES, BundleIndex, BundlePart, index_from_json, index_to_json
+from icmlora.bundle.index import MAX_INDEX_BYTES, VERSION, BundleIndex, BundlePart, index_from_json, index_to_json
 from icmlora.errors import BundleError, located
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.staging import writing_file
 
-MAGIC = b"ICMB\x03"
-_READABLE = (b"ICMB\x02", MAGIC)  # version 2 had neither templates nor extras
+MAGIC = b"ICMB" + bytes([VERSION])
+_READABLE = (b"ICMB\x02", MAGIC)
 MAX_BUNDLE_BYTES = 64 * 1024**3
 
 _HEAD = struct.Struct("<5sI32s")
@@ -70,7 +70,7 @@ def open_bundle(path: Path) -> Iterator[BundleFile]:
         text = read_exactly(descriptor, length, _HEAD.size)
         if _digest(text, magic) != digest:
             raise BundleError("the bundle's index is damaged", hint=_HINT)
-        index = index_from_json(text)
+        index = index_from_json(text, version=magic[4])
         start = _HEAD.size + length
         # Parts follow each other without gaps, so the length alone shows a file that was cut short.
         expected = start + sum(part.size for part in index.parts)

@@ -26,6 +26,7 @@ from icmlora.io.safetensors import ITEM_BYTES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_file_name, is_module_name, task_name_problem
 
+VERSION = 3  # version 2 had neither templates nor extras
 MAX_CODE_BYTES = 1024**3
 MAX_CARD_BYTES = 64 * 1024  # a longer model card is left out: nothing in it is needed to write an adapter
 
@@ -182,8 +183,8 @@ def index_to_json(index: BundleIndex) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def index_from_json(data: bytes) -> BundleIndex:
-    """Read what `index_to_json` wrote."""
+def index_from_json(data: bytes, *, version: int = VERSION) -> BundleIndex:
+    """Read what `index_to_json` wrote, or an earlier version of it."""
     try:
         parsed = parse_object(data, what="the bundle's index", max_bytes=MAX_INDEX_BYTES)
     except UnsafeInput:
@@ -198,7 +199,7 @@ def index_from_json(data: bytes) -> BundleIndex:
     return BundleIndex(
         base_model=fields.text("base_model", MAX_LABEL),
         generator=_generator(fields.mapping("generator")),
-        tasks=tuple(_task(entry, layouts) for entry in tasks),
+        tasks=tuple(_task(entry, layouts, version) for entry in tasks),
         parts=tuple(_part(entry) for entry in fields.entries("parts")),
     )
 
@@ -218,9 +219,9 @@ def _generator(value: object) -> BundledGenerator:
     )
 
 
-def _task(value: object, layouts: Sequence[Layout]) -> BundledTask:
-    if isinstance(value, dict):
-        value = _SINCE_VERSION_3 | value
+def _task(value: object, layouts: Sequence[Layout], version: int) -> BundledTask:
+    if version < 3 and isinstance(value, dict) and not value.keys() & _SINCE_VERSION_3.keys():
+        value = value | _SINCE_VERSION_3
     fields = Fields(value, _TASK, "a task of the bundle")
     name = fields.text("name", limit=1024)
     if (problem := task_name_problem(name)) is not None:

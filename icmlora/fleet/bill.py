@@ -27,10 +27,17 @@ class TaskBill:
     retained_gain: float | None
     evicted: bool
     asked: Asked | None
+    original_only: str | None  # why there can be no code
+    extras_bytes: int
 
     @property
     def size(self) -> int:
-        """Bytes of code, residual and vectors: everything except the original."""
+        """Bytes of what stands for the adapter: code, residual, vectors and extras, or an original without a code."""
+        return self.codes_and_vectors_size + self.extras_bytes + (self.original_size if self.original_only else 0)
+
+    @property
+    def codes_and_vectors_size(self) -> int:
+        """Bytes of code, residual and vectors."""
         return (self.code_size or 0) + (self.residual_size or 0) + self.vectors_size
 
     @property
@@ -46,6 +53,7 @@ class BaseModelBill:
     base_model: str
     generator: GeneratorRecord | None
     tasks: tuple[TaskBill, ...]
+    extras_bytes: int  # of all tasks; what several tasks share counts once
 
     @property
     def bf16_size(self) -> int:
@@ -68,9 +76,24 @@ class BaseModelBill:
         return self.generator_size + self.start_size
 
     @property
-    def per_task_size(self) -> int:
+    def codes_and_vectors_size(self) -> int:
         """Bytes of all codes, residuals and vectors."""
-        return sum(task.size for task in self.tasks)
+        return sum(task.codes_and_vectors_size for task in self.tasks)
+
+    @property
+    def per_task_size(self) -> int:
+        """Bytes of all that stands for the adapters; what several tasks share counts once."""
+        return sum(task.size - task.extras_bytes for task in self.tasks) + self.extras_bytes
+
+    @property
+    def original_only(self) -> tuple[TaskBill, ...]:
+        """The tasks of which there can be no code."""
+        return tuple(task for task in self.tasks if task.original_only is not None)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every task has a code that can have one, so that the bill covers all of them."""
+        return bool(self.encoded) and len(self.encoded) + len(self.original_only) == len(self.tasks)
 
     @property
     def encoded(self) -> tuple[TaskBill, ...]:
@@ -127,14 +150,21 @@ class Bill:
 
     @property
     def compact_size(self) -> int:
-        """Bytes of everything except originals and texts: generators, codes, residuals, vectors, database."""
+        """Bytes of all that the adapters need without the originals of which there is a code."""
         usage = self.usage
-        return usage.generators + usage.codes + usage.residuals + usage.vectors + usage.database
+        uncoded = sum(task.original_size for fleet in self.fleets for task in fleet.original_only)
+        coded = usage.generators + usage.codes + usage.residuals + usage.vectors + usage.extras
+        return coded + usage.database + uncoded
 
     @property
     def is_complete(self) -> bool:
-        """Whether there are tasks and every one has a code, so that the compact size covers all of them."""
-        return bool(self.fleets) and all(len(fleet.encoded) == len(fleet.tasks) for fleet in self.fleets)
+        """Whether there are tasks and the compact size covers all of them."""
+        return bool(self.fleets) and all(fleet.is_complete for fleet in self.fleets)
+
+    @property
+    def original_only(self) -> int:
+        """How many tasks there are of which there can be no code."""
+        return sum(len(fleet.original_only) for fleet in self.fleets)
 
     @property
     def compact_share(self) -> float | None:

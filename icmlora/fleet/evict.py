@@ -134,11 +134,16 @@ class Evictor:
 
     def _evict(self, task: TaskRecord) -> TaskEvicted:
         adapters = self._store.tasks.adapters(task.name)
-        chosen = [row for row in adapters if not (row.is_evicted or (row.is_final and self._request.checkpoints_only))]
+        wanted = [row for row in adapters if not (row.is_evicted or (row.is_final and self._request.checkpoints_only))]
+        chosen = [row for row in wanted if row.original_only is None]
         generator = self._store.generators.current(task.base_model)
         code = None if generator is None else self._store.codes.get(task.name, generator.id)
-        if task.pinned or not chosen:
+        if task.pinned or not wanted:
             return self._untouched(task, code, generator)
+        if adapters[-1].original_only is not None:
+            return TaskEvicted(task.name, "kept", reason=f"there can be no code of it: {adapters[-1].original_only}")
+        if not chosen:
+            return TaskEvicted(task.name, "kept", reason=f"there can be no code of it: {wanted[0].original_only}")
         if code is None or generator is None:
             return TaskEvicted(task.name, "kept", reason="it has no code; `icm train --update` makes one")
         try:

@@ -42,7 +42,13 @@ def bill(context: Context) -> Bill:
         for label in labels:
             generator = store.generators.current(label)
             tasks = tuple(per_task.of(row, generator) for row in rows if row.task.base_model == label)
-            fleets.append(BaseModelBill(label, generator, tasks))
+            extras = {
+                extra.blob: extra.packed_size
+                for row in rows
+                if row.task.base_model == label
+                for extra in row.final.extras
+            }
+            fleets.append(BaseModelBill(label, generator, tasks, sum(extras.values())))
         return Bill(store.usage(), tuple(fleets))
 
 
@@ -64,7 +70,8 @@ class _TaskBills:
             measured = latest(self._evaluations[row.task.name], row.task, code.rung, generator)
         return TaskBill(
             task=row.task.name,
-            bf16_size=_BF16 * row.final.parameters,
+            bf16_size=_BF16 * row.final.parameters
+            + sum(extra.size for extra in row.final.extras if extra.file is None),
             original_size=row.final.stored_bytes,
             vectors_size=sum(map(self._size, self._vectors[row.task.name])),
             code_size=None if code is None else code.size,
@@ -74,4 +81,6 @@ class _TaskBills:
             retained_gain=None if measured is None else measured.retained_gain,
             evicted=row.final.is_evicted,
             asked=None if code is None else code.asked,
+            original_only=row.final.original_only,
+            extras_bytes=row.final.extras_bytes,
         )

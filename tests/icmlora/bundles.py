@@ -73,11 +73,11 @@ def fields_of(path: Path) -> dict[str, Any]:
     return dict(json.loads(data[HEAD : HEAD + length]))
 
 
-def forge(path: Path, text: bytes | Mapping[str, Any]) -> Path:
+def forge(path: Path, text: bytes | Mapping[str, Any], *, magic: bytes = MAGIC) -> Path:
     """Give a bundle another index, with a digest that fits it: what somebody who knows the format can do."""
     data = path.read_bytes()
     rest = data[HEAD + int.from_bytes(data[5:9], "little") :]
     made = text if isinstance(text, bytes) else json.dumps(text).encode()
-    prefix = MAGIC + len(made).to_bytes(4, "little")
+    prefix = magic + len(made).to_bytes(4, "little")
     path.write_bytes(prefix + hashlib.sha256(prefix + made).digest() + made + rest)
     return path

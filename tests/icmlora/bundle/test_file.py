@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.bundle.file import MAGIC, bundle_digest, bundle_size, open_bundle, write_bundle
+from icmlora.bundle.index import BundledExtra
 from icmlora.errors import BundleError, IcmLoraError, OutputExists, UnsafeInput
 from tests.icmlora import bundles
 
@@ -113,10 +114,46 @@ def test_another_file_is_called_no_bundle(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_named(data: bytes, spoilt: Path) -> None:
-    spoilt.write_bytes(b"ICMB\x03" + data[5:])
-    with pytest.raises(BundleError, match="has the format 3") as caught, open_bundle(spoilt):
+    spoilt.write_bytes(b"ICMB\x04" + data[5:])
+    with pytest.raises(BundleError, match="has the format 4") as caught, open_bundle(spoilt):
         pass
     assert "newer" in (caught.value.hint or "")
+
+
+def as_version_2(path: Path) -> Path:
+    """Write a bundle as the version before templates and extras did."""
+    fields = bundles.fields_of(path)
+    for task in fields["tasks"]:
+        del task["template"], task["extras"]
+    return bundles.forge(path, fields, magic=b"ICMB\x02")
+
+
+def test_a_bundle_of_version_2_is_still_read(tmp_path: Path) -> None:
+    path = as_version_2(bundles.write(tmp_path / "fleet.icm"))
+    with open_bundle(path) as bundle:
+        assert bundle.index == bundles.index()
+        assert bundle.digest != bundle_digest(bundles.index())
+    assert read_all(path) == bundles.BLOBS
+
+
+@pytest.mark.parametrize(("magic", "keep"), [(b"ICMB\x02", True), (MAGIC, False)])
+def test_each_version_has_exactly_its_own_fields(tmp_path: Path, magic: bytes, keep: bool) -> None:
+    path = bundles.write(tmp_path / "fleet.icm")
+    fields = bundles.fields_of(path)
+    if not keep:
+        del fields["tasks"][0]["template"], fields["tasks"][0]["extras"]
+    bundles.forge(path, fields, magic=magic)
+    with pytest.raises(BundleError, match="does not have the fields"), open_bundle(path):
+        pass
+
+
+def test_templates_and_extras_come_back(tmp_path: Path) -> None:
+    extras = (BundledExtra(bundles.digest("card"), "tokenizer.json", 99), BundledExtra(bundles.digest("card"), None, 5))
+    rust = bundles.task("rust", card=bundles.digest("card"), template='{"dtype":"F32"}', extras=extras)
+    index = bundles.index(tasks=(rust, bundles.task("sql")))
+    with open_bundle(bundles.write(tmp_path / "fleet.icm", index)) as bundle:
+        assert bundle.index == index
+        assert bundle.index.tasks[0].parts[-2:] == (bundles.digest("card"),) * 2
 
 
 def test_a_link_to_a_bundle_is_followed(tmp_path: Path) -> None:

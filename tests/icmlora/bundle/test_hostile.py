@@ -58,6 +58,13 @@ def test_a_name_that_is_no_task_name_is_refused(path: Path, name: str) -> None:
     assert not {"\x1b", "\u202e", "\n"} & set(str(caught.value))
 
 
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", "..", ".hidden", "", "x\x1b[31m", "a" * 129, "a\n", "con "])
+def test_an_extra_whose_file_name_is_not_plain_is_refused(path: Path, name: str) -> None:
+    with pytest.raises((UnsafeInput, BundleError)) as caught:
+        opened(changed(path, lambda fields: fields["tasks"][0].update(extras=[["e" * 64, name, 1]])))
+    assert not {"\x1b", "\n"} & set(str(caught.value))
+
+
 def test_a_module_name_that_is_a_path_is_refused(path: Path) -> None:
     def change(fields: dict[str, Any]) -> None:
         fields["layouts"][0][0][0] = "../x"
@@ -96,6 +103,15 @@ def test_a_module_name_that_is_a_path_is_refused(path: Path) -> None:
         (lambda f: f["tasks"][0].update(dtype="I8"), "dtype"),
         (lambda f: f["tasks"][0].update(measured=5), "measured"),
         (lambda f: f["tasks"][0]["measured"].update(retained_gain=[]), "retained_gain"),
+        (lambda f: f["tasks"][0].update(template=5), "template"),
+        (lambda f: f["tasks"][0].update(template="[]"), "template"),
+        (lambda f: f["tasks"][0].update(template='{"a":NaN}'), "template"),
+        (lambda f: f["tasks"][0].update(extras={}), "extras"),
+        (lambda f: f["tasks"][0].update(extras=[["a"]]), "extra"),
+        (lambda f: f["tasks"][0].update(extras=[["x", None, 1]]), "extra"),
+        (lambda f: f["tasks"][0].update(extras=[["e" * 64, None, -1]]), "extra"),
+        (lambda f: f["tasks"][0].update(extras=[["e" * 64, None, 1]]), "parts"),
+        (lambda f: f["tasks"][0].update(extras=[["e" * 64, 7, 1]]), "file name"),
         (lambda f: f["layouts"].append([]), "layout"),
         (lambda f: f["layouts"][0].append(f["layouts"][0][0]), "twice"),
         (lambda f: f["layouts"][0][0].append(1), "module"),
