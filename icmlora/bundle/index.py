@@ -22,7 +22,7 @@ from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.bundle.fields import Fields, as_count, as_digest, wrong
 from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
 from icmlora.formats.peft_config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
-from icmlora.io.safetensors import ITEM_BYTES, MAX_DIMENSION, MAX_FILE_BYTES
+from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_file_name, is_module_name, task_name_problem
 
@@ -185,12 +185,7 @@ def index_to_json(index: BundleIndex) -> bytes:
 
 def index_from_json(data: bytes, *, version: int = VERSION) -> BundleIndex:
     """Read what `index_to_json` wrote, or an earlier version of it."""
-    try:
-        parsed = parse_object(data, what="the bundle's index", max_bytes=MAX_INDEX_BYTES)
-    except UnsafeInput:
-        raise
-    except AdapterRefused as error:
-        raise BundleError(error.message) from None
+    parsed = _object(data, "the bundle's index", MAX_INDEX_BYTES)
     fields = Fields(parsed, _INDEX, "the bundle's index")
     tasks = fields.entries("tasks")
     if len(tasks) > MAX_TASKS:
@@ -202,6 +197,15 @@ def index_from_json(data: bytes, *, version: int = VERSION) -> BundleIndex:
         tasks=tuple(_task(entry, layouts, version) for entry in tasks),
         parts=tuple(_part(entry) for entry in fields.entries("parts")),
     )
+
+
+def _object(data: bytes, what: str, limit: int) -> dict[str, Any]:
+    try:
+        return parse_object(data, what=what, max_bytes=limit)
+    except UnsafeInput:
+        raise
+    except AdapterRefused as error:
+        raise BundleError(error.message) from None
 
 
 def _task_fields(task: BundledTask, layout: int) -> dict[str, Any]:
@@ -220,14 +224,15 @@ def _generator(value: object) -> BundledGenerator:
 
 
 def _task(value: object, layouts: Sequence[Layout], version: int) -> BundledTask:
-    if version < 3 and isinstance(value, dict) and not value.keys() & _SINCE_VERSION_3.keys():
-        value = value | _SINCE_VERSION_3
-    fields = Fields(value, _TASK, "a task of the bundle")
+    what = "a task of the bundle"
+    if version < 3 and isinstance(value, dict):
+        value = _SINCE_VERSION_3 | value if not value.keys() & _SINCE_VERSION_3.keys() else None
+    fields = Fields(value, _TASK, what)
     name = fields.text("name", limit=1024)
     if (problem := task_name_problem(name)) is not None:
         raise UnsafeInput(f"{escape(name, 120)!r} is not a task name: {problem}", kind="name")
     dtype = fields.text("dtype", limit=64)
-    if dtype != "+".join(sorted(set(dtype.split("+")) & ITEM_BYTES.keys())):
+    if dtype != "+".join(sorted(set(dtype.split("+")) & FLOAT_TYPES)):
         raise wrong(dtype, "a task of the bundle: dtype")
     layout = fields.count("layout")
     if layout >= len(layouts):
@@ -251,9 +256,10 @@ def _task(value: object, layouts: Sequence[Layout], version: int) -> BundledTask
 
 
 def _template(text: str | None) -> str:
-    if text is not None:
-        parse_object(text.encode(), what="a template of the bundle", max_bytes=MAX_CONFIG_BYTES)
-    return text or ""
+    if text is None:
+        return ""
+    _object(text.encode(), "a template of the bundle", MAX_CONFIG_BYTES)
+    return text
 
 
 def _extra(value: object) -> BundledExtra:

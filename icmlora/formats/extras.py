@@ -64,7 +64,11 @@ def unpack(packed: bytes) -> bytes:
         magic, width, length = _HEAD.unpack_from(packed)
         if magic != _MAGIC or width not in (1, 2, 4, 8) or length > MAX_BYTES:
             raise ValueError("not packed by icm")
-        planes = zstandard.ZstdDecompressor().decompress(packed[_HEAD.size :], max_output_size=length)
+        frame = packed[_HEAD.size :]
+        # The decompressor believes the length that a frame states, whatever it is.
+        if zstandard.frame_content_size(frame) != length:
+            raise ValueError("it has another length than it says")
+        planes = zstandard.ZstdDecompressor().decompress(frame)
         if len(planes) != length:
             raise ValueError("cut short")
     except (struct.error, ValueError, zstandard.ZstdError) as error:

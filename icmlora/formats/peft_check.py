@@ -17,9 +17,8 @@ from icmlora.formats.format import AdapterSummary, Buffer
 from icmlora.formats.peft_config import AdapterConfig, read_facts, stated_rank, stated_targets
 from icmlora.formats.peft_names import FactorPair, SortedTensors, sort_tensors
 from icmlora.io.finite import check_finite, is_zero
-from icmlora.io.safetensors import TensorHeader, header_text, parse_header
+from icmlora.io.safetensors import FLOAT_TYPES, TensorHeader, header_text, parse_header
 
-_CODED_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _PLAIN_METADATA = {"format": "pt"}
 NOTHING = "does nothing"  # how `original_only` begins for an adapter that leaves its base model as it is
 
@@ -107,7 +106,7 @@ def _check_pairs(config: AdapterConfig, tensors: SortedTensors) -> None:
         if rank != stated:
             message = f"{pair.a.name} has rank {rank} but adapter_config.json says {stated}"
             raise AdapterRefused(message, kind="rank")
-        if unknown := {pair.a.dtype, pair.b.dtype} - _CODED_TYPES:
+        if unknown := {pair.a.dtype, pair.b.dtype} - FLOAT_TYPES:
             raise AdapterRefused(f"{pair.a.name} has the type {min(unknown)}", kind="dtype")
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ from icmlora.formats.format import LoadedAdapter, Template
 from icmlora.formats.peft_check import check_adapter
 from icmlora.formats.peft_config import AdapterConfig
 from icmlora.formats.peft_names import FactorPair, usual_names
-from icmlora.io.safetensors import RawTensor, TensorHeader, encode
+from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode
+from icmlora.io.strict_json import parse_object
 from icmlora.io.tensors import DTYPE_NAMES, decode_float32, raw_tensor
 
 _METADATA = {"format": "pt"}
+_MAX_TEMPLATE = 64 << 20  # it names every tensor of a file, and holds the metadata of its header
 
 
 def read_adapter(config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
@@ -60,10 +65,7 @@ def _module(pair: FactorPair, values: Mapping[str, torch.Tensor], scale: float) 
 
 def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapping[str, RawTensor]) -> bytes:
     """Write a tensor file in the form of another adapter; modules that `adapter` lacks become zeros."""
-    config = AdapterConfig.parse(like.config)
-    details: dict[str, Any] = json.loads(like.details or "{}")
-    names, shapes, types = (details.get(key, {}) for key in ("names", "shapes", "dtypes"))
-    main = details.get("dtype", like.dtype)
+    config, details = AdapterConfig.parse(like.config), _Details.parse(like)
     modules = {module.name: module for module in adapter.modules}
     tensors: dict[str, RawTensor] = {}
     for shape in like.layout:
@@ -71,12 +73,54 @@ def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapp
         scale = config.scale_of(shape.module)
         # An adapter of scale 0 does nothing, whatever its factors are.
         unscaled = factors[0], factors[1] / scale if scale else torch.zeros_like(factors[1])
-        for name, factor in zip(names.get(shape.module) or usual_names(shape.module), unscaled, strict=True):
-            kind = types.get(name, main) if dtype is None else DTYPE_NAMES[dtype]
-            tensors[name] = raw_tensor(name, factor.reshape(shapes.get(name) or factor.shape), kind)
+        names = details.names.get(shape.module) or usual_names(shape.module)
+        for name, factor in zip(names, unscaled, strict=True):
+            kind = details.dtypes.get(name, details.dtype) if dtype is None else DTYPE_NAMES[dtype]
+            size = details.shapes.get(name, tuple(factor.shape))
+            if prod(size) != factor.numel() or name in tensors or name in extras:
+                raise _bad_template()
+            tensors[name] = raw_tensor(name, factor.reshape(size), kind)
     if modules:
         raise ValueError(f"the template has no module {next(iter(modules))}")
-    return encode(tensors | dict(extras), details.get("metadata", _METADATA))
+    return encode(tensors | dict(extras), details.metadata)
+
+
+@dataclass(frozen=True)
+class _Details:
+    """The template that `check_adapter` noted, read as hostile input: a bundle may come from anywhere."""
+
+    names: Mapping[str, tuple[str, str]]  # module -> its two tensors
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    dtype: str
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, like: Template) -> _Details:
+        found = parse_object((like.details or "{}").encode(), what="the template", max_bytes=_MAX_TEMPLATE)
+        try:
+            made = cls(
+                names={module: (str(a), str(b)) for module, (a, b) in found.pop("names", {}).items()},
+                shapes={name: tuple(map(index, sizes)) for name, sizes in found.pop("shapes", {}).items()},
+                dtypes=dict(found.pop("dtypes", {})),
+                dtype=found.pop("dtype", like.dtype),
+                metadata=dict(found.pop("metadata", _METADATA)),
+            )
+            good = (
+                all(TENSOR_NAME.fullmatch(name) for pair in made.names.values() for name in pair)
+                and all(0 < size <= MAX_DIMENSION for sizes in made.shapes.values() for size in sizes)
+                and {made.dtype, *made.dtypes.values()} <= FLOAT_TYPES
+                and all(isinstance(text, str) for text in made.metadata.values())
+            )
+        except (AttributeError, TypeError, ValueError):
+            raise _bad_template() from None
+        if found or not good:
+            raise _bad_template()
+        return made
+
+
+def _bad_template() -> AdapterRefused:
+    return AdapterRefused("what is noted of the original's form does not fit it", kind="template")
 
 
 def write_fresh(

@@ -33,7 +33,10 @@ ITEM_BYTES: Mapping[str, int] = {
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
 }
 
-_NAME = re.compile(r"[A-Za-z0-9_.]{1,512}")
+FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types of factors that can have a code."""
+
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,512}")
 _PREFIX_BYTES = 8
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -100,7 +103,9 @@ def parse_header(text: bytes, size: int) -> TensorHeader:
     fields = parse_object(text, what="the safetensors header", max_bytes=MAX_HEADER_BYTES)
     metadata = _metadata(fields.pop(_METADATA, {}))
     start = _PREFIX_BYTES + len(text)
-    tensors = sorted((_tensor(name, value, start) for name, value in fields.items()), key=lambda tensor: tensor.begin)
+    tensors = sorted(
+        (_tensor(name, value, start) for name, value in fields.items()), key=lambda tensor: (tensor.begin, tensor.end)
+    )
     _check_contiguous(tensors, start, size)
     return TensorHeader(tuple(tensors), metadata)
 
@@ -128,7 +133,7 @@ def encode(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> byt
         end = offset + len(tensor.data)
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *(tensors[name].data for name in order)])
 
@@ -182,7 +187,7 @@ def _metadata(value: object) -> Mapping[str, str]:
 
 
 def _tensor(name: str, value: object, start: int) -> TensorInfo:
-    if not _NAME.fullmatch(name):
+    if not TENSOR_NAME.fullmatch(name):
         raise UnsafeInput(f"the tensor name {escape(name, 120)!r} is not plain", kind="name")
     if not isinstance(value, dict) or set(value) != _FIELDS:
         raise AdapterRefused(f"{name} needs exactly dtype, shape and data_offsets", kind="damaged")

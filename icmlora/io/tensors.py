@@ -28,6 +28,8 @@ def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -
 
     tensors: dict[str, torch.Tensor] = {}
     for run in header.runs:
+        if run[0].dtype not in _TORCH:
+            raise AdapterRefused(f"{run[0].name} has the type {run[0].dtype}", kind="dtype")
         # A copy: torch must neither see read-only memory nor an address that is not a multiple of the item size.
         raw = torch.from_numpy(bits(data, run[0].dtype, run[0].begin, run[-1].end).copy())
         values = raw.view(_TORCH[run[0].dtype]).float()

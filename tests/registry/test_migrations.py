@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from sqlalchemy import Connection, create_engine
 from registry import database as migrations
 from registry.database import Database
 from registry.errors import DamagedStore, NotAStore, StoreFull, StoreTooNew
-from registry.schema import Base
+from registry.rows import document_digest
+from registry.schema import Base, Packed
 from registry.store import Store
-from tests.registry.examples import ingest, new_store
+from tests.registry.every_row import everything, fill
+from tests.registry.examples import ingest, new_store, offer
 
 
 def tables_of(connection: sqlite3.Connection) -> dict[str, object]:
@@ -70,6 +73,81 @@ def test_an_old_store_is_moved_forward_with_its_rows(tmp_path: Path, monkeypatch
         assert store.schema_version == migrations.newest()
 
 
+SCHEMA_1 = Path(__file__).with_name("schema_1.sql")
+_NEW_IN_SCHEMA_2 = [None, False, ""]  # how a description ends that says nothing new
+
+
+def as_schema_1(database: Path) -> None:
+    """Turn a database into what the first icm would have written of the same rows."""
+    new = database.rename(database.with_name("new.db"))
+    with closing(sqlite3.connect(database)) as old, old:
+        old.execute(f"PRAGMA page_size={migrations.PAGE_SIZE}")
+        old.executescript(SCHEMA_1.read_text())
+        old.execute("ATTACH ? AS new", [str(new)])
+        for (table,) in old.execute("SELECT name FROM main.sqlite_schema WHERE type = 'table'").fetchall():
+            old.execute(f"INSERT INTO main.{table} SELECT * FROM new.{table}")
+        for number, packed in old.execute("SELECT id, body FROM documents").fetchall():
+            body = Packed().unpack(packed)
+            if isinstance(body, list) and body[-3:] == _NEW_IN_SCHEMA_2:
+                values = Packed().pack(body[:-3]), bytes.fromhex(document_digest(body[:-3])), number
+                old.execute("UPDATE documents SET body = ?, digest = ? WHERE id = ?", values)
+        old.execute(f"PRAGMA application_id={migrations.APPLICATION_ID}")
+        old.execute("PRAGMA user_version=1")
+    new.unlink()
+
+
+@pytest.fixture
+def old_store(tmp_path: Path) -> tuple[Path, dict[str, object]]:
+    """A store of schema 1 with rows in every table, and all that is to be known of it."""
+    with new_store(tmp_path / "store") as store:
+        fill(store)
+        known = everything(store)
+    as_schema_1(tmp_path / "store" / "registry.db")
+    return tmp_path / "store", known
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_store_of_schema_1_keeps_everything(old_store: tuple[Path, dict[str, object]], read_only: bool) -> None:
+    root, known = old_store
+    with Store.open(root, read_only=read_only) as store:
+        assert store.schema_version == 2
+        assert everything(store) == known
+        assert list(store.verify(read_data=True)) == []
+
+
+def test_a_moved_store_has_the_tables_of_a_new_one(old_store: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+    root, _ = old_store
+    new_store(root).close()
+    new_store(tmp_path / "other").close()
+    with closing(sqlite3.connect(root / "registry.db")) as moved:
+        with closing(sqlite3.connect(tmp_path / "other" / "registry.db")) as made:
+            assert tables_of(moved) == tables_of(made)
+        assert moved.execute("PRAGMA foreign_key_check").fetchall() == []
+        assert moved.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_moved_store_knows_its_adapters_again(old_store: tuple[Path, dict[str, object]]) -> None:
+    with new_store(old_store[0]) as store:
+        (outcome,) = store.tasks.ingest([offer(store, "rust", steps=[80, 90], samples=b"samples", eval_data=b"texts")])
+        assert (outcome.status, outcome.new) == ("known", 0)
+        ingest(store, "another")
+        assert store.tasks.final("another").extras == ()
+
+
+def test_many_commands_move_an_old_store_at_once(old_store: tuple[Path, dict[str, object]]) -> None:
+    root, known = old_store
+    with ThreadPoolExecutor(4) as pool:
+        versions = list(pool.map(lambda _: version_of(root), range(4)))
+    assert versions == [2] * 4
+    with Store.open(root, read_only=True) as store:
+        assert everything(store) == known
+
+
+def version_of(root: Path) -> int:
+    with Store.open(root, read_only=True) as store:
+        return store.schema_version
+
+
 def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_store(tmp_path / "store").close()
     with monkeypatch.context() as patched:
@@ -84,15 +162,15 @@ def test_a_migration_that_fails_half_way_leaves_the_old_schema(tmp_path: Path, m
 def test_a_command_that_only_reads_moves_an_old_store_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with new_store(tmp_path / "store") as store:
         ingest(store, "shakespeare")
-    monkeypatch.setattr(migrations, "MIGRATIONS", (add_column,))
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
     with Store.open(tmp_path / "store", read_only=True) as store:
         assert [task.name for task in store.tasks.all()] == ["shakespeare"]
-        assert store.schema_version == 2
+        assert store.schema_version == migrations.newest()
 
 
 def test_an_old_store_on_read_only_media_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_store(tmp_path / "store").close()
-    monkeypatch.setattr(migrations, "MIGRATIONS", (add_column,))
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_column))
     monkeypatch.setattr(Database, "can_be_written", lambda self: False)
     with pytest.raises(DamagedStore, match="old schema") as refused:
         Store.open(tmp_path / "store", read_only=True)
@@ -108,9 +186,9 @@ def test_a_full_disk_gives_up_the_reserve_for_the_new_schema(tmp_path: Path, mon
         if reserve.exists():
             raise StoreFull("database or disk is full")
 
-    monkeypatch.setattr(migrations, "MIGRATIONS", (full,))
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, full))
     with new_store(tmp_path / "store") as store:
-        assert store.schema_version == 2
+        assert store.schema_version == migrations.newest()
     assert not reserve.exists()
 
 
