@@ -152,12 +152,14 @@ def train_network(
 
 
 def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:
-    """Return the base models that have tasks, or only the given one."""
-    found = sorted({row.task.base_model for row in store.tasks.summaries()})
+    """Return the base models that have tasks with adapters to train on, or only the given one."""
+    rows = [(row.task.base_model, row.final.original_only is None) for row in store.tasks.summaries()]
+    found = sorted({label for label, _ in rows})
     if not found:
         raise DataError("there are no tasks to train on", hint="`icm ingest PATH` adds adapters")
     if base_model is None:
-        return found
+        # If no task can have a code, training says why.
+        return sorted({label for label, can_have_code in rows if can_have_code}) or found
     check_base_model(base_model, found)
     return [base_model]
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import ConfigFacts
-from icmlora.formats.refusals import refuse_unsupported
 from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_module_name
 
@@ -76,9 +75,16 @@ class AdapterConfig:
 
     @classmethod
     def parse(cls, data: bytes) -> AdapterConfig:
-        """Read a configuration."""
+        """Read a configuration; refuse one that is not a plain LoRA's."""
+        from icmlora.formats.refusals import refuse_unsupported  # needed to read only
+
+        refuse_unsupported(_fields(data))
+        return cls.read(data)
+
+    @classmethod
+    def read(cls, data: bytes) -> AdapterConfig:
+        """Read a configuration that `parse` has taken before."""
         fields = _fields(data)
-        refuse_unsupported(fields)
         reader = _Reader(fields)
         return cls(
             base_model=reader.text("base_model_name_or_path"),

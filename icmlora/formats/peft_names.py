@@ -18,7 +18,6 @@ from math import prod
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import AdapterRefused
-from icmlora.formats.refusals import refuse_tensor
 from icmlora.io.safetensors import TensorHeader, TensorInfo
 from registry.names import is_module_name, natural_key
 
@@ -90,6 +89,8 @@ def _parse_key(name: str) -> tuple[str, str] | None:
     """Return module and half of a factor, or None for an extra."""
     match = _HALF.fullmatch(name)
     if match is None:
+        from icmlora.formats.refusals import refuse_tensor  # needed to read only
+
         refuse_tensor(name)
         return None
     module = _unwrapped(match["module"])

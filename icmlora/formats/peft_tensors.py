@@ -21,12 +21,11 @@ from torch.nn.functional import pad
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import LoadedAdapter, Template
-from icmlora.formats.peft_check import check_adapter
 from icmlora.formats.peft_config import AdapterConfig
 from icmlora.formats.peft_names import FactorPair, usual_names
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode
 from icmlora.io.strict_json import parse_object
-from icmlora.io.tensors import DTYPE_NAMES, decode_float32, raw_tensor
+from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
 
 _METADATA = {"format": "pt"}
 _MAX_TEMPLATE = 64 << 20  # it names every tensor of a file, and holds the metadata of its header
@@ -34,6 +33,8 @@ _MAX_TEMPLATE = 64 << 20  # it names every tensor of a file, and holds the metad
 
 def read_adapter(config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
     """Read the factors in float32 and the extras as they are."""
+    from icmlora.formats.peft_check import check_adapter  # needed to read only
+
     checked = check_adapter(config, weights, path=path)
     summary, parsed, tensors = checked.summary, checked.config, checked.tensors
     if parsed is None or tensors is None:
@@ -65,7 +66,7 @@ def _module(pair: FactorPair, values: Mapping[str, torch.Tensor], scale: float) 
 
 def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapping[str, RawTensor]) -> bytes:
     """Write a tensor file in the form of another adapter; modules that `adapter` lacks become zeros."""
-    config, details = AdapterConfig.parse(like.config), _Details.parse(like)
+    config, details = AdapterConfig.read(like.config), _Details.parse(like)
     modules = {module.name: module for module in adapter.modules}
     tensors: dict[str, RawTensor] = {}
     for shape in like.layout:
@@ -75,7 +76,7 @@ def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapp
         unscaled = factors[0], factors[1] / scale if scale else torch.zeros_like(factors[1])
         names = details.names.get(shape.module) or usual_names(shape.module)
         for name, factor in zip(names, unscaled, strict=True):
-            kind = details.dtypes.get(name, details.dtype) if dtype is None else DTYPE_NAMES[dtype]
+            kind = details.dtypes.get(name, details.dtype) if dtype is None else dtype_name(dtype)
             size = details.shapes.get(name, tuple(factor.shape))
             if prod(size) != factor.numel() or name in tensors or name in extras:
                 raise _bad_template()
@@ -146,7 +147,7 @@ def write_fresh(
     for module in adapter.modules:
         factors = _fitted(module, rank, module.a.shape[1], module.b.shape[0])
         for name, factor in zip(usual_names(module.name), factors, strict=True):
-            tensors[name] = raw_tensor(name, factor, DTYPE_NAMES[dtype])
+            tensors[name] = raw_tensor(name, factor, dtype_name(dtype))
     return encode(tensors, {**_METADATA, **metadata}), _config(adapter, rank)
 
 

@@ -50,10 +50,15 @@ def decode_torch(data: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 def encode_torch(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, dtype: str) -> bytes:
     """Serialise tensors as one type, rounding to nearest even; deterministic."""
+    name = dtype_name(dtype)
+    return encode({key: raw_tensor(key, tensor, name) for key, tensor in tensors.items()}, metadata)
+
+
+def dtype_name(dtype: str) -> str:
+    """Return what safetensors calls a number format in which adapters are written."""
     if dtype not in DTYPE_NAMES:
         raise DataError(f"unknown number format {dtype!r}", hint=f"choose one of {', '.join(sorted(DTYPE_NAMES))}")
-    name = DTYPE_NAMES[dtype]
-    return encode({key: raw_tensor(key, tensor, name) for key, tensor in tensors.items()}, metadata)
+    return DTYPE_NAMES[dtype]
 
 
 def raw_tensor(key: str, tensor: torch.Tensor, dtype: str) -> RawTensor:

@@ -165,7 +165,7 @@ def test_refining_lowers_the_loss_on_the_samples_further(generate: Generate, tmp
 def test_a_rank_is_that_of_what_is_written(generate: Generate, tmp_path: Path) -> None:
     document = generate("--rank", 20, "--json", folder=tmp_path / "wide").document
     assert document["rank"] == 20
-    assert json.loads((tmp_path / "wide" / "adapter_config.json").read_text())["r"] == 32
+    assert json.loads((tmp_path / "wide" / "adapter_config.json").read_text())["r"] == 20
 
 
 def test_a_rank_beyond_all_that_there_is_is_said(generate: Generate) -> None:

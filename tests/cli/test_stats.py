@@ -62,20 +62,20 @@ def test_json_keeps_its_names(icm: Icm, trained: Path) -> None:
     document = icm("stats", "--json").document
     assert set(document) == {
         "on_disk", "original_size", "stored_size", "compact_size", "compression_ratio", "space_saving", "complete",
-        "evicted_count", "fleets",
+        "evicted_count", "original_only_count", "fleets",
     }  # fmt: skip
     assert set(document["on_disk"]) == {
-        "originals", "checkpoints", "generators", "codes", "residuals", "vectors", "texts", "old_generators",
+        "originals", "checkpoints", "generators", "codes", "residuals", "extras", "vectors", "texts", "old_generators",
         "training", "database", "unreferenced", "overhead", "total",
     }  # fmt: skip
     assert set(document["fleets"][0]) == {
         "base_model", "adapters_count", "encoded_count", "evicted_count", "original_size", "generator",
         "generator_version", "decoder_size", "start_size", "short_count", "codes_and_vectors_size", "marginal_size",
-        "break_even_count", "tasks",
+        "break_even_count", "original_only_count", "extras_bytes", "tasks",
     }  # fmt: skip
     assert set(document["fleets"][0]["tasks"][0]) == {
         "task", "bf16_size", "original_size", "vectors_size", "code_size", "residual_size", "rung", "dw_error",
-        "retained_gain", "evicted", "asked",
+        "retained_gain", "evicted", "asked", "original_only", "extras_bytes",
     }  # fmt: skip
 
 

@@ -232,11 +232,13 @@ def test_a_checkpoint_of_a_higher_rank_is_covered(icm: Icm, tmp_path: Path) -> N
     assert current(tmp_path / "store").config["slots"] == 6
 
 
-def test_an_adapter_of_zeros_is_encoded_too(icm: Icm, mixed: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_nothing_is_left_out_and_keeps_its_original(icm: Icm, mixed: Path, tmp_path: Path) -> None:
     folder = write_lora(tmp_path / "zeros", alpha=0)
     assert icm("ingest", folder, "--device", "cpu").code == 0
-    assert icm(*TRAIN).code == 0
-    assert icm("materialize", "zeros", "--source", "code", "-o", tmp_path / "out").code == 0
+    ran = icm(*TRAIN)
+    assert (ran.code, "zeros has no code and keeps its original: does nothing" in ran.err) == (ExitCode.PARTLY, True)
+    assert icm("materialize", "zeros", "-o", tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
 
 
 def test_a_task_that_is_replaced_meanwhile_gets_no_code_and_is_named(
