@@ -31,6 +31,13 @@ def write_adapter(folder: Path, *, seed: int = 0, value: float | None = None, **
     return folder
 
 
+def write_broken(folder: Path, **config: object) -> Path:
+    """Write an adapter whose weights are cut off: it cannot be taken."""
+    weights = write_adapter(folder, **config) / "adapter_model.safetensors"  # type: ignore[arg-type]
+    weights.write_bytes(weights.read_bytes()[:40])
+    return folder
+
+
 def write_texts(folder: Path, name: str = "samples.jsonl", count: int = 4) -> Path:
     """Write a file of texts into a folder."""
     file = folder / name

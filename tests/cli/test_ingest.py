@@ -15,7 +15,7 @@ from icmlora.fleet.ingest import IngestReport
 from icmlora.fleet.ingest_files import batches
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
-from tests.cli.fleet import write_adapter, write_run, write_texts
+from tests.cli.fleet import write_adapter, write_broken, write_run, write_texts
 
 Icm = Callable[..., Ran]
 
@@ -91,40 +91,40 @@ def test_a_dry_run_checks_everything_and_stores_nothing(icm: Icm, fleet: Path, t
 
 
 def test_a_dry_run_finds_what_would_be_refused(icm: Icm, fleet: Path) -> None:
-    write_adapter(fleet / "bad", value=float("nan"))
-    assert "nan" in icm("ingest", fleet, "-n").err.lower()
+    write_broken(fleet / "bad")
+    assert "cut short" in icm("ingest", fleet, "-n").err
 
 
 def test_a_refusal_ends_the_ingest_with_the_fact_and_the_path(icm: Icm, fleet: Path) -> None:
-    write_adapter(fleet / "bad", use_dora=True)
+    write_broken(fleet / "bad")
     ran = icm("ingest", fleet)
     assert ran.code == ExitCode.FAILED
-    assert "DoRA" in ran.err
+    assert "claims a header" in ran.err
     assert str(fleet / "bad") in ran.err
 
 
 def test_what_is_good_of_the_batch_stays_when_a_refusal_ends_the_ingest(icm: Icm, fleet: Path) -> None:
-    write_adapter(fleet / "bad", value=float("inf"))
+    write_broken(fleet / "bad")
     icm("ingest", fleet)
     assert names(icm) == ["rust", "shakespeare", "sql"]
 
 
 def test_with_skip_bad_the_rest_goes_on_and_the_exit_code_says_so(icm: Icm, fleet: Path) -> None:
-    write_adapter(fleet / "bad", modules_to_save=["lm_head"])
+    write_broken(fleet / "bad")
     ran = icm("ingest", fleet, "--skip-bad")
     assert ran.code == ExitCode.PARTLY
-    assert "modules_to_save" in ran.err
+    assert "claims a header" in ran.err
     assert names(icm) == ["rust", "shakespeare", "sql"]
 
 
 def test_a_bad_checkpoint_costs_only_itself(icm: Icm, fleet: Path) -> None:
-    write_adapter(fleet / "rust" / "checkpoint-80", value=float("nan"))
+    write_broken(fleet / "rust" / "checkpoint-80")
     assert icm("ingest", fleet, "--skip-bad").code == ExitCode.PARTLY
     assert [entry["step"] for entry in icm("show", "rust", "--json").document["adapters"]] == [100, None]
 
 
 def test_a_bad_final_adapter_costs_the_task(icm: Icm, fleet: Path) -> None:
-    write_adapter(fleet / "rust", value=float("nan"))
+    write_broken(fleet / "rust")
     icm("ingest", fleet, "--skip-bad")
     assert names(icm) == ["shakespeare", "sql"]
 
@@ -139,8 +139,8 @@ def test_a_pickle_is_refused_unopened_with_its_own_exit_code(icm: Icm, tmp_path:
 
 
 def test_when_everything_is_refused_the_first_reason_decides_the_exit_code(icm: Icm, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "a", use_dora=True)
-    write_adapter(tmp_path / "b", bias="all")
+    write_broken(tmp_path / "a")
+    write_broken(tmp_path / "b")
     ran = icm("ingest", tmp_path, "--skip-bad")
     assert ran.code == ExitCode.FAILED
     assert "all 2 inputs were refused" in ran.err
@@ -182,8 +182,8 @@ def test_samples_that_were_given_are_taken_where_others_are_left_out(icm: Icm, t
 
 @pytest.mark.parametrize(
     "content",
-    [b"{", b'\xef\xbb\xbf{"peft_type": "LORA"}', b'{"peft_type": "LORA", "use_dora": true}', b"[" * 99],
-    ids=["broken", "bom", "dora", "deep"],
+    [b"{", b'\xef\xbb\xbf{"peft_type": "LORA"}', b'{"peft_type": "LORA", "revision": 5}', b"[" * 99],
+    ids=["broken", "bom", "type", "deep"],
 )
 def test_what_is_wrong_with_a_configuration_is_said_of_its_file(icm: Icm, tmp_path: Path, content: bytes) -> None:
     config = write_adapter(tmp_path / "rust") / "adapter_config.json"
@@ -194,19 +194,20 @@ def test_what_is_wrong_with_a_configuration_is_said_of_its_file(icm: Icm, tmp_pa
 
 
 def test_what_is_wrong_with_weights_is_said_of_their_file(icm: Icm, tmp_path: Path) -> None:
-    weights = write_adapter(tmp_path / "rust", r=4) / "adapter_model.safetensors"
+    weights = write_broken(tmp_path / "rust") / "adapter_model.safetensors"
     assert icm("ingest", tmp_path / "rust").err.startswith(f"error: {weights}: ")
 
 
 def test_hints_of_what_is_passed_over_are_given_once_each(icm: Icm, fleet: Path) -> None:
     for name in ("a", "b"):
-        write_adapter(fleet / name, bias="all")
-    write_adapter(fleet / "c", lora_bias=True)
+        write_broken(fleet / name)
+    weights = write_adapter(fleet / "c") / "adapter_model.safetensors"
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     ran = icm("ingest", fleet, "--skip-bad")
     assert ran.code == ExitCode.PARTLY
     assert ran.err.count("warning: ") == 3
-    assert ran.err.count('hint: train with bias="none"\n') == 1
-    assert ran.err.count("hint: train with lora_bias=False\n") == 1
+    assert ran.err.count("hint: fetch the file again: it seems cut short\n") == 1
+    assert ran.err.count("hint: run 'git lfs pull'\n") == 1
 
 
 def test_a_folder_above_whose_name_is_no_unicode_is_no_obstacle(icm: Icm, tmp_path: Path) -> None:
@@ -240,14 +241,15 @@ def test_runs_with_their_adapters_in_a_folder_of_one_name_are_tasks(icm: Icm, tm
 
 
 def test_folders_that_link_to_the_same_weights_keep_their_own_configurations(icm: Icm, tmp_path: Path) -> None:
-    for name, alpha in (("a", 4), ("b", 8), ("bad", 0)):
-        folder = write_adapter(tmp_path / "loras" / name, lora_alpha=alpha, r=4 if name == "bad" else 2)
+    for name, alpha in (("a", 4), ("b", 8), ("other", 0)):
+        folder = write_adapter(tmp_path / "loras" / name, lora_alpha=alpha, r=4 if name == "other" else 2)
         (folder / "adapter_model.safetensors").replace(tmp_path / "loras" / "weights")
         (folder / "adapter_model.safetensors").symlink_to("../weights")
-    ran = icm("ingest", tmp_path / "loras", "--skip-bad")
-    assert (ran.code, names(icm)) == (ExitCode.PARTLY, ["a", "b"])
+    ran = icm("ingest", tmp_path / "loras")
+    assert (ran.code, names(icm)) == (0, ["a", "b", "other"])
     with Store.open(tmp_path / "store") as store:
-        for name in ("a", "b"):
+        assert [store.tasks.final(name).original_only is None for name in names(icm)] == [True, True, False]
+        for name in ("a", "b", "other"):
             given = tmp_path / "loras" / name / "adapter_config.json"
             assert store.blobs.read(store.tasks.final(name).config) == given.read_bytes()
 
@@ -344,7 +346,56 @@ def test_ingest_does_not_need_torch(fleet: Path) -> None:
 
 
 def test_warnings_in_json_are_json(icm: Icm, fleet: Path) -> None:
-    write_adapter(fleet / "bad", bias="all")
+    write_broken(fleet / "bad")
     ran = icm("ingest", fleet, "--skip-bad", "--json")
     warning = json.loads(ran.err.splitlines()[0])
-    assert (warning["type"], warning["kind"]) == ("warning", "bias")
+    assert (warning["type"], warning["kind"]) == ("warning", "damaged")
+
+
+NO_CODE = {
+    "diverged": {"value": float("nan")},
+    "infinite": {"value": float("inf")},
+    "nothing": {"lora_alpha": 0},
+    "pissa": {"init_lora_weights": "pissa"},
+    "other": {"peft_type": "LOHA"},
+    "unlike": {"r": 4},
+}
+
+
+def test_what_can_have_no_code_is_kept_as_its_original_and_says_why(icm: Icm, tmp_path: Path) -> None:
+    for name, options in NO_CODE.items():
+        write_adapter(tmp_path / "in" / name, **options)  # type: ignore[arg-type]
+    assert icm("ingest", tmp_path / "in").code == 0
+    rows = {row["name"]: row for row in icm("ls", "--json").document}
+    assert sorted(rows) == sorted(NO_CODE)
+    reasons = {name: row["original_only"] for name, row in rows.items()}
+    words = ("NaN", "Inf", "does nothing", "pissa", "LOHA", "rank 2 but adapter_config.json says 4")
+    assert all(word in reasons[name] for name, word in zip(NO_CODE, words, strict=True))
+    assert icm("ls").out.count("original only") == len(NO_CODE)
+    for name in NO_CODE:
+        assert reasons[name] in icm("show", name).out
+        icm("materialize", name, "-o", tmp_path / "out" / name)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / "out" / name / file).read_bytes() == (tmp_path / "in" / name / file).read_bytes()
+
+
+def test_a_switch_whose_tensors_are_kept_is_no_reason_against_a_code(icm: Icm, tmp_path: Path) -> None:
+    for number, field in enumerate(({"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"})):
+        write_adapter(tmp_path / "in" / f"t{number}", **field)
+    assert icm("ingest", tmp_path / "in").code == 0
+    assert [row["original_only"] for row in icm("ls", "--json").document] == [None] * 3
+
+
+def test_files_next_to_an_adapter_are_kept_with_it(icm: Icm, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "in" / "rust")
+    files = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "spiece.model": bytes(range(256))}
+    for name, data in {**files, "optimizer.pt": b"state", "notes.txt": b"mine"}.items():
+        (folder / name).write_bytes(data)
+    assert icm("ingest", folder).code == 0
+    assert icm("ls", "--json").document[0]["extras_bytes"] > 0
+    shown = icm("show", "rust", "--json").document
+    assert {extra["file"] for extra in shown["adapters"][0]["extras"]} == set(files)
+    icm("materialize", "rust", "-o", tmp_path / "out")
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {name: written.get(name) for name in files} == files
+    assert not {"optimizer.pt", "notes.txt"} & written.keys()

@@ -8,7 +8,7 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from tests.cli.conftest import Ran
-from tests.cli.fleet import write_adapter, write_fleet, write_texts
+from tests.cli.fleet import write_adapter, write_broken, write_fleet, write_texts
 
 Icm = Callable[..., Ran]
 Change = Callable[[Path], object]
@@ -31,7 +31,7 @@ def another_adapter(fleet: Path) -> None:
 
 
 def a_bad_checkpoint_and_a_new_task(fleet: Path) -> None:
-    write_adapter(fleet / "sql" / "checkpoint-80", value=float("nan"))
+    write_broken(fleet / "sql" / "checkpoint-80")
     write_adapter(fleet / "verilog", seed=98)
 
 

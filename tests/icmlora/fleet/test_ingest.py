@@ -9,7 +9,7 @@ import pytest
 
 from icmlora import AdapterRefused, Cancelled, Event, Fleet, Progress, TaskConflict, UnsafeInput, load_adapter
 from icmlora.fleet.ingest import IngestReport, InputRefused, TaskIngested
-from tests.cli.fleet import write_texts
+from tests.cli.fleet import write_broken, write_texts
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, equal, files_of, is_sound, size_of, stop_after
 
@@ -121,20 +121,20 @@ def test_a_path_that_does_not_exist_is_named(new: Fleet, tmp_path: Path) -> None
 
 
 def test_a_refused_adapter_is_passed_over_with_its_reason(loras: Path, tmp_path: Path) -> None:
-    bad = write_lora(tmp_path / "bad" / "dora", use_dora=True)
+    bad = write_broken(tmp_path / "bad" / "torn")
     heard: list[Event] = []
     report = Fleet(tmp_path / "new", on_event=heard.append).ingest([bad, loras / "rules"], skip_bad=True)
     assert [task.task for task in report.ingested] == ["rules"]
     (refused,) = report.refused
-    assert (refused.kind, refused.path) == ("dora", str(bad / "adapter_config.json"))
+    assert (refused.kind, refused.path) == ("damaged", str(bad / "adapter_model.safetensors"))
     assert refused.hint
     assert [event for event in heard if isinstance(event, InputRefused)] == [refused]
 
 
 def test_good_adapters_stay_when_a_bad_one_ends_the_ingest(new: Fleet, loras: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(loras, tmp_path / "loras"))
-    write_lora(folder / "dora", use_dora=True)
-    with pytest.raises(AdapterRefused, match="use_dora is set"):
+    write_broken(folder / "torn")
+    with pytest.raises(AdapterRefused, match="claims a header"):
         new.ingest([folder])
     assert [row.task.name for row in new.tasks()] == TASKS
     assert is_sound(new)
@@ -149,11 +149,11 @@ def test_a_pickle_is_unsafe_input(new: Fleet, tmp_path: Path) -> None:
 
 
 def test_if_everything_is_refused_the_first_reason_is_raised(new: Fleet, tmp_path: Path) -> None:
-    write_lora(tmp_path / "bad" / "one", use_dora=True)
-    write_lora(tmp_path / "bad" / "two", use_dora=True)
+    write_broken(tmp_path / "bad" / "one")
+    write_broken(tmp_path / "bad" / "two")
     with pytest.raises(AdapterRefused, match="all 2 inputs were refused") as refused:
         new.ingest([tmp_path / "bad"], skip_bad=True)
-    assert refused.value.kind == "dora"
+    assert refused.value.kind == "damaged"
 
 
 def test_another_adapter_of_the_same_name_is_a_conflict(fleet: Fleet, tmp_path: Path) -> None:
