@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ADAPTERS = "Store and write adapters"
 INSPECT = "Inspect"
+ARRANGE = "Name and mark tasks"
 BUNDLES = "Bundles: use codes without the store"
 MAINTAIN = "Maintain the store"
 
@@ -42,6 +43,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "stats": ("stats", "stats", INSPECT),
     "eval": ("eval", "evaluate", INSPECT),
     "map": ("map", "map_", INSPECT),
+    "mv": ("mv", "mv", ARRANGE),
+    "tag": ("tag", "tag", ARRANGE),
+    "note": ("note", "note", ARRANGE),
     "export": ("export", "export", BUNDLES),
     "import": ("import_", "import_", BUNDLES),
     "evict": ("evict", "evict", MAINTAIN),

@@ -105,6 +105,7 @@ TABLE: dict[str, ExitCode] = {
     "icmlora.fleet.materialize.TooLossy": ExitCode.TOO_LOSSY,
     "typer.exceptions.TyperException": ExitCode.USAGE,
     "registry.errors.IcmError": ExitCode.FAILED,
+    "registry.errors.InvalidFilter": ExitCode.USAGE,
     "registry.errors.StoreNotFound": ExitCode.NO_STORE,
     "registry.errors.NotAStore": ExitCode.NO_STORE,
     "registry.errors.StoreLocked": ExitCode.LOCKED,

@@ -7,36 +7,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from icmlora.fleet.api import Fleet
-
-
-def complete_task(incomplete: str) -> list[str]:
-    """Return the names of tasks that start as typed."""
-    try:
-        return [row.task.name for row in _fleet().tasks() if row.task.name.startswith(incomplete)]
-    except Exception:  # a shell waits for an answer, and nobody would read an error
-        return []
-
-
-def complete_base(incomplete: str) -> list[str]:
-    """Return the names of base models that start as typed."""
-    try:
-        return [base.record.name for base in _fleet().base_models() if base.record.name.startswith(incomplete)]
-    except Exception:  # see above
-        return []
-
-
-def _fleet() -> Fleet:
-    from icm_cli.config import cache_folder, load_settings
-    from icmlora.fleet.api import Fleet
-
-    return Fleet(load_settings().store.value, cache=cache_folder, lock_timeout=0.0, command="icm completion")
-
+from icm_cli.completion import complete_base, complete_filter, complete_sort, complete_task
 
 GLOBAL_PANEL = "Global options"
 
@@ -108,6 +83,31 @@ BaseModelOpt = Annotated[
         autocompletion=complete_base,
         show_default=False,
     ),
+]
+FiltersOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        "-f",
+        metavar="FIELD=VALUE",
+        help="Only tasks that pass, as 'rank>=8', 'tag=prod', 'base~llama'. Repeat it: all must hold.",
+        autocompletion=complete_filter,
+        show_default=False,
+    ),
+]
+SortOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--sort",
+        metavar="FIELD[:desc]",
+        help="Sort by a field, as 'size:desc'. Default: name.",
+        autocompletion=complete_sort,
+        show_default=False,
+    ),
+]
+LimitOpt = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Show at most N tasks.", show_default=False),
 ]
 FromOpt = Annotated[
     Path | None,

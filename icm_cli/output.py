@@ -1,7 +1,7 @@
 """Print everything: the answer on stdout; notes, warnings, errors and progress on stderr.
 
 Modes:
-    human   stdout is a terminal: aligned, cut to its width, headings in bold
+    human   stdout is a terminal: aligned, long values cut in the middle to fit its width, headings in bold
     plain   stdout is a pipe: aligned, nothing cut, no colour
     json    --json: documents or JSON lines on stdout, JSON lines on stderr, no progress, no questions
     quiet   -q: only the bare answer (names, paths) and errors
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from icm_cli.config import switched_on
 from icm_cli.errors import Failure, UsageProblem, escape_lines
-from icmlora.io.text import escape, shortened, width
+from icmlora.io.text import escape, shortened_inside, width
 
 if TYPE_CHECKING:
     from icm_cli.progress import Progress
@@ -45,7 +45,7 @@ class Column:
 
     title: str
     right: bool = False  # whether values are aligned to the right, as numbers are
-    shrink: bool = False  # whether the column may be cut when the terminal is narrow
+    shrink: bool = False  # whether values may be cut in the middle when the terminal is narrow
 
 
 class Output:
@@ -185,18 +185,21 @@ def _write(stream: TextIO, text: str) -> None:
 def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int | None) -> list[int]:
     widths = [max([width(column.title), *(width(row[index]) for row in rows)]) for index, column in enumerate(columns)]
     excess = 0 if limit is None else sum(widths) + len(_GAP) * (len(widths) - 1) - limit
-    for index, column in enumerate(columns):
-        if excess > 0 and column.shrink:
-            cut = min(excess, max(0, widths[index] - _NARROWEST))
-            widths[index] -= cut
-            excess -= cut
+    shrinking = [index for index, column in enumerate(columns) if column.shrink]
+    while excess > 0 and shrinking:
+        # A long list of modules gives way before a name does.
+        widest = max(shrinking, key=widths.__getitem__)
+        if widths[widest] <= _NARROWEST:
+            break
+        widths[widest] -= 1
+        excess -= 1
     return widths
 
 
 def _row(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]) -> str:
     padded = []
     for cell, column, cells_wide in zip(cells, columns, widths, strict=True):
-        text = shortened(cell, cells_wide)
+        text = shortened_inside(cell, cells_wide)
         space = " " * (cells_wide - width(text))
         padded.append(space + text if column.right else text + space)
     return _GAP.join(padded).rstrip()

@@ -18,7 +18,7 @@ from registry.conversion import code_record
 from registry.database import Part
 from registry.errors import GeneratorConflict, LastCopy
 from registry.evaluations import record_evaluation
-from registry.rows import RowWriter, final_if_unchanged
+from registry.rows import RowWriter, final_if_unchanged, final_under_any_name
 
 CodeFiles = tuple[int, int | None]
 """The rows of the blobs of a code and of its residual."""
@@ -144,7 +144,7 @@ def code_rows(
     """Make the rows of codes, without those whose task is gone or has another adapter by now."""
     writer.session.flush()  # so that the generator has its number
     for new in codes:
-        adapter = final_if_unchanged(writer.session, new.adapter)
+        adapter = final_under_any_name(writer.session, new.adapter)
         if adapter is not None:
             yield models.Code(
                 task=adapter.task,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -31,10 +32,7 @@ def task_record(row: models.Task) -> records.TaskRecord:
 
 def adapter_record(row: models.Adapter) -> records.AdapterRecord:
     """Return the record of an adapter."""
-    common = Description(*row.description.body)
-    # JSON has lists only; a description must be a key.
-    layout = tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in common.layout)
-    common = common._replace(target_modules=tuple(common.target_modules), layout=layout)
+    common = _description(row.description)
     usual = usual_source(row.task.folder, row.step, is_final=row.is_final)
     return _record(
         records.AdapterRecord,
@@ -45,6 +43,15 @@ def adapter_record(row: models.Adapter) -> records.AdapterRecord:
         original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
         weights_bytes=row.weights.size,
     )
+
+
+# Adapters with the same description share it in memory too: a layout may name a thousand modules.
+@lru_cache(maxsize=64)
+def _description(row: models.Document) -> Description:
+    common = Description(*row.body)
+    # JSON has lists only; a description must be a key.
+    layout = tuple((name, rank, inputs, outputs) for name, rank, inputs, outputs in common.layout)
+    return common._replace(target_modules=tuple(common.target_modules), layout=layout)
 
 
 def _extra(row: models.Extra) -> records.Extra:

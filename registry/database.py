@@ -165,11 +165,13 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql(connection.get_execution_options().get("icm_begin", "BEGIN IMMEDIATE"))
 
 
-def _add_extras(connection: Connection) -> None:
+def _to_schema_2(connection: Connection) -> None:
     Extra.metadata.tables[Extra.__tablename__].create(connection)
+    for column in ("note VARCHAR", "tags VARCHAR"):
+        connection.exec_driver_sql(f"ALTER TABLE tasks ADD COLUMN {column}")
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_add_extras,)
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_to_schema_2,)
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 
 

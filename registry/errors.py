@@ -14,7 +14,8 @@ IcmError                     (also the base of `icmlora.errors.IcmLoraError`)
     │   └── DamagedBlob      the bytes of a blob do not match its digest
     ├── SourceRefused        a file from outside is not a plain, readable file within the limits
     │   └── SourceChanged    it changed while it was read
-    ├── InvalidName          a task name that breaks the rule
+    ├── InvalidName          a task name, tag or note that breaks the rule
+    ├── InvalidFilter        a filter or an order of tasks that cannot be understood
     ├── TaskNotFound         no task has that name
     ├── TaskConflict         the task exists with another adapter
     ├── GeneratorNotFound    no generator has that number
@@ -106,7 +107,11 @@ class SourceChanged(SourceRefused):
 
 
 class InvalidName(RegistryError):
-    """A task name does not follow the rule."""
+    """A task name, a tag or a note does not follow the rule."""
+
+
+class InvalidFilter(RegistryError):
+    """A filter or an order of tasks cannot be understood."""
 
 
 class TaskNotFound(RegistryError):
@@ -122,10 +127,10 @@ class TaskNotFound(RegistryError):
 class TaskConflict(RegistryError):
     """A task of that name exists with another final adapter or base model."""
 
-    def __init__(self, name: str, *, choices: str | None = "skip|replace") -> None:
+    def __init__(self, name: str, *, choices: str | None = "skip|replace", fact: str | None = None) -> None:
         options = "" if choices is None else f", or say what to do with --on-conflict {choices}"
-        hint = f"give the new one another name{options}"
-        super().__init__(f"task {name!r} is in the store with another adapter", hint=hint)
+        hint = f"give the new one another name{options}" if fact is None else "choose another name"
+        super().__init__(fact or f"task {name!r} is in the store with another adapter", hint=hint)
         self.name = name
 
 

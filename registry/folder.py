@@ -66,9 +66,14 @@ class StorePaths:
         """The file that is flock'ed."""
         return self.root / "lock"
 
+    @cached_property
+    def jobs(self) -> Path:
+        """The folder of the files that are flock'ed by jobs."""
+        return self.root / "jobs"
+
     def job(self, base_model: str) -> Path:
         """Return the lock file of a base model's jobs."""
-        return self.root / "jobs" / hashlib.sha256(base_model.encode()).hexdigest()[:16]
+        return self.jobs / hashlib.sha256(base_model.encode()).hexdigest()[:16]
 
     @cached_property
     def reserve(self) -> Path:

@@ -40,6 +40,8 @@ class KnownTask:
     eval_data: str | None
     pinned: bool
     folder: str
+    note: str | None = None
+    tags: tuple[str, ...] = ()
     final: tuple[str, str] | None = None  # weights and configuration; None only where the store is damaged
     adapters: frozenset[AdapterKey] = frozenset()
     evicted: Mapping[AdapterKey, int] = field(default_factory=dict)  # adapter -> row, without the final adapter
@@ -81,7 +83,7 @@ def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
     query = (
         select(
             *(_TASKS.c.id, _TASKS.c.name, _BASES.c.name, samples.c.digest, eval_data.c.digest),
-            *(_TASKS.c.pinned, _TASKS.c.folder),
+            *(_TASKS.c.pinned, _TASKS.c.folder, _TASKS.c.note, _TASKS.c.tags),
         )
         .join_from(_TASKS, _BASES)
         .outerjoin(samples, _TASKS.c.samples_id == samples.c.id)
@@ -125,8 +127,7 @@ class _Decision:
     new_eval_data: bool
     # its offered adapters whose weights were deleted -> row
     evicted: Mapping[AdapterKey, int] = field(default_factory=dict)
-    pinned: bool = False
-    replaced: int | None = None  # the task whose place it takes
+    replaced: KnownTask | None = None  # the task whose place it takes
 
     def outcome(self) -> records.IngestOutcome:
         name = self.ingest.name if self.known is None else self.known.name
@@ -160,7 +161,7 @@ def record_tasks(
     for item in decisions:
         if item.replaced is not None:
             # Everything derived from the replaced task goes with it: foreign keys cascade.
-            connection.execute(delete(_TASKS).where(_TASKS.c.id == item.replaced))
+            connection.execute(delete(_TASKS).where(_TASKS.c.id == item.replaced.id))
     _write(connection, files, [item for item in decisions if item.status != "skipped"])
     return [item.outcome() for item in decisions]
 
@@ -189,7 +190,7 @@ def _decide(known: KnownTask | None, ingest: records.TaskIngest) -> _Decision:
         raise TaskConflict(known.name)
     if ingest.on_conflict == "skip":
         return _Decision(ingest, "skipped", known, (), new_samples=False, new_eval_data=False)
-    return replace(_added(ingest), status="replaced", pinned=known.pinned, replaced=known.id)
+    return replace(_added(ingest), status="replaced", replaced=known)
 
 
 def _added(ingest: records.TaskIngest) -> _Decision:
@@ -263,8 +264,15 @@ def _task_number(
         texts["eval_id"] = _number(blobs, item.ingest.eval_data)
     if item.known is None:
         base = bases[item.ingest.base_model]
-        values = {"name": item.ingest.name, "base_model_id": base, "created_at": now, "pinned": item.pinned}
-        values |= {"folder": item.folder(), **texts}
+        values: dict[str, Any] = {
+            "name": item.ingest.name,
+            "base_model_id": base,
+            "created_at": now,
+            "folder": item.folder(),
+            **texts,
+        }
+        if (old := item.replaced) is not None:  # what people said of the task still holds
+            values |= {"pinned": old.pinned, "note": old.note, "tags": old.tags}
         return cast(int, connection.execute(insert(_TASKS).returning(_TASKS.c.id), values).scalar_one())
     if item.new_samples:  # vectors are made from the samples: other samples make the present ones wrong
         connection.execute(delete(_VECTORS).where(_VECTORS.c.task_id == item.known.id))

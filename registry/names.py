@@ -15,6 +15,8 @@ MAX_NAME = 128
 # Such a name means the same on every file system, in a URL and in a shell.
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=+-]{0,63}")
+MAX_NOTE = 4000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _DIGITS = re.compile(r"(\d+)")
 # Windows opens a device, not a file, for these, whatever the extension.
@@ -43,6 +45,35 @@ def check_name(name: str) -> str:
     if (problem := task_name_problem(name)) is not None:
         raise InvalidName(f"{escape(name, 120)!r} cannot name a task: {problem}", hint="choose another name")
     return name
+
+
+def check_tag(tag: str) -> str:
+    """Return `tag` unchanged if it can be a tag, else raise `InvalidName`."""
+    if not _TAG.fullmatch(tag):
+        rule = "it has at most 64 letters, digits and . _ : / @ = + -, and starts with a letter or a digit"
+        raise InvalidName(f"{escape(tag, 80)!r} cannot be a tag: {rule}", hint="choose another tag")
+    return tag
+
+
+def check_note(text: str) -> str:
+    """Return a note without spaces around it; raise `InvalidName` if it is empty, too long or no text."""
+    note = text.strip()
+    if not note or len(note) > MAX_NOTE:
+        fact = "it is empty" if not note else f"it has {len(note)} characters, more than {MAX_NOTE}"
+    elif not is_text(note):
+        fact = "it is not text"
+    else:
+        return note
+    raise InvalidName(f"this cannot be a note: {fact}", hint="`icm note TASK --clear` removes a note")
+
+
+def is_text(text: str) -> bool:
+    """Say whether UTF-8 can hold a text: arguments of a command may have bytes that are not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def is_module_name(name: str) -> bool:

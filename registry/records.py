@@ -42,6 +42,8 @@ class TaskRecord:
     eval_data: str | None  # digest of the held-out texts (JSON lines)
     created_at: str
     pinned: bool  # its originals are never evicted
+    tags: tuple[str, ...] = ()  # sorted
+    note: str | None = None
 
 
 class Extra(NamedTuple):

@@ -176,9 +176,14 @@ def find_final(session: Session, task_id: int) -> models.Adapter | None:
 
 def final_if_unchanged(session: Session, seen: records.AdapterRecord) -> models.Adapter | None:
     """Return the row of an adapter that was encoded or measured; None if its task has another one by now."""
-    task = session.scalar(select(models.Task).where(models.Task.name == seen.task))
-    final = None if task is None else find_final(session, task.id)
+    final = final_under_any_name(session, seen)
+    return None if final is None or final.task.name != seen.task else final
+
+
+def final_under_any_name(session: Session, seen: records.AdapterRecord) -> models.Adapter | None:
+    """Return the row of an adapter that was encoded, also if its task was renamed meanwhile."""
+    row = session.get(models.Adapter, seen.id)
     # The number of a deleted row is given to the next one, so the digests are compared too.
-    if final is None or (final.id, final.weights.digest, final.config.digest) != (seen.id, seen.weights, seen.config):
+    if row is None or not row.is_final or (row.weights.digest, row.config.digest) != (seen.weights, seen.config):
         return None
-    return final
+    return row

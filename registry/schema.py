@@ -15,6 +15,7 @@ Every task pays for its rows, so values are stored small:
     64 hexadecimal digits       Digest   32 bytes
     RFC 3339, UTC, seconds      Moment   seconds since 1970
     one of a few words          Choice   its place among them
+    words without spaces        Words    the words with a space between two
     a JSON value                Packed   its text, deflated: a layout names every module of a model
 """
 
@@ -126,6 +127,25 @@ class Choice(_Column):
         return self.words[stored]
 
 
+class Words(_Column):
+    """Words without spaces, stored as one text; none of them is NULL."""
+
+    impl = String
+    cache_ok = True
+
+    def pack(self, value: tuple[str, ...]) -> str | None:
+        """Return one text."""
+        return " ".join(value) or None
+
+    def unpack(self, stored: str) -> tuple[str, ...]:
+        """Return the words."""
+        return tuple(stored.split(" "))
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        """Return no words for NULL (SQLAlchemy's hook)."""
+        return () if value is None else super().process_result_value(value, dialect)
+
+
 def compact_json(value: object) -> str:
     """Write JSON in one canonical way, so that equal values are equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -191,6 +211,9 @@ class Task(Base):
     created_at: Mapped[str] = mapped_column(Moment())
     pinned: Mapped[bool] = mapped_column(server_default=text("0"))
     folder: Mapped[str]
+    # Since schema 2.
+    note: Mapped[str | None]
+    tags: Mapped[tuple[str, ...]] = mapped_column(Words(), nullable=True)
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
     samples: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[samples_id])

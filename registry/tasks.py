@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 
 from sqlalchemy import ColumnElement, Select, delete, func, select
 from sqlalchemy.orm import Session
 
-from registry import records, rows
+from registry import listing, records, rows
 from registry import schema as models
 from registry.conversion import adapter_record, code_record, task_record
 from registry.database import Part
-from registry.errors import DamagedStore, LastCopy
+from registry.errors import DamagedStore, LastCopy, TaskConflict
 from registry.files import failpoint
+from registry.filters import EVERY_TASK, Selection
 from registry.folder import restore_reserve, with_reserve
+from registry.names import check_name, check_note, check_tag
 from registry.rows import RowWriter
 
 _PAGE = 256
@@ -57,12 +59,17 @@ class Tasks(Part):
         with self._db.connection() as connection:
             return ingest.names_without_vectors(connection)
 
-    def summaries(self) -> Iterator[records.TaskSummary]:
-        """Yield all tasks by name with what a listing shows of them."""
-        after = ""
-        while page := self._summary_page(after):
-            yield from page
-            after = page[-1].task.name
+    def names(self, selection: Selection = EVERY_TASK) -> list[str]:
+        """Return the names of the selected tasks, in the order that the selection asks for."""
+        with self._db.read() as session:
+            return list(session.scalars(listing.query(session, models.Task.name, selection)))
+
+    def summaries(self, selection: Selection = EVERY_TASK) -> Iterator[records.TaskSummary]:
+        """Yield the selected tasks, in the order asked for, with what a listing shows of them; few at a time."""
+        with self._db.read() as session:
+            ids = session.scalars(listing.query(session, models.Task.id, selection)).all()
+        for at in range(0, len(ids), _PAGE):
+            yield from self._summary_page(ids[at : at + _PAGE])
 
     def adapters(self, task: str) -> list[records.AdapterRecord]:
         """Return the adapters of a task: checkpoints by step, the final one last."""
@@ -115,14 +122,53 @@ class Tasks(Part):
                 task.pinned = pinned
             return [task.name for task in tasks.values()]
 
+    def rename(self, old: str, new: str) -> records.TaskRecord:
+        """Give a task another name; raise `TaskConflict` if another task has it."""
+        check_name(new)
+        with self._db.write() as session:
+            task = rows.find_task(session, old)
+            if task.name != new:
+                other = session.scalar(select(models.Task).where(models.Task.name == new))
+                if other is not None and other is not task:
+                    raise TaskConflict(other.name, fact=f"a task is named {other.name!r} already", choices=None)
+                task.name = new
+            return task_record(task)
+
+    def tag(
+        self, names: Sequence[str], *, add: Collection[str] = (), remove: Collection[str] = ()
+    ) -> list[records.TaskRecord]:
+        """Add tags to tasks and take others away; return the tasks, each once. The case of tags does not matter."""
+        wanted, unwanted = {tag.lower(): check_tag(tag) for tag in add}, {tag.lower() for tag in remove}
+        with self._db.write() as session:
+            tasks = dict.fromkeys(rows.find_task(session, name) for name in names)
+            for task in tasks:
+                present = {tag.lower(): tag for tag in task.tags}
+                kept = {tag: shown for tag, shown in (wanted | present).items() if tag not in unwanted}
+                task.tags = tuple(kept[tag] for tag in sorted(kept))
+            return [task_record(task) for task in tasks]
+
+    def tags(self) -> dict[str, int]:
+        """Return how many tasks have each tag, by tag."""
+        with self._db.read() as session:
+            query = select(models.Task.tags, func.count()).where(models.Task.tags.is_not(None))
+            return dict(sorted(_counted_tags(session.execute(query.group_by(models.Task.tags)).tuples()).items()))
+
+    def set_note(self, name: str, text: str | None) -> records.TaskRecord:
+        """Replace the note of a task; None removes it."""
+        note = None if text is None else check_note(text)
+        with self._db.write() as session:
+            task = rows.find_task(session, name)
+            task.note = note
+            return task_record(task)
+
     def _task_page(self, after: str) -> list[records.TaskRecord]:
         with self._db.read() as session:
             return [task_record(row) for row in session.scalars(_page_query(after))]
 
-    def _summary_page(self, after: str) -> list[records.TaskSummary]:
+    def _summary_page(self, ids: Sequence[int]) -> list[records.TaskSummary]:
         with self._db.read() as session:
-            tasks = session.scalars(_page_query(after)).all()
-            return _summaries(session, tasks)
+            found = {task.id: task for task in session.scalars(select(models.Task).where(models.Task.id.in_(ids)))}
+            return _summaries(session, [found[number] for number in ids if number in found])
 
 
 class BaseModels(Part):
@@ -163,6 +209,15 @@ def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]
             fact = f"task {row.name!r} was evicted: its code is the only copy"
             raise LastCopy(fact, hint="run the same command again to remove it nevertheless")
         yield task_record(row)
+
+
+def _counted_tags(rows: Iterable[tuple[Sequence[str], int]]) -> dict[str, int]:
+    counts: dict[str, tuple[str, int]] = {}
+    for tags, number in rows:
+        for tag in tags:
+            shown, before = counts.get(tag.lower(), (tag, 0))
+            counts[tag.lower()] = shown, before + number
+    return dict(counts.values())
 
 
 def _page_query(after: str) -> Select[models.Task]:

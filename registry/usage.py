@@ -59,7 +59,7 @@ def measure(database: Database, blobs: Blobs, paths: StorePaths) -> Usage:
         # The journal has the name of the database and a suffix.
         if path.name.startswith(paths.database.name):
             sums["database"] += size
-        elif path.parent == paths.root:
+        elif path.parent in (paths.root, paths.jobs):
             sums["overhead"] += size
         else:
             sums["unreferenced"] += size

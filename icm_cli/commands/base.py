@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from icm_cli.options import complete_base
+from icm_cli.completion import complete_base
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 

@@ -2,68 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from icm_cli.options import BaseModelOpt, FromOpt
+from icm_cli.errors import UsageProblem
+from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import coded_size
-from icmlora.io.text import human_size
+from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from icmlora.fleet.records import TaskSummary
 
-_COLUMNS = (
-    Column("task", shrink=True),
-    Column("base model", shrink=True),
-    Column("rank", right=True),
-    Column("targets", shrink=True),
-    Column("original", right=True),
-    Column("checkpoints", right=True),
-    Column("vectors", right=True),
-    Column("code", right=True),
-)
-
 
 @command
-def ls(session: Session, base_model: BaseModelOpt = None, bundle: FromOpt = None) -> None:
+def ls(
+    session: Session,
+    base_model: BaseModelOpt = None,
+    filters: FiltersOpt = None,
+    sort: SortOpt = None,
+    limit: LimitOpt = None,
+    bundle: FromOpt = None,
+) -> None:
     """List the tasks in the store, or in a bundle with --from.
 
     ORIGINAL is the size of the original, "evicted" if its weights were deleted, or "pinned" if they never will be.
     CODE is the size of the code under the current generator, plus its residual if it has one; "-" means no code yet
     (run `icm train`), "original only" that there can be none (`icm show` says why). --quiet prints one name per line.
 
+    A filter is a field, one of = != > >= < <= ~ (contains), and a value; upper and lower case are the same. The fields
+    are name, base, rank, size, code, extras, gain, error, tag, status (evicted, pinned, coded, original-only,
+    does-nothing, generated), source and note. Sizes take units: 10MB, 512KiB.
+
     Example:
-      icm ls --json
+      icm ls -f 'rank>=8' -f tag=prod -f 'base~llama' --sort size:desc --limit 20
     """
     if bundle is not None:
         from icm_cli.commands.bundle_list import list_bundle
 
+        if filters or sort is not None or limit is not None:
+            raise UsageProblem("a bundle is listed whole", hint="leave out --filter, --sort and --limit")
         list_bundle(session, bundle, base_model)
         return
-    rows = session.fleet.tasks(base_model)
-    out = session.out
-    out.document([_as_json(row) for row in rows])
+    out, fleet, chosen = session.out, session.fleet, tuple(filters or ())
     if out.is_quiet:
-        for row in rows:
-            out.answer(row.task.name)
-    out.table(_COLUMNS, [_as_cells(row) for row in rows])
-    if not rows:
+        for name in fleet.task_names(base_model, filters=chosen, sort=sort, limit=limit):
+            out.answer(name)
+        return
+    rows = fleet.tasks(base_model, filters=chosen, sort=sort, limit=limit)
+    out.document([_as_json(row) for row in rows])
+    columns = [column for column in _COLUMNS if column.is_needed(rows)]
+    out.table([column.column for column in columns], [[column.cell(row) for column in columns] for row in rows])
+    if len(rows) == limit and (more := len(fleet.task_names(base_model, filters=chosen)) - len(rows)) > 0:
+        out.note(f"{counted(more, 'more task')} {'is' if more == 1 else 'are'} not shown")
+    if not rows and filters:
+        out.note("no task passes the filters")
+    elif not rows:
         out.note("no tasks")
         out.hint("run `icm ingest PATH` to add adapters")
-
-
-def _as_cells(row: TaskSummary) -> list[str]:
-    return [
-        row.task.name,
-        row.task.base_model,
-        str(row.final.rank_max),
-        ",".join(row.final.target_modules),
-        _original(row),
-        str(row.checkpoints),
-        str(row.vectors),
-        _coded(row),
-    ]
 
 
 def _coded(row: TaskSummary) -> str:
@@ -81,6 +79,36 @@ def _original(row: TaskSummary) -> str:
     return f"pinned {size}" if row.task.pinned else size
 
 
+def _extras(row: TaskSummary) -> str:
+    return human_size(row.final.extras_bytes) if row.final.extras else ""
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """A column of the listing, and what it shows of a task."""
+
+    column: Column
+    cell: Callable[[TaskSummary], str]
+    is_rare: bool = False  # shown only if it is not empty
+
+    def is_needed(self, rows: Sequence[TaskSummary]) -> bool:
+        return not self.is_rare or any(map(self.cell, rows))
+
+
+_COLUMNS = (
+    _Cells(Column("task", shrink=True), lambda row: row.task.name),
+    _Cells(Column("base model", shrink=True), lambda row: row.task.base_model),
+    _Cells(Column("rank", right=True), lambda row: str(row.final.rank_max)),
+    _Cells(Column("targets", shrink=True), lambda row: ",".join(row.final.target_modules)),
+    _Cells(Column("original", right=True), _original),
+    _Cells(Column("checkpoints", right=True), lambda row: str(row.checkpoints)),
+    _Cells(Column("vectors", right=True), lambda row: str(row.vectors)),
+    _Cells(Column("code", right=True), _coded),
+    _Cells(Column("extras", right=True), _extras, is_rare=True),
+    _Cells(Column("tags", shrink=True), lambda row: " ".join(row.task.tags), is_rare=True),
+)
+
+
 def _as_json(row: TaskSummary) -> dict[str, object]:
     return {
         "name": row.task.name,
@@ -94,6 +122,8 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "pinned": row.task.pinned,
         "original_only": row.final.original_only,
         "extras_bytes": row.final.extras_bytes,
+        "tags": list(row.task.tags),
+        "note": row.task.note,
         "checkpoints_count": row.checkpoints,
         "evicted_checkpoints_count": row.evicted_checkpoints,
         "vectors_count": row.vectors,

@@ -13,7 +13,7 @@ from icm_cli.text import limits_text
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.records import AdapterRecord, EvaluationRecord
+    from icmlora.fleet.records import AdapterRecord, EvaluationRecord, TaskRecord
     from icmlora.fleet.tasks import TaskDetails
 
 _ADAPTER_COLUMNS = (
@@ -70,6 +70,7 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
         ("source", final.source),
         ("original", _original(details)),
         *_kept(final),
+        *_marks(details.task),
         ("samples", "yes" if details.task.samples else "no"),
         ("held-out text", "yes" if details.task.eval_data else "no"),
         ("vectors", counted(len(details.vectors), "vector")),
@@ -77,6 +78,11 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
         *_coded(details),
         ("ingested", details.task.created_at),
     ]
+
+
+def _marks(task: TaskRecord) -> list[tuple[str, str]]:
+    tags = [("tags", ", ".join(task.tags))] if task.tags else []
+    return tags if task.note is None else [*tags, ("note", " ".join(task.note.split()))]
 
 
 def _nearest(details: TaskDetails) -> list[tuple[str, str]]:
@@ -163,6 +169,8 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         "base_model": details.task.base_model,
         "created_at": details.task.created_at,
         "pinned": details.task.pinned,
+        "tags": list(details.task.tags),
+        "note": details.task.note,
         "samples": details.task.samples,
         "eval_data": details.task.eval_data,
         "original_only": details.final.original_only,

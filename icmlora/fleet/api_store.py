@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.bill import Bill
     from icmlora.fleet.maintenance import Check, Finding, PruneReport
     from icmlora.fleet.map import MapReport
-    from icmlora.fleet.records import TaskSummary, View
+    from icmlora.fleet.records import TaskRecord, TaskSummary, View
     from icmlora.fleet.tasks import Removal, TaskDetails
 
 
@@ -39,11 +39,42 @@ class StoredFleet:
 
     # tasks: list, show, remove
 
-    def tasks(self, base_model: str | None = None) -> list[TaskSummary]:
-        """List the tasks by name, all or those of one `base_model`; a `DataError` if it has none."""
-        from icmlora.fleet.tasks import list_tasks
+    def tasks(
+        self,
+        base_model: str | None = None,
+        *,
+        filters: Sequence[str] = (),
+        sort: str | None = None,
+        limit: int | None = None,
+    ) -> list[TaskSummary]:
+        """List the tasks, by name unless `sort` says otherwise.
 
-        return list_tasks(self._context, base_model)
+        Args:
+            base_model: Only the tasks of this base model.
+            filters: Conditions such as `rank>=8`, `tag=prod` or `base~llama`; a task is listed if all of them hold.
+            sort: A field and a direction, such as `size:desc`; tasks without a value come last.
+            limit: List at most so many.
+
+        Raises:
+            DataError: No task belongs to the base model.
+            InvalidFilter: A filter or the order cannot be understood; the hint lists the fields.
+        """
+        from icmlora.fleet.tasks import ListRequest, list_tasks
+
+        return list_tasks(self._context, ListRequest(base_model, filters, sort, limit))
+
+    def task_names(
+        self,
+        base_model: str | None = None,
+        *,
+        filters: Sequence[str] = (),
+        sort: str | None = None,
+        limit: int | None = None,
+    ) -> list[str]:
+        """Return the names of the tasks that `tasks` lists for `base_model`, `filters`, `sort` and `limit`."""
+        from icmlora.fleet.tasks import ListRequest, list_names
+
+        return list_names(self._context, ListRequest(base_model, filters, sort, limit))
 
     def show(self, task: str) -> TaskDetails:
         """Return everything the store knows about one `task`."""
@@ -73,6 +104,52 @@ class StoredFleet:
         from icmlora.fleet.tasks import remove_tasks
 
         return remove_tasks(self._context, tasks, last_copies=last_copies)
+
+    # tasks: names, tags, notes
+
+    def rename(self, old: str, new: str) -> TaskRecord:
+        """Give a task another name; its adapters, vectors, codes and measurements stay with it.
+
+        Ingesting the same adapter again under its old name finds it under the new one.
+
+        Args:
+            old: The present name, in any case.
+            new: The name to give it.
+
+        Raises:
+            TaskConflict: Another task has the name.
+            InvalidName: The name breaks the rule for names.
+        """
+        from icmlora.fleet.tasks import rename_task
+
+        return rename_task(self._context, old, new)
+
+    def tag(self, tasks: Sequence[str], *, add: Sequence[str] = (), remove: Sequence[str] = ()) -> list[TaskRecord]:
+        """Add tags to tasks and remove others; a tag that is there already, or not there, changes nothing.
+
+        Args:
+            tasks: Names of tasks; if one is unknown, nothing changes.
+            add: Tags to add. Upper and lower case are the same tag.
+            remove: Tags to remove.
+
+        Returns:
+            The tasks as they are now.
+        """
+        from icmlora.fleet.tasks import tag_tasks
+
+        return tag_tasks(self._context, tasks, add, remove)
+
+    def tags(self) -> Mapping[str, int]:
+        """Return how many tasks have each tag, sorted by tag."""
+        from icmlora.fleet.tasks import list_tags
+
+        return list_tags(self._context)
+
+    def set_note(self, task: str, text: str | None) -> TaskRecord:
+        """Replace the note of a `task` by `text`, or remove it if that is None; return the task as it is now."""
+        from icmlora.fleet.tasks import set_note
+
+        return set_note(self._context, task, text)
 
     # base models
 

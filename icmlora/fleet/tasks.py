@@ -1,14 +1,15 @@
-"""List, show and remove tasks. Imports neither torch nor, for a listing, numpy."""
+"""List, show, rename, tag and remove tasks. Imports neither torch nor, for a listing, numpy."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from icmlora.errors import IcmLoraError
+from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, check_base_model
 from registry.errors import DamagedStore
+from registry.filters import Selection, parse_filter, parse_sort
 from registry.records import (
     AdapterRecord,
     CodeRecord,
@@ -54,12 +55,71 @@ class Removal:
     is_last_copy: bool  # whether its original was evicted, so that its code is the only copy
 
 
-def list_tasks(context: Context, base_model: str | None = None) -> list[TaskSummary]:
-    """Return all tasks by name, or those of one base model."""
+@dataclass(frozen=True)
+class ListRequest:
+    """Which tasks to list, as `registry.filters` reads it."""
+
+    base_model: str | None = None
+    filters: Sequence[str] = ()
+    sort: str | None = None
+    limit: int | None = None
+
+    def selection(self) -> Selection:
+        """Return the filters and the order, or raise what is wrong with them."""
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"a limit of {self.limit} tasks lists nothing", hint="give 1 or more")
+        sort = None if self.sort is None else parse_sort(self.sort)
+        return Selection(self.base_model, tuple(map(parse_filter, self.filters)), sort, self.limit)
+
+
+def list_tasks(context: Context, request: ListRequest) -> list[TaskSummary]:
+    """Return the selected tasks, by name unless another order is asked for."""
+    selection = request.selection()
     with context.open(read_only=True) as store:
-        rows = list(store.tasks.summaries())
-    check_base_model(base_model, {row.task.base_model for row in rows})
-    return [row for row in rows if base_model in (None, row.task.base_model)]
+        _check_base_model(store, request.base_model)
+        return list(store.tasks.summaries(selection))
+
+
+def list_names(context: Context, request: ListRequest) -> list[str]:
+    """Return the names of the selected tasks, which takes a fraction of the time of `list_tasks`."""
+    selection = request.selection()
+    with context.open(read_only=True) as store:
+        _check_base_model(store, request.base_model)
+        return store.tasks.names(selection)
+
+
+def _check_base_model(store: Store, base_model: str | None) -> None:
+    if base_model is not None:
+        check_base_model(base_model, {base.name for base in store.base_models.all() if base.tasks})
+
+
+def rename_task(context: Context, old: str, new: str) -> TaskRecord:
+    """Give a task another name."""
+    with context.open() as store:
+        return store.tasks.rename(old, new)
+
+
+def tag_tasks(context: Context, names: Sequence[str], add: Sequence[str], remove: Sequence[str]) -> list[TaskRecord]:
+    """Add and remove tags of tasks."""
+    if both := {tag.lower() for tag in add} & {tag.lower() for tag in remove}:
+        raise DataError(f"tag {min(both)!r} is both added and removed", hint="name it once")
+    if not add and not remove:
+        with context.open(read_only=True) as store:
+            return list(dict.fromkeys(map(store.tasks.get, names)))
+    with context.open() as store:
+        return store.tasks.tag(names, add=add, remove=remove)
+
+
+def list_tags(context: Context) -> Mapping[str, int]:
+    """Return how many tasks have each tag."""
+    with context.open(read_only=True) as store:
+        return store.tasks.tags()
+
+
+def set_note(context: Context, name: str, text: str | None) -> TaskRecord:
+    """Replace or remove the note of a task."""
+    with context.open() as store:
+        return store.tasks.set_note(name, text)
 
 
 def show_task(context: Context, name: str) -> TaskDetails:

@@ -10,7 +10,17 @@ from datetime import UTC, datetime
 
 from registry.names import escape
 
-__all__ = ["counted", "escape", "human_duration", "human_percent", "human_size", "shortened", "utc", "width"]
+__all__ = [
+    "counted",
+    "escape",
+    "human_duration",
+    "human_percent",
+    "human_size",
+    "shortened",
+    "shortened_inside",
+    "utc",
+    "width",
+]
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -71,3 +81,13 @@ def shortened(text: str, cells: int) -> str:
     while text and width(text) > cells - 1:
         text = text[:-1]
     return text + "…"
+
+
+def shortened_inside(text: str, cells: int) -> str:
+    """Return `text` cut in its middle to a number of terminal cells: the end of a path says more than its middle."""
+    if width(text) <= cells:
+        return text
+    end = text[-(cells - cells // 3 - 1) :] if cells > 1 else ""
+    while width(end) > cells - cells // 3 - 1:
+        end = end[1:]
+    return shortened(text[: len(text) - len(end)], max(1, cells - width(end))) + end

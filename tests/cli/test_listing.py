@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from icm_cli.completion import complete_base, complete_task
 from icm_cli.errors import ExitCode
-from icm_cli.options import complete_base, complete_task
 from registry.records import NewCode, NewEvaluation, NewGenerator
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of

@@ -48,7 +48,7 @@ def test_a_narrow_terminal_cuts_only_the_column_that_may_shrink(monkeypatch: pyt
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", "24")
     Output().table(COLUMNS, [["a-rather-long-task-name", "1023.9 KiB"]])
-    assert terminal.getvalue().splitlines()[1] == "a-rather-lo…  1023.9 KiB"
+    assert terminal.getvalue().splitlines()[1] == "a-r…ask-name  1023.9 KiB"
 
 
 def test_a_pipe_gets_full_values_however_narrow(

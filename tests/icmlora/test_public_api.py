@@ -21,7 +21,8 @@ METHODS = [
     *("add_base_model", "base_models", "check_few_shot", "compare", "doctor", "encode", "evaluate", "evict"),
     *("export_bundle", "extract_vectors", "forget_base_model", "forget_generator", "generate", "generators"),
     *("import_bundle", "ingest", "load", "materialize", "measurable", "path", "pin", "plan_removal", "prune"),
-    *("remove", "repair", "rollback", "show", "stats", "task_map", "tasks", "train", "train_few_shot", "unpin"),
+    *("remove", "rename", "repair", "rollback", "set_note", "show", "stats", "tag", "tags", "task_map", "task_names"),
+    *("tasks", "train", "train_few_shot", "unpin"),
     *("update", "verify"),
 ]
 

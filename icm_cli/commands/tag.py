@@ -1,0 +1,79 @@
+"""`icm tag`: add tags to tasks, remove them, list them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icm_cli.completion import complete_tag
+from icm_cli.errors import UsageProblem
+from icm_cli.options import SomeTasksArg
+from icm_cli.output import Column
+from icm_cli.session import Session, command
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from icmlora.fleet.records import TaskRecord
+
+AddOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--add",
+        "-a",
+        metavar="TAG",
+        help="A tag to add. Repeat it for several.",
+        autocompletion=complete_tag,
+        show_default=False,
+    ),
+]
+RemoveOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--remove",
+        "-r",
+        metavar="TAG",
+        help="A tag to remove. Repeat it for several.",
+        autocompletion=complete_tag,
+        show_default=False,
+    ),
+]
+
+_COLUMNS = (Column("tag"), Column("tasks", right=True))
+
+
+@command
+def tag(session: Session, tasks: SomeTasksArg = None, add: AddOpt = None, remove: RemoveOpt = None) -> None:
+    """Add tags to tasks and remove others; without options, list the tags.
+
+    Without TASK, every tag is listed with the number of its tasks. `icm ls -f tag=prod` lists the tasks of a tag.
+
+    Example:
+      icm tag poems rules --add prod --remove trial
+    """
+    out, fleet = session.out, session.fleet
+    if not tasks:
+        if add or remove:
+            raise UsageProblem("no task is named", hint="icm tag TASK... --add TAG; `icm ls` lists the tasks")
+        tags = fleet.tags()
+        out.document([{"tag": tag, "tasks_count": number} for tag, number in tags.items()])
+        _list(session, tags)
+        return
+    done = fleet.tag(tasks, add=add or (), remove=remove or ())
+    out.document([{"task": task.name, "tags": list(task.tags)} for task in done])
+    for task in done:
+        out.answer(_line(task))
+
+
+def _list(session: Session, tags: Mapping[str, int]) -> None:
+    if session.out.is_quiet:
+        for tag in tags:
+            session.out.answer(tag)
+    session.out.table(_COLUMNS, [[tag, str(number)] for tag, number in tags.items()])
+    if not tags:
+        session.out.note("no task has a tag")
+
+
+def _line(task: TaskRecord) -> str:
+    return f"{task.name}: {', '.join(task.tags) or 'no tags'}"

@@ -1,0 +1,92 @@
+"""What a shell may complete: names of tasks, base models and tags, and the filters of `icm ls`.
+
+A shell waits for an answer and nobody would read an error, so a function that fails offers nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from icmlora.fleet.api import Fleet
+    from icmlora.fleet.filters import Field
+
+
+def _quietly(complete: Callable[[str], Iterable[str]]) -> Callable[[str], list[str]]:
+    @wraps(complete)
+    def answer(incomplete: str) -> list[str]:
+        try:
+            return [word for word in complete(incomplete) if word.lower().startswith(incomplete.lower())]
+        except Exception:
+            return []
+
+    return answer
+
+
+@_quietly
+def complete_task(incomplete: str) -> Iterable[str]:
+    """Return the names of tasks that start as typed."""
+    # A filter keeps the names of a large fleet out of this process.
+    return _fleet().task_names(filters=[f"name~{incomplete}"] if incomplete else [])
+
+
+@_quietly
+def complete_base(incomplete: str) -> Iterable[str]:
+    """Return the names of base models that start as typed."""
+    return _bases()
+
+
+@_quietly
+def complete_tag(incomplete: str) -> Iterable[str]:
+    """Return the tags that start as typed."""
+    return _fleet().tags()
+
+
+@_quietly
+def complete_filter(incomplete: str) -> Iterable[str]:
+    """Return fields with an operator, and after the operator the values that the store has."""
+    from icmlora.fleet.filters import FIELDS
+
+    for field in FIELDS.values():
+        operators = sorted(field.operators, key=len, reverse=True)  # `>=` before `>`
+        typed = next((sign for sign in operators if incomplete.lower().startswith(f"{field.name}{sign}")), None)
+        if typed is None:
+            yield from (f"{field.name}{sign}" for sign in field.operators)
+        else:
+            yield from (f"{field.name}{typed}{value}" for value in _values(field))
+
+
+@_quietly
+def complete_sort(incomplete: str) -> Iterable[str]:
+    """Return the fields to sort by, upwards and downwards."""
+    from icmlora.fleet.filters import FIELDS
+
+    for field in FIELDS.values():
+        if field.can_be_sorted:
+            yield from (field.name, f"{field.name}:desc")
+
+
+def _values(field: Field) -> Iterable[str]:
+    if field.choices:
+        return field.choices
+    match field.name:
+        case "name":
+            return _fleet().task_names()
+        case "base":
+            return _bases()
+        case "tag":
+            return _fleet().tags()
+    return ()
+
+
+def _bases() -> list[str]:
+    return [base.record.name for base in _fleet().base_models()]
+
+
+def _fleet() -> Fleet:
+    from icm_cli.config import cache_folder, load_settings
+    from icmlora.fleet.api import Fleet
+
+    return Fleet(load_settings().store.value, cache=cache_folder, lock_timeout=0.0, command="icm completion")
