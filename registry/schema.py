@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import zlib
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from sqlalchemy import ForeignKey, Index, Integer, LargeBinary, String, UniqueConstraint, text
@@ -88,8 +89,14 @@ class Packed(_Column):
         return pack_text(compact_json(value))
 
     def unpack(self, stored: bytes) -> object:
-        """Return the value."""
-        return json.loads(zlib.decompress(stored))
+        """Return the value; nobody changes it, so equal bytes share it."""
+        return _unpacked(stored)
+
+
+# A page of tasks has the same few descriptions in every row.
+@lru_cache(maxsize=128)
+def _unpacked(stored: bytes) -> object:
+    return json.loads(zlib.decompress(stored))
 
 
 class Moment(_Column):

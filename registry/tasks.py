@@ -150,8 +150,8 @@ class Tasks(Part):
     def tags(self) -> dict[str, int]:
         """Return how many tasks have each tag, by tag."""
         with self._db.read() as session:
-            query = select(models.Task.tags, func.count()).where(models.Task.tags.is_not(None))
-            return dict(sorted(_counted_tags(session.execute(query.group_by(models.Task.tags)).tuples()).items()))
+            query = select(models.Task.tags, func.count()).group_by(models.Task.tags)
+            return _counted_tags((tags, number) for tags, number in session.execute(query))
 
     def set_note(self, name: str, text: str | None) -> records.TaskRecord:
         """Replace the note of a task; None removes it."""
@@ -217,7 +217,7 @@ def _counted_tags(rows: Iterable[tuple[Sequence[str], int]]) -> dict[str, int]:
         for tag in tags:
             shown, before = counts.get(tag.lower(), (tag, 0))
             counts[tag.lower()] = shown, before + number
-    return dict(counts.values())
+    return dict(counts[tag] for tag in sorted(counts))
 
 
 def _page_query(after: str) -> Select[models.Task]:

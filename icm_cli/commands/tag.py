@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.completion import complete_tag
+from icm_cli.completion import complete_tag, complete_task
 from icm_cli.errors import UsageProblem
-from icm_cli.options import SomeTasksArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 
@@ -17,6 +16,12 @@ if TYPE_CHECKING:
 
     from icmlora.fleet.records import TaskRecord
 
+TasksArg = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[TASK]...", help="Names of tasks (see `icm ls`).", autocompletion=complete_task, show_default=False
+    ),
+]
 AddOpt = Annotated[
     list[str] | None,
     typer.Option(
@@ -44,10 +49,10 @@ _COLUMNS = (Column("tag"), Column("tasks", right=True))
 
 
 @command
-def tag(session: Session, tasks: SomeTasksArg = None, add: AddOpt = None, remove: RemoveOpt = None) -> None:
-    """Add tags to tasks and remove others; without options, list the tags.
+def tag(session: Session, tasks: TasksArg = None, add: AddOpt = None, remove: RemoveOpt = None) -> None:
+    """Add tags to tasks and remove others, or print the tags of tasks.
 
-    Without TASK, every tag is listed with the number of its tasks. `icm ls -f tag=prod` lists the tasks of a tag.
+    Without TASK, list every tag with the number of its tasks. `icm ls -f tag=prod` lists the tasks of a tag.
 
     Example:
       icm tag poems rules --add prod --remove trial

@@ -67,6 +67,8 @@ def test_ls_json_has_bytes_and_counts(icm: Icm, stored: Path) -> None:
         "pinned": False,
         "original_only": None,
         "extras_bytes": 0,
+        "tags": [],
+        "note": None,
         "checkpoints_count": 2,
         "evicted_checkpoints_count": 0,
         "vectors_count": 0,

@@ -48,7 +48,19 @@ def test_a_narrow_terminal_cuts_only_the_column_that_may_shrink(monkeypatch: pyt
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", "24")
     Output().table(COLUMNS, [["a-rather-long-task-name", "1023.9 KiB"]])
-    assert terminal.getvalue().splitlines()[1] == "a-r…ask-name  1023.9 KiB"
+    assert terminal.getvalue().splitlines()[1] == "a-ra…sk-name  1023.9 KiB"
+
+
+def test_the_widest_column_gives_way_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    columns = [Column("task", shrink=True), Column("targets", shrink=True), Column("size", right=True)]
+    Output().table(columns, [["shakespeare", ",".join(f"block.{number}" for number in range(200)), "17 B"]])
+    line = terminal.getvalue().splitlines()[1]
+    assert line.startswith("shakespeare  block")
+    assert line.endswith("block.199  17 B")
+    assert len(line) == 40
 
 
 def test_a_pipe_gets_full_values_however_narrow(

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.io.text import counted, escape, human_duration, human_percent, human_size, shortened, width
+from icmlora.io.text import (
+    counted,
+    escape,
+    human_duration,
+    human_percent,
+    human_size,
+    shortened,
+    shortened_inside,
+    width,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +85,15 @@ def test_nothing_escaped_can_drive_a_terminal(text: str) -> None:
 @given(st.text(alphabet="ab料é", max_size=20), st.integers(1, 12))
 def test_a_shortened_text_fits(text: str, cells: int) -> None:
     assert width(shortened(text, cells)) <= cells
+
+
+@given(st.text(max_size=40), st.integers(1, 30))
+def test_a_text_that_is_cut_inside_fits_and_keeps_its_ends(text: str, cells: int) -> None:
+    cut = shortened_inside(text, cells)
+    assert width(cut) <= cells
+    if width(text) <= cells:
+        assert cut == text
+    else:
+        start, _, end = cut.rpartition("…") if "…" not in text else ("", "", "")
+        assert text.startswith(start)
+        assert text.endswith(end)

@@ -32,6 +32,8 @@ COMMANDS = {
     "prune": ("prune", "--dry-run"),
     "rm": ("rm", "poems", "--dry-run"),
     "pin": ("pin", "poems"),
+    "mv": ("mv", "poems", "verse"),
+    "note": ("note", "poems", "short lines"),
     "doctor": ("doctor",),
     "path": ("path",),
 }

@@ -54,3 +54,13 @@ def test_the_total_is_what_du_says_of_the_files(store: Store) -> None:
     files = [str(path) for path in store.paths.root.rglob("*") if path.is_file()]
     answer = subprocess.run(["du", "-bc", *files], capture_output=True, text=True, check=True)
     assert store.usage().total == int(answer.stdout.splitlines()[-1].split()[0])
+
+
+def test_the_lock_file_of_a_job_is_overhead_that_prune_does_not_promise_to_free(store: Store) -> None:
+    before = store.usage()
+    with store.job(BASE):
+        pass
+    locks = sum(path.stat().st_size for path in store.paths.jobs.iterdir())
+    after = store.usage()
+    assert (after.unreferenced, after.overhead) == (before.unreferenced, before.overhead + locks)
+    assert locks > 0
