@@ -85,7 +85,8 @@ def as_schema_1(database: Path) -> None:
         old.executescript(SCHEMA_1.read_text())
         old.execute("ATTACH ? AS new", [str(new)])
         for (table,) in old.execute("SELECT name FROM main.sqlite_schema WHERE type = 'table'").fetchall():
-            old.execute(f"INSERT INTO main.{table} SELECT * FROM new.{table}")
+            columns = ", ".join(row[1] for row in old.execute(f"PRAGMA main.table_info({table})").fetchall())
+            old.execute(f"INSERT INTO main.{table} SELECT {columns} FROM new.{table}")
         for number, packed in old.execute("SELECT id, body FROM documents").fetchall():
             body = Packed().unpack(packed)
             if isinstance(body, list) and body[-3:] == _NEW_IN_SCHEMA_2:
