@@ -80,7 +80,7 @@ class Output:
         if self.is_json:
             _write(sys.stdout, _json(value, sys.stdout, indent=2))
 
-    def event(self, kind: str, **fields: object) -> None:
+    def event(self, kind: str, /, **fields: object) -> None:
         """Print one JSON line `{"type": kind, ...}`; JSON mode only."""
         if self.is_json:
             _write(sys.stdout, _json({"type": kind, **fields}, sys.stdout))

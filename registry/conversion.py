@@ -9,11 +9,9 @@ The source of an adapter takes few bytes: a trainer puts a task's adapter into o
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import fields
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from registry import records
@@ -111,11 +109,6 @@ def _limits(row: models.Code) -> records.Asked | None:
     if row.is_kept is None:
         return None
     return records.Asked(row.min_gain, row.max_error, row.tolerance, row.is_kept, row.refined or 0)
-
-
-def source_label(path: Path) -> str:
-    """Return a path as text that every database takes: bytes that are not UTF-8 are written out in hexadecimal."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def task_folder(source: str) -> str:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, delete, exists, insert, select, update
 from registry import records
 from registry import schema as models
 from registry.blobs.content import Blobs
-from registry.conversion import task_folder, unusual_source
+from registry.conversion import task_folder, unusual_source, usual_source
 from registry.errors import TaskConflict
 from registry.names import check_name
 from registry.records import Description, EvictedAdapter, description_of
@@ -62,6 +62,29 @@ def names_without_vectors(connection: Connection) -> list[str]:
     """Return the names of the tasks that have no task vector, in order."""
     query = select(_TASKS.c.name).where(~exists().where(_VECTORS.c.task_id == _TASKS.c.id)).order_by(_TASKS.c.name)
     return list(connection.execute(query).scalars())
+
+
+def task_origins(connection: Connection) -> list[records.TaskOrigin]:
+    """Return what every task is recognised by, in order of names."""
+    weights, config = _BLOBS.alias(), _BLOBS.alias()
+    query = (
+        select(
+            *(_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
+            *(weights.c.digest, weights.c.size, config.c.digest),
+        )
+        .join_from(_ADAPTERS, _TASKS)
+        .join(weights, _ADAPTERS.c.weights_id == weights.c.id)
+        .join(config, _ADAPTERS.c.config_id == config.c.id)
+        .order_by(_TASKS.c.name, _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
+    )
+    origins: dict[str, records.TaskOrigin] = {}
+    for name, folder, source, step, is_final, digest, size, config_digest in connection.execute(query):
+        place = usual_source(folder, step, is_final=is_final) if source is None else source
+        if (known := origins.get(name)) is not None:
+            origins[name] = replace(known, sources=(*known.sources, place))
+        elif is_final:
+            origins[name] = records.TaskOrigin(name, digest, size, config_digest, (place,))
+    return list(origins.values())
 
 
 def evicted_adapters(connection: Connection) -> list[EvictedAdapter]:

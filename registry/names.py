@@ -5,8 +5,10 @@ A name is data. It is never joined to a path inside the store, and it reaches a 
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
+from pathlib import Path
 
 from registry.errors import InvalidName
 
@@ -84,6 +86,11 @@ def is_module_name(name: str) -> bool:
 def is_file_name(name: str) -> bool:
     """Return whether a name is that of a file in a folder: no path, nothing hidden, plain characters."""
     return _FILE_NAME.fullmatch(name) is not None
+
+
+def source_label(path: Path) -> str:
+    """Return a path as text that every database takes: bytes that are not UTF-8 are written out in hexadecimal."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:

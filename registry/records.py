@@ -305,6 +305,17 @@ class EvaluationRecord(NewEvaluation):
 
 
 @dataclass(frozen=True)
+class TaskOrigin:
+    """What a task of the store is recognised by when its folder is met again."""
+
+    name: str
+    weights: str  # of its final adapter
+    weights_size: int
+    config: str
+    sources: tuple[str, ...]  # labels of the places of its adapters; the final one's first
+
+
+@dataclass(frozen=True)
 class EvictedAdapter:
     """What an evicted adapter is recognised by."""
 

@@ -59,6 +59,13 @@ class Tasks(Part):
         with self._db.connection() as connection:
             return ingest.names_without_vectors(connection)
 
+    def origins(self) -> list[records.TaskOrigin]:
+        """Return what every task is recognised by when its folder is met again, in order of names."""
+        from registry import ingest
+
+        with self._db.connection() as connection:
+            return ingest.task_origins(connection)
+
     def names(self, selection: Selection = EVERY_TASK) -> list[str]:
         """Return the names of the selected tasks, in the order that the selection asks for."""
         with self._db.read() as session:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from icm_cli.commands.vectors import tell_vectors
-from icm_cli.errors import ExitCode, Interrupted
+from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict
+from icm_cli.output import Column, Mode, Output
 from icm_cli.session import Session, command
 from icmlora.errors import BaseModelMismatch, DataError
-from icmlora.io.text import counted, human_size
+from icmlora.io.text import counted, escape, human_size, shortened_inside
 
 if TYPE_CHECKING:
     from icmlora.fleet.context import Event
-    from icmlora.fleet.ingest import IngestReport
+    from icmlora.fleet.ingest import IngestReport, InputProblem
 
 PathsArg = Annotated[
     list[Path], typer.Argument(metavar="PATH...", help="Folders with adapters, at any depth.", show_default=False)
@@ -29,6 +35,15 @@ NameOpt = Annotated[
         "--name",
         metavar="NAME",
         help="Name of the task, if there is only one. Default: the name of its folder.",
+        show_default=False,
+    ),
+]
+NameFromOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--name-from",
+        metavar="PATTERN",
+        help="Make names of {name}, {parent}, {grandparent} and {path}, such as '{parent}-{name}'.",
         show_default=False,
     ),
 ]
@@ -45,8 +60,8 @@ TextsOpt = Annotated[
     bool,
     typer.Option("--texts/--no-texts", help="Also ingest the samples.jsonl and eval.jsonl found next to adapters."),
 ]
-SkipBadOpt = Annotated[
-    bool, typer.Option("--skip-bad", help="Skip inputs that are refused; exit with code 3 if there were any.")
+StrictOpt = Annotated[
+    bool, typer.Option("--strict", help="Check everything first, and store nothing if anything cannot be taken.")
 ]
 OnConflictOpt = Annotated[
     OnConflict,
@@ -65,9 +80,10 @@ def ingest(
     session: Session,
     paths: PathsArg,
     name: NameOpt = None,
+    name_from: NameFromOpt = None,
     samples: SamplesOpt = None,
     texts: TextsOpt = True,
-    skip_bad: SkipBadOpt = False,
+    strict: StrictOpt = False,
     on_conflict: OnConflictOpt = OnConflict.FAIL,
     restore: RestoreOpt = False,
     vectors: VectorsOpt = True,
@@ -77,35 +93,49 @@ def ingest(
     """Take adapters into the store: PEFT folders, or training runs with checkpoint-N folders.
 
     Files are checked and copied; nothing in PATH is changed. Running the same command again changes nothing. An
-    adapter that icm could not give back exactly is refused. If the base model is on this machine, task vectors are
+    adapter that cannot have a code, such as a DoRA, is kept as its original only. What cannot be taken is listed at the
+    end and never stops the rest; the exit code is then 3. If the base model is on this machine, task vectors are
     extracted too; otherwise run `icm vectors` later.
 
     A task is named after its folder. If the folder is called adapter, best, final, lora, model, output or similar, the
-    task is named after the folder above it.
+    task is named after the folder above it. Where folders have the same name, the name of the folder above is put in
+    front. A task that the store has keeps its name. --name-from passes over folders with such names too; {path} has
+    all folders below PATH, {name#run-} cuts "run-" at the start and {name%-lora} "-lora" at the end.
 
     Example:
       icm ingest ./loras
+      icm ingest ./saves --name-from '{parent}-{name}'
     """
-    report, stopped = session.run(
-        "ingest",
-        lambda fleet: fleet.ingest(
-            paths,
-            name=name,
-            samples=samples,
-            texts=texts,
-            skip_bad=skip_bad,
-            on_conflict=on_conflict.value,
-            restore=restore,
-            dry_run=dry_run,
-        ),
-        partial(_tell, session, set()),
-    )
+    if name is not None and name_from is not None:
+        raise UsageProblem("--name and --name-from cannot be used together")
+    problems: list[InputProblem] = []
+    try:
+        report, stopped = session.run(
+            "ingest",
+            lambda fleet: fleet.ingest(
+                paths,
+                name=name,
+                name_from=name_from,
+                samples=samples,
+                texts=texts,
+                strict=strict,
+                on_conflict=on_conflict.value,
+                restore=restore,
+                dry_run=dry_run,
+            ),
+            partial(_tell, session, problems),
+        )
+    except Exception:
+        if len(problems) > 1:  # one alone is what the error says
+            tell_problems(session.out, problems)
+        raise
     _tell_sum(session, report, dry_run=dry_run)
-    partly = bool(report.refused)
+    partly = bool(report.problems)
     if vectors and report.extractable and not stopped:
         stopped, failed = _extract(session, report, session.device(device))
         partly = partly or failed
-    _tell_end(session, report, dry_run=dry_run)
+    _tell_end(session, report, dry_run=dry_run, is_named=name is not None or name_from is not None)
+    tell_problems(session.out, problems)
     if stopped:
         done = f"{len(report.ingested)} of {counted(report.found, 'task')}"
         raise Interrupted(f"interrupted; {done} ingested", hint="run the same command to continue")
@@ -132,9 +162,9 @@ def _extract(session: Session, report: IngestReport, device: str) -> tuple[bool,
     return stopped, bool(extracted.failed)
 
 
-def _tell(session: Session, hints: set[str], event: Event) -> None:
-    """Report one task or one refusal; each hint is printed once, however many refusals share it."""
-    from icmlora.fleet.ingest import InputRefused, TaskIngested
+def _tell(session: Session, problems: list[InputProblem], event: Event) -> None:
+    """Report one task; collect what was not taken, which is listed at the end."""
+    from icmlora.fleet.ingest import InputProblem, TaskIngested
 
     if isinstance(event, TaskIngested):
         session.out.event("task", **asdict(event))
@@ -143,18 +173,18 @@ def _tell(session: Session, hints: set[str], event: Event) -> None:
             if read is not None and read.skipped:
                 rows = f"kept {counted(read.kept, 'row')}, skipped {read.skipped:,}"
                 session.out.note(f"{event.task}: {name}: {rows}; the first: {read.reason}")
-    elif isinstance(event, InputRefused):
-        session.out.warn(f"{event.path}: {event.message}", kind=event.kind, path=event.path, hint=event.hint)
-        if event.hint is not None and event.hint not in hints:
-            hints.add(event.hint)
-            session.out.hint(event.hint)
+    elif isinstance(event, InputProblem):
+        session.out.event("problem", **asdict(event))
+        problems.append(event)
 
 
 def _tell_sum(session: Session, report: IngestReport, *, dry_run: bool) -> None:
     verb = "would ingest" if dry_run else "ingested"
-    in_part = sum(refused.in_part for refused in report.refused)
-    some = [(report.evicted, "evicted"), (report.restored, "restored")]
-    some += [(len(report.refused) - in_part, "refused"), (in_part, "not usable as text")]
+    parts = sum(problem.task is not None for problem in report.problems)
+    some = [
+        *((report.evicted, "evicted"), (report.restored, "restored")),
+        *((len(report.problems) - parts, "not taken"), (parts, "taken in part")),
+    ]
     more = "".join(f", {count} {what}" for count, what in some if count)
     session.out.line(
         f"{verb} {counted(len(report.ingested), 'task')}: {counted(report.new, 'new adapter')}, "
@@ -164,7 +194,7 @@ def _tell_sum(session: Session, report: IngestReport, *, dry_run: bool) -> None:
         session.out.hint("evicted originals stay evicted; `--restore` brings them back")
 
 
-def _tell_end(session: Session, report: IngestReport, *, dry_run: bool) -> None:
+def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named: bool) -> None:
     session.out.event(
         "summary",
         dry_run=dry_run,
@@ -173,10 +203,113 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool) -> None:
         known=report.known,
         evicted=report.evicted,
         restored=report.restored,
-        refused=len(report.refused),
+        originals_only=sum(task.original_only is not None for task in report.ingested),
+        not_taken=sum(problem.task is None for problem in report.problems),
+        in_part=sum(problem.task is not None for problem in report.problems),
+        not_kept=report.not_kept,
         size=report.size,
         without_vectors=report.without_vectors,
     )
+    if not is_named:
+        _tell_names(session.out, report)
+    _tell_originals(session.out, report)
+    _tell_extras(session.out, report)
+    if report.not_kept:
+        files = [name if count == 1 else f"{name} ({count} times)" for name, count in report.not_kept.items()]
+        total = counted(sum(report.not_kept.values()), "file")
+        session.out.note(f"not kept: {total} next to adapters: {_some(files)}")
     if report.without_vectors:
         session.out.note(f"{counted(len(report.without_vectors), 'task')} without task vectors")
         session.out.hint("run `icm vectors` to extract them; `icm base ls` shows whether the base model is found")
+
+
+def _tell_names(out: Output, report: IngestReport) -> None:
+    """Say which new tasks are not called like their folder."""
+    named = [
+        f"{task.task} ({_path_shown(task.folder)})"
+        for task in report.ingested
+        if task.status == "added" and task.is_renamed
+    ]
+    if named:
+        verb = "is" if len(named) == 1 else "are"
+        out.note(f"{counted(len(named), 'task')} {verb} not called like the folder: {_some(named)}")
+
+
+def _tell_originals(out: Output, report: IngestReport) -> None:
+    reasons: dict[str, list[str]] = {}
+    for task in report.ingested:
+        if task.original_only is not None:
+            reasons.setdefault(task.original_only, []).append(task.task)
+    if reasons:
+        count = sum(map(len, reasons.values()))
+        verb = "is kept as its original only" if count == 1 else "are kept as originals only"
+        groups = [f"{_some(tasks)} ({reason})" for reason, tasks in reasons.items()]
+        out.note(f"{counted(count, 'task')} {verb}: {_some(groups, '; ')}")
+
+
+def _tell_extras(out: Output, report: IngestReport) -> None:
+    large = [
+        f"{task.task} ({human_size(task.extras_size)}, LoRA {human_size(task.lora_size)})"
+        for task in report.ingested
+        if task.original_only is None and task.extras_size > task.lora_size
+    ]
+    if large:
+        verb = "has" if len(large) == 1 else "have"
+        out.note(
+            f"{counted(len(large), 'task')} {verb} more bytes in heads, tokenizers and other extras than in the LoRA: "
+            f"{_some(large)}; equal extras are stored once"
+        )
+
+
+def _some(items: Sequence[str], separator: str = ", ", most: int = 4) -> str:
+    shown = list(items[:most])
+    if len(items) > most:
+        shown.append(f"and {len(items) - most} more")
+    return separator.join(shown)
+
+
+def tell_problems(out: Output, problems: Sequence[InputProblem]) -> None:
+    """List what was not taken, or taken in part: where, why, and what to do."""
+    if not problems or out.is_json:
+        return
+    if out.is_quiet:
+        for problem in problems:
+            out.warn(f"{problem.path}: {problem.message}")
+        return
+    rows = [
+        (
+            _path_shown(problem.path),
+            problem.message if problem.task is None else f"{problem.message} ({problem.task} is taken without it)",
+            problem.hint or "",
+        )
+        for problem in problems
+    ]
+    columns = [Column("not taken"), Column("reason"), Column("way out")]
+    out.line()
+    out.table(columns, rows if out.mode is Mode.PLAIN else _wrapped(rows))
+
+
+_PATH_SHARE, _GAPS = 0.34, 4
+
+
+def _wrapped(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Cut paths in their middle and break the other cells, so that the table fits the terminal."""
+    # Escaped first: a written-out character is wider than it was.
+    rows = [(escape(path), escape(reason), escape(hint)) for path, reason, hint in rows]
+    room = max(40, shutil.get_terminal_size().columns - _GAPS)
+    first = min(max(len(row[0]) for row in rows), int(room * _PATH_SHARE))
+    third = min(max(len(row[2]) for row in rows), (room - first) // 2)
+    second = room - first - third
+    lines: list[tuple[str, str, str]] = []
+    for path, reason, hint in rows:
+        parts = zip_longest(
+            [shortened_inside(path, first)], wrap(reason, second), wrap(hint, max(third, 1)), fillvalue=""
+        )
+        lines.extend(parts)
+    return lines
+
+
+def _path_shown(path: str) -> str:
+    """Return a path as the user would write it: from the current folder where it is inside."""
+    here = f"{os.getcwd()}{os.sep}"
+    return path.removeprefix(here)

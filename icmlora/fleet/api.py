@@ -60,34 +60,39 @@ class Fleet(StoredFleet):
         paths: Sequence[str | Path],
         *,
         name: str | None = None,
+        name_from: str | None = None,
         samples: str | Path | None = None,
         texts: bool = True,
-        skip_bad: bool = False,
+        strict: bool = False,
         on_conflict: Conflict = "fail",
         restore: bool = False,
         dry_run: bool = False,
     ) -> IngestReport:
         """Take adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
 
+        What cannot be taken is in the report's `problems` and does not stop the rest.
+
         Args:
             paths: PEFT folders, training runs with checkpoint-N folders, or folders of those at any depth.
             name: Name for the task, if exactly one is found. By default a task is named after its folder.
+            name_from: Pattern for the names, such as `{parent}-{name}`; see `icm ingest --help`.
             samples: Samples for the task as JSON lines, if exactly one is found. By default the `samples.jsonl` next
                 to its adapter.
             texts: Also ingest the `samples.jsonl` and `eval.jsonl` found next to adapters.
-            skip_bad: Report refused inputs and continue. By default the first one ends the ingest.
+            strict: Check everything first, and store nothing if anything cannot be taken.
             on_conflict: If the store has a task of that name with another adapter: `skip`, `replace` or `fail`.
             restore: Bring evicted originals back. By default they stay evicted.
             dry_run: Check everything and report what would change, but write nothing.
 
         Raises:
-            AdapterRefused: An input was refused, nothing was found, or everything was refused.
-            TaskConflict: A task has another adapter in the store and `on_conflict` is `fail`.
+            AdapterRefused: Nothing was found, or nothing could be taken; with `strict`, an input was refused.
+            TaskConflict: The same, where a task has another adapter in the store and `on_conflict` is `fail`.
         """
         from icmlora.fleet.ingest import IngestRequest, ingest
 
         found, given = tuple(map(Path, paths)), None if samples is None else Path(samples)
-        return ingest(self._context, IngestRequest(found, name, given, texts, skip_bad, on_conflict, restore, dry_run))
+        request = IngestRequest(found, name, name_from, given, texts, strict, on_conflict, restore, dry_run)
+        return ingest(self._context, request)
 
     def extract_vectors(self, tasks: Sequence[str] = (), *, device: str = "auto", again: bool = False) -> VectorReport:
         """Extract and store task vectors: the base model's hidden states on samples, with and without the adapter.

@@ -4,26 +4,28 @@
     put      files -> checked in memory -> blobs, durable        (icmlora.fleet.ingest_files)
     record   one transaction per batch -> rows
 
-A refused input ends the ingest, or is reported and skipped (`skip_bad`). A text without a usable row is always reported
-and skipped: its task is taken without it. Recorded batches stay; running the same ingest again records only what is
-missing.
+What can be taken is taken: a refused input goes into the report and never stops the others, except with `strict`, which
+checks everything first. Recorded batches stay; running the same ingest again records only what is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled
-from icmlora.fleet.context import Context, Event, locate_base, reporting
+from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, UnsafeInput
+from icmlora.fleet.context import Context, Event, Progress, locate_base, reporting
 from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
-from icmlora.formats.discovery import Discovery, FoundTask, find_adapters
-from registry.errors import MissingBlob, StoreNotFound, TaskConflict
-from registry.records import IngestOutcome, TaskIngest
+from icmlora.formats.discovery import Discovery, FoundTask, find_tasks, name_tasks
+from icmlora.formats.naming import NamePattern
+from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
+from registry.names import source_label
+from registry.records import IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
 
 if TYPE_CHECKING:
     from registry.records import EvictedAdapter
@@ -38,9 +40,10 @@ class IngestRequest:
 
     paths: tuple[Path, ...]
     name: str | None = None
+    name_from: str | None = None
     samples: Path | None = None
     texts: bool = True
-    skip_bad: bool = False
+    strict: bool = False
     on_conflict: Conflict = "fail"
     restore: bool = False
     dry_run: bool = False
@@ -59,17 +62,22 @@ class TaskIngested(Event):
     restored: int = 0
     samples: TextRead | None = None
     eval_data: TextRead | None = None
+    folder: str = ""  # what the task is named after
+    is_renamed: bool = False  # it is called otherwise than the folder
+    original_only: str | None = None  # why it can have no code
+    extras_size: int = 0  # bytes that its extras take in the store; equal ones are stored once
+    lora_size: int = 0  # bytes of the factors of its final adapter; 0 where there can be no code
 
 
 @dataclass(frozen=True)
-class InputRefused(Event):
-    """An input that was refused and skipped; with `in_part` a text, whose task was taken without it."""
+class InputProblem(Event):
+    """An input that was not taken."""
 
     path: str
     kind: str
     message: str
     hint: str | None
-    in_part: bool = False
+    task: str | None = None  # the task that was taken without it, as without a damaged checkpoint
 
 
 @dataclass
@@ -78,7 +86,9 @@ class IngestReport:
 
     found: int = 0
     ingested: list[TaskIngested] = field(default_factory=list)
-    refused: list[InputRefused] = field(default_factory=list)
+    problems: list[InputProblem] = field(default_factory=list)
+    # Files next to adapters that belong to neither an adapter nor its trainer: name -> how many there are.
+    not_kept: Mapping[str, int] = field(default_factory=dict)
     without_vectors: list[str] = field(default_factory=list)
     # Those of `without_vectors` whose base model is on this machine.
     extractable: list[str] = field(default_factory=list)
@@ -112,58 +122,107 @@ class IngestReport:
 def ingest(context: Context, request: IngestRequest) -> IngestReport:
     """Ingest adapters into the store, creating it if necessary."""
     found = _find(request)
-    report = IngestReport(found=len(found.tasks))
-    refusals = _Refusals(context, request.skip_bad, report)
+    if request.strict:
+        _check_all(context, request, found)
+    report = IngestReport(found=len(found.tasks), not_kept=_not_kept(found.tasks))
+    problems = _Problems(context, report)
+    _ingest(context, request, found, report, problems)
+    if not report.ingested:
+        problems.raise_first("nothing was ingested: all {count} inputs were refused")
+    return report
+
+
+def _ingest(
+    context: Context, request: IngestRequest, found: Discovery, report: IngestReport, problems: _Problems
+) -> None:
     with reporting(report):
         for refusal in found.refused:
-            refusals.add(refusal, Path(refusal.path or "."))
+            problems.add(refusal, Path(refusal.path or "."))
         with _open_target(context, request) as target:
+            tasks = _named(found.tasks, request, target.origins)
             try:
-                _ingest_batches(context, found.tasks, request, target, report, refusals)
+                _ingest_batches(context, tasks, request, target, report, problems)
             except Cancelled:
                 _note_missing_vectors(target.store, report)
                 raise
             _note_missing_vectors(target.store, report)
-    if not report.ingested and report.refused:
-        first = report.refused[0]
-        fact = f"nothing was ingested: all {len(report.refused)} inputs were refused"
-        raise AdapterRefused(fact, kind=first.kind, path=first.path, hint=first.hint)
-    return report
 
 
-class _Refusals:
-    """The one place that decides what a refused input does: end the ingest, or go into the report."""
+def _check_all(context: Context, request: IngestRequest, found: Discovery) -> None:
+    """Do what a dry run does, and raise if anything would not be taken."""
 
-    def __init__(self, context: Context, skip_bad: bool, report: IngestReport) -> None:
-        self._context, self._skip_bad, self._report = context, skip_bad, report
+    def only_progress(event: Event) -> None:
+        if isinstance(event, Progress | InputProblem):
+            context.on_event(event)
 
-    def add(self, error: Exception, path: Path, *, in_part: bool = False) -> None:
-        """Raise the error, or report it and go on. `path` is used if the error does not name a closer one."""
-        if not self._skip_bad and not in_part:
-            raise error
+    report = IngestReport(found=len(found.tasks))
+    checking = replace(context, on_event=only_progress)
+    problems = _Problems(checking, report)
+    _ingest(checking, replace(request, dry_run=True), found, report, problems)
+    problems.raise_first("nothing was ingested: {count} inputs were refused, and --strict allows none")
+
+
+class _Problems:
+    """What was not taken."""
+
+    def __init__(self, context: Context, report: IngestReport) -> None:
+        self._context, self._report = context, report
+        self._first: Exception | None = None
+
+    def add(self, error: Exception, path: Path, task: str | None = None) -> None:
+        """Report an error. `path` is used if the error does not name a closer one."""
+        self._first = self._first or error
         kind = getattr(error, "kind", "conflict" if isinstance(error, TaskConflict) else "unreadable")
         message = str(getattr(error, "message", error))
-        where = str(getattr(error, "path", None) or path)
-        refused = InputRefused(where, str(kind), message, getattr(error, "hint", None), in_part)
-        self._report.refused.append(refused)
-        self._context.on_event(refused)
+        where = source_label(Path(getattr(error, "path", None) or path))
+        problem = InputProblem(where, str(kind), message, getattr(error, "hint", None), task)
+        self._report.problems.append(problem)
+        self._context.on_event(problem)
+
+    def raise_first(self, message: str) -> None:
+        """Raise the error if there is one; if there are several, one that has the exit code of the first."""
+        problems = self._report.problems
+        if self._first is None:
+            return
+        if len(problems) == 1:
+            raise self._first
+        kind = UnsafeInput if isinstance(self._first, UnsafeInput | SourceRefused) else AdapterRefused
+        raise kind(message.format(count=len(problems)), kind=problems[0].kind)
 
 
 # Plan
 
 
 def _find(request: IngestRequest) -> Discovery:
-    found = find_adapters(request.paths, name=request.name, texts=request.texts)
+    found = find_tasks(request.paths, texts=request.texts)
     if not found.tasks and not found.refused:
         paths = ", ".join(str(path) for path in request.paths)
         hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors"
         raise AdapterRefused("no adapter was found", kind="nothing-found", path=paths or None, hint=hint)
+    if found.tasks and request.name is not None:
+        found = replace(found, tasks=name_tasks(found.tasks, name=request.name))
+    if request.name_from is not None:
+        NamePattern(request.name_from)  # refused before a store is made
     if request.samples is None:
         return found
     if len(found.tasks) != 1:
         fact = f"--samples is for one task, but {len(found.tasks)} were found"
         raise AdapterRefused(fact, kind="samples", path=request.samples, hint="give the folder of a single task")
     return replace(found, tasks=(replace(found.tasks[0], samples=request.samples),))
+
+
+def _named(tasks: Sequence[FoundTask], request: IngestRequest, origins: Sequence[TaskOrigin]) -> Sequence[FoundTask]:
+    if request.name is not None:
+        return tasks
+    pattern = None if request.name_from is None else NamePattern(request.name_from)
+    # `--on-conflict` is for a task that was trained again elsewhere; without it, another folder is another task.
+    is_same = request.on_conflict != "fail"
+    return name_tasks(tasks, known=origins, pattern=pattern, same_name_is_same_task=is_same)
+
+
+def _not_kept(tasks: Sequence[FoundTask]) -> dict[str, int]:
+    names = Counter(source_label(Path(path.name)) for task in tasks for path in task.not_kept)
+    return dict(sorted(names.items()))
 
 
 _Record = Callable[[Sequence[TaskIngest]], list[IngestOutcome]]
@@ -175,6 +234,7 @@ class _Target:
 
     store: Store | None  # where blobs are stored; None in a dry run
     record: _Record
+    origins: Sequence[TaskOrigin] = ()
     evicted: Sequence[EvictedAdapter] = ()
 
 
@@ -183,7 +243,8 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
     """Open the store for writing. A dry run opens it for reading; a store that does not exist yet counts as empty."""
     if not request.dry_run:
         with context.open(create=True) as store:
-            yield _Target(store, store.tasks.ingest, () if request.restore else store.originals.evicted())
+            evicted = () if request.restore else store.originals.evicted()
+            yield _Target(store, store.tasks.ingest, store.tasks.origins(), evicted)
         return
     try:
         present = context.open(read_only=True)
@@ -196,7 +257,7 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
         yield _Target(None, partial(plan_tasks, None))
         return
     with present:
-        yield _Target(None, present.tasks.plan_ingest)
+        yield _Target(None, present.tasks.plan_ingest, present.tasks.origins())
 
 
 # Put and record
@@ -208,14 +269,13 @@ def _ingest_batches(
     request: IngestRequest,
     target: _Target,
     report: IngestReport,
-    refusals: _Refusals,
+    problems: _Problems,
 ) -> None:
     total = sum(len(task.adapters) for task in tasks)
     done = 0
     context.progress(done, total)
     for batch in batches(tasks):
         prepared = prepare(batch, target.store, target.evicted)
-        # Good tasks are recorded before a refusal is raised, wherever in the batch the refused one is.
         try:
             outcomes = _record(prepared, request, target.record)
         except MissingBlob:
@@ -227,9 +287,8 @@ def _ingest_batches(
                 ingested = _ingested(task, outcome)
                 report.ingested.append(ingested)
                 context.on_event(ingested)
-        # Those that may end the ingest come last.
-        for problem in sorted(_problems(prepared, outcomes), key=lambda problem: not problem.in_part):
-            refusals.add(problem.error, problem.path, in_part=problem.in_part)
+        for problem, name in _in_order(prepared, outcomes):
+            problems.add(problem.error, problem.path, name)
         done += sum(len(task.adapters) for task in batch)
         context.progress(done, total, batch[-1].name)
 
@@ -269,14 +328,22 @@ def _good(prepared: Sequence[PreparedTask | Problem]) -> list[PreparedTask]:
     return [item for item in prepared if isinstance(item, PreparedTask)]
 
 
-def _problems(prepared: Sequence[PreparedTask | Problem], outcomes: Sequence[IngestOutcome | Problem]) -> list[Problem]:
-    problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
-    for item in prepared:
-        problems.extend([item] if isinstance(item, Problem) else item.problems)
-    return sorted(problems, key=lambda problem: str(problem.path))
+def _in_order(
+    prepared: Sequence[PreparedTask | Problem], outcomes: Sequence[IngestOutcome | Problem]
+) -> list[tuple[Problem, str | None]]:
+    """Return all problems by path, each with the task that was taken without it."""
+    problems = [(item, None) for item in prepared if isinstance(item, Problem)]
+    of_tasks: list[tuple[Problem, str | None]] = []
+    for task, outcome in zip(_good(prepared), outcomes, strict=True):
+        if isinstance(outcome, Problem):
+            of_tasks.append((outcome, None))
+        name = None if isinstance(outcome, Problem) else outcome.name
+        of_tasks.extend((problem, name) for problem in task.problems)
+    return sorted([*problems, *of_tasks], key=lambda item: str(item[0].path))
 
 
 def _ingested(task: PreparedTask, outcome: IngestOutcome) -> TaskIngested:
+    final = next(row for row in task.adapters if row.is_final)
     return TaskIngested(
         task=outcome.name,
         status=outcome.status,
@@ -287,7 +354,21 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome) -> TaskIngested:
         restored=outcome.restored,
         samples=task.samples_read,
         eval_data=task.eval_read,
+        folder=source_label(task.found.folder),
+        is_renamed=not task.found.is_called_like_its_folder(outcome.name),
+        original_only=final.original_only,
+        extras_size=sum(extra.packed_size for extra in final.extras),
+        lora_size=_lora_size(final),
     )
+
+
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def _lora_size(row: NewAdapter) -> int:
+    if row.original_only is not None:
+        return 0
+    return row.parameters * max((_WIDTHS.get(dtype, 4) for dtype in row.dtype.split("+")), default=4)
 
 
 def _note_missing_vectors(store: Store | None, report: IngestReport) -> None:

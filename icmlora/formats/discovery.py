@@ -6,8 +6,9 @@
         samples.jsonl  eval.jsonl            its texts
 
 A run without an adapter outside its checkpoints has as final adapter the checkpoint that the trainer noted as best, or
-else the last one. An adapter in a folder such as `shakespeare/final` belongs to the run `shakespeare`; see
-`task_names.py`. Only a trainer's notes and the first bytes of files are opened here. Never imports torch.
+else the last one. An adapter in a folder such as `shakespeare/final` belongs to the run `shakespeare`; where a run has
+several (`best` and `last`), each is a task. `task_names.py` and `naming.py` say what tasks are called. Only a trainer's
+notes, small files and the first bytes of files are opened here. Never imports torch.
 """
 
 from __future__ import annotations
@@ -17,24 +18,33 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
-from icmlora.formats.foreign import foreign_adapters
+from icmlora.formats.foreign import foreign_adapters, is_passed_over
 from icmlora.formats.format import AdapterFormat, AdapterPaths
+from icmlora.formats.naming import NamePattern, choose_names
 from icmlora.formats.task_names import (
     EVAL_NAMES,
     SAMPLES_NAMES,
     STATE_NAME,
     best_step,
-    name_of,
-    step_of,
+    name_chain,
+    names_above,
+    run_folder,
     telling_folder,
 )
 from icmlora.formats.tree import Folder, walk
-from registry.names import escape, natural_key, task_name_problem
+from icmlora.io.files import open_regular, read_exactly, read_regular
+from registry.names import natural_key, task_name_problem
+
+if TYPE_CHECKING:
+    from registry.records import TaskOrigin
 
 _NOTES = (*SAMPLES_NAMES, *EVAL_NAMES, STATE_NAME)
+_CONFIG_LIMIT = 1 << 20
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,16 +65,34 @@ class FoundAdapter:
 class FoundTask:
     """A task: its final adapter, its checkpoints, and its texts."""
 
-    name: str  # a valid task name
-    folder: Path
+    name: str  # a valid task name, or empty as long as it has none
+    folder: Path  # the folder that it is named after
     adapters: tuple[FoundAdapter, ...]  # in order of steps; an adapter that is not a checkpoint comes last
     samples: Path | None  # `samples.jsonl`, or the same as JSON or Parquet
     eval_data: Path | None  # `eval.jsonl`, likewise
+    part: str | None = None  # what tells it from another task of this folder, as `last` from `best`
+    root: Path = field(default=Path(), compare=False)  # the folder given, in which it was found
+    not_kept: tuple[Path, ...] = ()  # files next to its adapters that belong to neither an adapter nor a trainer
 
     @property
     def final(self) -> FoundAdapter:
         """The adapter that stands for the task."""
         return next(adapter for adapter in self.adapters if adapter.is_final)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The places of its adapters, that of the final one first."""
+        return (self.final.place, *(adapter.place for adapter in self.adapters if not adapter.is_final))
+
+    @property
+    def files(self) -> tuple[Path, Path | None]:
+        """The weights and the configuration of its final adapter."""
+        return self.final.weights, self.final.config
+
+    def is_called_like_its_folder(self, name: str) -> bool:
+        """Say whether a reader would expect this name."""
+        expected = name_chain(self.folder, self.part)[0]
+        return name.lower() == expected.lower() and task_name_problem(names_above(self.folder)[0]) is None
 
 
 @dataclass(frozen=True)
@@ -87,8 +115,11 @@ class _Located:
 class _Run:
     """What was met of one task so far; the keys are steps, None for what is not in a checkpoint."""
 
+    root: Path = field(default_factory=Path)
     adapters: dict[int | None, _Located] = field(default_factory=dict)
     notes: dict[str, dict[int | None, Path]] = field(default_factory=dict)
+    not_kept: list[Path] = field(default_factory=list)
+    part: str | None = None
 
     def note(self, name: str) -> Path | None:
         """Return a file next to the adapters: the run's own, else the one in its last checkpoint that has it."""
@@ -98,13 +129,19 @@ class _Run:
     def joined(self, inner: _Run) -> _Run:
         """Add what a folder in this run has; where both have a note of one kind, the inner folder's counts."""
         notes = {name: self.notes.get(name, {}) | inner.notes.get(name, {}) for name in self.notes | inner.notes}
-        return _Run(self.adapters | inner.adapters, notes)
+        not_kept = [*self.not_kept, *inner.not_kept]
+        return _Run(inner.root, self.adapters | inner.adapters, notes, not_kept)
 
 
 def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool = True) -> Discovery:
     """Find every adapter under some folders: the tasks, and what looks like an adapter but is not taken."""
-    # Not taken are formats that are not read, links out of the tree, names that cannot be a task's, and folders with
-    # the same name (which are not merged).
+    found = find_tasks(paths, texts=texts)
+    return replace(found, tasks=name_tasks(found.tasks, name=name))
+
+
+def find_tasks(paths: Sequence[Path], *, texts: bool = True) -> Discovery:
+    """Find the same; the tasks have no names yet."""
+    # Not taken are formats that are not read, and links out of the tree.
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
     watched = {*_NOTES} if texts else {STATE_NAME}
@@ -118,31 +155,62 @@ def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool
             fact = "is not a folder" if root.exists() else "does not exist"
             hint = "give the folder that holds adapter_config.json"
             refused.append(AdapterRefused(fact, kind="not-a-folder", path=path, hint=hint))
-    found = _gathered(runs, refused)
-    names = _names(found, name, refused)
-    tasks = [_task(task_name, folder, found[folder]) for folder, task_name in names.items()]
+    tasks = [_task(folder, run) for folder, run in _gathered(runs)]
     if not texts:
         tasks = [replace(task, samples=None, eval_data=None) for task in tasks]
-    tasks.sort(key=lambda task: natural_key(task.name))
     return Discovery(tuple(tasks), tuple(_unique(refused)))
 
 
+def name_tasks(
+    tasks: Sequence[FoundTask],
+    *,
+    name: str | None = None,
+    known: Sequence[TaskOrigin] = (),
+    pattern: NamePattern | None = None,
+    same_name_is_same_task: bool = False,
+) -> tuple[FoundTask, ...]:
+    """Return the tasks with their names, in natural order of these; see `naming.choose_names`."""
+    if name is not None:
+        names = [_given_name(tasks, name)]
+    else:
+        names = choose_names(tasks, known, pattern=pattern, same_name_is_same_task=same_name_is_same_task)
+    named = [replace(task, name=chosen) for task, chosen in zip(tasks, names, strict=True)]
+    return tuple(sorted(named, key=lambda task: natural_key(task.name)))
+
+
 def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
+    # The folder given may be a checkpoint itself, so its own name takes part.
+    levels = 1 + len(folder.path.relative_to(root).parts)
     found = [_Located(known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
     for located in found:
-        home, step = _home(located.paths.place, root)
-        first = runs[home].adapters.setdefault(step, located)
-        if first.paths != located.paths:
-            message = f"step {step} was found already, in {escape(first.paths.place.name, 120)}"
-            refused.append(AdapterRefused(message, kind="name-collision", path=located.paths.place))
+        home, step = run_folder(located.paths.place, levels)
+        run = runs[home]
+        run.root = root
+        first = run.adapters.setdefault(step, located)
+        if first.paths != located.paths and not _is_copy(first, located):
+            # `checkpoint-5` next to `epoch_5`, or `checkpoint-05`.
+            apart = runs[located.paths.place]
+            apart.root, apart.part = root, located.paths.place.name
+            apart.adapters[step] = located
     # Next to an adapter that is read, the same adapter as a pickle or in shards is not worth a refusal.
     if not found:
         of_no_format = foreign_adapters(folder.files)
         refused.extend(of_no_format or [error for known in catalogue.FORMATS for error in known.refuse(folder)])
-    home, step = _home(folder.path, root)
+    home, step = run_folder(folder.path, levels)
     for name in _NOTES:
         if name in folder.files:
             runs[home].notes.setdefault(name, {}).setdefault(step, folder.files[name])
+    if found:
+        kept = {path for located in found for path in _files_of(located.paths)}
+        kept.update(folder.files[name] for name in _NOTES if name in folder.files)
+        others = [folder.path / name for name, path in folder.files.items() if path not in kept]
+        met = set(runs[home].not_kept)
+        runs[home].not_kept.extend(path for path in others if path not in met and not is_passed_over(path.name))
+
+
+def _files_of(paths: AdapterPaths) -> list[Path]:
+    own = (paths.weights, paths.config, paths.card)
+    return [*(path for path in own if path is not None), *paths.companions.values()]
 
 
 def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
@@ -157,79 +225,114 @@ def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
     return False
 
 
-def _home(path: Path, root: Path) -> tuple[Path, int | None]:
-    """Return the folder of the run that a folder belongs to, and its step."""
-    # `run/checkpoint-80` belongs to `run`. PEFT saves an adapter that is not called "default" one level deeper: so
-    # `run/checkpoint-80/NAME` belongs to `run/NAME`, where the same trainer puts the final adapter.
-    # The innermost checkpoint-N is the step; the folder given may be one itself, so its own name takes part.
-    parts = [root.name, *path.relative_to(root).parts]
-    for index in range(len(parts) - 1, -1, -1):
-        step = step_of(parts[index])
-        if step is not None:
-            return root.parent.joinpath(*parts[:index], *parts[index + 1 :]), step
-    return path, None
-
-
-def _gathered(runs: Mapping[Path, _Run], refused: list[AdapterRefused]) -> dict[Path, _Run]:
-    """Return the runs that have adapters, each under the folder that its task is named after."""
-    # So `rust/final` joins the run `rust` and its checkpoints. Two adapters of one run are not merged.
+def _gathered(runs: Mapping[Path, _Run]) -> list[tuple[Path, _Run]]:
+    """Return the runs that have adapters, each with the folder that its task is named after."""
+    # So `rust/final` and `rust/output/checkpoint-5` join the run `rust`. What cannot be one run stays a task by itself.
     places: defaultdict[Path, list[Path]] = defaultdict(list)
     found = {folder: run for folder, run in runs.items() if run.adapters}
-    for folder in sorted(found):
-        if (home := telling_folder(folder)) != folder:
-            places[home].append(folder)
+    for folder, run in sorted(found.items()):
+        places[telling_folder(folder.parent if run.part is not None else folder)].append(folder)
+    gathered: list[tuple[Path, _Run]] = []
     for home, folders in places.items():
-        inner = [found.pop(folder) for folder in folders]
         outer = runs.get(home, _Run())
-        # The run's checkpoints and one `final` or `best` folder fit together if no step is there twice.
-        if len(inner) == 1 and not outer.adapters.keys() & inner[0].adapters.keys():
-            found[home] = outer.joined(inner[0])
-            continue
-        for folder in folders:
-            message = f"{escape(home.name, 120)} has another adapter too: they are not merged"
-            hint = "ingest it alone with --name"
-            refused.append(AdapterRefused(message, kind="name-collision", path=folder, hint=hint))
-    return found
+        main = replace(outer, adapters={}, not_kept=[])
+        for folder in sorted(folders, key=lambda folder: _rank(folder, home)):
+            run = _without_copies(found[folder], main)
+            if not _fit(main, run):
+                part = run.part or "-".join(folder.relative_to(home).parts)
+                notes = _Run(notes=outer.notes).joined(run).notes
+                gathered.append((home, replace(run, notes=notes, part=part)))
+            elif run.adapters:
+                main = main.joined(run)
+        gathered.append((home, main))
+    return gathered
 
 
-def _names(found: dict[Path, _Run], name: str | None, refused: list[AdapterRefused]) -> dict[Path, str]:
-    if name is not None:
-        return _given_name(list(found), name)
-    by_name: defaultdict[str, list[Path]] = defaultdict(list)
-    for folder in sorted(found):
-        problem = task_name_problem(name_of(folder))
-        if problem is None:
-            by_name[name_of(folder).lower()].append(folder)
-        else:
-            hint = "rename the folder, or ingest it alone with --name"
-            refused.append(AdapterRefused(f"cannot name a task: {problem}", kind="name", path=folder, hint=hint))
-    for twins in by_name.values():
-        for folder in twins if len(twins) > 1 else ():
-            message = f"{len(twins)} folders have the name {name_of(folder)}: they are not merged"
-            hint = "ingest them one by one with --name"
-            refused.append(AdapterRefused(message, kind="name-collision", path=folder, hint=hint))
-    return {twins[0]: name_of(twins[0]) for twins in by_name.values() if len(twins) == 1}
+def _rank(folder: Path, home: Path) -> tuple[int, str]:
+    """Order the folders of one run: the first that has an adapter outside its checkpoints has the final one."""
+    if folder == home:
+        return 0, ""
+    words = set(folder.name.lower().replace("-", "_").split("_"))
+    if words & {"best", "final"}:
+        return (1 if "best" in words else 2), str(folder)
+    return (4 if words & {"last", "latest"} else 3), str(folder)
 
 
-def _given_name(folders: list[Path], name: str) -> dict[Path, str]:
+def _without_copies(run: _Run, other: _Run) -> _Run:
+    """Drop adapters that the other run has byte for byte: trainers save the last one twice."""
+    adapters = {
+        step: located
+        for step, located in run.adapters.items()
+        if step not in other.adapters or not _is_copy(other.adapters[step], located)
+    }
+    return replace(run, adapters=adapters)
+
+
+def _fit(run: _Run, other: _Run) -> bool:
+    """Say whether two folders can be one run: no step twice, and one base model."""
+    if run.adapters.keys() & other.adapters.keys():
+        return False
+    if not run.adapters or not other.adapters:
+        return True
+    first, second = (_base_of(next(iter(some.adapters.values()))) for some in (run, other))
+    return first is None or second is None or first == second
+
+
+def _base_of(located: _Located) -> str | None:
+    if located.paths.config is None:
+        return None
+    try:
+        return located.format.read_config(read_regular(located.paths.config, max_bytes=_CONFIG_LIMIT)).base_model
+    except AdapterRefused:
+        return None
+
+
+def _is_copy(first: _Located, second: _Located) -> bool:
+    pairs = [(first.paths.weights, second.paths.weights), (first.paths.config, second.paths.config)]
+    return all(
+        one == other or (one is not None and other is not None and _same_bytes(one, other)) for one, other in pairs
+    )
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    try:
+        with (
+            open_regular(one, max_bytes=2**62) as (first, size),
+            open_regular(other, max_bytes=2**62) as (second, other_size),
+        ):
+            if size != other_size:
+                return False
+            return all(
+                read_exactly(first, min(_BLOCK, size - start), start)
+                == read_exactly(second, min(_BLOCK, size - start), start)
+                for start in range(0, size, _BLOCK)
+            )
+    except AdapterRefused:
+        return False
+
+
+def _given_name(tasks: Sequence[FoundTask], name: str) -> str:
     problem = task_name_problem(name)
     if problem is not None:
         raise AdapterRefused(f"--name cannot name a task: {problem}", kind="name")
-    if len(folders) != 1:
-        hint = "give --name with the folder of one task"
-        raise AdapterRefused(f"--name names one task, but {len(folders)} were found", kind="name", hint=hint)
-    return {folders[0]: name}
+    if len(tasks) != 1:
+        hint = "give --name with the folder of one task, or --name-from"
+        raise AdapterRefused(f"--name names one task, but {len(tasks)} were found", kind="name", hint=hint)
+    return name
 
 
-def _task(name: str, folder: Path, run: _Run) -> FoundTask:
+def _task(folder: Path, run: _Run) -> FoundTask:
     final = _final_step(run)
     steps = sorted(run.adapters, key=_order)
     return FoundTask(
-        name=name,
+        name="",
         folder=folder,
         adapters=tuple(_adapter(run.adapters[step], step, is_final=step == final) for step in steps),
         samples=_text(folder, run, SAMPLES_NAMES),
         eval_data=_text(folder, run, EVAL_NAMES),
+        part=run.part,
+        root=run.root,
+        not_kept=tuple(sorted(run.not_kept)),
     )
 
 

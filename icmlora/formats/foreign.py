@@ -14,14 +14,26 @@ from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.io.files import open_regular, read_exactly
 
 _SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors|adapter_model\.safetensors\.index\.json")
-_PICKLE = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|nemo|pth\.lora)")
-_NOT_ADAPTERS = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|rng_state|pytorch_model|consolidated|mp_rank|zero_|bf16_zero_).*"
-    r"|model[-.0-9a-z]*\.(bin|pt|pth|ckpt)"
+# A pickle is unreadable here, so only its name can tell an adapter from a trainer's state or a table of results.
+_PICKLE = re.compile(
+    r"adapter_(model|weights)\.(bin|pt|pth|pkl)|.*\.(nemo|pth\.lora)"
+    r"|(.*[-_.])?(lora|lokr|loha|locon|adapters?)([-_.].*)?\.(bin|pt|pth|pkl|pickle|ckpt)",
+    re.IGNORECASE,
+)
+# What trainers, loggers and hubs leave next to an adapter, and the adapter once more in another form.
+_PASSED_OVER = re.compile(
+    r"\..*|(training_args|optimizer|scheduler|scaler|sampler|dl_state_dict|rng_state|random_states|pytorch_model)[-_.0-9].*"
+    r"|(consolidated|mp_rank|zero_|bf16_zero_|custom_checkpoint_|events\.out\.tfevents|adapter_model[-.]).*"
+    r"|model[-.0-9a-z]*\.(bin|pt|pth|ckpt|safetensors|index\.json)|(all|train|eval|test|predict)_results\.(json|txt)"
+    r"|(trainer_state|config|trainer_log|running_log|args|model_args|data_args|finetuning_args|README)\.(json|jsonl|txt|md)"
+    r"|(training_(args|loss|eval_.*|rewards_.*)|llamaboard_config|axolotl_config|config)\.(ya?ml|png)"
+    r"|latest|completed|LICEN[CS]E.*|.*\.(log|png|svg|md)",
+    re.IGNORECASE,
 )
 
 _LITGPT = "merge it with 'litgpt merge_lora' and extract a LoRA, or train with PEFT"
 _RESAVE = "load the adapter where it was trained and save it as safetensors"
+_READ_BIN = "`icm ingest --read-bin` reads it in a process of its own; or save it as safetensors where it was trained"
 _BARE = "copy the adapter_config.json of its training into the same folder"
 _TO_PEFT = "convert it to a PEFT folder first"
 
@@ -33,10 +45,15 @@ _NAMES: Mapping[str, tuple[str, str, str]] = {
     "latest_checkpointed_iteration.txt": ("megatron", "a Megatron run", "use AutoBridge.export_adapter_ckpt"),
 }
 
+# A small text file that stands for a file which was not downloaded.
+_LFS_START = b"version https://git-lfs.github.com/spec/"
+_LFS_SIZE = 1024
+
 # Marks in the header of a safetensors file of any other name.
 _MARKS: tuple[tuple[bytes, tuple[str, str, str]], ...] = (
     (rb'\.(hada_w1_a|lokr_w1(_a)?|oft_blocks)"', ("lycoris", "a LyCORIS adapter", _TO_PEFT)),
     (rb'\.lora_(down|up)\.weight"', ("kohya", "a kohya LoRA", "convert it with diffusers, then save with PEFT")),
+    (rb'_lora\d?\.(down|up)\.weight"', ("diffusers", "an XLabs or old diffusers LoRA", _TO_PEFT)),
     (rb'\.lora_[ab]"', ("mlx", "an MLX-LM adapter", _TO_PEFT)),
     (rb'\.lora_[AB]\.weight"', ("bare", "LoRA weights without adapter_config.json: alpha is unknown", _BARE)),
 )
@@ -46,16 +63,33 @@ _GGUF_ADAPTER = b"general.type" + (8).to_bytes(4, "little") + (7).to_bytes(8, "l
 
 def foreign_adapters(files: Mapping[str, Path]) -> list[AdapterRefused]:
     """Return a refusal for each adapter among some files that no format here reads."""
-    return [refusal for name, path in sorted(files.items()) if (refusal := _foreign(name, path)) is not None]
+    has_config = "adapter_config.json" in files
+    found = [_foreign(name, path, has_config=has_config) for name, path in sorted(files.items())]
+    return [refusal for refusal in found if refusal is not None]
 
 
-def _foreign(name: str, path: Path) -> AdapterRefused | None:
+def is_passed_over(name: str) -> bool:
+    """Say whether a file next to an adapter is a trainer's or a hub's own, which nobody misses."""
+    return _PASSED_OVER.fullmatch(name[:256]) is not None
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that git-lfs has not downloaded yet."""
+    if _LFS_START in _peek(path, len(_LFS_START)) and path.stat().st_size <= _LFS_SIZE:
+        hint = "run `git lfs pull` in its repository"
+        raise AdapterRefused("a git-lfs pointer: the file itself is not here", kind="git-lfs", path=path, hint=hint)
+
+
+def _foreign(name: str, path: Path, *, has_config: bool) -> AdapterRefused | None:
     if name in _NAMES:
         return _refusal(_NAMES[name], path)
     if _SHARD.fullmatch(name):
         return _refusal(("shards", "an adapter in several files", "join them: load it with PEFT and save it"), path)
-    if _PICKLE.fullmatch(name) and not _NOT_ADAPTERS.fullmatch(name):
-        hint = _LITGPT if name.endswith(".pth.lora") else _RESAVE
+    if _PICKLE.fullmatch(name[:256]):
+        if has_config and name == "adapter_model.bin":
+            hint = _READ_BIN
+        else:
+            hint = _LITGPT if name.endswith(".pth.lora") else _RESAVE
         return UnsafeInput("a pickle can run code, so it was not opened", kind="pickle", path=path, hint=hint)
     if name.endswith(".gguf"):
         if _GGUF_ADAPTER in _peek(path, 64 * 1024):

@@ -2,18 +2,24 @@
 
 loras/rust/                                        the task "rust"
 runs/rust/adapter/   runs/rust/final_adapter/      rust: such names say what the folder holds, not what it is for
+runs/rust/unet/                                    rust-unet: it is a part of rust
 models--acme--rust/snapshots/0a1b.../              rust: a repository in the Hugging Face cache
-runs/rust/checkpoint-80/                           step 80 of rust
+runs/rust/checkpoint-80/   runs/rust/epoch_2/      steps 80 and 2 of rust
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
+import unicodedata
+from itertools import islice
 from pathlib import Path
 
 from icmlora.errors import AdapterRefused
 from icmlora.io.files import read_regular
+from registry.names import MAX_NAME, task_name_problem
 
 SAMPLES_NAMES = ("samples.jsonl", "samples.json", "samples.parquet")
 EVAL_NAMES = ("eval.jsonl", "eval.json", "eval.parquet")
@@ -25,23 +31,79 @@ GENERIC_WORDS = frozenset(
     {"adapter", "adapters", "lora", "peft", "model", "weights", "out", "output", "outputs"}
     | {"best", "checkpoint", "default", "final", "last", "latest"}
 )
+# Such a folder holds a part of a run, so its task is always named after the run too.
+_PARTS = re.compile(
+    r"unet|transformer|vae|text_encoder(_\d)?|prior|controlnet|pissa_(init|backup|converted)", re.IGNORECASE
+)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPOSITORY = re.compile(r"models--(?:.+--)?(?P<name>.+)")
+_REPOSITORY = re.compile(r"models--(?:(?P<owner>.+)--)?(?P<name>.+)")
+_SHORT_HASH = 8
+_MAX_LEVELS = 16
 
 
 def telling_folder(folder: Path) -> Path:
     """Return the folder itself, or the nearest above it whose name says something; the folder if there is none."""
-    return next((place for place in (folder, *folder.parents) if place.name and not _is_generic(place.name)), folder)
+    return next((place for place in (folder, *folder.parents) if place.name and not is_generic(place.name)), folder)
 
 
-def name_of(folder: Path) -> str:
-    """Return the name of a telling folder; of a snapshot in the Hugging Face cache, the repository's."""
-    if _COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots":
-        repository = _REPOSITORY.fullmatch(folder.parent.parent.name)
-        if repository is not None:
-            return repository["name"]
-    return folder.name
+def run_folder(folder: Path, levels: int = 2) -> tuple[Path, int | None]:
+    """Return the folder of the run that an adapter's folder belongs to, and its step, from its last few names."""
+    # `run/checkpoint-80` belongs to `run`. PEFT saves an adapter that is not called "default" one level deeper: so
+    # `run/checkpoint-80/NAME` belongs to `run/NAME`, where the same trainer puts the final adapter.
+    parts = folder.parts
+    for index in range(len(parts) - 1, max(0, len(parts) - 1 - levels), -1):
+        step = step_of(parts[index])
+        if step is not None:
+            return Path(*parts[:index], *parts[index + 1 :]), step
+    return folder, None
+
+
+def names_above(folder: Path) -> list[str]:
+    """Return the names of a telling folder and of those above it, without names that say nothing."""
+    # A snapshot in the Hugging Face cache counts as its repository and the owner of that.
+    repository = _snapshot_of(folder)
+    if repository is not None and (match := _REPOSITORY.fullmatch(repository.name)) is not None:
+        name = match["name"]
+        if _main_commit(repository) not in (None, folder.name):
+            name = f"{name}-{folder.name[:7]}"
+        return [name, *filter(None, [match["owner"]]), folder.name[:7], *_telling(repository.parent)]
+    return [folder.name, *_above(folder)]
+
+
+def name_chain(folder: Path, part: str | None = None) -> list[str]:
+    """Return the names that a task can have, the best first: its own, then longer ones that start with its parents'.
+
+    Args:
+        folder: The folder that the task is named after.
+        part: What tells the task from another one that is named after this folder.
+    """
+    first, *above = names_above(folder)
+    if above and _PARTS.fullmatch(first):
+        first = f"{above.pop(0)}-{first}"
+    return chain_of(first if part is None else f"{first}-{part}", above, folder)
+
+
+def chain_of(first: str, above: list[str], folder: Path) -> list[str]:
+    """Return a name, and longer ones with the names above it in front; the last one belongs to this folder alone."""
+    names, joined = [plain_name(first)], first
+    for parent in above[:_MAX_LEVELS]:
+        joined = f"{parent}-{joined}"
+        names.append(plain_name(joined))
+    names.append(plain_name(f"{names[0]}-{_hash(str(folder))}"))
+    return list(dict.fromkeys(names))
+
+
+def plain_name(name: str) -> str:
+    """Return a name as a task can have it: other characters than letters, digits, `.`, `_` and `-` are replaced."""
+    if task_name_problem(name) is None:
+        return name
+    letters = unicodedata.normalize("NFKD", name[:4096]).encode("ascii", "ignore").decode()
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-._")
+    if len(plain) > MAX_NAME:
+        return f"{plain[: MAX_NAME - _SHORT_HASH - 1]}-{_hash(name)}"
+    # Nothing is left of a name in another script, and Windows reserves some names.
+    return plain if task_name_problem(plain) is None else f"{plain or 'task'}-{_hash(name)}"
 
 
 def cached_repository(path: Path) -> Path | None:
@@ -52,19 +114,56 @@ def cached_repository(path: Path) -> Path | None:
     return None
 
 
-def _is_generic(name: str) -> bool:
+def is_generic(name: str) -> bool:
+    """Say whether a folder's name says what the folder holds, and not what it is for."""
     return all(word in GENERIC_WORDS for word in re.split("[-_]", name.lower()))
 
 
-# transformers' own pattern, with a bound on the digits.
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})", re.ASCII)
+def _above(folder: Path) -> list[str]:
+    """Return the telling names above a folder; above a snapshot's subfolders come its repository and owner."""
+    names: list[str] = []
+    for place in islice(folder.parents, _MAX_LEVELS):
+        if _snapshot_of(place) is not None:
+            return names + names_above(place)
+        if place.name and not is_generic(place.name):
+            names.append(place.name)
+    return names
+
+
+def _telling(folder: Path) -> list[str]:
+    return [*([] if not folder.name or is_generic(folder.name) else [folder.name]), *_above(folder)]
+
+
+def _snapshot_of(folder: Path) -> Path | None:
+    """Return the repository in the Hugging Face cache whose snapshot a folder is, or None."""
+    if _COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots":
+        repository = folder.parent.parent
+        return repository if _REPOSITORY.fullmatch(repository.name) else None
+    return None
+
+
+def _main_commit(repository: Path) -> str | None:
+    """Return the commit that `main` of a cached repository stands for, or None."""
+    try:
+        text = read_regular(repository / "refs" / "main", max_bytes=256).decode("ascii", "replace").strip()
+    except AdapterRefused:
+        return None
+    return text if _COMMIT.fullmatch(text) else None
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:_SHORT_HASH]
+
+
+# What trainers call the folder of a step: transformers and trl, torchtune, FSDP and loops that people write.
+_STEP = re.compile(r"(?:checkpoint[-_]|epoch[-_]|step[-_]|iter[-_]|global_step_?)(\d{1,12})", re.ASCII)
 _BEST = re.compile(rb'"best_model_checkpoint"\s*:\s*("(?:[^"\\]|\\.)*")')
 _MAX_STATE_BYTES = 64 * 1024 * 1024
 
 
 def step_of(folder_name: str) -> int | None:
     """Return the step of a checkpoint's folder name, or None for any other folder."""
-    match = _CHECKPOINT.fullmatch(folder_name)
+    match = _STEP.fullmatch(folder_name)
     return int(match[1]) if match else None
 
 

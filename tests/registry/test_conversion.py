@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.conversion import source_label, task_folder, unusual_source, usual_source
+from registry.conversion import task_folder, unusual_source, usual_source
+from registry.names import source_label
 from registry.store import Store
 from tests.registry.every_row import fill
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from icmlora.errors import AdapterRefused
 from icmlora.formats.discovery import Discovery, FoundTask, find_adapters
 from icmlora.formats.task_names import best_step, step_of
+from registry.names import task_name_problem
 from tests.icmlora.adapter_files import write_adapter
 
 
@@ -102,12 +104,17 @@ def test_a_named_adapter_of_a_run_and_its_checkpoints_are_one_task(tmp_path: Pat
     assert (task.name, steps(task)) == ("poet", [80, None])
 
 
-def test_a_step_written_in_two_ways_is_reported(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "rust" / "checkpoint-080")
+def test_a_step_written_in_two_ways_is_two_tasks(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "rust" / "checkpoint-080", seed=1)
     write_adapter(tmp_path / "rust" / "checkpoint-80")
     discovery = find_adapters([tmp_path])
-    assert [error.kind for error in discovery.refused] == ["name-collision"]
-    assert steps(discovery.tasks[0]) == [80]
+    assert {task.name: steps(task) for task in discovery.tasks} == {"rust": [80], "rust-checkpoint-80": [80]}
+
+
+def test_a_copy_of_a_checkpoint_is_found_once(tmp_path: Path) -> None:
+    for place in ("checkpoint-80", "epoch_80", "checkpoint-80/adapter_model", "outputs/checkpoint-80"):
+        write_adapter(tmp_path / "rust" / place)
+    assert steps(only(find_adapters([tmp_path]))) == [80]
 
 
 def test_texts_beside_an_adapter_are_found(tmp_path: Path) -> None:
@@ -125,13 +132,13 @@ def test_without_texts_there_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("twin", ["b/rust", "b/RUST"])
-def test_folders_of_one_name_are_reported_and_not_merged(tmp_path: Path, twin: str) -> None:
+def test_folders_of_one_name_get_the_names_above_them(tmp_path: Path, twin: str) -> None:
     write_adapter(tmp_path / "a/rust")
     write_adapter(tmp_path / twin)
     write_adapter(tmp_path / "sql")
     discovery = find_adapters([tmp_path])
-    assert [task.name for task in discovery.tasks] == ["sql"]
-    assert [error.kind for error in discovery.refused] == ["name-collision"] * 2
+    assert [task.name for task in discovery.tasks] == ["a-rust", twin.replace("/", "-"), "sql"]
+    assert discovery.refused == ()
 
 
 def test_a_folder_with_a_name_that_says_nothing_is_called_like_the_one_above(tmp_path: Path) -> None:
@@ -176,33 +183,63 @@ def test_texts_nearest_to_the_adapter_count(tmp_path: Path) -> None:
         assert (task.samples, task.eval_data) == (folder / "samples.jsonl", folder.parent / "eval.jsonl")
 
 
-@pytest.mark.parametrize("others", [("rust/best", "rust/last"), ("rust/best", "rust/last", "rust/checkpoint-80")])
-def test_two_adapters_that_could_be_a_runs_own_are_reported_and_not_chosen_from(
-    tmp_path: Path, others: tuple[str, ...]
-) -> None:
-    for name in others:
-        write_adapter(tmp_path / name)
-    discovery = find_adapters([tmp_path])
-    assert [(error.kind, Path(error.path or "").name) for error in discovery.refused] == [
-        ("name-collision", "best"),
-        ("name-collision", "last"),
-    ]
-    assert [steps(task) for task in discovery.tasks] == [[80]] * ("rust/checkpoint-80" in others)
+@pytest.mark.parametrize("copy", [True, False], ids=["copy", "other"])
+def test_of_best_final_and_last_each_is_a_task_and_a_copy_is_none(tmp_path: Path, copy: bool) -> None:
+    write_adapter(tmp_path / "rust/best", seed=1)
+    write_adapter(tmp_path / "rust/last", seed=2)
+    write_adapter(tmp_path / "rust/final", seed=1 if copy else 3)
+    write_adapter(tmp_path / "rust/checkpoint-80", seed=4)
+    (tmp_path / "rust/samples.jsonl").write_text("x")
+    tasks = {task.name: task for task in find_adapters([tmp_path]).tasks}
+    assert tasks["rust"].final.place == tmp_path / "rust/best"
+    assert steps(tasks["rust"]) == [80, None]
+    assert sorted(tasks) == ["rust", "rust-last"] if copy else ["rust", "rust-final", "rust-last"]
+    assert tasks["rust-last"].samples == tmp_path / "rust/samples.jsonl"
 
 
 def test_a_run_with_an_adapter_of_its_own_keeps_it(tmp_path: Path) -> None:
     run = write_adapter(tmp_path / "rust")
-    write_adapter(tmp_path / "rust" / "adapter")
+    write_adapter(tmp_path / "rust" / "adapter", seed=1)
     discovery = find_adapters([tmp_path])
-    assert [task.final.place for task in discovery.tasks] == [run]
-    assert [error.kind for error in discovery.refused] == ["name-collision"]
-    assert "--name" in str(discovery.refused[0].hint)
+    assert {task.name: task.final.place for task in discovery.tasks} == {"rust": run, "rust-adapter": run / "adapter"}
 
 
-def test_a_folder_above_whose_name_cannot_name_a_task_is_reported(tmp_path: Path) -> None:
+def test_adapters_of_other_base_models_are_not_checkpoints_of_a_run(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "rust" / "lora")
+    write_adapter(tmp_path / "rust" / "outputs" / "checkpoint-5", base_model_name_or_path="acme/another")
+    names = {task.name: steps(task) for task in find_adapters([tmp_path]).tasks}
+    assert names == {"rust": [None], "rust-outputs": [5]}
+
+
+def test_unsloths_two_folders_are_one_task(tmp_path: Path) -> None:
+    for task in ("alpaca", "sql"):
+        write_adapter(tmp_path / task / "lora_model")
+        write_adapter(tmp_path / task / "outputs" / "checkpoint-60", seed=1)
+        write_adapter(tmp_path / task / "outputs")  # `trainer.save_model()` saves the same once more
+    tasks = find_adapters([tmp_path]).tasks
+    assert [(task.name, steps(task)) for task in tasks] == [("alpaca", [60, None]), ("sql", [60, None])]
+    assert tasks[0].final.place == tmp_path / "alpaca" / "lora_model"
+
+
+def test_epochs_are_the_steps_of_their_run(tmp_path: Path) -> None:
+    for place in ("a/epoch_1", "a/epoch_2", "b/epoch_1"):
+        write_adapter(tmp_path / place)
+    tasks = find_adapters([tmp_path]).tasks
+    assert [(task.name, steps(task)) for task in tasks] == [("a", [1, 2]), ("b", [1])]
+
+
+def test_files_that_are_not_kept_are_named_but_not_a_trainers_own(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "rust")
+    passed_over = ["optimizer.pt", "random_states_0.pkl", "trainer_state.json", "config.json", "all_results.json"]
+    passed_over += ["training_loss.png", "adapter_model.bin", ".gitattributes", "events.out.tfevents.1", "debug.log"]
+    for name in [*passed_over, "tokenizer.json", "samples.jsonl", "README.md", "value_head.bin", "notes.txt"]:
+        (folder / name).write_bytes(b"x")
+    assert [path.name for path in only(find_adapters([tmp_path])).not_kept] == ["notes.txt", "value_head.bin"]
+
+
+def test_a_folder_above_whose_name_cannot_name_a_task_is_made_plain(tmp_path: Path) -> None:
     write_adapter(tmp_path / "my runs" / "adapter")
-    discovery = find_adapters([tmp_path])
-    assert [(error.kind, error.path) for error in discovery.refused] == [("name", str(tmp_path / "my runs"))]
+    assert only(find_adapters([tmp_path])).name == "my-runs"
 
 
 def test_texts_can_be_left_out(tmp_path: Path) -> None:
@@ -247,17 +284,22 @@ def test_a_snapshot_of_regular_files_is_called_like_its_repository(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["-rf", "a b", "con", "a\x1b[2J", "é", "[red]", "_x"])
-def test_a_folder_whose_name_cannot_name_a_task_is_reported_in_plain_text(tmp_path: Path, name: str) -> None:
+def test_a_folder_whose_name_cannot_name_a_task_is_a_task_of_a_plain_name(tmp_path: Path, name: str) -> None:
     write_adapter(tmp_path / name)
-    discovery = find_adapters([tmp_path])
-    assert discovery.tasks == ()
-    assert [error.kind for error in discovery.refused] == ["name"]
-    assert str(discovery.refused[0]).isprintable()
+    assert task_name_problem(only(find_adapters([tmp_path])).name) is None
 
 
-def test_a_name_that_is_no_unicode_is_reported(tmp_path: Path) -> None:
+def test_two_names_that_are_the_same_when_plain_stay_apart(tmp_path: Path) -> None:
+    for name in ("a b", "a+b"):
+        write_adapter(tmp_path / name)
+    names = [task.name for task in find_adapters([tmp_path]).tasks]
+    assert len(set(names)) == 2
+    assert all(re.fullmatch("a-b-[0-9a-f]{8}", name) for name in names)
+
+
+def test_a_name_that_is_no_unicode_is_replaced(tmp_path: Path) -> None:
     write_adapter(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")))
-    assert [error.kind for error in find_adapters([tmp_path]).refused] == ["name"]
+    assert only(find_adapters([tmp_path])).name.startswith("task-")
 
 
 def test_a_given_name_replaces_the_folders(tmp_path: Path) -> None:

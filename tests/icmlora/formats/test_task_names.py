@@ -5,8 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from icmlora.formats.task_names import cached_repository, name_of, telling_folder
+from icmlora.formats.task_names import (
+    cached_repository,
+    name_chain,
+    names_above,
+    plain_name,
+    run_folder,
+    step_of,
+    telling_folder,
+)
+from registry.names import MAX_NAME, task_name_problem
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -48,7 +59,7 @@ def test_where_no_folder_says_anything_the_name_is_its_own(folder: str) -> None:
 
 @pytest.mark.parametrize("repository", ["models--acme--rust", "models--rust", "models--acme--sub--rust"])
 def test_a_snapshot_is_called_like_its_repository(repository: str) -> None:
-    assert name_of(Path("/hub") / repository / "snapshots" / COMMIT) == "rust"
+    assert names_above(Path("/hub") / repository / "snapshots" / COMMIT)[0] == "rust"
 
 
 @pytest.mark.parametrize(
@@ -56,10 +67,86 @@ def test_a_snapshot_is_called_like_its_repository(repository: str) -> None:
     [f"models--acme--rust/{COMMIT}", f"rust/snapshots/{COMMIT}", "models--acme--rust/snapshots/main", COMMIT],
 )
 def test_what_is_no_snapshot_keeps_its_name(folder: str) -> None:
-    assert name_of(Path("/hub") / folder) == Path(folder).name
+    assert names_above(Path("/hub") / folder)[0] == Path(folder).name
 
 
 def test_the_repository_of_a_file_in_the_cache_is_found() -> None:
     repository = Path("/hub/models--acme--rust")
     assert cached_repository(repository / "snapshots" / COMMIT / "sub" / "adapter_config.json") == repository
     assert cached_repository(Path("/loras/snapshots/x/adapter_config.json")) is None
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        ("/saves/Llama/lora/sft", ["sft", "Llama-sft", "saves-Llama-sft"]),
+        ("/runs/rust", ["rust", "runs-rust"]),
+        ("/sd/cat/unet", ["cat-unet", "sd-cat-unet"]),
+        ("/sd/cat/Text_Encoder_2", ["cat-Text_Encoder_2", "sd-cat-Text_Encoder_2"]),
+        ("/lf/run/pissa_converted", ["run-pissa_converted", "lf-run-pissa_converted"]),
+        (f"/hub/models--acme--rust/snapshots/{COMMIT}", ["rust", "acme-rust", "0123456-acme-rust"]),
+    ],
+)
+def test_longer_names_have_the_names_above_in_front(folder: str, names: list[str]) -> None:
+    assert name_chain(Path(folder))[: len(names)] == names
+
+
+def test_what_tells_two_tasks_of_one_folder_apart_is_at_the_end_of_every_name() -> None:
+    assert name_chain(Path("/runs/sql"), "last")[:2] == ["sql-last", "runs-sql-last"]
+
+
+def test_the_last_name_belongs_to_this_folder_alone() -> None:
+    assert name_chain(Path("/a/x y"))[-1] != name_chain(Path("/a/x-y"))[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("my lora (v2)", "my-lora-v2"),
+        ("Über", "Uber"),
+        ("a+b", "a-b"),
+        ("r=8,lr=1e-4", "r-8-lr-1e-4"),
+        ("2024-05-01_run", "2024-05-01_run"),
+        ("-rf", "rf"),
+        ("a\x1b[2J", "a-2J"),
+    ],
+)
+def test_a_name_is_made_plain(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+
+
+@given(name=st.text(max_size=300))
+def test_every_name_can_be_made_one_of_a_task_and_stays_it(name: str) -> None:
+    plain = plain_name(name)
+    assert task_name_problem(plain) is None
+    assert plain_name(plain) == plain
+    assert len(plain) <= MAX_NAME
+
+
+def test_names_in_other_scripts_stay_apart() -> None:
+    assert plain_name("\u65e5\u672c") != plain_name("\u8a9e")
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        *(("checkpoint-80", 80), ("epoch_2", 2), ("epoch-3", 3), ("step_500", 500), ("global_step_7", 7)),
+        *(("global_step12", 12), ("iter_4", 4), ("checkpoint_9", 9), ("epoch", None), ("step1", None)),
+        *(("epoch_1_best", None), ("my_epoch_1", None)),
+    ],
+)
+def test_steps_are_read_from_the_names_that_trainers_use(name: str, step: int | None) -> None:
+    assert step_of(name) == step
+
+
+def test_an_adapter_inside_a_checkpoint_belongs_to_the_run() -> None:
+    assert run_folder(Path("/runs/rust/checkpoint-80/poet")) == (Path("/runs/rust/poet"), 80)
+    assert run_folder(Path("/checkpoint-1/a/b/c"), 2) == (Path("/checkpoint-1/a/b/c"), None)
+
+
+def test_of_several_snapshots_the_one_of_main_has_the_name(tmp_path: Path) -> None:
+    repository = tmp_path / "models--acme--rust"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    assert name_chain(repository / "snapshots" / COMMIT)[0] == "rust"
+    assert name_chain(repository / "snapshots" / ("a" * 40))[0] == "rust-aaaaaaa"

@@ -1,0 +1,258 @@
+"""Give every task that was found a name, so that the same folder gets the same name in every run.
+
+1. A task that the store has keeps its name. It is recognised by its folder, or else by its bytes.
+2. Any other task is called like its folder, if no other folder and no task of the store has that name.
+3. Otherwise the name of the folder above is put in front, and so on upward, until the name is free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from icmlora.errors import AdapterRefused
+from icmlora.formats.task_names import (
+    chain_of,
+    is_generic,
+    name_chain,
+    names_above,
+    run_folder,
+    telling_folder,
+)
+from icmlora.io.files import open_regular, read_exactly, read_regular
+from registry.names import escape, source_label
+
+if TYPE_CHECKING:
+    from registry.records import TaskOrigin
+
+_BLOCK = 1 << 20
+
+
+class Nameable(Protocol):
+    """What the name of a found task is made from."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it is named after."""
+        ...
+
+    @property
+    def root(self) -> Path:
+        """The folder given, in which it was found."""
+        ...
+
+    @property
+    def part(self) -> str | None:
+        """What tells it from another task of the same folder."""
+        ...
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The places of its adapters, that of the final one first."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, Path | None]:
+        """The weights and the configuration of its final adapter."""
+        ...
+
+
+def choose_names(
+    tasks: Sequence[Nameable],
+    known: Sequence[TaskOrigin] = (),
+    *,
+    pattern: NamePattern | None = None,
+    same_name_is_same_task: bool = False,
+) -> list[str]:
+    """Return a name for each task; no two are the same in any case.
+
+    Args:
+        tasks: The tasks that were found.
+        known: The tasks of the store.
+        pattern: Makes the names instead of the rule; tasks that the store has keep theirs.
+        same_name_is_same_task: A task of the store that has the same name is the same task, wherever it came from.
+    """
+    chains = [list(_chain(task, pattern)) for task in tasks]
+    names = _Recognised(tasks, chains, known).names()
+    by_name = {origin.name.lower(): origin for origin in known}
+    taken = by_name.keys() | {name.lower() for name in names.values()}
+    crowded = _crowded(chains, names, known)
+    for index in range(len(tasks)):
+        first = chains[index][0].lower()
+        if index in names or first in crowded or first not in by_name:
+            continue
+        if same_name_is_same_task and first not in {name.lower() for name in names.values()}:
+            names[index] = chains[index][0]
+        elif _home_of(by_name[first]) == tasks[index].folder:
+            # Another adapter of the same folder has the name, such as `last` before there was a `best`.
+            chains[index] = name_chain(tasks[index].folder, tasks[index].part or tasks[index].places[0].name)
+    level = 0
+    while len(names) < len(tasks):
+        proposed = {
+            index: chain[min(level, len(chain) - 1)] for index, chain in enumerate(chains) if index not in names
+        }
+        count = Counter(name.lower() for name in proposed.values())
+        for index, name in proposed.items():
+            is_last = level >= len(chains[index])
+            if is_last or (
+                count[name.lower()] == 1 and name.lower() not in taken and (level or name.lower() not in crowded)
+            ):
+                names[index] = name
+        taken |= {name.lower() for name in names.values()}
+        level += 1
+    return [names[index] for index in range(len(tasks))]
+
+
+def _chain(task: Nameable, pattern: NamePattern | None) -> Iterator[str]:
+    if pattern is not None:
+        yield from pattern.chain(task)
+    else:
+        yield from name_chain(task.folder, task.part)
+
+
+def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Sequence[TaskOrigin]) -> set[str]:
+    """Return the short names that several folders have: they are given to none of them."""
+    # A task that the user named does not count.
+    counted = [
+        chain[0].lower()
+        for index, chain in enumerate(chains)
+        if index not in names or names[index].lower() in map(str.lower, chain)
+    ]
+    crowded = {name for name, count in Counter(counted).items() if count > 1}
+    free = {chains[index][0].lower() for index in range(len(chains)) if index not in names}
+    present = {name.lower() for name in names.values()}
+    for origin in known:
+        name = origin.name.lower()
+        if name in present:
+            continue
+        ends = {name[place + 1 :] for place, letter in enumerate(name) if letter == "-"} & free
+        if ends - crowded:
+            chain = [item.lower() for item in name_chain(_home_of(origin))]
+            crowded |= ends & set(chain[:1]) if name in chain else set()
+    return crowded
+
+
+def _home_of(origin: TaskOrigin) -> Path:
+    return telling_folder(run_folder(Path(origin.sources[0]))[0])
+
+
+class _Recognised:
+    """Finds the tasks that the store has already."""
+
+    def __init__(self, tasks: Sequence[Nameable], chains: Sequence[Sequence[str]], known: Sequence[TaskOrigin]) -> None:
+        self._tasks = tasks
+        self._known = {origin.name.lower(): origin for origin in known}
+        self._by_source: defaultdict[str, list[TaskOrigin]] = defaultdict(list)
+        for origin in known:
+            for source in origin.sources:
+                self._by_source[source].append(origin)
+        # The names under which the store may have the task, the most likely first.
+        self._possible = [
+            list(map(str.lower, [*chain, *name_chain(task.folder, task.part), *name_chain(task.folder)]))
+            if known
+            else []
+            for task, chain in zip(tasks, chains, strict=True)
+        ]
+
+    def names(self) -> dict[int, str]:
+        """Return the names of those that were recognised, by their number."""
+        names: dict[int, str] = {}
+        claimed: set[str] = set()
+        if not self._known:
+            return names
+        for candidates in (self._of_its_place, self._of_its_name):
+            for index in range(len(self._tasks)):
+                if index in names:
+                    continue
+                origin = next((item for item in candidates(index) if item.name not in claimed), None)
+                if origin is not None:
+                    names[index] = origin.name
+                    claimed.add(origin.name)
+        return names
+
+    def _of_its_place(self, index: int) -> Iterator[TaskOrigin]:
+        """Yield the tasks that came from the same place: under a name of the folder, or with the same bytes."""
+        final, *others = map(source_label, self._tasks[index].places)
+        met = {origin.name: origin for source in (final, *others) for origin in self._by_source.get(source, ())}
+        for origin in sorted(met.values(), key=lambda item: item.sources[0] != final):
+            if origin.name.lower() in self._possible[index] or _has_bytes_of(self._tasks[index], origin):
+                yield origin
+
+    def _of_its_name(self, index: int) -> Iterator[TaskOrigin]:
+        """Yield the tasks that came from a place of another path, which is the same folder after a move."""
+        for name in dict.fromkeys(self._possible[index]):
+            origin = self._known.get(name)
+            if origin is not None and _has_bytes_of(self._tasks[index], origin):
+                yield origin
+
+
+def _has_bytes_of(task: Nameable, origin: TaskOrigin) -> bool:
+    weights, config = task.files
+    try:
+        if config is not None and hashlib.sha256(read_regular(config, max_bytes=_BLOCK)).hexdigest() != origin.config:
+            return False
+        digest = hashlib.sha256()
+        with open_regular(weights, max_bytes=2**62) as (descriptor, size):
+            if size != origin.weights_size:
+                return False
+            for start in range(0, size, _BLOCK):
+                digest.update(read_exactly(descriptor, min(_BLOCK, size - start), start))
+    except AdapterRefused:
+        return False
+    return digest.hexdigest() == origin.weights
+
+
+_PLACEHOLDER = re.compile(r"\{([a-z]{1,16})(?:([#%])([^{}]{1,64}))?\}")
+_MAX_PATTERN = 200
+
+
+@dataclass(frozen=True)
+class NamePattern:
+    """How the user wants tasks to be named, such as `{parent}-{name}`.
+
+    {name}          the folder that the task is named after
+    {parent}        the folder above it; {grandparent} the one above that
+    {path}          all folders from the one given down to it, joined with "-"
+    {name#run-}     without "run-" in front; {name%-lora} without "-lora" at the end
+
+    Folders whose name says nothing (`lora`, `adapter`, `final` ...) are passed over.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        rest = _PLACEHOLDER.sub("", self.text)
+        unknown = {match[1] for match in _PLACEHOLDER.finditer(self.text)} - set(_FIELDS)
+        if len(self.text) > _MAX_PATTERN or unknown or "{" in rest or "}" in rest or rest == self.text:
+            message = f"--name-from {escape(self.text, 120)!r} is not a pattern of names"
+            hint = f"write text and {', '.join(f'{{{name}}}' for name in _FIELDS)}, as in '{{parent}}-{{name}}'"
+            raise AdapterRefused(message, kind="name", hint=hint)
+
+    def chain(self, task: Nameable) -> list[str]:
+        """Return the names that a task can have: the pattern's, then longer ones."""
+        above = names_above(task.folder)
+        first = _PLACEHOLDER.sub(lambda match: self._value(match, task, above), self.text).strip("-._/ ")
+        return chain_of(first.replace("/", "-"), above[1:], task.places[0])
+
+    def _value(self, match: re.Match[str], task: Nameable, above: Sequence[str]) -> str:
+        name, cut, text = match.groups()
+        if name == "path":
+            inside = task.folder.relative_to(task.root).parts if task.folder.is_relative_to(task.root) else ()
+            telling = [part for part in inside if not is_generic(part)] or list(above[:1])
+            value = "-".join(telling)
+        else:
+            level = _FIELDS.index(name)
+            value = above[level] if level < len(above) else ""
+        if name in ("name", "path") and task.part is not None:
+            value = f"{value}-{task.part}"
+        if cut is None:
+            return value
+        return value.removeprefix(text) if cut == "#" else value.removesuffix(text)
+
+
+_FIELDS = ("name", "parent", "grandparent", "path")
