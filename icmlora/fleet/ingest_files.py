@@ -21,7 +21,6 @@ from icmlora.base_models.examples import MAX_BYTES
 from icmlora.errors import DataError, IcmLoraError, located
 from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.extras import pack, pack_tensors
-from icmlora.formats.foreign import refuse_pointer
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import RawTensor
@@ -150,7 +149,6 @@ def prepare(
 
 def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
     try:
-        refuse_pointer(found.weights)
         config = b"" if found.config is None else read_regular(found.config, max_bytes=_CONFIG_LIMIT)
         card = None if found.card is None else read_regular(found.card, max_bytes=_CARD_LIMIT)
         with located(found.config):  # parsed separately, so that an error names this file and not the weights

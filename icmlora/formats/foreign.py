@@ -45,10 +45,6 @@ _NAMES: Mapping[str, tuple[str, str, str]] = {
     "latest_checkpointed_iteration.txt": ("megatron", "a Megatron run", "use AutoBridge.export_adapter_ckpt"),
 }
 
-# A small text file that stands for a file which was not downloaded.
-_LFS_START = b"version https://git-lfs.github.com/spec/"
-_LFS_SIZE = 1024
-
 # Marks in the header of a safetensors file of any other name.
 _MARKS: tuple[tuple[bytes, tuple[str, str, str]], ...] = (
     (rb'\.(hada_w1_a|lokr_w1(_a)?|oft_blocks)"', ("lycoris", "a LyCORIS adapter", _TO_PEFT)),
@@ -71,13 +67,6 @@ def foreign_adapters(files: Mapping[str, Path]) -> list[AdapterRefused]:
 def is_passed_over(name: str) -> bool:
     """Say whether a file next to an adapter is a trainer's or a hub's own, which nobody misses."""
     return _PASSED_OVER.fullmatch(name[:256]) is not None
-
-
-def refuse_pointer(path: Path) -> None:
-    """Refuse a file that git-lfs has not downloaded yet."""
-    if _LFS_START in _peek(path, len(_LFS_START)) and path.stat().st_size <= _LFS_SIZE:
-        hint = "run `git lfs pull` in its repository"
-        raise AdapterRefused("a git-lfs pointer: the file itself is not here", kind="git-lfs", path=path, hint=hint)
 
 
 def _foreign(name: str, path: Path, *, has_config: bool) -> AdapterRefused | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.task_names import (
+    cached_repository,
     chain_of,
     is_generic,
     name_chain,
@@ -91,6 +92,8 @@ def choose_names(
         elif _home_of(by_name[first]) == tasks[index].folder:
             # Another adapter of the same folder has the name, such as `last` before there was a `best`.
             chains[index] = name_chain(tasks[index].folder, tasks[index].part or tasks[index].places[0].name)
+        elif _is_newer_snapshot(tasks[index].folder, _home_of(by_name[first])):
+            chains[index] = name_chain(tasks[index].folder, tasks[index].folder.name[:7])
     level = 0
     while len(names) < len(tasks):
         proposed = {
@@ -139,6 +142,11 @@ def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Sequ
 
 def _home_of(origin: TaskOrigin) -> Path:
     return telling_folder(run_folder(Path(origin.sources[0]))[0])
+
+
+def _is_newer_snapshot(folder: Path, other: Path) -> bool:
+    repository = cached_repository(folder)
+    return repository is not None and repository == cached_repository(other) and folder.parent == other.parent
 
 
 class _Recognised:

@@ -1,6 +1,5 @@
 """`icm ingest`: what is taken, what is refused, and that the same again changes nothing."""
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -8,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from icm_cli.commands.ingest import tell_problems
 from icm_cli.errors import ExitCode
+from icm_cli.output import Mode, Output
 from icmlora import Cancelled, Fleet
 from icmlora.fleet.context import Event, Progress
-from icmlora.fleet.ingest import IngestReport
+from icmlora.fleet.ingest import IngestReport, InputProblem
 from icmlora.fleet.ingest_files import batches
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
@@ -81,6 +82,11 @@ def test_json_says_one_line_per_task_and_a_summary(icm: Icm, fleet: Path) -> Non
         "restored": 0,
         "samples": {"kept": 4, "skipped": 0, "reason": None},
         "eval_data": {"kept": 2, "skipped": 0, "reason": None},
+        "folder": str(fleet / "rust"),
+        "is_renamed": False,
+        "original_only": None,
+        "extras_size": 0,
+        "lora_size": 2 * 16 * 4,
     }
     assert ran.events[-1]["without_vectors"] == ["rust", "shakespeare", "sql"]
 
@@ -92,41 +98,117 @@ def test_a_dry_run_checks_everything_and_stores_nothing(icm: Icm, fleet: Path, t
 
 def test_a_dry_run_finds_what_would_be_refused(icm: Icm, fleet: Path) -> None:
     write_broken(fleet / "bad")
-    assert "cut short" in icm("ingest", fleet, "-n").err
+    ran = icm("ingest", fleet, "-n")
+    assert (ran.code, str(fleet / "bad") in ran.out) == (ExitCode.PARTLY, True)
 
 
-def test_a_refusal_ends_the_ingest_with_the_fact_and_the_path(icm: Icm, fleet: Path) -> None:
+def test_what_cannot_be_taken_is_listed_and_the_rest_is_taken(icm: Icm, fleet: Path) -> None:
     write_broken(fleet / "bad")
     ran = icm("ingest", fleet)
-    assert ran.code == ExitCode.FAILED
-    assert "claims a header" in ran.err
-    assert str(fleet / "bad") in ran.err
-
-
-def test_what_is_good_of_the_batch_stays_when_a_refusal_ends_the_ingest(icm: Icm, fleet: Path) -> None:
-    write_broken(fleet / "bad")
-    icm("ingest", fleet)
-    assert names(icm) == ["rust", "shakespeare", "sql"]
-
-
-def test_with_skip_bad_the_rest_goes_on_and_the_exit_code_says_so(icm: Icm, fleet: Path) -> None:
-    write_broken(fleet / "bad")
-    ran = icm("ingest", fleet, "--skip-bad")
     assert ran.code == ExitCode.PARTLY
-    assert "claims a header" in ran.err
+    assert "ingested 3 tasks: 9 new adapters, 0 known, 1 not taken" in ran.out
+    title, row = ran.out.splitlines()[-2:]
+    assert title.split("  ")[0] == "NOT TAKEN"
+    assert row.startswith(str(fleet / "bad" / "adapter_model.safetensors"))
     assert names(icm) == ["rust", "shakespeare", "sql"]
+
+
+def test_strict_stops_before_anything_is_stored(icm: Icm, fleet: Path, tmp_path: Path) -> None:
+    write_broken(fleet / "bad")
+    ran = icm("ingest", fleet, "--strict")
+    assert (ran.code, ran.err.startswith(f"error: {fleet / 'bad'}")) == (ExitCode.FAILED, True)
+    assert not (tmp_path / "store").exists()
+
+
+def test_strict_lists_all_that_it_found(icm: Icm, fleet: Path, tmp_path: Path) -> None:
+    for name in ("bad", "worse"):
+        write_broken(fleet / name)
+    ran = icm("ingest", fleet, "--strict")
+    assert (ran.code, "2 inputs were refused, and --strict allows none" in ran.err) == (ExitCode.FAILED, True)
+    assert all(str(fleet / name) in ran.out for name in ("bad", "worse"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_strict_takes_a_fleet_in_which_all_is_well(icm: Icm, fleet: Path) -> None:
+    ran = icm("ingest", fleet, "--strict")
+    assert (ran.code, names(icm)) == (0, ["rust", "shakespeare", "sql"])
+
+
+def test_strict_finds_conflicts_with_the_store_too(icm: Icm, stored: Path) -> None:
+    write_adapter(stored / "rust", seed=99)
+    write_adapter(stored / "verilog", seed=98)
+    assert icm("ingest", stored, "--strict").code == ExitCode.FAILED
+    assert "verilog" not in names(icm)
 
 
 def test_a_bad_checkpoint_costs_only_itself(icm: Icm, fleet: Path) -> None:
     write_broken(fleet / "rust" / "checkpoint-80")
-    assert icm("ingest", fleet, "--skip-bad").code == ExitCode.PARTLY
+    ran = icm("ingest", fleet)
+    assert (ran.code, "1 taken in part" in ran.out) == (ExitCode.PARTLY, True)
+    assert "(rust is taken without it)" in ran.out
     assert [entry["step"] for entry in icm("show", "rust", "--json").document["adapters"]] == [100, None]
 
 
 def test_a_bad_final_adapter_costs_the_task(icm: Icm, fleet: Path) -> None:
     write_broken(fleet / "rust")
-    icm("ingest", fleet, "--skip-bad")
+    assert icm("ingest", fleet).code == ExitCode.PARTLY
     assert names(icm) == ["shakespeare", "sql"]
+
+
+def test_what_can_have_no_code_is_taken_and_named_in_one_line(icm: Icm, fleet: Path) -> None:
+    write_adapter(fleet / "dead", value=float("nan"))
+    for name in ("hada", "hadb"):
+        write_adapter(fleet / name, peft_type="LOHA")
+    ran = icm("ingest", fleet)
+    assert ran.code == 0
+    (line,) = [line for line in ran.err.splitlines() if line.startswith("3 tasks are kept as originals only: ")]
+    assert "hada, hadb (peft_type is 'LOHA', not LORA)" in line
+    events = {event["task"]: event for event in icm("ingest", fleet, "--json").events if event["type"] == "task"}
+    assert [name for name, event in events.items() if event["original_only"]] == ["dead", "hada", "hadb"]
+
+
+def test_files_that_are_not_kept_are_counted(icm: Icm, fleet: Path) -> None:
+    for place in ("rust", "sql", "sql/checkpoint-80"):
+        (fleet / place / "value_head.bin").write_bytes(b"x")
+        (fleet / place / "optimizer.pt").write_bytes(b"x")
+    ran = icm("ingest", fleet)
+    assert (ran.code, "not kept: 3 files next to adapters: value_head.bin (3 times)" in ran.err) == (0, True)
+    assert icm("ingest", fleet, "--json").events[-1]["not_kept"] == {"value_head.bin": 3}
+
+
+def test_extras_that_are_larger_than_the_lora_are_said(icm: Icm, fleet: Path) -> None:
+    (fleet / "rust" / "tokenizer.json").write_bytes(os.urandom(4096))
+    ran = icm("ingest", fleet)
+    assert "1 task has more bytes in heads, tokenizers and other extras than in the LoRA: rust (4.0 KiB" in ran.err
+
+
+def test_a_git_lfs_pointer_is_named_as_such(icm: Icm, fleet: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n"
+    (fleet / "rust" / "adapter_model.safetensors").write_text(pointer)
+    ran = icm("ingest", fleet)
+    assert (ran.code, "Git LFS pointer" in ran.out, "git lfs pull" in ran.out) == (ExitCode.PARTLY, True, True)
+
+
+def test_a_trainers_pickles_end_nothing(icm: Icm, fleet: Path) -> None:
+    (fleet / "other").mkdir()
+    for name in ("random_states_0.pkl", "optimizer.bin", "sampler.bin", "eval_results.pkl", "train.bin"):
+        (fleet / "other" / name).write_bytes(b"x")
+    assert icm("ingest", fleet).code == 0
+
+
+def test_the_table_of_problems_fits_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Output()
+    out.mode = Mode.HUMAN
+    path = "/" + "/".join(f"folder-{number}" for number in range(20)) + "/adapter_model.safetensors"
+    tell_problems(out, [InputProblem(path, "damaged", "has 2 bytes, too few for a file " * 3, "do it again " * 9)])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 + len("\x1b[1m\x1b[0m")
+    assert lines[2].startswith("/folder-")
+    assert ".safetensors  " in lines[2]
+    assert " ".join(line.split("  ")[-1].strip() for line in lines[2:]).count("again") == 9
 
 
 def test_a_pickle_is_refused_unopened_with_its_own_exit_code(icm: Icm, tmp_path: Path) -> None:
@@ -141,9 +223,19 @@ def test_a_pickle_is_refused_unopened_with_its_own_exit_code(icm: Icm, tmp_path:
 def test_when_everything_is_refused_the_first_reason_decides_the_exit_code(icm: Icm, tmp_path: Path) -> None:
     write_broken(tmp_path / "a")
     write_broken(tmp_path / "b")
-    ran = icm("ingest", tmp_path, "--skip-bad")
+    ran = icm("ingest", tmp_path)
     assert ran.code == ExitCode.FAILED
     assert "all 2 inputs were refused" in ran.err
+    assert all(str(tmp_path / name) in ran.out for name in "ab")
+    pickled = write_adapter(tmp_path / "Z")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    assert icm("ingest", tmp_path).code == ExitCode.UNSAFE
+
+
+def test_a_pickle_next_to_its_configuration_says_which_option_reads_it(icm: Icm, tmp_path: Path) -> None:
+    pickled = write_adapter(tmp_path / "old")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    assert "--read-bin" in icm("ingest", pickled).err
 
 
 def test_a_folder_without_adapters_is_an_error(icm: Icm, tmp_path: Path) -> None:
@@ -182,8 +274,8 @@ def test_samples_that_were_given_are_taken_where_others_are_left_out(icm: Icm, t
 
 @pytest.mark.parametrize(
     "content",
-    [b"{", b'\xef\xbb\xbf{"peft_type": "LORA"}', b'{"peft_type": "LORA", "revision": 5}', b"[" * 99],
-    ids=["broken", "bom", "type", "deep"],
+    [b"{", b'\xef\xbb\xbf{"peft_type": "LORA"}', b"[" * 99],
+    ids=["broken", "bom", "deep"],
 )
 def test_what_is_wrong_with_a_configuration_is_said_of_its_file(icm: Icm, tmp_path: Path, content: bytes) -> None:
     config = write_adapter(tmp_path / "rust") / "adapter_config.json"
@@ -196,18 +288,6 @@ def test_what_is_wrong_with_a_configuration_is_said_of_its_file(icm: Icm, tmp_pa
 def test_what_is_wrong_with_weights_is_said_of_their_file(icm: Icm, tmp_path: Path) -> None:
     weights = write_broken(tmp_path / "rust") / "adapter_model.safetensors"
     assert icm("ingest", tmp_path / "rust").err.startswith(f"error: {weights}: ")
-
-
-def test_hints_of_what_is_passed_over_are_given_once_each(icm: Icm, fleet: Path) -> None:
-    for name in ("a", "b"):
-        write_broken(fleet / name)
-    weights = write_adapter(fleet / "c") / "adapter_model.safetensors"
-    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    ran = icm("ingest", fleet, "--skip-bad")
-    assert ran.code == ExitCode.PARTLY
-    assert ran.err.count("warning: ") == 3
-    assert ran.err.count("hint: fetch the file again: it seems cut short\n") == 1
-    assert ran.err.count("hint: run 'git lfs pull'\n") == 1
 
 
 def test_a_folder_above_whose_name_is_no_unicode_is_no_obstacle(icm: Icm, tmp_path: Path) -> None:
@@ -223,13 +303,13 @@ def test_a_folder_above_whose_name_is_no_unicode_is_no_obstacle(icm: Icm, tmp_pa
 
 
 @pytest.mark.parametrize("folder", [b"\xff", b"\xff/adapter"])
-def test_a_name_that_is_no_unicode_is_refused_by_name(icm: Icm, fleet: Path, folder: bytes) -> None:
+def test_a_name_that_is_no_unicode_becomes_a_plain_one(icm: Icm, fleet: Path, folder: bytes) -> None:
     write_adapter(Path(os.fsdecode(os.fsencode(fleet) + b"/" + folder)))
-    ran = icm("ingest", fleet, "--skip-bad")
-    assert ran.code == ExitCode.PARTLY
-    assert "cannot name a task" in ran.err
-    assert names(icm) == ["rust", "shakespeare", "sql"]
-    assert icm("ingest", fleet, "--skip-bad", "--json").code == ExitCode.PARTLY
+    ran = icm("ingest", fleet)
+    assert ran.code == 0
+    assert "1 task is not called like the folder: task-" in ran.err
+    assert len(names(icm)) == 4
+    assert "0 new adapters" in icm("ingest", fleet).out
 
 
 def test_runs_with_their_adapters_in_a_folder_of_one_name_are_tasks(icm: Icm, tmp_path: Path) -> None:
@@ -241,30 +321,32 @@ def test_runs_with_their_adapters_in_a_folder_of_one_name_are_tasks(icm: Icm, tm
 
 
 def test_folders_that_link_to_the_same_weights_keep_their_own_configurations(icm: Icm, tmp_path: Path) -> None:
-    for name, alpha in (("a", 4), ("b", 8), ("other", 0)):
-        folder = write_adapter(tmp_path / "loras" / name, lora_alpha=alpha, r=4 if name == "other" else 2)
+    for name, alpha in (("a", 4), ("b", 8), ("bad", 2)):
+        folder = write_adapter(tmp_path / "loras" / name, lora_alpha=alpha)
         (folder / "adapter_model.safetensors").replace(tmp_path / "loras" / "weights")
         (folder / "adapter_model.safetensors").symlink_to("../weights")
+    (tmp_path / "loras" / "bad" / "adapter_config.json").write_text("{")
     ran = icm("ingest", tmp_path / "loras")
-    assert (ran.code, names(icm)) == (0, ["a", "b", "other"])
+    assert (ran.code, names(icm)) == (ExitCode.PARTLY, ["a", "b"])
     with Store.open(tmp_path / "store") as store:
-        assert [store.tasks.final(name).original_only is None for name in names(icm)] == [True, True, False]
-        for name in ("a", "b", "other"):
+        for name in ("a", "b"):
             given = tmp_path / "loras" / name / "adapter_config.json"
             assert store.blobs.read(store.tasks.final(name).config) == given.read_bytes()
 
 
-def test_another_adapter_under_a_known_name_is_a_conflict(icm: Icm, stored: Path) -> None:
+def test_another_adapter_in_the_folder_of_a_known_task_is_a_conflict(icm: Icm, stored: Path) -> None:
     write_adapter(stored / "rust", seed=99)
     ran = icm("ingest", stored)
-    assert ran.code == ExitCode.FAILED
-    assert "--on-conflict" in ran.err
+    assert ran.code == ExitCode.PARTLY
+    assert "--on-conflict" in ran.out
+    alone = icm("ingest", stored / "rust")
+    assert (alone.code, "--on-conflict" in alone.err) == (ExitCode.FAILED, True)
 
 
 def test_a_conflict_leaves_the_other_tasks_of_the_batch_alone(icm: Icm, stored: Path) -> None:
     write_adapter(stored / "rust", seed=99)
     write_adapter(stored / "verilog", seed=98)
-    assert icm("ingest", stored, "--skip-bad").code == ExitCode.PARTLY
+    assert icm("ingest", stored).code == ExitCode.PARTLY
     assert "verilog" in names(icm)
 
 
@@ -277,8 +359,9 @@ def test_a_conflict_is_decided_by_the_option(icm: Icm, stored: Path, choice: str
 
 def test_a_hostile_folder_name_cannot_reach_the_terminal(icm: Icm, tmp_path: Path) -> None:
     write_adapter(tmp_path / "loras" / "\x1b[2Jx\u202e")
+    write_broken(tmp_path / "loras" / "\x1b[2Jy\u202e")
     ran = icm("ingest", tmp_path / "loras")
-    assert ran.code != 0
+    assert ran.code == ExitCode.PARTLY
     assert not {"\x1b", "\u202e"} & set(ran.err + ran.out)
 
 
@@ -345,57 +428,20 @@ def test_ingest_does_not_need_torch(fleet: Path) -> None:
     assert not {"torch", "transformers", "peft"} & modules_of("ingest", str(fleet))
 
 
-def test_warnings_in_json_are_json(icm: Icm, fleet: Path) -> None:
+def test_json_has_a_line_for_each_problem(icm: Icm, fleet: Path) -> None:
     write_broken(fleet / "bad")
-    ran = icm("ingest", fleet, "--skip-bad", "--json")
-    warning = json.loads(ran.err.splitlines()[0])
-    assert (warning["type"], warning["kind"]) == ("warning", "damaged")
+    write_broken(fleet / "rust" / "checkpoint-80")
+    ran = icm("ingest", fleet, "--json")
+    problems = [event for event in ran.events if event["type"] == "problem"]
+    assert [(Path(item["path"]).parent.name, item["task"]) for item in problems] == [
+        ("bad", None),
+        ("checkpoint-80", "rust"),
+    ]
+    assert (ran.events[-1]["not_taken"], ran.events[-1]["in_part"]) == (1, 1)
+    assert problems[0].keys() == {"type", "path", "kind", "message", "hint", "task"}
 
 
-NO_CODE = {
-    "diverged": {"value": float("nan")},
-    "infinite": {"value": float("inf")},
-    "nothing": {"lora_alpha": 0},
-    "pissa": {"init_lora_weights": "pissa"},
-    "other": {"peft_type": "LOHA"},
-    "unlike": {"r": 4},
-}
-
-
-def test_what_can_have_no_code_is_kept_as_its_original_and_says_why(icm: Icm, tmp_path: Path) -> None:
-    for name, options in NO_CODE.items():
-        write_adapter(tmp_path / "in" / name, **options)  # type: ignore[arg-type]
-    assert icm("ingest", tmp_path / "in").code == 0
-    rows = {row["name"]: row for row in icm("ls", "--json").document}
-    assert sorted(rows) == sorted(NO_CODE)
-    reasons = {name: row["original_only"] for name, row in rows.items()}
-    words = ("NaN", "Inf", "does nothing", "pissa", "LOHA", "rank 2 but adapter_config.json says 4")
-    assert all(word in reasons[name] for name, word in zip(NO_CODE, words, strict=True))
-    assert icm("ls").out.count("original only") == len(NO_CODE)
-    for name in NO_CODE:
-        assert reasons[name] in icm("show", name).out
-        icm("materialize", name, "-o", tmp_path / "out" / name)
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (tmp_path / "out" / name / file).read_bytes() == (tmp_path / "in" / name / file).read_bytes()
-
-
-def test_a_switch_whose_tensors_are_kept_is_no_reason_against_a_code(icm: Icm, tmp_path: Path) -> None:
-    for number, field in enumerate(({"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"})):
-        write_adapter(tmp_path / "in" / f"t{number}", **field)
-    assert icm("ingest", tmp_path / "in").code == 0
-    assert [row["original_only"] for row in icm("ls", "--json").document] == [None] * 3
-
-
-def test_files_next_to_an_adapter_are_kept_with_it(icm: Icm, tmp_path: Path) -> None:
-    folder = write_adapter(tmp_path / "in" / "rust")
-    files = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "spiece.model": bytes(range(256))}
-    for name, data in {**files, "optimizer.pt": b"state", "notes.txt": b"mine"}.items():
-        (folder / name).write_bytes(data)
-    assert icm("ingest", folder).code == 0
-    assert icm("ls", "--json").document[0]["extras_bytes"] > 0
-    shown = icm("show", "rust", "--json").document
-    assert {extra["file"] for extra in shown["adapters"][0]["extras"]} == set(files)
-    icm("materialize", "rust", "-o", tmp_path / "out")
-    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert {name: written.get(name) for name in files} == files
-    assert not {"optimizer.pt", "notes.txt"} & written.keys()
+def test_quiet_says_one_line_for_each_problem(icm: Icm, fleet: Path) -> None:
+    write_broken(fleet / "bad")
+    ran = icm("ingest", fleet, "-q")
+    assert (ran.code, ran.out, ran.err.count("\n")) == (ExitCode.PARTLY, "", 1)

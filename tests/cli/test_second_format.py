@@ -97,9 +97,9 @@ def test_a_code_of_an_adapter_with_an_extra_brings_it_back(icm: Icm, tmp_path: P
 def test_a_damaged_file_is_refused_and_the_others_are_taken(icm: Icm, tmp_path: Path) -> None:
     toy_file(tmp_path / "toys", "rust", 0)
     (tmp_path / "toys" / "broken.toy").write_bytes(b"toy 1\n{}\n")
-    ran = icm("ingest", tmp_path / "toys", "--no-vectors", "--skip-bad", "--json")
+    ran = icm("ingest", tmp_path / "toys", "--no-vectors", "--json")
     assert [event["task"] for event in ran.events if "status" in event] == ["rust"]
-    assert "broken.toy" in ran.err
+    assert [Path(event["path"]).name for event in ran.events if event["type"] == "problem"] == ["broken.toy"]
 
 
 def test_a_bundle_takes_the_peft_adapters_only(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:

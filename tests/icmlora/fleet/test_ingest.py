@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from icmlora import AdapterRefused, Cancelled, Event, Fleet, Progress, TaskConflict, UnsafeInput, load_adapter
-from icmlora.fleet.ingest import IngestReport, InputRefused, TaskIngested
-from tests.cli.fleet import write_broken, write_texts
+from icmlora.fleet.ingest import IngestReport, InputProblem, TaskIngested
+from tests.cli.fleet import write_texts
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, equal, files_of, is_sound, size_of, stop_after
 
@@ -121,23 +121,22 @@ def test_a_path_that_does_not_exist_is_named(new: Fleet, tmp_path: Path) -> None
 
 
 def test_a_refused_adapter_is_passed_over_with_its_reason(loras: Path, tmp_path: Path) -> None:
-    bad = write_broken(tmp_path / "bad" / "torn")
+    bad = write_lora(tmp_path / "bad" / "cut")
+    (bad / "adapter_config.json").write_text("{")
     heard: list[Event] = []
-    report = Fleet(tmp_path / "new", on_event=heard.append).ingest([bad, loras / "rules"], skip_bad=True)
+    report = Fleet(tmp_path / "new", on_event=heard.append).ingest([bad, loras / "rules"])
     assert [task.task for task in report.ingested] == ["rules"]
-    (refused,) = report.refused
-    assert (refused.kind, refused.path) == ("damaged", str(bad / "adapter_model.safetensors"))
-    assert refused.hint
-    assert [event for event in heard if isinstance(event, InputRefused)] == [refused]
+    (refused,) = report.problems
+    assert (refused.kind, refused.path, refused.task) == ("json", str(bad / "adapter_config.json"), None)
+    assert [event for event in heard if isinstance(event, InputProblem)] == [refused]
 
 
-def test_good_adapters_stay_when_a_bad_one_ends_the_ingest(new: Fleet, loras: Path, tmp_path: Path) -> None:
+def test_strict_stores_nothing_where_one_adapter_is_bad(new: Fleet, loras: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(loras, tmp_path / "loras"))
-    write_broken(folder / "torn")
-    with pytest.raises(AdapterRefused, match="claims a header"):
-        new.ingest([folder])
-    assert [row.task.name for row in new.tasks()] == TASKS
-    assert is_sound(new)
+    (write_lora(folder / "cut") / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterRefused):
+        new.ingest([folder], strict=True)
+    assert not new.path.exists()
 
 
 def test_a_pickle_is_unsafe_input(new: Fleet, tmp_path: Path) -> None:
@@ -149,19 +148,25 @@ def test_a_pickle_is_unsafe_input(new: Fleet, tmp_path: Path) -> None:
 
 
 def test_if_everything_is_refused_the_first_reason_is_raised(new: Fleet, tmp_path: Path) -> None:
-    write_broken(tmp_path / "bad" / "one")
-    write_broken(tmp_path / "bad" / "two")
+    for name in ("one", "two"):
+        (write_lora(tmp_path / "bad" / name) / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterRefused, match="all 2 inputs were refused") as refused:
-        new.ingest([tmp_path / "bad"], skip_bad=True)
-    assert refused.value.kind == "damaged"
+        new.ingest([tmp_path / "bad"])
+    assert refused.value.kind == "json"
 
 
-def test_another_adapter_of_the_same_name_is_a_conflict(fleet: Fleet, tmp_path: Path) -> None:
+def test_another_adapter_in_the_same_folder_is_a_conflict(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.ingest([write_lora(tmp_path / "odes", seed=98)])
     before = files_of(fleet.path)["registry.db"]
     with pytest.raises(TaskConflict) as conflict:
-        fleet.ingest([write_lora(tmp_path / "other" / "poems", seed=99)])
+        fleet.ingest([write_lora(tmp_path / "odes", seed=99)])
     assert "give the new one another name" in str(conflict.value.hint)
     assert files_of(fleet.path)["registry.db"] == before
+
+
+def test_another_folder_of_the_same_name_is_another_task(fleet: Fleet, tmp_path: Path) -> None:
+    (task,) = fleet.ingest([write_lora(tmp_path / "other" / "poems", seed=99)]).ingested
+    assert (task.task, task.status, task.is_renamed) == ("other-poems", "added", True)
 
 
 def test_a_conflict_can_leave_the_task_as_it_is(fleet: Fleet, tmp_path: Path) -> None:
