@@ -45,11 +45,10 @@ _BATCH_ADAPTERS = 256
 
 @dataclass(frozen=True)
 class Problem:
-    """A refusal of one checkpoint, of a whole task, or of a text of a task that is taken without it (`in_part`)."""
+    """A refusal of a whole task, or of a checkpoint or a text of a task that is taken without it."""
 
     error: Exception
     path: Path
-    in_part: bool = False
 
 
 @dataclass(frozen=True)
@@ -293,7 +292,7 @@ def _text(path: Path | None, outcomes: _Outcomes, problems: list[Problem]) -> tu
         case _Checked(digest=digest, found=TextRead() as read):
             return digest, read
         case Exception() as error:
-            problems.append(Problem(error, path, in_part=True))
+            problems.append(Problem(error, path))
     return None, None
 
 

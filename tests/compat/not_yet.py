@@ -36,11 +36,6 @@ regex-targets exclude-regex first-layers full-names
 # No code is written into the mould of its original: all that have a code.
 _WITHOUT_MOULD = [case.name for case in CASES if case.outcome in ("exact", "extras")]
 
-_TREES = """
-unsloth llama-factory llama-factory-pissa seeds epochs best-and-last unets hub-cache named-adapters add-adapter
-odd-names
-"""
-
 
 def _because(reason: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), reason)
@@ -55,7 +50,5 @@ NOT_YET: dict[str, dict[str, str]] = {
     "test_the_original_comes_back_byte_for_byte": _MISSING | _ALONE,
     "test_its_code_comes_back_in_the_mould_of_the_original": dict.fromkeys(_WITHOUT_MOULD, "another configuration"),
     "test_peft_loads_original_and_code_alike": _MISSING | _BARE | _because("more target modules", _WIDENED),
-    "test_a_tree_becomes_its_tasks": _because("refused or joined", _TREES),
-    "test_all_trees_in_one_folder_become_tasks_by_one_command": {"all": "stopped by a pickle"},
 }
 """Name of a test -> name of a case or a tree -> why it fails."""

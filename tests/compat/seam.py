@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ _FEW_STEPS = 3
 
 def ingest(fleet: Fleet, *folders: Path, **options: Any) -> Any:
     """Ingest folders as `icm ingest` does, and return the report; None if everything was refused."""
-    if "skip_bad" in inspect.signature(fleet.ingest).parameters:
-        options["skip_bad"] = True
     try:
         return fleet.ingest(folders, **options)
     except AdapterRefused:

@@ -163,13 +163,16 @@ TREES: tuple[Tree, ...] = (
         {"runA/epoch_2": ("runA",), "runB/epoch_2": ("runB",)},
         ("runA/epoch_1", "runB/epoch_1"),
     ),
-    Tree("best-and-last", {"sql/best": ("sql",)}, ("sql/last",)),
+    Tree("best-and-last", {"sql/best": ("sql",), "sql/last": ("sql", "last")}),
     Tree("unets", {"task0/unet": ("task0",), "task1/unet": ("task1",)}),
     Tree(
         "hub-cache",
-        {f"models--acme--lora0/snapshots/{_ZEROS}": ("lora0",), f"models--acme--lora1/snapshots/{_ZEROS}": ("lora1",)},
-        (f"models--acme--lora0/snapshots/{_AS}",),
-        _cache,
+        {
+            f"models--acme--lora0/snapshots/{_ZEROS}": ("lora0",),
+            f"models--acme--lora1/snapshots/{_ZEROS}": ("lora1",),
+            f"models--acme--lora0/snapshots/{_AS}": ("lora0", _AS[:7]),
+        },
+        more=_cache,
     ),
     Tree(
         "named-adapters",
