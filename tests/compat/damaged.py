@@ -176,7 +176,7 @@ CASES: tuple[Case, ...] = (
     from_plain("lfs-pointer", _lfs_pointer, "refused", _DAMAGED, "a git-lfs pointer"),
     from_plain("broken-configuration", _broken_config, "refused", _DAMAGED, "no JSON"),
     from_plain("no-weights", _without_weights, "refused", _DAMAGED, "no weights"),
-    from_plain("no-partner", _changed(_without_partner), "refused", _DAMAGED, "a B is missing"),
+    from_plain("no-partner", _changed(_without_partner), "original", _DAMAGED, "a B is missing"),
     from_plain("wrong-rank", _wrong_rank, "original", _DAMAGED, "PEFT does not load it either"),
     from_plain("pickle", _as_pickle, "refused", _DAMAGED, _NO_PICKLES),
     from_plain("pickle-beside", _pickle_beside, "exact", _DAMAGED, "the pickle is passed over", loads=True),

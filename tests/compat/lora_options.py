@@ -144,6 +144,6 @@ CASES: tuple[Case, ...] = (
     from_plain(
         "float16-and-float32", lambda folder: store_as(folder, "float16", "float32"), "exact", _NUMBERS, loads=True
     ),
-    from_plain("float64", lambda folder: store_as(folder, "float64"), "original", _NUMBERS),
+    from_plain("float64", lambda folder: store_as(folder, "float64"), "exact", _NUMBERS),
     from_plain("float8", _f8, "original", _NUMBERS),
 )

@@ -108,11 +108,11 @@ def extras_of(folder: Path) -> dict[str, bytes]:
     import torch
     from safetensors.torch import load_file
 
-    factors = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+    halves = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B")
     return {
         name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         for name, tensor in load_file(folder / WEIGHTS).items()
-        if not name.endswith(factors)
+        if not name.removesuffix(".weight").removesuffix(".default").endswith(halves)
     }
 
 
