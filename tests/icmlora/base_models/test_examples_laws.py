@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -31,28 +30,36 @@ def written(examples: list[Example], end: str = "\n") -> bytes:
 
 @given(FILES, FILES)
 def test_two_files_one_after_the_other_are_the_examples_of_both(first: list[Example], second: list[Example]) -> None:
-    assert parse_examples(written(first) + written(second)) == (*first, *second)
+    assert parse_examples(written(first) + written(second)).items == (*first, *second)
 
 
 @given(FILES, st.sampled_from(["\n", "\r\n", "\n\n", " \n", "\n \t\n"]))
 def test_how_lines_end_and_whether_the_last_one_does_changes_nothing(examples: list[Example], end: str) -> None:
-    assert parse_examples(written(examples, end)) == tuple(examples)
-    assert parse_examples(written(examples, end).rstrip()) == tuple(examples)
+    assert parse_examples(written(examples, end)).items == tuple(examples)
+    assert parse_examples(written(examples, end).rstrip()).items == tuple(examples)
 
 
 @given(FILES)
 def test_a_byte_order_mark_is_allowed_only_at_the_beginning(examples: list[Example]) -> None:
-    assert parse_examples(codecs.BOM_UTF8 + written(examples)) == tuple(examples)
-    with pytest.raises(DataError, match=f"line {len(examples) + 1} is not JSON"):
-        parse_examples(written(examples) + codecs.BOM_UTF8 + written(examples))
+    assert parse_examples(codecs.BOM_UTF8 + written(examples)).items == tuple(examples)
+    found = parse_examples(written(examples) + codecs.BOM_UTF8 + written(examples))
+    assert (found.items, found.skipped) == ((*examples, *examples[1:]), 1)
+    assert f"line {len(examples) + 1} is not JSON" in str(found.reason)
 
 
 @given(FILES, st.integers(0, 5), st.sampled_from([b"{", b"null", b'"text"', b'{"text": null}', b'{"prompt": "a"}']))
-def test_one_bad_line_refuses_the_file_and_is_named(examples: list[Example], place: int, bad: bytes) -> None:
+def test_one_bad_line_is_skipped_and_named(examples: list[Example], place: int, bad: bytes) -> None:
     lines = written(examples).splitlines()
     at = min(place, len(lines))
-    with pytest.raises(DataError, match=f"line {at + 1} ") as caught:
-        parse_examples(b"\n".join([*lines[:at], bad, *lines[at:]]), path="samples.jsonl")
+    found = parse_examples(b"\n".join([*lines[:at], bad, *lines[at:]]), path="samples.jsonl")
+    assert (found.items, found.skipped) == (tuple(examples), 1)
+    assert f"line {at + 1} " in str(found.reason)
+
+
+@given(st.sampled_from([b"{", b"null", b'"text"', b'{"text": null}', b'{"prompt": "a"}']))
+def test_a_file_of_nothing_but_a_bad_line_is_refused_and_the_line_is_named(bad: bytes) -> None:
+    with pytest.raises(DataError, match="line 1 ") as caught:
+        parse_examples(bad, path="samples.jsonl")
     assert caught.value.path == "samples.jsonl"
     assert caught.value.hint
 
@@ -93,11 +100,11 @@ def test_evaluation_data_of_other_bytes_has_another_name(first: list[Example], s
     assert one.examples == tuple(first)
 
 
-def test_evaluation_data_is_read_by_the_reader_that_is_given() -> None:
-    def read(data: bytes, *, path: str | Path | None = None) -> tuple[int, ...]:
-        return tuple(data)
-
-    assert EvaluationData.parse(b"\1\2", read=read).examples == (1, 2)
+@given(FILES)
+def test_evaluation_data_says_what_of_it_was_skipped(examples: list[Example]) -> None:
+    whole, odd = EvaluationData.parse(written(examples)), EvaluationData.parse(written(examples) + b"{\n")
+    assert (whole.skipped, odd.examples) == (None, whole.examples)
+    assert f"skipped 1 of {len(examples) + 1:,} rows" in str(odd.skipped)
 
 
 @pytest.mark.parametrize("key", ["Text", "content", "input", "instruction", "TEXT", " text"])
@@ -115,4 +122,4 @@ def test_text_of_nothing_but_space_is_refused(blank: str) -> None:
 
 def test_text_of_a_line_wins_over_prompt_and_completion() -> None:
     both = json.dumps({"prompt": "a", "completion": "b", "text": "c"}).encode()
-    assert parse_examples(both) == (Example("", "c"),)
+    assert parse_examples(both).items == (Example("", "c"),)

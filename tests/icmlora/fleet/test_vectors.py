@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora import BaseModelMismatch, BaseModelNotFound, Cancelled, DeviceUnavailable, Fleet, TaskNotFound
+from icmlora import BaseModelNotFound, Cancelled, DeviceUnavailable, Fleet, TaskNotFound
 from icmlora.fleet.vectors import VectorReport, VectorsExtracted
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import files_of, is_sound, stop_after
@@ -84,10 +84,11 @@ def test_a_missing_base_model_is_raised_after_the_others_are_done(bare: Fleet, t
     assert with_vectors(bare) == ["poems", "rules", "silent"]
 
 
-def test_an_adapter_that_does_not_fit_its_base_model_is_refused(bare: Fleet, tmp_path: Path) -> None:
+def test_adapters_that_do_not_fit_their_base_model_are_named_with_the_reason(bare: Fleet, tmp_path: Path) -> None:
     bare.add_base_model(LABEL, write_tiny_base(tmp_path / "small", hidden=16))
-    with pytest.raises(BaseModelMismatch):
-        bare.extract_vectors(device="cpu")
+    report = bare.extract_vectors(device="cpu")
+    assert [failed.task for failed in report.failed] == ["poems", "rules", "silent"]
+    assert {failed.kind for failed in report.failed} == {"base_model_mismatch"}
     assert with_vectors(bare) == []
 
 
