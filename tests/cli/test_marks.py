@@ -39,6 +39,23 @@ def test_a_renamed_task_still_materializes(icm: Icm, stored: Path, tmp_path: Pat
     assert written == (stored / "rust" / "adapter_model.safetensors").read_bytes()
 
 
+def test_a_renamed_task_is_known_when_its_folder_is_ingested_again(icm: Icm, stored: Path) -> None:
+    icm("mv", "rust", "oxide")
+    statuses = {event["task"]: event["status"] for event in icm("ingest", stored, "--json").events if "status" in event}
+    assert statuses == {"oxide": "known", "shakespeare": "known", "sql": "known"}
+    write_adapter(stored / "rust" / "checkpoint-200", seed=200)
+    icm("ingest", stored)
+    assert icm("ls", "-q").out == "oxide\nshakespeare\nsql\n"
+    assert len(icm("show", "oxide", "--json").document["adapters"]) == 4
+
+
+def test_another_adapter_in_the_folder_of_a_renamed_task_is_a_new_task(icm: Icm, stored: Path) -> None:
+    icm("mv", "rust", "oxide")
+    write_adapter(stored / "rust", seed=99)
+    icm("ingest", stored / "rust")
+    assert icm("ls", "-q").out == "oxide\nrust\nshakespeare\nsql\n"
+
+
 def test_tags_are_added_shown_counted_and_removed(icm: Icm, stored: Path) -> None:
     assert icm("tag", "rust", "sql", "--add", "prod", "-a", "big").out == "rust: big, prod\nsql: big, prod\n"
     assert icm("tag", "sql", "--remove", "big").out == "sql: prod\n"
