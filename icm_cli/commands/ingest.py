@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import zip_longest
@@ -23,6 +23,7 @@ from icmlora.errors import BaseModelMismatch, DataError
 from icmlora.io.text import counted, escape, human_size, shortened_inside
 
 if TYPE_CHECKING:
+    from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Event
     from icmlora.fleet.ingest import IngestReport, InputProblem
 
@@ -108,39 +109,43 @@ def ingest(
     """
     if name is not None and name_from is not None:
         raise UsageProblem("--name and --name-from cannot be used together")
-    problems: list[InputProblem] = []
-    try:
-        report, stopped = session.run(
-            "ingest",
-            lambda fleet: fleet.ingest(
-                paths,
-                name=name,
-                name_from=name_from,
-                samples=samples,
-                texts=texts,
-                strict=strict,
-                on_conflict=on_conflict.value,
-                restore=restore,
-                dry_run=dry_run,
-            ),
-            partial(_tell, session, problems),
+
+    def work(fleet: Fleet) -> IngestReport:
+        return fleet.ingest(
+            paths,
+            name=name,
+            name_from=name_from,
+            samples=samples,
+            texts=texts,
+            strict=strict,
+            on_conflict=on_conflict.value,
+            restore=restore,
+            dry_run=dry_run,
         )
-    except Exception:
-        if len(problems) > 1:  # one alone is what the error says
-            tell_problems(session.out, problems)
-        raise
+
+    report, stopped = _taken(session, work)
     _tell_sum(session, report, dry_run=dry_run)
     partly = bool(report.problems)
     if vectors and report.extractable and not stopped:
         stopped, failed = _extract(session, report, session.device(device))
         partly = partly or failed
     _tell_end(session, report, dry_run=dry_run, is_named=name is not None or name_from is not None)
-    tell_problems(session.out, problems)
     if stopped:
         done = f"{len(report.ingested)} of {counted(report.found, 'task')}"
         raise Interrupted(f"interrupted; {done} ingested", hint="run the same command to continue")
     if partly:
         raise typer.Exit(ExitCode.PARTLY)
+
+
+def _taken(session: Session, work: Callable[[Fleet], IngestReport]) -> tuple[IngestReport, bool]:
+    """Ingest, and return the report and whether the user stopped it; if nothing was taken, list all reasons."""
+    problems: list[InputProblem] = []
+    try:
+        return session.run("ingest", work, partial(_tell, session, problems))
+    except Exception:
+        if len(problems) > 1:  # one alone is what the error says
+            tell_problems(session.out, problems)
+        raise
 
 
 def _extract(session: Session, report: IngestReport, device: str) -> tuple[bool, bool]:
@@ -221,6 +226,7 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
     if report.without_vectors:
         session.out.note(f"{counted(len(report.without_vectors), 'task')} without task vectors")
         session.out.hint("run `icm vectors` to extract them; `icm base ls` shows whether the base model is found")
+    tell_problems(session.out, report.problems)
 
 
 def _tell_names(out: Output, report: IngestReport) -> None:
