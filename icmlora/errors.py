@@ -8,6 +8,7 @@ registry.errors.IcmError     message, path, hint; catch it to catch everything t
     ├── OutputExists         the output folder or file exists already
     ├── BaseModelNotFound    no local copy of the base model that an adapter names
     ├── BaseModelMismatch    the base model lacks a module of the adapter, or has it in another shape
+    ├── BaseModelUnsuited    a base model of a kind that icm cannot run, such as an encoder
     ├── DeviceUnavailable    the machine does not have the device
     ├── GeneratorError       a generator that cannot be made, read or used as asked
     │   └── NotCovered       an adapter with a module, layer or rank that the generator does not cover
@@ -61,6 +62,10 @@ class BaseModelNotFound(IcmLoraError):
 
 class BaseModelMismatch(IcmLoraError):
     """The base model lacks a module of the adapter, or has it in another shape."""
+
+
+class BaseModelUnsuited(IcmLoraError):
+    """The base model is of a kind that icm cannot run; its tasks have no task vectors and are not measured."""
 
 
 class DeviceUnavailable(IcmLoraError):

@@ -17,9 +17,9 @@ from registry.prune import BLOB_COLUMNS, BlobColumn, is_needed
 from registry.rows import find_task
 from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector
 
-Kind = Literal["database", "dangling", "missing", "length", "digest", "orphan", "leftover"]
+Kind = Literal["database", "dangling", "missing", "length", "digest", "orphan", "leftover", "remark"]
 
-_HARMLESS = {"orphan", "leftover"}
+_HARMLESS = {"orphan", "leftover", "remark"}
 _TASKS_WITHOUT_ADAPTER = "SELECT name FROM tasks WHERE id NOT IN (SELECT task_id FROM adapters WHERE is_final)"
 _EVICTED_WITHOUT_CODE = """
 SELECT name FROM tasks JOIN adapters ON adapters.task_id = tasks.id
@@ -38,7 +38,7 @@ class Finding:
 
     @property
     def is_problem(self) -> bool:
-        """False for what a crash may leave and prune removes."""
+        """False for what a crash may leave and prune removes, and for remarks on adapters that are kept as they are."""
         return self.kind not in _HARMLESS
 
 

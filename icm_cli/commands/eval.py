@@ -12,6 +12,7 @@ import typer
 
 from icm_cli.commands.vectors import tell_failure
 from icm_cli.errors import ExitCode, Interrupted
+from icm_cli.left_out import tell_left_out
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
@@ -121,10 +122,11 @@ def run(
     report, stopped = session.run("eval", work, lambda event: _tell(session, event))
     _print_tasks(session, report)
     print_more(report)
+    partly = tell_left_out(session.out, report.left_out, "not measured")
     if stopped:
         done = counted(len(report.tasks), "task")
         raise Interrupted(f"interrupted; {done} measured", hint="`icm eval` measures the rest")
-    return not report.failed
+    return not (report.failed or partly)
 
 
 def _print_tasks(session: Session, report: EvaluateReport) -> None:

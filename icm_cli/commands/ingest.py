@@ -16,10 +16,11 @@ import typer
 
 from icm_cli.commands.vectors import tell_vectors
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.left_out import tell_left_out
 from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict
 from icm_cli.output import Column, Mode, Output
 from icm_cli.session import Session, command
-from icmlora.errors import BaseModelMismatch, DataError
+from icmlora.errors import AdapterRefused, BaseModelMismatch, DataError
 from icmlora.io.text import counted, escape, human_size, shortened_inside
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def ingest(
     """Take adapters into the store: PEFT folders, or training runs with checkpoint-N folders.
 
     Files are checked and copied; nothing in PATH is changed. Running the same command again changes nothing. An
-    adapter that cannot have a code, such as a DoRA, is kept as its original only. What cannot be taken is listed at the
+    adapter that cannot have a code, such as a LoHa, is kept as its original only. What cannot be taken is listed at the
     end and never stops the rest; the exit code is then 3. If the base model is on this machine, task vectors are
     extracted too; otherwise run `icm vectors` later.
 
@@ -156,7 +157,7 @@ def _extract(session: Session, report: IngestReport, device: str) -> tuple[bool,
             lambda fleet: fleet.extract_vectors(report.extractable, device=device),
             partial(tell_vectors, session),
         )
-    except (BaseModelMismatch, DataError) as error:  # of the only task, and its adapter is stored
+    except (BaseModelMismatch, DataError, AdapterRefused) as error:  # of the only task, and its adapter is stored
         session.out.warn(f"{report.extractable[0]}: {error.message}", kind="vectors", hint=error.hint)
         return False, True
     done = {entry.task for entry in extracted.tasks}
@@ -164,7 +165,8 @@ def _extract(session: Session, report: IngestReport, device: str) -> tuple[bool,
     session.out.line(f"extracted the vectors of {counted(len(done), 'task')}")
     for note in extracted.notes:
         session.out.note(note)
-    return stopped, bool(extracted.failed)
+    partly = tell_left_out(session.out, extracted.left_out, "no vectors")
+    return stopped, bool(extracted.failed) or partly
 
 
 def _tell(session: Session, problems: list[InputProblem], event: Event) -> None:

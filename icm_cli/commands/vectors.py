@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode, Interrupted
+from icm_cli.left_out import tell_left_out
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
@@ -25,7 +26,7 @@ def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = No
     """Extract task vectors: the base model's hidden states on samples of each task, with and without its adapter.
 
     `icm ingest` does this already if the base model is on this machine. For a task without samples, bundled probe
-    texts are used. A task whose samples cannot be used is named, and the others go on; the exit code is then 3.
+    texts are used. A task that fails is named, and the others go on; the exit code is then 3.
 
     Example:
       icm vectors
@@ -36,10 +37,11 @@ def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = No
         partial(tell_vectors, session),
     )
     _tell_end(session, report)
+    partly = tell_left_out(session.out, report.left_out, "no vectors")
     if stopped:
         done = counted(len(report.tasks), "task")
         raise Interrupted(f"interrupted; {done} extracted", hint="run `icm vectors` to continue")
-    if report.failed:
+    if report.failed or partly:
         raise typer.Exit(ExitCode.PARTLY)
 
 

@@ -34,7 +34,8 @@ def verify(
     """Check the store for damage: the database, the length of every blob, and with --read-data its bytes.
 
     Exit code 1 means that something is wrong. Files that interrupted commands left behind are harmless and are listed
-    with --verbose only.
+    with --verbose only. Remarks name adapters that do nothing; with --read-data also those that do not fit their base
+    model, if it is on this machine.
 
     Example:
       icm verify --read-data
@@ -78,11 +79,15 @@ def _sum_up(
         out.hint(f"run `icm ingest` on the original adapters to restore: {', '.join(affected)}")
     elif any(finding.kind in ("length", "digest") for finding in problems):
         out.hint("run `icm verify --repair` to move damaged blobs to quarantine, then ingest their adapters again")
-    if len(findings) > len(problems):
-        out.detail(f"{counted(len(findings) - len(problems), 'harmless leftover')}; run `icm prune` to delete them")
+    leftovers = sum(finding.kind in ("orphan", "leftover") for finding in findings)
+    if leftovers:
+        out.detail(f"{counted(leftovers, 'harmless leftover')}; run `icm prune` to delete them")
 
 
 def _tell(session: Session, finding: Finding) -> None:
+    if finding.kind == "remark":
+        session.out.note(f"remark: {finding.message}")
+        return
     tasks = f" (needed by {', '.join(finding.tasks)})" if finding.tasks else ""
     text = f"{finding.kind}: {finding.message}{tasks}"
     if finding.is_problem:

@@ -1,4 +1,4 @@
-"""The modalities that this icm knows: one line for each, the most general last. Never imports torch."""
+"""The modalities that this icm knows: one line for each, the most general last. Importing it needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.examples import Examples, parse_examples
 from icmlora.base_models.lookup import FoundBase
 from icmlora.base_models.modality import Modality
-from icmlora.errors import DataError
+from icmlora.errors import BaseModelUnsuited, DataError
 
 MODALITIES: list[Modality[Any, Any]] = [
     CausalLM(),
@@ -18,8 +18,17 @@ MODALITIES: list[Modality[Any, Any]] = [
 
 
 def modality_of(found: FoundBase) -> Modality[Any, Any]:
-    """Return the first modality that suits a base model; the last one takes all that are left."""
-    return next((known for known in MODALITIES if known.suits(found)), MODALITIES[-1])
+    """Return the first modality that suits a base model.
+
+    Raises:
+        BaseModelUnsuited: None does.
+    """
+    for known in MODALITIES:
+        if known.suits(found):
+            return known
+    kinds = " or ".join(known.name for known in MODALITIES)
+    hint = "its tasks are kept, coded and materialized all the same, but not measured"
+    raise BaseModelUnsuited(f"base model {found.label!r} is not a {kinds}", hint=hint)
 
 
 def check_examples(data: bytes, *, path: str | Path | None = None) -> Examples:

@@ -9,6 +9,7 @@ from icmlora.base_models.chat_template import ChatTemplate, Rendered
 from icmlora.base_models.chats import Chat
 from icmlora.base_models.examples import Example, Examples, plain, text_example
 from icmlora.base_models.fingerprint import fingerprint_base
+from icmlora.base_models.lookup import read_config
 from icmlora.base_models.modality import BaseModel, Metric
 from icmlora.errors import DataError
 
@@ -50,8 +51,12 @@ class CausalLM:
     probes: Sequence[Example] = plain(PROBES)
 
     def suits(self, found: FoundBase) -> bool:
-        """Take everything: whether it can be loaded, loading says."""
-        return True
+        """Judge by `config.json`: a language model that reads from left to right."""
+        if found.is_gguf:
+            return True
+        from icmlora.base_models.causal_config import is_causal
+
+        return is_causal(read_config(found.path))
 
     def load(
         self,
@@ -64,7 +69,7 @@ class CausalLM:
         """Load model and tokenizer, by default on the CPU."""
         import torch
 
-        from icmlora.base_models.load import load_network
+        from icmlora.base_models.load import load_network, positions_of
         from icmlora.io.devices import inference_dtype
 
         device = device or torch.device("cpu")
@@ -80,6 +85,7 @@ class CausalLM:
             modality=self,
             hidden_size=int(sizes.hidden_size),
             layers=int(sizes.num_hidden_layers),
+            positions=positions_of(model),
         )
 
     def example(self, row: Mapping[str, Any]) -> Example | Chat:
@@ -110,19 +116,19 @@ class CausalLM:
         """Return token ids; of an example with a prompt only the completion is scored, unless it is read as a whole."""
         from icmlora.base_models.likelihood import tokenized
 
-        return tokenized(base.tokenizer, examples, limit, whole=whole)
+        return tokenized(base.tokenizer, examples, base.within(limit), whole=whole)
 
     def states(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
         """Return the last layer at the last token of each text."""
         from icmlora.base_models.hidden_states import last_positions
 
-        return last_positions(base, _texts(examples), limit)
+        return last_positions(base, _texts(examples), base.within(limit))
 
     def context_state(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
         """Return the mean of the last layer over one context of all texts, one after the other."""
         from icmlora.base_models.hidden_states import mean_over_context
 
-        return mean_over_context(base, _texts(examples), limit)
+        return mean_over_context(base, _texts(examples), base.within(limit))
 
     def logits(self, base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
         """Return next-token logits at every token, (T, vocabulary) for each text."""
@@ -146,7 +152,7 @@ class CausalLM:
         """Return the loss in nats per token."""
         from icmlora.base_models.likelihood import nll
 
-        return nll(base.model, base.tokenizer, examples, max_tokens=limit)
+        return nll(base.model, base.tokenizer, examples, max_tokens=base.within(limit))
 
 
 def _readable(example: Example | Chat, template: ChatTemplate) -> Example | Rendered:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.modules import linear_shape
 from icmlora.errors import DataError
 
 _TOKENS_PER_EXAMPLE = 192
@@ -28,8 +29,8 @@ def channel_statistics(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return by module the mean squares of inputs (in,) and of output gradients (out,), float32 on the CPU."""
     # Examples are read in turn, the first 192 tokens of each, until there are `max_tokens`; modules that the model does
-    # not have are left out.
-    named = dict(base.model.named_modules())
+    # not have, or that are not linear layers, are left out.
+    named = {name: module for name, module in base.model.named_modules() if linear_shape(module) is not None}
     sums: dict[str, list[torch.Tensor]] = {}
     handles = [named[name].register_forward_hook(_adder(name, sums)) for name in modules if name in named]
     draw = torch.Generator(device=base.device).manual_seed(_SEED)

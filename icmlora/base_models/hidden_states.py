@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from icmlora.base_models.chat_template import Rendered
 from icmlora.base_models.likelihood import padded
 from icmlora.base_models.modality import BaseModel
-from icmlora.errors import DataError
+from icmlora.errors import BaseModelUnsuited, DataError
 
 _SEPARATOR = "\n\n"
 
@@ -57,10 +58,18 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, specia
 
 
 def _last_layer(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    # The trunk without its head: logits over the whole vocabulary would cost as much as several layers.
-    trunk = base.model.base_model
+    inputs = {"input_ids": ids.to(base.model.device), "attention_mask": mask.to(base.model.device), "use_cache": False}
     with torch.no_grad():
-        output = trunk(input_ids=ids.to(base.model.device), attention_mask=mask.to(base.model.device), use_cache=False)
-    hidden = output.last_hidden_state
+        hidden = _trunk(base)(**inputs).last_hidden_state
     assert isinstance(hidden, torch.Tensor)
     return hidden
+
+
+def _trunk(base: BaseModel) -> Any:
+    """Return the model without its head: logits over the whole vocabulary would cost as much as several layers."""
+    model = base.model
+    # Llama 4's text model has its trunk under another name than its class says.
+    for found in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
+        if found is not None and found is not model:
+            return found
+    raise BaseModelUnsuited(f"the hidden states of base model {base.label!r} are not where icm looks for them")

@@ -71,3 +71,30 @@ def _load_folder(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
     if missing:
         raise ValueError(f"its weight files lack {missing[0]!r} (and {len(missing) - 1} more)")
     return model, AutoTokenizer.from_pretrained(path, **options)
+
+
+# What configurations call the number of positions that a model was made for.
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model can read; None where its configuration gives no limit."""
+    config = model.config.get_text_config()
+    stated = [value for name in _POSITIONS if isinstance(value := getattr(config, name, None), int) and value > 0]
+    learned = [
+        _usable_rows(module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and _is_of_positions(name)
+    ]
+    return min([*stated, *learned], default=None)
+
+
+def _is_of_positions(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return last in ("wpe", "embed_positions") or last.startswith("position_embedding")
+
+
+def _usable_rows(table: torch.nn.Embedding) -> int:
+    # Some models keep rows in front: OPT two, RoBERTa those up to its padding.
+    padding = 0 if table.padding_idx is None else table.padding_idx + 1
+    return table.num_embeddings - max(padding, int(getattr(table, "offset", 0)))

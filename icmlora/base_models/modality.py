@@ -80,6 +80,7 @@ class BaseModel:
         modality: What can be done with it.
         hidden_size: Width of the hidden states, which is the dimension of a task vector.
         layers: Number of its layers.
+        positions: The longest text that it can read, in tokens; None where there is no limit.
     """
 
     label: str
@@ -89,11 +90,16 @@ class BaseModel:
     modality: Modality[Any, Any]
     hidden_size: int
     layers: int
+    positions: int | None = None
 
     @property
     def tokenizer(self) -> Any:
         """The processor of a model that reads text."""
         return self.processor
+
+    def within(self, limit: int) -> int:
+        """Return a limit in tokens, or fewer where it cannot read that many."""
+        return limit if self.positions is None else min(limit, self.positions)
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +132,7 @@ class Modality(Protocol[Example, Item]):
         ...
 
     def suits(self, found: FoundBase) -> bool:
-        """Whether a base model is of this kind, judged by its files without loading it."""
+        """Whether a base model is of this kind, judged by its files without loading it: its metric makes sense."""
         ...
 
     def load(

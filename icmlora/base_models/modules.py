@@ -1,33 +1,97 @@
-"""Which linear modules a base model has, and whether an adapter fits them."""
+"""Which modules a base model has, and whether an adapter fits them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelMismatch
+from registry.names import escape
 
 if TYPE_CHECKING:
     from torch import nn
+
+_WRAPPED = ".base_layer"  # PEFT puts this into the name of a module inside one that it wrapped, such as an attention
 
 
 def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> None:
     """Check that every module of an adapter exists in the base model, with its sizes."""
     # layout: name, rank, input size and output size of each module.
     modules = dict(base.model.named_modules())
+    places = places_of(base, [entry[0] for entry in layout])
     hint = "name the right base model: icm base add NAME PATH"
+    if layout and not places:
+        fact = f"none of the adapter's {len(layout)} modules exists in base model {base.label!r}: "
+        raise BaseModelMismatch(f"{fact}{escape(layout[0][0], 200)}, ...", hint=hint)
     for name, _, inputs, outputs in layout:
-        shape = linear_shape(modules.get(name))
+        place = places.get(name)
+        if place is None:
+            fact = f"module {escape(name, 200)!r} of the adapter does not exist in base model {base.label!r}"
+            if len(places) < len(layout) - 1:
+                fact += f", and {len(layout) - len(places) - 1} more"
+            raise BaseModelMismatch(fact, hint=hint)
+        shape = layer_shape(modules[place])
+        if shape is None and is_fused(modules[place]):
+            continue  # PEFT fuses the factors of single experts when it loads them
         if shape is None:
-            fact = "is not a linear layer" if name in modules else "does not exist"
-            raise BaseModelMismatch(f"module {name!r} of the adapter {fact} in base model {base.label!r}", hint=hint)
+            fact = f"module {name!r} of the adapter is not a layer that a LoRA fits in base model {base.label!r}"
+            raise BaseModelMismatch(fact, hint=hint)
         if shape != (outputs, inputs):
             raise BaseModelMismatch(
                 f"module {name!r}: the adapter is for a weight of shape {(outputs, inputs)} (out, in), "
                 f"base model {base.label!r} has {shape}",
                 hint=hint,
             )
+
+
+def places_of(base: BaseModel, names: Sequence[str]) -> dict[str, str]:
+    """Return by name in an adapter what the base model calls that module; modules that it does not have are left out.
+
+    An adapter that was trained with an earlier transformers may use names of that time.
+    """
+    modules = dict(base.model.named_modules())
+    places = {name: plain for name in names if (plain := name.replace(_WRAPPED, "")) in modules}
+    missing = [name for name in names if name not in places]
+    if missing:
+        renamed = _renamed(base.model, missing)
+        places |= {name: new for name, new in renamed.items() if new in modules}
+    return places
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the weights of several modules of earlier versions are parameters of this one, as of experts."""
+    return layer_shape(module) is None and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+
+
+def layer_shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """Return (out, in) of a layer that LoRA fits, as an adapter's layout counts them; None for any other module."""
+    if (shape := linear_shape(module)) is not None:
+        return shape
+    if module is None:
+        return None
+    if hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim"):
+        rows, dim = module.weight.shape  # type: ignore[misc]  # the weight may have more rows than the module was made with
+        return int(dim), int(rows)
+    if (kernel := kernel_shape(module)) is not None:
+        return int(module.out_channels), int(module.in_channels) * prod(kernel)  # type: ignore[arg-type]
+    if is_attention(module):
+        return 3 * int(module.embed_dim), int(module.embed_dim)  # type: ignore[arg-type]
+    return None
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether it is torch's own attention, with one weight for queries, keys and values."""
+    return hasattr(module, "in_proj_weight") and hasattr(module, "embed_dim")
+
+
+def kernel_shape(module: nn.Module | None) -> tuple[int, ...] | None:
+    """Return the size of a convolution's kernel; None for any other module."""
+    if module is None or not hasattr(module, "kernel_size") or not hasattr(module, "out_channels"):
+        return None
+    kernel = module.kernel_size
+    return tuple(kernel) if isinstance(kernel, tuple) else None
 
 
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
@@ -37,3 +101,29 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
         if module is not None and hasattr(module, outputs) and hasattr(module, inputs):
             return int(getattr(module, outputs)), int(getattr(module, inputs))
     return None
+
+
+def not_linear(base: BaseModel, names: Iterable[str]) -> str | None:
+    """Return the first of some modules that is not a linear layer of the base model."""
+    modules = dict(base.model.named_modules())
+    return next((name for name in names if linear_shape(modules.get(name)) is None), None)
+
+
+def _renamed(model: nn.Module, names: Sequence[str]) -> Mapping[str, str]:
+    """Translate names of modules with the tables by which PEFT loads adapters of earlier versions of transformers."""
+    import torch
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    # Each tensor holds its own number, so that it is found again, alone or stacked with others, under a new name.
+    tensors = {f"{prefix}{name}{suffix}": torch.tensor([[float(number)]]) for number, name in enumerate(names)}
+    try:
+        found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    except (RuntimeError, ValueError, KeyError):  # not all experts of a module are there
+        return {}
+    places: dict[str, str] = {}
+    for key, numbers in found.items():
+        place = key.removeprefix(prefix).removesuffix(suffix).replace(_WRAPPED, "")
+        places |= {names[int(number)]: place for number in numbers.flatten().tolist()}
+    return places

@@ -1,6 +1,6 @@
 """Measure other methods, such as int8 or a low-rank SVD, on the tasks of a store: bytes, error, retained gain.
 
-    original ──encode──▶ bytes ──decode──▶ PEFT folder ──▶ measured as every source is
+    original ──encode──▶ bytes ──decode──▶ adapter files ──▶ measured as every source is
 
 Nothing is stored. If a method shares something between tasks, it prepares that from all tasks of the base model that
 still have their originals, one adapter at a time.
@@ -9,10 +9,8 @@ still have their originals, one adapter at a time.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.adapter.metrics import relative_dw_error
@@ -22,7 +20,6 @@ from icmlora.baselines.baseline import Baseline
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.fleet.loading import read_original
 from icmlora.fleet.measure import SourceResult, TaskLosses
-from icmlora.formats.folder import load_adapter, save_adapter
 from registry.records import AdapterRecord, Rung
 
 if TYPE_CHECKING:
@@ -59,11 +56,9 @@ class Baselines:
         for name, method in self._methods.items():
             shared = self._prepared(name)
             code = method.encode(adapter, shared)
-            with tempfile.TemporaryDirectory(prefix="icm-") as folder:
-                written = Path(folder) / "adapter"
-                save_adapter(method.decode(code, shared), written)
-                error = relative_dw_error(adapter, load_adapter(written))
-                loss = losses.loss_of(name, written)
+            written = losses.written(method.decode(code, shared), "bfloat16")
+            error = relative_dw_error(adapter, written.adapter)
+            loss = losses.loss_of(name, written)
             gain = losses.gain(base, original, loss.nats_per_token)
             finite = error if math.isfinite(error) else None
             results[name] = BaselineResult(len(code), len(shared), len(self._originals), loss, gain, finite)

@@ -12,10 +12,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
-from icmlora.errors import Cancelled, DataError, IcmLoraError
+from icmlora.base_models.modules import not_linear
+from icmlora.errors import Cancelled, DataError
 from icmlora.fleet.adapter_source import mean_vectors
 from icmlora.fleet.context import Context, Event, read_samples, reporting, select_tasks
 from icmlora.fleet.decoding import codec_of_task
+from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import TaskLosses, losses_on_own_text
 from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Trial
@@ -176,8 +178,8 @@ class Encoder:
             return self._add_residual(turn, original) if self._request.residual else self._replace_code(turn, original)
         except Cancelled:
             raise
-        except IcmLoraError as error:
-            return turn.unchanged("unmeasured", str(error))
+        except FAILURES as error:
+            return turn.unchanged("unmeasured", as_error(error).message)
 
     def _known(self, turn: _Turn) -> TaskEncoded | None:
         """Return the outcome if the code was made with the same limits already, so that a stopped run can continue."""
@@ -202,7 +204,7 @@ class Encoder:
         codec = codec_of_task(self._store, generator_file, turn.code, original.layout)
         vectors = mean_vectors(self._store, self._store.vectors.all(task.name))
         losses = self._losses(turn)
-        refiner = self._refiner(task) if self._request.refine else None
+        refiner = self._refiner(turn) if self._request.refine else None
         search = CodeSearch(codec, original, vectors, self._seeds.find(original), losses, refiner, turn.tell)
         best, is_kept = search.smallest(self._request.limits, self._request.min_gain)
         data, error = best.encoded.data, best.encoded.dw_error
@@ -241,10 +243,16 @@ class Encoder:
             return None
         return losses_on_own_text(self._store, self._models, turn.task, turn.generator)
 
-    def _refiner(self, task: TaskRecord) -> Refiner:
+    def _refiner(self, turn: _Turn) -> Refiner:
+        task, final = turn.task, turn.final
         if task.samples is None:
             raise DataError("it has no samples, so its code cannot be refined")
+        hint = "encode it without --refine"
+        if any(extra.file is None for extra in final.extras):
+            raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=hint)
         base = self._models.base(task.base_model, self._gradients)
+        if (odd := not_linear(base, [entry[0] for entry in final.layout])) is not None:
+            raise DataError(f"its code cannot be refined: {odd} is not a linear layer of its base model", hint=hint)
         samples = read_samples(self._store, task, base)
         return Refiner(base, () if samples is None else samples.items, RefineConfig(steps=self._request.refine))
 

@@ -11,12 +11,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.base_models.catalogue import check_examples
+from icmlora.base_models.catalogue import check_examples, modality_of
 from icmlora.base_models.examples import EvaluationData
 from icmlora.baselines.catalogue import baseline_named
-from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
 from icmlora.fleet.baselines import BaselineResult, Baselines
 from icmlora.fleet.context import Context, Event, TaskFailed, locate_base, reporting, select_tasks
+from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, as_error
 from icmlora.fleet.loading import Models
 from icmlora.fleet.measure import MAX_TOKENS, SOURCES, SourceResult, TaskLosses, own_text
 from icmlora.io.devices import resolve_device
@@ -73,6 +74,7 @@ class EvaluateReport:
     without_original: list[str] = field(default_factory=list)
     outdated: list[str] = field(default_factory=list)
     failed: list[TaskFailed] = field(default_factory=list)
+    left_out: list[BaseModelLeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, done: TaskEvaluated, *, is_outdated: bool) -> None:
@@ -98,7 +100,11 @@ class EvaluateReport:
 
 
 def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
-    """Measure tasks one after the other; each result is recorded at once, and a task that fails is reported."""
+    """Measure tasks one after the other; each result is recorded at once, and a task that fails is reported.
+
+    Raises:
+        BaseModelNotFound: None of the base models is on this machine.
+    """
     for name in request.baselines:
         baseline_named(name)  # a typing error is told before a model is loaded
     device, given = resolve_device(request.device), _given_data(request.data)
@@ -107,9 +113,17 @@ def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
         tasks = _tasks_with_text(store, request, report)
         models = Models(store, device, context.cache)
         context.progress(0, len(tasks))
-        for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
+        missing: list[BaseModelNotFound] = []
+        by_base = {label: list(group) for label, group in groupby(tasks, key=lambda task: task.base_model)}
+        for base_model, of_base in by_base.items():
             context.progress(len(report.tasks), len(tasks), f"loading {base_model}")
-            base = models.base(base_model)
+            try:
+                base = models.base(base_model)
+            except (BaseModelNotFound, BaseModelUnsuited) as error:
+                missing += [error] if isinstance(error, BaseModelNotFound) else []
+                names = [task.name for task in of_base]
+                report.left_out.append(BaseModelLeftOut.because_of(base_model, names, error))
+                continue
             baselines = Baselines(store, base_model, request.baselines)
             text = None if given is None else EvaluationData.parse(given, base=base, path=request.data)
             for task in of_base:
@@ -118,15 +132,19 @@ def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
                 except TaskNotFound:  # `icm rm` does not wait for this
                     report.outdated.append(task.name)
                     continue
-                except (DataError, BaseModelMismatch) as error:
+                except Cancelled:
+                    raise
+                except FAILURES as error:
                     if len(tasks) == 1:
-                        raise
-                    report.failed.append(TaskFailed.of(task.name, error))
+                        raise as_error(error) from error
+                    report.failed.append(TaskFailed.of(task.name, as_error(error)))
                     context.on_event(report.failed[-1])
                     continue
                 report.add(done, is_outdated=is_outdated)
                 context.on_event(done)
                 context.progress(len(report.tasks), len(tasks), task.name)
+    if missing and len(missing) == len(by_base):
+        raise missing[0]
     return report
 
 
@@ -187,8 +205,8 @@ def measurable(context: Context, base_models: Sequence[str], names: Sequence[str
                 task for task in store.tasks.all() if task.base_model == label and (not names or task.name in names)
             ]
             try:
-                locate_base(store, label)
-            except BaseModelNotFound as error:
+                modality_of(locate_base(store, label))
+            except (BaseModelNotFound, BaseModelUnsuited) as error:
                 found.reasons.append(str(error))
                 continue
             found.tasks.extend(task.name for task in tasks if task.eval_data is not None)

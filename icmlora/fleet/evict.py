@@ -21,6 +21,7 @@ from icmlora.adapter.metrics import relative_dw_error
 from icmlora.errors import Cancelled, DataError, IcmLoraError
 from icmlora.fleet.context import Context, Event, reporting, select_tasks
 from icmlora.fleet.decoding import decode_code
+from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import losses_on_own_text
 from icmlora.io.devices import resolve_device
@@ -232,9 +233,14 @@ class _EvictionCheck:
             return _Checked(error)
         if task.eval_data is None:
             raise _CheckFailed("it has no held-out text, so its retained gain is unknown", error)
-        losses = losses_on_own_text(self.store, self.models, task, generator)
-        # Measure everything again, also the original: this is the last time that it can be measured.
-        results = losses.measure((code.rung,), again=True, record=False)
+        try:
+            losses = losses_on_own_text(self.store, self.models, task, generator)
+            # Measure everything again, also the original: this is the last time that it can be measured.
+            results = losses.measure((code.rung,), again=True, record=False)
+        except Cancelled:
+            raise
+        except FAILURES as failure:
+            raise _CheckFailed(f"it cannot be measured: {as_error(failure).message}", error) from failure
         gain = results[code.rung].retained_gain if code.rung in results else None
         if gain is None:
             fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"

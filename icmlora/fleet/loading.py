@@ -14,10 +14,10 @@ from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.gguf import convert_gguf
 from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
-from icmlora.errors import DataError, OutputExists
+from icmlora.errors import OutputExists
 from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.folder import save_adapter
+from icmlora.formats.format import RunnableAdapter
 from icmlora.generator.versions import GeneratorFile
 from registry.records import AdapterRecord, GeneratorRecord
 
@@ -28,15 +28,21 @@ if TYPE_CHECKING:
 def open_base(
     store: Store, label: str, device: torch.device, dtype: torch.dtype | None = None, *, cache: Path
 ) -> BaseModel:
-    """Find and load a base model, and record its fingerprint and sizes in the store."""
+    """Find and load a base model, and record its fingerprint and sizes in the store.
+
+    Raises:
+        BaseModelNotFound: It is not on this machine, or cannot be loaded.
+        BaseModelUnsuited: It is of a kind that icm cannot run.
+    """
     record = base_record(store, label)
     found = locate_base(store, label)
+    modality = modality_of(found)
     stamp = found.stamp()
     known = record is not None and record.shape is not None and record.shape.get("stamp") == stamp
     fingerprint = record.fingerprint if known and record is not None else None
     fingerprint = fingerprint or fingerprint_base(found)
     readable = _converted(found, stamp, cache)
-    base = modality_of(readable).load(readable, device=device, dtype=dtype, fingerprint=fingerprint)
+    base = modality.load(readable, device=device, dtype=dtype, fingerprint=fingerprint)
     if not known:
         facts = {"stamp": stamp, "hidden_size": base.hidden_size, "layers": base.layers}
         store.base_models.set_facts(label, fingerprint=fingerprint, shape=facts)
@@ -83,16 +89,6 @@ def read_original(store: Store, final: AdapterRecord) -> Adapter:
     return found.adapter
 
 
-def refuse_extras(final: AdapterRecord) -> None:
-    """Refuse to run an adapter that is more than its LoRA: without its extras it would be another one."""
-    if count := sum(extra.file is None for extra in final.extras):
-        fact = f"task {final.task!r} has tensors in addition to its LoRA ({count} blobs), so it cannot be run yet"
-        raise DataError(fact, hint="its bytes are kept exactly; quality is not measured")
-
-
-def write_plain_copy(store: Store, final: AdapterRecord, folder: Path) -> None:
-    """Write a copy of an original that is safe for PEFT to load on this machine."""
-    refuse_extras(final)
-    # PEFT runs the patterns in a configuration as regular expressions, and a hostile one may never end; here the
-    # modules are named literally. float32 keeps the weights exact, with the scale multiplied in.
-    save_adapter(read_original(store, final), folder, dtype="float32")
+def read_runnable(store: Store, final: AdapterRecord) -> RunnableAdapter:
+    """Read the original of a task with all that changes what its base model computes."""
+    return format_named(final.format).runnable(store.blobs.read(final.config), store.blobs.read(final.weights))

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sqlite3
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from registry.errors import RegistryError
 
 if TYPE_CHECKING:
     from registry.prune import PruneReport as PruneReport
+    from registry.records import TaskSummary
+    from registry.store import Store
     from registry.verify import Finding as Finding
 
 
@@ -25,6 +28,47 @@ def verify(context: Context, names: Sequence[str], *, read_data: bool) -> Iterat
     """Yield what is wrong with a store as it is found."""
     with context.open(read_only=True) as store:
         yield from store.verify(read_data=read_data, names=names)
+        yield from _remarks(store, names, with_base_models=read_data)
+
+
+def _remarks(store: Store, names: Sequence[str], *, with_base_models: bool) -> Iterator[Finding]:
+    """Yield which adapters do nothing, and which do not fit their base model where that is on this machine."""
+    wanted = {store.tasks.get(name).name for name in names}
+    rows = [row for row in store.tasks.summaries() if not wanted or row.task.name in wanted]
+    fitted: defaultdict[str, list[TaskSummary]] = defaultdict(list)
+    for row in rows:
+        if row.final.does_nothing:
+            yield _remark(row, f"the adapter of {row.task.name} does nothing: {row.final.original_only}")
+        elif row.final.layout:
+            fitted[row.task.base_model].append(row)
+    if with_base_models:
+        for label, some in fitted.items():
+            yield from _misfits(store, label, some)
+
+
+def _misfits(store: Store, label: str, rows: Sequence[TaskSummary]) -> Iterator[Finding]:
+    from icmlora.errors import BaseModelMismatch, BaseModelNotFound
+    from icmlora.fleet.context import locate_base
+
+    try:
+        found = locate_base(store, label)
+        from icmlora.base_models.modules import check_fits
+        from icmlora.base_models.skeleton import load_skeleton
+
+        base = load_skeleton(found)
+    except BaseModelNotFound:  # then there is nothing to compare with
+        return
+    for row in rows:
+        try:
+            check_fits(base, row.final.layout)
+        except BaseModelMismatch as error:
+            yield _remark(row, f"the adapter of {row.task.name} does not fit: {error.message}")
+
+
+def _remark(row: TaskSummary, text: str) -> Finding:
+    from registry.verify import Finding
+
+    return Finding("remark", text, "", tasks=(row.task.name,))
 
 
 def repair(context: Context) -> list[tuple[Finding, str]]:

@@ -1,21 +1,18 @@
 """Measure the sources of one task on held-out text.
 
     base model, original, residual, code, generate
-       └─ written as a PEFT folder ──PEFT──▶ base model with adapter ──▶ nats per token ──▶ retained gain
+       └─ written in the form of the original ──PEFT──▶ base model with adapter ──▶ nats per token ──▶ retained gain
 
-Every adapter is written to disk and loaded with PEFT before it is measured, so the figures are those of what a user
-gets, rounding to bfloat16 included.
+Every adapter is written, read and loaded with PEFT before it is measured, so the figures are those of what a user gets,
+rounding to the original's type and its heads and biases included.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.adapter.metrics import relative_dw_error
@@ -25,9 +22,9 @@ from icmlora.base_models.examples import EvaluationData
 from icmlora.base_models.likelihood import NllResult
 from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.errors import DataError, NotCovered
-from icmlora.fleet.decoding import decode_code, generate_adapter
-from icmlora.fleet.loading import Models, read_original, write_plain_copy
-from icmlora.formats.folder import load_adapter, save_adapter
+from icmlora.fleet.decoding import OriginalForm, decode_code, generate_adapter, read_form
+from icmlora.fleet.loading import Models, read_original, read_runnable
+from icmlora.formats.format import RunnableAdapter
 from registry.records import CodeRecord, EvaluationRecord, GeneratorRecord, NewEvaluation, Rung, TaskRecord
 
 if TYPE_CHECKING:
@@ -80,13 +77,14 @@ class TaskLosses:
         max_tokens: int,
         generator: GeneratorRecord | None = None,
     ) -> None:
-        self._store, self._models, self._task, self._text, self._max_tokens = store, models, task, text, max_tokens
+        self._store, self._models, self._task, self._text = store, models, task, text
         self._base = models.base(task.base_model)
+        self._max_tokens = self._base.within(max_tokens)
         self._generator = generator or store.generators.current(task.base_model)
         # Results are recorded only while the task still has this adapter and generator; see `_record`.
         self._final = store.tasks.final(task.name)
         self._settings: dict[str, object] = {
-            "max_tokens": max_tokens,
+            "max_tokens": self._max_tokens,
             "dtype": self._base.dtype,
             "base": self._base.fingerprint,
         }
@@ -121,12 +119,17 @@ class TaskLosses:
 
     def measure_adapter(self, source: Rung, adapter: Adapter, dw_error: float) -> SourceResult:
         """Measure an adapter that is not in the store, and record nothing."""
-        with _written(adapter) as folder:
-            return self.result_of(source, self.loss_of(source, folder), dw_error, self._references)
+        return self.result_of(source, self.loss_of(source, self.written(adapter)), dw_error, self._references)
 
-    def loss_of(self, label: str, folder: Path) -> NllResult:
-        """Load a folder with PEFT, measure it, and record nothing."""
-        with adapted(self._base, folder):
+    def written(self, adapter: Adapter, dtype: str | None = None) -> RunnableAdapter:
+        """Write a decoded adapter as `icm materialize` does, and read it again."""
+        form = self._form
+        files = form.format.encode(adapter, card="", metadata={}, like=form.template, dtype=dtype, extras=form.tensors)
+        return form.format.runnable(files.config, files.weights)
+
+    def loss_of(self, label: str, adapter: RunnableAdapter) -> NllResult:
+        """Load an adapter with PEFT, measure it, and record nothing."""
+        with adapted(self._base, adapter):
             return self._loss(label)
 
     def gain(self, base: float, original: float, other: float) -> float | None:
@@ -164,6 +167,10 @@ class TaskLosses:
         return self.measure(())
 
     @cached_property
+    def _form(self) -> OriginalForm:
+        return read_form(self._store, self._final)
+
+    @cached_property
     def _original(self) -> Adapter:
         return read_original(self._store, self._final)
 
@@ -188,12 +195,11 @@ class TaskLosses:
         if source == "base":
             return self.result_of(source, self._loss(source), None, references)
         if source == "original":
-            with tempfile.TemporaryDirectory(prefix="icm-") as folder:
-                write_plain_copy(self._store, self._final, Path(folder) / "adapter")
-                return self.result_of(source, self.loss_of(source, Path(folder) / "adapter"), None, references)
-        with _written(self._decoded(source, code)) as written:
-            error = self._dw_error(source, written, code)
-            return self.result_of(source, self.loss_of(source, written), error, references)
+            loss = self.loss_of(source, read_runnable(self._store, self._final))
+            return self.result_of(source, loss, None, references)
+        written = self.written(self._decoded(source, code))
+        error = self._dw_error(source, written, code)
+        return self.result_of(source, self.loss_of(source, written), error, references)
 
     def _decoded(self, source: Rung, code: CodeRecord | None) -> Adapter:
         """Decode a code, with its residual for that source, or generate an adapter from the task's vectors."""
@@ -211,12 +217,12 @@ class TaskLosses:
             raise DataError(fact, hint="the training run diverged: use an earlier checkpoint")
         return loss
 
-    def _dw_error(self, source: Rung, written: Path, code: CodeRecord | None) -> float | None:
+    def _dw_error(self, source: Rung, written: RunnableAdapter, code: CodeRecord | None) -> float | None:
         if self._final.is_evicted:  # what was measured when the original went still holds
             if code is None or source == "generate":
                 return None
             return code.dw_error if source == "code" else code.best_error
-        error = relative_dw_error(self._original, load_adapter(written))
+        error = relative_dw_error(self._original, written.adapter)
         return error if math.isfinite(error) else None  # an original of zeros has no relative error
 
     def _completed(self, known: SourceResult, references: Mapping[Rung, SourceResult], *, record: bool) -> SourceResult:
@@ -251,12 +257,3 @@ class TaskLosses:
     def _generator_of(self, source: Rung) -> int | None:
         """Return the number of the generator that a source depends on."""
         return None if self._generator is None or source in ("base", "original") else self._generator.id
-
-
-@contextmanager
-def _written(adapter: Adapter) -> Iterator[Path]:
-    """Write an adapter as `icm materialize` does, without its card, into a folder that is deleted after the block."""
-    with tempfile.TemporaryDirectory(prefix="icm-") as folder:
-        written = Path(folder) / "adapter"
-        save_adapter(adapter, written, dtype="bfloat16")
-        yield written

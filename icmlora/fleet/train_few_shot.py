@@ -18,6 +18,7 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples import examples_for
 from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.modules import not_linear
 from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewshot_start
@@ -30,7 +31,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.io.text import counted
-from registry.records import GeneratorRecord
+from registry.records import AdapterRecord, GeneratorRecord
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -83,13 +84,16 @@ class FewShotReport:
 
 
 class AllAdapters:
-    """Every task of a base model as an adapter: its original, or what its code decodes to if that is evicted."""
+    """Every task of a base model as an adapter: its original, or what its code decodes to if that is evicted.
 
-    def __init__(self, store: Store, generator: GeneratorRecord, file: GeneratorFile) -> None:
+    Tasks that are more than a LoRA of linear layers are left out: gradient steps reach nothing else.
+    """
+
+    def __init__(self, store: Store, generator: GeneratorRecord, file: GeneratorFile, base: BaseModel) -> None:
         self._store, self._generator, self._file = store, generator, file
         rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
         # A generated task would only confirm the few-shot start that made it.
-        self._rows = [row for row in rows if not (row.final.is_generated or row.final.original_only)]
+        self._rows = [row for row in rows if not row.final.is_generated and _is_plain(row.final, base)]
         self.names = [row.task.name for row in self._rows]
 
     def __iter__(self) -> Iterator[Adapter]:
@@ -117,6 +121,12 @@ class AllAdapters:
             return base.modality.prepare(base, some.items, SAMPLE_TOKENS)
         except DataError:
             return ()  # single letters, where there is no token to predict, or chats that the chat template refuses
+
+
+def _is_plain(final: AdapterRecord, base: BaseModel) -> bool:
+    if final.original_only is not None or any(extra.file is None for extra in final.extras):
+        return False
+    return not_linear(base, [entry[0] for entry in final.layout]) is None
 
 
 class StoreEpisodeSource:
@@ -183,7 +193,7 @@ def _train_base(
     base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
     began = time.monotonic()
     file = GeneratorFile(store.blobs.read(generator.blob))
-    adapters = AllAdapters(store, generator, file)
+    adapters = AllAdapters(store, generator, file, base)
     source = StoreEpisodeSource(adapters, base)
     _refuse_few(label, source.tasks())
     context.progress(0, request.episodes, "averaging the adapters")

@@ -22,7 +22,7 @@ import torch
 
 from icmlora.base_models.channel_statistics import channel_statistics
 from icmlora.base_models.modality import BaseModel
-from icmlora.errors import BaseModelNotFound, Cancelled, DataError, GeneratorError
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, GeneratorError
 from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.fleet.context import Context, Event, check_base_model, read_samples
 from icmlora.fleet.loading import open_base
@@ -186,7 +186,7 @@ def measured_sensitivity(
     """Measure how strongly the base model reacts to each channel, or return None if it is not on this machine."""
     try:
         base = open_base(store, source.base_model, device, cache=context.cache)
-    except BaseModelNotFound:
+    except (BaseModelNotFound, BaseModelUnsuited):
         return None
     modules = [kind.module(layer) for kind in config.kinds for layer in range(config.layers)]
     statistics = channel_statistics(base, _examples(store, source.names, base), modules, max_tokens=tokens)

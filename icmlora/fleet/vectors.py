@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.modules import check_fits
-from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled
 from icmlora.fleet.context import Context, Event, TaskFailed, read_samples, reporting
-from icmlora.fleet.loading import open_base, write_plain_copy
+from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, as_error
+from icmlora.fleet.loading import open_base, read_runnable
 from icmlora.io.devices import resolve_device
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes
@@ -65,6 +63,7 @@ class VectorReport:
     evicted: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     failed: list[TaskFailed] = field(default_factory=list)
+    left_out: list[BaseModelLeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -74,29 +73,36 @@ class VectorReport:
 
 
 def extract_vectors(context: Context, request: VectorRequest) -> VectorReport:
-    """Extract and store task vectors, one task after the other; what is stored stays, and a failure is reported."""
+    """Extract and store task vectors, one task after the other; what is stored stays, and a failure is reported.
+
+    Raises:
+        BaseModelNotFound: None of the base models is on this machine.
+    """
     device = resolve_device(request.device)
     report = VectorReport()
     with context.open() as store, reporting(report):
         todo = _plan(store, request, report)
         total = sum(map(len, todo.values()))
         context.progress(0, total)
-        missing: BaseModelNotFound | None = None
+        missing: list[BaseModelNotFound] = []
         for label, tasks in todo.items():
             context.progress(report.done, total, f"loading {label}")
             try:
                 base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
-            except BaseModelNotFound as error:
-                # The tasks of the other base models come first; then the error is raised.
-                missing = missing or error
+            except (BaseModelNotFound, BaseModelUnsuited) as error:
+                missing += [error] if isinstance(error, BaseModelNotFound) else []
+                names = [task.task.name for task in tasks]
+                report.left_out.append(BaseModelLeftOut.because_of(label, names, error))
                 continue
             for task in tasks:
                 try:
                     extracted = _extract(store, base, task, report)
-                except (DataError, BaseModelMismatch) as error:
+                except Cancelled:
+                    raise
+                except FAILURES as error:
                     if total == 1:  # there are no others that could go on
-                        raise
-                    report.failed.append(TaskFailed.of(task.task.name, error))
+                        raise as_error(error) from error
+                    report.failed.append(TaskFailed.of(task.task.name, as_error(error)))
                     context.on_event(report.failed[-1])
                     continue
                 if extracted is None:
@@ -105,8 +111,8 @@ def extract_vectors(context: Context, request: VectorRequest) -> VectorReport:
                     report.tasks.append(extracted)
                     context.on_event(extracted)
                 context.progress(report.done, total, task.task.name)
-    if missing is not None:
-        raise missing
+    if missing and len(missing) == len(todo):
+        raise missing[0]
     return report
 
 
@@ -130,13 +136,9 @@ def _plan(store: Store, request: VectorRequest, report: VectorReport) -> dict[st
 
 def _extract(store: Store, base: BaseModel, row: TaskSummary, report: VectorReport) -> VectorsExtracted | None:
     """Extract and store the vectors of one task; return None if the task changed in the meantime."""
-    check_fits(base, row.final.layout)
     samples = read_samples(store, row.task, base, most=_READ)
     items, template = (None, None) if samples is None else (samples.items, samples.template)
-    with tempfile.TemporaryDirectory(prefix="icm-") as folder:
-        adapter = Path(folder) / "adapter"
-        write_plain_copy(store, row.final, adapter)
-        vectors = extract_adapted(base, adapter, items, template=template)
+    vectors = extract_adapted(base, read_runnable(store, row.final), items, template=template)
     if items is not None:
         vectors += extract_context(base, items, template=template)
     if store.vectors.add(put_vectors(store, row.task.name, vectors), of=row) is None:

@@ -1,7 +1,8 @@
 """The protocol of an adapter format: everything icm needs to know of one kind of adapter files.
 
     folder --find--> AdapterPaths --read bytes--> config, weights --inspect--> AdapterSummary      (no torch)
-                                                        `---------read-------> LoadedAdapter       (tensors)
+                                                        |---------read-------> LoadedAdapter       (tensors)
+                                                        `-------runnable-----> RunnableAdapter     (tensors)
     AdapterBytes <--encode-- Adapter
         `--lay_out--> file name -> bytes
 
@@ -10,7 +11,7 @@ To add a format, write one file with a class that has these members and name it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 from icmlora.io import staging
 
 if TYPE_CHECKING:
+    import torch
+
     from icmlora.adapter.layout import ModuleShape
     from icmlora.adapter.model import Adapter
     from icmlora.errors import AdapterRefused
@@ -111,6 +114,25 @@ class LoadedAdapter:
     """The tensors that a code cannot represent, by their names in the file."""
 
 
+@dataclass(frozen=True, eq=False)
+class RunnableAdapter:
+    """Everything in an adapter that changes what its base model computes, whatever its format.
+
+    Names are those of the base model. Where an adapter has an entry of the first two for a tensor of the base model, it
+    replaces that tensor.
+    """
+
+    adapter: Adapter
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Whole parameters and buffers, such as a head or a bias, by their names in the base model."""
+    rows: Mapping[str, tuple[Sequence[int], torch.Tensor]] = field(default_factory=dict)
+    """Single rows of embeddings with their numbers, by module."""
+    magnitudes: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """DoRA's lengths of the rows of W + dW, by module; all of its modules have one, or none has."""
+    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What is added to the output of B, by module; float32 with the scale multiplied in."""
+
+
 @dataclass(frozen=True)
 class Template:
     """The form of an adapter without its values. A decoded adapter is written in the form of its original."""
@@ -123,7 +145,7 @@ class Template:
 
 
 class AdapterFormat(Protocol):
-    """One kind of adapter files. Only `read` and `encode` may load torch."""
+    """One kind of adapter files. Only `read`, `runnable` and `encode` may load torch."""
 
     @property
     def name(self) -> str:
@@ -169,6 +191,14 @@ class AdapterFormat(Protocol):
 
     def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
         """Read an adapter's tensors; raises as `inspect` does, and `AdapterRefused` where there can be no code."""
+        ...
+
+    def runnable(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> RunnableAdapter:
+        """Read what `icmlora.base_models.attach.adapted` needs to run an adapter; raises as `read` does.
+
+        Raises:
+            AdapterRefused: It works in a way that icm cannot run.
+        """
         ...
 
     def encode(

@@ -19,6 +19,7 @@ from icmlora.formats.format import (
     Buffer,
     ConfigFacts,
     LoadedAdapter,
+    RunnableAdapter,
     Template,
 )
 
@@ -81,6 +82,12 @@ class PeftFormat:
         from icmlora.formats.peft_tensors import read_adapter
 
         return read_adapter(config, weights, path=path)
+
+    def runnable(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> RunnableAdapter:
+        """Read an adapter, and sort its extras by what they do to the base model."""
+        from icmlora.formats.peft_runnable import read_runnable
+
+        return read_runnable(config, weights, path=path)
 
     def encode(
         self,

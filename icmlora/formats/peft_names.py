@@ -93,7 +93,7 @@ def _parse_key(name: str) -> tuple[str, str] | None:
 
         refuse_tensor(name)
         return None
-    module = _unwrapped(match["module"])
+    module = unwrapped(match["module"])
     if not module.startswith(PREFIX):
         message = f"{name} does not start with {PREFIX}"
         hint = "save it again with PEFT: icm does not guess the names that other trainers use"
@@ -104,7 +104,8 @@ def _parse_key(name: str) -> tuple[str, str] | None:
     return module, match["half"] or match["row_half"]
 
 
-def _unwrapped(module: str) -> str:
+def unwrapped(module: str) -> str:
+    """Return a name without what torch.compile, FSDP and the like put into it."""
     plain = ".".join(part for part in module.split(".") if part not in _WRAPPERS)
     # DistributedDataParallel calls what it wraps `module`; deeper down that may be a real name.
     for prefix in ("module.", PREFIX + "module."):

@@ -17,21 +17,22 @@ import torch
 from icmlora.base_models.attach import adapted
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import DataError
+from icmlora.formats.format import RunnableAdapter
 from icmlora.task_vectors.vector import Extractor, Source, TaskVector, VectorSettings, split_samples
 
 
 def extract_adapted(
     base: BaseModel,
-    folder: Path,
+    adapter: RunnableAdapter | Path,
     samples: Sequence[Any] | None,
     settings: VectorSettings | None = None,
     *,
     template: str | None = None,
 ) -> tuple[TaskVector, ...]:
     """Make the adapted view: one vector for each support set."""
-    settings = settings or VectorSettings()
+    settings = (settings or VectorSettings()).within(base.positions)
     sets = split_samples(base.modality.probes if samples is None else samples, settings)
-    with adapted(base, folder):
+    with adapted(base, adapter):
         values = [base.modality.states(base, some, settings.sample_tokens).mean(dim=0) for some in sets]
     source: Source = "probes" if samples is None else "samples"
     return _vectors(base, Extractor("adapted", source, settings, base.dtype, base.fingerprint, template), values)
@@ -46,7 +47,7 @@ def extract_context(
 ) -> tuple[TaskVector, ...]:
     """Make the context view: one vector for each support set, without any adapter."""
     # It needs samples: without an adapter, the bundled probes would give the same vector for every task.
-    settings = settings or VectorSettings()
+    settings = (settings or VectorSettings()).within(base.positions)
     sets = split_samples(samples, settings)
     values = [base.modality.context_state(base, some, settings.context_tokens) for some in sets]
     return _vectors(base, Extractor("context", "samples", settings, base.dtype, base.fingerprint, template), values)

@@ -46,6 +46,13 @@ class VectorSettings:
         if min(self.support_sets, self.set_size, self.sample_tokens) < 1 or self.context_tokens < self.set_size:
             raise ValueError("task vectors need at least one set of one sample of one token")
 
+    def within(self, positions: int | None) -> VectorSettings:
+        """Return the settings for a base model that reads at most so many tokens at once."""
+        if positions is None:
+            return self
+        tokens, context = min(self.sample_tokens, positions), min(self.context_tokens, positions)
+        return VectorSettings(self.support_sets, min(self.set_size, context), tokens, context)
+
 
 @dataclass(frozen=True)
 class Extractor:

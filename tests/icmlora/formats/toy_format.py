@@ -24,6 +24,7 @@ from icmlora.formats.format import (
     Buffer,
     ConfigFacts,
     LoadedAdapter,
+    RunnableAdapter,
     Template,
 )
 from icmlora.io.safetensors import RawTensor, TensorInfo
@@ -105,6 +106,10 @@ class ToyFormat:
             extras[name] = RawTensor("F32", shape, extra.tobytes())
         targets = target_modules(shape.module for shape in parsed.layout)
         return LoadedAdapter(Adapter(parsed.base_model, parsed.task_type, targets, tuple(modules)), extras)
+
+    def runnable(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> RunnableAdapter:
+        """Read the factors; the extras do nothing."""
+        return RunnableAdapter(self.read(config, weights, path=path).adapter)
 
     def encode(
         self,

@@ -1,0 +1,91 @@
+"""Write an adapter as a folder that PEFT can load onto one base model, with nothing in it that PEFT would interpret.
+
+    RunnableAdapter, BaseModel --> adapter_config.json     literal module names, one rank, alpha == rank
+                                   adapter_model.safetensors   float32, shaped for the base model's layers
+
+Values and rows, which replace tensors of the base model, are not part of it: see `icmlora.base_models.attach`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import pad
+
+from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.modules import check_fits, is_fused, kernel_shape, places_of
+from icmlora.formats.format import RunnableAdapter
+from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
+
+_PREFIX = "base_model.model."
+_WRAPPED = ".base_layer"
+
+
+def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path) -> None:
+    """Write the folder; `folder` must exist.
+
+    Raises:
+        BaseModelMismatch: The adapter does not fit the base model.
+    """
+    adapter = runnable.adapter
+    check_fits(base, adapter.layout)
+    modules = dict(base.model.named_modules())
+    places = places_of(base, [module.name for module in adapter.modules])
+    rank = max(module.a.shape[0] for module in adapter.modules)
+    tensors: dict[str, torch.Tensor] = {}
+    targets: set[str] = set()
+    for module in adapter.modules:
+        place = places[module.name]
+        fused = is_fused(modules[place])
+        # PEFT renames and fuses the factors of single experts itself, and its names for what it wrapped stay too.
+        name = module.name if fused or _WRAPPED in module.name else place
+        missing = rank - module.a.shape[0]
+        a, b = pad(module.a, (0, 0, 0, missing)), pad(module.b, (0, missing))
+        tensors |= {f"{_PREFIX}{name}.{half}": factor for half, factor in _halves(modules[place], a, b).items()}
+        if _WRAPPED not in module.name:
+            targets.add(name)
+        if module.name in runnable.magnitudes:
+            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = runnable.magnitudes[module.name]
+        if runnable.biases:
+            bias = runnable.biases.get(module.name)
+            tensors[f"{_PREFIX}{name}.lora_B.bias"] = torch.zeros(len(b)) if bias is None else bias
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": _targets(targets, modules),
+        "use_dora": bool(runnable.magnitudes),
+        "lora_bias": bool(runnable.biases),
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
+
+
+def _halves(module: nn.Module, a: torch.Tensor, b: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """Name both factors as PEFT does for this layer, and give them the layer's shape."""
+    if hasattr(module, "num_embeddings"):
+        return {"lora_embedding_A": a, "lora_embedding_B": b}
+    if (kernel := kernel_shape(module)) is not None:
+        a = a.reshape(len(a), -1, *kernel)
+        b = b.reshape(*b.shape, *[1] * len(kernel))
+    return {"lora_A.weight": a, "lora_B.weight": b}
+
+
+def _targets(targets: Collection[str], modules: Mapping[str, Any]) -> list[str] | str:
+    """Return the names, or an expression of names alone where a name in the list would stand for other modules too."""
+    others = (name for name in modules if name not in targets)
+    if any(ending in targets for name in others for ending in _endings(name)):
+        return "|".join(re.escape(name) for name in sorted(targets))
+    return sorted(targets)
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]

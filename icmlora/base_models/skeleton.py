@@ -1,0 +1,38 @@
+"""A base model without its weights, to see which modules it has: seconds, and hardly any memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from icmlora.base_models.catalogue import MODALITIES
+from icmlora.base_models.load import quiet_loading
+from icmlora.base_models.lookup import FoundBase
+from icmlora.base_models.modality import BaseModel
+from icmlora.errors import BaseModelNotFound
+
+
+def load_skeleton(found: FoundBase) -> BaseModel:
+    """Build the network of a Hugging Face folder, of any kind that transformers knows, without reading its weights.
+
+    Raises:
+        BaseModelNotFound: It cannot be built.
+    """
+    if found.is_gguf:
+        raise BaseModelNotFound("the modules of a GGUF file are known only when it is loaded", path=found.path)
+    with quiet_loading(found), torch.device("meta"):
+        config = AutoConfig.from_pretrained(found.path, local_files_only=True, trust_remote_code=False)
+        model = _network_class(config)(config)
+    return BaseModel(found.label, model, None, "", MODALITIES[-1], 0, 0)
+
+
+def _network_class(config: Any) -> Any:
+    """Return the class that the configuration names, or that of a causal language model."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    return lambda config: AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
