@@ -103,7 +103,7 @@ class Fleet(StoredFleet):
             again: Also extract the vectors of tasks that already have some.
 
         Raises:
-            BaseModelNotFound: A base model is not on this machine. Tasks of the other base models are done first.
+            BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
             BaseModelMismatch: An adapter does not fit its base model.
         """
         from icmlora.fleet.vectors import VectorRequest, extract_vectors
@@ -258,7 +258,7 @@ class Fleet(StoredFleet):
 
         Raises:
             DataError: No task has held-out text, or the text cannot be used.
-            BaseModelNotFound: A base model is not on this machine.
+            BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
             UnknownBaseline: No method has that name.
         """
         from icmlora.fleet.evaluate import EvaluateRequest, evaluate
