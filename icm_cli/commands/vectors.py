@@ -79,5 +79,7 @@ def _tell_end(session: Session, report: VectorReport) -> None:
         out.note(f"without vectors, see the warnings above: {', '.join(failed)}")
     if report.evicted:
         out.note(f"skipped, because the original was evicted: {', '.join(report.evicted)}")
+    if report.original_only:
+        out.note(f"skipped, because only the original is kept: {', '.join(report.original_only)}")
     if report.changed:
         out.note(f"not stored, because the task changed in the meantime: {', '.join(report.changed)}")

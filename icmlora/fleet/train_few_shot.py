@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.examples import examples_for
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.modules import not_linear
@@ -162,7 +163,7 @@ def check_few_shot(context: Context, base_model: str | None) -> None:
         for label in base_models_with_tasks(store, base_model):
             tasks = [row.task for row in store.tasks.summaries() if row.task.base_model == label]
             _refuse_few(label, sum(task.samples is not None for task in tasks))
-            locate_base(store, label)
+            modality_of(locate_base(store, label))
 
 
 def read_few_shot_start(store: Store, generator: GeneratorRecord, file: GeneratorFile) -> FewShotStart:
