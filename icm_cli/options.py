@@ -5,15 +5,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from icm_cli.completion import complete_base, complete_filter, complete_sort, complete_task
-
 GLOBAL_PANEL = "Global options"
+
+
+def completing(what: Literal["task", "base", "tag", "filter", "sort"]) -> Callable[[str], list[str]]:
+    """Return a function by which a shell completes an argument."""
+
+    def answer(incomplete: str) -> list[str]:
+        from icm_cli import completion  # a shell asks, a command does not
+
+        return cast(list[str], getattr(completion, f"complete_{what}")(incomplete))
+
+    return answer
+
 
 StoreOpt = Annotated[
     Path | None,
@@ -59,18 +70,18 @@ LockTimeoutOpt = Annotated[
 ]
 
 TaskArg = Annotated[
-    str, typer.Argument(metavar="TASK", help="Name of a task (see `icm ls`).", autocompletion=complete_task)
+    str, typer.Argument(metavar="TASK", help="Name of a task (see `icm ls`).", autocompletion=completing("task"))
 ]
 TasksArg = Annotated[
     list[str],
-    typer.Argument(metavar="TASK...", help="Names of tasks (see `icm ls`).", autocompletion=complete_task),
+    typer.Argument(metavar="TASK...", help="Names of tasks (see `icm ls`).", autocompletion=completing("task")),
 ]
 SomeTasksArg = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[TASK]...",
         help="Names of tasks. Default: all tasks.",
-        autocompletion=complete_task,
+        autocompletion=completing("task"),
         show_default=False,
     ),
 ]
@@ -80,7 +91,7 @@ BaseModelOpt = Annotated[
         "--base-model",
         metavar="NAME",
         help="Only tasks of this base model.",
-        autocompletion=complete_base,
+        autocompletion=completing("base"),
         show_default=False,
     ),
 ]
@@ -91,7 +102,7 @@ FiltersOpt = Annotated[
         "-f",
         metavar="FIELD=VALUE",
         help="Only tasks that pass, as 'rank>=8', 'tag=prod', 'base~llama'. Repeat it: all must hold.",
-        autocompletion=complete_filter,
+        autocompletion=completing("filter"),
         show_default=False,
     ),
 ]
@@ -101,7 +112,7 @@ SortOpt = Annotated[
         "--sort",
         metavar="FIELD[:desc]",
         help="Sort by a field, as 'size:desc'. Default: name.",
-        autocompletion=complete_sort,
+        autocompletion=completing("sort"),
         show_default=False,
     ),
 ]

@@ -87,8 +87,6 @@ class Selection:
     limit: int | None = None
 
 
-EVERY_TASK = Selection()
-
 _FILTER = re.compile(r"\s*([\w-]*)\s*(!=|>=|<=|==|=|>|<|~)(.*)", re.DOTALL)
 # So many digits that a float holds them, and no float is infinite.
 _NUMBER = re.compile(r"[+-]?(?:\d{1,15}(?:\.\d{0,15})?|\.\d{1,15})(?:e[+-]?\d{1,2})?", re.IGNORECASE | re.ASCII)

@@ -24,8 +24,9 @@ T = TypeVar("T")
 Expression = ColumnElement[Any]
 
 
-def query(session: Session, wanted: InstrumentedAttribute[T], selection: Selection) -> Select[T]:
-    """Return a statement that yields a column of the selected tasks, in the order asked for."""
+def query(session: Session, wanted: InstrumentedAttribute[T], selection: Selection | None) -> Select[T]:
+    """Return a statement that yields a column of the selected tasks, or of all, in the order asked for."""
+    selection = selection or Selection()
     if selection.filters or selection.sort is not None:
         _add_functions(session)
     found = select(wanted)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from sqlalchemy import ColumnElement, Select, delete, func, select
 from sqlalchemy.orm import Session
 
-from registry import listing, records, rows
+from registry import records, rows
 from registry import schema as models
 from registry.conversion import adapter_record, code_record, task_record
 from registry.database import Part
 from registry.errors import DamagedStore, LastCopy, TaskConflict
 from registry.files import failpoint
-from registry.filters import EVERY_TASK, Selection
 from registry.folder import restore_reserve, with_reserve
 from registry.names import check_name, check_note, check_tag
 from registry.rows import RowWriter
+
+if TYPE_CHECKING:
+    from registry.filters import Selection
 
 _PAGE = 256
 
@@ -66,13 +69,17 @@ class Tasks(Part):
         with self._db.connection() as connection:
             return ingest.task_origins(connection)
 
-    def names(self, selection: Selection = EVERY_TASK) -> list[str]:
+    def names(self, selection: Selection | None = None) -> list[str]:
         """Return the names of the selected tasks, in the order that the selection asks for."""
+        from registry import listing  # not needed to read one task
+
         with self._db.read() as session:
             return list(session.scalars(listing.query(session, models.Task.name, selection)))
 
-    def summaries(self, selection: Selection = EVERY_TASK) -> Iterator[records.TaskSummary]:
+    def summaries(self, selection: Selection | None = None) -> Iterator[records.TaskSummary]:
         """Yield the selected tasks, in the order asked for, with what a listing shows of them; few at a time."""
+        from registry import listing
+
         with self._db.read() as session:
             ids = session.scalars(listing.query(session, models.Task.id, selection)).all()
         for at in range(0, len(ids), _PAGE):

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from icm_cli.completion import complete_base
+from icm_cli.options import completing
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 
 NameArg = Annotated[
     str,
-    typer.Argument(metavar="NAME", help="Name of the base model, as adapters give it.", autocompletion=complete_base),
+    typer.Argument(
+        metavar="NAME", help="Name of the base model, as adapters give it.", autocompletion=completing("base")
+    ),
 ]
 PathArg = Annotated[
     Path, typer.Argument(metavar="PATH", help="A Hugging Face model folder or a .gguf file.", show_default=False)

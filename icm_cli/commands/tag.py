@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.completion import complete_tag, complete_task
 from icm_cli.errors import UsageProblem
+from icm_cli.options import completing
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 TasksArg = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[TASK]...", help="Names of tasks (see `icm ls`).", autocompletion=complete_task, show_default=False
+        metavar="[TASK]...",
+        help="Names of tasks (see `icm ls`).",
+        autocompletion=completing("task"),
+        show_default=False,
     ),
 ]
 AddOpt = Annotated[
@@ -29,7 +32,7 @@ AddOpt = Annotated[
         "-a",
         metavar="TAG",
         help="A tag to add. Repeat it for several.",
-        autocompletion=complete_tag,
+        autocompletion=completing("tag"),
         show_default=False,
     ),
 ]
@@ -40,7 +43,7 @@ RemoveOpt = Annotated[
         "-r",
         metavar="TAG",
         help="A tag to remove. Repeat it for several.",
-        autocompletion=complete_tag,
+        autocompletion=completing("tag"),
         show_default=False,
     ),
 ]

@@ -143,7 +143,7 @@ class Bundle:
             file.check()
             generator_file, code = open_generator(file), file.read(task.code)
             form = _form(file, task)
-        return generator_file.codec_of(code).decode(code), provenance, form
+        return generator_file.decoder_of(code).decode(code), provenance, form
 
     @contextmanager
     def _open(self) -> Iterator[BundleFile]:

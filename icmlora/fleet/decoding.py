@@ -11,11 +11,11 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, DataError
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterFormat, Template
-from icmlora.generator.codec import Codec
 from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
+    from icmlora.generator.codec import Codec
     from icmlora.io.safetensors import RawTensor
     from registry.records import AdapterRecord, CodeRecord
     from registry.store import Store
@@ -26,12 +26,12 @@ def decode_code(
 ) -> Adapter:
     """Read a code from disk and decode it."""
     data = store.blobs.read(code.blob)
-    codec = generator_file.codec_of(data)
+    decoder = generator_file.decoder_of(data)
     if source == "code" or code.residual is None:
-        return codec.decode(data)
+        return decoder.decode(data)
     from icmlora.generator.residual_codec import ResidualCodec  # most codes have no residual
 
-    return ResidualCodec(codec).decode(data, store.blobs.read(code.residual.blob))
+    return ResidualCodec(decoder).decode(data, store.blobs.read(code.residual.blob))
 
 
 @dataclass(frozen=True)

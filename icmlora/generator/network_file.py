@@ -1,31 +1,46 @@
-"""A trained network <-> a generator file of one version.
+"""A trained network <-> a generator file of one version: the generator's own bytes, which every bill counts.
 
     ICMG 2 | length of header (4) | header: JSON, zlib | range-coded words | checksum (8)
 
 The header holds the configuration, and digests of the coding tables and of the parameters' shapes; the words hold the
-rounded parameters (icmlora/generator/parameters.py). Codes are made under the network as it is read back, so rounding
-the parameters costs no accuracy.
+rounded parameters. Codes are made under the network as it is read back, so rounding costs no accuracy.
+
+    tables             whole eighths of an octave, as they are used
+    channel weights    whole halves of an octave, as they are made
+    everything else    rows of roughly normal values, rounded to a quarter of the row's root mean square (about 4 bits)
+
+Channel weights repeat: the modules of a layer read the same inputs, and neighbouring layers are alike. So each row of
+weights is stored as the difference to the earlier row that is most like it, up to a constant stored with the row.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.container import write_container
 from icmlora.generator.cvae import CVAE, VIEWS
+from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, clip
 from icmlora.generator.file import MAGIC, config_in, split_network
-from icmlora.generator.parameters import parameters_to_words, words_to_parameters
-from icmlora.generator.scales import tables_digest
+from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST, tables_digest
 
 # A parameter of an ordinary row takes half a byte; rows of zeros, which a fresh network has, take next to nothing.
 _VALUES_PER_BYTE = 1000
+# Names of the tensors that are stored in whole eighths of an octave.
+TABLES = ("norm_mean", "norm_spread", "spread", "condition.shift", "condition.log_scale")
+WEIGHTS = "weight_"  # prefix of the names of channel weights
+_WEIGHT_GRID = 2  # steps per octave: weights are whole halves
+_RESOLUTION = 2 * OCTAVE  # log2 of a row's root mean square in quantiser steps, in eighths
+_ZERO = -(1 << 12)  # exponent of a row of zeros
+_SIDE = 3 * OCTAVE  # scale index of whatever is stored about rows or tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,3 +101,135 @@ def _least_values(config: GeneratorConfig) -> int:
     task = config.condition + config.latent
     embedded = config.layers + config.slots + 2 * len(config.kinds) + len(VIEWS) * config.condition_size
     return (config.width + config.sketch) * sides + places + config.width * task + config.embedding * embedded
+
+
+def parameters_to_words(state: Mapping[str, torch.Tensor]) -> bytes:
+    """Write a network's tensors, in the order of `state`."""
+    writer = IntegerWriter()
+    weights: list[Integers] = []
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise diverged()
+        rows = _rows(tensor).detach().cpu().double().numpy()
+        if name.startswith(WEIGHTS):
+            _write_weights(writer, clip(np.rint(rows * _WEIGHT_GRID)), weights)
+        elif name in TABLES:
+            _write_table(writer, clip(np.rint(rows * OCTAVE)))
+        else:
+            _write_rows(writer, rows)
+    return writer.to_bytes()
+
+
+def words_to_parameters(words: bytes, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Read what `parameters_to_words` wrote; every machine reads the same integers."""
+    reader = IntegerReader(words)
+    weights: list[Integers] = []
+    state = {}
+    for name, shape in shapes.items():
+        rows, columns = _rows(torch.empty(shape, device="meta")).shape
+        if name.startswith(WEIGHTS):
+            values = _read_weights(reader, rows, columns, weights) / _WEIGHT_GRID
+        elif name in TABLES:
+            values = _read_table(reader, rows, columns) / OCTAVE
+        else:
+            values = _read_rows(reader, rows, columns)
+        state[name] = torch.from_numpy(values.astype(np.float32)).reshape(shape)
+    return state
+
+
+def diverged() -> GeneratorError:
+    """Return the error for values that are not finite."""
+    return GeneratorError("training has diverged", hint="train again with a lower learning rate")
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Flatten all axes but the last."""
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
+
+
+def _write_rows(writer: IntegerWriter, rows: NDArray[np.float64]) -> None:
+    power = np.square(rows).mean(axis=1)  # (rows,)
+    used = power > 2.0**-200  # smaller rows are stored as zeros: their exponents would be out of range
+    level = np.rint(OCTAVE * np.log2(np.where(used, power, 1.0)) / 2).astype(np.int32) - _RESOLUTION
+    exponents = np.where(used, level, _ZERO).astype(np.int32)
+    write_side(writer, exponents)
+    steps = np.exp2(exponents[used] / OCTAVE)[:, None]
+    integers = clip(np.rint(rows[used] / steps))
+    writer.write(integers.ravel(), np.full(integers.size, _RESOLUTION, dtype=np.int32))
+
+
+def _read_rows(reader: IntegerReader, rows: int, columns: int) -> NDArray[np.float64]:
+    exponents = read_side(reader, rows)  # (rows,)
+    used = exponents != _ZERO
+    scales = np.full(int(used.sum()) * columns, _RESOLUTION, dtype=np.int32)
+    values = np.zeros((rows, columns))
+    if (np.abs(exponents[used]) > -_ZERO).any():
+        raise CodeError("a step is out of range")
+    values[used] = reader.read(scales).reshape(-1, columns) * np.exp2(exponents[used] / OCTAVE)[:, None]
+    return values
+
+
+def _write_table(writer: IntegerWriter, integers: Integers) -> None:
+    middles = np.rint(np.median(integers, axis=1)).astype(np.int32)
+    rest = integers - middles[:, None]
+    scales = scales_of(rest)
+    write_side(writer, middles)
+    write_side(writer, scales)
+    writer.write(rest.ravel(), np.repeat(scales, rest.shape[1]))
+
+
+def _read_table(reader: IntegerReader, rows: int, columns: int) -> Integers:
+    middles, scales = read_side(reader, rows), read_side(reader, rows)
+    if (scales < SMALLEST).any() or (scales > LARGEST).any():
+        raise CodeError("a scale is out of range")
+    integers: Integers = reader.read(np.repeat(scales, columns)).reshape(rows, columns)
+    integers += middles[:, None]
+    return integers
+
+
+def _write_weights(writer: IntegerWriter, integers: Integers, known: list[Integers]) -> None:
+    """Write rows of weights, each as its difference to the most similar earlier row or to zeros; extend `known`."""
+    for row in integers:
+        rests = [row - earlier for earlier in _references(known, len(integers), len(row))]
+        # A table's own median is stored with it, so a constant difference costs next to nothing.
+        best = min(range(len(rests)), key=lambda number: float(np.abs(rests[number] - np.median(rests[number])).sum()))
+        write_side(writer, np.array([best], dtype=np.int32))
+        _write_table(writer, rests[best][None])
+        known.append(row)
+
+
+def _read_weights(reader: IntegerReader, rows: int, columns: int, known: list[Integers]) -> Integers:
+    for _ in range(rows):
+        references = _references(known, rows, columns)
+        best = int(read_side(reader, 1)[0])
+        if not 0 <= best < len(references):
+            raise CodeError("a row of weights refers to a row that does not exist")
+        known.append(_read_table(reader, 1, columns)[0] + references[best])
+    return np.stack(known[-rows:])
+
+
+def _references(known: Sequence[Integers], layers: int, columns: int) -> list[Integers]:
+    """Return the rows that a row may be stored as a difference to."""
+    # These are zeros, the previous row, and the rows of the same layer in earlier tensors, where the sizes agree.
+    backs = (1, *range(layers, len(known) + 1, layers))
+    rows = [known[-back] for back in backs if back <= len(known)]
+    return [np.zeros(columns, dtype=np.int32), *(row for row in rows if len(row) == columns)]
+
+
+def scales_of(rest: Integers) -> Integers:
+    """Return the scale index of each row of integers, shape (n,) for (n, size)."""
+    power = np.square(rest.astype(np.float64)).mean(axis=1)
+    index = np.rint(OCTAVE * np.log2(np.maximum(power, 1e-9)) / 2)
+    scales: Integers = np.clip(index, SMALLEST, LARGEST).astype(np.int32)
+    return scales
+
+
+def write_side(writer: IntegerWriter, values: Integers) -> None:
+    """Write one number per row or tensor, shape (n,): each as its difference to the previous one."""
+    writer.write(np.diff(values, prepend=0).astype(np.int32), np.full(len(values), _SIDE, dtype=np.int32))
+
+
+def read_side(reader: IntegerReader, count: int) -> Integers:
+    """Read what `write_side` wrote, shape (count,)."""
+    values: Integers = np.cumsum(reader.read(np.full(count, _SIDE, dtype=np.int32))).astype(np.int32)
+    return values

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError, GeneratorError, NotCovered
 from icmlora.generator.code import generator_of
-from icmlora.generator.codec import Codec
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE
+from icmlora.generator.decoder import Decoder
 from icmlora.generator.file import versions_of
 from icmlora.generator.network_file import TrainedGenerator, generator_from_bytes
+
+if TYPE_CHECKING:
+    from icmlora.generator.codec import Codec
 
 
 class GeneratorFile:
     """The versions of one generator, oldest first; earlier ones decode the codes that were made under them."""
 
-    # An opened codec stays in memory as long as this object does.
+    # An opened decoder stays in memory as long as this object does.
 
     def __init__(self, data: bytes) -> None:
         self._versions = versions_of(data)
-        self._codecs: dict[int, Codec] = {}
+        self._decoders: dict[int, Decoder] = {}
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -36,16 +40,23 @@ class GeneratorFile:
 
     def codec(self, number: int) -> Codec:
         """Return the codec of a version, counted from 0; versions added later do not change it."""
-        if number not in self._codecs:
-            self._codecs[number] = Codec(self._open(number))
-        return self._codecs[number]
+        from icmlora.generator.codec import Codec  # most commands only decode
+
+        known = self._decoders.get(number)
+        codec = known if isinstance(known, Codec) else Codec(self._open(number))
+        self._decoders[number] = codec
+        return codec
 
     def codec_of(self, code: bytes) -> Codec:
         """Return the codec of the version that a code names."""
-        digest = generator_of(code)
-        if digest not in self.digests:
-            raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.digests[-1][:12]}")
-        return self.codec(self.digests.index(digest))
+        return self.codec(self._number_of(code))
+
+    def decoder_of(self, code: bytes) -> Decoder:
+        """Return the decoder of the version that a code names."""
+        number = self._number_of(code)
+        if number not in self._decoders:
+            self._decoders[number] = Decoder(self._open(number))
+        return self._decoders[number]
 
     def codec_for(self, layout: Sequence[ModuleShape]) -> Codec:
         """Return the codec of the newest version that covers an adapter."""
@@ -58,6 +69,12 @@ class GeneratorFile:
     def covering(self, layout: Sequence[ModuleShape]) -> list[int]:
         """Return the numbers of the versions that have every module, layer and rank of an adapter, oldest first."""
         return [number for number, config in enumerate(self.configs) if config.covers(layout)]
+
+    def _number_of(self, code: bytes) -> int:
+        digest = generator_of(code)
+        if digest not in self.digests:
+            raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.digests[-1][:12]}")
+        return self.digests.index(digest)
 
     def _open(self, number: int) -> TrainedGenerator:
         """Read a version's network: a whole network first, then the differences that lead from it to this version."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from icmlora.errors import AdapterRefused, UnsafeInput, located
-from icmlora.io.files import open_regular, read_exactly
 from registry.names import escape
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
@@ -112,6 +111,8 @@ def parse_header(text: bytes, size: int) -> TensorHeader:
 
 def read_tensor_file(path: Path) -> bytes:
     """Read a safetensors file from disk; its header is checked against its size before the data is read."""
+    from icmlora.io.files import open_regular, read_exactly  # needed to read from disk only
+
     with located(path), open_regular(path, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
         start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)
         head = read_exactly(descriptor, _PREFIX_BYTES + _header_length(start, size), 0)

@@ -12,7 +12,7 @@ import torch
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.parameters import diverged
+from icmlora.generator.network_file import diverged
 from icmlora.io.tensors import decode_torch, encode_torch
 from icmlora.training.config import TrainConfig
 

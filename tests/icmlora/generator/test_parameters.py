@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.parameters import parameters_to_words, words_to_parameters
+from icmlora.generator.network_file import parameters_to_words, words_to_parameters
 
 State = dict[str, torch.Tensor]
 
