@@ -101,9 +101,11 @@ class PeftFormat:
         extras: Mapping[str, RawTensor] | None = None,
     ) -> AdapterBytes:
         """Write an adapter's three files."""
-        from icmlora.formats.peft_tensors import write_fresh, write_like
+        from icmlora.formats.peft_tensors import refuse_special, write_fresh, write_like
 
         extras = extras or {}
+        if like is not None and pad_rank is not None:
+            refuse_special(like)
         if like is None or pad_rank is not None:
             weights, config = write_fresh(adapter, dtype or "bfloat16", metadata, extras, rank=pad_rank)
         else:

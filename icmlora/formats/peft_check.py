@@ -15,6 +15,7 @@ from icmlora.adapter.layout import target_modules
 from icmlora.errors import AdapterRefused, UnsafeInput, located
 from icmlora.formats.format import AdapterSummary, Buffer
 from icmlora.formats.peft_config import AdapterConfig, read_facts, stated_rank, stated_targets
+from icmlora.formats.peft_experts import resolve_parameters
 from icmlora.formats.peft_names import FactorPair, SortedTensors, sort_tensors
 from icmlora.io.finite import check_finite, is_zero
 from icmlora.io.safetensors import FLOAT_TYPES, TensorHeader, header_text, parse_header
@@ -64,7 +65,7 @@ def _plan(config: bytes, text: bytes, size: int) -> CheckedAdapter:
         if not header.tensors:
             raise AdapterRefused(f"{NOTHING}: it holds no tensors", kind="empty")
         parsed = AdapterConfig.parse(config)
-        tensors = sort_tensors(header)
+        tensors = resolve_parameters(parsed, stated_targets(config), sort_tensors(header))
         _check_pairs(parsed, tensors)
     except UnsafeInput:
         raise
@@ -80,13 +81,13 @@ def _plan(config: bytes, text: bytes, size: int) -> CheckedAdapter:
             does_nothing=not header.tensors,
         )
         return CheckedAdapter(header, summary)
-    layout = tuple(pair.shape for pair in tensors.pairs)
+    layout = tuple(shape for pair in tensors.pairs for shape in pair.shapes)
     summary = AdapterSummary(
         **vars(facts),
         dtype=_joined(tensor.dtype for pair in tensors.pairs for tensor in (pair.a, pair.b)),
         rank_max=max(shape.rank for shape in layout),
         parameters=sum(shape.parameters for shape in layout),
-        target_modules=target_modules(shape.module for shape in layout),
+        target_modules=target_modules(pair.module for pair in tensors.pairs),
         layout=layout,
         extras=tensors.extras,
         template=_template(tensors.pairs, header.metadata),
@@ -102,8 +103,8 @@ def _check_pairs(config: AdapterConfig, tensors: SortedTensors) -> None:
         raise AdapterRefused("has no LoRA factors", kind="empty")
     for pair in tensors.pairs:
         # PEFT would build layers of the stated rank and then fail to load the tensors.
-        rank, stated = pair.a.shape[0], config.rank_of(pair.module)
-        if rank != stated:
+        rank, stated = pair.a.shape[0], config.rank_of(pair.target or pair.module)
+        if rank != stated * pair.experts:
             message = f"{pair.a.name} has rank {rank} but adapter_config.json says {stated}"
             raise AdapterRefused(message, kind="rank")
         if unknown := {pair.a.dtype, pair.b.dtype} - FLOAT_TYPES:
@@ -119,7 +120,7 @@ def _without_code(plan: CheckedAdapter, reason: str, *, does_nothing: bool) -> C
 def _is_dead(config: AdapterConfig, tensors: SortedTensors, weights: Buffer) -> bool:
     """Say whether dW is zero in every module; for a live adapter this looks at one module."""
     return all(
-        config.scale_of(pair.module) == 0.0 or is_zero(weights, pair.b) or is_zero(weights, pair.a)
+        config.scale_of(pair.target or pair.module) == 0.0 or is_zero(weights, pair.b) or is_zero(weights, pair.a)
         for pair in tensors.pairs
     )
 
@@ -129,6 +130,9 @@ def _template(pairs: tuple[FactorPair, ...], metadata: Mapping[str, str]) -> str
     tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
     ((main, _), *others) = Counter(tensor.dtype for tensor in tensors).most_common()
     details: dict[str, Any] = {
+        "experts": {pair.module: pair.experts for pair in pairs if pair.experts > 1},
+        "groups": {pair.module: pair.groups for pair in pairs if pair.groups > 1},
+        "targets": {pair.module: pair.target for pair in pairs if pair.target not in ("", pair.module)},
         "names": {pair.module: [pair.a.name, pair.b.name] for pair in pairs if not pair.has_usual_names},
         "shapes": {tensor.name: list(tensor.shape) for tensor in tensors if len(tensor.shape) != 2},
         "dtypes": {tensor.name: tensor.dtype for tensor in tensors if tensor.dtype != main},

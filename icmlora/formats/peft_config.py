@@ -2,58 +2,30 @@
 
     dW = scale * B @ A,   scale = alpha / r,   or alpha / sqrt(r) with rsLoRA,   r and alpha per module by pattern
 
-No regular expression of the file is ever run. Whoever stores the file keeps everything else in it byte for byte.
+No regular expression of the file is run by `re` (icmlora/formats/name_patterns.py). Whoever
+stores the file keeps everything else in it byte for byte.
 """
 
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import ConfigFacts
+from icmlora.formats.name_patterns import NameAutomaton, NamePattern, PatternRefused, parse_pattern
 from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_module_name
-
-_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.]|\\\.)+")
-_LITERAL_DOT = "\\"  # stands for an escaped dot inside `characters`; no module name holds a backslash
-
-
-@dataclass(frozen=True)
-class ModulePattern:
-    """A key of `rank_pattern` or `alpha_pattern`, matched as PEFT does but without running a regular expression."""
-
-    # PEFT runs `re.match(rf"(.*\.)?({key})$", module)`. A dotted name is a regular expression too, whose dots match any
-    # character. Such keys, with an optional leading `^` and with a backslash before a literal dot, are what trainers
-    # write: they are compared character by character, in linear time. Any other key is refused.
-
-    characters: str  # the name or the end of one; a dot matches any character
-    anchored: bool  # whether the whole name has to match, not just its end
-
-    @classmethod
-    def parse(cls, key: str) -> ModulePattern | None:
-        """Read a key, or return None if it is anything but a plain name."""
-        if not _PLAIN.fullmatch(key):
-            return None
-        return cls(key.removeprefix("^").replace("\\.", _LITERAL_DOT), key.startswith("^"))
-
-    def matches(self, module: str) -> bool:
-        """Return whether PEFT would apply the key to this module."""
-        before = len(module) - len(self.characters)
-        if before < 0 or (before > 0 and (self.anchored or module[before - 1] != ".")):
-            return False
-        return all(
-            wanted == "." or (found == "." if wanted == _LITERAL_DOT else wanted == found)
-            for wanted, found in zip(self.characters, module[before:], strict=True)
-        )
-
 
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_RANK = 4096
 MAX_LABEL = 1024
 MAX_TARGETS = 10_000
+_MAX_EXPRESSIONS = 64  # keys of one pattern that are not plain names
+
+_Number = TypeVar("_Number", int, float)
 
 # PEFT's own defaults for keys that the file leaves out.
 _DEFAULT_RANK = 8
@@ -70,8 +42,9 @@ class AdapterConfig:
     rank: int
     alpha: float
     use_rslora: bool
-    rank_pattern: tuple[tuple[ModulePattern, int], ...]
-    alpha_pattern: tuple[tuple[ModulePattern, float], ...]
+    rank_pattern: tuple[tuple[NamePattern, int], ...]
+    alpha_pattern: tuple[tuple[NamePattern, float], ...]
+    target_parameters: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, data: bytes) -> AdapterConfig:
@@ -97,17 +70,26 @@ class AdapterConfig:
             alpha_pattern=tuple(
                 (key, reader.number("alpha_pattern", value)) for key, value in reader.map("alpha_pattern")
             ),
+            target_parameters=reader.names("target_parameters"),
         )
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module, named as in the base model."""
-        return next((rank for pattern, rank in self.rank_pattern if pattern.matches(module)), self.rank)
+        return _first_match(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
         """Return the factor between B @ A and dW for a module, named as in the base model."""
-        alpha = next((alpha for pattern, alpha in self.alpha_pattern if pattern.matches(module)), self.alpha)
-        rank = self.rank_of(module)
+        alpha, rank = _first_match(self.alpha_pattern, module, self.alpha), self.rank_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _first_match(patterns: Sequence[tuple[NamePattern, _Number]], module: str, default: _Number) -> _Number:
+    try:
+        return next((value for pattern, value in patterns if pattern.matches(module)), default)
+    except PatternRefused as refused:
+        raise AdapterRefused(
+            f"a key of rank_pattern or alpha_pattern cannot be used: {refused}", kind="pattern"
+        ) from None
 
 
 def read_facts(data: bytes) -> ConfigFacts:
@@ -135,6 +117,10 @@ def _fields(data: bytes) -> dict[str, Any]:
     return parse_object(data, what="adapter_config.json", max_bytes=MAX_CONFIG_BYTES)
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and is_module_name(value)
+
+
 class _Reader:
     """Typed access to the parsed fields; a value of the wrong kind is refused with the field's name."""
 
@@ -157,6 +143,12 @@ class _Reader:
             return bool(value)
         raise self._wrong(key, value, "true or false")
 
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self._fields.get(key) or ()
+        if isinstance(value, list | tuple) and len(value) <= MAX_TARGETS and all(map(_is_name, value)):
+            return tuple(value)
+        raise self._wrong(key, value, "a list of names")
+
     def rank(self, key: str, value: object) -> int:
         if type(value) is not int or value < 1:
             raise self._wrong(key, value, "a whole number from 1")
@@ -170,23 +162,26 @@ class _Reader:
             raise self._wrong(key, value, "a number up to 1e9")
         return float(value)
 
-    def map(self, key: str) -> list[tuple[ModulePattern, object]]:
+    def map(self, key: str) -> list[tuple[NamePattern, object]]:
         value = self._fields.get(key)
         if value is None:
             return []
         if not isinstance(value, dict):
             raise self._wrong(key, value, "an object")
-        return [(self._pattern(key, name), item) for name, item in value.items()]
+        found = [(self._pattern(key, name), item) for name, item in value.items()]
+        if sum(isinstance(pattern, NameAutomaton) for pattern, _ in found) > _MAX_EXPRESSIONS:
+            raise AdapterRefused(f"{key} has too many regular expressions", kind="pattern")
+        return found
 
-    def _pattern(self, key: str, name: str) -> ModulePattern:
-        pattern = ModulePattern.parse(name)
-        if pattern is None:
+    def _pattern(self, key: str, name: str) -> NamePattern:
+        try:
+            return parse_pattern(name)
+        except PatternRefused as refused:
             raise AdapterRefused(
-                f"{key} has the key {escape(name, 120)!r}, which is not a plain module name, and icm runs no patterns",
+                f"{key} has the key {escape(name, 120)!r}, which icm does not read: {refused}",
                 kind="pattern",
                 hint=f"write {key} with module names in full",
-            )
-        return pattern
+            ) from None
 
     def _wrong(self, key: str, value: object, wanted: str) -> AdapterRefused:
         message = f"{key} is {escape(repr(value), 48)}, not {wanted}"

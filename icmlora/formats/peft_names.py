@@ -6,6 +6,8 @@
     linear         lora_A.weight      (r, in)         lora_B.weight      (out, r)
     convolution    lora_A.weight      (r, in, k...)   lora_B.weight      (out, r, 1...)
     embedding      lora_embedding_A   (r, rows)       lora_embedding_B   (dim, r)
+    G groups       lora_A.weight      (r, in, k...)   lora_B.weight      (out, r / G, 1...)
+    E experts      lora_A.weight      (E r, in)       lora_B.weight      (out, E r)
 
 All other tensors are extras: heads, biases, DoRA's magnitudes, token rows, copies of base layers.
 """
@@ -26,6 +28,7 @@ PREFIX = "base_model.model."  # what PEFT puts before the name that a module has
 _HALF = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<half>[AB])(?:\.default)?\.weight|embedding_(?P<row_half>[AB])(?:\.default)?)"
 )
+_MOST_GROUPS = 256
 # Names that torch.compile, FSDP and activation checkpointing put between two modules.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -37,11 +40,23 @@ class FactorPair:
     module: str
     a: TensorInfo
     b: TensorInfo
+    target: str = ""
+    """What patterns of the configuration match, where that is not the module but one of its parameters."""
+    experts: int = 1
+    """Experts whose factors the tensors hold together (icmlora/formats/peft_experts.py)."""
+    groups: int = 1
+    """Groups of a convolution: each has its own rows of A, as many columns of B, and its own outputs."""
 
     @property
-    def shape(self) -> ModuleShape:
-        """The module with its rank and widths; a convolution's kernel counts as part of its input."""
-        return ModuleShape(self.module, self.a.shape[0], prod(self.a.shape[1:]), self.b.shape[0])
+    def shapes(self) -> tuple[ModuleShape, ...]:
+        """The module, or each of its experts or groups, with rank and widths.
+
+        A convolution's kernel counts as part of its input.
+        """
+        parts = self.experts * self.groups
+        rank, outputs = self.a.shape[0] // parts, self.b.shape[0] // self.groups
+        names = [self.module] if parts == 1 else [f"{self.module}.{number}" for number in range(parts)]
+        return tuple(ModuleShape(name, rank, prod(self.a.shape[1:]), outputs) for name in names)
 
     @property
     def has_usual_names(self) -> bool:
@@ -119,19 +134,17 @@ def _pair(module: str, halves: dict[str, TensorInfo]) -> FactorPair:
         (present,) = halves.values()
         missing = "lora_B" if "A" in halves else "lora_A"
         raise AdapterRefused(f"{present.name} has no {missing}", kind="missing-half")
-    a, b = halves["A"], halves["B"]
+    a, b, groups = halves["A"], halves["B"], 1
     for tensor in (a, b):
         if len(tensor.shape) < 2 or 0 in tensor.shape:
             hint = "gather the weights of a ZeRO-3 or FSDP run before saving"
             message = f"{tensor.name} has the shape {list(tensor.shape)}"
             raise AdapterRefused(message, kind="shape", hint=hint)
-    if (
-        len(a.shape) > 2
-        and len(a.shape) == len(b.shape)
-        and a.shape[0] == b.shape[1] * (a.shape[0] // b.shape[1]) > b.shape[1]
-    ):
-        raise AdapterRefused(f"{module} is a grouped convolution", kind="grouped-convolution")
-    if a.shape[0] != b.shape[1] or prod(b.shape[2:]) != 1:
+    if len(a.shape) == len(b.shape) > 2:  # of a grouped convolution, B has the columns of one group
+        groups = max(1, a.shape[0] // b.shape[1])
+    if groups > _MOST_GROUPS:
+        raise AdapterRefused(f"{module} is a convolution of {groups:,} groups", kind="grouped-convolution")
+    if a.shape[0] != groups * b.shape[1] or b.shape[0] % groups or prod(b.shape[2:]) != 1:
         message = f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not fit together"
         raise AdapterRefused(message, kind="shape")
-    return FactorPair(module, a, b)
+    return FactorPair(module, a, b, groups=groups)

@@ -8,7 +8,8 @@ factors alone       ──▶ the form that every engine reads: one rank, alpha 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import index
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import LoadedAdapter, Template
@@ -29,6 +31,8 @@ from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
 
 _METADATA = {"format": "pt"}
 _MAX_TEMPLATE = 64 << 20  # it names every tensor of a file, and holds the metadata of its header
+_MOST_PARTS = 1024  # experts or groups of one module
+_Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 def read_adapter(config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
@@ -44,7 +48,7 @@ def read_adapter(config: bytes, weights: bytes, *, path: str | Path | None = Non
     in_file = sorted(factors, key=lambda tensor: tensor.begin)
     values = decode_float32(weights, TensorHeader(tuple(in_file), {}))
     with located(path):
-        modules = [_module(pair, values, parsed.scale_of(pair.module)) for pair in tensors.pairs]
+        modules = [module for pair in tensors.pairs for module in _modules(pair, values, parsed)]
     extras = {
         tensor.name: RawTensor(tensor.dtype, tensor.shape, weights[tensor.begin : tensor.end])
         for tensor in tensors.extras
@@ -54,14 +58,34 @@ def read_adapter(config: bytes, weights: bytes, *, path: str | Path | None = Non
     return LoadedAdapter(Adapter(label, summary.task_type, targets, tuple(modules), summary.revision), extras)
 
 
-def _module(pair: FactorPair, values: Mapping[str, torch.Tensor], scale: float) -> LoraModule:
+def _modules(pair: FactorPair, values: Mapping[str, torch.Tensor], config: AdapterConfig) -> list[LoraModule]:
     a, b = values[pair.a.name].flatten(1), values[pair.b.name].flatten(1)
     # The scale goes into B, as A may be the initial one, whose bits the seed search needs.
-    b = b * scale
+    b = b * config.scale_of(pair.target or pair.module)
     if not b.isfinite().all():
         message = f"{pair.module}: B times the scale exceeds float32"
         raise AdapterRefused(message, kind="overflow", hint="the training run diverged: take an earlier checkpoint")
-    return LoraModule(pair.module, a, b)
+    parts = _split(a, b, pair.experts, pair.groups)
+    return [LoraModule(shape.module, *part) for shape, part in zip(pair.shapes, parts, strict=True)]
+
+
+def _split(a: torch.Tensor, b: torch.Tensor, experts: int, groups: int) -> list[_Factors]:
+    """Split the factors of a module (r, in), (out, r) into those of its experts or groups."""
+    inputs, (outputs, columns) = a.shape[1], b.shape
+    if experts > 1:
+        # The columns of B belong to the experts in turn.
+        by_expert = b.reshape(outputs, columns // experts, experts).permute(2, 0, 1).contiguous()
+        return list(zip(a.reshape(experts, -1, inputs), by_expert, strict=True))
+    return list(zip(a.reshape(groups, columns, inputs), b.reshape(groups, -1, columns), strict=True))
+
+
+def _joined(parts: Sequence[_Factors], *, experts: bool) -> _Factors:
+    """Undo `_split`."""
+    a = torch.cat([a for a, _ in parts])
+    if experts:
+        b = torch.stack([b for _, b in parts], dim=2)  # (out, r, experts)
+        return a, b.reshape(len(b), -1)
+    return a, torch.cat([b for _, b in parts])
 
 
 def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapping[str, RawTensor]) -> bytes:
@@ -69,12 +93,19 @@ def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapp
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
     modules = {module.name: module for module in adapter.modules}
     tensors: dict[str, RawTensor] = {}
-    for shape in like.layout:
-        factors = _fitted(modules.pop(shape.module, None), shape.rank, shape.inputs, shape.outputs)
-        scale = config.scale_of(shape.module)
+    whole = {f"{name}.{part}": name for name, count in details.parts.items() for part in range(count)}
+    parts: defaultdict[str, list[ModuleShape]] = defaultdict(list)
+    for shape in like.layout:  # the parts of a module are in the order of their numbers
+        parts[whole.get(shape.module, shape.module)].append(shape)
+    for module, shapes in parts.items():
+        if len(shapes) != details.parts.get(module, 1) or len({shape[1:] for shape in shapes}) > 1:
+            raise _bad_template()
+        of_parts = [_fitted(modules.pop(shape.module, None), *shape[1:]) for shape in shapes]
+        factors = _joined(of_parts, experts=module in details.experts)
+        scale = config.scale_of(details.targets.get(module, module))
         # An adapter of scale 0 does nothing, whatever its factors are.
         unscaled = factors[0], factors[1] / scale if scale else torch.zeros_like(factors[1])
-        names = details.names.get(shape.module) or usual_names(shape.module)
+        names = details.names.get(module) or usual_names(module)
         for name, factor in zip(names, unscaled, strict=True):
             kind = details.dtypes.get(name, details.dtype) if dtype is None else dtype_name(dtype)
             size = details.shapes.get(name, tuple(factor.shape))
@@ -90,17 +121,28 @@ def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapp
 class _Details:
     """The template that `check_adapter` noted, read as hostile input: a bundle may come from anywhere."""
 
+    experts: Mapping[str, int]  # module -> how many modules of the layout it is
+    groups: Mapping[str, int]  # likewise, for the groups of a convolution
+    targets: Mapping[str, str]  # module -> the name that patterns match
     names: Mapping[str, tuple[str, str]]  # module -> its two tensors
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     dtype: str
     metadata: Mapping[str, str]
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """Experts or groups by module."""
+        return {**self.experts, **self.groups}
+
     @classmethod
     def parse(cls, like: Template) -> _Details:
         found = parse_object((like.details or "{}").encode(), what="the template", max_bytes=_MAX_TEMPLATE)
         try:
             made = cls(
+                experts={module: index(count) for module, count in found.pop("experts", {}).items()},
+                groups={module: index(count) for module, count in found.pop("groups", {}).items()},
+                targets={module: str(target) for module, target in found.pop("targets", {}).items()},
                 names={module: (str(a), str(b)) for module, (a, b) in found.pop("names", {}).items()},
                 shapes={name: tuple(map(index, sizes)) for name, sizes in found.pop("shapes", {}).items()},
                 dtypes=dict(found.pop("dtypes", {})),
@@ -109,6 +151,7 @@ class _Details:
             )
             good = (
                 all(TENSOR_NAME.fullmatch(name) for pair in made.names.values() for name in pair)
+                and all(1 < count <= _MOST_PARTS for count in made.parts.values())
                 and all(0 < size <= MAX_DIMENSION for sizes in made.shapes.values() for size in sizes)
                 and {made.dtype, *made.dtypes.values()} <= FLOAT_TYPES
                 and all(isinstance(text, str) for text in made.metadata.values())
@@ -122,6 +165,14 @@ class _Details:
 
 def _bad_template() -> AdapterRefused:
     return AdapterRefused("what is noted of the original's form does not fit it", kind="template")
+
+
+def refuse_special(like: Template) -> None:
+    """Refuse the form that every engine reads for an adapter of other layers than linear ones."""
+    special = json.loads(like.details or "{}").keys() & {"experts", "groups", "shapes"}
+    if special or "lora_embedding_" in like.details:
+        fact = "its convolutions, embeddings or fused experts have no place in the form that every engine reads"
+        raise AdapterRefused(fact, kind="layers", hint="write it without --pad-rank")
 
 
 def write_fresh(

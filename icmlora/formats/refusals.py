@@ -29,9 +29,6 @@ _FIELDS: dict[str, _Refusal] = {
     "arrow_config": _Refusal("arrow", "routing over several adapters (Arrow)", "ingest the adapters it routes over"),
     "kasa_config": _Refusal("kasa", "a KaSA adapter, made for a truncated base model", "keep it with its base model"),
     "monteclora_config": _Refusal("monteclora", "a MonteCLoRA adapter", _MERGE),
-    "target_parameters": _Refusal(
-        "fused-experts", "a LoRA on fused experts", "keep it as it is: its layout is ambiguous"
-    ),
 }
 
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
