@@ -11,6 +11,7 @@ Singular values descend along the rank slots; the largest entry of each row of A
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,7 @@ from icmlora.errors import AdapterRefused
 # Below this share of the largest singular value a slot holds rounding noise of float64. The square root would lift
 # the noise from 1e-16 to 1e-8 of the adapter, so it is set to zero.
 _NOISE = 1e-13
+_BYTES = 256 << 20  # of factors in float64 that are decomposed together
 
 
 def canonicalize(adapter: Adapter) -> Adapter:
@@ -30,7 +32,7 @@ def canonicalize(adapter: Adapter) -> Adapter:
     for module in adapter.modules:
         groups[module.shape[1:]].append(module)
     done: dict[str, LoraModule] = {}
-    for modules in groups.values():
+    for modules in (part for group in groups.values() for part in _parts(group)):
         a, b = balance(torch.stack([module.a for module in modules]), torch.stack([module.b for module in modules]))
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             message = f"the factors of {modules[0].name} or a module like it exceed float32"
@@ -38,6 +40,12 @@ def canonicalize(adapter: Adapter) -> Adapter:
         for module, new_a, new_b in zip(modules, a, b, strict=True):
             done[module.name] = LoraModule(module.name, new_a, new_b)
     return replace(adapter, modules=tuple(done[module.name] for module in adapter.modules))
+
+
+def _parts(modules: list[LoraModule]) -> Iterator[list[LoraModule]]:
+    """Split modules of one shape so that the memory does not grow with their number."""
+    count = max(1, _BYTES // (8 * modules[0].shape.parameters))
+    yield from (modules[begin : begin + count] for begin in range(0, len(modules), count))
 
 
 def balance(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -102,6 +102,7 @@ def open_run(
     options = TrainConfig.default(
         source.tasks(),
         source.adapters(),
+        parameters=source.parameters(),
         steps=request.steps,
         learning_rate=request.learning_rate,
         seed=request.seed,
@@ -188,7 +189,8 @@ def measured_sensitivity(
         base = open_base(store, source.base_model, device, cache=context.cache)
     except (BaseModelNotFound, BaseModelUnsuited):
         return None
-    modules = [kind.module(layer) for kind in config.kinds for layer in range(config.layers)]
+    # Kinds of different widths share names, and a name without a layer number is that of every layer.
+    modules = dict.fromkeys(kind.module(layer) for kind in config.kinds for layer in range(config.layers))
     statistics = channel_statistics(base, _examples(store, source.names, base), modules, max_tokens=tokens)
     return sensitivity_of(config, statistics)
 

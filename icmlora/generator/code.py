@@ -5,9 +5,11 @@
            shifts (K*S x i1) | boosts (K*S x i1) | initial A (icmlora/generator/initial_a/draw.py) | task type (utf-8)
 
 K module kinds, L layers, S rank slots, C condition and Z latent come from the generator's configuration. ICMC 2 had
-neither shifts, boosts nor initial A; its codes are read as codes whose initial A is unknown.
+neither shifts, boosts nor initial A; its codes are read as codes whose initial A is unknown. ICMC 4 is for generators
+of more than 254 rank slots: `kept`, and the ranks of the initial A, take two bytes each.
 
-`kept` holds the number of rank slots coded for each (kind, layer), 255 where the adapter has no such module. The words
+`kept` holds the number of rank slots coded for each (kind, layer), the largest number (255, or 65,535 in ICMC 4) where
+the adapter has no such module. The words
 hold the rounded log-norms of all these slots, then the integers of their vectors, kind by kind
 (icmlora/generator/packing.py). How many words there are follows from the head and the generator, so a code cannot
 claim more memory than its generator's own layout allows.
@@ -23,7 +25,15 @@ from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.container import inflate, open_container, split_fields, write_container
+from icmlora.generator.container import (
+    ABSENT,
+    counts_from_bytes,
+    counts_to_bytes,
+    inflate,
+    open_container,
+    split_fields,
+    write_container,
+)
 from icmlora.generator.initial_a.draw import (
     MADE_ELSEWHERE,
     InitialA,
@@ -35,8 +45,8 @@ from icmlora.generator.scales import EXTREME
 
 MAGIC = b"ICMC\x03"
 _MAGIC_WITHOUT_INITIAL = b"ICMC\x02"
+_MAGIC_WIDE = b"ICMC\x04"
 _PREFIX = len(MAGIC) + 32  # bytes before the length of the head: the magic number and the generator's digest
-ABSENT = 255  # in `CodeHead.kept`: the adapter has no such module
 # In bytes: as many characters as a label of PEFT may have here, and a character takes up to four bytes in UTF-8.
 _TASK_TYPE_LIMIT = 4 * 1024
 
@@ -50,7 +60,7 @@ class CodeHead:
     latent: NDArray[np.int8]  # shape (Z,)
     gains: NDArray[np.int16]  # shape (K,): how far the task's mean log2 norm is above the generator's table, in eighths
     strengths: NDArray[np.int8]  # shape (K, L): the decoded dW of a module is multiplied by 2^(strength / 64)
-    kept: NDArray[np.uint8]  # shape (K, L): coded rank slots of each module, or `ABSENT`
+    kept: NDArray[np.uint16]  # shape (K, L): coded rank slots of each module, or `ABSENT`
     shifts: NDArray[np.int8]  # shape (K, S): `InitialSubspace.shifts`.
     boosts: NDArray[np.int8]  # shape (K, S): `InitialSubspace.boosts`.
     initial: InitialA | None  # where the adapter's initial A was drawn, None if that is unknown
@@ -74,13 +84,14 @@ class Code:
             head.latent.tobytes(),
             head.gains.astype("<i2").tobytes(),
             head.strengths.tobytes(),
-            head.kept.tobytes(),
+            counts_to_bytes(head.kept, config.count_bytes),
             head.shifts.tobytes(),
             head.boosts.tobytes(),
             initial_to_bytes(head.initial, config),
             (head.task_type or "").encode(),
         ]
-        return write_container(MAGIC + bytes.fromhex(self.generator), b"".join(fields), self.words)
+        magic = MAGIC if config.count_bytes == 1 else _MAGIC_WIDE
+        return write_container(magic + bytes.fromhex(self.generator), b"".join(fields), self.words)
 
     @classmethod
     def from_bytes(cls, data: bytes, config: GeneratorConfig) -> Code:
@@ -90,6 +101,8 @@ class Code:
         if opened is None:
             raise CodeError("the code is damaged or cut short")
         packed, words = opened
+        if data.startswith(_MAGIC_WIDE) != (config.count_bytes == 2):
+            raise CodeError("the code is of another format version than its generator's codes")
         has_initial = not data.startswith(_MAGIC_WITHOUT_INITIAL)
         head = _parse_head(packed, config, has_initial=has_initial)
         _check(head, config)
@@ -98,14 +111,14 @@ class Code:
 
 def generator_of(data: bytes) -> str:
     """Return the digest of the generator that a code belongs to, without decoding the code."""
-    if not data.startswith((MAGIC, _MAGIC_WITHOUT_INITIAL)) or len(data) < _PREFIX + 4:
+    if not data.startswith((MAGIC, _MAGIC_WITHOUT_INITIAL, _MAGIC_WIDE)) or len(data) < _PREFIX + 4:
         raise CodeError("not a code of icm, or cut short")
     return data[len(MAGIC) : _PREFIX].hex()
 
 
 def _parse_head(packed: bytes, config: GeneratorConfig, *, has_initial: bool) -> CodeHead:
     kinds, layers, slots = len(config.kinds), config.layers, config.slots
-    sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers, kinds * layers]
+    sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers, config.count_bytes * kinds * layers]
     initial_sizes = [kinds * slots, kinds * slots, initial_size(config)]
     fixed = sum(sizes) + (sum(initial_sizes) if has_initial else 0)
     plain = inflate(packed, fixed, fixed + _TASK_TYPE_LIMIT)
@@ -119,7 +132,7 @@ def _parse_head(packed: bytes, config: GeneratorConfig, *, has_initial: bool) ->
         latent=parts[2].view(np.int8),
         gains=parts[3].view("<i2").astype(np.int16),
         strengths=parts[4].view(np.int8).reshape(kinds, layers),
-        kept=parts[5].reshape(kinds, layers),
+        kept=counts_from_bytes(parts[5], config.count_bytes).reshape(kinds, layers),
         shifts=parts[6].view(np.int8).reshape(kinds, slots),
         boosts=parts[7].view(np.int8).reshape(kinds, slots),
         initial=initial_from_bytes(parts[8].tobytes(), config),
@@ -131,7 +144,9 @@ def _check(head: CodeHead, config: GeneratorConfig) -> None:
     is_present = head.kept != ABSENT
     if not config.are_modules(np.argwhere(is_present).tolist()):
         raise CodeError("the code's head names a module twice, or one that cannot exist", hint=MADE_ELSEWHERE)
-    if not is_present.any() or int(head.kept[is_present].max()) > config.slots or abs(head.step) > EXTREME:
+    # A module has no more singular values than its smaller width.
+    most = np.array([min(config.slots, kind.inputs, kind.outputs) for kind in config.kinds])[:, None]
+    if not is_present.any() or (is_present & (head.kept > most)).any() or abs(head.step) > EXTREME:
         raise CodeError("the code's head is out of its generator's range")
 
 

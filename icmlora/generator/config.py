@@ -48,7 +48,9 @@ def kind_of(shape: ModuleShape) -> tuple[ModuleKind, int]:
     return ModuleKind(pattern, shape.inputs, shape.outputs), int(match.group())
 
 
-MAX_SLOTS = 254  # a code counts the rank slots of a module in one byte, where 255 means that there is no such module
+MAX_SLOTS = 4096
+# Up to here codes count the rank slots of a module in one byte; the largest number stands for "no such module".
+_NARROW_SLOTS = 254
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class GeneratorConfig:
             raise GeneratorError(message)
         if any(min(kind.inputs, kind.outputs) < 1 for kind in self.kinds):
             raise GeneratorError("the generator's configuration has a module without inputs or outputs")
+
+    @property
+    def count_bytes(self) -> int:
+        """Bytes of a number of rank slots in codes and residuals."""
+        return 1 if self.slots <= _NARROW_SLOTS else 2
 
     def place_of(self, shape: ModuleShape) -> tuple[int, int]:
         """Return the index of a module's kind and its layer."""

@@ -22,6 +22,20 @@ from icmlora.errors import CodeError
 CHECKSUM_SIZE = 8
 LENGTH = struct.Struct("<I")  # how the length of the compressed head is written
 
+ABSENT = 0xFFFF  # in place of a number of rank slots: the adapter has no such module
+
+
+def counts_to_bytes(counts: NDArray[np.uint16], size: int) -> bytes:
+    """Serialise numbers of rank slots with one or two bytes each; `ABSENT` becomes the largest number."""
+    return counts.astype(f"<u{size}").tobytes()
+
+
+def counts_from_bytes(data: NDArray[np.uint8], size: int) -> NDArray[np.uint16]:
+    """Read what `counts_to_bytes` wrote."""
+    counts = data.view(f"<u{size}").astype(np.uint16)
+    counts[counts == (1 << 8 * size) - 1] = ABSENT
+    return counts
+
 
 def add_checksum(content: bytes) -> bytes:
     """Return the content followed by its checksum."""

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.code import ABSENT, Code, CodeHead, generator_of
+from icmlora.generator.code import Code, CodeHead, generator_of
 from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.container import ABSENT
 from icmlora.generator.cvae import VIEWS, TaskState, predicted_tokens
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace

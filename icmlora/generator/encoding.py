@@ -2,8 +2,8 @@
 
     adapter ──tokens──▶ latent, shifts ──▶ integers at one step ──▶ code ──decode──▶ errors ──▶ coarser or finer step
 
-The theory of reverse water-filling says where to begin; every step that is tried is encoded, decoded and measured, so
-the limit holds for the bytes themselves.
+The theory of reverse water-filling says where to begin. Every step that is tried is rounded and decoded as its code
+would be. What is found is written, decoded from its bytes and measured, so the limit holds for the bytes themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,14 +20,15 @@ from numpy.typing import NDArray
 from icmlora.adapter.metrics import relative_dw_error
 from icmlora.adapter.model import Adapter
 from icmlora.errors import GeneratorError
-from icmlora.generator.code import ABSENT, CodeHead
+from icmlora.generator.code import CodeHead
+from icmlora.generator.container import ABSENT
 from icmlora.generator.cvae import TaskState
-from icmlora.generator.decoder import Decoder
+from icmlora.generator.decoder import Decoder, one_thread
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.objective import water_level, worth_writing
 from icmlora.generator.packing import KindIntegers, written_slots
-from icmlora.generator.quantizer import Slots
+from icmlora.generator.quantizer import Means, Slots
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens, refuse_overflow, slot_overlaps, squared_norm, tokenize, weighted
@@ -35,6 +37,7 @@ from icmlora.generator.tokens import KindTokens, refuse_overflow, slot_overlaps,
 _BELOW, _ABOVE = 4 * OCTAVE, 2 * OCTAVE
 # How often the search goes down by `_BELOW` again: 2^-16 of the expected step is below what float32 resolves.
 _RETRIES = 3
+_SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
 
 
@@ -50,6 +53,49 @@ class Encoded:
     decoded: Adapter | None = field(default=None, repr=False, compare=False)
 
 
+class Measured(Protocol):
+    """Anything whose errors are known."""
+
+    @property
+    def dw_error(self) -> float:
+        """Relative squared error of dW."""
+        ...
+
+    @property
+    def weighted_error(self) -> float:
+        """The same of dW weighted by the sensitivity of its channels."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The integers of an adapter at one step, and the errors of what they decode to."""
+
+    head: CodeHead
+    groups: Sequence[KindIntegers]
+    tokens: Sequence[KindTokens]  # what the integers decode to
+    dw_error: float = math.inf
+    weighted_error: float = math.inf
+
+
+@dataclass(frozen=True)
+class _Original:
+    """The adapter that is encoded, as it is and weighted."""
+
+    adapter: Adapter
+    weighted: Adapter
+
+    @classmethod
+    def of(cls, codec: Decoder, adapter: Adapter) -> _Original:
+        return cls(adapter, weighted(adapter, codec.config, codec.sensitivity))
+
+    def compare(self, codec: Decoder, decoded: Adapter, data: bytes) -> Encoded:
+        """Measure how far an adapter, decoded from these bytes, is from this one."""
+        error = relative_dw_error(self.adapter, decoded)
+        other = weighted(decoded, codec.config, codec.sensitivity)
+        return Encoded(data, error, relative_dw_error(self.weighted, other), decoded)
+
+
 @dataclass(frozen=True)
 class Limits:
     """The largest errors that a code may have; at least one of the two is set."""
@@ -62,7 +108,7 @@ class Limits:
         """The smaller limit."""
         return min(math.inf if limit is None else limit for limit in (self.tolerance, self.max_error))
 
-    def keeps(self, encoded: Encoded) -> bool:
+    def keeps(self, encoded: Measured) -> bool:
         """Say whether a code is within the limits."""
         pairs = ((encoded.weighted_error, self.tolerance), (encoded.dw_error, self.max_error))
         return all(limit is None or error <= limit for error, limit in pairs)
@@ -88,15 +134,28 @@ def encode_adapter(
     state = TaskState(condition, codec.net.posterior(tokens, condition).round().clamp(-127, 127), subspace)
     state = replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
     expected = limits.expected_step(tokens, codec.sensitivity, subspace)
+    original = _Original.of(codec, adapter)
+    is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
+    means = dict[int, Means]() if is_small else None
 
-    def at(step: int) -> Encoded:
-        found = measure(codec, adapter, _encode_at(step, codec, adapter, tokens, state, initial))
-        return found if keep_decoded else replace(found, decoded=None)  # one decoded adapter at a time in memory
+    @one_thread()  # as `decode`: threads may change the last bit
+    def at(step: int) -> _Trial:
+        trial = _rounded_at(step, codec, adapter, tokens, state, initial, means)
+        found = original.compare(codec, codec.assemble(trial.tokens, trial.head, trial.head.strengths), b"")
+        return replace(trial, tokens=(), dw_error=found.dw_error, weighted_error=found.weighted_error)
 
-    return coarsest(expected, limits, at)
+    best = coarsest(expected, limits, at)
+    data = codec.close(best.head, best.groups)
+    found = original.compare(codec, codec.decode(data), data)
+    if not limits.keeps(found):  # decoding has to give what was tried
+        raise GeneratorError("the code does not decode to what was encoded")
+    return found if keep_decoded else replace(found, decoded=None)
 
 
-def coarsest(expected: int, limits: Limits, encode: Callable[[int], Encoded]) -> Encoded:
+_Tried = TypeVar("_Tried", bound=Measured)
+
+
+def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried]) -> _Tried:
     """Return the result of the coarsest step (eighths of an octave) that keeps the limits, by bisection."""
     low, high = expected - _BELOW, expected + _ABOVE
     best = encode(low)
@@ -124,12 +183,16 @@ def measure(codec: Decoder, adapter: Adapter, code: bytes) -> Encoded:
 
 def compare(codec: Decoder, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
     """Measure how far an adapter, decoded from these bytes, is from the one that was encoded."""
-    pair = (weighted(which, codec.config, codec.sensitivity) for which in (adapter, decoded))
-    return Encoded(data, relative_dw_error(adapter, decoded), relative_dw_error(*pair), decoded)
+    return _Original.of(codec, adapter).compare(codec, decoded, data)
 
 
 def quantised(
-    codec: Decoder, group: KindTokens, state: TaskState, step: int, gain: int | None = None
+    codec: Decoder,
+    group: KindTokens,
+    state: TaskState,
+    step: int,
+    gain: int | None = None,
+    means: dict[int, Means] | None = None,
 ) -> tuple[KindIntegers, KindTokens, KindTokens]:
     """Round the tokens of one kind, and leave out the slots that are not worth their bits."""
     # step and gain are log2 in eighths; norms are counted from the gain, by default the tokens' own mean. Returns the
@@ -137,9 +200,14 @@ def quantised(
     slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
     gain, residuals = codec.quantizer.norm_residuals(slots, group.norm, gain)
     norms = codec.quantizer.norms(slots, gain, residuals)
-    sides = codec.quantizer.quantise(group, norms, state, step)
+    # Norms and predictions are the same at every step; `means` keeps those of each kind.
+    means = {} if means is None else means
+    if group.kind not in means:
+        means[group.kind] = codec.quantizer.means(slots, norms, state)
+    mean = means[group.kind]
+    sides = codec.quantizer.quantise(group, norms, state, step, mean)
     scales = codec.quantizer.scales(slots, norms, state.subspace, step)
-    rebuilt = codec.quantizer.dequantise(slots, norms, state, step, sides, scales)
+    rebuilt = codec.quantizer.dequantise(slots, norms, state, step, sides, scales, mean)
     inputs, outputs, along = (torch.from_numpy(side) for side in sides)
     is_worth = worth_writing(group, rebuilt, (torch.cat([inputs, along], dim=1), outputs))  # (n,)
     keep = written_slots(slots, is_worth.numpy())
@@ -158,23 +226,27 @@ def strength_of(original: KindTokens, overlaps: torch.Tensor) -> int:
     return min(max(round(STRENGTHS * math.log2(length / along)), 0), _STRONGEST)
 
 
-def _encode_at(
+def _rounded_at(
     step: int,
     codec: Decoder,
     adapter: Adapter,
     tokens: Sequence[KindTokens],
     state: TaskState,
     initial: InitialA | None,
-) -> bytes:
+    means: dict[int, Means] | None,
+) -> _Trial:
     shape = len(codec.config.kinds), codec.config.layers  # (K, L)
     gains, strengths = np.zeros(shape[0], dtype=np.int16), np.zeros(shape, dtype=np.int8)
-    kept = np.full(shape, ABSENT, dtype=np.uint8)
+    kept = np.full(shape, ABSENT, dtype=np.uint16)
     for module in adapter.layout:
         kept[codec.config.place_of(module)] = 0
-    groups: list[KindIntegers] = []
+    groups, decoded = list[KindIntegers](), list[KindTokens]()
     for original in tokens:
-        group, kept_tokens, rebuilt = quantised(codec, original, state, step)
+        group, kept_tokens, rebuilt = quantised(codec, original, state, step, means=means)
         groups.append(group)
+        # Of fewer slots the network computes the same mean in another order.
+        is_whole = len(rebuilt.norm) == len(original.norm)
+        decoded.append(rebuilt if is_whole else codec.dequantised(group, state, step))
         kind, layers = group.slots.kind, group.slots.layer
         gains[kind] = group.gain
         strengths[kind, np.unique(layers)] = strength_of(original, slot_overlaps(kept_tokens, rebuilt))
@@ -191,7 +263,7 @@ def _encode_at(
         initial=initial,
         task_type=adapter.task_type,
     )
-    return codec.close(head, groups)
+    return _Trial(head, groups, decoded)
 
 
 def _bytes(values: torch.Tensor) -> NDArray[np.int8]:

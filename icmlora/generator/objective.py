@@ -40,23 +40,38 @@ class Bits:
         return self.latent + self.norms + self.tokens + self.prior
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything about one adapter that does not change while the network is trained; on the network's device."""
+
+    tokens: tuple[KindTokens, ...]
+    subspace: InitialSubspace
+    sensitivity: Sensitivity
+    step: float  # the quantiser step of a code with the configured tolerance
+
+
+def prepare(
+    tokens: tuple[KindTokens, ...], subspace: InitialSubspace, sensitivity: Sensitivity, tolerance: float
+) -> Prepared:
+    """Prepare an adapter for `adapter_bits`."""
+    return Prepared(tokens, subspace, sensitivity, water_level(tokens, tolerance, sensitivity, subspace))
+
+
 def adapter_bits(
     net: CVAE,
-    tokens: tuple[KindTokens, ...],
+    adapter: Prepared,
     vectors: Mapping[str, torch.Tensor],
-    subspace: InitialSubspace,
     noise: torch.Generator,
 ) -> Bits:
     """Estimate the code length of one adapter."""
-    # vectors: of one support set by view, each (hidden,); views may be missing. Tokens and subspace are on the
-    # network's device, `noise` draws on the CPU.
+    # vectors: of one support set by view, each (hidden,); views may be missing. The adapter is on the network's device,
+    # `noise` draws on the CPU.
+    tokens = adapter.tokens
     condition = _noisy(net.embed(vectors), noise)
     mean, scale = net.latent_prior(condition)
     latent = _noisy(net.posterior(tokens, condition), noise)
-    state = TaskState(condition, latent, subspace)
-    sensitivity = net.sensitivity
-    step = water_level(tokens, net.config.tolerance, sensitivity, subspace)
-    integers = [_token_bits(net, group, state, step, sensitivity) for group in tokens]
+    state = TaskState(condition, latent, adapter.subspace)
+    integers = [_token_bits(net, group, state, adapter.step, adapter.sensitivity) for group in tokens]
     gains = net.gains(state)
     norms = [_norm_bits(net, group, gains) for group in tokens]
     return Bits(
@@ -106,7 +121,7 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sen
 
 def _scale(net: CVAE, group: KindTokens, side: int, step: float, sensitivity: Sensitivity) -> torch.Tensor:
     """Return the scale of each integer of one side as if no initial A were known, shape (n, size)."""
-    profile = torch.exp2(sensitivity.profile(group.kind, side))[group.layer]
+    profile = sensitivity.spreads(group.kind, side)[group.layer]
     spread = torch.exp2(net.spread[group.kind, side, group.layer, group.slot])[:, None]
     return group.norm[:, None] / math.sqrt(profile.shape[1]) / step * spread * profile
 

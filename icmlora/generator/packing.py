@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
-from icmlora.generator.code import ABSENT, CodeHead
+from icmlora.generator.code import CodeHead
+from icmlora.generator.container import ABSENT
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.quantizer import Sides, SideScales, Slots, TokenQuantizer
@@ -100,7 +101,7 @@ def split_sides(values: Integers, count: int, sizes: Sequence[int]) -> list[Inte
     return [side.reshape(count, size) for side, size in zip(np.split(values, ends), sizes, strict=True)]
 
 
-def slots_between(first: NDArray[np.uint8], kept: NDArray[np.uint8]) -> list[Slots]:
+def slots_between(first: NDArray[np.uint16], kept: NDArray[np.uint16]) -> list[Slots]:
     """Return, for each kind that occurs, the slots with first <= slot < kept; both arguments have shape (K, L)."""
     return [_slots(kind, first[kind], row) for kind, row in enumerate(kept) if (row != ABSENT).any()]
 
@@ -118,7 +119,7 @@ def _flat(sides: Sequence[NDArray[_Number]]) -> NDArray[_Number]:
     return np.concatenate([side.ravel() for side in sides])
 
 
-def _slots(kind: int, first: NDArray[np.uint8], kept: NDArray[np.uint8]) -> Slots:
+def _slots(kind: int, first: NDArray[np.uint16], kept: NDArray[np.uint16]) -> Slots:
     begins = np.where(kept == ABSENT, 0, first).astype(np.int64)  # (L,)
     ends = np.where(kept == ABSENT, 0, kept).astype(np.int64)
     layer = np.repeat(np.arange(len(ends)), ends - begins)

@@ -29,6 +29,7 @@ from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
 from icmlora.generator.tokens import KindTokens
 
+Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes (n, in) and (n, out)
 Norms = NDArray[np.int64]  # log2 norms, in eighths
 ALONG = 2  # the third side of a token, after `INPUTS` and `OUTPUTS`: inputs along the initial subspace
 Sides = tuple[Integers, Integers, Integers]  # integers of the tokens of one kind: shapes (n, in), (n, out) and (n, R)
@@ -95,17 +96,19 @@ class TokenQuantizer:
         )
         return inputs, outputs, _subspace_scales(slots, norms - step, subspace)
 
-    def quantise(self, group: KindTokens, norms: Norms, state: TaskState, step: int) -> Sides:
-        """Round tokens to integers."""
-        inputs, outputs, along = self.in_steps(group, norms, state, step)
+    def quantise(
+        self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
+    ) -> Sides:
+        """Round tokens to integers; `means` are the predictions, if they are known already."""
+        inputs, outputs, along = self.in_steps(group, norms, state, step, means)
         return _whole(inputs), _whole(outputs), _whole(along)
 
     def in_steps(
-        self, group: KindTokens, norms: Norms, state: TaskState, step: int
+        self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Measure tokens in quantiser steps from their prediction: float64, shapes (n, in), (n, out) and (n, R)."""
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
-        means = self.means(slots, norms, state)
+        means = means or self.means(slots, norms, state)
         # The two vectors of a pair may change sign together: the sign nearer to the prediction takes fewer bits.
         agreement = (group.inputs * means[INPUTS]).sum(1) + (group.outputs * means[OUTPUTS]).sum(1)
         factor = torch.where(agreement < 0, -1.0, 1.0) * (norm_of(norms) / group.norm).sqrt()
@@ -134,20 +137,27 @@ class TokenQuantizer:
         return shifts
 
     def dequantise(
-        self, slots: Slots, norms: Norms, state: TaskState, step: int, integers: Sides, scales: SideScales
+        self,
+        slots: Slots,
+        norms: Norms,
+        state: TaskState,
+        step: int,
+        integers: Sides,
+        scales: SideScales,
+        means: Means | None = None,
     ) -> KindTokens:
         """Turn integers into tokens; each integer becomes the mean of its bin under its scale."""
         inputs, outputs, along = (
             torch.from_numpy(centred(whole, scale)).mul_(2.0 ** (step / OCTAVE))
             for whole, scale in zip(integers, scales, strict=True)
         )
-        means = self.means(slots, norms, state)
+        means = means or self.means(slots, norms, state)
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
         inputs.mul_(boost_of(slots, state.subspace))
         inputs.add_(means[INPUTS]).add_(state.subspace.expand(slots.kind, layer, along, inputs.shape[1]))
         return KindTokens(slots.kind, layer, slot, norm_of(norms), inputs, outputs.add_(means[OUTPUTS]))
 
-    def means(self, slots: Slots, norms: Norms, state: TaskState) -> tuple[torch.Tensor, torch.Tensor]:
+    def means(self, slots: Slots, norms: Norms, state: TaskState) -> Means:
         """Return the generator's predictions, shapes (n, in) and (n, out)."""
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
         prediction = self._net.decode(slots.kind, layer, slot, state)

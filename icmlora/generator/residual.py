@@ -4,8 +4,10 @@
     head:  step (i2) | strengths (K*L x i1) | kept (K*L x u1) | scales (K*2*13 x i1)
 
 The step is that of the residual's own integers. Strengths and `kept` replace the code's; `kept` is never smaller than
-the code's. The words are one integer for each of the code's inputs and outputs, then norms and integers of the slots
-that the code left out, as a code has them (icmlora/generator/packing.py).
+the code's. ICMR 2 is for generators of more than 254 rank slots: `kept` takes two bytes each.
+
+The words are one integer for each of the code's inputs and outputs, then norms and integers of the slots that the code
+left out, as a code has them (icmlora/generator/packing.py).
 """
 
 from __future__ import annotations
@@ -18,12 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
-from icmlora.generator.code import ABSENT, CodeHead
+from icmlora.generator.code import CodeHead
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.container import inflate, open_container, split_fields, write_container
+from icmlora.generator.container import (
+    ABSENT,
+    counts_from_bytes,
+    counts_to_bytes,
+    inflate,
+    open_container,
+    split_fields,
+    write_container,
+)
 from icmlora.generator.scales import EXTREME, LARGEST, SMALLEST
 
 MAGIC = b"ICMR\x01"
+_MAGIC_WIDE = b"ICMR\x02"
 _PREFIX = len(MAGIC) + 32  # bytes before the length of the head: the magic number and the code's digest
 # Scales per side: one for integers next to a nonzero integer of the code, twelve for those next to a zero, by the scale
 # that the zero was coded under.
@@ -36,7 +47,7 @@ class ResidualHead:
 
     step: int  # log2 of its quantiser step, in eighths
     strengths: NDArray[np.int8]  # shape (K, L): these replace the code's
-    kept: NDArray[np.uint8]  # shape (K, L): rank slots in code and residual together, or `ABSENT`
+    kept: NDArray[np.uint16]  # shape (K, L): rank slots in code and residual together, or `ABSENT`
     # Shape (K, 2, 13): scale index of the integers of each kind, side and class, as they were measured.
     scales: NDArray[np.int8]
 
@@ -49,16 +60,17 @@ class Residual:
     head: ResidualHead
     words: bytes  # range-coded integers
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, config: GeneratorConfig) -> bytes:
         """Serialise; the same residual gives the same bytes."""
         head = self.head
-        fields = [struct.pack("<h", head.step), head.strengths.tobytes(), head.kept.tobytes(), head.scales.tobytes()]
-        return write_container(MAGIC + bytes.fromhex(self.code), b"".join(fields), self.words)
+        kept = counts_to_bytes(head.kept, config.count_bytes)
+        fields = [struct.pack("<h", head.step), head.strengths.tobytes(), kept, head.scales.tobytes()]
+        return write_container(_magic(config) + bytes.fromhex(self.code), b"".join(fields), self.words)
 
     @classmethod
     def from_bytes(cls, data: bytes, code: bytes, under: CodeHead, config: GeneratorConfig) -> Residual:
         """Parse the residual of one code."""
-        opened = open_container(data, _PREFIX) if data.startswith(MAGIC) else None
+        opened = open_container(data, _PREFIX) if data.startswith(_magic(config)) else None
         if opened is None:
             raise CodeError("not a residual of icm, or damaged or cut short")
         packed, words = opened
@@ -70,6 +82,10 @@ class Residual:
         return cls(digest, head, words)
 
 
+def _magic(config: GeneratorConfig) -> bytes:
+    return MAGIC if config.count_bytes == 1 else _MAGIC_WIDE
+
+
 def digest_of(code: bytes) -> str:
     """Return the SHA-256 of a code, by which its residual names it."""
     return hashlib.sha256(code).hexdigest()
@@ -77,12 +93,12 @@ def digest_of(code: bytes) -> str:
 
 def _parse_head(packed: bytes, config: GeneratorConfig) -> ResidualHead:
     kinds, layers = len(config.kinds), config.layers
-    sizes = [2, kinds * layers, kinds * layers, kinds * 2 * CLASSES]
+    sizes = [2, kinds * layers, config.count_bytes * kinds * layers, kinds * 2 * CLASSES]
     parts = split_fields(inflate(packed, sum(sizes), sum(sizes)), sizes)
     return ResidualHead(
         step=int(parts[0].view("<i2")[0]),
         strengths=parts[1].view(np.int8).reshape(kinds, layers),
-        kept=parts[2].reshape(kinds, layers),
+        kept=counts_from_bytes(parts[2], config.count_bytes).reshape(kinds, layers),
         scales=parts[3].view(np.int8).reshape(kinds, 2, CLASSES),
     )
 

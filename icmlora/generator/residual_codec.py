@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError
-from icmlora.generator.code import ABSENT
+from icmlora.generator.container import ABSENT
 from icmlora.generator.cvae import INPUTS, OUTPUTS
 from icmlora.generator.decoder import Decoder, OpenCode, one_thread
 from icmlora.generator.encoding import Encoded, Limits, coarsest, compare, quantised, strength_of
@@ -119,13 +119,15 @@ class ResidualCodec:
             # Slots that the code left out; they are written behind those of all kinds.
             group, further_kept, rebuilt = quantised(self._codec, lack.further, opened.state, step, part.gain)
             further.append(group)
-            np.maximum.at(kept[kind], group.slots.layer, (group.slots.slot + 1).astype(np.uint8))
+            np.maximum.at(kept[kind], group.slots.layer, (group.slots.slot + 1).astype(np.uint16))
             finer = _finer(part.tokens, (inputs, outputs), _scales(scales[kind], part.classes), step)
             overlaps = torch.cat([slot_overlaps(lack.shared, finer), slot_overlaps(further_kept, rebuilt)])
             written = np.concatenate([part.slots.layer, group.slots.layer])
             strengths[kind, np.unique(written)] = strength_of(lack.original, overlaps)
         write_groups(writer, self._quantizer, further)
-        return Residual(digest, ResidualHead(step, strengths, kept, scales), writer.to_bytes()).to_bytes()
+        return Residual(digest, ResidualHead(step, strengths, kept, scales), writer.to_bytes()).to_bytes(
+            self._codec.config
+        )
 
     def _decode(self, opened: OpenCode, parts: Sequence[_Decoded], code: bytes, data: bytes) -> Adapter:
         residual = Residual.from_bytes(data, code, opened.head, self._codec.config)

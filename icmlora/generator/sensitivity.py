@@ -12,12 +12,12 @@ a power below 1. Full weights would trust the base model's Fisher information to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from icmlora.adapter.model import LoraModule
-from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.config import GeneratorConfig, ModuleKind
 from icmlora.generator.scales import OCTAVE
 
 # By dotted module name: mean squares of inputs (in,) and of output gradients (out,).
@@ -36,6 +36,7 @@ class Sensitivity:
 
     inputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, in)
     outputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, out)
+    _spreads: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device) -> Sensitivity:
         """Move all weights to a device."""
@@ -59,6 +60,12 @@ class Sensitivity:
         middle = (weights.mean(dim=1, keepdim=True) * OCTAVE).round() / OCTAVE
         return weights - middle
 
+    def spreads(self, kind: int, side: int) -> torch.Tensor:
+        """Return 2^profile, shape (L, size); it is kept for the next call."""
+        if (kind, side) not in self._spreads:
+            self._spreads[kind, side] = torch.exp2(self.profile(kind, side))
+        return self._spreads[kind, side]
+
 
 def even(config: GeneratorConfig) -> Sensitivity:
     """Return weights of 1 for all channels, which are used if there is no base model."""
@@ -71,7 +78,7 @@ def sensitivity_of(config: GeneratorConfig, measured: MeanSquares) -> Sensitivit
     """Turn mean squares into weights, whose log2 has a mean of about 0 over all measured modules."""
     weights = even(config)
     places = [(kind, layer) for kind in range(len(config.kinds)) for layer in range(config.layers)]
-    known = [(k, layer, *measured[name]) for k, layer in places if (name := config.kinds[k].module(layer)) in measured]
+    known = [(k, layer, *found) for k, layer in places if (found := _measured(config.kinds[k], layer, measured))]
     if not known:
         return weights
     levels = torch.stack([_log2(squares.mean()) + _log2(gradients.sum()) for _, _, squares, gradients in known])
@@ -81,6 +88,12 @@ def sensitivity_of(config: GeneratorConfig, measured: MeanSquares) -> Sensitivit
             relative = _log2(values / values.mean().clamp_min(torch.finfo(torch.float32).tiny) + _FLOOR)
             target[kind][layer] = ((relative * _CHANNEL_POWER / 2 + level).clamp(-_RANGE, _RANGE) * 2).round() / 2
     return weights
+
+
+def _measured(kind: ModuleKind, layer: int, measured: MeanSquares) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what was measured of a module, or None where the module of that name has other widths."""
+    squares, gradients = measured.get(kind.module(layer), (torch.empty(0), torch.empty(0)))
+    return (squares, gradients) if (len(squares), len(gradients)) == (kind.inputs, kind.outputs) else None
 
 
 def _log2(values: torch.Tensor) -> torch.Tensor:

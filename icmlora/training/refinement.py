@@ -22,6 +22,7 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.factors import factors_of
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.modules import linear_shape
 from icmlora.errors import DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.teacher import Teacher
@@ -52,6 +53,7 @@ def refine(
     # weighted by sensitivity.
     if not samples:
         raise DataError("there is nothing to refine on", hint="give the task a samples.jsonl")
+    _refuse_special(base, adapter)
     items = base.modality.prepare(base, samples, config.tokens, whole=True)
     if not relaxed.values:  # an adapter of zeros has a code without integers
         return
@@ -75,6 +77,13 @@ def refine(
         optimizer.step()
         decay.step()
         yield step + 1
+
+
+def _refuse_special(base: BaseModel, adapter: Adapter) -> None:
+    modules = dict(base.model.named_modules())
+    for shape in adapter.layout:
+        if linear_shape(modules.get(shape.module)) != (shape.outputs, shape.inputs):
+            raise DataError(f"{shape.module} is not a linear layer of the base model, so its code cannot be refined")
 
 
 def _batches(count: int, config: RefineConfig) -> Iterator[list[int]]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from icmlora.generator.network_file import generator_from_bytes
 from icmlora.generator.sensitivity import Sensitivity
 from registry.store import Store
 from tests.cli.conftest import Ran
-from tests.cli.tiny_fleet import STEPS
+from tests.cli.tiny_fleet import STEPS, write_lora
 from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
@@ -47,3 +50,15 @@ def test_training_on_keeps_the_weights(icm: Icm, trained: Path) -> None:
     assert icm("base", "rm", LABEL).code == 0
     assert icm(*TRAIN).code == 0
     assert same(weights(trained), before)
+
+
+def test_modules_of_one_name_and_two_widths_are_trained_on(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "wide", seed=8)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name]])
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert icm("ingest", folder, "--no-vectors").code in (0, 3)
+    done = icm(*TRAIN, "--json")
+    assert done.code == 0, done.err
+    assert len(weights(trained).outputs) > 0

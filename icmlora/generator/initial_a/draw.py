@@ -8,7 +8,7 @@ The stream is that of MT19937. numpy's `RandomState` yields it too, and promises
 
 A code's head stores where an initial A was drawn as these bytes:
 
-    seed (u4) | ranks (K*L x u1) | offsets (K*L x i8)
+    seed (u4) | ranks (K*L x u1, or u2 for a generator of more than 254 rank slots) | offsets (K*L x i8)
 
 A rank of 0 means that a module's initial A is unknown. Offsets are stored as second differences along the layers, which
 are zero where layers are alike, so that all of it takes some tens of bytes once the head is compressed.
@@ -94,13 +94,13 @@ MADE_ELSEWHERE = "icm does not write such codes: get it again from where it came
 
 def initial_size(config: GeneratorConfig) -> int:
     """Return how many bytes `initial_to_bytes` writes."""
-    return 4 + 9 * len(config.kinds) * config.layers
+    return 4 + (config.count_bytes + 8) * len(config.kinds) * config.layers
 
 
 def initial_to_bytes(initial: InitialA | None, config: GeneratorConfig) -> bytes:
     """Serialise; None becomes zeros."""
     shape = len(config.kinds), config.layers
-    ranks, offsets = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.int64)
+    ranks, offsets = np.zeros(shape, dtype=f"<u{config.count_bytes}"), np.zeros(shape, dtype=np.int64)
     for module in () if initial is None else initial.modules:
         place = config.place_of(module.shape)
         ranks[place], offsets[place] = module.shape.rank, module.offset
@@ -115,8 +115,9 @@ def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
     (seed,) = struct.unpack_from("<I", data)
     shape = len(config.kinds), config.layers
     count = shape[0] * shape[1]
-    ranks = np.frombuffer(data, dtype=np.uint8, offset=4, count=count).reshape(shape)
-    offsets = np.frombuffer(data, dtype="<i8", offset=4 + count, count=count).reshape(shape)
+    ranks = np.frombuffer(data, dtype=f"<u{config.count_bytes}", offset=4, count=count).reshape(shape)
+    begin = 4 + config.count_bytes * count
+    offsets = np.frombuffer(data, dtype="<i8", offset=begin, count=count).reshape(shape)
     for _ in range(2):  # they were stored as second differences
         offsets = np.cumsum(offsets, axis=1)
     places = np.argwhere(ranks).tolist()

@@ -25,7 +25,9 @@ from icmlora.generator.config import ModuleKind, kind_of
 from icmlora.generator.initial_a.draw import InitialA, InitialModule, UniformStream
 
 # Seeds that are tried: 42 and other numbers of up to four digits are what people and trainers use.
-SEEDS = (*range(10_000), 12345, 31337, 65537, 123456, 1234567)
+SEEDS = (12345, 31337, 65537, 123456, 1234567, *range(10_000))
+# Numbers that are drawn for one table. They are a minute's work; fewer seeds are tried for a very high rank.
+_MOST_DRAWS = 5 * 10**10
 _SEEN = 1024  # values of a module's A that are compared
 _LEAST_AGREEMENT = 0.2  # least cosine of A and its initial values; with less in common, knowing the seed saves nothing
 _SURE = 6.0  # standard deviations of the cosine of unrelated values
@@ -71,6 +73,7 @@ def initial_under(adapter: Adapter, seed: int) -> InitialA | None:
 
 def _draws(seeds: Sequence[int], offset: int, count: int) -> NDArray[np.int8]:
     """Return the draws of every seed at one offset, in 127ths, shape (seeds, count)."""
+    seeds = seeds[: max(1, _MOST_DRAWS // (offset + count))]
     table = np.empty((len(seeds), count), dtype=np.int8)
     stream = UniformStream(0)
     for row, seed in zip(table, seeds, strict=True):

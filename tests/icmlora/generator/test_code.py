@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError
-from icmlora.generator.code import ABSENT, MAGIC, Code, CodeHead, generator_of
+from icmlora.generator.code import MAGIC, Code, CodeHead, generator_of
 from icmlora.generator.config import GeneratorConfig, ModuleKind
-from icmlora.generator.container import add_checksum
+from icmlora.generator.container import ABSENT, add_checksum
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
 from icmlora.generator.scales import EXTREME
 from tests.icmlora.small_fleet import mixed_fleet, module_name
@@ -40,7 +40,7 @@ def head(**changes: object) -> CodeHead:
         "latent": np.arange(CONFIG.latent, dtype=np.int8) - 100,
         "gains": np.array([-300, 0, 7], dtype=np.int16),
         "strengths": (np.arange(KINDS * LAYERS) - 2).astype(np.int8).reshape(KINDS, LAYERS),
-        "kept": np.array([[0, SLOTS], [ABSENT, 1], [ABSENT, ABSENT]], dtype=np.uint8),
+        "kept": np.array([[0, SLOTS], [ABSENT, 1], [ABSENT, ABSENT]], dtype=np.uint16),
         "shifts": (np.arange(KINDS * SLOTS) - 5).astype(np.int8).reshape(KINDS, SLOTS),
         "boosts": (np.arange(KINDS * SLOTS) + 7).astype(np.int8).reshape(KINDS, SLOTS),
         "initial": INITIAL,
@@ -86,7 +86,7 @@ def test_any_code_comes_back_from_its_bytes(
         condition=np.array(small[:16], dtype=np.int8),
         latent=np.array(small[16:], dtype=np.int8),
         gains=np.array(gains, dtype=np.int16),
-        kept=np.array([*kept, 0], dtype=np.uint8).reshape(KINDS, LAYERS),
+        kept=np.array([*kept, 0], dtype=np.uint16).reshape(KINDS, LAYERS),
         shifts=np.array(shifts, dtype=np.int8).reshape(KINDS, SLOTS),
         boosts=np.array(boosts, dtype=np.int8).reshape(KINDS, SLOTS),
         initial=initial,
@@ -108,7 +108,7 @@ def test_a_code_names_its_generator_without_being_decoded() -> None:
     assert generator_of(code()) == DIGEST
 
 
-@pytest.mark.parametrize("data", [b"", b"ICMC\x01", b"ICMC\x04" + bytes(64), b"{" * 99, code()[:40]])
+@pytest.mark.parametrize("data", [b"", b"ICMC\x01", b"ICMC\x05" + bytes(64), b"{" * 99, code()[:40]])
 def test_bytes_that_are_no_code_are_refused(data: bytes) -> None:
     with pytest.raises(CodeError, match="not a code"):
         generator_of(data)
@@ -125,11 +125,11 @@ def test_a_code_cut_in_its_head_is_refused(length: int) -> None:
     [
         {"step": EXTREME + 1},
         {"step": -EXTREME - 1},
-        {"kept": np.full((KINDS, LAYERS), ABSENT, dtype=np.uint8)},
-        {"kept": np.full((KINDS, LAYERS), SLOTS + 1, dtype=np.uint8)},
-        {"kept": np.full((KINDS, LAYERS), 254, dtype=np.uint8)},
+        {"kept": np.full((KINDS, LAYERS), ABSENT, dtype=np.uint16)},
+        {"kept": np.full((KINDS, LAYERS), SLOTS + 1, dtype=np.uint16)},
+        {"kept": np.full((KINDS, LAYERS), 254, dtype=np.uint16)},
         {"latent": np.zeros(3, dtype=np.int8)},
-        {"kept": np.zeros((KINDS, 300), dtype=np.uint8).repeat(20, 0)},
+        {"kept": np.zeros((KINDS, 300), dtype=np.uint16).repeat(20, 0)},
         {"task_type": "x" * 5000},
     ],
 )
@@ -178,7 +178,7 @@ def test_a_module_that_is_there_twice_or_cannot_be_there_is_refused(
 ) -> None:
     config = GeneratorConfig("base", kinds, 2, 2, 0, 0.1)
     none, task = np.zeros((len(kinds), 2), dtype=np.int8), np.zeros(16, dtype=np.int8)
-    gains, present = np.zeros(len(kinds), dtype=np.int16), np.array(kept, dtype=np.uint8)
+    gains, present = np.zeros(len(kinds), dtype=np.int16), np.array(kept, dtype=np.uint16)
     data = Code("00" * 32, CodeHead(0, task, task, gains, none, present, none, none, None, None), b"").to_bytes(config)
     with pytest.raises(CodeError, match="module twice") as caught:
         Code.from_bytes(data, config)

@@ -67,7 +67,7 @@ def test_any_words_under_a_valid_head_are_an_adapter_or_refused(words: bytes) ->
 @pytest.mark.parametrize("step", [-960, 960])
 @pytest.mark.parametrize("gain", [-32768, 32767, 900])
 def test_a_head_that_asks_for_values_beyond_float32_is_refused(step: int, gain: int) -> None:
-    kept = np.full((3, 2), 4, dtype=np.uint8)
+    kept = np.full((3, 2), 4, dtype=np.uint16)
     try:
         decoded = CODEC.decode(hostile(kept, step, gain))
     except CodeError:
@@ -77,7 +77,7 @@ def test_a_head_that_asks_for_values_beyond_float32_is_refused(step: int, gain: 
 
 
 def test_a_head_that_asks_for_everything_takes_no_more_than_its_generators_layout() -> None:
-    data = hostile(np.full((3, 2), 4, dtype=np.uint8), 0, 0)
+    data = hostile(np.full((3, 2), 4, dtype=np.uint16), 0, 0)
     numbers = sum(kind.inputs + kind.outputs for kind in CODEC.config.kinds) * 2 * 4
     tracemalloc.start()
     try:
@@ -159,7 +159,7 @@ def flipped(place: int, bit: int) -> bytes:
     return bytes(changed)
 
 
-def hostile(kept: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], step: int, gain: int) -> bytes:
+def hostile(kept: np.ndarray[tuple[int, ...], np.dtype[np.uint16]], step: int, gain: int) -> bytes:
     sizes = CODEC.config.condition, CODEC.config.latent
     condition, latent = (np.full(size, -128, dtype=np.int8) for size in sizes)
     gains, strengths = np.full(3, gain, dtype=np.int16), np.full((3, 2), 127, dtype=np.int8)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 
-from icmlora.generator.initial_a.subspace import initial_subspace
-from icmlora.generator.objective import adapter_bits, bin_bits, water_level, worth_writing
+from icmlora.generator.cvae import CVAE
+from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
+from icmlora.generator.objective import Bits, adapter_bits, bin_bits, prepare, water_level, worth_writing
 from icmlora.generator.scales import probabilities, reach_of
-from icmlora.generator.tokens import tokenize
+from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, uneven, with_factors
 
 CONFIG = mixed_fleet().config()
 WEIGHTS = uneven(CONFIG)
 NOTHING = initial_subspace(None, CONFIG, WEIGHTS)
+
+
+def bits_of(
+    net: CVAE, tokens: tuple[KindTokens, ...], vectors: Mapping[str, torch.Tensor], subspace: InitialSubspace
+) -> Bits:
+    return adapter_bits(net, prepare(tokens, subspace, net.sensitivity, net.config.tolerance), vectors, noise())
 
 
 def noise() -> torch.Generator:
@@ -48,7 +56,7 @@ def test_the_estimate_is_near_the_size_of_the_code_whatever_is_known_of_the_init
     tokens = tokenize(adapter, under.config, under.sensitivity)
     with torch.no_grad():
         subspace = initial_subspace(known, under.config, under.sensitivity)
-        bits = adapter_bits(under.generator.net, tokens, {}, subspace, noise())
+        bits = bits_of(under.generator.net, tokens, {}, subspace)
     stored = 8 * len(under.encode(adapter, {}, known).data)
     assert stored == pytest.approx(float(bits.norms + bits.tokens) + 8 * 120, rel=0.15)
 
@@ -65,7 +73,7 @@ def test_wrong_spreads_cost_bits_in_modules_of_which_nothing_is_known(modules: i
             net.spread[:, 0] += octaves
             tokens = tokenize(adapter, net.config, net.sensitivity)
             subspace = initial_subspace(known, net.config, net.sensitivity)
-            bits.append(float(adapter_bits(net, tokens, {}, subspace, noise()).tokens))
+            bits.append(float(bits_of(net, tokens, {}, subspace).tokens))
     assert bits[1] > 1.2 * bits[0]
 
 
@@ -83,12 +91,11 @@ def test_energy_along_the_subspace_is_not_what_the_step_has_to_share_out() -> No
 def test_the_estimate_is_near_the_size_of_the_code(task: int) -> None:
     under, adapter = codec(), mixed_fleet().load(task, None)
     with torch.no_grad():
-        bits = adapter_bits(
+        bits = bits_of(
             under.generator.net,
             tokenize(adapter, under.config, under.generator.net.sensitivity),
             make_vectors(task),
             NOTHING,
-            noise(),
         )
     stored = 8 * len(under.encode(adapter, make_vectors(task)).data)
     overhead = 8 * 110  # magic, digest and head, which the objective counts in part
@@ -111,7 +118,7 @@ def test_the_step_scales_with_the_adapter() -> None:
 def test_an_adapter_of_zeros_costs_its_latent_and_nothing_else() -> None:
     net = codec().generator.net
     zeros = tokenize(with_factors(make_adapter(0), b=0.0), net.config, net.sensitivity)
-    bits = adapter_bits(net, zeros, {}, NOTHING, noise())
+    bits = bits_of(net, zeros, {}, NOTHING)
     assert (float(bits.norms), float(bits.tokens), float(bits.prior)) == (0.0, 0.0, 0.0)
     assert torch.isfinite(bits.total)
 
@@ -119,7 +126,7 @@ def test_an_adapter_of_zeros_costs_its_latent_and_nothing_else() -> None:
 def test_every_part_of_the_network_that_a_step_uses_gets_a_gradient() -> None:
     net = codec().generator.net.train()
     tokens = [tokenize(mixed_fleet().load(task, None), net.config, net.sensitivity) for task in range(3)]
-    sum(adapter_bits(net, group, make_vectors(0), NOTHING, noise()).total for group in tokens).backward()  # type: ignore[union-attr]
+    sum(bits_of(net, group, make_vectors(0), NOTHING).total for group in tokens).backward()  # type: ignore[union-attr]
     without = {name for name, parameter in net.named_parameters() if parameter.grad is None}
     assert without == {"condition.missing"}  # both views are there
 

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from icmlora.adapter.metrics import dw_norm, relative_dw_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.code import ABSENT
 from icmlora.generator.codec import Codec
-from icmlora.generator.container import add_checksum
+from icmlora.generator.container import ABSENT, add_checksum
 from icmlora.generator.encoding import Limits
 from icmlora.generator.residual import CLASSES, MAGIC
 from icmlora.generator.residual_codec import ResidualCodec, classes_of
@@ -122,7 +121,7 @@ def test_slots_that_the_code_left_out_take_less_with_an_initial_a() -> None:
         # A code that keeps nothing: all slots are the residual's.
         under, code = peft_codec(), peft_codec().encode(adapter, {}, initial, tolerance=0.999).data
         opened = under.open(code)
-        head = replace(opened.head, kept=np.where(opened.head.kept == ABSENT, ABSENT, 0).astype(np.uint8))
+        head = replace(opened.head, kept=np.where(opened.head.kept == ABSENT, ABSENT, 0).astype(np.uint16))
         nothing = [group[np.zeros(len(group.slots.layer), dtype=np.bool_)] for group in opened.groups]
         empty = under.close(head, nothing)
         sizes.append(len(ResidualCodec(under).encode(adapter, empty, Limits(max_error=0.1)).data))

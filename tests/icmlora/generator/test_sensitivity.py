@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.metrics import relative_dw_error
-from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.config import GeneratorConfig, ModuleKind
 from icmlora.generator.sensitivity import MeanSquares, even, sensitivity_of
 from icmlora.generator.tokens import weighted
 from tests.icmlora.small_fleet import make_adapter, mixed_fleet, uneven
@@ -49,6 +49,17 @@ def test_a_module_with_larger_inputs_has_larger_weights_on_both_sides() -> None:
     weights = sensitivity_of(CONFIG, measured(loud=CONFIG.kinds[0].module(1), factor=1e6))
     assert float(weights.inputs[0][1].mean()) > float(weights.inputs[0][0].mean())
     assert float(weights.outputs[0][1].mean()) > float(weights.outputs[0][0].mean())
+
+
+def test_what_was_measured_of_a_module_counts_for_the_kind_that_has_its_widths() -> None:
+    # Gemma 4: the layers that see everything have a wider q_proj.
+    kinds = tuple(ModuleKind("layers.{}.q_proj", 4, width) for width in (8, 16))
+    config = GeneratorConfig("base", kinds, 2, 1, 0, 0.1)
+    narrow, wide = (torch.arange(1.0, width + 1) for width in (8, 16))
+    statistics = {"layers.0.q_proj": (torch.ones(4), narrow), "layers.1.q_proj": (torch.ones(4), wide)}
+    outputs = sensitivity_of(config, statistics).outputs
+    measured_rows = [[bool((row != row[0]).any()) for row in kind] for kind in outputs]
+    assert measured_rows == [[True, False], [False, True]]
 
 
 @given(seed=st.integers(0, 10**6), exponent=st.floats(-30, 30))
