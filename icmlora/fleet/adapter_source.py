@@ -47,9 +47,15 @@ class StoreAdapterSource:
         self.names = [row.task.name for row in rows]
         self._finals = [row.final for row in rows]
         self._checkpoints = [
-            [row for row in store.tasks.adapters(name) if names is None and _is_checkpoint(row)] for name in self.names
+            [one for one in store.tasks.adapters(row.task.name) if _is_checkpoint(one)]
+            if names is None and row.checkpoints
+            else []
+            for row in rows
         ]
-        self._vectors = [_by_support_set(store.vectors.all(name)) for name in self.names]
+        vectors = defaultdict[str, list[VectorRecord]](list)
+        for row in store.vectors.all():
+            vectors[row.task].append(row)
+        self._vectors = [_by_support_set(vectors[name]) for name in self.names]
         # Rows stay in memory; of the adapters, which are larger, only those read last.
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._cached = 0
@@ -72,6 +78,10 @@ class StoreAdapterSource:
     def adapters(self) -> int:
         """Return the number of adapters, checkpoints included."""
         return sum(1 for _ in self._rows())
+
+    def parameters(self) -> int:
+        """Return the number of parameters of all adapters together."""
+        return sum(row.parameters for row in self._rows())
 
     def layouts(self) -> Iterator[list[ModuleShape]]:
         """Yield the modules of each adapter with their shapes and ranks, checkpoints included."""

@@ -11,7 +11,6 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.fingerprint import fingerprint_base
-from icmlora.base_models.gguf import convert_gguf
 from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import OutputExists
@@ -52,6 +51,8 @@ def open_base(
 def _converted(found: FoundBase, stamp: str, cache: Path) -> FoundBase:
     if not found.is_gguf:
         return found
+    from icmlora.base_models.gguf import convert_gguf  # imports transformers
+
     # Dequantising a GGUF file takes a minute, reading the result a second.
     folder = cache / "base-models" / stamp[:32]
     if not (folder / "config.json").is_file():

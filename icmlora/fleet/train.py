@@ -28,6 +28,7 @@ from icmlora.fleet.training_run import (
     train_network,
 )
 from icmlora.generator.codec import Codec
+from icmlora.generator.encoding import Encoded
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.io.devices import resolve_device
 from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator
@@ -192,18 +193,22 @@ def _encode_all(
     context: Context, store: Store, source: StoreAdapterSource, codec: Codec
 ) -> tuple[list[NewCode], dict[str, str], int]:
     """Encode every task and store the files of the codes."""
-    codes, left_out, known_seeds = list[NewCode](), dict(source.left_out), 0
-    asked = Asked(tolerance=codec.config.tolerance)
+    made, left_out, known_seeds = dict[int, Encoded](), dict(source.left_out), 0
     for task, name in enumerate(source.names):
         initial = source.initial(task)
         try:
-            made = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
+            made[task] = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
         except GeneratorError as error:  # such as an adapter of numbers too small to be divided
             left_out[name] = str(error)
             continue
         known_seeds += initial is not None
-        size = len(made.data)
-        codes.append(NewCode(source.final(task), store.blobs.put(made.data), 8.0 * size, made.dw_error, asked))
-        context.on_event(CodeMade(name, size, made.dw_error))
+        context.on_event(CodeMade(name, len(made[task].data), made[task].dw_error))
         context.progress(task + 1, source.tasks(), f"encoding {name}")
+    # At once, as each batch of files waits for the disk; no code counts before all are recorded.
+    blobs = store.blobs.put_all([code.data for code in made.values()])
+    asked = Asked(tolerance=codec.config.tolerance)
+    codes = [
+        NewCode(source.final(task), blob, 8.0 * len(code.data), code.dw_error, asked)
+        for (task, code), blob in zip(made.items(), blobs, strict=True)
+    ]
     return codes, left_out, known_seeds

@@ -18,7 +18,8 @@ class TrainConfig:
     # What `default` chooses for a fleet:
     #
     #     below 16 tasks      20 steps a task, at least 200; learning rate 0.008
-    #     from 16 tasks on    10 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004
+    #     from 16 tasks on    10 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004;
+    #                         no more than a step for 1,000 parameters of all adapters beyond the first 1,000 steps
     #
     # A small fleet starts from its own norm tables, and most of what steps can add is there after a fifth of them. The
     # schedule is short as a whole, so the rate has fallen to nothing at its end and nothing has to watch for that end:
@@ -43,11 +44,18 @@ class TrainConfig:
 
     @classmethod
     def default(
-        cls, tasks: int, adapters: int, *, steps: int | None = None, learning_rate: float | None = None, seed: int = 0
+        cls,
+        tasks: int,
+        adapters: int,
+        *,
+        parameters: int | None = None,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        seed: int = 0,
     ) -> TrainConfig:
         """Choose the options of a run; what was asked for takes the place of a default."""
         small = is_small(tasks, steps)
-        default_steps = max(200, 20 * tasks) if small else steps_for(adapters)
+        default_steps = max(200, 20 * tasks) if small else steps_for(adapters, parameters)
         default_rate = 8e-3 if small else cls.learning_rate
         return cls(
             steps=steps or default_steps,
@@ -81,6 +89,9 @@ def is_small(tasks: int, steps: int | None) -> bool:
     return steps is None and tasks < SMALL_FLEET
 
 
-def steps_for(adapters: int) -> int:
-    """Return how many steps so many adapters (checkpoints included) are trained for by default."""
-    return min(20_000, max(1_000, 10 * adapters))
+def steps_for(adapters: int, parameters: int | None = None) -> int:
+    """Return how many steps adapters (checkpoints included), with so many parameters in all, are trained for."""
+    # Small adapters have little to learn from: 300 adapters of 896 parameters take 116.1 kB with their generator after
+    # 1,000 steps, and 116.4 kB after 3,000.
+    wanted = 10 * adapters if parameters is None else min(10 * adapters, parameters // 1_000)
+    return min(20_000, max(1_000, wanted))

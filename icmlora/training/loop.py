@@ -12,16 +12,16 @@ import torch
 
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import initial_subspace
-from icmlora.generator.objective import Bits, adapter_bits
-from icmlora.generator.tokens import KindTokens, refuse_overflow, tokenize
+from icmlora.generator.objective import Bits, Prepared, adapter_bits, prepare
+from icmlora.generator.tokens import refuse_overflow, tokenize
 from icmlora.training.source import AdapterSource
 from icmlora.training.state import TrainState
 
 _GRADIENT_LIMIT = 1.0
 _SUBSPACES = 4
-# Of tokens that are kept for later steps. They never change, and making them takes a third of a step.
-_TOKEN_BYTES = 256 << 20
-_FLOAT32 = 4
+# Of adapters that are kept for later steps. They never change, and reading one takes half as long as a step.
+_CACHE_BYTES = 256 << 20
+_KEPT = 8  # bytes for each parameter: its token, and as much again for an initial A
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,16 @@ def fit(state: TrainState, fleet: AdapterSource) -> Iterator[TrainStep]:
     """Train until the configured number of steps is done; yields one record per step."""
     # The caller saves `state` whenever it likes between steps.
     device = next(state.net.parameters()).device
-    sensitivity = state.net.sensitivity.to(torch.device("cpu"))
-    # Tasks often share an initial A, and drawing it takes as long as a part of a step.
-    subspace_of = lru_cache(_SUBSPACES)(
-        lambda initial: initial_subspace(initial, state.net.config, sensitivity).to(device)
-    )
-    tokens_of = _Tokens(fleet, state.net, device)
+    adapters = _Adapters(fleet, state.net, device)
     while state.step < state.config.steps:
         draw = random.Random(f"{state.config.seed}/{state.step}")  # noqa: S311 - training noise, not secrets
         noise = torch.Generator().manual_seed(draw.getrandbits(62))
         task = draw.randrange(fleet.tasks())
         checkpoint, vectors = _episode(state, fleet, task, draw)
-        tokens, parameters = tokens_of(task, checkpoint)
+        adapter, parameters = adapters(task, checkpoint)
         vectors = {view: vector.to(device) for view, vector in vectors.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            bits = adapter_bits(state.net, tokens, vectors, subspace_of(fleet.initial(task)), noise)
+            bits = adapter_bits(state.net, adapter, vectors, noise)
         yield _advance(state, bits, parameters, task)
 
 
@@ -75,32 +70,37 @@ def _episode(
     return checkpoint, vectors
 
 
-class _Tokens:
-    """Reads adapters as tokens on the network's device, and keeps those of the latest ones."""
+class _Adapters:
+    """Reads adapters as tokens on the network's device, and keeps the latest ones."""
 
     def __init__(self, fleet: AdapterSource, net: CVAE, device: torch.device) -> None:
         self._fleet, self._config, self._device = fleet, net.config, device
-        self._sensitivity = net.sensitivity.to(torch.device("cpu"))
-        self._cache: OrderedDict[tuple[int, int | None], tuple[tuple[KindTokens, ...], int]] = OrderedDict()
+        on_cpu = net.sensitivity.to(torch.device("cpu"))
+        self._sensitivity, self._weights = on_cpu, on_cpu.to(device)
+        # Tasks often share an initial A, and drawing it takes as long as a part of a step.
+        self._subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, net.config, on_cpu).to(device))
+        self._cache: OrderedDict[tuple[int, int | None], tuple[Prepared, int]] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, task: int, checkpoint: int | None) -> tuple[tuple[KindTokens, ...], int]:
-        """Return an adapter's tokens, and its number of parameters."""
+    def __call__(self, task: int, checkpoint: int | None) -> tuple[Prepared, int]:
+        """Return an adapter, and its number of parameters."""
         key = task, checkpoint
         found = self._cache.pop(key, None) or self._read(task, checkpoint)
         self._cache[key] = found  # last: the first is dropped first
-        while self._bytes > _TOKEN_BYTES:
+        while self._bytes > _CACHE_BYTES:
             _, (_, parameters) = self._cache.popitem(last=False)
-            self._bytes -= parameters * _FLOAT32
+            self._bytes -= parameters * _KEPT
         return found
 
-    def _read(self, task: int, checkpoint: int | None) -> tuple[tuple[KindTokens, ...], int]:
+    def _read(self, task: int, checkpoint: int | None) -> tuple[Prepared, int]:
         adapter = self._fleet.load(task, checkpoint)
         tokens = tokenize(adapter, self._config, self._sensitivity)
         refuse_overflow(tokens, self._config)
         parameters = sum(shape.parameters for shape in adapter.layout)
-        self._bytes += parameters * _FLOAT32
-        return tuple(group.to(self._device) for group in tokens), parameters
+        self._bytes += parameters * _KEPT
+        on_device = tuple(group.to(self._device) for group in tokens)
+        subspace = self._subspace(self._fleet.initial(task))
+        return prepare(on_device, subspace, self._weights, self._config.tolerance), parameters
 
 
 def _advance(state: TrainState, bits: Bits, parameters: int, task: int) -> TrainStep:
@@ -109,7 +109,7 @@ def _advance(state: TrainState, bits: Bits, parameters: int, task: int) -> Train
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
     (bits.total / parameters).backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(state.net.parameters(), _GRADIENT_LIMIT)
+    torch.nn.utils.clip_grad_norm_(state.net.parameters(), _GRADIENT_LIMIT, foreach=True)
     state.optimizer.step()
     state.step += 1
     return TrainStep(

@@ -98,4 +98,7 @@ def _parse(data: bytes, expected: str) -> tuple[dict[str, str], dict[str, torch.
 
 def _optimizer(net: CVAE, config: TrainConfig) -> torch.optim.AdamW:
     rate = config.rate_at(0)
-    return torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    # `foreach` computes the same values with one call for all parameters.
+    return torch.optim.AdamW(
+        net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, foreach=True
+    )

@@ -98,7 +98,7 @@ class Watched(MemoryAdapterSource):
 @pytest.fixture
 def no_token_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read an adapter at every step."""
-    monkeypatch.setattr("icmlora.training.loop._TOKEN_BYTES", 0)
+    monkeypatch.setattr("icmlora.training.loop._CACHE_BYTES", 0)
 
 
 @pytest.mark.usefixtures("no_token_cache")
@@ -124,7 +124,7 @@ def test_tokens_that_do_not_fit_in_memory_are_made_again_and_the_run_is_the_same
     wanted = run(begin(mixed_fleet(), 12), mixed_fleet())
     one_adapter = sum(shape.parameters for shape in mixed_fleet().adapters[0][0].layout) * 4
     for limit in (0, one_adapter):
-        monkeypatch.setattr("icmlora.training.loop._TOKEN_BYTES", limit)
+        monkeypatch.setattr("icmlora.training.loop._CACHE_BYTES", limit)
         fleet = Watched(mixed_fleet().adapters, mixed_fleet().sets)
         state = begin(fleet, 12)
         fleet.seen.clear()
