@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 # Kept as originals only, although they should have a code.
-_WITHOUT_CODE = """
-mixtral-experts mixtral-experts-and-attention mixtral-one-parameter qwen3-moe-experts qwen3-moe-router gpt-oss-experts
-gpt-oss-some-layers llama4-experts experts-rank-pattern experts-rslora mixtral-all-linear qwen3-moe-all-linear
-deepseek-v3-all-linear
-rank-pattern-regex qalora no-prefix
-rank-256 rank-1024
-"""
+_WITHOUT_CODE = "qalora no-prefix"
 # PEFT does not load them like the others.
 _NOT_LOADED = """
 dora-float32-magnitudes no-tensors not-a-number infinity wrong-rank adalora-finished poly adaption-prompt
