@@ -169,9 +169,8 @@ def _bad_template() -> AdapterRefused:
 
 def refuse_special(like: Template) -> None:
     """Refuse the form that every engine reads for an adapter of other layers than linear ones."""
-    special = json.loads(like.details or "{}").keys() & {"experts", "groups", "shapes"}
-    if special or "lora_embedding_" in like.details:
-        fact = "its convolutions, embeddings or fused experts have no place in the form that every engine reads"
+    if json.loads(like.details or "{}").keys() & {"experts", "groups", "shapes"}:
+        fact = "its convolutions or fused experts have no place in the form that every engine reads"
         raise AdapterRefused(fact, kind="layers", hint="write it without --pad-rank")
 
 

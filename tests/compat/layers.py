@@ -35,7 +35,7 @@ CASES: tuple[Case, ...] = (
     _layer("unet-convolutions", "small-unet", [*_UNET, "conv_in", "shortcut"]),
     _layer("convolution-1d", "small-unet", ["to_q", "line"]),
     _layer("convolution-3d", "small-unet", ["to_q", "volume"]),
-    _layer("grouped-convolution", "small-unet", ["grouped"], "original", "no factor pair of one matrix"),
+    _layer("grouped-convolution", "small-unet", ["grouped"], remark="a module for each group"),
     _layer("wav2vec2-convolutions", "wav2vec2", r".*conv_layers\.\d+\.conv"),
     _layer("torch-attention", "attention", ["attention"], remark="one matrix for three projections"),
     _layer("florence2-everything", "florence2", ["q_proj", "v_proj", "lm_head", "fc2", "convs.0.conv"], "extras"),

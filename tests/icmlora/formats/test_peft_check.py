@@ -176,9 +176,19 @@ def test_a_convolution_is_a_module_whose_kernel_counts_as_input(kernel: tuple[in
     assert (module.a.shape, module.b.shape) == ((2, 4 * prod(kernel)), (OUTPUTS, 2))
 
 
-def test_a_grouped_convolution_leaves_the_original_only() -> None:
-    tensors = {key(Q0, "A"): torch.ones(8, 4, 3, 3), key(Q0, "B"): torch.ones(OUTPUTS, 2, 1, 1)}
-    assert "grouped convolution" in reason(tensors, r=8)
+def test_a_grouped_convolution_has_a_module_for_each_group() -> None:
+    tensors = {key(Q0, "A"): torch.ones(8, 4, 3, 3), key(Q0, "B"): torch.ones(12, 2, 1, 1)}
+    layout = PEFT.inspect(config(r=8), weights(tensors)).layout
+    assert layout == tuple(ModuleShape(f"{Q0}.{group}", 2, 36, 3) for group in range(4))
+
+
+@pytest.mark.parametrize(("rows", "outputs", "why"), [(8, 5, "do not fit together"), (1024, 1024, "1,024 groups")])
+def test_groups_without_outputs_of_their_own_or_too_many_leave_the_original_only(
+    rows: int, outputs: int, why: str
+) -> None:
+    columns = 2 if rows == 8 else 1
+    tensors = {key(Q0, "A"): torch.ones(rows, 1, 3), key(Q0, "B"): torch.ones(outputs, columns, 1)}
+    assert why in reason(tensors, r=rows)
 
 
 def test_an_embedding_is_a_module_whose_rows_are_its_input() -> None:
