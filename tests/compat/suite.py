@@ -144,8 +144,15 @@ def updates(model: Any) -> dict[str, Any]:
     from peft.tuners.lora.layer import LoraLayer
 
     exact = copy.deepcopy(model).float()
-    return {
-        name: layer.get_delta_weight("default").detach()
-        for name, layer in exact.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+    return {name: _update(layer).detach() for name, layer in exact.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _update(layer: Any) -> Any:
+    import torch
+
+    groups = getattr(layer.lora_B["default"], "groups", 1)
+    if groups == 1:
+        return layer.get_delta_weight("default")
+    # PEFT does not compute it for a grouped convolution: each group of outputs has its own rows of A.
+    a, b = (half["default"].weight.flatten(1).chunk(groups) for half in (layer.lora_A, layer.lora_B))
+    return layer.scaling["default"] * torch.cat([right @ left for left, right in zip(a, b, strict=True)])
