@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from registry import records
 from registry import schema as models
+from registry.base_models import names_of
 from registry.conversion import task_folder, unusual_source
 from registry.database import Part
 from registry.errors import GeneratorConflict, TaskConflict
@@ -106,6 +107,7 @@ class Bundles(Part):
 
 def _decide(session: Session, bundle: BundleImport) -> list[_Decision]:
     names = [check_name(task.name) for task in bundle.tasks]
+    bundle = replace(bundle, generator=replace(bundle.generator, base_model=_base_name(session, bundle)))
     if len({name.lower() for name in names}) != len(names):
         raise ValueError("two tasks of one bundle have the same name")
     generator = _generator_in_use(session, bundle)
@@ -129,7 +131,7 @@ def _decide_task(known: KnownTask | None, codes: dict[int, str], task: ImportedT
 def _generator_in_use(session: Session, bundle: BundleImport) -> models.Generator | None:
     """Return the row of the bundle's generator, or None if its base model has none yet."""
     new = bundle.generator
-    row = find_current(session, new.base_model)
+    row = find_current(session, _base_name(session, bundle))
     if row is not None and row.blob.digest != new.blob:
         fact = (
             f"the store uses generator {row.version} ({row.blob.digest[:12]}) of {new.base_model}, not {new.blob[:12]}"
@@ -137,6 +139,12 @@ def _generator_in_use(session: Session, bundle: BundleImport) -> models.Generato
         hint = "import into a store of its own (--store), or use the file with `icm materialize --from`"
         raise GeneratorConflict(fact, hint=hint)
     return row
+
+
+def _base_name(session: Session, bundle: BundleImport) -> str:
+    """Return what this store calls the bundle's base model."""
+    label = bundle.generator.base_model
+    return names_of(session.connection(), [label])[label]
 
 
 def _codes(session: Session, generator: models.Generator, tasks: Sequence[KnownTask]) -> dict[int, str]:

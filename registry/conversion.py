@@ -16,7 +16,8 @@ from typing import Any, TypeVar, cast
 
 from registry import records
 from registry import schema as models
-from registry.records import Description
+from registry.names import UNKNOWN_BASE
+from registry.records import WITHOUT_BASE, Description
 
 Record = TypeVar("Record")
 
@@ -31,6 +32,8 @@ def task_record(row: models.Task) -> records.TaskRecord:
 def adapter_record(row: models.Adapter) -> records.AdapterRecord:
     """Return the record of an adapter."""
     common = _description(row.description)
+    if common.original_only is None and row.task.base_model.name == UNKNOWN_BASE:
+        common = common._replace(original_only=WITHOUT_BASE)
     usual = usual_source(row.task.folder, row.step, is_final=row.is_final)
     return _record(
         records.AdapterRecord,

@@ -31,7 +31,7 @@ from registry.errors import (
     StoreTooNew,
 )
 from registry.files import failpoint
-from registry.schema import Base, Extra, UnreadableValue
+from registry.schema import Base, BaseLabel, Extra, UnreadableValue
 
 if TYPE_CHECKING:
     from registry.blobs.content import Blobs
@@ -166,8 +166,9 @@ def _begin(connection: Connection) -> None:
 
 
 def _to_schema_2(connection: Connection) -> None:
-    Extra.metadata.tables[Extra.__tablename__].create(connection)
-    for column in ("note VARCHAR", "tags VARCHAR"):
+    for table in (Extra, BaseLabel):
+        table.metadata.tables[table.__tablename__].create(connection)
+    for column in ("note VARCHAR", "tags VARCHAR", "label_id INTEGER REFERENCES base_labels (id)"):
         connection.exec_driver_sql(f"ALTER TABLE tasks ADD COLUMN {column}")
 
 

@@ -18,6 +18,7 @@ IcmError                     (also the base of `icmlora.errors.IcmLoraError`)
     ├── InvalidFilter        a filter or an order of tasks that cannot be understood
     ├── TaskNotFound         no task has that name
     ├── TaskConflict         the task exists with another adapter
+    ├── BaseModelConflict    labels of base models cannot be joined or separated as asked
     ├── GeneratorNotFound    no generator has that number
     ├── GeneratorConflict    another generator of the base model is in use
     └── LastCopy             the request would lose the last copy of an adapter
@@ -132,6 +133,10 @@ class TaskConflict(RegistryError):
         hint = f"give the new one another name{options}" if fact is None else "choose another name"
         super().__init__(fact or f"task {name!r} is in the store with another adapter", hint=hint)
         self.name = name
+
+
+class BaseModelConflict(RegistryError):
+    """Labels of base models cannot be joined or separated as asked; nothing was changed."""
 
 
 class GeneratorNotFound(RegistryError):

@@ -15,10 +15,11 @@ from sqlalchemy import Connection, delete, exists, insert, select, update
 
 from registry import records
 from registry import schema as models
+from registry.base_models import find_labels, names_of
 from registry.blobs.content import Blobs
 from registry.conversion import task_folder, unusual_source, usual_source
 from registry.errors import TaskConflict
-from registry.names import check_name
+from registry.names import UNKNOWN_BASE, check_name
 from registry.records import Description, EvictedAdapter, description_of
 from registry.rows import RowNumbers, in_parts, table_of, utc_now
 
@@ -151,12 +152,18 @@ class _Decision:
     # its offered adapters whose weights were deleted -> row
     evicted: Mapping[AdapterKey, int] = field(default_factory=dict)
     replaced: KnownTask | None = None  # the task whose place it takes
+    base_model: str = ""  # its name; for a known task, the one that it has from now on
 
     def outcome(self) -> records.IngestOutcome:
         name = self.ingest.name if self.known is None else self.known.name
         seen = 0 if self.status == "skipped" else len(self.ingest.adapters) - len(self.new)
         left, back = (0, len(self.evicted)) if self.ingest.restore else (len(self.evicted), 0)
-        return records.IngestOutcome(name, len(self.new), seen, self.status, left, back)
+        return records.IngestOutcome(name, len(self.new), seen, self.status, self.base_model, left, back)
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether a known task gets another base model."""
+        return self.known is not None and self.status != "skipped" and self.known.base_model != self.base_model
 
     def folder(self) -> str:
         final = next(adapter for adapter in self.ingest.adapters if adapter.is_final)
@@ -200,20 +207,27 @@ def _decide_all(connection: Connection | None, ingests: Sequence[records.TaskIng
         raise ValueError("two tasks of one batch have the same name")
     # Case-insensitive, as the column is.
     known = {} if connection is None else known_tasks(connection, names)
-    return [_decide(known.get(ingest.name.lower()), ingest) for ingest in ingests]
+    labels = {ingest.base_model for ingest in ingests}
+    bases = {label: label for label in labels} if connection is None else names_of(connection, labels)
+    return [_decide(known.get(ingest.name.lower()), ingest, bases[ingest.base_model]) for ingest in ingests]
 
 
-def _decide(known: KnownTask | None, ingest: records.TaskIngest) -> _Decision:
+def _decide(known: KnownTask | None, ingest: records.TaskIngest, base: str) -> _Decision:
     if known is None:
-        return _added(ingest)
+        return replace(_added(ingest), base_model=base)
     final = next(adapter for adapter in ingest.adapters if adapter.is_final)
-    if (known.base_model, known.final) == (ingest.base_model, (final.weights, final.config)):
-        return _updated(known, ingest)
+    if known.final == (final.weights, final.config):
+        # The same adapter again. Its label may mean another base model elsewhere, as a relative path does.
+        if not ingest.base_is_told or known.base_model == base:
+            return replace(_updated(known, ingest), base_model=known.base_model)
+        if known.base_model == UNKNOWN_BASE:
+            return replace(_updated(known, ingest), status="updated", base_model=base)
     if ingest.on_conflict == "fail":
         raise TaskConflict(known.name)
     if ingest.on_conflict == "skip":
-        return _Decision(ingest, "skipped", known, (), new_samples=False, new_eval_data=False)
-    return replace(_added(ingest), status="replaced", replaced=known)
+        unchanged = _Decision(ingest, "skipped", known, (), new_samples=False, new_eval_data=False)
+        return replace(unchanged, base_model=known.base_model)
+    return replace(_added(ingest), status="replaced", replaced=known, base_model=base)
 
 
 def _added(ingest: records.TaskIngest) -> _Decision:
@@ -257,11 +271,13 @@ def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision])
     numbers = RowNumbers(connection, files)
     blobs = numbers.blobs(digest for item in decisions for digest in item.digests())
     descriptions = numbers.documents(description_of(new) for item in decisions for new in item.new)
-    bases = numbers.base_models(item.ingest.base_model for item in decisions)
+    labels = find_labels(connection, {item.ingest.base_model for item in decisions})
+    bases = numbers.base_models(name for name, _ in labels.values())
+    places = {label: {"base_model_id": bases[name], "label_id": number} for label, (name, number) in labels.items()}
     now = utc_now()
     rows: list[dict[str, Any]] = []
     for item in decisions:
-        task, folder = _task_number(connection, item, blobs, bases, now), item.folder()
+        task, folder = _task_number(connection, item, blobs, places[item.ingest.base_model], now), item.folder()
         rows.extend(
             {"task_id": task, "created_at": now, **_adapter_values(new, folder, blobs, descriptions)}
             for new in item.new
@@ -277,23 +293,17 @@ def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision])
 
 
 def _task_number(
-    connection: Connection, item: _Decision, blobs: Mapping[str, int], bases: Mapping[str, int], now: str
+    connection: Connection, item: _Decision, blobs: Mapping[str, int], place: Mapping[str, int | None], now: str
 ) -> int:
     """Bring the row of a task up to date and return its number."""
-    texts: dict[str, int | None] = {}
+    texts: dict[str, int | None] = dict(place) if item.is_moved else {}
     if item.new_samples:
         texts["samples_id"] = _number(blobs, item.ingest.samples)
     if item.new_eval_data:
         texts["eval_id"] = _number(blobs, item.ingest.eval_data)
     if item.known is None:
-        base = bases[item.ingest.base_model]
-        values: dict[str, Any] = {
-            "name": item.ingest.name,
-            "base_model_id": base,
-            "created_at": now,
-            "folder": item.folder(),
-            **texts,
-        }
+        values: dict[str, Any] = {"name": item.ingest.name, "created_at": now, "folder": item.folder()}
+        values |= {**place, **texts}
         if (old := item.replaced) is not None:  # what people said of the task still holds
             values |= {"pinned": old.pinned, "note": old.note, "tags": old.tags}
         return cast(int, connection.execute(insert(_TASKS).returning(_TASKS.c.id), values).scalar_one())

@@ -13,6 +13,7 @@ from pathlib import Path
 from registry.errors import InvalidName
 
 MAX_NAME = 128
+UNKNOWN_BASE = "unknown"  # the base model of adapters that name none
 
 # Such a name means the same on every file system, in a URL and in a shell.
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

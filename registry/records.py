@@ -13,10 +13,22 @@ Json = Mapping[str, object]
 View = Literal["adapted", "context"]
 Rung = Literal["base", "original", "residual", "code", "generate"]
 OnConflict = Literal["skip", "replace", "fail"]
+JoinReason = Literal["told", "fingerprint", "mirror"]
 IngestStatus = Literal["added", "updated", "known", "replaced", "skipped"]
+
+WITHOUT_BASE = "it names no base model; `icm ingest --base-model NAME` says which"
+"""Why there can be no code of an adapter until its base model is known."""
 
 LayoutEntry = tuple[str, int, int, int]
 """One module of an adapter: (name, rank, in features, out features)."""
+
+
+class LabelRecord(NamedTuple):
+    """Another name of a base model."""
+
+    label: str
+    reason: JoinReason  # how it is known that it is the same model
+    path: str | None  # where the user said it is
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,12 @@ class BaseModelRecord:
     path: str | None  # where the user said it is
     shape: Json | None
     tasks: int
+    labels: tuple[LabelRecord, ...] = ()  # its other names
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name and its labels."""
+        return (self.name, *(label.label for label in self.labels))
 
 
 @dataclass(frozen=True)
@@ -115,12 +133,13 @@ class TaskIngest:
     """A task to be recorded with all its adapters, in one transaction."""
 
     name: str
-    base_model: str
+    base_model: str  # any label of it; a known task with the same final adapter keeps the base model that it has
     adapters: Sequence[NewAdapter]
     samples: str | None = None  # digest; None keeps what the store has
     eval_data: str | None = None
     on_conflict: OnConflict = "fail"  # if the task exists with another final adapter or base model
     restore: bool = False  # take weights of evicted adapters back; else they need not be in the store
+    base_is_told: bool = False  # by the user, because the adapters name none: a known task without one gets it
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,7 @@ class IngestOutcome:
     new: int
     known: int
     status: IngestStatus
+    base_model: str  # its name, whatever label was given
     evicted: int = 0  # known adapters that stay evicted
     restored: int = 0
 

@@ -62,12 +62,23 @@ class RowWriter:
             self._blobs |= {row.digest: row for row in self.session.scalars(query)}
 
     def base_model(self, name: str) -> BaseModel:
-        """Return the row of a base model."""
+        """Find or make the row of a base model, by any of its labels."""
         if name not in self._base_models:
-            row = self.session.scalar(select(BaseModel).where(BaseModel.name == name))
-            self._base_models[name] = row or BaseModel(name=name)
+            self._base_models[name] = self.find_base_model(name) or BaseModel(name=name)
             self.session.add(self._base_models[name])
         return self._base_models[name]
+
+    def find_base_model(self, label: str) -> BaseModel | None:
+        """Return the row of the base model that has a label, if there is one."""
+        row = self.session.scalar(select(BaseModel).where(BaseModel.name == label))
+        if row is None:
+            query = select(BaseModel).join(models.BaseLabel, models.BaseLabel.base_model_id == BaseModel.id)
+            row = self.session.scalar(query.where(models.BaseLabel.label == label))
+        return row
+
+    def forget_base_models(self) -> None:
+        """Look base models up again, because one was deleted."""
+        self._base_models.clear()
 
 
 def named_blob(session: Session, digest: str) -> Blob:

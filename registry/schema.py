@@ -1,6 +1,7 @@
 """The tables of schema 1, as SQLAlchemy classes.
 
     base_models 1─n tasks 1─n adapters 1─n extras
+         ├──n base_labels
          │            ├──n task_vectors
          │            ├──n codes n─1 generators
          │            └──n evaluations
@@ -204,6 +205,20 @@ class BaseModel(Base):
     shape: Mapped[Any | None]
 
 
+class BaseLabel(Base):
+    """Another name of a base model: a mirror, a local path, a revision."""
+
+    __tablename__ = "base_labels"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    label: Mapped[str] = mapped_column(unique=True)
+    base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
+    reason: Mapped[str] = mapped_column(Choice("told", "fingerprint", "mirror"))
+    path: Mapped[str | None]  # that `icm base add` had set when the label was a base model of its own
+
+    base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
+
+
 class Task(Base):
     """A task: what its adapters were trained for."""
 
@@ -221,6 +236,8 @@ class Task(Base):
     # Since schema 2.
     note: Mapped[str | None]
     tags: Mapped[tuple[str, ...]] = mapped_column(Words(), nullable=True)
+    # The label by which its adapters name the base model; NULL for the base model's own name.
+    label_id: Mapped[int | None] = mapped_column(ForeignKey("base_labels.id"))
 
     base_model: Mapped[BaseModel] = relationship(lazy="joined", innerjoin=True)
     samples: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[samples_id])

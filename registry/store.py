@@ -32,6 +32,7 @@ from registry.folder import (
 from registry.locks import FileLock
 
 if TYPE_CHECKING:
+    from registry.base_models import BaseModels
     from registry.blobs.backend import BlobBackend
     from registry.bundles import Bundles
     from registry.codes import Codes
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from registry.generators import Generators
     from registry.prune import PruneReport
     from registry.runs import Runs
-    from registry.tasks import BaseModels, Tasks
+    from registry.tasks import Tasks
     from registry.usage import Usage
     from registry.vectors import Vectors
     from registry.verify import Finding
@@ -129,7 +130,7 @@ class Store:
     @cached_property
     def base_models(self) -> BaseModels:
         """Base models."""
-        from registry.tasks import BaseModels
+        from registry.base_models import BaseModels
 
         return BaseModels(*self._parts)
 

@@ -17,7 +17,6 @@ from registry.errors import DamagedStore, LastCopy, TaskConflict
 from registry.files import failpoint
 from registry.folder import restore_reserve, with_reserve
 from registry.names import check_name, check_note, check_tag
-from registry.rows import RowWriter
 
 if TYPE_CHECKING:
     from registry.filters import Selection
@@ -183,35 +182,6 @@ class Tasks(Part):
         with self._db.read() as session:
             found = {task.id: task for task in session.scalars(select(models.Task).where(models.Task.id.in_(ids)))}
             return _summaries(session, [found[number] for number in ids if number in found])
-
-
-class BaseModels(Part):
-    """Base models, known by the labels that adapters give them."""
-
-    def all(self) -> list[records.BaseModelRecord]:
-        """Return the base models by name."""
-        with self._db.read() as session:
-            count = select(func.count()).where(models.Task.base_model_id == models.BaseModel.id).scalar_subquery()
-            query = select(models.BaseModel, count).order_by(models.BaseModel.name)
-            return [
-                records.BaseModelRecord(row.id, row.name, row.fingerprint, row.path, row.shape, tasks)
-                for row, tasks in session.execute(query)
-            ]
-
-    def set_path(self, name: str, path: str | None) -> None:
-        """Record where a base model is on this machine; None forgets it."""
-        with self._db.write() as session:
-            RowWriter(session, self._blobs).base_model(name).path = path
-
-    def set_facts(self, name: str, *, fingerprint: str, shape: records.Json) -> None:
-        """Record what a base model turned out to be when it was loaded. Works on a full disk."""
-
-        def record() -> None:
-            with self._db.write() as session:
-                row = RowWriter(session, self._blobs).base_model(name)
-                row.fingerprint, row.shape = fingerprint, dict(shape)
-
-        with_reserve(self._paths, record)
 
 
 def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]) -> Iterator[records.TaskRecord]:

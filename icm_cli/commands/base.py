@@ -1,15 +1,23 @@
-"""`icm base`: add, list and forget the places of base models on this machine."""
+"""`icm base`: the base models of the store, where they are on this machine, and what else they are called."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from icm_cli.errors import UsageProblem
 from icm_cli.options import completing
 from icm_cli.output import Column
 from icm_cli.session import Session, command
+from icmlora.io.text import counted
+
+if TYPE_CHECKING:
+    from icmlora.fleet.base_joins import BaseJoined
+    from icmlora.fleet.base_models import KnownBase
+    from icmlora.fleet.context import Event
 
 NameArg = Annotated[
     str,
@@ -20,6 +28,26 @@ NameArg = Annotated[
 PathArg = Annotated[
     Path, typer.Argument(metavar="PATH", help="A Hugging Face model folder or a .gguf file.", show_default=False)
 ]
+LabelsArg = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="LABEL...",
+        help="What else it is called: a hub name, NAME@REVISION or a path.",
+        show_default=False,
+        autocompletion=completing("base"),
+    ),
+]
+KeepOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        metavar="NAME",
+        help="Where several have a generator: whose stays in use.",
+        show_default=False,
+        autocompletion=completing("base"),
+    ),
+]
+RemoveOpt = Annotated[bool, typer.Option("--remove", help="Make the labels base models of their own again.")]
 
 _COLUMNS = (Column("base model"), Column("tasks", right=True), Column("path", shrink=True))
 
@@ -28,42 +56,119 @@ _COLUMNS = (Column("base model"), Column("tasks", right=True), Column("path", sh
 def add(session: Session, name: NameArg, path: PathArg) -> None:
     """Tell icm where the base model NAME is. This path is preferred to the Hugging Face cache.
 
+    If the store has a base model with the same files, the two are joined, as `icm base alias` does.
+
     Example:
       icm base add HuggingFaceTB/SmolLM2-135M-Instruct ./smollm2
     """
-    recorded = session.fleet.add_base_model(name, path)
-    session.out.document({"name": name, "path": str(recorded)})
+    from icmlora.fleet.base_joins import BaseJoined
+
+    joined: list[BaseJoined] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, BaseJoined):
+            joined.append(event)
+
+    with session.working("base add", listen) as fleet:
+        recorded = fleet.add_base_model(name, path)
+    session.out.document({"name": name, "path": str(recorded), "joined": [asdict(event) for event in joined]})
     session.out.line(f"{name} is at {recorded}")
+    for event in joined:
+        session.out.note(joined_text(event))
+
+
+@command
+def alias(session: Session, name: NameArg, labels: LabelsArg, keep: KeepOpt = None, remove: RemoveOpt = False) -> None:
+    """Say that LABEL is the base model NAME too: a mirror, a local copy, a revision. Their tasks share one generator.
+
+    Codes stay valid. If only one of them has a generator, it becomes the generator of all; run `icm train --update` to
+    make codes for the other tasks. If both have one, --keep NAME says whose stays in use; the other one becomes an
+    earlier version.
+
+    With --remove, tasks whose adapters name LABEL leave NAME. They lose their codes, vectors and measurements, unless
+    no task stays: then the generator goes with them.
+
+    Example:
+      icm base alias meta-llama/Llama-3.1-8B ./llama-8b
+      icm base alias google/gemma-2-2b google/gemma-2-2b@c5ebcd4
+    """
+    if remove and keep is not None:
+        raise UsageProblem("--keep and --remove cannot be used together")
+    if remove:
+        _separate(session, name, labels)
+        return
+    joined = session.fleet.alias_base_model(name, labels, keep=keep)
+    session.out.document(asdict(joined))
+    if not joined.labels:
+        session.out.line(f"{joined.name} has these labels already")
+        return
+    moved = f"; {counted(joined.tasks, 'task')} came with them" if joined.tasks else ""
+    session.out.line(f"{', '.join(joined.labels)}: joined to {joined.name}{moved}")
+    if joined.without_code:
+        session.out.note(f"{counted(len(joined.without_code), 'task')} without a code under the generator that stays")
+    if joined.tasks:
+        session.out.hint("run `icm train --update` to make codes for tasks that have none")
+
+
+def _separate(session: Session, name: str, labels: list[str]) -> None:
+    separated = session.fleet.separate_base_model(name, labels)
+    session.out.document([asdict(entry) for entry in separated])
+    for entry in separated:
+        lost = f"; {counted(entry.codes, 'code')} deleted" if entry.codes else ""
+        session.out.line(f"{entry.label}: a base model of its own, with {counted(entry.tasks, 'task')}{lost}")
 
 
 @command
 def ls(session: Session) -> None:
-    """List the base models of the store and where each one is on this machine.
+    """List the base models of the store, what else they are called, and where each one is on this machine.
 
     Example:
       icm base ls
     """
     bases = session.fleet.base_models()
-    session.out.document(
-        [
-            {
-                "name": base.record.name,
-                "tasks_count": base.record.tasks,
-                "path": None if base.path is None else str(base.path),
-                "alias": base.record.path,
-                "fingerprint": base.record.fingerprint,
-                "problem": base.problem,
-            }
-            for base in bases
-        ]
-    )
+    session.out.document([_document(base) for base in bases])
     if session.out.is_quiet:
         for base in bases:
             session.out.answer(base.record.name)
-    rows = [[base.record.name, str(base.record.tasks), str(base.path or "not found")] for base in bases]
+    rows: list[list[str]] = []
+    for base in bases:
+        rows.append([base.record.name, str(base.record.tasks), str(base.path or "not found")])
+        rows.extend([f"  {label.label}", "", _REASONS[label.reason]] for label in base.record.labels)
     session.out.table(_COLUMNS, rows)
     if any(base.path is None for base in bases):
         session.out.hint("run `icm base add NAME PATH` to tell icm where a base model is")
+
+
+_REASONS = {
+    "told": "the same model, as you said",
+    "fingerprint": "the same model: equal files",
+    "mirror": "the same model: a known mirror",
+}
+
+
+def _document(base: KnownBase) -> dict[str, object]:
+    from icmlora.base_models.mirrors import original_of
+
+    return {
+        "name": base.record.name,
+        "labels": [
+            {"label": entry.label, "reason": entry.reason, "is_quantised": original_of(entry.label).is_quantised}
+            for entry in base.record.labels
+        ],
+        "tasks_count": base.record.tasks,
+        "path": None if base.path is None else str(base.path),
+        "alias": base.record.path,
+        "fingerprint": base.record.fingerprint,
+        "problem": base.problem,
+    }
+
+
+def joined_text(event: BaseJoined) -> str:
+    """Say that a label was taken for a base model, and how to undo it."""
+    how = "their files are equal" if event.reason == "fingerprint" else "a known mirror"
+    how += ", quantised" if event.is_quantised else ""
+    undo = f"icm base alias {event.base_model} {event.label} --remove"
+    return f"{event.label} is taken for {event.base_model} ({how}), which `{undo}` undoes"
 
 
 @command
@@ -79,8 +184,9 @@ def rm(session: Session, name: NameArg) -> None:
 
 
 base = typer.Typer(
-    name="base", help="List base models, and tell icm where they are on this machine.", no_args_is_help=True
+    name="base", help="List base models, tell icm where they are, and what else they are called.", no_args_is_help=True
 )
 base.command()(add)
+base.command()(alias)
 base.command()(ls)
 base.command()(rm)

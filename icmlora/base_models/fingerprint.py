@@ -40,6 +40,21 @@ def fingerprint_base(found: FoundBase) -> str:
     return total.hexdigest()
 
 
+def is_same_model(left: FoundBase, right: FoundBase) -> bool:
+    """Say whether two copies have equal fingerprints; weights are read only where their sizes do not tell."""
+    if left.stamp() == right.stamp():
+        return True
+    if left.is_gguf != right.is_gguf or _sizes(left) != _sizes(right):
+        return False
+    if not left.is_gguf and _architecture(read_config(left.path)) != _architecture(read_config(right.path)):
+        return False
+    return fingerprint_base(left) == fingerprint_base(right)
+
+
+def _sizes(found: FoundBase) -> list[int]:
+    return sorted(path.stat().st_size for path in found.weights)
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

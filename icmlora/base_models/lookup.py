@@ -1,6 +1,6 @@
 """Find a base model on this machine by the name that adapters give it. Never asks the network, never imports torch.
 
-    name -> alias of the caller -> local folder or .gguf file -> Hugging Face cache -> BaseModelNotFound
+    name -> path of the caller -> absolute path -> Hugging Face cache, by revision -> BaseModelNotFound
 
 Only safetensors and GGUF weights count: a pickled checkpoint is recognised, named in the error and never opened.
 """
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from icmlora.base_models.labels import split_label
 from icmlora.errors import BaseModelNotFound
 
 SINGLE = "model.safetensors"
@@ -52,12 +53,13 @@ def find_base_model(
 ) -> FoundBase:
     """Find the local copy of the base model `label`."""
     # A label is opaque: it may be a hub name or a path. A revision of None stands for `main`.
+    name, named = split_label(label)
     alias = (aliases or {}).get(label)
     if alias is not None:
         return inspect_base(label, Path(alias))
     reason = "no local copy of the base model was found"
     # A local path comes before the cache: it is what the trainer loaded on this machine.
-    for path in (_local(label), _cached(label, cache_dir, revision)):
+    for path in (_local(label), _cached(name, cache_dir, revision or named)):
         if path is None:
             continue
         try:
@@ -137,10 +139,11 @@ def _json_object(file: Path, *, hint: str) -> dict[str, object]:
 
 
 def _local(label: str) -> Path | None:
-    # A label comes out of a file from anywhere: an unusable one (NUL, too long) is just not a path here.
+    # A label comes out of a file from anywhere: an unusable one (NUL, too long) is just not a path here. A relative
+    # one was resolved beside its adapter (see `labels.py`); in the current directory it could be another model.
     try:
         path = Path(label)
-        return path if label and path.exists() else None
+        return path if path.is_absolute() and path.exists() else None
     except (OSError, ValueError):
         return None
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.bill import Bill
     from icmlora.fleet.maintenance import Check, Finding, PruneReport
     from icmlora.fleet.map import MapReport
-    from icmlora.fleet.records import TaskRecord, TaskSummary, View
+    from icmlora.fleet.records import Joined, Separated, TaskRecord, TaskSummary, View
     from icmlora.fleet.tasks import Removal, TaskDetails
 
 
@@ -162,6 +162,8 @@ class StoredFleet:
     def add_base_model(self, name: str, path: str | Path) -> Path:
         """Record where a base model is; this comes before the Hugging Face cache. Creates the store if there is none.
 
+        A base model with equal files is joined to it, which `on_event` is told.
+
         Args:
             name: The name that adapters give the base model.
             path: A Hugging Face model folder or a `.gguf` file.
@@ -181,6 +183,43 @@ class StoredFleet:
         from icmlora.fleet.base_models import forget_base_model
 
         forget_base_model(self._context, name)
+
+    def alias_base_model(self, name: str, labels: Sequence[str], *, keep: str | None = None) -> Joined:
+        """Say that labels mean the same base model: their tasks share one generator from then on.
+
+        Codes stay valid. Where only one of them has a generator, it becomes that of all; `update` makes codes for the
+        other tasks. Creates the store if there is none.
+
+        Args:
+            name: A label of the base model; it is shown under the name that it has, or under this one if it is new.
+            labels: Hub names, `NAME@REVISION`, or local paths.
+            keep: Where several have a generator, the label of the one whose generator stays in use. The others
+                become earlier versions of it, and their tasks have no code until `update`.
+
+        Raises:
+            BaseModelConflict: Two have a generator and `keep` is not given, or a label belongs to another base model.
+            LastCopy: A task was evicted and its code belongs to a generator that would not stay in use.
+        """
+        from icmlora.fleet.base_models import alias_base_model
+
+        return alias_base_model(self._context, name, labels, keep)
+
+    def separate_base_model(self, name: str, labels: Sequence[str]) -> list[Separated]:
+        """Make labels of a base model base models of their own again, with the tasks whose adapters name them.
+
+        If no task stays, the generator goes with them. Otherwise these tasks lose codes, vectors and measurements.
+
+        Args:
+            name: The base model.
+            labels: Labels that were joined to it.
+
+        Raises:
+            BaseModelConflict: A label is not one of this base model.
+            LastCopy: A task was evicted and its code belongs to the generator that stays.
+        """
+        from icmlora.fleet.base_models import separate_labels
+
+        return separate_labels(self._context, name, labels)
 
     # stats, map
 

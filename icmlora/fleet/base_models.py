@@ -1,14 +1,25 @@
-"""Record where base models are on this machine, and find them."""
+"""Record where base models are on this machine and what else they are called, and find them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from icmlora.base_models.lookup import find_base_model, inspect_base
+from icmlora.base_models.fingerprint import is_same_model
+from icmlora.base_models.labels import typed_label
+from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.errors import BaseModelNotFound
-from icmlora.fleet.context import Context
-from registry.records import BaseModelRecord
+from icmlora.fleet.base_joins import BaseJoined
+from icmlora.fleet.context import Context, find_recorded
+from registry.errors import BaseModelConflict
+from registry.records import BaseModelRecord, JoinReason
+
+if TYPE_CHECKING:
+    from registry.base_models import Joined, Separated
+    from registry.store import Store
 
 
 @dataclass(frozen=True)
@@ -31,20 +42,72 @@ def add_base_model(context: Context, name: str, path: Path) -> Path:
     found = inspect_base(name, path.expanduser().absolute())
     with context.open(create=True) as store:
         store.base_models.set_path(name, str(found.path))
+        _join_same(context, store, name, found)
     return found.path
+
+
+def _join_same(context: Context, store: Store, name: str, found: FoundBase) -> None:
+    """Join a base model to one of the same files; where both have a generator, the user has to say which stays."""
+    records = store.base_models.all()
+    mine = next(record for record in records if name in record.names)
+    for other in records:
+        copy = None if other is mine else _copy(other)
+        if copy is None or not is_same_model(found, copy):
+            continue
+        first, second = (mine, other) if store.generators.current(mine.name) is not None else (other, mine)
+        with suppress(BaseModelConflict):
+            join_labels(store, first.name, [second.name], reason="fingerprint")
+            context.on_event(BaseJoined(second.name, first.name, "fingerprint", is_quantised=False))
+        return
 
 
 def forget_base_model(context: Context, name: str) -> None:
     """Forget where a base model is. Its adapters and files stay."""
     with context.open() as store:
-        if name not in {record.name for record in store.base_models.all()}:
+        if not any(name in record.names for record in store.base_models.all()):
             raise BaseModelNotFound(f"no base model is called {name!r}", hint="`icm base ls` lists them")
         store.base_models.set_path(name, None)
 
 
+def alias_base_model(context: Context, name: str, labels: Sequence[str], keep: str | None) -> Joined:
+    """Give a base model more labels, and create the store if there is none."""
+    with context.open(create=True) as store:
+        name = typed_label(name)
+        return join_labels(store, name, [typed_label(label) for label in labels], keep=keep)
+
+
+def join_labels(
+    store: Store, name: str, labels: Sequence[str], *, reason: JoinReason = "told", keep: str | None = None
+) -> Joined:
+    """Join labels to a base model while nothing else trains or encodes for any of them."""
+    bases = sorted({store.base_models.name_of(label) for label in (name, *labels)})
+    with ExitStack() as jobs:
+        for base in bases:  # always in the same order, so that two commands do not wait for each other
+            jobs.enter_context(store.job(base))
+        return store.base_models.join(name, labels, reason=reason, keep=keep)
+
+
+def separate_labels(context: Context, name: str, labels: Sequence[str]) -> list[Separated]:
+    """Make labels of a base model base models of their own again."""
+    with context.open() as store:
+        base = store.base_models.name_of(typed_label(name))
+        labels = [typed_label(label) for label in labels]
+        for label in labels:
+            if label == base or store.base_models.name_of(label) != base:
+                fact = f"{label!r} is {'the own name' if label == base else 'not a label'} of {base!r}"
+                raise BaseModelConflict(fact, hint="`icm base ls` lists the labels of every base model")
+        with store.job(base):
+            return [store.base_models.separate(label) for label in labels]
+
+
 def _locate(record: BaseModelRecord) -> KnownBase:
-    aliases = {} if record.path is None else {record.name: record.path}
     try:
-        return KnownBase(record, find_base_model(record.name, aliases=aliases).path, None)
+        return KnownBase(record, find_recorded(record).path, None)
     except BaseModelNotFound as error:
         return KnownBase(record, None, str(error))
+
+
+def _copy(record: BaseModelRecord) -> FoundBase | None:
+    with suppress(BaseModelNotFound):
+        return find_recorded(record)
+    return None

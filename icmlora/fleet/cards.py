@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 import yaml
 
+from icmlora.base_models.labels import split_label
 from icmlora.io.text import counted, escape
 
 _CARD = """\
@@ -110,6 +111,7 @@ def original_card(task: str, base_model: str, weights: str) -> str:
 
 def front_matter(base_model: str) -> str:
     """Return the YAML header that the Hugging Face Hub reads."""
+    base_model, _ = split_label(base_model)
     fields = {
         "base_model": base_model,
         "library_name": "peft",

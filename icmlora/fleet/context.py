@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import Cancelled, DataError, IcmLoraError
+from icmlora.errors import BaseModelNotFound, Cancelled, DataError, IcmLoraError
 
 if TYPE_CHECKING:
     from icmlora.base_models.examples import Examples
@@ -116,6 +116,7 @@ def reporting(report: object) -> Iterator[None]:
 
 def select_tasks(store: Store, names: Sequence[str], base_model: str | None = None) -> list[TaskRecord]:
     """Return the selected tasks, each once, ordered by base model and name."""
+    base_model = base_name(store, base_model)
     tasks = [store.tasks.get(name) for name in names] or list(store.tasks.all())
     check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
     chosen = {task.name: task for task in tasks if base_model in (None, task.base_model)}
@@ -143,10 +144,32 @@ def locate_base(store: Store, label: str) -> FoundBase:
     from icmlora.base_models.lookup import find_base_model
 
     record = base_record(store, label)
-    aliases = {label: record.path} if record is not None and record.path is not None else {}
-    return find_base_model(label, aliases=aliases)
+    return find_base_model(label) if record is None else find_recorded(record)
+
+
+def find_recorded(record: BaseModelRecord) -> FoundBase:
+    """Find a base model of the store under its own name, or else under one of its labels, quantised mirrors last."""
+    from icmlora.base_models.lookup import find_base_model
+    from icmlora.base_models.mirrors import original_of
+
+    places = {record.name: record.path}
+    labels = sorted(record.labels, key=lambda label: (label.path is None, original_of(label.label).is_quantised))
+    places |= {label.label: label.path for label in labels}
+    first: BaseModelNotFound | None = None
+    for name, path in places.items():
+        try:
+            return find_base_model(name, aliases={} if path is None else {name: path})
+        except BaseModelNotFound as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def base_record(store: Store, label: str) -> BaseModelRecord | None:
-    """Return what the store knows about a base model, if anything."""
-    return next((known for known in store.base_models.all() if known.name == label), None)
+    """Return what the store knows about the base model that has a label, if anything."""
+    return next((known for known in store.base_models.all() if label in known.names), None)
+
+
+def base_name(store: Store, label: str | None) -> str | None:
+    """Return the name of the base model that has a label, or None for None."""
+    return None if label is None else store.base_models.name_of(label)

@@ -19,7 +19,7 @@ from icmlora.bundle.index import (
     BundlePart,
 )
 from icmlora.errors import CodeError, DataError
-from icmlora.fleet.context import Context, check_base_model
+from icmlora.fleet.context import Context, base_name, check_base_model
 from icmlora.formats.peft import PEFT
 from icmlora.generator.code import generator_of
 from icmlora.generator.file import versions_of
@@ -82,8 +82,9 @@ def _choose(store: Store, request: ExportRequest) -> _Choice:
     """Find the tasks to export and the one generator that all their codes belong to."""
     named = {store.tasks.get(name).name for name in request.names}
     rows = [row for row in store.tasks.summaries() if not named or row.task.name in named]
-    check_base_model(request.base_model, {row.task.base_model for row in rows}, named=bool(named))
-    rows = [row for row in rows if request.base_model in (None, row.task.base_model)]
+    base_model = base_name(store, request.base_model)
+    check_base_model(base_model, {row.task.base_model for row in rows}, named=bool(named))
+    rows = [row for row in rows if base_model in (None, row.task.base_model)]
     coded = [row for row in rows if row.code is not None]
     without = tuple(row.task.name for row in rows if row.code is None)
     if named and without:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,14 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples import Examples, examples_for
 from icmlora.base_models.factors import added, factors_of
+from icmlora.base_models.labels import split_label
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.adapt import adapt, supports
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.cards import GeneratedCard
-from icmlora.fleet.context import Context
+from icmlora.fleet.context import Context, base_name
 from icmlora.fleet.loading import open_base
 from icmlora.fleet.search import Refiner
 from icmlora.fleet.stored_vectors import comparable_vectors, comparison_key
@@ -159,7 +160,7 @@ def _refuse_known(store: Store, name: str) -> None:
 
 def _generator_with_start(store: Store, base_model: str | None) -> GeneratorRecord:
     """Return the current generator that has a few-shot start; there must be exactly one."""
-    current = [row for row in store.generators.all(base_model) if row.is_current]
+    current = [row for row in store.generators.all(base_name(store, base_model)) if row.is_current]
     if not current:
         of_it = "" if base_model is None else f" for {base_model}"
         hint = "`icm train --objective both` trains one"
@@ -239,6 +240,8 @@ def _write(adapter: Adapter, generator: GeneratorRecord, samples: int, request: 
     """Write the folder and return the digest of its weights."""
     card = GeneratedCard(request.name, generator.base_model, generator, samples, request.refine, request.description)
     folder = request.directory
+    name, revision = split_label(generator.base_model)
+    adapter = replace(adapter, base_model=name, revision=revision)
     save_adapter(adapter, folder, dtype=request.dtype, card=card.text(), metadata=card.metadata(), force=request.force)
     return hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
 

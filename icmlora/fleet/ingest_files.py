@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples import MAX_BYTES
+from icmlora.base_models.labels import full_label
 from icmlora.errors import DataError, IcmLoraError, located
 from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.extras import pack, pack_tensors
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 _CONFIG_LIMIT = 1 << 20
 _CARD_LIMIT = 4 << 20
 _COMPANION_LIMIT = 128 << 20
-UNKNOWN_BASE = "unknown"  # the base model of adapters that name none
 _AGAIN = "correct the file and ingest it again, or use --no-texts"
 # An interrupted ingest reads at most one batch again: 256 MiB, or 256 adapters.
 _BATCH_BYTES = 256 << 20
@@ -71,7 +71,7 @@ class PreparedTask:
     """A task whose bytes are in the store, or in a dry run were only checked."""
 
     found: FoundTask
-    base_model: str
+    base_model: str | None  # as `icmlora.base_models.labels` names it; None if the adapter names none
     adapters: tuple[NewAdapter, ...]
     samples: str | None
     eval_data: str | None
@@ -243,7 +243,8 @@ def _prepared(
     """Combine what was read of one task; refuse the task if its final adapter was refused."""
     rows: list[NewAdapter] = []
     problems: list[Problem] = []
-    base_model, size = UNKNOWN_BASE, 0
+    base_model: str | None = None
+    size = 0
     for found in task.adapters:
         match _read_of(found, small, outcomes):
             case Exception() as error:
@@ -253,7 +254,7 @@ def _prepared(
             case files, checked, summary:
                 extras: tuple[Extra, ...] = ()
                 if found.is_final:
-                    base_model = summary.base_model or UNKNOWN_BASE
+                    base_model = full_label(summary.base_model, summary.revision, found.place, task.folder)
                     try:
                         extras = _extras(found, checked.digest, summary, store)
                     except (IcmLoraError, SourceRefused) as error:
@@ -316,9 +317,6 @@ def _extras(found: FoundAdapter, weights: str, summary: AdapterSummary, store: S
 def _row(
     found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary, extras: tuple[Extra, ...]
 ) -> NewAdapter:
-    reason = summary.original_only
-    if reason is None and summary.base_model is None:
-        reason = "it names no base model; `icm ingest --base-model NAME` says which"
     return NewAdapter(
         weights=weights,
         config=digest_of(files.config),
@@ -332,7 +330,7 @@ def _row(
         layout=summary.layout,
         source=source_label(found.place),
         format=found.format.name,
-        original_only=reason,
+        original_only=summary.original_only,
         does_nothing=summary.does_nothing,
         template=summary.template,
         extras=extras,

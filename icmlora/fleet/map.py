@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context, check_base_model
+from icmlora.fleet.context import Context, base_name, check_base_model
 from icmlora.fleet.stored_vectors import LeftOut, comparable_vectors
 from icmlora.io.staging import check_absent, writing_file
 from icmlora.task_vectors.distances import FEWEST, Neighbour, ranked, task_distances
@@ -111,6 +111,7 @@ def _of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[Ta
     for row in store.tasks.summaries():
         by_base[row.task.base_model].append(row.task)
         has_vectors[row.task.base_model] |= row.vectors > 0
+    base_model = base_name(store, base_model)
     if base_model is not None:
         check_base_model(base_model, by_base)
         return base_model, by_base[base_model]

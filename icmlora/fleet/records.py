@@ -1,5 +1,6 @@
 """The values that a `Fleet` returns from its store, for callers who do not import `registry`."""
 
+from registry.base_models import Joined, Separated
 from registry.records import (
     AdapterRecord,
     Asked,
@@ -7,6 +8,7 @@ from registry.records import (
     CodeRecord,
     EvaluationRecord,
     GeneratorRecord,
+    LabelRecord,
     Rung,
     TaskRecord,
     TaskSummary,
@@ -21,7 +23,10 @@ __all__ = [
     "CodeRecord",
     "EvaluationRecord",
     "GeneratorRecord",
+    "Joined",
+    "LabelRecord",
     "Rung",
+    "Separated",
     "TaskRecord",
     "TaskSummary",
     "VectorRecord",

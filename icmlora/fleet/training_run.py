@@ -24,7 +24,7 @@ from icmlora.base_models.channel_statistics import channel_statistics
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, GeneratorError
 from icmlora.fleet.adapter_source import StoreAdapterSource
-from icmlora.fleet.context import Context, Event, check_base_model, read_samples
+from icmlora.fleet.context import Context, Event, base_name, check_base_model, read_samples
 from icmlora.fleet.loading import open_base
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
@@ -154,6 +154,7 @@ def train_network(
 
 def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:
     """Return the base models that have tasks with adapters to train on, or only the given one."""
+    base_model = base_name(store, base_model)
     rows = [(row.task.base_model, row.final.original_only is None) for row in store.tasks.summaries()]
     found = sorted({label for label, _ in rows})
     if not found:

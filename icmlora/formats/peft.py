@@ -7,6 +7,7 @@ are enough.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,9 @@ class PeftFormat:
         extras = extras or {}
         if like is not None and pad_rank is not None:
             refuse_special(like)
+            # A decoded adapter has its generator's label, which may be another one of the same base model.
+            facts = self.read_config(like.config)
+            adapter = replace(adapter, base_model=facts.base_model or "", revision=facts.revision)
         if like is None or pad_rank is not None:
             weights, config = write_fresh(adapter, dtype or "bfloat16", metadata, extras, rank=pad_rank)
         else:
