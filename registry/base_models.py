@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from sqlalchemy import Connection, delete, func, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
@@ -58,7 +59,9 @@ class BaseModels(Part):
         with self._db.read() as session:
             labels: dict[int, list[records.LabelRecord]] = {}
             for row in session.scalars(select(label).order_by(label.label)):
-                labels.setdefault(row.base_model_id, []).append(records.LabelRecord(row.label, row.reason, row.path))
+                labels.setdefault(row.base_model_id, []).append(
+                    records.LabelRecord(row.label, cast(records.JoinReason, row.reason), row.path)
+                )
             count = select(func.count()).where(models.Task.base_model_id == base.id).scalar_subquery()
             return [
                 records.BaseModelRecord(

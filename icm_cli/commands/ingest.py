@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from icm_cli.commands.base import joined_text
 from icm_cli.commands.vectors import tell_vectors
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.left_out import tell_left_out
-from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict
+from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict, completing
 from icm_cli.output import Column, Mode, Output
 from icm_cli.session import Session, command
 from icmlora.errors import AdapterRefused, BaseModelMismatch, DataError
@@ -58,6 +59,16 @@ SamplesOpt = Annotated[
         show_default=False,
     ),
 ]
+BaseOfOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="NAME",
+        help="Base model of the adapters that name none.",
+        show_default=False,
+        autocompletion=completing("base"),
+    ),
+]
 TextsOpt = Annotated[
     bool,
     typer.Option("--texts/--no-texts", help="Also ingest the samples.jsonl and eval.jsonl found next to adapters."),
@@ -84,6 +95,7 @@ def ingest(
     name: NameOpt = None,
     name_from: NameFromOpt = None,
     samples: SamplesOpt = None,
+    base_model: BaseOfOpt = None,
     texts: TextsOpt = True,
     strict: StrictOpt = False,
     on_conflict: OnConflictOpt = OnConflict.FAIL,
@@ -98,6 +110,9 @@ def ingest(
     adapter that cannot have a code, such as a LoHa, is kept as its original only. What cannot be taken is listed at the
     end and never stops the rest; the exit code is then 3. If the base model is on this machine, task vectors are
     extracted too; otherwise run `icm vectors` later.
+
+    Adapters that name no base model are kept as originals only until --base-model says which they have. A known mirror
+    of a base model, such as unsloth/NAME-bnb-4bit, is taken for its original; `icm base alias` changes that.
 
     A task is named after its folder. If the folder is called adapter, best, final, lora, model, output or similar, the
     task is named after the folder above it. Where folders have the same name, the name of the folder above is put in
@@ -117,6 +132,7 @@ def ingest(
             name=name,
             name_from=name_from,
             samples=samples,
+            base_model=base_model,
             texts=texts,
             strict=strict,
             on_conflict=on_conflict.value,
@@ -171,6 +187,7 @@ def _extract(session: Session, report: IngestReport, device: str) -> tuple[bool,
 
 def _tell(session: Session, problems: list[InputProblem], event: Event) -> None:
     """Report one task; collect what was not taken, which is listed at the end."""
+    from icmlora.fleet.base_joins import BaseJoined
     from icmlora.fleet.ingest import InputProblem, TaskIngested
 
     if isinstance(event, TaskIngested):
@@ -180,6 +197,8 @@ def _tell(session: Session, problems: list[InputProblem], event: Event) -> None:
             if read is not None and read.skipped:
                 rows = f"kept {counted(read.kept, 'row')}, skipped {read.skipped:,}"
                 session.out.note(f"{event.task}: {name}: {rows}; the first: {read.reason}")
+    elif isinstance(event, BaseJoined):
+        session.out.event("base_joined", **asdict(event))
     elif isinstance(event, InputProblem):
         session.out.event("problem", **asdict(event))
         problems.append(event)
@@ -217,6 +236,8 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
         size=report.size,
         without_vectors=report.without_vectors,
     )
+    for joined in report.joined:
+        session.out.note(joined_text(joined))
     if not is_named:
         _tell_names(session.out, report)
     _tell_originals(session.out, report)

@@ -62,6 +62,7 @@ class Fleet(StoredFleet):
         name: str | None = None,
         name_from: str | None = None,
         samples: str | Path | None = None,
+        base_model: str | None = None,
         texts: bool = True,
         strict: bool = False,
         on_conflict: Conflict = "fail",
@@ -70,7 +71,8 @@ class Fleet(StoredFleet):
     ) -> IngestReport:
         """Take adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
 
-        What cannot be taken is in the report's `problems` and does not stop the rest.
+        What cannot be taken is in the report's `problems` and does not stop the rest. A base model under a new label,
+        such as a known mirror, is joined to the one that the store has; these labels are in `joined`.
 
         Args:
             paths: PEFT folders, training runs with checkpoint-N folders, or folders of those at any depth.
@@ -78,6 +80,7 @@ class Fleet(StoredFleet):
             name_from: Pattern for the names, such as `{parent}-{name}`; see `icm ingest --help`.
             samples: Samples for the task as JSON lines, if exactly one is found. By default the `samples.jsonl` next
                 to its adapter.
+            base_model: Base model of the adapters that name none. A task that was ingested without one gets it.
             texts: Also ingest the `samples.jsonl` and `eval.jsonl` found next to adapters.
             strict: Check everything first, and store nothing if anything cannot be taken.
             on_conflict: If the store has a task of that name with another adapter: `skip`, `replace` or `fail`.
@@ -88,10 +91,12 @@ class Fleet(StoredFleet):
             AdapterRefused: Nothing was found, or nothing could be taken; with `strict`, an input was refused.
             TaskConflict: The same, where a task has another adapter in the store and `on_conflict` is `fail`.
         """
+        from icmlora.base_models.labels import typed_label
         from icmlora.fleet.ingest import IngestRequest, ingest
 
         found, given = tuple(map(Path, paths)), None if samples is None else Path(samples)
-        request = IngestRequest(found, name, name_from, given, texts, strict, on_conflict, restore, dry_run)
+        told = None if base_model is None else typed_label(base_model)
+        request = IngestRequest(found, name, name_from, given, told, texts, strict, on_conflict, restore, dry_run)
         return ingest(self._context, request)
 
     def extract_vectors(self, tasks: Sequence[str] = (), *, device: str = "auto", again: bool = False) -> VectorReport:

@@ -43,19 +43,19 @@ class BaseJoined(Event):
 class KnownBases:
     """The base models of a store, and the labels that an ingest adds."""
 
-    def __init__(self, context: Context, store: Store | None, *, dry_run: bool) -> None:
+    def __init__(self, context: Context, store: Store | None, *, dry_run: bool = False) -> None:
         self._context, self._store, self._dry_run = context, store, dry_run
         self._records = {} if store is None else {record.name: record for record in store.base_models.all()}
         self._names = {label: record.name for record in self._records.values() for label in record.names}
         self._copies: dict[str, FoundBase | None] = {}
+        self.joined: list[BaseJoined] = []
 
     def name_of(self, label: str) -> str:
         """Return the name of the base model that has a label."""
         return self._names.get(label, label)
 
-    def settle(self, labels: Iterable[str]) -> list[BaseJoined]:
+    def settle(self, labels: Iterable[str]) -> None:
         """Join the labels that the store does not know yet, where they mean a model that it knows, and report it."""
-        joined: list[BaseJoined] = []
         for label in sorted(set(labels) - self._names.keys() - {UNKNOWN_BASE}):
             if label in self._names:  # the original of a mirror that came before
                 continue
@@ -66,9 +66,8 @@ class KnownBases:
             self._names.setdefault(found.base_model, found.base_model)
             if self._store is not None and not self._dry_run:
                 self._store.base_models.join(found.base_model, [label], reason=found.reason)
+            self.joined.append(found)
             self._context.on_event(found)
-            joined.append(found)
-        return joined
 
     def _mirrored(self, label: str) -> BaseJoined | None:
         original, is_quantised = original_of(label)

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, UnsafeInput
+from icmlora.fleet.base_joins import BaseJoined, KnownBases
 from icmlora.fleet.context import Context, Event, Progress, locate_base, reporting
 from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
 from icmlora.formats.discovery import Discovery, FoundTask, find_tasks, name_tasks
 from icmlora.formats.naming import NamePattern
 from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
-from registry.names import source_label
-from registry.records import IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
+from registry.names import UNKNOWN_BASE, source_label
+from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
 
 if TYPE_CHECKING:
     from registry.records import EvictedAdapter
@@ -42,6 +43,7 @@ class IngestRequest:
     name: str | None = None
     name_from: str | None = None
     samples: Path | None = None
+    base_model: str | None = None  # of the adapters that name none
     texts: bool = True
     strict: bool = False
     on_conflict: Conflict = "fail"
@@ -64,6 +66,7 @@ class TaskIngested(Event):
     eval_data: TextRead | None = None
     folder: str = ""  # what the task is named after
     is_renamed: bool = False  # it is called otherwise than the folder
+    base_model: str = ""  # its name, whatever label the adapter gives it
     original_only: str | None = None  # why it can have no code
     extras_size: int = 0  # bytes that its extras take in the store; equal ones are stored once
     lora_size: int = 0  # bytes of the factors of its final adapter; 0 where there can be no code
@@ -85,6 +88,8 @@ class IngestReport:
     """What an ingest did."""
 
     found: int = 0
+    # Labels of base models that were new to the store and are taken for another one.
+    joined: list[BaseJoined] = field(default_factory=list)
     ingested: list[TaskIngested] = field(default_factory=list)
     problems: list[InputProblem] = field(default_factory=list)
     # Files next to adapters that belong to neither an adapter nor its trainer: name -> how many there are.
@@ -139,6 +144,7 @@ def _ingest(
         for refusal in found.refused:
             problems.add(refusal, Path(refusal.path or "."))
         with _open_target(context, request) as target:
+            report.joined = target.bases.joined
             tasks = _named(found.tasks, request, target.origins)
             try:
                 _ingest_batches(context, tasks, request, target, report, problems)
@@ -234,6 +240,7 @@ class _Target:
 
     store: Store | None  # where blobs are stored; None in a dry run
     record: _Record
+    bases: KnownBases
     origins: Sequence[TaskOrigin] = ()
     evicted: Sequence[EvictedAdapter] = ()
 
@@ -244,7 +251,7 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
     if not request.dry_run:
         with context.open(create=True) as store:
             evicted = () if request.restore else store.originals.evicted()
-            yield _Target(store, store.tasks.ingest, store.tasks.origins(), evicted)
+            yield _Target(store, store.tasks.ingest, KnownBases(context, store), store.tasks.origins(), evicted)
         return
     try:
         present = context.open(read_only=True)
@@ -254,10 +261,11 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
         from registry.ingest import plan_tasks
 
         check_place(context.path)
-        yield _Target(None, partial(plan_tasks, None))
+        yield _Target(None, partial(plan_tasks, None), KnownBases(context, None))
         return
     with present:
-        yield _Target(None, present.tasks.plan_ingest, present.tasks.origins())
+        bases = KnownBases(context, present, dry_run=True)
+        yield _Target(None, present.tasks.plan_ingest, bases, present.tasks.origins())
 
 
 # Put and record
@@ -275,22 +283,42 @@ def _ingest_batches(
     done = 0
     context.progress(done, total)
     for batch in batches(tasks):
-        prepared = prepare(batch, target.store, target.evicted)
+        prepared = _with_bases(prepare(batch, target.store, target.evicted), request.base_model, target.bases)
         try:
             outcomes = _record(prepared, request, target.record)
         except MissingBlob:
             # Weights were not stored because they were evicted, but their task now needs them: store everything.
-            prepared = prepare(batch, target.store)
+            prepared = _with_bases(prepare(batch, target.store), request.base_model, target.bases)
             outcomes = _record(prepared, request, target.record)
         for task, outcome in zip(_good(prepared), outcomes, strict=True):
             if isinstance(outcome, IngestOutcome):
-                ingested = _ingested(task, outcome)
+                ingested = _ingested(task, outcome, target.bases)
                 report.ingested.append(ingested)
                 context.on_event(ingested)
         for problem, name in _in_order(prepared, outcomes):
             problems.add(problem.error, problem.path, name)
         done += sum(len(task.adapters) for task in batch)
         context.progress(done, total, batch[-1].name)
+
+
+def _with_bases(
+    prepared: Sequence[PreparedTask | Problem], told: str | None, bases: KnownBases
+) -> list[PreparedTask | Problem]:
+    """Find the base model of each task; with `told`, that of those that name none."""
+    labels = [task.base_model for task in _good(prepared)]
+    bases.settle(label for label in (told, *labels) if label is not None)
+    return [_with_base(item, told, bases) if isinstance(item, PreparedTask) else item for item in prepared]
+
+
+def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> PreparedTask | Problem:
+    label = task.base_model
+    if label is None:
+        return replace(task, base_model=told or UNKNOWN_BASE, base_is_told=told is not None)
+    if told is None or bases.name_of(told) == bases.name_of(label):
+        return task
+    hint = f"`icm base alias {told} {label}` if they are the same model; else ingest it without --base-model"
+    error = AdapterRefused(f"it was trained for {label!r}, not for {told!r}", kind="base-model", hint=hint)
+    return Problem(error, task.found.folder)
 
 
 def _record(
@@ -315,7 +343,8 @@ def _record_one(record: _Record, row: TaskIngest, task: PreparedTask) -> IngestO
 def _rows(task: PreparedTask, request: IngestRequest) -> TaskIngest:
     return TaskIngest(
         name=task.found.name,
-        base_model=task.base_model,
+        base_model=task.base_model or UNKNOWN_BASE,
+        base_is_told=task.base_is_told,
         adapters=task.adapters,
         samples=task.samples,
         eval_data=task.eval_data,
@@ -342,8 +371,9 @@ def _in_order(
     return sorted([*problems, *of_tasks], key=lambda item: str(item[0].path))
 
 
-def _ingested(task: PreparedTask, outcome: IngestOutcome) -> TaskIngested:
+def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> TaskIngested:
     final = next(row for row in task.adapters if row.is_final)
+    base = bases.name_of(outcome.base_model)
     return TaskIngested(
         task=outcome.name,
         status=outcome.status,
@@ -356,7 +386,8 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome) -> TaskIngested:
         eval_data=task.eval_read,
         folder=source_label(task.found.folder),
         is_renamed=not task.found.is_called_like_its_folder(outcome.name),
-        original_only=final.original_only,
+        base_model=base,
+        original_only=final.original_only or (WITHOUT_BASE if base == UNKNOWN_BASE else None),
         extras_size=sum(extra.packed_size for extra in final.extras),
         lora_size=_lora_size(final),
     )

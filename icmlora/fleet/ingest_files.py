@@ -79,6 +79,7 @@ class PreparedTask:
     problems: tuple[Problem, ...]
     samples_read: TextRead | None = None
     eval_read: TextRead | None = None
+    base_is_told: bool = False  # by the user, because the adapter names none
 
 
 @dataclass(frozen=True)

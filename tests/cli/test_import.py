@@ -180,20 +180,6 @@ def test_codes_of_another_generator_are_refused(icm: Icm, bundle: Path, tmp_path
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize("where", ["index", "configuration"])
-def test_a_bundle_that_names_another_base_model_is_refused(icm: Icm, bundle: Path, tmp_path: Path, where: str) -> None:
-    fields = fields_of(bundle)
-    if where == "index":
-        fields["base_model"] = "acme/other"
-        forge(bundle, fields)
-    else:
-        data = bundle.read_bytes().replace(LABEL.encode(), LABEL.encode()[::-1])
-        bundle.write_bytes(data)
-    ran = icm("import", bundle, "--json")
-    assert (ran.code, ran.error["kind"]) == (ExitCode.DAMAGED, "bundle_error")
-    assert not (tmp_path / "store").exists()
-
-
 @pytest.mark.parametrize("point", ["blob-renamed", "blobs-durable", "rows-before-commit", "rows-committed"])
 def test_a_killed_import_is_completed_by_the_same_command(icm: Icm, bundle: Path, point: str) -> None:
     script = "import sys; from icm_cli.app import run; sys.exit(run(sys.argv[1:]))"

@@ -84,6 +84,7 @@ def test_json_says_one_line_per_task_and_a_summary(icm: Icm, fleet: Path) -> Non
         "eval_data": {"kept": 2, "skipped": 0, "reason": None},
         "folder": str(fleet / "rust"),
         "is_renamed": False,
+        "base_model": BASE,
         "original_only": None,
         "extras_size": 0,
         "lora_size": 2 * 16 * 4,
