@@ -31,6 +31,7 @@ from icmlora.errors import (
     UnsafeInput,
 )
 from registry.errors import (
+    BaseModelConflict,
     DamagedStore,
     IcmError,
     LastCopy,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AdapterRefused",
+    "BaseModelConflict",
     "BaseModelMismatch",
     "BaseModelNotFound",
     "Bundle",

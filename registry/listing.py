@@ -13,10 +13,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import ColumnElement, Integer, Select, String, and_, case, exists, func, literal, select
+from sqlalchemy import ColumnElement, Integer, Select, String, and_, case, exists, func, literal, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from registry.filters import Filter, Selection
+from registry.names import UNKNOWN_BASE
 from registry.records import Description
 from registry.schema import Adapter, BaseModel, Blob, Code, Document, Evaluation, Extra, Generator, Task
 
@@ -130,7 +131,7 @@ def _status() -> Expression:
         "evicted": _of_final(Adapter.evicted_at).is_not(None),
         "pinned": Task.pinned.is_(True),
         "coded": is_coded,
-        "original-only": _described("original_only").is_not(None),
+        "original-only": or_(_described("original_only").is_not(None), _base() == UNKNOWN_BASE),
         "does-nothing": _described("does_nothing").is_(True),
         "generated": _of_final(Adapter.is_generated).is_(True),
     }

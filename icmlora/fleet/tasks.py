@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context, check_base_model
+from icmlora.fleet.context import Context, base_name, check_base_model
 from registry.errors import DamagedStore
 from registry.filters import Selection, parse_filter, parse_sort
 from registry.records import (
@@ -76,21 +76,22 @@ def list_tasks(context: Context, request: ListRequest) -> list[TaskSummary]:
     """Return the selected tasks, by name unless another order is asked for."""
     selection = request.selection()
     with context.open(read_only=True) as store:
-        _check_base_model(store, request.base_model)
-        return list(store.tasks.summaries(selection))
+        return list(store.tasks.summaries(_of_base_model(store, selection)))
 
 
 def list_names(context: Context, request: ListRequest) -> list[str]:
     """Return the names of the selected tasks, which takes a fraction of the time of `list_tasks`."""
     selection = request.selection()
     with context.open(read_only=True) as store:
-        _check_base_model(store, request.base_model)
-        return store.tasks.names(selection)
+        return store.tasks.names(_of_base_model(store, selection))
 
 
-def _check_base_model(store: Store, base_model: str | None) -> None:
+def _of_base_model(store: Store, selection: Selection) -> Selection:
+    """Name the base model of a selection by its own name, and check that it has tasks."""
+    base_model = base_name(store, selection.base_model)
     if base_model is not None:
         check_base_model(base_model, {base.name for base in store.base_models.all() if base.tasks})
+    return replace(selection, base_model=base_model)
 
 
 def rename_task(context: Context, old: str, new: str) -> TaskRecord:

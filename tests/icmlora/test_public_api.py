@@ -12,16 +12,40 @@ import icmlora
 from icmlora.fleet.api import Fleet
 
 NAMES = [
-    *("Adapter", "AdapterRefused", "BaseModelMismatch", "BaseModelNotFound", "Bundle", "BundleError", "Cancelled"),
+    *("Adapter", "AdapterRefused", "BaseModelConflict", "BaseModelMismatch", "BaseModelNotFound", "Bundle"),
+    *("BundleError", "Cancelled"),
     *("CodeError", "DamagedStore", "DataError", "DeviceUnavailable", "Event", "Fleet", "GeneratorError", "IcmError"),
     *("IcmLoraError", "LastCopy", "LoraModule", "OutputExists", "Progress", "RegistryError", "StoreLocked"),
     *("StoreNotFound", "TaskConflict", "TaskNotFound", "UnsafeInput", "load_adapter", "save_adapter"),
 ]
 METHODS = [
-    *("add_base_model", "base_models", "check_few_shot", "compare", "doctor", "encode", "evaluate", "evict"),
+    *(
+        "add_base_model",
+        "alias_base_model",
+        "base_models",
+        "check_few_shot",
+        "compare",
+        "doctor",
+        "encode",
+        "evaluate",
+        "evict",
+    ),
     *("export_bundle", "extract_vectors", "forget_base_model", "forget_generator", "generate", "generators"),
     *("import_bundle", "ingest", "load", "materialize", "measurable", "path", "pin", "plan_removal", "prune"),
-    *("remove", "rename", "repair", "rollback", "set_note", "show", "stats", "tag", "tags", "task_map", "task_names"),
+    *(
+        "remove",
+        "rename",
+        "repair",
+        "rollback",
+        "separate_base_model",
+        "set_note",
+        "show",
+        "stats",
+        "tag",
+        "tags",
+        "task_map",
+        "task_names",
+    ),
     *("tasks", "train", "train_few_shot", "unpin"),
     *("update", "verify"),
 ]

@@ -1,0 +1,96 @@
+"""`icm base alias`, `icm base ls` and `icm ingest --base-model`, as a shell sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.cli.conftest import Ran
+from tests.cli.fleet import BASE, write_adapter
+
+Icm = Callable[..., Ran]
+LLAMA, MIRROR = "meta-llama/Meta-Llama-3-8B-Instruct", "unsloth/llama-3-8b-Instruct-bnb-4bit"
+
+
+def names_of(icm: Icm, store: Path) -> dict[str, list[str]]:
+    """Return each base model with its labels."""
+    found = icm("base", "ls", "--store", store, "--json").document
+    return {base["name"]: [label["label"] for label in base["labels"]] for base in found}
+
+
+def test_ingest_says_what_a_mirror_is_taken_for_and_how_to_undo_it(icm: Icm, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "poems", base_model_name_or_path=MIRROR)
+    ran = icm("ingest", folder, "--store", tmp_path / "store", "--no-vectors")
+    assert f"{MIRROR} is taken for {LLAMA} (a known mirror, quantised)" in ran.err
+    undo = f"icm base alias {LLAMA} {MIRROR} --remove"
+    assert undo in ran.err
+    assert icm(*undo.split()[1:], "--store", tmp_path / "store").code == 0
+    assert names_of(icm, tmp_path / "store") == {LLAMA: [], MIRROR: []}
+
+
+def test_ingest_has_an_event_for_a_joined_label(icm: Icm, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "poems", base_model_name_or_path=MIRROR)
+    events = icm("ingest", folder, "--store", tmp_path / "store", "--json").events
+    joined = {"label": MIRROR, "base_model": LLAMA, "reason": "mirror", "is_quantised": True}
+    assert {"type": "base_joined"} | joined in events
+    assert [event["base_model"] for event in events if event["type"] == "task"] == [LLAMA]
+
+
+def test_labels_are_listed_under_their_base_model(icm: Icm, tmp_path: Path) -> None:
+    icm("base", "alias", BASE, f"{BASE}@v1", "./copy", "--store", tmp_path / "store")
+    (base,) = icm("base", "ls", "--store", tmp_path / "store", "--json").document
+    assert base["labels"] == [
+        {"label": str(Path("copy").absolute()), "reason": "told", "is_quantised": False},
+        {"label": f"{BASE}@v1", "reason": "told", "is_quantised": False},
+    ]
+    assert f"  {BASE}@v1" in icm("base", "ls", "--store", tmp_path / "store").out
+
+
+def test_alias_says_what_came_along_and_what_to_do(icm: Icm, tmp_path: Path) -> None:
+    for seed, label in enumerate((BASE, "acme/copy")):
+        folder = write_adapter(tmp_path / f"task{seed}", seed=seed, base_model_name_or_path=label)
+        icm("ingest", folder, "--store", tmp_path / "store")
+    ran = icm("base", "alias", BASE, "acme/copy", "--store", tmp_path / "store")
+    assert (ran.code, ran.out) == (0, f"acme/copy: joined to {BASE}; 1 task came with them\n")
+    assert "icm train --update" in ran.err
+    again = icm("base", "alias", BASE, "acme/copy", "--store", tmp_path / "store")
+    assert again.out == f"{BASE} has these labels already\n"
+
+
+def test_remove_and_keep_exclude_each_other(icm: Icm, tmp_path: Path) -> None:
+    ran = icm("base", "alias", BASE, "acme/copy", "--remove", "--keep", BASE, "--store", tmp_path / "store")
+    assert ran.code == 2
+
+
+def test_a_label_that_is_not_joined_cannot_be_removed(icm: Icm, tmp_path: Path) -> None:
+    icm("base", "alias", BASE, "acme/copy", "--store", tmp_path / "store")
+    ran = icm("base", "alias", BASE, "acme/other", "--remove", "--store", tmp_path / "store")
+    assert (ran.code, "icm base ls" in ran.err) == (1, True)
+
+
+def test_an_adapter_without_a_label_says_what_to_do_and_is_then_moved(icm: Icm, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "poems", base_model_name_or_path=None)
+    ran = icm("ingest", folder, "--store", tmp_path / "store")
+    assert "it names no base model; `icm ingest --base-model NAME` says which" in ran.err
+    assert icm("ls", "-f", "status=original-only", "--store", tmp_path / "store", "-q").out == "poems\n"
+    assert icm("ingest", folder, "--base-model", BASE, "--store", tmp_path / "store").code == 0
+    (task,) = icm("ls", "--store", tmp_path / "store", "--json").document
+    assert (task["base_model"], task["original_only"]) == (BASE, None)
+    assert icm("ls", "-f", "status=original-only", "--store", tmp_path / "store", "-q").out == ""
+
+
+def test_tasks_are_listed_by_any_label_of_their_base_model(icm: Icm, tmp_path: Path) -> None:
+    icm("base", "alias", BASE, "acme/copy", "--store", tmp_path / "store")
+    icm("ingest", write_adapter(tmp_path / "poems"), "--store", tmp_path / "store")
+    assert icm("ls", "--base-model", "acme/copy", "--store", tmp_path / "store", "-q").out == "poems\n"
+
+
+def test_a_base_model_of_equal_files_is_joined_when_it_is_added(icm: Icm, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    icm("base", "add", BASE, folder, "--store", tmp_path / "store")
+    ran = icm("base", "add", "acme/copy", folder, "--store", tmp_path / "store")
+    assert "their files are equal" in ran.err
+    assert sum(map(len, names_of(icm, tmp_path / "store").values())) == 1
