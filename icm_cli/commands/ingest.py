@@ -64,7 +64,7 @@ BaseOfOpt = Annotated[
     typer.Option(
         "--base-model",
         metavar="NAME",
-        help="Base model of the adapters that name none.",
+        help="Base model of the adapters that name none; without it they are kept as originals only.",
         show_default=False,
         autocompletion=completing("base"),
     ),
@@ -109,10 +109,7 @@ def ingest(
     Files are checked and copied; nothing in PATH is changed. Running the same command again changes nothing. An
     adapter that cannot have a code, such as a LoHa, is kept as its original only. What cannot be taken is listed at the
     end and never stops the rest; the exit code is then 3. If the base model is on this machine, task vectors are
-    extracted too; otherwise run `icm vectors` later.
-
-    Adapters that name no base model are kept as originals only until --base-model says which they have. A known mirror
-    of a base model, such as unsloth/NAME-bnb-4bit, is taken for its original; `icm base alias` changes that.
+    extracted too; otherwise run `icm vectors` later. `icm base alias` is for base models with several names.
 
     A task is named after its folder. If the folder is called adapter, best, final, lora, model, output or similar, the
     task is named after the folder above it. Where folders have the same name, the name of the folder above is put in

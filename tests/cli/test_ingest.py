@@ -16,7 +16,7 @@ from icmlora.fleet.ingest import IngestReport, InputProblem
 from icmlora.fleet.ingest_files import batches
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
-from tests.cli.fleet import write_adapter, write_broken, write_run, write_texts
+from tests.cli.fleet import BASE, write_adapter, write_broken, write_run, write_texts
 
 Icm = Callable[..., Ran]
 
