@@ -22,7 +22,7 @@ from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict, completing
 from icm_cli.output import Column, Mode, Output
 from icm_cli.session import Session, command
 from icmlora.errors import AdapterRefused, BaseModelMismatch, DataError
-from icmlora.io.text import counted, escape, human_size, shortened_inside
+from icmlora.io.text import counted, escape, human_size
 
 if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
@@ -319,7 +319,7 @@ _PATH_SHARE, _GAPS = 0.34, 4
 
 
 def _wrapped(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Cut paths in their middle and break the other cells, so that the table fits the terminal."""
+    """Break cells into lines, so that the table fits the terminal and every path can be read as a whole."""
     # Escaped first: a written-out character is wider than it was.
     rows = [(escape(path), escape(reason), escape(hint)) for path, reason, hint in rows]
     room = max(40, shutil.get_terminal_size().columns - _GAPS)
@@ -328,10 +328,8 @@ def _wrapped(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]
     second = room - first - third
     lines: list[tuple[str, str, str]] = []
     for path, reason, hint in rows:
-        parts = zip_longest(
-            [shortened_inside(path, first)], wrap(reason, second), wrap(hint, max(third, 1)), fillvalue=""
-        )
-        lines.extend(parts)
+        pieces = [path[at : at + first] for at in range(0, len(path), first)]
+        lines.extend(zip_longest(pieces, wrap(reason, second), wrap(hint, max(third, 1)), fillvalue=""))
     return lines
 
 

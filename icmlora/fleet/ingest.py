@@ -23,7 +23,7 @@ from icmlora.fleet.base_joins import BaseJoined, KnownBases
 from icmlora.fleet.context import Context, Event, Progress, locate_base, reporting
 from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
 from icmlora.formats.discovery import Discovery, FoundTask, find_tasks, name_tasks
-from icmlora.formats.naming import NamePattern
+from icmlora.formats.naming import NameTemplate
 from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
 from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
@@ -208,7 +208,7 @@ def _find(request: IngestRequest) -> Discovery:
     if found.tasks and request.name is not None:
         found = replace(found, tasks=name_tasks(found.tasks, name=request.name))
     if request.name_from is not None:
-        NamePattern(request.name_from)  # refused before a store is made
+        NameTemplate(request.name_from)  # refused before a store is made
     if request.samples is None:
         return found
     if len(found.tasks) != 1:
@@ -220,7 +220,7 @@ def _find(request: IngestRequest) -> Discovery:
 def _named(tasks: Sequence[FoundTask], request: IngestRequest, origins: Sequence[TaskOrigin]) -> Sequence[FoundTask]:
     if request.name is not None:
         return tasks
-    pattern = None if request.name_from is None else NamePattern(request.name_from)
+    pattern = None if request.name_from is None else NameTemplate(request.name_from)
     # `--on-conflict` is for a task that was trained again elsewhere; without it, another folder is another task.
     is_same = request.on_conflict != "fail"
     return name_tasks(tasks, known=origins, pattern=pattern, same_name_is_same_task=is_same)

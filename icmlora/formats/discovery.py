@@ -24,7 +24,7 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
 from icmlora.formats.foreign import foreign_adapters, is_passed_over
 from icmlora.formats.format import AdapterFormat, AdapterPaths
-from icmlora.formats.naming import NamePattern, choose_names
+from icmlora.formats.naming import NameTemplate, choose_names
 from icmlora.formats.task_names import (
     EVAL_NAMES,
     SAMPLES_NAMES,
@@ -166,7 +166,7 @@ def name_tasks(
     *,
     name: str | None = None,
     known: Sequence[TaskOrigin] = (),
-    pattern: NamePattern | None = None,
+    pattern: NameTemplate | None = None,
     same_name_is_same_task: bool = False,
 ) -> tuple[FoundTask, ...]:
     """Return the tasks with their names, in natural order of these; see `naming.choose_names`."""

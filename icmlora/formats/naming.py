@@ -67,7 +67,7 @@ def choose_names(
     tasks: Sequence[Nameable],
     known: Sequence[TaskOrigin] = (),
     *,
-    pattern: NamePattern | None = None,
+    pattern: NameTemplate | None = None,
     same_name_is_same_task: bool = False,
 ) -> list[str]:
     """Return a name for each task; no two are the same in any case.
@@ -111,7 +111,7 @@ def choose_names(
     return [names[index] for index in range(len(tasks))]
 
 
-def _chain(task: Nameable, pattern: NamePattern | None) -> Iterator[str]:
+def _chain(task: Nameable, pattern: NameTemplate | None) -> Iterator[str]:
     if pattern is not None:
         yield from pattern.chain(task)
     else:
@@ -220,7 +220,7 @@ _MAX_PATTERN = 200
 
 
 @dataclass(frozen=True)
-class NamePattern:
+class NameTemplate:
     """How the user wants tasks to be named, such as `{parent}-{name}`.
 
     {name}          the folder that the task is named after

@@ -2,8 +2,8 @@
 
     dW = scale * B @ A,   scale = alpha / r,   or alpha / sqrt(r) with rsLoRA,   r and alpha per module by pattern
 
-No regular expression of the file is run by `re` (icmlora/formats/name_patterns.py). Whoever
-stores the file keeps everything else in it byte for byte.
+No regular expression of the file is run by `re` (icmlora/formats/name_patterns.py). Whoever stores the file keeps
+everything else in it byte for byte.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import ConfigFacts
-from icmlora.formats.name_patterns import NameAutomaton, NamePattern, PatternRefused, parse_pattern
 from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_module_name
 
+if TYPE_CHECKING:
+    from icmlora.formats.name_patterns import NamePattern
+
+PREFIX = "base_model.model."  # what PEFT puts before the name that a module has in the base model
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_RANK = 4096
 MAX_LABEL = 1024
@@ -84,12 +87,21 @@ class AdapterConfig:
 
 
 def _first_match(patterns: Sequence[tuple[NamePattern, _Number]], module: str, default: _Number) -> _Number:
+    if not patterns:
+        return default
+    from icmlora.formats.name_patterns import PatternRefused  # most adapters have no patterns
+
     try:
         return next((value for pattern, value in patterns if pattern.matches(module)), default)
     except PatternRefused as refused:
         raise AdapterRefused(
             f"a key of rank_pattern or alpha_pattern cannot be used: {refused}", kind="pattern"
         ) from None
+
+
+def usual_names(module: str) -> tuple[str, str]:
+    """Return what PEFT calls the two factors of a linear layer."""
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def read_facts(data: bytes) -> ConfigFacts:
@@ -168,12 +180,18 @@ class _Reader:
             return []
         if not isinstance(value, dict):
             raise self._wrong(key, value, "an object")
+        if not value:
+            return []
+        from icmlora.formats.name_patterns import NameAutomaton
+
         found = [(self._pattern(key, name), item) for name, item in value.items()]
         if sum(isinstance(pattern, NameAutomaton) for pattern, _ in found) > _MAX_EXPRESSIONS:
             raise AdapterRefused(f"{key} has too many regular expressions", kind="pattern")
         return found
 
     def _pattern(self, key: str, name: str) -> NamePattern:
+        from icmlora.formats.name_patterns import PatternRefused, parse_pattern
+
         try:
             return parse_pattern(name)
         except PatternRefused as refused:

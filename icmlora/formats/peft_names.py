@@ -20,10 +20,9 @@ from math import prod
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import AdapterRefused
+from icmlora.formats.peft_config import PREFIX, usual_names
 from icmlora.io.safetensors import TensorHeader, TensorInfo
 from registry.names import is_module_name, natural_key
-
-PREFIX = "base_model.model."  # what PEFT puts before the name that a module has in the base model
 
 _HALF = re.compile(
     r"(?P<module>.+)\.lora_(?:(?P<half>[AB])(?:\.default)?\.weight|embedding_(?P<row_half>[AB])(?:\.default)?)"
@@ -70,11 +69,6 @@ class SortedTensors:
 
     pairs: tuple[FactorPair, ...]
     extras: tuple[TensorInfo, ...]
-
-
-def usual_names(module: str) -> tuple[str, str]:
-    """Return what PEFT calls the two factors of a linear layer."""
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def sort_tensors(header: TensorHeader) -> SortedTensors:

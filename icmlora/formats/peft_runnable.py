@@ -20,8 +20,8 @@ from safetensors.torch import load
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import RunnableAdapter
-from icmlora.formats.peft_config import AdapterConfig
-from icmlora.formats.peft_names import PREFIX, unwrapped
+from icmlora.formats.peft_config import PREFIX, AdapterConfig
+from icmlora.formats.peft_names import unwrapped
 from icmlora.formats.peft_tensors import read_adapter
 from icmlora.io.safetensors import encode
 from icmlora.io.strict_json import parse_object

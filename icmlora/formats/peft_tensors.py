@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
@@ -23,11 +23,13 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import LoadedAdapter, Template
-from icmlora.formats.peft_config import AdapterConfig
-from icmlora.formats.peft_names import FactorPair, usual_names
+from icmlora.formats.peft_config import AdapterConfig, usual_names
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode
 from icmlora.io.strict_json import parse_object
 from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
+
+if TYPE_CHECKING:
+    from icmlora.formats.peft_names import FactorPair
 
 _METADATA = {"format": "pt"}
 _MAX_TEMPLATE = 64 << 20  # it names every tensor of a file, and holds the metadata of its header

@@ -207,8 +207,7 @@ def test_the_table_of_problems_fits_a_terminal(
     tell_problems(out, [InputProblem(path, "damaged", "has 2 bytes, too few for a file " * 3, "do it again " * 9)])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 + len("\x1b[1m\x1b[0m")
-    assert lines[2].startswith("/folder-")
-    assert ".safetensors  " in lines[2]
+    assert "".join(line.split("  ")[0] for line in lines[2:] if not line.startswith(" ")) == path
     assert " ".join(line.split("  ")[-1].strip() for line in lines[2:]).count("again") == 9
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.formats.discovery import find_tasks, name_tasks
-from icmlora.formats.naming import NamePattern
+from icmlora.formats.naming import NameTemplate
 from tests.cli.conftest import Ran
 from tests.cli.fleet import write_adapter
 
@@ -118,7 +118,7 @@ def test_a_new_snapshot_of_a_cached_repository_has_its_hash_in_the_name(icm: Icm
 
 
 def found(pattern: str, root: Path) -> list[str]:
-    return [task.name for task in name_tasks(find_tasks([root]).tasks, pattern=NamePattern(pattern))]
+    return [task.name for task in name_tasks(find_tasks([root]).tasks, pattern=NameTemplate(pattern))]
 
 
 @pytest.mark.parametrize(
