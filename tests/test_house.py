@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for package in ("icm_cli", "icmlora", "registry") for path in (ROOT / package).rglob("*.py"))
+# The one place where a pickle is read, in a process of its own.
+ALLOWED = {"icmlora/formats/pickle_child.py": {"torch.load"}}
 FORBIDDEN = {"torch.load", "torch.save", "pickle.load", "pickle.loads", "yaml.load", "eval", "exec", "print"}
 
 
@@ -24,4 +26,4 @@ def test_a_file_keeps_to_the_bars(path: Path) -> None:
     assert len(text.splitlines()) <= 600
     assert long == []
     assert ast.get_docstring(tree)
-    assert not calls & FORBIDDEN
+    assert not (calls & FORBIDDEN) - ALLOWED.get(str(path.relative_to(ROOT)), set())

@@ -83,6 +83,13 @@ OnConflictOpt = Annotated[
 RestoreOpt = Annotated[
     bool, typer.Option("--restore", help="Bring evicted originals back. By default they stay evicted.")
 ]
+ReadBinOpt = Annotated[
+    bool,
+    typer.Option(
+        "--read-bin",
+        help="Also read adapter_model.bin, a pickle, in a process of its own with limits, and store it as safetensors.",
+    ),
+]
 VectorsOpt = Annotated[
     bool, typer.Option("--vectors/--no-vectors", help="Extract task vectors if the base model is on this machine.")
 ]
@@ -100,6 +107,7 @@ def ingest(
     strict: StrictOpt = False,
     on_conflict: OnConflictOpt = OnConflict.FAIL,
     restore: RestoreOpt = False,
+    read_bin: ReadBinOpt = False,
     vectors: VectorsOpt = True,
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
@@ -134,6 +142,7 @@ def ingest(
             strict=strict,
             on_conflict=on_conflict.value,
             restore=restore,
+            read_bin=read_bin,
             dry_run=dry_run,
         )
 
@@ -144,6 +153,11 @@ def ingest(
         stopped, failed = _extract(session, report, session.device(device))
         partly = partly or failed
     _tell_end(session, report, dry_run=dry_run, is_named=name is not None or name_from is not None)
+    _end(report, stopped=stopped, partly=partly)
+
+
+def _end(report: IngestReport, *, stopped: bool, partly: bool) -> None:
+    """Exit with another code than 0 if the user stopped it or something was not taken."""
     if stopped:
         done = f"{len(report.ingested)} of {counted(report.found, 'task')}"
         raise Interrupted(f"interrupted; {done} ingested", hint="run the same command to continue")
@@ -238,6 +252,7 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
     if not is_named:
         _tell_names(session.out, report)
     _tell_originals(session.out, report)
+    _tell_converted(session.out, report)
     _tell_extras(session.out, report)
     if report.not_kept:
         files = [name if count == 1 else f"{name} ({count} times)" for name, count in report.not_kept.items()]
@@ -271,6 +286,12 @@ def _tell_originals(out: Output, report: IngestReport) -> None:
         verb = "is kept as its original only" if count == 1 else "are kept as originals only"
         groups = [f"{_some(tasks)} ({reason})" for reason, tasks in reasons.items()]
         out.note(f"{counted(count, 'task')} {verb}: {_some(groups, '; ')}")
+
+
+def _tell_converted(out: Output, report: IngestReport) -> None:
+    tasks = [f"{task.task} (from {task.converted_from})" for task in report.ingested if task.converted_from is not None]
+    if tasks:
+        out.note(f"{counted(len(tasks), 'task')} converted from a pickle, kept as safetensors: {_some(tasks)}")
 
 
 def _tell_extras(out: Output, report: IngestReport) -> None:

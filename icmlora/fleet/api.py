@@ -67,6 +67,7 @@ class Fleet(StoredFleet):
         strict: bool = False,
         on_conflict: Conflict = "fail",
         restore: bool = False,
+        read_bin: bool = False,
         dry_run: bool = False,
     ) -> IngestReport:
         """Take adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
@@ -85,6 +86,8 @@ class Fleet(StoredFleet):
             strict: Check everything first, and store nothing if anything cannot be taken.
             on_conflict: If the store has a task of that name with another adapter: `skip`, `replace` or `fail`.
             restore: Bring evicted originals back. By default they stay evicted.
+            read_bin: Also read weights that are a pickle, `adapter_model.bin`, in a process of its own with limits;
+                the store keeps them as safetensors.
             dry_run: Check everything and report what would change, but write nothing.
 
         Raises:
@@ -96,7 +99,9 @@ class Fleet(StoredFleet):
 
         found, given = tuple(map(Path, paths)), None if samples is None else Path(samples)
         told = None if base_model is None else typed_label(base_model)
-        request = IngestRequest(found, name, name_from, given, told, texts, strict, on_conflict, restore, dry_run)
+        request = IngestRequest(
+            found, name, name_from, given, told, texts, strict, on_conflict, restore, dry_run, read_bin
+        )
         return ingest(self._context, request)
 
     def extract_vectors(self, tasks: Sequence[str] = (), *, device: str = "auto", again: bool = False) -> VectorReport:

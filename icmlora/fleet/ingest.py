@@ -24,6 +24,7 @@ from icmlora.fleet.context import Context, Event, Progress, locate_base, reporti
 from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
 from icmlora.formats.discovery import Discovery, FoundTask, find_tasks, name_tasks
 from icmlora.formats.naming import NameTemplate
+from icmlora.formats.pickled import converted
 from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
 from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
@@ -49,6 +50,7 @@ class IngestRequest:
     on_conflict: Conflict = "fail"
     restore: bool = False
     dry_run: bool = False
+    read_bin: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class TaskIngested(Event):
     original_only: str | None = None  # why it can have no code
     extras_size: int = 0  # bytes that its extras take in the store; equal ones are stored once
     lora_size: int = 0  # bytes of the factors of its final adapter; 0 where there can be no code
+    converted_from: str | None = None  # the name of the pickle that its weights were converted from
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class _Problems:
 
 
 def _find(request: IngestRequest) -> Discovery:
-    found = find_tasks(request.paths, texts=request.texts)
+    found = find_tasks(request.paths, texts=request.texts, read_bin=request.read_bin)
     if not found.tasks and not found.refused:
         paths = ", ".join(str(path) for path in request.paths)
         hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors"
@@ -283,13 +286,16 @@ def _ingest_batches(
     done = 0
     context.progress(done, total)
     for batch in batches(tasks):
-        prepared = _with_bases(prepare(batch, target.store, target.evicted), request.base_model, target.bases)
-        try:
-            outcomes = _record(prepared, request, target.record)
-        except MissingBlob:
-            # Weights were not stored because they were evicted, but their task now needs them: store everything.
-            prepared = _with_bases(prepare(batch, target.store), request.base_model, target.bases)
-            outcomes = _record(prepared, request, target.record)
+        with converted(batch) as (readable, refused):
+            prepared = prepare(readable, target.store, target.evicted, refused)
+            prepared = _with_bases(prepared, request.base_model, target.bases)
+            try:
+                outcomes = _record(prepared, request, target.record)
+            except MissingBlob:
+                # Weights were not stored because they were evicted, but their task now needs them: store everything.
+                prepared = prepare(readable, target.store, refused=refused)
+                prepared = _with_bases(prepared, request.base_model, target.bases)
+                outcomes = _record(prepared, request, target.record)
         for task, outcome in zip(_good(prepared), outcomes, strict=True):
             if isinstance(outcome, IngestOutcome):
                 ingested = _ingested(task, outcome, target.bases)
@@ -390,6 +396,7 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> 
         original_only=final.original_only or (WITHOUT_BASE if base == UNKNOWN_BASE else None),
         extras_size=sum(extra.packed_size for extra in final.extras),
         lora_size=_lora_size(final),
+        converted_from=task.found.final.pickle,
     )
 
 

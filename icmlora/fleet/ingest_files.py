@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from icmlora.base_models.catalogue import check_examples
@@ -122,19 +123,25 @@ def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
 
 
 def prepare(
-    tasks: Sequence[FoundTask], store: Store | None, evicted: Sequence[EvictedAdapter] = ()
+    tasks: Sequence[FoundTask],
+    store: Store | None,
+    evicted: Sequence[EvictedAdapter] = (),
+    refused: Mapping[Path, IcmLoraError] = MappingProxyType({}),
 ) -> list[PreparedTask | Problem]:
-    """Check the files of some tasks and store them as blobs."""
+    """Check the files of some tasks and store them as blobs; weights that are `refused` already are not opened."""
     adapters = [adapter for task in tasks for adapter in task.adapters]
     small = {adapter.place: _read_small(adapter) for adapter in adapters}
     good = {folder: item for folder, item in small.items() if isinstance(item, _Small)}
     formats = {adapter.weights: adapter.format for adapter in adapters}
+    shown = {item.weights: item.place / item.pickle if item.pickle else item.weights for item in adapters}
     configs: defaultdict[Path, set[bytes]] = defaultdict(set)
     for adapter in adapters:
         if adapter.place in good:
             configs[adapter.weights].add(good[adapter.place].config)
     checks: _Checks = {
-        path: partial(_inspect, formats[path], sorted(some), path=path) for path, some in configs.items()
+        path: partial(_inspect, formats[path], sorted(some), path=shown[path])
+        for path, some in configs.items()
+        if path not in refused
     }
     texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
     checks |= {path: partial(_check_text, path=path) for path in sorted(texts) if _size(path) <= MAX_BYTES}
@@ -143,7 +150,7 @@ def prepare(
         outcomes = _check_only(checks)
     else:
         outcomes = _check_and_store(checks, contents, store, _withheld(tasks, good, evicted))
-    outcomes |= {path: _too_large(path) for path in texts - checks.keys()}
+    outcomes |= {path: _too_large(path) for path in texts - checks.keys()} | dict(refused)
     return [_prepared(task, small, outcomes, store) for task in tasks]
 
 

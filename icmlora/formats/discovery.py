@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
-from icmlora.formats.foreign import foreign_adapters, is_passed_over
+from icmlora.formats.foreign import PICKLES, foreign_adapters, is_passed_over
 from icmlora.formats.format import AdapterFormat, AdapterPaths
 from icmlora.formats.naming import NameTemplate, choose_names
+from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.formats.task_names import (
     EVAL_NAMES,
     SAMPLES_NAMES,
@@ -59,6 +60,7 @@ class FoundAdapter:
     step: int | None  # the training step of a checkpoint, or None for an adapter that is not a checkpoint
     is_final: bool  # whether this is *the* adapter of its task; true for exactly one
     companions: Mapping[str, Path] = field(default_factory=dict)  # other files that belong to it, by name
+    pickle: str | None = None  # the name of the weights where they are, or were, a pickle
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class _Located:
 
     format: AdapterFormat
     paths: AdapterPaths
+    pickle: str | None = None
 
 
 @dataclass
@@ -139,18 +142,18 @@ def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool
     return replace(found, tasks=name_tasks(found.tasks, name=name))
 
 
-def find_tasks(paths: Sequence[Path], *, texts: bool = True) -> Discovery:
-    """Find the same; the tasks have no names yet."""
+def find_tasks(paths: Sequence[Path], *, texts: bool = True, read_bin: bool = False) -> Discovery:
+    """Find the same; the tasks have no names yet. With `read_bin`, weights may be a pickle."""
     # Not taken are formats that are not read, and links out of the tree.
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
     watched = {*_NOTES} if texts else {STATE_NAME}
-    watched = watched.union(*(known.watched for known in catalogue.FORMATS))
+    watched = watched.union(*(known.watched for known in catalogue.FORMATS), PICKLES if read_bin else ())
     for path in paths:
         root = Path(os.path.realpath(path))
         if root.is_dir():
             for folder in walk(root, watched, refused.append):
-                _collect(folder, root, runs, refused)
+                _collect(_with_pickle(folder) if read_bin else folder, root, runs, refused)
         elif not _collect_file(root, runs):
             fact = "is not a folder" if root.exists() else "does not exist"
             hint = "give the folder that holds adapter_config.json"
@@ -181,7 +184,7 @@ def name_tasks(
 def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
     # The folder given may be a checkpoint itself, so its own name takes part.
     levels = 1 + len(folder.path.relative_to(root).parts)
-    found = [_Located(known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
+    found = [_Located(known, paths, folder.pickle) for known in catalogue.FORMATS for paths in known.find(folder)]
     for located in found:
         home, step = run_folder(located.paths.place, levels)
         run = runs[home]
@@ -206,6 +209,14 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
         others = [folder.path / name for name, path in folder.files.items() if path not in kept]
         met = set(runs[home].not_kept)
         runs[home].not_kept.extend(path for path in others if path not in met and not is_passed_over(path.name))
+
+
+def _with_pickle(folder: Folder) -> Folder:
+    """List a pickle as the weights of a folder that has a configuration and no other weights."""
+    pickle = next((name for name in PICKLES if name in folder.files), None)
+    if pickle is None or WEIGHTS_NAME in folder.files or CONFIG_NAME not in folder.files:
+        return folder
+    return Folder(folder.path, {**folder.files, WEIGHTS_NAME: folder.files[pickle]}, pickle)
 
 
 def _files_of(paths: AdapterPaths) -> list[Path]:
@@ -357,7 +368,7 @@ def _order(step: int | None) -> tuple[bool, int]:
 def _adapter(located: _Located, step: int | None, *, is_final: bool) -> FoundAdapter:
     paths = located.paths
     files = paths.place, paths.weights, paths.config, paths.card
-    return FoundAdapter(located.format, *files, step, is_final, paths.companions)
+    return FoundAdapter(located.format, *files, step, is_final, paths.companions, located.pickle)
 
 
 def _next_to(folder: Path, name: str) -> Path | None:

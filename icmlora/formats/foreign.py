@@ -13,6 +13,9 @@ from pathlib import Path
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.io.files import open_regular, read_exactly
 
+PICKLES = ("adapter_model.bin", "adapter_model.pt")
+"""What PEFT calls weights that are a pickle; `icm ingest --read-bin` reads them."""
+
 _SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors|adapter_model\.safetensors\.index\.json")
 # A pickle is unreadable here, so only its name can tell an adapter from a trainer's state or a table of results.
 _PICKLE = re.compile(
@@ -75,10 +78,7 @@ def _foreign(name: str, path: Path, *, has_config: bool) -> AdapterRefused | Non
     if _SHARD.fullmatch(name):
         return _refusal(("shards", "an adapter in several files", "join them: load it with PEFT and save it"), path)
     if _PICKLE.fullmatch(name[:256]):
-        if has_config and name == "adapter_model.bin":
-            hint = _READ_BIN
-        else:
-            hint = _LITGPT if name.endswith(".pth.lora") else _RESAVE
+        hint = _READ_BIN if has_config and name in PICKLES else _LITGPT if name.endswith(".pth.lora") else _RESAVE
         return UnsafeInput("a pickle can run code, so it was not opened", kind="pickle", path=path, hint=hint)
     if name.endswith(".gguf"):
         if _GGUF_ADAPTER in _peek(path, 64 * 1024):

@@ -26,6 +26,7 @@ class Folder:
 
     path: Path  # the folder, without links
     files: Mapping[str, Path]  # name to real path; a link inside the tree is listed under its own name
+    pickle: str | None = None  # the file that is listed as the weights although it is a pickle
 
 
 def walk(root: Path, watched: Collection[str], refuse: Refuse) -> Iterator[Folder]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from icm_cli.commands.ingest import tell_problems
 from icm_cli.errors import ExitCode
@@ -88,6 +90,7 @@ def test_json_says_one_line_per_task_and_a_summary(icm: Icm, fleet: Path) -> Non
         "original_only": None,
         "extras_size": 0,
         "lora_size": 2 * 16 * 4,
+        "converted_from": None,
     }
     assert ran.events[-1]["without_vectors"] == ["rust", "shakespeare", "sql"]
 
@@ -236,6 +239,18 @@ def test_a_pickle_next_to_its_configuration_says_which_option_reads_it(icm: Icm,
     pickled = write_adapter(tmp_path / "old")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert "--read-bin" in icm("ingest", pickled).err
+
+
+def test_read_bin_takes_pickles_and_says_so(icm: Icm, tmp_path: Path) -> None:
+    for name in ("one", "evil"):
+        pickled = write_adapter(tmp_path / "loras" / name)
+        torch.save(load_file(pickled / "adapter_model.safetensors"), pickled / "adapter_model.bin")
+        (pickled / "adapter_model.safetensors").unlink()
+    torch.save({"a": [1]}, tmp_path / "loras" / "evil" / "adapter_model.bin")
+    ran = icm("ingest", tmp_path / "loras", "--read-bin")
+    assert (ran.code, names(icm)) == (ExitCode.PARTLY, ["one"])
+    assert "1 task converted from a pickle, kept as safetensors: one (from adapter_model.bin)" in ran.err
+    assert "evil" in ran.out
 
 
 def test_a_folder_without_adapters_is_an_error(icm: Icm, tmp_path: Path) -> None:

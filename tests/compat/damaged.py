@@ -164,7 +164,7 @@ _MLX = {"model.layers.0.self_attn.q_proj.lora_a": (32, 8), "model.layers.0.self_
 _MLX_CONFIG = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0}}
 _DIFFUSERS = {"unet.attn1.to_q.lora_A.weight": (4, 32), "unet.attn1.to_q.lora_B.weight": (32, 4)}
 _LYCORIS = {"lycoris_x.lokr_w1": (4, 4), "lycoris_x.lokr_w2": (8, 8), "lycoris_x.alpha": (1,)}
-_NO_PICKLES = "a pickle is read with `--read-bin`"
+_NO_PICKLES = "coded exactly with `--read-bin`, which reads pickles in a process of its own"
 
 CASES: tuple[Case, ...] = (
     from_plain("no-tensors", _changed(lambda _: {}), "original", _DEAD, "no tensor"),

@@ -1,0 +1,113 @@
+"""Read a pickle of tensors in a process of its own, and write its tensors as safetensors.
+
+Run as a script by `pickled.py`, with the pickle as standard input and the new file as standard output. It imports
+nothing of icm. Its exit status says how it went; what goes to standard error is never shown, because a pickle can
+choose the words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+BROKEN, NOT_TENSORS, TOO_LARGE, NO_MEMORY = 10, 11, 12, 13
+
+# Names and widths as in icmlora.io.safetensors.
+_TYPES = {
+    **{"float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)},
+    **{"float8_e4m3fn": ("F8_E4M3", 1), "float8_e5m2": ("F8_E5M2", 1)},
+    **{"int64": ("I64", 8), "int32": ("I32", 4), "int16": ("I16", 2), "int8": ("I8", 1)},
+    **{"uint64": ("U64", 8), "uint32": ("U32", 4), "uint16": ("U16", 2), "uint8": ("U8", 1), "bool": ("BOOL", 1)},
+}
+
+
+def main(metadata: str, memory: int, seconds: int, paths: str) -> int:
+    """Convert standard input to standard output; return the exit status."""
+    # Started with -I, which leaves out where packages may be if they are not in the interpreter's own folder.
+    sys.path.extend(path for path in paths.split(os.pathsep) if path not in sys.path)
+    import torch
+
+    torch.set_num_threads(1)
+    _limit(memory, seconds)
+    try:
+        found = torch.load(sys.stdin.buffer, weights_only=True, map_location="cpu")
+        tensors = _plain(found, torch)
+        if tensors is None:
+            return NOT_TENSORS
+        if sum(_size(tensor) for tensor in tensors.values()) > memory:  # views can be larger than their storage
+            return TOO_LARGE
+        _write(tensors, json.loads(metadata), torch)
+    except MemoryError:
+        return NO_MEMORY
+    except Exception as error:  # whatever the file makes torch raise
+        return NO_MEMORY if "alloc" in str(error)[:1000] else BROKEN
+    return 0
+
+
+def _limit(memory: int, seconds: int) -> None:
+    """Limit what comes on top of a process that has imported torch."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    until = math.ceil(used.ru_utime + used.ru_stime) + seconds
+    limits = {
+        resource.RLIMIT_AS: pages * resource.getpagesize() + memory,
+        resource.RLIMIT_CPU: until,
+        resource.RLIMIT_FSIZE: memory,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NPROC: 0,
+    }
+    for limit, value in limits.items():
+        hard = resource.getrlimit(limit)[1]
+        lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        # At the hard limit of time the kernel sends SIGKILL, as for want of memory; at the soft one SIGXCPU.
+        keep_hard = limit == resource.RLIMIT_CPU
+        resource.setrlimit(limit, (lower, hard if keep_hard else lower))
+
+
+def _plain(found: Any, torch: Any) -> dict[str, Any] | None:
+    """Return the tensors by name, or None if there is anything else."""
+    kinds = torch.Tensor, torch.nn.Parameter
+    if not isinstance(found, dict):
+        return None
+    for name, tensor in found.items():
+        if type(name) is not str or type(tensor) not in kinds:
+            return None
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or _type(tensor) not in _TYPES:
+            return None
+    return {name: tensor.detach().resolve_neg() for name, tensor in found.items()}
+
+
+def _type(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _size(tensor: Any) -> int:
+    return int(tensor.numel()) * _TYPES[_type(tensor)][1]
+
+
+def _write(tensors: dict[str, Any], metadata: dict[str, str], torch: Any) -> None:
+    """Write one tensor after the other, as `icmlora.io.safetensors.encode` orders them."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    order = sorted(tensors, key=lambda name: (-_TYPES[_type(tensors[name])][1], name))
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + _size(tensor)
+        header[name] = {"dtype": _TYPES[_type(tensor)][0], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sys.stdout.buffer.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        data = tensors[name].contiguous().reshape(-1).view(torch.uint8)
+        sys.stdout.buffer.write(memoryview(data.numpy()))
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))

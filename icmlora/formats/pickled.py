@@ -1,0 +1,129 @@
+"""Adapters whose weights are a pickle (`adapter_model.bin`), read only where the user asks for it.
+
+`torch.load(weights_only=True)` reads them in a process of its own (`pickle_child.py`) with limits of memory and time.
+That process is given two open files and no path, and what it writes is checked like any file from outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from icmlora.errors import AdapterRefused, UnsafeInput, located
+from icmlora.formats import pickle_child
+from icmlora.formats.discovery import FoundAdapter, FoundTask
+from icmlora.io.files import open_regular, read_exactly
+from icmlora.io.safetensors import MAX_FILE_BYTES
+
+_BLOCK = 1 << 20
+_RESAVE = "save it as safetensors where it was trained"
+
+
+@dataclass(frozen=True)
+class PickleLimits:
+    """What reading a pickle may take, in addition to what PyTorch takes by itself."""
+
+    memory: int = 256 << 20
+    memory_per_byte: int = 4
+    seconds: int = 30
+    seconds_per_gigabyte: int = 30
+    wall_seconds: int = 120  # in addition, for a slow start of the process
+
+
+@contextmanager
+def converted(
+    tasks: Sequence[FoundTask], limits: PickleLimits = PickleLimits()
+) -> Iterator[tuple[list[FoundTask], Mapping[Path, AdapterRefused]]]:
+    """Yield the tasks with safetensors in place of their pickles, and why a pickle was not read, by its path."""
+    refused: dict[Path, AdapterRefused] = {}
+    if not any(found.pickle for task in tasks for found in task.adapters):
+        yield list(tasks), refused
+        return
+    with tempfile.TemporaryDirectory(prefix="icm-") as name:
+        folder = Path(os.path.realpath(name))
+        done: dict[Path, Path] = {}
+
+        def convert(found: FoundAdapter) -> FoundAdapter:
+            if found.pickle is None or found.weights in refused:
+                return found
+            if found.weights not in done:
+                target = folder / f"{len(done)}.safetensors"
+                try:
+                    convert_pickle(found.weights, target, found.pickle, limits)
+                except AdapterRefused as error:
+                    refused[found.weights] = error
+                    return found
+                done[found.weights] = target
+            return replace(found, weights=done[found.weights])
+
+        yield [replace(task, adapters=tuple(map(convert, task.adapters))) for task in tasks], refused
+
+
+def convert_pickle(source: Path, target: Path, name: str, limits: PickleLimits = PickleLimits()) -> None:
+    """Write the tensors of a pickle as safetensors; its digest goes into the header."""
+    with located(source), open_regular(source, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
+        if read_exactly(descriptor, min(size, 8), 0) == b"version ":
+            raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
+        metadata = {"converted_from": name, "converted_from_sha256": _sha256(descriptor, size), "format": "pt"}
+        memory = limits.memory + limits.memory_per_byte * size
+        seconds = limits.seconds + limits.seconds_per_gigabyte * size // 10**9
+        with target.open("wb") as output:
+            status = _run(descriptor, output.fileno(), json.dumps(metadata), memory, seconds, limits.wall_seconds)
+        if status != 0:
+            raise _refusal(status, memory, seconds)
+
+
+def _run(source: int, target: int, metadata: str, memory: int, seconds: int, wall: int) -> int | None:
+    """Run the process that reads the pickle; return its exit status, or None if it took too long."""
+    paths = os.pathsep.join(path for path in sys.path if Path(path).is_absolute())
+    script = str(Path(pickle_child.__file__))
+    command = [sys.executable, "-I", script, metadata, str(memory), str(seconds), paths]
+    # Tokens and proxies of the user's environment are none of its business.
+    kept = {key: os.environ[key] for key in ("LD_LIBRARY_PATH", "PATH") if key in os.environ}
+    environment = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.lseek(source, 0, os.SEEK_SET)
+    try:
+        return subprocess.run(
+            command,
+            stdin=source,
+            stdout=target,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            cwd="/",
+            timeout=wall + 2 * seconds,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _refusal(status: int | None, memory: int, seconds: int) -> AdapterRefused:
+    if status in (None, -signal.SIGXCPU):
+        fact, kind = f"a pickle that takes more than {seconds} s to read", "limits"
+    elif status in (pickle_child.NO_MEMORY, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGXFSZ):
+        fact, kind = f"a pickle that takes more than {memory >> 20} MiB to read", "limits"
+    elif status == pickle_child.TOO_LARGE:
+        fact, kind = "a pickle whose tensors are far larger than the file", "limits"
+    elif status == pickle_child.NOT_TENSORS:
+        fact, kind = "a pickle that holds other things than tensors by name", "pickle"
+    elif status == pickle_child.BROKEN:
+        fact, kind = "a pickle that is damaged, or that runs code; nothing of it was run", "pickle"
+    else:
+        fact, kind = f"the process that reads pickles ended with status {status}", "pickle"
+    return UnsafeInput(fact, kind=kind, hint=_RESAVE)
+
+
+def _sha256(descriptor: int, size: int) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, size, _BLOCK):
+        digest.update(read_exactly(descriptor, min(_BLOCK, size - start), start))
+    return digest.hexdigest()
