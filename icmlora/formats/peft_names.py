@@ -103,10 +103,7 @@ def _parse_key(name: str) -> tuple[str, str] | None:
         refuse_tensor(name)
         return None
     module = unwrapped(match["module"])
-    if not module.startswith(PREFIX):
-        message = f"{name} does not start with {PREFIX}"
-        hint = "save it again with PEFT: icm does not guess the names that other trainers use"
-        raise AdapterRefused(message, kind="prefix", hint=hint)
+    # Some tools save without the prefix, and transformers loads such a file; names that only start like it are odd.
     module = module.removeprefix(PREFIX)
     if not is_module_name(module):
         raise AdapterRefused(f"{name} does not name a module", kind="unknown-tensor")

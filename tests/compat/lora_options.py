@@ -124,7 +124,7 @@ CASES: tuple[Case, ...] = (
     _option("task-type-none", _TARGETS, remark="`auto_mapping` is kept", task_type=None),
     _option("revision", _TARGETS, remark="a generator of its own", revision="step1000"),
     _option("alora", _TARGETS, remark="`alora_invocation_tokens` is kept", alora_invocation_tokens=[5, 6]),
-    _option("qalora", _TARGETS, use_qalora=True, qalora_group_size=16),
+    _option("qalora", _TARGETS, outcome="original", use_qalora=True, qalora_group_size=16),
     _start("gaussian", "gaussian"),
     _start("orthogonal", "orthogonal"),
     _start("mica", "mica"),

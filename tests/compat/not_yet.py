@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-# Kept as originals only, although they should have a code.
-_WITHOUT_CODE = "qalora no-prefix"
 # PEFT does not load them like the others.
 _NOT_LOADED = """
-dora-float32-magnitudes no-tensors not-a-number infinity wrong-rank adalora-finished poly adaption-prompt
+dora-float32-magnitudes no-prefix no-tensors not-a-number infinity wrong-rank adalora-finished poly adaption-prompt
 kasa monteclora velora init-pissa-niter-4 init-corda init-loftq float64 float8
 """
 
@@ -15,11 +13,7 @@ def _because(reason: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), reason)
 
 
-_BARE = _because("has no code", _WITHOUT_CODE)
-
 NOT_YET: dict[str, dict[str, str]] = {
-    "test_it_has_its_outcome": _BARE,
-    "test_its_code_comes_back_in_the_mould_of_the_original": _BARE,
-    "test_peft_loads_original_and_code_alike": _BARE | _because("not loaded alike", _NOT_LOADED),
+    "test_peft_loads_original_and_code_alike": _because("not loaded alike", _NOT_LOADED),
 }
 """Name of a test -> name of a case or a tree -> why it fails."""

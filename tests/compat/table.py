@@ -27,14 +27,17 @@ _OUTCOMES = {
 }
 
 
+_LOADED = "test_peft_loads_original_and_code_alike"
+
+
 def page() -> str:
     """Return the text of the page."""
     return "\n".join(_lines()) + "\n"
 
 
 def is_planned(case: Case) -> bool:
-    """Return whether a case does not yet have its outcome in every respect."""
-    return any(case.name in missing for missing in NOT_YET.values())
+    """Return whether icm does not yet keep its promise for a case."""
+    return any(case.name in missing for test, missing in NOT_YET.items() if test != _LOADED)
 
 
 def _lines() -> Iterator[str]:
@@ -53,9 +56,11 @@ def _lines() -> Iterator[str]:
 
 def _row(case: Case) -> str:
     outcome = _OUTCOMES[case.outcome][0]
-    return f"| {case.name} | {f'*planned*: {outcome}' if is_planned(case) else outcome} | {case.remark} |".replace(
-        "  |", " |"
-    )
+    remarks = [case.remark] if case.remark else []
+    if case.name in NOT_YET.get(_LOADED, {}) and "PEFT" not in case.remark:
+        remarks.append("PEFT does not load it as the others")
+    shown = f"*planned*: {outcome}" if is_planned(case) else outcome
+    return f"| {case.name} | {shown} | {'; '.join(remarks)} |".replace("  |", " |")
 
 
 def main() -> None:
