@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from icmlora.base_models.lookup import FoundBase, read_config
@@ -40,7 +41,9 @@ def fingerprint_base(found: FoundBase) -> str:
     return total.hexdigest()
 
 
-def is_same_model(left: FoundBase, right: FoundBase) -> bool:
+def is_same_model(
+    left: FoundBase, right: FoundBase, fingerprint: Callable[[FoundBase], str] = fingerprint_base
+) -> bool:
     """Say whether two copies have equal fingerprints; weights are read only where their sizes do not tell."""
     if left.stamp() == right.stamp():
         return True
@@ -48,7 +51,7 @@ def is_same_model(left: FoundBase, right: FoundBase) -> bool:
         return False
     if not left.is_gguf and _architecture(read_config(left.path)) != _architecture(read_config(right.path)):
         return False
-    return fingerprint_base(left) == fingerprint_base(right)
+    return fingerprint(left) == fingerprint(right)
 
 
 def _sizes(found: FoundBase) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.base_models.fingerprint import is_same_model
+from icmlora.base_models.fingerprint import fingerprint_base, is_same_model
 from icmlora.base_models.lookup import FoundBase, find_base_model
 from icmlora.base_models.mirrors import original_of
 from icmlora.errors import BaseModelNotFound
@@ -48,6 +48,11 @@ class KnownBases:
         self._records = {} if store is None else {record.name: record for record in store.base_models.all()}
         self._names = {label: record.name for record in self._records.values() for label in record.names}
         self._copies: dict[str, FoundBase | None] = {}
+        self._fingerprints = {
+            str(record.shape.get("stamp")): record.fingerprint
+            for record in self._records.values()
+            if record.shape is not None and record.fingerprint is not None
+        }
         self.joined: list[BaseJoined] = []
 
     def name_of(self, label: str) -> str:
@@ -80,11 +85,18 @@ class KnownBases:
         if found is None:
             return None
         for name in sorted(set(self._names.values()) - {UNKNOWN_BASE}):
-            self._context.progress(0, None, f"comparing {label} with {name}")
             other = self._copy(name)
-            if other is not None and is_same_model(found, other):
+            if other is not None and is_same_model(found, other, self._fingerprint):
                 return BaseJoined(label, name, "fingerprint", is_quantised=False)
         return None
+
+    def _fingerprint(self, found: FoundBase) -> str:
+        """Return a fingerprint as the store knows it, or read all weights, once."""
+        stamp = found.stamp()
+        if stamp not in self._fingerprints:
+            self._context.progress(0, None, f"reading {found.label}")
+            self._fingerprints[stamp] = fingerprint_base(found)
+        return self._fingerprints[stamp]
 
     def _copy(self, name: str) -> FoundBase | None:
         if name not in self._copies:

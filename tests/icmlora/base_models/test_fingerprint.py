@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.base_models.fingerprint import fingerprint_base
-from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.fingerprint import fingerprint_base, is_same_model
+from icmlora.base_models.lookup import FoundBase, inspect_base
 
 CONFIG: dict[str, object] = {
     "model_type": "llama",
@@ -66,3 +66,40 @@ def test_a_gguf_file_is_its_bytes(tmp_path: Path) -> None:
     first = fingerprint_base(inspect_base("any", file))
     file.write_bytes(b"GGUF 2")
     assert fingerprint_base(inspect_base("any", file)) != first
+
+
+def is_same(left: Path, right: Path, read: list[str]) -> bool:
+    """Compare two folders; the names of those whose weights had to be read go into a list."""
+
+    def listen(found: FoundBase) -> str:
+        read.append(found.path.name)
+        return fingerprint_base(found)
+
+    return is_same_model(inspect_base("any", left), inspect_base("any", right), listen)
+
+
+@pytest.mark.parametrize(
+    ("weights", "changes", "same", "read"),
+    [
+        (b"weights", {"dtype": "bfloat16"}, True, ["a", "b"]),
+        (b"Weights", {}, False, ["a", "b"]),
+        (b"more weights", {}, False, []),
+        (b"weights", {"hidden_size": 64}, False, []),
+    ],
+)
+def test_weights_are_read_only_where_sizes_and_architecture_do_not_tell(
+    tmp_path: Path, weights: bytes, changes: dict[str, object], same: bool, read: list[str]
+) -> None:
+    fingerprint(tmp_path / "a")
+    fingerprint(tmp_path / "b", weights, **changes)
+    seen: list[str] = []
+    assert is_same(tmp_path / "a", tmp_path / "b", seen) is same
+    assert seen == read
+
+
+def test_a_link_to_a_model_is_that_model(tmp_path: Path) -> None:
+    fingerprint(tmp_path / "a")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    seen: list[str] = []
+    assert is_same(tmp_path / "a", tmp_path / "b", seen)
+    assert seen == []

@@ -79,6 +79,21 @@ def test_another_revision_than_the_cached_one_is_not_found(empty: Path) -> None:
         find_base_model(LABEL, cache_dir=fake_cache(empty), revision="v2")
 
 
+def test_the_revision_in_a_label_is_looked_for(empty: Path) -> None:
+    commit = "1" * 40
+    found = find_base_model(f"{LABEL}@{commit}", cache_dir=fake_cache(empty, commit))
+    assert found.path.name == commit
+    with pytest.raises(BaseModelNotFound):
+        find_base_model(f"{LABEL}@v2", cache_dir=empty)
+
+
+def test_a_relative_label_is_not_looked_for_in_the_current_directory(empty: Path, tmp_path: Path) -> None:
+    fake_base(tmp_path / LABEL)
+    for label in (LABEL, f"./{LABEL}"):
+        with pytest.raises(BaseModelNotFound):
+            find_base_model(label, cache_dir=empty)
+
+
 def test_a_folder_of_the_same_name_without_a_model_does_not_hide_the_cache(empty: Path, tmp_path: Path) -> None:
     (tmp_path / LABEL).mkdir(parents=True)
     assert find_base_model(LABEL, cache_dir=fake_cache(empty)).path.parent.name == "snapshots"

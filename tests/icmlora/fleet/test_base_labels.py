@@ -213,3 +213,20 @@ def test_a_base_model_is_forgotten_by_any_label(fleet: Fleet, tiny: Path) -> Non
     assert [base.path for base in fleet.base_models()] == [None]
     with pytest.raises(BaseModelNotFound):
         fleet.forget_base_model("tiny/other")
+
+
+def test_a_card_names_the_model_without_its_revision(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.ingest([write(tmp_path / "poems", LABEL, revision="v1")])
+    fleet.materialize("poems", tmp_path / "out")
+    assert f"base_model: {LABEL}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_known_fingerprints_are_not_computed_again(fleet: Fleet, tmp_path: Path, tiny: Path) -> None:
+    write(tmp_path / "poems", str(tiny))
+    fleet.ingest([tmp_path / "poems"])
+    fleet.extract_vectors(device="cpu")  # which reads all of the base model
+    notes: list[str] = []
+    other = Fleet(fleet.path, on_event=lambda event: notes.append(getattr(event, "note", "")))
+    copy = write_tiny_base(tmp_path / "copy")
+    assert len(other.ingest([write(tmp_path / "rules", str(copy), seed=2)]).joined) == 1
+    assert [note for note in notes if note.startswith("reading")] == [f"reading {copy}"]

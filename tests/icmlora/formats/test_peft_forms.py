@@ -157,6 +157,13 @@ def test_a_padded_adapter_means_the_same(name: str) -> None:
     assert relative_dw_error(before, after) < 1e-9
 
 
+def test_a_padded_adapter_names_the_base_model_of_its_original() -> None:
+    files = original(base_model_name_or_path="mirror/model", revision="v1")
+    decoded = replace(read(files).adapter, base_model="acme/model", revision=None)
+    fields = json.loads(written(files, decoded, pad_rank=8).config)
+    assert (fields["base_model_name_or_path"], fields["revision"]) == ("mirror/model", "v1")
+
+
 def test_a_rank_below_that_of_a_module_is_refused() -> None:
     with pytest.raises(AdapterRefused, match="rank 2 is too small") as caught:
         written(FORMS["rank pattern"], pad_rank=2)
