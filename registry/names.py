@@ -94,6 +94,14 @@ def source_label(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def split_label(label: str) -> tuple[str, str | None]:
+    """Return the hub name and the revision of a base model's name; a path has no revision."""
+    if os.path.isabs(label):
+        return label, None
+    name, _, revision = label.partition("@")
+    return name, revision or None
+
+
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key that orders numbers by value: `layers.2` before `layers.10`."""
     parts = _DIGITS.split(name)

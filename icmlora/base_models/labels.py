@@ -34,14 +34,6 @@ def full_label(label: str | None, revision: str | None, place: Path, task_folder
     return label if revision in _MAIN else f"{label}@{revision}"
 
 
-def split_label(label: str) -> tuple[str, str | None]:
-    """Return the hub name and the revision of a base model's name; a path has no revision."""
-    if os.path.isabs(label):
-        return label, None
-    name, _, revision = label.partition("@")
-    return name, revision or None
-
-
 def typed_label(label: str) -> str:
     """Return the name of a base model that a user typed: a path is one from the current directory."""
     is_path = label.startswith("~") or os.path.isabs(label) or _must_be_path(label)

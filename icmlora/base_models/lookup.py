@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from icmlora.base_models.labels import split_label
 from icmlora.errors import BaseModelNotFound
+from registry.names import split_label
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -7,8 +7,8 @@ from typing import Literal, Protocol
 
 import yaml
 
-from icmlora.base_models.labels import split_label
 from icmlora.io.text import counted, escape
+from registry.names import split_label
 
 _CARD = """\
 ---

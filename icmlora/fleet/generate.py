@@ -24,7 +24,6 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples import Examples, examples_for
 from icmlora.base_models.factors import added, factors_of
-from icmlora.base_models.labels import split_label
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.adapt import adapt, supports
@@ -50,7 +49,7 @@ from icmlora.task_vectors.vector import TaskVector
 from icmlora.training.refinement import RefineConfig
 from registry.bundles import BundleImport, ImportedTask
 from registry.errors import TaskConflict, TaskNotFound
-from registry.names import check_name
+from registry.names import check_name, split_label
 from registry.records import GeneratorRecord, NewAdapter, NewGenerator
 
 if TYPE_CHECKING:

@@ -144,7 +144,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_completion_never_raises(tmp_path: Path) -> None:
-    from icm_cli.options import complete_base, complete_task
+    from icm_cli.completion import complete_base, complete_task
 
     (tmp_path / "store").write_text("no store")
     assert complete_task("") == complete_base("") == []

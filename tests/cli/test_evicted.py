@@ -92,8 +92,9 @@ def test_another_adapter_may_take_its_place_with_the_same_checkpoints(icm: Icm, 
     write_lora(tmp_path / "poems", seed=99)
     for step in (10, 20):
         write_lora(tmp_path / "poems" / f"checkpoint-{step}", seed=step)
-    assert icm("ingest", tmp_path / "poems", "--no-vectors").code == ExitCode.FAILED
-    ran = icm("ingest", tmp_path / "poems", "--no-vectors", "--on-conflict", "replace", "--json")
+    other = ("ingest", tmp_path / "poems", "--name", "poems", "--no-vectors")
+    assert icm(*other).code == ExitCode.FAILED
+    ran = icm(*other, "--on-conflict", "replace", "--json")
     assert (ran.code, ran.events[0]["status"], ran.events[0]["new"]) == (0, "replaced", 3)
     assert icm("verify", "--read-data").code == 0
 

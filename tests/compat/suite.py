@@ -150,7 +150,8 @@ def updates(model: Any) -> dict[str, Any]:
 def _update(layer: Any) -> Any:
     import torch
 
-    groups = getattr(layer.lora_B["default"], "groups", 1)
+    # An embedding has its factors elsewhere.
+    groups = getattr(layer.lora_B["default"], "groups", 1) if "default" in layer.lora_B else 1
     if groups == 1:
         return layer.get_delta_weight("default")
     # PEFT does not compute it for a grouped convolution: each group of outputs has its own rows of A.

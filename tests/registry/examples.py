@@ -40,6 +40,7 @@ def offer(
     eval_data: bytes | None = None,
     card: bytes | None = None,
     on_conflict: OnConflict = "fail",
+    base_is_told: bool = False,
 ) -> TaskIngest:
     """Store the bytes of a task with one final adapter and a checkpoint per step; return what is to be recorded."""
     final = adapter(store, weights or f"weights of {name}".encode(), is_final=True, card=card)
@@ -51,6 +52,7 @@ def offer(
         samples=None if samples is None else store.blobs.put(samples),
         eval_data=None if eval_data is None else store.blobs.put(eval_data),
         on_conflict=on_conflict,
+        base_is_told=base_is_told,
     )
 
 

@@ -104,7 +104,7 @@ class TestIngest:
 class TestConflict:
     """A task that exists with another adapter."""
 
-    @pytest.mark.parametrize("other", [{"weights": b"other"}, {"base_model": "other/base"}])
+    @pytest.mark.parametrize("other", [{"weights": b"other"}, {"base_model": "other/base", "base_is_told": True}])
     def test_it_fails_unless_told_otherwise(self, store: Store, other: dict[str, object]) -> None:
         ingest(store, "rust")
         with pytest.raises(TaskConflict, match="rust"):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.base_models.labels import full_label, split_label, typed_label
+from icmlora.base_models.labels import full_label, typed_label
+from registry.names import split_label
 
 
 def base_at(folder: Path) -> Path:

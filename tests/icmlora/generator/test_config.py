@@ -89,7 +89,7 @@ def test_a_quality_outside_1_to_8_is_refused(quality: int) -> None:
         {"kinds": [{"pattern": "q", "inputs": 1, "outputs": 2}] * 2},
         {"kinds": [{"pattern": "q"}]},
         {"kinds": 3},
-        {"slots": 255},
+        {"slots": 4097},
         {"layers": 0},
         {"width": 0},
         {"condition_size": -1},
