@@ -111,6 +111,11 @@ class TestConflict:
             ingest(store, "rust", **other)
         assert store.blobs.read(store.tasks.final("rust").weights) == b"weights of rust"
 
+    def test_the_same_adapter_keeps_the_base_model_that_it_has(self, store: Store) -> None:
+        ingest(store, "rust")
+        outcome = store.tasks.ingest_one(offer(store, "rust", base_model="other/base"))
+        assert (outcome.status, outcome.base_model, store.tasks.get("rust").base_model) == ("known", BASE, BASE)
+
     def test_skip_leaves_the_task_as_it_is(self, store: Store) -> None:
         ingest(store, "rust")
         outcome = store.tasks.ingest_one(offer(store, "rust", weights=b"other", on_conflict="skip"))
