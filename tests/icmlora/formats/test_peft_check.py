@@ -130,7 +130,7 @@ OTHER_METHODS = [
     ("lora_unet_down_blocks_0.lora_down.weight", "kohya"),
     ("model.layers.0.self_attn.q_proj.lora_a", "MLX"),
     ("lora_unet_x.hada_w1_a", "LyCORIS"),
-    ("model.layers.0.self_attn.q_proj.lora_A.weight", "does not start with base_model.model."),
+    ("model.layers.0.self_attn.q_proj.lora_A.weight", "are the same factor"),
     ("base_model.model..lora_A.weight", "does not name a module"),
 ]
 
@@ -296,3 +296,10 @@ def test_a_mutated_adapter_is_inspected_or_refused(position: int, value: int, wh
 def test_discovery_and_the_formats_do_not_import_torch() -> None:
     code = "import sys, icmlora.formats.discovery, icmlora.formats.catalogue; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_file_without_pefts_prefix_is_coded_under_its_own_names() -> None:
+    bare = {name.removeprefix("base_model.model."): tensor for name, tensor in factors().items()}
+    summary = PEFT.inspect(config(), weights(bare))
+    assert (summary.original_only, [shape.module for shape in summary.layout]) == (None, [Q0, V0])
+    assert Q0 in summary.template
