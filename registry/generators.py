@@ -106,7 +106,7 @@ class Generators(Part):
             row.start = writer.blob(blob)
             writer.session.flush()
             record = generator_record(row)
-        # The very same start again must keep its file.
+        # Recording an equal start again must keep its file.
         self._drop({old} - {blob} if old else ())
         return record
 

@@ -155,14 +155,12 @@ class Bundle:
 
 def _form(file: BundleFile, task: BundledTask) -> OriginalForm:
     from icmlora.fleet.decoding import OriginalForm
-    from icmlora.formats.extras import unpack, unpack_tensors
+    from icmlora.formats.extras import unpack_extras
     from icmlora.formats.format import Template
     from icmlora.formats.peft import PEFT
 
     template = Template(file.read(task.config), task.layout, task.dtype, task.template)
-    tensors = unpack_tensors(file.read(extra.part) for extra in task.extras if extra.file is None)
-    files = {extra.file: unpack(file.read(extra.part)) for extra in task.extras if extra.file is not None}
-    return OriginalForm(PEFT, template, tensors, files)
+    return OriginalForm(PEFT, template, *unpack_extras(((extra.file, extra.part) for extra in task.extras), file.read))
 
 
 def find_task(index: BundleIndex, name: str) -> BundledTask:

@@ -49,22 +49,20 @@ def read_form(store: Store, final: AdapterRecord) -> OriginalForm:
     layout = tuple(ModuleShape(*entry) for entry in final.layout)
     template = Template(store.blobs.read(final.config), layout, final.dtype, final.template)
     tensors: Mapping[str, RawTensor] = {}
-    packed = [extra.blob for extra in final.extras if extra.file is None]
-    if packed:
-        from icmlora.formats.extras import unpack_tensors
+    files: Mapping[str, bytes] = {}
+    if final.extras:
+        from icmlora.formats.extras import unpack_extras
 
-        tensors = unpack_tensors(map(store.blobs.read, packed))
-    return OriginalForm(format_named(final.format), template, tensors, read_companions(store, final))
+        tensors, files = unpack_extras(((extra.file, extra.blob) for extra in final.extras), store.blobs.read)
+    return OriginalForm(format_named(final.format), template, tensors, files)
 
 
 def read_companions(store: Store, final: AdapterRecord) -> dict[str, bytes]:
     """Read the files that came with an adapter."""
-    named = [(extra.file, extra.blob) for extra in final.extras if extra.file is not None]
-    if not named:
-        return {}
-    from icmlora.formats.extras import unpack
+    from icmlora.formats.extras import unpack_extras
 
-    return {name: unpack(store.blobs.read(blob)) for name, blob in named}
+    named = [(extra.file, extra.blob) for extra in final.extras if extra.file is not None]
+    return unpack_extras(named, store.blobs.read)[1]
 
 
 def codec_of_task(

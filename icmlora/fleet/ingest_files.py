@@ -25,7 +25,7 @@ from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.extras import pack, pack_tensors
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import RawTensor
+from icmlora.io.safetensors import raw_tensors
 from registry.blobs.content import PutRefusal, digest_of
 from registry.errors import SourceRefused
 from registry.files import read_plain
@@ -313,8 +313,7 @@ def _extras(found: FoundAdapter, weights: str, summary: AdapterSummary, store: S
         packed.append((name, pack(data), len(data)))
     # Evicted weights that stay evicted are not in the store; the row of their adapter has its extras already.
     if store is not None and summary.extras and store.blobs.exists(weights):
-        data = store.blobs.read(weights)
-        tensors = {info.name: RawTensor(info.dtype, info.shape, data[info.begin : info.end]) for info in summary.extras}
+        tensors = raw_tensors(store.blobs.read(weights), summary.extras)
         packed.extend((None, blob, size) for blob, size in pack_tensors(tensors))
     return tuple(
         Extra(digest_of(blob) if store is None else store.blobs.put(blob), name, size, len(blob))

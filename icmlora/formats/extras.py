@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import zstandard
 
 from icmlora.errors import DataError
-from icmlora.io.safetensors import ITEM_BYTES, RawTensor, encode, read_header
+from icmlora.io.safetensors import ITEM_BYTES, RawTensor, encode, raw_tensors, read_header
 
 _HEAD = struct.Struct("<5sBQ")
 _MAGIC = b"ICMX\x01"
@@ -43,9 +43,17 @@ def unpack_tensors(blobs: Iterable[bytes]) -> dict[str, RawTensor]:
     tensors: dict[str, RawTensor] = {}
     for blob in blobs:
         data = unpack(blob)
-        for info in read_header(data).tensors:
-            tensors[info.name] = RawTensor(info.dtype, info.shape, data[info.begin : info.end])
+        tensors |= raw_tensors(data, read_header(data).tensors)
     return tensors
+
+
+def unpack_extras(
+    extras: Iterable[tuple[str | None, str]], read: Callable[[str], bytes]
+) -> tuple[dict[str, RawTensor], dict[str, bytes]]:
+    """Return the tensors, and the files by name, of extras given as (name of the file or None, digest of the blob)."""
+    extras = list(extras)
+    tensors = unpack_tensors(read(blob) for file, blob in extras if file is None)
+    return tensors, {file: unpack(read(blob)) for file, blob in extras if file is not None}
 
 
 def pack(data: bytes, width: int = 1) -> bytes:

@@ -1,7 +1,7 @@
 """Give every task that was found a name, so that the same folder gets the same name in every run.
 
 1. A task that the store has keeps its name. It is recognised by its folder, or else by its bytes.
-2. Any other task is called like its folder, if no other folder and no task of the store has that name.
+2. Any other task is named after its folder, if no other folder and no task of the store has that name.
 3. Otherwise the name of the folder above is put in front, and so on upward, until the name is free.
 """
 

@@ -24,7 +24,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import LoadedAdapter, Template
 from icmlora.formats.peft_config import AdapterConfig, usual_names
-from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode
+from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode, raw_tensors
 from icmlora.io.strict_json import parse_object
 from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
 
@@ -51,10 +51,7 @@ def read_adapter(config: bytes, weights: bytes, *, path: str | Path | None = Non
     values = decode_float32(weights, TensorHeader(tuple(in_file), {}))
     with located(path):
         modules = [module for pair in tensors.pairs for module in _modules(pair, values, parsed)]
-    extras = {
-        tensor.name: RawTensor(tensor.dtype, tensor.shape, weights[tensor.begin : tensor.end])
-        for tensor in tensors.extras
-    }
+    extras = raw_tensors(weights, tensors.extras)
     label = summary.base_model or ""
     targets = summary.target_modules
     return LoadedAdapter(Adapter(label, summary.task_type, targets, tuple(modules), summary.revision), extras)
@@ -171,7 +168,8 @@ def _bad_template() -> AdapterRefused:
 
 def refuse_special(like: Template) -> None:
     """Refuse the form that every engine reads for an adapter of other layers than linear ones."""
-    if json.loads(like.details or "{}").keys() & {"experts", "groups", "shapes"}:
+    details = _Details.parse(like)
+    if details.parts or details.shapes:
         fact = "its convolutions or fused experts have no place in the form that every engine reads"
         raise AdapterRefused(fact, kind="layers", hint="write it without --pad-rank")
 

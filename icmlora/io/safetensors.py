@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +118,11 @@ def read_tensor_file(path: Path) -> bytes:
         head = read_exactly(descriptor, _PREFIX_BYTES + _header_length(start, size), 0)
         parse_header(head[_PREFIX_BYTES:], size)
         return head + read_exactly(descriptor, size - len(head), len(head))
+
+
+def raw_tensors(data: bytes, tensors: Iterable[TensorInfo]) -> dict[str, RawTensor]:
+    """Cut some tensors out of a file in memory, by name."""
+    return {info.name: RawTensor(info.dtype, info.shape, data[info.begin : info.end]) for info in tensors}
 
 
 def encode(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> bytes:
