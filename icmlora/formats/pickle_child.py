@@ -33,7 +33,7 @@ def main(metadata: str, memory: int, seconds: int, paths: str) -> int:
     import torch
 
     torch.set_num_threads(1)
-    _limit(memory, seconds)
+    limit(memory, seconds)
     try:
         found = torch.load(sys.stdin.buffer, weights_only=True, map_location="cpu")
         tensors = _plain(found, torch)
@@ -49,8 +49,8 @@ def main(metadata: str, memory: int, seconds: int, paths: str) -> int:
     return 0
 
 
-def _limit(memory: int, seconds: int) -> None:
-    """Limit what comes on top of a process that has imported torch."""
+def limit(memory: int, seconds: int) -> None:
+    """Limit what this process may use from now on, in addition to what it has used so far."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     used = resource.getrusage(resource.RUSAGE_SELF)
     until = math.ceil(used.ru_utime + used.ru_stime) + seconds
@@ -61,12 +61,12 @@ def _limit(memory: int, seconds: int) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NPROC: 0,
     }
-    for limit, value in limits.items():
-        hard = resource.getrlimit(limit)[1]
+    for kind, value in limits.items():
+        hard = resource.getrlimit(kind)[1]
         lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
         # At the hard limit of time the kernel sends SIGKILL, as for want of memory; at the soft one SIGXCPU.
-        keep_hard = limit == resource.RLIMIT_CPU
-        resource.setrlimit(limit, (lower, hard if keep_hard else lower))
+        keep_hard = kind == resource.RLIMIT_CPU
+        resource.setrlimit(kind, (lower, hard if keep_hard else lower))
 
 
 def _plain(found: Any, torch: Any) -> dict[str, Any] | None:

@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from pathlib import Path
 from icmlora.errors import AdapterRefused, UnsafeInput, located
 from icmlora.formats import pickle_child
 from icmlora.formats.discovery import FoundAdapter, FoundTask
+from icmlora.io.child import run_child
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.safetensors import MAX_FILE_BYTES
 
@@ -77,33 +76,15 @@ def convert_pickle(source: Path, target: Path, name: str, limits: PickleLimits =
         memory = limits.memory + limits.memory_per_byte * size
         seconds = limits.seconds + limits.seconds_per_gigabyte * size // 10**9
         with target.open("wb") as output:
-            status = _run(descriptor, output.fileno(), json.dumps(metadata), memory, seconds, limits.wall_seconds)
+            status = run_child(
+                pickle_child.__file__,
+                [json.dumps(metadata), str(memory), str(seconds)],
+                descriptor,
+                output.fileno(),
+                wall_seconds=limits.wall_seconds + 2 * seconds,
+            )
         if status != 0:
             raise _refusal(status, memory, seconds)
-
-
-def _run(source: int, target: int, metadata: str, memory: int, seconds: int, wall: int) -> int | None:
-    """Run the process that reads the pickle; return its exit status, or None if it took too long."""
-    paths = os.pathsep.join(path for path in sys.path if Path(path).is_absolute())
-    script = str(Path(pickle_child.__file__))
-    command = [sys.executable, "-I", script, metadata, str(memory), str(seconds), paths]
-    # Tokens and proxies of the user's environment are none of its business.
-    kept = {key: os.environ[key] for key in ("LD_LIBRARY_PATH", "PATH") if key in os.environ}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    os.lseek(source, 0, os.SEEK_SET)
-    try:
-        return subprocess.run(
-            command,
-            stdin=source,
-            stdout=target,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            cwd="/",
-            timeout=wall + 2 * seconds,
-            check=False,
-        ).returncode
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def _refusal(status: int | None, memory: int, seconds: int) -> AdapterRefused:
