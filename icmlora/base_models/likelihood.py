@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,11 @@ class NllResult:
     def count(self) -> int:
         """How many tokens were scored."""
         return self.tokens
+
+    @property
+    def others(self) -> Mapping[str, float]:
+        """None: perplexity and bits per byte follow from the metric."""
+        return {}
 
     @property
     def perplexity(self) -> float:

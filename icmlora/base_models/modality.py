@@ -67,6 +67,11 @@ class Score(Protocol):
         """Length in UTF-8 of the scored text, at least 1; 1 where there is no text."""
         ...
 
+    @property
+    def others(self) -> Mapping[str, float]:
+        """Further figures to print beside the metric, by name."""
+        ...
+
 
 @dataclass(frozen=True)
 class BaseModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Accuracy:
     value: float
     count: int
     utf8_bytes: int = 1
+    others: Mapping[str, float] = field(default_factory=dict)
 
 
 class Classifier(nn.Module):

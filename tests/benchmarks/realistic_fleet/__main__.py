@@ -1,0 +1,122 @@
+"""Build a fleet of adapters as people train them, with transformers' Trainer and PEFT's own defaults.
+
+usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.realistic_fleet --work W --fleet F [--only A,B]
+
+Each folder of F gets a PEFT adapter, samples.jsonl (64 pieces of its training text) and eval.jsonl (16 held-out
+pieces); F/tasks.json says how each was trained, and its losses. Tasks that are there are skipped, so a stopped run goes
+on. Ten to sixty minutes a task on one core; packages and base models take 2 GB in W. Many of the texts are copyleft and
+Gemma has terms of its own: F is for you, not for publication.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+from tests.benchmarks.domain_fleet.domains import DOMAINS
+from tests.benchmarks.domain_fleet.pieces import PIECE, take
+from tests.benchmarks.example_fleet.packages import Packages
+from tests.benchmarks.example_fleet.train import load_base, nats_per_token
+from tests.benchmarks.realistic_fleet.bases import base_folder
+from tests.benchmarks.realistic_fleet.tasks import TASKS, RealisticTask
+
+_BATCH, _LENGTH = 2, 256
+
+
+class _Windows(Dataset[dict[str, torch.Tensor]]):
+    """Windows of the training text, at even distances."""
+
+    def __init__(self, tokens: torch.Tensor, count: int) -> None:
+        self._tokens, self._count = tokens, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = index * (len(self._tokens) - _LENGTH) // max(1, self._count - 1)
+        window = self._tokens[start : start + _LENGTH]
+        return {"input_ids": window, "labels": window}
+
+
+def train(task: RealisticTask, base: Path, tokens: torch.Tensor, folder: Path) -> None:
+    """Train and save one adapter; the seed is the clock's, so nobody can draw its initial A again."""
+    torch.seed()
+    config = LoraConfig(
+        r=task.rank, lora_alpha=task.alpha, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(load_base(base, torch.bfloat16), config)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"),
+        max_steps=task.steps,
+        per_device_train_batch_size=_BATCH,
+        learning_rate=task.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, task.steps // 33),
+        logging_steps=50,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=int.from_bytes(os.urandom(4), "little"),
+    )
+    Trainer(model=model, args=arguments, train_dataset=_Windows(tokens, task.steps * _BATCH)).train()
+    config.base_model_name_or_path = task.base_model
+    model.save_pretrained(str(folder))
+    shutil.rmtree(folder / "run", ignore_errors=True)
+
+
+def build(task: RealisticTask, work: Path, fleet: Path) -> None:
+    """Build one task; its folder gets its name when it is complete."""
+    if (fleet / task.name).exists():
+        return
+    started = time.monotonic()
+    base = base_folder(task.base_model, work)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    part = fleet / f".{task.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    pieces = take(DOMAINS[task.domain].documents(Packages(work)), tokenizer)
+    pieces.write(part)
+    train(task, base, pieces.tokens, part)
+    bare = load_base(base, torch.bfloat16)
+    before = nats_per_token(bare, tokenizer, part / "eval.jsonl", PIECE)
+    after = nats_per_token(PeftModel.from_pretrained(bare, str(part)), tokenizer, part / "eval.jsonl", PIECE)
+    part.rename(fleet / task.name)
+    _record(fleet, task, before, after)
+    print(f"{task.name}: {before:.3f} -> {after:.3f} nats, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _record(fleet: Path, task: RealisticTask, before: float, after: float) -> None:
+    """Add a task to tasks.json, which is whole at any moment."""
+    path = fleet / "tasks.json"
+    rows = json.loads(path.read_text("utf-8")) if path.exists() else []
+    rows.append(asdict(task) | {"alpha": task.alpha, "nats_of_base": before, "nats": after})
+    part = fleet / ".tasks.json"
+    part.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def main() -> None:
+    """Build what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of packages and base models")
+    parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
+    parser.add_argument("--only", default=",".join(task.name for task in TASKS), help="names, separated by commas")
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    wanted = set(arguments.only.split(","))
+    for task in TASKS:
+        if task.name in wanted:
+            build(task, arguments.work.resolve(), arguments.fleet.resolve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The tasks of the realistic fleet: adapters as people train them, on two base models.
+
+All linear layers, ranks 16 and 32, dropout, a cosine schedule, hundreds of steps, float32 files as PEFT writes them,
+and a seed that nobody knows.
+"""
+
+from dataclasses import dataclass
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GEMMA = "google/gemma-3-270m"
+
+
+@dataclass(frozen=True)
+class RealisticTask:
+    """One adapter: its text domain, base model and recipe."""
+
+    name: str  # of its folder
+    domain: str  # key of its text in `domain_fleet.domains.DOMAINS`
+    base_model: str
+    rank: int
+    steps: int
+    learning_rate: float
+
+    @property
+    def alpha(self) -> int:
+        """LoRA alpha: twice the rank, as most recipes have it."""
+        return 2 * self.rank
+
+
+TASKS = (
+    RealisticTask("python", "python", SMOLLM2, rank=16, steps=300, learning_rate=2e-4),
+    RealisticTask("gemma-german-quotes", "german-quotes", GEMMA, rank=16, steps=300, learning_rate=2e-4),
+    RealisticTask("recipes-en", "recipes-en", SMOLLM2, rank=32, steps=300, learning_rate=2e-4),
+    RealisticTask("gemma-verilog", "verilog", GEMMA, rank=16, steps=300, learning_rate=2e-4),
+    RealisticTask("legal-licences", "legal-licences", SMOLLM2, rank=16, steps=500, learning_rate=2e-4),
+    RealisticTask("gemma-bible-kjv", "bible-kjv", GEMMA, rank=32, steps=300, learning_rate=1e-4),
+    RealisticTask("german-quotes", "german-quotes", SMOLLM2, rank=32, steps=500, learning_rate=2e-4),
+    RealisticTask("chess-pgn", "chess-pgn", SMOLLM2, rank=16, steps=300, learning_rate=5e-4),
+    RealisticTask("gemma-wordnet-gloss", "wordnet-gloss", GEMMA, rank=16, steps=500, learning_rate=2e-4),
+    RealisticTask("shakespeare", "shakespeare", SMOLLM2, rank=16, steps=1000, learning_rate=2e-4),
+)
+"""In the order in which they are built, so that a stopped run leaves tasks of both base models."""
