@@ -143,7 +143,7 @@ DeviceOpt = Annotated[
 
 
 def loss_option(name: str, text: str, panel: str | None = None) -> Any:
-    """Return an option for an upper limit on the error of dW."""
+    """Return an option for an upper limit on an error."""
     return typer.Option(name, metavar="X", min=1e-4, max=0.9, help=text, show_default=False, rich_help_panel=panel)
 
 

@@ -1,14 +1,18 @@
-"""Write codes, residuals and limits for people."""
+"""How codes, residuals, errors and limits are shown."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
+
+    from _typeshed import DataclassInstance
 
     from icmlora.fleet.records import Asked
 
@@ -20,11 +24,30 @@ def coded_size(code: int | None, residual: int | None) -> str:
     return human_size(code) if residual is None else f"{human_size(code)} + {human_size(residual)}"
 
 
+def errors_json(squared: float | None) -> dict[str, float | None]:
+    """Return an error as JSON gives it: the relative error, and its square."""
+    from icmlora.fleet.records import relative_error  # brings in the database, which `--help` does without
+
+    return {"relative_error": relative_error(squared), "squared_error": squared}
+
+
+def as_fields(record: DataclassInstance) -> dict[str, Any]:
+    """Return the fields of a record for JSON, each squared error with its root."""
+    return asdict(record, dict_factory=_with_relative_error)
+
+
+def _with_relative_error(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        fields |= errors_json(value) if name == "squared_error" else {name: value}
+    return fields
+
+
 def limits_text(asked: Asked) -> str:
     """Return the limits that a code was made for."""
     limits = (
         ("retained gain at least", asked.min_gain),
-        ("relative dW error at most", asked.max_error),
+        ("relative error at most", asked.max_error),
         ("weighted error at most", asked.tolerance),
     )
     return " and ".join(f"{name} {limit:g}" for name, limit in limits if limit is not None)

@@ -40,7 +40,7 @@ class ImportedTask:
     original: records.NewAdapter  # its weights are elsewhere, its other blobs in the store
     weights_bytes: int
     code: str  # digest of the code's file
-    dw_error: float | None
+    squared_error: float | None
     evaluation: records.NewEvaluation | None = None  # of the code; recorded under the generator of the bundle
     vectors: Sequence[records.NewVector] = ()  # recorded for a new task only
 
@@ -186,7 +186,7 @@ def _code(writer: RowWriter, task: ImportedTask, adapter: models.Adapter, genera
         generator_id=generator.id,
         blob=blob,
         bits=8.0 * blob.size,
-        dw_error=task.dw_error,
+        squared_error=task.squared_error,
     )
 
 

@@ -73,9 +73,9 @@ class Codes(Part):
                 row = code(task=adapter.task, generator_id=generator.id)
                 session.add(row)
             row.adapter_id, row.blob = adapter.id, writer.blob(new.blob)
-            row.bits, row.dw_error = new.bits, new.dw_error
+            row.bits, row.squared_error = new.bits, new.squared_error
             # A residual corrects the code that it was made for, and no other.
-            row.residual, row.residual_error = None, None
+            row.residual, row.residual_squared_error = None, None
             _set_limits(writer, row, new.asked)
             _replace_evaluations(writer, row, ("code", "residual"), evaluations)
             record = code_record(row)
@@ -97,7 +97,7 @@ class Codes(Part):
             _must_have_original(writer.session.get_one(models.Adapter, row.adapter_id))
             old = set() if row.residual is None else {row.residual.digest}
             row.residual = None if new is None else writer.blob(new.blob)
-            row.residual_error = None if new is None else new.dw_error
+            row.residual_squared_error = None if new is None else new.squared_error
             _set_limits(writer, row, asked)
             _replace_evaluations(writer, row, ("residual",), evaluations)
             record = code_record(row)
@@ -152,7 +152,7 @@ def code_rows(
                 adapter_id=adapter.id,
                 blob=writer.blob(new.blob),
                 bits=new.bits,
-                dw_error=new.dw_error,
+                squared_error=new.squared_error,
                 **limit_columns(new.asked),
             )
 
@@ -160,7 +160,13 @@ def code_rows(
 def limit_columns(asked: records.Asked | None) -> dict[str, float | None]:
     """Return column -> value of the limits that a code was made for."""
     columns = {field: None if asked is None else getattr(asked, field) for field in _LIMITS}
-    return {**columns, "refined": columns["refined"] or None}
+    # `x * x` rather than a power: the root of a product comes back exactly, and so does the limit that was asked for.
+    limit = columns.pop("max_error")
+    return {
+        **columns,
+        "max_squared_error": None if limit is None else limit * limit,
+        "refined": columns["refined"] or None,
+    }
 
 
 def code_files(session: Session, generator_id: int, *, evicted: bool = False) -> dict[str, CodeFiles]:

@@ -103,15 +103,16 @@ def _value(value: Any) -> Any:
 
 
 def _residual(row: models.Code) -> records.ResidualRecord | None:
-    if row.residual is None or row.residual_error is None:
+    if row.residual is None or row.residual_squared_error is None:
         return None
-    return records.ResidualRecord(row.residual.digest, row.residual_error, row.residual.size)
+    return records.ResidualRecord(row.residual.digest, row.residual_squared_error, row.residual.size)
 
 
 def _limits(row: models.Code) -> records.Asked | None:
     if row.is_kept is None:
         return None
-    return records.Asked(row.min_gain, row.max_error, row.tolerance, row.is_kept, row.refined or 0)
+    max_error = records.relative_error(row.max_squared_error)
+    return records.Asked(row.min_gain, max_error, row.tolerance, row.is_kept, row.refined or 0)
 
 
 def task_folder(source: str) -> str:

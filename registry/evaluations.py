@@ -67,7 +67,7 @@ def record_evaluation(session: Session, new: records.NewEvaluation, now: str) ->
             tokens=new.tokens,
             utf8_bytes=new.utf8_bytes,
             retained_gain=new.retained_gain,
-            dw_error=new.dw_error,
+            squared_error=new.squared_error,
             settings=document_row(session, dict(new.settings)),
             created_at=now,
         )

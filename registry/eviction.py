@@ -103,9 +103,9 @@ def _mark_evicted(session: Session, eviction: Eviction, row: models.Code) -> lis
         session.execute(update(adapter).where(*chosen, adapter.evicted_at.is_(None)).values(evicted_at=now))
     # The error belongs to the source that replaces the original.
     if row.residual is None:
-        row.dw_error = eviction.dw_error
+        row.squared_error = eviction.squared_error
     else:
-        row.residual_error = eviction.dw_error
+        row.residual_squared_error = eviction.squared_error
     for evaluation in eviction.evaluations:
         record_evaluation(session, evaluation, now)
     session.flush()

@@ -51,7 +51,7 @@ FIELDS = {
         Field("code", "size", "the code under the current generator, with its residual"),
         Field("extras", "size", "what is kept exactly in addition to the code"),
         Field("gain", "number", "the retained gain of the code"),
-        Field("error", "number", "the relative error of dW, ||dW' - dW|| / ||dW||"),
+        Field("error", "number", "the relative error, ||dW' - dW|| / ||dW||"),
         Field("tag", "words", "its tags"),
         Field("status", "words", ", ".join(STATUSES), STATUSES),
         Field("source", "text", "where it was ingested from"),

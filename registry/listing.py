@@ -105,7 +105,7 @@ def _code_size() -> Expression:
 
 
 def _error() -> Expression:
-    squared = case((Code.residual_id.is_(None), Code.dw_error), else_=Code.residual_error)
+    squared = case((Code.residual_id.is_(None), Code.squared_error), else_=Code.residual_squared_error)
     return func.icm_root(_current(select(squared).select_from(Code)).scalar_subquery())
 
 

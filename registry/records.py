@@ -5,9 +5,10 @@ Times are RFC 3339 in UTC, sizes are bytes, digests are the lower-case SHA-256 o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
@@ -21,6 +22,25 @@ WITHOUT_BASE = "it names no base model; `icm ingest --base-model NAME` says whic
 
 LayoutEntry = tuple[str, int, int, int]
 """One module of an adapter: (name, rank, in features, out features)."""
+
+
+class _Measured(Protocol):
+    @property
+    def squared_error(self) -> float | None: ...
+
+
+class WithRelativeError:
+    """Anything that holds the square of a relative error, as the store does."""
+
+    @property
+    def relative_error(self: _Measured) -> float | None:
+        """||dW' - dW|| / ||dW||, as people know it; None if it was not measured."""
+        return relative_error(self.squared_error)
+
+
+def relative_error(squared: float | None) -> float | None:
+    """Return a relative error from its square."""
+    return None if squared is None else math.sqrt(squared)
 
 
 class LabelRecord(NamedTuple):
@@ -191,18 +211,18 @@ class Asked:
     """The limits that a code, with its residual, was made for."""
 
     min_gain: float | None = None  # least retained gain
-    max_error: float | None = None  # largest relative squared error of dW
-    tolerance: float | None = None  # the same of dW weighted by sensitivity
+    max_error: float | None = None  # largest relative error
+    tolerance: float | None = None  # largest squared error of dW weighted by sensitivity
     is_kept: bool = True  # whether the limits are met
     refined: int = 0  # steps of refinement
 
 
 @dataclass(frozen=True)
-class NewResidual:
+class NewResidual(WithRelativeError):
     """The residual of a code, to be recorded."""
 
     blob: str
-    dw_error: float  # relative squared error of dW, decoded from code and residual
+    squared_error: float  # of what code and residual decode to
 
 
 @dataclass(frozen=True)
@@ -219,12 +239,12 @@ class NewCode:
     adapter: AdapterRecord  # what it encodes, as it was then
     blob: str
     bits: float  # as the training loss counts them
-    dw_error: float | None  # relative squared error of the decoded dW, if it was measured
+    squared_error: float | None  # of what it decodes to, if it was measured
     asked: Asked | None = None
 
 
 @dataclass(frozen=True)
-class CodeRecord:
+class CodeRecord(WithRelativeError):
     """A code in the store."""
 
     id: int
@@ -234,7 +254,7 @@ class CodeRecord:
     blob: str
     size: int
     bits: float
-    dw_error: float | None
+    squared_error: float | None
     asked: Asked | None
     residual: ResidualRecord | None
 
@@ -244,9 +264,9 @@ class CodeRecord:
         return "code" if self.residual is None else "residual"
 
     @property
-    def best_error(self) -> float | None:
-        """The relative dW error of that source."""
-        return self.dw_error if self.residual is None else self.residual.dw_error
+    def best_squared_error(self) -> float | None:
+        """The squared error of that source."""
+        return self.squared_error if self.residual is None else self.residual.squared_error
 
     def digests(self) -> list[str]:
         """Return the digests of the code and of its residual."""
@@ -300,7 +320,7 @@ class TrainRunRecord:
 
 
 @dataclass(frozen=True)
-class NewEvaluation:
+class NewEvaluation(WithRelativeError):
     """A measurement to be recorded; it replaces the earlier one of the same task, rung, generator, data and metric."""
 
     task: str
@@ -311,7 +331,7 @@ class NewEvaluation:
     tokens: int  # predicted ones
     utf8_bytes: int  # length of the text that was scored
     retained_gain: float | None
-    dw_error: float | None
+    squared_error: float | None
     settings: Json  # how it was measured
     metric: str = "nll"
 
@@ -354,7 +374,7 @@ class Eviction:
     adapters: Sequence[int]  # rows of the adapters whose weights are deleted
     code: CodeRecord  # as it was read and decoded
     generator: GeneratorRecord  # that decoded it
-    dw_error: float  # relative squared error of dW that was measured
+    squared_error: float  # that was measured of it
     evaluations: Sequence[NewEvaluation] = ()
 
     def digests(self) -> list[str]:

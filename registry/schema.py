@@ -375,11 +375,11 @@ class Code(Base):
     adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete=_GONE_WITH_PARENT))
     blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     bits: Mapped[float]
-    dw_error: Mapped[float | None]
+    squared_error: Mapped[float | None] = mapped_column("dw_error")
     residual_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
-    residual_error: Mapped[float | None]
+    residual_squared_error: Mapped[float | None] = mapped_column("residual_error")
     min_gain: Mapped[float | None]
-    max_error: Mapped[float | None]
+    max_squared_error: Mapped[float | None] = mapped_column("max_error")
     tolerance: Mapped[float | None]
     is_kept: Mapped[bool | None]
     refined: Mapped[int | None]
@@ -406,7 +406,7 @@ class Evaluation(Base):
     tokens: Mapped[int]
     utf8_bytes: Mapped[int]
     retained_gain: Mapped[float | None]
-    dw_error: Mapped[float | None]
+    squared_error: Mapped[float | None] = mapped_column("dw_error")
     settings_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
     created_at: Mapped[str] = mapped_column(Moment())
 

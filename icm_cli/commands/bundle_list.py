@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from icm_cli.output import Column
 from icm_cli.session import Session
+from icm_cli.text import errors_json
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ _COLUMNS = (
     Column("targets", shrink=True),
     Column("original", right=True),
     Column("code", right=True),
-    Column("dW error", right=True),
+    Column("relative error", right=True),
     Column("gain", right=True),
 )
 
@@ -41,6 +42,7 @@ def list_bundle(session: Session, file: Path, base_model: str | None) -> None:
 
 
 def _as_cells(bundle: Bundle, task: BundledTask) -> list[str]:
+    error = errors_json(task.squared_error)["relative_error"]
     return [
         task.name,
         bundle.base_model,
@@ -48,7 +50,7 @@ def _as_cells(bundle: Bundle, task: BundledTask) -> list[str]:
         ",".join(task.target_modules),
         human_size(bundle.original_size(task)),
         human_size(bundle.code_size(task)),
-        "-" if task.dw_error is None else f"{task.dw_error:.4f}",
+        "-" if error is None else f"{error:.4f}",
         "-" if task.retained_gain is None else f"{task.retained_gain:.3f}",
     ]
 
@@ -63,6 +65,6 @@ def _as_json(bundle: Bundle, task: BundledTask) -> dict[str, object]:
         "target_modules": list(task.target_modules),
         "original_size": bundle.original_size(task),
         "code_size": bundle.code_size(task),
-        "dw_error": task.dw_error,
+        **errors_json(task.squared_error),
         "retained_gain": task.retained_gain,
     }

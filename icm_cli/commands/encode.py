@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +10,7 @@ from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt, SomeTasksArg, gain_option, loss_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import coded_size
+from icm_cli.text import as_fields, coded_size
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from icmlora.fleet.encode import EncodeReport, TaskEncoded
 
 ErrorOpt = Annotated[
-    float | None, loss_option("--max-error", "Largest squared relative error of dW that a code may have.")
+    float | None,
+    loss_option("--max-error", "Largest relative error that a code may have: ||dW' - dW|| / ||dW||, 0.3 for 30 %."),
 ]
 GainOpt = Annotated[
     float | None,
@@ -32,7 +32,8 @@ ToleranceOpt = Annotated[
     float | None,
     loss_option(
         "--tolerance",
-        "Largest squared relative error of dW weighted by sensitivity: the limit that `icm train --quality` sets.",
+        "Largest squared error, weighted by how sensitive each channel is: the limit that `icm train --quality` sets. "
+        "Most people want --max-error.",
     ),
 ]
 RefineOpt = Annotated[
@@ -57,7 +58,7 @@ _COLUMNS = (
     Column("result"),
     Column("code", right=True),
     Column("before", right=True),
-    Column("dW error", right=True),
+    Column("relative error", right=True),
     Column("retained gain", right=True),
 )
 _STATUS = {
@@ -99,7 +100,7 @@ def encode(
       icm encode --min-gain 0.98
     """
     if max_error is None and min_gain is None and tolerance is None:
-        hint = "`--min-gain 0.98` limits the loss of quality, `--max-error 0.1` the squared relative error of dW"
+        hint = "`--min-gain 0.98` limits the loss of quality, `--max-error 0.3` the relative error"
         raise UsageProblem("no limit was given: use --min-gain or --max-error", hint=hint)
     if refine and max_error is not None:
         hint = "use --min-gain, which measures what refined codes do"
@@ -154,7 +155,7 @@ def _tell(session: Session, event: Event) -> None:
     from icmlora.fleet.encode import TaskEncoded
 
     if isinstance(event, TaskEncoded):
-        session.out.event("task", **asdict(event))
+        session.out.event("task", **as_fields(event))
 
 
 def _sum_up(session: Session, report: EncodeReport) -> None:
@@ -177,6 +178,6 @@ def _cells(task: TaskEncoded) -> list[str]:
         _STATUS.get(task.status, task.status),
         coded_size(task.size, task.residual_size),
         "-" if task.before is None else human_size(task.before),
-        "-" if task.dw_error is None else f"{task.dw_error:.4f}",
+        "-" if task.relative_error is None else f"{task.relative_error:.4f}",
         "-" if task.retained_gain is None else f"{task.retained_gain:.4f}",
     ]

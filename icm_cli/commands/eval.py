@@ -16,6 +16,7 @@ from icm_cli.left_out import tell_left_out
 from icm_cli.options import DeviceOpt, SomeTasksArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
+from icm_cli.text import errors_json
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ BaselineOpt = Annotated[
 ]
 
 _TOKENS = 256
-_METHOD_COLUMNS = ("bytes per task", "one more task", "of bf16", "dW err", "gain", "worst")
+_METHOD_COLUMNS = ("bytes per task", "one more task", "of bf16", "relative error", "gain", "worst")
 _SOURCES = ("base", "original", "residual", "code", "generate")
 
 
@@ -136,7 +137,7 @@ def _print_tasks(session: Session, report: EvaluateReport) -> None:
     columns += [Column(f"{source} ppl", right=True) for source in shown]
     columns += [Column(f"{source} bpb", right=True) for source in shown]
     for source in with_gain:
-        columns += [Column(f"{source} gain", right=True), Column(f"{source} dW err", right=True)]
+        columns += [Column(f"{source} gain", right=True), Column(f"{source} error", right=True)]
     session.out.table(columns, [_cells(task, shown, with_gain) for task in report.tasks])
     for source in with_gain:
         gain = report.gain_of(source)
@@ -181,11 +182,12 @@ def _tell(session: Session, event: Event) -> None:
 
 def _baseline_as_json(result: BaselineResult) -> dict[str, object]:
     sizes = {"size": result.size, "shared_size": result.shared_size, "fleet_size": result.fleet_size}
-    return sizes | _loss_as_json(result.loss) | {"retained_gain": result.retained_gain, "dw_error": result.dw_error}
+    figures = {"retained_gain": result.retained_gain, **errors_json(result.squared_error)}
+    return sizes | _loss_as_json(result.loss) | figures
 
 
 def _as_json(result: SourceResult) -> dict[str, object]:
-    figures = {"retained_gain": result.retained_gain, "dw_error": result.dw_error}
+    figures = {"retained_gain": result.retained_gain, **errors_json(result.squared_error)}
     return _loss_as_json(result.as_loss()) | figures
 
 
@@ -200,7 +202,7 @@ def _loss_as_json(loss: NllResult) -> dict[str, object]:
 
 def _method_cells(row: MethodSummary) -> list[str]:
     sizes = [f"{row.task_size:,.0f}", f"{row.marginal_size:,.0f}", f"{100 * row.share:.2f} %"]
-    figures = [_figure(value, 3) for value in (row.dw_error, row.mean, row.worst)]
+    figures = [_figure(value, 3) for value in (row.relative_error, row.mean, row.worst)]
     return [row.method, *sizes, *figures, row.worst_task or "-"]
 
 
@@ -213,7 +215,7 @@ def _cells(task: TaskEvaluated, shown: list[str], with_gain: list[str]) -> list[
     for source in with_gain:
         result = found.get(source)
         cells += [_figure(None if result is None else result.retained_gain, 3)]
-        cells += [_figure(None if result is None else result.dw_error, 3)]
+        cells += [_figure(None if result is None else result.relative_error, 3)]
     return cells
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +11,7 @@ from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, gain_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import coded_size
+from icm_cli.text import as_fields, coded_size
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ ErrorOpt = Annotated[
         "--max-error",
         metavar="X",
         min=0.0,
-        help="Largest squared relative error of dW that a code may have.",
+        help="Largest relative error that a code may have: ||dW' - dW|| / ||dW||, 0.3 for 30 %.",
         show_default=False,
     ),
 ]
@@ -42,7 +41,7 @@ _COLUMNS = (
     Column("result"),
     Column("freed", right=True),
     Column("code", right=True),
-    Column("dW error", right=True),
+    Column("relative error", right=True),
     Column("retained gain", right=True),
 )
 _STATUS = {"would_evict": "would evict", "known": "nothing to do"}
@@ -65,7 +64,7 @@ def evict(
     originals were kept. Works on a full disk.
 
     Example:
-      icm evict --max-error 0.05 --dry-run
+      icm evict --max-error 0.22 --dry-run
     """
     _check_limits(max_error, min_gain)
     report, stopped = session.run(
@@ -90,7 +89,7 @@ def evict(
 
 def _check_limits(max_error: float | None, min_gain: float | None) -> None:
     if max_error is None and min_gain is None:
-        hint = "`--max-error 0.05` limits the squared relative error of dW, `--min-gain 0.97` the retained gain"
+        hint = "`--max-error 0.22` limits the relative error, `--min-gain 0.97` the retained gain"
         raise UsageProblem("no limit was given: use --max-error, --min-gain or both", hint=hint)
     if any(limit is not None and not math.isfinite(limit) for limit in (max_error, min_gain)):
         raise UsageProblem("a limit must be a finite number")
@@ -100,7 +99,7 @@ def _tell(session: Session, event: Event) -> None:
     from icmlora.fleet.evict import TaskEvicted
 
     if isinstance(event, TaskEvicted):
-        session.out.event("task", **asdict(event))
+        session.out.event("task", **as_fields(event))
 
 
 def _sum_up(session: Session, report: EvictReport, *, dry_run: bool) -> None:
@@ -133,6 +132,6 @@ def _cells(task: TaskEvicted) -> list[str]:
         _STATUS.get(task.status, task.status),
         human_size(task.freed) if task.adapters else "-",
         coded_size(task.code_size, task.residual_size),
-        "-" if task.dw_error is None else f"{task.dw_error:.4f}",
+        "-" if task.relative_error is None else f"{task.relative_error:.4f}",
         "-" if task.retained_gain is None else f"{task.retained_gain:.4f}",
     ]

@@ -134,7 +134,8 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
             "farther_than": None if known is None else known.farther_than,
             "outside": None if known is None else known.is_outside,
             "code_size": done.code_size,
-            "code_dw_error": done.code_error,
+            "code_relative_error": done.code_relative_error,
+            "code_squared_error": done.code_squared_error,
             "weights": done.weights,
         }
     )
@@ -150,7 +151,7 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
     _tell_familiarity(session, known)
     if done.code_size is not None:
         size = human_size(done.code_size)
-        out.note(f"registered with a code of {size}, squared relative error {done.code_error:.4f}")
+        out.note(f"registered with a code of {size}, relative error {done.code_relative_error:.4f}")
     else:
         out.hint("the adapter has seen these samples; measure it on other text of the task before you rely on it")
 

@@ -10,7 +10,7 @@ from icm_cli.errors import UsageProblem
 from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import coded_size
+from icm_cli.text import coded_size, errors_json
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -129,6 +129,6 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "vectors_count": row.vectors,
         "code_size": None if row.code is None else row.code.size,
         "residual_size": None if row.code is None or row.code.residual is None else row.code.residual.size,
-        "dw_error": None if row.code is None else row.code.best_error,
+        **errors_json(None if row.code is None else row.code.best_squared_error),
         "created_at": row.task.created_at,
     }

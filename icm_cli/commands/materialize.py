@@ -69,7 +69,7 @@ ErrorOpt = Annotated[
         "--max-error",
         metavar="X",
         min=0.0,
-        help="Exit with code 14 and write nothing if the relative dW error is above X.",
+        help="Exit with code 14 and write nothing if the relative error, ||dW' - dW|| / ||dW||, is above X.",
         show_default=False,
     ),
 ]
@@ -133,13 +133,14 @@ def _tell(session: Session, done: MaterializeReport) -> None:
             "output": str(done.directory),
             "source": done.source,
             "generator": done.generator,
-            "dw_error": done.dw_error,
+            "relative_error": done.relative_error,
+            "squared_error": done.squared_error,
             "retained_gain": done.retained_gain,
             "weights": done.weights,
         }
     )
     out.answer(str(done.directory))
-    known = [("relative dW error", done.dw_error), ("retained gain", done.retained_gain)]
+    known = [("relative error", done.relative_error), ("retained gain", done.retained_gain)]
     if done.source == "original":
         known = []  # nothing was lost
     figures = "".join(f", {name} {value:.4f}" for name, value in known if value is not None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from icm_cli.options import TaskArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import limits_text
+from icm_cli.text import as_fields, limits_text
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _EVALUATION_COLUMNS = (
     Column("perplexity", right=True),
     Column("bits/byte", right=True),
     Column("retained gain", right=True),
-    Column("dW error", right=True),
+    Column("relative error", right=True),
 )
 
 
@@ -96,12 +96,12 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
         return []
     if code is None or generator is None:
         return [("code", "-")]
-    error = "" if code.dw_error is None else f", dW error {code.dw_error:.3f}"
+    error = "" if code.relative_error is None else f", relative error {code.relative_error:.3f}"
     lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}")]
     lines.append(("initialisation", _initial(details)))
     if code.residual is not None:
         residual = code.residual
-        lines.append(("residual", f"{human_size(residual.size)}, dW error with it {residual.dw_error:.3f}"))
+        lines.append(("residual", f"{human_size(residual.size)}, relative error with it {residual.relative_error:.3f}"))
     if code.asked is not None:
         verdict = "met" if code.asked.is_kept else "not met"
         lines.append(("limit", f"{limits_text(code.asked)}: {verdict}"))
@@ -158,7 +158,7 @@ def _evaluation_cells(details: TaskDetails, entry: EvaluationRecord) -> list[str
         f"{math.exp(min(entry.nats_per_token, 700.0)):.2f}",
         f"{bits / entry.utf8_bytes:.3f}" if entry.utf8_bytes else "-",
         "-" if entry.retained_gain is None else f"{entry.retained_gain:.3f}",
-        "-" if entry.dw_error is None else f"{entry.dw_error:.3f}",
+        "-" if entry.relative_error is None else f"{entry.relative_error:.3f}",
     ]
 
 
@@ -184,7 +184,7 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         "nearest": [asdict(neighbour) for neighbour in details.nearest],
         "generator": None if generator is None else {"version": generator.version, "digest": generator.blob},
         "initial_seed": None if details.initial is None else details.initial.seed,
-        "code": None if details.code is None else _without_ids(asdict(details.code)),
+        "code": None if details.code is None else _without_ids(as_fields(details.code)),
         "evaluations": [
             {**_evaluation_json(details, entry), "is_current": entry in present} for entry in details.evaluations
         ],
@@ -199,7 +199,7 @@ def _adapter_json(adapter: AdapterRecord) -> dict[str, object]:
 def _evaluation_json(details: TaskDetails, entry: EvaluationRecord) -> dict[str, object]:
     # A task has one original, and its measurements are deleted with it: the rows do not repeat its digest.
     settings = {**entry.settings, "original": details.final.weights}
-    return {**_without_ids(asdict(entry)), "settings": settings}
+    return {**_without_ids(as_fields(entry)), "settings": settings}
 
 
 def _without_ids(fields: dict[str, object], *others: str) -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ import typer
 
 from icm_cli.output import Column, Output
 from icm_cli.session import Session, command
-from icm_cli.text import coded_size, shortfalls
+from icm_cli.text import as_fields, coded_size, shortfalls
 from icmlora.io.text import counted, human_percent, human_size
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ _FLEET_COLUMNS = (
     Column("per task", right=True),
     Column("of bf16", right=True),
     Column("break-even", right=True),
-    Column("dW error", right=True),
+    Column("relative error", right=True),
     Column("retained gain", right=True),
 )
 _TASK_COLUMNS = (
@@ -47,7 +46,7 @@ _TASK_COLUMNS = (
     Column("vectors", right=True),
     _EXTRAS,
     Column("of bf16", right=True),
-    Column("dW error", right=True),
+    Column("relative error", right=True),
     Column("retained gain", right=True),
 )
 
@@ -59,8 +58,8 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
     BF16 is the size of all final adapters in bf16. OF BF16 is the share that generator, codes, residuals, vectors and
     extras take; from BREAK-EVEN tasks on they are smaller. EXTRAS are heads, tokenizers and whatever else no code can
     represent; a task that has its original only counts with that. GENERATOR includes the few-shot start, if there is
-    one. DW ERROR and RETAINED GAIN are mean / worst over the tasks, measured on the codes with their residuals. -v
-    adds a row per task.
+    one. RELATIVE ERROR and RETAINED GAIN are mean / worst over the tasks, measured on the codes with their residuals.
+    -v adds a row per task.
 
     Example:
       icm stats --json
@@ -160,7 +159,7 @@ def _fleet_cells(fleet: BaseModelBill) -> list[str]:
         "-" if marginal is None else human_size(round(marginal)),
         human_percent(size / fleet.bf16_size if complete and fleet.bf16_size else None),
         "-" if not fleet.encoded else ("never" if fleet.break_even is None else str(fleet.break_even)),
-        _mean_and_worst([task.dw_error for task in fleet.tasks], max),
+        _mean_and_worst([task.relative_error for task in fleet.tasks], max),
         _mean_and_worst([task.retained_gain for task in fleet.tasks], min),
     ]
 
@@ -175,7 +174,7 @@ def _task_cells(task: TaskBill) -> list[str]:
         human_size(task.vectors_size),
         human_size(task.extras_bytes),
         human_percent(size / task.bf16_size if size is not None and task.bf16_size else None),
-        "-" if task.dw_error is None else f"{task.dw_error:.3f}",
+        "-" if task.relative_error is None else f"{task.relative_error:.3f}",
         "-" if task.retained_gain is None else f"{task.retained_gain:.3f}",
     ]
 
@@ -221,5 +220,5 @@ def _fleet_json(fleet: BaseModelBill) -> dict[str, object]:
         "extras_bytes": fleet.extras_bytes,
         "marginal_size": fleet.marginal_size,
         "break_even_count": fleet.break_even,
-        "tasks": [asdict(task) for task in fleet.tasks],
+        "tasks": [as_fields(task) for task in fleet.tasks],
     }

@@ -31,6 +31,7 @@ from icm_cli.commands.train_options import (
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt
 from icm_cli.session import Session, command
+from icm_cli.text import as_fields
 from icmlora.io.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
@@ -184,8 +185,8 @@ def _tell(session: Session, event: Event) -> None:
         new = f"{counted(event.new_tasks, 'task')} without a code" if event.new_tasks else "no new tasks"
         out.note(f"training from generator {event.version} of {event.base_model}: {new}; all tasks are encoded again")
     elif isinstance(event, CodeMade):
-        out.event("code", **asdict(event))
-        out.detail(f"{event.task}: code of {human_size(event.size)}, squared relative error {event.dw_error:.4f}")
+        out.event("code", **as_fields(event))
+        out.detail(f"{event.task}: code of {human_size(event.size)}, relative error {event.relative_error:.4f}")
     elif isinstance(event, Trained):
         out.event("trained", **asdict(event))
     elif isinstance(event, Updated):

@@ -35,7 +35,9 @@ EvalOpt = Annotated[
 ]
 ErrorOpt = Annotated[
     float | None,
-    loss_option("--max-error", "Then re-encode to keep this squared relative error of dW, as `icm encode` does."),
+    loss_option(
+        "--max-error", "Then re-encode to keep this relative error, ||dW' - dW|| / ||dW||, as `icm encode` does."
+    ),
 ]
 GainOpt = Annotated[
     float | None,
@@ -45,7 +47,8 @@ ToleranceOpt = Annotated[
     float | None,
     loss_option(
         "--tolerance",
-        "Largest squared relative error of dW weighted by sensitivity. Default: set by --quality.",
+        "Largest squared error, weighted by how sensitive each channel is. Default: set by --quality. Most people want "
+        "--max-error.",
         MODEL_PANEL,
     ),
 ]

@@ -14,8 +14,8 @@ import torch
 from icmlora.adapter.model import Adapter, LoraModule
 
 
-def relative_dw_error(original: Adapter, other: Adapter) -> float:
-    """Return ||dW_original - dW_other||^2 / ||dW_original||^2 over all modules (Frobenius, squared).
+def squared_error(original: Adapter, other: Adapter) -> float:
+    """Return ||dW_other - dW_original||^2 / ||dW_original||^2 over all modules (Frobenius): a relative error, squared.
 
     Ranks may differ; a module that one side lacks counts as zero there. Rounding limits the result to about 1e-15.
     It is infinite where the original is zero and the other is not.

@@ -58,7 +58,7 @@ class BundledMeasurement:
     tokens: int
     utf8_bytes: int
     retained_gain: float | None
-    dw_error: float | None
+    squared_error: float | None  # `dw_error` in the file, as below
     settings: Mapping[str, Any]
 
 
@@ -76,7 +76,7 @@ class BundledTask:
 
     name: str
     code: str  # its part
-    dw_error: float | None  # relative squared error of the decoded dW, as it was measured when the code was made
+    squared_error: float | None  # square of the relative error, measured when the code was made
     weights: str  # SHA-256 of the original `adapter_model.safetensors`
     weights_size: int
     config: str  # its part: the original `adapter_config.json`
@@ -162,9 +162,10 @@ MAX_TASKS = 5_000
 
 _INDEX = ("base_model", "generator", "layouts", "parts", "tasks")
 _GENERATOR = tuple(BundledGenerator.__dataclass_fields__)
-_TASK = tuple(BundledTask.__dataclass_fields__)
+_KEYS = {"squared_error": "dw_error"}  # field -> key in the file, where they differ
+_TASK = tuple(_KEYS.get(name, name) for name in BundledTask.__dataclass_fields__)
 _SINCE_VERSION_3: dict[str, Any] = {"template": "", "extras": []}
-_MEASURED = tuple(BundledMeasurement.__dataclass_fields__)
+_MEASURED = tuple(_KEYS.get(name, name) for name in BundledMeasurement.__dataclass_fields__)
 
 Layout = tuple[ModuleShape, ...]
 
@@ -209,8 +210,12 @@ def _object(data: bytes, what: str, limit: int) -> dict[str, Any]:
 
 
 def _task_fields(task: BundledTask, layout: int) -> dict[str, Any]:
-    measured = None if task.measured is None else vars(task.measured)
-    return {**{name: getattr(task, name) for name in _TASK}, "layout": layout, "measured": measured}
+    measured = None if task.measured is None else _under_keys(task.measured)
+    return {**_under_keys(task), "layout": layout, "measured": measured}
+
+
+def _under_keys(record: BundledTask | BundledMeasurement) -> dict[str, Any]:
+    return {_KEYS.get(name, name): value for name, value in vars(record).items()}
 
 
 def _generator(value: object) -> BundledGenerator:
@@ -240,7 +245,7 @@ def _task(value: object, layouts: Sequence[Layout], version: int) -> BundledTask
     return BundledTask(
         name=name,
         code=fields.digest("code"),
-        dw_error=fields.optional_number("dw_error"),
+        squared_error=_squared_error(fields),
         weights=fields.digest("weights"),
         weights_size=fields.count("weights_size", least=1),
         config=fields.digest("config"),
@@ -253,6 +258,13 @@ def _task(value: object, layouts: Sequence[Layout], version: int) -> BundledTask
         template=_template(fields.optional_text("template", limit=MAX_CONFIG_BYTES)),
         extras=tuple(_extra(entry) for entry in fields.entries("extras")),
     )
+
+
+def _squared_error(fields: Fields) -> float | None:
+    value = fields.optional_number("dw_error")
+    if value is not None and value < 0:
+        raise wrong(value, "an error of the bundle: dw_error")
+    return value
 
 
 def _template(text: str | None) -> str:
@@ -281,7 +293,7 @@ def _measured(value: object) -> BundledMeasurement | None:
         tokens=fields.count("tokens"),
         utf8_bytes=fields.count("utf8_bytes"),
         retained_gain=fields.optional_number("retained_gain"),
-        dw_error=fields.optional_number("dw_error"),
+        squared_error=_squared_error(fields),
         settings=fields.mapping("settings"),
     )
 

@@ -145,7 +145,7 @@ class Fleet(StoredFleet):
             device: Where to train.
             base_model: Train only the generator of this base model.
             quality: 1 (smallest codes) to 8 (most accurate); by default that of the current generator, at first 4.
-            tolerance: The same as a number: the largest squared relative error of dW weighted by sensitivity.
+            tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is.
             width: Hidden width of a new generator's decoder; by default it depends on the number of tasks.
             steps: Optimiser steps; by default they depend on the number of tasks and adapters.
             learning_rate: Peak learning rate.
@@ -186,7 +186,7 @@ class Fleet(StoredFleet):
             device: Where to compute.
             base_model: Update only the generator of this base model.
             quality: Of the new codes: 1 (smallest) to 8 (most accurate); by default that of the first training.
-            tolerance: The same as a number: the largest squared relative error of dW weighted by sensitivity.
+            tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is.
             steps: Optimiser steps; by default they depend on the number of new tasks.
             learning_rate: Peak learning rate.
             seed: Seed for all random numbers.
@@ -223,8 +223,8 @@ class Fleet(StoredFleet):
         Args:
             tasks: Names of tasks; all by default.
             min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
-            max_error: Largest squared relative error of dW.
-            tolerance: Largest squared relative error of dW weighted by sensitivity.
+            max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
+            tolerance: Largest squared error, weighted by how sensitive each channel is: what `quality` sets.
             refine: Steps that fit a code to what its adapter does on the task's samples. Needs the base model.
             residual: Keep the codes, and store a residual for each task whose code misses the limits.
             base_model: Only tasks of this base model.
@@ -535,7 +535,7 @@ class Fleet(StoredFleet):
 
         Args:
             tasks: Names of tasks; all by default.
-            max_error: Largest squared relative error of dW.
+            max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
             min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
             checkpoints_only: Delete checkpoints and keep the final adapters.
             dry_run: Check everything and delete nothing.

@@ -13,21 +13,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.likelihood import NllResult
 from icmlora.baselines.baseline import Baseline
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.fleet.loading import read_original
 from icmlora.fleet.measure import SourceResult, TaskLosses
-from registry.records import AdapterRecord, Rung
+from registry.records import AdapterRecord, Rung, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.store import Store
 
 
 @dataclass(frozen=True)
-class BaselineResult:
+class BaselineResult(WithRelativeError):
     """One method on one task."""
 
     size: int  # bytes stored for this task alone
@@ -35,7 +35,7 @@ class BaselineResult:
     fleet_size: int
     loss: NllResult
     retained_gain: float | None  # None where the original has no gain
-    dw_error: float | None  # squared relative error of dW; None where the original is zero
+    squared_error: float | None  # None where the original is zero
 
 
 class Baselines:
@@ -57,7 +57,7 @@ class Baselines:
             shared = self._prepared(name)
             code = method.encode(adapter, shared)
             written = losses.written(method.decode(code, shared), "bfloat16")
-            error = relative_dw_error(adapter, written.adapter)
+            error = squared_error(adapter, written.adapter)
             loss = losses.loss_of(name, written)
             gain = losses.gain(base, original, loss.nats_per_token)
             finite = error if math.isfinite(error) else None

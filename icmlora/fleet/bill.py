@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from registry.records import Asked, GeneratorRecord
+from registry.records import Asked, GeneratorRecord, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.usage import Usage
 
 
 @dataclass(frozen=True)
-class TaskBill:
+class TaskBill(WithRelativeError):
     """The bytes and the quality of one task; None where it has no code, or was not measured."""
 
     task: str
@@ -23,7 +23,7 @@ class TaskBill:
     code_size: int | None
     residual_size: int | None
     rung: Literal["residual", "code"] | None
-    dw_error: float | None
+    squared_error: float | None
     retained_gain: float | None
     evicted: bool
     asked: Asked | None

@@ -133,7 +133,7 @@ class Bundle:
             base_model=self.base_model,
             source="code",
             generator=self.generator,
-            dw_error=task.dw_error,
+            squared_error=task.squared_error,
             retained_gain=task.retained_gain,
             seed=None,
             is_generated=task.is_generated,

@@ -9,6 +9,7 @@ import yaml
 
 from icmlora.io.text import counted, escape
 from registry.names import split_label
+from registry.records import WithRelativeError
 
 _CARD = """\
 ---
@@ -22,11 +23,12 @@ A LoRA adapter for `{base}`, written by icm {how}.
 |---|---|
 | rung | {rung} |
 | generator | version {version}, sha256 `{generator}` |
-| relative dW error | {error} |
+| relative error | {error} |
 | retained gain | {gain} |
 
-Relative dW error is the squared Frobenius error of the weight change against the original adapter. Retained gain is
-(loss of the base model - loss of this adapter) / (loss of the base model - loss of the original) on held-out text.
+With dW and dW' for what the original and this adapter add to the weights, the relative error is ||dW' - dW|| / ||dW||,
+Frobenius norms over all modules. Retained gain is (loss of the base model - loss of this adapter) /
+(loss of the base model - loss of the original) on held-out text.
 """
 
 _ORIGINAL_CARD = """\
@@ -68,14 +70,14 @@ class NamedGenerator(Protocol):
 
 
 @dataclass(frozen=True)
-class Provenance:
+class Provenance(WithRelativeError):
     """Where a decoded adapter comes from."""
 
     task: str
     base_model: str
     source: Literal["residual", "code", "generate"]
     generator: NamedGenerator
-    dw_error: float | None  # relative error of dW; None if it was not measured
+    squared_error: float | None  # None if it was not measured
     retained_gain: float | None  # as `icm eval` measured it
     seed: int | None
     is_generated: bool
@@ -99,7 +101,7 @@ def card_text(provenance: Provenance) -> str:
         rung=provenance.source,
         version=provenance.generator.version,
         generator=provenance.generator.blob,
-        error=_figure(provenance.dw_error),
+        error=_figure(provenance.relative_error),
         gain=_figure(provenance.retained_gain),
     )
 

@@ -24,7 +24,8 @@ class MethodSummary:
     task_size: float  # mean bytes per task, including its part of what is stored once
     marginal_size: float  # mean bytes of one more task
     share: float  # `task_size` as a share of bf16
-    dw_error: float | None  # mean squared relative error of dW; None where none was measured
+    relative_error: float | None  # mean over the tasks; None where none was measured
+    squared_error: float | None  # mean of the squares
     mean: float | None  # mean retained gain; None where no original has a gain
     worst: float | None
     worst_task: str | None
@@ -39,7 +40,7 @@ class _Cell:
     marginal: float
     shared: float
     gain: float | None
-    dw_error: float | None
+    squared_error: float | None
 
 
 def compare(tasks: Sequence[TaskEvaluated], bill: Bill) -> list[MethodSummary]:
@@ -61,16 +62,16 @@ def _cells(done: TaskEvaluated, fleet: BaseModelBill, task: TaskBill) -> Iterato
         if source in done.sources:
             shared = fleet.generator_size / max(len(fleet.encoded), 1)
             found = done.sources[source]
-            yield source, _Cell(done.task, task.bf16_size, size, shared, found.retained_gain, found.dw_error)
+            yield source, _Cell(done.task, task.bf16_size, size, shared, found.retained_gain, found.squared_error)
     for name, result in done.baselines.items():
         shared = result.shared_size / result.fleet_size
-        yield name, _Cell(done.task, task.bf16_size, result.size, shared, result.retained_gain, result.dw_error)
+        yield name, _Cell(done.task, task.bf16_size, result.size, shared, result.retained_gain, result.squared_error)
 
 
 def _summary(method: str, cells: list[_Cell]) -> MethodSummary:
     count = len(cells)
     total = sum(cell.marginal + cell.shared for cell in cells)
-    errors = [cell.dw_error for cell in cells if cell.dw_error is not None]
+    errors = [cell.squared_error for cell in cells if cell.squared_error is not None]
     gains = [(cell.gain, cell.task) for cell in cells if cell.gain is not None]
     worst, worst_task = min(gains, default=(None, None))
     return MethodSummary(
@@ -79,7 +80,8 @@ def _summary(method: str, cells: list[_Cell]) -> MethodSummary:
         task_size=total / count,
         marginal_size=sum(cell.marginal for cell in cells) / count,
         share=total / max(sum(cell.bf16 for cell in cells), 1),
-        dw_error=math.fsum(errors) / len(errors) if errors else None,
+        relative_error=math.fsum(map(math.sqrt, errors)) / len(errors) if errors else None,
+        squared_error=math.fsum(errors) / len(errors) if errors else None,
         mean=math.fsum(gain for gain, _ in gains) / len(gains) if gains else None,
         worst=worst,
         worst_task=worst_task,

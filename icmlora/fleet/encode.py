@@ -35,6 +35,7 @@ from registry.records import (
     NewEvaluation,
     NewResidual,
     TaskRecord,
+    WithRelativeError,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeas
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """What to encode, and which limits to meet; at least one is given."""
+    """What to encode, and which limits to meet; at least one is given. `max_error` is the relative error."""
 
     names: Sequence[str] = ()
     max_error: float | None = None
@@ -60,7 +61,7 @@ class EncodeRequest:
     @property
     def limits(self) -> Limits:
         """The limits of the error."""
-        return Limits(self.tolerance, self.max_error)
+        return Limits(self.tolerance, None if self.max_error is None else self.max_error * self.max_error)
 
     def asked(self, *, is_kept: bool) -> Asked:
         """Return what the store records of the limits."""
@@ -68,7 +69,7 @@ class EncodeRequest:
 
 
 @dataclass(frozen=True)
-class TaskEncoded(Event):
+class TaskEncoded(WithRelativeError, Event):
     """One task is done."""
 
     task: str
@@ -81,7 +82,7 @@ class TaskEncoded(Event):
     size: int | None = None  # bytes of its code
     residual_size: int | None = None  # bytes of its residual, if it has one
     before: int | None = None  # bytes of the code and residual that it had before, if any
-    dw_error: float | None = None
+    squared_error: float | None = None
     retained_gain: float | None = None
     reason: str | None = None
 
@@ -133,7 +134,7 @@ class _Turn:
         if self.code is None:
             return TaskEncoded(self.task.name, status, reason=reason)
         residual = None if self.code.residual is None else self.code.residual.size
-        error = self.code.best_error
+        error = self.code.best_squared_error
         return TaskEncoded(self.task.name, status, self.code.size, residual, self.size_before, error, reason=reason)
 
     @property
@@ -207,7 +208,7 @@ class Encoder:
         refiner = self._refiner(turn) if self._request.refine else None
         search = CodeSearch(codec, original, vectors, self._seeds.find(original), losses, refiner, turn.tell)
         best, is_kept = search.smallest(self._request.limits, self._request.min_gain)
-        data, error = best.encoded.data, best.encoded.dw_error
+        data, error = best.encoded.data, best.encoded.squared_error
         blob, asked = self._store.blobs.put(data), self._request.asked(is_kept=is_kept)
         code = NewCode(turn.final, blob, 8.0 * len(data), error, asked)
         if self._store.codes.replace(turn.generator.id, code, _records(losses, best)) is None:
@@ -230,12 +231,12 @@ class Encoder:
         new, size = None, None
         if found.residual is not None:
             made = found.residual.encoded
-            new, size = NewResidual(self._store.blobs.put(made.data), made.dw_error), len(made.data)
+            new, size = NewResidual(self._store.blobs.put(made.data), made.squared_error), len(made.data)
         asked = self._request.asked(is_kept=found.is_kept)
         if self._store.codes.replace_residual(present, new, asked, _records(losses, found.residual)) is None:
             return _changed(task.name, "it got another adapter or code in the meantime")
         status: EncodeStatus = "below" if not found.is_kept else "enough" if new is None else "encoded"
-        error, gain = found.best.encoded.dw_error, found.best.gain
+        error, gain = found.best.encoded.squared_error, found.best.gain
         return TaskEncoded(task.name, status, present.size, size, turn.size_before, error, gain)
 
     def _losses(self, turn: _Turn) -> TaskLosses | None:

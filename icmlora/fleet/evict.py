@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.errors import Cancelled, DataError, IcmLoraError
 from icmlora.fleet.context import Context, Event, reporting, select_tasks
 from icmlora.fleet.decoding import decode_code
@@ -27,7 +27,15 @@ from icmlora.fleet.measure import losses_on_own_text
 from icmlora.io.devices import resolve_device
 from registry.errors import DamagedStore, LastCopy, TaskNotFound
 from registry.evaluations import latest
-from registry.records import AdapterRecord, CodeRecord, Eviction, GeneratorRecord, NewEvaluation, TaskRecord
+from registry.records import (
+    AdapterRecord,
+    CodeRecord,
+    Eviction,
+    GeneratorRecord,
+    NewEvaluation,
+    TaskRecord,
+    WithRelativeError,
+)
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -48,7 +56,7 @@ class EvictRequest:
 
 
 @dataclass(frozen=True)
-class TaskEvicted(Event):
+class TaskEvicted(WithRelativeError, Event):
     """One task is done."""
 
     task: str
@@ -59,7 +67,7 @@ class TaskEvicted(Event):
     freed: int = 0  # their bytes on disk; a file that another task needs frees nothing
     code_size: int | None = None  # bytes of the code that replaces them
     residual_size: int | None = None  # bytes of its residual, if there is one
-    dw_error: float | None = None
+    squared_error: float | None = None
     retained_gain: float | None = None
     reason: str | None = None
 
@@ -151,7 +159,7 @@ class Evictor:
             checked = self._check.run(task, adapters[-1], code, generator)
             return self._delete(task, chosen, code, generator, checked)
         except _CheckFailed as error:
-            figures = (*_sizes(code), error.dw_error, error.retained_gain)
+            figures = (*_sizes(code), error.squared_error, error.retained_gain)
             return TaskEvicted(task.name, "kept", 0, 0, *figures, str(error))
         except Cancelled:
             raise
@@ -169,10 +177,10 @@ class Evictor:
         freed = self._freed(chosen)
         if not self._request.dry_run:
             numbers = [row.id for row in chosen]
-            order = Eviction(task.name, numbers, code, generator, checked.dw_error, checked.evaluations)
+            order = Eviction(task.name, numbers, code, generator, checked.squared_error, checked.evaluations)
             freed = self._store.originals.evict(order)
         status: EvictStatus = "would_evict" if self._request.dry_run else "evicted"
-        figures = (*_sizes(code), checked.dw_error, checked.retained_gain)
+        figures = (*_sizes(code), checked.squared_error, checked.retained_gain)
         return TaskEvicted(task.name, status, len(chosen), freed, *figures)
 
     def _freed(self, chosen: Sequence[AdapterRecord]) -> int:
@@ -189,7 +197,7 @@ class Evictor:
             return TaskEvicted(task.name, status)
         found = latest(self._store.evaluations.all(task.name), task, code.rung, generator)
         gain = None if found is None else found.retained_gain
-        return TaskEvicted(task.name, status, 0, 0, *_sizes(code), code.best_error, gain)
+        return TaskEvicted(task.name, status, 0, 0, *_sizes(code), code.best_squared_error, gain)
 
 
 def _sizes(code: CodeRecord) -> tuple[int, int | None]:
@@ -201,7 +209,7 @@ def _sizes(code: CodeRecord) -> tuple[int, int | None]:
 class _Checked:
     """What was measured of a code that met the limits, and what the store records of it."""
 
-    dw_error: float
+    squared_error: float
     retained_gain: float | None = None
     evaluations: tuple[NewEvaluation, ...] = ()
 
@@ -209,9 +217,9 @@ class _Checked:
 class _CheckFailed(DataError):
     """A code misses a limit or cannot be measured; holds what was measured until then."""
 
-    def __init__(self, reason: str, dw_error: float | None = None, retained_gain: float | None = None) -> None:
+    def __init__(self, reason: str, squared_error: float | None = None, retained_gain: float | None = None) -> None:
         super().__init__(reason)
-        self.dw_error, self.retained_gain = dw_error, retained_gain
+        self.squared_error, self.retained_gain = squared_error, retained_gain
 
 
 @dataclass(frozen=True)
@@ -225,10 +233,9 @@ class _EvictionCheck:
 
     def run(self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> _Checked:
         """Check a code, with its residual if it has one."""
-        error = self._dw_error(final, code, generator)
-        if self.max_error is not None and error > self.max_error:
-            fact = f"its squared relative error is {error:.4f}, above the limit of {self.max_error:g}"
-            raise _CheckFailed(fact, error)
+        error = self._squared_error(final, code, generator)
+        if self.max_error is not None and (found := math.sqrt(error)) > self.max_error:
+            raise _CheckFailed(f"its relative error is {found:.4f}, above the limit of {self.max_error:g}", error)
         if self.min_gain is None:
             return _Checked(error)
         if task.eval_data is None:
@@ -249,20 +256,20 @@ class _EvictionCheck:
             raise _CheckFailed(f"its retained gain is {gain:.4f}, below the limit of {self.min_gain:g}", error, gain)
         return _Checked(error, gain, tuple(map(losses.record_of, results.values())))
 
-    def _dw_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
+    def _squared_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
         generator_file = self.models.generator_file(generator)
         original = None if final.is_evicted else read_original(self.store, final)
         try:
             decoded = decode_code(self.store, generator_file, code, code.rung)
             # If only later checkpoints are left, what was measured when the final original went still holds.
-            error = code.best_error if original is None else relative_dw_error(original, decoded)
+            error = code.best_squared_error if original is None else squared_error(original, decoded)
         except DamagedStore:
             raise
         except Exception as failure:  # nothing that a decoder does may cost the original
             fact = f"its code cannot be decoded: {type(failure).__name__}: {failure}"
             raise _CheckFailed(fact) from failure
         if error is None or not math.isfinite(error):
-            raise _CheckFailed("the squared relative error of its code is not a finite number")
+            raise _CheckFailed("the relative error of its code is not a finite number")
         return error
 
 

@@ -127,7 +127,7 @@ def _task(store: Store, row: TaskSummary, generator: GeneratorRecord) -> Bundled
     return BundledTask(
         name=row.task.name,
         code=code.blob,
-        dw_error=_float(code.dw_error),
+        squared_error=_float(code.squared_error),
         weights=final.weights,
         weights_size=final.weights_bytes,
         config=final.config,
@@ -151,7 +151,7 @@ def _measured(row: EvaluationRecord | None) -> BundledMeasurement | None:
         tokens=row.tokens,
         utf8_bytes=row.utf8_bytes,
         retained_gain=_float(row.retained_gain),
-        dw_error=_float(row.dw_error),
+        squared_error=_float(row.squared_error),
         settings=dict(row.settings),
     )
 

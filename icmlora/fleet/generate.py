@@ -50,7 +50,7 @@ from icmlora.training.refinement import RefineConfig
 from registry.bundles import BundleImport, ImportedTask
 from registry.errors import TaskConflict, TaskNotFound
 from registry.names import check_name, split_label
-from registry.records import GeneratorRecord, NewAdapter, NewGenerator
+from registry.records import GeneratorRecord, NewAdapter, NewGenerator, relative_error
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -101,7 +101,12 @@ class Generated(_Facts):
     generator: str
     weights: str  # SHA-256 of the written weights
     code_size: int | None  # bytes of the code that was registered; None without `register`
-    code_error: float | None
+    code_squared_error: float | None
+
+    @property
+    def code_relative_error(self) -> float | None:
+        """The relative error of that code."""
+        return relative_error(self.code_squared_error)
 
 
 def generate(context: Context, request: GenerateRequest) -> Generated:
@@ -144,7 +149,7 @@ def generate(context: Context, request: GenerateRequest) -> Generated:
         generator=generator.blob,
         weights=weights,
         code_size=None if code is None else len(code.data),
-        code_error=None if code is None else code.dw_error,
+        code_squared_error=None if code is None else code.squared_error,
     )
 
 
@@ -284,6 +289,6 @@ def _register(
     )
     rows = put_vectors(store, name, vectors)
     blob = store.blobs.put(code.data)
-    task = ImportedTask(name, original, len(weights), blob, code.dw_error, vectors=rows)
+    task = ImportedTask(name, original, len(weights), blob, code.squared_error, vectors=rows)
     current = NewGenerator(generator.base_model, generator.blob, generator.config, generator.metrics)
     store.bundles.add(BundleImport(current, generator.version, [task]))

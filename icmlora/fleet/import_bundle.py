@@ -131,4 +131,4 @@ def _arriving(task: BundledTask, source: str, sizes: Mapping[str, int]) -> Impor
     measured = None
     if task.measured is not None:
         measured = NewEvaluation(task=task.name, rung="code", generator_id=None, **asdict(task.measured))
-    return ImportedTask(task.name, original, task.weights_size, task.code, task.dw_error, measured)
+    return ImportedTask(task.name, original, task.weights_size, task.code, task.squared_error, measured)

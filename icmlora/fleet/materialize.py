@@ -20,6 +20,7 @@ from icmlora.fleet.context import Context
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, write_adapter_folder
 from icmlora.io.staging import check_free
+from registry.records import WithRelativeError
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
@@ -55,14 +56,14 @@ class MaterializeRequest(LoadRequest):
 
 
 @dataclass(frozen=True)
-class MaterializeReport:
+class MaterializeReport(WithRelativeError):
     """What was written."""
 
     task: str
     directory: Path
     source: Literal["original", Decoded]
     generator: str | None  # digest of the generator that decoded it; None for an original
-    dw_error: float | None  # relative error of dW; None if it was not measured
+    squared_error: float | None  # None if it was not measured
     retained_gain: float | None  # as `icm eval` measured it
     weights: str  # SHA-256 of the written weights
 
@@ -158,9 +159,9 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
 
         measured = latest(store.evaluations.all(task.name), task, source, generator)
         if measured is not None:
-            error, gain = measured.dw_error, measured.retained_gain
+            error, gain = measured.squared_error, measured.retained_gain
     if code is not None and source != "generate":
-        error = code.dw_error if source == "code" else code.best_error
+        error = code.squared_error if source == "code" else code.best_squared_error
     from icmlora.fleet.cards import Provenance
 
     provenance = Provenance(
@@ -172,11 +173,11 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
 
 def check_error(provenance: Provenance, limit: float | None, *, hint: str) -> None:
     """Refuse an adapter whose error is above a limit, or was not measured although there is a limit."""
-    error = provenance.dw_error
+    error = provenance.relative_error
     if limit is None or (error is not None and error <= limit):
         return
     found = "was not measured" if error is None else f"is {error:.4f}"
-    raise TooLossy(f"the relative dW error of {provenance.task!r} {found}, but the limit is {limit}", hint=hint)
+    raise TooLossy(f"the relative error of {provenance.task!r} {found}, but the limit is {limit}", hint=hint)
 
 
 def _decode(store: Store, stored: _Stored, source: Decoded, seed: int | None) -> Adapter:
@@ -214,7 +215,9 @@ def write_decoded(
     write_adapter_folder(request.directory, form.format, files, force=request.force)
     digest = hashlib.sha256(files.weights).hexdigest()
     p = provenance
-    return MaterializeReport(p.task, request.directory, p.source, p.generator.blob, p.dw_error, p.retained_gain, digest)
+    return MaterializeReport(
+        p.task, request.directory, p.source, p.generator.blob, p.squared_error, p.retained_gain, digest
+    )
 
 
 def _write_original(store: Store, stored: _Stored, request: MaterializeRequest) -> MaterializeReport:

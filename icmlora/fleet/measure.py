@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.attach import adapted
 from icmlora.base_models.examples import EvaluationData
@@ -25,7 +25,15 @@ from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.decoding import OriginalForm, decode_code, generate_adapter, read_form
 from icmlora.fleet.loading import Models, read_original, read_runnable
 from icmlora.formats.format import RunnableAdapter
-from registry.records import CodeRecord, EvaluationRecord, GeneratorRecord, NewEvaluation, Rung, TaskRecord
+from registry.records import (
+    CodeRecord,
+    EvaluationRecord,
+    GeneratorRecord,
+    NewEvaluation,
+    Rung,
+    TaskRecord,
+    WithRelativeError,
+)
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -37,7 +45,7 @@ SOURCES: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate")
 
 
 @dataclass(frozen=True)
-class SourceResult:
+class SourceResult(WithRelativeError):
     """What was measured of one source of a task on one set of texts."""
 
     source: Rung
@@ -45,7 +53,7 @@ class SourceResult:
     tokens: int
     utf8_bytes: int
     retained_gain: float | None  # None for base model and original, and where the original has no gain
-    dw_error: float | None  # squared relative error of dW; None where there is none
+    squared_error: float | None  # None where there is none
 
     def as_loss(self) -> NllResult:
         """Return the loss with its perplexity and bits per byte."""
@@ -117,9 +125,9 @@ class TaskLosses:
                 self._record(result, code)
         return results
 
-    def measure_adapter(self, source: Rung, adapter: Adapter, dw_error: float) -> SourceResult:
+    def measure_adapter(self, source: Rung, adapter: Adapter, squared_error: float) -> SourceResult:
         """Measure an adapter that is not in the store, and record nothing."""
-        return self.result_of(source, self.loss_of(source, self.written(adapter)), dw_error, self._references)
+        return self.result_of(source, self.loss_of(source, self.written(adapter)), squared_error, self._references)
 
     def written(self, adapter: Adapter, dtype: str | None = None) -> RunnableAdapter:
         """Write a decoded adapter as `icm materialize` does, and read it again."""
@@ -137,14 +145,14 @@ class TaskLosses:
         return retained_gain(base, original, other, higher_is_better=self._base.modality.metric.higher_is_better)
 
     def result_of(
-        self, source: Rung, loss: NllResult, dw_error: float | None, references: Mapping[Rung, SourceResult]
+        self, source: Rung, loss: NllResult, squared_error: float | None, references: Mapping[Rung, SourceResult]
     ) -> SourceResult:
         """Return the result of a source, with its retained gain where base model and original are in `references`."""
         gain = None
         if source not in ("base", "original") and "original" in references:
             base, original = references["base"], references["original"]
             gain = self.gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
-        return SourceResult(source, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, dw_error)
+        return SourceResult(source, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, squared_error)
 
     def record_of(self, result: SourceResult) -> NewEvaluation:
         """Return what the store records of a result."""
@@ -157,7 +165,7 @@ class TaskLosses:
             tokens=result.tokens,
             utf8_bytes=result.utf8_bytes,
             retained_gain=result.retained_gain,
-            dw_error=result.dw_error,
+            squared_error=result.squared_error,
             settings=self._settings,
         )
 
@@ -198,7 +206,7 @@ class TaskLosses:
             loss = self.loss_of(source, read_runnable(self._store, self._final))
             return self.result_of(source, loss, None, references)
         written = self.written(self._decoded(source, code))
-        error = self._dw_error(source, written, code)
+        error = self._squared_error(source, written, code)
         return self.result_of(source, self.loss_of(source, written), error, references)
 
     def _decoded(self, source: Rung, code: CodeRecord | None) -> Adapter:
@@ -217,17 +225,17 @@ class TaskLosses:
             raise DataError(fact, hint="the training run diverged: use an earlier checkpoint")
         return loss
 
-    def _dw_error(self, source: Rung, written: RunnableAdapter, code: CodeRecord | None) -> float | None:
+    def _squared_error(self, source: Rung, written: RunnableAdapter, code: CodeRecord | None) -> float | None:
         if self._final.is_evicted:  # what was measured when the original went still holds
             if code is None or source == "generate":
                 return None
-            return code.dw_error if source == "code" else code.best_error
-        error = relative_dw_error(self._original, written.adapter)
+            return code.squared_error if source == "code" else code.best_squared_error
+        error = squared_error(self._original, written.adapter)
         return error if math.isfinite(error) else None  # an original of zeros has no relative error
 
     def _completed(self, known: SourceResult, references: Mapping[Rung, SourceResult], *, record: bool) -> SourceResult:
         """Add the retained gain to a result that was measured while the original was evicted."""
-        gain = self.result_of(known.source, known.as_loss(), known.dw_error, references).retained_gain
+        gain = self.result_of(known.source, known.as_loss(), known.squared_error, references).retained_gain
         if known.retained_gain is not None or gain is None:
             return known
         found = replace(known, retained_gain=gain)
@@ -245,7 +253,7 @@ class TaskLosses:
         rows = [row for row in self._store.evaluations.all(self._task.name) if self._is_current(row)]
         return {
             row.rung: SourceResult(
-                row.rung, row.nats_per_token, row.tokens, row.utf8_bytes, row.retained_gain, row.dw_error
+                row.rung, row.nats_per_token, row.tokens, row.utf8_bytes, row.retained_gain, row.squared_error
             )
             for row in rows
         }

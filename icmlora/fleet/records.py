@@ -14,6 +14,7 @@ from registry.records import (
     TaskSummary,
     VectorRecord,
     View,
+    relative_error,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "TaskSummary",
     "VectorRecord",
     "View",
+    "relative_error",
 ]

@@ -147,10 +147,10 @@ class CodeSearch:
         ladder = ladder_within(limits.tolerance)
 
         def attempt(index: int) -> Trial:
-            return self._try(Limits(ladder[index], limits.max_error), self.refiner)
+            return self._try(Limits(ladder[index], limits.max_squared_error), self.refiner)
 
         def plain(index: int) -> Trial:
-            return self._try(Limits(ladder[index], limits.max_error), None)
+            return self._try(Limits(ladder[index], limits.max_squared_error), None)
 
         if self.refiner is None:
             found = bisect(len(ladder), min_gain, plain)
@@ -166,7 +166,7 @@ class CodeSearch:
             self.vectors,
             self.initial,
             tolerance=limits.tolerance,
-            max_error=limits.max_error,
+            max_squared_error=limits.max_squared_error,
             keep_decoded=self.losses is not None and refiner is None,
         )
         if refiner is not None:
@@ -211,7 +211,7 @@ class ResidualSearch:
         finer = [tolerance for tolerance in LADDER if tolerance < coarsest]
         if not finer:
             return FoundResidual(False, code)
-        found = bisect(len(finer), min_gain, lambda index: self._try(Limits(finer[index], limits.max_error)))
+        found = bisect(len(finer), min_gain, lambda index: self._try(Limits(finer[index], limits.max_squared_error)))
         return FoundResidual(found.is_kept, code, found.trial if found.is_kept else None)
 
     def _try(self, limits: Limits) -> Trial:
@@ -224,5 +224,5 @@ def _measured(losses: TaskLosses | None, source: Rung, encoded: Encoded) -> Tria
     result = None
     if losses is not None:
         assert encoded.decoded is not None
-        result = losses.measure_adapter(source, encoded.decoded, encoded.dw_error)
+        result = losses.measure_adapter(source, encoded.decoded, encoded.squared_error)
     return Trial(replace(encoded, decoded=None), result)

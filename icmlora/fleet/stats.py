@@ -77,7 +77,7 @@ class _TaskBills:
             code_size=None if code is None else code.size,
             residual_size=None if code is None or code.residual is None else code.residual.size,
             rung=None if code is None else code.rung,
-            dw_error=None if code is None else code.best_error,
+            squared_error=None if code is None else code.best_squared_error,
             retained_gain=None if measured is None else measured.retained_gain,
             evicted=row.final.is_evicted,
             asked=None if code is None else code.asked,

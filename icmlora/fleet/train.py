@@ -31,7 +31,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.io.devices import resolve_device
-from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator
+from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -58,12 +58,12 @@ class Continued(Event):
 
 
 @dataclass(frozen=True)
-class CodeMade(Event):
+class CodeMade(WithRelativeError, Event):
     """One task is encoded; its code becomes current together with all others."""
 
     task: str
     size: int
-    dw_error: float
+    squared_error: float
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,13 @@ def _encode_all(
             left_out[name] = str(error)
             continue
         known_seeds += initial is not None
-        context.on_event(CodeMade(name, len(made[task].data), made[task].dw_error))
+        context.on_event(CodeMade(name, len(made[task].data), made[task].squared_error))
         context.progress(task + 1, source.tasks(), f"encoding {name}")
     # At once, as each batch of files waits for the disk; no code counts before all are recorded.
     blobs = store.blobs.put_all([code.data for code in made.values()])
     asked = Asked(tolerance=codec.config.tolerance)
     codes = [
-        NewCode(source.final(task), blob, 8.0 * len(code.data), code.dw_error, asked)
+        NewCode(source.final(task), blob, 8.0 * len(code.data), code.squared_error, asked)
         for (task, code), blob in zip(made.items(), blobs, strict=True)
     ]
     return codes, left_out, known_seeds

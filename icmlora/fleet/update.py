@@ -140,7 +140,7 @@ def _update_base(
         left_out=left_out,
     )
     encoded = [(code.task, best.codes[code.task]) for code in recorded]
-    return updated, [CodeMade(name, len(code.data), code.dw_error) for name, code in encoded]
+    return updated, [CodeMade(name, len(code.data), code.squared_error) for name, code in encoded]
 
 
 def _tolerance(request: UpdateRequest, data: bytes) -> float:
@@ -172,6 +172,6 @@ def _new_codes(store: Store, source: StoreAdapterSource, best: Candidate, tolera
     blobs = store.blobs.put_all([code.data for code in best.codes.values()])
     asked = Asked(tolerance=tolerance)
     return [
-        NewCode(adapters[name], blob, 8.0 * len(code.data), code.dw_error, asked)
+        NewCode(adapters[name], blob, 8.0 * len(code.data), code.squared_error, asked)
         for (name, code), blob in zip(best.codes.items(), blobs, strict=True)
     ]

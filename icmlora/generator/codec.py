@@ -34,16 +34,16 @@ class Codec(Decoder):
         initial: InitialA | None = None,
         *,
         tolerance: float | None = None,
-        max_error: float | None = None,
+        max_squared_error: float | None = None,
         keep_decoded: bool = False,
     ) -> Encoded:
         """Encode one adapter with the coarsest quantiser step found that keeps the limits."""
-        # `tolerance` limits the weighted error, `max_error` that of dW. Default: the generator's own tolerance.
+        # `tolerance` limits the weighted error, `max_squared_error` that of dW. Default: the generator's own tolerance.
         from icmlora.generator.encoding import Limits, encode_adapter  # most commands only decode
 
-        if tolerance is None and max_error is None:
+        if tolerance is None and max_squared_error is None:
             tolerance = self.config.tolerance
-        limits = Limits(tolerance, max_error)
+        limits = Limits(tolerance, max_squared_error)
         return encode_adapter(self, adapter, vectors, initial, limits, keep_decoded=keep_decoded)
 
     @torch.no_grad()

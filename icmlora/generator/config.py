@@ -63,7 +63,7 @@ class GeneratorConfig:
     slots: int  # rank slots of the widest adapter
     # Length of a task vector (the base model's hidden size); 0 where the generator was trained without vectors.
     condition_size: int
-    tolerance: float  # share of |dW|^2 that a code may lose: the relative squared dW error that codes are made for
+    tolerance: float  # share of |dW|^2, weighted by sensitivity, that a code may lose
     width: int = 32  # hidden width of the decoder, which is also the rank of its predictions over tokens
     embedding: int = 32  # length of the layer, slot and kind embeddings
     latent: int = 16  # length of the task latent z; each value is stored in one byte
@@ -131,7 +131,7 @@ class GeneratorConfig:
 
 
 def tolerance_of(quality: int) -> float:
-    """Return the relative squared dW error that a quality from 1 (smallest) to 8 (most accurate) stands for."""
+    """Return the weighted squared error that a quality from 1 (smallest) to 8 (most accurate) stands for."""
     if not 1 <= quality <= len(_TOLERANCES):
         raise GeneratorError(f"invalid quality {quality}; use 1 to {len(_TOLERANCES)}")
     return _TOLERANCES[quality - 1]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.errors import GeneratorError
 from icmlora.generator.code import CodeHead
@@ -46,8 +46,8 @@ class Encoded:
     """A code or a residual, with the errors of the adapter that it decodes to."""
 
     data: bytes
-    dw_error: float  # relative squared error of dW
-    # The same of dW weighted by the sensitivity of its channels; equal to `dw_error` under even weights.
+    squared_error: float  # of dW
+    # The same of dW weighted by the sensitivity of its channels; equal to `squared_error` under even weights.
     weighted_error: float
     # That adapter, where the caller wants to go on with it.
     decoded: Adapter | None = field(default=None, repr=False, compare=False)
@@ -57,8 +57,8 @@ class Measured(Protocol):
     """Anything whose errors are known."""
 
     @property
-    def dw_error(self) -> float:
-        """Relative squared error of dW."""
+    def squared_error(self) -> float:
+        """The square of the relative error of dW."""
         ...
 
     @property
@@ -74,7 +74,7 @@ class _Trial:
     head: CodeHead
     groups: Sequence[KindIntegers]
     tokens: Sequence[KindTokens]  # what the integers decode to
-    dw_error: float = math.inf
+    squared_error: float = math.inf
     weighted_error: float = math.inf
 
 
@@ -91,26 +91,26 @@ class _Original:
 
     def compare(self, codec: Decoder, decoded: Adapter, data: bytes) -> Encoded:
         """Measure how far an adapter, decoded from these bytes, is from this one."""
-        error = relative_dw_error(self.adapter, decoded)
+        error = squared_error(self.adapter, decoded)
         other = weighted(decoded, codec.config, codec.sensitivity)
-        return Encoded(data, error, relative_dw_error(self.weighted, other), decoded)
+        return Encoded(data, error, squared_error(self.weighted, other), decoded)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest errors that a code may have; at least one of the two is set."""
+    """The largest squared errors that a code may have; at least one of the two is set."""
 
     tolerance: float | None = None  # largest weighted error
-    max_error: float | None = None  # largest relative dW error
+    max_squared_error: float | None = None  # largest error of dW itself
 
     @property
     def least(self) -> float:
         """The smaller limit."""
-        return min(math.inf if limit is None else limit for limit in (self.tolerance, self.max_error))
+        return min(math.inf if limit is None else limit for limit in (self.tolerance, self.max_squared_error))
 
     def keeps(self, encoded: Measured) -> bool:
         """Say whether a code is within the limits."""
-        pairs = ((encoded.weighted_error, self.tolerance), (encoded.dw_error, self.max_error))
+        pairs = ((encoded.weighted_error, self.tolerance), (encoded.squared_error, self.max_squared_error))
         return all(limit is None or error <= limit for error, limit in pairs)
 
     def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> int:
@@ -142,7 +142,7 @@ def encode_adapter(
     def at(step: int) -> _Trial:
         trial = _rounded_at(step, codec, adapter, tokens, state, initial, means)
         found = original.compare(codec, codec.assemble(trial.tokens, trial.head, trial.head.strengths), b"")
-        return replace(trial, tokens=(), dw_error=found.dw_error, weighted_error=found.weighted_error)
+        return replace(trial, tokens=(), squared_error=found.squared_error, weighted_error=found.weighted_error)
 
     best = coarsest(expected, limits, at)
     data = codec.close(best.head, best.groups)
@@ -165,7 +165,9 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried]) -> 
         low, high = low - _BELOW, low - 1
         best = encode(low)
     if not limits.keeps(best):
-        raise GeneratorError(f"no code keeps the error at or below {limits.least:g}", hint="allow a larger error")
+        raise GeneratorError(
+            f"no code keeps the squared error at or below {limits.least:g}", hint="allow a larger error"
+        )
     while low < high:  # a coarser step loses more, nearly always; `best` keeps the limits in any case
         middle = (low + high + 1) // 2
         tried = encode(middle)

@@ -3,8 +3,8 @@
     bits = bits(z | c) + bits(norms) + bits(token integers | z, c)
 
 Every part is the length of what the codec really writes: integers are rounded as the codec rounds them, and the
-quantiser step is chosen per adapter so that the code's relative squared dW error is the configured tolerance. The sum
-is what storage at that accuracy costs. Rounding has no gradient; `_token_bits` says what replaces it.
+quantiser step is chosen per adapter so that the code's squared error is the configured tolerance. The sum is what
+storage at that accuracy costs. Rounding has no gradient; `_token_bits` says what replaces it.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _bin(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def water_level(
     tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sensitivity, subspace: InitialSubspace
 ) -> float:
-    """Return the quantiser step whose expected relative squared dW error is `tolerance` (1 for an adapter of zeros).
+    """Return the quantiser step whose expected squared error is `tolerance` (1 for an adapter of zeros).
 
     A coefficient of variance v contributes min(v, step^2 / 12): reverse water-filling (Cover and Thomas, 10.3.3).
     """

@@ -49,8 +49,8 @@ def refine(
     relaxed: RelaxedCode, error: float, base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig
 ) -> Iterator[int]:
     """Refine the code of one adapter; yields the number of steps done, after each."""
-    # The caller may stop after any step and take the code as it is then. `error` is the code's relative squared error,
-    # weighted by sensitivity.
+    # The caller may stop after any step and take the code as it is then. `error` is the code's squared error, weighted
+    # by sensitivity.
     if not samples:
         raise DataError("there is nothing to refine on", hint="give the task a samples.jsonl")
     _refuse_special(base, adapter)

@@ -54,12 +54,12 @@ def table(result: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
     ]
     made = [rung for rung in measured if rung in RUNGS]
     heading = [f"{rung} {unit}" for unit in ("ppl", "bpb") for rung in measured]
-    heading += [f"{figure} of {rung}" for rung in made for figure in ("gain", "dW error")]
+    heading += [f"{figure} of {rung}" for rung in made for figure in ("gain", "relative error")]
     lines = ["| " + " | ".join(["task", *heading]) + " |", "|---|" + "--:|" * len(heading)]
     for task, rungs in sorted(result["tasks"].items()):
         cells = [f"{rungs[rung]['perplexity']:.2f}" for rung in measured]
         cells += [f"{rungs[rung]['bits_per_byte']:.3f}" for rung in measured]
-        cells += [f"{rungs[rung][figure]:.3f}" for rung in made for figure in ("retained_gain", "dw_error")]
+        cells += [f"{rungs[rung][figure]:.3f}" for rung in made for figure in ("retained_gain", "relative_error")]
         lines.append("| " + " | ".join([task, *cells]) + " |")
     return "\n".join(lines)
 

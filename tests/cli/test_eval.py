@@ -42,7 +42,7 @@ def texts(path: Path, *lines: str) -> Path:
 
 def test_every_rung_stands_side_by_side(icm: Icm, trained: Path) -> None:
     out = icm(*EVAL).out
-    for heading in ("BASE PPL", "ORIGINAL PPL", "CODE PPL", "GENERATE PPL", "CODE BPB", "CODE GAIN", "GENERATE DW ERR"):
+    for heading in ("BASE PPL", "ORIGINAL PPL", "CODE PPL", "GENERATE PPL", "CODE BPB", "CODE GAIN", "GENERATE ERROR"):
         assert heading in out
     assert [line.split()[0] for line in out.splitlines()[1:3]] == ["poems", "rules"]
 
@@ -52,7 +52,7 @@ def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     assert set(events[0]) == {"type", "task", "rungs"}
     assert set(events[0]["rungs"]) == {"base", "original", "code", "generate"}
     assert set(events[0]["rungs"]["code"]) == {
-        "nats_per_token", "perplexity", "bits_per_byte", "tokens", "retained_gain", "dw_error",
+        "nats_per_token", "perplexity", "bits_per_byte", "tokens", "retained_gain", "relative_error", "squared_error",
     }  # fmt: skip
     assert all(set(event) == {"type", "rung", "tasks", "mean", "worst"} for event in events[1:])
 
@@ -64,8 +64,8 @@ def test_the_figures_fit_together(icm: Icm, trained: Path) -> None:
         assert rungs["code"]["retained_gain"] == pytest.approx((base - code) / (base - original))
     else:
         assert rungs["code"]["retained_gain"] is None
-    stored = icm("show", "poems", "--json").document["code"]["dw_error"]
-    assert rungs["code"]["dw_error"] == pytest.approx(stored, rel=0.01)  # rounded to bfloat16
+    stored = icm("show", "poems", "--json").document["code"]["relative_error"]
+    assert rungs["code"]["relative_error"] == pytest.approx(stored, rel=0.01)  # rounded to bfloat16
 
 
 def test_a_second_time_nothing_is_measured_again(icm: Icm, trained: Path, counted: list[object]) -> None:

@@ -30,7 +30,7 @@ def stopping_after(kind: type[Event]) -> Callable[[Event], None]:
 
 def test_encode_tells_each_task_and_reports_them_all(trained: Path) -> None:
     events: list[Event] = []
-    report = Fleet(trained, on_event=events.append).encode(max_error=0.1)
+    report = Fleet(trained, on_event=events.append).encode(max_error=0.32)
     assert [event for event in events if isinstance(event, TaskEncoded)] == report.tasks
     assert [task.task for task in report.tasks] == NAMES
     assert report.short == []
@@ -38,7 +38,7 @@ def test_encode_tells_each_task_and_reports_them_all(trained: Path) -> None:
 
 def test_progress_counts_the_tasks_that_are_done(trained: Path) -> None:
     events: list[Event] = []
-    Fleet(trained, on_event=events.append).encode(max_error=0.1)
+    Fleet(trained, on_event=events.append).encode(max_error=0.32)
     steps = [event for event in events if isinstance(event, Progress)]
     assert (steps[0], steps[-1]) == (Progress(0, 3), Progress(3, 3, "silent"))
     assert Progress(0, 3, "poems: encoding") in steps
@@ -47,7 +47,7 @@ def test_progress_counts_the_tasks_that_are_done(trained: Path) -> None:
 def test_an_encode_that_is_stopped_reports_what_it_recorded(trained: Path) -> None:
     before = codes(trained)
     with pytest.raises(Cancelled) as stopped:
-        Fleet(trained, on_event=stopping_after(TaskEncoded)).encode(max_error=0.003)
+        Fleet(trained, on_event=stopping_after(TaskEncoded)).encode(max_error=0.055)
     report = stopped.value.report
     assert isinstance(report, EncodeReport)
     assert [task.task for task in report.tasks] == ["poems"]
@@ -61,14 +61,14 @@ def test_an_encode_that_is_stopped_within_a_task_leaves_its_code(trained: Path) 
 
     before = codes(trained)
     with pytest.raises(Cancelled):
-        Fleet(trained, on_event=listen).encode(max_error=0.003)
+        Fleet(trained, on_event=listen).encode(max_error=0.055)
     assert codes(trained) == before
 
 
 def test_a_stopped_encode_lets_go_of_the_base_model(trained: Path) -> None:
     with pytest.raises(Cancelled):
-        Fleet(trained, on_event=stopping_after(TaskEncoded)).encode(max_error=0.003)
-    assert Fleet(trained, lock_timeout=0).encode(max_error=0.003).tasks[0].status == "known"
+        Fleet(trained, on_event=stopping_after(TaskEncoded)).encode(max_error=0.055)
+    assert Fleet(trained, lock_timeout=0).encode(max_error=0.055).tasks[0].status == "known"
 
 
 def test_evaluate_returns_every_source_and_sums_up_their_gains(trained: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_can_be_measured_depends_on_held_out_text_and_base_model(trained: P
 def test_evict_spares_what_is_pinned_and_reports_the_rest(trained: Path) -> None:
     fleet = Fleet(trained)
     assert fleet.pin(["Rules"]).names == ["rules"]
-    report = fleet.evict(max_error=0.5)
+    report = fleet.evict(max_error=0.7)
     assert {task.task: task.status for task in report.tasks} == {
         "poems": "evicted", "rules": "pinned", "silent": "evicted",
     }  # fmt: skip
@@ -109,7 +109,7 @@ def test_evict_spares_what_is_pinned_and_reports_the_rest(trained: Path) -> None
 
 def test_an_eviction_that_is_stopped_reports_what_is_gone(trained: Path) -> None:
     with pytest.raises(Cancelled) as stopped:
-        Fleet(trained, on_event=stopping_after(TaskEvicted)).evict(max_error=0.5)
+        Fleet(trained, on_event=stopping_after(TaskEvicted)).evict(max_error=0.7)
     assert isinstance(stopped.value.report, EvictReport)
     assert [task.task for task in stopped.value.report.gone] == ["poems"]
     assert not Fleet(trained).show("rules").final.is_evicted
@@ -117,7 +117,7 @@ def test_an_eviction_that_is_stopped_reports_what_is_gone(trained: Path) -> None
 
 def test_an_unknown_name_changes_nothing(trained: Path) -> None:
     fleet = Fleet(trained)
-    for work in (fleet.pin, fleet.unpin, lambda names: fleet.evict(names, max_error=0.5)):
+    for work in (fleet.pin, fleet.unpin, lambda names: fleet.evict(names, max_error=0.7)):
         with pytest.raises(TaskNotFound):
             work(["poems", "nobody"])
     assert not fleet.show("poems").task.pinned

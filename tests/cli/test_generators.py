@@ -30,7 +30,7 @@ def versions(icm: Icm) -> list[dict[str, Any]]:
 
 
 def test_it_lists_versions_and_what_depends_on_each(icm: Icm, updated: Path) -> None:
-    icm("evict", "extra", "--max-error", "0.9")
+    icm("evict", "extra", "--max-error", "0.95")
     first, second = versions(icm)
     assert (first["version"], first["epochs"], first["is_current"], len(first["tasks"])) == (1, 1, False, 3)
     assert (second["version"], second["epochs"], second["is_current"], len(second["tasks"])) == (2, 2, True, 4)
@@ -68,7 +68,7 @@ def test_an_update_after_rolling_back_gives_the_task_a_code_again(icm: Icm, upda
 
 
 def test_rolling_back_is_refused_where_it_would_lose_a_last_copy(icm: Icm, updated: Path) -> None:
-    icm("evict", "extra", "--max-error", "0.9")
+    icm("evict", "extra", "--max-error", "0.95")
     ran = icm("generators", "rollback", versions(icm)[0]["generator"], "--json")
     assert (ran.error["kind"], "'extra'" in ran.error["message"]) == ("last_copy", True)
     assert [row["is_current"] for row in versions(icm)] == [False, True]

@@ -115,7 +115,7 @@ def test_several_batches_are_planned_as_they_are_ingested(
 def test_evicted_originals_are_counted_as_the_ingest_counts_them(
     icm: Icm, trained: Path, mixed_template: Path, options: Options
 ) -> None:
-    assert icm("evict", "--max-error", "0.5").code == 0
+    assert icm("evict", "--max-error", "0.7").code == 0
     before = written(trained)
     planned = icm("ingest", mixed_template / "loras", "-n", "--json", *options)
     assert written(trained) == before

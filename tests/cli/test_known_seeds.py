@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.formats.folder import load_adapter, save_adapter
 from icmlora.generator.codec import Codec
@@ -56,16 +56,16 @@ def test_the_fleet_of_a_store_knows_where_training_began(seeded: Path) -> None:
 
 def test_the_codes_of_train_and_encode_hold_the_seed(icm: Icm, seeded: Path) -> None:
     assert seeds_in_codes(seeded) == {**TRAINED, "unseeded": None}
-    assert icm("encode", "--max-error", "0.02").code == 0
+    assert icm("encode", "--max-error", "0.14").code == 0
     assert seeds_in_codes(seeded) == {**TRAINED, "unseeded": None}
 
 
 def test_what_is_written_from_such_a_code_has_the_error_that_was_said(icm: Icm, seeded: Path, tmp_path: Path) -> None:
-    assert icm("encode", "--max-error", "0.02").code == 0
+    assert icm("encode", "--max-error", "0.14").code == 0
     written = tmp_path / "written"
     assert icm("materialize", "first", "-o", str(written), "--source", "code", "--dtype", "float32").code == 0
     pair = (load_adapter(folder) for folder in (tmp_path / "loras" / "first", written))
-    assert relative_dw_error(*pair) == pytest.approx(codes(seeded)["first"].dw_error, rel=1e-2)
+    assert squared_error(*pair) == pytest.approx(codes(seeded)["first"].squared_error, rel=1e-2)
 
 
 def test_show_names_the_seed(icm: Icm, seeded: Path) -> None:

@@ -155,7 +155,7 @@ class TestExtras:
         # The norm matters more than what the code loses of the LoRA.
         assert abs(original - base) > 0.05
         assert abs(code - original) < abs(original - base)
-        assert event["rungs"]["code"]["dw_error"] < 1
+        assert event["rungs"]["code"]["relative_error"] < 1
 
     def test_its_code_is_not_refined(self, icm: Icm, with_bias: Path) -> None:
         assert icm("train", "--no-eval", *CPU, "--steps", STEPS).code == 0

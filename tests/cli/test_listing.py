@@ -21,7 +21,7 @@ def trained(stored: Path, tmp_path: Path) -> Path:
     with Store.open(tmp_path / "store") as store:
         blob, code = store.blobs.put_all([b"generator", b"code"])
         adapter = store.tasks.final("rust")
-        codes = [NewCode(adapter, blob=code, bits=32.0, dw_error=0.02)]
+        codes = [NewCode(adapter, blob=code, bits=32.0, squared_error=0.02)]
         generator = store.generators.add(NewGenerator(BASE, blob, {}, {}, codes=codes))
         measured = [("base", None, 3.0, None), ("code", generator.id, 2.5, 0.97)]
         store.evaluations.add(
@@ -74,7 +74,8 @@ def test_ls_json_has_bytes_and_counts(icm: Icm, stored: Path) -> None:
         "vectors_count": 0,
         "code_size": None,
         "residual_size": None,
-        "dw_error": None,
+        "relative_error": None,
+        "squared_error": None,
     }
 
 
@@ -105,7 +106,7 @@ def test_ls_does_not_import_torch(stored: Path) -> None:
 
 def test_show_prints_everything_about_a_task(icm: Icm, trained: Path) -> None:
     out = icm("show", "rust").out
-    assert "4 B under generator 1, dW error 0.020" in out
+    assert "4 B under generator 1, relative error 0.141" in out
     assert "RETAINED GAIN" in out
     assert "0.970" in out
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from icm_cli.errors import ExitCode
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.formats.folder import load_adapter
 from registry.store import Store
 from tests.cli.conftest import Ran
@@ -92,14 +92,21 @@ def test_a_code_keeps_what_it_says(icm: Icm, trained: Path, mixed_template: Path
         "materialize", "rules", "-o", tmp_path / "out", "--source", "code", "--dtype", "float32", "--json"
     ).document
     original = load_adapter(mixed_template / "loras" / "rules")
-    assert relative_dw_error(original, load_adapter(tmp_path / "out")) == pytest.approx(done["dw_error"], rel=1e-3)
+    assert squared_error(original, load_adapter(tmp_path / "out")) == pytest.approx(done["squared_error"], rel=1e-3)
+    assert done["relative_error"] ** 2 == pytest.approx(done["squared_error"])
 
 
 def test_the_card_says_where_it_comes_from(icm: Icm, trained: Path, tmp_path: Path) -> None:
     done = icm("materialize", "rules", "-o", tmp_path / "out", "--source", "code", "--json").document
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(
-        text in card for text in (done["generator"], "| rung | code |", f"{done['dw_error']:.4f}", "not measured")
+        text in card
+        for text in (
+            done["generator"],
+            "| rung | code |",
+            f"| relative error | {done['relative_error']:.4f} |",
+            "| retained gain | not measured |",
+        )
     )
 
 
@@ -125,7 +132,7 @@ def test_a_rank_below_that_of_the_adapter_is_refused(icm: Icm, trained: Path, tm
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_json_document_keeps_its_names(icm: Icm, trained: Path, tmp_path: Path, source: str) -> None:
     document = icm("materialize", "poems", "-o", tmp_path / "out", "--source", source, "--json").document
-    names = {"task", "output", "source", "generator", "dw_error", "retained_gain", "weights"}
+    names = {"task", "output", "source", "generator", "relative_error", "squared_error", "retained_gain", "weights"}
     assert (set(document), document["source"]) == (names, source)
 
 
@@ -191,10 +198,10 @@ def test_force_replaces_the_adapter_and_its_card(icm: Icm, trained: Path, tmp_pa
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        (["--source", "code", "--max-error", 0.5], ExitCode.DONE),
-        (["--source", "code", "--max-error", 0.0001], ExitCode.TOO_LOSSY),
+        (["--source", "code", "--max-error", 0.7], ExitCode.DONE),
+        (["--source", "code", "--max-error", 0.01], ExitCode.TOO_LOSSY),
         (["--source", "code", "--max-error", "nan"], ExitCode.USAGE),
-        (["--source", "generate", "--max-error", 0.5], ExitCode.TOO_LOSSY),
+        (["--source", "generate", "--max-error", 0.7], ExitCode.TOO_LOSSY),
         (["--source", "original", "--max-error", 0], ExitCode.DONE),
         (["--max-error", "-1"], ExitCode.USAGE),
     ],
@@ -204,6 +211,13 @@ def test_a_limit_on_the_error_is_kept(
 ) -> None:
     assert icm("materialize", "poems", "-o", tmp_path / "out", *options).code == code
     assert (tmp_path / "out").exists() == (code == ExitCode.DONE)
+
+
+@pytest.mark.parametrize(("share", "code"), [(1.001, ExitCode.DONE), (0.999, ExitCode.TOO_LOSSY)])
+def test_the_limit_is_a_relative_error(icm: Icm, trained: Path, tmp_path: Path, share: float, code: ExitCode) -> None:
+    error = next(row["relative_error"] for row in icm("ls", "--json").document if row["name"] == "poems")
+    ran = icm("materialize", "poems", "-o", tmp_path / "out", "--source", "code", "--max-error", error * share)
+    assert ran.code == code
 
 
 @pytest.mark.parametrize("source", ["code", "generate"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.base_models.attach import adapted
 from icmlora.base_models.examples import parse_examples
 from icmlora.base_models.likelihood import nll
@@ -63,7 +63,7 @@ def test_the_task_is_listed_with_its_code_and_without_an_original(icm: Icm, regi
     document = register("--json").document
     (row,) = [row for row in icm("ls", "--json").document if row["name"] == "geese"]
     assert row["code_size"] == document["code_size"] > 0
-    assert row["dw_error"] == pytest.approx(document["code_dw_error"])
+    assert row["relative_error"] == pytest.approx(document["code_relative_error"])
     assert row["evicted_at"] is not None
     assert row["vectors_count"] == 2
 
@@ -77,8 +77,8 @@ def test_its_code_gives_the_adapter_that_was_written(
 ) -> None:
     document = register("--json").document
     assert icm("materialize", "geese", "-o", tmp_path / "again").code == 0
-    found = relative_dw_error(load_adapter(folder), load_adapter(tmp_path / "again"))
-    assert found == pytest.approx(document["code_dw_error"], abs=0.02)
+    found = squared_error(load_adapter(folder), load_adapter(tmp_path / "again"))
+    assert found == pytest.approx(document["code_squared_error"], abs=0.02)
 
 
 def test_its_code_helps_on_the_samples_nearly_as_much_as_what_was_written(
@@ -140,8 +140,8 @@ def test_stats_count_it_among_the_tasks(icm: Icm, register: Register, folder: Pa
 def test_what_was_refined_is_what_is_registered(icm: Icm, register: Register, folder: Path, tmp_path: Path) -> None:
     document = register("--refine", 5, "--json").document
     icm("materialize", "geese", "-o", tmp_path / "again")
-    found = relative_dw_error(load_adapter(folder), load_adapter(tmp_path / "again"))
-    assert found == pytest.approx(document["code_dw_error"], abs=0.02)
+    found = squared_error(load_adapter(folder), load_adapter(tmp_path / "again"))
+    assert found == pytest.approx(document["code_squared_error"], abs=0.02)
 
 
 def test_a_smaller_rank_is_registered_too(icm: Icm, register: Register) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.formats import catalogue
 from icmlora.formats.folder import load_adapter
 from icmlora.formats.peft import PEFT
@@ -73,7 +73,7 @@ def test_a_code_is_written_in_the_format_of_its_original(icm: Icm, files: dict[s
     assert ran.code == 0
     original = TOY.read(b"", files["sql"].read_bytes()).adapter
     decoded = TOY.read(b"", (tmp_path / "out" / "adapter.toy").read_bytes()).adapter
-    assert relative_dw_error(original, decoded) == pytest.approx(ran.document["dw_error"], rel=1e-3)
+    assert squared_error(original, decoded) == pytest.approx(ran.document["squared_error"], rel=1e-3)
 
 
 def test_an_evicted_original_is_restored_from_the_same_file(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ def test_json_keeps_its_names(icm: Icm, trained: Path) -> None:
         "break_even_count", "original_only_count", "extras_bytes", "tasks",
     }  # fmt: skip
     assert set(document["fleets"][0]["tasks"][0]) == {
-        "task", "bf16_size", "original_size", "vectors_size", "code_size", "residual_size", "rung", "dw_error",
-        "retained_gain", "evicted", "asked", "original_only", "extras_bytes",
+        "task", "bf16_size", "original_size", "vectors_size", "code_size", "residual_size", "rung",
+        "relative_error", "squared_error", "retained_gain", "evicted", "asked", "original_only", "extras_bytes",
     }  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def test_a_negative_saving_is_stated(icm: Icm, trained: Path) -> None:
 
 def test_quality_is_shown_next_to_the_bytes(icm: Icm, trained: Path) -> None:
     heading, row = icm("stats").out.splitlines()[:2]
-    assert ("DW ERROR" in heading, "RETAINED GAIN" in heading, "not measured" in row) == (True, True, True)
-    assert f"{max(task['dw_error'] for task in icm('ls', '--json').document):.3f}" in row
+    assert ("RELATIVE ERROR" in heading, "RETAINED GAIN" in heading, "not measured" in row) == (True, True, True)
+    assert f"{max(task['relative_error'] for task in icm('ls', '--json').document):.3f}" in row
 
 
 def test_nothing_is_saved_before_the_first_training(icm: Icm, mixed: Path) -> None:

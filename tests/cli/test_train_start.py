@@ -97,7 +97,7 @@ def test_both_trains_and_then_learns_a_start(icm: Icm, mixed: Path, started_temp
 
 
 def test_it_needs_no_original(icm: Icm, trained: Path) -> None:
-    assert icm("evict", "--max-error", "0.9").code == 0
+    assert icm("evict", "--max-error", "0.95").code == 0
     assert [event["tasks"] for event in of_type(icm(*FUNCTIONAL, "--json"), "start")] == [3]
     assert icm("verify", "--read-data").code == 0
 

@@ -119,7 +119,7 @@ def test_after_a_fresh_epoch_a_task_goes_where_its_code_is_smallest(icm: Icm, tr
 def test_it_needs_no_original_of_the_tasks_that_have_a_code(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert icm("evict", "--max-error", "0.9").code == 0
+    assert icm("evict", "--max-error", "0.95").code == 0
     adapters = decoded(trained)
     add(icm, tmp_path, seed=9)
     assert "--update" in icm("train", "--device", "cpu", "--json").error["hint"]
@@ -148,11 +148,11 @@ def test_what_was_measured_of_earlier_codes_is_still_known(
 def test_a_residual_stays_beside_its_code(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    icm("encode", "poems", "--residual", "--max-error", "0.001")
+    icm("encode", "poems", "--residual", "--max-error", "0.032")
     add(icm, tmp_path, seed=9)
     icm(*UPDATE)
     ran = icm("materialize", "poems", "--source", "residual", "-o", tmp_path / "out", "--json")
-    assert ran.document["dw_error"] < 0.001
+    assert ran.document["relative_error"] <= 0.032
 
 
 def test_a_fleet_without_new_tasks_is_left_as_it_is(icm: Icm, trained: Path) -> None:
@@ -182,9 +182,9 @@ def test_a_quality_is_that_of_the_new_codes(icm: Icm, trained: Path, tmp_path: P
 def test_limits_are_kept_by_the_new_codes_and_leave_the_others_alone(icm: Icm, trained: Path, tmp_path: Path) -> None:
     before = codes(trained)
     add(icm, tmp_path, seed=9)
-    assert icm(*UPDATE, "--max-error", "0.05").code == 0
+    assert icm(*UPDATE, "--max-error", "0.22").code == 0
     after = codes(trained)
-    assert after.pop("extra").asked.max_error == 0.05
+    assert after.pop("extra").asked.max_error == 0.22
     assert after == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -66,5 +65,4 @@ def extras_bytes(details: Any) -> int:
 
 def claimed_error(report: Any) -> float:
     """Return the relative error that `materialize` claims for the adapter it wrote."""
-    relative = getattr(report, "relative_error", None)
-    return float(relative) if relative is not None else math.sqrt(report.dw_error)
+    return float(report.relative_error)

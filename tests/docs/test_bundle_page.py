@@ -3,7 +3,7 @@
 from icmlora.bundle import file as bundle
 from icmlora.bundle import index as bundle_index
 from icmlora.bundle import index as bundle_json
-from icmlora.bundle.index import BundledGenerator, BundledMeasurement, BundledTask
+from icmlora.bundle.index import BundledGenerator
 from icmlora.formats.peft_config import MAX_CONFIG_BYTES
 from icmlora.io.safetensors import MAX_FILE_BYTES
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of
@@ -17,8 +17,8 @@ def test_every_key_of_an_index_is_on_the_page() -> None:
     assert documented == {
         *("base_model", "layouts", "parts"),
         *(f"generator.{name}" for name in BundledGenerator.__dataclass_fields__),
-        *(f"tasks[].{name}" for name in BundledTask.__dataclass_fields__),
-        *(f"tasks[].measured.{name}" for name in BundledMeasurement.__dataclass_fields__),
+        *(f"tasks[].{name}" for name in bundle_index._TASK),
+        *(f"tasks[].measured.{name}" for name in bundle_index._MEASURED),
     }
 
 

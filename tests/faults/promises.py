@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.fleet.loading import read_original
 from icmlora.generator.residual_codec import ResidualCodec
@@ -49,10 +49,10 @@ def has_a_copy(store: Store, task: str) -> bool:
 def comes_back_within(store: Store, task: str, limit: float) -> bool:
     """Say whether the adapter that code and residual give has the error that is recorded, and this keeps a limit."""
     code = _code(store, task)
-    if code is None or code.best_error is None:
+    if code is None or code.best_squared_error is None:
         return False
-    error = relative_dw_error(read_original(store, store.tasks.final(task)), _decoded(store, code))
-    return code.best_error <= limit and math.isclose(error, code.best_error, rel_tol=0.01)
+    error = squared_error(read_original(store, store.tasks.final(task)), _decoded(store, code))
+    return math.sqrt(code.best_squared_error) <= limit and math.isclose(error, code.best_squared_error, rel_tol=0.01)
 
 
 def _is_known(store: Store, task: str) -> bool:

@@ -34,7 +34,7 @@ def task(name: str, **fields: Any) -> BundledTask:
     plain: dict[str, Any] = {
         "name": name,
         "code": digest(name.lower()),
-        "dw_error": 0.11,
+        "squared_error": 0.11,
         "weights": "5" * 64,
         "weights_size": 4096,
         "config": digest("config"),

@@ -88,7 +88,7 @@ def vector(store: Store, task: str, support_set: int = 0, *, data: bytes = b"vec
 def code(store: Store, task: str, *, data: bytes | None = None) -> NewCode:
     """Store a code's bytes and return what is to be recorded."""
     blob = store.blobs.put(data or f"code of {task}".encode())
-    return NewCode(store.tasks.final(task), blob, bits=80.5, dw_error=0.01)
+    return NewCode(store.tasks.final(task), blob, bits=80.5, squared_error=0.01)
 
 
 def code_of(store: Store, task: str) -> CodeRecord:
@@ -116,7 +116,7 @@ def eviction(store: Store, task: str, **more: object) -> Eviction:
         "code": code_of(store, task),
         "generator": current,
     }
-    return Eviction(task, **(fields | {"dw_error": 0.02} | more))  # type: ignore[arg-type]
+    return Eviction(task, **(fields | {"squared_error": 0.02} | more))  # type: ignore[arg-type]
 
 
 def evaluation(task: str, *, nats: float = 2.0, generator_id: int | None = None) -> NewEvaluation:
@@ -130,6 +130,6 @@ def evaluation(task: str, *, nats: float = 2.0, generator_id: int | None = None)
         tokens=100,
         utf8_bytes=400,
         retained_gain=0.97,
-        dw_error=None,
+        squared_error=None,
         settings={"max_tokens": 256},
     )

@@ -43,7 +43,7 @@ def imported(store: Store, name: str, **fields: Any) -> ImportedTask:
         "original": original,
         "weights_bytes": 4096,
         "code": store.blobs.put(f"code of {name.lower()}".encode()),
-        "dw_error": 0.11,
+        "squared_error": 0.11,
         "evaluation": evaluation(name),
     }
     return ImportedTask(**plain | fields)
@@ -77,7 +77,7 @@ def test_its_code_belongs_to_the_generator_that_arrives(store: Store) -> None:
     assert current is not None
     code = store.codes.get("rust", current.id)
     assert code is not None
-    assert (store.blobs.read(code.blob), code.dw_error, code.bits) == (b"code of rust", 0.11, 8.0 * 12)
+    assert (store.blobs.read(code.blob), code.squared_error, code.bits) == (b"code of rust", 0.11, 8.0 * 12)
     assert (current.version, current.config, current.metrics) == (3, {"quality": 4}, {"bits": 1.5})
 
 

@@ -30,7 +30,7 @@ def test_the_new_code_takes_the_place_of_the_present_one(store: Store) -> None:
     record = store.codes.replace(made.id, new_code(store, b"second", 0.2))
     assert record is not None
     assert store.codes.all(made.id) == [record]
-    assert (store.blobs.read(record.blob), record.dw_error) == (b"second", 0.2)
+    assert (store.blobs.read(record.blob), record.squared_error) == (b"second", 0.2)
 
 
 def test_the_replaced_code_leaves_no_file(store: Store) -> None:

@@ -48,11 +48,11 @@ def test_what_was_measured_is_recorded_with_it(rust: Store) -> None:
     current = rust.generators.current(BASE)
     assert current is not None
     rust.originals.evict(
-        eviction(rust, "rust", evaluations=[evaluation("rust", generator_id=current.id)], dw_error=0.03)
+        eviction(rust, "rust", evaluations=[evaluation("rust", generator_id=current.id)], squared_error=0.03)
     )
     code = rust.codes.get("rust", current.id)
     assert code is not None
-    assert (code.dw_error, [row.rung for row in rust.evaluations.all("rust")]) == (0.03, ["code"])
+    assert (code.squared_error, [row.rung for row in rust.evaluations.all("rust")]) == (0.03, ["code"])
 
 
 def test_checkpoints_alone_can_go(rust: Store) -> None:

@@ -65,7 +65,7 @@ class TestAdding:
         assert [found.task for found in store.codes.all(made.id)] == ["html", "rust"]
         found = store.codes.get("rust", made.id)
         assert found is not None
-        assert (found.adapter_id, found.bits, found.dw_error) == (store.tasks.final("rust").id, 80.5, 0.01)
+        assert (found.adapter_id, found.bits, found.squared_error) == (store.tasks.final("rust").id, 80.5, 0.01)
         assert found.size == len(store.blobs.read(found.blob))
 
     def test_a_task_without_a_code_has_none(self, store: Store) -> None:
@@ -134,7 +134,7 @@ class TestExtending:
 
     def test_residuals_and_what_was_asked_are_linked_too(self, store: Store, first: GeneratorRecord) -> None:
         new = NewResidual(store.blobs.put(b"residual"), 0.001)
-        before = store.codes.replace_residual(code_of(store, "rust"), new, Asked(max_error=0.01))
+        before = store.codes.replace_residual(code_of(store, "rust"), new, Asked(max_error=0.1))
         extend(store, first, "html")
         after = code_of(store, "rust")
         assert (after.residual, after.asked) == (before.residual, before.asked)

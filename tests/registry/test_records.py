@@ -38,7 +38,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 JSON = st.dictionaries(TEXTS, st.none() | st.booleans() | st.integers(-99, 99) | PARTS | TEXTS, max_size=4)
 LAYOUTS = st.lists(st.tuples(TEXTS, *[st.integers(1, 1 << 20)] * 3), max_size=4)
 ASKED = st.none() | st.builds(
-    Asked, *[st.none() | PARTS] * 3, is_kept=st.booleans(), refined=st.integers(0, 500)
+    Asked, *[st.none() | st.floats(1e-6, 1e6)] * 3, is_kept=st.booleans(), refined=st.integers(0, 500)
 )  # fmt: skip
 
 
@@ -104,25 +104,25 @@ def test_a_vector_is_read_as_it_was_offered(
 
 
 @few
-@given(bits=PARTS, dw_error=st.none() | PARTS, asked=ASKED, config=JSON, metrics=JSON)
+@given(bits=PARTS, squared_error=st.none() | PARTS, asked=ASKED, config=JSON, metrics=JSON)
 def test_a_generator_and_its_code_are_read_as_they_were_offered(
     shared: Store,
     bits: float,
-    dw_error: float | None,
+    squared_error: float | None,
     asked: Asked | None,
     config: dict[str, object],
     metrics: dict[str, object],
 ) -> None:
     name = f"code-{next(NUMBERS)}"
     ingest(shared, name, base_model=name)
-    made = NewCode(shared.tasks.final(name), shared.blobs.put(b"code"), bits, dw_error, asked)
+    made = NewCode(shared.tasks.final(name), shared.blobs.put(b"code"), bits, squared_error, asked)
     new = NewGenerator(name, shared.blobs.put(b"generator"), config, metrics, codes=[made])
     record = shared.generators.add(new)
     assert (record.base_model, record.config, record.metrics, record.size) == (name, config, metrics, 9)
     assert shared.generators.current(name) == record
     code = shared.codes.get(name, record.id)
     assert code is not None
-    assert (code.blob, code.bits, code.dw_error, code.asked) == (made.blob, bits, dw_error, asked)
+    assert (code.blob, code.bits, code.squared_error, code.asked) == (made.blob, bits, squared_error, asked)
     assert (code.adapter_id, code.generator_id, code.size) == (made.adapter.id, record.id, 4)
 
 
@@ -165,11 +165,11 @@ def test_the_best_source_without_the_original_is_the_residual_if_there_is_one(st
     ingest(store, "rust")
     store.generators.add(generator(store, ["rust"]))
     bare = code_of(store, "rust")
-    assert (bare.rung, bare.best_error, bare.digests()) == ("code", bare.dw_error, [bare.blob])
+    assert (bare.rung, bare.best_squared_error, bare.digests()) == ("code", bare.squared_error, [bare.blob])
     blob = store.blobs.put(b"residual")
     both = store.codes.replace_residual(bare, NewResidual(blob, 0.001), Asked())
     assert both is not None
-    assert (both.rung, both.best_error, both.digests()) == ("residual", 0.001, [bare.blob, blob])
+    assert (both.rung, both.best_squared_error, both.digests()) == ("residual", 0.001, [bare.blob, blob])
 
 
 def test_an_eviction_names_every_file_that_it_relies_on(store: Store) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from registry.store import Store
 from tests.registry.examples import code_of, evaluation, eviction, generator, ingest
 
 DATA = b"a residual"
-ASKED = Asked(max_error=0.01)
+ASKED = Asked(max_error=0.1)
 
 
 @pytest.fixture
@@ -38,16 +40,32 @@ def test_a_code_has_its_residual_and_the_limits_that_it_was_made_for(store: Stor
     code = code_of(store, "rust")
     assert code.residual is not None
     assert store.blobs.read(code.residual.blob) == DATA
-    assert (code.residual.size, code.residual.dw_error, code.asked) == (len(DATA), 0.002, ASKED)
-    assert (code.rung, code.best_error, code.dw_error) == ("residual", 0.002, coded.dw_error)
-    assert (coded.rung, coded.best_error, coded.asked) == ("code", coded.dw_error, None)
+    assert (code.residual.size, code.residual.squared_error, code.asked) == (len(DATA), 0.002, ASKED)
+    assert (code.rung, code.best_squared_error, code.squared_error) == ("residual", 0.002, coded.squared_error)
+    assert (coded.rung, coded.best_squared_error, coded.asked) == ("code", coded.squared_error, None)
     assert next(store.tasks.summaries()).code == code
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.22, 0.3, 1 / 3])
+def test_the_limit_is_kept_as_its_square_and_comes_back_as_it_was_given(
+    store: Store, coded: CodeRecord, limit: float
+) -> None:
+    store.codes.replace_residual(coded, None, Asked(max_error=limit))
+    with closing(sqlite3.connect(store.paths.database)) as connection:
+        ((stored,),) = connection.execute("SELECT max_error FROM codes").fetchall()
+    assert (stored, code_of(store, "rust").asked) == (limit * limit, Asked(max_error=limit))
+
+
+def test_a_squared_limit_of_an_older_store_is_read_as_its_root(store: Store, coded: CodeRecord) -> None:
+    with closing(sqlite3.connect(store.paths.database)) as connection, connection:
+        connection.execute("UPDATE codes SET max_error = 0.09")
+    assert code_of(store, "rust").asked == Asked(max_error=0.3)
 
 
 def test_another_residual_takes_its_place_and_leaves_no_file(store: Store, coded: CodeRecord) -> None:
     store.codes.replace_residual(coded, NewResidual(store.blobs.put(b"more"), 0.001), replace(ASKED, is_kept=False))
     code = code_of(store, "rust")
-    assert (code.best_error, code.asked) == (0.001, replace(ASKED, is_kept=False))
+    assert (code.best_squared_error, code.asked) == (0.001, replace(ASKED, is_kept=False))
     assert (DATA in files(store), b"more" in files(store), residual_rows(store)) == (False, True, 0)
 
 
@@ -76,7 +94,7 @@ def test_a_residual_for_a_code_that_was_replaced_meanwhile_is_left_out(store: St
 def test_a_residual_whose_bytes_are_not_stored_is_refused(store: Store, coded: CodeRecord) -> None:
     with pytest.raises(MissingBlob):
         store.codes.replace_residual(coded, NewResidual("0" * 64, 0.002), ASKED)
-    assert code_of(store, "rust").best_error == 0.002
+    assert code_of(store, "rust").best_squared_error == 0.002
 
 
 def test_the_only_copy_keeps_its_residual(store: Store, coded: CodeRecord) -> None:
@@ -88,8 +106,11 @@ def test_the_only_copy_keeps_its_residual(store: Store, coded: CodeRecord) -> No
 
 
 def test_an_eviction_records_the_error_of_the_rung_that_was_measured(store: Store, coded: CodeRecord) -> None:
-    store.originals.evict(eviction(store, "rust", dw_error=0.003))
-    assert (code_of(store, "rust").best_error, code_of(store, "rust").dw_error) == (0.003, coded.dw_error)
+    store.originals.evict(eviction(store, "rust", squared_error=0.003))
+    assert (code_of(store, "rust").best_squared_error, code_of(store, "rust").squared_error) == (
+        0.003,
+        coded.squared_error,
+    )
 
 
 def test_a_residual_that_came_or_went_while_it_was_measured_keeps_the_original(store: Store, coded: CodeRecord) -> None:

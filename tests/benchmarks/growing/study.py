@@ -28,8 +28,8 @@ from icmlora.fleet.update import update
 from icmlora.fleet.update_candidates import UpdateRequest
 from icmlora.fleet.vectors import VectorRequest, extract_vectors
 
-MAX_ERROR = 0.3
-"""Relative dW error up to which an original is evicted."""
+MAX_ERROR = 0.55
+"""Relative error up to which an original is evicted."""
 
 
 @dataclass(frozen=True)

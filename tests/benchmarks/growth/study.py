@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
@@ -104,7 +104,7 @@ def measure_alternatives(fleet: SyntheticAdapterSource) -> list[dict[str, Any]]:
         method = baseline_named(name)
         codes = [method.encode(adapter, b"") for adapter in adapters]
         errors = [
-            relative_dw_error(adapter, method.decode(code, b"")) for adapter, code in zip(adapters, codes, strict=True)
+            squared_error(adapter, method.decode(code, b"")) for adapter, code in zip(adapters, codes, strict=True)
         ]
         found.append({"name": name, "code_bytes": _mean(map(len, codes)), "dw_error": round(_mean(errors), 4)})
     return found
@@ -123,7 +123,7 @@ def _encode(codec: Codec, fleet: AdapterSource, tasks: Sequence[int]) -> dict[st
         codec.decode(encoded.data)
         decoding.append(time.process_time() - started)
         sizes.append(len(encoded.data))
-        errors.append(encoded.dw_error)
+        errors.append(encoded.squared_error)
     return {
         "code_bytes": _mean(sizes),
         "dw_error": round(_mean(errors), 4),

@@ -1,4 +1,4 @@
-"""Every operating point on every task: bytes, relative dW error, loss of what comes back from the bytes."""
+"""Every operating point on every task: bytes, squared error, loss of what comes back from the bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.likelihood import NllResult
 from icmlora.base_models.modality import retained_gain
@@ -20,7 +20,7 @@ from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.judging import Judge, weights_digest
 from tests.benchmarks.rate_distortion.method import Coded, Point
 
-# A squared relative error that float64 cannot tell from none: the adapter is the original.
+# A squared error that float64 cannot tell from none: the adapter is the original.
 _NOTHING = 1e-13
 _ORIGINAL = "original"
 
@@ -89,7 +89,7 @@ class Study:
         with tempfile.TemporaryDirectory(prefix="icm-") as folder:
             written = Path(folder) / "adapter"
             _write(coded.decode(task), written)
-            error = relative_dw_error(original, load_adapter(written))
+            error = squared_error(original, load_adapter(written))
             if not math.isfinite(error):
                 raise SystemExit(f"the original of {task} is zero")
             weights = _ORIGINAL

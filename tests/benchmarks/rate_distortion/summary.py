@@ -32,7 +32,7 @@ class PointSummary:
         marginal: Mean bytes of one more task.
         share: `total` in terms of the fleet's bf16 bytes.
         marginal_share: Mean bytes of one more task in terms of a mean adapter's bf16 bytes.
-        dw_error: Mean relative squared error of dW.
+        dw_error: Mean squared error.
         gain: Mean retained gain.
         worst: Smallest retained gain.
         worst_task: Whose it is.
@@ -153,7 +153,7 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
 def table(points: Iterable[PointSummary]) -> str:
     """Write points as a Markdown table, by family and bytes."""
     lines = [
-        "| method | point | of bf16 | one more task | dW error | gain | worst | worst task |",
+        "| method | point | of bf16 | one more task | squared error | gain | worst | worst task |",
         "|---|---|" + "--:|" * 5 + "---|",
     ]
     for point in sorted(points, key=lambda point: (point.family, -point.share)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from tests.benchmarks.rate_distortion.cvae_method import CvaeMethod, code_of, standardised
 from tests.benchmarks.rate_distortion.flat_cvae import CHANNELS, FlatCvae
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
@@ -36,7 +36,7 @@ def fleet(tmp_path: Path) -> FleetFolder:
 
 
 def errors(coded: Coded, fleet: FleetFolder) -> dict[str, float]:
-    return {task: relative_dw_error(fleet[task], coded.decode(task)) for task in fleet}
+    return {task: squared_error(fleet[task], coded.decode(task)) for task in fleet}
 
 
 def installed(method: Method) -> Method:

@@ -40,7 +40,7 @@ def encode(folder: Path, fleet: Path) -> dict[str, Any]:
         **took,
         **sizes,
         "parameters": parameters,
-        "dw_error": round(encoded.dw_error, 4),
+        "dw_error": round(encoded.squared_error, 4),
         "peak_bytes": peak_memory(),
     }
 

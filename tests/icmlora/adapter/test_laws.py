@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from icmlora.adapter.arithmetic import mean_adapter, plus, times, truncated, with_modules
 from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.layout import ModuleShape, target_modules
-from icmlora.adapter.metrics import dw_norm, module_norms, relative_dw_error
+from icmlora.adapter.metrics import dw_norm, module_norms, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from tests.icmlora.small_fleet import BASE, dense
 
@@ -56,28 +56,28 @@ def dense_error(left: Adapter, right: Adapter) -> float:
 @given(adapters(), adapters())
 @settings(max_examples=20)
 def test_the_error_of_any_two_adapters_is_that_of_their_dense_dw(left: Adapter, right: Adapter) -> None:
-    assert relative_dw_error(left, right) == pytest.approx(dense_error(left, right), rel=1e-9)
+    assert squared_error(left, right) == pytest.approx(dense_error(left, right), rel=1e-9)
 
 
 @given(adapters(), FACTORS)
 @settings(max_examples=20)
 def test_a_scaled_copy_has_the_error_of_its_scale(adapter: Adapter, factor: float) -> None:
-    assert relative_dw_error(adapter, scaled(adapter, factor)) == pytest.approx((1 - factor) ** 2, rel=1e-5, abs=1e-9)
+    assert squared_error(adapter, scaled(adapter, factor)) == pytest.approx((1 - factor) ** 2, rel=1e-5, abs=1e-9)
 
 
 @given(adapters(), adapters(), st.integers(-20, 20))
 @settings(max_examples=20)
 def test_the_error_does_not_depend_on_a_common_scale(left: Adapter, right: Adapter, exponent: int) -> None:
     factor = 2.0**exponent
-    error = relative_dw_error(scaled(left, factor), scaled(right, factor))
-    assert error == pytest.approx(relative_dw_error(left, right), rel=1e-12)
+    error = squared_error(scaled(left, factor), scaled(right, factor))
+    assert error == pytest.approx(squared_error(left, right), rel=1e-12)
 
 
 @given(adapters(), adapters())
 @settings(max_examples=20)
 def test_two_adapters_are_equally_far_from_each_other_in_both_directions(left: Adapter, right: Adapter) -> None:
-    there = relative_dw_error(left, right) * dw_norm(left) ** 2
-    back = relative_dw_error(right, left) * dw_norm(right) ** 2
+    there = squared_error(left, right) * dw_norm(left) ** 2
+    back = squared_error(right, left) * dw_norm(right) ** 2
     assert there == pytest.approx(back, rel=1e-9, abs=1e-9 * squared(left))
 
 
@@ -85,7 +85,7 @@ def test_two_adapters_are_equally_far_from_each_other_in_both_directions(left: A
 @settings(max_examples=20)
 def test_a_detour_is_not_shorter(first: Adapter, middle: Adapter, last: Adapter) -> None:
     def distance(left: Adapter, right: Adapter) -> float:
-        return math.sqrt(relative_dw_error(left, right)) * dw_norm(left)
+        return math.sqrt(squared_error(left, right)) * dw_norm(left)
 
     assert distance(first, last) <= (distance(first, middle) + distance(middle, last)) * (1 + 1e-7)
 
@@ -117,7 +117,7 @@ def test_the_canonical_form_is_its_own_canonical_form(adapter: Adapter) -> None:
 @given(adapters())
 @settings(max_examples=20)
 def test_the_canonical_form_has_the_same_dw(adapter: Adapter) -> None:
-    assert relative_dw_error(adapter, canonicalize(adapter)) < 1e-12
+    assert squared_error(adapter, canonicalize(adapter)) < 1e-12
 
 
 @given(adapters())
@@ -169,14 +169,14 @@ def test_an_adapter_minus_itself_is_nothing(adapter: Adapter) -> None:
 @settings(max_examples=20)
 def test_truncation_loses_the_energy_of_the_slots_it_drops(adapter: Adapter, rank: int) -> None:
     lost = sum(float(torch.linalg.svdvals(dw)[rank:].square().sum()) for dw in dense(adapter).values())
-    error = relative_dw_error(adapter, truncated(adapter, rank))
+    error = squared_error(adapter, truncated(adapter, rank))
     assert error == pytest.approx(lost / squared(adapter), rel=1e-3, abs=1e-9)
 
 
 @given(adapters())
 @settings(max_examples=20)
 def test_the_mean_of_copies_is_the_adapter(adapter: Adapter) -> None:
-    assert relative_dw_error(adapter, mean_adapter([adapter] * 3, 16)) < 1e-9
+    assert squared_error(adapter, mean_adapter([adapter] * 3, 16)) < 1e-9
 
 
 @given(st.lists(adapters(), min_size=2, max_size=4))
@@ -185,7 +185,7 @@ def test_the_mean_does_not_depend_on_the_order_of_the_fleet(fleet: list[Adapter]
     mean, turned = mean_adapter(fleet, 16), mean_adapter(fleet[::-1], 16)
     assert {shape.module for shape in mean.layout} == {shape.module for shape in turned.layout}
     if dw_norm(mean) > 0:
-        assert relative_dw_error(mean, turned) < 1e-8
+        assert squared_error(mean, turned) < 1e-8
 
 
 @given(kinds=st.sets(st.sampled_from(["q", "k", "v", "up"]), min_size=1), layers=st.integers(1, 12))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.baselines.baseline import Baseline
 from icmlora.baselines.catalogue import EXAMPLES, baseline_named
@@ -47,10 +47,10 @@ def fleet() -> dict[str, Adapter]:
 
 
 def errors(baseline: Baseline, fleet: dict[str, Adapter]) -> tuple[float, int]:
-    """Return the mean relative dW error and all bytes of a fleet."""
+    """Return the mean squared error and all bytes of a fleet."""
     shared = baseline.prepare(fleet)
     codes = {task: baseline.encode(adapter, shared) for task, adapter in fleet.items()}
-    lost = [relative_dw_error(fleet[task], baseline.decode(code, shared)) for task, code in codes.items()]
+    lost = [squared_error(fleet[task], baseline.decode(code, shared)) for task, code in codes.items()]
     return sum(lost) / len(lost), len(shared) + sum(map(len, codes.values()))
 
 
@@ -63,7 +63,7 @@ def test_an_adapter_comes_back_from_its_bytes_alone(name: str, fleet: dict[str, 
     assert {module.name for module in decoded.modules} <= {
         module.name for task in fleet.values() for module in task.modules
     }
-    assert relative_dw_error(fleet["b"], decoded) < 1.05
+    assert squared_error(fleet["b"], decoded) < 1.05
     assert same(decoded, baseline_named(name).decode(code, shared))
 
 

@@ -95,6 +95,7 @@ def test_a_module_name_that_is_a_path_is_refused(path: Path) -> None:
         (lambda f: f["tasks"][0].update(code="A" * 64), "code"),
         (lambda f: f["tasks"][0].update(dw_error="0.1"), "dw_error"),
         (lambda f: f["tasks"][0].update(dw_error=10**4000), "dw_error"),
+        (lambda f: f["tasks"][0].update(dw_error=-0.1), "dw_error"),
         (lambda f: f["tasks"][0].update(step=-1), "step"),
         (lambda f: f["tasks"][0].update(step=2**60), "step"),
         (lambda f: f["tasks"][0].update(layout=1), "layout"),

@@ -85,7 +85,7 @@ def test_tasks_without_a_code_are_left_out_unless_they_are_named(fleet: Fleet, l
 
 
 def test_residuals_are_not_exported_and_the_report_says_so(fleet: Fleet, tmp_path: Path) -> None:
-    fleet.encode(["poems"], max_error=0.01, residual=True)
+    fleet.encode(["poems"], max_error=0.1, residual=True)
     report = fleet.export_bundle(tmp_path / "out.icm")
     assert report.without_residual == ("poems",)
     assert equal(Bundle(report.file).load("poems"), fleet.load("poems", source="code"))
@@ -151,9 +151,9 @@ def test_a_bundle_needs_no_store(fleet: Fleet, file: Path, tmp_path: Path) -> No
 def test_a_limit_on_the_error_is_kept(file: Path, tmp_path: Path) -> None:
     opened = Bundle(file)
     with pytest.raises(TooLossy):
-        opened.materialize("poems", tmp_path / "out", max_error=0.001)
+        opened.materialize("poems", tmp_path / "out", max_error=0.032)
     assert not (tmp_path / "out").exists()
-    assert opened.materialize("poems", tmp_path / "out", max_error=0.9).dw_error == opened.tasks[0].dw_error
+    assert opened.materialize("poems", tmp_path / "out", max_error=0.95).squared_error == opened.tasks[0].squared_error
 
 
 def test_a_folder_that_is_not_empty_stays(file: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, equal, files_
 
 Work = Callable[[Fleet], object]
 SELECTING: dict[str, Work] = {
-    "encode": lambda fleet: fleet.encode(["poems", "poem"], max_error=0.1),
+    "encode": lambda fleet: fleet.encode(["poems", "poem"], max_error=0.32),
     "evaluate": lambda fleet: fleet.evaluate(["poems", "poem"], device="cpu"),
-    "evict": lambda fleet: fleet.evict(["poems", "poem"], max_error=0.9),
+    "evict": lambda fleet: fleet.evict(["poems", "poem"], max_error=0.95),
     "extract_vectors": lambda fleet: fleet.extract_vectors(["poems", "poem"], device="cpu", again=True),
     "export_bundle": lambda fleet: fleet.export_bundle(fleet.path.parent / "out.icm", ["poems", "poem"]),
     "pin": lambda fleet: fleet.pin(["poems", "poem"]),
@@ -42,24 +42,24 @@ def test_an_error_of_the_listener_comes_through_and_lets_the_locks_go(fleet: Fle
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Fleet(fleet.path, on_event=fail).encode(max_error=0.1)
+        Fleet(fleet.path, on_event=fail).encode(max_error=0.32)
     assert Fleet(fleet.path, lock_timeout=0).prune(grace=0).blobs == 0
     assert is_sound(fleet)
 
 
 def test_a_stop_says_that_what_was_finished_is_kept(fleet: Fleet) -> None:
     with pytest.raises(Cancelled, match="what was finished is kept"):
-        Fleet(fleet.path, on_event=stop_after(1)).encode(max_error=0.1)
+        Fleet(fleet.path, on_event=stop_after(1)).encode(max_error=0.32)
 
 
 def test_a_fleet_can_be_stopped_at_each_of_its_first_events_and_goes_on(fleet: Fleet, tmp_path: Path) -> None:
     finished = copy_of(fleet.path, tmp_path / "undisturbed")
-    finished.encode(["silent", "poems"], max_error=0.03)
+    finished.encode(["silent", "poems"], max_error=0.17)
     for count in range(1, 6):
         with pytest.raises(Cancelled):
-            Fleet(fleet.path, on_event=stop_after(count)).encode(["silent", "poems"], max_error=0.03)
+            Fleet(fleet.path, on_event=stop_after(count)).encode(["silent", "poems"], max_error=0.17)
         assert is_sound(fleet)
-    fleet.encode(["silent", "poems"], max_error=0.03)
+    fleet.encode(["silent", "poems"], max_error=0.17)
     assert code_blobs(fleet) == code_blobs(finished)
 
 
@@ -83,7 +83,7 @@ def test_two_fleet_objects_see_what_the_other_one_did(fleet: Fleet) -> None:
 def test_one_fleet_object_may_be_used_while_it_works(fleet: Fleet) -> None:
     seen: list[int] = []
     working = Fleet(fleet.path, on_event=lambda event: seen.append(len(working.tasks())))
-    working.encode(["silent"], max_error=0.1)
+    working.encode(["silent"], max_error=0.32)
     assert set(seen) == {3}
 
 
@@ -97,7 +97,7 @@ def test_a_moved_store_is_the_same_store(fleet: Fleet, tmp_path: Path) -> None:
     before = fleet.load("rules", source="code")
     moved = Fleet(fleet.path.rename(tmp_path / "a new, better place"))
     assert equal(moved.load("rules", source="code"), before)
-    assert moved.evict(["rules"], max_error=0.5).gone
+    assert moved.evict(["rules"], max_error=0.7).gone
 
 
 def test_a_relative_path_is_that_of_the_call(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,5 +152,5 @@ def test_another_process_sees_who_holds_the_base_model(fleet: Fleet) -> None:
             command = [sys.executable, "-c", code.replace("0000", digits)]
             said.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    Fleet(fleet.path, command="nightly encode", on_event=listen).encode(["silent"], max_error=0.1)
+    Fleet(fleet.path, command="nightly encode", on_event=listen).encode(["silent"], max_error=0.32)
     assert f"pid {os.getpid()}, nightly encode" in said[0]

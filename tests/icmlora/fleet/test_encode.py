@@ -14,21 +14,21 @@ from tests.icmlora.tiny_base import LABEL
 
 def test_the_report_has_the_sizes_of_the_files(fleet: Fleet) -> None:
     before = {row.task.name: row.code.size for row in fleet.tasks() if row.code is not None}
-    report = fleet.encode(max_error=0.05)
+    report = fleet.encode(max_error=0.22)
     assert {task.task: task.before for task in report.tasks} == before
     sizes = {name: blob_of(fleet, digest).stat().st_size for name, digest in code_blobs(fleet).items()}
     assert {task.task: task.size for task in report.tasks} == sizes
 
 
 def test_every_code_meets_the_limit(fleet: Fleet) -> None:
-    report = fleet.encode(max_error=0.05)
+    report = fleet.encode(max_error=0.22)
     assert [task.status for task in report.tasks] == ["encoded"] * 3
-    assert all(task.dw_error is not None and task.dw_error <= 0.05 for task in report.tasks)
+    assert all((task.relative_error or 1) <= 0.22 for task in report.tasks)
 
 
 def test_a_tighter_limit_makes_a_larger_code(fleet: Fleet) -> None:
-    (coarse,) = fleet.encode(["poems"], max_error=0.3).tasks
-    (fine,) = fleet.encode(["poems"], max_error=0.003).tasks
+    (coarse,) = fleet.encode(["poems"], max_error=0.55).tasks
+    (fine,) = fleet.encode(["poems"], max_error=0.055).tasks
     assert coarse.size is not None
     assert fine.size is not None
     assert coarse.size < fine.size
@@ -36,42 +36,42 @@ def test_a_tighter_limit_makes_a_larger_code(fleet: Fleet) -> None:
 
 
 def test_the_same_call_again_changes_no_byte(fleet: Fleet) -> None:
-    fleet.encode(max_error=0.05)
+    fleet.encode(max_error=0.22)
     before = files_of(fleet.path)
-    assert [task.status for task in fleet.encode(max_error=0.05).tasks] == ["known"] * 3
+    assert [task.status for task in fleet.encode(max_error=0.22).tasks] == ["known"] * 3
     assert files_of(fleet.path) == before
 
 
 def test_it_encodes_again_if_asked_to(fleet: Fleet) -> None:
-    first = fleet.encode(["silent"], max_error=0.05).tasks[0]
-    again = fleet.encode(["silent"], max_error=0.05, again=True).tasks[0]
+    first = fleet.encode(["silent"], max_error=0.22).tasks[0]
+    again = fleet.encode(["silent"], max_error=0.22, again=True).tasks[0]
     assert (again.status, again.size, again.before) == ("encoded", first.size, first.size)
 
 
 def test_a_task_is_encoded_once_however_often_it_is_named(fleet: Fleet) -> None:
-    report = fleet.encode(["silent", "SILENT", "poems"], max_error=0.3)
+    report = fleet.encode(["silent", "SILENT", "poems"], max_error=0.55)
     assert [task.task for task in report.tasks] == ["poems", "silent"]
 
 
 def test_tasks_that_are_not_named_keep_their_code(fleet: Fleet) -> None:
     before = code_blobs(fleet)
-    fleet.encode(["silent"], max_error=0.001)
+    fleet.encode(["silent"], max_error=0.032)
     after = code_blobs(fleet)
     assert {name for name in TASKS if after[name] != before[name]} == {"silent"}
 
 
 def test_a_limit_that_no_code_meets_leaves_the_present_code_and_says_so(fleet: Fleet) -> None:
     before = code_blobs(fleet)
-    report = fleet.encode(["silent"], max_error=1e-12)
+    report = fleet.encode(["silent"], max_error=1e-6)
     (task,) = report.tasks
     assert (task.status, report.short, code_blobs(fleet)) == ("unmeasured", [task], before)
     assert "below 1e-12" in str(task.reason)
 
 
 def test_the_code_of_an_evicted_task_stays(fleet: Fleet) -> None:
-    fleet.evict(["poems"], max_error=0.5)
+    fleet.evict(["poems"], max_error=0.7)
     before = code_blobs(fleet)["poems"]
-    (task,) = fleet.encode(["poems"], max_error=0.001).tasks
+    (task,) = fleet.encode(["poems"], max_error=0.032).tasks
     assert (task.status, code_blobs(fleet)["poems"]) == ("evicted", before)
 
 
@@ -97,36 +97,36 @@ def test_without_the_base_model_nothing_is_refined(fleet: Fleet) -> None:
 
 def test_a_missing_generator_is_an_error(ingested: Fleet) -> None:
     with pytest.raises(DataError, match="no generator for task 'poems'") as error:
-        ingested.encode(max_error=0.1)
+        ingested.encode(max_error=0.32)
     assert error.value.hint == "`icm train` makes one"
 
 
 def test_another_base_model_is_an_error(fleet: Fleet) -> None:
     with pytest.raises(DataError, match="none of these tasks belongs to base model 'acme/other'"):
-        fleet.encode(["poems"], max_error=0.1, base_model="acme/other")
+        fleet.encode(["poems"], max_error=0.32, base_model="acme/other")
 
 
 def test_an_unknown_task_changes_nothing(fleet: Fleet) -> None:
     before = files_of(fleet.path)
     with pytest.raises(TaskNotFound) as error:
-        fleet.encode(["poems", "rulez"], max_error=0.1)
+        fleet.encode(["poems", "rulez"], max_error=0.32)
     assert (error.value.hint, files_of(fleet.path)) == ("did you mean 'rules'?", before)
 
 
 def test_a_new_code_forgets_what_was_measured_of_the_earlier_one(fleet: Fleet) -> None:
     fleet.evaluate(["poems"], sources=["code"], device="cpu")
     assert "code" in {row.rung for row in fleet.show("poems").evaluations}
-    fleet.encode(["poems"], max_error=0.01)
+    fleet.encode(["poems"], max_error=0.1)
     assert "code" not in {row.rung for row in fleet.show("poems").evaluations}
 
 
 def test_a_stopped_encode_is_continued_by_the_same_call(fleet: Fleet) -> None:
     with pytest.raises(Cancelled) as stopped:
-        Fleet(fleet.path, on_event=stop_after(2, TaskEncoded)).encode(max_error=0.02)
+        Fleet(fleet.path, on_event=stop_after(2, TaskEncoded)).encode(max_error=0.14)
     assert isinstance(stopped.value.report, EncodeReport)
     assert len(stopped.value.report.tasks) == 2
     assert is_sound(fleet)
-    assert [task.status for task in fleet.encode(max_error=0.02).tasks] == ["known", "known", "encoded"]
+    assert [task.status for task in fleet.encode(max_error=0.14).tasks] == ["known", "known", "encoded"]
 
 
 def test_a_second_fleet_object_has_to_wait_for_the_first(fleet: Fleet) -> None:
@@ -135,13 +135,13 @@ def test_a_second_fleet_object_has_to_wait_for_the_first(fleet: Fleet) -> None:
     def listen(event: object) -> None:
         if isinstance(event, TaskEncoded):
             with pytest.raises(StoreLocked) as error:
-                other.encode(max_error=0.5)
+                other.encode(max_error=0.7)
             refused.append(str(error.value.hint))
 
-    Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.01)
+    Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.1)
     assert len(refused) == 1
     assert "--lock-timeout" in refused[0]
-    assert other.encode(["silent"], max_error=0.01).tasks[0].status == "known"
+    assert other.encode(["silent"], max_error=0.1).tasks[0].status == "known"
 
 
 def test_a_second_fleet_object_reads_while_the_first_one_works(fleet: Fleet, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_second_fleet_object_reads_while_the_first_one_works(fleet: Fleet, tmp
             other.materialize("poems", tmp_path / "out", source="code")
             seen.append(other.stats().tasks + len(other.tasks()))
 
-    Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.01)
+    Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.1)
     assert seen == [6]
 
 
@@ -161,18 +161,18 @@ def test_a_second_fleet_object_reads_while_the_first_one_works(fleet: Fleet, tmp
 
 def test_a_residual_leaves_the_code_and_meets_the_limit(fleet: Fleet) -> None:
     before = code_blobs(fleet)
-    (task,) = fleet.encode(["poems"], max_error=0.01, residual=True).tasks
+    (task,) = fleet.encode(["poems"], max_error=0.1, residual=True).tasks
     code = fleet.show("poems").code
     assert code is not None
     assert code.residual is not None
     assert (task.status, code.blob) == ("encoded", before["poems"])
     assert task.residual_size == blob_of(fleet, code.residual.blob).stat().st_size
-    assert task.dw_error == code.residual.dw_error
-    assert code.residual.dw_error <= 0.01
+    assert task.squared_error == code.residual.squared_error
+    assert (code.residual.relative_error or 1) <= 0.1
 
 
 def test_a_code_that_meets_the_limit_gets_no_residual(fleet: Fleet) -> None:
-    (task,) = fleet.encode(["silent"], max_error=0.5, residual=True).tasks
+    (task,) = fleet.encode(["silent"], max_error=0.7, residual=True).tasks
     code = fleet.show("silent").code
     assert (task.status, task.residual_size) == ("enough", None)
     assert code is not None
@@ -180,15 +180,15 @@ def test_a_code_that_meets_the_limit_gets_no_residual(fleet: Fleet) -> None:
 
 
 def test_a_residual_that_is_there_is_known(fleet: Fleet) -> None:
-    fleet.encode(["poems"], max_error=0.01, residual=True)
+    fleet.encode(["poems"], max_error=0.1, residual=True)
     before = files_of(fleet.path)
-    assert fleet.encode(["poems"], max_error=0.01, residual=True).tasks[0].status == "known"
+    assert fleet.encode(["poems"], max_error=0.1, residual=True).tasks[0].status == "known"
     assert files_of(fleet.path) == before
 
 
 def test_a_new_code_has_no_residual(fleet: Fleet) -> None:
-    residual = fleet.encode(["poems"], max_error=0.01, residual=True).tasks[0]
-    (task,) = fleet.encode(["poems"], max_error=0.2).tasks
+    residual = fleet.encode(["poems"], max_error=0.1, residual=True).tasks[0]
+    (task,) = fleet.encode(["poems"], max_error=0.45).tasks
     assert residual.size is not None
     assert residual.residual_size is not None
     assert (task.before, task.residual_size) == (residual.size + residual.residual_size, None)
@@ -196,6 +196,6 @@ def test_a_new_code_has_no_residual(fleet: Fleet) -> None:
 
 def test_a_task_without_a_code_gets_no_residual(fleet: Fleet, loras: Path) -> None:
     fleet.ingest([loras / "silent"], name="still")
-    (task,) = fleet.encode(["still"], max_error=0.01, residual=True).tasks
+    (task,) = fleet.encode(["still"], max_error=0.1, residual=True).tasks
     assert task.status == "unmeasured"
     assert "no code that a residual could be added to" in str(task.reason)

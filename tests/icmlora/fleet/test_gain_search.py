@@ -47,15 +47,13 @@ def test_a_gain_that_no_code_keeps_leaves_the_most_accurate_code(learned: Fleet)
     report = learned.encode(["apples"], min_gain=1.5, device="cpu")
     (task,) = report.tasks
     assert (task.status, report.short) == ("below", [task])
-    assert task.dw_error is not None
-    assert task.dw_error < 0.05
+    assert (task.relative_error or 1) < 0.22
     assert learned.stats().fleets[0].short[0].task == "apples"
 
 
 def test_both_limits_hold_if_both_are_given(learned: Fleet) -> None:
-    (task,) = learned.encode(["apples"], min_gain=0.5, max_error=0.02, device="cpu").tasks
-    assert task.dw_error is not None
-    assert task.dw_error <= 0.02
+    (task,) = learned.encode(["apples"], min_gain=0.5, max_error=0.14, device="cpu").tasks
+    assert (task.relative_error or 1) <= 0.14
     assert task.retained_gain is not None
     assert task.retained_gain >= 0.5
 

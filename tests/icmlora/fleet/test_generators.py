@@ -64,7 +64,7 @@ def test_a_rollback_to_the_current_generator_changes_nothing(twice: Fleet) -> No
 
 
 def test_a_rollback_would_lose_an_evicted_task_and_is_refused(twice: Fleet) -> None:
-    twice.evict(["rules"], max_error=0.9)
+    twice.evict(["rules"], max_error=0.95)
     before = files_of(twice.path)
     with pytest.raises(LastCopy, match="rules"):
         twice.rollback(digests(twice)[0])
@@ -114,7 +114,7 @@ def test_a_generator_can_be_forgotten_by_its_record_but_once(twice: Fleet) -> No
 def test_an_extended_generator_leaves_nothing_behind_that_an_evicted_task_needs(fleet: Fleet, tmp_path: Path) -> None:
     from tests.cli.tiny_fleet import write_lora
 
-    fleet.evict(["rules"], max_error=0.5)
+    fleet.evict(["rules"], max_error=0.7)
     before = fleet.load("rules")
     fleet.ingest([write_lora(tmp_path / "epics", seed=8, rank=16)])
     fleet.update(device="cpu", steps=2)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from icmlora import AdapterRefused, Bundle, DataError, Fleet, load_adapter
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.io.safetensors import RawTensor, read_header
 from registry.records import TaskSummary
 from registry.store import Store
@@ -88,8 +88,8 @@ def test_a_code_with_extras_has_the_form_of_the_original_and_each_extra_bit_for_
 
 def test_the_error_of_such_a_code_is_the_one_that_is_reported(fleet: Fleet, kept: Path, out: Path) -> None:
     report = fleet.materialize("headed", out, source="code", dtype="float32")
-    error = relative_dw_error(load_adapter(kept / "headed"), load_adapter(out))
-    assert report.dw_error == pytest.approx(error, rel=1e-3)
+    error = squared_error(load_adapter(kept / "headed"), load_adapter(out))
+    assert report.squared_error == pytest.approx(error, rel=1e-3)
     assert 0 < error < 0.5
 
 

@@ -67,7 +67,7 @@ def test_totals_are_sums_over_tasks(fleet: Fleet) -> None:
 
 def test_an_eviction_takes_the_weights_off_the_bill(fleet: Fleet) -> None:
     before = fleet.stats()
-    freed = fleet.evict(["rules"], max_error=0.5).freed
+    freed = fleet.evict(["rules"], max_error=0.7).freed
     after = fleet.stats()
     assert before.usage.originals - after.usage.originals == freed
     assert (after.evicted, bills(fleet)["rules"].evicted) == (1, True)
@@ -75,9 +75,13 @@ def test_an_eviction_takes_the_weights_off_the_bill(fleet: Fleet) -> None:
 
 
 def test_a_residual_is_on_the_bill(fleet: Fleet) -> None:
-    (task,) = fleet.encode(["poems"], max_error=0.01, residual=True).tasks
+    (task,) = fleet.encode(["poems"], max_error=0.1, residual=True).tasks
     poems = bills(fleet)["poems"]
-    assert (poems.rung, poems.residual_size, poems.dw_error) == ("residual", task.residual_size, task.dw_error)
+    assert (poems.rung, poems.residual_size, poems.squared_error) == (
+        "residual",
+        task.residual_size,
+        task.squared_error,
+    )
     assert fleet.stats().usage.residuals == task.residual_size
 
 

@@ -73,7 +73,7 @@ def test_a_task_that_is_not_covered_gets_a_network_of_its_own(wider: Fleet) -> N
 
 
 def test_evicted_tasks_are_no_obstacle(larger: Fleet) -> None:
-    larger.evict(TASKS, max_error=0.5)
+    larger.evict(TASKS, max_error=0.7)
     before = larger.load("rules")
     assert larger.update(device="cpu", steps=2).tasks == ["odes"]
     assert equal(larger.load("rules"), before)
@@ -85,8 +85,8 @@ def test_a_smaller_tolerance_gives_a_smaller_error(larger: Fleet) -> None:
     assert code is not None
     assert code.asked is not None
     assert code.asked.tolerance == 0.01
-    assert code.dw_error is not None
-    assert code.dw_error < 0.05
+    assert code.squared_error is not None
+    assert code.squared_error < 0.05
 
 
 def test_the_first_generator_is_not_made_by_an_update(ingested: Fleet) -> None:

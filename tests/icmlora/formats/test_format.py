@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
@@ -71,7 +71,7 @@ def test_a_task_is_named_after_the_folder_of_its_adapter(form: AdapterFormat, tm
 def test_reading_gives_the_adapter_that_was_written(form: AdapterFormat) -> None:
     files = encoded(form)
     read = form.read(files.config, files.weights)
-    assert relative_dw_error(example(), read.adapter) == 0.0
+    assert squared_error(example(), read.adapter) == 0.0
     assert (read.adapter.base_model, read.adapter.task_type, read.extras) == (BASE, "CAUSAL_LM", {})
 
 
@@ -99,7 +99,7 @@ def test_the_same_adapter_gives_the_same_bytes(form: AdapterFormat) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_values_that_a_type_holds_come_back_exactly(form: AdapterFormat, dtype: str) -> None:
     files = encoded(form, dtype=dtype)
-    assert relative_dw_error(example(), form.read(files.config, files.weights).adapter) == 0.0
+    assert squared_error(example(), form.read(files.config, files.weights).adapter) == 0.0
 
 
 def test_a_value_that_the_type_cannot_hold_is_refused(form: AdapterFormat) -> None:

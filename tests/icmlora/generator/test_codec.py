@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from icmlora.adapter.metrics import dw_norm, relative_dw_error
+from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, CodeError, GeneratorError
 from icmlora.generator.codec import Codec
@@ -33,7 +33,7 @@ def test_a_code_keeps_its_tolerance_for_every_rank_and_kind(task: int, tolerance
     encoded = codec().encode(original, make_vectors(task), tolerance=tolerance)
     decoded = codec().decode(encoded.data)
     assert encoded.weighted_error <= tolerance
-    assert encoded.dw_error == relative_dw_error(original, decoded)
+    assert encoded.squared_error == squared_error(original, decoded)
     assert [module.name for module in decoded.modules] == [module.name for module in original.modules]
 
 
@@ -59,7 +59,7 @@ def test_one_input_that_takes_nearly_all_energy_keeps_the_tolerance() -> None:
         spiked[:, 3] += 1000.0
         modules.append(LoraModule(module.name, spiked, module.b))
     adapter = Adapter("tiny/llama", None, ("q_proj", "v_proj"), tuple(modules))
-    assert codec().encode(adapter, {}, max_error=0.001).dw_error <= 0.001
+    assert codec().encode(adapter, {}, max_squared_error=0.001).squared_error <= 0.001
 
 
 def test_a_smaller_tolerance_takes_more_bytes() -> None:
@@ -95,7 +95,7 @@ def test_a_code_is_far_smaller_than_its_adapter() -> None:
 def test_an_adapter_of_zeros_has_a_code() -> None:
     zeros = with_factors(make_adapter(0), b=0.0)
     encoded = codec().encode(zeros, make_vectors(0))
-    assert encoded.dw_error == 0.0
+    assert encoded.squared_error == 0.0
     assert dw_norm(codec().decode(encoded.data)) == 0.0
 
 
@@ -174,7 +174,7 @@ def test_a_decoded_adapter_is_as_strong_along_the_original_as_the_original_is(ta
         under.decode(under.encode(mixed_fleet().load(task, None), {}, tolerance=0.25).data),
     )
     original, decoded = (weighted(side, under.config, under.generator.net.sensitivity) for side in sides)
-    along = (dw_norm(original) ** 2 + dw_norm(decoded) ** 2) / 2 - relative_dw_error(original, decoded) * (
+    along = (dw_norm(original) ** 2 + dw_norm(decoded) ** 2) / 2 - squared_error(original, decoded) * (
         dw_norm(original) ** 2 / 2
     )
     assert along / dw_norm(original) ** 2 == pytest.approx(1.0, abs=0.01)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.adapter.metrics import relative_dw_error
+from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.code import MAGIC, Code
@@ -62,14 +62,14 @@ def codec() -> Codec:
 
 def test_an_adapter_of_rank_300_round_trips_within_its_error() -> None:
     adapter = wide_adapter()
-    made = codec().encode(adapter, {}, max_error=0.05)
+    made = codec().encode(adapter, {}, max_squared_error=0.05)
     assert made.data.startswith(b"ICMC\x04")
-    assert relative_dw_error(adapter, codec().decode(made.data)) == pytest.approx(made.dw_error, abs=1e-6)
-    assert made.dw_error <= 0.05
+    assert squared_error(adapter, codec().decode(made.data)) == pytest.approx(made.squared_error, abs=1e-6)
+    assert made.squared_error <= 0.05
 
 
 def test_all_its_slots_can_be_in_a_code() -> None:
-    made = codec().encode(wide_adapter(), {}, max_error=1e-7)
+    made = codec().encode(wide_adapter(), {}, max_squared_error=1e-7)
     assert int(codec().open(made.data).head.kept.max()) > 255
 
 
@@ -78,16 +78,16 @@ def test_a_known_initial_a_of_rank_300_makes_its_code_smaller() -> None:
     initial = initial_under(adapter, 3)
     assert initial is not None
     assert [module.shape.rank for module in initial.modules] == [RANK, RANK]
-    without, known = (codec().encode(adapter, {}, which, max_error=0.05).data for which in (None, initial))
+    without, known = (codec().encode(adapter, {}, which, max_squared_error=0.05).data for which in (None, initial))
     assert len(known) < len(without)
 
 
 def test_a_residual_of_a_wide_code_has_its_own_version_and_brings_the_error_down() -> None:
     adapter = wide_adapter()
-    code = codec().encode(adapter, {}, max_error=0.3).data
-    residual = ResidualCodec(codec()).encode(adapter, code, Limits(max_error=0.01))
+    code = codec().encode(adapter, {}, max_squared_error=0.3).data
+    residual = ResidualCodec(codec()).encode(adapter, code, Limits(max_squared_error=0.01))
     assert residual.data.startswith(b"ICMR\x02")
-    assert relative_dw_error(adapter, ResidualCodec(codec()).decode(code, residual.data)) <= 0.01
+    assert squared_error(adapter, ResidualCodec(codec()).decode(code, residual.data)) <= 0.01
 
 
 def config(slots: int) -> GeneratorConfig:
@@ -111,7 +111,7 @@ def test_where_an_initial_a_of_the_largest_rank_was_drawn_comes_back_from_its_by
 
 
 def test_a_wide_code_is_refused_under_the_magic_number_of_a_narrow_one() -> None:
-    data = codec().encode(wide_adapter(), {}, max_error=0.3).data
+    data = codec().encode(wide_adapter(), {}, max_squared_error=0.3).data
     with pytest.raises(CodeError, match="version"):
         Code.from_bytes(add_checksum(MAGIC + data[len(MAGIC) : -8]), codec().config)
 
@@ -131,5 +131,5 @@ def test_rank_1000_on_four_modules_of_width_256_is_trained_on_and_round_trips() 
     adapter = wide_adapter(rank=1000, width=256, layers=2)
     wide = trained(adapter, steps=20)
     made = wide.encode(adapter, {})
-    assert relative_dw_error(adapter, wide.decode(made.data)) == pytest.approx(made.dw_error, abs=1e-6)
-    assert made.dw_error <= wide.config.tolerance
+    assert squared_error(adapter, wide.decode(made.data)) == pytest.approx(made.squared_error, abs=1e-6)
+    assert made.squared_error <= wide.config.tolerance

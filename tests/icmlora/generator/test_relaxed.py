@@ -58,7 +58,7 @@ def test_moved_values_are_what_the_new_code_decodes_to(make: Make) -> None:
         for strength in code.strengths:
             strength += 0.5
     decoded = {module.name: module for module in under.decode(code.to_code()).modules}
-    assert under.measure(adapter, code.to_code()).dw_error > under.measure(adapter, data).dw_error
+    assert under.measure(adapter, code.to_code()).squared_error > under.measure(adapter, data).squared_error
     for name, (a, b) in code.factors().items():
         # A strength is stored in sixty-fourths of an octave.
         torch.testing.assert_close(decoded[name].b @ decoded[name].a, b @ a, rtol=0.02, atol=1e-3)

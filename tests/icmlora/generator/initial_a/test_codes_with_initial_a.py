@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.adapter.metrics import dw_norm, relative_dw_error
+from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.generator.code import MAGIC, Code
@@ -58,7 +58,7 @@ def test_the_tolerance_is_kept_whatever_is_known(task: int, tolerance: float) ->
     for which in (initial, partly(initial), of_another_seed(initial)):
         encoded = peft_codec().encode(adapter, {}, which, tolerance=tolerance)
         assert encoded.weighted_error <= tolerance
-        assert encoded.dw_error == relative_dw_error(adapter, peft_codec().decode(encoded.data))
+        assert encoded.squared_error == squared_error(adapter, peft_codec().decode(encoded.data))
 
 
 @settings(max_examples=20)
@@ -80,7 +80,7 @@ def test_adapters_unlike_the_fleet_keep_the_tolerance_too(
 
 def test_an_error_of_the_weights_is_kept_too() -> None:
     adapter, initial = known(0)
-    assert peft_codec().encode(adapter, {}, initial, max_error=0.002).dw_error <= 0.002
+    assert peft_codec().encode(adapter, {}, initial, max_squared_error=0.002).squared_error <= 0.002
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -138,7 +138,7 @@ def test_the_same_adapter_has_the_same_code_in_any_gauge() -> None:
 def test_an_adapter_of_zeros_has_a_code() -> None:
     adapter, initial = known(0)
     encoded = peft_codec().encode(with_factors(adapter, b=0.0), {}, initial)
-    assert encoded.dw_error == 0.0
+    assert encoded.squared_error == 0.0
     assert dw_norm(peft_codec().decode(encoded.data)) == 0.0
 
 
