@@ -73,6 +73,7 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
         *_marks(details.task),
         ("samples", "yes" if details.task.samples else "no"),
         ("held-out text", "yes" if details.task.eval_data else "no"),
+        *_template(details),
         ("vectors", counted(len(details.vectors), "vector")),
         *_nearest(details),
         *_coded(details),
@@ -83,6 +84,13 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
 def _marks(task: TaskRecord) -> list[tuple[str, str]]:
     tags = [("tags", ", ".join(task.tags))] if task.tags else []
     return tags if task.note is None else [*tags, ("note", " ".join(task.note.split()))]
+
+
+def _template(details: TaskDetails) -> list[tuple[str, str]]:
+    if details.template is None:
+        return []
+    owner = "of the adapter" if details.has_own_template else "of the base model"
+    return [("chat template", f"{owner}, {details.template[:12]}")]
 
 
 def _nearest(details: TaskDetails) -> list[tuple[str, str]]:
@@ -180,6 +188,8 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
             {"module": module, "rank": rank, "in": inputs, "out": outputs}
             for module, rank, inputs, outputs in details.final.layout
         ],
+        "template": details.template,
+        "has_own_template": details.has_own_template,
         "vectors": [_without_ids(asdict(vector)) for vector in details.vectors],
         "nearest": [asdict(neighbour) for neighbour in details.nearest],
         "generator": None if generator is None else {"version": generator.version, "digest": generator.blob},

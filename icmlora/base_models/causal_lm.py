@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from icmlora.base_models.chat_template import ChatTemplate, Rendered
+from icmlora.base_models.adapter_template import render_in_child
+from icmlora.base_models.chat_template import ChatTemplate, Rendered, Templates
 from icmlora.base_models.chats import Chat
 from icmlora.base_models.examples import Example, Examples, plain, text_example
 from icmlora.base_models.fingerprint import fingerprint_base
@@ -92,23 +93,31 @@ class CausalLM:
         """Read text, prompt and completion, or a chat."""
         return text_example(row)
 
-    def readable(self, base: BaseModel, examples: Sequence[Example | Chat]) -> Examples:
-        """Render chats with the chat template; those that it refuses are left out."""
+    def readable(
+        self, base: BaseModel, examples: Sequence[Example | Chat], template: Templates | None = None
+    ) -> Examples:
+        """Render chats with the base model's chat template, or the adapter's own; those that it refuses are left out.
+
+        Raises:
+            DataError: The adapter's own template takes too much memory or time.
+        """
         if not any(isinstance(example, Chat) for example in examples):
             return Examples(tuple(examples))
-        template = ChatTemplate(base.tokenizer)
-        found: list[Example | Rendered] = []
-        skipped, reason = 0, None
-        for example in examples:
-            try:
-                found.append(_readable(example, template))
-            except DataError as error:
-                skipped += 1
-                reason = reason or f"a chat {error.message}"
-        if not any(isinstance(example, Rendered) for example in found):
-            return Examples(tuple(found), skipped, reason)
-        note = None if template.is_own else f"{base.label} has no chat template: its chats are read as ChatML"
-        return Examples(tuple(found), skipped, reason, template.digest, note)
+        of_base = ChatTemplate.of(base.tokenizer)
+        chosen = of_base if template is None else ChatTemplate.of(base.tokenizer, template)
+        found = [_plain(example, chosen) for example in examples]
+        chats = [example for example in found if isinstance(example, Chat)]
+        # The base model's own template is trusted as its weights are.
+        is_trusted = chosen.templates == of_base.templates
+        rendered = iter(chosen.render_all(chats) if is_trusted else render_in_child(chosen, chats))
+        read = [next(rendered) if isinstance(example, Chat) else example for example in found]
+        usable = tuple(example for example in read if not isinstance(example, DataError))
+        refused = [example for example in read if isinstance(example, DataError)]
+        reason = f"a chat {refused[0].message}" if refused else None
+        if not any(isinstance(example, Rendered) for example in usable):
+            return Examples(usable, len(refused), reason)
+        note = None if chosen.is_own else f"{base.label} has no chat template: its chats are read as ChatML"
+        return Examples(usable, len(refused), reason, chosen.digest, note)
 
     def prepare(
         self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int, *, whole: bool = False
@@ -155,12 +164,11 @@ class CausalLM:
         return nll(base.model, base.tokenizer, examples, max_tokens=base.within(limit))
 
 
-def _readable(example: Example | Chat, template: ChatTemplate) -> Example | Rendered:
-    if isinstance(example, Example):
+def _plain(example: Example | Chat, template: ChatTemplate) -> Example | Chat:
+    """Return the plain form of a chat where there is no template for it."""
+    if isinstance(example, Example) or example.plain is None or template.is_own:
         return example
-    if example.plain is not None and not template.is_own:
-        return Example(*example.plain)
-    return template.render(example)
+    return Example(*example.plain)
 
 
 def _texts(examples: Sequence[Example | Rendered]) -> list[str | Rendered]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ CHATML = (
 )
 """For base models without a template of their own: what trainers give those."""
 MAX_TEMPLATE = 2**18
+_MAX_TEXT = 2**24
+Templates = str | Mapping[str, str]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Some templates write today's date into the text, and the same samples have to give the same vectors every day.
 _DATE = "26 Jul 2024"
@@ -49,26 +51,40 @@ class Rendered:
 
 
 class ChatTemplate:
-    """A chat template with the tokenizer that it is for.
+    """A chat template with the special tokens that it may name.
 
     Args:
-        tokenizer: The base model's tokenizer.
-        text: A template to use instead of the tokenizer's own.
+        templates: Its text, or several by name: transformers uses "default", and "tool_use" for chats with tools.
+            None, or no "default", is read as ChatML.
+        special_tokens: Special tokens by name, as "bos_token".
     """
 
-    def __init__(self, tokenizer: Any, text: str | None = None) -> None:
-        self._tokenizer = tokenizer
-        own = getattr(tokenizer, "chat_template", None) if text is None else text
-        # Of several templates transformers uses "default", and "tool_use" for chats with tools.
-        self._templates = own if isinstance(own, dict) else {"default": own}
-        self.is_own = isinstance(self._templates.get("default"), str)
-        if not self.is_own:
-            self._templates = {"default": CHATML}
+    def __init__(self, templates: Templates | None, special_tokens: Mapping[str, Any]) -> None:
+        found = templates if isinstance(templates, Mapping) else {"default": templates}
+        self.is_own = isinstance(found.get("default"), str)
+        self.templates: Mapping[str, Any] = found if self.is_own else {"default": CHATML}
+        self.special_tokens = special_tokens
+
+    @classmethod
+    def of(cls, tokenizer: Any, templates: Templates | None = None) -> ChatTemplate:
+        """Return the template of a tokenizer, or another one with the tokenizer's special tokens."""
+        own = getattr(tokenizer, "chat_template", None) if templates is None else templates
+        return cls(own, tokenizer.special_tokens_map)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the template's text."""
-        return hashlib.sha256(str(self._templates["default"]).encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(str(self.templates["default"]).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def render_all(self, chats: Iterable[Chat]) -> list[Rendered | DataError]:
+        """Render chats; in place of one that cannot be, return why."""
+        found: list[Rendered | DataError] = []
+        for chat in chats:
+            try:
+                found.append(self.render(chat))
+            except DataError as error:
+                found.append(error)
+        return found
 
     def render(self, chat: Chat) -> Rendered:
         """Render a chat.
@@ -88,49 +104,43 @@ class ChatTemplate:
         return Rendered(text, tuple(scored), start, scored[-1][1] if found < 0 else found + len(content))
 
     def _template_for(self, chat: Chat) -> str:
-        template = str(self._templates["tool_use" if chat.tools and "tool_use" in self._templates else "default"])
+        template = str(self.templates["tool_use" if chat.tools and "tool_use" in self.templates else "default"])
         if len(template) > MAX_TEMPLATE:
             raise DataError(f"needs a chat template of more than {MAX_TEMPLATE >> 10} KiB")
         return _FIXED_DATE + template if "strftime_now" in template else template
 
     def _text(self, template: str, chat: Chat, upto: int | None = None, *, prompt: bool = False) -> str:
-        return str(self._applied(template, chat, upto, tokenize=False, add_generation_prompt=prompt))
+        return self._applied(template, chat, upto, add_generation_prompt=prompt)[0]
 
-    def _applied(self, template: str, chat: Chat, upto: int | None = None, **options: Any) -> Any:
+    def _applied(
+        self, template: str, chat: Chat, upto: int | None = None, **options: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text, and where in it the template marks what is generated, if that is asked for."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
-            return self._tokenizer.apply_chat_template(
-                list(chat.messages[:upto]),
+            rendered: Any = render_jinja_template(
+                conversations=[list(chat.messages[:upto])],
                 tools=list(chat.tools) or None,
                 chat_template=template,
-                date_string=_DATE,
-                **options,
+                **{**self.special_tokens, "date_string": _DATE, **options},
             )
+        except MemoryError:
+            raise DataError("needs too much memory for its chat template") from None
         except Exception as error:  # a template is a program, and raises what it likes
             raise DataError(f"is refused by the chat template: {str(error)[:200]}") from error
+        (text,), marks = rendered
+        if len(text) > _MAX_TEXT:
+            raise DataError(f"is more than {_MAX_TEXT >> 20} MiB of text after the chat template")
+        return str(text), marks[0] if marks else []
 
     def _marked(self, template: str, chat: Chat) -> list[tuple[int, int]] | None:
         """Return what the template marks as generated; None if that is not what is to be scored."""
         answers = tuple(number for number, message in enumerate(chat.messages) if message["role"] == "assistant")
-        if answers != chat.scored or not getattr(self._tokenizer, "is_fast", False):
+        if answers != chat.scored:
             return None
-        tokens = self._applied(
-            template,
-            chat,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=False,
-        )
-        spans: list[tuple[int, int]] = []
-        for number, is_marked in enumerate(tokens["assistant_masks"]):
-            place = tokens.token_to_chars(number) if is_marked else None
-            if place is None:
-                continue
-            if spans and place.start <= spans[-1][1]:
-                spans[-1] = (spans[-1][0], max(place.end, spans[-1][1]))
-            else:
-                spans.append((place.start, place.end))
-        return spans
+        marks = self._applied(template, chat, return_assistant_tokens_mask=True, add_generation_prompt=False)[1]
+        return [(start, end) for start, end in marks if start < end]
 
     def _by_difference(self, template: str, chat: Chat, text: str) -> list[tuple[int, int]]:
         spans: list[tuple[int, int]] = []

@@ -22,6 +22,7 @@ from icmlora.base_models.rows import BadRow, read_rows
 from icmlora.errors import DataError, located
 
 if TYPE_CHECKING:
+    from icmlora.base_models.chat_template import Templates
     from icmlora.base_models.modality import BaseModel
 
 Item = TypeVar("Item")
@@ -102,9 +103,19 @@ class EvaluationData:
     note: str | None = None  # what a user should know of how they are read
 
     @classmethod
-    def parse(cls, data: bytes, *, base: BaseModel | None = None, path: str | Path | None = None) -> EvaluationData:
+    def parse(
+        cls,
+        data: bytes,
+        *,
+        base: BaseModel | None = None,
+        path: str | Path | None = None,
+        template: Templates | None = None,
+    ) -> EvaluationData:
         """Parse the bytes of an `eval.jsonl`; without the base model, chats are not rendered."""
-        found = parse_examples(data, path=path) if base is None else examples_for(base, data, path=path)
+        if base is None:
+            found = parse_examples(data, path=path)
+        else:
+            found = examples_for(base, data, path=path, template=template)
         digest = hashlib.sha256(data).hexdigest()
         return cls(found.items, digest, found.template, found.summary, found.note)
 
@@ -137,7 +148,14 @@ def parse_examples(
     return Examples(tuple(kept), skipped, reason)
 
 
-def examples_for(base: BaseModel, data: bytes, *, path: str | Path | None = None, most: int | None = None) -> Examples:
+def examples_for(
+    base: BaseModel,
+    data: bytes,
+    *,
+    path: str | Path | None = None,
+    most: int | None = None,
+    template: Templates | None = None,
+) -> Examples:
     """Read a file for a base model: its usable rows, as that model reads them.
 
     Args:
@@ -145,6 +163,7 @@ def examples_for(base: BaseModel, data: bytes, *, path: str | Path | None = None
         data: The file's bytes.
         path: Where they came from, for the messages.
         most: Return at most so many examples, spread evenly over the file.
+        template: The chat template that came with the adapter, if one did.
 
     Raises:
         DataError: No row can be used, or the file breaks a limit.
@@ -153,9 +172,9 @@ def examples_for(base: BaseModel, data: bytes, *, path: str | Path | None = None
     with located(path):
         # Rendering a chat takes longer than parsing it, and most callers need a few.
         chosen = found.items if most is None else spread(found.items, most)
-        readable = base.modality.readable(base, chosen)
+        readable = base.modality.readable(base, chosen, template)
         if readable.skipped and len(chosen) < len(found):
-            readable = base.modality.readable(base, found.items)
+            readable = base.modality.readable(base, found.items, template)
     if not readable.items:
         raise DataError(_nothing(readable.skipped, readable.reason), path=path, hint=_HINT)
     items = readable.items if most is None else tuple(spread(readable.items, most))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     import torch
 
+    from icmlora.base_models.chat_template import Templates
     from icmlora.base_models.examples import Examples
     from icmlora.base_models.lookup import FoundBase
 
@@ -169,10 +170,11 @@ class Modality(Protocol[Example, Item]):
         """
         ...
 
-    def readable(self, base: BaseModel, examples: Sequence[Any]) -> Examples:
+    def readable(self, base: BaseModel, examples: Sequence[Any], template: Templates | None = None) -> Examples:
         """Bring what `example` returned into the form that this base model reads; what cannot be is left out.
 
-        All other methods take the result. A language model renders chats with its chat template here.
+        All other methods take the result. A language model renders chats here, with its chat template or with the
+        one that came with an adapter.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelMismatch
@@ -53,11 +53,40 @@ def places_of(base: BaseModel, names: Sequence[str]) -> dict[str, str]:
     """
     modules = dict(base.model.named_modules())
     places = {name: plain for name in names if (plain := name.replace(_WRAPPED, "")) in modules}
+    places |= {name: parameter.module for name in names if (parameter := parameter_of(modules, name)) is not None}
     missing = [name for name in names if name not in places]
     if missing:
         renamed = _renamed(base.model, missing)
         places |= {name: new for name, new in renamed.items() if new in modules}
     return places
+
+
+class ParameterPlace(NamedTuple):
+    """Where a LoRA acts on a parameter that is not the weight of a layer: PEFT's `target_parameters`."""
+
+    module: str
+    parameter: str
+    expert: int | None  # None for a parameter that is one matrix
+
+
+def parameter_of(modules: Mapping[str, nn.Module], name: str) -> ParameterPlace | None:
+    """Return which parameter, or which expert of one, an adapter's name stands for; None if it is that of a module."""
+    head, _, last = name.rpartition(".")
+    owner, _, parameter = head.rpartition(".")
+    for place in (
+        ParameterPlace(name, "weight", None),  # such as a router
+        ParameterPlace(head, last, None),
+        *([ParameterPlace(owner, parameter, int(last))] if last.isdecimal() and len(last) < 6 else []),
+    ):
+        module = modules.get(place.module)
+        weight = None if module is None else module._parameters.get(place.parameter)
+        if module is None or weight is None or layer_shape(module) is not None:
+            continue
+        if weight.ndim == 2 and place.expert is None:
+            return place
+        if weight.ndim == 3 and (place.expert or 0) < len(weight) and (place.expert is not None or len(weight) == 1):
+            return place
+    return None
 
 
 def is_fused(module: nn.Module) -> bool:

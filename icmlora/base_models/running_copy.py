@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import pad
 
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.modules import check_fits, is_fused, kernel_shape, places_of
+from icmlora.base_models.modules import ParameterPlace, check_fits, is_fused, kernel_shape, parameter_of, places_of
 from icmlora.formats.format import RunnableAdapter
 from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
+from icmlora.formats.peft_tensors import joined
 
 _PREFIX = "base_model.model."
 _WRAPPED = ".base_layer"
@@ -39,15 +43,18 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
     modules = dict(base.model.named_modules())
     places = places_of(base, [module.name for module in adapter.modules])
     rank = max(module.a.shape[0] for module in adapter.modules)
-    tensors: dict[str, torch.Tensor] = {}
+    found = {module.name: parameter_of(modules, module.name) for module in adapter.modules}
+    parameters = {name: parameter for name, parameter in found.items() if parameter is not None}
+    tensors, target_parameters = _of_parameters(modules, adapter, parameters, rank)
     targets: set[str] = set()
     for module in adapter.modules:
+        if module.name in parameters:
+            continue
         place = places[module.name]
         fused = is_fused(modules[place])
         # PEFT renames and fuses the factors of single experts itself, and its names for what it wrapped stay too.
         name = module.name if fused or _WRAPPED in module.name else place
-        missing = rank - module.a.shape[0]
-        a, b = pad(module.a, (0, 0, 0, missing)), pad(module.b, (0, missing))
+        a, b = _padded(module, rank)
         tensors |= {f"{_PREFIX}{name}.{half}": factor for half, factor in _halves(modules[place], a, b).items()}
         if _WRAPPED not in module.name:
             targets.add(name)
@@ -61,11 +68,37 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
         "r": rank,
         "lora_alpha": rank,
         "target_modules": _targets(targets, modules),
+        **({"target_parameters": target_parameters} if target_parameters else {}),
         "use_dora": bool(runnable.magnitudes),
         "lora_bias": bool(runnable.biases),
     }
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
+
+
+def _of_parameters(
+    modules: Mapping[str, nn.Module], adapter: Adapter, places: Mapping[str, ParameterPlace], rank: int
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the factors of parameters under PEFT's names, and the parameters that its configuration has to list."""
+    parts: defaultdict[str, defaultdict[str, list[tuple[int, LoraModule]]]] = defaultdict(lambda: defaultdict(list))
+    for module in adapter.modules:
+        if (place := places.get(module.name)) is not None:
+            parts[place.module][place.parameter].append((place.expert or 0, module))
+    tensors: dict[str, torch.Tensor] = {}
+    for owner, found in parts.items():
+        # PEFT wraps a module once for each of its parameters, the first of them innermost.
+        declared = [name for name, _ in modules[owner].named_parameters(recurse=False) if name in found]
+        for depth, parameter in enumerate(reversed(declared)):
+            experts = [_padded(module, rank) for _, module in sorted(found[parameter], key=itemgetter(0))]
+            a, b = joined(experts, experts=True)
+            name = f"{_PREFIX}{owner}{depth * _WRAPPED}"
+            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    return tensors, [f"{owner}.{parameter}" for owner, found in parts.items() for parameter in found]
+
+
+def _padded(module: LoraModule, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    missing = rank - module.a.shape[0]
+    return pad(module.a, (0, 0, 0, missing)), pad(module.b, (0, missing))
 
 
 def _halves(module: nn.Module, a: torch.Tensor, b: torch.Tensor) -> Mapping[str, torch.Tensor]:

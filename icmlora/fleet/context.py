@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING
 from icmlora.errors import BaseModelNotFound, Cancelled, DataError, IcmLoraError
 
 if TYPE_CHECKING:
-    from icmlora.base_models.examples import Examples
     from icmlora.base_models.lookup import FoundBase
-    from icmlora.base_models.modality import BaseModel
     from registry.records import BaseModelRecord, TaskRecord
     from registry.store import Store
 
@@ -128,15 +126,6 @@ def check_base_model(base_model: str | None, known: Collection[str], *, named: b
     if base_model is not None and base_model not in known:
         none = "none of these tasks" if named else "no task"
         raise DataError(f"{none} belongs to base model {base_model!r}", hint="run `icm base ls` to list them")
-
-
-def read_samples(store: Store, task: TaskRecord, base: BaseModel, most: int | None = None) -> Examples | None:
-    """Return a task's samples as its base model reads them, at most so many; None if it has none."""
-    from icmlora.base_models.examples import examples_for
-
-    if task.samples is None:
-        return None
-    return examples_for(base, store.blobs.read(task.samples), most=most)
 
 
 def locate_base(store: Store, label: str) -> FoundBase:

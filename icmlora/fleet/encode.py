@@ -15,12 +15,13 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.modules import not_linear
 from icmlora.errors import Cancelled, DataError
 from icmlora.fleet.adapter_source import mean_vectors
-from icmlora.fleet.context import Context, Event, read_samples, reporting, select_tasks
+from icmlora.fleet.context import Context, Event, reporting, select_tasks
 from icmlora.fleet.decoding import codec_of_task
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import TaskLosses, losses_on_own_text
 from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Trial
+from icmlora.fleet.texts import read_samples
 from icmlora.generator.encoding import Limits
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import gradient_dtype, resolve_device

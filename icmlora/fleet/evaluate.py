@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +20,16 @@ from icmlora.fleet.baselines import BaselineResult, Baselines
 from icmlora.fleet.context import Context, Event, TaskFailed, locate_base, reporting, select_tasks
 from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, as_error
 from icmlora.fleet.loading import Models
-from icmlora.fleet.measure import MAX_TOKENS, SOURCES, SourceResult, TaskLosses, own_text
+from icmlora.fleet.measure import MAX_TOKENS, SOURCES, SourceResult, TaskLosses
+from icmlora.fleet.texts import adapter_template, own_text
 from icmlora.io.devices import resolve_device
 from icmlora.io.files import read_regular
 from registry.errors import TaskNotFound
 from registry.records import Rung, TaskRecord
 
 if TYPE_CHECKING:
+    from icmlora.base_models.chat_template import Templates
+    from icmlora.base_models.modality import BaseModel
     from registry.store import Store
 
 _TEXT_LIMIT = 64 << 20
@@ -125,10 +129,10 @@ def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
                 report.left_out.append(BaseModelLeftOut.because_of(base_model, names, error))
                 continue
             baselines = Baselines(store, base_model, request.baselines)
-            text = None if given is None else EvaluationData.parse(given, base=base, path=request.data)
+            texts = _Texts(store, base, request.data, given)
             for task in of_base:
                 try:
-                    done, is_outdated = _measure(store, models, baselines, task, request, report, text)
+                    done, is_outdated = _measure(store, models, baselines, task, request, report, texts)
                 except TaskNotFound:  # `icm rm` does not wait for this
                     report.outdated.append(task.name)
                     continue
@@ -155,16 +159,38 @@ def _measure(
     task: TaskRecord,
     request: EvaluateRequest,
     report: EvaluateReport,
-    given: EvaluationData | None,
+    texts: _Texts,
 ) -> tuple[TaskEvaluated, bool]:
     """Measure one task, and return whether it changed meanwhile."""
-    text = given or own_text(store, task, models.base(task.base_model))
+    text = texts.of(task)
     if text.note is not None and text.note not in report.notes:
         report.notes.append(text.note)
     losses = TaskLosses(store, models, task, text, request.max_tokens)
     sources = losses.measure(request.sources, again=request.again)
     others = baselines.measure(task.name, losses, sources)
     return TaskEvaluated(task.name, sources, others, text.skipped), losses.is_outdated
+
+
+class _Texts:
+    """What the tasks of a base model are measured on: the file that the user gave, or else their own held-out text."""
+
+    def __init__(self, store: Store, base: BaseModel, path: Path | None, data: bytes | None) -> None:
+        self._store, self._base, self._path, self._data = store, base, path, data
+
+    def of(self, task: TaskRecord) -> EvaluationData:
+        """Return the text of a task as its base model reads it."""
+        if self._data is None:
+            return own_text(self._store, task, self._base)
+        template = adapter_template(self._store, task.name)
+        return self._shared if template is None else self._parsed(template)
+
+    @cached_property
+    def _shared(self) -> EvaluationData:
+        return self._parsed(None)
+
+    def _parsed(self, template: Templates | None) -> EvaluationData:
+        assert self._data is not None
+        return EvaluationData.parse(self._data, base=self._base, path=self._path, template=template)
 
 
 def _given_data(path: Path | None) -> bytes | None:

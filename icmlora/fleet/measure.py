@@ -20,10 +20,11 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.attach import adapted
 from icmlora.base_models.examples import EvaluationData
 from icmlora.base_models.likelihood import NllResult
-from icmlora.base_models.modality import BaseModel, retained_gain
+from icmlora.base_models.modality import retained_gain
 from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.decoding import OriginalForm, decode_code, generate_adapter, read_form
 from icmlora.fleet.loading import Models, read_original, read_runnable
+from icmlora.fleet.texts import own_text
 from icmlora.formats.format import RunnableAdapter
 from registry.records import (
     CodeRecord,
@@ -58,11 +59,6 @@ class SourceResult(WithRelativeError):
     def as_loss(self) -> NllResult:
         """Return the loss with its perplexity and bits per byte."""
         return NllResult(self.nats_per_token * self.tokens, self.tokens, self.utf8_bytes)
-
-
-def own_text(store: Store, task: TaskRecord, base: BaseModel) -> EvaluationData:
-    """Read the held-out text of a task."""
-    return EvaluationData.parse(store.blobs.read(str(task.eval_data)), base=base, path=task.name)
 
 
 def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator: GeneratorRecord) -> TaskLosses:

@@ -38,6 +38,10 @@ class TaskDetails:
     code: CodeRecord | None
     initial: InitialA | None
     evaluations: tuple[EvaluationRecord, ...]
+    # Digest of the chat template that its chats were read with when they were last read, and whether it came with the
+    # adapter; None if no chats were read.
+    template: str | None
+    has_own_template: bool
 
     @property
     def final(self) -> AdapterRecord:
@@ -132,6 +136,8 @@ def show_task(context: Context, name: str) -> TaskDetails:
         generator = store.generators.current(task.base_model)
         code = None if generator is None else store.codes.get(task.name, generator.id)
         vectors = tuple(store.vectors.all(task.name))
+        evaluations = tuple(store.evaluations.all(task.name))
+        template = _template(vectors, evaluations)
         return TaskDetails(
             task=task,
             adapters=tuple(store.tasks.adapters(task.name)),
@@ -140,7 +146,9 @@ def show_task(context: Context, name: str) -> TaskDetails:
             generator=generator,
             code=code,
             initial=None if generator is None or code is None else _initial(store, generator, code),
-            evaluations=tuple(store.evaluations.all(task.name)),
+            evaluations=evaluations,
+            template=template,
+            has_own_template=template is not None and template == _own_template(store, task.name),
         )
 
 
@@ -155,6 +163,22 @@ def remove_tasks(context: Context, names: Sequence[str], *, last_copies: Collect
     """Remove tasks and return their names; pruning frees their bytes."""
     with context.open() as store:
         return [task.name for task in store.tasks.remove(names, last_copies=last_copies)]
+
+
+def _template(vectors: Sequence[VectorRecord], evaluations: Sequence[EvaluationRecord]) -> str | None:
+    facts = [*(row.settings for row in reversed(evaluations)), *(row.extractor for row in reversed(vectors))]
+    return next((str(known["template"]) for known in facts if "template" in known), None)
+
+
+def _own_template(store: Store, task: str) -> str | None:
+    from icmlora.base_models.chat_template import ChatTemplate
+    from icmlora.fleet.texts import adapter_template
+
+    try:
+        own = adapter_template(store, task)
+    except (DamagedStore, IcmLoraError):
+        return None
+    return None if own is None else ChatTemplate(own, {}).digest
 
 
 def _initial(store: Store, generator: GeneratorRecord, code: CodeRecord) -> InitialA | None:

@@ -17,7 +17,6 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.examples import examples_for
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.modules import not_linear
 from icmlora.errors import DataError
@@ -27,6 +26,7 @@ from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_t
 from icmlora.fleet.context import Context, Event, locate_base, reporting
 from icmlora.fleet.decoding import decode_code
 from icmlora.fleet.loading import open_base, read_original
+from icmlora.fleet.texts import read_samples
 from icmlora.fleet.training_run import base_models_with_tasks
 from icmlora.generator.codec import Codec
 from icmlora.generator.versions import GeneratorFile
@@ -96,6 +96,7 @@ class AllAdapters:
         # A generated task would only confirm the few-shot start that made it.
         self._rows = [row for row in rows if not row.final.is_generated and _is_plain(row.final, base)]
         self.names = [row.task.name for row in self._rows]
+        self._samples: dict[tuple[int, int], Sequence[Prepared]] = {}
 
     def __iter__(self) -> Iterator[Adapter]:
         """Read all adapters, one after the other."""
@@ -114,12 +115,14 @@ class AllAdapters:
 
     def samples(self, task: int, base: BaseModel, most: int) -> Sequence[Prepared]:
         """Return up to `most` samples of a task, spread evenly over its file; none if none is usable."""
-        digest = self._rows[task].task.samples
-        if digest is None:
-            return ()
+        if (task, most) not in self._samples:  # a chat template of an adapter's own takes seconds
+            self._samples[task, most] = self._read_samples(task, base, most)
+        return self._samples[task, most]
+
+    def _read_samples(self, task: int, base: BaseModel, most: int) -> Sequence[Prepared]:
         try:
-            some = examples_for(base, self._store.blobs.read(digest), most=most)
-            return base.modality.prepare(base, some.items, SAMPLE_TOKENS)
+            some = read_samples(self._store, self._rows[task].task, base, most=most)
+            return () if some is None else base.modality.prepare(base, some.items, SAMPLE_TOKENS)
         except DataError:
             return ()  # single letters, where there is no token to predict, or chats that the chat template refuses
 

@@ -24,8 +24,9 @@ from icmlora.base_models.channel_statistics import channel_statistics
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, GeneratorError
 from icmlora.fleet.adapter_source import StoreAdapterSource
-from icmlora.fleet.context import Context, Event, base_name, check_base_model, read_samples
+from icmlora.fleet.context import Context, Event, base_name, check_base_model
 from icmlora.fleet.loading import open_base
+from icmlora.fleet.texts import read_samples
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.generator.versions import GeneratorFile

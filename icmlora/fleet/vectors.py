@@ -12,9 +12,10 @@ import torch
 
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled
-from icmlora.fleet.context import Context, Event, TaskFailed, read_samples, reporting
+from icmlora.fleet.context import Context, Event, TaskFailed, reporting
 from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, as_error
 from icmlora.fleet.loading import open_base, read_runnable
+from icmlora.fleet.texts import read_samples
 from icmlora.io.devices import resolve_device
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes

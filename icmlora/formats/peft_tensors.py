@@ -78,8 +78,8 @@ def _split(a: torch.Tensor, b: torch.Tensor, experts: int, groups: int) -> list[
     return list(zip(a.reshape(groups, columns, inputs), b.reshape(groups, -1, columns), strict=True))
 
 
-def _joined(parts: Sequence[_Factors], *, experts: bool) -> _Factors:
-    """Undo `_split`."""
+def joined(parts: Sequence[_Factors], *, experts: bool) -> _Factors:
+    """Join the factors of the experts or groups of a module, in their order."""
     a = torch.cat([a for a, _ in parts])
     if experts:
         b = torch.stack([b for _, b in parts], dim=2)  # (out, r, experts)
@@ -100,7 +100,7 @@ def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapp
         if len(shapes) != details.parts.get(module, 1) or len({shape[1:] for shape in shapes}) > 1:
             raise _bad_template()
         of_parts = [_fitted(modules.pop(shape.module, None), *shape[1:]) for shape in shapes]
-        factors = _joined(of_parts, experts=module in details.experts)
+        factors = joined(of_parts, experts=module in details.experts)
         scale = config.scale_of(details.targets.get(module, module))
         # An adapter of scale 0 does nothing, whatever its factors are.
         unscaled = factors[0], factors[1] / scale if scale else torch.zeros_like(factors[1])

@@ -263,6 +263,21 @@ class TestEval:
             settings = [dict(row.settings) for row in store.evaluations.all("talks")]
         assert {row["template"] for row in settings} == {hashlib.sha256(QWEN.encode()).hexdigest()}
 
+    def test_chats_are_read_with_the_chat_template_that_came_with_the_adapter(
+        self, icm: Icm, base: Path, tmp_path: Path
+    ) -> None:
+        own = QWEN.replace("<|im_end|>", "<end of turn>")
+        folder = write_chats(tmp_path / "talks", as_messages)
+        (folder / "chat_template.jinja").write_text(own)
+        icm("ingest", folder, "--no-vectors")
+        event = icm("eval", *CPU, "--json").events[0]
+        answers = [f"A {word} thing.<end of turn>\n" for word in WORDS[:2]]
+        assert event["rungs"]["original"]["tokens"] == sum(map(len, answers))
+        shown = icm("show", "talks", "--json").document
+        assert shown["template"] == hashlib.sha256(own.encode()).hexdigest()
+        assert shown["has_own_template"]
+        assert "of the adapter" in icm("show", "talks").out
+
     def test_a_task_that_cannot_be_measured_is_named_and_the_others_go_on(
         self, icm: Icm, base: Path, tmp_path: Path
     ) -> None:

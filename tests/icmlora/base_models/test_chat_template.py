@@ -31,7 +31,7 @@ def chat(*messages: dict[str, Any], **more: Any) -> Chat:
 
 
 def render(template: str | dict[str, str] | None, *messages: dict[str, Any], **more: Any) -> Rendered:
-    return ChatTemplate(chat_tokenizer(template)).render(chat(*messages, **more))
+    return ChatTemplate.of(chat_tokenizer(template)).render(chat(*messages, **more))
 
 
 def scored_texts(rendered: Rendered) -> list[str]:
@@ -82,7 +82,7 @@ def test_of_a_marked_template_a_turn_without_weight_is_not_scored() -> None:
 def test_only_the_completion_of_a_prompt_of_messages_is_scored() -> None:
     found = chat_of({"prompt": QUESTIONS[:3], "completion": QUESTIONS[3:]})
     assert found is not None
-    assert scored_texts(ChatTemplate(chat_tokenizer(QWEN)).render(found)) == ["It is 6.<|im_end|>\n"]
+    assert scored_texts(ChatTemplate.of(chat_tokenizer(QWEN)).render(found)) == ["It is 6.<|im_end|>\n"]
 
 
 def test_a_system_prompt_is_part_of_the_text() -> None:
@@ -137,20 +137,20 @@ def test_a_chat_that_begins_with_the_assistant_is_scored_from_its_content() -> N
 
 
 def test_a_base_model_without_a_template_reads_chatml() -> None:
-    template = ChatTemplate(chat_tokenizer(None))
-    assert (template.is_own, ChatTemplate(chat_tokenizer(QWEN)).is_own) == (False, True)
+    template = ChatTemplate.of(chat_tokenizer(None))
+    assert (template.is_own, ChatTemplate.of(chat_tokenizer(QWEN)).is_own) == (False, True)
     assert template.render(chat(*QUESTIONS[:2])).text == (
         "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\nIt is 4.<|im_end|>\n"
     )
 
 
 def test_a_template_is_named_by_the_digest_of_its_text() -> None:
-    assert ChatTemplate(chat_tokenizer(QWEN)).digest == hashlib.sha256(QWEN.encode()).hexdigest()
-    assert ChatTemplate(chat_tokenizer(QWEN), CHATML).digest == hashlib.sha256(CHATML.encode()).hexdigest()
+    assert ChatTemplate.of(chat_tokenizer(QWEN)).digest == hashlib.sha256(QWEN.encode()).hexdigest()
+    assert ChatTemplate.of(chat_tokenizer(QWEN), CHATML).digest == hashlib.sha256(CHATML.encode()).hexdigest()
 
 
 def test_a_template_of_the_adapter_takes_the_place_of_the_base_models() -> None:
-    template = ChatTemplate(chat_tokenizer(QWEN), MISTRAL)
+    template = ChatTemplate.of(chat_tokenizer(QWEN), MISTRAL)
     assert template.render(chat(*QUESTIONS[:2])).text == "<s> [INST] 2 + 2? [/INST] It is 4.</s>"
 
 

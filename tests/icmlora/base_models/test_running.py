@@ -23,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from icmlora.adapter.model import Adapter, LoraModule
@@ -58,6 +60,24 @@ def llama(*, tied: bool = False, biased: bool = False) -> nn.Module:
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
+
+
+def mixture() -> nn.Module:
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+        )
+    ).eval()
 
 
 class Convolutions(nn.Module):
@@ -121,6 +141,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "convolutions-with-dora": (convolutions, {"target_modules": ["embed", "one", "two", "head"], "use_dora": True}),
     "buffers": (convolutions, {"target_modules": ["one"], "modules_to_save": ["norm"]}),
     "torch-attention": (convolutions, {"target_modules": ["attention"]}),
+    "fused-experts": (mixture, {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}),
+    "one-of-the-fused-parameters": (mixture, {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
+    "everything-of-a-mixture": (mixture, {"target_modules": "all-linear"}),
 }
 
 

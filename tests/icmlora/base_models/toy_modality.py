@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from icmlora.base_models.chat_template import Templates
 from icmlora.base_models.examples import Examples
 from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import FoundBase, read_config
@@ -97,7 +98,7 @@ class VectorClassifier:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError("is not a labelled vector") from error
 
-    def readable(self, base: BaseModel, examples: Sequence[Point]) -> Examples:
+    def readable(self, base: BaseModel, examples: Sequence[Point], template: Templates | None = None) -> Examples:
         """Return the examples: there is nothing to render."""
         return Examples(tuple(examples))
 
