@@ -43,6 +43,7 @@ def adapter_record(row: models.Adapter) -> records.AdapterRecord:
         extras=tuple(_extra(extra) for extra in row.extras),
         original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
         weights_bytes=row.weights.size,
+        initial_bytes=row.initial.size if row.initial else 0,
     )
 
 

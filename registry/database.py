@@ -172,7 +172,11 @@ def _to_schema_2(connection: Connection) -> None:
         connection.exec_driver_sql(f"ALTER TABLE tasks ADD COLUMN {column}")
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_to_schema_2,)
+def _to_schema_3(connection: Connection) -> None:
+    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN initial_id INTEGER REFERENCES blobs (id)")
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_to_schema_2, _to_schema_3)
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 
 

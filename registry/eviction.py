@@ -6,6 +6,8 @@ rows say "evicted" ──commit──▶ files are deleted       both under the 
 
 from __future__ import annotations
 
+from collections import Counter
+
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
@@ -31,13 +33,14 @@ class Originals(Part):
             return known_tasks.evicted_adapters(connection)
 
     def in_use(self) -> dict[str, int]:
-        """Return digest -> number of adapters that have these weights; a file is deleted with the last of them."""
+        """Return digest -> number of adapters that need these weights; a file is deleted with the last of them."""
+        adapter, found = models.Adapter, Counter[str]()
         with self._db.read() as session:
-            query = select(models.Blob.digest, func.count()).join(
-                models.Adapter, models.Adapter.weights_id == models.Blob.id
-            )
-            query = query.where(models.Adapter.evicted_at.is_(None)).group_by(models.Blob.digest)
-            return {row[0]: row[1] for row in session.execute(query)}
+            for column in (adapter.weights_id, adapter.initial_id):
+                query = select(models.Blob.digest, func.count()).join(adapter, column == models.Blob.id)
+                query = query.where(adapter.evicted_at.is_(None)).group_by(models.Blob.digest)
+                found.update({row[0]: row[1] for row in session.execute(query)})
+        return found
 
     def evict(self, eviction: Eviction) -> int:
         """Delete the weights of some adapters of a task, for good; return the bytes freed. Works on a full disk."""
@@ -99,7 +102,8 @@ def _mark_evicted(session: Session, eviction: Eviction, row: models.Code) -> lis
     digests: list[str] = []
     for some in in_parts(eviction.adapters):
         chosen = (adapter.task_id == row.task_id, adapter.id.in_(some))
-        digests += session.scalars(select(models.Blob.digest).join(adapter.weights).where(*chosen))
+        for blob in (adapter.weights, adapter.initial):
+            digests += session.scalars(select(models.Blob.digest).join(blob).where(*chosen))
         session.execute(update(adapter).where(*chosen, adapter.evicted_at.is_(None)).values(evicted_at=now))
     # The error belongs to the source that replaces the original.
     if row.residual is None:

@@ -47,6 +47,8 @@ class KnownTask:
     adapters: frozenset[AdapterKey] = frozenset()
     evicted: Mapping[AdapterKey, int] = field(default_factory=dict)  # adapter -> row, without the final adapter
     evicted_final: int | None = None  # row of the final adapter, if its weights were deleted
+    # (weights, configuration) -> rows of those that are there and whose initial weights are not known
+    without_initial: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
 
 
 def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, KnownTask]:
@@ -122,16 +124,19 @@ def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, K
     query = (
         select(
             *(_ADAPTERS.c.task_id, weights.c.digest, config.c.digest, _ADAPTERS.c.step),
-            *(_ADAPTERS.c.is_final, _ADAPTERS.c.evicted_at, _ADAPTERS.c.id),
+            *(_ADAPTERS.c.is_final, _ADAPTERS.c.evicted_at, _ADAPTERS.c.id, _ADAPTERS.c.initial_id),
         )
         .join_from(_ADAPTERS, weights, _ADAPTERS.c.weights_id == weights.c.id)
         .join(config, _ADAPTERS.c.config_id == config.c.id)
         .where(_ADAPTERS.c.task_id.in_(ids))
     )
-    for task_id, weights_digest, config_digest, step, is_final, evicted_at, number in connection.execute(query):
-        task = tasks[task_id]
+    for task_id, *digests, step, is_final, evicted_at, number, initial in connection.execute(query):
+        task, (weights_digest, config_digest) = tasks[task_id], digests
         key = (weights_digest, config_digest, step)
         task = replace(task, adapters=task.adapters | {key})
+        if initial is None and evicted_at is None:
+            rows = (*task.without_initial.get(key[:2], ()), number)
+            task = replace(task, without_initial={**task.without_initial, key[:2]: rows})
         if is_final:
             task = replace(task, final=key[:2], evicted_final=None if evicted_at is None else number)
         elif evicted_at is not None:
@@ -175,7 +180,16 @@ class _Decision:
         for adapter in self.ingest.adapters:
             yield from filter(None, (adapter.config, adapter.card, *(extra.blob for extra in adapter.extras)))
             if self.ingest.restore or _key(adapter) not in self.evicted:
-                yield adapter.weights
+                yield from filter(None, (adapter.weights, adapter.initial))
+
+    def revised(self) -> Iterator[tuple[int, records.NewAdapter]]:
+        """Yield the rows that take over what is known of their adapter now: it is back, or has its initial weights."""
+        for adapter in self.ingest.adapters:
+            if self.ingest.restore and _key(adapter) in self.evicted:
+                yield self.evicted[_key(adapter)], adapter
+            elif self.known is not None and self.status != "skipped" and adapter.initial is not None:
+                rows = self.known.without_initial.get((adapter.weights, adapter.config), ())
+                yield from ((number, adapter) for number in rows)
 
 
 def plan_tasks(connection: Connection | None, tasks: Sequence[records.TaskIngest]) -> list[records.IngestOutcome]:
@@ -241,9 +255,9 @@ def _updated(known: KnownTask, ingest: records.TaskIngest) -> _Decision:
     new_samples = ingest.samples not in (None, known.samples)
     new_eval_data = ingest.eval_data not in (None, known.eval_data)
     evicted = dict(_evicted(known, ingest.adapters))
-    is_restored = bool(evicted) and ingest.restore
-    status: records.IngestStatus = "updated" if new or new_samples or new_eval_data or is_restored else "known"
-    return _Decision(ingest, status, known, new, new_samples, new_eval_data, evicted)
+    decision = _Decision(ingest, "known", known, new, new_samples, new_eval_data, evicted)
+    is_revised = any(True for _ in decision.revised())
+    return replace(decision, status="updated") if new or new_samples or new_eval_data or is_revised else decision
 
 
 def _evicted(known: KnownTask, adapters: Iterable[records.NewAdapter]) -> Iterator[tuple[AdapterKey, int]]:
@@ -270,7 +284,9 @@ def _key(adapter: records.NewAdapter) -> AdapterKey:
 def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision]) -> None:
     numbers = RowNumbers(connection, files)
     blobs = numbers.blobs(digest for item in decisions for digest in item.digests())
-    descriptions = numbers.documents(description_of(new) for item in decisions for new in item.new)
+    revised = [(row, new) for item in decisions for row, new in item.revised()]
+    described = [*(new for item in decisions for new in item.new), *(new for _, new in revised)]
+    descriptions = numbers.documents(map(description_of, described))
     labels = find_labels(connection, {item.ingest.base_model for item in decisions})
     bases = numbers.base_models(name for name, _ in labels.values())
     places = {label: {"base_model_id": bases[name], "label_id": number} for label, (name, number) in labels.items()}
@@ -287,9 +303,14 @@ def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision])
         made = connection.execute(insert(_ADAPTERS).returning(_ADAPTERS.c.id, sort_by_parameter_order=True), rows)
         _write_extras(connection, made.scalars().all(), new, blobs)
     # Only now: the weights of restored adapters must be there, which `blobs` above has checked.
-    back = [number for item in decisions if item.ingest.restore for number in item.evicted.values()]
-    for some in in_parts(back):
-        connection.execute(update(_ADAPTERS).where(_ADAPTERS.c.id.in_(some)).values(evicted_at=None))
+    for row, adapter in revised:
+        values = {
+            "evicted_at": None,
+            "initial_id": _number(blobs, adapter.initial),
+            "description_id": descriptions[description_of(adapter)],
+        }
+        connection.execute(update(_ADAPTERS).where(_ADAPTERS.c.id == row).values(values))
+    _write_extras(connection, [row for row, _ in revised], [new for _, new in revised], blobs)
 
 
 def _task_number(
@@ -323,6 +344,7 @@ def _adapter_values(
         "weights_id": blobs[new.weights],
         "config_id": blobs[new.config],
         "card_id": _number(blobs, new.card),
+        "initial_id": _number(blobs, new.initial),
         "description_id": descriptions[description_of(new)],
         "source": unusual_source(new.source, folder, new.step, is_final=new.is_final),
     }
@@ -337,7 +359,8 @@ def _write_extras(
         for extra in new.extras
     ]
     if values:
-        connection.execute(insert(_EXTRAS), values)
+        # Those of an adapter that was known may be there.
+        connection.execute(insert(_EXTRAS).prefix_with("OR IGNORE"), values)
 
 
 def _number(blobs: Mapping[str, int], digest: str | None) -> int | None:

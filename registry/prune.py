@@ -47,6 +47,7 @@ BLOB_COLUMNS: tuple[BlobColumn, ...] = (
     Adapter.weights_id,
     Adapter.config_id,
     Adapter.card_id,
+    Adapter.initial_id,
     Extra.blob_id,
     TaskVector.blob_id,
     Generator.blob_id,
@@ -144,7 +145,12 @@ def blob_references(
 def _needs(column: BlobColumn) -> ColumnElement[bool]:
     refers = column == Blob.id
     # The row of evicted weights stays, so that the original is recognised when it comes back.
-    return and_(refers, Adapter.evicted_at.is_(None)) if column is Adapter.weights_id else refers
+    return and_(refers, Adapter.evicted_at.is_(None)) if is_evictable(column) else refers
+
+
+def is_evictable(column: BlobColumn) -> bool:
+    """Say whether an evicted adapter does not need what this column refers to."""
+    return column is Adapter.weights_id or column is Adapter.initial_id
 
 
 def _delete_rows(database: Database) -> None:

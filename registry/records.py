@@ -114,6 +114,8 @@ class NewAdapter:
     does_nothing: bool = False  # it leaves the base model as it is, or is not finite
     template: str = ""  # JSON: what its format needs to write a decoded adapter in its form; empty for the usual form
     extras: Sequence[Extra] = ()
+    # Digest of the weights that it began with, where they were taken out of its base model (PiSSA and the like).
+    initial: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,7 @@ class AdapterRecord(NewAdapter):
     task: str
     original_bytes: int  # weights, configuration and card, as they were ingested
     weights_bytes: int
+    initial_bytes: int
     created_at: str
     evicted_at: str | None  # when the weights were deleted; everything else stays known
 
@@ -136,6 +139,11 @@ class AdapterRecord(NewAdapter):
     def can_be_read(self) -> bool:
         """Whether its weights are in the store and are those of a LoRA."""
         return not self.is_evicted and self.original_only is None
+
+    @property
+    def evictable(self) -> Mapping[str, int]:
+        """Digest -> bytes of what is deleted when it is evicted."""
+        return {self.weights: self.weights_bytes} | ({self.initial: self.initial_bytes} if self.initial else {})
 
     @property
     def stored_bytes(self) -> int:

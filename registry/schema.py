@@ -1,4 +1,4 @@
-"""The tables of schema 1, as SQLAlchemy classes.
+"""The tables of schema 3, as SQLAlchemy classes.
 
     base_models 1─n tasks 1─n adapters 1─n extras
          ├──n base_labels
@@ -261,12 +261,14 @@ class Adapter(Base):
     created_at: Mapped[str] = mapped_column(Moment())
     evicted_at: Mapped[str | None] = mapped_column(Moment())
     is_generated: Mapped[bool] = mapped_column(server_default=text("0"))
+    initial_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     extras: Mapped[list[Extra]] = relationship(lazy="selectin", order_by="Extra.file, Extra.blob_id")
     weights: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[weights_id])
     config: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[config_id])
     card: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[card_id])
+    initial: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[initial_id])
     description: Mapped[Document] = relationship(lazy="joined", innerjoin=True)
 
     __table_args__ = (

@@ -13,7 +13,7 @@ from registry.blobs.content import Blobs
 from registry.database import Database
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.folder import StorePaths
-from registry.prune import BLOB_COLUMNS, BlobColumn, is_needed
+from registry.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed
 from registry.rows import find_task
 from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector
 
@@ -113,7 +113,7 @@ def _needs_of_tasks() -> Iterator[tuple[BlobColumn, Select[int | None]]]:
             yield column, select(column)
         elif owner in (Adapter, TaskVector, Code):  # measurements name texts that need not be here
             rows = select(column).join(Task, owner.task_id == Task.id)
-            yield column, rows.where(Adapter.evicted_at.is_(None)) if column is Adapter.weights_id else rows
+            yield column, rows.where(Adapter.evicted_at.is_(None)) if is_evictable(column) else rows
         elif owner is Extra:
             yield column, select(column).join(Adapter, Extra.adapter_id == Adapter.id).join(Task)
 

@@ -90,6 +90,15 @@ ReadBinOpt = Annotated[
         help="Also read adapter_model.bin, a pickle, in a process of its own with limits, and store it as safetensors.",
     ),
 ]
+InitialOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--initial",
+        metavar="FOLDER",
+        help="Initial weights of a PiSSA, OLoRA or CorDA adapter. Default: pissa_init (olora_init ...) next to it.",
+        show_default=False,
+    ),
+]
 VectorsOpt = Annotated[
     bool, typer.Option("--vectors/--no-vectors", help="Extract task vectors if the base model is on this machine.")
 ]
@@ -108,6 +117,7 @@ def ingest(
     on_conflict: OnConflictOpt = OnConflict.FAIL,
     restore: RestoreOpt = False,
     read_bin: ReadBinOpt = False,
+    initial: InitialOpt = None,
     vectors: VectorsOpt = True,
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
@@ -143,6 +153,7 @@ def ingest(
             on_conflict=on_conflict.value,
             restore=restore,
             read_bin=read_bin,
+            initial=initial,
             dry_run=dry_run,
         )
 
@@ -292,6 +303,10 @@ def _tell_converted(out: Output, report: IngestReport) -> None:
     tasks = [f"{task.task} (from {task.converted_from})" for task in report.ingested if task.converted_from is not None]
     if tasks:
         out.note(f"{counted(len(tasks), 'task')} converted from a pickle, kept as safetensors: {_some(tasks)}")
+    tasks = [f"{task.task} ({_path_shown(task.initial)})" for task in report.ingested if task.initial is not None]
+    if tasks:
+        verb = "has" if len(tasks) == 1 else "have"
+        out.note(f"{counted(len(tasks), 'task')} {verb} initial weights, and can have a code: {_some(tasks)}")
 
 
 def _tell_extras(out: Output, report: IngestReport) -> None:

@@ -68,6 +68,7 @@ class Fleet(StoredFleet):
         on_conflict: Conflict = "fail",
         restore: bool = False,
         read_bin: bool = False,
+        initial: str | Path | None = None,
         dry_run: bool = False,
     ) -> IngestReport:
         """Take adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
@@ -88,6 +89,8 @@ class Fleet(StoredFleet):
             restore: Bring evicted originals back. By default they stay evicted.
             read_bin: Also read weights that are a pickle, `adapter_model.bin`, in a process of its own with limits;
                 the store keeps them as safetensors.
+            initial: Folder with the weights that a PiSSA, OLoRA or CorDA adapter began with. By default `pissa_init`,
+                `olora_init` or `corda_init` in or next to its folder.
             dry_run: Check everything and report what would change, but write nothing.
 
         Raises:
@@ -99,8 +102,9 @@ class Fleet(StoredFleet):
 
         found, given = tuple(map(Path, paths)), None if samples is None else Path(samples)
         told = None if base_model is None else typed_label(base_model)
+        began = None if initial is None else Path(initial).resolve()
         request = IngestRequest(
-            found, name, name_from, given, told, texts, strict, on_conflict, restore, dry_run, read_bin
+            found, name, name_from, given, told, texts, strict, on_conflict, restore, dry_run, read_bin, began
         )
         return ingest(self._context, request)
 

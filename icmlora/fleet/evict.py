@@ -187,8 +187,9 @@ class Evictor:
         """Return the bytes of the files that are deleted with some adapters; several adapters may share one."""
         freed = 0
         for row in chosen:
-            self._in_use[row.weights] -= 1
-            freed += 0 if self._in_use[row.weights] else row.weights_bytes
+            for digest, size in row.evictable.items():
+                self._in_use[digest] -= 1
+                freed += 0 if self._in_use[digest] else size
         return freed
 
     def _untouched(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:

@@ -16,7 +16,9 @@ from icmlora.bundle.file import open_bundle
 from icmlora.errors import BundleError
 from icmlora.fleet.bundles import find_task, open_generator
 from icmlora.fleet.context import Context
+from icmlora.formats.format import Template
 from icmlora.formats.peft_config import AdapterConfig
+from icmlora.formats.peft_initial import converted_form
 from icmlora.generator.code import generator_of
 from registry.bundles import BundleImport, ImportedTask, ImportOutcome
 from registry.errors import StoreNotFound
@@ -78,7 +80,9 @@ def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
     for task in tasks:
         if generator_of(bundle.read(task.code)) not in generator_file.digests:
             raise BundleError(f"the code of {task.name!r} belongs to another generator")
-        AdapterConfig.parse(bundle.read(task.config))  # it may name a mirror of the base model
+        # It may name a mirror of the base model.
+        form = converted_form(Template(bundle.read(task.config), task.layout, task.dtype, task.template))
+        AdapterConfig.parse(form.config)
 
 
 def _plan(context: Context, arrival: BundleImport) -> list[ImportOutcome]:

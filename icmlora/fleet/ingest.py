@@ -51,6 +51,7 @@ class IngestRequest:
     restore: bool = False
     dry_run: bool = False
     read_bin: bool = False
+    initial: Path | None = None  # a folder with the weights that adapters began with
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class TaskIngested(Event):
     extras_size: int = 0  # bytes that its extras take in the store; equal ones are stored once
     lora_size: int = 0  # bytes of the factors of its final adapter; 0 where there can be no code
     converted_from: str | None = None  # the name of the pickle that its weights were converted from
+    initial: str | None = None  # the folder with the weights that it began with, which were taken off
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class _Problems:
 
 
 def _find(request: IngestRequest) -> Discovery:
-    found = find_tasks(request.paths, texts=request.texts, read_bin=request.read_bin)
+    found = find_tasks(request.paths, texts=request.texts, read_bin=request.read_bin, initial=request.initial)
     if not found.tasks and not found.refused:
         paths = ", ".join(str(path) for path in request.paths)
         hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors"
@@ -397,6 +399,7 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> 
         extras_size=sum(extra.packed_size for extra in final.extras),
         lora_size=_lora_size(final),
         converted_from=task.found.final.pickle,
+        initial=None if task.found.final.initial is None else source_label(task.found.final.initial.parent),
     )
 
 

@@ -25,7 +25,7 @@ from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.extras import pack, pack_tensors
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import raw_tensors
+from icmlora.io.safetensors import raw_tensors, read_tensor_file
 from registry.blobs.content import PutRefusal, digest_of
 from registry.errors import SourceRefused
 from registry.files import read_plain
@@ -89,6 +89,12 @@ class _Small:
 
     config: bytes
     card: bytes | None
+    initial: bytes | None  # the weights that it began with
+
+    @property
+    def meaning(self) -> _Meaning:
+        """What its weights are read with."""
+        return self.config, self.initial
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,9 @@ class _Checked:
     found: _Summaries | TextRead
 
 
-# Several folders may link to the same weights, each with a configuration of its own: configuration -> summary.
-_Summaries = Mapping[bytes, AdapterSummary | IcmLoraError]
+# Several folders may link to the same weights, each with a configuration of its own.
+_Meaning = tuple[bytes, bytes | None]
+_Summaries = Mapping[_Meaning, AdapterSummary | IcmLoraError]
 _Checks = dict[Path, Callable[[bytes | memoryview], _Summaries | TextRead]]
 _Outcomes = dict[Path, _Checked | Exception]
 
@@ -112,7 +119,8 @@ def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
     size = count = 0
     for task in tasks:
         texts = (path for path in (task.samples, task.eval_data) if path is not None)
-        weight = sum(map(_size, [*(adapter.weights for adapter in task.adapters), *texts]))
+        initial = {adapter.initial for adapter in task.adapters if adapter.initial is not None}
+        weight = sum(map(_size, [*(adapter.weights for adapter in task.adapters), *initial, *texts]))
         if batch and (size + weight > _BATCH_BYTES or count + len(task.adapters) > _BATCH_ADAPTERS):
             yield batch
             batch, size, count = [], 0, 0
@@ -130,51 +138,59 @@ def prepare(
 ) -> list[PreparedTask | Problem]:
     """Check the files of some tasks and store them as blobs; weights that are `refused` already are not opened."""
     adapters = [adapter for task in tasks for adapter in task.adapters]
-    small = {adapter.place: _read_small(adapter) for adapter in adapters}
+    initial: dict[Path, bytes] = {}
+    small = {adapter.place: _read_small(adapter, initial) for adapter in adapters}
     good = {folder: item for folder, item in small.items() if isinstance(item, _Small)}
     formats = {adapter.weights: adapter.format for adapter in adapters}
     shown = {item.weights: item.place / item.pickle if item.pickle else item.weights for item in adapters}
-    configs: defaultdict[Path, set[bytes]] = defaultdict(set)
+    meanings: defaultdict[Path, dict[_Meaning, None]] = defaultdict(dict)
     for adapter in adapters:
         if adapter.place in good:
-            configs[adapter.weights].add(good[adapter.place].config)
+            meanings[adapter.weights][good[adapter.place].meaning] = None
     checks: _Checks = {
-        path: partial(_inspect, formats[path], sorted(some), path=shown[path])
-        for path, some in configs.items()
+        path: partial(_inspect, formats[path], list(some), path=shown[path])
+        for path, some in meanings.items()
         if path not in refused
     }
     texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
     checks |= {path: partial(_check_text, path=path) for path in sorted(texts) if _size(path) <= MAX_BYTES}
-    contents = [data for item in good.values() for data in (item.config, item.card) if data is not None]
     if store is None:
         outcomes = _check_only(checks)
     else:
-        outcomes = _check_and_store(checks, contents, store, _withheld(tasks, good, evicted))
+        withheld = _withheld(tasks, good, evicted)
+        contents = {data for item in good.values() for data in (item.config, item.card) if data is not None}
+        # Where weights stay evicted, so do those that they began with.
+        back = (item.initial for item in adapters if not withheld[item.weights])
+        contents |= {initial[path] for path in back if path in initial}
+        outcomes = _check_and_store(checks, sorted(contents), store, withheld)
     outcomes |= {path: _too_large(path) for path in texts - checks.keys()} | dict(refused)
     return [_prepared(task, small, outcomes, store) for task in tasks]
 
 
-def _read_small(found: FoundAdapter) -> _Small | IcmLoraError:
+def _read_small(found: FoundAdapter, initial: dict[Path, bytes]) -> _Small | IcmLoraError:
+    """Read what the weights are checked with; the initial weights of several adapters are read once."""
     try:
         config = b"" if found.config is None else read_regular(found.config, max_bytes=_CONFIG_LIMIT)
         card = None if found.card is None else read_regular(found.card, max_bytes=_CARD_LIMIT)
         with located(found.config):  # parsed separately, so that an error names this file and not the weights
             found.format.read_config(config)
+        if found.initial is not None and found.initial not in initial:
+            initial[found.initial] = read_tensor_file(found.initial)
     except IcmLoraError as error:
         return error
-    return _Small(config, card)
+    return _Small(config, card, None if found.initial is None else initial[found.initial])
 
 
 def _inspect(
-    adapter_format: AdapterFormat, configs: Sequence[bytes], data: bytes | memoryview, *, path: Path
+    adapter_format: AdapterFormat, meanings: Sequence[_Meaning], data: bytes | memoryview, *, path: Path
 ) -> _Summaries:
     """Check weights under each of their configurations; raise if they are valid under none."""
-    found: dict[bytes, AdapterSummary | IcmLoraError] = {}
-    for config in configs:
+    found: dict[_Meaning, AdapterSummary | IcmLoraError] = {}
+    for config, initial in meanings:
         try:
-            found[config] = adapter_format.inspect(config, data, path=path)
+            found[config, initial] = adapter_format.inspect(config, data, path=path, initial=initial)
         except IcmLoraError as error:
-            found[config] = error
+            found[config, initial] = error
     errors = [item for item in found.values() if isinstance(item, IcmLoraError)]
     if len(errors) == len(found):
         raise errors[0]
@@ -197,16 +213,16 @@ def _too_large(path: Path) -> DataError:
 
 def _withheld(
     tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Sequence[EvictedAdapter]
-) -> dict[Path, set[str]]:
+) -> defaultdict[Path, set[str]]:
     """Map each weights file to the digests of evicted weights that must not be stored again."""
+    withheld: defaultdict[Path, set[str]] = defaultdict(set)
     if not evicted:
-        return {}
+        return withheld
     known: defaultdict[tuple[str, str, int | None, bool], set[str]] = defaultdict(set)
     for row in evicted:
         # As in the store, a final adapter is recognised by its bytes alone, a checkpoint also by its step.
         known[row.task.lower(), row.config, None if row.is_final else row.step, row.is_final].add(row.weights)
     # If another adapter needs one of these after all, recording raises `MissingBlob` and the batch is stored in full.
-    withheld: defaultdict[Path, set[str]] = defaultdict(set)
     for task in tasks:
         for found in task.adapters:
             if found.place in small:
@@ -289,7 +305,7 @@ def _read_of(
     if isinstance(checked, Exception):
         return checked
     assert not isinstance(checked.found, TextRead)
-    summary = checked.found[files.config]
+    summary = checked.found[files.meaning]
     return summary if isinstance(summary, Exception) else (files, checked, summary)
 
 
@@ -341,6 +357,7 @@ def _row(
         does_nothing=summary.does_nothing,
         template=summary.template,
         extras=extras,
+        initial=None if files.initial is None else digest_of(files.initial),
     )
 
 

@@ -86,10 +86,17 @@ class Models:
 
 def read_original(store: Store, final: AdapterRecord) -> Adapter:
     """Read the original of a task; alpha / rank is multiplied into its weights."""
-    found = format_named(final.format).read(store.blobs.read(final.config), store.blobs.read(final.weights))
-    return found.adapter
+    return format_named(final.format).read(*_files(store, final), initial=_initial(store, final)).adapter
 
 
 def read_runnable(store: Store, final: AdapterRecord) -> RunnableAdapter:
     """Read the original of a task with all that changes what its base model computes."""
-    return format_named(final.format).runnable(store.blobs.read(final.config), store.blobs.read(final.weights))
+    return format_named(final.format).runnable(*_files(store, final), initial=_initial(store, final))
+
+
+def _files(store: Store, final: AdapterRecord) -> tuple[bytes, bytes]:
+    return store.blobs.read(final.config), store.blobs.read(final.weights)
+
+
+def _initial(store: Store, final: AdapterRecord) -> bytes | None:
+    return None if final.initial is None else store.blobs.read(final.initial)

@@ -94,8 +94,9 @@ def load(context: Context, request: LoadRequest) -> Adapter:
         stored = _read_rows(store, request)
         source = _choose_source(request, stored)
         if source == "original":
-            config, weights = store.blobs.read(stored.final.config), store.blobs.read(stored.final.weights)
-            return format_named(stored.final.format).read(config, weights).adapter
+            from icmlora.fleet.loading import read_original
+
+            return read_original(store, stored.final)
         _provenance(store, stored, source, request)
         return _decode(store, stored, source, request.seed)
 

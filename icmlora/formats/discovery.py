@@ -24,6 +24,7 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
 from icmlora.formats.foreign import PICKLES, foreign_adapters, is_passed_over
 from icmlora.formats.format import AdapterFormat, AdapterPaths
+from icmlora.formats.initial_weights import with_initial_weights
 from icmlora.formats.naming import NameTemplate, choose_names
 from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.formats.task_names import (
@@ -61,6 +62,7 @@ class FoundAdapter:
     is_final: bool  # whether this is *the* adapter of its task; true for exactly one
     companions: Mapping[str, Path] = field(default_factory=dict)  # other files that belong to it, by name
     pickle: str | None = None  # the name of the weights where they are, or were, a pickle
+    initial: Path | None = None  # the file with the weights that it began with (icmlora/formats/initial_weights.py)
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,17 @@ def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool
     return replace(found, tasks=name_tasks(found.tasks, name=name))
 
 
-def find_tasks(paths: Sequence[Path], *, texts: bool = True, read_bin: bool = False) -> Discovery:
-    """Find the same; the tasks have no names yet. With `read_bin`, weights may be a pickle."""
+def find_tasks(
+    paths: Sequence[Path], *, texts: bool = True, read_bin: bool = False, initial: Path | None = None
+) -> Discovery:
+    """Find the same; the tasks have no names yet.
+
+    Args:
+        paths: Folders, or single files of formats that have those.
+        texts: Also find samples and held-out texts.
+        read_bin: Weights may be a pickle.
+        initial: A folder with the weights that adapters began with; by default these are looked for.
+    """
     # Not taken are formats that are not read, and links out of the tree.
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
@@ -161,6 +172,7 @@ def find_tasks(paths: Sequence[Path], *, texts: bool = True, read_bin: bool = Fa
     tasks = [_task(folder, run) for folder, run in _gathered(runs)]
     if not texts:
         tasks = [replace(task, samples=None, eval_data=None) for task in tasks]
+    tasks = with_initial_weights(tasks, initial)
     return Discovery(tuple(tasks), tuple(_unique(refused)))
 
 

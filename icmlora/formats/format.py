@@ -173,7 +173,9 @@ class AdapterFormat(Protocol):
         """
         ...
 
-    def inspect(self, config: bytes, weights: Buffer, *, path: str | Path | None = None) -> AdapterSummary:
+    def inspect(
+        self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> AdapterSummary:
         """Check an adapter completely and summarise it.
 
         What can be read safely is never refused: where there can be no code, `original_only` says why.
@@ -182,18 +184,24 @@ class AdapterFormat(Protocol):
             config: Its configuration; empty for a format without one.
             weights: Its tensors.
             path: Where they came from, for messages.
+            initial: The tensors that its training took out of the base model to begin with, if they are known. It is
+                then converted to what it does to the unchanged base model. `read` and `runnable` take the same.
 
         Raises:
-            AdapterRefused: It is damaged; `kind` says how.
+            AdapterRefused: It is damaged, or `initial` does not fit; `kind` says how.
             UnsafeInput: A pickle, hostile names, or limits broken.
         """
         ...
 
-    def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
+    def read(
+        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> LoadedAdapter:
         """Read an adapter's tensors; raises as `inspect` does, and `AdapterRefused` where there can be no code."""
         ...
 
-    def runnable(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> RunnableAdapter:
+    def runnable(
+        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> RunnableAdapter:
         """Read what `icmlora.base_models.attach.adapted` needs to run an adapter; raises as `read` does.
 
         Raises:

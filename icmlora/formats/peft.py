@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import AdapterRefused
+from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
@@ -72,23 +72,34 @@ class PeftFormat:
 
         return read_facts(config)
 
-    def inspect(self, config: bytes, weights: Buffer, *, path: str | Path | None = None) -> AdapterSummary:
+    def inspect(
+        self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> AdapterSummary:
         """Check an adapter's two files and summarise them."""
         from icmlora.formats.peft_check import check_adapter
 
-        return check_adapter(config, weights, path=path).summary
+        if initial is None:
+            return check_adapter(config, weights, path=path).summary
+        from icmlora.formats.peft_initial import marked
 
-    def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
+        converted = _converted(config, bytes(weights), initial, path)
+        return marked(check_adapter(*converted, path=path).summary, weights)
+
+    def read(
+        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> LoadedAdapter:
         """Read an adapter's factors, and its extras as they are."""
         from icmlora.formats.peft_tensors import read_adapter
 
-        return read_adapter(config, weights, path=path)
+        return read_adapter(*_converted(config, weights, initial, path), path=path)
 
-    def runnable(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> RunnableAdapter:
+    def runnable(
+        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> RunnableAdapter:
         """Read an adapter, and sort its extras by what they do to the base model."""
         from icmlora.formats.peft_runnable import read_runnable
 
-        return read_runnable(config, weights, path=path)
+        return read_runnable(*_converted(config, weights, initial, path), path=path)
 
     def encode(
         self,
@@ -105,6 +116,10 @@ class PeftFormat:
         from icmlora.formats.peft_tensors import refuse_special, write_fresh, write_like
 
         extras = extras or {}
+        if like is not None and like.details:
+            from icmlora.formats.peft_initial import converted_form  # few adapters have a form to be noted
+
+            like = converted_form(like)
         if like is not None and pad_rank is not None:
             refuse_special(like)
             # A decoded adapter has its generator's label, which may be another one of the same base model.
@@ -120,6 +135,16 @@ class PeftFormat:
         """Name the files as PEFT does; without its configuration a folder is not an adapter, so that comes last."""
         card = {} if files.card is None else {CARD_NAME: files.card}
         return {WEIGHTS_NAME: files.weights, **card, **files.companions, CONFIG_NAME: files.config}
+
+
+def _converted(config: bytes, weights: bytes, initial: bytes | None, path: str | Path | None) -> tuple[bytes, bytes]:
+    """Return configuration and weights, with the initial weights taken off where they are given."""
+    if initial is None:
+        return config, weights
+    from icmlora.formats.peft_initial import convert
+
+    with located(path):
+        return convert(config, weights, initial)
 
 
 PEFT: AdapterFormat = PeftFormat()

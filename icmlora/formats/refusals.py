@@ -13,7 +13,8 @@ from icmlora.errors import AdapterRefused
 from registry.names import escape
 
 _MERGE = "merge it into the base model, extract a plain LoRA with mergekit-extract-lora, and ingest that"
-_CONVERT = "convert it with PEFT: save_pretrained(dir, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
+_INITIAL = "`icm ingest --initial FOLDER` takes its initial weights off, if they were saved"
+_LOFTQ = "keep it with its quantised base model"
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def _check_init(init: object) -> None:
     if name in _PLAIN_INITS:
         return
     if _CHANGED_BASE.fullmatch(name):
+        way_out = _LOFTQ if name == "loftq" else _INITIAL
         message = f"init_lora_weights is {name}: its weights fit a changed base model and not the one it names"
-        raise AdapterRefused(message, kind="init", hint=_CONVERT)
+        raise AdapterRefused(f"{message}; {way_out}", kind="init")
     raise AdapterRefused(f"init_lora_weights is {escape(repr(init), 48)}, which this icm does not know", kind="init")
 
 

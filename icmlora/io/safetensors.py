@@ -114,10 +114,24 @@ def read_tensor_file(path: Path) -> bytes:
     from icmlora.io.files import open_regular, read_exactly  # needed to read from disk only
 
     with located(path), open_regular(path, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
-        start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)
-        head = read_exactly(descriptor, _PREFIX_BYTES + _header_length(start, size), 0)
-        parse_header(head[_PREFIX_BYTES:], size)
+        head, _ = _read_head(descriptor, size)
         return head + read_exactly(descriptor, size - len(head), len(head))
+
+
+def read_tensor_header(path: Path) -> TensorHeader:
+    """Read and check the header of a safetensors file on disk, without its tensors."""
+    from icmlora.io.files import open_regular
+
+    with located(path), open_regular(path, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
+        return _read_head(descriptor, size)[1]
+
+
+def _read_head(descriptor: int, size: int) -> tuple[bytes, TensorHeader]:
+    from icmlora.io.files import read_exactly
+
+    start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)
+    head = read_exactly(descriptor, _PREFIX_BYTES + _header_length(start, size), 0)
+    return head, parse_header(head[_PREFIX_BYTES:], size)
 
 
 def raw_tensors(data: bytes, tensors: Iterable[TensorInfo]) -> dict[str, RawTensor]:

@@ -56,6 +56,11 @@ def round_to(dtype: str, model: Any) -> None:
             parameter.data = parameter.data.to(getattr(torch, dtype)).to(parameter.dtype)
 
 
+def converted_by_peft(folder: Path) -> Path:
+    """Return where a case puts what PEFT makes of its adapter: an ordinary LoRA, next to the folder of all adapters."""
+    return folder.parent.parent / "converted" / folder.name
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Change the tensors of an adapter's file."""
     from safetensors.torch import load_file, save_file

@@ -10,6 +10,7 @@ from typing import Any
 from tests.compat.bases import base_model, quiet
 from tests.compat.building import (
     computed,
+    converted_by_peft,
     fresh_model,
     from_plain,
     lora,
@@ -59,20 +60,45 @@ def _eva(folder: Path) -> Any:
     return output
 
 
-def _converted(folder: Path, init: str) -> Any:
-    """Convert an adapter that changed its base, as PEFT's documentation of PiSSA shows."""
+def _begun(init: str, start: Path, **options: Any) -> Any:
+    """Return a trained model of an adapter that changed its base, and save its initial weights as PEFT's guide does."""
     import peft
 
-    options = _QV | {"r": 4, "lora_alpha": 16, "init_lora_weights": init}
-    with quiet(), tempfile.TemporaryDirectory() as start:
-        model = peft.get_peft_model(fresh_model("llama-deep"), peft.LoraConfig(**options))
+    # CorDA needs statistics of texts, and a library that is not installed; its files are like those of PiSSA.
+    started = "pissa" if init == "corda" else init
+    config = peft.LoraConfig(**_QV | {"r": 4, "init_lora_weights": started} | options)
+    with quiet():
+        model = peft.get_peft_model(fresh_model("llama-deep"), config)
         model.peft_config["default"].init_lora_weights = True
-        model.save_pretrained(f"{start}/start")
+        save(model, start, "llama-deep")
         model.peft_config["default"].init_lora_weights = init
         train_a_little(model, 0.02)
-        output = computed(model.eval(), "llama-deep")
-        save(model, folder, "llama-deep", path_initial_model_for_weight_conversion=f"{start}/start")
+    return model.eval()
+
+
+def _converted(folder: Path, init: str) -> Any:
+    """Convert an adapter that changed its base, as PEFT's documentation of PiSSA shows."""
+    with tempfile.TemporaryDirectory() as name:
+        start = Path(name, "start")
+        model = _begun(init, start, lora_alpha=16)
+        output = computed(model, "llama-deep")
+        save(model, folder, "llama-deep", path_initial_model_for_weight_conversion=str(start))
     return output
+
+
+def _with_initial(name: str, init: str, *, loads: bool = True, **options: Any) -> Case:
+    """Describe an adapter that changed its base and has its initial weights in a folder inside its own."""
+
+    def build(folder: Path) -> Any:
+        start = folder / f"{init.partition('_')[0]}_init"
+        model = _begun(init, start, **options)
+        save(model, folder, "llama-deep")
+        output = computed(model, "llama-deep")
+        # PEFT changes the configuration of the initial weights too.
+        save(model, converted_by_peft(folder), "llama-deep", path_initial_model_for_weight_conversion=str(start))
+        return output
+
+    return Case(name, _STARTS, build, "exact", _TAKEN_OFF, "llama-deep" if loads else None)
 
 
 def _like_a_trainer(init: str) -> Callable[[Path], None]:
@@ -89,7 +115,8 @@ def _f8(folder: Path) -> None:
 
 
 _REGEX = {r"layers\.(0|1)\..*v_proj": 2}
-_CHANGED = "fits a changed base model; convert it with PEFT"
+_CHANGED = "fits a changed base model; a code needs its initial weights"
+_TAKEN_OFF = "its initial weights are next to it and are taken off: comes back as an ordinary LoRA of twice the rank"
 _OWN = r".*layers\.[01]\.self_attn\.(q|k)_proj"
 _FIRST = [0, 1]
 _NITER = {"init_lora_weights": "pissa_niter_4"}
@@ -136,7 +163,14 @@ CASES: tuple[Case, ...] = (
     lora("init-pissa-niter-4", "llama-deep", _QV | _NITER, "original", _STARTS, _CHANGED, loads=False),
     _start("olora", "olora", "original", _CHANGED),
     from_plain("init-corda", _like_a_trainer("corda"), "original", _STARTS, _CHANGED),
-    from_plain("init-loftq", _like_a_trainer("loftq"), "original", _STARTS, _CHANGED),
+    from_plain("init-loftq", _like_a_trainer("loftq"), "original", _STARTS, "fits its quantised base model only"),
+    _with_initial("pissa-with-initial", "pissa"),
+    _with_initial("pissa-rslora-with-initial", "pissa", use_rslora=True),
+    _with_initial("pissa-patterns-with-initial", "pissa", rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 6}),
+    # PEFT does not load what it saved of these two.
+    _with_initial("pissa-niter-4-with-initial", "pissa_niter_4", loads=False),
+    _with_initial("corda-with-initial", "corda", loads=False),
+    _with_initial("olora-with-initial", "olora"),
     Case("pissa-converted", _STARTS, lambda folder: _converted(folder, "pissa"), "exact", "by PEFT", base="llama-deep"),
     Case("olora-converted", _STARTS, lambda folder: _converted(folder, "olora"), "exact", "by PEFT", base="llama-deep"),
     from_plain("float16", lambda folder: store_as(folder, "float16"), "exact", _NUMBERS, loads=True),

@@ -55,7 +55,7 @@ def _llama_factory(folder: Path) -> None:
 
 def _pissa(folder: Path) -> None:
     set_fields(folder / "myrun", init_lora_weights="pissa")
-    set_fields(folder / "myrun/pissa_init", init_lora_weights="pissa")
+    copy_adapter(folder / "myrun", folder / "myrun/pissa_init", init_lora_weights=True)
 
 
 def _unsloth(folder: Path) -> None:
@@ -151,7 +151,7 @@ TREES: tuple[Tree, ...] = (
         },
         more=_llama_factory,
     ),
-    Tree("llama-factory-pissa", {"myrun": ("myrun",), "myrun/pissa_init": ("pissa_init",)}, more=_pissa),
+    Tree("llama-factory-pissa", {"myrun": ("myrun",)}, more=_pissa),
     Tree("axolotl", {"proj1/outputs/lora-out": ("proj1",), "proj2/outputs/out": ("proj2",)}, more=_axolotl),
     Tree(
         "axolotl-of-2023", {"ax/checkpoint-100": ("ax",)}, more=_repeated, copies=("ax/checkpoint-100/adapter_model",)

@@ -173,7 +173,7 @@ def test_the_stated_targets_are_names_of_modules(stated: Any, names: tuple[str, 
 
 
 def test_a_converted_init_tells_how_to_convert() -> None:
-    assert "path_initial_model_for_weight_conversion" in (refusal(init_lora_weights="pissa").hint or "")
+    assert "--initial FOLDER" in refusal(init_lora_weights="pissa").message
 
 
 def test_the_configuration_of_mlx_is_recognised() -> None:

@@ -69,7 +69,9 @@ class ToyFormat:
             raise AdapterRefused("a toy adapter has no configuration", kind="config")
         return ConfigFacts(None)
 
-    def inspect(self, config: bytes, weights: Buffer, *, path: str | Path | None = None) -> AdapterSummary:
+    def inspect(
+        self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> AdapterSummary:
         """Check and summarise an adapter."""
         parsed = self._parse(config, weights, path)
         extras, begin = [], len(weights) - 4 * sum(map(prod, parsed.extras.values()))
@@ -88,7 +90,9 @@ class ToyFormat:
             extras=tuple(extras),
         )
 
-    def read(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> LoadedAdapter:
+    def read(
+        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> LoadedAdapter:
         """Read an adapter, with what is not LoRA kept aside."""
         import torch
 
@@ -107,7 +111,9 @@ class ToyFormat:
         targets = target_modules(shape.module for shape in parsed.layout)
         return LoadedAdapter(Adapter(parsed.base_model, parsed.task_type, targets, tuple(modules)), extras)
 
-    def runnable(self, config: bytes, weights: bytes, *, path: str | Path | None = None) -> RunnableAdapter:
+    def runnable(
+        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> RunnableAdapter:
         """Read the factors; the extras do nothing."""
         return RunnableAdapter(self.read(config, weights, path=path).adapter)
 
