@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
-    from icmlora.fleet.filters import Field
 
 
 def _quietly(complete: Callable[[str], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -47,31 +46,29 @@ def complete_tag(incomplete: str) -> Iterable[str]:
 @_quietly
 def complete_filter(incomplete: str) -> Iterable[str]:
     """Return fields with an operator, and after the operator the values that the store has."""
-    from icmlora.fleet.filters import FIELDS
+    from icmlora.fleet.tasks import filter_fields
 
-    for field in FIELDS.values():
+    for field in filter_fields():
         operators = sorted(field.operators, key=len, reverse=True)  # `>=` before `>`
         typed = next((sign for sign in operators if incomplete.lower().startswith(f"{field.name}{sign}")), None)
         if typed is None:
             yield from (f"{field.name}{sign}" for sign in field.operators)
         else:
-            yield from (f"{field.name}{typed}{value}" for value in _values(field))
+            yield from (f"{field.name}{typed}{value}" for value in field.choices or _values(field.name))
 
 
 @_quietly
 def complete_sort(incomplete: str) -> Iterable[str]:
     """Return the fields to sort by, upwards and downwards."""
-    from icmlora.fleet.filters import FIELDS
+    from icmlora.fleet.tasks import filter_fields
 
-    for field in FIELDS.values():
+    for field in filter_fields():
         if field.can_be_sorted:
             yield from (field.name, f"{field.name}:desc")
 
 
-def _values(field: Field) -> Iterable[str]:
-    if field.choices:
-        return field.choices
-    match field.name:
+def _values(field: str) -> Iterable[str]:
+    match field:
         case "name":
             return _fleet().task_names()
         case "base":

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from icm_cli.progress import Progress
 
 _GAP = "  "
-_NARROWEST = 8  # terminal cells that a shrinking column keeps
+_NARROWEST = 12  # terminal cells that a shrinking column keeps
 
 
 class Mode(Enum):
@@ -46,6 +46,8 @@ class Column:
     title: str
     right: bool = False  # whether values are aligned to the right, as numbers are
     shrink: bool = False  # whether values may be cut in the middle when the terminal is narrow
+    # Whether the column may be left out there, and in which order: the highest number goes first, 0 never.
+    spare: int = 0
 
 
 class Output:
@@ -100,8 +102,9 @@ class Output:
         """Print a table for people; `total` marks the last row as the sum of the others."""
         if self.mode not in (Mode.HUMAN, Mode.PLAIN) or not rows:
             return
-        cells = [[escape(cell) for cell in row] for row in rows]
+        cells: Sequence[Sequence[str]] = [[escape(cell) for cell in row] for row in rows]
         limit = shutil.get_terminal_size().columns if self.mode is Mode.HUMAN else None
+        columns, cells = _fitting(columns, cells, limit)
         widths = _widths(columns, cells, limit)
         _write(sys.stdout, self._bold(_row([column.title.upper() for column in columns], columns, widths)))
         for index, row in enumerate(cells):
@@ -182,15 +185,39 @@ def _write(stream: TextIO, text: str) -> None:
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
+def _fitting(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int | None
+) -> tuple[Sequence[Column], Sequence[Sequence[str]]]:
+    """Leave out columns until the others fit, cut as far as they may be."""
+    full = _full_widths(columns, rows)
+    least = [_least(column, size) if column.shrink else size for column, size in zip(columns, full, strict=True)]
+    kept = list(range(len(columns)))
+    while limit is not None and sum(least[index] + len(_GAP) for index in kept) - len(_GAP) > limit:
+        spare = max(kept, key=lambda index: columns[index].spare)
+        if not columns[spare].spare:
+            break
+        kept.remove(spare)
+    return [columns[index] for index in kept], [[row[index] for index in kept] for row in rows]
+
+
+def _full_widths(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max([width(column.title), *(width(row[index]) for row in rows)]) for index, column in enumerate(columns)]
+
+
+def _least(column: Column, full: int) -> int:
+    return min(full, max(_NARROWEST, width(column.title)))
+
+
 def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int | None) -> list[int]:
-    widths = [max([width(column.title), *(width(row[index]) for row in rows)]) for index, column in enumerate(columns)]
+    widths = _full_widths(columns, rows)
     excess = 0 if limit is None else sum(widths) + len(_GAP) * (len(widths) - 1) - limit
     shrinking = [index for index, column in enumerate(columns) if column.shrink]
     while excess > 0 and shrinking:
         # A long list of modules gives way before a name does.
         widest = max(shrinking, key=widths.__getitem__)
-        if widths[widest] <= _NARROWEST:
-            break
+        if widths[widest] <= _least(columns[widest], widths[widest]):
+            shrinking.remove(widest)
+            continue
         widths[widest] -= 1
         excess -= 1
     return widths

@@ -2,7 +2,7 @@
 
 IcmError                     (also the base of `icmlora.errors.IcmLoraError`)
 └── RegistryError
-    ├── StoreNotFound        there is no store at the path
+    ├── StoreNotFound        the path holds no store
     ├── NotAStore            the folder holds something else
     ├── StoreLocked          another process holds the lock and the timeout passed
     ├── StoreTooNew          a newer icm wrote the store
@@ -51,7 +51,7 @@ class RegistryError(IcmError):
 
 
 class StoreNotFound(RegistryError):
-    """There is no store at the path."""
+    """The path holds no store."""
 
 
 class NotAStore(RegistryError):
@@ -140,7 +140,7 @@ class BaseModelConflict(RegistryError):
 
 
 class GeneratorNotFound(RegistryError):
-    """There is no such generator (any more)."""
+    """No generator has that number, or it was deleted."""
 
 
 class GeneratorConflict(RegistryError):

@@ -45,7 +45,7 @@ FIELDS = {
     field.name: field
     for field in (
         Field("name", "text", "the task"),
-        Field("base", "text", "its base model"),
+        Field("base", "text", "its base model, under any of its names"),
         Field("rank", "number", "the largest rank"),
         Field("size", "size", "the original as ingested, as in 10MB or 512KiB"),
         Field("code", "size", "the code under the current generator, with its residual"),

@@ -19,7 +19,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 from registry.filters import Filter, Selection
 from registry.names import UNKNOWN_BASE
 from registry.records import Description
-from registry.schema import Adapter, BaseModel, Blob, Code, Document, Evaluation, Extra, Generator, Task
+from registry.schema import Adapter, BaseLabel, BaseModel, Blob, Code, Document, Evaluation, Extra, Generator, Task
 
 T = TypeVar("T")
 Expression = ColumnElement[Any]
@@ -45,6 +45,8 @@ def _base_number(name: str) -> Expression:
 
 
 def _condition(one: Filter) -> ColumnElement[bool]:
+    if one.field.name == "base":
+        return _base_condition(one)
     field, value = _FIELDS[one.field.name](), one.value
     if one.field.kind == "words" and one.operator != "~":
         # Words have a space on either side.
@@ -59,6 +61,17 @@ def _condition(one: Filter) -> ColumnElement[bool]:
             return field == value
         case _:
             return cast(ColumnElement[bool], field.op(one.operator, is_comparison=True)(literal(value)))
+
+
+def _base_condition(one: Filter) -> ColumnElement[bool]:
+    """Compare all names of a task's base model: one of them has to pass, or for `!=` all."""
+
+    def passes(name: Expression) -> ColumnElement[bool]:
+        return func.instr(name, one.value) > 0 if one.operator == "~" else name == one.value
+
+    labels = select(BaseLabel.id).where(BaseLabel.base_model_id == Task.base_model_id).correlate(Task)
+    found = or_(passes(_base()), labels.where(passes(func.icm_casefold(BaseLabel.label))).exists())
+    return ~found if one.operator == "!=" else found
 
 
 # What each field is, for the task of the row.
@@ -109,16 +122,19 @@ def _error() -> Expression:
     return func.icm_root(_current(select(squared).select_from(Code)).scalar_subquery())
 
 
-def _gain() -> Expression:
+def gain() -> Expression:
+    """Return the retained gain of what the row's task decodes to: code and residual, or the code."""
     source = Evaluation.rung.type
     better = case((Code.residual_id.is_(None), literal("code", source)), else_=literal("residual", source))
-    gain = select(Evaluation.retained_gain).select_from(Code)
-    gain = gain.join(Evaluation, and_(Evaluation.task_id == Code.task_id, Evaluation.generator_id == Code.generator_id))
+    found = select(Evaluation.retained_gain).select_from(Code)
+    found = found.join(
+        Evaluation, and_(Evaluation.task_id == Code.task_id, Evaluation.generator_id == Code.generator_id)
+    )
     # As `registry.evaluations.latest`: on the task's own text, else the latest on any.
     same = aliased(Task)  # SQLite cannot order by a column of the outer query
-    gain = gain.where(Evaluation.rung == better).join(same, same.id == Code.task_id)
+    found = found.where(Evaluation.rung == better).join(same, same.id == Code.task_id)
     own = func.coalesce(Evaluation.data_id == same.eval_id, 0)
-    return _current(gain).order_by(own.desc(), Evaluation.id.desc()).limit(1).scalar_subquery()
+    return _current(found).order_by(own.desc(), Evaluation.id.desc()).limit(1).scalar_subquery()
 
 
 def _tag() -> Expression:
@@ -148,7 +164,7 @@ _FIELDS: dict[str, Callable[[], Expression]] = {
     "size": _size,
     "code": _code_size,
     "extras": _extras,
-    "gain": _gain,
+    "gain": gain,
     "error": _error,
     "tag": _tag,
     "status": _status,

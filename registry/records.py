@@ -193,6 +193,7 @@ class TaskSummary:
     evicted_checkpoints: int
     vectors: int
     code: CodeRecord | None  # under the current generator
+    gain: float | None  # retained gain of that code, with its residual if it has one
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,10 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
         .join(models.Generator, code.generator_id == models.Generator.id)
         .where(code.task_id.in_(ids), models.Generator.is_current)
     )
+    from registry import listing
+
+    gains = session.execute(select(models.Task.id, listing.gain().label("gain")).where(models.Task.id.in_(ids)))
+    gain_of = {row.id: row.gain for row in gains}
     final_of = {row.task_id: adapter_record(row) for row in finals}
     code_of = {row.task_id: code_record(row) for row in codes}
     adapters = _counts(session, adapter, ids, adapter.evicted_at.is_(None), ~adapter.is_final)
@@ -232,6 +236,7 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
             evicted_checkpoints=evicted.get(task.id, 0),
             vectors=vectors.get(task.id, 0),
             code=code_of.get(task.id),
+            gain=gain_of[task.id],
         )
         for task in tasks
     ]

@@ -67,6 +67,7 @@ _STATUS = {
     "below": "misses the limit",
     "evicted": "original evicted",
     "unmeasured": "not measured",
+    "original_only": "original only",
     "changed": "changed meanwhile",
 }
 
@@ -88,7 +89,7 @@ def encode(
 
     Nothing is trained. A task for which no code is good enough gets its most accurate code and should keep its
     original: `icm evict` with the same --min-gain or --max-error does not delete it. Exit code 3 means that there are
-    such tasks; `icm stats` counts them too.
+    such tasks; `icm stats` counts them too. Tasks of which only the original is kept count only if you name them.
 
     A task whose current code was made with the same limits is skipped, so the same command continues after an
     interruption. --again re-encodes every task.

@@ -44,7 +44,7 @@ _COLUMNS = (
     Column("relative error", right=True),
     Column("retained gain", right=True),
 )
-_STATUS = {"would_evict": "would evict", "known": "nothing to do"}
+_STATUS = {"would_evict": "would evict", "known": "nothing to do", "original_only": "original only"}
 
 
 @command
@@ -61,7 +61,7 @@ def evict(
 
     For the check, each code is read back from disk, with its residual if it has one, decoded, and measured against the
     original. A task whose code misses a limit keeps its original; so does a pinned task. Exit code 3 means that some
-    originals were kept. Works on a full disk.
+    originals were kept; tasks of which only the original is kept count only if you name them. Works on a full disk.
 
     Example:
       icm evict --max-error 0.22 --dry-run
@@ -118,6 +118,8 @@ def _sum_up(session: Session, report: EvictReport, *, dry_run: bool) -> None:
     out.table(_COLUMNS, [_cells(task) for task in report.tasks])
     for task in report.kept:
         out.line(f"kept {task.task}: {task.reason}")
+    for task in report.original_only:
+        out.line(f"original only, {task.task}: {task.reason}")
     if report.left:
         out.note(f"{human_size(report.left)} of this had been left by an interrupted `icm evict`")
     verb, freed = ("would evict", "would free") if dry_run else ("evicted", "freed")

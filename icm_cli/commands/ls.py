@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +31,8 @@ def ls(
 
     ORIGINAL is the size of the original, "evicted" if its weights were deleted, or "pinned" if they never will be.
     CODE is the size of the code under the current generator, plus its residual if it has one; "-" means no code yet
-    (run `icm train`), "original only" that there can be none (`icm show` says why). --quiet prints one name per line.
+    (run `icm train`), "original only" that there can be none (`icm show` says why). GAIN and RELATIVE ERROR are
+    those of the code, where they were measured. A narrow terminal shows fewer columns. --quiet prints only names.
 
     A filter is a field, one of = != > >= < <= ~ (contains), and a value; upper and lower case are the same. The fields
     are name, base, rank, size, code, extras, gain, error, tag, status (evicted, pinned, coded, original-only,
@@ -79,6 +81,15 @@ def _original(row: TaskSummary) -> str:
     return f"pinned {size}" if row.task.pinned else size
 
 
+def _gain(row: TaskSummary) -> str:
+    return "" if row.gain is None else f"{row.gain:.3f}"
+
+
+def _error(row: TaskSummary) -> str:
+    squared = None if row.code is None else row.code.best_squared_error
+    return "" if squared is None else f"{math.sqrt(squared):.3f}"
+
+
 def _extras(row: TaskSummary) -> str:
     return human_size(row.final.extras_bytes) if row.final.extras else ""
 
@@ -99,13 +110,15 @@ _COLUMNS = (
     _Cells(Column("task", shrink=True), lambda row: row.task.name),
     _Cells(Column("base model", shrink=True), lambda row: row.task.base_model),
     _Cells(Column("rank", right=True), lambda row: str(row.final.rank_max)),
-    _Cells(Column("targets", shrink=True), lambda row: ",".join(row.final.target_modules)),
+    _Cells(Column("targets", shrink=True, spare=3), lambda row: ",".join(row.final.target_modules)),
     _Cells(Column("original", right=True), _original),
-    _Cells(Column("checkpoints", right=True), lambda row: str(row.checkpoints)),
-    _Cells(Column("vectors", right=True), lambda row: str(row.vectors)),
+    _Cells(Column("checkpoints", right=True, spare=6), lambda row: str(row.checkpoints)),
+    _Cells(Column("vectors", right=True, spare=5), lambda row: str(row.vectors)),
     _Cells(Column("code", right=True), _coded),
-    _Cells(Column("extras", right=True), _extras, is_rare=True),
-    _Cells(Column("tags", shrink=True), lambda row: " ".join(row.task.tags), is_rare=True),
+    _Cells(Column("gain", right=True, spare=7), _gain, is_rare=True),
+    _Cells(Column("relative error", right=True, spare=8), _error, is_rare=True),
+    _Cells(Column("extras", right=True, spare=4), _extras, is_rare=True),
+    _Cells(Column("tags", shrink=True, spare=2), lambda row: " ".join(row.task.tags), is_rare=True),
 )
 
 
@@ -129,6 +142,7 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "vectors_count": row.vectors,
         "code_size": None if row.code is None else row.code.size,
         "residual_size": None if row.code is None or row.code.residual is None else row.code.residual.size,
+        "retained_gain": row.gain,
         **errors_json(None if row.code is None else row.code.best_squared_error),
         "created_at": row.task.created_at,
     }

@@ -42,7 +42,7 @@ from registry.records import (
 if TYPE_CHECKING:
     from registry.store import Store
 
-EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeasured", "changed"]
+EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeasured", "changed", "original_only"]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class TaskEncoded(WithRelativeError, Event):
     # `encoded`: it has a new code, or a new residual, the smallest found that meets the limits. `known`: it had
     # one already. `enough`: its code meets them without a residual. `below`: nothing does, so it should keep its
     # original; it has its most accurate code, and no residual. `evicted`: its original is gone, so its code
-    # stays. `unmeasured`: see `reason`; its code stays. `changed`: it got another adapter or code meanwhile,
-    # which it keeps; see `reason`.
+    # stays. `unmeasured`: see `reason`; its code stays. `original_only`: there can be no code, see `reason`.
+    # `changed`: it got another adapter or code meanwhile, which it keeps; see `reason`.
     status: EncodeStatus
     size: int | None = None  # bytes of its code
     residual_size: int | None = None  # bytes of its residual, if it has one
@@ -93,16 +93,23 @@ class EncodeReport:
     """What was done, one entry per task."""
 
     tasks: list[TaskEncoded] = field(default_factory=list)
+    is_named: bool = False  # whether the tasks were named, instead of all being meant
+
+    @property
+    def original_only(self) -> list[TaskEncoded]:
+        """The tasks of which there can be no code."""
+        return [task for task in self.tasks if task.status == "original_only"]
 
     @property
     def short(self) -> list[TaskEncoded]:
-        """The tasks without a code that is known to meet the limits."""
-        return [task for task in self.tasks if task.status in ("below", "unmeasured", "changed")]
+        """The tasks without a code that is known to meet the limits; of all tasks, only those that can have one."""
+        missed = ("below", "unmeasured", "changed", *(["original_only"] if self.is_named else []))
+        return [task for task in self.tasks if task.status in missed]
 
 
 def encode(context: Context, request: EncodeRequest) -> EncodeReport:
     """Encode tasks one after the other; each new code is recorded at once."""
-    report = EncodeReport()
+    report = EncodeReport(is_named=bool(request.names))
     with context.open() as store, reporting(report):
         tasks = select_tasks(store, request.names, request.base_model)
         encoder = Encoder(store, request, Models(store, resolve_device(request.device), context.cache))
@@ -172,7 +179,7 @@ class Encoder:
         if turn.final.is_evicted:
             return turn.unchanged("evicted")
         if turn.final.original_only is not None:
-            return turn.unchanged("unmeasured", turn.final.original_only)
+            return turn.unchanged("original_only", turn.final.original_only)
         if not self._request.again and (known := self._known(turn)) is not None:
             return known
         try:

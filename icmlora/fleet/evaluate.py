@@ -109,8 +109,11 @@ def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
     Raises:
         BaseModelNotFound: None of the base models is on this machine.
     """
+    # A typing error is told before a model is loaded.
+    if unknown := sorted(set(request.sources).difference(SOURCES)):
+        raise DataError(f"{unknown[0]!r} is not a source", hint=f"the sources are {', '.join(SOURCES)}")
     for name in request.baselines:
-        baseline_named(name)  # a typing error is told before a model is loaded
+        baseline_named(name)
     device, given = resolve_device(request.device), _given_data(request.data)
     report = EvaluateReport()
     with context.open() as store, reporting(report):

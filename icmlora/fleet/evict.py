@@ -40,7 +40,7 @@ from registry.records import (
 if TYPE_CHECKING:
     from registry.store import Store
 
-EvictStatus = Literal["evicted", "would_evict", "kept", "pinned", "known", "removed"]
+EvictStatus = Literal["evicted", "would_evict", "kept", "original_only", "pinned", "known", "removed"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class TaskEvicted(WithRelativeError, Event):
     """One task is done."""
 
     task: str
-    # `evicted`; `would_evict` in a dry run; `kept` (see `reason`); `pinned`; `known` (nothing was left to evict);
-    # `removed` (by another process, meanwhile).
+    # `evicted`; `would_evict` in a dry run; `kept` (see `reason`); `original_only` (there can be no code, see
+    # `reason`); `pinned`; `known` (nothing was left to evict); `removed` (by another process, meanwhile).
     status: EvictStatus
     adapters: int = 0
     freed: int = 0  # their bytes on disk; a file that another task needs frees nothing
@@ -78,7 +78,8 @@ class EvictReport:
 
     tasks: list[TaskEvicted] = field(default_factory=list)
     left: int = 0  # bytes of files that an interrupted eviction had left
-    # Whether an original was kept that was meant to go: it misses a limit, or its task is pinned and named.
+    # Whether an original was kept that was meant to go: it misses a limit, or its task is named, and pinned or
+    # original only.
     partly: bool = False
 
     @property
@@ -90,6 +91,11 @@ class EvictReport:
     def kept(self) -> list[TaskEvicted]:
         """The tasks that miss a limit."""
         return [task for task in self.tasks if task.status == "kept"]
+
+    @property
+    def original_only(self) -> list[TaskEvicted]:
+        """The tasks of which there can be no code."""
+        return [task for task in self.tasks if task.status == "original_only"]
 
     @property
     def freed(self) -> int:
@@ -113,7 +119,8 @@ def evict(context: Context, request: EvictRequest) -> EvictReport:
                 for task in of_base:
                     done = work.evict(task.name)
                     report.tasks.append(done)
-                    report.partly |= done.status == "kept" or (done.status == "pinned" and bool(request.names))
+                    meant = done.status in ("pinned", "original_only") and bool(request.names)
+                    report.partly |= done.status == "kept" or meant
                     context.on_event(done)
                     context.progress(len(report.tasks), len(tasks), task.name)
     return report
@@ -150,9 +157,9 @@ class Evictor:
         if task.pinned or not wanted:
             return self._untouched(task, code, generator)
         if adapters[-1].original_only is not None:
-            return TaskEvicted(task.name, "kept", reason=f"there can be no code of it: {adapters[-1].original_only}")
+            return TaskEvicted(task.name, "original_only", reason=adapters[-1].original_only)
         if not chosen:
-            return TaskEvicted(task.name, "kept", reason=f"there can be no code of it: {wanted[0].original_only}")
+            return TaskEvicted(task.name, "original_only", reason=wanted[0].original_only)
         if code is None or generator is None:
             return TaskEvicted(task.name, "kept", reason="it has no code; `icm train --update` makes one")
         try:

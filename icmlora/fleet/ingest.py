@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, UnsafeInput
+from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, Cancelled, UnsafeInput
 from icmlora.fleet.base_joins import BaseJoined, KnownBases
 from icmlora.fleet.context import Context, Event, Progress, locate_base, reporting
 from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
@@ -100,7 +100,7 @@ class IngestReport:
     # Files next to adapters that belong to neither an adapter nor its trainer: name -> how many there are.
     not_kept: Mapping[str, int] = field(default_factory=dict)
     without_vectors: list[str] = field(default_factory=list)
-    # Those of `without_vectors` whose base model is on this machine.
+    # Tasks without vectors whose base model is on this machine, be it one that icm cannot run.
     extractable: list[str] = field(default_factory=list)
 
     @property
@@ -413,19 +413,25 @@ def _lora_size(row: NewAdapter) -> int:
 
 
 def _note_missing_vectors(store: Store | None, report: IngestReport) -> None:
-    """Note which of the ingested tasks lack vectors, and for which of them the base model is on this machine."""
+    """Note which of the ingested tasks lack vectors but could have some, and whose base model is on this machine."""
     if store is None:
         return
-    names = {task.task for task in report.ingested}
-    report.without_vectors = [name for name in store.tasks.without_vectors() if name in names]
-    base_models = {name: store.tasks.get(name).base_model for name in report.without_vectors}
-    local = {label for label in set(base_models.values()) if _is_local(store, label)}
-    report.extractable = [name for name in report.without_vectors if base_models[name] in local]
+    names = {task.task for task in report.ingested if task.original_only is None}
+    base_models = {name: store.tasks.get(name).base_model for name in store.tasks.without_vectors() if name in names}
+    can_run = {label: _can_run(store, label) for label in set(base_models.values())}
+    report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]
+    # Those of a base model that cannot be run are tried too: that says why.
+    report.extractable = [name for name, label in base_models.items() if can_run[label] is not None]
 
 
-def _is_local(store: Store, label: str) -> bool:
+def _can_run(store: Store, label: str) -> bool | None:
+    """Say whether icm can run a base model; None if it is not on this machine."""
+    from icmlora.base_models.catalogue import modality_of
+
     try:
-        locate_base(store, label)
+        modality_of(locate_base(store, label))
     except BaseModelNotFound:
+        return None
+    except BaseModelUnsuited:
         return False
     return True

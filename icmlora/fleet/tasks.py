@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model
 from registry.errors import DamagedStore
-from registry.filters import Selection, parse_filter, parse_sort
+from registry.filters import FIELDS, Field, Selection, parse_filter, parse_sort
 from registry.records import (
     AdapterRecord,
     CodeRecord,
@@ -74,6 +74,11 @@ class ListRequest:
             raise DataError(f"a limit of {self.limit} tasks lists nothing", hint="give 1 or more")
         sort = None if self.sort is None else parse_sort(self.sort)
         return Selection(self.base_model, tuple(map(parse_filter, self.filters)), sort, self.limit)
+
+
+def filter_fields() -> Collection[Field]:
+    """Return the fields by which tasks can be filtered and sorted."""
+    return FIELDS.values()
 
 
 def list_tasks(context: Context, request: ListRequest) -> list[TaskSummary]:

@@ -44,6 +44,11 @@ _CANNOT_RUN = {
 }
 
 
+_MEASURE = (
+    "it is kept and written back all the same; write it with `icm materialize` and measure it where it was trained"
+)
+
+
 def read_runnable(config: bytes, weights: bytes, *, path: str | Path | None = None) -> RunnableAdapter:
     """Read an adapter, and sort its extras by what they do.
 
@@ -53,7 +58,7 @@ def read_runnable(config: bytes, weights: bytes, *, path: str | Path | None = No
     fields = parse_object(config, what="adapter_config.json", max_bytes=len(config))
     for field, what in _CANNOT_RUN.items():
         if fields.get(field):
-            raise AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", path=path)
+            raise AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", path=path, hint=_MEASURE)
     loaded, parsed = read_adapter(config, weights, path=path), AdapterConfig.parse(config)
     values: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[Sequence[int], torch.Tensor]] = {}

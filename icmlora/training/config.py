@@ -39,7 +39,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse options that describe no run."""
         shares = (self.warmup, self.view_dropout, self.final_share)
-        if self.steps < 1 or self.learning_rate <= 0 or any(not 0 <= share <= 1 for share in shares):
+        if self.steps < 1:
+            raise GeneratorError(f"a training needs at least 1 step, not {self.steps}")
+        if self.learning_rate <= 0 or any(not 0 <= share <= 1 for share in shares):
             raise GeneratorError("the training options are out of range")
 
     @classmethod
@@ -58,7 +60,7 @@ class TrainConfig:
         default_steps = max(200, 20 * tasks) if small else steps_for(adapters, parameters)
         default_rate = 8e-3 if small else cls.learning_rate
         return cls(
-            steps=steps or default_steps,
+            steps=default_steps if steps is None else steps,
             learning_rate=default_rate if learning_rate is None else learning_rate,
             seed=seed,
         )

@@ -74,6 +74,7 @@ def test_ls_json_has_bytes_and_counts(icm: Icm, stored: Path) -> None:
         "vectors_count": 0,
         "code_size": None,
         "residual_size": None,
+        "retained_gain": None,
         "relative_error": None,
         "squared_error": None,
     }

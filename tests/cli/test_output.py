@@ -12,6 +12,7 @@ from icm_cli.output import Column, Mode, Output
 from icm_cli.progress import PlainProgress, RichProgress, SilentProgress
 
 COLUMNS = [Column("task", shrink=True), Column("size", right=True)]
+SPARE = [Column("task", shrink=True), Column("vectors", spare=1), Column("checkpoints", spare=2)]
 
 
 class Terminal(io.StringIO):
@@ -61,6 +62,20 @@ def test_the_widest_column_gives_way_first(monkeypatch: pytest.MonkeyPatch) -> N
     assert line.startswith("shakespeare  block")
     assert line.endswith("block.199  17 B")
     assert len(line) == 40
+
+
+@pytest.mark.parametrize(
+    ("columns", "headings"), [(80, "TASK VECTORS CHECKPOINTS"), (24, "TASK VECTORS"), (16, "TASK")]
+)
+def test_columns_that_do_not_fit_are_left_out_and_no_heading_is_cut(
+    monkeypatch: pytest.MonkeyPatch, columns: int, headings: str
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    Output().table(SPARE, [["a-rather-long-task-name", "8", "2"]])
+    assert terminal.getvalue().splitlines()[0].split() == headings.split()
 
 
 def test_a_pipe_gets_full_values_however_narrow(

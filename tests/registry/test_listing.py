@@ -124,6 +124,15 @@ def test_a_filter_lists_the_tasks_that_pass(fleet: Store, text: str, passing: li
     assert names(fleet, text) == passing
 
 
+@pytest.mark.parametrize(
+    ("text", "passing"),
+    [("base~MIRROR", ["sql"]), ("base=some/mirror", ["sql"]), ("base!=some/mirror", ["HTML", "rust", "Verse"])],
+)
+def test_a_base_model_is_found_under_its_other_names_too(fleet: Store, text: str, passing: list[str]) -> None:
+    fleet.base_models.join("Acme/Llama-3", ["some/Mirror"])
+    assert names(fleet, text) == passing
+
+
 def test_all_filters_must_hold(fleet: Store) -> None:
     assert names(fleet, "rank>=8", "tag=prod", "status!=evicted") == ["rust"]
 

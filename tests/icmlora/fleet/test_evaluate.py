@@ -85,6 +85,11 @@ def test_given_text_measures_tasks_without_text_of_their_own(fleet: Fleet, text:
     assert {row.rung for row in fleet.show("silent").evaluations} == {"base", "original", "code"}
 
 
+def test_a_source_that_does_not_exist_is_named(learned: Fleet) -> None:
+    with pytest.raises(DataError, match="'bogus' is not a source"):
+        learned.evaluate(sources=["bogus"], device="cpu")  # type: ignore[list-item]
+
+
 def test_results_on_other_text_do_not_replace_those_on_the_own_text(learned: Fleet, text: Path) -> None:
     learned.evaluate(["apples"], sources=["code"], device="cpu")
     gain = learned.stats().fleets[0].tasks[0].retained_gain

@@ -67,3 +67,8 @@ def test_steps_that_were_asked_for_leave_everything_else_at_its_usual_value(task
 
 def test_a_learning_rate_that_was_asked_for_changes_no_steps() -> None:
     assert TrainConfig.default(10, 10, learning_rate=1e-3) == TrainConfig(steps=200, learning_rate=1e-3)
+
+
+def test_a_training_without_steps_is_refused_and_not_the_default() -> None:
+    with pytest.raises(GeneratorError, match="at least 1 step, not 0"):
+        TrainConfig.default(4, 4, steps=0)
