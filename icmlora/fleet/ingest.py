@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, Cancelled, UnsafeInput
 from icmlora.fleet.base_joins import BaseJoined, KnownBases
 from icmlora.fleet.context import Context, Event, Progress, locate_base, reporting
+from icmlora.fleet.ingest_extras import ExtrasKeeper
 from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
 from icmlora.formats.discovery import Discovery, FoundTask, find_tasks, name_tasks
 from icmlora.formats.naming import NameTemplate
-from icmlora.formats.pickled import converted
+from icmlora.formats.pickled import PickleReader, converted
 from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
 from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
@@ -152,7 +153,8 @@ def _ingest(
             report.joined = target.bases.joined
             tasks = _named(found.tasks, request, target.origins)
             try:
-                _ingest_batches(context, tasks, request, target, report, problems)
+                with PickleReader() as reader:
+                    _ingest_batches(context, tasks, request, target, reader, report, problems)
             except Cancelled:
                 _note_missing_vectors(target.store, report)
                 raise
@@ -246,6 +248,7 @@ class _Target:
     store: Store | None  # where blobs are stored; None in a dry run
     record: _Record
     bases: KnownBases
+    extras: ExtrasKeeper
     origins: Sequence[TaskOrigin] = ()
     evicted: Sequence[EvictedAdapter] = ()
 
@@ -256,7 +259,8 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
     if not request.dry_run:
         with context.open(create=True) as store:
             evicted = () if request.restore else store.originals.evicted()
-            yield _Target(store, store.tasks.ingest, KnownBases(context, store), store.tasks.origins(), evicted)
+            bases, extras = KnownBases(context, store), ExtrasKeeper(store, store)
+            yield _Target(store, store.tasks.ingest, bases, extras, store.tasks.origins(), evicted)
         return
     try:
         present = context.open(read_only=True)
@@ -266,11 +270,11 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
         from registry.ingest import plan_tasks
 
         check_place(context.path)
-        yield _Target(None, partial(plan_tasks, None), KnownBases(context, None))
+        yield _Target(None, partial(plan_tasks, None), KnownBases(context, None), ExtrasKeeper(None, None))
         return
     with present:
-        bases = KnownBases(context, present, dry_run=True)
-        yield _Target(None, present.tasks.plan_ingest, bases, present.tasks.origins())
+        bases, extras = KnownBases(context, present, dry_run=True), ExtrasKeeper(present, None)
+        yield _Target(None, present.tasks.plan_ingest, bases, extras, present.tasks.origins())
 
 
 # Put and record
@@ -281,6 +285,7 @@ def _ingest_batches(
     tasks: Sequence[FoundTask],
     request: IngestRequest,
     target: _Target,
+    reader: PickleReader,
     report: IngestReport,
     problems: _Problems,
 ) -> None:
@@ -288,14 +293,14 @@ def _ingest_batches(
     done = 0
     context.progress(done, total)
     for batch in batches(tasks):
-        with converted(batch) as (readable, refused):
-            prepared = prepare(readable, target.store, target.evicted, refused)
+        with converted(batch, reader) as (readable, refused):
+            prepared = prepare(readable, target.store, target.extras, target.evicted, refused)
             prepared = _with_bases(prepared, request.base_model, target.bases)
             try:
                 outcomes = _record(prepared, request, target.record)
             except MissingBlob:
                 # Weights were not stored because they were evicted, but their task now needs them: store everything.
-                prepared = prepare(readable, target.store, refused=refused)
+                prepared = prepare(readable, target.store, target.extras, refused=refused)
                 prepared = _with_bases(prepared, request.base_model, target.bases)
                 outcomes = _record(prepared, request, target.record)
         for task, outcome in zip(_good(prepared), outcomes, strict=True):

@@ -21,11 +21,11 @@ from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples import MAX_BYTES
 from icmlora.base_models.labels import full_label
 from icmlora.errors import DataError, IcmLoraError, located
+from icmlora.fleet.ingest_extras import ExtrasKeeper
 from icmlora.formats.discovery import FoundAdapter, FoundTask
-from icmlora.formats.extras import pack, pack_tensors
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import raw_tensors, read_tensor_file
+from icmlora.io.safetensors import read_tensor_file
 from registry.blobs.content import PutRefusal, digest_of
 from registry.errors import SourceRefused
 from registry.files import read_plain
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 _CONFIG_LIMIT = 1 << 20
 _CARD_LIMIT = 4 << 20
-_COMPANION_LIMIT = 128 << 20
 _AGAIN = "correct the file and ingest it again, or use --no-texts"
 # An interrupted ingest reads at most one batch again: 256 MiB, or 256 adapters.
 _BATCH_BYTES = 256 << 20
@@ -133,6 +132,7 @@ def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
 def prepare(
     tasks: Sequence[FoundTask],
     store: Store | None,
+    extras: ExtrasKeeper,
     evicted: Sequence[EvictedAdapter] = (),
     refused: Mapping[Path, IcmLoraError] = MappingProxyType({}),
 ) -> list[PreparedTask | Problem]:
@@ -164,7 +164,9 @@ def prepare(
         contents |= {initial[path] for path in back if path in initial}
         outcomes = _check_and_store(checks, sorted(contents), store, withheld)
     outcomes |= {path: _too_large(path) for path in texts - checks.keys()} | dict(refused)
-    return [_prepared(task, small, outcomes, store) for task in tasks]
+    prepared = [_prepared(task, small, outcomes, extras) for task in tasks]
+    extras.flush()
+    return prepared
 
 
 def _read_small(found: FoundAdapter, initial: dict[Path, bytes]) -> _Small | IcmLoraError:
@@ -262,7 +264,7 @@ def _check_only(checks: _Checks) -> _Outcomes:
 
 
 def _prepared(
-    task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes, store: Store | None
+    task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes, keeper: ExtrasKeeper
 ) -> PreparedTask | Problem:
     """Combine what was read of one task; refuse the task if its final adapter was refused."""
     rows: list[NewAdapter] = []
@@ -280,7 +282,7 @@ def _prepared(
                 if found.is_final:
                     base_model = full_label(summary.base_model, summary.revision, found.place, task.folder)
                     try:
-                        extras = _extras(found, checked.digest, summary, store)
+                        extras = keeper.keep(task.name, found, digest_of(files.config), checked.digest, summary)
                     except (IcmLoraError, SourceRefused) as error:
                         return Problem(error, found.place)
                 rows.append(_row(found, files, checked.digest, summary, extras))
@@ -319,22 +321,6 @@ def _text(path: Path | None, outcomes: _Outcomes, problems: list[Problem]) -> tu
         case Exception() as error:
             problems.append(Problem(error, path))
     return None, None
-
-
-def _extras(found: FoundAdapter, weights: str, summary: AdapterSummary, store: Store | None) -> tuple[Extra, ...]:
-    """Pack and store the tensors and the files that a code cannot represent; in a dry run only read the files."""
-    packed: list[tuple[str | None, bytes, int]] = []
-    for name, path in sorted(found.companions.items()):
-        data = read_regular(path, max_bytes=_COMPANION_LIMIT)
-        packed.append((name, pack(data), len(data)))
-    # Evicted weights that stay evicted are not in the store; the row of their adapter has its extras already.
-    if store is not None and summary.extras and store.blobs.exists(weights):
-        tensors = raw_tensors(store.blobs.read(weights), summary.extras)
-        packed.extend((None, blob, size) for blob, size in pack_tensors(tensors))
-    return tuple(
-        Extra(digest_of(blob) if store is None else store.blobs.put(blob), name, size, len(blob))
-        for name, blob, size in packed
-    )
 
 
 def _row(

@@ -25,17 +25,15 @@ _LEVEL = 9  # higher levels take several times longer for less than a per cent
 MAX_BYTES = 8 * 1024**3
 
 
-def pack_tensors(tensors: Mapping[str, RawTensor]) -> Iterator[tuple[bytes, int]]:
-    """Yield packed blobs that together hold all tensors, each with its length before packing."""
+def tensor_files(tensors: Mapping[str, RawTensor]) -> Iterator[tuple[bytes, int]]:
+    """Yield safetensors files that together hold all tensors, each with the width of its numbers, to be packed."""
     small: defaultdict[int, dict[str, RawTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if len(tensor.data) < _ALONE:
             small[ITEM_BYTES[tensor.dtype]][name] = tensor
     large = ({name: tensor} for name, tensor in tensors.items() if len(tensor.data) >= _ALONE)
     for group in (*large, *small.values()):
-        width = max(ITEM_BYTES[tensor.dtype] for tensor in group.values())
-        data = encode(group, {})
-        yield pack(data, width), len(data)
+        yield encode(group, {}), max(ITEM_BYTES[tensor.dtype] for tensor in group.values())
 
 
 def unpack_tensors(blobs: Iterable[bytes]) -> dict[str, RawTensor]:

@@ -1,8 +1,8 @@
-"""Read a pickle of tensors in a process of its own, and write its tensors as safetensors.
+"""Read pickles of tensors, each in a process of its own, and write their tensors as safetensors.
 
-Run as a script by `pickled.py`, with the pickle as standard input and the new file as standard output. It imports
-nothing of icm. Its exit status says how it went; what goes to standard error is never shown, because a pickle can
-choose the words.
+Run as a script by `pickled.py`, which sends it two open files at a time: a pickle and the new file. It imports torch
+once, reads nothing itself, and forks for each pickle a process that limits itself first. It imports nothing of icm. The
+exit status of that process says how it went; what it prints is never shown, because a pickle can choose the words.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import json
 import math
 import os
 import resource
+import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 BROKEN, NOT_TENSORS, TOO_LARGE, NO_MEMORY = 10, 11, 12, 13
+
+_LONGEST_ORDER = 1 << 16  # bytes
 
 # Names and widths as in icmlora.io.safetensors.
 _TYPES = {
@@ -26,22 +29,47 @@ _TYPES = {
 }
 
 
-def main(metadata: str, memory: int, seconds: int, paths: str) -> int:
-    """Convert standard input to standard output; return the exit status."""
+def serve(channel: int, paths: str) -> None:
+    """Convert what comes through a socket until its other end is closed."""
     # Started with -I, which leaves out where packages may be if they are not in the interpreter's own folder.
     sys.path.extend(path for path in paths.split(os.pathsep) if path not in sys.path)
     import torch
 
     torch.set_num_threads(1)
-    limit(memory, seconds)
+    with socket.socket(fileno=channel) as line:
+        while True:
+            order, files, _, _ = socket.recv_fds(line, _LONGEST_ORDER, 2)
+            if not order:
+                return
+            forked = os.fork()
+            if forked == 0:
+                line.close()
+                _convert_and_exit(json.loads(order), files, torch)
+            for file in files:
+                os.close(file)
+            line.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]))
+
+
+def _convert_and_exit(order: dict[str, Any], files: list[int], torch: Any) -> NoReturn:
+    status = BROKEN
     try:
-        found = torch.load(sys.stdin.buffer, weights_only=True, map_location="cpu")
-        tensors = _plain(found, torch)
+        source, target = files
+        limit(order["memory"], order["seconds"])
+        with os.fdopen(source, "rb") as pickle, os.fdopen(target, "wb") as output:
+            status = _convert(pickle, output, order["metadata"], order["memory"], torch)
+    finally:
+        os._exit(status)
+
+
+def _convert(source: BinaryIO, target: BinaryIO, metadata: dict[str, str], memory: int, torch: Any) -> int:
+    """Convert one file; return the exit status."""
+    try:
+        tensors = _plain(torch.load(source, weights_only=True, map_location="cpu"), torch)
         if tensors is None:
             return NOT_TENSORS
         if sum(_size(tensor) for tensor in tensors.values()) > memory:  # views can be larger than their storage
             return TOO_LARGE
-        _write(tensors, json.loads(metadata), torch)
+        _write(target, tensors, metadata, torch)
     except MemoryError:
         return NO_MEMORY
     except Exception as error:  # whatever the file makes torch raise
@@ -90,7 +118,7 @@ def _size(tensor: Any) -> int:
     return int(tensor.numel()) * _TYPES[_type(tensor)][1]
 
 
-def _write(tensors: dict[str, Any], metadata: dict[str, str], torch: Any) -> None:
+def _write(target: BinaryIO, tensors: dict[str, Any], metadata: dict[str, str], torch: Any) -> None:
     """Write one tensor after the other, as `icmlora.io.safetensors.encode` orders them."""
     header: dict[str, Any] = {"__metadata__": metadata}
     order = sorted(tensors, key=lambda name: (-_TYPES[_type(tensors[name])][1], name))
@@ -102,12 +130,12 @@ def _write(tensors: dict[str, Any], metadata: dict[str, str], torch: Any) -> Non
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    sys.stdout.buffer.write(len(text).to_bytes(8, "little") + text)
+    target.write(len(text).to_bytes(8, "little") + text)
     for name in order:
         data = tensors[name].contiguous().reshape(-1).view(torch.uint8)
-        sys.stdout.buffer.write(memoryview(data.numpy()))
-    sys.stdout.buffer.flush()
+        target.write(memoryview(data.numpy()))
+    target.flush()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
+    serve(int(sys.argv[1]), sys.argv[2])

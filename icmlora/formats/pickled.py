@@ -1,6 +1,6 @@
 """Adapters whose weights are a pickle (`adapter_model.bin`), read only where the user asks for it.
 
-`torch.load(weights_only=True)` reads them in a process of its own (`pickle_child.py`) with limits of memory and time.
+`torch.load(weights_only=True)` reads each in a process of its own (`pickle_child.py`) with limits of memory and time.
 That process is given two open files and no path, and what it writes is checked like any file from outside.
 """
 
@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from icmlora.errors import AdapterRefused, UnsafeInput, located
 from icmlora.formats import pickle_child
 from icmlora.formats.discovery import FoundAdapter, FoundTask
-from icmlora.io.child import run_child
+from icmlora.io.child import Forker
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.safetensors import MAX_FILE_BYTES
 
@@ -38,9 +40,44 @@ class PickleLimits:
     wall_seconds: int = 120  # in addition, for a slow start of the process
 
 
+class PickleReader:
+    """Converts pickles to safetensors, each in a process of its own; all of them are forked from one.
+
+    Args:
+        limits: What each may take.
+    """
+
+    def __init__(self, limits: PickleLimits = PickleLimits()) -> None:
+        self._limits = limits
+        self._forker = Forker(pickle_child.__file__)
+
+    def __enter__(self) -> Self:
+        """Start nothing yet: most adapters are no pickles."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End the process that the others are forked from."""
+        self._forker.__exit__(kind, error, at)
+
+    def convert(self, source: Path, target: Path, name: str) -> None:
+        """Write the tensors of a pickle as safetensors; its name and its digest go into the header."""
+        with located(source), open_regular(source, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
+            if read_exactly(descriptor, min(size, 8), 0) == b"version ":
+                raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
+            metadata = {"converted_from": name, "converted_from_sha256": _sha256(descriptor, size), "format": "pt"}
+            memory = self._limits.memory + self._limits.memory_per_byte * size
+            seconds = self._limits.seconds + self._limits.seconds_per_gigabyte * size // 10**9
+            order = json.dumps({"metadata": metadata, "memory": memory, "seconds": seconds})
+            wall = self._limits.wall_seconds + 2 * seconds
+            with target.open("wb") as output:
+                status = self._forker.run(order, descriptor, output.fileno(), wall_seconds=wall)
+            if status != 0:
+                raise _refusal(status, memory, seconds)
+
+
 @contextmanager
 def converted(
-    tasks: Sequence[FoundTask], limits: PickleLimits = PickleLimits()
+    tasks: Sequence[FoundTask], reader: PickleReader
 ) -> Iterator[tuple[list[FoundTask], Mapping[Path, AdapterRefused]]]:
     """Yield the tasks with safetensors in place of their pickles, and why a pickle was not read, by its path."""
     refused: dict[Path, AdapterRefused] = {}
@@ -57,7 +94,7 @@ def converted(
             if found.weights not in done:
                 target = folder / f"{len(done)}.safetensors"
                 try:
-                    convert_pickle(found.weights, target, found.pickle, limits)
+                    reader.convert(found.weights, target, found.pickle)
                 except AdapterRefused as error:
                     refused[found.weights] = error
                     return found
@@ -65,26 +102,6 @@ def converted(
             return replace(found, weights=done[found.weights])
 
         yield [replace(task, adapters=tuple(map(convert, task.adapters))) for task in tasks], refused
-
-
-def convert_pickle(source: Path, target: Path, name: str, limits: PickleLimits = PickleLimits()) -> None:
-    """Write the tensors of a pickle as safetensors; its digest goes into the header."""
-    with located(source), open_regular(source, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
-        if read_exactly(descriptor, min(size, 8), 0) == b"version ":
-            raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
-        metadata = {"converted_from": name, "converted_from_sha256": _sha256(descriptor, size), "format": "pt"}
-        memory = limits.memory + limits.memory_per_byte * size
-        seconds = limits.seconds + limits.seconds_per_gigabyte * size // 10**9
-        with target.open("wb") as output:
-            status = run_child(
-                pickle_child.__file__,
-                [json.dumps(metadata), str(memory), str(seconds)],
-                descriptor,
-                output.fileno(),
-                wall_seconds=limits.wall_seconds + 2 * seconds,
-            )
-        if status != 0:
-            raise _refusal(status, memory, seconds)
 
 
 def _refusal(status: int | None, memory: int, seconds: int) -> AdapterRefused:

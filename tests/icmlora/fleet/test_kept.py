@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -245,6 +246,22 @@ def test_the_same_adapters_again_change_nothing(fleet: Fleet, kept: Path) -> Non
     assert (report.new, report.known) == (0, 4)
     with Store.open(fleet.path) as store:
         assert sorted(blob.digest for blob in store.blobs.all()) == before
+
+
+def test_the_files_next_to_a_known_adapter_are_not_read_again(fleet: Fleet, kept: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(kept, tmp_path / "kept")
+    os.truncate(again / "headed" / "tokenizer.json", 1 << 30)  # too large to be taken, if it were new
+    report = fleet.ingest([again])
+    assert (report.new, report.known, report.problems) == (0, 4, [])
+
+
+def test_an_extra_that_the_store_lost_comes_back_with_the_same_adapter(fleet: Fleet, kept: Path) -> None:
+    lost = [blob_of(fleet, extra.blob) for extra in row_of(fleet, "headed").final.extras]
+    before = [path.read_bytes() for path in lost]
+    for path in lost:
+        path.unlink()
+    fleet.ingest([kept])
+    assert [path.read_bytes() for path in lost] == before
 
 
 def test_a_dry_run_reads_extras_and_stores_nothing(kept: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats import pickle_child
 from icmlora.formats.discovery import find_tasks
-from icmlora.formats.pickled import PickleLimits, convert_pickle
+from icmlora.formats.pickled import PickleLimits, PickleReader
 from icmlora.io.safetensors import RawTensor, encode, read_header
 from tests.icmlora.adapter_files import config, factors, write_adapter
 
@@ -27,7 +27,8 @@ FEW = PickleLimits(memory=64 << 20, seconds=1)
 
 def converted(source: Path, limits: PickleLimits = FEW) -> dict[str, torch.Tensor]:
     target = source.parent / "converted.safetensors"
-    convert_pickle(source, target, source.name, limits)
+    with PickleReader(limits) as reader:
+        reader.convert(source, target, source.name)
     read_header(target.read_bytes())
     return load_file(target)
 
@@ -68,7 +69,8 @@ def test_tensors_come_through_exactly(tmp_path: Path, zipped: bool) -> None:
 
 def test_the_bytes_are_those_that_icm_would_write_and_the_header_says_what_it_was_made_from(tmp_path: Path) -> None:
     source = saved(tmp_path, {"b": torch.ones(2), "a": torch.zeros(3, dtype=torch.int64)})
-    convert_pickle(source, tmp_path / "out", "adapter_model.bin")
+    with PickleReader() as reader:
+        reader.convert(source, tmp_path / "out", "adapter_model.bin")
     tensors = {"a": RawTensor("I64", (3,), bytes(24)), "b": RawTensor("F32", (2,), struct.pack("<2f", 1, 1))}
     facts = {"converted_from": "adapter_model.bin", "converted_from_sha256": digest(source), "format": "pt"}
     assert (tmp_path / "out").read_bytes() == encode(tensors, facts)
@@ -130,11 +132,8 @@ def test_a_git_lfs_pointer_is_called_so(tmp_path: Path) -> None:
 
 
 def test_a_pickle_that_never_ends_is_stopped(tmp_path: Path) -> None:
-    # A dictionary whose key is a tuple of tuples of tuples: hashing it takes 2^60 steps.
-    doubled = b"".join(b"q%ch%c\x86" % (number, number) for number in range(60))
-    source = torch_zip(tmp_path, b"\x80\x02})" + doubled + b"K\x01s.")
     with pytest.raises(UnsafeInput, match="more than 1 s") as refused:
-        converted(source)
+        converted(never_ending(tmp_path))
     assert refused.value.kind == "limits"
 
 
@@ -163,6 +162,12 @@ def test_a_view_far_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
         converted(saved(tmp_path, {"a": torch.ones(1).expand(1 << 40)}))
 
 
+def never_ending(folder: Path) -> Path:
+    """Write a pickle of a dictionary whose key is a tuple of tuples of tuples: hashing it takes 2^60 steps."""
+    doubled = b"".join(b"q%ch%c\x86" % (number, number) for number in range(60))
+    return torch_zip(folder, b"\x80\x02})" + doubled + b"K\x01s.")
+
+
 def torch_zip(folder: Path, data: bytes) -> Path:
     """Write a PyTorch file with this pickle in it."""
     path = folder / "adapter_model.bin"
@@ -171,6 +176,29 @@ def torch_zip(folder: Path, data: bytes) -> Path:
         for name in plain.namelist():
             changed.writestr(name, data if name.endswith("data.pkl") else plain.read(name))
     return path
+
+
+# Many of them
+
+
+def test_a_pickle_that_is_stopped_does_not_take_the_next_one_with_it(tmp_path: Path) -> None:
+    (tmp_path / "good").mkdir()
+    endless, good = never_ending(tmp_path), saved(tmp_path / "good", factors())
+    with PickleReader(FEW) as reader:
+        with pytest.raises(UnsafeInput, match="more than 1 s"):
+            reader.convert(endless, tmp_path / "out", "adapter_model.bin")
+        reader.convert(good, tmp_path / "out", "adapter_model.bin")
+    assert load_file(tmp_path / "out").keys() == factors().keys()
+
+
+def test_after_a_hanging_process_was_ended_the_next_pickle_is_read(tmp_path: Path) -> None:
+    source = saved(tmp_path, factors())
+    with PickleReader(PickleLimits(wall_seconds=0, seconds=0)) as reader:
+        with pytest.raises(UnsafeInput, match="takes more than 0 s"):
+            reader.convert(source, tmp_path / "out", "adapter_model.bin")
+        reader._limits = FEW
+        reader.convert(source, tmp_path / "out", "adapter_model.bin")
+    assert load_file(tmp_path / "out").keys() == factors().keys()
 
 
 # Finding them
