@@ -75,7 +75,7 @@ class ExtrasKeeper:
     def _recorded(self) -> dict[tuple[str, str, str], tuple[Extra, ...]]:
         """The extras of all final adapters in the store, by task, configuration and weights."""
         rows = [] if self._known is None else self._known.tasks.summaries()
-        return {(row.task.name.lower(), row.final.config, row.final.weights): row.final.extras for row in rows}
+        return {(row.task.name.lower(), row.final.config, row.final.weights): tuple(row.final.extras) for row in rows}
 
     def _are_there(self, extras: tuple[Extra, ...]) -> bool:
         """Say whether the store has these extras; if it lost one, the same ingest gives it back."""
