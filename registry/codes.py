@@ -18,7 +18,7 @@ from registry.conversion import code_record
 from registry.database import Part
 from registry.errors import GeneratorConflict, LastCopy
 from registry.evaluations import record_evaluation
-from registry.rows import RowWriter, final_if_unchanged, final_under_any_name
+from registry.rows import RowWriter, final_if_unchanged, final_under_any_name, in_parts
 
 CodeFiles = tuple[int, int | None]
 """The rows of the blobs of a code and of its residual."""
@@ -143,6 +143,8 @@ def code_rows(
 ) -> Iterator[models.Code]:
     """Make the rows of codes, without those whose task is gone or has another adapter by now."""
     writer.session.flush()  # so that the generator has its number
+    adapter_ids = [new.adapter.id for new in codes]
+    in_session = [row for ids in in_parts(adapter_ids) for row in _adapters(writer.session, ids)]
     for new in codes:
         adapter = final_under_any_name(writer.session, new.adapter)
         if adapter is not None:
@@ -155,6 +157,12 @@ def code_rows(
                 squared_error=new.squared_error,
                 **limit_columns(new.asked),
             )
+    # A session forgets rows that nobody holds, and then asks for them one by one.
+    in_session.clear()
+
+
+def _adapters(session: Session, ids: Sequence[int]) -> Sequence[models.Adapter]:
+    return session.scalars(select(models.Adapter).where(models.Adapter.id.in_(ids))).all()
 
 
 def limit_columns(asked: records.Asked | None) -> dict[str, float | None]:

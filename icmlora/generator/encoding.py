@@ -92,6 +92,8 @@ class _Original:
     def compare(self, codec: Decoder, decoded: Adapter, data: bytes) -> Encoded:
         """Measure how far an adapter, decoded from these bytes, is from this one."""
         error = squared_error(self.adapter, decoded)
+        if codec.sensitivity.is_even:
+            return Encoded(data, error, error, decoded)
         other = weighted(decoded, codec.config, codec.sensitivity)
         return Encoded(data, error, squared_error(self.weighted, other), decoded)
 

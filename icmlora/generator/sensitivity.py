@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -37,6 +38,11 @@ class Sensitivity:
     inputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, in)
     outputs: tuple[torch.Tensor, ...]  # per kind, float32, shape (L, out)
     _spreads: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether all weights are 1, so that weighing changes no bit."""
+        return not any(weights.any() for weights in (*self.inputs, *self.outputs))
 
     def to(self, device: torch.device) -> Sensitivity:
         """Move all weights to a device."""

@@ -49,7 +49,9 @@ class KindTokens:
 
 
 def weighted(adapter: Adapter, config: GeneratorConfig, sensitivity: Sensitivity) -> Adapter:
-    """Return an adapter with dW multiplied by the weights of its channels."""
+    """Return an adapter with dW multiplied by the weights of its channels; the same one under even weights."""
+    if sensitivity.is_even:
+        return adapter
     modules = (sensitivity.weigh(module, *config.place_of(module.shape)) for module in adapter.modules)
     return replace(adapter, modules=tuple(modules))
 
