@@ -43,7 +43,7 @@ def test_a_larger_fleet_is_trained_for_longer_within_bounds() -> None:
     assert (steps_for(1), steps_for(300), steps_for(10**6)) == (1_000, 3_000, 20_000)
 
 
-@pytest.mark.parametrize(("parameters", "steps"), [(268_800, 1_000), (1_500_000, 1_500), (10**9, 3_000)])
+@pytest.mark.parametrize(("parameters", "steps"), [(268_800, 500), (1_500_000, 1_500), (10**9, 3_000)])
 def test_small_adapters_are_trained_for_fewer_steps(parameters: int, steps: int) -> None:
     assert steps_for(300, parameters) == steps
     assert TrainConfig.default(300, 300, parameters=parameters).steps == steps
