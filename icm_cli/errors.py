@@ -45,6 +45,7 @@ class ExitCode(IntEnum):
     TOO_LOSSY = 14, "the error is above the limit you set"
     NO_SPACE = 15, "no space left on the device; the store is intact"
     UNSAFE = 16, "unsafe input refused: a pickle, a link out of the folder, or a file over the limits"
+    NOT_RECOGNIZED = 17, "the samples belong to none of the known tasks"
     INTERRUPTED = 130, "interrupted"
     STDOUT_CLOSED = 141, "the reader of stdout closed it"
 
@@ -118,6 +119,7 @@ TABLE: dict[str, ExitCode] = {
     "icmlora.errors.CodeError": ExitCode.DAMAGED,
     "icmlora.errors.UnknownBaseline": ExitCode.USAGE,
     "icmlora.errors.BundleError": ExitCode.DAMAGED,
+    "icmlora.errors.NotRecognized": ExitCode.NOT_RECOGNIZED,
 }
 
 

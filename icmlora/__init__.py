@@ -27,6 +27,7 @@ from icmlora.errors import (
     DeviceUnavailable,
     GeneratorError,
     IcmLoraError,
+    NotRecognized,
     OutputExists,
     UnsafeInput,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "IcmLoraError",
     "LastCopy",
     "LoraModule",
+    "NotRecognized",
     "OutputExists",
     "Progress",
     "RegistryError",

@@ -16,6 +16,7 @@ registry.errors.IcmError     message, path, hint; catch it to catch everything t
     ├── UnknownBaseline      no baseline has that name
     ├── BundleError          a bundle that is damaged, cut short or of another format
     ├── DataError            samples or held-out text that cannot be used
+    ├── NotRecognized        samples that belong to none of the known tasks
     └── Cancelled            the caller asked to stop; what was finished is stored
 """
 
@@ -94,6 +95,10 @@ class UnknownBaseline(IcmLoraError):
 
 class DataError(IcmLoraError):
     """Samples or evaluation text that cannot be parsed or used."""
+
+
+class NotRecognized(IcmLoraError):
+    """The samples belong to none of the known tasks."""
 
 
 class Cancelled(IcmLoraError):

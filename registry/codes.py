@@ -77,7 +77,7 @@ class Codes(Part):
             # A residual corrects the code that it was made for, and no other.
             row.residual, row.residual_squared_error = None, None
             _set_limits(writer, row, new.asked)
-            _replace_evaluations(writer, row, ("code", "residual"), evaluations)
+            _replace_evaluations(writer, row, ("code", "residual", "generate"), evaluations)
             record = code_record(row)
         self._drop(old - {new.blob})
         return record

@@ -84,7 +84,7 @@ def _is_current(
     final = final_if_unchanged(session, of)
     if final is None or new.rung == "original":
         return final is not None
-    if new.rung == "generate":
+    if new.rung in ("generate", "network"):
         return session.get(models.Generator, new.generator_id) is not None
     of_task = models.Code.task_id == final.task_id, models.Code.generator_id == new.generator_id
     row = session.scalar(select(models.Code).where(*of_task))

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
-Rung = Literal["base", "original", "residual", "code", "generate"]
+Rung = Literal["base", "original", "residual", "code", "generate", "network"]
 OnConflict = Literal["skip", "replace", "fail"]
 JoinReason = Literal["told", "fingerprint", "mirror"]
 IngestStatus = Literal["added", "updated", "known", "replaced", "skipped"]

@@ -400,7 +400,8 @@ class Evaluation(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id", ondelete=_GONE_WITH_PARENT))
-    rung: Mapped[str] = mapped_column(Choice("base", "code", "generate", "original", "residual"))
+    # What stood in the third place under the name of `generate` was what the network alone predicts.
+    rung: Mapped[str] = mapped_column(Choice("base", "code", "network", "original", "residual", "generate"))
     generator_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete=_GONE_WITH_PARENT))
     data_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     metric: Mapped[str] = mapped_column(Choice("nll"))

@@ -37,6 +37,7 @@ class SourceName(StrEnum):
     RESIDUAL = "residual"
     CODE = "code"
     GENERATE = "generate"
+    NETWORK = "network"
 
 
 DataOpt = Annotated[
@@ -66,7 +67,7 @@ BaselineOpt = Annotated[
 
 _TOKENS = 256
 _METHOD_COLUMNS = ("bytes per task", "one more task", "of bf16", "relative error", "gain", "worst")
-_SOURCES = ("base", "original", "residual", "code", "generate")
+_SOURCES = ("base", "original", "residual", "code", "generate", "network")
 
 
 @command

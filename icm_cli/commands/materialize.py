@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import UsageProblem
-from icm_cli.options import ForceOpt, FromOpt, SeedOpt, TaskArg
+from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt, FromOpt, SeedOpt, completing
 from icm_cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class SourceName(StrEnum):
     RESIDUAL = "residual"
     CODE = "code"
     GENERATE = "generate"
+    NETWORK = "network"
 
 
 class DtypeName(StrEnum):
@@ -43,7 +44,8 @@ SourceOpt = Annotated[
     typer.Option(
         "--source",
         help="original: the ingested files. residual: the code, corrected by its residual. code: the code alone. "
-        "generate: predicted from the task vectors. auto: the first of original, residual and code that is there.",
+        "generate: the code that the task vectors bring back. network: what the network alone predicts from them. "
+        "auto: the first of original, residual and code that is there.",
     ),
 ]
 DtypeOpt = Annotated[
@@ -75,20 +77,44 @@ ErrorOpt = Annotated[
 ]
 
 
+MaybeTaskArg = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[TASK]",
+        help="Name of a task (see `icm ls`); not with --samples.",
+        autocompletion=completing("task"),
+        show_default=False,
+    ),
+]
+SamplesOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--samples",
+        metavar="FILE",
+        help="Write the adapter of the known task that these samples belong to (see `icm recognize`). Needs the base "
+        "model. Exit with code 17 and write nothing if the task is new.",
+        show_default=False,
+    ),
+]
+
+
 @command
 def materialize(
     session: Session,
-    task: TaskArg,
     output: OutputOpt,
+    task: MaybeTaskArg = None,
+    samples: SamplesOpt = None,
     bundle: FromOpt = None,
     source: SourceOpt = SourceName.AUTO,
     seed: SeedOpt = None,
     dtype: DtypeOpt = None,
     pad_rank: PadOpt = None,
     max_error: ErrorOpt = None,
+    base_model: BaseModelOpt = None,
+    device: DeviceOpt = None,
     force: ForceOpt = False,
 ) -> None:
-    """Write the adapter of TASK as a folder.
+    """Write the adapter of TASK as a folder, or with --samples that of the task they belong to.
 
     A decoded adapter has the form of its original: configuration, names, ranks and number formats. Neither the base
     model nor a GPU is needed. The same command writes the same bytes. With --seed, the adapter is
@@ -102,8 +128,14 @@ def materialize(
         raise UsageProblem(
             "a bundle holds codes only", hint="use --from without --seed, and with --source auto or code"
         )
-    if seed is not None and source not in (SourceName.AUTO, SourceName.GENERATE):
-        raise UsageProblem(f"--seed is for generated adapters, not for --source {source.value}")
+    if seed is not None and source not in (SourceName.AUTO, SourceName.NETWORK):
+        raise UsageProblem(f"--seed is for what the network predicts, not for --source {source.value}")
+    if (task is None) == (samples is None):
+        raise UsageProblem("give the name of a task, or --samples FILE", hint="`icm ls` lists the tasks")
+    if samples is None and (base_model, device) != (None, None):
+        raise UsageProblem("--base-model and --device are for --samples: nothing else reads the base model")
+    if task is None:
+        task = _recognized(session, samples, base_model, bundle, device, output, force)
     if bundle is not None:
         from icmlora.fleet.bundles import Bundle
 
@@ -125,6 +157,27 @@ def materialize(
     _tell(session, done)
 
 
+def _recognized(
+    session: Session,
+    samples: Path | None,
+    base_model: str | None,
+    bundle: Path | None,
+    device: str | None,
+    output: Path,
+    force: bool,
+) -> str:
+    """Return the known task that samples belong to; the folder is checked before a model is loaded."""
+    from icm_cli.commands.recognize import recognized
+    from icmlora.io.staging import check_free
+
+    assert samples is not None
+    check_free(output, force=force)
+    found = recognized(session, samples, base_model, bundle, device)
+    task = found.known_task()
+    session.out.note(f"recognized {task}, probability {found.candidates[0].probability:.2f}")
+    return task
+
+
 def _tell(session: Session, done: MaterializeReport) -> None:
     out = session.out
     out.document(
@@ -137,6 +190,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
             "squared_error": done.squared_error,
             "retained_gain": done.retained_gain,
             "weights": done.weights,
+            "recognized": done.recognized,
         }
     )
     out.answer(str(done.directory))
@@ -145,11 +199,15 @@ def _tell(session: Session, done: MaterializeReport) -> None:
         known = []  # nothing was lost
     figures = "".join(f", {name} {value:.4f}" for name, value in known if value is not None)
     out.note(f"wrote {done.task} from {_FROM[done.source]}{figures}")
+    if done.source == "generate":
+        code = "none of the known tasks, so this is what the network predicts"
+        out.note(f"its vectors bring back {code if done.recognized is None else f'the code of {done.recognized}'}")
 
 
 _FROM = {
     "original": "its original, byte for byte",
     "residual": "its code and residual",
     "code": "its code",
-    "generate": "its task vectors",
+    "generate": "what its task vectors bring back",
+    "network": "its task vectors, as the network predicts it",
 }

@@ -35,7 +35,7 @@ _EVALUATION_COLUMNS = (
 )
 
 
-_RUNGS = ("base", "original", "residual", "code", "generate")
+_RUNGS = ("base", "original", "residual", "code", "generate", "network")
 
 
 @command

@@ -88,6 +88,10 @@ class Fields:
             raise self._wrong(key)
         return value
 
+    def optional_entries(self, key: str) -> list[Any] | None:
+        """Return a list, or None for null."""
+        return None if self._values[key] is None else self.entries(key)
+
     def _wrong(self, key: str) -> BundleError:
         return wrong(self._values[key], f"{self._what}: {key}")
 

@@ -1,6 +1,6 @@
 """One file that holds a generator with the codes of some tasks: made once, carried anywhere, read without a store.
 
-    | "ICMB" 3 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
+    | "ICMB" 4 | length of index (4) | SHA-256 (32) | index: JSON | generator | code | config | card | code | ...
 
 The SHA-256 covers the bytes in front of it and the index, and the index holds the SHA-256 of every part. So every byte
 of the file is covered, and this one digest stands for the whole file. The shape is that of safetensors (length, JSON,
@@ -24,7 +24,7 @@ from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.staging import writing_file
 
 MAGIC = b"ICMB" + bytes([VERSION])
-_READABLE = (b"ICMB\x02", MAGIC)
+_READABLE = (b"ICMB\x02", b"ICMB\x03", MAGIC)
 MAX_BUNDLE_BYTES = 64 * 1024**3
 
 _HEAD = struct.Struct("<5sI32s")

@@ -26,8 +26,9 @@ from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_file_name, is_module_name, task_name_problem
 
-VERSION = 3  # version 2 had neither templates nor extras
+VERSION = 4  # version 3 had no vectors, version 2 neither templates nor extras
 MAX_CODE_BYTES = 1024**3
+MAX_VECTOR_BYTES = 64 * 1024**2
 MAX_CARD_BYTES = 64 * 1024  # a longer model card is left out: nothing in it is needed to write an adapter
 
 
@@ -71,6 +72,14 @@ class BundledExtra(NamedTuple):
 
 
 @dataclass(frozen=True)
+class BundledVectors:
+    """The task vectors of one task."""
+
+    part: str  # their part
+    extractors: tuple[Mapping[str, Any], ...]  # what made each of the views in it
+
+
+@dataclass(frozen=True)
 class BundledTask:
     """One task: its code, and what is known of the original adapter, which is not in the bundle."""
 
@@ -88,6 +97,7 @@ class BundledTask:
     measured: BundledMeasurement | None
     template: str = ""  # what the original's format notes of its form
     extras: tuple[BundledExtra, ...] = ()
+    vectors: BundledVectors | None = None
 
     @property
     def rank_max(self) -> int:
@@ -113,7 +123,8 @@ class BundledTask:
     def parts(self) -> tuple[str, ...]:
         """The parts that belong to this task."""
         card = () if self.card is None else (self.card,)
-        return (self.code, self.config, *card, *(extra.part for extra in self.extras))
+        vectors = () if self.vectors is None else (self.vectors.part,)
+        return (self.code, self.config, *card, *(extra.part for extra in self.extras), *vectors)
 
 
 @dataclass(frozen=True)
@@ -155,16 +166,19 @@ class BundleIndex:
             if task.card is not None:
                 yield task.card, MAX_CARD_BYTES
             yield from ((extra.part, MAX_FILE_BYTES) for extra in task.extras)
+            if task.vectors is not None:
+                yield task.vectors.part, MAX_VECTOR_BYTES
 
 
 MAX_INDEX_BYTES = 32 * 1024 * 1024
 MAX_TASKS = 5_000
 
-_INDEX = ("base_model", "generator", "layouts", "parts", "tasks")
+_INDEX = ("base_model", "extractors", "generator", "layouts", "parts", "tasks")
 _GENERATOR = tuple(BundledGenerator.__dataclass_fields__)
 _KEYS = {"squared_error": "dw_error"}  # field -> key in the file, where they differ
 _TASK = tuple(_KEYS.get(name, name) for name in BundledTask.__dataclass_fields__)
 _SINCE_VERSION_3: dict[str, Any] = {"template": "", "extras": []}
+_SINCE_VERSION_4: dict[str, Any] = {"vectors": None}
 _MEASURED = tuple(_KEYS.get(name, name) for name in BundledMeasurement.__dataclass_fields__)
 
 Layout = tuple[ModuleShape, ...]
@@ -174,12 +188,14 @@ def index_to_json(index: BundleIndex) -> bytes:
     """Serialise an index."""
     layouts = list(dict.fromkeys(task.layout for task in index.tasks))
     numbers = {layout: number for number, layout in enumerate(layouts)}
+    extractors = _extractors(index)
     fields = {
         "base_model": index.base_model,
+        "extractors": extractors,
         "generator": vars(index.generator),
         "layouts": layouts,
         "parts": [[part.digest, part.size] for part in index.parts],
-        "tasks": [_task_fields(task, numbers[task.layout]) for task in index.tasks],
+        "tasks": [_task_fields(task, numbers[task.layout], extractors) for task in index.tasks],
     }
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
@@ -187,15 +203,18 @@ def index_to_json(index: BundleIndex) -> bytes:
 def index_from_json(data: bytes, *, version: int = VERSION) -> BundleIndex:
     """Read what `index_to_json` wrote, or an earlier version of it."""
     parsed = _object(data, "the bundle's index", MAX_INDEX_BYTES)
+    if version < 4:
+        parsed = _completed(parsed, {"extractors": []})
     fields = Fields(parsed, _INDEX, "the bundle's index")
     tasks = fields.entries("tasks")
     if len(tasks) > MAX_TASKS:
         raise UnsafeInput(f"the bundle has {len(tasks):,} tasks, more than {MAX_TASKS:,}", kind="limits")
     layouts = [_layout(entry) for entry in fields.entries("layouts")]
+    extractors = [_extractor(entry) for entry in fields.entries("extractors")]
     return BundleIndex(
         base_model=fields.text("base_model", MAX_LABEL),
         generator=_generator(fields.mapping("generator")),
-        tasks=tuple(_task(entry, layouts, version) for entry in tasks),
+        tasks=tuple(_task(entry, layouts, extractors, version) for entry in tasks),
         parts=tuple(_part(entry) for entry in fields.entries("parts")),
     )
 
@@ -209,9 +228,29 @@ def _object(data: bytes, what: str, limit: int) -> dict[str, Any]:
         raise BundleError(error.message) from None
 
 
-def _task_fields(task: BundledTask, layout: int) -> dict[str, Any]:
+def _completed(value: Any, missing: dict[str, Any]) -> Any:
+    """Add the fields that an earlier version did not have; None if one of them is there."""
+    if not isinstance(value, dict):
+        return value
+    return None if value.keys() & missing.keys() else missing | value
+
+
+def _extractors(index: BundleIndex) -> list[Mapping[str, Any]]:
+    """Return what made the vectors of the tasks, each once, in the order in which tasks name them."""
+    found: list[Mapping[str, Any]] = []
+    for task in index.tasks:
+        for extractor in () if task.vectors is None else task.vectors.extractors:
+            if extractor not in found:
+                found.append(extractor)
+    return found
+
+
+def _task_fields(task: BundledTask, layout: int, extractors: list[Mapping[str, Any]]) -> dict[str, Any]:
     measured = None if task.measured is None else _under_keys(task.measured)
-    return {**_under_keys(task), "layout": layout, "measured": measured}
+    vectors = None
+    if task.vectors is not None:
+        vectors = [task.vectors.part, [extractors.index(one) for one in task.vectors.extractors]]
+    return {**_under_keys(task), "layout": layout, "measured": measured, "vectors": vectors}
 
 
 def _under_keys(record: BundledTask | BundledMeasurement) -> dict[str, Any]:
@@ -228,10 +267,14 @@ def _generator(value: object) -> BundledGenerator:
     )
 
 
-def _task(value: object, layouts: Sequence[Layout], version: int) -> BundledTask:
+def _task(
+    value: object, layouts: Sequence[Layout], extractors: Sequence[Mapping[str, Any]], version: int
+) -> BundledTask:
     what = "a task of the bundle"
-    if version < 3 and isinstance(value, dict):
-        value = _SINCE_VERSION_3 | value if not value.keys() & _SINCE_VERSION_3.keys() else None
+    if version < 3:
+        value = _completed(value, _SINCE_VERSION_3)
+    if version < 4:
+        value = _completed(value, _SINCE_VERSION_4)
     fields = Fields(value, _TASK, what)
     name = fields.text("name", limit=1024)
     if (problem := task_name_problem(name)) is not None:
@@ -257,7 +300,26 @@ def _task(value: object, layouts: Sequence[Layout], version: int) -> BundledTask
         measured=_measured(fields.optional_mapping("measured")),
         template=_template(fields.optional_text("template", limit=MAX_CONFIG_BYTES)),
         extras=tuple(_extra(entry) for entry in fields.entries("extras")),
+        vectors=_vectors(fields.optional_entries("vectors"), extractors),
     )
+
+
+def _vectors(value: list[Any] | None, extractors: Sequence[Mapping[str, Any]]) -> BundledVectors | None:
+    if value is None:
+        return None
+    if len(value) != 2 or not isinstance(value[1], list) or not value[1]:
+        raise wrong(value, "the vectors of a task")
+    numbers = [as_count(number, "an extractor of a task") for number in value[1]]
+    views = [extractors[number].get("view") for number in numbers if number < len(extractors)]
+    if len(views) < len(numbers) or len(set(views)) < len(views):
+        raise wrong(value, "the vectors of a task")
+    return BundledVectors(as_digest(value[0], "the digest of vectors"), tuple(extractors[number] for number in numbers))
+
+
+def _extractor(value: object) -> Mapping[str, Any]:
+    if not isinstance(value, dict) or value.get("view") not in ("adapted", "context"):
+        raise wrong(value, "an extractor of the bundle")
+    return value
 
 
 def _squared_error(fields: Fields) -> float | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.import_bundle import ImportReport
     from icmlora.fleet.ingest import Conflict, IngestReport
     from icmlora.fleet.materialize import MaterializeReport, Source
+    from icmlora.fleet.recognize import RecognizeReport
     from icmlora.fleet.records import GeneratorRecord, Rung
     from icmlora.fleet.train import TrainReport
     from icmlora.fleet.train_few_shot import FewShotReport
@@ -315,10 +316,11 @@ class Fleet(StoredFleet):
         Args:
             task: Name of the task.
             directory: The folder, absent or empty.
-            source: `original`, `residual`, `code` or `generate`; `auto` takes the best there is of the first three.
+            source: `original`, `residual`, `code`, `generate` (the code that the task vectors bring back) or `network`
+                (what the network alone predicts from them); `auto` takes the best there is of the first three.
             dtype: Number format of decoded factors: `bfloat16`, `float16` or `float32`. Default: that of the original.
             pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.
-            seed: Generate the adapter from a latent sampled with this seed.
+            seed: Predict the adapter from a latent sampled with this seed; for `network` or `auto`.
             max_error: Refuse an adapter whose relative error is larger, or was not measured.
             force: Replace the adapter in a folder that is not empty.
 
@@ -402,7 +404,27 @@ class Fleet(StoredFleet):
 
         return import_bundle(self._context, ImportRequest(Path(file), tasks, on_conflict, dry_run))
 
-    # generate
+    # recognize, generate
+
+    def recognize(self, samples: str | Path, *, base_model: str | None = None, device: str = "auto") -> RecognizeReport:
+        """Recognize the known task that some samples belong to, by their task vectors. Needs the base model.
+
+        Args:
+            samples: File of samples as JSON lines; up to 32 are read, and 16 are enough.
+            base_model: Only tasks of this base model; needed only if tasks of several have vectors.
+            device: Where to compute.
+
+        Returns:
+            The known tasks with their probabilities, and that of "none of them". Its `task` is the recognized task or
+            None, its `known_task()` the same or `NotRecognized`.
+
+        Raises:
+            DataError: The samples cannot be used, or too few tasks have context vectors.
+            BaseModelNotFound: The base model is not on this machine.
+        """
+        from icmlora.fleet.recognize import RecognizeRequest, recognize
+
+        return recognize(self._context, RecognizeRequest(Path(samples), base_model, device))
 
     def check_few_shot(self, *, base_model: str | None = None) -> None:
         """Check that `train_few_shot` has all it needs except a generator, for one `base_model` or for all."""

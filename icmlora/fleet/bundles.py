@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.cards import Provenance
     from icmlora.fleet.decoding import OriginalForm
     from icmlora.fleet.materialize import MaterializeReport
+    from icmlora.fleet.recognize import RecognizeReport
     from icmlora.generator.versions import GeneratorFile
 
 _BETTER = "`icm train` with a higher --quality makes better codes; then export them again"
@@ -122,6 +123,34 @@ class Bundle:
         adapter, provenance, form = self._decode(task, max_error)
         request = MaterializeRequest(task=task, directory=Path(directory), dtype=dtype, pad_rank=pad_rank, force=force)
         return write_decoded(adapter, provenance, request, form)
+
+    def recognize(
+        self,
+        samples: str | Path,
+        *,
+        base_model: str | Path | None = None,
+        device: str = "auto",
+        cache: str | Path | None = None,
+    ) -> RecognizeReport:
+        """Recognize the task of the bundle that some samples belong to, by their task vectors.
+
+        Args:
+            samples: File of samples as JSON lines; up to 32 are read, and 16 are enough.
+            base_model: Folder or GGUF file of the base model; by default it is looked for in the Hugging Face cache.
+            device: Where to compute.
+            cache: Folder for a base model converted from GGUF; by default `icm` in the Hugging Face home.
+
+        Raises:
+            BundleError: The bundle is damaged, or the file was replaced.
+            DataError: The samples cannot be used, or too few tasks of the bundle have context vectors.
+            BaseModelNotFound: The base model is not on this machine.
+        """
+        from icmlora.fleet.context import default_cache
+        from icmlora.fleet.recognize import RecognizeRequest, recognize_in_bundle
+
+        request = RecognizeRequest(Path(samples), None if base_model is None else str(base_model), device)
+        with self._open() as file:
+            return recognize_in_bundle(file, request, default_cache() if cache is None else Path(cache))
 
     def _decode(self, name: str, max_error: float | None) -> tuple[Adapter, Provenance, OriginalForm]:
         from icmlora.fleet.cards import Provenance

@@ -53,7 +53,7 @@ compares this adapter with a generated one, not with a trained one: measure it o
 _HOW = {
     "residual": "from the task's stored code and its residual",
     "code": "from the task's stored code",
-    "generate": "from the task's vectors alone; it is a prediction, not a copy of the original adapter",
+    "network": "from the task's vectors alone; it is a prediction, not a copy of the original adapter",
 }
 
 
@@ -75,12 +75,22 @@ class Provenance(WithRelativeError):
 
     task: str
     base_model: str
-    source: Literal["residual", "code", "generate"]
+    source: Literal["residual", "code", "generate", "network"]
     generator: NamedGenerator
     squared_error: float | None  # None if it was not measured
     retained_gain: float | None  # as `icm eval` measured it
     seed: int | None
     is_generated: bool
+    recognized: str | None = None  # the task whose code the task's vectors brought back
+
+    @property
+    def how(self) -> str:
+        """Say how it was made."""
+        if self.source != "generate":
+            return _HOW[self.source]
+        if self.recognized is None:
+            return _HOW["network"]
+        return f"from the stored code of {self.recognized}, the known task that the task's vectors bring back"
 
     def metadata(self) -> dict[str, str]:
         """Return the fields for the header of the tensor file."""
@@ -96,7 +106,7 @@ def card_text(provenance: Provenance) -> str:
         front=front_matter(provenance.base_model),
         task=provenance.task,
         base=quoted(provenance.base_model),
-        how=_HOW[provenance.source] + sampled,
+        how=provenance.how + sampled,
         untrained=untrained,
         rung=provenance.source,
         version=provenance.generator.version,

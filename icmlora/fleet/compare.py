@@ -57,7 +57,7 @@ def compare(tasks: Sequence[TaskEvaluated], bill: Bill) -> list[MethodSummary]:
 
 def _cells(done: TaskEvaluated, fleet: BaseModelBill, task: TaskBill) -> Iterator[tuple[str, _Cell]]:
     code = (task.code_size or 0) + task.vectors_size
-    sizes: dict[Rung, int] = {"residual": task.size, "code": code, "generate": task.vectors_size}
+    sizes: dict[Rung, int] = {"residual": task.size, "code": code, "generate": code, "network": task.vectors_size}
     for source, size in sizes.items():
         if source in done.sources:
             shared = fleet.generator_size / max(len(fleet.encoded), 1)

@@ -1,4 +1,4 @@
-"""Make the adapter of a task: from its code, with or without the residual, or from its task vectors."""
+"""Make the adapter of a task: from a code, with or without the residual, or as the network predicts it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def codec_of_task(
     return generator_file.codec_for(layout)
 
 
-def generate_adapter(
+def predict_adapter(
     store: Store,
     generator_file: GeneratorFile,
     final: AdapterRecord,
@@ -86,7 +86,7 @@ def generate_adapter(
     *,
     seed: int | None = None,
 ) -> Adapter:
-    """Generate the adapter of a task from its task vectors, without its code."""
+    """Predict the adapter of a task from its task vectors with the network alone."""
     from icmlora.fleet.adapter_source import mean_vectors  # imports what training needs
 
     vectors = mean_vectors(store, store.vectors.all(final.task))

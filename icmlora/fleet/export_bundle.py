@@ -15,11 +15,13 @@ from icmlora.bundle.index import (
     BundledGenerator,
     BundledMeasurement,
     BundledTask,
+    BundledVectors,
     BundleIndex,
     BundlePart,
 )
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.context import Context, base_name, check_base_model
+from icmlora.fleet.stored_vectors import latest_vectors, vectors_by_task
 from icmlora.formats.peft import PEFT
 from icmlora.generator.code import generator_of
 from icmlora.generator.file import versions_of
@@ -27,7 +29,7 @@ from icmlora.io.staging import check_absent
 from registry.evaluations import latest
 
 if TYPE_CHECKING:
-    from registry.records import EvaluationRecord, GeneratorRecord, TaskSummary
+    from registry.records import EvaluationRecord, GeneratorRecord, TaskSummary, VectorRecord
     from registry.store import Store
 
 
@@ -110,7 +112,8 @@ def _choose(store: Store, request: ExportRequest) -> _Choice:
 
 def _index(store: Store, choice: _Choice) -> BundleIndex:
     generator = choice.generator
-    tasks = [_task(store, row, generator) for row in choice.rows]
+    vectors = vectors_by_task(store)
+    tasks = [_task(store, row, generator, vectors[row.task.name]) for row in choice.rows]
     digests = dict.fromkeys([generator.blob, *(digest for task in tasks for digest in task.parts)])
     return BundleIndex(
         base_model=generator.base_model,
@@ -120,7 +123,7 @@ def _index(store: Store, choice: _Choice) -> BundleIndex:
     )
 
 
-def _task(store: Store, row: TaskSummary, generator: GeneratorRecord) -> BundledTask:
+def _task(store: Store, row: TaskSummary, generator: GeneratorRecord, vectors: Sequence[VectorRecord]) -> BundledTask:
     final, code = row.final, row.code
     assert code is not None  # `_choose` takes tasks with a code only
     card = final.card if final.card is not None and store.blobs.size(final.card) <= MAX_CARD_BYTES else None
@@ -139,7 +142,18 @@ def _task(store: Store, row: TaskSummary, generator: GeneratorRecord) -> Bundled
         template=final.template,
         extras=tuple(BundledExtra(extra.blob, extra.file, extra.size) for extra in final.extras),
         measured=_measured(latest(store.evaluations.all(row.task.name), row.task, "code", generator)),
+        vectors=_vectors(vectors),
     )
+
+
+def _vectors(rows: Sequence[VectorRecord]) -> BundledVectors | None:
+    """Return the file with the latest vectors of a task, the one of the context view if there are several."""
+    latest = sorted(latest_vectors(rows), key=lambda row: (row.view == "context", row.id))
+    if not latest:
+        return None
+    part = latest[-1].blob
+    made_by = {row.view: dict(row.extractor) for row in latest if row.blob == part}
+    return BundledVectors(part, tuple(made_by[view] for view in sorted(made_by)))
 
 
 def _measured(row: EvaluationRecord | None) -> BundledMeasurement | None:

@@ -20,9 +20,10 @@ from icmlora.formats.format import Template
 from icmlora.formats.peft_config import AdapterConfig
 from icmlora.formats.peft_initial import converted_form
 from icmlora.generator.code import generator_of
+from icmlora.task_vectors.file import arrays_from_bytes
 from registry.bundles import BundleImport, ImportedTask, ImportOutcome
 from registry.errors import StoreNotFound
-from registry.records import Extra, NewAdapter, NewEvaluation, NewGenerator
+from registry.records import Extra, NewAdapter, NewEvaluation, NewGenerator, NewVector
 
 if TYPE_CHECKING:
     from icmlora.bundle.file import BundleFile
@@ -111,11 +112,26 @@ def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], request: ImportRe
     index = bundle.index
     generator = NewGenerator(index.base_model, index.generator.blob, index.generator.config, index.generator.metrics)
     source = f"bundle {bundle.digest}"
-    arriving = [_arriving(task, source, index.sizes) for task in tasks]
+    arriving = [_arriving(task, source, index.sizes, _vectors(bundle, task)) for task in tasks]
     return BundleImport(generator, index.generator.version, arriving, request.on_conflict)
 
 
-def _arriving(task: BundledTask, source: str, sizes: Mapping[str, int]) -> ImportedTask:
+def _vectors(bundle: BundleFile, task: BundledTask) -> list[NewVector]:
+    """Return the rows of a task's vectors."""
+    if task.vectors is None:
+        return []
+    part, extractors = task.vectors.part, {one["view"]: one for one in task.vectors.extractors}
+    views = arrays_from_bytes(bundle.read(part))
+    if views.keys() != extractors.keys():
+        raise BundleError(f"the vectors of {task.name!r} are not those that the index describes")
+    return [
+        NewVector(task.name, view, number, extractors[view], part, values.shape[1])
+        for view, values in views.items()
+        for number in range(len(values))
+    ]
+
+
+def _arriving(task: BundledTask, source: str, sizes: Mapping[str, int], vectors: Sequence[NewVector]) -> ImportedTask:
     original = NewAdapter(
         weights=task.weights,
         config=task.config,
@@ -135,4 +151,4 @@ def _arriving(task: BundledTask, source: str, sizes: Mapping[str, int]) -> Impor
     measured = None
     if task.measured is not None:
         measured = NewEvaluation(task=task.name, rung="code", generator_id=None, **asdict(task.measured))
-    return ImportedTask(task.name, original, task.weights_size, task.code, task.squared_error, measured)
+    return ImportedTask(task.name, original, task.weights_size, task.code, task.squared_error, measured, vectors)

@@ -21,6 +21,7 @@ from icmlora.generator.versions import GeneratorFile
 from registry.records import AdapterRecord, GeneratorRecord
 
 if TYPE_CHECKING:
+    from icmlora.fleet.exemplars import Exemplars
     from registry.store import Store
 
 
@@ -35,26 +36,37 @@ def open_base(
     """
     record = base_record(store, label)
     found = locate_base(store, label)
-    modality = modality_of(found)
     stamp = found.stamp()
     known = record is not None and record.shape is not None and record.shape.get("stamp") == stamp
     fingerprint = record.fingerprint if known and record is not None else None
-    fingerprint = fingerprint or fingerprint_base(found)
-    readable = _converted(found, stamp, cache)
-    base = modality.load(readable, device=device, dtype=dtype, fingerprint=fingerprint)
+    base = load_base(found, device, dtype, fingerprint, cache=cache)
     if not known:
         facts = {"stamp": stamp, "hidden_size": base.hidden_size, "layers": base.layers}
-        store.base_models.set_facts(label, fingerprint=fingerprint, shape=facts)
+        store.base_models.set_facts(label, fingerprint=base.fingerprint, shape=facts)
     return base
 
 
-def _converted(found: FoundBase, stamp: str, cache: Path) -> FoundBase:
+def load_base(
+    found: FoundBase,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    fingerprint: str | None = None,
+    *,
+    cache: Path,
+) -> BaseModel:
+    """Load a base model that was found; its fingerprint is computed unless it is known. Raises as `open_base` does."""
+    modality = modality_of(found)
+    fingerprint = fingerprint or fingerprint_base(found)
+    return modality.load(_converted(found, cache), device=device, dtype=dtype, fingerprint=fingerprint)
+
+
+def _converted(found: FoundBase, cache: Path) -> FoundBase:
     if not found.is_gguf:
         return found
     from icmlora.base_models.gguf import convert_gguf  # imports transformers
 
     # Dequantising a GGUF file takes a minute, reading the result a second.
-    folder = cache / "base-models" / stamp[:32]
+    folder = cache / "base-models" / found.stamp()[:32]
     if not (folder / "config.json").is_file():
         with suppress(OutputExists):  # another process was faster
             convert_gguf(found.path, folder, label=found.label)
@@ -67,6 +79,7 @@ class Models:
     def __init__(self, store: Store, device: torch.device, cache: Path) -> None:
         self._store, self._device, self._cache = store, device, cache
         self._generator_file: GeneratorFile | None = None
+        self._exemplars: tuple[int, Exemplars] | None = None
         self._bases: dict[tuple[str, torch.dtype | None], BaseModel] = {}
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
@@ -75,6 +88,14 @@ class Models:
             self._generator_file = None
             self._generator_file = GeneratorFile(self._store.blobs.read(generator.blob))
         return self._generator_file
+
+    def exemplars(self, generator: GeneratorRecord) -> Exemplars:
+        """Return the tasks of a generator as exemplars."""
+        from icmlora.fleet.exemplars import Exemplars  # most commands need none
+
+        if self._exemplars is None or self._exemplars[0] != generator.id:
+            self._exemplars = generator.id, Exemplars(self._store, generator)
+        return self._exemplars[1]
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
         """Return a base model, in the given precision or in what suits the device."""

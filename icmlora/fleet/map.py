@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context, base_name, check_base_model
-from icmlora.fleet.stored_vectors import LeftOut, comparable_vectors
+from icmlora.fleet.context import Context
+from icmlora.fleet.stored_vectors import NO_VECTORS, LeftOut, comparable_vectors, tasks_of_one_base
 from icmlora.io.staging import check_absent, writing_file
 from icmlora.task_vectors.distances import FEWEST, Neighbour, ranked, task_distances
 from icmlora.task_vectors.map import TaskMap, map_tasks
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _NEAREST = 5
 _VIEWS: tuple[View, ...] = ("adapted", "context")
-_VECTORS = "run `icm vectors` to extract the missing vectors"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def map_fleet(context: Context, request: MapRequest) -> MapReport:
             raise DataError("a map is drawn as an .svg file", path=request.plot, hint="use the ending .svg")
         check_absent(request.plot, force=request.force)
     with context.open(read_only=True) as store:
-        base_model, tasks = _of_one_base(store, request.base_model)
+        base_model, tasks = tasks_of_one_base(store, request.base_model)
         known = comparable_vectors(store, tasks, request.view)
     if len(known.vectors) < FEWEST:
         raise _too_few(base_model, request.view, list(known.vectors), known.left_out)
@@ -104,30 +103,10 @@ def _neighbours(task: str, vectors: Mapping[str, NDArray[np.float32]]) -> tuple[
     return tuple(neighbour for neighbour in found if neighbour.task != task)[:_NEAREST]
 
 
-def _of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[TaskRecord]]:
-    """Return the chosen base model, or the only one with vectors, and its tasks."""
-    by_base: defaultdict[str, list[TaskRecord]] = defaultdict(list)
-    has_vectors: defaultdict[str, bool] = defaultdict(bool)
-    for row in store.tasks.summaries():
-        by_base[row.task.base_model].append(row.task)
-        has_vectors[row.task.base_model] |= row.vectors > 0
-    base_model = base_name(store, base_model)
-    if base_model is not None:
-        check_base_model(base_model, by_base)
-        return base_model, by_base[base_model]
-    ready = sorted(base for base, has in has_vectors.items() if has)
-    if len(ready) > 1:
-        fact = f"a map shows one base model, but tasks of {len(ready)} have vectors: {', '.join(ready)}"
-        raise DataError(fact, hint="choose one with --base-model NAME")
-    if not ready:
-        raise DataError("no task has vectors", hint=_VECTORS)
-    return ready[0], by_base[ready[0]]
-
-
 def _too_few(base_model: str, view: View, mapped: Sequence[str], left_out: Sequence[LeftOut]) -> DataError:
     fact = f"a map needs {FEWEST} tasks of {base_model} with comparable vectors of the {view} view"
     have = f"there {'is' if len(mapped) == 1 else 'are'} {len(mapped)}"
-    return DataError("; ".join([f"{fact}, but {have}", *_grouped(left_out)]), hint=_VECTORS)
+    return DataError("; ".join([f"{fact}, but {have}", *_grouped(left_out)]), hint=NO_VECTORS)
 
 
 def _grouped(left_out: Sequence[LeftOut]) -> list[str]:

@@ -3,7 +3,8 @@
     original   the bytes that were ingested, unchanged
     residual   the code, corrected by its residual
     code       the code alone
-    generate   predicted from the task vectors; no code is needed
+    generate   what the task vectors bring back: the code of the known task that is recognised in them
+    network    what the network alone predicts from the task vectors
 
 torch is imported only to decode or to load: an original is written as it is.
 """
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
     from registry.store import Store
 
-Decoded = Literal["residual", "code", "generate"]
-Source = Literal["auto", "original", "residual", "code", "generate"]
+Decoded = Literal["residual", "code", "generate", "network"]
+Source = Literal["auto", "original", "residual", "code", "generate", "network"]
 
 _BETTER = "`--source original` is exact; `icm train` with a higher --quality makes better codes"
 
@@ -66,6 +67,7 @@ class MaterializeReport(WithRelativeError):
     squared_error: float | None  # None if it was not measured
     retained_gain: float | None  # as `icm eval` measured it
     weights: str  # SHA-256 of the written weights
+    recognized: str | None = None  # of `generate`: the task whose code it is; None for what the network predicts
 
 
 class TooLossy(DataError):
@@ -109,6 +111,7 @@ class _Stored:
     final: AdapterRecord
     generator: GeneratorRecord | None
     code: CodeRecord | None
+    exemplar: CodeRecord | None = None  # for source `generate`: the code that the task's vectors bring back
 
 
 def _read_rows(store: Store, request: LoadRequest) -> _Stored:
@@ -120,7 +123,11 @@ def _read_rows(store: Store, request: LoadRequest) -> _Stored:
         return _Stored(task, final, None, None)
     generator = store.generators.current(task.base_model)
     code = None if generator is None else store.codes.get(task.name, generator.id)
-    return _Stored(task, final, generator, code)
+    if request.source != "generate" or generator is None or final.original_only is not None:
+        return _Stored(task, final, generator, code)
+    from icmlora.fleet.exemplars import Exemplars
+
+    return _Stored(task, final, generator, code, Exemplars(store, generator).code_for(final))
 
 
 def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original", Decoded]:
@@ -129,10 +136,10 @@ def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original",
     task = repr(stored.task.name)
     if source not in get_args(Source):
         raise DataError(f"unknown source {source!r}", hint=f"choose one of {', '.join(get_args(Source))}")
-    if request.seed is not None and source not in ("auto", "generate"):
-        raise DataError(f"source {source!r} has nothing to sample", hint="a seed is for source 'generate' or 'auto'")
+    if request.seed is not None and source not in ("auto", "network"):
+        raise DataError(f"source {source!r} has nothing to sample", hint="a seed is for source 'network' or 'auto'")
     if source == "auto" and request.seed is not None:
-        source = "generate"
+        source = "network"
     elif source == "auto":
         source = "original" if not final.is_evicted else "code" if code is None else code.rung
     if source == "original" and final.is_evicted:
@@ -146,7 +153,7 @@ def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original",
     if source == "residual" and code is not None and code.residual is None:
         hint = "a residual is only stored if a code misses its limits; `icm encode --residual` makes one"
         raise DataError(f"task {task} has no residual", hint=hint)
-    if source == "generate" and stored.generator is None:
+    if source in ("generate", "network") and stored.generator is None:
         raise DataError(f"there is no generator for task {task}", hint="run `icm train` to make one")
     return source
 
@@ -161,12 +168,22 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
         measured = latest(store.evaluations.all(task.name), task, source, generator)
         if measured is not None:
             error, gain = measured.squared_error, measured.retained_gain
-    if code is not None and source != "generate":
+    if code is not None and source in ("code", "residual"):
         error = code.squared_error if source == "code" else code.best_squared_error
+    if stored.exemplar is not None and stored.exemplar.task == task.name:
+        error = stored.exemplar.squared_error
     from icmlora.fleet.cards import Provenance
 
     provenance = Provenance(
-        task.name, task.base_model, source, generator, error, gain, request.seed, stored.final.is_generated
+        task.name,
+        task.base_model,
+        source,
+        generator,
+        error,
+        gain,
+        request.seed,
+        stored.final.is_generated,
+        None if stored.exemplar is None else stored.exemplar.task,
     )
     check_error(provenance, request.max_error, hint=_BETTER)
     return provenance
@@ -182,13 +199,15 @@ def check_error(provenance: Provenance, limit: float | None, *, hint: str) -> No
 
 
 def _decode(store: Store, stored: _Stored, source: Decoded, seed: int | None) -> Adapter:
-    from icmlora.fleet.decoding import decode_code, generate_adapter
+    from icmlora.fleet.decoding import decode_code, predict_adapter
     from icmlora.generator.versions import GeneratorFile
 
     generator_file = GeneratorFile(store.blobs.read(_generator_of(stored).blob))
-    if stored.code is not None and source != "generate":
+    if source == "generate" and stored.exemplar is not None:
+        return decode_code(store, generator_file, stored.exemplar, "code")
+    if stored.code is not None and source in ("code", "residual"):
         return decode_code(store, generator_file, stored.code, source)
-    return generate_adapter(store, generator_file, stored.final, stored.code, seed=seed)
+    return predict_adapter(store, generator_file, stored.final, stored.code, seed=seed)
 
 
 def _generator_of(stored: _Stored) -> GeneratorRecord:
@@ -217,7 +236,7 @@ def write_decoded(
     digest = hashlib.sha256(files.weights).hexdigest()
     p = provenance
     return MaterializeReport(
-        p.task, request.directory, p.source, p.generator.blob, p.squared_error, p.retained_gain, digest
+        p.task, request.directory, p.source, p.generator.blob, p.squared_error, p.retained_gain, digest, p.recognized
     )
 
 

@@ -1,6 +1,6 @@
 """Measure the sources of one task on held-out text.
 
-    base model, original, residual, code, generate
+    base model, original, residual, code, generate, network
        └─ written in the form of the original ──PEFT──▶ base model with adapter ──▶ nats per token ──▶ retained gain
 
 Every adapter is written, read and loaded with PEFT before it is measured, so the figures are those of what a user gets,
@@ -22,7 +22,7 @@ from icmlora.base_models.examples import EvaluationData
 from icmlora.base_models.likelihood import NllResult
 from icmlora.base_models.modality import retained_gain
 from icmlora.errors import DataError, NotCovered
-from icmlora.fleet.decoding import OriginalForm, decode_code, generate_adapter, read_form
+from icmlora.fleet.decoding import OriginalForm, decode_code, predict_adapter, read_form
 from icmlora.fleet.loading import Models, read_original, read_runnable
 from icmlora.fleet.texts import own_text
 from icmlora.formats.format import RunnableAdapter
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 256
 """Tokens scored in each text, unless the caller asks for another number."""
-SOURCES: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate")
+SOURCES: tuple[Rung, ...] = ("base", "original", "residual", "code", "generate", "network")
 """In the order in which they are measured: every gain needs the losses of base model and original."""
 
 
@@ -192,7 +192,7 @@ class TaskLosses:
                 return code is not None and code.residual is not None
             case "code":
                 return code is not None
-            case "generate":
+            case "generate" | "network":
                 return self._generator is not None and bool(self._store.vectors.all(self._task.name))
 
     def _measured(self, source: Rung, code: CodeRecord | None, references: Mapping[Rung, SourceResult]) -> SourceResult:
@@ -206,12 +206,16 @@ class TaskLosses:
         return self.result_of(source, self.loss_of(source, written), error, references)
 
     def _decoded(self, source: Rung, code: CodeRecord | None) -> Adapter:
-        """Decode a code, with its residual for that source, or generate an adapter from the task's vectors."""
+        """Decode a code, with its residual for that source, or make an adapter from the task's vectors."""
         assert self._generator is not None
         generator_file = self._models.generator_file(self._generator)
         if code is not None and (source == "residual" or source == "code"):
             return decode_code(self._store, generator_file, code, source)
-        return generate_adapter(self._store, generator_file, self._final, code)
+        if source == "generate":
+            exemplar = self._models.exemplars(self._generator).code_for(self._final)
+            if exemplar is not None:
+                return decode_code(self._store, generator_file, exemplar, "code")
+        return predict_adapter(self._store, generator_file, self._final, code)
 
     def _loss(self, label: str) -> NllResult:
         """Measure the base model as it is now, with the adapter that is on it."""
@@ -223,7 +227,7 @@ class TaskLosses:
 
     def _squared_error(self, source: Rung, written: RunnableAdapter, code: CodeRecord | None) -> float | None:
         if self._final.is_evicted:  # what was measured when the original went still holds
-            if code is None or source == "generate":
+            if code is None or source in ("generate", "network"):
                 return None
             return code.squared_error if source == "code" else code.best_squared_error
         error = squared_error(self._original, written.adapter)

@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from icmlora.errors import DataError
+from icmlora.fleet.context import base_name, check_base_model
 from icmlora.task_vectors.file import arrays_from_bytes
 from registry.records import Json, TaskRecord, VectorRecord, View
 
 if TYPE_CHECKING:
     from registry.store import Store
+
+
+NO_VECTORS = "run `icm vectors` to extract the missing vectors"
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,19 @@ def latest_vectors(rows: Iterable[VectorRecord]) -> list[VectorRecord]:
     return [row for row in ordered if row.extractor == extractors[row.view]]
 
 
+def vectors_by_task(store: Store) -> defaultdict[str, list[VectorRecord]]:
+    """Return the rows of all vectors by task."""
+    of_task: defaultdict[str, list[VectorRecord]] = defaultdict(list)
+    for vector in store.vectors.all():
+        of_task[vector.task].append(vector)
+    return of_task
+
+
 def comparable_vectors(
     store: Store, tasks: Sequence[TaskRecord], view: View, like: str | None = None
 ) -> ComparableVectors:
     """Read the vectors of some tasks that were all made by one extractor."""
-    of_task: defaultdict[str, list[VectorRecord]] = defaultdict(list)
-    for vector in store.vectors.all():
-        of_task[vector.task].append(vector)
+    of_task = vectors_by_task(store)
     rows = {task.name: latest_vectors(of_task[task.name]) for task in tasks}
     in_view = {name: [row for row in found if row.view == view] for name, found in rows.items()}
     made_by = {name: comparison_key(found[0].extractor) for name, found in in_view.items() if found}
@@ -70,6 +81,26 @@ def comparable_vectors(
         else:
             left_out.append(LeftOut(name, _reason(rows[name], view, made_by.get(name), chosen)))
     return ComparableVectors(vectors, tuple(left_out), chosen if vectors else None)
+
+
+def tasks_of_one_base(store: Store, base_model: str | None) -> tuple[str, Sequence[TaskRecord]]:
+    """Return the chosen base model, or the only one with vectors, and its tasks."""
+    by_base: defaultdict[str, list[TaskRecord]] = defaultdict(list)
+    has_vectors: defaultdict[str, bool] = defaultdict(bool)
+    for row in store.tasks.summaries():
+        by_base[row.task.base_model].append(row.task)
+        has_vectors[row.task.base_model] |= row.vectors > 0
+    base_model = base_name(store, base_model)
+    if base_model is not None:
+        check_base_model(base_model, by_base)
+        return base_model, by_base[base_model]
+    ready = sorted(base for base, has in has_vectors.items() if has)
+    if len(ready) > 1:
+        fact = f"vectors of one base model are compared, but tasks of {len(ready)} have some: {', '.join(ready)}"
+        raise DataError(fact, hint="choose one with --base-model NAME")
+    if not ready:
+        raise DataError("no task has vectors", hint=NO_VECTORS)
+    return ready[0], by_base[ready[0]]
 
 
 def comparison_key(extractor: Json) -> str:

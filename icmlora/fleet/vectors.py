@@ -31,7 +31,7 @@ VECTOR_DTYPE = torch.bfloat16
 bfloat16 is twice as fast as float32 and moves a vector by less than a hundredth of what another support set does.
 """
 
-_READ = VectorSettings().support_sets * VectorSettings().set_size
+SAMPLES_READ = VectorSettings().support_sets * VectorSettings().set_size
 """Samples that vectors are made from: what `split_samples` chooses of a whole file, it also chooses of these."""
 
 
@@ -137,7 +137,7 @@ def _plan(store: Store, request: VectorRequest, report: VectorReport) -> dict[st
 
 def _extract(store: Store, base: BaseModel, row: TaskSummary, report: VectorReport) -> VectorsExtracted | None:
     """Extract and store the vectors of one task; return None if the task changed in the meantime."""
-    samples = read_samples(store, row.task, base, most=_READ)
+    samples = read_samples(store, row.task, base, most=SAMPLES_READ)
     items, template = (None, None) if samples is None else (samples.items, samples.template)
     vectors = extract_adapted(base, read_runnable(store, row.final), items, template=template)
     if items is not None:

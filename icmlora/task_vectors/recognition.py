@@ -104,8 +104,9 @@ class _Softmax:
     def __call__(self, distances: Floats) -> Floats:
         """Return the probabilities (n + 1,) of n tasks at some distances, and of "new"."""
         logits = -self.rate * np.append(distances, self.place)
-        weights: Floats = np.exp(logits - logits.max())
-        return weights / weights.sum()
+        weights = np.exp(logits - logits.max())
+        probabilities: Floats = weights / weights.sum()
+        return probabilities
 
 
 class Recognizer:
@@ -131,9 +132,7 @@ class Recognizer:
         placed = self._whitening(self._means - centre)
         found = cosine_distances(self._whitening(vectors.mean(axis=0, dtype=np.float64)[None] - centre), placed)[0]
         *probabilities, new = self._softmax(np.sqrt(found)).tolist()
-        candidates = [
-            Candidate(*facts) for facts in zip(self._names, probabilities, found.tolist(), strict=True)
-        ]
+        candidates = [Candidate(*facts) for facts in zip(self._names, probabilities, found.tolist(), strict=True)]
         return Recognition(tuple(sorted(candidates, key=lambda one: (one.distance, one.task))), new)
 
 
@@ -158,7 +157,7 @@ def _trials(known: SupportSetVectors, measured: SupportSetVectors, means: Floats
             rest = (sets.sum(axis=0) - sets) / (len(sets) - 1)  # [i] is the mean of all sets but i
             here, shift = whitening(sets - centre), placed[at] / (len(means) - 1)
             elsewhere = np.delete(placed, at, axis=0)
-            own.append(cosine_distances(here, whitening(rest - centre)).diagonal())
+            own.append(np.diag(cosine_distances(here, whitening(rest - centre))))
             others.append(cosine_distances(here, elsewhere))
             # Without this task, the mean of the others is elsewhere by its share.
             as_new.append(cosine_distances(here + shift, elsewhere + shift))

@@ -21,6 +21,7 @@ COMMANDS = {
     "map": ("map",),
     "stats": ("stats",),
     "materialize": ("materialize", "poems", "--source", "code", "-o", "adapter"),
+    "recognize": ("recognize", "--samples", "geese.jsonl", "--device", "cpu"),
     "generate": ("generate", "geese", "--samples", "geese.jsonl", "-o", "adapter", "--device", "cpu"),
     "export": ("export", "new.icm"),
     "import": ("import", "fleet.icm"),
@@ -63,14 +64,15 @@ def test_a_documents_keys_are_those_on_the_page(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if name in ("show", "map", "generate"):
+    if name in ("show", "map", "recognize", "generate"):
         for subject in ("apples", "ships"):
             icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
     if name == "show":
         icm("encode", "poems", "--residual", "--max-error", "0.032")
         icm("eval", "poems", "--device", "cpu")
-    if name == "generate":
+    if name in ("recognize", "generate"):
         write_texts(tmp_path, "geese.jsonl")
+    if name == "generate":
         icm("train", "--objective", "functional", "--episodes", "1", "--device", "cpu")
     if name in ("ls --from", "import"):
         icm("export", "fleet.icm")

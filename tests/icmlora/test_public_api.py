@@ -15,7 +15,7 @@ NAMES = [
     *("Adapter", "AdapterRefused", "BaseModelConflict", "BaseModelMismatch", "BaseModelNotFound", "Bundle"),
     *("BundleError", "Cancelled"),
     *("CodeError", "DamagedStore", "DataError", "DeviceUnavailable", "Event", "Fleet", "GeneratorError", "IcmError"),
-    *("IcmLoraError", "LastCopy", "LoraModule", "OutputExists", "Progress", "RegistryError", "StoreLocked"),
+    *("IcmLoraError", "LastCopy", "LoraModule", "NotRecognized", "OutputExists", "Progress", "RegistryError", "StoreLocked"),
     *("StoreNotFound", "TaskConflict", "TaskNotFound", "UnsafeInput", "load_adapter", "save_adapter"),
 ]
 METHODS = [
@@ -33,6 +33,7 @@ METHODS = [
     *("export_bundle", "extract_vectors", "forget_base_model", "forget_generator", "generate", "generators"),
     *("import_bundle", "ingest", "load", "materialize", "measurable", "path", "pin", "plan_removal", "prune"),
     *(
+        "recognize",
         "remove",
         "rename",
         "repair",

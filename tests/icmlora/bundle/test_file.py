@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.bundle.file import MAGIC, bundle_digest, bundle_size, open_bundle, write_bundle
-from icmlora.bundle.index import BundledExtra
+from icmlora.bundle.index import BundledExtra, BundledVectors
 from icmlora.errors import BundleError, IcmLoraError, OutputExists, UnsafeInput
 from tests.icmlora import bundles
 
@@ -47,7 +47,7 @@ def test_the_same_index_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_bytes_of_a_bundle_stay_what_they_are(data: bytes) -> None:
-    known = "ffab4bd8b044e1fa363c635afb441ffbdd7a05f61d3ba384f769e47d7bf1c862"
+    known = "bfc4649991a1f6a833fd0dd6e478c0d5c1501f89b39e4d86c6ed271b115750f9"
     assert hashlib.sha256(data).hexdigest() == known
 
 
@@ -114,37 +114,56 @@ def test_another_file_is_called_no_bundle(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_named(data: bytes, spoilt: Path) -> None:
-    spoilt.write_bytes(b"ICMB\x04" + data[5:])
-    with pytest.raises(BundleError, match="has the format 4") as caught, open_bundle(spoilt):
+    spoilt.write_bytes(b"ICMB\x05" + data[5:])
+    with pytest.raises(BundleError, match="has the format 5") as caught, open_bundle(spoilt):
         pass
     assert "newer" in (caught.value.hint or "")
 
 
-def as_version_2(path: Path) -> Path:
-    """Write a bundle as the version before templates and extras did."""
+def as_version(path: Path, version: int) -> Path:
+    """Write a bundle as a version before vectors did, version 2 also before templates and extras."""
     fields = bundles.fields_of(path)
+    del fields["extractors"]
     for task in fields["tasks"]:
-        del task["template"], task["extras"]
-    return bundles.forge(path, fields, magic=b"ICMB\x02")
+        del task["vectors"]
+        if version == 2:
+            del task["template"], task["extras"]
+    return bundles.forge(path, fields, magic=b"ICMB" + bytes([version]))
 
 
-def test_a_bundle_of_version_2_is_still_read(tmp_path: Path) -> None:
-    path = as_version_2(bundles.write(tmp_path / "fleet.icm"))
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_bundle_of_an_earlier_version_is_still_read(tmp_path: Path, version: int) -> None:
+    path = as_version(bundles.write(tmp_path / "fleet.icm"), version)
     with open_bundle(path) as bundle:
         assert bundle.index == bundles.index()
         assert bundle.digest != bundle_digest(bundles.index())
     assert read_all(path) == bundles.BLOBS
 
 
-@pytest.mark.parametrize(("magic", "keep"), [(b"ICMB\x02", True), (MAGIC, False)])
-def test_each_version_has_exactly_its_own_fields(tmp_path: Path, magic: bytes, keep: bool) -> None:
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("written", [2, 3, 4])
+def test_each_version_has_exactly_its_own_fields(tmp_path: Path, version: int, written: int) -> None:
     path = bundles.write(tmp_path / "fleet.icm")
-    fields = bundles.fields_of(path)
-    if not keep:
-        del fields["tasks"][0]["template"], fields["tasks"][0]["extras"]
-    bundles.forge(path, fields, magic=magic)
+    if written < 4:
+        as_version(path, written)
+    bundles.forge(path, bundles.fields_of(path), magic=b"ICMB" + bytes([version]))
+    if version == written:
+        with open_bundle(path):
+            return
     with pytest.raises(BundleError, match="does not have the fields"), open_bundle(path):
         pass
+
+
+def test_vectors_come_back_with_what_made_them(tmp_path: Path) -> None:
+    adapted, context = {"view": "adapted", "base": "a"}, {"view": "context", "base": "a"}
+    rust = bundles.task("rust", vectors=BundledVectors(bundles.digest("card"), (adapted, context)))
+    sql = bundles.task("sql", vectors=BundledVectors(bundles.digest("card"), (context,)))
+    index = bundles.index(tasks=(rust, sql))
+    path = bundles.write(tmp_path / "fleet.icm", index)
+    with open_bundle(path) as bundle:
+        assert bundle.index == index
+        assert bundle.index.tasks[1].parts[-1] == bundles.digest("card")
+    assert bundles.fields_of(path)["extractors"] == [adapted, context]
 
 
 def test_templates_and_extras_come_back(tmp_path: Path) -> None:

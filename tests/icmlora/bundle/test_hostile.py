@@ -192,3 +192,19 @@ def test_any_value_in_any_place_is_taken_or_refused_by_name(
         place = place[key]
     with suppress(BundleError, UnsafeInput):
         opened(bundles.forge(path, fields))
+
+
+@pytest.mark.parametrize("vectors", [[], ["5" * 64], ["5" * 64, []], ["5" * 64, [1]], ["x", [0]], ["5" * 64, [0, 0]]])
+def test_vectors_that_name_no_part_or_no_extractor_are_refused(path: Path, vectors: list[Any]) -> None:
+    def change(fields: dict[str, Any]) -> None:
+        fields["extractors"] = [{"view": "context"}]
+        fields["tasks"][0]["vectors"] = vectors
+
+    with pytest.raises(BundleError):
+        opened(changed(path, change))
+
+
+@pytest.mark.parametrize("extractor", [None, [], {}, {"view": "sideways"}])
+def test_an_extractor_without_a_view_is_refused(path: Path, extractor: object) -> None:
+    with pytest.raises(BundleError, match="an extractor of the bundle"):
+        opened(changed(path, lambda fields: fields.update(extractors=[extractor])))

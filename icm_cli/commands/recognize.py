@@ -1,0 +1,105 @@
+"""`icm recognize`: say which known task some samples belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icm_cli.options import BaseModelOpt, DeviceOpt
+from icm_cli.output import Column
+from icm_cli.session import Session, command
+from icmlora.io.text import counted
+
+if TYPE_CHECKING:
+    from icmlora.fleet.recognize import RecognizeReport
+
+SamplesOpt = Annotated[
+    Path,
+    typer.Option(
+        "--samples",
+        metavar="FILE",
+        help="Samples as JSON lines, as for `icm generate`. icm reads 32 of them, spread over the file.",
+        show_default=False,
+    ),
+]
+BundleOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--bundle",
+        "--from",
+        metavar="FILE",
+        help="Compare with the tasks of this bundle instead of the store; --base-model then says where the base "
+        "model is.",
+        show_default=False,
+    ),
+]
+LimitOpt = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Show at most N tasks.")]
+
+_COLUMNS = (Column("task", shrink=True), Column("probability", right=True), Column("distance", right=True))
+_NONE = "none of them"
+
+
+@command
+def recognize(
+    session: Session,
+    samples: SamplesOpt,
+    limit: LimitOpt = 5,
+    base_model: BaseModelOpt = None,
+    bundle: BundleOpt = None,
+    device: DeviceOpt = None,
+) -> None:
+    """Say which known task some samples belong to, and how probable that is.
+
+    icm reads the samples with the base model alone and compares their task vector with those of all known tasks.
+    `none of them` means that the task is new. What counts as near follows from the stored support sets. With --quiet,
+    only the name of the task is printed, and nothing if the task is new.
+
+    Example:
+      icm recognize --samples queries.jsonl
+    """
+    found = recognized(session, samples, base_model, bundle, device)
+    out = session.out
+    out.document(
+        {
+            "task": found.task,
+            "base_model": found.base_model,
+            "samples_count": found.samples,
+            "new": found.new,
+            "candidates": [
+                {"task": one.task, "probability": one.probability, "distance": one.distance}
+                for one in found.candidates[:limit]
+            ],
+            "left_out": [{"task": entry.task, "reason": entry.reason} for entry in found.left_out],
+        }
+    )
+    best = found.candidates[0]
+    if out.is_quiet:
+        if found.task is not None:
+            out.answer(found.task)
+        return
+    out.line(f"{_NONE}, {found.new:.2f}" if found.task is None else f"{best.task}, {best.probability:.2f}")
+    out.line()
+    rows = [(one.probability, one.task, f"{one.distance:.3f}") for one in found.candidates[:limit]]
+    rows = sorted([*rows, (found.new, _NONE, "-")], key=lambda row: -row[0])
+    out.table(_COLUMNS, [[name, f"{probability:.2f}", distance] for probability, name, distance in rows])
+    if found.left_out:
+        out.note(f"{counted(len(found.left_out), 'task')} cannot be compared; --json says why")
+    if found.task is None:
+        out.hint("`icm generate NAME` makes an adapter for a new task")
+
+
+def recognized(
+    session: Session, samples: Path, base_model: str | None, bundle: Path | None, device: str | None
+) -> RecognizeReport:
+    """Recognise the task of some samples among those of the store, or of a bundle."""
+    if bundle is not None:
+        from icm_cli.config import cache_folder
+        from icmlora.fleet.bundles import Bundle
+
+        return Bundle(bundle).recognize(
+            samples, base_model=base_model, device=session.device(device), cache=cache_folder()
+        )
+    with session.working("recognize") as fleet:
+        return fleet.recognize(samples, base_model=base_model, device=session.device(device))
