@@ -15,7 +15,16 @@ NAMES = [
     *("Adapter", "AdapterRefused", "BaseModelConflict", "BaseModelMismatch", "BaseModelNotFound", "Bundle"),
     *("BundleError", "Cancelled"),
     *("CodeError", "DamagedStore", "DataError", "DeviceUnavailable", "Event", "Fleet", "GeneratorError", "IcmError"),
-    *("IcmLoraError", "LastCopy", "LoraModule", "NotRecognized", "OutputExists", "Progress", "RegistryError", "StoreLocked"),
+    *(
+        "IcmLoraError",
+        "LastCopy",
+        "LoraModule",
+        "NotRecognized",
+        "OutputExists",
+        "Progress",
+        "RegistryError",
+        "StoreLocked",
+    ),
     *("StoreNotFound", "TaskConflict", "TaskNotFound", "UnsafeInput", "load_adapter", "save_adapter"),
 ]
 METHODS = [
