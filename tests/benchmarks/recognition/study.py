@@ -1,0 +1,133 @@
+"""What a condition is worth: how often it names the task, and what codes weigh under a generator conditioned on it.
+
+    adapted       task vector with the task's adapter on: what the paper calls a task vector
+    context       task vector of the base model alone: all that a new task has
+    description   one line about the task, as the base model's mean hidden state
+    label         a one-hot vector: which task it is, and nothing else
+    none          no condition
+
+Recognition reads 16 held-out texts of each task. Only the context view can be asked for data whose task is unknown: to
+make the adapted view of held-out texts, the adapter of the right task is put on, so that figure is an upper bound.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from icmlora import Fleet
+from icmlora.base_models.examples import examples_for
+from icmlora.base_models.modality import BaseModel
+from icmlora.fleet.context import Context
+from icmlora.fleet.ingest import IngestRequest, ingest
+from icmlora.fleet.loading import open_base, read_runnable
+from icmlora.fleet.stored_vectors import comparable_vectors
+from icmlora.fleet.vectors import VECTOR_DTYPE
+from icmlora.task_vectors.distances import cosine_distances, mean_vectors
+from icmlora.task_vectors.extraction import extract_adapted, extract_context
+from icmlora.task_vectors.file import vectors_to_bytes
+from icmlora.task_vectors.recognition import Recognizer
+from registry.records import NewVector
+from registry.store import Store
+
+Vectors = dict[str, NDArray[np.float32]]
+CONDITIONS = ("adapted", "context", "description", "label", "none")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The vectors of a fleet: of each condition as the store knows the tasks, and of their held-out texts."""
+
+    known: dict[str, Vectors]
+    held_out: dict[str, Vectors]  # views "adapted" and "context" only
+
+
+def extract(context: Context, base_model: str, fleet: Path, descriptions: Mapping[str, str]) -> Conditions:
+    """Read the vectors of a store's tasks, and make those of their held-out texts and descriptions."""
+    with context.open() as store:
+        base = open_base(store, base_model, torch.device("cpu"), VECTOR_DTYPE, cache=context.cache)
+        tasks = [task for task in store.tasks.all() if task.base_model == base_model]
+        known: dict[str, Vectors] = {
+            view: comparable_vectors(store, tasks, view).vectors for view in ("adapted", "context")
+        }
+        held_out: dict[str, Vectors] = {"adapted": {}, "context": {}}
+        for task in tasks:
+            texts = examples_for(base, (fleet / task.name / "eval.jsonl").read_bytes()).items
+            adapter = read_runnable(store, store.tasks.final(task.name))
+            held_out["adapted"][task.name] = _stacked(extract_adapted(base, adapter, texts))
+            held_out["context"][task.name] = _stacked(extract_context(base, texts))
+    names = list(known["context"])
+    known["description"] = {name: _described(base, descriptions[name]) for name in names}
+    known["label"] = dict(zip(names, np.eye(len(names), dtype=np.float32)[:, None], strict=True))
+    return Conditions(known, held_out)
+
+
+def recognition(found: Conditions) -> dict[str, Any]:
+    """Return for each condition how many tasks are named rightly, and of the views how many are called new."""
+    names, rows = list(found.known["context"]), {}
+    for view in ("adapted", "context"):
+        known, held_out = found.known[view], found.held_out[view]
+        recognizer = Recognizer(known)
+        right = {name: recognizer.recognize(held_out[name]) for name in names}
+        absent = {
+            name: Recognizer({other: vectors for other, vectors in known.items() if other != name}) for name in names
+        }
+        rows[view] = {
+            "right": sum(one.task == name for name, one in right.items()),
+            "ranked_first": sum(one.candidates[0].task == name for name, one in right.items()),
+            "called_new": sum(one.recognize(held_out[name]).task is None for name, one in absent.items()),
+            "answers": {name: [one.task, round(one.probability, 3)] for name, one in right.items()},
+        }
+    # Descriptions and samples are read in the same way, but lie apart as a whole: each is centred on its own mean.
+    described = _centred(mean_vectors(found.known["description"]))
+    read = _centred(mean_vectors(found.held_out["context"]))
+    nearest = cosine_distances(read, described).argmin(axis=1)
+    rows["description"] = {"right": int((nearest == np.arange(len(names))).sum())}
+    # Samples say nothing of a label: this is the expected number under a guess.
+    rows["label"] = rows["none"] = {"right": 1}
+    return {"tasks": len(names), "conditions": rows}
+
+
+def bits(context: Context, base_model: str, base: Path, fleet: Path, vectors: Vectors | None, steps: int) -> int:
+    """Train a generator on a fleet under a condition, in a new store, and return the bytes of all codes."""
+    ingest(context, IngestRequest(tuple(sorted(path.parent for path in fleet.glob("*/adapter_config.json")))))
+    store_fleet = Fleet(context.path, cache=context.cache)
+    store_fleet.add_base_model(base_model, base)
+    if vectors is not None:
+        with context.open() as store:
+            _put(store, vectors)
+    store_fleet.train(device="cpu", steps=steps)
+    (bill,) = store_fleet.stats().fleets
+    return sum(task.code_size or 0 for task in bill.tasks)
+
+
+def _put(store: Store, vectors: Vectors) -> None:
+    """Record vectors as context vectors: training leaves out the adapted view half of the time, and never this one."""
+    rows: list[NewVector] = []
+    for name, values in vectors.items():
+        blob = store.blobs.put(vectors_to_bytes({"context": torch.from_numpy(values)}))
+        extractor = {"name": "study", "view": "context"}
+        rows += [NewVector(name, "context", number, extractor, blob, values.shape[1]) for number in range(len(values))]
+    store.vectors.add(rows)
+
+
+def _described(base: BaseModel, text: str) -> NDArray[np.float32]:
+    """Return the base model's mean hidden state over a description, (1, d)."""
+    (example,) = examples_for(base, json.dumps({"text": text}).encode()).items
+    return _stacked(extract_context(base, [example]))
+
+
+def _stacked(vectors: Sequence[Any]) -> NDArray[np.float32]:
+    stacked: NDArray[np.float32] = np.stack([vector.values.numpy() for vector in vectors])
+    return stacked
+
+
+def _centred(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    return vectors - vectors.mean(axis=0)
