@@ -8,11 +8,25 @@ from typing import Any
 
 from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.examples import Examples, parse_examples
+from icmlora.base_models.image_classification import ImageClassification
+from icmlora.base_models.image_text import ImageTextToText
 from icmlora.base_models.lookup import FoundBase
+from icmlora.base_models.masked_lm import MaskedLM
 from icmlora.base_models.modality import Modality
+from icmlora.base_models.object_detection import ObjectDetection
+from icmlora.base_models.seq2seq_lm import Seq2SeqLM
+from icmlora.base_models.speech import Speech
+from icmlora.base_models.text_classification import TextClassification
 from icmlora.errors import BaseModelUnsuited, DataError
 
 MODALITIES: list[Modality[Any, Any]] = [
+    ObjectDetection(),
+    ImageClassification(),
+    Speech(),
+    ImageTextToText(),
+    TextClassification(),
+    Seq2SeqLM(),
+    MaskedLM(),
     CausalLM(),
 ]
 

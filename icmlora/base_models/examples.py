@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from icmlora.base_models.chats import Chat, chat_of
+from icmlora.base_models.media import Resolver, with_media
+from icmlora.base_models.media_archive import is_archive, open_archive
 from icmlora.base_models.rows import BadRow, read_rows
 from icmlora.errors import DataError, located
 
@@ -127,17 +129,23 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def parse_examples(
-    data: bytes, example: Callable[[Mapping[str, Any]], Any] | None = None, *, path: str | Path | None = None
+    data: bytes,
+    example: Callable[[Mapping[str, Any]], Any] | None = None,
+    *,
+    path: str | Path | None = None,
 ) -> Examples:
     """Read the usable rows of a file; `example` turns a row into an example, by default text."""
     if len(data) > MAX_BYTES:
         raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
     kept, skipped, reason = [], 0, None
+    media: Resolver | None = None
     with located(path):
+        if is_archive(data):
+            data, media = open_archive(data)
         rows = read_rows(data)
         for number, row in rows.values:
             try:
-                kept.append(_example(row, example or text_example))
+                kept.append(_example(row, example or text_example, media))
             except DataError as error:
                 skipped += 1
                 reason = reason or f"{rows.unit} {number} {error.message}"
@@ -215,12 +223,12 @@ def text_example(row: Mapping[str, Any]) -> Example | Chat:
     return example
 
 
-def _example(row: Any, example: Callable[[Mapping[str, Any]], Any]) -> Any:
+def _example(row: Any, example: Callable[[Mapping[str, Any]], Any], media: Resolver | None) -> Any:
     if isinstance(row, BadRow):
         raise DataError(row.reason)
     if not isinstance(row, dict):
         raise DataError("is not a JSON object")
-    return example(row)
+    return example(with_media(row, media))
 
 
 def _nothing(skipped: int, reason: str | None) -> str:

@@ -1,19 +1,52 @@
-"""Load the network and tokenizer of a causal language model: offline, quietly, and without running its code."""
+"""Load the network of a base model and what prepares its inputs: offline, quietly, and without running its code."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from icmlora.base_models.lookup import FoundBase
 from icmlora.errors import BaseModelNotFound
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network, what prepares its inputs, and the parameters that its files lack."""
+
+    model: Any
+    processor: Any
+    made_up: frozenset[str]
+
+
+def load_auto(found: FoundBase, kind: str, auto_class: str, processor_class: str, dtype: torch.dtype) -> Loaded:
+    """Load a folder with one of transformers' Auto classes; a head that its files lack is made of zeros."""
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with quiet_loading(found, kind):
+        # The library would fill missing weights with random numbers and only warn.
+        loaded: Any = getattr(transformers, auto_class).from_pretrained(
+            found.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        model, report = loaded
+        missing = sorted(report["missing_keys"])
+        if stray := [name for name in missing if not name.startswith(_HEADS)]:
+            raise ValueError(f"its weight files lack {stray[0]!r} (and {len(stray) - 1} more)")
+        for name in missing:
+            torch.nn.init.zeros_(model.get_parameter(name))
+        processor = getattr(transformers, processor_class).from_pretrained(found.path, **options)
+    return Loaded(model, processor, frozenset(missing))
+
+
+_HEADS = ("classifier.", "score.", "classification_head.", "pre_classifier.", "pooler.", "bert.pooler.")
+"""Where transformers' classifiers have what a base model without a head lacks."""
 
 
 def load_network(found: FoundBase, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -38,7 +71,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 
 @contextmanager
-def quiet_loading(found: FoundBase) -> Iterator[None]:
+def quiet_loading(found: FoundBase, kind: str = "causal language model") -> Iterator[None]:
     """Load in the block without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -50,9 +83,9 @@ def quiet_loading(found: FoundBase) -> Iterator[None]:
         # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelNotFound(
-            f"base model {found.label!r} cannot be loaded as a causal language model: {first}",
+            f"base model {found.label!r} cannot be loaded as a {kind}: {first}",
             path=found.path,
-            hint="the folder must be a complete text model that transformers knows, with its tokenizer",
+            hint="the folder must be a complete model that transformers knows, with its tokenizer or processor",
         ) from error
     finally:
         if bars:

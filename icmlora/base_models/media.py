@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from icmlora.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 MEDIA_KEYS = ("image", "audio")
@@ -36,12 +38,67 @@ class Media:
     read: Callable[[], bytes] = field(compare=False, repr=False)
 
 
+Resolver = Callable[[str], Media]
+"""Turns the name that a row gives to a file into the file; raises `DataError` where there is none."""
+
+
+def with_media(row: Mapping[str, Any], resolver: Resolver | None) -> Mapping[str, Any]:
+    """Return a row with its files in the place of their names.
+
+    Raises:
+        DataError: A file is not there.
+    """
+    named = {key: row[key] for key in MEDIA_KEYS if isinstance(row.get(key), str)}
+    if not named:
+        return row
+    if resolver is None:
+        raise DataError("names a file, and there is no folder to look in")
+    return {**row, **{key: resolver(name) for key, name in named.items()}}
+
+
+def media_of(row: Mapping[str, Any], key: str) -> Media:
+    """Return the image or recording of a row.
+
+    Raises:
+        DataError: It has none.
+    """
+    found = row.get(key)
+    if isinstance(found, Mapping) and isinstance(reason := found.get("missing"), str):  # told when the row was packed
+        raise DataError(reason)
+    if not isinstance(found, Media):
+        raise DataError(f"has no {key}" if found is None else f"has an {key} that is not the name of a file")
+    return found
+
+
+def image_of(row: Mapping[str, Any]) -> Media:
+    """Return the image of a row; only its head is read, which says whether it is one and how large it is.
+
+    Raises:
+        DataError: There is none, it is not an image, or it is too large.
+    """
+    found = media_of(row, "image")
+    with _opened(found):
+        return found
+
+
+def image_size(media: Media) -> tuple[int, int]:
+    """Return width and height in pixels, without decoding the image."""
+    with _opened(media) as image:
+        return image.size
+
+
 def open_image(media: Media) -> Image:
     """Decode an image, as RGB.
 
     Raises:
         DataError: It is not an image, is damaged, or is too large; or Pillow is not installed.
     """
+    with _opened(media) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(media: Media) -> Iterator[Image]:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -56,8 +113,37 @@ def open_image(media: Media) -> Image:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(f"has an image of {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-                return image.convert("RGB")
+                yield image
     except UnidentifiedImageError as error:
         raise DataError(f"has a file that is not an image ({', '.join(_FORMATS)})") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(f"has an image that cannot be read: {error}") from error
+
+
+def read_sound(media: Media, rate: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """Read a WAV file of 16-bit samples as one channel between -1 and 1.
+
+    Raises:
+        DataError: It is something else, or has another number of samples a second than `rate`.
+    """
+    import wave
+
+    import numpy as np
+
+    data = media.read()
+    if len(data) > MAX_FILE:
+        raise DataError(f"has a recording of {len(data)} bytes, more than {MAX_FILE}")
+    try:
+        with wave.open(io.BytesIO(data)) as stream:
+            channels, width, found = stream.getnchannels(), stream.getsampwidth(), stream.getframerate()
+            samples = stream.readframes(stream.getnframes())
+    except (wave.Error, EOFError, ValueError) as error:
+        raise DataError(f"has a recording that is not a WAV file: {error}") from error
+    if width != 2 or found != rate:
+        fact = f"has a recording of {8 * width} bits at {found} Hz; the base model takes 16 bits at {rate} Hz"
+        raise DataError(fact)
+    whole = len(samples) - len(samples) % (2 * channels)
+    sound = np.frombuffer(samples[:whole], dtype="<i2").reshape(-1, channels).mean(axis=1) / 2**15
+    if not len(sound):
+        raise DataError("has a recording without a sound")
+    return sound.astype(np.float32)

@@ -87,6 +87,7 @@ class BaseModel:
         hidden_size: Width of the hidden states, which is the dimension of a task vector.
         layers: Number of its layers.
         positions: The longest text that it can read, in tokens; None where there is no limit.
+        made_up: Parameters that its files lack and that are zero: the head of a classifier that adapters bring.
     """
 
     label: str
@@ -97,6 +98,7 @@ class BaseModel:
     hidden_size: int
     layers: int
     positions: int | None = None
+    made_up: frozenset[str] = frozenset()
 
     @property
     def tokenizer(self) -> Any:
@@ -214,11 +216,11 @@ class Modality(Protocol[Example, Item]):
         """Return the loss of all scored predictions, summed, with gradients that reach every module."""
         ...
 
-    def counted(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor:
+    def counted(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor | None:
         """Return which rows of a module's input are real and which are padding, in `loss` and `logits` of these items.
 
         Returns:
-            A boolean mask over all dimensions of a module's input but the last.
+            A boolean mask over all dimensions of a module's input but the last; None where nothing is padded.
         """
         ...
 

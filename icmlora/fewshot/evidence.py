@@ -91,10 +91,10 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _summing(model: nn.Module, real: torch.Tensor, sums: Mapping[str, list[torch.Tensor]]) -> Iterator[None]:
+def _summing(model: nn.Module, real: torch.Tensor | None, sums: Mapping[str, list[torch.Tensor]]) -> Iterator[None]:
     """Add products of inputs and gradients to `sums` inside the block."""
-    # real: (rows, T), True for tokens that are not padding. sums: for each module a gradient (out, in) and two rows of
-    # squares, (in,) and (out,).
+    # real: (rows, T), True for tokens that are not padding; None if there is no padding. sums: for each module a
+    # gradient (out, in) and two rows of squares, (in,) and (out,).
 
     def watched(parts: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], Any]:
         return lambda _, inputs, outputs: _Watched.apply(outputs, inputs[0], real, parts)  # type: ignore[no-untyped-call]
@@ -124,17 +124,21 @@ class _Watched(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, outputs: torch.Tensor, inputs: torch.Tensor, real: torch.Tensor, sums: list[torch.Tensor]
+        ctx: Any, outputs: torch.Tensor, inputs: torch.Tensor, real: torch.Tensor | None, sums: list[torch.Tensor]
     ) -> torch.Tensor:
-        ctx.save_for_backward(inputs, real)
-        ctx.sums = sums
+        ctx.save_for_backward(inputs)
+        ctx.real, ctx.sums = real, sums
         return outputs.view_as(outputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        inputs, real = ctx.saved_tensors
-        x, g = inputs[real], gradient[real]  # (tokens, in), (tokens, out)
+        (inputs,) = ctx.saved_tensors
+        x, g = _real_rows(inputs, ctx.real), _real_rows(gradient, ctx.real)  # (tokens, in), (tokens, out)
         parts = (g.T @ x, x.float().square().sum(0), g.float().square().sum(0))
         for total, part in zip(ctx.sums, parts, strict=True):
             total += part
         return gradient, None, None, None
+
+
+def _real_rows(values: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    return values.reshape(-1, values.shape[-1]) if real is None else values[real]

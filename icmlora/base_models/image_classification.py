@@ -1,0 +1,50 @@
+"""Classifiers of images, such as ViT, DINOv2 and ResNet; measured by accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from icmlora.base_models.auto_model import Inputs
+from icmlora.base_models.media import Media, image_of, open_image
+from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.text_classification import Classification, Label, label_number, label_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image and its class."""
+
+    image: Media
+    label: Label
+
+
+class ImageClassification(Classification):
+    """What `transformers.AutoModelForImageClassification` loads."""
+
+    name = "image classifier"
+    auto_class = "AutoModelForImageClassification"
+    processor_class = "AutoImageProcessor"
+
+    def example(self, row: Mapping[str, Any]) -> LabelledImage:
+        """Read an image and its label."""
+        return LabelledImage(image_of(row), label_of(row))
+
+    def inputs(self, base: BaseModel, example: LabelledImage, limit: int) -> Inputs:
+        """Turn the image into pixels and the label into its number."""
+        label = label_number(base, example.label)
+        pixels = base.processor(images=open_image(example.image), return_tensors="pt")["pixel_values"]
+        return Inputs({"pixel_values": pixels}, (label,))
+
+    def pooled(self, outputs: Any) -> torch.Tensor:
+        """Return the mean over the places of an image."""
+        return mean_over_places(outputs.hidden_states[-1])
+
+
+def mean_over_places(states: torch.Tensor) -> torch.Tensor:
+    """Average (images, places, d) or (images, d, height, width) to (images, d)."""
+    return states.mean(dim=1) if states.dim() == 3 else states.flatten(2).mean(dim=2)
