@@ -20,21 +20,31 @@ from typing import Any
 from icmlora.base_models.media import MAX_FILE, MEDIA_KEYS, Media, Resolver
 from icmlora.base_models.rows import BadRow, read_rows
 from icmlora.errors import DataError, located
+from icmlora.formats.task_names import IMAGES
 from icmlora.io.files import read_regular
 
 MAX_BYTES = 256 * 2**20
 """Bytes of all rows and files of an archive."""
+_HEAD = 2**20  # bytes of a file in which its first row lies
 _MAGIC = b"PK\x03\x04"
 _ROWS = "rows.jsonl"
 _FOLDER = "media/"
 _METADATA = "metadata.jsonl"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 
 
 def is_archive(data: bytes) -> bool:
     """Return whether these bytes are an archive."""
     return data.startswith(_MAGIC)
+
+
+def has_media(path: Path) -> bool:
+    """Return whether these are images in folders, or rows that name files as far as their first part tells."""
+    if path.is_dir():
+        return True
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD)
+    return not is_archive(head) and _names_media(head)
 
 
 def read_examples(path: Path) -> bytes:
@@ -48,7 +58,7 @@ def read_examples(path: Path) -> bytes:
         if path.is_dir():
             return pack_rows(rows_of_folder(path), beside(path))
         data = read_regular(path, max_bytes=MAX_BYTES)
-        if is_archive(data) or not any(f'"{key}"'.encode() in data for key in MEDIA_KEYS):
+        if is_archive(data) or not _names_media(data[:_HEAD]):
             return data
         rows = (None if isinstance(row, BadRow) else row for _, row in read_rows(data).values)
         return pack_rows(rows, beside(path.parent))
@@ -89,6 +99,10 @@ def pack_rows(rows: Iterable[Any], read: Callable[[str], bytes]) -> bytes:
         if size > MAX_BYTES:
             raise DataError(f"its rows and files have more than {MAX_BYTES} bytes", hint="keep a sample of the task")
     return _zipped({_ROWS: b"".join(lines)} | dict(sorted(files.items())))
+
+
+def _names_media(head: bytes) -> bool:
+    return any(f'"{key}"'.encode() in head for key in MEDIA_KEYS)
 
 
 def _zipped(files: Mapping[str, bytes]) -> bytes:
@@ -163,7 +177,7 @@ def rows_of_folder(folder: Path) -> list[Mapping[str, Any]]:
     if metadata.is_file():
         rows = [json.loads(line) for line in metadata.read_text("utf-8").splitlines() if line.strip()]
         return [_with_image(row) for row in rows if isinstance(row, dict)]
-    images = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in _IMAGES and path.is_file())
+    images = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGES and path.is_file())
     if not images:
         raise DataError("has no LABEL/IMAGE and no metadata.jsonl", path=folder)
     return [{"image": path.relative_to(folder).as_posix(), "label": path.parent.name} for path in images]

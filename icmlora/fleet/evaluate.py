@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.base_models.catalogue import check_examples, modality_of
 from icmlora.base_models.examples import EvaluationData
+from icmlora.base_models.media_archive import read_examples
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
 from icmlora.fleet.baselines import BaselineResult, Baselines
@@ -23,7 +24,6 @@ from icmlora.fleet.loading import Models
 from icmlora.fleet.measure import MAX_TOKENS, SOURCES, SourceResult, TaskLosses
 from icmlora.fleet.texts import adapter_template, own_text
 from icmlora.io.devices import resolve_device
-from icmlora.io.files import read_regular
 from registry.errors import TaskNotFound
 from registry.records import Rung, TaskRecord
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from icmlora.base_models.modality import BaseModel
     from registry.store import Store
 
-_TEXT_LIMIT = 64 << 20
 """Bytes of a file with held-out text."""
 
 
@@ -200,7 +199,7 @@ def _given_data(path: Path | None) -> bytes | None:
     """Read the file of `data`, and check that it has text before any model is loaded."""
     if path is None:
         return None
-    data = read_regular(path, max_bytes=_TEXT_LIMIT)
+    data = read_examples(path)
     check_examples(data, path=path)
     return data
 

@@ -24,6 +24,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples import Examples, examples_for
 from icmlora.base_models.factors import added, factors_of
+from icmlora.base_models.media_archive import read_examples
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.adapt import adapt, supports
@@ -41,7 +42,6 @@ from icmlora.formats.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device
-from icmlora.io.files import read_regular
 from icmlora.io.staging import check_free
 from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
 from icmlora.task_vectors.extraction import extract_context
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 # A generated adapter has few directions that matter: finer rounding without refinement is larger and worse.
 _CODE_TOLERANCE = 0.7
-_SAMPLES_LIMIT = 64 << 20  # bytes of the samples file
 _BATCH = 8  # samples per pass on an accelerator
 
 
@@ -114,7 +113,7 @@ def generate(context: Context, request: GenerateRequest) -> Generated:
     device = resolve_device(request.device)
     check_name(request.name)
     check_free(request.directory, force=request.force)
-    data = read_regular(request.samples, max_bytes=_SAMPLES_LIMIT)
+    data = read_examples(request.samples)
     check_examples(data, path=request.samples)  # a wrong file is told before a model is loaded
     with context.open() as store:
         if request.register:

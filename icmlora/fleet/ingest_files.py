@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples import MAX_BYTES
 from icmlora.base_models.labels import full_label
+from icmlora.base_models.media_archive import has_media, read_examples
 from icmlora.errors import DataError, IcmLoraError, located
 from icmlora.fleet.ingest_extras import ExtrasKeeper
 from icmlora.formats.discovery import FoundAdapter, FoundTask
@@ -153,7 +154,9 @@ def prepare(
         if path not in refused
     }
     texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
-    checks |= {path: partial(_check_text, path=path) for path in sorted(texts) if _size(path) <= MAX_BYTES}
+    packed = {path: _packed(path, store) for path in sorted(texts) if _size(path) <= MAX_BYTES and has_media(path)}
+    plain = sorted(path for path in texts - packed.keys() if _size(path) <= MAX_BYTES)
+    checks |= {path: partial(_check_text, path=path) for path in plain}
     if store is None:
         outcomes = _check_only(checks)
     else:
@@ -163,7 +166,7 @@ def prepare(
         back = (item.initial for item in adapters if not withheld[item.weights])
         contents |= {initial[path] for path in back if path in initial}
         outcomes = _check_and_store(checks, sorted(contents), store, withheld)
-    outcomes |= {path: _too_large(path) for path in texts - checks.keys()} | dict(refused)
+    outcomes |= {path: _too_large(path) for path in texts - checks.keys() - packed.keys()} | dict(refused) | packed
     prepared = [_prepared(task, small, outcomes, extras) for task in tasks]
     extras.flush()
     return prepared
@@ -206,6 +209,17 @@ def _check_text(data: bytes | memoryview, *, path: Path) -> TextRead:
         error.hint = f"{error.hint}; {_AGAIN}"
         raise
     return TextRead(len(found), found.skipped, found.reason)
+
+
+def _packed(path: Path, store: Store | None) -> _Checked | Exception:
+    """Store rows with the files that they name as one archive; each is as large as a batch, so one at a time."""
+    try:
+        data = read_examples(path)
+        found = _check_text(data, path=path)
+        digest = digest_of(data) if store is None else store.blobs.put(data)
+    except (IcmLoraError, OSError) as error:
+        return error
+    return _Checked(digest, len(data), found)
 
 
 def _too_large(path: Path) -> DataError:

@@ -29,6 +29,7 @@ from icmlora.formats.naming import NameTemplate, choose_names
 from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.formats.task_names import (
     EVAL_NAMES,
+    IMAGES,
     SAMPLES_NAMES,
     STATE_NAME,
     best_step,
@@ -361,7 +362,15 @@ def _task(folder: Path, run: _Run) -> FoundTask:
 
 def _text(folder: Path, run: _Run, names: Sequence[str]) -> Path | None:
     found = (run.note(name) or _next_to(folder, name) for name in names)
-    return next((path for path in found if path is not None), None)
+    return next((path for path in found if path is not None), _images(folder / names[0].partition(".")[0]))
+
+
+def _images(folder: Path) -> Path | None:
+    """Return a folder of examples in the `imagefolder` convention, if this is one."""
+    if not folder.is_dir() or folder.is_symlink():
+        return None
+    is_one = (folder / "metadata.jsonl").is_file() or any(path.suffix.lower() in IMAGES for path in folder.glob("*/*"))
+    return folder if is_one else None
 
 
 def _final_step(run: _Run) -> int | None:

@@ -23,6 +23,8 @@ from registry.names import MAX_NAME, task_name_problem
 
 SAMPLES_NAMES = ("samples.jsonl", "samples.json", "samples.parquet")
 EVAL_NAMES = ("eval.jsonl", "eval.json", "eval.parquet")
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
+"""Endings of images in a folder of examples."""
 """Of several files the first counts; what is in one is told from its bytes."""
 STATE_NAME = "trainer_state.json"
 
