@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from registry import records
 from registry import schema as models
-from registry.names import UNKNOWN_BASE
+from registry.names import NLL, UNKNOWN_BASE
 from registry.records import WITHOUT_BASE, Description
 
 Record = TypeVar("Record")
@@ -83,7 +83,8 @@ def train_run_record(row: models.TrainRun) -> records.TrainRunRecord:
 
 def evaluation_record(row: models.Evaluation) -> records.EvaluationRecord:
     """Return the record of a measurement."""
-    return _record(records.EvaluationRecord, row)
+    score = row.score or {"metric": NLL, "others": {}}
+    return _record(records.EvaluationRecord, row, metric=score["metric"], others=score["others"])
 
 
 def _record(kind: type[Record], row: models.Base, **more: object) -> Record:

@@ -174,6 +174,7 @@ def _to_schema_2(connection: Connection) -> None:
 
 def _to_schema_3(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN initial_id INTEGER REFERENCES blobs (id)")
+    connection.exec_driver_sql("ALTER TABLE evaluations ADD COLUMN score BLOB")
 
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_to_schema_2, _to_schema_3)

@@ -11,6 +11,7 @@ from registry import records, rows
 from registry import schema as models
 from registry.conversion import code_record, evaluation_record
 from registry.database import Part
+from registry.names import NLL
 from registry.rows import document_row, final_if_unchanged, named_blob
 
 
@@ -53,7 +54,7 @@ def record_evaluation(session: Session, new: records.NewEvaluation, now: str) ->
         evaluation.rung == new.rung,
         evaluation.generator_id.is_not_distinct_from(new.generator_id),
         evaluation.data_id == data.id,
-        evaluation.metric == new.metric,
+        evaluation.kind == _kind(new.metric),
     )
     session.execute(delete(evaluation).where(*same))
     session.add(
@@ -62,17 +63,22 @@ def record_evaluation(session: Session, new: records.NewEvaluation, now: str) ->
             rung=new.rung,
             generator_id=new.generator_id,
             data=data,
-            metric=new.metric,
-            nats_per_token=new.nats_per_token,
-            tokens=new.tokens,
+            kind=_kind(new.metric),
+            value=new.value,
+            count=new.count,
             utf8_bytes=new.utf8_bytes,
             retained_gain=new.retained_gain,
             squared_error=new.squared_error,
             settings=document_row(session, dict(new.settings)),
             created_at=now,
+            score=None if new.metric == NLL else {"metric": new.metric, "others": dict(new.others)},
         )
     )
     session.flush()
+
+
+def _kind(metric: str) -> str:
+    return "nll" if metric == NLL else "other"
 
 
 def _is_current(

@@ -13,6 +13,8 @@ from pathlib import Path
 from registry.errors import InvalidName
 
 MAX_NAME = 128
+NLL = "nats per token"
+"""The metric of a causal language model: its mean negative log-likelihood."""
 UNKNOWN_BASE = "unknown"  # the base model of adapters that name none
 
 # Such a name means the same on every file system, in a URL and in a shell.

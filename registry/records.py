@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+from registry.names import NLL
+
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
 Rung = Literal["base", "original", "residual", "code", "generate", "network"]
@@ -336,13 +338,14 @@ class NewEvaluation(WithRelativeError):
     rung: Rung
     generator_id: int | None  # None for the rungs base and original
     data: str  # digest of the held-out texts
-    nats_per_token: float  # mean negative log-likelihood
-    tokens: int  # predicted ones
+    value: float  # the metric
+    count: int  # predictions that were scored: tokens, images
     utf8_bytes: int  # length of the text that was scored
     retained_gain: float | None
     squared_error: float | None
     settings: Json  # how it was measured
-    metric: str = "nll"
+    metric: str = NLL
+    others: Mapping[str, float] = field(default_factory=dict)  # further figures beside the metric, by name
 
 
 @dataclass(frozen=True, kw_only=True)

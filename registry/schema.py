@@ -404,14 +404,17 @@ class Evaluation(Base):
     rung: Mapped[str] = mapped_column(Choice("base", "code", "network", "original", "residual", "generate"))
     generator_id: Mapped[int | None] = mapped_column(ForeignKey("generators.id", ondelete=_GONE_WITH_PARENT))
     data_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
-    metric: Mapped[str] = mapped_column(Choice("nll"))
-    nats_per_token: Mapped[float]
-    tokens: Mapped[int]
+    # The column is older than other metrics than the loss: those are named in `score`.
+    kind: Mapped[str] = mapped_column("metric", Choice("nll", "other"))
+    value: Mapped[float] = mapped_column("nats_per_token")
+    count: Mapped[int] = mapped_column("tokens")
     utf8_bytes: Mapped[int]
     retained_gain: Mapped[float | None]
     squared_error: Mapped[float | None] = mapped_column("dw_error")
     settings_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
     created_at: Mapped[str] = mapped_column(Moment())
+    # Since schema 3. The metric's name and further figures; NULL for the loss of a language model.
+    score: Mapped[Any] = mapped_column(Packed(), nullable=True)
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     data: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)

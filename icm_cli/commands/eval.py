@@ -22,13 +22,13 @@ from icmlora.io.text import counted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from icmlora.base_models.likelihood import NllResult
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.baselines import BaselineResult
     from icmlora.fleet.compare import MethodSummary
     from icmlora.fleet.context import Event
     from icmlora.fleet.evaluate import EvaluateReport, TaskEvaluated
     from icmlora.fleet.measure import SourceResult
+    from icmlora.fleet.metric_result import MetricResult
 
 
 class SourceName(StrEnum):
@@ -66,6 +66,7 @@ BaselineOpt = Annotated[
 ]
 
 _TOKENS = 256
+_SHORT = {"perplexity": "ppl", "bits per byte": "bpb"}
 _METHOD_COLUMNS = ("bytes per task", "one more task", "of bf16", "relative error", "gain", "worst")
 _SOURCES = ("base", "original", "residual", "code", "generate", "network")
 
@@ -81,7 +82,7 @@ def evaluate(
     again: AgainOpt = False,
     baseline: BaselineOpt = None,
 ) -> None:
-    """Measure perplexity and bits per byte of the base model, original, residual, code and generated adapter.
+    """Measure how good the base model, original, residual, code and generated adapter are on held-out examples.
 
     GAIN is the retained gain: (loss of base - loss of source) / (loss of base - loss of original). Each adapter is
     written to disk and loaded with PEFT before it is measured. Needs the base model. For an evicted original, icm uses
@@ -134,12 +135,10 @@ def run(
 def _print_tasks(session: Session, report: EvaluateReport) -> None:
     shown = [source for source in _SOURCES if any(source in task.sources for task in report.tasks)]
     with_gain = [source for source in shown if source not in ("base", "original")]
-    columns = [Column("task", shrink=True)]
-    columns += [Column(f"{source} ppl", right=True) for source in shown]
-    columns += [Column(f"{source} bpb", right=True) for source in shown]
-    for source in with_gain:
-        columns += [Column(f"{source} gain", right=True), Column(f"{source} error", right=True)]
-    session.out.table(columns, [_cells(task, shown, with_gain) for task in report.tasks])
+    metrics = dict.fromkeys(task.sources["base"].score.metric for task in report.tasks) or {"": None}
+    for metric in metrics:  # a table for each kind of base model
+        tasks = [task for task in report.tasks if task.sources["base"].score.metric == metric]
+        _print_table(session, tasks, shown, with_gain)
     for source in with_gain:
         gain = report.gain_of(source)
         if gain is None:
@@ -159,6 +158,16 @@ def _print_tasks(session: Session, report: EvaluateReport) -> None:
             session.out.note(f"{text}: {', '.join(names)}")
     for note in report.notes:
         session.out.note(note)
+
+
+def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[str], with_gain: list[str]) -> None:
+    names = dict.fromkeys(name for task in tasks for name in task.sources["base"].score.figures) or _SHORT
+    figures = [name for name in names if name != "nats per token"]  # perplexity says the same
+    columns = [Column("task", shrink=True)]
+    columns += [Column(f"{source} {_SHORT.get(name, name)}", right=True) for name in figures for source in shown]
+    for source in with_gain:
+        columns += [Column(f"{source} gain", right=True), Column(f"{source} error", right=True)]
+    session.out.table(columns, [_cells(task, figures, shown, with_gain) for task in tasks])
 
 
 def _print_methods(session: Session, rows: list[MethodSummary]) -> None:
@@ -184,21 +193,21 @@ def _tell(session: Session, event: Event) -> None:
 def _baseline_as_json(result: BaselineResult) -> dict[str, object]:
     sizes = {"size": result.size, "shared_size": result.shared_size, "fleet_size": result.fleet_size}
     figures = {"retained_gain": result.retained_gain, **errors_json(result.squared_error)}
-    return sizes | _loss_as_json(result.loss) | figures
+    return sizes | _score_as_json(result.score) | figures
 
 
 def _as_json(result: SourceResult) -> dict[str, object]:
     figures = {"retained_gain": result.retained_gain, **errors_json(result.squared_error)}
-    return _loss_as_json(result.as_loss()) | figures
+    return _score_as_json(result.score) | figures
 
 
-def _loss_as_json(loss: NllResult) -> dict[str, object]:
-    return {
-        "nats_per_token": loss.nats_per_token,
-        "perplexity": loss.perplexity if math.isfinite(loss.perplexity) else None,
-        "bits_per_byte": loss.bits_per_byte,
-        "tokens": loss.tokens,
-    }
+def _score_as_json(score: MetricResult) -> dict[str, object]:
+    """Return the metric under its own name, and for language models what follows from it."""
+    figures = {name: value if math.isfinite(value) else None for name, value in score.figures.items()}
+    keys: dict[str, object] = {"metric": score.metric, "value": score.value, "count": score.count}
+    if "perplexity" in figures:
+        keys["tokens"] = score.count
+    return keys | {name.replace(" ", "_"): value for name, value in figures.items()}
 
 
 def _method_cells(row: MethodSummary) -> list[str]:
@@ -207,12 +216,12 @@ def _method_cells(row: MethodSummary) -> list[str]:
     return [row.method, *sizes, *figures, row.worst_task or "-"]
 
 
-def _cells(task: TaskEvaluated, shown: list[str], with_gain: list[str]) -> list[str]:
+def _cells(task: TaskEvaluated, figures: list[str], shown: list[str], with_gain: list[str]) -> list[str]:
     found = {str(source): result for source, result in task.sources.items()}
-    losses = [found[source].as_loss() if source in found else None for source in shown]
     cells = [task.task]
-    cells += ["-" if loss is None else f"{loss.perplexity:.2f}" for loss in losses]
-    cells += ["-" if loss is None else f"{loss.bits_per_byte:.3f}" for loss in losses]
+    for name in figures:
+        values = [found[source].score.figures.get(name) if source in found else None for source in shown]
+        cells += [_figure(value, 2 if name == "perplexity" else 3) for value in values]
     for source in with_gain:
         result = found.get(source)
         cells += [_figure(None if result is None else result.retained_gain, 3)]

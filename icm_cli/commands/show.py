@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -10,9 +9,12 @@ from icm_cli.options import TaskArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, limits_text
+from icmlora.fleet.metric_result import MetricResult
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from icmlora.fleet.records import AdapterRecord, EvaluationRecord, TaskRecord
     from icmlora.fleet.tasks import TaskDetails
 
@@ -24,17 +26,6 @@ _ADAPTER_COLUMNS = (
     Column("size", right=True),
     Column("weights"),
 )
-_EVALUATION_COLUMNS = (
-    Column("source"),
-    Column("text"),
-    Column("nats/token", right=True),
-    Column("perplexity", right=True),
-    Column("bits/byte", right=True),
-    Column("retained gain", right=True),
-    Column("relative error", right=True),
-)
-
-
 _RUNGS = ("base", "original", "residual", "code", "generate", "network")
 
 
@@ -53,7 +44,7 @@ def show(session: Session, task: TaskArg) -> None:
     session.out.line()
     session.out.table(_ADAPTER_COLUMNS, [_adapter_cells(adapter) for adapter in details.adapters])
     session.out.line()
-    session.out.table(_EVALUATION_COLUMNS, [_evaluation_cells(details, entry) for entry in _present(details)])
+    _print_evaluations(session, details)
     if session.out.verbosity:
         session.out.line()
         for module, rank, inputs, outputs in details.final.layout:
@@ -157,14 +148,20 @@ def _present(details: TaskDetails) -> list[EvaluationRecord]:
     return sorted(rows, key=lambda row: (row.data != details.task.eval_data, row.data, _RUNGS.index(row.rung)))
 
 
-def _evaluation_cells(details: TaskDetails, entry: EvaluationRecord) -> list[str]:
-    bits = entry.nats_per_token * entry.tokens / math.log(2)
+def _print_evaluations(session: Session, details: TaskDetails) -> None:
+    rows = _present(details)
+    names = list(dict.fromkeys(name for row in rows for name in MetricResult.of(row).figures))
+    columns = [Column("source"), Column("text"), *(Column(name, right=True) for name in names)]
+    columns += [Column("retained gain", right=True), Column("relative error", right=True)]
+    session.out.table(columns, [_evaluation_cells(details, row, names) for row in rows])
+
+
+def _evaluation_cells(details: TaskDetails, entry: EvaluationRecord, names: Sequence[str]) -> list[str]:
+    figures = MetricResult.of(entry).figures
     return [
         entry.rung,
         "held-out" if entry.data == details.task.eval_data else entry.data[:12],
-        f"{entry.nats_per_token:.4f}",
-        f"{math.exp(min(entry.nats_per_token, 700.0)):.2f}",
-        f"{bits / entry.utf8_bytes:.3f}" if entry.utf8_bytes else "-",
+        *("-" if figures.get(name) is None else f"{figures[name]:.4g}" for name in names),
         "-" if entry.retained_gain is None else f"{entry.retained_gain:.3f}",
         "-" if entry.relative_error is None else f"{entry.relative_error:.3f}",
     ]
@@ -209,7 +206,8 @@ def _adapter_json(adapter: AdapterRecord) -> dict[str, object]:
 def _evaluation_json(details: TaskDetails, entry: EvaluationRecord) -> dict[str, object]:
     # A task has one original, and its measurements are deleted with it: the rows do not repeat its digest.
     settings = {**entry.settings, "original": details.final.weights}
-    return {**_without_ids(as_fields(entry)), "settings": settings}
+    figures = {name.replace(" ", "_"): value for name, value in MetricResult.of(entry).figures.items()}
+    return {**_without_ids(as_fields(entry)), **figures, "settings": settings}
 
 
 def _without_ids(fields: dict[str, object], *others: str) -> dict[str, object]:

@@ -13,6 +13,7 @@ from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import read_config
 from icmlora.base_models.modality import BaseModel, Metric
 from icmlora.errors import DataError
+from registry.names import NLL
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ class CausalLM:
     """What `transformers.AutoModelForCausalLM` loads; measured by the loss of the next token."""
 
     name = "causal language model"
-    metric = Metric("nats per token", higher_is_better=False)
+    metric = Metric(NLL, higher_is_better=False)
     probes: Sequence[Example] = plain(PROBES)
 
     def suits(self, found: FoundBase) -> bool:

@@ -19,6 +19,7 @@ from icmlora.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
 MEDIA_KEYS = ("image", "audio")
@@ -120,7 +121,7 @@ def _opened(media: Media) -> Iterator[Image]:
         raise DataError(f"has an image that cannot be read: {error}") from error
 
 
-def read_sound(media: Media, rate: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def read_sound(media: Media, rate: int) -> NDArray[np.float32]:
     """Read a WAV file of 16-bit samples as one channel between -1 and 1.
 
     Raises:
@@ -146,4 +147,4 @@ def read_sound(media: Media, rate: int) -> np.ndarray[tuple[int], np.dtype[np.fl
     sound = np.frombuffer(samples[:whole], dtype="<i2").reshape(-1, channels).mean(axis=1) / 2**15
     if not len(sound):
         raise DataError("has a recording without a sound")
-    return sound.astype(np.float32)
+    return np.asarray(sound, dtype=np.float32)

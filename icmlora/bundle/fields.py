@@ -64,11 +64,7 @@ class Fields:
 
     def number(self, key: str) -> float:
         """Return a finite number."""
-        value = self._values[key]
-        # Another type than the writer's would be written differently again; a whole number of JSON may be huge.
-        if not isinstance(value, float) or not math.isfinite(value):
-            raise self._wrong(key)
-        return value
+        return as_number(self._values[key], f"{self._what}: {key}")
 
     def mapping(self, key: str) -> dict[str, Any]:
         """Return an object as it is."""
@@ -106,6 +102,14 @@ def as_digest(value: object, what: str) -> str:
 def as_count(value: object, what: str, *, least: int = 0) -> int:
     """Return a value that must be a whole number; `True` is none."""
     if type(value) is not int or not least <= value <= MAX_COUNT:
+        raise wrong(value, what)
+    return value
+
+
+def as_number(value: object, what: str) -> float:
+    """Return a finite number."""
+    # Another type than the writer's would be written differently again; a whole number of JSON may be huge.
+    if not isinstance(value, float) or not math.isfinite(value):
         raise wrong(value, what)
     return value
 

@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from icmlora.adapter.layout import ModuleShape, target_modules
-from icmlora.bundle.fields import Fields, as_count, as_digest, wrong
+from icmlora.bundle.fields import Fields, as_count, as_digest, as_number, wrong
 from icmlora.errors import AdapterRefused, BundleError, UnsafeInput
 from icmlora.formats.peft_config import MAX_CONFIG_BYTES, MAX_LABEL, MAX_RANK
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
-from registry.names import escape, is_file_name, is_module_name, task_name_problem
+from registry.names import NLL, escape, is_file_name, is_module_name, task_name_problem
 
-VERSION = 4  # version 3 had no vectors, version 2 neither templates nor extras
+VERSION = 4  # version 3 had no vectors and one metric, version 2 neither templates nor extras
 MAX_CODE_BYTES = 1024**3
 MAX_VECTOR_BYTES = 64 * 1024**2
 MAX_CARD_BYTES = 64 * 1024  # a longer model card is left out: nothing in it is needed to write an adapter
@@ -55,12 +55,14 @@ class BundledMeasurement:
     """What was measured of a code on held-out text."""
 
     data: str  # SHA-256 of the text
-    nats_per_token: float
-    tokens: int
+    value: float  # the metric: `nats_per_token` in the file
+    count: int  # predictions that were scored: `tokens` in the file
     utf8_bytes: int
     retained_gain: float | None
     squared_error: float | None  # `dw_error` in the file, as below
     settings: Mapping[str, Any]
+    metric: str = NLL
+    others: Mapping[str, float] = field(default_factory=dict)  # further figures, by name
 
 
 class BundledExtra(NamedTuple):
@@ -175,10 +177,15 @@ MAX_TASKS = 5_000
 
 _INDEX = ("base_model", "extractors", "generator", "layouts", "parts", "tasks")
 _GENERATOR = tuple(BundledGenerator.__dataclass_fields__)
-_KEYS = {"squared_error": "dw_error"}  # field -> key in the file, where they differ
+_KEYS = {
+    "squared_error": "dw_error",
+    "value": "nats_per_token",
+    "count": "tokens",
+}  # field -> key in the file, where they differ
 _TASK = tuple(_KEYS.get(name, name) for name in BundledTask.__dataclass_fields__)
 _SINCE_VERSION_3: dict[str, Any] = {"template": "", "extras": []}
 _SINCE_VERSION_4: dict[str, Any] = {"vectors": None}
+_MEASURED_SINCE_VERSION_4: dict[str, Any] = {"metric": NLL, "others": {}}
 _MEASURED = tuple(_KEYS.get(name, name) for name in BundledMeasurement.__dataclass_fields__)
 
 Layout = tuple[ModuleShape, ...]
@@ -297,7 +304,7 @@ def _task(
         step=fields.optional_count("step"),
         is_generated=fields.flag("is_generated"),
         layout=layouts[layout],
-        measured=_measured(fields.optional_mapping("measured")),
+        measured=_measured(fields.optional_mapping("measured"), version),
         template=_template(fields.optional_text("template", limit=MAX_CONFIG_BYTES)),
         extras=tuple(_extra(entry) for entry in fields.entries("extras")),
         vectors=_vectors(fields.optional_entries("vectors"), extractors),
@@ -345,18 +352,22 @@ def _extra(value: object) -> BundledExtra:
     return BundledExtra(as_digest(part, "an extra's digest"), file, as_count(size, "an extra's size"))
 
 
-def _measured(value: object) -> BundledMeasurement | None:
+def _measured(value: Mapping[str, Any] | None, version: int) -> BundledMeasurement | None:
     if value is None:
         return None
+    if version < 4:
+        value = _MEASURED_SINCE_VERSION_4 | dict(value)
     fields = Fields(value, _MEASURED, "a measurement of the bundle")
     return BundledMeasurement(
         data=fields.digest("data"),
-        nats_per_token=fields.number("nats_per_token"),
-        tokens=fields.count("tokens"),
+        value=fields.number("nats_per_token"),
+        count=fields.count("tokens"),
         utf8_bytes=fields.count("utf8_bytes"),
         retained_gain=fields.optional_number("retained_gain"),
         squared_error=_squared_error(fields),
         settings=fields.mapping("settings"),
+        metric=fields.text("metric", limit=100),
+        others={name: as_number(value, "a figure of the bundle") for name, value in fields.mapping("others").items()},
     )
 
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.likelihood import NllResult
 from icmlora.baselines.baseline import Baseline
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.fleet.loading import read_original
 from icmlora.fleet.measure import SourceResult, TaskLosses
+from icmlora.fleet.metric_result import MetricResult
 from registry.records import AdapterRecord, Rung, WithRelativeError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class BaselineResult(WithRelativeError):
     size: int  # bytes stored for this task alone
     shared_size: int  # bytes stored once for the fleet
     fleet_size: int
-    loss: NllResult
+    score: MetricResult
     retained_gain: float | None  # None where the original has no gain
     squared_error: float | None  # None where the original is zero
 
@@ -50,7 +50,7 @@ class Baselines:
         """Measure every method on one task; none if its original was evicted."""
         if not self._methods or task not in self._originals:
             return {}
-        base, original = sources["base"].nats_per_token, sources["original"].nats_per_token
+        base, original = sources["base"].score.value, sources["original"].score.value
         adapter = self._originals[task]
         results = {}
         for name, method in self._methods.items():
@@ -58,10 +58,10 @@ class Baselines:
             code = method.encode(adapter, shared)
             written = losses.written(method.decode(code, shared), "bfloat16")
             error = squared_error(adapter, written.adapter)
-            loss = losses.loss_of(name, written)
-            gain = losses.gain(base, original, loss.nats_per_token)
+            score = losses.score_of(name, written)
+            gain = losses.gain(base, original, score.value)
             finite = error if math.isfinite(error) else None
-            results[name] = BaselineResult(len(code), len(shared), len(self._originals), loss, gain, finite)
+            results[name] = BaselineResult(len(code), len(shared), len(self._originals), score, gain, finite)
         return results
 
     def _prepared(self, name: str) -> bytes:

@@ -161,12 +161,14 @@ def _measured(row: EvaluationRecord | None) -> BundledMeasurement | None:
         return None
     return BundledMeasurement(
         data=row.data,
-        nats_per_token=float(row.nats_per_token),
-        tokens=row.tokens,
+        value=float(row.value),
+        count=row.count,
         utf8_bytes=row.utf8_bytes,
         retained_gain=_float(row.retained_gain),
         squared_error=_float(row.squared_error),
         settings=dict(row.settings),
+        metric=row.metric,
+        others=dict(row.others),
     )
 
 

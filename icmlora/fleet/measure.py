@@ -19,11 +19,11 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.attach import adapted
 from icmlora.base_models.examples import EvaluationData
-from icmlora.base_models.likelihood import NllResult
 from icmlora.base_models.modality import retained_gain
 from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.decoding import OriginalForm, decode_code, predict_adapter, read_form
 from icmlora.fleet.loading import Models, read_original, read_runnable
+from icmlora.fleet.metric_result import MetricResult
 from icmlora.fleet.texts import own_text
 from icmlora.formats.format import RunnableAdapter
 from registry.records import (
@@ -50,15 +50,9 @@ class SourceResult(WithRelativeError):
     """What was measured of one source of a task on one set of texts."""
 
     source: Rung
-    nats_per_token: float  # its mean negative log-likelihood
-    tokens: int
-    utf8_bytes: int
+    score: MetricResult
     retained_gain: float | None  # None for base model and original, and where the original has no gain
     squared_error: float | None  # None where there is none
-
-    def as_loss(self) -> NllResult:
-        """Return the loss with its perplexity and bits per byte."""
-        return NllResult(self.nats_per_token * self.tokens, self.tokens, self.utf8_bytes)
 
 
 def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator: GeneratorRecord) -> TaskLosses:
@@ -123,7 +117,7 @@ class TaskLosses:
 
     def measure_adapter(self, source: Rung, adapter: Adapter, squared_error: float) -> SourceResult:
         """Measure an adapter that is not in the store, and record nothing."""
-        return self.result_of(source, self.loss_of(source, self.written(adapter)), squared_error, self._references)
+        return self.result_of(source, self.score_of(source, self.written(adapter)), squared_error, self._references)
 
     def written(self, adapter: Adapter, dtype: str | None = None) -> RunnableAdapter:
         """Write a decoded adapter as `icm materialize` does, and read it again."""
@@ -131,24 +125,24 @@ class TaskLosses:
         files = form.format.encode(adapter, card="", metadata={}, like=form.template, dtype=dtype, extras=form.tensors)
         return form.format.runnable(files.config, files.weights)
 
-    def loss_of(self, label: str, adapter: RunnableAdapter) -> NllResult:
+    def score_of(self, label: str, adapter: RunnableAdapter) -> MetricResult:
         """Load an adapter with PEFT, measure it, and record nothing."""
         with adapted(self._base, adapter):
-            return self._loss(label)
+            return self._score(label)
 
     def gain(self, base: float, original: float, other: float) -> float | None:
-        """Return the retained gain of an adapter from the losses of base model, original and adapter."""
+        """Return the retained gain of an adapter from the metrics of base model, original and adapter."""
         return retained_gain(base, original, other, higher_is_better=self._base.modality.metric.higher_is_better)
 
     def result_of(
-        self, source: Rung, loss: NllResult, squared_error: float | None, references: Mapping[Rung, SourceResult]
+        self, source: Rung, score: MetricResult, squared_error: float | None, references: Mapping[Rung, SourceResult]
     ) -> SourceResult:
         """Return the result of a source, with its retained gain where base model and original are in `references`."""
         gain = None
         if source not in ("base", "original") and "original" in references:
             base, original = references["base"], references["original"]
-            gain = self.gain(base.nats_per_token, original.nats_per_token, loss.nats_per_token)
-        return SourceResult(source, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, squared_error)
+            gain = self.gain(base.score.value, original.score.value, score.value)
+        return SourceResult(source, score, gain, squared_error)
 
     def record_of(self, result: SourceResult) -> NewEvaluation:
         """Return what the store records of a result."""
@@ -157,12 +151,14 @@ class TaskLosses:
             rung=result.source,
             generator_id=self._generator_of(result.source),
             data=self._text.digest,
-            nats_per_token=result.nats_per_token,
-            tokens=result.tokens,
-            utf8_bytes=result.utf8_bytes,
+            value=result.score.value,
+            count=result.score.count,
+            utf8_bytes=result.score.utf8_bytes,
             retained_gain=result.retained_gain,
             squared_error=result.squared_error,
             settings=self._settings,
+            metric=result.score.metric,
+            others=result.score.others,
         )
 
     @cached_property
@@ -197,13 +193,13 @@ class TaskLosses:
 
     def _measured(self, source: Rung, code: CodeRecord | None, references: Mapping[Rung, SourceResult]) -> SourceResult:
         if source == "base":
-            return self.result_of(source, self._loss(source), None, references)
+            return self.result_of(source, self._score(source), None, references)
         if source == "original":
-            loss = self.loss_of(source, read_runnable(self._store, self._final))
-            return self.result_of(source, loss, None, references)
+            score = self.score_of(source, read_runnable(self._store, self._final))
+            return self.result_of(source, score, None, references)
         written = self.written(self._decoded(source, code))
         error = self._squared_error(source, written, code)
-        return self.result_of(source, self.loss_of(source, written), error, references)
+        return self.result_of(source, self.score_of(source, written), error, references)
 
     def _decoded(self, source: Rung, code: CodeRecord | None) -> Adapter:
         """Decode a code, with its residual for that source, or make an adapter from the task's vectors."""
@@ -217,13 +213,15 @@ class TaskLosses:
                 return decode_code(self._store, generator_file, exemplar, "code")
         return predict_adapter(self._store, generator_file, self._final, code)
 
-    def _loss(self, label: str) -> NllResult:
+    def _score(self, label: str) -> MetricResult:
         """Measure the base model as it is now, with the adapter that is on it."""
-        loss = NllResult.of(self._base.modality.measure(self._base, self._text.examples, self._max_tokens))
-        if not math.isfinite(loss.nats):
-            fact = f"the loss of {self._task.name!r} ({label}) is not a number: values overflow in {self._base.dtype}"
+        modality = self._base.modality
+        found = modality.measure(self._base, self._text.examples, self._max_tokens)
+        if not math.isfinite(found.value):
+            name, dtype = modality.metric.name, self._base.dtype
+            fact = f"the {name} of {self._task.name!r} ({label}) is not a number: values overflow in {dtype}"
             raise DataError(fact, hint="the training run diverged: use an earlier checkpoint")
-        return loss
+        return MetricResult(modality.metric.name, found.value, found.count, found.utf8_bytes, dict(found.others))
 
     def _squared_error(self, source: Rung, written: RunnableAdapter, code: CodeRecord | None) -> float | None:
         if self._final.is_evicted:  # what was measured when the original went still holds
@@ -235,7 +233,7 @@ class TaskLosses:
 
     def _completed(self, known: SourceResult, references: Mapping[Rung, SourceResult], *, record: bool) -> SourceResult:
         """Add the retained gain to a result that was measured while the original was evicted."""
-        gain = self.result_of(known.source, known.as_loss(), known.squared_error, references).retained_gain
+        gain = self.result_of(known.source, known.score, known.squared_error, references).retained_gain
         if known.retained_gain is not None or gain is None:
             return known
         found = replace(known, retained_gain=gain)
@@ -252,10 +250,7 @@ class TaskLosses:
         """Return what was measured before on the same text, in the same way, of the same generator."""
         rows = [row for row in self._store.evaluations.all(self._task.name) if self._is_current(row)]
         return {
-            row.rung: SourceResult(
-                row.rung, row.nats_per_token, row.tokens, row.utf8_bytes, row.retained_gain, row.squared_error
-            )
-            for row in rows
+            row.rung: SourceResult(row.rung, MetricResult.of(row), row.retained_gain, row.squared_error) for row in rows
         }
 
     def _is_current(self, row: EvaluationRecord) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from icm_cli.app import run
-from icmlora.base_models.likelihood import NllResult
 from icmlora.fleet.measure import SourceResult, TaskLosses
+from icmlora.fleet.metric_result import MetricResult
 from icmlora.fleet.update_candidates import Candidate
 from registry.records import Rung
 from tests.cli.fleet import write_fleet
@@ -90,10 +90,14 @@ def plain_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the retained gain be what the error leaves of dW: random adapters have gains by chance."""
 
     def result_of(
-        self: TaskLosses, source: Rung, loss: NllResult, error: float | None, references: Mapping[Rung, SourceResult]
+        self: TaskLosses,
+        source: Rung,
+        score: MetricResult,
+        error: float | None,
+        references: Mapping[Rung, SourceResult],
     ) -> SourceResult:
         gain = None if error is None else 1 - error
-        return SourceResult(source, loss.nats_per_token, loss.tokens, loss.utf8_bytes, gain, error)
+        return SourceResult(source, score, gain, error)
 
     monkeypatch.setattr(TaskLosses, "result_of", result_of)
 

@@ -52,7 +52,8 @@ def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     assert set(events[0]) == {"type", "task", "rungs"}
     assert set(events[0]["rungs"]) == {"base", "original", "code", "generate"}
     assert set(events[0]["rungs"]["code"]) == {
-        "nats_per_token", "perplexity", "bits_per_byte", "tokens", "retained_gain", "relative_error", "squared_error",
+        "metric", "value", "count", "nats_per_token", "perplexity", "bits_per_byte", "tokens",
+        "retained_gain", "relative_error", "squared_error",
     }  # fmt: skip
     assert all(set(event) == {"type", "rung", "tasks", "mean", "worst"} for event in events[1:])
 

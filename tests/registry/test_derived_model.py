@@ -172,7 +172,7 @@ class DerivedModel(RuleBasedStateMachine):
         generator_id = self.record(self.current).id
         assert self.store.evaluations.add([evaluation(name, nats=nats, generator_id=generator_id)]) == 1
         found = [row for row in self.store.evaluations.all(name) if row.generator_id == generator_id]
-        assert [row.nats_per_token for row in found if row.rung == "code"] == [nats]
+        assert [row.value for row in found if row.rung == "code"] == [nats]
 
     @rule(data=DATA, again=st.booleans())
     def checkpoint_a_run(self, data: bytes, again: bool) -> None:

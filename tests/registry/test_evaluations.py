@@ -22,14 +22,14 @@ def two_tasks(store: Store) -> None:
 def test_measurements_come_back_as_they_were_recorded(store: Store) -> None:
     store.evaluations.add([evaluation("rust")])
     (found,) = store.evaluations.all("rust")
-    assert (found.nats_per_token, found.tokens, found.utf8_bytes, found.retained_gain) == (2.0, 100, 400, 0.97)
+    assert (found.value, found.count, found.utf8_bytes, found.retained_gain) == (2.0, 100, 400, 0.97)
     assert (found.rung, found.metric, found.settings) == ("original", "nll", {"max_tokens": 256})
 
 
 def test_the_latest_of_the_same_thing_wins(store: Store) -> None:
     store.evaluations.add([evaluation("rust", nats=2.0), evaluation("rust", nats=1.9)])
     store.evaluations.add([evaluation("rust", nats=1.8)])
-    assert [found.nats_per_token for found in store.evaluations.all()] == [1.8]
+    assert [found.value for found in store.evaluations.all()] == [1.8]
 
 
 def test_rungs_of_different_generators_stand_side_by_side(store: Store) -> None:

@@ -150,7 +150,7 @@ class TestTheLatestMeasurement:
         store.evaluations.add([type(own)(**{**vars(own), "data": task.eval_data}), other])
         found = latest(store.evaluations.all("rust"), task, "code", made)
         assert found is not None
-        assert (found.data, found.nats_per_token) == (task.eval_data, 2.0)
+        assert (found.data, found.value) == (task.eval_data, 2.0)
 
     def test_another_generator_or_source_does_not_speak_for_it(self, store: Store) -> None:
         ingest(store, "rust")

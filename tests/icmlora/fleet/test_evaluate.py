@@ -25,21 +25,21 @@ def text(tmp_path: Path) -> Path:
 def test_base_model_and_original_are_always_measured(learned: Fleet) -> None:
     (task,) = learned.evaluate(["apples"], sources=[], device="cpu").tasks
     assert set(task.sources) == {"base", "original"}
-    assert task.sources["original"].nats_per_token < task.sources["base"].nats_per_token
+    assert task.sources["original"].score.value < task.sources["base"].score.value
     assert task.sources["base"].retained_gain is None
 
 
 def test_a_gain_is_the_share_of_what_the_original_gains(learned: Fleet) -> None:
     (task,) = learned.evaluate(["apples"], sources=["code"], device="cpu").tasks
-    losses = {name: result.nats_per_token for name, result in task.sources.items()}
+    losses = {name: result.score.value for name, result in task.sources.items()}
     gain = (losses["base"] - losses["code"]) / (losses["base"] - losses["original"])
     assert task.sources["code"].retained_gain == pytest.approx(gain)
 
 
 def test_every_result_is_recorded(learned: Fleet) -> None:
     (task,) = learned.evaluate(["ships"], device="cpu").tasks
-    recorded = {row.rung: row.nats_per_token for row in learned.show("ships").evaluations}
-    assert recorded == {name: result.nats_per_token for name, result in task.sources.items()}
+    recorded = {row.rung: row.value for row in learned.show("ships").evaluations}
+    assert recorded == {name: result.score.value for name, result in task.sources.items()}
     assert set(recorded) == {"base", "original", "code", "generate"}
 
 
@@ -71,7 +71,7 @@ def test_a_source_that_a_task_does_not_have_is_left_out(learned: Fleet) -> None:
 
 def test_fewer_tokens_can_be_scored(learned: Fleet) -> None:
     (task,) = learned.evaluate(["apples"], sources=[], max_tokens=5, device="cpu").tasks
-    assert task.sources["base"].tokens <= 4 * 5  # four texts
+    assert task.sources["base"].count <= 4 * 5  # four texts
 
 
 def test_tasks_without_text_are_named(fleet: Fleet) -> None:

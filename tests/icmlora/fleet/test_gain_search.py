@@ -27,7 +27,7 @@ def test_the_gain_of_the_chosen_code_is_recorded_with_those_it_is_compared_to(le
     rows = {row.rung: row for row in learned.show("apples").evaluations}
     assert set(rows) == {"base", "original", "code"}
     assert rows["code"].retained_gain == task.retained_gain
-    assert rows["original"].nats_per_token < rows["code"].nats_per_token < rows["base"].nats_per_token
+    assert rows["original"].value < rows["code"].value < rows["base"].value
 
 
 def test_measuring_the_code_again_finds_the_same_gain(learned: Fleet) -> None:
