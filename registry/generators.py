@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import delete, func, insert, literal, select, update
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 
 from registry import records
 from registry import schema as models
@@ -22,7 +22,7 @@ from registry.codes import code_files, code_rows, current_row
 from registry.conversion import code_record, generator_record
 from registry.database import Part
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
-from registry.rows import RowWriter
+from registry.rows import RowWriter, table_of
 
 
 @dataclass(frozen=True)
@@ -211,12 +211,10 @@ def _shown(names: Sequence[str]) -> str:
 def _link(session: Session, parent_id: int, generator_id: int, without: Sequence[int]) -> None:
     """Give a generator the codes of its parent and what was measured of them, without those of some tasks."""
     # Copied inside SQLite: a fleet has thousands of codes.
-    for table in (models.Code, models.Evaluation):
-        columns: list[InstrumentedAttribute[object]] = [
-            getattr(table, column.key) for column in table.__table__.columns if column.key not in ("id", "generator_id")
-        ]
+    for table in map(table_of, (models.Code, models.Evaluation)):
+        columns = [column for column in table.columns if column.key not in ("id", "generator_id")]
         chosen = select(literal(generator_id), *columns).where(
-            table.generator_id == parent_id, table.task_id.not_in(without)
+            table.c.generator_id == parent_id, table.c.task_id.not_in(without)
         )
         session.execute(insert(table).from_select(["generator_id", *(column.key for column in columns)], chosen))
 

@@ -37,8 +37,8 @@ def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     ran = icm(*EVAL, "int8", "poems", "--json")
     assert set(of_type(ran, "task")[0]) == {"type", "task", "rungs", "baselines"}
     assert set(of_type(ran, "task")[0]["baselines"]["int8"]) == {
-        "size", "shared_size", "fleet_size", "metric", "value", "count", "nats_per_token", "perplexity", "bits_per_byte", "tokens",
-        "retained_gain", "relative_error", "squared_error",
+        "size", "shared_size", "fleet_size", "metric", "value", "count", "tokens",
+        "nats_per_token", "perplexity", "bits_per_byte", "retained_gain", "relative_error", "squared_error",
     }  # fmt: skip
     assert {event["method"] for event in of_type(ran, "method")} == {"code", "int8"}
     assert set(of_type(ran, "method")[0]) == {

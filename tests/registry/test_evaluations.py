@@ -23,7 +23,7 @@ def test_measurements_come_back_as_they_were_recorded(store: Store) -> None:
     store.evaluations.add([evaluation("rust")])
     (found,) = store.evaluations.all("rust")
     assert (found.value, found.count, found.utf8_bytes, found.retained_gain) == (2.0, 100, 400, 0.97)
-    assert (found.rung, found.metric, found.settings) == ("original", "nll", {"max_tokens": 256})
+    assert (found.rung, found.metric, found.settings) == ("original", "nats per token", {"max_tokens": 256})
 
 
 def test_the_latest_of_the_same_thing_wins(store: Store) -> None:

@@ -47,7 +47,7 @@ def test_the_same_index_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_bytes_of_a_bundle_stay_what_they_are(data: bytes) -> None:
-    known = "bfc4649991a1f6a833fd0dd6e478c0d5c1501f89b39e4d86c6ed271b115750f9"
+    known = "b4189d4f90f3c5c31dbdb70ccd580c0b7f9da4410c5f8c3c5350c21a213d7282"
     assert hashlib.sha256(data).hexdigest() == known
 
 

@@ -71,7 +71,7 @@ def test_a_source_that_a_task_does_not_have_is_left_out(learned: Fleet) -> None:
 
 def test_fewer_tokens_can_be_scored(learned: Fleet) -> None:
     (task,) = learned.evaluate(["apples"], sources=[], max_tokens=5, device="cpu").tasks
-    assert task.sources["base"].count <= 4 * 5  # four texts
+    assert task.sources["base"].score.count <= 4 * 5  # four texts
 
 
 def test_tasks_without_text_are_named(fleet: Fleet) -> None:
