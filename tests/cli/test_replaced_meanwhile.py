@@ -127,13 +127,13 @@ class TestEval:
     """`icm eval`."""
 
     def while_it_measures(self, patch: pytest.MonkeyPatch, source: str, happen: Happen) -> None:
-        def loss_of(losses: TaskLosses, label: str, folder: Path) -> object:
+        def score_of(losses: TaskLosses, label: str, folder: Path) -> object:
             if label == source:
                 happen()
             return real(losses, label, folder)
 
-        real = TaskLosses.loss_of
-        patch.setattr(TaskLosses, "loss_of", loss_of)
+        real = TaskLosses.score_of
+        patch.setattr(TaskLosses, "score_of", score_of)
 
     def test_the_gain_of_a_code_that_was_replaced_is_not_recorded(
         self, icm: Icm, trained: Path, finer: dict[str, bytes]
@@ -146,7 +146,7 @@ class TestEval:
         assert "recorded" not in icm(*EVAL).err
         assert set(measured(trained)) == {"base", "original", "code", "generate"}
 
-    def test_the_loss_of_an_original_that_was_replaced_is_not_recorded(
+    def test_the_score_of_an_original_that_was_replaced_is_not_recorded(
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.while_it_measures(monkeypatch, "original", lambda: replace_adapter(trained, other))
