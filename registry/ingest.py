@@ -358,8 +358,11 @@ def _write_extras(
         for adapter, new in zip(adapters, news, strict=True)
         for extra in new.extras
     ]
+    # An adapter that was known may have some. Its tensors may be packed in another way now.
+    for adapter, new in zip(adapters, news, strict=True):
+        if any(extra.file is None for extra in new.extras):
+            connection.execute(delete(_EXTRAS).where(_EXTRAS.c.adapter_id == adapter, _EXTRAS.c.file == ""))
     if values:
-        # Those of an adapter that was known may be there.
         connection.execute(insert(_EXTRAS).prefix_with("OR IGNORE"), values)
 
 

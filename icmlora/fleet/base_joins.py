@@ -81,11 +81,11 @@ class KnownBases:
         return None if name == label else BaseJoined(label, name, "mirror", is_quantised)
 
     def _with_same_files(self, label: str) -> BaseJoined | None:
-        found = self._copy(label)
+        found = self.copy_of(label)
         if found is None:
             return None
         for name in sorted(set(self._names.values()) - {UNKNOWN_BASE}):
-            other = self._copy(name)
+            other = self.copy_of(name)
             if other is not None and is_same_model(found, other, self._fingerprint):
                 return BaseJoined(label, name, "fingerprint", is_quantised=False)
         return None
@@ -98,7 +98,9 @@ class KnownBases:
             self._fingerprints[stamp] = fingerprint_base(found)
         return self._fingerprints[stamp]
 
-    def _copy(self, name: str) -> FoundBase | None:
+    def copy_of(self, label: str) -> FoundBase | None:
+        """Return the copy of a base model on this machine, if there is one."""
+        name = self.name_of(label)
         if name not in self._copies:
             record = self._records.get(name)
             try:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.bundle.file import BundleFile, open_bundle
 from icmlora.bundle.index import BundledGenerator, BundledTask, BundleIndex
-from icmlora.errors import BundleError, DataError
+from icmlora.errors import BaseModelNotFound, BundleError, DataError
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
+    from icmlora.base_models.tensors import BaseTensors
     from icmlora.fleet.cards import Provenance
     from icmlora.fleet.decoding import OriginalForm
     from icmlora.fleet.materialize import MaterializeReport
@@ -189,7 +191,22 @@ def _form(file: BundleFile, task: BundledTask) -> OriginalForm:
     from icmlora.formats.peft import PEFT
 
     template = Template(file.read(task.config), task.layout, task.dtype, task.template)
-    return OriginalForm(PEFT, template, *unpack_extras(((extra.file, extra.part) for extra in task.extras), file.read))
+    extras = ((extra.file, extra.part) for extra in task.extras)
+    base = partial(_base_tensors, file.index.base_model)
+    return OriginalForm(PEFT, template, *unpack_extras(extras, file.read, base))
+
+
+def _base_tensors(label: str) -> BaseTensors:
+    from icmlora.base_models.lookup import find_base_model
+    from icmlora.base_models.tensors import needed_tensors
+
+    try:
+        return needed_tensors(lambda: find_base_model(label))
+    except BaseModelNotFound as error:  # without a store there are no names for copies elsewhere
+        error.hint = (
+            "download it into the Hugging Face cache, or `icm import` the bundle and run `icm base add NAME PATH`"
+        )
+        raise
 
 
 def find_task(index: BundleIndex, name: str) -> BundledTask:

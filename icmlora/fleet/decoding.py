@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.layout import ModuleShape
@@ -15,6 +16,7 @@ from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
+    from icmlora.base_models.tensors import BaseTensors
     from icmlora.generator.codec import Codec
     from icmlora.io.safetensors import RawTensor
     from registry.records import AdapterRecord, CodeRecord
@@ -53,16 +55,38 @@ def read_form(store: Store, final: AdapterRecord) -> OriginalForm:
     if final.extras:
         from icmlora.formats.extras import unpack_extras
 
-        tensors, files = unpack_extras(((extra.file, extra.blob) for extra in final.extras), store.blobs.read)
+        extras = ((extra.file, extra.blob) for extra in final.extras)
+        tensors, files = unpack_extras(extras, store.blobs.read, partial(_base_tensors, store, final))
     return OriginalForm(format_named(final.format), template, tensors, files)
 
 
 def read_companions(store: Store, final: AdapterRecord) -> dict[str, bytes]:
     """Read the files that came with an adapter."""
-    from icmlora.formats.extras import unpack_extras
+    from icmlora.formats.extras import unpack
 
-    named = [(extra.file, extra.blob) for extra in final.extras if extra.file is not None]
-    return unpack_extras(named, store.blobs.read)[1]
+    return {extra.file: unpack(store.blobs.read(extra.blob)) for extra in final.extras if extra.file is not None}
+
+
+def check_references(store: Store, final: AdapterRecord) -> None:
+    """Check that the base model still has the tensors that an adapter's extras refer to.
+
+    Raises:
+        BaseModelNotFound: The base model is needed, and it is not on this machine.
+        BaseModelMismatch: It does not have these tensors.
+    """
+    from icmlora.formats.base_references import MAX_RECORD
+    from icmlora.formats.extras import REFERENCES, unpack_tensors
+
+    small = [extra.blob for extra in final.extras if extra.file is None and extra.packed_size <= MAX_RECORD]
+    references = [blob for blob in map(store.blobs.read, small) if blob.startswith(REFERENCES)]
+    unpack_tensors(references, partial(_base_tensors, store, final))
+
+
+def _base_tensors(store: Store, final: AdapterRecord) -> BaseTensors:
+    from icmlora.base_models.tensors import needed_tensors
+    from icmlora.fleet.context import locate_base
+
+    return needed_tensors(lambda: locate_base(store, store.tasks.get(final.task).base_model))
 
 
 def codec_of_task(

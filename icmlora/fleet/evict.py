@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.adapter.metrics import squared_error
 from icmlora.errors import Cancelled, DataError, IcmLoraError
 from icmlora.fleet.context import Context, Event, reporting, select_tasks
-from icmlora.fleet.decoding import decode_code
+from icmlora.fleet.decoding import check_references, decode_code
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import losses_on_own_text
@@ -240,7 +240,9 @@ class _EvictionCheck:
     min_gain: float | None
 
     def run(self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> _Checked:
-        """Check a code, with its residual if it has one."""
+        """Check a code, with its residual if it has one, and what is kept in addition to it."""
+        if not final.is_evicted:
+            check_references(self.store, final)
         error = self._squared_error(final, code, generator)
         if self.max_error is not None and (found := math.sqrt(error)) > self.max_error:
             raise _CheckFailed(f"its relative error is {found:.4f}, above the limit of {self.max_error:g}", error)

@@ -18,7 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, Cancelled, UnsafeInput
+from icmlora.errors import (
+    AdapterRefused,
+    BaseModelNotFound,
+    BaseModelUnsuited,
+    Cancelled,
+    IcmLoraError,
+    UnsafeInput,
+)
 from icmlora.fleet.base_joins import BaseJoined, KnownBases
 from icmlora.fleet.context import Context, Event, Progress, locate_base, reporting
 from icmlora.fleet.ingest_extras import ExtrasKeeper
@@ -259,7 +266,8 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
     if not request.dry_run:
         with context.open(create=True) as store:
             evicted = () if request.restore else store.originals.evicted()
-            bases, extras = KnownBases(context, store), ExtrasKeeper(store, store)
+            bases = KnownBases(context, store)
+            extras = ExtrasKeeper(bases, store, store)
             yield _Target(store, store.tasks.ingest, bases, extras, store.tasks.origins(), evicted)
         return
     try:
@@ -270,10 +278,12 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
         from registry.ingest import plan_tasks
 
         check_place(context.path)
-        yield _Target(None, partial(plan_tasks, None), KnownBases(context, None), ExtrasKeeper(None, None))
+        bases = KnownBases(context, None)
+        yield _Target(None, partial(plan_tasks, None), bases, ExtrasKeeper(bases, None, None))
         return
     with present:
-        bases, extras = KnownBases(context, present, dry_run=True), ExtrasKeeper(present, None)
+        bases = KnownBases(context, present, dry_run=True)
+        extras = ExtrasKeeper(bases, present, None)
         yield _Target(None, present.tasks.plan_ingest, bases, extras, present.tasks.origins())
 
 
@@ -294,14 +304,12 @@ def _ingest_batches(
     context.progress(done, total)
     for batch in batches(tasks):
         with converted(batch, reader) as (readable, refused):
-            prepared = prepare(readable, target.store, target.extras, target.evicted, refused)
-            prepared = _with_bases(prepared, request.base_model, target.bases)
+            prepared = _prepared(readable, request, target, target.evicted, refused)
             try:
                 outcomes = _record(prepared, request, target.record)
             except MissingBlob:
                 # Weights were not stored because they were evicted, but their task now needs them: store everything.
-                prepared = prepare(readable, target.store, target.extras, refused=refused)
-                prepared = _with_bases(prepared, request.base_model, target.bases)
+                prepared = _prepared(readable, request, target, (), refused)
                 outcomes = _record(prepared, request, target.record)
         for task, outcome in zip(_good(prepared), outcomes, strict=True):
             if isinstance(outcome, IngestOutcome):
@@ -312,6 +320,20 @@ def _ingest_batches(
             problems.add(problem.error, problem.path, name)
         done += sum(len(task.adapters) for task in batch)
         context.progress(done, total, batch[-1].name)
+
+
+def _prepared(
+    tasks: Sequence[FoundTask],
+    request: IngestRequest,
+    target: _Target,
+    evicted: Sequence[EvictedAdapter],
+    refused: Mapping[Path, IcmLoraError],
+) -> list[PreparedTask | Problem]:
+    """Store the files of some tasks, find their base models, then keep their extras, which may refer to these."""
+    prepared = _with_bases(prepare(tasks, target.store, evicted, refused), request.base_model, target.bases)
+    kept = [target.extras.keep(item) if isinstance(item, PreparedTask) else item for item in prepared]
+    target.extras.flush()
+    return kept
 
 
 def _with_bases(

@@ -22,16 +22,15 @@ from icmlora.base_models.examples import MAX_BYTES
 from icmlora.base_models.labels import full_label
 from icmlora.base_models.media_archive import has_media, read_examples
 from icmlora.errors import DataError, IcmLoraError, located
-from icmlora.fleet.ingest_extras import ExtrasKeeper
 from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import read_tensor_file
+from icmlora.io.safetensors import TensorInfo, read_tensor_file
 from registry.blobs.content import PutRefusal, digest_of
 from registry.errors import SourceRefused
 from registry.files import read_plain
 from registry.names import source_label
-from registry.records import EvictedAdapter, Extra, NewAdapter
+from registry.records import EvictedAdapter, NewAdapter
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -69,7 +68,7 @@ class TextRead:
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task whose bytes are in the store, or in a dry run were only checked."""
+    """A task whose bytes are in the store, or in a dry run were only checked; `ExtrasKeeper` adds its extras."""
 
     found: FoundTask
     base_model: str | None  # as `icmlora.base_models.labels` names it; None if the adapter names none
@@ -80,6 +79,7 @@ class PreparedTask:
     problems: tuple[Problem, ...]
     samples_read: TextRead | None = None
     eval_read: TextRead | None = None
+    kept: tuple[TensorInfo, ...] = ()  # tensors of its final adapter that no code can represent
     base_is_told: bool = False  # by the user, because the adapter names none
 
 
@@ -133,7 +133,6 @@ def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
 def prepare(
     tasks: Sequence[FoundTask],
     store: Store | None,
-    extras: ExtrasKeeper,
     evicted: Sequence[EvictedAdapter] = (),
     refused: Mapping[Path, IcmLoraError] = MappingProxyType({}),
 ) -> list[PreparedTask | Problem]:
@@ -167,9 +166,7 @@ def prepare(
         contents |= {initial[path] for path in back if path in initial}
         outcomes = _check_and_store(checks, sorted(contents), store, withheld)
     outcomes |= {path: _too_large(path) for path in texts - checks.keys() - packed.keys()} | dict(refused) | packed
-    prepared = [_prepared(task, small, outcomes, extras) for task in tasks]
-    extras.flush()
-    return prepared
+    return [_prepared(task, small, outcomes) for task in tasks]
 
 
 def _read_small(found: FoundAdapter, initial: dict[Path, bytes]) -> _Small | IcmLoraError:
@@ -278,12 +275,13 @@ def _check_only(checks: _Checks) -> _Outcomes:
 
 
 def _prepared(
-    task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes, keeper: ExtrasKeeper
+    task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
 ) -> PreparedTask | Problem:
     """Combine what was read of one task; refuse the task if its final adapter was refused."""
     rows: list[NewAdapter] = []
     problems: list[Problem] = []
     base_model: str | None = None
+    kept: tuple[TensorInfo, ...] = ()
     size = 0
     for found in task.adapters:
         match _read_of(found, small, outcomes):
@@ -292,21 +290,16 @@ def _prepared(
                 if found.is_final:
                     return problems[-1]
             case files, checked, summary:
-                extras: tuple[Extra, ...] = ()
                 if found.is_final:
                     base_model = full_label(summary.base_model, summary.revision, found.place, task.folder)
-                    try:
-                        extras = keeper.keep(task.name, found, digest_of(files.config), checked.digest, summary)
-                    except (IcmLoraError, SourceRefused) as error:
-                        return Problem(error, found.place)
-                rows.append(_row(found, files, checked.digest, summary, extras))
+                    kept = summary.extras
+                rows.append(_row(found, files, checked.digest, summary))
                 size += checked.size + len(files.config) + len(files.card or b"")
-                size += sum(extra.size for extra in extras if extra.file is not None)
     (samples, samples_read), (eval_data, eval_read) = (
         _text(path, outcomes, problems) for path in (task.samples, task.eval_data)
     )
     return PreparedTask(
-        task, base_model, tuple(rows), samples, eval_data, size, tuple(problems), samples_read, eval_read
+        task, base_model, tuple(rows), samples, eval_data, size, tuple(problems), samples_read, eval_read, kept
     )
 
 
@@ -337,9 +330,7 @@ def _text(path: Path | None, outcomes: _Outcomes, problems: list[Problem]) -> tu
     return None, None
 
 
-def _row(
-    found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary, extras: tuple[Extra, ...]
-) -> NewAdapter:
+def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary) -> NewAdapter:
     return NewAdapter(
         weights=weights,
         config=digest_of(files.config),
@@ -356,7 +347,6 @@ def _row(
         original_only=summary.original_only,
         does_nothing=summary.does_nothing,
         template=summary.template,
-        extras=extras,
         initial=None if files.initial is None else digest_of(files.initial),
     )
 

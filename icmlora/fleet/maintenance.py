@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Context
-from registry.errors import RegistryError
+from registry.errors import DamagedStore, RegistryError
 
 if TYPE_CHECKING:
     from registry.prune import PruneReport as PruneReport
@@ -37,6 +37,8 @@ def _remarks(store: Store, names: Sequence[str], *, with_base_models: bool) -> I
     rows = [row for row in store.tasks.summaries() if not wanted or row.task.name in wanted]
     fitted: defaultdict[str, list[TaskSummary]] = defaultdict(list)
     for row in rows:
+        if with_base_models and row.final.extras:
+            yield from _missed(store, row)
         if row.final.does_nothing:
             yield _remark(row, f"the adapter of {row.task.name} does nothing: {row.final.original_only}")
         elif row.final.layout:
@@ -44,6 +46,18 @@ def _remarks(store: Store, names: Sequence[str], *, with_base_models: bool) -> I
     if with_base_models:
         for label, some in fitted.items():
             yield from _misfits(store, label, some)
+
+
+def _missed(store: Store, row: TaskSummary) -> Iterator[Finding]:
+    from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
+    from icmlora.fleet.decoding import check_references
+
+    try:
+        check_references(store, row.final)
+    except BaseModelMismatch as error:
+        yield _remark(row, f"the adapter of {row.task.name} cannot be written from its code: {error.message}")
+    except (BaseModelNotFound, DataError, DamagedStore):  # nothing to compare with, or damage that was found already
+        return
 
 
 def _misfits(store: Store, label: str, rows: Sequence[TaskSummary]) -> Iterator[Finding]:

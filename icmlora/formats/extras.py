@@ -1,6 +1,7 @@
 """Extras as packed bytes: tensors and files of an adapter that a code cannot represent and that are kept exactly.
 
     "ICMX" 1 | width of an item (1) | length before packing (8) | zstd( safetensors file, its bytes in planes )
+    "ICMX" 2 | record of tensors that the base model has too, see `base_references`
 
 The bytes of numbers are stored in planes, all first bytes and then all second bytes: signs and exponents of trained
 weights repeat, and the rest hardly packs. A large tensor has a blob of its own, so that tasks that share a head, or the
@@ -12,14 +13,19 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import zstandard
 
 from icmlora.errors import DataError
 from icmlora.io.safetensors import ITEM_BYTES, RawTensor, encode, raw_tensors, read_header
 
+if TYPE_CHECKING:
+    from icmlora.formats.base_references import BaseSource
+
 _HEAD = struct.Struct("<5sBQ")
 _MAGIC = b"ICMX\x01"
+REFERENCES = b"ICMX\x02"
 _ALONE = 64 * 1024  # bytes from which a tensor gets a blob of its own
 _LEVEL = 9  # higher levels take several times longer for less than a per cent
 MAX_BYTES = 8 * 1024**3
@@ -36,21 +42,26 @@ def tensor_files(tensors: Mapping[str, RawTensor]) -> Iterator[tuple[bytes, int]
         yield encode(group, {}), max(ITEM_BYTES[tensor.dtype] for tensor in group.values())
 
 
-def unpack_tensors(blobs: Iterable[bytes]) -> dict[str, RawTensor]:
-    """Return the tensors that packed blobs hold."""
+def unpack_tensors(blobs: Iterable[bytes], base: Callable[[], BaseSource]) -> dict[str, RawTensor]:
+    """Return the tensors that packed blobs hold, or refer to; the base model is opened only for references."""
     tensors: dict[str, RawTensor] = {}
     for blob in blobs:
+        if blob.startswith(REFERENCES):
+            from icmlora.formats.base_references import resolve  # few adapters have any
+
+            tensors |= resolve(blob, base())
+            continue
         data = unpack(blob)
         tensors |= raw_tensors(data, read_header(data).tensors)
     return tensors
 
 
 def unpack_extras(
-    extras: Iterable[tuple[str | None, str]], read: Callable[[str], bytes]
+    extras: Iterable[tuple[str | None, str]], read: Callable[[str], bytes], base: Callable[[], BaseSource]
 ) -> tuple[dict[str, RawTensor], dict[str, bytes]]:
     """Return the tensors, and the files by name, of extras given as (name of the file or None, digest of the blob)."""
     extras = list(extras)
-    tensors = unpack_tensors(read(blob) for file, blob in extras if file is None)
+    tensors = unpack_tensors((read(blob) for file, blob in extras if file is None), base)
     return tensors, {file: unpack(read(blob)) for file, blob in extras if file is not None}
 
 

@@ -118,12 +118,20 @@ def read_tensor_file(path: Path) -> bytes:
         return head + read_exactly(descriptor, size - len(head), len(head))
 
 
-def read_tensor_header(path: Path) -> TensorHeader:
+def read_tensor_header(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> TensorHeader:
     """Read and check the header of a safetensors file on disk, without its tensors."""
     from icmlora.io.files import open_regular
 
-    with located(path), open_regular(path, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
+    with located(path), open_regular(path, max_bytes=max_bytes) as (descriptor, size):
         return _read_head(descriptor, size)[1]
+
+
+def read_tensor(path: Path, info: TensorInfo, *, max_bytes: int = MAX_FILE_BYTES) -> RawTensor:
+    """Read one tensor of a file on disk, where the file's header says that it is."""
+    from icmlora.io.files import open_regular, read_exactly
+
+    with located(path), open_regular(path, max_bytes=max_bytes) as (descriptor, _):
+        return RawTensor(info.dtype, info.shape, read_exactly(descriptor, info.end - info.begin, info.begin))
 
 
 def _read_head(descriptor: int, size: int) -> tuple[bytes, TensorHeader]:

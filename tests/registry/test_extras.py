@@ -121,6 +121,18 @@ def test_an_evicted_adapter_keeps_its_extras(store: Store) -> None:
     assert list(store.verify(read_data=True)) == []
 
 
+def test_a_restored_adapter_has_its_tensors_as_they_are_packed_now(store: Store) -> None:
+    ingest(store, "rust")
+    store.generators.add(generator(store, ["rust"]))
+    store.originals.evict(eviction(store, "rust"))
+    again = with_extras(store, "rust", [extra(store, b"packed in another way")])
+    store.tasks.ingest([replace(again, restore=True)])
+    assert {(found.file, found.blob) for found in store.tasks.final("rust").extras} == {
+        (None, digest_of(b"packed in another way")),
+        ("tokenizer.json", digest_of(TOKENIZER)),
+    }
+
+
 def test_the_bill_counts_shared_extras_once(store: Store) -> None:
     ingest(store, "rust")
     ingest(store, "sql")
