@@ -75,7 +75,7 @@ def test_a_code_that_misses_the_limit_keeps_its_original(fleet: Fleet) -> None:
     report = fleet.evict(["poems"], max_error=0.1)
     (task,) = report.kept
     assert (report.partly, report.freed, gone(fleet)) == (True, 0, [])
-    assert "above the limit of 0.01" in str(task.reason)
+    assert "above the limit of 0.1" in str(task.reason)
 
 
 def test_a_second_call_has_nothing_to_do(fleet: Fleet) -> None:
