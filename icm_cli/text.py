@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from icmlora.fleet.metric_result import relative_error
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ def coded_size(code: int | None, residual: int | None) -> str:
 
 def errors_json(squared: float | None) -> dict[str, float | None]:
     """Return an error as JSON gives it: the relative error, and its square."""
-    from icmlora.fleet.records import relative_error  # brings in the database, which `--help` does without
-
     return {"relative_error": relative_error(squared), "squared_error": squared}
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from registry.names import NLL
-from registry.records import EvaluationRecord
+from registry.records import EvaluationRecord, relative_error
+
+__all__ = ["MetricResult", "relative_error"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from registry.records import (
     TaskSummary,
     VectorRecord,
     View,
-    relative_error,
 )
 
 __all__ = [
@@ -32,5 +31,4 @@ __all__ = [
     "TaskSummary",
     "VectorRecord",
     "View",
-    "relative_error",
 ]
