@@ -98,7 +98,7 @@ class ObjectDetection(AutoModality):
         return torch.stack(losses).sum()
 
     def measure(self, base: BaseModel, examples: Sequence[Scene], limit: int) -> Measured:
-        """Return mAP50; mAP75 and the mean over ten overlaps (mAP) stand beside it."""
+        """Return mAP50, with mAP75 beside it."""
         import torch
 
         found = []
@@ -166,7 +166,7 @@ class Found:
 def mean_average_precision(
     scenes: Sequence[Scene], labels: Sequence[Sequence[int]], found: Sequence[Found]
 ) -> Measured:
-    """Return COCO's mAP50, with mAP75 and the mean over ten overlaps (mAP) beside it.
+    """Return COCO's mAP50, with mAP75 beside it.
 
     Args:
         scenes: The images with the boxes that are really there.
@@ -185,7 +185,7 @@ def mean_average_precision(
         for box, label in zip(scene.boxes, some, strict=True)
     ]
     if not there:
-        return Measured(0.0, len(scenes), others={"mAP75": 0.0, "mAP": 0.0})
+        return Measured(0.0, len(scenes), others={"mAP75": 0.0})
     seen = []
     for number, one in enumerate(found):
         boxes = one.boxes.clone()
@@ -201,8 +201,8 @@ def mean_average_precision(
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
-    overall, half, three_quarters = (max(0.0, float(value)) for value in judge.stats[:3])
-    return Measured(half, len(scenes), others={"mAP75": three_quarters, "mAP": overall})
+    half, three_quarters = (max(0.0, float(value)) for value in judge.stats[1:3])
+    return Measured(half, len(scenes), others={"mAP75": three_quarters})
 
 
 def _annotation(image: int, box: Sequence[float], label: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "reference" / "bundle.md"
 def test_every_key_of_an_index_is_on_the_page() -> None:
     documented = {name for row in cells_of(section_of(PAGE, "Index")) for name in codes_in(row[0])}
     assert documented == {
-        *("base_model", "layouts", "parts"),
+        *("base_model", "extractors", "layouts", "parts"),
         *(f"generator.{name}" for name in BundledGenerator.__dataclass_fields__),
         *(f"tasks[].{name}" for name in bundle_index._TASK),
         *(f"tasks[].measured.{name}" for name in bundle_index._MEASURED),
@@ -42,4 +42,4 @@ def test_the_limits_on_the_page_are_those_of_the_code() -> None:
 
 def test_the_head_has_the_length_that_the_page_gives() -> None:
     assert bundle._HEAD.size == bundles.HEAD == 41
-    assert bundle.MAGIC == b"ICMB\x03"
+    assert bundle.MAGIC == b"ICMB\x04"
