@@ -54,6 +54,15 @@ class Tasks(Part):
         with self._db.read() as session:
             return task_record(rows.find_task(session, name))
 
+    def a_config(self, base_model: str) -> str | None:
+        """Return the digest of the configuration of one final adapter of a base model; None if there is none."""
+        adapter, task = models.Adapter, models.Task
+        query = select(models.Blob.digest).join_from(adapter, models.Blob, adapter.config_id == models.Blob.id)
+        query = query.join(task, adapter.task_id == task.id).join(models.BaseModel)
+        query = query.where(models.BaseModel.name == base_model, adapter.is_final).order_by(task.id).limit(1)
+        with self._db.read() as session:
+            return session.scalar(query)
+
     def without_vectors(self) -> list[str]:
         """Return the names of the tasks that have no task vector yet, in order."""
         from registry import ingest

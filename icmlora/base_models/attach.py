@@ -121,7 +121,8 @@ def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
     try:
         for name, value in adapter.values.items():
             owner, child, old = _tensor(base, name)
-            if not (old.shape == value.shape or (_may_grow(base, owner) and old.shape[1:] == value.shape[1:])):
+            is_larger = _may_grow(base, owner) and old.shape[1:] == value.shape[1:]
+            if not (old.shape == value.shape or is_larger or name in base.made_up):
                 fact = f"{name} has the shape {list(value.shape)}, in base model {base.label!r} it is {list(old.shape)}"
                 raise BaseModelMismatch(fact, hint="an adapter for another head or vocabulary cannot be run there")
             before.append((owner, child, old))

@@ -198,13 +198,17 @@ class AutoModality:
 
 def names_a_class_of(auto_class: str, config: Mapping[str, object]) -> bool:
     """Return whether a configuration names a class that one of transformers' Auto classes loads."""
+    named = config.get("architectures")
+    return bool(classes_of(auto_class, config).intersection(named if isinstance(named, list) else []))
+
+
+def classes_of(auto_class: str, config: Mapping[str, object]) -> set[str]:
+    """Return the classes that an Auto class would load a configuration with."""
     from transformers.models.auto import modeling_auto
 
     table = getattr(modeling_auto, auto_class)._model_mapping._model_mapping  # model type -> name or names of classes
     known = table.get(config.get("model_type"))
-    classes = {known} if isinstance(known, str) else set(known or ())
-    named = config.get("architectures")
-    return bool(classes.intersection(named if isinstance(named, list) else []))
+    return {known} if isinstance(known, str) else set(known or ())
 
 
 def row_loss(logits: torch.Tensor, targets: Sequence[int]) -> torch.Tensor:

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from icmlora.base_models.auto_model import Inputs
+from icmlora.base_models.auto_model import Inputs, classes_of, names_a_class_of
+from icmlora.base_models.lookup import read_config
 from icmlora.base_models.media import Media, image_of, open_image
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.text_classification import Classification, Label, label_number, label_of
 
 if TYPE_CHECKING:
     import torch
+
+    from icmlora.base_models.lookup import FoundBase
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,13 @@ class ImageClassification(Classification):
     name = "image classifier"
     auto_class = "AutoModelForImageClassification"
     processor_class = "AutoImageProcessor"
+
+    def suits(self, found: FoundBase) -> bool:
+        """Judge by `config.json`: a classifier, or a model of images without a head, which adapters bring."""
+        if super().suits(found):
+            return True
+        config = {} if found.is_gguf else read_config(found.path)
+        return bool(classes_of(self.auto_class, config)) and names_a_class_of("AutoModel", config)
 
     def example(self, row: Mapping[str, Any]) -> LabelledImage:
         """Read an image and its label."""

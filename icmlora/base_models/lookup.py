@@ -29,6 +29,7 @@ class FoundBase:
     label: str  # the name the adapters use
     path: Path  # a folder in Hugging Face form, or a `.gguf` file
     weights: tuple[Path, ...]  # the weight files, sorted by name
+    task_type: str | None = None  # PEFT's, of its adapters: "SEQ_CLS" puts a classifier's head on a language model
 
     @property
     def is_gguf(self) -> bool:

@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from icmlora.base_models.auto_model import AutoModality, Inputs, Measured, row_loss
+from icmlora.base_models.auto_model import AutoModality, Inputs, Measured, classes_of, row_loss
 from icmlora.base_models.examples import Example, text_example
+from icmlora.base_models.lookup import read_config
 from icmlora.base_models.masked_lm import as_text
 from icmlora.base_models.modality import BaseModel, Metric
 from icmlora.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+
+    from icmlora.base_models.lookup import FoundBase
 
 Label = str | int
 """The name of a class, or its number."""
@@ -52,6 +55,12 @@ class TextClassification(Classification):
 
     name = "text classifier"
     auto_class = "AutoModelForSequenceClassification"
+
+    def suits(self, found: FoundBase) -> bool:
+        """Judge by `config.json`, or by the adapters: they bring the head for a base model without one."""
+        if found.task_type == "SEQ_CLS" and not found.is_gguf:
+            return bool(classes_of(self.auto_class, read_config(found.path)))
+        return super().suits(found)
 
     def example(self, row: Mapping[str, Any]) -> LabelledText:
         """Read a text and its label."""

@@ -8,10 +8,11 @@ A use case calls `on_event` only when everything it has reported is durable. A l
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,7 +134,21 @@ def locate_base(store: Store, label: str) -> FoundBase:
     from icmlora.base_models.lookup import find_base_model
 
     record = base_record(store, label)
-    return find_base_model(label) if record is None else find_recorded(record)
+    if record is None:
+        return find_base_model(label)
+    return replace(find_recorded(record), task_type=_task_type(store, record.name))
+
+
+def _task_type(store: Store, base_model: str) -> str | None:
+    """Return PEFT's task type of the adapters of a base model, as far as one of them tells."""
+    digest = store.tasks.a_config(base_model)
+    if digest is None or not store.blobs.exists(digest):
+        return None
+    try:
+        found = json.loads(store.blobs.read(digest)).get("task_type")
+    except (ValueError, AttributeError):  # of another format
+        return None
+    return found if isinstance(found, str) else None
 
 
 def find_recorded(record: BaseModelRecord) -> FoundBase:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.lookup import inspect_base
 from tests.cli.conftest import Ran
-from tests.icmlora.base_models.tiny_kinds import KINDS, Kind
+from tests.icmlora.base_models.tiny_kinds import KINDS, Kind, write_bert_without_head
 
 Icm = Callable[..., Ran]
 CPU = ("--device", "cpu")
@@ -31,15 +32,20 @@ def write_fleet(kind: Kind, root: Path) -> Path:
         )
         torch.manual_seed(number)
         adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=list(kind.modules)))
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data.normal_(std=0.1)
+        randomise(adapted)
         folder = root / "loras" / name
         adapted.save_pretrained(str(folder))
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": kind.name}))
         write_examples(kind, folder, number)
     return root
+
+
+def randomise(adapted: torch.nn.Module) -> None:
+    """Give everything that an adapter brings random values."""
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
 
 
 def write_examples(kind: Kind, folder: Path, number: int) -> None:
@@ -53,6 +59,29 @@ def write_examples(kind: Kind, folder: Path, number: int) -> None:
             if key in row:
                 assert kind.media is not None
                 (folder / row[key]).write_bytes(kind.media(row[key]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_that_bring_their_heads_are_measured_on_a_base_model_without_one(icm: Icm, tmp_path: Path) -> None:
+    base = write_bert_without_head(tmp_path / "base")
+    for number, name in enumerate(("mood", "topic")):
+        torch.manual_seed(number)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+        randomise(adapted)
+        folder = tmp_path / "loras" / name
+        adapted.save_pretrained(str(folder))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "bert"}))
+        rows = [{"text": f"{'abc'[n % 3] * 9} {n}", "label": n % 3} for n in range(12)]
+        for part in ("samples", "eval"):
+            (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    icm("base", "add", "bert", base)
+    assert icm("ingest", tmp_path / "loras", *CPU).code == 0
+    icm("train", "--no-eval", "--steps", "20", *CPU)
+    rungs = icm("eval", "mood", *CPU, "--json").events[0]["rungs"]
+    assert {rung["metric"] for rung in rungs.values()} == {"accuracy"}
+    assert rungs["base"]["value"] == pytest.approx(1 / 3)  # a head of zeros chooses the first class
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # between PEFT and transformers
