@@ -45,6 +45,8 @@ from registry.errors import (
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter, LoraModule
+    from icmlora.base_models.custom_model import CustomModel, base_model_loader
+    from icmlora.base_models.modality import Metric
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.bundles import Bundle
     from icmlora.fleet.context import Event, Progress
@@ -60,6 +62,7 @@ __all__ = [
     "BundleError",
     "Cancelled",
     "CodeError",
+    "CustomModel",
     "DamagedStore",
     "DataError",
     "DeviceUnavailable",
@@ -70,6 +73,7 @@ __all__ = [
     "IcmLoraError",
     "LastCopy",
     "LoraModule",
+    "Metric",
     "NotRecognized",
     "OutputExists",
     "Progress",
@@ -79,6 +83,7 @@ __all__ = [
     "TaskConflict",
     "TaskNotFound",
     "UnsafeInput",
+    "base_model_loader",
     "load_adapter",
     "save_adapter",
 ]
@@ -86,10 +91,13 @@ __all__ = [
 _HOMES = {
     "Adapter": "icmlora.adapter.model",
     "Bundle": "icmlora.fleet.bundles",
+    "CustomModel": "icmlora.base_models.custom_model",
     "Event": "icmlora.fleet.context",
     "Fleet": "icmlora.fleet.api",
     "LoraModule": "icmlora.adapter.model",
+    "Metric": "icmlora.base_models.modality",
     "Progress": "icmlora.fleet.context",
+    "base_model_loader": "icmlora.base_models.custom_model",
     "load_adapter": "icmlora.formats.folder",
     "save_adapter": "icmlora.formats.folder",
 }

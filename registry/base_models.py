@@ -65,7 +65,14 @@ class BaseModels(Part):
             count = select(func.count()).where(models.Task.base_model_id == base.id).scalar_subquery()
             return [
                 records.BaseModelRecord(
-                    row.id, row.name, row.fingerprint, row.path, row.shape, tasks, tuple(labels.get(row.id, ()))
+                    row.id,
+                    row.name,
+                    row.fingerprint,
+                    row.path,
+                    row.shape,
+                    tasks,
+                    tuple(labels.get(row.id, ())),
+                    row.loader,
                 )
                 for row, tasks in session.execute(select(base, count).order_by(base.name))
             ]
@@ -75,10 +82,11 @@ class BaseModels(Part):
         with self._db.connection() as connection:
             return names_of(connection, [label])[label]
 
-    def set_path(self, name: str, path: str | None) -> None:
-        """Record where a base model is on this machine; None forgets it."""
+    def set_path(self, name: str, path: str | None, *, loader: str | None = None) -> None:
+        """Record where a base model is on this machine, and what loads it if icm cannot; None forgets it."""
         with self._db.write() as session:
-            RowWriter(session, self._blobs).base_model(name).path = path
+            row = RowWriter(session, self._blobs).base_model(name)
+            row.path, row.loader = path, loader
 
     def set_facts(self, name: str, *, fingerprint: str, shape: records.Json) -> None:
         """Record what a base model turned out to be when it was loaded. Works on a full disk."""
@@ -126,6 +134,7 @@ class BaseModels(Part):
                 fact = f"{label!r} is not joined to a base model"
                 raise BaseModelConflict(fact, hint="`icm base ls` lists the labels of every base model")
             old, new = row.base_model, models.BaseModel(name=label, path=row.path)
+            new.loader = old.loader if row.path == old.path else None
             session.add(new)
             session.flush()
             task = models.Task
@@ -205,6 +214,8 @@ def _merge(
     session.execute(update(task).where(own, task.label_id.is_(None)).values(label_id=row.id))
     tasks = _move(session, task, other, base)
     _move(session, label, other, base)
+    if base.path is None and other.loader is not None:  # a loader stays with its path
+        base.path, base.loader = other.path, other.loader
     if base.fingerprint is None:
         base.fingerprint, base.shape = other.fingerprint, other.shape
     session.flush()

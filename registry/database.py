@@ -177,7 +177,11 @@ def _to_schema_3(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE evaluations ADD COLUMN score BLOB")
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_to_schema_2, _to_schema_3)
+def _to_schema_4(connection: Connection) -> None:
+    connection.exec_driver_sql("ALTER TABLE base_models ADD COLUMN loader VARCHAR")
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_to_schema_2, _to_schema_3, _to_schema_4)
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 
 

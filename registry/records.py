@@ -64,6 +64,7 @@ class BaseModelRecord:
     shape: Json | None
     tasks: int
     labels: tuple[LabelRecord, ...] = ()  # its other names
+    loader: str | None = None  # MODULE:FUNCTION of what loads it, where the user said so
 
     @property
     def names(self) -> tuple[str, ...]:

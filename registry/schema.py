@@ -1,4 +1,4 @@
-"""The tables of schema 3, as SQLAlchemy classes.
+"""The tables of schema 4, as SQLAlchemy classes.
 
     base_models 1─n tasks 1─n adapters 1─n extras
          ├──n base_labels
@@ -203,6 +203,8 @@ class BaseModel(Base):
     fingerprint: Mapped[str | None]
     path: Mapped[str | None]
     shape: Mapped[Any | None]
+    # Since schema 4. MODULE:FUNCTION of what loads the files at `path`, where icm cannot by itself.
+    loader: Mapped[str | None]
 
 
 class BaseLabel(Base):

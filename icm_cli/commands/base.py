@@ -28,6 +28,15 @@ NameArg = Annotated[
 PathArg = Annotated[
     Path, typer.Argument(metavar="PATH", help="A Hugging Face model folder or a .gguf file.", show_default=False)
 ]
+LoaderOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--loader",
+        metavar="MODULE:FUNCTION",
+        help="Your function that loads it, for a model that transformers does not load. PATH may be anything.",
+        show_default=False,
+    ),
+]
 LabelsArg = Annotated[
     list[str],
     typer.Argument(
@@ -53,13 +62,14 @@ _COLUMNS = (Column("base model"), Column("tasks", right=True), Column("path", sh
 
 
 @command
-def add(session: Session, name: NameArg, path: PathArg) -> None:
+def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None) -> None:
     """Tell icm where the base model NAME is. This path is preferred to the Hugging Face cache.
 
     If the store has a base model with the same files, the two are joined, as `icm base alias` does.
 
     Example:
       icm base add HuggingFaceTB/SmolLM2-135M-Instruct ./smollm2
+      icm base add nanodet-g ./nanodet --loader my_models:nanodet
     """
     from icmlora.fleet.base_joins import BaseJoined
 
@@ -70,9 +80,10 @@ def add(session: Session, name: NameArg, path: PathArg) -> None:
             joined.append(event)
 
     with session.working("base add", listen) as fleet:
-        recorded = fleet.add_base_model(name, path)
-    session.out.document({"name": name, "path": str(recorded), "joined": [asdict(event) for event in joined]})
-    session.out.line(f"{name} is at {recorded}")
+        recorded = fleet.add_base_model(name, path, loader=loader)
+    document = {"name": name, "path": str(recorded), "loader": loader}
+    session.out.document(document | {"joined": [asdict(event) for event in joined]})
+    session.out.line(f"{name} is at {recorded}" + (f", loaded by {loader}" if loader else ""))
     for event in joined:
         session.out.note(joined_text(event))
 
@@ -133,6 +144,8 @@ def ls(session: Session) -> None:
     rows: list[list[str]] = []
     for base in bases:
         rows.append([base.record.name, str(base.record.tasks), str(base.path or "not found")])
+        if base.record.loader is not None:
+            rows.append(["", "", f"loaded by {base.record.loader}"])
         rows.extend([f"  {label.label}", "", _REASONS[label.reason]] for label in base.record.labels)
     session.out.table(_COLUMNS, rows)
     if any(base.path is None for base in bases):
@@ -158,6 +171,7 @@ def _document(base: KnownBase) -> dict[str, object]:
         "tasks_count": base.record.tasks,
         "path": None if base.path is None else str(base.path),
         "alias": base.record.path,
+        "loader": base.record.loader,
         "fingerprint": base.record.fingerprint,
         "problem": base.problem,
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +167,9 @@ class AutoModality:
         rows: list[torch.Tensor] = []
         with ExitStack() as stack:
             if from_leaf:
-                stack.enter_context(_gradients_from_inputs(base.model))
+                from icmlora.base_models.gradients import gradients_from_inputs
+
+                stack.enter_context(gradients_from_inputs(base.model))
             for some in _batches(items, self.batch):
                 logits = _run(base, some, from_leaf=from_leaf).logits
                 logits = logits if logits.dim() == 3 else logits[:, None]  # (examples, predictions, classes)
@@ -239,23 +241,6 @@ def _run(base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False, *
             value = value.to(dtype).requires_grad_(from_leaf)
         tensors[name] = value
     return base.model(**tensors, **options)
-
-
-@contextmanager
-def _gradients_from_inputs(model: Any) -> Iterator[None]:
-    """Let gradients flow back to what every embedding returns: no parameter of a base model takes any."""
-    from torch import nn
-
-    def leaf(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.detach().requires_grad_().clone()  # a leaf itself could not be changed in place
-
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    handles = [table.register_forward_hook(leaf) for table in tables]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hidden_size(config: Any) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icmlora.base_models.causal_lm import CausalLM
+from icmlora.base_models.custom_model import CustomModality
 from icmlora.base_models.examples import Examples, parse_examples
 from icmlora.base_models.image_classification import ImageClassification
 from icmlora.base_models.image_text import ImageTextToText
@@ -32,21 +33,32 @@ MODALITIES: list[Modality[Any, Any]] = [
 
 
 def modality_of(found: FoundBase) -> Modality[Any, Any]:
-    """Return the first modality that suits a base model.
+    """Return the first modality that suits a base model, or the one that its loader makes.
 
     Raises:
         BaseModelUnsuited: None does.
     """
+    if found.loader is not None:
+        return CustomModality(found.loader)
     for known in MODALITIES:
         if known.suits(found):
             return known
     kinds = " or ".join(known.name for known in MODALITIES)
-    hint = "its tasks are kept, coded and materialized all the same, but not measured"
+    hint = "its tasks are kept, coded and materialized all the same; `icm base add --loader` lets icm measure them"
     raise BaseModelUnsuited(f"base model {found.label!r} is not a {kinds}", hint=hint)
 
 
-def check_examples(data: bytes, *, path: str | Path | None = None) -> Examples:
-    """Read examples where the base model, and so their modality, is not known: the modality of most rows has them."""
+def check_examples(data: bytes, *, path: str | Path | None = None, any_row: bool = False) -> Examples:
+    """Read examples where the base model, and so their modality, is not known: the modality of most rows has them.
+
+    Args:
+        data: The file's bytes.
+        path: Where they came from, for the messages.
+        any_row: A base model with a loader is known, which may read rows of any form.
+
+    Raises:
+        DataError: No modality has any of them.
+    """
     found: list[Examples] = []
     for known in MODALITIES[:-1]:
         with suppress(DataError):
@@ -57,6 +69,8 @@ def check_examples(data: bytes, *, path: str | Path | None = None) -> Examples:
     try:
         found.append(parse_examples(data, MODALITIES[-1].example, path=path))
     except DataError:
+        if any_row:
+            return parse_examples(data, dict, path=path)
         if not found:
             raise
     return max(found, key=len)

@@ -2,6 +2,7 @@
 
     sha256( sorted digests of the weight files + architecture in config.json )
 
+A base model with a loader has no configuration that says what it is: the digests of all its files are its fingerprint.
 Two folders with the same weight files and the same architecture are the same base model, wherever they are and whatever
 the shards are called. A GGUF file and the folder made from it are different files and have different fingerprints. The
 tokenizer is not part of it: it does not decide whether an adapter fits.
@@ -36,7 +37,7 @@ def fingerprint_base(found: FoundBase) -> str:
     total = hashlib.sha256()
     for digest in sorted(_digest(path) for path in found.weights):
         total.update(bytes.fromhex(digest))
-    if not found.is_gguf:
+    if found.has_config:
         total.update(_architecture(read_config(found.path)))
     return total.hexdigest()
 
@@ -47,9 +48,9 @@ def is_same_model(
     """Say whether two copies have equal fingerprints; weights are read only where their sizes do not tell."""
     if left.stamp() == right.stamp():
         return True
-    if left.is_gguf != right.is_gguf or _sizes(left) != _sizes(right):
+    if (left.is_gguf, left.loader) != (right.is_gguf, right.loader) or _sizes(left) != _sizes(right):
         return False
-    if not left.is_gguf and _architecture(read_config(left.path)) != _architecture(read_config(right.path)):
+    if left.has_config and _architecture(read_config(left.path)) != _architecture(read_config(right.path)):
         return False
     return fingerprint(left) == fingerprint(right)
 

@@ -2,7 +2,8 @@
 
     name -> path of the caller -> absolute path -> Hugging Face cache, by revision -> BaseModelNotFound
 
-Only safetensors and GGUF weights count: a pickled checkpoint is recognised, named in the error and never opened.
+Only safetensors and GGUF weights count: a pickled checkpoint is recognised, named in the error and never opened. A base
+model with a loader may be any file or folder; only its loader reads it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from icmlora.errors import BaseModelNotFound
 from registry.names import split_label
@@ -28,21 +30,30 @@ class FoundBase:
 
     label: str  # the name the adapters use
     path: Path  # a folder in Hugging Face form, or a `.gguf` file
-    weights: tuple[Path, ...]  # the weight files, sorted by name
+    weights: tuple[Path, ...]  # the weight files, sorted by name; all files of a base model with a loader
+    loader: str | None = None  # MODULE:FUNCTION of what loads it, where transformers does not
     task_type: str | None = None  # PEFT's, of its adapters: "SEQ_CLS" puts a classifier's head on a language model
 
     @property
     def is_gguf(self) -> bool:
         """Whether the model is a GGUF file, which has to be dequantised to be used."""
-        return self.path.suffix == ".gguf"
+        return self.path.suffix == ".gguf" and self.loader is None
+
+    @property
+    def has_config(self) -> bool:
+        """Whether it is a Hugging Face folder, whose `config.json` says what the model is."""
+        return not self.is_gguf and self.loader is None
 
     def stamp(self) -> str:
         """Identify the files cheaply (path, size, mtime), as the key under which a caller may cache the fingerprint."""
-        parts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()]
+        parts: list[Any] = [
+            [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()
+        ]
+        parts += [] if self.loader is None else [self.loader]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _files(self) -> tuple[Path, ...]:
-        return self.weights if self.is_gguf else (*self.weights, self.path / "config.json")
+        return (*self.weights, self.path / "config.json") if self.has_config else self.weights
 
 
 def find_base_model(
@@ -51,13 +62,14 @@ def find_base_model(
     aliases: Mapping[str, str | Path] | None = None,
     cache_dir: Path | None = None,
     revision: str | None = None,
+    loader: str | None = None,
 ) -> FoundBase:
-    """Find the local copy of the base model `label`."""
+    """Find the local copy of the base model `label`; its `loader` goes with its alias."""
     # A label is opaque: it may be a hub name or a path. A revision of None stands for `main`.
     name, named = split_label(label)
     alias = (aliases or {}).get(label)
     if alias is not None:
-        return inspect_base(label, Path(alias))
+        return inspect_base(label, Path(alias), loader)
     reason = "no local copy of the base model was found"
     # A local path comes before the cache: it is what the trainer loaded on this machine.
     for path in (_local(label), _cached(name, cache_dir, revision or named)):
@@ -70,8 +82,10 @@ def find_base_model(
     raise BaseModelNotFound(f"base model {label!r}: {reason}", hint=_add_hint(label))
 
 
-def inspect_base(label: str, path: Path) -> FoundBase:
+def inspect_base(label: str, path: Path, loader: str | None = None) -> FoundBase:
     """Check that `path` holds a base model that can be loaded, without loading it."""
+    if loader is not None:
+        return FoundBase(label, path, _all_files(label, path), loader)
     if path.is_dir():
         # A folder with one GGUF file and nothing else is that file; several are ambiguous.
         lone = sorted(path.glob("*.gguf"))
@@ -88,6 +102,14 @@ def read_config(path: Path) -> dict[str, object]:
     """Read the `config.json` of a base model's folder."""
     file = path / "config.json"
     return _json_object(file, hint="the folder must be a complete Hugging Face model folder")
+
+
+def _all_files(label: str, path: Path) -> tuple[Path, ...]:
+    files = (path,) if path.is_file() else tuple(sorted(file for file in path.rglob("*") if file.is_file()))
+    if not files:
+        fact = "holds no file" if path.exists() else "does not exist"
+        raise BaseModelNotFound(f"base model {label!r}: {fact}", path=path, hint=_add_hint(label))
+    return files
 
 
 def _folder_weights(label: str, path: Path) -> tuple[Path, ...]:

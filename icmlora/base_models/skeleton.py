@@ -21,8 +21,8 @@ def load_skeleton(found: FoundBase) -> BaseModel:
     Raises:
         BaseModelNotFound: It cannot be built.
     """
-    if found.is_gguf:
-        raise BaseModelNotFound("the modules of a GGUF file are known only when it is loaded", path=found.path)
+    if not found.has_config:
+        raise BaseModelNotFound("its modules are known only when it is loaded", path=found.path)
     with quiet_loading(found), torch.device("meta"):
         config = AutoConfig.from_pretrained(found.path, local_files_only=True, trust_remote_code=False)
         model = _network_class(config)(config)

@@ -159,24 +159,26 @@ class StoredFleet:
 
         return list_base_models(self._context)
 
-    def add_base_model(self, name: str, path: str | Path) -> Path:
+    def add_base_model(self, name: str, path: str | Path, *, loader: str | None = None) -> Path:
         """Record where a base model is; this comes before the Hugging Face cache. Creates the store if there is none.
 
         A base model with equal files is joined to it, which `on_event` is told.
 
         Args:
             name: The name that adapters give the base model.
-            path: A Hugging Face model folder or a `.gguf` file.
+            path: A Hugging Face model folder or a `.gguf` file; anything if there is a loader.
+            loader: `MODULE:FUNCTION` of a function marked with `icmlora.base_model_loader`, for a base model that
+                transformers does not load.
 
         Returns:
             The absolute path.
 
         Raises:
-            BaseModelNotFound: The path does not hold a base model that can be loaded.
+            BaseModelNotFound: The path does not hold a base model that can be loaded, or there is no such loader.
         """
         from icmlora.fleet.base_models import add_base_model
 
-        return add_base_model(self._context, name, Path(path))
+        return add_base_model(self._context, name, Path(path), loader)
 
     def forget_base_model(self, name: str) -> None:
         """Forget where the base model `name` is; `BaseModelNotFound` if it is unknown. Adapters and files stay."""

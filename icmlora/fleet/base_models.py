@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmlora.base_models.custom_model import find_loader
 from icmlora.base_models.fingerprint import is_same_model
 from icmlora.base_models.labels import typed_label
 from icmlora.base_models.lookup import FoundBase, inspect_base
@@ -37,11 +38,13 @@ def list_base_models(context: Context) -> list[KnownBase]:
         return [_locate(record) for record in store.base_models.all()]
 
 
-def add_base_model(context: Context, name: str, path: Path) -> Path:
-    """Record where a base model is, and create the store if there is none."""
-    found = inspect_base(name, path.expanduser().absolute())
+def add_base_model(context: Context, name: str, path: Path, loader: str | None = None) -> Path:
+    """Record where a base model is and what loads it, and create the store if there is none."""
+    found = inspect_base(name, path.expanduser().absolute(), loader)
+    if loader is not None:
+        find_loader(name, loader)  # one that cannot be used is told now
     with context.open(create=True) as store:
-        store.base_models.set_path(name, str(found.path))
+        store.base_models.set_path(name, str(found.path), loader=loader)
         _join_same(context, store, name, found)
     return found.path
 

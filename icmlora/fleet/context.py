@@ -162,7 +162,8 @@ def find_recorded(record: BaseModelRecord) -> FoundBase:
     first: BaseModelNotFound | None = None
     for name, path in places.items():
         try:
-            return find_base_model(name, aliases={} if path is None else {name: path})
+            loader = record.loader if path == record.path else None
+            return find_base_model(name, aliases={} if path is None else {name: path}, loader=loader)
         except BaseModelNotFound as error:
             first = first or error
     assert first is not None
@@ -172,6 +173,11 @@ def find_recorded(record: BaseModelRecord) -> FoundBase:
 def base_record(store: Store, label: str) -> BaseModelRecord | None:
     """Return what the store knows about the base model that has a label, if anything."""
     return next((known for known in store.base_models.all() if label in known.names), None)
+
+
+def has_loaders(store: Store) -> bool:
+    """Return whether a base model has a loader, which may read samples of any form."""
+    return any(known.loader is not None for known in store.base_models.all())
 
 
 def base_name(store: Store, label: str | None) -> str | None:

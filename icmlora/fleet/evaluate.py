@@ -18,7 +18,7 @@ from icmlora.base_models.media_archive import read_examples
 from icmlora.baselines.catalogue import baseline_named
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
 from icmlora.fleet.baselines import BaselineResult, Baselines
-from icmlora.fleet.context import Context, Event, TaskFailed, locate_base, reporting, select_tasks
+from icmlora.fleet.context import Context, Event, TaskFailed, has_loaders, locate_base, reporting, select_tasks
 from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, as_error
 from icmlora.fleet.loading import Models
 from icmlora.fleet.measure import MAX_TOKENS, SOURCES, SourceResult, TaskLosses
@@ -113,9 +113,9 @@ def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
         raise DataError(f"{unknown[0]!r} is not a source", hint=f"the sources are {', '.join(SOURCES)}")
     for name in request.baselines:
         baseline_named(name)
-    device, given = resolve_device(request.device), _given_data(request.data)
-    report = EvaluateReport()
+    device, report = resolve_device(request.device), EvaluateReport()
     with context.open() as store, reporting(report):
+        given = _given_data(request.data, any_row=has_loaders(store))
         tasks = _tasks_with_text(store, request, report)
         models = Models(store, device, context.cache)
         context.progress(0, len(tasks))
@@ -195,12 +195,12 @@ class _Texts:
         return EvaluationData.parse(self._data, base=self._base, path=self._path, template=template)
 
 
-def _given_data(path: Path | None) -> bytes | None:
+def _given_data(path: Path | None, *, any_row: bool) -> bytes | None:
     """Read the file of `data`, and check that it has text before any model is loaded."""
     if path is None:
         return None
     data = read_examples(path)
-    check_examples(data, path=path)
+    check_examples(data, path=path, any_row=any_row)
     return data
 
 

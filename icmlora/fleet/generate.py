@@ -31,7 +31,7 @@ from icmlora.fewshot.adapt import adapt, supports
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.cards import GeneratedCard
-from icmlora.fleet.context import Context, base_name
+from icmlora.fleet.context import Context, base_name, has_loaders
 from icmlora.fleet.loading import open_base
 from icmlora.fleet.search import Refiner
 from icmlora.fleet.stored_vectors import comparable_vectors, comparison_key
@@ -113,9 +113,9 @@ def generate(context: Context, request: GenerateRequest) -> Generated:
     device = resolve_device(request.device)
     check_name(request.name)
     check_free(request.directory, force=request.force)
-    data = read_examples(request.samples)
-    check_examples(data, path=request.samples)  # a wrong file is told before a model is loaded
     with context.open() as store:
+        data = read_examples(request.samples)
+        check_examples(data, path=request.samples, any_row=has_loaders(store))  # before a model is loaded
         if request.register:
             _refuse_known(store, request.name)
         generator = _generator_with_start(store, request.base_model)

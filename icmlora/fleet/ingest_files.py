@@ -22,6 +22,7 @@ from icmlora.base_models.examples import MAX_BYTES
 from icmlora.base_models.labels import full_label
 from icmlora.base_models.media_archive import has_media, read_examples
 from icmlora.errors import DataError, IcmLoraError, located
+from icmlora.fleet.context import has_loaders
 from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.io.files import read_regular
@@ -153,9 +154,12 @@ def prepare(
         if path not in refused
     }
     texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
-    packed = {path: _packed(path, store) for path in sorted(texts) if _size(path) <= MAX_BYTES and has_media(path)}
+    check = partial(_check_text, any_row=store is not None and has_loaders(store))
+    packed = {
+        path: _packed(path, store, check) for path in sorted(texts) if _size(path) <= MAX_BYTES and has_media(path)
+    }
     plain = sorted(path for path in texts - packed.keys() if _size(path) <= MAX_BYTES)
-    checks |= {path: partial(_check_text, path=path) for path in plain}
+    checks |= {path: partial(check, path=path) for path in plain}
     if store is None:
         outcomes = _check_only(checks)
     else:
@@ -199,20 +203,20 @@ def _inspect(
     return found
 
 
-def _check_text(data: bytes | memoryview, *, path: Path) -> TextRead:
+def _check_text(data: bytes | memoryview, *, path: Path, any_row: bool) -> TextRead:
     try:
-        found = check_examples(bytes(data), path=path)
+        found = check_examples(bytes(data), path=path, any_row=any_row)
     except DataError as error:
         error.hint = f"{error.hint}; {_AGAIN}"
         raise
     return TextRead(len(found), found.skipped, found.reason)
 
 
-def _packed(path: Path, store: Store | None) -> _Checked | Exception:
+def _packed(path: Path, store: Store | None, check: Callable[..., TextRead]) -> _Checked | Exception:
     """Store rows with the files that they name as one archive; each is as large as a batch, so one at a time."""
     try:
         data = read_examples(path)
-        found = _check_text(data, path=path)
+        found = check(data, path=path)
         digest = digest_of(data) if store is None else store.blobs.put(data)
     except (IcmLoraError, OSError) as error:
         return error

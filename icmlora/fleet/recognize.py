@@ -16,21 +16,19 @@ from numpy.typing import NDArray
 
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples import examples_for
+from icmlora.base_models.media_archive import read_examples
 from icmlora.errors import DataError, NotRecognized
-from icmlora.fleet.context import Context
+from icmlora.fleet.context import Context, has_loaders
 from icmlora.fleet.loading import load_base, open_base
 from icmlora.fleet.stored_vectors import NO_VECTORS, LeftOut, comparable_vectors, comparison_key, tasks_of_one_base
 from icmlora.fleet.vectors import SAMPLES_READ, VECTOR_DTYPE
 from icmlora.io.devices import resolve_device
-from icmlora.io.files import read_regular
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.recognition import Candidate, Recognition, Recognizer, TooFewVectors
 
 if TYPE_CHECKING:
     from icmlora.base_models.modality import BaseModel
     from icmlora.bundle.file import BundleFile
-
-_SAMPLES_LIMIT = 64 << 20  # bytes of the samples file
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,9 @@ class RecognizeReport:
 
 def recognize(context: Context, request: RecognizeRequest) -> RecognizeReport:
     """Recognise the task of some samples among those of a store."""
-    device, data = resolve_device(request.device), _read(request.samples)
+    device = resolve_device(request.device)
     with context.open() as store:
+        data = _read(request.samples, any_row=has_loaders(store))
         base_model, tasks = tasks_of_one_base(store, request.base_model)
         known = comparable_vectors(store, tasks, "context")
         recognizer = _recognizer(known.vectors)  # before a model is loaded
@@ -132,10 +131,10 @@ def bundled_vectors(
     return vectors, tuple(LeftOut(name, "no comparable vectors") for name in others), chosen
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, *, any_row: bool = False) -> bytes:
     """Read the samples; a wrong file is told before a model is loaded."""
-    data = read_regular(path, max_bytes=_SAMPLES_LIMIT)
-    check_examples(data, path=path)
+    data = read_examples(path)
+    check_examples(data, path=path, any_row=any_row)
     return data
 
 

@@ -186,14 +186,14 @@ def measured_sensitivity(
     *,
     tokens: int = _STATISTICS_TOKENS,
 ) -> Sensitivity | None:
-    """Measure how strongly the base model reacts to each channel, or return None if it is not on this machine."""
+    """Measure how strongly the base model reacts to each channel, or return None if it cannot be run for that here."""
     try:
         base = open_base(store, source.base_model, device, cache=context.cache)
+        # Kinds of different widths share names, and a name without a layer number is that of every layer.
+        modules = dict.fromkeys(kind.module(layer) for kind in config.kinds for layer in range(config.layers))
+        statistics = channel_statistics(base, _examples(store, source.names, base), modules, max_tokens=tokens)
     except (BaseModelNotFound, BaseModelUnsuited):
         return None
-    # Kinds of different widths share names, and a name without a layer number is that of every layer.
-    modules = dict.fromkeys(kind.module(layer) for kind in config.kinds for layer in range(config.layers))
-    statistics = channel_statistics(base, _examples(store, source.names, base), modules, max_tokens=tokens)
     return sensitivity_of(config, statistics)
 
 

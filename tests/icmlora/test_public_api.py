@@ -14,18 +14,30 @@ from icmlora.fleet.api import Fleet
 NAMES = [
     *("Adapter", "AdapterRefused", "BaseModelConflict", "BaseModelMismatch", "BaseModelNotFound", "Bundle"),
     *("BundleError", "Cancelled"),
-    *("CodeError", "DamagedStore", "DataError", "DeviceUnavailable", "Event", "Fleet", "GeneratorError", "IcmError"),
+    *(
+        "CodeError",
+        "CustomModel",
+        "DamagedStore",
+        "DataError",
+        "DeviceUnavailable",
+        "Event",
+        "Fleet",
+        "GeneratorError",
+        "IcmError",
+    ),
     *(
         "IcmLoraError",
         "LastCopy",
         "LoraModule",
+        "Metric",
         "NotRecognized",
         "OutputExists",
         "Progress",
         "RegistryError",
         "StoreLocked",
     ),
-    *("StoreNotFound", "TaskConflict", "TaskNotFound", "UnsafeInput", "load_adapter", "save_adapter"),
+    *("StoreNotFound", "TaskConflict", "TaskNotFound", "UnsafeInput", "base_model_loader"),
+    *("load_adapter", "save_adapter"),
 ]
 METHODS = [
     *(

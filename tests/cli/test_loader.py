@@ -1,0 +1,81 @@
+"""`icm base add --loader`: the worked example of the guide goes through the whole program."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from icm_cli.errors import ExitCode
+from tests.cli.conftest import Ran
+from tests.cli.test_second_modality import LABEL, write_task
+from tests.icmlora.base_models.test_custom_model import worked_example
+from tests.icmlora.base_models.toy_modality import write_classifier
+
+Icm = Callable[..., Ran]
+CPU = ("--device", "cpu")
+LOADER = "guide_models:load"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model in base/, two tasks in loras/, and the loader of the guide."""
+    root = tmp_path_factory.mktemp("custom")
+    write_classifier(root / "base")
+    (root / "guide_models.py").write_text(worked_example())
+    for task in (1, 2):
+        write_task(root / "loras" / f"turned-{task}", root / "base", task)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def importable(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(fleet))
+
+
+@pytest.fixture
+def store(icm: Icm, fleet: Path, tmp_path: Path) -> Path:
+    """A store of them, with vectors and codes."""
+    assert icm("base", "add", LABEL, fleet / "base", "--loader", LOADER).code == 0
+    ran = icm("ingest", fleet / "loras", *CPU)
+    assert ran.code == 0, ran.err
+    assert icm("train", "--no-eval", "--steps", 12, *CPU).code == 0
+    return tmp_path / "store"
+
+
+def test_tasks_have_vectors_and_a_retained_gain(icm: Icm, store: Path) -> None:
+    ran = icm("eval", "turned-1", *CPU, "--json")
+    sources = ran.events[0]["rungs"]
+    assert sources["original"]["metric"] == "accuracy"
+    assert sources["original"]["value"] > sources["base"]["value"] + 0.2
+    assert sources["code"]["retained_gain"] > 0.5
+    assert icm("vectors", *CPU).code == 0
+
+
+def test_a_code_is_refined_on_the_samples(icm: Icm, store: Path) -> None:
+    ran = icm("encode", "turned-1", "--again", "--tolerance", "0.5", "--refine", "3", *CPU)
+    assert ran.code == 0, ran.err
+
+
+def test_the_list_of_base_models_shows_the_loader(icm: Icm, store: Path) -> None:
+    assert f"loaded by {LOADER}" in icm("base", "ls").out
+    assert json.loads(icm("base", "ls", "--json").out)[0]["loader"] == LOADER
+
+
+def test_a_loader_that_went_away_leaves_the_tasks_as_they_are(
+    icm: Icm, store: Path, fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place != str(fleet)])
+    monkeypatch.delitem(sys.modules, "guide_models")
+    assert icm("materialize", "turned-1", "-o", tmp_path / "out", "--source", "code").code == 0
+    ran = icm("eval", *CPU)
+    assert (ran.code, "cannot be imported" in ran.err) == (ExitCode.FAILED, True)
+
+
+def test_a_function_that_is_no_loader_is_refused_and_nothing_is_stored(icm: Icm, fleet: Path, tmp_path: Path) -> None:
+    ran = icm("base", "add", LABEL, fleet / "base", "--loader", "os:system")
+    assert "os:system is not marked as a loader" in ran.err
+    assert not (tmp_path / "store").exists()
