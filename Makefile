@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types format docs lock example-fleet domain-fleet classification ci clean
+.PHONY: help setup demo test test-all lint types format docs lock example-fleet domain-fleet detection-fleet classification ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^## / {printf "\n%s\n", substr($$0, 4)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' \
@@ -61,6 +61,9 @@ example-fleet: $(READY)  ## train the adapters in docs/example-fleet again (abou
 
 domain-fleet: $(READY)  ## train 52 adapters for studies, in build/domain-fleet (an hour or two on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.domain_fleet --work build/domain-fleet --fleet build/domain-fleet/fleet
+
+detection-fleet: $(READY)  ## train detectors of composed images, in build/detection-fleet (about 20 minutes of one core)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.detection_fleet
 
 classification: $(READY)  ## train six text classifiers and measure what their codes keep (ten minutes on one core)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.classification --work build/classification

@@ -48,7 +48,7 @@ def test_the_report_describes_the_folder(able: Fleet, samples: Path, out: Path) 
     assert made.weights == hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert made.rank == rank_of(adapter)
     assert made.generator == able.generators()[0].record.blob
-    assert (made.code_size, made.code_error) == (None, None)
+    assert (made.code_size, made.code_relative_error) == (None, None)
 
 
 def test_without_register_no_byte_of_the_store_changes(able: Fleet, samples: Path, out: Path) -> None:
