@@ -43,9 +43,8 @@ def modality_of(found: FoundBase) -> Modality[Any, Any]:
     for known in MODALITIES:
         if known.suits(found):
             return known
-    kinds = " or ".join(known.name for known in MODALITIES)
     hint = "its tasks are kept, coded and materialized all the same; `icm base add --loader` lets icm measure them"
-    raise BaseModelUnsuited(f"base model {found.label!r} is not a {kinds}", hint=hint)
+    raise BaseModelUnsuited(f"base model {found.label!r} is of a kind that icm does not run", hint=hint)
 
 
 def check_examples(data: bytes, *, path: str | Path | None = None, any_row: bool = False) -> Examples:

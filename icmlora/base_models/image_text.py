@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from icmlora.base_models.auto_model import IGNORED, AutoModality, Inputs
+from icmlora.base_models.auto_model import IGNORED, AutoModality, Inputs, names_a_class_of
+from icmlora.base_models.lookup import read_config
 from icmlora.base_models.media import Media, image_of, open_image
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.seq2seq_lm import moved
@@ -17,6 +18,8 @@ from icmlora.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+
+    from icmlora.base_models.lookup import FoundBase
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class ImageTextToText(AutoModality):
     auto_class = "AutoModelForImageTextToText"
     processor_class = "AutoProcessor"
     batch = 1  # some of them number the pieces of all images in one row
+
+    def suits(self, found: FoundBase) -> bool:
+        """Judge by `config.json`; those that transformers also loads as language models are run as such: Gemma 3."""
+        return super().suits(found) and not names_a_class_of("AutoModelForCausalLM", read_config(found.path))
 
     def example(self, row: Mapping[str, Any]) -> ImagePrompt:
         """Read an image, a prompt and a completion."""

@@ -8,6 +8,7 @@ import pytest
 
 from icmlora.errors import DataError
 from icmlora.fleet.measure import SourceResult
+from icmlora.fleet.metric_result import MetricResult
 from icmlora.fleet.search import LADDER, Attempt, Found, Trial, bisect, ladder_within, walk
 from icmlora.generator.encoding import Encoded
 
@@ -21,7 +22,8 @@ def searched(search: Search, gains: Sequence[float | None] = GAINS) -> tuple[Fou
 
     def attempt(index: int) -> Trial:
         tried.append(index)
-        return Trial(Encoded(b"", 0.0, 0.0), SourceResult("code", 1.0, 1, 1, gains[index], 0.0))
+        result = SourceResult("code", MetricResult("nats per token", 1.0, 1), gains[index], 0.0)
+        return Trial(Encoded(b"", 0.0, 0.0), result)
 
     return search(attempt), tried
 

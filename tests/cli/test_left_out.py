@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertModel
 
 from icm_cli.errors import ExitCode
 from registry.store import Store
@@ -105,18 +105,18 @@ class TestTwoBaseModels:
         assert icm("vectors", *CPU, "--json").error["kind"] == "base_model_not_found"
 
 
-class TestNotCausal:
-    """Tasks of a bidirectional BERT."""
+class TestNotRun:
+    """Tasks of a BERT without a head, which predicts nothing."""
 
     @pytest.fixture
     def bert(self, icm: Icm, tmp_path: Path) -> Path:
         sizes = {"vocab_size": 257, "hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 4}
-        BertForMaskedLM(BertConfig(**sizes, intermediate_size=48)).save_pretrained(tmp_path / "bert")
+        BertModel(BertConfig(**sizes, intermediate_size=48)).save_pretrained(tmp_path / "bert")
         tiny_tokenizer().save_pretrained(tmp_path / "bert")
         assert icm("base", "add", "tiny/bert", tmp_path / "bert").code == 0
         for name in GOOD:
             folder = write_lora(tmp_path / "berts" / name, base_model_name_or_path="tiny/bert")
-            for old, new in (("model.layers", "bert.encoder.layer"), ("v_proj", "key"), ("q_proj", "query")):
+            for old, new in (("model.layers", "encoder.layer"), ("v_proj", "key"), ("q_proj", "query")):
                 rename(folder, old, new)
             rename(folder, "self_attn", "attention.self")
             write_texts(folder, "eval.jsonl", count=2)
@@ -124,15 +124,15 @@ class TestNotCausal:
 
     def test_it_goes_the_whole_way_and_is_not_measured(self, icm: Icm, bert: Path) -> None:
         ran = icm("ingest", bert, *CPU)
-        reason = "because base model 'tiny/bert' is not a causal language model"
+        reason = "because base model 'tiny/bert' is of a kind that icm does not run"
         assert (ran.code, f"no vectors: 3 tasks, {reason}" in ran.err) == (0, True)
         assert icm("vectors", *CPU).code == 0
         trained = icm("train", *CPU, "--steps", STEPS)
-        assert (trained.code, "is not a causal language model" in trained.err) == (0, True)
+        assert (trained.code, "is of a kind that icm does not run" in trained.err) == (0, True)
         measured = icm("eval", *CPU)
         assert (measured.code, f"not measured: 3 tasks, {reason}" in measured.err) == (0, True)
         kept = icm("evict", "apples", "--min-gain", "0.1", *CPU)
-        assert (kept.code, "is not a causal language model" in kept.out) == (ExitCode.PARTLY, True)
+        assert (kept.code, "is of a kind that icm does not run" in kept.out) == (ExitCode.PARTLY, True)
         assert icm("encode", "apples", "--tolerance", "0.5", *CPU).code == 0
 
 

@@ -182,14 +182,14 @@ def test_more_experts_than_a_model_has_leave_the_original_only(tmp_path: Path) -
 
 @given(experts=st.integers(1, 5), rank=st.integers(1, 4), inputs=st.integers(1, 5), outputs=st.integers(1, 5))
 def test_any_fused_factors_come_back_bit_for_bit(experts: int, rank: int, inputs: int, outputs: int) -> None:
-    from icmlora.formats.peft_tensors import _joined, _split
+    from icmlora.formats.peft_tensors import _split, joined
 
     a, b = torch.randn(experts * rank, inputs), torch.randn(outputs, experts * rank)
     parts = _split(a, b, experts, 1)
     for expert, (left, right) in enumerate(parts):
         assert torch.equal(left, a[expert * rank : (expert + 1) * rank])
         assert torch.equal(right, b[:, expert::experts])
-    whole = _joined(parts, experts=experts > 1)
+    whole = joined(parts, experts=experts > 1)
     assert torch.equal(whole[0], a)
     assert torch.equal(whole[1], b)
 
