@@ -1,6 +1,6 @@
 """Measure what codes keep of the detection fleet: the user's lines, and mAP50, mAP75 and bytes of each task.
 
-usage: python -m tests.benchmarks.detection_fleet.study [--work FOLDER] [--steps N] [--out FILE.json]
+usage: python -m tests.benchmarks.detection_fleet.study [--work FOLDER] [--steps N] [--quality N] [--out FILE.json]
 
 Runs `icm base add`, `icm ingest`, `icm train`, `icm materialize`, `icm eval` and `icm recognize` on WORK/loras with a
 new store in WORK/store, prints what they print, and writes the figures.
@@ -82,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/detection-fleet"))
     parser.add_argument("--steps", help="steps of `icm train`")
+    parser.add_argument("--quality", default="4", help="of `icm train`")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     os.environ.setdefault("PYTHONPATH", str(Path.cwd()))
@@ -91,11 +92,20 @@ def main() -> None:
     first = min(folder.name for folder in loras.iterdir())
     icm("base", "add", NAME, options.work / "base", "--loader", LOADER)
     icm("ingest", loras, "--device", "cpu")
-    icm("train", "--no-eval", "--device", "cpu", *(["--steps", options.steps] if options.steps else []))
+    icm(
+        "train",
+        "--no-eval",
+        "--device",
+        "cpu",
+        "--quality",
+        options.quality,
+        *(["--steps", options.steps] if options.steps else []),
+    )
     icm("materialize", first, "-o", options.work / "out", "--source", "code")
     tasks = measured(icm)
     result = {
         "base_model": {"name": NAME, "package": "npm:" + "@".join(PACKAGE)},
+        "quality": int(options.quality),
         "images": "composed: cut-outs of tuxpaint-stamps-default on photographs of budgie-backgrounds",
         "tasks": tasks,
         "recognised": recognised(icm, loras),
