@@ -53,7 +53,7 @@ def with_media(row: Mapping[str, Any], resolver: Resolver | None) -> Mapping[str
     if not named:
         return row
     if resolver is None:
-        raise DataError("names a file, and there is no folder to look in")
+        raise DataError("names a file, but files can only be read beside the rows")
     return {**row, **{key: resolver(name) for key, name in named.items()}}
 
 

@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,8 +42,11 @@ def has_media(path: Path) -> bool:
     """Return whether these are images in folders, or rows that name files as far as their first part tells."""
     if path.is_dir():
         return True
-    with path.open("rb") as stream:
-        head = stream.read(_HEAD)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD)
+    except OSError:  # whoever reads it says why it cannot be read
+        return False
     return not is_archive(head) and _names_media(head)
 
 
@@ -60,8 +63,7 @@ def read_examples(path: Path) -> bytes:
         data = read_regular(path, max_bytes=MAX_BYTES)
         if is_archive(data) or not _names_media(data[:_HEAD]):
             return data
-        rows = (None if isinstance(row, BadRow) else row for _, row in read_rows(data).values)
-        return pack_rows(rows, beside(path.parent))
+        return pack_rows(_rows(data), beside(path.parent))
 
 
 def pack_rows(rows: Iterable[Any], read: Callable[[str], bytes]) -> bytes:
@@ -94,11 +96,23 @@ def pack_rows(rows: Iterable[Any], read: Callable[[str], bytes]) -> bytes:
                 size += 0 if name in files else len(data)
                 files[name] = data
                 row[key] = name
-        lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        lines.append(_line(row))
         size += len(lines[-1])
         if size > MAX_BYTES:
             raise DataError(f"its rows and files have more than {MAX_BYTES} bytes", hint="keep a sample of the task")
     return _zipped({_ROWS: b"".join(lines)} | dict(sorted(files.items())))
+
+
+def _rows(data: bytes) -> Iterator[Any]:
+    """Yield the rows of a file; one that cannot be read is None, which is skipped and counted like any bad row."""
+    return (None if isinstance(row, BadRow) else row for _, row in read_rows(data).values)
+
+
+def _line(row: Any) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except ValueError:  # NaN or half a surrogate pair, which Python reads and JSON does not have
+        return b"null\n"
 
 
 def _names_media(head: bytes) -> bool:
@@ -164,7 +178,7 @@ def beside(folder: Path) -> Callable[[str], bytes]:
     return read
 
 
-def rows_of_folder(folder: Path) -> list[Mapping[str, Any]]:
+def rows_of_folder(folder: Path) -> list[Mapping[str, Any] | None]:
     """Return the rows of a folder in the `imagefolder` convention of `datasets`.
 
     LABEL/NAME.png is an image and its label. With `metadata.jsonl`, whose rows name their files in `file_name`, the
@@ -175,8 +189,8 @@ def rows_of_folder(folder: Path) -> list[Mapping[str, Any]]:
     """
     metadata = folder / _METADATA
     if metadata.is_file():
-        rows = [json.loads(line) for line in metadata.read_text("utf-8").splitlines() if line.strip()]
-        return [_with_image(row) for row in rows if isinstance(row, dict)]
+        rows = _rows(read_regular(metadata, max_bytes=MAX_BYTES))
+        return [_with_image(row) if isinstance(row, dict) else None for row in rows]
     images = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGES and path.is_file())
     if not images:
         raise DataError("has no LABEL/IMAGE and no metadata.jsonl", path=folder)
