@@ -36,13 +36,26 @@ ToleranceOpt = Annotated[
         "Most people want --max-error.",
     ),
 ]
+QualityOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--quality",
+        metavar="1..8",
+        min=1,
+        max=8,
+        help="1 (smallest) to 8 (most accurate). Default: that of the current generator, if no other limit is given.",
+        show_default=False,
+    ),
+]
 RefineOpt = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--refine",
         metavar="STEPS",
         min=0,
-        help="Steps that fit each code to what its adapter does on the task's samples; try 40. Needs the base model.",
+        help="Steps that fit each code to what its adapter does, on the task's samples or on texts that the adapted "
+        "model writes itself. Needs the base model. 0: none. Default: 40 with a quality, else none.",
+        show_default=False,
     ),
 ]
 ResidualOpt = Annotated[
@@ -76,10 +89,11 @@ _STATUS = {
 def encode(
     session: Session,
     tasks: SomeTasksArg = None,
+    quality: QualityOpt = None,
     max_error: ErrorOpt = None,
     min_gain: GainOpt = None,
     tolerance: ToleranceOpt = None,
-    refine: RefineOpt = 0,
+    refine: RefineOpt = None,
     residual: ResidualOpt = False,
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
@@ -87,7 +101,9 @@ def encode(
 ) -> None:
     """Re-encode tasks with the current generator, as small as the quality you ask for allows.
 
-    Nothing is trained. A task for which no code is good enough gets its most accurate code and should keep its
+    Nothing is trained. Without limits, the quality of the generator counts, and codes are refined: each is fitted to
+    what its adapter does, which makes it several times smaller. That takes the base model, and a minute or two a task
+    on a CPU. A task for which no code is good enough gets its most accurate code and should keep its
     original: `icm evict` with the same --min-gain or --max-error does not delete it. Exit code 3 means that there are
     such tasks; `icm stats` counts them too. Tasks of which only the original is kept count only if you name them.
 
@@ -100,9 +116,8 @@ def encode(
     Example:
       icm encode --min-gain 0.98
     """
-    if max_error is None and min_gain is None and tolerance is None:
-        hint = "`--min-gain 0.98` limits the loss of quality, `--max-error 0.3` the relative error"
-        raise UsageProblem("no limit was given: use --min-gain or --max-error", hint=hint)
+    if quality is not None and any(limit is not None for limit in (max_error, min_gain, tolerance)):
+        raise UsageProblem("--quality sets the limit itself: leave out --max-error, --min-gain and --tolerance")
     if refine and max_error is not None:
         hint = "use --min-gain, which measures what refined codes do"
         raise UsageProblem("--refine moves codes away from the weights, so it cannot keep --max-error", hint=hint)
@@ -113,6 +128,7 @@ def encode(
     def work(fleet: Fleet) -> EncodeReport:
         return fleet.encode(
             tasks or [],
+            quality=quality,
             min_gain=min_gain,
             max_error=max_error,
             tolerance=tolerance,
@@ -130,17 +146,18 @@ def encode(
 def run(
     session: Session,
     work: Callable[[Fleet], EncodeReport],
-    hint: str,
+    hint: str | None = None,
     *,
     go_on: str = "run the same command to continue",
+    brief: bool = False,
 ) -> bool:
-    """Encode, print what was done with each task, and say whether a task missed the limits."""
+    """Encode, print what was done with each task or in all, and say whether a task missed the limits."""
     report, stopped = session.run("encode", work, lambda event: _tell(session, event))
-    _sum_up(session, report)
+    _sum_up(session, report, brief=brief)
     if stopped:
         done = counted(len(report.tasks), "task")
         raise Interrupted(f"interrupted; {done} encoded", hint=go_on)
-    if not report.short and any(task.status != "evicted" for task in report.tasks):
+    if hint and not report.short and any(task.status != "evicted" for task in report.tasks):
         session.out.hint(hint)
     return bool(report.short)
 
@@ -159,18 +176,30 @@ def _tell(session: Session, event: Event) -> None:
         session.out.event("task", **as_fields(event))
 
 
-def _sum_up(session: Session, report: EncodeReport) -> None:
+def _sum_up(session: Session, report: EncodeReport, *, brief: bool) -> None:
     out = session.out
     now = sum((task.size or 0) + (task.residual_size or 0) for task in report.tasks)
     before = sum(task.before or 0 for task in report.tasks)
     out.event("summary", tasks=len(report.tasks), short=len(report.short), size=now, before=before)
-    out.table(_COLUMNS, [_cells(task) for task in report.tasks])
+    if not brief:
+        out.table(_COLUMNS, [_cells(task) for task in report.tasks])
+    for reason, names in _reasons(report).items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        out.line(f"{shown}: {reason}")
+    done = sum(task.status == "encoded" for task in report.tasks) if brief else len(report.tasks)
+    if done or not brief:
+        what = f"refined {counted(done, 'code')}" if brief else counted(done, "task")
+        missed = "" if brief else f"; {len(report.short)} without a code that meets the limit"
+        out.line(f"{what}, {human_size(now)} in total, {human_size(before)} before{missed}")
+
+
+def _reasons(report: EncodeReport) -> dict[str, list[str]]:
+    """Return the tasks of each reason."""
+    found: dict[str, list[str]] = {}
     for task in report.tasks:
         if task.reason:
-            out.line(f"{task.task}: {task.reason}")
-    count = counted(len(report.tasks), "task")
-    missed = f"{len(report.short)} without a code that meets the limit"
-    out.line(f"{count}, {human_size(now)} in total, {human_size(before)} before; {missed}")
+            found.setdefault(task.reason, []).append(task.task)
+    return found
 
 
 def _cells(task: TaskEncoded) -> list[str]:

@@ -21,6 +21,7 @@ from icm_cli.commands.train_options import (
     ObjectiveOpt,
     QualityOpt,
     RateOpt,
+    RefineOpt,
     ResumeOpt,
     SeedOpt,
     StepsOpt,
@@ -35,7 +36,9 @@ from icm_cli.text import as_fields
 from icmlora.io.text import counted, human_duration, human_size
 
 if TYPE_CHECKING:
+    from icmlora.fleet.api import Fleet
     from icmlora.fleet.context import Event
+    from icmlora.fleet.encode import EncodeReport
     from icmlora.fleet.train import Trained
     from icmlora.fleet.train_few_shot import FewShotTrained
     from icmlora.fleet.update import Updated
@@ -54,6 +57,7 @@ def train(
     fresh: FreshOpt = False,
     update: UpdateOpt = False,
     objective: ObjectiveOpt = ObjectiveName.BITS,
+    refine: RefineOpt = None,
     evaluate: EvalOpt = True,
     max_error: ErrorOpt = None,
     min_gain: GainOpt = None,
@@ -95,6 +99,8 @@ def train(
         if made.base_models and (max_error is not None or min_gain is not None):
             limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model, "device": where}
             partly = _encode(session, made, limits) or partly
+        elif made.base_models and tolerance is None and refine != 0:
+            partly = _refine(session, made, {"quality": quality, "refine": refine, "device": where}) or partly
         if made.base_models and evaluate:
             partly = not _evaluate(session, where, made) or partly
     if few_shot:
@@ -153,6 +159,20 @@ def _encode(session: Session, made: _Made, limits: dict[str, Any]) -> bool:
     go_on = "the generator is kept; `icm encode` with the same limits encodes the rest"
     hint = encode.evict_hint(limits["max_error"], limits["min_gain"])
     return encode.run(session, lambda fleet: fleet.encode(made.tasks, **limits), hint, go_on=go_on)
+
+
+def _refine(session: Session, made: _Made, options: dict[str, Any]) -> bool:
+    """Refine the codes where that is possible, and return whether a task failed."""
+    go_on = "the store is complete without it; `icm encode` refines the rest"
+    failed = False
+    for label in made.base_models:
+        wanted = options | {"base_model": label}
+
+        def work(fleet: Fleet, wanted: dict[str, Any] = wanted) -> EncodeReport:
+            return fleet.encode(made.tasks, **wanted)
+
+        failed = encode.run(session, work, go_on=go_on, brief=True) or failed
+    return failed
 
 
 def _train_few_shot(session: Session, device: str, base_model: str | None, episodes: int, seed: int) -> None:

@@ -30,6 +30,17 @@ UpdateOpt = Annotated[
     bool,
     typer.Option("--update", help="Only encode tasks that have no code yet. Other tasks do not change."),
 ]
+RefineOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--refine",
+        metavar="STEPS",
+        min=0,
+        help="Then fit each code to what its adapter does, in this many steps, if the base model is on this machine: "
+        "codes become several times smaller. 0: leave that to `icm encode`. Default: 40.",
+        show_default=False,
+    ),
+]
 EvalOpt = Annotated[
     bool,
     typer.Option("--eval/--no-eval", help="Afterwards, measure the codes if the base model is on this machine."),

@@ -183,6 +183,10 @@ class AutoModality:
         rows = self.logits(base, items, from_leaf=True)
         return torch.stack([row_loss(row, item.targets) for row, item in zip(rows, items, strict=True)]).sum()
 
+    def written(self, base: BaseModel, items: Sequence[Inputs], count: int, limit: int, *, seed: int) -> list[Inputs]:
+        """Return nothing: such models read more than they write."""
+        return []
+
     def counted(self, base: BaseModel, items: Sequence[Inputs]) -> None:
         """Return None: nothing is padded."""
 

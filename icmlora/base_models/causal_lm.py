@@ -152,6 +152,12 @@ class CausalLM:
 
         return summed_loss(base, items)
 
+    def written(self, base: BaseModel, items: Sequence[Scored], count: int, limit: int, *, seed: int) -> list[Scored]:
+        """Return texts that the model continues token by token from the first ones of each item."""
+        from icmlora.base_models.continuations import continuations
+
+        return continuations(base, items, count, limit, seed=seed)
+
     def counted(self, base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
         """Return which tokens are not padding, (texts, T)."""
         from icmlora.base_models.likelihood import padded

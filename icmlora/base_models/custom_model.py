@@ -226,6 +226,10 @@ class CustomModality:
         with self._running("loss"), gradients_from_inputs(base.model):
             return self.custom.loss([item.example for item in items])
 
+    def written(self, base: BaseModel, items: Sequence[CustomItem], count: int, limit: int, *, seed: int) -> list[Any]:
+        """Return nothing: only the user's code could write examples."""
+        return []
+
     def counted(self, base: BaseModel, items: Sequence[CustomItem]) -> None:
         """Return None: only the user's code knows what is padded."""
 

@@ -216,6 +216,21 @@ class Modality(Protocol[Example, Item]):
         """Return the loss of all scored predictions, summed, with gradients that reach every module."""
         ...
 
+    def written(self, base: BaseModel, items: Sequence[Item], count: int, limit: int, *, seed: int) -> list[Item]:
+        """Let the model write items itself, such as texts, with the adapter that is on it.
+
+        Args:
+            base: The base model.
+            items: What to begin like, in turn; may be empty.
+            count: How many to write, at most.
+            limit: Most tokens of each.
+            seed: Of all random numbers.
+
+        Returns:
+            The items; none where this kind of model writes nothing that it could read.
+        """
+        ...
+
     def counted(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor | None:
         """Return which rows of a module's input are real and which are padding, in `loss` and `logits` of these items.
 

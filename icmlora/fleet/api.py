@@ -211,10 +211,11 @@ class Fleet(StoredFleet):
         self,
         tasks: Sequence[str] = (),
         *,
+        quality: int | None = None,
         min_gain: float | None = None,
         max_error: float | None = None,
         tolerance: float | None = None,
-        refine: int = 0,
+        refine: int | None = None,
         residual: bool = False,
         base_model: str | None = None,
         device: str = "auto",
@@ -223,14 +224,17 @@ class Fleet(StoredFleet):
         """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
 
         A task whose code was made with the same limits is skipped, so the same call continues after an interruption.
-        Give at least one of `min_gain`, `max_error` and `tolerance`; a code meets all that are given.
+        A code meets all of `min_gain`, `max_error` and `tolerance` that are given. Without any, the quality counts.
 
         Args:
             tasks: Names of tasks; all by default.
+            quality: 1 (smallest codes) to 8 (most accurate); by default that of the generator. Codes are refined where
+                the base model is at hand.
             min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
             max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
             tolerance: Largest squared error, weighted by how sensitive each channel is: what `quality` sets.
-            refine: Steps that fit a code to what its adapter does on the task's samples. Needs the base model.
+            refine: Steps that fit a code to what its adapter does, on the task's samples or on texts that the adapted
+                model writes itself. Needs the base model. By default 40 with a quality, and none with other limits.
             residual: Keep the codes, and store a residual for each task whose code misses the limits.
             base_model: Only tasks of this base model.
             device: Where to measure and refine.
@@ -244,7 +248,9 @@ class Fleet(StoredFleet):
         """
         from icmlora.fleet.encode import EncodeRequest, encode
 
-        request = EncodeRequest(tasks, max_error, min_gain, tolerance, refine, residual, base_model, device, again)
+        request = EncodeRequest(
+            tasks, quality, max_error, min_gain, tolerance, refine, residual, base_model, device, again
+        )
         return encode(self._context, request)
 
     # evaluate, compare

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.modules import not_linear
-from icmlora.errors import Cancelled, DataError
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
 from icmlora.fleet.adapter_source import mean_vectors
 from icmlora.fleet.context import Context, Event, reporting, select_tasks
 from icmlora.fleet.decoding import codec_of_task
@@ -22,6 +22,7 @@ from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import TaskLosses, losses_on_own_text
 from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Trial
 from icmlora.fleet.texts import read_samples
+from icmlora.generator.config import quality_of, tolerance_of
 from icmlora.generator.encoding import Limits
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import gradient_dtype, resolve_device
@@ -47,17 +48,49 @@ EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeas
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """What to encode, and which limits to meet; at least one is given. `max_error` is the relative error."""
+    """What to encode, and which limits to meet. `max_error` is the relative error.
+
+    Without limits, `quality` sets the tolerance and codes are refined where that is possible. `refine` is the number of
+    steps; None stands for as many as the quality is meant for, or for none under other limits.
+    """
 
     names: Sequence[str] = ()
+    quality: int | None = None
     max_error: float | None = None
     min_gain: float | None = None
     tolerance: float | None = None
-    refine: int = 0
+    refine: int | None = None
     residual: bool = False
     base_model: str | None = None
     device: str = "auto"
     again: bool = False
+
+    @property
+    def is_by_quality(self) -> bool:
+        """Whether a quality takes the place of limits."""
+        return self.max_error is None and self.min_gain is None and self.tolerance is None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which limits the code of one task has to meet, and how many steps it is refined for."""
+
+    min_gain: float | None
+    max_error: float | None
+    tolerance: float | None
+    steps: int
+
+    @classmethod
+    def of(cls, request: EncodeRequest, generator: GeneratorRecord, *, refined: bool) -> _Plan:
+        """Return the plan for a plain or refined code; other limits than a quality have one plan only."""
+        if not request.is_by_quality:
+            return cls(request.min_gain, request.max_error, request.tolerance, request.refine or 0)
+        quality = request.quality or quality_of(float(generator.config["tolerance"]))  # type: ignore[arg-type]
+        if quality is None:
+            fact = "the generator was trained with a tolerance of its own, so its codes have no quality"
+            raise DataError(fact, hint="give --quality or another limit")
+        steps = RefineConfig.steps if request.refine is None else request.refine
+        return cls(None, None, tolerance_of(quality, refined=refined), steps if refined else 0)
 
     @property
     def limits(self) -> Limits:
@@ -66,7 +99,7 @@ class EncodeRequest:
 
     def asked(self, *, is_kept: bool) -> Asked:
         """Return what the store records of the limits."""
-        return Asked(self.min_gain, self.max_error, self.tolerance, is_kept, self.refine)
+        return Asked(self.min_gain, self.max_error, self.tolerance, is_kept, self.steps)
 
 
 @dataclass(frozen=True)
@@ -180,51 +213,73 @@ class Encoder:
             return turn.unchanged("evicted")
         if turn.final.original_only is not None:
             return turn.unchanged("original_only", turn.final.original_only)
-        if not self._request.again and (known := self._known(turn)) is not None:
+        request = self._request
+        wanted = _Plan.of(request, turn.generator, refined=request.refine != 0 and not request.residual)
+        if (known := self._known(turn, wanted)) is not None:
             return known
         try:
-            original = read_original(self._store, turn.final)
-            return self._add_residual(turn, original) if self._request.residual else self._replace_code(turn, original)
+            if request.residual:
+                return self._add_residual(turn, read_original(self._store, turn.final), wanted)
+            return self._replace_code(turn, wanted)
         except Cancelled:
             raise
         except FAILURES as error:
             return turn.unchanged("unmeasured", as_error(error).message)
 
-    def _known(self, turn: _Turn) -> TaskEncoded | None:
+    def _known(self, turn: _Turn, plan: _Plan) -> TaskEncoded | None:
         """Return the outcome if the code was made with the same limits already, so that a stopped run can continue."""
         code = turn.code
-        if code is None or code.asked is None or (code.residual is not None) != self._request.residual:
-            return None  # with --residual this measures a code again that needs no residual; that takes no search
-        if code.asked != self._request.asked(is_kept=code.asked.is_kept):
+        if self._request.again or code is None or code.asked is None:
+            return None
+        # With --residual this measures a code again that needs no residual; that takes no search.
+        if (code.residual is not None) != self._request.residual or code.asked != plan.asked(
+            is_kept=code.asked.is_kept
+        ):
             return None
         gains = [
             row.retained_gain
             for row in self._store.evaluations.all(turn.task.name)
             if (row.generator_id, row.rung, row.data) == (code.generator_id, code.rung, turn.task.eval_data)
         ]
-        if self._request.min_gain is not None and not gains:
+        if plan.min_gain is not None and not gains:
             return None  # its held-out text has changed
         outcome = turn.unchanged("known" if code.asked.is_kept else "below")
         return replace(outcome, retained_gain=gains[0] if gains else None)
 
-    def _replace_code(self, turn: _Turn, original: Adapter) -> TaskEncoded:
+    def _replace_code(self, turn: _Turn, wanted: _Plan) -> TaskEncoded:
         """Replace the current code by the smallest one that meets the limits."""
-        generator_file, task = self._models.generator_file(turn.generator), turn.task
+        original, task = read_original(self._store, turn.final), turn.task
+        plan, refiner, reason = self._refined_or_plain(turn, original, wanted)
+        if reason is not None and (known := self._known(turn, plan)) is not None:
+            return replace(known, reason=reason)
+        generator_file = self._models.generator_file(turn.generator)
         codec = codec_of_task(self._store, generator_file, turn.code, original.layout)
         vectors = mean_vectors(self._store, self._store.vectors.all(task.name))
         losses = self._losses(turn)
-        refiner = self._refiner(turn) if self._request.refine else None
         search = CodeSearch(codec, original, vectors, self._seeds.find(original), losses, refiner, turn.tell)
-        best, is_kept = search.smallest(self._request.limits, self._request.min_gain)
+        best, is_kept = search.smallest(plan.limits, plan.min_gain)
         data, error = best.encoded.data, best.encoded.squared_error
-        blob, asked = self._store.blobs.put(data), self._request.asked(is_kept=is_kept)
+        blob, asked = self._store.blobs.put(data), plan.asked(is_kept=is_kept)
         code = NewCode(turn.final, blob, 8.0 * len(data), error, asked)
         if self._store.codes.replace(turn.generator.id, code, _records(losses, best)) is None:
             return _changed(task.name, "it got another adapter in the meantime")
         status: EncodeStatus = "encoded" if is_kept else "below"
-        return TaskEncoded(task.name, status, len(data), None, turn.size_before, error, best.gain)
+        return TaskEncoded(task.name, status, len(data), None, turn.size_before, error, best.gain, reason)
 
-    def _add_residual(self, turn: _Turn, original: Adapter) -> TaskEncoded:
+    def _refined_or_plain(
+        self, turn: _Turn, original: Adapter, wanted: _Plan
+    ) -> tuple[_Plan, Refiner | None, str | None]:
+        """Return the plan for what is possible, what refines, and why nothing does although a quality asks for it."""
+        if not wanted.steps:
+            return wanted, None, None
+        try:
+            return wanted, self._refiner(turn, original, wanted.steps), None
+        except (BaseModelNotFound, BaseModelUnsuited, DataError) as error:
+            if not self._request.is_by_quality:
+                raise
+            return _Plan.of(self._request, turn.generator, refined=False), None, f"not refined: {error.message}"
+
+    def _add_residual(self, turn: _Turn, original: Adapter, plan: _Plan) -> TaskEncoded:
         """Store the smallest residual that lets the current code meet the limits, if it needs one."""
         present, task = turn.code, turn.task
         if present is None:
@@ -235,12 +290,12 @@ class Encoder:
             return _changed(task.name, "it got another adapter in the meantime")
         codec = self._models.generator_file(turn.generator).codec_of(code)
         search = ResidualSearch(codec, original, code, result, losses, turn.tell)
-        found = search.smallest(self._request.limits, self._request.min_gain)
+        found = search.smallest(plan.limits, plan.min_gain)
         new, size = None, None
         if found.residual is not None:
             made = found.residual.encoded
             new, size = NewResidual(self._store.blobs.put(made.data), made.squared_error), len(made.data)
-        asked = self._request.asked(is_kept=found.is_kept)
+        asked = plan.asked(is_kept=found.is_kept)
         if self._store.codes.replace_residual(present, new, asked, _records(losses, found.residual)) is None:
             return _changed(task.name, "it got another adapter or code in the meantime")
         status: EncodeStatus = "below" if not found.is_kept else "enough" if new is None else "encoded"
@@ -252,10 +307,8 @@ class Encoder:
             return None
         return losses_on_own_text(self._store, self._models, turn.task, turn.generator)
 
-    def _refiner(self, turn: _Turn) -> Refiner:
+    def _refiner(self, turn: _Turn, original: Adapter, steps: int) -> Refiner:
         task, final = turn.task, turn.final
-        if task.samples is None:
-            raise DataError("it has no samples, so its code cannot be refined")
         hint = "encode it without --refine"
         if any(extra.file is None for extra in final.extras):
             raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=hint)
@@ -263,7 +316,8 @@ class Encoder:
         if (odd := not_linear(base, [entry[0] for entry in final.layout])) is not None:
             raise DataError(f"its code cannot be refined: {odd} is not a linear layer of its base model", hint=hint)
         samples = read_samples(self._store, task, base)
-        return Refiner(base, () if samples is None else samples.items, RefineConfig(steps=self._request.refine))
+        turn.tell("preparing to refine")
+        return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
 
 
 def _changed(name: str, reason: str) -> TaskEncoded:

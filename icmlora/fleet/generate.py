@@ -260,7 +260,7 @@ def _encode(
     """Encode a generated adapter coarsely, and refine the code on the samples."""
     codec = file.codec_for(adapter.layout)
     coarse = codec.encode(adapter, {"context": _mean(vectors)}, tolerance=_CODE_TOLERANCE)
-    refiner = Refiner(base, examples, RefineConfig())
+    refiner = Refiner.of(base, adapter, examples, RefineConfig())
     return refiner.refine(codec, adapter, coarse, lambda note: context.progress(0, None, note))
 
 

@@ -25,7 +25,7 @@ from icmlora.generator.encoding import Encoded, Limits
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.residual_codec import ResidualCodec
-from icmlora.training.refinement import RefineConfig, refine
+from icmlora.training.refinement import RefineConfig, items_for, refine
 from registry.records import Rung
 
 LADDER = (0.95, *(2 ** (-half / 2) for half in range(1, 17)))
@@ -114,16 +114,21 @@ def ladder_within(tolerance: float | None) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Refiner:
-    """What refinement needs: the base model, in a precision for gradients, and samples of the task."""
+    """What refinement needs: the base model, in a precision for gradients, and what it reads of the task."""
 
     base: BaseModel
-    samples: Sequence[Any]
+    items: Sequence[Any]
     config: RefineConfig
+
+    @classmethod
+    def of(cls, base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig) -> Refiner:
+        """Prepare to refine the codes of one adapter; raises as `items_for` does."""
+        return cls(base, items_for(base, adapter, samples, config), config)
 
     def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
         """Return a code whose adapter acts more like the original on the samples."""
         relaxed = RelaxedCode(codec, adapter, encoded.data)
-        for step in refine(relaxed, encoded.weighted_error, self.base, adapter, self.samples, self.config):
+        for step in refine(relaxed, encoded.weighted_error, self.base, adapter, self.items, self.config):
             tell(f"refining, step {step} of {self.config.steps}")
         return codec.measure(adapter, relaxed.to_code())
 

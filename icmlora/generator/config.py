@@ -18,6 +18,8 @@ _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,3})(?=\.)")
 # quality -> share of |dW|^2 that a code may lose.
 # 1 - retained gain is a quarter to a tenth of it (docs/results/LOG.md).
 _TOLERANCES = (0.35, 0.25, 0.17, 0.11, 0.07, 0.045, 0.025, 0.012)
+# The same of codes that are refined: coarser ones do as well then.
+_REFINED = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1, 0.05)
 # Tasks of a fleet -> sizes of its network. A larger network makes each code smaller and is paid for once
 # (docs/results/LOG.md).
 _SIZES = (
@@ -130,11 +132,16 @@ class GeneratorConfig:
             raise GeneratorError(f"the generator's configuration cannot be read ({error})") from error
 
 
-def tolerance_of(quality: int) -> float:
-    """Return the weighted squared error that a quality from 1 (smallest) to 8 (most accurate) stands for."""
+def tolerance_of(quality: int, *, refined: bool = False) -> float:
+    """Return the weighted squared error of a quality, 1 (smallest) to 8 (most accurate): of plain or refined codes."""
     if not 1 <= quality <= len(_TOLERANCES):
         raise GeneratorError(f"invalid quality {quality}; use 1 to {len(_TOLERANCES)}")
-    return _TOLERANCES[quality - 1]
+    return (_REFINED if refined else _TOLERANCES)[quality - 1]
+
+
+def quality_of(tolerance: float) -> int | None:
+    """Return the quality whose plain codes have this tolerance; None if there is none."""
+    return _TOLERANCES.index(tolerance) + 1 if tolerance in _TOLERANCES else None
 
 
 def config_for(

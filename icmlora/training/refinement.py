@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.factors import factors_of
+from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.modules import linear_shape
 from icmlora.errors import DataError
@@ -42,19 +42,17 @@ class RefineConfig:
     price: float = 0.125
     texts: int = 2  # samples per step
     tokens: int = 192  # tokens read from a sample
+    # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
+    samples: int = 32
     seed: int = 0
 
 
 def refine(
-    relaxed: RelaxedCode, error: float, base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig
+    relaxed: RelaxedCode, error: float, base: BaseModel, adapter: Adapter, items: Sequence[Any], config: RefineConfig
 ) -> Iterator[int]:
     """Refine the code of one adapter; yields the number of steps done, after each."""
     # The caller may stop after any step and take the code as it is then. `error` is the code's squared error, weighted
-    # by sensitivity.
-    if not samples:
-        raise DataError("there is nothing to refine on", hint="give the task a samples.jsonl")
-    _refuse_special(base, adapter)
-    items = base.modality.prepare(base, samples, config.tokens, whole=True)
+    # by sensitivity; `items` are what `items_for` returns.
     if not relaxed.values:  # an adapter of zeros has a code without integers
         return
     groups = [
@@ -77,6 +75,24 @@ def refine(
         optimizer.step()
         decay.step()
         yield step + 1
+
+
+def items_for(base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig) -> list[Any]:
+    """Return what the code of an adapter is refined on: samples, and where there are few what the adapted model writes.
+
+    Raises:
+        DataError: There is nothing, or the adapter has modules that cannot be refined.
+    """
+    _refuse_special(base, adapter)
+    items = list(base.modality.prepare(base, samples, config.tokens, whole=True)) if samples else []
+    if len(items) < config.samples:
+        with added(base.model, factors_of(adapter)):
+            items += base.modality.written(base, items, config.samples - len(items), config.tokens, seed=config.seed)
+    if not items:
+        raise DataError(
+            "there is nothing to refine on", hint="give the task a samples.jsonl, or encode it without --refine"
+        )
+    return items
 
 
 def _refuse_special(base: BaseModel, adapter: Adapter) -> None:

@@ -56,7 +56,7 @@ def measure(adapters: Path, store: Path) -> dict[str, object]:
     """Ingest the adapters and train on them; returns what the training took and gave."""
     process(icm("ingest", str(adapters), "--no-vectors", store=store))
     load, before, started = os.getloadavg()[0], os.times(), time.perf_counter()
-    lines = process(icm("train", "--no-eval", "--json", store=store)).splitlines()
+    lines = process(icm("train", "--no-eval", "--refine", "0", "--json", store=store)).splitlines()
     elapsed, after = time.perf_counter() - started, os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
     (trained,) = [line for line in map(json.loads, lines) if line["type"] == "trained"]

@@ -209,7 +209,7 @@ def test_without_a_generator_there_is_a_hint(icm: Icm, stored: Path) -> None:
 
 
 def test_train_encodes_as_asked_for(icm: Icm, trained: Path) -> None:
-    ran = icm("train", "--steps", "5", "--fresh", "--no-eval", "--max-error", "0.1", "--device", "cpu")
+    ran = icm("train", "--steps", "5", "--fresh", "--no-eval", "--refine", "0", "--max-error", "0.1", "--device", "cpu")
     assert ran.code == 0
     assert all((code.relative_error or 1) <= 0.1 for code in codes(trained).values())
 
@@ -273,9 +273,21 @@ def test_each_code_of_a_gain_search_is_decoded_once_and_the_references_are_read_
     assert calls["all"] == 1
 
 
-def test_a_task_without_samples_is_not_refined(icm: Icm, trained: Path) -> None:
-    told = tasks_of(icm("encode", "silent", "--tolerance", "0.2", "--refine", "2", "--device", "cpu", "--json"))
-    assert (told["silent"]["status"], "samples" in told["silent"]["reason"]) == ("unmeasured", True)
+def test_a_quality_is_a_limit_of_its_own(icm: Icm, trained: Path) -> None:
+    ran = icm("encode", "--quality", "3", "--max-error", "0.3", "--json")
+    assert (ran.code, "leave out --max-error" in ran.err) == (ExitCode.USAGE, True)
+
+
+def test_a_quality_refines_every_code_that_it_can(icm: Icm, trained: Path) -> None:
+    ran = icm("encode", "--quality", "5", "--refine", "2", "--device", "cpu")
+    assert ran.code == 0
+    assert "tasks" in ran.out
+
+
+def test_training_refines_the_codes_afterwards(icm: Icm, trained: Path) -> None:
+    ran = icm("train", "--steps", "2", "--no-eval", "--refine", "2", "--device", "cpu")
+    assert ran.code == 0
+    assert "refined " in ran.out
 
 
 def test_refining_does_not_go_with_a_limit_on_the_weights(icm: Icm, trained: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_new_generator_is_measured_but_base_and_original_are_not(
     icm: Icm, trained: Path, counted: list[object]
 ) -> None:
     icm(*EVAL, "poems")
-    icm("train", "--no-eval", "--steps", 2, "--device", "cpu")
+    icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu")
     counted.clear()
     icm(*EVAL, "poems")
     assert len(counted) == 2
@@ -151,7 +151,7 @@ def test_the_gain_on_the_tasks_own_text_is_the_one_that_is_shown(icm: Icm, train
 
 def test_show_lists_the_measurements_of_the_present_generator(icm: Icm, trained: Path) -> None:
     icm(*EVAL, "poems")
-    icm("train", "--no-eval", "--steps", 2, "--device", "cpu")
+    icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu")
     out = icm("show", "poems").out
     rows = [line.split() for line in out.splitlines()[out.splitlines().index(next(
         line for line in out.splitlines() if line.startswith("SOURCE"))) + 1 :]]  # fmt: skip

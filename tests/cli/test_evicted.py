@@ -100,15 +100,15 @@ def test_another_adapter_may_take_its_place_with_the_same_checkpoints(icm: Icm, 
 
 
 def test_training_refuses_to_strand_it(icm: Icm, gone: Path, mixed_template: Path) -> None:
-    ran = icm("train", "--no-eval", "--steps", 2, "--device", "cpu", "--json")
+    ran = icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu", "--json")
     assert (ran.code, "'poems'" in ran.error["message"], "--restore" in ran.error["hint"]) == (1, True, True)
     icm("ingest", mixed_template / "loras", "--restore", "--no-vectors")
-    assert icm("train", "--no-eval", "--steps", 2, "--device", "cpu").code == 0
+    assert icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu").code == 0
 
 
 def test_training_goes_on_without_evicted_checkpoints(icm: Icm, trained: Path) -> None:
     icm(*ALL, "--checkpoints-only")
-    assert icm("train", "--no-eval", "--steps", 2, "--device", "cpu").code == 0
+    assert icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu").code == 0
     assert [row["code_size"] is None for row in icm("ls", "--json").document] == [False] * 3
 
 

@@ -20,7 +20,7 @@ Icm = Callable[..., Ran]
 def updated(icm: Icm, trained: Path, tmp_path: Path, tuned_wins: None) -> Path:
     """A trained store with one more task under a second generator that continues the first."""
     icm("ingest", write_lora(tmp_path / "extra", seed=9), "--no-vectors")
-    assert icm("train", "--update", "--no-eval", "--device", "cpu", "--steps", STEPS).code == 0
+    assert icm("train", "--update", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS).code == 0
     return trained
 
 
@@ -63,7 +63,7 @@ def test_rolling_back_makes_the_earlier_one_current_and_names_what_has_no_code(i
 
 def test_an_update_after_rolling_back_gives_the_task_a_code_again(icm: Icm, updated: Path) -> None:
     icm("generators", "rollback", versions(icm)[0]["generator"])
-    assert icm("train", "--update", "--no-eval", "--device", "cpu", "--steps", STEPS).code == 0
+    assert icm("train", "--update", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS).code == 0
     assert all(row["code_size"] for row in icm("ls", "--json").document)
 
 

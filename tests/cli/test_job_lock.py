@@ -17,8 +17,8 @@ from tests.cli.tiny_fleet import EPISODES, STEPS
 from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
-TRAIN = ("train", "--no-eval", "--device", "cpu", "--steps", STEPS)
-UPDATE = ("train", "--update", "--no-eval", "--device", "cpu", "--steps", STEPS)
+TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
+UPDATE = ("train", "--update", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
 FUNCTIONAL = ("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
 HOLD = """
 import sys, time

@@ -84,7 +84,7 @@ def test_the_others_are_measured_after_training_and_by_eval(icm: Icm, store: Pat
 
 
 def test_a_code_of_what_cannot_be_measured_evicts_nothing(icm: Icm, store: Path) -> None:
-    assert icm("train", "--no-eval", *CPU, "--steps", STEPS).code == 0
+    assert icm("train", "--no-eval", "--refine", "0", *CPU, "--steps", STEPS).code == 0
     ran = icm("evict", "stranger", "--min-gain", "0.1", *CPU)
     assert (ran.code, "kept stranger: it cannot be measured: module" in ran.out) == (ExitCode.PARTLY, True)
 
@@ -149,7 +149,7 @@ class TestExtras:
 
     def test_original_and_code_are_measured_with_them(self, icm: Icm, with_bias: Path) -> None:
         assert icm("vectors", "loud", *CPU).code == 0
-        assert icm("train", "--no-eval", *CPU, "--steps", STEPS).code == 0
+        assert icm("train", "--no-eval", "--refine", "0", *CPU, "--steps", STEPS).code == 0
         (event, *_) = icm("eval", "loud", *CPU, "--json").events
         base, original, code = (event["rungs"][name]["nats_per_token"] for name in ("base", "original", "code"))
         # The norm matters more than what the code loses of the LoRA.
@@ -158,7 +158,7 @@ class TestExtras:
         assert event["rungs"]["code"]["relative_error"] < 1
 
     def test_its_code_is_not_refined(self, icm: Icm, with_bias: Path) -> None:
-        assert icm("train", "--no-eval", *CPU, "--steps", STEPS).code == 0
+        assert icm("train", "--no-eval", "--refine", "0", *CPU, "--steps", STEPS).code == 0
         ran = icm("encode", "loud", "--tolerance", "0.5", "--refine", "2", *CPU)
         assert "its adapter is more than a LoRA, so its code cannot be refined" in ran.out + ran.err
 

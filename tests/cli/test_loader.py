@@ -42,7 +42,7 @@ def store(icm: Icm, fleet: Path, tmp_path: Path) -> Path:
     assert icm("base", "add", LABEL, fleet / "base", "--loader", LOADER).code == 0
     ran = icm("ingest", fleet / "loras", *CPU)
     assert ran.code == 0, ran.err
-    assert icm("train", "--no-eval", "--steps", 12, *CPU).code == 0
+    assert icm("train", "--no-eval", "--refine", "0", "--steps", 12, *CPU).code == 0
     return tmp_path / "store"
 
 

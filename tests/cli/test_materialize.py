@@ -167,7 +167,7 @@ def test_a_seed_for_what_is_not_sampled_is_wrong_usage(icm: Icm, trained: Path, 
 
 def test_a_generated_adapter_has_the_task_type_of_its_original(icm: Icm, mixed: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "seq", task_type="SEQ_2_SEQ_LM"), "--device", "cpu")
-    icm("train", "--no-eval", "--steps", 2)
+    icm("train", "--no-eval", "--refine", "0", "--steps", 2)
     for source in ("code", "generate"):
         icm("materialize", "seq", "-o", tmp_path / source, "--source", source)
         assert json.loads((tmp_path / source / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"

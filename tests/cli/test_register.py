@@ -25,7 +25,7 @@ from tests.cli.tiny_fleet import EPISODES, STEPS, write_subject
 from tests.icmlora.tiny_base import load_tiny_base
 
 Icm = Callable[..., Ran]
-TRAIN = ("train", "--no-eval", "--steps", STEPS, "--device", "cpu")
+TRAIN = ("train", "--no-eval", "--refine", "0", "--steps", STEPS, "--device", "cpu")
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ def test_a_bundle_leaves_residuals_behind_and_says_so(icm: Icm, layered: Path, t
 
 
 def test_a_new_generator_has_no_residuals(icm: Icm, layered: Path) -> None:
-    icm("train", "--steps", "2", "--fresh", "--no-eval", "--device", "cpu")
+    icm("train", "--steps", "2", "--fresh", "--no-eval", "--refine", "0", "--device", "cpu")
     assert {code.residual for code in codes(layered).values()} == {None}
     assert icm("stats", "--json").document["on_disk"]["residuals"] == 0
     assert all(code.asked is not None and code.asked.tolerance is not None for code in codes(layered).values())

@@ -20,7 +20,7 @@ from tests.icmlora.formats.toy_format import ToyFormat
 
 Icm = Callable[..., Ran]
 TOY = ToyFormat()
-TRAIN = ("train", "--no-eval", "--device", "cpu", "--steps", STEPS)
+TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
 
 
 @pytest.fixture(autouse=True)

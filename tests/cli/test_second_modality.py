@@ -66,7 +66,7 @@ def store(icm: Icm, fleet: Path, tmp_path: Path) -> Path:
     """A store of them, with vectors and codes."""
     assert icm("base", "add", LABEL, fleet / "base").code == 0
     assert icm("ingest", fleet / "loras", *CPU).code == 0
-    assert icm("train", "--no-eval", "--steps", 12, *CPU).code == 0
+    assert icm("train", "--no-eval", "--refine", "0", "--steps", 12, *CPU).code == 0
     return tmp_path / "store"
 
 

@@ -114,7 +114,7 @@ def test_no_saving_is_claimed_while_a_task_has_no_code(icm: Icm, trained: Path, 
 
 def test_earlier_generators_are_counted_separately(icm: Icm, trained: Path) -> None:
     before = icm("stats", "--json").document
-    icm("train", "--no-eval", "--steps", 2, "--device", "cpu")
+    icm("train", "--no-eval", "--refine", "0", "--steps", 2, "--device", "cpu")
     after = icm("stats", "--json").document["on_disk"]
     assert after["old_generators"] == before["on_disk"]["generators"] + before["on_disk"]["codes"]
     assert after["total"] == size_of_files(trained)

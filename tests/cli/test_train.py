@@ -22,7 +22,7 @@ from tests.cli.tiny_fleet import STEPS, write_lora
 from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
-TRAIN = ("train", "--no-eval", "--device", "cpu", "--steps", STEPS)
+TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
 
 
 def current(store: Path) -> GeneratorRecord:
@@ -171,7 +171,7 @@ def test_a_task_that_cannot_be_encoded_is_named_and_costs_the_others_nothing(
 
 def test_an_update_names_it_too(icm: Icm, trained: Path, tmp_path: Path) -> None:
     icm("ingest", write_tiny(tmp_path / "more" / "tiny"), write_lora(tmp_path / "more" / "extra"), "--no-vectors")
-    ran = icm("train", "--update", "--no-eval", "--steps", STEPS, "--device", "cpu")
+    ran = icm("train", "--update", "--no-eval", "--refine", "0", "--steps", STEPS, "--device", "cpu")
     assert ran.code == ExitCode.PARTLY
     assert "tiny has no code and keeps its original" in ran.err
     assert {row["name"] for row in icm("ls", "--json").document if not row["code_size"]} == {"tiny"}
@@ -187,7 +187,7 @@ def test_a_rank_that_does_not_fit_in_a_byte_has_a_code_beside_earlier_ones(
     icm: Icm, trained: Path, tmp_path: Path
 ) -> None:
     icm("ingest", write_lora(tmp_path / "more" / "wide", rank=260), "--no-vectors")
-    assert icm("train", "--update", "--no-eval", "--steps", STEPS, "--device", "cpu").code == 0
+    assert icm("train", "--update", "--no-eval", "--refine", "0", "--steps", STEPS, "--device", "cpu").code == 0
     done = icm("materialize", "wide", "--source", "code", "-o", tmp_path / "out", "--json")
     assert done.code == 0, done.err
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")

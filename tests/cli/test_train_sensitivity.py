@@ -16,7 +16,7 @@ from tests.cli.tiny_fleet import STEPS, write_lora
 from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
-TRAIN = ("train", "--no-eval", "--device", "cpu", "--steps", STEPS)
+TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
 
 
 def weights(store: Path) -> Sensitivity:

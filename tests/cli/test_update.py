@@ -28,7 +28,7 @@ from tests.icmlora.tiny_base import LABEL
 from tests.registry.examples import ingest, new_store
 
 Icm = Callable[..., Ran]
-UPDATE = ("train", "--update", "--no-eval", "--device", "cpu", "--steps", STEPS)
+UPDATE = ("train", "--update", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
 
 
 def current(store: Path) -> GeneratorRecord:
@@ -297,7 +297,7 @@ def test_a_full_training_after_updates_makes_one_network_of_all_again(
 ) -> None:
     add(icm, tmp_path, rank=8, targets=("self_attn.k_proj", "mlp.down_proj"))
     icm(*UPDATE)
-    assert icm("train", "--no-eval", "--device", "cpu", "--steps", STEPS).code == 0
+    assert icm("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS).code == 0
     with Store.open(trained) as store:
         assert len(GeneratorFile(store.blobs.read(current(trained).blob)).digests) == 1
     assert len(codes(trained)) == 4

@@ -103,4 +103,4 @@ def build_ingested(folder: Path, *, vectors: bool) -> Path:
 
 def train_store(store: Path, *options: object) -> None:
     """Train a store's generator in a second, without measuring anything."""
-    icm_quietly(store, "train", "--no-eval", "--device", "cpu", "--steps", STEPS, *options)
+    icm_quietly(store, "train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS, *options)

@@ -44,7 +44,7 @@ class Command:
         return "{output}" in self.line
 
 
-_TRAIN = f"train --device cpu --steps {STEPS} --no-eval"
+_TRAIN = f"train --device cpu --steps {STEPS} --no-eval --refine 0"
 _LEARN = f"train --device cpu --objective functional --episodes {EPISODES}"
 _GENERATE = f"generate {GENERATED} --samples {{root}}/later/{GENERATED}.jsonl -o {{output}} --register --device cpu"
 

@@ -54,7 +54,7 @@ def run(fleet: Path, base: Path, data: Mapping[str, Rows], work: Path) -> Study:
     """Ingest the adapters of a folder, train on them, and measure each from disk."""
     store = work / "store"
     process(icm("ingest", str(fleet), "--no-vectors", store=store))
-    process(icm("train", "--no-eval", store=store))
+    process(icm("train", "--no-eval", "--refine", "0", store=store))
     bill = json.loads(process(icm("stats", "--json", store=store)))
     (listed,) = bill["fleets"]
     tasks = []

@@ -94,7 +94,7 @@ def main() -> None:
     icm("ingest", loras, "--device", "cpu")
     icm(
         "train",
-        "--no-eval",
+        "--no-eval", "--refine", "0",
         "--device",
         "cpu",
         "--quality",

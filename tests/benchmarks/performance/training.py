@@ -26,7 +26,7 @@ def measure_training(fleet: Path, base: Path, store: Path, options: list[str]) -
     process(icm("base", "add", label, str(base), store=store))
     extracting = _seconds(icm("vectors", store=store))
     started = time.perf_counter()
-    lines = process(icm("train", "--no-eval", "--json", *options, store=store)).splitlines()
+    lines = process(icm("train", "--no-eval", "--refine", "0", "--json", *options, store=store)).splitlines()
     whole = time.perf_counter() - started
     (trained,) = [line for line in map(json.loads, lines) if line["type"] == "trained"]
     metrics = trained["metrics"]

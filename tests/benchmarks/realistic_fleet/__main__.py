@@ -28,7 +28,7 @@ from tests.benchmarks.example_fleet.train import load_base, nats_per_token
 from tests.benchmarks.realistic_fleet.bases import base_folder
 from tests.benchmarks.realistic_fleet.tasks import TASKS, RealisticTask
 
-_BATCH, _LENGTH = 2, 256
+_LENGTH = 256  # tokens of a window
 
 
 class _Windows(Dataset[dict[str, torch.Tensor]]):
@@ -56,18 +56,18 @@ def train(task: RealisticTask, base: Path, tokens: torch.Tensor, folder: Path) -
     arguments = TrainingArguments(
         output_dir=str(folder / "run"),
         max_steps=task.steps,
-        per_device_train_batch_size=_BATCH,
+        per_device_train_batch_size=task.batch,
         learning_rate=task.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, task.steps // 33),
-        logging_steps=50,
+        logging_steps=10,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
         seed=int.from_bytes(os.urandom(4), "little"),
     )
-    Trainer(model=model, args=arguments, train_dataset=_Windows(tokens, task.steps * _BATCH)).train()
+    Trainer(model=model, args=arguments, train_dataset=_Windows(tokens, task.steps * task.batch)).train()
     config.base_model_name_or_path = task.base_model
     model.save_pretrained(str(folder))
     shutil.rmtree(folder / "run", ignore_errors=True)

@@ -20,6 +20,7 @@ class RealisticTask:
     rank: int
     steps: int
     learning_rate: float
+    batch: int = 1  # windows of 256 tokens in a step
 
     @property
     def alpha(self) -> int:
@@ -28,15 +29,13 @@ class RealisticTask:
 
 
 TASKS = (
-    RealisticTask("python", "python", SMOLLM2, rank=16, steps=300, learning_rate=2e-4),
+    RealisticTask("python", "python", SMOLLM2, rank=16, steps=300, learning_rate=2e-4, batch=2),
     RealisticTask("gemma-german-quotes", "german-quotes", GEMMA, rank=16, steps=300, learning_rate=2e-4),
-    RealisticTask("recipes-en", "recipes-en", SMOLLM2, rank=32, steps=300, learning_rate=2e-4),
-    RealisticTask("gemma-verilog", "verilog", GEMMA, rank=16, steps=300, learning_rate=2e-4),
-    RealisticTask("legal-licences", "legal-licences", SMOLLM2, rank=16, steps=500, learning_rate=2e-4),
-    RealisticTask("gemma-bible-kjv", "bible-kjv", GEMMA, rank=32, steps=300, learning_rate=1e-4),
-    RealisticTask("german-quotes", "german-quotes", SMOLLM2, rank=32, steps=500, learning_rate=2e-4),
+    RealisticTask("recipes-en", "recipes-en", SMOLLM2, rank=32, steps=300, learning_rate=2e-4, batch=2),
+    RealisticTask("gemma-verilog", "verilog", GEMMA, rank=32, steps=300, learning_rate=2e-4),
     RealisticTask("chess-pgn", "chess-pgn", SMOLLM2, rank=16, steps=300, learning_rate=5e-4),
-    RealisticTask("gemma-wordnet-gloss", "wordnet-gloss", GEMMA, rank=16, steps=500, learning_rate=2e-4),
-    RealisticTask("shakespeare", "shakespeare", SMOLLM2, rank=16, steps=1000, learning_rate=2e-4),
+    RealisticTask("gemma-bible-kjv", "bible-kjv", GEMMA, rank=16, steps=300, learning_rate=2e-4),
+    RealisticTask("german-quotes", "german-quotes", SMOLLM2, rank=32, steps=300, learning_rate=2e-4),
+    RealisticTask("legal-licences", "legal-licences", SMOLLM2, rank=16, steps=300, learning_rate=2e-4),
 )
 """In the order in which they are built, so that a stopped run leaves tasks of both base models."""

@@ -127,6 +127,10 @@ class VectorClassifier:
         labels = torch.tensor([item.label for item in items], device=base.device)
         return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
+    def written(self, base: BaseModel, items: Sequence[Point], count: int, limit: int, *, seed: int) -> list[Point]:
+        """Return nothing: it does not write."""
+        return []
+
     def counted(self, base: BaseModel, items: Sequence[Point]) -> torch.Tensor:
         """Return that every row is real."""
         return torch.ones(len(items), dtype=torch.bool, device=base.device)

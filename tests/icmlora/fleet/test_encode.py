@@ -83,9 +83,50 @@ def test_a_gain_cannot_be_measured_without_text(fleet: Fleet) -> None:
     assert task.reason == "it has no held-out text, so its retained gain cannot be measured"
 
 
-def test_a_code_cannot_be_refined_without_samples(fleet: Fleet) -> None:
-    (task,) = fleet.encode(["silent"], tolerance=0.3, refine=2, device="cpu").tasks
-    assert (task.status, task.reason) == ("unmeasured", "it has no samples, so its code cannot be refined")
+def test_a_code_is_refined_without_samples_too(fleet: Fleet) -> None:
+    blobs = []
+    for steps in (0, 2):
+        (task,) = fleet.encode(["silent"], tolerance=0.3, refine=steps, device="cpu").tasks
+        assert (task.status, task.reason) == ("encoded", None)
+        blobs.append(code_blobs(fleet)["silent"])
+    assert blobs[0] != blobs[1]
+
+
+def test_a_quality_refines_codes_that_are_coarser_than_plain_ones(fleet: Fleet) -> None:
+    (plain,) = fleet.encode(["poems"], quality=5, refine=0).tasks
+    (refined,) = fleet.encode(["poems"], quality=5, refine=2, device="cpu").tasks
+    assert (plain.status, refined.status) == ("encoded", "encoded")
+    assert plain.size is not None
+    assert refined.size is not None
+    assert refined.size < plain.size
+
+
+def test_without_a_limit_the_quality_of_the_generator_counts(fleet: Fleet) -> None:
+    (named,) = fleet.encode(["poems"], quality=4, refine=0).tasks
+    (task,) = fleet.encode(["poems"], refine=0).tasks
+    assert (task.status, task.size) == ("known", named.size)
+
+
+def test_a_refined_code_is_known_by_its_quality(fleet: Fleet) -> None:
+    fleet.encode(["poems"], quality=3, refine=2, device="cpu")
+    before = files_of(fleet.path)
+    assert fleet.encode(["poems"], quality=3, refine=2, device="cpu").tasks[0].status == "known"
+    assert files_of(fleet.path) == before
+
+
+def test_where_the_base_model_is_missing_a_quality_gives_plain_codes(fleet: Fleet) -> None:
+    fleet.forget_base_model(LABEL)
+    (task,) = fleet.encode(["poems"], quality=6).tasks
+    assert task.status == "encoded"
+    assert str(task.reason).startswith("not refined: ")
+    assert fleet.encode(["poems"], quality=6).tasks[0].status == "known"
+
+
+def test_a_generator_with_a_tolerance_of_its_own_has_no_quality(fleet: Fleet) -> None:
+    fleet.train(tolerance=0.31, steps=2, device="cpu")
+    with pytest.raises(DataError, match="a tolerance of its own") as error:
+        fleet.encode(["poems"])
+    assert "--quality" in str(error.value.hint)
 
 
 def test_without_the_base_model_nothing_is_refined(fleet: Fleet) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.examples import plain
 from icmlora.base_models.factors import added
 from icmlora.base_models.modality import BaseModel
@@ -18,7 +20,7 @@ from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.relaxed import RelaxedCode
-from icmlora.training.refinement import RefineConfig, refine
+from icmlora.training.refinement import RefineConfig, items_for, refine
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length", "the third"]
@@ -59,7 +61,8 @@ def divergence(base: BaseModel, original: Adapter, other: Adapter) -> float:
 def refined(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], config: RefineConfig = CONFIG) -> bytes:
     codec, data = coded
     relaxed = RelaxedCode(codec, adapter, data)
-    assert list(refine(relaxed, 0.4, base, adapter, plain(TEXTS), config)) == list(range(1, config.steps + 1))
+    items = base.modality.prepare(base, plain(TEXTS), config.tokens, whole=True)
+    assert list(refine(relaxed, 0.4, base, adapter, items, config)) == list(range(1, config.steps + 1))
     return relaxed.to_code()
 
 
@@ -90,9 +93,43 @@ def test_the_base_model_is_left_as_it_was(base: BaseModel, adapter: Adapter, cod
     assert not any(module._forward_hooks for module in base.model.modules())
 
 
-def test_without_text_there_is_nothing_to_refine_on(
-    base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]
+def test_where_samples_are_few_the_adapted_model_writes_the_others(base: BaseModel, adapter: Adapter) -> None:
+    few = base.modality.prepare(base, plain(TEXTS), CONFIG.tokens, whole=True)
+    items = items_for(base, adapter, plain(TEXTS), RefineConfig(samples=10, tokens=48))
+    assert [item.ids for item in items[:3]] == [item.ids for item in few]
+    assert len(few) < len(items) <= 10
+    assert all(item.ids[:8] in [one.ids[:8] for one in few] for item in items)
+
+
+def test_without_samples_the_adapted_model_writes_all_of_them(base: BaseModel, adapter: Adapter) -> None:
+    items = items_for(base, adapter, (), RefineConfig(samples=6, tokens=48))
+    assert 0 < len(items) <= 6
+    assert all(item.size <= 48 for item in items)
+
+
+def test_the_same_seed_writes_the_same_texts_and_leaves_the_global_generator_alone(
+    base: BaseModel, adapter: Adapter
 ) -> None:
-    codec, data = coded
+    state = torch.get_rng_state()
+    written = [items_for(base, adapter, (), RefineConfig(samples=4, tokens=32, seed=seed)) for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert written[0] == written[1] != written[2]
+
+
+def test_what_is_written_shows_the_adapter(base: BaseModel, adapter: Adapter) -> None:
+    strong = replace(adapter, modules=tuple(replace(module, b=10 * module.b) for module in adapter.modules))
+    config = RefineConfig(samples=4, tokens=32)
+    assert items_for(base, strong, (), config) != items_for(base, adapter, (), config)
+
+
+def test_a_model_that_writes_nothing_needs_samples(
+    base: BaseModel, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CausalLM, "written", lambda *_, **__: [])
+    with pytest.raises(DataError, match="nothing to refine on"):
+        items_for(base, adapter, (), CONFIG)
+
+
+def test_texts_without_a_token_to_predict_are_refused(base: BaseModel, adapter: Adapter) -> None:
     with pytest.raises(DataError, match="no example"):
-        next(refine(RelaxedCode(codec, adapter, data), 0.4, base, adapter, plain([""]), CONFIG))
+        items_for(base, adapter, plain([""]), CONFIG)

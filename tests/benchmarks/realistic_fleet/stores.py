@@ -1,0 +1,65 @@
+"""Make stores of the realistic fleet, for `python -m tests.benchmarks.rate_distortion` to measure.
+
+usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.realistic_fleet.stores --work W --fleet F [--qualities 2,4,6]
+
+For each base model, W/stores/NAME/plain-4 has a generator and the plain codes of the default quality, and refined-Q the
+codes that `icm encode --quality Q` makes of it. Prints how long each command took. A store that is there is kept.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+from tests.benchmarks.performance.commands import icm, process
+from tests.benchmarks.realistic_fleet.bases import base_folder
+from tests.benchmarks.realistic_fleet.tasks import GEMMA, SMOLLM2, TASKS
+
+NAMES = {SMOLLM2: "smollm2", GEMMA: "gemma"}
+
+
+def make_stores(work: Path, fleet: Path, base_model: str, qualities: list[str]) -> None:
+    """Train a generator on all adapters of a base model, and encode them at each quality."""
+    root = work / "stores" / NAMES[base_model]
+    plain = root / "plain-4"
+    if not plain.exists():
+        part = root / ".part"
+        shutil.rmtree(part, ignore_errors=True)
+        folders = [fleet / task.name for task in TASKS if task.base_model == base_model]
+        _timed(part, "base", "add", base_model, str(base_folder(base_model, work)))
+        _timed(part, "ingest", *(str(folder) for folder in folders if folder.exists()))
+        _timed(part, "train", "--no-eval", "--refine", "0")
+        part.rename(plain)
+    for quality in qualities:
+        place = root / f"refined-{quality}"
+        if not place.exists():
+            part = root / f".refined-{quality}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(plain, part)
+            _timed(part, "encode", "--quality", quality, "--json")
+            part.rename(place)
+
+
+def _timed(store: Path, *words: str) -> None:
+    began = time.monotonic()
+    process(icm(*words, store=store))
+    seconds = round(time.monotonic() - began, 1)
+    print(json.dumps({"store": store.parent.name, "command": words[:3], "seconds": seconds}), flush=True)
+
+
+def main() -> None:
+    """Make the stores of both base models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of packages, base models and stores")
+    parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
+    parser.add_argument("--qualities", default="2,4,6", help="separated by commas (default 2,4,6)")
+    options = parser.parse_args()
+    os.environ["XDG_CACHE_HOME"] = str(options.work / "cache")
+    for base_model in NAMES:
+        make_stores(options.work, options.fleet, base_model, options.qualities.split(","))
+
+
+if __name__ == "__main__":
+    main()
