@@ -1,6 +1,6 @@
 """Make the detection fleet from nothing: NanoDet-g, composed images, adapters.
 
-usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.detection_fleet [--work FOLDER] [--classes 10] [--steps 200]
+usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.detection_fleet [--work FOLDER] [--classes 10] [--steps 160]
 
 Writes the base model to WORK/base and the adapters to WORK/loras. A task that is there is not trained again.
 """
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/detection-fleet"))
     parser.add_argument("--classes", type=int, default=len(CLASSES))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=160)
     options = parser.parse_args()
     make_base(options.work)
     make_images(options.work, list(CLASSES)[: options.classes])

@@ -50,16 +50,16 @@ class Detector(CustomModel):
 
     def predictions(self, examples: Sequence[Scene]) -> list[torch.Tensor]:
         """Return for each point whether the class is there, as the logits of no and yes."""
-        logits = self.model(self._pixels(examples))[0][..., CHANNEL]
+        logits = self._heads(examples)[0]
         return list(torch.stack([torch.zeros_like(logits), logits], dim=-1))
 
     def loss(self, examples: Sequence[Scene]) -> torch.Tensor:
         """Return the loss that adapters are trained with."""
-        logits, sides = self.model(self._pixels(examples))
+        logits, sides = self._heads(examples)
         found = boxes_of(sides, POINTS)
         points = POINTS.to(found)
         losses = [
-            image_loss(logits[number, :, CHANNEL], found[number], corners(example).to(found), points)
+            image_loss(logits[number], found[number], corners(example).to(found), points)
             for number, example in enumerate(examples)
         ]
         return torch.stack(losses).sum()
@@ -74,12 +74,17 @@ class Detector(CustomModel):
     @torch.no_grad()
     def detect(self, example: Scene) -> Found:
         """Return what the model sees in an image, in pixels of the network's input."""
-        logits, sides = self.model(self._pixels([example]))
-        scores, boxes = logits[0, :, CHANNEL].sigmoid().float(), boxes_of(sides, POINTS)[0].float()
+        logits, sides = self._heads([example])
+        scores, boxes = logits[0].sigmoid(), boxes_of(sides, POINTS)[0]
         likely = scores > _LEAST_SCORE
         scores, boxes = scores[likely], boxes[likely]
         best = best_of(boxes, scores, overlap=0.6, most=100)
         return Found(boxes[best].cpu(), scores[best].cpu(), torch.full((len(best),), CHANNEL))
+
+    def _heads(self, examples: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits of the class, (n, points), and sides, (n, points, 44), in float32."""
+        logits, sides = self.model(self._pixels(examples))
+        return logits[..., CHANNEL].float(), sides.float()
 
     def _pixels(self, examples: Sequence[Scene]) -> torch.Tensor:
         return torch.stack([pixels_of(open_image(example.image), SIZE) for example in examples]).to(**self._options)
