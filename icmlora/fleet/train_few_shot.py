@@ -87,7 +87,7 @@ class FewShotReport:
 class AllAdapters:
     """Every task of a base model as an adapter: its original, or what its code decodes to if that is evicted.
 
-    Tasks that are more than a LoRA of linear layers and plain convolutions are left out: gradient steps reach nothing else.
+    Tasks that are more than a LoRA of linear layers and plain convolutions are left out: no step reaches anything else.
     """
 
     def __init__(self, store: Store, generator: GeneratorRecord, file: GeneratorFile, base: BaseModel) -> None:

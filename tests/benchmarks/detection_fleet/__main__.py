@@ -2,7 +2,8 @@
 
 usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.detection_fleet [--work FOLDER] [--classes 10] [--steps 160]
 
-Writes the base model to WORK/base and the adapters to WORK/loras. A task that is there is not trained again.
+Writes the base model to WORK/base, an adapter of each class to WORK/loras, and those of the first class in other ranks
+and with another seed to WORK/variants. A task that is there is not trained again.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def make_images(work: Path, names: list[str]) -> None:
 
 def make_task(work: Path, task: Task, steps: int) -> None:
     """Train a task next to its place, and move it there with its samples when it is whole."""
-    folder, images = work / "loras" / task.name, work / "images" / task.of
+    folder, images = work / ("variants" if task.is_variant else "loras") / task.name, work / "images" / task.of
     if folder.exists():
         return
     part = work / "unfinished" / task.name

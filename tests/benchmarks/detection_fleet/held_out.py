@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples import parse_examples
@@ -36,6 +38,13 @@ class HeldOut:
             file = self._loras / task / "eval.jsonl"
             self._scenes[task] = list(parse_examples(read_examples(file), self.detector.example))[: self._most]
         return self._scenes[task]
+
+    @torch.no_grad()
+    def vectors(self, task: str) -> NDArray[np.float32]:
+        """Return the mean state of each fourth of a task's samples, (4, hidden)."""
+        samples = parse_examples(read_examples(self._loras / task / "samples.jsonl"), self.detector.example)
+        states = [self.detector.states([sample])[0] for sample in samples]
+        return np.stack([torch.stack(states[first::4]).mean(dim=0).numpy() for first in range(4)])
 
     @torch.no_grad()
     def score(self, task: str, adapter: Adapter | None) -> Score:

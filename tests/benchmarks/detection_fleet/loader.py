@@ -15,12 +15,21 @@ from icmlora import CustomModel, Metric, base_model_loader
 from icmlora.base_models.media import open_image
 from icmlora.base_models.object_detection import Found, Scene, mean_average_precision, scene_of
 from tests.benchmarks.detection_fleet.loss import image_loss
-from tests.benchmarks.detection_fleet.nanodet import NanoDet, best_of, boxes_of, load_network, pixels_of, points_of
+from tests.benchmarks.detection_fleet.nanodet import (
+    BINS,
+    NanoDet,
+    best_of,
+    boxes_of,
+    load_network,
+    pixels_of,
+    points_of,
+)
 
 SIZE = 256  # pixels
 POINTS = points_of(SIZE)
 CHANNEL = 0
 _LEAST_SCORE = 0.02
+_NEVER = -1e4  # logit of a bin that a prediction of no or yes does not have
 
 
 class Detector(CustomModel):
@@ -40,18 +49,20 @@ class Detector(CustomModel):
         """Return the mean features at the points inside the boxes; of the whole image if there are none."""
         levels = self.model.levels(self._pixels(examples))
         features = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
-        x, y = POINTS[:, 0, None], POINTS[:, 1, None]
         found = []
         for some, example in zip(features, examples, strict=True):
-            left, top, right, bottom = corners(example).unbind(1)
-            inside = ((x > left) & (x < right) & (y > top) & (y < bottom)).any(dim=1)
+            inside = _inside(example)
             found.append(some[inside if inside.any() else slice(None)].mean(dim=0))
         return torch.stack(found)
 
     def predictions(self, examples: Sequence[Scene]) -> list[torch.Tensor]:
-        """Return for each point whether the class is there, as the logits of no and yes."""
-        logits = self._heads(examples)[0]
-        return list(torch.stack([torch.zeros_like(logits), logits], dim=-1))
+        """Return logits (predictions, 11): no or yes at each point, and the bins of each side at points in boxes."""
+        found = []
+        for logits, sides, example in zip(*self._heads(examples), examples, strict=True):
+            there = torch.stack([torch.zeros_like(logits), logits], dim=-1)
+            there = torch.nn.functional.pad(there, (0, BINS - 2), value=_NEVER)
+            found.append(torch.cat([there, sides[_inside(example)].reshape(-1, BINS)]))
+        return found
 
     def loss(self, examples: Sequence[Scene]) -> torch.Tensor:
         """Return the loss that adapters are trained with."""
@@ -94,6 +105,13 @@ def corners(scene: Scene) -> torch.Tensor:
     """Return the boxes of a scene as corners in pixels of the network's input, (n, 4)."""
     boxes = torch.tensor(_sized(scene)).reshape(-1, 4)
     return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+
+
+def _inside(scene: Scene) -> torch.Tensor:
+    """Say which points are inside a box, (points,)."""
+    left, top, right, bottom = corners(scene).unbind(1)
+    x, y = POINTS[:, 0, None], POINTS[:, 1, None]
+    return ((x > left) & (x < right) & (y > top) & (y < bottom)).any(dim=1)
 
 
 def _sized(scene: Scene) -> list[list[float]]:

@@ -28,9 +28,14 @@ class Task:
     seed: int = 0
 
     @property
+    def is_variant(self) -> bool:
+        """Whether it is another adapter of a class that has one."""
+        return (self.rank, self.seed) != (Task.rank, Task.seed)
+
+    @property
     def name(self) -> str:
         """What the task is called."""
-        rank = "" if self.rank == 4 else f"-r{self.rank}"
+        rank = "" if self.rank == Task.rank else f"-r{self.rank}"
         return f"{self.of}-detection{rank}" + (f"-seed{self.seed}" if self.seed else "")
 
 

@@ -108,7 +108,8 @@ def test_gradients_reach_factors_on_a_convolution(base: BaseModel) -> None:
         base.modality.loss(base, base.modality.prepare(base, images(1), 1)).backward()
     assert a.grad is not None
     assert b.grad is not None
-    assert bool(a.grad.any()) and bool(b.grad.any())
+    assert bool(a.grad.any())
+    assert bool(b.grad.any())
 
 
 def test_statistics_count_every_input_of_the_kernel(base: BaseModel) -> None:
