@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from icmlora.base_models.modules import kernel_shape
 
@@ -20,7 +20,7 @@ def input_rows(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     if (kernel := kernel_shape(module)) is None:
         return inputs.reshape(-1, inputs.shape[-1])
     steps = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
-    columns = F.unfold(inputs, kernel, **steps)  # type: ignore[arg-type]  # (n, in, places)
+    columns = functional.unfold(inputs, kernel, **steps)  # type: ignore[arg-type]  # (n, in, places)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
@@ -35,5 +35,5 @@ def low_rank(module: nn.Module, inputs: torch.Tensor, a: torch.Tensor, b: torch.
     if (kernel := kernel_shape(module)) is None:
         return (inputs @ a.T) @ b.T
     down = a.reshape(len(a), -1, *kernel)
-    hidden = F.conv2d(inputs, down, None, module.stride, module.padding, module.dilation)  # type: ignore[arg-type]
-    return F.conv2d(hidden, b[:, :, None, None])
+    hidden = functional.conv2d(inputs, down, None, module.stride, module.padding, module.dilation)  # type: ignore[arg-type]
+    return functional.conv2d(hidden, b[:, :, None, None])
