@@ -2,7 +2,7 @@
 
 usage: python -m tests.benchmarks.detection_fleet.flat_network [--work FOLDER] [--minutes 25] [--out FILE.json]
 
-One convolutional CVAE (tests/benchmarks/rate_distortion/flat_cvae.py) over the flattened adapters of the ten classes,
+One convolutional CVAE (tests/benchmarks/rate_distortion/flat_cvae.py) over the flattened adapters of all classes,
 all checkpoints, with the settings of the paper's released code: 12 layers, MSE + 0.005 KL, at most 2,000 epochs. It is
 trained until the mean loss of an epoch has not fallen by 1 % for 50 epochs, or until the minutes are over.
 
@@ -28,7 +28,6 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.formats.folder import load_adapter
 from icmlora.io.tensors import decode_torch, encode_torch
 from tests.benchmarks.detection_fleet.held_out import HeldOut, mean_of
-from tests.benchmarks.detection_fleet.images import CLASSES
 from tests.benchmarks.performance.machine import describe_machine
 from tests.benchmarks.rate_distortion.cvae_method import standardised
 from tests.benchmarks.rate_distortion.flat_cvae import LATENT, FlatCvae, loss_of
@@ -62,8 +61,7 @@ def _has_stopped(losses: list[float]) -> bool:
 def fleet_of(loras: Path) -> dict[str, list[Adapter]]:
     """Return the adapters of each class, the final one last."""
     found = {}
-    for name in CLASSES:
-        folder = loras / f"{name}-detection"
+    for folder in sorted(loras.iterdir()):
         steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         found[folder.name] = [load_adapter(path) for path in (*steps, folder)]
     return found
