@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.modules import linear_shape
+from icmlora.base_models.modules import matrix_shape
+from icmlora.base_models.patches import input_rows, output_rows
 from icmlora.errors import DataError
 
 _TOKENS_PER_EXAMPLE = 192
+_FEWEST_EXAMPLES = 8
 _SEED = 0
 
 
@@ -28,16 +30,17 @@ def channel_statistics(
     base: BaseModel, examples: Sequence[Any], modules: Iterable[str], *, max_tokens: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return by module the mean squares of inputs (in,) and of output gradients (out,), float32 on the CPU."""
-    # Examples are read in turn, the first 192 tokens of each, until there are `max_tokens`; modules that the model does
-    # not have, or that are not linear layers, are left out.
-    named = {name: module for name, module in base.model.named_modules() if linear_shape(module) is not None}
+    # Examples are read in turn, the first 192 tokens of each, until there are `max_tokens` and 8 examples: an image may
+    # have thousands of predictions. Modules that the model does not have are left out, and so are all but linear layers
+    # and plain convolutions.
+    named = {name: module for name, module in base.model.named_modules() if matrix_shape(module) is not None}
     sums: dict[str, list[torch.Tensor]] = {}
     handles = [named[name].register_forward_hook(_adder(name, sums)) for name in modules if name in named]
     draw = torch.Generator(device=base.device).manual_seed(_SEED)
     tokens = 0
     try:
-        for example in examples:
-            if tokens >= max_tokens:
+        for number, example in enumerate(examples):
+            if tokens >= max_tokens and number >= _FEWEST_EXAMPLES:
                 break
             with suppress(DataError):  # too short to predict anything of it
                 items = base.modality.prepare(base, [example], _TOKENS_PER_EXAMPLE, whole=True)
@@ -61,13 +64,12 @@ def _backward(base: BaseModel, items: Sequence[Any], draw: torch.Generator) -> i
 def _adder(
     name: str, sums: dict[str, list[torch.Tensor]]
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-    def add(number: int, values: torch.Tensor) -> None:
-        squares = values.detach().reshape(-1, values.shape[-1]).float().square().sum(dim=0)
-        sums[name][number] = sums[name][number] + squares
+    def add(number: int, rows: torch.Tensor) -> None:
+        sums[name][number] = sums[name][number] + rows.float().square().sum(dim=0)
 
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
         sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
-        add(0, inputs[0])
-        outputs.register_hook(lambda gradient: add(1, gradient))  # type: ignore[no-untyped-call]
+        add(0, input_rows(module, inputs[0].detach()))
+        outputs.register_hook(lambda gradient: add(1, output_rows(module, gradient)))  # type: ignore[no-untyped-call]
 
     return hook

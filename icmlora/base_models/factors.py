@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.patches import low_rank
 
 # By dotted module name: A (r, in) and B (out, r); dW = B A, scale folded in. Empty stands for the bare base model.
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -26,12 +27,12 @@ def factors_of(adapter: Adapter) -> Factors:
 
 @contextmanager
 def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Add dW = B A to linear modules inside the block, with gradients to the factors."""
+    """Add dW = B A to linear layers and convolutions inside the block, with gradients to the factors."""
 
     def adder(a: torch.Tensor, b: torch.Tensor) -> object:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            x = inputs[0]  # (..., in)
-            return output + (x @ a.to(x).T) @ b.to(x).T
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            x = inputs[0]
+            return output + low_rank(module, x, a.to(x), b.to(x))
 
         return hook
 

@@ -132,10 +132,25 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
-def not_linear(base: BaseModel, names: Iterable[str]) -> str | None:
-    """Return the first of some modules that is not a linear layer of the base model."""
+def matrix_shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """Return (out, in) of a linear layer or of a plain convolution, whose inputs are patches; None for any other."""
+    shape = linear_shape(module)
+    return layer_shape(module) if shape is None and _is_plain_convolution(module) else shape
+
+
+def not_matrix(base: BaseModel, names: Iterable[str]) -> str | None:
+    """Return the first of some modules that is neither a linear layer nor a plain convolution of the base model."""
     modules = dict(base.model.named_modules())
-    return next((name for name in names if linear_shape(modules.get(name)) is None), None)
+    return next((name for name in names if matrix_shape(modules.get(name)) is None), None)
+
+
+def _is_plain_convolution(module: nn.Module | None) -> bool:
+    """Whether it is a convolution over images without groups, padded with a set number of zeros."""
+    kernel = kernel_shape(module)
+    if module is None or kernel is None or len(kernel) != 2:
+        return False
+    padded = getattr(module, "padding_mode", "") == "zeros" and isinstance(module.padding, tuple)
+    return padded and module.groups == 1 and not getattr(module, "transposed", True)
 
 
 def _renamed(model: nn.Module, names: Sequence[str]) -> Mapping[str, str]:

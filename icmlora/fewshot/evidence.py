@@ -22,7 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from icmlora.base_models.factors import Factors, added
 from icmlora.base_models.modality import BaseModel, Prepared
-from icmlora.base_models.modules import linear_shape
+from icmlora.base_models.modules import kernel_shape, matrix_shape
+from icmlora.base_models.patches import input_rows, output_rows
 
 _AMPLE = ("cpu",)  # types of devices with memory enough for all activations of a few short texts
 
@@ -97,7 +98,7 @@ def _summing(model: nn.Module, real: torch.Tensor | None, sums: Mapping[str, lis
     # gradient (out, in) and two rows of squares, (in,) and (out,).
 
     def watched(parts: list[torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], Any]:
-        return lambda _, inputs, outputs: _Watched.apply(outputs, inputs[0], real, parts)  # type: ignore[no-untyped-call]
+        return lambda module, inputs, outputs: _Watched.apply(outputs, inputs[0], module, real, parts)  # type: ignore[no-untyped-call]
 
     handles = [model.get_submodule(name).register_forward_hook(watched(parts)) for name, parts in sums.items()]
     try:
@@ -109,9 +110,9 @@ def _summing(model: nn.Module, real: torch.Tensor | None, sums: Mapping[str, lis
 
 def _zeros(base: BaseModel, name: str) -> list[torch.Tensor]:
     module = base.model.get_submodule(name)
-    found = linear_shape(module)
+    found = matrix_shape(module)
     if found is None:
-        raise ValueError(f"{name} is not a linear layer")
+        raise ValueError(f"{name} is neither a linear layer nor a plain convolution")
     outputs, inputs = found
     device = next(module.parameters()).device
     return [torch.zeros(shape, device=device) for shape in ((outputs, inputs), (inputs,), (outputs,))]
@@ -124,21 +125,25 @@ class _Watched(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, outputs: torch.Tensor, inputs: torch.Tensor, real: torch.Tensor | None, sums: list[torch.Tensor]
+        ctx: Any,
+        outputs: torch.Tensor,
+        inputs: torch.Tensor,
+        module: nn.Module,
+        real: torch.Tensor | None,
+        sums: list[torch.Tensor],
     ) -> torch.Tensor:
         ctx.save_for_backward(inputs)
-        ctx.real, ctx.sums = real, sums
+        ctx.module, ctx.real, ctx.sums = module, real, sums
         return outputs.view_as(outputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (inputs,) = ctx.saved_tensors
-        x, g = _real_rows(inputs, ctx.real), _real_rows(gradient, ctx.real)  # (tokens, in), (tokens, out)
+        if ctx.real is None or kernel_shape(ctx.module) is not None:
+            x, g = input_rows(ctx.module, inputs), output_rows(ctx.module, gradient)  # (rows, in), (rows, out)
+        else:
+            x, g = inputs[ctx.real], gradient[ctx.real]  # (tokens, in), (tokens, out)
         parts = (g.T @ x, x.float().square().sum(0), g.float().square().sum(0))
         for total, part in zip(ctx.sums, parts, strict=True):
             total += part
-        return gradient, None, None, None
-
-
-def _real_rows(values: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    return values.reshape(-1, values.shape[-1]) if real is None else values[real]
+        return gradient, None, None, None, None

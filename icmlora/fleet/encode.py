@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.modules import not_linear
+from icmlora.base_models.modules import not_matrix
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
 from icmlora.fleet.adapter_source import mean_vectors
 from icmlora.fleet.context import Context, Event, reporting, select_tasks
@@ -313,8 +313,9 @@ class Encoder:
         if any(extra.file is None for extra in final.extras):
             raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=hint)
         base = self._models.base(task.base_model, self._gradients)
-        if (odd := not_linear(base, [entry[0] for entry in final.layout])) is not None:
-            raise DataError(f"its code cannot be refined: {odd} is not a linear layer of its base model", hint=hint)
+        if (odd := not_matrix(base, [entry[0] for entry in final.layout])) is not None:
+            fact = f"{odd} is neither a linear layer nor a plain convolution of its base model"
+            raise DataError(f"its code cannot be refined: {fact}", hint=hint)
         samples = read_samples(self._store, task, base)
         turn.tell("preparing to refine")
         return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))

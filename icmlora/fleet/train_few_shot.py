@@ -18,7 +18,7 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.modality import BaseModel, Prepared
-from icmlora.base_models.modules import not_linear
+from icmlora.base_models.modules import not_matrix
 from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewshot_start
@@ -87,7 +87,7 @@ class FewShotReport:
 class AllAdapters:
     """Every task of a base model as an adapter: its original, or what its code decodes to if that is evicted.
 
-    Tasks that are more than a LoRA of linear layers are left out: gradient steps reach nothing else.
+    Tasks that are more than a LoRA of linear layers and plain convolutions are left out: no step reaches anything else.
     """
 
     def __init__(self, store: Store, generator: GeneratorRecord, file: GeneratorFile, base: BaseModel) -> None:
@@ -130,7 +130,7 @@ class AllAdapters:
 def _is_plain(final: AdapterRecord, base: BaseModel) -> bool:
     if final.original_only is not None or any(extra.file is None for extra in final.extras):
         return False
-    return not_linear(base, [entry[0] for entry in final.layout]) is None
+    return not_matrix(base, [entry[0] for entry in final.layout]) is None
 
 
 class StoreEpisodeSource:

@@ -22,7 +22,7 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.modules import linear_shape
+from icmlora.base_models.modules import matrix_shape
 from icmlora.errors import DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.teacher import Teacher
@@ -98,8 +98,9 @@ def items_for(base: BaseModel, adapter: Adapter, samples: Sequence[Any], config:
 def _refuse_special(base: BaseModel, adapter: Adapter) -> None:
     modules = dict(base.model.named_modules())
     for shape in adapter.layout:
-        if linear_shape(modules.get(shape.module)) != (shape.outputs, shape.inputs):
-            raise DataError(f"{shape.module} is not a linear layer of the base model, so its code cannot be refined")
+        if matrix_shape(modules.get(shape.module)) != (shape.outputs, shape.inputs):
+            fact = f"{shape.module} is neither a linear layer nor a plain convolution of the base model"
+            raise DataError(f"{fact}, so its code cannot be refined")
 
 
 def _batches(count: int, config: RefineConfig) -> Iterator[list[int]]:

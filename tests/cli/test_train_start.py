@@ -22,7 +22,20 @@ from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
 FUNCTIONAL = ("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
-BOTH = ("train", "--objective", "both", "--episodes", EPISODES, "--no-eval", "--refine", "0", "--steps", STEPS, "--device", "cpu")
+BOTH = (
+    "train",
+    "--objective",
+    "both",
+    "--episodes",
+    EPISODES,
+    "--no-eval",
+    "--refine",
+    "0",
+    "--steps",
+    STEPS,
+    "--device",
+    "cpu",
+)
 FULL = ("train", "--no-eval", "--refine", "0", "--steps", STEPS, "--device", "cpu")
 
 

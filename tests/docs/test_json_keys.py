@@ -77,7 +77,9 @@ def test_a_documents_keys_are_those_on_the_page(
     if name in ("ls --from", "import"):
         icm("export", "fleet.icm")
     if name == "generators forget":
-        icm("train", "--fresh", "--steps", "10", "--no-eval", "--refine", "0", "--device", "cpu")  # the first one is not in use then
+        icm(
+            "train", "--fresh", "--steps", "10", "--no-eval", "--refine", "0", "--device", "cpu"
+        )  # the first one is not in use then
     first = icm("generators", "-q").out.split()[0]
     words = [first if word == "FIRST" else word for word in COMMANDS[name]]
     printed = set(paths_in(icm(*words, "--json").document))

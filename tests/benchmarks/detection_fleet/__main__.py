@@ -1,8 +1,9 @@
 """Make the detection fleet from nothing: NanoDet-g, composed images, adapters.
 
-usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.detection_fleet [--work FOLDER] [--classes 8] [--steps 80]
+usage: OMP_NUM_THREADS=1 python -m tests.benchmarks.detection_fleet [--work FOLDER] [--classes 8] [--steps 160]
 
-Writes the base model to WORK/base and the adapters to WORK/loras. A task that is there is not trained again.
+Writes the base model to WORK/base, an adapter of each class to WORK/loras, and those of the first class in other ranks
+and with another seed to WORK/variants. A task that is there is not trained again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tests.benchmarks.detection_fleet.nanodet import PACKAGE, WEIGHTS, convert
 from tests.benchmarks.detection_fleet.train import Task, train
 from tests.benchmarks.example_fleet.packages import Packages
 
-TRAINING, SAMPLES, HELD_OUT = 200, 32, 60  # images of a class
+TRAINING, SAMPLES, HELD_OUT = 800, 64, 100  # images of a class
 RANKS = (1, 2, 8)  # of the first class, in addition to 4
 
 
@@ -50,7 +51,7 @@ def make_images(work: Path, names: list[str]) -> None:
 
 def make_task(work: Path, task: Task, steps: int) -> None:
     """Train a task next to its place, and move it there with its samples when it is whole."""
-    folder, images = work / "loras" / task.name, work / "images" / task.of
+    folder, images = work / ("variants" if task.is_variant else "loras") / task.name, work / "images" / task.of
     if folder.exists():
         return
     part = work / "unfinished" / task.name
@@ -67,8 +68,8 @@ def main() -> None:
     """Run the three steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/detection-fleet"))
-    parser.add_argument("--classes", type=int, default=len(CLASSES))
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--classes", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=160)
     options = parser.parse_args()
     make_base(options.work)
     make_images(options.work, list(CLASSES)[: options.classes])

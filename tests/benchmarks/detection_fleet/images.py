@@ -15,15 +15,26 @@ from pathlib import Path
 from PIL import Image, ImageEnhance
 
 Box = tuple[int, int, int, int]  # corners
-CLASSES: Mapping[str, tuple[str, ...]] = {
+CLASSES: Mapping[str, tuple[str, ...]] = {  # the ten kinds of things with the most cut-outs
     "mammal": ("animals/mammals", "animals/marsupials"),
-    "bird": ("animals/birds",),
+    "letter": ("symbols/alphabets",),
     "fruit": ("food/fruit",),
-    "insect": ("animals/insects",),
-    "fish": ("animals/fish", "animals/shellfish"),
-    "vegetable": ("food/vegetables",),
+    "bird": ("animals/birds",),
+    "vehicle": (
+        "vehicles/auto",
+        "vehicles/construction",
+        "vehicles/locomotive",
+        "vehicles/emergency",
+        "vehicles/masstransit",
+        "vehicles/race",
+        "vehicles/farming",
+        "military/vehicles",
+    ),
+    "house": ("town/houses",),
+    "coin": ("symbols/money",),
     "flower": ("plants/flowers",),
-    "hat": ("clothes/hats",),
+    "insect": ("animals/insects",),
+    "roadsign": ("town/roadsigns",),
 }
 SIZE = 256  # side of an image in pixels
 _LARGEST, _SMALLEST = 256, 16  # sides of a cut-out in pixels

@@ -101,9 +101,8 @@ def boxes_of(sides: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Return the corners of each point's box, (n, points, 4)."""
     points = points.to(sides)
     bins = torch.arange(float(BINS)).to(sides)
-    left, top, right, bottom = ((sides.reshape(*sides.shape[:2], 4, BINS).softmax(-1) @ bins) * points[:, 2:]).unbind(
-        -1
-    )
+    strides_away = (sides.reshape(*sides.shape[:2], 4, BINS).softmax(-1) * bins).sum(-1)  # (n, points, 4)
+    left, top, right, bottom = (strides_away * points[:, 2:]).unbind(-1)
     x, y = points[:, 0], points[:, 1]
     return torch.stack([x - left, y - top, x + right, y + bottom], -1)
 

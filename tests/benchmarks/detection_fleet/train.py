@@ -28,26 +28,33 @@ class Task:
     seed: int = 0
 
     @property
+    def is_variant(self) -> bool:
+        """Whether it is another adapter of a class that has one."""
+        return (self.rank, self.seed) != (Task.rank, Task.seed)
+
+    @property
     def name(self) -> str:
         """What the task is called."""
-        rank = "" if self.rank == 4 else f"-r{self.rank}"
+        rank = "" if self.rank == Task.rank else f"-r{self.rank}"
         return f"{self.of}-detection{rank}" + (f"-seed{self.seed}" if self.seed else "")
 
 
 def train(base: Path, task: Task, images: Path, folder: Path, steps: int) -> None:
     """Train an adapter on the rows in `images` and write it, final step and checkpoints."""
-    torch.manual_seed(task.seed)
     draw = random.Random(task.seed)
     detector = load(base, torch.device("cpu"), torch.float32)
     scenes = list(parse_examples(read_examples(images), detector.example))
     config = LoraConfig(r=task.rank, lora_alpha=task.rank, target_modules=list(CONVOLUTIONS))
+    detector.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster
+    torch.manual_seed(task.seed)  # after the network: its constructor draws numbers too
     model = get_peft_model(detector.model, config)  # type: ignore[arg-type]
     model.peft_config["default"].base_model_name_or_path = NAME
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps)
     for step in range(1, steps + 1):
-        loss = detector.loss(draw.sample(scenes, BATCH)) / BATCH
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = detector.loss(draw.sample(scenes, BATCH)) / BATCH
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 5.0)

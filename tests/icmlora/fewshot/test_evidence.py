@@ -120,7 +120,7 @@ def test_layers_that_hold_their_weight_the_other_way_round_are_read_as_they_are(
 
 
 def test_a_module_that_is_no_linear_layer_is_refused(base: BaseModel) -> None:
-    with pytest.raises(ValueError, match="not a linear layer"):
+    with pytest.raises(ValueError, match="neither a linear layer nor"):
         gather_evidence(base, {}, ["model.norm"], scored(base, TEXTS[:1]))
 
 

@@ -1,0 +1,59 @@
+"""mAP50 and mAP75 of adapters in memory on the held-out images of the tasks, without a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.examples import parse_examples
+from icmlora.base_models.factors import added, factors_of
+from icmlora.base_models.media_archive import read_examples
+from tests.benchmarks.detection_fleet.loader import Detector, load
+
+Score = dict[str, float]
+
+
+class HeldOut:
+    """The base model, and the held-out images of each task.
+
+    Args:
+        work: The folder of the fleet, with `base` and `loras`.
+        most: Images of each task that are measured on; all by default.
+    """
+
+    def __init__(self, work: Path, most: int | None = None) -> None:
+        self.detector: Detector = load(work / "base", torch.device("cpu"), torch.float32)
+        self._loras, self._most = work / "loras", most
+        self._scenes: dict[str, list[Any]] = {}
+
+    def scenes(self, task: str) -> Sequence[Any]:
+        """Return the held-out images of a task, read once."""
+        if task not in self._scenes:
+            file = self._loras / task / "eval.jsonl"
+            self._scenes[task] = list(parse_examples(read_examples(file), self.detector.example))[: self._most]
+        return self._scenes[task]
+
+    @torch.no_grad()
+    def vectors(self, task: str) -> NDArray[np.float32]:
+        """Return the mean state of each fourth of a task's samples, (4, hidden)."""
+        samples = parse_examples(read_examples(self._loras / task / "samples.jsonl"), self.detector.example)
+        states = [self.detector.states([sample])[0] for sample in samples]
+        return np.stack([torch.stack(states[first::4]).mean(dim=0).numpy() for first in range(4)])
+
+    @torch.no_grad()
+    def score(self, task: str, adapter: Adapter | None) -> Score:
+        """Measure an adapter, or the base model alone."""
+        with added(self.detector.model, {} if adapter is None else factors_of(adapter)):
+            value, others = self.detector.measure(self.scenes(task))
+        return {"mAP50": value, "mAP75": others["mAP75"]}
+
+
+def mean_of(scores: Sequence[Score]) -> Score:
+    """Average scores over tasks."""
+    return {name: sum(score[name] for score in scores) / len(scores) for name in ("mAP50", "mAP75")}
