@@ -152,7 +152,7 @@ def run(
     brief: bool = False,
 ) -> bool:
     """Encode, print what was done with each task or in all, and say whether a task missed the limits."""
-    report, stopped = session.run("encode", work, lambda event: _tell(session, event))
+    report, stopped = session.run("encode", work, lambda event: _tell(session, event, "refined" if brief else "task"))
     _sum_up(session, report, brief=brief)
     if stopped:
         done = counted(len(report.tasks), "task")
@@ -169,19 +169,19 @@ def evict_hint(max_error: float | None, min_gain: float | None) -> str:
     return f"`icm evict {same or '--min-gain GAIN'}` deletes the originals of tasks whose codes meet the limit"
 
 
-def _tell(session: Session, event: Event) -> None:
+def _tell(session: Session, event: Event, kind: str) -> None:
     from icmlora.fleet.encode import TaskEncoded
 
     if isinstance(event, TaskEncoded):
-        session.out.event("task", **as_fields(event))
+        session.out.event(kind, **as_fields(event))
 
 
 def _sum_up(session: Session, report: EncodeReport, *, brief: bool) -> None:
     out = session.out
     now = sum((task.size or 0) + (task.residual_size or 0) for task in report.tasks)
     before = sum(task.before or 0 for task in report.tasks)
-    out.event("summary", tasks=len(report.tasks), short=len(report.short), size=now, before=before)
     if not brief:
+        out.event("summary", tasks=len(report.tasks), short=len(report.short), size=now, before=before)
         out.table(_COLUMNS, [_cells(task) for task in report.tasks])
     for reason, names in _reasons(report).items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

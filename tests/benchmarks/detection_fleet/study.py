@@ -7,7 +7,7 @@ Runs the user's lines on the folders that `make detection-fleet` makes, prints w
     classes      WORK/loras in one store: base model, original, code, what its held-out images are recognised as
     without own  nearest other task, mean of the other tasks: no training
     variants     WORK/variants, added to that store with `icm train --update`: other ranks, another seed
-    unseen       the second, fifth and eighth class are left out of a second store, and `icm generate` makes its adapter from samples
+    unseen       classes 2, 5 and 8 are left out of a second store, and `icm generate` makes their adapters from samples
 
 Each part is kept in WORK/parts, so a stopped run goes on with the next one.
 """
