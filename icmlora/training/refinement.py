@@ -39,7 +39,7 @@ class RefineConfig:
     learning_rate: float = 0.03  # Adam's, in quantiser steps
     strength_rate: float = 0.03  # Adam's, in octaves
     # What the bits of the whole code are worth: this times its error, as a share of the adapter's whole effect.
-    price: float = 0.125
+    price: float = 0.6
     texts: int = 2  # samples per step
     tokens: int = 192  # tokens read from a sample
     # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
