@@ -11,10 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.custom_model import CustomModality
 from icmlora.base_models.examples import parse_examples
 from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.media_archive import read_examples
+from icmlora.base_models.modality import BaseModel
 from tests.benchmarks.detection_fleet.loader import Detector, load
+from tests.benchmarks.detection_fleet.nanodet import NAME
 
 Score = dict[str, float]
 
@@ -29,6 +32,9 @@ class HeldOut:
 
     def __init__(self, work: Path, most: int | None = None) -> None:
         self.detector: Detector = load(work / "base", torch.device("cpu"), torch.float32)
+        self.detector.model.requires_grad_(False)
+        modality = CustomModality("loader:load", self.detector)
+        self.base = BaseModel(NAME, self.detector.model, None, "", modality, self.detector.hidden_size, layers=1)
         self._loras, self._most = work / "loras", most
         self._scenes: dict[str, list[Any]] = {}
 
@@ -39,11 +45,14 @@ class HeldOut:
             self._scenes[task] = list(parse_examples(read_examples(file), self.detector.example))[: self._most]
         return self._scenes[task]
 
+    def samples(self, task: str) -> list[Any]:
+        """Return the samples of a task."""
+        return list(parse_examples(read_examples(self._loras / task / "samples.jsonl"), self.detector.example))
+
     @torch.no_grad()
     def vectors(self, task: str) -> NDArray[np.float32]:
         """Return the mean state of each fourth of a task's samples, (4, hidden)."""
-        samples = parse_examples(read_examples(self._loras / task / "samples.jsonl"), self.detector.example)
-        states = [self.detector.states([sample])[0] for sample in samples]
+        states = [self.detector.states([sample])[0] for sample in self.samples(task)]
         return np.stack([torch.stack(states[first::4]).mean(dim=0).numpy() for first in range(4)])
 
     @torch.no_grad()
