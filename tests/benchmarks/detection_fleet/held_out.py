@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.custom_model import CustomModality
@@ -48,12 +46,6 @@ class HeldOut:
     def samples(self, task: str) -> list[Any]:
         """Return the samples of a task."""
         return list(parse_examples(read_examples(self._loras / task / "samples.jsonl"), self.detector.example))
-
-    @torch.no_grad()
-    def vectors(self, task: str) -> NDArray[np.float32]:
-        """Return the mean state of each fourth of a task's samples, (4, hidden)."""
-        states = [self.detector.states([sample])[0] for sample in self.samples(task)]
-        return np.stack([torch.stack(states[first::4]).mean(dim=0).numpy() for first in range(4)])
 
     @torch.no_grad()
     def score(self, task: str, adapter: Adapter | None) -> Score:

@@ -27,12 +27,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from icmlora import Adapter, Fleet, load_adapter
 from icmlora.adapter.arithmetic import mean_adapter, truncated
 from icmlora.fewshot.adapt import adapt
 from icmlora.fewshot.start import RANK, untrained_fewshot_start, with_first_lengths
+from icmlora.fleet.context import Context
+from icmlora.fleet.stored_vectors import comparable_vectors
 from icmlora.task_vectors.distances import nearest
 from tests.benchmarks.detection_fleet.held_out import HeldOut, mean_of
 from tests.benchmarks.detection_fleet.nanodet import NAME, PACKAGE
@@ -132,7 +132,9 @@ class Study:
 
     def _without_own(self, name: str) -> dict[str, Any]:
         """Measure the adapter of the nearest other class, and the mean of all others."""
-        vectors = {other: np.array(self.part(f"{other}-vectors", lambda: self._vectors(other))) for other in self.names}
+        with Context(self._icm.store).open(read_only=True) as store:
+            rows = [task for task in store.tasks.all() if task.name in self.names]
+            vectors = dict(comparable_vectors(store, rows, "context").vectors)
         own = vectors.pop(name)
         near = nearest(own.mean(axis=0), vectors)[0].task
         return {
@@ -149,10 +151,6 @@ class Study:
             adapter = step.adapter
         assert adapter is not None
         return self._held_out.score(name, truncated(adapter, RANK)) | {"samples": len(samples)}
-
-    def _vectors(self, name: str) -> list[list[float]]:
-        vectors: list[list[float]] = self._held_out.vectors(name).tolist()
-        return vectors
 
     def _original(self, name: str) -> Adapter:
         return load_adapter(self._work / "loras" / name)
