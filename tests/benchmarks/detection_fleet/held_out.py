@@ -33,19 +33,20 @@ class HeldOut:
         self.detector.model.requires_grad_(False)
         modality = CustomModality("loader:load", self.detector)
         self.base = BaseModel(NAME, self.detector.model, None, "", modality, self.detector.hidden_size, layers=1)
-        self._loras, self._most = work / "loras", most
+        self._folders = {path.name: path for part in ("loras", "variants") for path in (work / part).glob("*")}
+        self._most = most
         self._scenes: dict[str, list[Any]] = {}
 
     def scenes(self, task: str) -> Sequence[Any]:
         """Return the held-out images of a task, read once."""
         if task not in self._scenes:
-            file = self._loras / task / "eval.jsonl"
+            file = self._folders[task] / "eval.jsonl"
             self._scenes[task] = list(parse_examples(read_examples(file), self.detector.example))[: self._most]
         return self._scenes[task]
 
     def samples(self, task: str) -> list[Any]:
         """Return the samples of a task."""
-        return list(parse_examples(read_examples(self._loras / task / "samples.jsonl"), self.detector.example))
+        return list(parse_examples(read_examples(self._folders[task] / "samples.jsonl"), self.detector.example))
 
     @torch.no_grad()
     def score(self, task: str, adapter: Adapter | None) -> Score:

@@ -112,11 +112,24 @@ class Study:
         return row
 
     def variants(self) -> dict[str, Any]:
-        """Add other ranks and another seed of the first class, and measure them."""
-        folder = self._work / "variants"
-        self._icm("ingest", folder, "--device", "cpu")
-        self._icm("train", "--update", "--no-eval", "--device", "cpu")
-        return measured(self._icm, sorted(path.name for path in folder.iterdir()))
+        """Add other ranks and another seed of the first class to a copy of the store, and measure them."""
+        folder, icm = self._work / "variants", Icm(self._work / "store-variants")
+        shutil.rmtree(icm.store, ignore_errors=True)
+        shutil.copytree(self._icm.store, icm.store)
+        icm("ingest", folder, "--no-vectors")
+        icm("train", "--update", "--no-eval", "--device", "cpu")
+        sizes = {task["name"]: task for task in json.loads(icm("ls", "--json"))}
+        found = {}
+        for path in sorted(folder.iterdir()):
+            size, code = sizes[path.name], Fleet(icm.store).load(path.name, source="code")
+            found[path.name] = {
+                "rank": size["rank"],
+                "code_bytes": size["code_size"],
+                "bf16_bytes": 2 * size["parameters"],
+                "original": self._held_out.score(path.name, load_adapter(path)),
+                "code": self._held_out.score(path.name, code),
+            }
+        return found
 
     def generator(self) -> Any:
         """Return what `icm generators` says before the variants are added."""
