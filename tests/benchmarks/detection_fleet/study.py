@@ -89,8 +89,8 @@ class Study:
             return
         icm("base", "add", NAME, self._work / "base", "--loader", LOADER)
         icm("ingest", self._work / "loras", "--device", "cpu")
-        steps = ["--steps", self._options.steps] if self._options.steps else []
-        icm("train", "--no-eval", "--device", "cpu", "--quality", self._options.quality, *steps)
+        quality, steps = self._options.quality, self._options.steps
+        icm("train", "--no-eval", "--device", "cpu", "--quality", quality, "--steps", steps)
         shutil.rmtree(out, ignore_errors=True)
         icm("materialize", self.names[0], "-o", out, "--source", "code")
 
@@ -117,7 +117,7 @@ class Study:
         shutil.rmtree(icm.store, ignore_errors=True)
         shutil.copytree(self._icm.store, icm.store)
         icm("ingest", folder, "--no-vectors")
-        icm("train", "--update", "--no-eval", "--device", "cpu")
+        icm("train", "--update", "--no-eval", "--device", "cpu", "--steps", 30)
         sizes = {task["name"]: task for task in json.loads(icm("ls", "--json"))}
         found = {}
         for path in sorted(folder.iterdir()):
@@ -212,7 +212,7 @@ def main() -> None:
     """Run the parts, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/detection-fleet"))
-    parser.add_argument("--steps", help="steps of `icm train`")
+    parser.add_argument("--steps", default="60", help="of `icm train`")
     parser.add_argument("--quality", default="5", help="of `icm train`")
     parser.add_argument(
         "--only", type=lambda text: text.split(","), help="measure only these tasks, and write no result"
