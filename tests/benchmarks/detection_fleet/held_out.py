@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.custom_model import CustomModality
 from icmlora.base_models.examples import parse_examples
 from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.media_archive import read_examples
+from icmlora.base_models.modality import BaseModel
 from tests.benchmarks.detection_fleet.loader import Detector, load
+from tests.benchmarks.detection_fleet.nanodet import NAME
 
 Score = dict[str, float]
 
@@ -29,22 +30,23 @@ class HeldOut:
 
     def __init__(self, work: Path, most: int | None = None) -> None:
         self.detector: Detector = load(work / "base", torch.device("cpu"), torch.float32)
-        self._loras, self._most = work / "loras", most
+        self.detector.model.requires_grad_(False)
+        modality = CustomModality("loader:load", self.detector)
+        self.base = BaseModel(NAME, self.detector.model, None, "", modality, self.detector.hidden_size, layers=1)
+        self._folders = {path.name: path for part in ("loras", "variants") for path in (work / part).glob("*")}
+        self._most = most
         self._scenes: dict[str, list[Any]] = {}
 
     def scenes(self, task: str) -> Sequence[Any]:
         """Return the held-out images of a task, read once."""
         if task not in self._scenes:
-            file = self._loras / task / "eval.jsonl"
+            file = self._folders[task] / "eval.jsonl"
             self._scenes[task] = list(parse_examples(read_examples(file), self.detector.example))[: self._most]
         return self._scenes[task]
 
-    @torch.no_grad()
-    def vectors(self, task: str) -> NDArray[np.float32]:
-        """Return the mean state of each fourth of a task's samples, (4, hidden)."""
-        samples = parse_examples(read_examples(self._loras / task / "samples.jsonl"), self.detector.example)
-        states = [self.detector.states([sample])[0] for sample in samples]
-        return np.stack([torch.stack(states[first::4]).mean(dim=0).numpy() for first in range(4)])
+    def samples(self, task: str) -> list[Any]:
+        """Return the samples of a task."""
+        return list(parse_examples(read_examples(self._folders[task] / "samples.jsonl"), self.detector.example))
 
     @torch.no_grad()
     def score(self, task: str, adapter: Adapter | None) -> Score:

@@ -1,15 +1,17 @@
 """Measure what icm makes of the detection fleet: mAP50, mAP75 and bytes of each task, by each way to get an adapter.
 
-usage: python -m tests.benchmarks.detection_fleet.study [--work FOLDER] [--steps N] [--quality N] [--out FILE.json]
+usage: python -m tests.benchmarks.detection_fleet.study [--work FOLDER] [--steps N] [--quality N] [--only TASK,...]
 
-Runs the user's lines on the folders that `make detection-fleet` makes, prints what they print, and writes the figures:
+Runs the user's lines on WORK/loras, then measures each class on its held-out images:
 
-    classes      WORK/loras in one store: base model, original, code, what its held-out images are recognised as
-    without own  nearest other task, mean of the other tasks: no training
-    variants     WORK/variants, added to that store with `icm train --update`: other ranks, another seed
-    unseen       classes 2, 5 and 8 are left out of a second store, and `icm generate` makes their adapters from samples
+    base, original, code    as `icm eval` does
+    recognised              the code of the task that `icm recognize` names for the held-out images
+    nearest, mean           of the other tasks: no training, nothing of the class but its samples
+    generated               what `icm generate` makes of 64 samples if the fleet does not know the class, with step
+                            lengths that were not learned; for three classes
 
-Each part is kept in WORK/parts, so a stopped run goes on with the next one.
+and adds WORK/variants, which are other ranks and another seed, with `icm train --update`. Each part is kept in
+WORK/parts, so a stopped run goes on, and several may run side by side with --only.
 """
 
 from __future__ import annotations
@@ -25,17 +27,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from icmlora import Fleet, load_adapter
-from icmlora.adapter.arithmetic import mean_adapter
-from icmlora.fewshot.start import RANK
+from icmlora import Adapter, Fleet, load_adapter
+from icmlora.adapter.arithmetic import mean_adapter, truncated
+from icmlora.fewshot.adapt import adapt
+from icmlora.fewshot.start import RANK, untrained_fewshot_start, with_first_lengths
+from icmlora.fleet.context import Context
+from icmlora.fleet.stored_vectors import comparable_vectors
 from icmlora.task_vectors.distances import nearest
 from tests.benchmarks.detection_fleet.held_out import HeldOut, mean_of
-from tests.benchmarks.detection_fleet.images import CLASSES
 from tests.benchmarks.detection_fleet.nanodet import NAME, PACKAGE
 from tests.benchmarks.performance.machine import describe_machine
 
 LOADER = "tests.benchmarks.detection_fleet.loader:load"
 RESULT = Path(__file__).parents[1] / "results" / "detection.json"
+UNSEEN = ("letter-detection", "vehicle-detection", "flower-detection")  # every third of the classes
 PAPER = {
     "model": "Florence-2-base-ft",
     "data": "PASCAL VOC 2012, class dog: photographs",
@@ -69,13 +74,25 @@ class Study:
 
     Args:
         work: The folder of the fleet.
-        options: `--steps` and `--quality` of `icm train`, and `--episodes`.
+        options: `--steps` and `--quality` of `icm train`.
     """
 
     def __init__(self, work: Path, options: argparse.Namespace) -> None:
         self._work, self._options = work, options
-        self._held_out = HeldOut(work, options.most)
-        self._names = sorted(folder.name for folder in (work / "loras").iterdir())
+        self._icm, self._held_out = Icm(work / "store"), HeldOut(work)
+        self.names = sorted(folder.name for folder in (work / "loras").iterdir())
+
+    def prepare(self) -> None:
+        """Take the classes into a store, unless they are there."""
+        icm, out = self._icm, self._work / "out"
+        if icm.store.exists():
+            return
+        icm("base", "add", NAME, self._work / "base", "--loader", LOADER)
+        icm("ingest", self._work / "loras", "--device", "cpu")
+        quality, steps = self._options.quality, self._options.steps
+        icm("train", "--no-eval", "--device", "cpu", "--quality", quality, "--steps", steps)
+        shutil.rmtree(out, ignore_errors=True)
+        icm("materialize", self.names[0], "-o", out, "--source", "code")
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
         """Return a part of the result, made if it is not there."""
@@ -85,82 +102,74 @@ class Study:
             file.write_text(json.dumps(make(), indent=1))
         return json.loads(file.read_text())
 
-    def classes(self) -> dict[str, Any]:
-        """Take the classes into a store, and measure originals and codes."""
-        icm = self._new("store")
-        icm("ingest", self._work / "loras", "--device", "cpu")
-        self._train(icm)
-        shutil.rmtree(self._work / "out", ignore_errors=True)
-        icm("materialize", self._names[0], "-o", self._work / "out", "--source", "code")
-        tasks = measured(icm, self._names)
-        return {"tasks": tasks, "generator": json.loads(icm("generators", "--json")), "seconds": icm.seconds}
-
-    def recognised(self) -> dict[str, Any]:
-        """Recognise the held-out images of each class, and measure the code of what they are recognised as."""
-        fleet, found = Fleet(self._work / "store"), {}
-        for name in self._names:
-            report = fleet.recognize(self._work / "loras" / name / "eval.jsonl", device="cpu")
-            adapter = None if report.task is None else fleet.load(report.task, source="code")
-            candidates = [{"task": one.task, "probability": one.probability} for one in report.candidates[:3]]
-            row = {"task": report.task, "new": report.new, "samples": report.samples, "candidates": candidates}
-            found[name] = row | self._held_out.score(name, adapter)
-            print(name, found[name], flush=True)
-        return found
-
-    def without_own(self) -> dict[str, Any]:
-        """Measure, for each class, the nearest other task's adapter and the mean of all others."""
-        found = {}
-        originals = {name: load_adapter(self._work / "loras" / name) for name in self._names}
-        vectors = {name: self._held_out.vectors(name) for name in self._names}
-        for name in self._names:
-            others = [original for other, original in originals.items() if other != name]
-            known = {other: vectors[other] for other in self._names if other != name}
-            near = nearest(vectors[name].mean(axis=0), known)[0].task
-            found[name] = {
-                "nearest": self._held_out.score(name, originals[near]) | {"task": near},
-                "mean": self._held_out.score(name, mean_adapter(others, RANK)),
-            }
-            print(name, found[name], flush=True)
-        return found
+    def of_class(self, name: str) -> dict[str, Any]:
+        """Return all figures of a class."""
+        coded = self.part(f"{name}-coded", lambda: measured(self._icm, [name])[name])
+        row = coded | {"recognised": self.part(f"{name}-recognised", lambda: self._recognised(name))}
+        row |= self.part(f"{name}-without-own", lambda: self._without_own(name))
+        if name in UNSEEN:
+            row["generated"] = self.part(f"{name}-generated", lambda: self._generated(name))
+        return row
 
     def variants(self) -> dict[str, Any]:
-        """Add other ranks and another seed of the first class, and measure them."""
-        icm, folder = Icm(self._work / "store"), self._work / "variants"
-        icm("ingest", folder, "--device", "cpu")
-        icm("train", "--update", "--no-eval", "--device", "cpu")
-        names = sorted(path.name for path in folder.iterdir())
-        return {"tasks": measured(icm, names), "generator": json.loads(icm("generators", "--json"))}
+        """Add other ranks and another seed of the first class to a copy of the store, and measure them."""
+        folder, icm = self._work / "variants", Icm(self._work / "store-variants")
+        shutil.rmtree(icm.store, ignore_errors=True)
+        shutil.copytree(self._icm.store, icm.store)
+        icm("ingest", folder, "--no-vectors")
+        icm("train", "--update", "--no-eval", "--device", "cpu", "--steps", 30)
+        sizes = {task["name"]: task for task in json.loads(icm("ls", "--json"))}
+        found = {}
+        for path in sorted(folder.iterdir()):
+            size, code = sizes[path.name], Fleet(icm.store).load(path.name, source="code")
+            found[path.name] = {
+                "rank": size["rank"],
+                "code_bytes": size["code_size"],
+                "bf16_bytes": 2 * size["parameters"],
+                "original": self._held_out.score(path.name, load_adapter(path)),
+                "code": self._held_out.score(path.name, code),
+            }
+        return found
 
-    def unseen(self) -> dict[str, Any]:
-        """Leave three classes out of a store, and generate their adapters from samples."""
-        icm, out = self._new("store-without"), self._work / "generated"
-        unseen = [f"{name}-detection" for name in list(CLASSES)[1:8:3]]
-        known = [name for name in self._names if name not in unseen]
-        icm("ingest", *(self._work / "loras" / name for name in known), "--device", "cpu")
-        self._train(icm, "--objective", "both", "--episodes", self._options.episodes)
-        found: dict[str, Any] = {"known": known, "tasks": {}}
-        for name in unseen:
-            rows = found["tasks"][name] = {}
-            for label, steps in (("generated", 0), ("generated, 40 gradient steps", 40)):
-                shutil.rmtree(out, ignore_errors=True)
-                samples = self._work / "loras" / name / "samples.jsonl"
-                icm("generate", name, "--samples", samples, "-o", out, "--refine", steps, "--device", "cpu")
-                rows[label] = self._held_out.score(name, load_adapter(out))
-            icm("ingest", self._work / "loras" / name, "--device", "cpu")
-        evaluated = Fleet(icm.store).evaluate(unseen, sources=["network"], device="cpu")
-        for task in evaluated.tasks:
-            found["tasks"][task.task]["network"] = _score(task.sources["network"])
-        return found | {"seconds": icm.seconds}
+    def generator(self) -> Any:
+        """Return what `icm generators` says before the variants are added."""
+        return json.loads(self._icm("generators", "--json"))
 
-    def _new(self, store: str) -> Icm:
-        shutil.rmtree(self._work / store, ignore_errors=True)
-        icm = Icm(self._work / store)
-        icm("base", "add", NAME, self._work / "base", "--loader", LOADER)
-        return icm
+    def _recognised(self, name: str) -> dict[str, Any]:
+        fleet = Fleet(self._icm.store)
+        report = fleet.recognize(self._work / "loras" / name / "eval.jsonl", device="cpu")
+        candidates = [{"task": one.task, "probability": one.probability} for one in report.candidates[:3]]
+        row = {"task": report.task, "new": report.new, "samples": report.samples, "candidates": candidates}
+        adapter = None if report.task is None else fleet.load(report.task, source="code")
+        return row | self._held_out.score(name, adapter)
 
-    def _train(self, icm: Icm, *more: object) -> None:
-        steps = ["--steps", self._options.steps] if self._options.steps else []
-        icm("train", "--no-eval", "--device", "cpu", "--quality", self._options.quality, *steps, *more)
+    def _without_own(self, name: str) -> dict[str, Any]:
+        """Measure the adapter of the nearest other class, and the mean of all others."""
+        with Context(self._icm.store).open(read_only=True) as store:
+            rows = [task for task in store.tasks.all() if task.name in self.names]
+            vectors = dict(comparable_vectors(store, rows, "context").vectors)
+        own = vectors.pop(name)
+        near = nearest(own.mean(axis=0), vectors)[0].task
+        return {
+            "nearest": self._held_out.score(name, self._original(near)) | {"task": near},
+            "mean": self._held_out.score(name, mean_adapter(self._others(name), RANK)),
+        }
+
+    def _generated(self, name: str) -> dict[str, Any]:
+        """Take the steps of `icm generate` from the mean of the other classes."""
+        base = self._held_out.base
+        samples = base.modality.prepare(base, self._held_out.samples(name), 1)
+        adapter = None
+        for step in adapt(base, with_first_lengths(untrained_fewshot_start(self._others(name))), samples):
+            adapter = step.adapter
+        assert adapter is not None
+        return self._held_out.score(name, truncated(adapter, RANK)) | {"samples": len(samples)}
+
+    def _original(self, name: str) -> Adapter:
+        return load_adapter(self._work / "loras" / name)
+
+    def _others(self, name: str) -> list[Adapter]:
+        return [self._original(other) for other in self.names if other != name]
 
 
 def measured(icm: Icm, names: Sequence[str]) -> dict[str, Any]:
@@ -178,27 +187,20 @@ def measured(icm: Icm, names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def summary(result: dict[str, Any]) -> dict[str, Any]:
+def summary(tasks: dict[str, Any], generator_bytes: int) -> dict[str, Any]:
     """Return means over the classes, and shares of bfloat16 with and without the generator."""
-    tasks = result["tasks"]
-    rows = {source: mean_of([task[source] for task in tasks.values()]) for source in ("base", "original", "code")}
-    rows["recognised"] = mean_of(list(result["recognised"].values()))
-    for way in ("nearest", "mean"):
-        rows[way] = mean_of([found[way] for found in result["without_own"].values()])
+    ways = ("base", "original", "code", "recognised", "nearest", "mean")
     codes = sum(task["code_bytes"] for task in tasks.values())
     plain = sum(task["bf16_bytes"] for task in tasks.values())
-    generator = result["generator"][0]["size"]
-    unseen = result["unseen"]["tasks"]
+    unseen = [tasks[name] for name in UNSEEN if name in tasks]
     return {
-        "all_classes": rows,
-        "unseen_classes": {
-            **{way: mean_of([row[way] for row in unseen.values()]) for way in next(iter(unseen.values()))},
-            **{source: mean_of([tasks[name][source] for name in unseen]) for source in ("base", "original", "code")},
-            **{way: mean_of([result["without_own"][name][way] for name in unseen]) for way in ("nearest", "mean")},
-        },
+        "all_classes": {way: mean_of([task[way] for task in tasks.values()]) for way in ways},
+        "unseen_classes": {way: mean_of([task[way] for task in unseen]) for way in (*ways, "generated")},
+        "code_bytes": codes / len(tasks),
+        "bf16_bytes": plain / len(tasks),
         "share_of_codes": codes / plain,
-        "share_with_generator": (codes + generator) / plain,
-        "recognised_rightly": sum(name == row["task"] for name, row in result["recognised"].items()),
+        "share_with_generator": (codes + generator_bytes) / plain,
+        "recognised_rightly": sum(name == task["recognised"]["task"] for name, task in tasks.items()),
     }
 
 
@@ -210,27 +212,31 @@ def main() -> None:
     """Run the parts, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/detection-fleet"))
-    parser.add_argument("--steps", help="steps of `icm train`")
+    parser.add_argument("--steps", default="60", help="of `icm train`")
     parser.add_argument("--quality", default="5", help="of `icm train`")
-    parser.add_argument("--episodes", default="12", help="of training for `icm generate`")
-    parser.add_argument("--most", type=int, help="held-out images a class, fewer than all")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), help="measure only these tasks, and write no result"
+    )
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     os.environ.setdefault("PYTHONPATH", str(Path.cwd()))
     study = Study(options.work, options)
+    study.prepare()
+    tasks = {name: study.of_class(name) for name in options.only or study.names}
+    if options.only:
+        return
+    generators = study.part("generators", study.generator)
     result = {
         "base_model": {"name": NAME, "package": "npm:" + "@".join(PACKAGE)},
         "images": "composed: cut-outs of tuxpaint-stamps-default on photographs of budgie-backgrounds",
         "quality": int(options.quality),
-        **study.part("classes", study.classes),
-        "recognised": study.part("recognised", study.recognised),
-        "without_own": study.part("without_own", study.without_own),
+        "mean": summary(tasks, generators[0]["size"]),
+        "tasks": tasks,
         "variants": study.part("variants", study.variants),
-        "unseen": study.part("unseen", study.unseen),
+        "generators": generators,
         "paper": PAPER,
         "machine": describe_machine(),
     }
-    result["mean"] = summary(result)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
