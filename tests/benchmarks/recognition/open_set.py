@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.recognition.open_set NAME=VECTORS.npz [NAME=VECTORS.npz:PART ...] [-o FILE.json]
 
-VECTORS comes from `tests.benchmarks.recognition.vectors`. PART chooses the tasks of a fleet: `0/2` is every second task
-from the first one, `8x20` makes twenty fleets of 8 tasks each, drawn at random. Each draw of held-out samples is read
-twice: among all tasks of its fleet, and among all but its own.
+VECTORS comes from `tests.benchmarks.recognition.vectors`. PART chooses tasks: `0-26` are the first 26, and `0-26/8x20`
+makes twenty fleets of them with 8 tasks each, drawn at random. Each draw of held-out samples is read twice: among all
+tasks of its fleet, and among all but its own.
 """
 
 from __future__ import annotations
@@ -59,14 +59,16 @@ def fleets(path: Path, part: str = "") -> Iterator[Fleet]:
 
 
 def _parts(names: Sequence[str], part: str) -> Iterator[Sequence[str]]:
-    if "x" in part:
-        size, count = map(int, part.split("x"))
-        random = np.random.default_rng(0)
-        for _ in range(count):
-            yield [names[at] for at in sorted(random.choice(len(names), size, replace=False).tolist())]
-    else:
-        first, step = map(int, part.split("/")) if part else (0, 1)
-        yield names[first::step]
+    span, _, drawn = part.partition("/")
+    first, last = map(int, span.split("-")) if span else (0, len(names))
+    names = names[first:last]
+    if not drawn:
+        yield names
+        return
+    size, count = map(int, drawn.split("x"))
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        yield [names[at] for at in sorted(random.choice(len(names), size, replace=False).tolist())]
 
 
 def measured(known: dict[str, Vectors], draws: dict[str, dict[str, Vectors]]) -> list[dict[str, Any]]:

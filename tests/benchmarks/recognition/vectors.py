@@ -4,9 +4,9 @@
     python -m tests.benchmarks.recognition.vectors --base B --fleet FOLDER -o VECTORS.npz      # a folder of adapters
 
 Recognition reads no adapters, so none is trained or loaded. The known part is what `icm ingest` reads of samples.jsonl;
-a draw is 16 held-out samples: for a fleet the first ones of eval.jsonl (and all of them, as a draw of its own, where
-there are more), for a domain pieces of documents that are not in its known part. About 20 seconds a domain on one core,
-and packages of 300 MB in WORK. What is in the output is skipped, so a stopped run goes on.
+a draw is 16 held-out samples: for a fleet the first ones of eval.jsonl, or the first N with --samples N, and for a
+domain pieces of documents that are not in its known part. About 10 seconds a domain on one core, and packages of 300 MB
+in WORK. What is in the output is skipped, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def main() -> None:
     parser.add_argument("--loader", help="MODULE:FUNCTION of what loads it, where transformers does not")
     parser.add_argument("--domains", type=Path, metavar="WORK", help="folder of downloaded packages")
     parser.add_argument("--fleet", type=Path, help="folder of adapters with samples.jsonl and eval.jsonl")
+    parser.add_argument("--samples", type=int, default=DRAWN, help="held-out samples of each task of a fleet")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where the vectors go")
     given = parser.parse_args()
     found = inspect_base(BASE_MODEL, given.base, given.loader)
     base = modality_of(found).load(found, device=torch.device("cpu"), dtype=VECTOR_DTYPE, fingerprint="study")
     vectors = dict(np.load(given.output)) if given.output.exists() else {}
     done = {name.partition("/")[0] for name in vectors}
-    tasks = of_fleet(base, given.fleet, done) if given.fleet else of_domains(base, given.domains, done)
+    tasks = of_fleet(base, given.fleet, given.samples, done) if given.fleet else of_domains(base, given.domains, done)
     for name, samples, draws in tasks:
         vectors[f"{name}/known"] = _vectors(base, samples)
         for number, draw in enumerate(draws):
@@ -73,16 +74,15 @@ def of_domains(base: BaseModel, work: Path, done: set[str]) -> Iterator[tuple[st
             yield task.name, plain(pieces.samples), [draw for draw in dealt if len(draw) == DRAWN]
 
 
-def of_fleet(base: BaseModel, fleet: Path, done: set[str]) -> Iterator[tuple[str, Sequence[Any], Draws]]:
-    """Yield the samples and the draws of each task of a fleet."""
+def of_fleet(base: BaseModel, fleet: Path, count: int, done: set[str]) -> Iterator[tuple[str, Sequence[Any], Draws]]:
+    """Yield the samples of each task of a fleet, and one draw of as many held-out ones as `count` says."""
     for folder in sorted(path.parent for path in fleet.glob("*/eval.jsonl")):
         if folder.name not in done:
             samples, held_out = (
                 examples_for(base, read_examples(folder / file), path=folder / file).items
                 for file in ("samples.jsonl", "eval.jsonl")
             )
-            draws: Draws = [held_out[:DRAWN]]
-            yield folder.name, samples, draws + [held_out[:]] * (len(held_out) > DRAWN)
+            yield folder.name, samples, [held_out[:count]]
 
 
 def _vectors(base: BaseModel, samples: Sequence[Any]) -> NDArray[np.float32]:
