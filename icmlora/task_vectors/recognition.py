@@ -1,6 +1,6 @@
 """Recognise a task by its vectors: a probability for each known task, and one for a task that is none of them.
 
-    vectors ──whitened──▶ log distance to each known task ──softmax──▶ probabilities
+    vectors ──whitened──▶ distance to each known task ──softmax──▶ probabilities
                           "new": one more task, at the border of the nearest one ──┘
 
 A vector is whitened by how the support sets of one task differ. The border of a task lies between how far its own
@@ -34,8 +34,8 @@ Places = NDArray[np.intp]  # numbers of tasks
 _FOLDS = 8  # groups of tasks; the noise that a task's sets are measured by comes from the other groups
 _POOLED = 0.7  # share of the support sets' covariance in that of the noise; 0.5 to 0.9 give nearly the same answers
 _MOST = 256  # tasks that noise and calibration come from: more cost time and change little
-_RATES = np.geomspace(1.0, 100.0, 40)  # tried values: powers of the distance with which a probability falls
-_FACTORS = np.linspace(-1.0, 1.0, 81)  # tried values: logarithms of the factor of the borders
+_RATES = np.geomspace(1.0, 300.0, 40)  # tried values: decrease of the logarithm over the distance of a usual new task
+_FACTORS = np.geomspace(0.4, 2.5, 61)  # tried values: factor of the borders
 _LEAST = 1e-3  # shorter distances count as this one: two equal vectors are no proof that all others are equal too
 _CHUNK = 1024  # tasks whose distances to all others are held at once
 
@@ -105,7 +105,7 @@ class _Whitening:
 
 @dataclass(frozen=True)
 class _Trials:
-    """Log distances of q support sets, as if each were the samples of a task in question, among n tasks."""
+    """Distances of q support sets, as if each were the samples of a task in question, among n tasks."""
 
     tasks: Places  # number of the set's own task, (q,)
     own: Floats  # to its own task, known by its other sets, (q,)
@@ -131,8 +131,8 @@ class _Trials:
 class _Borders:
     """How far from each of n tasks samples of it may be, but for the common factor."""
 
-    radii: Floats  # log distance of its support sets to its other ones, (n,)
-    nearest: Floats  # log distance to the nearest and to the second nearest other task, (n, 2)
+    radii: Floats  # logarithm of the distance of its support sets to its other ones, (n,)
+    nearest: Floats  # the same to the nearest and to the second nearest other task, (n, 2)
     which: Places  # the nearest one, (n,)
 
     @classmethod
@@ -143,8 +143,9 @@ class _Borders:
         no trial has that of all tasks.
         """
         sets = np.bincount(trials.tasks, minlength=len(placed))
-        sums = np.bincount(trials.tasks, trials.own, minlength=len(placed))
-        usual = trials.own.mean()
+        own = np.log(trials.own)
+        sums = np.bincount(trials.tasks, own, minlength=len(placed))
+        usual = own.mean()
         radii = (np.where(sets > 0, sums / np.maximum(sets, 1), usual) + usual) / 2
         nearest, which = [], []
         for first in range(0, len(placed), _CHUNK):
@@ -153,14 +154,14 @@ class _Borders:
             order = np.argpartition(distances, 1, axis=1)[:, :2]
             nearest.append(np.take_along_axis(distances, order, axis=1))
             which.append(order[:, 0])
-        return cls(radii, _logs(np.concatenate(nearest)), np.concatenate(which))
+        return cls(radii, np.log(_roots(np.concatenate(nearest))), np.concatenate(which))
 
     def __call__(self, tasks: Places, without: Places | None = None) -> Floats:
-        """Return the logarithms of the borders of some tasks (q,), each as if another one (q,) were not known."""
+        """Return the borders of some tasks (q,), each as if another one (q,) were not known."""
         near, second = self.nearest[tasks].T
         if without is not None:
             near = np.where(self.which[tasks] == without, second, near)
-        borders: Floats = (self.radii[tasks] + near) / 2
+        borders: Floats = np.exp((self.radii[tasks] + near) / 2)
         return borders
 
 
@@ -188,18 +189,18 @@ class Recognizer:
         """Recognise the task of some samples by their vectors, one row per support set (sets, d)."""
         here = self._whitening(vectors.mean(axis=0, dtype=np.float64)[None] - self._centre)
         found = cosine_distances(here, self._placed)  # (1, n)
-        border = self._borders(found.argmin(axis=1)) + self._factor
-        logits = -self._rate * np.append(_logs(found[0]), border)
+        border = self._borders(found.argmin(axis=1)) * self._factor
+        logits = -self._rate * np.append(_roots(found[0]), border)
         weights = np.exp(logits - logits.max())
         *probabilities, new = (weights / weights.sum()).tolist()
         candidates = [Candidate(*facts) for facts in zip(self._names, probabilities, found[0].tolist(), strict=True)]
         return Recognition(tuple(sorted(candidates, key=lambda one: (one.distance, one.task))), new)
 
 
-def _logs(distances: Floats) -> Floats:
-    """Return the logarithms of the roots of cosine distances: up to a constant, of the way between two unit vectors."""
-    logs: Floats = np.log(np.maximum(np.sqrt(distances), _LEAST))
-    return logs
+def _roots(distances: Floats) -> Floats:
+    """Return the roots of cosine distances: up to a constant, the way between the ends of two unit vectors."""
+    roots: Floats = np.maximum(np.sqrt(distances), _LEAST)
+    return roots
 
 
 def _trials(names: list[str], measured: SupportSetVectors, means: Floats) -> _Trials:
@@ -220,19 +221,19 @@ def _trials(names: list[str], measured: SupportSetVectors, means: Floats) -> _Tr
             others = cosine_distances(here, elsewhere)
             # Without this task, the mean of the others is elsewhere by its share.
             as_new = cosine_distances(here + shift, elsewhere + shift)
-            rows.append((np.full(len(sets), at), _logs(own), _logs(others), _logs(as_new)))
+            rows.append((np.full(len(sets), at), _roots(own), _roots(others), _roots(as_new)))
     tasks, own, others, as_new = (np.concatenate(column) for column in zip(*rows, strict=True))
     return _Trials(tasks, own, others, as_new)
 
 
 def _fit(trials: _Trials, borders: _Borders) -> tuple[float, float]:
-    """Find rate and log factor under which the trials are most probable, those of known and of new tasks alike."""
-    if_known = borders(trials.nearest_if_known)[:, None] + _FACTORS  # log distances of "new", (q, factors)
-    if_new = borders(trials.nearest_if_new, trials.tasks)[:, None] + _FACTORS
+    """Find rate and factor under which the trials are most probable, those of known and of new tasks alike."""
+    if_known = borders(trials.nearest_if_known)[:, None] * _FACTORS  # distances of "new", (q, factors)
+    if_new = borders(trials.nearest_if_new, trials.tasks)[:, None] * _FACTORS
     # A trial that went well says less than certainty: targets are one trial short of it (Platt 1999).
     doubt = 1.0 / (len(trials.own) + 2)
     best = -np.inf, 0.0, 0.0
-    for rate in _RATES:
+    for rate in _RATES / trials.as_new.min(axis=1).mean():
         right, new = -rate * trials.own[:, None], -rate * if_known
         wrong = np.logaddexp.reduce(-rate * trials.others, axis=1)[:, None]
         total = np.logaddexp(np.logaddexp(right, wrong), new)
