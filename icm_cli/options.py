@@ -95,6 +95,15 @@ BaseModelOpt = Annotated[
         show_default=False,
     ),
 ]
+LoaderOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--loader",
+        metavar="MODULE:FUNCTION",
+        help="Your function that loads the base model, if transformers does not load it. Its path may be anything.",
+        show_default=False,
+    ),
+]
 FiltersOpt = Annotated[
     list[str] | None,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import UsageProblem
-from icm_cli.options import completing
+from icm_cli.options import LoaderOpt, completing
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
@@ -27,15 +27,6 @@ NameArg = Annotated[
 ]
 PathArg = Annotated[
     Path, typer.Argument(metavar="PATH", help="A Hugging Face model folder or a .gguf file.", show_default=False)
-]
-LoaderOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--loader",
-        metavar="MODULE:FUNCTION",
-        help="Your function that loads it, for a model that transformers does not load. PATH may be anything.",
-        show_default=False,
-    ),
 ]
 LabelsArg = Annotated[
     list[str],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import UsageProblem
-from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt, FromOpt, SeedOpt, completing
+from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt, FromOpt, LoaderOpt, SeedOpt, completing
 from icm_cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def materialize(
     pad_rank: PadOpt = None,
     max_error: ErrorOpt = None,
     base_model: BaseModelOpt = None,
+    loader: LoaderOpt = None,
     device: DeviceOpt = None,
     force: ForceOpt = False,
 ) -> None:
@@ -132,10 +133,10 @@ def materialize(
         raise UsageProblem(f"--seed is for what the network predicts, not for --source {source.value}")
     if (task is None) == (samples is None):
         raise UsageProblem("give the name of a task, or --samples FILE", hint="`icm ls` lists the tasks")
-    if samples is None and (base_model, device) != (None, None):
-        raise UsageProblem("--base-model and --device are for --samples: nothing else reads the base model")
+    if samples is None and (base_model, loader, device) != (None, None, None):
+        raise UsageProblem("--base-model, --loader and --device are for --samples: nothing else reads the base model")
     if task is None:
-        task = _recognized(session, samples, base_model, bundle, device, output, force)
+        task = _recognized(session, samples, base_model, bundle, loader, device, output, force)
     if bundle is not None:
         from icmlora.fleet.bundles import Bundle
 
@@ -162,6 +163,7 @@ def _recognized(
     samples: Path | None,
     base_model: str | None,
     bundle: Path | None,
+    loader: str | None,
     device: str | None,
     output: Path,
     force: bool,
@@ -172,7 +174,7 @@ def _recognized(
 
     assert samples is not None
     check_free(output, force=force)
-    found = recognized(session, samples, base_model, bundle, device)
+    found = recognized(session, samples, base_model, bundle, loader, device)
     task = found.known_task()
     session.out.note(f"recognized {task}, probability {found.candidates[0].probability:.2f}")
     return task

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.options import BaseModelOpt, DeviceOpt
+from icm_cli.errors import UsageProblem
+from icm_cli.options import BaseModelOpt, DeviceOpt, LoaderOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
@@ -31,7 +32,7 @@ BundleOpt = Annotated[
         "--from",
         metavar="FILE",
         help="Compare with the tasks of this bundle instead of the store; --base-model then says where the base "
-        "model is.",
+        "model is, and --loader what loads it.",
         show_default=False,
     ),
 ]
@@ -48,6 +49,7 @@ def recognize(
     limit: LimitOpt = 5,
     base_model: BaseModelOpt = None,
     bundle: BundleOpt = None,
+    loader: LoaderOpt = None,
     device: DeviceOpt = None,
 ) -> None:
     """Say which known task some samples belong to, and how probable that is.
@@ -59,7 +61,7 @@ def recognize(
     Example:
       icm recognize --samples queries.jsonl
     """
-    found = recognized(session, samples, base_model, bundle, device)
+    found = recognized(session, samples, base_model, bundle, loader, device)
     out = session.out
     out.document(
         {
@@ -91,15 +93,27 @@ def recognize(
 
 
 def recognized(
-    session: Session, samples: Path, base_model: str | None, bundle: Path | None, device: str | None
+    session: Session,
+    samples: Path,
+    base_model: str | None,
+    bundle: Path | None,
+    loader: str | None,
+    device: str | None,
 ) -> RecognizeReport:
     """Recognise the task of some samples among those of the store, or of a bundle."""
+    if loader is not None and (bundle is None or base_model is None):
+        hint = "in a store, `icm base add NAME PATH --loader` says what loads a base model"
+        raise UsageProblem("--loader goes with a bundle and --base-model PATH", hint=hint)
     if bundle is not None:
         from icm_cli.config import cache_folder
         from icmlora.fleet.bundles import Bundle
 
         return Bundle(bundle).recognize(
-            samples, base_model=base_model, device=session.device(device), cache=cache_folder()
+            samples,
+            base_model=base_model,
+            loader=loader,
+            device=session.device(device),
+            cache=cache_folder(),
         )
     with session.working("recognize") as fleet:
         return fleet.recognize(samples, base_model=base_model, device=session.device(device))

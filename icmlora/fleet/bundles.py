@@ -131,6 +131,7 @@ class Bundle:
         samples: str | Path,
         *,
         base_model: str | Path | None = None,
+        loader: str | None = None,
         device: str = "auto",
         cache: str | Path | None = None,
     ) -> RecognizeReport:
@@ -139,18 +140,23 @@ class Bundle:
         Args:
             samples: File of samples as JSON lines; up to 32 are read, and 16 are enough.
             base_model: Folder or GGUF file of the base model; by default it is looked for in the Hugging Face cache.
+            loader: `MODULE:FUNCTION` of a function marked with `icmlora.base_model_loader`, for a base model that
+                transformers does not load; it goes with `base_model`. Bundles never name one.
             device: Where to compute.
             cache: Folder for a base model converted from GGUF; by default `icm` in the Hugging Face home.
 
         Raises:
             BundleError: The bundle is damaged, or the file was replaced.
             DataError: The samples cannot be used, or too few tasks of the bundle have context vectors.
-            BaseModelNotFound: The base model is not on this machine.
+            BaseModelNotFound: The base model is not on this machine, or its loader cannot be used.
+            ValueError: There is a loader, but no base model.
         """
         from icmlora.fleet.context import default_cache
         from icmlora.fleet.recognize import RecognizeRequest, recognize_in_bundle
 
-        request = RecognizeRequest(Path(samples), None if base_model is None else str(base_model), device)
+        if loader is not None and base_model is None:
+            raise ValueError("a loader needs a base model")
+        request = RecognizeRequest(Path(samples), None if base_model is None else str(base_model), device, loader)
         with self._open() as file:
             return recognize_in_bundle(file, request, default_cache() if cache is None else Path(cache))
 

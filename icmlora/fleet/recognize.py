@@ -38,6 +38,7 @@ class RecognizeRequest:
     samples: Path
     base_model: str | None = None  # with a bundle: where the base model is
     device: str = "auto"
+    loader: str | None = None  # with a bundle: MODULE:FUNCTION of what loads it, where transformers does not
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,13 @@ def recognize_in_bundle(bundle: BundleFile, request: RecognizeRequest, cache: Pa
     """Recognise the task of some samples among those of a bundle."""
     from icmlora.base_models.lookup import find_base_model
 
-    device, data, index = resolve_device(request.device), _read(request.samples), bundle.index
+    device, index, loader = resolve_device(request.device), bundle.index, request.loader
+    data = _read(request.samples, any_row=loader is not None)
     vectors, left_out, extractor = bundled_vectors(bundle)
     recognizer = _recognizer(vectors)
     aliases = {} if request.base_model is None else {index.base_model: request.base_model}
-    base = load_base(find_base_model(index.base_model, aliases=aliases), device, VECTOR_DTYPE, cache=cache)
+    located = find_base_model(index.base_model, aliases=aliases, loader=loader)
+    base = load_base(located, device, VECTOR_DTYPE, cache=cache)
     count, found = _recognized(base, data, request.samples, recognizer, extractor)
     return RecognizeReport(index.base_model, count, found.candidates, found.new, left_out)
 

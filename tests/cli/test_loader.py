@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from icm_cli.errors import ExitCode
 from tests.cli.conftest import Ran
 from tests.cli.test_second_modality import LABEL, write_task
 from tests.icmlora.base_models.test_custom_model import worked_example
-from tests.icmlora.base_models.toy_modality import write_classifier
+from tests.icmlora.base_models.toy_modality import points, write_classifier
 
 Icm = Callable[..., Ran]
 CPU = ("--device", "cpu")
@@ -22,11 +23,11 @@ LOADER = "guide_models:load"
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base model in base/, two tasks in loras/, and the loader of the guide."""
+    """The base model in base/, three tasks in loras/, and the loader of the guide."""
     root = tmp_path_factory.mktemp("custom")
     write_classifier(root / "base")
     (root / "guide_models.py").write_text(worked_example())
-    for task in (1, 2):
+    for task in (1, 2, 3):
         write_task(root / "loras" / f"turned-{task}", root / "base", task)
     return root
 
@@ -58,6 +59,33 @@ def test_tasks_have_vectors_and_a_retained_gain(icm: Icm, store: Path) -> None:
 def test_a_code_is_refined_on_the_samples(icm: Icm, store: Path) -> None:
     ran = icm("encode", "turned-1", "--again", "--tolerance", "0.5", "--refine", "3", *CPU)
     assert ran.code == 0, ran.err
+
+
+def test_a_bundle_recognises_with_the_loader_that_the_user_names_as_the_store_does(
+    icm: Icm, store: Path, fleet: Path, tmp_path: Path
+) -> None:
+    samples, bundle = tmp_path / "points.jsonl", tmp_path / "fleet.icm"
+    samples.write_bytes(points(1, 16, seed=5))
+    there = icm("recognize", "--samples", samples, *CPU, "--json").document
+    icm("export", bundle)
+    shutil.rmtree(store)
+    base = ("--base-model", fleet / "base", "--loader", LOADER, *CPU)
+    assert icm("recognize", "--samples", samples, "--bundle", bundle, *base, "--json").document == there
+    out = tmp_path / "out"
+    ran = icm("materialize", "--samples", samples, "--from", bundle, *base, "-o", out)
+    assert (ran.code, out.exists()) == ((0, True) if there["task"] else (ExitCode.NOT_RECOGNIZED, False))
+
+
+def test_a_bundle_never_says_what_loads_its_base_model(icm: Icm, store: Path, fleet: Path, tmp_path: Path) -> None:
+    samples, bundle = tmp_path / "points.jsonl", tmp_path / "fleet.icm"
+    samples.write_bytes(points(1, 16, seed=5))
+    icm("export", bundle)
+    assert LOADER.encode() not in bundle.read_bytes()
+    ran = icm("recognize", "--samples", samples, "--bundle", bundle, "--base-model", fleet / "base", *CPU)
+    assert ran.code == ExitCode.FAILED
+    for arguments in (("--bundle", bundle), ("--base-model", fleet / "base")):
+        ran = icm("recognize", "--samples", samples, *arguments, "--loader", LOADER, *CPU)
+        assert (ran.code, "--loader goes with a bundle" in ran.err) == (ExitCode.USAGE, True)
 
 
 def test_the_list_of_base_models_shows_the_loader(icm: Icm, store: Path) -> None:

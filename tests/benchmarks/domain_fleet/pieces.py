@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tests.benchmarks.example_fleet.build_text import TRAIN_BYTES, divide, joined
 
 SAMPLES, HELD_OUT = 64, 16
-"""Texts in samples.jsonl and in eval.jsonl."""
+"""Texts in samples.jsonl, and in eval.jsonl unless a study asks for more."""
 PIECE = 192
 """Tokens of a sample or held-out text."""
 LINE = 40
@@ -45,23 +45,23 @@ def separate(documents: list[str]) -> tuple[list[str], list[str]]:
     return train, [document for document in held_out if _share(_long_lines(document), seen) <= REPEATED]
 
 
-def take(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Pieces:
+def take(documents: list[str], tokenizer: PreTrainedTokenizerBase, held_out: int = HELD_OUT) -> Pieces:
     """Take a domain's pieces: samples at even distances, held-out texts from inside different documents."""
-    train, held_out = separate(documents)
+    train, others = separate(documents)
     text = joined(train, TRAIN_BYTES)
     encoded = tokenizer(text, return_offsets_mapping=True)
     spans: list[tuple[int, int]] = encoded["offset_mapping"]
     starts = [i * (len(spans) - PIECE) // (SAMPLES - 1) for i in range(SAMPLES)]
     samples = [_cut(text, spans[start : start + PIECE]) for start in starts]
-    return Pieces(torch.tensor(encoded["input_ids"]), samples, _held_out(held_out, tokenizer))
+    return Pieces(torch.tensor(encoded["input_ids"]), samples, _held_out(others, tokenizer, held_out))
 
 
-def _held_out(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Take HELD_OUT pieces: one of each document while there are enough, whole ones first."""
-    each = math.ceil(HELD_OUT / len(documents))
-    pieces = [piece for document in documents[: 4 * HELD_OUT] for piece in _inner(document, each, tokenizer)]
+def _held_out(documents: list[str], tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+    """Take so many pieces: one of each document while there are enough, whole ones first."""
+    each = math.ceil(count / len(documents))
+    pieces = [piece for document in documents[: 4 * count] for piece in _inner(document, each, tokenizer)]
     pieces.sort(key=lambda piece: -piece[0])  # stable: pieces of one length stay in the order of their documents
-    return [text for _, text in pieces[:HELD_OUT]]
+    return [text for _, text in pieces[:count]]
 
 
 def _inner(document: str, count: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the base model")
     parser.add_argument("--base-label", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--cache", type=Path, required=True, help="folder for a base model converted from GGUF")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--no-bits", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -38,10 +38,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             place = Context(Path(folder) / "store", given.cache)
             size = bits(place, given.base_label, given.base, given.fleet, found.known.get(name), given.steps)
-        result["conditions"][name]["code_bytes"] = size
+        result["conditions"][name] |= size
         result["steps"] = given.steps
         write(given.output, result)
-        sys.stdout.write(f"{name}: {size:,} bytes of codes\n")
+        sys.stdout.write(f"{name}: {size['code_bytes']:,} bytes of codes\n")
         sys.stdout.flush()
 
 

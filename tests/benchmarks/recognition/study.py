@@ -91,12 +91,17 @@ def recognition(found: Conditions) -> dict[str, Any]:
     nearest = cosine_distances(read, described).argmin(axis=1)
     rows["description"] = {"right": int((nearest == np.arange(len(names))).sum())}
     # Samples say nothing of a label: this is the expected number under a guess.
-    rows["label"] = rows["none"] = {"right": 1}
+    rows |= {name: {"right": 1} for name in ("label", "none")}
     return {"tasks": len(names), "conditions": rows}
 
 
-def bits(context: Context, base_model: str, base: Path, fleet: Path, vectors: Vectors | None, steps: int) -> int:
-    """Train a generator on a fleet under a condition, in a new store, and return the bytes of all codes."""
+def bits(
+    context: Context, base_model: str, base: Path, fleet: Path, vectors: Vectors | None, steps: int
+) -> dict[str, float]:
+    """Train a generator on a fleet under a condition, in a new store, and return the size of codes and generator.
+
+    Seed, steps and the error that codes may have are the same for every condition.
+    """
     ingest(context, IngestRequest(tuple(sorted(path.parent for path in fleet.glob("*/adapter_config.json")))))
     store_fleet = Fleet(context.path, cache=context.cache)
     store_fleet.add_base_model(base_model, base)
@@ -105,7 +110,15 @@ def bits(context: Context, base_model: str, base: Path, fleet: Path, vectors: Ve
             _put(store, vectors)
     store_fleet.train(device="cpu", steps=steps)
     (bill,) = store_fleet.stats().fleets
-    return sum(task.code_size or 0 for task in bill.tasks)
+    with context.open() as store:
+        parameters = sum(store.tasks.final(task.name).parameters for task in store.tasks.all())
+    size = sum(task.code_size or 0 for task in bill.tasks)
+    return {
+        "code_bytes": size,
+        "bits_per_parameter": round(8 * size / parameters, 5),
+        "mean_squared_error": round(float(np.mean([task.squared_error or 0.0 for task in bill.tasks])), 5),
+        "generator_bytes": bill.generator_size,
+    }
 
 
 def _put(store: Store, vectors: Vectors) -> None:

@@ -73,6 +73,28 @@ def test_too_few_tasks_or_support_sets_are_refused(tasks: int, sets: int) -> Non
         Recognizer(known)
 
 
+def test_a_task_with_a_near_neighbour_is_given_less_room_than_one_that_stands_alone() -> None:
+    known, _ = drawn(tasks=12)
+    near = {"task-0-twin": known["task-0"] + 0.35 * (known["task-1"].mean(axis=0) - known["task-0"].mean(axis=0))}
+    strange = known["task-0"] + 0.6 * (known["task-2"].mean(axis=0) - known["task-0"].mean(axis=0))
+    alone, crowded = (Recognizer(known | others).recognize(strange).new for others in ({}, near))
+    assert alone < crowded
+
+
+def test_two_tasks_of_the_same_data_share_the_probability_and_are_not_new() -> None:
+    known, others = drawn()
+    known["twin"] = others["task-0"]
+    found = Recognizer(known).recognize(np.concatenate([known["task-0"][:1], known["twin"][:1]]))
+    assert {one.task for one in found.candidates[:2]} == {"task-0", "twin"}
+    assert found.task is not None
+
+
+def test_equal_support_sets_do_not_make_every_other_vector_new() -> None:
+    known, others = drawn()
+    known["task-0"][:] = known["task-0"][0]
+    assert Recognizer(known).recognize(others["task-1"]).task == "task-1"
+
+
 def test_the_order_of_the_tasks_does_not_matter_for_the_answer() -> None:
     known, others = drawn()
     turned = dict(reversed(known.items()))
