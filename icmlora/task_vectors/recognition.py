@@ -124,7 +124,8 @@ class _Trials:
 
     def _number(self, distances: Floats) -> Places:
         column = distances.argmin(axis=1)
-        return column + (column >= self.tasks)  # the columns leave out the own task
+        numbers: Places = column + (column >= self.tasks)  # the columns leave out the own task
+        return numbers
 
 
 @dataclass(frozen=True)

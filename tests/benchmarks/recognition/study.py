@@ -143,4 +143,5 @@ def _stacked(vectors: Sequence[Any]) -> NDArray[np.float32]:
 
 
 def _centred(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    return vectors - vectors.mean(axis=0)
+    centred: NDArray[np.float64] = vectors - vectors.mean(axis=0)
+    return centred

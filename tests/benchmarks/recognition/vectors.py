@@ -59,7 +59,7 @@ def main() -> None:
         for number, draw in enumerate(draws):
             vectors[f"{name}/{number}"] = _vectors(base, draw)
         with given.output.open("wb") as file:
-            np.savez(file, **vectors)  # type: ignore[arg-type]  # numpy says that arrays are a bool
+            np.savez(file, **vectors)
         sys.stdout.write(f"{name}: {len(draws)} draws\n")
         sys.stdout.flush()
 
