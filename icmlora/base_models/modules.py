@@ -150,7 +150,7 @@ def _is_plain_convolution(module: nn.Module | None) -> bool:
     if module is None or kernel is None or len(kernel) != 2:
         return False
     padded = getattr(module, "padding_mode", "") == "zeros" and isinstance(module.padding, tuple)
-    return padded and module.groups == 1 and not getattr(module, "transposed", True)
+    return padded and bool(module.groups == 1) and not getattr(module, "transposed", True)
 
 
 def _renamed(model: nn.Module, names: Sequence[str]) -> Mapping[str, str]:

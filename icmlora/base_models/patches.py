@@ -35,5 +35,5 @@ def low_rank(module: nn.Module, inputs: torch.Tensor, a: torch.Tensor, b: torch.
     if (kernel := kernel_shape(module)) is None:
         return (inputs @ a.T) @ b.T
     down = a.reshape(len(a), -1, *kernel)
-    hidden = functional.conv2d(inputs, down, None, module.stride, module.padding, module.dilation)  # type: ignore[arg-type]
+    hidden = functional.conv2d(inputs, down, None, module.stride, module.padding, module.dilation)  # type: ignore[call-overload]
     return functional.conv2d(hidden, b[:, :, None, None])

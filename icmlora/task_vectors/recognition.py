@@ -115,7 +115,8 @@ class _Trials:
     @property
     def nearest_if_known(self) -> Places:
         """Which task is nearest, (q,)."""
-        return np.where(self.own <= self.others.min(axis=1), self.tasks, self._number(self.others))
+        found: Places = np.where(self.own <= self.others.min(axis=1), self.tasks, self._number(self.others))
+        return found
 
     @property
     def nearest_if_new(self) -> Places:
