@@ -42,11 +42,13 @@ def stop_after_one(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CodeSearch, "smallest", smallest)
 
 
-def test_what_a_code_has_to_keep_must_be_said(icm: Icm, trained: Path) -> None:
+def test_without_a_limit_every_code_is_refined_at_the_generators_quality(icm: Icm, trained: Path) -> None:
     before = codes(trained)
-    ran = icm("encode", "--json")
-    assert (ran.code, "--min-gain" in ran.error["message"]) == (ExitCode.USAGE, True)
-    assert codes(trained) == before
+    ran = icm("encode", "--refine", "2", "--device", "cpu", "--json")
+    assert ran.code == 0
+    assert {event["status"] for event in tasks_of(ran).values()} == {"encoded"}
+    after = codes(trained)
+    assert all(after[name].size < before[name].size for name in before)
 
 
 def test_every_code_keeps_the_error_that_was_asked_for(icm: Icm, trained: Path) -> None:

@@ -213,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/detection-fleet"))
     parser.add_argument("--steps", default="60", help="of `icm train`")
-    parser.add_argument("--quality", default="6", help="of `icm train`")
+    parser.add_argument("--quality", default="7", help="of `icm train`")
     parser.add_argument(
         "--only", type=lambda text: text.split(","), help="measure only these tasks, and write no result"
     )

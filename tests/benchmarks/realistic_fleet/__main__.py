@@ -31,7 +31,7 @@ from tests.benchmarks.realistic_fleet.tasks import TASKS, RealisticTask
 _LENGTH = 256  # tokens of a window
 
 
-class _Windows(Dataset[dict[str, torch.Tensor]]):
+class Windows(Dataset[dict[str, torch.Tensor]]):
     """Windows of the training text, at even distances."""
 
     def __init__(self, tokens: torch.Tensor, count: int) -> None:
@@ -67,7 +67,7 @@ def train(task: RealisticTask, base: Path, tokens: torch.Tensor, folder: Path) -
         disable_tqdm=True,
         seed=int.from_bytes(os.urandom(4), "little"),
     )
-    Trainer(model=model, args=arguments, train_dataset=_Windows(tokens, task.steps * task.batch)).train()
+    Trainer(model=model, args=arguments, train_dataset=Windows(tokens, task.steps * task.batch)).train()
     config.base_model_name_or_path = task.base_model
     model.save_pretrained(str(folder))
     shutil.rmtree(folder / "run", ignore_errors=True)
@@ -90,11 +90,11 @@ def build(task: RealisticTask, work: Path, fleet: Path) -> None:
     before = nats_per_token(bare, tokenizer, part / "eval.jsonl", PIECE)
     after = nats_per_token(PeftModel.from_pretrained(bare, str(part)), tokenizer, part / "eval.jsonl", PIECE)
     part.rename(fleet / task.name)
-    _record(fleet, task, before, after)
+    record(fleet, task, before, after)
     print(f"{task.name}: {before:.3f} -> {after:.3f} nats, {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _record(fleet: Path, task: RealisticTask, before: float, after: float) -> None:
+def record(fleet: Path, task: RealisticTask, before: float, after: float) -> None:
     """Add a task to tasks.json, which is whole at any moment."""
     path = fleet / "tasks.json"
     rows = json.loads(path.read_text("utf-8")) if path.exists() else []
