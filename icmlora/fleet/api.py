@@ -144,8 +144,8 @@ class Fleet(StoredFleet):
         """Train one generator per base model on all its tasks, and store a code for every task.
 
         Training starts from the current generator if there is one. All originals are needed; after evicting some, use
-        `update` to add tasks. The same call resumes a training that was stopped, and ends with the same generator. The codes
-        are plain; `encode` refines them.
+        `update` to add tasks. The same call resumes a training that was stopped, and ends with the same generator.
+        Codes are plain; `encode` refines them.
 
         Args:
             device: Where to train.

@@ -34,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     icm = Icm(work / "store")
     icm("base", "add", NAME, work / "base", "--loader", LOADER)
     icm("ingest", work / "loras", "--device", "cpu")
-    icm("train", "--no-eval", "--device", "cpu", "--quality", 6, "--steps", 30)
+    icm("train", "--no-eval", "--device", "cpu", "--quality", 7, "--steps", 30)
     return work
 
 
