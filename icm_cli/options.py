@@ -161,6 +161,17 @@ def gain_option(text: str) -> Any:
     return typer.Option("--min-gain", metavar="G", min=0.0, max=1.0, help=text, show_default=False)
 
 
+def quality_option(text: str) -> Any:
+    """Return an option for the quality of codes."""
+    help_text = f"1 (smallest) to 8 (most accurate). {text}"
+    return typer.Option("--quality", metavar="1..8", min=1, max=8, help=help_text, show_default=False)
+
+
+def refine_option(text: str) -> Any:
+    """Return an option for the number of steps that refine codes."""
+    return typer.Option("--refine", metavar="STEPS", min=0, help=text, show_default=False)
+
+
 class OnConflict(StrEnum):
     """What to do with a task whose name is taken by another adapter."""
 

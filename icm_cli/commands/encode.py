@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.options import BaseModelOpt, DeviceOpt, SomeTasksArg, gain_option, loss_option
+from icm_cli.options import (
+    BaseModelOpt,
+    DeviceOpt,
+    SomeTasksArg,
+    gain_option,
+    loss_option,
+    quality_option,
+    refine_option,
+)
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
@@ -38,24 +46,13 @@ ToleranceOpt = Annotated[
 ]
 QualityOpt = Annotated[
     int | None,
-    typer.Option(
-        "--quality",
-        metavar="1..8",
-        min=1,
-        max=8,
-        help="1 (smallest) to 8 (most accurate). Default: that of the current generator, if no other limit is given.",
-        show_default=False,
-    ),
+    quality_option("Default: that of the current generator, if no other limit is given."),
 ]
 RefineOpt = Annotated[
     int | None,
-    typer.Option(
-        "--refine",
-        metavar="STEPS",
-        min=0,
-        help="Steps that fit each code to what its adapter does, on the task's samples or on texts that the adapted "
-        "model writes itself. Needs the base model. 0: none. Default: 40 with a quality, else none.",
-        show_default=False,
+    refine_option(
+        "Steps that fit each code to what its adapter does, on the task's samples or on texts that the adapted "
+        "model writes itself. Needs the base model. 0: none. Default: 40 with a quality, else none."
     ),
 ]
 ResidualOpt = Annotated[

@@ -7,20 +7,15 @@ from typing import Annotated
 
 import typer
 
-from icm_cli.options import gain_option, loss_option
+from icm_cli.options import gain_option, loss_option, quality_option, refine_option
 
 MODEL_PANEL = "Model"
 
 QualityOpt = Annotated[
     int | None,
-    typer.Option(
-        "--quality",
-        metavar="1..8",
-        min=1,
-        max=8,
-        help="1 (smallest) to 8 (most accurate). Default: 4, or whatever the current generator uses. In our "
-        "measurements 4 keeps 97 % of the gain, and 6 keeps 98 % with four times the bytes.",
-        show_default=False,
+    quality_option(
+        "Default: 4, or whatever the current generator uses. In our "
+        "measurements 4 keeps 97 % of the gain, and 6 keeps 98 % with four times the bytes."
     ),
 ]
 SeedOpt = Annotated[int, typer.Option("--seed", metavar="N", help="Seed for all random numbers.")]
@@ -32,13 +27,9 @@ UpdateOpt = Annotated[
 ]
 RefineOpt = Annotated[
     int | None,
-    typer.Option(
-        "--refine",
-        metavar="STEPS",
-        min=0,
-        help="Then fit each code to what its adapter does, in this many steps, if the base model is on this machine: "
-        "codes become several times smaller. 0: leave that to `icm encode`. Default: 40.",
-        show_default=False,
+    refine_option(
+        "Then fit each code to what its adapter does, in this many steps, if the base model is on this machine: "
+        "codes become several times smaller. 0: leave that to `icm encode`. Default: 40."
     ),
 ]
 EvalOpt = Annotated[
