@@ -167,5 +167,7 @@ def test_gradients_that_are_no_numbers_are_said_to_be_so(
     base: BaseModel, fleet: TrainedTasks, short: FewShotStart
 ) -> None:
     huge = replace(short, adapter=with_modules(short.adapter, times(short.adapter.modules, 1e30)))
-    with pytest.raises(GeneratorError, match="not finite"):
+    with pytest.raises(
+        GeneratorError, match=r"not finite|diverged"
+    ):  # where numbers overflow first depends on the processor
         run(base, huge, fleet)
