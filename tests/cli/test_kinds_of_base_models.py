@@ -90,12 +90,12 @@ def test_the_whole_path_works(kind: Kind, icm: Icm, tmp_path: Path) -> None:
     root = write_fleet(kind, tmp_path / "given")
     icm("base", "add", kind.name, root / "base")
     assert icm("ingest", root / "loras", *CPU).code == 0
-    icm("train", "--steps", "20", *CPU)
+    icm("train", "--refine", "0", "--steps", "20", *CPU)
     events = icm("eval", "dog-detection", *CPU, "--json").events
     rungs = events[0]["rungs"]
     metric = modality_of(inspect_base(kind.name, root / "base")).metric.name
     assert {rung["metric"] for rung in rungs.values()} == {metric}
     assert {"base", "original", "code"} <= rungs.keys()
-    assert rungs["code"]["relative_error"] < 1.0  # it is refined: its weights need not be near
+    assert rungs["code"]["relative_error"] < 0.7
     icm("materialize", "dog-detection", "-o", tmp_path / "adapter", "--source", "code")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
