@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from tests.compat.bases import base_model, quiet
 from tests.compat.building import (
+    CONFIG,
     computed,
     converted_by_peft,
     fresh_model,
@@ -96,9 +98,16 @@ def _with_initial(name: str, init: str, *, loads: bool = True, **options: Any) -
         output = computed(model, "llama-deep")
         # PEFT changes the configuration of the initial weights too.
         save(model, converted_by_peft(folder), "llama-deep", path_initial_model_for_weight_conversion=str(start))
+        _list_as_in(folder / CONFIG, converted_by_peft(folder) / CONFIG)
         return output
 
     return Case(name, _STARTS, build, "exact", _TAKEN_OFF, "llama-deep" if loads else None)
+
+
+def _list_as_in(original: Path, converted: Path) -> None:
+    """List the target modules in the original's order: PEFT writes a set, in any order each time."""
+    fields = json.loads(converted.read_text()) | {"target_modules": json.loads(original.read_text())["target_modules"]}
+    converted.write_text(json.dumps(fields, indent=2, sort_keys=True))
 
 
 def _like_a_trainer(init: str) -> Callable[[Path], None]:
