@@ -22,6 +22,7 @@ from registry.codes import code_files, code_rows, current_row
 from registry.conversion import code_record, generator_record
 from registry.database import Part
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
+from registry.names import some
 from registry.rows import RowWriter, table_of
 
 
@@ -169,7 +170,7 @@ def _forgettable(session: Session, generator: records.GeneratorRecord) -> models
         raise GeneratorConflict(f"generator {row.blob.digest[:12]} is in use", hint=hint)
     last = _last_copies(session, row)
     if last:
-        fact = f"generator {row.blob.digest[:12]} holds the only code of {_shown(last)}"
+        fact = f"generator {row.blob.digest[:12]} holds the only code of {some([repr(name) for name in last])}"
         hint = "`icm ingest --restore PATH` of their originals, or `icm rm` if nobody needs them"
         raise LastCopy(fact, hint=hint)
     return row
@@ -199,13 +200,10 @@ def _must_keep_codes(session: Session, present: models.Generator, new: models.Ge
     needed, found = code_files(session, present.id, evicted=True), code_files(session, new.id)
     lost = sorted(name for name, copy in needed.items() if found.get(name) != copy)
     if lost:
-        fact = f"generator {new.blob.digest[:12]} does not have the codes that replace the originals of {_shown(lost)}"
+        names = some([repr(name) for name in lost])
+        fact = f"generator {new.blob.digest[:12]} does not have the codes that replace the originals of {names}"
         hint = "`icm ingest --restore PATH` of their originals; until then the present generator must stay"
         raise LastCopy(fact, hint=hint)
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _link(session: Session, parent_id: int, generator_id: int, without: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from registry.errors import InvalidName
@@ -108,6 +109,12 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key that orders numbers by value: `layers.2` before `layers.10`."""
     parts = _DIGITS.split(name)
     return tuple((0, int(part), part) if index % 2 else (1, 0, part) for index, part in enumerate(parts))
+
+
+def some(items: Sequence[str], separator: str = ", ", most: int = 4) -> str:
+    """Return the first items in one line, and how many more there are."""
+    left = [f"and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *left])
 
 
 def escape(text: str, limit: int | None = None) -> str:

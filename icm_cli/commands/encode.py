@@ -19,7 +19,7 @@ from icm_cli.options import (
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
-from icmlora.io.text import counted, human_size
+from icmlora.io.text import counted, human_size, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -181,8 +181,7 @@ def _sum_up(session: Session, report: EncodeReport, *, brief: bool) -> None:
         out.event("summary", tasks=len(report.tasks), short=len(report.short), size=now, before=before)
         out.table(_COLUMNS, [_cells(task) for task in report.tasks])
     for reason, names in _reasons(report).items():
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        out.line(f"{shown}: {reason}")
+        out.line(f"{some(names)}: {reason}")
     done = sum(task.status == "encoded" for task in report.tasks) if brief else len(report.tasks)
     if done or not brief:
         what = f"refined {counted(done, 'code')}" if brief else counted(done, "task")

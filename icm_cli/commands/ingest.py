@@ -22,7 +22,7 @@ from icm_cli.options import DeviceOpt, DryRunOpt, OnConflict, completing
 from icm_cli.output import Column, Mode, Output
 from icm_cli.session import Session, command
 from icmlora.errors import AdapterRefused, BaseModelMismatch, DataError
-from icmlora.io.text import counted, escape, human_size
+from icmlora.io.text import counted, escape, human_size, some
 
 if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
@@ -268,7 +268,7 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
     if report.not_kept:
         files = [name if count == 1 else f"{name} ({count} times)" for name, count in report.not_kept.items()]
         total = counted(sum(report.not_kept.values()), "file")
-        session.out.note(f"not kept: {total} next to adapters: {_some(files)}")
+        session.out.note(f"not kept: {total} next to adapters: {some(files)}")
     if report.without_vectors:
         session.out.note(f"{counted(len(report.without_vectors), 'task')} without task vectors")
         session.out.hint("run `icm vectors` to extract them; `icm base ls` shows whether the base model is found")
@@ -284,7 +284,7 @@ def _tell_names(out: Output, report: IngestReport) -> None:
     ]
     if named:
         verb = "is" if len(named) == 1 else "are"
-        out.note(f"{counted(len(named), 'task')} {verb} not called like the folder: {_some(named)}")
+        out.note(f"{counted(len(named), 'task')} {verb} not called like the folder: {some(named)}")
 
 
 def _tell_originals(out: Output, report: IngestReport) -> None:
@@ -295,18 +295,18 @@ def _tell_originals(out: Output, report: IngestReport) -> None:
     if reasons:
         count = sum(map(len, reasons.values()))
         verb = "is kept as its original only" if count == 1 else "are kept as originals only"
-        groups = [f"{_some(tasks)} ({reason})" for reason, tasks in reasons.items()]
-        out.note(f"{counted(count, 'task')} {verb}: {_some(groups, '; ')}")
+        groups = [f"{some(tasks)} ({reason})" for reason, tasks in reasons.items()]
+        out.note(f"{counted(count, 'task')} {verb}: {some(groups, '; ')}")
 
 
 def _tell_converted(out: Output, report: IngestReport) -> None:
     tasks = [f"{task.task} (from {task.converted_from})" for task in report.ingested if task.converted_from is not None]
     if tasks:
-        out.note(f"{counted(len(tasks), 'task')} converted from a pickle, kept as safetensors: {_some(tasks)}")
+        out.note(f"{counted(len(tasks), 'task')} converted from a pickle, kept as safetensors: {some(tasks)}")
     tasks = [f"{task.task} ({_path_shown(task.initial)})" for task in report.ingested if task.initial is not None]
     if tasks:
         verb = "has" if len(tasks) == 1 else "have"
-        out.note(f"{counted(len(tasks), 'task')} {verb} initial weights, and can have a code: {_some(tasks)}")
+        out.note(f"{counted(len(tasks), 'task')} {verb} initial weights, and can have a code: {some(tasks)}")
 
 
 def _tell_extras(out: Output, report: IngestReport) -> None:
@@ -319,15 +319,8 @@ def _tell_extras(out: Output, report: IngestReport) -> None:
         verb = "has" if len(large) == 1 else "have"
         out.note(
             f"{counted(len(large), 'task')} {verb} more bytes in heads, tokenizers and other extras than in the LoRA: "
-            f"{_some(large)}; equal extras are stored once"
+            f"{some(large)}; equal extras are stored once"
         )
-
-
-def _some(items: Sequence[str], separator: str = ", ", most: int = 4) -> str:
-    shown = list(items[:most])
-    if len(items) > most:
-        shown.append(f"and {len(items) - most} more")
-    return separator.join(shown)
 
 
 def tell_problems(out: Output, problems: Sequence[InputProblem]) -> None:

@@ -138,10 +138,12 @@ def matrix_shape(module: nn.Module | None) -> tuple[int, int] | None:
     return layer_shape(module) if shape is None and _is_plain_convolution(module) else shape
 
 
-def not_matrix(base: BaseModel, names: Iterable[str]) -> str | None:
-    """Return the first of some modules that is neither a linear layer nor a plain convolution of the base model."""
+def not_matrix(base: BaseModel, layout: Iterable[tuple[str, int, int, int]]) -> str | None:
+    """Return the first module of an adapter that is neither a linear layer nor a plain convolution of this size."""
+    # layout: name, rank, input size and output size of each module.
     modules = dict(base.model.named_modules())
-    return next((name for name in names if matrix_shape(modules.get(name)) is None), None)
+    fit = ((name, matrix_shape(modules.get(name)) == (outputs, inputs)) for name, _, inputs, outputs in layout)
+    return next((name for name, is_matrix in fit if not is_matrix), None)
 
 
 def _is_plain_convolution(module: nn.Module | None) -> bool:

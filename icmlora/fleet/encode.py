@@ -12,7 +12,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.modules import not_matrix
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
 from icmlora.fleet.adapter_source import mean_vectors
 from icmlora.fleet.context import Context, Event, reporting, select_tasks
@@ -26,7 +25,7 @@ from icmlora.generator.config import quality_of, tolerance_of
 from icmlora.generator.encoding import Limits
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import gradient_dtype, resolve_device
-from icmlora.training.refinement import RefineConfig
+from icmlora.training.refinement import WITHOUT_REFINE, RefineConfig
 from registry.errors import TaskNotFound
 from registry.records import (
     AdapterRecord,
@@ -309,13 +308,9 @@ class Encoder:
 
     def _refiner(self, turn: _Turn, original: Adapter, steps: int) -> Refiner:
         task, final = turn.task, turn.final
-        hint = "encode it without --refine"
         if any(extra.file is None for extra in final.extras):
-            raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=hint)
+            raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=WITHOUT_REFINE)
         base = self._models.base(task.base_model, self._gradients)
-        if (odd := not_matrix(base, [entry[0] for entry in final.layout])) is not None:
-            fact = f"{odd} is neither a linear layer nor a plain convolution of its base model"
-            raise DataError(f"its code cannot be refined: {fact}", hint=hint)
         samples = read_samples(self._store, task, base)
         turn.tell("preparing to refine")
         return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))

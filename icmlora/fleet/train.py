@@ -31,6 +31,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.io.devices import resolve_device
+from registry.names import some
 from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
 
 if TYPE_CHECKING:
@@ -140,8 +141,7 @@ def _refuse_evicted(store: Store, label: str) -> None:
     rows = [row for row in store.tasks.summaries() if row.task.base_model == label]
     evicted = [row.task.name for row in rows if row.final.is_evicted]
     if evicted:
-        shown = ", ".join(map(repr, evicted[:3])) + (f" and {len(evicted) - 3} more" if len(evicted) > 3 else "")
-        fact = f"a new generator would leave evicted tasks without a code: {shown}"
+        fact = f"a new generator would leave evicted tasks without a code: {some([repr(name) for name in evicted])}"
         hint = "`icm train --update` only adds new tasks; or restore the originals with `icm ingest --restore PATH`"
         raise DataError(fact, hint=hint)
 

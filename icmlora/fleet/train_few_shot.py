@@ -130,7 +130,7 @@ class AllAdapters:
 def _is_plain(final: AdapterRecord, base: BaseModel) -> bool:
     if final.original_only is not None or any(extra.file is None for extra in final.extras):
         return False
-    return not_matrix(base, [entry[0] for entry in final.layout]) is None
+    return not_matrix(base, final.layout) is None
 
 
 class StoreEpisodeSource:

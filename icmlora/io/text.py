@@ -8,7 +8,7 @@ from __future__ import annotations
 import unicodedata
 from datetime import UTC, datetime
 
-from registry.names import escape
+from registry.names import escape, some
 
 __all__ = [
     "counted",
@@ -18,6 +18,7 @@ __all__ = [
     "human_size",
     "shortened",
     "shortened_inside",
+    "some",
     "utc",
     "width",
 ]

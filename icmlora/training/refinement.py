@@ -22,12 +22,13 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.modules import matrix_shape
+from icmlora.base_models.modules import not_matrix
 from icmlora.errors import DataError
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training.teacher import Teacher
 
 _EFFECT_TEXTS = 8  # samples from which an adapter's whole effect, KL(p || base), is measured
+WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
 _LEAST_EFFECT = 1e-6  # nats per token; an adapter with a smaller effect has none
 
 
@@ -83,24 +84,16 @@ def items_for(base: BaseModel, adapter: Adapter, samples: Sequence[Any], config:
     Raises:
         DataError: There is nothing, or the adapter has modules that cannot be refined.
     """
-    _refuse_special(base, adapter)
+    if (odd := not_matrix(base, adapter.layout)) is not None:
+        fact = f"its code cannot be refined: {odd} is neither a linear layer nor a plain convolution of its base model"
+        raise DataError(fact, hint=WITHOUT_REFINE)
     items = list(base.modality.prepare(base, samples, config.tokens, whole=True)) if samples else []
     if len(items) < config.samples:
         with added(base.model, factors_of(adapter)):
             items += base.modality.written(base, items, config.samples - len(items), config.tokens, seed=config.seed)
     if not items:
-        raise DataError(
-            "there is nothing to refine on", hint="give the task a samples.jsonl, or encode it without --refine"
-        )
+        raise DataError("there is nothing to refine on", hint=f"give the task a samples.jsonl, or {WITHOUT_REFINE}")
     return items
-
-
-def _refuse_special(base: BaseModel, adapter: Adapter) -> None:
-    modules = dict(base.model.named_modules())
-    for shape in adapter.layout:
-        if matrix_shape(modules.get(shape.module)) != (shape.outputs, shape.inputs):
-            fact = f"{shape.module} is neither a linear layer nor a plain convolution of the base model"
-            raise DataError(f"{fact}, so its code cannot be refined")
 
 
 def _batches(count: int, config: RefineConfig) -> Iterator[list[int]]:

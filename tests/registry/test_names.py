@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.errors import InvalidName
-from registry.names import check_name
+from registry.names import check_name, some
 
 HOSTILE = [
     "", ".", "..", "../x", "/abs", "a/b", "a\\b", "-rf", "--help", "a\nb", "a\n", "a\0b", "\x1b[31m", "\u202eevil",
@@ -37,3 +37,12 @@ def test_what_passes_is_a_safe_single_path_component(name: str) -> None:
     assert name.isprintable()
     assert "/" not in name
     assert not name.startswith((".", "-"))
+
+
+def test_a_short_list_is_shown_whole() -> None:
+    assert some(["a", "b", "c", "d"]) == "a, b, c, d"
+
+
+def test_a_long_list_is_cut_and_says_how_much_is_missing() -> None:
+    assert some(list("abcdefg")) == "a, b, c, d, and 3 more"
+    assert some(list("abc"), "; ", most=1) == "a; and 2 more"

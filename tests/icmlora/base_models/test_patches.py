@@ -122,5 +122,6 @@ def test_statistics_count_every_input_of_the_kernel(base: BaseModel) -> None:
 
 
 def test_the_first_module_that_is_no_matrix_is_named(base: BaseModel) -> None:
-    assert not_matrix(base, ["0", "2"]) is None
-    assert not_matrix(base, ["0", "1", "2"]) == "1"
+    assert not_matrix(base, [("0", 1, 27, 4), ("2", 1, 36, 2)]) is None
+    assert not_matrix(base, [("0", 1, 27, 4), ("1", 1, 4, 4), ("2", 1, 36, 2)]) == "1"
+    assert not_matrix(base, [("0", 1, 28, 4)]) == "0"
