@@ -165,7 +165,9 @@ def _refine(session: Session, made: _Made, options: dict[str, Any]) -> bool:
     """Refine the codes where that is possible, and return whether a task failed."""
     go_on = "the store is complete without it; `icm encode` refines the rest"
     failed = False
-    session.out.note("refining codes where the base model is at hand; you may stop it with Ctrl-C, the store is complete without it")
+    session.out.note(
+        "refining codes where the base model is at hand; Ctrl-C stops that, and the store is complete without it"
+    )
     for label in made.base_models:
         wanted = options | {"base_model": label}
 

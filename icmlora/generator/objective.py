@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from icmlora.generator.code_length import bin_bits
 from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
 from icmlora.generator.initial_a.subspace import InitialSubspace
-from icmlora.generator.scales import GAUSSIAN_SHARE, OCTAVE, SMALLEST_SCALE, WIDE
+from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens, slot_errors, squared_norm
 
@@ -159,20 +160,6 @@ def _norm_bits(net: CVAE, group: KindTokens, gains: torch.Tensor) -> tuple[torch
     spread = torch.exp2(net.norm_spread[group.kind, group.slot])
     norms = bin_bits((offset - gain) * OCTAVE, spread * OCTAVE).sum()
     return norms, bin_bits((gain - gains[group.kind]) * OCTAVE, torch.full_like(gain, OCTAVE / 2))
-
-
-def bin_bits(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return -log2 of the probability of the unit bin around each value, under the coder's zero-mean mixture."""
-    scale = scale.clamp_min(SMALLEST_SCALE)
-    near = _bin(values, scale)
-    far = _bin(values, WIDE * scale)
-    return -torch.log2((GAUSSIAN_SHARE * near + (1 - GAUSSIAN_SHARE) * far).clamp_min(1e-12))
-
-
-def _bin(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    magnitude = values.abs()  # with both edges on the negative side the difference is exact in the tail
-    mass: torch.Tensor = torch.special.ndtr((0.5 - magnitude) / scale) - torch.special.ndtr((-0.5 - magnitude) / scale)
-    return mass
 
 
 def water_level(

@@ -20,9 +20,9 @@ from torch import nn
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.factors import Factors
+from icmlora.generator.code_length import bin_bits
 from icmlora.generator.decoder import Decoder
 from icmlora.generator.entropy_coding import Integers, Scales, clip
-from icmlora.generator.objective import bin_bits
 from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import centred, norm_of
 from icmlora.generator.scales import OCTAVE, STRENGTHS
@@ -38,6 +38,7 @@ class _Part:
     means: tuple[torch.Tensor, torch.Tensor]  # the generator's prediction, shapes (n, in) and (n, out)
     # In quantiser steps from the prediction, shapes (n, in), (n, out) and, along the initial subspace, (n, R).
     values: tuple[nn.Parameter, nn.Parameter, nn.Parameter]
+    widths: tuple[torch.Tensor, ...]  # scales that these values are coded under, of the same shapes
     strength: nn.Parameter  # log2 of the factor that each layer's dW is multiplied by, shape (L,)
     boost: nn.Parameter  # log2 of the factor for each rank slot's inputs across the initial subspace, shape (S,)
     boosted: torch.Tensor  # 1 where a slot's module has an initial subspace, else 0; shape (n, 1)
@@ -71,8 +72,8 @@ class RelaxedCode:
         """Return the length of the values under the coder's tables, in bits; they need not be whole numbers."""
         total = torch.zeros(())
         for part in self._parts:
-            for values, scales in zip(part.values, part.integers.scales, strict=True):
-                total = total + bin_bits(values, torch.exp2(torch.from_numpy(scales).float() / OCTAVE)).sum()
+            for values, widths in zip(part.values, part.widths, strict=True):
+                total = total + bin_bits(values, widths).sum()
         return total
 
     def to_code(self) -> bytes:
@@ -102,6 +103,7 @@ class RelaxedCode:
             root=norm_of(norms).sqrt()[:, None],
             means=quantizer.means(slots, norms, state),
             values=(nn.Parameter(inputs), nn.Parameter(outputs), nn.Parameter(along)),
+            widths=tuple(torch.exp2(torch.from_numpy(scales).float() / OCTAVE) for scales in integers.scales),
             strength=_factors(head.strengths[slots.kind]),
             boost=_factors(head.boosts[slots.kind]),
             boosted=torch.from_numpy(state.subspace.knows(slots.kind)[slots.layer]).float()[:, None],

@@ -10,8 +10,7 @@ import torch
 
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.objective import Bits, adapter_bits, bin_bits, prepare, water_level, worth_writing
-from icmlora.generator.scales import probabilities, reach_of
+from icmlora.generator.objective import Bits, adapter_bits, prepare, water_level, worth_writing
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, uneven, with_factors
@@ -29,22 +28,6 @@ def bits_of(
 
 def noise() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def test_the_bits_of_an_integer_are_those_of_the_coders_table() -> None:
-    for index in (-8, 0, 13):
-        magnitude = torch.arange(0.0, 4.0)
-        table = torch.tensor(probabilities(index)[reach_of(index) :][:4], dtype=torch.float32)
-        scale = torch.full_like(magnitude, 2.0 ** (index / 8))
-        torch.testing.assert_close(bin_bits(magnitude, scale), -table.log2(), rtol=0, atol=0.05)
-
-
-def test_bits_and_their_gradients_stay_finite_far_from_zero() -> None:
-    values = torch.tensor([0.0, 1e3, 1e6], requires_grad=True)
-    bits = bin_bits(values, torch.full((3,), 1e-6)).sum()
-    (gradient,) = torch.autograd.grad(bits, values)
-    assert torch.isfinite(bits)
-    assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("modules", [0, 3, 6])
