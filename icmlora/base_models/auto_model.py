@@ -183,6 +183,10 @@ class AutoModality:
         rows = self.logits(base, items, from_leaf=True)
         return torch.stack([row_loss(row, item.targets) for row, item in zip(rows, items, strict=True)]).sum()
 
+    def item_loss(self, item: Inputs, logits: torch.Tensor) -> torch.Tensor | None:
+        """Return the cross entropy of the scored predictions of an example in nats, summed."""
+        return row_loss(logits, item.targets)
+
     def written(self, base: BaseModel, items: Sequence[Inputs], count: int, limit: int, *, seed: int) -> list[Inputs]:
         """Return nothing: such models read more than they write."""
         return []

@@ -152,6 +152,12 @@ class CausalLM:
 
         return summed_loss(base, items)
 
+    def item_loss(self, item: Scored, logits: torch.Tensor) -> torch.Tensor:
+        """Return the negative log-likelihood of the scored tokens of a text in nats, summed."""
+        from icmlora.base_models.likelihood import item_loss
+
+        return item_loss(logits, item)
+
     def written(self, base: BaseModel, items: Sequence[Scored], count: int, limit: int, *, seed: int) -> list[Scored]:
         """Return texts that the model continues token by token from the first ones of each item."""
         from icmlora.base_models.continuations import continuations

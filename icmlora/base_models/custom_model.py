@@ -226,6 +226,9 @@ class CustomModality:
         with self._running("loss"), gradients_from_inputs(base.model):
             return self.custom.loss([item.example for item in items])
 
+    def item_loss(self, item: CustomItem, logits: torch.Tensor) -> None:
+        """Return None: only the loader knows how a loss follows from predictions."""
+
     def written(self, base: BaseModel, items: Sequence[CustomItem], count: int, limit: int, *, seed: int) -> list[Any]:
         """Return nothing: only the user's code could write examples."""
         return []

@@ -241,17 +241,18 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
 def summed_loss(base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
     """Return the loss of all scored tokens in nats, with gradients that reach every module."""
     rows = next_token_logits(base, items, from_leaf=True)
-    return torch.stack([_row_loss(logits, item) for logits, item in zip(rows, items, strict=True)]).sum()
+    return torch.stack([item_loss(logits, item) for logits, item in zip(rows, items, strict=True)]).sum()
+
+
+def item_loss(logits: torch.Tensor, item: Scored) -> torch.Tensor:
+    """Return the loss of the scored tokens of a text in nats, summed; logits: (T, vocabulary)."""
+    # The logits at token t predict token t + 1.
+    predicted = logits[item.first - 1 : -1].float()  # (scored tokens, vocabulary)
+    wanted = torch.tensor(item.targets, device=logits.device)
+    return functional.cross_entropy(predicted, wanted, reduction="sum")
 
 
 def _leaf(base: BaseModel, ids: torch.Tensor) -> torch.Tensor:
     # Autograd only runs from a leaf that takes gradients, and every parameter of the base model is frozen.
     embedded: torch.Tensor = base.model.get_input_embeddings()(ids)  # (texts, T, d)
     return embedded.detach().requires_grad_()
-
-
-def _row_loss(logits: torch.Tensor, item: Scored) -> torch.Tensor:
-    # The logits at token t predict token t + 1.
-    predicted = logits[item.first - 1 : -1].float()  # (scored tokens, vocabulary)
-    wanted = torch.tensor(item.targets, device=logits.device)
-    return functional.cross_entropy(predicted, wanted, reduction="sum")

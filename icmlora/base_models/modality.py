@@ -216,6 +216,14 @@ class Modality(Protocol[Example, Item]):
         """Return the loss of all scored predictions, summed, with gradients that reach every module."""
         ...
 
+    def item_loss(self, item: Item, logits: torch.Tensor) -> torch.Tensor | None:
+        """Return the loss of one item, summed, from what `logits` returned for it.
+
+        Returns:
+            The loss, with gradients to the logits; None where the loss takes more than that.
+        """
+        ...
+
     def written(self, base: BaseModel, items: Sequence[Item], count: int, limit: int, *, seed: int) -> list[Item]:
         """Let the model write items itself, such as texts, with the adapter that is on it.
 

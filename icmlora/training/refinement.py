@@ -3,7 +3,11 @@
     samples ──base + adapter──▶ p(next token) ─┐
       └──────base + code──────▶ q(next token) ─┴─ KL(p || q) and bits ──gradient──▶ values and strengths of the code
 
-    minimise   KL(p || q) / KL(p || base)   +   price * error * bits / bits at the start
+    minimise   (KL(p || q) + answers * max(0, loss(q) - loss(p))) / KL(p || base)  +  price * error * bits / bits before
+
+The loss is that of the samples' own tokens. An adapter is seldom trained to the end, so a code that is a little nearer
+to the base model loses in proportion to that there, while KL grows with its square: without this term a code keeps the
+adapter's predictions and loses some of its gain. A code that is better than the adapter gets nothing for it.
 
 The base model is frozen. Refinement brings back what coarse rounding lost of an adapter's function, at fewer bits: the
 second term lets values round to zero where that does no harm. Both terms are free of scale, so one price serves weak
@@ -41,6 +45,8 @@ class RefineConfig:
     strength_rate: float = 0.03  # Adam's, in octaves
     # What the bits of the whole code are worth: this times its error, as a share of the adapter's whole effect.
     price: float = 0.6
+    # Weight of what the samples' own tokens lose, beside the divergence of all predictions.
+    answers: float = 0.25
     texts: int = 2  # samples per step
     tokens: int = 192  # tokens read from a sample
     # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
@@ -65,14 +71,17 @@ def refine(
     teacher = Teacher(base, factors_of(adapter), items)
     batches = _batches(len(items), config)
     with torch.no_grad():
-        effects = [float(teacher.divergence({}, [number])) for number in range(min(_EFFECT_TEXTS, len(items)))]
+        effects = [
+            float(teacher.shortfall({}, [number]).divergence) for number in range(min(_EFFECT_TEXTS, len(items)))
+        ]
         effect = max(sum(effects) / len(effects), _LEAST_EFFECT)
         # The price per bit is set once: the bits of the code at the start cost `price * error` together.
         price = config.price * error / max(float(relaxed.bits()), 1.0)
     for step in range(config.steps):
         optimizer.zero_grad()
-        divergence = teacher.divergence(relaxed.factors(), next(batches))
-        (divergence / effect + price * relaxed.bits()).backward()  # type: ignore[no-untyped-call]
+        short = teacher.shortfall(relaxed.factors(), next(batches))
+        lost = short.divergence + config.answers * short.loss
+        (lost / effect + price * relaxed.bits()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         decay.step()
         yield step + 1

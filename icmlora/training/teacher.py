@@ -3,6 +3,7 @@
     example ──base + adapter──▶ log p (T, V) ──K likeliest, and the rest as one──▶ target (T, K), (T, K + 1)
                                                                                      │
     base + code ──▶ logits (T, V) ──log q of the same K + 1──▶ KL(p || q) ◀──────────┘
+                         └──────loss──▶ how much larger it is than the adapter's
 
 The rest of a vocabulary shares a few per cent of the probability; as a single event it still pulls as a whole. A target
 takes a hundredth of the memory of its logits, so each example goes through the adapted model only once, however often
@@ -31,6 +32,15 @@ class Target:
     item: Any  # as the base model reads it
     tokens: torch.Tensor  # int64, shape (T, K): the likeliest next tokens
     log_p: torch.Tensor  # float32, shape (T, K + 1): their log probabilities, and that of all others together
+    loss: float | None  # of the example under the adapter, summed; None where it does not follow from the predictions
+
+
+@dataclass(frozen=True, eq=False)
+class Shortfall:
+    """How far other factors are from doing what an adapter does on some examples; scalars with gradients."""
+
+    divergence: torch.Tensor  # KL(original || other) in nats, averaged over the predictions
+    loss: torch.Tensor  # by how much the examples' loss is larger, averaged over the predictions; 0 if it is smaller
 
 
 class Teacher:
@@ -43,14 +53,21 @@ class Teacher:
     def __len__(self) -> int:
         return len(self._items)
 
-    def divergence(self, other: Factors, numbers: Sequence[int]) -> torch.Tensor:
-        """Return KL(original || other) of the next token in nats, averaged over the tokens of some examples."""
+    def shortfall(self, other: Factors, numbers: Sequence[int]) -> Shortfall:
+        """Compare other factors with the original on some examples."""
         # other: with or without gradients; empty for the bare base model.
-        targets = [self._target(number) for number in numbers]
+        targets, modality = [self._target(number) for number in numbers], self._base.modality
         with added(self._base.model, other):
-            rows = self._base.modality.logits(self._base, [target.item for target in targets])  # (T, V) each
-        nats = torch.stack([_nats(target, row) for target, row in zip(targets, rows, strict=True)])
-        return nats.sum() / torch.tensor(sum(len(row) for row in rows), device=nats.device)
+            rows = modality.logits(self._base, [target.item for target in targets])  # (T, V) each
+        pairs, count = list(zip(targets, rows, strict=True)), sum(len(row) for row in rows)
+        nats = torch.stack([_nats(target, row) for target, row in pairs]).sum()
+        losses = [
+            found - target.loss
+            for target, row in pairs
+            if target.loss is not None and (found := modality.item_loss(target.item, row)) is not None
+        ]
+        more = torch.stack(losses).sum().clamp_min(0) if losses else torch.zeros_like(nats)
+        return Shortfall(nats / count, more / count)
 
     @torch.no_grad()
     def _target(self, number: int) -> Target:
@@ -59,7 +76,10 @@ class Teacher:
             with added(self._base.model, self._original):
                 (logits,) = self._base.modality.logits(self._base, [item])  # (T, V)
             tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
-            self._targets[number] = Target(item, tokens, _log_shares(logits, tokens))
+            loss = self._base.modality.item_loss(item, logits)
+            self._targets[number] = Target(
+                item, tokens, _log_shares(logits, tokens), None if loss is None else float(loss)
+            )
         return self._targets[number]
 
 

@@ -272,8 +272,8 @@ class TestWhatStandsOnIt:
     ) -> None:
         pairs = factors(make_adapter(case, base, strength=10.0))
         teacher = Teacher(base, pairs, base.modality.prepare(base, examples, LIMIT, whole=True))
-        assert float(teacher.divergence(pairs, [0, 1])) == pytest.approx(0.0, abs=1e-5)
-        assert float(teacher.divergence({}, [0, 1])) > 1e-4
+        assert float(teacher.shortfall(pairs, [0, 1]).divergence) == pytest.approx(0.0, abs=1e-5)
+        assert float(teacher.shortfall({}, [0, 1]).divergence) > 1e-4
 
     def test_training_moves_the_metric_in_its_direction_and_gives_a_gain(
         self, case: Case, base: BaseModel, examples: tuple[Any, ...]

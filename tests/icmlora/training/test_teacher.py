@@ -1,0 +1,71 @@
+"""The teacher says how far other factors are from doing what an adapter does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from icmlora.adapter.model import Adapter
+from icmlora.base_models.examples import plain
+from icmlora.base_models.factors import Factors, added, factors_of
+from icmlora.base_models.modality import BaseModel
+from icmlora.fewshot.finetune import FinetuneConfig, finetune
+from icmlora.formats.folder import load_adapter
+from icmlora.training.teacher import Teacher
+from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
+
+TEXTS = ["a first text of the task", "another one, of another length", "the third"]
+ALL = range(len(TEXTS))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> BaseModel:
+    return load_tiny_base(tmp_path / "base")
+
+
+@pytest.fixture
+def trained(base: BaseModel, tmp_path: Path) -> Adapter:
+    """An adapter that knows the texts."""
+    start = load_adapter(write_tiny_adapter(tmp_path / "adapter", strength=0.1))
+    items = base.modality.prepare(base, plain(TEXTS), 64)
+    *_, (_, adapter) = finetune(base, start, items, FinetuneConfig(steps=40, learning_rate=0.02, batch=3))
+    return adapter
+
+
+def teacher(base: BaseModel, original: Factors) -> Teacher:
+    return Teacher(base, original, base.modality.prepare(base, plain(TEXTS), 64, whole=True))
+
+
+def test_an_adapter_falls_short_of_itself_by_nothing(base: BaseModel, trained: Adapter) -> None:
+    short = teacher(base, factors_of(trained)).shortfall(factors_of(trained), ALL)
+    assert float(short.divergence) == pytest.approx(0.0, abs=1e-5)
+    assert float(short.loss) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_base_model_falls_short_by_what_the_adapter_gains(base: BaseModel, trained: Adapter) -> None:
+    items = base.modality.prepare(base, plain(TEXTS), 64)
+    short = teacher(base, factors_of(trained)).shortfall({}, ALL)
+    before, after = (sum(losses(base, found, items)) for found in ({}, factors_of(trained)))
+    read = sum(item.size for item in items)
+    assert float(short.loss) == pytest.approx((before - after) / read, rel=1e-3)
+
+
+def test_to_be_better_than_the_adapter_counts_for_nothing(base: BaseModel, trained: Adapter) -> None:
+    short = teacher(base, {}).shortfall(factors_of(trained), ALL)
+    assert float(short.loss) == 0.0
+    assert float(short.divergence) > 0
+
+
+def test_gradients_reach_the_other_factors(base: BaseModel, trained: Adapter) -> None:
+    weak = {name: (a.clone(), (0.5 * b).requires_grad_()) for name, (a, b) in factors_of(trained).items()}
+    short = teacher(base, factors_of(trained)).shortfall(weak, ALL)
+    for part in (short.divergence, short.loss):
+        gradients = torch.autograd.grad(part, [b for _, b in weak.values()], retain_graph=True)
+        assert all(bool(gradient.any()) for gradient in gradients)
+
+
+def losses(base: BaseModel, factors: Factors, items: list[object]) -> list[float]:
+    with torch.no_grad(), added(base.model, factors):
+        return [float(base.modality.loss(base, [item])) for item in items]
