@@ -31,7 +31,7 @@ def dw_norm(adapter: Adapter) -> float:
 
 def module_norms(adapter: Adapter) -> dict[str, float]:
     """Return the Frobenius norm of each module's dW."""
-    return {module.name: math.sqrt(max(_inner(module, module), 0.0)) for module in adapter.modules}
+    return {module.name: _norm(_exact(module)) for module in adapter.modules}
 
 
 def _parts(original: Adapter, other: Adapter) -> dict[str, tuple[float, float]]:
@@ -40,7 +40,8 @@ def _parts(original: Adapter, other: Adapter) -> dict[str, tuple[float, float]]:
     right = {module.name: module for module in other.modules}
     parts: dict[str, tuple[float, float]] = {}
     for name in left | right:
-        mine, theirs = left.get(name), right.get(name)
+        # In float64 once: turning factors into float64 takes longer than multiplying them.
+        mine, theirs = (None if one is None else _exact(one) for one in (left.get(name), right.get(name)))
         norm = _inner(mine, mine) if mine else 0.0
         error = norm + (_inner(theirs, theirs) if theirs else 0.0)
         if mine and theirs:
@@ -50,13 +51,20 @@ def _parts(original: Adapter, other: Adapter) -> dict[str, tuple[float, float]]:
     return parts
 
 
-@torch.no_grad()
+def _exact(module: LoraModule) -> LoraModule:
+    a, b = (factor.detach().to("cpu", torch.float64) for factor in (module.a, module.b))
+    return LoraModule(module.name, a, b)
+
+
+def _norm(module: LoraModule) -> float:
+    return math.sqrt(max(_inner(module, module), 0.0))
+
+
 def _inner(left: LoraModule, right: LoraModule) -> float:
-    """Return the inner product of two modules' dW."""
+    """Return the inner product of two modules' dW, both in float64."""
     if left.a.shape[1] != right.a.shape[1] or left.b.shape[0] != right.b.shape[0]:
         raise ValueError(f"{left.name} has different widths in the two adapters")
-    b = left.b.to("cpu", torch.float64).mT @ right.b.to("cpu", torch.float64)  # (r_left, r_right)
-    a = left.a.to("cpu", torch.float64) @ right.a.to("cpu", torch.float64).mT  # (r_left, r_right)
+    b, a = left.b.mT @ right.b, left.a @ right.a.mT  # (r_left, r_right)
     return float((b * a).sum())
 
 

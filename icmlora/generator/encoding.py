@@ -2,13 +2,15 @@
 
     adapter ──tokens──▶ latent, shifts ──▶ integers at one step ──▶ code ──decode──▶ errors ──▶ coarser or finer step
 
-The theory of reverse water-filling says where to begin. Every step that is tried is rounded and decoded as its code
-would be. What is found is written, decoded from its bytes and measured, so the limit holds for the bytes themselves.
+The theory of reverse water-filling says where to begin; of a large adapter, so does a part of its layers. Every step
+that is tried is rounded, decoded as its code would be, and measured. What is found is written, and its integers are
+read from the bytes again and compared, so the limit holds for the bytes themselves.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
@@ -21,6 +23,7 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.errors import GeneratorError
 from icmlora.generator.code import CodeHead
+from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.container import ABSENT
 from icmlora.generator.cvae import TaskState
 from icmlora.generator.decoder import Decoder, one_thread
@@ -33,11 +36,10 @@ from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens, refuse_overflow, slot_overlaps, squared_norm, tokenize, weighted
 
-# Steps tried below and above the one that theory gives for a tolerance, in eighths of an octave.
-_BELOW, _ABOVE = 4 * OCTAVE, 2 * OCTAVE
-# How often the search goes down by `_BELOW` again: 2^-16 of the expected step is below what float32 resolves.
-_RETRIES = 3
+# Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
+_BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
 _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
+_PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
 
 
@@ -117,7 +119,9 @@ class Limits:
 
     def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> int:
         """Return the step, in eighths of an octave, that theory gives for the smaller limit."""
-        return math.floor(OCTAVE * math.log2(water_level(tokens, self.least, sensitivity, subspace)))
+        # At full strength an adapter of which the share e is lost has the error e / (1 - e).
+        lost = self.least / (1 + self.least)
+        return math.floor(OCTAVE * math.log2(water_level(tokens, lost, sensitivity, subspace)))
 
 
 def encode_adapter(
@@ -136,47 +140,96 @@ def encode_adapter(
     state = TaskState(condition, codec.net.posterior(tokens, condition).round().clamp(-127, 127), subspace)
     state = replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
     expected = limits.expected_step(tokens, codec.sensitivity, subspace)
-    original = _Original.of(codec, adapter)
-    is_small = sum(shape.parameters for shape in adapter.layout) <= _SMALL
-    means = dict[int, Means]() if is_small else None
 
-    @one_thread()  # as `decode`: threads may change the last bit
-    def at(step: int) -> _Trial:
-        trial = _rounded_at(step, codec, adapter, tokens, state, initial, means)
-        found = original.compare(codec, codec.assemble(trial.tokens, trial.head, trial.head.strengths), b"")
-        return replace(trial, tokens=(), squared_error=found.squared_error, weighted_error=found.weighted_error)
+    def search(
+        adapter: Adapter, tokens: Sequence[KindTokens], expected: int, means: dict[int, Means] | None, above: int
+    ) -> _Trial:
+        original = _Original.of(codec, adapter)
 
-    best = coarsest(expected, limits, at)
+        @one_thread()  # as `decode`: threads may change the last bit
+        def at(step: int) -> _Trial:
+            trial = _rounded_at(step, codec, adapter, tokens, state, initial, means)
+            found = original.compare(codec, codec.assemble(trial.tokens, trial.head, trial.head.strengths), b"")
+            return replace(trial, tokens=(), squared_error=found.squared_error, weighted_error=found.weighted_error)
+
+        return coarsest(expected, limits, at, above)
+
+    if sum(shape.parameters for shape in adapter.layout) > _SMALL:
+        expected = search(*_part_of(adapter, tokens, codec.config), expected, {}, _ABOVE).head.step
+        best = search(adapter, tokens, expected, None, 0)
+    else:
+        best = search(adapter, tokens, expected, {}, _ABOVE)
     data = codec.close(best.head, best.groups)
-    found = original.compare(codec, codec.decode(data), data)
-    if not limits.keeps(found):  # decoding has to give what was tried
+    if not _reads_as(codec, data, best):
         raise GeneratorError("the code does not decode to what was encoded")
-    return found if keep_decoded else replace(found, decoded=None)
+    decoded = codec.decode(data) if keep_decoded else None
+    return Encoded(data, best.squared_error, best.weighted_error, decoded)
+
+
+def _reads_as(codec: Decoder, data: bytes, tried: _Trial) -> bool:
+    """Whether a code holds the integers and strengths that were tried; what it decodes to follows from them."""
+    opened, groups = codec.open(data), {group.slots.kind: group for group in tried.groups}
+    strengths = np.array_equal(opened.head.strengths, tried.head.strengths)
+    return strengths and all(
+        np.array_equal(left, right)
+        for group in opened.groups
+        if group.slots.kind in groups
+        for left, right in zip(
+            (group.residuals, *group.sides),
+            (groups[group.slots.kind].residuals, *groups[group.slots.kind].sides),
+            strict=True,
+        )
+    )
+
+
+def _part_of(
+    adapter: Adapter, tokens: Sequence[KindTokens], config: GeneratorConfig
+) -> tuple[Adapter, Sequence[KindTokens]]:
+    """Return every eighth layer of each kind of modules of an adapter, and its tokens."""
+    layers = defaultdict[int, list[int]](list)
+    for kind, layer in sorted(config.place_of(shape) for shape in adapter.layout):
+        layers[kind].append(layer)
+    chosen = {kind: found[(min(len(found), _PART) - 1) // 2 :: _PART] for kind, found in layers.items()}
+    places = {(kind, layer) for kind, found in chosen.items() for layer in found}
+    modules = tuple(module for module in adapter.modules if config.place_of(module.shape) in places)
+    masks = [torch.isin(group.layer, torch.tensor(chosen[group.kind])) for group in tokens]
+    parts = [group[mask] for group, mask in zip(tokens, masks, strict=True) if mask.any()]
+    return replace(adapter, modules=modules), parts
 
 
 _Tried = TypeVar("_Tried", bound=Measured)
 
 
-def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried]) -> _Tried:
-    """Return the result of the coarsest step (eighths of an octave) that keeps the limits, by bisection."""
-    low, high = expected - _BELOW, expected + _ABOVE
-    best = encode(low)
-    for _ in range(_RETRIES):
-        if limits.keeps(best):
-            break
-        low, high = low - _BELOW, low - 1
+def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], above: int = _ABOVE) -> _Tried:
+    """Return the result of the coarsest step (eighths of an octave) that keeps the limits, `above` at most coarser.
+
+    From the expected step the strides double until the limits begin or cease to be kept; then bisection goes on.
+    """
+    # A coarser step loses more, nearly always; what is returned keeps the limits in any case.
+    lowest, highest = expected - _BELOW, expected + above
+    low, best = expected, encode(expected)
+    high, stride = highest + 1, 1  # high: does not keep the limits, or is not to be tried
+    while not limits.keeps(best):
+        low, high, stride = low - stride, low, 2 * stride
+        if low < lowest:
+            fact = f"no code keeps the squared error at or below {limits.least:g}"
+            raise GeneratorError(fact, hint="allow a larger error")
         best = encode(low)
-    if not limits.keeps(best):
-        raise GeneratorError(
-            f"no code keeps the squared error at or below {limits.least:g}", hint="allow a larger error"
-        )
-    while low < high:  # a coarser step loses more, nearly always; `best` keeps the limits in any case
-        middle = (low + high + 1) // 2
+    if high > highest:
+        while low < highest:
+            step = min(low + stride, highest)
+            tried = encode(step)
+            if not limits.keeps(tried):
+                high = step
+                break
+            low, best, stride = step, tried, 2 * stride
+    while high - low > 1:
+        middle = (low + high) // 2
         tried = encode(middle)
         if limits.keeps(tried):
             low, best = middle, tried
         else:
-            high = middle - 1
+            high = middle
     return best
 
 

@@ -50,6 +50,11 @@ class Prepared:
     sensitivity: Sensitivity
     step: float  # the quantiser step of a code with the configured tolerance
 
+    @property
+    def parameters(self) -> int:
+        """Number of values in the vectors of all tokens, at least 1."""
+        return max(1, sum(group.inputs.numel() + group.outputs.numel() for group in self.tokens))
+
 
 def prepare(
     tokens: tuple[KindTokens, ...], subspace: InitialSubspace, sensitivity: Sensitivity, tolerance: float

@@ -123,7 +123,7 @@ class TokenQuantizer:
         """Measure the shifts of an adapter, (K, S): how much of its inputs is outside the initial subspace."""
         config = self._net.config
         shifts = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
-        for group in tokens:
+        for group in (group for group in tokens if state.subspace.knows(group.kind).any()):
             slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
             norms = _eighths(group.norm.log2())
             rest = self.in_steps(group, norms, state, 0)[INPUTS].square().sum(1).numpy()  # (n,)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 
 from icmlora.errors import GeneratorError
 
+STEP_PARAMETERS = 1 << 21  # parameters of an adapter that a step sees at most
+_LONGEST_TURN = 8
 SMALL_FLEET = 16  # tasks below which a run is short by default: the trained part of a generator hardly pays there
 
 
@@ -27,6 +29,7 @@ class TrainConfig:
     # run's: it keeps the rate of 0.004.
 
     steps: int  # optimiser steps; each sees one adapter
+    turn: int = 1  # steps in a row that see the same adapter; above 1 they see different modules of a large one
     learning_rate: float = 4e-3  # peak of a cosine schedule with a linear warm-up
     weight_decay: float = 0.01  # AdamW's, on all parameters
     warmup: float = 0.1  # share of the steps over which the learning rate rises
@@ -39,7 +42,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse options that describe no run."""
         shares = (self.warmup, self.view_dropout, self.final_share)
-        if self.steps < 1:
+        if self.steps < 1 or self.turn < 1:
             raise GeneratorError(f"a training needs at least 1 step, not {self.steps}")
         if self.learning_rate <= 0 or any(not 0 <= share <= 1 for share in shares):
             raise GeneratorError("the training options are out of range")
@@ -59,8 +62,10 @@ class TrainConfig:
         small = is_small(tasks, steps)
         default_steps = max(200, 20 * tasks) if small else steps_for(adapters, parameters)
         default_rate = 8e-3 if small else cls.learning_rate
+        mean = 0 if parameters is None else parameters // max(adapters, 1)
         return cls(
             steps=default_steps if steps is None else steps,
+            turn=min(_LONGEST_TURN, max(1, mean // STEP_PARAMETERS)),
             learning_rate=default_rate if learning_rate is None else learning_rate,
             seed=seed,
         )

@@ -1,19 +1,25 @@
-"""The training loop: one adapter a step, each step drawn from its own stream of random numbers."""
+"""The training loop: one adapter a step, each step drawn from its own stream of random numbers.
+
+Of a large adapter a step sees some modules, drawn anew each time, so a step takes as long for 40 million parameters as
+for 2 million. Several steps in a row then see the same adapter, because reading it takes longer than a step.
+"""
 
 from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.objective import Bits, Prepared, adapter_bits, prepare
 from icmlora.generator.tokens import refuse_overflow, tokenize
+from icmlora.training.config import STEP_PARAMETERS
 from icmlora.training.source import AdapterSource
 from icmlora.training.state import TrainState
 
@@ -46,28 +52,32 @@ def fit(state: TrainState, fleet: AdapterSource) -> Iterator[TrainStep]:
     while state.step < state.config.steps:
         draw = random.Random(f"{state.config.seed}/{state.step}")  # noqa: S311 - training noise, not secrets
         noise = torch.Generator().manual_seed(draw.getrandbits(62))
-        task = draw.randrange(fleet.tasks())
-        checkpoint, vectors = _episode(state, fleet, task, draw)
-        adapter, parameters = adapters(task, checkpoint)
+        task, checkpoint = _turn(state, fleet)
+        vectors = _vectors(state, fleet, task, draw)
+        adapter = adapters(task, checkpoint, draw)
         vectors = {view: vector.to(device) for view, vector in vectors.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             bits = adapter_bits(state.net, adapter, vectors, noise)
-        yield _advance(state, bits, parameters, task)
+        yield _advance(state, bits, adapter.parameters, task)
 
 
-def _episode(
-    state: TrainState, fleet: AdapterSource, task: int, draw: random.Random
-) -> tuple[int | None, dict[str, torch.Tensor]]:
-    """Draw what one step sees of a task: one of its adapters, one of its support sets, perhaps without one view."""
-    checkpoint = None
+def _turn(state: TrainState, fleet: AdapterSource) -> tuple[int, int | None]:
+    """Draw the task whose turn it is, and one of its adapters."""
+    draw = random.Random(f"{state.config.seed}/turn/{state.step // state.config.turn}")  # noqa: S311 - as above
+    task, checkpoint = draw.randrange(fleet.tasks()), None
     if fleet.checkpoints(task) and draw.random() >= state.config.final_share:
         checkpoint = draw.randrange(fleet.checkpoints(task))
+    return task, checkpoint
+
+
+def _vectors(state: TrainState, fleet: AdapterSource, task: int, draw: random.Random) -> dict[str, torch.Tensor]:
+    """Draw one of the support sets of a task, perhaps without one view."""
     vectors: dict[str, torch.Tensor] = {}
     if fleet.support_sets(task):
         vectors = dict(fleet.vectors(task, draw.randrange(fleet.support_sets(task))))
     if draw.random() < state.config.view_dropout:
         vectors.pop("adapted", None)
-    return checkpoint, vectors
+    return vectors
 
 
 class _Adapters:
@@ -79,28 +89,45 @@ class _Adapters:
         self._sensitivity, self._weights = on_cpu, on_cpu.to(device)
         # Tasks often share an initial A, and drawing it takes as long as a part of a step.
         self._subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, net.config, on_cpu).to(device))
-        self._cache: OrderedDict[tuple[int, int | None], tuple[Prepared, int]] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int | None], Prepared] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, task: int, checkpoint: int | None) -> tuple[Prepared, int]:
-        """Return an adapter, and its number of parameters."""
+    def __call__(self, task: int, checkpoint: int | None, draw: random.Random) -> Prepared:
+        """Return an adapter, or some modules of a large one."""
         key = task, checkpoint
-        found = self._cache.pop(key, None) or self._read(task, checkpoint)
+        found = self._cache.pop(key, None)
+        if found is None:
+            adapter = self._fleet.load(task, checkpoint)
+            modules = some_modules(adapter.modules, draw)
+            found = self._prepare(task, replace(adapter, modules=modules))
+            if len(modules) < len(adapter.modules):  # the next step sees others
+                return found
+            self._bytes += found.parameters * _KEPT
         self._cache[key] = found  # last: the first is dropped first
         while self._bytes > _CACHE_BYTES:
-            _, (_, parameters) = self._cache.popitem(last=False)
-            self._bytes -= parameters * _KEPT
+            _, dropped = self._cache.popitem(last=False)
+            self._bytes -= dropped.parameters * _KEPT
         return found
 
-    def _read(self, task: int, checkpoint: int | None) -> tuple[Prepared, int]:
-        adapter = self._fleet.load(task, checkpoint)
+    def _prepare(self, task: int, adapter: Adapter) -> Prepared:
         tokens = tokenize(adapter, self._config, self._sensitivity)
         refuse_overflow(tokens, self._config)
-        parameters = sum(shape.parameters for shape in adapter.layout)
-        self._bytes += parameters * _KEPT
         on_device = tuple(group.to(self._device) for group in tokens)
         subspace = self._subspace(self._fleet.initial(task))
-        return prepare(on_device, subspace, self._weights, self._config.tolerance), parameters
+        return prepare(on_device, subspace, self._weights, self._config.tolerance)
+
+
+def some_modules(modules: Sequence[LoraModule], draw: random.Random) -> tuple[LoraModule, ...]:
+    """Draw modules of an adapter, in its order: all of a small one, else as many as a step should see."""
+    left, chosen = STEP_PARAMETERS, list[int]()
+    if sum(module.shape.parameters for module in modules) <= left:
+        return tuple(modules)
+    for number in draw.sample(range(len(modules)), len(modules)):
+        left -= modules[number].shape.parameters
+        if left < 0 and chosen:
+            break
+        chosen.append(number)
+    return tuple(modules[number] for number in sorted(chosen))
 
 
 def _advance(state: TrainState, bits: Bits, parameters: int, task: int) -> TrainStep:
