@@ -39,6 +39,7 @@ from icmlora.generator.tokens import KindTokens, refuse_overflow, slot_overlaps,
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
 _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
 _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
+_ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coarse enough: each try takes a second
 _PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
 
@@ -117,6 +118,11 @@ class Limits:
         pairs = ((encoded.weighted_error, self.tolerance), (encoded.squared_error, self.max_squared_error))
         return all(limit is None or error <= limit for error, limit in pairs)
 
+    def used(self, encoded: Measured) -> float:
+        """Say how much of the limits a code's errors take: 1 if it just keeps them."""
+        pairs = ((encoded.weighted_error, self.tolerance), (encoded.squared_error, self.max_squared_error))
+        return max((error / limit for error, limit in pairs if limit), default=1.0)
+
     def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> int:
         """Return the step, in eighths of an octave, that theory gives for the smaller limit."""
         # At full strength an adapter of which the share e is lost has the error e / (1 - e).
@@ -142,7 +148,7 @@ def encode_adapter(
     expected = limits.expected_step(tokens, codec.sensitivity, subspace)
 
     def search(
-        adapter: Adapter, tokens: Sequence[KindTokens], expected: int, means: dict[int, Means] | None, above: int
+        adapter: Adapter, tokens: Sequence[KindTokens], expected: int, means: dict[int, Means] | None, enough: float
     ) -> _Trial:
         original = _Original.of(codec, adapter)
 
@@ -152,13 +158,16 @@ def encode_adapter(
             found = original.compare(codec, codec.assemble(trial.tokens, trial.head, trial.head.strengths), b"")
             return replace(trial, tokens=(), squared_error=found.squared_error, weighted_error=found.weighted_error)
 
-        return coarsest(expected, limits, at, above)
+        return coarsest(expected, limits, at, enough)
 
     if sum(shape.parameters for shape in adapter.layout) > _SMALL:
-        expected = search(*_part_of(adapter, tokens, codec.config), expected, {}, _ABOVE).head.step
-        best = search(adapter, tokens, expected, None, 0)
+        # How far theory is off in a part is how far it is off in the whole, about.
+        some, of_some = _part_of(adapter, tokens, codec.config)
+        there = limits.expected_step(of_some, codec.sensitivity, subspace)
+        found = search(some, of_some, there, {}, 1.0).head.step
+        best = search(adapter, tokens, expected + found - there, None, _ENOUGH)
     else:
-        best = search(adapter, tokens, expected, {}, _ABOVE)
+        best = search(adapter, tokens, expected, {}, 1.0)
     data = codec.close(best.head, best.groups)
     if not _reads_as(codec, data, best):
         raise GeneratorError("the code does not decode to what was encoded")
@@ -200,13 +209,14 @@ def _part_of(
 _Tried = TypeVar("_Tried", bound=Measured)
 
 
-def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], above: int = _ABOVE) -> _Tried:
-    """Return the result of the coarsest step (eighths of an octave) that keeps the limits, `above` at most coarser.
+def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], enough: float = 1.0) -> _Tried:
+    """Return the result of the coarsest step (eighths of an octave) that keeps the limits, or of one that is near it.
 
     From the expected step the strides double until the limits begin or cease to be kept; then bisection goes on.
     """
-    # A coarser step loses more, nearly always; what is returned keeps the limits in any case.
-    lowest, highest = expected - _BELOW, expected + above
+    # A coarser step loses more, nearly always; what is returned keeps the limits in any case. A step whose error is
+    # this share of a limit is coarse enough.
+    lowest, highest = expected - _BELOW, expected + _ABOVE
     low, best = expected, encode(expected)
     high, stride = highest + 1, 1  # high: does not keep the limits, or is not to be tried
     while not limits.keeps(best):
@@ -215,16 +225,9 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], abo
             fact = f"no code keeps the squared error at or below {limits.least:g}"
             raise GeneratorError(fact, hint="allow a larger error")
         best = encode(low)
-    if high > highest:
-        while low < highest:
-            step = min(low + stride, highest)
-            tried = encode(step)
-            if not limits.keeps(tried):
-                high = step
-                break
-            low, best, stride = step, tried, 2 * stride
-    while high - low > 1:
-        middle = (low + high) // 2
+    while high - low > 1 and limits.used(best) < enough:
+        # No step is known yet that does not keep the limits: go on to coarser ones.
+        middle, stride = (min(low + stride, highest), 2 * stride) if high > highest else ((low + high) // 2, stride)
         tried = encode(middle)
         if limits.keeps(tried):
             low, best = middle, tried

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from random import Random
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import config_for
+from icmlora.training import loop
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network
-from icmlora.training.loop import fit
+from icmlora.training.loop import fit, some_modules
 from icmlora.training.state import TrainState, new_state, state_from_bytes
 from tests.icmlora.peft_made import peft_fleet
 from tests.icmlora.small_fleet import (
@@ -188,3 +190,46 @@ def test_both_support_sets_are_seen() -> None:
     seen.clear()
     run(state, fleet)
     assert seen == {0, 1}
+
+
+def test_a_step_sees_all_of_a_small_adapter_and_some_modules_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make_adapter(0)
+    assert some_modules(adapter.modules, Random(0)) == adapter.modules
+    sizes = [module.shape.parameters for module in adapter.modules]
+    monkeypatch.setattr(loop, "STEP_PARAMETERS", sum(sizes) // 2)
+    seen = [some_modules(adapter.modules, Random(seed)) for seed in range(40)]
+    assert all(0 < sum(module.shape.parameters for module in some) <= sum(sizes) // 2 for some in seen)
+    assert {module.name for some in seen for module in some} == {module.name for module in adapter.modules}
+
+
+def test_a_module_larger_than_a_step_should_see_is_seen_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "STEP_PARAMETERS", 1)
+    assert len(some_modules(make_adapter(0).modules, Random(0))) == 1
+
+
+def test_parts_of_large_adapters_train_a_network_nearly_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = mixed_fleet(0)
+    whole, part = begin(fleet, 60), begin(fleet, 60)
+    run(whole, fleet)
+    monkeypatch.setattr(loop, "STEP_PARAMETERS", 100)
+    run(part, fleet)
+    monkeypatch.undo()
+    sizes = [sum(at.bits for at in fit(replace(state, step=0), fleet)) for state in (whole, part)]
+    assert sizes[1] < 1.1 * sizes[0]
+
+
+def test_an_adapter_has_its_turn_for_several_steps() -> None:
+    fleet = mixed_fleet(0)
+    state = new_state(begin(fleet, 1).net, TrainConfig(steps=24, turn=4))
+    tasks = [at.task for at in fit(state, fleet)]
+    assert all(len(set(tasks[start : start + 4])) == 1 for start in range(0, 24, 4))
+    assert len(set(tasks)) > 1
+
+
+def test_a_run_with_turns_that_is_resumed_equals_the_uninterrupted_one() -> None:
+    fleet = mixed_fleet(0)
+    config = TrainConfig(steps=10, turn=4)
+    wanted = run(new_state(begin(fleet, 1).net, config), fleet)
+    stopped = new_state(begin(fleet, 1).net, config)
+    before = [at.bits for at in islice(fit(stopped, fleet), 6)]
+    assert before + run(state_from_bytes(stopped.network_bytes(), stopped.optimizer_bytes(), CPU), fleet) == wanted
