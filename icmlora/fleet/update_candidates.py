@@ -30,7 +30,7 @@ from icmlora.generator.encoding import Encoded
 from icmlora.generator.file import append_version
 from icmlora.generator.network_file import generator_to_bytes
 from icmlora.generator.versions import GeneratorFile
-from icmlora.training.config import TrainConfig, steps_for
+from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, tunable_network
 from icmlora.training.state import TrainState, new_state
 
@@ -129,8 +129,14 @@ class UpdateCandidates:
             quality=1,
             tolerance=self._tolerance,
         )
-        rate = {} if request.learning_rate is None else {"learning_rate": request.learning_rate}
-        options = TrainConfig(steps=request.steps or steps_for(len(names)), seed=request.seed, **rate)
+        options = TrainConfig.default(
+            source.tasks(),
+            source.adapters(),
+            parameters=source.parameters(),
+            steps=request.steps,
+            learning_rate=request.learning_rate,
+            seed=request.seed,
+        )
         sensitivity = measured_sensitivity(self._context, self._store, source, config, self._device)
         network = fresh_network(config, source, request.seed, sensitivity)
         state = self._train(source, new_state(network.to(self._device), options))

@@ -50,7 +50,7 @@ class _BinBits(torch.autograd.Function):
         return results[0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Multiply them by the gradient of the bits."""
         saved = iter(ctx.saved_tensors)
