@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.examples import Examples
-from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import read_config
 from icmlora.base_models.modality import BaseModel, Metric
 from icmlora.errors import DataError
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from icmlora.base_models.chat_template import Templates
+    from icmlora.base_models.load import Loaded
     from icmlora.base_models.lookup import FoundBase
 
 IGNORED = -100
@@ -90,25 +90,12 @@ class AutoModality:
         fingerprint: str | None = None,
     ) -> BaseModel:
         """Load model and processor, by default on the CPU."""
-        import torch
+        from icmlora.base_models.load import base_of, load_auto
 
-        from icmlora.base_models.load import load_auto, positions_of
-        from icmlora.io.devices import inference_dtype
+        def network(dtype: torch.dtype) -> Loaded:
+            return load_auto(found, self.name, self.auto_class, self.processor_class, dtype)
 
-        device = device or torch.device("cpu")
-        loaded = load_auto(found, self.name, self.auto_class, self.processor_class, dtype or inference_dtype(device))
-        loaded.model.requires_grad_(False).train(False).to(device)
-        return BaseModel(
-            label=found.label,
-            model=loaded.model,
-            processor=loaded.processor,
-            fingerprint=fingerprint or fingerprint_base(found),
-            modality=self,
-            hidden_size=_hidden_size(loaded.model.config),
-            layers=_layers(loaded.model.config),
-            positions=positions_of(loaded.model),
-            made_up=loaded.made_up,
-        )
+        return base_of(found, self, network, device, dtype, fingerprint)
 
     def example(self, row: Mapping[str, Any]) -> Any:
         """Turn a row into an example."""
@@ -249,20 +236,3 @@ def _run(base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False, *
             value = value.to(dtype).requires_grad_(from_leaf)
         tensors[name] = value
     return base.model(**tensors, **options)
-
-
-def _hidden_size(config: Any) -> int:
-    text = config.get_text_config(decoder=True)
-    for place in (text, config):
-        for name in ("hidden_size", "d_model"):
-            if isinstance(getattr(place, name, None), int):
-                return int(getattr(place, name))
-    return int(config.hidden_sizes[-1])
-
-
-def _layers(config: Any) -> int:
-    text = config.get_text_config(decoder=True)
-    for name in ("num_hidden_layers", "decoder_layers", "num_layers"):
-        if isinstance(getattr(text, name, None), int):
-            return int(getattr(text, name))
-    return len(getattr(config, "depths", ())) or 1

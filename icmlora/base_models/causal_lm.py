@@ -9,7 +9,6 @@ from icmlora.base_models.adapter_template import render_in_child
 from icmlora.base_models.chat_template import ChatTemplate, Rendered, Templates
 from icmlora.base_models.chats import Chat
 from icmlora.base_models.examples import Example, Examples, plain, text_example
-from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import read_config
 from icmlora.base_models.modality import BaseModel, Metric
 from icmlora.errors import DataError
@@ -69,26 +68,9 @@ class CausalLM:
         fingerprint: str | None = None,
     ) -> BaseModel:
         """Load model and tokenizer, by default on the CPU."""
-        import torch
+        from icmlora.base_models.load import base_of, load_network
 
-        from icmlora.base_models.load import load_network, positions_of
-        from icmlora.io.devices import inference_dtype
-
-        device = device or torch.device("cpu")
-        model, tokenizer = load_network(found, dtype or inference_dtype(device))
-        # Frozen, or every backward pass would keep a gradient as large as the model; no dropout.
-        model.requires_grad_(False).train(False).to(device)
-        sizes = model.config.get_text_config()
-        return BaseModel(
-            label=found.label,
-            model=model,
-            processor=tokenizer,
-            fingerprint=fingerprint or fingerprint_base(found),
-            modality=self,
-            hidden_size=int(sizes.hidden_size),
-            layers=int(sizes.num_hidden_layers),
-            positions=positions_of(model),
-        )
+        return base_of(found, self, lambda dtype: load_network(found, dtype), device, dtype, fingerprint)
 
     def example(self, row: Mapping[str, Any]) -> Example | Chat:
         """Read text, prompt and completion, or a chat."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,11 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import FoundBase
+from icmlora.base_models.modality import BaseModel, Modality
 from icmlora.errors import BaseModelNotFound
+from icmlora.io.devices import inference_dtype
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,41 @@ def load_auto(found: FoundBase, kind: str, auto_class: str, processor_class: str
     return Loaded(model, processor, frozenset(missing))
 
 
+def base_of(
+    found: FoundBase,
+    modality: Modality[Any, Any],
+    network: Callable[[torch.dtype], Loaded],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    fingerprint: str | None,
+) -> BaseModel:
+    """Load a network, by default on the CPU and in the precision that suits it, and make a base model of it."""
+    device = device or torch.device("cpu")
+    loaded = network(dtype or inference_dtype(device))
+    # Frozen, or every backward pass would keep a gradient as large as the model; no dropout.
+    loaded.model.requires_grad_(False).train(False).to(device)
+    return BaseModel(
+        label=found.label,
+        model=loaded.model,
+        processor=loaded.processor,
+        fingerprint=fingerprint or fingerprint_base(found),
+        modality=modality,
+        hidden_size=_hidden_size(loaded.model.config),
+        layers=_layers(loaded.model.config),
+        positions=positions_of(loaded.model),
+        made_up=loaded.made_up,
+    )
+
+
 _HEADS = ("classifier.", "score.", "classification_head.", "pre_classifier.", "pooler.", "bert.pooler.")
 """Where transformers' classifiers have what a base model without a head lacks."""
 
 
-def load_network(found: FoundBase, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a Hugging Face folder or a GGUF file."""
+def load_network(found: FoundBase, dtype: torch.dtype) -> Loaded:
+    """Load a causal language model from a Hugging Face folder or a GGUF file."""
     with quiet_loading(found):
-        return load_gguf(found.path, dtype) if found.is_gguf else _load_folder(found.path, dtype)
+        network = load_gguf(found.path, dtype) if found.is_gguf else _load_folder(found.path, dtype)
+    return Loaded(*network, frozenset())
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -131,3 +161,20 @@ def _usable_rows(table: torch.nn.Embedding) -> int:
     # Some models keep rows in front: OPT two, RoBERTa those up to its padding.
     padding = 0 if table.padding_idx is None else table.padding_idx + 1
     return table.num_embeddings - max(padding, int(getattr(table, "offset", 0)))
+
+
+def _hidden_size(config: Any) -> int:
+    text = config.get_text_config(decoder=True)
+    for place in (text, config):
+        for name in ("hidden_size", "d_model"):
+            if isinstance(getattr(place, name, None), int):
+                return int(getattr(place, name))
+    return int(config.hidden_sizes[-1])
+
+
+def _layers(config: Any) -> int:
+    text = config.get_text_config(decoder=True)
+    for name in ("num_hidden_layers", "decoder_layers", "num_layers"):
+        if isinstance(getattr(text, name, None), int):
+            return int(getattr(text, name))
+    return len(getattr(config, "depths", ())) or 1
