@@ -18,9 +18,8 @@ _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,3})(?=\.)")
 # quality -> share of |dW|^2 that a code may lose.
 # 1 - retained gain is a quarter to a tenth of it (docs/results/LOG.md).
 _TOLERANCES = (0.35, 0.25, 0.17, 0.11, 0.07, 0.045, 0.025, 0.012)
-# The same of codes that are refined: coarser ones do as well then. At full strength an adapter of which three quarters
-# of |dW|^2 are lost has an error of 3.
-_REFINED = (3.0, 1.5, 0.7, 0.37, 0.25, 0.15, 0.08, 0.04)
+# The same of codes that are refined: coarser ones do as well then. Below 1, or the empty code would do.
+_REFINED = (0.85, 0.7, 0.55, 0.37, 0.25, 0.15, 0.08, 0.04)
 # Tasks of a fleet -> sizes of its network. A larger network makes each code smaller and is paid for once
 # (docs/results/LOG.md).
 _SIZES = (
