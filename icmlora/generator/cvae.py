@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -55,6 +56,14 @@ class Prediction:
 
     inputs: torch.Tensor  # shape (n, in)
     outputs: torch.Tensor  # shape (n, out)
+
+
+class KindTables(NamedTuple):
+    """The rows of a network's tables for one kind."""
+
+    norm_mean: torch.Tensor  # shape (L, S)
+    norm_spread: torch.Tensor  # shape (S,)
+    spread: torch.Tensor  # shape (2, L, S)
 
 
 class CVAE(nn.Module):
@@ -107,6 +116,15 @@ class CVAE(nn.Module):
                 self.get_buffer(f"weight_{2 * kind + side}").copy_(weights)
                 mean_square = torch.exp2(2 * value.profile(kind, side)).mean(dim=1)  # (L,)
                 self.spread.data[kind, side] = -0.5 * mean_square.log2()[:, None]
+
+    def tables(self) -> list[KindTables]:
+        """Split the tables by kind, all at once.
+
+        The gradient of each row of a table is a whole table, so to take them one by one would cost the square of the
+        number of kinds.
+        """
+        rows = (table.unbind() for table in (self.norm_mean, self.norm_spread, self.spread))
+        return [KindTables(*row) for row in zip(*rows, strict=True)]
 
     def embed(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the condition in integer units, not rounded yet, shape (C,); `vectors` maps views to (hidden,)."""

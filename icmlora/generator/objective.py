@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from icmlora.generator.code_length import bin_bits
-from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
+from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, KindTables, TaskState
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
@@ -77,9 +77,9 @@ def adapter_bits(
     mean, scale = net.latent_prior(condition)
     latent = _noisy(net.posterior(tokens, condition), noise)
     state = TaskState(condition, latent, adapter.subspace)
-    integers = [_token_bits(net, group, state, adapter.step, adapter.sensitivity) for group in tokens]
-    gains = net.gains(state)
-    norms = [_norm_bits(net, group, gains) for group in tokens]
+    tables, gains = net.tables(), net.gains(state).unbind()
+    integers = [_token_bits(net, tables[group.kind], group, state, adapter) for group in tokens]
+    norms = [_norm_bits(tables[group.kind], group, gains[group.kind]) for group in tokens]
     return Bits(
         latent=bin_bits(latent - mean, scale).sum(),
         norms=_sum([table for table, _ in norms]),
@@ -88,14 +88,14 @@ def adapter_bits(
     )
 
 
-def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sensitivity: Sensitivity) -> torch.Tensor:
+def _token_bits(net: CVAE, table: KindTables, group: KindTokens, state: TaskState, adapter: Prepared) -> torch.Tensor:
     """Return the bits of the integers of one kind's tokens.
 
     The value is the length under the coder's tables, and its gradient with respect to the predicted scales is exact.
     The gradient with respect to the predicted means is that of unrounded values under a Gaussian widened by the
     rounding error (variance 1/12), which pulls even where everything rounds to zero.
     """
-    prediction = net.decode(group.kind, group.layer, group.slot, state)
+    step, prediction = adapter.step, net.decode(group.kind, group.layer, group.slot, state)
     norm = group.norm[:, None]  # (n, 1)
     # The sign of each pair is the one nearer to the prediction, as in the codec.
     agreement = (group.inputs * prediction.inputs).sum(1) + (group.outputs * prediction.outputs).sum(1)
@@ -107,11 +107,10 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sen
     along = state.subspace.project(group.kind, group.layer, inputs)
     # Inputs in the initial subspace take r integers instead of one per channel.
     across = inputs - state.subspace.expand(group.kind, group.layer, along, inputs.shape[1])
-    scales = [_scale(net, group, side, step, sensitivity) for side in (INPUTS, OUTPUTS)]
+    scales = [_scale(table, group, side, step, adapter.sensitivity) for side in (INPUTS, OUTPUTS)]
     scales[INPUTS] = scales[INPUTS] * _left(group, state.subspace, across, scales[INPUTS])[:, None]
     known = state.subspace.spread(group.kind, group.layer) * norm / step  # (n, R)
     wholes = [exact.detach().round() for exact in (across, outputs, along)]  # (n, in), (n, out), (n, R)
-    lengths = [bin_bits(whole, scale).sum(1) for whole, scale in zip(wholes, (*scales, known), strict=True)]
     given = wholes[INPUTS] + state.subspace.expand(group.kind, group.layer, wholes[2], inputs.shape[1])
     rebuilt = replace(
         group,
@@ -119,16 +118,18 @@ def _token_bits(net: CVAE, group: KindTokens, state: TaskState, step: float, sen
         outputs=norm * prediction.outputs.detach() + wholes[OUTPUTS] * step,
     )
     written = worth_writing(group, rebuilt, (torch.cat([wholes[INPUTS], wholes[2]], dim=1), wholes[OUTPUTS]))
-    bits = torch.where(written, torch.stack(lengths).sum(0), 0.0).sum()
+    bits = _sum(
+        [bin_bits(whole[written], scale[written]).sum() for whole, scale in zip(wholes, (*scales, known), strict=True)]
+    )
     # Its value is subtracted again below: only its gradient counts.
     pull = _sum([_soft(exact, scale) for exact, scale in zip((across, outputs), scales, strict=True)])
     return bits + pull - pull.detach()
 
 
-def _scale(net: CVAE, group: KindTokens, side: int, step: float, sensitivity: Sensitivity) -> torch.Tensor:
+def _scale(table: KindTables, group: KindTokens, side: int, step: float, sensitivity: Sensitivity) -> torch.Tensor:
     """Return the scale of each integer of one side as if no initial A were known, shape (n, size)."""
     profile = sensitivity.spreads(group.kind, side)[group.layer]
-    spread = torch.exp2(net.spread[group.kind, side, group.layer, group.slot])[:, None]
+    spread = torch.exp2(table.spread[side, group.layer, group.slot])[:, None]
     return group.norm[:, None] / math.sqrt(profile.shape[1]) / step * spread * profile
 
 
@@ -158,13 +159,13 @@ def worth_writing(group: KindTokens, rebuilt: KindTokens, integers: Sequence[tor
     return coded | (slot_errors(group, rebuilt) < group.norm.square() / 2)
 
 
-def _norm_bits(net: CVAE, group: KindTokens, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _norm_bits(table: KindTables, group: KindTokens, predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the bits of the rounded log-norms around table + gain, and of that gain under the prediction."""
-    offset = group.norm.log2() - net.norm_mean[group.kind, group.layer, group.slot]
+    offset = group.norm.log2() - table.norm_mean[group.layer, group.slot]
     gain = offset.mean()
-    spread = torch.exp2(net.norm_spread[group.kind, group.slot])
+    spread = torch.exp2(table.norm_spread[group.slot])
     norms = bin_bits((offset - gain) * OCTAVE, spread * OCTAVE).sum()
-    return norms, bin_bits((gain - gains[group.kind]) * OCTAVE, torch.full_like(gain, OCTAVE / 2))
+    return norms, bin_bits((gain - predicted) * OCTAVE, torch.full_like(gain, OCTAVE / 2))
 
 
 def water_level(
