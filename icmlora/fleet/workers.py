@@ -43,6 +43,12 @@ ATTEMPTS = 3
 _POLL_SECONDS = 0.2  # between two looks at whether the user wants to stop
 _OBJECT_STORE_BYTES = 128 << 20  # of a local cluster; results are codes and vectors, a few megabytes at most
 
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_worker_niceness": "0",  # workers have the priority of this process; Ray's default is 15, the last in the queue
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default with processes that have no card
+}
+
 Tell = Callable[[str], None]
 """Called between the steps of a task with what is being done; may raise `Cancelled`."""
 
@@ -53,7 +59,7 @@ R_co = TypeVar("R_co", covariant=True)
 class Compute(Protocol[R_co]):
     """Computes the result of one task, and writes nothing to the store."""
 
-    def __call__(self, task: TaskRecord, tell: Tell) -> R_co:
+    def __call__(self, task: TaskRecord, tell: Tell, /) -> R_co:
         """Return the result, which can be pickled."""
 
 
@@ -234,9 +240,8 @@ def _share(ray: Any, workers: str, device: str) -> _Share:
 @contextmanager
 def _cluster(workers: str) -> Iterator[Any]:
     """Start a cluster on this machine, or connect to one, for a block. One that this process has already is used."""
-    # Nothing is sent anywhere, and Ray's next default for processes without a card is used already.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         ray = importlib.import_module("ray")
     except ModuleNotFoundError as error:
