@@ -118,6 +118,7 @@ TABLE: dict[str, ExitCode] = {
     "icmlora.errors.UnsafeInput": ExitCode.UNSAFE,
     "icmlora.errors.CodeError": ExitCode.DAMAGED,
     "icmlora.errors.UnknownBaseline": ExitCode.USAGE,
+    "icmlora.errors.InvalidShare": ExitCode.USAGE,
     "icmlora.errors.BundleError": ExitCode.DAMAGED,
     "icmlora.errors.NotRecognized": ExitCode.NOT_RECOGNIZED,
 }

@@ -150,6 +150,25 @@ DeviceOpt = Annotated[
     ),
 ]
 
+WorkersOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        metavar="N|ray://HOST:PORT",
+        help="Compute in N processes on this machine, or on a Ray cluster. Needs Ray. Default: in this process.",
+        show_default=False,
+    ),
+]
+ShardOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Only part I of N of the tasks, as 1/8. Several parts may run at the same time, on many machines.",
+        show_default=False,
+    ),
+]
+
 
 def loss_option(name: str, text: str, panel: str | None = None) -> Any:
     """Return an option for an upper limit on an error."""

@@ -17,6 +17,9 @@ registry.errors.IcmError     message, path, hint; catch it to catch everything t
     ├── BundleError          a bundle that is damaged, cut short or of another format
     ├── DataError            samples or held-out text that cannot be used
     ├── NotRecognized        samples that belong to none of the known tasks
+    ├── InvalidShare         not a shard, or neither a number nor an address of workers
+    ├── WorkerDied           a worker died with a task, as often as the task was tried
+    ├── WorkersUnavailable   no workers can be started, or reached
     └── Cancelled            the caller asked to stop; what was finished is stored
 """
 
@@ -99,6 +102,18 @@ class DataError(IcmLoraError):
 
 class NotRecognized(IcmLoraError):
     """The samples belong to none of the known tasks."""
+
+
+class InvalidShare(IcmLoraError):
+    """Which part of the work to do, or which workers are to do it, cannot be understood."""
+
+
+class WorkerDied(IcmLoraError):
+    """The worker of a task died, on every attempt."""
+
+
+class WorkersUnavailable(IcmLoraError):
+    """Ray is not installed, or the cluster cannot be started or reached."""
 
 
 class Cancelled(IcmLoraError):

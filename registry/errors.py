@@ -45,6 +45,16 @@ class IcmError(Exception):
         self.path = None if path is None else str(path)
         self.hint = hint
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the error as it is: the constructors of its subclasses take other arguments than `args`."""
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(kind: type[IcmError], arguments: tuple[object, ...], state: dict[str, object]) -> IcmError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(state)
+    return error
+
 
 class RegistryError(IcmError):
     """Base class of the errors of this package."""

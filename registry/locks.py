@@ -1,7 +1,8 @@
 """Locks between processes: one for the store, and one for the jobs of each base model.
 
     store lock   shared while a process uses the store, exclusive while one deletes bytes
-    job lock     exclusive while a process trains, updates, encodes or evicts for one base model
+    job lock     exclusive while a process trains, updates or evicts for one base model, shared while processes encode
+                 tasks of it
 
 Both are flocks. The kernel drops a lock when its process dies, so there are no stale locks and no command to break one.
 The names in a lock file are only for the error message.

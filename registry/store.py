@@ -207,8 +207,12 @@ class Store:
             return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
 
     @contextmanager
-    def job(self, base_model: str) -> Iterator[None]:
-        """Hold the job lock of a base model: one process at a time trains, updates, encodes or evicts for it."""
+    def job(self, base_model: str, *, shared: bool = False) -> Iterator[None]:
+        """Hold the job lock of a base model.
+
+        One process at a time trains, updates or evicts. Those that encode hold the lock `shared`: any number of them
+        at the same time, but none while another process holds it alone.
+        """
         self._db.must_write()
         path = self._paths.job(base_model)
         with fs.store_errors(path):
@@ -217,7 +221,7 @@ class Store:
             lock = FileLock(path, timeout=self._timeout, command=self._command, subject=f"base model {base_model!r}")
         try:
             # Not reentrant: a job does not start another one.
-            lock.hold()
+            lock.share() if shared else lock.hold()
             yield
         finally:
             lock.close()

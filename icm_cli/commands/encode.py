@@ -10,7 +10,9 @@ from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import (
     BaseModelOpt,
     DeviceOpt,
+    ShardOpt,
     SomeTasksArg,
+    WorkersOpt,
     gain_option,
     loss_option,
     quality_option,
@@ -95,6 +97,8 @@ def encode(
     base_model: BaseModelOpt = None,
     device: DeviceOpt = None,
     again: AgainOpt = False,
+    workers: WorkersOpt = None,
+    shard: ShardOpt = None,
 ) -> None:
     """Re-encode tasks with the current generator, as small as the quality you ask for allows.
 
@@ -134,6 +138,8 @@ def encode(
             base_model=base_model,
             device=session.device(device),
             again=again,
+            workers=workers,
+            shard=shard,
         )
 
     if run(session, work, evict_hint(max_error, min_gain)):
@@ -179,7 +185,7 @@ def _sum_up(session: Session, report: EncodeReport, *, brief: bool) -> None:
     before = sum(task.before or 0 for task in report.tasks)
     if not brief:
         out.event("summary", tasks=len(report.tasks), short=len(report.short), size=now, before=before)
-        out.table(_COLUMNS, [_cells(task) for task in report.tasks])
+        out.table(_COLUMNS, [_cells(task) for task in sorted(report.tasks, key=lambda task: task.task)])
     for reason, names in _reasons(report).items():
         out.line(f"{some(names)}: {reason}")
     done = sum(task.status == "encoded" for task in report.tasks) if brief else len(report.tasks)

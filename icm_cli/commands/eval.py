@@ -13,7 +13,7 @@ import typer
 from icm_cli.commands.vectors import tell_failure
 from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.left_out import tell_left_out
-from icm_cli.options import DeviceOpt, SomeTasksArg
+from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import errors_json
@@ -81,6 +81,8 @@ def evaluate(
     max_tokens: TokensOpt = _TOKENS,
     again: AgainOpt = False,
     baseline: BaselineOpt = None,
+    workers: WorkersOpt = None,
+    shard: ShardOpt = None,
 ) -> None:
     """Measure how good the base model, original, residual, code and generated adapter are on held-out examples.
 
@@ -103,6 +105,8 @@ def evaluate(
             baselines=baselines,
             device=session.device(device),
             again=again,
+            workers=workers,
+            shard=shard,
         )
 
     def print_more(report: EvaluateReport) -> None:
@@ -167,7 +171,8 @@ def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[str],
     columns += [Column(f"{source} {_SHORT.get(name, name)}", right=True) for name in figures for source in shown]
     for source in with_gain:
         columns += [Column(f"{source} gain", right=True), Column(f"{source} error", right=True)]
-    session.out.table(columns, [_cells(task, figures, shown, with_gain) for task in tasks])
+    by_name = sorted(tasks, key=lambda task: task.task)
+    session.out.table(columns, [_cells(task, figures, shown, with_gain) for task in by_name])
 
 
 def _print_methods(session: Session, rows: list[MethodSummary]) -> None:

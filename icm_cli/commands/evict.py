@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, gain_option
+from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, WorkersOpt, gain_option
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
@@ -56,6 +56,7 @@ def evict(
     checkpoints_only: CheckpointsOpt = False,
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
+    workers: WorkersOpt = None,
 ) -> None:
     """Delete originals (final adapters and checkpoints), each after a check that its code can replace it.
 
@@ -76,6 +77,7 @@ def evict(
             checkpoints_only=checkpoints_only,
             dry_run=dry_run,
             device=session.device(device),
+            workers=workers,
         ),
         lambda event: _tell(session, event),
     )
@@ -115,7 +117,7 @@ def _sum_up(session: Session, report: EvictReport, *, dry_run: bool) -> None:
     if out.is_quiet:
         for task in report.gone:
             out.answer(task.task)
-    out.table(_COLUMNS, [_cells(task) for task in report.tasks])
+    out.table(_COLUMNS, [_cells(task) for task in sorted(report.tasks, key=lambda task: task.task)])
     for task in report.kept:
         out.line(f"kept {task.task}: {task.reason}")
     for task in report.original_only:

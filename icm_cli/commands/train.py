@@ -30,7 +30,7 @@ from icm_cli.commands.train_options import (
     WidthOpt,
 )
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.options import BaseModelOpt, DeviceOpt
+from icm_cli.options import BaseModelOpt, DeviceOpt, WorkersOpt
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
 from icmlora.io.text import counted, human_duration, human_size
@@ -66,6 +66,7 @@ def train(
     steps: StepsOpt = None,
     lr: RateOpt = None,
     episodes: EpisodesOpt = 48,
+    workers: WorkersOpt = None,
 ) -> None:
     """Train one generator per base model on all its tasks, store a code for every task, and measure the codes.
 
@@ -90,19 +91,18 @@ def train(
     if objective is not ObjectiveName.FUNCTIONAL:
         options = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
         options |= {"steps": steps, "learning_rate": lr, "seed": seed}
-        if update:
-            made = _update(session, options)
-        else:
-            options |= {"width": width, "resume": resume, "fresh": fresh}
-            made = _train(session, options, few_shot=few_shot)
+        anew = {"width": width, "resume": resume, "fresh": fresh}
+        made = _update(session, options) if update else _train(session, options | anew, few_shot=few_shot)
         partly = made.partly
-        if made.base_models and (max_error is not None or min_gain is not None):
-            limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model, "device": where}
-            partly = _encode(session, made, limits) or partly
-        elif made.base_models and tolerance is None and refine != 0:
-            partly = _refine(session, made, {"quality": quality, "refine": refine, "device": where}) or partly
-        if made.base_models and evaluate:
-            partly = not _evaluate(session, where, made) or partly
+        if made.base_models:
+            each = {"device": where, "workers": workers}
+            if max_error is not None or min_gain is not None:
+                limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model}
+                partly = _encode(session, made, limits | each) or partly
+            elif tolerance is None and refine != 0:
+                partly = _refine(session, made, {"quality": quality, "refine": refine} | each) or partly
+            if evaluate:
+                partly = not _evaluate(session, made, each) or partly
     if few_shot:
         _train_few_shot(session, where, base_model, episodes, seed)
     if partly:  # only now: a task that misses a limit must not stop what comes after
@@ -277,7 +277,7 @@ def _sum_up_few_shot(session: Session, trained: FewShotTrained) -> None:
     session.out.note(f"{took}; known tasks reach {gain}")
 
 
-def _evaluate(session: Session, device: str, made: _Made) -> bool:
+def _evaluate(session: Session, made: _Made, options: dict[str, Any]) -> bool:
     """Measure the codes, and return whether none failed; a missing base model or text is only worth a word."""
     found = session.fleet.measurable(made.base_models, made.tasks)
     for reason in found.reasons:
@@ -285,4 +285,4 @@ def _evaluate(session: Session, device: str, made: _Made) -> bool:
     if not found.tasks:
         session.out.hint("`icm eval` measures the codes, with the base model and held-out text")
         return True
-    return evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), device=device))
+    return evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), **options))

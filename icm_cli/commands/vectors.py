@@ -10,7 +10,7 @@ import typer
 
 from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.left_out import tell_left_out
-from icm_cli.options import DeviceOpt, SomeTasksArg
+from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
 from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
@@ -22,7 +22,14 @@ AgainOpt = Annotated[bool, typer.Option("--again", help="Also extract the vector
 
 
 @command
-def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = None, again: AgainOpt = False) -> None:
+def vectors(
+    session: Session,
+    tasks: SomeTasksArg = None,
+    device: DeviceOpt = None,
+    again: AgainOpt = False,
+    workers: WorkersOpt = None,
+    shard: ShardOpt = None,
+) -> None:
     """Extract task vectors: the base model's hidden states on samples of each task, with and without its adapter.
 
     `icm ingest` does this already if the base model is on this machine. For a task without samples, bundled probe
@@ -33,7 +40,9 @@ def vectors(session: Session, tasks: SomeTasksArg = None, device: DeviceOpt = No
     """
     report, stopped = session.run(
         "vectors",
-        lambda fleet: fleet.extract_vectors(tasks or (), device=session.device(device), again=again),
+        lambda fleet: fleet.extract_vectors(
+            tasks or (), device=session.device(device), again=again, workers=workers, shard=shard
+        ),
         partial(tell_vectors, session),
     )
     _tell_end(session, report)

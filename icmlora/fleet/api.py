@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.fleet.api_store import StoredFleet
+from icmlora.fleet.context import Shard
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
@@ -20,12 +21,11 @@ if TYPE_CHECKING:
     from icmlora.fleet.evict import EvictReport, Pinned
     from icmlora.fleet.export_bundle import ExportReport
     from icmlora.fleet.generate import Generated
-    from icmlora.fleet.generators import Forgotten, GeneratorVersion, RolledBack
     from icmlora.fleet.import_bundle import ImportReport
     from icmlora.fleet.ingest import Conflict, IngestReport
     from icmlora.fleet.materialize import MaterializeReport, Source
     from icmlora.fleet.recognize import RecognizeReport
-    from icmlora.fleet.records import GeneratorRecord, Rung
+    from icmlora.fleet.records import Rung
     from icmlora.fleet.train import TrainReport
     from icmlora.fleet.train_few_shot import FewShotReport
     from icmlora.fleet.update import UpdateReport
@@ -43,6 +43,11 @@ class Fleet(StoredFleet):
     A device is "auto", "cpu", "cuda", "cuda:N" or "mps". The methods do not repeat these errors: `StoreNotFound`;
     `StoreLocked`, if another process uses the store or works on the same base model; `TaskNotFound`, before anything
     changes; `DeviceUnavailable`; and `Cancelled`, whose `report` holds what was finished.
+
+    `workers` is None to compute in this process, `"4"` for four processes on this machine, or `"ray://HOST:PORT"` for a
+    Ray cluster whose machines have the store, the base models and icm at the same paths; `WorkersUnavailable` is raised
+    without one. `shard` is None for all tasks, or `"3/8"` for the third of eight parts: several processes, each with a
+    part of its own, may work on one store at the same time.
 
     Args:
         path: The store folder.
@@ -109,13 +114,23 @@ class Fleet(StoredFleet):
         )
         return ingest(self._context, request)
 
-    def extract_vectors(self, tasks: Sequence[str] = (), *, device: str = "auto", again: bool = False) -> VectorReport:
+    def extract_vectors(
+        self,
+        tasks: Sequence[str] = (),
+        *,
+        device: str = "auto",
+        again: bool = False,
+        workers: str | None = None,
+        shard: str | None = None,
+    ) -> VectorReport:
         """Extract and store task vectors: the base model's hidden states on samples, with and without the adapter.
 
         Args:
             tasks: Names of tasks; all by default.
             device: Where to compute.
             again: Also extract the vectors of tasks that already have some.
+            workers: Where to compute, as described for the class.
+            shard: Which part of the tasks to work on, as described for the class.
 
         Raises:
             BaseModelNotFound: None of the base models is on this machine. The report names those that are missing.
@@ -123,7 +138,8 @@ class Fleet(StoredFleet):
         """
         from icmlora.fleet.vectors import VectorRequest, extract_vectors
 
-        return extract_vectors(self._context, VectorRequest(tasks, device, again))
+        request = VectorRequest(tasks, device, again, workers, Shard.of(shard))
+        return extract_vectors(self._context, request)
 
     # train, update, encode
 
@@ -221,6 +237,8 @@ class Fleet(StoredFleet):
         base_model: str | None = None,
         device: str = "auto",
         again: bool = False,
+        workers: str | None = None,
+        shard: str | None = None,
     ) -> EncodeReport:
         """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
 
@@ -240,6 +258,8 @@ class Fleet(StoredFleet):
             base_model: Only tasks of this base model.
             device: Where to measure and refine.
             again: Encode tasks even if their code already meets these limits.
+            workers: Where to compute, as described for the class.
+            shard: Which part of the tasks to work on, as described for the class.
 
         Returns:
             One entry per task; `report.short` lists those without a code that meets the limits.
@@ -249,9 +269,8 @@ class Fleet(StoredFleet):
         """
         from icmlora.fleet.encode import EncodeRequest, encode
 
-        request = EncodeRequest(
-            tasks, quality, max_error, min_gain, tolerance, refine, residual, base_model, device, again
-        )
+        limits = quality, max_error, min_gain, tolerance, refine, residual
+        request = EncodeRequest(tasks, *limits, base_model, device, again, workers, Shard.of(shard))
         return encode(self._context, request)
 
     # evaluate, compare
@@ -266,6 +285,8 @@ class Fleet(StoredFleet):
         baselines: Sequence[str] = (),
         device: str = "auto",
         again: bool = False,
+        workers: str | None = None,
+        shard: str | None = None,
     ) -> EvaluateReport:
         """Measure the sources of tasks on held-out text, with the base model, and record the results.
 
@@ -277,6 +298,8 @@ class Fleet(StoredFleet):
             baselines: Other methods to compare with, such as "int8" or "svd4". Their results are not stored.
             device: Where to compute.
             again: Measure again what was measured on the same text before.
+            workers: Where to compute, as described for the class.
+            shard: Which part of the tasks to work on, as described for the class.
 
         Raises:
             DataError: No task has held-out text, or the text cannot be used.
@@ -286,7 +309,7 @@ class Fleet(StoredFleet):
         from icmlora.fleet.evaluate import EvaluateRequest, evaluate
 
         path = None if data is None else Path(data)
-        request = EvaluateRequest(tasks, sources, path, max_tokens, again, baselines, device)
+        request = EvaluateRequest(tasks, sources, path, max_tokens, again, baselines, device, workers, Shard.of(shard))
         return evaluate(self._context, request)
 
     def measurable(self, base_models: Sequence[str], tasks: Sequence[str] = ()) -> Measurable:
@@ -511,44 +534,6 @@ class Fleet(StoredFleet):
         )
         return generate(self._context, request)
 
-    # generators
-
-    def generators(self) -> list[GeneratorVersion]:
-        """List all generators by base model, oldest first, with what depends on each."""
-        from icmlora.fleet.generators import list_generators
-
-        return list_generators(self._context)
-
-    def rollback(self, digest: str) -> RolledBack:
-        """Make another generator of the same base model the current one; nothing is deleted.
-
-        Args:
-            digest: The first digits of the generator's digest, four or more.
-
-        Raises:
-            DataError: No generator, or more than one, begins with these digits.
-            LastCopy: An evicted task could not be restored as it was checked; nothing changed.
-        """
-        from icmlora.fleet.generators import rollback
-
-        return rollback(self._context, digest)
-
-    def forget_generator(self, generator: str | GeneratorRecord, *, dry_run: bool = False) -> Forgotten:
-        """Forget a generator that is not in use, with its codes and their measurements; `prune` deletes its files.
-
-        Args:
-            generator: The first digits of its digest, four or more, or its record from `generators`.
-            dry_run: Only return what would be forgotten.
-
-        Raises:
-            DataError: No generator, or more than one, begins with these digits.
-            GeneratorConflict: It is in use; nothing changed.
-            LastCopy: It holds the only code of an evicted task; nothing changed.
-        """
-        from icmlora.fleet.generators import forget_generator
-
-        return forget_generator(self._context, generator, dry_run=dry_run)
-
     # evict, pin
 
     def evict(
@@ -560,6 +545,7 @@ class Fleet(StoredFleet):
         checkpoints_only: bool = False,
         dry_run: bool = False,
         device: str = "auto",
+        workers: str | None = None,
     ) -> EvictReport:
         """Delete originals, each after a check that its code can replace it.
 
@@ -573,10 +559,11 @@ class Fleet(StoredFleet):
             checkpoints_only: Delete checkpoints and keep the final adapters.
             dry_run: Check everything and delete nothing.
             device: Where to measure.
+            workers: Where to check, as described for the class. Deletions then begin when all is checked.
         """
         from icmlora.fleet.evict import EvictRequest, evict
 
-        request = EvictRequest(tasks, max_error, min_gain, checkpoints_only, dry_run, device)
+        request = EvictRequest(tasks, max_error, min_gain, checkpoints_only, dry_run, device, workers)
         return evict(self._context, request)
 
     def pin(self, tasks: Sequence[str]) -> Pinned:

@@ -11,9 +11,10 @@ from icmlora.fleet.context import Context, Event, default_cache, ignore
 if TYPE_CHECKING:
     from icmlora.fleet.base_models import KnownBase
     from icmlora.fleet.bill import Bill
+    from icmlora.fleet.generators import Forgotten, GeneratorVersion, RolledBack
     from icmlora.fleet.maintenance import Check, Finding, PruneReport
     from icmlora.fleet.map import MapReport
-    from icmlora.fleet.records import Joined, Separated, TaskRecord, TaskSummary, View
+    from icmlora.fleet.records import GeneratorRecord, Joined, Separated, TaskRecord, TaskSummary, View
     from icmlora.fleet.tasks import Removal, TaskDetails
 
 
@@ -304,3 +305,41 @@ class StoredFleet:
         from icmlora.fleet.maintenance import examine
 
         return examine(self._context)
+
+    # generators
+
+    def generators(self) -> list[GeneratorVersion]:
+        """List all generators by base model, oldest first, with what depends on each."""
+        from icmlora.fleet.generators import list_generators
+
+        return list_generators(self._context)
+
+    def rollback(self, digest: str) -> RolledBack:
+        """Make another generator of the same base model the current one; nothing is deleted.
+
+        Args:
+            digest: The first digits of the generator's digest, four or more.
+
+        Raises:
+            DataError: No generator, or more than one, begins with these digits.
+            LastCopy: An evicted task could not be restored as it was checked; nothing changed.
+        """
+        from icmlora.fleet.generators import rollback
+
+        return rollback(self._context, digest)
+
+    def forget_generator(self, generator: str | GeneratorRecord, *, dry_run: bool = False) -> Forgotten:
+        """Forget a generator that is not in use, with its codes and their measurements; `prune` deletes its files.
+
+        Args:
+            generator: The first digits of its digest, four or more, or its record from `generators`.
+            dry_run: Only return what would be forgotten.
+
+        Raises:
+            DataError: No generator, or more than one, begins with these digits.
+            GeneratorConflict: It is in use; nothing changed.
+            LastCopy: It holds the only code of an evicted task; nothing changed.
+        """
+        from icmlora.fleet.generators import forget_generator
+
+        return forget_generator(self._context, generator, dry_run=dry_run)

@@ -8,6 +8,7 @@ A use case calls `on_event` only when everything it has reported is durable. A l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import BaseModelNotFound, Cancelled, DataError, IcmLoraError
+from icmlora.errors import BaseModelNotFound, Cancelled, DataError, IcmLoraError, InvalidShare
 
 if TYPE_CHECKING:
     from icmlora.base_models.lookup import FoundBase
@@ -113,12 +114,40 @@ def reporting(report: object) -> Iterator[None]:
         raise
 
 
-def select_tasks(store: Store, names: Sequence[str], base_model: str | None = None) -> list[TaskRecord]:
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts of a fleet, numbered from 1. Which one a task is in depends on its name alone."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def of(cls, text: str | None) -> Shard | None:
+        """Read a shard written as `3/8`; None stands for the whole fleet."""
+        if text is None:
+            return None
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= number <= count:
+            raise InvalidShare(f"{text!r} is not a shard", hint="write 1/8 for the first of eight; they count from 1")
+        return cls(number, count)
+
+    def has(self, name: str) -> bool:
+        """Return whether a task is in this part."""
+        digest = hashlib.sha256(name.encode()).digest()
+        return int.from_bytes(digest[:8]) % self.count == self.number - 1
+
+
+def select_tasks(
+    store: Store, names: Sequence[str], base_model: str | None = None, shard: Shard | None = None
+) -> list[TaskRecord]:
     """Return the selected tasks, each once, ordered by base model and name."""
     base_model = base_name(store, base_model)
     tasks = [store.tasks.get(name) for name in names] or list(store.tasks.all())
     check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
     chosen = {task.name: task for task in tasks if base_model in (None, task.base_model)}
+    if shard is not None:
+        chosen = {name: task for name, task in chosen.items() if shard.has(name)}
     return sorted(chosen.values(), key=lambda task: (task.base_model, task.name))
 
 

@@ -2,29 +2,32 @@
 
 task ──search──▶ code      ──one transaction──▶ replaces the present code and what was measured of it
   └────search──▶ residual  ──one transaction──▶ stored with the present code, which stays
+       Encoder             _recorded
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
 from icmlora.fleet.adapter_source import mean_vectors
-from icmlora.fleet.context import Context, Event, reporting, select_tasks
+from icmlora.fleet.context import Context, Event, Shard, reporting, select_tasks
 from icmlora.fleet.decoding import codec_of_task
-from icmlora.fleet.failures import FAILURES, as_error
+from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.loading import Models, read_original
-from icmlora.fleet.measure import TaskLosses, losses_on_own_text
+from icmlora.fleet.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
 from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Trial
 from icmlora.fleet.texts import read_samples
+from icmlora.fleet.workers import open_workers
 from icmlora.generator.config import quality_of, tolerance_of
 from icmlora.generator.encoding import Limits
 from icmlora.generator.initial_a.search import SeedSearch
-from icmlora.io.devices import gradient_dtype, resolve_device
+from icmlora.io.devices import gradient_dtype
 from icmlora.training.refinement import WITHOUT_REFINE, RefineConfig
 from registry.errors import TaskNotFound
 from registry.records import (
@@ -63,6 +66,8 @@ class EncodeRequest:
     base_model: str | None = None
     device: str = "auto"
     again: bool = False
+    workers: str | None = None
+    shard: Shard | None = None
 
     @property
     def is_by_quality(self) -> bool:
@@ -140,23 +145,75 @@ class EncodeReport:
 
 
 def encode(context: Context, request: EncodeRequest) -> EncodeReport:
-    """Encode tasks one after the other; each new code is recorded at once."""
+    """Encode tasks one after the other, or on several workers; each new code is recorded at once."""
     report = EncodeReport(is_named=bool(request.names))
     with context.open() as store, reporting(report):
-        tasks = select_tasks(store, request.names, request.base_model)
-        encoder = Encoder(store, request, Models(store, resolve_device(request.device), context.cache))
+        tasks = select_tasks(store, request.names, request.base_model, request.shard)
         context.progress(0, len(tasks))
-        for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
-            with store.job(base_model):
-                for task in of_base:
 
-                    def tell(note: str, name: str = task.name) -> None:
-                        context.progress(len(report.tasks), len(tasks), f"{name}: {note}")
+        def tell(note: str) -> None:
+            context.progress(len(report.tasks), len(tasks), note)
 
-                    report.tasks.append(encoder.encode(task.name, base_model, tell))
-                    context.on_event(report.tasks[-1])
-                    context.progress(len(report.tasks), len(tasks), task.name)
+        make = partial(Encoder, request)
+        with open_workers(context, store, make, device=request.device, workers=request.workers) as workers:
+            for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
+                with store.job(base_model, shared=True):
+                    for task, made in workers.each(list(of_base), tell):
+                        report.tasks.append(_recorded(store, task.name, made))
+                        context.on_event(report.tasks[-1])
+                        tell(task.name)
     return report
+
+
+def _recorded(store: Store, name: str, made: TaskEncoded | MadeCode | MadeResidual | Failed) -> TaskEncoded:
+    """Record what was made of a task, and return what became of it."""
+    if isinstance(made, TaskEncoded):
+        return made
+    if isinstance(made, Failed):
+        return TaskEncoded(name, "unmeasured", reason=made.error.message)
+    try:
+        record_measurements(store, made.measured)
+        return made.outcome if made.record(store) else _changed(name, "it got another adapter or code in the meantime")
+    except TaskNotFound:  # `icm rm` does not wait for this job
+        return _changed(name, "it was removed in the meantime")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What was made of one task, before it is recorded."""
+
+    data: bytes
+    squared_error: float
+    asked: Asked
+    measured: Sequence[Measurement]  # on the way, of other sources
+    evaluations: Sequence[NewEvaluation]  # of itself
+    outcome: TaskEncoded  # once it is recorded
+
+
+@dataclass(frozen=True)
+class MadeCode(_Made):
+    """A code that is to replace the present one."""
+
+    adapter: AdapterRecord
+    generator: int
+
+    def record(self, store: Store) -> bool:
+        """Record it, and return whether its task still has the adapter."""
+        blob = store.blobs.put(self.data)
+        code = NewCode(self.adapter, blob, 8.0 * len(self.data), self.squared_error, self.asked)
+        return store.codes.replace(self.generator, code, self.evaluations) is not None
+
+
+@dataclass(frozen=True)
+class MadeResidual(_Made):
+    """A residual of the present code; of no bytes if the code needs none, or none is good enough."""
+
+    code: CodeRecord
+
+    def record(self, store: Store) -> bool:
+        """Record it, and return whether its task still has the code."""
+        new = NewResidual(store.blobs.put(self.data), self.squared_error) if self.data else None
+        return store.codes.replace_residual(self.code, new, self.asked, self.evaluations) is not None
 
 
 @dataclass(frozen=True)
@@ -188,13 +245,14 @@ class _Turn:
 class Encoder:
     """Encodes one task after the other; the latest generator and base model stay loaded, adapters do not."""
 
-    def __init__(self, store: Store, request: EncodeRequest, models: Models) -> None:
-        self._store, self._request, self._models = store, request, models
-        self._gradients = gradient_dtype(resolve_device(request.device))
+    def __init__(self, request: EncodeRequest, models: Models) -> None:
+        self._store, self._request, self._models = models.store, request, models
+        self._gradients = gradient_dtype(models.device)
         self._seeds = SeedSearch()
 
-    def encode(self, name: str, base_model: str, tell: Callable[[str], None]) -> TaskEncoded:
-        """Encode one task and record its code, or say why not."""
+    def __call__(self, planned: TaskRecord, tell: Callable[[str], None]) -> TaskEncoded | MadeCode | MadeResidual:
+        """Make the code or the residual of a task, or say why there is nothing to record."""
+        name, base_model = planned.name, planned.base_model
         generator = self._store.generators.current(base_model)
         if generator is None:
             raise DataError(f"there is no generator for task {name!r}", hint="`icm train` makes one")
@@ -207,7 +265,7 @@ class Encoder:
         except TaskNotFound:  # `icm rm` does not wait for this job
             return _changed(name, "it was removed in the meantime")
 
-    def _encode(self, turn: _Turn) -> TaskEncoded:
+    def _encode(self, turn: _Turn) -> TaskEncoded | MadeCode | MadeResidual:
         if turn.final.is_evicted:
             return turn.unchanged("evicted")
         if turn.final.original_only is not None:
@@ -218,8 +276,8 @@ class Encoder:
             return known
         try:
             if request.residual:
-                return self._add_residual(turn, read_original(self._store, turn.final), wanted)
-            return self._replace_code(turn, wanted)
+                return self._residual(turn, read_original(self._store, turn.final), wanted)
+            return self._code(turn, wanted)
         except Cancelled:
             raise
         except FAILURES as error:
@@ -245,8 +303,8 @@ class Encoder:
         outcome = turn.unchanged("known" if code.asked.is_kept else "below")
         return replace(outcome, retained_gain=gains[0] if gains else None)
 
-    def _replace_code(self, turn: _Turn, wanted: _Plan) -> TaskEncoded:
-        """Replace the current code by the smallest one that meets the limits."""
+    def _code(self, turn: _Turn, wanted: _Plan) -> TaskEncoded | MadeCode:
+        """Make the smallest code that meets the limits."""
         original, task = read_original(self._store, turn.final), turn.task
         plan, refiner, reason = self._refined_or_plain(turn, original, wanted)
         if reason is not None and (known := self._known(turn, plan)) is not None:
@@ -258,12 +316,17 @@ class Encoder:
         search = CodeSearch(codec, original, vectors, self._seeds.find(original), losses, refiner, turn.tell)
         best, is_kept = search.smallest(plan.limits, plan.min_gain)
         data, error = best.encoded.data, best.encoded.squared_error
-        blob, asked = self._store.blobs.put(data), plan.asked(is_kept=is_kept)
-        code = NewCode(turn.final, blob, 8.0 * len(data), error, asked)
-        if self._store.codes.replace(turn.generator.id, code, _records(losses, best)) is None:
-            return _changed(task.name, "it got another adapter in the meantime")
         status: EncodeStatus = "encoded" if is_kept else "below"
-        return TaskEncoded(task.name, status, len(data), None, turn.size_before, error, best.gain, reason)
+        return MadeCode(
+            data,
+            error,
+            plan.asked(is_kept=is_kept),
+            [] if losses is None else losses.made,
+            _records(losses, best),
+            TaskEncoded(task.name, status, len(data), None, turn.size_before, error, best.gain, reason),
+            turn.final,
+            turn.generator.id,
+        )
 
     def _refined_or_plain(
         self, turn: _Turn, original: Adapter, wanted: _Plan
@@ -278,8 +341,8 @@ class Encoder:
                 raise
             return _Plan.of(self._request, turn.generator, refined=False), None, f"not refined: {error.message}"
 
-    def _add_residual(self, turn: _Turn, original: Adapter, plan: _Plan) -> TaskEncoded:
-        """Store the smallest residual that lets the current code meet the limits, if it needs one."""
+    def _residual(self, turn: _Turn, original: Adapter, plan: _Plan) -> TaskEncoded | MadeResidual:
+        """Make the smallest residual that lets the current code meet the limits, if it needs one."""
         present, task = turn.code, turn.task
         if present is None:
             raise DataError("it has no code that a residual could be added to; `icm train --update` makes one")
@@ -290,16 +353,18 @@ class Encoder:
         codec = self._models.generator_file(turn.generator).codec_of(code)
         search = ResidualSearch(codec, original, code, result, losses, turn.tell)
         found = search.smallest(plan.limits, plan.min_gain)
-        new, size = None, None
-        if found.residual is not None:
-            made = found.residual.encoded
-            new, size = NewResidual(self._store.blobs.put(made.data), made.squared_error), len(made.data)
-        asked = plan.asked(is_kept=found.is_kept)
-        if self._store.codes.replace_residual(present, new, asked, _records(losses, found.residual)) is None:
-            return _changed(task.name, "it got another adapter or code in the meantime")
-        status: EncodeStatus = "below" if not found.is_kept else "enough" if new is None else "encoded"
+        data = b"" if found.residual is None else found.residual.encoded.data
+        status: EncodeStatus = "below" if not found.is_kept else "encoded" if data else "enough"
         error, gain = found.best.encoded.squared_error, found.best.gain
-        return TaskEncoded(task.name, status, present.size, size, turn.size_before, error, gain)
+        return MadeResidual(
+            data,
+            error,
+            plan.asked(is_kept=found.is_kept),
+            [] if losses is None else losses.made,
+            _records(losses, found.residual),
+            TaskEncoded(task.name, status, present.size, len(data) or None, turn.size_before, error, gain),
+            present,
+        )
 
     def _losses(self, turn: _Turn) -> TaskLosses | None:
         if self._request.min_gain is None:

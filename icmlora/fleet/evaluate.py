@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +16,14 @@ from icmlora.base_models.catalogue import check_examples, modality_of
 from icmlora.base_models.examples import EvaluationData
 from icmlora.base_models.media_archive import read_examples
 from icmlora.baselines.catalogue import baseline_named
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.baselines import BaselineResult, Baselines
-from icmlora.fleet.context import Context, Event, TaskFailed, has_loaders, locate_base, reporting, select_tasks
-from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, as_error
+from icmlora.fleet.context import Context, Event, Shard, TaskFailed, has_loaders, locate_base, reporting, select_tasks
+from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, Sieve, as_error
 from icmlora.fleet.loading import Models
-from icmlora.fleet.measure import MAX_TOKENS, SOURCES, SourceResult, TaskLosses
+from icmlora.fleet.measure import MAX_TOKENS, SOURCES, Measurement, SourceResult, TaskLosses, record_measurements
 from icmlora.fleet.texts import adapter_template, own_text
-from icmlora.io.devices import resolve_device
+from icmlora.fleet.workers import Tell, open_workers
 from registry.errors import TaskNotFound
 from registry.records import Rung, TaskRecord
 
@@ -46,6 +46,8 @@ class EvaluateRequest:
     again: bool = False
     baselines: Sequence[str] = ()
     device: str = "auto"
+    workers: str | None = None
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class EvaluateReport:
 
 
 def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
-    """Measure tasks one after the other; each result is recorded at once, and a task that fails is reported.
+    """Measure tasks one after the other; the results of each are recorded at once, and a task that fails is reported.
 
     Raises:
         BaseModelNotFound: None of the base models is on this machine.
@@ -113,64 +115,83 @@ def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
         raise DataError(f"{unknown[0]!r} is not a source", hint=f"the sources are {', '.join(SOURCES)}")
     for name in request.baselines:
         baseline_named(name)
-    device, report = resolve_device(request.device), EvaluateReport()
+    report = EvaluateReport()
     with context.open() as store, reporting(report):
-        given = _given_data(request.data, any_row=has_loaders(store))
+        make = partial(_Evaluator, request, _given_data(request.data, any_row=has_loaders(store)))
         tasks = _tasks_with_text(store, request, report)
-        models = Models(store, device, context.cache)
+        sieve = Sieve(context, report, len(tasks))
         context.progress(0, len(tasks))
-        missing: list[BaseModelNotFound] = []
+
+        def tell(note: str) -> None:
+            context.progress(len(report.tasks), len(tasks), note)
+
         by_base = {label: list(group) for label, group in groupby(tasks, key=lambda task: task.base_model)}
-        for base_model, of_base in by_base.items():
-            context.progress(len(report.tasks), len(tasks), f"loading {base_model}")
-            try:
-                base = models.base(base_model)
-            except (BaseModelNotFound, BaseModelUnsuited) as error:
-                missing += [error] if isinstance(error, BaseModelNotFound) else []
-                names = [task.name for task in of_base]
-                report.left_out.append(BaseModelLeftOut.because_of(base_model, names, error))
-                continue
-            baselines = Baselines(store, base_model, request.baselines)
-            texts = _Texts(store, base, request.data, given)
-            for task in of_base:
-                try:
-                    done, is_outdated = _measure(store, models, baselines, task, request, report, texts)
-                except TaskNotFound:  # `icm rm` does not wait for this
-                    report.outdated.append(task.name)
-                    continue
-                except Cancelled:
-                    raise
-                except FAILURES as error:
-                    if len(tasks) == 1:
-                        raise as_error(error) from error
-                    report.failed.append(TaskFailed.of(task.name, as_error(error)))
-                    context.on_event(report.failed[-1])
-                    continue
-                report.add(done, is_outdated=is_outdated)
-                context.on_event(done)
-                context.progress(len(report.tasks), len(tasks), task.name)
-    if missing and len(missing) == len(by_base):
-        raise missing[0]
+        with open_workers(context, store, make, device=request.device, workers=request.workers) as workers:
+            for base_model, of_base in by_base.items():
+                tell(f"loading {base_model}")
+                for task, made in sieve.results(base_model, workers.each(of_base, tell)):
+                    _record(context, store, task.name, made, report)
+                    tell(task.name)
+        sieve.check(len(by_base))
     return report
 
 
-def _measure(
-    store: Store,
-    models: Models,
-    baselines: Baselines,
-    task: TaskRecord,
-    request: EvaluateRequest,
-    report: EvaluateReport,
-    texts: _Texts,
-) -> tuple[TaskEvaluated, bool]:
-    """Measure one task, and return whether it changed meanwhile."""
-    text = texts.of(task)
-    if text.note is not None and text.note not in report.notes:
-        report.notes.append(text.note)
-    losses = TaskLosses(store, models, task, text, request.max_tokens)
-    sources = losses.measure(request.sources, again=request.again)
-    others = baselines.measure(task.name, losses, sources)
-    return TaskEvaluated(task.name, sources, others, text.skipped), losses.is_outdated
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured of one task, before it is recorded."""
+
+    task: TaskEvaluated
+    made: Sequence[Measurement]
+    note: str | None  # what is said once of all tasks
+
+
+class _Evaluator:
+    """Measures one task after the other."""
+
+    def __init__(self, request: EvaluateRequest, given: bytes | None, models: Models) -> None:
+        self._request, self._given, self._models = request, given, models
+        self._of_base: tuple[str, _Texts, Baselines] | None = None
+
+    def __call__(self, task: TaskRecord, tell: Tell) -> _Measured | Failed | BaseUnavailable | None:
+        """Measure a task; None if it was removed in the meantime."""
+        try:
+            base = self._models.base(task.base_model)
+        except (BaseModelNotFound, BaseModelUnsuited) as error:
+            return BaseUnavailable(error)
+        try:
+            return self._measure(task, base)
+        except TaskNotFound:  # `icm rm` does not wait for this
+            return None
+        except FAILURES as error:
+            return Failed(as_error(error))
+
+    def _measure(self, task: TaskRecord, base: BaseModel) -> _Measured:
+        store, request = self._models.store, self._request
+        if self._of_base is None or self._of_base[0] != task.base_model:
+            texts = _Texts(store, base, request.data, self._given)
+            self._of_base = task.base_model, texts, Baselines(store, task.base_model, request.baselines)
+        _, texts, baselines = self._of_base
+        text = texts.of(task)
+        losses = TaskLosses(store, self._models, task, text, request.max_tokens)
+        sources = losses.measure(request.sources, again=request.again)
+        others = baselines.measure(task.name, losses, sources)
+        return _Measured(TaskEvaluated(task.name, sources, others, text.skipped), losses.made, text.note)
+
+
+def _record(context: Context, store: Store, name: str, made: _Measured | None, report: EvaluateReport) -> None:
+    """Record what was measured of a task, without what belongs to an adapter or a code that was replaced meanwhile."""
+    if made is None:
+        report.outdated.append(name)
+        return
+    try:
+        is_current = record_measurements(store, made.made)
+    except TaskNotFound:
+        report.outdated.append(name)
+        return
+    if made.note is not None and made.note not in report.notes:
+        report.notes.append(made.note)
+    report.add(made.task, is_outdated=not is_current)
+    context.on_event(made.task)
 
 
 class _Texts:
@@ -205,12 +226,12 @@ def _given_data(path: Path | None, *, any_row: bool) -> bytes | None:
 
 
 def _tasks_with_text(store: Store, request: EvaluateRequest, report: EvaluateReport) -> list[TaskRecord]:
-    tasks = select_tasks(store, request.names)
+    tasks = select_tasks(store, request.names, shard=request.shard)
     if request.data is not None:
         return tasks
     report.without_data = sorted(task.name for task in tasks if task.eval_data is None)
     found = [task for task in tasks if task.eval_data is not None]
-    if not found:
+    if not found and request.shard is None:  # a shard may be empty
         hint = "put eval.jsonl into the adapter's folder and ingest it again, or use --data"
         raise DataError("no task has held-out text", hint=hint)
     return found

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
@@ -21,10 +22,10 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.errors import Cancelled, DataError, IcmLoraError
 from icmlora.fleet.context import Context, Event, reporting, select_tasks
 from icmlora.fleet.decoding import check_references, decode_code
-from icmlora.fleet.failures import FAILURES, as_error
+from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import losses_on_own_text
-from icmlora.io.devices import resolve_device
+from icmlora.fleet.workers import open_workers
 from registry.errors import DamagedStore, LastCopy, TaskNotFound
 from registry.evaluations import latest
 from registry.records import (
@@ -53,6 +54,7 @@ class EvictRequest:
     checkpoints_only: bool = False
     dry_run: bool = False
     device: str = "auto"
+    workers: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,38 @@ def evict(context: Context, request: EvictRequest) -> EvictReport:
     read_only = request.dry_run and request.min_gain is None
     with context.open(read_only=read_only) as store, reporting(report):
         tasks = select_tasks(store, request.names)
-        work = Evictor(store, request, Models(store, resolve_device(request.device), context.cache))
+        evictor = Evictor(store, request)
         report.left = store.originals.finish_evictions(dry_run=request.dry_run)
         context.progress(0, len(tasks))
+
+        def tell(note: str) -> None:
+            context.progress(len(report.tasks), len(tasks), note)
+
         for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
             with nullcontext() if request.dry_run else store.job(base_model):
-                for task in of_base:
-                    done = work.evict(task.name)
+                for task, made in _checked(context, store, request, list(of_base), tell):
+                    done = evictor.evict(task.name, made)
                     report.tasks.append(done)
                     meant = done.status in ("pinned", "original_only") and bool(request.names)
                     report.partly |= done.status == "kept" or meant
                     context.on_event(done)
-                    context.progress(len(report.tasks), len(tasks), task.name)
+                    tell(task.name)
     return report
+
+
+def _checked(
+    context: Context, store: Store, request: EvictRequest, tasks: Sequence[TaskRecord], tell: Callable[[str], None]
+) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable | Failed]]:
+    """Check the codes of tasks of one base model."""
+    make = partial(_Checker, request)
+    with open_workers(context, store, make, device=request.device, workers=request.workers) as workers:
+        found = workers.each(tasks, tell)
+        if request.workers is None:
+            yield from found
+            return
+        checked = list(found)
+    # Only now: a deletion waits until no other process has the store open, and the workers had.
+    yield from checked
 
 
 def _check_limits(request: EvictRequest) -> None:
@@ -133,22 +154,30 @@ def _check_limits(request: EvictRequest) -> None:
         raise DataError("evicting takes a limit that is a finite number", hint="give max_error or min_gain, or both")
 
 
-class Evictor:
-    """Checks and evicts one task after the other."""
+@dataclass(frozen=True)
+class _Evictable:
+    """Originals of a task whose code was checked."""
 
-    def __init__(self, store: Store, request: EvictRequest, models: Models) -> None:
-        self._store, self._request = store, request
-        self._check = _EvictionCheck(store, models, request.max_error, request.min_gain)
-        self._in_use = Counter(store.originals.in_use())
+    order: Eviction
+    rows: Sequence[AdapterRecord]
+    gain: float | None  # the retained gain of the code, if it was measured
 
-    def evict(self, name: str) -> TaskEvicted:
-        """Check one task and evict it, or say why not."""
+
+class _Checker:
+    """Checks one task after the other, and deletes nothing."""
+
+    def __init__(self, request: EvictRequest, models: Models) -> None:
+        self._store, self._request = models.store, request
+        self._check = _EvictionCheck(models.store, models, request.max_error, request.min_gain)
+
+    def __call__(self, task: TaskRecord, tell: Callable[[str], None]) -> TaskEvicted | _Evictable:
+        """Check one task, or say why it keeps its originals."""
         try:
-            return self._evict(self._store.tasks.get(name))
+            return self._checked(self._store.tasks.get(task.name))
         except TaskNotFound:  # `icm rm` does not wait for this job
-            return TaskEvicted(name, "removed")
+            return TaskEvicted(task.name, "removed")
 
-    def _evict(self, task: TaskRecord) -> TaskEvicted:
+    def _checked(self, task: TaskRecord) -> TaskEvicted | _Evictable:
         adapters = self._store.tasks.adapters(task.name)
         wanted = [row for row in adapters if not (row.is_evicted or (row.is_final and self._request.checkpoints_only))]
         chosen = [row for row in wanted if row.original_only is None]
@@ -164,31 +193,50 @@ class Evictor:
             return TaskEvicted(task.name, "kept", reason="it has no code; `icm train --update` makes one")
         try:
             checked = self._check.run(task, adapters[-1], code, generator)
-            return self._delete(task, chosen, code, generator, checked)
         except _CheckFailed as error:
             figures = (*_sizes(code), error.squared_error, error.retained_gain)
             return TaskEvicted(task.name, "kept", 0, 0, *figures, str(error))
         except Cancelled:
             raise
-        except (IcmLoraError, DamagedStore, LastCopy) as error:
+        except (IcmLoraError, DamagedStore) as error:
             return TaskEvicted(task.name, "kept", 0, 0, *_sizes(code), reason=str(error))
+        numbers = [row.id for row in chosen]
+        order = Eviction(task.name, numbers, code, generator, checked.squared_error, checked.evaluations)
+        return _Evictable(order, chosen, checked.retained_gain)
 
-    def _delete(
-        self,
-        task: TaskRecord,
-        chosen: Sequence[AdapterRecord],
-        code: CodeRecord,
-        generator: GeneratorRecord,
-        checked: _Checked,
-    ) -> TaskEvicted:
-        freed = self._freed(chosen)
-        if not self._request.dry_run:
-            numbers = [row.id for row in chosen]
-            order = Eviction(task.name, numbers, code, generator, checked.squared_error, checked.evaluations)
-            freed = self._store.originals.evict(order)
+    def _untouched(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:
+        status: EvictStatus = "pinned" if task.pinned else "known"
+        if code is None or generator is None:
+            return TaskEvicted(task.name, status)
+        found = latest(self._store.evaluations.all(task.name), task, code.rung, generator)
+        gain = None if found is None else found.retained_gain
+        return TaskEvicted(task.name, status, 0, 0, *_sizes(code), code.best_squared_error, gain)
+
+
+class Evictor:
+    """Deletes originals that were checked, or only counts their bytes."""
+
+    def __init__(self, store: Store, request: EvictRequest) -> None:
+        self._store, self._request = store, request
+        self._in_use = Counter(store.originals.in_use())
+
+    def evict(self, name: str, made: TaskEvicted | _Evictable | Failed) -> TaskEvicted:
+        """Delete the originals of a task, or say why not."""
+        if isinstance(made, TaskEvicted):
+            return made
+        if isinstance(made, Failed):
+            return TaskEvicted(name, "kept", reason=made.error.message)
+        order, sizes = made.order, _sizes(made.order.code)
+        try:
+            freed = self._freed(made.rows)
+            if not self._request.dry_run:
+                freed = self._store.originals.evict(order)
+        except TaskNotFound:  # `icm rm` does not wait for this job
+            return TaskEvicted(name, "removed")
+        except (DamagedStore, LastCopy) as error:
+            return TaskEvicted(name, "kept", 0, 0, *sizes, reason=str(error))
         status: EvictStatus = "would_evict" if self._request.dry_run else "evicted"
-        figures = (*_sizes(code), checked.squared_error, checked.retained_gain)
-        return TaskEvicted(task.name, status, len(chosen), freed, *figures)
+        return TaskEvicted(name, status, len(made.rows), freed, *sizes, order.squared_error, made.gain)
 
     def _freed(self, chosen: Sequence[AdapterRecord]) -> int:
         """Return the bytes of the files that are deleted with some adapters; several adapters may share one."""
@@ -198,14 +246,6 @@ class Evictor:
                 self._in_use[digest] -= 1
                 freed += 0 if self._in_use[digest] else size
         return freed
-
-    def _untouched(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:
-        status: EvictStatus = "pinned" if task.pinned else "known"
-        if code is None or generator is None:
-            return TaskEvicted(task.name, status)
-        found = latest(self._store.evaluations.all(task.name), task, code.rung, generator)
-        gain = None if found is None else found.retained_gain
-        return TaskEvicted(task.name, status, 0, 0, *_sizes(code), code.best_squared_error, gain)
 
 
 def _sizes(code: CodeRecord) -> tuple[int, int | None]:
@@ -253,7 +293,7 @@ class _EvictionCheck:
         try:
             losses = losses_on_own_text(self.store, self.models, task, generator)
             # Measure everything again, also the original: this is the last time that it can be measured.
-            results = losses.measure((code.rung,), again=True, record=False)
+            results = losses.measure((code.rung,), again=True)
         except Cancelled:
             raise
         except FAILURES as failure:

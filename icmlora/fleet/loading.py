@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
-from icmlora.errors import OutputExists
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
 from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import RunnableAdapter
@@ -25,10 +27,37 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 
+@dataclass(frozen=True)
+class BaseFacts:
+    """What a base model turned out to be when it was loaded, for the store to remember."""
+
+    label: str
+    fingerprint: str
+    shape: Mapping[str, object]
+
+    def record(self, store: Store) -> None:
+        """Record them in the store."""
+        store.base_models.set_facts(self.label, fingerprint=self.fingerprint, shape=self.shape)
+
+
 def open_base(
-    store: Store, label: str, device: torch.device, dtype: torch.dtype | None = None, *, cache: Path
+    store: Store,
+    label: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    cache: Path,
+    on_facts: Callable[[BaseFacts], None] | None = None,
 ) -> BaseModel:
-    """Find and load a base model, and record its fingerprint and sizes in the store.
+    """Find and load a base model, and record what the store does not know of it yet.
+
+    Args:
+        store: the store that names it.
+        label: any label of it.
+        device: where to load it.
+        dtype: its precision; by default what suits the device.
+        cache: folder for converted files.
+        on_facts: what is called instead of recording, where the store is only read.
 
     Raises:
         BaseModelNotFound: It is not on this machine, or cannot be loaded.
@@ -41,8 +70,9 @@ def open_base(
     fingerprint = record.fingerprint if known and record is not None else None
     base = load_base(found, device, dtype, fingerprint, cache=cache)
     if not known:
-        facts = {"stamp": stamp, "hidden_size": base.hidden_size, "layers": base.layers}
-        store.base_models.set_facts(label, fingerprint=base.fingerprint, shape=facts)
+        shape = {"stamp": stamp, "hidden_size": base.hidden_size, "layers": base.layers}
+        facts = BaseFacts(label, base.fingerprint, shape)
+        facts.record(store) if on_facts is None else on_facts(facts)
     return base
 
 
@@ -74,19 +104,26 @@ def _converted(found: FoundBase, cache: Path) -> FoundBase:
 
 
 class Models:
-    """A cache of loaded models: one generator, and one base model in the precisions that were asked for."""
+    """A cache of loaded models of a store: one generator, and one base model in the precisions that were asked for."""
 
-    def __init__(self, store: Store, device: torch.device, cache: Path) -> None:
-        self._store, self._device, self._cache = store, device, cache
+    def __init__(
+        self,
+        store: Store,
+        device: torch.device,
+        cache: Path,
+        on_facts: Callable[[BaseFacts], None] | None = None,
+    ) -> None:
+        self.store, self.device = store, device
+        self._cache, self._on_facts = cache, on_facts
         self._generator_file: GeneratorFile | None = None
         self._exemplars: tuple[int, Exemplars] | None = None
-        self._bases: dict[tuple[str, torch.dtype | None], BaseModel] = {}
+        self._bases: dict[tuple[str, torch.dtype | None], BaseModel | BaseModelNotFound | BaseModelUnsuited] = {}
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
         """Return the versions of a generator. Its digest is checked when it is read."""
         if self._generator_file is None or self._generator_file.digests[-1] != generator.blob:
             self._generator_file = None
-            self._generator_file = GeneratorFile(self._store.blobs.read(generator.blob))
+            self._generator_file = GeneratorFile(self.store.blobs.read(generator.blob))
         return self._generator_file
 
     def exemplars(self, generator: GeneratorRecord) -> Exemplars:
@@ -94,15 +131,25 @@ class Models:
         from icmlora.fleet.exemplars import Exemplars  # most commands need none
 
         if self._exemplars is None or self._exemplars[0] != generator.id:
-            self._exemplars = generator.id, Exemplars(self._store, generator)
+            self._exemplars = generator.id, Exemplars(self.store, generator)
         return self._exemplars[1]
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
-        """Return a base model, in the given precision or in what suits the device."""
+        """Return a base model, in the given precision or in what suits the device. Raises as `open_base` does."""
         if (label, dtype) not in self._bases:
             self._bases = {key: base for key, base in self._bases.items() if key[0] == label}
-            self._bases[label, dtype] = open_base(self._store, label, self._device, dtype, cache=self._cache)
-        return self._bases[label, dtype]
+            self._bases[label, dtype] = self._opened(label, dtype)
+        base = self._bases[label, dtype]
+        if isinstance(base, BaseModelNotFound | BaseModelUnsuited):
+            raise base
+        return base
+
+    def _opened(self, label: str, dtype: torch.dtype | None) -> BaseModel | BaseModelNotFound | BaseModelUnsuited:
+        """Load a base model. That it cannot be loaded is remembered too: a thousand tasks may ask for it."""
+        try:
+            return open_base(self.store, label, self.device, dtype, cache=self._cache, on_facts=self._on_facts)
+        except (BaseModelNotFound, BaseModelUnsuited) as error:
+            return error
 
 
 def read_original(store: Store, final: AdapterRecord) -> Adapter:

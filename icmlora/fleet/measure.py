@@ -27,6 +27,7 @@ from icmlora.fleet.metric_result import MetricResult
 from icmlora.fleet.texts import own_text
 from icmlora.formats.format import RunnableAdapter
 from registry.records import (
+    AdapterRecord,
     CodeRecord,
     EvaluationRecord,
     GeneratorRecord,
@@ -55,6 +56,21 @@ class SourceResult(WithRelativeError):
     squared_error: float | None  # None where there is none
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """A result that is still to be recorded, with the adapter and the code that the task had then."""
+
+    new: NewEvaluation
+    of: AdapterRecord
+    code: CodeRecord | None
+
+
+def record_measurements(store: Store, made: Sequence[Measurement]) -> bool:
+    """Record results, without those whose adapter or code was replaced meanwhile; return whether none was."""
+    left_out = [one for one in made if not store.evaluations.add([one.new], of=one.of, code=one.code)]
+    return not left_out
+
+
 def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator: GeneratorRecord) -> TaskLosses:
     """Prepare to measure a task on its own held-out text, as `icm eval` does by default."""
     if task.eval_data is None:  # before the base model is loaded
@@ -64,7 +80,7 @@ def losses_on_own_text(store: Store, models: Models, task: TaskRecord, generator
 
 
 class TaskLosses:
-    """Measures one task on one set of texts."""
+    """Measures one task on one set of texts. It writes nothing: `made` has what is to be recorded of it."""
 
     def __init__(
         self,
@@ -79,7 +95,7 @@ class TaskLosses:
         self._base = models.base(task.base_model)
         self._max_tokens = self._base.within(max_tokens)
         self._generator = generator or store.generators.current(task.base_model)
-        # Results are recorded only while the task still has this adapter and generator; see `_record`.
+        # Results are recorded only while the task still has this adapter and generator; see `record_measurements`.
         self._final = store.tasks.final(task.name)
         self._settings: dict[str, object] = {
             "max_tokens": self._max_tokens,
@@ -88,9 +104,9 @@ class TaskLosses:
         }
         if text.template is not None:
             self._settings["template"] = text.template
-        self.is_outdated = False
+        self.made: list[Measurement] = []
 
-    def measure(self, sources: Sequence[Rung], *, again: bool = False, record: bool = True) -> dict[Rung, SourceResult]:
+    def measure(self, sources: Sequence[Rung], *, again: bool = False) -> dict[Rung, SourceResult]:
         """Measure base model and original, and some other sources where they exist."""
         # What was measured before in the same way is kept. For an evicted original there is nothing else.
         known = self._recorded()
@@ -101,7 +117,7 @@ class TaskLosses:
             if source not in {"base", "original", *sources}:
                 continue
             if source in known:
-                results[source] = self._completed(known[source], results, record=record)
+                results[source] = self._completed(known[source], results)
                 continue
             code = self._code()
             if not self._exists(source, code):
@@ -111,8 +127,7 @@ class TaskLosses:
             except NotCovered:  # ingested after the last training, with modules or ranks of its own
                 continue
             results[source] = result
-            if record:
-                self._record(result, code)
+            self._keep(result, code)
         return results
 
     def measure_adapter(self, source: Rung, adapter: Adapter, squared_error: float) -> SourceResult:
@@ -231,20 +246,17 @@ class TaskLosses:
         error = squared_error(self._original, written.adapter)
         return error if math.isfinite(error) else None  # an original of zeros has no relative error
 
-    def _completed(self, known: SourceResult, references: Mapping[Rung, SourceResult], *, record: bool) -> SourceResult:
+    def _completed(self, known: SourceResult, references: Mapping[Rung, SourceResult]) -> SourceResult:
         """Add the retained gain to a result that was measured while the original was evicted."""
         gain = self.result_of(known.source, known.score, known.squared_error, references).retained_gain
         if known.retained_gain is not None or gain is None:
             return known
         found = replace(known, retained_gain=gain)
-        if record:
-            self._record(found, self._code())
+        self._keep(found, self._code())
         return found
 
-    def _record(self, result: SourceResult, code: CodeRecord | None) -> None:
-        """Record a result, unless the adapter or the code was replaced while it was measured."""
-        if not self._store.evaluations.add([self.record_of(result)], of=self._final, code=code):
-            self.is_outdated = True
+    def _keep(self, result: SourceResult, code: CodeRecord | None) -> None:
+        self.made.append(Measurement(self.record_of(result), self._final, code))
 
     def _recorded(self) -> dict[Rung, SourceResult]:
         """Return what was measured before on the same text, in the same way, of the same generator."""

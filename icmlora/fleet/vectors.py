@@ -6,21 +6,22 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from icmlora.base_models.modality import BaseModel
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled
-from icmlora.fleet.context import Context, Event, TaskFailed, reporting
-from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, as_error
-from icmlora.fleet.loading import open_base, read_runnable
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
+from icmlora.fleet.context import Context, Event, Shard, TaskFailed, reporting
+from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, Sieve, as_error
+from icmlora.fleet.loading import Models, read_runnable
 from icmlora.fleet.texts import read_samples
-from icmlora.io.devices import resolve_device
+from icmlora.fleet.workers import Tell, open_workers
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes
 from icmlora.task_vectors.vector import TaskVector, VectorSettings
-from registry.records import NewVector, TaskSummary, View
+from registry.errors import TaskNotFound
+from registry.records import NewVector, TaskRecord, TaskSummary, View
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -42,6 +43,8 @@ class VectorRequest:
     names: Sequence[str] = ()
     device: str = "auto"
     again: bool = False
+    workers: str | None = None
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True)
@@ -79,76 +82,96 @@ def extract_vectors(context: Context, request: VectorRequest) -> VectorReport:
     Raises:
         BaseModelNotFound: None of the base models is on this machine.
     """
-    device = resolve_device(request.device)
     report = VectorReport()
     with context.open() as store, reporting(report):
         todo = _plan(store, request, report)
-        total = sum(map(len, todo.values()))
-        context.progress(0, total)
-        missing: list[BaseModelNotFound] = []
-        for label, tasks in todo.items():
-            context.progress(report.done, total, f"loading {label}")
-            try:
-                base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
-            except (BaseModelNotFound, BaseModelUnsuited) as error:
-                missing += [error] if isinstance(error, BaseModelNotFound) else []
-                names = [task.task.name for task in tasks]
-                report.left_out.append(BaseModelLeftOut.because_of(label, names, error))
-                continue
-            for task in tasks:
-                try:
-                    extracted = _extract(store, base, task, report)
-                except Cancelled:
-                    raise
-                except FAILURES as error:
-                    if total == 1:  # there are no others that could go on
-                        raise as_error(error) from error
-                    report.failed.append(TaskFailed.of(task.task.name, as_error(error)))
-                    context.on_event(report.failed[-1])
-                    continue
-                if extracted is None:
-                    report.changed.append(task.task.name)
-                else:
-                    report.tasks.append(extracted)
-                    context.on_event(extracted)
-                context.progress(report.done, total, task.task.name)
-    if missing and len(missing) == len(todo):
-        raise missing[0]
+        sieve = Sieve(context, report, sum(map(len, todo.values())))
+        context.progress(0, sieve.total)
+
+        def tell(note: str) -> None:
+            context.progress(report.done, sieve.total, note)
+
+        with open_workers(context, store, _Extractor, device=request.device, workers=request.workers) as workers:
+            for label, rows in todo.items():
+                tell(f"loading {label}")
+                tasks = [row.task for row in rows.values()]
+                for task, made in sieve.results(label, workers.each(tasks, tell)):
+                    _record(context, store, rows[task.name], made, report)
+                    tell(task.name)
+        sieve.check(len(todo))
     return report
 
 
-def _plan(store: Store, request: VectorRequest, report: VectorReport) -> dict[str, list[TaskSummary]]:
-    """Return the tasks to work on by base model, and note the others in the report."""
+def _plan(store: Store, request: VectorRequest, report: VectorReport) -> dict[str, dict[str, TaskSummary]]:
+    """Return the tasks to work on by base model and name, and note the others in the report."""
     wanted = {store.tasks.get(name).name for name in request.names}
-    todo: defaultdict[str, list[TaskSummary]] = defaultdict(list)
+    todo: defaultdict[str, dict[str, TaskSummary]] = defaultdict(dict)
     for row in store.tasks.summaries():
-        if wanted and row.task.name not in wanted:
+        name = row.task.name
+        if (wanted and name not in wanted) or (request.shard is not None and not request.shard.has(name)):
             continue
         if row.vectors and not request.again:
             report.present += 1
         elif row.final.is_evicted:
-            report.evicted.append(row.task.name)
+            report.evicted.append(name)
         elif row.final.original_only is not None:
-            report.original_only.append(row.task.name)
+            report.original_only.append(name)
         else:
-            todo[row.task.base_model].append(row)
+            todo[row.task.base_model][name] = row
     return todo
 
 
-def _extract(store: Store, base: BaseModel, row: TaskSummary, report: VectorReport) -> VectorsExtracted | None:
-    """Extract and store the vectors of one task; return None if the task changed in the meantime."""
-    samples = read_samples(store, row.task, base, most=SAMPLES_READ)
-    items, template = (None, None) if samples is None else (samples.items, samples.template)
-    vectors = extract_adapted(base, read_runnable(store, row.final), items, template=template)
-    if items is not None:
-        vectors += extract_context(base, items, template=template)
-    if store.vectors.add(put_vectors(store, row.task.name, vectors), of=row) is None:
-        return None
-    if samples is None:
-        return VectorsExtracted(row.task.name, len(vectors), "probes")
-    if samples.note is not None and samples.note not in report.notes:
-        report.notes.append(samples.note)
-    return VectorsExtracted(row.task.name, len(vectors), "samples", samples.summary)
+@dataclass(frozen=True)
+class _Extracted:
+    """The vectors of one task, before they are stored."""
+
+    vectors: Sequence[TaskVector]
+    source: Literal["samples", "probes"]
+    skipped: str | None = None
+    note: str | None = None  # what is said once of all tasks
+
+
+class _Extractor:
+    """Extracts the vectors of one task after the other."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    def __call__(self, task: TaskRecord, tell: Tell) -> _Extracted | Failed | BaseUnavailable | None:
+        """Extract the vectors of a task; None if it was removed in the meantime."""
+        try:
+            base = self._models.base(task.base_model, VECTOR_DTYPE)
+        except (BaseModelNotFound, BaseModelUnsuited) as error:
+            return BaseUnavailable(error)
+        try:
+            return self._extract(task, base)
+        except FAILURES as error:
+            return Failed(as_error(error))
+        except TaskNotFound:  # `icm rm` does not wait for this
+            return None
+
+    def _extract(self, task: TaskRecord, base: BaseModel) -> _Extracted:
+        store = self._models.store
+        samples = read_samples(store, task, base, most=SAMPLES_READ)
+        items, template = (None, None) if samples is None else (samples.items, samples.template)
+        adapter = read_runnable(store, store.tasks.final(task.name))
+        vectors = extract_adapted(base, adapter, items, template=template)
+        if samples is None:
+            return _Extracted(vectors, "probes")
+        vectors += extract_context(base, samples.items, template=template)
+        return _Extracted(vectors, "samples", samples.summary, samples.note)
+
+
+def _record(context: Context, store: Store, row: TaskSummary, made: _Extracted | None, report: VectorReport) -> None:
+    """Store the vectors of a task, unless it has changed since it was planned."""
+    task = row.task.name
+    if made is None or store.vectors.add(put_vectors(store, task, made.vectors), of=row) is None:
+        report.changed.append(task)
+        return
+    if made.note is not None and made.note not in report.notes:
+        report.notes.append(made.note)
+    report.tasks.append(VectorsExtracted(task, len(made.vectors), made.source, made.skipped))
+    context.on_event(report.tasks[-1])
 
 
 def put_vectors(store: Store, task: str, vectors: Sequence[TaskVector]) -> list[NewVector]:

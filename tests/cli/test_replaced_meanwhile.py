@@ -291,8 +291,8 @@ class TestExport:
 def test_an_eviction_passes_over_a_task_that_was_removed_meanwhile(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evict(evictor: Evictor, name: str) -> TaskEvicted:
-        done = real(evictor, name)
+    def evict(evictor: Evictor, name: str, made: Any) -> TaskEvicted:
+        done = real(evictor, name, made)
         if name == "poems":
             evictor._store.tasks.remove_one("rules")  # as `icm rm` does
         return done

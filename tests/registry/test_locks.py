@@ -155,6 +155,24 @@ class TestJobs:
         with job_elsewhere(tmp_path, "icm train"), open_store(tmp_path, timeout=0) as store, store.job("other/base"):
             pass
 
+    def test_jobs_that_share_do_not_wait_for_each_other(self, tmp_path: Path) -> None:
+        with (
+            job_elsewhere(tmp_path, "icm encode", shared=True),
+            open_store(tmp_path, timeout=0) as store,
+            store.job(BASE, shared=True),
+        ):
+            pass
+
+    @pytest.mark.parametrize("theirs", [True, False])
+    def test_a_job_that_shares_and_one_that_does_not_wait_for_each_other(self, tmp_path: Path, theirs: bool) -> None:
+        with (
+            job_elsewhere(tmp_path, "icm encode", shared=theirs),
+            open_store(tmp_path, timeout=0) as store,
+            pytest.raises(StoreLocked),
+            store.job(BASE, shared=not theirs),
+        ):
+            pytest.fail("both ran")
+
     def test_reading_and_ingesting_do_not_wait_for_a_job(self, tmp_path: Path) -> None:
         with job_elsewhere(tmp_path, "icm train"), open_store(tmp_path, timeout=0) as store:
             ingest(store, "rust")
@@ -188,11 +206,11 @@ def open_store(folder: Path, *, timeout: float, command: str = "test") -> Store:
 
 
 @contextmanager
-def job_elsewhere(folder: Path, command: str, *, seconds: float = 60.0) -> Iterator[int]:
+def job_elsewhere(folder: Path, command: str, *, seconds: float = 60.0, shared: bool = False) -> Iterator[int]:
     """Run a job in another process, which is killed after the block, and yield the pid."""
 
     def work() -> None:
-        with open_store(folder, timeout=5, command=command) as store, store.job(BASE):
+        with open_store(folder, timeout=5, command=command) as store, store.job(BASE, shared=shared):
             (folder / "began").touch()
             time.sleep(seconds)
 

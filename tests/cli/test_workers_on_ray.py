@@ -1,0 +1,139 @@
+"""Two workers of a local Ray cluster: the same bytes as one process, whoever dies; and a stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icm_cli.commands import encode as command
+from icm_cli.errors import ExitCode
+from icmlora import Fleet
+from icmlora.fleet import encode as encoding
+from icmlora.fleet.context import Context
+from icmlora.fleet.encode import Encoder, EncodeRequest
+from icmlora.fleet.workers import _cluster, _Worker
+from registry.errors import StoreNotFound
+from registry.store import Store
+from tests.cli.coded import tasks_of
+from tests.cli.conftest import Ran
+from tests.icmlora.fleet.dying import DiesAlways, DiesOnce
+from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound
+
+pytest.importorskip("ray")
+# Ray leaves pipes and processes to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::FutureWarning"
+)
+
+Icm = Callable[..., Ran]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[Any]:
+    """A local cluster for all tests: starting one takes seconds, and workers use the one that their process has."""
+    with _cluster("2") as ray:
+        yield ray
+
+
+@pytest.fixture
+def fleet(trained: Path) -> Fleet:
+    """The mixed fleet, trained."""
+    return Fleet(trained)
+
+
+@pytest.fixture
+def twin(fleet: Fleet, tmp_path: Path) -> Fleet:
+    """A copy of the fleet, for one process."""
+    return copy_of(fleet.path, tmp_path / "twin")
+
+
+def test_codes_refined_by_two_workers_are_those_of_one_process_byte_for_byte(fleet: Fleet, twin: Fleet) -> None:
+    report = fleet.encode(refine=2, device="cpu", workers="2")
+    assert sorted(task.task for task in report.tasks) == TASKS
+    assert {task.status for task in report.tasks} == {"encoded"}
+    twin.encode(refine=2, device="cpu")
+    assert code_blobs(fleet) == code_blobs(twin)
+    assert is_sound(fleet)
+
+
+def test_if_a_worker_is_killed_with_a_task_another_one_does_it(
+    fleet: Fleet, twin: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "Encoder", DiesOnce)
+        report = fleet.encode(max_error=0.22, workers="2")
+    assert (fleet.path.parent / "died").exists()
+    assert {task.task: task.status for task in report.tasks} == dict.fromkeys(TASKS, "encoded")
+    twin.encode(max_error=0.22)
+    assert code_blobs(fleet) == code_blobs(twin)
+    assert is_sound(fleet)
+
+
+def test_a_task_that_kills_every_worker_keeps_its_code_and_the_others_are_encoded(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = code_blobs(fleet)
+    monkeypatch.setattr(encoding, "Encoder", DiesAlways)
+    report = fleet.encode(max_error=0.22, workers="2")
+    statuses = {task.task: task.status for task in report.tasks}
+    assert statuses == {name: "unmeasured" if name == "poems" else "encoded" for name in TASKS}
+    assert code_blobs(fleet)["poems"] == before["poems"]
+
+
+def test_vectors_and_measurements_of_two_workers_are_those_of_one_process(fleet: Fleet, twin: Fleet) -> None:
+    for one, workers in ((fleet, "2"), (twin, None)):
+        one.extract_vectors(device="cpu", again=True, workers=workers)
+        one.evaluate(device="cpu", sources=["code"], workers=workers)
+        one.evict(["rules"], min_gain=-1e9, device="cpu", dry_run=True, workers=workers)
+    assert facts(fleet) == facts(twin)
+
+
+def facts(fleet: Fleet) -> list[object]:
+    """Return the digests of all vectors and the values of all measurements."""
+    with Store.open(fleet.path, read_only=True) as store:
+        vectors = [(row.task, row.view, row.support_set, row.blob) for row in store.vectors.all()]
+        return [vectors, [(row.task, row.rung, row.value, row.retained_gain) for row in store.evaluations.all()]]
+
+
+def test_ctrl_c_ends_the_workers_and_keeps_what_is_recorded(
+    icm: Icm, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tell(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(*arguments)
+
+    real, before = command._tell, code_blobs(fleet)
+    monkeypatch.setattr(command, "_tell", tell)
+    ran = icm("encode", "--max-error", "0.22", "--workers", "2", "--json")
+    assert (ran.code, ran.error["message"]) == (ExitCode.INTERRUPTED, "interrupted; 1 task encoded")
+    after = code_blobs(fleet)
+    assert [name for name in TASKS if after[name] != before[name]] == list(tasks_of(ran))
+    assert is_sound(fleet)
+    fleet.prune()  # waits until no worker has the store open
+
+
+def test_an_eviction_checks_on_workers_and_then_deletes(icm: Icm, fleet: Fleet) -> None:
+    fleet.encode(max_error=0.22)
+    ran = icm("evict", "--max-error", "0.3", "--workers", "2", "--json")
+    assert (ran.code, {event["status"] for event in tasks_of(ran).values()}) == (0, {"evicted"})
+    assert all(row.final.is_evicted for row in fleet.tasks())
+
+
+def test_a_store_that_a_worker_does_not_find_is_named(cluster: Any) -> None:
+    context, make = Context(Path("/nowhere")), partial(Encoder, EncodeRequest())
+    worker = cluster.remote(_Worker).remote(context, "cpu", 1, make)
+    with pytest.raises(cluster.exceptions.RayTaskError) as caught:
+        cluster.get(worker.run.remote(None))
+    assert isinstance(caught.value.cause, StoreNotFound)
+    assert "/nowhere" in str(caught.value.cause)
+
+
+def test_sigterm_still_belongs_to_this_process() -> None:
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"

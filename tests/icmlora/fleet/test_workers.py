@@ -1,0 +1,142 @@
+"""How tasks are given to workers, with a stand-in for Ray; and what is refused before any worker starts."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icmlora import Fleet
+from icmlora.errors import InvalidShare, WorkersUnavailable
+from icmlora.fleet.failures import Failed
+from icmlora.fleet.workers import ATTEMPTS, _Pool
+from registry.records import TaskRecord
+from registry.store import Store
+from tests.icmlora.fleet.stores import TASKS
+
+Work = Callable[[str], str]
+
+
+class FakeRay:
+    """Runs a call when its result is asked for, the earliest first."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            def __init__(self, cause: Exception) -> None:
+                self.cause = cause
+
+    def __init__(self) -> None:
+        self.killed: list[object] = []
+
+    def wait(self, references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return references[:1], references[1:]
+
+    def get(self, reference: Any) -> Any:
+        return reference()
+
+    def kill(self, worker: object) -> None:
+        self.killed.append(worker)
+
+
+class FakeActor:
+    """A worker; `work` raises what Ray would."""
+
+    def __init__(self, work: Work) -> None:
+        self.run, self.work = self, work
+
+    def remote(self, task: TaskRecord) -> Callable[[], tuple[str, list[object]]]:
+        return lambda: (self.work(task.name), [])
+
+
+@pytest.fixture
+def store(ingested: Fleet) -> Iterator[Store]:
+    with Store.open(ingested.path) as opened:
+        yield opened
+
+
+def results(store: Store, work: Work, ray: FakeRay | None = None, workers: int = 1) -> list[tuple[str, object]]:
+    """Return what comes of every task, in order."""
+    pool: _Pool[str] = _Pool(ray or FakeRay(), lambda: FakeActor(work), workers, store)
+    return [(task.name, made) for task, made in pool.each(store.tasks.all(), lambda note: None)]
+
+
+def test_large_tasks_go_first(store: Store) -> None:
+    sizes = {row.task.name: row.final.parameters for row in store.tasks.summaries()}
+    assert [sizes[name] for name, _ in results(store, str.upper)] == sorted(sizes.values(), reverse=True)
+
+
+def test_every_task_is_done_once_by_any_number_of_workers(store: Store) -> None:
+    for workers in (1, 2, 5):
+        assert sorted(results(store, str.upper, workers=workers)) == [(name, name.upper()) for name in TASKS]
+
+
+def test_a_task_whose_worker_dies_is_done_by_another_one(store: Store) -> None:
+    died, ray = list[str](), FakeRay()
+
+    def work(name: str) -> str:
+        if name == "poems" and not died:
+            died.append(name)
+            raise ray.exceptions.RayError
+        return name.upper()
+
+    assert sorted(results(store, work, ray)) == [(name, name.upper()) for name in TASKS]
+    assert (died, len(ray.killed)) == (["poems"], 1)
+
+
+def test_a_task_that_always_kills_its_worker_fails_and_the_others_are_done(store: Store) -> None:
+    tried, ray = list[str](), FakeRay()
+
+    def work(name: str) -> str:
+        tried.append(name)
+        if name == "poems":
+            raise ray.exceptions.RayError
+        return name.upper()
+
+    found = dict(results(store, work, ray))
+    failed = found.pop("poems")
+    assert isinstance(failed, Failed)
+    assert "its worker died" in failed.error.message
+    assert tried.count("poems") == ATTEMPTS
+    assert found == {name: name.upper() for name in TASKS if name != "poems"}
+
+
+def test_an_error_on_a_worker_is_raised_here_as_it_was_there(store: Store) -> None:
+    ray = FakeRay()
+
+    def work(name: str) -> str:
+        raise ray.exceptions.RayTaskError(LookupError(name))
+
+    with pytest.raises(LookupError):
+        results(store, work, ray)
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "many", "http://host:1", ""])
+def test_workers_that_mean_nothing_are_refused(fleet: Fleet, workers: str) -> None:
+    with pytest.raises(InvalidShare, match="how many workers"):
+        fleet.encode(max_error=0.5, workers=workers)
+
+
+def test_one_card_for_all_workers_is_refused(fleet: Fleet) -> None:
+    with pytest.raises(InvalidShare, match="cuda:1"):
+        fleet.encode(max_error=0.5, workers="2", device="cuda:1")
+
+
+def test_without_ray_the_error_says_how_to_install_it(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(WorkersUnavailable, match="not installed") as caught:
+        fleet.encode(max_error=0.5, workers="2")
+    assert "pip install 'icm-lora[ray]'" in (caught.value.hint or "")
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_without_workers_ray_is_not_imported(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert len(fleet.encode(max_error=0.5).tasks) == len(TASKS)
