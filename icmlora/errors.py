@@ -17,6 +17,7 @@ registry.errors.IcmError     message, path, hint; catch it to catch everything t
     ├── BundleError          a bundle that is damaged, cut short or of another format
     ├── DataError            samples or held-out text that cannot be used
     ├── NotRecognized        samples that belong to none of the known tasks
+    ├── OtherProcessFailed   another process of the same training failed or was killed
     └── Cancelled            the caller asked to stop; what was finished is stored
 """
 
@@ -99,6 +100,10 @@ class DataError(IcmLoraError):
 
 class NotRecognized(IcmLoraError):
     """The samples belong to none of the known tasks."""
+
+
+class OtherProcessFailed(IcmLoraError):
+    """Another process of the same training failed or was killed; the first one has saved a checkpoint."""
 
 
 class Cancelled(IcmLoraError):

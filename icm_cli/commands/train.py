@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,12 @@ from icm_cli.commands.train_options import (
 )
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt
+from icm_cli.output import Output
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
+from icmlora.errors import OtherProcessFailed
 from icmlora.io.text import counted, human_duration, human_size
+from icmlora.training.ranks import launched
 
 if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
@@ -75,10 +78,14 @@ def train(
     After adding tasks, --update encodes only the new ones. It needs no other originals, leaves existing codes as they
     are, and takes as long as the new tasks take.
 
+    Several GPUs or machines train together when torchrun starts icm in one process for each of them. They train the
+    generator; what comes after that, --update and the few-shot start take one process.
+
     To use `icm generate`, train with --objective both, or with --objective functional later.
 
     Example:
       icm train --device cuda
+      torchrun --nproc-per-node 4 $(command -v icm) train --device cuda
     """
     others = (quality, tolerance, width, steps, lr, max_error, min_gain)
     _check_options(objective, update=update, anew=fresh or width is not None, others=others)
@@ -87,14 +94,14 @@ def train(
     if few_shot:  # fail now, not after hours of training the generator
         session.fleet.check_few_shot(base_model=base_model)
     partly = False
+    options = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
+    options |= {"steps": steps, "learning_rate": lr, "seed": seed}
+    anew = options | {"width": width, "resume": resume, "fresh": fresh}
+    rank, _ = launched()
+    if rank:
+        raise typer.Exit(ExitCode.DONE if update or objective is ObjectiveName.FUNCTIONAL else _help(session, anew))
     if objective is not ObjectiveName.FUNCTIONAL:
-        options = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
-        options |= {"steps": steps, "learning_rate": lr, "seed": seed}
-        if update:
-            made = _update(session, options)
-        else:
-            options |= {"width": width, "resume": resume, "fresh": fresh}
-            made = _train(session, options, few_shot=few_shot)
+        made = _update(session, options) if update else _train(session, anew, few_shot=few_shot)
         partly = made.partly
         if made.base_models and (max_error is not None or min_gain is not None):
             limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model, "device": where}
@@ -141,6 +148,16 @@ def _train(session: Session, options: dict[str, Any], *, few_shot: bool) -> _Mad
         raise Interrupted(f"interrupted; {saved}", hint="run the same command to continue")
     partly = any(trained.left_out for trained in report.trained)
     return _Made([trained.base_model for trained in report.trained], partly=partly)
+
+
+def _help(session: Session, options: dict[str, Any]) -> ExitCode:
+    """Take part in the training of the first process, which alone has something to print."""
+    quiet = replace(session, out=Output(quiet=True, progress=False))
+    try:
+        _, stopped = quiet.run("train", lambda fleet: fleet.train(**options))
+    except OtherProcessFailed:
+        return ExitCode.FAILED
+    return ExitCode.INTERRUPTED if stopped else ExitCode.DONE
 
 
 def _update(session: Session, options: dict[str, Any]) -> _Made:

@@ -23,14 +23,16 @@ from icmlora.fleet.training_run import (
     TrainingRun,
     TrainRequest,
     base_models_with_tasks,
+    help_train,
     open_run,
     run_metrics,
+    share_run,
     train_network,
 )
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
-from icmlora.io.devices import resolve_device
+from icmlora.training.ranks import Ranks, joined
 from registry.names import some
 from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
 
@@ -94,20 +96,30 @@ class TrainReport:
 
 
 def train(context: Context, request: TrainRequest) -> TrainReport:
-    """Train one generator per base model."""
-    device = resolve_device(request.device)
+    """Train one generator per base model; of several processes, the first one does, and the others help it."""
     report = TrainReport()
-    with reporting(report), context.open() as store:
+    with reporting(report), joined() as ranks, context.open(read_only=not ranks.is_first) as store:
+        device = ranks.device(request.device)
+        if not ranks.is_first:
+            help_train(context, store, ranks, device)
+            return report
         for label in base_models_with_tasks(store, request.base_model):
             with store.job(label):
-                trained = _train_base(context, store, label, request, device, report)
+                trained = _train_base(context, store, label, request, device, ranks, report)
             report.trained.append(trained)
             context.on_event(trained)
+        ranks.share()  # nothing: the others may leave
     return report
 
 
 def _train_base(
-    context: Context, store: Store, label: str, request: TrainRequest, device: torch.device, report: TrainReport
+    context: Context,
+    store: Store,
+    label: str,
+    request: TrainRequest,
+    device: torch.device,
+    ranks: Ranks,
+    report: TrainReport,
 ) -> Trained:
     _refuse_evicted(store, label)
     source = StoreAdapterSource(store, label)
@@ -122,11 +134,13 @@ def _train_base(
         elif previous is not None:
             new = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
             context.on_event(Continued(label, previous.version, len(new)))
-        loss = train_network(context, source, run.state, run.save)
+        share_run(run, source, ranks)
+        loss = train_network(context, source, run.state, run.save, ranks)
         metrics: dict[str, object] = {
             "bits_per_parameter": loss,
             "steps": run.state.step,
             "resumed_from": first,
+            "processes": ranks.count,
             "fit_seconds": round(time.monotonic() - started, 3),
             **run_metrics(device),
         }
