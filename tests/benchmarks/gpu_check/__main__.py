@@ -69,7 +69,7 @@ def check(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     size: dict[str, Any] = {}
     if options.fleet:
         fleet.ingest([options.fleet])
-        label = fleet.base_models()[0].name
+        label = fleet.base_models()[0].record.name
         fleet.add_base_model(label, options.base)
     else:
         shape = SHAPES[options.shape]
