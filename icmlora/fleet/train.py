@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 REPLACED = "its adapter was replaced in the meantime"
 """Why a task has no code although its adapter was encoded: an ingest replaced the adapter during the training."""
 
+_WRITTEN_AT_ONCE = 64 << 20  # bytes of codes that wait in memory: each batch of files waits for the disk
+
 
 @dataclass(frozen=True)
 class Resumed(Event):
@@ -207,22 +209,31 @@ def _encode_all(
     context: Context, store: Store, source: StoreAdapterSource, codec: Codec
 ) -> tuple[list[NewCode], dict[str, str], int]:
     """Encode every task and store the files of the codes."""
-    made, left_out, known_seeds = dict[int, Encoded](), dict(source.left_out), 0
+    codes, left_out, known_seeds = list[NewCode](), dict(source.left_out), 0
+    waiting, size = dict[int, Encoded](), 0
     for task, name in enumerate(source.names):
         initial = source.initial(task)
         try:
-            made[task] = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
+            code = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
         except GeneratorError as error:  # such as an adapter of numbers too small to be divided
             left_out[name] = str(error)
             continue
         known_seeds += initial is not None
-        context.on_event(CodeMade(name, len(made[task].data), made[task].squared_error))
+        context.on_event(CodeMade(name, len(code.data), code.squared_error))
         context.progress(task + 1, source.tasks(), f"encoding {name}")
-    # At once, as each batch of files waits for the disk; no code counts before all are recorded.
+        waiting[task] = code
+        size += len(code.data)
+        if size > _WRITTEN_AT_ONCE:
+            codes += _stored(store, source, codec, waiting)
+            waiting, size = {}, 0
+    return codes + _stored(store, source, codec, waiting), left_out, known_seeds
+
+
+def _stored(store: Store, source: StoreAdapterSource, codec: Codec, made: Mapping[int, Encoded]) -> list[NewCode]:
+    """Store the files of some codes; none of them counts before all are recorded."""
     blobs = store.blobs.put_all([code.data for code in made.values()])
     asked = Asked(tolerance=codec.config.tolerance)
-    codes = [
+    return [
         NewCode(source.final(task), blob, 8.0 * len(code.data), code.squared_error, asked)
         for (task, code), blob in zip(made.items(), blobs, strict=True)
     ]
-    return codes, left_out, known_seeds
