@@ -97,19 +97,14 @@ def train(
     options = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
     options |= {"steps": steps, "learning_rate": lr, "seed": seed}
     anew = options | {"width": width, "resume": resume, "fresh": fresh}
-    rank, _ = launched()
-    if rank:
-        raise typer.Exit(ExitCode.DONE if update or objective is ObjectiveName.FUNCTIONAL else _help(session, anew))
+    if launched()[0]:
+        raise typer.Exit(_help(session, None if update or objective is ObjectiveName.FUNCTIONAL else anew))
     if objective is not ObjectiveName.FUNCTIONAL:
         made = _update(session, options) if update else _train(session, anew, few_shot=few_shot)
-        partly = made.partly
-        if made.base_models and (max_error is not None or min_gain is not None):
-            limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model, "device": where}
-            partly = _encode(session, made, limits) or partly
-        elif made.base_models and tolerance is None and refine != 0:
-            partly = _refine(session, made, {"quality": quality, "refine": refine, "device": where}) or partly
-        if made.base_models and evaluate:
-            partly = not _evaluate(session, where, made) or partly
+        limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model, "device": where}
+        plain = tolerance is not None or refine == 0
+        refinement = None if plain else {"quality": quality, "refine": refine, "device": where}
+        partly = _finish(session, made, limits, refinement, evaluate=evaluate)
     if few_shot:
         _train_few_shot(session, where, base_model, episodes, seed)
     if partly:  # only now: a task that misses a limit must not stop what comes after
@@ -150,8 +145,26 @@ def _train(session: Session, options: dict[str, Any], *, few_shot: bool) -> _Mad
     return _Made([trained.base_model for trained in report.trained], partly=partly)
 
 
-def _help(session: Session, options: dict[str, Any]) -> ExitCode:
-    """Take part in the training of the first process, which alone has something to print."""
+def _finish(
+    session: Session, made: _Made, limits: dict[str, Any], refinement: dict[str, Any] | None, *, evaluate: bool
+) -> bool:
+    """Encode again for limits or refine, then measure; returns whether a task was left out or misses a limit."""
+    partly = made.partly
+    if not made.base_models:
+        return partly
+    if limits["max_error"] is not None or limits["min_gain"] is not None:
+        partly = _encode(session, made, limits) or partly
+    elif refinement is not None:
+        partly = _refine(session, made, refinement) or partly
+    if evaluate:
+        partly = not _evaluate(session, str(limits["device"]), made) or partly
+    return partly
+
+
+def _help(session: Session, options: dict[str, Any] | None) -> ExitCode:
+    """Take part in the training of the first process, which prints and does all the rest; None: there is none."""
+    if options is None:
+        return ExitCode.DONE
     quiet = replace(session, out=Output(quiet=True, progress=False))
     try:
         _, stopped = quiet.run("train", lambda fleet: fleet.train(**options))

@@ -1,6 +1,6 @@
 """Training by one process and by several: seconds of fitting, and bytes of the result.
 
-    python -m tests.benchmarks.processes [--fleet DIR] [--base DIR] [--device cpu] [--processes 1 2] [--runs 1] [--steps N]
+    python -m tests.benchmarks.processes [--fleet DIR] [--base DIR] [--device cpu] [--processes 1 2] [--runs 1]
 
 Writes tests/benchmarks/results/processes.json. The efficiency is one process's seconds, divided by those of n processes
 and by n: 1 is as fast as it gets. It means something only where each process has a core, or a card, of its own, and
