@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def check(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 def stage(name: str, device: str, store: Path, **options: object) -> dict[str, Any]:
     """Run one stage in a process of its own; on the CPU it sees no card."""
     command = [sys.executable, "-m", "tests.benchmarks.gpu_check.stage", name, device, str(store), json.dumps(options)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | hidden)
     if done.returncode:
         sys.exit(f"stage {name} on {device} failed")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
