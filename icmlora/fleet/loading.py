@@ -18,6 +18,7 @@ from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import RunnableAdapter
 from icmlora.generator.versions import GeneratorFile
+from icmlora.io.devices import inference_dtype
 from registry.records import AdapterRecord, GeneratorRecord
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Models:
         self._store, self._device, self._cache = store, device, cache
         self._generator_file: GeneratorFile | None = None
         self._exemplars: tuple[int, Exemplars] | None = None
-        self._bases: dict[tuple[str, torch.dtype | None], BaseModel] = {}
+        self._bases: dict[tuple[str, torch.dtype], BaseModel] = {}
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
         """Return the versions of a generator. Its digest is checked when it is read."""
@@ -99,6 +100,7 @@ class Models:
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
         """Return a base model, in the given precision or in what suits the device."""
+        dtype = dtype or inference_dtype(self._device)  # by name, or a card would hold two copies in one precision
         if (label, dtype) not in self._bases:
             self._bases = {key: base for key, base in self._bases.items() if key[0] == label}
             self._bases[label, dtype] = open_base(self._store, label, self._device, dtype, cache=self._cache)
