@@ -29,7 +29,7 @@ from icmlora.errors import Cancelled, DeviceUnavailable, IcmLoraError, OtherProc
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 _TIMEOUT = timedelta(minutes=10)  # for one exchange: far more than a step takes, and than saving a checkpoint
 _POLL_SECONDS = 0.1
@@ -150,7 +150,7 @@ class Ranks:
         flat = torch.cat([*(piece.flatten() for piece in pieces), pieces[0].new_tensor(numbers)])
         with self._noticing():
             dist.all_reduce(flat)
-        *means, ending = (flat / draws).split([*(piece.numel() for piece in pieces), len(numbers)])
+        *means, ending = torch.split(flat / draws, [*(piece.numel() for piece in pieces), len(numbers)])
         for parameter, mean, present in zip(trained, means, ending.tolist(), strict=False):
             parameter.grad = mean.view_as(parameter) if present else None
         return draws, ending.tolist()[len(trained) :]
@@ -220,16 +220,18 @@ def joined() -> Iterator[Ranks]:
         return
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+        store, _, _ = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
         dist.init_process_group(
-            backend, store=dist.PrefixStore("gradients", store), rank=rank, world_size=count, timeout=_TIMEOUT
+            backend, store=PrefixStore("gradients", store), rank=rank, world_size=count, timeout=_TIMEOUT
         )
     except RuntimeError as error:
         raise OtherProcessFailed(f"the other processes of {count} did not start: {error}") from error
-    ranks = Ranks(rank, count, dist.PrefixStore("icm", store))
+    ranks = Ranks(rank, count, PrefixStore("icm", store))
     try:
         yield ranks
     except BaseException as error:
