@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types format docs lock example-fleet domain-fleet detection-fleet classification ci clean
+.PHONY: help setup demo test test-all lint types gpu-check format docs lock example-fleet domain-fleet detection-fleet classification ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^## / {printf "\n%s\n", substr($$0, 4)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' \
@@ -38,6 +38,9 @@ lint: $(READY)  ## run ruff and check the formatting and the direction of import
 
 types: $(READY)  ## run mypy --strict over the three packages
 	@$(BIN)/mypy
+
+gpu-check: $(READY)  ## run all that touches a device on an 8B-shaped base (0.3B on the CPU where there is no card)
+	@$(BIN)/python -m tests.benchmarks.gpu_check
 
 ci: lint types test  ## run lint, types and test, as .ci/run does
 

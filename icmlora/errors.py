@@ -20,6 +20,7 @@ registry.errors.IcmError     message, path, hint; catch it to catch everything t
     ├── InvalidShare         not a shard, or neither a number nor an address of workers
     ├── WorkerDied           a worker died with a task, as often as the task was tried
     ├── WorkersUnavailable   no workers can be started, or reached
+    ├── OtherProcessFailed   another process of the same training failed or was killed
     └── Cancelled            the caller asked to stop; what was finished is stored
 """
 
@@ -114,6 +115,10 @@ class WorkerDied(IcmLoraError):
 
 class WorkersUnavailable(IcmLoraError):
     """Ray is not installed, or the cluster cannot be started or reached."""
+
+
+class OtherProcessFailed(IcmLoraError):
+    """Another process of the same training failed or was killed; the first one has saved a checkpoint."""
 
 
 class Cancelled(IcmLoraError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,12 @@ from icm_cli.commands.train_options import (
 )
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt, WorkersOpt
+from icm_cli.output import Output
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
+from icmlora.errors import OtherProcessFailed
 from icmlora.io.text import counted, human_duration, human_size
+from icmlora.training.ranks import launched
 
 if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
@@ -76,10 +79,14 @@ def train(
     After adding tasks, --update encodes only the new ones. It needs no other originals, leaves existing codes as they
     are, and takes as long as the new tasks take.
 
+    Several GPUs or machines train together when torchrun starts icm in one process for each of them. They train the
+    generator; what comes after that, --update and the few-shot start take one process.
+
     To use `icm generate`, train with --objective both, or with --objective functional later.
 
     Example:
       icm train --device cuda
+      torchrun --nproc-per-node 4 $(command -v icm) train --device cuda
     """
     others = (quality, tolerance, width, steps, lr, max_error, min_gain)
     _check_options(objective, update=update, anew=fresh or width is not None, others=others)
@@ -88,21 +95,18 @@ def train(
     if few_shot:  # fail now, not after hours of training the generator
         session.fleet.check_few_shot(base_model=base_model)
     partly = False
+    options = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
+    options |= {"steps": steps, "learning_rate": lr, "seed": seed}
+    anew = options | {"width": width, "resume": resume, "fresh": fresh}
+    if launched()[0]:
+        raise typer.Exit(_help(session, None if update or objective is ObjectiveName.FUNCTIONAL else anew))
     if objective is not ObjectiveName.FUNCTIONAL:
-        options = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
-        options |= {"steps": steps, "learning_rate": lr, "seed": seed}
-        anew = {"width": width, "resume": resume, "fresh": fresh}
-        made = _update(session, options) if update else _train(session, options | anew, few_shot=few_shot)
-        partly = made.partly
-        if made.base_models:
-            each = {"device": where, "workers": workers}
-            if max_error is not None or min_gain is not None:
-                limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model}
-                partly = _encode(session, made, limits | each) or partly
-            elif tolerance is None and refine != 0:
-                partly = _refine(session, made, {"quality": quality, "refine": refine} | each) or partly
-            if evaluate:
-                partly = not _evaluate(session, made, each) or partly
+        made = _update(session, options) if update else _train(session, anew, few_shot=few_shot)
+        each = {"device": where, "workers": workers}
+        limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model}
+        plain = tolerance is not None or refine == 0
+        refinement = None if plain else {"quality": quality, "refine": refine}
+        partly = _finish(session, made, each, limits, refinement, evaluate=evaluate)
     if few_shot:
         _train_few_shot(session, where, base_model, episodes, seed)
     if partly:  # only now: a task that misses a limit must not stop what comes after
@@ -141,6 +145,41 @@ def _train(session: Session, options: dict[str, Any], *, few_shot: bool) -> _Mad
         raise Interrupted(f"interrupted; {saved}", hint="run the same command to continue")
     partly = any(trained.left_out for trained in report.trained)
     return _Made([trained.base_model for trained in report.trained], partly=partly)
+
+
+def _finish(
+    session: Session,
+    made: _Made,
+    each: dict[str, Any],
+    limits: dict[str, Any],
+    refinement: dict[str, Any] | None,
+    *,
+    evaluate: bool,
+) -> bool:
+    """Encode again for limits or refine, then measure; returns whether a task was left out or misses a limit."""
+    # each: options of all that is done here.
+    partly = made.partly
+    if not made.base_models:
+        return partly
+    if limits["max_error"] is not None or limits["min_gain"] is not None:
+        partly = _encode(session, made, limits | each) or partly
+    elif refinement is not None:
+        partly = _refine(session, made, refinement | each) or partly
+    if evaluate:
+        partly = not _evaluate(session, made, each) or partly
+    return partly
+
+
+def _help(session: Session, options: dict[str, Any] | None) -> ExitCode:
+    """Take part in the training of the first process, which prints and does all the rest; None: there is none."""
+    if options is None:
+        return ExitCode.DONE
+    quiet = replace(session, out=Output(quiet=True, progress=False))
+    try:
+        _, stopped = quiet.run("train", lambda fleet: fleet.train(**options))
+    except OtherProcessFailed:
+        return ExitCode.FAILED
+    return ExitCode.INTERRUPTED if stopped else ExitCode.DONE
 
 
 def _update(session: Session, options: dict[str, Any]) -> _Made:

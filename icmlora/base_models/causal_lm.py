@@ -155,8 +155,10 @@ class CausalLM:
     def measure(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> NllResult:
         """Return the loss in nats per token."""
         from icmlora.base_models.likelihood import nll
+        from icmlora.io.devices import texts_at_once
 
-        return nll(base.model, base.tokenizer, examples, max_tokens=base.within(limit))
+        batch = texts_at_once(base.device)
+        return nll(base.model, base.tokenizer, examples, max_tokens=base.within(limit), batch_size=batch)
 
 
 def _plain(example: Example | Chat, template: ChatTemplate) -> Example | Chat:

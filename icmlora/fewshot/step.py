@@ -22,15 +22,15 @@ from icmlora.fewshot.evidence import Evidence, ModuleEvidence
 RANK = 16  # directions kept of each step
 _DAMPING = 0.05  # share of the mean that is added to every mean square: a few samples say little about quiet channels
 _OVERSAMPLING = 8  # further columns of the random sketch, which make its strongest directions accurate
+_ITERATIONS = 2  # passes over the matrix and back that sharpen the sketch
 _SEED = 0
 
 
 def unit_steps(evidence: Evidence, rank: int = RANK) -> tuple[LoraModule, ...]:
     """Return the downhill direction of each module with |dW| = 1, or zeros where there is no gradient."""
     # The same evidence gives the same directions: the random sketch of the singular vectors is seeded.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_SEED)  # the other manual_seed would change those of all devices
-        return tuple(_unit_step(name, module, rank) for name, module in evidence.modules.items())
+    draw = torch.Generator().manual_seed(_SEED)
+    return tuple(_unit_step(name, module, rank, draw) for name, module in evidence.modules.items())
 
 
 def lengthened(units: Sequence[LoraModule], lengths: Sequence[float]) -> list[LoraModule]:
@@ -39,18 +39,38 @@ def lengthened(units: Sequence[LoraModule], lengths: Sequence[float]) -> list[Lo
 
 
 @torch.no_grad()
-def _unit_step(name: str, evidence: ModuleEvidence, rank: int) -> LoraModule:
-    # (out, in), on the CPU: every device then gives the same singular vectors for the same evidence.
-    scaled = (evidence.gradient / _root(evidence.outputs)[:, None] / _root(evidence.inputs)).cpu()
+def _unit_step(name: str, evidence: ModuleEvidence, rank: int, draw: torch.Generator) -> LoraModule:
+    scaled = evidence.gradient / _root(evidence.outputs)[:, None] / _root(evidence.inputs)  # (out, in)
     if not torch.isfinite(scaled).all():
         fact = f"the gradient of the loss on the samples is not finite ({name})"
         raise GeneratorError(fact, hint="leave out samples that are not ordinary text")
-    width = min(scaled.shape)
-    u, s, v = torch.svd_lowrank(scaled, q=min(rank + _OVERSAMPLING, width), niter=2)
+    u, s, v = strongest(scaled, min(rank + _OVERSAMPLING, *scaled.shape), draw)
     u, s, v = u[:, :rank], s[:rank], v[:, :rank]
     # Balanced factors with |B A| = 1; the sign makes the step go downhill.
     root = (s / s.norm().clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
     return LoraModule(name, (v * root).T.contiguous(), -(u * root))
+
+
+def strongest(
+    matrix: torch.Tensor, count: int, draw: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return about the strongest singular vectors and values of a matrix (m, n): (m, count), (count,), (n, count).
+
+    What `torch.svd_lowrank` does (Halko et al., arXiv 0909.4061, algorithm 5.1), but with a sketch that is drawn on the
+    CPU, so that it is the same on every device. The matrix stays where it is, the result is on the CPU.
+    """
+    # An 8B model has 28 GB of such matrices: to copy them off a card takes longer than everything else.
+    tall = matrix if matrix.device.type in ("cpu", "cuda") else matrix.cpu()
+    if is_wide := tall.shape[0] < tall.shape[1]:
+        tall = tall.mT
+    sketch = torch.randn(tall.shape[1], count, generator=draw).to(tall.device)
+    basis = torch.linalg.qr(tall @ sketch).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(tall.mT @ basis).Q
+        basis = torch.linalg.qr(tall @ basis).Q
+    small, values, right = torch.linalg.svd(basis.mT @ tall, full_matrices=False)
+    left, right = (basis @ small).cpu(), right.mT.cpu()
+    return (right, values.cpu(), left) if is_wide else (left, values.cpu(), right)
 
 
 def _root(mean_squares: torch.Tensor) -> torch.Tensor:

@@ -163,6 +163,9 @@ class Fleet(StoredFleet):
         `update` to add tasks. The same call resumes a training that was stopped, and ends with the same generator.
         Codes are plain; `encode` refines them.
 
+        Several processes of PyTorch's launcher train together. The first one writes to the store and returns the
+        report; that of the others is empty.
+
         Args:
             device: Where to train.
             base_model: Train only the generator of this base model.

@@ -41,7 +41,7 @@ from icmlora.formats.folder import save_adapter
 from icmlora.formats.peft import CARD_NAME, CONFIG_NAME, PEFT, WEIGHTS_NAME
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.versions import GeneratorFile
-from icmlora.io.devices import gradient_dtype, resolve_device
+from icmlora.io.devices import gradient_dtype, resolve_device, texts_at_once
 from icmlora.io.staging import check_free
 from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
 from icmlora.task_vectors.extraction import extract_context
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 # A generated adapter has few directions that matter: finer rounding without refinement is larger and worse.
 _CODE_TOLERANCE = 0.7
-_BATCH = 8  # samples per pass on an accelerator
 
 
 @dataclass(frozen=True)
@@ -206,9 +205,8 @@ def _adapted(
     context: Context, base: BaseModel, start: FewShotStart, samples: Sequence[Prepared], rank: int, refine: int
 ) -> Adapter:
     """Take the few-shot steps, cut the adapter to the rank that is written, and refine it by gradient steps."""
-    batch = 1 if base.device.type == "cpu" else _BATCH
     adapter, steps = start.adapter, len(supports(samples, len(start.rates)))
-    for done, adapted in enumerate(adapt(base, start, samples, batch_size=batch), start=1):
+    for done, adapted in enumerate(adapt(base, start, samples, batch_size=texts_at_once(base.device)), start=1):
         adapter = adapted.adapter
         context.progress(done, steps, "adapting")
     adapter = truncated(adapter, rank)

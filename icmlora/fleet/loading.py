@@ -20,6 +20,7 @@ from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import RunnableAdapter
 from icmlora.generator.versions import GeneratorFile
+from icmlora.io.devices import inference_dtype
 from registry.records import AdapterRecord, GeneratorRecord
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Models:
         self._cache, self._on_facts = cache, on_facts
         self._generator_file: GeneratorFile | None = None
         self._exemplars: tuple[int, Exemplars] | None = None
-        self._bases: dict[tuple[str, torch.dtype | None], BaseModel | BaseModelNotFound | BaseModelUnsuited] = {}
+        self._bases: dict[tuple[str, torch.dtype], BaseModel | BaseModelNotFound | BaseModelUnsuited] = {}
 
     def generator_file(self, generator: GeneratorRecord) -> GeneratorFile:
         """Return the versions of a generator. Its digest is checked when it is read."""
@@ -136,6 +137,7 @@ class Models:
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
         """Return a base model, in the given precision or in what suits the device. Raises as `open_base` does."""
+        dtype = dtype or inference_dtype(self.device)  # by name, or a card would hold two copies in one precision
         if (label, dtype) not in self._bases:
             self._bases = {key: base for key, base in self._bases.items() if key[0] == label}
             self._bases[label, dtype] = self._opened(label, dtype)

@@ -127,7 +127,7 @@ class Refiner:
 
     def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
         """Return a code whose adapter acts more like the original on the samples."""
-        relaxed = RelaxedCode(codec, adapter, encoded.data)
+        relaxed = RelaxedCode(codec, adapter, encoded.data, self.base.device)
         for step in refine(relaxed, encoded.weighted_error, self.base, adapter, self.items, self.config):
             tell(f"refining, step {step} of {self.config.steps}")
         return codec.measure(adapter, relaxed.to_code())

@@ -23,14 +23,16 @@ from icmlora.fleet.training_run import (
     TrainingRun,
     TrainRequest,
     base_models_with_tasks,
+    help_train,
     open_run,
     run_metrics,
+    share_run,
     train_network,
 )
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
-from icmlora.io.devices import resolve_device
+from icmlora.training.ranks import Ranks, joined
 from registry.names import some
 from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
 
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 REPLACED = "its adapter was replaced in the meantime"
 """Why a task has no code although its adapter was encoded: an ingest replaced the adapter during the training."""
+
+_WRITTEN_AT_ONCE = 64 << 20  # bytes of codes that wait in memory: each batch of files waits for the disk
 
 
 @dataclass(frozen=True)
@@ -94,20 +98,30 @@ class TrainReport:
 
 
 def train(context: Context, request: TrainRequest) -> TrainReport:
-    """Train one generator per base model."""
-    device = resolve_device(request.device)
+    """Train one generator per base model; of several processes, the first one does, and the others help it."""
     report = TrainReport()
-    with reporting(report), context.open() as store:
+    with reporting(report), joined() as ranks, context.open(read_only=not ranks.is_first) as store:
+        device = ranks.device(request.device)
+        if not ranks.is_first:
+            help_train(context, store, ranks, device)
+            return report
         for label in base_models_with_tasks(store, request.base_model):
             with store.job(label):
-                trained = _train_base(context, store, label, request, device, report)
+                trained = _train_base(context, store, label, request, device, ranks, report)
             report.trained.append(trained)
             context.on_event(trained)
+        ranks.share()  # nothing: the others may leave
     return report
 
 
 def _train_base(
-    context: Context, store: Store, label: str, request: TrainRequest, device: torch.device, report: TrainReport
+    context: Context,
+    store: Store,
+    label: str,
+    request: TrainRequest,
+    device: torch.device,
+    ranks: Ranks,
+    report: TrainReport,
 ) -> Trained:
     _refuse_evicted(store, label)
     source = StoreAdapterSource(store, label)
@@ -122,11 +136,13 @@ def _train_base(
         elif previous is not None:
             new = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
             context.on_event(Continued(label, previous.version, len(new)))
-        loss = train_network(context, source, run.state, run.save)
+        share_run(run, source, ranks)
+        loss = train_network(context, source, run.state, run.save, ranks)
         metrics: dict[str, object] = {
             "bits_per_parameter": loss,
             "steps": run.state.step,
             "resumed_from": first,
+            "processes": ranks.count,
             "fit_seconds": round(time.monotonic() - started, 3),
             **run_metrics(device),
         }
@@ -193,22 +209,31 @@ def _encode_all(
     context: Context, store: Store, source: StoreAdapterSource, codec: Codec
 ) -> tuple[list[NewCode], dict[str, str], int]:
     """Encode every task and store the files of the codes."""
-    made, left_out, known_seeds = dict[int, Encoded](), dict(source.left_out), 0
+    codes, left_out, known_seeds = list[NewCode](), dict(source.left_out), 0
+    waiting, size = dict[int, Encoded](), 0
     for task, name in enumerate(source.names):
         initial = source.initial(task)
         try:
-            made[task] = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
+            code = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
         except GeneratorError as error:  # such as an adapter of numbers too small to be divided
             left_out[name] = str(error)
             continue
         known_seeds += initial is not None
-        context.on_event(CodeMade(name, len(made[task].data), made[task].squared_error))
+        context.on_event(CodeMade(name, len(code.data), code.squared_error))
         context.progress(task + 1, source.tasks(), f"encoding {name}")
-    # At once, as each batch of files waits for the disk; no code counts before all are recorded.
+        waiting[task] = code
+        size += len(code.data)
+        if size > _WRITTEN_AT_ONCE:
+            codes += _stored(store, source, codec, waiting)
+            waiting, size = {}, 0
+    return codes + _stored(store, source, codec, waiting), left_out, known_seeds
+
+
+def _stored(store: Store, source: StoreAdapterSource, codec: Codec, made: Mapping[int, Encoded]) -> list[NewCode]:
+    """Store the files of some codes; none of them counts before all are recorded."""
     blobs = store.blobs.put_all([code.data for code in made.values()])
     asked = Asked(tolerance=codec.config.tolerance)
-    codes = [
+    return [
         NewCode(source.final(task), blob, 8.0 * len(code.data), code.squared_error, asked)
         for (task, code), blob in zip(made.items(), blobs, strict=True)
     ]
-    return codes, left_out, known_seeds

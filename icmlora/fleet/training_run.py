@@ -22,7 +22,14 @@ import torch
 
 from icmlora.base_models.channel_statistics import channel_statistics
 from icmlora.base_models.modality import BaseModel
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, GeneratorError
+from icmlora.errors import (
+    BaseModelNotFound,
+    BaseModelUnsuited,
+    Cancelled,
+    DataError,
+    GeneratorError,
+    OtherProcessFailed,
+)
 from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.fleet.context import Context, Event, base_name, check_base_model
 from icmlora.fleet.loading import open_base
@@ -33,6 +40,7 @@ from icmlora.generator.versions import GeneratorFile
 from icmlora.training.config import TrainConfig, is_small
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import TrainStep, fit
+from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.state import TrainState, new_state, state_from_bytes
 from registry.records import GeneratorRecord, TrainRunRecord
 
@@ -129,13 +137,35 @@ def open_run(
     return TrainingRun(store, new_state(network.to(device), options), store.runs.start(source.base_model, identity))
 
 
+def share_run(run: TrainingRun, source: StoreAdapterSource, ranks: Ranks) -> None:
+    """Give the other ranks what they need to take part in a run. Call it on rank 0."""
+    if ranks.count > 1:
+        fleet = source.base_model.encode(), source.digest().encode()
+        ranks.share([*fleet, run.state.network_bytes(), run.state.optimizer_bytes()])
+
+
+def help_train(context: Context, store: Store, ranks: Ranks, device: torch.device) -> None:
+    """Take part in the runs of rank 0 until it has no more. Call it on the other ranks; nothing is written."""
+    while work := ranks.share(on_wait=lambda: context.progress(0, None, "waiting for the first process")):
+        label, digest, network, optimizer = work
+        source = StoreAdapterSource(store, label.decode())
+        if source.digest() != digest.decode():
+            raise DataError("the store changed while the training began", hint="run the same command again")
+        for at in fit(state_from_bytes(network, optimizer, device), source, ranks):
+            context.progress(at.step, at.steps)
+
+
 def train_network(
-    context: Context, source: StoreAdapterSource, state: TrainState, save: Callable[[], None] | None = None
+    context: Context,
+    source: StoreAdapterSource,
+    state: TrainState,
+    save: Callable[[], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> float | None:
     """Train to the last step and return the mean loss in bits per parameter; None if no step was left."""
     saved, recent = time.monotonic(), None
     try:
-        for at in fit(state, source):
+        for at in fit(state, source, ranks):
             if not math.isfinite(at.bits):
                 raise GeneratorError(f"training diverged at step {at.step}", hint="train again with a lower --lr")
             recent = at.bits if recent is None else 0.98 * recent + 0.02 * at.bits
@@ -144,7 +174,7 @@ def train_network(
             if save is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
                 save()
                 saved = time.monotonic()
-    except Cancelled:  # only listeners raise it, and they are called between two steps, so the state is whole
+    except (Cancelled, OtherProcessFailed):  # both come between two steps, so the state is whole
         if save is not None:
             save()
         raise

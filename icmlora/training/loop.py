@@ -20,6 +20,7 @@ from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.objective import Bits, Prepared, adapter_bits, prepare
 from icmlora.generator.tokens import refuse_overflow, tokenize
 from icmlora.training.config import STEP_PARAMETERS
+from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.source import AdapterSource
 from icmlora.training.state import TrainState
 
@@ -32,9 +33,9 @@ _KEPT = 8  # bytes for each parameter: its token, and as much again for an initi
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What one step measured, in bits per parameter of the adapter it saw."""
+    """What one step measured, in bits per parameter of the adapter it saw; with several processes, their means."""
 
-    step: int  # steps done, counted from 1
+    step: int  # steps done, counted from 1; a step of n processes counts n
     steps: int
     task: int
     bits: float  # the loss: the sum of the parts below and of what only trains the prior
@@ -44,26 +45,27 @@ class TrainStep:
     learning_rate: float
 
 
-def fit(state: TrainState, fleet: AdapterSource) -> Iterator[TrainStep]:
+def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterator[TrainStep]:
     """Train until the configured number of steps is done; yields one record per step."""
     # The caller saves `state` whenever it likes between steps.
     device = next(state.net.parameters()).device
     adapters = _Adapters(fleet, state.net, device)
     while state.step < state.config.steps:
-        draw = random.Random(f"{state.config.seed}/{state.step}")  # noqa: S311 - training noise, not secrets
+        number = min(state.step + ranks.rank, state.config.steps - 1)
+        draw = random.Random(f"{state.config.seed}/{number}")  # noqa: S311 - training noise, not secrets
         noise = torch.Generator().manual_seed(draw.getrandbits(62))
-        task, checkpoint = _turn(state, fleet)
+        task, checkpoint = _turn(state, fleet, number)
         vectors = _vectors(state, fleet, task, draw)
         adapter = adapters(task, checkpoint, draw)
         vectors = {view: vector.to(device) for view, vector in vectors.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             bits = adapter_bits(state.net, adapter, vectors, noise)
-        yield _advance(state, bits, adapter.parameters, task)
+        yield _advance(state, bits, adapter.parameters, task, ranks)
 
 
-def _turn(state: TrainState, fleet: AdapterSource) -> tuple[int, int | None]:
+def _turn(state: TrainState, fleet: AdapterSource, number: int) -> tuple[int, int | None]:
     """Draw the task whose turn it is, and one of its adapters."""
-    draw = random.Random(f"{state.config.seed}/turn/{state.step // state.config.turn}")  # noqa: S311 - as above
+    draw = random.Random(f"{state.config.seed}/turn/{number // state.config.turn}")  # noqa: S311 - as above
     task, checkpoint = draw.randrange(fleet.tasks()), None
     if fleet.checkpoints(task) and draw.random() >= state.config.final_share:
         checkpoint = draw.randrange(fleet.checkpoints(task))
@@ -130,22 +132,26 @@ def some_modules(modules: Sequence[LoraModule], draw: random.Random) -> tuple[Lo
     return tuple(modules[number] for number in sorted(chosen))
 
 
-def _advance(state: TrainState, bits: Bits, parameters: int, task: int) -> TrainStep:
-    rate = state.config.rate_at(state.step)
+def _advance(state: TrainState, bits: Bits, parameters: int, task: int, ranks: Ranks) -> TrainStep:
+    rate = state.config.rate_at(state.step) * ranks.rate_factor
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
     (bits.total / parameters).backward()  # type: ignore[no-untyped-call]
+    parts = [float(part.detach()) / parameters for part in (bits.total, bits.latent, bits.norms, bits.tokens)]
+    draws, (total, latent, norms, tokens) = ranks.average(
+        state.net.parameters(), parts, state.config.steps - state.step
+    )
     torch.nn.utils.clip_grad_norm_(state.net.parameters(), _GRADIENT_LIMIT, foreach=True)
     state.optimizer.step()
-    state.step += 1
+    state.step += draws
     return TrainStep(
         step=state.step,
         steps=state.config.steps,
         task=task,
-        bits=float(bits.total.detach()) / parameters,
-        latent_bits=float(bits.latent.detach()) / parameters,
-        norm_bits=float(bits.norms.detach()) / parameters,
-        token_bits=float(bits.tokens.detach()) / parameters,
+        bits=total,
+        latent_bits=latent,
+        norm_bits=norms,
+        token_bits=tokens,
         learning_rate=rate,
     )

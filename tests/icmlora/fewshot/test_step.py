@@ -10,7 +10,7 @@ from icmlora.adapter.model import LoraModule
 from icmlora.base_models.factors import factors_of
 from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.evidence import Evidence, ModuleEvidence, gather_evidence
-from icmlora.fewshot.step import unit_steps
+from icmlora.fewshot.step import strongest, unit_steps
 from tests.icmlora.fewshot.trained_tasks import NAMES, random_adapter, scored
 from tests.icmlora.tiny_base import load_tiny_base
 
@@ -104,3 +104,14 @@ def test_it_is_the_same_each_time_and_leaves_the_random_numbers_of_others_alone(
     again = unit_steps(evidence(outputs=40, inputs=60))
     assert torch.equal(first[0].a, again[0].a)
     assert torch.equal(first[0].b, again[0].b)
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (12, 12)])
+def test_the_strongest_directions_are_those_of_torch_bit_for_bit(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    count = min(24, *shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wanted = torch.svd_lowrank(matrix, q=count, niter=2)
+    found = strongest(matrix, count, torch.Generator().manual_seed(0))
+    assert all(torch.equal(left, right) for left, right in zip(found, wanted, strict=True))

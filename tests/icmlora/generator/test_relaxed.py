@@ -10,7 +10,9 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.generator.codec import Codec
+from icmlora.generator.quantizer import centred
 from icmlora.generator.relaxed import RelaxedCode
+from icmlora.generator.scales import LARGEST, SMALLEST
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_vectors, mixed_fleet
 
@@ -47,6 +49,14 @@ def test_its_factors_are_those_of_the_decoded_adapter(make: Make, task: int) -> 
         if float(module.b.abs().max()) > 0:
             a, b = factors[module.name]
             torch.testing.assert_close(b @ a, module.b @ module.a, rtol=1e-4, atol=1e-6)
+
+
+def test_every_integer_becomes_the_centre_that_the_codec_gives_it() -> None:
+    _, _, _, code = relaxed(0)
+    scales = np.arange(SMALLEST, LARGEST + 1).astype(np.int8)[:, None].repeat(400, axis=1)
+    whole = np.arange(-200, 200).astype(np.int32)[None, :].repeat(len(scales), axis=0)
+    found = code._centred(torch.from_numpy(whole).float(), torch.from_numpy(scales))
+    assert np.array_equal(found.numpy(), centred(whole, scales))
 
 
 @pytest.mark.parametrize("make", [relaxed, known])
