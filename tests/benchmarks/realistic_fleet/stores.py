@@ -1,6 +1,6 @@
 """Make stores of the realistic fleet, for `python -m tests.benchmarks.rate_distortion` to measure.
 
-usage: python -m tests.benchmarks.realistic_fleet.stores --work W --fleet F [--only NAME] [--qualities 4,6]
+usage: python -m tests.benchmarks.realistic_fleet.stores --work W --fleet F [--only NAME] [--qualities 4,5]
 
 For each base model, W/stores/NAME/plain-4 has a generator and the plain codes of the default quality, and refined-Q the
 codes that `icm encode --quality Q` makes of it. Prints how long each command took. A store that is there is kept.
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of packages, base models and stores")
     parser.add_argument("--fleet", type=Path, required=True, help="folder of the adapters")
     parser.add_argument("--only", choices=list(NAMES.values()), help="one base model (default: both)")
-    parser.add_argument("--qualities", default="4,6", help="separated by commas (default 4,6)")
+    parser.add_argument("--qualities", default="4,5", help="separated by commas (default 4,5)")
     options = parser.parse_args()
     os.environ["XDG_CACHE_HOME"] = str(options.work / "cache")
     for base_model, name in NAMES.items():
