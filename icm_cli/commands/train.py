@@ -102,11 +102,9 @@ def train(
         raise typer.Exit(_help(session, None if update or objective is ObjectiveName.FUNCTIONAL else anew))
     if objective is not ObjectiveName.FUNCTIONAL:
         made = _update(session, options) if update else _train(session, anew, few_shot=few_shot)
-        each = {"device": where, "workers": workers}
         limits = {"max_error": max_error, "min_gain": min_gain, "base_model": base_model}
-        plain = tolerance is not None or refine == 0
-        refinement = None if plain else {"quality": quality, "refine": refine}
-        partly = _finish(session, made, each, limits, refinement, evaluate=evaluate)
+        wanted = None if tolerance is not None or refine == 0 else {"quality": quality, "refine": refine}
+        partly = _finish(session, made, {"device": where, "workers": workers}, limits, wanted, evaluate=evaluate)
     if few_shot:
         _train_few_shot(session, where, base_model, episodes, seed)
     if partly:  # only now: a task that misses a limit must not stop what comes after
