@@ -67,7 +67,7 @@ def check(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Run all stages on the device, and those that are compared on the CPU too."""
     device, store = options.device, work / "store"
     fleet = Fleet(store)
-    size: dict[str, Any] = {}
+    size: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "refine", "episodes")}
     if options.fleet:
         fleet.ingest([options.fleet])
         label = fleet.base_models()[0].record.name
