@@ -23,7 +23,7 @@ from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
 from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Trial
 from icmlora.fleet.texts import read_samples
-from icmlora.fleet.workers import open_workers
+from icmlora.fleet.workers import check_place, open_workers
 from icmlora.generator.config import quality_of, tolerance_of
 from icmlora.generator.encoding import Limits
 from icmlora.generator.initial_a.search import SeedSearch
@@ -146,6 +146,7 @@ class EncodeReport:
 
 def encode(context: Context, request: EncodeRequest) -> EncodeReport:
     """Encode tasks one after the other, or on several workers; each new code is recorded at once."""
+    check_place(request.device, request.workers)
     report = EncodeReport(is_named=bool(request.names))
     with context.open() as store, reporting(report):
         tasks = select_tasks(store, request.names, request.base_model, request.shard)

@@ -23,7 +23,7 @@ from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, 
 from icmlora.fleet.loading import Models
 from icmlora.fleet.measure import MAX_TOKENS, SOURCES, Measurement, SourceResult, TaskLosses, record_measurements
 from icmlora.fleet.texts import adapter_template, own_text
-from icmlora.fleet.workers import Tell, open_workers
+from icmlora.fleet.workers import Tell, check_place, open_workers
 from registry.errors import TaskNotFound
 from registry.records import Rung, TaskRecord
 
@@ -115,6 +115,7 @@ def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
         raise DataError(f"{unknown[0]!r} is not a source", hint=f"the sources are {', '.join(SOURCES)}")
     for name in request.baselines:
         baseline_named(name)
+    check_place(request.device, request.workers)
     report = EvaluateReport()
     with context.open() as store, reporting(report):
         make = partial(_Evaluator, request, _given_data(request.data, any_row=has_loaders(store)))

@@ -25,7 +25,7 @@ from icmlora.fleet.decoding import check_references, decode_code
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import losses_on_own_text
-from icmlora.fleet.workers import open_workers
+from icmlora.fleet.workers import check_place, open_workers
 from registry.errors import DamagedStore, LastCopy, TaskNotFound
 from registry.evaluations import latest
 from registry.records import (
@@ -108,6 +108,7 @@ class EvictReport:
 def evict(context: Context, request: EvictRequest) -> EvictReport:
     """Evict the originals of some tasks, or say what would be evicted."""
     _check_limits(request)
+    check_place(request.device, request.workers)
     report = EvictReport()
     # Loading a base model to measure a gain may tell the store what it is, so that takes a writable store.
     read_only = request.dry_run and request.min_gain is None

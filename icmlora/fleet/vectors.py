@@ -16,7 +16,7 @@ from icmlora.fleet.context import Context, Event, Shard, TaskFailed, reporting
 from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, Sieve, as_error
 from icmlora.fleet.loading import Models, read_runnable
 from icmlora.fleet.texts import read_samples
-from icmlora.fleet.workers import Tell, open_workers
+from icmlora.fleet.workers import Tell, check_place, open_workers
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes
 from icmlora.task_vectors.vector import TaskVector, VectorSettings
@@ -82,6 +82,7 @@ def extract_vectors(context: Context, request: VectorRequest) -> VectorReport:
     Raises:
         BaseModelNotFound: None of the base models is on this machine.
     """
+    check_place(request.device, request.workers)
     report = VectorReport()
     with context.open() as store, reporting(report):
         todo = _plan(store, request, report)

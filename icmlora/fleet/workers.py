@@ -81,18 +81,14 @@ def open_workers(
         store: the store, as this process has it.
         make: makes what computes, once in each process; it can be pickled.
         device: the device of each worker.
-        workers: None for this process, the number of processes to start here, or `ray://HOST:PORT`.
+        workers: as in `check_place`.
 
     Raises:
         WorkersUnavailable: Ray is not installed, or there is no cluster.
-        InvalidShare: `workers` is none of these, or `device` is one card for all of them.
     """
     if workers is None:
         yield _ThisProcess(make(Models(store, resolve_device(device), context.cache)))
         return
-    check_workers(workers)
-    if ":" in device:
-        raise InvalidShare(f"all workers cannot share device {device!r}", hint="--device cuda gives each worker a card")
     with _cluster(workers) as ray:
         share = _share(ray, workers, device)
         here = replace(context, path=context.path.absolute(), on_event=ignore)
@@ -108,8 +104,22 @@ def open_workers(
             pool.stop()
 
 
-def check_workers(workers: str) -> None:
-    """Raise `InvalidShare` unless this is a number of processes or the address of a Ray cluster."""
+def check_place(device: str, workers: str | None) -> None:
+    """Check where to compute, before a store is opened.
+
+    Args:
+        device: the device of this process or of each worker.
+        workers: None for this process, the number of processes to start here, or `ray://HOST:PORT`.
+
+    Raises:
+        DeviceUnavailable: This process is to compute, and the machine does not have the device.
+        InvalidShare: `workers` is none of these, or `device` is one card for all of them.
+    """
+    if workers is None:
+        resolve_device(device)
+        return
+    if ":" in device:
+        raise InvalidShare(f"all workers cannot share device {device!r}", hint="--device cuda gives each worker a card")
     if not (workers.isdecimal() and 1 <= int(workers) <= 1024) and not workers.startswith("ray://"):
         raise InvalidShare(f"{workers!r} says neither how many workers nor where", hint="write 4, or ray://HOST:10001")
 

@@ -26,10 +26,13 @@ from tests.icmlora.fleet.dying import DiesAlways, DiesOnce
 from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound
 
 pytest.importorskip("ray")
-# Ray leaves pipes and processes to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.slow,  # every worker imports torch
+    # Ray leaves pipes and processes to the garbage collector.
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::FutureWarning"
+    ),
+]
 
 Icm = Callable[..., Ran]
 

@@ -170,19 +170,31 @@ def test_a_stopped_encode_is_continued_by_the_same_call(fleet: Fleet) -> None:
     assert [task.status for task in fleet.encode(max_error=0.14).tasks] == ["known", "known", "encoded"]
 
 
-def test_a_second_fleet_object_has_to_wait_for_the_first(fleet: Fleet) -> None:
+def test_a_training_has_to_wait_for_an_encode(fleet: Fleet) -> None:
     other, refused = Fleet(fleet.path, lock_timeout=0), list[str]()
 
     def listen(event: object) -> None:
         if isinstance(event, TaskEncoded):
             with pytest.raises(StoreLocked) as error:
-                other.encode(max_error=0.7)
+                other.train(device="cpu", steps=1)
             refused.append(str(error.value.hint))
 
     Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.1)
     assert len(refused) == 1
     assert "--lock-timeout" in refused[0]
     assert other.encode(["silent"], max_error=0.1).tasks[0].status == "known"
+
+
+def test_a_second_fleet_object_encodes_at_the_same_time(fleet: Fleet) -> None:
+    other, found = Fleet(fleet.path, lock_timeout=0), list[str]()
+
+    def listen(event: object) -> None:
+        if isinstance(event, TaskEncoded):
+            found.extend(task.status for task in other.encode(["poems"], max_error=0.7).tasks)
+
+    Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.1)
+    assert found == ["encoded"]
+    assert is_sound(fleet)
 
 
 def test_a_second_fleet_object_reads_while_the_first_one_works(fleet: Fleet, tmp_path: Path) -> None:
