@@ -1,7 +1,7 @@
 """A base model with random weights and synthetic adapters for it, written in place: nothing is downloaded.
 
 Quality means nothing here, time and memory do. The adapters have rank 16 on all linear layers, random directions, and
-the singular values of trained adapters, scaled so that an adapter changes what the model predicts.
+singular values that fall evenly, scaled so that an adapter changes what the model predicts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LABEL = "random/llama"
 RANK = 16
 SAMPLES, EVAL_TEXTS, NEW_SAMPLES = 32, 8, 64
 _SPREAD = 0.02  # standard deviation of the base model's weights
-_DECAY = 0.75  # of one singular value to the next: the middle of what the fleet of 20 has
+_DECAY = 0.75  # of one singular value to the next; chosen, not measured
 
 
 @dataclass(frozen=True)
