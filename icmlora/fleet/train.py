@@ -100,18 +100,25 @@ class TrainReport:
 def train(context: Context, request: TrainRequest) -> TrainReport:
     """Train one generator per base model; of several processes, the first one does, and the others help it."""
     report = TrainReport()
-    with reporting(report), joined() as ranks, context.open(read_only=not ranks.is_first) as store:
+    with reporting(report), joined() as ranks:
         device = ranks.device(request.device)
-        if not ranks.is_first:
-            help_train(context, store, ranks, device)
-            return report
-        for label in base_models_with_tasks(store, request.base_model):
-            with store.job(label):
-                trained = _train_base(context, store, label, request, device, ranks, report)
-            report.trained.append(trained)
-            context.on_event(trained)
-        ranks.share()  # nothing: the others may leave
+        with context.open(read_only=not ranks.is_first) as store:
+            _train(context, store, request, device, ranks, report)
     return report
+
+
+def _train(
+    context: Context, store: Store, request: TrainRequest, device: torch.device, ranks: Ranks, report: TrainReport
+) -> None:
+    if not ranks.is_first:
+        help_train(context, store, ranks, device)
+        return
+    for label in base_models_with_tasks(store, request.base_model):
+        with store.job(label):
+            trained = _train_base(context, store, label, request, device, ranks, report)
+        report.trained.append(trained)
+        context.on_event(trained)
+    ranks.share()  # nothing: the others may leave
 
 
 def _train_base(

@@ -109,11 +109,11 @@ class RelaxedCode:
         )
         left, right = (mean.to(self._device) for mean in quantizer.means(slots, norms, state))
         scales = tuple(torch.from_numpy(indices).to(self._device) for indices in integers.scales)
-        layers, firsts = np.unique(slots.layer, return_index=True)  # layers are ascending
+        layers, firsts, counts = np.unique(slots.layer, return_index=True, return_counts=True)  # layers are ascending
         known = torch.from_numpy(state.subspace.knows(slots.kind)[slots.layer])
         return _Part(
             integers=integers,
-            modules=list(zip(layers.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(slots.layer)], strict=True)),
+            modules=list(zip(layers.tolist(), firsts.tolist(), (firsts + counts).tolist(), strict=True)),
             slot=torch.from_numpy(slots.slot).to(self._device),
             root=norm_of(norms).sqrt()[:, None].to(self._device),
             means=(left, right),

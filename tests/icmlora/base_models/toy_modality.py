@@ -127,6 +127,10 @@ class VectorClassifier:
         labels = torch.tensor([item.label for item in items], device=base.device)
         return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
+    def item_loss(self, item: Point, logits: torch.Tensor) -> torch.Tensor:
+        """Return the cross entropy of one example."""
+        return nn.functional.cross_entropy(logits.float(), torch.tensor([item.label], device=logits.device))
+
     def written(self, base: BaseModel, items: Sequence[Point], count: int, limit: int, *, seed: int) -> list[Point]:
         """Return nothing: it does not write."""
         return []

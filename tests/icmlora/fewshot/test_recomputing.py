@@ -91,8 +91,8 @@ def test_what_comes_into_a_module_is_not_kept_until_backward(
         gone.append(all(reference.expired() for reference in inputs))
         return row_loss(*arguments)
 
-    row_loss = likelihood._row_loss
-    monkeypatch.setattr(likelihood, "_row_loss", before_backward)
+    row_loss = likelihood.item_loss
+    monkeypatch.setattr(likelihood, "item_loss", before_backward)
     handle = base.model.get_submodule(NAMES[1]).register_forward_pre_hook(
         lambda _, arguments: inputs.append(StorageWeakRef(arguments[0].untyped_storage()))
     )

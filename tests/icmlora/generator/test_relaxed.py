@@ -129,3 +129,12 @@ def test_boosts_make_longer_what_lies_across_the_subspace_and_nothing_else() -> 
         # Rounding leaves a little of it along the subspace, which is made longer with it.
         assert subspace.project(kind, layer, difference).norm() < 0.3 * difference.norm()
         assert torch.equal(longer.outputs, plain.outputs)
+
+
+def test_a_code_without_integers_can_be_opened_and_closed() -> None:
+    under, adapter = codec(), mixed_fleet().load(0, None)
+    data = under.encode(adapter, make_vectors(0), tolerance=0.999).data
+    opened = RelaxedCode(under, adapter, data)
+    opened.factors()
+    assert float(opened.bits()) >= 0
+    assert opened.to_code() == data
