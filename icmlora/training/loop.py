@@ -27,7 +27,7 @@ from icmlora.training.state import TrainState
 _GRADIENT_LIMIT = 1.0
 _SUBSPACES = 4
 # Of adapters that are kept for later steps. They never change, and reading one takes half as long as a step.
-_CACHE_BYTES = 256 << 20
+_CACHE_BYTES = 512 << 20
 _KEPT = 8  # bytes for each parameter: its token, and as much again for an initial A
 
 
