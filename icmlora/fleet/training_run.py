@@ -108,14 +108,7 @@ def open_run(
     network = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
     known = None if network is None else network.config
     config = _config(source, request, known)
-    options = TrainConfig.default(
-        source.tasks(),
-        source.adapters(),
-        parameters=source.parameters(),
-        steps=request.steps,
-        learning_rate=request.learning_rate,
-        seed=request.seed,
-    )
+    options = options_of(source, steps=request.steps, learning_rate=request.learning_rate, seed=request.seed)
     identity: dict[str, object] = {
         "generator": json.loads(config.to_json()),
         "train": json.loads(options.to_json()),
@@ -153,6 +146,18 @@ def help_train(context: Context, store: Store, ranks: Ranks, device: torch.devic
             raise DataError("the store changed while the training began", hint="run the same command again")
         for at in fit(state_from_bytes(network, optimizer, device), source, ranks):
             context.progress(at.step, at.steps)
+
+
+def options_of(source: StoreAdapterSource, *, steps: int | None, learning_rate: float | None, seed: int) -> TrainConfig:
+    """Choose how a network is trained on some adapters; None stands for the default."""
+    return TrainConfig.default(
+        source.tasks(),
+        source.adapters(),
+        parameters=source.parameters(),
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
 
 
 def train_network(

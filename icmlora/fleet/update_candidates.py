@@ -21,7 +21,7 @@ import torch
 from icmlora.errors import GeneratorError
 from icmlora.fleet.adapter_source import StoreAdapterSource, layout_of
 from icmlora.fleet.context import Context
-from icmlora.fleet.training_run import measured_sensitivity, train_network
+from icmlora.fleet.training_run import measured_sensitivity, options_of, train_network
 from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
@@ -129,14 +129,7 @@ class UpdateCandidates:
             quality=1,
             tolerance=self._tolerance,
         )
-        options = TrainConfig.default(
-            source.tasks(),
-            source.adapters(),
-            parameters=source.parameters(),
-            steps=request.steps,
-            learning_rate=request.learning_rate,
-            seed=request.seed,
-        )
+        options = options_of(source, steps=request.steps, learning_rate=request.learning_rate, seed=request.seed)
         sensitivity = measured_sensitivity(self._context, self._store, source, config, self._device)
         network = fresh_network(config, source, request.seed, sensitivity)
         state = self._train(source, new_state(network.to(self._device), options))
