@@ -115,13 +115,16 @@ class Limits:
 
     def keeps(self, encoded: Measured) -> bool:
         """Say whether a code is within the limits."""
-        pairs = ((encoded.weighted_error, self.tolerance), (encoded.squared_error, self.max_squared_error))
-        return all(limit is None or error <= limit for error, limit in pairs)
+        return all(error <= limit for error, limit in self._pairs(encoded))
 
     def used(self, encoded: Measured) -> float:
         """Say how much of the limits a code's errors take: 1 if it just keeps them."""
+        return max((error / limit for error, limit in self._pairs(encoded) if limit), default=1.0)
+
+    def _pairs(self, encoded: Measured) -> list[tuple[float, float]]:
+        """Return each limit that is set, with the error that it is for."""
         pairs = ((encoded.weighted_error, self.tolerance), (encoded.squared_error, self.max_squared_error))
-        return max((error / limit for error, limit in pairs if limit), default=1.0)
+        return [(error, limit) for error, limit in pairs if limit is not None]
 
     def expected_step(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> int:
         """Return the step, in eighths of an octave, that theory gives for the smaller limit."""
@@ -178,16 +181,12 @@ def encode_adapter(
 def _reads_as(codec: Decoder, data: bytes, tried: _Trial) -> bool:
     """Whether a code holds the integers and strengths that were tried; what it decodes to follows from them."""
     opened, groups = codec.open(data), {group.slots.kind: group for group in tried.groups}
-    strengths = np.array_equal(opened.head.strengths, tried.head.strengths)
-    return strengths and all(
-        np.array_equal(left, right)
-        for group in opened.groups
-        if group.slots.kind in groups
-        for left, right in zip(
-            (group.residuals, *group.sides),
-            (groups[group.slots.kind].residuals, *groups[group.slots.kind].sides),
-            strict=True,
-        )
+    # A kind without energy has no tokens to try; what is read of it is empty.
+    pairs = [(group, groups[group.slots.kind]) for group in opened.groups if group.slots.kind in groups]
+    return np.array_equal(opened.head.strengths, tried.head.strengths) and all(
+        np.array_equal(read, wanted)
+        for left, right in pairs
+        for read, wanted in zip((left.residuals, *left.sides), (right.residuals, *right.sides), strict=True)
     )
 
 
