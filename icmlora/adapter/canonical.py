@@ -22,7 +22,7 @@ from icmlora.errors import AdapterRefused
 # Below this share of the largest singular value a slot holds rounding noise of float64. The square root would lift
 # the noise from 1e-16 to 1e-8 of the adapter, so it is set to zero.
 _NOISE = 1e-13
-_BYTES = 256 << 20  # of factors in float64 that are decomposed together
+_BYTES = 32 << 20  # of factors in float64 that are decomposed together
 
 
 def canonicalize(adapter: Adapter) -> Adapter:

@@ -8,6 +8,7 @@ dW itself (out x in per module) is never formed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -20,8 +21,18 @@ def squared_error(original: Adapter, other: Adapter) -> float:
     Ranks may differ; a module that one side lacks counts as zero there. Rounding limits the result to about 1e-15.
     It is infinite where the original is zero and the other is not.
     """
-    parts = _parts(original, other)
-    return _ratio(sum(error for error, _ in parts.values()), sum(norm for _, norm in parts.values()))
+    return relative(errors_and_norms(original, other))
+
+
+def errors_and_norms(original: Adapter, other: Adapter) -> list[tuple[float, float]]:
+    """Return ||dW_other - dW_original||^2 and ||dW_original||^2 of each module."""
+    return list(_parts(original, other).values())
+
+
+def relative(parts: Iterable[tuple[float, float]]) -> float:
+    """Divide the sum of squared errors by that of squared norms; their order does not matter."""
+    pairs = list(parts)
+    return _ratio(math.fsum(error for error, _ in pairs), math.fsum(norm for _, norm in pairs))
 
 
 def dw_norm(adapter: Adapter) -> float:

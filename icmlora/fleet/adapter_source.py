@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _CACHE_BYTES = 256 << 20
 # An InitialA takes up to 100 kB; drawing it again from its seed takes some hundredths of a second.
 _CACHED_INITIALS = 256
+_CACHED_VECTOR_FILES = 256  # each has up to some hundred kB
 _FLOAT32 = 4  # bytes
 _TOO_WIDE = f"its rank is above {MAX_SLOTS}, the largest that a code can hold"
 
@@ -62,6 +63,7 @@ class StoreAdapterSource:
         self._search = SeedSearch()
         self._seeds: dict[int, int | None] = {}
         self._initial = lru_cache(_CACHED_INITIALS)(self._find_initial)
+        self._vector_file = lru_cache(_CACHED_VECTOR_FILES)(lambda blob: vectors_from_bytes(store.blobs.read(blob)))
 
     def tasks(self) -> int:
         """Return the number of tasks."""
@@ -133,7 +135,7 @@ class StoreAdapterSource:
     def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
         """Return a task's vectors of one support set by view."""
         rows = self._vectors[task][support_set]
-        return dict(zip(rows, _read(self._store, list(rows.values())), strict=True))
+        return {view: self._vector_file(row.blob)[row.view][row.support_set] for view, row in rows.items()}
 
     def mean_vectors(self, task: int) -> Mapping[str, torch.Tensor]:
         """Return a task's vectors by view, averaged over its support sets."""

@@ -37,7 +37,7 @@ from icmlora.fleet.texts import read_samples
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.generator.versions import GeneratorFile
-from icmlora.training.config import TrainConfig, is_small
+from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import TrainStep, fit
 from icmlora.training.ranks import ALONE, Ranks
@@ -50,10 +50,8 @@ if TYPE_CHECKING:
 DEFAULT_QUALITY = 4
 
 _CHECKPOINT_SECONDS = 20.0
-# Twice as many tokens change the weights by less than the grid they are rounded to (docs/results/LOG.md).
-_STATISTICS_TOKENS = 8192
-# A quarter of them takes a quarter of the time and costs a small fleet no bytes (docs/results/LOG.md).
-_STATISTICS_TOKENS_SMALL = 2048
+# Four times as many take four times as long and give no smaller codes (docs/results/LOG.md).
+_STATISTICS_TOKENS = 2048
 _STATISTICS_TASKS = 64
 _STATISTICS_SAMPLES = 8  # of each task
 
@@ -121,8 +119,7 @@ def open_run(
         return TrainingRun(store, state_from_bytes(weights, optimizer, device), stopped)
     sensitivity = None
     if known is None or (known.kinds, known.layers) != (config.kinds, config.layers):
-        few = _STATISTICS_TOKENS_SMALL if is_small(source.tasks(), request.steps) else _STATISTICS_TOKENS
-        sensitivity = measured_sensitivity(context, store, source, config, device, tokens=few)
+        sensitivity = measured_sensitivity(context, store, source, config, device)
     if network is None:
         network = fresh_network(config, source, request.seed, sensitivity)
     else:
@@ -218,15 +215,15 @@ def measured_sensitivity(
     source: StoreAdapterSource,
     config: GeneratorConfig,
     device: torch.device,
-    *,
-    tokens: int = _STATISTICS_TOKENS,
 ) -> Sensitivity | None:
     """Measure how strongly the base model reacts to each channel, or return None if it cannot be run for that here."""
     try:
         base = open_base(store, source.base_model, device, cache=context.cache)
         # Kinds of different widths share names, and a name without a layer number is that of every layer.
         modules = dict.fromkeys(kind.module(layer) for kind in config.kinds for layer in range(config.layers))
-        statistics = channel_statistics(base, _examples(store, source.names, base), modules, max_tokens=tokens)
+        statistics = channel_statistics(
+            base, _examples(store, source.names, base), modules, max_tokens=_STATISTICS_TOKENS
+        )
     except (BaseModelNotFound, BaseModelUnsuited):
         return None
     return sensitivity_of(config, statistics)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -29,6 +28,7 @@ from icmlora.generator.network_file import TrainedGenerator
 from icmlora.generator.packing import KindIntegers, pack, unpack
 from icmlora.generator.quantizer import TokenQuantizer
 from icmlora.generator.scales import STRENGTHS
+from icmlora.generator.threads import ahead, one_thread
 from icmlora.generator.tokens import KindTokens, detokenize
 
 _SUBSPACES = 4  # initial subspaces that stay in memory
@@ -41,19 +41,6 @@ class OpenCode:
     head: CodeHead
     state: TaskState
     groups: tuple[KindIntegers, ...]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch on the calling thread; also a decorator."""
-    # Sums of several threads may differ in the last bit, and for pieces this small waiting for threads costs more than
-    # they save.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Decoder:
@@ -78,9 +65,9 @@ class Decoder:
     @one_thread()
     def decode(self, code: bytes) -> Adapter:
         """Decode one code."""
-        opened = self.open(code)
-        tokens = (self.dequantised(group, opened.state, opened.head.step) for group in opened.groups)
-        return self.assemble(tokens, opened.head, opened.head.strengths)
+        head, state, groups = self._read(code)
+        tokens = (self.dequantised(group, state, head.step) for group in ahead(groups))
+        return self.assemble(tokens, head, head.strengths)
 
     @torch.no_grad()
     def generate(
@@ -104,6 +91,11 @@ class Decoder:
 
     def open(self, code: bytes) -> OpenCode:
         """Read a code's integers without decoding them to weights."""
+        head, state, groups = self._read(code)
+        return OpenCode(head, state, tuple(groups))
+
+    def _read(self, code: bytes) -> tuple[CodeHead, TaskState, Iterator[KindIntegers]]:
+        """Read the head of a code, and then its integers, one kind after the other."""
         digest = generator_of(code)
         if digest != self.generator.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
@@ -111,7 +103,7 @@ class Decoder:
         head = parsed.head
         subspace = replace(self.subspace(head.initial), shifts=head.shifts, boosts=head.boosts)
         state = TaskState(_floats(head.condition), _floats(head.latent), subspace)
-        return OpenCode(head, state, tuple(unpack(self.quantizer, head, subspace, parsed.words)))
+        return head, state, unpack(self.quantizer, head, subspace, parsed.words)
 
     def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
         """Write a code of these integers."""
@@ -139,15 +131,21 @@ class Decoder:
         """Make an adapter with a code's modules from tokens, which are changed in place."""
         # strengths: (K, L). Tokens are taken one kind after the other, so that one is in memory at a time.
         modules = [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
-        strong = (_strengthened(group, strengths[group.kind]) for group in tokens)
-        adapter = detokenize(strong, self.config, self.sensitivity, modules=modules, task_type=head.task_type)
+        strong = (strengthened(group, strengths[group.kind]) for group in tokens)
+        return self.adapter_of(strong, modules, head.task_type)
+
+    def adapter_of(
+        self, tokens: Iterable[KindTokens], modules: Sequence[tuple[int, int]], task_type: str | None
+    ) -> Adapter:
+        """Make an adapter with modules (kind, layer) from tokens at their final strength."""
+        adapter = detokenize(tokens, self.config, self.sensitivity, modules=modules, task_type=task_type)
         if not all(_is_finite(factor) for module in adapter.modules for factor in (module.a, module.b)):
             raise CodeError("the code's values are out of float32's range")
         return adapter
 
 
-def _strengthened(tokens: KindTokens, strengths: NDArray[np.int8]) -> KindTokens:
-    """Multiply the tokens of each layer by its strength, shape (L,), in place."""
+def strengthened(tokens: KindTokens, strengths: NDArray[np.int8]) -> KindTokens:
+    """Multiply the tokens of each layer by its strength, log2 in 64ths, shape (L,); in place."""
     factors = torch.exp2(torch.from_numpy(strengths.astype(np.float32)) / STRENGTHS)
     tokens.outputs.mul_(factors[tokens.layer][:, None])
     return tokens

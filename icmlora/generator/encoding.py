@@ -13,20 +13,21 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from icmlora.adapter.metrics import squared_error
-from icmlora.adapter.model import Adapter
+from icmlora.adapter.metrics import errors_and_norms, relative
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.generator.code import CodeHead
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.container import ABSENT
 from icmlora.generator.cvae import TaskState
-from icmlora.generator.decoder import Decoder, one_thread
+from icmlora.generator.decoder import Decoder, strengthened
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.objective import water_level, worth_writing
@@ -34,8 +35,10 @@ from icmlora.generator.packing import KindIntegers, written_slots
 from icmlora.generator.quantizer import Means, Slots
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.sensitivity import Sensitivity
+from icmlora.generator.threads import side_by_side
 from icmlora.generator.tokens import KindTokens, refuse_overflow, slot_overlaps, squared_norm, tokenize, weighted
 
+_Parts = list[tuple[float, float]]  # squared error and squared norm of each module
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
 _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
 _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
@@ -76,14 +79,13 @@ class _Trial:
 
     head: CodeHead
     groups: Sequence[KindIntegers]
-    tokens: Sequence[KindTokens]  # what the integers decode to
-    squared_error: float = math.inf
-    weighted_error: float = math.inf
+    squared_error: float
+    weighted_error: float
 
 
 @dataclass(frozen=True)
 class _Original:
-    """The adapter that is encoded, as it is and weighted."""
+    """The adapter that is encoded, or a part of it: as it is, and weighted."""
 
     adapter: Adapter
     weighted: Adapter
@@ -92,13 +94,23 @@ class _Original:
     def of(cls, codec: Decoder, adapter: Adapter) -> _Original:
         return cls(adapter, weighted(adapter, codec.config, codec.sensitivity))
 
-    def compare(self, codec: Decoder, decoded: Adapter, data: bytes) -> Encoded:
-        """Measure how far an adapter, decoded from these bytes, is from this one."""
-        error = squared_error(self.adapter, decoded)
+    def by_kind(self, config: GeneratorConfig) -> dict[int, _Original]:
+        """Split it into its kinds of modules."""
+        pairs = defaultdict[int, list[tuple[LoraModule, LoraModule]]](list)
+        for pair in zip(self.adapter.modules, self.weighted.modules, strict=True):
+            pairs[config.place_of(pair[0].shape)[0]].append(pair)
+        split = {kind: tuple(zip(*found, strict=True)) for kind, found in pairs.items()}
+        return {
+            kind: _Original(replace(self.adapter, modules=plain), replace(self.weighted, modules=heavy))
+            for kind, (plain, heavy) in split.items()
+        }
+
+    def parts(self, codec: Decoder, decoded: Adapter) -> tuple[_Parts, _Parts]:
+        """Return squared error and squared norm of each module's dW, and both of weighted dW."""
+        plain = errors_and_norms(self.adapter, decoded)
         if codec.sensitivity.is_even:
-            return Encoded(data, error, error, decoded)
-        other = weighted(decoded, codec.config, codec.sensitivity)
-        return Encoded(data, error, squared_error(self.weighted, other), decoded)
+            return plain, plain
+        return plain, errors_and_norms(self.weighted, weighted(decoded, codec.config, codec.sensitivity))
 
 
 @dataclass(frozen=True)
@@ -153,13 +165,10 @@ def encode_adapter(
     def search(
         adapter: Adapter, tokens: Sequence[KindTokens], expected: int, means: dict[int, Means] | None, enough: float
     ) -> _Trial:
-        original = _Original.of(codec, adapter)
+        originals = _Original.of(codec, adapter).by_kind(codec.config)
 
-        @one_thread()  # as `decode`: threads may change the last bit
         def at(step: int) -> _Trial:
-            trial = _rounded_at(step, codec, adapter, tokens, state, initial, means)
-            found = original.compare(codec, codec.assemble(trial.tokens, trial.head, trial.head.strengths), b"")
-            return replace(trial, tokens=(), squared_error=found.squared_error, weighted_error=found.weighted_error)
+            return _rounded_at(step, codec, adapter, originals, tokens, state, initial, means)
 
         return coarsest(expected, limits, at, enough)
 
@@ -242,7 +251,8 @@ def measure(codec: Decoder, adapter: Adapter, code: bytes) -> Encoded:
 
 def compare(codec: Decoder, adapter: Adapter, decoded: Adapter, data: bytes) -> Encoded:
     """Measure how far an adapter, decoded from these bytes, is from the one that was encoded."""
-    return _Original.of(codec, adapter).compare(codec, decoded, data)
+    plain, heavy = _Original.of(codec, adapter).parts(codec, decoded)
+    return Encoded(data, relative(plain), relative(heavy), decoded)
 
 
 def quantised(
@@ -289,27 +299,36 @@ def _rounded_at(
     step: int,
     codec: Decoder,
     adapter: Adapter,
+    originals: Mapping[int, _Original],
     tokens: Sequence[KindTokens],
     state: TaskState,
     initial: InitialA | None,
     means: dict[int, Means] | None,
 ) -> _Trial:
+    """Round an adapter at one step, and measure what that decodes to: several kinds at a time, each in a piece."""
     shape = len(codec.config.kinds), codec.config.layers  # (K, L)
     gains, strengths = np.zeros(shape[0], dtype=np.int16), np.zeros(shape, dtype=np.int8)
     kept = np.full(shape, ABSENT, dtype=np.uint16)
     for module in adapter.layout:
         kept[codec.config.place_of(module)] = 0
-    groups, decoded = list[KindIntegers](), list[KindTokens]()
-    for original in tokens:
+    places = {
+        kind: [(kind, layer) for layer in np.flatnonzero(row != ABSENT).tolist()] for kind, row in enumerate(kept)
+    }
+
+    def rounded(original: KindTokens) -> tuple[KindIntegers, _Parts, _Parts]:
+        kind = original.kind
         group, kept_tokens, rebuilt = quantised(codec, original, state, step, means=means)
-        groups.append(group)
-        # Of fewer slots the network computes the same mean in another order.
-        is_whole = len(rebuilt.norm) == len(original.norm)
-        decoded.append(rebuilt if is_whole else codec.dequantised(group, state, step))
-        kind, layers = group.slots.kind, group.slots.layer
+        layers = group.slots.layer
         gains[kind] = group.gain
         strengths[kind, np.unique(layers)] = strength_of(original, slot_overlaps(kept_tokens, rebuilt))
         np.add.at(kept[kind], layers, 1)
+        if len(rebuilt.norm) < len(original.norm):  # of fewer slots the network computes the same mean in another order
+            rebuilt = codec.dequantised(group, state, step)
+        decoded = codec.adapter_of([strengthened(rebuilt, strengths[kind])], places[kind], None)
+        return group, *originals[kind].parts(codec, decoded)
+
+    with side_by_side() as each:
+        found = list(each(rounded, tokens))
     head = CodeHead(
         step=step,
         condition=_bytes(state.condition),
@@ -322,7 +341,8 @@ def _rounded_at(
         initial=initial,
         task_type=adapter.task_type,
     )
-    return _Trial(head, groups, decoded)
+    groups, plain, heavy = zip(*found, strict=True) if found else ((), (), ())
+    return _Trial(head, groups, relative(chain.from_iterable(plain)), relative(chain.from_iterable(heavy)))
 
 
 def _bytes(values: torch.Tensor) -> NDArray[np.int8]:

@@ -22,6 +22,7 @@ from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.tokens import KindTokens, slot_errors, squared_norm
 
+_Scaled = tuple[torch.Tensor, torch.Tensor]  # values and the scales that they are coded under, of one shape
 _PARTS = 16  # groups of channels of about equal weight in `water_level`, where the step need not be exact
 
 
@@ -78,13 +79,12 @@ def adapter_bits(
     latent = _noisy(net.posterior(tokens, condition), noise)
     state = TaskState(condition, latent, adapter.subspace)
     tables, gains = net.tables(), net.gains(state).unbind()
-    integers = [_token_bits(net, tables[group.kind], group, state, adapter) for group in tokens]
     norms = [_norm_bits(tables[group.kind], group, gains[group.kind]) for group in tokens]
     return Bits(
         latent=bin_bits(latent - mean, scale).sum(),
-        norms=_sum([table for table, _ in norms]),
-        tokens=_sum(integers),
-        prior=_sum([gain for _, gain in norms]),
+        norms=_bits_of([table for table, _ in norms]),
+        tokens=_sum([_token_bits(net, tables[group.kind], group, state, adapter) for group in tokens]),
+        prior=_bits_of([gain for _, gain in norms]),
     )
 
 
@@ -118,9 +118,7 @@ def _token_bits(net: CVAE, table: KindTables, group: KindTokens, state: TaskStat
         outputs=norm * prediction.outputs.detach() + wholes[OUTPUTS] * step,
     )
     written = worth_writing(group, rebuilt, (torch.cat([wholes[INPUTS], wholes[2]], dim=1), wholes[OUTPUTS]))
-    bits = _sum(
-        [bin_bits(whole[written], scale[written]).sum() for whole, scale in zip(wholes, (*scales, known), strict=True)]
-    )
+    bits = _bits_of([(whole[written], scale[written]) for whole, scale in zip(wholes, (*scales, known), strict=True)])
     # Its value is subtracted again below: only its gradient counts.
     pull = _sum([_soft(exact, scale) for exact, scale in zip((across, outputs), scales, strict=True)])
     return bits + pull - pull.detach()
@@ -159,13 +157,13 @@ def worth_writing(group: KindTokens, rebuilt: KindTokens, integers: Sequence[tor
     return coded | (slot_errors(group, rebuilt) < group.norm.square() / 2)
 
 
-def _norm_bits(table: KindTables, group: KindTokens, predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the bits of the rounded log-norms around table + gain, and of that gain under the prediction."""
+def _norm_bits(table: KindTables, group: KindTokens, predicted: torch.Tensor) -> tuple[_Scaled, _Scaled]:
+    """Return the rounded log-norms around table + gain, and that gain around its prediction."""
     offset = group.norm.log2() - table.norm_mean[group.layer, group.slot]
     gain = offset.mean()
     spread = torch.exp2(table.norm_spread[group.slot])
-    norms = bin_bits((offset - gain) * OCTAVE, spread * OCTAVE).sum()
-    return norms, bin_bits((gain - predicted) * OCTAVE, torch.full_like(gain, OCTAVE / 2))
+    norms = (offset - gain) * OCTAVE, spread * OCTAVE
+    return norms, ((gain - predicted) * OCTAVE, torch.full_like(gain, OCTAVE / 2))
 
 
 def water_level(
@@ -208,6 +206,14 @@ def _variances(
         energy = energy - subspace.project(group.kind, group.layer, group.inputs).double().square().sum(1)
     variance = energy.clamp_min(0)[:, None] * share[group.layer]
     return variance.flatten(), counts.double().expand_as(variance).flatten()
+
+
+def _bits_of(parts: Sequence[_Scaled]) -> torch.Tensor:
+    """Return the bits of values under their scales; one call for all of them, as each takes a while for itself."""
+    if not parts:
+        return torch.zeros(())
+    values, scales = (torch.cat([part.reshape(-1) for part in column]) for column in zip(*parts, strict=True))
+    return bin_bits(values, scales).sum()
 
 
 def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -7,7 +7,7 @@ The norms come first because the scales that the vectors are coded under follow 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -57,8 +57,10 @@ def pack(quantizer: TokenQuantizer, groups: Sequence[KindIntegers]) -> bytes:
     return writer.to_bytes()
 
 
-def unpack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, words: bytes) -> list[KindIntegers]:
-    """Read what `pack` wrote."""
+def unpack(
+    quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, words: bytes
+) -> Iterator[KindIntegers]:
+    """Read what `pack` wrote, one kind after the other."""
     slots = slots_between(np.zeros_like(head.kept), head.kept)
     return read_groups(IntegerReader(words), quantizer, slots, head.gains, subspace, head.step)
 
@@ -78,11 +80,10 @@ def read_groups(
     gains: NDArray[np.int16],
     subspace: InitialSubspace,
     step: int,
-) -> list[KindIntegers]:
-    """Read what `write_groups` wrote."""
+) -> Iterator[KindIntegers]:
+    """Read what `write_groups` wrote, one kind after the other."""
     # gains: (K,). step: log2 of the quantiser step, in eighths.
     residuals = [reader.read(quantizer.norm_scales(slots)) for slots in kinds]
-    groups = []
     for slots, residual in zip(kinds, residuals, strict=True):
         gain = int(gains[slots.kind])
         norms = quantizer.norms(slots, gain, residual)
@@ -91,8 +92,7 @@ def read_groups(
         scales = quantizer.scales(slots, norms, subspace, step)
         values = reader.read(_flat(scales))
         inputs, outputs, along = split_sides(values, len(slots.layer), [side.shape[1] for side in scales])
-        groups.append(KindIntegers(slots, gain, residual, inputs, outputs, along, scales))
-    return groups
+        yield KindIntegers(slots, gain, residual, inputs, outputs, along, scales)
 
 
 def split_sides(values: Integers, count: int, sizes: Sequence[int]) -> list[Integers]:

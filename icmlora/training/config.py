@@ -20,7 +20,7 @@ class TrainConfig:
     # What `default` chooses for a fleet:
     #
     #     below 16 tasks      20 steps a task, at least 200; learning rate 0.008
-    #     from 16 tasks on    10 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004;
+    #     from 16 tasks on    8 steps an adapter (checkpoints included), 1,000 to 20,000; learning rate 0.004;
     #                         no more than a step for 1,000 parameters of all adapters beyond the first 500 steps
     #
     # A small fleet starts from its own norm tables, and most of what steps can add is there after a fifth of them. The
@@ -98,7 +98,7 @@ def is_small(tasks: int, steps: int | None) -> bool:
 
 def steps_for(adapters: int, parameters: int | None = None) -> int:
     """Return how many steps adapters (checkpoints included), with so many parameters in all, are trained for."""
-    wanted = min(20_000, max(1_000, 10 * adapters))
+    wanted = min(20_000, max(1_000, 8 * adapters))
     # Small adapters have little to learn from: 300 adapters of 896 or 1,792 parameters take 158.6 kB with their
     # generator after 500 steps, as after 1,000.
     return wanted if parameters is None else min(wanted, max(500, parameters // 1_000))

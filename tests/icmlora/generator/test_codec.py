@@ -11,8 +11,8 @@ from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, CodeError, GeneratorError
 from icmlora.generator.codec import Codec
-from icmlora.generator.decoder import one_thread
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.threads import one_thread
 from icmlora.generator.tokens import weighted
 from icmlora.training.loop import fit
 from tests.icmlora.small_fleet import (

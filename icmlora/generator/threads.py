@@ -1,0 +1,53 @@
+"""Threads of the codec: work on several module kinds at a time, each of them on one thread.
+
+Sums of several threads may differ in the last bit. So torch stays on one thread within a kind, and an adapter has the
+same bytes whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch on the calling thread; also a decorator."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Map(Protocol):
+    """What `map` does, with one list of arguments."""
+
+    def __call__(self, function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+        """Call the function for each item; results come in the items' order."""
+        ...
+
+
+@contextmanager
+def side_by_side() -> Iterator[Map]:
+    """Give a `map` that runs on as many threads as torch has, each alone and without gradients."""
+    count, alone = torch.get_num_threads(), (1,)
+    with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=alone) as threads:
+        yield lambda function, items: threads.map(torch.no_grad()(function), items)
+
+
+def ahead(items: Iterator[_Out]) -> Iterator[_Out]:
+    """Make the next item on another thread while the caller uses this one."""
+    with ThreadPoolExecutor(max_workers=1) as maker:
+        following = maker.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = maker.submit(next, items, None)
+            yield item
