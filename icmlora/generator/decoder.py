@@ -31,6 +31,7 @@ from icmlora.generator.scales import STRENGTHS
 from icmlora.generator.threads import ahead, one_thread
 from icmlora.generator.tokens import KindTokens, detokenize
 
+_LARGE = 1 << 18  # bytes of a code above which a second thread saves more than it costs
 _SUBSPACES = 4  # initial subspaces that stay in memory
 
 
@@ -66,7 +67,8 @@ class Decoder:
     def decode(self, code: bytes) -> Adapter:
         """Decode one code."""
         head, state, groups = self._read(code)
-        tokens = (self.dequantised(group, state, head.step) for group in ahead(groups))
+        groups = ahead(groups) if len(code) > _LARGE else groups
+        tokens = (self.dequantised(group, state, head.step) for group in groups)
         return self.assemble(tokens, head, head.strengths)
 
     @torch.no_grad()

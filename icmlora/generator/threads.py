@@ -46,7 +46,7 @@ def side_by_side() -> Iterator[Map]:
 
 def ahead(items: Iterator[_Out]) -> Iterator[_Out]:
     """Make the next item on another thread while the caller uses this one."""
-    with ThreadPoolExecutor(max_workers=1) as maker:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as maker:
         following = maker.submit(next, items, None)
         while (item := following.result()) is not None:
             following = maker.submit(next, items, None)

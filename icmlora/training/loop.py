@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -20,6 +19,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.objective import Bits, Prepared, adapter_bits, prepare
+from icmlora.generator.threads import ahead, one_thread
 from icmlora.generator.tokens import refuse_overflow, tokenize
 from icmlora.training.config import STEP_PARAMETERS
 from icmlora.training.ranks import ALONE, Ranks
@@ -72,12 +72,10 @@ def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterat
         vectors = {view: vector.to(device) for view, vector in _vectors(state, fleet, task, draw).items()}
         return _Seen(task, adapters(task, checkpoint, draw), vectors, noise)
 
-    # While one step is computed, another thread reads what the next one sees.
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        following = reader.submit(seen, state.step)
-        while state.step < state.config.steps:
-            now = following.result()
-            following = reader.submit(seen, state.step + ranks.count)
+    # Operations of a step are too small to share them among threads: two took half as long again. But while one step is
+    # computed, another thread reads what the next one sees.
+    with one_thread():
+        for now in ahead(map(seen, range(state.step, state.config.steps, ranks.count))):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
                 bits = adapter_bits(state.net, now.adapter, now.vectors, now.noise)
             yield _advance(state, bits, now.adapter.parameters, now.task, ranks)
