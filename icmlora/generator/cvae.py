@@ -58,12 +58,12 @@ class Prediction:
     outputs: torch.Tensor  # shape (n, out)
 
 
-class KindTables(NamedTuple):
-    """The rows of a network's tables for one kind."""
+class Places(NamedTuple):
+    """Where n tokens of one kind are."""
 
-    norm_mean: torch.Tensor  # shape (L, S)
-    norm_spread: torch.Tensor  # shape (S,)
-    spread: torch.Tensor  # shape (2, L, S)
+    kind: int
+    layer: torch.Tensor  # int64, shape (n,)
+    slot: torch.Tensor  # int64, shape (n,)
 
 
 class CVAE(nn.Module):
@@ -117,15 +117,6 @@ class CVAE(nn.Module):
                 mean_square = torch.exp2(2 * value.profile(kind, side)).mean(dim=1)  # (L,)
                 self.spread.data[kind, side] = -0.5 * mean_square.log2()[:, None]
 
-    def tables(self) -> list[KindTables]:
-        """Split the tables by kind, all at once.
-
-        The gradient of each row of a table is a whole table, so to take them one by one would cost the square of the
-        number of kinds.
-        """
-        rows = (table.unbind() for table in (self.norm_mean, self.norm_spread, self.spread))
-        return [KindTables(*row) for row in zip(*rows, strict=True)]
-
     def embed(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the condition in integer units, not rounded yet, shape (C,); `vectors` maps views to (hidden,)."""
         raw: torch.Tensor = self.condition(vectors)
@@ -136,23 +127,27 @@ class CVAE(nn.Module):
         mean, log_scale = self.prior(condition / _GRID).chunk(2, dim=-1)
         return _BYTE * torch.tanh(mean / 8), torch.exp(log_scale.clamp(-3, 6)) + 0.3
 
-    def posterior(self, tokens: tuple[KindTokens, ...], condition: torch.Tensor) -> torch.Tensor:
+    def posterior(self, tokens: Sequence[KindTokens], condition: torch.Tensor) -> torch.Tensor:
         """Return the mean of q(z|w,c) in integer units, shape (Z,)."""
-        features = [self._features(group, condition) for group in tokens]
-        mean: torch.Tensor = self.encoder(tokens, features, condition)
+        if not tokens:  # an adapter without energy has no slots to average
+            return torch.zeros_like(self.encoder.leave.bias)
+        place = self._embedded([Places(group.kind, group.layer, group.slot) for group in tokens], INPUTS)
+        features = torch.cat([place, (condition / _GRID).expand(len(place), -1)], dim=1)
+        mean: torch.Tensor = self.encoder(tokens, features)
         return mean
 
-    def decode(self, kind: int, layer: torch.Tensor, slot: torch.Tensor, state: TaskState) -> Prediction:
-        """Predict the mean directions of tokens of one kind; layer and slot are int64, shape (n,)."""
+    def decode(self, places: Sequence[Places], state: TaskState) -> Prediction:
+        """Predict the mean directions of tokens, of kinds that have the same widths, one kind after the other."""
         task = torch.cat([state.condition, state.latent]) / _GRID  # (C + Z,)
-        means = []
+        counts, means = [len(part.layer) for part in places], []
         for side in (INPUTS, OUTPUTS):
-            token = torch.cat([self.layer(layer), self.slot(slot), self._factor(kind, side, len(layer))], dim=1)
-            hidden = self.enter(torch.cat([token, task.expand(len(layer), -1)], dim=1))  # (n, H)
+            token = self._embedded(places, side)
+            hidden = self.enter(torch.cat([token, task.expand(len(token), -1)], dim=1))  # (n, H)
             # The task also scales the features of places, as in FiLM (Perez et al., arXiv 1709.07871).
             hidden = (hidden + self.mix(silu(hidden))) * (1 + self.modulate(task))
             hidden = hidden + self.leave(silu(hidden))
-            means.append(hidden @ self.directions[2 * kind + side])  # (n, size)
+            parts = zip(places, hidden.split(counts), strict=True)
+            means.append(joined([rows @ self.directions[2 * part.kind + side] for part, rows in parts]))  # (n, size)
         return Prediction(*means)
 
     def gains(self, state: TaskState) -> torch.Tensor:
@@ -160,12 +155,11 @@ class CVAE(nn.Module):
         gains: torch.Tensor = self.gain(torch.cat([state.condition, state.latent]) / _GRID)
         return gains
 
-    def _factor(self, kind: int, side: int, count: int) -> torch.Tensor:
-        return self.factor.weight[2 * kind + side].expand(count, -1)
-
-    def _features(self, group: KindTokens, condition: torch.Tensor) -> torch.Tensor:
-        parts = [self.layer(group.layer), self.slot(group.slot), self._factor(group.kind, INPUTS, len(group.layer))]
-        return torch.cat([*parts, (condition / _GRID).expand(len(group.layer), -1)], dim=1)
+    def _embedded(self, places: Sequence[Places], side: int) -> torch.Tensor:
+        """Return the embeddings of places on one side, shape (n, 3E)."""
+        layer, slot = (joined(list(column)) for column in list(zip(*places, strict=True))[1:])
+        factors = torch.cat([layer.new_full((len(part.layer),), 2 * part.kind + side) for part in places])
+        return torch.cat([self.layer(layer), self.slot(slot), self.factor(factors)], dim=1)
 
 
 class ConditionNet(nn.Module):
@@ -217,21 +211,19 @@ class TokenEncoder(nn.Module):
         self.enter = nn.Linear(config.sketch + 1 + 3 * config.embedding + config.condition, inner)
         self.leave = nn.Linear(inner, config.latent)
 
-    def forward(
-        self, tokens: tuple[KindTokens, ...], features: list[torch.Tensor], condition: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the posterior mean, shape (Z,), values in [-127, 127]."""
-        total, weight = torch.zeros_like(self.leave.bias), torch.zeros((), device=condition.device)
-        for group, feature in zip(tokens, features, strict=True):
-            norm = group.norm[:, None]
-            right = group.inputs / norm @ self.sketch_in[group.kind]  # (n, sketch)
-            left = group.outputs / norm @ self.sketch_out[group.kind]  # (n, sketch)
-            hidden = silu(self.enter(torch.cat([right * left, norm.log2(), feature], dim=1)))  # (n, 2E)
-            energy = group.norm.square()
-            total = total + (energy[:, None] * self.leave(hidden)).sum(0)
-            weight = weight + energy.sum()
-        # An adapter without energy has no slots to average; its latent is 0.
-        return _BYTE * torch.tanh(total / weight.clamp_min(torch.finfo(weight.dtype).tiny) / 8)
+    def forward(self, tokens: Sequence[KindTokens], features: torch.Tensor) -> torch.Tensor:
+        """Return the posterior mean, shape (Z,), in [-127, 127]; features are of all tokens in turn, (n, 3E + C)."""
+        norm = joined([group.norm for group in tokens])[:, None]
+        right = joined([group.inputs @ self.sketch_in[group.kind] for group in tokens]) / norm  # (n, sketch)
+        left = joined([group.outputs @ self.sketch_out[group.kind] for group in tokens]) / norm  # (n, sketch)
+        hidden = silu(self.enter(torch.cat([right * left, norm.log2(), features], dim=1)))  # (n, 2E)
+        energy, tiny = norm.square(), torch.finfo(norm.dtype).tiny
+        return _BYTE * torch.tanh((energy * self.leave(hidden)).sum(0) / energy.sum().clamp_min(tiny) / 8)
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate rows; of one part there is no copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def predicted_tokens(net: CVAE, state: TaskState, modules: Sequence[tuple[int, int, int]]) -> list[KindTokens]:
@@ -242,7 +234,7 @@ def predicted_tokens(net: CVAE, state: TaskState, modules: Sequence[tuple[int, i
         rows = [(layer, slot) for k, layer, rank in modules if k == kind for slot in range(rank)]
         layer, slot = torch.tensor(rows).T
         norm = torch.exp2(net.norm_mean[kind, layer, slot] + gains[kind])
-        mean = net.decode(kind, layer, slot, state)
+        mean = net.decode([Places(kind, layer, slot)], state)
         groups.append(_resized(KindTokens(kind, layer, slot, norm, mean.inputs, mean.outputs)))
     return groups
 

@@ -10,13 +10,14 @@ storage at that accuracy costs. Rounding has no gradient; `_token_bits` says wha
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from icmlora.generator.code_length import bin_bits
-from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, KindTables, TaskState
+from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, Places, TaskState, joined
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
@@ -78,62 +79,104 @@ def adapter_bits(
     mean, scale = net.latent_prior(condition)
     latent = _noisy(net.posterior(tokens, condition), noise)
     state = TaskState(condition, latent, adapter.subspace)
-    tables, gains = net.tables(), net.gains(state).unbind()
-    norms = [_norm_bits(tables[group.kind], group, gains[group.kind]) for group in tokens]
+    norms, prior = _norm_bits(net, tokens, net.gains(state))
     return Bits(
         latent=bin_bits(latent - mean, scale).sum(),
-        norms=_bits_of([table for table, _ in norms]),
-        tokens=_sum([_token_bits(net, tables[group.kind], group, state, adapter) for group in tokens]),
-        prior=_bits_of([gain for _, gain in norms]),
+        norms=norms,
+        tokens=_sum([_token_bits(net, alike, state, adapter) for alike in _alike(tokens)]),
+        prior=prior,
     )
 
 
-def _token_bits(net: CVAE, table: KindTables, group: KindTokens, state: TaskState, adapter: Prepared) -> torch.Tensor:
-    """Return the bits of the integers of one kind's tokens.
+def _alike(tokens: Sequence[KindTokens]) -> list[list[KindTokens]]:
+    """Group kinds by their widths: those of one group are computed together, however many there are."""
+    groups = defaultdict[tuple[int, int], list[KindTokens]](list)
+    for group in tokens:
+        groups[group.inputs.shape[1], group.outputs.shape[1]].append(group)
+    return list(groups.values())
+
+
+def _token_bits(net: CVAE, groups: Sequence[KindTokens], state: TaskState, adapter: Prepared) -> torch.Tensor:
+    """Return the bits of the integers of tokens, of kinds that have the same widths.
 
     The value is the length under the coder's tables, and its gradient with respect to the predicted scales is exact.
     The gradient with respect to the predicted means is that of unrounded values under a Gaussian widened by the
     rounding error (variance 1/12), which pulls even where everything rounds to zero.
     """
-    step, prediction = adapter.step, net.decode(group.kind, group.layer, group.slot, state)
-    norm = group.norm[:, None]  # (n, 1)
+    tokens, counts = _merged(groups), [len(group.norm) for group in groups]
+    step, subspace = adapter.step, state.subspace
+    prediction = net.decode([Places(group.kind, group.layer, group.slot) for group in groups], state)
+    norm = tokens.norm[:, None]  # (n, 1)
     # The sign of each pair is the one nearer to the prediction, as in the codec.
-    agreement = (group.inputs * prediction.inputs).sum(1) + (group.outputs * prediction.outputs).sum(1)
+    agreement = (tokens.inputs * prediction.inputs).sum(1) + (tokens.outputs * prediction.outputs).sum(1)
     sign = torch.where(agreement.detach() < 0, -1.0, 1.0)[:, None]
     inputs, outputs = (
         (values * sign - norm * mean) / step
-        for values, mean in zip((group.inputs, group.outputs), (prediction.inputs, prediction.outputs), strict=True)
+        for values, mean in zip((tokens.inputs, tokens.outputs), (prediction.inputs, prediction.outputs), strict=True)
     )
-    along = state.subspace.project(group.kind, group.layer, inputs)
-    # Inputs in the initial subspace take r integers instead of one per channel.
-    across = inputs - state.subspace.expand(group.kind, group.layer, along, inputs.shape[1])
-    scales = [_scale(table, group, side, step, adapter.sensitivity) for side in (INPUTS, OUTPUTS)]
-    scales[INPUTS] = scales[INPUTS] * _left(group, state.subspace, across, scales[INPUTS])[:, None]
-    known = state.subspace.spread(group.kind, group.layer) * norm / step  # (n, R)
-    wholes = [exact.detach().round() for exact in (across, outputs, along)]  # (n, in), (n, out), (n, R)
-    given = wholes[INPUTS] + state.subspace.expand(group.kind, group.layer, wholes[2], inputs.shape[1])
+    # Inputs in the initial subspace take r integers instead of one per channel; r differs between kinds.
+    pairs = list(zip(groups, torch.split(inputs, counts), strict=True))
+    along = [subspace.project(group.kind, group.layer, values) for group, values in pairs]
+    across = inputs - _expanded(groups, subspace, along, inputs.shape[1])
+    scales = [_scale(net, groups, tokens.norm, side, step, adapter.sensitivity) for side in (INPUTS, OUTPUTS)]
+    parts = zip(groups, torch.split(across, counts), torch.split(scales[INPUTS], counts), strict=True)
+    scales[INPUTS] = scales[INPUTS] * joined([_left(group, subspace, *values) for group, *values in parts])[:, None]
+    whole_along = [values.detach().round() for values in along]
+    whole = [values.detach().round() for values in (across, outputs)]  # (n, in), (n, out)
+    given = whole[INPUTS] + _expanded(groups, subspace, whole_along, inputs.shape[1])
     rebuilt = replace(
-        group,
+        tokens,
         inputs=norm * prediction.inputs.detach() + given * step,
-        outputs=norm * prediction.outputs.detach() + wholes[OUTPUTS] * step,
+        outputs=norm * prediction.outputs.detach() + whole[OUTPUTS] * step,
     )
-    written = worth_writing(group, rebuilt, (torch.cat([wholes[INPUTS], wholes[2]], dim=1), wholes[OUTPUTS]))
-    bits = _bits_of([(whole[written], scale[written]) for whole, scale in zip(wholes, (*scales, known), strict=True)])
+    any_along = joined([values.any(dim=1, keepdim=True) for values in whole_along])
+    written = worth_writing(tokens, rebuilt, (whole[INPUTS].any(dim=1, keepdim=True) | any_along, whole[OUTPUTS]))
+    coded = [(values[written], scale[written]) for values, scale in zip(whole, scales, strict=True)]
+    for group, values, mask in zip(groups, whole_along, torch.split(written, counts), strict=True):
+        if values.shape[1]:
+            known = subspace.spread(group.kind, group.layer) * group.norm[:, None] / step  # (n, R)
+            coded.append((values[mask], known[mask]))
     # Its value is subtracted again below: only its gradient counts.
     pull = _sum([_soft(exact, scale) for exact, scale in zip((across, outputs), scales, strict=True)])
-    return bits + pull - pull.detach()
+    return _bits_of(coded) + pull - pull.detach()
 
 
-def _scale(table: KindTables, group: KindTokens, side: int, step: float, sensitivity: Sensitivity) -> torch.Tensor:
+def _merged(groups: Sequence[KindTokens]) -> KindTokens:
+    """Concatenate tokens of kinds that have the same widths; what is returned stands for no kind."""
+    if len(groups) == 1:
+        return groups[0]
+    columns = zip(*((part.layer, part.slot, part.norm, part.inputs, part.outputs) for part in groups), strict=True)
+    return KindTokens(-1, *(torch.cat(column) for column in columns))
+
+
+def _expanded(
+    groups: Sequence[KindTokens], subspace: InitialSubspace, along: Sequence[torch.Tensor], size: int
+) -> torch.Tensor:
+    parts = zip(groups, along, strict=True)
+    return joined([subspace.expand(group.kind, group.layer, values, size) for group, values in parts])
+
+
+def _scale(
+    net: CVAE, groups: Sequence[KindTokens], norm: torch.Tensor, side: int, step: float, sensitivity: Sensitivity
+) -> torch.Tensor:
     """Return the scale of each integer of one side as if no initial A were known, shape (n, size)."""
-    profile = sensitivity.spreads(group.kind, side)[group.layer]
-    spread = torch.exp2(table.spread[side, group.layer, group.slot])[:, None]
-    return group.norm[:, None] / math.sqrt(profile.shape[1]) / step * spread * profile
+    profile = joined([sensitivity.spreads(group.kind, side)[group.layer] for group in groups])
+    kind, layer, slot = _places(groups)
+    spread = torch.exp2(net.spread[kind, side, layer, slot])[:, None]
+    return norm[:, None] / math.sqrt(profile.shape[1]) / step * spread * profile
+
+
+def _places(groups: Sequence[KindTokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return kind, layer and slot of all tokens, each of shape (n,)."""
+    kind = torch.cat([torch.full_like(group.layer, group.kind) for group in groups])
+    return kind, joined([group.layer for group in groups]), joined([group.slot for group in groups])
 
 
 @torch.no_grad()
 def _left(group: KindTokens, subspace: InitialSubspace, across: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the factors of the codec's shifts: how far the values (n, in) of each slot are from their scales, (n,)."""
+    if not subspace.rows(group.kind):
+        return torch.ones_like(group.norm)
     # As in `TokenQuantizer.shifts`, modules without a known initial A neither count nor are shifted.
     known = torch.from_numpy(subspace.knows(group.kind)).to(group.layer.device)[group.layer]
     share = torch.where(known, across.square().sum(1) / scale.square().sum(1), 0.0)
@@ -157,13 +200,17 @@ def worth_writing(group: KindTokens, rebuilt: KindTokens, integers: Sequence[tor
     return coded | (slot_errors(group, rebuilt) < group.norm.square() / 2)
 
 
-def _norm_bits(table: KindTables, group: KindTokens, predicted: torch.Tensor) -> tuple[_Scaled, _Scaled]:
-    """Return the rounded log-norms around table + gain, and that gain around its prediction."""
-    offset = group.norm.log2() - table.norm_mean[group.layer, group.slot]
-    gain = offset.mean()
-    spread = torch.exp2(table.norm_spread[group.slot])
-    norms = (offset - gain) * OCTAVE, spread * OCTAVE
-    return norms, ((gain - predicted) * OCTAVE, torch.full_like(gain, OCTAVE / 2))
+def _norm_bits(net: CVAE, tokens: Sequence[KindTokens], predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bits of the rounded log-norms around table + gain, and of those gains (K,) under the prediction."""
+    if not tokens:
+        return torch.zeros(()), torch.zeros(())
+    kind, layer, slot = _places(tokens)
+    offset = joined([group.norm for group in tokens]).log2() - net.norm_mean[kind, layer, slot]
+    count = torch.bincount(kind, minlength=len(predicted))
+    gain = torch.zeros_like(predicted).index_add(0, kind, offset) / count.clamp_min(1)  # (K,)
+    norms = bin_bits((offset - gain[kind]) * OCTAVE, torch.exp2(net.norm_spread[kind, slot]) * OCTAVE).sum()
+    missed = (gain - predicted)[count > 0] * OCTAVE
+    return norms, bin_bits(missed, torch.full_like(missed, OCTAVE / 2)).sum()
 
 
 def water_level(
@@ -210,8 +257,6 @@ def _variances(
 
 def _bits_of(parts: Sequence[_Scaled]) -> torch.Tensor:
     """Return the bits of values under their scales; one call for all of them, as each takes a while for itself."""
-    if not parts:
-        return torch.zeros(())
     values, scales = (torch.cat([part.reshape(-1) for part in column]) for column in zip(*parts, strict=True))
     return bin_bits(values, scales).sum()
 

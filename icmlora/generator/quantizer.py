@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora.generator import entropy_coding as entropy
-from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, TaskState
+from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, Places, TaskState
 from icmlora.generator.entropy_coding import Integers, Scales
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
@@ -160,7 +160,7 @@ class TokenQuantizer:
     def means(self, slots: Slots, norms: Norms, state: TaskState) -> Means:
         """Return the generator's predictions, shapes (n, in) and (n, out)."""
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        prediction = self._net.decode(slots.kind, layer, slot, state)
+        prediction = self._net.decode([Places(slots.kind, layer, slot)], state)
         norm = norm_of(norms)[:, None]
         return prediction.inputs.mul_(norm), prediction.outputs.mul_(norm)
 

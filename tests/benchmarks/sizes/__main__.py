@@ -1,0 +1,158 @@
+"""The sizes that people have, before and after a revision: time, memory and bytes of training, encoding, decoding.
+
+    python -m tests.benchmarks.sizes --fleet DIR [--before REVISION] [--cases NAME ...] [--out FILE.json]
+
+DIR is the fleet of 20. Each case is one run of `icm ingest`, `icm train` and five decodes in a process of its own, with
+the code of this working tree, and in turn with that of the other revision, checked out beside it. Where the older code
+would take hours, both take the same few steps. No base model is at hand, so channel weights are even. Peak memory is
+that of the whole process, some 0.3 GB of it torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks import many_tiny
+from tests.benchmarks.performance.machine import describe_machine
+from tests.benchmarks.scale.large import spectra_of
+from tests.benchmarks.sizes.adapters import build_experts, build_large
+
+ROOT = Path(__file__).parents[3]
+RESULT = Path(__file__).parents[1] / "results" / "sizes.json"
+_ICM = "from icm_cli.app import main; main()"
+_DECODE = """import json, resource, sys, time
+from pathlib import Path
+from icmlora.fleet.context import Context
+from icmlora.generator.versions import GeneratorFile
+with Context(Path(sys.argv[1])).open() as store:
+    row = next(row for row in store.tasks.summaries() if row.code is not None)
+    code = store.blobs.read(row.code.blob)
+    decoder = GeneratorFile(store.blobs.read(store.generators.current(row.task.base_model).blob)).decoder_of(code)
+def timed():
+    started = time.perf_counter()
+    decoder.decode(code)
+    return time.perf_counter() - started
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+times = sorted(timed() for _ in range(7))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"decode_seconds": times[3], "decode_memory": (after - before) * 1024, "code_bytes": len(code)}))
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fleet, and for how many steps it is trained; None is the default."""
+
+    adapters: int
+    steps: int | None
+    both: bool = True  # also with the older revision
+
+
+CASES = {
+    "fleet of 20": Case(20, None),
+    "8B, 20 steps": Case(2, 20),
+    "8B, whole": Case(20, None, both=False),
+    "96 kinds, 20 steps": Case(8, 20),
+    "192 kinds, 20 steps": Case(8, 20),
+    "192 kinds, whole": Case(8, None, both=False),
+    "300 tiny": Case(300, None),
+}
+
+
+def build(name: str, case: Case, folder: Path, fleet: Path) -> Path:
+    """Make the adapters of a case; returns their folder."""
+    if name == "fleet of 20":
+        return fleet
+    spectra = spectra_of(fleet)
+    if name.startswith("8B"):
+        build_large(folder, case.adapters, spectra)
+    elif "kinds" in name:
+        build_experts(folder, case.adapters, int(name.split()[0]), spectra)
+    else:
+        many_tiny.build(folder, case.adapters)
+    return folder
+
+
+def measure(tree: Path, adapters: Path, case: Case, store: Path) -> dict[str, Any]:
+    """Ingest, train and decode with the code in a folder; returns what it took and gave."""
+    load = os.getloadavg()[0]
+    _python(tree, _ICM, "--store", str(store), "ingest", str(adapters), "--no-vectors")
+    options = [] if case.steps is None else ["--steps", str(case.steps)]
+    lines = _python(
+        tree, _ICM, "--store", str(store), "train", "--no-eval", "--refine", "0", "--json", *options
+    ).splitlines()
+    (trained,) = [line for line in map(json.loads, lines) if line["type"] == "trained"]
+    metrics = trained["metrics"]
+    decoded = json.loads(_python(tree, _DECODE, str(store)))
+    shutil.rmtree(store)
+    return {
+        "load": round(load, 2),
+        "steps": metrics["steps"],
+        "fit_seconds": metrics["fit_seconds"],
+        "encode_seconds_a_task": round(metrics["encode_seconds"] / trained["tasks"], 3),
+        "train_peak_memory": metrics["peak_memory"],
+        "generator_bytes": trained["generator_size"],
+        "codes_bytes": trained["codes_size"],
+        **decoded,
+    }
+
+
+def _python(tree: Path, code: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{arguments[2:5]}: exit {done.returncode}\n{done.stderr}")
+    return done.stdout
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fleet", type=Path, required=True, help="folder with the fleet of 20")
+    parser.add_argument("--before", help="older revision to compare with")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which cases (default all)")
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write; other cases in it stay")
+    options = parser.parse_args()
+    found = json.loads(options.out.read_text("utf-8"))["cases"] if options.out.exists() else {}
+    with tempfile.TemporaryDirectory(prefix="sizes-") as folder:
+        work, trees = Path(folder), {"now": ROOT}
+        if options.before is not None:
+            trees["before"] = work / "before"
+            subprocess.run(
+                ["git", "-C", ROOT, "worktree", "add", "--detach", trees["before"], options.before], check=True
+            )
+        try:
+            for name in options.cases:
+                case = CASES[name]
+                adapters = build(name, case, work / "adapters", options.fleet)
+                used = {which: tree for which, tree in trees.items() if which == "now" or case.both}
+                found[name] = {which: measure(tree, adapters, case, work / "store") for which, tree in used.items()}
+                found[name]["case"] = asdict(case)
+                print(json.dumps({name: found[name]}), flush=True)
+                shutil.rmtree(work / "adapters", ignore_errors=True)
+        finally:
+            if options.before is not None:
+                subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", trees["before"]], check=True)
+    document = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": describe_machine() | {"torch_threads": torch.get_num_threads()},
+        "before": options.before,
+        "cases": found,
+    }
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
