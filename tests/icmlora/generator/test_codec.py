@@ -12,7 +12,6 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, CodeError, GeneratorError
 from icmlora.generator.codec import Codec
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
-from icmlora.generator.threads import one_thread
 from icmlora.generator.tokens import weighted
 from icmlora.training.loop import fit
 from tests.icmlora.small_fleet import (
@@ -189,18 +188,3 @@ def test_what_the_generator_predicts_has_a_code_without_integers(task: int) -> N
     assert not any(group.inputs.any() or group.outputs.any() for group in groups)
     assert sum(len(group.slots.layer) for group in groups) > 0
     assert encoded.weighted_error < 0.5
-
-
-def test_one_thread_ends_with_the_block_however_it_ends() -> None:
-    before = torch.get_num_threads()
-    seen = []
-
-    @one_thread()
-    def work() -> None:
-        seen.append(torch.get_num_threads())
-        raise ValueError
-
-    with pytest.raises(ValueError):
-        work()
-    assert seen == [1]
-    assert torch.get_num_threads() == before

@@ -8,12 +8,25 @@ from dataclasses import replace
 import pytest
 import torch
 
+from icmlora.adapter.layout import target_modules
+from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.generator import objective
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
 from icmlora.generator.objective import Bits, adapter_bits, prepare, water_level, worth_writing
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
-from tests.icmlora.small_fleet import codec, make_adapter, make_vectors, mixed_fleet, uneven, with_factors
+from tests.icmlora.small_fleet import (
+    BASE,
+    MemoryAdapterSource,
+    begin,
+    codec,
+    make_adapter,
+    make_vectors,
+    mixed_fleet,
+    uneven,
+    with_factors,
+)
 
 CONFIG = mixed_fleet().config()
 WEIGHTS = uneven(CONFIG)
@@ -121,3 +134,26 @@ def test_a_slot_is_written_where_it_has_integers_or_is_predicted_well() -> None:
     assert worth_writing(group, nothing, (ones, ones)).all()
     assert not worth_writing(group, nothing, (zeros, ones)).any()
     assert worth_writing(group, group, (zeros, zeros)).all()
+
+
+def two_kinds_of_one_width() -> Adapter:
+    modules = make_adapter(0, rank=3).modules
+    square = [module for module in modules if module.name.endswith("q_proj")]
+    other = [LoraModule(module.name.replace("q_proj", "o_proj"), module.a[:2], module.b[:, :2]) for module in square]
+    modules = (*modules, *other)
+    return Adapter(BASE, "CAUSAL_LM", target_modules(module.name for module in modules), modules)
+
+
+def test_kinds_of_the_same_widths_take_the_same_bits_together_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = MemoryAdapterSource([[two_kinds_of_one_width()]])
+    found = []
+    for _ in range(2):
+        net = begin(fleet, 1).net
+        tokens = tokenize(fleet.load(0, None), net.config, net.sensitivity)
+        bits = bits_of(net, tokens, make_vectors(0), initial_subspace(None, net.config, net.sensitivity))
+        bits.total.backward()
+        found.append([bits.total.detach(), *(value.grad for value in net.parameters() if value.grad is not None)])
+        monkeypatch.setattr(objective, "_alike", lambda tokens: [[group] for group in tokens])
+    assert len(found[0]) == len(found[1]) > 10
+    for together, alone in zip(*found, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

@@ -233,3 +233,31 @@ def test_a_run_with_turns_that_is_resumed_equals_the_uninterrupted_one() -> None
     stopped = new_state(begin(fleet, 1).net, config)
     before = [at.bits for at in islice(fit(stopped, fleet), 6)]
     assert before + run(state_from_bytes(stopped.network_bytes(), stopped.optimizer_bytes(), CPU), fleet) == wanted
+
+
+def test_a_step_sees_half_of_the_layers_of_each_kind_and_in_time_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_WHOLE", 0)
+    read = loop._Adapters(mixed_fleet(), begin(mixed_fleet(), 1).net, CPU)
+    seen: dict[int, set[int]] = {}
+    for seed in range(20):
+        for group in read(0, None, Random(seed)).tokens:
+            layers = set(group.layer.tolist())
+            assert len(layers) == 1  # of two
+            seen.setdefault(group.kind, set()).update(layers)
+    assert len(seen) == 2
+    assert all(layers == {0, 1} for layers in seen.values())
+
+
+def test_a_step_sees_a_very_small_adapter_whole() -> None:
+    read = loop._Adapters(mixed_fleet(), begin(mixed_fleet(), 1).net, CPU)
+    assert read(0, None, Random(0)) is read(0, None, Random(1))
+
+
+def test_an_adapter_that_cannot_be_read_ends_the_run_with_its_error() -> None:
+    class Broken(MemoryAdapterSource):
+        def load(self, task: int, checkpoint: int | None) -> Adapter:
+            raise AdapterRefused("gone", kind="missing")
+
+    state = begin(mixed_fleet(), 5)
+    with pytest.raises(AdapterRefused, match="gone"):
+        next(fit(state, Broken(mixed_fleet().adapters)))
