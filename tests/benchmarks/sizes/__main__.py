@@ -111,7 +111,9 @@ def measure(tree: Path, adapters: Path, case: Case, store: Path) -> dict[str, An
 
 def _python(tree: Path, code: str, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    # Python looks into the working folder before anything else.
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
     if done.returncode:
         sys.exit(f"{arguments[2:5]}: exit {done.returncode}\n{done.stderr}")
     return done.stdout
