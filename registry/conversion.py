@@ -81,6 +81,11 @@ def train_run_record(row: models.TrainRun) -> records.TrainRunRecord:
     return _record(records.TrainRunRecord, row)
 
 
+def run_code_record(row: models.RunCode) -> records.RunCode:
+    """Return the record of a code that is not published yet."""
+    return _record(records.RunCode, row, adapter=row.adapter_id, size=row.blob.size)
+
+
 def evaluation_record(row: models.Evaluation) -> records.EvaluationRecord:
     """Return the record of a measurement."""
     score = row.score or {"metric": NLL, "others": {}}

@@ -31,7 +31,7 @@ from registry.errors import (
     StoreTooNew,
 )
 from registry.files import failpoint
-from registry.schema import Base, BaseLabel, Extra, UnreadableValue
+from registry.schema import Base, BaseLabel, Extra, RunCode, UnreadableValue
 
 if TYPE_CHECKING:
     from registry.blobs.content import Blobs
@@ -181,7 +181,11 @@ def _to_schema_4(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE base_models ADD COLUMN loader VARCHAR")
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_to_schema_2, _to_schema_3, _to_schema_4)
+def _to_schema_5(connection: Connection) -> None:
+    RunCode.metadata.tables[RunCode.__tablename__].create(connection)
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_to_schema_2, _to_schema_3, _to_schema_4, _to_schema_5)
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 
 

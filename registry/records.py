@@ -286,6 +286,18 @@ class CodeRecord(WithRelativeError):
 
 
 @dataclass(frozen=True)
+class RunCode:
+    """A code that a training run has made and not published yet."""
+
+    adapter: int  # the row of the adapter that it encodes
+    blob: str
+    size: int
+    generator: str  # digest of the file that the network would be published as
+    squared_error: float
+    initial_is_known: bool
+
+
+@dataclass(frozen=True)
 class NewGenerator:
     """A generator to be recorded; it becomes the current one of its base model."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from collections.abc import Iterable
+
+from sqlalchemy import delete, select
 
 from registry import records
 from registry import schema as models
-from registry.conversion import train_run_record
+from registry.conversion import run_code_record, train_run_record
 from registry.database import Part
 from registry.rows import RowWriter
 
@@ -58,13 +60,33 @@ class Runs(Part):
         self._drop(digest for digest in garbage if digest not in digests)
         return record
 
+    def save_codes(self, run_id: int, codes: Iterable[records.RunCode]) -> None:
+        """Record codes whose files are durable, each in place of an earlier one of the same adapter."""
+        with self._write() as writer:
+            for code in codes:
+                blob = writer.blob(code.blob)
+                writer.session.flush()
+                row = models.RunCode(run_id=run_id, adapter_id=code.adapter, blob_id=blob.id, generator=code.generator)
+                row.squared_error, row.initial_is_known = code.squared_error, code.initial_is_known
+                writer.session.merge(row)
+
+    def codes(self, run_id: int, generator: str) -> list[records.RunCode]:
+        """Return the codes that a run has made under the network of this generator file."""
+        code = models.RunCode
+        with self._db.read() as session:
+            rows = session.scalars(select(code).where(code.run_id == run_id, code.generator == generator))
+            return [run_code_record(row) for row in rows]
+
 
 def finish_run(writer: RowWriter, run_id: int) -> list[str]:
     """Mark a run as done in an open transaction and return the digests that may be garbage after the commit."""
     row = writer.session.get(models.TrainRun, run_id)
     if row is None:
         raise LookupError(f"there is no train run {run_id}")
+    codes = select(models.RunCode).where(models.RunCode.run_id == run_id)
     garbage = [blob.digest for blob in (row.weights, row.optimizer) if blob]
+    garbage += [code.blob.digest for code in writer.session.scalars(codes)]
+    writer.session.execute(delete(models.RunCode).where(models.RunCode.run_id == run_id))
     row.state, row.weights, row.optimizer, row.updated_at = "done", None, None, writer.now
     writer.session.flush()
     return garbage

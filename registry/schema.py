@@ -1,4 +1,4 @@
-"""The tables of schema 4, as SQLAlchemy classes.
+"""The tables of schema 5, as SQLAlchemy classes.
 
     base_models 1─n tasks 1─n adapters 1─n extras
          ├──n base_labels
@@ -7,6 +7,7 @@
          │            └──n evaluations
          ├──n generators      blobs: the files that rows refer to
          └──n train_runs      documents: JSON values that many rows share, stored once
+                 └──n run_codes
 
 A new store gets these tables; `registry.database.MIGRATIONS` moves an older one forward to them.
 
@@ -366,6 +367,21 @@ class TrainRun(Base):
     __table_args__ = (
         Index("one_running_train_run", "base_model_id", unique=True, sqlite_where=text("state = 'running'")),
     )
+
+
+class RunCode(Base):
+    """A code of the network that a run has trained, while the run is not done: a stop loses none that is recorded."""
+
+    __tablename__ = "run_codes"
+
+    run_id: Mapped[int] = mapped_column(ForeignKey("train_runs.id", ondelete=_GONE_WITH_PARENT), primary_key=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete=_GONE_WITH_PARENT), primary_key=True)
+    blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
+    generator: Mapped[str] = mapped_column(Digest())  # of the file that the network would be published as
+    squared_error: Mapped[float]
+    initial_is_known: Mapped[bool]
+
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
 
 
 class Code(Base):

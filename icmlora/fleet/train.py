@@ -34,7 +34,7 @@ from icmlora.generator.encoding import Encoded
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.ranks import Ranks, joined
 from registry.names import some
-from registry.records import Asked, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
+from registry.records import AdapterRecord, Asked, GeneratorRecord, NewCode, NewGenerator, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 REPLACED = "its adapter was replaced in the meantime"
 """Why a task has no code although its adapter was encoded: an ingest replaced the adapter during the training."""
 
-_WRITTEN_AT_ONCE = 64 << 20  # bytes of codes that wait in memory: each batch of files waits for the disk
+_SAVED_AFTER = 5.0  # seconds: codes made since then wait in memory, because storing each alone would wait for the disk
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _publish(
     label, data = source.base_model, generator_to_bytes(run.state.net)
     blob = store.blobs.put(data)
     codec = Codec(generator_from_bytes(data))
-    codes, left_out, known_seeds = _encode_all(context, store, source, codec)
+    codes, left_out, known_seeds = _encode_all(context, source, run, codec)
     _refuse_none(codes, left_out)
     seconds = round(time.monotonic() - started, 3)
     metrics = {**metrics, "encode_seconds": seconds, "initial_a_known": known_seeds}
@@ -213,34 +213,31 @@ def _publish(
 
 
 def _encode_all(
-    context: Context, store: Store, source: StoreAdapterSource, codec: Codec
+    context: Context, source: StoreAdapterSource, run: TrainingRun, codec: Codec
 ) -> tuple[list[NewCode], dict[str, str], int]:
-    """Encode every task and store the files of the codes."""
-    codes, left_out, known_seeds = list[NewCode](), dict(source.left_out), 0
-    waiting, size = dict[int, Encoded](), 0
-    for task, name in enumerate(source.names):
-        initial = source.initial(task)
-        try:
-            code = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
-        except GeneratorError as error:  # such as an adapter of numbers too small to be divided
-            left_out[name] = str(error)
-            continue
-        known_seeds += initial is not None
-        context.on_event(CodeMade(name, len(code.data), code.squared_error))
-        context.progress(task + 1, source.tasks(), f"encoding {name}")
-        waiting[task] = code
-        size += len(code.data)
-        if size > _WRITTEN_AT_ONCE:
-            codes += _stored(store, source, codec, waiting)
-            waiting, size = {}, 0
-    return codes + _stored(store, source, codec, waiting), left_out, known_seeds
-
-
-def _stored(store: Store, source: StoreAdapterSource, codec: Codec, made: Mapping[int, Encoded]) -> list[NewCode]:
-    """Store the files of some codes; none of them counts before all are recorded."""
-    blobs = store.blobs.put_all([code.data for code in made.values()])
+    """Encode every task and store the codes; those that this run made before it was stopped are taken as they are."""
+    generator, left_out = codec.generator.digest, dict(source.left_out)
+    made = run.codes(generator)
+    waiting, last = list[tuple[AdapterRecord, Encoded, bool]](), time.monotonic()
+    try:
+        for task, name in enumerate(source.names):
+            final = source.final(task)
+            if final.id not in made:
+                initial = source.initial(task)
+                try:
+                    code = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
+                except GeneratorError as error:  # such as an adapter of numbers too small to be divided
+                    left_out[name] = str(error)
+                    continue
+                waiting.append((final, code, initial is not None))
+                context.on_event(CodeMade(name, len(code.data), code.squared_error))
+            context.progress(task + 1, source.tasks(), f"encoding {name}")
+            if time.monotonic() > last + _SAVED_AFTER:
+                made |= run.save_codes(generator, waiting)
+                waiting, last = [], time.monotonic()
+    finally:
+        made |= run.save_codes(generator, waiting)
+    pairs = [(final, made[final.id]) for final in map(source.final, range(source.tasks())) if final.id in made]
     asked = Asked(tolerance=codec.config.tolerance)
-    return [
-        NewCode(source.final(task), blob, 8.0 * len(code.data), code.squared_error, asked)
-        for (task, code), blob in zip(made.items(), blobs, strict=True)
-    ]
+    codes = [NewCode(final, code.blob, 8.0 * code.size, code.squared_error, asked) for final, code in pairs]
+    return codes, left_out, sum(code.initial_is_known for _, code in pairs)

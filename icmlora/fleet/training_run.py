@@ -42,9 +42,10 @@ from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import TrainStep, fit
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.state import TrainState, new_state, state_from_bytes
-from registry.records import GeneratorRecord, TrainRunRecord
+from registry.records import AdapterRecord, GeneratorRecord, RunCode, TrainRunRecord
 
 if TYPE_CHECKING:
+    from icmlora.generator.encoding import Encoded
     from registry.store import Store
 
 DEFAULT_QUALITY = 4
@@ -91,6 +92,20 @@ class TrainingRun:
         """Replace the run's checkpoint by one of the present step."""
         network, optimizer = self.state.network_bytes(), self.state.optimizer_bytes()
         self._store.runs.save_checkpoint(self.id, step=self.state.step, weights=network, optimizer=optimizer)
+
+    def codes(self, generator: str) -> dict[int, RunCode]:
+        """Return the codes that an earlier try has made under this generator file, by the row of the adapter."""
+        return {code.adapter: code for code in self._store.runs.codes(self.id, generator)}
+
+    def save_codes(self, generator: str, codes: Sequence[tuple[AdapterRecord, Encoded, bool]]) -> dict[int, RunCode]:
+        """Store codes, so that a stop does not lose them; each comes with its adapter and whether its seed is known."""
+        blobs = self._store.blobs.put_all([code.data for _, code, _ in codes])
+        made = [
+            RunCode(adapter.id, blob, len(code.data), generator, code.squared_error, known)
+            for (adapter, code, known), blob in zip(codes, blobs, strict=True)
+        ]
+        self._store.runs.save_codes(self.id, made)
+        return {code.adapter: code for code in made}
 
 
 def open_run(

@@ -8,8 +8,9 @@ import pytest
 
 from registry import files as fs
 from registry.blobs.content import Blobs
+from registry.records import RunCode
 from registry.store import Store
-from tests.registry.examples import BASE, generator
+from tests.registry.examples import BASE, generator, ingest
 
 
 def save(store: Store, run_id: int, step: int, *, weights: bytes | None = None) -> None:
@@ -105,3 +106,68 @@ def test_an_unknown_run_cannot_end(store: Store) -> None:
     with pytest.raises(LookupError):
         store.generators.add(generator(store, train_run_id=7))
     assert store.generators.all() == []
+
+
+NETWORK, OTHER = "ab" * 32, "cd" * 32
+
+
+def code(store: Store, task: str, data: bytes, *, network: str = NETWORK) -> RunCode:
+    return RunCode(store.tasks.final(task).id, store.blobs.put(data), len(data), network, 0.25, True)
+
+
+def test_codes_of_a_run_are_found_again_under_the_network_that_they_were_made_with(store: Store) -> None:
+    ingest(store, "rust")
+    run = store.runs.start(BASE, {})
+    made = code(store, "rust", b"code of rust")
+    store.runs.save_codes(run.id, [made])
+    assert store.runs.codes(run.id, NETWORK) == [made]
+    assert store.runs.codes(run.id, OTHER) == []
+    assert store.runs.codes(run.id + 1, NETWORK) == []
+
+
+def test_a_code_of_another_network_takes_the_place_of_an_earlier_one(store: Store) -> None:
+    ingest(store, "rust")
+    run = store.runs.start(BASE, {})
+    store.runs.save_codes(run.id, [code(store, "rust", b"old")])
+    new = code(store, "rust", b"newer", network=OTHER)
+    store.runs.save_codes(run.id, [new])
+    assert (store.runs.codes(run.id, NETWORK), store.runs.codes(run.id, OTHER)) == ([], [new])
+
+
+def test_codes_of_a_run_are_not_garbage(store: Store) -> None:
+    ingest(store, "rust")
+    run = store.runs.start(BASE, {})
+    store.runs.save_codes(run.id, [code(store, "rust", b"code of rust")])
+    store.prune(grace=0)
+    assert b"code of rust" in stored(store)
+    assert list(store.verify(read_data=True)) == []
+
+
+def test_codes_of_a_run_that_is_given_up_go_with_it(store: Store) -> None:
+    ingest(store, "rust")
+    first = store.runs.start(BASE, {"seed": 1})
+    store.runs.save_codes(first.id, [code(store, "rust", b"code of rust")])
+    store.runs.start(BASE, {"seed": 2})
+    assert store.runs.codes(first.id, NETWORK) == []
+    assert b"code of rust" not in stored(store)
+
+
+def test_codes_of_a_run_stay_where_its_generator_takes_them_over(store: Store) -> None:
+    ingest(store, "rust")
+    run = store.runs.start(BASE, {})
+    published = generator(store, ["rust"], train_run_id=run.id)
+    (new,) = published.codes
+    adapter = store.tasks.final("rust").id
+    store.runs.save_codes(run.id, [RunCode(adapter, new.blob, 1, NETWORK, 0.25, True)])
+    made = store.generators.add(published)
+    assert store.runs.codes(run.id, NETWORK) == []
+    assert [row.blob for row in store.codes.all(made.id)] == [new.blob]
+    assert list(store.verify(read_data=True)) == []
+
+
+def test_a_task_that_is_removed_takes_its_code_of_a_run_along(store: Store) -> None:
+    ingest(store, "rust")
+    run = store.runs.start(BASE, {})
+    store.runs.save_codes(run.id, [code(store, "rust", b"code of rust")])
+    store.tasks.remove(["rust"])
+    assert store.runs.codes(run.id, NETWORK) == []

@@ -132,6 +132,22 @@ def test_a_stop_while_encoding_keeps_the_earlier_generator_and_its_codes(trained
     assert (code_blobs(fleet), len(fleet.generators()), is_sound(fleet)) == (before, 1, True)
 
 
+def test_a_stop_while_encoding_loses_no_code_and_changes_none(mixed: Path, tmp_path: Path) -> None:
+    undisturbed = copy_of(mixed, tmp_path / "copy")
+    undisturbed.train(device="cpu", steps=STEPS)
+    with pytest.raises(Cancelled):
+        Fleet(mixed, on_event=stop_after(2, CodeMade)).train(device="cpu", steps=STEPS)
+    heard: list[Event] = []
+    fleet = Fleet(mixed, on_event=heard.append)
+    fleet.train(device="cpu", steps=STEPS)
+    made = sum(isinstance(event, CodeMade) for event in heard)
+    assert made == len(code_blobs(fleet)) - 2
+    assert code_blobs(fleet) == code_blobs(undisturbed)
+    known = [one.generators()[-1].record.metrics["initial_a_known"] for one in (fleet, undisturbed)]
+    assert known[0] == known[1]
+    assert is_sound(fleet)
+
+
 def test_training_refuses_to_leave_an_evicted_task_without_a_code(fleet: Fleet) -> None:
     fleet.evict(["silent"], max_error=0.7)
     with pytest.raises(DataError, match="'silent'") as error:
