@@ -26,10 +26,8 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import many_tiny
 from tests.benchmarks.performance.machine import describe_machine
-from tests.benchmarks.scale.large import spectra_of
-from tests.benchmarks.sizes.adapters import build_experts, build_large
+from tests.benchmarks.sizes.adapters import build
 
 ROOT = Path(__file__).parents[3]
 RESULT = Path(__file__).parents[1] / "results" / "sizes.json"
@@ -71,20 +69,6 @@ CASES = {
     "192 kinds, whole": Case(8, None, both=False),
     "300 tiny": Case(300, None),
 }
-
-
-def build(name: str, case: Case, folder: Path, fleet: Path) -> Path:
-    """Make the adapters of a case; returns their folder."""
-    if name == "fleet of 20":
-        return fleet
-    spectra = spectra_of(fleet)
-    if name.startswith("8B"):
-        build_large(folder, case.adapters, spectra)
-    elif "kinds" in name:
-        build_experts(folder, case.adapters, int(name.split()[0]), spectra)
-    else:
-        many_tiny.build(folder, case.adapters)
-    return folder
 
 
 def measure(tree: Path, adapters: Path, case: Case, store: Path) -> dict[str, Any]:
@@ -142,7 +126,7 @@ def main() -> None:
                 case = CASES[name]
                 # In a process of its own: the peak memory of a child counts what its parent had when it began.
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as builder:
-                    adapters = builder.submit(build, name, case, work / "adapters", options.fleet).result()
+                    adapters = builder.submit(build, name, case.adapters, work / "adapters", options.fleet).result()
                 used = {which: tree for which, tree in trees.items() if which == "now" or case.both}
                 found[name] = {which: measure(tree, adapters, case, work / "store") for which, tree in used.items()}
                 found[name]["case"] = asdict(case)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
+from tests.benchmarks import many_tiny
 from tests.benchmarks.scale import large
 
 _EXPERT_LAYERS, _EXPERT_RANK, _WIDTH = 2, 8, 128
@@ -49,3 +50,17 @@ def build_experts(folder: Path, count: int, kinds: int, spectra: Sequence[torch.
         few = [values[:_EXPERT_RANK] for values in spectra[number:] + spectra[:number]]
         adapter = large.make_adapter(layout, few, seed=number, rank=_EXPERT_RANK)
         save(adapter, folder / f"experts-{number:02d}", _EXPERT_RANK)
+
+
+def build(name: str, count: int, folder: Path, fleet: Path) -> Path:
+    """Make the adapters of a case of the benchmark; returns their folder."""
+    if name == "fleet of 20":
+        return fleet
+    spectra = large.spectra_of(fleet)
+    if name.startswith("8B"):
+        build_large(folder, count, spectra)
+    elif "kinds" in name:
+        build_experts(folder, count, int(name.split()[0]), spectra)
+    else:
+        many_tiny.build(folder, count)
+    return folder

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, CodeError, GeneratorError
+from icmlora.generator import decoder
 from icmlora.generator.codec import Codec
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.tokens import weighted
@@ -188,3 +189,26 @@ def test_what_the_generator_predicts_has_a_code_without_integers(task: int) -> N
     assert not any(group.inputs.any() or group.outputs.any() for group in groups)
     assert sum(len(group.slots.layer) for group in groups) > 0
     assert encoded.weighted_error < 0.5
+
+
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_the_number_of_threads_changes_no_byte_of_a_code_and_no_bit_of_what_it_decodes_to(task: int) -> None:
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            encoded = codec().encode(mixed_fleet().load(task, None), make_vectors(task), keep_decoded=True)
+            assert encoded.decoded is not None
+            made.append(encoded)
+    finally:
+        torch.set_num_threads(before)
+    assert made[0].data == made[1].data
+    assert same(made[0].decoded, made[1].decoded)
+
+
+def test_a_code_that_is_read_ahead_decodes_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    under = codec()
+    data = under.encode(mixed_fleet().load(0, None), make_vectors(0)).data
+    plain = under.decode(data)
+    monkeypatch.setattr(decoder, "_LARGE", 0)
+    assert same(under.decode(data), plain)
