@@ -18,6 +18,7 @@ import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused
+from icmlora.io.threads import side_by_side
 
 # Below this share of the largest singular value a slot holds rounding noise of float64. The square root would lift
 # the noise from 1e-16 to 1e-8 of the adapter, so it is set to zero.
@@ -31,15 +32,20 @@ def canonicalize(adapter: Adapter) -> Adapter:
     groups: defaultdict[tuple[int, ...], list[LoraModule]] = defaultdict(list)
     for module in adapter.modules:
         groups[module.shape[1:]].append(module)
+    parts = [part for group in groups.values() for part in _parts(group)]
     done: dict[str, LoraModule] = {}
-    for modules in (part for group in groups.values() for part in _parts(group)):
-        a, b = balance(torch.stack([module.a for module in modules]), torch.stack([module.b for module in modules]))
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            message = f"the factors of {modules[0].name} or a module like it exceed float32"
-            raise AdapterRefused(message, kind="overflow")
-        for module, new_a, new_b in zip(modules, a, b, strict=True):
-            done[module.name] = LoraModule(module.name, new_a, new_b)
+    with side_by_side() as each:
+        for modules, (a, b) in zip(parts, each(_balanced, parts), strict=True):
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                message = f"the factors of {modules[0].name} or a module like it exceed float32"
+                raise AdapterRefused(message, kind="overflow")
+            for module, new_a, new_b in zip(modules, a, b, strict=True):
+                done[module.name] = LoraModule(module.name, new_a, new_b)
     return replace(adapter, modules=tuple(done[module.name] for module in adapter.modules))
+
+
+def _balanced(modules: list[LoraModule]) -> tuple[torch.Tensor, torch.Tensor]:
+    return balance(torch.stack([module.a for module in modules]), torch.stack([module.b for module in modules]))
 
 
 def _parts(modules: list[LoraModule]) -> Iterator[list[LoraModule]]:

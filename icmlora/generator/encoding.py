@@ -35,8 +35,8 @@ from icmlora.generator.packing import KindIntegers, written_slots
 from icmlora.generator.quantizer import Means, Slots
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.sensitivity import Sensitivity
-from icmlora.generator.threads import side_by_side
 from icmlora.generator.tokens import KindTokens, refuse_overflow, slot_overlaps, squared_norm, tokenize, weighted
+from icmlora.io.threads import side_by_side
 
 _Parts = list[tuple[float, float]]  # squared error and squared norm of each module
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.

@@ -29,8 +29,8 @@ from icmlora.generator.packing import KindIntegers, read_groups, slots_between, 
 from icmlora.generator.quantizer import Slots, centred
 from icmlora.generator.residual import CLASSES, Residual, ResidualHead, digest_of
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
-from icmlora.generator.threads import one_thread
 from icmlora.generator.tokens import KindTokens, slot_overlaps, tokenize
+from icmlora.io.threads import one_thread
 
 _WIDTH = OCTAVE // 2  # scale indices in one class: half an octave
 

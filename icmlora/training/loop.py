@@ -19,8 +19,8 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.objective import Bits, Prepared, adapter_bits, prepare
-from icmlora.generator.threads import ahead, one_thread
 from icmlora.generator.tokens import refuse_overflow, tokenize
+from icmlora.io.threads import ahead, one_thread
 from icmlora.training.config import STEP_PARAMETERS
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.source import AdapterSource

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from icmlora.adapter.model import Adapter
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.tokens import tokenize
+from icmlora.training import initialisation
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.loop import fit
@@ -37,6 +39,22 @@ def test_norm_tables_are_the_mean_over_final_adapters() -> None:
     groups = [tokenize(fleet.load(task, None), net.config, net.sensitivity)[0] for task in range(2)]
     wanted = torch.stack([group.norm.log2() for group in groups]).mean(0)
     torch.testing.assert_close(net.norm_mean[0].flatten(), wanted)
+
+
+def test_of_a_large_fleet_tasks_at_even_distances_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    class Watched(MemoryAdapterSource):
+        def load(self, task: int, checkpoint: int | None) -> Adapter:
+            read.append(task)
+            return super().load(task, checkpoint)
+
+    fleet = Watched([[make_adapter(number)] for number in range(7)], sets=0)
+    for most, wanted in ((3, [0, 3, 6]), (4, [0, 2, 4, 6]), (7, list(range(7))), (100, list(range(7)))):
+        monkeypatch.setattr(initialisation, "_SAMPLE", most)
+        fresh_network(fleet.config(), fleet, 0)
+        assert read == wanted
+        read.clear()
 
 
 def test_a_place_that_no_final_adapter_has_gets_a_norm_like_its_neighbours() -> None:

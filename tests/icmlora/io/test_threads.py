@@ -1,4 +1,4 @@
-"""Threads of the codec: order, errors, and torch on one thread in each."""
+"""Threads: order, errors, and torch on one thread in each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from icmlora.generator.threads import ahead, one_thread, side_by_side
+from icmlora.io.threads import ahead, one_thread, side_by_side
 
 
 def test_one_thread_ends_with_the_block_however_it_ends() -> None:

@@ -1,7 +1,7 @@
-"""Threads of the codec: work on several module kinds at a time, each of them on one thread.
+"""Threads: work on several pieces of an adapter at a time, each of them on one thread.
 
-Sums of several threads may differ in the last bit. So torch stays on one thread within a kind, and an adapter has the
-same bytes whatever the number of threads.
+Sums of several threads may differ in the last bit. So torch stays on one thread within a piece, and a code has the same
+bytes whatever the number of threads.
 """
 
 from __future__ import annotations
