@@ -42,6 +42,7 @@ _Parts = list[tuple[float, float]]  # squared error and squared norm of each mod
 # Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
 _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
 _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
+_WORTH_A_THREAD = 1 << 16  # inputs of a kind on average: of fewer, threads wait for each other longer than they work
 _ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coarse enough: each try takes a second
 _PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
@@ -305,7 +306,7 @@ def _rounded_at(
     initial: InitialA | None,
     means: dict[int, Means] | None,
 ) -> _Trial:
-    """Round an adapter at one step, and measure what that decodes to: several kinds at a time, each in a piece."""
+    """Round an adapter at one step, and measure what that decodes to: several kinds at a time, if they are large."""
     shape = len(codec.config.kinds), codec.config.layers  # (K, L)
     gains, strengths = np.zeros(shape[0], dtype=np.int16), np.zeros(shape, dtype=np.int8)
     kept = np.full(shape, ABSENT, dtype=np.uint16)
@@ -327,7 +328,8 @@ def _rounded_at(
         decoded = codec.adapter_of([strengthened(rebuilt, strengths[kind])], places[kind], None)
         return group, *originals[kind].parts(codec, decoded)
 
-    with side_by_side() as each:
+    is_small = sum(group.inputs.numel() for group in tokens) < _WORTH_A_THREAD * len(tokens)
+    with side_by_side(1 if is_small else None) as each:
         found = list(each(rounded, tokens))
     head = CodeHead(
         step=step,

@@ -37,9 +37,9 @@ class Map(Protocol):
 
 
 @contextmanager
-def side_by_side() -> Iterator[Map]:
-    """Give a `map` that runs on as many threads as torch has, each alone and without gradients."""
-    count, alone = torch.get_num_threads(), (1,)
+def side_by_side(most: int | None = None) -> Iterator[Map]:
+    """Give a `map` that runs on as many threads as torch has, or at most so many, without gradients."""
+    count, alone = min(torch.get_num_threads(), most or torch.get_num_threads()), (1,)
     with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=alone) as threads:
         yield lambda function, items: threads.map(torch.no_grad()(function), items)
 

@@ -27,7 +27,7 @@ _READERS = ("condition.", "encoder.", "prior.")
 def fresh_network(
     config: GeneratorConfig, fleet: AdapterSource, seed: int, sensitivity: Sensitivity | None = None
 ) -> CVAE:
-    """Make a network with the norm tables and vector standardisation of the fleet's final adapters, or of 1,000 of them."""
+    """Make a network with the norm tables and vector standardisation of the fleet's final adapters (1,000 at most)."""
     seed_everything(seed)
     net = CVAE(config)
     net.sensitivity = sensitivity or even(config)
