@@ -99,6 +99,8 @@ class TrainingRun:
 
     def save_codes(self, generator: str, codes: Sequence[tuple[AdapterRecord, Encoded, bool]]) -> dict[int, RunCode]:
         """Store codes, so that a stop does not lose them; each comes with its adapter and whether its seed is known."""
+        if not codes:
+            return {}
         blobs = self._store.blobs.put_all([code.data for _, code, _ in codes])
         made = [
             RunCode(adapter.id, blob, len(code.data), generator, code.squared_error, known)
