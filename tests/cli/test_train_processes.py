@@ -112,6 +112,38 @@ def test_two_processes_make_codes_as_small_as_one_does_and_only_the_first_one_pr
     assert total_size(mixed) == pytest.approx(total_size(alone), rel=0.05)
 
 
+DECODED = """import hashlib, sys
+from pathlib import Path
+from registry.store import Store
+from icmlora.generator.versions import GeneratorFile
+digest = hashlib.sha256()
+with Store.open(Path(sys.argv[1]), read_only=True) as store:
+    for row in store.tasks.summaries():
+        generator = store.generators.current(row.task.base_model)
+        code = store.blobs.read(row.code.blob)
+        opened = GeneratorFile(store.blobs.read(generator.blob)).decoder_of(code).open(code)
+        for group in opened.groups:
+            for part in (group.residuals, *group.sides):
+                digest.update(part.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_codes_of_two_processes_decode_to_the_same_integers_whatever_the_number_of_threads(
+    start: Start, mixed: Path, tmp_path: Path
+) -> None:
+    process = start(torchrun(mixed, tmp_path / "icm"))
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err
+    digests = set()
+    for threads in ("1", "2", "4"):
+        reader = start([sys.executable, "-c", DECODED, str(mixed)], OMP_NUM_THREADS=threads)
+        out, err = reader.communicate(timeout=LIMIT)
+        assert len(out.strip()) == 64, err
+        digests.add(out)
+    assert len(digests) == 1
+
+
 def test_a_run_of_two_processes_that_is_stopped_is_resumed_by_one(
     start: Start, icm: Icm, mixed: Path, tmp_path: Path
 ) -> None:
