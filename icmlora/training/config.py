@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from icmlora.errors import GeneratorError
 
-STEP_PARAMETERS = 1 << 21  # parameters of an adapter that a step sees at most
+STEP_PARAMETERS = 1 << 20  # parameters of an adapter that a step sees at most
 _LONGEST_TURN = 8
 SMALL_FLEET = 16  # tasks below which a run is short by default: the trained part of a generator hardly pays there
 

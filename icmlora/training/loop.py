@@ -1,7 +1,7 @@
 """The training loop: one adapter a step, each step drawn from its own stream of random numbers.
 
 A step sees half of an adapter's modules, drawn anew each time: the generator is as good, and a step takes two thirds of
-the time. Of a large adapter it sees still fewer, so a step takes as long for 40 million parameters as for 2 million.
+the time. Of a large adapter it sees still fewer, so a step takes as long for 40 million parameters as for 1 million.
 Several steps in a row then see the same adapter, because reading it takes longer than a step.
 """
 
