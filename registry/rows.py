@@ -123,6 +123,13 @@ def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
         yield values[at : at + MAX_VARIABLES]
 
 
+def existing_adapters(session: Session, numbers: Sequence[int]) -> set[int]:
+    """Return which rows of adapters there are."""
+    adapter = models.Adapter
+    parts = (select(adapter.id).where(adapter.id.in_(some)) for some in in_parts(numbers))
+    return {number for part in parts for number in session.scalars(part)}
+
+
 class RowNumbers:
     """Finds or makes the rows of blobs, JSON values and base models in an open transaction."""
 

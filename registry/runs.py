@@ -10,7 +10,7 @@ from registry import records
 from registry import schema as models
 from registry.conversion import run_code_record, train_run_record
 from registry.database import Part
-from registry.rows import RowWriter
+from registry.rows import RowWriter, existing_adapters
 
 
 class Runs(Part):
@@ -61,9 +61,11 @@ class Runs(Part):
         return record
 
     def save_codes(self, run_id: int, codes: Iterable[records.RunCode]) -> None:
-        """Record codes whose files are durable, each in place of an earlier one of the same adapter."""
+        """Record codes whose files are durable, each in place of an earlier one, unless the adapter is gone by now."""
+        codes = list(codes)
         with self._write() as writer:
-            for code in codes:
+            there = existing_adapters(writer.session, [code.adapter for code in codes])
+            for code in (code for code in codes if code.adapter in there):
                 blob = writer.blob(code.blob)
                 writer.session.flush()
                 row = models.RunCode(run_id=run_id, adapter_id=code.adapter, blob_id=blob.id, generator=code.generator)

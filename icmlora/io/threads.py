@@ -17,17 +17,6 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch on the calling thread; also a decorator."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Map(Protocol):
     """What `map` does, with one list of arguments."""
 
@@ -39,9 +28,14 @@ class Map(Protocol):
 @contextmanager
 def side_by_side(most: int | None = None) -> Iterator[Map]:
     """Give a `map` that runs on as many threads as torch has, or at most so many, without gradients."""
-    count, alone = min(torch.get_num_threads(), most or torch.get_num_threads()), (1,)
-    with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=alone) as threads:
-        yield lambda function, items: threads.map(torch.no_grad()(function), items)
+    before, alone = torch.get_num_threads(), (1,)
+    try:
+        torch.set_num_threads(1)  # some libraries have one number for the whole process
+        count = min(before, most or before)
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=alone) as threads:
+            yield lambda function, items: threads.map(torch.no_grad()(function), items)
+    finally:
+        torch.set_num_threads(before)
 
 
 def ahead(items: Iterator[_Out]) -> Iterator[_Out]:

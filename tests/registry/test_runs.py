@@ -171,3 +171,13 @@ def test_a_task_that_is_removed_takes_its_code_of_a_run_along(store: Store) -> N
     store.runs.save_codes(run.id, [code(store, "rust", b"code of rust")])
     store.tasks.remove(["rust"])
     assert store.runs.codes(run.id, NETWORK) == []
+
+
+def test_a_code_of_an_adapter_that_is_gone_is_not_recorded(store: Store) -> None:
+    ingest(store, "rust")
+    ingest(store, "sql")
+    run = store.runs.start(BASE, {})
+    codes = [code(store, "rust", b"code of rust"), code(store, "sql", b"code of sql")]
+    store.tasks.remove(["rust"])
+    store.runs.save_codes(run.id, codes)
+    assert store.runs.codes(run.id, NETWORK) == codes[1:]
