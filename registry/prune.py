@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, and_, delete, exists, or_, select
+from sqlalchemy import ColumnElement, delete, exists, or_, select
 from sqlalchemy.orm import InstrumentedAttribute
 
 from registry import files as fs
@@ -126,13 +126,13 @@ def prune(database: Database, blobs: Blobs, paths: StorePaths, *, grace: float, 
 
 def is_referenced() -> ColumnElement[bool]:
     """Return the condition that any row refers to a blob."""
-    return or_(*(exists().where(column == Blob.id) for column in BLOB_COLUMNS))
+    return or_(*(_is_in(column) for column in BLOB_COLUMNS))
 
 
 def is_needed() -> ColumnElement[bool]:
     """Return the condition that any row needs the bytes of a blob."""
     # Held-out text is known by its digest; a measurement stays true without it.
-    return or_(*(exists().where(_needs(column)) for column in BLOB_COLUMNS if column is not Evaluation.data_id))
+    return or_(*(_is_in(column, needed=True) for column in BLOB_COLUMNS if column is not Evaluation.data_id))
 
 
 def blob_references(
@@ -140,14 +140,20 @@ def blob_references(
 ) -> ColumnElement[bool]:
     """Return the condition that (some of) the rows of one table need a blob's bytes, or else only refer to it."""
     columns = [column for column in BLOB_COLUMNS if column.class_ is owner]
-    refers = or_(*(_needs(column) if needed else column == Blob.id for column in columns))
-    return exists().where(refers if condition is None else and_(refers, condition))
+    return or_(*(_is_in(column, condition, needed=needed) for column in columns))
 
 
-def _needs(column: BlobColumn) -> ColumnElement[bool]:
-    refers = column == Blob.id
+def _is_in(
+    column: BlobColumn, condition: ColumnElement[bool] | None = None, *, needed: bool = False
+) -> ColumnElement[bool]:
+    # A list of numbers that is made once: to look for each blob among all rows takes the square of their number.
+    numbers = select(column).where(column.is_not(None))
+    if condition is not None:
+        numbers = numbers.where(condition)
     # The row of evicted weights stays, so that the original is recognised when it comes back.
-    return and_(refers, Adapter.evicted_at.is_(None)) if is_evictable(column) else refers
+    if needed and is_evictable(column):
+        numbers = numbers.where(Adapter.evicted_at.is_(None))
+    return Blob.id.in_(numbers)
 
 
 def is_evictable(column: BlobColumn) -> bool:

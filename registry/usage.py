@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from registry.blobs.content import Blobs
@@ -73,7 +73,7 @@ def _uses(session: Session) -> dict[str, str]:
         ("originals", blob_references(Adapter, Adapter.is_final.is_(True))),
         ("checkpoints", blob_references(Adapter)),
         ("generators", blob_references(Generator, Generator.is_current.is_(True))),
-        ("residuals", exists().where(Code.residual_id == Blob.id, of_current)),
+        ("residuals", Blob.id.in_(select(Code.residual_id).where(Code.residual_id.is_not(None), of_current))),
         ("codes", blob_references(Code, of_current)),
         ("extras", blob_references(Extra)),
         ("vectors", blob_references(TaskVector)),
