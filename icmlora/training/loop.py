@@ -73,8 +73,8 @@ def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterat
         vectors = {view: vector.to(device) for view, vector in _vectors(state, fleet, task, draw).items()}
         return _Seen(task, adapters(task, checkpoint, draw), vectors, noise)
 
-    # Operations of a step are too small to share them among threads: two took half as long again. But while one step is
-    # computed, another thread reads what the next one sees.
+    # Operations of a step are too small to share them among threads: two took up to twice as long. But while one step
+    # is computed, another thread reads what the next one sees.
     with one_thread():
         for now in ahead(map(seen, range(state.step, state.config.steps, ranks.count))):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):

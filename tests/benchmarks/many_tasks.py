@@ -35,7 +35,7 @@ def build(folder: Path, first: int, count: int) -> None:
             for shape in _LAYOUT
         ]
         names = target_modules(shape.module for shape in _LAYOUT)
-        save(Adapter(BASE_MODEL, "CAUSAL_LM", names, tuple(modules)), folder / f"task-{number:06d}", _RANK)
+        save(Adapter(BASE_MODEL, "CAUSAL_LM", names, tuple(modules)), folder / f"task-{number:06d}")
 
 
 def add_rows(store: Path, count: int) -> None:

@@ -55,15 +55,13 @@ def spectra_of(fleet: Path) -> list[torch.Tensor]:
     return [module.a.square().sum(1) for module in modules]
 
 
-def make_adapter(
-    layout: Sequence[ModuleShape], spectra: Sequence[torch.Tensor], seed: int = 0, rank: int = RANK
-) -> Adapter:
+def make_adapter(layout: Sequence[ModuleShape], spectra: Sequence[torch.Tensor], seed: int = 0) -> Adapter:
     """Make an adapter, module by module."""
     draw = torch.Generator().manual_seed(seed)
     modules = []
     for shape, values in zip(layout, cycle(spectra), strict=False):
         right, left = (
-            torch.linalg.qr(torch.randn(size, rank, generator=draw))[0] * values.sqrt()
+            torch.linalg.qr(torch.randn(size, shape.rank, generator=draw))[0] * values.sqrt()
             for size in (shape.inputs, shape.outputs)
         )
         modules.append(LoraModule(shape.module, right.T.contiguous(), left))

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.sizes --fleet DIR [--before REVISION] [--cases NAME ...] [--out FILE.json]
 
-DIR is the fleet of 20. Each case is one run of `icm ingest`, `icm train` and five decodes in a process of its own, with
+DIR is the fleet of 20. Each case is one run of `icm ingest`, `icm train` and seven decodes in its own process, with
 the code of this working tree, and in turn with that of the other revision, checked out beside it. Where the older code
 would take hours, both take the same few steps. No base model is at hand, so channel weights are even. Peak memory is
 that of the whole process, some 0.3 GB of it torch.

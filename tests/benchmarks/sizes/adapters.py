@@ -17,14 +17,15 @@ from tests.benchmarks.scale import large
 _EXPERT_LAYERS, _EXPERT_RANK, _WIDTH = 2, 8, 128
 
 
-def save(adapter: Adapter, folder: Path, rank: int) -> None:
-    """Write an adapter in bfloat16 as PEFT does."""
+def save(adapter: Adapter, folder: Path) -> None:
+    """Write an adapter of one rank in bfloat16 as PEFT does."""
     tensors = {}
     for module in adapter.modules:
         prefix = f"base_model.model.{module.name}"
         tensors[f"{prefix}.lora_A.weight"] = module.a.to(torch.bfloat16).contiguous()
         tensors[f"{prefix}.lora_B.weight"] = module.b.to(torch.bfloat16).contiguous()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.base_model}
+    rank = adapter.layout[0].rank
     config |= {"r": rank, "lora_alpha": rank, "target_modules": sorted(adapter.target_modules)}
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -35,7 +36,7 @@ def build_large(folder: Path, count: int, spectra: Sequence[torch.Tensor]) -> No
     """Make adapters of Llama 3 8B's shapes, rank 16 on all linear layers: 84 MB each."""
     for number in range(count):
         adapter = large.make_adapter(large.shapes(), spectra[number:] + spectra[:number], seed=number)
-        save(adapter, folder / f"large-{number:02d}", large.RANK)
+        save(adapter, folder / f"large-{number:02d}")
 
 
 def build_experts(folder: Path, count: int, kinds: int, spectra: Sequence[torch.Tensor]) -> None:
@@ -48,8 +49,8 @@ def build_experts(folder: Path, count: int, kinds: int, spectra: Sequence[torch.
     ]
     for number in range(count):
         few = [values[:_EXPERT_RANK] for values in spectra[number:] + spectra[:number]]
-        adapter = large.make_adapter(layout, few, seed=number, rank=_EXPERT_RANK)
-        save(adapter, folder / f"experts-{number:02d}", _EXPERT_RANK)
+        adapter = large.make_adapter(layout, few, seed=number)
+        save(adapter, folder / f"experts-{number:02d}")
 
 
 def build(name: str, count: int, folder: Path, fleet: Path) -> Path:
