@@ -93,8 +93,12 @@ def evaluation_record(row: models.Evaluation) -> records.EvaluationRecord:
 
 
 def _record(kind: type[Record], row: models.Base, **more: object) -> Record:
-    names = [field.name for field in fields(cast(Any, kind)) if field.name not in more]
-    return kind(**more, **{name: _value(getattr(row, name)) for name in names})
+    return kind(**more, **{name: _value(getattr(row, name)) for name in _names(cast(Any, kind)) if name not in more})
+
+
+@lru_cache
+def _names(kind: type[object]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cast(Any, kind)))
 
 
 def _value(value: Any) -> Any:

@@ -11,11 +11,12 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from sqlalchemy import Connection, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -67,21 +68,12 @@ class Database:
         self.path = path
         self.read_only = read_only
         self.busy_timeout = busy_timeout
-        self._create = False
-        self._engine = create_engine(
-            "sqlite://",
-            creator=self._connect,
-            # SQLite connections must not be carried over a fork, so none is pooled.
-            poolclass=NullPool,
-        )
-        event.listen(self._engine, "begin", _begin)
+        self._engine = _engine(path, read_only, busy_timeout)
         self._reader = self._engine.execution_options(icm_begin="BEGIN")
 
     def can_be_written(self) -> bool:
         """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
-        if not os.access(self.path.parent, os.W_OK):
-            return False
-        return os.access(self.path, os.W_OK) or not self.path.exists()
+        return _can_be_written(self.path)
 
     def must_write(self) -> None:
         """Raise `StoreReadOnly` if the store was opened read-only."""
@@ -105,32 +97,9 @@ class Database:
     @contextmanager
     def connection(self, *, write: bool = False, create: bool = False) -> Iterator[Connection]:
         """Open a transaction without the ORM; a `write` block is committed, `create` makes the file if it is absent."""
-        self._create = create
-        try:
-            with self._errors(), (self._engine if write else self._reader).begin() as connection:
-                yield connection
-        finally:
-            self._create = False
-
-    def _connect(self) -> sqlite3.Connection:
-        # A reader may have to roll back the journal of a killed writer, so it opens read-only only where it must.
-        mode = "rwc" if self._create else ("rw" if not self.read_only or self.can_be_written() else "ro")
-        uri = f"file:{quote(str(self.path))}?mode={mode}"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=self.busy_timeout)
-        try:
-            for pragma in _PRAGMAS:
-                connection.execute(f"PRAGMA {pragma}")
-            if self._create:
-                connection.execute(f"PRAGMA page_size={PAGE_SIZE}")  # an existing file keeps its own
-            if self.read_only:
-                connection.execute("PRAGMA query_only=ON")
-            else:
-                # Faster than DELETE, which changes the folder as well.
-                connection.execute("PRAGMA journal_mode=TRUNCATE")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        engine = _engine(self.path, self.read_only, self.busy_timeout, create=True) if create else self._engine
+        with self._errors(), (engine if write else engine.execution_options(icm_begin="BEGIN")).begin() as connection:
+            yield connection
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -159,6 +128,45 @@ class Database:
         if code == sqlite3.SQLITE_IOERR:
             return StoreIOError(fact, path=self.path)
         return None
+
+
+# An engine keeps the statements that it has compiled, which takes several times as long as running them: a server opens
+# its store for each task.
+@lru_cache(maxsize=16)
+def _engine(path: Path, read_only: bool, busy_timeout: float, *, create: bool = False) -> Engine:
+    engine = create_engine(
+        "sqlite://",
+        creator=partial(_connect, path, read_only, busy_timeout, create),
+        # SQLite connections must not be carried over a fork, so none is pooled.
+        poolclass=NullPool,
+    )
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _connect(path: Path, read_only: bool, busy_timeout: float, create: bool) -> sqlite3.Connection:
+    # A reader may have to roll back the journal of a killed writer, so it opens read-only only where it must.
+    mode = "rwc" if create else ("rw" if not read_only or _can_be_written(path) else "ro")
+    uri = f"file:{quote(str(path))}?mode={mode}"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=busy_timeout)
+    try:
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+        if create:
+            connection.execute(f"PRAGMA page_size={PAGE_SIZE}")  # an existing file keeps its own
+        if read_only:
+            connection.execute("PRAGMA query_only=ON")
+        else:
+            # Faster than DELETE, which changes the folder as well.
+            connection.execute("PRAGMA journal_mode=TRUNCATE")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _can_be_written(path: Path) -> bool:
+    return os.access(path.parent, os.W_OK) and (os.access(path, os.W_OK) or not path.exists())
 
 
 def _begin(connection: Connection) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy import ColumnElement, Select, delete, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from registry import records, rows
 from registry import schema as models
@@ -53,6 +53,12 @@ class Tasks(Part):
         """Return a task by name, in any case."""
         with self._db.read() as session:
             return task_record(rows.find_task(session, name))
+
+    def find(self, name: str) -> records.TaskRecord | None:
+        """Return a task by name, in any case, or None: one look into an index, however many tasks there are."""
+        with self._db.read() as session:
+            row = session.scalar(select(models.Task).where(models.Task.name == name))
+            return None if row is None else task_record(row)
 
     def a_config(self, base_model: str) -> str | None:
         """Return the digest of the configuration of one final adapter of a base model; None if there is none."""
@@ -107,6 +113,15 @@ class Tasks(Part):
         with self._db.read() as session:
             query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id, adapter.is_final)
             return adapter_record(session.scalars(query).one())
+
+    def having(self, weights: str, config: str) -> list[records.AdapterRecord]:
+        """Return the adapters of all tasks that have these weights and this configuration, by task."""
+        adapter, (weights_blob, config_blob) = models.Adapter, (aliased(models.Blob), aliased(models.Blob))
+        with self._db.read() as session:
+            query = select(adapter).join(weights_blob, adapter.weights_id == weights_blob.id)
+            query = query.join(config_blob, adapter.config_id == config_blob.id)
+            query = query.where(weights_blob.digest == weights, config_blob.digest == config)
+            return [adapter_record(row) for row in session.scalars(query.order_by(adapter.task_id, adapter.id))]
 
     def remove_one(self, name: str) -> records.TaskRecord:
         """Forget a task, even if its code is the only copy; see :meth:`remove`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,11 +10,12 @@ import typer
 
 from icm_cli.output import Column, Output
 from icm_cli.session import Session, command
-from icm_cli.text import as_fields, coded_size, shortfalls
+from icm_cli.text import as_fields, coded_size
+from icmlora.fleet.bill_text import disk_lines, saving_text, shortfalls
 from icmlora.io.text import counted, human_percent, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.bill import BaseModelBill, Bill, TaskBill
+    from icmlora.fleet.bill import BaseModelBill, Bill, Spread, TaskBill
 
 PlotOpt = Annotated[
     Path | None,
@@ -66,7 +67,8 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
     """
     found = session.fleet.stats(plot=plot, force=force)
     out = session.out
-    out.document(_as_json(found))
+    if out.is_json:  # a line per task takes longer than all the rest
+        out.document(_as_json(found))
     _table(out, _FLEET_COLUMNS, [_fleet_cells(fleet) for fleet in found.fleets], found)
     if out.verbosity:
         out.line()
@@ -91,22 +93,7 @@ def _table(out: Output, columns: Sequence[Column], rows: Sequence[list[str]], fo
 
 def _disk(found: Bill) -> list[tuple[str, str]]:
     usage = found.usage
-    lines = [
-        ("originals (final adapters)", usage.originals),
-        ("checkpoints", usage.checkpoints),
-        ("generators", usage.generators),
-        ("codes", usage.codes),
-        ("residuals", usage.residuals),
-        ("extras of codes", usage.extras),
-        ("task vectors", usage.vectors),
-        ("samples and held-out text", usage.texts),
-        ("earlier generators", usage.old_generators),
-        ("unfinished training", usage.training),
-        ("database", usage.database),
-        ("unreferenced", usage.unreferenced),
-        ("reserve and lock files", usage.overhead),
-        ("on disk", usage.total),
-    ]
+    lines = [*disk_lines(usage), ("reserve and lock files", usage.overhead), ("on disk", usage.total)]
     always = {"originals (final adapters)", "on disk"}
     shown = [(name, human_size(size)) for name, size in lines if size or name in always]
     gone = [("originals evicted", f"{found.evicted} of {found.tasks}")] if found.evicted else []
@@ -120,22 +107,7 @@ def _verdict(found: Bill) -> str:
     disk = (
         f"The store takes {human_percent(now)} of what all final adapters take in bf16 ({human_size(found.bf16_size)})"
     )
-    if not any(fleet.encoded for fleet in found.fleets):
-        return f"{disk}: no task has a code yet, so nothing is saved."
-    disk = f"{disk}{_originals(found)}."
-    share = found.compact_share
-    if share is None:
-        return f"{disk} Not every task has a code yet, so the saving is unknown: run `icm train --update`."
-    usage = found.usage
-    some = [
-        (usage.residuals, "residuals, "),
-        (usage.extras, "extras, "),
-        (found.original_only, "originals without a code, "),
-    ]
-    parts = f"Generators, codes, {''.join(name for size, name in some if size)}vectors and database"
-    if share >= 1:
-        return f"{disk} {parts} take {human_percent(share)}, so they cost {human_percent(share - 1)} more."
-    return f"{disk} {parts} alone take {human_percent(share)}, so they save {human_percent(1 - share)}."
+    return f"{disk}{_originals(found)}. {saving_text(found)}"
 
 
 def _originals(found: Bill) -> str:
@@ -159,8 +131,8 @@ def _fleet_cells(fleet: BaseModelBill) -> list[str]:
         "-" if marginal is None else human_size(round(marginal)),
         human_percent(size / fleet.bf16_size if complete and fleet.bf16_size else None),
         "-" if not fleet.encoded else ("never" if fleet.break_even is None else str(fleet.break_even)),
-        _mean_and_worst([task.relative_error for task in fleet.tasks], max),
-        _mean_and_worst([task.retained_gain for task in fleet.tasks], min),
+        _mean_and_worst(fleet.relative_errors, fleet),
+        _mean_and_worst(fleet.retained_gains, fleet),
     ]
 
 
@@ -179,12 +151,11 @@ def _task_cells(task: TaskBill) -> list[str]:
     ]
 
 
-def _mean_and_worst(values: list[float | None], worst: Callable[[list[float]], float]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+def _mean_and_worst(found: Spread | None, fleet: BaseModelBill) -> str:
+    if found is None:
         return "not measured"
-    missing = "" if len(known) == len(values) else f" ({counted(len(known), 'task')})"
-    return f"{sum(known) / len(known):.3f} / {worst(known):.3f}{missing}"
+    missing = "" if found.tasks == len(fleet.tasks) else f" ({counted(found.tasks, 'task')})"
+    return f"{found.mean:.3f} / {found.worst:.3f}{missing}"
 
 
 def _as_json(found: Bill) -> dict[str, object]:

@@ -29,6 +29,7 @@ _CACHE_BYTES = 256 << 20
 _CACHED_INITIALS = 256
 _CACHED_VECTOR_FILES = 256  # each has up to some hundred kB
 _FLOAT32 = 4  # bytes
+_MODULE_BYTES = 2048  # of two tensors and their module besides the values: more than the values of a tiny adapter
 _TOO_WIDE = f"its rank is above {MAX_SLOTS}, the largest that a code can hold"
 
 
@@ -109,10 +110,10 @@ class StoreAdapterSource:
             return self._cache[key]
         adapter = read_original(self._store, row)
         self._cache[key] = adapter
-        self._cached += row.parameters * _FLOAT32
+        self._cached += _bytes_of(adapter)
         while self._cached > _CACHE_BYTES and len(self._cache) > 1:
             _, dropped = self._cache.popitem(last=False)
-            self._cached -= sum(shape.parameters for shape in dropped.layout) * _FLOAT32
+            self._cached -= _bytes_of(dropped)
         return adapter
 
     def initial(self, task: int) -> InitialA | None:
@@ -179,3 +180,7 @@ def _by_support_set(rows: Iterable[VectorRecord]) -> list[dict[str, VectorRecord
     for row in latest_vectors(rows):
         sets[row.support_set][row.view] = row
     return [sets[number] for number in sorted(sets)]
+
+
+def _bytes_of(adapter: Adapter) -> int:
+    return sum(shape.parameters * _FLOAT32 + _MODULE_BYTES for shape in adapter.layout)

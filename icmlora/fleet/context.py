@@ -13,14 +13,16 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import BaseModelNotFound, Cancelled, DataError, IcmLoraError, InvalidShare
+from icmlora.errors import BaseModelNotFound, Cancelled, DataError, InvalidShare
 
 if TYPE_CHECKING:
     from icmlora.base_models.lookup import FoundBase
+    from icmlora.generator.versions import GeneratorFile
+    from registry.errors import IcmError
     from registry.records import BaseModelRecord, TaskRecord
     from registry.store import Store
 
@@ -55,7 +57,7 @@ class TaskFailed(Event):
     hint: str | None
 
     @classmethod
-    def of(cls, task: str, error: IcmLoraError) -> TaskFailed:
+    def of(cls, task: str, error: IcmError) -> TaskFailed:
         """Describe the error of a task."""
         kind = getattr(error, "kind", None) or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
         return cls(task, kind, error.message, error.hint)
@@ -72,6 +74,26 @@ def default_cache() -> Path:
     return Path(HF_HOME) / "icm"
 
 
+class OpenedGenerator:
+    """The generator that was opened last: opening one takes longer than decoding a small code with it."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, GeneratorFile] | None = None
+
+    def get(self, digest: str, read: Callable[[str], bytes]) -> GeneratorFile:
+        """Return the generator of a digest; `read` returns the bytes of its file."""
+        last = self._last  # once: another thread may replace it
+        if last is None or last[0] != digest:
+            from icmlora.generator.versions import GeneratorFile
+
+            self._last = last = digest, GeneratorFile(read(digest))
+        return last[1]
+
+    def __reduce__(self) -> tuple[type[OpenedGenerator], tuple[()]]:
+        """Leave the generator here when a context goes to a worker."""
+        return OpenedGenerator, ()
+
+
 @dataclass(frozen=True)
 class Context:
     """The store to work on, how long to wait for it, and who listens."""
@@ -84,6 +106,7 @@ class Context:
     command: str = "icm"
     # Called between atomic steps. It raises `Cancelled` to stop the use case.
     on_event: Callable[[Event], None] = ignore
+    generator: OpenedGenerator = field(default_factory=OpenedGenerator, compare=False)  # for decoding again and again
 
     @property
     def cache(self) -> Path:
