@@ -1,15 +1,17 @@
-"""`icm materialize`: write a task's adapter as a PEFT folder."""
+"""`icm materialize`: write a task's adapter as a PEFT folder, for llama.cpp or for MLX-LM."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from icm_cli.errors import UsageProblem
-from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt, FromOpt, LoaderOpt, SeedOpt, completing
+from icm_cli.options import DeviceOpt, ForceOpt, FromOpt, LoaderOpt, SeedOpt, completing
 from icm_cli.session import Session, command
 
 if TYPE_CHECKING:
@@ -27,6 +29,14 @@ class SourceName(StrEnum):
     NETWORK = "network"
 
 
+class FormatName(StrEnum):
+    """The form in which an adapter is written."""
+
+    PEFT = "peft"
+    GGUF = "gguf"
+    MLX = "mlx"
+
+
 class DtypeName(StrEnum):
     """Number format of the written weights."""
 
@@ -38,6 +48,24 @@ class DtypeName(StrEnum):
 OutputOpt = Annotated[
     Path,
     typer.Option("--output", "-o", metavar="DIR", help="Folder to write. Must be absent or empty.", show_default=False),
+]
+WrittenOpt = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="Folder to write, absent or empty; with --format gguf a file NAME.gguf.",
+        show_default=False,
+    ),
+]
+FormatOpt = Annotated[
+    FormatName,
+    typer.Option(
+        "--format",
+        help="peft: a PEFT folder. gguf: one file for llama.cpp; reads the configuration of the base model. mlx: a "
+        "folder for MLX-LM.",
+    ),
 ]
 SourceOpt = Annotated[
     SourceName,
@@ -51,7 +79,10 @@ SourceOpt = Annotated[
 DtypeOpt = Annotated[
     DtypeName | None,
     typer.Option(
-        "--dtype", help="Number format of decoded weights. Default: that of the original.", show_default=False
+        "--dtype",
+        help="Number format of decoded or converted weights. Default: that of the original, or float32 with --format "
+        "gguf or mlx.",
+        show_default=False,
     ),
 ]
 PadOpt = Annotated[
@@ -96,21 +127,32 @@ SamplesOpt = Annotated[
         show_default=False,
     ),
 ]
+BaseOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="NAME",
+        help="With --samples: only tasks of this base model. With --from: folder or GGUF file of the base model.",
+        autocompletion=completing("base"),
+        show_default=False,
+    ),
+]
 
 
 @command
 def materialize(
     session: Session,
-    output: OutputOpt,
+    output: WrittenOpt,
     task: MaybeTaskArg = None,
     samples: SamplesOpt = None,
     bundle: FromOpt = None,
     source: SourceOpt = SourceName.AUTO,
+    adapter_format: FormatOpt = FormatName.PEFT,
     seed: SeedOpt = None,
     dtype: DtypeOpt = None,
     pad_rank: PadOpt = None,
     max_error: ErrorOpt = None,
-    base_model: BaseModelOpt = None,
+    base_model: BaseOpt = None,
     loader: LoaderOpt = None,
     device: DeviceOpt = None,
     force: ForceOpt = False,
@@ -122,9 +164,42 @@ def materialize(
     generated from a sampled latent instead of the mean. With --from, the adapter is decoded from a bundle and no store
     is needed; every byte of the bundle is checked first.
 
+    With --format gguf or mlx the adapter is converted, also where it is the original. Only the configuration of the
+    base model is read for gguf, from its folder or its own GGUF file.
+
     Example:
       icm materialize dog-detection -o adapter/
+      icm materialize dog-detection --format gguf -o dog-detection.gguf
     """
+    _check_usage(task, samples, bundle, source, seed)
+    _check_base_options(samples, bundle, adapter_format, base_model, loader, device)
+    if task is None:
+        from icmlora.fleet.converting import check_output
+
+        check_output(output, adapter_format.value, force=force)  # before a model is loaded
+        task = _recognized(session, samples, base_model, bundle, loader, device)
+    write: Callable[..., MaterializeReport] = partial(session.fleet.materialize, source=source.value, seed=seed)
+    if bundle is not None:
+        from icmlora.fleet.bundles import Bundle
+
+        write = partial(Bundle(bundle).materialize, base_model=base_model)
+    done = write(
+        task,
+        output,
+        adapter_format=adapter_format.value,
+        dtype=dtype and dtype.value,
+        pad_rank=pad_rank,
+        max_error=max_error,
+        force=force,
+    )
+    if bundle is None and source is SourceName.AUTO and done.source in ("residual", "code"):
+        session.out.note(f"the original of {done.task} was evicted; decoding {_FROM[done.source]} instead")
+    _tell(session, done)
+
+
+def _check_usage(
+    task: str | None, samples: Path | None, bundle: Path | None, source: SourceName, seed: int | None
+) -> None:
     if bundle is not None and (seed is not None or source not in (SourceName.AUTO, SourceName.CODE)):
         raise UsageProblem(
             "a bundle holds codes only", hint="use --from without --seed, and with --source auto or code"
@@ -133,29 +208,21 @@ def materialize(
         raise UsageProblem(f"--seed is for what the network predicts, not for --source {source.value}")
     if (task is None) == (samples is None):
         raise UsageProblem("give the name of a task, or --samples FILE", hint="`icm ls` lists the tasks")
-    if samples is None and (base_model, loader, device) != (None, None, None):
-        raise UsageProblem("--base-model, --loader and --device are for --samples: nothing else reads the base model")
-    if task is None:
-        task = _recognized(session, samples, base_model, bundle, loader, device, output, force)
-    if bundle is not None:
-        from icmlora.fleet.bundles import Bundle
 
-        kind = dtype and dtype.value
-        done = Bundle(bundle).materialize(task, output, dtype=kind, pad_rank=pad_rank, max_error=max_error, force=force)
-    else:
-        done = session.fleet.materialize(
-            task,
-            output,
-            source=source.value,
-            dtype=dtype and dtype.value,
-            pad_rank=pad_rank,
-            seed=seed,
-            max_error=max_error,
-            force=force,
-        )
-        if source is SourceName.AUTO and done.source in ("residual", "code"):
-            session.out.note(f"the original of {done.task} was evicted; decoding {_FROM[done.source]} instead")
-    _tell(session, done)
+
+def _check_base_options(
+    samples: Path | None,
+    bundle: Path | None,
+    adapter_format: FormatName,
+    base_model: str | None,
+    loader: str | None,
+    device: str | None,
+) -> None:
+    if samples is None and (loader, device) != (None, None):
+        raise UsageProblem("--loader and --device are for --samples: nothing else runs the base model")
+    if samples is None and base_model is not None and (bundle is None or adapter_format is not FormatName.GGUF):
+        hint = "`icm base add NAME PATH` says where the base model of tasks in a store is"
+        raise UsageProblem("--base-model is for --samples, and for --from with --format gguf", hint=hint)
 
 
 def _recognized(
@@ -165,15 +232,11 @@ def _recognized(
     bundle: Path | None,
     loader: str | None,
     device: str | None,
-    output: Path,
-    force: bool,
 ) -> str:
-    """Return the known task that samples belong to; the folder is checked before a model is loaded."""
+    """Return the known task that samples belong to."""
     from icm_cli.commands.recognize import recognized
-    from icmlora.io.staging import check_free
 
     assert samples is not None
-    check_free(output, force=force)
     found = recognized(session, samples, base_model, bundle, loader, device)
     task = found.known_task()
     session.out.note(f"recognized {task}, probability {found.candidates[0].probability:.2f}")
@@ -186,6 +249,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
         {
             "task": done.task,
             "output": str(done.directory),
+            "format": done.adapter_format,
             "source": done.source,
             "generator": done.generator,
             "relative_error": done.relative_error,
@@ -193,6 +257,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
             "retained_gain": done.retained_gain,
             "weights": done.weights,
             "recognized": done.recognized,
+            "left_out": list(done.left_out),
         }
     )
     out.answer(str(done.directory))
@@ -200,14 +265,21 @@ def _tell(session: Session, done: MaterializeReport) -> None:
     if done.source == "original":
         known = []  # nothing was lost
     figures = "".join(f", {name} {value:.4f}" for name, value in known if value is not None)
-    out.note(f"wrote {done.task} from {_FROM[done.source]}{figures}")
+    origin = _FROM[done.source]
+    if done.adapter_format in _PROGRAMS:
+        origin = f"{origin.removesuffix(_EXACTLY)}, converted for {_PROGRAMS[done.adapter_format]}"
+    out.note(f"wrote {done.task} from {origin}{figures}")
+    if done.left_out:
+        out.note(f"without the files that came with it, which only --format peft writes: {', '.join(done.left_out)}")
     if done.source == "generate":
         code = "none of the known tasks, so this is what the network predicts"
         out.note(f"its vectors bring back {code if done.recognized is None else f'the code of {done.recognized}'}")
 
 
+_EXACTLY = ", byte for byte"
+_PROGRAMS = {"gguf": "llama.cpp", "mlx": "MLX-LM"}
 _FROM = {
-    "original": "its original, byte for byte",
+    "original": f"its original{_EXACTLY}",
     "residual": "its code and residual",
     "code": "its code",
     "generate": "what its task vectors bring back",

@@ -5,7 +5,7 @@ W + dW,   dW = B @ A:   x (in) --A (r, in)--> (r) --B (out, r)--> (out)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,3 +66,8 @@ class Adapter:
     def layout(self) -> tuple[ModuleShape, ...]:
         """Names, ranks and widths of the modules."""
         return tuple(module.shape for module in self.modules)
+
+    def to(self, device: torch.device) -> Adapter:
+        """Return the same adapter with its factors on a device."""
+        modules = tuple(LoraModule(module.name, module.a.to(device), module.b.to(device)) for module in self.modules)
+        return replace(self, modules=modules)

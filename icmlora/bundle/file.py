@@ -37,11 +37,17 @@ class BundleFile:
 
     def __init__(self, descriptor: int, size: int, start: int, index: BundleIndex, digest: str) -> None:
         self._descriptor = descriptor
+        self._start = start
         self.size = size
         self.index = index
         self.digest = digest
+        self.stamp = _stamp(descriptor)  # which file it is, as it is now
         ends = accumulate((part.size for part in index.parts), initial=start)
         self._begins = {part.digest: begin for part, begin in zip(index.parts, ends, strict=False)}
+
+    def at(self, descriptor: int) -> BundleFile:
+        """Return the same bundle, open once more under another descriptor."""
+        return BundleFile(descriptor, self.size, self._start, self.index, self.digest)
 
     def read(self, digest: str) -> bytes:
         """Return the bytes of a part once they are known to be the right ones."""
@@ -61,11 +67,19 @@ class BundleFile:
 
 
 @contextmanager
-def open_bundle(path: Path) -> Iterator[BundleFile]:
-    """Open a bundle and check its index, without reading its parts."""
+def open_bundle(path: Path, known: BundleFile | None = None) -> Iterator[BundleFile]:
+    """Open a bundle and check its index, without reading its parts.
+
+    Args:
+        path: The file.
+        known: The bundle as it was opened before, whose index is taken where the file has not changed since.
+    """
     # The user named this path, so a link is followed; what it leads to must be a plain file.
     target = Path(os.path.realpath(path))
     with located(path), open_regular(target, max_bytes=MAX_BUNDLE_BYTES) as (descriptor, size):
+        if known is not None and _stamp(descriptor) == known.stamp:
+            yield known.at(descriptor)
+            return
         magic, length, digest = _head(read_exactly(descriptor, min(size, _HEAD.size), 0), size)
         text = read_exactly(descriptor, length, _HEAD.size)
         if _digest(text, magic) != digest:
@@ -119,6 +133,11 @@ def _head(data: bytes, size: int) -> tuple[bytes, int, str]:
     if length > min(MAX_INDEX_BYTES, size - _HEAD.size):
         raise BundleError(f"the bundle claims an index of {length:,} bytes and has {size:,} in all", hint=_HINT)
     return magic, length, digest.hex()
+
+
+def _stamp(descriptor: int) -> tuple[int, ...]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _prefix(text: bytes, magic: bytes = MAGIC) -> bytes:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 from icmlora.bundle.file import BundleFile, open_bundle
 from icmlora.bundle.index import BundledGenerator, BundledTask, BundleIndex
 from icmlora.errors import BaseModelNotFound, BundleError, DataError
+from icmlora.fleet.context import OpenedGenerator
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
+    from icmlora.base_models.lookup import FoundBase
     from icmlora.base_models.tensors import BaseTensors
     from icmlora.fleet.cards import Provenance
+    from icmlora.fleet.converting import FormatName
     from icmlora.fleet.decoding import OriginalForm
-    from icmlora.fleet.materialize import MaterializeReport
+    from icmlora.fleet.materialize import MadeFiles, MaterializeReport
     from icmlora.fleet.recognize import RecognizeReport
     from icmlora.generator.versions import GeneratorFile
 
@@ -50,6 +53,9 @@ class Bundle:
         self.path = Path(path)
         with open_bundle(self.path) as file:
             self.index, self.digest, self.size = file.index, file.digest, file.size
+        self._known = file
+        self._generator = OpenedGenerator()
+        self._checked: tuple[int, ...] = ()  # the stamp of the file when every byte was checked
 
     @property
     def base_model(self) -> str:
@@ -75,6 +81,18 @@ class Bundle:
         """Return the size of a task's code in bytes."""
         return self.index.sizes[task.code]
 
+    def configs(self) -> Iterator[tuple[BundledTask, bytes]]:
+        """Yield each task with the configuration that its adapter is written with."""
+        from icmlora.formats.format import Template
+        from icmlora.formats.peft_initial import converted_form
+
+        with self._open() as file:
+            for task in self.tasks:
+                yield (
+                    task,
+                    converted_form(Template(file.read(task.config), task.layout, task.dtype, task.template)).config,
+                )
+
     def load(self, task: str, *, max_error: float | None = None) -> Adapter:
         """Decode a task's adapter into memory: float32, with the scale folded into B.
 
@@ -94,37 +112,65 @@ class Bundle:
         task: str,
         directory: str | Path,
         *,
+        adapter_format: FormatName = "peft",
         dtype: str | None = None,
         pad_rank: int | None = None,
         max_error: float | None = None,
+        base_model: str | Path | None = None,
         force: bool = False,
     ) -> MaterializeReport:
-        """Write a task's adapter as a PEFT folder: the same bytes as from the code in the store.
+        """Write a task's adapter: the same bytes as from the code in the store.
 
-        Every byte of the bundle is checked before anything is written.
+        Every byte of the bundle is checked before anything is written; while the file stays as it is, once.
 
         Args:
             task: Name of the task, in any case.
-            directory: The folder, absent or empty.
-            dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original.
+            directory: The folder, absent or empty; with `gguf` a file `NAME.gguf`.
+            adapter_format: `peft`, `gguf` (one file for llama.cpp) or `mlx` (a folder for MLX-LM).
+            dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original, or
+                `float32` with `gguf` and `mlx`.
             pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks
                 of the original.
             max_error: Refuse an adapter whose relative error is larger, or was not measured.
-            force: Replace the adapter in a folder that is not empty.
+            base_model: Folder or GGUF file of the base model, whose configuration `gguf` needs; by default it is looked
+                for in the Hugging Face cache.
+            force: Replace the adapter in a folder that is not empty, or a file.
 
         Raises:
             BundleError: The bundle is damaged, or the file was replaced.
             DataError: The bundle has no task of that name.
             TooLossy: The error is above `max_error`.
-            OutputExists: The folder is not empty and `force` is not given.
+            OutputExists: The folder is not empty, or the file exists, and `force` is not given.
+            AdapterRefused: The format has no place for a part of the adapter, such as a head.
+            BaseModelNotFound: With `gguf`: it is not on this machine.
+            BaseModelUnsuited: With `gguf`: its architecture is none that icm writes adapters for.
         """
-        from icmlora.fleet.materialize import MaterializeRequest, write_decoded
-        from icmlora.io.staging import check_free
+        from icmlora.fleet.converting import check_output, gguf_base
 
-        check_free(Path(directory), force=force)
-        adapter, provenance, form = self._decode(task, max_error)
-        request = MaterializeRequest(task=task, directory=Path(directory), dtype=dtype, pad_rank=pad_rank, force=force)
-        return write_decoded(adapter, provenance, request, form)
+        output = Path(directory)
+        check_output(output, adapter_format, force=force)
+        if adapter_format == "peft":
+            return self._made(task, dtype, pad_rank, max_error).write(output, force=force)
+        base = gguf_base(partial(self._find_base, base_model)) if adapter_format == "gguf" else None
+        return self._made(task, None, pad_rank, max_error).convert(output, base, dtype=dtype, force=force)
+
+    def read_files(
+        self, task: str, *, dtype: str | None = None, pad_rank: int | None = None, max_error: float | None = None
+    ) -> dict[str, bytes]:
+        """Return name -> content of the files that `materialize` writes.
+
+        `task`, `dtype`, `pad_rank`, `max_error` and the errors are those of `materialize`.
+        """
+        return self._made(task, dtype, pad_rank, max_error).by_name
+
+    def _find_base(self, given: str | Path | None) -> FoundBase:
+        from icmlora.base_models.lookup import find_base_model
+
+        try:
+            return find_base_model(self.base_model, aliases={} if given is None else {self.base_model: given})
+        except BaseModelNotFound as error:  # without a store there are no names for copies elsewhere
+            error.hint = "`--base-model PATH` says where its folder or GGUF file is; its weights are not read"
+            raise
 
     def recognize(
         self,
@@ -160,6 +206,13 @@ class Bundle:
         with self._open() as file:
             return recognize_in_bundle(file, request, default_cache() if cache is None else Path(cache))
 
+    def _made(self, task: str, dtype: str | None, pad_rank: int | None, max_error: float | None) -> MadeFiles:
+        from icmlora.fleet.materialize import FilesRequest, encode_files
+
+        request = FilesRequest(task=task, dtype=dtype, pad_rank=pad_rank)
+        adapter, provenance, form = self._decode(task, max_error)
+        return encode_files(adapter, provenance, request, form)
+
     def _decode(self, name: str, max_error: float | None) -> tuple[Adapter, Provenance, OriginalForm]:
         from icmlora.fleet.cards import Provenance
         from icmlora.fleet.materialize import check_error
@@ -177,20 +230,24 @@ class Bundle:
         )
         check_error(provenance, max_error, hint=_BETTER)
         with self._open() as file:
-            file.check()
-            generator_file, code = open_generator(file), file.read(task.code)
-            form = _form(file, task)
+            if file.stamp != self._checked:
+                file.check()
+                self._checked = file.stamp
+            # The generator may have been trained when its base model had another name.
+            generator_file, code = self._generator.get(self.generator.blob, file.read), file.read(task.code)
+            form = form_in(file, task)
         return generator_file.decoder_of(code).decode(code), provenance, form
 
     @contextmanager
     def _open(self) -> Iterator[BundleFile]:
-        with open_bundle(self.path) as file:
+        with open_bundle(self.path, self._known) as file:
             if file.digest != self.digest:
                 raise BundleError("the bundle was replaced by another one", path=self.path)
             yield file
 
 
-def _form(file: BundleFile, task: BundledTask) -> OriginalForm:
+def form_in(file: BundleFile, task: BundledTask) -> OriginalForm:
+    """Read the form and the extras of the original of a task in a bundle."""
     from icmlora.fleet.decoding import OriginalForm
     from icmlora.formats.extras import unpack_extras
     from icmlora.formats.format import Template

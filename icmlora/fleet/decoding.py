@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, DataError
+from icmlora.fleet.context import OpenedGenerator
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import AdapterFormat, Template
+from icmlora.formats.format import AdapterBytes, AdapterFormat, RunnableAdapter, Template
 from icmlora.generator.versions import GeneratorFile
 from registry.errors import DamagedStore
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.tensors import BaseTensors
     from icmlora.generator.codec import Codec
     from icmlora.io.safetensors import RawTensor
-    from registry.records import AdapterRecord, CodeRecord
+    from registry.records import AdapterRecord, CodeRecord, GeneratorRecord
     from registry.store import Store
 
 
@@ -27,13 +28,20 @@ def decode_code(
     store: Store, generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
 ) -> Adapter:
     """Read a code from disk and decode it."""
+    return code_reader(store, generator_file, code, source)()
+
+
+def code_reader(
+    store: Store, generator_file: GeneratorFile, code: CodeRecord, source: Literal["residual", "code"]
+) -> Callable[[], Adapter]:
+    """Read a code from disk, and return what decodes it, on any thread."""
     data = store.blobs.read(code.blob)
     decoder = generator_file.decoder_of(data)
     if source == "code" or code.residual is None:
-        return decoder.decode(data)
+        return partial(decoder.decode, data)
     from icmlora.generator.residual_codec import ResidualCodec  # most codes have no residual
 
-    return ResidualCodec(decoder).decode(data, store.blobs.read(code.residual.blob))
+    return partial(ResidualCodec(decoder).decode, data, store.blobs.read(code.residual.blob))
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ class OriginalForm:
     template: Template
     tensors: Mapping[str, RawTensor]
     files: Mapping[str, bytes]
+
+    def runnable(self, adapter: Adapter, dtype: str | None = None) -> RunnableAdapter:
+        """Write a decoded adapter in this form, as `icm materialize` does, and read it again."""
+        files = self.format.encode(adapter, card="", metadata={}, like=self.template, dtype=dtype, extras=self.tensors)
+        return self.format.runnable(files.config, files.weights)
 
 
 def read_form(store: Store, final: AdapterRecord) -> OriginalForm:
@@ -58,6 +71,25 @@ def read_form(store: Store, final: AdapterRecord) -> OriginalForm:
         extras = ((extra.file, extra.blob) for extra in final.extras)
         tensors, files = unpack_extras(extras, store.blobs.read, partial(_base_tensors, store, final))
     return OriginalForm(format_named(final.format), template, tensors, files)
+
+
+def files_like_original(adapter: Adapter, form: OriginalForm) -> AdapterBytes:
+    """Return the files of a decoded adapter in the form of its original, without a card."""
+    files = form.format.encode(adapter, card="", metadata={}, like=form.template, extras=form.tensors)
+    return replace(files, card=None, companions=form.files)
+
+
+class StoredDecoder:
+    """Decodes the codes of a store into the files of adapters; a generator is read once for all its codes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._generator = store, OpenedGenerator()
+
+    def files(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> AdapterBytes:
+        """Return the files of a task as its code brings them back."""
+        generator_file = self._generator.get(generator.blob, self._store.blobs.read)
+        adapter = decode_code(self._store, generator_file, code, code.rung)
+        return files_like_original(adapter, read_form(self._store, final))
 
 
 def read_companions(store: Store, final: AdapterRecord) -> dict[str, bytes]:

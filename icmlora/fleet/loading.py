@@ -156,7 +156,13 @@ class Models:
 
 def read_original(store: Store, final: AdapterRecord) -> Adapter:
     """Read the original of a task; alpha / rank is multiplied into its weights."""
-    return format_named(final.format).read(*_files(store, final), initial=_initial(store, final)).adapter
+    return original_reader(store, final)()
+
+
+def original_reader(store: Store, final: AdapterRecord) -> Callable[[], Adapter]:
+    """Read the files of a task's original, and return what makes its adapter, on any thread."""
+    known, files, initial = format_named(final.format), _files(store, final), _initial(store, final)
+    return lambda: known.read(*files, initial=initial).adapter
 
 
 def read_runnable(store: Store, final: AdapterRecord) -> RunnableAdapter:

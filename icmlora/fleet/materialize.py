@@ -6,33 +6,42 @@
     generate   what the task vectors bring back: the code of the known task that is recognised in them
     network    what the network alone predicts from the task vectors
 
-torch is imported only to decode or to load: an original is written as it is.
+torch is imported only to decode, to convert or to load: an original is written as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import DataError, located
-from icmlora.fleet.context import Context
+from icmlora.fleet.context import Context, locate_base
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import AdapterBytes, write_adapter_folder
+from icmlora.formats.format import AdapterBytes, AdapterFormat, write_adapter_folder
 from icmlora.io.staging import check_free
 from registry.records import WithRelativeError
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.cards import Provenance
+    from icmlora.fleet.converting import FormatName
     from icmlora.fleet.decoding import OriginalForm
+    from icmlora.formats.gguf_lora import GgufBase
     from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
     from registry.store import Store
 
 Decoded = Literal["residual", "code", "generate", "network"]
 Source = Literal["auto", "original", "residual", "code", "generate", "network"]
 
+_SIDE_BY_SIDE = 32
+"""Adapters that `load_many` has in memory at a time."""
 _BETTER = "`--source original` is exact; `icm train` with a higher --quality makes better codes"
 
 
@@ -47,12 +56,19 @@ class LoadRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaterializeRequest(LoadRequest):
-    """Which adapter to write, and where."""
+class FilesRequest(LoadRequest):
+    """Which adapter to make, and the form of its files."""
 
-    directory: Path
     dtype: str | None = None  # of decoded factors; None for that of the original
     pad_rank: int | None = None  # one rank for all modules, for engines; None for the ranks of the original
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaterializeRequest(FilesRequest):
+    """Which adapter to write, and where."""
+
+    directory: Path  # of the format `gguf`, the file
+    adapter_format: FormatName = "peft"
     force: bool = False
 
 
@@ -68,39 +84,170 @@ class MaterializeReport(WithRelativeError):
     retained_gain: float | None  # as `icm eval` measured it
     weights: str  # SHA-256 of the written weights
     recognized: str | None = None  # of `generate`: the task whose code it is; None for what the network predicts
+    adapter_format: str = "peft"  # in which it was written
+    left_out: tuple[str, ...] = ()  # files that came with the original and have no place in this format
 
 
 class TooLossy(DataError):
     """The adapter's relative error is above the limit, or was not measured; nothing was written."""
 
 
+@dataclass(frozen=True, eq=False)
+class MadeFiles:
+    """An adapter as the files of its format, in memory."""
+
+    task: str
+    format: AdapterFormat
+    content: AdapterBytes
+    provenance: Provenance | None  # None for an original
+    initial: bytes | None = None  # of an original: what its training took out of the base model
+
+    @property
+    def by_name(self) -> dict[str, bytes]:
+        """File name -> content; the file that makes the adapter valid comes last."""
+        return self.format.lay_out(self.content)
+
+    def write(self, directory: Path, *, force: bool) -> MaterializeReport:
+        """Write the files as a folder, which appears complete or not at all."""
+        write_adapter_folder(directory, self.format, self.content, force=force)
+        digest = hashlib.sha256(self.content.weights).hexdigest()
+        return self._report(directory, digest, (0.0, 1.0))
+
+    def convert(self, output: Path, base: GgufBase | None, *, dtype: str | None, force: bool) -> MaterializeReport:
+        """Write the adapter for llama.cpp if the `base` is given, else for MLX-LM; completely, or not at all."""
+        from icmlora.fleet.converting import write_converted
+
+        # What is converted is the adapter that `write` would write, with its rounded factors.
+        with located(output):
+            config, weights = self.content.config, self.content.weights
+            adapter = self.format.runnable(config, weights, initial=self.initial)
+        own = {"icm_task": self.task, "icm_rung": "original"}
+        metadata = own if self.provenance is None else self.provenance.metadata()
+        digest = write_converted(output, adapter, base=base, metadata=metadata, dtype=dtype, force=force)
+        is_rounded = dtype not in (None, "float32")  # nobody measures by how much
+        report = self._report(output, digest, (None, None) if is_rounded else (0.0, 1.0))
+        written: FormatName = "mlx" if base is None else "gguf"
+        return replace(report, adapter_format=written, left_out=tuple(self.content.companions))
+
+    def _report(self, output: Path, digest: str, of_original: tuple[float | None, float | None]) -> MaterializeReport:
+        p = self.provenance
+        if p is None:
+            known = *of_original, digest, None, self.format.name
+            return MaterializeReport(self.task, output, "original", None, *known)
+        figures = p.squared_error, p.retained_gain, digest, p.recognized, self.format.name
+        return MaterializeReport(self.task, output, p.source, p.generator.blob, *figures)
+
+
 def materialize(context: Context, request: MaterializeRequest) -> MaterializeReport:
-    """Write an adapter as a folder, which appears complete or not at all. The same request gives the same bytes."""
-    check_free(request.directory, force=request.force)
+    """Write an adapter, which appears complete or not at all. The same request gives the same bytes."""
+    output, dtype, force = request.directory, request.dtype, request.force
+    if request.adapter_format == "peft":
+        check_free(output, force=force)
+        return make_files(context, request).write(output, force=force)
+    from icmlora.fleet.converting import check_output, gguf_base
+
+    check_output(output, request.adapter_format, force=force)
+    base = None
+    if request.adapter_format == "gguf":
+        with context.open(read_only=True) as store:
+            base = gguf_base(partial(locate_base, store, store.tasks.get(request.task).base_model))
+    return make_files(context, replace(request, dtype=None)).convert(output, base, dtype=dtype, force=force)
+
+
+def make_files(context: Context, request: FilesRequest) -> MadeFiles:
+    """Make the files of an adapter in memory. The same request gives the same bytes."""
     with context.open(read_only=True) as store:
         stored = _read_rows(store, request)
         source = _choose_source(request, stored)
         if source == "original":
-            return _write_original(store, stored, request)
+            return _original_files(store, stored)
         from icmlora.fleet.decoding import read_form
 
         provenance = _provenance(store, stored, source, request)
-        adapter = _decode(store, stored, source, request.seed)
+        adapter = _decode(context, store, stored, source, request.seed)()
         form = read_form(store, stored.final)
-    return write_decoded(adapter, provenance, request, form)
+    return encode_files(adapter, provenance, request, form)
 
 
 def load(context: Context, request: LoadRequest) -> Adapter:
     """Read an adapter into memory: float32, with the scale folded into B. Raises as `materialize` does."""
     with context.open(read_only=True) as store:
-        stored = _read_rows(store, request)
-        source = _choose_source(request, stored)
-        if source == "original":
-            from icmlora.fleet.loading import read_original
+        return _reader(context, store, request)()
 
-            return read_original(store, stored.final)
-        _provenance(store, stored, source, request)
-        return _decode(store, stored, source, request.seed)
+
+def load_many(context: Context, tasks: Sequence[str], source: Source, device: str) -> Iterator[tuple[str, Adapter]]:
+    """Read adapters one after the other, and decode several side by side."""
+    from icmlora.io.devices import resolve_device
+    from icmlora.io.threads import side_by_side
+
+    place = resolve_device(device)
+    with context.open(read_only=True) as store, side_by_side() as each:
+        for first in range(0, len(tasks), _SIDE_BY_SIDE):
+            names = tasks[first : first + _SIDE_BY_SIDE]
+            readers = [_reader(context, store, LoadRequest(task=name, source=source)) for name in names]
+            adapters = each(lambda read: read().to(place), readers)
+            yield from zip(names, adapters, strict=True)
+
+
+def _reader(context: Context, store: Store, request: LoadRequest) -> Callable[[], Adapter]:
+    """Read what an adapter is made from, and return what makes it, on any thread."""
+    stored = _read_rows(store, request)
+    source = _choose_source(request, stored)
+    if source == "original":
+        from icmlora.fleet.loading import original_reader
+
+        return original_reader(store, stored.final)
+    _provenance(store, stored, source, request)
+    return _decode(context, store, stored, source, request.seed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `materialize` would write of a task.
+
+    Attributes:
+        task: Its name, as the store spells it.
+        base_model: The name of its base model.
+        source: Where the adapter would come from.
+        key: SHA-256 of everything that its weights and configuration follow from.
+        layout: Its modules; empty where there can be no code.
+    """
+
+    task: str
+    base_model: str
+    source: Literal["original", Decoded]
+    key: str
+    layout: tuple[ModuleShape, ...]
+
+
+def plan(context: Context, name: str) -> Plan | None:
+    """Say what `materialize` would write of a task, or None if there is none of that name; a few rows are read."""
+    with context.open(read_only=True) as store:
+        if (task := store.tasks.find(name)) is None:
+            return None
+        request = LoadRequest(task=task.name)
+        stored = _read_rows(store, request)
+    source = _choose_source(request, stored)
+    final, code = stored.final, stored.code
+    facts: dict[str, object] = {"task": task.name, "source": source, "config": final.config, "format": final.format}
+    if source == "original":
+        facts["weights"] = final.weights
+    else:
+        facts |= {"generator": _generator_of(stored).blob, "code": [] if code is None else code.digests()}
+        facts |= {"dtype": final.dtype, "template": final.template, "layout": [*map(list, final.layout)]}
+    facts["extras"] = [[extra.file, extra.blob] for extra in final.extras]
+    layout = tuple(ModuleShape(*entry) for entry in final.layout)
+    return Plan(task.name, task.base_model, source, key_of(facts), layout)
+
+
+def key_of(facts: Mapping[str, object]) -> str:
+    """Return the SHA-256 of what an adapter's files follow from, this icm included."""
+    return hashlib.sha256(json.dumps({"icm": _icm(), **facts}, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _icm() -> str:
+    return version("icm-lora")
 
 
 @dataclass(frozen=True)
@@ -198,16 +345,18 @@ def check_error(provenance: Provenance, limit: float | None, *, hint: str) -> No
     raise TooLossy(f"the relative error of {provenance.task!r} {found}, but the limit is {limit}", hint=hint)
 
 
-def _decode(store: Store, stored: _Stored, source: Decoded, seed: int | None) -> Adapter:
-    from icmlora.fleet.decoding import decode_code, predict_adapter
-    from icmlora.generator.versions import GeneratorFile
+def _decode(
+    context: Context, store: Store, stored: _Stored, source: Decoded, seed: int | None
+) -> Callable[[], Adapter]:
+    from icmlora.fleet.decoding import code_reader, predict_adapter
 
-    generator_file = GeneratorFile(store.blobs.read(_generator_of(stored).blob))
+    generator_file = context.generator.get(_generator_of(stored).blob, store.blobs.read)
     if source == "generate" and stored.exemplar is not None:
-        return decode_code(store, generator_file, stored.exemplar, "code")
+        return code_reader(store, generator_file, stored.exemplar, "code")
     if stored.code is not None and source in ("code", "residual"):
-        return decode_code(store, generator_file, stored.code, source)
-    return predict_adapter(store, generator_file, stored.final, stored.code, seed=seed)
+        return code_reader(store, generator_file, stored.code, source)
+    predicted = predict_adapter(store, generator_file, stored.final, stored.code, seed=seed)
+    return lambda: predicted
 
 
 def _generator_of(stored: _Stored) -> GeneratorRecord:
@@ -215,32 +364,23 @@ def _generator_of(stored: _Stored) -> GeneratorRecord:
     return stored.generator
 
 
-def write_decoded(
-    adapter: Adapter, provenance: Provenance, request: MaterializeRequest, form: OriginalForm
-) -> MaterializeReport:
-    """Write a decoded adapter with its model card; the same arguments give the same bytes."""
+def encode_files(adapter: Adapter, provenance: Provenance, request: FilesRequest, form: OriginalForm) -> MadeFiles:
+    """Make the files of a decoded adapter with its model card; the same arguments give the same bytes."""
     from icmlora.fleet.cards import card_text
 
-    with located(request.directory):
-        files = form.format.encode(
-            adapter,
-            card=card_text(provenance),
-            metadata=provenance.metadata(),
-            like=form.template,
-            dtype=request.dtype,
-            pad_rank=request.pad_rank,
-            extras=form.tensors,
-        )
-    files = replace(files, companions=form.files)
-    write_adapter_folder(request.directory, form.format, files, force=request.force)
-    digest = hashlib.sha256(files.weights).hexdigest()
-    p = provenance
-    return MaterializeReport(
-        p.task, request.directory, p.source, p.generator.blob, p.squared_error, p.retained_gain, digest, p.recognized
+    files = form.format.encode(
+        adapter,
+        card=card_text(provenance),
+        metadata=provenance.metadata(),
+        like=form.template,
+        dtype=request.dtype,
+        pad_rank=request.pad_rank,
+        extras=form.tensors,
     )
+    return MadeFiles(provenance.task, form.format, replace(files, companions=form.files), provenance)
 
 
-def _write_original(store: Store, stored: _Stored, request: MaterializeRequest) -> MaterializeReport:
+def _original_files(store: Store, stored: _Stored) -> MadeFiles:
     task, final = stored.task, stored.final
     if final.card is None:
         from icmlora.fleet.cards import original_card
@@ -248,12 +388,18 @@ def _write_original(store: Store, stored: _Stored, request: MaterializeRequest) 
         card = original_card(task.name, task.base_model, final.weights).encode()
     else:
         card = store.blobs.read(final.card)
-    weights, config = store.blobs.read(final.weights), store.blobs.read(final.config)
+    content = replace(original_files(store, final), card=card)
+    initial = None if final.initial is None else store.blobs.read(final.initial)
+    return MadeFiles(task.name, format_named(final.format), content, None, initial)
+
+
+def original_files(store: Store, row: AdapterRecord, weights: bytes | None = None) -> AdapterBytes:
+    """Read the files of an original as they were ingested, without the card; weights that are at hand are not read."""
     companions: dict[str, bytes] = {}
-    if final.extras:
+    if row.extras:
         from icmlora.fleet.decoding import read_companions
 
-        companions = read_companions(store, final)
-    files = AdapterBytes(weights, config, card, companions)
-    write_adapter_folder(request.directory, format_named(final.format), files, force=request.force)
-    return MaterializeReport(task.name, request.directory, "original", None, 0.0, 1.0, final.weights)
+        companions = read_companions(store, row)
+    return AdapterBytes(
+        store.blobs.read(row.weights) if weights is None else weights, store.blobs.read(row.config), None, companions
+    )

@@ -132,6 +132,16 @@ class RunnableAdapter:
     biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What is added to the output of B, by module; float32 with the scale multiplied in."""
 
+    def beyond_lora(self) -> str | None:
+        """Name one thing in it that is not a LoRA factor, for a format that holds only those; None if there is none."""
+        if self.values:
+            return f"the whole tensor {next(iter(self.values))}"
+        if self.rows:
+            return f"single rows of {next(iter(self.rows))}"
+        if self.magnitudes:
+            return "DoRA magnitudes"
+        return "biases of LoRA's B" if self.biases else None
+
 
 @dataclass(frozen=True)
 class Template:

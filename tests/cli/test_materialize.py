@@ -18,7 +18,7 @@ from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
 from icmlora.formats.folder import load_adapter
 from registry.store import Store
-from tests.cli.conftest import Ran
+from tests.cli.conftest import Ran, modules_of
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL, tiny_model
 
@@ -133,7 +133,7 @@ def test_a_rank_below_that_of_the_adapter_is_refused(icm: Icm, trained: Path, tm
 def test_the_json_document_keeps_its_names(icm: Icm, trained: Path, tmp_path: Path, source: str) -> None:
     document = icm("materialize", "poems", "-o", tmp_path / "out", "--source", source, "--json").document
     names = {"task", "output", "source", "generator", "relative_error", "squared_error", "retained_gain", "weights"}
-    names.add("recognized")
+    names |= {"recognized", "format", "left_out"}
     assert (set(document), document["source"]) == (names, source)
 
 
@@ -295,3 +295,71 @@ def test_the_configuration_of_a_padded_adapter_is_the_plain_one(icm: Icm, traine
     fields = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert sorted(fields["target_modules"]) == ["down_proj", "k_proj", "q_proj"]
     assert (fields["lora_alpha"], fields["base_model_name_or_path"]) == (fields["r"], LABEL)
+
+
+# llama.cpp and MLX-LM
+
+
+@pytest.mark.parametrize(("form", "name", "program"), [("gguf", "a.gguf", "llama.cpp"), ("mlx", "a", "MLX-LM")])
+@pytest.mark.parametrize(("source", "origin"), [("original", "its original"), ("code", "its code")])
+def test_a_converted_adapter_is_announced_as_such(
+    icm: Icm, trained: Path, tmp_path: Path, form: str, name: str, program: str, source: str, origin: str
+) -> None:
+    ran = icm("materialize", "rules", "--format", form, "--source", source, "-o", tmp_path / name)
+    assert (ran.code, ran.out) == (0, f"{tmp_path / name}\n")
+    assert f"wrote rules from {origin}, converted for {program}" in ran.err
+    assert "byte for byte" not in ran.err
+
+
+def test_the_document_names_the_format_and_the_file(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    done = icm("materialize", "rules", "--format", "gguf", "-o", tmp_path / "a.gguf", "--json").document
+    assert (done["format"], done["output"], done["source"]) == ("gguf", str(tmp_path / "a.gguf"), "original")
+    assert icm("materialize", "rules", "-o", tmp_path / "a", "--json").document["format"] == "peft"
+
+
+def test_files_that_are_left_out_are_told(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "spoken", seed=9)
+    (folder / "tokenizer.json").write_text("{}")
+    assert icm("ingest", folder, "--no-vectors").code == 0
+    ran = icm("materialize", "spoken", "--format", "mlx", "-o", tmp_path / "out")
+    assert "without the files that came with it, which only --format peft writes: tokenizer.json" in ran.err
+    done = icm("materialize", "spoken", "--format", "mlx", "-o", tmp_path / "again", "--json").document
+    assert done["left_out"] == ["tokenizer.json"]
+
+
+def test_a_bundle_writes_for_llama_cpp_with_the_base_model_that_is_named(
+    icm: Icm, trained: Path, mixed_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    icm("export", tmp_path / "fleet.icm")
+    monkeypatch.setenv("ICM_STORE", str(tmp_path / "none"))
+    words = ("materialize", "rules", "--from", tmp_path / "fleet.icm", "--format", "gguf", "-o", tmp_path / "a.gguf")
+    missing = icm(*words, "--json")
+    assert (missing.code, "--base-model PATH" in missing.error["hint"]) == (ExitCode.FAILED, True)
+    assert icm(*words, "--base-model", mixed_template / "base").code == 0
+    assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--format", "onnx"),
+        ("--format", "gguf", "--base-model", "somewhere"),
+        ("--from", "fleet.icm", "--base-model", "somewhere"),
+        ("--from", "fleet.icm", "--format", "mlx", "--base-model", "somewhere"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_make_no_sense_together_are_wrong_usage(
+    icm: Icm, trained: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    assert icm("materialize", "rules", "-o", tmp_path / "a.gguf", *words).code == ExitCode.USAGE
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_wrong_output_is_told_before_the_samples_are_read(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    ran = icm("materialize", "--samples", tmp_path / "none.jsonl", "--format", "gguf", "-o", tmp_path / "a", "--json")
+    assert (ran.code, ran.error["hint"]) == (ExitCode.FAILED, "name it: `-o NAME.gguf`")
+
+
+def test_writing_an_original_as_it_is_needs_neither_torch_nor_gguf(trained: Path, tmp_path: Path) -> None:
+    assert not {"torch", "gguf"} & modules_of("materialize", "poems", "-o", str(tmp_path / "out"))

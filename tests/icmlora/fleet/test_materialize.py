@@ -241,3 +241,25 @@ def test_reading_changes_no_byte_of_the_store(fleet: Fleet, tmp_path: Path) -> N
         fleet.materialize("poems", tmp_path / source, source=source)  # type: ignore[arg-type]
         fleet.load("poems", source=source)  # type: ignore[arg-type]
     assert files_of(fleet.path) == before
+
+
+@pytest.mark.parametrize("source", ALL)
+def test_the_files_in_memory_are_those_of_the_folder(layered: Fleet, out: Path, source: Source) -> None:
+    layered.materialize("rules", out, source=source)
+    assert layered.read_files("rules", source=source) == files_of(out)
+
+
+def test_many_adapters_are_those_that_are_loaded_one_by_one(fleet: Fleet) -> None:
+    names = [*fleet.task_names(), *fleet.task_names()]
+    many = list(fleet.load_many(names, source="code"))
+    assert [name for name, _ in many] == names
+    for name, adapter in many:
+        alone = fleet.load(name, source="code")
+        for one, other in zip(adapter.modules, alone.modules, strict=True):
+            assert torch.equal(one.a, other.a)
+            assert torch.equal(one.b, other.b)
+
+
+def test_an_unknown_name_among_many_is_an_error(fleet: Fleet) -> None:
+    with pytest.raises(TaskNotFound):
+        list(fleet.load_many(["poems", "unknown"]))

@@ -1,0 +1,208 @@
+"""LoRA adapters for llama.cpp: one GGUF file, as llama.cpp's convert_lora_to_gguf.py writes it.
+
+    model.layers.0.self_attn.q_proj   A (r, in)  ──▶  blk.0.attn_q.weight.lora_a
+                                      B (out, r) ──▶  blk.0.attn_q.weight.lora_b, rows in llama.cpp's order
+
+    what llama.cpp adds:  dW = alpha / r * lora_b @ lora_a,   alpha once in the file, r of each lora_b
+
+Names come from the tables of the `gguf` package. The architecture is the base model's: llama.cpp loads no adapter of
+another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from icmlora.adapter.model import LoraModule
+from icmlora.errors import AdapterRefused, BaseModelMismatch, BaseModelUnsuited
+from icmlora.formats.format import RunnableAdapter
+from icmlora.io.tensors import dtype_name, raw_tensor
+from registry.names import escape
+
+# What `architectures` of a config.json names -> what llama.cpp calls it. Of other architectures llama.cpp may keep
+# weights in another order or other pieces; each one here was run with llama.cpp (tests/benchmarks/llama_cpp).
+_ARCHITECTURES: Mapping[str, str] = {
+    "CohereForCausalLM": "command-r",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
+    "GraniteForCausalLM": "granite",
+    "Lfm2ForCausalLM": "lfm2",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "MixtralForCausalLM": "llama",
+    "OlmoForCausalLM": "olmo",
+    "Olmo2ForCausalLM": "olmo2",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "SmolLM3ForCausalLM": "smollm3",
+    "StableLmForCausalLM": "stablelm",
+    "Starcoder2ForCausalLM": "starcoder2",
+}
+# Here rotary embeddings turn neighbouring rows of a head; transformers turns row i of its two halves.
+_NEIGHBOURING = frozenset({"granite", "llama", "olmo", "smollm3"})
+# Where a text model is a part of a larger one, llama.cpp knows it by the names that it has alone.
+_INNER = (("model.language_model.", "model."), ("language_model.", ""))
+_TYPES = {
+    "F32": gguf.GGMLQuantizationType.F32,
+    "F16": gguf.GGMLQuantizationType.F16,
+    "BF16": gguf.GGMLQuantizationType.BF16,
+}
+_MERGE = "write it with --format peft, merge it into its base model with PEFT, and convert the whole model"
+
+
+@dataclass(frozen=True)
+class GgufBase:
+    """What has to be known of a base model to write an adapter for it."""
+
+    architecture: str  # as llama.cpp calls it
+    layers: int
+    heads: tuple[int, int] | None = None  # of queries and keys, where llama.cpp has their rows in another order
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, object]) -> GgufBase:
+        """Read a `config.json`.
+
+        Raises:
+            BaseModelUnsuited: An architecture whose adapters icm does not write for llama.cpp, or a count is missing.
+        """
+        named = config.get("architectures")
+        name = named[0] if isinstance(named, list) and named else None
+        text = config.get("text_config", config)
+        if not isinstance(name, str) or name not in _ARCHITECTURES or not isinstance(text, dict):
+            raise _unknown(name, _ARCHITECTURES)
+        return cls._of(_ARCHITECTURES[name], text, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+    @classmethod
+    def of_file(cls, path: Path) -> GgufBase:
+        """Read the header of a base model's GGUF file; raises as `of_config` does."""
+        try:
+            fields = gguf.GGUFReader(path).fields
+            name = fields[gguf.Keys.General.ARCHITECTURE].contents()
+            keys = (gguf.Keys.LLM.BLOCK_COUNT, gguf.Keys.Attention.HEAD_COUNT, gguf.Keys.Attention.HEAD_COUNT_KV)
+            facts = {key: fields[full].contents() for key in keys if (full := key.format(arch=name)) in fields}
+        except (OSError, ValueError, LookupError) as error:
+            raise BaseModelUnsuited(f"the GGUF file cannot be read: {error}", path=path) from error
+        if name not in _ARCHITECTURES.values():
+            raise _unknown(name, dict.fromkeys(_ARCHITECTURES.values()))
+        return cls._of(name, facts, *keys)
+
+    @classmethod
+    def _of(cls, architecture: str, facts: Mapping[str, object], layers: str, heads: str, kv_heads: str) -> GgufBase:
+        if architecture not in _NEIGHBOURING:
+            return cls(architecture, _count(facts, layers))
+        queries = _count(facts, heads)
+        keys = queries if facts.get(kv_heads) is None else _count(facts, kv_heads)
+        return cls(architecture, _count(facts, layers), (queries, keys))
+
+
+def encode_gguf(
+    adapter: RunnableAdapter, base: GgufBase, *, task: str = "", metadata: Mapping[str, str], dtype: str = "float32"
+) -> bytes:
+    """Write an adapter as a GGUF file; the same arguments give the same bytes.
+
+    Args:
+        adapter: What to write.
+        base: Its base model.
+        task: Its name, which llama.cpp's server lists.
+        metadata: Key to text, for the header. llama.cpp ignores keys that it does not know.
+        dtype: "bfloat16", "float16" or "float32", as llama.cpp's own converter writes by default.
+
+    Raises:
+        AdapterRefused: It has something that a GGUF adapter has no place for, or a value that the type cannot hold.
+        BaseModelMismatch: A module does not have the heads of the base model.
+    """
+    other = adapter.beyond_lora()
+    if other is not None:
+        fact = f"a GGUF adapter holds LoRA factors only, and it also has {other}"
+        raise AdapterRefused(fact, kind="extras", hint=_MERGE)
+    architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == base.architecture)
+    names = gguf.get_tensor_name_map(architecture, base.layers)
+    modules = adapter.adapter.modules
+    rank = max(module.a.shape[0] for module in modules)
+    writer = gguf.GGUFWriter(None, base.architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(task)  # none is written if there is none
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+    writer.add_string(gguf.Keys.Adapter.LORA_TASK_NAME, task)
+    if adapter.adapter.base_model:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, adapter.adapter.base_model)
+    for key, text in sorted(metadata.items()):
+        writer.add_string(key, text)
+    targets: set[str] = set()
+    for module in modules:
+        target = _target(module.name, names, base)
+        if target in targets:
+            raise AdapterRefused(f"two modules would both be {target}", kind="layers")
+        targets.add(target)
+        for suffix, factor in zip(("lora_a", "lora_b"), _factors(module, rank, base), strict=True):
+            _add(writer, f"{target}.{suffix}", factor, dtype_name(dtype))
+    return _bytes(writer)
+
+
+def _target(module: str, names: gguf.TensorNameMap, base: GgufBase) -> str:
+    """Return what llama.cpp calls the weight of a module."""
+    inner = next((new + module.removeprefix(old) for old, new in _INNER if module.startswith(old)), module)
+    target: str | None = names.get_name(f"{inner}.weight", try_suffixes=(".weight",))
+    # Outside of the blocks are embeddings and the output layer, which are one tensor in llama.cpp where they are tied.
+    if target is None or not target.startswith("blk."):
+        fact = f"{escape(module, 120)}: a GGUF adapter for {base.architecture} has no place for this module"
+        raise AdapterRefused(fact, kind="layers", hint="it holds linear layers inside of the blocks of the model")
+    return target
+
+
+def _factors(module: LoraModule, rank: int, base: GgufBase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (r, in) and B (out, r) as llama.cpp uses them."""
+    # llama.cpp multiplies by alpha / r, where alpha is the largest rank: the scale itself is in B already.
+    b = module.b * (module.a.shape[0] / rank)
+    kind = module.name.rpartition(".")[2]
+    if base.heads is not None and kind in ("q_proj", "k_proj"):
+        heads = base.heads[kind == "k_proj"]
+        if len(b) % (2 * heads):
+            fact = f"{module.name} has {len(b)} outputs, which are not {heads} heads of its base model"
+            raise BaseModelMismatch(fact)
+        b = b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
+    return module.a, b
+
+
+def _add(writer: gguf.GGUFWriter, name: str, values: torch.Tensor, dtype: str) -> None:
+    raw = raw_tensor(name, values, dtype)
+    # As bytes: numpy has no bfloat16. The writer counts the items of a row.
+    rows: NDArray[np.uint8] = np.frombuffer(raw.data, np.uint8).reshape(len(values), -1)
+    writer.add_tensor(name, rows, raw_dtype=_TYPES[dtype])
+
+
+def _bytes(writer: gguf.GGUFWriter) -> bytes:
+    """Return the whole file; the writer knows only how to write to disk."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.gguf"
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
+def _count(facts: Mapping[str, object], key: str) -> int:
+    value = facts.get(key)
+    if type(value) is not int or not 0 < value < 2**16:
+        raise BaseModelUnsuited(f"the base model's {key} is {escape(repr(value), 48)}, not a positive whole number")
+    return value
+
+
+def _unknown(name: object, known: Iterable[str]) -> BaseModelUnsuited:
+    fact = f"icm does not write GGUF adapters for base models of the architecture {escape(str(name), 80)!r}"
+    return BaseModelUnsuited(fact, hint=f"it does for {', '.join(known)}")
