@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,11 +13,12 @@ from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, WorkersOpt, gain
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
-from icmlora.io.text import counted, human_size
+from icmlora.io.text import counted, human_size, some
 
 if TYPE_CHECKING:
+    from icm_cli.output import Output
     from icmlora.fleet.context import Event
-    from icmlora.fleet.evict import EvictReport, TaskEvicted
+    from icmlora.fleet.eviction_report import EvictReport, TaskEvicted
 
 ErrorOpt = Annotated[
     float | None,
@@ -36,6 +38,42 @@ CheckpointsOpt = Annotated[
     bool, typer.Option("--checkpoints-only", help="Delete only checkpoints; keep the final adapters.")
 ]
 
+PlaceholderOpt = Annotated[
+    bool,
+    typer.Option(
+        "--placeholder",
+        help="Also replace the adapter in the folder it was ingested from by a small file; `icm restore` undoes that. "
+        "Only files that have not changed are deleted there.",
+    ),
+]
+KeepOpt = Annotated[
+    bool,
+    typer.Option(
+        "--keep-originals",
+        help="With --placeholder: free only these folders. The store keeps the originals, so no limit is needed.",
+    ),
+]
+CopiesOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--copies",
+        metavar="N",
+        min=1,
+        help="Delete an original only if N copies of it are elsewhere. Default: 1 with --copy, else 0.",
+        show_default=False,
+    ),
+]
+CopyOpt = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--copy",
+        metavar="PATH",
+        help="Where a copy is: a folder with adapters, another store, or a bundle (a copy of the code alone). Each is "
+        "read now, and counts once. Repeat it for more.",
+        show_default=False,
+    ),
+]
+
 _COLUMNS = (
     Column("task", shrink=True),
     Column("result"),
@@ -44,7 +82,14 @@ _COLUMNS = (
     Column("relative error", right=True),
     Column("retained gain", right=True),
 )
-_STATUS = {"would_evict": "would evict", "known": "nothing to do", "original_only": "original only"}
+_IN_FOLDER = Column("freed in folder", right=True)
+_STATUS = {
+    "would_evict": "would evict",
+    "known": "nothing to do",
+    "original_only": "original only",
+    "replaced": "placeholder",
+    "would_replace": "would replace",
+}
 
 
 @command
@@ -54,6 +99,10 @@ def evict(
     max_error: ErrorOpt = None,
     min_gain: GainOpt = None,
     checkpoints_only: CheckpointsOpt = False,
+    placeholder: PlaceholderOpt = False,
+    keep_originals: KeepOpt = False,
+    copies: CopiesOpt = None,
+    copy: CopyOpt = None,
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
     workers: WorkersOpt = None,
@@ -64,10 +113,16 @@ def evict(
     original. A task whose code misses a limit keeps its original; so does a pinned task. Exit code 3 means that some
     originals were kept; tasks of which only the original is kept count only if you name them. Works on a full disk.
 
+    With --placeholder, the folder that an adapter was ingested from is freed too: `icm restore FOLDER` brings it back,
+    from the original if the store kept it, else from the code. With --copies, copies elsewhere are read and compared
+    before anything is deleted.
+
     Example:
       icm evict --max-error 0.22 --dry-run
+      icm evict --placeholder --keep-originals
+      icm evict --min-gain 0.97 --copies 2 --copy /backup/loras --copy /backup/icm-store
     """
-    _check_limits(max_error, min_gain)
+    _check_options(max_error, min_gain, checkpoints_only, placeholder, keep_originals)
     report, stopped = session.run(
         "evict",
         lambda fleet: fleet.evict(
@@ -75,13 +130,17 @@ def evict(
             max_error=max_error,
             min_gain=min_gain,
             checkpoints_only=checkpoints_only,
+            placeholder=placeholder,
+            keep_originals=keep_originals,
+            copies=copies,
+            copy_paths=copy or [],
             dry_run=dry_run,
             device=session.device(device),
             workers=workers,
         ),
         lambda event: _tell(session, event),
     )
-    _sum_up(session, report, dry_run=dry_run)
+    _sum_up(session, report, dry_run=dry_run, placeholder=placeholder, keep_originals=keep_originals)
     if stopped:
         done = counted(len(report.tasks), "task")
         raise Interrupted(f"interrupted; {done} checked", hint="run the same command to continue")
@@ -89,8 +148,18 @@ def evict(
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def _check_limits(max_error: float | None, min_gain: float | None) -> None:
-    if max_error is None and min_gain is None:
+def _check_options(
+    max_error: float | None, min_gain: float | None, checkpoints_only: bool, placeholder: bool, keep_originals: bool
+) -> None:
+    has_limit = max_error is not None or min_gain is not None
+    if keep_originals and not placeholder:
+        raise UsageProblem("--keep-originals goes with --placeholder: it would delete nothing")
+    if keep_originals and has_limit:
+        raise UsageProblem("a limit is for originals that are deleted: leave it out with --keep-originals")
+    if placeholder and checkpoints_only and not keep_originals:
+        hint = "add --keep-originals, or leave out --checkpoints-only"
+        raise UsageProblem("a checkpoint has no code, so without its original nothing brings it back", hint=hint)
+    if not has_limit and not keep_originals:
         hint = "`--max-error 0.22` limits the relative error, `--min-gain 0.97` the retained gain"
         raise UsageProblem("no limit was given: use --max-error, --min-gain or both", hint=hint)
     if any(limit is not None and not math.isfinite(limit) for limit in (max_error, min_gain)):
@@ -98,13 +167,13 @@ def _check_limits(max_error: float | None, min_gain: float | None) -> None:
 
 
 def _tell(session: Session, event: Event) -> None:
-    from icmlora.fleet.evict import TaskEvicted
+    from icmlora.fleet.eviction_report import TaskEvicted
 
     if isinstance(event, TaskEvicted):
         session.out.event("task", **as_fields(event))
 
 
-def _sum_up(session: Session, report: EvictReport, *, dry_run: bool) -> None:
+def _sum_up(session: Session, report: EvictReport, *, dry_run: bool, placeholder: bool, keep_originals: bool) -> None:
     out = session.out
     out.event(
         "summary",
@@ -113,29 +182,77 @@ def _sum_up(session: Session, report: EvictReport, *, dry_run: bool) -> None:
         evicted=len(report.gone),
         kept=len(report.kept),
         freed=report.freed,
+        placeholders=len(report.placeholders),
+        freed_in_folders=report.freed_in_folders,
     )
     if out.is_quiet:
-        for task in report.gone:
-            out.answer(task.task)
-    out.table(_COLUMNS, [_cells(task) for task in sorted(report.tasks, key=lambda task: task.task)])
-    for task in report.kept:
-        out.line(f"kept {task.task}: {task.reason}")
-    for task in report.original_only:
-        out.line(f"original only, {task.task}: {task.reason}")
+        for task in report.tasks if keep_originals else report.gone:
+            if not keep_originals or task.freed_in_folders:
+                out.answer(task.task)
+    shown = [*_COLUMNS[:2], _IN_FOLDER] if keep_originals else [*_COLUMNS, *([_IN_FOLDER] if placeholder else [])]
+    cells = [_cells(task) for task in sorted(report.tasks, key=lambda task: task.task)]
+    out.table(shown, [[row[column.title] for column in shown] for row in cells])
+    _tell_exceptions(out, report, dry_run=dry_run, keep_originals=keep_originals)
     if report.left:
         out.note(f"{human_size(report.left)} of this had been left by an interrupted `icm evict`")
-    verb, freed = ("would evict", "would free") if dry_run else ("evicted", "freed")
-    out.line(f"{verb} {len(report.gone)} of {counted(len(report.tasks), 'task')}, {freed} {human_size(report.freed)}")
-    if report.gone and not dry_run:
+    if not keep_originals:
+        verb, freed = ("would evict", "would free") if dry_run else ("evicted", "freed")
+        of_tasks = counted(len(report.tasks), "task")
+        out.line(f"{verb} {len(report.gone)} of {of_tasks}, {freed} {human_size(report.freed)}")
+        _tell_codes_only(out, report)
+    if placeholder:
+        _tell_folders(out, report, dry_run=dry_run, keep_originals=keep_originals)
+    elif report.gone and not dry_run:
         out.hint("`icm materialize TASK -o DIR` decodes a code; `icm ingest --restore PATH` brings an original back")
 
 
-def _cells(task: TaskEvicted) -> list[str]:
-    return [
-        task.task,
-        _STATUS.get(task.status, task.status),
-        human_size(task.freed) if task.adapters else "-",
-        coded_size(task.code_size, task.residual_size),
-        "-" if task.relative_error is None else f"{task.relative_error:.4f}",
-        "-" if task.retained_gain is None else f"{task.retained_gain:.4f}",
-    ]
+def _tell_exceptions(out: Output, report: EvictReport, *, dry_run: bool, keep_originals: bool) -> None:
+    """Name the tasks that keep something, and the folders that change."""
+    for task in [] if keep_originals else report.kept:  # else their folders are listed
+        out.line(f"kept {task.task}: {task.reason}")
+    for task in report.gone:
+        if task.reason is not None:
+            out.line(f"{task.task}: {task.reason}")
+    for task in report.original_only:
+        out.line(f"original only, {task.task}: {task.reason}")
+    for folder in report.placeholders:  # they are outside of the store, so each is named
+        out.line(f"{'would leave' if dry_run else 'left'} a placeholder in {folder.path}")
+
+
+def _tell_codes_only(out: Output, report: EvictReport) -> None:
+    """Say of which tasks no copy of the original was found, only of the code."""
+    tasks = [task.task for task in report.gone if task.copies and all(copy.kind == "bundle" for copy in task.copies)]
+    if tasks:
+        out.note(f"copies of the code alone, in bundles, were found of {counted(len(tasks), 'task')}: {some(tasks)}")
+
+
+def _tell_folders(out: Output, report: EvictReport, *, dry_run: bool, keep_originals: bool) -> None:
+    left = [folder for folder in report.folders if folder.status == "left"]
+    for folder in left:
+        out.line(f"not replaced, {folder.path}: {folder.reason}")
+    if missing := sum(folder.status == "missing" for folder in report.folders):
+        where = "is not in its folder" if missing == 1 else "are not in their folders"
+        out.note(f"{counted(missing, 'adapter')} {where} any more, so there is nothing to replace")
+    if not keep_originals and any(task.adapters > 1 for task in report.gone):
+        out.note("checkpoints stay in their folders: they have no code, so nothing would bring them back")
+    verb, freed = ("would leave", "would free") if dry_run else ("left", "freed")
+    size = human_size(report.freed_in_folders)
+    out.line(f"{verb} {counted(len(report.placeholders), 'placeholder')} in folders, {freed} {size} there")
+    if report.placeholders and not dry_run:
+        source = "byte for byte" if keep_originals else "from codes"
+        out.hint(f"`icm restore FOLDER` brings adapters back, {source}")
+
+
+def _cells(task: TaskEvicted) -> dict[str, str]:
+    """Return the cells of a task by the titles of their columns."""
+    # Its original was evicted before, and its folder has been freed now.
+    replaced = task.status == "known" and any(folder.status == "replaced" for folder in task.folders)
+    return {
+        "task": task.task,
+        "result": "placeholder" if replaced else _STATUS.get(task.status, task.status),
+        "freed": human_size(task.freed) if task.adapters else "-",
+        "code": coded_size(task.code_size, task.residual_size),
+        "relative error": "-" if task.relative_error is None else f"{task.relative_error:.4f}",
+        "retained gain": "-" if task.retained_gain is None else f"{task.retained_gain:.4f}",
+        "freed in folder": human_size(task.freed_in_folders) if task.freed_in_folders else "-",
+    }

@@ -210,7 +210,7 @@ def _extract(session: Session, report: IngestReport, device: str) -> tuple[bool,
 def _tell(session: Session, problems: list[InputProblem], event: Event) -> None:
     """Report one task; collect what was not taken, which is listed at the end."""
     from icmlora.fleet.base_joins import BaseJoined
-    from icmlora.fleet.ingest import InputProblem, TaskIngested
+    from icmlora.fleet.ingest import InputProblem, PlaceholderMet, TaskIngested
 
     if isinstance(event, TaskIngested):
         session.out.event("task", **asdict(event))
@@ -219,6 +219,8 @@ def _tell(session: Session, problems: list[InputProblem], event: Event) -> None:
             if read is not None and read.skipped:
                 rows = f"kept {counted(read.kept, 'row')}, skipped {read.skipped:,}"
                 session.out.note(f"{event.task}: {name}: {rows}; the first: {read.reason}")
+    elif isinstance(event, PlaceholderMet):
+        session.out.event("placeholder", **asdict(event))
     elif isinstance(event, BaseJoined):
         session.out.event("base_joined", **asdict(event))
     elif isinstance(event, InputProblem):
@@ -254,6 +256,7 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
         originals_only=sum(task.original_only is not None for task in report.ingested),
         not_taken=sum(problem.task is None for problem in report.problems),
         in_part=sum(problem.task is not None for problem in report.problems),
+        placeholders=len(report.placeholders),
         not_kept=report.not_kept,
         size=report.size,
         without_vectors=report.without_vectors,
@@ -265,6 +268,8 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
     _tell_originals(session.out, report)
     _tell_converted(session.out, report)
     _tell_extras(session.out, report)
+    _tell_decoded(session.out, report)
+    _tell_placeholders(session.out, report)
     if report.not_kept:
         files = [name if count == 1 else f"{name} ({count} times)" for name, count in report.not_kept.items()]
         total = counted(sum(report.not_kept.values()), "file")
@@ -321,6 +326,27 @@ def _tell_extras(out: Output, report: IngestReport) -> None:
             f"{counted(len(large), 'task')} {verb} more bytes in heads, tokenizers and other extras than in the LoRA: "
             f"{some(large)}; equal extras are stored once"
         )
+
+
+def _tell_decoded(out: Output, report: IngestReport) -> None:
+    tasks = [task.task for task in report.ingested if task.status == "decoded"]
+    if tasks:
+        verb = "was" if len(tasks) == 1 else "were"
+        fact = f"{counted(len(tasks), 'adapter')} {verb} written from the code of an evicted task, and not taken"
+        out.note(f"{fact}: {some(tasks)}")
+
+
+def _tell_placeholders(out: Output, report: IngestReport) -> None:
+    """Say which placeholders were passed over, and with how many adapters next to them."""
+    met = report.placeholders
+    if not met:
+        return
+    tasks = list(dict.fromkeys(item.task for item in met))
+    out.note(f"{counted(len(met), 'placeholder')} passed over, for {some(tasks)}")
+    if left := sum(item.passed_over for item in met):
+        verb = "was" if left == 1 else "were"
+        out.note(f"{counted(left, 'checkpoint')} next to them {verb} passed over too: the final adapter is not there")
+    out.hint("`icm restore FOLDER` brings adapters back where placeholders are")
 
 
 def tell_problems(out: Output, problems: Sequence[InputProblem]) -> None:

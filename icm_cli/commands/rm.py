@@ -12,7 +12,7 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     """Remove tasks with their adapters, vectors, codes and measurements.
 
     If one name is unknown, nothing is removed. The bytes stay until you run `icm prune`. An evicted task has only its
-    code left; removing the task removes that last copy.
+    code left; removing the task removes that last copy. So does removing a task for which there are placeholders.
 
     Example:
       icm rm shakespeare --dry-run
@@ -21,10 +21,12 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     planned = fleet.plan_removal(tasks)
     for task in planned:
         last = "; the original was evicted, so the code is the only copy" if task.is_last_copy else ""
-        out.note(f"{task.name}: {counted(task.adapters, 'adapter')}, {human_size(task.size)}{last}")
+        away = f"; {counted(task.placeholders, 'placeholder')} would stand for nothing" if task.placeholders else ""
+        out.note(f"{task.name}: {counted(task.adapters, 'adapter')}, {human_size(task.size)}{last}{away}")
     names = [task.name for task in planned]
     last_copies = [task.name for task in planned if task.is_last_copy]
     lost = f", including the only copies of {len(last_copies)}" if last_copies else ""
+    lost += ", for which there are placeholders in your folders" if any(task.placeholders for task in planned) else ""
     question = f"Remove {counted(len(names), 'task')}{lost}?"
     removed = False
     if not dry_run and out.confirm(question, yes=yes):
@@ -35,6 +37,7 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
             "removed": names if removed else [],
             "would_remove": [] if removed else names,
             "last_copies": last_copies,
+            "placeholders": [task.name for task in planned if task.placeholders],
         }
     )
     if removed:

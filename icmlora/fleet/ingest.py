@@ -11,7 +11,7 @@ checks everything first. Recorded batches stay; running the same ingest again re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,12 +28,14 @@ from icmlora.errors import (
 )
 from icmlora.fleet.base_joins import BaseJoined, KnownBases
 from icmlora.fleet.context import Context, Event, Progress, locate_base, reporting
+from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.ingest_extras import ExtrasKeeper
 from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
 from icmlora.formats.discovery import Discovery, FoundTask, find_tasks, name_tasks
 from icmlora.formats.naming import NameTemplate
 from icmlora.formats.pickled import PickleReader, converted
-from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
+from registry.blobs.content import digest_of
+from registry.errors import DamagedStore, MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
 from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
 
@@ -67,7 +69,7 @@ class TaskIngested(Event):
     """A task is in the store now, or would be after a dry run."""
 
     task: str
-    status: str  # `added`, `updated`, `known`, `replaced` or `skipped`
+    status: str  # `added`, `updated`, `known`, `replaced`, `skipped`, or `decoded` (it is what the task's code gives)
     new: int
     known: int
     size: int  # bytes of all its adapters' files
@@ -96,6 +98,15 @@ class InputProblem(Event):
     task: str | None = None  # the task that was taken without it, as without a damaged checkpoint
 
 
+@dataclass(frozen=True)
+class PlaceholderMet(Event):
+    """A placeholder of `icm evict --placeholder` that was passed over: there is no adapter in its place."""
+
+    path: str
+    task: str  # the task that it names
+    passed_over: int  # adapters of the same run that were not taken, because the final one is not there
+
+
 @dataclass
 class IngestReport:
     """What an ingest did."""
@@ -105,6 +116,7 @@ class IngestReport:
     joined: list[BaseJoined] = field(default_factory=list)
     ingested: list[TaskIngested] = field(default_factory=list)
     problems: list[InputProblem] = field(default_factory=list)
+    placeholders: list[PlaceholderMet] = field(default_factory=list)
     # Files next to adapters that belong to neither an adapter nor its trainer: name -> how many there are.
     not_kept: Mapping[str, int] = field(default_factory=dict)
     without_vectors: list[str] = field(default_factory=list)
@@ -156,6 +168,11 @@ def _ingest(
     with reporting(report):
         for refusal in found.refused:
             problems.add(refusal, Path(refusal.path or "."))
+        for item in found.stand_ins:
+            report.placeholders.append(PlaceholderMet(source_label(item.path), item.placeholder.task, item.passed_over))
+            context.on_event(report.placeholders[-1])
+        if not found.tasks:  # so that no store is made for nothing
+            return
         with _open_target(context, request) as target:
             report.joined = target.bases.joined
             tasks = _named(found.tasks, request, target.origins)
@@ -215,7 +232,7 @@ class _Problems:
 
 def _find(request: IngestRequest) -> Discovery:
     found = find_tasks(request.paths, texts=request.texts, read_bin=request.read_bin, initial=request.initial)
-    if not found.tasks and not found.refused:
+    if not found.tasks and not found.refused and not found.stand_ins:
         paths = ", ".join(str(path) for path in request.paths)
         hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors"
         raise AdapterRefused("no adapter was found", kind="nothing-found", path=paths or None, hint=hint)
@@ -258,6 +275,36 @@ class _Target:
     extras: ExtrasKeeper
     origins: Sequence[TaskOrigin] = ()
     evicted: Sequence[EvictedAdapter] = ()
+    known: Store | None = None  # where tasks are looked up; None if the store is still to be made
+
+    def decoded(self, tasks: Iterable[PreparedTask]) -> set[str]:
+        """Return which tasks have a folder that holds what their code decodes to, as `icm restore` writes it.
+
+        That is no other adapter: taking it would put the code's losses in place of the original.
+        """
+        known = {origin.name.lower(): (origin.weights, origin.config) for origin in self.origins}
+        finals = {task.found.name: next(row for row in task.adapters if row.is_final) for task in tasks}
+        others = {
+            name: row
+            for name, row in finals.items()
+            if known.get(name.lower(), (row.weights, row.config)) != (row.weights, row.config)
+        }
+        return {name for name, row in others.items() if self._is_decoded(name, row)}
+
+    def _is_decoded(self, name: str, found: NewAdapter) -> bool:
+        assert self.known is not None  # only a task of the store has another adapter there
+        final, task = self.known.tasks.final(name), self.known.tasks.get(name)
+        generator = self.known.generators.current(task.base_model)
+        code = None if generator is None else self.known.codes.get(name, generator.id)
+        if generator is None or code is None or not final.is_evicted:
+            return False
+        from icmlora.fleet.decoding import StoredDecoder  # imports torch; few tasks come here
+
+        try:
+            made = StoredDecoder(self.known).files(final, code, generator)
+        except (*FAILURES, DamagedStore):
+            return False
+        return (digest_of(made.weights), digest_of(made.config)) == (found.weights, found.config)
 
 
 @contextmanager
@@ -268,7 +315,7 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
             evicted = () if request.restore else store.originals.evicted()
             bases = KnownBases(context, store)
             extras = ExtrasKeeper(bases, store, store)
-            yield _Target(store, store.tasks.ingest, bases, extras, store.tasks.origins(), evicted)
+            yield _Target(store, store.tasks.ingest, bases, extras, store.tasks.origins(), evicted, store)
         return
     try:
         present = context.open(read_only=True)
@@ -284,7 +331,7 @@ def _open_target(context: Context, request: IngestRequest) -> Iterator[_Target]:
     with present:
         bases = KnownBases(context, present, dry_run=True)
         extras = ExtrasKeeper(bases, present, None)
-        yield _Target(None, present.tasks.plan_ingest, bases, extras, present.tasks.origins())
+        yield _Target(None, present.tasks.plan_ingest, bases, extras, present.tasks.origins(), known=present)
 
 
 # Put and record
@@ -305,15 +352,18 @@ def _ingest_batches(
     for batch in batches(tasks):
         with converted(batch, reader) as (readable, refused):
             prepared = _prepared(readable, request, target, target.evicted, refused)
+            decoded = target.decoded(_good(prepared))
             try:
-                outcomes = _record(prepared, request, target.record)
+                outcomes = _record(prepared, request, target.record, decoded)
             except MissingBlob:
                 # Weights were not stored because they were evicted, but their task now needs them: store everything.
                 prepared = _prepared(readable, request, target, (), refused)
-                outcomes = _record(prepared, request, target.record)
+                outcomes = _record(prepared, request, target.record, decoded)
         for task, outcome in zip(_good(prepared), outcomes, strict=True):
             if isinstance(outcome, IngestOutcome):
                 ingested = _ingested(task, outcome, target.bases)
+                if task.found.name in decoded:
+                    ingested = replace(ingested, status="decoded")
                 report.ingested.append(ingested)
                 context.on_event(ingested)
         for problem, name in _in_order(prepared, outcomes):
@@ -357,15 +407,21 @@ def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> Prepa
 
 
 def _record(
-    prepared: Sequence[PreparedTask | Problem], request: IngestRequest, record: _Record
+    prepared: Sequence[PreparedTask | Problem], request: IngestRequest, record: _Record, decoded: Collection[str]
 ) -> list[IngestOutcome | Problem]:
-    """Record the good tasks in one transaction, or each in its own if one of them conflicts."""
-    tasks = _good(prepared)
+    """Record the good tasks in one transaction, or each in its own if one of them conflicts; not those `decoded`."""
+    tasks = [task for task in _good(prepared) if task.found.name not in decoded]
     rows = [_rows(task, request) for task in tasks]
+    outcomes: Iterator[IngestOutcome | Problem]
     try:
-        return list(record(rows))
+        outcomes = iter(record(rows))
     except TaskConflict:
-        return [_record_one(record, row, task) for row, task in zip(rows, tasks, strict=True)]
+        outcomes = iter([_record_one(record, row, task) for row, task in zip(rows, tasks, strict=True)])
+    return [_as_it_is(task) if task.found.name in decoded else next(outcomes) for task in _good(prepared)]
+
+
+def _as_it_is(task: PreparedTask) -> IngestOutcome:
+    return IngestOutcome(task.found.name, 0, len(task.adapters), "known", task.base_model or UNKNOWN_BASE)
 
 
 def _record_one(record: _Record, row: TaskIngest, task: PreparedTask) -> IngestOutcome | Problem:

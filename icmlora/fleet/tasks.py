@@ -50,6 +50,14 @@ class TaskDetails:
 
 
 @dataclass(frozen=True)
+class Pinned:
+    """What was pinned or unpinned."""
+
+    names: list[str]
+    evicted: list[str]
+
+
+@dataclass(frozen=True)
 class Removal:
     """What is deleted with a task."""
 
@@ -57,6 +65,7 @@ class Removal:
     adapters: int
     size: int  # bytes of their files; other tasks may share some of them
     is_last_copy: bool  # whether its original was evicted, so that its code is the only copy
+    placeholders: int = 0  # its adapters in whose folders a placeholder stands: nothing could restore them any more
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,13 @@ def set_note(context: Context, name: str, text: str | None) -> TaskRecord:
         return store.tasks.set_note(name, text)
 
 
+def set_pinned(context: Context, names: Sequence[str], *, pinned: bool) -> Pinned:
+    """Pin some tasks, or unpin them."""
+    with context.open() as store:
+        done = store.tasks.pin(names, pinned)
+        return Pinned(done, [name for name in done if store.tasks.final(name).is_evicted])
+
+
 def show_task(context: Context, name: str) -> TaskDetails:
     """Return everything about one task."""
     from icmlora.fleet.map import nearest_tasks
@@ -161,7 +177,7 @@ def plan_removal(context: Context, names: Sequence[str]) -> list[Removal]:
     """Return what would be deleted with some tasks, each task once."""
     with context.open(read_only=True) as store:
         tasks = {store.tasks.get(name).name: None for name in names}
-        return [_removal(name, store.tasks.adapters(name)) for name in tasks]
+        return [_removal(store, name) for name in tasks]
 
 
 def remove_tasks(context: Context, names: Sequence[str], *, last_copies: Collection[str] = ()) -> list[str]:
@@ -199,6 +215,10 @@ def _initial(store: Store, generator: GeneratorRecord, code: CodeRecord) -> Init
         return None
 
 
-def _removal(name: str, adapters: Sequence[AdapterRecord]) -> Removal:
+def _removal(store: Store, name: str) -> Removal:
+    from icmlora.fleet.placeholders import Placeholders
+
+    adapters, folders = store.tasks.adapters(name), Placeholders(store, dry_run=True)
     size = sum(adapter.stored_bytes for adapter in adapters)
-    return Removal(name, len(adapters), size, any(adapter.is_final and adapter.is_evicted for adapter in adapters))
+    is_last_copy = any(adapter.is_final and adapter.is_evicted for adapter in adapters)
+    return Removal(name, len(adapters), size, is_last_copy, sum(map(folders.has_left, adapters)))

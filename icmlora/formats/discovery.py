@@ -7,7 +7,8 @@
 
 A run without an adapter outside its checkpoints has as final adapter the checkpoint that the trainer noted as best, or
 else the last one. An adapter in a folder such as `shakespeare/final` belongs to the run `shakespeare`; where a run has
-several (`best` and `last`), each is a task. `task_names.py` and `naming.py` say what tasks are called. Only a trainer's
+several (`best` and `last`), each is a task. A run with a placeholder in place of its final adapter is passed over:
+no checkpoint is taken for the final one. `task_names.py` and `naming.py` say what tasks are called. Only a trainer's
 notes, small files and the first bytes of files are opened here. Never imports torch.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,13 @@ from icmlora.formats.format import AdapterFormat, AdapterPaths
 from icmlora.formats.initial_weights import with_initial_weights
 from icmlora.formats.naming import NameTemplate, choose_names
 from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
+from icmlora.formats.placeholder import (
+    PLACEHOLDER_NAME,
+    FoundPlaceholder,
+    Placeholder,
+    find_placeholders,
+    is_placeholder,
+)
 from icmlora.formats.task_names import (
     EVAL_NAMES,
     IMAGES,
@@ -106,6 +114,16 @@ class Discovery:
 
     tasks: tuple[FoundTask, ...]
     refused: tuple[AdapterRefused, ...]
+    stand_ins: tuple[StandIn, ...] = ()  # in order of paths
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A placeholder that was met, and how many adapters of its run are passed over because of it."""
+
+    path: Path
+    placeholder: Placeholder
+    passed_over: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +144,12 @@ class _Run:
     notes: dict[str, dict[int | None, Path]] = field(default_factory=dict)
     not_kept: list[Path] = field(default_factory=list)
     part: str | None = None
+    placeholders: dict[Path, FoundPlaceholder] = field(default_factory=dict)  # by path
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it has no final adapter, but a placeholder in its place."""
+        return None not in self.adapters and any(found.may_be_final for found in self.placeholders.values())
 
     def note(self, name: str) -> Path | None:
         """Return a file next to the adapters: the run's own, else the one in its last checkpoint that has it."""
@@ -136,7 +160,16 @@ class _Run:
         """Add what a folder in this run has; where both have a note of one kind, the inner folder's counts."""
         notes = {name: self.notes.get(name, {}) | inner.notes.get(name, {}) for name in self.notes | inner.notes}
         not_kept = [*self.not_kept, *inner.not_kept]
-        return _Run(inner.root, self.adapters | inner.adapters, notes, not_kept)
+        placeholders = self.placeholders | inner.placeholders
+        return _Run(inner.root, self.adapters | inner.adapters, notes, not_kept, placeholders=placeholders)
+
+    def stand_ins(self) -> Iterator[StandIn]:
+        """Yield its placeholders that can be read; what is passed over counts with the first that may be final."""
+        left = len(self.adapters) if self.is_away else 0
+        for path, found in self.placeholders.items():
+            if isinstance(found.content, Placeholder):
+                yield StandIn(path, found.content, left if found.may_be_final else 0)
+                left = 0 if found.may_be_final else left
 
 
 def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool = True) -> Discovery:
@@ -159,22 +192,24 @@ def find_tasks(
     # Not taken are formats that are not read, and links out of the tree.
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
-    watched = {*_NOTES} if texts else {STATE_NAME}
+    watched = {PLACEHOLDER_NAME, *_NOTES} if texts else {PLACEHOLDER_NAME, STATE_NAME}
     watched = watched.union(*(known.watched for known in catalogue.FORMATS), PICKLES if read_bin else ())
     for path in paths:
         root = Path(os.path.realpath(path))
         if root.is_dir():
             for folder in walk(root, watched, refused.append):
-                _collect(_with_pickle(folder) if read_bin else folder, root, runs, refused)
+                _collect(with_pickle(folder) if read_bin else folder, root, runs, refused)
         elif not _collect_file(root, runs):
             fact = "is not a folder" if root.exists() else "does not exist"
             hint = "give the folder that holds adapter_config.json"
             refused.append(AdapterRefused(fact, kind="not-a-folder", path=path, hint=hint))
-    tasks = [_task(folder, run) for folder, run in _gathered(runs)]
+    gathered = _gathered(runs)
+    tasks = [_task(folder, run) for folder, run in gathered if run.adapters and not run.is_away]
     if not texts:
         tasks = [replace(task, samples=None, eval_data=None) for task in tasks]
     tasks = with_initial_weights(tasks, initial)
-    return Discovery(tuple(tasks), tuple(_unique(refused)))
+    stand_ins = sorted((item for _, run in gathered for item in run.stand_ins()), key=lambda item: item.path)
+    return Discovery(tuple(tasks), tuple(_unique(refused)), tuple(stand_ins))
 
 
 def name_tasks(
@@ -208,8 +243,9 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
             apart = runs[located.paths.place]
             apart.root, apart.part = root, located.paths.place.name
             apart.adapters[step] = located
+    away = _collect_placeholders(folder, {located.paths.place for located in found}, levels, root, runs, refused)
     # Next to an adapter that is read, the same adapter as a pickle or in shards is not worth a refusal.
-    if not found:
+    if not found and not away:
         of_no_format = foreign_adapters(folder.files)
         refused.extend(of_no_format or [error for known in catalogue.FORMATS for error in known.refuse(folder)])
     home, step = run_folder(folder.path, levels)
@@ -221,10 +257,32 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
         kept.update(folder.files[name] for name in _NOTES if name in folder.files)
         others = [folder.path / name for name, path in folder.files.items() if path not in kept]
         met = set(runs[home].not_kept)
-        runs[home].not_kept.extend(path for path in others if path not in met and not is_passed_over(path.name))
+        runs[home].not_kept.extend(path for path in others if path not in met and not _is_passed_over(path.name))
 
 
-def _with_pickle(folder: Folder) -> Folder:
+def _is_passed_over(name: str) -> bool:
+    return is_placeholder(name) or is_passed_over(name)
+
+
+def _collect_placeholders(
+    folder: Folder,
+    adapters: Collection[Path],
+    levels: int,
+    root: Path,
+    runs: defaultdict[Path, _Run],
+    refused: list[AdapterRefused],
+) -> bool:
+    """Collect the placeholders of a folder, and say whether there are any; one next to its own adapter is of no use."""
+    away = [found for found in find_placeholders(folder) if found.place not in adapters]
+    for found in away:
+        run = runs[run_folder(found.place, levels)[0]]
+        run.root, run.placeholders[found.path] = root, found
+        if isinstance(found.content, AdapterRefused):
+            refused.append(found.content)
+    return bool(away)
+
+
+def with_pickle(folder: Folder) -> Folder:
     """List a pickle as the weights of a folder that has a configuration and no other weights."""
     pickle = next((name for name in PICKLES if name in folder.files), None)
     if pickle is None or WEIGHTS_NAME in folder.files or CONFIG_NAME not in folder.files:
@@ -250,23 +308,23 @@ def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
 
 
 def _gathered(runs: Mapping[Path, _Run]) -> list[tuple[Path, _Run]]:
-    """Return the runs that have adapters, each with the folder that its task is named after."""
+    """Return the runs that have adapters or placeholders, each with the folder that its task is named after."""
     # So `rust/final` and `rust/output/checkpoint-5` join the run `rust`. What cannot be one run stays a task by itself.
     places: defaultdict[Path, list[Path]] = defaultdict(list)
-    found = {folder: run for folder, run in runs.items() if run.adapters}
+    found = {folder: run for folder, run in runs.items() if run.adapters or run.placeholders}
     for folder, run in sorted(found.items()):
         places[telling_folder(folder.parent if run.part is not None else folder)].append(folder)
     gathered: list[tuple[Path, _Run]] = []
     for home, folders in places.items():
         outer = runs.get(home, _Run())
-        main = replace(outer, adapters={}, not_kept=[])
+        main = replace(outer, adapters={}, not_kept=[], placeholders={})
         for folder in sorted(folders, key=lambda folder: _rank(folder, home)):
             run = _without_copies(found[folder], main)
             if not _fit(main, run):
                 part = run.part or "-".join(folder.relative_to(home).parts)
                 notes = _Run(notes=outer.notes).joined(run).notes
                 gathered.append((home, replace(run, notes=notes, part=part)))
-            elif run.adapters:
+            elif run.adapters or run.placeholders:
                 main = main.joined(run)
         gathered.append((home, main))
     return gathered

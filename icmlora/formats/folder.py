@@ -10,6 +10,7 @@ from icmlora.errors import AdapterRefused, located
 from icmlora.formats.catalogue import FORMATS, format_named
 from icmlora.formats.format import AdapterPaths, write_adapter_folder
 from icmlora.formats.peft_config import MAX_CONFIG_BYTES
+from icmlora.formats.placeholder import PLACEHOLDER_NAME
 from icmlora.formats.tree import Folder
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import read_tensor_file
@@ -34,6 +35,9 @@ def load_adapter(folder: str | Path) -> Adapter:
     for known in FORMATS:
         for paths in known.find(searched):
             return known.read(_config(paths), read_tensor_file(paths.weights), path=place).adapter
+    if PLACEHOLDER_NAME in entries:
+        hint = f"`icm restore {place}` brings it back"
+        raise AdapterRefused("there is a placeholder instead of an adapter", kind="placeholder", path=place, hint=hint)
     for refusal in (refusal for known in FORMATS for refusal in known.refuse(searched)):
         raise refusal
     hint = "name the folder that holds adapter_config.json"

@@ -25,13 +25,13 @@ from icmlora.formats.task_names import (
     run_folder,
     telling_folder,
 )
-from icmlora.io.files import open_regular, read_exactly, read_regular
+from icmlora.io.files import hash_open, open_regular, read_regular
 from registry.names import escape, source_label
 
 if TYPE_CHECKING:
     from registry.records import TaskOrigin
 
-_BLOCK = 1 << 20
+_CONFIG_LIMIT = 1 << 20
 
 
 class Nameable(Protocol):
@@ -202,17 +202,15 @@ class _Recognised:
 def _has_bytes_of(task: Nameable, origin: TaskOrigin) -> bool:
     weights, config = task.files
     try:
-        if config is not None and hashlib.sha256(read_regular(config, max_bytes=_BLOCK)).hexdigest() != origin.config:
+        if (
+            config is not None
+            and hashlib.sha256(read_regular(config, max_bytes=_CONFIG_LIMIT)).hexdigest() != origin.config
+        ):
             return False
-        digest = hashlib.sha256()
         with open_regular(weights, max_bytes=2**62) as (descriptor, size):
-            if size != origin.weights_size:
-                return False
-            for start in range(0, size, _BLOCK):
-                digest.update(read_exactly(descriptor, min(_BLOCK, size - start), start))
+            return size == origin.weights_size and hash_open(descriptor, size) == origin.weights
     except AdapterRefused:
         return False
-    return digest.hexdigest() == origin.weights
 
 
 _PLACEHOLDER = re.compile(r"\{([a-z]{1,16})(?:([#%])([^{}]{1,64}))?\}")

@@ -6,7 +6,6 @@ That process is given two open files and no path, and what it writes is checked 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -22,10 +21,12 @@ from icmlora.errors import AdapterRefused, UnsafeInput, located
 from icmlora.formats import pickle_child
 from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.io.child import Forker
-from icmlora.io.files import open_regular, read_exactly
+from icmlora.io.files import hash_open, open_regular, read_exactly
 from icmlora.io.safetensors import MAX_FILE_BYTES
 
-_BLOCK = 1 << 20
+CONVERTED_FROM = "converted_from_sha256"
+"""Where the header of converted weights has the digest of their pickle."""
+
 _RESAVE = "save it as safetensors where it was trained"
 
 
@@ -64,7 +65,7 @@ class PickleReader:
         with located(source), open_regular(source, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
             if read_exactly(descriptor, min(size, 8), 0) == b"version ":
                 raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
-            metadata = {"converted_from": name, "converted_from_sha256": _sha256(descriptor, size), "format": "pt"}
+            metadata = {"converted_from": name, CONVERTED_FROM: hash_open(descriptor, size), "format": "pt"}
             memory = self._limits.memory + self._limits.memory_per_byte * size
             seconds = self._limits.seconds + self._limits.seconds_per_gigabyte * size // 10**9
             order = json.dumps({"metadata": metadata, "memory": memory, "seconds": seconds})
@@ -118,10 +119,3 @@ def _refusal(status: int | None, memory: int, seconds: int) -> AdapterRefused:
     else:
         fact, kind = f"the process that reads pickles ended with status {status}", "pickle"
     return UnsafeInput(fact, kind=kind, hint=_RESAVE)
-
-
-def _sha256(descriptor: int, size: int) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, size, _BLOCK):
-        digest.update(read_exactly(descriptor, min(_BLOCK, size - start), start))
-    return digest.hexdigest()

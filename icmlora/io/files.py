@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from registry import files
 from registry.errors import SourceRefused
+
+_BLOCK = 1 << 20
+_ANY_SIZE = 2**62
+
+FileId = tuple[int, int]
+"""Device and number of a file: two paths with the same ones are one file."""
+
+
+@dataclass(frozen=True)
+class HashedFile:
+    """A regular file and what its bytes hash to."""
+
+    path: Path
+    digest: str  # SHA-256
+    status: os.stat_result
+
+    @property
+    def id(self) -> FileId:
+        """Which file it is, whatever path leads to it."""
+        return self.status.st_dev, self.status.st_ino
+
+    def is_unchanged(self) -> bool:
+        """Say whether the path still leads to this file, and nobody wrote to it since it was hashed."""
+        try:
+            now = self.path.lstat()
+        except OSError:
+            return False
+        marks = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+        return all(getattr(now, mark) == getattr(self.status, mark) for mark in marks)
 
 
 @contextmanager
@@ -28,6 +60,20 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
     """Read a whole regular file of bounded size."""
     with _refusals():
         return files.read_plain(path, max_bytes=max_bytes)
+
+
+def hash_regular(path: Path) -> HashedFile:
+    """Hash a regular file of any size, holding little of it in memory."""
+    with open_regular(path, max_bytes=_ANY_SIZE) as (descriptor, size):
+        return HashedFile(path, hash_open(descriptor, size), os.fstat(descriptor))
+
+
+def hash_open(descriptor: int, size: int) -> str:
+    """Return the SHA-256 of the first `size` bytes of an open file, in hexadecimal."""
+    digest = hashlib.sha256()
+    for start in range(0, size, _BLOCK):
+        digest.update(read_exactly(descriptor, min(_BLOCK, size - start), start))
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.io.files import open_regular, read_exactly, read_regular
+from icmlora.io.files import hash_regular, open_regular, read_exactly, read_regular
 from registry.files import write_durably
 
 
@@ -93,3 +94,33 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space"):
         write_durably(tmp_path / "a", b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
+
+
+def test_a_file_is_hashed_whatever_its_size(tmp_path: Path) -> None:
+    for data in (b"", b"abc", os.urandom((1 << 20) + 1)):
+        (tmp_path / "a").write_bytes(data)
+        assert hash_regular(tmp_path / "a").digest == hashlib.sha256(data).hexdigest()
+
+
+def test_two_paths_to_one_file_have_one_id(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "link").hardlink_to(tmp_path / "a")
+    (tmp_path / "copy").write_bytes(b"abc")
+    ids = [hash_regular(tmp_path / name).id for name in ("a", "link", "copy")]
+    assert (ids[0] == ids[1], ids[0] == ids[2]) == (True, False)
+
+
+def test_a_hashed_file_knows_whether_it_was_written_replaced_or_removed(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    hashed = hash_regular(path)
+    assert hashed.is_unchanged()
+    os.utime(path, ns=(0, 0))
+    assert not hashed.is_unchanged()
+    hashed = hash_regular(path)
+    (tmp_path / "b").write_bytes(b"abc")
+    os.utime(tmp_path / "b", ns=(0, 0))
+    (tmp_path / "b").replace(path)
+    assert not hashed.is_unchanged()
+    path.unlink()
+    assert not hashed.is_unchanged()

@@ -1,0 +1,108 @@
+"""Check that the code of a task can replace its original, as it is on disk. Any failure keeps the original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from icmlora.adapter.metrics import squared_error
+from icmlora.errors import Cancelled
+from icmlora.fleet.decoding import check_references, decode_code
+from icmlora.fleet.eviction_report import CheckFailed, Limits
+from icmlora.fleet.failures import FAILURES, as_error
+from icmlora.fleet.loading import Models, read_original
+from icmlora.fleet.measure import losses_on_own_text
+from registry.errors import DamagedStore
+from registry.evaluations import latest
+from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, NewEvaluation, TaskRecord
+
+if TYPE_CHECKING:
+    from registry.store import Store
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was measured of a code that met the limits, and what the store records of it."""
+
+    squared_error: float
+    retained_gain: float | None = None
+    evaluations: tuple[NewEvaluation, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvictionCheck:
+    """Measures codes against their originals."""
+
+    store: Store
+    models: Models
+    limits: Limits
+
+    def run(self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> Checked:
+        """Check a code, with its residual if it has one, and what is kept in addition to it."""
+        if not final.is_evicted:
+            check_references(self.store, final)
+        error = self._squared_error(final, code, generator)
+        self.limits.check_error(error)
+        if self.limits.min_gain is None:
+            return Checked(error)
+        if task.eval_data is None:
+            raise CheckFailed("it has no held-out text, so its retained gain is unknown", error)
+        try:
+            losses = losses_on_own_text(self.store, self.models, task, generator)
+            # Measure everything again, also the original: this is the last time that it can be measured.
+            results = losses.measure((code.rung,), again=True)
+        except Cancelled:
+            raise
+        except FAILURES as failure:
+            raise CheckFailed(f"it cannot be measured: {as_error(failure).message}", error) from failure
+        gain = results[code.rung].retained_gain if code.rung in results else None
+        if gain is None:
+            fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"
+            raise CheckFailed(fact, error)
+        self.limits.check_gain(gain, error)
+        return Checked(error, gain, tuple(map(losses.record_of, results.values())))
+
+    def _squared_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
+        generator_file = self.models.generator_file(generator)
+        original = None if final.is_evicted else read_original(self.store, final)
+        try:
+            decoded = decode_code(self.store, generator_file, code, code.rung)
+            # If only later checkpoints are left, what was measured when the final original went still holds.
+            error = code.best_squared_error if original is None else squared_error(original, decoded)
+        except DamagedStore:
+            raise
+        except Exception as failure:  # nothing that a decoder does may cost the original
+            fact = f"its code cannot be decoded: {type(failure).__name__}: {failure}"
+            raise CheckFailed(fact) from failure
+        if error is None or not math.isfinite(error):
+            raise CheckFailed("the relative error of its code is not a finite number")
+        return error
+
+
+def recorded_gain(store: Store, task: TaskRecord, code: CodeRecord, generator: GeneratorRecord) -> float | None:
+    """Return the retained gain that was measured of a code, if it was."""
+    found = latest(store.evaluations.all(task.name), task, code.rung, generator)
+    return None if found is None else found.retained_gain
+
+
+def check_recorded(
+    store: Store, task: TaskRecord, final: AdapterRecord, limits: Limits, code: CodeRecord, generator: GeneratorRecord
+) -> None:
+    """Check the code of an original that is gone by what was measured of it, and that it can still be decoded.
+
+    Raises:
+        CheckFailed: It misses a limit, or was not measured.
+        DamagedStore: Bytes are missing or damaged.
+    """
+    limits.check_error(code.best_squared_error)
+    limits.check_gain(recorded_gain(store, task, code, generator), code.best_squared_error)
+    check_bytes(store, final, [generator.blob, *code.digests()])
+    check_references(store, final)
+
+
+def check_bytes(store: Store, row: AdapterRecord, source: Sequence[str]) -> None:
+    """Check all bytes that bring an adapter back: those of its source, its configuration and its extras."""
+    for digest in (*source, row.config, *(extra.blob for extra in row.extras)):
+        store.blobs.check(digest)
