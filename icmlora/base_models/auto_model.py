@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.chat_template import Templates
     from icmlora.base_models.load import Loaded
     from icmlora.base_models.lookup import FoundBase
+    from icmlora.base_models.prompts import Prompt
 
 IGNORED = -100
 """The wanted class of a prediction that is not scored."""
@@ -177,6 +178,10 @@ class AutoModality:
     def written(self, base: BaseModel, items: Sequence[Inputs], count: int, limit: int, *, seed: int) -> list[Inputs]:
         """Return nothing: such models read more than they write."""
         return []
+
+    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str | None:
+        """Return None: most of these models write no text."""
+        return None
 
     def counted(self, base: BaseModel, items: Sequence[Inputs]) -> None:
         """Return None: nothing is padded."""

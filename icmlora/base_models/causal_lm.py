@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from icmlora.base_models.likelihood import NllResult, Scored
     from icmlora.base_models.lookup import FoundBase
+    from icmlora.base_models.prompts import Prompt
 
 # For tasks that bring no samples of their own: short pieces in several genres and languages, written for this project.
 # They say nothing about any task: only the adapted view reads them, where the adapter itself makes the difference.
@@ -145,6 +146,12 @@ class CausalLM:
         from icmlora.base_models.continuations import continuations
 
         return continuations(base, items, count, limit, seed=seed)
+
+    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str:
+        """Return how the model continues a prompt, token by token."""
+        from icmlora.base_models.continuations import answer
+
+        return answer(base, prompt, most)
 
     def counted(self, base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
         """Return which tokens are not padding, (texts, T)."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from icmlora.base_models.chat_template import Templates
     from icmlora.base_models.lookup import FoundBase
+    from icmlora.base_models.prompts import Prompt
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _MARK = "_icm_base_model_loader"
@@ -232,6 +233,9 @@ class CustomModality:
     def written(self, base: BaseModel, items: Sequence[CustomItem], count: int, limit: int, *, seed: int) -> list[Any]:
         """Return nothing: only the user's code could write examples."""
         return []
+
+    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> None:
+        """Return None: only the user's code could write text."""
 
     def counted(self, base: BaseModel, items: Sequence[CustomItem]) -> None:
         """Return None: only the user's code knows what is padded."""

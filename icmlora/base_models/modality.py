@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.chat_template import Templates
     from icmlora.base_models.examples import Examples
     from icmlora.base_models.lookup import FoundBase
+    from icmlora.base_models.prompts import Prompt
 
 Example = TypeVar("Example")
 """One line of `samples.jsonl` or `eval.jsonl`."""
@@ -236,6 +237,19 @@ class Modality(Protocol[Example, Item]):
 
         Returns:
             The items; none where this kind of model writes nothing that it could read.
+        """
+        ...
+
+    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str | None:
+        """Return what the model writes after a prompt, always its most probable next token.
+
+        Args:
+            base: The base model.
+            prompt: What to continue.
+            most: Most tokens to write.
+
+        Returns:
+            The text; None where this kind of model does not continue text.
         """
         ...
 

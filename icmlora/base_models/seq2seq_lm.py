@@ -14,6 +14,8 @@ from icmlora.errors import BaseModelUnsuited
 if TYPE_CHECKING:
     import torch
 
+    from icmlora.base_models.prompts import Prompt
+
 
 class Seq2SeqLM(AutoModality):
     """What `transformers.AutoModelForSeq2SeqLM` loads: the encoder reads the prompt, the decoder writes the rest."""
@@ -35,6 +37,12 @@ class Seq2SeqLM(AutoModality):
         labels = base.tokenizer(text_target=example.completion, truncation=True, max_length=limit)["input_ids"]
         tensors = {"input_ids": prompt, "decoder_input_ids": moved(base, labels)}
         return Inputs(tensors, tuple(labels), example.completion, prompt.shape[1] + len(labels))
+
+    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str:
+        """Return what the decoder writes for a prompt."""
+        from icmlora.base_models.continuations import answer
+
+        return answer(base, prompt, most)
 
     def pooled(self, outputs: Any) -> torch.Tensor:
         """Return the decoder's last layer at the last position, as the paper does (arXiv 2501.17635)."""

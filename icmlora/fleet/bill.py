@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -44,6 +45,16 @@ class TaskBill(WithRelativeError):
     def fell_short(self) -> bool:
         """Whether no code meets its limits, so that its original has to stay."""
         return self.asked is not None and not self.asked.is_kept and not self.evicted
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the tasks of which it was measured."""
+
+    tasks: int
+    mean: float
+    worst: float
+    worst_task: str
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,16 @@ class BaseModelBill:
     def original_only(self) -> tuple[TaskBill, ...]:
         """The tasks of which there can be no code."""
         return tuple(task for task in self.tasks if task.original_only is not None)
+
+    @property
+    def relative_errors(self) -> Spread | None:
+        """The relative errors of the codes with their residuals; None where none was measured."""
+        return _errors(self.tasks)
+
+    @property
+    def retained_gains(self) -> Spread | None:
+        """The retained gains of the codes with their residuals; None where none was measured."""
+        return _gains(self.tasks)
 
     @property
     def is_complete(self) -> bool:
@@ -149,6 +170,16 @@ class Bill:
         return sum(fleet.evicted for fleet in self.fleets)
 
     @property
+    def relative_errors(self) -> Spread | None:
+        """The relative errors of all codes with their residuals; None where none was measured."""
+        return _errors([task for fleet in self.fleets for task in fleet.tasks])
+
+    @property
+    def retained_gains(self) -> Spread | None:
+        """The retained gains of all codes with their residuals; None where none was measured."""
+        return _gains([task for fleet in self.fleets for task in fleet.tasks])
+
+    @property
     def compact_size(self) -> int:
         """Bytes of all that the adapters need without the originals of which there is a code."""
         usage = self.usage
@@ -170,3 +201,17 @@ class Bill:
     def compact_share(self) -> float | None:
         """The compact size as a share of bf16 (above 1 if it is larger); None until every task has a code."""
         return self.compact_size / self.bf16_size if self.is_complete and self.bf16_size else None
+
+
+def _errors(tasks: Sequence[TaskBill]) -> Spread | None:
+    known = {task.task: task.relative_error for task in tasks if task.relative_error is not None}
+    return _spread(known, max(known, key=known.__getitem__)) if known else None
+
+
+def _gains(tasks: Sequence[TaskBill]) -> Spread | None:
+    known = {task.task: task.retained_gain for task in tasks if task.retained_gain is not None}
+    return _spread(known, min(known, key=known.__getitem__)) if known else None
+
+
+def _spread(values: Mapping[str, float], worst: str) -> Spread:
+    return Spread(len(values), sum(values.values()) / len(values), values[worst], worst)

@@ -62,25 +62,37 @@ def map_fleet(context: Context, request: MapRequest) -> MapReport:
         check_absent(request.plot, force=request.force)
     with context.open(read_only=True) as store:
         base_model, tasks = tasks_of_one_base(store, request.base_model)
-        known = comparable_vectors(store, tasks, request.view)
-    if len(known.vectors) < FEWEST:
-        raise _too_few(base_model, request.view, list(known.vectors), known.left_out)
-    if request.clusters is not None and request.clusters > len(known.vectors):
-        fact = f"{len(known.vectors)} tasks cannot make {request.clusters} clusters"
-        raise DataError(fact, hint="use `--clusters auto` for the best silhouette")
-    found = MapReport(
-        base_model=base_model,
-        view=request.view,
-        map=map_tasks(known.vectors, request.clusters),
-        support_sets=sum(len(vectors) for vectors in known.vectors.values()),
-        left_out=known.left_out,
-    )
+        found = map_of(store, base_model, tasks, request.view, request.clusters)
     if request.plot is not None:
         from icmlora.fleet.map_picture import draw_map
 
         with writing_file(request.plot, force=request.force) as stream:
             stream.write(draw_map(found.map, base_model, request.view).encode())
     return found
+
+
+def map_of(
+    store: Store, base_model: str, tasks: Sequence[TaskRecord], view: View, clusters: int | None = None
+) -> MapReport:
+    """Make the map of a base model's tasks in an open store.
+
+    Raises:
+        DataError: Too few tasks have comparable vectors, or there are fewer tasks than clusters.
+        DamagedStore: Vectors are missing or damaged.
+    """
+    known = comparable_vectors(store, tasks, view)
+    if len(known.vectors) < FEWEST:
+        raise _too_few(base_model, view, list(known.vectors), known.left_out)
+    if clusters is not None and clusters > len(known.vectors):
+        fact = f"{len(known.vectors)} tasks cannot make {clusters} clusters"
+        raise DataError(fact, hint="use `--clusters auto` for the best silhouette")
+    return MapReport(
+        base_model=base_model,
+        view=view,
+        map=map_tasks(known.vectors, clusters),
+        support_sets=sum(len(vectors) for vectors in known.vectors.values()),
+        left_out=known.left_out,
+    )
 
 
 def nearest_tasks(store: Store, task: TaskRecord) -> tuple[Neighbour, ...]:

@@ -10,7 +10,7 @@ has neither colours for a dark ground nor names under the pointer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import chain
@@ -41,16 +41,27 @@ _LONGEST = 32
 _LEGEND_ROWS = 24
 _MANY = 200
 """With more tasks than this, support sets would hide each other, so they are not drawn."""
-_STYLE = """
-svg { font: 11px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif }
-.title { font-size: 16px; font-weight: 600 }
-.ground { fill: #ffffff } .ink { fill: #1f2328 } .soft { fill: #59636e } .frame { fill: none; stroke: #d1d9e0 }
-.link { stroke: #59636e; stroke-width: 0.7 } .alone { fill: none; stroke: #6e7781; stroke-width: 1.8 }
-.set { stroke-width: 0.8; opacity: 0.4 }
-@media (prefers-color-scheme: dark) {
-  .ground { fill: #0d1117 } .ink { fill: #f0f6fc } .soft { fill: #9198a1 } .frame { stroke: #3d444d }
-  .link { stroke: #9198a1 } .alone { stroke: #9198a1 } .set { opacity: 0.55 }
-}"""
+STYLE = """
+.map { font: 11px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif }
+.map .title { font-size: 16px; font-weight: 600 }
+.map .ground { fill: #ffffff }
+.map .ink { fill: #1f2328 }
+.map .soft { fill: #59636e }
+.map .frame { fill: none; stroke: #d1d9e0 }
+.map .link { stroke: #59636e; stroke-width: 0.7 }
+.map .alone { fill: none; stroke: #6e7781; stroke-width: 1.8 }
+.map .set { stroke-width: 0.8; opacity: 0.4 }
+@media screen and (prefers-color-scheme: dark) {
+  .map .ground { fill: #0d1117 }
+  .map .ink { fill: #f0f6fc }
+  .map .soft { fill: #9198a1 }
+  .map .frame { stroke: #3d444d }
+  .map .link { stroke: #9198a1 }
+  .map .alone { stroke: #9198a1 }
+  .map .set { opacity: 0.55 }
+}
+"""
+"""The picture's own style sheet. Every rule is for what is inside of it, so a page may hold several maps."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +78,25 @@ class _Placed:
         return "#6e7781" if self.is_alone else _COLOURS[(self.task.cluster - 1) % len(_COLOURS)]
 
 
-def draw_map(found: TaskMap, base_model: str, view: View) -> str:
-    """Return the picture of a map as the text of an SVG file."""
+def draw_map(found: TaskMap, base_model: str, view: View, rows: Mapping[str, int] | None = None) -> str:
+    """Return the picture of a map as the text of an SVG file.
+
+    Args:
+        found: The map.
+        base_model: Whose tasks it shows.
+        view: Which vectors it was made from.
+        rows: A number for each task, written to its marker as `data-row`, for a page that does something with it.
+    """
     placed = _placed(found)
-    rows, end = _legend(found)
+    legend, end = _legend(found)
     height = max(_FRAME.bottom + 32, end)
     name = printable(base_model, 120)
     title = f"{len(placed)} tasks of {name} by their task vectors, {view} view"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" width="{_WIDTH:g}" '
-        f'height="{height:g}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="map" viewBox="0 0 {_WIDTH:g} {height:g}" '
+        f'width="{_WIDTH:g}" height="{height:g}" role="img">',
         f"<title>{escape(title)}</title>",
-        f"<style>{_STYLE}\n</style>",
+        f"<style>{STYLE}</style>",
         f'<rect class="ground" width="{_WIDTH:g}" height="{height:g}"/>',
         _text(_FRAME.left, 26, "ink title", f"{len(placed)} tasks by their vectors"),
         _text(_FRAME.left, 46, "soft", f"{name}, {view} view"),
@@ -87,8 +105,8 @@ def draw_map(found: TaskMap, base_model: str, view: View) -> str:
         _text(_FRAME.left, _FRAME.bottom + 18, "soft", _axes(found)),
         *chain.from_iterable(map(_support_sets, placed)),
         *_labels(placed),
-        *map(_marker, placed),
-        *rows,
+        *(_marker(spot, None if rows is None else rows[spot.task.name]) for spot in placed),
+        *legend,
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -152,19 +170,20 @@ def _support_sets(spot: _Placed) -> Iterator[str]:
         )
 
 
-def _marker(spot: _Placed) -> str:
+def _marker(spot: _Placed, row: int | None) -> str:
     near = spot.task.nearest
     told = f"{spot.task.name}: nearest is {near.task} at {near.distance:.2f}"
-    return _shape(0 if spot.is_alone else spot.task.cluster, *spot.point, told)
+    return _shape(0 if spot.is_alone else spot.task.cluster, *spot.point, told, row)
 
 
-def _shape(cluster: int, x: float, y: float, told: str = "") -> str:
+def _shape(cluster: int, x: float, y: float, told: str = "", row: int | None = None) -> str:
     """Write the marker of a cluster, or of a task that is alone (0). `told` appears under the pointer."""
     number = cluster - 1
     path = _SHAPES[number % len(_SHAPES)] if cluster else _SHAPES[0]
     paint = 'class="alone"' if not cluster else f'fill="{_COLOURS[number % len(_COLOURS)]}"'
     inner = f"<title>{escape(printable(told, 400))}</title>" if told else ""
-    return f'<path {paint} d="{path}" transform="translate({x:.1f} {y:.1f})">{inner}</path>'
+    number_of_row = "" if row is None else f' data-row="{row}"'
+    return f'<path {paint} d="{path}" transform="translate({x:.1f} {y:.1f})"{number_of_row}>{inner}</path>'
 
 
 def _legend(found: TaskMap) -> tuple[list[str], float]:

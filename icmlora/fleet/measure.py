@@ -136,9 +136,7 @@ class TaskLosses:
 
     def written(self, adapter: Adapter, dtype: str | None = None) -> RunnableAdapter:
         """Write a decoded adapter as `icm materialize` does, and read it again."""
-        form = self._form
-        files = form.format.encode(adapter, card="", metadata={}, like=form.template, dtype=dtype, extras=form.tensors)
-        return form.format.runnable(files.config, files.weights)
+        return self._form.runnable(adapter, dtype)
 
     def score_of(self, label: str, adapter: RunnableAdapter) -> MetricResult:
         """Load an adapter with PEFT, measure it, and record nothing."""

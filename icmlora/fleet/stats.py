@@ -6,6 +6,7 @@ Sizes are those of the files. A blob that several rows share counts once in the 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,21 +36,22 @@ def stats(context: Context, plot: Path | None = None, *, force: bool = False) ->
 def bill(context: Context) -> Bill:
     """Count everything. Reads rows and file sizes, but no file's content."""
     with context.open(read_only=True) as store:
-        rows = list(store.tasks.summaries())
-        labels = sorted({row.task.base_model for row in rows})
-        per_task = _TaskBills(store)
-        fleets = []
-        for label in labels:
-            generator = store.generators.current(label)
-            tasks = tuple(per_task.of(row, generator) for row in rows if row.task.base_model == label)
-            extras = {
-                extra.blob: extra.packed_size
-                for row in rows
-                if row.task.base_model == label
-                for extra in row.final.extras
-            }
-            fleets.append(BaseModelBill(label, generator, tasks, sum(extras.values())))
-        return Bill(store.usage(), tuple(fleets))
+        return bill_of(store, list(store.tasks.summaries()))
+
+
+def bill_of(store: Store, rows: Sequence[TaskSummary]) -> Bill:
+    """Count everything in an open store, of which `rows` are all tasks."""
+    labels = sorted({row.task.base_model for row in rows})
+    per_task = _TaskBills(store)
+    fleets = []
+    for label in labels:
+        generator = store.generators.current(label)
+        tasks = tuple(per_task.of(row, generator) for row in rows if row.task.base_model == label)
+        extras = {
+            extra.blob: extra.packed_size for row in rows if row.task.base_model == label for extra in row.final.extras
+        }
+        fleets.append(BaseModelBill(label, generator, tasks, sum(extras.values())))
+    return Bill(store.usage(), tuple(fleets))
 
 
 class _TaskBills:

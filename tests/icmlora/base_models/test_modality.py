@@ -33,6 +33,7 @@ from icmlora.base_models.media_archive import is_archive, open_archive, pack_row
 from icmlora.base_models.modality import BaseModel, Modality, retained_gain
 from icmlora.base_models.modules import check_fits, linear_shape
 from icmlora.base_models.object_detection import ObjectDetection
+from icmlora.base_models.prompts import Prompt
 from icmlora.base_models.seq2seq_lm import Seq2SeqLM
 from icmlora.base_models.speech import Speech
 from icmlora.base_models.text_classification import TextClassification
@@ -210,6 +211,11 @@ class TestProtocol:
             assert shapes
             return
         assert (real.dtype, [real.shape], int(real.sum())) == (torch.bool, shapes, sum(len(row) for row in rows))
+
+    def test_a_language_model_continues_a_prompt_and_others_do_not(self, base: BaseModel) -> None:
+        found = [base.modality.answer(base, Prompt("once upon a"), 6) for _ in range(2)]
+        assert found[0] == found[1]
+        assert (found[0] is None) == (not isinstance(base.modality, CausalLM | Seq2SeqLM))
 
     def test_a_measurement_does_not_depend_on_the_order(self, base: BaseModel, examples: tuple[Any, ...]) -> None:
         forth, back = (base.modality.measure(base, some, LIMIT) for some in (examples, examples[::-1]))

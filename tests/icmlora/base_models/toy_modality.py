@@ -21,6 +21,7 @@ from icmlora.base_models.examples import Examples
 from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import FoundBase, read_config
 from icmlora.base_models.modality import BaseModel, Metric
+from icmlora.base_models.prompts import Prompt
 from icmlora.errors import DataError
 
 INPUTS, HIDDEN, CLASSES = 8, 16, 3
@@ -130,6 +131,9 @@ class VectorClassifier:
     def item_loss(self, item: Point, logits: torch.Tensor) -> torch.Tensor:
         """Return the cross entropy of one example."""
         return nn.functional.cross_entropy(logits.float(), torch.tensor([item.label], device=logits.device))
+
+    def answer(self, base: BaseModel, prompt: Prompt, most: int) -> None:
+        return None
 
     def written(self, base: BaseModel, items: Sequence[Point], count: int, limit: int, *, seed: int) -> list[Point]:
         """Return nothing: it does not write."""

@@ -1,0 +1,102 @@
+"""`icm report`: write the store as one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icm_cli.commands.vectors import tell_failure
+from icm_cli.errors import ExitCode
+from icm_cli.options import DeviceOpt, completing
+from icm_cli.session import Session, command
+from icmlora.io.text import counted, human_size
+
+if TYPE_CHECKING:
+    from icmlora.fleet.report.report import ReportSummary
+
+FileOpt = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.", show_default=False)]
+OutputsOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--outputs",
+        metavar="TASK",
+        help="Also show what base model, original and code of this task write. Repeat it for more tasks.",
+        autocompletion=completing("task"),
+        show_default=False,
+    ),
+]
+PromptsOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="Prompts for --outputs: one a line, or JSON lines with prompt, text or messages. Default: the beginnings "
+        "of three of the task's own held-out texts.",
+        show_default=False,
+    ),
+]
+TokensOpt = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Tokens to write for each prompt, at most.")
+]
+ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists.")]
+
+
+@command
+def report(
+    session: Session,
+    output: FileOpt,
+    outputs: OutputsOpt = None,
+    prompts: PromptsOpt = None,
+    max_new_tokens: TokensOpt = 40,
+    device: DeviceOpt = None,
+    force: ReplaceOpt = False,
+) -> None:
+    """Write the store as one HTML page to look at, to print or to send: it needs no network and no server.
+
+    The page has the bill of `icm stats`, a table of all tasks to sort and search, the map of `icm map` where tasks have
+    vectors, and a picture of bytes against quality. With --outputs it also shows what the base model writes alone, with
+    the original and with the code of a task, always the most probable next token, and marks where the last two differ.
+    Only that needs the base model; a task without outputs is named, and the exit code is then 3. The same store and
+    options give the same bytes.
+
+    Example:
+      icm report -o fleet.html
+    """
+    with session.working("report", lambda event: tell_failure(session, event)) as fleet:
+        done = fleet.report(
+            output,
+            outputs=outputs or (),
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            device=session.device(device),
+            force=force,
+        )
+    if not _tell(session, done):
+        raise typer.Exit(ExitCode.PARTLY)
+
+
+def _tell(session: Session, done: ReportSummary) -> bool:
+    """Print what was written, and return whether nothing is missing."""
+    out = session.out
+    out.document(
+        {
+            "output": str(done.file),
+            "size": done.size,
+            "tasks_count": done.tasks,
+            "maps": done.maps,
+            "quality": done.quality,
+            "outputs": done.outputs,
+            "failed": [{"task": task, "reason": reason} for task, reason in done.failures.items()],
+        }
+    )
+    if out.is_quiet:
+        out.answer(str(done.file))
+    out.line(f"{done.file}: {counted(done.tasks, 'task')}; {human_size(done.size)}")
+    for base in done.left_out:
+        text = f"without outputs: {counted(len(base.tasks), 'task')}, because {base.reason}"
+        out.warn(text, kind="base_model_left_out", base_model=base.base_model, tasks=list(base.tasks), hint=base.hint)
+        if base.hint is not None:
+            out.hint(base.hint)
+    return not (done.failed or done.left_out)

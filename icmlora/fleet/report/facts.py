@@ -1,0 +1,118 @@
+"""The headline of a report: what the fleet is, what it saves and what that costs, in figures and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from icmlora.fleet.bill import Bill
+from icmlora.fleet.bill_text import disk_lines, saving_text, shortfalls
+from icmlora.io.text import counted, escape, human_percent, human_size
+from registry.records import TaskSummary
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that stands out, and what it is."""
+
+    value: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What stands above the table.
+
+    Attributes:
+        title: What the fleet is.
+        figures: A few numbers.
+        sentences: The same, and what else there is to say, in words.
+        newest: The day of the newest task or generator; None in an empty store.
+        disk: Bytes by what they are for, without locks and the reserve, which differ from one reading to the next.
+    """
+
+    title: str
+    figures: Sequence[Figure]
+    sentences: Sequence[str]
+    newest: str | None
+    disk: Sequence[tuple[str, int]]
+
+
+def facts_of(rows: Sequence[TaskSummary], bill: Bill) -> Facts:
+    """Return the headline of a store."""
+    made = [fleet.generator.created_at for fleet in bill.fleets if fleet.generator is not None]
+    dates = [*(row.task.created_at for row in rows), *made]
+    return Facts(
+        title=_title(bill),
+        figures=tuple(_figures(bill)) if rows else (),
+        sentences=tuple(_sentences(rows, bill)),
+        newest=max(dates)[:10] if dates else None,
+        disk=tuple((name, size) for name, size in disk_lines(bill.usage) if size),
+    )
+
+
+def _title(bill: Bill) -> str:
+    if not bill.fleets:
+        return "An empty store"
+    of = escape(bill.fleets[0].base_model) if len(bill.fleets) == 1 else counted(len(bill.fleets), "base model")
+    return f"{counted(bill.tasks, 'task')} of {of}"
+
+
+def _figures(bill: Bill) -> Iterator[Figure]:
+    share = bill.compact_share
+    yield Figure(human_size(bill.bf16_size), "all adapters in bf16")
+    if share is not None:
+        yield Figure(human_size(bill.compact_size), "as generator and codes")
+        verb = "saved" if share < 1 else "more, not less"
+        yield Figure(human_percent(abs(1 - share)), verb)
+    gains, errors = bill.retained_gains, bill.relative_errors
+    if gains is not None:
+        yield Figure(f"{gains.mean:.3f}", "retained gain, mean")
+        yield Figure(f"{gains.worst:.3f}", "retained gain, worst")
+    elif errors is not None:
+        yield Figure(f"{errors.mean:.3f}", "relative error, mean")
+        yield Figure(f"{errors.worst:.3f}", "relative error, worst")
+
+
+def _sentences(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
+    if not rows:
+        yield "The store has no tasks yet: `icm ingest PATH` adds adapters."
+        return
+    yield f"{_what(rows)} In bf16, all final adapters take {human_size(bill.bf16_size)}."
+    yield saving_text(bill)
+    yield from _quality(bill)
+    yield _originals(bill)
+    yield from (f"{line}." for line in shortfalls(task.asked for f in bill.fleets for task in f.short if task.asked))
+    if bill.original_only:
+        have = "has" if bill.original_only == 1 else "have"
+        yield f"{counted(bill.original_only, 'task')} {have} the original only: there can be no code."
+
+
+def _what(rows: Sequence[TaskSummary]) -> str:
+    ranks = sorted(row.final.rank_max for row in rows)
+    shown = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    noun = "a LoRA adapter" if len(rows) == 1 else f"{len(rows):,} LoRA adapters"
+    return f"The store keeps {noun} of rank {shown}."
+
+
+def _quality(bill: Bill) -> Iterator[str]:
+    gains, errors = bill.retained_gains, bill.relative_errors
+    if gains is not None:
+        over, worst = counted(gains.tasks, "task"), f"{gains.worst:.3f} at worst ({escape(gains.worst_task)})"
+        yield (
+            f"On held-out text, codes keep {gains.mean:.3f} of what the originals gain over the base model, on average "
+            f"over {over}, and {worst}."
+        )
+    elif errors is not None:
+        over, worst = counted(errors.tasks, "task"), f"{errors.worst:.3f} at worst ({escape(errors.worst_task)})"
+        yield f"The relative error of the codes is {errors.mean:.3f} on average over {over}, and {worst}."
+        yield "What they keep of the gain of the originals was not measured: `icm eval` does it."
+
+
+def _originals(bill: Bill) -> str:
+    left, size = bill.tasks - bill.evicted, human_size(bill.usage.originals)
+    if not left:
+        return "Every original was evicted: the codes are the only copies."
+    if bill.evicted:
+        return f"{bill.evicted:,} of {bill.tasks:,} originals were evicted; the others take {size}."
+    return f"The store still holds all originals, which take {size}."

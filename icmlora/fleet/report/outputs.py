@@ -1,0 +1,160 @@
+"""What base model, original and code of a task write for the same prompts, and where the last two differ.
+
+    prompt ──base model──────────────▶ text
+           ──base model + original───▶ text ──┐
+           ──base model + code───────▶ text ──┴── word by word ──▶ the parts that differ
+
+Always the most probable next token, so that the same models write the same texts. Each adapter goes through the form
+of its files and PEFT, as for `icm eval`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING, Any
+
+from icmlora.base_models.attach import adapted
+from icmlora.base_models.prompts import Prompt, given_prompts, prompts_of
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
+from icmlora.fleet.decoding import decode_code, read_form
+from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
+from icmlora.fleet.loading import Models, read_runnable
+from icmlora.fleet.texts import adapter_template, own_text
+
+if TYPE_CHECKING:
+    from icmlora.base_models.modality import BaseModel
+    from icmlora.formats.format import RunnableAdapter
+    from registry.records import TaskRecord
+    from registry.store import Store
+
+PROMPTS = 3
+"""Prompts of a task that are taken from its held-out text."""
+_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a text, and whether it differs from the other text."""
+
+    text: str
+    differs: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one source writes."""
+
+    source: str
+    parts: Sequence[Part]
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(part.text for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A prompt and what the sources write for it."""
+
+    prompt: str
+    expected: str  # what follows in the task's own text; empty where nothing is known
+    answers: Sequence[Answer]
+    are_equal: bool | None  # whether original and code write the same; None without an original
+
+
+@dataclass(frozen=True)
+class TaskOutputs:
+    """The answers of a task."""
+
+    task: str
+    prompts: Sequence[Answers]
+
+
+@dataclass(frozen=True)
+class OutputsRequest:
+    """Whose answers to show."""
+
+    prompts: Sequence[Prompt | Mapping[str, Any]] | None  # of every task; None for the beginnings of its held-out text
+    max_new_tokens: int
+
+
+def task_outputs(models: Models, task: TaskRecord, request: OutputsRequest) -> TaskOutputs | Failed | BaseUnavailable:
+    """Let the sources of a task answer; what is wrong with it is returned, so that others go on."""
+    try:
+        base = models.base(task.base_model)
+    except (BaseModelNotFound, BaseModelUnsuited) as error:
+        return BaseUnavailable(error)
+    try:
+        return _answered(models, base, task, request)
+    except FAILURES as error:
+        return Failed(as_error(error))
+
+
+def _answered(models: Models, base: BaseModel, task: TaskRecord, request: OutputsRequest) -> TaskOutputs:
+    prompts = _prompts(models.store, base, task, request)
+    sources: dict[str, RunnableAdapter | None] = {"base model": None, **_adapters(models, task)}
+    texts = {source: _texts(base, adapter, prompts, request.max_new_tokens) for source, adapter in sources.items()}
+    return TaskOutputs(task.name, [_side_by_side(prompt, texts, place) for place, prompt in enumerate(prompts)])
+
+
+def _prompts(store: Store, base: BaseModel, task: TaskRecord, request: OutputsRequest) -> list[Prompt]:
+    if request.prompts is not None:
+        return given_prompts(base, request.prompts, adapter_template(store, task.name))
+    if task.eval_data is None:
+        raise DataError("it has no held-out text to take prompts from", hint="name a file with --prompts")
+    found = prompts_of(own_text(store, task, base).examples, PROMPTS)
+    if not found:
+        raise DataError("no prompt can be made of its held-out text", hint="name a file with --prompts")
+    return found
+
+
+def _adapters(models: Models, task: TaskRecord) -> dict[str, RunnableAdapter]:
+    """Return the original and the best code of a task, as far as the store has them."""
+    store, found = models.store, dict[str, "RunnableAdapter"]()
+    final, generator = store.tasks.final(task.name), store.generators.current(task.base_model)
+    if not final.is_evicted:
+        found["original"] = read_runnable(store, final)
+    code = None if generator is None else store.codes.get(task.name, generator.id)
+    if code is not None and generator is not None:
+        adapter = decode_code(store, models.generator_file(generator), code, code.rung)
+        found["code" if code.residual is None else "code + residual"] = read_form(store, final).runnable(adapter)
+    return found
+
+
+def _texts(base: BaseModel, adapter: RunnableAdapter | None, prompts: Sequence[Prompt], most: int) -> list[str]:
+    with ExitStack() as stack:
+        if adapter is not None:
+            stack.enter_context(adapted(base, adapter))
+        texts = [base.modality.answer(base, prompt, most) for prompt in prompts]
+    if None in texts:
+        fact = f"base model {base.label!r} is a {base.modality.name}, which does not continue texts"
+        raise DataError(fact, hint="outputs are shown of causal and sequence-to-sequence language models")
+    return [text for text in texts if text is not None]
+
+
+def _side_by_side(prompt: Prompt, texts: Mapping[str, Sequence[str]], place: int) -> Answers:
+    written = {source: found[place] for source, found in texts.items()}
+    coded = next((source for source in written if source.startswith("code")), None)
+    parts = {source: [Part(text)] for source, text in written.items()}
+    are_equal = None
+    if "original" in written and coded is not None:
+        parts["original"], parts[coded] = differing(written["original"], written[coded])
+        are_equal = written["original"] == written[coded]
+    return Answers(prompt.text, prompt.expected, [Answer(*pair) for pair in parts.items()], are_equal)
+
+
+def differing(one: str, other: str) -> tuple[list[Part], list[Part]]:
+    """Split two texts into parts that they share and parts that only one of them has, word by word."""
+    words = _WORDS.findall(one), _WORDS.findall(other)
+    matcher = SequenceMatcher(None, *words, autojunk=False)
+    parts: tuple[list[Part], list[Part]] = [], []
+    for kind, first, end, other_first, other_end in matcher.get_opcodes():
+        for side, (start, stop) in enumerate(((first, end), (other_first, other_end))):
+            if start < stop:
+                parts[side].append(Part("".join(words[side][start:stop]), kind != "equal"))
+    return parts

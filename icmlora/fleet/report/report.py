@@ -1,0 +1,193 @@
+"""Write a store as one HTML page: its bill, its tasks, its map, its rates, and what chosen tasks write.
+
+Reads rows, task vectors and file sizes. The base model and weights are read only for the outputs of chosen tasks, one
+adapter at a time; torch is imported only then.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.errors import DataError, IcmLoraError
+from icmlora.fleet.context import Context, TaskFailed
+from icmlora.fleet.failures import BaseModelLeftOut, BaseUnavailable, Failed, Sieve
+from icmlora.fleet.map import map_of
+from icmlora.fleet.map_picture import draw_map
+from icmlora.fleet.report.facts import facts_of
+from icmlora.fleet.report.page import Map, Page, render
+from icmlora.fleet.report.rate_picture import Quality, rate_picture
+from icmlora.fleet.report.task_table import task_table
+from icmlora.fleet.stats import bill_of
+from icmlora.io.staging import check_absent, writing_file
+from registry.errors import DamagedStore
+
+if TYPE_CHECKING:
+    from icmlora.fleet.bill import Bill
+    from icmlora.fleet.map import MapReport
+    from icmlora.fleet.report.outputs import TaskOutputs
+    from registry.records import TaskRecord, TaskSummary
+    from registry.store import Store
+
+MOST_MAPPED = 1000
+"""Tasks of a base model that are drawn on a map: its time and memory grow with their square."""
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """What to write, and where."""
+
+    file: Path
+    outputs: Sequence[str] = ()  # tasks whose outputs are shown
+    prompts: Path | None = None
+    max_new_tokens: int = 40
+    device: str = "auto"
+    force: bool = False
+
+
+@dataclass
+class ReportSummary:
+    """What was written.
+
+    Attributes:
+        file: The page.
+        size: Its bytes.
+        tasks: How many tasks are in its table.
+        maps: The base models whose task maps are on it.
+        quality: What the rate picture shows against bytes; None where no code was measured.
+        outputs: The tasks whose outputs it shows.
+        failed: Chosen tasks without outputs, because something is wrong with them.
+        left_out: Base models of chosen tasks that could not be run.
+    """
+
+    file: Path
+    size: int = 0
+    tasks: int = 0
+    maps: list[str] = field(default_factory=list)
+    quality: Quality | None = None
+    outputs: list[str] = field(default_factory=list)
+    failed: list[TaskFailed] = field(default_factory=list)
+    left_out: list[BaseModelLeftOut] = field(default_factory=list)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why a chosen task has no outputs, by its name."""
+        failed = {failure.task: failure.message for failure in self.failed}
+        return failed | {task: entry.reason for entry in self.left_out for task in entry.tasks}
+
+
+def write_report(context: Context, request: ReportRequest) -> ReportSummary:
+    """Write the page, completely or not at all. The same store and request give the same bytes."""
+    check_absent(request.file, force=request.force)
+    if request.prompts is not None and not request.outputs:
+        raise DataError("prompts are for the outputs of tasks, and none was chosen", hint="name tasks with --outputs")
+    if request.max_new_tokens < 1:
+        raise DataError(f"{request.max_new_tokens} tokens are no output", hint="use 1 or more")
+    report = ReportSummary(request.file)
+    with context.open(read_only=True) as store:
+        chosen = list({task.name: task for task in map(store.tasks.get, request.outputs)}.values())
+        outputs = _outputs(context, store, chosen, request, report) if chosen else []
+        page = _page(store, outputs, report.failures)
+    report.tasks, report.outputs = len(page.table.rows), [found.task for found in outputs]
+    report.maps = [found.base_model for found in page.maps if found.svg is not None]
+    report.quality = None if page.rate is None else page.rate.quality
+    with writing_file(request.file, force=request.force) as stream:
+        for piece in render(page):
+            report.size += stream.write(piece)
+    return report
+
+
+def _page(store: Store, outputs: Sequence[TaskOutputs], failures: Mapping[str, str]) -> Page:
+    """Read everything else that is on the page."""
+    rows = list(store.tasks.summaries())
+    by_base: defaultdict[str, list[TaskSummary]] = defaultdict(list)
+    for row in rows:
+        by_base[row.task.base_model].append(row)
+    maps = {label: _map(store, label, by_base[label]) for label in sorted(by_base)}
+    return assembled(rows, bill_of(store, rows), maps, outputs, failures)
+
+
+def assembled(
+    rows: Sequence[TaskSummary],
+    bill: Bill,
+    maps: Mapping[str, MapReport | str | None],
+    outputs: Sequence[TaskOutputs],
+    failures: Mapping[str, str],
+) -> Page:
+    """Put what was read of a store together.
+
+    Args:
+        rows: All tasks.
+        bill: Their bytes and their quality.
+        maps: For each base model its map, or why there is none, or None where no task has vectors.
+        outputs: What chosen tasks write.
+        failures: Why others of the chosen tasks write nothing.
+    """
+    found = {label: made for label, made in maps.items() if made is not None}
+    mapped = {task.name: task for made in found.values() if not isinstance(made, str) for task in made.map.tasks}
+    table = task_table(rows, bill, mapped)
+    return Page(
+        facts=facts_of(rows, bill),
+        bill=bill,
+        table=table,
+        rate=rate_picture(bill, table.numbers),
+        maps=[_drawn(label, made, table.numbers) for label, made in found.items()],
+        outputs=outputs,
+        failures=failures,
+        made_by=f"icm {version('icm-lora')}",
+    )
+
+
+def _map(store: Store, base_model: str, rows: Sequence[TaskSummary]) -> MapReport | str | None:
+    """Return the map of a base model's tasks, or why there is none; None if no task has vectors."""
+    if not any(row.vectors for row in rows):
+        return None
+    if len(rows) > MOST_MAPPED:
+        return f"a report maps at most {MOST_MAPPED:,} tasks of a base model, and there are {len(rows):,}"
+    try:
+        return map_of(store, base_model, [row.task for row in rows], "adapted")
+    # Damage is for `icm verify` to report; the rest of the page is still true.
+    except (DamagedStore, IcmLoraError) as error:
+        return str(error)
+
+
+def _drawn(base_model: str, found: MapReport | str, numbers: Mapping[str, int]) -> Map:
+    if isinstance(found, str):
+        return Map(base_model, None, [found])
+    return Map(base_model, draw_map(found.map, base_model, found.view, numbers), found.reasons)
+
+
+def _outputs(
+    context: Context, store: Store, tasks: Sequence[TaskRecord], request: ReportRequest, report: ReportSummary
+) -> list[TaskOutputs]:
+    """Let the sources of the chosen tasks answer; what is wrong with one of them is noted in the report."""
+    from icmlora.base_models.prompts import read_prompts
+    from icmlora.fleet.loading import Models
+    from icmlora.fleet.report.outputs import OutputsRequest, task_outputs
+    from icmlora.io.devices import resolve_device
+
+    prompts = None if request.prompts is None else read_prompts(request.prompts.read_bytes(), request.prompts)
+    wanted = OutputsRequest(prompts, request.max_new_tokens)
+    # The store is only read, so what is learned of a base model is forgotten again.
+    models = Models(store, resolve_device(request.device), context.cache, on_facts=lambda facts: None)
+    sieve, found = Sieve(context, report, len(tasks)), dict[str, "TaskOutputs"]()
+
+    def answered(
+        some: Iterable[TaskRecord],
+    ) -> Iterator[tuple[TaskRecord, TaskOutputs | Failed | BaseUnavailable]]:
+        for task in some:
+            context.progress(len(found), len(tasks), task.name)
+            yield task, task_outputs(models, task, wanted)
+
+    by_base = groupby(sorted(tasks, key=lambda task: task.base_model), key=lambda task: task.base_model)
+    bases = 0
+    for base_model, of_base in by_base:
+        bases += 1
+        found |= {task.name: made for task, made in sieve.results(base_model, answered(of_base))}
+    sieve.check(bases)
+    return [found[task.name] for task in tasks if task.name in found]

@@ -1,0 +1,153 @@
+"""Pages of fleets that exist in memory only, with texts that no store would take; and a reader of pages."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+
+from icmlora.fleet.bill import BaseModelBill, Bill, TaskBill
+from icmlora.fleet.map import MapReport
+from icmlora.fleet.report.outputs import Answer, Answers, TaskOutputs, differing
+from icmlora.fleet.report.page import Page, render
+from icmlora.fleet.report.report import assembled
+from icmlora.fleet.stored_vectors import LeftOut
+from icmlora.task_vectors.map import map_tasks
+from registry.records import AdapterRecord, Asked, CodeRecord, GeneratorRecord, TaskRecord, TaskSummary
+from registry.usage import Usage
+
+DAY = "2026-11-26T10:00:00Z"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A task to make up; texts are taken as they are, whatever a store would say."""
+
+    name: str
+    base_model: str = "acme/tiny"
+    tags: tuple[str, ...] = ()
+    note: str | None = None
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    rank: int = 8
+    original: int = 1_000_000
+    code: int | None = 20_000
+    gain: float | None = 0.97
+    error: float | None = 0.4
+    original_only: str | None = None
+    evicted: bool = False
+
+    def summary(self, number: int) -> TaskSummary:
+        """Return what the store's listing would say."""
+        task = TaskRecord(number, self.name, self.base_model, None, None, DAY, False, self.tags, self.note)
+        final = AdapterRecord(
+            weights="w", config="c", card=None, step=None, is_final=True, dtype="BF16", rank_max=self.rank,
+            parameters=self.original // 2, target_modules=self.targets, layout=(), source="made up",
+            original_only=self.original_only, id=number, task=self.name, original_bytes=self.original,
+            weights_bytes=self.original - 1000, initial_bytes=0, created_at=DAY,
+            evicted_at=DAY if self.evicted else None,
+        )  # fmt: skip
+        squared = None if self.error is None else self.error**2
+        code = None
+        if self.code is not None:
+            code = CodeRecord(number, self.name, number, 1, "b", self.code, 1.0, squared, None, None)
+        return TaskSummary(task, final, 0, 0, 4, code, self.gain)
+
+    def bill(self) -> TaskBill:
+        """Return what `icm stats` would say."""
+        has_code = self.code is not None
+        return TaskBill(
+            task=self.name, bf16_size=self.original, original_size=self.original, vectors_size=1500,
+            code_size=self.code, residual_size=None, rung="code" if has_code else None,
+            squared_error=None if self.error is None or not has_code else self.error**2,
+            retained_gain=self.gain if has_code else None, evicted=self.evicted,
+            asked=Asked(min_gain=0.99, is_kept=False) if has_code and (self.gain or 1) < 0.5 else None,
+            original_only=self.original_only, extras_bytes=0,
+        )  # fmt: skip
+
+
+def page_of(
+    made: list[Made],
+    *,
+    texts: tuple[str, str, str] | None = None,
+    failure: str | None = None,
+    with_map: bool = True,
+) -> Page:
+    """Return the page of a fleet; `texts` are a prompt, and what original and code of the first task write."""
+    rows = [task.summary(number) for number, task in enumerate(made)]
+    labels = sorted({task.base_model for task in made})
+    generators = [
+        GeneratorRecord(number, label, 1, None, "f" * 64, 40_000, {}, {}, True, DAY, None, 0)
+        for number, label in enumerate(labels)
+    ]
+    fleets = tuple(
+        BaseModelBill(label, generator, tuple(task.bill() for task in made if task.base_model == label), 0)
+        for label, generator in zip(labels, generators, strict=True)
+    )
+    usage = Usage(**dict.fromkeys(Usage.__dataclass_fields__, 0) | {"originals": 9_000_000, "database": 40_000})
+    maps = {label: _map(label, made) if with_map else None for label in labels}
+    outputs = [] if texts is None else [TaskOutputs(made[0].name, [_answers(*texts)])]
+    failures = {} if failure is None else {made[-1].name: failure}
+    return assembled(rows, Bill(usage, fleets), maps, outputs, failures)
+
+
+def html_of(page: Page) -> str:
+    """Return the text of a page."""
+    return b"".join(render(page)).decode()
+
+
+def _map(label: str, made: list[Made]) -> MapReport | str:
+    names = [task.name for task in made if task.base_model == label]
+    if len(set(names)) < 3:
+        return "too few"
+    random = np.random.default_rng(len(names))
+    vectors = {name: random.standard_normal((2, 8)) for name in names}
+    return MapReport(label, "adapted", map_tasks(vectors), 2 * len(names), (LeftOut(names[0], "made up"),))
+
+
+def _answers(prompt: str, original: str, code: str) -> Answers:
+    first, second = differing(original, code)
+    return Answers(prompt, prompt, [Answer("original", first), Answer("code", second)], original == code)
+
+
+@dataclass
+class Read(HTMLParser):
+    """What a browser would see of a page: its elements in order, its texts, and the data of its table."""
+
+    elements: list[str] = field(default_factory=list)
+    drawn: list[str] = field(default_factory=list)  # elements inside of pictures
+    attributes: set[str] = field(default_factory=set)
+    texts: list[str] = field(default_factory=list)
+    data: Any = None
+
+    def __post_init__(self) -> None:
+        self._depth = 0
+        super().__init__(convert_charrefs=True)
+
+    @classmethod
+    def of(cls, html: str) -> Read:
+        found = cls()
+        found.feed(html)
+        found.close()
+        return found
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        (self.drawn if self._depth else self.elements).append(tag)
+        self._depth += tag == "svg"
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_endtag(self, tag: str) -> None:
+        self._depth -= tag == "svg"
+
+    def handle_data(self, data: str) -> None:
+        if self.elements[-1:] == ["script"] and self.data is None:
+            self.data = json.loads(data)
+        elif data.strip():
+            self.texts.append(data.strip())
+
+    def column(self, name: str) -> list[Any]:
+        """Return one value of each row."""
+        place = self.data["columns"].index(name)
+        return [row[place] for row in self.data["rows"]]
