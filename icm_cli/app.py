@@ -28,6 +28,7 @@ ADAPTERS = "Store and write adapters"
 INSPECT = "Inspect"
 ARRANGE = "Name and mark tasks"
 BUNDLES = "Bundles: use codes without the store"
+SERVE = "Serve tasks through an engine"
 MAINTAIN = "Maintain the store"
 
 # Command -> its module in icm_cli.commands, the function (or group) in it, and its panel in the help, in this order.
@@ -44,12 +45,16 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "stats": ("stats", "stats", INSPECT),
     "eval": ("eval", "evaluate", INSPECT),
     "map": ("map", "map_", INSPECT),
+    "report": ("report", "report", INSPECT),
     "mv": ("mv", "mv", ARRANGE),
     "tag": ("tag", "tag", ARRANGE),
     "note": ("note", "note", ARRANGE),
     "export": ("export", "export", BUNDLES),
     "import": ("import_", "import_", BUNDLES),
+    "serve": ("serve", "serve", SERVE),
+    "serve-config": ("serve_config", "serve_config", SERVE),
     "evict": ("evict", "evict", MAINTAIN),
+    "restore": ("restore", "restore", MAINTAIN),
     "pin": ("pin", "pin", MAINTAIN),
     "unpin": ("pin", "unpin", MAINTAIN),
     "rm": ("rm", "rm", MAINTAIN),

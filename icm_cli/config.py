@@ -26,6 +26,10 @@ VARIABLES = {
     "ICM_NO_PROGRESS": "1: show no progress",
     "ICM_PROGRESS_INTERVAL": "seconds between progress lines if stderr is not a terminal; default 10",
     "ICM_DEBUG": "1: print tracebacks on stderr",
+    "ICM_SERVE_TOKEN": "token that clients of `icm serve` must send",
+    "ICM_ENGINE_TOKEN": "token that the engine behind `icm serve` wants",
+    "ICM_BUNDLE": "for vLLM (`icm serve-config vllm`): the bundle with the tasks, instead of a store",
+    "ICM_BASE_MODEL": "for vLLM: the base model of the tasks that it runs",
     "ICM_LOG": "file for the tracebacks of unexpected errors",
     "NO_COLOR": "any value: print without colour",
 }

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass
 from enum import IntEnum
 
-from icmlora.io.text import escape
+from icmlora.io.text import escape_lines
 
 INTERRUPTED = "interrupted; finished work is kept"
 
@@ -145,11 +145,6 @@ def is_help(error: BaseException) -> bool:
 def full_name(kind: type) -> str:
     """Return a class's module and name, as the table spells it."""
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def escape_lines(text: str) -> str:
-    """Escape a text and keep its line breaks."""
-    return "\n".join(escape(line) for line in text.split("\n"))
 
 
 def _fact(error: BaseException) -> str:

@@ -20,8 +20,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, TextIO
 
 from icm_cli.config import switched_on
-from icm_cli.errors import Failure, UsageProblem, escape_lines
-from icmlora.io.text import escape, shortened_inside, width
+from icm_cli.errors import Failure, UsageProblem
+from icmlora.io.text import escape, escape_lines, shortened_inside, width
 
 if TYPE_CHECKING:
     from icm_cli.progress import Progress

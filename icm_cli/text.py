@@ -1,21 +1,17 @@
-"""How codes, residuals, errors and limits are shown."""
+"""How codes, residuals and errors are shown."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.metric_result import relative_error
-from icmlora.io.text import counted, human_size
+from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from typing import Any
 
     from _typeshed import DataclassInstance
-
-    from icmlora.fleet.records import Asked
 
 
 def coded_size(code: int | None, residual: int | None) -> str:
@@ -40,21 +36,3 @@ def _with_relative_error(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         fields |= errors_json(value) if name == "squared_error" else {name: value}
     return fields
-
-
-def limits_text(asked: Asked) -> str:
-    """Return the limits that a code was made for."""
-    limits = (
-        ("retained gain at least", asked.min_gain),
-        ("relative error at most", asked.max_error),
-        ("weighted error at most", asked.tolerance),
-    )
-    return " and ".join(f"{name} {limit:g}" for name, limit in limits if limit is not None)
-
-
-def shortfalls(short: Iterable[Asked]) -> list[str]:
-    """Say how many tasks keep their original because no code meets their limit, one line per limit."""
-    return [
-        f"{counted(number, 'task')} {'keeps its' if number == 1 else 'keep their'} original: no code meets {text}"
-        for text, number in sorted(Counter(map(limits_text, short)).items())
-    ]

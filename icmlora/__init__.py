@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.bundles import Bundle
     from icmlora.fleet.context import Event, Progress
     from icmlora.formats.folder import load_adapter, save_adapter
+    from icmlora.serving.attach import attach
 
 __all__ = [
     "Adapter",
@@ -83,6 +84,7 @@ __all__ = [
     "TaskConflict",
     "TaskNotFound",
     "UnsafeInput",
+    "attach",
     "base_model_loader",
     "load_adapter",
     "save_adapter",
@@ -97,6 +99,7 @@ _HOMES = {
     "LoraModule": "icmlora.adapter.model",
     "Metric": "icmlora.base_models.modality",
     "Progress": "icmlora.fleet.context",
+    "attach": "icmlora.serving.attach",
     "base_model_loader": "icmlora.base_models.custom_model",
     "load_adapter": "icmlora.formats.folder",
     "save_adapter": "icmlora.formats.folder",

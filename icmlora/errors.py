@@ -21,6 +21,8 @@ registry.errors.IcmError     message, path, hint; catch it to catch everything t
     ├── WorkerDied           a worker died with a task, as often as the task was tried
     ├── WorkersUnavailable   no workers can be started, or reached
     ├── OtherProcessFailed   another process of the same training failed or was killed
+    ├── FoldersUnusable      the folders for served adapters are full, or another user's
+    ├── FoldersInUse         another server has the folders for served adapters
     └── Cancelled            the caller asked to stop; what was finished is stored
 """
 
@@ -59,6 +61,14 @@ class UnsafeInput(AdapterRefused):
 
 class OutputExists(IcmLoraError):
     """The output folder is not empty, or the output file exists, and overwriting was not asked for."""
+
+
+class FoldersUnusable(IcmLoraError):
+    """The folders for served adapters have no room left, or cannot be trusted."""
+
+
+class FoldersInUse(IcmLoraError):
+    """Another server uses the folders for served adapters."""
 
 
 class BaseModelNotFound(IcmLoraError):

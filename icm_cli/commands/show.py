@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from icm_cli.options import TaskArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import as_fields, limits_text
+from icm_cli.text import as_fields
+from icmlora.fleet.bill_text import limits_text
 from icmlora.fleet.metric_result import MetricResult
 from icmlora.io.text import counted, human_size
 

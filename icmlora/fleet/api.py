@@ -1,24 +1,25 @@
 """The public face of a fleet: one method per use case, each a call into the file of that name.
 
 A method imports what it needs when it is called, so that `import icmlora` and listing tasks never load torch. The
-methods that list and maintain a store are in `icmlora.fleet.api_store`; `Fleet` inherits them.
+methods that list and maintain a store are in `icmlora.fleet.api_store`, those that delete originals and bring adapters
+back in `icmlora.fleet.api_originals`; `Fleet` inherits them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.fleet.api_store import StoredFleet
+from icmlora.fleet.api_originals import FleetOriginals
 from icmlora.fleet.context import Shard
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.compare import MethodSummary
+    from icmlora.fleet.converting import FormatName
     from icmlora.fleet.encode import EncodeReport
     from icmlora.fleet.evaluate import EvaluateReport, Measurable
-    from icmlora.fleet.evict import EvictReport, Pinned
     from icmlora.fleet.export_bundle import ExportReport
     from icmlora.fleet.generate import Generated
     from icmlora.fleet.import_bundle import ImportReport
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.vectors import VectorReport
 
 
-class Fleet(StoredFleet):
+class Fleet(FleetOriginals):
     """The tasks of a store, and everything that can be done with them.
 
         fleet = Fleet("store", on_event=print)
@@ -335,23 +336,27 @@ class Fleet(StoredFleet):
         directory: str | Path,
         *,
         source: Source = "auto",
+        adapter_format: FormatName = "peft",
         dtype: str | None = None,
         pad_rank: int | None = None,
         seed: int | None = None,
         max_error: float | None = None,
         force: bool = False,
     ) -> MaterializeReport:
-        """Write a task's adapter as a folder. The folder appears complete or not at all.
+        """Write a task's adapter as a folder, or as a file for llama.cpp. It appears complete or not at all.
 
         A decoded adapter has the form of its original: its configuration, names, ranks and number formats. Neither the
         base model nor a GPU is needed. The same arguments write the same bytes.
 
         Args:
             task: Name of the task.
-            directory: The folder, absent or empty.
+            directory: The folder, absent or empty; with `gguf` a file `NAME.gguf`.
             source: `original`, `residual`, `code`, `generate` (the code that the task vectors bring back) or `network`
                 (what the network alone predicts from them); `auto` takes the best there is of the first three.
-            dtype: Number format of decoded factors: `bfloat16`, `float16` or `float32`. Default: that of the original.
+            adapter_format: `peft`; `gguf`, one file for llama.cpp, which needs the configuration of the base model; or
+                `mlx`, a folder for MLX-LM. An original is converted too, so it does not come back byte for byte.
+            dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: that of
+                the original, or `float32` if they are converted.
             pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.
             seed: Predict the adapter from a latent sampled with this seed; for `network` or `auto`.
             max_error: Refuse an adapter whose relative error is larger, or was not measured.
@@ -360,7 +365,10 @@ class Fleet(StoredFleet):
         Raises:
             DataError: The store does not have this source.
             TooLossy: The error is above `max_error`.
-            OutputExists: The folder is not empty and `force` is not given.
+            OutputExists: The folder is not empty, or the file exists, and `force` is not given.
+            AdapterRefused: The format has no place for a part of the adapter, such as a head.
+            BaseModelNotFound: With `gguf`: it is not on this machine.
+            BaseModelUnsuited: With `gguf`: its architecture is none that icm writes adapters for.
         """
         from icmlora.fleet.materialize import MaterializeRequest, materialize
 
@@ -369,6 +377,7 @@ class Fleet(StoredFleet):
             task=task,
             directory=where,
             source=source,
+            adapter_format=adapter_format,
             dtype=dtype,
             pad_rank=pad_rank,
             seed=seed,
@@ -376,6 +385,25 @@ class Fleet(StoredFleet):
             force=force,
         )
         return materialize(self._context, request)
+
+    def read_files(
+        self,
+        task: str,
+        *,
+        source: Source = "auto",
+        dtype: str | None = None,
+        pad_rank: int | None = None,
+        seed: int | None = None,
+        max_error: float | None = None,
+    ) -> dict[str, bytes]:
+        """Return name -> content of the files that `materialize` writes.
+
+        `task`, `source`, `dtype`, `pad_rank`, `seed`, `max_error` and the errors are those of `materialize`.
+        """
+        from icmlora.fleet.materialize import FilesRequest, make_files
+
+        request = FilesRequest(task=task, source=source, seed=seed, max_error=max_error, dtype=dtype, pad_rank=pad_rank)
+        return make_files(self._context, request).by_name
 
     def load(
         self, task: str, *, source: Source = "auto", seed: int | None = None, max_error: float | None = None
@@ -390,6 +418,24 @@ class Fleet(StoredFleet):
         from icmlora.fleet.materialize import LoadRequest, load
 
         return load(self._context, LoadRequest(task=task, source=source, seed=seed, max_error=max_error))
+
+    def load_many(
+        self, tasks: Sequence[str], *, source: Source = "auto", device: str = "cpu"
+    ) -> Iterator[tuple[str, Adapter]]:
+        """Load the adapters of many tasks, as `load` does: (name, adapter) in the order of `tasks`.
+
+        The store and the generator are opened once, and several codes are decoded side by side, on the CPU, whose
+        results do not depend on the machine; then the factors go to the device. At most 32 adapters are in memory
+        besides those that the caller keeps.
+
+        Args:
+            tasks: Names of tasks.
+            source: As for `materialize`.
+            device: Where the factors are put.
+        """
+        from icmlora.fleet.materialize import load_many
+
+        return load_many(self._context, tasks, source, device)
 
     def export_bundle(
         self, file: str | Path, tasks: Sequence[str] = (), *, base_model: str | None = None, force: bool = False
@@ -536,47 +582,3 @@ class Fleet(StoredFleet):
             name, *files, count, description, refine, rank, base_model, device, dtype, register, force
         )
         return generate(self._context, request)
-
-    # evict, pin
-
-    def evict(
-        self,
-        tasks: Sequence[str] = (),
-        *,
-        max_error: float | None = None,
-        min_gain: float | None = None,
-        checkpoints_only: bool = False,
-        dry_run: bool = False,
-        device: str = "auto",
-        workers: str | None = None,
-    ) -> EvictReport:
-        """Delete originals, each after a check that its code can replace it.
-
-        The code is read back from disk, with its residual if it has one, decoded and measured. An original whose code
-        misses a limit is kept. Give at least one limit.
-
-        Args:
-            tasks: Names of tasks; all by default.
-            max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
-            min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
-            checkpoints_only: Delete checkpoints and keep the final adapters.
-            dry_run: Check everything and delete nothing.
-            device: Where to measure.
-            workers: Where to check, as described for the class. Deletions then begin when all is checked.
-        """
-        from icmlora.fleet.evict import EvictRequest, evict
-
-        request = EvictRequest(tasks, max_error, min_gain, checkpoints_only, dry_run, device, workers)
-        return evict(self._context, request)
-
-    def pin(self, tasks: Sequence[str]) -> Pinned:
-        """Keep the originals of `tasks`: `evict` does not delete them."""
-        from icmlora.fleet.evict import set_pinned
-
-        return set_pinned(self._context, tasks, pinned=True)
-
-    def unpin(self, tasks: Sequence[str]) -> Pinned:
-        """Allow `evict` to delete the originals of `tasks` again."""
-        from icmlora.fleet.evict import set_pinned
-
-        return set_pinned(self._context, tasks, pinned=False)

@@ -1,4 +1,4 @@
-"""The methods of `Fleet` that need no tensors: they list the store and maintain it."""
+"""The methods of `Fleet` that list the store and maintain it. Only outputs in a report need tensors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.maintenance import Check, Finding, PruneReport
     from icmlora.fleet.map import MapReport
     from icmlora.fleet.records import GeneratorRecord, Joined, Separated, TaskRecord, TaskSummary, View
+    from icmlora.fleet.report.report import ReportSummary
     from icmlora.fleet.tasks import Removal, TaskDetails
 
 
@@ -224,7 +225,7 @@ class StoredFleet:
 
         return separate_labels(self._context, name, labels)
 
-    # stats, map
+    # stats, map, report
 
     def stats(self, *, plot: str | Path | None = None, force: bool = False) -> Bill:
         """Count the bytes on disk, what the codes save, and what they cost in quality.
@@ -269,6 +270,41 @@ class StoredFleet:
 
         request = MapRequest(view, base_model, clusters, None if plot is None else Path(plot), force)
         return map_fleet(self._context, request)
+
+    def report(
+        self,
+        file: str | Path,
+        *,
+        outputs: Sequence[str] = (),
+        prompts: str | Path | None = None,
+        max_new_tokens: int = 40,
+        device: str = "auto",
+        force: bool = False,
+    ) -> ReportSummary:
+        """Write the store as one HTML page that needs no network. It appears complete or not at all.
+
+        Args:
+            file: The page to write.
+            outputs: Tasks of which to show what base model, original and code write. Needs the base model.
+            prompts: File of prompts for them, one a line or as JSON lines; by default the beginnings of each task's own
+                held-out text.
+            max_new_tokens: Most tokens that are written for a prompt.
+            device: Where to compute outputs.
+            force: Replace a file that exists.
+
+        Returns:
+            What is on the page; its `failed` and `left_out` name chosen tasks without outputs, and why.
+
+        Raises:
+            OutputExists: The file exists and `force` is not given.
+            DataError: The prompts cannot be used, or the only chosen task has no outputs.
+            BaseModelNotFound: None of the base models of the chosen tasks is on this machine.
+        """
+        from icmlora.fleet.report.report import ReportRequest, write_report
+
+        given = None if prompts is None else Path(prompts)
+        request = ReportRequest(Path(file), outputs, given, max_new_tokens, device, force)
+        return write_report(self._context, request)
 
     # verify, prune, doctor
 

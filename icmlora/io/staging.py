@@ -52,6 +52,13 @@ def remove_abandoned(target: Path, *, flags: int, remove: Callable[[Path], objec
             _remove_abandoned(entry, flags, remove)
 
 
+def remove_all_abandoned(folder: Path) -> None:
+    """Remove what dead processes left behind of folders that they were writing into `folder`."""
+    for entry in folder.iterdir():
+        if _SUFFIX.fullmatch(entry.name[-len(".icm-00000000") :]):
+            _remove_abandoned(entry, os.O_DIRECTORY, _remove_folder)
+
+
 def _remove_abandoned(entry: Path, flags: int, remove: Callable[[Path], object]) -> None:
     try:
         descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | flags)

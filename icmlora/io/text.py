@@ -13,6 +13,7 @@ from registry.names import escape, some
 __all__ = [
     "counted",
     "escape",
+    "escape_lines",
     "human_duration",
     "human_percent",
     "human_size",
@@ -63,6 +64,11 @@ def utc(moment: datetime) -> str:
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """Return `1 adapter` or `12 adapters`."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def escape_lines(text: str) -> str:
+    """Escape a text and keep its line breaks."""
+    return "\n".join(escape(line) for line in text.split("\n"))
 
 
 def width(text: str) -> int:

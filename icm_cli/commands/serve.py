@@ -1,0 +1,330 @@
+"""`icm serve`: an OpenAI-compatible server in front of an engine, with every task as a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from icm_cli.errors import CliError, UsageProblem
+from icm_cli.options import FromOpt, completing
+from icm_cli.session import Session, command
+from icmlora.io.text import counted, escape, escape_lines, utc
+
+if TYPE_CHECKING:
+    from socket import socket
+    from types import ModuleType
+
+    from icmlora.serving.folders import AdapterFolders
+    from icmlora.serving.tasks import ServedTasks
+
+EngineUrlOpt = Annotated[
+    str, typer.Option("--engine-url", metavar="URL", help="Where the engine is, as http://127.0.0.1:8000.")
+]
+EngineOpt = Annotated[
+    Literal["auto", "vllm", "sglang"],
+    typer.Option("--engine", metavar="auto|vllm|sglang", help="Which engine it is; auto asks it."),
+]
+EngineBaseOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="NAME",
+        help="The base model of the tasks that the engine runs, if icm does not find out.",
+        autocompletion=completing("base"),
+        show_default=False,
+    ),
+]
+HostOpt = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")]
+PortOpt = Annotated[
+    int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 for any free one.")
+]
+
+_ACCESS = "Access"
+TokenOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        metavar="TOKEN",
+        help="Token that clients must send. Other users of this machine can read it in the list of processes: "
+        "--token-file and $ICM_SERVE_TOKEN are better.",
+        show_default=False,
+        rich_help_panel=_ACCESS,
+    ),
+]
+TokenFileOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="File with the token that clients must send.",
+        show_default=False,
+        rich_help_panel=_ACCESS,
+    ),
+]
+NoTokenOpt = Annotated[
+    bool,
+    typer.Option("--no-token", help="Let anyone who reaches the address use it.", rich_help_panel=_ACCESS),
+]
+EngineTokenOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-token",
+        metavar="TOKEN",
+        help="Token that the engine wants (`--api-key` of vLLM and SGLang). (env: ICM_ENGINE_TOKEN)",
+        show_default=False,
+        rich_help_panel=_ACCESS,
+    ),
+]
+
+_ROOM = "Adapters"
+AdaptersOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapters",
+        metavar="FOLDER",
+        help="Folder for written adapters, which the engine sees under the same path. Default: one in memory.",
+        show_default=False,
+        rich_help_panel=_ROOM,
+    ),
+]
+AdaptersSizeOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--adapters-size",
+        metavar="SIZE",
+        help="What written adapters may take, as 4GiB. Default: half of the space that is free.",
+        show_default=False,
+        rich_help_panel=_ROOM,
+    ),
+]
+MaxAdaptersOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--max-adapters",
+        metavar="N",
+        min=1,
+        help="How many adapters may be loaded. Default: as many as fit.",
+        show_default=False,
+        rich_help_panel=_ROOM,
+    ),
+]
+MaxWaitingOpt = Annotated[
+    int,
+    typer.Option(
+        "--max-waiting",
+        metavar="N",
+        min=1,
+        help="How many tasks may wait to be loaded; requests for others get status 503.",
+        rich_help_panel=_ROOM,
+    ),
+]
+
+_LIMITS = "Limits"
+MaxRequestsOpt = Annotated[
+    int,
+    typer.Option(
+        "--max-requests",
+        metavar="N",
+        min=1,
+        help="How many requests may be in work; others get status 503.",
+        rich_help_panel=_LIMITS,
+    ),
+]
+MaxBodyOpt = Annotated[
+    str, typer.Option("--max-body", metavar="SIZE", help="Largest body of a request.", rich_help_panel=_LIMITS)
+]
+
+
+def _seconds(name: str, text: str) -> Any:
+    return typer.Option(name, metavar="SECONDS", min=0.01, help=text, rich_help_panel=_LIMITS)
+
+
+ConnectTimeoutOpt = Annotated[float, _seconds("--connect-timeout", "How long to wait for a connection to the engine.")]
+FirstByteTimeoutOpt = Annotated[
+    float, _seconds("--first-byte-timeout", "How long to wait for the beginning of the engine's answer.")
+]
+IdleTimeoutOpt = Annotated[
+    float, _seconds("--idle-timeout", "How long to wait for the next piece of a body, from either side.")
+]
+DrainOpt = Annotated[
+    float, _seconds("--drain-seconds", "How long requests in flight may take after SIGTERM or Ctrl-C.")
+]
+AccessLogOpt = Annotated[bool, typer.Option("--access-log", help="Log every request.")]
+
+
+@command
+def serve(
+    session: Session,
+    engine_url: EngineUrlOpt,
+    engine: EngineOpt = "auto",
+    bundle: FromOpt = None,
+    base_model: EngineBaseOpt = None,
+    host: HostOpt = "127.0.0.1",
+    port: PortOpt = 8080,
+    access_log: AccessLogOpt = False,
+    token: TokenOpt = None,
+    token_file: TokenFileOpt = None,
+    no_token: NoTokenOpt = False,
+    engine_token: EngineTokenOpt = None,
+    adapters: AdaptersOpt = None,
+    adapters_size: AdaptersSizeOpt = None,
+    max_adapters: MaxAdaptersOpt = None,
+    max_waiting: MaxWaitingOpt = 64,
+    max_requests: MaxRequestsOpt = 512,
+    max_body: MaxBodyOpt = "64MiB",
+    connect_timeout: ConnectTimeoutOpt = 5.0,
+    first_byte_timeout: FirstByteTimeoutOpt = 600.0,
+    idle_timeout: IdleTimeoutOpt = 120.0,
+    drain_seconds: DrainOpt = 30.0,
+) -> None:
+    """Serve every task of the store, or of a bundle with --from, through an engine, as OpenAI's API does.
+
+    A request whose model is the name of a task gets that task's adapter: icm writes it when it is asked for the first
+    time, has the engine load it, and passes the request on. Everything else goes to the engine as it is. The engine is
+    vLLM or SGLang; `icm serve-config` prints how to start it. Its routes for administration are not reachable.
+
+    The address is printed when the server is ready. SIGTERM or Ctrl-C stop it once requests in flight have ended.
+
+    Example:
+      icm serve --engine-url http://127.0.0.1:8000
+    """
+    server = _server()
+    from icmlora.serving.folders import parse_bytes
+
+    settings = server.GatewaySettings(
+        engine_url=_address(engine_url),
+        engine=None if engine == "auto" else engine,
+        engine_token=engine_token or os.environ.get("ICM_ENGINE_TOKEN") or None,
+        base_model=base_model,
+        token=_token(token, token_file, no_token),
+        max_adapters=max_adapters,
+        max_requests=max_requests,
+        max_waiting=max_waiting,
+        connect_timeout=connect_timeout,
+        drain=drain_seconds,
+        limits=server.Limits(body=parse_bytes(max_body), first_byte=first_byte_timeout, idle=idle_timeout),
+        access_log=access_log,
+    )
+    tasks = _tasks(session, bundle, base_model)
+    with closing(_folders(adapters, adapters_size)) as folders, server.listen(host, port) as listening:
+        if settings.token is None and not no_token and not ip_address(listening.getsockname()[0]).is_loopback:
+            hint = "give clients a token with --token-file FILE, or say --no-token"
+            raise UsageProblem(f"anyone who reaches {host} could use the server", hint=hint)
+        _tell(session, listening, len(tasks.names()), settings.engine_url)
+        with _logging(session, access_log=access_log):
+            server.serve(listening, tasks, folders, settings)
+
+
+def _server() -> ModuleType:
+    """Import the gateway."""
+    try:
+        from icmlora.serving.gateway import server
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in (
+            "fastapi",
+            "httpx",
+            "prometheus_client",
+            "starlette",
+            "uvicorn",
+        ):
+            raise
+        fact = f"`icm serve` needs the package {error.name}, which is not installed"
+        raise CliError(fact, hint="install the extra: pip install 'icm-lora[serve]'") from error
+    return server
+
+
+def _tasks(session: Session, bundle: Path | None, base_model: str | None) -> ServedTasks:
+    """Open the source of tasks, and check that it can be read."""
+    from icmlora.fleet.context import check_base_model
+    from icmlora.serving.tasks import open_tasks
+
+    store = None if bundle is not None else session.settings.store.value
+    tasks = open_tasks(store, bundle, command=session.command, lock_timeout=session.settings.lock_timeout.value)
+    check_base_model(base_model, {name for names in tasks.base_models().values() for name in names})
+    return tasks
+
+
+def _address(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise UsageProblem(f"{url!r} is not an address", hint="write it as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")  # clients of OpenAI's API write it with /v1
+
+
+def _folders(root: Path | None, size: str | None) -> AdapterFolders:
+    from icmlora.serving.folders import AdapterFolders, default_root, parse_bytes
+
+    limit = None if size is None else parse_bytes(size)
+    return AdapterFolders(default_root("gateway") if root is None else root.resolve(), limit, alone=True)
+
+
+def _token(given: str | None, file: Path | None, none: bool) -> str | None:
+    """Return the token of clients, from where the user says it is."""
+    if sum((given is not None, file is not None, none)) > 1:
+        raise UsageProblem("--token, --token-file and --no-token exclude each other")
+    if none:
+        return None
+    if file is not None:
+        given = file.read_text(encoding="utf-8", errors="replace").strip()
+    elif given is None:
+        given = os.environ.get("ICM_SERVE_TOKEN") or None
+    if given is not None and not (given.isascii() and given.isprintable() and given and " " not in given):
+        raise UsageProblem("the token is not usable", hint="it has letters, digits and signs, and no spaces")
+    return given
+
+
+def _tell(session: Session, listening: socket, tasks: int, engine_url: str) -> None:
+    host, port = listening.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    session.out.event("listening", url=url, engine_url=engine_url, tasks_count=tasks)
+    session.out.note(f"serving {counted(tasks, 'task')} through the engine at {engine_url}")
+    session.out.answer(url)
+    sys.stdout.flush()
+
+
+@contextmanager
+def _logging(session: Session, *, access_log: bool) -> Iterator[None]:
+    """Write what the server logs to stderr, one line an event."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines(as_json=session.out.is_json))
+    level = logging.WARNING if session.out.is_quiet else logging.INFO
+    levels = {"icmlora": level, "uvicorn.error": logging.WARNING}
+    if access_log:
+        levels["uvicorn.access"] = logging.INFO
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, least in levels.items():
+        logging.getLogger(name).setLevel(least)
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+            logging.getLogger(name).removeHandler(handler)
+
+
+class _Lines(logging.Formatter):
+    """Time and message of a record; engines and clients have a part in messages, so they are escaped."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line, followed by the traceback of an unexpected error."""
+        when, message = utc(datetime.fromtimestamp(record.created, UTC)), record.getMessage()
+        trace = "" if record.exc_info is None else self.formatException(record.exc_info)
+        if self._as_json:
+            fields = {"type": "log", "time": when, "level": record.levelname.lower(), "message": message}
+            return json.dumps(fields | ({"traceback": trace} if trace else {}))
+        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return escape(f"{when} {mark}{message}") + (f"\n{escape_lines(trace)}" if trace else "")

@@ -1,0 +1,122 @@
+"""Which tasks an engine can serve: those of its own base model, with modules that this model has.
+
+An engine that finds none of an adapter's modules in its model answers as the base model does, without an error
+(vllm#34186, #48019). So names and widths are compared before an adapter is handed to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icmlora.adapter.layout import ModuleShape
+from icmlora.base_models.fingerprint import is_same_model
+from icmlora.base_models.lookup import FoundBase, find_base_model
+from icmlora.errors import BaseModelNotFound
+from icmlora.serving.tasks import ServedTask, ServedTasks
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_log = logging.getLogger(__name__)
+
+
+class EngineBase:
+    """The base model that an engine runs.
+
+    Args:
+        model: What the engine was started with: a name on a hub, or a folder.
+        tasks: The tasks that it may be asked for.
+        label: One of their base models, if the user says that this is it.
+    """
+
+    def __init__(self, model: str, tasks: ServedTasks, label: str | None = None) -> None:
+        self.model = model
+        self._tasks, self._label = tasks, label
+        self._same: dict[str, bool] = {}
+        self._lock = threading.Lock()
+
+    def problem(self, task: ServedTask) -> str | None:
+        """Say why the engine cannot serve a task, or return None if it can. The first call may read the base model."""
+        with self._lock:  # several threads ask, and the models are compared once
+            return self._problem(task)
+
+    def is_of(self, base_model: str) -> bool:
+        """Say whether the tasks of a base model are for the engine's model. The first call may read both."""
+        with self._lock:
+            return self._is_of(base_model)
+
+    def prepare(self) -> None:
+        """Do now what else the first task would wait for: read what modules the engine's model has."""
+        with self._lock:
+            _ = self._modules
+
+    def _problem(self, task: ServedTask) -> str | None:
+        if not self._is_of(task.base_model):
+            return (
+                f"task {task.name!r} is of base model {task.base_model!r}, and the engine runs {self.model!r}; "
+                "if they are the same, say so with ICM_BASE_MODEL (in `icm serve`: --base-model) and the former name"
+            )
+        misfit = None if self._modules is None else _misfit(self._modules, task.layout)
+        return None if misfit is None else f"task {task.name!r}: {misfit}"
+
+    def _is_of(self, base_model: str) -> bool:
+        if base_model not in self._same:
+            self._same[base_model] = self._compare(base_model)
+        return self._same[base_model]
+
+    def _compare(self, base_model: str) -> bool:
+        names = self._tasks.base_models().get(base_model, (base_model,))
+        if self._label is not None:
+            return self._label in names
+        if self.model in names:
+            return True
+        if self._found is None:
+            return False
+        try:
+            return is_same_model(self._tasks.locate(base_model), self._found)
+        except BaseModelNotFound:
+            return False
+
+    @cached_property
+    def _found(self) -> FoundBase | None:
+        try:
+            if Path(self.model).is_dir() or self._label is None:
+                return find_base_model(self.model)
+            return self._tasks.locate(self._label)
+        except BaseModelNotFound as error:
+            _log.warning("icm: %s; so the modules of adapters are not compared with it", error.message)
+            return None
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module] | None:
+        """The modules of the engine's model, by name; None if it is not on this machine."""
+        from icmlora.base_models.skeleton import load_skeleton  # imports transformers
+
+        if self._found is None:
+            return None
+        try:
+            return dict(load_skeleton(self._found).model.named_modules())
+        except BaseModelNotFound as error:
+            _log.warning("icm: %s; so the modules of adapters are not compared with it", error.message)
+            return None
+
+
+def _misfit(modules: dict[str, nn.Module], layout: tuple[ModuleShape, ...]) -> str | None:
+    """Say what of an adapter a model does not have."""
+    for shape in layout:
+        # transformers keeps the experts of a layer as one module; adapters name them one by one.
+        experts, is_expert, _ = shape.module.partition(".experts.")
+        found = modules.get(f"{experts}.experts" if is_expert else shape.module)
+        if found is None:
+            return f"the engine's model has no module {shape.module!r}"
+        weight = getattr(found, "weight", None)
+        if weight is None or weight.ndim != 2 or is_expert:
+            continue
+        widths = sorted((shape.inputs, shape.outputs))  # some layers keep their weight transposed
+        if sorted(weight.shape) != widths:
+            return f"{shape.module!r} has the shape {list(weight.shape)} in the engine's model, not {widths}"
+    return None

@@ -1,0 +1,189 @@
+"""Folders of written adapters, each under the digest of everything that it follows from.
+
+    ROOT/sha256-<64 hex>/     complete and never changed, or absent
+    ROOT/.lock                held shared while the folders are in use, alone to delete some
+
+An engine opens a folder again whenever it has dropped the adapter from its own memory, so nothing is deleted that a
+running process may have handed out. What can be written again need not survive a crash: by default the folders are in
+memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from icmlora.errors import DataError, FoldersInUse, FoldersUnusable, OutputExists
+from icmlora.io.staging import remove_all_abandoned
+from icmlora.io.text import escape, human_size
+from registry.filters import parse_size
+
+_NAME = re.compile(r"sha256-[0-9a-f]{64}")
+_MEMORY = Path("/dev/shm")  # noqa: S108  # a file system in memory; the folder below it is private
+_SHARE = 0.5
+"""Of the space that is free at the start, what folders may take unless a limit is given."""
+_PATIENCE = 5.0  # seconds
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes, as `1500`, `64MiB` or `2GB`; raises `DataError`."""
+    size = parse_size(text.strip())
+    if not size:
+        raise DataError(f"{escape(text, 40)!r} is not a size", hint="write 1500, 10MB, 10MiB or 10M")
+    return int(size)
+
+
+def default_root(purpose: str) -> Path:
+    """Return a private folder for a purpose such as "vllm", in memory where the system has a file system there."""
+    in_memory = _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK)
+    return (_MEMORY if in_memory else Path(tempfile.gettempdir())) / f"icm-{os.getuid()}" / purpose
+
+
+class AdapterFolders:
+    """The folders of one process. The methods may be called from several threads.
+
+    Args:
+        root: Where the folders are; it is created, readable by this user alone.
+        limit: Bytes that they may take; by default half of the space that is free.
+        alone: Keep other processes out, so that `discard` may delete, and what is there from before is left to the
+            caller: an engine may still use it. Else they may share the folders, and those used longest ago go now.
+
+    Raises:
+        FoldersInUse: Another process has them, and one of the two wants them alone.
+        FoldersUnusable: The folder is another user's, or a link.
+    """
+
+    def __init__(self, root: Path, limit: int | None = None, *, alone: bool = False) -> None:
+        self.root = root
+        self.alone = alone
+        self._locks: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+        _make_private(root)
+        self._lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            is_alone = _flock(self._lock, fcntl.LOCK_EX)
+            if alone and not is_alone:
+                raise _in_use(root)
+            remove_all_abandoned(root)
+            self.limit = int(shutil.disk_usage(root).free * _SHARE) if limit is None else limit
+            if not alone:
+                if is_alone:
+                    self._trim()
+                _share(self._lock, root)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._sizes = {folder.name: _size(folder) for folder in self._folders()}
+
+    def get(self, key: str, write: Callable[[Path], None]) -> Path:
+        """Return the folder of a key; `write` makes it if it is absent, once, however many ask.
+
+        Raises:
+            FoldersUnusable: There is no room below the limit for one more.
+        """
+        folder = self.root / f"sha256-{key}"
+        with self._one(key):
+            if folder.is_dir():
+                folder.touch()  # for the order in which folders are trimmed
+            else:
+                self._check_room()
+                try:
+                    write(folder)
+                except OutputExists:  # another process was faster
+                    if not folder.is_dir():
+                        raise
+            self._sizes.setdefault(folder.name, _size(folder))
+        return folder
+
+    def discard(self, key: str) -> None:
+        """Delete a folder that nobody uses any more; only for a process that has the folders alone."""
+        assert self.alone
+        with self._one(key):
+            shutil.rmtree(self.root / f"sha256-{key}", ignore_errors=True)
+            self._sizes.pop(f"sha256-{key}", None)
+
+    def keys(self) -> list[str]:
+        """Return the keys of the folders that are there."""
+        return [name.removeprefix("sha256-") for name in list(self._sizes)]
+
+    def size_of(self, key: str) -> int:
+        """Return the bytes of a folder; 0 if it is not there."""
+        return self._sizes.get(f"sha256-{key}", 0)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the folders take, as far as this process knows."""
+        return sum(list(self._sizes.values()))
+
+    def close(self) -> None:
+        """Let go of the folders; they stay, and the next process finds them."""
+        os.close(self._lock)
+
+    def _check_room(self) -> None:
+        if self.size >= self.limit:
+            fact = f"the written adapters take {human_size(self.size)}, and the limit is {human_size(self.limit)}"
+            raise FoldersUnusable(fact, path=self.root, hint="raise the limit, or restart the server to begin anew")
+
+    def _trim(self) -> None:
+        """Delete the folders that were used longest ago, until half of the limit is free again."""
+        folders = sorted(self._folders(), key=lambda folder: folder.stat().st_mtime_ns)
+        total = sum(map(_size, folders))
+        for folder in folders:
+            if total <= self.limit // 2:
+                return
+            total -= _size(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        return [entry for entry in self.root.iterdir() if _NAME.fullmatch(entry.name)]
+
+    @contextmanager
+    def _one(self, key: str) -> Iterator[None]:
+        with self._guard:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            yield
+
+
+def _make_private(root: Path) -> None:
+    """Make a folder for this user alone; refuse one that someone else put there, as they can in shared memory."""
+    for place in (root.parent, root):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = root.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise FoldersUnusable("is not a folder of this user", path=root, hint="name another folder for the adapters")
+    root.chmod(0o700)
+
+
+def _flock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _share(descriptor: int, root: Path) -> None:
+    """Take the lock together with others; one that begins at the same moment has it alone for an instant."""
+    until = time.monotonic() + _PATIENCE
+    while not _flock(descriptor, fcntl.LOCK_SH):
+        if time.monotonic() > until:
+            raise _in_use(root)
+        time.sleep(0.05)
+
+
+def _in_use(root: Path) -> FoldersInUse:
+    return FoldersInUse("another server uses these folders", path=root, hint="stop it, or name another folder")
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

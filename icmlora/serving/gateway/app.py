@@ -1,0 +1,229 @@
+"""The routes of the gateway: which there are, who may use them, and what an answer that is not the engine's looks like.
+
+A route that is not listed here does not exist, whatever the engine has: its routes for loading adapters, replacing
+weights, sleeping and profiling are for those who run it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping
+from hashlib import sha256
+from hmac import compare_digest
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from icmlora.serving.gateway.connection import Connection
+from icmlora.serving.gateway.engines import Card
+from icmlora.serving.gateway.forward import ClientGone, CutShort, Forwarder, Message, Receive, Scope, Send
+from icmlora.serving.gateway.metrics import CONTENT_TYPE, Metrics
+from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.gateway.residency import Residency
+from registry.errors import IcmError
+
+PASSED_ON = frozenset(
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"),
+        *("/v1/messages", "/v1/messages/count_tokens"),
+        *("/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank"),
+        *("/classify", "/v1/classify", "/pooling", "/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"),
+    }
+)
+"""Routes for POST that are passed on to the engine: whoever may ask a model may use them."""
+_OWN = frozenset({"/healthz", "/readyz", "/metrics", "/v1/models"})
+"""Routes that the gateway answers itself, for counting."""
+_RESPONSE = re.compile(r"/v1/responses/[A-Za-z0-9_-]{1,128}(/cancel)?")
+_OPEN = frozenset({"/healthz", "/readyz"})
+"""Routes without a token: those who watch a server have none, and learn nothing but whether it works."""
+_MODELS_AGE = 5.0  # seconds for which the list of models is not made again
+_READY_AGE = 1.0  # seconds
+
+_log = logging.getLogger(__name__)
+
+
+class GatewayApp:
+    """The gateway as an ASGI application.
+
+    Args:
+        forwarder: What passes requests on.
+        connection: The engine.
+        residency: The adapters in it.
+        metrics: What is counted.
+        token: What clients must know; None for nothing.
+        max_requests: How many requests may be in work.
+    """
+
+    def __init__(
+        self,
+        forwarder: Forwarder,
+        connection: Connection,
+        residency: Residency,
+        metrics: Metrics,
+        *,
+        token: str | None,
+        max_requests: int,
+    ) -> None:
+        self._forwarder, self._metrics = forwarder, metrics
+        self._token = None if token is None else sha256(token.encode()).digest()
+        self._max_requests, self._requests = max_requests, 0
+        self._own = _OwnRoutes(connection, residency, metrics)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return  # there are no websockets
+        answered = _Answered(send)
+        try:
+            await self._answer(scope, receive, answered)
+        except Problem as problem:
+            self._metrics.problems.labels(problem.code).inc()
+            await answered.tell(problem)
+        except ClientGone:
+            answered.status = answered.status or 499  # as nginx counts them
+        except CutShort as cut:
+            self._metrics.problems.labels(str(cut)).inc()
+        except asyncio.CancelledError:  # the server stops, and has waited long enough
+            await answered.tell(Problem(503, "The gateway is stopping.", "stopping"))
+        except Exception:
+            _log.exception("unexpected error")
+            await answered.tell(Problem(500, "The gateway failed; its log has more.", "gateway_failed"))
+        finally:
+            path = scope["path"]
+            route = path if path in PASSED_ON or path in _OWN else "other"
+            self._metrics.requests.labels(route, str(answered.status)).inc()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in _OPEN:
+            self._check_token(dict(scope["headers"]).get(b"authorization", b""))
+        target = _passed_on(scope["method"], scope["path"])
+        if target is None:
+            await self._own.app(scope, receive, send)
+            return
+        if self._requests >= self._max_requests:
+            message = f"The gateway has {self._max_requests} requests in work; try again soon."
+            raise Problem(503, message, "too_many_requests", retry_after=1)
+        self._requests += 1
+        self._metrics.in_flight.set(self._requests)
+        try:
+            await self._forwarder.answer(scope, receive, send, target)
+        finally:
+            self._requests -= 1
+            self._metrics.in_flight.set(self._requests)
+
+    def _check_token(self, given: bytes) -> None:
+        if self._token is None:
+            return
+        kind, _, token = given.partition(b" ")
+        # Digests have one length, so that comparing them takes the same time for all.
+        if not compare_digest(sha256(token.strip()).digest(), self._token) or kind.lower() != b"bearer":
+            raise Problem(401, "The request has no valid token (Authorization: Bearer TOKEN).", "invalid_api_key")
+
+
+class _OwnRoutes:
+    """The routes that the gateway answers itself."""
+
+    def __init__(self, connection: Connection, residency: Residency, metrics: Metrics) -> None:
+        self._connection, self._residency, self._metrics = connection, residency, metrics
+        self._models: tuple[float, Mapping[str, Card], bytes] | None = None
+        self._making = asyncio.Lock()
+        self._started = int(time.time())
+        self.app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+        self.app.get("/healthz")(self._healthz)
+        self.app.get("/readyz")(self._readyz)
+        self.app.get("/metrics")(self._show_metrics)
+        self.app.get("/v1/models")(self._list_models)
+        self.app.get("/v1/models/{model:path}")(self._show_model)
+        self.app.add_exception_handler(HTTPException, self._unknown_route)
+        self.app.add_exception_handler(Problem, self._problem)
+
+    async def _healthz(self) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _readyz(self) -> Response:
+        try:
+            await self._connection.listing(_READY_AGE)
+        except Problem as problem:
+            raise Problem(503, problem.message, problem.code) from problem
+        return JSONResponse({"status": "ready"})
+
+    async def _show_metrics(self) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    async def _list_models(self) -> Response:
+        return Response((await self._all_models())[1], media_type="application/json")
+
+    async def _show_model(self, model: str) -> Response:
+        card = (await self._all_models())[0].get(model)
+        if card is None:
+            raise Problem(404, f"The model {model[:200]!r} does not exist.", "model_not_found")
+        return JSONResponse(dict(card))
+
+    async def _all_models(self) -> tuple[Mapping[str, Card], bytes]:
+        """Return what the engine serves by itself, and all tasks of its base model: by name, and as JSON."""
+        async with self._making:
+            if self._models is None or time.monotonic() - self._models[0] > _MODELS_AGE:
+                cards = await self._make_cards()
+                # A fleet of 20,000 tasks is 2.5 MB of JSON.
+                data = await asyncio.to_thread(lambda: json.dumps({"object": "list", "data": [*cards.values()]}))
+                self._models = time.monotonic(), cards, data.encode()
+            return self._models[1:]
+
+    async def _make_cards(self) -> Mapping[str, Card]:
+        listing = await self._connection.listing(_MODELS_AGE)
+        try:
+            names = await self._connection.names()
+        except IcmError as error:
+            raise Problem(503, f"The tasks cannot be read: {error.message}", "store_unavailable") from error
+        fields = {"object": "model", "created": self._started, "owned_by": "icm", "parent": listing.base}
+        tasks = {name: {"id": name, **fields, "root": name} for name in names}
+        own = (card for card in listing.cards if not card.get("parent") or self._residency.is_own(listing, card["id"]))
+        return {**{str(card["id"]): card for card in own}, **tasks}
+
+    async def _unknown_route(self, request: Request, error: Exception) -> Response:
+        message = f"The gateway has no route {request.method} {request.url.path[:200]}."
+        return await self._problem(request, Problem(404, message, "unknown_route"))
+
+    async def _problem(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, Problem)
+        self._metrics.problems.labels(error.code).inc()
+        headers = {name.decode(): value.decode() for name, value in error.headers()}
+        return Response(error.body(), error.status, headers)
+
+
+class _Answered:
+    """Sends an answer and notes its status."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
+
+    async def tell(self, problem: Problem) -> None:
+        """Answer with a problem, unless the answer has begun: then the server closes the connection."""
+        if not self.status:
+            body = problem.body()
+            length = (b"content-length", str(len(body)).encode())
+            await self(
+                {"type": "http.response.start", "status": problem.status, "headers": [*problem.headers(), length]}
+            )
+            await self({"type": "http.response.body", "body": body})
+
+
+def _passed_on(method: str, path: str) -> str | None:
+    """Return the engine's route for a request, or None if it is not for the engine."""
+    if method == "POST" and path in PASSED_ON:
+        return path
+    found = _RESPONSE.fullmatch(path)
+    if found is not None and method == ("POST" if found[1] else "GET"):
+        return path
+    return None

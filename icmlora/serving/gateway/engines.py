@@ -1,0 +1,244 @@
+"""The two dialects in which an engine is asked to list, load and unload adapters.
+
+vLLM      POST /v1/load_lora_adapter, /v1/unload_lora_adapter; a request names the adapter as its model
+SGLang    POST /load_lora_adapter, /unload_lora_adapter; a request names BASE:ADAPTER
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx
+
+from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.requirements import EngineName
+
+Body = dict[str, Any]
+Card = Mapping[str, Any]
+
+_LONGEST_REASON = 500  # characters of an engine's error that are passed on
+_LOAD_TIMEOUT = 120.0  # seconds for an engine to load or unload an adapter
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What an engine says that it serves.
+
+    Attributes:
+        base: The name under which clients ask for its base model.
+        model: What it was started with: a name on a hub, or a folder.
+        cards: Everything it lists, as it does.
+        adapters: Where each loaded adapter came from, by name.
+    """
+
+    base: str
+    model: str
+    cards: tuple[Card, ...]
+    adapters: Mapping[str, str]
+
+    @cached_property
+    def bases(self) -> frozenset[str]:
+        """All names of the base model."""
+        return frozenset(str(card["id"]) for card in self.cards if not card.get("parent"))
+
+
+class Engine(ABC):
+    """An engine that is asked over HTTP.
+
+    Args:
+        client: A client whose base URL is the engine's, and which has its token and time limits.
+    """
+
+    name: ClassVar[EngineName]
+    forgot_status: ClassVar[int]
+    """What the engine answers with when it has no adapter of the name that was asked for."""
+    forgot_word: ClassVar[bytes]
+    """What that answer has in it, in lower case."""
+    unloads_at_once: ClassVar[bool]
+    """Whether it unloads an adapter while requests run on it, and lets them end."""
+    _load_route: ClassVar[str]
+    _unload_route: ClassVar[str]
+    _hint: ClassVar[str]
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    @abstractmethod
+    def adapter_name(self, task: str, key: str) -> str:
+        """Return the name under which a version of a task is loaded."""
+
+    @abstractmethod
+    def task_of(self, model: str, base: str) -> str:
+        """Return the task that a request's model names."""
+
+    @abstractmethod
+    def addressed(self, body: Body, adapter: str, base: str) -> bytes | None:
+        """Return the body that asks for a loaded adapter; None if it is the body as the client sent it."""
+
+    @abstractmethod
+    def takes_unknown(self, model: str) -> bool:
+        """Say whether a request for a model that is neither listed nor a task is for the engine to answer."""
+
+    async def listing(self) -> Listing:
+        """Ask what the engine serves."""
+        cards = await list_models(self._client)
+        bases = [card for card in cards if not card.get("parent")]
+        if not bases:
+            raise Problem(502, "The engine lists no base model.", "engine_invalid")
+        base = str(bases[0]["id"])
+        adapters = {str(card["id"]): str(card.get("root") or "") for card in cards if card.get("parent")}
+        return Listing(base, await self._model(bases[0]), tuple(cards), adapters)
+
+    async def load(self, adapter: str, folder: Path) -> None:
+        """Have the engine load an adapter."""
+        answer = await self._tell(self._load_route, {"lora_name": adapter, "lora_path": str(folder)})
+        if answer.status_code == 404 and not _reason(answer, ""):
+            raise Problem(502, f"The engine has no route {self._load_route}: {self._hint}.", "engine_not_prepared")
+        if answer.status_code != 200:
+            reason = _reason(answer, f"status {answer.status_code}")
+            raise Problem(502, f"The engine refused to load the adapter: {reason}", "engine_refused_adapter")
+
+    async def unload(self, adapter: str) -> None:
+        """Have the engine forget an adapter; that it has none of this name is as good."""
+        answer = await self._tell(self._unload_route, {"lora_name": adapter})
+        if answer.status_code == 200:
+            return
+        if adapter in (await self.listing()).adapters:
+            reason = _reason(answer, f"status {answer.status_code}")
+            raise Problem(502, f"The engine refused to unload an adapter: {reason}", "engine_refused_unload")
+
+    async def _model(self, card: Card) -> str:
+        return str(card.get("root") or card["id"])
+
+    async def _tell(self, route: str, fields: Mapping[str, object]) -> httpx.Response:
+        timeout = httpx.Timeout(_LOAD_TIMEOUT, connect=self._client.timeout.connect)
+        return await ask(self._client, "POST", route, json=fields, timeout=timeout)
+
+
+class VllmEngine(Engine):
+    """vLLM. An adapter that it unloads stays in its memory for the requests that run on it."""
+
+    name = "vllm"
+    forgot_status, forgot_word = 404, b""
+    unloads_at_once = True
+    _load_route, _unload_route = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    _hint = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+
+    def adapter_name(self, task: str, key: str) -> str:
+        """Return the task's name: clients' requests are passed on as they are."""
+        return task
+
+    def task_of(self, model: str, base: str) -> str:
+        """Return the model."""
+        return model
+
+    def addressed(self, body: Body, adapter: str, base: str) -> bytes | None:
+        """Return None: the request names the adapter already."""
+        return None
+
+    def takes_unknown(self, model: str) -> bool:
+        """Return True: it answers with 404."""
+        return True
+
+
+class SglangEngine(Engine):
+    """SGLang. It unloads an adapter only after the requests that run on it, so each version has a name of its own."""
+
+    name = "sglang"
+    forgot_status, forgot_word = 400, b"lora"
+    unloads_at_once = False
+    _load_route, _unload_route = "/load_lora_adapter", "/unload_lora_adapter"
+    _hint = "start SGLang with --enable-lora"
+
+    def adapter_name(self, task: str, key: str) -> str:
+        """Return the task's name with the beginning of its key."""
+        return f"{task}@{key[:12]}"
+
+    def task_of(self, model: str, base: str) -> str:
+        """Return what follows the base model in BASE:TASK, else the model."""
+        return model.removeprefix(f"{base}:")
+
+    def addressed(self, body: Body, adapter: str, base: str) -> bytes | None:
+        """Return the body with BASE:ADAPTER as its model."""
+        return json.dumps(body | {"model": f"{base}:{adapter}"}).encode()
+
+    def takes_unknown(self, model: str) -> bool:
+        """Return whether it is its word for the base model. To any other it answers with the base model, too."""
+        return model == "default"
+
+    async def _model(self, card: Card) -> str:
+        answer = await ask(self._client, "GET", "/model_info")
+        found = _json(answer) if answer.status_code == 200 else None
+        path = found.get("model_path") if isinstance(found, dict) else None
+        return path if isinstance(path, str) else await super()._model(card)
+
+
+_ENGINES: Mapping[EngineName, type[Engine]] = {"vllm": VllmEngine, "sglang": SglangEngine}
+
+
+async def connect(client: httpx.AsyncClient, name: EngineName | None) -> Engine:
+    """Return the engine at the client's URL; without a name, the engine itself says which one it is."""
+    if name is None:
+        owners = {card.get("owned_by") for card in await list_models(client) if not card.get("parent")}
+        name = next((known for known in _ENGINES if known in owners), None)
+    if name is None:
+        raise Problem(502, "The engine says neither that it is vLLM nor that it is SGLang.", "engine_unknown")
+    return _ENGINES[name](client)
+
+
+async def list_models(client: httpx.AsyncClient) -> list[Card]:
+    """Ask an engine for its list of models."""
+    answer = await ask(client, "GET", "/v1/models")
+    if answer.status_code in (401, 403):
+        raise Problem(502, "The engine refused the gateway's token.", "engine_refused_token")
+    found = _json(answer) if answer.status_code == 200 else None
+    cards = found.get("data") if isinstance(found, dict) else None
+    if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
+        message = f"The engine does not list its models (status {answer.status_code})."
+        raise Problem(502, message, "engine_invalid")
+    return cards
+
+
+async def ask(client: httpx.AsyncClient, method: str, path: str, **options: Any) -> httpx.Response:
+    """Send one of the gateway's own requests to the engine."""
+    try:
+        return await client.request(method, path, **options)
+    except httpx.HTTPError as error:
+        raise unreachable(error) from error
+
+
+def unreachable(error: Exception) -> Problem:
+    """Describe why a request got no answer from the engine."""
+    if isinstance(error, TimeoutError | httpx.TimeoutException):
+        return Problem(504, "The engine did not answer in time.", "engine_timeout")
+    if isinstance(error, httpx.ConnectError):
+        return Problem(502, "The engine cannot be reached.", "engine_unreachable", retry_after=5)
+    return Problem(502, "The engine closed the connection without an answer.", "engine_died", retry_after=5)
+
+
+def _json(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except (ValueError, RecursionError):
+        return None
+
+
+def _reason(answer: httpx.Response, otherwise: str) -> str:
+    """Return the message of an engine's error, in any of the shapes that engines give it."""
+    found = _json(answer)
+    fields = found if isinstance(found, dict) else {}
+    inner = fields.get("error")
+    places = [
+        inner.get("message") if isinstance(inner, dict) else inner,
+        fields.get("message"),
+        fields.get("error_message"),
+    ]
+    return next(
+        (text.strip()[:_LONGEST_REASON] for text in places if isinstance(text, str) and text.strip()), otherwise
+    )

@@ -1,0 +1,350 @@
+"""Pass one request on to the engine, and its answer back, as the bytes come.
+
+The body of a request is read whole, since its "model" decides what happens, and since it is sent again if the engine
+turns out to have forgotten the adapter. The answer is never held back: a chunk is read from the engine when the one
+before it was taken by the client. A client that leaves takes the engine's request with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import httpx
+
+from icmlora.serving.gateway.catalogue import Catalogue
+from icmlora.serving.gateway.connection import Connection
+from icmlora.serving.gateway.engines import Body, Engine, unreachable
+from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.gateway.residency import Residency, Resident
+from icmlora.serving.tasks import ServedTask
+from registry.errors import IcmError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+_OF_ONE_HOP = frozenset(
+    {
+        *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"),
+        *(b"te", b"trailer", b"transfer-encoding", b"upgrade"),
+    }
+)
+_SET_ANEW = frozenset({b"host", b"content-length", b"expect"})
+_RECENT = 1.0  # seconds
+_LARGEST_ERROR = 1 << 20  # bytes of an engine's refusal that are looked at
+
+_log = logging.getLogger(__name__)
+
+
+class ClientGone(Exception):
+    """The client closed the connection, or does not read the answer."""
+
+
+class CutShort(Exception):
+    """An answer that had begun cannot be completed; the connection is to be closed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may take.
+
+    Attributes:
+        body: Bytes of its body.
+        first_byte: Seconds until the engine's answer begins.
+        idle: Seconds between two pieces of a body, in either direction.
+    """
+
+    body: int = 64 << 20
+    first_byte: float = 600.0
+    idle: float = 120.0
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Whom a request is for.
+
+    Attributes:
+        base: The engine's name of its base model.
+        name: The adapter, if it is for one that the engine has itself, or for a task; else the engine decides.
+        task: The task.
+    """
+
+    base: str
+    name: str | None = None
+    task: ServedTask | None = None
+
+
+class Forwarder:
+    """Passes requests on.
+
+    Args:
+        client: What requests go through; its base URL is the engine's.
+        connection: The engine.
+        catalogue: The tasks.
+        residency: Their adapters in the engine.
+        limits: What a request may take.
+        own_authorization: The `authorization` header for the engine, in place of the client's. Empty: the engine gets
+            none; None: it gets the client's.
+    """
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        connection: Connection,
+        catalogue: Catalogue,
+        residency: Residency,
+        limits: Limits,
+        own_authorization: bytes | None,
+    ) -> None:
+        self._client, self._connection = client, connection
+        self._catalogue, self._residency = catalogue, residency
+        self._limits, self._own_authorization = limits, own_authorization
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
+        """Answer a request with the engine's answer to `path`.
+
+        Raises:
+            Problem: There is none, and nothing was sent yet.
+            ClientGone: The client did not wait for it.
+            CutShort: It broke off.
+        """
+        body = await self._body(receive)
+        url = self._url(path, scope["query_string"])
+        request = httpx.Request(scope["method"], url, headers=self._headers(scope["headers"]), content=body)
+        sending = _Sending(send)
+        await _while_connected(receive, sending, self._respond(request, body, sending))
+
+    async def _respond(self, request: httpx.Request, body: bytes, send: Send) -> None:
+        if request.method == "GET" or request.url.path.endswith("/cancel"):  # of the Responses API: no model is named
+            async with self._sent(request) as response:
+                return await self._relay(response, send)
+        fields = parse_body(body)
+        if await self._attempt(request, fields, send, is_last=False):
+            await self._attempt(request, fields, send, is_last=True)
+
+    async def _attempt(self, request: httpx.Request, fields: Body, send: Send, *, is_last: bool) -> bool:
+        """Send the request for its task; return whether to do so again, because the engine forgot the adapter."""
+        engine = await self._connection.engine()
+        target = await self._target(engine, fields)
+        async with self._using(target.task) as resident:
+            adapter = target.name if resident is None else resident.adapter
+            asked = _addressed(request, engine.addressed(fields, adapter, target.base) if adapter else None)
+            async with self._sent(asked) as response:
+                if is_last or resident is None or response.status_code != engine.forgot_status:
+                    await self._relay(response, send)
+                    return False
+                refusal = await self._read(response)
+                if engine.forgot_word not in refusal.lower() or not await self._residency.forgot(resident):
+                    await self._relay(response, send, refusal)
+                    return False
+        return True
+
+    async def _target(self, engine: Engine, fields: Body) -> _Target:
+        """Find out whom the model of a request names."""
+        listing, model = await self._connection.listing(max_age=float("inf")), fields.get("model")
+        if not isinstance(model, str) or not model or model in listing.bases:
+            return _Target(listing.base)
+        name = engine.task_of(model, listing.base)
+        if self._residency.is_own(listing, name):
+            return _Target(listing.base, name)
+        if (task := await self._find(name)) is not None:
+            return _Target(listing.base, name, task)
+        if self._residency.has(name):
+            await self._residency.remove(name)
+        if engine.takes_unknown(name):
+            return _Target(listing.base)
+        if self._residency.is_own(await self._connection.listing(_RECENT), name):  # somebody has loaded it since
+            return _Target(listing.base, name)
+        raise Problem(404, f"The model {name[:200]!r} does not exist.", "model_not_found")
+
+    async def _find(self, name: str) -> ServedTask | None:
+        try:
+            return await self._catalogue.find(name)
+        except (IcmError, OSError) as error:
+            message = error.message if isinstance(error, IcmError) else error.strerror
+            _log.warning("cannot look for a task: %s", message)
+            raise Problem(503, f"The tasks cannot be read: {message}", "store_unavailable", retry_after=5) from error
+
+    @asynccontextmanager
+    async def _using(self, task: ServedTask | None) -> AsyncIterator[Resident | None]:
+        if task is None:
+            yield None
+            return
+        async with self._residency.using(task) as resident:
+            yield resident
+
+    @asynccontextmanager
+    async def _sent(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
+        """Send a request, and close its answer after the block however far it was read."""
+        try:
+            async with asyncio.timeout(self._limits.first_byte):
+                response = await self._client.send(request, stream=True)
+        except (httpx.HTTPError, TimeoutError) as error:
+            problem = unreachable(error)
+            if problem.status == 502:
+                self._connection.lost()
+            _log.warning("%s (%s)", problem.message, str(error) or type(error).__name__)
+            raise problem from error
+        try:
+            if not 200 <= response.status_code < 600:
+                raise Problem(502, f"The engine answered with status {response.status_code}.", "engine_invalid")
+            yield response
+        finally:
+            await response.aclose()
+
+    async def _relay(self, response: httpx.Response, send: Send, begin: bytes = b"") -> None:
+        """Send an answer to the client, piece by piece."""
+        is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+        headers = [(name, value) for name, value in response.headers.raw if name.lower() not in _dropped(response)]
+        await self._to_client(send, {"type": "http.response.start", "status": response.status_code, "headers": headers})
+        if begin:
+            await self._to_client(send, {"type": "http.response.body", "body": begin, "more_body": True})
+        if not response.is_stream_consumed:
+            pieces, limit, last = response.aiter_raw(), self._limits.first_byte, b"\n\n"
+            while True:
+                try:
+                    async with asyncio.timeout(limit):
+                        piece = await anext(pieces, None)
+                except (httpx.HTTPError, TimeoutError) as error:
+                    await self._break_off(send, error, is_stream=is_stream, last=last)
+                if piece is None:
+                    break
+                await self._to_client(send, {"type": "http.response.body", "body": piece, "more_body": True})
+                limit, last = self._limits.idle, piece[-2:]
+        await self._to_client(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _break_off(self, send: Send, error: Exception, *, is_stream: bool, last: bytes) -> NoReturn:
+        """End an answer that the engine did not complete: nobody must take what is there for all of it."""
+        if isinstance(error, TimeoutError):
+            problem = Problem(504, "The engine stopped in the middle of its answer.", "engine_timeout")
+        else:
+            self._connection.lost()
+            problem = Problem(502, "The engine closed the connection in the middle of its answer.", "engine_died")
+        _log.warning("%s", problem.message)
+        if is_stream:
+            event = problem.event() if last == b"\n\n" else b"\n\n" + problem.event()
+            await self._to_client(send, {"type": "http.response.body", "body": event, "more_body": True})
+        raise CutShort(problem.code) from error
+
+    async def _to_client(self, send: Send, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._limits.idle):
+                await send(message)
+        except TimeoutError as error:
+            raise ClientGone("the client does not read the answer") from error
+
+    async def _read(self, response: httpx.Response) -> bytes:
+        """Read a refusal to its end."""
+        data = b""
+        try:
+            async with asyncio.timeout(self._limits.idle):
+                async for piece in response.aiter_raw():
+                    data += piece
+                    if len(data) > _LARGEST_ERROR:
+                        raise Problem(502, "The engine's refusal has no end.", "engine_invalid")
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise unreachable(error) from error
+        return data
+
+    def _url(self, path: str, query: bytes) -> httpx.URL:
+        """Return the engine's URL of a route: never the path that the client wrote."""
+        base = self._client.base_url
+        raw_path = base.raw_path.rstrip(b"/") + path.encode() + (b"?" + query if query else b"")
+        try:
+            return base.copy_with(raw_path=raw_path)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise Problem(400, "The URL is not valid.", "invalid_url") from error
+
+    async def _body(self, receive: Receive) -> bytes:
+        data = bytearray()
+        while True:
+            try:
+                async with asyncio.timeout(self._limits.idle):
+                    message = await receive()
+            except TimeoutError as error:
+                raise Problem(408, "The request's body did not arrive in time.", "request_timeout") from error
+            if message["type"] == "http.disconnect":
+                raise ClientGone("the client closed the connection")
+            data += message.get("body", b"")
+            if len(data) > self._limits.body:
+                raise Problem(413, f"The body has more than {self._limits.body:,} bytes.", "body_too_large")
+            if not message.get("more_body", False):
+                return bytes(data)
+
+    def _headers(self, headers: Headers) -> Headers:
+        dropped = _OF_ONE_HOP | _SET_ANEW | _named_by_connection(headers)
+        kept = [(name, value) for name, value in headers if name.lower() not in dropped]
+        if self._own_authorization is None:
+            return kept
+        kept = [(name, value) for name, value in kept if name.lower() != b"authorization"]
+        return [*kept, (b"authorization", self._own_authorization)] if self._own_authorization else kept
+
+
+def parse_body(body: bytes) -> Body:
+    """Read the body of a request as a JSON object."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, json.JSONDecodeError) else "it cannot be read"
+        raise Problem(400, f"The body is not JSON: {reason}", "invalid_json") from error
+    if not isinstance(fields, dict):
+        raise Problem(400, "The body is not a JSON object.", "invalid_json")
+    return fields
+
+
+class _Sending:
+    """Sends an answer, and knows when all of it was sent."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.is_complete = False
+
+    async def __call__(self, message: Message) -> None:
+        self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await self._send(message)
+
+
+async def _while_connected(receive: Receive, sending: _Sending, work: Awaitable[None]) -> None:
+    """Do some work unless the client leaves before it is done."""
+    # After a complete answer the server also says that the client is gone.
+    job, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not job.done() and not sending.is_complete:
+            raise ClientGone("the client closed the connection")
+        await job
+    finally:
+        job.cancel()
+        gone.cancel()
+        await asyncio.gather(job, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _addressed(request: httpx.Request, body: bytes | None) -> httpx.Request:
+    """Return a request with another body; the same if there is none."""
+    if body is None:
+        return request
+    headers = [(name, value) for name, value in request.headers.raw if name.lower() != b"content-length"]
+    return httpx.Request(request.method, request.url, headers=headers, content=body)
+
+
+def _dropped(response: httpx.Response) -> frozenset[bytes]:
+    return _OF_ONE_HOP | _named_by_connection(response.headers.raw)
+
+
+def _named_by_connection(headers: Headers) -> frozenset[bytes]:
+    """Return the headers that a `connection` header keeps to one hop."""
+    values = [value for name, value in headers if name.lower() == b"connection"]
+    return frozenset(part.strip().lower() for value in values for part in value.split(b","))

@@ -1,0 +1,45 @@
+"""What the gateway itself answers when a request cannot be passed on, in the shape of OpenAI's errors."""
+
+from __future__ import annotations
+
+import json
+
+JSON_TYPE = (b"content-type", b"application/json")
+
+
+class Problem(Exception):
+    """An answer other than the engine's.
+
+    Args:
+        status: HTTP status.
+        message: One sentence, for the client.
+        code: A short stable word for the reason.
+        retry_after: Seconds after which it may work.
+    """
+
+    def __init__(self, status: int, message: str, code: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+        self.retry_after = retry_after
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers of the answer."""
+        headers = [JSON_TYPE]
+        if self.retry_after is not None:
+            headers.append((b"retry-after", str(self.retry_after).encode()))
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        return headers
+
+    def body(self) -> bytes:
+        """Return the answer as JSON."""
+        return json.dumps(self._fields()).encode()
+
+    def event(self) -> bytes:
+        """Return the answer as the last event of a stream."""
+        return b"event: error\ndata: " + self.body() + b"\n\n"
+
+    def _fields(self) -> dict[str, object]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        return {"type": "error", "error": error}  # the outer "type" is for clients of /v1/messages

@@ -1,0 +1,425 @@
+"""The adapters that the engine has loaded: which ones, who uses them, and who goes when there is no room.
+
+    absent --written, loaded--> resident --least recently used, idle--> unloaded, then deleted
+                                   |
+                                   `--its task was replaced--> retired: serves what is in flight, then deleted
+
+Only one adapter at a time is brought in or out, under a lock: the engine's list and this one cannot drift apart
+meanwhile, and writing takes a processor anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from icmlora.errors import FoldersUnusable
+from icmlora.io.strict_json import parse_object
+from icmlora.io.text import human_size
+from icmlora.serving.folders import AdapterFolders
+from icmlora.serving.gateway.connection import Connection
+from icmlora.serving.gateway.engines import Engine, Listing
+from icmlora.serving.gateway.metrics import Metrics
+from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.requirements import config_problem
+from icmlora.serving.tasks import ServedTask, ServedTasks
+from registry.errors import IcmError, StoreLocked
+
+_LINGER = 5.0
+"""Seconds that an adapter counts as in use after a request that was cut short: the engine may still run it."""
+_REMEMBERED = 5.0
+"""Seconds for which a failure of a task is not tried again."""
+_LASTING = frozenset({"adapter_unavailable", "adapter_unsuited", "engine_refused_adapter", "engine_lied"})
+_PATIENCE = 10.0
+"""Seconds that a task waits for room while all adapters are in use."""
+_ATTEMPTS = 3  # at writing a task that is being replaced
+
+_log = logging.getLogger(__name__)
+R = TypeVar("R")
+
+
+@dataclass(eq=False)
+class Resident:
+    """One version of a task that the engine has loaded.
+
+    Attributes:
+        task: The name of the task.
+        key: The key of this version.
+        adapter: The name under which the engine has it.
+        folder: Where it is.
+        uses: Requests in flight.
+        known: Whether the engine has it, as far as is known.
+    """
+
+    task: str
+    key: str
+    adapter: str
+    folder: Path
+    uses: int = 0
+    known: bool = True
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A task that is being brought in, and those who wait for it."""
+
+    job: asyncio.Task[Resident | None]
+    waiting: int = 0
+    landed: Resident | None = None
+
+
+class Residency:
+    """The adapters of one engine.
+
+    Args:
+        connection: The engine.
+        tasks: Where adapters come from.
+        folders: Where they are written.
+        threads: Where that is done.
+        metrics: What is counted.
+        max_adapters: How many may be loaded; None for as many as the folders hold.
+        max_waiting: How many tasks may wait to be brought in.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        tasks: ServedTasks,
+        folders: AdapterFolders,
+        threads: ThreadPoolExecutor,
+        metrics: Metrics,
+        *,
+        max_adapters: int | None,
+        max_waiting: int,
+    ) -> None:
+        self._connection, self._tasks, self._folders = connection, tasks, folders
+        self._threads, self._metrics = threads, metrics
+        self._max_adapters, self._max_waiting = max_adapters, max_waiting
+        self._loaded: OrderedDict[str, Resident] = OrderedDict()  # by task, least recently used first
+        self._retired: set[Resident] = set()
+        self._flights: dict[str, _Flight] = {}
+        self._failures: dict[tuple[str, str], tuple[float, Problem]] = {}
+        self._jobs: set[asyncio.Task[Any]] = set()
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()  # an adapter is no longer in use
+
+    @asynccontextmanager
+    async def using(self, task: ServedTask) -> AsyncIterator[Resident | None]:
+        """Have a task loaded, and keep it so for the block; None if the engine has an adapter of this name itself."""
+        resident = await self._acquire(task)
+        try:
+            yield resident
+        except BaseException:
+            asyncio.get_running_loop().call_later(_LINGER, self._release, resident)
+            raise
+        self._release(resident)
+
+    def is_own(self, listing: Listing, adapter: str) -> bool:
+        """Say whether the engine has an adapter of this name from somebody else."""
+        root = listing.adapters.get(adapter)
+        return root is not None and Path(root).parent != self._folders.root
+
+    async def forgot(self, resident: Resident) -> bool:
+        """Ask the engine whether it lost an adapter, as after a restart."""
+        async with self._turn:
+            await self._reconcile()
+        return not resident.known or self._loaded.get(resident.task) is not resident
+
+    async def remove(self, task: str) -> None:
+        """Unload the adapter of a task that is no more."""
+        async with self._turn:
+            if (resident := self._loaded.get(task)) is not None:
+                await self._retire(await self._connection.engine(), resident, "the task was removed")
+
+    def has(self, task: str) -> bool:
+        """Say whether an adapter of a task is loaded."""
+        return task in self._loaded
+
+    async def prepare(self) -> None:
+        """Find out what the engine has loaded from before."""
+        async with self._turn:
+            await self._reconcile()
+        await self._connection.prepare()
+
+    async def close(self) -> None:
+        """Stop bringing adapters in; what is loaded stays, for the next gateway."""
+        for job in self._jobs:
+            job.cancel()
+        await asyncio.gather(*self._jobs, return_exceptions=True)
+
+    async def _acquire(self, task: ServedTask) -> Resident | None:
+        resident = self._loaded.get(task.name)
+        if resident is not None and resident.known and resident.key == task.key:
+            self._metrics.hits.inc()
+            self._loaded.move_to_end(task.name)
+            resident.uses += 1
+            return resident
+        self._metrics.misses.inc()
+        flight = self._flights.get(task.name) or self._take_off(task)
+        flight.waiting += 1
+        try:
+            return await asyncio.shield(flight.job)
+        except asyncio.CancelledError:
+            if flight.landed is None:
+                flight.waiting -= 1
+            else:
+                self._release(flight.landed)
+            raise
+
+    def _release(self, resident: Resident | None) -> None:
+        if resident is None:
+            return
+        resident.uses -= 1
+        if resident.uses == 0:
+            self._freed.set()
+            if resident in self._retired:
+                self._start(self._bury(resident))
+
+    async def _bury(self, resident: Resident) -> None:
+        try:
+            async with self._turn:
+                if resident in self._retired and resident.uses == 0:
+                    await self._drop(resident, "another version is loaded")
+        except Problem as problem:
+            _log.warning("cannot unload %s: %s", resident.task, problem.message)
+
+    def _take_off(self, task: ServedTask) -> _Flight:
+        """Begin to bring a task in."""
+        until, problem = self._failures.get((task.name, task.key), (0.0, None))
+        if problem is not None and time.monotonic() < until:
+            raise problem.with_traceback(None)  # else each raise would add to it
+        if len(self._flights) >= self._max_waiting:
+            message = f"{self._max_waiting} other tasks wait to be loaded; try again soon."
+            raise Problem(503, message, "too_many_waiting", retry_after=2)
+        flight = _Flight(self._start(self._fly(task.name, task.key)))
+        self._flights[task.name] = flight
+        return flight
+
+    async def _fly(self, name: str, key: str) -> Resident | None:
+        try:
+            async with self._turn:
+                resident = await self._bring_in(name)
+                flight = self._flights[name]
+                if resident is not None:  # from here on, each who waits is a use of it
+                    resident.uses += flight.waiting
+                    flight.landed = resident
+                return resident
+        except Exception as error:
+            problem = _as_problem(name, error)
+            if problem.code in _LASTING:
+                self._remember((name, key), problem)
+            _log.warning("cannot serve %s: %s", name, problem.message)
+            raise problem from None
+        finally:
+            del self._flights[name]
+
+    def _remember(self, version: tuple[str, str], problem: Problem) -> None:
+        now = time.monotonic()
+        self._failures = {known: found for known, found in self._failures.items() if found[0] > now}
+        self._failures[version] = now + _REMEMBERED, problem
+
+    async def _bring_in(self, name: str) -> Resident | None:
+        """Write a task's adapter and have the engine load it."""
+        engine, listing = await self._connection.engine(), await self._reconcile()
+        if self.is_own(listing, name):
+            return None
+        task, folder = await self._write(name)
+        resident, before = self._version(engine, task, folder), self._loaded.get(name)
+        if before is not None and before is not resident:
+            await self._retire(engine, before, "another version is loaded")
+        if not resident.known:
+            await self._check_config(engine, folder)
+            await self._load(engine, resident)
+        self._retired.discard(resident)
+        self._loaded[name] = resident
+        self._loaded.move_to_end(name)
+        self._measure()
+        return resident
+
+    def _version(self, engine: Engine, task: ServedTask, folder: Path) -> Resident:
+        """Return a version of a task, which may be there already: forgotten by the engine, or retired."""
+        known = (
+            one for one in (*self._loaded.values(), *self._retired) if (one.task, one.key) == (task.name, task.key)
+        )
+        adapter = engine.adapter_name(task.name, task.key)
+        return next(known, None) or Resident(task.name, task.key, adapter, folder, known=False)
+
+    async def _load(self, engine: Engine, resident: Resident) -> None:
+        begun = time.monotonic()
+        await engine.load(resident.adapter, resident.folder)
+        if resident.adapter not in (await self._connection.listing()).adapters:
+            raise Problem(502, "The engine says that it loaded the adapter, but does not list it.", "engine_lied")
+        resident.known = True
+        took = time.monotonic() - begun
+        self._metrics.load_seconds.observe(took)
+        size = human_size(self._folders.size_of(resident.key))
+        _log.info("loaded %s (%s) into the engine in %.2f s", resident.task, size, took)
+
+    async def _write(self, name: str) -> tuple[ServedTask, Path]:
+        """Write a task as it is now."""
+        for _ in range(_ATTEMPTS):
+            stamp = self._tasks.stamp()
+            task = await self._in_thread(partial(self._tasks.find, name))
+            if task is None:
+                raise Problem(404, f"The task {name!r} does not exist.", "model_not_found")
+            if (problem := await self._connection.problem(task)) is not None:
+                raise Problem(404, f"The engine cannot serve this task: {problem}", "adapter_unsuited")
+            folder = await self._written(task)
+            # Whether the folder has what its key says is known only if nobody changed the task meanwhile.
+            if self._tasks.stamp() == stamp or await self._in_thread(partial(self._tasks.find, name)) == task:
+                return task, folder
+            await self._discard(task.key)
+        raise Problem(503, f"The task {name!r} is being changed; try again soon.", "task_changes", retry_after=2)
+
+    async def _written(self, task: ServedTask) -> Path:
+        """Return the folder of a task, written if it is not there."""
+
+        def write(directory: Path) -> None:
+            with self._metrics.materialize_seconds.time():
+                self._tasks.write(task, directory)
+
+        folders = self._folders
+        await self._make_room(task, lambda: folders.size >= folders.limit or self._is_full(task))
+        folder = await self._in_thread(partial(folders.get, task.key, write))
+        try:
+            await self._make_room(task, lambda: folders.size > folders.limit)
+        except Problem:
+            await self._discard(task.key)
+            raise
+        return folder
+
+    async def _make_room(self, task: ServedTask, is_needed: Callable[[], bool]) -> None:
+        """Unload idle adapters, those used longest ago first; wait for a while if all are in use."""
+        until = asyncio.get_running_loop().time() + _PATIENCE
+        while is_needed():
+            others = (one for one in self._loaded.values() if one.task != task.name)
+            if (victim := next((one for one in (*self._retired, *others) if one.uses == 0), None)) is not None:
+                await self._drop(victim, "used longest ago")
+                continue
+            if not any(one.uses for one in (*self._loaded.values(), *self._retired)):
+                limit = human_size(self._folders.limit)
+                raise Problem(503, f"The adapter of {task.name!r} takes more than the limit of {limit}.", "no_room")
+            self._freed.clear()
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._freed.wait()
+            except TimeoutError:
+                message = "There is no room for one more adapter: those that are loaded are in use."
+                raise Problem(503, message, "no_room", retry_after=1) from None
+
+    def _is_full(self, task: ServedTask) -> bool:
+        if self._max_adapters is None:
+            return False
+        others = sum(one.task != task.name for one in self._loaded.values()) + len(self._retired)
+        return others >= self._max_adapters
+
+    async def _check_config(self, engine: Engine, folder: Path) -> None:
+        data = await self._in_thread((folder / "adapter_config.json").read_bytes)
+        config = parse_object(data, what="the configuration", max_bytes=len(data))
+        if (problem := config_problem(engine.name, config)) is not None:
+            raise Problem(404, f"The engine cannot serve this task: {problem}.", "adapter_unsuited")
+
+    async def _retire(self, engine: Engine, resident: Resident, why: str) -> None:
+        """Take an adapter from those that requests get; what is in flight keeps it."""
+        if engine.unloads_at_once and resident.known:
+            await engine.unload(resident.adapter)
+            resident.known = False
+        del self._loaded[resident.task]
+        self._retired.add(resident)
+        if resident.uses == 0:
+            await self._drop(resident, why)
+
+    async def _drop(self, resident: Resident, why: str) -> None:
+        """Have the engine unload an idle adapter, and only then delete its folder."""
+        if was_loaded := self._loaded.get(resident.task) is resident:
+            del self._loaded[resident.task]  # now, so that no request begins to use it
+        try:
+            if resident.known:
+                await (await self._connection.engine()).unload(resident.adapter)
+        except BaseException:
+            if was_loaded and resident.task not in self._loaded:
+                self._loaded[resident.task] = resident
+            raise
+        resident.known = False
+        self._retired.discard(resident)
+        await self._discard(resident.key)
+        self._metrics.unloads.inc()
+        self._measure()
+        _log.info("unloaded %s: %s", resident.task, why)
+
+    async def _discard(self, key: str) -> None:
+        """Delete a folder, unless there is an adapter from it."""
+        if all(one.key != key for one in (*self._loaded.values(), *self._retired)):
+            await self._in_thread(partial(self._folders.discard, key))
+
+    async def _reconcile(self) -> Listing:
+        """Compare what the engine has with what is known here, and take over what an earlier gateway left."""
+        engine, listing = await self._connection.engine(), await self._connection.listing()
+        residents = [*self._loaded.values(), *self._retired]
+        for resident in residents:
+            if resident.known and listing.adapters.get(resident.adapter) != str(resident.folder):
+                resident.known = False
+                _log.info("the engine no longer has %s", resident.task)
+        ours = {one.adapter for one in residents if one.known}
+        for adapter, root in listing.adapters.items():
+            if adapter not in ours and Path(root).parent == self._folders.root:
+                await self._take_over(engine, adapter, Path(root))
+        used = {one.key for one in (*self._loaded.values(), *self._retired)}
+        for key in set(self._folders.keys()) - used:
+            await self._discard(key)
+        for resident in [one for one in self._retired if one.uses == 0]:
+            await self._drop(resident, "another version is loaded")
+        self._measure()
+        return listing
+
+    async def _take_over(self, engine: Engine, adapter: str, folder: Path) -> None:
+        name, key = adapter.partition("@")[0], folder.name.removeprefix("sha256-")
+        if name in self._loaded or not folder.is_dir() or engine.adapter_name(name, key) != adapter:
+            await engine.unload(adapter)
+            return
+        self._loaded[name] = Resident(name, key, adapter, folder)
+        self._loaded.move_to_end(name, last=False)
+        _log.info("the engine has %s from before", name)
+
+    def _measure(self) -> None:
+        self._metrics.loaded.set(sum(one.known for one in (*self._loaded.values(), *self._retired)))
+        self._metrics.bytes.set(self._folders.size)
+
+    def _start(self, work: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
+        job = asyncio.create_task(work)
+        self._jobs.add(job)
+        job.add_done_callback(self._ended)
+        return job
+
+    def _ended(self, job: asyncio.Task[Any]) -> None:
+        self._jobs.discard(job)
+        if not job.cancelled():
+            job.exception()  # those who wait have it; if nobody does any more, the log has it
+
+    async def _in_thread(self, work: Callable[[], R]) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _as_problem(name: str, error: Exception) -> Problem:
+    """Describe why a task could not be brought in."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, FoldersUnusable):
+        return Problem(503, f"There is no room for one more adapter: {error.message}.", "no_room", retry_after=5)
+    if isinstance(error, StoreLocked):
+        return Problem(503, f"The store is busy: {error.message}.", "store_busy", retry_after=5)
+    if isinstance(error, IcmError | OSError):
+        reason = error.message if isinstance(error, IcmError) else error.strerror or str(error)
+    else:
+        _log.exception("unexpected error while %s was brought in", name, exc_info=error)
+        reason = f"unexpected {type(error).__name__}; the gateway's log has more"
+    return Problem(503, f"The adapter of {name!r} cannot be made: {reason}", "adapter_unavailable")

@@ -1,0 +1,195 @@
+"""Run the gateway: open what it needs, listen, and stop without dropping what is in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import uvicorn
+
+from icmlora.serving.folders import AdapterFolders
+from icmlora.serving.gateway.app import GatewayApp
+from icmlora.serving.gateway.catalogue import Catalogue
+from icmlora.serving.gateway.connection import Connection
+from icmlora.serving.gateway.forward import Forwarder, Limits
+from icmlora.serving.gateway.metrics import Metrics
+from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.gateway.residency import Residency
+from icmlora.serving.requirements import EngineName
+from icmlora.serving.tasks import ServedTasks
+
+_THREADS = 4  # for looking into the store
+_KEPT_ALIVE = 3.0
+"""Seconds for which an idle connection to the engine is used again: both engines close theirs after 5."""
+_LIST_TIMEOUT = 10.0  # seconds for an engine to say what it serves
+_CLIENT_KEPT_ALIVE = 75  # seconds, more than load balancers keep theirs
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """How the gateway works.
+
+    Attributes:
+        engine_url: Where the engine is.
+        engine: Which one it is; None to ask it.
+        engine_token: What the engine wants to be told.
+        base_model: The base model of the tasks, if the user says that it is the engine's.
+        token: What clients must know.
+        max_adapters: How many adapters may be loaded; None for as many as the folders hold.
+        max_requests: How many requests may be in work.
+        max_waiting: How many tasks may wait to be loaded.
+        connect_timeout: Seconds for a connection to the engine.
+        drain: Seconds for requests in flight to end when the gateway is stopped.
+        limits: What one request may take.
+        access_log: Whether to log each request.
+    """
+
+    engine_url: str
+    engine: EngineName | None = None
+    engine_token: str | None = None
+    base_model: str | None = None
+    token: str | None = None
+    max_adapters: int | None = None
+    max_requests: int = 512
+    max_waiting: int = 64
+    connect_timeout: float = 5.0
+    drain: float = 30.0
+    limits: Limits = field(default_factory=Limits)
+    access_log: bool = False
+
+
+def serve(listening: socket.socket, tasks: ServedTasks, folders: AdapterFolders, settings: GatewaySettings) -> None:
+    """Serve on a socket until SIGTERM or SIGINT; a second one cuts off what is in flight."""
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+
+    async def run() -> None:
+        async with opened(tasks, folders, settings) as app:
+            server = _Server(_uvicorn_config(app, settings))
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, server.stop)
+            await server.serve([listening])
+
+    asyncio.run(run())
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, so that nobody who reads the address is refused."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    found = socket.socket(family, kind, protocol)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(2048)
+    except OSError as error:
+        found.close()
+        raise OSError(error.errno, error.strerror or os.strerror(error.errno or 0), f"{host}:{port}") from error
+    return found
+
+
+@asynccontextmanager
+async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewaySettings) -> AsyncIterator[GatewayApp]:
+    """Yield the application with everything that it needs."""
+    token = settings.engine_token
+    authorization = None if token is None else f"Bearer {token}".encode()
+    control = _client(settings, httpx.Timeout(_LIST_TIMEOUT, connect=settings.connect_timeout), authorization)
+    timeout = httpx.Timeout(None, connect=settings.connect_timeout, write=settings.limits.idle)
+    passing = _client(settings, timeout, None)
+    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="icm")
+    async with control, passing:
+        metrics = Metrics()
+        connection = Connection(control, tasks, threads, settings.engine, settings.base_model)
+        residency = Residency(
+            connection,
+            tasks,
+            folders,
+            threads,
+            metrics,
+            max_adapters=settings.max_adapters,
+            max_waiting=settings.max_waiting,
+        )
+        if settings.token is not None:
+            authorization = authorization or b""  # the client's token is not the engine's business
+        catalogue = Catalogue(tasks, threads)
+        forwarder = Forwarder(passing, connection, catalogue, residency, settings.limits, authorization)
+        preparing = asyncio.create_task(_prepare(residency, settings.engine_url))
+        try:
+            yield GatewayApp(
+                forwarder, connection, residency, metrics, token=settings.token, max_requests=settings.max_requests
+            )
+        finally:
+            preparing.cancel()
+            await residency.close()
+            threads.shutdown(cancel_futures=True)
+
+
+def _client(settings: GatewaySettings, timeout: httpx.Timeout, authorization: bytes | None) -> httpx.AsyncClient:
+    client = httpx.AsyncClient(
+        base_url=settings.engine_url,
+        timeout=timeout,
+        # How many requests there may be is decided before they come here.
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=_KEPT_ALIVE),
+        trust_env=False,  # no proxy, and no passwords from ~/.netrc
+    )
+    client.headers = httpx.Headers([] if authorization is None else [(b"authorization", authorization)])
+    return client
+
+
+async def _prepare(residency: Residency, url: str) -> None:
+    """Do before the first request what it would wait for."""
+    try:
+        await residency.prepare()
+    except Problem as problem:
+        _log.warning("%s: %s Until that changes, requests get status %d.", url, problem.message, problem.status)
+    except Exception as error:
+        _log.warning("cannot prepare: %s", error)
+
+
+def _uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=settings.access_log,
+        proxy_headers=False,
+        # The engine's own are passed on.
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=_CLIENT_KEPT_ALIVE,
+        timeout_graceful_shutdown=max(1, round(settings.drain)),
+    )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Leave out what uvicorn says about answers that were broken off on purpose."""
+    return not record.getMessage().startswith("ASGI callable returned without")
+
+
+class _Server(uvicorn.Server):
+    """A server whose signals are handled by the loop: uvicorn would raise them again once it has stopped."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+    def stop(self) -> None:
+        """Stop accepting and let requests end; called again, cut them off."""
+        if self.should_exit:
+            self.force_exit = True
+        else:
+            _log.info("stopping: requests in flight may end")
+        self.should_exit = True

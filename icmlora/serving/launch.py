@@ -1,0 +1,158 @@
+"""How to start an engine so that it serves the tasks of a store or bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from icmlora.errors import BaseModelNotFound, DataError
+from icmlora.io.strict_json import parse_object
+from icmlora.serving.requirements import VLLM_RANKS, EngineName, config_problem, largest_rank
+from icmlora.serving.tasks import ServedTasks, TaskForm
+
+_AT_ONCE = 8
+"""Adapters in one batch, unless there are fewer tasks: each takes memory next to the model, of the largest rank."""
+_IN_MEMORY = 64
+"""Adapters that vLLM keeps in the machine's memory."""
+_PORTS: Mapping[EngineName, int] = {"vllm": 8000, "sglang": 30000}
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """What to serve, and how.
+
+    Attributes:
+        engine: The engine.
+        store: The store with the tasks, if there is no bundle.
+        bundle: The bundle with the tasks.
+        base_model: One of their base models, or a label of it; needed where there are several.
+        gateway: Put `icm serve` in front of vLLM, in place of the plug-in. SGLang always has it.
+    """
+
+    engine: EngineName
+    store: Path | None
+    bundle: Path | None
+    base_model: str | None = None
+    gateway: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The environment and the command lines.
+
+    Attributes:
+        base_model: The base model of the tasks.
+        model: What the engine is started with: a folder, or a name on a hub.
+        is_local: Whether the base model is on this machine.
+        environment: Variables for the engine.
+        commands: The engine's command line, and that of the gateway if there is one.
+        tasks: How many tasks it will serve.
+        max_lora_rank: The largest rank that it is told.
+        left_out: Tasks that it cannot serve, and why.
+    """
+
+    base_model: str
+    model: str
+    is_local: bool
+    environment: Mapping[str, str]
+    commands: Sequence[Sequence[str]]
+    tasks: int
+    max_lora_rank: int
+    left_out: Sequence[tuple[str, str]]
+
+
+def plan_launch(tasks: ServedTasks, request: LaunchRequest) -> Launch:
+    """Say how to start an engine for the tasks of one base model.
+
+    Raises:
+        DataError: No task, several base models, or none that the engine can serve.
+    """
+    base_model = _base_model(tasks, request.base_model)
+    served, left_out, rank, targets = _sorted(request.engine, tasks, base_model)
+    if not served:
+        raise DataError(f"{request.engine} can serve no task of {base_model!r}: {left_out[0][1]}")
+    model, is_local = _model(tasks, base_model)
+    source = {"ICM_STORE": str(request.store)} if request.bundle is None else {"ICM_BUNDLE": str(request.bundle)}
+    uses_gateway = request.gateway or request.engine == "sglang"
+    environment: dict[str, str] = {}
+    if request.engine == "vllm":
+        rank = next(taken for taken in VLLM_RANKS if taken >= rank)
+        command = _vllm(model, base_model, rank, served)
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if not uses_gateway:
+            environment |= source
+            environment |= {} if model == base_model else {"ICM_BASE_MODEL": base_model}
+    else:
+        command = _sglang(model, base_model, rank, served, targets)
+    commands = [command, _gateway(request, base_model)] if uses_gateway else [command]
+    return Launch(base_model, model, is_local, environment, commands, served, rank, left_out)
+
+
+def _base_model(tasks: ServedTasks, label: str | None) -> str:
+    bases = tasks.base_models()
+    if label is not None:
+        found = next((name for name, names in bases.items() if label in names), None)
+        if found is None:
+            raise DataError(f"no task belongs to base model {label!r}", hint="run `icm base ls` to list them")
+        return found
+    used = [name for name in bases if tasks.names(name)]
+    if not used:
+        raise DataError("there is no task to serve", hint="`icm ingest` takes adapters into the store")
+    if len(used) > 1:
+        fact = f"an engine has one base model, but the tasks have {len(used)}: {', '.join(used)}"
+        raise DataError(fact, hint="choose one with --base-model NAME")
+    return used[0]
+
+
+def _sorted(
+    engine: EngineName, tasks: ServedTasks, base_model: str
+) -> tuple[int, list[tuple[str, str]], int, list[str]]:
+    """Return how many tasks an engine can serve, those that it cannot, and ranks and modules of the former."""
+    served, rank, targets = 0, 1, set[str]()
+    left_out: list[tuple[str, str]] = []
+    for form in tasks.forms(base_model):
+        config = _config(form)
+        if (problem := config_problem(engine, config)) is not None:
+            left_out.append((form.name, problem))
+            continue
+        served, rank = served + 1, max(rank, largest_rank(config))
+        targets.update(form.targets)
+    return served, left_out, rank, sorted(targets)
+
+
+def _config(form: TaskForm) -> Mapping[str, object]:
+    return parse_object(form.config, what=f"the configuration of {form.name!r}", max_bytes=len(form.config))
+
+
+def _model(tasks: ServedTasks, base_model: str) -> tuple[str, bool]:
+    """Return what an engine is to load, and whether that is on this machine."""
+    try:
+        found = tasks.locate(base_model)
+    except BaseModelNotFound:
+        return base_model, False
+    # Engines find by itself what is in the cache of Hugging Face.
+    return (base_model if "snapshots" in found.path.parts else str(found.path)), True
+
+
+def _served_as(model: str, base_model: str) -> list[str]:
+    return [] if model == base_model else ["--served-model-name", base_model]
+
+
+def _vllm(model: str, base_model: str, rank: int, tasks: int) -> list[str]:
+    sizes = {"--max-lora-rank": rank, "--max-loras": min(_AT_ONCE, tasks), "--max-cpu-loras": min(_IN_MEMORY, tasks)}
+    options = [word for name, value in sizes.items() for word in (name, str(value))]
+    return ["vllm", "serve", model, *_served_as(model, base_model), "--enable-lora", *options]
+
+
+def _sglang(model: str, base_model: str, rank: int, tasks: int, targets: Sequence[str]) -> list[str]:
+    sizes = ["--max-lora-rank", str(rank), "--max-loras-per-batch", str(min(_AT_ONCE, tasks))]
+    start = ["python", "-m", "sglang.launch_server", "--model-path", model, *_served_as(model, base_model)]
+    port = ["--port", str(_PORTS["sglang"])]
+    return [*start, "--enable-lora", *sizes, "--lora-target-modules", *targets, *port]
+
+
+def _gateway(request: LaunchRequest, base_model: str) -> list[str]:
+    source = ["--store", str(request.store)] if request.bundle is None else ["--from", str(request.bundle)]
+    engine = ["--engine", request.engine, "--engine-url", f"http://127.0.0.1:{_PORTS[request.engine]}"]
+    return ["icm", "serve", *engine, *source, "--base-model", base_model]

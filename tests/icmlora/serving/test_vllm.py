@@ -1,0 +1,235 @@
+"""The plug-in for vLLM, with the two classes of vLLM that it touches written down as vLLM 0.32 has them.
+
+`python -m tests.benchmarks.serving.vllm` runs it in the real engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from icmlora import Fleet
+from icmlora.serving.vllm import IcmResolver, register
+from tests.cli.tiny_fleet import icm_quietly, write_lora
+from tests.icmlora.serving.conftest import Served, folder_bytes
+from tests.icmlora.tiny_base import HIDDEN, LABEL, write_tiny_base
+
+
+class LoRAResolver(ABC):
+    @abstractmethod
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any: ...
+
+
+@dataclass
+class Registry:
+    resolvers: dict[str, LoRAResolver] = field(default_factory=dict)
+
+    def get_supported_resolvers(self) -> Any:
+        return self.resolvers.keys()
+
+    def register_resolver(self, resolver_name: str, resolver: LoRAResolver) -> None:
+        assert resolver_name not in self.resolvers, "vLLM warns about a resolver that is registered twice"
+        self.resolvers[resolver_name] = resolver
+
+
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    found = Registry()
+    modules = {
+        "vllm": {},
+        "vllm.lora": {},
+        "vllm.lora.request": {"LoRARequest": LoRARequest},
+        "vllm.lora.resolver": {"LoRAResolver": LoRAResolver, "LoRAResolverRegistry": found},
+    }
+    for name, members in modules.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    return found
+
+
+@pytest.fixture
+def resolver(registry: Registry, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IcmResolver:
+    monkeypatch.setenv("ICM_STORE", str(served.store))
+    monkeypatch.setenv("ICM_ADAPTERS", str(tmp_path / "adapters"))
+    register()
+    (found,) = registry.resolvers.values()
+    assert isinstance(found, IcmResolver)
+    assert isinstance(found, LoRAResolver)
+    return found
+
+
+def ask(resolver: IcmResolver, model: str | Path, name: str) -> LoRARequest | None:
+    found: LoRARequest | None = asyncio.run(resolver.resolve_lora(str(model), name))
+    return found
+
+
+def test_vllm_finds_the_plug_in() -> None:
+    (found,) = (point for point in entry_points(group="vllm.general_plugins") if point.name == "icm")
+    assert found.load() is register
+
+
+def test_a_task_is_written_when_it_is_asked_for(resolver: IcmResolver, served: Served, tmp_path: Path) -> None:
+    found = ask(resolver, served.base, "poems")
+    assert found is not None
+    assert (found.lora_name, found.lora_int_id >= 1) == ("poems", True)
+    Fleet(served.store).materialize("poems", tmp_path / "by-hand")
+    assert folder_bytes(Path(found.lora_path)) == folder_bytes(tmp_path / "by-hand")
+
+
+def test_the_same_task_has_the_same_folder_again(resolver: IcmResolver, served: Served) -> None:
+    first, second = (ask(resolver, served.base, "rules") for _ in range(2))
+    assert first == second
+
+
+def test_a_task_that_was_encoded_anew_has_another_folder(resolver: IcmResolver, served: Served) -> None:
+    first = ask(resolver, served.base, "rules")
+    Fleet(served.store).evict(["rules"], max_error=10)
+    second = ask(resolver, served.base, "rules")
+    assert first is not None
+    assert second is not None
+    assert first.lora_path != second.lora_path
+    assert Path(first.lora_path).is_dir()  # vLLM may read it again
+
+
+@pytest.mark.parametrize("name", ["unknown", "", "../poems", "poems\x00", "x" * 10_000, "Poems"])
+def test_an_unknown_name_gives_none_and_one_line(
+    resolver: IcmResolver, served: Served, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level(logging.INFO, "vllm.icm")
+    assert ask(resolver, served.base, name) is None
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "vllm.icm")
+    assert "\n" not in line
+    assert len(line) < 300
+
+
+def test_a_copy_of_the_base_model_is_the_base_model(resolver: IcmResolver, served: Served, tmp_path: Path) -> None:
+    shutil.copytree(served.base, tmp_path / "copy")
+    assert ask(resolver, tmp_path / "copy", "poems") is not None
+
+
+def test_the_name_of_the_base_model_is_enough(resolver: IcmResolver) -> None:
+    assert ask(resolver, LABEL, "poems") is not None
+
+
+def test_a_task_of_another_base_model_is_not_served(
+    resolver: IcmResolver, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tiny_base(tmp_path / "other", seed=7)
+    assert ask(resolver, tmp_path / "other", "poems") is None
+    assert "the engine runs" in caplog.text
+
+
+def test_the_user_may_say_which_base_model_the_engine_runs(
+    resolver: IcmResolver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICM_BASE_MODEL", LABEL)
+    write_tiny_base(tmp_path / "other", seed=7)
+    assert ask(resolver, tmp_path / "other", "poems") is not None
+
+
+def test_an_adapter_whose_modules_the_model_lacks_is_not_served(
+    resolver: IcmResolver, served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = write_lora(tmp_path / "stray", seed=9)
+    weights = folder / "adapter_model.safetensors"
+    renamed = {name.replace(".layers.1.", ".layers.9."): value for name, value in load_file(weights).items()}
+    save_file(renamed, weights, metadata={"format": "pt"})
+    icm_quietly(served.store, "ingest", folder, "--no-vectors")
+    assert ask(resolver, served.base, "stray") is None
+    assert "no module 'model.layers.9.self_attn.q_proj'" in caplog.text
+
+
+def test_an_adapter_of_another_width_is_not_served(
+    resolver: IcmResolver, served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = write_lora(tmp_path / "wide", seed=9)
+    weights = folder / "adapter_model.safetensors"
+    wide = {
+        name: torch.cat([value, value], dim=1) if "lora_A" in name else value
+        for name, value in load_file(weights).items()
+    }
+    save_file(wide, weights, metadata={"format": "pt"})
+    icm_quietly(served.store, "ingest", folder, "--no-vectors")
+    assert ask(resolver, served.base, "wide") is None
+    assert f"not [{HIDDEN}, {2 * HIDDEN}]" in caplog.text
+
+
+def test_a_damaged_code_gives_none_and_the_others_are_served(
+    resolver: IcmResolver, served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = Fleet(served.store).show("poems").code
+    assert code is not None
+    (blob,) = served.store.rglob(f"*{code.blob[2:]}")
+    blob.chmod(0o600)
+    blob.write_bytes(b"damaged")
+    assert ask(resolver, served.base, "poems") is None
+    assert "damaged" in caplog.text
+    assert ask(resolver, served.base, "rules") is not None
+
+
+def test_a_store_that_is_not_there_gives_none(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ICM_STORE", str(tmp_path / "missing"))
+    monkeypatch.setenv("ICM_ADAPTERS", str(tmp_path / "adapters"))
+    assert ask(IcmResolver(), "base", "poems") is None
+    assert "no store" in caplog.text
+
+
+def test_a_bundle_is_enough(
+    registry: Registry, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICM_BUNDLE", str(served.bundle))
+    monkeypatch.setenv("ICM_STORE", str(tmp_path / "missing"))
+    monkeypatch.setenv("ICM_ADAPTERS", str(tmp_path / "adapters"))
+    monkeypatch.setenv("ICM_BASE_MODEL", LABEL)
+    assert ask(IcmResolver(), served.base, "poems") is not None
+
+
+def test_many_requests_for_one_task_are_answered_at_once(resolver: IcmResolver, served: Served) -> None:
+    async def many() -> list[Any]:
+        return await asyncio.gather(*(resolver.resolve_lora(str(served.base), "poems") for _ in range(32)))
+
+    found = asyncio.run(many())
+    assert len({request.lora_path for request in found}) == 1
+
+
+def test_nothing_is_registered_without_a_store(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ICM_STORE", raising=False)
+    register()
+    assert registry.resolvers == {}
+
+
+def test_registering_twice_is_registering_once(registry: Registry, served: Served) -> None:
+    register()
+    register()
+    assert list(registry.resolvers) == ["icm"]
+
+
+def test_registering_imports_neither_torch_nor_the_database() -> None:
+    script = "import sys; import icmlora.serving.vllm; assert not {'torch', 'sqlalchemy', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
