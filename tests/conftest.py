@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,18 @@ def mixed(mixed_template: Path, tmp_path: Path) -> Path:
 def trained(trained_template: Path, tmp_path: Path) -> Path:
     """The same store with a generator and codes."""
     return Path(shutil.copytree(trained_template, tmp_path / "store"))
+
+
+@pytest.fixture
+def own_loras(trained: Path, mixed_template: Path, tmp_path: Path) -> Path:
+    """Folders of the mixed fleet that a test may change; the trained store says that it ingested them from there."""
+    folder = Path(shutil.copytree(mixed_template / "loras", tmp_path / "loras"))
+    with closing(sqlite3.connect(trained / "registry.db")) as database, database:
+        for column in ("tasks.folder", "adapters.source"):
+            table, name = column.split(".")
+            moved = (str(mixed_template / "loras"), str(folder))
+            database.execute(f"UPDATE {table} SET {name} = replace({name}, ?, ?)", moved)
+    return folder
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from icmlora import Cancelled, Event, Fleet, Progress
 from icmlora.fleet.encode import EncodeReport, TaskEncoded
 from icmlora.fleet.evaluate import EvaluateReport, TaskEvaluated
-from icmlora.fleet.evict import EvictReport, TaskEvicted
+from icmlora.fleet.eviction_report import EvictReport, TaskEvicted
 from registry.errors import TaskNotFound
 from tests.cli.coded import codes
 from tests.icmlora.tiny_base import LABEL

@@ -17,7 +17,8 @@ from icmlora.base_models import likelihood
 from icmlora.fleet import encode as encoding
 from icmlora.fleet import export_bundle as exporting
 from icmlora.fleet import vectors
-from icmlora.fleet.evict import Evictor, TaskEvicted
+from icmlora.fleet.evict import Evictor
+from icmlora.fleet.eviction_report import TaskEvicted
 from icmlora.fleet.measure import TaskLosses
 from icmlora.fleet.search import ResidualSearch
 from icmlora.generator.versions import GeneratorFile

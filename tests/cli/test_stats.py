@@ -102,7 +102,7 @@ def test_quality_is_shown_next_to_the_bytes(icm: Icm, trained: Path) -> None:
 def test_nothing_is_saved_before_the_first_training(icm: Icm, mixed: Path) -> None:
     document = icm("stats", "--json").document
     assert (document["space_saving"], document["compression_ratio"], document["complete"]) == (None, None, False)
-    assert "no task has a code yet" in icm("stats").out
+    assert "No task has a code yet, so nothing is saved." in icm("stats").out
 
 
 def test_no_saving_is_claimed_while_a_task_has_no_code(icm: Icm, trained: Path, tmp_path: Path) -> None:

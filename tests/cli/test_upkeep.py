@@ -44,14 +44,14 @@ def base_folder(tmp_path: Path) -> Path:
 def test_rm_removes_tasks_and_keeps_their_bytes(icm: Icm, stored: Path, tmp_path: Path) -> None:
     before = blobs(tmp_path / "store")
     ran = icm("rm", "rust", "sql", "--yes", "--json")
-    assert ran.document == {"removed": ["rust", "sql"], "would_remove": [], "last_copies": []}
+    assert ran.document == {"removed": ["rust", "sql"], "would_remove": [], "last_copies": [], "placeholders": []}
     assert icm("ls", "-q").out == "shakespeare\n"
     assert blobs(tmp_path / "store") == before
 
 
 def test_rm_dry_run_removes_nothing(icm: Icm, stored: Path) -> None:
     ran = icm("rm", "rust", "-n", "--json")
-    assert ran.document == {"removed": [], "would_remove": ["rust"], "last_copies": []}
+    assert ran.document == {"removed": [], "would_remove": ["rust"], "last_copies": [], "placeholders": []}
     assert "rust" in icm("ls", "-q").out
 
 

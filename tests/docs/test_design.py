@@ -1,12 +1,15 @@
 """The formats and figures in the documents are those of the code."""
 
 import dataclasses
+import json
 import re
+from typing import get_args
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.fewshot import start_file, step
 from icmlora.fewshot.meta_training import MetaConfig
 from icmlora.fewshot.start import RANK, USUAL_SAMPLES, FewShotStart
+from icmlora.formats import placeholder
 from icmlora.generator import file as versions
 from icmlora.generator import residual
 from icmlora.generator.code import ABSENT, MAGIC, CodeHead
@@ -96,3 +99,17 @@ def test_the_figures_of_a_step_are_those_of_the_code() -> None:
     assert f"log2(K / {USUAL_SAMPLES})) / {OCTAVE})" in section
     assert f"modules that at least half of the tasks have, {RANK} directions each" in section
     assert MetaConfig().support == (1, 4, 16)
+
+
+def test_every_key_of_a_placeholder_is_on_the_page_of_formats() -> None:
+    section = section_of(FORMATS, "Placeholder")
+    stamp = placeholder.FileStamp("0" * 64, 1)
+    file = placeholder.ReplacedFile("a", "weights", stamp)
+    code = placeholder.CodeStamp(stamp, stamp, stamp)
+    whole = placeholder.Placeholder("a", "/", "peft", True, "0" * 64, "0" * 64, (file,), code)
+    value = json.loads(placeholder.placeholder_to_json(whole))
+    assert {*value, *value["adapter"], *value["files"][0], *value["code"]} <= set(codes_in(section))
+    assert {placeholder.PLACEHOLDER_NAME, *get_args(placeholder.Part)} <= set(codes_in(section))
+    assert f"{placeholder.MAX_BYTES >> 10} KiB" in section
+    assert f"{placeholder.MAX_FILES} files" in section
+    assert f"the version, {placeholder.VERSION}" in section

@@ -19,6 +19,7 @@ COMMANDS = {
     "ls --from": ("ls", "--from", "fleet.icm"),
     "show": ("show", "poems"),
     "map": ("map",),
+    "report": ("report", "-o", "fleet.html", "--outputs", "poems", "--outputs", "silent", "--device", "cpu"),
     "stats": ("stats",),
     "materialize": ("materialize", "poems", "--source", "code", "-o", "adapter"),
     "recognize": ("recognize", "--samples", "geese.jsonl", "--device", "cpu"),
@@ -37,6 +38,7 @@ COMMANDS = {
     "note": ("note", "poems", "short lines"),
     "doctor": ("doctor",),
     "path": ("path",),
+    "serve-config": ("serve-config", "sglang"),
 }
 
 
@@ -127,3 +129,30 @@ def test_an_events_keys_are_those_on_the_page(
         if "icm eval" in keys:  # "as for"
             keys = documented["icm eval", event["type"]]
         assert set(event) - {"type"} <= keys, event["type"]
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [("evict", "rules", "--max-error", "0.7", "--placeholder", "--copy", "loras"), ("ingest",), ("restore",)],
+        [("evict", "--placeholder", "--keep-originals"), ("restore", "--dry-run")],
+    ],
+    ids=len,
+)
+def test_the_keys_of_placeholders_and_copies_are_those_on_the_page(
+    icm: Icm,
+    own_loras: Path,
+    mixed_template: Path,
+    documented: dict[tuple[str, str], set[str]],
+    commands: list[tuple[str, ...]],
+) -> None:
+    kinds = set()
+    for name, *others in commands:
+        words = [mixed_template / "loras" if word == "loras" else word for word in others]
+        folder = [] if name == "evict" else [own_loras]
+        for event in icm(name, *folder, *words, "--json").events:
+            kinds.add((name, event["type"]))
+            inner = [item for key in ("folders", "copies") for item in event.get(key, [])]
+            printed = set(event).union(*inner) - {"type"}
+            assert printed <= documented[f"icm {name}", event["type"]]
+    assert kinds >= {("evict", "task"), ("restore", "adapter"), ("restore", "summary")}

@@ -273,3 +273,33 @@ class TestBaseModels:
         store.base_models.set_facts(BASE, fingerprint="f00d", shape={"layers": 30})
         (base,) = store.base_models.all()
         assert (base.fingerprint, base.shape) == ("f00d", {"layers": 30})
+
+
+class TestHaving:
+    """Finding adapters by what they are."""
+
+    def test_every_task_with_the_same_bytes_is_found(self, store: Store) -> None:
+        for name in ("rust", "twin"):
+            ingest(store, name, weights=b"same", steps=[80])
+        ingest(store, "other")
+        final = store.tasks.final("rust")
+        assert [row.task for row in store.tasks.having(final.weights, final.config)] == ["rust", "twin"]
+
+    def test_a_checkpoint_is_found_too(self, store: Store) -> None:
+        ingest(store, "rust", steps=[80])
+        checkpoint = store.tasks.adapters("rust")[0]
+        (found,) = store.tasks.having(checkpoint.weights, checkpoint.config)
+        assert (found.id, found.is_final) == (checkpoint.id, False)
+
+    def test_both_digests_have_to_match(self, store: Store) -> None:
+        ingest(store, "rust")
+        final = store.tasks.final("rust")
+        assert store.tasks.having(final.weights, final.weights) == []
+        assert store.tasks.having("0" * 64, final.config) == []
+
+    def test_an_evicted_adapter_is_still_known(self, store: Store) -> None:
+        ingest(store, "rust")
+        store.generators.add(generator(store, ["rust"]))
+        store.originals.evict(eviction(store, "rust"))
+        final = store.tasks.final("rust")
+        assert [row.is_evicted for row in store.tasks.having(final.weights, final.config)] == [True]

@@ -19,7 +19,8 @@ from icmlora.base_models.likelihood import nll
 from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.fleet.base_models import add_base_model
 from icmlora.fleet.context import Context
-from icmlora.fleet.evict import EvictRequest, evict
+from icmlora.fleet.evict import evict
+from icmlora.fleet.eviction_report import EvictRequest
 from icmlora.fleet.ingest import IngestRequest, ingest
 from icmlora.fleet.loading import open_base
 from icmlora.fleet.train import train
