@@ -59,6 +59,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vllm-") as folder:
         work = Path(folder)
         folders = materialized(fleet, list(prompts), options.base, work / "folders")
+        if options.warm_up:
+            materialized(fleet, [options.warm_up], options.base, work / "folders")
         found = measure(options, work, folders, prompts)
     (package,) = {found.pop("package")}
     document = {
@@ -66,7 +68,7 @@ def main() -> None:
         "machine": describe_machine(),
         "vllm": package,
         "tasks": len(prompts),
-        "evicted": all(task.final.is_evicted for task in fleet.tasks()),
+        "evicted": all(task.final.is_evicted for task in fleet.tasks() if task.task.name in prompts),
         **found,
     }
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -85,7 +87,7 @@ def measure(
     with engine(options, work) as server:
         found["concurrent"] = concurrent(server, prompts, expected)
     with engine(options, work) as server:
-        found["cold"] = cold(server, prompts)
+        found["cold"] = cold(server, prompts, options.warm_up)
     found["killed"] = killed(options, work, prompts)
     found["gateway"] = behind_gateway(options, work, prompts, expected)
     return found
@@ -239,14 +241,15 @@ def concurrent(server: Server, prompts: dict[str, str], expected: dict[str, str]
     return {"requests": CONCURRENT, "tasks": len(prompts), "failed": failed, "equal": equal, "seconds": seconds}
 
 
-def cold(server: Server, prompts: dict[str, str]) -> dict[str, Any]:
-    """Time the first token of cold tasks, by turns through icm and from a folder."""
-    name, prompt = next(iter(prompts.items()))
-    model = next(iter(prompts))
-    server.first_token(model, prompt)  # what is done once in the life of an engine
-    server.first_token(f"{COPY}{name}", prompt)
+def cold(server: Server, prompts: dict[str, str], warm_up: str | None) -> dict[str, Any]:
+    """Time the first token of cold tasks, by turns through icm and from a folder; the first one warms up the engine."""
+    first = next(iter(prompts))
+    warm_up = warm_up or first
+    for model in (warm_up, f"{COPY}{warm_up}"):  # what is done once in the life of an engine
+        server.first_token(model, prompts[first])
     seconds: dict[str, list[float]] = {"icm": [], "folder": [], "warm": []}
-    for number, (task, prompt) in enumerate(list(prompts.items())[1:]):
+    for number, task in enumerate(task for task in prompts if task != warm_up):
+        prompt = prompts[task]
         turns = [("icm", task), ("folder", f"{COPY}{task}")]
         for way, model in turns if number % 2 else reversed(turns):
             seconds[way].append(server.first_token(model, prompt))
@@ -349,7 +352,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _prompts(fleet: Fleet, folder: Path) -> dict[str, str]:
     """Return task -> the beginning of its first held-out text."""
     found = {}
-    for task in fleet.task_names():
+    for task in [task for task in fleet.task_names() if (folder / task).is_dir()]:
         first = (folder / task / "eval.jsonl").read_text(encoding="utf-8").splitlines()[0]
         found[task] = json.loads(first)["text"][:PROMPT]
     return found
@@ -370,6 +373,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("base", type=Path, help="folder of their base model")
     parser.add_argument("--fleet", type=Path, required=True, help="folder with TASK/eval.jsonl, for prompts")
     parser.add_argument("--vllm", type=Path, required=True, help="Python of the environment with vLLM")
+    parser.add_argument("--warm-up", help="a further task of the store, to warm up with before cold tasks are timed")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
     return parser.parse_args()
 
