@@ -44,8 +44,12 @@ def parse_bytes(text: str) -> int:
 
 def default_root(purpose: str) -> Path:
     """Return a private folder for a purpose such as "vllm", in memory where the system has a file system there."""
+    return _own_parent() / purpose
+
+
+def _own_parent() -> Path:
     in_memory = _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK)
-    return (_MEMORY if in_memory else Path(tempfile.gettempdir())) / f"icm-{os.getuid()}" / purpose
+    return (_MEMORY if in_memory else Path(tempfile.gettempdir())) / f"icm-{os.getuid()}"
 
 
 class AdapterFolders:
@@ -156,12 +160,16 @@ class AdapterFolders:
 
 def _make_private(root: Path) -> None:
     """Make a folder for this user alone; refuse one that someone else put there, as they can in shared memory."""
-    for place in (root.parent, root):
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = root.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise FoldersUnusable("is not a folder of this user", path=root, hint="name another folder for the adapters")
-    root.chmod(0o700)
+    root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Whoever owns the folder above the default ones could put another one in their place.
+    for place in [*([root.parent] if root.parent == _own_parent() else []), root]:
+        place.mkdir(mode=0o700, exist_ok=True)
+        found = place.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise FoldersUnusable(
+                "is not a folder of this user", path=place, hint="name another folder for the adapters"
+            )
+        place.chmod(0o700)
 
 
 def _flock(descriptor: int, kind: int) -> bool:

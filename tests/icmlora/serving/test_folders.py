@@ -133,6 +133,14 @@ def test_a_link_in_place_of_the_root_is_refused(tmp_path: Path) -> None:
         AdapterFolders(tmp_path / "root")
 
 
+def test_a_link_above_the_default_root_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icmlora.serving.folders._MEMORY", tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"icm-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FoldersUnusable, match="not a folder of this user"):
+        AdapterFolders(default_root("vllm"))
+
+
 def test_each_purpose_and_user_has_a_root_of_its_own() -> None:
     assert default_root("vllm") != default_root("gateway")
     assert str(os.getuid()) in str(default_root("vllm"))
