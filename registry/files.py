@@ -150,7 +150,7 @@ def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tup
             raise SourceRefused(f"cannot be read: {error.strerror}", reason="unreadable", path=path) from error
     finally:
         os.close(fd)
-    if _identity(before) != _identity(after):
+    if identity(before) != identity(after):
         hint = "try again when nothing writes it"
         raise SourceChanged("changed while it was read", reason="changed", path=path, hint=hint)
 
@@ -191,5 +191,6 @@ def _special(path: Path) -> SourceRefused:
     return SourceRefused("not a regular file", reason="special-file", path=path, hint=hint)
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+def identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what tells a file, as it is now, from another one and from itself after it was written to."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

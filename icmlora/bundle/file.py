@@ -22,6 +22,7 @@ from icmlora.bundle.index import MAX_INDEX_BYTES, VERSION, BundleIndex, BundlePa
 from icmlora.errors import BundleError, located
 from icmlora.io.files import open_regular, read_exactly
 from icmlora.io.staging import writing_file
+from registry.files import identity
 
 MAGIC = b"ICMB" + bytes([VERSION])
 _READABLE = (b"ICMB\x02", b"ICMB\x03", MAGIC)
@@ -137,7 +138,7 @@ def _head(data: bytes, size: int) -> tuple[bytes, int, str]:
 
 def _stamp(descriptor: int) -> tuple[int, ...]:
     found = os.fstat(descriptor)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return *identity(found), found.st_ctime_ns
 
 
 def _prefix(text: bytes, magic: bytes = MAGIC) -> bytes:

@@ -39,8 +39,7 @@ class HashedFile:
             now = self.path.lstat()
         except OSError:
             return False
-        marks = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
-        return all(getattr(now, mark) == getattr(self.status, mark) for mark in marks)
+        return files.identity(now) == files.identity(self.status)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from icmlora.fleet.bundles import Bundle
 from icmlora.fleet.context import Context, find_recorded
 from icmlora.fleet.materialize import MaterializeRequest, key_of, materialize, plan
 from icmlora.formats.format import Template
+from registry.files import identity
 from registry.filters import Selection
 from registry.names import task_name_problem
 from registry.records import BaseModelRecord
@@ -74,7 +75,7 @@ class Stamp:
             found = path.stat()
         except OSError:
             return cls(0, ())
-        return cls(found.st_mtime, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+        return cls(found.st_mtime, (*identity(found), found.st_ctime_ns))
 
 
 class ServedTasks(Protocol):
