@@ -105,11 +105,11 @@ class MadeFiles:
     @property
     def by_name(self) -> dict[str, bytes]:
         """File name -> content; the file that makes the adapter valid comes last."""
-        return self.format.lay_out(self.content)
+        return self.format.lay_out(self.content, self.task)
 
     def write(self, directory: Path, *, force: bool) -> MaterializeReport:
         """Write the files as a folder, which appears complete or not at all."""
-        write_adapter_folder(directory, self.format, self.content, force=force)
+        write_adapter_folder(directory, self.format, self.content, self.task, force=force)
         digest = hashlib.sha256(self.content.weights).hexdigest()
         return self._report(directory, digest, (0.0, 1.0))
 

@@ -361,7 +361,7 @@ class _Restorer:
         if lost := listed - made.files.companions.keys():
             raise DataError(f"{min(lost)} was not kept, so the adapter would not be complete")
         companions = {name: data for name, data in made.files.companions.items() if name in listed}
-        return self._format.lay_out(replace(made.files, card=None, companions=companions))
+        return self._format.lay_out(replace(made.files, card=None, companions=companions), self._found.place.name)
 
     @property
     def _weights(self) -> ReplacedFile:

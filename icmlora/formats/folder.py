@@ -72,7 +72,7 @@ def save_adapter(
     known, place = format_named(adapter_format), Path(folder)
     with located(place):
         files = known.encode(adapter, dtype=dtype, card=card, metadata=metadata or {})
-    write_adapter_folder(place, known, files, force=force)
+    write_adapter_folder(place, known, files, place.name, force=force)
 
 
 def _config(paths: AdapterPaths) -> bytes:

@@ -39,7 +39,8 @@ class AdapterPaths:
         weights: The file with the tensors.
         config: The file that says what they mean; None where the weights' own header does.
         card: The model card, or None.
-        companions: Name to path of other files that belong to the adapter, such as a tokenizer.
+        companions: Name to path of other files that belong to the adapter, such as a tokenizer. Those next to an
+            adapter in a single file are named by what follows its name: `preview.png` stands for `NAME.preview.png`.
     """
 
     place: Path
@@ -248,13 +249,18 @@ class AdapterFormat(Protocol):
         """
         ...
 
-    def lay_out(self, files: AdapterBytes) -> dict[str, bytes]:
-        """Return file name -> content of a folder that holds the adapter; the file that makes it valid comes last."""
+    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
+        """Return file name -> content of a folder that holds the adapter; the file that makes it valid comes last.
+
+        Args:
+            files: Its content.
+            name: What an adapter in a single file is called, without the suffix; formats of whole folders ignore it.
+        """
         ...
 
 
 def write_adapter_folder(
-    directory: Path, adapter_format: AdapterFormat, files: AdapterBytes, *, force: bool = False
+    directory: Path, adapter_format: AdapterFormat, files: AdapterBytes, name: str, *, force: bool = False
 ) -> None:
     """Write an adapter's files, unchanged, as a folder: complete and durable, or not at all.
 
@@ -262,9 +268,10 @@ def write_adapter_folder(
         directory: The folder, absent or empty unless `force`.
         adapter_format: The format of the files.
         files: Their content.
+        name: What an adapter in a single file is called, without the suffix.
         force: Replace the adapter in a folder that holds something.
 
     Raises:
         OutputExists: The folder is not empty and `force` is not given.
     """
-    staging.write_folder(directory, adapter_format.lay_out(files), force=force)
+    staging.write_folder(directory, adapter_format.lay_out(files, name), force=force)

@@ -131,7 +131,7 @@ class PeftFormat:
             weights, config = write_like(adapter, like, dtype, extras), like.config
         return AdapterBytes(weights, config, card.encode())
 
-    def lay_out(self, files: AdapterBytes) -> dict[str, bytes]:
+    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
         """Name the files as PEFT does; without its configuration a folder is not an adapter, so that comes last."""
         card = {} if files.card is None else {CARD_NAME: files.card}
         return {WEIGHTS_NAME: files.weights, **card, **files.companions, CONFIG_NAME: files.config}

@@ -190,6 +190,6 @@ def test_writing_into_a_filled_folder_needs_force(tmp_path: Path) -> None:
 
 
 def test_an_original_is_written_byte_for_byte(tmp_path: Path) -> None:
-    write_adapter_folder(tmp_path / "out", PEFT, AdapterBytes(weights(), config(my_note="kept"), b"card"))
+    write_adapter_folder(tmp_path / "out", PEFT, AdapterBytes(weights(), config(my_note="kept"), b"card"), "out")
     assert (tmp_path / "out" / "adapter_config.json").read_bytes() == config(my_note="kept")
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights()

@@ -304,7 +304,7 @@ def test_peft_makes_the_same_of_what_was_taken_apart_and_written_again(tmp_path:
     assert form_of(done.weights) == form_of(files.weights)
     assert len(done.weights) == len(files.weights)
     (tmp_path / "out").mkdir()
-    for name, data in PEFT.lay_out(done).items():
+    for name, data in PEFT.lay_out(done, "").items():
         (tmp_path / "out" / name).write_bytes(data)
     with torch.no_grad():
         logits = PeftModel.from_pretrained(tiny_model(), tmp_path / "out").eval()(IDS).logits

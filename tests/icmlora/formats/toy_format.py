@@ -145,9 +145,9 @@ class ToyFormat:
         values = b"".join(part.numpy().tobytes() for part in rounded) + b"".join(one.data for one in extras.values())
         return AdapterBytes(MAGIC + json.dumps(head, sort_keys=True).encode() + b"\n" + values)
 
-    def lay_out(self, files: AdapterBytes) -> dict[str, bytes]:
+    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
         """Return the single file."""
-        return {"adapter" + SUFFIX: files.weights}
+        return {name + SUFFIX: files.weights}
 
     def _parse(self, config: bytes, weights: Buffer, path: str | Path | None) -> _Parsed:
         with located(path):
