@@ -33,6 +33,7 @@ _NAMING = Naming(
         Style("{}.lora.down.weight", "{}.lora.up.weight"),
         Style("{}.lora_linear_layer.down.weight", "{}.lora_linear_layer.up.weight"),
         Style("{parent}.processor.{leaf}_lora.down.weight", "{parent}.processor.{leaf}_lora.up.weight"),
+        Style("{}_lora.down.weight", "{}_lora.up.weight"),  # of text encoders, as old as the one before
     ),
 )
 
