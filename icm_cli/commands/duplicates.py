@@ -38,10 +38,11 @@ def duplicates(
 ) -> None:
     """Find tasks whose adapters are the same, or nearly; nothing is changed or removed.
 
-    `=` marks equal tensors and scale, whatever else the files say. `~` marks near copies: DISTANCE is that of their dW,
-    ||dW - dW'|| / max(||dW||, ||dW'||). Rank, type and format do not matter. Each task is compared with the other tasks
-    of its base model and listed after the older one that it is like. With TASKS, only groups with one of them are
-    shown. --quiet prints one group per line, the oldest task first.
+    `=` marks equal tensors and scale, whatever else the files say. `~` marks near copies; DISTANCE is that of dW,
+    ||dW - dW'|| / max(||dW||, ||dW'||). Rank, type and format do not matter. Tasks are compared with all others of
+    their base model. Each task is listed with the oldest one of its group or, if that is too far, with the one that
+    leads there. With TASKS, only near copies of these are shown. --quiet prints one group per line, the oldest task
+    first.
 
     Example:
       icm duplicates

@@ -50,11 +50,11 @@ class DuplicatesRequest:
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """A task and an older one that its adapter is like.
+    """A task and another one that its adapter is like.
 
     Attributes:
-        task: The newer task.
-        like: The older one.
+        task: The task.
+        like: The oldest one of its group; if that is farther than the limit, the one that leads there.
         same_tensors: Whether their tensors are equal, and mean the same.
         distance: ||dW - dW'|| / max(||dW||, ||dW'||); 0 for the same tensors.
         extras_differ: Whether heads, biases or other tensors next to dW differ.
@@ -69,12 +69,12 @@ class DuplicatePair:
 
 @dataclass(frozen=True)
 class DuplicateGroup:
-    """Tasks of one base model that are connected by pairs: one pair fewer than tasks.
+    """Tasks of one base model that are connected by distances within the limit.
 
     Attributes:
         base_model: Their base model.
         tasks: The tasks, oldest first.
-        pairs: What connects them: the same tensors first, then by distance.
+        pairs: One for each task but the oldest, nearest first.
     """
 
     base_model: str
@@ -166,7 +166,7 @@ class _Comparison:
         self._oldest: dict[str, int] = {}  # files, or tensors and what they mean -> place of the oldest such task
         self._same = list(range(len(rows)))  # place of the oldest task with the same tensors
         self._group = list(range(len(rows)))  # a place nearer to the one that names the group
-        self._pairs: list[tuple[int, DuplicatePair]] = []
+        self._links: defaultdict[int, dict[int, float]] = defaultdict(dict)  # place -> place -> distance
 
     def groups(self, wanted: Collection[str]) -> list[DuplicateGroup]:
         """Return the groups; only those with a task that is wanted, if any is named."""
@@ -180,7 +180,9 @@ class _Comparison:
         for older, newer in pairs:
             # Probably nearest first, so that a distance between two that are connected already says nothing new.
             if self._root(older) != self._root(newer):
-                self._compare(older, newer)
+                found = self._distance(older, newer)
+                if found <= limit:
+                    self._connect(older, newer, found)
             self._steps.step(self._rows[newer].task.name)
         return [group for group in self._connected() if not wanted or not set(wanted).isdisjoint(group.tasks)]
 
@@ -226,7 +228,7 @@ class _Comparison:
         if oldest == place:
             return True
         self._same[place] = oldest
-        self._connect(oldest, place, 0.0, same_tensors=True)
+        self._connect(oldest, place, 0.0)
         return False
 
     def _identity(self, final: AdapterRecord, adapter: Adapter | None) -> str:
@@ -247,34 +249,48 @@ class _Comparison:
         generator_file = self._opened.get(self._generator.blob, self._store.blobs.read)
         return decode_code(self._store, generator_file, code, code.rung)
 
-    def _compare(self, older: int, newer: int) -> None:
-        """Compute the distance of two adapters, and connect them if it is within the limit."""
-        found = distance(self._adapter(older), self._adapter(newer))
-        if found <= self._report.max_distance:
-            self._connect(older, newer, found)
+    def _distance(self, one: int, other: int) -> float:
+        return distance(self._adapter(one), self._adapter(other))
 
-    def _connect(self, older: int, newer: int, found: float, *, same_tensors: bool = False) -> None:
-        one, other = self._rows[newer].final, self._rows[older].final
-        extras_differ = not same_tensors and _extras(one) != _extras(other)
-        self._pairs.append((newer, DuplicatePair(one.task, other.task, same_tensors, found, extras_differ)))
-        self._group[self._root(newer)] = self._root(older)
+    def _connect(self, one: int, other: int, found: float) -> None:
+        self._links[one][other] = self._links[other][one] = found
+        # The oldest task names its group.
+        newer, older = sorted((self._root(one), self._root(other)), reverse=True)
+        self._group[newer] = older
 
     def _root(self, place: int) -> int:
-        """Return the place that names a group."""
+        """Return the place of the oldest task of a group."""
         while self._group[place] != place:
             self._group[place] = self._group[self._group[place]]  # half as far next time
             place = self._group[place]
         return place
 
     def _connected(self) -> Iterator[DuplicateGroup]:
-        tasks, pairs = defaultdict[int, list[str]](list), defaultdict[int, list[DuplicatePair]](list)
-        for place, row in enumerate(self._rows):
-            tasks[self._root(place)].append(row.task.name)
-        for place, pair in self._pairs:
-            pairs[self._root(place)].append(pair)
-        for root, found in pairs.items():
-            found.sort(key=lambda pair: (pair.distance, not pair.same_tensors, pair.like, pair.task))
-            yield DuplicateGroup(self._rows[root].task.base_model, tuple(tasks[root]), tuple(found))
+        members = defaultdict[int, list[int]](list)
+        for place in range(len(self._rows)):
+            members[self._root(place)].append(place)
+        for root, places in members.items():
+            if len(places) > 1:
+                pairs = sorted(self._pairs(root), key=lambda pair: (pair.distance, not pair.same_tensors, pair.task))
+                tasks = tuple(self._rows[place].task.name for place in places)
+                yield DuplicateGroup(self._rows[root].task.base_model, tasks, tuple(pairs))
+
+    def _pairs(self, root: int) -> Iterator[DuplicatePair]:
+        """Yield a pair for each task that is connected to the oldest one."""
+        ways = [(root, place, found) for place, found in self._links[root].items()]
+        reached = {root}
+        for via, place, found in ways:  # grows while it is read
+            if place in reached:
+                continue
+            reached.add(place)
+            ways += [(place, further, more) for further, more in self._links[place].items()]
+            one, other = self._rows[place].final, self._rows[via].final
+            is_same = self._same[place] == self._same[via]
+            if via != root and not is_same:
+                direct = self._distance(self._same[root], place)
+                if direct <= self._report.max_distance:
+                    other, found = self._rows[root].final, direct
+            yield DuplicatePair(one.task, other.task, is_same, found, not is_same and _extras(one) != _extras(other))
 
 
 def _extras(final: AdapterRecord) -> set[str]:
