@@ -36,7 +36,8 @@ class KnownTensors:
     def __init__(self, origins: Iterable[TaskOrigin], read: Callable[[str], bytes] | None) -> None:
         """Begin with the tasks of the store; `read` returns its blobs, None if there is no store yet."""
         self._finals: dict[str, _Final] = {}
-        self._names: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._names: defaultdict[str, set[str]] = defaultdict(set)
+        self._order: dict[str, int] = {}
         self._digest = lru_cache(_REMEMBERED)(lambda blob: None if read is None else tensors_digest(read(blob)))
         self._config = lru_cache(_REMEMBERED)(lambda blob: None if read is None else plain_config(read(blob)))
         for origin in origins:
@@ -45,15 +46,16 @@ class KnownTensors:
     def add(self, task: str, adapter: NewAdapter) -> str | None:
         """Note the final adapter of a task; return the first task known before whose adapter is the same, if any."""
         final = _Final(adapter.weights, adapter.config, adapter.tensors_key)
-        near = dict.fromkeys(name for key in _keys(final) for name in self._names[key])
+        near = sorted({name for key in _keys(final) for name in self._names[key]}, key=self._order.__getitem__)
         found = next((name for name in near if name.lower() != task.lower() and self._is_same(name, final)), None)
         self._add(task, final)
         return found
 
     def _add(self, task: str, final: _Final) -> None:
+        self._order.setdefault(task, len(self._order))
         self._finals[task.lower()] = final
         for key in _keys(final):
-            self._names[key][task] = None
+            self._names[key].add(task)
 
     def _is_same(self, task: str, final: _Final) -> bool:
         other = self._finals[task.lower()]  # another one than when it was noted, if the task was replaced since
