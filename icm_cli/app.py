@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "stats": ("stats", "stats", INSPECT),
     "eval": ("eval", "evaluate", INSPECT),
     "map": ("map", "map_", INSPECT),
+    "duplicates": ("duplicates", "duplicates", INSPECT),
     "report": ("report", "report", INSPECT),
     "mv": ("mv", "mv", ARRANGE),
     "tag": ("tag", "tag", ARRANGE),

@@ -19,6 +19,7 @@ COMMANDS = {
     "ls --from": ("ls", "--from", "fleet.icm"),
     "show": ("show", "poems"),
     "map": ("map",),
+    "duplicates": ("duplicates",),
     "report": ("report", "-o", "fleet.html", "--outputs", "poems", "--outputs", "silent", "--device", "cpu"),
     "stats": ("stats",),
     "materialize": ("materialize", "poems", "--source", "code", "-o", "adapter"),
@@ -66,7 +67,7 @@ def test_a_documents_keys_are_those_on_the_page(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if name in ("show", "map", "recognize", "generate"):
+    if name in ("show", "map", "duplicates", "recognize", "generate"):
         for subject in ("apples", "ships"):
             icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
     if name == "show":

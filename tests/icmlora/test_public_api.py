@@ -47,6 +47,7 @@ METHODS = [
         "check_few_shot",
         "compare",
         "doctor",
+        "duplicates",
         "encode",
         "evaluate",
         "evict",
