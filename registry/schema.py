@@ -1,4 +1,4 @@
-"""The tables of schema 5, as SQLAlchemy classes.
+"""The tables of schema 6, as SQLAlchemy classes.
 
     base_models 1─n tasks 1─n adapters 1─n extras
          ├──n base_labels
@@ -403,6 +403,8 @@ class Code(Base):
     tolerance: Mapped[float | None]
     is_kept: Mapped[bool | None]
     refined: Mapped[int | None]
+    # Since schema 6.
+    max_size: Mapped[int | None]
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])
