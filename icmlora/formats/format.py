@@ -150,6 +150,7 @@ class Template:
 
     config: bytes
     layout: tuple[ModuleShape, ...]
+    """Its modules with the ranks to write. Where the configuration states others, it is changed to state these."""
     dtype: str
     details: str = ""
     """`AdapterSummary.template`."""
