@@ -37,8 +37,7 @@ FormatOpt = Annotated[
     typer.Option(
         "--format",
         metavar="NAME",
-        help="Format to write, such as peft (a folder), mlx (a folder for MLX-LM) or gguf (a file for llama.cpp). Default: "
-        "that of the source.",
+        help="Format to write: peft, mlx (for MLX-LM), gguf (one file for llama.cpp) ... Default: that of the source.",
         show_default=False,
     ),
 ]
