@@ -21,7 +21,7 @@ from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterPaths
 from icmlora.formats.tree import Folder
 from icmlora.io import staging
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import read_tensor_file
+from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.errors import IcmError
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class _Found:
         config = b"" if paths.config is None else read_regular(paths.config, max_bytes=_CONFIG_LIMIT)
         card = None if paths.card is None else read_regular(paths.card, max_bytes=_COMPANION_LIMIT)
         companions = {name: read_regular(path, max_bytes=_COMPANION_LIMIT) for name, path in paths.companions.items()}
-        content = AdapterBytes(read_tensor_file(paths.weights), config, card, companions)
+        weights = read_regular(paths.weights, max_bytes=MAX_FILE_BYTES)
+        content = AdapterBytes(weights, config, card, companions)
         return SourceAdapter(self.name, self.place, self.format, content)
 
     @property

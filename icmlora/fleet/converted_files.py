@@ -17,7 +17,7 @@ from pathlib import Path
 from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.resize import Slots, relative_errors
-from icmlora.errors import AdapterRefused
+from icmlora.errors import AdapterRefused, BaseModelNotFound
 from icmlora.fleet.converting import gguf_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, RunnableAdapter, Template
@@ -167,7 +167,11 @@ def _for_program(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted)
         from icmlora.formats.gguf_lora import encode_gguf
 
         label, path = summary.base_model or "", wanted.base_model
-        base = gguf_base(lambda: find_base_model(label) if path is None else inspect_base(label, path))
+        try:
+            base = gguf_base(lambda: find_base_model(label) if path is None else inspect_base(label, path))
+        except BaseModelNotFound as error:
+            error.hint = "name its folder or GGUF file: --base-model PATH"
+            raise
 
         def write(adapter: Adapter) -> AdapterBytes:
             return AdapterBytes(encode_gguf(_with(runnable, adapter), base, task=source.name, metadata={}, dtype=dtype))
@@ -229,7 +233,9 @@ def _largest(writer: _Writer, size: int, *, one_rank: bool) -> tuple[Adapter, Ad
             high, smallest = count, len(content.weights)
     if best is None:
         fact = f"with one rank a module it takes {smallest:,} bytes, more than {size:,}"
-        raise AdapterRefused(fact, kind="size", hint="allow more bytes, or encode it with a generator")
+        raise AdapterRefused(
+            fact, kind="size", hint="allow more bytes; codes in a store are smaller: `icm encode --size`"
+        )
     return best
 
 
