@@ -130,17 +130,8 @@ def encode(
     Example:
       icm encode --min-gain 0.98
     """
-    if quality is not None and any(limit is not None for limit in (max_error, min_gain, tolerance, size)):
-        raise UsageProblem("--quality sets the limit itself: leave out --max-error, --min-gain, --tolerance and --size")
-    if size is not None and (refine or residual):
-        other = "--refine changes how many bytes a code takes" if refine else "--residual is for an error"
-        raise UsageProblem(f"{other}, so it cannot be used with --size", hint="leave out one of the two")
-    if refine and max_error is not None:
-        hint = "use --min-gain, which measures what refined codes do"
-        raise UsageProblem("--refine moves codes away from the weights, so it cannot keep --max-error", hint=hint)
-    if refine and residual:
-        hint = "refine the codes first, then add residuals"
-        raise UsageProblem("--residual keeps the codes as they are, so it cannot be used with --refine", hint=hint)
+    limited = any(limit is not None for limit in (max_error, min_gain, tolerance, size))
+    _check_usage(quality, size, max_error, refine, limited=limited, residual=residual)
 
     def work(fleet: Fleet) -> EncodeReport:
         return fleet.encode(
@@ -161,6 +152,22 @@ def encode(
 
     if run(session, work, evict_hint(max_error, min_gain)):
         raise typer.Exit(ExitCode.PARTLY)
+
+
+def _check_usage(
+    quality: int | None, size: str | None, max_error: float | None, refine: int | None, *, limited: bool, residual: bool
+) -> None:
+    if quality is not None and limited:
+        raise UsageProblem("--quality sets the limit itself: leave out --max-error, --min-gain, --tolerance and --size")
+    if size is not None and (refine or residual):
+        other = "--refine changes how many bytes a code takes" if refine else "--residual is for an error"
+        raise UsageProblem(f"{other}, so it cannot be used with --size", hint="leave out one of the two")
+    if refine and max_error is not None:
+        hint = "use --min-gain, which measures what refined codes do"
+        raise UsageProblem("--refine moves codes away from the weights, so it cannot keep --max-error", hint=hint)
+    if refine and residual:
+        hint = "refine the codes first, then add residuals"
+        raise UsageProblem("--residual keeps the codes as they are, so it cannot be used with --refine", hint=hint)
 
 
 def run(

@@ -9,7 +9,6 @@ import unicodedata
 from datetime import UTC, datetime
 
 from icmlora.errors import DataError
-from registry.filters import parse_size
 from registry.names import escape, some
 
 __all__ = [
@@ -44,6 +43,8 @@ def human_size(size: int) -> str:
 
 def parse_bytes(text: str) -> int:
     """Read a number of bytes, as `1500`, `64MiB` or `2GB`; raises `DataError`."""
+    from registry.filters import parse_size  # most commands read none
+
     size = parse_size(text.strip())
     if not size:
         raise DataError(f"{escape(text, 40)!r} is not a size", hint="write 1500, 10MB, 10MiB or 10M")
