@@ -15,11 +15,18 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused, Cancelled, DataError
 from icmlora.fleet.context import Event, Progress, TaskFailed, ignore, reporting
-from icmlora.formats.catalogue import FORMATS
+from icmlora.formats.catalogue import formats
 from icmlora.formats.discovery import find_adapters
-from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterPaths
+from icmlora.formats.format import (
+    AdapterBytes,
+    AdapterFormat,
+    AdapterPaths,
+    Layout,
+    check_target,
+    is_file,
+    write_adapter_files,
+)
 from icmlora.formats.tree import Folder
-from icmlora.io import staging
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.errors import IcmError
@@ -148,7 +155,7 @@ def _wanted(
     from icmlora.fleet.converted_files import PROGRAMS, Wanted
     from icmlora.io.tensors import DTYPE_NAMES
 
-    names = dict.fromkeys([*(known.name for known in FORMATS), *PROGRAMS])
+    names = dict.fromkeys([*(known.name for known in formats()), *PROGRAMS])
     if adapter_format is not None and adapter_format not in names:
         raise DataError(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
     if dtype is not None and dtype not in DTYPE_NAMES:
@@ -163,18 +170,25 @@ def _wanted(
 
 
 def _single(path: Path) -> _Found | None:
-    """Return the adapter if there is exactly one at a path itself."""
-    if path.is_dir():
-        folder = Folder(path, {entry.name: entry for entry in path.iterdir() if entry.is_file()})
-    elif path.is_file():
-        folder = Folder(path.parent, {path.name: path})
-    else:
+    """Return the adapter if a path is that of one: its file, or its folder."""
+    if not path.exists():
         raise AdapterRefused("does not exist", kind="not-a-folder", path=path)
-    found = [_Found(paths.place.name, known, paths) for known in FORMATS for paths in known.find(folder)]
-    if not found and path.is_file():
-        hint = "`icm convert` reads files and folders of the formats that icm knows"
+    place = path if path.is_dir() else path.parent
+    entries = {entry.name: entry for entry in place.iterdir() if entry.is_file()}
+    if path.is_dir():
+        found = [one for one in _at(Folder(path, entries)) if one.paths.place == path]
+        return found[0] if found else None
+    own = {name: entry for name, entry in entries.items() if name.startswith(f"{path.stem}.")}
+    found = [one for one in _at(Folder(place, own)) if one.paths.weights == path]
+    if not found:
+        hint = "name a file or a folder of a format that icm reads"
         raise AdapterRefused("is not an adapter", kind="empty", path=path, hint=hint)
-    return found[0] if len(found) == 1 else None
+    return found[0]
+
+
+def _at(folder: Folder) -> list[_Found]:
+    """Return the adapters of a folder; the first format that knows a file has it."""
+    return [_Found(paths.place.name, known, paths) for known in formats() for paths in known.find(folder)]
 
 
 def _many(path: Path) -> tuple[list[_Found], Sequence[tuple[str, IcmError]]]:
@@ -194,57 +208,31 @@ def _many(path: Path) -> tuple[list[_Found], Sequence[tuple[str, IcmError]]]:
 
 
 def _convert(found: _Found, wanted: Wanted, destination: Path, *, is_one: bool, force: bool) -> AdapterConverted:
-    from icmlora.fleet.converted_files import convert_files, lay_out
+    from icmlora.fleet.converted_files import convert_files, layout_of
 
-    name = wanted.adapter_format or found.format.name
-    suffix = _suffix(name)
-    folder, stem = (destination, found.name) if suffix is not None else (destination / found.name, found.name)
-    if is_one:
-        folder, stem = _place(destination, name, suffix)
-    if suffix is None:
-        staging.check_free(folder, force=force)
-    else:
-        staging.check_absent(folder / f"{stem}{suffix}", force=force)
+    layout = layout_of(wanted.adapter_format or found.format.name)
+    output = destination if is_one else destination / f"{found.name}{layout.suffix or ''}"
+    if is_file(output) and layout.suffix != output.suffix:
+        ending = "a folder" if layout.suffix is None else f"a file NAME{layout.suffix}"
+        raise DataError(f"a {layout.name} adapter is {ending}", path=output, hint="name that, or another --format")
+    check_target(output, force=force)
     source = found.read()
     made = convert_files(source, wanted)
-    files = lay_out(name, made.content, stem)
-    if suffix is None:
-        staging.write_folder(folder, files, force=force)
-        return _outcome(found, source, made, name, folder, files)
-    for file, data in files.items():
-        with staging.writing_file(folder / file, force=force) as stream:
-            stream.write(data)
-    return _outcome(found, source, made, name, folder / f"{stem}{suffix}", files)
-
-
-def _suffix(name: str) -> str | None:
-    """Return how the file of an adapter in a single file ends; None for a format of folders."""
-    from icmlora.fleet.converted_files import lay_out
-
-    *_, main = lay_out(name, AdapterBytes(b""), "NAME")
-    return main.removeprefix("NAME") if main.startswith("NAME.") else None
-
-
-def _place(destination: Path, name: str, suffix: str | None) -> tuple[Path, str]:
-    """Return the folder to write into, and what the file there is called without its suffix."""
-    if suffix is None:
-        return destination, destination.name
-    if not destination.name.endswith(suffix) or destination.name == suffix or destination.is_dir():
-        raise DataError(f"an adapter of the format {name} is one file", path=destination, hint=f"name it NAME{suffix}")
-    return destination.parent, destination.name.removesuffix(suffix)
+    write_adapter_files(output, layout, made.content, found.name, force=force)
+    return _outcome(found, source, made, layout, output)
 
 
 def _outcome(
-    found: _Found, source: SourceAdapter, made: ConvertedFiles, name: str, output: Path, files: dict[str, bytes]
+    found: _Found, source: SourceAdapter, made: ConvertedFiles, layout: Layout, output: Path
 ) -> AdapterConverted:
-    content = source.content
+    content, files = source.content, layout.lay_out(made.content, found.name)
     others = dict(content.companions) if content.card is None else {**content.companions, "README.md": content.card}
     return AdapterConverted(
         name=found.name,
         source=str(found.place),
         output=str(output),
         from_format=found.format.name,
-        format=name,
+        format=layout.name,
         before=len(content.weights),
         size=len(made.content.weights),
         rank=made.rank,

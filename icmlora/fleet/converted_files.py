@@ -10,6 +10,7 @@ when it is written, so that takes a few tries.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from icmlora.adapter.resize import Slots, relative_errors
 from icmlora.errors import AdapterRefused, BaseModelNotFound
 from icmlora.fleet.converting import gguf_base
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, RunnableAdapter, Template
-from icmlora.io.safetensors import ITEM_BYTES
+from icmlora.formats.diffusers import METADATA
+from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, Layout, RunnableAdapter, Template
+from icmlora.formats.single_file_check import HEADER
+from icmlora.io.safetensors import ITEM_BYTES, header_text, parse_header
 from icmlora.io.tensors import DTYPE_NAMES, dtype_name
 
 PROGRAMS = ("gguf", "mlx")
@@ -134,23 +137,41 @@ def _in_form(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted) -> 
 def _fresh(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted) -> _Writer:
     assert wanted.adapter_format is not None
     known = format_named(wanted.adapter_format)
+    if known.is_for_images != source.format.is_for_images:
+        fact = f"modules are called otherwise in the format {known.name} than in {source.format.name}"
+        raise AdapterRefused(fact, kind="layers", path=source.path, hint="without --format it keeps its names")
     loaded = source.format.read(source.content.config, source.content.weights, path=source.path)
-    if loaded.extras:
-        fact = f"{next(iter(loaded.extras))} is more than a LoRA factor and has no place in the format {known.name}"
+    extras = dict(loaded.extras)
+    # A header goes into the new file, but for what it says of the ranks and scales of the old one.
+    header = json.loads(extras.pop(HEADER).data) if HEADER in extras else {}
+    metadata = {name: text for name, text in header.items() if name != METADATA}
+    if extras:
+        fact = f"{next(iter(extras))} is more than a LoRA factor and has no place in the format {known.name}"
         raise AdapterRefused(fact, kind="extras", path=source.path, hint="keep its format, or merge it first")
+    if odd := _not_linear(source.content.weights):
+        fact = f"{odd} is of a convolution or of fused experts, which icm does not convert into another format"
+        raise AdapterRefused(fact, kind="layers", path=source.path, hint="keep its format")
     own = next((name for name, short in DTYPE_NAMES.items() if short == summary.dtype), "float32")
     dtype = wanted.dtype or own
 
     def write(adapter: Adapter) -> AdapterBytes:
-        made = known.encode(adapter, card="", metadata={}, dtype=dtype)
+        made = known.encode(adapter, card="", metadata=metadata, dtype=dtype)
         if len({shape.rank for shape in adapter.layout}) > 1:
             # A fresh adapter may have one rank for all modules; in the form of that, each has its own.
-            form = known.inspect(made.config, made.weights)
+            form, kept = known.inspect(made.config, made.weights), known.read(made.config, made.weights).extras
             like = Template(made.config, adapter.layout, form.dtype, form.template)
-            made = known.encode(adapter, card="", metadata={}, like=like, dtype=dtype)
+            made = known.encode(adapter, card="", metadata={}, like=like, dtype=dtype, extras=kept)
         return replace(made, card=source.content.card)
 
     return _Writer(loaded.adapter, write, _item_bytes(dtype, summary), _reader(known))
+
+
+def _not_linear(weights: bytes) -> str | None:
+    """Return a tensor of more than two dimensions, if the file is one of safetensors and has one."""
+    if weights[8:9] != b"{":
+        return None
+    tensors = parse_header(header_text(weights), len(weights)).tensors
+    return next((tensor.name for tensor in tensors if len(tensor.shape) > 2), None)
 
 
 def _for_program(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted) -> _Writer:
@@ -179,15 +200,26 @@ def _for_program(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted)
     return _Writer(runnable.adapter, write, _item_bytes(dtype, summary), None)
 
 
-def lay_out(adapter_format: str, content: AdapterBytes, name: str) -> dict[str, bytes]:
-    """Return file name -> content; the file that makes the adapter valid comes last."""
-    if adapter_format == "mlx":
+@dataclass(frozen=True)
+class _Program:
+    """The layout of a format of a program."""
+
+    name: str
+    suffix: str | None
+
+    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
+        """Name the files as the program does."""
+        if self.suffix is not None:
+            return {name + self.suffix: files.weights}
         from icmlora.formats.mlx import CONFIG_NAME, WEIGHTS_NAME
 
-        return {WEIGHTS_NAME: content.weights, CONFIG_NAME: content.config}
-    if adapter_format == "gguf":
-        return {f"{name}.gguf": content.weights}
-    return format_named(adapter_format).lay_out(content, name)
+        return {WEIGHTS_NAME: files.weights, CONFIG_NAME: files.config}
+
+
+def layout_of(adapter_format: str) -> Layout:
+    """Return how the files of a format are laid out."""
+    programs = {"mlx": _Program("mlx", None), "gguf": _Program("gguf", ".gguf")}
+    return programs.get(adapter_format) or format_named(adapter_format)
 
 
 def _with(runnable: RunnableAdapter, adapter: Adapter) -> RunnableAdapter:

@@ -21,6 +21,11 @@ from icmlora.formats import catalogue
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.kept_tasks import write_loha
 from tests.icmlora.fleet.test_converting import assert_equal, wanted, written
+from tests.icmlora.formats.image_deltas import dw_by_diffusers, dw_of
+from tests.icmlora.formats.image_files import diffusers_file, kohya_file
+from tests.icmlora.formats.single_files import convolution, write
+from tests.icmlora.formats.single_files import kohya as kohya_tensors
+from tests.icmlora.formats.tiny_pipelines import tiny_sd15
 from tests.icmlora.formats.toy_format import ToyFormat
 from tests.icmlora.tiny_base import write_tiny_base
 
@@ -44,8 +49,6 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> ToyFormat:
     """A format of single files in addition to those of the catalogue."""
     known = ToyFormat()
     monkeypatch.setattr(catalogue, "FORMATS", [*catalogue.FORMATS, known])
-    monkeypatch.setattr("icmlora.fleet.convert.FORMATS", catalogue.FORMATS)
-    monkeypatch.setattr("icmlora.formats.folder.FORMATS", catalogue.FORMATS)
     return known
 
 
@@ -166,24 +169,84 @@ def test_what_has_no_place_in_another_format_is_refused_by_name(adapter: Path, t
     assert not (tmp_path / "mlx").exists()
 
 
-def test_a_file_of_another_format_becomes_a_folder_and_comes_back(
-    adapter: Path, tmp_path: Path, toy: ToyFormat
-) -> None:
-    file = tmp_path / "one.toy"
-    assert only(convert(adapter, file, adapter_format="toy")).output == str(file)
-    only(convert(file, tmp_path / "small", adapter_format="peft", size=9000))
-    only(convert(file, tmp_path / "two.toy", rank=2))
+def test_another_format_has_ranks_of_its_own_too(adapter: Path, tmp_path: Path, toy: ToyFormat) -> None:
+    only(convert(adapter, tmp_path / "toys", adapter_format="toy"))
+    file = tmp_path / "toys" / "poems.toy"
+    done = only(convert(file, tmp_path / "small", adapter_format="peft", size=9000))
     assert len(set(ranks_of(tmp_path / "small"))) > 1
-    assert error_of(adapter, tmp_path / "small") < 0.7
-    with pytest.raises(DataError, match="one file"):
-        convert(adapter, tmp_path / "three", adapter_format="toy")
+    assert done.relative_error == pytest.approx(error_of(adapter, tmp_path / "small"), abs=1e-6)
 
 
-def test_many_files_keep_their_names(tmp_path: Path, adapter: Path, toy: ToyFormat) -> None:
-    for name in ("ants", "bees"):
-        only(convert(adapter, tmp_path / "toys" / f"{name}.toy", adapter_format="toy"))
-    convert(tmp_path / "toys", tmp_path / "out", rank=2)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ants.toy", "bees.toy"]
+@pytest.mark.parametrize("name", ["sd15", "flux", "convolutions"])
+def test_a_file_of_kohya_is_cut_to_a_size_and_keeps_all_else(tmp_path: Path, name: str) -> None:
+    if name == "convolutions":
+        tensors = convolution("lora_unet_conv1") | convolution("lora_unet_conv2", rank=5) | kohya_tensors("lora_unet_a")
+        file = write(tmp_path / "conv.safetensors", tensors, {"ss_network_dim": "3", "note": "Grüße"})
+    else:
+        file = kohya_file(name)
+    out = tmp_path / "small.safetensors"
+    done = only(convert(file, out, size=int(0.85 * file.stat().st_size)))
+    assert (done.relative_error or 0) > 0
+    assert (done.format, done.size) == ("kohya", out.stat().st_size)
+    with safe_open(file, framework="pt") as before, safe_open(out, framework="pt") as after:
+        assert after.metadata() == before.metadata()
+        assert set(after.keys()) == set(before.keys())
+        alphas = [key for key in before.keys() if key.endswith(".alpha")]  # noqa: SIM118  # not a mapping
+        assert all(torch.equal(before.get_tensor(key), after.get_tensor(key)) for key in alphas)
+    old, new = dw_of(file), dw_of(out)  # by the code of LyCORIS
+    error = sum(float((new[key] - old[key]).square().sum()) for key in old)
+    assert done.relative_error == pytest.approx(
+        math.sqrt(error / sum(float(one.square().sum()) for one in old.values())), abs=1e-6
+    )
+
+
+def test_the_header_of_diffusers_states_the_new_ranks(tmp_path: Path) -> None:
+    pipeline = tiny_sd15()
+    file = diffusers_file(tmp_path, pipeline)
+    done = only(convert(file, tmp_path / "small.safetensors", size=int(0.7 * file.stat().st_size)))
+    before, after = dw_by_diffusers(file, tiny_sd15()), dw_by_diffusers(tmp_path / "small.safetensors", tiny_sd15())
+    assert before.keys() == after.keys()
+    error = sum(float((after[key] - before[key]).square().sum()) for key in before)
+    assert done.relative_error == pytest.approx(
+        math.sqrt(error / sum(float(one.square().sum()) for one in before.values())), abs=1e-5
+    )
+
+
+def test_what_belongs_to_a_file_goes_with_it(tmp_path: Path) -> None:
+    write(tmp_path / "dog.safetensors", kohya_tensors("lora_unet_a", "lora_unet_b"))
+    for name in ("dog.preview.png", "dog.txt", "cat.txt"):
+        (tmp_path / name).write_text(name)
+    only(convert(tmp_path / "dog.safetensors", tmp_path / "out" / "pup.safetensors", rank=2))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "pup.preview.png",
+        "pup.safetensors",
+        "pup.txt",
+    ]
+
+
+def test_many_files_keep_their_names(tmp_path: Path) -> None:
+    for name in ("ants", "more/bees"):
+        write(tmp_path / "files" / f"{name}.safetensors", kohya_tensors("lora_unet_a", "lora_unet_b"))
+    convert(tmp_path / "files", tmp_path / "out", rank=2)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ants.safetensors", "bees.safetensors"]
+
+
+def test_a_format_for_images_and_one_for_language_models_have_other_names(tmp_path: Path, adapter: Path) -> None:
+    file = write(tmp_path / "dog.safetensors", kohya_tensors("lora_unet_a"))
+    for source, name in ((file, "peft"), (adapter, "kohya")):
+        with pytest.raises(AdapterRefused, match="called otherwise"):
+            convert(source, tmp_path / "out", adapter_format=name)
+
+
+def test_a_convolution_is_not_converted_to_another_format(tmp_path: Path) -> None:
+    file = write(tmp_path / "dog.safetensors", convolution("lora_unet_a"))
+    with pytest.raises(AdapterRefused, match=r"lora_unet_a\.lora_down\.weight is of a convolution"):
+        convert(file, tmp_path / "out.safetensors", adapter_format="lycoris")
+
+
+def test_a_format_of_one_file_is_not_written_under_the_name_of_another(tmp_path: Path, adapter: Path) -> None:
+    with pytest.raises(DataError, match="a peft adapter is a folder"):
+        convert(adapter, tmp_path / "out.safetensors", rank=2)
 
 
 @pytest.fixture
