@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("train", "train", ADAPTERS),
     "encode": ("encode", "encode", ADAPTERS),
     "materialize": ("materialize", "materialize", ADAPTERS),
+    "convert": ("convert", "convert", ADAPTERS),
     "recognize": ("recognize", "recognize", ADAPTERS),
     "generate": ("generate", "generate", ADAPTERS),
     "ls": ("ls", "ls", INSPECT),

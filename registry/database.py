@@ -195,6 +195,7 @@ def _to_schema_5(connection: Connection) -> None:
 
 def _to_schema_6(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN tensors_key BLOB")
+    connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN max_size INTEGER")
 
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (

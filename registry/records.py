@@ -229,6 +229,7 @@ class Asked:
     tolerance: float | None = None  # largest squared error of dW weighted by sensitivity
     is_kept: bool = True  # whether the limits are met
     refined: int = 0  # steps of refinement
+    max_size: int | None = None  # bytes of the code
 
 
 @dataclass(frozen=True)

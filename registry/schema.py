@@ -405,6 +405,8 @@ class Code(Base):
     tolerance: Mapped[float | None]
     is_kept: Mapped[bool | None]
     refined: Mapped[int | None]
+    # Since schema 6.
+    max_size: Mapped[int | None]
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])

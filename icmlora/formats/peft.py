@@ -130,7 +130,7 @@ class PeftFormat:
         if like is None or pad_rank is not None:
             weights, config = write_fresh(adapter, dtype or "bfloat16", metadata, extras, rank=pad_rank)
         else:
-            weights, config = write_like(adapter, like, dtype, extras), like.config
+            weights, config = write_like(adapter, like, dtype, extras)
         return AdapterBytes(weights, config, card.encode())
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:

@@ -37,7 +37,7 @@ NAMES = [
         "StoreLocked",
     ),
     *("StoreNotFound", "TaskConflict", "TaskNotFound", "UnsafeInput", "attach", "base_model_loader"),
-    *("load_adapter", "save_adapter"),
+    *("convert", "load_adapter", "save_adapter"),
 ]
 METHODS = [
     *(
