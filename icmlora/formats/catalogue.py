@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterFormat
+from icmlora.formats.gguf_format import GgufFormat
+from icmlora.formats.mlx_format import MlxFormat
 from icmlora.formats.peft import PeftFormat
 
 FORMATS: list[AdapterFormat] = [
     PeftFormat(),
+    MlxFormat(),
+    GgufFormat(),
 ]
 
 

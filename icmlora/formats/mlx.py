@@ -21,12 +21,11 @@ from torch.nn.functional import pad
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import RunnableAdapter
+from icmlora.formats.mlx_format import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.io.safetensors import RawTensor, encode
 from icmlora.io.tensors import dtype_name, raw_tensor
 from registry.names import escape
 
-WEIGHTS_NAME = "adapters.safetensors"
-CONFIG_NAME = "adapter_config.json"
 # MLX-LM looks for the key in each block. It computes experts together, from one tensor.
 _MODULE = re.compile(
     r"(?P<model>model\.|model\.language_model\.|language_model\.model\.)(?P<block>layers\.\d+)\."
@@ -34,13 +33,16 @@ _MODULE = re.compile(
 )
 
 
-def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: str = "float32") -> dict[str, bytes]:
+def encode_mlx(
+    adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: str = "float32", rank: int | None = None
+) -> dict[str, bytes]:
     """Write an adapter as the files of a folder, by name; the same arguments give the same bytes.
 
     Args:
         adapter: What to write.
         metadata: Short facts for the header of the weights.
         dtype: "bfloat16", "float16" or "float32", in which MLX-LM trains by default.
+        rank: That of all modules, filled up with zeros; the largest of the adapter by default.
 
     Raises:
         AdapterRefused: It has something that MLX-LM has no place for, or a value that the type cannot hold.
@@ -50,7 +52,10 @@ def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: 
         fact = f"an MLX adapter holds LoRA factors and DoRA magnitudes only, and it also has {other}"
         raise AdapterRefused(fact, kind="extras", hint="write it with --format peft, and merge it with PEFT")
     modules, kind = adapter.adapter.modules, dtype_name(dtype)
-    rank = max(module.a.shape[0] for module in modules)
+    largest = max(module.a.shape[0] for module in modules)
+    if rank is not None and rank < largest:
+        raise AdapterRefused(f"rank {rank} is too small: a module has rank {largest}", kind="rank")
+    rank = rank or largest
     keys: set[str] = set()
     tensors: dict[str, RawTensor] = {}
     for module in modules:

@@ -99,7 +99,7 @@ def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapp
     for module, shapes in parts.items():
         if len(shapes) != details.parts.get(module, 1) or len({shape[1:] for shape in shapes}) > 1:
             raise _bad_template()
-        of_parts = [_fitted(modules.pop(shape.module, None), *shape[1:]) for shape in shapes]
+        of_parts = [fitted(modules.pop(shape.module, None), *shape[1:]) for shape in shapes]
         factors = joined(of_parts, experts=module in details.experts)
         scale = config.scale_of(details.targets.get(module, module))
         # An adapter of scale 0 does nothing, whatever its factors are.
@@ -195,13 +195,13 @@ def write_fresh(
     rank = rank or largest
     tensors: dict[str, RawTensor] = {}
     for module in adapter.modules:
-        factors = _fitted(module, rank, module.a.shape[1], module.b.shape[0])
+        factors = fitted(module, rank, module.a.shape[1], module.b.shape[0])
         for name, factor in zip(usual_names(module.name), factors, strict=True):
             tensors[name] = raw_tensor(name, factor, dtype_name(dtype))
     return encode(tensors, {**_METADATA, **metadata}), _config(adapter, rank)
 
 
-def _fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return factors of the wanted rank, filled up with zeros: (rank, in) and (out, rank)."""
     if module is None:
         return torch.zeros(rank, inputs), torch.zeros(outputs, rank)

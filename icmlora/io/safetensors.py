@@ -193,7 +193,7 @@ def _refuse_other_format(start: bytes) -> None:
     if start.startswith(b"version "):
         raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
     if start.startswith(b"GGUF"):
-        raise AdapterRefused("a GGUF file, not safetensors", kind="gguf", hint="give the PEFT folder it was made from")
+        raise AdapterRefused("a GGUF file, not safetensors", kind="gguf", hint="name it NAME.gguf")
 
 
 def _check_contiguous(tensors: list[TensorInfo], start: int, size: int) -> None:
