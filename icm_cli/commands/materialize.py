@@ -177,7 +177,8 @@ def materialize(
     if task is None:
         from icmlora.fleet.converting import check_output
 
-        check_output(output, adapter_format and adapter_format.value, force=force)  # before a model is loaded
+        # Before a model is loaded.
+        check_output(output, None if adapter_format is None else adapter_format.value, force=force)
         task = _recognized(session, samples, base_model, bundle, loader, device)
     write: Callable[..., MaterializeReport] = partial(session.fleet.materialize, source=source.value, seed=seed)
     if bundle is not None:
@@ -187,7 +188,7 @@ def materialize(
     done = write(
         task,
         output,
-        adapter_format=adapter_format and adapter_format.value,
+        adapter_format=None if adapter_format is None else adapter_format.value,
         dtype=dtype and dtype.value,
         pad_rank=pad_rank,
         max_error=max_error,

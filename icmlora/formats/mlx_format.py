@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapters.safetensors"
 CARD_NAME = "README.md"
-_METADATA = {"format": "mlx"}
 _MAX_CONFIG = 1 << 20
 _MAX_LABEL = 1024
 _DEFAULT_SCALE = 20.0  # MLX-LM's own, for configurations that leave it out
@@ -235,7 +234,7 @@ def _summary(parsed: MlxConfig, header: TensorHeader, pairs: SortedPairs, weight
     if not pairs.pairs:
         reason = "has no LoRA factors" if header.tensors else "does nothing: it holds no tensors"
         return original_only(facts, header, (), reason, does_nothing=not header.tensors)
-    form = {} if header.metadata == _METADATA else {"metadata": dict(header.metadata)}
+    form = {"metadata": dict(header.metadata)} if header.metadata else {}
     return summary_of(facts, header, pairs, weights, form=form, does_nothing=parsed.scale == 0.0)
 
 
@@ -277,7 +276,7 @@ def _with_rank(config: bytes, rank: int) -> bytes:
 
 
 def _metadata_of(form: PairForm) -> dict[str, str]:
-    found = form.own.get("metadata", _METADATA)
+    found = form.own.get("metadata", {})
     if form.own.keys() - {"metadata"} or not isinstance(found, dict) or not all(map(_is_text, found.values())):
         raise bad_template()
     return dict(found)

@@ -209,6 +209,8 @@ def _check_contiguous(tensors: list[TensorInfo], start: int, size: int) -> None:
 
 
 def _metadata(value: object) -> Mapping[str, str]:
+    if value is None:  # as MLX writes it, and the library reads it
+        return {}
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return value
     raise AdapterRefused("the header's metadata is not a map of text to text", kind="damaged")
