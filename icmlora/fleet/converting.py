@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, DataError, located
+from icmlora.formats.format import AdapterBytes
 from icmlora.io import staging
 
 if TYPE_CHECKING:
     from icmlora.base_models.lookup import FoundBase
-    from icmlora.formats.format import AdapterBytes, AdapterFormat, RunnableAdapter
+    from icmlora.formats.format import AdapterFormat, RunnableAdapter
     from icmlora.formats.gguf_lora import GgufBase
 
 FormatName = Literal["peft", "gguf", "mlx"]
@@ -133,13 +135,14 @@ def _write_gguf(
 
 def _peft_files(adapter: RunnableAdapter, metadata: Mapping[str, str], card: str, dtype: str) -> dict[str, bytes]:
     from icmlora.formats.peft import PEFT
+    from icmlora.formats.peft_tensors import write_fresh
 
-    if (other := adapter.beyond_lora()) is not None:
-        fact = f"icm converts LoRA factors only for PEFT, and it also has {other}"
+    if (other := replace(adapter, magnitudes={}).beyond_lora()) is not None:
+        fact = f"icm converts LoRA factors and DoRA magnitudes for PEFT, and it also has {other}"
         raise AdapterRefused(fact, kind="extras", hint="without --format it is written as it is")
     # PEFT has the factors of an embedding under other names, and only the base model tells an embedding.
     if odd := next((module.name for module in adapter.adapter.modules if "embed" in module.name), None):
         fact = f"{odd} may be an embedding, which icm does not convert for PEFT"
         raise AdapterRefused(fact, kind="layers", hint="without --format it is written as it is")
-    files = PEFT.encode(adapter.adapter, card=card, metadata=metadata, dtype=dtype)
-    return PEFT.lay_out(files, "")
+    weights, config = write_fresh(adapter.adapter, dtype, metadata, {}, magnitudes=adapter.magnitudes)
+    return PEFT.lay_out(AdapterBytes(weights, config, card.encode()), "")

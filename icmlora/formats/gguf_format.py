@@ -57,7 +57,8 @@ _NAME = "general.base_model.0.name"
 _ADDRESS = "general.base_model.0.repo_url"
 _IS_ADAPTER = b"general.type" + (8).to_bytes(4, "little") + (7).to_bytes(8, "little") + b"adapter"
 _PEEK_BYTES = 64 * 1024
-_HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?", re.ASCII)
+# llama.cpp's converter puts this before whatever a PEFT adapter calls its base model, a path too.
+_HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+|/.+?)/?", re.ASCII)
 _MAX_LABEL = 1024
 _MAX_ALPHA = 1e9
 _WEIGHT = ".weight"

@@ -23,7 +23,7 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import LoadedAdapter, Template
-from icmlora.formats.peft_config import AdapterConfig, usual_names
+from icmlora.formats.peft_config import PREFIX, AdapterConfig, usual_names
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode, raw_tensors
 from icmlora.io.strict_json import parse_object
 from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
@@ -181,10 +181,12 @@ def write_fresh(
     extras: Mapping[str, RawTensor],
     *,
     rank: int | None = None,
+    magnitudes: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[bytes, bytes]:
     """Write a tensor file and its configuration in the form that every engine reads.
 
-    Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all.
+    Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all. With
+    `magnitudes`, DoRA's lengths of the rows of W + dW by module, it is a DoRA adapter.
     """
     if extras:
         fact = f"{next(iter(extras))} has no place in the form that every engine reads"
@@ -198,7 +200,10 @@ def write_fresh(
         factors = fitted(module, rank, module.a.shape[1], module.b.shape[0])
         for name, factor in zip(usual_names(module.name), factors, strict=True):
             tensors[name] = raw_tensor(name, factor, dtype_name(dtype))
-    return encode(tensors, {**_METADATA, **metadata}), _config(adapter, rank)
+    for module_name, lengths in (magnitudes or {}).items():
+        name = f"{PREFIX}{module_name}.lora_magnitude_vector"
+        tensors[name] = raw_tensor(name, lengths, dtype_name(dtype))
+    return encode(tensors, {**_METADATA, **metadata}), _config(adapter, rank, use_dora=bool(magnitudes))
 
 
 def fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +216,7 @@ def fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> t
     return pad(module.a, (0, 0, 0, missing)), pad(module.b, (0, missing))
 
 
-def _config(adapter: Adapter, rank: int) -> bytes:
+def _config(adapter: Adapter, rank: int, *, use_dora: bool) -> bytes:
     fields: dict[str, Any] = {
         "alpha_pattern": {},
         "base_model_name_or_path": adapter.base_model or None,
@@ -228,7 +233,7 @@ def _config(adapter: Adapter, rank: int) -> bytes:
         "revision": adapter.revision,
         "target_modules": list(adapter.target_modules),
         "task_type": adapter.task_type,
-        "use_dora": False,
+        "use_dora": use_dora,
         "use_rslora": False,
     }
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
