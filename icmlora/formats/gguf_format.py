@@ -36,6 +36,7 @@ from icmlora.formats.lora_pairs import (
     PairForm,
     SortedPairs,
     bad_template,
+    check_orientation,
     original_only,
     sort_pairs,
     summary_of,
@@ -212,6 +213,7 @@ def _parse(weights: Buffer, initial: bytes | None) -> _Parsed:
     if header.text(ARCHITECTURE) is None:
         raise AdapterRefused(f"the header has no {ARCHITECTURE}", kind="damaged")
     tensors = sort_pairs(header.tensors, _WEIGHT, lambda name, a, b: LoraPair(name, a, b, *_turned(name)))
+    check_orientation(tensors.pairs)
     return _Parsed(header, _alpha(header), tensors)
 
 

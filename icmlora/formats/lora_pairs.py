@@ -20,7 +20,6 @@ from typing import Any
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterSummary, Buffer, ConfigFacts, Template
-from icmlora.io.finite import check_finite, is_zero
 from icmlora.io.safetensors import FLOAT_TYPES, ITEM_BYTES, TensorHeader, TensorInfo
 from icmlora.io.strict_json import parse_object
 from registry.names import is_module_name, natural_key
@@ -79,8 +78,6 @@ class LoraPair:
             raise AdapterRefused(f"{self._shapes} do not fit together", kind="shape", hint=_TURNED)
         if self.experts > _MOST_EXPERTS or self.rank > MAX_RANK:
             raise AdapterRefused(f"{self._shapes} have more experts or a higher rank than icm takes", kind="rank")
-        if self.rank > self.shapes[0].inputs and self.rank > self.shapes[0].outputs:
-            raise AdapterRefused(f"{self._shapes} have a rank above both widths", kind="shape", hint=_TURNED)
 
     @property
     def _shapes(self) -> str:
@@ -88,6 +85,16 @@ class LoraPair:
 
 
 _TURNED = "whatever wrote it has the factors the other way round: convert it again"
+
+
+def check_orientation(pairs: Sequence[LoraPair]) -> None:
+    """Refuse factors that all have a rank above both widths: those of square layers fit together when turned, too.
+
+    A single module may have such a rank, where one rank was asked for in all modules.
+    """
+    if pairs and all(pair.rank > max(pair.shapes[0][2:]) for pair in pairs):
+        fact = f"{pairs[0].a.name} {list(pairs[0].a.shape)} would have rank {pairs[0].rank}, which is above both widths"
+        raise AdapterRefused(fact, kind="shape", hint=_TURNED)
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,8 @@ def summary_of(
         form: What else its format notes of its form.
         does_nothing: Its scale is zero.
     """
+    from icmlora.io.finite import check_finite, is_zero  # imports numpy, which listing formats does not need
+
     pairs = sorted_pairs.pairs
     types = {tensor.dtype for pair in pairs for tensor in (pair.a, pair.b)}
     others = {tensor.dtype for tensor in sorted_pairs.extras}

@@ -34,6 +34,7 @@ from icmlora.formats.lora_pairs import (
     PairForm,
     SortedPairs,
     bad_template,
+    check_orientation,
     original_only,
     sort_pairs,
     summary_of,
@@ -212,6 +213,8 @@ def _parse(config: bytes, weights: Buffer, initial: bytes | None) -> tuple[MlxCo
     if parsed.kind not in _KINDS:
         return parsed, header, SortedPairs((), header.tensors)
     pairs = sort_pairs(header.tensors, "", _pair)
+    if parsed.rank is None:
+        check_orientation(pairs.pairs)
     for pair in pairs.pairs:
         if parsed.rank is not None and pair.rank != parsed.rank:
             fact = f"{pair.a.name} has rank {pair.rank} but {CONFIG_NAME} says {parsed.rank}"
