@@ -66,6 +66,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "path": ("path", "path", MAINTAIN),
     "generators": ("generators", "generators", MAINTAIN),
     "base": ("base", "base", MAINTAIN),
+    "formats": ("formats", "formats", MAINTAIN),
 }
 
 
@@ -129,7 +130,7 @@ def icm(
 
     icm ingest ./loras                 take adapters into the store
     icm train                          train the generator and encode every task
-    icm materialize TASK -o adapter/   write an adapter back as a PEFT folder
+    icm materialize TASK -o adapter/   write an adapter back as it was
     icm stats                          show what that saves and what it costs
     """
     ctx.obj = GlobalOptions(store, json, quiet, verbose, no_progress, lock_timeout)

@@ -339,7 +339,7 @@ class Fleet(FleetOriginals):
         directory: str | Path,
         *,
         source: Source = "auto",
-        adapter_format: FormatName = "peft",
+        adapter_format: FormatName | None = None,
         dtype: str | None = None,
         pad_rank: int | None = None,
         seed: int | None = None,
@@ -356,8 +356,9 @@ class Fleet(FleetOriginals):
             directory: The folder, absent or empty; with `gguf` a file `NAME.gguf`.
             source: `original`, `residual`, `code`, `generate` (the code that the task vectors bring back) or `network`
                 (what the network alone predicts from them); `auto` takes the best there is of the first three.
-            adapter_format: `peft`; `gguf`, one file for llama.cpp, which needs the configuration of the base model; or
-                `mlx`, a folder for MLX-LM. An original is converted too, so it does not come back byte for byte.
+            adapter_format: `peft`; `gguf`, one file for llama.cpp; or `mlx`, a folder for MLX-LM. Default: the
+                adapter's own. An original in another format is converted too, so it does not come back byte for byte.
+                From and to `gguf` that needs the configuration of the base model.
             dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: that of
                 the original, or `float32` if they are converted.
             pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.

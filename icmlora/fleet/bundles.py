@@ -112,7 +112,7 @@ class Bundle:
         task: str,
         directory: str | Path,
         *,
-        adapter_format: FormatName = "peft",
+        adapter_format: FormatName | None = None,
         dtype: str | None = None,
         pad_rank: int | None = None,
         max_error: float | None = None,
@@ -126,7 +126,8 @@ class Bundle:
         Args:
             task: Name of the task, in any case.
             directory: The folder, absent or empty; with `gguf` a file `NAME.gguf`.
-            adapter_format: `peft`, `gguf` (one file for llama.cpp) or `mlx` (a folder for MLX-LM).
+            adapter_format: `peft`, `gguf` (one file for llama.cpp) or `mlx` (a folder for MLX-LM). Default: the
+                adapter's own, which is PEFT's for all tasks of a bundle.
             dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original, or
                 `float32` with `gguf` and `mlx`.
             pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks
@@ -147,12 +148,12 @@ class Bundle:
         """
         from icmlora.fleet.converting import check_output, gguf_base
 
-        output = Path(directory)
-        check_output(output, adapter_format, force=force)
-        if adapter_format == "peft":
+        output, wanted = Path(directory), adapter_format
+        check_output(output, wanted, force=force)
+        if wanted in (None, "peft"):
             return self._made(task, dtype, pad_rank, max_error).write(output, force=force)
-        base = gguf_base(partial(self._find_base, base_model)) if adapter_format == "gguf" else None
-        return self._made(task, None, pad_rank, max_error).convert(output, base, dtype=dtype, force=force)
+        base = gguf_base(partial(self._find_base, base_model)) if wanted == "gguf" else None
+        return self._made(task, None, pad_rank, max_error).convert(output, wanted, base, dtype=dtype, force=force)
 
     def read_files(
         self, task: str, *, dtype: str | None = None, pad_rank: int | None = None, max_error: float | None = None

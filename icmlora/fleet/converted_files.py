@@ -178,7 +178,8 @@ def _for_program(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted)
     runnable = source.format.runnable(source.content.config, source.content.weights, path=source.path)
     dtype = wanted.dtype or "float32"  # as `icm materialize` writes them
     if wanted.adapter_format == "mlx":
-        from icmlora.formats.mlx import CONFIG_NAME, WEIGHTS_NAME, encode_mlx
+        from icmlora.formats.mlx import CONFIG_NAME, WEIGHTS_NAME
+        from icmlora.formats.mlx_writer import encode_mlx
 
         def write(adapter: Adapter) -> AdapterBytes:
             files = encode_mlx(_with(runnable, adapter), metadata={}, dtype=dtype)

@@ -198,6 +198,11 @@ class AdapterFormat(Protocol):
         ...
 
     @property
+    def about(self) -> str:
+        """What it is, in a few words that `icm formats` prints."""
+        ...
+
+    @property
     def watched(self) -> frozenset[str]:
         """File names that only this format uses: a link or special file of such a name is reported, not passed over."""
         ...

@@ -47,6 +47,7 @@ class PeftFormat:
     """The format of PEFT's `save_pretrained`."""
 
     name = "peft"
+    about = "a folder with adapter_config.json and adapter_model.safetensors, as PEFT saves it"
     is_for_images = False
     suffix = None
     watched = frozenset({CONFIG_NAME, WEIGHTS_NAME, CARD_NAME})

@@ -231,7 +231,7 @@ def _refuse_other_format(start: bytes) -> None:
     if start.startswith(b"version "):
         raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
     if start.startswith(b"GGUF"):
-        raise AdapterRefused("a GGUF file, not safetensors", kind="gguf", hint="give the PEFT folder it was made from")
+        raise AdapterRefused("a GGUF file, not safetensors", kind="gguf", hint="name it NAME.gguf")
 
 
 def _check_contiguous(tensors: list[TensorInfo], start: int, size: int) -> None:
@@ -247,6 +247,8 @@ def _check_contiguous(tensors: list[TensorInfo], start: int, size: int) -> None:
 
 
 def _metadata(value: object) -> Mapping[str, str]:
+    if value is None:  # as MLX writes it, and the library reads it
+        return {}
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return value
     raise AdapterRefused("the header's metadata is not a map of text to text", kind="damaged")
