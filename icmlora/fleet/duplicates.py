@@ -10,7 +10,7 @@ have a code has no dW that icm knows: only its tensors are compared. Nothing is 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -23,10 +23,11 @@ from icmlora.adapter.model import Adapter
 from icmlora.adapter.sketch import SKETCH_SIZE, near_pairs, sketch
 from icmlora.errors import AdapterRefused, DataError
 from icmlora.fleet.context import Context, OpenedGenerator, base_name, check_base_model
-from icmlora.fleet.decoding import decode_code
+from icmlora.fleet.decoding import code_reader
 from icmlora.fleet.failures import FAILURES, as_error
-from icmlora.fleet.loading import read_original
+from icmlora.fleet.loading import original_reader
 from icmlora.formats.identity import plain_config, tensors_digest
+from icmlora.io.threads import Map, side_by_side
 from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 MAX_DISTANCE = 0.1
 LARGEST_DISTANCE = 0.5
 """Unrelated adapters are at about 1: beyond a half, nearly every pair would have to be read."""
+_TOGETHER = 8  # adapters that are in memory while they are read for the first time
 _IN_MEMORY = 4  # adapters of the pairs that are compared; one may have hundreds of megabytes
 
 
@@ -161,7 +163,7 @@ class _Comparison:
         self._store, self._rows, self._report, self._steps = store, rows, report, steps
         self._generator = store.generators.current(rows[0].task.base_model)
         self._opened = OpenedGenerator()
-        self._adapter = lru_cache(_IN_MEMORY)(self._read_adapter)
+        self._adapter = lru_cache(_IN_MEMORY)(lambda place: self._maker(place)())
         self._keys = Counter(row.final.tensors_key for row in rows)
         self._oldest: dict[str, int] = {}  # files, or tensors and what they mean -> place of the oldest such task
         self._same = list(range(len(rows)))  # place of the oldest task with the same tensors
@@ -170,57 +172,79 @@ class _Comparison:
 
     def groups(self, wanted: Collection[str]) -> list[DuplicateGroup]:
         """Return the groups; only those with a task that is wanted, if any is named."""
-        places, sketches, norms = self._read_all()
-        limit = self._report.max_distance
-        pairs = [(places[left], places[right]) for left, right in near_pairs(sketches, norms, limit)]
-        chosen = {same for same, row in zip(self._same, self._rows, strict=True) if row.task.name in wanted}
-        if wanted:
-            pairs = [pair for pair in pairs if not chosen.isdisjoint(pair)]
-        self._steps.more(len(pairs))
-        for older, newer in pairs:
-            # Probably nearest first, so that a distance between two that are connected already says nothing new.
-            if self._root(older) != self._root(newer):
-                found = self._distance(older, newer)
-                if found <= limit:
-                    self._connect(older, newer, found)
-            self._steps.step(self._rows[newer].task.name)
-        return [group for group in self._connected() if not wanted or not set(wanted).isdisjoint(group.tasks)]
+        with side_by_side() as each:
+            places, sketches, norms = self._read_all(each)
+            self._connect_near(places, near_pairs(sketches, norms, self._report.max_distance), wanted)
+            found = list(self._connected())
+        return [group for group in found if not wanted or not set(wanted).isdisjoint(group.tasks)]
 
-    def _read_all(self) -> tuple[list[int], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+    def _read_all(self, each: Map) -> tuple[list[int], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
         """Read every adapter once; return the places of those with a dW of their own, their sketches and norms."""
         places, norms = list[int](), list[float]()
         sketches = np.empty((len(self._rows), SKETCH_SIZE), np.float32)
-        for place, row in enumerate(self._rows):
-            try:
-                adapter = self._read_new(place)
-                if adapter is not None and (norm := dw_norm(adapter)) > 0.0:
-                    sketches[len(places)] = sketch(adapter)
-                    if not np.isfinite(sketches[len(places)]).all():
-                        raise AdapterRefused("its dW exceeds float32", kind="overflow")
-                    places.append(place)
-                    norms.append(norm)
-                self._report.compared += 1
-            except (*FAILURES, DamagedStore) as error:
-                reason = error.message if isinstance(error, DamagedStore) else as_error(error).message
-                self._report.left_out.append(NotCompared(row.task.name, reason))
-            self._steps.step(row.task.name)
+        for start in range(0, len(self._rows), _TOGETHER):
+            some = range(start, min(start + _TOGETHER, len(self._rows)))
+            jobs = [self._job(place) for place in some]
+            for place, read in zip(some, each(_Job.result, jobs), strict=True):
+                if read.error is not None:
+                    self._report.left_out.append(NotCompared(self._rows[place].task.name, read.error))
+                else:
+                    self._report.compared += 1
+                    is_first = read.identity is None or self._is_first(place, read.identity)
+                    if is_first and read.norm > 0.0:
+                        sketches[len(places)] = read.sketch
+                        places.append(place)
+                        norms.append(read.norm)
+                self._steps.step(self._rows[place].task.name)
         return places, sketches[: len(places)], np.array(norms)
 
-    def _read_new(self, place: int) -> Adapter | None:
-        """Read an adapter; None if it is the same as an older one, or can only be compared by its tensors."""
+    def _connect_near(self, places: Sequence[int], pairs: Sequence[tuple[int, int]], wanted: Collection[str]) -> None:
+        """Compute the distances of pairs that may be near, and connect those within the limit."""
+        chosen = {same for same, row in zip(self._same, self._rows, strict=True) if row.task.name in wanted}
+        candidates = [(places[older], places[newer]) for older, newer in pairs]
+        candidates = [pair for pair in candidates if not wanted or not chosen.isdisjoint(pair)]
+        self._steps.more(len(candidates))
+        for older, newer in candidates:
+            # Probably nearest first, so that a distance between two that are connected already says nothing new.
+            if self._root(older) != self._root(newer):
+                found = self._distance(older, newer)
+                if found <= self._report.max_distance:
+                    self._connect(older, newer, found)
+            self._steps.step(self._rows[newer].task.name)
+
+    def _job(self, place: int) -> _Job:
+        """Read the files of an adapter, as far as they are needed; a thread does the rest."""
         final = self._rows[place].final
         if final.original_only is not None:
             self._report.tensors_only.append(final.task)
         if not self._is_first(place, "\n".join((final.weights, final.config, final.initial or ""))):
-            return None
-        adapter = None if final.original_only is not None else self._adapter(place)
-        if final.is_evicted:
+            return _Job()
+        if final.is_evicted and final.original_only is None:
             self._report.from_codes.append(final.task)
-            return adapter
-        # Tensors that no other adapter can have need not be hashed; older rows do not say.
-        if final.tensors_key is None or self._keys[final.tensors_key] + self._keys[None] > 1:
-            return adapter if self._is_first(place, self._identity(final, adapter)) else None
-        return adapter
+        try:
+            make = None if final.original_only is not None else self._maker(place)
+            # Tensors that no other adapter can have need not be hashed; older rows do not say.
+            is_unique = final.tensors_key is not None and self._keys[final.tensors_key] + self._keys[None] == 1
+            if final.is_evicted or is_unique:
+                return _Job(make)
+            return _Job(make, self._store.blobs.read(final.weights), self._meaning(final))
+        except (*FAILURES, DamagedStore) as error:
+            return _Job(error=_reason(error))
+
+    def _meaning(self, final: AdapterRecord) -> str:
+        """Return what, besides an adapter's tensors and scale, says what it is."""
+        is_plain = final.original_only is None and not _extras(final)
+        return f"{final.initial} {'' if is_plain else plain_config(self._store.blobs.read(final.config))}"
+
+    def _maker(self, place: int) -> Callable[[], Adapter]:
+        """Read the files of an adapter, and return what makes it, on any thread."""
+        task, final, code = self._rows[place].task.name, self._rows[place].final, self._rows[place].code
+        if not final.is_evicted:
+            return original_reader(self._store, final)
+        if self._generator is None or code is None:
+            raise DataError(f"{task} is evicted, and has no code under the current generator")
+        generator_file = self._opened.get(self._generator.blob, self._store.blobs.read)
+        return code_reader(self._store, generator_file, code, code.rung)
 
     def _is_first(self, place: int, identity: str) -> bool:
         """Note what an adapter is; if an older one is the same, put both into a group."""
@@ -230,24 +254,6 @@ class _Comparison:
         self._same[place] = oldest
         self._connect(oldest, place, 0.0)
         return False
-
-    def _identity(self, final: AdapterRecord, adapter: Adapter | None) -> str:
-        """Return what is equal for adapters whose tensors are equal and mean the same."""
-        said = [tensors_digest(self._store.blobs.read(final.weights)), final.initial or ""]
-        if adapter is not None:  # the scale, wherever the file says it, is part of B
-            said += [f"{module.name} {float(module.b.min())} {float(module.b.max())}" for module in adapter.modules]
-        if adapter is None or _extras(final):
-            said.append(plain_config(self._store.blobs.read(final.config)))
-        return "\n".join(said)
-
-    def _read_adapter(self, place: int) -> Adapter:
-        task, final, code = self._rows[place].task.name, self._rows[place].final, self._rows[place].code
-        if not final.is_evicted:
-            return read_original(self._store, final)
-        if self._generator is None or code is None:
-            raise DataError(f"{task} is evicted, and has no code under the current generator")
-        generator_file = self._opened.get(self._generator.blob, self._store.blobs.read)
-        return decode_code(self._store, generator_file, code, code.rung)
 
     def _distance(self, one: int, other: int) -> float:
         return distance(self._adapter(one), self._adapter(other))
@@ -291,6 +297,50 @@ class _Comparison:
                 if direct <= self._report.max_distance:
                     other, found = self._rows[root].final, direct
             yield DuplicatePair(one.task, other.task, is_same, found, not is_same and _extras(one) != _extras(other))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is kept of an adapter that was read."""
+
+    sketch: npt.NDArray[np.float32] | None = None
+    norm: float = 0.0  # of dW; 0 where there is none of its own
+    identity: str | None = None  # equal for adapters whose tensors are equal and mean the same
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The files of an adapter, read; and what is still to be done with them."""
+
+    make: Callable[[], Adapter] | None = None
+    weights: bytes | None = None  # where another adapter may have the same tensors
+    meaning: str = ""
+    error: str | None = None
+
+    def result(self) -> _Read:
+        """Make the adapter and its sketch, on any thread."""
+        try:
+            adapter = None if self.make is None else self.make()
+            identity = None if self.weights is None else self._identity(self.weights, adapter)
+            if adapter is None:
+                return _Read(identity=identity, error=self.error)
+            values = sketch(adapter)
+            if not np.isfinite(values).all():
+                raise AdapterRefused("its dW exceeds float32", kind="overflow")
+            return _Read(values, dw_norm(adapter), identity)
+        except FAILURES as error:
+            return _Read(error=_reason(error))
+
+    def _identity(self, weights: bytes, adapter: Adapter | None) -> str:
+        # The scale, wherever the file says it, is part of B.
+        modules = () if adapter is None else adapter.modules
+        scales = [f"{module.name} {float(module.b.min())} {float(module.b.max())}" for module in modules]
+        return "\n".join([tensors_digest(weights), self.meaning, *scales])
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, DamagedStore) else as_error(error).message
 
 
 def _extras(final: AdapterRecord) -> set[str]:
