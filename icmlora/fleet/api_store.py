@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from icmlora.fleet.context import Context, Event, default_cache, ignore
 
 if TYPE_CHECKING:
+    from icmlora.adapter.metrics import GroupError
     from icmlora.fleet.base_models import KnownBase
     from icmlora.fleet.bill import Bill
     from icmlora.fleet.duplicates import DuplicatesReport
@@ -84,6 +85,21 @@ class StoredFleet:
         from icmlora.fleet.tasks import show_task
 
         return show_task(self._context, task)
+
+    def module_errors(self, task: str) -> Sequence[GroupError]:
+        """Return the relative errors of a task's code by kind of module, or by block of an image model.
+
+        Both original and code are read, which takes a second or more for a large adapter.
+
+        Args:
+            task: The task.
+
+        Raises:
+            DataError: It has no code, or its original was evicted.
+        """
+        from icmlora.fleet.module_errors import module_errors
+
+        return module_errors(self._context, task)
 
     def plan_removal(self, tasks: Sequence[str]) -> list[Removal]:
         """Return what `remove` would delete with these `tasks`; nothing changes."""
@@ -297,6 +313,9 @@ class StoredFleet:
         outputs: Sequence[str] = (),
         prompts: str | Path | None = None,
         max_new_tokens: int = 40,
+        steps: int = 20,
+        seeds: int = 2,
+        image_size: int | None = None,
         device: str = "auto",
         force: bool = False,
     ) -> ReportSummary:
@@ -304,15 +323,20 @@ class StoredFleet:
 
         Args:
             file: The page to write.
-            outputs: Tasks of which to show what base model, original and code write. Needs the base model.
+            outputs: Tasks of which to show what base model, original and code write, or draw with a diffusers
+                pipeline. Needs the base model.
             prompts: File of prompts for them, one a line or as JSON lines; by default the beginnings of each task's own
-                held-out text.
+                held-out text, or the trigger words and tags in the header of an image adapter.
             max_new_tokens: Most tokens that are written for a prompt.
+            steps: Steps of denoising for a picture.
+            seeds: Pictures of each prompt.
+            image_size: Width and height of a picture in pixels; by default what the pipeline draws.
             device: Where to compute outputs.
             force: Replace a file that exists.
 
         Returns:
-            What is on the page; its `failed` and `left_out` name chosen tasks without outputs, and why.
+            What is on the page; its `pictures` have the distances of image tasks, and its `failed` and `left_out` name
+            chosen tasks without outputs, and why.
 
         Raises:
             OutputExists: The file exists and `force` is not given.
@@ -322,7 +346,8 @@ class StoredFleet:
         from icmlora.fleet.report.report import ReportRequest, write_report
 
         given = None if prompts is None else Path(prompts)
-        request = ReportRequest(Path(file), outputs, given, max_new_tokens, device, force)
+        drawing = steps, seeds, image_size
+        request = ReportRequest(Path(file), outputs, given, max_new_tokens, *drawing, device, force)
         return write_report(self._context, request)
 
     # verify, prune, doctor

@@ -49,6 +49,7 @@ def gguf_base(find: Callable[[], FoundBase]) -> GgufBase:
     except BaseModelNotFound as error:
         error.message = f"a GGUF adapter needs the configuration of its base model: {error.message}"
         raise
+    found.refuse_pipeline()
     with located(found.path):
         if found.loader is not None:
             raise BaseModelUnsuited(f"llama.cpp does not know base model {found.label!r}, which has its own loader")

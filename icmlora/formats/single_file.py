@@ -141,7 +141,7 @@ class SingleFileFormat:
     ) -> RunnableAdapter:
         """Refuse: icm runs no image models by itself."""
         fact = f"icm cannot run the base model of a {self.name} adapter"
-        hint = "`icm report --images` makes pictures with a diffusers pipeline"
+        hint = "`icm report -o FILE --outputs TASK` draws pictures with a diffusers pipeline"
         raise AdapterRefused(fact, kind="cannot-run", path=path, hint=hint)
 
     def encode(
