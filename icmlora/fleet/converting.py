@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError, located
+from icmlora.formats.format import check_target
 from icmlora.io import staging
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ def check_output(path: Path, adapter_format: FormatName, *, force: bool) -> None
     """Check that the output can be written, before the work of making its content."""
     if adapter_format not in get_args(FormatName):
         raise DataError(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(get_args(FormatName))}")
-    if adapter_format != "gguf":
+    if adapter_format == "peft":
+        check_target(path, force=force)
+    elif adapter_format == "mlx":
         staging.check_free(path, force=force)
     elif path.suffix != ".gguf" or path.is_dir():
         raise DataError("a GGUF adapter is one file", path=path, hint="name it: `-o NAME.gguf`")

@@ -31,6 +31,7 @@ from icmlora.fleet.context import Context, Event, Progress, locate_base, reporti
 from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.ingest_extras import ExtrasKeeper
 from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
+from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery import Discovery, FoundTask, find_tasks, name_tasks
 from icmlora.formats.naming import NameTemplate
 from icmlora.formats.pickled import PickleReader, converted
@@ -85,6 +86,7 @@ class TaskIngested(Event):
     lora_size: int = 0  # bytes of the factors of its final adapter; 0 where there can be no code
     converted_from: str | None = None  # the name of the pickle that its weights were converted from
     initial: str | None = None  # the folder with the weights that it began with, which were taken off
+    format: str = "peft"
 
 
 @dataclass(frozen=True)
@@ -483,6 +485,7 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> 
         lora_size=_lora_size(final),
         converted_from=task.found.final.pickle,
         initial=None if task.found.final.initial is None else source_label(task.found.final.initial.parent),
+        format=final.format,
     )
 
 
@@ -499,7 +502,8 @@ def _note_missing_vectors(store: Store | None, report: IngestReport) -> None:
     """Note which of the ingested tasks lack vectors but could have some, and whose base model is on this machine."""
     if store is None:
         return
-    names = {task.task for task in report.ingested if task.original_only is None}
+    could = [task for task in report.ingested if task.original_only is None]
+    names = {task.task for task in could if not format_named(task.format).is_for_images}
     base_models = {name: store.tasks.get(name).base_model for name in store.tasks.without_vectors() if name in names}
     can_run = {label: _can_run(store, label) for label in set(base_models.values())}
     report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]

@@ -24,8 +24,7 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import DataError, located
 from icmlora.fleet.context import Context, locate_base
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import AdapterBytes, AdapterFormat, write_adapter_folder
-from icmlora.io.staging import check_free
+from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
 from registry.records import WithRelativeError
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ class MadeFiles:
 
     def write(self, directory: Path, *, force: bool) -> MaterializeReport:
         """Write the files as a folder, which appears complete or not at all."""
-        write_adapter_folder(directory, self.format, self.content, self.task, force=force)
+        write_adapter_files(directory, self.format, self.content, self.task, force=force)
         digest = hashlib.sha256(self.content.weights).hexdigest()
         return self._report(directory, digest, (0.0, 1.0))
 
@@ -142,7 +141,7 @@ def materialize(context: Context, request: MaterializeRequest) -> MaterializeRep
     """Write an adapter, which appears complete or not at all. The same request gives the same bytes."""
     output, dtype, force = request.directory, request.dtype, request.force
     if request.adapter_format == "peft":
-        check_free(output, force=force)
+        check_target(output, force=force)
         return make_files(context, request).write(output, force=force)
     from icmlora.fleet.converting import check_output, gguf_base
 

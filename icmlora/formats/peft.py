@@ -47,6 +47,8 @@ class PeftFormat:
     """The format of PEFT's `save_pretrained`."""
 
     name = "peft"
+    is_for_images = False
+    suffix = None
     watched = frozenset({CONFIG_NAME, WEIGHTS_NAME, CARD_NAME})
 
     def find(self, folder: Folder) -> list[AdapterPaths]:

@@ -58,8 +58,8 @@ def test_the_store_notes_the_format_of_each(icm: Icm, files: dict[str, Path], tm
 
 def test_an_original_comes_back_byte_for_byte(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
     assert icm("materialize", "rust", "-o", tmp_path / "out").code == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter.toy"]
-    assert (tmp_path / "out" / "adapter.toy").read_bytes() == files["rust"].read_bytes()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rust.toy"]
+    assert (tmp_path / "out" / "rust.toy").read_bytes() == files["rust"].read_bytes()
 
 
 def test_the_same_files_again_are_known(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_code_is_written_in_the_format_of_its_original(icm: Icm, files: dict[s
     ran = icm("materialize", "sql", "-o", tmp_path / "out", "--source", "code", "--dtype", "float32", "--json")
     assert ran.code == 0
     original = TOY.read(b"", files["sql"].read_bytes()).adapter
-    decoded = TOY.read(b"", (tmp_path / "out" / "adapter.toy").read_bytes()).adapter
+    decoded = TOY.read(b"", (tmp_path / "out" / "sql.toy").read_bytes()).adapter
     assert squared_error(original, decoded) == pytest.approx(ran.document["squared_error"], rel=1e-3)
 
 
@@ -81,7 +81,7 @@ def test_an_evicted_original_is_restored_from_the_same_file(icm: Icm, files: dic
     assert icm("evict", "sql", "--max-error", "10").code == 0
     assert icm("ingest", "--restore", files["sql"], "--no-vectors").code == 0
     assert icm("materialize", "sql", "-o", tmp_path / "out", "--source", "original").code == 0
-    assert (tmp_path / "out" / "adapter.toy").read_bytes() == files["sql"].read_bytes()
+    assert (tmp_path / "out" / "sql.toy").read_bytes() == files["sql"].read_bytes()
 
 
 def test_a_code_of_an_adapter_with_an_extra_brings_it_back(icm: Icm, tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ class ToyFormat:
     """Single files with a header of their own; there is no configuration and no card."""
 
     name = "toy"
+    is_for_images = False
+    suffix = SUFFIX
     watched: frozenset[str] = frozenset()
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
