@@ -122,12 +122,13 @@ def ingest(
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
-    """Take adapters into the store: PEFT folders, or training runs with checkpoint-N folders.
+    """Take adapters into the store: PEFT folders, training runs with checkpoint-N folders, and other formats.
 
     Files are checked and copied; nothing in PATH is changed. Running the same command again changes nothing. An
     adapter that cannot have a code, such as a LoHa, is kept as its original only. What cannot be taken is listed at the
     end and never stops the rest; the exit code is then 3. If the base model is on this machine, task vectors are
     extracted too; otherwise run `icm vectors` later. `icm base alias` is for base models with several names.
+    `icm formats` lists the formats.
 
     A task is named after its folder. If the folder is called adapter, best, final, lora, model, output or similar, the
     task is named after the folder above it. Where folders have the same name, the name of the folder above is put in
