@@ -23,7 +23,9 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=+-]{0,63}")
 MAX_NOTE = 4000
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+# Windows allows none of these in the name of a file, and `/` and `\\` would lead out of its folder.
+_NOT_IN_FILE_NAMES = frozenset('/\\:*?"<>|')
+_MAX_FILE_NAME = 255  # bytes, on most file systems
 _DIGITS = re.compile(r"(\d+)")
 # Windows opens a device, not a file, for these, whatever the extension.
 _WINDOWS_NAMES = frozenset(
@@ -88,8 +90,14 @@ def is_module_name(name: str) -> bool:
 
 
 def is_file_name(name: str) -> bool:
-    """Return whether a name is that of a file in a folder: no path, nothing hidden, plain characters."""
-    return _FILE_NAME.fullmatch(name) is not None
+    """Return whether a name is that of a file in a folder: no path, nothing hidden, no control characters."""
+    return (
+        name.isprintable()  # which lone surrogates are not, so that it can be encoded
+        and 0 < len(name.encode()) <= _MAX_FILE_NAME
+        and name[0] not in " .-"
+        and name[-1] != " "
+        and not _NOT_IN_FILE_NAMES & set(name)
+    )
 
 
 def source_label(path: Path) -> str:

@@ -21,10 +21,10 @@ def formats(session: Session) -> None:
       icm formats
     """
     from icmlora.fleet.converting import FormatName
-    from icmlora.formats.catalogue import FORMATS
+    from icmlora.formats.catalogue import formats as all_formats
 
     converted = get_args(FormatName)
-    found = [(known.name, known.about, known.name in converted) for known in FORMATS]
+    found = [(known.name, known.about, known.name in converted) for known in all_formats()]
     session.out.document(
         [
             {"name": name, "about": about, "read": True, "written": "any" if is_target else "own", "code": True}

@@ -237,6 +237,7 @@ class Fleet(FleetOriginals):
         min_gain: float | None = None,
         max_error: float | None = None,
         tolerance: float | None = None,
+        size: int | None = None,
         refine: int | None = None,
         residual: bool = False,
         base_model: str | None = None,
@@ -248,7 +249,8 @@ class Fleet(FleetOriginals):
         """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
 
         A task whose code was made with the same limits is skipped, so the same call continues after an interruption.
-        A code meets all of `min_gain`, `max_error` and `tolerance` that are given. Without any, the quality counts.
+        A code meets all of `min_gain`, `max_error`, `tolerance` and `size` that are given. Without any, the quality
+        counts.
 
         Args:
             tasks: Names of tasks; all by default.
@@ -257,6 +259,7 @@ class Fleet(FleetOriginals):
             min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
             max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
             tolerance: Largest squared error, weighted by how sensitive each channel is: what `quality` sets.
+            size: Bytes that the file of each code may have. The codes are as accurate as that allows.
             refine: Steps that fit a code to what its adapter does, on the task's samples or on texts that the adapted
                 model writes itself. Needs the base model. By default 40 with a quality, and none with other limits.
             residual: Keep the codes, and store a residual for each task whose code misses the limits.
@@ -275,7 +278,7 @@ class Fleet(FleetOriginals):
         from icmlora.fleet.encode import EncodeRequest, encode
 
         limits = quality, max_error, min_gain, tolerance, refine, residual
-        request = EncodeRequest(tasks, *limits, base_model, device, again, workers, Shard.of(shard))
+        request = EncodeRequest(tasks, *limits, base_model, device, again, workers, Shard.of(shard), size)
         return encode(self._context, request)
 
     # evaluate, compare

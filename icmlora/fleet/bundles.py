@@ -82,12 +82,12 @@ class Bundle:
         return self.index.sizes[task.code]
 
     def configs(self) -> Iterator[tuple[BundledTask, bytes]]:
-        """Yield each task with the configuration that its adapter is written with."""
+        """Yield each task of a PEFT adapter with the configuration that this is written with."""
         from icmlora.formats.format import Template
         from icmlora.formats.peft_initial import converted_form
 
         with self._open() as file:
-            for task in self.tasks:
+            for task in (task for task in self.tasks if task.format == "peft"):
                 yield (
                     task,
                     converted_form(Template(file.read(task.config), task.layout, task.dtype, task.template)).config,
@@ -250,14 +250,14 @@ class Bundle:
 def form_in(file: BundleFile, task: BundledTask) -> OriginalForm:
     """Read the form and the extras of the original of a task in a bundle."""
     from icmlora.fleet.decoding import OriginalForm
+    from icmlora.formats.catalogue import format_named
     from icmlora.formats.extras import unpack_extras
     from icmlora.formats.format import Template
-    from icmlora.formats.peft import PEFT
 
     template = Template(file.read(task.config), task.layout, task.dtype, task.template)
     extras = ((extra.file, extra.part) for extra in task.extras)
     base = partial(_base_tensors, file.index.base_model)
-    return OriginalForm(PEFT, template, *unpack_extras(extras, file.read, base))
+    return OriginalForm(format_named(task.format), template, *unpack_extras(extras, file.read, base))
 
 
 def _base_tensors(label: str) -> BaseTensors:

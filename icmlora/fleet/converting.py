@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, DataError, located
-from icmlora.formats.format import AdapterBytes
+from icmlora.formats.format import AdapterBytes, check_target
 from icmlora.io import staging
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ def check_output(path: Path, adapter_format: FormatName | None, *, force: bool) 
     """Check that the output can be written, before the work of making its content; None is the adapter's own format."""
     if adapter_format is not None and adapter_format not in get_args(FormatName):
         raise DataError(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(get_args(FormatName))}")
-    if adapter_format != "gguf":
+    if adapter_format == "peft":
+        check_target(path, force=force)
+    elif adapter_format == "mlx":
         staging.check_free(path, force=force)
     elif path.suffix != ".gguf" or path.is_dir():
         raise DataError("a GGUF adapter is one file", path=path, hint="name it: `-o NAME.gguf`")
@@ -66,7 +68,7 @@ def read_converted(
     """
     if adapter_format.name != "gguf" or base is None:
         return adapter_format.runnable(files.config, files.weights, initial=initial)
-    from icmlora.formats.gguf_format import architecture_of
+    from icmlora.formats.gguf import architecture_of
     from icmlora.formats.gguf_lora import with_base_names
 
     loaded = adapter_format.read(files.config, files.weights)
@@ -107,17 +109,11 @@ def write_converted(
         if written == "peft":
             files = _peft_files(adapter, metadata, card, dtype)
         else:
-            from icmlora.formats.mlx import encode_mlx
+            from icmlora.formats.mlx_writer import encode_mlx
 
             files = encode_mlx(adapter, metadata=metadata, dtype=dtype)
         staging.write_folder(path, files, force=force)
         return hashlib.sha256(next(iter(files.values()))).hexdigest()  # weights come first
-
-
-def write_own_file(path: Path, files: AdapterBytes, *, force: bool) -> None:
-    """Write an adapter whose own format is that of a single file as this file."""
-    with staging.writing_file(path, force=force) as stream:
-        stream.write(files.weights)
 
 
 def _write_gguf(

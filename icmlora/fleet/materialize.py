@@ -24,8 +24,7 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import DataError, located
 from icmlora.fleet.context import Context, locate_base
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import AdapterBytes, AdapterFormat, write_adapter_folder
-from icmlora.io.staging import check_free
+from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
 from registry.records import WithRelativeError
 
 if TYPE_CHECKING:
@@ -108,14 +107,9 @@ class MadeFiles:
         """File name -> content; the file that makes the adapter valid comes last."""
         return self.format.lay_out(self.content, self.task)
 
-    def write(self, output: Path, *, force: bool, wanted: FormatName | None = None) -> MaterializeReport:
-        """Write the files as a folder, or as a single file if `gguf` is `wanted`; completely, or not at all."""
-        if wanted == "gguf":
-            from icmlora.fleet.converting import write_own_file
-
-            write_own_file(output, self.content, force=force)
-        else:
-            write_adapter_folder(output, self.format, self.content, self.task, force=force)
+    def write(self, output: Path, *, force: bool) -> MaterializeReport:
+        """Write the files as a folder, or as a single file where the format has those; completely, or not at all."""
+        write_adapter_files(output, self.format, self.content, self.task, force=force)
         digest = hashlib.sha256(self.content.weights).hexdigest()
         return self._report(output, digest, (0.0, 1.0))
 
@@ -151,7 +145,7 @@ def materialize(context: Context, request: MaterializeRequest) -> MaterializeRep
     """Write an adapter, which appears complete or not at all. The same request gives the same bytes."""
     output, wanted, force = request.directory, request.adapter_format, request.force
     if wanted is None:
-        check_free(output, force=force)
+        check_target(output, force=force)
         return make_files(context, request).write(output, force=force)
     from icmlora.fleet.converting import check_output, gguf_base
 
@@ -163,7 +157,7 @@ def materialize(context: Context, request: MaterializeRequest) -> MaterializeRep
         if own != wanted and "gguf" in (own, wanted):
             base = gguf_base(partial(locate_base, store, task.base_model))
     if own == wanted:
-        return make_files(context, request).write(output, force=force, wanted=wanted)
+        return make_files(context, request).write(output, force=force)
     made = make_files(context, replace(request, dtype=None))
     return made.convert(output, wanted, base, dtype=request.dtype, force=force)
 

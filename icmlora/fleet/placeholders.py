@@ -145,7 +145,7 @@ class Placeholders:
         parts = {path: part for path, part in parts.items() if os.path.lexists(path)}
         if not parts:
             return FolderReplaced(row.source, "missing" if known is None else "there")
-        doomed = self._unchanged(row, parts, backing)
+        doomed = self._unchanged(spot, row, parts, backing)
         if not doomed:  # what is left of the files that it lists has other bytes now
             return FolderReplaced(row.source, "there")
         if not spot.home.stat().st_mode & _WRITE_BITS:  # root could write nevertheless
@@ -171,7 +171,9 @@ class Placeholders:
             raise NotReplaced(f"it has the placeholder of another adapter, of task {known.task!r}")
         return known
 
-    def _unchanged(self, row: AdapterRecord, parts: Mapping[Path, Part], backing: Backing) -> list[HashedFile]:
+    def _unchanged(
+        self, spot: _Spot, row: AdapterRecord, parts: Mapping[Path, Part], backing: Backing
+    ) -> list[HashedFile]:
         """Return the files that may go, configuration first and weights last; raise if the adapter is another one."""
         files: dict[Part, list[HashedFile]] = {"config": [], "companion": [], "weights": []}
         for path, part in parts.items():
@@ -180,7 +182,7 @@ class Placeholders:
             elif part != "companion":
                 raise NotReplaced(f"{path.name} is a symbolic link")
         kept = _Companions(self._store, row)
-        files["companion"] = [file for file in files["companion"] if kept.has(file)]
+        files["companion"] = [file for file in files["companion"] if kept.has(spot.companion(file.path), file)]
         config = row.config
         for file in files["weights"]:
             if file.digest == row.weights or file.digest == pickle_digest(self._store, row):
@@ -237,6 +239,14 @@ class _Spot:
             raise NotReplaced("a symbolic link is in its place, or in that of a folder above it")
         return cls(place, home, placeholder_path(place, is_folder=is_folder))
 
+    def has(self, name: str) -> bool:
+        """Say whether a file may belong to the adapter, judged by its name."""
+        return self.home == self.place or name.startswith(f"{self.place.name}.")
+
+    def companion(self, path: Path) -> str:
+        """Return the name under which the store keeps a file next to the adapter."""
+        return path.name if self.home == self.place else path.name.removeprefix(f"{self.place.name}.")
+
     @property
     def is_taken(self) -> bool:
         """Whether a placeholder is there."""
@@ -246,8 +256,13 @@ class _Spot:
 def _parts_of(spot: _Spot, row: AdapterRecord) -> dict[Path, Part]:
     """Find the files of an adapter in its folder; there are none if it is not there any more."""
     with os.scandir(spot.home) as entries:
-        # Links are listed under their own names: what is behind them is not looked at.
-        files = {entry.name: Path(entry.path) for entry in entries if entry.is_file() or entry.is_symlink()}
+        # Links are listed under their own names: what is behind them is not looked at. Of a folder of single files,
+        # which may be thousands, only those of this adapter are.
+        files = {
+            entry.name: Path(entry.path)
+            for entry in entries
+            if spot.has(entry.name) and (entry.is_file() or entry.is_symlink())
+        }
     folder = with_pickle(Folder(spot.home, files))
     return {
         path: part
@@ -278,10 +293,9 @@ class _Companions:
         files = [(extra.file, extra.blob) for extra in self._row.extras if extra.file is not None]
         return {name: digest_of(unpack(self._store.blobs.read(blob))) for name, blob in files}
 
-    def has(self, file: HashedFile) -> bool:
-        """Say whether the store has the very bytes of a file, under its name."""
+    def has(self, name: str, file: HashedFile) -> bool:
+        """Say whether the store has the very bytes of a file, under this name."""
         sizes = {extra.file: extra.size for extra in self._row.extras}
-        name = file.path.name
         return sizes.get(name) == file.status.st_size and self._digests[name] == file.digest
 
 

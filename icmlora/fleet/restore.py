@@ -352,16 +352,18 @@ class _Restorer:
 
         Names come from the format and the store. Those in the placeholder only choose among them.
         """
-        if self._found.path.name != PLACEHOLDER_NAME:  # of an adapter in a single file
-            name = self._weights.name
-            if not name.startswith(f"{self._found.place.name}."):
-                raise DataError(f"the placeholder stands for another file, {name!r}", path=self._found.path)
-            return {name: made.files.weights}
+        stem = f"{self._found.place.name}."
+        is_single = self._found.path.name != PLACEHOLDER_NAME  # an adapter in a single file
+        if is_single and (others := [file.name for file in self._wanted.files if not file.name.startswith(stem)]):
+            raise DataError(f"the placeholder stands for another file, {others[0]!r}", path=self._found.path)
         listed = {file.name for file in self._wanted.files if file.part == "companion"}
-        if lost := listed - made.files.companions.keys():
+        kept = {f"{stem}{key}" if is_single else key: data for key, data in made.files.companions.items()}
+        if lost := listed - kept.keys():
             raise DataError(f"{min(lost)} was not kept, so the adapter would not be complete")
-        companions = {name: data for name, data in made.files.companions.items() if name in listed}
-        return self._format.lay_out(replace(made.files, card=None, companions=companions), self._found.place.name)
+        companions = {name: data for name, data in kept.items() if name in listed}
+        if is_single:
+            return {**companions, self._weights.name: made.files.weights}
+        return self._format.lay_out(replace(made.files, card=None, companions=companions), "")
 
     @property
     def _weights(self) -> ReplacedFile:

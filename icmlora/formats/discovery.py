@@ -193,7 +193,7 @@ def find_tasks(
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
     watched = {PLACEHOLDER_NAME, *_NOTES} if texts else {PLACEHOLDER_NAME, STATE_NAME}
-    watched = watched.union(*(known.watched for known in catalogue.FORMATS), PICKLES if read_bin else ())
+    watched = watched.union(*(known.watched for known in catalogue.formats()), PICKLES if read_bin else ())
     for path in paths:
         root = Path(os.path.realpath(path))
         if root.is_dir():
@@ -232,32 +232,44 @@ def name_tasks(
 def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
     # The folder given may be a checkpoint itself, so its own name takes part.
     levels = 1 + len(folder.path.relative_to(root).parts)
-    found = [_Located(known, paths, folder.pickle) for known in catalogue.FORMATS for paths in known.find(folder)]
+    found = [_Located(known, paths, folder.pickle) for known in catalogue.formats() for paths in known.find(folder)]
     for located in found:
-        home, step = run_folder(located.paths.place, levels)
-        run = runs[home]
-        run.root = root
-        first = run.adapters.setdefault(step, located)
-        if first.paths != located.paths and not _is_copy(first, located):
-            # `checkpoint-5` next to `epoch_5`, or `checkpoint-05`.
-            apart = runs[located.paths.place]
-            apart.root, apart.part = root, located.paths.place.name
-            apart.adapters[step] = located
+        _add(located, levels, root, runs)
     away = _collect_placeholders(folder, {located.paths.place for located in found}, levels, root, runs, refused)
-    # Next to an adapter that is read, the same adapter as a pickle or in shards is not worth a refusal.
-    if not found and not away:
-        of_no_format = foreign_adapters(folder.files)
-        refused.extend(of_no_format or [error for known in catalogue.FORMATS for error in known.refuse(folder)])
+    kept = {path for located in found for path in _files_of(located.paths)}
+    # Next to an adapter that is a folder, the same adapter as a pickle or in shards is not worth a refusal.
+    if not away and all(located.paths.place != folder.path for located in found):
+        of_no_format = foreign_adapters({name: path for name, path in folder.files.items() if path not in kept})
+        refused.extend(of_no_format)
+        if not found and not of_no_format:
+            refused.extend(error for known in catalogue.formats() for error in known.refuse(folder))
     home, step = run_folder(folder.path, levels)
     for name in _NOTES:
         if name in folder.files:
             runs[home].notes.setdefault(name, {}).setdefault(step, folder.files[name])
     if found:
-        kept = {path for located in found for path in _files_of(located.paths)}
         kept.update(folder.files[name] for name in _NOTES if name in folder.files)
         others = [folder.path / name for name, path in folder.files.items() if path not in kept]
-        met = set(runs[home].not_kept)
-        runs[home].not_kept.extend(path for path in others if path not in met and not _is_passed_over(path.name))
+        owner = runs[home] if runs[home].adapters else runs[_run_of(found[0].paths, levels)[0]]
+        met = set(owner.not_kept)
+        owner.not_kept.extend(path for path in others if path not in met and not _is_passed_over(path.name))
+
+
+def _add(located: _Located, levels: int, root: Path, runs: defaultdict[Path, _Run]) -> None:
+    paths = located.paths
+    home, step = _run_of(paths, levels)
+    run = runs[home]
+    run.root = root
+    first = run.adapters.setdefault(step, located)
+    if first.paths != paths and not _is_copy(first, located):
+        # `checkpoint-5` next to `epoch_5`, or `checkpoint-05`.
+        apart = runs[paths.place]
+        apart.root, apart.part = root, paths.place.name
+        apart.adapters[step] = located
+
+
+def _run_of(paths: AdapterPaths, levels: int) -> tuple[Path, int | None]:
+    return run_folder(paths.place, levels) if paths.run is None else (paths.run, paths.step)
 
 
 def _is_passed_over(name: str) -> bool:
@@ -300,7 +312,7 @@ def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
     if not file.is_file():
         return False
     folder = Folder(file.parent, {file.name: file})
-    for known in catalogue.FORMATS:
+    for known in catalogue.formats():
         for paths in known.find(folder):
             runs[paths.place].adapters[None] = _Located(known, paths)
             return True

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused, located
-from icmlora.formats.catalogue import FORMATS, format_named
-from icmlora.formats.format import AdapterPaths, write_adapter_folder
+from icmlora.formats.catalogue import format_named, formats
+from icmlora.formats.format import AdapterPaths, write_adapter_files
 from icmlora.formats.peft_config import MAX_CONFIG_BYTES
 from icmlora.formats.placeholder import PLACEHOLDER_NAME
 from icmlora.formats.tree import Folder
@@ -32,13 +32,13 @@ def load_adapter(folder: str | Path) -> Adapter:
     place = Path(folder)
     entries = {path.name: path for path in place.iterdir() if path.is_file()} if place.is_dir() else {}
     searched = Folder(place, entries)
-    for known in FORMATS:
+    for known in formats():
         for paths in known.find(searched):
             return known.read(_config(paths), _weights(paths), path=place).adapter
     if PLACEHOLDER_NAME in entries:
         hint = f"`icm restore {place}` brings it back"
         raise AdapterRefused("there is a placeholder instead of an adapter", kind="placeholder", path=place, hint=hint)
-    for refusal in (refusal for known in FORMATS for refusal in known.refuse(searched)):
+    for refusal in (refusal for known in formats() for refusal in known.refuse(searched)):
         raise refusal
     hint = "name the folder that holds adapter_config.json"
     raise AdapterRefused("there is no adapter in this folder", kind="empty", path=place, hint=hint)
@@ -72,7 +72,7 @@ def save_adapter(
     known, place = format_named(adapter_format), Path(folder)
     with located(place):
         files = known.encode(adapter, dtype=dtype, card=card, metadata=metadata or {})
-    write_adapter_folder(place, known, files, place.name, force=force)
+    write_adapter_files(place, known, files, place.name, force=force)
 
 
 def _config(paths: AdapterPaths) -> bytes:

@@ -50,8 +50,7 @@ _NAMES: Mapping[str, tuple[str, str, str]] = {
 
 # Marks in the header of a safetensors file of any other name.
 _MARKS: tuple[tuple[bytes, tuple[str, str, str]], ...] = (
-    (rb'\.(hada_w1_a|lokr_w1(_a)?|oft_blocks)"', ("lycoris", "a LyCORIS adapter", _TO_PEFT)),
-    (rb'\.lora_(down|up)\.weight"', ("kohya", "a kohya LoRA", "convert it with diffusers, then save with PEFT")),
+    (rb'\.lora_(down|up)\.weight"', ("kohya", "a LoRA whose modules have names that icm does not know", _TO_PEFT)),
     (rb'_lora\d?\.(down|up)\.weight"', ("diffusers", "an XLabs or old diffusers LoRA", _TO_PEFT)),
     (rb'\.lora_[ab]"', ("mlx", "weights of MLX-LM without their configuration", _OF_MLX)),
     (rb'\.lora_[AB]\.weight"', ("bare", "LoRA weights without adapter_config.json: alpha is unknown", _BARE)),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from icmlora.errors import DataError
 from icmlora.io import staging
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class AdapterPaths:
         card: The model card, or None.
         companions: Name to path of other files that belong to the adapter, such as a tokenizer. Those next to an
             adapter in a single file are named by what follows its name: `preview.png` stands for `NAME.preview.png`.
+        run: The place of the run that it is a checkpoint of, and
+        step: its training step, where that is not a matter of folders.
     """
 
     place: Path
@@ -48,6 +51,8 @@ class AdapterPaths:
     config: Path | None = None
     card: Path | None = None
     companions: Mapping[str, Path] = field(default_factory=dict)
+    run: Path | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,9 +155,28 @@ class Template:
 
     config: bytes
     layout: tuple[ModuleShape, ...]
+    """Its modules with the ranks to write. Where the configuration states others, it is changed to state these."""
     dtype: str
     details: str = ""
     """`AdapterSummary.template`."""
+
+
+class Layout(Protocol):
+    """How the files of an adapter are laid out: the part of a format that writing to disk needs."""
+
+    @property
+    def name(self) -> str:
+        """The name of the format."""
+        ...
+
+    @property
+    def suffix(self) -> str | None:
+        """How the name of an adapter ends that is a single file; None for a folder."""
+        ...
+
+    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
+        """Return file name -> content; see `AdapterFormat.lay_out`."""
+        ...
 
 
 class AdapterFormat(Protocol):
@@ -161,6 +185,16 @@ class AdapterFormat(Protocol):
     @property
     def name(self) -> str:
         """The name under which the store notes the format."""
+        ...
+
+    @property
+    def is_for_images(self) -> bool:
+        """Whether its adapters are for models that make images: these have no task vectors and are not evaluated."""
+        ...
+
+    @property
+    def suffix(self) -> str | None:
+        """How the name of an adapter ends that is a single file; None for a folder."""
         ...
 
     @property
@@ -264,19 +298,42 @@ class AdapterFormat(Protocol):
         ...
 
 
-def write_adapter_folder(
-    directory: Path, adapter_format: AdapterFormat, files: AdapterBytes, name: str, *, force: bool = False
+def write_adapter_files(
+    output: Path, adapter_format: Layout, files: AdapterBytes, name: str, *, force: bool = False
 ) -> None:
-    """Write an adapter's files, unchanged, as a folder: complete and durable, or not at all.
+    """Write an adapter's files, unchanged: complete and durable, or not at all.
 
     Args:
-        directory: The folder, absent or empty unless `force`.
+        output: A folder, absent or empty unless `force`; or a file with the suffix of an adapter in a single file,
+            next to which the files that belong to it are written.
         adapter_format: The format of the files.
         files: Their content.
-        name: What an adapter in a single file is called, without the suffix.
-        force: Replace the adapter in a folder that holds something.
+        name: What an adapter in a single file is called in a folder, without the suffix.
+        force: Replace what is there.
 
     Raises:
-        OutputExists: The folder is not empty and `force` is not given.
+        OutputExists: The folder is not empty, or the file exists, and `force` is not given.
     """
-    staging.write_folder(directory, adapter_format.lay_out(files, name), force=force)
+    if not is_file(output):
+        staging.write_folder(output, adapter_format.lay_out(files, name), force=force)
+    elif adapter_format.suffix != output.suffix:
+        ending = "a folder" if adapter_format.suffix is None else f"a file NAME{adapter_format.suffix}"
+        fact = f"a {adapter_format.name} adapter is {ending}"
+        raise DataError(fact, path=output, hint="name a folder to write it into, or another --format")
+    else:
+        laid_out = adapter_format.lay_out(files, output.stem)
+        _, weights = laid_out.popitem()  # which a format may call otherwise
+        staging.write_files(output.parent, {**laid_out, output.name: weights}, force=force)
+
+
+def check_target(output: Path, *, force: bool = False) -> None:
+    """Check that an adapter can be written, before the work of making it; raises as `write_adapter_files` does."""
+    if is_file(output):
+        staging.check_absent(output, force=force)
+    else:
+        staging.check_free(output, force=force)
+
+
+def is_file(output: Path) -> bool:
+    """Say whether a path that is to be written is that of a single file, by its suffix."""
+    return output.suffix in (".safetensors", ".gguf") and not output.is_dir()

@@ -23,7 +23,7 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import LoadedAdapter, Template
-from icmlora.formats.peft_config import PREFIX, AdapterConfig, usual_names
+from icmlora.formats.peft_config import PREFIX, AdapterConfig, usual_names, with_ranks
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode, raw_tensors
 from icmlora.io.strict_json import parse_object
 from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
@@ -87,33 +87,48 @@ def joined(parts: Sequence[_Factors], *, experts: bool) -> _Factors:
     return a, torch.cat([b for _, b in parts])
 
 
-def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapping[str, RawTensor]) -> bytes:
-    """Write a tensor file in the form of another adapter; modules that `adapter` lacks become zeros."""
+def write_like(
+    adapter: Adapter, like: Template, dtype: str | None, extras: Mapping[str, RawTensor]
+) -> tuple[bytes, bytes]:
+    """Write a tensor file and its configuration in the form of another adapter.
+
+    Modules that `adapter` lacks become zeros. The configuration is the other one's, unless that states other ranks than
+    the layout of the form.
+    """
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
     modules = {module.name: module for module in adapter.modules}
     tensors: dict[str, RawTensor] = {}
     whole = {f"{name}.{part}": name for name, count in details.parts.items() for part in range(count)}
     parts: defaultdict[str, list[ModuleShape]] = defaultdict(list)
+    written: dict[str, tuple[int, float]] = {}
+    is_stated = True
     for shape in like.layout:  # the parts of a module are in the order of their numbers
         parts[whole.get(shape.module, shape.module)].append(shape)
     for module, shapes in parts.items():
-        if len(shapes) != details.parts.get(module, 1) or len({shape[1:] for shape in shapes}) > 1:
+        if len(shapes) != details.parts.get(module, 1) or len({shape[2:] for shape in shapes}) > 1:
             raise _bad_template()
-        of_parts = [fitted(modules.pop(shape.module, None), *shape[1:]) for shape in shapes]
+        rank = max(shape.rank for shape in shapes)  # one tensor holds all parts
+        of_parts = [fitted(modules.pop(shape.module, None), rank, *shape[2:]) for shape in shapes]
         factors = joined(of_parts, experts=module in details.experts)
-        scale = config.scale_of(details.targets.get(module, module))
+        target = details.targets.get(module, module)
+        scale = config.scale_of(target)
+        written[target] = rank * details.groups.get(module, 1), scale
+        is_stated = is_stated and config.rank_of(target) == written[target][0]
         # An adapter of scale 0 does nothing, whatever its factors are.
         unscaled = factors[0], factors[1] / scale if scale else torch.zeros_like(factors[1])
         names = details.names.get(module) or usual_names(module)
-        for name, factor in zip(names, unscaled, strict=True):
+        for axis, (name, factor) in enumerate(zip(names, unscaled, strict=True)):
             kind = details.dtypes.get(name, details.dtype) if dtype is None else dtype_name(dtype)
             size = details.shapes.get(name, tuple(factor.shape))
+            if not is_stated:
+                size = *size[:axis], factor.shape[axis], *size[axis + 1 :]  # A (r, ...), B (out, r, ...)
             if prod(size) != factor.numel() or name in tensors or name in extras:
                 raise _bad_template()
             tensors[name] = raw_tensor(name, factor.reshape(size), kind)
     if modules:
         raise ValueError(f"the template has no module {next(iter(modules))}")
-    return encode(tensors | dict(extras), details.metadata)
+    data = encode(tensors | dict(extras), details.metadata)
+    return data, like.config if is_stated else with_ranks(like.config, written)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.task_names import cached_repository
+from icmlora.io.safetensors import PeekedHeader, peek_header
 from registry.names import escape
 
 MAX_ENTRIES = 1_000_000
@@ -27,6 +28,16 @@ class Folder:
     path: Path  # the folder, without links
     files: Mapping[str, Path]  # name to real path; a link inside the tree is listed under its own name
     pickle: str | None = None  # the file that is listed as the weights although it is a pickle
+    _headers: dict[str, PeekedHeader | None] = field(default_factory=dict, compare=False, repr=False)
+
+    def header(self, name: str) -> PeekedHeader | None:
+        """Return what the header of a safetensors file says, or None if it cannot be read.
+
+        Several formats ask for the same file, which is read once. Whether its tensors are complete is not looked at.
+        """
+        if name not in self._headers:
+            self._headers[name] = peek_header(self.files[name])
+        return self._headers[name]
 
 
 def walk(root: Path, watched: Collection[str], refuse: Refuse) -> Iterator[Folder]:

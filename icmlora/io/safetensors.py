@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +109,41 @@ def parse_header(text: bytes, size: int) -> TensorHeader:
     return TensorHeader(tuple(tensors), metadata)
 
 
+@dataclass(frozen=True)
+class PeekedHeader:
+    """What a header says, unchecked: the names of its tensors, and its metadata."""
+
+    names: frozenset[str]
+    metadata: Mapping[str, str]
+
+
+def peek_header(path: Path) -> PeekedHeader | None:
+    """Read the header of a file on disk, which may be cut short; None if there is no header."""
+    from icmlora.io.files import open_regular, read_exactly  # needed to read from disk only
+
+    try:
+        with open_regular(path, max_bytes=2**62) as (descriptor, size):
+            return peek_bytes(lambda count: read_exactly(descriptor, min(size, count), 0))
+    except AdapterRefused:
+        return None
+
+
+def peek_bytes(start: Callable[[int], bytes]) -> PeekedHeader | None:
+    """Do the same with what returns the first bytes of a file."""
+    length = int.from_bytes(start(_PREFIX_BYTES), "little")
+    if not 0 < length <= MAX_HEADER_BYTES:
+        return None
+    try:
+        fields = json.loads(start(_PREFIX_BYTES + length)[_PREFIX_BYTES:])
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    metadata = fields.pop(_METADATA, None)
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return PeekedHeader(frozenset(fields), {key: text for key, text in texts if isinstance(text, str)})
+
+
 def read_tensor_file(path: Path) -> bytes:
     """Read a safetensors file from disk; its header is checked against its size before the data is read."""
     from icmlora.io.files import open_regular, read_exactly  # needed to read from disk only
@@ -190,6 +225,9 @@ def _refuse_other_format(start: bytes) -> None:
             kind="pickle",
             hint="re-save the adapter as safetensors where it was trained",
         )
+    if start[:6].lower() in (b"<!doct", b"<html>", b"<?xml "):
+        hint = "download it again; the site may want you to log in"
+        raise AdapterRefused("a web page, not the file itself", kind="damaged", hint=hint)
     if start.startswith(b"version "):
         raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
     if start.startswith(b"GGUF"):

@@ -112,6 +112,15 @@ def check_absent(path: Path, *, force: bool = False) -> None:
         raise OutputExists("already exists", path=path, hint="choose another name, or replace it with --force")
 
 
+def write_files(folder: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
+    """Write files into a folder that others share, each as a whole; the last one gives the others their meaning."""
+    for name in files:
+        check_absent(folder / name, force=force)
+    for name, data in files.items():
+        with writing_file(folder / name, force=force) as stream:
+            stream.write(data)
+
+
 def check_free(directory: Path, *, force: bool = False) -> None:
     """Check that a folder can be written, before the work of making its content."""
     if directory.exists() and not directory.is_dir():

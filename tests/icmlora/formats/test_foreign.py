@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from icmlora.errors import UnsafeInput
+from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.discovery import find_adapters
 from tests.icmlora.adapter_files import config, write_adapter
 
@@ -47,9 +47,7 @@ def test_another_form_is_recognised_by_name(tmp_path: Path, name: str, kind: str
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("lora_unet_x.lora_down.weight", "kohya"),
-        ("lora_unet_x.hada_w1_a", "lycoris"),
-        ("lora_unet_x.lokr_w1", "lycoris"),
+        ("blocks.0.x.lora_down.weight", "kohya"),
         ("base_model.model.x.lora_A.weight", "bare"),
         ("model.layers.0.q.lora_a", "mlx"),
     ],
@@ -86,12 +84,18 @@ def test_a_pickle_is_unsafe_and_is_not_opened(tmp_path: Path) -> None:
         "model.safetensors",
         "tokenizer.json",
         "base.gguf",
-        "broken.safetensors",
     ],
 )
 def test_a_trainers_state_and_whole_models_are_passed_over(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x" * 20)
     assert kinds(tmp_path) == []
+
+
+def test_a_safetensors_file_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"<!DOCTYPE html> not found")
+    (task,) = find_adapters([tmp_path]).tasks
+    with pytest.raises(AdapterRefused, match="a web page"):
+        task.final.format.inspect(b"", task.final.weights.read_bytes())
 
 
 def test_a_pickle_beside_the_safetensors_does_not_matter(tmp_path: Path) -> None:

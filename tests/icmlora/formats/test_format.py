@@ -21,9 +21,9 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery import FoundAdapter, find_adapters
-from icmlora.formats.format import AdapterBytes, AdapterFormat, Template, write_adapter_folder
-from icmlora.formats.gguf_format import GgufFormat
-from icmlora.formats.mlx_format import MlxFormat
+from icmlora.formats.format import AdapterBytes, AdapterFormat, Template, write_adapter_files
+from icmlora.formats.gguf import GgufFormat
+from icmlora.formats.mlx import MlxFormat
 from icmlora.formats.peft import PeftFormat
 from icmlora.io.safetensors import RawTensor
 from tests.icmlora.adapter_files import BASE, Q0, V0, adapter
@@ -71,14 +71,14 @@ def found_in(folder: Path) -> FoundAdapter:
 
 def test_what_is_written_is_found_and_has_the_same_bytes(form: AdapterFormat, tmp_path: Path) -> None:
     files = encoded(form)
-    write_adapter_folder(tmp_path / "rust", form, files, "rust")
+    write_adapter_files(tmp_path / "rust", form, files, "rust")
     found = found_in(tmp_path)
     assert (found.format, found.weights.read_bytes()) == (form, files.weights)
     assert (b"" if found.config is None else found.config.read_bytes()) == files.config
 
 
 def test_a_task_is_named_after_the_folder_of_its_adapter(form: AdapterFormat, tmp_path: Path) -> None:
-    write_adapter_folder(tmp_path / "rust", form, encoded(form), "rust")
+    write_adapter_files(tmp_path / "rust", form, encoded(form), "rust")
     assert [task.name for task in find_adapters([tmp_path]).tasks] == ["rust"]
 
 
@@ -202,7 +202,7 @@ def test_a_folder_of_single_files_is_many_tasks(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(catalogue, "FORMATS", [PeftFormat(), toy])
     for name in ("rust", "sql"):
         (tmp_path / f"{name}.toy").write_bytes(encoded(toy).weights)
-    write_adapter_folder(tmp_path / "poems", PeftFormat(), encoded(PeftFormat()), "poems")
+    write_adapter_files(tmp_path / "poems", PeftFormat(), encoded(PeftFormat()), "poems")
     assert [task.name for task in find_adapters([tmp_path]).tasks] == ["poems", "rust", "sql"]
 
 

@@ -26,7 +26,7 @@ from icmlora.base_models.load import load_gguf
 from icmlora.base_models.lookup import read_config
 from icmlora.errors import AdapterRefused, BaseModelMismatch, BaseModelUnsuited, DataError
 from icmlora.formats.format import RunnableAdapter
-from icmlora.formats.gguf_format import GgufFormat, architecture_of
+from icmlora.formats.gguf import GgufFormat, architecture_of
 from icmlora.formats.gguf_lora import GgufBase, encode_gguf, with_base_names
 from icmlora.formats.peft import PEFT
 from tests.benchmarks.llama_cpp.tiny_models import MODELS, adapted, write_model

@@ -17,7 +17,7 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused, OutputExists
 from icmlora.formats.folder import load_adapter, save_adapter
-from icmlora.formats.format import AdapterBytes, write_adapter_folder
+from icmlora.formats.format import AdapterBytes, write_adapter_files
 from icmlora.formats.peft import PEFT
 from tests.icmlora.adapter_files import INPUTS, OUTPUTS, Q0, V0, adapter, config, factors, key, weights, write_adapter
 from tests.icmlora.tiny_base import tiny_model
@@ -190,6 +190,6 @@ def test_writing_into_a_filled_folder_needs_force(tmp_path: Path) -> None:
 
 
 def test_an_original_is_written_byte_for_byte(tmp_path: Path) -> None:
-    write_adapter_folder(tmp_path / "out", PEFT, AdapterBytes(weights(), config(my_note="kept"), b"card"), "out")
+    write_adapter_files(tmp_path / "out", PEFT, AdapterBytes(weights(), config(my_note="kept"), b"card"), "out")
     assert (tmp_path / "out" / "adapter_config.json").read_bytes() == config(my_note="kept")
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights()

@@ -52,6 +52,8 @@ class ToyFormat:
 
     name = "toy"
     about = "a single file NAME.toy"
+    is_for_images = False
+    suffix = SUFFIX
     watched: frozenset[str] = frozenset()
 
     def find(self, folder: Folder) -> list[AdapterPaths]:

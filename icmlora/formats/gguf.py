@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import (
     AdapterBytes,
+    AdapterFormat,
     AdapterPaths,
     AdapterSummary,
     Buffer,
@@ -85,6 +86,8 @@ class GgufFormat:
     """The format of llama.cpp's `convert_lora_to_gguf.py`; there is no configuration and no card."""
 
     name = "gguf"
+    is_for_images = False
+    suffix = SUFFIX
     about = "a single file NAME.gguf for llama.cpp"
     watched: frozenset[str] = frozenset()
 
@@ -251,3 +254,6 @@ def _values_of(form: PairForm) -> dict[str, GgufValue]:
         return parse_values(base64.b64decode(noted, validate=True))
     except (binascii.Error, ValueError):
         raise bad_template() from None
+
+
+GGUF: AdapterFormat = GgufFormat()

@@ -1,0 +1,34 @@
+"""Which block of an image model a module belongs to: what people look at when they ask where an adapter does something.
+
+    lora_te1_text_model_encoder_layers.0.mlp_fc1                             text_encoder
+    unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k          attention
+    lora_unet_input_blocks.4.1.transformer_blocks.0.ff_net.0.proj            feed_forward
+    unet.down_blocks.0.resnets.0.conv1                                       convolution
+
+Names are those of diffusers, of the original models and of kohya's flattened forms of both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# Words between dots or underscores; where a module has words of several blocks, the first block has it.
+_WORDS = {
+    "text_encoder": r"te\d?|text_encoder(_\d)?|text_encoders|text_model|clip_[a-z]|t5xxl|llm_adapter",
+    "convolution": r"resnets?|conv\d?|conv_\w+|in_layers|out_layers|downsamplers?|upsamplers?|skip_connection|op",
+    "feed_forward": r"ff|ff_net|ff_context|ffn|mlp|img_mlp|txt_mlp|feed_forward|proj_mlp|linear[12]",
+    "attention": r"\w*attn\w*|attentions?|\w*qkv\w*|\w*transformer_blocks|to_[qkv]|proj_in|proj_out",
+}
+_BLOCKS = {block: re.compile(rf"(^|[._])({words})([._]|$)") for block, words in _WORDS.items()}
+OTHER = "other"
+
+
+def block_of(module: str) -> str:
+    """Return the block of a module: "text_encoder", "convolution", "feed_forward", "attention" or "other"."""
+    return next((name for name, pattern in _BLOCKS.items() if pattern.search(module)), OTHER)
+
+
+def blocks_of(modules: Iterable[str]) -> tuple[str, ...]:
+    """Return the blocks of some modules, each once."""
+    return tuple(sorted({block_of(module) for module in modules}))
