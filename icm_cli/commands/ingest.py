@@ -122,7 +122,7 @@ def ingest(
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
-    """Take adapters into the store: PEFT folders, or training runs with checkpoint-N folders.
+    """Take adapters into the store: PEFT folders, training runs, or any other format of `icm formats`.
 
     Files are checked and copied; nothing in PATH is changed. Running the same command again changes nothing. An
     adapter that cannot have a code, such as a LoHa, is kept as its original only. What cannot be taken is listed at the

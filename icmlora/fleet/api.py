@@ -84,7 +84,8 @@ class Fleet(FleetOriginals):
         such as a known mirror, is joined to the one that the store has; these labels are in `joined`.
 
         Args:
-            paths: PEFT folders, training runs with checkpoint-N folders, or folders of those at any depth.
+            paths: Adapters in any format of `icm formats`, training runs with checkpoint-N folders, or folders of those
+                at any depth.
             name: Name for the task, if exactly one is found. By default a task is named after its folder.
             name_from: Pattern for the names, such as `{parent}-{name}`; see `icm ingest --help`.
             samples: Samples for the task as JSON lines, if exactly one is found. By default the `samples.jsonl` next
