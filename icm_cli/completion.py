@@ -1,4 +1,4 @@
-"""What a shell may complete: names of tasks, base models and tags, and the filters of `icm ls`.
+"""What a shell may complete: names of tasks, base models, tags and formats, and the filters of `icm ls`.
 
 A shell waits for an answer and nobody would read an error, so a function that fails offers nothing.
 """
@@ -65,6 +65,14 @@ def complete_sort(incomplete: str) -> Iterable[str]:
     for field in filter_fields():
         if field.can_be_sorted:
             yield from (field.name, f"{field.name}:desc")
+
+
+@_quietly
+def complete_format(incomplete: str) -> Iterable[str]:
+    """Return the names of the formats of adapters."""
+    from icmlora.formats.catalogue import formats
+
+    return [known.name for known in formats()]
 
 
 def _values(field: str) -> Iterable[str]:

@@ -15,7 +15,7 @@ import typer
 GLOBAL_PANEL = "Global options"
 
 
-def completing(what: Literal["task", "base", "tag", "filter", "sort"]) -> Callable[[str], list[str]]:
+def completing(what: Literal["task", "base", "tag", "filter", "sort", "format"]) -> Callable[[str], list[str]]:
     """Return a function by which a shell completes an argument."""
 
     def answer(incomplete: str) -> list[str]:

@@ -9,6 +9,7 @@ import typer
 
 from icm_cli.commands.materialize import DtypeName
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.options import completing
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
@@ -37,13 +38,21 @@ FormatOpt = Annotated[
     typer.Option(
         "--format",
         metavar="NAME",
-        help="Format to write: peft, mlx (for MLX-LM), gguf (one file for llama.cpp) ... Default: that of the source.",
+        help="Format to write: peft, mlx (for MLX-LM), gguf (one file for llama.cpp), diffusers, kohya, comfyui, xlabs "
+        "or lycoris; `icm formats` lists which becomes which. Default: that of the source.",
         show_default=False,
+        autocompletion=completing("format"),
     ),
 ]
 RankOpt = Annotated[
     int | None,
-    typer.Option("--rank", metavar="N", min=1, help="Cut every module to rank N at most.", show_default=False),
+    typer.Option(
+        "--rank",
+        metavar="N",
+        min=1,
+        help="Cut every module to rank N at most. LoHa, LoKr and whole differences of LyCORIS become LoRA of rank N.",
+        show_default=False,
+    ),
 ]
 SizeOpt = Annotated[
     str | None,
@@ -67,8 +76,8 @@ BaseOpt = Annotated[
     typer.Option(
         "--base-model",
         metavar="PATH",
-        help="Folder or GGUF file of the base model, whose configuration --format gguf needs. Default: the model that "
-        "the adapter names, if it is on this machine.",
+        help="Folder or GGUF file of the base model, whose configuration is needed from and to gguf. Default: the "
+        "model that the adapter names, if it is on this machine.",
         show_default=False,
     ),
 ]
@@ -100,13 +109,15 @@ def convert(
 
     Ranks are cut by singular values, with the smallest error that the rank or the size allows. The relative error,
     ||dW' - dW|| / ||dW||, is measured on what was written. An adapter that keeps its format keeps its header, and heads
-    and other tensors exactly; another format refuses, by name, what it has no place for.
+    and other tensors exactly; another format refuses, by name, what it has no place for. Image adapters get other names
+    by diffusers' own converters (extra `diffusion`).
 
     Of a folder of many adapters, each goes into DST under its name. Exit code 3 means that some could not be converted.
 
     Example:
       icm convert dog-detection smaller/ --size 4MB
       icm convert loras/ loras-mlx/ --format mlx
+      icm convert dog.safetensors dog-diffusers.safetensors --format diffusers
     """
     if rank is not None and size is not None:
         raise UsageProblem("--size sets the ranks itself, so it cannot be used with --rank")
@@ -169,6 +180,5 @@ def _sum_up(out: Output, report: ConvertReport) -> None:
 
 
 def _cells(adapter: AdapterConverted) -> list[str]:
-    error = "-" if adapter.relative_error is None else f"{adapter.relative_error:.4f}"
     sizes = human_size(adapter.before), human_size(adapter.size)
-    return [adapter.name, adapter.format, str(adapter.rank), *sizes, error]
+    return [adapter.name, adapter.format, str(adapter.rank), *sizes, f"{adapter.relative_error:.4f}"]

@@ -1,4 +1,4 @@
-"""`icm materialize`: write a task's adapter as it was, or for PEFT, llama.cpp or MLX-LM."""
+"""`icm materialize`: write a task's adapter as it was, or in another format."""
 
 from __future__ import annotations
 
@@ -29,14 +29,6 @@ class SourceName(StrEnum):
     NETWORK = "network"
 
 
-class FormatName(StrEnum):
-    """The format in which an adapter is written."""
-
-    PEFT = "peft"
-    GGUF = "gguf"
-    MLX = "mlx"
-
-
 class DtypeName(StrEnum):
     """Number format of the written weights."""
 
@@ -55,17 +47,20 @@ WrittenOpt = Annotated[
         "--output",
         "-o",
         metavar="PATH",
-        help="Folder to write, absent or empty; with --format gguf a file NAME.gguf.",
+        help="Folder to write, absent or empty, or a file: NAME.gguf, or NAME.safetensors for an image adapter.",
         show_default=False,
     ),
 ]
 FormatOpt = Annotated[
-    FormatName | None,
+    str | None,
     typer.Option(
         "--format",
-        help="peft: a PEFT folder. gguf: one file for llama.cpp. mlx: a folder for MLX-LM. Converting from or to gguf "
-        "reads the configuration of the base model. Default: the adapter's own format (see `icm formats`).",
+        metavar="NAME",
+        help="peft: a PEFT folder. mlx: a folder for MLX-LM. gguf: one file for llama.cpp; from and to it, the "
+        "configuration of the base model is read. For image adapters diffusers, kohya, comfyui, xlabs, lycoris: one "
+        "file each; `icm formats` lists which becomes which. Default: the adapter's own format.",
         show_default=False,
+        autocompletion=completing("format"),
     ),
 ]
 SourceOpt = Annotated[
@@ -175,10 +170,12 @@ def materialize(
     _check_usage(task, samples, bundle, source, seed)
     _check_base_options(samples, bundle, adapter_format, base_model, loader, device)
     if task is None:
-        from icmlora.fleet.converting import check_output
+        from icmlora.fleet.conversion import format_to_write
+        from icmlora.formats.format import check_target
 
         # Before a model is loaded.
-        check_output(output, None if adapter_format is None else adapter_format.value, force=force)
+        target = None if adapter_format is None else format_to_write(adapter_format)
+        check_target(output, target, as_file=True, force=force)
         task = _recognized(session, samples, base_model, bundle, loader, device)
     write: Callable[..., MaterializeReport] = partial(session.fleet.materialize, source=source.value, seed=seed)
     if bundle is not None:
@@ -188,7 +185,7 @@ def materialize(
     done = write(
         task,
         output,
-        adapter_format=None if adapter_format is None else adapter_format.value,
+        adapter_format=adapter_format,
         dtype=dtype and dtype.value,
         pad_rank=pad_rank,
         max_error=max_error,
@@ -215,16 +212,23 @@ def _check_usage(
 def _check_base_options(
     samples: Path | None,
     bundle: Path | None,
-    adapter_format: FormatName | None,
+    adapter_format: str | None,
     base_model: str | None,
     loader: str | None,
     device: str | None,
 ) -> None:
+    from icmlora.formats.catalogue import formats
+
+    names = [known.name for known in formats()]
+    if adapter_format is not None and adapter_format not in names:
+        raise UsageProblem(
+            f"--format {adapter_format}: there is no such format", hint=f"choose one of {', '.join(names)}"
+        )
     if samples is None and (loader, device) != (None, None):
         raise UsageProblem("--loader and --device are for --samples: nothing else runs the base model")
-    if samples is None and base_model is not None and (bundle is None or adapter_format is not FormatName.GGUF):
+    if samples is None and base_model is not None and (bundle is None or adapter_format not in ("gguf", "peft")):
         hint = "`icm base add NAME PATH` says where the base model of tasks in a store is"
-        raise UsageProblem("--base-model is for --samples, and for --from with --format gguf", hint=hint)
+        raise UsageProblem("--base-model is for --samples, and for --from with --format gguf or peft", hint=hint)
 
 
 def _recognized(
@@ -269,7 +273,8 @@ def _tell(session: Session, done: MaterializeReport) -> None:
     figures = "".join(f", {name} {value:.4f}" for name, value in known if value is not None)
     origin = _FROM[done.source]
     if done.converted:
-        origin = f"{origin.removesuffix(_EXACTLY)}, converted for {_PROGRAMS[done.adapter_format]}"
+        name = done.adapter_format
+        origin = f"{origin.removesuffix(_EXACTLY)}, converted for {_PROGRAMS.get(name, name)}"
     out.note(f"wrote {done.task} from {origin}{figures}")
     if done.left_out:
         out.note(f"without the files that came with it, which only --format peft writes: {', '.join(done.left_out)}")
@@ -279,7 +284,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
 
 
 _EXACTLY = ", byte for byte"
-_PROGRAMS = {"gguf": "llama.cpp", "mlx": "MLX-LM", "peft": "PEFT"}
+_PROGRAMS = {"gguf": "llama.cpp", "mlx": "MLX-LM", "peft": "PEFT", "comfyui": "ComfyUI", "xlabs": "XLabs"}
 _FROM = {
     "original": f"its original{_EXACTLY}",
     "residual": "its code and residual",

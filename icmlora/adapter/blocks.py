@@ -1,17 +1,22 @@
-"""Which block of an image model a module belongs to: what people look at when they ask where an adapter does something.
+"""Groups of modules: what people look at when they ask where an adapter does something.
+
+Modules of image models are grouped by the block that they belong to, those of other models by their kind:
 
     lora_te1_text_model_encoder_layers.0.mlp_fc1                             text_encoder
     unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k          attention
     lora_unet_input_blocks.4.1.transformer_blocks.0.ff_net.0.proj            feed_forward
     unet.down_blocks.0.resnets.0.conv1                                       convolution
 
-Names are those of diffusers, of the original models and of kohya's flattened forms of both.
+    model.layers.3.self_attn.q_proj                                          q_proj
+    model.layers.3.mlp.experts.7.up_proj                                     up_proj
+
+Names of image models are those of diffusers, of the original models and of kohya's flattened forms of both.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # Words between dots or underscores; where a module has words of several blocks, the first block has it.
 _WORDS = {
@@ -32,3 +37,14 @@ def block_of(module: str) -> str:
 def blocks_of(modules: Iterable[str]) -> tuple[str, ...]:
     """Return the blocks of some modules, each once."""
     return tuple(sorted({block_of(module) for module in modules}))
+
+
+def kind_of_module(module: str) -> str:
+    """Return the last part of a name that is not a number: experts and members of lists count together."""
+    words = [word for word in module.split(".") if not word.isdigit()]
+    return words[-1] if words else module
+
+
+def grouping(*, is_for_images: bool) -> Callable[[str], str]:
+    """Return what names the group of a module, for the adapters of a format."""
+    return block_of if is_for_images else kind_of_module

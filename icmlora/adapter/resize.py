@@ -16,7 +16,6 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 from icmlora.adapter.canonical import canonicalize
-from icmlora.adapter.metrics import errors_and_norms, relative
 from icmlora.adapter.model import Adapter, LoraModule
 
 
@@ -67,19 +66,3 @@ class Slots:
     def within(self, values: float) -> int:
         """Return how many of the slots fit into so many values; 0 also where not even one slot a module does."""
         return max(0, bisect_right(self.values, values) - 1)
-
-
-def relative_errors(original: Adapter, other: Adapter) -> tuple[float, dict[str, float]]:
-    """Return ||dW' - dW|| / ||dW|| over all modules, and that of each kind of modules, such as `q_proj`."""
-    parts = errors_and_norms(original, other)
-    names = [module.name for module in original.modules]
-    kinds: dict[str, list[tuple[float, float]]] = {}
-    for name, part in zip(names, parts, strict=True):
-        kinds.setdefault(_kind(name), []).append(part)
-    return math.sqrt(relative(parts)), {kind: math.sqrt(relative(found)) for kind, found in sorted(kinds.items())}
-
-
-def _kind(module: str) -> str:
-    """Return the last part of a name that is not a number: experts and members of lists count together."""
-    words = [word for word in module.split(".") if not word.isdigit()]
-    return words[-1] if words else module

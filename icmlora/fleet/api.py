@@ -17,7 +17,6 @@ from icmlora.fleet.context import Shard
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.compare import MethodSummary
-    from icmlora.fleet.converting import FormatName
     from icmlora.fleet.encode import EncodeReport
     from icmlora.fleet.evaluate import EvaluateReport, Measurable
     from icmlora.fleet.export_bundle import ExportReport
@@ -340,7 +339,7 @@ class Fleet(FleetOriginals):
         directory: str | Path,
         *,
         source: Source = "auto",
-        adapter_format: FormatName | None = None,
+        adapter_format: str | None = None,
         dtype: str | None = None,
         pad_rank: int | None = None,
         seed: int | None = None,

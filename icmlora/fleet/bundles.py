@@ -13,13 +13,15 @@ from icmlora.bundle.file import BundleFile, open_bundle
 from icmlora.bundle.index import BundledGenerator, BundledTask, BundleIndex
 from icmlora.errors import BaseModelNotFound, BundleError, DataError
 from icmlora.fleet.context import OpenedGenerator
+from icmlora.fleet.conversion import check_pair, format_to_write
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.format import check_target
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.base_models.lookup import FoundBase
     from icmlora.base_models.tensors import BaseTensors
     from icmlora.fleet.cards import Provenance
-    from icmlora.fleet.converting import FormatName
     from icmlora.fleet.decoding import OriginalForm
     from icmlora.fleet.materialize import MadeFiles, MaterializeReport
     from icmlora.fleet.recognize import RecognizeReport
@@ -112,7 +114,7 @@ class Bundle:
         task: str,
         directory: str | Path,
         *,
-        adapter_format: FormatName | None = None,
+        adapter_format: str | None = None,
         dtype: str | None = None,
         pad_rank: int | None = None,
         max_error: float | None = None,
@@ -146,14 +148,14 @@ class Bundle:
             BaseModelNotFound: With `gguf`: it is not on this machine.
             BaseModelUnsuited: With `gguf`: its architecture is none that icm writes adapters for.
         """
-        from icmlora.fleet.converting import check_output, gguf_base
-
-        output, wanted = Path(directory), adapter_format
-        check_output(output, wanted, force=force)
-        if wanted in (None, "peft"):
+        output, target = Path(directory), None if adapter_format is None else format_to_write(adapter_format)
+        check_target(output, target, as_file=True, force=force)
+        own = format_named(find_task(self.index, task).format)
+        if target is None or own.name == target.name:
             return self._made(task, dtype, pad_rank, max_error).write(output, force=force)
-        base = gguf_base(partial(self._find_base, base_model)) if wanted == "gguf" else None
-        return self._made(task, None, pad_rank, max_error).convert(output, wanted, base, dtype=dtype, force=force)
+        check_pair(own, target)
+        made = self._made(task, None, pad_rank, max_error)
+        return made.convert(output, target, partial(self._find_base, base_model), dtype=dtype, force=force)
 
     def read_files(
         self, task: str, *, dtype: str | None = None, pad_rank: int | None = None, max_error: float | None = None
@@ -250,7 +252,6 @@ class Bundle:
 def form_in(file: BundleFile, task: BundledTask) -> OriginalForm:
     """Read the form and the extras of the original of a task in a bundle."""
     from icmlora.fleet.decoding import OriginalForm
-    from icmlora.formats.catalogue import format_named
     from icmlora.formats.extras import unpack_extras
     from icmlora.formats.format import Template
 

@@ -13,17 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import AdapterRefused, Cancelled, DataError
+from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, DataError
 from icmlora.fleet.context import Event, Progress, TaskFailed, ignore, reporting
+from icmlora.fleet.conversion import SourceAdapter, check_pair, format_to_write
 from icmlora.formats.catalogue import formats
 from icmlora.formats.discovery import find_adapters
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
     AdapterPaths,
-    Layout,
     check_target,
-    is_file,
     write_adapter_files,
 )
 from icmlora.formats.tree import Folder
@@ -32,7 +31,8 @@ from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.errors import IcmError
 
 if TYPE_CHECKING:
-    from icmlora.fleet.converted_files import ConvertedFiles, SourceAdapter, Wanted
+    from icmlora.base_models.lookup import FoundBase
+    from icmlora.fleet.converted_files import ConvertedFiles, Wanted
 
 _CONFIG_LIMIT, _COMPANION_LIMIT = 1 << 20, 4 << 30
 
@@ -49,8 +49,8 @@ class AdapterConverted(Event):
     before: int  # bytes of the source's file of weights
     size: int  # bytes of the written one
     rank: int  # the largest of a module
-    relative_error: float | None  # ||dW' - dW|| / ||dW||; None if it was not measured
-    kinds: dict[str, float] | None  # the same of each kind of modules
+    relative_error: float  # ||dW' - dW|| / ||dW||
+    kinds: dict[str, float] | None  # the same of each group of modules; None if nothing changed
     left_out: tuple[str, ...]  # files that came with it and have no place in the format
 
 
@@ -70,16 +70,25 @@ class _Found:
     format: AdapterFormat
     paths: AdapterPaths
 
-    def read(self) -> SourceAdapter:
-        from icmlora.fleet.converted_files import SourceAdapter
-
+    def read(self, base_model: Path | None) -> SourceAdapter:
         paths = self.paths
         config = b"" if paths.config is None else read_regular(paths.config, max_bytes=_CONFIG_LIMIT)
         card = None if paths.card is None else read_regular(paths.card, max_bytes=_COMPANION_LIMIT)
         companions = {name: read_regular(path, max_bytes=_COMPANION_LIMIT) for name, path in paths.companions.items()}
         weights = read_regular(paths.weights, max_bytes=MAX_FILE_BYTES)
         content = AdapterBytes(weights, config, card, companions)
-        return SourceAdapter(self.name, self.place, self.format, content)
+
+        def find_base() -> FoundBase:
+            from icmlora.base_models.lookup import find_base_model, inspect_base
+
+            label = self.format.inspect(config, weights).base_model or ""
+            try:
+                return find_base_model(label) if base_model is None else inspect_base(label, base_model)
+            except BaseModelNotFound as error:
+                error.hint = "name its folder or GGUF file: --base-model PATH"
+                raise
+
+        return SourceAdapter(self.name, self.format, content, find_base, path=self.place)
 
     @property
     def place(self) -> Path:
@@ -123,11 +132,12 @@ def convert(
         DataError: The arguments contradict each other, or the destination does not fit the format.
         OutputExists: Something is at the destination, and `force` is not given.
     """
-    wanted = _wanted(adapter_format, rank, size, dtype, base_model)
-    one, target, report = _single(Path(source)), Path(destination), ConvertReport()
+    wanted = _wanted(adapter_format, rank, size, dtype)
+    job = _Job(wanted, Path(destination), None if base_model is None else Path(base_model), force)
+    one, report = _single(Path(source)), ConvertReport()
     if one is not None:
         on_event(Progress(0, 1, one.name))
-        report.adapters.append(_convert(one, wanted, target, is_one=True, force=force))
+        report.adapters.append(job.convert(one, job.destination))
         on_event(report.adapters[0])
         return report
     found, refused = _many(Path(source))
@@ -138,7 +148,8 @@ def convert(
         for done, adapter in enumerate(found):
             on_event(Progress(done, len(found), adapter.name))
             try:
-                report.adapters.append(_convert(adapter, wanted, target, is_one=False, force=force))
+                suffix = (wanted.adapter_format or adapter.format).suffix or ""
+                report.adapters.append(job.convert(adapter, job.destination / f"{adapter.name}{suffix}"))
                 on_event(report.adapters[-1])
             except Cancelled:
                 raise
@@ -149,15 +160,11 @@ def convert(
     return report
 
 
-def _wanted(
-    adapter_format: str | None, rank: int | None, size: int | None, dtype: str | None, base_model: str | Path | None
-) -> Wanted:
-    from icmlora.fleet.converted_files import PROGRAMS, Wanted
+def _wanted(adapter_format: str | None, rank: int | None, size: int | None, dtype: str | None) -> Wanted:
+    from icmlora.fleet.converted_files import Wanted
     from icmlora.io.tensors import DTYPE_NAMES
 
-    names = dict.fromkeys([*(known.name for known in formats()), *PROGRAMS])
-    if adapter_format is not None and adapter_format not in names:
-        raise DataError(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
+    target = None if adapter_format is None else format_to_write(adapter_format)
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise DataError(f"unknown number format {dtype!r}", hint=f"choose one of {', '.join(DTYPE_NAMES)}")
     if rank is not None and size is not None:
@@ -166,7 +173,7 @@ def _wanted(
         raise DataError("a rank or a size is a positive whole number", hint="as rank 8, or size 4000000")
     if adapter_format is None and rank is None and size is None and dtype is None:
         raise DataError("nothing is to be changed", hint="give a format, a rank, a size or a number format")
-    return Wanted(adapter_format, rank, size, dtype, None if base_model is None else Path(base_model))
+    return Wanted(target, rank, size, dtype)
 
 
 def _single(path: Path) -> _Found | None:
@@ -207,36 +214,43 @@ def _many(path: Path) -> tuple[list[_Found], Sequence[tuple[str, IcmError]]]:
     return found, [(error.path or str(path), error) for error in discovery.refused]
 
 
-def _convert(found: _Found, wanted: Wanted, destination: Path, *, is_one: bool, force: bool) -> AdapterConverted:
-    from icmlora.fleet.converted_files import convert_files, layout_of
+@dataclass(frozen=True)
+class _Job:
+    """What is done with each adapter."""
 
-    layout = layout_of(wanted.adapter_format or found.format.name)
-    output = destination if is_one else destination / f"{found.name}{layout.suffix or ''}"
-    if is_file(output) and layout.suffix != output.suffix:
-        ending = "a folder" if layout.suffix is None else f"a file NAME{layout.suffix}"
-        raise DataError(f"a {layout.name} adapter is {ending}", path=output, hint="name that, or another --format")
-    check_target(output, force=force)
-    source = found.read()
-    made = convert_files(source, wanted)
-    write_adapter_files(output, layout, made.content, found.name, force=force)
-    return _outcome(found, source, made, layout, output)
+    wanted: Wanted
+    destination: Path
+    base_model: Path | None
+    force: bool
+
+    def convert(self, found: _Found, output: Path) -> AdapterConverted:
+        """Write one adapter as a folder, or as a file."""
+        from icmlora.fleet.converted_files import convert_files
+
+        target = self.wanted.adapter_format or found.format
+        check_pair(found.format, target)
+        check_target(output, target, force=self.force)
+        source = found.read(self.base_model)
+        made = convert_files(source, self.wanted)
+        write_adapter_files(output, target, made.content, found.name, force=self.force)
+        return _outcome(found, source.content, made, target, output)
 
 
 def _outcome(
-    found: _Found, source: SourceAdapter, made: ConvertedFiles, layout: Layout, output: Path
+    found: _Found, content: AdapterBytes, made: ConvertedFiles, target: AdapterFormat, output: Path
 ) -> AdapterConverted:
-    content, files = source.content, layout.lay_out(made.content, found.name)
+    files = target.lay_out(made.content, found.name)
     others = dict(content.companions) if content.card is None else {**content.companions, "README.md": content.card}
     return AdapterConverted(
         name=found.name,
         source=str(found.place),
         output=str(output),
         from_format=found.format.name,
-        format=layout.name,
+        format=target.name,
         before=len(content.weights),
         size=len(made.content.weights),
         rank=made.rank,
         relative_error=made.relative_error,
-        kinds=None if made.kinds is None else dict(made.kinds),
+        kinds=None if made.groups is None else dict(made.groups),
         left_out=tuple(file for file, data in others.items() if data not in files.values()),
     )

@@ -15,24 +15,24 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from icmlora.adapter.layout import ModuleShape
-from icmlora.errors import DataError, located
+from icmlora.errors import DataError
 from icmlora.fleet.context import Context, locate_base
+from icmlora.fleet.conversion import SourceAdapter, check_pair, convert_content, format_to_write
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
 from registry.records import WithRelativeError
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
+    from icmlora.base_models.lookup import FoundBase
     from icmlora.fleet.cards import Provenance
-    from icmlora.fleet.converting import FormatName
     from icmlora.fleet.decoding import OriginalForm
-    from icmlora.formats.gguf_lora import GgufBase
     from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
     from registry.store import Store
 
@@ -66,8 +66,8 @@ class FilesRequest(LoadRequest):
 class MaterializeRequest(FilesRequest):
     """Which adapter to write, and where."""
 
-    directory: Path  # of the format `gguf`, the file
-    adapter_format: FormatName | None = None  # None for the adapter's own
+    directory: Path  # or the file, of a format of single files
+    adapter_format: str | None = None  # None for the adapter's own
     force: bool = False
 
 
@@ -114,23 +114,20 @@ class MadeFiles:
         return self._report(output, digest, (0.0, 1.0))
 
     def convert(
-        self, output: Path, wanted: FormatName, base: GgufBase | None, *, dtype: str | None, force: bool
+        self, output: Path, target: AdapterFormat, find_base: Callable[[], FoundBase], *, dtype: str | None, force: bool
     ) -> MaterializeReport:
-        """Write the adapter in another format than its own; `base` is needed from and to `gguf`."""
-        from icmlora.fleet.converting import read_converted, write_converted
-
-        # What is converted is the adapter that `write` would write, with its rounded factors.
-        with located(output):
-            adapter = read_converted(self.format, self.content, base, self.initial)
+        """Write the adapter in another format than its own; `find_base` is called if its base model is needed."""
         own = {"icm_task": self.task, "icm_rung": "original"}
         metadata = own if self.provenance is None else self.provenance.metadata()
-        card = (self.content.card or b"").decode("utf-8", "replace")
-        digest = write_converted(
-            output, wanted, adapter, base=base, metadata=metadata, card=card, dtype=dtype, force=force
-        )
+        # What is converted is the adapter that `write` would write, with its rounded factors.
+        source = SourceAdapter(self.task, self.format, self.content, find_base, path=output, initial=self.initial)
+        content = convert_content(source, target, metadata=metadata, dtype=dtype or "float32")
+        write_adapter_files(output, target, content, self.task, force=force)
         is_rounded = dtype not in (None, "float32")  # nobody measures by how much
+        digest = hashlib.sha256(content.weights).hexdigest()
         report = self._report(output, digest, (None, None) if is_rounded else (0.0, 1.0))
-        return replace(report, adapter_format=wanted, converted=True, left_out=tuple(self.content.companions))
+        left_out = tuple(name for name in self.content.companions if name not in content.companions)
+        return replace(report, adapter_format=target.name, converted=True, left_out=left_out)
 
     def _report(self, output: Path, digest: str, of_original: tuple[float | None, float | None]) -> MaterializeReport:
         p = self.provenance
@@ -144,22 +141,23 @@ class MadeFiles:
 def materialize(context: Context, request: MaterializeRequest) -> MaterializeReport:
     """Write an adapter, which appears complete or not at all. The same request gives the same bytes."""
     output, wanted, force = request.directory, request.adapter_format, request.force
-    if wanted is None:
-        check_target(output, force=force)
+    target = None if wanted is None else format_to_write(wanted)
+    check_target(output, target, as_file=True, force=force)
+    if target is None:
         return make_files(context, request).write(output, force=force)
-    from icmlora.fleet.converting import check_output, gguf_base
-
-    check_output(output, wanted, force=force)
-    base = None
     with context.open(read_only=True) as store:
         task = store.tasks.get(request.task)
-        own = store.tasks.final(task.name).format
-        if own != wanted and "gguf" in (own, wanted):
-            base = gguf_base(partial(locate_base, store, task.base_model))
-    if own == wanted:
+        own = format_named(store.tasks.final(task.name).format)
+    if own.name == target.name:
         return make_files(context, request).write(output, force=force)
+    check_pair(own, target)
+
+    def find_base() -> FoundBase:
+        with context.open(read_only=True) as store:
+            return locate_base(store, task.base_model)
+
     made = make_files(context, replace(request, dtype=None))
-    return made.convert(output, wanted, base, dtype=request.dtype, force=force)
+    return made.convert(output, target, find_base, dtype=request.dtype, force=force)
 
 
 def make_files(context: Context, request: FilesRequest) -> MadeFiles:

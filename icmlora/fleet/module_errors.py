@@ -1,16 +1,14 @@
 """The relative error of a task's code in each group of its modules: which parts of a model it keeps best.
 
-An image adapter has the blocks of `icmlora.adapter.blocks`; of other adapters, modules of one kind are a group, such as
-`q_proj`.
+The groups are those of `icmlora.adapter.blocks`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from icmlora.adapter.blocks import block_of
+from icmlora.adapter.blocks import grouping
 from icmlora.adapter.metrics import GroupError, errors_by_group
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context
@@ -23,9 +21,6 @@ if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from registry.records import AdapterRecord, CodeRecord
     from registry.store import Store
-
-# The last words of a name, back to one that is not a number: `to_out.0` of `attn1.to_out.0`.
-_KIND = re.compile(r"[^.]+(\.\d+)*$")
 
 
 def module_errors(context: Context, name: str) -> Sequence[GroupError]:
@@ -57,10 +52,5 @@ def decoded(store: Store, generator_file: GeneratorFile, code: CodeRecord) -> di
 
 def errors_of(final: AdapterRecord, original: Adapter, codes: Mapping[str, Adapter]) -> Sequence[GroupError]:
     """Return the errors of what codes decode to."""
-    group_of: Callable[[str], str] = block_of if format_named(final.format).is_for_images else _kind_of
+    group_of = grouping(is_for_images=format_named(final.format).is_for_images)
     return errors_by_group(original, codes, group_of)
-
-
-def _kind_of(module: str) -> str:
-    found = _KIND.search(module)
-    return module if found is None else found[0]

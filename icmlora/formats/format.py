@@ -161,24 +161,6 @@ class Template:
     """`AdapterSummary.template`."""
 
 
-class Layout(Protocol):
-    """How the files of an adapter are laid out: the part of a format that writing to disk needs."""
-
-    @property
-    def name(self) -> str:
-        """The name of the format."""
-        ...
-
-    @property
-    def suffix(self) -> str | None:
-        """How the name of an adapter ends that is a single file; None for a folder."""
-        ...
-
-    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
-        """Return file name -> content; see `AdapterFormat.lay_out`."""
-        ...
-
-
 class AdapterFormat(Protocol):
     """One kind of adapter files. Only `read`, `runnable` and `encode` may load torch."""
 
@@ -299,7 +281,7 @@ class AdapterFormat(Protocol):
 
 
 def write_adapter_files(
-    output: Path, adapter_format: Layout, files: AdapterBytes, name: str, *, force: bool = False
+    output: Path, adapter_format: AdapterFormat, files: AdapterBytes, name: str, *, force: bool = False
 ) -> None:
     """Write an adapter's files, unchanged: complete and durable, or not at all.
 
@@ -312,28 +294,48 @@ def write_adapter_files(
         force: Replace what is there.
 
     Raises:
+        DataError: The output is a file, and the format has none of that suffix.
         OutputExists: The folder is not empty, or the file exists, and `force` is not given.
     """
     if not is_file(output):
         staging.write_folder(output, adapter_format.lay_out(files, name), force=force)
-    elif adapter_format.suffix != output.suffix:
-        ending = "a folder" if adapter_format.suffix is None else f"a file NAME{adapter_format.suffix}"
-        fact = f"a {adapter_format.name} adapter is {ending}"
-        raise DataError(fact, path=output, hint="name a folder to write it into, or another --format")
-    else:
-        laid_out = adapter_format.lay_out(files, output.stem)
-        _, weights = laid_out.popitem()  # which a format may call otherwise
-        staging.write_files(output.parent, {**laid_out, output.name: weights}, force=force)
+        return
+    _check_suffix(output, adapter_format)
+    laid_out = adapter_format.lay_out(files, output.stem)
+    _, weights = laid_out.popitem()  # which a format may call otherwise
+    staging.write_files(output.parent, {**laid_out, output.name: weights}, force=force)
 
 
-def check_target(output: Path, *, force: bool = False) -> None:
-    """Check that an adapter can be written, before the work of making it; raises as `write_adapter_files` does."""
-    if is_file(output):
-        staging.check_absent(output, force=force)
-    else:
+def check_target(
+    output: Path, adapter_format: AdapterFormat | None = None, *, as_file: bool = False, force: bool = False
+) -> None:
+    """Check that an adapter can be written, before the work of making it; raises as `write_adapter_files` does.
+
+    Args:
+        output: The folder, or the file.
+        adapter_format: The format to write, where that is known already.
+        as_file: A format of single files is wanted as a file, not in a folder.
+        force: Replace what is there.
+    """
+    suffix = None if adapter_format is None else adapter_format.suffix
+    if adapter_format is not None and as_file and suffix is not None and (output.suffix != suffix or output.is_dir()):
+        fact = f"a {adapter_format.name} adapter is one file"
+        raise DataError(fact, path=output, hint=f"name it: `-o NAME{suffix}`")
+    if not is_file(output):
         staging.check_free(output, force=force)
+        return
+    if adapter_format is not None:
+        _check_suffix(output, adapter_format)
+    staging.check_absent(output, force=force)
 
 
 def is_file(output: Path) -> bool:
     """Say whether a path that is to be written is that of a single file, by its suffix."""
     return output.suffix in (".safetensors", ".gguf") and not output.is_dir()
+
+
+def _check_suffix(output: Path, adapter_format: AdapterFormat) -> None:
+    if adapter_format.suffix != output.suffix:
+        ending = "a folder" if adapter_format.suffix is None else f"a file NAME{adapter_format.suffix}"
+        fact = f"a {adapter_format.name} adapter is {ending}"
+        raise DataError(fact, path=output, hint="name that, or another --format")

@@ -167,7 +167,7 @@ class MlxFormat:
         pad_rank: int | None = None,
         extras: Mapping[str, RawTensor] | None = None,
     ) -> AdapterBytes:
-        """Write an adapter's files; `pad_rank` changes rank and scale in the configuration of `like`."""
+        """Write an adapter's files; other ranks than those of `like` change the configuration, with `pad_rank` its scale too."""
         from icmlora.formats.lora_pair_tensors import write_pairs
         from icmlora.io.safetensors import encode
 
@@ -180,8 +180,13 @@ class MlxFormat:
             files = encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype or "bfloat16", rank=pad_rank)
             return AdapterBytes(files[WEIGHTS_NAME], files[CONFIG_NAME], card.encode())
         form, config = PairForm.parse(like), like.config
+        stated, largest = MlxConfig.parse(config), max(shape.rank for shape in like.layout)
+        rank = pad_rank
         if pad_rank is not None:
-            config = _with_rank(config, pad_rank)
+            config = _with_rank(config, pad_rank, 1.0)
+        elif stated.rank is not None and stated.rank != largest:
+            # The configuration states one rank for all modules.
+            config, rank = _with_rank(config, largest, stated.scale), largest
         scale = MlxConfig.parse(config).scale
         tensors = write_pairs(
             adapter,
@@ -191,7 +196,7 @@ class MlxFormat:
             suffix="",
             scale=lambda rank: scale,
             dtype=dtype,
-            rank=pad_rank,
+            rank=rank,
         )
         return AdapterBytes(encode(tensors | dict(extras or {}), _metadata_of(form)), config, card.encode())
 
@@ -274,10 +279,10 @@ def _scale(parameters: Mapping[str, Any]) -> float:
     return float(scale)
 
 
-def _with_rank(config: bytes, rank: int) -> bytes:
-    """Change the rank of a configuration; the scale is part of the factors then."""
+def _with_rank(config: bytes, rank: int, scale: float) -> bytes:
+    """Change rank and scale of a configuration."""
     fields = parse_object(config, what=CONFIG_NAME, max_bytes=_MAX_CONFIG)
-    fields["lora_parameters"] = {**(fields.get("lora_parameters") or {}), "rank": rank, "scale": 1.0}
+    fields["lora_parameters"] = {**(fields.get("lora_parameters") or {}), "rank": rank, "scale": scale}
     return (json.dumps(fields, indent=4) + "\n").encode()
 
 

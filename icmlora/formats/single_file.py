@@ -30,7 +30,10 @@ from icmlora.formats.format import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from icmlora.adapter.model import Adapter
+    from icmlora.formats.single_file_check import CheckedFile
     from icmlora.formats.single_file_names import Naming
     from icmlora.formats.tree import Folder
     from icmlora.io.safetensors import RawTensor
@@ -135,6 +138,18 @@ class SingleFileFormat:
         with located(path):
             _refuse_initial(initial)
             return read_adapter(weights, check_file(weights, self._naming), self._scales)
+
+    def named_factors(self, weights: bytes) -> tuple[dict[str, Tensor], CheckedFile]:
+        """Read the factors under their own names, float32 and in their own shapes, as if alpha was the rank.
+
+        Raises:
+            AdapterRefused: As `read` does.
+        """
+        from icmlora.formats.single_file_check import check_file
+        from icmlora.formats.single_file_tensors import named_factors
+
+        checked = check_file(weights, self._naming)
+        return named_factors(weights, checked, self._scales), checked
 
     def runnable(
         self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None

@@ -50,6 +50,16 @@ def read_adapter(weights: bytes, checked: CheckedFile, scales: Scales) -> Loaded
     return LoadedAdapter(adapter, raw_tensors(weights, summary.extras))
 
 
+def named_factors(weights: bytes, checked: CheckedFile, scales: Scales) -> dict[str, torch.Tensor]:
+    """Read the factors by their names in the file, with the scale folded in; a convolution in three comes in two."""
+    found: dict[str, torch.Tensor] = {}
+    modules = read_adapter(weights, checked, scales).adapter.modules
+    for one, module in zip(checked.factors, modules, strict=True):
+        found[one.down.name] = module.a.reshape(len(module.a), -1, *one.kernel)
+        found[one.up.name] = module.b.reshape(*module.b.shape, *(1 for _ in one.kernel))
+    return found
+
+
 def _scale(alpha: float | None, shape: ModuleShape, metadata: Mapping[str, str], scales: Scales) -> float:
     """Return the factor between up @ down and dW; as in kohya's programs, an alpha of 0 stands for the rank."""
     if alpha is None:

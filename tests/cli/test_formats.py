@@ -16,10 +16,14 @@ def test_every_format_is_listed_with_what_icm_does_with_it(icm: Icm) -> None:
     found = icm("formats", "--json").document
     assert [row["name"] for row in found] == [known.name for known in formats()]
     assert all(row["about"] and row["read"] and row["code"] for row in found)
-    assert {row["name"]: row["written"] for row in found if row["name"] in ("peft", "gguf", "mlx")} == {
-        "peft": "any",
-        "gguf": "any",
-        "mlx": "any",
+    text = ["peft", "mlx", "gguf"]
+    assert {row["name"]: row["written_from"] for row in found} == {
+        **dict.fromkeys(text, text),
+        "diffusers": ["diffusers", "comfyui", "xlabs", "lycoris", "kohya"],
+        "comfyui": ["comfyui"],
+        "xlabs": ["xlabs"],
+        "lycoris": ["lycoris"],
+        "kohya": ["diffusers", "lycoris", "kohya"],
     }
 
 

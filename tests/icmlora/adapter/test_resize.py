@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icmlora.adapter.metrics import squared_error
+from icmlora.adapter.blocks import grouping
+from icmlora.adapter.metrics import errors_by_group, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.adapter.resize import Slots, relative_errors
+from icmlora.adapter.resize import Slots
 from tests.icmlora.small_fleet import make_adapter
 
 KINDS = st.sets(st.sampled_from(("q_proj", "v_proj", "down_proj")), min_size=1).map(sorted)
@@ -85,16 +86,16 @@ def test_a_module_that_does_nothing_keeps_one_slot() -> None:
 
 def test_errors_are_given_for_each_kind_of_modules() -> None:
     adapter = make_adapter(0, 2)
-    names = [module.name for module in adapter.modules]
-    whole, kinds = relative_errors(adapter, Slots.of(adapter).first(0))
-    assert set(kinds) == {name.rpartition(".")[2] for name in names}
+    cut = Slots.of(adapter).first(0)
+    groups = errors_by_group(adapter, {"cut": cut, "same": adapter}, grouping(is_for_images=False))
+    kinds = {group.group: group.errors["cut"] for group in groups}
+    assert set(kinds) == {module.name.rpartition(".")[2] for module in adapter.modules}
+    whole = math.sqrt(squared_error(adapter, cut))
     assert min(kinds.values()) <= whole <= max(kinds.values())
-    assert relative_errors(adapter, adapter) == (0.0, dict.fromkeys(kinds, 0.0))
+    assert {group.errors["same"] for group in groups} == {0.0}
     assert math.isfinite(whole)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("experts.3", "experts"), ("7", "7"), ("a.gate_proj.0.1", "gate_proj")])
 def test_members_of_a_list_are_of_one_kind(name: str, kind: str) -> None:
-    module = LoraModule(name, torch.ones(1, 2), torch.ones(2, 1))
-    adapter = Adapter("tiny", None, (name,), (module,))
-    assert list(relative_errors(adapter, adapter)[1]) == [kind]
+    assert grouping(is_for_images=False)(name) == kind

@@ -233,7 +233,7 @@ def test_files_that_came_with_an_adapter_are_named_as_left_out(
 
 @pytest.mark.parametrize("name", ["adapter", "adapter.safetensors", "adapter.GGUF"])
 def test_a_gguf_adapter_is_a_file_of_that_name(fleet: Fleet, tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match="a GGUF adapter is one file") as error:
+    with pytest.raises(DataError, match="a gguf adapter is one file") as error:
         fleet.materialize("poems", tmp_path / name, adapter_format="gguf")
     assert "NAME.gguf" in (error.value.hint or "")
     assert not (tmp_path / name).exists()
@@ -241,7 +241,7 @@ def test_a_gguf_adapter_is_a_file_of_that_name(fleet: Fleet, tmp_path: Path, nam
 
 def test_a_folder_of_that_name_is_none(fleet: Fleet, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").mkdir()
-    with pytest.raises(DataError, match="a GGUF adapter is one file"):
+    with pytest.raises(DataError, match="a gguf adapter is one file"):
         fleet.materialize("poems", tmp_path / "a.gguf", adapter_format="gguf", force=True)
 
 

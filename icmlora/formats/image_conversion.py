@@ -1,0 +1,101 @@
+"""Convert an image adapter into another program's format.
+
+    file ──▶ factors under their own names, float32, alpha = r ──diffusers──▶ other names ──▶ file
+
+diffusers leaves out what it does not know, mostly in silence. So the names are converted twice: first of factors whose
+values are the number of their module, which tell what became of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from icmlora.errors import AdapterRefused
+from icmlora.formats.diffusers import METADATA
+from icmlora.formats.format import AdapterBytes, AdapterFormat
+from icmlora.formats.header_ranks import of_lora, with_ranks
+from icmlora.formats.image_names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
+from icmlora.formats.single_file import SingleFileFormat
+from icmlora.formats.single_file_check import HEADER
+from icmlora.io.safetensors import RawTensor, encode
+from icmlora.io.tensors import dtype_name, raw_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from icmlora.formats.single_file_check import CheckedFile
+
+_SDXL = "stable-diffusion-xl-v1-base"
+Rename = Callable[[Mapping[str, "Tensor"]], dict[str, "Tensor"]]
+
+
+def convert_image(
+    content: AdapterBytes, source: AdapterFormat, target: AdapterFormat, *, metadata: Mapping[str, str], dtype: str
+) -> AdapterBytes:
+    """Write an adapter of one format of image models in another; the header's notes and the companions go along.
+
+    Args:
+        content: The adapter.
+        source: Its format.
+        target: The format to write: `diffusers` or `kohya`.
+        metadata: More for the header.
+        dtype: "bfloat16", "float16" or "float32", for the factors with their scales multiplied in.
+
+    Raises:
+        AdapterRefused: diffusers has no converter for a part of it.
+        DataError: diffusers is not installed.
+    """
+    assert isinstance(source, SingleFileFormat)
+    factors, checked = source.named_factors(content.weights)
+    if odd := next((extra.name for extra in checked.summary.extras if extra.name != HEADER), None):
+        fact = f"{odd} is more than a LoRA factor, and diffusers does not convert it"
+        raise AdapterRefused(fact, kind="extras", hint="without --format it is kept as it is")
+    rename = _renaming(source.name, target.name, checked)
+    _refuse_losses(checked, rename)
+    tensors = {name: raw_tensor(name, values, dtype_name(dtype)) for name, values in rename(factors).items()}
+    ranks = [one.shape[0] for name, one in tensors.items() if name.endswith(("lora_A.weight", "lora_down.weight"))]
+    kept = {name: text for name, text in checked.metadata.items() if name != METADATA}
+    if target.name == "kohya":
+        tensors |= _alphas(tensors)
+        header = of_lora(kept, ranks)
+    else:
+        header = with_ranks(kept, ranks, alphas_stay=False)
+    weights = encode(tensors, {"format": "pt", **header, **metadata})
+    if odd := next((one.name for one in target.inspect(b"", weights).extras if one.name != HEADER), None):
+        raise AdapterRefused(f"diffusers converts a part of it to {odd}, which is not a LoRA factor", kind="layers")
+    return AdapterBytes(weights, companions=content.companions)
+
+
+def _renaming(source: str, target: str, checked: CheckedFile) -> Rename:
+    if target == "diffusers":
+        return to_diffusers
+    if source == "lycoris":
+        return lycoris_to_kohya
+    is_sdxl = checked.summary.base_model == _SDXL
+    return lambda tensors: diffusers_to_kohya(tensors, is_sdxl=is_sdxl)
+
+
+def _refuse_losses(checked: CheckedFile, rename: Rename) -> None:
+    """Refuse an adapter of which a module would be lost, by its name."""
+    numbered: dict[str, Tensor] = {}
+    for number, one in enumerate(checked.factors, 1):
+        for name, shape in ((one.down.name, (1, *one.down.shape[1:])), (one.up.name, (one.up.shape[0], 1))):
+            numbered[name] = torch.full(shape, float(number))
+    found = {int(values.flatten()[0]) for values in rename(numbered).values()}
+    for number, one in enumerate(checked.factors, 1):
+        if number not in found:
+            fact = f"diffusers has no converter for {one.module}: it would be lost"
+            raise AdapterRefused(fact, kind="layers", hint="without --format it keeps its names")
+
+
+def _alphas(tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
+    """Return an alpha for each module that is its rank, which leaves the factors as they are."""
+    found = {}
+    for name, down in tensors.items():
+        if name.endswith(".lora_down.weight"):
+            alpha = name.replace(".lora_down.weight", ".alpha")
+            found[alpha] = raw_tensor(alpha, torch.tensor(float(down.shape[0])), "F32")
+    return found
