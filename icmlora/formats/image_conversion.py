@@ -49,7 +49,12 @@ def convert_image(
         DataError: diffusers is not installed.
     """
     assert isinstance(source, SingleFileFormat)
-    factors, checked = source.named_factors(content.weights)
+    try:
+        factors, checked = source.named_factors(content.weights)
+    except AdapterRefused as error:
+        if error.kind == "original-only" and source.name == "lycoris":
+            error.hint = "`icm convert --rank N` makes LoRA of LoHa, LoKr and whole differences"
+        raise
     if odd := next((extra.name for extra in checked.summary.extras if extra.name != HEADER), None):
         fact = f"{odd} is more than a LoRA factor, and diffusers does not convert it"
         raise AdapterRefused(fact, kind="extras", hint="without --format it is kept as it is")

@@ -129,14 +129,28 @@ def _delta(stem: str, parts: _Parts) -> Tensor:
             scale = torch.tensor(_scale(parts, "hada_w1_b"))
             return _checked(stem, made["loha"].diff_weight(*w, gamma=scale))
         if any(part.startswith("lokr_") for part in parts):
-            w = [parts.get(f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")]
-            # With two whole factors there is no rank, and LyCORIS has no scale.
-            of = next((name for name in ("lokr_w2_b", "lokr_w1_b") if name in parts), None)
-            return _checked(stem, made["lokr"].diff_weight(*w, gamma=1.0 if of is None else _scale(parts, of)))
+            return _checked(stem, _kronecker(made["lokr"], parts))
         w = [parts[f"lora_{name}.weight"] for name in ("down", "up")] + [parts.get("lora_mid.weight")]
         return _checked(stem, made["locon"].diff_weight(*w, gamma=_scale(parts, "lora_down.weight")))
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise AdapterRefused(f"{stem}: its parts do not fit together: {error}"[:300], kind="shape") from error
+
+
+def _kronecker(lokr: Any, parts: _Parts) -> Tensor:
+    """Return dW of LoKr; its first factor is whole, or of two, and the second may have a core besides."""
+    w1 = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+    if "lokr_w2" in parts:
+        w2 = parts["lokr_w2"]
+    elif "lokr_t2" in parts:
+        w2 = lokr.rebuild_tucker(parts["lokr_t2"], parts["lokr_w2_a"], parts["lokr_w2_b"])
+    else:
+        a, b = parts["lokr_w2_a"], parts["lokr_w2_b"]
+        w2 = (a @ b.flatten(1)).reshape(len(a), *b.shape[1:])
+    # With two whole factors there is no rank, and LyCORIS has no scale. (Its `diff_weight` of a core takes a width for
+    # the rank, so it is not used here.)
+    of = next((name for name in ("lokr_w2_b", "lokr_w1_b") if name in parts), None)
+    found: Tensor = lokr.make_kron(w1, w2, 1.0 if of is None else _scale(parts, of))
+    return found
 
 
 def _checked(stem: str, delta: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class MlxFormat:
         pad_rank: int | None = None,
         extras: Mapping[str, RawTensor] | None = None,
     ) -> AdapterBytes:
-        """Write an adapter's files; other ranks than those of `like` change the configuration, with `pad_rank` its scale too."""
+        """Write an adapter's files; other ranks than those of `like` change the configuration."""
         from icmlora.formats.lora_pair_tensors import write_pairs
         from icmlora.io.safetensors import encode
 

@@ -107,7 +107,7 @@ def _why_no_code(header: TensorHeader, found: SortedFile) -> str | None:
 
 def _check_stated_alpha(metadata: Mapping[str, str], factors: tuple[Factors, ...]) -> None:
     """Refuse a file whose alphas are gone although its header says that they are not the ranks."""
-    if any(factor.alpha is not None for factor in factors):
+    if not factors or any(factor.alpha is not None for factor in factors):
         return
     alpha, rank = (_number(metadata.get(f"ss_network_{key}")) for key in ("alpha", "dim"))
     if alpha is not None and rank is not None and alpha not in (0.0, rank):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from icm_cli.errors import ExitCode
+from icmlora.formats.catalogue import formats
 from tests.cli.conftest import Ran
 from tests.cli.fleet import write_broken
 from tests.cli.tiny_fleet import write_lora
+from tests.icmlora.formats.image_files import kohya_file, lycoris_file
+from tests.icmlora.formats.tiny_pipelines import tiny_sd15
 
 Icm = Callable[..., Ran]
 WEIGHTS = "adapter_model.safetensors"
@@ -71,3 +75,26 @@ def test_an_unknown_format_is_answered_with_those_there_are(icm: Icm, loras: Pat
     assert ran.code == ExitCode.FAILED
     assert "peft" in ran.err
     assert "gguf" in ran.err
+
+
+def test_an_image_adapter_is_renamed_and_its_header_goes_along(icm: Icm, tmp_path: Path) -> None:
+    ran = icm("convert", kohya_file("sd15"), tmp_path / "dog.safetensors", "--format", "diffusers", "--json")
+    done, _ = ran.events
+    assert (ran.code, done["from_format"], done["format"]) == (0, "kohya", "diffusers")
+    assert done["relative_error"] < 1e-6
+
+
+def test_another_method_asks_for_a_rank(icm: Icm, tmp_path: Path) -> None:
+    file = lycoris_file(tmp_path / "hare.safetensors", tiny_sd15().unet, algo="loha")
+    ran = icm("convert", file, tmp_path / "out.safetensors", "--format", "kohya", "--json")
+    assert (ran.code, "--rank" in ran.error["hint"]) == (ExitCode.FAILED, True)
+    ran = icm("convert", file, tmp_path / "out.safetensors", "--format", "kohya", "--rank", "4", "--json")
+    done, _ = ran.events
+    assert (ran.code, done["rank"]) == (0, 4)
+    assert 0 < done["relative_error"] < 1
+
+
+@pytest.mark.parametrize("command", ["convert", "materialize"])
+def test_the_help_lists_every_format(icm: Icm, command: str) -> None:
+    words = set(re.findall(r"[a-z]+", icm(command, "--help").out))
+    assert {known.name for known in formats()} <= words

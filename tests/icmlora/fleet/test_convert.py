@@ -145,6 +145,45 @@ def test_for_mlx_a_size_is_met_with_one_rank(adapter: Path, tmp_path: Path) -> N
     assert done.relative_error == pytest.approx(error_of(adapter, tmp_path / "same"), abs=1e-6)
 
 
+def test_an_adapter_of_mlx_lm_stays_one_when_it_is_cut(adapter: Path, tmp_path: Path) -> None:
+    only(convert(adapter, tmp_path / "mlx", adapter_format="mlx"))
+    fields = json.loads((tmp_path / "mlx" / CONFIG).read_text())
+    fields["lora_parameters"]["scale"] = 2.0
+    (tmp_path / "mlx" / CONFIG).write_text(json.dumps(fields))
+    done = only(convert(tmp_path / "mlx", tmp_path / "rank", rank=2))
+    stated = json.loads((tmp_path / "rank" / CONFIG).read_text())["lora_parameters"]
+    assert (stated["rank"], stated["scale"], done.rank) == (2, 2.0, 2)
+    assert done.relative_error == pytest.approx(error_of(tmp_path / "mlx", tmp_path / "rank"), abs=1e-6)
+    done = only(convert(tmp_path / "mlx", tmp_path / "size", size=9000))
+    assert done.size <= 9000
+    assert done.relative_error == pytest.approx(error_of(tmp_path / "mlx", tmp_path / "size"), abs=1e-6)
+
+
+def test_a_gguf_file_comes_back_as_the_peft_adapter_that_it_was_made_from(adapter: Path, tmp_path: Path) -> None:
+    base, file = write_tiny_base(tmp_path / "base"), tmp_path / "poems.gguf"
+    only(convert(adapter, file, adapter_format="gguf", base_model=base))
+    for name in ("peft", "mlx"):
+        only(convert(file, tmp_path / name, adapter_format=name, base_model=base))
+        assert error_of(adapter, tmp_path / name) < 1e-5
+    with pytest.raises(BaseModelNotFound) as refused:
+        convert(file, tmp_path / "none", adapter_format="peft")
+    assert "--base-model" in str(refused.value.hint)
+
+
+def test_mlx_comes_back_as_the_peft_adapter_that_it_was_made_from(adapter: Path, tmp_path: Path) -> None:
+    only(convert(adapter, tmp_path / "mlx", adapter_format="mlx"))
+    only(convert(tmp_path / "mlx", tmp_path / "peft", adapter_format="peft"))
+    assert error_of(adapter, tmp_path / "peft") < 1e-6
+
+
+def test_what_another_number_format_costs_a_gguf_file_is_measured(adapter: Path, tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base")
+    done = only(convert(adapter, tmp_path / "a.gguf", adapter_format="gguf", base_model=base, rank=3, dtype="bfloat16"))
+    cut = only(convert(adapter, tmp_path / "cut", rank=3))
+    assert done.relative_error >= cut.relative_error
+    assert done.relative_error == pytest.approx(cut.relative_error, rel=1e-2)
+
+
 def test_for_llama_cpp_with_the_configuration_of_the_base_model(adapter: Path, tmp_path: Path) -> None:
     base, file = write_tiny_base(tmp_path / "base"), tmp_path / "poems.gguf"
     done = only(convert(adapter, file, adapter_format="gguf", base_model=base))
