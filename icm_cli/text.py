@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.metric_result import relative_error
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from _typeshed import DataclassInstance
+
+    from icmlora.adapter.metrics import GroupError
 
 
 def coded_size(code: int | None, residual: int | None) -> str:
@@ -24,6 +28,14 @@ def coded_size(code: int | None, residual: int | None) -> str:
 def errors_json(squared: float | None) -> dict[str, float | None]:
     """Return an error as JSON gives it: the relative error, and its square."""
     return {"relative_error": relative_error(squared), "squared_error": squared}
+
+
+def groups_json(groups: Sequence[GroupError]) -> list[dict[str, object]]:
+    """Return the relative errors of groups of modules as JSON gives them; one that is not finite is null."""
+    return [
+        {**asdict(group), "errors": {name: error if isfinite(error) else None for name, error in group.errors.items()}}
+        for group in groups
+    ]
 
 
 def as_fields(record: DataclassInstance) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from icm_cli.commands.vectors import tell_failure
 from icm_cli.errors import ExitCode
 from icm_cli.options import DeviceOpt, completing
 from icm_cli.session import Session, command
+from icm_cli.text import groups_json
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
+    from icmlora.fleet.report.pictures import Distances, TaskPictures
     from icmlora.fleet.report.report import ReportSummary
 
 FileOpt = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.", show_default=False)]
@@ -22,7 +24,7 @@ OutputsOpt = Annotated[
     typer.Option(
         "--outputs",
         metavar="TASK",
-        help="Also show what base model, original and code of this task write. Repeat it for more tasks.",
+        help="Also show what base model, original and code of this task write or draw. Repeat it for more tasks.",
         autocompletion=completing("task"),
         show_default=False,
     ),
@@ -33,12 +35,24 @@ PromptsOpt = Annotated[
         "--prompts",
         metavar="FILE",
         help="Prompts for --outputs: one a line, or JSON lines with prompt, text or messages. Default: the beginnings "
-        "of three of the task's own held-out texts.",
+        "of three of the task's own held-out texts; for an image task, the trigger words and tags that its file notes.",
         show_default=False,
     ),
 ]
 TokensOpt = Annotated[
     int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Tokens to write for each prompt, at most.")
+]
+StepsOpt = Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of denoising for each picture.")]
+SeedsOpt = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Pictures of each prompt.")]
+SizeOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--image-size",
+        metavar="N",
+        min=1,
+        help="Width and height of pictures in pixels. Default: what the pipeline draws.",
+        show_default=False,
+    ),
 ]
 ReplaceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists.")]
 
@@ -50,6 +64,9 @@ def report(
     outputs: OutputsOpt = None,
     prompts: PromptsOpt = None,
     max_new_tokens: TokensOpt = 40,
+    steps: StepsOpt = 20,
+    seeds: SeedsOpt = 2,
+    image_size: SizeOpt = None,
     device: DeviceOpt = None,
     force: ReplaceOpt = False,
 ) -> None:
@@ -58,11 +75,13 @@ def report(
     The page has the bill of `icm stats`, a table of all tasks to sort and search, the map of `icm map` where tasks have
     vectors, and a picture of bytes against quality. With --outputs it also shows what the base model writes alone, with
     the original and with the code of a task, always the most probable next token, and marks where the last two differ.
-    Only that needs the base model; a task without outputs is named, and the exit code is then 3. The same store and
-    options give the same bytes.
+    An image task draws instead, with the diffusers pipeline that `icm base add` names; the page says how far the
+    pictures of code and original are apart, and those of two seeds. Only outputs need the base model; a task without
+    outputs is named, and the exit code is then 3. The same store and options give the same bytes.
 
     Example:
       icm report -o fleet.html
+      icm report -o fleet.html --outputs watercolour --prompts prompts.txt --steps 30
     """
     with session.working("report", lambda event: tell_failure(session, event)) as fleet:
         done = fleet.report(
@@ -70,6 +89,9 @@ def report(
             outputs=outputs or (),
             prompts=prompts,
             max_new_tokens=max_new_tokens,
+            steps=steps,
+            seeds=seeds,
+            image_size=image_size,
             device=session.device(device),
             force=force,
         )
@@ -88,15 +110,37 @@ def _tell(session: Session, done: ReportSummary) -> bool:
             "maps": done.maps,
             "quality": done.quality,
             "outputs": done.outputs,
+            "pictures": [_pictures_json(found) for found in done.pictures],
             "failed": [{"task": task, "reason": reason} for task, reason in done.failures.items()],
         }
     )
     if out.is_quiet:
         out.answer(str(done.file))
     out.line(f"{done.file}: {counted(done.tasks, 'task')}; {human_size(done.size)}")
+    for found in done.pictures:
+        if found.distances is not None:
+            out.line(f"{found.task}: {_distances_text(found.distances)}")
     for base in done.left_out:
         text = f"without outputs: {counted(len(base.tasks), 'task')}, because {base.reason}"
         out.warn(text, kind="base_model_left_out", base_model=base.base_model, tasks=list(base.tasks), hint=base.hint)
         if base.hint is not None:
             out.hint(base.hint)
     return not (done.failed or done.left_out)
+
+
+def _distances_text(distances: Distances) -> str:
+    parts = [f"{source} to original {distance:.3f}" for source, distance in distances.to_original.items()]
+    return ", ".join(parts if distances.seeds is None else [*parts, f"two seeds {distances.seeds:.3f}"])
+
+
+def _pictures_json(found: TaskPictures) -> dict[str, object]:
+    distances = found.distances
+    return {
+        "task": found.task,
+        "sources": list(found.sources),
+        "prompts": [drawn.prompt for drawn in found.prompts],
+        "to_original": None if distances is None else dict(distances.to_original),
+        "between_seeds": None if distances is None else distances.seeds,
+        "errors": groups_json(found.errors),
+        "notes": list(found.notes),
+    }

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from icm_cli.options import TaskArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import as_fields
+from icm_cli.text import as_fields, groups_json
 from icmlora.fleet.bill_text import limits_text
 from icmlora.fleet.metric_result import MetricResult
-from icmlora.io.text import counted, human_size
+from icmlora.formats.header_notes import header_notes
+from icmlora.io.text import counted, escape, human_percent, human_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from icmlora.adapter.metrics import GroupError
     from icmlora.fleet.records import AdapterRecord, EvaluationRecord, TaskRecord
     from icmlora.fleet.tasks import TaskDetails
+
+ErrorsOpt = Annotated[
+    bool,
+    typer.Option(
+        "--errors",
+        help="Also show the relative error of the code for each kind of module, or for each block of an image model. "
+        "It decodes the code, which takes seconds for a large adapter.",
+    ),
+]
 
 _ADAPTER_COLUMNS = (
     Column("step", right=True),
@@ -31,23 +44,30 @@ _RUNGS = ("base", "original", "residual", "code", "generate", "network")
 
 
 @command
-def show(session: Session, task: TaskArg) -> None:
+def show(session: Session, task: TaskArg, errors: ErrorsOpt = False) -> None:
     """Show one task: its adapters, vectors, code and residual, and their measured quality.
 
     NEAREST TASKS have the smallest cosine distance between task vectors; `icm map` compares all tasks.
 
     Example:
       icm show shakespeare
+      icm show watercolour --errors
     """
     details = session.fleet.show(task)
-    session.out.document(_as_json(details))
+    groups = session.fleet.module_errors(task) if errors else ()
+    session.out.document({**_as_json(details), "errors": groups_json(groups) if errors else None})
     session.out.record(_summary(details))
     session.out.line()
     session.out.table(_ADAPTER_COLUMNS, [_adapter_cells(adapter) for adapter in details.adapters])
     session.out.line()
     _print_evaluations(session, details)
+    if groups:
+        session.out.line()
+        _print_errors(session, groups)
     if session.out.verbosity:
         session.out.line()
+        for key, text in sorted(details.header.items()):
+            session.out.line(f"{escape(key, 80)}  {escape(text, 400)}")
         for module, rank, inputs, outputs in details.final.layout:
             session.out.line(f"{module}  rank {rank}  {inputs} -> {outputs}")
 
@@ -57,11 +77,13 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
     return [
         ("task", details.task.name),
         ("base model", details.task.base_model),
+        *([] if final.format == "peft" else [("format", final.format)]),
         ("targets", ", ".join(final.target_modules)),
         ("modules", f"{len(final.layout)}, {final.parameters:,} parameters"),
         ("source", final.source),
         ("original", _original(details)),
         *_kept(final),
+        *header_notes(details.header).items(),
         *_marks(details.task),
         ("samples", "yes" if details.task.samples else "no"),
         ("held-out text", "yes" if details.task.eval_data else "no"),
@@ -157,6 +179,22 @@ def _print_evaluations(session: Session, details: TaskDetails) -> None:
     session.out.table(columns, [_evaluation_cells(details, row, names) for row in rows])
 
 
+def _print_errors(session: Session, groups: Sequence[GroupError]) -> None:
+    total = sum(group.parameters for group in groups)
+    columns = [Column("modules"), Column("count", right=True), Column("of the parameters", right=True)]
+    columns += [Column(f"error of {source}", right=True) for source in groups[0].errors]
+    rows = [
+        [
+            group.group,
+            str(group.modules),
+            human_percent(group.parameters / total),
+            *(f"{error:.3f}" for error in group.errors.values()),
+        ]
+        for group in groups
+    ]
+    session.out.table(columns, rows)
+
+
 def _evaluation_cells(details: TaskDetails, entry: EvaluationRecord, names: Sequence[str]) -> list[str]:
     figures = MetricResult.of(entry).figures
     return [
@@ -186,6 +224,7 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
             {"module": module, "rank": rank, "in": inputs, "out": outputs}
             for module, rank, inputs, outputs in details.final.layout
         ],
+        "header": dict(details.header),
         "template": details.template,
         "has_own_template": details.has_own_template,
         "vectors": [_without_ids(asdict(vector)) for vector in details.vectors],

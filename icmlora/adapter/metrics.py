@@ -8,10 +8,12 @@ dW itself (out x in per module) is never formed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter, LoraModule
 
 
@@ -33,6 +35,63 @@ def relative(parts: Iterable[tuple[float, float]]) -> float:
     """Divide the sum of squared errors by that of squared norms; their order does not matter."""
     pairs = list(parts)
     return _ratio(math.fsum(error for error, _ in pairs), math.fsum(norm for _, norm in pairs))
+
+
+def distance(left: Adapter, right: Adapter) -> float:
+    """Return ||dW_left - dW_right|| / max(||dW_left||, ||dW_right||) over all modules: 0 is equal, 2 is opposite.
+
+    A module that one side lacks, or has with other widths, counts as zero there. Rounding limits the result to about
+    1e-7.
+    """
+    mine, theirs = (
+        {(module.name, *module.shape[2:]): _exact(module) for module in adapter.modules} for adapter in (left, right)
+    )
+    norms = [math.fsum(_inner(module, module) for module in side.values()) for side in (mine, theirs)]
+    shared = math.fsum(_inner(module, theirs[key]) for key, module in mine.items() if key in theirs)
+    return math.sqrt(_ratio(max(math.fsum(norms) - 2.0 * shared, 0.0), max(norms)))
+
+
+@dataclass(frozen=True)
+class GroupError:
+    """How far some adapters are from the original in a group of its modules.
+
+    Attributes:
+        group: What the group is called.
+        modules: How many modules it has.
+        parameters: How many values their factors hold in the original.
+        errors: Relative error of each adapter: ||dW' - dW|| / ||dW|| over the group.
+    """
+
+    group: str
+    modules: int
+    parameters: int
+    errors: Mapping[str, float]
+
+
+def errors_by_group(
+    original: Adapter, others: Mapping[str, Adapter], group_of: Callable[[str], str]
+) -> Sequence[GroupError]:
+    """Return the relative errors of some adapters in each group of the original's modules, the largest group first.
+
+    Args:
+        original: What they are compared with.
+        others: Adapters by name.
+        group_of: The name of a module -> that of its group.
+    """
+    shapes: dict[str, list[ModuleShape]] = {}
+    for shape in original.layout:
+        shapes.setdefault(group_of(shape.module), []).append(shape)
+    parts = {name: _parts(original, other) for name, other in others.items()}
+    found = [
+        GroupError(
+            group,
+            len(members),
+            sum(shape.parameters for shape in members),
+            {name: math.sqrt(relative(of[shape.module] for shape in members)) for name, of in parts.items()},
+        )
+        for group, members in shapes.items()
+    ]
+    return sorted(found, key=lambda entry: (-entry.parameters, entry.group))
 
 
 def dw_norm(adapter: Adapter) -> float:

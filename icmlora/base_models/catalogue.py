@@ -38,6 +38,7 @@ def modality_of(found: FoundBase) -> Modality[Any, Any]:
     Raises:
         BaseModelUnsuited: None does.
     """
+    found.refuse_pipeline()
     if found.loader is not None:
         return CustomModality(found.loader)
     for known in MODALITIES:

@@ -101,7 +101,9 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 
 @contextmanager
-def quiet_loading(found: FoundBase, kind: str = "causal language model") -> Iterator[None]:
+def quiet_loading(
+    found: FoundBase, kind: str = "causal language model", library: str = "transformers"
+) -> Iterator[None]:
     """Load in the block without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -115,7 +117,7 @@ def quiet_loading(found: FoundBase, kind: str = "causal language model") -> Iter
         raise BaseModelNotFound(
             f"base model {found.label!r} cannot be loaded as a {kind}: {first}",
             path=found.path,
-            hint="the folder must be a complete model that transformers knows, with its tokenizer or processor",
+            hint=f"the folder must be a complete model that {library} knows, with its tokenizer or processor",
         ) from error
     finally:
         if bars:

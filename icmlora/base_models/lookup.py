@@ -3,7 +3,8 @@
     name -> path of the caller -> absolute path -> Hugging Face cache, by revision -> BaseModelNotFound
 
 Only safetensors and GGUF weights count: a pickled checkpoint is recognised, named in the error and never opened. A base
-model with a loader may be any file or folder; only its loader reads it.
+model with a loader may be any file or folder; only its loader reads it. A folder with a `model_index.json` is a
+diffusers pipeline: the base model of image adapters, which is only run to draw pictures (`pipeline.py`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icmlora.errors import BaseModelNotFound
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
 from registry.names import split_label
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PIPELINE = "model_index.json"
 _CONFIG_LIMIT = 16 * 2**20
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -29,10 +31,11 @@ class FoundBase:
     """A base model on disk, not loaded yet."""
 
     label: str  # the name the adapters use
-    path: Path  # a folder in Hugging Face form, or a `.gguf` file
+    path: Path  # a folder in Hugging Face form, that of a diffusers pipeline, or a `.gguf` file
     weights: tuple[Path, ...]  # the weight files, sorted by name; all files of a base model with a loader
     loader: str | None = None  # MODULE:FUNCTION of what loads it, where transformers does not
     task_type: str | None = None  # PEFT's, of its adapters: "SEQ_CLS" puts a classifier's head on a language model
+    is_pipeline: bool = False  # of diffusers, whose networks are in folders of their own
 
     @property
     def is_gguf(self) -> bool:
@@ -42,7 +45,13 @@ class FoundBase:
     @property
     def has_config(self) -> bool:
         """Whether it is a Hugging Face folder, whose `config.json` says what the model is."""
-        return not self.is_gguf and self.loader is None
+        return not self.is_gguf and self.loader is None and not self.is_pipeline
+
+    def refuse_pipeline(self) -> None:
+        """Raise `BaseModelUnsuited` if it is a diffusers pipeline, for everything that runs one network on examples."""
+        if self.is_pipeline:
+            fact = f"base model {self.label!r} is a diffusers pipeline, which icm runs only to draw pictures"
+            raise BaseModelUnsuited(fact, hint="`icm report -o FILE --outputs TASK` draws them")
 
     def stamp(self) -> str:
         """Identify the files cheaply (path, size, mtime), as the key under which a caller may cache the fingerprint."""
@@ -53,6 +62,8 @@ class FoundBase:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _files(self) -> tuple[Path, ...]:
+        if self.is_pipeline:
+            return (*self.weights, self.path / PIPELINE)
         return (*self.weights, self.path / "config.json") if self.has_config else self.weights
 
 
@@ -86,6 +97,8 @@ def inspect_base(label: str, path: Path, loader: str | None = None) -> FoundBase
     """Check that `path` holds a base model that can be loaded, without loading it."""
     if loader is not None:
         return FoundBase(label, path, _all_files(label, path), loader)
+    if (path / PIPELINE).is_file():
+        return FoundBase(label, path, _pipeline_weights(label, path), is_pipeline=True)
     if path.is_dir():
         # A folder with one GGUF file and nothing else is that file; several are ambiguous.
         lone = sorted(path.glob("*.gguf"))
@@ -126,6 +139,24 @@ def _folder_weights(label: str, path: Path) -> tuple[Path, ...]:
             hint="get the safetensors version of this model, then " + hint,
         )
     raise BaseModelNotFound("the folder holds no safetensors weights", path=path, hint=hint)
+
+
+def _pipeline_weights(label: str, path: Path) -> tuple[Path, ...]:
+    """Return the weights of all parts of a pipeline; the pipeline without those of one part is no base model."""
+    _json_object(path / PIPELINE, hint=_add_hint(label))
+    weights: list[Path] = []
+    for part in sorted(folder for folder in path.iterdir() if folder.is_dir()):
+        found = sorted(part.glob("*.safetensors"))
+        if not found and any(next(part.glob(pattern), None) for pattern in (*_PICKLED, "*.bin")):
+            raise BaseModelNotFound(
+                f"its part {part.name!r} has only pickled weights, which are never opened",
+                path=path,
+                hint="get the safetensors version of this pipeline, then " + _add_hint(label),
+            )
+        weights += found
+    if not weights:
+        raise BaseModelNotFound("the pipeline holds no safetensors weights", path=path, hint=_add_hint(label))
+    return tuple(weights)
 
 
 def _shards(path: Path, hint: str) -> tuple[Path, ...]:
@@ -175,11 +206,14 @@ def _cached(label: str, cache_dir: Path | None, revision: str | None) -> Path | 
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    try:
-        found = try_to_load_from_cache(label, "config.json", cache_dir=cache_dir, revision=revision)
-    except (HFValidationError, ValueError, OSError):
-        return None
-    return Path(found).parent if isinstance(found, str) else None
+    for name in ("config.json", PIPELINE):
+        try:
+            found = try_to_load_from_cache(label, name, cache_dir=cache_dir, revision=revision)
+        except (HFValidationError, ValueError, OSError):
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def _add_hint(label: str) -> str:

@@ -21,8 +21,9 @@ class BaseTensors:
             fact = f"base model {found.label!r}: a GGUF file does not have them bit for bit"
             raise BaseModelNotFound(fact, path=found.path, hint="name its safetensors folder: icm base add NAME PATH")
         self.label = found.label
-        # A loader may read other files too.
-        self._files = [file for file in found.weights if file.suffix == ".safetensors"]
+        # A loader may read other files too. The parts of a pipeline call different tensors the same.
+        files = () if found.is_pipeline else found.weights
+        self._files = [file for file in files if file.suffix == ".safetensors"]
 
     def counterpart(self, name: str, shape: tuple[int, ...]) -> str | None:
         """Return which tensor one of an adapter may copy: that of the same module, or the only one of its shape."""

@@ -1,4 +1,4 @@
-"""The methods of `Fleet` that list the store and maintain it. Only outputs in a report need tensors."""
+"""The methods of `Fleet` that list the store and maintain it. Only duplicates and outputs in a report need tensors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from icmlora.fleet.context import Context, Event, default_cache, ignore
 
 if TYPE_CHECKING:
+    from icmlora.adapter.metrics import GroupError
     from icmlora.fleet.base_models import KnownBase
     from icmlora.fleet.bill import Bill
+    from icmlora.fleet.duplicates import DuplicatesReport
     from icmlora.fleet.generators import Forgotten, GeneratorVersion, RolledBack
     from icmlora.fleet.maintenance import Check, Finding, PruneReport
     from icmlora.fleet.map import MapReport
@@ -83,6 +85,21 @@ class StoredFleet:
         from icmlora.fleet.tasks import show_task
 
         return show_task(self._context, task)
+
+    def module_errors(self, task: str) -> Sequence[GroupError]:
+        """Return the relative errors of a task's code by kind of module, or by block of an image model.
+
+        Both original and code are read, which takes a second or more for a large adapter.
+
+        Args:
+            task: The task.
+
+        Raises:
+            DataError: It has no code, or its original was evicted.
+        """
+        from icmlora.fleet.module_errors import module_errors
+
+        return module_errors(self._context, task)
 
     def plan_removal(self, tasks: Sequence[str]) -> list[Removal]:
         """Return what `remove` would delete with these `tasks`; nothing changes."""
@@ -225,7 +242,7 @@ class StoredFleet:
 
         return separate_labels(self._context, name, labels)
 
-    # stats, map, report
+    # stats, map, duplicates, report
 
     def stats(self, *, plot: str | Path | None = None, force: bool = False) -> Bill:
         """Count the bytes on disk, what the codes save, and what they cost in quality.
@@ -271,6 +288,24 @@ class StoredFleet:
         request = MapRequest(view, base_model, clusters, None if plot is None else Path(plot), force)
         return map_fleet(self._context, request)
 
+    def duplicates(
+        self, tasks: Sequence[str] = (), *, max_distance: float = 0.1, base_model: str | None = None
+    ) -> DuplicatesReport:
+        """Find tasks whose adapters are the same, or nearly; nothing is changed or removed.
+
+        Args:
+            tasks: Return only groups with one of these tasks; they are compared with all tasks of their base model.
+            max_distance: Largest ||dW - dW'|| / max(||dW||, ||dW'||) of near copies, up to 0.5; 0 finds only exact
+                ones. Unrelated adapters are at about 1.
+            base_model: Only the tasks of this base model.
+
+        Raises:
+            DataError: The distance is not between 0 and 0.5, or no task belongs to the base model.
+        """
+        from icmlora.fleet.duplicates import DuplicatesRequest, find_duplicates
+
+        return find_duplicates(self._context, DuplicatesRequest(tasks, max_distance, base_model))
+
     def report(
         self,
         file: str | Path,
@@ -278,6 +313,9 @@ class StoredFleet:
         outputs: Sequence[str] = (),
         prompts: str | Path | None = None,
         max_new_tokens: int = 40,
+        steps: int = 20,
+        seeds: int = 2,
+        image_size: int | None = None,
         device: str = "auto",
         force: bool = False,
     ) -> ReportSummary:
@@ -285,15 +323,20 @@ class StoredFleet:
 
         Args:
             file: The page to write.
-            outputs: Tasks of which to show what base model, original and code write. Needs the base model.
+            outputs: Tasks of which to show what base model, original and code write, or draw with a diffusers
+                pipeline. Needs the base model.
             prompts: File of prompts for them, one a line or as JSON lines; by default the beginnings of each task's own
-                held-out text.
+                held-out text, or the trigger words and tags in the header of an image adapter.
             max_new_tokens: Most tokens that are written for a prompt.
+            steps: Steps of denoising for a picture.
+            seeds: Pictures of each prompt.
+            image_size: Width and height of a picture in pixels; by default what the pipeline draws.
             device: Where to compute outputs.
             force: Replace a file that exists.
 
         Returns:
-            What is on the page; its `failed` and `left_out` name chosen tasks without outputs, and why.
+            What is on the page; its `pictures` have the distances of image tasks, and its `failed` and `left_out` name
+            chosen tasks without outputs, and why.
 
         Raises:
             OutputExists: The file exists and `force` is not given.
@@ -303,7 +346,8 @@ class StoredFleet:
         from icmlora.fleet.report.report import ReportRequest, write_report
 
         given = None if prompts is None else Path(prompts)
-        request = ReportRequest(Path(file), outputs, given, max_new_tokens, device, force)
+        drawing = steps, seeds, image_size
+        request = ReportRequest(Path(file), outputs, given, max_new_tokens, *drawing, device, force)
         return write_report(self._context, request)
 
     # verify, prune, doctor

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 from icmlora.base_models.attach import adapted
 from icmlora.base_models.prompts import Prompt, given_prompts, prompts_of
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
-from icmlora.fleet.decoding import decode_code, read_form
+from icmlora.fleet.decoding import read_form
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
-from icmlora.fleet.loading import Models, read_runnable
+from icmlora.fleet.loading import Models, read_original, read_runnable
+from icmlora.fleet.module_errors import decoded, errors_of
 from icmlora.fleet.texts import adapter_template, own_text
 
 if TYPE_CHECKING:
+    from icmlora.adapter.metrics import GroupError
     from icmlora.base_models.modality import BaseModel
     from icmlora.formats.format import RunnableAdapter
     from registry.records import TaskRecord
@@ -73,6 +75,7 @@ class TaskOutputs:
 
     task: str
     prompts: Sequence[Answers]
+    errors: Sequence[GroupError] = ()  # of its code by kind of module; empty where original or code are missing
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,11 @@ def task_outputs(models: Models, task: TaskRecord, request: OutputsRequest) -> T
 
 def _answered(models: Models, base: BaseModel, task: TaskRecord, request: OutputsRequest) -> TaskOutputs:
     prompts = _prompts(models.store, base, task, request)
-    sources: dict[str, RunnableAdapter | None] = {"base model": None, **_adapters(models, task)}
+    adapters, errors = _adapters(models, task)
+    sources: dict[str, RunnableAdapter | None] = {"base model": None, **adapters}
     texts = {source: _texts(base, adapter, prompts, request.max_new_tokens) for source, adapter in sources.items()}
-    return TaskOutputs(task.name, [_side_by_side(prompt, texts, place) for place, prompt in enumerate(prompts)])
+    answers = [_side_by_side(prompt, texts, place) for place, prompt in enumerate(prompts)]
+    return TaskOutputs(task.name, answers, errors)
 
 
 def _prompts(store: Store, base: BaseModel, task: TaskRecord, request: OutputsRequest) -> list[Prompt]:
@@ -113,17 +118,19 @@ def _prompts(store: Store, base: BaseModel, task: TaskRecord, request: OutputsRe
     return found
 
 
-def _adapters(models: Models, task: TaskRecord) -> dict[str, RunnableAdapter]:
-    """Return the original and the best code of a task, as far as the store has them."""
+def _adapters(models: Models, task: TaskRecord) -> tuple[dict[str, RunnableAdapter], Sequence[GroupError]]:
+    """Return the original and the best code of a task, as far as the store has them, and the errors of its codes."""
     store, found = models.store, dict[str, "RunnableAdapter"]()
     final, generator = store.tasks.final(task.name), store.generators.current(task.base_model)
     if not final.is_evicted:
         found["original"] = read_runnable(store, final)
     code = None if generator is None else store.codes.get(task.name, generator.id)
-    if code is not None and generator is not None:
-        adapter = decode_code(store, models.generator_file(generator), code, code.rung)
-        found["code" if code.residual is None else "code + residual"] = read_form(store, final).runnable(adapter)
-    return found
+    if code is None or generator is None:
+        return found, ()
+    codes = decoded(store, models.generator_file(generator), code)
+    best = list(codes)[-1]
+    found[best] = read_form(store, final).runnable(codes[best])
+    return found, () if final.is_evicted else errors_of(final, read_original(store, final), codes)
 
 
 def _texts(base: BaseModel, adapter: RunnableAdapter | None, prompts: Sequence[Prompt], most: int) -> list[str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.bill import Bill, Spread
     from icmlora.fleet.report.facts import Facts
     from icmlora.fleet.report.outputs import TaskOutputs
+    from icmlora.fleet.report.pictures import TaskPictures
     from icmlora.fleet.report.rate_picture import RatePicture
     from icmlora.fleet.report.task_table import TaskTable
 
@@ -50,9 +51,19 @@ class Page:
     table: TaskTable
     rate: RatePicture | None
     maps: Sequence[Map]
-    outputs: Sequence[TaskOutputs]
+    outputs: Sequence[TaskOutputs | TaskPictures]
     failures: Mapping[str, str]  # task -> why it has no outputs
     made_by: str
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether a task draws."""
+        return any(hasattr(found, "sources") for found in self.outputs)
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether a task writes; so says the page too where no task has outputs."""
+        return not self.outputs or not all(hasattr(found, "sources") for found in self.outputs)
 
 
 def render(page: Page) -> Iterator[bytes]:

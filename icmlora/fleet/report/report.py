@@ -1,4 +1,4 @@
-"""Write a store as one HTML page: its bill, its tasks, its map, its rates, and what chosen tasks write.
+"""Write a store as one HTML page: its bill, its tasks, its map, its rates, and what chosen tasks write or draw.
 
 Reads rows, task vectors and file sizes. The base model and weights are read only for the outputs of chosen tasks, one
 adapter at a time; torch is imported only then.
@@ -24,6 +24,7 @@ from icmlora.fleet.report.page import Map, Page, render
 from icmlora.fleet.report.rate_picture import Quality, rate_picture
 from icmlora.fleet.report.task_table import task_table
 from icmlora.fleet.stats import bill_of
+from icmlora.formats.catalogue import format_named
 from icmlora.io.staging import check_absent, writing_file
 from registry.errors import DamagedStore
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.bill import Bill
     from icmlora.fleet.map import MapReport
     from icmlora.fleet.report.outputs import TaskOutputs
+    from icmlora.fleet.report.pictures import TaskPictures
     from registry.records import TaskRecord, TaskSummary
     from registry.store import Store
 
@@ -46,6 +48,9 @@ class ReportRequest:
     outputs: Sequence[str] = ()  # tasks whose outputs are shown
     prompts: Path | None = None
     max_new_tokens: int = 40
+    steps: int = 20  # of denoising, for each picture of an image task
+    seeds: int = 2  # pictures of each prompt
+    image_size: int | None = None  # width and height of a picture; None for what the pipeline draws by default
     device: str = "auto"
     force: bool = False
 
@@ -61,6 +66,7 @@ class ReportSummary:
         maps: The base models whose task maps are on it.
         quality: What the rate picture shows against bytes; None where no code was measured.
         outputs: The tasks whose outputs it shows.
+        pictures: Those of image tasks.
         failed: Chosen tasks without outputs, because something is wrong with them.
         left_out: Base models of chosen tasks that could not be run.
     """
@@ -71,6 +77,7 @@ class ReportSummary:
     maps: list[str] = field(default_factory=list)
     quality: Quality | None = None
     outputs: list[str] = field(default_factory=list)
+    pictures: list[TaskPictures] = field(default_factory=list)
     failed: list[TaskFailed] = field(default_factory=list)
     left_out: list[BaseModelLeftOut] = field(default_factory=list)
 
@@ -86,8 +93,7 @@ def write_report(context: Context, request: ReportRequest) -> ReportSummary:
     check_absent(request.file, force=request.force)
     if request.prompts is not None and not request.outputs:
         raise DataError("prompts are for the outputs of tasks, and none was chosen", hint="name tasks with --outputs")
-    if request.max_new_tokens < 1:
-        raise DataError(f"{request.max_new_tokens} tokens are no output", hint="use 1 or more")
+    _check_numbers(request)
     report = ReportSummary(request.file)
     with context.open(read_only=True) as store:
         chosen = list({task.name: task for task in map(store.tasks.get, request.outputs)}.values())
@@ -102,7 +108,14 @@ def write_report(context: Context, request: ReportRequest) -> ReportSummary:
     return report
 
 
-def _page(store: Store, outputs: Sequence[TaskOutputs], failures: Mapping[str, str]) -> Page:
+def _check_numbers(request: ReportRequest) -> None:
+    numbers = {"tokens": request.max_new_tokens, "steps": request.steps, "seeds": request.seeds}
+    for name, number in (numbers | {"pixels": 1 if request.image_size is None else request.image_size}).items():
+        if number < 1:
+            raise DataError(f"{number} {name} are no output", hint="use 1 or more")
+
+
+def _page(store: Store, outputs: Sequence[TaskOutputs | TaskPictures], failures: Mapping[str, str]) -> Page:
     """Read everything else that is on the page."""
     rows = list(store.tasks.summaries())
     by_base: defaultdict[str, list[TaskSummary]] = defaultdict(list)
@@ -116,7 +129,7 @@ def assembled(
     rows: Sequence[TaskSummary],
     bill: Bill,
     maps: Mapping[str, MapReport | str | None],
-    outputs: Sequence[TaskOutputs],
+    outputs: Sequence[TaskOutputs | TaskPictures],
     failures: Mapping[str, str],
 ) -> Page:
     """Put what was read of a store together.
@@ -125,8 +138,8 @@ def assembled(
         rows: All tasks.
         bill: Their bytes and their quality.
         maps: For each base model its map, or why there is none, or None where no task has vectors.
-        outputs: What chosen tasks write.
-        failures: Why others of the chosen tasks write nothing.
+        outputs: What chosen tasks write or draw.
+        failures: Why others of the chosen tasks have no outputs.
     """
     found = {label: made for label, made in maps.items() if made is not None}
     mapped = {task.name: task for made in found.values() if not isinstance(made, str) for task in made.map.tasks}
@@ -164,30 +177,37 @@ def _drawn(base_model: str, found: MapReport | str, numbers: Mapping[str, int]) 
 
 def _outputs(
     context: Context, store: Store, tasks: Sequence[TaskRecord], request: ReportRequest, report: ReportSummary
-) -> list[TaskOutputs]:
-    """Let the sources of the chosen tasks answer; what is wrong with one of them is noted in the report."""
+) -> list[TaskOutputs | TaskPictures]:
+    """Let the sources of the chosen tasks answer or draw; what is wrong with one of them is noted in the report."""
+    from icmlora.base_models.pipeline import Drawing
     from icmlora.base_models.prompts import read_prompts
     from icmlora.fleet.loading import Models
     from icmlora.fleet.report.outputs import OutputsRequest, task_outputs
+    from icmlora.fleet.report.pictures import Studio, TaskPictures
     from icmlora.io.devices import resolve_device
 
     prompts = None if request.prompts is None else read_prompts(request.prompts.read_bytes(), request.prompts)
     wanted = OutputsRequest(prompts, request.max_new_tokens)
     # The store is only read, so what is learned of a base model is forgotten again.
     models = Models(store, resolve_device(request.device), context.cache, on_facts=lambda facts: None)
-    sieve, found = Sieve(context, report, len(tasks)), dict[str, "TaskOutputs"]()
+    studio = Studio(models, prompts, Drawing(request.steps, request.seeds, request.image_size))
+    sieve, found = Sieve(context, report, len(tasks)), dict[str, "TaskOutputs | TaskPictures"]()
 
     def answered(
         some: Iterable[TaskRecord],
-    ) -> Iterator[tuple[TaskRecord, TaskOutputs | Failed | BaseUnavailable]]:
+    ) -> Iterator[tuple[TaskRecord, TaskOutputs | TaskPictures | Failed | BaseUnavailable]]:
         for task in some:
             context.progress(len(found), len(tasks), task.name)
-            yield task, task_outputs(models, task, wanted)
+            is_for_images = format_named(store.tasks.final(task.name).format).is_for_images
+            made = studio.draw(task) if is_for_images else task_outputs(models, task, wanted)
+            yield task, made
 
     by_base = groupby(sorted(tasks, key=lambda task: task.base_model), key=lambda task: task.base_model)
     bases = 0
     for base_model, of_base in by_base:
         bases += 1
-        found |= {task.name: made for task, made in sieve.results(base_model, answered(of_base))}
+        results: Iterator[tuple[TaskRecord, TaskOutputs | TaskPictures]] = sieve.results(base_model, answered(of_base))
+        found |= {task.name: made for task, made in results}
     sieve.check(bases)
+    report.pictures = [made for made in found.values() if isinstance(made, TaskPictures)]
     return [found[task.name] for task in tasks if task.name in found]

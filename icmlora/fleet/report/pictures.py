@@ -1,0 +1,242 @@
+"""What base model, original and code of an image task draw for the same prompts and seeds, and how far they differ.
+
+    prompt, seed ──pipeline────────────▶ picture
+                 ──pipeline + original─▶ picture ──┐
+                 ──pipeline + code─────▶ picture ──┴── root mean square of pixels
+                 ──pipeline + original─▶ picture of another seed: what a difference that nobody minds looks like
+
+Adapters go through their files, as `icm materialize` writes them, and the loader of diffusers.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+
+from icmlora.adapter.metrics import GroupError, dw_norm
+from icmlora.base_models.pipeline import Drawing, Pipeline, Pixels, rmse
+from icmlora.base_models.prompts import Prompt, header_prompts
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
+from icmlora.fleet.context import locate_base
+from icmlora.fleet.decoding import files_like_original, read_form
+from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
+from icmlora.fleet.loading import Models, read_original
+from icmlora.fleet.module_errors import decoded, errors_of
+from icmlora.formats.single_file_check import HEADER
+from icmlora.io.safetensors import read_header
+from registry.records import AdapterRecord, TaskRecord
+
+MOST_EDGE = 512
+"""Width and height of a picture on the page, at most."""
+_ROUNDING = 1e-3
+"""How much the norm of what was loaded may differ from that of the adapter: rounding to bfloat16 changes it by less."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The pictures of a prompt and seed, by source, as data URIs."""
+
+    seed: int
+    pictures: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A prompt and what the sources draw for it, a row for each seed."""
+
+    prompt: str
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How far pictures are apart, on average: root mean square over pixels with values in 0 to 1.
+
+    Attributes:
+        to_original: Source -> distance of its pictures to those of the original with the same prompt and seed.
+        seeds: Distance of two pictures of the original with one prompt and different seeds; None with one seed.
+    """
+
+    to_original: Mapping[str, float]
+    seeds: float | None
+
+
+@dataclass(frozen=True)
+class TaskPictures:
+    """The pictures of a task.
+
+    Attributes:
+        task: Its name.
+        sources: What was drawn: "base model", and as far as the store has them "original", "code", "code + residual".
+        prompts: The pictures.
+        distances: None where the original is not in the store.
+        errors: Relative errors of its code by block; empty where original or code are missing.
+        notes: What diffusers passed over, in words.
+    """
+
+    task: str
+    sources: Sequence[str]
+    prompts: Sequence[Drawn]
+    distances: Distances | None
+    errors: Sequence[GroupError]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An adapter as a file for diffusers, and the norm of its dW where it is known."""
+
+    weights: bytes
+    norm: float | None
+
+
+class Studio:
+    """Draws the pictures of one task after the other; one pipeline is in memory at a time.
+
+    Args:
+        models: Models of the store; its generators are used.
+        given: Prompts for every task; None for those in the headers of their adapters.
+        how: How pictures are drawn.
+    """
+
+    def __init__(self, models: Models, given: Sequence[Prompt | Mapping[str, object]] | None, how: Drawing) -> None:
+        self._models, self._given, self._how = models, given, how
+        self._pipeline: tuple[str, Pipeline | BaseModelNotFound | BaseModelUnsuited] | None = None
+        self._of_base: dict[tuple[str, int], Pixels] = {}  # the base model draws the same for every task
+
+    def draw(self, task: TaskRecord) -> TaskPictures | Failed | BaseUnavailable:
+        """Draw the pictures of a task; what is wrong with it is returned, so that others go on."""
+        try:
+            pipeline = self._opened(task.base_model)
+            if not isinstance(pipeline, Pipeline):
+                return BaseUnavailable(pipeline)
+            return self._drawn(pipeline, task)
+        except FAILURES as error:
+            return Failed(as_error(error))
+
+    def _opened(self, label: str) -> Pipeline | BaseModelNotFound | BaseModelUnsuited:
+        """Load a pipeline. That it cannot be loaded is remembered too."""
+        if self._pipeline is None or self._pipeline[0] != label:
+            self._pipeline = None  # or two would be in memory
+            self._of_base.clear()
+            try:
+                found = Pipeline(locate_base(self._models.store, label), self._models.device)
+            except (BaseModelNotFound, BaseModelUnsuited) as error:
+                self._pipeline = label, error
+            else:
+                self._pipeline = label, found
+        return self._pipeline[1]
+
+    def _drawn(self, pipeline: Pipeline, task: TaskRecord) -> TaskPictures:
+        store = self._models.store
+        final = store.tasks.final(task.name)
+        prompts = self._prompts(final)
+        sources, errors = self._sources(task, final)
+        drawn: dict[str, dict[tuple[str, int], Pixels]] = {}
+        notes: list[str] = []
+        for name, source in {"base model": None, **sources}.items():
+            drawn[name], note = self._draw(pipeline, source, prompts)
+            notes += [f"{name}: {note}"] if note else []
+        shown = [Drawn(text, [_row(drawn, text, seed) for seed in self._seeds]) for text in prompts]
+        return TaskPictures(task.name, list(drawn), shown, distances(drawn), errors, notes)
+
+    @property
+    def _seeds(self) -> Iterable[int]:
+        return range(self._how.seeds)
+
+    def _prompts(self, final: AdapterRecord) -> list[str]:
+        if self._given is not None:
+            texts = [asked.text for asked in self._given if isinstance(asked, Prompt)]
+            if len(texts) < len(self._given):
+                raise DataError("a chat is no prompt for a picture", hint="write one prompt a line")
+            return list(dict.fromkeys(texts))
+        found = header_prompts(self._metadata(final))
+        if not found:
+            raise DataError("its file notes no trigger words or tags to draw", hint="name a file with --prompts")
+        return found
+
+    def _metadata(self, final: AdapterRecord) -> Mapping[str, str]:
+        """Return the metadata of the original's header, which is kept when the original goes."""
+        store = self._models.store
+        if not final.is_evicted:
+            return read_header(store.blobs.read(final.weights)).metadata
+        kept = read_form(store, final).tensors.get(HEADER)
+        found: dict[str, str] = {} if kept is None else json.loads(kept.data)
+        return found
+
+    def _sources(self, task: TaskRecord, final: AdapterRecord) -> tuple[dict[str, _Source], Sequence[GroupError]]:
+        """Return original and codes of a task as files, as far as the store has them, and the errors of its codes."""
+        store, found = self._models.store, dict[str, _Source]()
+        original = None
+        if not final.is_evicted:
+            original = None if final.original_only is not None else read_original(store, final)
+            norm = None if original is None else dw_norm(original)
+            found["original"] = _Source(store.blobs.read(final.weights), norm)
+        generator = store.generators.current(task.base_model)
+        code = None if generator is None else store.codes.get(task.name, generator.id)
+        if code is None or generator is None:
+            return found, ()
+        codes, form = decoded(store, self._models.generator_file(generator), code), read_form(store, final)
+        for name, adapter in codes.items():
+            found[name] = _Source(files_like_original(adapter, form).weights, dw_norm(adapter))
+        return found, () if original is None else errors_of(final, original, codes)
+
+    def _draw(
+        self, pipeline: Pipeline, source: _Source | None, prompts: Sequence[str]
+    ) -> tuple[dict[tuple[str, int], Pixels], str | None]:
+        """Draw all pictures of one source, and say what diffusers passed over."""
+        wanted, note = [(text, seed) for text in prompts for seed in self._seeds], None
+        if source is None:
+            for key in wanted:
+                if key not in self._of_base:
+                    self._of_base[key] = pipeline.draw(*key, self._how)
+            return {key: self._of_base[key] for key in wanted}, note
+        with ExitStack() as stack:
+            file = Path(stack.enter_context(TemporaryDirectory(prefix="icm-"))) / "adapter.safetensors"
+            file.write_bytes(source.weights)
+            loaded = stack.enter_context(pipeline.adapted(file))
+            if source.norm and abs(loaded / source.norm - 1) > _ROUNDING:
+                note = f"what diffusers loads of it has {loaded / source.norm:.1%} of its norm"
+            return {key: pipeline.draw(*key, self._how) for key in wanted}, note
+
+
+def _row(drawn: Mapping[str, Mapping[tuple[str, int], Pixels]], prompt: str, seed: int) -> Row:
+    return Row(seed, {source: data_uri(pictures[prompt, seed]) for source, pictures in drawn.items()})
+
+
+def distances(drawn: Mapping[str, Mapping[tuple[str, int], Pixels]]) -> Distances | None:
+    """Compare the pictures of all sources with those of the original, and those of its seeds with each other.
+
+    Args:
+        drawn: Source -> prompt and seed -> picture.
+    """
+    original = drawn.get("original")
+    if original is None:
+        return None
+    to_original = {
+        name: fmean(rmse(picture, original[key]) for key, picture in pictures.items())
+        for name, pictures in drawn.items()
+        if name != "original"
+    }
+    pairs = [(one, other) for one, other in combinations(original, 2) if one[0] == other[0]]
+    seeds = fmean(rmse(original[one], original[other]) for one, other in pairs) if pairs else None
+    return Distances(to_original, seeds)
+
+
+def data_uri(picture: Pixels) -> str:
+    """Return a picture as WebP in a data URI, scaled down to `MOST_EDGE` where it is larger."""
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    image.thumbnail((MOST_EDGE, MOST_EDGE), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=90)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
