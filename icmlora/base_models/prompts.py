@@ -71,7 +71,7 @@ def header_prompts(metadata: Mapping[str, str]) -> list[str]:
         for tags in folders.values() if isinstance(folders, dict) else ():
             for tag, count in tags.items() if isinstance(tags, dict) else ():
                 counts[tag.strip()] += count if isinstance(count, int) else 0
-    tags = ", ".join(tag for tag, _ in counts.most_common(_TAGS))
+    tags = ", ".join(tag for tag, _ in counts.most_common(_TAGS) if tag)
     phrases = (metadata.get("modelspec.trigger_phrase", ""), tags)
     return list(dict.fromkeys(phrase.strip()[:_PHRASE] for phrase in phrases if phrase.strip()))
 
