@@ -13,56 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from icmlora import Fleet
 from icmlora.base_models.pipeline import Pixels
 from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.fleet.report.pictures import data_uri, distances
 from icmlora.fleet.report.report import ReportSummary
-from tests.icmlora.fleet.stores import copy_of
-from tests.icmlora.formats.image_files import kohya_file, lycoris_file
+from tests.icmlora.fleet.image_store import LABEL
 from tests.icmlora.formats.tiny_pipelines import tiny_sd15
 
-LABEL = "stable-diffusion-v1"
 HOW: dict[str, Any] = {"steps": 2, "image_size": 32, "device": "cpu", "force": True}
-
-
-def varied(path: Path, seed: int) -> None:
-    """Write the tiny file of sd-scripts with some noise, so that there are several of them."""
-    random = torch.Generator().manual_seed(seed)
-    with safe_open(kohya_file("sd15"), "pt") as file:
-        metadata = file.metadata()
-    tensors = {
-        name: value
-        if name.endswith("alpha")
-        else (value + value.std() * torch.randn(value.shape, generator=random)).to(value.dtype)
-        for name, value in load_file(kohya_file("sd15")).items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=metadata)
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a pipeline, adapters, and a trained store."""
-    folder = tmp_path_factory.mktemp("images")
-    tiny_sd15().save_pretrained(folder / "sd15", safe_serialization=True)
-    for number, name in enumerate(("apple", "pear", "plum")):
-        varied(folder / "loras" / f"{name}.safetensors", number)
-    fleet = Fleet(folder / "store")
-    fleet.ingest([folder / "loras"])
-    fleet.train(device="cpu", steps=20)
-    lycoris_file(folder / "loras" / "loha.safetensors", tiny_sd15().unet, algo="loha")
-    fleet.ingest([folder / "loras" / "loha.safetensors"], base_model=LABEL)
-    fleet.add_base_model(LABEL, folder / "sd15")
-    return folder
-
-
-@pytest.fixture
-def images(template: Path, tmp_path: Path) -> Fleet:
-    return copy_of(template / "store", tmp_path / "store")
 
 
 @pytest.fixture
@@ -92,11 +52,11 @@ def by_diffusers(file: Path, prompt: str, seed: int) -> Pixels:
 
 
 def test_original_and_code_draw_what_diffusers_draws_with_their_files(
-    images: Fleet, drawn: Callable[..., tuple[ReportSummary, str]], template: Path, tmp_path: Path
+    images: Fleet, drawn: Callable[..., tuple[ReportSummary, str]], image_template: Path, tmp_path: Path
 ) -> None:
     (made,) = drawn("pear")[0].pictures
     images.materialize("pear", tmp_path / "code.safetensors", source="code")
-    files = {"original": template / "loras" / "pear.safetensors", "code": tmp_path / "code.safetensors"}
+    files = {"original": image_template / "loras" / "pear.safetensors", "code": tmp_path / "code.safetensors"}
     assert made.sources == ["base model", "original", "code"]
     for source, file in files.items():
         for row in made.prompts[0].rows:
