@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("train", "train", ADAPTERS),
     "encode": ("encode", "encode", ADAPTERS),
     "materialize": ("materialize", "materialize", ADAPTERS),
+    "convert": ("convert", "convert", ADAPTERS),
     "recognize": ("recognize", "recognize", ADAPTERS),
     "generate": ("generate", "generate", ADAPTERS),
     "ls": ("ls", "ls", INSPECT),
@@ -45,6 +46,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "stats": ("stats", "stats", INSPECT),
     "eval": ("eval", "evaluate", INSPECT),
     "map": ("map", "map_", INSPECT),
+    "duplicates": ("duplicates", "duplicates", INSPECT),
     "report": ("report", "report", INSPECT),
     "mv": ("mv", "mv", ARRANGE),
     "tag": ("tag", "tag", ARRANGE),
@@ -64,6 +66,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "path": ("path", "path", MAINTAIN),
     "generators": ("generators", "generators", MAINTAIN),
     "base": ("base", "base", MAINTAIN),
+    "formats": ("formats", "formats", MAINTAIN),
 }
 
 
@@ -127,7 +130,7 @@ def icm(
 
     icm ingest ./loras                 take adapters into the store
     icm train                          train the generator and encode every task
-    icm materialize TASK -o adapter/   write an adapter back as a PEFT folder
+    icm materialize TASK -o adapter/   write an adapter back as it was
     icm stats                          show what that saves and what it costs
     """
     ctx.obj = GlobalOptions(store, json, quiet, verbose, no_progress, lock_timeout)

@@ -75,6 +75,14 @@ class Session:
     @contextmanager
     def working(self, label: str, on_event: Callable[[Event], None] | None = None) -> Iterator[Fleet]:
         """Yield the fleet of the store and display its progress; Ctrl-C stops it after the current step."""
+        with self.listening(label, on_event) as listen:
+            yield self._fleet(listen)
+
+    @contextmanager
+    def listening(
+        self, label: str, on_event: Callable[[Event], None] | None = None
+    ) -> Iterator[Callable[[Event], None]]:
+        """Yield what a use case calls with its events, and display its progress; Ctrl-C stops it at the next event."""
         from icmlora.fleet.context import Progress
 
         with self.out.progress(label) as display, self._catching_signals() as received:
@@ -87,7 +95,7 @@ class Session:
                 if received:
                     raise Cancelled
 
-            yield self._fleet(listen)
+            yield listen
 
     def run(
         self, label: str, work: Callable[[Fleet], R], on_event: Callable[[Event], None] | None = None

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.bundles import Bundle
     from icmlora.fleet.context import Event, Progress
+    from icmlora.fleet.convert import convert
     from icmlora.formats.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
 
@@ -86,6 +87,7 @@ __all__ = [
     "UnsafeInput",
     "attach",
     "base_model_loader",
+    "convert",
     "load_adapter",
     "save_adapter",
 ]
@@ -101,6 +103,7 @@ _HOMES = {
     "Progress": "icmlora.fleet.context",
     "attach": "icmlora.serving.attach",
     "base_model_loader": "icmlora.base_models.custom_model",
+    "convert": "icmlora.fleet.convert",
     "load_adapter": "icmlora.formats.folder",
     "save_adapter": "icmlora.formats.folder",
 }

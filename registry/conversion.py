@@ -123,7 +123,7 @@ def _limits(row: models.Code) -> records.Asked | None:
     if row.is_kept is None:
         return None
     max_error = records.relative_error(row.max_squared_error)
-    return records.Asked(row.min_gain, max_error, row.tolerance, row.is_kept, row.refined or 0)
+    return records.Asked(row.min_gain, max_error, row.tolerance, row.is_kept, row.refined or 0, row.max_size)
 
 
 def task_folder(source: str) -> str:

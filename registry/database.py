@@ -193,7 +193,18 @@ def _to_schema_5(connection: Connection) -> None:
     RunCode.metadata.tables[RunCode.__tablename__].create(connection)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_to_schema_2, _to_schema_3, _to_schema_4, _to_schema_5)
+def _to_schema_6(connection: Connection) -> None:
+    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN tensors_key BLOB")
+    connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN max_size INTEGER")
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
+    _to_schema_2,
+    _to_schema_3,
+    _to_schema_4,
+    _to_schema_5,
+    _to_schema_6,
+)
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 
 

@@ -73,7 +73,7 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
     query = (
         select(
             *(_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
-            *(weights.c.digest, weights.c.size, config.c.digest),
+            *(weights.c.digest, weights.c.size, config.c.digest, _ADAPTERS.c.tensors_key),
         )
         .join_from(_ADAPTERS, _TASKS)
         .join(weights, _ADAPTERS.c.weights_id == weights.c.id)
@@ -81,12 +81,12 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
         .order_by(_TASKS.c.name, _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
     )
     origins: dict[str, records.TaskOrigin] = {}
-    for name, folder, source, step, is_final, digest, size, config_digest in connection.execute(query):
+    for name, folder, source, step, is_final, digest, size, config_digest, key in connection.execute(query):
         place = usual_source(folder, step, is_final=is_final) if source is None else source
         if (known := origins.get(name)) is not None:
             origins[name] = replace(known, sources=(*known.sources, place))
         elif is_final:
-            origins[name] = records.TaskOrigin(name, digest, size, config_digest, (place,))
+            origins[name] = records.TaskOrigin(name, digest, size, config_digest, (place,), key)
     return list(origins.values())
 
 
@@ -308,6 +308,7 @@ def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision])
             "evicted_at": None,
             "initial_id": _number(blobs, adapter.initial),
             "description_id": descriptions[description_of(adapter)],
+            "tensors_key": adapter.tensors_key,
         }
         connection.execute(update(_ADAPTERS).where(_ADAPTERS.c.id == row).values(values))
     _write_extras(connection, [row for row, _ in revised], [new for _, new in revised], blobs)
@@ -347,6 +348,7 @@ def _adapter_values(
         "initial_id": _number(blobs, new.initial),
         "description_id": descriptions[description_of(new)],
         "source": unusual_source(new.source, folder, new.step, is_final=new.is_final),
+        "tensors_key": new.tensors_key,
     }
 
 

@@ -119,6 +119,8 @@ class NewAdapter:
     extras: Sequence[Extra] = ()
     # Digest of the weights that it began with, where they were taken out of its base model (PiSSA and the like).
     initial: str | None = None
+    # Equal for equal tensors, whatever else their file says, and hardly ever for others; None where nobody made it.
+    tensors_key: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +229,7 @@ class Asked:
     tolerance: float | None = None  # largest squared error of dW weighted by sensitivity
     is_kept: bool = True  # whether the limits are met
     refined: int = 0  # steps of refinement
+    max_size: int | None = None  # bytes of the code
 
 
 @dataclass(frozen=True)
@@ -378,6 +381,7 @@ class TaskOrigin:
     weights_size: int
     config: str
     sources: tuple[str, ...]  # labels of the places of its adapters; the final one's first
+    tensors_key: str | None = None  # of its final adapter
 
 
 @dataclass(frozen=True)

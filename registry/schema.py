@@ -1,4 +1,4 @@
-"""The tables of schema 5, as SQLAlchemy classes.
+"""The tables of schema 6, as SQLAlchemy classes.
 
     base_models 1─n tasks 1─n adapters 1─n extras
          ├──n base_labels
@@ -68,16 +68,16 @@ class _Column(TypeDecorator[Any]):
 
 
 class Digest(_Column):
-    """A SHA-256 as 64 hexadecimal digits, stored as 32 bytes."""
+    """A SHA-256 as 64 hexadecimal digits, or a part of one, stored as bytes."""
 
     cache_ok = True
 
     def pack(self, value: str) -> bytes:
-        """Return 32 bytes."""
+        """Return its bytes."""
         return bytes.fromhex(value)
 
     def unpack(self, stored: bytes) -> str:
-        """Return 64 digits."""
+        """Return its digits."""
         return stored.hex()
 
 
@@ -265,6 +265,8 @@ class Adapter(Base):
     evicted_at: Mapped[str | None] = mapped_column(Moment())
     is_generated: Mapped[bool] = mapped_column(server_default=text("0"))
     initial_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
+    # Since schema 6. A hash of its tensors, whatever else their file says; NULL in older rows.
+    tensors_key: Mapped[str | None] = mapped_column(Digest())
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     extras: Mapped[list[Extra]] = relationship(lazy="selectin", order_by="Extra.file, Extra.blob_id")
@@ -403,6 +405,8 @@ class Code(Base):
     tolerance: Mapped[float | None]
     is_kept: Mapped[bool | None]
     refined: Mapped[int | None]
+    # Since schema 6.
+    max_size: Mapped[int | None]
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])

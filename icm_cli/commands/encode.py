@@ -21,7 +21,7 @@ from icm_cli.options import (
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
-from icmlora.io.text import counted, human_size, some
+from icmlora.io.text import counted, human_size, parse_bytes, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,15 @@ ToleranceOpt = Annotated[
         "--tolerance",
         "Largest squared error, weighted by how sensitive each channel is: the limit that `icm train --quality` sets. "
         "Most people want --max-error.",
+    ),
+]
+SizeOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        metavar="SIZE",
+        help="Most bytes that the code of a task may take, as 12KiB or 4MB: each code is as accurate as that allows.",
+        show_default=False,
     ),
 ]
 QualityOpt = Annotated[
@@ -92,6 +101,7 @@ def encode(
     max_error: ErrorOpt = None,
     min_gain: GainOpt = None,
     tolerance: ToleranceOpt = None,
+    size: SizeOpt = None,
     refine: RefineOpt = None,
     residual: ResidualOpt = False,
     base_model: BaseModelOpt = None,
@@ -111,20 +121,17 @@ def encode(
     A task whose current code was made with the same limits is skipped, so the same command continues after an
     interruption. --again re-encodes every task.
 
+    With --size the codes are as accurate as so many bytes each allow. With --max-error or --min-gain too, a task whose
+    code then misses that limit is reported.
+
     With --residual the codes stay as they are, and a code together with its residual meets the limit. Bundles contain
     codes without residuals.
 
     Example:
       icm encode --min-gain 0.98
     """
-    if quality is not None and any(limit is not None for limit in (max_error, min_gain, tolerance)):
-        raise UsageProblem("--quality sets the limit itself: leave out --max-error, --min-gain and --tolerance")
-    if refine and max_error is not None:
-        hint = "use --min-gain, which measures what refined codes do"
-        raise UsageProblem("--refine moves codes away from the weights, so it cannot keep --max-error", hint=hint)
-    if refine and residual:
-        hint = "refine the codes first, then add residuals"
-        raise UsageProblem("--residual keeps the codes as they are, so it cannot be used with --refine", hint=hint)
+    limited = any(limit is not None for limit in (max_error, min_gain, tolerance, size))
+    _check_usage(quality, size, max_error, refine, limited=limited, residual=residual)
 
     def work(fleet: Fleet) -> EncodeReport:
         return fleet.encode(
@@ -133,6 +140,7 @@ def encode(
             min_gain=min_gain,
             max_error=max_error,
             tolerance=tolerance,
+            size=None if size is None else parse_bytes(size),
             refine=refine,
             residual=residual,
             base_model=base_model,
@@ -144,6 +152,22 @@ def encode(
 
     if run(session, work, evict_hint(max_error, min_gain)):
         raise typer.Exit(ExitCode.PARTLY)
+
+
+def _check_usage(
+    quality: int | None, size: str | None, max_error: float | None, refine: int | None, *, limited: bool, residual: bool
+) -> None:
+    if quality is not None and limited:
+        raise UsageProblem("--quality sets the limit itself: leave out --max-error, --min-gain, --tolerance and --size")
+    if size is not None and (refine or residual):
+        other = "--refine changes how many bytes a code takes" if refine else "--residual is for an error"
+        raise UsageProblem(f"{other}, so it cannot be used with --size", hint="leave out one of the two")
+    if refine and max_error is not None:
+        hint = "use --min-gain, which measures what refined codes do"
+        raise UsageProblem("--refine moves codes away from the weights, so it cannot keep --max-error", hint=hint)
+    if refine and residual:
+        hint = "refine the codes first, then add residuals"
+        raise UsageProblem("--residual keeps the codes as they are, so it cannot be used with --refine", hint=hint)
 
 
 def run(

@@ -122,7 +122,7 @@ def ingest(
     device: DeviceOpt = None,
     dry_run: DryRunOpt = False,
 ) -> None:
-    """Take adapters into the store: PEFT folders, or training runs with checkpoint-N folders.
+    """Take adapters into the store: PEFT folders, training runs, or any other format of `icm formats`.
 
     Files are checked and copied; nothing in PATH is changed. Running the same command again changes nothing. An
     adapter that cannot have a code, such as a LoHa, is kept as its original only. What cannot be taken is listed at the
@@ -269,6 +269,7 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
     _tell_converted(session.out, report)
     _tell_extras(session.out, report)
     _tell_decoded(session.out, report)
+    _tell_duplicates(session.out, report)
     _tell_placeholders(session.out, report)
     if report.not_kept:
         files = [name if count == 1 else f"{name} ({count} times)" for name, count in report.not_kept.items()]
@@ -334,6 +335,18 @@ def _tell_decoded(out: Output, report: IngestReport) -> None:
         verb = "was" if len(tasks) == 1 else "were"
         fact = f"{counted(len(tasks), 'adapter')} {verb} written from the code of an evicted task, and not taken"
         out.note(f"{fact}: {some(tasks)}")
+
+
+def _tell_duplicates(out: Output, report: IngestReport) -> None:
+    """Say which new adapters have the tensors of another task."""
+    pairs = [(task.task, task.same_as) for task in report.ingested if task.same_as is not None]
+    if len(pairs) == 1:
+        out.note("{} has the same tensors as {}".format(*pairs[0]))
+    elif pairs:
+        shown = some([f"{task} ({other})" for task, other in pairs])
+        out.note(f"{len(pairs):,} tasks have the same tensors as another: {shown}")
+    if pairs:
+        out.hint("`icm rm NAME` removes a task; `icm duplicates` also finds near copies")
 
 
 def _tell_placeholders(out: Output, report: IngestReport) -> None:

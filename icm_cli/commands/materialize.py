@@ -1,4 +1,4 @@
-"""`icm materialize`: write a task's adapter as a PEFT folder, for llama.cpp or for MLX-LM."""
+"""`icm materialize`: write a task's adapter as it was, or for PEFT, llama.cpp or MLX-LM."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SourceName(StrEnum):
 
 
 class FormatName(StrEnum):
-    """The form in which an adapter is written."""
+    """The format in which an adapter is written."""
 
     PEFT = "peft"
     GGUF = "gguf"
@@ -60,11 +60,12 @@ WrittenOpt = Annotated[
     ),
 ]
 FormatOpt = Annotated[
-    FormatName,
+    FormatName | None,
     typer.Option(
         "--format",
-        help="peft: a PEFT folder. gguf: one file for llama.cpp; reads the configuration of the base model. mlx: a "
-        "folder for MLX-LM.",
+        help="peft: a PEFT folder. gguf: one file for llama.cpp. mlx: a folder for MLX-LM. Converting from or to gguf "
+        "reads the configuration of the base model. Default: the adapter's own format (see `icm formats`).",
+        show_default=False,
     ),
 ]
 SourceOpt = Annotated[
@@ -80,8 +81,8 @@ DtypeOpt = Annotated[
     DtypeName | None,
     typer.Option(
         "--dtype",
-        help="Number format of decoded or converted weights. Default: that of the original, or float32 with --format "
-        "gguf or mlx.",
+        help="Number format of decoded or converted weights. Default: that of the original, or float32 if they are "
+        "converted.",
         show_default=False,
     ),
 ]
@@ -147,7 +148,7 @@ def materialize(
     samples: SamplesOpt = None,
     bundle: FromOpt = None,
     source: SourceOpt = SourceName.AUTO,
-    adapter_format: FormatOpt = FormatName.PEFT,
+    adapter_format: FormatOpt = None,
     seed: SeedOpt = None,
     dtype: DtypeOpt = None,
     pad_rank: PadOpt = None,
@@ -164,8 +165,8 @@ def materialize(
     generated from a sampled latent instead of the mean. With --from, the adapter is decoded from a bundle and no store
     is needed; every byte of the bundle is checked first.
 
-    With --format gguf or mlx the adapter is converted, also where it is the original. Only the configuration of the
-    base model is read for gguf, from its folder or its own GGUF file.
+    With --format the adapter is converted if its own format is another one, also where it is the original. Only the
+    configuration of the base model is read for gguf, from its folder or its own GGUF file.
 
     Example:
       icm materialize dog-detection -o adapter/
@@ -176,7 +177,8 @@ def materialize(
     if task is None:
         from icmlora.fleet.converting import check_output
 
-        check_output(output, adapter_format.value, force=force)  # before a model is loaded
+        # Before a model is loaded.
+        check_output(output, None if adapter_format is None else adapter_format.value, force=force)
         task = _recognized(session, samples, base_model, bundle, loader, device)
     write: Callable[..., MaterializeReport] = partial(session.fleet.materialize, source=source.value, seed=seed)
     if bundle is not None:
@@ -186,7 +188,7 @@ def materialize(
     done = write(
         task,
         output,
-        adapter_format=adapter_format.value,
+        adapter_format=None if adapter_format is None else adapter_format.value,
         dtype=dtype and dtype.value,
         pad_rank=pad_rank,
         max_error=max_error,
@@ -213,7 +215,7 @@ def _check_usage(
 def _check_base_options(
     samples: Path | None,
     bundle: Path | None,
-    adapter_format: FormatName,
+    adapter_format: FormatName | None,
     base_model: str | None,
     loader: str | None,
     device: str | None,
@@ -266,7 +268,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
         known = []  # nothing was lost
     figures = "".join(f", {name} {value:.4f}" for name, value in known if value is not None)
     origin = _FROM[done.source]
-    if done.adapter_format in _PROGRAMS:
+    if done.converted:
         origin = f"{origin.removesuffix(_EXACTLY)}, converted for {_PROGRAMS[done.adapter_format]}"
     out.note(f"wrote {done.task} from {origin}{figures}")
     if done.left_out:
@@ -277,7 +279,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
 
 
 _EXACTLY = ", byte for byte"
-_PROGRAMS = {"gguf": "llama.cpp", "mlx": "MLX-LM"}
+_PROGRAMS = {"gguf": "llama.cpp", "mlx": "MLX-LM", "peft": "PEFT"}
 _FROM = {
     "original": f"its original{_EXACTLY}",
     "residual": "its code and residual",

@@ -18,7 +18,7 @@ import typer
 from icm_cli.errors import CliError, UsageProblem
 from icm_cli.options import FromOpt, completing
 from icm_cli.session import Session, command
-from icmlora.io.text import counted, escape, escape_lines, utc
+from icmlora.io.text import counted, escape, escape_lines, parse_bytes, utc
 
 if TYPE_CHECKING:
     from socket import socket
@@ -199,8 +199,6 @@ def serve(
       icm serve --engine-url http://127.0.0.1:8000
     """
     server = _server()
-    from icmlora.serving.folders import parse_bytes
-
     settings = server.GatewaySettings(
         engine_url=_address(engine_url),
         engine=None if engine == "auto" else engine,
@@ -261,7 +259,7 @@ def _address(url: str) -> str:
 
 
 def _folders(root: Path | None, size: str | None) -> AdapterFolders:
-    from icmlora.serving.folders import AdapterFolders, default_root, parse_bytes
+    from icmlora.serving.folders import AdapterFolders, default_root
 
     limit = None if size is None else parse_bytes(size)
     return AdapterFolders(default_root("gateway") if root is None else root.resolve(), limit, alone=True)

@@ -13,7 +13,8 @@ from icm_cli.session import Session, command
 from icm_cli.text import as_fields, groups_json
 from icmlora.fleet.bill_text import limits_text
 from icmlora.fleet.metric_result import MetricResult
-from icmlora.io.text import counted, human_percent, human_size
+from icmlora.formats.header_notes import header_notes
+from icmlora.io.text import counted, escape, human_percent, human_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +66,8 @@ def show(session: Session, task: TaskArg, errors: ErrorsOpt = False) -> None:
         _print_errors(session, groups)
     if session.out.verbosity:
         session.out.line()
+        for key, text in sorted(details.header.items()):
+            session.out.line(f"{escape(key, 80)}  {escape(text, 400)}")
         for module, rank, inputs, outputs in details.final.layout:
             session.out.line(f"{module}  rank {rank}  {inputs} -> {outputs}")
 
@@ -74,11 +77,13 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
     return [
         ("task", details.task.name),
         ("base model", details.task.base_model),
+        *([] if final.format == "peft" else [("format", final.format)]),
         ("targets", ", ".join(final.target_modules)),
         ("modules", f"{len(final.layout)}, {final.parameters:,} parameters"),
         ("source", final.source),
         ("original", _original(details)),
         *_kept(final),
+        *header_notes(details.header).items(),
         *_marks(details.task),
         ("samples", "yes" if details.task.samples else "no"),
         ("held-out text", "yes" if details.task.eval_data else "no"),
@@ -219,6 +224,7 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
             {"module": module, "rank": rank, "in": inputs, "out": outputs}
             for module, rank, inputs, outputs in details.final.layout
         ],
+        "header": dict(details.header),
         "template": details.template,
         "has_own_template": details.has_own_template,
         "vectors": [_without_ids(asdict(vector)) for vector in details.vectors],

@@ -37,6 +37,20 @@ def relative(parts: Iterable[tuple[float, float]]) -> float:
     return _ratio(math.fsum(error for error, _ in pairs), math.fsum(norm for _, norm in pairs))
 
 
+def distance(left: Adapter, right: Adapter) -> float:
+    """Return ||dW_left - dW_right|| / max(||dW_left||, ||dW_right||) over all modules: 0 is equal, 2 is opposite.
+
+    A module that one side lacks, or has with other widths, counts as zero there. Rounding limits the result to about
+    1e-7.
+    """
+    mine, theirs = (
+        {(module.name, *module.shape[2:]): _exact(module) for module in adapter.modules} for adapter in (left, right)
+    )
+    norms = [math.fsum(_inner(module, module) for module in side.values()) for side in (mine, theirs)]
+    shared = math.fsum(_inner(module, theirs[key]) for key, module in mine.items() if key in theirs)
+    return math.sqrt(_ratio(max(math.fsum(norms) - 2.0 * shared, 0.0), max(norms)))
+
+
 @dataclass(frozen=True)
 class GroupError:
     """How far some adapters are from the original in a group of its modules.

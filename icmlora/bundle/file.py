@@ -25,7 +25,7 @@ from icmlora.io.staging import writing_file
 from registry.files import identity
 
 MAGIC = b"ICMB" + bytes([VERSION])
-_READABLE = (b"ICMB\x02", b"ICMB\x03", MAGIC)
+_READABLE = (b"ICMB\x02", b"ICMB\x03", b"ICMB\x04", MAGIC)
 MAX_BUNDLE_BYTES = 64 * 1024**3
 
 _HEAD = struct.Struct("<5sI32s")

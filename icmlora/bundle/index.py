@@ -13,6 +13,7 @@ modules) is not written, so it cannot contradict it. Equal indexes give equal by
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +27,8 @@ from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
 from registry.names import NLL, escape, is_file_name, is_module_name, task_name_problem
 
-VERSION = 4  # version 3 had no vectors and one metric, version 2 neither templates nor extras
+# Version 4 had PEFT adapters only, version 3 no vectors and one metric, version 2 neither templates nor extras.
+VERSION = 5
 MAX_CODE_BYTES = 1024**3
 MAX_VECTOR_BYTES = 64 * 1024**2
 MAX_CARD_BYTES = 64 * 1024  # a longer model card is left out: nothing in it is needed to write an adapter
@@ -100,6 +102,7 @@ class BundledTask:
     template: str = ""  # what the original's format notes of its form
     extras: tuple[BundledExtra, ...] = ()
     vectors: BundledVectors | None = None
+    format: str = "peft"  # of the original; a decoded adapter is written in it
 
     @property
     def rank_max(self) -> int:
@@ -185,7 +188,9 @@ _KEYS = {
 _TASK = tuple(_KEYS.get(name, name) for name in BundledTask.__dataclass_fields__)
 _SINCE_VERSION_3: dict[str, Any] = {"template": "", "extras": []}
 _SINCE_VERSION_4: dict[str, Any] = {"vectors": None}
+_SINCE_VERSION_5: dict[str, Any] = {"format": "peft"}
 _MEASURED_SINCE_VERSION_4: dict[str, Any] = {"metric": NLL, "others": {}}
+_FORMAT = re.compile(r"[a-z0-9_-]+")
 _MEASURED = tuple(_KEYS.get(name, name) for name in BundledMeasurement.__dataclass_fields__)
 
 Layout = tuple[ModuleShape, ...]
@@ -282,6 +287,8 @@ def _task(
         value = _completed(value, _SINCE_VERSION_3)
     if version < 4:
         value = _completed(value, _SINCE_VERSION_4)
+    if version < 5:
+        value = _completed(value, _SINCE_VERSION_5)
     fields = Fields(value, _TASK, what)
     name = fields.text("name", limit=1024)
     if (problem := task_name_problem(name)) is not None:
@@ -308,6 +315,7 @@ def _task(
         template=_template(fields.optional_text("template", limit=MAX_CONFIG_BYTES)),
         extras=tuple(_extra(entry) for entry in fields.entries("extras")),
         vectors=_vectors(fields.optional_entries("vectors"), extractors),
+        format=_format(fields.text("format", limit=32)),
     )
 
 
@@ -327,6 +335,12 @@ def _extractor(value: object) -> Mapping[str, Any]:
     if not isinstance(value, dict) or value.get("view") not in ("adapted", "context"):
         raise wrong(value, "an extractor of the bundle")
     return value
+
+
+def _format(name: str) -> str:
+    if not _FORMAT.fullmatch(name):
+        raise wrong(name, "a task of the bundle: format")
+    return name
 
 
 def _squared_error(fields: Fields) -> float | None:

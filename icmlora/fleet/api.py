@@ -84,7 +84,8 @@ class Fleet(FleetOriginals):
         such as a known mirror, is joined to the one that the store has; these labels are in `joined`.
 
         Args:
-            paths: PEFT folders, training runs with checkpoint-N folders, or folders of those at any depth.
+            paths: Adapters in any format of `icm formats`, training runs with checkpoint-N folders, or folders of those
+                at any depth.
             name: Name for the task, if exactly one is found. By default a task is named after its folder.
             name_from: Pattern for the names, such as `{parent}-{name}`; see `icm ingest --help`.
             samples: Samples for the task as JSON lines, if exactly one is found. By default the `samples.jsonl` next
@@ -236,6 +237,7 @@ class Fleet(FleetOriginals):
         min_gain: float | None = None,
         max_error: float | None = None,
         tolerance: float | None = None,
+        size: int | None = None,
         refine: int | None = None,
         residual: bool = False,
         base_model: str | None = None,
@@ -247,7 +249,8 @@ class Fleet(FleetOriginals):
         """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
 
         A task whose code was made with the same limits is skipped, so the same call continues after an interruption.
-        A code meets all of `min_gain`, `max_error` and `tolerance` that are given. Without any, the quality counts.
+        A code meets all of `min_gain`, `max_error`, `tolerance` and `size` that are given. Without any, the quality
+        counts.
 
         Args:
             tasks: Names of tasks; all by default.
@@ -256,6 +259,7 @@ class Fleet(FleetOriginals):
             min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
             max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
             tolerance: Largest squared error, weighted by how sensitive each channel is: what `quality` sets.
+            size: Bytes that the file of each code may have. The codes are as accurate as that allows.
             refine: Steps that fit a code to what its adapter does, on the task's samples or on texts that the adapted
                 model writes itself. Needs the base model. By default 40 with a quality, and none with other limits.
             residual: Keep the codes, and store a residual for each task whose code misses the limits.
@@ -274,7 +278,7 @@ class Fleet(FleetOriginals):
         from icmlora.fleet.encode import EncodeRequest, encode
 
         limits = quality, max_error, min_gain, tolerance, refine, residual
-        request = EncodeRequest(tasks, *limits, base_model, device, again, workers, Shard.of(shard))
+        request = EncodeRequest(tasks, *limits, base_model, device, again, workers, Shard.of(shard), size)
         return encode(self._context, request)
 
     # evaluate, compare
@@ -336,7 +340,7 @@ class Fleet(FleetOriginals):
         directory: str | Path,
         *,
         source: Source = "auto",
-        adapter_format: FormatName = "peft",
+        adapter_format: FormatName | None = None,
         dtype: str | None = None,
         pad_rank: int | None = None,
         seed: int | None = None,
@@ -353,8 +357,9 @@ class Fleet(FleetOriginals):
             directory: The folder, absent or empty; with `gguf` a file `NAME.gguf`.
             source: `original`, `residual`, `code`, `generate` (the code that the task vectors bring back) or `network`
                 (what the network alone predicts from them); `auto` takes the best there is of the first three.
-            adapter_format: `peft`; `gguf`, one file for llama.cpp, which needs the configuration of the base model; or
-                `mlx`, a folder for MLX-LM. An original is converted too, so it does not come back byte for byte.
+            adapter_format: `peft`; `gguf`, one file for llama.cpp; or `mlx`, a folder for MLX-LM. Default: the
+                adapter's own. An original in another format is converted too, so it does not come back byte for byte.
+                From and to `gguf` that needs the configuration of the base model.
             dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: that of
                 the original, or `float32` if they are converted.
             pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.

@@ -1,4 +1,4 @@
-"""The methods of `Fleet` that list the store and maintain it. Only outputs in a report need tensors."""
+"""The methods of `Fleet` that list the store and maintain it. Only duplicates and outputs in a report need tensors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from icmlora.adapter.metrics import GroupError
     from icmlora.fleet.base_models import KnownBase
     from icmlora.fleet.bill import Bill
+    from icmlora.fleet.duplicates import DuplicatesReport
     from icmlora.fleet.generators import Forgotten, GeneratorVersion, RolledBack
     from icmlora.fleet.maintenance import Check, Finding, PruneReport
     from icmlora.fleet.map import MapReport
@@ -241,7 +242,7 @@ class StoredFleet:
 
         return separate_labels(self._context, name, labels)
 
-    # stats, map, report
+    # stats, map, duplicates, report
 
     def stats(self, *, plot: str | Path | None = None, force: bool = False) -> Bill:
         """Count the bytes on disk, what the codes save, and what they cost in quality.
@@ -286,6 +287,24 @@ class StoredFleet:
 
         request = MapRequest(view, base_model, clusters, None if plot is None else Path(plot), force)
         return map_fleet(self._context, request)
+
+    def duplicates(
+        self, tasks: Sequence[str] = (), *, max_distance: float = 0.1, base_model: str | None = None
+    ) -> DuplicatesReport:
+        """Find tasks whose adapters are the same, or nearly; nothing is changed or removed.
+
+        Args:
+            tasks: Return only groups with one of these tasks; they are compared with all tasks of their base model.
+            max_distance: Largest ||dW - dW'|| / max(||dW||, ||dW'||) of near copies, up to 0.5; 0 finds only exact
+                ones. Unrelated adapters are at about 1.
+            base_model: Only the tasks of this base model.
+
+        Raises:
+            DataError: The distance is not between 0 and 0.5, or no task belongs to the base model.
+        """
+        from icmlora.fleet.duplicates import DuplicatesRequest, find_duplicates
+
+        return find_duplicates(self._context, DuplicatesRequest(tasks, max_distance, base_model))
 
     def report(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.bill import Bill
-from icmlora.io.text import counted, human_percent
+from icmlora.io.text import counted, human_percent, human_size
 from registry.records import Asked
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def limits_text(asked: Asked) -> str:
         ("relative error at most", asked.max_error),
         ("weighted error at most", asked.tolerance),
     )
-    return " and ".join(f"{name} {limit:g}" for name, limit in limits if limit is not None)
+    known = [f"{name} {limit:g}" for name, limit in limits if limit is not None]
+    return " and ".join(known if asked.max_size is None else [*known, f"at most {human_size(asked.max_size)}"])
 
 
 def shortfalls(short: Iterable[Asked]) -> list[str]:

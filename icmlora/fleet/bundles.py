@@ -82,12 +82,12 @@ class Bundle:
         return self.index.sizes[task.code]
 
     def configs(self) -> Iterator[tuple[BundledTask, bytes]]:
-        """Yield each task with the configuration that its adapter is written with."""
+        """Yield each task of a PEFT adapter with the configuration that this is written with."""
         from icmlora.formats.format import Template
         from icmlora.formats.peft_initial import converted_form
 
         with self._open() as file:
-            for task in self.tasks:
+            for task in (task for task in self.tasks if task.format == "peft"):
                 yield (
                     task,
                     converted_form(Template(file.read(task.config), task.layout, task.dtype, task.template)).config,
@@ -112,7 +112,7 @@ class Bundle:
         task: str,
         directory: str | Path,
         *,
-        adapter_format: FormatName = "peft",
+        adapter_format: FormatName | None = None,
         dtype: str | None = None,
         pad_rank: int | None = None,
         max_error: float | None = None,
@@ -126,7 +126,8 @@ class Bundle:
         Args:
             task: Name of the task, in any case.
             directory: The folder, absent or empty; with `gguf` a file `NAME.gguf`.
-            adapter_format: `peft`, `gguf` (one file for llama.cpp) or `mlx` (a folder for MLX-LM).
+            adapter_format: `peft`, `gguf` (one file for llama.cpp) or `mlx` (a folder for MLX-LM). Default: the
+                adapter's own, which is PEFT's for all tasks of a bundle.
             dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original, or
                 `float32` with `gguf` and `mlx`.
             pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks
@@ -147,12 +148,12 @@ class Bundle:
         """
         from icmlora.fleet.converting import check_output, gguf_base
 
-        output = Path(directory)
-        check_output(output, adapter_format, force=force)
-        if adapter_format == "peft":
+        output, wanted = Path(directory), adapter_format
+        check_output(output, wanted, force=force)
+        if wanted in (None, "peft"):
             return self._made(task, dtype, pad_rank, max_error).write(output, force=force)
-        base = gguf_base(partial(self._find_base, base_model)) if adapter_format == "gguf" else None
-        return self._made(task, None, pad_rank, max_error).convert(output, base, dtype=dtype, force=force)
+        base = gguf_base(partial(self._find_base, base_model)) if wanted == "gguf" else None
+        return self._made(task, None, pad_rank, max_error).convert(output, wanted, base, dtype=dtype, force=force)
 
     def read_files(
         self, task: str, *, dtype: str | None = None, pad_rank: int | None = None, max_error: float | None = None
@@ -249,14 +250,14 @@ class Bundle:
 def form_in(file: BundleFile, task: BundledTask) -> OriginalForm:
     """Read the form and the extras of the original of a task in a bundle."""
     from icmlora.fleet.decoding import OriginalForm
+    from icmlora.formats.catalogue import format_named
     from icmlora.formats.extras import unpack_extras
     from icmlora.formats.format import Template
-    from icmlora.formats.peft import PEFT
 
     template = Template(file.read(task.config), task.layout, task.dtype, task.template)
     extras = ((extra.file, extra.part) for extra in task.extras)
     base = partial(_base_tensors, file.index.base_model)
-    return OriginalForm(PEFT, template, *unpack_extras(extras, file.read, base))
+    return OriginalForm(format_named(task.format), template, *unpack_extras(extras, file.read, base))
 
 
 def _base_tensors(label: str) -> BaseTensors:

@@ -69,7 +69,7 @@ def read_form(store: Store, final: AdapterRecord) -> OriginalForm:
         from icmlora.formats.extras import unpack_extras
 
         extras = ((extra.file, extra.blob) for extra in final.extras)
-        tensors, files = unpack_extras(extras, store.blobs.read, partial(_base_tensors, store, final))
+        tensors, files = unpack_extras(extras, store.blobs.read, partial(base_tensors, store, final))
     return OriginalForm(format_named(final.format), template, tensors, files)
 
 
@@ -111,10 +111,11 @@ def check_references(store: Store, final: AdapterRecord) -> None:
 
     small = [extra.blob for extra in final.extras if extra.file is None and extra.packed_size <= MAX_RECORD]
     references = [blob for blob in map(store.blobs.read, small) if blob.startswith(REFERENCES)]
-    unpack_tensors(references, partial(_base_tensors, store, final))
+    unpack_tensors(references, partial(base_tensors, store, final))
 
 
-def _base_tensors(store: Store, final: AdapterRecord) -> BaseTensors:
+def base_tensors(store: Store, final: AdapterRecord) -> BaseTensors:
+    """Open the tensors of a task's base model, to which its extras may refer."""
     from icmlora.base_models.tensors import needed_tensors
     from icmlora.fleet.context import locate_base
 

@@ -54,7 +54,8 @@ class EncodeRequest:
     """What to encode, and which limits to meet. `max_error` is the relative error.
 
     Without limits, `quality` sets the tolerance and codes are refined where that is possible. `refine` is the number of
-    steps; None stands for as many as the quality is meant for, or for none under other limits.
+    steps; None stands for as many as the quality is meant for, or for none under other limits. Under `size`, the bytes
+    of a code, each code is as accurate as they allow, and the other limits are checked.
     """
 
     names: Sequence[str] = ()
@@ -69,11 +70,21 @@ class EncodeRequest:
     again: bool = False
     workers: str | None = None
     shard: Shard | None = None
+    size: int | None = None
 
     @property
     def is_by_quality(self) -> bool:
         """Whether a quality takes the place of limits."""
-        return self.max_error is None and self.min_gain is None and self.tolerance is None
+        return all(limit is None for limit in (self.max_error, self.min_gain, self.tolerance, self.size))
+
+    def check(self) -> None:
+        """Raise `DataError` for what does not go together."""
+        if self.size is not None and self.refine:
+            hint = "leave out the size, or the refinement"
+            raise DataError("refinement changes how many bytes a code takes, so it cannot keep a size", hint=hint)
+        if self.size is not None and self.residual:
+            hint = "a residual brings a code to an error: give max_error or min_gain"
+            raise DataError("a size limits codes, and residuals are not part of them", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -84,12 +95,13 @@ class _Plan:
     max_error: float | None
     tolerance: float | None
     steps: int
+    size: int | None = None
 
     @classmethod
     def of(cls, request: EncodeRequest, generator: GeneratorRecord, *, refined: bool) -> _Plan:
         """Return the plan for a plain or refined code; other limits than a quality have one plan only."""
         if not request.is_by_quality:
-            return cls(request.min_gain, request.max_error, request.tolerance, request.refine or 0)
+            return cls(request.min_gain, request.max_error, request.tolerance, request.refine or 0, request.size)
         quality = request.quality or quality_of(float(generator.config["tolerance"]))  # type: ignore[arg-type]
         if quality is None:
             fact = "the generator was trained with a tolerance of its own, so its codes have no quality"
@@ -104,7 +116,7 @@ class _Plan:
 
     def asked(self, *, is_kept: bool) -> Asked:
         """Return what the store records of the limits."""
-        return Asked(self.min_gain, self.max_error, self.tolerance, is_kept, self.steps)
+        return Asked(self.min_gain, self.max_error, self.tolerance, is_kept, self.steps, self.size)
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,7 @@ class EncodeReport:
 
 def encode(context: Context, request: EncodeRequest) -> EncodeReport:
     """Encode tasks one after the other, or on several workers; each new code is recorded at once."""
+    request.check()
     check_place(request.device, request.workers)
     report = EncodeReport(is_named=bool(request.names))
     with context.open() as store, reporting(report):
@@ -306,7 +319,7 @@ class Encoder:
         return replace(outcome, retained_gain=gains[0] if gains else None)
 
     def _code(self, turn: _Turn, wanted: _Plan) -> TaskEncoded | MadeCode:
-        """Make the smallest code that meets the limits."""
+        """Make the smallest code that meets the limits, or the most accurate one of a size."""
         original, task = read_original(self._store, turn.final), turn.task
         plan, refiner, reason = self._refined_or_plain(turn, original, wanted)
         if reason is not None and (known := self._known(turn, plan)) is not None:
@@ -316,8 +329,13 @@ class Encoder:
         vectors = mean_vectors(self._store, self._store.vectors.all(task.name))
         losses = self._losses(turn)
         search = CodeSearch(codec, original, vectors, self._seeds.find(original), losses, refiner, turn.tell)
-        best, is_kept = search.smallest(plan.limits, plan.min_gain)
+        if plan.size is None:
+            best, is_kept = search.smallest(plan.limits, plan.min_gain)
+        else:
+            best, is_kept = search.most_accurate(plan.size, plan.limits, plan.min_gain)
         data, error = best.encoded.data, best.encoded.squared_error
+        if plan.size is not None and len(data) > plan.size:
+            reason = f"its smallest code takes {len(data):,} bytes"
         status: EncodeStatus = "encoded" if is_kept else "below"
         return MadeCode(
             data,

@@ -22,7 +22,6 @@ from icmlora.bundle.index import (
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.context import Context, base_name, check_base_model
 from icmlora.fleet.stored_vectors import latest_vectors, vectors_by_task
-from icmlora.formats.peft import PEFT
 from icmlora.generator.code import generator_of
 from icmlora.generator.file import versions_of
 from icmlora.io.staging import check_absent
@@ -92,12 +91,6 @@ def _choose(store: Store, request: ExportRequest) -> _Choice:
     if named and without:
         hint = "run `icm train --update` to make them, or export the other tasks only"
         raise DataError(f"no code under the current generator: {', '.join(without)}", hint=hint)
-    others = [row.task.name for row in coded if row.final.format != PEFT.name]
-    if others:  # the bundle format holds a PEFT configuration for each task and does not note a format
-        hint = "name the tasks to export, without these"
-        raise DataError(
-            f"a bundle holds only tasks that were ingested as PEFT adapters: {', '.join(others)}", hint=hint
-        )
     bases = sorted({row.task.base_model for row in coded})
     if len(bases) > 1:
         fact = f"a bundle has one base model, but these tasks have {len(bases)}: {', '.join(bases)}"
@@ -140,6 +133,7 @@ def _task(store: Store, row: TaskSummary, generator: GeneratorRecord, vectors: S
         is_generated=final.is_generated,
         layout=tuple(ModuleShape(*entry) for entry in final.layout),
         template=final.template,
+        format=final.format,
         extras=tuple(BundledExtra(extra.blob, extra.file, extra.size) for extra in final.extras),
         measured=_measured(latest(store.evaluations.all(row.task.name), row.task, "code", generator)),
         vectors=_vectors(vectors),

@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from icmlora.adapter.blocks import blocks_of
 from icmlora.bundle.file import open_bundle
 from icmlora.errors import BundleError
 from icmlora.fleet.bundles import find_task, open_generator
 from icmlora.fleet.context import Context
+from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import Template
+from icmlora.formats.peft import PEFT
 from icmlora.formats.peft_config import AdapterConfig
 from icmlora.formats.peft_initial import converted_form
 from icmlora.generator.code import generator_of
@@ -82,8 +85,10 @@ def _check_parts(bundle: BundleFile, tasks: Sequence[BundledTask]) -> None:
         if generator_of(bundle.read(task.code)) not in generator_file.digests:
             raise BundleError(f"the code of {task.name!r} belongs to another generator")
         # It may name a mirror of the base model.
-        form = converted_form(Template(bundle.read(task.config), task.layout, task.dtype, task.template))
-        AdapterConfig.parse(form.config)
+        config = bundle.read(task.config)
+        format_named(task.format).read_config(config)
+        if task.format == PEFT.name:
+            AdapterConfig.parse(converted_form(Template(config, task.layout, task.dtype, task.template)).config)
 
 
 def _plan(context: Context, arrival: BundleImport) -> list[ImportOutcome]:
@@ -131,6 +136,13 @@ def _vectors(bundle: BundleFile, task: BundledTask) -> list[NewVector]:
     ]
 
 
+def _targets(task: BundledTask) -> tuple[str, ...]:
+    """Name what the adapter is for, as ingesting its original would."""
+    if format_named(task.format).is_for_images:
+        return blocks_of(shape.module for shape in task.layout)
+    return task.target_modules
+
+
 def _arriving(task: BundledTask, source: str, sizes: Mapping[str, int], vectors: Sequence[NewVector]) -> ImportedTask:
     original = NewAdapter(
         weights=task.weights,
@@ -141,11 +153,12 @@ def _arriving(task: BundledTask, source: str, sizes: Mapping[str, int], vectors:
         dtype=task.dtype,
         rank_max=task.rank_max,
         parameters=task.parameters,
-        target_modules=task.target_modules,
+        target_modules=_targets(task),
         layout=[(shape.module, shape.rank, shape.inputs, shape.outputs) for shape in task.layout],
         source=source,
         is_generated=task.is_generated,
         template=task.template,
+        format=task.format,
         extras=[Extra(extra.part, extra.file, extra.size, sizes[extra.part]) for extra in task.extras],
     )
     measured = None

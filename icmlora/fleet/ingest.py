@@ -29,6 +29,7 @@ from icmlora.errors import (
 from icmlora.fleet.base_joins import BaseJoined, KnownBases
 from icmlora.fleet.context import Context, Event, Progress, locate_base, reporting
 from icmlora.fleet.failures import FAILURES
+from icmlora.fleet.ingest_duplicates import KnownTensors
 from icmlora.fleet.ingest_extras import ExtrasKeeper
 from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
 from icmlora.formats.catalogue import format_named
@@ -87,6 +88,7 @@ class TaskIngested(Event):
     converted_from: str | None = None  # the name of the pickle that its weights were converted from
     initial: str | None = None  # the folder with the weights that it began with, which were taken off
     format: str = "peft"
+    same_as: str | None = None  # another task whose final adapter has the same tensors, for a new adapter
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,7 @@ class _Target:
         That is no other adapter: taking it would put the code's losses in place of the original.
         """
         known = {origin.name.lower(): (origin.weights, origin.config) for origin in self.origins}
-        finals = {task.found.name: next(row for row in task.adapters if row.is_final) for task in tasks}
+        finals = {task.found.name: _final(task) for task in tasks}
         others = {
             name: row
             for name, row in finals.items()
@@ -350,6 +352,7 @@ def _ingest_batches(
 ) -> None:
     total = sum(len(task.adapters) for task in tasks)
     done = 0
+    tensors = KnownTensors(target.origins, None if target.known is None else target.known.blobs.read)
     context.progress(done, total)
     for batch in batches(tasks):
         with converted(batch, reader) as (readable, refused):
@@ -366,6 +369,8 @@ def _ingest_batches(
                 ingested = _ingested(task, outcome, target.bases)
                 if task.found.name in decoded:
                     ingested = replace(ingested, status="decoded")
+                elif outcome.status in ("added", "replaced"):
+                    ingested = replace(ingested, same_as=tensors.add(outcome.name, _final(task)))
                 report.ingested.append(ingested)
                 context.on_event(ingested)
         for problem, name in _in_order(prepared, outcomes):
@@ -422,6 +427,10 @@ def _record(
     return [_as_it_is(task) if task.found.name in decoded else next(outcomes) for task in _good(prepared)]
 
 
+def _final(task: PreparedTask) -> NewAdapter:
+    return next(row for row in task.adapters if row.is_final)
+
+
 def _as_it_is(task: PreparedTask) -> IngestOutcome:
     return IngestOutcome(task.found.name, 0, len(task.adapters), "known", task.base_model or UNKNOWN_BASE)
 
@@ -465,7 +474,7 @@ def _in_order(
 
 
 def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> TaskIngested:
-    final = next(row for row in task.adapters if row.is_final)
+    final = _final(task)
     base = bases.name_of(outcome.base_model)
     return TaskIngested(
         task=outcome.name,

@@ -25,6 +25,7 @@ from icmlora.errors import DataError, IcmLoraError, located
 from icmlora.fleet.context import has_loaders
 from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.format import AdapterFormat, AdapterSummary
+from icmlora.formats.identity import tensors_key
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import TensorInfo, read_tensor_file
 from registry.blobs.content import PutRefusal, digest_of
@@ -104,13 +105,21 @@ class _Checked:
 
     digest: str
     size: int
-    found: _Summaries | TextRead
+    found: _Weights | TextRead
 
 
-# Several folders may link to the same weights, each with a configuration of its own.
 _Meaning = tuple[bytes, bytes | None]
-_Summaries = Mapping[_Meaning, AdapterSummary | IcmLoraError]
-_Checks = dict[Path, Callable[[bytes | memoryview], _Summaries | TextRead]]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What a file of weights holds; several folders may link to it, each with a configuration of its own."""
+
+    summaries: Mapping[_Meaning, AdapterSummary | IcmLoraError]
+    tensors_key: str
+
+
+_Checks = dict[Path, Callable[[bytes | memoryview], _Weights | TextRead]]
 _Outcomes = dict[Path, _Checked | Exception]
 
 
@@ -189,7 +198,7 @@ def _read_small(found: FoundAdapter, initial: dict[Path, bytes]) -> _Small | Icm
 
 def _inspect(
     adapter_format: AdapterFormat, meanings: Sequence[_Meaning], data: bytes | memoryview, *, path: Path
-) -> _Summaries:
+) -> _Weights:
     """Check weights under each of their configurations; raise if they are valid under none."""
     found: dict[_Meaning, AdapterSummary | IcmLoraError] = {}
     for config, initial in meanings:
@@ -200,7 +209,7 @@ def _inspect(
     errors = [item for item in found.values() if isinstance(item, IcmLoraError)]
     if len(errors) == len(found):
         raise errors[0]
-    return found
+    return _Weights(found, tensors_key(data))
 
 
 def _check_text(data: bytes | memoryview, *, path: Path, any_row: bool) -> TextRead:
@@ -252,7 +261,7 @@ def _withheld(
 def _check_and_store(
     checks: _Checks, contents: Sequence[bytes], store: Store, withheld: Mapping[Path, Collection[str]]
 ) -> _Outcomes:
-    def inspect(path: Path, data: bytes) -> _Summaries | TextRead:
+    def inspect(path: Path, data: bytes) -> _Weights | TextRead:
         return checks[path](data)
 
     # The whole batch in one call: each call waits for the disk once, and that is what takes time.
@@ -293,11 +302,11 @@ def _prepared(
                 problems.append(Problem(error, found.place))
                 if found.is_final:
                     return problems[-1]
-            case files, checked, summary:
+            case files, checked, summary, key:
                 if found.is_final:
                     base_model = full_label(summary.base_model, summary.revision, found.place, task.folder)
                     kept = summary.extras
-                rows.append(_row(found, files, checked.digest, summary))
+                rows.append(_row(found, files, checked.digest, summary, key))
                 size += checked.size + len(files.config) + len(files.card or b"")
     (samples, samples_read), (eval_data, eval_read) = (
         _text(path, outcomes, problems) for path in (task.samples, task.eval_data)
@@ -309,7 +318,7 @@ def _prepared(
 
 def _read_of(
     found: FoundAdapter, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
-) -> tuple[_Small, _Checked, AdapterSummary] | Exception:
+) -> tuple[_Small, _Checked, AdapterSummary, str] | Exception:
     """Return what was read of one adapter, or the first reason to refuse it."""
     files = small[found.place]
     if isinstance(files, Exception):
@@ -318,8 +327,8 @@ def _read_of(
     if isinstance(checked, Exception):
         return checked
     assert not isinstance(checked.found, TextRead)
-    summary = checked.found[files.meaning]
-    return summary if isinstance(summary, Exception) else (files, checked, summary)
+    summary = checked.found.summaries[files.meaning]
+    return summary if isinstance(summary, Exception) else (files, checked, summary, checked.found.tensors_key)
 
 
 def _text(path: Path | None, outcomes: _Outcomes, problems: list[Problem]) -> tuple[str, TextRead] | tuple[None, None]:
@@ -334,7 +343,7 @@ def _text(path: Path | None, outcomes: _Outcomes, problems: list[Problem]) -> tu
     return None, None
 
 
-def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary) -> NewAdapter:
+def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSummary, tensors_key: str) -> NewAdapter:
     return NewAdapter(
         weights=weights,
         config=digest_of(files.config),
@@ -352,6 +361,7 @@ def _row(found: FoundAdapter, files: _Small, weights: str, summary: AdapterSumma
         does_nothing=summary.does_nothing,
         template=summary.template,
         initial=None if files.initial is None else digest_of(files.initial),
+        tensors_key=tensors_key,
     )
 
 

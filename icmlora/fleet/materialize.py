@@ -1,4 +1,4 @@
-"""Write a task's adapter as a folder, or load it: from its original, its code, or its task vectors.
+"""Write a task's adapter as a folder or file, or load it: from its original, its code, or its task vectors.
 
     original   the bytes that were ingested, unchanged
     residual   the code, corrected by its residual
@@ -67,7 +67,7 @@ class MaterializeRequest(FilesRequest):
     """Which adapter to write, and where."""
 
     directory: Path  # of the format `gguf`, the file
-    adapter_format: FormatName = "peft"
+    adapter_format: FormatName | None = None  # None for the adapter's own
     force: bool = False
 
 
@@ -84,6 +84,7 @@ class MaterializeReport(WithRelativeError):
     weights: str  # SHA-256 of the written weights
     recognized: str | None = None  # of `generate`: the task whose code it is; None for what the network predicts
     adapter_format: str = "peft"  # in which it was written
+    converted: bool = False  # from another one
     left_out: tuple[str, ...] = ()  # files that came with the original and have no place in this format
 
 
@@ -106,27 +107,30 @@ class MadeFiles:
         """File name -> content; the file that makes the adapter valid comes last."""
         return self.format.lay_out(self.content, self.task)
 
-    def write(self, directory: Path, *, force: bool) -> MaterializeReport:
-        """Write the files as a folder, which appears complete or not at all."""
-        write_adapter_files(directory, self.format, self.content, self.task, force=force)
+    def write(self, output: Path, *, force: bool) -> MaterializeReport:
+        """Write the files as a folder, or as a single file where the format has those; completely, or not at all."""
+        write_adapter_files(output, self.format, self.content, self.task, force=force)
         digest = hashlib.sha256(self.content.weights).hexdigest()
-        return self._report(directory, digest, (0.0, 1.0))
+        return self._report(output, digest, (0.0, 1.0))
 
-    def convert(self, output: Path, base: GgufBase | None, *, dtype: str | None, force: bool) -> MaterializeReport:
-        """Write the adapter for llama.cpp if the `base` is given, else for MLX-LM; completely, or not at all."""
-        from icmlora.fleet.converting import write_converted
+    def convert(
+        self, output: Path, wanted: FormatName, base: GgufBase | None, *, dtype: str | None, force: bool
+    ) -> MaterializeReport:
+        """Write the adapter in another format than its own; `base` is needed from and to `gguf`."""
+        from icmlora.fleet.converting import read_converted, write_converted
 
         # What is converted is the adapter that `write` would write, with its rounded factors.
         with located(output):
-            config, weights = self.content.config, self.content.weights
-            adapter = self.format.runnable(config, weights, initial=self.initial)
+            adapter = read_converted(self.format, self.content, base, self.initial)
         own = {"icm_task": self.task, "icm_rung": "original"}
         metadata = own if self.provenance is None else self.provenance.metadata()
-        digest = write_converted(output, adapter, base=base, metadata=metadata, dtype=dtype, force=force)
+        card = (self.content.card or b"").decode("utf-8", "replace")
+        digest = write_converted(
+            output, wanted, adapter, base=base, metadata=metadata, card=card, dtype=dtype, force=force
+        )
         is_rounded = dtype not in (None, "float32")  # nobody measures by how much
         report = self._report(output, digest, (None, None) if is_rounded else (0.0, 1.0))
-        written: FormatName = "mlx" if base is None else "gguf"
-        return replace(report, adapter_format=written, left_out=tuple(self.content.companions))
+        return replace(report, adapter_format=wanted, converted=True, left_out=tuple(self.content.companions))
 
     def _report(self, output: Path, digest: str, of_original: tuple[float | None, float | None]) -> MaterializeReport:
         p = self.provenance
@@ -139,18 +143,23 @@ class MadeFiles:
 
 def materialize(context: Context, request: MaterializeRequest) -> MaterializeReport:
     """Write an adapter, which appears complete or not at all. The same request gives the same bytes."""
-    output, dtype, force = request.directory, request.dtype, request.force
-    if request.adapter_format == "peft":
+    output, wanted, force = request.directory, request.adapter_format, request.force
+    if wanted is None:
         check_target(output, force=force)
         return make_files(context, request).write(output, force=force)
     from icmlora.fleet.converting import check_output, gguf_base
 
-    check_output(output, request.adapter_format, force=force)
+    check_output(output, wanted, force=force)
     base = None
-    if request.adapter_format == "gguf":
-        with context.open(read_only=True) as store:
-            base = gguf_base(partial(locate_base, store, store.tasks.get(request.task).base_model))
-    return make_files(context, replace(request, dtype=None)).convert(output, base, dtype=dtype, force=force)
+    with context.open(read_only=True) as store:
+        task = store.tasks.get(request.task)
+        own = store.tasks.final(task.name).format
+        if own != wanted and "gguf" in (own, wanted):
+            base = gguf_base(partial(locate_base, store, task.base_model))
+    if own == wanted:
+        return make_files(context, request).write(output, force=force)
+    made = make_files(context, replace(request, dtype=None))
+    return made.convert(output, wanted, base, dtype=request.dtype, force=force)
 
 
 def make_files(context: Context, request: FilesRequest) -> MadeFiles:

@@ -1,4 +1,4 @@
-"""Search for the smallest code, or residual, of one adapter that meets the limits.
+"""Search for the smallest code, or residual, of one adapter that meets the limits, or the best one of a size.
 
     tolerance  0.95   0.71   0.5   0.35   ...   0.004
                few bytes                   many bytes
@@ -25,6 +25,7 @@ from icmlora.generator.encoding import Encoded, Limits
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.residual_codec import ResidualCodec
+from icmlora.io.text import human_size
 from icmlora.training.refinement import RefineConfig, items_for, refine
 from registry.records import Rung
 
@@ -163,6 +164,18 @@ class CodeSearch:
             near = bisect(len(ladder), 1 - _LOSS_RATIO * (1 - min_gain), plain)
             found = walk(near.index, len(ladder), min_gain, attempt)
         return found.trial, found.is_kept
+
+    def most_accurate(self, size: int, limits: Limits, min_gain: float | None) -> tuple[Trial, bool]:
+        """Return the most accurate code of at most `size` bytes and whether it meets the other limits too.
+
+        If no code is so small, that is the smallest one, and it does not.
+        """
+        self.tell(f"encoding, at most {human_size(size)}")
+        keep = self.losses is not None
+        encoded = self.codec.encode_within(self.original, self.vectors, self.initial, size=size, keep_decoded=keep)
+        trial = _measured(self.losses, "code", encoded)
+        is_good = limits.keeps(encoded) and (min_gain is None or trial.keeps(min_gain))
+        return trial, is_good and len(encoded.data) <= size
 
     def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:
         self.tell("encoding" if limits.tolerance is None else f"encoding, tolerance {limits.tolerance:.2g}")

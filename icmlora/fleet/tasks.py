@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model
+from icmlora.formats.catalogue import format_named
+from icmlora.io.strict_json import parse_object
 from registry.errors import DamagedStore
 from registry.filters import FIELDS, Field, Selection, parse_filter, parse_sort
 from registry.records import (
@@ -42,6 +45,7 @@ class TaskDetails:
     # adapter; None if no chats were read.
     template: str | None
     has_own_template: bool
+    header: Mapping[str, str]  # what the trainer noted in the file of an image adapter
 
     @property
     def final(self) -> AdapterRecord:
@@ -170,7 +174,28 @@ def show_task(context: Context, name: str) -> TaskDetails:
             evaluations=evaluations,
             template=template,
             has_own_template=template is not None and template == _own_template(store, task.name),
+            header=header_of(store, store.tasks.final(task.name)),
         )
+
+
+def header_of(store: Store, final: AdapterRecord) -> Mapping[str, str]:
+    """Return what the trainer noted in the header of an image adapter; nothing for one of another kind."""
+    if not format_named(final.format).is_for_images:
+        return {}
+    from icmlora.fleet.decoding import base_tensors
+    from icmlora.formats.extras import unpack_tensors
+    from icmlora.formats.single_file_check import HEADER
+    from icmlora.io.safetensors import peek_bytes
+
+    try:
+        if not final.is_evicted:
+            found = peek_bytes(partial(store.blobs.start, final.weights))
+            return {} if found is None else found.metadata
+        blobs = [store.blobs.read(extra.blob) for extra in final.extras if extra.file is None]
+        header = unpack_tensors(blobs, partial(base_tensors, store, final)).get(HEADER)
+        return {} if header is None else parse_object(header.data, what="the header", max_bytes=len(header.data))
+    except (DamagedStore, IcmLoraError):  # `icm verify` reports it
+        return {}
 
 
 def plan_removal(context: Context, names: Sequence[str]) -> list[Removal]:

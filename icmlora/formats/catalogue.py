@@ -11,7 +11,7 @@ from icmlora.formats.format import AdapterFormat
 
 # `diffusers` is `DIFFUSERS` in icmlora/formats/diffusers.py. The first that finds an adapter has it: LyCORIS comes
 # before kohya, whose names it shares.
-FORMATS: list[str | AdapterFormat] = ["peft", "diffusers", "comfyui", "xlabs", "lycoris", "kohya"]
+FORMATS: list[str | AdapterFormat] = ["peft", "mlx", "gguf", "diffusers", "comfyui", "xlabs", "lycoris", "kohya"]
 """Names of formats, or formats themselves."""
 
 

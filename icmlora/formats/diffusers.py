@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from icmlora.errors import AdapterRefused
-from icmlora.formats.peft_config import AdapterConfig
+from icmlora.formats.peft_config import AdapterConfig, with_ranks
 from icmlora.formats.single_file import SingleFileFormat
 from icmlora.formats.single_file_names import Naming, Style
 from icmlora.io.strict_json import parse_object
@@ -33,6 +33,7 @@ _NAMING = Naming(
         Style("{}.lora.down.weight", "{}.lora.up.weight"),
         Style("{}.lora_linear_layer.down.weight", "{}.lora_linear_layer.up.weight"),
         Style("{parent}.processor.{leaf}_lora.down.weight", "{parent}.processor.{leaf}_lora.up.weight"),
+        Style("{}_lora.down.weight", "{}_lora.up.weight"),  # of text encoders, as old as the one before
     ),
 )
 
@@ -50,14 +51,42 @@ def scale_of(metadata: Mapping[str, str], module: str, rank: int) -> float:
     return config.scale_of(inner)
 
 
+def restated(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> Mapping[str, str]:
+    """Return the metadata with the ranks to write in its configurations; scales stay as they are."""
+    if METADATA not in metadata:
+        return metadata
+    fields, is_stated = dict(_fields(metadata[METADATA])), True
+    for component, config in _configs(metadata[METADATA]).items():
+        inner = {name.removeprefix(f"{component}."): rank for name, rank in ranks.items() if _is_of(name, component)}
+        if all(config.rank_of(name) == rank for name, rank in inner.items()):
+            continue
+        is_stated = False
+        own = json.dumps(fields[component]).encode()
+        fields[component] = json.loads(
+            with_ranks(own, {name: (rank, config.scale_of(name)) for name, rank in inner.items()})
+        )
+    if is_stated:
+        return metadata
+    flat = {f"{component}.{name}": value for component, some in fields.items() for name, value in some.items()}
+    return {**metadata, METADATA: json.dumps(flat, indent=2, sort_keys=True)}
+
+
+def _is_of(module: str, component: str) -> bool:
+    return module.partition(".")[0] == component
+
+
 @lru_cache(maxsize=4)
 def _configs(text: str) -> dict[str, AdapterConfig]:
     """Read the configurations of the components: their fields are named `unet.r`, `unet.lora_alpha` and so on."""
+    return {component: AdapterConfig.read(json.dumps(some).encode()) for component, some in _fields(text).items()}
+
+
+def _fields(text: str) -> dict[str, dict[str, object]]:
     fields: dict[str, dict[str, object]] = {}
     for key, value in parse_object(text.encode(), what=METADATA, max_bytes=_MAX_METADATA).items():
         component, _, name = key.partition(".")
         fields.setdefault(component, {})[name] = value
-    return {component: AdapterConfig.read(json.dumps(some).encode()) for component, some in fields.items()}
+    return fields
 
 
 DIFFUSERS = SingleFileFormat(
@@ -65,5 +94,6 @@ DIFFUSERS = SingleFileFormat(
     "one file, as diffusers saves LoRA",
     _NAMING,
     scales=scale_of,
+    restated=restated,
     folder_file="pytorch_lora_weights.safetensors",
 )

@@ -13,7 +13,7 @@ from icmlora.formats.peft_config import MAX_CONFIG_BYTES
 from icmlora.formats.placeholder import PLACEHOLDER_NAME
 from icmlora.formats.tree import Folder
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import read_tensor_file
+from icmlora.io.safetensors import MAX_FILE_BYTES, read_tensor_file
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
@@ -34,7 +34,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     searched = Folder(place, entries)
     for known in formats():
         for paths in known.find(searched):
-            return known.read(_config(paths), read_tensor_file(paths.weights), path=place).adapter
+            return known.read(_config(paths), _weights(paths), path=place).adapter
     if PLACEHOLDER_NAME in entries:
         hint = f"`icm restore {place}` brings it back"
         raise AdapterRefused("there is a placeholder instead of an adapter", kind="placeholder", path=place, hint=hint)
@@ -77,3 +77,9 @@ def save_adapter(
 
 def _config(paths: AdapterPaths) -> bytes:
     return b"" if paths.config is None else read_regular(paths.config, max_bytes=MAX_CONFIG_BYTES)
+
+
+def _weights(paths: AdapterPaths) -> bytes:
+    if paths.weights.suffix == ".safetensors":
+        return read_tensor_file(paths.weights)
+    return read_regular(paths.weights, max_bytes=MAX_FILE_BYTES)

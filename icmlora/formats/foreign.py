@@ -25,7 +25,7 @@ _PICKLE = re.compile(
 )
 # What trainers, loggers and hubs leave next to an adapter, and the adapter once more in another form.
 _PASSED_OVER = re.compile(
-    r"\..*|(training_args|optimizer|scheduler|scaler|sampler|dl_state_dict|rng_state|random_states|pytorch_model)[-_.0-9].*"
+    r"\..*|\d{7}_adapters\.safetensors|(training_args|optimizer|scheduler|scaler|sampler|dl_state_dict|rng_state|random_states|pytorch_model)[-_.0-9].*"
     r"|(consolidated|mp_rank|zero_|bf16_zero_|custom_checkpoint_|events\.out\.tfevents|adapter_model[-.]).*"
     r"|model[-.0-9a-z]*\.(bin|pt|pth|ckpt|safetensors|index\.json)|(all|train|eval|test|predict)_results\.(json|txt)"
     r"|(trainer_state|config|trainer_log|running_log|args|model_args|data_args|finetuning_args|README)\.(json|jsonl|txt|md)"
@@ -39,10 +39,10 @@ _RESAVE = "load the adapter where it was trained and save it as safetensors"
 _READ_BIN = "`icm ingest --read-bin` reads it in a process of its own; or save it as safetensors where it was trained"
 _BARE = "copy the adapter_config.json of its training into the same folder"
 _TO_PEFT = "convert it to a PEFT folder first"
+_OF_MLX = "name it adapters.safetensors, in a folder with the adapter_config.json of its training"
 
 # Exact names that tell a dialect: kind, what it is, what to do.
 _NAMES: Mapping[str, tuple[str, str, str]] = {
-    "adapters.safetensors": ("mlx", "an MLX-LM adapter", _TO_PEFT),
     "pytorch_lora_weights.safetensors": ("diffusers", "a diffusers LoRA", _TO_PEFT),
     "adapter_model.safetensors": ("bare", "adapter weights without adapter_config.json: alpha is unknown", _BARE),
     "latest_checkpointed_iteration.txt": ("megatron", "a Megatron run", "use AutoBridge.export_adapter_ckpt"),
@@ -52,11 +52,10 @@ _NAMES: Mapping[str, tuple[str, str, str]] = {
 _MARKS: tuple[tuple[bytes, tuple[str, str, str]], ...] = (
     (rb'\.lora_(down|up)\.weight"', ("kohya", "a LoRA whose modules have names that icm does not know", _TO_PEFT)),
     (rb'_lora\d?\.(down|up)\.weight"', ("diffusers", "an XLabs or old diffusers LoRA", _TO_PEFT)),
-    (rb'\.lora_[ab]"', ("mlx", "an MLX-LM adapter", _TO_PEFT)),
+    (rb'\.lora_[ab]"', ("mlx", "weights of MLX-LM without their configuration", _OF_MLX)),
     (rb'\.lora_[AB]\.weight"', ("bare", "LoRA weights without adapter_config.json: alpha is unknown", _BARE)),
 )
 _PEEK_BYTES = 1024 * 1024
-_GGUF_ADAPTER = b"general.type" + (8).to_bytes(4, "little") + (7).to_bytes(8, "little") + b"adapter"
 
 
 def foreign_adapters(files: Mapping[str, Path]) -> list[AdapterRefused]:
@@ -79,10 +78,7 @@ def _foreign(name: str, path: Path, *, has_config: bool) -> AdapterRefused | Non
     if _PICKLE.fullmatch(name[:256]):
         hint = _READ_BIN if has_config and name in PICKLES else _LITGPT if name.endswith(".pth.lora") else _RESAVE
         return UnsafeInput("a pickle can run code, so it was not opened", kind="pickle", path=path, hint=hint)
-    if name.endswith(".gguf"):
-        if _GGUF_ADAPTER in _peek(path, 64 * 1024):
-            return _refusal(("gguf", "a llama.cpp adapter", "give the PEFT folder it was made from"), path)
-    elif name.endswith(".safetensors"):
+    if name.endswith(".safetensors"):
         head = _peek(path, _PEEK_BYTES)
         # Searched as text and not parsed: this file may have nothing to do with icm.
         header = head[8 : 8 + int.from_bytes(head[:8], "little")]

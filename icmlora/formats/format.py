@@ -155,9 +155,28 @@ class Template:
 
     config: bytes
     layout: tuple[ModuleShape, ...]
+    """Its modules with the ranks to write. Where the configuration states others, it is changed to state these."""
     dtype: str
     details: str = ""
     """`AdapterSummary.template`."""
+
+
+class Layout(Protocol):
+    """How the files of an adapter are laid out: the part of a format that writing to disk needs."""
+
+    @property
+    def name(self) -> str:
+        """The name of the format."""
+        ...
+
+    @property
+    def suffix(self) -> str | None:
+        """How the name of an adapter ends that is a single file; None for a folder."""
+        ...
+
+    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
+        """Return file name -> content; see `AdapterFormat.lay_out`."""
+        ...
 
 
 class AdapterFormat(Protocol):
@@ -176,6 +195,11 @@ class AdapterFormat(Protocol):
     @property
     def suffix(self) -> str | None:
         """How the name of an adapter ends that is a single file; None for a folder."""
+        ...
+
+    @property
+    def about(self) -> str:
+        """What it is, in a few words that `icm formats` prints."""
         ...
 
     @property
@@ -275,7 +299,7 @@ class AdapterFormat(Protocol):
 
 
 def write_adapter_files(
-    output: Path, adapter_format: AdapterFormat, files: AdapterBytes, name: str, *, force: bool = False
+    output: Path, adapter_format: Layout, files: AdapterBytes, name: str, *, force: bool = False
 ) -> None:
     """Write an adapter's files, unchanged: complete and durable, or not at all.
 
@@ -298,8 +322,8 @@ def write_adapter_files(
         raise DataError(fact, path=output, hint="name a folder to write it into, or another --format")
     else:
         laid_out = adapter_format.lay_out(files, output.stem)
-        weights = list(laid_out)[-1]  # which a format may call otherwise
-        staging.write_files(output.parent, {**laid_out, output.name: laid_out.pop(weights)}, force=force)
+        _, weights = laid_out.popitem()  # which a format may call otherwise
+        staging.write_files(output.parent, {**laid_out, output.name: weights}, force=force)
 
 
 def check_target(output: Path, *, force: bool = False) -> None:

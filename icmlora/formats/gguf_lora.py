@@ -6,13 +6,14 @@
     what llama.cpp adds:  dW = alpha / r * lora_b @ lora_a,   alpha once in the file, r of each lora_b
 
 Names come from the tables of the `gguf` package. The architecture is the base model's: llama.cpp loads no adapter of
-another one.
+another one. `with_base_names` goes the other way, for an adapter that was ingested as a GGUF file.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from icmlora.adapter.model import LoraModule
+from icmlora.adapter.layout import target_modules
+from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, BaseModelMismatch, BaseModelUnsuited
 from icmlora.formats.format import RunnableAdapter
 from icmlora.io.tensors import dtype_name, raw_tensor
@@ -52,6 +54,29 @@ _ARCHITECTURES: Mapping[str, str] = {
 }
 # Here rotary embeddings turn neighbouring rows of a head; transformers turns row i of its two halves.
 _NEIGHBOURING = frozenset({"granite", "llama", "olmo", "smollm3"})
+# What transformers calls the linear layers of a block; the exceptions by architecture.
+_LAYERS: Mapping[str, str] = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OTHER_LAYERS: Mapping[str, Mapping[str, str]] = {
+    "lfm2": {
+        "attn_output": "self_attn.out_proj",
+        "ffn_gate": "feed_forward.w1",
+        "ffn_up": "feed_forward.w3",
+        "ffn_down": "feed_forward.w2",
+        "shortconv.in_proj": "conv.in_proj",
+        "shortconv.out_proj": "conv.out_proj",
+    },
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    "starcoder2": {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+}
+_BLOCK = re.compile(r"blk\.(\d{1,5})\.(.+)", re.ASCII)
 # Where a text model is a part of a larger one, llama.cpp knows it by the names that it has alone.
 _INNER = (("model.language_model.", "model."), ("language_model.", ""))
 _TYPES = {
@@ -69,6 +94,7 @@ class GgufBase:
     architecture: str  # as llama.cpp calls it
     layers: int
     heads: tuple[int, int] | None = None  # of queries and keys, where llama.cpp has their rows in another order
+    prefix: str = field(default="model.", compare=False)  # of the blocks in transformers
 
     @classmethod
     def of_config(cls, config: Mapping[str, object]) -> GgufBase:
@@ -82,7 +108,8 @@ class GgufBase:
         text = config.get("text_config", config)
         if not isinstance(name, str) or name not in _ARCHITECTURES or not isinstance(text, dict):
             raise _unknown(name, _ARCHITECTURES)
-        return cls._of(_ARCHITECTURES[name], text, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        found = cls._of(_ARCHITECTURES[name], text, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        return found if text is config else replace(found, prefix=_INNER[0][0])
 
     @classmethod
     def of_file(cls, path: Path) -> GgufBase:
@@ -153,6 +180,55 @@ def encode_gguf(
     return _bytes(writer)
 
 
+def with_base_names(adapter: Adapter, architecture: str, base: GgufBase) -> RunnableAdapter:
+    """Return an adapter of a GGUF file with the names and the order of rows that transformers has.
+
+    Args:
+        adapter: With llama.cpp's names and rows.
+        architecture: What its file says.
+        base: Its base model.
+
+    Raises:
+        BaseModelMismatch: It is for another architecture, or a module does not have the heads of the base model.
+        AdapterRefused: It has something else than linear layers inside of the blocks.
+    """
+    if architecture != base.architecture:
+        fact = f"the adapter is for {escape(architecture, 80)!r}, but its base model is {base.architecture!r}"
+        raise BaseModelMismatch(fact, hint="`icm base add NAME PATH` says where the base model of tasks in a store is")
+    modules = tuple(
+        LoraModule(_source(module.name, base), module.a, _turned_back(module, base)) for module in adapter.modules
+    )
+    targets = target_modules(module.name for module in modules)
+    return RunnableAdapter(replace(adapter, modules=modules, target_modules=targets))
+
+
+def _source(target: str, base: GgufBase) -> str:
+    """Return what transformers calls the module of a weight in llama.cpp."""
+    match = _BLOCK.fullmatch(target)
+    layers = {**_LAYERS, **_OTHER_LAYERS.get(base.architecture, {})}
+    if match is None or match[2] not in layers or int(match[1]) >= base.layers:
+        fact = f"{escape(target, 120)}: icm does not know what transformers calls this module of {base.architecture}"
+        raise AdapterRefused(fact, kind="layers", hint="`--format gguf` writes it as it is")
+    return f"{base.prefix}layers.{match[1]}.{layers[match[2]]}"
+
+
+def _turned_back(module: LoraModule, base: GgufBase) -> torch.Tensor:
+    """Return B with its rows in the order of transformers."""
+    kind = module.name.rpartition(".")[2]
+    if base.heads is None or kind not in ("attn_q", "attn_k"):
+        return module.b
+    return _reordered(module, base.heads[kind == "attn_k"], (-1, 2))
+
+
+def _reordered(module: LoraModule, heads: int, shape: tuple[int, int]) -> torch.Tensor:
+    """Swap the two dimensions of each head of B, which has the given shape there."""
+    b = module.b
+    if len(b) % (2 * heads):
+        fact = f"{module.name} has {len(b)} outputs, which are not {heads} heads of its base model"
+        raise BaseModelMismatch(fact)
+    return b.reshape(heads, *shape, b.shape[1]).transpose(1, 2).reshape(b.shape)
+
+
 def _target(module: str, names: gguf.TensorNameMap, base: GgufBase) -> str:
     """Return what llama.cpp calls the weight of a module."""
     inner = next((new + module.removeprefix(old) for old, new in _INNER if module.startswith(old)), module)
@@ -167,15 +243,10 @@ def _target(module: str, names: gguf.TensorNameMap, base: GgufBase) -> str:
 def _factors(module: LoraModule, rank: int, base: GgufBase) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A (r, in) and B (out, r) as llama.cpp uses them."""
     # llama.cpp multiplies by alpha / r, where alpha is the largest rank: the scale itself is in B already.
-    b = module.b * (module.a.shape[0] / rank)
-    kind = module.name.rpartition(".")[2]
+    b, kind = module.b, module.name.rpartition(".")[2]
     if base.heads is not None and kind in ("q_proj", "k_proj"):
-        heads = base.heads[kind == "k_proj"]
-        if len(b) % (2 * heads):
-            fact = f"{module.name} has {len(b)} outputs, which are not {heads} heads of its base model"
-            raise BaseModelMismatch(fact)
-        b = b.reshape(heads, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
-    return module.a, b
+        b = _reordered(module, base.heads[kind == "k_proj"], (2, -1))
+    return module.a, b * (module.a.shape[0] / rank)
 
 
 def _add(writer: gguf.GGUFWriter, name: str, values: torch.Tensor, dtype: str) -> None:

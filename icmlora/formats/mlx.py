@@ -1,90 +1,304 @@
-"""Adapters for MLX-LM: adapters.safetensors and adapter_config.json, as `mlx_lm.lora` writes them.
+"""Adapters of MLX-LM: folders with adapters.safetensors and MLX-LM's adapter_config.json.
 
-    model.layers.0.self_attn.q_proj   A (r, in)  ──▶  ….lora_a (in, r)
-                                      B (out, r) ──▶  ….lora_b (r, out)
-                                      DoRA's row lengths ──▶  ….m (out,)
+    model.layers.0.self_attn.q_proj.lora_a (in, r)   .lora_b (r, out)    dW = scale * lora_b^T @ lora_a^T
+    model.layers.0.self_attn.q_proj.m (out,)         DoRA's row lengths, kept exactly
+    model.layers.0.mlp.switch_mlp.up_proj.lora_a (E, r, in), .lora_b (E, out, r)    experts, not turned
 
-    what MLX-LM adds:  y = scale * (x @ lora_a) @ lora_b,   one scale and one r in the configuration
-
-MLX-LM keeps the weights of transformers in their order and, inside of the blocks, mostly under their names; it refuses
-to load an adapter with a module that the model does not have.
+The configuration is everything that the training was told. The copies that a training leaves every few steps
+(`0000100_adapters.safetensors`) are passed over.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch.nn.functional import pad
-
-from icmlora.errors import AdapterRefused
-from icmlora.formats.format import RunnableAdapter
-from icmlora.io.safetensors import RawTensor, encode
-from icmlora.io.tensors import dtype_name, raw_tensor
+from icmlora.errors import AdapterRefused, UnsafeInput, located
+from icmlora.formats.format import (
+    AdapterBytes,
+    AdapterFormat,
+    AdapterPaths,
+    AdapterSummary,
+    Buffer,
+    ConfigFacts,
+    LoadedAdapter,
+    RunnableAdapter,
+    Template,
+)
+from icmlora.formats.lora_pairs import (
+    MAX_RANK,
+    TASK_TYPE,
+    LoraPair,
+    PairForm,
+    SortedPairs,
+    bad_template,
+    check_orientation,
+    original_only,
+    sort_pairs,
+    summary_of,
+)
+from icmlora.io.files import read_regular
+from icmlora.io.safetensors import TensorHeader, read_header
+from icmlora.io.strict_json import parse_object
 from registry.names import escape
 
-WEIGHTS_NAME = "adapters.safetensors"
+if TYPE_CHECKING:
+    from icmlora.adapter.model import Adapter
+    from icmlora.formats.tree import Folder
+    from icmlora.io.safetensors import RawTensor
+
 CONFIG_NAME = "adapter_config.json"
-# MLX-LM looks for the key in each block. It computes experts together, from one tensor.
-_MODULE = re.compile(
-    r"(?P<model>model\.|model\.language_model\.|language_model\.model\.)(?P<block>layers\.\d+)\."
-    r"(?P<key>(?!.*\.\d+(\.|$)).+)"
-)
+WEIGHTS_NAME = "adapters.safetensors"
+CARD_NAME = "README.md"
+_MAX_CONFIG = 1 << 20
+_MAX_LABEL = 1024
+_DEFAULT_SCALE = 20.0  # MLX-LM's own, for configurations that leave it out
+_MAX_SCALE = 1e9
+_KINDS = ("lora", "dora")
 
 
-def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: str = "float32") -> dict[str, bytes]:
-    """Write an adapter as the files of a folder, by name; the same arguments give the same bytes.
+@dataclass(frozen=True)
+class MlxConfig:
+    """The fields of an MLX-LM configuration that decide what its tensors mean."""
 
-    Args:
-        adapter: What to write.
-        metadata: Short facts for the header of the weights.
-        dtype: "bfloat16", "float16" or "float32", in which MLX-LM trains by default.
+    base_model: str | None
+    kind: str  # lora, dora or full
+    rank: int | None
+    scale: float
 
-    Raises:
-        AdapterRefused: It has something that MLX-LM has no place for, or a value that the type cannot hold.
-    """
-    other = replace(adapter, magnitudes={}).beyond_lora()
-    if other is not None:
-        fact = f"an MLX adapter holds LoRA factors and DoRA magnitudes only, and it also has {other}"
-        raise AdapterRefused(fact, kind="extras", hint="write it with --format peft, and merge it with PEFT")
-    modules, kind = adapter.adapter.modules, dtype_name(dtype)
-    rank = max(module.a.shape[0] for module in modules)
-    keys: set[str] = set()
-    tensors: dict[str, RawTensor] = {}
-    for module in modules:
-        place, key = _place(module.name)
-        missing = rank - module.a.shape[0]
-        values = {"lora_a": pad(module.a, (0, 0, 0, missing)).T, "lora_b": pad(module.b, (0, missing)).T}
-        if module.name in adapter.magnitudes:
-            values["m"] = adapter.magnitudes[module.name]
-        named = {f"{place}.{key}.{leaf}": value for leaf, value in values.items()}
-        if named.keys() & tensors.keys():
-            raise AdapterRefused(f"two modules would both be {place}.{key}", kind="layers")
-        tensors |= {name: raw_tensor(name, value, kind) for name, value in named.items()}
-        keys.add(key)
-    config = _config(adapter, rank, sorted(keys))
-    return {WEIGHTS_NAME: encode(tensors, {"format": "mlx", **metadata}), CONFIG_NAME: config}
+    @classmethod
+    def parse(cls, data: bytes) -> MlxConfig:
+        """Read a configuration.
+
+        Raises:
+            AdapterRefused: It is damaged, or has a value that MLX-LM does not take.
+        """
+        fields = parse_object(data, what=CONFIG_NAME, max_bytes=_MAX_CONFIG)
+        if fields.get("peft_type") is not None:
+            hint = "copy the configuration that MLX-LM wrote next to the weights"
+            raise AdapterRefused(f"{CONFIG_NAME} is PEFT's, not MLX-LM's", kind="config", hint=hint)
+        kind = fields.get("fine_tune_type", "lora")
+        if not isinstance(kind, str):
+            raise _wrong("fine_tune_type", kind)
+        parameters = fields.get("lora_parameters") or {}
+        if not isinstance(parameters, dict):
+            raise _wrong("lora_parameters", parameters)
+        return cls(_label(fields), kind, _rank(parameters), _scale(parameters))
 
 
-def _place(module: str) -> tuple[str, str]:
-    """Return the name of a module's block in MLX-LM, and that of the module inside of the block."""
-    match = _MODULE.fullmatch(module)
-    if match is None:
-        fact = f"{escape(module, 120)}: an MLX adapter has no place for this module"
-        raise AdapterRefused(fact, kind="layers", hint="it holds linear layers named model.layers.N.…, no experts")
-    # Where a text model is a part of a larger one, MLX-LM has its own place for it.
-    model = "model" if match["model"] == "model." else "language_model.model"
-    return f"{model}.{match['block']}", match["key"]
+class MlxFormat:
+    """The format of `mlx_lm.lora`."""
+
+    name = "mlx"
+    is_for_images = False
+    suffix = None
+    about = "a folder with adapters.safetensors and adapter_config.json, as MLX-LM saves it"
+    watched = frozenset({CONFIG_NAME, WEIGHTS_NAME})
+
+    def find(self, folder: Folder) -> list[AdapterPaths]:
+        """Find the adapter of a folder; there is at most one."""
+        files = folder.files
+        if CONFIG_NAME not in files or WEIGHTS_NAME not in files or _is_pefts(files[CONFIG_NAME]):
+            return []
+        return [AdapterPaths(folder.path, files[WEIGHTS_NAME], files[CONFIG_NAME], files.get(CARD_NAME))]
+
+    def refuse(self, folder: Folder) -> list[AdapterRefused]:
+        """Report weights without a configuration."""
+        if WEIGHTS_NAME not in folder.files or CONFIG_NAME in folder.files:
+            return []
+        hint = f"copy the {CONFIG_NAME} of its training into the same folder"
+        path = folder.files[WEIGHTS_NAME]
+        return [AdapterRefused(f"there is no {CONFIG_NAME}: the scale is unknown", kind="mlx", path=path, hint=hint)]
+
+    def read_config(self, config: bytes) -> ConfigFacts:
+        """Read `adapter_config.json`."""
+        return ConfigFacts(MlxConfig.parse(config).base_model, None, TASK_TYPE)
+
+    def inspect(
+        self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> AdapterSummary:
+        """Check an adapter's two files and summarise them."""
+        with located(path):
+            parsed, header, pairs = _parse(config, weights, initial)
+            return _summary(parsed, header, pairs, weights)
+
+    def read(
+        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> LoadedAdapter:
+        """Read an adapter's factors, and its extras as they are."""
+        from icmlora.formats.lora_pair_tensors import read_pairs
+
+        with located(path):
+            parsed, header, pairs = _parse(config, weights, initial)
+            return read_pairs(weights, _summary(parsed, header, pairs, weights), pairs, lambda rank: parsed.scale)
+
+    def runnable(
+        self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
+    ) -> RunnableAdapter:
+        """Read an adapter with DoRA's row lengths; experts have other names in transformers and are refused."""
+        from icmlora.io.tensors import decode_float32
+
+        with located(path):
+            parsed, _, pairs = _parse(config, weights, initial)
+            if experts := [pair.module for pair in pairs.pairs if len(pair.a.shape) == 3]:
+                raise _cannot_run(f"transformers has the experts of {experts[0]} under other names")
+            loaded = self.read(config, weights, initial=initial)
+            modules = {module.name for module in loaded.adapter.modules}
+            lengths = {extra.name.removesuffix(".m"): extra for extra in pairs.extras if extra.name.endswith(".m")}
+            if odd := next((extra for extra in pairs.extras if extra not in lengths.values()), None):
+                raise _cannot_run(f"it has a tensor {odd.name}")
+            if (lengths or parsed.kind == "dora") and (odd_module := min(modules ^ lengths.keys(), default=None)):
+                fact = f"DoRA needs row lengths for each module, and {odd_module} has only one of the two"
+                raise AdapterRefused(fact, kind="missing-half")
+            values = decode_float32(weights, TensorHeader(tuple(lengths.values()), {}))
+        return RunnableAdapter(loaded.adapter, magnitudes={name: values[one.name] for name, one in lengths.items()})
+
+    def encode(
+        self,
+        adapter: Adapter,
+        *,
+        card: str,
+        metadata: Mapping[str, str],
+        like: Template | None = None,
+        dtype: str | None = None,
+        pad_rank: int | None = None,
+        extras: Mapping[str, RawTensor] | None = None,
+    ) -> AdapterBytes:
+        """Write an adapter's files; `pad_rank` changes rank and scale in the configuration of `like`."""
+        from icmlora.formats.lora_pair_tensors import write_pairs
+        from icmlora.io.safetensors import encode
+
+        if like is None:
+            from icmlora.formats.mlx_writer import encode_mlx
+
+            if extras:
+                fact = f"{next(iter(extras))} has no place in a fresh MLX adapter"
+                raise AdapterRefused(fact, kind="extras")
+            files = encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype or "bfloat16", rank=pad_rank)
+            return AdapterBytes(files[WEIGHTS_NAME], files[CONFIG_NAME], card.encode())
+        form, config = PairForm.parse(like), like.config
+        if pad_rank is not None:
+            config = _with_rank(config, pad_rank)
+        scale = MlxConfig.parse(config).scale
+        tensors = write_pairs(
+            adapter,
+            like,
+            form,
+            turned=lambda module: (module not in form.experts,) * 2,
+            suffix="",
+            scale=lambda rank: scale,
+            dtype=dtype,
+            rank=pad_rank,
+        )
+        return AdapterBytes(encode(tensors | dict(extras or {}), _metadata_of(form)), config, card.encode())
+
+    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
+        """Name the files as MLX-LM does; without its configuration a folder is not an adapter, so that comes last."""
+        card = {} if files.card is None else {CARD_NAME: files.card}
+        return {WEIGHTS_NAME: files.weights, **card, **files.companions, CONFIG_NAME: files.config}
 
 
-def _config(adapter: RunnableAdapter, rank: int, keys: list[str]) -> bytes:
-    fields = {
-        "fine_tune_type": "dora" if adapter.magnitudes else "lora",
-        # The scale is in lora_b already. Some readers of this file know no scale, which is the same then.
-        "lora_parameters": {"dropout": 0.0, "keys": keys, "rank": rank, "scale": 1.0},
-        "model": adapter.adapter.base_model,
-        "num_layers": -1,  # all; a module without tensors in the file adds nothing
-    }
-    return (json.dumps(fields, indent=4, sort_keys=True) + "\n").encode()
+def _is_pefts(config: Path) -> bool:
+    """Say whether a configuration is PEFT's; one that cannot be read counts as MLX-LM's, and is refused as such."""
+    try:
+        return b'"peft_type"' in read_regular(config, max_bytes=_MAX_CONFIG)
+    except AdapterRefused:
+        return False
+
+
+def _parse(config: bytes, weights: Buffer, initial: bytes | None) -> tuple[MlxConfig, TensorHeader, SortedPairs]:
+    if initial is not None:
+        raise AdapterRefused("an MLX adapter has no initial weights to take off", kind="initial")
+    parsed, header = MlxConfig.parse(config), read_header(weights)
+    if parsed.kind not in _KINDS:
+        return parsed, header, SortedPairs((), header.tensors)
+    pairs = sort_pairs(header.tensors, "", _pair)
+    if parsed.rank is None:
+        check_orientation(pairs.pairs)
+    for pair in pairs.pairs:
+        if parsed.rank is not None and pair.rank != parsed.rank:
+            fact = f"{pair.a.name} has rank {pair.rank} but {CONFIG_NAME} says {parsed.rank}"
+            hint = "MLX-LM does not load it either: copy the configuration of the same training"
+            if parsed.rank in pair.a.shape:
+                hint = "lora_a is (in, r) for MLX-LM and lora_b (r, out): convert the adapter again"
+            raise AdapterRefused(fact, kind="rank", hint=hint)
+    return parsed, header, pairs
+
+
+def _pair(module: str, a: Any, b: Any) -> LoraPair:
+    return LoraPair(module, a, b, *(len(a.shape) == 2,) * 2)
+
+
+def _summary(parsed: MlxConfig, header: TensorHeader, pairs: SortedPairs, weights: Buffer) -> AdapterSummary:
+    facts = ConfigFacts(parsed.base_model, None, TASK_TYPE)
+    if parsed.kind not in _KINDS:
+        fact = f"fine_tune_type is {escape(parsed.kind, 48)}: whole layers, not a LoRA"
+        return original_only(facts, header, (), fact, does_nothing=not header.tensors)
+    if not pairs.pairs:
+        reason = "has no LoRA factors" if header.tensors else "does nothing: it holds no tensors"
+        return original_only(facts, header, (), reason, does_nothing=not header.tensors)
+    form = {"metadata": dict(header.metadata)} if header.metadata else {}
+    return summary_of(facts, header, pairs, weights, form=form, does_nothing=parsed.scale == 0.0)
+
+
+def _label(fields: Mapping[str, Any]) -> str | None:
+    label = fields.get("model")
+    if label is None or label == "":
+        return None
+    if not isinstance(label, str):
+        raise _wrong("model", label)
+    if len(label) > _MAX_LABEL:
+        raise UnsafeInput(f"model has {len(label):,} characters", kind="limits")
+    return label
+
+
+def _rank(parameters: Mapping[str, Any]) -> int | None:
+    rank = parameters.get("rank")
+    if rank is not None and (type(rank) is not int or not 0 < rank <= MAX_RANK):
+        raise _wrong("rank", rank)
+    return rank
+
+
+def _scale(parameters: Mapping[str, Any]) -> float:
+    scale = parameters.get("scale")
+    if scale is None and "alpha" in parameters:
+        hint = "MLX-LM multiplies by `scale`, and does not load it either: write scale = alpha / rank"
+        raise AdapterRefused("lora_parameters has alpha, but no scale", kind="config", hint=hint)
+    if scale is None:
+        return _DEFAULT_SCALE
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= _MAX_SCALE:
+        raise _wrong("scale", scale)
+    return float(scale)
+
+
+def _with_rank(config: bytes, rank: int) -> bytes:
+    """Change the rank of a configuration; the scale is part of the factors then."""
+    fields = parse_object(config, what=CONFIG_NAME, max_bytes=_MAX_CONFIG)
+    fields["lora_parameters"] = {**(fields.get("lora_parameters") or {}), "rank": rank, "scale": 1.0}
+    return (json.dumps(fields, indent=4) + "\n").encode()
+
+
+def _metadata_of(form: PairForm) -> dict[str, str]:
+    found = form.own.get("metadata", {})
+    if form.own.keys() - {"metadata"} or not isinstance(found, dict) or not all(map(_is_text, found.values())):
+        raise bad_template()
+    return dict(found)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _wrong(key: str, value: object) -> AdapterRefused:
+    return AdapterRefused(f"{key} is {escape(repr(value), 48)}, which MLX-LM does not take", kind="config")
+
+
+def _cannot_run(what: str) -> AdapterRefused:
+    hint = "it is kept and written back all the same: measure it where it was trained"
+    return AdapterRefused(f"it cannot be run by icm: {what}", kind="cannot-run", hint=hint)
+
+
+MLX: AdapterFormat = MlxFormat()

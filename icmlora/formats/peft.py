@@ -47,6 +47,7 @@ class PeftFormat:
     """The format of PEFT's `save_pretrained`."""
 
     name = "peft"
+    about = "a folder with adapter_config.json and adapter_model.safetensors, as PEFT saves it"
     is_for_images = False
     suffix = None
     watched = frozenset({CONFIG_NAME, WEIGHTS_NAME, CARD_NAME})
@@ -130,7 +131,7 @@ class PeftFormat:
         if like is None or pad_rank is not None:
             weights, config = write_fresh(adapter, dtype or "bfloat16", metadata, extras, rank=pad_rank)
         else:
-            weights, config = write_like(adapter, like, dtype, extras), like.config
+            weights, config = write_like(adapter, like, dtype, extras)
         return AdapterBytes(weights, config, card.encode())
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:

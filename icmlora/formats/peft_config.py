@@ -8,8 +8,10 @@ everything else in it byte for byte.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -102,6 +104,37 @@ def _first_match(patterns: Sequence[tuple[NamePattern, _Number]], module: str, d
 def usual_names(module: str) -> tuple[str, str]:
     """Return what PEFT calls the two factors of a linear layer."""
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def with_ranks(data: bytes, modules: Mapping[str, tuple[int, float]]) -> bytes:
+    """Return a configuration that states other ranks; everything that is about neither ranks nor scales stays.
+
+    Args:
+        data: The configuration.
+        modules: Rank and scale of each module, by the name that patterns match.
+    """
+    alphas = {module: rank * scale for module, (rank, scale) in modules.items()}
+    rank = Counter(rank for rank, _ in modules.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    fields = {
+        **_fields(data),
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "use_rslora": False,
+        "rank_pattern": {_exactly(module): own for module, (own, _) in modules.items() if own != rank},
+        "alpha_pattern": {_exactly(module): _whole(own) for module, own in alphas.items() if own != alpha},
+    }
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _exactly(module: str) -> str:
+    """Return the pattern that matches one module and no other: PEFT takes a plain name as the end of a longer one."""
+    return "^" + module.replace(".", r"\.")
+
+
+def _whole(number: float) -> float:
+    """Return a whole number as such: some readers of `lora_alpha` take no others."""
+    return int(number) if number.is_integer() else number
 
 
 def read_facts(data: bytes) -> ConfigFacts:

@@ -23,7 +23,7 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import LoadedAdapter, Template
-from icmlora.formats.peft_config import AdapterConfig, usual_names
+from icmlora.formats.peft_config import PREFIX, AdapterConfig, usual_names, with_ranks
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode, raw_tensors
 from icmlora.io.strict_json import parse_object
 from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
@@ -87,33 +87,48 @@ def joined(parts: Sequence[_Factors], *, experts: bool) -> _Factors:
     return a, torch.cat([b for _, b in parts])
 
 
-def write_like(adapter: Adapter, like: Template, dtype: str | None, extras: Mapping[str, RawTensor]) -> bytes:
-    """Write a tensor file in the form of another adapter; modules that `adapter` lacks become zeros."""
+def write_like(
+    adapter: Adapter, like: Template, dtype: str | None, extras: Mapping[str, RawTensor]
+) -> tuple[bytes, bytes]:
+    """Write a tensor file and its configuration in the form of another adapter.
+
+    Modules that `adapter` lacks become zeros. The configuration is the other one's, unless that states other ranks than
+    the layout of the form.
+    """
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
     modules = {module.name: module for module in adapter.modules}
     tensors: dict[str, RawTensor] = {}
     whole = {f"{name}.{part}": name for name, count in details.parts.items() for part in range(count)}
     parts: defaultdict[str, list[ModuleShape]] = defaultdict(list)
+    written: dict[str, tuple[int, float]] = {}
+    is_stated = True
     for shape in like.layout:  # the parts of a module are in the order of their numbers
         parts[whole.get(shape.module, shape.module)].append(shape)
     for module, shapes in parts.items():
-        if len(shapes) != details.parts.get(module, 1) or len({shape[1:] for shape in shapes}) > 1:
+        if len(shapes) != details.parts.get(module, 1) or len({shape[2:] for shape in shapes}) > 1:
             raise _bad_template()
-        of_parts = [_fitted(modules.pop(shape.module, None), *shape[1:]) for shape in shapes]
+        rank = max(shape.rank for shape in shapes)  # one tensor holds all parts
+        of_parts = [fitted(modules.pop(shape.module, None), rank, *shape[2:]) for shape in shapes]
         factors = joined(of_parts, experts=module in details.experts)
-        scale = config.scale_of(details.targets.get(module, module))
+        target = details.targets.get(module, module)
+        scale = config.scale_of(target)
+        written[target] = rank * details.groups.get(module, 1), scale
+        is_stated = is_stated and config.rank_of(target) == written[target][0]
         # An adapter of scale 0 does nothing, whatever its factors are.
         unscaled = factors[0], factors[1] / scale if scale else torch.zeros_like(factors[1])
         names = details.names.get(module) or usual_names(module)
-        for name, factor in zip(names, unscaled, strict=True):
+        for axis, (name, factor) in enumerate(zip(names, unscaled, strict=True)):
             kind = details.dtypes.get(name, details.dtype) if dtype is None else dtype_name(dtype)
             size = details.shapes.get(name, tuple(factor.shape))
+            if not is_stated:
+                size = *size[:axis], factor.shape[axis], *size[axis + 1 :]  # A (r, ...), B (out, r, ...)
             if prod(size) != factor.numel() or name in tensors or name in extras:
                 raise _bad_template()
             tensors[name] = raw_tensor(name, factor.reshape(size), kind)
     if modules:
         raise ValueError(f"the template has no module {next(iter(modules))}")
-    return encode(tensors | dict(extras), details.metadata)
+    data = encode(tensors | dict(extras), details.metadata)
+    return data, like.config if is_stated else with_ranks(like.config, written)
 
 
 @dataclass(frozen=True)
@@ -181,10 +196,12 @@ def write_fresh(
     extras: Mapping[str, RawTensor],
     *,
     rank: int | None = None,
+    magnitudes: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[bytes, bytes]:
     """Write a tensor file and its configuration in the form that every engine reads.
 
-    Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all.
+    Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all. With
+    `magnitudes`, DoRA's lengths of the rows of W + dW by module, it is a DoRA adapter.
     """
     if extras:
         fact = f"{next(iter(extras))} has no place in the form that every engine reads"
@@ -195,13 +212,16 @@ def write_fresh(
     rank = rank or largest
     tensors: dict[str, RawTensor] = {}
     for module in adapter.modules:
-        factors = _fitted(module, rank, module.a.shape[1], module.b.shape[0])
+        factors = fitted(module, rank, module.a.shape[1], module.b.shape[0])
         for name, factor in zip(usual_names(module.name), factors, strict=True):
             tensors[name] = raw_tensor(name, factor, dtype_name(dtype))
-    return encode(tensors, {**_METADATA, **metadata}), _config(adapter, rank)
+    for module_name, lengths in (magnitudes or {}).items():
+        name = f"{PREFIX}{module_name}.lora_magnitude_vector"
+        tensors[name] = raw_tensor(name, lengths, dtype_name(dtype))
+    return encode(tensors, {**_METADATA, **metadata}), _config(adapter, rank, use_dora=bool(magnitudes))
 
 
-def _fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return factors of the wanted rank, filled up with zeros: (rank, in) and (out, rank)."""
     if module is None:
         return torch.zeros(rank, inputs), torch.zeros(outputs, rank)
@@ -211,7 +231,7 @@ def _fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> 
     return pad(module.a, (0, 0, 0, missing)), pad(module.b, (0, missing))
 
 
-def _config(adapter: Adapter, rank: int) -> bytes:
+def _config(adapter: Adapter, rank: int, *, use_dora: bool) -> bytes:
     fields: dict[str, Any] = {
         "alpha_pattern": {},
         "base_model_name_or_path": adapter.base_model or None,
@@ -228,7 +248,7 @@ def _config(adapter: Adapter, rank: int) -> bytes:
         "revision": adapter.revision,
         "target_modules": list(adapter.target_modules),
         "task_type": adapter.task_type,
-        "use_dora": False,
+        "use_dora": use_dora,
         "use_rslora": False,
     }
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()

@@ -40,6 +40,9 @@ SUFFIX = ".safetensors"
 Scales = Callable[[Mapping[str, str], str, int], float]
 """Metadata of the header, module and rank -> the factor between up @ down and dW, where the file has no alpha."""
 
+Restated = Callable[[Mapping[str, str], Mapping[str, int]], Mapping[str, str]]
+"""Metadata of the header, module -> the rank to write -> the metadata to write."""
+
 _IMAGES = ("png", "jpg", "jpeg", "webp", "gif")
 COMPANIONS = frozenset(
     {*_IMAGES, *(f"preview.{kind}" for kind in _IMAGES), "civitai.info", "cm-info.json", "metadata.json", "json", "txt"}
@@ -62,6 +65,7 @@ class SingleFileFormat:
         about: What it is, in a few words.
         naming: How it names tensors.
         scales: The scale of a module without an alpha. Default: 1, as loaders take it.
+        restated: The header's metadata for the ranks of its modules, where it states them. Default: word for word.
         folder_file: The name of the file where an adapter is a folder of its own, as the hub has it.
         takes_damaged: Also find files whose header cannot be read, so that somebody reports them.
     """
@@ -77,10 +81,12 @@ class SingleFileFormat:
         naming: Naming,
         *,
         scales: Scales = lambda metadata, module, rank: 1.0,
+        restated: Restated = lambda metadata, ranks: metadata,
         folder_file: str | None = None,
         takes_damaged: bool = False,
     ) -> None:
-        self.name, self.about, self._naming, self._scales = name, about, naming, scales
+        self.name, self.about, self._naming = name, about, naming
+        self._scales, self._restated = scales, restated
         self._folder_file, self._takes_damaged = folder_file, takes_damaged
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
@@ -157,7 +163,7 @@ class SingleFileFormat:
             raise AdapterRefused(fact, kind="rank", hint="write it without --pad-rank")
         if like is None:
             return AdapterBytes(write_fresh(adapter, self._naming, dtype or "bfloat16", metadata, extras or {}))
-        return AdapterBytes(write_like(adapter, self._naming, self._scales, like, dtype, extras or {}))
+        return AdapterBytes(write_like(adapter, self._naming, self._scales, self._restated, like, dtype, extras or {}))
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
         """Name what belongs to the file after it; the card has no place next to it."""

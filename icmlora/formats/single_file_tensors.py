@@ -28,7 +28,7 @@ from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
 
 if TYPE_CHECKING:
     from icmlora.adapter.layout import ModuleShape
-    from icmlora.formats.single_file import Scales
+    from icmlora.formats.single_file import Restated, Scales
 
 _MAX_TEMPLATE = 64 << 20
 _MAX_KERNEL = 64
@@ -70,12 +70,14 @@ def write_like(
     adapter: Adapter,
     naming: Naming,
     scales: Scales,
+    restated: Restated,
     like: Template,
     dtype: str | None,
     extras: Mapping[str, RawTensor],
 ) -> bytes:
     """Write a file in the form of another adapter; modules that `adapter` lacks become zeros."""
-    details, metadata, kept = _Details.parse(like), *_split(extras)
+    details, stated, kept = _Details.parse(like), *_split(extras)
+    metadata = restated(stated, {shape.module: shape.rank for shape in like.layout})
     modules = {module.name: module for module in adapter.modules}
     tensors: dict[str, RawTensor] = {}
     style = naming.styles[details.style] if details.style < len(naming.styles) else naming.styles[0]

@@ -47,6 +47,21 @@ class Codec(Decoder):
         return encode_adapter(self, adapter, vectors, initial, limits, keep_decoded=keep_decoded)
 
     @torch.no_grad()
+    def encode_within(
+        self,
+        adapter: Adapter,
+        vectors: Mapping[str, torch.Tensor],
+        initial: InitialA | None = None,
+        *,
+        size: int,
+        keep_decoded: bool = False,
+    ) -> Encoded:
+        """Encode one adapter as accurately as `size` bytes allow; if no code is so small, return the smallest found."""
+        from icmlora.generator.encoding import encode_within
+
+        return encode_within(self, adapter, vectors, initial, size, keep_decoded=keep_decoded)
+
+    @torch.no_grad()
     def measure(self, adapter: Adapter, code: bytes) -> Encoded:
         """Decode a code and compare the result with the adapter that was encoded."""
         from icmlora.generator.encoding import measure

@@ -1,4 +1,4 @@
-"""Adapter -> code: find the coarsest quantiser step whose bytes keep a limit, by trying.
+"""Adapter -> code: find the coarsest quantiser step that keeps a limit, or the finest whose code is small enough.
 
     adapter ──tokens──▶ latent, shifts ──▶ integers at one step ──▶ code ──decode──▶ errors ──▶ coarser or finer step
 
@@ -44,6 +44,7 @@ _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
 _SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
 _WORTH_A_THREAD = 1 << 16  # inputs of a kind on average: of fewer, threads wait for each other longer than they work
 _ENOUGH = 0.9  # share of a limit at which the code of a larger adapter is coarse enough: each try takes a second
+_FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
 _PART = 8  # of a larger adapter, every eighth layer tells about which step is the coarsest
 _STRONGEST = STRENGTHS  # a code is made at most twice as strong
 
@@ -116,7 +117,7 @@ class _Original:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest squared errors that a code may have; at least one of the two is set."""
+    """The largest squared errors that a code may have."""
 
     tolerance: float | None = None  # largest weighted error
     max_squared_error: float | None = None  # largest error of dW itself
@@ -156,11 +157,8 @@ def encode_adapter(
     keep_decoded: bool,
 ) -> Encoded:
     """Encode one adapter with the coarsest quantiser step found that keeps the limits; see `Codec.encode`."""
-    tokens = tokenize(adapter, codec.config, codec.sensitivity)
-    refuse_overflow(tokens, codec.config)
-    condition, subspace = codec.condition(vectors), codec.subspace(initial)
-    state = TaskState(condition, codec.net.posterior(tokens, condition).round().clamp(-127, 127), subspace)
-    state = replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
+    tokens, state = _prepared(codec, adapter, vectors, initial)
+    subspace = codec.subspace(initial)
     expected = limits.expected_step(tokens, codec.sensitivity, subspace)
 
     def search(
@@ -181,11 +179,61 @@ def encode_adapter(
         best = search(adapter, tokens, expected + found - there, None, _ENOUGH)
     else:
         best = search(adapter, tokens, expected, {}, 1.0)
-    data = codec.close(best.head, best.groups)
-    if not _reads_as(codec, data, best):
+    return _closed(codec, codec.close(best.head, best.groups), best, keep_decoded=keep_decoded)
+
+
+def encode_within(
+    codec: Decoder,
+    adapter: Adapter,
+    vectors: Mapping[str, torch.Tensor],
+    initial: InitialA | None,
+    size: int,
+    *,
+    keep_decoded: bool,
+) -> Encoded:
+    """Encode one adapter with the finest step whose code has at most `size` bytes; see `Codec.encode_within`."""
+    tokens, state = _prepared(codec, adapter, vectors, initial)
+    originals, means = _Original.of(codec, adapter).by_kind(codec.config), None
+    if sum(shape.parameters for shape in adapter.layout) <= _SMALL:
+        means = dict[int, Means]()
+    subspace = codec.subspace(initial)
+    low, high = (Limits(squared).expected_step(tokens, codec.sensitivity, subspace) for squared in (_FINEST, _COARSEST))
+    high += _ABOVE
+    best: tuple[bytes, _Trial] | None = None
+    while low <= high:
+        step = (low + high) // 2
+        trial = _rounded_at(step, codec, adapter, originals, tokens, state, initial, means)
+        data = codec.close(trial.head, trial.groups)
+        if len(data) <= size:
+            high = step - 1
+            # A finer step loses less, nearly always.
+            if best is None or len(best[0]) > size or trial.weighted_error <= best[1].weighted_error:
+                best = data, trial
+        else:
+            low = step + 1
+            if best is None or size < len(data) < len(best[0]):
+                best = data, trial
+    assert best is not None
+    return _closed(codec, *best, keep_decoded=keep_decoded)
+
+
+def _prepared(
+    codec: Decoder, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None
+) -> tuple[Sequence[KindTokens], TaskState]:
+    """Return the tokens of an adapter, and everything in its code that no step changes."""
+    tokens = tokenize(adapter, codec.config, codec.sensitivity)
+    refuse_overflow(tokens, codec.config)
+    condition, subspace = codec.condition(vectors), codec.subspace(initial)
+    state = TaskState(condition, codec.net.posterior(tokens, condition).round().clamp(-127, 127), subspace)
+    return tokens, replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
+
+
+def _closed(codec: Decoder, data: bytes, tried: _Trial, *, keep_decoded: bool) -> Encoded:
+    """Check that a code reads as what was tried, and return it with its errors."""
+    if not _reads_as(codec, data, tried):
         raise GeneratorError("the code does not decode to what was encoded")
     decoded = codec.decode(data) if keep_decoded else None
-    return Encoded(data, best.squared_error, best.weighted_error, decoded)
+    return Encoded(data, tried.squared_error, tried.weighted_error, decoded)
 
 
 def _reads_as(codec: Decoder, data: bytes, tried: _Trial) -> bool:

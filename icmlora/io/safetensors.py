@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,12 +123,19 @@ def peek_header(path: Path) -> PeekedHeader | None:
 
     try:
         with open_regular(path, max_bytes=2**62) as (descriptor, size):
-            start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)
-            length = int.from_bytes(start[:_PREFIX_BYTES], "little")
-            if not 0 < length <= min(MAX_HEADER_BYTES, size - _PREFIX_BYTES):
-                return None
-            fields = json.loads(read_exactly(descriptor, length, _PREFIX_BYTES))
-    except (AdapterRefused, ValueError, RecursionError):
+            return peek_bytes(lambda count: read_exactly(descriptor, min(size, count), 0))
+    except AdapterRefused:
+        return None
+
+
+def peek_bytes(start: Callable[[int], bytes]) -> PeekedHeader | None:
+    """Do the same with what returns the first bytes of a file."""
+    length = int.from_bytes(start(_PREFIX_BYTES), "little")
+    if not 0 < length <= MAX_HEADER_BYTES:
+        return None
+    try:
+        fields = json.loads(start(_PREFIX_BYTES + length)[_PREFIX_BYTES:])
+    except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict):
         return None
@@ -224,7 +231,7 @@ def _refuse_other_format(start: bytes) -> None:
     if start.startswith(b"version "):
         raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
     if start.startswith(b"GGUF"):
-        raise AdapterRefused("a GGUF file, not safetensors", kind="gguf", hint="give the PEFT folder it was made from")
+        raise AdapterRefused("a GGUF file, not safetensors", kind="gguf", hint="name it NAME.gguf")
 
 
 def _check_contiguous(tensors: list[TensorInfo], start: int, size: int) -> None:
@@ -240,6 +247,8 @@ def _check_contiguous(tensors: list[TensorInfo], start: int, size: int) -> None:
 
 
 def _metadata(value: object) -> Mapping[str, str]:
+    if value is None:  # as MLX writes it, and the library reads it
+        return {}
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return value
     raise AdapterRefused("the header's metadata is not a map of text to text", kind="damaged")

@@ -1,4 +1,4 @@
-"""How values become text: sizes, percentages, times and names that came from outside.
+"""How values become text: sizes, percentages, times and names that came from outside; and how sizes are read.
 
 Every command prints a value of one kind through the one function for it, so that tables and messages agree.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import unicodedata
 from datetime import UTC, datetime
 
+from icmlora.errors import DataError
 from registry.names import escape, some
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "human_duration",
     "human_percent",
     "human_size",
+    "parse_bytes",
     "shortened",
     "shortened_inside",
     "some",
@@ -37,6 +39,16 @@ def human_size(size: int) -> str:
         value, unit = value / 1024, larger
     sign = "-" if size < 0 else ""
     return f"{sign}{value:.0f} B" if unit == "B" else f"{sign}{value:.1f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes, as `1500`, `64MiB` or `2GB`; raises `DataError`."""
+    from registry.filters import parse_size  # most commands read none
+
+    size = parse_size(text.strip())
+    if not size:
+        raise DataError(f"{escape(text, 40)!r} is not a size", hint="write 1500, 10MB, 10MiB or 10M")
+    return int(size)
 
 
 def human_percent(fraction: float | None) -> str:

@@ -69,8 +69,10 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
 def _plain_adapter(fleet: Fleet | Bundle, task: str) -> Adapter:
     """Read the very adapter that `materialize` would write: a code is rounded to the number format of its original."""
     files = fleet.read_files(task)
-    config, weights = files[CONFIG_NAME], files[WEIGHTS_NAME]
     hint = "write it with `materialize`, and load the folder"
+    if WEIGHTS_NAME not in files:
+        raise DataError(f"task {task!r} cannot be attached: it is not in PEFT's format", hint=hint)
+    config, weights = files[CONFIG_NAME], files[WEIGHTS_NAME]
     found = PEFT.inspect(config, weights)
     if found.original_only is not None:
         raise DataError(f"task {task!r} cannot be attached: {found.original_only}", hint=hint)

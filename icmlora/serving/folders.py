@@ -22,24 +22,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from icmlora.errors import DataError, FoldersInUse, FoldersUnusable, OutputExists
+from icmlora.errors import FoldersInUse, FoldersUnusable, OutputExists
 from icmlora.io.staging import remove_all_abandoned
-from icmlora.io.text import escape, human_size
-from registry.filters import parse_size
+from icmlora.io.text import human_size
 
 _NAME = re.compile(r"sha256-[0-9a-f]{64}")
 _MEMORY = Path("/dev/shm")  # noqa: S108  # a file system in memory; the folder below it is private
 _SHARE = 0.5
 """Of the space that is free at the start, what folders may take unless a limit is given."""
 _PATIENCE = 5.0  # seconds
-
-
-def parse_bytes(text: str) -> int:
-    """Read a number of bytes, as `1500`, `64MiB` or `2GB`; raises `DataError`."""
-    size = parse_size(text.strip())
-    if not size:
-        raise DataError(f"{escape(text, 40)!r} is not a size", hint="write 1500, 10MB, 10MiB or 10M")
-    return int(size)
 
 
 def default_root(purpose: str) -> Path:

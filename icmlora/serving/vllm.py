@@ -7,7 +7,7 @@ here. It asks the resolver on the event loop of its API server, for any name tha
 exception as a failure of its own: whatever goes wrong is one line in the log, and None.
 
 Read from the environment: ICM_STORE or ICM_BUNDLE, and ICM_BASE_MODEL, ICM_ADAPTERS (folder for the written adapters)
-and ICM_ADAPTERS_SIZE (bytes that they may take).
+and ICM_ADAPTERS_SIZE (what they may take, as 4GiB).
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class IcmResolver:
 
 def open_source(model: str) -> tuple[ServedTasks, AdapterFolders, EngineBase]:
     """Open what the environment names for an engine that runs a model."""
+    from icmlora.io.text import parse_bytes
     from icmlora.serving.base import EngineBase
     from icmlora.serving.folders import AdapterFolders, default_root
     from icmlora.serving.tasks import open_tasks
@@ -92,5 +93,5 @@ def open_source(model: str) -> tuple[ServedTasks, AdapterFolders, EngineBase]:
         os.environ.get(f"ICM_{name}") or None for name in ("STORE", "BUNDLE", "BASE_MODEL", "ADAPTERS", "ADAPTERS_SIZE")
     )
     tasks = open_tasks(store, bundle, command="vllm")
-    folders = AdapterFolders(Path(root) if root else default_root("vllm"), int(size) if size else None)
+    folders = AdapterFolders(Path(root) if root else default_root("vllm"), parse_bytes(size) if size else None)
     return tasks, folders, EngineBase(model, tasks, label)

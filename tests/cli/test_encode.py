@@ -78,6 +78,29 @@ def test_more_error_takes_fewer_bytes(icm: Icm, trained: Path) -> None:
     assert sizes[0] < sizes[-1]
 
 
+def test_a_size_makes_codes_of_at_most_so_many_bytes(icm: Icm, trained: Path) -> None:
+    ran = icm("encode", "--size", "0.5KiB", "--json")
+    assert ran.code == 0
+    assert all(300 < code.size <= 512 for code in codes(trained).values())
+    assert {event["status"] for event in tasks_of(icm("encode", "--size", "512", "--json")).values()} == {"known"}
+
+
+def test_a_size_that_no_code_keeps_is_told_with_the_smallest_one(icm: Icm, trained: Path) -> None:
+    ran = icm("encode", "--size", "20B", "poems")
+    assert ran.code == ExitCode.PARTLY
+    assert f"poems: its smallest code takes {codes(trained)['poems'].size} bytes" in ran.out
+    assert "no code meets at most 20 B" in icm("stats").out
+
+
+@pytest.mark.parametrize(
+    "more", [("--quality", "4"), ("--refine", "3"), ("--residual", "--max-error", "0.1"), ("--size", "none")]
+)
+def test_what_a_size_does_not_go_with_is_a_wrong_command_line(icm: Icm, trained: Path, more: tuple[str, ...]) -> None:
+    ran = icm("encode", "--size", "4MB", *more)
+    assert ran.code in (ExitCode.USAGE, ExitCode.FAILED)
+    assert "size" in ran.err
+
+
 def test_a_code_that_was_made_for_the_same_limits_is_left_as_it_is(icm: Icm, trained: Path) -> None:
     first = tasks_of(icm("encode", "--max-error", "0.14", "--json"))
     before = codes(trained)

@@ -83,7 +83,7 @@ def _wrong_rank(folder: Path) -> None:
     set_fields(folder, r=8)
 
 
-def _dialect(name: str, tensors: dict[str, tuple[int, ...]], file: str, remark: str, config: Any = None) -> Case:
+def _dialect(name: str, tensors: dict[str, tuple[int, ...]], file: str, remark: str) -> Case:
     def build(folder: Path) -> None:
         import torch
         from safetensors.torch import save_file
@@ -91,8 +91,6 @@ def _dialect(name: str, tensors: dict[str, tuple[int, ...]], file: str, remark: 
         folder.mkdir(parents=True)
         noise = torch.Generator().manual_seed(4)
         save_file({key: torch.randn(shape, generator=noise) for key, shape in tensors.items()}, folder / file)
-        if config is not None:
-            (folder / CONFIG).write_text(json.dumps(config))
 
     return Case(name, _DIALECTS, build, "refused", remark)
 
@@ -161,7 +159,6 @@ _KOHYA = {
     "lora_unet_attn1_to_q.alpha": (1,),
 }
 _MLX = {"model.layers.0.self_attn.q_proj.lora_a": (32, 8), "model.layers.0.self_attn.q_proj.lora_b": (8, 32)}
-_MLX_CONFIG = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0}}
 _DIFFUSERS = {"unet.attn1.to_q.lora_A.weight": (4, 32), "unet.attn1.to_q.lora_B.weight": (32, 4)}
 _LYCORIS = {"lycoris_x.lokr_w1": (4, 4), "lycoris_x.lokr_w2": (8, 8), "lycoris_x.alpha": (1,)}
 _NO_PICKLES = "coded exactly with `--read-bin`, which reads pickles in a process of its own"
@@ -190,5 +187,5 @@ CASES: tuple[Case, ...] = (
     _dialect("kohya", _KOHYA, "style.safetensors", "kohya"),
     _dialect("lycoris", _LYCORIS, "style.safetensors", "LyCORIS"),
     _dialect("diffusers", _DIFFUSERS, "pytorch_lora_weights.safetensors", "diffusers"),
-    _dialect("mlx", _MLX, "adapters.safetensors", "MLX", _MLX_CONFIG),
+    _dialect("mlx-alone", _MLX, "adapters.safetensors", "MLX-LM's weights without their configuration"),
 )

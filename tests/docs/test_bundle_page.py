@@ -42,4 +42,4 @@ def test_the_limits_on_the_page_are_those_of_the_code() -> None:
 
 def test_the_head_has_the_length_that_the_page_gives() -> None:
     assert bundle._HEAD.size == bundles.HEAD == 41
-    assert bundle.MAGIC == b"ICMB\x04"
+    assert bundle.MAGIC == b"ICMB\x05"

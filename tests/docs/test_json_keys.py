@@ -1,6 +1,7 @@
 """docs/reference/json.md and what the commands print name the same keys."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Ran
-from tests.cli.fleet import write_texts
+from tests.cli.fleet import write_broken, write_texts
 from tests.cli.tiny_fleet import write_subject
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of
 
@@ -19,6 +20,7 @@ COMMANDS = {
     "ls --from": ("ls", "--from", "fleet.icm"),
     "show": ("show", "poems"),
     "map": ("map",),
+    "duplicates": ("duplicates",),
     "report": ("report", "-o", "fleet.html", "--outputs", "poems", "--outputs", "silent", "--device", "cpu"),
     "stats": ("stats",),
     "materialize": ("materialize", "poems", "--source", "code", "-o", "adapter"),
@@ -66,7 +68,7 @@ def test_a_documents_keys_are_those_on_the_page(
     icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if name in ("show", "map", "recognize", "generate"):
+    if name in ("show", "map", "duplicates", "recognize", "generate"):
         for subject in ("apples", "ships"):
             icm("ingest", write_subject(tmp_path / subject), "--device", "cpu")
     if name == "show":
@@ -156,3 +158,14 @@ def test_the_keys_of_placeholders_and_copies_are_those_on_the_page(
             printed = set(event).union(*inner) - {"type"}
             assert printed <= documented[f"icm {name}", event["type"]]
     assert kinds >= {("evict", "task"), ("restore", "adapter"), ("restore", "summary")}
+
+
+def test_the_keys_of_conversions_are_those_on_the_page(
+    icm: Icm, mixed_template: Path, tmp_path: Path, documented: dict[tuple[str, str], set[str]]
+) -> None:
+    shutil.copytree(mixed_template / "loras", tmp_path / "loras")
+    write_broken(tmp_path / "loras" / "broken")
+    events = icm("convert", tmp_path / "loras", tmp_path / "out", "--rank", "1", "--json").events
+    assert {event["type"] for event in events} == {"adapter", "failed", "summary"}
+    for event in events:
+        assert set(event) - {"type"} == documented["icm convert", event["type"]] - {"null"}

@@ -37,7 +37,7 @@ NAMES = [
         "StoreLocked",
     ),
     *("StoreNotFound", "TaskConflict", "TaskNotFound", "UnsafeInput", "attach", "base_model_loader"),
-    *("load_adapter", "save_adapter"),
+    *("convert", "load_adapter", "save_adapter"),
 ]
 METHODS = [
     *(
@@ -47,6 +47,7 @@ METHODS = [
         "check_few_shot",
         "compare",
         "doctor",
+        "duplicates",
         "encode",
         "evaluate",
         "evict",

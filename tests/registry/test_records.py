@@ -38,8 +38,12 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 JSON = st.dictionaries(TEXTS, st.none() | st.booleans() | st.integers(-99, 99) | PARTS | TEXTS, max_size=4)
 LAYOUTS = st.lists(st.tuples(TEXTS, *[st.integers(1, 1 << 20)] * 3), max_size=4)
 ASKED = st.none() | st.builds(
-    Asked, *[st.none() | st.floats(1e-6, 1e6)] * 3, is_kept=st.booleans(), refined=st.integers(0, 500)
-)  # fmt: skip
+    Asked,
+    *[st.none() | st.floats(1e-6, 1e6)] * 3,
+    is_kept=st.booleans(),
+    refined=st.integers(0, 500),
+    max_size=st.none() | SIZES,
+)
 
 
 @pytest.fixture(scope="module")

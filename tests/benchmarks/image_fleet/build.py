@@ -31,14 +31,14 @@ _NORM = 0.35
 
 
 def write_fleet(
-    folder: Path, count: int, *, rank: int = 16, text: bool = False, spectrum: Spectrum = STEEP, seed: int = 0
+    folder: Path, numbers: range, *, rank: int = 16, text: bool = False, spectrum: Spectrum = STEEP, seed: int = 0
 ) -> list[Path]:
-    """Write a fleet and return its files; another seed is another fleet of the same statistics."""
+    """Write the adapters of these numbers and return their files; another seed is another fleet of the same kind."""
     linear = attention_modules() + (text_modules() if text else [])
     convolutions = convolution_modules()
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number in range(count):
+    for number in numbers:
         ranks = [(module, rank) for module in linear]
         if number % 5 == 4:
             ranks += [(module, rank // 2) for module in convolutions]
@@ -107,7 +107,9 @@ def main() -> None:
     parser.add_argument("--flat", action="store_true", help="the flattest singular values measured")
     options = parser.parse_args()
     spectrum = FLAT if options.flat else STEEP
-    for path in write_fleet(options.folder, options.count, rank=options.rank, text=options.text, spectrum=spectrum):
+    for path in write_fleet(
+        options.folder, range(options.count), rank=options.rank, text=options.text, spectrum=spectrum
+    ):
         print(path, path.stat().st_size)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.adapter.metrics import dw_norm, errors_by_group, squared_error
+from icmlora.adapter.metrics import distance, dw_norm, errors_by_group, squared_error
 from icmlora.adapter.model import Adapter
 from tests.icmlora.adapter_files import Q0, V0, adapter
 
@@ -88,3 +88,27 @@ def test_a_group_has_the_error_of_its_modules_alone() -> None:
     for found, module in ((q, Q0), (v, V0)):
         alone = [adapter(*((m.name, m.a, m.b) for m in one.modules if m.name == module)) for one in (original, other)]
         assert found.errors["code"] == pytest.approx(math.sqrt(squared_error(*alone)))
+
+
+@given(seeds=st.tuples(*[st.integers(0, 10**6)] * 4), ranks=st.tuples(st.integers(1, 7), st.integers(1, 7)))
+def test_the_distance_is_symmetric_and_that_of_dw_in_full(seeds: tuple[int, ...], ranks: tuple[int, int]) -> None:
+    left = [pair(seed, ranks[0]) for seed in seeds[:2]]
+    right = [pair(seed, ranks[1]) for seed in seeds[2:]]
+    error = sum(float((dw(x) - dw(y)).square().sum()) for x, y in zip(left, right, strict=True))
+    largest = max(sum(float(dw(x).square().sum()) for x in side) for side in (left, right))
+    one, other = (adapter((Q0, *both[0]), (V0, *both[1])) for both in (left, right))
+    assert distance(one, other) == pytest.approx(math.sqrt(error / largest), rel=1e-7, abs=1e-7)
+    assert distance(one, other) == distance(other, one)
+
+
+@given(seed=st.integers(0, 10**6), rank=st.integers(1, 5))
+def test_the_same_dw_in_other_factors_has_no_distance(seed: int, rank: int) -> None:
+    a, b = pair(seed, rank)
+    wide = adapter((Q0, torch.cat([2 * a, a]), torch.cat([b / 4, b / 2], dim=1)))
+    assert distance(adapter((Q0, a, b)), wide) < 1e-6
+
+
+def test_a_module_of_other_widths_is_another_module() -> None:
+    one, other = adapter((Q0, *pair(0))), adapter((Q0, torch.ones(2, 7), torch.ones(5, 2)))
+    norms = [dw_norm(side) for side in (one, other)]
+    assert distance(one, other) == pytest.approx(math.hypot(*norms) / max(norms))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from icmlora.base_models.chat_template import Rendered
 from icmlora.base_models.examples import Example, plain
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.prompts import MAX_PROMPTS, Prompt, given_prompts, header_prompts, prompts_of, read_prompts
+from icmlora.base_models.prompts import MAX_PROMPTS, Prompt, given_prompts, prompts_of, read_prompts
 from icmlora.errors import DataError
 from tests.icmlora.tiny_base import load_tiny_base
 
@@ -120,23 +120,3 @@ def test_of_a_prompt_that_is_too_long_the_end_is_read(base: BaseModel) -> None:
 
 def test_an_empty_prompt_is_answered_too(base: BaseModel) -> None:
     assert isinstance(base.modality.answer(base, Prompt(""), 3), str)
-
-
-def test_a_header_gives_its_trigger_phrase_and_then_its_most_frequent_tags() -> None:
-    tags = {"10_pear": {"pear": 12, "red": 7}, "5_more": {"on a table": 3, "red": 9}}
-    metadata = {"modelspec.trigger_phrase": "a pear", "ss_tag_frequency": json.dumps(tags)}
-    assert header_prompts(metadata) == ["a pear", "red, pear, on a table"]
-
-
-def test_a_trigger_word_that_is_the_only_tag_is_one_prompt() -> None:
-    assert header_prompts({"ss_tag_frequency": '{"1_pxr": {"pxr": 1}}', "modelspec.trigger_phrase": "pxr"}) == ["pxr"]
-
-
-@given(st.dictionaries(st.sampled_from(["ss_tag_frequency", "modelspec.trigger_phrase"]), st.text(max_size=20)))
-def test_a_header_of_any_texts_gives_prompts_or_none(metadata: dict[str, str]) -> None:
-    assert all(header_prompts(metadata)) or header_prompts(metadata) == []
-
-
-@pytest.mark.parametrize("text", ["[]", '{"a": 1}', '{"a": {"b": "c"}}', '{"a": {"": 2}}', "{", "[" * 10_000])
-def test_tags_of_another_form_are_no_prompts(text: str) -> None:
-    assert header_prompts({"ss_tag_frequency": text}) in ([], ["b"])

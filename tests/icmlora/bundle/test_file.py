@@ -47,7 +47,7 @@ def test_the_same_index_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_bytes_of_a_bundle_stay_what_they_are(data: bytes) -> None:
-    known = "b4189d4f90f3c5c31dbdb70ccd580c0b7f9da4410c5f8c3c5350c21a213d7282"
+    known = "fbe82c4ea1b8d35efa90609e757524b3c1ec547ede0def8a1b6bcfa4c59ed59b"
     assert hashlib.sha256(data).hexdigest() == known
 
 
@@ -114,24 +114,27 @@ def test_another_file_is_called_no_bundle(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_named(data: bytes, spoilt: Path) -> None:
-    spoilt.write_bytes(b"ICMB\x05" + data[5:])
-    with pytest.raises(BundleError, match="has the format 5") as caught, open_bundle(spoilt):
+    spoilt.write_bytes(b"ICMB\x06" + data[5:])
+    with pytest.raises(BundleError, match="has the format 6") as caught, open_bundle(spoilt):
         pass
     assert "newer" in (caught.value.hint or "")
 
 
 def as_version(path: Path, version: int) -> Path:
-    """Write a bundle as a version before vectors did, version 2 also before templates and extras."""
+    """Write a bundle without what came later: formats, then vectors, then templates and extras."""
     fields = bundles.fields_of(path)
-    del fields["extractors"]
+    if version < 4:
+        del fields["extractors"]
     for task in fields["tasks"]:
-        del task["vectors"]
+        del task["format"]
+        if version < 4:
+            del task["vectors"]
         if version == 2:
             del task["template"], task["extras"]
     return bundles.forge(path, fields, magic=b"ICMB" + bytes([version]))
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_a_bundle_of_an_earlier_version_is_still_read(tmp_path: Path, version: int) -> None:
     path = as_version(bundles.write(tmp_path / "fleet.icm"), version)
     with open_bundle(path) as bundle:
@@ -140,11 +143,11 @@ def test_a_bundle_of_an_earlier_version_is_still_read(tmp_path: Path, version: i
     assert read_all(path) == bundles.BLOBS
 
 
-@pytest.mark.parametrize("version", [2, 3, 4])
-@pytest.mark.parametrize("written", [2, 3, 4])
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
+@pytest.mark.parametrize("written", [2, 3, 4, 5])
 def test_each_version_has_exactly_its_own_fields(tmp_path: Path, version: int, written: int) -> None:
     path = bundles.write(tmp_path / "fleet.icm")
-    if written < 4:
+    if written < 5:
         as_version(path, written)
     bundles.forge(path, bundles.fields_of(path), magic=b"ICMB" + bytes([version]))
     if version == written:

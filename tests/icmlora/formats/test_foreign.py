@@ -59,7 +59,9 @@ def test_another_form_is_recognised_by_its_keys(tmp_path: Path, key: str, kind: 
 
 def test_a_gguf_adapter_is_recognised_by_content(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(GGUF_ADAPTER)
-    assert kinds(tmp_path) == ["gguf"]
+    (tmp_path / "b.gguf").write_bytes(GGUF_ADAPTER.replace(b"adapter", b"mmproj."))
+    (task,) = find_adapters([tmp_path]).tasks
+    assert (task.name, task.final.format.name) == ("a", "gguf")
 
 
 def test_a_pickle_is_unsafe_and_is_not_opened(tmp_path: Path) -> None:

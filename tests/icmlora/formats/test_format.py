@@ -1,9 +1,13 @@
-"""What every adapter format must do. A new format is one more line in `FORMATS` here."""
+"""What every adapter format must do. A new format is one more line in `FORMATS` here.
+
+A format without a fresh form writes in the form of `FORMS`.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +22,16 @@ from icmlora.formats import catalogue
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery import FoundAdapter, find_adapters
 from icmlora.formats.format import AdapterBytes, AdapterFormat, Template, write_adapter_files
+from icmlora.formats.gguf import GgufFormat
+from icmlora.formats.mlx import MlxFormat
 from icmlora.formats.peft import PeftFormat
 from icmlora.io.safetensors import RawTensor
-from tests.icmlora.adapter_files import BASE, INPUTS, OUTPUTS, Q0, V0, adapter
+from tests.icmlora.adapter_files import BASE, Q0, V0, adapter
+from tests.icmlora.formats.llama_files import gguf_details
 from tests.icmlora.formats.toy_format import ToyFormat
 
-FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), ToyFormat())
+FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), MlxFormat(), GgufFormat(), ToyFormat())
+FORMS: Mapping[str, str] = {"gguf": gguf_details(BASE)}
 
 
 @pytest.fixture(params=FORMATS, ids=lambda found: found.name)
@@ -34,7 +42,10 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ada
     return found
 
 
-def example(rank: int = 2) -> Adapter:
+RANK, INPUTS, OUTPUTS = 4, 16, 8  # each factor fills whole blocks of 32 bytes, so that no file ends with padding
+
+
+def example(rank: int = RANK) -> Adapter:
     """Make an adapter of two modules whose values every type holds exactly."""
     random = torch.Generator().manual_seed(0)
 
@@ -45,7 +56,10 @@ def example(rank: int = 2) -> Adapter:
 
 
 def encoded(form: AdapterFormat, made: Adapter | None = None, dtype: str = "float32") -> AdapterBytes:
-    return form.encode(example() if made is None else made, dtype=dtype, card="# a card\n", metadata={"icm": "1"})
+    details = FORMS.get(form.name)
+    like = None if details is None else Template(b"", example().layout, "F32", details)
+    made = example() if made is None else made
+    return form.encode(made, dtype=dtype, card="# a card\n", metadata={"icm": "1"}, like=like)
 
 
 def found_in(folder: Path) -> FoundAdapter:
@@ -104,7 +118,7 @@ def test_values_that_a_type_holds_come_back_exactly(form: AdapterFormat, dtype: 
 
 def test_a_value_that_the_type_cannot_hold_is_refused(form: AdapterFormat) -> None:
     made = example()
-    huge = replace(made.modules[0], a=torch.full((2, INPUTS), 1e30))
+    huge = replace(made.modules[0], a=torch.full((RANK, INPUTS), 1e30))
     with pytest.raises(AdapterRefused) as caught:
         encoded(form, replace(made, modules=(huge, made.modules[1])), dtype="float16")
     assert caught.value.kind == "overflow"
@@ -144,7 +158,7 @@ def test_a_refusal_names_the_file(form: AdapterFormat) -> None:
 def test_extras_come_back_exactly(form: AdapterFormat) -> None:
     extras = {"head": RawTensor("F32", (2, 3), torch.arange(6).float().numpy().tobytes())}
     plain = encoded(form)
-    like = Template(plain.config, example().layout, "F32")
+    like = Template(plain.config, example().layout, "F32", form.inspect(plain.config, plain.weights).template)
     files = form.encode(example(), card="", metadata={}, like=like, extras=extras)
     (found,) = form.inspect(files.config, files.weights).extras
     assert (found.name, found.dtype, found.shape) == ("head", "F32", (2, 3))
@@ -167,7 +181,10 @@ def test_a_format_that_is_not_known_is_refused_with_a_hint() -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("module", ["icmlora.formats.peft", "tests.icmlora.formats.toy_format"])
+MODULES = [type(form).__module__ for form in FORMATS]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_importing_a_format_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

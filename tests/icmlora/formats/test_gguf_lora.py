@@ -26,8 +26,10 @@ from icmlora.base_models.load import load_gguf
 from icmlora.base_models.lookup import read_config
 from icmlora.errors import AdapterRefused, BaseModelMismatch, BaseModelUnsuited, DataError
 from icmlora.formats.format import RunnableAdapter
-from icmlora.formats.gguf_lora import GgufBase, encode_gguf
+from icmlora.formats.gguf import GgufFormat, architecture_of
+from icmlora.formats.gguf_lora import GgufBase, encode_gguf, with_base_names
 from icmlora.formats.peft import PEFT
+from tests.benchmarks.llama_cpp.tiny_models import MODELS, adapted, write_model
 from tests.icmlora import adapter_files as make
 from tests.icmlora.base_models.test_gguf import write_tiny_gguf
 from tests.icmlora.tiny_base import tiny_model, write_tiny_base
@@ -180,6 +182,42 @@ def test_any_ranks_and_heads_survive_the_way(
         if base.heads is not None and kind != "v_proj":
             found = in_order(found, heads[0] if kind == "q_proj" else heads[1])
         torch.testing.assert_close(found, made.b @ made.a, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_names_and_rows_come_back_from_llama_cpps_to_those_of_transformers(name: str, tmp_path: Path) -> None:
+    adapted(write_model(name, tmp_path / "base"), tmp_path / "peft")
+    files = tmp_path / "peft" / "adapter_config.json", tmp_path / "peft" / "adapter_model.safetensors"
+    adapter = PEFT.runnable(*(file.read_bytes() for file in files))
+    base = GgufBase.of_config(read_config(tmp_path / "base"))
+    data = encoded(adapter, base)
+    back = with_base_names(GgufFormat().read(b"", data).adapter, architecture_of(data), base)
+    wanted = {module.name: module.b @ module.a for module in adapter.adapter.modules}
+    assert {module.name for module in back.adapter.modules} == wanted.keys()
+    for module in back.adapter.modules:
+        torch.testing.assert_close(module.b @ module.a, wanted[module.name])
+
+
+def read_back(*modules: tuple[str, torch.Tensor, torch.Tensor], architecture: str = "llama") -> RunnableAdapter:
+    return with_base_names(make.adapter(*modules), architecture, TINY)
+
+
+def test_an_adapter_of_another_architecture_does_not_fit_the_base_model() -> None:
+    with pytest.raises(BaseModelMismatch, match="the adapter is for 'qwen2', but its base model is 'llama'"):
+        read_back(module("blk.0.attn_v"), architecture="qwen2")
+
+
+@pytest.mark.parametrize("name", ["token_embd", "output", "blk.2.attn_v", "blk.0.ffn_up_exps.0", "blk.0.attn_rot"])
+def test_a_module_that_transformers_calls_nobody_knows_what_is_refused_by_name(name: str) -> None:
+    with pytest.raises(AdapterRefused, match=f"{name}: icm does not know what transformers calls this") as error:
+        read_back(module("blk.0.attn_v"), module(name))
+    assert error.value.kind == "layers"
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q", "blk.0.attn_k"])
+def test_heads_that_do_not_divide_the_rows_of_a_gguf_adapter_are_a_mismatch(name: str) -> None:
+    with pytest.raises(BaseModelMismatch, match="has 10 outputs, which are not"):
+        read_back(module(name, outputs=10))
 
 
 def test_the_same_adapter_gives_the_same_bytes(saved: RunnableAdapter) -> None:

@@ -51,6 +51,7 @@ class ToyFormat:
     """Single files with a header of their own; there is no configuration and no card."""
 
     name = "toy"
+    about = "a single file NAME.toy"
     is_for_images = False
     suffix = SUFFIX
     watched: frozenset[str] = frozenset()

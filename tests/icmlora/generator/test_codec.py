@@ -70,6 +70,29 @@ def test_a_smaller_tolerance_takes_more_bytes() -> None:
     assert sizes[0] < sizes[-1]
 
 
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10**6), rank=st.integers(1, 4), sizes=st.tuples(*[st.integers(150, 2000)] * 2))
+def test_more_bytes_never_make_a_worse_code(seed: int, rank: int, sizes: tuple[int, int]) -> None:
+    adapter = make_adapter(seed, rank)
+    less, more = (codec().encode_within(adapter, {}, size=size) for size in sorted(sizes))
+    assert len(more.data) <= max(sizes)
+    assert more.weighted_error <= less.weighted_error or len(less.data) > min(sizes)
+
+
+def test_a_code_of_a_size_is_about_as_good_as_the_one_of_its_error() -> None:
+    original = make_adapter(1, rank=4)
+    of_error = codec().encode(original, {}, tolerance=0.02)
+    of_size = codec().encode_within(original, {}, size=len(of_error.data))
+    assert len(of_size.data) <= len(of_error.data)
+    assert of_size.weighted_error == pytest.approx(of_error.weighted_error, rel=0.2)
+    assert of_size.squared_error == squared_error(original, codec().decode(of_size.data))
+
+
+def test_where_no_code_is_small_enough_the_smallest_is_returned() -> None:
+    smallest = codec().encode_within(make_adapter(1, rank=4), {}, size=1)
+    assert 1 < len(smallest.data) <= len(codec().encode(make_adapter(1, rank=4), {}, tolerance=0.9).data)
+
+
 def test_a_tolerance_that_float32_cannot_keep_is_refused() -> None:
     with pytest.raises(GeneratorError, match="1e-16"):
         codec().encode(make_adapter(0), {}, tolerance=1e-16)

@@ -1,0 +1,174 @@
+"""`icm convert`: adapters in another format, or smaller, without a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icm_cli.commands.materialize import DtypeName
+from icm_cli.errors import ExitCode, Interrupted, UsageProblem
+from icm_cli.output import Column
+from icm_cli.session import Session, command
+from icm_cli.text import as_fields
+from icmlora.errors import Cancelled
+from icmlora.io.text import counted, human_size, parse_bytes
+
+if TYPE_CHECKING:
+    from icm_cli.output import Output
+    from icmlora.fleet.context import Event
+    from icmlora.fleet.convert import AdapterConverted, ConvertReport
+
+SourceArg = Annotated[
+    Path,
+    typer.Argument(metavar="SRC", help="A folder or file of one adapter, or a folder of many.", show_default=False),
+]
+DestinationArg = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DST",
+        help="Folder or file to write, as the format has it. For many adapters: the folder for them.",
+        show_default=False,
+    ),
+]
+FormatOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="Format to write: peft, mlx (for MLX-LM), gguf (one file for llama.cpp) ... Default: that of the source.",
+        show_default=False,
+    ),
+]
+RankOpt = Annotated[
+    int | None,
+    typer.Option("--rank", metavar="N", min=1, help="Cut every module to rank N at most.", show_default=False),
+]
+SizeOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        metavar="SIZE",
+        help="Most bytes of the file of weights, as 4MB. Modules keep the ranks that make the error smallest.",
+        show_default=False,
+    ),
+]
+DtypeOpt = Annotated[
+    DtypeName | None,
+    typer.Option(
+        "--dtype",
+        help="Number format of the weights. Default: that of the source, or float32 with --format gguf or mlx.",
+        show_default=False,
+    ),
+]
+BaseOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--base-model",
+        metavar="PATH",
+        help="Folder or GGUF file of the base model, whose configuration --format gguf needs. Default: the model that "
+        "the adapter names, if it is on this machine.",
+        show_default=False,
+    ),
+]
+ForceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace what is at DST.")]
+
+_COLUMNS = (
+    Column("adapter", shrink=True),
+    Column("format"),
+    Column("rank", right=True),
+    Column("before", right=True),
+    Column("after", right=True),
+    Column("relative error", right=True),
+)
+
+
+@command
+def convert(
+    session: Session,
+    source: SourceArg,
+    destination: DestinationArg,
+    adapter_format: FormatOpt = None,
+    rank: RankOpt = None,
+    size: SizeOpt = None,
+    dtype: DtypeOpt = None,
+    base_model: BaseOpt = None,
+    force: ForceOpt = False,
+) -> None:
+    """Write an adapter in another format, or make it smaller. No store is needed.
+
+    Ranks are cut by singular values, with the smallest error that the rank or the size allows. The relative error,
+    ||dW' - dW|| / ||dW||, is measured on what was written. An adapter that keeps its format keeps its header, and heads
+    and other tensors exactly; another format refuses, by name, what it has no place for.
+
+    Of a folder of many adapters, each goes into DST under its name. Exit code 3 means that some could not be converted.
+
+    Example:
+      icm convert dog-detection smaller/ --size 4MB
+      icm convert loras/ loras-mlx/ --format mlx
+    """
+    if rank is not None and size is not None:
+        raise UsageProblem("--size sets the ranks itself, so it cannot be used with --rank")
+    if adapter_format is None and rank is None and size is None and dtype is None:
+        raise UsageProblem("nothing would change", hint="give --format, --rank, --size or --dtype")
+    from icmlora.fleet import convert as use_case
+
+    stopped = False
+    try:
+        with session.listening("convert", lambda event: _tell(session.out, event)) as listen:
+            report = use_case.convert(
+                source,
+                destination,
+                adapter_format=adapter_format,
+                rank=rank,
+                size=None if size is None else parse_bytes(size),
+                dtype=dtype and dtype.value,
+                base_model=base_model,
+                force=force,
+                on_event=listen,
+            )
+    except Cancelled as stop:
+        if not isinstance(stop.report, use_case.ConvertReport):
+            raise
+        report, stopped = stop.report, True
+    _sum_up(session.out, report)
+    if stopped:
+        done = counted(len(report.adapters), "adapter")
+        raise Interrupted(f"interrupted; {done} converted", hint="convert the rest, or run it again with --force")
+    if report.failed:
+        raise typer.Exit(ExitCode.PARTLY)
+
+
+def _tell(out: Output, event: Event) -> None:
+    from icmlora.fleet.context import TaskFailed
+    from icmlora.fleet.convert import AdapterConverted
+
+    if isinstance(event, AdapterConverted):
+        out.event("adapter", **as_fields(event))
+    elif isinstance(event, TaskFailed):
+        out.event("failed", name=event.task, kind=event.kind, message=event.message, hint=event.hint)
+
+
+def _sum_up(out: Output, report: ConvertReport) -> None:
+    before, after = (sum(getattr(one, name) for one in report.adapters) for name in ("before", "size"))
+    out.event("summary", adapters=len(report.adapters), failed=len(report.failed), before=before, size=after)
+    if out.is_quiet:
+        for adapter in report.adapters:
+            out.answer(adapter.output)
+    out.table(_COLUMNS, [_cells(adapter) for adapter in report.adapters])
+    for failed in report.failed:
+        out.warn(f"{failed.task}: {failed.message}", kind=failed.kind, hint=failed.hint)
+    left_out = sorted({file for adapter in report.adapters for file in adapter.left_out})
+    if left_out:
+        out.note(f"without files that have no place in the format: {', '.join(left_out)}")
+    some = f"; {len(report.failed)} not converted" if report.failed else ""
+    where = f", in {report.adapters[0].output}" if len(report.adapters) == 1 else ""
+    what = counted(len(report.adapters), "adapter")
+    out.line(f"wrote {what}{where}: {human_size(after)}, {human_size(before)} before{some}")
+
+
+def _cells(adapter: AdapterConverted) -> list[str]:
+    error = "-" if adapter.relative_error is None else f"{adapter.relative_error:.4f}"
+    sizes = human_size(adapter.before), human_size(adapter.size)
+    return [adapter.name, adapter.format, str(adapter.rank), *sizes, error]

@@ -1,0 +1,85 @@
+"""Make an adapter smaller by cutting ranks, with the smallest error of dW that a rank or a size allows.
+
+    dW of a module = sum over slots k of  s_k * (out_k, in_k),   s_0 >= s_1 >= ...        (canonical form)
+
+    slot k of a module:   gain s_k^2,   cost (in + out) values   ──▶   all slots of all modules, by gain / cost
+
+Cutting slot k adds s_k^2 to the squared error, and nothing else does: the slots of a module are orthogonal. So the
+slots with the most energy per value are kept. Each module keeps one, even if it does nothing: whoever loads the file
+looks for it. dW itself (out x in) is never formed.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+
+from icmlora.adapter.canonical import canonicalize
+from icmlora.adapter.metrics import errors_and_norms, relative
+from icmlora.adapter.model import Adapter, LoraModule
+
+
+@dataclass(frozen=True)
+class Slots:
+    """An adapter in canonical form with the slots that it may lose, those that matter least last.
+
+    Attributes:
+        adapter: The adapter; ranks are as they were.
+        order: The module of each slot that may be cut, by number, in the order in which they are kept.
+        values: How many values the first n of them take, with the one slot that each module keeps; n from 0 to all.
+    """
+
+    adapter: Adapter
+    order: tuple[int, ...]
+    values: tuple[int, ...]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Slots:
+        """Decompose an adapter."""
+        adapter = canonicalize(adapter)
+        costs = [module.shape.inputs + module.shape.outputs for module in adapter.modules]
+        found: list[tuple[float, int, int]] = []
+        for number, module in enumerate(adapter.modules):
+            # In canonical form ||A_k|| = ||B_k|| = sqrt(s_k).
+            squares = (module.a.double().square().sum(1) * module.b.double().square().sum(0)).tolist()
+            # Rounding must not bring slots of a module out of their order.
+            least = math.inf
+            for slot, square in enumerate(squares):
+                least = min(least, square)
+                if slot and square > 0:
+                    found.append((-least / costs[number], number, slot))
+        order = tuple(number for _, number, _ in sorted(found))
+        values = [sum(costs)]
+        for number in order:
+            values.append(values[-1] + costs[number])
+        return cls(adapter, order, tuple(values))
+
+    def first(self, count: int) -> Adapter:
+        """Return the best adapter that keeps this many of the slots that may be cut."""
+        ranks = [1] * len(self.adapter.modules)
+        for number in self.order[:count]:
+            ranks[number] += 1
+        pairs = zip(self.adapter.modules, ranks, strict=True)
+        modules = tuple(LoraModule(module.name, module.a[:rank], module.b[:, :rank]) for module, rank in pairs)
+        return replace(self.adapter, modules=modules)
+
+    def within(self, values: float) -> int:
+        """Return how many of the slots fit into so many values; 0 also where not even one slot a module does."""
+        return max(0, bisect_right(self.values, values) - 1)
+
+
+def relative_errors(original: Adapter, other: Adapter) -> tuple[float, dict[str, float]]:
+    """Return ||dW' - dW|| / ||dW|| over all modules, and that of each kind of modules, such as `q_proj`."""
+    parts = errors_and_norms(original, other)
+    names = [module.name for module in original.modules]
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for name, part in zip(names, parts, strict=True):
+        kinds.setdefault(_kind(name), []).append(part)
+    return math.sqrt(relative(parts)), {kind: math.sqrt(relative(found)) for kind, found in sorted(kinds.items())}
+
+
+def _kind(module: str) -> str:
+    """Return the last part of a name that is not a number: experts and members of lists count together."""
+    words = [word for word in module.split(".") if not word.isdigit()]
+    return words[-1] if words else module

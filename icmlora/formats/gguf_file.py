@@ -1,0 +1,257 @@
+"""GGUF files, read strictly and written deterministically; the header only, and without the `gguf` package.
+
+    | "GGUF" | version 3 | tensors, keys (8 each) | keys and values | names, shapes, types, offsets | padding | data |
+
+The package maps a file into memory and believes the counts in it, so a file of 40 bytes can keep it busy for years.
+Here every count is checked against the bytes that are left. Keys and values are kept as the bytes that they were.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from icmlora.errors import AdapterRefused, UnsafeInput
+from icmlora.formats.format import Buffer
+from icmlora.io.safetensors import (
+    ITEM_BYTES,
+    MAX_DIMENSION,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    TENSOR_NAME,
+    RawTensor,
+    TensorInfo,
+)
+from registry.names import escape
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)  # equal but for the byte order, which is little endian here
+_HEAD = struct.Struct("<4sIQQ")
+_MOST_KEYS = 4096
+_MOST_DIMENSIONS = 4
+_KEY = re.compile(r"[!-~]{1,256}")
+_ALIGNMENT = 32
+_ALIGNMENT_KEY = "general.alignment"
+
+# Types of values, by number; those of a fixed size with the code that `struct` has for them.
+_SCALARS: Mapping[int, str] = {
+    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
+    **{7: "?", 10: "Q", 11: "q", 12: "d"},
+}
+_UINT32, _FLOAT32, _TEXT, _ARRAY = 4, 6, 8, 9
+# Types of tensors by number, as safetensors names them. All others are quantised.
+_TYPES: Mapping[int, str] = {
+    **{0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32"},
+    **{27: "I64", 28: "F64", 30: "BF16"},
+}
+_NUMBERS = {name: number for number, name in _TYPES.items()}
+
+
+@dataclass(frozen=True)
+class GgufValue:
+    """One value of a header, as its type and bytes."""
+
+    kind: int
+    data: bytes
+
+    @property
+    def content(self) -> str | int | float | bool | None:
+        """A text or number; None for a list, which is only kept."""
+        if self.kind == _TEXT:
+            return self.data[8:].decode("utf-8", "replace")
+        return None if self.kind == _ARRAY else struct.unpack(f"<{_SCALARS[self.kind]}", self.data)[0]
+
+    @classmethod
+    def float32(cls, number: float) -> GgufValue:
+        """Make a value of a number."""
+        return cls(_FLOAT32, struct.pack("<f", number))
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """A checked header: keys in their order, tensors in the order of their data.
+
+    A tensor's shape has its innermost dimension last, as numpy and torch have it; GGUF counts the other way round. The
+    type of a quantised tensor is called as the `gguf` package calls it.
+    """
+
+    values: Mapping[str, GgufValue]
+    tensors: tuple[TensorInfo, ...] = field(default=())
+
+    def text(self, key: str) -> str | None:
+        """Return a text, or None if there is none under this key."""
+        found = self.values.get(key)
+        content = None if found is None else found.content
+        return content if isinstance(content, str) and content else None
+
+
+def read_gguf(data: Buffer) -> GgufHeader:
+    """Read and check the header of a file in memory.
+
+    Raises:
+        AdapterRefused: It is damaged.
+        UnsafeInput: It is beyond the limits, or has a name twice or one that is not plain.
+    """
+    cursor = _Cursor(memoryview(data))
+    magic, version, tensors, keys = cursor.unpack(_HEAD)
+    if magic != _MAGIC:
+        raise AdapterRefused("not a GGUF file", kind="damaged")
+    if version not in _VERSIONS:
+        raise AdapterRefused(f"GGUF of version {version:#x}, or of another byte order", kind="damaged")
+    values = _values(cursor, keys)
+    if tensors > MAX_TENSORS:
+        raise UnsafeInput(f"claims {tensors:,} tensors, more than {MAX_TENSORS:,}", kind="limits")
+    found = [_tensor(cursor) for _ in range(tensors)]
+    return GgufHeader(values, _placed(found, _aligned(cursor.at, _alignment(values)), len(data), _alignment(values)))
+
+
+def parse_values(data: bytes) -> dict[str, GgufValue]:
+    """Read keys and values that `encode_values` wrote; raises as `read_gguf` does."""
+    cursor = _Cursor(memoryview(data))
+    (count,) = cursor.unpack(struct.Struct("<Q"))
+    return _values(cursor, count)
+
+
+def encode_values(values: Mapping[str, GgufValue]) -> bytes:
+    """Write how many keys there are, and then keys and values in their order."""
+    parts = [struct.pack("<Q", len(values))]
+    for key, value in values.items():
+        parts += [struct.pack("<Q", len(key)), key.encode("ascii"), struct.pack("<I", value.kind), value.data]
+    return b"".join(parts)
+
+
+def encode_gguf_file(values: Mapping[str, GgufValue], tensors: Mapping[str, RawTensor]) -> bytes:
+    """Write a file; the same values and tensors give the same bytes."""
+    alignment, offset = _alignment(values), 0
+    infos, data = [], []
+    for name, tensor in tensors.items():
+        dimensions = tensor.shape[::-1]
+        infos.append(struct.pack("<Q", len(name)) + name.encode("ascii") + struct.pack("<I", len(dimensions)))
+        kind = _NUMBERS.get(tensor.dtype)
+        if kind is None:
+            raise AdapterRefused(f"{name} has the type {tensor.dtype}, which GGUF files do not have", kind="dtype")
+        infos.append(struct.pack(f"<{len(dimensions)}QIQ", *dimensions, kind, offset))
+        data.append(tensor.data + bytes(_aligned(len(tensor.data), alignment) - len(tensor.data)))
+        offset += len(data[-1])
+    keys = encode_values(values)
+    head = _HEAD.pack(_MAGIC, _VERSIONS[-1], len(tensors), len(values)) + keys[8:] + b"".join(infos)
+    return head + bytes(_aligned(len(head), alignment) - len(head)) + b"".join(data)
+
+
+class _Cursor:
+    """A place in a header. Nothing is read beyond the end of the file, or of what a header may take."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view, self.at = view, 0
+
+    def take(self, size: int) -> bytes:
+        end = self.at + size
+        if end > len(self._view):
+            hint = "fetch the file again: it seems cut short"
+            raise AdapterRefused(f"its header ends after {len(self._view):,} bytes", kind="damaged", hint=hint)
+        if end > MAX_HEADER_BYTES:
+            raise UnsafeInput(f"has a header of more than {MAX_HEADER_BYTES:,} bytes", kind="limits")
+        start, self.at = self.at, end
+        return bytes(self._view[start:end])
+
+    def unpack(self, form: struct.Struct) -> tuple[Any, ...]:
+        return form.unpack(self.take(form.size))
+
+    def number(self, code: str) -> int:
+        (found,) = struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))
+        return int(found)
+
+    def name(self, pattern: re.Pattern[str], what: str) -> str:
+        name = self.take(self.number("Q")).decode("latin-1")
+        if not pattern.fullmatch(name):
+            raise UnsafeInput(f"the {what} {escape(name, 120)!r} is not plain", kind="name")
+        return name
+
+
+def _values(cursor: _Cursor, count: int) -> dict[str, GgufValue]:
+    if count > _MOST_KEYS:
+        raise UnsafeInput(f"claims {count:,} keys, more than {_MOST_KEYS:,}", kind="limits")
+    values: dict[str, GgufValue] = {}
+    for _ in range(count):
+        key, kind = cursor.name(_KEY, "key"), cursor.number("I")
+        if key in values:
+            raise UnsafeInput(f"the header has the key {key!r} twice", kind="duplicate-key")
+        values[key] = GgufValue(kind, _value(cursor, kind, key))
+    return values
+
+
+def _value(cursor: _Cursor, kind: int, key: str) -> bytes:
+    if kind in _SCALARS:
+        return cursor.take(struct.calcsize(_SCALARS[kind]))
+    if kind == _TEXT:
+        size = cursor.number("Q")
+        return struct.pack("<Q", size) + cursor.take(size)
+    if kind == _ARRAY:
+        item, count = cursor.number("I"), cursor.number("Q")
+        head = struct.pack("<IQ", item, count)
+        if item in _SCALARS:
+            return head + cursor.take(count * struct.calcsize(_SCALARS[item]))
+        if item == _TEXT:  # each takes eight bytes or more, so the end of the header comes soon enough
+            return head + b"".join(_value(cursor, item, key) for _ in range(count))
+    raise AdapterRefused(f"the key {key} has a value of an unknown type", kind="damaged")
+
+
+def _alignment(values: Mapping[str, GgufValue]) -> int:
+    found = values.get(_ALIGNMENT_KEY)
+    if found is None:
+        return _ALIGNMENT
+    number = found.content
+    if found.kind != _UINT32 or not isinstance(number, int) or number not in (8, 16, 32, 64, 128, 256):
+        raise AdapterRefused(f"{_ALIGNMENT_KEY} is {number}, which icm does not take", kind="damaged")
+    return number
+
+
+def _aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _tensor(cursor: _Cursor) -> TensorInfo:
+    """Read one tensor; its offsets count from the start of the data."""
+    name = cursor.name(TENSOR_NAME, "tensor name")
+    dimensions = cursor.number("I")
+    if not 1 <= dimensions <= _MOST_DIMENSIONS:
+        raise AdapterRefused(f"{name} has {dimensions} dimensions", kind="shape")
+    shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
+    if not all(1 <= size <= MAX_DIMENSION for size in shape):
+        raise UnsafeInput(f"{name} has the shape {escape(str(shape), 64)}", kind="limits")
+    kind, begin = cursor.number("I"), cursor.number("Q")
+    if kind in _TYPES:
+        return TensorInfo(name, _TYPES[kind], shape, begin, begin + prod(shape) * ITEM_BYTES[_TYPES[kind]])
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # few adapters are quantised
+
+    try:
+        found = GGMLQuantizationType(kind)
+    except ValueError:
+        raise AdapterRefused(f"{name} has the unknown type {kind}", kind="dtype") from None
+    items, size = GGML_QUANT_SIZES[found]
+    if shape[-1] % items:
+        raise AdapterRefused(f"{name} has rows of {shape[-1]}, which {found.name} does not have", kind="shape")
+    return TensorInfo(name, found.name, shape, begin, begin + prod(shape) // items * size)
+
+
+def _placed(found: list[TensorInfo], start: int, size: int, alignment: int) -> tuple[TensorInfo, ...]:
+    """Return the tensors where they are in the file; refuse overlaps, holes, and bytes that belong to none."""
+    if len({tensor.name for tensor in found}) < len(found):
+        raise UnsafeInput("the header has a tensor twice", kind="duplicate-key")
+    placed: list[TensorInfo] = []
+    end = start
+    for tensor in sorted(found, key=lambda tensor: tensor.begin):
+        begin = start + tensor.begin
+        if begin != _aligned(end - start, alignment) + start:
+            word = "overlaps the tensor before it" if begin < end else "is not where the tensor before it ends"
+            raise AdapterRefused(f"{tensor.name} {word}", kind="damaged")
+        end = start + tensor.end
+        placed.append(TensorInfo(tensor.name, tensor.dtype, tensor.shape, begin, end))
+    if not end <= size <= start + _aligned(end - start, alignment):
+        message = f"its tensors end at byte {end:,} but the file has {size:,}"
+        raise AdapterRefused(message, kind="damaged", hint="fetch the file again")
+    return tuple(placed)

@@ -1,0 +1,93 @@
+"""When two adapter files hold the same adapter, whatever else their headers and configurations say.
+
+    tensors_key     a short hash of names, types, shapes and 32 bytes of each tensor; equal tensors have equal keys
+    tensors_digest  SHA-256 of names, types, shapes and all bytes; equal digests mean equal tensors
+    plain_config    a configuration without what changes nothing
+
+An ingest makes the key of every file while it is in memory: hashing all bytes a second time would make it a third
+slower. Where two keys are equal, the digests decide. A file that is not safetensors counts as one tensor. Imports
+neither numpy nor torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+
+from icmlora.errors import AdapterRefused
+from icmlora.formats.format import Buffer
+from icmlora.io.safetensors import header_text, parse_header
+from icmlora.io.strict_json import parse_object
+
+_KEY_BYTES = 8
+_SAMPLE = 32  # bytes, from the middle of each tensor
+_REMEMBERED_HEADERS = 16
+_REMEMBERED_BYTES = 256 * 1024
+# Fields of `adapter_config.json` that training or a library notes, and that do not change what the tensors mean. Which
+# modules are targets is what the tensors themselves say.
+_UNIMPORTANT = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "ephemeral_gpu_offload", "exclude_modules", "inference_mode"),
+        *("layers_pattern", "layers_to_transform", "lora_dropout", "megatron_config", "megatron_core", "peft_version"),
+        *("revision", "runtime_config", "target_modules", "task_type"),
+    }
+)
+
+
+def tensors_key(weights: Buffer) -> str:
+    """Return 16 hexadecimal digits that are equal for equal tensors, and hardly ever for others."""
+    data = memoryview(weights)
+    prefix, places = _layout(data)
+    samples = [data[(begin + end) // 2 : min((begin + end) // 2 + _SAMPLE, end)] for begin, end in places]
+    return hashlib.sha256(b"".join([prefix, *samples])).hexdigest()[: 2 * _KEY_BYTES]
+
+
+def tensors_digest(weights: Buffer) -> str:
+    """Return the SHA-256 of all tensors in the order of their names."""
+    data = memoryview(weights)
+    prefix, places = _layout(data)
+    found = hashlib.sha256(prefix)
+    for begin, end in places:
+        found.update(data[begin:end])
+    return found.hexdigest()
+
+
+def plain_config(config: bytes) -> str:
+    """Return what a configuration says that may change what the tensors mean, as canonical JSON.
+
+    A field that is null, false or empty is left out: newer libraries write more of those. A configuration that is not
+    a JSON object stands for itself.
+    """
+    try:
+        fields = parse_object(config, what="the configuration", max_bytes=len(config))
+    except AdapterRefused:
+        return config.decode("utf-8", "backslashreplace")
+    kept = {name: value for name, value in fields.items() if name not in _UNIMPORTANT and not _is_empty(value)}
+    return json.dumps(kept, sort_keys=True)
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value is False or value in ([], {})  # an alpha of 0 is not
+
+
+_Layout = tuple[bytes, tuple[tuple[int, int], ...]]
+
+
+def _layout(data: memoryview) -> _Layout:
+    try:
+        text = header_text(data)
+        return (_remembered if len(text) <= _REMEMBERED_BYTES else _parsed)(text, len(data))
+    except AdapterRefused:
+        return b"", ((0, len(data)),)
+
+
+def _parsed(text: bytes, size: int) -> _Layout:
+    """Return what a header says of the tensors without their places, and their places; both by name."""
+    tensors = sorted(parse_header(text, size).tensors, key=lambda tensor: tensor.name)
+    prefix = json.dumps([[tensor.name, tensor.dtype, tensor.shape] for tensor in tensors]).encode()
+    return prefix, tuple((tensor.begin, tensor.end) for tensor in tensors)
+
+
+# Most adapters of a fleet have the header of another one byte for byte, and parsing takes longer than all the rest.
+_remembered = lru_cache(maxsize=_REMEMBERED_HEADERS)(_parsed)
