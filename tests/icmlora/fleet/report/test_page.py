@@ -176,8 +176,8 @@ def test_pictures_are_in_the_page_with_what_they_show() -> None:
 
 
 def test_the_distance_of_a_code_stands_next_to_that_of_two_seeds() -> None:
-    texts = " ".join(Read.of(html_of(page_of(FLEET, drawing=True))).texts)
-    assert "code to original 0.020 , two seeds of the original 0.250" in texts
+    words = " ".join(Read.of(html_of(page_of(FLEET, drawing=True))).texts).split()
+    assert "code to original 0.020 , two seeds of the original 0.250" in " ".join(words)
 
 
 def test_a_page_of_texts_says_nothing_of_pictures_and_the_other_way_round() -> None:
