@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused, Cancelled, DataError
 from icmlora.fleet.context import Event, Progress, TaskFailed, ignore, reporting
-from icmlora.formats.catalogue import formats
+from icmlora.formats.catalogue import format_named, formats
 from icmlora.formats.discovery import find_adapters
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
     AdapterPaths,
-    Layout,
     check_target,
     is_file,
     write_adapter_files,
@@ -152,10 +151,10 @@ def convert(
 def _wanted(
     adapter_format: str | None, rank: int | None, size: int | None, dtype: str | None, base_model: str | Path | None
 ) -> Wanted:
-    from icmlora.fleet.converted_files import PROGRAMS, Wanted
+    from icmlora.fleet.converted_files import Wanted
     from icmlora.io.tensors import DTYPE_NAMES
 
-    names = dict.fromkeys([*(known.name for known in formats()), *PROGRAMS])
+    names = [known.name for known in formats()]
     if adapter_format is not None and adapter_format not in names:
         raise DataError(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
     if dtype is not None and dtype not in DTYPE_NAMES:
@@ -208,9 +207,9 @@ def _many(path: Path) -> tuple[list[_Found], Sequence[tuple[str, IcmError]]]:
 
 
 def _convert(found: _Found, wanted: Wanted, destination: Path, *, is_one: bool, force: bool) -> AdapterConverted:
-    from icmlora.fleet.converted_files import convert_files, layout_of
+    from icmlora.fleet.converted_files import convert_files
 
-    layout = layout_of(wanted.adapter_format or found.format.name)
+    layout = format_named(wanted.adapter_format or found.format.name)
     output = destination if is_one else destination / f"{found.name}{layout.suffix or ''}"
     if is_file(output) and layout.suffix != output.suffix:
         ending = "a folder" if layout.suffix is None else f"a file NAME{layout.suffix}"
@@ -223,7 +222,7 @@ def _convert(found: _Found, wanted: Wanted, destination: Path, *, is_one: bool, 
 
 
 def _outcome(
-    found: _Found, source: SourceAdapter, made: ConvertedFiles, layout: Layout, output: Path
+    found: _Found, source: SourceAdapter, made: ConvertedFiles, layout: AdapterFormat, output: Path
 ) -> AdapterConverted:
     content, files = source.content, layout.lay_out(made.content, found.name)
     others = dict(content.companions) if content.card is None else {**content.companions, "README.md": content.card}

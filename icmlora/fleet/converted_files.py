@@ -14,18 +14,22 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.resize import Slots, relative_errors
-from icmlora.errors import AdapterRefused, BaseModelNotFound
-from icmlora.fleet.converting import gguf_base
+from icmlora.errors import AdapterRefused, BaseModelNotFound, located
+from icmlora.fleet.converting import gguf_base, read_converted
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.diffusers import METADATA
-from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, Layout, RunnableAdapter, Template
+from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, RunnableAdapter, Template
 from icmlora.formats.single_file_check import HEADER
 from icmlora.io.safetensors import ITEM_BYTES, header_text, parse_header
 from icmlora.io.tensors import DTYPE_NAMES, dtype_name
+
+if TYPE_CHECKING:
+    from icmlora.formats.gguf_lora import GgufBase
 
 PROGRAMS = ("gguf", "mlx")
 """Formats of programs, which hold less than an adapter may be; see icmlora/fleet/converting.py."""
@@ -117,7 +121,9 @@ def convert_files(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
         adapter = truncated(adapter, wanted.rank)
     content = writer.write(adapter)
     if wanted.size is not None and len(content.weights) > wanted.size:
-        adapter, content = _largest(writer, wanted.size, one_rank=wanted.adapter_format in _ONE_RANK)
+        adapter, content = _largest(
+            writer, wanted.size, one_rank=(wanted.adapter_format or source.format.name) in _ONE_RANK
+        )
     found, kinds = _errors(writer, adapter, content, wanted.dtype)
     return ConvertedFiles(content, max(shape.rank for shape in adapter.layout), found, kinds)
 
@@ -140,8 +146,11 @@ def _fresh(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted) -> _W
     if known.is_for_images != source.format.is_for_images:
         fact = f"modules are called otherwise in the format {known.name} than in {source.format.name}"
         raise AdapterRefused(fact, kind="layers", path=source.path, hint="without --format it keeps its names")
-    loaded = source.format.read(source.content.config, source.content.weights, path=source.path)
-    extras = dict(loaded.extras)
+    if source.format.name == "gguf":
+        original, extras = _in_base_names(source, summary, wanted).adapter, {}
+    else:
+        loaded = source.format.read(source.content.config, source.content.weights, path=source.path)
+        original, extras = loaded.adapter, dict(loaded.extras)
     # A header goes into the new file, but for what it says of the ranks and scales of the old one.
     header = json.loads(extras.pop(HEADER).data) if HEADER in extras else {}
     metadata = {name: text for name, text in header.items() if name != METADATA}
@@ -163,7 +172,7 @@ def _fresh(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted) -> _W
             made = known.encode(adapter, card="", metadata={}, like=like, dtype=dtype, extras=kept)
         return replace(made, card=source.content.card)
 
-    return _Writer(loaded.adapter, write, _item_bytes(dtype, summary), _reader(known))
+    return _Writer(original, write, _item_bytes(dtype, summary), _reader(known))
 
 
 def _not_linear(weights: bytes) -> str | None:
@@ -175,7 +184,7 @@ def _not_linear(weights: bytes) -> str | None:
 
 
 def _for_program(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted) -> _Writer:
-    runnable = source.format.runnable(source.content.config, source.content.weights, path=source.path)
+    runnable = _in_base_names(source, summary, wanted)
     dtype = wanted.dtype or "float32"  # as `icm materialize` writes them
     if wanted.adapter_format == "mlx":
         from icmlora.formats.mlx import CONFIG_NAME, WEIGHTS_NAME
@@ -185,15 +194,9 @@ def _for_program(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted)
             files = encode_mlx(_with(runnable, adapter), metadata={}, dtype=dtype)
             return AdapterBytes(files[WEIGHTS_NAME], files[CONFIG_NAME])
     else:
-        from icmlora.base_models.lookup import find_base_model, inspect_base
         from icmlora.formats.gguf_lora import encode_gguf
 
-        label, path = summary.base_model or "", wanted.base_model
-        try:
-            base = gguf_base(lambda: find_base_model(label) if path is None else inspect_base(label, path))
-        except BaseModelNotFound as error:
-            error.hint = "name its folder or GGUF file: --base-model PATH"
-            raise
+        base = _base(summary, wanted)
 
         def write(adapter: Adapter) -> AdapterBytes:
             return AdapterBytes(encode_gguf(_with(runnable, adapter), base, task=source.name, metadata={}, dtype=dtype))
@@ -201,26 +204,22 @@ def _for_program(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted)
     return _Writer(runnable.adapter, write, _item_bytes(dtype, summary), None)
 
 
-@dataclass(frozen=True)
-class _Program:
-    """The layout of a format of a program."""
-
-    name: str
-    suffix: str | None
-
-    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
-        """Name the files as the program does."""
-        if self.suffix is not None:
-            return {name + self.suffix: files.weights}
-        from icmlora.formats.mlx import CONFIG_NAME, WEIGHTS_NAME
-
-        return {WEIGHTS_NAME: files.weights, CONFIG_NAME: files.config}
+def _in_base_names(source: SourceAdapter, summary: AdapterSummary, wanted: Wanted) -> RunnableAdapter:
+    """Read an adapter under the names that its base model has in transformers."""
+    base = _base(summary, wanted) if source.format.name == "gguf" else None
+    with located(source.path):
+        return read_converted(source.format, source.content, base, None)
 
 
-def layout_of(adapter_format: str) -> Layout:
-    """Return how the files of a format are laid out."""
-    programs = {"mlx": _Program("mlx", None), "gguf": _Program("gguf", ".gguf")}
-    return programs.get(adapter_format) or format_named(adapter_format)
+def _base(summary: AdapterSummary, wanted: Wanted) -> GgufBase:
+    from icmlora.base_models.lookup import find_base_model, inspect_base
+
+    label, path = summary.base_model or "", wanted.base_model
+    try:
+        return gguf_base(lambda: find_base_model(label) if path is None else inspect_base(label, path))
+    except BaseModelNotFound as error:
+        error.hint = "name its folder or GGUF file: --base-model PATH"
+        raise
 
 
 def _with(runnable: RunnableAdapter, adapter: Adapter) -> RunnableAdapter:

@@ -161,24 +161,6 @@ class Template:
     """`AdapterSummary.template`."""
 
 
-class Layout(Protocol):
-    """How the files of an adapter are laid out: the part of a format that writing to disk needs."""
-
-    @property
-    def name(self) -> str:
-        """The name of the format."""
-        ...
-
-    @property
-    def suffix(self) -> str | None:
-        """How the name of an adapter ends that is a single file; None for a folder."""
-        ...
-
-    def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
-        """Return file name -> content; see `AdapterFormat.lay_out`."""
-        ...
-
-
 class AdapterFormat(Protocol):
     """One kind of adapter files. Only `read`, `runnable` and `encode` may load torch."""
 
@@ -299,7 +281,7 @@ class AdapterFormat(Protocol):
 
 
 def write_adapter_files(
-    output: Path, adapter_format: Layout, files: AdapterBytes, name: str, *, force: bool = False
+    output: Path, adapter_format: AdapterFormat, files: AdapterBytes, name: str, *, force: bool = False
 ) -> None:
     """Write an adapter's files, unchanged: complete and durable, or not at all.
 

@@ -180,6 +180,9 @@ class MlxFormat:
             files = encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype or "bfloat16", rank=pad_rank)
             return AdapterBytes(files[WEIGHTS_NAME], files[CONFIG_NAME], card.encode())
         form, config = PairForm.parse(like), like.config
+        largest = max(shape.rank for shape in like.layout)
+        if pad_rank is None and MlxConfig.parse(config).rank not in (None, largest):
+            pad_rank = largest  # MLX-LM knows one rank for all modules
         if pad_rank is not None:
             config = _with_rank(config, pad_rank)
         scale = MlxConfig.parse(config).scale
