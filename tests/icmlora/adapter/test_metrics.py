@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.adapter.metrics import distance, dw_norm, squared_error
+from icmlora.adapter.metrics import distance, dw_norm, errors_by_group, squared_error
 from icmlora.adapter.model import Adapter
 from tests.icmlora.adapter_files import Q0, V0, adapter
 
@@ -79,6 +79,15 @@ def test_different_widths_are_an_error() -> None:
 def test_an_adapter_names_each_module_once() -> None:
     with pytest.raises(ValueError, match="only once"):
         adapter((Q0, *pair(0)), (Q0, *pair(1)))
+
+
+def test_a_group_has_the_error_of_its_modules_alone() -> None:
+    original, other = (adapter((Q0, *pair(seed)), (V0, *pair(seed + 1, rank=3))) for seed in (0, 5))
+    v, q = errors_by_group(original, {"code": other}, lambda module: module.rpartition(".")[2])
+    assert (v.group, v.modules, v.parameters) == ("v_proj", 1, 33)
+    for found, module in ((q, Q0), (v, V0)):
+        alone = [adapter(*((m.name, m.a, m.b) for m in one.modules if m.name == module)) for one in (original, other)]
+        assert found.errors["code"] == pytest.approx(math.sqrt(squared_error(*alone)))
 
 
 @given(seeds=st.tuples(*[st.integers(0, 10**6)] * 4), ranks=st.tuples(st.integers(1, 7), st.integers(1, 7)))
