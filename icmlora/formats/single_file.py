@@ -11,9 +11,11 @@ the methods that need them.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +94,9 @@ class SingleFileFormat:
     def find(self, folder: Folder) -> list[AdapterPaths]:
         """Find every file whose tensors have names of this format: each is an adapter, named after the file."""
         found: list[AdapterPaths] = []
-        for name, path in sorted(folder.files.items()):
+        names = sorted(folder.files)
+        for name in names:
+            path = folder.files[name]
             stem = name.removesuffix(SUFFIX)
             if stem == name or not stem or _OTHERS.fullmatch(stem):
                 continue
@@ -102,7 +106,7 @@ class SingleFileFormat:
             if name == self._folder_file:
                 found.append(AdapterPaths(folder.path, path, card=folder.files.get("README.md")))
             else:
-                found.append(AdapterPaths(folder.path / stem, path, companions=dict(_companions(stem, folder))))
+                found.append(AdapterPaths(folder.path / stem, path, companions=_companions(stem, names, folder)))
         return list(_in_runs(found, folder))
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:
@@ -171,10 +175,13 @@ class SingleFileFormat:
         return {**companions, self._folder_file or f"{name}{SUFFIX}": files.weights}
 
 
-def _companions(stem: str, folder: Folder) -> Iterator[tuple[str, Path]]:
-    for name, path in sorted(folder.files.items()):
-        if name.startswith(f"{stem}.") and (ending := name[len(stem) + 1 :]).lower() in COMPANIONS:
-            yield ending, path
+def _companions(stem: str, names: Sequence[str], folder: Folder) -> dict[str, Path]:
+    """Return the files that belong to an adapter; `names` is all files in order, of which there may be very many."""
+    start = f"{stem}."
+    first = bisect_left(names, start)
+    following = takewhile(lambda name: name.startswith(start), (names[place] for place in range(first, len(names))))
+    endings = (name.removeprefix(start) for name in following)
+    return {ending: folder.files[start + ending] for ending in endings if ending.lower() in COMPANIONS}
 
 
 def _in_runs(found: Sequence[AdapterPaths], folder: Folder) -> Iterator[AdapterPaths]:

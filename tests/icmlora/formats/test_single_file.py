@@ -20,6 +20,7 @@ from icmlora.formats.catalogue import format_named
 from icmlora.formats.comfyui import COMFYUI
 from icmlora.formats.diffusers import DIFFUSERS
 from icmlora.formats.discovery import find_adapters
+from icmlora.formats.folder import load_adapter, save_adapter
 from icmlora.formats.format import AdapterFormat, Template
 from icmlora.formats.kohya import KOHYA, dotted, flattened
 from icmlora.formats.lycoris import LYCORIS
@@ -350,3 +351,26 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     path.write_bytes(again(KOHYA, file_bytes(kohya(Q), HEADER)))
     with safe_open(path, "pt") as file:
         assert file.metadata() == HEADER
+
+
+class TestLoading:
+    def test_an_adapter_is_loaded_from_its_file(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "dog.safetensors", kohya(Q))
+        assert [module.name for module in load_adapter(path).modules] == [dotted(Q)]
+
+    def test_a_folder_of_several_files_has_to_be_told_which(self, tmp_path: Path) -> None:
+        for number, name in enumerate(("cat", "dog")):
+            write(tmp_path / f"{name}.safetensors", kohya(Q, seed=number))
+        with pytest.raises(AdapterRefused, match=r"several adapters: cat\.safetensors, dog\.safetensors"):
+            load_adapter(tmp_path)
+
+    def test_an_adapter_is_saved_as_a_file(self, tmp_path: Path) -> None:
+        adapter = load_adapter(write(tmp_path / "dog.safetensors", kohya(Q)))
+        save_adapter(adapter, tmp_path / "copy.safetensors", adapter_format="kohya", dtype="float32")
+        assert squared_error(adapter, load_adapter(tmp_path / "copy.safetensors")) < 1e-12
+
+    def test_a_file_that_is_no_adapter_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.txt"
+        path.write_text("x")
+        with pytest.raises(AdapterRefused, match="is not an adapter"):
+            load_adapter(path)
