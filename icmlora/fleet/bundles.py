@@ -127,14 +127,14 @@ class Bundle:
             task: Name of the task, in any case.
             directory: The folder, absent or empty; with `gguf` a file `NAME.gguf`.
             adapter_format: `peft`, `gguf` (one file for llama.cpp) or `mlx` (a folder for MLX-LM). Default: the
-                adapter's own, which is PEFT's for all tasks of a bundle.
+                adapter's own.
             dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original, or
                 `float32` with `gguf` and `mlx`.
             pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks
                 of the original.
             max_error: Refuse an adapter whose relative error is larger, or was not measured.
-            base_model: Folder or GGUF file of the base model, whose configuration `gguf` needs; by default it is looked
-                for in the Hugging Face cache.
+            base_model: Folder or GGUF file of the base model, whose configuration a conversion from or to `gguf` needs;
+                by default it is looked for in the Hugging Face cache.
             force: Replace the adapter in a folder that is not empty, or a file.
 
         Raises:
@@ -150,9 +150,10 @@ class Bundle:
 
         output, wanted = Path(directory), adapter_format
         check_output(output, wanted, force=force)
-        if wanted in (None, "peft"):
+        own = find_task(self.index, task).format
+        if wanted is None or wanted == own:
             return self._made(task, dtype, pad_rank, max_error).write(output, force=force)
-        base = gguf_base(partial(self._find_base, base_model)) if wanted == "gguf" else None
+        base = gguf_base(partial(self._find_base, base_model)) if "gguf" in (own, wanted) else None
         return self._made(task, None, pad_rank, max_error).convert(output, wanted, base, dtype=dtype, force=force)
 
     def read_files(

@@ -24,7 +24,7 @@ def check_output(path: Path, adapter_format: FormatName | None, *, force: bool) 
     """Check that the output can be written, before the work of making its content; None is the adapter's own format."""
     if adapter_format is not None and adapter_format not in get_args(FormatName):
         raise DataError(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(get_args(FormatName))}")
-    if adapter_format == "peft":
+    if adapter_format in (None, "peft"):
         check_target(path, force=force)
     elif adapter_format == "mlx":
         staging.check_free(path, force=force)
