@@ -328,6 +328,15 @@ class TestFolders:
         (task,) = find_adapters([tmp_path]).tasks
         assert (task.name, task.final.card is not None) == ("corgi", True)
 
+    def test_a_file_in_the_cache_of_the_hub_is_found_through_its_link(self, tmp_path: Path) -> None:
+        tensors = linear("unet.mid.to_q.lora_A.weight", "unet.mid.to_q.lora_B.weight")
+        repository = tmp_path / "models--acme--corgi"
+        blob = write(repository / "blobs" / ("0" * 64), tensors)
+        place = repository / "snapshots" / ("1" * 40) / "pytorch_lora_weights.safetensors"
+        place.parent.mkdir(parents=True)
+        place.symlink_to(blob)
+        assert [task.name for task in find_adapters([tmp_path]).tasks] == ["corgi"]
+
     def test_a_file_that_no_format_knows_is_reported_next_to_those_that_are_read(self, tmp_path: Path) -> None:
         write(tmp_path / "dog.safetensors", kohya(Q))
         write(tmp_path / "bare.safetensors", linear("x.0.q.lora_A.weight", "x.0.q.lora_B.weight"))
