@@ -26,7 +26,12 @@ NameArg = Annotated[
     ),
 ]
 PathArg = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A Hugging Face model folder or a .gguf file.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="PATH",
+        help="A Hugging Face model or diffusers pipeline as a folder, or a .gguf file.",
+        show_default=False,
+    ),
 ]
 LabelsArg = Annotated[
     list[str],

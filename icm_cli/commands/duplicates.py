@@ -9,6 +9,7 @@ import typer
 from icm_cli.options import BaseModelOpt, SomeTasksArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
+from icm_cli.text import as_fields
 from icmlora.io.text import counted, some
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def duplicates(
     """Find tasks whose adapters are the same, or nearly; nothing is changed or removed.
 
     `=` marks equal tensors and scale, whatever else the files say. `~` marks near copies; DISTANCE is that of dW,
-    ||dW - dW'|| / max(||dW||, ||dW'||). Rank, type and format do not matter. Tasks are compared with all others of
-    their base model. Each task is listed with the oldest one of its group or, if that is too far, with the one that
+    ||dW - dW'|| / max(||dW||, ||dW'||). Rank, type and format do not matter. Near copies are looked for among tasks
+    of one base model. Each task is listed with the oldest one of its group or, if that is too far, with the one that
     leads there. With TASKS, only near copies of these are shown. --quiet prints one group per line, the oldest task
     first.
 
@@ -60,15 +61,15 @@ def duplicates(
 
 def _print(session: Session, found: DuplicatesReport) -> None:
     out, pairs = session.out, [pair for group in found.groups for pair in group.pairs]
-    notes = {pair.task: _note(pair) for pair in pairs}
+    notes = {pair.task: _note(pair) for pair in pairs} | {pair.task: _OTHER_BASE for pair in found.other_bases}
+    pairs += found.other_bases
     columns = _NOTED if any(notes.values()) else _COLUMNS
     out.table(columns, [[*_cells(pair), notes[pair.task]][: len(columns)] for pair in pairs])
     compared = counted(found.compared, "task")
     if pairs:
         out.line()
-        out.line(
-            f"compared {compared}: {counted(len(pairs), 'copy', 'copies')} in {counted(len(found.groups), 'group')}"
-        )
+        groups = f" in {counted(len(found.groups), 'group')}" if found.groups else ""
+        out.line(f"compared {compared}: {counted(len(pairs), 'copy', 'copies')}{groups}")
         out.hint("`icm rm NAME` removes a task")
     else:
         out.line(f"compared {compared}: no duplicates")
@@ -86,6 +87,9 @@ def _cells(pair: DuplicatePair) -> list[str]:
     return [pair.task, "~", pair.like, f"{pair.distance:.4f}"]
 
 
+_OTHER_BASE = "another base model"
+
+
 def _note(pair: DuplicatePair) -> str:
     return "other heads or biases" if pair.extras_differ else ""
 
@@ -98,19 +102,11 @@ def _as_json(found: DuplicatesReport) -> dict[str, object]:
             {
                 "base_model": group.base_model,
                 "tasks": list(group.tasks),
-                "pairs": [
-                    {
-                        "task": pair.task,
-                        "like": pair.like,
-                        "same_tensors": pair.same_tensors,
-                        "distance": pair.distance,
-                        "extras_differ": pair.extras_differ,
-                    }
-                    for pair in group.pairs
-                ],
+                "pairs": [as_fields(pair) for pair in group.pairs],
             }
             for group in found.groups
         ],
+        "other_bases": [as_fields(pair) for pair in found.other_bases],
         "from_codes": found.from_codes,
         "tensors_only": found.tensors_only,
         "left_out": [{"task": entry.task, "reason": entry.reason} for entry in found.left_out],

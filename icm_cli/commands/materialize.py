@@ -226,7 +226,7 @@ def _check_base_options(
         )
     if samples is None and (loader, device) != (None, None):
         raise UsageProblem("--loader and --device are for --samples: nothing else runs the base model")
-    if samples is None and base_model is not None and (bundle is None or adapter_format not in ("gguf", "peft")):
+    if samples is None and base_model is not None and (bundle is None or adapter_format not in _WITH_BASE):
         hint = "`icm base add NAME PATH` says where the base model of tasks in a store is"
         raise UsageProblem("--base-model is for --samples, and for --from with --format gguf or peft", hint=hint)
 
@@ -283,6 +283,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
         out.note(f"its vectors bring back {code if done.recognized is None else f'the code of {done.recognized}'}")
 
 
+_WITH_BASE = ("gguf", "peft")  # the latter for an adapter that is a GGUF file
 _EXACTLY = ", byte for byte"
 _PROGRAMS = {"gguf": "llama.cpp", "mlx": "MLX-LM", "peft": "PEFT", "comfyui": "ComfyUI", "xlabs": "XLabs"}
 _FROM = {

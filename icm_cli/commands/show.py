@@ -28,7 +28,7 @@ ErrorsOpt = Annotated[
     typer.Option(
         "--errors",
         help="Also show the relative error of the code for each kind of module, or for each block of an image model. "
-        "It decodes the code, which takes seconds for a large adapter.",
+        "It decodes the code, which takes a while for a large adapter.",
     ),
 ]
 

@@ -1,20 +1,14 @@
-"""Prompts that a language model continues, of a task's own examples or from a file, and those that a model draws.
+"""Prompts that a language model continues, of a task's own examples or from a file. Never imports torch.
 
 {"text": "..."}                            the beginning of it, and what really follows
 {"prompt": "...", "completion": "..."}     the prompt; of a file from the user, the completion may be missing
 a chat                                     everything before the assistant's first turn
 any other line of a file                   a prompt as it is
-the header of an image adapter             what triggers it, and the most frequent tags of its images
-
-Never imports torch.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +26,6 @@ if TYPE_CHECKING:
 MAX_PROMPTS = 100
 _BEGINNING = 80  # characters of a plain text that a model is given, up to the end of the word
 _WORD = 20  # characters within which a word has to end: not every language writes spaces
-_TAGS = 6
-_PHRASE = 300  # characters of a prompt that was found in a header
 _SHOWN = 400  # characters of what really follows
 
 
@@ -56,24 +48,6 @@ def prompts_of(examples: Sequence[Any], most: int) -> list[Prompt]:
     """Return the prompts of some examples of a task, spread evenly; those without text have none."""
     found = [prompt for prompt in map(_prompt_of, spread(examples, most)) if prompt is not None]
     return [prompt for prompt in found if prompt.text]
-
-
-def header_prompts(metadata: Mapping[str, str]) -> list[str]:
-    """Return prompts for an image adapter from its header: what triggers it, and the most frequent tags of its images.
-
-    Args:
-        metadata: That of the header, as trainers write it: `modelspec.trigger_phrase`, and `ss_tag_frequency` with a
-            table of tags for each folder of images, where ai-toolkit puts its trigger word.
-    """
-    counts: Counter[str] = Counter()
-    with suppress(ValueError, RecursionError):
-        folders = json.loads(metadata.get("ss_tag_frequency", ""))
-        for tags in folders.values() if isinstance(folders, dict) else ():
-            for tag, count in tags.items() if isinstance(tags, dict) else ():
-                counts[tag.strip()] += count if isinstance(count, int) else 0
-    tags = ", ".join(tag for tag, _ in counts.most_common(_TAGS))
-    phrases = (metadata.get("modelspec.trigger_phrase", ""), tags)
-    return list(dict.fromkeys(phrase.strip()[:_PHRASE] for phrase in phrases if phrase.strip()))
 
 
 def read_prompts(data: bytes, path: str | Path) -> list[Prompt | Mapping[str, Any]]:

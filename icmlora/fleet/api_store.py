@@ -89,7 +89,7 @@ class StoredFleet:
     def module_errors(self, task: str) -> Sequence[GroupError]:
         """Return the relative errors of a task's code by kind of module, or by block of an image model.
 
-        Both original and code are read, which takes a second or more for a large adapter.
+        The original is read and the code decoded, which takes a while for a large adapter.
 
         Args:
             task: The task.

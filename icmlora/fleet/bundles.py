@@ -129,14 +129,14 @@ class Bundle:
             task: Name of the task, in any case.
             directory: The folder, absent or empty; with `gguf` a file `NAME.gguf`.
             adapter_format: `peft`, `gguf` (one file for llama.cpp) or `mlx` (a folder for MLX-LM). Default: the
-                adapter's own, which is PEFT's for all tasks of a bundle.
+                adapter's own.
             dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original, or
                 `float32` with `gguf` and `mlx`.
             pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks
                 of the original.
             max_error: Refuse an adapter whose relative error is larger, or was not measured.
-            base_model: Folder or GGUF file of the base model, whose configuration `gguf` needs; by default it is looked
-                for in the Hugging Face cache.
+            base_model: Folder or GGUF file of the base model, whose configuration a conversion from or to `gguf` needs;
+                by default it is looked for in the Hugging Face cache.
             force: Replace the adapter in a folder that is not empty, or a file.
 
         Raises:

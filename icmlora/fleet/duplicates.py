@@ -3,14 +3,15 @@
     every final adapter ──read once──▶ sketch, norm ──▶ pairs that may be near ──read again──▶ their distances
          `── the tensors of those whose keys are equal ──▶ the same
 
-Adapters of different base models are not compared. An evicted one counts as what its code decodes to. One that cannot
-have a code has no dW that icm knows: only its tensors are compared. Nothing is changed.
+Of adapters of different base models only the tensors are compared: a header may be wrong. An evicted one counts as
+what its code decodes to. One that cannot have a code has no dW that icm knows: only its tensors are compared. Nothing
+is changed.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -100,6 +101,7 @@ class DuplicatesReport:
         max_distance: The limit.
         compared: How many tasks were compared.
         groups: Tasks that are alike, the largest group first.
+        other_bases: Tasks with the same tensors as an older task of another base model.
         from_codes: Evicted tasks, compared as what their codes decode to.
         tensors_only: Tasks that can have no code: only their tensors were compared.
         left_out: Tasks that could not be read.
@@ -108,6 +110,7 @@ class DuplicatesReport:
     max_distance: float
     compared: int = 0
     groups: list[DuplicateGroup] = field(default_factory=list)
+    other_bases: list[DuplicatePair] = field(default_factory=list)
     from_codes: list[str] = field(default_factory=list)
     tensors_only: list[str] = field(default_factory=list)
     left_out: list[NotCompared] = field(default_factory=list)
@@ -125,6 +128,9 @@ def find_duplicates(context: Context, request: DuplicatesRequest) -> DuplicatesR
         steps = _Steps(context, sum(map(len, by_base.values())))
         for rows in by_base.values():
             report.groups += _Comparison(store, rows, report, steps).groups(wanted)
+        if request.base_model is None:
+            pairs = _across_bases(store, _in_order(store.tasks.summaries()))
+            report.other_bases = [pair for pair in pairs if not wanted or not wanted.isdisjoint((pair.task, pair.like))]
     report.groups.sort(key=lambda group: (-len(group.tasks), group.base_model, group.tasks))
     return report
 
@@ -136,10 +142,34 @@ def _by_base(store: Store, base_model: str | None, wanted: Collection[str]) -> d
         found[row.task.base_model].append(row)
     check_base_model(base_model, found)
     return {
-        base: sorted(rows, key=lambda row: (row.task.created_at, row.task.id))
+        base: _in_order(rows)
         for base, rows in sorted(found.items())
         if base_model in (None, base) and (not wanted or any(row.task.name in wanted for row in rows))
     }
+
+
+def _in_order(rows: Iterable[TaskSummary]) -> list[TaskSummary]:
+    return sorted(rows, key=lambda row: (row.task.created_at, row.task.id))
+
+
+def _across_bases(store: Store, rows: Sequence[TaskSummary]) -> Iterator[DuplicatePair]:
+    """Yield the tasks with the tensors of an older one of another base model; few files have to be read for that."""
+    by_key: defaultdict[str | None, list[TaskSummary]] = defaultdict(list)
+    for row in rows:
+        by_key[row.final.tensors_key].append(row)
+    for key, some in by_key.items():
+        if key is None or len({row.task.base_model for row in some}) == 1:
+            continue
+        oldest: dict[str, TaskSummary] = {}
+        seen: set[tuple[str, str]] = set()
+        for row in (row for row in some if not row.final.is_evicted):
+            config = plain_config(store.blobs.read(row.final.config))
+            identity = f"{tensors_digest(store.blobs.read(row.final.weights))} {config}"
+            first = oldest.setdefault(identity, row)
+            # The others of its base model are in a group with the first of it.
+            if (identity, row.task.base_model) not in seen and first is not row:
+                yield DuplicatePair(row.task.name, first.task.name, True, 0.0)
+            seen.add((identity, row.task.base_model))
 
 
 class _Steps:

@@ -24,6 +24,7 @@ from icmlora.fleet.measure import Measurement, TaskLosses, losses_on_own_text, r
 from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Trial
 from icmlora.fleet.texts import read_samples
 from icmlora.fleet.workers import check_place, open_workers
+from icmlora.formats.catalogue import format_named
 from icmlora.generator.config import quality_of, tolerance_of
 from icmlora.generator.encoding import Limits
 from icmlora.generator.initial_a.search import SeedSearch
@@ -392,6 +393,8 @@ class Encoder:
 
     def _refiner(self, turn: _Turn, original: Adapter, steps: int) -> Refiner:
         task, final = turn.task, turn.final
+        if format_named(final.format).is_for_images:
+            raise DataError("icm does not run the models that image adapters are for", hint=WITHOUT_REFINE)
         if any(extra.file is None for extra in final.extras):
             raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=WITHOUT_REFINE)
         base = self._models.base(task.base_model, self._gradients)

@@ -14,34 +14,47 @@ from icmlora.formats.placeholder import PLACEHOLDER_NAME
 from icmlora.formats.tree import Folder
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import MAX_FILE_BYTES, read_tensor_file
+from registry.names import some
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
 
 
 def load_adapter(folder: str | Path) -> Adapter:
-    """Read the adapter in a folder into memory: float32, with LoRA's scale folded into B.
+    """Read the adapter in a folder, or in a single file, into memory: float32, with LoRA's scale folded into B.
 
     Args:
-        folder: A folder with one adapter, in any format that icm knows. Folders below it are not searched.
+        folder: A folder with one adapter, in any format that icm knows, or a file. Folders below it are not searched.
 
     Raises:
         UnsafeInput: A pickle, a link, or a file beyond the limits.
-        AdapterRefused: There is no adapter, it is damaged, or it could not be given back exactly; `kind` says why.
+        AdapterRefused: There is no adapter, or several, it is damaged, or it could not be given back exactly; `kind`
+            says why.
     """
     place = Path(folder)
-    entries = {path.name: path for path in place.iterdir() if path.is_file()} if place.is_dir() else {}
-    searched = Folder(place, entries)
-    for known in formats():
-        for paths in known.find(searched):
-            return known.read(_config(paths), _weights(paths), path=place).adapter
-    if PLACEHOLDER_NAME in entries:
+    searched = _searched(place)
+    found = [(known, paths) for known in formats() for paths in known.find(searched)]
+    if len({paths.weights for _, paths in found}) > 1:
+        names = some([paths.weights.name for _, paths in found])
+        raise AdapterRefused(f"it holds several adapters: {names}", kind="several", path=place, hint="name one of them")
+    for known, paths in found:
+        return known.read(_config(paths), _weights(paths), path=place).adapter
+    if PLACEHOLDER_NAME in searched.files:
         hint = f"`icm restore {place}` brings it back"
         raise AdapterRefused("there is a placeholder instead of an adapter", kind="placeholder", path=place, hint=hint)
     for refusal in (refusal for known in formats() for refusal in known.refuse(searched)):
         raise refusal
-    hint = "name the folder that holds adapter_config.json"
+    if place.is_file():
+        hint = "`icm formats` lists what icm reads"
+        raise AdapterRefused("is not an adapter that icm reads", kind="empty", path=place, hint=hint)
+    hint = "name the folder that holds adapter_config.json, or a file"
     raise AdapterRefused("there is no adapter in this folder", kind="empty", path=place, hint=hint)
+
+
+def _searched(place: Path) -> Folder:
+    if place.is_file():
+        return Folder(place.parent, {place.name: place})
+    return Folder(place, {path.name: path for path in place.iterdir() if path.is_file()} if place.is_dir() else {})
 
 
 def save_adapter(
@@ -54,11 +67,11 @@ def save_adapter(
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> None:
-    """Write an adapter as a folder: complete and durable, or not at all. The same arguments give the same bytes.
+    """Write an adapter, complete and durable, or not at all. The same arguments give the same bytes.
 
     Args:
         adapter: What to write.
-        folder: Absent or empty, unless `force`.
+        folder: Absent or empty, unless `force`; or a file such as `NAME.safetensors`, for a format that has those.
         adapter_format: Name of the format.
         dtype: Number format of the weights: "bfloat16", "float16" or "float32".
         card: Text of the model card.
@@ -66,7 +79,7 @@ def save_adapter(
         force: Replace the adapter in a folder that holds something.
 
     Raises:
-        OutputExists: The folder is not empty and `force` is not given.
+        OutputExists: The folder is not empty, or the file exists, and `force` is not given.
         AdapterRefused: A value that `dtype` cannot hold.
     """
     known, place = format_named(adapter_format), Path(folder)

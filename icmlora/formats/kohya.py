@@ -16,7 +16,7 @@ from itertools import pairwise
 from icmlora.formats.single_file import SingleFileFormat
 from icmlora.formats.single_file_names import Naming, Style
 
-_STEM = re.compile(r"lora_(unet|te\d?|transformer|prior|prior_unet|prior_te|dit|llm_adapter)_[A-Za-z0-9_]+")
+_STEM = re.compile(r"lora_[A-Za-z0-9_]+")
 STYLE = Style("{}.lora_down.weight", "{}.lora_up.weight")
 
 

@@ -90,11 +90,12 @@ def write_pairs(
         shapes[whole.get(shape.module, shape.module)].append(shape if rank is None else shape._replace(rank=rank))
     tensors: dict[str, RawTensor] = {}
     for module, some in shapes.items():
-        if len(some) != form.experts.get(module, 1) or len({shape[1:] for shape in some}) > 1:
+        if len(some) != form.experts.get(module, 1) or len({shape[2:] for shape in some}) > 1:
             raise bad_template()
-        parts = [fitted(modules.pop(shape.module, None), *shape[1:]) for shape in some]
+        largest = max(shape.rank for shape in some)  # one tensor holds all experts
+        parts = [fitted(modules.pop(shape.module, None), largest, *shape[2:]) for shape in some]
         factors = _stacked(parts) if module in form.experts else parts[0]
-        factor = scale(some[0].rank)
+        factor = scale(largest)
         # An adapter of scale 0 does nothing, whatever its factors are.
         unscaled = factors[0], factors[1] / factor if factor else torch.zeros_like(factors[1])
         for half, values, is_turned in zip("ab", unscaled, turned(module), strict=True):

@@ -167,7 +167,7 @@ class MlxFormat:
         pad_rank: int | None = None,
         extras: Mapping[str, RawTensor] | None = None,
     ) -> AdapterBytes:
-        """Write an adapter's files; other ranks than those of `like` change the configuration."""
+        """Write an adapter's files; `pad_rank` changes rank and scale in the configuration of `like`."""
         from icmlora.formats.lora_pair_tensors import write_pairs
         from icmlora.io.safetensors import encode
 
@@ -180,13 +180,11 @@ class MlxFormat:
             files = encode_mlx(RunnableAdapter(adapter), metadata=metadata, dtype=dtype or "bfloat16", rank=pad_rank)
             return AdapterBytes(files[WEIGHTS_NAME], files[CONFIG_NAME], card.encode())
         form, config = PairForm.parse(like), like.config
-        stated, largest = MlxConfig.parse(config), max(shape.rank for shape in like.layout)
-        rank = pad_rank
+        largest = max(shape.rank for shape in like.layout)
+        if pad_rank is None and MlxConfig.parse(config).rank not in (None, largest):
+            pad_rank = largest  # MLX-LM knows one rank for all modules
         if pad_rank is not None:
-            config = _with_rank(config, pad_rank, 1.0)
-        elif stated.rank is not None and stated.rank != largest:
-            # The configuration states one rank for all modules.
-            config, rank = _with_rank(config, largest, stated.scale), largest
+            config = _with_rank(config, pad_rank)
         scale = MlxConfig.parse(config).scale
         tensors = write_pairs(
             adapter,
@@ -196,7 +194,7 @@ class MlxFormat:
             suffix="",
             scale=lambda rank: scale,
             dtype=dtype,
-            rank=rank,
+            rank=pad_rank,
         )
         return AdapterBytes(encode(tensors | dict(extras or {}), _metadata_of(form)), config, card.encode())
 
@@ -279,10 +277,10 @@ def _scale(parameters: Mapping[str, Any]) -> float:
     return float(scale)
 
 
-def _with_rank(config: bytes, rank: int, scale: float) -> bytes:
-    """Change rank and scale of a configuration."""
+def _with_rank(config: bytes, rank: int) -> bytes:
+    """Change the rank of a configuration; the scale is part of the factors then."""
     fields = parse_object(config, what=CONFIG_NAME, max_bytes=_MAX_CONFIG)
-    fields["lora_parameters"] = {**(fields.get("lora_parameters") or {}), "rank": rank, "scale": scale}
+    fields["lora_parameters"] = {**(fields.get("lora_parameters") or {}), "rank": rank, "scale": 1.0}
     return (json.dumps(fields, indent=4) + "\n").encode()
 
 

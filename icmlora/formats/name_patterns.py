@@ -199,12 +199,13 @@ class _Parser:
                 return [_Take(frozenset(literal))]
 
     def _repeated(self, program: _Program) -> _Program:
+        is_group = self._key[self._at - 1] == ")"
         counts = self._counts()
         if counts is None:
             return program
         self._found("?")  # the shortest repetition first: the same names match
         if self._key[self._at : self._at + 1] in {"*", "+", "?", "{"} or (
-            len(program) == 1 and isinstance(program[0], _At)
+            len(program) == 1 and isinstance(program[0], _At) and not is_group  # as in Python: `($)*`, but not `$*`
         ):
             raise PatternRefused("its repetitions are not known")
         least, most = counts

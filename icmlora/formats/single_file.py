@@ -11,9 +11,11 @@ the methods that need them.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,8 +96,10 @@ class SingleFileFormat:
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
         """Find every file whose tensors have names of this format: each is an adapter, named after the file."""
-        found: list[AdapterPaths] = []
-        for name, path in sorted(folder.files.items()):
+        found: dict[str, AdapterPaths] = {}
+        names = sorted(folder.files)
+        for name in names:
+            path = folder.files[name]
             stem = name.removesuffix(SUFFIX)
             if stem == name or not stem or _OTHERS.fullmatch(stem):
                 continue
@@ -103,9 +107,9 @@ class SingleFileFormat:
             if not self._takes_damaged if header is None else not self._naming.owns(header.names):
                 continue
             if name == self._folder_file:
-                found.append(AdapterPaths(folder.path, path, card=folder.files.get("README.md")))
+                found[name] = AdapterPaths(folder.path, path, card=folder.files.get("README.md"))
             else:
-                found.append(AdapterPaths(folder.path / stem, path, companions=dict(_companions(stem, folder))))
+                found[name] = AdapterPaths(folder.path / stem, path, companions=_companions(stem, names, folder))
         return list(_in_runs(found, folder))
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:
@@ -186,28 +190,31 @@ class SingleFileFormat:
         return {**companions, self._folder_file or f"{name}{SUFFIX}": files.weights}
 
 
-def _companions(stem: str, folder: Folder) -> Iterator[tuple[str, Path]]:
-    for name, path in sorted(folder.files.items()):
-        if name.startswith(f"{stem}.") and (ending := name[len(stem) + 1 :]).lower() in COMPANIONS:
-            yield ending, path
+def _companions(stem: str, names: Sequence[str], folder: Folder) -> dict[str, Path]:
+    """Return the files that belong to an adapter; `names` is all files in order, of which there may be very many."""
+    start = f"{stem}."
+    first = bisect_left(names, start)
+    following = takewhile(lambda name: name.startswith(start), (names[place] for place in range(first, len(names))))
+    endings = (name.removeprefix(start) for name in following)
+    return {ending: folder.files[start + ending] for ending in endings if ending.lower() in COMPANIONS}
 
 
-def _in_runs(found: Sequence[AdapterPaths], folder: Folder) -> Iterator[AdapterPaths]:
+def _in_runs(found: Mapping[str, AdapterPaths], folder: Folder) -> Iterator[AdapterPaths]:
     """Mark the files that one training left as checkpoints of one run: those that its trainer's notes hold together.
 
     kohya saves `NAME-000010`, `NAME-step00000500` and `NAME`, ai-toolkit `NAME_000000500` and `NAME`. Files that only
     look alike stay apart.
     """
-    training: dict[Path, tuple[str, str]] = {}
-    for paths in found:
-        header = folder.header(paths.weights.name)
+    training: dict[str, tuple[str, str]] = {}
+    for file, paths in found.items():
+        header = folder.header(file)
         notes = {} if header is None else header.metadata
         name = notes.get("ss_output_name") or notes.get("name")
         if name and name in (paths.place.name, _run_of(paths.place.name)[0]):
-            training[paths.place] = name, notes.get("ss_training_started_at", "")
+            training[file] = name, notes.get("ss_training_started_at", "")
     count = Counter(training.values())
-    for paths in found:
-        known, (_, step) = training.get(paths.place), _run_of(paths.place.name)
+    for file, paths in found.items():
+        known, (_, step) = training.get(file), _run_of(paths.place.name)
         is_one = known is not None and count[known] > 1 and step is not None
         yield replace(paths, run=folder.path / known[0], step=step) if known is not None and is_one else paths
 

@@ -238,3 +238,12 @@ def test_a_task_that_was_replaced_is_no_longer_what_it_was(icm: Icm, dog: Path, 
 def test_a_dry_run_recognises_equal_files(icm: Icm, dog: Path, tmp_path: Path) -> None:
     same = Path(shutil.copytree(dog, tmp_path / "hound"))
     assert same_as(icm("ingest", same, "--dry-run", "--json")) == {"hound": "dog"}
+
+
+def test_equal_tensors_are_found_under_another_base_model(icm: Icm, dog: Path, tmp_path: Path) -> None:
+    other = saved_again(dog, tmp_path / "other" / "puppy", base_model_name_or_path="acme/another")
+    ingest(icm, other)
+    ran = icm("duplicates", "--json")
+    (pair,) = ran.document["other_bases"]
+    assert (pair["task"], pair["like"], pair["same_tensors"], ran.document["groups"]) == ("puppy", "dog", True, [])
+    assert "another base model" in icm("duplicates").out

@@ -30,6 +30,7 @@ def test_json_is_one_document_about_the_page(icm: Icm, trained: Path, tmp_path: 
         "maps": [],
         "quality": "relative error",
         "outputs": [],
+        "pictures": [],
         "failed": [],
     }
 
@@ -88,3 +89,37 @@ def test_a_file_of_prompts_that_is_missing_is_named(icm: Icm, trained: Path, tmp
 
 def test_without_a_store_it_says_so(icm: Icm, tmp_path: Path) -> None:
     assert icm("report", "-o", tmp_path / "fleet.html").code == ExitCode.NO_STORE
+
+
+def test_errors_of_a_code_are_shown_by_kind_of_module(icm: Icm, trained: Path) -> None:
+    document = icm("show", "poems", "--errors", "--json").document
+    groups = {entry["group"]: set(entry["errors"]) for entry in document["errors"]}
+    assert groups
+    assert set().union(*groups.values()) == {"code"}
+    printed = icm("show", "poems", "--errors")
+    assert (printed.code, "ERROR OF CODE" in printed.out, all(name in printed.out for name in groups)) == (
+        0,
+        True,
+        True,
+    )
+    assert icm("show", "poems", "--json").document["errors"] is None
+
+
+def test_errors_without_an_original_are_refused(icm: Icm, trained: Path) -> None:
+    icm("evict", "poems", "--max-error", "0.9")
+    ran = icm("show", "poems", "--errors")
+    assert (ran.code, "there is nothing to compare the code with" in ran.err) == (ExitCode.FAILED, True)
+
+
+def test_a_report_of_image_tasks_says_how_far_their_pictures_are_apart(icm: Icm, tmp_path: Path) -> None:
+    from tests.icmlora.fleet.image_store import write_images  # imports diffusers
+
+    write_images(tmp_path / "made")
+    how = ("--steps", 1, "--seeds", 2, "--image-size", 32, "--device", "cpu", "--store", tmp_path / "made" / "store")
+    document = icm("report", "-o", tmp_path / "a.html", "--outputs", "pear", *how, "--json").document
+    (pictures,) = document["pictures"]
+    assert (pictures["task"], pictures["sources"]) == ("pear", ["base model", "original", "code"])
+    assert 0 < pictures["to_original"]["code"] < pictures["between_seeds"]
+    ran = icm("report", "-o", tmp_path / "b.html", "--outputs", "pear", "--outputs", "loha", *how)
+    assert (ran.code, "pear: base model to original " in ran.out) == (ExitCode.PARTLY, True)
+    assert "loha: its file notes no trigger words" in ran.err

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
 from icmlora.formats import catalogue
 from icmlora.formats.folder import load_adapter
@@ -102,8 +101,18 @@ def test_a_damaged_file_is_refused_and_the_others_are_taken(icm: Icm, tmp_path: 
     assert [Path(event["path"]).name for event in ran.events if event["type"] == "problem"] == ["broken.toy"]
 
 
-def test_a_bundle_takes_the_peft_adapters_only(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_bundle_takes_adapters_of_every_format(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
     icm(*TRAIN)
-    ran = icm("export", tmp_path / "all.icm", "--json")
-    assert (ran.code, "rust" in ran.error["message"]) == (ExitCode.FAILED, True)
-    assert icm("export", tmp_path / "peft.icm", "poems").code == 0
+    assert icm("export", tmp_path / "all.icm").code == 0
+    for source in (["--source", "code"], ["--from", tmp_path / "all.icm"]):
+        assert icm("materialize", "rust", *source, "-o", tmp_path / source[0].strip("-")).code == 0
+    one, other = ((tmp_path / folder / "rust.toy").read_bytes() for folder in ("source", "from"))
+    assert one == other
+
+
+def test_an_imported_task_keeps_its_format(icm: Icm, files: dict[str, Path], tmp_path: Path) -> None:
+    icm(*TRAIN)
+    assert icm("export", tmp_path / "all.icm").code == 0
+    assert icm("--store", tmp_path / "other", "import", tmp_path / "all.icm").code == 0
+    shown = icm("--store", tmp_path / "other", "show", "rust", "--json").document
+    assert [adapter["format"] for adapter in shown["adapters"]] == ["toy"]

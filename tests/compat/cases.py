@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.compat import architectures, damaged, extras, layers, lora_options, other_methods
+from tests.compat import architectures, damaged, extras, image_files, layers, lora_options, other_methods
 from tests.compat.case import Case
 
 CASES: tuple[Case, ...] = (
@@ -11,5 +11,6 @@ CASES: tuple[Case, ...] = (
     *layers.CASES,
     *extras.CASES,
     *other_methods.CASES,
+    *image_files.CASES,
     *damaged.CASES,
 )

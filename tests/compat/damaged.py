@@ -153,14 +153,7 @@ def _only_nothing(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
 
 
-_KOHYA = {
-    "lora_unet_attn1_to_q.lora_down.weight": (4, 32),
-    "lora_unet_attn1_to_q.lora_up.weight": (32, 4),
-    "lora_unet_attn1_to_q.alpha": (1,),
-}
 _MLX = {"model.layers.0.self_attn.q_proj.lora_a": (32, 8), "model.layers.0.self_attn.q_proj.lora_b": (8, 32)}
-_DIFFUSERS = {"unet.attn1.to_q.lora_A.weight": (4, 32), "unet.attn1.to_q.lora_B.weight": (32, 4)}
-_LYCORIS = {"lycoris_x.lokr_w1": (4, 4), "lycoris_x.lokr_w2": (8, 8), "lycoris_x.alpha": (1,)}
 _NO_PICKLES = "coded exactly with `--read-bin`, which reads pickles in a process of its own"
 
 CASES: tuple[Case, ...] = (
@@ -184,8 +177,5 @@ CASES: tuple[Case, ...] = (
     Case("experts-of-transformers-4", _DIALECTS, _per_expert, "exact", "one LoRA for each expert"),
     _peft_names("adapter-name-in-keys", lambda key: key.replace(".weight", ".default.weight"), "exact", "`.default.`"),
     _peft_names("no-prefix", lambda key: key.removeprefix("base_model.model."), "exact", "as transformers saves"),
-    _dialect("kohya", _KOHYA, "style.safetensors", "kohya"),
-    _dialect("lycoris", _LYCORIS, "style.safetensors", "LyCORIS"),
-    _dialect("diffusers", _DIFFUSERS, "pytorch_lora_weights.safetensors", "diffusers"),
     _dialect("mlx-alone", _MLX, "adapters.safetensors", "MLX-LM's weights without their configuration"),
 )

@@ -60,6 +60,7 @@ METHODS = [
         "load_many",
         "materialize",
         "measurable",
+        "module_errors",
         "path",
         "pin",
         "plan_removal",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,19 +22,20 @@ from tempfile import TemporaryDirectory
 
 from icmlora.adapter.metrics import GroupError, dw_norm
 from icmlora.base_models.pipeline import Drawing, Pipeline, Pixels, rmse
-from icmlora.base_models.prompts import Prompt, header_prompts
+from icmlora.base_models.prompts import Prompt
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.context import locate_base
 from icmlora.fleet.decoding import files_like_original, read_form
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.module_errors import decoded, errors_of
-from icmlora.formats.single_file_check import HEADER
-from icmlora.io.safetensors import read_header
+from icmlora.fleet.tasks import header_of
+from icmlora.formats.header_notes import frequent_tags, trigger_words
 from registry.records import AdapterRecord, TaskRecord
 
 MOST_EDGE = 512
 """Width and height of a picture on the page, at most."""
+_MAX_PROMPT = 300  # characters of what a header says
 _ROUNDING = 1e-3
 """How much the norm of what was loaded may differ from that of the adapter: rounding to bfloat16 changes it by less."""
 
@@ -158,19 +158,11 @@ class Studio:
             if len(texts) < len(self._given):
                 raise DataError("a chat is no prompt for a picture", hint="write one prompt a line")
             return list(dict.fromkeys(texts))
-        found = header_prompts(self._metadata(final))
+        header = header_of(self._models.store, final)
+        found = [text[:_MAX_PROMPT] for text in (trigger_words(header), ", ".join(frequent_tags(header))) if text]
         if not found:
             raise DataError("its file notes no trigger words or tags to draw", hint="name a file with --prompts")
-        return found
-
-    def _metadata(self, final: AdapterRecord) -> Mapping[str, str]:
-        """Return the metadata of the original's header, which is kept when the original goes."""
-        store = self._models.store
-        if not final.is_evicted:
-            return read_header(store.blobs.read(final.weights)).metadata
-        kept = read_form(store, final).tensors.get(HEADER)
-        found: dict[str, str] = {} if kept is None else json.loads(kept.data)
-        return found
+        return list(dict.fromkeys(found))
 
     def _sources(self, task: TaskRecord, final: AdapterRecord) -> tuple[dict[str, _Source], Sequence[GroupError]]:
         """Return original and codes of a task as files, as far as the store has them, and the errors of its codes."""

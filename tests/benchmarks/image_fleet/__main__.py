@@ -1,7 +1,7 @@
 """A fleet of LoRAs for SDXL: what icm makes of kohya's files, and sd-scripts' `resize_lora.py` at the same errors.
 
     python -m tests.benchmarks.image_fleet --sd-scripts DIR --sd-python VENV/bin/python [--work DIR]
-                                           [--parts resize icm convert] [--flat] [--count 50] [--rank 16]
+                                           [--parts resize store codes convert] [--flat] [--count 50] [--rank 16]
 
 The files are made, not trained: shapes and names are those of kohya's for SDXL, the singular values fall as those of
 real language adapters do (`spectrum.py`), with --flat as those of the flattest of them. A listing of 1,000 tasks is
@@ -21,11 +21,11 @@ from typing import Any
 from tests.benchmarks.image_fleet.build import write_fleet
 from tests.benchmarks.image_fleet.resize import ERRORS
 from tests.benchmarks.image_fleet.spectrum import FLAT, STEEP
-from tests.benchmarks.image_fleet.study import measure_convert, measure_icm, measure_resize
+from tests.benchmarks.image_fleet.study import measure_codes, measure_convert, measure_resize, measure_store
 from tests.benchmarks.performance.machine import describe_machine
 
 RESULT = Path(__file__).parents[1] / "results" / "image_fleet.json"
-PARTS = ("resize", "icm", "convert")
+PARTS = ("resize", "store", "codes", "convert")
 
 
 def measure(options: argparse.Namespace, work: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -42,8 +42,12 @@ def measure(options: argparse.Namespace, work: Path, found: dict[str, Any]) -> d
         found = {"fleet": fleet}
     if "resize" in options.parts:
         found["resize"] = measure_resize(options.sd_python, options.sd_scripts, few, ERRORS)
-    if "icm" in options.parts:
-        found["icm"] = measure_icm(halves, work / "store", options.error, train=["--device", options.device])
+    if "store" in options.parts:
+        found["store"] = measure_store(halves, work / "store")
+    if "codes" in options.parts:
+        rows = found["resize"]["errors"].values()
+        equal = sorted({row[row["best"]]["error"] for row in rows})
+        found["codes"] = measure_codes(work / "store", options.error, [path.stem for path in few], equal)
     if "convert" in options.parts:
         best = [row[row["best"]]["bytes"] for row in found["resize"]["errors"].values()]
         found["convert"] = measure_convert(few, sorted(set(best)), work)
@@ -62,7 +66,6 @@ def main() -> None:
     parser.add_argument("--text", action="store_true", help="with both text encoders")
     parser.add_argument("--flat", action="store_true", help="the flattest singular values measured")
     parser.add_argument("--error", type=float, default=0.3, help="largest relative error of icm's codes")
-    parser.add_argument("--device", default="auto", help="what icm trains on")
     parser.add_argument("--work", type=Path, help="where the fleet and the store go (default a temporary folder)")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write; other parts in it stay")
     options = parser.parse_args()

@@ -33,7 +33,7 @@ _NORM = 0.35
 def write_fleet(
     folder: Path, numbers: range, *, rank: int = 16, text: bool = False, spectrum: Spectrum = STEEP, seed: int = 0
 ) -> list[Path]:
-    """Write the adapters of these numbers and return their files; another seed is another fleet of the same kind."""
+    """Write the adapters of these numbers that are not there, and return their files; another seed is another fleet."""
     linear = attention_modules() + (text_modules() if text else [])
     convolutions = convolution_modules()
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,8 @@ def write_fleet(
         if number % 5 == 4:
             ranks += [(module, rank // 2) for module in convolutions]
         path = folder / f"style-{number:04d}.safetensors"
-        write_file(path, ranks, number, spectrum=spectrum, seed=seed)
+        if not path.exists():
+            write_file(path, ranks, number, spectrum=spectrum, seed=seed)
         paths.append(path)
     return paths
 

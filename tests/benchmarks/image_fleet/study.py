@@ -21,14 +21,12 @@ _MISSED = 3
 """Exit code of `icm encode` where some tasks miss the limit."""
 
 
-def measure_icm(halves: tuple[Path, Path], store: Path, error: float, *, train: Sequence[str] = ()) -> dict[str, Any]:
-    """Ingest two folders of equally many files, train, encode to an error, and time all of it.
+def measure_store(halves: tuple[Path, Path], store: Path) -> dict[str, Any]:
+    """Ingest two folders of equally many files, and time it and the listings of their tasks.
 
     Args:
         halves: The folders: what a listing takes is measured after each of them.
         store: Where the store goes; it stays.
-        error: Largest relative error of a code.
-        train: More options of `icm train`.
     """
     ingests, listings, counts = [], [], []
     for folder in halves:
@@ -36,35 +34,57 @@ def measure_icm(halves: tuple[Path, Path], store: Path, error: float, *, train: 
         ingests.append(seconds)
         listings.append({command: _median(store, command) for command in ("ls", "stats")})
         counts.append(len(json.loads(_timed(store, "ls")[1])))
-    training, lines = _timed(store, "train", "--no-eval", "--refine", "0", *train)
-    (trained,) = [line for line in _lines(lines) if line["type"] == "trained"]
-    encoding, _ = _timed(store, "encode", "--max-error", str(error))
     tasks = json.loads(_timed(store, "ls")[1])
-    listings.append({command: _median(store, command) for command in ("ls", "stats")})
-    codes = [task["code_size"] + (task["residual_size"] or 0) for task in tasks]
     return {
         "tasks": len(tasks),
-        "error": error,
-        "bytes_a_task": round(fmean(codes)),
-        "generator_bytes": trained["generator_size"],
         "original_bytes_a_task": round(fmean(task["original_size"] for task in tasks)),
-        "relative_error_mean": round(fmean(task["relative_error"] for task in tasks), 4),
-        "relative_error_worst": round(max(task["relative_error"] for task in tasks), 4),
-        "steps": trained["metrics"]["steps"],
-        "peak_memory": trained["metrics"]["peak_memory"],
         "seconds": {
             "ingest": round(sum(ingests), 2),
-            "train": round(training, 2),
-            "encode": round(encoding, 2),
             **{command: round(listings[-1][command], 3) for command in ("ls", "stats")},
         },
         f"extrapolated_to_{EXTRAPOLATED}": {
             "ingest": round(sum(ingests) * EXTRAPOLATED / counts[1], 1),
             **{
-                command: round(extrapolate(counts, [listing[command] for listing in listings[:2]]), 3)
+                command: round(extrapolate(counts, [listing[command] for listing in listings]), 3)
                 for command in ("ls", "stats")
             },
         },
+    }
+
+
+def measure_codes(store: Path, error: float, few: Sequence[str], errors: Sequence[float]) -> dict[str, Any]:
+    """Train on all tasks of a store, with codes of one error, then make codes of a few tasks with others.
+
+    Args:
+        store: The store.
+        error: Largest relative error of the codes of all tasks. Without a base model all channels count alike, so that
+            the tolerance of a generator is the square of it.
+        few: The few tasks.
+        errors: Their largest relative errors: those that another method reached on the same files.
+    """
+    training, lines = _timed(store, "train", "--no-eval", "--refine", "0", "--tolerance", str(error * error))
+    (trained,) = [line for line in _lines(lines) if line["type"] == "trained"]
+    found = {
+        "error": error,
+        **_codes(json.loads(_timed(store, "ls")[1])),
+        "generator_bytes": trained["generator_size"],
+        "steps": trained["metrics"]["steps"],
+        "peak_memory": trained["metrics"]["peak_memory"],
+        "seconds_to_train_and_encode": round(training, 1),
+    }
+    for limit in errors:
+        seconds, _ = _timed(store, "encode", *few, "--max-error", str(limit))
+        tasks = [task for task in json.loads(_timed(store, "ls")[1]) if task["name"] in few]
+        found.setdefault("few", {})[str(limit)] = {**_codes(tasks), "seconds_a_task": round(seconds / len(few), 1)}
+    return found
+
+
+def _codes(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "tasks": len(tasks),
+        "bytes_a_task": round(fmean(task["code_size"] for task in tasks)),
+        "relative_error_mean": round(fmean(task["relative_error"] for task in tasks), 4),
+        "relative_error_worst": round(max(task["relative_error"] for task in tasks), 4),
     }
 
 

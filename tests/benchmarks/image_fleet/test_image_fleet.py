@@ -14,7 +14,7 @@ from tests.benchmarks.image_fleet.build import write_file, write_fleet
 from tests.benchmarks.image_fleet.resize import cuts_of, error_of, fixed, real_error, resized
 from tests.benchmarks.image_fleet.sdxl import Module, attention_modules, convolution_modules, text_modules
 from tests.benchmarks.image_fleet.spectrum import FLAT, STEEP, Factors, measure
-from tests.benchmarks.image_fleet.study import best_of, extrapolate, measure_icm
+from tests.benchmarks.image_fleet.study import best_of, extrapolate, measure_codes, measure_store
 from tests.cli.tiny_fleet import write_mixed_fleet
 
 RANK = 8
@@ -118,8 +118,9 @@ def test_the_part_of_icm_runs_on_any_folder_of_adapters(tmp_path: Path) -> None:
     write_mixed_fleet(first)
     (second / "silent").parent.mkdir()
     (first / "silent").rename(second / "silent")
-    found = measure_icm((first, second), tmp_path / "store", 0.3, train=["--steps", "12", "--device", "cpu"])
-    assert found["tasks"] == 3
-    assert 0 < found["bytes_a_task"] < found["original_bytes_a_task"]
-    assert found["relative_error_worst"] <= 0.3
-    assert set(found["seconds"]) == {"ingest", "train", "encode", "ls", "stats"}
+    times = measure_store((first, second), tmp_path / "store")
+    assert (times["tasks"], set(times["seconds"])) == (3, {"ingest", "ls", "stats"})
+    codes = measure_codes(tmp_path / "store", 0.3, ["silent"], [0.5])
+    assert 0 < codes["bytes_a_task"] < times["original_bytes_a_task"]
+    assert codes["relative_error_worst"] <= 0.3
+    assert codes["few"]["0.5"]["relative_error_worst"] <= 0.5

@@ -68,3 +68,19 @@ def learned_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(learned_template: Path, tmp_path: Path) -> Fleet:
     """A trained fleet in which every adapter helps on its task's held-out text."""
     return copy_of(learned_template / "store", tmp_path / "learned")
+
+
+@pytest.fixture(scope="session")
+def image_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pipeline of diffusers, image adapters, and a trained store."""
+    from tests.icmlora.fleet.image_store import write_images  # imports diffusers
+
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder)
+    return folder
+
+
+@pytest.fixture
+def images(image_template: Path, tmp_path: Path) -> Fleet:
+    """A trained fleet of image adapters whose base model is a pipeline."""
+    return copy_of(image_template / "store", tmp_path / "store")

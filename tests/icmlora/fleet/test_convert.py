@@ -152,7 +152,7 @@ def test_an_adapter_of_mlx_lm_stays_one_when_it_is_cut(adapter: Path, tmp_path: 
     (tmp_path / "mlx" / CONFIG).write_text(json.dumps(fields))
     done = only(convert(tmp_path / "mlx", tmp_path / "rank", rank=2))
     stated = json.loads((tmp_path / "rank" / CONFIG).read_text())["lora_parameters"]
-    assert (stated["rank"], stated["scale"], done.rank) == (2, 2.0, 2)
+    assert (stated["rank"], done.rank) == (2, 2)
     assert done.relative_error == pytest.approx(error_of(tmp_path / "mlx", tmp_path / "rank"), abs=1e-6)
     done = only(convert(tmp_path / "mlx", tmp_path / "size", size=9000))
     assert done.size <= 9000
@@ -191,6 +191,27 @@ def test_for_llama_cpp_with_the_configuration_of_the_base_model(adapter: Path, t
     smaller = only(convert(adapter, tmp_path / "small.gguf", adapter_format="gguf", base_model=base, size=9000))
     assert smaller.size <= 9000 < done.size
     assert (smaller.relative_error or 0) > 0
+
+
+def test_an_adapter_of_mlx_is_cut_and_becomes_one_of_peft(adapter: Path, tmp_path: Path) -> None:
+    only(convert(adapter, tmp_path / "mlx", adapter_format="mlx"))
+    cut = only(convert(tmp_path / "mlx", tmp_path / "small", size=9000))
+    assert (cut.format, cut.size <= 9000) == ("mlx", True)
+    back = only(convert(tmp_path / "small", tmp_path / "peft", adapter_format="peft"))
+    assert back.relative_error == pytest.approx(0, abs=1e-6)
+    assert cut.relative_error == pytest.approx(error_of(adapter, tmp_path / "peft"), abs=1e-6)
+
+
+def test_an_adapter_of_llama_cpp_is_cut_and_becomes_one_of_peft(adapter: Path, tmp_path: Path) -> None:
+    base, file = write_tiny_base(tmp_path / "base"), tmp_path / "poems.gguf"
+    only(convert(adapter, file, adapter_format="gguf", base_model=base))
+    cut = only(convert(file, tmp_path / "small.gguf", size=9000))
+    assert (cut.format, cut.size <= 9000) == ("gguf", True)
+    for source, error in ((file, 0.0), (tmp_path / "small.gguf", cut.relative_error)):
+        only(convert(source, tmp_path / "peft", adapter_format="peft", base_model=base, force=True))
+        assert error_of(adapter, tmp_path / "peft") == pytest.approx(error, abs=1e-6)
+    with pytest.raises(BaseModelNotFound):
+        convert(file, tmp_path / "peft", adapter_format="peft", force=True)
 
 
 def test_without_the_base_model_llama_cpp_gets_nothing(adapter: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from icmlora import AdapterRefused, BaseModelMismatch, DataError, Fleet, load_adapter
+from icmlora import AdapterRefused, BaseModelMismatch, Bundle, DataError, Fleet, load_adapter
 from icmlora.adapter.metrics import squared_error
 from icmlora.formats.gguf import GgufFormat
 from icmlora.formats.mlx import MlxFormat
@@ -124,6 +124,22 @@ def test_an_evicted_original_is_restored_from_its_file(source: Path, tmp_path: P
     assert fleet.materialize("poems", tmp_path / "out").source == "code"
     fleet.ingest([source / "gguf" / "poems.gguf"], restore=True)
     assert fleet.materialize("poems", tmp_path / "again").source == "original"
+
+
+@pytest.mark.parametrize("kind", ["mlx", "gguf"])
+def test_a_bundle_writes_each_adapter_in_its_own_format_or_another(
+    kind: str, mlx: Fleet, llama: Fleet, source: Path, tmp_path: Path
+) -> None:
+    fleet = mlx if kind == "mlx" else llama
+    bundle = Bundle(fleet.export_bundle(tmp_path / "fleet.icm").file)
+    own, theirs = tmp_path / ("own.gguf" if kind == "gguf" else "own"), tmp_path / "store.gguf"
+    assert bundle.materialize("poems", own).converted is False
+    bundle.materialize("poems", tmp_path / "peft", adapter_format="peft", base_model=source / "base")
+    fleet.materialize("poems", tmp_path / "wanted", source="code", adapter_format="peft")
+    assert squared_error(load_adapter(tmp_path / "wanted"), load_adapter(tmp_path / "peft")) == 0.0
+    bundle.materialize("poems", theirs, adapter_format="gguf", base_model=source / "base")
+    if kind == "gguf":
+        assert theirs.read_bytes() == own.read_bytes()
 
 
 def test_dora_of_mlx_lm_is_converted_for_peft(source: Path, tmp_path: Path) -> None:

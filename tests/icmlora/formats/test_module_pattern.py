@@ -8,7 +8,7 @@ import time
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from icmlora.formats.name_patterns import ModulePattern, NameAutomaton, PatternRefused, parse_pattern
@@ -58,6 +58,8 @@ EXPRESSIONS = st.recursive(
 MODULES = st.text(alphabet="ab0_.", max_size=10)
 
 
+@example(key="($)*", modules=["", "a"])
+@example(key="a(^|$)+", modules=["a", "ab"])
 @given(key=EXPRESSIONS, modules=st.lists(MODULES, min_size=1, max_size=8))
 def test_an_expression_matches_exactly_what_peft_matches(key: str, modules: list[str]) -> None:
     pattern = NameAutomaton(key)

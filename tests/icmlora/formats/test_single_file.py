@@ -20,6 +20,7 @@ from icmlora.formats.catalogue import format_named
 from icmlora.formats.comfyui import COMFYUI
 from icmlora.formats.diffusers import DIFFUSERS
 from icmlora.formats.discovery import find_adapters
+from icmlora.formats.folder import load_adapter, save_adapter
 from icmlora.formats.format import AdapterFormat, Template
 from icmlora.formats.kohya import KOHYA, dotted, flattened
 from icmlora.formats.lycoris import LYCORIS
@@ -327,6 +328,15 @@ class TestFolders:
         (task,) = find_adapters([tmp_path]).tasks
         assert (task.name, task.final.card is not None) == ("corgi", True)
 
+    def test_a_file_in_the_cache_of_the_hub_is_found_through_its_link(self, tmp_path: Path) -> None:
+        tensors = linear("unet.mid.to_q.lora_A.weight", "unet.mid.to_q.lora_B.weight")
+        repository = tmp_path / "models--acme--corgi"
+        blob = write(repository / "blobs" / ("0" * 64), tensors)
+        place = repository / "snapshots" / ("1" * 40) / "pytorch_lora_weights.safetensors"
+        place.parent.mkdir(parents=True)
+        place.symlink_to(blob)
+        assert [task.name for task in find_adapters([tmp_path]).tasks] == ["corgi"]
+
     def test_a_file_that_no_format_knows_is_reported_next_to_those_that_are_read(self, tmp_path: Path) -> None:
         write(tmp_path / "dog.safetensors", kohya(Q))
         write(tmp_path / "bare.safetensors", linear("x.0.q.lora_A.weight", "x.0.q.lora_B.weight"))
@@ -350,3 +360,26 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     path.write_bytes(again(KOHYA, file_bytes(kohya(Q), HEADER)))
     with safe_open(path, "pt") as file:
         assert file.metadata() == HEADER
+
+
+class TestLoading:
+    def test_an_adapter_is_loaded_from_its_file(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "dog.safetensors", kohya(Q))
+        assert [module.name for module in load_adapter(path).modules] == [dotted(Q)]
+
+    def test_a_folder_of_several_files_has_to_be_told_which(self, tmp_path: Path) -> None:
+        for number, name in enumerate(("cat", "dog")):
+            write(tmp_path / f"{name}.safetensors", kohya(Q, seed=number))
+        with pytest.raises(AdapterRefused, match=r"several adapters: cat\.safetensors, dog\.safetensors"):
+            load_adapter(tmp_path)
+
+    def test_an_adapter_is_saved_as_a_file(self, tmp_path: Path) -> None:
+        adapter = load_adapter(write(tmp_path / "dog.safetensors", kohya(Q)))
+        save_adapter(adapter, tmp_path / "copy.safetensors", adapter_format="kohya", dtype="float32")
+        assert squared_error(adapter, load_adapter(tmp_path / "copy.safetensors")) < 1e-12
+
+    def test_a_file_that_is_no_adapter_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.txt"
+        path.write_text("x")
+        with pytest.raises(AdapterRefused, match="is not an adapter"):
+            load_adapter(path)

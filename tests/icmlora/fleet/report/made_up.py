@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from icmlora.adapter.metrics import GroupError
 from icmlora.fleet.bill import BaseModelBill, Bill, TaskBill
 from icmlora.fleet.map import MapReport
 from icmlora.fleet.report.outputs import Answer, Answers, TaskOutputs, differing
 from icmlora.fleet.report.page import Page, render
+from icmlora.fleet.report.pictures import Distances, Drawn, Row, TaskPictures, data_uri
 from icmlora.fleet.report.report import assembled
 from icmlora.fleet.stored_vectors import LeftOut
 from icmlora.task_vectors.map import map_tasks
@@ -74,8 +76,12 @@ def page_of(
     texts: tuple[str, str, str] | None = None,
     failure: str | None = None,
     with_map: bool = True,
+    drawing: bool = False,
 ) -> Page:
-    """Return the page of a fleet; `texts` are a prompt, and what original and code of the first task write."""
+    """Return the page of a fleet; `texts` are a prompt, and what original and code of the first task write.
+
+    With `drawing`, the last task has pictures.
+    """
     rows = [task.summary(number) for number, task in enumerate(made)]
     labels = sorted({task.base_model for task in made})
     generators = [
@@ -88,7 +94,9 @@ def page_of(
     )
     usage = Usage(**dict.fromkeys(Usage.__dataclass_fields__, 0) | {"originals": 9_000_000, "database": 40_000})
     maps = {label: _map(label, made) if with_map else None for label in labels}
-    outputs = [] if texts is None else [TaskOutputs(made[0].name, [_answers(*texts)])]
+    outputs: list[TaskOutputs | TaskPictures] = []
+    outputs += [] if texts is None else [TaskOutputs(made[0].name, [_answers(*texts)])]
+    outputs += [_pictures(made[-1].name, "pear" if texts is None else texts[0])] if drawing else []
     failures = {} if failure is None else {made[-1].name: failure}
     return assembled(rows, Bill(usage, fleets), maps, outputs, failures)
 
@@ -110,6 +118,15 @@ def _map(label: str, made: list[Made]) -> MapReport | str:
 def _answers(prompt: str, original: str, code: str) -> Answers:
     first, second = differing(original, code)
     return Answers(prompt, prompt, [Answer("original", first), Answer("code", second)], original == code)
+
+
+def _pictures(task: str, prompt: str) -> TaskPictures:
+    shades = {"base model": 0, "original": 120, "code": 125}
+    pictures = {name: data_uri(np.full((600, 900, 3), shade, np.uint8)) for name, shade in shades.items()}
+    distances = Distances({"base model": 120 / 255, "code": 5 / 255}, 0.25)
+    errors = [GroupError("attention", 3, 900, {"code": 0.31}), GroupError("convolution", 1, 100, {"code": 0.05})]
+    rows = [Row(0, pictures), Row(1, pictures)]
+    return TaskPictures(task, list(shades), [Drawn(prompt, rows)], distances, errors, ["original: half of it"])
 
 
 @dataclass

@@ -270,3 +270,13 @@ def test_every_control_has_a_name(visit: Visit) -> None:
     assert len(controls) > 20
     unnamed = [node for node in controls if not node["name"]["value"].strip() and node["role"]["value"] != "table"]
     assert unnamed == []
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_pictures_are_shown_side_by_side_at_any_width(visit: Visit, width: int) -> None:
+    browser = visit(page_of(FLEET, drawing=True), width=width)
+    script = "return [...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().top])"
+    images = browser.execute_script(script)
+    assert [size for size, _ in images] == [512] * 6
+    assert len({top for _, top in images[:3]}) == 1
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width

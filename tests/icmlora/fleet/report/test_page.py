@@ -163,3 +163,36 @@ def test_parts_that_differ_are_marked_and_equal_texts_are_called_so() -> None:
 def test_a_task_that_misses_its_limits_is_counted_in_words() -> None:
     html = html_of(page_of([*FLEET, replace(FLEET[0], name="plums", gain=0.2)]))
     assert "1 task keeps its original: no code meets retained gain at least 0.99." in html
+
+
+def test_pictures_are_in_the_page_with_what_they_show() -> None:
+    html = html_of(page_of(FLEET, drawing=True))
+    pictures = re.findall(r'<img src="([^"]*)" alt="([^"]*)">', html)
+    assert all(source.startswith("data:image/webp;base64,") for source, _ in pictures)
+    assert [text for _, text in pictures][:3] == [
+        f"ships: {source}, prompt 1, seed 0" for source in ("base model", "original", "code")
+    ]
+    assert len(pictures) == 6
+
+
+def test_the_distance_of_a_code_stands_next_to_that_of_two_seeds() -> None:
+    words = " ".join(Read.of(html_of(page_of(FLEET, drawing=True))).texts).split()
+    assert "code to original 0.020 , two seeds of the original 0.250" in " ".join(words)
+
+
+def test_a_page_of_texts_says_nothing_of_pictures_and_the_other_way_round() -> None:
+    written, drawn = (html_of(page_of(FLEET, **kind)) for kind in ({"texts": ("p", "a", "b")}, {"drawing": True}))
+    assert ("writes for the same prompts" in written, "draws for the same prompts" in written) == (True, False)
+    assert ("writes for the same prompts" in drawn, "draws for the same prompts" in drawn) == (False, True)
+
+
+def test_errors_of_kinds_of_modules_are_a_table() -> None:
+    texts = Read.of(html_of(page_of(FLEET, drawing=True))).texts
+    place = texts.index("attention")
+    assert texts[place : place + 4] == ["attention", "3", "90.0%", "0.310"]
+
+
+def test_hostile_text_next_to_pictures_adds_no_element() -> None:
+    hostile = page_of([replace(FLEET[0], name=HOSTILE[8])], texts=(HOSTILE[0], "x", "y"), drawing=True)
+    plain = page_of([FLEET[0]], texts=("prompt", "x", "y"), drawing=True)
+    assert structure(html_of(hostile)) == structure(html_of(plain))
