@@ -217,13 +217,12 @@ def _check_base_options(
     loader: str | None,
     device: str | None,
 ) -> None:
-    from icmlora.formats.catalogue import formats
+    if adapter_format is not None:
+        from icmlora.formats.catalogue import formats
 
-    names = [known.name for known in formats()]
-    if adapter_format is not None and adapter_format not in names:
-        raise UsageProblem(
-            f"--format {adapter_format}: there is no such format", hint=f"choose one of {', '.join(names)}"
-        )
+        names = [known.name for known in formats()]
+        if adapter_format not in names:
+            raise UsageProblem(f"unknown format {adapter_format!r}", hint=f"choose one of {', '.join(names)}")
     if samples is None and (loader, device) != (None, None):
         raise UsageProblem("--loader and --device are for --samples: nothing else runs the base model")
     if samples is None and base_model is not None and (bundle is None or adapter_format not in _WITH_BASE):

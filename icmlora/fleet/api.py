@@ -353,12 +353,12 @@ class Fleet(FleetOriginals):
 
         Args:
             task: Name of the task.
-            directory: The folder, absent or empty; with `gguf` a file `NAME.gguf`.
+            directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
             source: `original`, `residual`, `code`, `generate` (the code that the task vectors bring back) or `network`
                 (what the network alone predicts from them); `auto` takes the best there is of the first three.
-            adapter_format: `peft`; `gguf`, one file for llama.cpp; or `mlx`, a folder for MLX-LM. Default: the
-                adapter's own. An original in another format is converted too, so it does not come back byte for byte.
-                From and to `gguf` that needs the configuration of the base model.
+            adapter_format: Name of a format, as `icm formats` lists them. Default: the adapter's own. An original in
+                another format is converted too, so it does not come back byte for byte. From and to `gguf` that needs
+                the configuration of the base model, for image adapters the extra `diffusion`.
             dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: that of
                 the original, or `float32` if they are converted.
             pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.
@@ -371,8 +371,8 @@ class Fleet(FleetOriginals):
             TooLossy: The error is above `max_error`.
             OutputExists: The folder is not empty, or the file exists, and `force` is not given.
             AdapterRefused: The format has no place for a part of the adapter, such as a head.
-            BaseModelNotFound: With `gguf`: it is not on this machine.
-            BaseModelUnsuited: With `gguf`: its architecture is none that icm writes adapters for.
+            BaseModelNotFound: From and to `gguf`: it is not on this machine.
+            BaseModelUnsuited: From and to `gguf`: its architecture is none that icm writes adapters for.
         """
         from icmlora.fleet.materialize import MaterializeRequest, materialize
 

@@ -127,11 +127,11 @@ class Bundle:
 
         Args:
             task: Name of the task, in any case.
-            directory: The folder, absent or empty; with `gguf` a file `NAME.gguf`.
-            adapter_format: `peft`, `gguf` (one file for llama.cpp) or `mlx` (a folder for MLX-LM). Default: the
-                adapter's own.
+            directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
+            adapter_format: Name of a format, as `icm formats` lists them. Default: the adapter's own. Converting image
+                adapters needs the extra `diffusion`.
             dtype: Number format of the factors: `bfloat16`, `float16` or `float32`. Default: that of the original, or
-                `float32` with `gguf` and `mlx`.
+                `float32` if they are converted.
             pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks
                 of the original.
             max_error: Refuse an adapter whose relative error is larger, or was not measured.

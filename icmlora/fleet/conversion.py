@@ -82,8 +82,8 @@ def check_pair(source: AdapterFormat, target: AdapterFormat) -> None:
     fact = _why_not(source, target)
     if fact is not None:
         others = [known.name for known in formats() if known.name != source.name and _why_not(source, known) is None]
-        written = f"; {', '.join(others)} can be written" if others else ""
-        raise AdapterRefused(fact, kind="layers", hint=f"without --format it keeps its names{written}")
+        hint = f"it can be converted to {', '.join(others)}" if others else _AS_IT_IS
+        raise AdapterRefused(fact, kind="layers", hint=hint)
 
 
 def _why_not(source: AdapterFormat, target: AdapterFormat) -> str | None:

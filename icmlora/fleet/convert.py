@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, DataError
+from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, DataError, located
 from icmlora.fleet.context import Event, Progress, TaskFailed, ignore, reporting
 from icmlora.fleet.conversion import SourceAdapter, check_pair, format_to_write
 from icmlora.formats.catalogue import formats
@@ -117,10 +117,10 @@ def convert(
         source: A folder with one adapter, a file, or a folder of many.
         destination: What to write, a folder or a file as the format has it; of many sources, the folder for them.
         adapter_format: Name of the format; by default that of the source.
-        rank: Cut modules to this rank, with the smallest error.
+        rank: Cut modules to this rank, with the smallest error. LoHa, LoKr and whole differences become LoRA of it.
         size: Most bytes of the file of weights: each module gets the rank that makes the whole error smallest.
         dtype: "bfloat16", "float16" or "float32"; by default that of the source, and float32 for `gguf` and `mlx`.
-        base_model: Folder or GGUF file of the base model, whose configuration the format `gguf` needs.
+        base_model: Folder or GGUF file of the base model, whose configuration is needed from and to `gguf`.
         force: Replace what is at the destination.
         on_event: Called with `Progress`, and with `AdapterConverted` and `TaskFailed` once an adapter is done.
 
@@ -129,11 +129,10 @@ def convert(
 
     Raises:
         AdapterRefused: The only source is no adapter, is damaged, or has something that the format has no place for.
-        DataError: The arguments contradict each other, or the destination does not fit the format.
+        DataError: The arguments contradict each other, the destination does not fit, or an extra is not installed.
         OutputExists: Something is at the destination, and `force` is not given.
     """
-    wanted = _wanted(adapter_format, rank, size, dtype)
-    job = _Job(wanted, Path(destination), None if base_model is None else Path(base_model), force)
+    job = _Job(_wanted(adapter_format, rank, size, dtype), Path(destination), base_model, force)
     one, report = _single(Path(source)), ConvertReport()
     if one is not None:
         on_event(Progress(0, 1, one.name))
@@ -148,8 +147,7 @@ def convert(
         for done, adapter in enumerate(found):
             on_event(Progress(done, len(found), adapter.name))
             try:
-                suffix = (wanted.adapter_format or adapter.format).suffix or ""
-                report.adapters.append(job.convert(adapter, job.destination / f"{adapter.name}{suffix}"))
+                report.adapters.append(job.convert(adapter))
                 on_event(report.adapters[-1])
             except Cancelled:
                 raise
@@ -220,17 +218,19 @@ class _Job:
 
     wanted: Wanted
     destination: Path
-    base_model: Path | None
+    base_model: str | Path | None
     force: bool
 
-    def convert(self, found: _Found, output: Path) -> AdapterConverted:
-        """Write one adapter as a folder, or as a file."""
+    def convert(self, found: _Found, output: Path | None = None) -> AdapterConverted:
+        """Write one adapter as a folder, or as a file; by default under its name at the destination."""
         from icmlora.fleet.converted_files import convert_files
 
         target = self.wanted.adapter_format or found.format
-        check_pair(found.format, target)
+        output = output or self.destination / f"{found.name}{target.suffix or ''}"
+        with located(found.place):
+            check_pair(found.format, target)
         check_target(output, target, force=self.force)
-        source = found.read(self.base_model)
+        source = found.read(None if self.base_model is None else Path(self.base_model))
         made = convert_files(source, self.wanted)
         write_adapter_files(output, target, made.content, found.name, force=self.force)
         return _outcome(found, source.content, made, target, output)

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, locate_base
-from icmlora.fleet.conversion import SourceAdapter, check_pair, convert_content, format_to_write
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
 from registry.records import WithRelativeError
@@ -117,6 +116,8 @@ class MadeFiles:
         self, output: Path, target: AdapterFormat, find_base: Callable[[], FoundBase], *, dtype: str | None, force: bool
     ) -> MaterializeReport:
         """Write the adapter in another format than its own; `find_base` is called if its base model is needed."""
+        from icmlora.fleet.conversion import SourceAdapter, convert_content
+
         own = {"icm_task": self.task, "icm_rung": "original"}
         metadata = own if self.provenance is None else self.provenance.metadata()
         # What is converted is the adapter that `write` would write, with its rounded factors.
@@ -141,10 +142,13 @@ class MadeFiles:
 def materialize(context: Context, request: MaterializeRequest) -> MaterializeReport:
     """Write an adapter, which appears complete or not at all. The same request gives the same bytes."""
     output, wanted, force = request.directory, request.adapter_format, request.force
-    target = None if wanted is None else format_to_write(wanted)
-    check_target(output, target, as_file=True, force=force)
-    if target is None:
+    if wanted is None:
+        check_target(output, force=force)
         return make_files(context, request).write(output, force=force)
+    from icmlora.fleet.conversion import check_pair, format_to_write
+
+    target = format_to_write(wanted)
+    check_target(output, target, as_file=True, force=force)
     with context.open(read_only=True) as store:
         task = store.tasks.get(request.task)
         own = format_named(store.tasks.final(task.name).format)

@@ -32,8 +32,8 @@ _LOADERS: Mapping[str, re.Pattern[str]] = {
 }
 # All that the converter of SDXL's original names reads of a UNet's configuration; it is the same for every SDXL.
 _SDXL_UNET = SimpleNamespace(layers_per_block=2)
-# Flux' mixed naming alone is not read without alphas.
-_NEEDS_ALPHA = re.compile(r"lora_transformer_.+\.lora_down\.weight")
+# Kohya's names of diffusers' Flux and of Wan are not read without alphas.
+_NEEDS_ALPHA = re.compile(r"lora_(transformer|unet_blocks)_.+\.lora_down\.weight")
 _COMPONENT = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?)\.")
 _SHORT_TEXT = re.compile(r"^(text_encoder(?:_2)?\.)(?!text_model\.|text_projection)")
 _UNET_OF_LYCORIS = re.compile(r"lycoris_(?=(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)_)")

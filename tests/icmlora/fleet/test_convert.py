@@ -145,18 +145,12 @@ def test_for_mlx_a_size_is_met_with_one_rank(adapter: Path, tmp_path: Path) -> N
     assert done.relative_error == pytest.approx(error_of(adapter, tmp_path / "same"), abs=1e-6)
 
 
-def test_an_adapter_of_mlx_lm_stays_one_when_it_is_cut(adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_mlx_lm_states_the_rank_that_it_is_cut_to(adapter: Path, tmp_path: Path) -> None:
     only(convert(adapter, tmp_path / "mlx", adapter_format="mlx"))
-    fields = json.loads((tmp_path / "mlx" / CONFIG).read_text())
-    fields["lora_parameters"]["scale"] = 2.0
-    (tmp_path / "mlx" / CONFIG).write_text(json.dumps(fields))
     done = only(convert(tmp_path / "mlx", tmp_path / "rank", rank=2))
-    stated = json.loads((tmp_path / "rank" / CONFIG).read_text())["lora_parameters"]
-    assert (stated["rank"], done.rank) == (2, 2)
+    stated = json.loads((tmp_path / "rank" / CONFIG).read_text())["lora_parameters"]["rank"]
+    assert (stated, done.rank) == (2, 2)
     assert done.relative_error == pytest.approx(error_of(tmp_path / "mlx", tmp_path / "rank"), abs=1e-6)
-    done = only(convert(tmp_path / "mlx", tmp_path / "size", size=9000))
-    assert done.size <= 9000
-    assert done.relative_error == pytest.approx(error_of(tmp_path / "mlx", tmp_path / "size"), abs=1e-6)
 
 
 def test_a_gguf_file_comes_back_as_the_peft_adapter_that_it_was_made_from(adapter: Path, tmp_path: Path) -> None:
@@ -168,12 +162,6 @@ def test_a_gguf_file_comes_back_as_the_peft_adapter_that_it_was_made_from(adapte
     with pytest.raises(BaseModelNotFound) as refused:
         convert(file, tmp_path / "none", adapter_format="peft")
     assert "--base-model" in str(refused.value.hint)
-
-
-def test_mlx_comes_back_as_the_peft_adapter_that_it_was_made_from(adapter: Path, tmp_path: Path) -> None:
-    only(convert(adapter, tmp_path / "mlx", adapter_format="mlx"))
-    only(convert(tmp_path / "mlx", tmp_path / "peft", adapter_format="peft"))
-    assert error_of(adapter, tmp_path / "peft") < 1e-6
 
 
 def test_what_another_number_format_costs_a_gguf_file_is_measured(adapter: Path, tmp_path: Path) -> None:
@@ -305,7 +293,7 @@ def test_what_diffusers_has_no_converter_for_is_refused_by_name(tmp_path: Path, 
     file = write(tmp_path / "dog.safetensors", convolution("lora_unet_a"))
     with pytest.raises(AdapterRefused, match=f"no converter from kohya to {name} names") as refused:
         convert(file, tmp_path / "out.safetensors", adapter_format=name)
-    assert "diffusers can be written" in (refused.value.hint or "")
+    assert refused.value.hint == "it can be converted to diffusers"
     assert not (tmp_path / "out.safetensors").exists()
 
 

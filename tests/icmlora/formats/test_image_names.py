@@ -92,6 +92,19 @@ def test_what_flux_leaves_without_a_component_is_of_its_transformer() -> None:
     assert "transformer.x_embedder" in stems(found)
 
 
+def test_wan_of_kohyas_trainer_has_the_names_of_its_transformer() -> None:
+    parts = [f"{kind}_attn_{part}" for kind in ("self", "cross") for part in "qkvo"] + ["ffn_0", "ffn_2"]
+    tensors: Tensors = {}
+    for part in parts:
+        tensors |= kohya(f"lora_unet_blocks_0_{part}")
+    found = to_diffusers(dict(tensors))
+    inner = ["to_q", "to_k", "to_v", "to_out.0"]
+    wanted = [f"attn{number}.{part}" for number in (1, 2) for part in inner] + ["ffn.net.0.proj", "ffn.net.2"]
+    assert stems(found) == {f"transformer.blocks.0.{part}" for part in wanted}
+    up = tensors["lora_unet_blocks_0_ffn_0.lora_up.weight"]
+    assert torch.equal(found["transformer.blocks.0.ffn.net.0.proj.lora_B.weight"], up)
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
