@@ -81,7 +81,8 @@ def convert_files(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
     check_pair(source.format, target)
     summary = source.summary
     dtype, made_lora = wanted.dtype, None
-    if source.format.name == "lycoris" and summary.original_only is not None and not summary.does_nothing:
+    is_other = source.format.name == "lycoris" and summary.original_only is not None and not summary.does_nothing
+    if is_other and (wanted.rank is not None or target.name != source.format.name):
         source, made_lora = _as_lora(source, summary, wanted)
         dtype = dtype or _own_dtype(summary)
     if source.format.name != target.name:

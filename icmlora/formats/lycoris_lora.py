@@ -22,9 +22,10 @@ import torch
 from icmlora.errors import AdapterRefused, DataError
 from icmlora.formats.header_ranks import of_lora
 from icmlora.formats.image_models import label_of
-from icmlora.formats.single_file_names import other_method
+from icmlora.formats.single_file_check import scalar
+from icmlora.formats.single_file_names import NUMBERS, other_method
 from icmlora.io.finite import check_finite
-from icmlora.io.safetensors import FLOAT_TYPES, TensorHeader, encode, header_text, parse_header
+from icmlora.io.safetensors import TensorHeader, encode, header_text, parse_header
 from icmlora.io.tensors import decode_float32, raw_tensor
 
 if TYPE_CHECKING:
@@ -103,17 +104,21 @@ def _modules(weights: bytes, header: TensorHeader) -> dict[str, dict[str, Tensor
         if what in ("DoRA", "OFT", "GLoRA", "IA3"):
             fact = f"{info.name} is of {what}, whose dW needs the weights of the base model"
             raise AdapterRefused(fact, kind="other-method", hint=_KEEP)
-    floats = tuple(info for info in header.tensors if info.dtype in FLOAT_TYPES)
-    if odd := next((info for info in header.tensors if info not in floats), None):
-        raise AdapterRefused(f"{odd.name} has the type {odd.dtype}", kind="dtype")
     parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, values in decode_float32(weights, TensorHeader(floats, {})).items():
+    factors = tuple(info for info in header.tensors if not info.name.endswith(".alpha"))
+    for name, values in decode_float32(weights, TensorHeader(factors, {})).items():
         stem, _, part = name.partition(".")
         if part in _PARTS:
             parts[stem][part] = values
         elif part != "diff_b" or values.any():
             fact = f"{name} is more than the change of a weight, and has no place in LoRA"
             raise AdapterRefused(fact, kind="extras", hint=_KEEP)
+    for info in header.tensors:
+        stem, _, part = info.name.partition(".")
+        if part == "alpha" and stem in parts:
+            if info.shape not in ((), (1,)) or info.dtype not in NUMBERS:
+                raise AdapterRefused(f"{info.name} is {info.dtype} {list(info.shape)}, not one number", kind="alpha")
+            parts[stem][part] = torch.tensor(scalar(weights, info))
     return dict(parts)
 
 
@@ -213,7 +218,7 @@ def _functional() -> Mapping[str, Any]:
 
 _PARTS = frozenset(
     {
-        *("alpha", "diff", "lora_up.weight", "lora_down.weight", "lora_mid.weight"),
+        *("diff", "lora_up.weight", "lora_down.weight", "lora_mid.weight"),
         *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     }

@@ -187,12 +187,27 @@ def test_dora_is_refused_by_name(tmp_path: Path) -> None:
         ({"a.lokr_w1": torch.ones(2, 3)}, "shape"),
         ({"a.lokr_w1": torch.ones(2000, 2000), "a.lokr_w2": torch.ones(100, 100)}, "limits"),
         ({"a.something": torch.ones(2, 3)}, "extras"),
+        ({"a.diff": torch.ones(2, 3).int()}, "dtype"),
+        ({"a.diff": torch.ones(2, 3), "a.alpha": torch.ones(2)}, "alpha"),
     ],
 )
 def test_a_damaged_or_unknown_part_is_refused(tensors: dict[str, torch.Tensor], kind: str) -> None:
     with pytest.raises(AdapterRefused) as refused:
         low_rank(save(tensors), 4)
     assert refused.value.kind == kind
+
+
+def test_an_alpha_may_be_a_whole_number() -> None:
+    factors = {f"a.hada_w{n}_{half}": torch.ones(2, 2) for n in "12" for half in "ab"}
+    ((_, one),) = low_rank(save(factors), 2).errors.values()
+    ((_, half),) = low_rank(save(factors | {"a.alpha": torch.tensor(1)}), 2).errors.values()
+    assert half == pytest.approx(one / 4)
+
+
+def test_a_file_that_needs_no_change_keeps_its_bytes(tmp_path: Path) -> None:
+    file, *_ = trained(tmp_path / "x.safetensors", algo="loha")
+    convert(file, tmp_path / "out.safetensors", adapter_format="lycoris")
+    assert (tmp_path / "out.safetensors").read_bytes() == file.read_bytes()
 
 
 def test_a_bias_that_does_nothing_is_no_reason() -> None:
