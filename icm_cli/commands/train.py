@@ -320,6 +320,7 @@ def _evaluate(session: Session, made: _Made, options: dict[str, Any]) -> bool:
     for reason in found.reasons:
         session.out.note(f"not measured: {reason}")
     if not found.tasks:
-        session.out.hint("`icm eval` measures the codes, with the base model and held-out text")
+        if found.elsewhere:
+            session.out.hint("`icm eval` measures the codes, with the base model and held-out text")
         return True
     return evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), **options))

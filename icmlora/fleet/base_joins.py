@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.base_models.fingerprint import fingerprint_base, is_same_model
-from icmlora.base_models.lookup import FoundBase, find_base_model
+from icmlora.base_models.lookup import FoundBase, find_base_model, read_config
 from icmlora.base_models.mirrors import original_of
-from icmlora.errors import BaseModelNotFound
+from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited
 from icmlora.fleet.context import Context, Event, find_recorded
-from registry.names import UNKNOWN_BASE
+from registry.names import UNKNOWN_BASE, escape
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -97,6 +97,25 @@ class KnownBases:
             self._context.progress(0, None, f"reading {found.label}")
             self._fingerprints[stamp] = fingerprint_base(found)
         return self._fingerprints[stamp]
+
+    def check_gguf(self, label: str, architecture: str) -> None:
+        """Check that an adapter of a GGUF file is for a base model, as far as this machine knows it.
+
+        Raises:
+            AdapterRefused: llama.cpp calls the base model's architecture otherwise than the adapter says.
+        """
+        from icmlora.formats.gguf_lora import GgufBase  # imports torch; few adapters are GGUF files
+
+        found = self.copy_of(label)
+        if found is None or not (found.is_gguf or found.has_config):
+            return
+        try:
+            base = GgufBase.of_file(found.path) if found.is_gguf else GgufBase.of_config(read_config(found.path))
+        except (BaseModelNotFound, BaseModelUnsuited):
+            return
+        if base.architecture != architecture:
+            fact = f"it is for the architecture {escape(architecture, 40)!r}, and {label!r} is {base.architecture!r}"
+            raise AdapterRefused(fact, kind="base-model", hint="name its base model with --base-model")
 
     def copy_of(self, label: str) -> FoundBase | None:
         """Return the copy of a base model on this machine, if there is one."""

@@ -24,6 +24,7 @@ from icmlora.fleet.loading import Models
 from icmlora.fleet.measure import MAX_TOKENS, SOURCES, Measurement, SourceResult, TaskLosses, record_measurements
 from icmlora.fleet.texts import adapter_template, own_text
 from icmlora.fleet.workers import Tell, check_place, open_workers
+from icmlora.formats.catalogue import format_named
 from registry.errors import TaskNotFound
 from registry.records import Rung, TaskRecord
 
@@ -240,20 +241,25 @@ def _tasks_with_text(store: Store, request: EvaluateRequest, report: EvaluateRep
 
 @dataclass(frozen=True)
 class Measurable:
-    """Which tasks can be measured on this machine."""
+    """Which tasks can be measured on this machine, why others cannot, and of which base models some could elsewhere."""
 
     tasks: list[str]
     reasons: list[str]
+    elsewhere: list[str]
 
 
 def measurable(context: Context, base_models: Sequence[str], names: Sequence[str] = ()) -> Measurable:
     """Return which tasks of some base models can be measured here."""
-    found = Measurable([], [])
+    found = Measurable([], [], [])
     with context.open(read_only=True) as store:
         for label in base_models:
             tasks = [
                 task for task in store.tasks.all() if task.base_model == label and (not names or task.name in names)
             ]
+            if tasks and format_named(store.tasks.final(tasks[0].name).format).is_for_images:
+                found.reasons.append(f"{label} makes images: `icm report --outputs TASK` shows what codes change")
+                continue
+            found.elsewhere.append(label)
             try:
                 modality_of(locate_base(store, label))
             except (BaseModelNotFound, BaseModelUnsuited) as error:

@@ -36,6 +36,8 @@ from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery import Discovery, FoundTask, find_tasks, name_tasks
 from icmlora.formats.naming import NameTemplate
 from icmlora.formats.pickled import PickleReader, converted
+from icmlora.io.files import read_regular
+from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.blobs.content import digest_of
 from registry.errors import DamagedStore, MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
@@ -405,12 +407,26 @@ def _with_bases(
 def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> PreparedTask | Problem:
     label = task.base_model
     if label is None:
-        return replace(task, base_model=told or UNKNOWN_BASE, base_is_told=told is not None)
+        return _of_architecture(replace(task, base_model=told or UNKNOWN_BASE, base_is_told=told is not None), bases)
     if told is None or bases.name_of(told) == bases.name_of(label):
-        return task
+        return _of_architecture(task, bases)
     hint = f"`icm base alias {told} {label}` if they are the same model; else ingest it without --base-model"
     error = AdapterRefused(f"it was trained for {label!r}, not for {told!r}", kind="base-model", hint=hint)
     return Problem(error, task.found.folder)
+
+
+def _of_architecture(task: PreparedTask, bases: KnownBases) -> PreparedTask | Problem:
+    """Refuse an adapter of a GGUF file whose base model has another architecture than it says."""
+    final = task.found.final
+    if final.format.name != "gguf" or task.base_model in (None, UNKNOWN_BASE):
+        return task
+    from icmlora.formats.gguf import architecture_of
+
+    try:
+        bases.check_gguf(str(task.base_model), architecture_of(read_regular(final.weights, max_bytes=MAX_FILE_BYTES)))
+    except AdapterRefused as error:
+        return Problem(error, final.weights)
+    return task
 
 
 def _record(

@@ -158,3 +158,11 @@ def test_the_files_of_real_trainers_are_taken_and_come_back(icm: Icm, tmp_path: 
         out = tmp_path / f"{name}.safetensors"
         assert icm("materialize", name, "-o", out).code == 0
         assert out.read_bytes() == kohya_file(name).read_bytes()
+
+
+def test_training_says_that_image_models_are_looked_at_and_not_measured(icm: Icm, folder: Path) -> None:
+    assert icm("ingest", folder).code == 0
+    ran = icm("train", "--device", "cpu", "--steps", STEPS)
+    assert ran.code == 0
+    assert "stable-diffusion-v1 makes images: `icm report --outputs TASK`" in ran.err
+    assert "icm eval" not in ran.err

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from icmlora.fleet.bill import Bill
 from icmlora.fleet.bill_text import disk_lines, saving_text, shortfalls
+from icmlora.formats.catalogue import format_named
 from icmlora.io.text import counted, escape, human_percent, human_size
 from registry.records import TaskSummary
 
@@ -80,7 +81,7 @@ def _sentences(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
         return
     yield f"{_what(rows)} In bf16, all final adapters take {human_size(bill.bf16_size)}."
     yield saving_text(bill)
-    yield from _quality(bill)
+    yield from _quality(rows, bill)
     yield _originals(bill)
     yield from (f"{line}." for line in shortfalls(task.asked for f in bill.fleets for task in f.short if task.asked))
     if bill.original_only:
@@ -95,7 +96,7 @@ def _what(rows: Sequence[TaskSummary]) -> str:
     return f"The store keeps {noun} of rank {shown}."
 
 
-def _quality(bill: Bill) -> Iterator[str]:
+def _quality(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
     gains, errors = bill.retained_gains, bill.relative_errors
     if gains is not None:
         over, worst = counted(gains.tasks, "task"), f"{gains.worst:.3f} at worst ({escape(gains.worst_task)})"
@@ -106,7 +107,8 @@ def _quality(bill: Bill) -> Iterator[str]:
     elif errors is not None:
         over, worst = counted(errors.tasks, "task"), f"{errors.worst:.3f} at worst ({escape(errors.worst_task)})"
         yield f"The relative error of the codes is {errors.mean:.3f} on average over {over}, and {worst}."
-        yield "What they keep of the gain of the originals was not measured: `icm eval` does it."
+        if not all(format_named(row.final.format).is_for_images for row in rows):
+            yield "What they keep of the gain of the originals was not measured: `icm eval` does it."
 
 
 def _originals(bill: Bill) -> str:

@@ -172,6 +172,18 @@ def test_a_gguf_adapter_of_another_architecture_is_not_converted(source: Path, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gguf_adapter_of_another_base_model_is_not_taken(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "other.gguf").write_bytes(gguf_file(architecture="qwen2", base=LABEL))
+    (tmp_path / "loras" / "poems.gguf").write_bytes((source / "gguf" / "poems.gguf").read_bytes())
+    fleet = Fleet(source / "store")
+    report = fleet.ingest([tmp_path / "loras"], dry_run=True)
+    (problem,) = report.problems
+    assert (Path(problem.path).name, problem.kind) == ("other.gguf", "base-model")
+    assert "'qwen2'" in problem.message
+    assert len(report.ingested) == 1
+
+
 def test_what_peft_has_under_another_name_is_not_converted(tmp_path: Path) -> None:
     folder = tmp_path / "loras" / "words"
     folder.mkdir(parents=True)
