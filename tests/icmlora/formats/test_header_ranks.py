@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from icmlora.formats.header_ranks import of_lora, with_ranks
 
@@ -49,3 +51,15 @@ def test_another_network_becomes_that_of_lora() -> None:
         "ss_network_alpha": "4",
         "ss_trigger_words": "dog",
     }
+
+
+_KEYS = st.sampled_from(["ss_network_dim", "ss_network_alpha", "ss_network_args", "sshs_model_hash", "title"])
+_TEXTS = st.one_of(st.text(max_size=8), st.just('{"conv_dim": 4, "x": 1}'))
+
+
+@given(st.dictionaries(_KEYS, _TEXTS), st.lists(st.integers(1, 64), min_size=1), st.booleans())
+def test_a_true_header_stays_as_it_is(metadata: dict[str, str], ranks: list[int], alphas_stay: bool) -> None:
+    once = with_ranks(metadata, ranks, alphas_stay=alphas_stay)
+    assert with_ranks(once, ranks, alphas_stay=alphas_stay) == once
+    assert once.keys() <= metadata.keys()
+    assert once.get("title") == metadata.get("title")
