@@ -197,6 +197,10 @@ def _check_modules(factors: tuple[Factors, ...]) -> None:
             raise AdapterRefused(f"{name} does not name a module", kind="unknown-tensor")
     if len(set(names)) < len(names):
         raise AdapterRefused("two modules have the same name", kind="duplicate-key")
+    # Factors of square layers fit together also when both are turned; then all ranks are above the widths.
+    if factors and all(one.shape.rank > max(one.shape.inputs, one.shape.outputs) for one in factors):
+        down, up = factors[0].down, factors[0].up
+        raise AdapterRefused(f"{_shown(down)} and {_shown(up)} are transposed", kind="shape", hint=_ORIENTATION)
     with_alpha = [factor for factor in factors if factor.alpha is not None]
     if with_alpha and len(with_alpha) < len(factors):
         without = next(factor for factor in factors if factor.alpha is None)
@@ -219,16 +223,23 @@ def _factors(module: str, style: int, parts: Mapping[Part, TensorInfo]) -> Facto
     inner = down.shape[0] if mid is None else mid.shape[0]
     if inner != up.shape[1] or prod(up.shape[2:]) != 1 or (mid is not None and not _is_core(mid, down)):
         if mid is None and down.shape[-1] == up.shape[0] and len(down.shape) == 2:
-            fact = f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)} are transposed or swapped"
-            raise AdapterRefused(fact, kind="shape", hint="down is (r, in) and up is (out, r)")
-        fact = f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)} do not fit together"
-        raise AdapterRefused(fact, kind="shape", hint="down is (r, in) and up is (out, r)")
+            fact = f"{_shown(down)} and {_shown(up)} are transposed or swapped"
+            raise AdapterRefused(fact, kind="shape", hint=_ORIENTATION)
+        fact = f"{_shown(down)} and {_shown(up)} do not fit together"
+        raise AdapterRefused(fact, kind="shape", hint=_ORIENTATION)
     if up.shape[1] > MAX_RANK:
         raise AdapterRefused(f"{up.name} has the rank {up.shape[1]:,}", kind="rank")
     if alpha is not None and (alpha.shape not in ((), (1,)) or alpha.dtype not in NUMBERS):
         fact = f"{alpha.name} is {alpha.dtype} {list(alpha.shape)}, not one number"
         raise AdapterRefused(fact, kind="alpha")
     return Factors(module, style, down, up, mid, alpha)
+
+
+_ORIENTATION = "down is (r, in) and up is (out, r)"
+
+
+def _shown(tensor: TensorInfo) -> str:
+    return f"{tensor.name} {list(tensor.shape)}"
 
 
 def _is_core(mid: TensorInfo, down: TensorInfo) -> bool:

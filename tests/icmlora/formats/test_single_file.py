@@ -188,6 +188,12 @@ def test_factors_that_are_transposed_are_refused() -> None:
     assert (refusal(swapped).kind, "transposed or swapped" in refusal(swapped).message) == ("shape", True)
 
 
+def test_factors_of_square_layers_that_are_transposed_are_refused() -> None:
+    tensors = linear(f"{Q}.lora_down.weight", f"{Q}.lora_up.weight", rank=2, inputs=8, outputs=8)
+    swapped = {name: tensor.T for name, tensor in tensors.items()}
+    assert (refusal(swapped).kind, "are transposed" in refusal(swapped).message) == ("shape", True)
+
+
 @pytest.mark.parametrize("half", ["lora_down", "lora_up"])
 def test_a_missing_half_is_refused(half: str) -> None:
     tensors = kohya(Q)
