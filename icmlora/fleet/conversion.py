@@ -90,7 +90,11 @@ def _why_not(source: AdapterFormat, target: AdapterFormat) -> str | None:
     if source.name == target.name:
         return None
     if source.is_for_images != target.is_for_images:
-        return f"modules are called otherwise in the format {target.name} than in {source.name}"
+        kinds = ("language models", "image models")
+        return (
+            f"{source.name} is a format of {kinds[source.is_for_images]}, "
+            f"and {target.name} one of {kinds[target.is_for_images]}"
+        )
     if target.is_for_images and source.name not in _RENAMED.get(target.name, ()):
         return f"diffusers has no converter from {source.name} to {target.name} names"
     return None

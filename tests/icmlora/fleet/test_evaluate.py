@@ -173,7 +173,7 @@ def test_results_of_other_methods_are_not_stored(learned: Fleet) -> None:
 
 
 def test_only_named_tasks_of_the_given_base_models_are_measurable(learned: Fleet) -> None:
-    assert learned.measurable([LABEL], ["ships"]) == Measurable(["ships"], [])
-    assert learned.measurable([]) == Measurable([], [])
+    assert learned.measurable([LABEL], ["ships"]) == Measurable(["ships"], [], [LABEL])
+    assert learned.measurable([]) == Measurable([], [], [])
     (reason,) = learned.measurable(["acme/elsewhere"]).reasons
     assert "acme/elsewhere" in reason

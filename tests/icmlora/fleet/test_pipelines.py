@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from icmlora import Fleet
-from icmlora.errors import BaseModelUnsuited
+from icmlora.errors import AdapterRefused
 from tests.icmlora.fleet.image_store import LABEL
 
 WHAT = "a diffusers pipeline, which icm runs only to draw pictures"
@@ -59,5 +59,5 @@ def test_the_store_is_listed_verified_and_billed_as_ever(images: Fleet, image_te
 
 
 def test_llama_cpp_is_told_that_it_has_no_such_model(images: Fleet, tmp_path: Path) -> None:
-    with pytest.raises(BaseModelUnsuited, match=WHAT):
+    with pytest.raises(AdapterRefused, match="kohya is a format of image models, and gguf one of language models"):
         images.materialize("pear", tmp_path / "pear.gguf", adapter_format="gguf")
