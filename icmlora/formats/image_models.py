@@ -17,12 +17,13 @@ _CONTEXT = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stab
 # The first of the blocks that Flux alone has; its width tells it from smaller relatives.
 _FLUX = re.compile(r".*(double_blocks|single_transformer_blocks)[._]\d+[._].*(img_attn[._]qkv|to_q|qkv_lora1)")
 _FLUX_WIDTH = 3072
-# What kohya's trainers note; modelspec has the label itself, followed by the kind of adapter: `.../lora`.
+# What trainers note, where it is not the label itself. modelspec has the label, then the kind of adapter: `.../lora`.
 _VERSIONS = (
     ("sdxl", "stable-diffusion-xl-v1-base"),
     ("sd_v1", "stable-diffusion-v1"),
     ("sd_v2", "stable-diffusion-v2"),
     ("flux1", "flux-1-dev"),
+    ("flux.1", "flux-1-dev"),
     ("sd3", "stable-diffusion-3"),
 )
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,80}")
@@ -40,4 +41,5 @@ def label_of(metadata: Mapping[str, str], factors: Sequence[Factors]) -> str | N
     if _LABEL.fullmatch(stated):
         return "stable-diffusion-v2" if stated.startswith("stable-diffusion-v2") else stated
     version = metadata.get("ss_base_model_version", "")
-    return next((label for start, label in _VERSIONS if version.startswith(start)), None)
+    known = next((label for start, label in _VERSIONS if version.startswith(start)), None)
+    return known or (version if _LABEL.fullmatch(version) and version != "None" else None)

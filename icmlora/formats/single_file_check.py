@@ -64,6 +64,8 @@ def check_file(weights: Buffer, naming: Naming) -> CheckedFile:
         reason, does_nothing = f"{NOTHING}: up @ down is zero in every module", True
     coded = () if reason is not None else found.factors
     tensors = [tensor for factors in found.factors for tensor in (factors.down, factors.up)] or header.tensors
+    # Another method's tensors are named after their modules too.
+    modules = [one.module for one in found.factors] or [tensor.name.rpartition(".")[0] for tensor in header.tensors]
     summary = AdapterSummary(
         base_model=label_of(header.metadata, found.factors),
         revision=None,
@@ -71,7 +73,7 @@ def check_file(weights: Buffer, naming: Naming) -> CheckedFile:
         dtype="+".join(sorted({tensor.dtype for tensor in tensors})) or "none",
         rank_max=max((factors.shape.rank for factors in found.factors), default=0),
         parameters=sum(prod(tensor.shape) for tensor in tensors),
-        target_modules=blocks_of(factors.module for factors in found.factors),
+        target_modules=blocks_of(modules),
         layout=tuple(factors.shape for factors in coded),
         extras=(*found.extras, *_metadata_tensor(weights, header)) if coded else (),
         original_only=reason,
