@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,8 +29,10 @@ RESULT = Path(__file__).parents[1] / "results" / "image_fleet.json"
 PARTS = ("resize", "store", "codes", "convert")
 
 
-def measure(options: argparse.Namespace, work: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Build the fleet, run the parts that were asked for, and return them with those that were known."""
+def measure(
+    options: argparse.Namespace, work: Path, found: dict[str, Any], save: Callable[[dict[str, Any]], None]
+) -> None:
+    """Build the fleet, and run the parts that were asked for; each is saved when it is done."""
     spectrum = FLAT if options.flat else STEEP
     half = options.count // 2
     halves = (work / "first", work / "second")
@@ -42,16 +45,19 @@ def measure(options: argparse.Namespace, work: Path, found: dict[str, Any]) -> d
         found = {"fleet": fleet}
     if "resize" in options.parts:
         found["resize"] = measure_resize(options.sd_python, options.sd_scripts, few, ERRORS)
+        save(found)
     if "store" in options.parts:
         found["store"] = measure_store(halves, work / "store")
+        save(found)
     if "codes" in options.parts:
         rows = found["resize"]["errors"].values()
         equal = sorted({row[row["best"]]["error"] for row in rows})
         found["codes"] = measure_codes(work / "store", options.error, [path.stem for path in few], equal)
+        save(found)
     if "convert" in options.parts:
         best = [row[row["best"]]["bytes"] for row in found["resize"]["errors"].values()]
         found["convert"] = measure_convert(few, sorted(set(best)), work)
-    return found
+        save(found)
 
 
 def main() -> None:
@@ -73,12 +79,15 @@ def main() -> None:
         parser.error("the part resize needs --sd-scripts and --sd-python")
     document = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {"fleets": {}}
     name = "flat" if options.flat else "steep"
+
+    def save(found: dict[str, Any]) -> None:
+        document["fleets"][name] = found
+        document.update({"date": datetime.now(UTC).date().isoformat(), "machine": describe_machine()})
+        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
     with tempfile.TemporaryDirectory(prefix="image-fleet-") as folder:
-        found = measure(options, options.work or Path(folder), document["fleets"].get(name, {}))
-    document["fleets"][name] = found
-    document |= {"date": datetime.now(UTC).date().isoformat(), "machine": describe_machine()}
-    print(json.dumps({name: found}))
-    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        measure(options, options.work or Path(folder), document["fleets"].get(name, {}), save)
+    print(json.dumps({name: document["fleets"][name]}))
 
 
 if __name__ == "__main__":

@@ -128,18 +128,24 @@ def best_of(found: dict[str, Any], error: str) -> dict[str, Any]:
     return {"best": best, **methods}
 
 
-def measure_convert(files: Sequence[Path], sizes: Sequence[int], work: Path) -> dict[str, dict[str, float]]:
-    """Shrink files with `icm convert --size` to sizes that resize reached, and return by size the error left."""
-    found = {}
+def measure_convert(files: Sequence[Path], sizes: Sequence[int], work: Path) -> dict[str, dict[str, float] | None]:
+    """Shrink files with `icm convert --size` to sizes that resize reached, and return by size the error left.
+
+    A size that one of the files cannot be cut to, since each module keeps a rank, has None: sizes are means over files.
+    """
+    found: dict[str, dict[str, float] | None] = {}
     for size in sizes:
-        errors, bytes_ = [], []
+        errors, bytes_ = list[float](), list[int]()
         for path in files:
             copy = work / path.name
-            _run([*_icm(), "convert", str(path), str(copy), "--size", str(size)])
+            command = [*_icm(), "convert", str(path), str(copy), "--size", str(size), "--force"]
+            if subprocess.run(command, capture_output=True).returncode:
+                break
             errors.append(real_error(cuts_of(path), {name: value.float() for name, value in load_file(copy).items()}))
             bytes_.append(copy.stat().st_size)
             copy.unlink()
-        found[str(size)] = {"error": round(fmean(errors), 4), "bytes": round(fmean(bytes_))}
+        is_whole = len(errors) == len(files)
+        found[str(size)] = {"error": round(fmean(errors), 4), "bytes": round(fmean(bytes_))} if is_whole else None
     return found
 
 
