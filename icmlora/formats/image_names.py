@@ -88,9 +88,7 @@ def diffusers_to_kohya(tensors: Tensors, *, is_sdxl: bool) -> dict[str, Tensor]:
         fact = f"diffusers has no converter from {part} names to kohya names"
         raise AdapterRefused(fact, kind="layers", hint=_KEEP)
     # transformers has had this prefix in every text encoder until version 5, and kohya's programs still do.
-    full = {
-        re.sub(r"^(text_encoder(_2)?\.)(?!text_model\.|text_projection)", r"\1text_model.", key): key for key in named
-    }
+    full = {_SHORT_TEXT.sub(r"\1text_model.", name): name for name in named}
     found: dict[str, Tensor] = utils.convert_state_dict_to_kohya({name: named[key] for name, key in full.items()})
     one_encoder = {} if is_sdxl or any(name.startswith("lora_te2_") for name in found) else {"lora_te1_": "lora_te_"}
     return {

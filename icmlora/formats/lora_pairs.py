@@ -20,13 +20,13 @@ from typing import Any
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterSummary, Buffer, ConfigFacts, Template
+from icmlora.formats.peft_config import MAX_RANK
 from icmlora.io.safetensors import FLOAT_TYPES, ITEM_BYTES, TensorHeader, TensorInfo
 from icmlora.io.strict_json import parse_object
 from registry.names import is_module_name, natural_key
 
 TASK_TYPE = "CAUSAL_LM"
 """What both programs run: language models."""
-MAX_RANK = 4096
 _MOST_EXPERTS = 1024
 _MOST_MODULES = 50_000
 _MAX_FORM = 64 << 20  # as large as the header of a file can be, and more

@@ -29,7 +29,6 @@ from icmlora.formats.format import (
     Template,
 )
 from icmlora.formats.lora_pairs import (
-    MAX_RANK,
     TASK_TYPE,
     LoraPair,
     PairForm,
@@ -40,6 +39,7 @@ from icmlora.formats.lora_pairs import (
     sort_pairs,
     summary_of,
 )
+from icmlora.formats.peft_config import MAX_RANK
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import TensorHeader, read_header
 from icmlora.io.strict_json import parse_object

@@ -15,11 +15,11 @@ from operator import index
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.nn.functional import pad
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import LoadedAdapter, Template
+from icmlora.formats.peft_tensors import fitted
 from icmlora.formats.single_file_check import HEADER, CheckedFile
 from icmlora.formats.single_file_names import NUMBERS, Factors, Naming
 from icmlora.io.safetensors import FLOAT_TYPES, ITEM_BYTES, TENSOR_NAME, RawTensor, TensorHeader, encode, raw_tensors
@@ -95,7 +95,9 @@ def write_like(
         stem = naming.stem_of(shape.module)
         alpha = details.alphas.get(shape.module, details.alpha)
         scale = _scale(None if alpha is None else alpha[0], shape, metadata, scales)
-        a, b = _fitted(modules.pop(shape.module, None), shape, scale)
+        a, b = fitted(modules.pop(shape.module, None), *shape[1:])
+        # An adapter of scale 0 does nothing, whatever its factors are.
+        b = b / scale if scale else torch.zeros_like(b)
         kernel = details.kernels.get(shape.module, ())
         if kernel:
             if shape.inputs % prod(kernel):
@@ -150,18 +152,6 @@ def _scalar(value: float, dtype: str, shape: tuple[int, ...]) -> RawTensor:
     if dtype.startswith("I"):
         return RawTensor(dtype, shape, int(value).to_bytes(ITEM_BYTES[dtype], "little", signed=True))
     return raw_tensor("alpha", torch.full(shape, value, dtype=torch.float64), dtype)
-
-
-def _fitted(module: LoraModule | None, shape: ModuleShape, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors of the wanted rank, filled up with zeros and without the scale: (r, in) and (out, r)."""
-    if module is None:
-        return torch.zeros(shape.rank, shape.inputs), torch.zeros(shape.outputs, shape.rank)
-    missing = shape.rank - module.a.shape[0]
-    if missing < 0 or (module.a.shape[1], module.b.shape[0]) != (shape.inputs, shape.outputs):
-        raise ValueError(f"{module.name} does not fit the template")
-    # An adapter of scale 0 does nothing, whatever its factors are.
-    b = module.b / scale if scale else torch.zeros_like(module.b)
-    return pad(module.a, (0, 0, 0, missing)), pad(b, (0, missing))
 
 
 _Alpha = tuple[float, str]  # its value and the type that it is written in
