@@ -79,7 +79,7 @@ def adapter_bits(
     mean, scale = net.latent_prior(condition)
     latent = _noisy(net.posterior(tokens, condition), noise)
     state = TaskState(condition, latent, adapter.subspace)
-    norms, prior = _norm_bits(net, tokens, net.gains(state))
+    norms, prior = _norm_bits(net, tokens, net.gains(state).float())  # autocast computes them in bfloat16
     return Bits(
         latent=bin_bits(latent - mean, scale).sum(),
         norms=norms,
