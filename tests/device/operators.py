@@ -6,6 +6,7 @@ Taken from PyTorch's CUDA sources. Imports torch, so only after the hooks are lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ _ALWAYS_WAITING = frozenset(
 )
 
 
+@cache
+def is_composite(func: OpOverload) -> bool:
+    """Say whether an operator is nothing but others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+@cache
 def only_looks(func: OpOverload) -> bool:
     """Say whether an operator launches no kernel: it makes a view or allocates."""
     return func.is_view or func.overloadpacket.__name__ in _ALLOCATING
@@ -35,6 +43,11 @@ def waits(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> bool
     rule = _RULES.get(func)
     if rule is not None:
         return rule(args, kwargs)
+    return _always_waits(func)
+
+
+@cache
+def _always_waits(func: OpOverload) -> bool:
     return func.overloadpacket.__name__ in _ALWAYS_WAITING or any(tag in func.tags for tag in _RESULT_SIZED)
 
 
@@ -44,7 +57,7 @@ def refuse_mixture(func: OpOverload, args: Sequence[Any], strays: Sequence[torch
     It takes numbers (tensors without dimensions) where it computes element by element, and indices.
     """
     if func in INDEXING:
-        indexed, indices, *values = args
+        indexed, _, *values = args
         if indexed.device != card:
             raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor ({CPU})")
         strays = [x for x in values[:1] if x.device != card and x.dim() > 0]

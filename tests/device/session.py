@@ -1,7 +1,7 @@
 """The stand-in for a session of pytest: what `-p tests.device.as_cuda` and `-p tests.device.as_mps` begin with.
 
-A session without one of them collects no test from here. Where there can be no stand-in, the tests say why and are skipped,
-but if STAND_IN_REQUIRED is set, as it is in CI, the session fails.
+A session without one of them collects no test from here. Where there can be no stand-in, the tests say why and are
+skipped, but if STAND_IN_REQUIRED is set, as it is in CI, the session fails.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tensors on the stand-in: they say that they are on the card, live in the CPU's memory, and are computed there.
 
-Every operator of PyTorch, forward and backward, comes to `run`, below autograd and autocast. It counts, refuses what a card
-refuses, and lets the CPU compute. Imports torch, so only after the hooks are loaded.
+Every operator of PyTorch, forward and backward, comes to `run`, below autograd and autocast. It counts, refuses what a
+card refuses, and lets the CPU compute. Imports torch, so only after the hooks are loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.device.counts import count_copy, count_operator, count_sync, count_view
-from tests.device.operators import CPU, INDEXING, aten, only_looks, refuse_generator, refuse_mixture, waits
+from tests.device.operators import (
+    CPU,
+    INDEXING,
+    aten,
+    is_composite,
+    only_looks,
+    refuse_generator,
+    refuse_mixture,
+    waits,
+)
 
 
 class OnCard(torch.Tensor):
@@ -64,9 +73,7 @@ class OnCard(torch.Tensor):
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise RuntimeError(
-            f"a tensor on {self.device} cannot be pickled for another process; move it with .cpu() first"
-        )
+        raise RuntimeError(f"a tensor on {self.device} cannot be pickled for another process; move it with .cpu()")
 
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if self.dim() == 0 else object.__format__(self, spec)
@@ -103,11 +110,14 @@ class Operators(TorchDispatchMode):
 
 def run(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out one operator."""
+    if is_composite(func):  # so they come in inference mode only
+        with Operators():
+            return func.decompose(*args, **kwargs)
     tensors = [x for x in _flat((*args, *kwargs.values())) if isinstance(x, torch.Tensor)]
     cards = [x for x in tensors if isinstance(x, OnCard)]
     device = kwargs.get("device")
     if not cards and (device is None or not is_card(device)):
-        return func(*args, **kwargs)
+        return _on_cpu(func, args, kwargs)
     if func is aten._to_copy.default:
         return _to_copy(args[0], **kwargs)
     if func is aten.copy_.default:
@@ -124,6 +134,18 @@ def run(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args = (args[0], [_brought(x) for x in args[1]], *args[2:])
     _count(func, args, kwargs)
     return _compute(func, args, kwargs, cards)
+
+
+def _on_cpu(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not kwargs.get("pin_memory"):
+        return func(*args, **kwargs)
+    return pinned(func(*args, **kwargs | {"pin_memory": False}))
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Mark a tensor of the CPU as lying in memory that the card can read by itself."""
+    tensor.is_in_pinned_memory = True  # type: ignore[attr-defined]
+    return tensor
 
 
 def is_card(device: Any) -> bool:

@@ -12,7 +12,7 @@ from torch.optim.optimizer import _foreach_supported_types as optimizer_types
 from torch.utils._foreach_utils import _foreach_supported_types as other_types
 
 from tests.device.counts import count_sync
-from tests.device.tensors import OnCard, Operators, default_generator, is_card
+from tests.device.tensors import OnCard, Operators, default_generator, is_card, pinned
 
 NAME = "stand-in for a card"
 _MEMORY = 80 << 30
@@ -71,6 +71,7 @@ def _change_cuda() -> None:
     for name, value in answers.items():
         getattr(torch.cuda, name)  # what is gone from torch is no longer asked for
         setattr(torch.cuda, name, _answer(value))
+    torch._C._cuda_getCurrentRawStream = _answer(0)  # bitsandbytes looks for it when it is imported
     torch.cuda._initialized = True
     torch.cuda.default_generators = (default_generator(),)
     torch.cuda._lazy_call = lambda call, **_: call()
@@ -118,9 +119,7 @@ def _change_tensors() -> None:
         return self.to(OnCard.card, non_blocking=non_blocking)
 
     def pin_memory(self: torch.Tensor, *_: Any) -> torch.Tensor:
-        pinned = self.clone()
-        pinned.is_in_pinned_memory = True  # type: ignore[attr-defined]
-        return pinned
+        return pinned(self.clone())
 
     def is_pinned(self: torch.Tensor, *_: Any) -> bool:
         return getattr(self, "is_in_pinned_memory", False)

@@ -1,4 +1,4 @@
-"""Controls: lines that are wrong on a card are refused by the stand-in. Without these the other tests would show little."""
+"""Controls: lines that are wrong on a card are refused by the stand-in. Else the other tests would show little."""
 
 import copy
 import multiprocessing
