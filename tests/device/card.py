@@ -6,9 +6,9 @@
 
 Its tensors say `cuda:0` (or `mps:0`) and live in the memory of the CPU. Autograd, autocast, optimisers and threads work
 as on a card. It refuses what a card refuses: tensors of two devices in one operator, a generator of the CPU for numbers
-drawn on the card, indices on the card for a tensor on the CPU, `.numpy()` and buffers of its tensors, and pickling them.
-As "mps" it has no float64 either. It counts (`tests.device.counts`). It says nothing about speed, memory or a card's own
-kernels.
+drawn on the card, indices on the card for a tensor on the CPU, `.numpy()` and buffers of its tensors, pickling them. As
+"mps" it has no float64 either. It counts (`tests.device.counts`). It says nothing about speed, memory or the kernels of
+a card.
 
 `install` comes before anything imports torch, for torch asks only once what devices there are. So tests that use the
 stand-in need a process of their own. It is written against the internals of torch; where these are others, or where

@@ -42,15 +42,17 @@ class OnCard(torch.Tensor):
                 f"Cannot convert a MPS Tensor to {str(real.dtype)[6:]} dtype as the MPS framework doesn't support "
                 "float64. Please use float32 instead."
             )
-        made: OnCard = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            real.size(),
-            strides=real.stride(),
-            storage_offset=real.storage_offset(),
-            dtype=real.dtype,
-            layout=real.layout,
-            device=cls.card,
-        )
+        # In inference mode, a view of a tensor that was made outside of it is none of that mode's own.
+        with torch.inference_mode(real.is_inference()):
+            made: OnCard = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                real.size(),
+                strides=real.stride(),
+                storage_offset=real.storage_offset(),
+                dtype=real.dtype,
+                layout=real.layout,
+                device=cls.card,
+            )
         made.held = real
         return made
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import _foreach_supported_types as optimizer_types
+from torch.utils._device import _device_constructors
 from torch.utils._foreach_utils import _foreach_supported_types as other_types
 
 from tests.device.counts import count_sync
@@ -110,6 +111,7 @@ def _change_constructors() -> None:
 
         return made
 
+    _device_constructors()  # it remembers the present ones, for `with torch.device(...)`
     for name in ("tensor", "as_tensor", "asarray"):
         setattr(torch, name, through_cpu(getattr(torch, name)))
 
