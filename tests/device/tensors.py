@@ -114,7 +114,7 @@ def run(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out one operator."""
     if is_composite(func):  # so they come in inference mode only
         with Operators():
-            return func.decompose(*args, **kwargs)
+            return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
     tensors = [x for x in _flat((*args, *kwargs.values())) if isinstance(x, torch.Tensor)]
     cards = [x for x in tensors if isinstance(x, OnCard)]
     device = kwargs.get("device")

@@ -55,6 +55,8 @@ def _change_cuda() -> None:
         "is_initialized": True,
         "device_count": 1,
         "current_device": 0,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
         "is_bf16_supported": True,
         "get_device_name": NAME,
         "get_device_capability": (9, 0),
