@@ -18,8 +18,8 @@ operator whose result has a size that the host must be told (`nonzero`, a boolea
 `multinomial`, `linalg.svd`, `linalg.eigh` and others that check for convergence); and a copy between host and card. The
 copies that do not wait are those with `non_blocking=True`: to the card always, from the card only into pinned memory.
 
-What it cannot count: time, memory, and that attention is one fused kernel on a card, where it is some eight here (and
-some fifteen backward).
+Attention is one operator and one backward, as with the fused kernels of a card. What it cannot count: time, memory, and
+kernels that a card starts beside those of the operators, such as those that sort for an index.
 """
 
 from __future__ import annotations

@@ -127,8 +127,6 @@ def run(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is aten._local_scalar_dense.default:
         count_sync("item")
         return func(args[0].held)
-    if func is aten._fused_sdp_choice.default:
-        return 0  # attention in its plain form: the CPU has no kernel that is called as the card's is
     strays = [x for x in tensors if x.device == CPU]
     if strays and cards:
         refuse_mixture(func, args, strays, OnCard.card)

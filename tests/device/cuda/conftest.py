@@ -2,13 +2,11 @@
 
 from tests.cli.conftest import icm
 from tests.cli.test_recognize import subjects, subjects_template
-from tests.icmlora.fleet.conftest import image_template, images, learned, learned_template
+from tests.icmlora.fleet.conftest import learned, learned_template
 from tests.icmlora.serving.conftest import served_template
 
 __all__ = [
     "icm",
-    "image_template",
-    "images",
     "learned",
     "learned_template",
     "served_template",
