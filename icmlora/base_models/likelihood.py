@@ -213,8 +213,8 @@ def _row_nats(logits: torch.Tensor, item: Scored) -> float:
     predicted = logits[item.first - 1 : end - 1].float()
     targets = torch.tensor(item.targets, device=logits.device)
     losses = functional.cross_entropy(predicted, targets, reduction="none")
-    # float64: a sum over thousands of tokens would lose digits that a retained gain needs.
-    return float(losses.double().sum())
+    # float64: a sum over thousands of tokens would lose digits that a retained gain needs. Apple's devices have none.
+    return float(losses.cpu().double().sum())
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
