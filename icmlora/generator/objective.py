@@ -22,11 +22,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 from icmlora.generator.code_length import bin_bits
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.cvae import CVAE, VIEWS, Prediction, features_of
-from icmlora.generator.initial_a.subspace import InitialSubspace
+from icmlora.generator.initial_a.subspace import Bases, InitialSubspace, bases_of
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import INPUTS, OUTPUTS, Stack, Values, joined, stacked
@@ -77,24 +78,14 @@ def prepare(
 
 
 class Subspaces(NamedTuple):
-    """The initial subspaces of tokens of the same widths; R is their largest rank, M the number of modules."""
+    """The initial subspaces of tokens of the same widths; R is their largest rank."""
 
-    bases: torch.Tensor  # orthonormal rows, zeros where nothing is known, shape (M, R, in)
-    place: torch.Tensor  # where a token stands in rows of M modules with the same number of slots, int64, shape (n,)
-    rows: int  # M times that number
+    bases: Bases
     spread: torch.Tensor  # scales of the integers along the subspace, shape (n, R)
     known: torch.Tensor  # 1 where the initial A is known, else 0, shape (n,)
     # Tokens of one kind, adapter and slot share one of the codec's shifts; G of them.
     group: torch.Tensor  # int64, shape (n,)
     sizes: torch.Tensor  # number of known tokens of each, at least 1, shape (G,)
-
-    def project(self, values: torch.Tensor) -> torch.Tensor:
-        """Return Q x, shape (n, R), of rows of values (n, in)."""
-        return self._through(values, self.bases.mT)
-
-    def expand(self, along: torch.Tensor) -> torch.Tensor:
-        """Return Q^T y, shape (n, in), of rows y of shape (n, R)."""
-        return self._through(along, self.bases)
 
     def left(self, across: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return the factors of the codec's shifts: how far the values (n, in) of each slot are from their scales."""
@@ -103,12 +94,6 @@ class Subspaces(NamedTuple):
         mean = torch.zeros_like(self.sizes).index_add_(0, self.group, share) / self.sizes
         factor = mean.clamp_min(2.0**-30).sqrt().index_select(0, self.group)
         return torch.where(self.known > 0, factor, 1.0)[:, None]
-
-    def _through(self, rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-        """Multiply the rows of each module by its matrix: (n, a) times (M, a, b) is (n, b)."""
-        padded = rows.new_zeros(self.rows, rows.shape[1]).index_copy(0, self.place, rows)
-        product = padded.view(len(matrices), -1, rows.shape[1]) @ matrices
-        return product.flatten(0, 1).index_select(0, self.place)
 
 
 class Batch(NamedTuple):
@@ -205,34 +190,20 @@ def _subspaces(adapters: Sequence[Prepared], counts: Sequence[tuple[int, int]]) 
         for group in adapter.tokens
         if group.kind == kind
     ]
-    rank = max(subspace.rows(group.kind) for subspace, group in groups)
-    if not rank:
+    inputs = groups[0][1].inputs.shape[1]
+    bases = bases_of([(subspace, group.kind, group.layer, group.slot) for subspace, group in groups], inputs)
+    if bases is None:
         return None
-    slots = 1 + max(int(group.slot.max()) for _, group in groups)
-    bases, places, spreads, known = [], [], [], []
-    modules = 0
-    for subspace, group in groups:
-        layers, module = torch.unique_consecutive(group.layer, return_inverse=True)
-        places.append((modules + module) * slots + group.slot)
-        modules += len(layers)
-        missing = rank - subspace.rows(group.kind)
-        found = subspace.bases.get(group.kind)
-        basis = group.inputs.new_zeros(len(layers), 0, group.inputs.shape[1]) if found is None else found[layers]
-        spread = subspace.spread(group.kind, group.layer) * group.norm[:, None]
-        bases.append(torch.nn.functional.pad(basis, (0, 0, 0, missing)))
-        spreads.append(torch.nn.functional.pad(spread, (0, missing)))
-        known.append(torch.from_numpy(subspace.knows(group.kind))[group.layer])
-    shifts = torch.cat([number * slots + group.slot for number, (_, group) in enumerate(groups)])
-    is_known = torch.cat(known)
-    sizes = torch.bincount(shifts, weights=is_known.float(), minlength=len(groups) * slots).float()
+    rank = bases.matrices.shape[1]
+    spreads = [subspace.spread(group.kind, group.layer) * group.norm[:, None] for subspace, group in groups]
+    is_known = torch.cat([torch.from_numpy(part.knows(group.kind))[group.layer] for part, group in groups]).float()
+    shifts = torch.cat([number * bases.slots + group.slot for number, (_, group) in enumerate(groups)])
     return Subspaces(
-        bases=joined(bases),
-        place=joined(places),
-        rows=modules * slots,
-        spread=joined(spreads),
-        known=is_known.float(),
+        bases=bases,
+        spread=torch.cat([functional.pad(spread, (0, rank - spread.shape[1])) for spread in spreads]),
+        known=is_known,
         group=shifts,
-        sizes=sizes.clamp_min(1),
+        sizes=torch.bincount(shifts, is_known, minlength=len(groups) * bases.slots).clamp_min(1),
     )
 
 
@@ -341,8 +312,8 @@ def _rounded(tokens: Values, mean: Prediction, scales: list[torch.Tensor], subsp
     along = torch.zeros(0)
     if subspaces is not None:
         # Inputs in the initial subspace take R integers instead of one per channel.
-        along = subspaces.project(exact[INPUTS])
-        exact[INPUTS] = exact[INPUTS] - subspaces.expand(along)
+        along = subspaces.bases.project(exact[INPUTS])
+        exact[INPUTS] = exact[INPUTS] - subspaces.bases.expand(along)
         with torch.no_grad():
             left = subspaces.left(exact[INPUTS], scales[INPUTS])
         scales = [scales[INPUTS] * left, scales[OUTPUTS]]
@@ -351,7 +322,7 @@ def _rounded(tokens: Values, mean: Prediction, scales: list[torch.Tensor], subsp
         given, nonzero = list(whole), [values.any(dim=1) for values in whole]
         if subspaces is not None:
             whole.append(along.round())
-            given[INPUTS] = whole[INPUTS] + subspaces.expand(whole[-1])
+            given[INPUTS] = whole[INPUTS] + subspaces.bases.expand(whole[-1])
             nonzero[INPUTS] = nonzero[INPUTS] | whole[-1].any(dim=1)
         rebuilt = [torch.addcmul(values, norm, one) for values, one in zip(given, mean, strict=True)]
         written = worth_writing(tokens, tokens._replace(inputs=rebuilt[INPUTS], outputs=rebuilt[OUTPUTS]), *nonzero)
