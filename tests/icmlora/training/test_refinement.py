@@ -20,7 +20,7 @@ from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.relaxed import RelaxedCode
-from icmlora.training.refinement import RefineConfig, items_for, refine
+from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length", "the third"]
@@ -62,7 +62,8 @@ def refined(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], confi
     codec, data = coded
     relaxed = RelaxedCode(codec, adapter, data)
     items = base.modality.prepare(base, plain(TEXTS), config.tokens, whole=True)
-    assert list(refine(relaxed, 0.4, base, adapter, items, config)) == list(range(1, config.steps + 1))
+    work = [Refinable(relaxed, 0.4, adapter, items)]
+    assert list(refine(work, base, config)) == list(range(1, config.steps + 1))
     return relaxed.to_code()
 
 
