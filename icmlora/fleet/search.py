@@ -197,8 +197,12 @@ class CodeSearch:
         is_good = limits.keeps(encoded) and (min_gain is None or trial.keeps(min_gain))
         return trial, is_good and len(encoded.data) <= size
 
-    def plain(self, limits: Limits, *, keep_decoded: bool = False) -> Encoded:
-        """Return the smallest code within the limits of the error, not refined."""
+    def coarse(self, limits: Limits) -> Coarse:
+        """Return the code that refinement begins with."""
+        assert self.refiner is not None
+        return Coarse(self.refiner, self.codec, self.original, self._plain(limits, keep_decoded=False))
+
+    def _plain(self, limits: Limits, *, keep_decoded: bool) -> Encoded:
         self.tell("encoding" if limits.tolerance is None else f"encoding, tolerance {limits.tolerance:.2g}")
         return self.codec.encode(
             self.original,
@@ -210,7 +214,7 @@ class CodeSearch:
         )
 
     def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:
-        encoded = self.plain(limits, keep_decoded=self.losses is not None and refiner is None)
+        encoded = self._plain(limits, keep_decoded=self.losses is not None and refiner is None)
         if refiner is not None:
             encoded = refiner.refine(self.codec, self.original, encoded, self.tell)
         return _measured(self.losses, "code", encoded)
