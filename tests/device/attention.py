@@ -1,6 +1,7 @@
 """Attention on the stand-in: one operator forward and one backward, as the fused kernels of a card are.
 
-PyTorch chooses these kernels in C++, which knows none for the stand-in. Imports torch, so only after the hooks are loaded.
+PyTorch chooses these kernels in C++, which knows none for the stand-in. Imports torch, so only after the hooks are
+loaded.
 """
 
 from __future__ import annotations
