@@ -206,7 +206,7 @@ def _advance(
     means[0].backward()  # type: ignore[no-untyped-call]
     left = state.config.steps - state.step
     done, measured = ranks.average(state.net.parameters(), means.detach(), draws=draws, left=left)
-    torch.nn.utils.clip_grad_norm_(state.net.parameters(), _GRADIENT_LIMIT, foreach=True)
+    torch.nn.utils.clip_grad_norm_(state.net.parameters(), _GRADIENT_LIMIT)
     state.optimizer.step()
     state.step += done
     return measured
