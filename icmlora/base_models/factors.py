@@ -80,8 +80,9 @@ def _stacked(pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> tuple
     a, b = next(pair for pair in pairs if pair is not None)
     rank = max(len(pair[0]) for pair in pairs if pair is not None)
     found = [(a.new_zeros(0, a.shape[1]), b.new_zeros(len(b), 0)) if pair is None else pair for pair in pairs]
-    wide = [functional.pad(a, (0, 0, 0, rank - len(a))).T for a, _ in found]
-    return torch.stack(wide), torch.stack([functional.pad(b, (0, rank - b.shape[1])).T for _, b in found])
+    wide = [a if len(a) == rank else functional.pad(a, (0, 0, 0, rank - len(a))) for a, _ in found]
+    tall = [b if b.shape[1] == rank else functional.pad(b, (0, rank - b.shape[1])) for _, b in found]
+    return torch.stack(wide).mT, torch.stack(tall).mT
 
 
 @contextmanager

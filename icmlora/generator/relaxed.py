@@ -84,9 +84,9 @@ class RelaxedCode:
         """The parameters that scale modules, and their inputs across the initial subspace; in octaves."""
         return [factor for part in self._parts for factor in (part.strength, part.boost)]
 
-    def factors(self) -> Factors:
+    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
         """Return the factors that the rounded code decodes to, with gradients to values and strengths."""
-        return dict(factors for part in self._parts for factors in self._modules(part))
+        return dict(factors for part in self._parts for factors in self._modules(part, dtype))
 
     def bits(self) -> torch.Tensor:
         """Return the length of the values under the coder's tables, in bits; they need not be whole numbers."""
@@ -142,7 +142,7 @@ class RelaxedCode:
             fixed=moved(fixed, self._device),
         )
 
-    def _modules(self, part: _Part) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    def _modules(self, part: _Part, dtype: torch.dtype) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
         inputs, outputs, along = (
             self._rounded(values, scales) * self._step
             for values, scales in zip(part.values, part.fixed.scales, strict=True)
@@ -156,8 +156,8 @@ class RelaxedCode:
             (values + mean) / fixed.root for values, mean in zip((inputs, outputs), fixed.means, strict=True)
         )
         left, right = fixed.weights
-        inputs = inputs * torch.exp2(-left)
-        outputs = outputs * torch.exp2(part.strength[fixed.layer][:, None] - right)
+        inputs = (inputs * torch.exp2(-left)).to(dtype)
+        outputs = (outputs * torch.exp2(part.strength[fixed.layer][:, None] - right)).to(dtype)
         counts = [count for _, count in part.modules]
         for (name, _), a, b in zip(
             part.modules, torch.split(inputs, counts), torch.split(outputs, counts), strict=True

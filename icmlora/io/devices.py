@@ -57,6 +57,13 @@ def texts_at_once(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 8
 
 
+def uploaded(values: Any, device: torch.device) -> torch.Tensor:
+    """Make a tensor of (nested lists of) whole numbers on a device, int64; nobody waits for the copy."""
+    made = torch.tensor(values, dtype=torch.int64)
+    # Only from pinned memory does a copy go on while the card computes.
+    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+
+
 def moved(values: _Nested, device: torch.device) -> _Nested:
     """Copy all tensors of a nested named tuple to a device, those of one type together: a copy takes a while itself."""
     if device.type == "cpu":
@@ -83,8 +90,8 @@ def _leaves(values: Any) -> Iterator[torch.Tensor]:
 
 def _copied_together(leaves: list[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
     flat = torch.cat([leaf.flatten() for leaf in leaves])
-    if device.type == "cuda":  # only from pinned memory does a copy go on while the card computes
-        flat = flat.pin_memory()
+    if device.type == "cuda":
+        flat = flat.pin_memory()  # as in `uploaded`
     parts = torch.split(flat.to(device, non_blocking=True), [leaf.numel() for leaf in leaves])
     return (part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
 
