@@ -33,10 +33,10 @@ def test_on_a_card_the_codes_take_as_many_bytes_as_on_the_cpu(
     (tmp_path / "loras").symlink_to(_ROOT / "docs" / "example-fleet")
     monkeypatch.chdir(tmp_path)
 
-    assert icm(*"ingest ./loras".split()).code == 0
-    assert icm(*"train --device cuda".split()).code == 0
-    assert icm(*"materialize rust -o adapter/".split()).code == 0
-    assert "RELATIVE ERROR" in icm(*"stats".split()).out
+    assert icm(*["ingest", "./loras"]).code == 0
+    assert icm(*["train", "--device", "cuda"]).code == 0
+    assert icm(*["materialize", "rust", "-o", "adapter/"]).code == 0
+    assert "RELATIVE ERROR" in icm(*["stats"]).out
 
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     other = tmp_path / "other"
