@@ -26,8 +26,9 @@ from icmlora.base_models.examples import plain  # noqa: E402
 from icmlora.base_models.lookup import inspect_base  # noqa: E402
 from icmlora.fleet.adapter_source import StoreAdapterSource  # noqa: E402
 from icmlora.formats.folder import load_adapter  # noqa: E402
+from icmlora.generator.codec import Codec  # noqa: E402
 from icmlora.generator.config import config_for  # noqa: E402
-from icmlora.generator.versions import GeneratorFile  # noqa: E402
+from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes  # noqa: E402
 from icmlora.training.initialisation import fresh_network  # noqa: E402
 from icmlora.training.loop import draws_of  # noqa: E402
 from registry.store import Store  # noqa: E402
@@ -63,10 +64,10 @@ def count(store: Path, adapters: Path, base_folder: Path) -> dict[str, Any]:
         source = StoreAdapterSource(opened, fleet.base_models()[0].record.name)
         layouts = source.layouts()
         config = config_for(source.base_model, layouts, tasks=_TASKS, condition_size=0, quality=4)
-        training, steps = workloads.training(fresh_network(config, source, 0), source)
+        net = fresh_network(config, source, 0)
+        codec = Codec(generator_from_bytes(generator_to_bytes(net)))
+        training, steps = workloads.training(net, source)
     fleet.train(steps=1, device="cpu")
-    generator = fleet.generators()[0]
-    codec = GeneratorFile((store / "blobs" / generator.blob[:2] / generator.blob).read_bytes()).codec(0)
     base = CausalLM().load(inspect_base(source.base_model, base_folder), device=workloads.CARD)
     rows = (folders[0] / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     texts = plain([json.loads(row)["text"] for row in rows])
