@@ -15,7 +15,7 @@ syncs        calls that make the host wait for the card
 A sync is, as PyTorch's CUDA code has it: `.item()`, `float()`, `int()`, `bool()`; `synchronize()` of card, stream or
 event; an operator whose result has a size that the host must be told (`nonzero`, a boolean mask as index,
 `masked_select`, `unique`, `repeat_interleave` without `output_size`, `bincount`) or that looks at its own result
-(`torch.equal`, `multinomial`, `linalg.svd`, `linalg.eigh` and others that check for convergence); and a copy between host
+(`torch.equal`, `multinomial`, `linalg.svd`, `linalg.eigh` and others that check for convergence); a copy between host
 and card. The copies that do not wait are those with `non_blocking=True`: to the card always, from the card only into
 pinned memory.
 

@@ -43,6 +43,19 @@ def card(icm: Icm) -> Callable[..., Ran]:
     return call
 
 
+@pytest.fixture(scope="module")
+def on_card_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of the mixed fleet, trained on the card."""
+    store = Path(shutil.copytree(mixed_template / "store", tmp_path_factory.mktemp("card") / "store"))
+    icm_quietly(store, "train", *QUICK, *CARD)
+    return store
+
+
+@pytest.fixture
+def on_card(on_card_template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(on_card_template, tmp_path / "store"))
+
+
 def vectors_of(store: Path) -> dict[str, NDArray[np.float32]]:
     """Return the mean task vector of each task and view."""
     with Store.open(store) as opened:
@@ -84,12 +97,12 @@ class TestVectors:
 
 class TestTrain:
     def test_a_generator_trained_on_the_card_codes_as_one_of_the_cpu(
-        self, card: Icm, mixed: Path, trained_template: Path
+        self, on_card: Path, trained_template: Path
     ) -> None:
-        card("train", *QUICK)
-        assert total(mixed) == pytest.approx(total(trained_template), rel=0.02)
-        assert [codes(mixed)[task].squared_error for task in TASKS] == pytest.approx(
-            [codes(trained_template)[task].squared_error for task in TASKS], rel=0.05
+        found, wanted = codes(on_card), codes(trained_template)
+        assert sum(code.size for code in found.values()) == pytest.approx(total(trained_template), rel=0.05)
+        assert [found[task].squared_error for task in TASKS] == pytest.approx(
+            [wanted[task].squared_error for task in TASKS], abs=0.05
         )
 
     def test_codes_are_refined_on_texts_that_the_model_writes_there_and_measured(
@@ -148,12 +161,12 @@ class TestEncode:
         assert told["ships"]["status"] == "encoded"
         assert codes(subjects)["ships"].size < before
 
-    @pytest.mark.parametrize("limit", [("--max-error", 0.3), ("--size", 500), ("--tolerance", 0.2)], ids=str)
     def test_without_refining_the_codes_are_those_of_the_cpu_byte_for_byte(
-        self, icm: Icm, trained: Path, trained_template: Path, tmp_path: Path, limit: tuple[object, ...]
+        self, icm: Icm, trained: Path, trained_template: Path, tmp_path: Path
     ) -> None:
         other = shutil.copytree(trained_template, tmp_path / "other")
-        assert icm("encode", *limit, *CARD).code == icm("--store", other, "encode", *limit, *CPU).code == 0
+        line = ("encode", "--max-error", 0.3)
+        assert icm(*line, *CARD).code == icm("--store", other, *line, *CPU).code == 0
         assert {task: code.blob for task, code in codes(trained).items()} == {
             task: code.blob for task, code in codes(other).items()
         }
@@ -184,33 +197,17 @@ class TestTellingTasksApart:
         assert squared_error(*same) == 0
 
 
-@pytest.fixture(scope="module")
-def on_card_template(mixed_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of the mixed fleet, trained and encoded on the card, with residuals."""
-    store = Path(shutil.copytree(mixed_template / "store", tmp_path_factory.mktemp("card") / "store"))
-    icm_quietly(store, "vectors", "--again", *CARD)
-    icm_quietly(store, "train", *QUICK, *CARD)
-    icm_quietly(store, "encode", "--max-error", 0.55, *CARD)
-    icm_quietly(store, "encode", "--residual", "--max-error", 0.1, *CARD)
-    return store
-
-
-@pytest.fixture
-def on_card(on_card_template: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(on_card_template, tmp_path / "store"))
-
-
 class TestMaterialize:
-    @pytest.mark.parametrize("source", ["residual", "code", "generate", "network"])
-    def test_what_the_card_encoded_is_written_from_every_source(
-        self, source: str, icm: Icm, on_card: Path, tmp_path: Path
-    ) -> None:
-        out = tmp_path / "out"
-        ran = icm("materialize", "rules", "-o", out, "--source", source, "--dtype", "float32", "--json")
-        assert (ran.code, ran.document["source"]) == (0, source)
-        original, written = Fleet(on_card).load("rules", source="original"), load_adapter(out)
-        assert written.layout == original.layout
-        assert squared_error(original, written) < {"residual": 0.1**2, "code": 0.7**2}.get(source, float("inf"))
+    def test_what_the_card_trained_is_written_from_every_source(self, icm: Icm, on_card: Path, tmp_path: Path) -> None:
+        assert icm("encode", "rules", "--residual", "--max-error", 0.1, *CARD).code == 0
+        original = Fleet(on_card).load("rules", source="original")
+        for source in ("residual", "code", "generate", "network"):
+            out = tmp_path / source
+            ran = icm("materialize", "rules", "-o", out, "--source", source, "--dtype", "float32", "--json")
+            assert (ran.code, ran.document["source"]) == (0, source)
+            written = load_adapter(out)
+            assert written.layout == original.layout
+            assert squared_error(original, written) < {"residual": 0.1**2, "code": 0.7**2}.get(source, float("inf"))
 
 
 def test_the_report_shows_what_is_written_on_the_card(card: Icm, icm: Icm, trained: Path, tmp_path: Path) -> None:
