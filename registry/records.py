@@ -17,6 +17,7 @@ View = Literal["adapted", "context"]
 Rung = Literal["base", "original", "residual", "code", "generate", "network"]
 OnConflict = Literal["skip", "replace", "fail"]
 JoinReason = Literal["told", "fingerprint", "mirror"]
+LoadIn = Literal["nf4", "int8"]
 IngestStatus = Literal["added", "updated", "known", "replaced", "skipped"]
 
 WITHOUT_BASE = "it names no base model; `icm ingest --base-model NAME` says which"
@@ -65,6 +66,7 @@ class BaseModelRecord:
     tasks: int
     labels: tuple[LabelRecord, ...] = ()  # its other names
     loader: str | None = None  # MODULE:FUNCTION of what loads it, where the user said so
+    load_in: LoadIn | None = None  # the few bits that its weights are loaded in, where the user said so
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -199,6 +201,7 @@ class TaskSummary:
     vectors: int
     code: CodeRecord | None  # under the current generator
     gain: float | None  # retained gain of that code, with its residual if it has one
+    gain_precision: str | None = None  # of the base model that it was measured on, as in `NewEvaluation.precision`
 
 
 @dataclass(frozen=True)
@@ -348,7 +351,11 @@ class TrainRunRecord:
 
 @dataclass(frozen=True)
 class NewEvaluation(WithRelativeError):
-    """A measurement to be recorded; it replaces the earlier one of the same task, rung, generator, data and metric."""
+    """A measurement to be recorded.
+
+    It replaces the earlier one of the same task, rung, generator, data and metric. What was measured on a base model in
+    few bits, and in full precision, stand side by side.
+    """
 
     task: str
     rung: Rung
@@ -362,6 +369,12 @@ class NewEvaluation(WithRelativeError):
     settings: Json  # how it was measured
     metric: str = NLL
     others: Mapping[str, float] = field(default_factory=dict)  # further figures beside the metric, by name
+
+    @property
+    def precision(self) -> str | None:
+        """The precision of the base model, such as "float32" or "nf4"; None if whoever measured did not note it."""
+        found = self.settings.get("dtype")
+        return found if isinstance(found, str) else None
 
 
 @dataclass(frozen=True, kw_only=True)

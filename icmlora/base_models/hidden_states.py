@@ -58,7 +58,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, specia
 
 
 def _last_layer(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    inputs = {"input_ids": ids.to(base.model.device), "attention_mask": mask.to(base.model.device), "use_cache": False}
+    inputs = {"input_ids": ids.to(base.device), "attention_mask": mask.to(base.device), "use_cache": False}
     with torch.no_grad():
         hidden = _trunk(base)(**inputs).last_hidden_state
     assert isinstance(hidden, torch.Tensor)

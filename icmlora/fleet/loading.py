@@ -15,6 +15,7 @@ from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
 from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
@@ -86,6 +87,7 @@ def load_base(
     cache: Path,
 ) -> BaseModel:
     """Load a base model that was found; its fingerprint is computed unless it is known. Raises as `open_base` does."""
+    check_load_in(found)
     modality = modality_of(found)
     fingerprint = fingerprint or fingerprint_base(found)
     return modality.load(_converted(found, cache), device=device, dtype=dtype, fingerprint=fingerprint)
@@ -137,6 +139,9 @@ class Models:
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
         """Return a base model, in the given precision or in what suits the device. Raises as `open_base` does."""
+        for (name, _), known in self._bases.items():
+            if name == label and isinstance(known, BaseModel) and known.load_in is not None:
+                return known  # it has one precision, whatever is asked for
         dtype = dtype or inference_dtype(self.device)  # by name, or a card would hold two copies in one precision
         if (label, dtype) not in self._bases:
             self._bases = {key: base for key, base in self._bases.items() if key[0] == label}
