@@ -24,7 +24,7 @@ from registry.database import Part
 from registry.errors import BaseModelConflict, LastCopy
 from registry.folder import with_reserve
 from registry.generators import find_current, must_cover_evicted
-from registry.names import UNKNOWN_BASE
+from registry.names import UNKNOWN_BASE, LoadIn
 from registry.rows import RowWriter, in_parts, table_of
 from registry.runs import finish_run
 
@@ -73,7 +73,7 @@ class BaseModels(Part):
                     tasks,
                     tuple(labels.get(row.id, ())),
                     row.loader,
-                    cast(records.LoadIn | None, row.load_in),
+                    cast(LoadIn | None, row.load_in),
                 )
                 for row, tasks in session.execute(select(base, count).order_by(base.name))
             ]
@@ -84,7 +84,7 @@ class BaseModels(Part):
             return names_of(connection, [label])[label]
 
     def set_path(
-        self, name: str, path: str | None, *, loader: str | None = None, load_in: records.LoadIn | None = None
+        self, name: str, path: str | None, *, loader: str | None = None, load_in: LoadIn | None = None
     ) -> None:
         """Record where a base model is on this machine and how it is loaded; None forgets it.
 

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from registry.names import NLL
+from registry.names import NLL, LoadIn
 
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
 Rung = Literal["base", "original", "residual", "code", "generate", "network"]
 OnConflict = Literal["skip", "replace", "fail"]
 JoinReason = Literal["told", "fingerprint", "mirror"]
-LoadIn = Literal["nf4", "int8"]
 IngestStatus = Literal["added", "updated", "known", "replaced", "skipped"]
 
 WITHOUT_BASE = "it names no base model; `icm ingest --base-model NAME` says which"

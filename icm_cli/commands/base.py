@@ -55,6 +55,7 @@ KeepOpt = Annotated[
 ]
 RemoveOpt = Annotated[bool, typer.Option("--remove", help="Make the labels base models of their own again.")]
 
+
 class Bits(StrEnum):
     """In what few bits the linear layers of a base model can be loaded."""
 
@@ -75,9 +76,7 @@ _COLUMNS = (Column("base model"), Column("tasks", right=True), Column("path", sh
 
 
 @command
-def add(
-    session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None, load_in: LoadInOpt = None
-) -> None:
+def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None, load_in: LoadInOpt = None) -> None:
     """Tell icm where the base model NAME is. This path is preferred to the Hugging Face cache.
 
     If the store has a base model with the same files, the two are joined, as `icm base alias` does.

@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+
+import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError

@@ -17,11 +17,11 @@ from transformers.utils import logging as transformers_logging
 from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import FoundBase
 from icmlora.base_models.modality import BaseModel, Modality
-from icmlora.base_models.placement import placement
+from icmlora.base_models.placement import placement, smaller
 from icmlora.base_models.quantised import HEADS, settle
 from icmlora.errors import BaseModelNotFound, IcmLoraError
 from icmlora.io.devices import inference_dtype
-
+from icmlora.io.memory import free, ran_out
 
 _CAUSAL = "causal language model"
 
@@ -122,9 +122,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 
 @contextmanager
-def quiet_loading(
-    found: FoundBase, kind: str = _CAUSAL, library: str = "transformers"
-) -> Iterator[None]:
+def quiet_loading(found: FoundBase, kind: str = _CAUSAL, library: str = "transformers") -> Iterator[None]:
     """Load in the block without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -135,6 +133,10 @@ def quiet_loading(
     except IcmLoraError:
         raise
     except Exception as error:
+        if ran_out(error):
+            free(error)
+            fact = f"base model {found.label!r} does not fit into memory"
+            raise BaseModelNotFound(fact, path=found.path, hint=smaller(found)) from error
         # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelNotFound(

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
-from registry.names import split_label
-from registry.records import LoadIn
+from registry.names import LoadIn, split_label
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.examples import Examples
     from icmlora.base_models.lookup import FoundBase
     from icmlora.base_models.prompts import Prompt
-    from registry.records import LoadIn
+    from registry.names import LoadIn
 
 Example = TypeVar("Example")
 """One line of `samples.jsonl` or `eval.jsonl`."""

@@ -86,8 +86,9 @@ def _spread(found: FoundBase, needed: int) -> dict[str, Any]:
     memory: dict[int | str, int] = get_max_memory()  # card, or "cpu" -> free bytes
     if found.load_in is not None:
         memory.pop("cpu", None)
-    if needed > _SHARE * sum(memory.values()):
-        fact = f"base model {found.label!r} takes {human_size(needed)}, and all free memory is {human_size(sum(memory.values()))}"
+    free = sum(memory.values())
+    if needed > _SHARE * free:
+        fact = f"base model {found.label!r} takes {human_size(needed)}, and {human_size(free)} are free"
         raise BaseModelNotFound(fact, path=found.path, hint=smaller(found))
     return {"device_map": "auto", "max_memory": {place: round(_SHARE * size) for place, size in memory.items()}}
 

@@ -3,16 +3,13 @@
     linear layers                  nf4: 4 bits and a scale for 64 weights       int8: 8 bits and a scale for each row
     embeddings, norms, heads       bfloat16, which is also what all layers compute in, on every device
 
-So "nf4" means one thing wherever something was measured, and one copy in memory serves for everything. nf4 is what QLoRA
-trains adapters on (Dettmers et al., arXiv 2305.14314), its scales in 8 bits; int8 is LLM.int8() (arXiv 2208.07339).
+So "nf4" means one thing wherever something was measured, and one copy in memory serves for everything. nf4 is what
+QLoRA trains adapters on (Dettmers et al., arXiv 2305.14314), its scales in 8 bits; int8 is LLM.int8() (arXiv
+2208.07339).
 """
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -87,18 +84,14 @@ def quantization_config(load_in: str, outline: nn.Module) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
-    with _quiet_import():
-        import bitsandbytes  # noqa: F401  # before transformers does, which would let it look for code on the network
+    import icmlora.io.quiet_bitsandbytes  # noqa: F401  # before transformers imports it
+
     rest = kept(outline)
-    if load_in == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=rest)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=rest,
-    )
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if load_in == "nf4":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["bnb_4bit_compute_dtype"] = torch.bfloat16
+    return BitsAndBytesConfig(**options, llm_int8_skip_modules=rest)  # type: ignore[no-untyped-call]
 
 
 def settle(model: nn.Module) -> None:
@@ -125,20 +118,3 @@ def stored_bytes(model: nn.Module) -> int:
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Import bitsandbytes in the block without its trying to download a kernel, and without what it says then."""
-    # It loads machine code from the Hugging Face hub if `kernels` is installed. Such a kernel is not used, see `settle`.
-    before = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    # It warns in each pass of each layer that inputs are rounded, which is what int8 means.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        if before is None:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = before

@@ -18,7 +18,8 @@ from icmlora.errors import BaseModelNotFound
 from icmlora.fleet.base_joins import BaseJoined
 from icmlora.fleet.context import Context, find_recorded
 from registry.errors import BaseModelConflict
-from registry.records import BaseModelRecord, JoinReason, LoadIn
+from registry.names import LoadIn
+from registry.records import BaseModelRecord, JoinReason
 
 if TYPE_CHECKING:
     from registry.base_models import Joined, Separated

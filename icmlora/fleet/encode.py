@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OutOfMemory
 from icmlora.fleet.adapter_source import mean_vectors
 from icmlora.fleet.context import Context, Event, Shard, reporting, select_tasks
 from icmlora.fleet.decoding import codec_of_task
@@ -296,7 +296,9 @@ class Encoder:
         except Cancelled:
             raise
         except FAILURES as error:
-            return turn.unchanged("unmeasured", as_error(error).message)
+            failure = as_error(error, self._models.loaded(turn.task.base_model))
+            told = failure.message if failure.hint is None else f"{failure.message} ({failure.hint})"
+            return turn.unchanged("unmeasured", told if isinstance(failure, OutOfMemory) else failure.message)
 
     def _known(self, turn: _Turn, plan: _Plan) -> TaskEncoded | None:
         """Return the outcome if the code was made with the same limits already, so that a stopped run can continue."""

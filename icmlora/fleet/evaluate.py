@@ -165,7 +165,7 @@ class _Evaluator:
         except TaskNotFound:  # `icm rm` does not wait for this
             return None
         except FAILURES as error:
-            return Failed(as_error(error))
+            return Failed(as_error(error, base, less="fewer --max-tokens"))
 
     def _measure(self, task: TaskRecord, base: BaseModel) -> _Measured:
         store, request = self._models.store, self._request

@@ -56,7 +56,8 @@ class EvictionCheck:
         except Cancelled:
             raise
         except FAILURES as failure:
-            raise CheckFailed(f"it cannot be measured: {as_error(failure).message}", error) from failure
+            found = as_error(failure, self.models.loaded(task.base_model))
+            raise CheckFailed(f"it cannot be measured: {found.message}", error) from failure
         gain = results[code.rung].retained_gain if code.rung in results else None
         if gain is None:
             fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"

@@ -139,9 +139,9 @@ class Models:
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
         """Return a base model, in the given precision or in what suits the device. Raises as `open_base` does."""
-        for (name, _), known in self._bases.items():
-            if name == label and isinstance(known, BaseModel) and known.load_in is not None:
-                return known  # it has one precision, whatever is asked for
+        known = self.loaded(label)
+        if known is not None and known.load_in is not None:
+            return known  # it has one precision, whatever is asked for
         dtype = dtype or inference_dtype(self.device)  # by name, or a card would hold two copies in one precision
         if (label, dtype) not in self._bases:
             self._bases = {key: base for key, base in self._bases.items() if key[0] == label}
@@ -150,6 +150,11 @@ class Models:
         if isinstance(base, BaseModelNotFound | BaseModelUnsuited):
             raise base
         return base
+
+    def loaded(self, label: str) -> BaseModel | None:
+        """Return a base model, in whatever precision, if it was loaded."""
+        found = (base for (name, _), base in self._bases.items() if name == label and isinstance(base, BaseModel))
+        return next(found, None)
 
     def _opened(self, label: str, dtype: torch.dtype | None) -> BaseModel | BaseModelNotFound | BaseModelUnsuited:
         """Load a base model. That it cannot be loaded is remembered too: a thousand tasks may ask for it."""

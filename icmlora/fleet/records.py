@@ -1,6 +1,7 @@
 """The values that a `Fleet` returns from its store, for callers who do not import `registry`."""
 
 from registry.base_models import Joined, Separated
+from registry.names import LoadIn
 from registry.records import (
     AdapterRecord,
     Asked,
@@ -9,7 +10,6 @@ from registry.records import (
     EvaluationRecord,
     GeneratorRecord,
     LabelRecord,
-    LoadIn,
     Rung,
     TaskRecord,
     TaskSummary,
