@@ -11,7 +11,7 @@ from registry import records, rows
 from registry import schema as models
 from registry.conversion import code_record, evaluation_record
 from registry.database import Part
-from registry.names import LOAD_IN, NLL
+from registry.names import NLL
 from registry.rows import document_row, final_if_unchanged, named_blob
 
 
@@ -55,7 +55,7 @@ def record_evaluation(session: Session, new: records.NewEvaluation, now: str) ->
         evaluation.generator_id.is_not_distinct_from(new.generator_id),
         evaluation.data_id == data.id,
         evaluation.kind == _kind(new.metric),
-        evaluation.load_in.is_not_distinct_from(_load_in(new)),
+        evaluation.load_in.is_not_distinct_from(new.load_in),
     )
     session.execute(delete(evaluation).where(*same))
     session.add(
@@ -73,7 +73,7 @@ def record_evaluation(session: Session, new: records.NewEvaluation, now: str) ->
             settings=document_row(session, dict(new.settings)),
             created_at=now,
             score=None if new.metric == NLL else {"metric": new.metric, "others": dict(new.others)},
-            load_in=_load_in(new),
+            load_in=new.load_in,
         )
     )
     session.flush()
@@ -81,11 +81,6 @@ def record_evaluation(session: Session, new: records.NewEvaluation, now: str) ->
 
 def _kind(metric: str) -> str:
     return "nll" if metric == NLL else "other"
-
-
-def _load_in(new: records.NewEvaluation) -> str | None:
-    """Return the few bits that the base model was loaded in; None for full precision."""
-    return new.precision if new.precision in LOAD_IN else None
 
 
 def _is_current(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from registry.names import NLL, LoadIn
+from registry.names import LOAD_IN, NLL, LoadIn
 
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
@@ -374,6 +374,11 @@ class NewEvaluation(WithRelativeError):
         """The precision of the base model, such as "float32" or "nf4"; None if whoever measured did not note it."""
         found = self.settings.get("dtype")
         return found if isinstance(found, str) else None
+
+    @property
+    def load_in(self) -> LoadIn | None:
+        """The few bits that the base model was loaded in; None for full precision."""
+        return next((few for few in LOAD_IN if few == self.precision), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from icmlora.adapter.model import Adapter
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OutOfMemory
 from icmlora.fleet.adapter_source import mean_vectors
-from icmlora.fleet.context import Context, Event, Shard, reporting, select_tasks
+from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks
 from icmlora.fleet.decoding import codec_of_task
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.loading import Models, read_original
@@ -136,6 +136,7 @@ class TaskEncoded(WithRelativeError, Event):
     squared_error: float | None = None
     retained_gain: float | None = None
     reason: str | None = None
+    precision: str | None = None  # of the base model that the gain was measured on
 
 
 @dataclass
@@ -310,15 +311,19 @@ class Encoder:
             is_kept=code.asked.is_kept
         ):
             return None
-        gains = [
-            row.retained_gain
+        base = base_record(self._store, turn.task.base_model)
+        wanted = (code.generator_id, code.rung, turn.task.eval_data, None if base is None else base.load_in)
+        rows = [
+            row
             for row in self._store.evaluations.all(turn.task.name)
-            if (row.generator_id, row.rung, row.data) == (code.generator_id, code.rung, turn.task.eval_data)
+            if (row.generator_id, row.rung, row.data, row.load_in) == wanted
         ]
-        if plan.min_gain is not None and not gains:
-            return None  # its held-out text has changed
+        if plan.min_gain is not None and not rows:
+            return None  # its held-out text has changed, or how its base model is loaded
         outcome = turn.unchanged("known" if code.asked.is_kept else "below")
-        return replace(outcome, retained_gain=gains[0] if gains else None)
+        if not rows:
+            return outcome
+        return replace(outcome, retained_gain=rows[0].retained_gain, precision=rows[0].precision)
 
     def _code(self, turn: _Turn, wanted: _Plan) -> TaskEncoded | MadeCode:
         """Make the smallest code that meets the limits, or the most accurate one of a size."""
@@ -345,7 +350,9 @@ class Encoder:
             plan.asked(is_kept=is_kept),
             [] if losses is None else losses.made,
             _records(losses, best),
-            TaskEncoded(task.name, status, len(data), None, turn.size_before, error, best.gain, reason),
+            TaskEncoded(
+                task.name, status, len(data), None, turn.size_before, error, best.gain, reason, _precision(losses)
+            ),
             turn.final,
             turn.generator.id,
         )
@@ -384,7 +391,16 @@ class Encoder:
             plan.asked(is_kept=found.is_kept),
             [] if losses is None else losses.made,
             _records(losses, found.residual),
-            TaskEncoded(task.name, status, present.size, len(data) or None, turn.size_before, error, gain),
+            TaskEncoded(
+                task.name,
+                status,
+                present.size,
+                len(data) or None,
+                turn.size_before,
+                error,
+                gain,
+                precision=_precision(losses),
+            ),
             present,
         )
 
@@ -407,6 +423,10 @@ class Encoder:
 
 def _changed(name: str, reason: str) -> TaskEncoded:
     return TaskEncoded(name, "changed", reason=reason)
+
+
+def _precision(losses: TaskLosses | None) -> str | None:
+    return None if losses is None else losses.precision
 
 
 def _records(losses: TaskLosses | None, trial: Trial | None) -> Sequence[NewEvaluation]:
