@@ -10,6 +10,7 @@ QLoRA trains adapters on (Dettmers et al., arXiv 2305.14314), its scales in 8 bi
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,15 @@ def settle(model: nn.Module) -> None:
         # kernel that autograd does not know: later gradients come out wrong by a factor of hundreds, without an error.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if hasattr(module, "init_8bit_state"):
+            module.init_8bit_state = partial(_init_state, module)  # type: ignore[assignment]
+
+
+def _init_state(module: Any) -> None:
+    """Give an int8 layer what its passes read, as bitsandbytes does, but leave the scales with the weight."""
+    # In each pass of DoRA on a CPU, PEFT moves the weight, which would lose its scales and then fail.
+    module.state.CB, module.state.SCB = module.weight.CB, module.weight.SCB
+    module.weight.CB = None
 
 
 def stored_bytes(model: nn.Module) -> int:
