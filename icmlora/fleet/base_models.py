@@ -47,9 +47,9 @@ def add_base_model(
     """Record where a base model is and how it is loaded, and create the store if there is none."""
     found = replace(inspect_base(name, path.expanduser().absolute(), loader), load_in=load_in)
     # What cannot be used is told now.
+    check_load_in(found)
     if loader is not None:
         find_loader(name, loader)
-    check_load_in(found)
     if load_in is not None:
         modality_of(found)
     with context.open(create=True) as store:
