@@ -4,7 +4,7 @@
 
 Every part is the length of what the codec really writes: integers are rounded as the codec rounds them, and the
 quantiser step is chosen per adapter so that the code's squared error is the configured tolerance. The sum is what
-storage at that accuracy costs. Rounding has no gradient; `Objective._rounded` says what replaces it.
+storage at that accuracy costs. Rounding has no gradient; `_rounded` says what replaces it.
 
 A step on a card takes as long as it has operators, however small they are. So there are no loops over adapters or
 layers here, and nothing waits for a result.
