@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types gpu-check format docs lock example-fleet domain-fleet detection-fleet classification ci clean
+.PHONY: help setup demo test test-all test-device lint types gpu-check format docs lock example-fleet domain-fleet detection-fleet classification ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^## / {printf "\n%s\n", substr($$0, 4)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' \
@@ -25,11 +25,16 @@ demo: $(READY)  ## ingest, train, materialize, compare and measure on the CPU: f
 	@VENV="$(VENV)" bash docs/demo.sh
 
 ## Check it
-test: $(READY)  ## run the tests (without the slow and the fault-injecting ones)
+test: test-device  ## run the tests (without the slow and the fault-injecting ones)
 	@$(PYTEST) -m "not slow and not fault"
 
-test-all: $(READY)  ## run every test
+test-all: test-device  ## run every test
 	@$(PYTEST)
+
+# In processes of their own: the stand-in comes before torch. The longest file of tests begins among the first.
+test-device: $(READY)  ## run the tests on a stand-in for a card (a minute; part of test and test-all)
+	@$(PYTEST) --no-loadscope-reorder -p tests.device.as_cuda tests/device
+	@$(PYTEST) -n 0 -p tests.device.as_mps tests/device
 
 lint: $(READY)  ## run ruff and check the formatting and the direction of imports
 	@$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from icmlora.base_models.chat_template import Rendered
 from icmlora.base_models.likelihood import padded
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelUnsuited, DataError
+from icmlora.io.devices import uploaded
 
 _SEPARATOR = "\n\n"
 
@@ -25,9 +26,9 @@ def last_positions(base: BaseModel, texts: Sequence[str | Rendered], limit: int)
         else _tokens(base.tokenizer, text, limit)
         for text in texts
     ]
-    hidden = _last_layer(base, *padded(rows))  # (texts, T, d)
+    hidden = _last_layer(base, *padded(rows, base.device))  # (texts, T, d)
     # Padding is on the right, so the last real token of a row is at its length minus one.
-    last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
+    last = uploaded([len(row) - 1 for row in rows], hidden.device)
     return hidden[torch.arange(len(rows), device=hidden.device), last].float()
 
 
@@ -35,7 +36,7 @@ def mean_over_context(base: BaseModel, texts: Sequence[str | Rendered], limit: i
     """Return the mean of the last layer over one context that holds the beginning of every text, (d,) in float32."""
     # A demonstration gets few tokens, and what a template writes before a chat is the same for every task.
     plain = [text.text[text.start : text.stop] if isinstance(text, Rendered) else text for text in texts]
-    ids = torch.tensor([_demonstrations(base.tokenizer, plain, limit)])  # (1, T)
+    ids = uploaded([_demonstrations(base.tokenizer, plain, limit)], base.device)  # (1, T)
     return _last_layer(base, ids, torch.ones_like(ids))[0].float().mean(dim=0)
 
 
@@ -58,7 +59,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, *, specia
 
 
 def _last_layer(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    inputs = {"input_ids": ids.to(base.model.device), "attention_mask": mask.to(base.model.device), "use_cache": False}
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     with torch.no_grad():
         hidden = _trunk(base)(**inputs).last_hidden_state
     assert isinstance(hidden, torch.Tensor)

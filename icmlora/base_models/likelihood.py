@@ -21,6 +21,7 @@ from icmlora.base_models.chat_template import Rendered, scored_tokens
 from icmlora.base_models.examples import Example
 from icmlora.base_models.modality import BaseModel, Score
 from icmlora.errors import DataError
+from icmlora.io.devices import uploaded
 
 _IGNORED = -100
 """The index that `torch.nn.functional.cross_entropy` ignores."""
@@ -204,26 +205,25 @@ def _batch_nats(model: Any, batch: Sequence[Scored]) -> list[float]:
     ids, mask = padded([item.ids for item in batch], model.device)  # padding is never a target
     with torch.inference_mode():
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (batch, length, vocabulary)
-        return [_row_nats(logits[row], item) for row, item in enumerate(batch)]
+        losses = [_row_losses(row, item) for row, item in zip(logits, batch, strict=True)]
+        # float64: a sum over thousands of tokens would lose digits that a retained gain needs. On the CPU, as Apple's
+        # devices have none; and in one copy, as a card has to be waited for.
+        parts = torch.split(torch.cat(losses).cpu().double(), [len(part) for part in losses])
+        return [float(part.sum()) for part in parts]
 
 
-def _row_nats(logits: torch.Tensor, item: Scored) -> float:
+def _row_losses(logits: torch.Tensor, item: Scored) -> torch.Tensor:
     # One row at a time in float32: a whole batch of vocabulary-wide rows would double the peak memory.
-    end = len(item.ids)
-    predicted = logits[item.first - 1 : end - 1].float()
-    targets = torch.tensor(item.targets, device=logits.device)
-    losses = functional.cross_entropy(predicted, targets, reduction="none")
-    # float64: a sum over thousands of tokens would lose digits that a retained gain needs.
-    return float(losses.double().sum())
+    predicted = logits[item.first - 1 : len(item.ids) - 1].float()
+    return functional.cross_entropy(predicted, uploaded(item.targets, logits.device), reduction="none")
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and attention mask, both int64 of shape (rows, T)."""
     # Padding is on the right and masked: in a causal model no real token sees it.
     length = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
-    return ids, mask
+    ids = uploaded([[*row, *[0] * (length - len(row))] for row in rows], device)
+    return ids, uploaded([[1] * len(row) + [0] * (length - len(row)) for row in rows], device)
 
 
 def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
@@ -231,8 +231,8 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
     # `from_leaf` begins at embeddings that take gradients: no parameter of the base model does.
     ids, mask = padded([item.ids for item in items], base.device)
     inputs = {"inputs_embeds": _leaf(base, ids)} if from_leaf else {"input_ids": ids}
-    # A single text has no padding, and without a mask attention may use its fastest kernel.
-    if len(items) > 1:
+    # Without padding and without a mask, attention may use its fastest kernel.
+    if len({item.size for item in items}) > 1:
         inputs["attention_mask"] = mask
     logits = base.model(**inputs, use_cache=False).logits  # (texts, T, vocabulary)
     return [row[: len(item.ids)] for row, item in zip(logits, items, strict=True)]
@@ -248,8 +248,7 @@ def item_loss(logits: torch.Tensor, item: Scored) -> torch.Tensor:
     """Return the loss of the scored tokens of a text in nats, summed; logits: (T, vocabulary)."""
     # The logits at token t predict token t + 1.
     predicted = logits[item.first - 1 : -1].float()  # (scored tokens, vocabulary)
-    wanted = torch.tensor(item.targets, device=logits.device)
-    return functional.cross_entropy(predicted, wanted, reduction="sum")
+    return functional.cross_entropy(predicted, uploaded(item.targets, logits.device), reduction="sum")
 
 
 def _leaf(base: BaseModel, ids: torch.Tensor) -> torch.Tensor:

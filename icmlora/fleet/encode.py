@@ -7,7 +7,7 @@ task ──search──▶ code      ──one transaction──▶ replaces the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -21,12 +21,12 @@ from icmlora.fleet.decoding import codec_of_task
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
-from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Trial
+from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Tell, Trial, refine_all
 from icmlora.fleet.texts import read_samples
 from icmlora.fleet.workers import check_place, open_workers
 from icmlora.formats.catalogue import format_named
 from icmlora.generator.config import quality_of, tolerance_of
-from icmlora.generator.encoding import Limits
+from icmlora.generator.encoding import Encoded, Limits
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import gradient_dtype
 from icmlora.training.refinement import WITHOUT_REFINE, RefineConfig
@@ -45,6 +45,9 @@ from registry.records import (
 
 if TYPE_CHECKING:
     from registry.store import Store
+
+_REFINED_TOGETHER = 4
+"""Tasks whose codes a card refines side by side: a pass of one alone is too small to keep it busy."""
 
 EncodeStatus = Literal["encoded", "enough", "below", "known", "evicted", "unmeasured", "changed", "original_only"]
 
@@ -257,16 +260,65 @@ class _Turn:
         return self.code.size + (0 if self.code.residual is None else self.code.residual.size)
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A task whose code is about to be made."""
+
+    turn: _Turn
+    plan: _Plan
+    search: CodeSearch
+    reason: str | None  # why its code is not refined although a quality asks for it
+
+    @property
+    def is_refined_once(self) -> bool:
+        """Whether its code is made once and refined, so that other codes can be refined with it."""
+        return self.search.refiner is not None and self.plan.min_gain is None and self.plan.size is None
+
+
 class Encoder:
-    """Encodes one task after the other; the latest generator and base model stay loaded, adapters do not."""
+    """Encodes tasks; the latest generator and base model stay loaded, adapters do not.
+
+    On a card, the codes of several tasks are refined side by side: they share the base model and each pass through it.
+    """
 
     def __init__(self, request: EncodeRequest, models: Models) -> None:
         self._store, self._request, self._models = models.store, request, models
         self._gradients = gradient_dtype(models.device)
+        self._at_once = 1 if models.device.type == "cpu" else _REFINED_TOGETHER
         self._seeds = SeedSearch()
 
-    def __call__(self, planned: TaskRecord, tell: Callable[[str], None]) -> TaskEncoded | MadeCode | MadeResidual:
+    def __call__(self, planned: TaskRecord, tell: Tell) -> TaskEncoded | MadeCode | MadeResidual:
         """Make the code or the residual of a task, or say why there is nothing to record."""
+        begun = self._begin(planned, tell)
+        return self._made(begun, None) if isinstance(begun, _Begun) else begun
+
+    def each(
+        self, tasks: Sequence[TaskRecord], tell: Tell
+    ) -> Iterator[tuple[TaskRecord, TaskEncoded | MadeCode | MadeResidual]]:
+        """Do the same for tasks of one base model, several side by side."""
+        for start in range(0, len(tasks), self._at_once):
+            some = tasks[start : start + self._at_once]
+            begun = [self._begin(task, _naming(task, tell)) for task in some]
+            refined = self._refined([one for one in begun if isinstance(one, _Begun) and one.is_refined_once], tell)
+            for task, one in zip(some, begun, strict=True):
+                yield task, self._made(one, refined.get(task.name)) if isinstance(one, _Begun) else one
+
+    def _refined(self, begun: Sequence[_Begun], tell: Tell) -> dict[str, Encoded]:
+        """Refine the codes of several tasks together; nothing is returned where that fails, so each is made alone."""
+        if len(begun) < 2:
+            return {}
+        try:
+            codes = [one.search.coarse(one.plan.limits) for one in begun]
+            names = f"{len(begun)} tasks"
+            refined = refine_all(codes, lambda note: tell(f"{names}: {note}"))
+        except Cancelled:
+            raise
+        except FAILURES:
+            return {}
+        return {one.turn.task.name: encoded for one, encoded in zip(begun, refined, strict=True)}
+
+    def _begin(self, planned: TaskRecord, tell: Tell) -> TaskEncoded | MadeResidual | _Begun:
+        """Read what it takes to make the code of a task; return the outcome where that needs none."""
         name, base_model = planned.name, planned.base_model
         generator = self._store.generators.current(base_model)
         if generator is None:
@@ -276,11 +328,11 @@ class Encoder:
             turn = _Turn(task, generator, final, self._store.codes.get(name, generator.id), tell)
             if task.base_model != base_model:
                 return _changed(name, f"it belongs to base model {task.base_model!r} now")
-            return self._encode(turn)
+            return self._planned(turn)
         except TaskNotFound:  # `icm rm` does not wait for this job
             return _changed(name, "it was removed in the meantime")
 
-    def _encode(self, turn: _Turn) -> TaskEncoded | MadeCode | MadeResidual:
+    def _planned(self, turn: _Turn) -> TaskEncoded | MadeResidual | _Begun:
         if turn.final.is_evicted:
             return turn.unchanged("evicted")
         if turn.final.original_only is not None:
@@ -292,7 +344,7 @@ class Encoder:
         try:
             if request.residual:
                 return self._residual(turn, read_original(self._store, turn.final), wanted)
-            return self._code(turn, wanted)
+            return self._search(turn, wanted)
         except Cancelled:
             raise
         except FAILURES as error:
@@ -318,18 +370,32 @@ class Encoder:
         outcome = turn.unchanged("known" if code.asked.is_kept else "below")
         return replace(outcome, retained_gain=gains[0] if gains else None)
 
-    def _code(self, turn: _Turn, wanted: _Plan) -> TaskEncoded | MadeCode:
-        """Make the smallest code that meets the limits, or the most accurate one of a size."""
-        original, task = read_original(self._store, turn.final), turn.task
+    def _search(self, turn: _Turn, wanted: _Plan) -> TaskEncoded | _Begun:
+        """Prepare to search for the code of a task."""
+        original = read_original(self._store, turn.final)
         plan, refiner, reason = self._refined_or_plain(turn, original, wanted)
         if reason is not None and (known := self._known(turn, plan)) is not None:
             return replace(known, reason=reason)
         generator_file = self._models.generator_file(turn.generator)
         codec = codec_of_task(self._store, generator_file, turn.code, original.layout)
-        vectors = mean_vectors(self._store, self._store.vectors.all(task.name))
-        losses = self._losses(turn)
-        search = CodeSearch(codec, original, vectors, self._seeds.find(original), losses, refiner, turn.tell)
-        if plan.size is None:
+        vectors = mean_vectors(self._store, self._store.vectors.all(turn.task.name))
+        initial, losses = self._seeds.find(original), self._losses(turn)
+        return _Begun(turn, plan, CodeSearch(codec, original, vectors, initial, losses, refiner, turn.tell), reason)
+
+    def _made(self, begun: _Begun, refined: Encoded | None) -> TaskEncoded | MadeCode:
+        try:
+            return self._code(begun, refined)
+        except Cancelled:
+            raise
+        except FAILURES as error:
+            return begun.turn.unchanged("unmeasured", as_error(error).message)
+
+    def _code(self, begun: _Begun, refined: Encoded | None) -> MadeCode:
+        """Make the smallest code that meets the limits, or the most accurate one of a size."""
+        turn, plan, search, reason = begun.turn, begun.plan, begun.search, begun.reason
+        if refined is not None:
+            best, is_kept = Trial(replace(refined, decoded=None)), True
+        elif plan.size is None:
             best, is_kept = search.smallest(plan.limits, plan.min_gain)
         else:
             best, is_kept = search.most_accurate(plan.size, plan.limits, plan.min_gain)
@@ -341,9 +407,9 @@ class Encoder:
             data,
             error,
             plan.asked(is_kept=is_kept),
-            [] if losses is None else losses.made,
-            _records(losses, best),
-            TaskEncoded(task.name, status, len(data), None, turn.size_before, error, best.gain, reason),
+            [] if search.losses is None else search.losses.made,
+            _records(search.losses, best),
+            TaskEncoded(turn.task.name, status, len(data), None, turn.size_before, error, best.gain, reason),
             turn.final,
             turn.generator.id,
         )
@@ -401,6 +467,10 @@ class Encoder:
         samples = read_samples(self._store, task, base)
         turn.tell("preparing to refine")
         return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
+
+
+def _naming(task: TaskRecord, tell: Tell) -> Tell:
+    return lambda note: tell(f"{task.name}: {note}")
 
 
 def _changed(name: str, reason: str) -> TaskEncoded:

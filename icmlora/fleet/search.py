@@ -26,7 +26,7 @@ from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.residual_codec import ResidualCodec
 from icmlora.io.text import human_size
-from icmlora.training.refinement import RefineConfig, items_for, refine
+from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
 from registry.records import Rung
 
 LADDER = (0.95, *(2 ** (-half / 2) for half in range(1, 17)))
@@ -128,10 +128,30 @@ class Refiner:
 
     def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
         """Return a code whose adapter acts more like the original on the samples."""
-        relaxed = RelaxedCode(codec, adapter, encoded.data, self.base.device)
-        for step in refine(relaxed, encoded.weighted_error, self.base, adapter, self.items, self.config):
-            tell(f"refining, step {step} of {self.config.steps}")
-        return codec.measure(adapter, relaxed.to_code())
+        return refine_all([Coarse(self, codec, adapter, encoded)], tell)[0]
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """A code that is to be refined."""
+
+    refiner: Refiner
+    codec: Codec
+    original: Adapter
+    encoded: Encoded
+
+
+def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Encoded]:
+    """Refine codes side by side: all on the same base model, and for the same number of steps."""
+    base, config = codes[0].refiner.base, codes[0].refiner.config
+    relaxed = [RelaxedCode(code.codec, code.original, code.encoded.data, base.device) for code in codes]
+    work = [
+        Refinable(one, code.encoded.weighted_error, code.original, code.refiner.items)
+        for one, code in zip(relaxed, codes, strict=True)
+    ]
+    for step in refine(work, base, config):
+        tell(f"refining, step {step} of {config.steps}")
+    return [code.codec.measure(code.original, one.to_code()) for one, code in zip(relaxed, codes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -177,16 +197,24 @@ class CodeSearch:
         is_good = limits.keeps(encoded) and (min_gain is None or trial.keeps(min_gain))
         return trial, is_good and len(encoded.data) <= size
 
-    def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:
+    def coarse(self, limits: Limits) -> Coarse:
+        """Return the code that refinement begins with."""
+        assert self.refiner is not None
+        return Coarse(self.refiner, self.codec, self.original, self._plain(limits, keep_decoded=False))
+
+    def _plain(self, limits: Limits, *, keep_decoded: bool) -> Encoded:
         self.tell("encoding" if limits.tolerance is None else f"encoding, tolerance {limits.tolerance:.2g}")
-        encoded = self.codec.encode(
+        return self.codec.encode(
             self.original,
             self.vectors,
             self.initial,
             tolerance=limits.tolerance,
             max_squared_error=limits.max_squared_error,
-            keep_decoded=self.losses is not None and refiner is None,
+            keep_decoded=keep_decoded,
         )
+
+    def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:
+        encoded = self._plain(limits, keep_decoded=self.losses is not None and refiner is None)
         if refiner is not None:
             encoded = refiner.refine(self.codec, self.original, encoded, self.tell)
         return _measured(self.losses, "code", encoded)

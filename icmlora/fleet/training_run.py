@@ -39,12 +39,13 @@ from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.generator.versions import GeneratorFile
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network
-from icmlora.training.loop import TrainStep, fit
+from icmlora.training.loop import TrainStep, draws_of, fit
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.state import TrainState, new_state, state_from_bytes
 from registry.records import AdapterRecord, GeneratorRecord, RunCode, TrainRunRecord
 
 if TYPE_CHECKING:
+    from icmlora.fleet.update_candidates import UpdateRequest
     from icmlora.generator.encoding import Encoded
     from registry.store import Store
 
@@ -123,7 +124,7 @@ def open_run(
     network = None if previous is None else GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
     known = None if network is None else network.config
     config = _config(source, request, known)
-    options = options_of(source, steps=request.steps, learning_rate=request.learning_rate, seed=request.seed)
+    options = options_of(source, request, device)
     identity: dict[str, object] = {
         "generator": json.loads(config.to_json()),
         "train": json.loads(options.to_json()),
@@ -162,15 +163,16 @@ def help_train(context: Context, store: Store, ranks: Ranks, device: torch.devic
             context.progress(at.step, at.steps)
 
 
-def options_of(source: StoreAdapterSource, *, steps: int | None, learning_rate: float | None, seed: int) -> TrainConfig:
+def options_of(source: StoreAdapterSource, wanted: TrainRequest | UpdateRequest, device: torch.device) -> TrainConfig:
     """Choose how a network is trained on some adapters; None stands for the default."""
     return TrainConfig.default(
         source.tasks(),
         source.adapters(),
         parameters=source.parameters(),
-        steps=steps,
-        learning_rate=learning_rate,
-        seed=seed,
+        steps=wanted.steps,
+        learning_rate=wanted.learning_rate,
+        seed=wanted.seed,
+        stacked=draws_of(device),
     )
 
 

@@ -30,8 +30,9 @@ from icmlora.generator.encoding import Encoded
 from icmlora.generator.file import append_version
 from icmlora.generator.network_file import generator_to_bytes
 from icmlora.generator.versions import GeneratorFile
-from icmlora.training.config import TrainConfig
+from icmlora.training.config import TrainConfig, stretched
 from icmlora.training.initialisation import fresh_network, tunable_network
+from icmlora.training.loop import draws_of
 from icmlora.training.state import TrainState, new_state
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class UpdateCandidates:
         network = file.codec(base).generator.net
         source = self._only([name for name in named if named[name] == digest])
         options = TrainConfig(
-            steps=self._request.steps or _TUNING_STEPS * source.tasks(),
+            steps=self._request.steps or stretched(_TUNING_STEPS * source.tasks(), draws_of(self._device)),
             learning_rate=self._request.learning_rate or _TUNING_RATE,
             weight_decay=0.0,
             seed=self._request.seed,
@@ -129,7 +130,7 @@ class UpdateCandidates:
             quality=1,
             tolerance=self._tolerance,
         )
-        options = options_of(source, steps=request.steps, learning_rate=request.learning_rate, seed=request.seed)
+        options = options_of(source, request, self._device)
         sensitivity = measured_sensitivity(self._context, self._store, source, config, self._device)
         network = fresh_network(config, source, request.seed, sensitivity)
         state = self._train(source, new_state(network.to(self._device), options))

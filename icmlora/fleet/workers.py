@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 
@@ -61,6 +61,15 @@ class Compute(Protocol[R_co]):
 
     def __call__(self, task: TaskRecord, tell: Tell, /) -> R_co:
         """Return the result, which can be pickled."""
+
+
+@runtime_checkable
+class ComputesTogether(Protocol[R_co]):
+    """Computes the results of several tasks side by side, where that is faster."""
+
+    def each(self, tasks: Sequence[TaskRecord], tell: Tell, /) -> Iterator[tuple[TaskRecord, R_co]]:
+        """Yield each task with its result, in the order of the tasks."""
+        ...
 
 
 class Workers(Protocol[R_co]):
@@ -129,6 +138,9 @@ class _ThisProcess(Generic[R]):
     compute: Compute[R]
 
     def each(self, tasks: Sequence[TaskRecord], tell: Tell) -> Iterator[tuple[TaskRecord, R | Failed]]:
+        if isinstance(self.compute, ComputesTogether):
+            yield from self.compute.each(tasks, tell)
+            return
         for task in tasks:
 
             def note(text: str, name: str = task.name) -> None:

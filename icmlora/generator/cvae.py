@@ -31,10 +31,10 @@ from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
+from icmlora.generator.stack import INPUTS, OUTPUTS, Places, Stack, places_of
 from icmlora.generator.tokens import KindTokens
 
 VIEWS = ("adapted", "context")
-INPUTS, OUTPUTS = 0, 1  # the sides of a token
 
 # Condition and latent are integers of one byte; the network sees them divided by this, so that a byte covers about +-8.
 _GRID = 16.0
@@ -49,21 +49,22 @@ class TaskState:
     latent: torch.Tensor  # shape (Z,)
     subspace: InitialSubspace  # directions of its inputs that cost nothing to store
 
+    @property
+    def features(self) -> torch.Tensor:
+        """What the network reads of it, shape (C + Z,)."""
+        return features_of(self.condition, self.latent)
 
-@dataclass(frozen=True, eq=False)
-class Prediction:
+
+def features_of(condition: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """Return what the network reads of tasks, shape (..., C + Z), given in integer units: (..., C) and (..., Z)."""
+    return torch.cat([condition, latent], dim=-1) / _GRID
+
+
+class Prediction(NamedTuple):
     """The decoder's mean for the tokens of one kind, as directions: multiply them by the tokens' norms."""
 
     inputs: torch.Tensor  # shape (n, in)
     outputs: torch.Tensor  # shape (n, out)
-
-
-class Places(NamedTuple):
-    """Where n tokens of one kind are."""
-
-    kind: int
-    layer: torch.Tensor  # int64, shape (n,)
-    slot: torch.Tensor  # int64, shape (n,)
 
 
 class CVAE(nn.Module):
@@ -117,49 +118,56 @@ class CVAE(nn.Module):
                 mean_square = torch.exp2(2 * value.profile(kind, side)).mean(dim=1)  # (L,)
                 self.spread.data[kind, side] = -0.5 * mean_square.log2()[:, None]
 
-    def embed(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the condition in integer units, not rounded yet, shape (C,); `vectors` maps views to (hidden,)."""
-        raw: torch.Tensor = self.condition(vectors)
+    def embed(
+        self, vectors: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Return the condition in integer units, not rounded yet, shape (C,); `vectors` maps views to (hidden,).
+
+        Of B tasks, views have the shape (B, hidden), and `present` says which tasks have a view, (B, 1), where some
+        lack it.
+        """
+        raw: torch.Tensor = self.condition(vectors, present or {})
         return raw
 
     def latent_prior(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and scale of z in integer units, each of shape (Z,)."""
+        """Return mean and scale of z in integer units, each of shape (..., Z)."""
         mean, log_scale = self.prior(condition / _GRID).chunk(2, dim=-1)
         return _BYTE * torch.tanh(mean / 8), torch.exp(log_scale.clamp(-3, 6)) + 0.3
 
-    def posterior(self, tokens: Sequence[KindTokens], condition: torch.Tensor) -> torch.Tensor:
-        """Return the mean of q(z|w,c) in integer units, shape (Z,)."""
-        if not tokens:  # an adapter without energy has no slots to average
-            return torch.zeros_like(self.encoder.leave.bias)
-        place = self._embedded([Places(group.kind, group.layer, group.slot) for group in tokens], INPUTS)
-        features = torch.cat([place, (condition / _GRID).expand(len(place), -1)], dim=1)
-        mean: torch.Tensor = self.encoder(tokens, features)
+    def posterior(self, stack: Stack, condition: torch.Tensor) -> torch.Tensor:
+        """Return the mean of q(z|w,c) of each adapter in integer units, shape (B, Z); condition: (B, C)."""
+        if not stack.values:  # adapters without energy have no slots to average
+            return condition.new_zeros(stack.adapters, self.config.latent)
+        place = self._embedded(stack.places, INPUTS)
+        features = torch.cat([place, (condition / _GRID).index_select(0, stack.places.owner)], dim=1)
+        mean: torch.Tensor = self.encoder(stack, features)
         return mean
 
-    def decode(self, places: Sequence[Places], state: TaskState) -> Prediction:
-        """Predict the mean directions of tokens, of kinds that have the same widths, one kind after the other."""
-        task = torch.cat([state.condition, state.latent]) / _GRID  # (C + Z,)
-        counts, means = [len(part.layer) for part in places], []
+    def decode(self, places: Places, features: torch.Tensor) -> list[Prediction]:
+        """Predict the mean directions of tokens, kind by kind; features of their task (C + Z,), or tasks (B, C + Z)."""
+        sides = []
+        task, scale = features, 1 + self.modulate(features)
+        if features.dim() > 1:
+            task, scale = task.index_select(0, places.owner), scale.index_select(0, places.owner)
         for side in (INPUTS, OUTPUTS):
             token = self._embedded(places, side)
             hidden = self.enter(torch.cat([token, task.expand(len(token), -1)], dim=1))  # (n, H)
             # The task also scales the features of places, as in FiLM (Perez et al., arXiv 1709.07871).
-            hidden = (hidden + self.mix(silu(hidden))) * (1 + self.modulate(task))
+            hidden = (hidden + self.mix(silu(hidden))) * scale
             hidden = hidden + self.leave(silu(hidden))
-            parts = zip(places, hidden.split(counts), strict=True)
-            means.append(joined([rows @ self.directions[2 * part.kind + side] for part, rows in parts]))  # (n, size)
-        return Prediction(*means)
+            parts = zip(places.counts, hidden.split([count for _, count in places.counts]), strict=True)
+            sides.append([rows @ self.directions[2 * kind + side] for (kind, _), rows in parts])
+        return [Prediction(*pair) for pair in zip(*sides, strict=True)]
 
-    def gains(self, state: TaskState) -> torch.Tensor:
-        """Predict how far the task's norms of each kind are above the table, in octaves, shape (K,)."""
-        gains: torch.Tensor = self.gain(torch.cat([state.condition, state.latent]) / _GRID)
+    def gains(self, features: torch.Tensor) -> torch.Tensor:
+        """Predict how far the norms of each kind are above the table, in octaves, (..., K); features: (..., C + Z)."""
+        gains: torch.Tensor = self.gain(features)
         return gains
 
-    def _embedded(self, places: Sequence[Places], side: int) -> torch.Tensor:
+    def _embedded(self, places: Places, side: int) -> torch.Tensor:
         """Return the embeddings of places on one side, shape (n, 3E)."""
-        layer, slot = (joined(list(column)) for column in list(zip(*places, strict=True))[1:])
-        factors = torch.cat([layer.new_full((len(part.layer),), 2 * part.kind + side) for part in places])
-        return torch.cat([self.layer(layer), self.slot(slot), self.factor(factors)], dim=1)
+        factor = self.factor(2 * places.kind + side)
+        return torch.cat([self.layer(places.layer), self.slot(places.slot), factor], dim=1)
 
 
 class ConditionNet(nn.Module):
@@ -185,15 +193,17 @@ class ConditionNet(nn.Module):
         self.log_scale.copy_((scale.log2() * OCTAVE).round() / OCTAVE)
         self.shift.copy_((mean * torch.exp2(-self.log_scale) * OCTAVE).round() / OCTAVE)
 
-    def forward(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Embed the views that are there; returns shape (C,), values in [-127, 127]."""
+    def forward(self, vectors: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Embed the views that are there, see `CVAE.embed`; returns shape (C,) or (B, C), values in [-127, 127]."""
         hidden = torch.zeros_like(self.missing[0])
         for number, view in enumerate(VIEWS):
+            seen = self.missing[number]
             if view in vectors and len(self.views):
                 standard = vectors[view] * torch.exp2(-self.log_scale[number]) - self.shift[number]
-                hidden = hidden + self.views[number](standard / standard.numel() ** 0.5)  # (E,)
-            else:
-                hidden = hidden + self.missing[number]
+                seen = self.views[number](standard / standard.shape[-1] ** 0.5)  # (..., E)
+                if view in present:
+                    seen = torch.where(present[view], seen, self.missing[number])
+            hidden = hidden + seen
         return _BYTE * torch.tanh(self.out(silu(hidden)))
 
 
@@ -211,30 +221,28 @@ class TokenEncoder(nn.Module):
         self.enter = nn.Linear(config.sketch + 1 + 3 * config.embedding + config.condition, inner)
         self.leave = nn.Linear(inner, config.latent)
 
-    def forward(self, tokens: Sequence[KindTokens], features: torch.Tensor) -> torch.Tensor:
-        """Return the posterior mean, shape (Z,), in [-127, 127]; features are of all tokens in turn, (n, 3E + C)."""
-        norm = joined([group.norm for group in tokens])[:, None]
-        right = joined([group.inputs @ self.sketch_in[group.kind] for group in tokens]) / norm  # (n, sketch)
-        left = joined([group.outputs @ self.sketch_out[group.kind] for group in tokens]) / norm  # (n, sketch)
-        hidden = silu(self.enter(torch.cat([right * left, norm.log2(), features], dim=1)))  # (n, 2E)
-        energy, tiny = norm.square(), torch.finfo(norm.dtype).tiny
-        return _BYTE * torch.tanh((energy * self.leave(hidden)).sum(0) / energy.sum().clamp_min(tiny) / 8)
-
-
-def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenate rows; of one part there is no copy."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    def forward(self, stack: Stack, features: torch.Tensor) -> torch.Tensor:
+        """Return the posterior means, shape (B, Z), in [-127, 127]; features are of all tokens, (n, 3E + C)."""
+        kinds = [kind for kind, _ in stack.places.counts]
+        sides = [zip(kinds, stack.by_kind(side), strict=True) for side in (INPUTS, OUTPUTS)]
+        right = torch.cat([values @ self.sketch_in[kind] for kind, values in sides[INPUTS]])  # (n, sketch)
+        left = torch.cat([values @ self.sketch_out[kind] for kind, values in sides[OUTPUTS]])  # (n, sketch)
+        norm = stack.norm[:, None]
+        sketch = (right / norm) * (left / norm)
+        hidden = silu(self.enter(torch.cat([sketch, stack.log_norm[:, None], features], dim=1)))  # (n, 2E)
+        mean = stack.summed(stack.energy[:, None] * self.leave(hidden))
+        return _BYTE * torch.tanh(mean / 8)
 
 
 def predicted_tokens(net: CVAE, state: TaskState, modules: Sequence[tuple[int, int, int]]) -> list[KindTokens]:
     """Predict tokens from the task alone, for modules given as sorted (kind, layer, rank)."""
-    gains = net.gains(state)
+    gains = net.gains(state.features)
     groups = []
     for kind in sorted({kind for kind, _, _ in modules}):
         rows = [(layer, slot) for k, layer, rank in modules if k == kind for slot in range(rank)]
         layer, slot = torch.tensor(rows).T
         norm = torch.exp2(net.norm_mean[kind, layer, slot] + gains[kind])
-        mean = net.decode([Places(kind, layer, slot)], state)
+        (mean,) = net.decode(places_of(kind, layer, slot), state.features)
         groups.append(_resized(KindTokens(kind, layer, slot, norm, mean.inputs, mean.outputs)))
     return groups
 

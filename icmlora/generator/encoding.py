@@ -35,6 +35,7 @@ from icmlora.generator.packing import KindIntegers, written_slots
 from icmlora.generator.quantizer import Means, Slots
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.sensitivity import Sensitivity
+from icmlora.generator.stack import stacked
 from icmlora.generator.tokens import KindTokens, refuse_overflow, slot_overlaps, squared_norm, tokenize, weighted
 from icmlora.io.threads import side_by_side
 
@@ -224,7 +225,8 @@ def _prepared(
     tokens = tokenize(adapter, codec.config, codec.sensitivity)
     refuse_overflow(tokens, codec.config)
     condition, subspace = codec.condition(vectors), codec.subspace(initial)
-    state = TaskState(condition, codec.net.posterior(tokens, condition).round().clamp(-127, 127), subspace)
+    (latent,) = codec.net.posterior(stacked([tokens]), condition[None])
+    state = TaskState(condition, latent.round().clamp(-127, 127), subspace)
     return tokens, replace(state, subspace=replace(subspace, shifts=codec.quantizer.shifts(tokens, state)))
 
 
@@ -327,7 +329,8 @@ def quantised(
     scales = codec.quantizer.scales(slots, norms, state.subspace, step)
     rebuilt = codec.quantizer.dequantise(slots, norms, state, step, sides, scales, mean)
     inputs, outputs, along = (torch.from_numpy(side) for side in sides)
-    is_worth = worth_writing(group, rebuilt, (torch.cat([inputs, along], dim=1), outputs))  # (n,)
+    has_inputs = torch.cat([inputs, along], dim=1).any(dim=1)
+    is_worth = worth_writing(group, rebuilt, has_inputs, outputs.any(dim=1))  # (n,)
     keep = written_slots(slots, is_worth.numpy())
     kept = torch.from_numpy(keep)
     return KindIntegers(slots, gain, residuals, *sides, scales)[keep], group[kept], rebuilt[kept]

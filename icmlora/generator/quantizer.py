@@ -23,10 +23,11 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora.generator import entropy_coding as entropy
-from icmlora.generator.cvae import CVAE, INPUTS, OUTPUTS, Places, TaskState
+from icmlora.generator.cvae import CVAE, TaskState
 from icmlora.generator.entropy_coding import Integers, Scales
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
+from icmlora.generator.stack import INPUTS, OUTPUTS, places_of
 from icmlora.generator.tokens import KindTokens
 
 Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes (n, in) and (n, out)
@@ -160,7 +161,7 @@ class TokenQuantizer:
     def means(self, slots: Slots, norms: Norms, state: TaskState) -> Means:
         """Return the generator's predictions, shapes (n, in) and (n, out)."""
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        prediction = self._net.decode([Places(slots.kind, layer, slot)], state)
+        (prediction,) = self._net.decode(places_of(slots.kind, layer, slot), state.features)
         norm = norm_of(norms)[:, None]
         return prediction.inputs.mul_(norm), prediction.outputs.mul_(norm)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,28 +24,38 @@ from icmlora.base_models.factors import Factors
 from icmlora.generator.code_length import bin_bits
 from icmlora.generator.decoder import Decoder
 from icmlora.generator.entropy_coding import LIMIT, Integers, clip
+from icmlora.generator.initial_a.subspace import Bases, bases_of
 from icmlora.generator.packing import KindIntegers
 from icmlora.generator.quantizer import norm_of
 from icmlora.generator.scales import OCTAVE, SMALLEST, STRENGTHS, centre_table
 from icmlora.generator.tokens import KindTokens, tokenize
+from icmlora.io.devices import moved
+
+
+class _Fixed(NamedTuple):
+    """What stays as it is of the n slots of one module kind."""
+
+    layer: torch.Tensor  # int64, shape (n,)
+    slot: torch.Tensor  # int64, shape (n,)
+    root: torch.Tensor  # square roots of the norms, shape (n, 1)
+    means: tuple[torch.Tensor, torch.Tensor]  # the generator's prediction, shapes (n, in) and (n, out)
+    weights: tuple[torch.Tensor, torch.Tensor]  # log2 weights of the channels, shapes (n, in) and (n, out)
+    bases: Bases | None  # of the initial subspace, None where nothing is known
+    scales: tuple[torch.Tensor, ...]  # indices of the scales that the values are coded under, of the values' shapes
+    boosted: torch.Tensor  # 1 where a slot's module has an initial subspace, else 0; shape (n,)
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One module kind of a code: the parameters, and what stays fixed."""
+    """One module kind of a code."""
 
     integers: KindIntegers
-    modules: list[tuple[int, int, int]]  # layer, first and last but one of its n slots
-    slot: torch.Tensor  # int64, shape (n,)
-    root: torch.Tensor  # square roots of the norms, shape (n, 1)
-    means: tuple[torch.Tensor, torch.Tensor]  # the generator's prediction, shapes (n, in) and (n, out)
+    modules: list[tuple[str, int]]  # names, each with its number of slots, in the order of the n slots
     # In quantiser steps from the prediction, shapes (n, in), (n, out) and, along the initial subspace, (n, R).
     values: tuple[nn.Parameter, nn.Parameter, nn.Parameter]
-    scales: tuple[torch.Tensor, ...]  # indices of the scales that these values are coded under, of the same shapes
-    widths: tuple[torch.Tensor, ...]  # the scales themselves
     strength: nn.Parameter  # log2 of the factor that each layer's dW is multiplied by, shape (L,)
     boost: nn.Parameter  # log2 of the factor for each rank slot's inputs across the initial subspace, shape (S,)
-    boosted: torch.Tensor  # 1 where a slot's module has an initial subspace, else 0; shape (n, 1)
+    fixed: _Fixed
 
 
 class RelaxedCode:
@@ -53,13 +64,15 @@ class RelaxedCode:
     def __init__(self, codec: Decoder, adapter: Adapter, code: bytes, device: torch.device | None = None) -> None:
         self._codec, self._opened = codec, codec.open(code)
         self._device = device = device or torch.device("cpu")
-        self._subspace, self._weights = self._opened.state.subspace.to(device), codec.sensitivity.to(device)
         table, starts = centre_table()
         self._centres = torch.from_numpy(table).to(device), torch.from_numpy(starts).to(device)
         self._step = 2.0 ** (self._opened.head.step / OCTAVE)
         tokens = {group.kind: group for group in tokenize(adapter, codec.config, codec.sensitivity)}
         with torch.no_grad():
             self._parts = [self._part(group, tokens[group.slots.kind]) for group in self._opened.groups]
+            scales = [indices.flatten() for part in self._parts for indices in part.fixed.scales]
+            # The scales themselves, of all values in turn.
+            self._widths = torch.exp2(torch.cat(scales).float() / OCTAVE) if scales else torch.zeros(0)
 
     @property
     def values(self) -> list[nn.Parameter]:
@@ -71,17 +84,14 @@ class RelaxedCode:
         """The parameters that scale modules, and their inputs across the initial subspace; in octaves."""
         return [factor for part in self._parts for factor in (part.strength, part.boost)]
 
-    def factors(self) -> Factors:
+    def factors(self, dtype: torch.dtype = torch.float32) -> Factors:
         """Return the factors that the rounded code decodes to, with gradients to values and strengths."""
-        return dict(factors for part in self._parts for factors in self._modules(part))
+        return dict(factors for part in self._parts for factors in self._modules(part, dtype))
 
     def bits(self) -> torch.Tensor:
         """Return the length of the values under the coder's tables, in bits; they need not be whole numbers."""
-        total = torch.zeros((), device=self._device)
-        for part in self._parts:
-            for values, widths in zip(part.values, part.widths, strict=True):
-                total = total + bin_bits(values, widths).sum()
-        return total
+        values = [values.flatten() for values in self.values]
+        return bin_bits(torch.cat(values), self._widths).sum() if values else torch.zeros((), device=self._device)
 
     def to_code(self) -> bytes:
         """Round all parameters and write the code."""
@@ -97,49 +107,62 @@ class RelaxedCode:
         return self._codec.close(head, groups)
 
     def _part(self, integers: KindIntegers, tokens: KindTokens) -> _Part:
-        quantizer, head, state = self._codec.quantizer, self._opened.head, self._opened.state
-        slots = integers.slots
+        codec, head, state = self._codec, self._opened.head, self._opened.state
+        quantizer, slots, kind = codec.quantizer, integers.slots, integers.slots.kind
         # The tokens of the slots that the code has, in its order.
         written = set(zip(slots.layer.tolist(), slots.slot.tolist(), strict=True))
         places = zip(tokens.layer.tolist(), tokens.slot.tolist(), strict=True)
         kept = tokens[torch.tensor([place in written for place in places], dtype=torch.bool)]
         norms = quantizer.norms(slots, integers.gain, integers.residuals)
-        inputs, outputs, along = (
-            nn.Parameter(side.float().to(self._device)) for side in quantizer.in_steps(kept, norms, state, head.step)
+        values = quantizer.in_steps(kept, norms, state, head.step)
+        layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
+        weights = codec.sensitivity.inputs[kind][layer], codec.sensitivity.outputs[kind][layer]
+        bases = bases_of([(state.subspace, kind, layer, slot)], weights[0].shape[1]) if len(layer) else None
+        layers, counts = np.unique(slots.layer, return_counts=True)  # layers are ascending
+        fixed = _Fixed(
+            layer=layer,
+            slot=slot,
+            root=norm_of(norms).sqrt()[:, None],
+            means=quantizer.means(slots, norms, state),
+            weights=weights,
+            bases=bases,
+            scales=tuple(torch.from_numpy(indices) for indices in integers.scales),
+            boosted=torch.from_numpy(state.subspace.knows(kind)[slots.layer]).float(),
         )
-        left, right = (mean.to(self._device) for mean in quantizer.means(slots, norms, state))
-        scales = tuple(torch.from_numpy(indices).to(self._device) for indices in integers.scales)
-        layers, firsts, counts = np.unique(slots.layer, return_index=True, return_counts=True)  # layers are ascending
-        known = torch.from_numpy(state.subspace.knows(slots.kind)[slots.layer])
+        inputs, outputs, along = (nn.Parameter(side.float().to(self._device)) for side in values)
         return _Part(
             integers=integers,
-            modules=list(zip(layers.tolist(), firsts.tolist(), (firsts + counts).tolist(), strict=True)),
-            slot=torch.from_numpy(slots.slot).to(self._device),
-            root=norm_of(norms).sqrt()[:, None].to(self._device),
-            means=(left, right),
+            modules=[
+                (codec.config.kinds[kind].module(number), count)
+                for number, count in zip(layers.tolist(), counts.tolist(), strict=True)
+            ],
             values=(inputs, outputs, along),
-            scales=scales,
-            widths=tuple(torch.exp2(indices.float() / OCTAVE) for indices in scales),
-            strength=self._factors(head.strengths[slots.kind]),
-            boost=self._factors(head.boosts[slots.kind]),
-            boosted=known.float()[:, None].to(self._device),
+            strength=self._factors(head.strengths[kind]),
+            boost=self._factors(head.boosts[kind]),
+            fixed=moved(fixed, self._device),
         )
 
-    def _modules(self, part: _Part) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-        kind, layer = part.integers.slots.kind, torch.from_numpy(part.integers.slots.layer)
+    def _modules(self, part: _Part, dtype: torch.dtype) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
         inputs, outputs, along = (
-            self._rounded(values, scales) * self._step for values, scales in zip(part.values, part.scales, strict=True)
+            self._rounded(values, scales) * self._step
+            for values, scales in zip(part.values, part.fixed.scales, strict=True)
         )
         # As `TokenQuantizer.dequantise`, then A = inputs / sqrt(s), B = outputs / sqrt(s), and channel weights undone.
-        inputs = inputs * torch.exp2(part.boosted * part.boost[part.slot][:, None])
-        inputs = inputs + self._subspace.expand(kind, layer, along, inputs.shape[1])
+        fixed = part.fixed
+        inputs = inputs * torch.exp2(fixed.boosted * part.boost[fixed.slot])[:, None]
+        if fixed.bases is not None:
+            inputs = inputs + fixed.bases.expand(along)
         inputs, outputs = (
-            (values + mean) / part.root for values, mean in zip((inputs, outputs), part.means, strict=True)
+            (values + mean) / fixed.root for values, mean in zip((inputs, outputs), fixed.means, strict=True)
         )
-        for number, first, end in part.modules:
-            a = inputs[first:end] * torch.exp2(-self._weights.inputs[kind][number])
-            b = outputs[first:end] * torch.exp2(part.strength[number] - self._weights.outputs[kind][number])
-            yield self._codec.config.kinds[kind].module(number), (a, b.T)
+        left, right = fixed.weights
+        inputs = (inputs * torch.exp2(-left)).to(dtype)
+        outputs = (outputs * torch.exp2(part.strength[fixed.layer][:, None] - right)).to(dtype)
+        counts = [count for _, count in part.modules]
+        for (name, _), a, b in zip(
+            part.modules, torch.split(inputs, counts), torch.split(outputs, counts), strict=True
+        ):
+            yield name, (a, b.T)
 
     def _rounded(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Round as the codec does, with a straight-through gradient (Bengio et al., arXiv 1308.3432)."""
@@ -147,14 +170,18 @@ class RelaxedCode:
 
     def _centred(self, whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return the mean of each integer's bin: `icmlora.generator.quantizer.centred`, on the device."""
+        if whole.device.type != "cpu":
+            return self._looked_up(whole, scales)
+        places = (whole != 0).flatten().nonzero().squeeze(1)  # few are not; but a card would have to wait for them
+        found = self._looked_up(whole.flatten()[places], scales.flatten()[places])
+        return whole.flatten().index_copy(0, places, found).view_as(whole)
+
+    def _looked_up(self, whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         table, starts = self._centres
-        places = (whole != 0).flatten().nonzero().squeeze(1)
-        found = whole.flatten()[places]
-        indices = scales.flatten()[places].int() - SMALLEST
-        entries = starts[indices] + found.abs().int()
+        indices = scales.int() - SMALLEST
+        entries = starts[indices] + whole.abs().int()
         is_listed = entries < starts[indices + 1]  # beyond, the mean is the middle of the bin
-        centres = torch.where(is_listed, table[torch.where(is_listed, entries, 0)].copysign(found), found)
-        return whole.flatten().index_copy(0, places, centres).view_as(whole)
+        return torch.where(is_listed, table[torch.where(is_listed, entries, 0)].copysign(whole), whole)
 
     def _factors(self, stored: NDArray[np.int8]) -> nn.Parameter:
         return nn.Parameter(torch.from_numpy(stored.astype(np.float32) / STRENGTHS).to(self._device))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -24,6 +25,22 @@ from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import Sensitivity
 
 _LARGEST = 2.0**50  # largest singular value: the network sums their squares in float32, and quantiser steps end at 2^40
+
+
+class Pairs(Protocol):
+    """Token pairs, of whatever kinds, in whatever unit."""
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """Singular values of dW, shape (n,)."""
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """S * v, shape (n, in)."""
+
+    @property
+    def outputs(self) -> torch.Tensor:
+        """S * u, shape (n, out)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,15 +147,15 @@ def squared_norm(tokens: Sequence[KindTokens]) -> float:
     return sum(float(group.norm.double().square().sum()) for group in tokens)
 
 
-def slot_errors(left: KindTokens, right: KindTokens) -> torch.Tensor:
+def slot_errors(left: Pairs, right: Pairs) -> torch.Tensor:
     """Return |s_i u_i v_i^T - s'_i u'_i v'_i^T|^2 of each pair of slots, shape (n,)."""
     return _slot_energy(left) + _slot_energy(right) - 2 * slot_overlaps(left, right)
 
 
-def slot_overlaps(left: KindTokens, right: KindTokens) -> torch.Tensor:
+def slot_overlaps(left: Pairs, right: Pairs) -> torch.Tensor:
     """Return the inner product of s_i u_i v_i^T and s'_i u'_i v'_i^T of each pair of slots, shape (n,)."""
     return (left.inputs * right.inputs).sum(1) * (left.outputs * right.outputs).sum(1) / (left.norm * right.norm)
 
 
-def _slot_energy(group: KindTokens) -> torch.Tensor:
+def _slot_energy(group: Pairs) -> torch.Tensor:
     return (group.inputs.square().sum(1) / group.norm) * (group.outputs.square().sum(1) / group.norm)

@@ -6,10 +6,16 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 
 from icmlora.errors import DeviceUnavailable
+
+_Nested = TypeVar("_Nested", bound=tuple[Any, ...])
+"""A named tuple of tensors, of tuples and dictionaries of them, and of values that stay where they are."""
 
 _NAME = re.compile(r"(cpu|mps|cuda(?::(\d{1,3}))?)")
 
@@ -51,9 +57,54 @@ def texts_at_once(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 8
 
 
+def uploaded(values: Any, device: torch.device) -> torch.Tensor:
+    """Make a tensor of (nested lists of) whole numbers on a device, int64; nobody waits for the copy."""
+    made = torch.tensor(values, dtype=torch.int64)
+    # Only from pinned memory does a copy go on while the card computes.
+    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+
+
+def moved(values: _Nested, device: torch.device) -> _Nested:
+    """Copy all tensors of a nested named tuple to a device, those of one type together: a copy takes a while itself."""
+    if device.type == "cpu":
+        return values
+    leaves = defaultdict[torch.dtype, list[torch.Tensor]](list)
+    for leaf in _leaves(values):
+        leaves[leaf.dtype].append(leaf)
+    there = {dtype: _copied_together(found, device) for dtype, found in leaves.items()}
+    return cast(_Nested, _replaced(values, there))
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch's global generators on every device; what has its own generator is not touched."""
     torch.manual_seed(seed)
+
+
+def _leaves(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (tuple, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _leaves(value)
+
+
+def _copied_together(leaves: list[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    flat = torch.cat([leaf.flatten() for leaf in leaves])
+    if device.type == "cuda":
+        flat = flat.pin_memory()  # as in `uploaded`
+    parts = torch.split(flat.to(device, non_blocking=True), [leaf.numel() for leaf in leaves])
+    return (part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
+
+
+def _replaced(values: Any, there: dict[torch.dtype, Iterator[torch.Tensor]]) -> Any:
+    if isinstance(values, torch.Tensor):
+        return next(there[values.dtype])
+    if isinstance(values, dict):
+        return {key: _replaced(value, there) for key, value in values.items()}
+    if isinstance(values, tuple):
+        found = [_replaced(value, there) for value in values]
+        return values._make(found) if hasattr(values, "_make") else tuple(found)
+    return values
 
 
 def _best() -> str:

@@ -54,7 +54,7 @@ def extract_context(
 
 
 def _vectors(base: BaseModel, extractor: Extractor, values: Sequence[torch.Tensor]) -> tuple[TaskVector, ...]:
-    view = extractor.view
-    if not all(bool(torch.isfinite(value).all()) for value in values):
+    view, together = extractor.view, torch.stack(list(values)).cpu()
+    if not bool(torch.isfinite(together).all()):
         raise DataError(f"the hidden states of the {view} view are not finite", hint="try a wider precision")
-    return tuple(TaskVector(view, number, value.cpu(), extractor) for number, value in enumerate(values))
+    return tuple(TaskVector(view, number, value.clone(), extractor) for number, value in enumerate(together))

@@ -1,17 +1,25 @@
-"""The training loop: one adapter a step, each step drawn from its own stream of random numbers.
+"""The training loop: one adapter a step, or several on a card, each drawn from its own stream of random numbers.
 
-A step sees half of an adapter's modules, drawn anew each time: the generator is as good, and a step takes two thirds of
-the time. Of a large adapter it sees still fewer, so a step takes as long for 40 million parameters as for 1 million.
-Several steps in a row then see the same adapter, because reading it takes longer than a step.
+    CPU    draw 0 ──step──▶ draw 1 ──step──▶ ...            an adapter a step
+    card   draws 0 to 7 ──step──▶ draws 8 to 15 ──step──▶   as a small step takes a card as long as a large one
+
+Progress counts draws, so a run that was stopped can go on elsewhere. The mean of n gradients is less noisy than one of
+them, so a step on it is longer by the root of n, as with several processes.
+
+A draw sees half of an adapter's modules, drawn anew each time: the generator is as good, and a step takes two thirds of
+the time. Of a large adapter it sees still fewer, so it takes as long for 40 million parameters as for 1 million.
+Several draws in a row then see the same adapter, because reading it takes longer than a step.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +27,9 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.decoder import one_thread
 from icmlora.generator.initial_a.subspace import initial_subspace
-from icmlora.generator.objective import Bits, Prepared, adapter_bits, prepare
+from icmlora.generator.objective import Batch, Objective, Prepared, batched, prepare
 from icmlora.generator.tokens import refuse_overflow, tokenize
+from icmlora.io.devices import moved
 from icmlora.io.threads import ahead
 from icmlora.training.config import STEP_PARAMETERS
 from icmlora.training.ranks import ALONE, Ranks
@@ -35,13 +44,17 @@ _WHOLE = 1 << 17  # parameters of an adapter that a step sees whole: fewer of th
 _KEPT = 8  # bytes for each parameter: its token, and as much again for an initial A
 
 
+_STACKED = 8  # draws of a step on a card
+_READ_EVERY = 10  # steps on a card after which the loss is read, for which the card has to be waited for
+
+
 @dataclass(frozen=True)
 class TrainStep:
-    """What one step measured, in bits per parameter of the adapter it saw; with several processes, their means."""
+    """What was measured, in bits per parameter of the adapters that were seen since the last record: their means."""
 
-    step: int  # steps done, counted from 1; a step of n processes counts n
+    step: int  # draws done, counted from 1
     steps: int
-    task: int
+    task: int  # of the last draw
     bits: float  # the loss: the sum of the parts below and of what only trains the prior
     latent_bits: float
     norm_bits: float
@@ -49,37 +62,58 @@ class TrainStep:
     learning_rate: float
 
 
-@dataclass(frozen=True, eq=False)
-class _Seen:
+class _Seen(NamedTuple):
     """What one step sees."""
 
+    task: int  # of the last draw
+    batch: Batch
+
+
+def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterator[TrainStep]:
+    """Train until the configured number of draws is done; yields one record per step, on a card one for ten steps."""
+    # The caller saves `state` whenever it likes between two records.
+    device = next(state.net.parameters()).device
+    draws = draws_of(device)
+    adapters, objective = _Adapters(fleet, state.net), Objective(state.net)
+
+    def seen(step: int) -> _Seen:
+        first, last = step + ranks.rank * draws, state.config.steps - 1
+        numbers = range(first, min(first + draws, last + 1)) or [last]  # beyond the last, a draw counts for nothing
+        drawn = [_draw(state, fleet, adapters, number) for number in numbers]
+        batch = batched(state.net.config, *zip(*((one.adapter, one.vectors, one.noise) for one in drawn), strict=True))
+        return _Seen(drawn[-1].task, moved(batch, device))
+
+    measured = list[torch.Tensor]()
+    # Operations of a step are too small to share them among threads: two took up to twice as long. But while one step
+    # is computed, another thread reads what the next one sees.
+    with one_thread():
+        for now in ahead(map(seen, range(state.step, state.config.steps, ranks.count * draws))):
+            rate = state.config.rate_at(state.step) * math.sqrt(ranks.count * draws)
+            measured.append(_advance(state, objective, now.batch, rate, ranks, draws))
+            if draws == 1 or len(measured) == _READ_EVERY or state.step == state.config.steps:
+                bits, latent, norms, tokens = torch.stack(measured).mean(0).tolist()
+                measured.clear()
+                yield TrainStep(state.step, state.config.steps, now.task, bits, latent, norms, tokens, rate)
+
+
+def draws_of(device: torch.device) -> int:
+    """Return how many draws one step on a device sees."""
+    return 1 if device.type == "cpu" else _STACKED
+
+
+class _Draw(NamedTuple):
     task: int
     adapter: Prepared
     vectors: dict[str, torch.Tensor]  # by view, each (hidden,)
     noise: torch.Generator
 
 
-def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterator[TrainStep]:
-    """Train until the configured number of steps is done; yields one record per step."""
-    # The caller saves `state` whenever it likes between steps.
-    device = next(state.net.parameters()).device
-    adapters = _Adapters(fleet, state.net, device)
-
-    def seen(step: int) -> _Seen:
-        number = min(step + ranks.rank, state.config.steps - 1)
-        draw = random.Random(f"{state.config.seed}/{number}")  # noqa: S311 - training noise, not secrets
-        noise = torch.Generator().manual_seed(draw.getrandbits(62))
-        task, checkpoint = _turn(state, fleet, number)
-        vectors = {view: vector.to(device) for view, vector in _vectors(state, fleet, task, draw).items()}
-        return _Seen(task, adapters(task, checkpoint, draw), vectors, noise)
-
-    # Operations of a step are too small to share them among threads: two took up to twice as long. But while one step
-    # is computed, another thread reads what the next one sees.
-    with one_thread():
-        for now in ahead(map(seen, range(state.step, state.config.steps, ranks.count))):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                bits = adapter_bits(state.net, now.adapter, now.vectors, now.noise)
-            yield _advance(state, bits, now.adapter.parameters, now.task, ranks)
+def _draw(state: TrainState, fleet: AdapterSource, adapters: _Adapters, number: int) -> _Draw:
+    draw = random.Random(f"{state.config.seed}/{number}")  # noqa: S311 - training noise, not secrets
+    noise = torch.Generator().manual_seed(draw.getrandbits(62))
+    task, checkpoint = _turn(state, fleet, number)
+    vectors = _vectors(state, fleet, task, draw)
+    return _Draw(task, adapters(task, checkpoint, draw), vectors, noise)
 
 
 def _turn(state: TrainState, fleet: AdapterSource, number: int) -> tuple[int, int | None]:
@@ -102,14 +136,13 @@ def _vectors(state: TrainState, fleet: AdapterSource, task: int, draw: random.Ra
 
 
 class _Adapters:
-    """Reads adapters as tokens on the network's device, and keeps the latest ones."""
+    """Reads adapters as tokens, and keeps the latest ones."""
 
-    def __init__(self, fleet: AdapterSource, net: CVAE, device: torch.device) -> None:
-        self._fleet, self._config, self._device = fleet, net.config, device
-        on_cpu = net.sensitivity.to(torch.device("cpu"))
-        self._sensitivity, self._weights = on_cpu, on_cpu.to(device)
+    def __init__(self, fleet: AdapterSource, net: CVAE) -> None:
+        self._fleet, self._config = fleet, net.config
+        self._sensitivity = sensitivity = net.sensitivity.to(torch.device("cpu"))
         # Tasks often share an initial A, and drawing it takes as long as a part of a step.
-        self._subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, net.config, on_cpu).to(device))
+        self._subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, net.config, sensitivity))
         self._cache: OrderedDict[tuple[int, int | None], Prepared] = OrderedDict()
         self._bytes = 0
 
@@ -133,9 +166,8 @@ class _Adapters:
     def _prepare(self, task: int, adapter: Adapter) -> Prepared:
         tokens = tokenize(adapter, self._config, self._sensitivity)
         refuse_overflow(tokens, self._config)
-        on_device = tuple(group.to(self._device) for group in tokens)
         subspace = self._subspace(self._fleet.initial(task))
-        return prepare(on_device, subspace, self._weights, self._config.tolerance)
+        return prepare(tokens, subspace, self._sensitivity, self._config.tolerance)
 
 
 def _half(adapter: Prepared, draw: random.Random) -> Prepared:
@@ -143,7 +175,7 @@ def _half(adapter: Prepared, draw: random.Random) -> Prepared:
     groups = []
     for group in adapter.tokens:
         layers: list[int] = torch.unique(group.layer).tolist()
-        chosen = torch.tensor(draw.sample(layers, (len(layers) + 1) // 2), device=group.layer.device)
+        chosen = torch.tensor(draw.sample(layers, (len(layers) + 1) // 2))
         groups.append(group[torch.isin(group.layer, chosen)])
     return replace(adapter, tokens=tuple(groups))
 
@@ -161,26 +193,20 @@ def some_modules(modules: Sequence[LoraModule], draw: random.Random) -> tuple[Lo
     return tuple(modules[number] for number in sorted(chosen))
 
 
-def _advance(state: TrainState, bits: Bits, parameters: int, task: int, ranks: Ranks) -> TrainStep:
-    rate = state.config.rate_at(state.step) * ranks.rate_factor
+def _advance(
+    state: TrainState, objective: Objective, batch: Batch, rate: float, ranks: Ranks, draws: int
+) -> torch.Tensor:
+    """Make one step, and return the means of the loss and three of its parts, in bits per parameter, shape (4,)."""
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
-    (bits.total / parameters).backward()  # type: ignore[no-untyped-call]
-    parts = [float(part.detach()) / parameters for part in (bits.total, bits.latent, bits.norms, bits.tokens)]
-    draws, (total, latent, norms, tokens) = ranks.average(
-        state.net.parameters(), parts, state.config.steps - state.step
-    )
-    torch.nn.utils.clip_grad_norm_(state.net.parameters(), _GRADIENT_LIMIT, foreach=True)
+    bits = objective.bits(batch)
+    parts = torch.stack([bits.total, bits.latent, bits.norms, bits.tokens])  # (4, B)
+    means = (parts / batch.parameters).mean(1)
+    means[0].backward()  # type: ignore[no-untyped-call]
+    left = state.config.steps - state.step
+    done, measured = ranks.average(state.net.parameters(), means.detach(), draws=draws, left=left)
+    torch.nn.utils.clip_grad_norm_(state.net.parameters(), _GRADIENT_LIMIT)
     state.optimizer.step()
-    state.step += draws
-    return TrainStep(
-        step=state.step,
-        steps=state.config.steps,
-        task=task,
-        bits=total,
-        latent_bits=latent,
-        norm_bits=norms,
-        token_bits=tokens,
-        learning_rate=rate,
-    )
+    state.step += done
+    return measured

@@ -16,7 +16,6 @@ before the same step. A rank that is killed breaks the connection, which the oth
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,11 +56,6 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this process does what is done once."""
         return self.rank == 0
-
-    @property
-    def rate_factor(self) -> float:
-        """What the learning rate is multiplied by: the mean of n gradients is less noisy, so a step may be longer."""
-        return math.sqrt(self.count)
 
     def device(self, name: str) -> torch.device:
         """Turn a device name into the device of this process: on CUDA, each process of a machine has its own card.
@@ -114,15 +108,16 @@ class Ranks:
         return [whole[start:end] for start, end in pairwise(accumulate(sizes, initial=0))]
 
     def average(
-        self, parameters: Iterable[torch.nn.Parameter], measured: Sequence[float], left: int
-    ) -> tuple[int, Sequence[float]]:
-        """Replace every gradient by its mean over the ranks.
+        self, parameters: Iterable[torch.nn.Parameter], measured: torch.Tensor, *, draws: int, left: int
+    ) -> tuple[int, torch.Tensor]:
+        """Replace every gradient by its mean over the draws of all ranks.
 
         Args:
             parameters: The same ones on every rank, in the same order. A parameter without a gradient on some ranks
                 has a gradient of zero there; one without a gradient on any rank stays without.
-            measured: Numbers to average too.
-            left: How many draws are left; ranks beyond that count for nothing.
+            measured: Numbers to average too, shape (m,).
+            draws: How many draws each rank sees in a step.
+            left: How many draws are left; what a rank sees beyond that counts for nothing.
 
         Returns:
             How many draws the mean is of, and the means of `measured`.
@@ -132,28 +127,29 @@ class Ranks:
             Cancelled: Another rank was stopped; likewise.
         """
         if self.count == 1:
-            return 1, measured
+            return min(draws, left), measured
         import torch
         import torch.distributed as dist
 
         self._agree()
-        draws = min(self.count, left)
-        counts = self.rank < draws
+        done = min(self.count * draws, left)
+        own = min(max(left - self.rank * draws, 0), draws)  # of these, this rank saw so many
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        gradients = [parameter.grad if counts else None for parameter in trained]
+        gradients = [parameter.grad if own else None for parameter in trained]
         pieces = [
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(trained, gradients, strict=True)
         ]
-        numbers = [float(gradient is not None) for gradient in gradients] + [counts * number for number in measured]
+        present = measured.new_tensor([float(gradient is not None) for gradient in gradients])
         # One exchange for all: the network is small, so its gradients fit in memory twice.
-        flat = torch.cat([*(piece.flatten() for piece in pieces), pieces[0].new_tensor(numbers)])
+        flat = torch.cat([*(piece.flatten() for piece in pieces), measured, present]) * own
         with self._noticing():
             dist.all_reduce(flat)
-        *means, ending = torch.split(flat / draws, [*(piece.numel() for piece in pieces), len(numbers)])
-        for parameter, mean, present in zip(trained, means, ending.tolist(), strict=False):
-            parameter.grad = mean.view_as(parameter) if present else None
-        return draws, ending.tolist()[len(trained) :]
+        sizes = [*(piece.numel() for piece in pieces), len(measured), len(present)]
+        *means, measured, present = torch.split(flat / done, sizes)
+        for parameter, mean, is_present in zip(trained, means, present.tolist(), strict=True):
+            parameter.grad = mean.view_as(parameter) if is_present else None
+        return done, measured
 
     def leave(self, error: BaseException) -> None:
         """Tell the others why this rank stops, unless they know."""

@@ -27,9 +27,9 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.factors import added, factors_of
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.modules import not_matrix
-from icmlora.errors import DataError
+from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.generator.relaxed import RelaxedCode
-from icmlora.training.teacher import Teacher
+from icmlora.training.teacher import Teacher, shortfalls
 
 _EFFECT_TEXTS = 8  # samples from which an adapter's whole effect, KL(p || base), is measured
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
@@ -54,34 +54,58 @@ class RefineConfig:
     seed: int = 0
 
 
-def refine(
-    relaxed: RelaxedCode, error: float, base: BaseModel, adapter: Adapter, items: Sequence[Any], config: RefineConfig
-) -> Iterator[int]:
-    """Refine the code of one adapter; yields the number of steps done, after each."""
-    # The caller may stop after any step and take the code as it is then. `error` is the code's squared error, weighted
-    # by sensitivity; `items` are what `items_for` returns.
-    if not relaxed.values:  # an adapter of zeros has a code without integers
+@dataclass(frozen=True, eq=False)
+class Refinable:
+    """A code that is to be refined, and what that takes."""
+
+    relaxed: RelaxedCode
+    error: float  # the code's squared error, weighted by sensitivity
+    adapter: Adapter
+    items: Sequence[Any]  # what `items_for` returns
+
+
+def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig) -> Iterator[int]:
+    """Refine the codes of some adapters, which share each pass through the base model; yields the steps done.
+
+    The caller may stop after any step and take the codes as they are then. Where the model does not let several
+    adapters share a pass, the codes are refined one after the other, and the steps of each are counted from 1.
+    """
+    codes = [code for code in codes if code.relaxed.values]  # an adapter of zeros has a code without integers
+    if not codes:
         return
+    try:
+        yield from _refined(codes, base, config)
+    except BaseModelUnsuited:  # comes of the first pass, before any code has changed
+        if len(codes) == 1:
+            raise
+        for code in codes:
+            yield from _refined([code], base, config)
+
+
+def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig) -> Iterator[int]:
     groups = [
-        {"params": relaxed.values, "lr": config.learning_rate},
-        {"params": relaxed.strengths, "lr": config.strength_rate},
+        {"params": [values for code in codes for values in code.relaxed.values], "lr": config.learning_rate},
+        {"params": [factor for code in codes for factor in code.relaxed.strengths], "lr": config.strength_rate},
     ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=base.device.type != "cpu")
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (1 - done / config.steps) ** 0.5)
-    teacher = Teacher(base, factors_of(adapter), items)
-    batches = _batches(len(items), config)
+    teachers = [Teacher(base, factors_of(code.adapter), code.items) for code in codes]
+    batches = [_batches(len(code.items), config) for code in codes]
+    effects = [max(teacher.effect(_EFFECT_TEXTS), _LEAST_EFFECT) for teacher in teachers]
     with torch.no_grad():
-        effects = [
-            float(teacher.shortfall({}, [number]).divergence) for number in range(min(_EFFECT_TEXTS, len(items)))
-        ]
-        effect = max(sum(effects) / len(effects), _LEAST_EFFECT)
-        # The price per bit is set once: the bits of the code at the start cost `price * error` together.
-        price = config.price * error / max(float(relaxed.bits()), 1.0)
+        # The price per bit is set once: the bits of a code at the start cost `price * error` together.
+        prices = [config.price * code.error / max(float(code.relaxed.bits()), 1.0) for code in codes]
+    dtype = next(one.dtype for one in base.model.parameters() if one.is_floating_point())
     for step in range(config.steps):
         optimizer.zero_grad()
-        short = teacher.shortfall(relaxed.factors(), next(batches))
-        lost = short.divergence + config.answers * short.loss
-        (lost / effect + price * relaxed.bits()).backward()  # type: ignore[no-untyped-call]
+        factors = (code.relaxed.factors(dtype) for code in codes)
+        asked = zip(teachers, factors, map(next, batches), strict=True)
+        short = shortfalls(base, list(asked))
+        parts = [
+            (one.divergence + config.answers * one.loss) / effect + price * code.relaxed.bits()
+            for one, effect, price, code in zip(short, effects, prices, codes, strict=True)
+        ]
+        torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         decay.step()
         yield step + 1

@@ -12,14 +12,15 @@ it is used. The divergence of the coarser distributions is at most that of the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from icmlora.base_models.factors import Factors, added
+from icmlora.base_models.factors import Factors, added, side_by_side
 from icmlora.base_models.modality import BaseModel
+from icmlora.io.devices import texts_at_once
 
 KEPT = 128  # tokens stored of each distribution
 _LEAST = 1e-6  # smallest probability of the rest, so that its logarithm is finite
@@ -44,7 +45,7 @@ class Shortfall:
 
 
 class Teacher:
-    """The original adapter's predictions, made when an example is first asked for."""
+    """The original adapter's predictions, made when examples are first asked for, in batches."""
 
     def __init__(self, base: BaseModel, original: Factors, items: Sequence[Any]) -> None:
         self._base, self._original, self._items = base, original, items
@@ -53,34 +54,70 @@ class Teacher:
     def __len__(self) -> int:
         return len(self._items)
 
+    @torch.no_grad()
+    def targets(self, numbers: Sequence[int]) -> list[Target]:
+        """Return what the adapter predicts for some examples."""
+        missing = [number for number in dict.fromkeys(numbers) if number not in self._targets]
+        for some in _batches(missing, texts_at_once(self._base.device)):
+            items = [self._items[number] for number in some]
+            with added(self._base.model, self._original):
+                rows = self._base.modality.logits(self._base, items)  # (T, V) each
+            for number, item, logits in zip(some, items, rows, strict=True):
+                tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
+                loss = self._base.modality.item_loss(item, logits)
+                shares = _log_shares(logits, tokens)
+                self._targets[number] = Target(item, tokens, shares, None if loss is None else float(loss))
+        return [self._targets[number] for number in numbers]
+
+    @torch.no_grad()
+    def effect(self, most: int) -> float:
+        """Return KL(adapter || base) in nats: the mean over the predictions of an example, over `most` examples."""
+        found = []
+        for some in _batches(range(min(most, len(self))), texts_at_once(self._base.device)):
+            targets = self.targets(some)
+            rows = self._base.modality.logits(self._base, [target.item for target in targets])
+            found += [_nats(target, row) / len(row) for target, row in zip(targets, rows, strict=True)]
+        return float(torch.stack(found).mean())
+
     def shortfall(self, other: Factors, numbers: Sequence[int]) -> Shortfall:
         """Compare other factors with the original on some examples."""
         # other: with or without gradients; empty for the bare base model.
-        targets, modality = [self._target(number) for number in numbers], self._base.modality
-        with added(self._base.model, other):
-            rows = modality.logits(self._base, [target.item for target in targets])  # (T, V) each
-        pairs, count = list(zip(targets, rows, strict=True)), sum(len(row) for row in rows)
-        nats = torch.stack([_nats(target, row) for target, row in pairs]).sum()
-        losses = [
-            found - target.loss
-            for target, row in pairs
-            if target.loss is not None and (found := modality.item_loss(target.item, row)) is not None
-        ]
-        more = torch.stack(losses).sum().clamp_min(0) if losses else torch.zeros_like(nats)
-        return Shortfall(nats / count, more / count)
+        return shortfalls(self._base, [(self, other, numbers)])[0]
 
-    @torch.no_grad()
-    def _target(self, number: int) -> Target:
-        if number not in self._targets:
-            item = self._items[number]
-            with added(self._base.model, self._original):
-                (logits,) = self._base.modality.logits(self._base, [item])  # (T, V)
-            tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
-            loss = self._base.modality.item_loss(item, logits)
-            self._targets[number] = Target(
-                item, tokens, _log_shares(logits, tokens), None if loss is None else float(loss)
-            )
-        return self._targets[number]
+
+def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence[int]]]) -> list[Shortfall]:
+    """Compare factors of several tasks with their originals, in one pass through the base model.
+
+    Args:
+        base: The base model.
+        asked: Teacher, factors and examples of each task, the same number of examples for each.
+
+    Raises:
+        BaseModelUnsuited: The factors are for modules that do not compute row by row; for one task never.
+    """
+    targets = [teacher.targets(numbers) for teacher, _, numbers in asked]
+    items = [target.item for of_task in targets for target in of_task]
+    several = [factors for _, factors, _ in asked]
+    single = len(several) == 1
+    with added(base.model, several[0]) if single else side_by_side(base.model, several, len(items)):
+        rows = iter(base.modality.logits(base, items))  # (T, V) each
+    return [_shortfall(base, [(target, next(rows)) for target in of_task]) for of_task in targets]
+
+
+def _shortfall(base: BaseModel, pairs: Sequence[tuple[Target, torch.Tensor]]) -> Shortfall:
+    count = sum(len(row) for _, row in pairs)
+    nats = torch.stack([_nats(target, row) for target, row in pairs]).sum()
+    losses = [
+        found - target.loss
+        for target, row in pairs
+        if target.loss is not None and (found := base.modality.item_loss(target.item, row)) is not None
+    ]
+    more = torch.stack(losses).sum().clamp_min(0) if losses else torch.zeros_like(nats)
+    return Shortfall(nats / count, more / count)
+
+
+def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def _log_shares(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

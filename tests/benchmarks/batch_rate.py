@@ -2,14 +2,16 @@
 
     python -m tests.benchmarks.batch_rate [--fleet DIR] [--cases 1x1 2x1 2x1.414 4x1 4x2]
 
-A case is a number of processes and what the learning rate is multiplied by. Writes results/batch-rate.json. All see the
-same number of adapters, so n processes take an n-th of the optimiser's steps.
+A case is a number of processes and what the learning rate is multiplied by in all, in place of the root of that
+number. Writes results/batch-rate.json. All see the same number of adapters, so n processes take an n-th of the
+optimiser's steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -24,7 +26,7 @@ from icmlora.generator.network_file import generator_from_bytes, generator_to_by
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
-from icmlora.training.ranks import Ranks, joined
+from icmlora.training.ranks import joined
 from icmlora.training.state import new_state
 from tests.benchmarks.performance.machine import describe_machine
 from tests.icmlora.small_fleet import MemoryAdapterSource
@@ -38,10 +40,10 @@ def train(fleet: Path, factor: float) -> dict[str, Any] | None:
     adapters = [load_adapter(path.parent) for path in sorted(fleet.glob(f"*/{CONFIG_NAME}"))]
     source = MemoryAdapterSource([[adapter] for adapter in adapters], sets=0)
     config = config_for(adapters[0].base_model, source.layouts(), tasks=len(adapters), condition_size=0, quality=4)
-    options = TrainConfig.default(len(adapters), len(adapters))
-    state = new_state(fresh_network(config, source, 0), options)  # the same on every rank
-    Ranks.rate_factor = property(lambda self: factor)  # type: ignore[assignment,method-assign]
     with joined() as ranks:
+        rate = TrainConfig.learning_rate * factor / math.sqrt(ranks.count)
+        options = TrainConfig.default(len(adapters), len(adapters), learning_rate=rate)
+        state = new_state(fresh_network(config, source, 0), options)  # the same on every rank
         bits = [at.bits for at in fit(state, source, ranks)]
         if not ranks.is_first:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from icmlora.fleet.search import CodeSearch, Trial
 from icmlora.formats.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Limits
-from icmlora.generator.relaxed import RelaxedCode
+from icmlora.training.refinement import Refinable
 from registry.evaluations import Evaluations
 from registry.store import Store
 from tests.cli.coded import codes, tasks_of
@@ -262,9 +262,9 @@ def test_a_gain_is_looked_for_without_refining_first(icm: Icm, trained: Path, mo
     refined: list[float] = []
     real = code_search.refine
 
-    def counted(relaxed: RelaxedCode, error: float, *others: Any) -> Iterator[int]:
-        refined.append(error)
-        return real(relaxed, error, *others)
+    def counted(codes: Sequence[Refinable], *others: Any) -> Iterator[int]:
+        refined.extend(code.error for code in codes)
+        return real(codes, *others)
 
     monkeypatch.setattr(code_search, "refine", counted)
     ran = icm("encode", "rules", "--min-gain", "0.5", "--refine", "2", "--device", "cpu", "--json")

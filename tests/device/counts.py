@@ -12,14 +12,15 @@ copies_to    tensors copied from the host to the card, and their bytes
 copies_from  tensors copied from the card to the host, and their bytes; `.item()` is a sync and no copy
 syncs        calls that make the host wait for the card
 
-A sync is, as PyTorch's CUDA code has it: `.item()`, `float()`, `int()`, `bool()`; `torch.cuda.synchronize()`; an
-operator whose result has a size that the host must be told (`nonzero`, a boolean mask as index, `masked_select`,
-`unique`, `repeat_interleave` without `output_size`, `bincount`) or that looks at its own result (`torch.equal`,
-`multinomial`, `linalg.svd`, `linalg.eigh` and others that check for convergence); and a copy between host and card. The
-copies that do not wait are those with `non_blocking=True`: to the card always, from the card only into pinned memory.
+A sync is, as PyTorch's CUDA code has it: `.item()`, `float()`, `int()`, `bool()`; `synchronize()` of card, stream or
+event; an operator whose result has a size that the host must be told (`nonzero`, a boolean mask as index,
+`masked_select`, `unique`, `repeat_interleave` without `output_size`, `bincount`) or that looks at its own result
+(`torch.equal`, `multinomial`, `linalg.svd`, `linalg.eigh` and others that check for convergence); a copy between host
+and card. The copies that do not wait are those with `non_blocking=True`: to the card always, from the card only into
+pinned memory.
 
-What it cannot count: time, memory, and that attention is one fused kernel on a card, where it is some eight here (and
-some fifteen backward).
+Attention is one operator and one backward, as with the fused kernels of a card. What it cannot count: time, memory, and
+kernels that a card starts beside those of the operators, such as those that sort for an index.
 """
 
 from __future__ import annotations

@@ -14,7 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.device.counts import count_sync
+
 _SOURCE = Path(__file__).with_name("hooks.cpp")
+
+
+_HOST_WAITS = ctypes.CFUNCTYPE(None)(lambda: count_sync("event or stream"))
 
 
 class NoStandIn(Exception):
@@ -37,8 +42,9 @@ def load_hooks(kind: str) -> None:
         raise NoStandIn("the installed torch is built with CUDA, and the stand-in needs a build for the CPU")
     library = _compiled(kind, torch)
     try:
-        for name in (torch / "lib" / "libc10.so", torch / "lib" / "libtorch_cpu.so", library):
+        for name in (torch / "lib" / "libc10.so", torch / "lib" / "libtorch_cpu.so"):
             ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library)).call_when_the_host_waits(_HOST_WAITS)
     except OSError as error:
         raise NoStandIn(f"the compiled hooks cannot be loaded: {error}") from error
 

@@ -64,10 +64,15 @@ def refuse_mixture(func: OpOverload, args: Sequence[Any], strays: Sequence[torch
     elif _computes_element_by_element(func):
         written = {id(arg) for arg, spec in zip(args, func._schema.arguments, strict=False) if _is_written(spec)}
         strays = [x for x in strays if x.dim() > 0 or id(x) in written]
+    refuse_strays(str(func), strays, card)
+
+
+def refuse_strays(name: str, strays: Sequence[torch.Tensor], card: torch.device) -> None:
+    """Refuse any tensors on the CPU in an operator on the card."""
     if strays:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, {card} and {CPU}! "
-            f"(when calling {func})"
+            f"(when calling {name})"
         )
 
 

@@ -114,7 +114,7 @@ def run(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out one operator."""
     if is_composite(func):  # so they come in inference mode only
         with Operators():
-            return func.decompose(*args, **kwargs)
+            return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
     tensors = [x for x in _flat((*args, *kwargs.values())) if isinstance(x, torch.Tensor)]
     cards = [x for x in tensors if isinstance(x, OnCard)]
     device = kwargs.get("device")
@@ -127,8 +127,6 @@ def run(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is aten._local_scalar_dense.default:
         count_sync("item")
         return func(args[0].held)
-    if func is aten._fused_sdp_choice.default:
-        return 0  # attention in its plain form: the CPU has no kernel that is called as the card's is
     strays = [x for x in tensors if x.device == CPU]
     if strays and cards:
         refuse_mixture(func, args, strays, OnCard.card)

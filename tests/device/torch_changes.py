@@ -12,6 +12,7 @@ from torch.optim.optimizer import _foreach_supported_types as optimizer_types
 from torch.utils._device import _device_constructors
 from torch.utils._foreach_utils import _foreach_supported_types as other_types
 
+from tests.device.attention import attention
 from tests.device.counts import count_sync
 from tests.device.tensors import OnCard, Operators, default_generator, is_card, pinned
 
@@ -26,6 +27,7 @@ def change_torch(kind: str) -> None:
     _change_constructors()
     _change_tensors()
     _change_optimisers()
+    torch.nn.functional.scaled_dot_product_attention = attention
     # Parameters keep their identity when a module moves, as they do on a card. `.data` of another type cannot be set.
     torch.__future__.set_swap_module_params_on_conversion(True)
     _enter_everywhere()
@@ -55,6 +57,8 @@ def _change_cuda() -> None:
         "is_initialized": True,
         "device_count": 1,
         "current_device": 0,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
         "is_bf16_supported": True,
         "get_device_name": NAME,
         "get_device_capability": (9, 0),

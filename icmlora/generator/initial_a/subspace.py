@@ -15,11 +15,14 @@ make what is left of it longer, per kind and rank slot (`boosts`).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.initial_a.draw import InitialA, initial_factors
@@ -74,6 +77,52 @@ class InitialSubspace:
         ranks = torch.from_numpy(self.ranks_of(kind)).to(layer.device)[layer]  # (n,)
         rows = torch.arange(self.rows(kind), device=layer.device)
         return torch.where(rows < ranks[:, None], ranks.clamp_min(1)[:, None] ** -0.5, 0.0)
+
+
+class Bases(NamedTuple):
+    """The bases of n rows of values that belong to M modules: each row is multiplied by its module's, all at once.
+
+    `InitialSubspace` goes from layer to layer, and codes are decoded with its sums. These may differ in the last bit.
+    """
+
+    matrices: torch.Tensor  # orthonormal rows, zeros where nothing is known, shape (M, R, in)
+    place: torch.Tensor  # where a row stands among M modules of the same number of slots, int64, shape (n,)
+    slots: int  # that number
+
+    def project(self, values: torch.Tensor) -> torch.Tensor:
+        """Return Q x, shape (n, R), of rows of values (n, in)."""
+        return self._through(values, self.matrices.mT)
+
+    def expand(self, along: torch.Tensor) -> torch.Tensor:
+        """Return Q^T y, shape (n, in), of rows y of shape (n, R)."""
+        return self._through(along, self.matrices)
+
+    def _through(self, rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        padded = rows.new_zeros(len(matrices) * self.slots, rows.shape[1]).index_copy(0, self.place, rows)
+        product = padded.view(len(matrices), self.slots, rows.shape[1]) @ matrices
+        return product.flatten(0, 1).index_select(0, self.place)
+
+
+def bases_of(parts: Sequence[tuple[InitialSubspace, int, torch.Tensor, torch.Tensor]], inputs: int) -> Bases | None:
+    """Collect the bases of rows of the same number of inputs; None where no initial A is known.
+
+    Args:
+        parts: Subspace, kind, layer (n,) and slot (n,) of some of the rows; a module's rows are in one part, and next
+            to each other.
+        inputs: Number of inputs.
+    """
+    rank = max((subspace.rows(kind) for subspace, kind, _, _ in parts), default=0)
+    if not rank:
+        return None
+    slots = 1 + max(int(slot.max()) for _, _, _, slot in parts)
+    matrices, places, modules = [], [], 0
+    for subspace, kind, layer, slot in parts:
+        layers, module = torch.unique_consecutive(layer, return_inverse=True)
+        places.append((modules + module) * slots + slot)
+        modules += len(layers)
+        found = subspace.bases[kind][layers] if kind in subspace.bases else torch.zeros(len(layers), 0, inputs)
+        matrices.append(functional.pad(found, (0, 0, 0, rank - found.shape[1])))
+    return Bases(torch.cat(matrices), torch.cat(places), slots)
 
 
 def initial_subspace(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sensitivity) -> InitialSubspace:

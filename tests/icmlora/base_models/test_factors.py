@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.factors import added, factors_of
+from icmlora.base_models.factors import added, factors_of, side_by_side
+from icmlora.errors import BaseModelUnsuited
 
 X = torch.arange(6.0).reshape(2, 3)
 
@@ -53,3 +54,22 @@ def test_factors_of_another_precision_are_converted(model: nn.Sequential) -> Non
 def test_an_adapters_factors_are_those_of_its_modules() -> None:
     module = LoraModule("0", *pair())
     assert factors_of(Adapter("base", None, ("0",), (module,))) == {"0": (module.a, module.b)}
+
+
+def test_each_task_of_several_has_its_own_rows_whatever_its_rank_and_modules(model: nn.Sequential) -> None:
+    several = [
+        {"0": pair()},
+        {"0": (torch.randn(3, 3), torch.randn(4, 3)), "1": (torch.randn(2, 4), torch.randn(2, 2))},
+        {},
+    ]
+    x = torch.randn(6, 5, 3)
+    with side_by_side(model, several, 6):
+        together = model(x)
+    for factors, rows, found in zip(several, x.split(2), together.split(2), strict=True):
+        with added(model, factors):
+            torch.testing.assert_close(found, model(rows))
+
+
+def test_a_module_that_does_not_see_one_row_for_each_text_is_refused(model: nn.Sequential) -> None:
+    with side_by_side(model, [{"0": pair()}, {"0": pair()}], 4), pytest.raises(BaseModelUnsuited, match="row"):
+        model(torch.randn(20, 3))

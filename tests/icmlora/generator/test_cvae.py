@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from icmlora.generator.stack import stacked
 from icmlora.generator.tokens import tokenize
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 
@@ -14,7 +15,7 @@ from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 def test_condition_and_latent_fit_one_byte_each_whatever_the_vectors_are() -> None:
     net = codec().generator.net
     condition = net.embed({view: 1e6 * vector for view, vector in make_vectors(0).items()})
-    latent = net.posterior(tokenize(make_adapter(0), net.config, net.sensitivity), condition)
+    latent = net.posterior(stacked([tokenize(make_adapter(0), net.config, net.sensitivity)]), condition[None])
     mean, scale = net.latent_prior(condition)
     assert max(float(part.abs().max()) for part in (condition, latent, mean)) <= 127
     assert float(scale.min()) > 0
@@ -26,7 +27,8 @@ def test_the_posterior_does_not_see_the_signs_of_singular_vectors() -> None:
     condition = net.embed(make_vectors(0))
     tokens = tokenize(make_adapter(0), net.config, net.sensitivity)
     turned = tuple(dataclasses.replace(group, inputs=-group.inputs, outputs=-group.outputs) for group in tokens)
-    assert torch.equal(net.posterior(tokens, condition), net.posterior(turned, condition))
+    plain, other = (net.posterior(stacked([one]), condition[None]) for one in (tokens, turned))
+    assert torch.equal(plain, other)
 
 
 @torch.no_grad()

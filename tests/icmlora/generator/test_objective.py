@@ -10,10 +10,9 @@ import torch
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.generator import objective
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.objective import Bits, adapter_bits, prepare, water_level, worth_writing
+from icmlora.generator.objective import Bits, Objective, batched, prepare, water_level, worth_writing
 from icmlora.generator.tokens import KindTokens, tokenize
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import (
@@ -36,7 +35,8 @@ NOTHING = initial_subspace(None, CONFIG, WEIGHTS)
 def bits_of(
     net: CVAE, tokens: tuple[KindTokens, ...], vectors: Mapping[str, torch.Tensor], subspace: InitialSubspace
 ) -> Bits:
-    return adapter_bits(net, prepare(tokens, subspace, net.sensitivity, net.config.tolerance), vectors, noise())
+    adapter = prepare(tokens, subspace, net.sensitivity, net.config.tolerance)
+    return Objective(net).bits(batched(net.config, [adapter], [vectors], [noise()]))
 
 
 def noise() -> torch.Generator:
@@ -111,6 +111,7 @@ def test_the_step_scales_with_the_adapter() -> None:
     )
 
 
+@torch.no_grad()
 def test_an_adapter_of_zeros_costs_its_latent_and_nothing_else() -> None:
     net = codec().generator.net
     zeros = tokenize(with_factors(make_adapter(0), b=0.0), net.config, net.sensitivity)
@@ -129,11 +130,11 @@ def test_every_part_of_the_network_that_a_step_uses_gets_a_gradient() -> None:
 
 def test_a_slot_is_written_where_it_has_integers_or_is_predicted_well() -> None:
     (group, *_) = tokenize(make_adapter(0, rank=4), CONFIG, WEIGHTS)
-    zeros, ones = torch.zeros(len(group.norm), 3), torch.ones(len(group.norm), 3)
+    no, yes = torch.zeros(len(group.norm), dtype=torch.bool), torch.ones(len(group.norm), dtype=torch.bool)
     nothing = replace(group, inputs=0 * group.inputs, outputs=0 * group.outputs)
-    assert worth_writing(group, nothing, (ones, ones)).all()
-    assert not worth_writing(group, nothing, (zeros, ones)).any()
-    assert worth_writing(group, group, (zeros, zeros)).all()
+    assert worth_writing(group, nothing, yes, yes).all()
+    assert not worth_writing(group, nothing, no, yes).any()
+    assert worth_writing(group, group, no, no).all()
 
 
 def two_kinds_of_one_width() -> Adapter:
@@ -144,16 +145,47 @@ def two_kinds_of_one_width() -> Adapter:
     return Adapter(BASE, "CAUSAL_LM", target_modules(module.name for module in modules), modules)
 
 
-def test_kinds_of_the_same_widths_take_the_same_bits_together_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet = MemoryAdapterSource([[two_kinds_of_one_width()]])
+def test_adapters_take_the_same_bits_together_as_one_by_one() -> None:
+    fleet = MemoryAdapterSource([[two_kinds_of_one_width()], [make_adapter(1, rank=2)], [make_adapter(2, rank=3)]])
+    # One has both views, one has none, one has a view.
+    vectors = [make_vectors(0), {}, {"context": make_vectors(2)["context"]}]
+    net = begin(fleet, 1).net
+    nothing = initial_subspace(None, net.config, net.sensitivity)
+    adapters = [
+        prepare(tokenize(fleet.load(task, None), net.config, net.sensitivity), nothing, net.sensitivity, 0.1)
+        for task in range(3)
+    ]
     found = []
-    for _ in range(2):
-        net = begin(fleet, 1).net
-        tokens = tokenize(fleet.load(0, None), net.config, net.sensitivity)
-        bits = bits_of(net, tokens, make_vectors(0), initial_subspace(None, net.config, net.sensitivity))
-        bits.total.backward()
-        found.append([bits.total.detach(), *(value.grad for value in net.parameters() if value.grad is not None)])
-        monkeypatch.setattr(objective, "_alike", lambda tokens: [[group] for group in tokens])
+    for stacks in ([[0, 1, 2]], [[0], [1], [2]]):
+        net.zero_grad()
+        batches = [
+            batched(net.config, [adapters[i] for i in stack], [vectors[i] for i in stack], [noise() for _ in stack])
+            for stack in stacks
+        ]
+        bits = torch.cat([Objective(net).bits(batch).total for batch in batches])
+        bits.sum().backward()
+        found.append([bits.detach(), *(value.grad for value in net.parameters() if value.grad is not None)])
     assert len(found[0]) == len(found[1]) > 10
     for together, alone in zip(*found, strict=True):
-        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_which_different_initial_as_are_known_take_the_same_bits_together_as_one_by_one() -> None:
+    fleet, net = peft_fleet(), peft_codec().generator.net
+    initials = [fleet.initial(0), None, fleet.initial(2)]
+    assert initials[0] is not None
+    initials[0] = replace(initials[0], modules=initials[0].modules[:3])
+    adapters = [
+        prepare(
+            tokenize(fleet.load(task, None), net.config, net.sensitivity),
+            initial_subspace(initial, net.config, net.sensitivity),
+            net.sensitivity,
+            net.config.tolerance,
+        )
+        for task, initial in enumerate(initials)
+    ]
+    with torch.no_grad():
+        together = Objective(net).bits(batched(net.config, adapters, [{}] * 3, [noise() for _ in adapters]))
+        alone = [Objective(net).bits(batched(net.config, [one], [{}], [noise()])) for one in adapters]
+    for part, parts in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(part, torch.cat(parts), rtol=1e-5, atol=1e-3)

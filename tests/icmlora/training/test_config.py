@@ -59,6 +59,12 @@ def test_a_larger_fleet_is_trained_for_its_adapters(tasks: int, adapters: int, s
     assert TrainConfig.default(tasks, adapters) == TrainConfig(steps=steps)
 
 
+@pytest.mark.parametrize(("tasks", "draws"), [(4, 1_200), (20, 1_200), (1_000, 8_000)])
+def test_a_run_whose_steps_see_eight_adapters_has_at_least_150_of_them(tasks: int, draws: int) -> None:
+    assert TrainConfig.default(tasks, tasks, stacked=8).steps == draws
+    assert TrainConfig.default(tasks, tasks, stacked=8, steps=40).steps == 40
+
+
 @pytest.mark.parametrize("tasks", [1, 10, 100])
 def test_steps_that_were_asked_for_leave_everything_else_at_its_usual_value(tasks: int) -> None:
     assert TrainConfig.default(tasks, tasks, steps=7) == TrainConfig(steps=7)

@@ -237,7 +237,7 @@ def test_a_run_with_turns_that_is_resumed_equals_the_uninterrupted_one() -> None
 
 def test_a_step_sees_half_of_the_layers_of_each_kind_and_in_time_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_WHOLE", 0)
-    read = loop._Adapters(mixed_fleet(), begin(mixed_fleet(), 1).net, CPU)
+    read = loop._Adapters(mixed_fleet(), begin(mixed_fleet(), 1).net)
     seen: dict[int, set[int]] = {}
     for seed in range(20):
         for group in read(0, None, Random(seed)).tokens:
@@ -249,7 +249,7 @@ def test_a_step_sees_half_of_the_layers_of_each_kind_and_in_time_all_of_them(mon
 
 
 def test_a_step_sees_a_very_small_adapter_whole() -> None:
-    read = loop._Adapters(mixed_fleet(), begin(mixed_fleet(), 1).net, CPU)
+    read = loop._Adapters(mixed_fleet(), begin(mixed_fleet(), 1).net)
     assert read(0, None, Random(0)) is read(0, None, Random(1))
 
 

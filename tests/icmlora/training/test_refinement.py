@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +15,15 @@ from icmlora.base_models.causal_lm import CausalLM
 from icmlora.base_models.examples import plain
 from icmlora.base_models.factors import added
 from icmlora.base_models.modality import BaseModel
-from icmlora.errors import DataError
+from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.formats.folder import load_adapter
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.relaxed import RelaxedCode
-from icmlora.training.refinement import RefineConfig, items_for, refine
+from icmlora.training import teacher
+from icmlora.training.refinement import Refinable, RefineConfig, items_for, refine
 from tests.icmlora.tiny_base import LABEL, load_tiny_base, write_tiny_adapter
 
 TEXTS = ["a first text of the task", "another one, of another length", "the third"]
@@ -62,7 +65,8 @@ def refined(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes], confi
     codec, data = coded
     relaxed = RelaxedCode(codec, adapter, data)
     items = base.modality.prepare(base, plain(TEXTS), config.tokens, whole=True)
-    assert list(refine(relaxed, 0.4, base, adapter, items, config)) == list(range(1, config.steps + 1))
+    work = [Refinable(relaxed, 0.4, adapter, items)]
+    assert list(refine(work, base, config)) == list(range(1, config.steps + 1))
     return relaxed.to_code()
 
 
@@ -84,6 +88,42 @@ def test_a_higher_price_gives_a_smaller_code(base: BaseModel, adapter: Adapter, 
 
 def test_the_same_refinement_gives_the_same_code(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
     assert refined(base, adapter, coded) == refined(base, adapter, coded)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_codes_that_are_refined_together_are_those_that_are_refined_alone(
+    base: BaseModel, tmp_path: Path, by_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not by_rows:  # as the experts of a mixture, whose modules see the tokens that are sent to them
+        monkeypatch.setattr(teacher, "side_by_side", raising(BaseModelUnsuited("not by rows")))
+    adapters = [load_adapter(write_tiny_adapter(tmp_path / str(n), seed=n, strength=2.0)) for n in (1, 2)]
+    torch.manual_seed(0)
+    net = CVAE(config_for(LABEL, [adapter.layout for adapter in adapters], tasks=64, condition_size=0, quality=4))
+    codec = Codec(generator_from_bytes(generator_to_bytes(net)))
+    items = base.modality.prepare(base, plain(TEXTS), CONFIG.tokens, whole=True)
+
+    def opened() -> list[Refinable]:
+        codes = [codec.encode(adapter, {}, tolerance=0.4).data for adapter in adapters]
+        return [
+            Refinable(RelaxedCode(codec, adapter, code), 0.4, adapter, items)
+            for adapter, code in zip(adapters, codes, strict=True)
+        ]
+
+    together, alone = opened(), opened()
+    config = replace(CONFIG, steps=4)
+    assert len(list(refine(together, base, config))) == (4 if by_rows else 8)
+    for one in alone:
+        assert len(list(refine([one], base, config))) == 4
+    for first, second in zip(together, alone, strict=True):
+        for one, other in zip(first.relaxed.values, second.relaxed.values, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def raises(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return raises
 
 
 def test_the_base_model_is_left_as_it_was(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:

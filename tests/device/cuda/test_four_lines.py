@@ -1,0 +1,42 @@
+"""The four lines that this project was asked for, word for word, on the adapters in the repository."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Ran
+
+_ROOT = Path(__file__).parents[3]
+_ICM = (sys.executable, "-c", "from icm_cli.app import main; main()")
+
+
+def on_the_cpu(line: str, store: Path) -> None:
+    """Run a line of `icm` in a process without the stand-in."""
+    environment = os.environ | {"PYTHONPATH": str(_ROOT)}
+    subprocess.run([*_ICM, "--store", store, *line.split()], check=True, env=environment, capture_output=True)
+
+
+def bytes_of_codes(icm: Callable[..., Ran], *store: object) -> int:
+    return sum(task["code_size"] for task in icm(*store, "ls", "--json").document)
+
+
+def test_on_a_card_the_codes_take_as_many_bytes_as_on_the_cpu(
+    icm: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loras").symlink_to(_ROOT / "docs" / "example-fleet")
+    monkeypatch.chdir(tmp_path)
+
+    for line in ("ingest ./loras", "train --device cuda", "materialize rust -o adapter/", "stats"):
+        assert icm(*line.split()).code == 0
+
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    other = tmp_path / "other"
+    on_the_cpu("ingest ./loras", other)
+    on_the_cpu("train --device cpu", other)
+    assert bytes_of_codes(icm) == pytest.approx(bytes_of_codes(icm, "--store", other), rel=0.005)
