@@ -44,7 +44,7 @@ lint: $(READY)  ## run ruff and check the formatting and the direction of import
 types: $(READY)  ## run mypy --strict over the three packages
 	@$(BIN)/mypy
 
-gpu-check: $(READY)  ## run all that touches a device on an 8B-shaped base (0.3B on the CPU where there is no card)
+gpu-check: $(READY)  ## run all that touches a device: on a stand-in, then on an 8B-shaped base (0.3B without a card)
 	@$(BIN)/python -m tests.benchmarks.gpu_check
 
 ci: lint types test  ## run lint, types and test, as .ci/run does
