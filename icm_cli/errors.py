@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from enum import IntEnum
 
+from icmlora.io.memory import out_of_memory, ran_out
 from icmlora.io.text import escape_lines
 
 INTERRUPTED = "interrupted; finished work is kept"
@@ -133,6 +134,9 @@ def describe(error: BaseException) -> Failure:
         return Failure(code, _kind(error), _fact(error), getattr(error, "hint", None))
     if isinstance(error, OSError):
         return _from_system(error)
+    if ran_out(error):
+        found = out_of_memory(error)
+        return Failure(ExitCode.FAILED, _kind(found), found.message, found.hint)
     message = f"unexpected {type(error).__name__}: {error}"
     return Failure(ExitCode.FAILED, "unexpected", message, None, expected=False)
 

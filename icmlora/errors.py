@@ -10,6 +10,7 @@ registry.errors.IcmError     message, path, hint; catch it to catch everything t
     ├── BaseModelMismatch    the base model lacks a module of the adapter, or has it in another shape
     ├── BaseModelUnsuited    a base model of a kind that icm cannot run, such as an encoder
     ├── DeviceUnavailable    the machine does not have the device
+    ├── OutOfMemory          the memory of a card or of this machine ran out
     ├── GeneratorError       a generator that cannot be made, read or used as asked
     │   └── NotCovered       an adapter with a module, layer or rank that the generator does not cover
     ├── CodeError            a code that is damaged or belongs to another generator
@@ -85,6 +86,10 @@ class BaseModelUnsuited(IcmLoraError):
 
 class DeviceUnavailable(IcmLoraError):
     """The device that was asked for does not exist on this machine."""
+
+
+class OutOfMemory(IcmLoraError):
+    """The memory of a card or of this machine ran out; the hint says what takes less."""
 
 
 class GeneratorError(IcmLoraError):

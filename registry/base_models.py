@@ -24,7 +24,7 @@ from registry.database import Part
 from registry.errors import BaseModelConflict, LastCopy
 from registry.folder import with_reserve
 from registry.generators import find_current, must_cover_evicted
-from registry.names import UNKNOWN_BASE
+from registry.names import UNKNOWN_BASE, LoadIn
 from registry.rows import RowWriter, in_parts, table_of
 from registry.runs import finish_run
 
@@ -73,6 +73,7 @@ class BaseModels(Part):
                     tasks,
                     tuple(labels.get(row.id, ())),
                     row.loader,
+                    cast(LoadIn | None, row.load_in),
                 )
                 for row, tasks in session.execute(select(base, count).order_by(base.name))
             ]
@@ -82,11 +83,20 @@ class BaseModels(Part):
         with self._db.connection() as connection:
             return names_of(connection, [label])[label]
 
-    def set_path(self, name: str, path: str | None, *, loader: str | None = None) -> None:
-        """Record where a base model is on this machine, and what loads it if icm cannot; None forgets it."""
+    def set_path(
+        self, name: str, path: str | None, *, loader: str | None = None, load_in: LoadIn | None = None
+    ) -> None:
+        """Record where a base model is on this machine and how it is loaded; None forgets it.
+
+        Args:
+            name: any label of it.
+            path: where it is.
+            loader: what loads it, if icm cannot.
+            load_in: the few bits that its weights are loaded in; None for what the device suits.
+        """
         with self._db.write() as session:
             row = RowWriter(session, self._blobs).base_model(name)
-            row.path, row.loader = path, loader
+            row.path, row.loader, row.load_in = path, loader, load_in
 
     def set_facts(self, name: str, *, fingerprint: str, shape: records.Json) -> None:
         """Record what a base model turned out to be when it was loaded. Works on a full disk."""
@@ -134,7 +144,8 @@ class BaseModels(Part):
                 fact = f"{label!r} is not joined to a base model"
                 raise BaseModelConflict(fact, hint="`icm base ls` lists the labels of every base model")
             old, new = row.base_model, models.BaseModel(name=label, path=row.path)
-            new.loader = old.loader if row.path == old.path else None
+            if row.path == old.path:
+                new.loader, new.load_in = old.loader, old.load_in
             session.add(new)
             session.flush()
             task = models.Task
@@ -216,6 +227,8 @@ def _merge(
     _move(session, label, other, base)
     if base.path is None and other.loader is not None:  # a loader stays with its path
         base.path, base.loader = other.path, other.loader
+    if base.loader is None:
+        base.load_in = base.load_in or other.load_in
     if base.fingerprint is None:
         base.fingerprint, base.shape = other.fingerprint, other.shape
     session.flush()

@@ -198,12 +198,21 @@ def _to_schema_6(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN max_size INTEGER")
 
 
+def _to_schema_7(connection: Connection) -> None:
+    for table in ("base_models", "evaluations"):
+        connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN load_in INTEGER")
+    connection.exec_driver_sql("DROP INDEX one_row_per_evaluation")
+    key = "task_id, rung, coalesce(generator_id, -1), data_id, metric, coalesce(load_in, -1)"
+    connection.exec_driver_sql(f"CREATE UNIQUE INDEX one_row_per_evaluation ON evaluations ({key})")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _to_schema_2,
     _to_schema_3,
     _to_schema_4,
     _to_schema_5,
     _to_schema_6,
+    _to_schema_7,
 )
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 

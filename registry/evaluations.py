@@ -16,7 +16,7 @@ from registry.rows import document_row, final_if_unchanged, named_blob
 
 
 class Evaluations(Part):
-    """Measurements, one for each task, source, generator, text and metric."""
+    """Measurements, one for each task, source, generator, text, metric and few bits of the base model."""
 
     def add(
         self,
@@ -55,6 +55,7 @@ def record_evaluation(session: Session, new: records.NewEvaluation, now: str) ->
         evaluation.generator_id.is_not_distinct_from(new.generator_id),
         evaluation.data_id == data.id,
         evaluation.kind == _kind(new.metric),
+        evaluation.load_in.is_not_distinct_from(new.load_in),
     )
     session.execute(delete(evaluation).where(*same))
     session.add(
@@ -72,6 +73,7 @@ def record_evaluation(session: Session, new: records.NewEvaluation, now: str) ->
             settings=document_row(session, dict(new.settings)),
             created_at=now,
             score=None if new.metric == NLL else {"metric": new.metric, "others": dict(new.others)},
+            load_in=new.load_in,
         )
     )
     session.flush()
@@ -104,5 +106,6 @@ def latest(
     generator: records.GeneratorRecord,
 ) -> records.EvaluationRecord | None:
     """Return how a source does under a generator on the task's own held-out text, else the latest on any text."""
+    # The gain of an evicted original is known only in the precision that was measured before it went.
     rows = [row for row in evaluations if row.rung == rung and row.generator_id == generator.id]
-    return max(rows, key=lambda row: (row.data == task.eval_data, row.id), default=None)
+    return max(rows, key=lambda row: (row.data == task.eval_data, row.retained_gain is not None, row.id), default=None)

@@ -124,17 +124,28 @@ def _error() -> Expression:
 
 def gain() -> Expression:
     """Return the retained gain of what the row's task decodes to: code and residual, or the code."""
+    return _measured(Evaluation.retained_gain)
+
+
+def gain_settings() -> Expression:
+    """Return how that gain was measured."""
+    settings = select(Document.body).where(Document.id == Evaluation.settings_id).scalar_subquery()
+    return _measured(settings)
+
+
+def _measured(column: ColumnElement[Any] | InstrumentedAttribute[Any]) -> Expression:
     source = Evaluation.rung.type
     better = case((Code.residual_id.is_(None), literal("code", source)), else_=literal("residual", source))
-    found = select(Evaluation.retained_gain).select_from(Code)
+    found = select(column).select_from(Code)
     found = found.join(
         Evaluation, and_(Evaluation.task_id == Code.task_id, Evaluation.generator_id == Code.generator_id)
     )
-    # As `registry.evaluations.latest`: on the task's own text, else the latest on any.
+    # As `registry.evaluations.latest`: on the task's own text, else the latest on any; one with a gain if there is one.
     same = aliased(Task)  # SQLite cannot order by a column of the outer query
     found = found.where(Evaluation.rung == better).join(same, same.id == Code.task_id)
     own = func.coalesce(Evaluation.data_id == same.eval_id, 0)
-    return _current(found).order_by(own.desc(), Evaluation.id.desc()).limit(1).scalar_subquery()
+    order = own.desc(), Evaluation.retained_gain.is_not(None).desc(), Evaluation.id.desc()
+    return _current(found).order_by(*order).limit(1).scalar_subquery()
 
 
 def _tag() -> Expression:

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 from registry.errors import InvalidName
 
@@ -17,6 +18,9 @@ MAX_NAME = 128
 NLL = "nats per token"
 """The metric of a causal language model: its mean negative log-likelihood."""
 UNKNOWN_BASE = "unknown"  # the base model of adapters that name none
+LoadIn = Literal["nf4", "int8"]
+"""In what few bits the weights of a base model can be loaded; their order is part of the schema."""
+LOAD_IN = get_args(LoadIn)
 
 # Such a name means the same on every file system, in a URL and in a shell.
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

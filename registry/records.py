@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from registry.names import NLL
+from registry.names import LOAD_IN, NLL, LoadIn
 
 Json = Mapping[str, object]
 View = Literal["adapted", "context"]
@@ -65,6 +65,7 @@ class BaseModelRecord:
     tasks: int
     labels: tuple[LabelRecord, ...] = ()  # its other names
     loader: str | None = None  # MODULE:FUNCTION of what loads it, where the user said so
+    load_in: LoadIn | None = None  # the few bits that its weights are loaded in, where the user said so
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -199,6 +200,7 @@ class TaskSummary:
     vectors: int
     code: CodeRecord | None  # under the current generator
     gain: float | None  # retained gain of that code, with its residual if it has one
+    gain_precision: str | None = None  # of the base model that it was measured on, as in `NewEvaluation.precision`
 
 
 @dataclass(frozen=True)
@@ -348,7 +350,11 @@ class TrainRunRecord:
 
 @dataclass(frozen=True)
 class NewEvaluation(WithRelativeError):
-    """A measurement to be recorded; it replaces the earlier one of the same task, rung, generator, data and metric."""
+    """A measurement to be recorded.
+
+    It replaces the earlier one of the same task, rung, generator, data and metric. What was measured on a base model in
+    few bits, and in full precision, stand side by side.
+    """
 
     task: str
     rung: Rung
@@ -362,6 +368,17 @@ class NewEvaluation(WithRelativeError):
     settings: Json  # how it was measured
     metric: str = NLL
     others: Mapping[str, float] = field(default_factory=dict)  # further figures beside the metric, by name
+
+    @property
+    def precision(self) -> str | None:
+        """The precision of the base model, such as "float32" or "nf4"; None if whoever measured did not note it."""
+        found = self.settings.get("dtype")
+        return found if isinstance(found, str) else None
+
+    @property
+    def load_in(self) -> LoadIn | None:
+        """The few bits that the base model was loaded in; None for full precision."""
+        return next((few for few in LOAD_IN if few == self.precision), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The tables of schema 6, as SQLAlchemy classes.
+"""The tables of schema 7, as SQLAlchemy classes.
 
     base_models 1─n tasks 1─n adapters 1─n extras
          ├──n base_labels
@@ -33,6 +33,8 @@ from sqlalchemy import ForeignKey, Index, Integer, LargeBinary, String, UniqueCo
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from registry.names import LOAD_IN
 
 _START = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -206,6 +208,8 @@ class BaseModel(Base):
     shape: Mapped[Any | None]
     # Since schema 4. MODULE:FUNCTION of what loads the files at `path`, where icm cannot by itself.
     loader: Mapped[str | None]
+    # Since schema 7. The few bits that its weights are loaded in; NULL for what the device suits.
+    load_in: Mapped[str | None] = mapped_column(Choice(*LOAD_IN))
 
 
 class BaseLabel(Base):
@@ -437,6 +441,8 @@ class Evaluation(Base):
     created_at: Mapped[str] = mapped_column(Moment())
     # Since schema 3. The metric's name and further figures; NULL for the loss of a language model.
     score: Mapped[Any] = mapped_column(Packed(), nullable=True)
+    # Since schema 7. The few bits that the base model was loaded in, as `settings` has it too; NULL for full precision.
+    load_in: Mapped[str | None] = mapped_column(Choice(*LOAD_IN))
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     data: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
@@ -446,6 +452,7 @@ class Evaluation(Base):
         Index(
             "one_row_per_evaluation",
             *("task_id", "rung", text("coalesce(generator_id, -1)"), "data_id", "metric"),
+            text("coalesce(load_in, -1)"),
             unique=True,
         ),
     )

@@ -243,8 +243,8 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
     )
     from registry import listing
 
-    gains = session.execute(select(models.Task.id, listing.gain().label("gain")).where(models.Task.id.in_(ids)))
-    gain_of = {row.id: row.gain for row in gains}
+    measured = select(models.Task.id, listing.gain().label("gain"), listing.gain_settings().label("settings"))
+    gain_of = {row.id: row for row in session.execute(measured.where(models.Task.id.in_(ids)))}
     final_of = {row.task_id: adapter_record(row) for row in finals}
     code_of = {row.task_id: code_record(row) for row in codes}
     adapters = _counts(session, adapter, ids, adapter.evicted_at.is_(None), ~adapter.is_final)
@@ -260,7 +260,8 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
             evicted_checkpoints=evicted.get(task.id, 0),
             vectors=vectors.get(task.id, 0),
             code=code_of.get(task.id),
-            gain=gain_of[task.id],
+            gain=gain_of[task.id].gain,
+            gain_precision=(gain_of[task.id].settings or {}).get("dtype"),
         )
         for task in tasks
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,17 +55,38 @@ KeepOpt = Annotated[
 ]
 RemoveOpt = Annotated[bool, typer.Option("--remove", help="Make the labels base models of their own again.")]
 
+
+class Bits(StrEnum):
+    """In what few bits the linear layers of a base model can be loaded."""
+
+    NF4 = "nf4"
+    INT8 = "int8"
+
+
+LoadInOpt = Annotated[
+    Bits | None,
+    typer.Option(
+        "--load-in",
+        help="Load its linear layers in 4 or 8 bits, with bitsandbytes. Default: what the device suits.",
+        show_default=False,
+    ),
+]
+
 _COLUMNS = (Column("base model"), Column("tasks", right=True), Column("path", shrink=True))
 
 
 @command
-def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None) -> None:
+def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None, load_in: LoadInOpt = None) -> None:
     """Tell icm where the base model NAME is. This path is preferred to the Hugging Face cache.
 
     If the store has a base model with the same files, the two are joined, as `icm base alias` does.
 
+    With --load-in a base model takes a fraction of the memory, and is another one: task vectors, losses and retained
+    gains are measured on it as it is then, and say so. Without --load-in, the same command sets it back.
+
     Example:
       icm base add HuggingFaceTB/SmolLM2-135M-Instruct ./smollm2
+      icm base add meta-llama/Llama-3.1-8B ./llama-8b --load-in nf4
       icm base add nanodet-g ./nanodet --loader my_models:nanodet
     """
     from icmlora.fleet.base_joins import BaseJoined
@@ -76,10 +98,11 @@ def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None
             joined.append(event)
 
     with session.working("base add", listen) as fleet:
-        recorded = fleet.add_base_model(name, path, loader=loader)
-    document = {"name": name, "path": str(recorded), "loader": loader}
+        recorded = fleet.add_base_model(name, path, loader=loader, load_in=None if load_in is None else load_in.value)
+    document = {"name": name, "path": str(recorded), "loader": loader, "load_in": load_in}
     session.out.document(document | {"joined": [asdict(event) for event in joined]})
-    session.out.line(f"{name} is at {recorded}" + (f", loaded by {loader}" if loader else ""))
+    how = f", loaded by {loader}" if loader else f", loaded in {load_in}" if load_in else ""
+    session.out.line(f"{name} is at {recorded}{how}")
     for event in joined:
         session.out.note(joined_text(event))
 
@@ -142,6 +165,8 @@ def ls(session: Session) -> None:
         rows.append([base.record.name, str(base.record.tasks), str(base.path or "not found")])
         if base.record.loader is not None:
             rows.append(["", "", f"loaded by {base.record.loader}"])
+        if base.record.load_in is not None:
+            rows.append(["", "", f"loaded in {base.record.load_in}"])
         rows.extend([f"  {label.label}", "", _REASONS[label.reason]] for label in base.record.labels)
     session.out.table(_COLUMNS, rows)
     if any(base.path is None for base in bases):
@@ -168,6 +193,7 @@ def _document(base: KnownBase) -> dict[str, object]:
         "path": None if base.path is None else str(base.path),
         "alias": base.record.path,
         "loader": base.record.loader,
+        "load_in": base.record.load_in,
         "fingerprint": base.record.fingerprint,
         "problem": base.problem,
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from icm_cli.output import Column
 from icm_cli.session import Session
 from icm_cli.text import errors_json
+from icmlora.fleet.precision import gain_text
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _as_cells(bundle: Bundle, task: BundledTask) -> list[str]:
         human_size(bundle.original_size(task)),
         human_size(bundle.code_size(task)),
         "-" if error is None else f"{error:.4f}",
-        "-" if task.retained_gain is None else f"{task.retained_gain:.3f}",
+        gain_text(task.retained_gain, task.precision),
     ]
 
 
@@ -67,4 +68,5 @@ def _as_json(bundle: Bundle, task: BundledTask) -> dict[str, object]:
         "code_size": bundle.code_size(task),
         **errors_json(task.squared_error),
         "retained_gain": task.retained_gain,
+        "precision": task.precision,
     }

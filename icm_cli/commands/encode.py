@@ -21,6 +21,7 @@ from icm_cli.options import (
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
+from icmlora.fleet.precision import gain_text
 from icmlora.io.text import counted, human_size, parse_bytes, some
 
 if TYPE_CHECKING:
@@ -235,5 +236,5 @@ def _cells(task: TaskEncoded) -> list[str]:
         coded_size(task.size, task.residual_size),
         "-" if task.before is None else human_size(task.before),
         "-" if task.relative_error is None else f"{task.relative_error:.4f}",
-        "-" if task.retained_gain is None else f"{task.retained_gain:.4f}",
+        gain_text(task.retained_gain, task.precision, digits=4),
     ]

@@ -17,6 +17,7 @@ from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import errors_json
+from icmlora.fleet.precision import measured_in
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
@@ -147,13 +148,15 @@ def _print_tasks(session: Session, report: EvaluateReport) -> None:
         gain = report.gain_of(source)
         if gain is None:
             continue
-        session.out.event("mean", rung=source, tasks=gain.tasks, mean=gain.mean, worst=gain.worst)
+        figures = {"tasks": gain.tasks, "mean": gain.mean, "worst": gain.worst}
+        session.out.event("mean", rung=source, **figures, precisions=list(gain.precisions))
         session.out.line(
             f"retained gain of `{source}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} ({gain.worst_task})"
+            f"{measured_in(gain.precisions)}"
         )
     notes = {
         "no held-out text, so not measured": report.without_data,
-        "evicted before it was measured on this text, so the retained gain is unknown": report.without_original,
+        "evicted before it was measured like this, so the retained gain is unknown": report.without_original,
         "changed by another icm meanwhile, so not everything was recorded": report.outdated,
         "not measured, see the warnings above": [failure.task for failure in report.failed],
     }
@@ -162,6 +165,8 @@ def _print_tasks(session: Session, report: EvaluateReport) -> None:
             session.out.note(f"{text}: {', '.join(names)}")
     for note in report.notes:
         session.out.note(note)
+    if said := measured_in(task.precision for task in report.tasks):
+        session.out.note(f"measured on the base model in{said}")
 
 
 def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[str], with_gain: list[str]) -> None:
@@ -190,7 +195,8 @@ def _tell(session: Session, event: Event) -> None:
     if isinstance(event, TaskEvaluated):
         rungs = {source: _as_json(result) for source, result in event.sources.items()}
         others = {name: _baseline_as_json(result) for name, result in event.baselines.items()}
-        session.out.event("task", task=event.task, rungs=rungs, **({"baselines": others} if others else {}))
+        more = {"baselines": others} if others else {}
+        session.out.event("task", task=event.task, precision=event.precision, rungs=rungs, **more)
         if event.skipped is not None:
             session.out.detail(f"{event.task}: {event.skipped}")
 

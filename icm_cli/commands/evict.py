@@ -13,6 +13,7 @@ from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, WorkersOpt, gain
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
+from icmlora.fleet.precision import gain_text
 from icmlora.io.text import counted, human_size, some
 
 if TYPE_CHECKING:
@@ -253,6 +254,6 @@ def _cells(task: TaskEvicted) -> dict[str, str]:
         "freed": human_size(task.freed) if task.adapters else "-",
         "code": coded_size(task.code_size, task.residual_size),
         "relative error": "-" if task.relative_error is None else f"{task.relative_error:.4f}",
-        "retained gain": "-" if task.retained_gain is None else f"{task.retained_gain:.4f}",
+        "retained gain": gain_text(task.retained_gain, task.precision, 4),
         "freed in folder": human_size(task.freed_in_folders) if task.freed_in_folders else "-",
     }

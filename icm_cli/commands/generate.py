@@ -12,6 +12,7 @@ from icm_cli.errors import Interrupted
 from icm_cli.options import BaseModelOpt, DeviceOpt, ForceOpt
 from icm_cli.session import Session, command
 from icmlora.errors import Cancelled
+from icmlora.fleet.precision import measured_in
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
             "rank": done.rank,
             "base_nats_per_token": done.base_nats,
             "nats_per_token": done.nats,
+            "precision": done.precision,
             "nearest": [{"task": one.task, "distance": one.distance} for one in _nearest(known)],
             "farther_than": None if known is None else known.farther_than,
             "outside": None if known is None else known.is_outside,
@@ -147,7 +149,7 @@ def _tell(session: Session, done: Generated, rank: int | None) -> None:
     if rank is not None and done.rank < rank:
         out.note(f"the adapter has rank {done.rank}, less than the requested {rank}: it has no more directions")
     losses = f"{done.base_nats:.3f} without the adapter, {done.nats:.3f} with it"
-    out.note(f"nats per token on these samples: {losses}")
+    out.note(f"nats per token on these samples: {losses}{measured_in([done.precision])}")
     _tell_familiarity(session, known)
     if done.code_size is not None:
         size = human_size(done.code_size)

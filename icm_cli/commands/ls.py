@@ -12,6 +12,7 @@ from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import coded_size, errors_json
+from icmlora.fleet.precision import gain_text
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _original(row: TaskSummary) -> str:
 
 
 def _gain(row: TaskSummary) -> str:
-    return "" if row.gain is None else f"{row.gain:.3f}"
+    return gain_text(row.gain, row.gain_precision, missing="")
 
 
 def _error(row: TaskSummary) -> str:
@@ -143,6 +144,7 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "code_size": None if row.code is None else row.code.size,
         "residual_size": None if row.code is None or row.code.residual is None else row.code.residual.size,
         "retained_gain": row.gain,
+        "precision": row.gain_precision,
         **errors_json(None if row.code is None else row.code.best_squared_error),
         "created_at": row.task.created_at,
     }

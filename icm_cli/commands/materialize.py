@@ -13,6 +13,7 @@ import typer
 from icm_cli.errors import UsageProblem
 from icm_cli.options import DeviceOpt, ForceOpt, FromOpt, LoaderOpt, SeedOpt, completing
 from icm_cli.session import Session, command
+from icmlora.fleet.precision import measured_in
 
 if TYPE_CHECKING:
     from icmlora.fleet.materialize import MaterializeReport
@@ -260,6 +261,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
             "relative_error": done.relative_error,
             "squared_error": done.squared_error,
             "retained_gain": done.retained_gain,
+            "precision": done.precision,
             "weights": done.weights,
             "recognized": done.recognized,
             "left_out": list(done.left_out),
@@ -270,6 +272,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
     if done.source == "original":
         known = []  # nothing was lost
     figures = "".join(f", {name} {value:.4f}" for name, value in known if value is not None)
+    figures += measured_in([done.precision]) if known and done.retained_gain is not None else ""
     origin = _FROM[done.source]
     if done.converted:
         name = done.adapter_format

@@ -13,6 +13,7 @@ from icm_cli.options import DryRunOpt, FromOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
+from icmlora.fleet.precision import gain_text
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ def _tell_refused(out: Output, refused: list[AdapterRestored]) -> None:
 def _cells(adapter: AdapterRestored) -> list[str]:
     source = "was still there" if adapter.status == "complete" else _FROM[adapter.source or "original"]
     lossy = adapter.source != "original"
-    figures = (adapter.relative_error, adapter.retained_gain) if lossy else (None, None)
-    numbers = ["-" if figure is None else f"{figure:.4f}" for figure in figures]
+    error, gain = (adapter.relative_error, adapter.retained_gain) if lossy else (None, None)
+    numbers = ["-" if error is None else f"{error:.4f}", gain_text(gain, adapter.precision, 4)]
     return [_shown(adapter.path), adapter.task or "-", source, human_size(adapter.size), *numbers]
 
 

@@ -13,6 +13,7 @@ from icm_cli.session import Session, command
 from icm_cli.text import as_fields, groups_json
 from icmlora.fleet.bill_text import limits_text
 from icmlora.fleet.metric_result import MetricResult
+from icmlora.fleet.precision import gain_text, measured_in
 from icmlora.formats.header_notes import header_notes
 from icmlora.io.text import counted, escape, human_percent, human_size
 
@@ -198,10 +199,10 @@ def _print_errors(session: Session, groups: Sequence[GroupError]) -> None:
 def _evaluation_cells(details: TaskDetails, entry: EvaluationRecord, names: Sequence[str]) -> list[str]:
     figures = MetricResult.of(entry).figures
     return [
-        entry.rung,
+        f"{entry.rung}{measured_in([entry.precision])}",
         "held-out" if entry.data == details.task.eval_data else entry.data[:12],
         *("-" if figures.get(name) is None else f"{figures[name]:.4g}" for name in names),
-        "-" if entry.retained_gain is None else f"{entry.retained_gain:.3f}",
+        gain_text(entry.retained_gain, entry.precision),
         "-" if entry.relative_error is None else f"{entry.relative_error:.3f}",
     ]
 

@@ -12,6 +12,7 @@ from icm_cli.output import Column, Output
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
 from icmlora.fleet.bill_text import disk_lines, saving_text, shortfalls
+from icmlora.fleet.precision import gain_text, measured_in
 from icmlora.io.text import counted, human_percent, human_size
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _task_cells(task: TaskBill) -> list[str]:
         human_size(task.extras_bytes),
         human_percent(size / task.bf16_size if size is not None and task.bf16_size else None),
         "-" if task.relative_error is None else f"{task.relative_error:.3f}",
-        "-" if task.retained_gain is None else f"{task.retained_gain:.3f}",
+        gain_text(task.retained_gain, task.precision),
     ]
 
 
@@ -155,7 +156,7 @@ def _mean_and_worst(found: Spread | None, fleet: BaseModelBill) -> str:
     if found is None:
         return "not measured"
     missing = "" if found.tasks == len(fleet.tasks) else f" ({counted(found.tasks, 'task')})"
-    return f"{found.mean:.3f} / {found.worst:.3f}{missing}"
+    return f"{found.mean:.3f} / {found.worst:.3f}{measured_in(found.precisions)}{missing}"
 
 
 def _as_json(found: Bill) -> dict[str, object]:

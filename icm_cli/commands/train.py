@@ -35,6 +35,7 @@ from icm_cli.output import Output
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
 from icmlora.errors import OtherProcessFailed
+from icmlora.fleet.precision import measured_in
 from icmlora.io.text import counted, human_duration, human_size
 from icmlora.training.ranks import launched
 
@@ -311,7 +312,7 @@ def _sum_up_few_shot(session: Session, trained: FewShotTrained) -> None:
     session.out.line(f"few-shot start for {trained.base_model}: {size}, from {tasks}")
     gain = f"{1 - trained.loss:.2f} of the gain of their own adapters, on samples that were held out"
     took = f"{counted(trained.episodes, 'episode')} in {human_duration(trained.seconds)}"
-    session.out.note(f"{took}; known tasks reach {gain}")
+    session.out.note(f"{took}; known tasks reach {gain}{measured_in([trained.precision])}")
 
 
 def _evaluate(session: Session, made: _Made, options: dict[str, Any]) -> bool:

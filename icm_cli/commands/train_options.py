@@ -73,7 +73,8 @@ StepsOpt = Annotated[
         "--steps",
         metavar="N",
         min=1,
-        help="Optimiser steps. Default: 20 per task, at least 200; from 16 tasks on 10 per adapter, 500 to 20,000.",
+        help="Adapters to draw, one a step on a CPU. Default: 20 per task, at least 200; from 16 tasks on 8 per adapter, "
+        "1,000 to 20,000. More on a card for small fleets, whose steps see eight adapters.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),

@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+
+import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError
@@ -121,6 +123,10 @@ def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
     try:
         for name, value in adapter.values.items():
             owner, child, old = _tensor(base, name)
+            if value.is_floating_point() and not old.is_floating_point():
+                fact = f"{name}, which the adapter replaces, is loaded in {base.load_in} in base model {base.label!r}"
+                hint = "`icm base add NAME PATH` without --load-in loads it in full precision"
+                raise BaseModelMismatch(fact, hint=hint)
             is_larger = _may_grow(base, owner) and old.shape[1:] == value.shape[1:]
             if not (old.shape == value.shape or is_larger or name in base.made_up):
                 fact = f"{name} has the shape {list(value.shape)}, in base model {base.label!r} it is {list(old.shape)}"

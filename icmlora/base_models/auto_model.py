@@ -93,8 +93,8 @@ class AutoModality:
         """Load model and processor, by default on the CPU."""
         from icmlora.base_models.load import base_of, load_auto
 
-        def network(dtype: torch.dtype) -> Loaded:
-            return load_auto(found, self.name, self.auto_class, self.processor_class, dtype)
+        def network(device: torch.device, dtype: torch.dtype) -> Loaded:
+            return load_auto(found, self.name, self.auto_class, self.processor_class, device, dtype)
 
         return base_of(found, self, network, device, dtype, fingerprint)
 
@@ -233,11 +233,10 @@ def _batches(items: Sequence[Inputs], most: int) -> Iterator[Sequence[Inputs]]:
 def _run(base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False, **options: Any) -> Any:
     import torch
 
-    dtype = next(base.model.parameters()).dtype
     tensors = {}
     for name in items[0].tensors:
         value = torch.cat([item.tensors[name] for item in items]).to(base.device)
         if value.is_floating_point():  # pixels and sound; token ids get their gradients at the embeddings
-            value = value.to(dtype).requires_grad_(from_leaf)
+            value = value.to(base.input_dtype).requires_grad_(from_leaf)
         tensors[name] = value
     return base.model(**tensors, **options)

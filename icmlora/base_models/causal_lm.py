@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.adapter_template import render_in_child
@@ -71,7 +72,7 @@ class CausalLM:
         """Load model and tokenizer, by default on the CPU."""
         from icmlora.base_models.load import base_of, load_network
 
-        return base_of(found, self, lambda dtype: load_network(found, dtype), device, dtype, fingerprint)
+        return base_of(found, self, partial(load_network, found), device, dtype, fingerprint)
 
     def example(self, row: Mapping[str, Any]) -> Example | Chat:
         """Read text, prompt and completion, or a chat."""
@@ -164,8 +165,9 @@ class CausalLM:
         from icmlora.base_models.likelihood import nll
         from icmlora.io.devices import texts_at_once
 
-        batch = texts_at_once(base.device)
-        return nll(base.model, base.tokenizer, examples, max_tokens=base.within(limit), batch_size=batch)
+        device, limit = base.device, base.within(limit)
+        batch = texts_at_once(device)
+        return nll(base.model, base.tokenizer, examples, max_tokens=limit, batch_size=batch, device=device)
 
 
 def _plain(example: Example | Chat, template: ChatTemplate) -> Example | Chat:

@@ -111,13 +111,17 @@ def nll(
     *,
     max_tokens: int = 256,
     batch_size: int = 1,
+    device: torch.device | None = None,
 ) -> NllResult:
     """Score examples by teacher forcing; only completions and the assistant's turns, where there are such."""
-    # Of a prompt the last tokens that fit are read. A batch size above 1 pays on accelerators only.
+    # Of a prompt the last tokens that fit are read. A batch size above 1 pays on accelerators only. `device` is where
+    # inputs go, if weights are elsewhere too.
     scored = tokenized(tokenizer, examples, max_tokens)
     # Summed in input order, whatever the batches were.
     starts = range(0, len(scored), batch_size)
-    nats = math.fsum(value for start in starts for value in _batch_nats(model, scored[start : start + batch_size]))
+    place = device or model.device
+    batches = (scored[start : start + batch_size] for start in starts)
+    nats = math.fsum(value for batch in batches for value in _batch_nats(model, batch, place))
     spelled = (tokenizer.decode(run, clean_up_tokenization_spaces=False) for item in scored for run in _runs(item))
     return NllResult(
         nats=nats,
@@ -201,8 +205,8 @@ def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> tuple[
     return ids, marks
 
 
-def _batch_nats(model: Any, batch: Sequence[Scored]) -> list[float]:
-    ids, mask = padded([item.ids for item in batch], model.device)  # padding is never a target
+def _batch_nats(model: Any, batch: Sequence[Scored], device: torch.device) -> list[float]:
+    ids, mask = padded([item.ids for item in batch], device)  # padding is never a target
     with torch.inference_mode():
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (batch, length, vocabulary)
         losses = [_row_losses(row, item) for row, item in zip(logits, batch, strict=True)]

@@ -17,8 +17,13 @@ from transformers.utils import logging as transformers_logging
 from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import FoundBase
 from icmlora.base_models.modality import BaseModel, Modality
-from icmlora.errors import BaseModelNotFound
+from icmlora.base_models.placement import placement, smaller
+from icmlora.base_models.quantised import HEADS, settle
+from icmlora.errors import BaseModelNotFound, IcmLoraError
 from icmlora.io.devices import inference_dtype
+from icmlora.io.memory import free, ran_out
+
+_CAUSAL = "causal language model"
 
 
 @dataclass(frozen=True)
@@ -30,37 +35,53 @@ class Loaded:
     made_up: frozenset[str]
 
 
-def load_auto(found: FoundBase, kind: str, auto_class: str, processor_class: str, dtype: torch.dtype) -> Loaded:
-    """Load a folder with one of transformers' Auto classes; a head that its files lack is made of zeros."""
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+def load_auto(
+    found: FoundBase,
+    kind: str,
+    auto_class: str,
+    processor_class: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[str, ...] = HEADS,
+) -> Loaded:
+    """Load a folder with one of transformers' Auto classes; one of the heads that its files lack is made of zeros."""
     with quiet_loading(found, kind):
         # The library would fill missing weights with random numbers and only warn.
+        placed = placement(found, auto_class, device, dtype)
         loaded: Any = getattr(transformers, auto_class).from_pretrained(
-            found.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            found.path, use_safetensors=True, output_loading_info=True, **placed, **_OFFLINE
         )
         model, report = loaded
         missing = sorted(report["missing_keys"])
-        if stray := [name for name in missing if not name.startswith(_HEADS)]:
+        if stray := [name for name in missing if not name.startswith(heads)]:
             raise ValueError(f"its weight files lack {stray[0]!r} (and {len(stray) - 1} more)")
         for name in missing:
             torch.nn.init.zeros_(model.get_parameter(name))
-        processor = getattr(transformers, processor_class).from_pretrained(found.path, **options)
+        if "device_map" not in placed:
+            model.to(device)
+        processor = getattr(transformers, processor_class).from_pretrained(found.path, **_OFFLINE)
+    if found.load_in is not None:
+        settle(model)
     return Loaded(model, processor, frozenset(missing))
+
+
+_OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def base_of(
     found: FoundBase,
     modality: Modality[Any, Any],
-    network: Callable[[torch.dtype], Loaded],
+    network: Callable[[torch.device, torch.dtype], Loaded],
     device: torch.device | None,
     dtype: torch.dtype | None,
     fingerprint: str | None,
 ) -> BaseModel:
     """Load a network, by default on the CPU and in the precision that suits it, and make a base model of it."""
     device = device or torch.device("cpu")
-    loaded = network(dtype or inference_dtype(device))
+    precision = dtype or inference_dtype(device)
+    loaded = network(device, precision if found.load_in is None else torch.bfloat16)
     # Frozen, or every backward pass would keep a gradient as large as the model; no dropout.
-    loaded.model.requires_grad_(False).train(False).to(device)
+    loaded.model.requires_grad_(False).train(False)
     return BaseModel(
         label=found.label,
         model=loaded.model,
@@ -71,18 +92,18 @@ def base_of(
         layers=_layers(loaded.model.config),
         positions=positions_of(loaded.model),
         made_up=loaded.made_up,
+        load_in=found.load_in,
     )
 
 
-_HEADS = ("classifier.", "score.", "classification_head.", "pre_classifier.", "pooler.", "bert.pooler.")
-"""Where transformers' classifiers have what a base model without a head lacks."""
-
-
-def load_network(found: FoundBase, dtype: torch.dtype) -> Loaded:
+def load_network(found: FoundBase, device: torch.device, dtype: torch.dtype) -> Loaded:
     """Load a causal language model from a Hugging Face folder or a GGUF file."""
+    if not found.is_gguf:
+        return load_auto(found, _CAUSAL, "AutoModelForCausalLM", "AutoTokenizer", device, dtype, heads=())
     with quiet_loading(found):
-        network = load_gguf(found.path, dtype) if found.is_gguf else _load_folder(found.path, dtype)
-    return Loaded(*network, frozenset())
+        model, tokenizer = load_gguf(found.path, dtype)
+        model.to(device)  # type: ignore[arg-type]  # the stub wants a string
+    return Loaded(model, tokenizer, frozenset())
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -101,9 +122,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 
 @contextmanager
-def quiet_loading(
-    found: FoundBase, kind: str = "causal language model", library: str = "transformers"
-) -> Iterator[None]:
+def quiet_loading(found: FoundBase, kind: str = _CAUSAL, library: str = "transformers") -> Iterator[None]:
     """Load in the block without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -111,7 +130,13 @@ def quiet_loading(
         # The GGUF reader draws its own bar on stderr whatever the library's setting is.
         with redirect_stderr(io.StringIO()):
             yield
+    except IcmLoraError:
+        raise
     except Exception as error:
+        if ran_out(error):
+            free(error)
+            fact = f"base model {found.label!r} does not fit into memory"
+            raise BaseModelNotFound(fact, path=found.path, hint=smaller(found)) from error
         # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelNotFound(
@@ -122,20 +147,6 @@ def quiet_loading(
     finally:
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _load_folder(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    # The stub does not know the pair that output_loading_info gives.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-    )
-    model, report = loaded
-    # The library would fill missing weights with random numbers and only warn.
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"its weight files lack {missing[0]!r} (and {len(missing) - 1} more)")
-    return model, AutoTokenizer.from_pretrained(path, **options)
 
 
 # What configurations call the number of positions that a model was made for.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
-from registry.names import split_label
+from registry.names import LoadIn, split_label
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,6 +36,7 @@ class FoundBase:
     loader: str | None = None  # MODULE:FUNCTION of what loads it, where transformers does not
     task_type: str | None = None  # PEFT's, of its adapters: "SEQ_CLS" puts a classifier's head on a language model
     is_pipeline: bool = False  # of diffusers, whose networks are in folders of their own
+    load_in: LoadIn | None = None  # the few bits that its weights are to be loaded in; None for what the device suits
 
     @property
     def is_gguf(self) -> bool:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.examples import Examples
     from icmlora.base_models.lookup import FoundBase
     from icmlora.base_models.prompts import Prompt
+    from registry.names import LoadIn
 
 Example = TypeVar("Example")
 """One line of `samples.jsonl` or `eval.jsonl`."""
@@ -90,6 +91,7 @@ class BaseModel:
         layers: Number of its layers.
         positions: The longest text that it can read, in tokens; None where there is no limit.
         made_up: Parameters that its files lack and that are zero: the head of a classifier that adapters bring.
+        load_in: The few bits that its linear layers are in; None where all weights are in full precision.
     """
 
     label: str
@@ -101,6 +103,7 @@ class BaseModel:
     layers: int
     positions: int | None = None
     made_up: frozenset[str] = frozenset()
+    load_in: LoadIn | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -113,14 +116,21 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        """Where its inputs go."""
+        from icmlora.base_models.placement import main_device
+
+        return main_device(self.model)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Precision of its inputs that are not token ids, and of what its layers compute."""
+        dtype: torch.dtype = next(one.dtype for one in self.model.parameters() if one.is_floating_point())
+        return dtype
 
     @property
     def dtype(self) -> str:
-        """Precision of its weights, as "float32" or "bfloat16"."""
-        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        """Precision of its weights, as "float32", "bfloat16" or "nf4"; every figure measured on it names this."""
+        return self.load_in or str(self.input_dtype).removeprefix("torch.")
 
 
 class Modality(Protocol[Example, Item]):
@@ -158,7 +168,8 @@ class Modality(Protocol[Example, Item]):
         Args:
             found: Where it is.
             device: Where to put it.
-            dtype: Precision of the weights; None for what suits the device.
+            dtype: Precision of the weights; None for what suits the device. A base model that is to be loaded in few
+                bits has one precision for all purposes, whatever is asked for here.
             fingerprint: Its fingerprint; None to compute it, which reads every weight file.
 
         Raises:

@@ -158,6 +158,8 @@ def _is_plain_convolution(module: nn.Module | None) -> bool:
 def _renamed(model: nn.Module, names: Sequence[str]) -> Mapping[str, str]:
     """Translate names of modules with the tables by which PEFT loads adapters of earlier versions of transformers."""
     import torch
+
+    import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +92,10 @@ class ObjectDetection(AutoModality):
         for item in items:
             assert isinstance(item, Detection)
             assert item.wanted is not None
-            pixels = item.tensors["pixel_values"].to(base.device, next(base.model.parameters()).dtype)
+            pixels = item.tensors["pixel_values"].to(base.device, base.input_dtype)
             wanted = {name: value.to(base.device) for name, value in item.wanted.items()}
-            losses.append(base.model(pixel_values=pixels.requires_grad_(), labels=[wanted]).loss)
+            with _loss_in_float32(base.model):
+                losses.append(base.model(pixel_values=pixels.requires_grad_(), labels=[wanted]).loss)
         return torch.stack(losses).sum()
 
     def item_loss(self, item: Inputs, logits: torch.Tensor) -> None:
@@ -107,7 +108,7 @@ class ObjectDetection(AutoModality):
         found = []
         for example in examples:
             item = self.inputs(base, example, limit)
-            pixels = item.tensors["pixel_values"].to(base.device, next(base.model.parameters()).dtype)
+            pixels = item.tensors["pixel_values"].to(base.device, base.input_dtype)
             with torch.inference_mode():
                 outputs = base.model(pixel_values=pixels)
             size = [(item.height, item.width)]
@@ -115,6 +116,27 @@ class ObjectDetection(AutoModality):
             found.append(Found(**{name: value.float().cpu() for name, value in seen.items()}))
         labels = [[label_number(base, label) for label in example.labels] for example in examples]
         return mean_average_precision(examples, labels, found)
+
+
+@contextmanager
+def _loss_in_float32(model: Any) -> Iterator[None]:
+    """Let a detector compute its training loss in float32 in the block: torch has no distances in bfloat16."""
+    usual = model.loss_function
+
+    def loss(*arguments: Any, **named: Any) -> Any:
+        return usual(*map(_wide, arguments), **{name: _wide(value) for name, value in named.items()})
+
+    model.loss_function = loss
+    try:
+        yield
+    finally:
+        model.loss_function = usual
+
+
+def _wide(value: Any) -> Any:
+    import torch
+
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def scene_of(row: Mapping[str, Any]) -> Scene:

@@ -155,6 +155,8 @@ def rmse(one: Pixels, other: Pixels) -> float:
 
 
 def _diffusers() -> Any:
+    import icmlora.io.quiet_bitsandbytes  # noqa: F401
+
     try:
         import diffusers
         import PIL  # noqa: F401

@@ -125,6 +125,12 @@ class BundledTask:
         return None if self.measured is None else self.measured.retained_gain
 
     @property
+    def precision(self) -> str | None:
+        """Precision of the base model that the gain was measured on, as far as the bundle says."""
+        found = None if self.measured is None else self.measured.settings.get("dtype")
+        return found if isinstance(found, str) else None
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The parts that belong to this task."""
         card = () if self.card is None else (self.card,)

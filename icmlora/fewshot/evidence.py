@@ -81,14 +81,17 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     # model's own switch would need training mode, which turns dropout on.
     is_ample = next(model.parameters()).device.type in _AMPLE
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    changed = [] if is_ample else layers
+    # A layer has a method of its own where accelerate has spread the model over several devices.
+    changed = {} if is_ample else {layer: layer.__dict__.get("forward") for layer in layers}
     for layer in changed:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for layer in changed:
+        for layer, own in changed.items():
             del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 @contextmanager

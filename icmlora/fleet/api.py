@@ -173,7 +173,7 @@ class Fleet(FleetOriginals):
             quality: 1 (smallest codes) to 8 (most accurate); by default that of the current generator, at first 4.
             tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is.
             width: Hidden width of a new generator's decoder; by default it depends on the number of tasks.
-            steps: Optimiser steps; by default they depend on the number of tasks and adapters.
+            steps: Adapters to draw; by default it depends on the number of tasks and adapters, and on the device.
             learning_rate: Peak learning rate.
             seed: Seed for all random numbers: the same seed on the same machine gives the same bytes.
             resume: Resume a training that was stopped.
@@ -213,7 +213,7 @@ class Fleet(FleetOriginals):
             base_model: Update only the generator of this base model.
             quality: Of the new codes: 1 (smallest) to 8 (most accurate); by default that of the first training.
             tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is.
-            steps: Optimiser steps; by default they depend on the number of new tasks.
+            steps: Adapters to draw; by default it depends on the number of new tasks, and on the device.
             learning_rate: Peak learning rate.
             seed: Seed for all random numbers.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.generators import Forgotten, GeneratorVersion, RolledBack
     from icmlora.fleet.maintenance import Check, Finding, PruneReport
     from icmlora.fleet.map import MapReport
-    from icmlora.fleet.records import GeneratorRecord, Joined, Separated, TaskRecord, TaskSummary, View
+    from icmlora.fleet.records import GeneratorRecord, Joined, LoadIn, Separated, TaskRecord, TaskSummary, View
     from icmlora.fleet.report.report import ReportSummary
     from icmlora.fleet.tasks import Removal, TaskDetails
 
@@ -178,7 +178,9 @@ class StoredFleet:
 
         return list_base_models(self._context)
 
-    def add_base_model(self, name: str, path: str | Path, *, loader: str | None = None) -> Path:
+    def add_base_model(
+        self, name: str, path: str | Path, *, loader: str | None = None, load_in: LoadIn | None = None
+    ) -> Path:
         """Record where a base model is; this comes before the Hugging Face cache. Creates the store if there is none.
 
         A base model with equal files is joined to it, which `on_event` is told.
@@ -188,16 +190,20 @@ class StoredFleet:
             path: A Hugging Face model folder or a `.gguf` file; anything if there is a loader.
             loader: `MODULE:FUNCTION` of a function marked with `icmlora.base_model_loader`, for a base model that
                 transformers does not load.
+            load_in: "nf4" or "int8": load the linear layers in 4 or 8 bits, with bitsandbytes. Everything is then
+                measured on that, and says so. None, also for a known base model, means what the device suits.
 
         Returns:
             The absolute path.
 
         Raises:
-            BaseModelNotFound: The path does not hold a base model that can be loaded, or there is no such loader.
+            BaseModelNotFound: The path does not hold a base model that can be loaded, there is no such loader, or
+                bitsandbytes is not installed.
+            BaseModelUnsuited: It is of a kind that cannot be loaded in few bits.
         """
         from icmlora.fleet.base_models import add_base_model
 
-        return add_base_model(self._context, name, Path(path), loader)
+        return add_base_model(self._context, name, Path(path), loader, load_in)
 
     def forget_base_model(self, name: str) -> None:
         """Forget where the base model `name` is; `BaseModelNotFound` if it is unknown. Adapters and files stay."""

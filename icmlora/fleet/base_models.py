@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.custom_model import find_loader
 from icmlora.base_models.fingerprint import is_same_model
 from icmlora.base_models.labels import typed_label
 from icmlora.base_models.lookup import FoundBase, inspect_base
+from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound
 from icmlora.fleet.base_joins import BaseJoined
 from icmlora.fleet.context import Context, find_recorded
 from registry.errors import BaseModelConflict
+from registry.names import LoadIn
 from registry.records import BaseModelRecord, JoinReason
 
 if TYPE_CHECKING:
@@ -38,13 +41,19 @@ def list_base_models(context: Context) -> list[KnownBase]:
         return [_locate(record) for record in store.base_models.all()]
 
 
-def add_base_model(context: Context, name: str, path: Path, loader: str | None = None) -> Path:
-    """Record where a base model is and what loads it, and create the store if there is none."""
-    found = inspect_base(name, path.expanduser().absolute(), loader)
+def add_base_model(
+    context: Context, name: str, path: Path, loader: str | None = None, load_in: LoadIn | None = None
+) -> Path:
+    """Record where a base model is and how it is loaded, and create the store if there is none."""
+    found = replace(inspect_base(name, path.expanduser().absolute(), loader), load_in=load_in)
+    # What cannot be used is told now.
+    check_load_in(found)
     if loader is not None:
-        find_loader(name, loader)  # one that cannot be used is told now
+        find_loader(name, loader)
+    if load_in is not None:
+        modality_of(found)
     with context.open(create=True) as store:
-        store.base_models.set_path(name, str(found.path), loader=loader)
+        store.base_models.set_path(name, str(found.path), loader=loader, load_in=load_in)
         _join_same(context, store, name, found)
     return found.path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from registry.records import Asked, GeneratorRecord, WithRelativeError
@@ -30,6 +30,7 @@ class TaskBill(WithRelativeError):
     asked: Asked | None
     original_only: str | None  # why there can be no code
     extras_bytes: int
+    precision: str | None = None  # of the base model that the gain was measured on
 
     @property
     def size(self) -> int:
@@ -55,6 +56,7 @@ class Spread:
     mean: float
     worst: float
     worst_task: str
+    precisions: tuple[str, ...] = ()  # of the base models that gains were measured on, sorted
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,10 @@ def _errors(tasks: Sequence[TaskBill]) -> Spread | None:
 
 def _gains(tasks: Sequence[TaskBill]) -> Spread | None:
     known = {task.task: task.retained_gain for task in tasks if task.retained_gain is not None}
-    return _spread(known, min(known, key=known.__getitem__)) if known else None
+    if not known:
+        return None
+    measured = {task.precision for task in tasks if task.retained_gain is not None and task.precision is not None}
+    return replace(_spread(known, min(known, key=known.__getitem__)), precisions=tuple(sorted(measured)))
 
 
 def _spread(values: Mapping[str, float], worst: str) -> Spread:

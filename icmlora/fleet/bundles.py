@@ -228,6 +228,7 @@ class Bundle:
             generator=self.generator,
             squared_error=task.squared_error,
             retained_gain=task.retained_gain,
+            precision=task.precision,
             seed=None,
             is_generated=task.is_generated,
         )

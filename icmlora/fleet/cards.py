@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 import yaml
 
+from icmlora.fleet.precision import measured_in
 from icmlora.io.text import counted, escape
 from registry.names import split_label
 from registry.records import WithRelativeError
@@ -82,6 +83,7 @@ class Provenance(WithRelativeError):
     seed: int | None
     is_generated: bool
     recognized: str | None = None  # the task whose code the task's vectors brought back
+    precision: str | None = None  # of the base model that the gain was measured on
 
     @property
     def how(self) -> str:
@@ -112,7 +114,7 @@ def card_text(provenance: Provenance) -> str:
         version=provenance.generator.version,
         generator=provenance.generator.blob,
         error=_figure(provenance.relative_error),
-        gain=_figure(provenance.retained_gain),
+        gain=_figure(provenance.retained_gain) + measured_in([provenance.precision]),
     )
 
 

@@ -215,7 +215,8 @@ def find_recorded(record: BaseModelRecord) -> FoundBase:
     for name, path in places.items():
         try:
             loader = record.loader if path == record.path else None
-            return find_base_model(name, aliases={} if path is None else {name: path}, loader=loader)
+            found = find_base_model(name, aliases={} if path is None else {name: path}, loader=loader)
+            return replace(found, load_in=record.load_in)
         except BaseModelNotFound as error:
             first = first or error
     assert first is not None

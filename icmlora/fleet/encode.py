@@ -14,9 +14,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.model import Adapter
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError, OutOfMemory
 from icmlora.fleet.adapter_source import mean_vectors
-from icmlora.fleet.context import Context, Event, Shard, reporting, select_tasks
+from icmlora.fleet.context import Context, Event, Shard, base_record, reporting, select_tasks
 from icmlora.fleet.decoding import codec_of_task
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.loading import Models, read_original
@@ -139,6 +139,7 @@ class TaskEncoded(WithRelativeError, Event):
     squared_error: float | None = None
     retained_gain: float | None = None
     reason: str | None = None
+    precision: str | None = None  # of the base model that the gain was measured on
 
 
 @dataclass
@@ -313,7 +314,8 @@ class Encoder:
             refined = refine_all(codes, lambda note: tell(f"{names}: {note}"))
         except Cancelled:
             raise
-        except FAILURES:
+        except FAILURES as error:
+            as_error(error)  # frees the memory, if that is what ran out: one alone may fit
             return {}
         return {one.turn.task.name: encoded for one, encoded in zip(begun, refined, strict=True)}
 
@@ -348,7 +350,12 @@ class Encoder:
         except Cancelled:
             raise
         except FAILURES as error:
-            return turn.unchanged("unmeasured", as_error(error).message)
+            return self._unmeasured(turn, error)
+
+    def _unmeasured(self, turn: _Turn, error: Exception) -> TaskEncoded:
+        failure = as_error(error, self._models.loaded(turn.task.base_model))
+        told = failure.message if failure.hint is None else f"{failure.message} ({failure.hint})"
+        return turn.unchanged("unmeasured", told if isinstance(failure, OutOfMemory) else failure.message)
 
     def _known(self, turn: _Turn, plan: _Plan) -> TaskEncoded | None:
         """Return the outcome if the code was made with the same limits already, so that a stopped run can continue."""
@@ -360,15 +367,19 @@ class Encoder:
             is_kept=code.asked.is_kept
         ):
             return None
-        gains = [
-            row.retained_gain
+        base = base_record(self._store, turn.task.base_model)
+        wanted = (code.generator_id, code.rung, turn.task.eval_data, None if base is None else base.load_in)
+        rows = [
+            row
             for row in self._store.evaluations.all(turn.task.name)
-            if (row.generator_id, row.rung, row.data) == (code.generator_id, code.rung, turn.task.eval_data)
+            if (row.generator_id, row.rung, row.data, row.load_in) == wanted
         ]
-        if plan.min_gain is not None and not gains:
-            return None  # its held-out text has changed
+        if plan.min_gain is not None and not rows:
+            return None  # its held-out text has changed, or how its base model is loaded
         outcome = turn.unchanged("known" if code.asked.is_kept else "below")
-        return replace(outcome, retained_gain=gains[0] if gains else None)
+        if not rows:
+            return outcome
+        return replace(outcome, retained_gain=rows[0].retained_gain, precision=rows[0].precision)
 
     def _search(self, turn: _Turn, wanted: _Plan) -> TaskEncoded | _Begun:
         """Prepare to search for the code of a task."""
@@ -388,7 +399,7 @@ class Encoder:
         except Cancelled:
             raise
         except FAILURES as error:
-            return begun.turn.unchanged("unmeasured", as_error(error).message)
+            return self._unmeasured(begun.turn, error)
 
     def _code(self, begun: _Begun, refined: Encoded | None) -> MadeCode:
         """Make the smallest code that meets the limits, or the most accurate one of a size."""
@@ -409,7 +420,17 @@ class Encoder:
             plan.asked(is_kept=is_kept),
             [] if search.losses is None else search.losses.made,
             _records(search.losses, best),
-            TaskEncoded(turn.task.name, status, len(data), None, turn.size_before, error, best.gain, reason),
+            TaskEncoded(
+                turn.task.name,
+                status,
+                len(data),
+                None,
+                turn.size_before,
+                error,
+                best.gain,
+                reason,
+                _precision(search.losses),
+            ),
             turn.final,
             turn.generator.id,
         )
@@ -448,7 +469,16 @@ class Encoder:
             plan.asked(is_kept=found.is_kept),
             [] if losses is None else losses.made,
             _records(losses, found.residual),
-            TaskEncoded(task.name, status, present.size, len(data) or None, turn.size_before, error, gain),
+            TaskEncoded(
+                task.name,
+                status,
+                present.size,
+                len(data) or None,
+                turn.size_before,
+                error,
+                gain,
+                precision=_precision(losses),
+            ),
             present,
         )
 
@@ -475,6 +505,10 @@ def _naming(task: TaskRecord, tell: Tell) -> Tell:
 
 def _changed(name: str, reason: str) -> TaskEncoded:
     return TaskEncoded(name, "changed", reason=reason)
+
+
+def _precision(losses: TaskLosses | None) -> str | None:
+    return None if losses is None else losses.precision
 
 
 def _records(losses: TaskLosses | None, trial: Trial | None) -> Sequence[NewEvaluation]:

@@ -59,6 +59,7 @@ class TaskEvaluated(Event):
     sources: Mapping[Rung, SourceResult]
     baselines: Mapping[str, BaselineResult] = field(default_factory=dict)
     skipped: str | None = None
+    precision: str | None = None  # of the base model, such as "float32" or "nf4"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class GainSummary:
     mean: float
     worst: float
     worst_task: str
+    precisions: tuple[str, ...] = ()  # of the base models, sorted
 
 
 @dataclass
@@ -94,15 +96,16 @@ class EvaluateReport:
     def gain_of(self, source: str) -> GainSummary | None:
         """Sum up the retained gain of one source; None where no task has one."""
         gains = [
-            (result.retained_gain, task.task)
+            (result.retained_gain, task.task, task.precision)
             for task in self.tasks
             for name, result in task.sources.items()
             if name == source and result.retained_gain is not None
         ]
         if not gains:
             return None
-        worst, worst_task = min(gains)
-        return GainSummary(len(gains), sum(gain for gain, _ in gains) / len(gains), worst, worst_task)
+        worst, worst_task, _ = min(gains, key=lambda row: row[:2])
+        precisions = tuple(sorted({precision for *_, precision in gains if precision is not None}))
+        return GainSummary(len(gains), sum(gain for gain, *_ in gains) / len(gains), worst, worst_task, precisions)
 
 
 def evaluate(context: Context, request: EvaluateRequest) -> EvaluateReport:
@@ -165,7 +168,7 @@ class _Evaluator:
         except TaskNotFound:  # `icm rm` does not wait for this
             return None
         except FAILURES as error:
-            return Failed(as_error(error))
+            return Failed(as_error(error, base, less="fewer --max-tokens"))
 
     def _measure(self, task: TaskRecord, base: BaseModel) -> _Measured:
         store, request = self._models.store, self._request
@@ -177,7 +180,8 @@ class _Evaluator:
         losses = TaskLosses(store, self._models, task, text, request.max_tokens)
         sources = losses.measure(request.sources, again=request.again)
         others = baselines.measure(task.name, losses, sources)
-        return _Measured(TaskEvaluated(task.name, sources, others, text.skipped), losses.made, text.note)
+        done = TaskEvaluated(task.name, sources, others, text.skipped, base.dtype)
+        return _Measured(done, losses.made, text.note)
 
 
 def _record(context: Context, store: Store, name: str, made: _Measured | None, report: EvaluateReport) -> None:

@@ -105,6 +105,7 @@ class _Evictable:
     rows: Sequence[AdapterRecord]
     final: AdapterRecord  # one of the rows, or evicted before
     gain: float | None  # the retained gain of the code, if it was measured
+    precision: str | None  # of the base model that it was measured on
 
 
 class _Checker:
@@ -138,21 +139,22 @@ class _Checker:
             checked = self._check.run(task, adapters[-1], code, generator)
         except CheckFailed as error:
             figures = (*_sizes(code), error.squared_error, error.retained_gain)
-            return TaskEvicted(task.name, "kept", 0, 0, *figures, str(error))
+            return TaskEvicted(task.name, "kept", 0, 0, *figures, str(error), precision=error.precision)
         except Cancelled:
             raise
         except (IcmLoraError, DamagedStore) as error:
             return TaskEvicted(task.name, "kept", 0, 0, *_sizes(code), reason=str(error))
         numbers = [row.id for row in chosen]
         order = Eviction(task.name, numbers, code, generator, checked.squared_error, checked.evaluations)
-        return _Evictable(order, chosen, adapters[-1], checked.retained_gain)
+        return _Evictable(order, chosen, adapters[-1], checked.retained_gain, checked.precision)
 
     def _untouched(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:
         status: EvictStatus = "pinned" if task.pinned else "known"
         if code is None or generator is None:
             return TaskEvicted(task.name, status)
-        gain = recorded_gain(self._store, task, code, generator)
-        return TaskEvicted(task.name, status, 0, 0, *_sizes(code), code.best_squared_error, gain)
+        gain, precision = recorded_gain(self._store, task, code, generator)
+        figures = (*_sizes(code), code.best_squared_error, gain)
+        return TaskEvicted(task.name, status, 0, 0, *figures, precision=precision)
 
 
 class Evictor:
@@ -178,7 +180,8 @@ class Evictor:
         sizes = _sizes(made.order.code)
         rows, held_back, proof = self._with_copies(made)
         if not rows:
-            return TaskEvicted(name, "kept", 0, 0, *sizes, made.order.squared_error, made.gain, held_back)
+            figures = (*sizes, made.order.squared_error, made.gain)
+            return TaskEvicted(name, "kept", 0, 0, *figures, held_back, precision=made.precision)
         order = replace(made.order, adapters=[row.id for row in rows])
         # First the folder: until its row says otherwise, the original can bring back what goes there.
         folders = self._folder_of(made.final, order.code, order.generator, is_checked=made.final in rows)
@@ -190,7 +193,7 @@ class Evictor:
             return TaskEvicted(name, "kept", 0, 0, *sizes, reason=str(error), folders=folders)
         status: EvictStatus = "would_evict" if self._request.dry_run else "evicted"
         figures = (*sizes, order.squared_error, made.gain)
-        return TaskEvicted(name, status, len(rows), freed, *figures, held_back, folders, proof.copies)
+        return TaskEvicted(name, status, len(rows), freed, *figures, held_back, folders, proof.copies, made.precision)
 
     def _with_copies(self, made: _Evictable) -> tuple[list[AdapterRecord], str | None, Proof]:
         """Return the adapters that may go, why others may not, and the copies of the last one; none go without it."""

@@ -28,6 +28,7 @@ class Checked:
 
     squared_error: float
     retained_gain: float | None = None
+    precision: str | None = None  # of the base model that the gain was measured on
     evaluations: tuple[NewEvaluation, ...] = ()
 
 
@@ -56,13 +57,14 @@ class EvictionCheck:
         except Cancelled:
             raise
         except FAILURES as failure:
-            raise CheckFailed(f"it cannot be measured: {as_error(failure).message}", error) from failure
+            found = as_error(failure, self.models.loaded(task.base_model))
+            raise CheckFailed(f"it cannot be measured: {found.message}", error) from failure
         gain = results[code.rung].retained_gain if code.rung in results else None
         if gain is None:
             fact = "its original is no better than the base model on its held-out text, so there is no gain to keep"
             raise CheckFailed(fact, error)
-        self.limits.check_gain(gain, error)
-        return Checked(error, gain, tuple(map(losses.record_of, results.values())))
+        self.limits.check_gain(gain, error, losses.precision)
+        return Checked(error, gain, losses.precision, tuple(map(losses.record_of, results.values())))
 
     def _squared_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
         generator_file = self.models.generator_file(generator)
@@ -81,10 +83,12 @@ class EvictionCheck:
         return error
 
 
-def recorded_gain(store: Store, task: TaskRecord, code: CodeRecord, generator: GeneratorRecord) -> float | None:
-    """Return the retained gain that was measured of a code, if it was."""
+def recorded_gain(
+    store: Store, task: TaskRecord, code: CodeRecord, generator: GeneratorRecord
+) -> tuple[float | None, str | None]:
+    """Return the retained gain that was measured of a code, if it was, and in which precision of the base model."""
     found = latest(store.evaluations.all(task.name), task, code.rung, generator)
-    return None if found is None else found.retained_gain
+    return (None, None) if found is None else (found.retained_gain, found.precision)
 
 
 def check_recorded(
@@ -97,7 +101,8 @@ def check_recorded(
         DamagedStore: Bytes are missing or damaged.
     """
     limits.check_error(code.best_squared_error)
-    limits.check_gain(recorded_gain(store, task, code, generator), code.best_squared_error)
+    gain, precision = recorded_gain(store, task, code, generator)
+    limits.check_gain(gain, code.best_squared_error, precision)
     check_bytes(store, final, [generator.blob, *code.digests()])
     check_references(store, final)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from icmlora.errors import DataError
 from icmlora.fleet.context import Event
+from icmlora.fleet.precision import gain_text
 from registry.records import WithRelativeError
 
 if TYPE_CHECKING:
@@ -20,9 +21,15 @@ if TYPE_CHECKING:
 class CheckFailed(DataError):
     """A code misses a limit or cannot be measured; holds what was measured until then."""
 
-    def __init__(self, reason: str, squared_error: float | None = None, retained_gain: float | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        squared_error: float | None = None,
+        retained_gain: float | None = None,
+        precision: str | None = None,
+    ) -> None:
         super().__init__(reason)
-        self.squared_error, self.retained_gain = squared_error, retained_gain
+        self.squared_error, self.retained_gain, self.precision = squared_error, retained_gain, precision
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,15 @@ class Limits:
         if (found := math.sqrt(squared)) > self.max_error:
             raise CheckFailed(f"its relative error is {found:.4f}, above the limit of {self.max_error:g}", squared)
 
-    def check_gain(self, gain: float | None, squared: float | None = None) -> None:
-        """Raise `CheckFailed` unless a retained gain is within the limit."""
+    def check_gain(self, gain: float | None, squared: float | None = None, precision: str | None = None) -> None:
+        """Raise `CheckFailed` unless a retained gain, in a precision of the base model, is within the limit."""
         if self.min_gain is None:
             return
         if gain is None:
             raise CheckFailed("the retained gain of its code was not measured", squared)
         if not gain >= self.min_gain:
-            raise CheckFailed(f"its retained gain is {gain:.4f}, below the limit of {self.min_gain:g}", squared, gain)
+            fact = f"its retained gain is {gain_text(gain, precision, 4)}, below the limit of {self.min_gain:g}"
+            raise CheckFailed(fact, squared, gain, precision)
 
 
 EvictStatus = Literal[
@@ -126,6 +134,7 @@ class TaskEvicted(WithRelativeError, Event):
     reason: str | None = None  # also of an evicted task, where some of its checkpoints were kept
     folders: Sequence[FolderReplaced] = ()  # with `placeholder`: what became of the folders of its adapters
     copies: Sequence[VerifiedCopy] = ()  # with `copies`: where the copies of its original are
+    precision: str | None = None  # of the base model that the gain was measured on
 
     @property
     def freed_in_folders(self) -> int:

@@ -6,24 +6,44 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from icmlora.base_models.custom_model import CustomModality
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, IcmLoraError
 from icmlora.fleet.context import Context, Event, TaskFailed
+from icmlora.io.memory import is_on_card, out_of_memory, ran_out
 
 if TYPE_CHECKING:
+    from icmlora.base_models.modality import BaseModel
     from registry.records import TaskRecord
 
 R = TypeVar("R")
 
 # What libraries raise when they run a model on something that it was not made for, in addition to this package's own.
-FAILURES = (IcmLoraError, RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError)
+FAILURES = (IcmLoraError, RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, MemoryError)
 
 
-def as_error(error: Exception) -> IcmLoraError:
-    """Return what a library raised as an error of this package, which a user can read."""
+def as_error(error: Exception, base: BaseModel | None = None, *, less: str | None = None) -> IcmLoraError:
+    """Return what a library raised as an error of this package, which a user can read.
+
+    Args:
+        error: One of `FAILURES`. If memory ran out, what was in use is freed for the next task.
+        base: The base model that was run, if one was.
+        less: An option of the command with which it takes less memory.
+    """
     if isinstance(error, IcmLoraError):
         return error
+    if ran_out(error):
+        return out_of_memory(error, _helps(base, less, on_card=is_on_card(error)))
     first = next(iter(str(error).strip().splitlines()), "")
     return BaseModelMismatch(f"its base model fails on it: {type(error).__name__}: {first}")
+
+
+def _helps(base: BaseModel | None, less: str | None, *, on_card: bool) -> str:
+    """Say which options take less memory, those first that cost least."""
+    found = [] if less is None else [less]
+    if base is not None and base.load_in is None and not isinstance(base.modality, CustomModality):
+        found.append(f"`icm base add {base.label} PATH --load-in nf4` makes the base model four times smaller")
+    found.append("--device cpu has the memory of this machine" if on_card else "a machine with more memory")
+    return ", or ".join(found)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class _Facts:
     nats: float
     known: Familiarity | None  # how far the task is from known ones; None if too few of them can be compared
     rank: int
+    precision: str  # of the base model that read the samples, such as "float32" or "nf4"
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def generate(context: Context, request: GenerateRequest) -> Generated:
             nats=_nats(base, adapter, examples),
             known=_familiarity(store, generator, vectors),
             rank=max(shape.rank for shape in adapter.layout),
+            precision=base.dtype,
         )
         code = _encode(context, file, adapter, vectors, base, examples) if request.register else None
         context.progress(0, None, "writing the adapter")  # the last moment to stop: then the folder, then the task
@@ -195,7 +197,7 @@ def _load_base(
     base = open_base(store, label, device, VECTOR_DTYPE, cache=context.cache)
     examples = examples_for(base, data, path=request.samples, most=request.count)
     vectors = extract_context(base, examples.items, template=examples.template)
-    if gradient_dtype(device) is not VECTOR_DTYPE:
+    if base.load_in is None and gradient_dtype(device) is not VECTOR_DTYPE:
         del base  # a device may have no room for two copies
         base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
     return base, examples, vectors

@@ -15,6 +15,7 @@ from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.fingerprint import fingerprint_base
 from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
 from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
@@ -86,6 +87,7 @@ def load_base(
     cache: Path,
 ) -> BaseModel:
     """Load a base model that was found; its fingerprint is computed unless it is known. Raises as `open_base` does."""
+    check_load_in(found)
     modality = modality_of(found)
     fingerprint = fingerprint or fingerprint_base(found)
     return modality.load(_converted(found, cache), device=device, dtype=dtype, fingerprint=fingerprint)
@@ -137,6 +139,9 @@ class Models:
 
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
         """Return a base model, in the given precision or in what suits the device. Raises as `open_base` does."""
+        known = self.loaded(label)
+        if known is not None and known.load_in is not None:
+            return known  # it has one precision, whatever is asked for
         dtype = dtype or inference_dtype(self.device)  # by name, or a card would hold two copies in one precision
         if (label, dtype) not in self._bases:
             self._bases = {key: base for key, base in self._bases.items() if key[0] == label}
@@ -145,6 +150,11 @@ class Models:
         if isinstance(base, BaseModelNotFound | BaseModelUnsuited):
             raise base
         return base
+
+    def loaded(self, label: str) -> BaseModel | None:
+        """Return a base model, in whatever precision, if it was loaded."""
+        found = (base for (name, _), base in self._bases.items() if name == label and isinstance(base, BaseModel))
+        return next(found, None)
 
     def _opened(self, label: str, dtype: torch.dtype | None) -> BaseModel | BaseModelNotFound | BaseModelUnsuited:
         """Load a base model. That it cannot be loaded is remembered too: a thousand tasks may ask for it."""

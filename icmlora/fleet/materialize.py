@@ -85,6 +85,7 @@ class MaterializeReport(WithRelativeError):
     adapter_format: str = "peft"  # in which it was written
     converted: bool = False  # from another one
     left_out: tuple[str, ...] = ()  # files that came with the original and have no place in this format
+    precision: str | None = None  # of the base model that the gain was measured on
 
 
 class TooLossy(DataError):
@@ -136,7 +137,7 @@ class MadeFiles:
             known = *of_original, digest, None, self.format.name
             return MaterializeReport(self.task, output, "original", None, *known)
         figures = p.squared_error, p.retained_gain, digest, p.recognized, self.format.name
-        return MaterializeReport(self.task, output, p.source, p.generator.blob, *figures)
+        return MaterializeReport(self.task, output, p.source, p.generator.blob, *figures, precision=p.precision)
 
 
 def materialize(context: Context, request: MaterializeRequest) -> MaterializeReport:
@@ -318,13 +319,13 @@ def _choose_source(request: LoadRequest, stored: _Stored) -> Literal["original",
 def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadRequest) -> Provenance:
     """Gather what is known of an adapter before it is decoded."""
     task, generator, code = stored.task, _generator_of(stored), stored.code
-    error = gain = None
+    error = gain = precision = None
     if request.seed is None:  # nothing was measured of a sampled adapter
         from registry.evaluations import latest
 
         measured = latest(store.evaluations.all(task.name), task, source, generator)
         if measured is not None:
-            error, gain = measured.squared_error, measured.retained_gain
+            error, gain, precision = measured.squared_error, measured.retained_gain, measured.precision
     if code is not None and source in ("code", "residual"):
         error = code.squared_error if source == "code" else code.best_squared_error
     if stored.exemplar is not None and stored.exemplar.task == task.name:
@@ -341,6 +342,7 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
         request.seed,
         stored.final.is_generated,
         None if stored.exemplar is None else stored.exemplar.task,
+        precision,
     )
     check_error(provenance, request.max_error, hint=_BETTER)
     return provenance

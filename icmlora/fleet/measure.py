@@ -106,6 +106,11 @@ class TaskLosses:
             self._settings["template"] = text.template
         self.made: list[Measurement] = []
 
+    @property
+    def precision(self) -> str:
+        """The precision of the base model."""
+        return self._base.dtype
+
     def measure(self, sources: Sequence[Rung], *, again: bool = False) -> dict[Rung, SourceResult]:
         """Measure base model and original, and some other sources where they exist."""
         # What was measured before in the same way is kept. For an evicted original there is nothing else.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from icmlora.fleet.vectors import SAMPLES_READ, VECTOR_DTYPE
 from icmlora.io.devices import resolve_device
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.recognition import Candidate, Recognition, Recognizer, TooFewVectors
+from registry.names import LOAD_IN
 
 if TYPE_CHECKING:
     from icmlora.base_models.modality import BaseModel
@@ -104,6 +105,8 @@ def recognize_in_bundle(bundle: BundleFile, request: RecognizeRequest, cache: Pa
     recognizer = _recognizer(vectors)
     aliases = {} if request.base_model is None else {index.base_model: request.base_model}
     located = find_base_model(index.base_model, aliases=aliases, loader=loader)
+    made_in = None if extractor is None else json.loads(extractor).get("dtype")
+    located = replace(located, load_in=made_in if made_in in LOAD_IN else None)  # what is compared has to be alike
     base = load_base(located, device, VECTOR_DTYPE, cache=cache)
     count, found = _recognized(base, data, request.samples, recognizer, extractor)
     return RecognizeReport(index.base_model, count, found.candidates, found.new, left_out)
@@ -157,5 +160,9 @@ def _recognized(
     vectors = extract_context(base, examples.items, template=examples.template)
     if comparison_key(json.loads(vectors[0].extractor.to_json())) != extractor:
         hint = "`icm vectors --again` makes them again with the present one"
+        made_in = None if extractor is None else json.loads(extractor).get("dtype")
+        if made_in != base.dtype:
+            fact = f"the stored vectors were made with the base model in {made_in}, which is loaded in {base.dtype}"
+            raise DataError(fact, hint=hint)
         raise DataError("the stored vectors were made with another copy of the base model", hint=hint)
     return len(examples), recognizer.recognize(np.stack([vector.values.numpy() for vector in vectors]))

@@ -1,6 +1,7 @@
 """The values that a `Fleet` returns from its store, for callers who do not import `registry`."""
 
 from registry.base_models import Joined, Separated
+from registry.names import LoadIn
 from registry.records import (
     AdapterRecord,
     Asked,
@@ -25,6 +26,7 @@ __all__ = [
     "GeneratorRecord",
     "Joined",
     "LabelRecord",
+    "LoadIn",
     "Rung",
     "Separated",
     "TaskRecord",

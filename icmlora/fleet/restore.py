@@ -80,6 +80,7 @@ class AdapterRestored(WithRelativeError, Event):
     kind: str | None = None
     reason: str | None = None
     hint: str | None = None
+    precision: str | None = None  # of the base model that the gain was measured on
 
 
 @dataclass
@@ -185,6 +186,7 @@ class _Made:
     generator: str | None = None
     squared_error: float | None = 0.0
     retained_gain: float | None = 1.0
+    precision: str | None = None
 
 
 class _Source(Protocol):
@@ -251,9 +253,9 @@ class _FromStore:
 
         task = self._store.tasks.get(row.task)
         measured = latest(self._store.evaluations.all(task.name), task, code.rung, generator)
-        gain = None if measured is None else measured.retained_gain
+        gain, precision = (None, None) if measured is None else (measured.retained_gain, measured.precision)
         files = self._decoder.files(row, code, generator)
-        return _Made(files, code.rung, generator.blob, code.best_squared_error, gain)
+        return _Made(files, code.rung, generator.blob, code.best_squared_error, gain, precision)
 
     @cached_property
     def _decoder(self) -> StoredDecoder:
@@ -285,7 +287,7 @@ class _FromBundle:
             return _Made(AdapterBytes(weights, form.template.config, None, form.files), "original")
         code = self._file.read(task.code)
         adapter = self._generator.decoder_of(code).decode(code)
-        files, measured = files_like_original(adapter, form), (task.squared_error, task.retained_gain)
+        files, measured = files_like_original(adapter, form), (task.squared_error, task.retained_gain, task.precision)
         return _Made(files, "code", index.generator.blob, *measured)
 
 
@@ -321,6 +323,7 @@ class _Restorer:
                 made.squared_error,
                 made.retained_gain,
                 self._pickle(),
+                precision=made.precision,
             )
         if not dry_run:
             self._write(missing)

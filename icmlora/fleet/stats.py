@@ -81,6 +81,7 @@ class _TaskBills:
             rung=None if code is None else code.rung,
             squared_error=None if code is None else code.best_squared_error,
             retained_gain=None if measured is None else measured.retained_gain,
+            precision=None if measured is None else measured.precision,
             evicted=row.final.is_evicted,
             asked=None if code is None else code.asked,
             original_only=row.final.original_only,

@@ -126,6 +126,8 @@ def _reason(rows: Sequence[VectorRecord], view: View, made_by: str | None, chose
         return f"made from {_texts_of(own)}, but the others were made from {_texts_of(others)}"
     if own.get("base") != others.get("base"):
         return "made with another copy of the base model"
+    if own.get("dtype") != others.get("dtype"):
+        return f"made with the base model in {own.get('dtype')}, the others in {others.get('dtype')}"
     return "made by another version of icm, or with other settings"
 
 

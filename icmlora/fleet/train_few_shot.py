@@ -75,6 +75,7 @@ class FewShotTrained(Event):
     episodes: int
     loss: float  # mean over the last half of the episodes: 0 is as good as the task's own adapter, 1 as good as none
     seconds: float
+    precision: str  # of the base model that the loss was measured on
 
 
 @dataclass
@@ -218,6 +219,7 @@ def _train_base(
         episodes=len(losses),
         loss=sum(last) / max(len(last), 1),
         seconds=round(time.monotonic() - began, 3),
+        precision=base.dtype,
     )
 
 

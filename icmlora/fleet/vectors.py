@@ -147,7 +147,7 @@ class _Extractor:
         try:
             return self._extract(task, base)
         except FAILURES as error:
-            return Failed(as_error(error))
+            return Failed(as_error(error, base))
         except TaskNotFound:  # `icm rm` does not wait for this
             return None
 

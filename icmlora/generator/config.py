@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -115,6 +116,14 @@ class GeneratorConfig:
         found = [(self.kinds[kind], layer) for kind, layer in places]
         names = {kind.module(layer) for kind, layer in found}
         return len(names) == len(found) and all(not layer or kind.module(0) != kind.module(1) for kind, layer in found)
+
+    @cached_property
+    def by_widths(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        """Indices of the kinds that have the same numbers of inputs and outputs, by these numbers."""
+        found = defaultdict[tuple[int, int], tuple[int, ...]](tuple)
+        for number, kind in enumerate(self.kinds):
+            found[kind.inputs, kind.outputs] += (number,)
+        return dict(found)
 
     @cached_property
     def _index(self) -> dict[ModuleKind, int]:

@@ -30,13 +30,14 @@ from icmlora.generator.cvae import TaskState
 from icmlora.generator.decoder import Decoder, strengthened
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.subspace import InitialSubspace
-from icmlora.generator.objective import water_level, worth_writing
+from icmlora.generator.objective import worth_writing
 from icmlora.generator.packing import KindIntegers, written_slots
 from icmlora.generator.quantizer import Means, Slots
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import stacked
 from icmlora.generator.tokens import KindTokens, refuse_overflow, slot_overlaps, squared_norm, tokenize, weighted
+from icmlora.generator.water_level import water_level
 from icmlora.io.threads import side_by_side
 
 _Parts = list[tuple[float, float]]  # squared error and squared norm of each module

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
+import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Embedding, LoraLayer
 from peft.utils.hotswap import hotswap_adapter_from_state_dict

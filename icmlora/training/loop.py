@@ -24,10 +24,11 @@ from typing import NamedTuple
 import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.generator.batch import Batch, Prepared, batched, prepare
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.decoder import one_thread
 from icmlora.generator.initial_a.subspace import initial_subspace
-from icmlora.generator.objective import Batch, Objective, Prepared, batched, prepare
+from icmlora.generator.objective import Objective
 from icmlora.generator.tokens import refuse_overflow, tokenize
 from icmlora.io.devices import moved
 from icmlora.io.threads import ahead
@@ -42,8 +43,6 @@ _SUBSPACES = 4
 _CACHE_BYTES = 512 << 20
 _WHOLE = 1 << 17  # parameters of an adapter that a step sees whole: fewer of them would not make it faster
 _KEPT = 8  # bytes for each parameter: its token, and as much again for an initial A
-
-
 _STACKED = 8  # draws of a step on a card
 _READ_EVERY = 10  # steps on a card after which the loss is read, for which the card has to be waited for
 

@@ -95,10 +95,9 @@ def _refined(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig) 
     with torch.no_grad():
         # The price per bit is set once: the bits of a code at the start cost `price * error` together.
         prices = [config.price * code.error / max(float(code.relaxed.bits()), 1.0) for code in codes]
-    dtype = next(one.dtype for one in base.model.parameters() if one.is_floating_point())
     for step in range(config.steps):
         optimizer.zero_grad()
-        factors = (code.relaxed.factors(dtype) for code in codes)
+        factors = (code.relaxed.factors(base.input_dtype) for code in codes)
         asked = zip(teachers, factors, map(next, batches), strict=True)
         short = shortfalls(base, list(asked))
         parts = [

@@ -37,10 +37,11 @@ def install(kind: str = "cuda") -> None:
     Raises:
         NoStandIn: it cannot be had with this torch or on this machine.
     """
-    load_hooks(kind)
+    hooks = load_hooks(kind)
     try:
         from tests.device.torch_changes import change_torch, try_it
 
+        hooks.register_guard()
         change_torch(kind)
         try_it(kind)
     except (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError) as error:

@@ -8,6 +8,8 @@
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
 #define HOOKS JOIN(CARD, HooksInterface)
 
 namespace {
@@ -61,12 +63,30 @@ struct JOIN(CARD, Hooks) final : at::HOOKS {
 };
 
 const Guard guard;
-const c10::impl::DeviceGuardImplRegistrar guard_registrar(card.type(), &guard);
+
+// A build of torch with CUDA brings hooks of its own, and a guard that is registered when it is loaded.
+using Registry = at::JOIN(Registerer, JOIN(CARD, HooksRegistry));
+const Registry hooks_registerer(
+    TEXT(JOIN(CARD, Hooks)),
+    c10::REGISTRY_PREFERRED,
+    at::JOIN(CARD, HooksRegistry)(),
+    Registry::DefaultCreator<JOIN(CARD, Hooks)>,
+    "the stand-in");
+
+// On a machine with Apple's device there is no CUDA, whatever this build of torch says.
+struct NoCUDA final : at::CUDAHooksInterface {
+  explicit NoCUDA(at::CUDAHooksArgs) {}
+};
+const auto no_cuda_registerer = card.is_cuda() ? nullptr
+                                               : std::make_unique<at::RegistererCUDAHooksRegistry>(
+                                                     "CUDAHooks",
+                                                     c10::REGISTRY_PREFERRED,
+                                                     at::CUDAHooksRegistry(),
+                                                     at::RegistererCUDAHooksRegistry::DefaultCreator<NoCUDA>,
+                                                     "the stand-in");
 
 }  // namespace
 
 extern "C" void call_when_the_host_waits(void (*called)()) { host_waits = called; }
 
-namespace at {
-JOIN(JOIN(REGISTER_, CARD), _HOOKS)(JOIN(CARD, Hooks));
-}
+extern "C" void register_guard() { c10::impl::DeviceGuardImplRegistrar(card.type(), &guard); }

@@ -26,11 +26,14 @@ class NoStandIn(Exception):
     """Say why there can be no stand-in here: no compiler, or a torch that it does not know."""
 
 
-def load_hooks(kind: str) -> None:
+def load_hooks(kind: str) -> ctypes.CDLL:
     """Load the hooks for a device of `kind`, "cuda" or "mps", and compile them if that was not done before.
 
+    Returns:
+        The library. Call its `register_guard` once torch is imported, which may bring a guard of its own.
+
     Raises:
-        NoStandIn: torch is imported already, or not installed, or has CUDA of its own; or it cannot be compiled.
+        NoStandIn: torch is imported already, or not installed; or the hooks cannot be compiled.
     """
     if "torch" in sys.modules:
         raise NoStandIn("torch was imported before the stand-in")
@@ -38,15 +41,15 @@ def load_hooks(kind: str) -> None:
     if found is None or found.origin is None:
         raise NoStandIn("torch is not installed")
     torch = Path(found.origin).parent
-    if (torch / "lib" / "libtorch_cuda.so").exists():
-        raise NoStandIn("the installed torch is built with CUDA, and the stand-in needs a build for the CPU")
     library = _compiled(kind, torch)
     try:
         for name in (torch / "lib" / "libc10.so", torch / "lib" / "libtorch_cpu.so"):
             ctypes.CDLL(str(name), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(library)).call_when_the_host_waits(_HOST_WAITS)
+        hooks = ctypes.CDLL(str(library))
     except OSError as error:
         raise NoStandIn(f"the compiled hooks cannot be loaded: {error}") from error
+    hooks.call_when_the_host_waits(_HOST_WAITS)
+    return hooks
 
 
 def _compiled(kind: str, torch: Path) -> Path:

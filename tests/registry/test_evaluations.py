@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from registry.errors import TaskNotFound
-from registry.records import AdapterRecord, Asked, CodeRecord, NewResidual
+from registry.evaluations import latest
+from registry.records import AdapterRecord, Asked, CodeRecord, NewEvaluation, NewResidual
 from registry.store import Store
 from tests.registry.examples import BASE, code, code_of, evaluation, generator, ingest
 
@@ -30,6 +31,27 @@ def test_the_latest_of_the_same_thing_wins(store: Store) -> None:
     store.evaluations.add([evaluation("rust", nats=2.0), evaluation("rust", nats=1.9)])
     store.evaluations.add([evaluation("rust", nats=1.8)])
     assert [found.value for found in store.evaluations.all()] == [1.8]
+
+
+def in_precision(dtype: str, nats: float, gain: float | None = 0.97) -> NewEvaluation:
+    return replace(evaluation("rust", nats=nats), settings={"dtype": dtype}, retained_gain=gain)
+
+
+def test_what_was_measured_on_a_base_model_in_few_bits_stands_beside_the_rest(store: Store) -> None:
+    store.evaluations.add([in_precision("float32", 2.0), in_precision("nf4", 2.2), in_precision("int8", 2.1)])
+    store.evaluations.add([in_precision("bfloat16", 1.9), in_precision("nf4", 2.3)])
+    found = store.evaluations.all("rust")
+    assert {one.precision: one.value for one in found} == {"int8": 2.1, "bfloat16": 1.9, "nf4": 2.3}
+
+
+def test_a_gain_in_another_precision_counts_where_the_newest_figure_has_none(store: Store) -> None:
+    made = store.generators.add(generator(store, ["rust"]))
+    rows = [in_precision("float32", 2.0, 0.95), in_precision("nf4", 2.2, None)]
+    store.evaluations.add([replace(one, rung="code", generator_id=made.id) for one in rows])
+    found = latest(store.evaluations.all("rust"), store.tasks.get("rust"), "code", made)
+    assert found is not None
+    listed = next(row for row in store.tasks.summaries() if row.task.name == "rust")
+    assert (found.retained_gain, found.precision) == (listed.gain, listed.gain_precision) == (0.95, "float32")
 
 
 def test_rungs_of_different_generators_stand_side_by_side(store: Store) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from icmlora.fleet.bill import Bill
 from icmlora.fleet.bill_text import disk_lines, saving_text, shortfalls
+from icmlora.fleet.precision import measured_in
 from icmlora.formats.catalogue import format_named
 from icmlora.io.text import counted, escape, human_percent, human_size
 from registry.records import TaskSummary
@@ -68,8 +69,9 @@ def _figures(bill: Bill) -> Iterator[Figure]:
         yield Figure(human_percent(abs(1 - share)), verb)
     gains, errors = bill.retained_gains, bill.relative_errors
     if gains is not None:
-        yield Figure(f"{gains.mean:.3f}", "retained gain, mean")
-        yield Figure(f"{gains.worst:.3f}", "retained gain, worst")
+        few = measured_in(gains.precisions)
+        yield Figure(f"{gains.mean:.3f}", f"retained gain{few}, mean")
+        yield Figure(f"{gains.worst:.3f}", f"retained gain{few}, worst")
     elif errors is not None:
         yield Figure(f"{errors.mean:.3f}", "relative error, mean")
         yield Figure(f"{errors.worst:.3f}", "relative error, worst")
@@ -104,6 +106,8 @@ def _quality(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
             f"On held-out text, codes keep {gains.mean:.3f} of what the originals gain over the base model, on average "
             f"over {over}, and {worst}."
         )
+        if few := measured_in(gains.precisions):
+            yield f"The gains were measured with the base model in{few}."
     elif errors is not None:
         over, worst = counted(errors.tasks, "task"), f"{errors.worst:.3f} at worst ({escape(errors.worst_task)})"
         yield f"The relative error of the codes is {errors.mean:.3f} on average over {over}, and {worst}."

@@ -95,7 +95,7 @@ def task_outputs(models: Models, task: TaskRecord, request: OutputsRequest) -> T
     try:
         return _answered(models, base, task, request)
     except FAILURES as error:
-        return Failed(as_error(error))
+        return Failed(as_error(error, base))
 
 
 def _answered(models: Models, base: BaseModel, task: TaskRecord, request: OutputsRequest) -> TaskOutputs:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from icmlora.fleet.map_picture import STYLE as MAP_STYLE
+from icmlora.fleet.precision import measured_in
 from icmlora.fleet.report.task_table import COLUMNS
 from icmlora.io.text import counted, escape, human_percent, human_size
 
@@ -123,7 +124,9 @@ def shown_text(text: str) -> str:
 
 
 def _spread(found: Spread | None) -> str:
-    return "not measured" if found is None else f"{found.mean:.3f} / {found.worst:.3f}"
+    if found is None:
+        return "not measured"
+    return f"{found.mean:.3f} / {found.worst:.3f}{measured_in(found.precisions)}"
 
 
 def _asset(name: str) -> str:

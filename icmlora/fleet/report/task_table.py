@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from icmlora.fleet.bill import Bill, TaskBill
 from icmlora.fleet.bill_text import limits_text
+from icmlora.fleet.precision import measured_in
 from icmlora.io.text import escape, escape_lines
 from icmlora.task_vectors.map import MappedTask
 from registry.names import natural_key
@@ -27,7 +28,7 @@ KEPT = (
 )
 """What the store has of a task. `original only` can have no code; `original` may have one after `icm train`."""
 COLUMNS = (
-    *("name", "base", "kept", "rank", "original", "size", "share", "error", "gain", "tags"),
+    *("name", "base", "kept", "rank", "original", "size", "share", "error", "gain", "precision", "tags"),
     *("parameters", "dtype", "targets", "code", "residual", "vectors", "extras", "created"),
     *("marks", "note", "why", "limits", "cluster", "nearest"),
 )
@@ -79,6 +80,7 @@ def _row(
         "share": _rounded(size / bill.bf16_size if size is not None and bill.bf16_size else None),
         "error": _rounded(bill.relative_error),
         "gain": _rounded(bill.retained_gain),
+        "precision": measured_in([bill.precision]) or None,  # shown behind the gain
         "tags": [places["tags"][tag] for tag in task.tags],
         "parameters": final.parameters,
         "dtype": places["dtype"][final.dtype.lower()],

@@ -10,10 +10,12 @@ import torch
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.generator.batch import batched, prepare
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.objective import Bits, Objective, batched, prepare, water_level, worth_writing
+from icmlora.generator.objective import Bits, Objective, worth_writing
 from icmlora.generator.tokens import KindTokens, tokenize
+from icmlora.generator.water_level import water_level
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import (
     BASE,

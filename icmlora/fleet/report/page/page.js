@@ -29,6 +29,7 @@
   const listed = (name, row) => (row[at[name]] === null ? "" : lists[name][row[at[name]]]);
 
   const has = (name) => rows.some((row) => row[at[name]] !== null && row[at[name]].length !== 0);
+  const gain = (row) => thousandths(row[at.gain]) + (row[at.precision] ?? "");
   const COLUMNS = [
     { name: "name", title: "Task" },
     { name: "base", title: "Base model", text: (row) => listed("base", row), hidden: lists.base.length < 2 },
@@ -37,7 +38,7 @@
     { name: "size", title: "Replaced by", number: true, text: (row) => size(row[at.size]), hidden: !has("size") },
     { name: "share", title: "Of bf16", number: true, text: (row) => percent(row[at.share]), hidden: !has("share") },
     { name: "error", title: "Relative error", number: true, text: (row) => thousandths(row[at.error]), hidden: !has("error") },
-    { name: "gain", title: "Retained gain", number: true, text: (row) => thousandths(row[at.gain]), hidden: !has("gain") },
+    { name: "gain", title: "Retained gain", number: true, text: gain, hidden: !has("gain") },
     { name: "kept", title: "Kept as", text: (row) => listed("kept", row) },
     { name: "tags", title: "Tags", hidden: !has("tags") },
   ].filter((column) => !column.hidden);
@@ -217,7 +218,7 @@
     const parts = [row[at.name], listed("kept", row), size(row[at.original])];
     if (row[at.size] !== null) parts.push(`replaced by ${size(row[at.size])}`);
     if (row[at.error] !== null) parts.push(`relative error ${thousandths(row[at.error])}`);
-    if (row[at.gain] !== null) parts.push(`retained gain ${thousandths(row[at.gain])}`);
+    if (row[at.gain] !== null) parts.push(`retained gain ${gain(row)}`);
     if (row[at.nearest] !== null) parts.push(`nearest ${row[at.nearest][0]} at ${thousandths(row[at.nearest][1])}`);
     return parts.join(", ");
   }

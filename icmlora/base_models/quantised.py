@@ -1,0 +1,130 @@
+"""Load the weights of a base model in few bits, through transformers and bitsandbytes (`icm base add --load-in`).
+
+    linear layers                  nf4: 4 bits and a scale for 64 weights       int8: 8 bits and a scale for each row
+    embeddings, norms, heads       bfloat16, which is also what all layers compute in, on every device
+
+So "nf4" means one thing wherever something was measured, and one copy in memory serves for everything. nf4 is what
+QLoRA trains adapters on (Dettmers et al., arXiv 2305.14314), its scales in 8 bits; int8 is LLM.int8() (arXiv
+2208.07339).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from icmlora.base_models.lookup import FoundBase, read_config
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
+from registry.names import LOAD_IN
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+HEADS = ("classifier.", "score.", "classification_head.", "pre_classifier.", "pooler.", "bert.pooler.")
+"""Where transformers' classifiers have what a base model without a head lacks, and adapters bring along."""
+
+BYTES = {"nf4": 0.52, "int8": 1.01}
+"""What a weight of a linear layer takes, its share of the scales included."""
+
+
+def check_load_in(found: FoundBase) -> None:
+    """Check that a base model can be loaded in few bits, as far as its files and this machine tell. Imports no torch.
+
+    Raises:
+        DataError: It is to be loaded in something else.
+        BaseModelUnsuited: It is of a kind of which that cannot be done.
+        BaseModelNotFound: bitsandbytes is not installed.
+    """
+    if found.load_in is None:
+        return
+    if found.load_in not in LOAD_IN:
+        raise DataError(f"{found.load_in!r} is not what a base model can be loaded in", hint="use nf4 or int8")
+    if (odd := _oddity(found)) is not None:
+        fact = f"base model {found.label!r} cannot be loaded in {found.load_in}: {odd}"
+        raise BaseModelUnsuited(fact, hint="leave --load-in out, or name a safetensors folder in full precision")
+    if missing := [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]:
+        fact = f"to load {found.label!r} in {found.load_in} takes {missing[0]}, which is not installed"
+        raise BaseModelNotFound(fact, hint="install the extra: pip install 'icm-lora[quantized]'")
+
+
+def _oddity(found: FoundBase) -> str | None:
+    """Say what keeps a base model from being loaded in few bits."""
+    if found.loader is not None:
+        return "its own loader decides how it is loaded"
+    if found.is_pipeline:
+        return "it is a diffusers pipeline"
+    if found.is_gguf:
+        return "the weights in a GGUF file are rounded already, and rounding them again would change them"
+    if "quantization_config" in read_config(found.path):
+        return "its files are quantised already"
+    return None
+
+
+def kept(outline: nn.Module) -> list[str]:
+    """Return which modules of a network stay in bfloat16: its output, what shares its weights, and heads."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return sorted({*get_keys_to_not_convert(outline), *(name.rstrip(".") for name in HEADS)})
+
+
+def packed(outline: nn.Module) -> set[str]:
+    """Return which modules of a network are loaded in few bits."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    layers, rest = (nn.Linear, Conv1D), kept(outline)  # only these types themselves: what derives from them may differ
+    named = outline.named_modules()
+    return {name for name, module in named if type(module) in layers and should_convert_module(name, rest)}
+
+
+def quantization_config(load_in: str, outline: nn.Module) -> Any:
+    """Return transformers' configuration that loads a network in few bits."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    import icmlora.io.quiet_bitsandbytes  # noqa: F401  # before transformers imports it
+
+    rest = kept(outline)
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if load_in == "nf4":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["bnb_4bit_compute_dtype"] = torch.bfloat16
+    return BitsAndBytesConfig(**options, llm_int8_skip_modules=rest)  # type: ignore[no-untyped-call]
+
+
+def settle(model: nn.Module) -> None:
+    """Let a network in few bits compute the same on every processor, with gradients."""
+    for module in model.modules():
+        # On processors with AVX512-BF16 the first pass without gradients would repack the weights in place, for a
+        # kernel that autograd does not know: later gradients come out wrong by a factor of hundreds, without an error.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if hasattr(module, "init_8bit_state"):
+            module.init_8bit_state = partial(_init_state, module)  # type: ignore[assignment]
+
+
+def _init_state(module: Any) -> None:
+    """Give an int8 layer what its passes read, as bitsandbytes does, but leave the scales with the weight."""
+    # In each pass of DoRA on a CPU, PEFT moves the weight, which would lose its scales and then fail.
+    module.state.CB, module.state.SCB = module.weight.CB, module.weight.SCB
+    module.weight.CB = None
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Return the bytes of a network's parameters and buffers, with the scales of those in few bits."""
+    total = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        total += _bytes(tensor)
+        if (state := getattr(tensor, "quant_state", None)) is not None:
+            scales = [state.absmax, state.offset, *([] if state.state2 is None else [state.state2.absmax])]
+            total += sum(_bytes(scale) for scale in scales if scale is not None)
+        if (scale := getattr(tensor, "SCB", None)) is not None:
+            total += _bytes(scale)
+    return total
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,56 @@
+"""The quantiser step of a code with a given error: reverse water-filling (Cover and Thomas, 10.3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from icmlora.generator.initial_a.subspace import InitialSubspace
+from icmlora.generator.sensitivity import Sensitivity
+from icmlora.generator.stack import INPUTS, OUTPUTS
+from icmlora.generator.tokens import KindTokens, squared_norm
+
+_PARTS = 16  # groups of channels of about equal weight, as the step need not be exact
+
+
+def water_level(
+    tokens: Sequence[KindTokens], tolerance: float, sensitivity: Sensitivity, subspace: InitialSubspace
+) -> float:
+    """Return the quantiser step whose expected squared error is `tolerance` (1 for an adapter of zeros).
+
+    A coefficient of variance v contributes min(v, step^2 / 12): reverse water-filling (Cover and Thomas, 10.3.3).
+    """
+    if not tokens:
+        return 1.0
+    parts = [_variances(group, side, sensitivity, subspace) for group in tokens for side in (INPUTS, OUTPUTS)]
+    variance, count = (torch.cat(column) for column in zip(*parts, strict=True))
+    allowed = tolerance * squared_norm(tokens)
+    low, high = -40.0, 40.0  # log2 of the step
+    for _ in range(50):
+        middle = (low + high) / 2
+        error = float((torch.clamp(variance, max=4.0**middle / 12) * count).sum())
+        low, high = (middle, high) if error < allowed else (low, middle)
+    return float(2.0**low)
+
+
+def _variances(
+    group: KindTokens, side: int, sensitivity: Sensitivity, subspace: InitialSubspace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the variances of a side's coefficients and how many coefficients have each of them.
+
+    Channels are grouped by weight, a sixteenth at a time. Inputs along the subspace are left out: they take next to no
+    bits, so they lose next to nothing.
+    """
+    size = (group.inputs, group.outputs)[side].shape[1]
+    square = torch.exp2(2 * sensitivity.profile(group.kind, side)).double().sort(dim=1).values  # (L, size)
+    share = torch.stack([part.mean(dim=1) for part in square.tensor_split(min(_PARTS, size), dim=1)], dim=1)
+    counts = torch.tensor(  # channels in each group
+        [len(part) for part in torch.arange(size).tensor_split(min(_PARTS, size))], device=square.device
+    )
+    share = share / (share * counts).sum(dim=1, keepdim=True)  # (L, parts); one row's variances add up to 1
+    energy = group.norm.double().square()
+    if side == INPUTS:
+        energy = energy - subspace.project(group.kind, group.layer, group.inputs).double().square().sum(1)
+    variance = energy.clamp_min(0)[:, None] * share[group.layer]
+    return variance.flatten(), counts.double().expand_as(variance).flatten()
