@@ -29,8 +29,7 @@ from icmlora.generator.packing import KindIntegers, pack, unpack
 from icmlora.generator.quantizer import TokenQuantizer
 from icmlora.generator.scales import STRENGTHS
 from icmlora.generator.tokens import KindTokens, detokenize
-from icmlora.io.threads import ahead
-from icmlora.io.threads import one_thread as one_thread
+from icmlora.io.threads import ahead, one_thread
 
 _LARGE = 1 << 18  # bytes of a code above which a second thread saves more than it costs
 _SUBSPACES = 4  # initial subspaces that stay in memory
