@@ -3,8 +3,8 @@
     python -m tests.benchmarks.gpu_check [--device cuda] [--shape 8b|0.3b|tiny]
     python -m tests.benchmarks.gpu_check --fleet DIR --base DIR [--device cuda]
 
-It begins with a rehearsal, a minute or two: all stages on the smallest shapes, on the device; or, where there is no
-card, on the stand-in for one (`tests/device`), which refuses what a card refuses.
+It begins with a rehearsal, a minute or two: all stages on the smallest shapes, on the stand-in for a card
+(`tests/device`), which refuses what a card refuses.
 
 Then it writes a section of tests/benchmarks/results/cuda.json, under the name of the card and of what ran on it, after
 each stage: until the last one its name ends with "unfinished", and it stays if a stage fails. Without a card everything
@@ -58,26 +58,22 @@ def main() -> None:
 
 
 def rehearse(options: argparse.Namespace) -> str:
-    """Run all stages on the smallest shapes, so that the long run does not end with what a minute can tell.
+    """Run all stages on a stand-in for a card, so that the long run does not end with what a minute can tell.
 
     Returns:
-        Where: on the device that is asked for; or, where that is the CPU, on the stand-in for a card.
+        What is to be said of it: that it went well, or why there was none.
 
     Raises:
         StageFailed: A stage failed, or its results are not those of the CPU.
     """
-    on_cpu = resolve_device(options.device).type == "cpu"
-    missing = no_stand_in() if on_cpu else None
-    where = "on the stand-in for a card" if on_cpu else f"on {options.device}"
-    where = where if missing is None else f"none: {missing}"
+    missing = no_stand_in()
+    where = "on the stand-in for a card" if missing is None else f"none: {missing}"
     print(f"rehearsal of all stages on the smallest shapes: {where}", file=sys.stderr, flush=True)
     if missing is not None:
         return where
-    small = argparse.Namespace(
-        device="cuda" if on_cpu else options.device, fleet=None, base=None, shape="tiny", steps=4, refine=2, episodes=1
-    )
+    small = argparse.Namespace(device="cuda", fleet=None, base=None, shape="tiny", steps=4, refine=2, episodes=1)
     with _folder(options) as folder:
-        section = check(folder, small, on_stand_in if on_cpu else in_child)
+        section = check(folder, small, on_stand_in)
     if not section_agrees(section):
         raise StageFailed(f"the rehearsal's results differ from the CPU's: {json.dumps(section['compared'])}")
     return where

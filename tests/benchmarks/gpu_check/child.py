@@ -22,23 +22,18 @@ class StageFailed(Exception):
 
 
 def in_child(name: str, device: str, store: Path, **options: object) -> dict[str, Any]:
-    """Run one stage; on the CPU it sees no card."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    return _run("stage", name, device, store, options, hidden)
+    """Run one stage."""
+    return _run("stage", name, device, store, options)
 
 
 def on_stand_in(name: str, device: str, store: Path, **options: object) -> dict[str, Any]:
-    """Run one stage on the stand-in; on the CPU it runs as it always does."""
-    return (
-        in_child(name, device, store, **options)
-        if device == "cpu"
-        else _run("on_stand_in", name, device, store, options)
-    )
+    """Run one stage, on the stand-in if it is for a card."""
+    return _run("stage" if device == "cpu" else "on_stand_in", name, device, store, options)
 
 
 def no_stand_in() -> str | None:
     """Return why there is no stand-in for a card on this machine, None if there is one."""
-    done = _python("on_stand_in", [], {})
+    done = _python("on_stand_in", [], sees_cards=False)
     if done.returncode == NONE_HERE:
         return done.stdout.strip()
     if done.returncode:
@@ -46,15 +41,9 @@ def no_stand_in() -> str | None:
     return None
 
 
-def _run(
-    module: str,
-    name: str,
-    device: str,
-    store: Path,
-    options: dict[str, object],
-    environment: dict[str, str] | None = None,
-) -> dict[str, Any]:
-    done = _python(module, [name, device, str(store), json.dumps(options)], environment or {})
+def _run(module: str, name: str, device: str, store: Path, options: dict[str, object]) -> dict[str, Any]:
+    sees_cards = module == "stage" and device != "cpu"
+    done = _python(module, [name, device, str(store), json.dumps(options)], sees_cards=sees_cards)
     if done.returncode:
         raise StageFailed(f"stage {name} on {device} failed")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -62,6 +51,7 @@ def _run(
     return found
 
 
-def _python(module: str, arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _python(module: str, arguments: list[str], *, sees_cards: bool) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"tests.benchmarks.gpu_check.{module}", *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment)
+    environment = os.environ if sees_cards else os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
