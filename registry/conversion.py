@@ -40,7 +40,8 @@ def adapter_record(row: models.Adapter) -> records.AdapterRecord:
         row,
         **common._asdict(),
         source=usual if row.source is None else row.source,
-        extras=tuple(_extra(extra) for extra in row.extras),
+        # By content: the numbers of blobs depend on what else was stored, and when.
+        extras=tuple(sorted(map(_extra, row.extras), key=lambda extra: (extra.file or "", extra.blob))),
         original_bytes=row.weights.size + row.config.size + (row.card.size if row.card else 0),
         weights_bytes=row.weights.size,
         initial_bytes=row.initial.size if row.initial else 0,

@@ -273,7 +273,7 @@ class Adapter(Base):
     tensors_key: Mapped[str | None] = mapped_column(Digest())
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
-    extras: Mapped[list[Extra]] = relationship(lazy="selectin", order_by="Extra.file, Extra.blob_id")
+    extras: Mapped[list[Extra]] = relationship(lazy="selectin")
     weights: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[weights_id])
     config: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[config_id])
     card: Mapped[Blob | None] = relationship(lazy="joined", foreign_keys=[card_id])

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
 import typer
 
 from icm_cli.errors import ExitCode
 from icm_cli.session import Session, command
 from icmlora.io.text import human_size
+
+if TYPE_CHECKING:
+    from icmlora.io.cards import Card
 
 
 @command
@@ -30,7 +36,7 @@ def doctor(session: Session) -> None:
         {
             "ok": not problems,
             "settings": {name: {"value": value, "source": source} for name, (value, source) in configured.items()},
-            "checks": {check.name: {"value": check.value, "problem": check.problem} for check in checks},
+            "checks": {check.name: {"value": asdict(check)["value"], "problem": check.problem} for check in checks},
         }
     )
     session.out.record([(name, f"{value} ({source})") for name, (value, source) in configured.items()])
@@ -42,7 +48,10 @@ def doctor(session: Session) -> None:
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _shown(name: str, value: str | int | None) -> str:
+def _shown(name: str, value: str | int | Card | None) -> str:
     if value is None:
         return "-"
-    return human_size(value) if name == "free_bytes" and isinstance(value, int) else str(value)
+    if isinstance(value, str | int):
+        return human_size(value) if name == "free_bytes" and isinstance(value, int) else str(value)
+    free = "" if value.free_bytes is None else f", {human_size(value.free_bytes)} free"
+    return f"{value.name}: {human_size(value.memory_bytes)}{free}, {'bfloat16' if value.bfloat16 else 'no bfloat16'}"

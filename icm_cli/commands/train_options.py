@@ -73,8 +73,8 @@ StepsOpt = Annotated[
         "--steps",
         metavar="N",
         min=1,
-        help="Adapters to draw, one a step on a CPU. Default: 20 per task, at least 200; from 16 tasks on 8 per adapter, "
-        "1,000 to 20,000. More on a card for small fleets, whose steps see eight adapters.",
+        help="Adapters to draw; a step sees one, on a card eight. Default: 20 per task, at least 200; from 16 tasks on "
+        "8 per adapter, 1,000 to 20,000. A card makes at least 150 steps.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),

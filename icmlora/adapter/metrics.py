@@ -2,7 +2,8 @@
 
     ||B A||^2 = tr((B^T B) (A A^T)),   <B A, D C> = tr((B^T D) (C A^T)),   ||B A - D C||^2 = their combination
 
-dW itself (out x in per module) is never formed.
+dW itself (out x in per module) is never formed. All is computed on one thread, because sums of several may differ in
+the last bit: what is measured when a code is made is measured again when it is read, and compared with a limit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.io.threads import one_thread
+
+_DECIMALS = 6  # of a distance: it is a root, so float64's rounding of its square reaches into the seventh
 
 
 def squared_error(original: Adapter, other: Adapter) -> float:
@@ -37,18 +41,19 @@ def relative(parts: Iterable[tuple[float, float]]) -> float:
     return _ratio(math.fsum(error for error, _ in pairs), math.fsum(norm for _, norm in pairs))
 
 
+@one_thread()
 def distance(left: Adapter, right: Adapter) -> float:
     """Return ||dW_left - dW_right|| / max(||dW_left||, ||dW_right||) over all modules: 0 is equal, 2 is opposite.
 
     A module that one side lacks, or has with other widths, counts as zero there. Rounding limits the result to about
-    1e-7.
+    1e-7, so it is given to six decimals: what is less is 0, on every processor.
     """
     mine, theirs = (
         {(module.name, *module.shape[2:]): _exact(module) for module in adapter.modules} for adapter in (left, right)
     )
     norms = [math.fsum(_inner(module, module) for module in side.values()) for side in (mine, theirs)]
     shared = math.fsum(_inner(module, theirs[key]) for key, module in mine.items() if key in theirs)
-    return math.sqrt(_ratio(max(math.fsum(norms) - 2.0 * shared, 0.0), max(norms)))
+    return round(math.sqrt(_ratio(max(math.fsum(norms) - 2.0 * shared, 0.0), max(norms))), _DECIMALS)
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,13 @@ def dw_norm(adapter: Adapter) -> float:
     return math.sqrt(sum(norm * norm for norm in module_norms(adapter).values()))
 
 
+@one_thread()
 def module_norms(adapter: Adapter) -> dict[str, float]:
     """Return the Frobenius norm of each module's dW."""
     return {module.name: _norm(_exact(module)) for module in adapter.modules}
 
 
+@one_thread()
 def _parts(original: Adapter, other: Adapter) -> dict[str, tuple[float, float]]:
     """Return per module the squared error and the squared norm of the original."""
     left = {module.name: module for module in original.modules}

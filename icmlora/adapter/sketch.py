@@ -70,9 +70,10 @@ def near_pairs(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -
     if not found:
         return []
     estimates, left, right = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    nearest = np.argsort(estimates, kind="stable")
-    pairs = zip(order[left[nearest]].tolist(), order[right[nearest]].tolist(), strict=True)
-    return [(min(pair), max(pair)) for pair in pairs]
+    one, other = np.sort([order[left], order[right]], axis=0)
+    # Estimates that differ by rounding are equal, so that the order is the same on every processor.
+    nearest = np.lexsort((other, one, np.round(estimates / _NOISE**2)))
+    return list(zip(one[nearest].tolist(), other[nearest].tolist(), strict=True))
 
 
 _Found = tuple[npt.NDArray[np.float64], npt.NDArray[np.intp], npt.NDArray[np.intp]]

@@ -28,6 +28,7 @@ Example = TypeVar("Example")
 """One line of `samples.jsonl` or `eval.jsonl`."""
 Item = TypeVar("Item", bound="Prepared")
 """An example as the model reads it."""
+_ROUNDING = 1e-6  # share of a loss: two float32 sums of the same numbers differ by less
 
 
 @dataclass(frozen=True)
@@ -293,8 +294,9 @@ def retained_gain(base: float, original: float, other: float, *, higher_is_bette
         higher_is_better: The direction of the metric.
 
     Returns:
-        The share, or None where the original does not help, so that there is no gain to keep.
+        The share, or None where the original does not help, so that there is no gain to keep. What rounding makes of a
+        float32 loss is no help.
     """
     gain = original - base if higher_is_better else base - original
     remaining = other - base if higher_is_better else base - other
-    return remaining / gain if gain > 0 else None
+    return remaining / gain if gain > _ROUNDING * abs(base) else None

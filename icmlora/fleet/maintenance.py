@@ -18,6 +18,7 @@ from icmlora.fleet.context import Context
 from registry.errors import DamagedStore, RegistryError
 
 if TYPE_CHECKING:
+    from icmlora.io.cards import Card
     from registry.prune import PruneReport as PruneReport
     from registry.records import TaskSummary
     from registry.store import Store
@@ -106,7 +107,7 @@ class Check:
     """One result of `icm doctor`."""
 
     name: str
-    value: str | int | None
+    value: str | int | Card | None
     problem: str | None = None
 
 
@@ -128,11 +129,20 @@ def _versions() -> list[Check]:
 def _devices() -> list[Check]:
     import torch
 
-    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    from icmlora.io.cards import cuda_cards, has_nvidia_card, install_command, mps_card, nvidia_driver, toolkit
+
+    (cards, problem), mac, driver, built = cuda_cards(), mps_card(), nvidia_driver(), toolkit()
+    if driver is not None and built is None:
+        fact = f"this machine has {', '.join(driver.cards)}, but this build of torch has no CUDA"
+        problem = f"{fact}; `{install_command(driver)}` installs one that has"
+    out_of_reach = "none, although there is an NVIDIA card" if has_nvidia_card() else "none"
     return [
         Check("cpu_threads", torch.get_num_threads()),
-        Check("cuda", ", ".join(cuda) or "none"),
-        Check("mps", "available" if torch.backends.mps.is_available() else "none"),
+        Check("cuda", ", ".join(card.name for card in cards.values()) or "none", problem),
+        Check("torch_built_for", built or "CPU"),
+        Check("nvidia_driver", out_of_reach if driver is None else driver.version),
+        *(Check(device, card) for device, card in cards.items()),
+        Check("mps", mac or "none"),
     ]
 
 

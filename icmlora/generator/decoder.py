@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -30,6 +29,7 @@ from icmlora.generator.packing import KindIntegers, pack, unpack
 from icmlora.generator.quantizer import TokenQuantizer
 from icmlora.generator.scales import STRENGTHS
 from icmlora.generator.tokens import KindTokens, detokenize
+from icmlora.io.threads import ahead, one_thread
 
 _LARGE = 1 << 18  # bytes of a code above which a second thread saves more than it costs
 _SUBSPACES = 4  # initial subspaces that stay in memory
@@ -42,19 +42,6 @@ class OpenCode:
     head: CodeHead
     state: TaskState
     groups: tuple[KindIntegers, ...]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch on the calling thread; also a decorator."""
-    # Sums of several threads may differ in the last bit, and for pieces this small waiting for threads costs more than
-    # they save.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Decoder:
@@ -81,13 +68,12 @@ class Decoder:
         """Decode one code."""
         head, state, groups = self._read(code)
         if len(code) > _LARGE:
-            from icmlora.io.threads import ahead  # most codes are small
-
             groups = ahead(groups)
         tokens = (self.dequantised(group, state, head.step) for group in groups)
         return self.assemble(tokens, head, head.strengths)
 
     @torch.no_grad()
+    @one_thread()
     def generate(
         self,
         vectors: Mapping[str, torch.Tensor],

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError
 from icmlora.generator.container import ABSENT
-from icmlora.generator.decoder import Decoder, OpenCode, one_thread
+from icmlora.generator.decoder import Decoder, OpenCode
 from icmlora.generator.encoding import Encoded, Limits, coarsest, compare, quantised, strength_of
 from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, Scales, clip
 from icmlora.generator.packing import KindIntegers, read_groups, slots_between, split_sides, write_groups
@@ -30,6 +30,7 @@ from icmlora.generator.residual import CLASSES, Residual, ResidualHead, digest_o
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.generator.stack import INPUTS, OUTPUTS
 from icmlora.generator.tokens import KindTokens, slot_overlaps, tokenize
+from icmlora.io.threads import one_thread
 
 _WIDTH = OCTAVE // 2  # scale indices in one class: half an octave
 

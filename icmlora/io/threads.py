@@ -26,6 +26,19 @@ class Map(Protocol):
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch on the calling thread; also a decorator."""
+    # Sums of several threads may differ in the last bit, and for pieces this small waiting for threads costs more than
+    # they save.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def side_by_side(most: int | None = None) -> Iterator[Map]:
     """Give a `map` that runs on as many threads as torch has, or at most so many, without gradients."""
     before, alone = torch.get_num_threads(), (1,)

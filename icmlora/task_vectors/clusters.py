@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from icmlora.task_vectors.rounding import settled
+
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
@@ -58,7 +60,7 @@ def silhouettes(distances: Floats, labels: Labels) -> Floats:
     larger = np.maximum(within, others)
     values: Floats = (others - within) / np.where(larger > 0, larger, 1.0)
     values[sizes[own] == 1] = 0.0
-    return np.clip(values, -1.0, 1.0)
+    return settled(np.clip(values, -1.0, 1.0))
 
 
 def cluster(distances: Floats, clusters: int | None = None) -> Labels:

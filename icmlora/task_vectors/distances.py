@@ -17,6 +17,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from icmlora.task_vectors.rounding import settled
+
 Floats = NDArray[np.float64]
 # Name of a task -> its vectors, one row per support set: shape (sets, d), d the same for all, 2 or more.
 SupportSetVectors = Mapping[str, NDArray[np.floating]]
@@ -50,8 +52,8 @@ class VectorSpace:
         return cls(means.mean(axis=0), np.where(unit > 0, unit, 1.0))
 
     def place(self, vectors: NDArray[np.floating]) -> Floats:
-        """Return vectors (n, d) with the mean subtracted, in units."""
-        return (vectors - self.mean) / self.unit
+        """Return vectors (n, d) with the mean subtracted, in units; one that is the mean, but for rounding, is zero."""
+        return settled((vectors - self.mean) / self.unit)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def task_distances(tasks: SupportSetVectors) -> Floats:
 def cosine_distances(one: Floats, other: Floats) -> Floats:
     """Return 1 - cosine of each row of one array with each of another: (n, d), (m, d) -> (n, m), values 0 to 2.
 
-    Rows of zeros have no direction: they have distance 1 from everything, and 0 from each other.
+    Rows of zeros have no direction: they have distance 1 from everything, and 0 from each other. Rows of one direction
+    have distance 0, and equal distances are equal to the last bit (see `settled`).
     """
     first, second = directions(one), directions(other)
     both_zero = np.outer(~np.any(first, axis=1), ~np.any(second, axis=1))
@@ -123,7 +126,7 @@ def cosine_distances(one: Floats, other: Floats) -> Floats:
     if one is other:  # rounding must neither tell a point from itself nor make the distances asymmetric
         distances = (distances + distances.T) / 2
         np.fill_diagonal(distances, 0.0)
-    return distances
+    return settled(distances)
 
 
 def directions(vectors: Floats) -> Floats:
@@ -163,6 +166,6 @@ def _left_out(points: Floats) -> Floats:
     squares = products.diagonal()[None, :] - 2 * with_mean + mean_square[:, None]  # [i, j] = |x_j - m_i|^2
     lengths = np.sqrt(np.maximum(squares, 0.0))
     scale = lengths * lengths.diagonal()[:, None]
-    distances: Floats = np.clip(1.0 - inner / np.where(scale > 0, scale, np.inf), 0.0, 2.0)
+    distances = settled(np.clip(1.0 - inner / np.where(scale > 0, scale, np.inf), 0.0, 2.0))
     np.fill_diagonal(distances, np.inf)
     return distances

@@ -25,11 +25,15 @@ from icmlora.task_vectors.distances import (
     directions,
     mean_vectors,
 )
+from icmlora.task_vectors.rounding import settled
 
 PAIRS = 5  # nearest pairs that a map names, in addition to pairs that cannot be told apart
 # Two tasks are alike if their vectors are at most this much farther apart than vectors of one task. Of 20 real tasks,
 # the halves of one task's vectors were alike nine times of ten, and no two tasks ever were (1.19 at least).
 _SLACK = 1.1
+# Weight of support sets beside tasks where a picture chooses its axes: enough to choose between two that show the tasks
+# equally well, or where all tasks are on a line and the second axis is free; too little to turn any other picture.
+_HINT = 1e-4
 _FENCE = 1.5  # quartile ranges above the third quartile from which a value is an outlier (Tukey 1977)
 
 
@@ -122,14 +126,13 @@ def _plane(points: Floats, others: Floats) -> tuple[Floats, Floats, tuple[float,
     """Project points (n, d) and others (m, d) onto the plane in which the points vary most."""
     # Returns points (n, 2), others (m, 2), and the share of the points' variation on each axis.
     middle = points.mean(axis=0)
-    _, strengths, axes = np.linalg.svd(points - middle, full_matrices=False)
-    plane = axes[:2]
-    flat = (points - middle) @ plane.T  # (n, 2)
+    points, others = settled(points - middle), settled(others - middle)
+    _, _, axes = np.linalg.svd(np.concatenate([points, _HINT * others]), full_matrices=False)
+    flat, spread = settled(points @ axes[:2].T), settled(others @ axes[:2].T)  # (n, 2), (m, 2)
     # A singular vector has no sign of its own: the farthest point is put on the positive side of each axis.
-    signs = np.sign(flat[np.abs(flat).argmax(axis=0), [0, 1]])
-    plane = plane * np.where(signs < 0, -1.0, 1.0)[:, None]
-    shares = np.square(strengths) / max(float(np.square(strengths).sum()), np.finfo(np.float64).tiny)
-    return (points - middle) @ plane.T, (others - middle) @ plane.T, (float(shares[0]), float(shares[1]))
+    signs = np.where(flat[np.abs(flat).argmax(axis=0), [0, 1]] < 0, -1.0, 1.0)
+    shares = settled(np.square(flat).sum(axis=0) / max(float(np.square(points).sum()), np.finfo(np.float64).tiny))
+    return flat * signs + 0.0, spread * signs + 0.0, (float(shares[0]), float(shares[1]))
 
 
 def _by_task(between: Floats, owners: Labels) -> float | None:

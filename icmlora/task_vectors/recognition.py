@@ -28,6 +28,7 @@ from icmlora.task_vectors.distances import (
     cosine_distances,
     mean_vectors,
 )
+from icmlora.task_vectors.rounding import settled
 
 Places = NDArray[np.intp]  # numbers of tasks
 
@@ -243,7 +244,7 @@ def _fit(trials: _Trials, borders: _Borders) -> tuple[float, float]:
         nearest, new = np.logaddexp.reduce(-rate * trials.as_new, axis=1)[:, None], -rate * if_new
         total = np.logaddexp(nearest, new)
         unknown = (1 - doubt) * (new - total) + doubt * (nearest - total)
-        likelihood = known.mean(axis=0) + unknown.mean(axis=0)  # (factors,)
+        likelihood = settled(known.mean(axis=0) + unknown.mean(axis=0))  # (factors,)
         at = int(likelihood.argmax())
         best = max(best, (float(likelihood[at]), float(rate), float(_FACTORS[at])))
     return best[1], best[2]

@@ -26,12 +26,11 @@ import torch
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.batch import Batch, Prepared, batched, prepare
 from icmlora.generator.cvae import CVAE
-from icmlora.generator.decoder import one_thread
 from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.objective import Objective
 from icmlora.generator.tokens import refuse_overflow, tokenize
 from icmlora.io.devices import moved
-from icmlora.io.threads import ahead
+from icmlora.io.threads import ahead, one_thread
 from icmlora.training.config import STEP_PARAMETERS
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.source import AdapterSource

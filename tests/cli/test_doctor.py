@@ -1,13 +1,17 @@
 """`icm doctor` and `icm path`."""
 
 import fcntl
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from icm_cli.errors import ExitCode
 from icmlora.fleet.maintenance import has_wal_reset_bug
+from icmlora.io import cards
 from tests.cli.conftest import Ran
 from tests.cli.homeless import leave_home
 
@@ -78,6 +82,122 @@ def test_doctor_says_that_the_store_is_locked(icm: Icm, stored: Path, tmp_path: 
 def test_doctor_creates_no_store(icm: Icm, tmp_path: Path) -> None:
     icm("doctor")
     assert not (tmp_path / "store").exists()
+
+
+@pytest.fixture
+def cardless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without a card, and a build of torch without CUDA; return its folder of programs, and of devices."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(cards, "_PCI", tmp_path / "pci")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    return tmp_path
+
+
+@pytest.fixture
+def carded(cardless: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with two cards that torch computes on; the second one is old, and full."""
+    facts = (
+        SimpleNamespace(name="NVIDIA L4", total_memory=23 << 30, major=8),
+        SimpleNamespace(name="Tesla T4", total_memory=15 << 30, major=7),
+    )
+
+    def free_and_total(index: int) -> tuple[int, int]:
+        if index == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 20 << 30, 23 << 30
+
+    write_nvidia_smi(cardless, "580.65.06, NVIDIA L4\n580.65.06, Tesla T4")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(facts))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts[index])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total)
+    return cardless
+
+
+def write_nvidia_smi(folder: Path, answer: str, status: int = 0) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{answer}'\nexit {status}\n")
+    program.chmod(0o755)
+
+
+def test_doctor_shows_each_card_with_its_memory_and_whether_it_computes_bfloat16(icm: Icm, carded: Path) -> None:
+    ran, document = icm("doctor"), icm("doctor", "--json").document
+    assert [line.split(maxsplit=1)[1] for line in ran.out.splitlines() if line.startswith("cuda:")] == [
+        "NVIDIA L4: 23.0 GiB, 20.0 GiB free, bfloat16",
+        "Tesla T4: 15.0 GiB, no bfloat16",
+    ]
+    first = {"name": "NVIDIA L4", "memory_bytes": 23 << 30, "free_bytes": 20 << 30, "bfloat16": True}
+    assert (ran.code, document["checks"]["cuda:0"]["value"]) == (0, first)
+    assert document["checks"]["cuda:1"]["value"]["free_bytes"] is None
+
+
+def test_doctor_shows_the_versions_of_cuda_and_of_the_driver(icm: Icm, carded: Path) -> None:
+    checks = icm("doctor", "--json").document["checks"]
+    assert checks["torch_built_for"]["value"] == "CUDA 13.0"
+    assert checks["nvidia_driver"]["value"] == "580.65.06"
+
+
+def test_doctor_shows_cards_under_rocm_and_mps(icm: Icm, carded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10 << 30)
+    (carded / "nvidia-smi").unlink()
+    ran = icm("doctor", "--json")
+    checks = ran.document["checks"]
+    assert (ran.code, checks["torch_built_for"]["value"]) == (0, "ROCm 7.2")
+    mac = {"name": "Apple GPU", "memory_bytes": 10 << 30, "free_bytes": None, "bfloat16": True}
+    assert checks["mps"]["value"] == mac
+
+
+@pytest.mark.parametrize(("driver", "build"), [("610.10", "cu130"), ("580.65.06", "cu130"), ("570.86.10", "cu126")])
+def test_doctor_names_the_command_that_gives_torch_a_cuda_build_for_the_card(
+    icm: Icm, cardless: Path, driver: str, build: str
+) -> None:
+    write_nvidia_smi(cardless, f"{driver}, NVIDIA L4")
+    ran = icm("doctor", "--json")
+    assert (ran.code, ran.document["checks"]["cuda"]["value"]) == (ExitCode.FAILED, "none")
+    assert ran.document["checks"]["cuda"]["problem"] == (
+        "this machine has NVIDIA L4, but this build of torch has no CUDA; "
+        f"`pip install --upgrade torch --index-url https://download.pytorch.org/whl/{build}` installs one that has"
+    )
+    assert len([line for line in icm("doctor").err.splitlines() if "cuda:" in line]) == 1
+
+
+def test_a_card_whose_driver_is_out_of_reach_is_mentioned_but_is_no_problem(icm: Icm, cardless: Path) -> None:
+    write_nvidia_smi(cardless, "NVIDIA-SMI has failed because it could not communicate with the driver", status=9)
+    device = cardless / "pci" / "0000:01:00.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text("0x10de\n")
+    (device / "class").write_text("0x030200\n")
+    ran = icm("doctor", "--json")
+    assert ran.code == 0
+    assert ran.document["checks"]["nvidia_driver"]["value"] == "none, although there is an NVIDIA card"
+
+
+def test_doctor_says_why_torch_reaches_no_card(icm: Icm, carded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_available() -> bool:
+        warnings.warn("The NVIDIA driver on your system is too old (found version 11040).\nUpdate it.", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    ran = icm("doctor", "--json")
+    assert (ran.code, ran.document["checks"]["cuda"]["problem"]) == (
+        ExitCode.FAILED,
+        "The NVIDIA driver on your system is too old (found version 11040).",
+    )
+
+
+def test_doctor_survives_a_card_that_fails(icm: Icm, carded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(index: int) -> None:
+        raise RuntimeError("CUDA unknown error")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    assert icm("doctor", "--json").document["checks"]["cuda"] == {"value": "none", "problem": "CUDA unknown error"}
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,14 @@ def test_an_adapter_comes_back_with_its_extras(store: Store) -> None:
     assert [summary.final.extras for summary in store.tasks.summaries()] == [final.extras]
 
 
+def test_the_order_of_extras_does_not_depend_on_what_was_stored_before(store: Store) -> None:
+    backwards = sorted((HEAD, BIAS, b"packed norms"), key=digest_of, reverse=True)
+    for number, data in enumerate(backwards):
+        ingest(store, f"earlier-{number}", [extra(store, data)])
+    ingest(store, "rust", [extra(store, data) for data in backwards])
+    assert [found.blob for found in store.tasks.final("rust").extras] == [digest_of(data) for data in backwards[::-1]]
+
+
 def test_an_adapter_comes_back_with_why_there_can_be_no_code_and_with_its_form(store: Store) -> None:
     final = replace(
         adapter(store, b"w", is_final=True), original_only="peft_type is LOHA", does_nothing=True, layout=[]

@@ -3,19 +3,23 @@
     python -m tests.benchmarks.gpu_check [--device cuda] [--shape 8b|0.3b|tiny]
     python -m tests.benchmarks.gpu_check --fleet DIR --base DIR [--device cuda]
 
-Writes a section of tests/benchmarks/results/cuda.json, under the name of the card and of what ran on it. Without a card
-everything runs on the CPU, and the section says so: its figures are no figures of a card.
+It begins with a rehearsal, a minute or two: all stages on the smallest shapes, on the stand-in for a card
+(`tests/device`), which refuses what a card refuses.
+
+Then it writes a section of tests/benchmarks/results/cuda.json, under the name of the card and of what ran on it, after
+each stage: until the last one its name ends with "unfinished", and it stays if a stage fails. Without a card everything
+runs on the CPU, and the section says so: its figures are no figures of a card.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,96 +28,156 @@ import torch
 
 from icmlora import Fleet
 from icmlora.io.devices import resolve_device
+from icmlora.io.staging import writing_file
 from icmlora.task_vectors.file import vectors_from_bytes
 from registry.store import Store
+from tests.benchmarks.gpu_check.child import ROOT, Run, StageFailed, in_child, no_stand_in, on_stand_in
 from tests.benchmarks.gpu_check.subject import LABEL, NEW_SAMPLES, SHAPES, write_base, write_fleet, write_texts
 from tests.benchmarks.performance.machine import describe_machine
 
-ROOT = Path(__file__).parents[3]
 RESULT = Path(__file__).parents[1] / "results" / "cuda.json"
 GOALS = {"vectors": ("seconds_each", 1.0), "encode": ("seconds_each", 20.0), "generate": ("seconds", 10.0)}
 """Stage -> figure and goal in seconds, for the 8B shapes on one card of the H100's class."""
 DECODE_GOAL = 0.05
+DECODED = 8  # codes that are decoded to the device together
 LEAST_COSINE, MOST_LOSS_DIFFERENCE = 0.99, 0.02
 """The tolerances: a task vector of the device and of the CPU; a loss in bfloat16 and in float32, as a share."""
 
 
 def main() -> None:
-    """Measure, compare, print, write the JSON."""
+    """Rehearse, measure, compare, print, and write the JSON after each stage."""
     options = _options()
-    device = resolve_device(options.device)
-    (ROOT / "build").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.work or ROOT / "build") as folder:
-        section = check(Path(folder), options)
-    is_card = device.type == "cuda"
-    card = torch.cuda.get_device_name(device) if is_card else None
-    section = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "card": card,
-        "note": "measured on a card" if is_card else "no card: everything ran on the CPU",
-        "machine": describe_machine(),
-        **section,
-    }
-    subject = "fleet" if options.fleet else options.shape
-    document = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    document[f"{card or 'CPU'}, {subject}"] = section
-    RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(report(section, with_goals=is_card and subject == "8b"))
-    if not all(part["within"] for part in section["compared"].values()):
+    try:
+        section = measure(options, rehearse(options))
+    except StageFailed as error:
+        sys.exit(str(error))
+    is_large = options.fleet is None and options.shape == "8b"
+    print(report(section, with_goals=section["card"] is not None and is_large))
+    if not section_agrees(section):
         sys.exit("the device's results differ from the CPU's by more than the tolerances")
 
 
-def check(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Run all stages on the device, and those that are compared on the CPU too."""
-    device, store = options.device, work / "store"
-    fleet = Fleet(store)
-    size: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "refine", "episodes")}
-    if options.fleet:
-        fleet.ingest([options.fleet])
-        label = fleet.base_models()[0].record.name
-        fleet.add_base_model(label, options.base)
-    else:
-        shape = SHAPES[options.shape]
-        size["base_parameters"] = write_base(work / "base", shape)
-        fleet.add_base_model(LABEL, work / "base")
-        write_fleet(work / "loras", shape)
-        fleet.ingest([work / "loras"])
-    tasks = fleet.task_names()
-    size["tasks"] = len(tasks)
-    write_texts(work / "new.jsonl", 999, NEW_SAMPLES)
-    stages = {"vectors": stage("vectors", device, store)}
-    shutil.copytree(store, work / "cpu-store")  # before any code: only vectors differ
-    stages["train"] = stage("train", device, store, steps=options.steps)
-    stages["encode"] = stage("encode", device, store, refine=options.refine)
-    stages["few_shot"] = stage("few_shot", device, store, episodes=options.episodes)
-    stages["generate"] = stage("generate", device, store, samples=str(work / "new.jsonl"))
-    stages["evaluate"] = stage("evaluate", device, store, tasks=tasks)
-    stages["decode"] = stage("decode", device, store, task=tasks[0])
-    on_cpu = {
-        "vectors": stage("vectors", "cpu", work / "cpu-store"),
-        "evaluate": stage("evaluate", "cpu", store, tasks=tasks[:1]),
-        "decode": stage("decode", "cpu", store, task=tasks[0]),
+def rehearse(options: argparse.Namespace) -> str:
+    """Run all stages on a stand-in for a card, so that the long run does not end with what a minute can tell.
+
+    Returns:
+        What is to be said of it: that it went well, or why there was none.
+
+    Raises:
+        StageFailed: A stage failed, or its results are not those of the CPU.
+    """
+    missing = no_stand_in()
+    where = "on the stand-in for a card" if missing is None else f"none: {missing}"
+    print(f"rehearsal of all stages on the smallest shapes: {where}", file=sys.stderr, flush=True)
+    if missing is not None:
+        return where
+    small = argparse.Namespace(device="cuda", fleet=None, base=None, shape="tiny", steps=4, refine=2, episodes=1)
+    with _folder(options) as folder:
+        section = check(folder, small, on_stand_in)
+    if not section_agrees(section):
+        raise StageFailed(f"the rehearsal's results differ from the CPU's: {json.dumps(section['compared'])}")
+    return where
+
+
+def measure(options: argparse.Namespace, rehearsed: str, run: Run = in_child) -> dict[str, Any]:
+    """Run all stages, and keep what is known in the results after each one."""
+    device = resolve_device(options.device)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    about = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "card": card,
+        "note": "no card: everything ran on the CPU" if card is None else "measured on a card",
+        "rehearsal": rehearsed,
+        "machine": describe_machine(),
     }
-    compared = {
+    name = f"{card or 'CPU'}, {'fleet' if options.fleet else options.shape}"
+    with _folder(options) as folder:
+        section = about | check(folder, options, run, lambda part: keep(RESULT, f"{name}, unfinished", about | part))
+    keep(RESULT, name, section, instead_of=f"{name}, unfinished")
+    return section
+
+
+def check(
+    work: Path, options: argparse.Namespace, run: Run, tell: Callable[[dict[str, Any]], None] = lambda section: None
+) -> dict[str, Any]:
+    """Run all stages on the device, and those that are compared on the CPU too.
+
+    Args:
+        work: Folder for the base model, the adapters and the store.
+        options: Device, sizes, and the adapters if they are not synthetic.
+        run: Runs a stage.
+        tell: Is told what is known after each stage.
+
+    Raises:
+        StageFailed: A stage failed.
+    """
+    device, store = options.device, work / "store"
+    section: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "refine", "episodes")}
+    section |= _prepare(work, options) | {"stages": {}, "on_cpu": {}}
+    tasks = Fleet(store).task_names()
+    samples = work / "new.jsonl"
+    write_texts(samples, 999, NEW_SAMPLES)
+
+    def part(name: str, store: Path = store, *, on: str = "stages", **chosen: object) -> None:
+        section[on][name] = run(name, "cpu" if on == "on_cpu" else device, store, **chosen)
+        tell(section)
+
+    part("vectors")
+    shutil.copytree(store, work / "cpu-store")  # before any code: only vectors differ
+    part("train", steps=options.steps)
+    part("encode", refine=options.refine)
+    part("few_shot", episodes=options.episodes)
+    part("generate", samples=str(samples))
+    part("evaluate", tasks=tasks)
+    part("decode", tasks=tasks[:DECODED])
+    part("vectors", work / "cpu-store", on="on_cpu")
+    part("evaluate", on="on_cpu", tasks=tasks[:1])
+    part("decode", on="on_cpu", tasks=tasks[:DECODED])
+    stages, on_cpu = section["stages"], section["on_cpu"]
+    section["compared"] = {
         "least cosine of task vectors": _bounded(_least_cosine(store, work / "cpu-store"), LEAST_COSINE, least=True),
         "largest difference of losses, as a share": _bounded(
             _loss_difference(stages["evaluate"]["losses"], on_cpu["evaluate"]["losses"]), MOST_LOSS_DIFFERENCE
         ),
         "decoded bytes differ": _bounded(float(stages["decode"]["digest"] != on_cpu["decode"]["digest"]), 0.0),
     }
-    return {**size, "stages": stages, "on_cpu": on_cpu, "compared": compared}
+    return section
 
 
-def stage(name: str, device: str, store: Path, **options: object) -> dict[str, Any]:
-    """Run one stage in a process of its own; on the CPU it sees no card."""
-    command = [sys.executable, "-m", "tests.benchmarks.gpu_check.stage", name, device, str(store), json.dumps(options)]
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | hidden)
-    if done.returncode:
-        sys.exit(f"stage {name} on {device} failed")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{name} on {device}: {found['seconds']} s", file=sys.stderr, flush=True)
-    return found
+def section_agrees(section: dict[str, Any]) -> bool:
+    """Whether all that was compared is within its limit."""
+    return all(part["within"] for part in section["compared"].values())
+
+
+def keep(file: Path, name: str, section: dict[str, Any], *, instead_of: str | None = None) -> None:
+    """Put a section into a file of results, as a whole or not at all, and drop the one that it replaces."""
+    document = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    document.pop(instead_of, None)
+    document[name] = section
+    with writing_file(file, force=True) as stream:
+        stream.write(f"{json.dumps(document, indent=1)}\n".encode())
+
+
+def _prepare(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Write the base model and the adapters, or take those that are named; return what there is."""
+    fleet, found = Fleet(work / "store"), dict[str, Any]()
+    if options.fleet:
+        fleet.ingest([options.fleet])
+        fleet.add_base_model(fleet.base_models()[0].record.name, options.base)
+    else:
+        shape = SHAPES[options.shape]
+        found["base_parameters"] = write_base(work / "base", shape)
+        fleet.add_base_model(LABEL, work / "base")
+        write_fleet(work / "loras", shape)
+        fleet.ingest([work / "loras"])
+    return {**found, "tasks": len(fleet.task_names())}
+
+
+@contextmanager
+def _folder(options: argparse.Namespace) -> Iterator[Path]:
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.work or ROOT / "build") as folder:
+        yield Path(folder)
 
 
 def report(section: dict[str, Any], *, with_goals: bool) -> str:
@@ -129,6 +193,9 @@ def report(section: dict[str, Any], *, with_goals: bool) -> str:
     decoding = min(section["stages"]["decode"]["decode_seconds"])
     goal = f" (goal {DECODE_GOAL} s)" if with_goals else ""
     lines.append(f"decoding one code, always on the CPU: {decoding} s{goal}")
+    lines.append(
+        f"decoding the first {DECODED} codes to the device: {section['stages']['decode']['to_device_seconds']} s"
+    )
     for name, part in section["compared"].items():
         lines.append(f"{name}: {part['value']:.6g} (limit {part['limit']}): {'kept' if part['within'] else 'MISSED'}")
     return "\n".join(lines)

@@ -91,18 +91,23 @@ def evaluate(fleet: Fleet, device: str, tasks: Sequence[str]) -> dict[str, Any]:
     return {"losses": losses}
 
 
-def decode(fleet: Fleet, device: str, task: str) -> dict[str, Any]:
-    """Decode one code several times, and write it as an adapter; codes are decoded on the CPU whatever the device."""
-    fleet.load(task, source="code")  # imports, opens the generator
+def decode(fleet: Fleet, device: str, tasks: Sequence[str]) -> dict[str, Any]:
+    """Decode one code several times, then several to the device; codes are decoded on the CPU whatever it is."""
+    fleet.load(tasks[0], source="code")  # imports, opens the generator
     times = []
     for _ in range(_DECODES):
         started = time.perf_counter()
-        adapter = fleet.load(task, source="code")
+        fleet.load(tasks[0], source="code")
         times.append(round(time.perf_counter() - started, 4))
+    started = time.perf_counter()
+    loaded = list(fleet.load_many(tasks, source="code", device=device))
+    seconds = round(time.perf_counter() - started, 4)
     digest = hashlib.sha256()
-    for module in adapter.modules:
-        digest.update(module.name.encode() + module.a.numpy().tobytes() + module.b.numpy().tobytes())
-    return {"decode_seconds": times, "digest": digest.hexdigest()}
+    for name, adapter in loaded:
+        for module in adapter.modules:
+            factors = [factor.cpu().numpy().tobytes() for factor in (module.a, module.b)]
+            digest.update(f"{name} {module.name}".encode() + b"".join(factors))
+    return {"decode_seconds": times, "to_device_seconds": seconds, "digest": digest.hexdigest()}
 
 
 STAGES: dict[str, Callable[..., dict[str, Any]]] = {
@@ -126,6 +131,7 @@ def main() -> None:
     seconds = round(time.perf_counter() - started, 2)
     took: dict[str, Any] = {"seconds": seconds, "seconds_each": clock.each(), "host_bytes": peak_memory()}
     if resolve_device(device).type == "cuda":
+        took["card"] = torch.cuda.get_device_name(device)
         took["device_bytes"] = torch.cuda.max_memory_allocated()
     print(json.dumps({**took, **found}))
 

@@ -97,15 +97,15 @@ def test_the_distance_is_symmetric_and_that_of_dw_in_full(seeds: tuple[int, ...]
     error = sum(float((dw(x) - dw(y)).square().sum()) for x, y in zip(left, right, strict=True))
     largest = max(sum(float(dw(x).square().sum()) for x in side) for side in (left, right))
     one, other = (adapter((Q0, *both[0]), (V0, *both[1])) for both in (left, right))
-    assert distance(one, other) == pytest.approx(math.sqrt(error / largest), rel=1e-7, abs=1e-7)
-    assert distance(one, other) == pytest.approx(distance(other, one), rel=1e-9, abs=1e-12)
+    assert distance(one, other) == pytest.approx(math.sqrt(error / largest), abs=1e-6)
+    assert distance(one, other) == pytest.approx(distance(other, one), abs=1e-6)
 
 
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 5))
 def test_the_same_dw_in_other_factors_has_no_distance(seed: int, rank: int) -> None:
     a, b = pair(seed, rank)
     wide = adapter((Q0, torch.cat([2 * a, a]), torch.cat([b / 4, b / 2], dim=1)))
-    assert distance(adapter((Q0, a, b)), wide) < 1e-6
+    assert distance(adapter((Q0, a, b)), wide) == 0.0
 
 
 def test_a_module_of_other_widths_is_another_module() -> None:

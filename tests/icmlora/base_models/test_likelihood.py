@@ -102,11 +102,15 @@ def test_a_hopeless_model_has_infinite_perplexity() -> None:
 
 @given(LOSSES, LOSSES)
 def test_the_original_keeps_all_of_its_gain_and_the_base_none(base_loss: float, original: float) -> None:
-    if original < base_loss:
+    if base_loss - original > 1e-6 * base_loss:
         assert retained_gain(base_loss, original, original) == 1
         assert retained_gain(base_loss, original, base_loss) == 0
     else:
         assert retained_gain(base_loss, original, original) is None
+
+
+def test_what_rounding_makes_of_a_loss_is_no_gain_to_keep() -> None:
+    assert retained_gain(3.0, 3.0 - 1e-6, 2.9) is None
 
 
 def test_gain_can_be_exceeded_and_lost() -> None:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from icmlora.generator.decoder import one_thread
-from icmlora.io.threads import ahead, side_by_side
+from icmlora.io.threads import ahead, one_thread, side_by_side
 
 
 def test_one_thread_ends_with_the_block_however_it_ends() -> None:

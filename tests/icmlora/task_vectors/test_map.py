@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,7 +64,7 @@ def test_three_tasks_lie_in_the_plane_as_far_apart_as_they_are() -> None:
     points = np.array([task.point for task in found.tasks])
     # Directions of cosine distance d are sqrt(2 d) apart, and three points always fit into a plane.
     squares = np.square(points[:, None] - points[None]).sum(axis=-1)
-    assert squares / 2 == pytest.approx(task_distances(tasks), abs=1e-9)
+    assert squares / 2 == pytest.approx(task_distances(tasks), abs=1e-8)
     assert sum(found.variation) == pytest.approx(1.0)
 
 
@@ -73,7 +75,7 @@ def test_the_first_axis_shows_the_most() -> None:
 
 def test_a_tasks_point_is_the_mean_of_its_support_sets() -> None:
     for task in map_tasks(groups()).tasks:
-        assert np.mean(task.support_sets, axis=0) == pytest.approx(task.point, abs=1e-9)
+        assert np.mean(task.support_sets, axis=0) == pytest.approx(task.point, abs=1e-8)
 
 
 def test_tasks_that_differ_more_than_their_support_sets_can_be_told_apart() -> None:
@@ -139,6 +141,33 @@ def test_the_same_vectors_under_every_name_make_a_map_of_one_place() -> None:
     found = map_tasks({"a": vectors, "b": vectors, "c": vectors})
     assert {task.point for task in found.tasks} == {(0.0, 0.0)}
     assert found.typical == 0.0
+
+
+def equally_far(seed: int) -> dict[str, Floats]:
+    """Return four tasks that are as far from each other as any two, and another two that are copies of one."""
+    noise = 0.1 * np.random.default_rng(seed).standard_normal((6, 2, CHANNELS))
+    noise -= noise.mean(axis=1, keepdims=True)
+    return {"abcdef"[task]: np.eye(CHANNELS)[min(task, 4)] + noise[min(task, 4)] for task in range(6)}
+
+
+def on_a_line(seed: int) -> dict[str, Floats]:
+    """Return three tasks of which two are copies, so that around their mean all lie on one line."""
+    return {name: vectors for name, vectors in equally_far(seed).items() if name in "def"}
+
+
+@given(SEEDS, st.sampled_from([equally_far, on_a_line]))
+def test_the_last_bits_of_the_vectors_change_nothing_that_a_map_shows(
+    seed: int, fleet: Callable[[int], dict[str, Floats]]
+) -> None:
+    tasks, random = fleet(seed), np.random.default_rng(seed + 1)
+    shaken = {name: vectors * (1.0 + 1e-15 * random.standard_normal(vectors.shape)) for name, vectors in tasks.items()}
+    one, other = map_tasks(tasks), map_tasks(shaken)
+    for mine, its in zip(one.tasks, other.tasks, strict=True):
+        assert (mine.cluster, mine.nearest.task, mine.is_outlier) == (its.cluster, its.nearest.task, its.is_outlier)
+        assert (mine.point, mine.silhouette) == (pytest.approx(its.point, abs=1e-6), pytest.approx(its.silhouette))
+        assert np.array(mine.support_sets) == pytest.approx(np.array(its.support_sets), abs=1e-6)
+    assert [(pair.tasks, pair.is_alike) for pair in one.pairs] == [(pair.tasks, pair.is_alike) for pair in other.pairs]
+    assert (one.pairs[0].tasks, one.pairs[0].distance, other.pairs[0].distance) == (("e", "f"), 0.0, 0.0)
 
 
 def test_two_tasks_make_no_map() -> None:

@@ -72,11 +72,14 @@ def test_a_stream_that_begins_again_is_that_of_the_other_seed() -> None:
         (ALL, {"layers_to_transform": [1]}),
     ],
 )
-def test_the_initial_a_is_bit_for_bit_what_peft_drew(seed: int, targets: tuple[str, ...], options: Any) -> None:
+def test_the_initial_a_is_what_peft_drew(seed: int, targets: tuple[str, ...], options: Any) -> None:
     made = peft_made(seed, targets, moved=0, **options)
     factors = initial_factors(initial_of(made.adapter))
     assert set(factors) == set(made.drawn)
-    assert all(np.array_equal(factors[name], drawn) for name, drawn in made.drawn.items())
+    for name, drawn in made.drawn.items():
+        # torch rounds once more than icm on processors without fused multiply-add; else the two are the same bits.
+        rounding = 2**-23 * drawn.shape[1] ** -0.5
+        np.testing.assert_allclose(factors[name], drawn, rtol=0, atol=rounding)
 
 
 def test_the_order_in_which_modules_are_named_does_not_matter() -> None:
