@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-device lint types gpu-check format docs lock example-fleet domain-fleet detection-fleet classification ci clean
+.PHONY: help setup demo test test-all test-device test-as-cuda test-as-mps lint types gpu-check format docs lock example-fleet domain-fleet detection-fleet classification ci clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^## / {printf "\n%s\n", substr($$0, 4)} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' \
@@ -32,8 +32,13 @@ test-all: test-device  ## run every test
 	@$(PYTEST)
 
 # In processes of their own: the stand-in comes before torch. The longest file of tests begins among the first.
-test-device: $(READY)  ## run the tests on a stand-in for a card (a minute; part of test and test-all)
+test-device: $(READY)  ## run the tests on a stand-in for a card (about a minute; part of test and test-all)
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target test-as-cuda test-as-mps
+
+test-as-cuda: $(READY)
 	@$(PYTEST) --no-loadscope-reorder -p tests.device.as_cuda tests/device
+
+test-as-mps: $(READY)
 	@$(PYTEST) -n 0 -p tests.device.as_mps tests/device
 
 lint: $(READY)  ## run ruff and check the formatting and the direction of imports

@@ -6,6 +6,7 @@ Taken from PyTorch's CUDA sources. Imports torch, so only after the hooks are lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,10 +14,9 @@ import torch
 from torch._ops import OpOverload
 
 aten = torch.ops.aten
-INDEXING = frozenset(
+_INDEXING = frozenset(
     (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 )
-"""Operators that copy indices from the host to the card by themselves."""
 _ALLOCATING = frozenset(
     ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_", "resize_")
 )
@@ -26,29 +26,40 @@ _ALWAYS_WAITING = frozenset(
 )
 
 
-@cache
-def is_composite(func: OpOverload) -> bool:
-    """Say whether an operator is nothing but others."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What the stand-in asks of an operator each time, found out once.
+
+    Attributes:
+        name: What it is counted as.
+        is_composite: It is nothing but other operators.
+        only_looks: It launches no kernel: it makes a view or allocates.
+        indexes: It copies indices from the host to the card by itself.
+        draws: It draws random numbers.
+        waits: Whether the host waits for its result, given its arguments.
+    """
+
+    name: str
+    is_composite: bool
+    only_looks: bool
+    indexes: bool
+    draws: bool
+    waits: Callable[[Sequence[Any], dict[str, Any]], bool]
 
 
 @cache
-def only_looks(func: OpOverload) -> bool:
-    """Say whether an operator launches no kernel: it makes a view or allocates."""
-    return func.is_view or func.overloadpacket.__name__ in _ALLOCATING
-
-
-def waits(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Say whether the host waits for the result of an operator."""
-    rule = _RULES.get(func)
-    if rule is not None:
-        return rule(args, kwargs)
-    return _always_waits(func)
-
-
-@cache
-def _always_waits(func: OpOverload) -> bool:
-    return func.overloadpacket.__name__ in _ALWAYS_WAITING or any(tag in func.tags for tag in _RESULT_SIZED)
+def traits_of(func: OpOverload) -> Traits:
+    """Return what there is to know of an operator."""
+    plain = func.overloadpacket.__name__
+    always = plain in _ALWAYS_WAITING or any(tag in func.tags for tag in _RESULT_SIZED)
+    return Traits(
+        name=str(func),
+        is_composite=torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
+        only_looks=func.is_view or plain in _ALLOCATING,
+        indexes=func in _INDEXING,
+        draws=torch.Tag.nondeterministic_seeded in func.tags,
+        waits=_RULES.get(func, lambda args, kwargs: always),
+    )
 
 
 def refuse_mixture(func: OpOverload, args: Sequence[Any], strays: Sequence[torch.Tensor], card: torch.device) -> None:
@@ -56,7 +67,7 @@ def refuse_mixture(func: OpOverload, args: Sequence[Any], strays: Sequence[torch
 
     It takes numbers (tensors without dimensions) where it computes element by element, and indices.
     """
-    if func in INDEXING:
+    if func in _INDEXING:
         indexed, _, *values = args
         if indexed.device != card:
             raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor ({CPU})")

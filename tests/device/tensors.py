@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,16 +16,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.device.counts import count_copy, count_operator, count_sync, count_view
-from tests.device.operators import (
-    CPU,
-    INDEXING,
-    aten,
-    is_composite,
-    only_looks,
-    refuse_generator,
-    refuse_mixture,
-    waits,
-)
+from tests.device.operators import CPU, Traits, aten, refuse_generator, refuse_mixture, traits_of
 
 
 class OnCard(torch.Tensor):
@@ -42,17 +33,22 @@ class OnCard(torch.Tensor):
                 f"Cannot convert a MPS Tensor to {str(real.dtype)[6:]} dtype as the MPS framework doesn't support "
                 "float64. Please use float32 instead."
             )
-        # In inference mode, a view of a tensor that was made outside of it is none of that mode's own.
-        with torch.inference_mode(real.is_inference()):
-            made: OnCard = torch.Tensor._make_wrapper_subclass(
-                cls,
-                real.size(),
-                strides=real.stride(),
-                storage_offset=real.storage_offset(),
-                dtype=real.dtype,
-                layout=real.layout,
-                device=cls.card,
-            )
+        if real.is_inference() == torch.is_inference_mode_enabled():
+            return cls._around(real)
+        with torch.inference_mode(real.is_inference()):  # it is a view, there, of a tensor that was made outside
+            return cls._around(real)
+
+    @classmethod
+    def _around(cls, real: torch.Tensor) -> OnCard:
+        made: OnCard = torch.Tensor._make_wrapper_subclass(
+            cls,
+            real.size(),
+            strides=real.stride(),
+            storage_offset=real.storage_offset(),
+            dtype=real.dtype,
+            layout=real.layout,
+            device=cls.card,
+        )
         made.held = real
         return made
 
@@ -112,27 +108,21 @@ class Operators(TorchDispatchMode):
 
 def run(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out one operator."""
-    if is_composite(func):  # so they come in inference mode only
+    traits = traits_of(func)
+    if traits.is_composite:  # so they come in inference mode only
         with Operators():
             return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-    tensors = [x for x in _flat((*args, *kwargs.values())) if isinstance(x, torch.Tensor)]
+    tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
     cards = [x for x in tensors if isinstance(x, OnCard)]
-    device = kwargs.get("device")
-    if not cards and (device is None or not is_card(device)):
+    if not cards and not is_card(kwargs.get("device")):
         return _on_cpu(func, args, kwargs)
-    if func is aten._to_copy.default:
-        return _to_copy(args[0], **kwargs)
-    if func is aten.copy_.default:
-        return _copy_into(*args, **kwargs)
-    if func is aten._local_scalar_dense.default:
-        count_sync("item")
-        return func(args[0].held)
-    strays = [x for x in tensors if x.device == CPU]
-    if strays and cards:
-        refuse_mixture(func, args, strays, OnCard.card)
-    if func in INDEXING:
+    if func in _COPYING:
+        return _COPYING[func](*args, **kwargs)
+    if cards and len(cards) < len(tensors):
+        refuse_mixture(func, args, [x for x in tensors if x.device == CPU], OnCard.card)
+    if traits.indexes:
         args = (args[0], [_brought(x) for x in args[1]], *args[2:])
-    _count(func, args, kwargs)
+    _count(traits, args, kwargs)
     return _compute(func, args, kwargs, cards)
 
 
@@ -150,35 +140,29 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_card(device: Any) -> bool:
     """Say whether a device, or the name of one, is the card."""
-    return device is not None and torch.device(device).type == OnCard.card.type
+    if device is None:
+        return False
+    return (device if isinstance(device, torch.device) else torch.device(device)).type == OnCard.card.type
 
 
-def _count(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if only_looks(func):
+def _count(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if traits.only_looks:
         count_view()
         return
-    count_operator(str(func))
-    if waits(func, args, kwargs):
-        count_sync(str(func))
+    count_operator(traits.name)
+    if traits.waits(args, kwargs):
+        count_sync(traits.name)
 
 
 def _compute(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], cards: list[OnCard]) -> Any:
-    to_cpu = kwargs.get("device") is not None and not is_card(kwargs["device"])
-    real = {name: _real(value) for name, value in kwargs.items()}
+    real, to_cpu = {name: _real(value) for name, value in kwargs.items()}, False
     if real.get("device") is not None:
-        real["device"] = CPU
+        real["device"], to_cpu = CPU, not is_card(real["device"])
     if real.get("pin_memory"):
         real["pin_memory"] = False
-    if torch.Tag.nondeterministic_seeded in func.tags:
-        generator = kwargs.get("generator")
-        refuse_generator(func, generator, OnCard.card)
-        if generator is not None:
-            real["generator"] = None
-        with _drawing_with(generator or default_generator()):
-            out = func(*map(_real, args), **real)
-    else:
+    with _drawing(func, real):
         out = func(*map(_real, args), **real)
-    return out if to_cpu else _placed(out, {id(card.held): card for card in cards})
+    return out if to_cpu else _placed(out, cards)
 
 
 def _to_copy(tensor: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -210,12 +194,26 @@ def _copy_into(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = 
     return target
 
 
-def _flat(values: Any) -> Iterator[Any]:
+def _item(tensor: OnCard) -> Any:
+    count_sync("item")
+    return aten._local_scalar_dense.default(tensor.held)
+
+
+_COPYING = {
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy_into,
+    aten._local_scalar_dense.default: _item,
+}
+
+
+def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:
+    found = []
     for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from value
-        else:
-            yield value
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [x for x in value if isinstance(x, torch.Tensor)]
+    return found
 
 
 def _real(value: Any) -> Any:
@@ -226,15 +224,17 @@ def _real(value: Any) -> Any:
     return value
 
 
-def _placed(out: Any, known: dict[int, OnCard]) -> Any:
+def _placed(out: Any, cards: list[OnCard]) -> Any:
     """Put results on the card; an operator that writes into its argument returns that argument."""
     if isinstance(out, torch.Tensor):
-        same = known.get(id(out))
-        if same is not None and same.shape != out.shape:
-            raise NotImplementedError("the stand-in cannot change the shape of a tensor in place")
-        return OnCard(out) if same is None else same
+        for card in cards:
+            if card.held is out:
+                if card.shape != out.shape:
+                    raise NotImplementedError("the stand-in cannot change the shape of a tensor in place")
+                return card
+        return OnCard(out)
     if isinstance(out, (list, tuple)):
-        return type(out)([_placed(item, known) for item in out])
+        return type(out)([_placed(item, cards) for item in out])
     return out
 
 
@@ -247,6 +247,20 @@ def default_generator() -> torch.Generator:
     if OnCard.card.type not in _default:
         _default[OnCard.card.type] = torch.Generator(OnCard.card)
     return _default[OnCard.card.type]
+
+
+def _drawing(func: OpOverload, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    """For an operator that draws numbers, let the CPU's own generator go on where the card's is; change `kwargs`."""
+    if not traits_of(func).draws:
+        return _NOTHING
+    generator = kwargs.get("generator")
+    refuse_generator(func, generator, OnCard.card)
+    if generator is not None:
+        kwargs["generator"] = None
+    return _drawing_with(generator or default_generator())
+
+
+_NOTHING = nullcontext()
 
 
 @contextmanager

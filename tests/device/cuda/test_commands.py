@@ -163,7 +163,7 @@ class TestEncode:
         self, icm: Icm, trained: Path, trained_template: Path, tmp_path: Path
     ) -> None:
         other = shutil.copytree(trained_template, tmp_path / "other")
-        line = ("encode", "--max-error", 0.3)
+        line = ("encode", "rules", "--max-error", 0.3)
         assert icm(*line, *CARD).code == icm("--store", other, *line, *CPU).code == 0
         assert {task: code.blob for task, code in codes(trained).items()} == {
             task: code.blob for task, code in codes(other).items()
@@ -171,10 +171,9 @@ class TestEncode:
 
     def test_a_gain_is_kept_and_lets_the_original_go(self, card: Icm, learned: Fleet) -> None:
         store = ("--store", learned.path)
-        told = tasks_of(card(*store, "encode", "--min-gain", 0.9, "--json"))
-        assert {event["status"] for event in told.values()} == {"encoded"}
-        assert all(event["retained_gain"] >= 0.9 for event in told.values())
-        card(*store, "evict", "--min-gain", 0.8)
+        told = tasks_of(card(*store, "encode", "ships", "--min-gain", 0.9, "--json"))
+        assert (told["ships"]["status"], told["ships"]["retained_gain"] >= 0.9) == ("encoded", True)
+        card(*store, "evict", "ships", "--min-gain", 0.8)
         assert learned.show("ships").final.is_evicted
 
     def test_residuals_are_stored_beside_codes(self, card: Icm, learned: Fleet) -> None:
