@@ -67,6 +67,7 @@ LoadInOpt = Annotated[
     Bits | None,
     typer.Option(
         "--load-in",
+        metavar="nf4|int8",
         help="Load its linear layers in 4 or 8 bits, with bitsandbytes. Default: what the device suits.",
         show_default=False,
     ),

@@ -49,13 +49,13 @@ def test_every_rung_stands_side_by_side(icm: Icm, trained: Path) -> None:
 
 def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     events = icm(*EVAL, "poems", "--json").events
-    assert set(events[0]) == {"type", "task", "rungs"}
+    assert set(events[0]) == {"type", "task", "precision", "rungs"}
     assert set(events[0]["rungs"]) == {"base", "original", "code", "generate"}
     assert set(events[0]["rungs"]["code"]) == {
         "metric", "value", "count", "nats_per_token", "perplexity", "bits_per_byte", "tokens",
         "retained_gain", "relative_error", "squared_error",
     }  # fmt: skip
-    assert all(set(event) == {"type", "rung", "tasks", "mean", "worst"} for event in events[1:])
+    assert all(set(event) == {"type", "rung", "tasks", "mean", "worst", "precisions"} for event in events[1:])
 
 
 def test_the_figures_fit_together(icm: Icm, trained: Path) -> None:

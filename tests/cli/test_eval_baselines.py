@@ -35,7 +35,7 @@ def test_methods_stand_beside_the_code_with_their_bytes(icm: Icm, trained: Path)
 
 def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     ran = icm(*EVAL, "int8", "poems", "--json")
-    assert set(of_type(ran, "task")[0]) == {"type", "task", "rungs", "baselines"}
+    assert set(of_type(ran, "task")[0]) == {"type", "task", "precision", "rungs", "baselines"}
     assert set(of_type(ran, "task")[0]["baselines"]["int8"]) == {
         "size", "shared_size", "fleet_size", "metric", "value", "count", "tokens",
         "nats_per_token", "perplexity", "bits_per_byte", "retained_gain", "relative_error", "squared_error",

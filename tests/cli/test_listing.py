@@ -75,6 +75,7 @@ def test_ls_json_has_bytes_and_counts(icm: Icm, stored: Path) -> None:
         "code_size": None,
         "residual_size": None,
         "retained_gain": None,
+        "precision": None,
         "relative_error": None,
         "squared_error": None,
     }

@@ -32,12 +32,12 @@ def attention(
         query, key, value = (x.to(dtype) for x in (query, key, value))
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(dtype)
-    return _Fused.apply(query, key, value, attn_mask, options)  # type: ignore[no-any-return, no-untyped-call]
+    return _Fused.apply(query, key, value, attn_mask, options)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, query: OnCard, key: OnCard, value: OnCard, mask: OnCard | None, options: dict[str, Any]
     ) -> torch.Tensor:
         count_operator("attention")
@@ -46,7 +46,7 @@ class _Fused(torch.autograd.Function):
         return OnCard(_on_cpu(query.held, key.held, value.held, None if mask is None else mask.held, **options))
 
     @staticmethod
-    def backward(ctx: Any, gradient: OnCard) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: OnCard) -> Any:
         count_operator("attention backward")
         *given, mask = ctx.saved_tensors
         held = [x.held.detach().requires_grad_() for x in given]

@@ -44,7 +44,7 @@ class OnCard(torch.Tensor):
             )
         # In inference mode, a view of a tensor that was made outside of it is none of that mode's own.
         with torch.inference_mode(real.is_inference()):
-            made: OnCard = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: OnCard = torch.Tensor._make_wrapper_subclass(
                 cls,
                 real.size(),
                 strides=real.stride(),
@@ -72,7 +72,7 @@ class OnCard(torch.Tensor):
                 if is_parameter
                 else copy.requires_grad_(self.requires_grad)
             )
-        return memo[id(self)]  # type: ignore[no-any-return]
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(f"a tensor on {self.device} cannot be pickled for another process; move it with .cpu()")
@@ -144,7 +144,7 @@ def _on_cpu(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
     """Mark a tensor of the CPU as lying in memory that the card can read by itself."""
-    tensor.is_in_pinned_memory = True  # type: ignore[attr-defined]
+    tensor.is_in_pinned_memory = True
     return tensor
 
 

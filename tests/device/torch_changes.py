@@ -153,7 +153,7 @@ def _enter_everywhere() -> None:
             with Operators():
                 run()
 
-        self.run = run_on_card  # type: ignore[method-assign]
+        self.run = run_on_card
         start(self)
 
-    threading.Thread.start = start_on_card  # type: ignore[method-assign]
+    threading.Thread.start = start_on_card

@@ -193,3 +193,27 @@ def test_the_codes_of_a_new_generator_may_be_of_tasks_of_any_label(store: Store)
     made = generator(store, data=b"both")
     store.generators.add(replace(made, base_model=MIRROR, codes=[code(store, "rust"), code(store, "html")]))
     assert [row.code is not None for row in store.tasks.summaries()] == [True, True]
+
+
+def load_in(store: Store, name: str) -> tuple[str | None, str | None]:
+    """Return where a base model is, and in how few bits it is loaded."""
+    (found,) = [row for row in store.base_models.all() if row.name == name]
+    return found.path, found.load_in
+
+
+def test_few_bits_come_with_a_joined_label_and_go_with_its_path(store: Store) -> None:
+    store.base_models.set_path(BASE, "/models/base")
+    store.base_models.set_path(MIRROR, "/models/base", load_in="nf4")
+    store.base_models.join(BASE, [MIRROR])
+    assert load_in(store, BASE) == ("/models/base", "nf4")
+    store.base_models.separate(MIRROR)
+    assert load_in(store, MIRROR) == ("/models/base", "nf4")
+    store.base_models.set_path(BASE, "/models/other")
+    assert load_in(store, BASE) == ("/models/other", None)
+
+
+def test_a_base_model_with_a_loader_is_not_loaded_in_few_bits_for_a_joined_label(store: Store) -> None:
+    store.base_models.set_path(BASE, "/models/base", loader="my_models:load")
+    store.base_models.set_path(MIRROR, "/models/mirror", load_in="int8")
+    store.base_models.join(BASE, [MIRROR])
+    assert load_in(store, BASE) == ("/models/base", None)
