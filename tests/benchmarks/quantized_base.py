@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def make_stores(options: argparse.Namespace, work: Path) -> dict[str, Fleet]:
-    """Train a generator on the fleet, unless there is a store of it, and refine its codes on the base model both ways."""
+    """Train a generator on the fleet, unless there is a store of it, and refine its codes on both base models."""
     trained = options.store or work / "trained"
     fleet = Fleet(trained)
     if not trained.exists():
