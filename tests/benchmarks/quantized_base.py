@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def make_stores(options: argparse.Namespace, work: Path) -> dict[str, Fleet]:
-    """Train a generator on the fleet, unless there is a store of it, and refine codes on the base model in both ways."""
+    """Train a generator on the fleet, unless a store has one, and refine codes on the base model in both ways."""
     trained = options.store or work / "trained"
     fleet = Fleet(trained)
     if not trained.exists():
@@ -144,10 +144,8 @@ def alone(folder: Path, precision: str, adapter: str, texts: str) -> dict[str, i
 
 def table(document: dict[str, Any]) -> str:
     """Write the figures as a Markdown table."""
-    lines = [
-        "| base model in | task | base | original | gain of code | gain of code refined on nf4 |",
-        "|---|---|" + "--:|" * 4,
-    ]
+    heading = "| base model in | task | base | original | gain of code | gain of code refined on nf4 |"
+    lines = [heading, "|---|---|" + "--:|" * 4]
     for row in document["gains"]:
         losses = [f"{row['nats'][name]:.4f}" for name in ("base", "original")]
         gains = [f"{row['gain'][name]:.4f}" for name in CODES]

@@ -17,13 +17,16 @@ there is no g++, it raises `NoStandIn`.
 
 from __future__ import annotations
 
+import atexit
 import sys
+import time
 from collections.abc import Sequence
 
 from tests.device.counts import counting
 from tests.device.hooks import NoStandIn, load_hooks
 
 _installed: list[str] = []
+_LETTING_GO = 0.1  # seconds; a few milliseconds are enough
 
 
 def installed() -> str | None:
@@ -47,6 +50,8 @@ def install(kind: str = "cuda") -> None:
     except (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError) as error:
         raise NoStandIn(f"the installed torch has other internals: {type(error).__name__}: {error}") from error
     _installed.append(kind)
+    # Tensors are Python objects here. A thread of autograd that still lets go of some when Python ends would abort it.
+    atexit.register(time.sleep, _LETTING_GO)
 
 
 def main(arguments: Sequence[str]) -> int:
