@@ -40,8 +40,14 @@ def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tens
 
         return hook
 
-    with _hooked(model, {name: adder(*pair) for name, pair in factors.items()}):
+    # Put where the modules are once, not in every pass: a model that writes a text makes one for each token.
+    there = {name: [one.to(_device(model, name)) for one in pair] for name, pair in factors.items()}
+    with _hooked(model, {name: adder(*pair) for name, pair in there.items()}):
         yield
+
+
+def _device(model: nn.Module, name: str) -> torch.device:
+    return next(model.get_submodule(name).parameters()).device
 
 
 @contextmanager

@@ -23,7 +23,9 @@ from icmlora.generator.config import config_for
 from icmlora.generator.cvae import CVAE
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.loop import draws_of
+from icmlora.training.refinement import RefineConfig, items_for
 from tests.device import workloads
+from tests.device.counts import counting
 from tests.icmlora.small_fleet import begin, mixed_fleet
 from tests.icmlora.tiny_base import LABEL, write_tiny_adapter, write_tiny_base
 
@@ -72,6 +74,13 @@ def test_four_codes_that_are_refined_together_take_less_than_three_quarters_of_w
     items = base.modality.prepare(base, TEXTS, 64, whole=True)
     alone, together = (workloads.refinement(base, codec, adapters[:number], items) for number in (1, 4))
     assert together.operators <= 3 * alone.operators
+
+
+def test_a_model_that_writes_texts_is_given_the_factors_once(base: BaseModel, adapters: list[Adapter]) -> None:
+    with counting() as counts:
+        items_for(base, adapters[0], (), RefineConfig(samples=2, tokens=32))
+    factors, forward_passes = 2 * len(adapters[0].modules), 2 * 32
+    assert counts.copies_to <= factors + forward_passes
 
 
 def test_a_text_of_an_evaluation_takes_a_share_of_its_batch(base: BaseModel) -> None:
