@@ -95,7 +95,7 @@ def _spread(found: FoundBase, needed: int) -> dict[str, Any]:
 
 def smaller(found: FoundBase) -> str:
     """Return which options make a base model take less memory of a card."""
-    load_in = f"`icm base add {found.label} PATH --load-in nf4` makes it four times smaller"
+    load_in = f"`icm base add {found.label} PATH --load-in nf4` loads it in 4 bits"
     return load_in if found.load_in is None else "--device cpu has the memory of this machine"
 
 

@@ -41,7 +41,7 @@ def _helps(base: BaseModel | None, less: str | None, *, on_card: bool) -> str:
     """Say which options take less memory, those first that cost least."""
     found = [] if less is None else [less]
     if base is not None and base.load_in is None and not isinstance(base.modality, CustomModality):
-        found.append(f"`icm base add {base.label} PATH --load-in nf4` makes the base model four times smaller")
+        found.append(f"`icm base add {base.label} PATH --load-in nf4` loads the base model in 4 bits")
     found.append("--device cpu has the memory of this machine" if on_card else "a machine with more memory")
     return ", or ".join(found)
 

@@ -65,7 +65,7 @@ def test_what_fits_nowhere_is_told_what_makes_it_smaller(found: FoundBase, monke
         BaseModelNotFound, match=f"takes {human_size(NEEDED)}, and {human_size(3000)} are free"
     ) as error:
         place(found, ANY_CARD)
-    assert error.value.hint == f"`icm base add {LABEL} PATH --load-in nf4` makes it four times smaller"
+    assert error.value.hint == f"`icm base add {LABEL} PATH --load-in nf4` loads it in 4 bits"
 
 
 def test_in_few_bits_it_needs_less_and_never_goes_to_the_cpu(found: FoundBase, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,4 +128,4 @@ def test_a_base_model_that_does_not_fit_is_told_what_makes_it_smaller(
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     with pytest.raises(BaseModelNotFound, match="does not fit into memory") as caught:
         fleet.evaluate(**CPU)  # type: ignore[arg-type]
-    assert caught.value.hint == f"`icm base add {LABEL} PATH --load-in nf4` makes it four times smaller"
+    assert caught.value.hint == f"`icm base add {LABEL} PATH --load-in nf4` loads it in 4 bits"
