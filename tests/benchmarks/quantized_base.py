@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from icmlora import Fleet
@@ -139,7 +140,13 @@ def alone(folder: Path, precision: str, adapter: str, texts: str) -> dict[str, i
     base = load(folder, precision)
     file = Path(texts)
     nats(base, Path(adapter), EvaluationData.parse(file.read_bytes(), base=base, path=file))
-    return {"weights": stored_bytes(base.model), "peak": peak_memory(), "before_loading": before}
+    held = psutil.Process().memory_info().rss
+    return {
+        "weights": stored_bytes(base.model),
+        "before_loading": before,
+        "after_measuring": held,
+        "peak": peak_memory(),
+    }
 
 
 def table(document: dict[str, Any]) -> str:
@@ -150,9 +157,9 @@ def table(document: dict[str, Any]) -> str:
         losses = [f"{row['nats'][name]:.4f}" for name in ("base", "original")]
         gains = [f"{row['gain'][name]:.4f}" for name in CODES]
         lines.append("| " + " | ".join([row["precision"], row["task"], *losses, *gains]) + " |")
-    lines += ["", "| base model in | weights | peak of a process | before loading |", "|---|" + "--:|" * 3]
+    lines += ["", "| base model in | weights | process before loading | after measuring | peak |", "|---|" + "--:|" * 4]
     for precision, found in document["memory"].items():
-        cells = [f"{found[name] / 1e6:.1f} MB" for name in ("weights", "peak", "before_loading")]
+        cells = [f"{found[name] / 1e6:.1f} MB" for name in ("weights", "before_loading", "after_measuring", "peak")]
         lines.append("| " + " | ".join([precision, *cells]) + " |")
     return "\n".join(lines)
 
