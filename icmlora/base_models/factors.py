@@ -41,13 +41,14 @@ def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tens
         return hook
 
     # Put where the modules are once, not in every pass: a model that writes a text makes one for each token.
-    there = {name: [one.to(_device(model, name)) for one in pair] for name, pair in factors.items()}
-    with _hooked(model, {name: adder(*pair) for name, pair in there.items()}):
+    with _hooked(model, {name: adder(*_beside(model, name, pair)) for name, pair in factors.items()}):
         yield
 
 
-def _device(model: nn.Module, name: str) -> torch.device:
-    return next(model.get_submodule(name).parameters()).device
+def _beside(model: nn.Module, name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put factors on the device of their module; where accelerate has put its weights away, there is none yet."""
+    device = next(model.get_submodule(name).parameters()).device
+    return pair if device.type == "meta" else (pair[0].to(device), pair[1].to(device))
 
 
 @contextmanager
