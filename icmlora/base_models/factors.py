@@ -1,7 +1,7 @@
 """Low-rank factors added to a base model's modules for a while, with gradients to the factors.
 
     module(x)  +  B (A x)         A (r, in), B (out, r)         `added`: one adapter for the whole batch
-    module(x)  +  B_t (A_t x_t)   x_t: the t-th share of x      `side_by_side`: several tasks, each with its own rows
+    module(x)  +  B_t (A_t x_t)   x_t: the t-th share of x      `added_by_rows`: several tasks, each with its own rows
 
 Unlike `icmlora.base_models.attach`, this needs no adapter folder and no PEFT, and training can pass through it.
 """
@@ -52,7 +52,7 @@ def _beside(model: nn.Module, name: str, pair: tuple[torch.Tensor, torch.Tensor]
 
 
 @contextmanager
-def side_by_side(model: nn.Module, several: Sequence[Factors], rows: int) -> Iterator[None]:
+def added_by_rows(model: nn.Module, several: Sequence[Factors], rows: int) -> Iterator[None]:
     """Add the factors of T tasks to linear layers inside the block: each task has the same number of rows of a batch.
 
     Args:

@@ -34,7 +34,7 @@ def check_load_in(found: FoundBase) -> None:
 
     Raises:
         DataError: It is to be loaded in something else.
-        BaseModelUnsuited: It is of a kind of which that cannot be done.
+        BaseModelUnsuited: Models of its kind cannot be loaded so.
         BaseModelNotFound: bitsandbytes is not installed.
     """
     if found.load_in is None:

@@ -23,7 +23,7 @@ from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
 from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Tell, Trial, refine_all
 from icmlora.fleet.texts import read_samples
-from icmlora.fleet.workers import check_place, open_workers
+from icmlora.fleet.workers import check_place, naming, open_workers
 from icmlora.formats.catalogue import format_named
 from icmlora.generator.config import quality_of, tolerance_of
 from icmlora.generator.encoding import Encoded, Limits
@@ -299,7 +299,7 @@ class Encoder:
         """Do the same for tasks of one base model, several side by side."""
         for start in range(0, len(tasks), self._at_once):
             some = tasks[start : start + self._at_once]
-            begun = [self._begin(task, _naming(task, tell)) for task in some]
+            begun = [self._begin(task, naming(task, tell)) for task in some]
             refined = self._refined([one for one in begun if isinstance(one, _Begun) and one.is_refined_once], tell)
             for task, one in zip(some, begun, strict=True):
                 yield task, self._made(one, refined.get(task.name)) if isinstance(one, _Begun) else one
@@ -497,10 +497,6 @@ class Encoder:
         samples = read_samples(self._store, task, base)
         turn.tell("preparing to refine")
         return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
-
-
-def _naming(task: TaskRecord, tell: Tell) -> Tell:
-    return lambda note: tell(f"{task.name}: {note}")
 
 
 def _changed(name: str, reason: str) -> TaskEncoded:

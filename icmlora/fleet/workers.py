@@ -133,6 +133,11 @@ def check_place(device: str, workers: str | None) -> None:
         raise InvalidShare(f"{workers!r} says neither how many workers nor where", hint="write 4, or ray://HOST:10001")
 
 
+def naming(task: TaskRecord, tell: Tell) -> Tell:
+    """Return what tells of the work on one task, with its name in front."""
+    return lambda note: tell(f"{task.name}: {note}")
+
+
 @dataclass(frozen=True)
 class _ThisProcess(Generic[R]):
     compute: Compute[R]
@@ -142,11 +147,7 @@ class _ThisProcess(Generic[R]):
             yield from self.compute.each(tasks, tell)
             return
         for task in tasks:
-
-            def note(text: str, name: str = task.name) -> None:
-                tell(f"{name}: {text}")
-
-            yield task, self.compute(task, note)
+            yield task, self.compute(task, naming(task, tell))
 
 
 class _Worker(Generic[R]):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from icmlora.base_models.factors import Factors, added, side_by_side
+from icmlora.base_models.factors import Factors, added, added_by_rows
 from icmlora.base_models.modality import BaseModel
 from icmlora.io.devices import texts_at_once
 
@@ -99,7 +99,7 @@ def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence
     items = [target.item for of_task in targets for target in of_task]
     several = [factors for _, factors, _ in asked]
     single = len(several) == 1
-    with added(base.model, several[0]) if single else side_by_side(base.model, several, len(items)):
+    with added(base.model, several[0]) if single else added_by_rows(base.model, several, len(items)):
         rows = iter(base.modality.logits(base, items))  # (T, V) each
     return [_shortfall(base, [(target, next(rows)) for target in of_task]) for of_task in targets]
 

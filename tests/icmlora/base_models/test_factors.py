@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.base_models.factors import added, factors_of, side_by_side
+from icmlora.base_models.factors import added, added_by_rows, factors_of
 from icmlora.errors import BaseModelUnsuited
 
 X = torch.arange(6.0).reshape(2, 3)
@@ -63,7 +63,7 @@ def test_each_task_of_several_has_its_own_rows_whatever_its_rank_and_modules(mod
         {},
     ]
     x = torch.randn(6, 5, 3)
-    with side_by_side(model, several, 6):
+    with added_by_rows(model, several, 6):
         together = model(x)
     for factors, rows, found in zip(several, x.split(2), together.split(2), strict=True):
         with added(model, factors):
@@ -71,5 +71,5 @@ def test_each_task_of_several_has_its_own_rows_whatever_its_rank_and_modules(mod
 
 
 def test_a_module_that_does_not_see_one_row_for_each_text_is_refused(model: nn.Sequential) -> None:
-    with side_by_side(model, [{"0": pair()}, {"0": pair()}], 4), pytest.raises(BaseModelUnsuited, match="row"):
+    with added_by_rows(model, [{"0": pair()}, {"0": pair()}], 4), pytest.raises(BaseModelUnsuited, match="row"):
         model(torch.randn(20, 3))

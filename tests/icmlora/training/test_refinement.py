@@ -95,7 +95,7 @@ def test_codes_that_are_refined_together_are_those_that_are_refined_alone(
     base: BaseModel, tmp_path: Path, by_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not by_rows:  # as the experts of a mixture, whose modules see the tokens that are sent to them
-        monkeypatch.setattr(teacher, "side_by_side", raising(BaseModelUnsuited("not by rows")))
+        monkeypatch.setattr(teacher, "added_by_rows", raising(BaseModelUnsuited("not by rows")))
     adapters = [load_adapter(write_tiny_adapter(tmp_path / str(n), seed=n, strength=2.0)) for n in (1, 2)]
     torch.manual_seed(0)
     net = CVAE(config_for(LABEL, [adapter.layout for adapter in adapters], tasks=64, condition_size=0, quality=4))
