@@ -44,7 +44,7 @@ def without(tasks: dict[str, Floats], name: str) -> dict[str, Floats]:
 def test_distances_are_one_less_the_cosine(seed: int) -> None:
     one, other = np.random.default_rng(seed).standard_normal((2, 5, 7))
     expected = [[1 - a @ b / np.sqrt((a @ a) * (b @ b)) for b in other] for a in one]
-    assert cosine_distances(one, other) == pytest.approx(np.array(expected))
+    assert cosine_distances(one, other) == pytest.approx(np.array(expected), abs=1e-8)
 
 
 @given(SEEDS)
