@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from registry.errors import (
+    DamagedRow,
     DamagedStore,
     NotAStore,
     RegistryError,
@@ -32,6 +33,7 @@ from registry.errors import (
     StoreTooNew,
 )
 from registry.files import failpoint
+from registry.row_checks import COLUMN, REFUSED, WrongRow, add_functions, guard, write_all
 from registry.schema import Base, BaseLabel, Extra, RunCode, UnreadableValue
 
 if TYPE_CHECKING:
@@ -42,11 +44,12 @@ if TYPE_CHECKING:
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
-_DAMAGE_HINT = "`icm verify` says what is damaged; a backup of registry.db restores it"
+_DAMAGE_HINT = "`icm verify` says what is damaged, and what mends it"
 # SQLite's smallest: most of two dozen tables and indexes fill less than a page. The rows of 20 tasks with vectors,
 # codes and evaluations take 53 KB; with pages of 4096 bytes they take 115 KB.
 PAGE_SIZE = 512
 
+_WRITE = "BEGIN IMMEDIATE"
 _PRAGMAS = (
     # SQLite ignores foreign keys unless each connection asks for them.
     "foreign_keys=ON",
@@ -57,6 +60,8 @@ _PRAGMAS = (
     "cell_size_check=ON",
     # A read error of a mapped file is a signal that kills the process, not an error.
     "mmap_size=0",
+    # Triggers are temporary: they need neither a folder nor space for that.
+    "temp_store=MEMORY",
 )
 
 
@@ -95,10 +100,15 @@ class Database:
             yield session
 
     @contextmanager
-    def connection(self, *, write: bool = False, create: bool = False) -> Iterator[Connection]:
-        """Open a transaction without the ORM; a `write` block is committed, `create` makes the file if it is absent."""
+    def connection(self, *, write: bool = False, create: bool = False, guarded: bool = True) -> Iterator[Connection]:
+        """Open a transaction without the ORM; a `write` block is committed, `create` makes the file if it is absent.
+
+        One that is not `guarded` writes no checks of rows: it changes the tables.
+        """
         engine = _engine(self.path, self.read_only, self.busy_timeout, create=True) if create else self._engine
-        with self._errors(), (engine if write else engine.execution_options(icm_begin="BEGIN")).begin() as connection:
+        if not write:
+            engine = engine.execution_options(icm_begin="BEGIN")
+        with self._errors(), engine.execution_options(icm_guarded=guarded).begin() as connection:
             yield connection
 
     @contextmanager
@@ -112,10 +122,14 @@ class Database:
             raise translated from error
         except (UnicodeDecodeError, UnreadableValue, NoResultFound) as error:
             raise DamagedStore(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
+        except WrongRow as error:
+            raise DamagedRow(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
 
     def _translate(self, error: DBAPIError) -> RegistryError | None:
         code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
         fact = f"{self.path}: {error.orig}"
+        if fact.endswith(REFUSED):
+            return DamagedRow(fact, path=self.path, hint=_DAMAGE_HINT)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             hint = "another icm is writing; try again or wait longer with --lock-timeout"
             return StoreLocked(fact, path=self.path, hint=hint)
@@ -152,6 +166,7 @@ def _connect(path: Path, read_only: bool, busy_timeout: float, create: bool) -> 
     try:
         for pragma in _PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
+        add_functions(connection)
         if create:
             connection.execute(f"PRAGMA page_size={PAGE_SIZE}")  # an existing file keeps its own
         if read_only:
@@ -170,7 +185,18 @@ def _can_be_written(path: Path) -> bool:
 
 
 def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("icm_begin", "BEGIN IMMEDIATE"))
+    options = connection.get_execution_options()
+    begin = options.get("icm_begin", _WRITE)
+    connection.exec_driver_sql(begin)
+    if begin == _WRITE and options.get("icm_guarded", True):
+        guard(sqlite_of(connection), Base.metadata)
+
+
+def sqlite_of(connection: Connection) -> sqlite3.Connection:
+    """Return SQLite's own connection."""
+    found = connection.connection.driver_connection
+    assert isinstance(found, sqlite3.Connection)
+    return found
 
 
 def _to_schema_2(connection: Connection) -> None:
@@ -206,6 +232,17 @@ def _to_schema_7(connection: Connection) -> None:
     connection.exec_driver_sql(f"CREATE UNIQUE INDEX one_row_per_evaluation ON evaluations ({key})")
 
 
+def _to_schema_8(connection: Connection) -> None:
+    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN extra_count INTEGER DEFAULT 0 NOT NULL")
+    counted = "(SELECT count(*) FROM extras WHERE adapter_id = adapters.id)"
+    connection.exec_driver_sql(f"UPDATE adapters SET extra_count = {counted}")  # noqa: S608
+    for table in Base.metadata.tables:
+        # Tables that came after the first schema were made with it.
+        if COLUMN not in [column["name"] for column in inspect(connection).get_columns(table)]:
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {COLUMN} INTEGER")
+    write_all(connection, Base.metadata)
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _to_schema_2,
     _to_schema_3,
@@ -213,6 +250,7 @@ MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _to_schema_5,
     _to_schema_6,
     _to_schema_7,
+    _to_schema_8,
 )
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 
@@ -235,7 +273,7 @@ def migrate(database: Database, *, create: bool = False) -> None:
     writer = database
     if database.read_only:
         writer = Database(database.path, read_only=False, busy_timeout=database.busy_timeout)
-    with writer.connection(write=True, create=create) as connection:
+    with writer.connection(write=True, create=create, guarded=False) as connection:
         # Read again under the write lock: if many processes open an old store at once, one of them migrates it.
         version = _version(connection, database, create=create)
         if version == 0:
