@@ -11,9 +11,10 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
@@ -33,7 +34,7 @@ from registry.errors import (
     StoreTooNew,
 )
 from registry.files import failpoint
-from registry.row_checks import COLUMN, REFUSED, WrongRow, add_functions, guard, write_all
+from registry.row_checks import COLUMN, REFUSED, WrongRow, add_functions, find_wrong_rows, guard, write_all
 from registry.schema import Base, BaseLabel, Extra, RunCode, UnreadableValue
 
 if TYPE_CHECKING:
@@ -65,6 +66,15 @@ _PRAGMAS = (
 )
 
 
+@dataclass(frozen=True)
+class Damage:
+    """Something that is wrong with the database."""
+
+    kind: Literal["database", "dangling", "row"]
+    fact: str
+    task: str | None = None  # that it is about, as far as it tells
+
+
 class Database:
     """The rows of one store."""
 
@@ -75,6 +85,7 @@ class Database:
         self.busy_timeout = busy_timeout
         self._engine = _engine(path, read_only, busy_timeout)
         self._reader = self._engine.execution_options(icm_begin="BEGIN")
+        self._is_sound = False  # as far as anybody has looked
 
     def can_be_written(self) -> bool:
         """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
@@ -110,6 +121,34 @@ class Database:
             engine = engine.execution_options(icm_begin="BEGIN")
         with self._errors(), engine.execution_options(icm_guarded=guarded).begin() as connection:
             yield connection
+
+    def damage(self) -> Iterator[Damage]:
+        """Yield what is wrong with pages, indexes, references and rows."""
+        with self.connection() as connection:
+            for answer in connection.exec_driver_sql("PRAGMA integrity_check").scalars():
+                if answer != "ok":
+                    yield Damage("database", str(answer))
+            for table, rowid, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+                place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
+                yield Damage("dangling", f"{place} of {table} refers to a row of {parent} that is gone")
+            for fact, task in find_wrong_rows(connection, Base.metadata):
+                yield Damage("row", fact, task)
+
+    def must_be_sound(self) -> None:
+        """Raise if anything is wrong with any row: what may be deleted follows from all of them. Looks once."""
+        if not self._is_sound:
+            for found in self.damage():
+                fact = f"{self.path}: {found.fact}; while that is so, icm deletes nothing"
+                raise DamagedRow(fact, path=self.path, hint=_DAMAGE_HINT)
+            self._is_sound = True
+
+    def is_sound(self) -> bool:
+        """Say whether nothing is wrong with any row; the first call looks."""
+        try:
+            self.must_be_sound()
+        except DamagedStore:
+            return False
+        return True
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

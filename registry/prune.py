@@ -74,6 +74,7 @@ class PruneReport:
 
 def drop_evicted(database: Database, blobs: Blobs, digests: Sequence[str]) -> int:
     """Delete the files of these blobs unless a row needs their bytes, and return the bytes freed; the rows stay."""
+    database.must_be_sound()
     needed: set[str] = set()  # cannot grow meanwhile: the caller holds the exclusive lock
     with database.read() as session:
         for some in in_parts(digests):
@@ -83,6 +84,7 @@ def drop_evicted(database: Database, blobs: Blobs, digests: Sequence[str]) -> in
 
 def evicted_files(database: Database, blobs: Blobs) -> list[str]:
     """Return the digests of files that only evicted adapters refer to: what a killed `evict` left."""
+    database.must_be_sound()
     with database.read() as session:
         query = select(Blob.digest).where(blob_references(Adapter, needed=False), ~is_needed()).order_by(Blob.digest)
         digests = session.scalars(query).all()
@@ -95,7 +97,7 @@ def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests:
     if not blobs.unwanted:
         return
     with lock.try_exclusive() as is_alone:
-        if not is_alone:  # the files stay for the next call, or for prune
+        if not is_alone or not database.is_sound():  # the files stay for the next call, or for prune
             return
         kept: set[str] = set()
         with database.write() as session:

@@ -19,6 +19,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Integer, MetaData, Table, func, literal_column
 from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.types import TypeDecorator
 
 COLUMN = "crc"
@@ -32,6 +33,10 @@ _COUNTING = tuple(
     for event, change, row in (("INSERT", "+ 1", "NEW"), ("DELETE", "- 1", "OLD"))
 )
 """An adapter knows how many extras it has, so that one that moved or is gone is missed."""
+
+
+_KEY_LENGTH = {"extras": 3, "task_vectors": 4, "run_codes": 2}
+"""Of the tables whose rows are not known by one number."""
 
 
 class WrongRow(ValueError):
@@ -82,12 +87,8 @@ def _checked(check: int | None, table: str, *values: int | float | str | bytes |
 
 
 def _name(table: str, values: tuple[Any, ...]) -> str:
-    return f"a row of {table} ({', '.join(map(_shown, values[:4]))}) does not have the values that it was written with"
-
-
-def _shown(value: Any) -> str:
-    text = value.hex()[:12] if isinstance(value, bytes) else ascii(value)
-    return text[:40]
+    key = ", ".join(ascii(value)[:40] for value in values[: _KEY_LENGTH.get(table, 1)])
+    return f"row {key} of {table} does not have the values that it was written with"
 
 
 def guard(connection: sqlite3.Connection, tables: MetaData) -> None:
@@ -117,10 +118,51 @@ def _columns(table: Table) -> list[str]:
     return [column.name for column in table.columns if column.name != COLUMN]
 
 
-def _call(table: Table, row: str = "") -> str:
-    """Return the SQL of the check of a row, which may be OLD or NEW in a trigger."""
+def _call(table: Table, row: str = "", *, checked: bool = False) -> str:
+    """Return the SQL of the check of a row, which may be OLD in a trigger, or of what it says of the one it has."""
     values = ", ".join(f'{row}"{column}"' for column in _columns(table))
-    return f"icm_check('{table.name}', {values})"
+    return f"icm_checked({COLUMN}, '{table.name}', {values})" if checked else f"icm_check('{table.name}', {values})"
+
+
+def find_wrong_rows(connection: Connection, tables: MetaData) -> Iterator[tuple[str, str | None]]:
+    """Check every row, and every adapter's number of extras; yield what is wrong, and the task it is about if known."""
+    for table in tables.sorted_tables:
+        fails = f"SELECT {_call(table, checked=True)}, {_owner(table)} FROM {table.name} AS own"  # noqa: S608
+        wrong = f"{fails} WHERE {COLUMN} IS NOT {_call(table)}"
+        try:
+            yield from ((fact, task) for fact, task in connection.exec_driver_sql(wrong).all())
+        except OperationalError:  # one has text that is none
+            yield from _one_by_one(connection, table, fails)
+    for name, there, counted in connection.exec_driver_sql(_MISCOUNTED):
+        yield f"an adapter of task {name} has {there} extras of {counted}", name
+
+
+def _one_by_one(connection: Connection, table: Table, fails: str) -> Iterator[tuple[str, str | None]]:
+    count = int(connection.exec_driver_sql(f"SELECT count(*) FROM {table.name}").scalar_one())  # noqa: S608
+    for place in range(count):
+        try:
+            fact, task = connection.exec_driver_sql(f"{fails} LIMIT 1 OFFSET {place}").one()
+        except OperationalError as error:
+            yield f"row {place + 1} of {count} of {table.name} cannot be read: {error.orig}", None
+        else:
+            if isinstance(fact, str):
+                yield fact, task
+
+
+def _owner(table: Table) -> str:
+    """Return the SQL of the name of the task that a row is about."""
+    if table.name == "tasks":
+        return "own.name"
+    if "task_id" in table.columns:
+        return "(SELECT name FROM tasks WHERE id = own.task_id)"
+    if "adapter_id" in table.columns:
+        return "(SELECT name FROM tasks JOIN adapters ON tasks.id = task_id WHERE adapters.id = own.adapter_id)"
+    return "NULL"
+
+
+_MISCOUNTED = """
+SELECT name, (SELECT count(*) FROM extras WHERE adapter_id = adapters.id) AS there, extra_count
+FROM adapters JOIN tasks ON tasks.id = task_id WHERE there != extra_count"""
 
 
 def write_all(connection: Connection, tables: MetaData) -> None:
