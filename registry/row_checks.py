@@ -28,8 +28,8 @@ REFUSED = "fails its check, so it is neither changed nor deleted"
 
 
 _COUNTING = tuple(
-    f"CREATE TEMP TRIGGER extras_{event} AFTER {event} ON main.extras BEGIN"
-    f" UPDATE adapters SET extra_count = extra_count {change} WHERE id = {row}.adapter_id; END"  # noqa: S608
+    f"CREATE TEMP TRIGGER extras_{event} AFTER {event} ON main.extras BEGIN"  # noqa: S608
+    f" UPDATE adapters SET extra_count = extra_count {change} WHERE id = {row}.adapter_id; END"
     for event, change, row in (("INSERT", "+ 1", "NEW"), ("DELETE", "- 1", "OLD"))
 )
 """An adapter knows how many extras it has, so that one that moved or is gone is missed."""

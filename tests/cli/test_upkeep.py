@@ -87,9 +87,9 @@ def test_prune_sets_weights_aside_until_it_is_asked_to_delete_them(icm: Icm, sto
         weights = store.tasks.final("rust").weights
     icm("rm", "rust", "-y")
     ran = icm("prune", "--older-than", "0s", "-y")
-    (kept,) = (tmp_path / "store" / "quarantine").iterdir()
-    assert hashlib.sha256(kept.read_bytes()).hexdigest() == weights
-    assert "set 1 file of a code or of weights aside" in ran.out
+    kept = list((tmp_path / "store" / "quarantine").iterdir())
+    assert weights in {hashlib.sha256(file.read_bytes()).hexdigest() for file in kept}
+    assert f"set {len(kept)} files of codes and weights aside" in ran.out
     assert "--empty-quarantine" in ran.err
     icm("prune", "--older-than", "0s", "--empty-quarantine", "-y")
     assert not list((tmp_path / "store" / "quarantine").iterdir())
