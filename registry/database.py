@@ -32,7 +32,7 @@ from registry.errors import (
     StoreTooNew,
 )
 from registry.files import failpoint
-from registry.schema import Base, BaseLabel, Extra, RunCode, UnreadableValue
+from registry.schema import Base, BaseLabel, Extra, RunCode, UnreadableValue, compact_json, pack_text
 
 if TYPE_CHECKING:
     from registry.blobs.content import Blobs
@@ -206,6 +206,24 @@ def _to_schema_7(connection: Connection) -> None:
     connection.exec_driver_sql(f"CREATE UNIQUE INDEX one_row_per_evaluation ON evaluations ({key})")
 
 
+def add_claims(connection: Connection) -> None:
+    """Add the claims of bundles, and move there what earlier versions took for measured of codes that came in one."""
+    connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN claim BLOB")
+    never_here = (
+        "FROM codes JOIN adapters ON adapters.id = codes.adapter_id JOIN tasks ON tasks.id = codes.task_id "
+        "WHERE adapters.evicted_at = adapters.created_at AND coalesce(adapters.source, tasks.folder) LIKE 'bundle %'"
+    )
+    for number, error in connection.exec_driver_sql(f"SELECT codes.id, codes.dw_error {never_here}").all():
+        claim = pack_text(compact_json({"squared_error": error, "measured": None}))
+        connection.exec_driver_sql("UPDATE codes SET dw_error = NULL, claim = ? WHERE id = ?", (claim, number))
+    for (task,) in connection.exec_driver_sql(f"SELECT codes.task_id {never_here}").all():
+        connection.exec_driver_sql("DELETE FROM evaluations WHERE generator_id IS NOT NULL AND task_id = ?", (task,))
+
+
+def _to_schema_8(connection: Connection) -> None:
+    add_claims(connection)
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _to_schema_2,
     _to_schema_3,
@@ -213,6 +231,7 @@ MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _to_schema_5,
     _to_schema_6,
     _to_schema_7,
+    _to_schema_8,
 )
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 

@@ -1,4 +1,4 @@
-"""The tables of schema 7, as SQLAlchemy classes.
+"""The tables of schema 8, as SQLAlchemy classes.
 
     base_models 1─n tasks 1─n adapters 1─n extras
          ├──n base_labels
@@ -411,6 +411,8 @@ class Code(Base):
     refined: Mapped[int | None]
     # Since schema 6.
     max_size: Mapped[int | None]
+    # Since schema 8. What the bundle that it came in says of it; NULL for a code that was made here.
+    claim: Mapped[Any] = mapped_column(Packed(), nullable=True)
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])
