@@ -82,7 +82,8 @@ class PreparedTask:
     samples_read: TextRead | None = None
     eval_read: TextRead | None = None
     kept: tuple[TensorInfo, ...] = ()  # tensors of its final adapter that no code can represent
-    base_is_told: bool = False  # by the user, because the adapter names none
+    base_is_told: bool = False  # by the user
+    base_is_guess: bool = False  # the widths of an image adapter make it likely, and nothing names it
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ def _prepared(
     problems: list[Problem] = []
     base_model: str | None = None
     kept: tuple[TensorInfo, ...] = ()
-    size = 0
+    is_guess, size = False, 0
     for found in task.adapters:
         match _read_of(found, small, outcomes):
             case Exception() as error:
@@ -305,14 +306,24 @@ def _prepared(
             case files, checked, summary, key:
                 if found.is_final:
                     base_model = full_label(summary.base_model, summary.revision, found.place, task.folder)
-                    kept = summary.extras
+                    kept, is_guess = summary.extras, summary.base_is_guess
                 rows.append(_row(found, files, checked.digest, summary, key))
                 size += checked.size + len(files.config) + len(files.card or b"")
     (samples, samples_read), (eval_data, eval_read) = (
         _text(path, outcomes, problems) for path in (task.samples, task.eval_data)
     )
     return PreparedTask(
-        task, base_model, tuple(rows), samples, eval_data, size, tuple(problems), samples_read, eval_read, kept
+        task,
+        base_model,
+        tuple(rows),
+        samples,
+        eval_data,
+        size,
+        tuple(problems),
+        samples_read,
+        eval_read,
+        kept,
+        base_is_guess=is_guess,
     )
 
 
