@@ -178,7 +178,7 @@ class AdapterFormat(Protocol):
 
     @property
     def suffix(self) -> str | None:
-        """How the name of an adapter ends that is a single file; None for a folder."""
+        """How the name of an adapter ends that is a single file; None for a folder, whose weights are safetensors."""
         ...
 
     @property
