@@ -73,7 +73,7 @@ class Codes(Part):
                 row = code(task=adapter.task, generator_id=generator.id)
                 session.add(row)
             row.adapter_id, row.blob = adapter.id, writer.blob(new.blob)
-            row.bits, row.squared_error = new.bits, new.squared_error
+            row.bits, row.squared_error, row.claim = new.bits, new.squared_error, None
             # A residual corrects the code that it was made for, and no other.
             row.residual, row.residual_squared_error = None, None
             _set_limits(writer, row, new.asked)

@@ -22,6 +22,7 @@ from registry.row_checks import WrongRow
 
 Record = TypeVar("Record")
 
+_BUNDLE = "bundle "
 _CHECKPOINT = re.compile(r"/checkpoint-[0-9]+$")
 
 
@@ -71,7 +72,9 @@ def vector_record(row: models.TaskVector) -> records.VectorRecord:
 
 def code_record(row: models.Code) -> records.CodeRecord:
     """Return the record of a code."""
-    return _record(records.CodeRecord, row, size=row.blob.size, asked=_limits(row), residual=_residual(row))
+    return _record(
+        records.CodeRecord, row, size=row.blob.size, asked=_limits(row), residual=_residual(row), claim=_claim(row)
+    )
 
 
 def generator_record(row: models.Generator) -> records.GeneratorRecord:
@@ -123,11 +126,25 @@ def _residual(row: models.Code) -> records.ResidualRecord | None:
     return records.ResidualRecord(row.residual.digest, row.residual_squared_error, row.residual.size)
 
 
+def _claim(row: models.Code) -> records.Claim | None:
+    return None if row.claim is None or row.squared_error is not None else records.Claim(**row.claim)
+
+
 def _limits(row: models.Code) -> records.Asked | None:
     if row.is_kept is None:
         return None
     max_error = records.relative_error(row.max_squared_error)
     return records.Asked(row.min_gain, max_error, row.tolerance, row.is_kept, row.refined or 0, row.max_size)
+
+
+def bundle_source(digest: str) -> str:
+    """Return what stands for the place of an adapter that a bundle brought."""
+    return f"{_BUNDLE}{digest}"
+
+
+def is_bundle_source(source: str) -> bool:
+    """Say whether a bundle brought an adapter, so that its weights have never been in this store."""
+    return source.startswith(_BUNDLE)
 
 
 def task_folder(source: str) -> str:

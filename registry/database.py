@@ -35,7 +35,7 @@ from registry.errors import (
 )
 from registry.files import failpoint
 from registry.row_checks import COLUMN, REFUSED, WrongRow, add_functions, find_wrong_rows, guard, write_all
-from registry.schema import Base, BaseLabel, Extra, RunCode, UnreadableValue
+from registry.schema import Base, BaseLabel, Extra, RunCode, UnreadableValue, compact_json, pack_text
 
 if TYPE_CHECKING:
     from registry.blobs.content import Blobs
@@ -271,7 +271,22 @@ def _to_schema_7(connection: Connection) -> None:
     connection.exec_driver_sql(f"CREATE UNIQUE INDEX one_row_per_evaluation ON evaluations ({key})")
 
 
-def _to_schema_8(connection: Connection) -> None:
+def add_claims(connection: Connection) -> None:
+    """Add the claims of bundles, and move there what earlier versions took for measured of codes that came in one."""
+    connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN claim BLOB")
+    never_here = (
+        "FROM codes JOIN adapters ON adapters.id = codes.adapter_id JOIN tasks ON tasks.id = codes.task_id "
+        "WHERE adapters.evicted_at = adapters.created_at AND coalesce(adapters.source, tasks.folder) LIKE 'bundle %'"
+    )
+    for number, error in connection.exec_driver_sql(f"SELECT codes.id, codes.dw_error {never_here}").all():
+        claim = pack_text(compact_json({"squared_error": error, "measured": None}))
+        connection.exec_driver_sql("UPDATE codes SET dw_error = NULL, claim = ? WHERE id = ?", (claim, number))
+    for (task,) in connection.exec_driver_sql(f"SELECT codes.task_id {never_here}").all():
+        connection.exec_driver_sql("DELETE FROM evaluations WHERE generator_id IS NOT NULL AND task_id = ?", (task,))
+
+
+def add_checks(connection: Connection) -> None:
+    """Add the checks of rows, and write those of the rows that are there."""
     connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN extra_count INTEGER DEFAULT 0 NOT NULL")
     counted = "(SELECT count(*) FROM extras WHERE adapter_id = adapters.id)"
     connection.exec_driver_sql(f"UPDATE adapters SET extra_count = {counted}")  # noqa: S608
@@ -280,6 +295,11 @@ def _to_schema_8(connection: Connection) -> None:
         if COLUMN not in [column["name"] for column in inspect(connection).get_columns(table)]:
             connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {COLUMN} INTEGER")
     write_all(connection, Base.metadata)
+
+
+def _to_schema_8(connection: Connection) -> None:
+    add_claims(connection)
+    add_checks(connection)
 
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (

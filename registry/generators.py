@@ -138,6 +138,10 @@ class Generators(Part):
         """Forget a generator that is not current, with its codes and measurements; return the number of codes."""
         with self._write() as writer:
             row = _forgettable(writer.session, generator)
+            present = find_current(writer.session, row.base_model.name)
+            if present is not None and code_files(writer.session, row.id, evicted=True):
+                # Evicted tasks have the same codes under both: with damage there, only this one decodes them.
+                self._blobs.check(present.blob.digest)
             query = select(models.Code).where(models.Code.generator_id == row.id)
             codes = [code_record(code) for code in writer.session.scalars(query)]
             garbage = [row.blob.digest, *([] if row.start is None else [row.start.digest])]

@@ -422,6 +422,8 @@ class Code(Base):
     refined: Mapped[int | None]
     # Since schema 6.
     max_size: Mapped[int | None]
+    # Since schema 8. What the bundle that it came in says of it; NULL for a code that was made here.
+    claim: Mapped[Any] = mapped_column(Packed(), nullable=True)
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])

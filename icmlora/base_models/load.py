@@ -176,13 +176,15 @@ def _usable_rows(table: torch.nn.Embedding) -> int:
     return table.num_embeddings - max(padding, int(getattr(table, "offset", 0)))
 
 
-def _hidden_size(config: Any) -> int:
+def _hidden_size(config: Any) -> int | None:
+    """Return the width of the last layer; None where the configuration does not say, as MobileNet's does not."""
     text = config.get_text_config(decoder=True)
     for place in (text, config):
         for name in ("hidden_size", "d_model"):
             if isinstance(getattr(place, name, None), int):
                 return int(getattr(place, name))
-    return int(config.hidden_sizes[-1])
+    several = getattr(config, "hidden_sizes", None)
+    return int(several[-1]) if several else None
 
 
 def _layers(config: Any) -> int:

@@ -26,8 +26,8 @@ from icmlora.formats.format import (
     write_adapter_files,
 )
 from icmlora.formats.tree import Folder
+from icmlora.formats.weights import read_weights
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.errors import IcmError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class _Found:
         config = b"" if paths.config is None else read_regular(paths.config, max_bytes=_CONFIG_LIMIT)
         card = None if paths.card is None else read_regular(paths.card, max_bytes=_COMPANION_LIMIT)
         companions = {name: read_regular(path, max_bytes=_COMPANION_LIMIT) for name, path in paths.companions.items()}
-        weights = read_regular(paths.weights, max_bytes=MAX_FILE_BYTES)
+        weights = read_weights(paths.weights, self.format)
         content = AdapterBytes(weights, config, card, companions)
 
         def find_base() -> FoundBase:

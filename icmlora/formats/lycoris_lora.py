@@ -21,7 +21,7 @@ import torch
 
 from icmlora.errors import AdapterRefused, DataError
 from icmlora.formats.header_ranks import of_lora
-from icmlora.formats.image_models import label_of
+from icmlora.formats.image_models import base_of
 from icmlora.formats.single_file_check import scalar
 from icmlora.formats.single_file_names import NUMBERS, other_method
 from icmlora.io.finite import check_finite
@@ -80,7 +80,7 @@ def low_rank(weights: bytes, rank: int) -> LowRank:
     check_finite(weights, header)
     modules = _modules(weights, header)
     text = next((stem for stem in modules if _TEXT_OF_V1.fullmatch(stem)), None)
-    is_v1 = label_of(header.metadata, ()) == _V1
+    is_v1 = base_of(header.metadata, {}).label == _V1
     is_v1 = is_v1 or (text is not None and _delta(text, modules[text]).shape[1] == _V1_WIDTH)
     tensors, errors, ranks = {}, {}, []
     for stem, parts in modules.items():
