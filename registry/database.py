@@ -35,7 +35,17 @@ from registry.errors import (
 )
 from registry.files import failpoint
 from registry.row_checks import COLUMN, REFUSED, WrongRow, add_functions, find_wrong_rows, guard, write_all
-from registry.schema import Base, BaseLabel, Extra, RunCode, UnreadableValue, compact_json, pack_text
+from registry.schema import (
+    RETAINED_GAIN,
+    SQUARED_ERROR,
+    Base,
+    BaseLabel,
+    Extra,
+    RunCode,
+    UnreadableValue,
+    compact_json,
+    pack_text,
+)
 
 if TYPE_CHECKING:
     from registry.blobs.content import Blobs
@@ -288,6 +298,16 @@ def add_claims(connection: Connection) -> None:
 def add_checks(connection: Connection) -> None:
     """Add the checks of rows, and write those of the rows that are there."""
     connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN extra_count INTEGER DEFAULT 0 NOT NULL")
+    # Earlier icms wrote other estimates, and figures of any size.
+    connection.exec_driver_sql("UPDATE codes SET bits = 8.0 * (SELECT size FROM blobs WHERE id = blob_id)")
+    for table, column, kept in (
+        ("evaluations", "retained_gain", RETAINED_GAIN),
+        ("evaluations", "dw_error", SQUARED_ERROR),
+        ("codes", "dw_error", SQUARED_ERROR),
+        ("codes", "residual_error", SQUARED_ERROR),
+    ):
+        wrong = f"{column} NOT BETWEEN {kept.least!r} AND {kept.most!r}"
+        connection.exec_driver_sql(f"UPDATE {table} SET {column} = NULL WHERE {wrong}")  # noqa: S608
     counted = "(SELECT count(*) FROM extras WHERE adapter_id = adapters.id)"
     connection.exec_driver_sql(f"UPDATE adapters SET extra_count = {counted}")  # noqa: S608
     for table in Base.metadata.tables:
