@@ -148,13 +148,16 @@ class Flips:
 
 
 def build(root: Path) -> Path:
-    """Make the store: four tasks, of which two are evicted, one is pinned, and one has extras of each kind."""
+    """Make the store: six tasks, of which four are evicted, one is pinned, and one has extras of each kind."""
+    # Of the same form as `headed` and `poems`, and between them, so that a flip gives one the code of another.
+    for seed, name in enumerate(("essays", "letters"), start=11):
+        write_lora(root / "loras" / name, seed=seed)
     write_lora(root / "loras" / "headed", seed=5, bias="lora_only")
     (root / "loras" / "headed" / "tokenizer.json").write_text('{"version": "1.0"}')
     store = build_ingested(root, vectors=True)
     train_store(store)
     icm_quietly(store, "pin", "silent")
-    icm_quietly(store, "evict", "rules", "poems", "--max-error", _KEPT_BY_NOBODY)
+    icm_quietly(store, "evict", "rules", "poems", "essays", "letters", "--max-error", _KEPT_BY_NOBODY)
     with Store.open(store) as opened:
         task, (generator,) = opened.tasks.get("rules"), opened.generators.all()
         assert task.eval_data is not None
