@@ -96,6 +96,7 @@ class Database:
         self._engine = _engine(path, read_only, busy_timeout)
         self._reader = self._engine.execution_options(icm_begin="BEGIN")
         self._is_sound = False  # as far as anybody has looked
+        self.is_kept = False  # whether a copy was made since: see `registry.kept`
 
     def can_be_written(self) -> bool:
         """Say whether the file system lets this user write the database, or its folder where it is still to be made."""

@@ -184,11 +184,14 @@ class Tasks(Part):
             with self._db.write() as session:
                 session.execute(delete(models.Task).where(models.Task.id == task_id))
 
+        from registry.kept import keep  # not needed to read tasks
+
         self._db.must_write()
         with self._lock.exclusive():
             with self._db.read() as session:
                 # All are checked before the first one goes.
                 doomed = list(_doomed(session, names, last_copies))
+            keep(self._db, self._paths)
             for task in doomed:  # each in a commit of its own, so that the journal stays small on a full disk
                 with_reserve(self._paths, partial(forget, task.id))
             restore_reserve(self._paths)

@@ -375,6 +375,21 @@ class StoredFleet:
 
         return repair(self._context)
 
+    def restore_database(self) -> str:
+        """Put the copy of the database that icm kept before the last deletion in its place.
+
+        What was there goes to the folder `quarantine` of the store. What was recorded after the copy is not in it.
+
+        Returns:
+            When the copy was made, as RFC 3339.
+
+        Raises:
+            DamagedStore: There is no copy, or it is damaged too; nothing was changed.
+        """
+        from icmlora.fleet.maintenance import restore_database
+
+        return restore_database(self._context)
+
     def prune(self, *, grace: float = 3600.0, empty_quarantine: bool = False, dry_run: bool = False) -> PruneReport:
         """Delete blobs that no task needs and files that interrupted commands left behind.
 

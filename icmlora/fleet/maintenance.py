@@ -93,6 +93,13 @@ def repair(context: Context) -> list[tuple[Finding, str]]:
         return store.repair()
 
 
+def restore_database(context: Context) -> str:
+    """Put the copy of the database from before the last deletion in its place, and return from when it is."""
+    from registry.kept import restore_database
+
+    return restore_database(context.path, lock_timeout=context.lock_timeout, command=context.command)
+
+
 def prune(context: Context, *, grace: float, empty_quarantine: bool, dry_run: bool) -> PruneReport:
     """Delete the bytes that no row refers to; set codes, generators, residuals and weights aside."""
     with context.open(read_only=dry_run) as store:
