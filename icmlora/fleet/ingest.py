@@ -39,7 +39,7 @@ from icmlora.formats.pickled import PickleReader, converted
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.blobs.content import digest_of
-from registry.errors import DamagedStore, MissingBlob, SourceRefused, StoreNotFound, TaskConflict
+from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
 from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
 
@@ -309,7 +309,7 @@ class _Target:
 
         try:
             made = StoredDecoder(self.known).files(final, code, generator)
-        except (*FAILURES, DamagedStore):
+        except FAILURES:
             return False
         return (digest_of(made.weights), digest_of(made.config)) == (found.weights, found.config)
 
