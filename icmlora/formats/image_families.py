@@ -257,6 +257,7 @@ _GUESSES = (
     (_names("blocks.#.attn[12].to_"), {1536: "wan-2.1-1.3b", 3072: "wan-2.2-5b", 5120: "wan-2.1-14b"}),
 )
 
+_UNET_BLOCK = _names("(down|mid|up|input|middle|output)_block")
 # What programs put in front of the name that a module has in its model; the first two flatten the name.
 _FLAT = re.compile(r"lora_(unet|transformer)_|lycoris_")
 _DOTTED = re.compile(r"transformer(_\d)?\.|(model\.)?diffusion_model\.|base_model\.model\.|unet\.|pipe\.dit\.")
@@ -308,13 +309,15 @@ def guessed_label(widths: Mapping[str, int]) -> str | None:
 
 def families_like(names: Collection[str], label: str | None) -> list[Family]:
     """Return the families that an adapter may be of, the likeliest first: of its label, then by all names."""
-    guessed = {one for known, sizes in _GUESSES if any(map(known.match, names)) for one in sizes.values()}
+    guessed = [next(iter(sizes.values())) for known, sizes in _GUESSES if any(map(known.match, names))]
+    if any(map(_UNET_BLOCK.match, names)):
+        guessed += ["stable-diffusion-v1", "stable-diffusion-xl-v1-base"]
     found = [
         *(family for family in FAMILIES if label in family.labels),
         *named_families(names),
-        *(family for family in FAMILIES if family.labels & guessed),
+        *(family for one in guessed for family in FAMILIES if one in family.labels),
     ]
-    return list(dict.fromkeys(family for family in found))
+    return list(dict.fromkeys(found))
 
 
 def _sized(family: Family, widths: Mapping[str, int]) -> str:
