@@ -22,7 +22,7 @@ from registry.errors import TaskConflict
 from registry.names import UNKNOWN_BASE, check_name
 from registry.records import Description, EvictedAdapter, description_of
 from registry.row_checks import COLUMN
-from registry.rows import RowNumbers, in_parts, table_of, utc_now
+from registry.rows import RowNumbers, in_parts, same_names, table_of, utc_now
 
 AdapterKey = tuple[str, str, int | None]
 """What tells adapters of a task apart: weights, configuration, step."""
@@ -58,7 +58,7 @@ class KnownTask:
 def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, KnownTask]:
     """Return the tasks of these names, in any case, by name in lower case."""
     tasks: dict[int, KnownTask] = {}
-    for some in in_parts(names):
+    for some in in_parts(same_names(connection, names)):
         tasks |= {task.id: task for task in _tasks(connection, some)}
     for ids in in_parts(list(tasks)):
         _add_adapters(connection, ids, tasks)

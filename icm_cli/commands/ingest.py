@@ -292,6 +292,9 @@ def _tell_names(out: Output, report: IngestReport) -> None:
     if named:
         verb = "is" if len(named) == 1 else "are"
         out.note(f"{counted(len(named), 'task')} {verb} not called like the folder: {some(named)}")
+    foreign = [task.task for task in report.ingested if task.status == "added" and not task.task.isascii()]
+    if foreign:
+        out.hint(f"Tab completes names that are hard to type, and `icm mv {foreign[0]} NAME` gives one another name")
 
 
 def _tell_guesses(out: Output, report: IngestReport) -> None:
