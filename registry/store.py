@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from registry.blobs.backend import BlobBackend
     from registry.bundles import Bundles
     from registry.codes import Codes
+    from registry.errors import DamagedStore
     from registry.evaluations import Evaluations
     from registry.eviction import Originals
     from registry.generators import Generators
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from registry.usage import Usage
     from registry.vectors import Vectors
     from registry.verify import Finding
+
+    OnDamage = Callable[[str, DamagedStore], None]
 
 __all__ = ["Store"]
 
@@ -67,8 +70,9 @@ class Store:
         *,
         timeout: float,
         command: str,
+        on_damage: OnDamage | None = None,
     ) -> None:
-        self._timeout, self._command = timeout, command
+        self._timeout, self._command, self._on_damage = timeout, command, on_damage
         self._paths = paths
         self._lock = lock
         self._db = database
@@ -85,6 +89,7 @@ class Store:
         lock_timeout: float = 30.0,
         command: str = "icm",
         backend: BlobBackend | None = None,
+        on_damage: OnDamage | None = None,
     ) -> Self:
         """Open a store and hold it, shared with others, until :meth:`close`.
 
@@ -95,6 +100,8 @@ class Store:
             lock_timeout: seconds to wait for other processes, for the lock and for each commit.
             command: what this process does, for the message that others see.
             backend: where the bytes are, if not in the store folder.
+            on_damage: called with the name of a task with wrong rows and what is wrong, where many tasks are read: the
+                others are read without it. By default that is an error.
         """
         paths = StorePaths(path)
         if create and not read_only:
@@ -118,14 +125,15 @@ class Store:
         except BaseException:
             lock.close()
             raise
-        return cls(paths, lock, database, backend or LocalBackend(paths), timeout=lock_timeout, command=command)
+        where = paths, lock, database, backend or LocalBackend(paths)
+        return cls(*where, timeout=lock_timeout, command=command, on_damage=on_damage)
 
     @cached_property
     def tasks(self) -> Tasks:
         """Tasks with their adapters."""
         from registry.tasks import Tasks
 
-        return Tasks(*self._parts)
+        return Tasks(*self._parts, on_damage=self._on_damage)
 
     @cached_property
     def base_models(self) -> BaseModels:

@@ -63,6 +63,15 @@ class TaskFailed(Event):
         return cls(task, kind, error.message, error.hint)
 
 
+@dataclass(frozen=True)
+class TaskDamaged(Event):
+    """A task whose rows in the database are damaged; what goes over many tasks goes on without it."""
+
+    task: str
+    message: str
+    hint: str | None
+
+
 def ignore(event: Event) -> None:
     """Do nothing with an event."""
 
@@ -119,8 +128,17 @@ class Context:
         from registry.store import Store
 
         return Store.open(
-            self.path, create=create, read_only=read_only, lock_timeout=self.lock_timeout, command=self.command
+            self.path,
+            create=create,
+            read_only=read_only,
+            lock_timeout=self.lock_timeout,
+            command=self.command,
+            # Where nobody listens, a missing task would go unnoticed.
+            on_damage=None if self.on_event is ignore else self._tell_damage,
         )
+
+    def _tell_damage(self, task: str, error: IcmError) -> None:
+        self.on_event(TaskDamaged(task, error.message, error.hint))
 
     def progress(self, done: float, total: float | None, note: str = "") -> None:
         """Report how far the use case is."""
@@ -166,7 +184,7 @@ def select_tasks(
 ) -> list[TaskRecord]:
     """Return the selected tasks, each once, ordered by base model and name."""
     base_model = base_name(store, base_model)
-    tasks = [store.tasks.get(name) for name in names] or list(store.tasks.all())
+    tasks = store.tasks.named(names) if names else list(store.tasks.all())
     check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
     chosen = {task.name: task for task in tasks if base_model in (None, task.base_model)}
     if shard is not None:
