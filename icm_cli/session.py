@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import FrameType
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
@@ -66,6 +66,7 @@ class Session:
     settings: Settings
     command: str
     options: GlobalOptions
+    _told: set[str] = field(default_factory=set, init=False)
 
     @property
     def fleet(self) -> Fleet:
@@ -83,13 +84,15 @@ class Session:
         self, label: str, on_event: Callable[[Event], None] | None = None
     ) -> Iterator[Callable[[Event], None]]:
         """Yield what a use case calls with its events, and display its progress; Ctrl-C stops it at the next event."""
-        from icmlora.fleet.context import Progress
+        from icmlora.fleet.context import Progress, Waiting
 
         with self.out.progress(label) as display, self._catching_signals() as received:
 
             def listen(event: Event) -> None:
                 if isinstance(event, Progress):
                     display.update(event.done, event.total, event.note)
+                elif isinstance(event, Waiting):
+                    self._tell_waiting(event.text)
                 elif on_event is not None:
                     on_event(event)
                 if received:
@@ -111,15 +114,24 @@ class Session:
 
     def _fleet(self, on_event: Callable[[Event], None] | None = None) -> Fleet:
         from icmlora.fleet.api import Fleet
-        from icmlora.fleet.context import ignore
+        from icmlora.fleet.context import Waiting
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Waiting):
+                self._tell_waiting(event.text)
 
         return Fleet(
             self.settings.store.value,
             cache=cache_folder,
             lock_timeout=self.settings.lock_timeout.value,
             command=self.command,
-            on_event=on_event or ignore,
+            on_event=on_event or listen,
         )
+
+    def _tell_waiting(self, text: str) -> None:
+        if text not in self._told:  # it comes once a second, until the wait is over
+            self._told.add(text)
+            self.out.note(text)
 
     def device(self, flag: str | None) -> str:
         """Return the device name from the flag, the environment or the configuration."""

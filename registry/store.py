@@ -29,7 +29,7 @@ from registry.folder import (
     restore_reserve,
     with_reserve,
 )
-from registry.locks import FileLock
+from registry.locks import FileLock, Patience
 
 if TYPE_CHECKING:
     from registry.base_models import BaseModels
@@ -65,10 +65,10 @@ class Store:
         database: Database,
         backend: BlobBackend,
         *,
-        timeout: float,
+        patience: Patience,
         command: str,
     ) -> None:
-        self._timeout, self._command = timeout, command
+        self._patience, self._command = patience, command
         self._paths = paths
         self._lock = lock
         self._db = database
@@ -83,6 +83,7 @@ class Store:
         create: bool = False,
         read_only: bool = False,
         lock_timeout: float = 30.0,
+        patience: Patience | None = None,
         command: str = "icm",
         backend: BlobBackend | None = None,
     ) -> Self:
@@ -92,21 +93,22 @@ class Store:
             path: the store folder.
             create: make it if there is none.
             read_only: refuse writes; works on read-only media.
-            lock_timeout: seconds to wait for other processes, for the lock and for each commit.
+            lock_timeout: seconds to wait for other processes, for all locks together and for each commit.
+            patience: what is left of these seconds, where the same command has other stores open.
             command: what this process does, for the message that others see.
             backend: where the bytes are, if not in the store folder.
         """
-        paths = StorePaths(path)
+        paths, patience = StorePaths(path), patience or Patience(lock_timeout)
         if create and not read_only:
             prepare_folder(paths)
         elif not paths.format.exists():
             hint = "`icm ingest PATH` makes one; --store or ICM_STORE says where"
             raise StoreNotFound(f"there is no store at {path}", path=path, hint=hint)
         with fs.store_errors(paths.lock):
-            lock = FileLock(paths.lock, timeout=lock_timeout, command=command, writable=not read_only)
+            lock = FileLock(paths.lock, patience=patience, command=command, writable=not read_only)
         try:
-            lock.share()
-            database = Database(paths.database, read_only=read_only, busy_timeout=lock_timeout)
+            lock.enter()
+            database = Database(paths.database, read_only=read_only, busy_timeout=patience.left)
             if not paths.format.exists():
                 with lock.exclusive():
                     # Several processes may come here; the first one makes the store, the others find it.
@@ -118,7 +120,7 @@ class Store:
         except BaseException:
             lock.close()
             raise
-        return cls(paths, lock, database, backend or LocalBackend(paths), timeout=lock_timeout, command=command)
+        return cls(paths, lock, database, backend or LocalBackend(paths), patience=patience, command=command)
 
     @cached_property
     def tasks(self) -> Tasks:
@@ -211,17 +213,18 @@ class Store:
         """Hold the job lock of a base model.
 
         One process at a time trains, updates or evicts. Those that encode hold the lock `shared`: any number of them
-        at the same time, but none while another process holds it alone.
+        at the same time, but none while another process holds it alone. The store lock is given up while this waits,
+        so nothing read before may be trusted inside the block.
         """
         self._db.must_write()
         path = self._paths.job(base_model)
         with fs.store_errors(path):
             # The first job of a store makes the folder.
             path.parent.mkdir(exist_ok=True)
-            lock = FileLock(path, timeout=self._timeout, command=self._command, subject=f"base model {base_model!r}")
+            lock = FileLock(path, patience=self._patience, command=self._command, subject=f"base model {base_model!r}")
         try:
             # Not reentrant: a job does not start another one.
-            lock.share() if shared else lock.hold()
+            lock.hold(shared=shared, without=self._lock)
             yield
         finally:
             lock.close()
