@@ -34,12 +34,17 @@ class StoredFleet:
         on_event: Callable[[Event], None] = ignore,
     ) -> None:
         cache = Path(cache) if isinstance(cache, str) else cache
-        self._context = Context(Path(path), cache, lock_timeout, command, on_event)
+        self._settings = Context(Path(path), cache, lock_timeout, command, on_event)
+
+    @property
+    def _context(self) -> Context:
+        """What one use case works with: all its waits for other processes end at the timeout, together."""
+        return self._settings.with_patience()
 
     @property
     def path(self) -> Path:
         """The store folder."""
-        return self._context.path
+        return self._settings.path
 
     # tasks: list, show, remove
 
