@@ -154,12 +154,12 @@ FAMILIES = (
     ),
     Family(
         "lumina-2",
-        _names("(layers|noise_refiner|context_refiner).#.(attn.to_|feed_forward.linear_)"),
+        _names("(layers|noise_refiner|context_refiner).#.(attn.to_|feed_forward.linear_|adaLN_modulation.1)"),
         model="Lumina2Transformer2DModel",
     ),
     Family(
         "z-image",
-        _names("(layers|noise_refiner|context_refiner).#.attention.to_"),
+        _names("(layers|noise_refiner|context_refiner).#.(attention.to_|adaLN_modulation.0)"),
         model="ZImageTransformer2DModel",
     ),
     Family("cosmos-predict-2", _names("blocks.#.(self|cross)_attn.(q|k|v|output)_proj blocks.#.adaln_modulation")),

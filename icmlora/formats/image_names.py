@@ -63,8 +63,15 @@ def to_diffusers(tensors: Tensors, label: str | None = None) -> dict[str, Tensor
     refused: AdapterRefused | None = None
     for family in families:
         try:
-            return _renamed(rest, family) | _renamed_text(text, family)
+            model = _renamed(rest, family)
         except AdapterRefused as error:
+            refused = refused or error
+            continue
+        try:
+            return model | _renamed_text(text, family)
+        except AdapterRefused as error:
+            if label in family.labels:
+                raise
             refused = refused or error
     if refused is None:
         fact = f"diffusers has no converter for names such as {next(iter(tensors))}"
