@@ -78,6 +78,7 @@ _HIDREAM: Mapping[str, object] = {
     "axes_dims_rope": (8, 4, 4),
     "llama_layers": (0, 1),
 }
+_SD3: Mapping[str, object] = {"num_layers": 2, "dual_attention_layers": (0,)}
 
 FAMILIES = (
     Family("stable-video-diffusion", _names("(down_blocks|mid_block|up_blocks)%temporal_ %time_(stack.#|mixer)")),
@@ -171,11 +172,18 @@ FAMILIES = (
         options={"image_dim": 1280, "added_kv_proj_dim": 5120},
     ),
     Family(
+        "stable-diffusion-3-5-medium",
+        _names("joint_blocks.#.x_block.attn2"),
+        model="SD3Transformer2DModel",
+        options=_SD3,
+        text_encoders=2,
+    ),
+    Family(
         "stable-diffusion-3",
         _names("joint_blocks.#"),
         sizes={2432: "stable-diffusion-3-5-large"},
         model="SD3Transformer2DModel",
-        options={"num_layers": 2, "dual_attention_layers": (0,)},
+        options=_SD3,
         text_encoders=2,
     ),
     Family(
@@ -185,7 +193,7 @@ FAMILIES = (
         options={"ofs_embed_dim": 512},
     ),
     Family("cogview-4", model="CogView4Transformer2DModel"),
-    Family("pixart", _names("adaln_single.emb.(resolution|aspect)"), model="PixArtTransformer2DModel"),
+    Family("pixart", _names("adaln_single.emb.(resolution|aspect)")),
 )
 
 # Spellings in headers, without case and punctuation -> family.
@@ -240,6 +248,7 @@ _GUESSES = (
         _names("(double|single)_blocks.# single_transformer_blocks.#.(attn|proj_mlp)"),
         {3072: "flux-1-dev", 4096: "flux-2-klein-9b", 6144: "flux-2-dev"},
     ),
+    (_names("transformer_blocks.#.attn2."), {1536: "stable-diffusion-3-5-medium"}),
     (
         _names("transformer_blocks.#.(attn|ff|ff_context)."),
         {1536: "stable-diffusion-3", 2432: "stable-diffusion-3-5-large"},
@@ -247,7 +256,7 @@ _GUESSES = (
     (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "qwen-image"}),
     (
         _names("transformer_blocks.#.attn2."),
-        {1152: "pixart", 2048: "ltx-video", 2240: "sana", 4096: "ltx-2"},
+        {2048: "ltx-video", 1152: "pixart", 2240: "sana", 4096: "ltx-2"},
     ),
     (
         _names("transformer_blocks.#.attn1."),

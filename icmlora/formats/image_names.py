@@ -146,7 +146,9 @@ def _renamed(pairs: Pairs, family: Family) -> dict[str, Tensor]:
     if not pairs:
         return {}
     if family.model is None:
-        raise AdapterRefused(f"diffusers loads no adapters of {family.label}", kind="layers", hint=_KEEP)
+        raise AdapterRefused(
+            f"icm knows no names of diffusers for adapters of {family.label}", kind="layers", hint=_KEEP
+        )
     modules = modules_of(family)
     names = {stem: modules.find(inner_name(stem)) for stem in pairs}
     if all(names.values()):

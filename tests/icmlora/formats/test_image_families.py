@@ -83,6 +83,20 @@ ORIGINALS: dict[str, Original] = {
             ["single_stream_blocks.0.block.ff_i.shared_experts.w1"],
         ),
     },
+    "stable-diffusion-3": {
+        "joint_blocks.0.x_block.attn.qkv": (9, 6, QKV),
+        "joint_blocks.0.context_block.attn.qkv": (9, 6, ADDED),
+        "joint_blocks.0.x_block.attn2.proj": (6, 6, [f"{DOUBLE}.attn2.to_out.0"]),
+        "joint_blocks.0.x_block.mlp.fc1": (12, 6, [f"{DOUBLE}.ff.net.0.proj"]),
+        "joint_blocks.0.context_block.adaLN_modulation.1": (36, 6, [f"{DOUBLE}.norm1_context.linear"]),
+    },
+    "auraflow": {
+        "double_layers.0.attn.w2q": (6, 6, [f"joint_{DOUBLE}.attn.to_q"]),
+        "double_layers.0.attn.w1o": (6, 6, [f"joint_{DOUBLE}.attn.to_add_out"]),
+        "double_layers.0.mlpC.c_proj": (6, 8, [f"joint_{DOUBLE}.ff_context.out_projection"]),
+        "single_layers.3.mlp.c_fc2": (8, 6, ["single_transformer_blocks.3.ff.linear_2"]),
+        "single_layers.3.modCX.1": (36, 6, ["single_transformer_blocks.3.norm1.linear"]),
+    },
     "ltx-video": {"transformer_blocks.0.attn2.to_k": (6, 6, ["transformer_blocks.0.attn2.to_k"])},
     "ltx-2": {
         "transformer_blocks.0.audio_attn1.to_q": (6, 6, ["transformer_blocks.0.audio_attn1.to_q"]),
@@ -102,7 +116,7 @@ WRITTEN = [
     for label in ORIGINALS
     for spelling in SPELLINGS
     if (label, spelling) != ("ltx-2", "kohya")
-    and not (spelling == "fal" and label in ("ltx-2", "wan-2.1", "z-image", "lumina-2"))
+    and not (spelling == "fal" and label in ("ltx-2", "wan-2.1", "z-image", "lumina-2", "auraflow"))
 ]
 
 

@@ -75,6 +75,7 @@ NAMES = {
     "stable-video-diffusion": "unet.mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q",
     "kolors": "unet.encoder_hid_proj",
     "stable-diffusion-3": "lora_unet_joint_blocks.0.x_block_attn_qkv",
+    "stable-diffusion-3-5-medium": "diffusion_model.joint_blocks.0.x_block.attn2.qkv",
     "flux-2": "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj",
     "qwen-image": "transformer.transformer_blocks.0.img_mlp.net.2 lora_unet_transformer_blocks.0.txt_mod.1"
     " lycoris_transformer_blocks.0.img_mod.1",
@@ -101,6 +102,7 @@ def test_the_names_of_blocks_tell_the_family(label: str, names: str) -> None:
         ("diffusion_model.single_blocks.0.linear2", 3072, "flux-1-dev"),
         ("transformer.transformer_blocks.0.attn.to_q", 2432, "stable-diffusion-3-5-large"),
         ("transformer.transformer_blocks.0.attn.to_q", 3072, "qwen-image"),
+        ("transformer.transformer_blocks.0.attn2.to_q", 1536, "stable-diffusion-3-5-medium"),
         ("transformer.transformer_blocks.0.attn2.to_k", 2048, "ltx-video"),
         ("transformer.transformer_blocks.0.attn1.to_k", 3072, "cogvideox-5b"),
         ("transformer.transformer_blocks.0.attn2.to_q", 1152, "pixart"),
