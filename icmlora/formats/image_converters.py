@@ -129,6 +129,24 @@ def _lumina(pairs: Pairs) -> Any:
     return _mixin("Lumina2").lora_state_dict(_original(pairs, _NEXT_DIT))
 
 
+def _ideogram(pairs: Pairs) -> Any:
+    return _mixin("Ideogram4").lora_state_dict(_original(pairs, _NEXT_DIT))
+
+
+def _krea(pairs: Pairs) -> Any:
+    return _mixin("Krea2").lora_state_dict(_original(pairs))
+
+
+def _cosmos(pairs: Pairs) -> Any:
+    renames = {re.compile(r"(?<=\.)(self_attn|cross_attn|mlp)_"): r"\1."}
+    return _mixin("Anima").lora_state_dict(_original(pairs, renames))
+
+
+def _ltx(pairs: Pairs) -> Any:
+    renames = {re.compile("^patchify_proj"): "proj_in", re.compile("^adaln_single"): "time_embed"}
+    return _mixin("LTXVideo").lora_state_dict(_original(pairs, renames))
+
+
 def _ltx_2(pairs: Pairs) -> Any:
     return _mixin("LTX2").lora_state_dict(_original(pairs))
 
@@ -147,6 +165,10 @@ CONVERTERS: Mapping[str, Callable[[Pairs], Any]] = {
     "framepack": _hunyuan,
     "z-image": _z_image,
     "lumina-2": _lumina,
+    "ideogram-4": _ideogram,
+    "krea-2": _krea,
+    "cosmos-predict-2": _cosmos,
+    "ltx-video": _ltx,
     "ltx-2": _ltx_2,
     "stable-diffusion-xl-v1-base": _sdxl,
     "stable-diffusion-3": _by_table,

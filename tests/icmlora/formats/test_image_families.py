@@ -97,7 +97,25 @@ ORIGINALS: dict[str, Original] = {
         "single_layers.3.mlp.c_fc2": (8, 6, ["single_transformer_blocks.3.ff.linear_2"]),
         "single_layers.3.modCX.1": (36, 6, ["single_transformer_blocks.3.norm1.linear"]),
     },
-    "ltx-video": {"transformer_blocks.0.attn2.to_k": (6, 6, ["transformer_blocks.0.attn2.to_k"])},
+    "ideogram-4": {
+        "layers.0.attention.qkv": (9, 6, [f"layers.0.attention.to_{part}" for part in "qkv"]),
+        "layers.0.attention.o": (6, 6, ["layers.0.attention.to_out.0"]),
+        "layers.0.feed_forward.w2": (6, 8, ["layers.0.feed_forward.w2"]),
+    },
+    "krea-2": {
+        "blocks.0.attn.wo": (6, 6, ["transformer_blocks.0.attn.to_out.0"]),
+        "blocks.0.mlp.down": (6, 8, ["transformer_blocks.0.ff.down"]),
+        "tproj.1": (12, 6, ["time_mod_proj"]),
+    },
+    "cosmos-predict-2": {
+        "blocks.0.self_attn.output_proj": (6, 6, ["transformer_blocks.0.attn1.to_out.0"]),
+        "blocks.0.adaln_modulation_cross_attn.1": (6, 6, ["transformer_blocks.0.norm2.linear_1"]),
+        "blocks.0.mlp.layer1": (8, 6, ["transformer_blocks.0.ff.net.0.proj"]),
+    },
+    "ltx-video": {
+        "transformer_blocks.0.attn2.to_k": (6, 6, ["transformer_blocks.0.attn2.to_k"]),
+        "patchify_proj": (6, 6, ["proj_in"]),
+    },
     "ltx-2": {
         "transformer_blocks.0.audio_attn1.to_q": (6, 6, ["transformer_blocks.0.audio_attn1.to_q"]),
         "patchify_proj": (6, 6, ["proj_in"]),
@@ -115,8 +133,8 @@ WRITTEN = [
     (label, spelling)
     for label in ORIGINALS
     for spelling in SPELLINGS
-    if (label, spelling) != ("ltx-2", "kohya")
-    and not (spelling == "fal" and label in ("ltx-2", "wan-2.1", "z-image", "lumina-2", "auraflow"))
+    if (spelling != "kohya" or label not in ("ltx-2", "ltx-video", "krea-2"))
+    and (spelling != "fal" or label in ("flux-1-dev", "flux-2-dev", "chroma", "qwen-image"))
 ]
 
 

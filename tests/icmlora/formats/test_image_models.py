@@ -79,7 +79,10 @@ NAMES = {
     "flux-2": "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj",
     "qwen-image": "transformer.transformer_blocks.0.img_mlp.net.2 lora_unet_transformer_blocks.0.txt_mod.1"
     " lycoris_transformer_blocks.0.img_mod.1",
-    "z-image": "diffusion_model.layers.0.attention.to_q lora_unet_layers.0.attention_to_q",
+    "ideogram-4": "diffusion_model.layers.0.attention.o transformer.layers.0.adaln_modulation",
+    "ernie-image": "transformer.layers.0.self_attention.to_q",
+    "krea-2": "diffusion_model.blocks.0.attn.wq transformer.transformer_blocks.0.ff.gate",
+    "cosmos-predict-2": "diffusion_model.blocks.0.self_attn.q_proj",
     "lumina-2": "transformer.layers.0.attn.to_q transformer.noise_refiner.0.feed_forward.linear_1",
     "kandinsky-5": "transformer.visual_transformer_blocks.0.self_attention.to_query",
     "mochi-1": "transformer.transformer_blocks.0.attn1.add_q_proj",
@@ -107,6 +110,7 @@ def test_the_names_of_blocks_tell_the_family(label: str, names: str) -> None:
         ("transformer.transformer_blocks.0.attn1.to_k", 3072, "cogvideox-5b"),
         ("transformer.transformer_blocks.0.attn2.to_q", 1152, "pixart"),
         ("diffusion_model.layers.0.attention.qkv", 2304, "lumina-2"),
+        ("lora_unet_layers.0.attention_to_q", 3840, "z-image"),
         ("transformer_2.blocks.0.attn1.to_q", 5120, "wan-2.1-14b"),
     ],
 )
