@@ -150,9 +150,9 @@ def _codes(session: Session, generator: models.Generator, tasks: Sequence[KnownT
     """Return the number of each task that has a code under the generator, with the code's digest."""
     code, found = models.Code, dict[int, str]()
     for some in in_parts([task.id for task in tasks]):
-        query = select(code.task_id, models.Blob.digest).join(code.blob)
+        query = select(code.task_id, models.Blob.digest, code.crc, models.Blob.crc).join(code.blob)
         rows = session.execute(query.where(code.generator_id == generator.id, code.task_id.in_(some)))
-        found.update((number, digest) for number, digest in rows)
+        found.update((number, digest) for number, digest, *_ in rows)
     return found
 
 

@@ -18,6 +18,7 @@ from registry import records
 from registry import schema as models
 from registry.names import NLL, UNKNOWN_BASE
 from registry.records import WITHOUT_BASE, Description
+from registry.row_checks import WrongRow
 
 Record = TypeVar("Record")
 
@@ -32,6 +33,8 @@ def task_record(row: models.Task) -> records.TaskRecord:
 
 def adapter_record(row: models.Adapter) -> records.AdapterRecord:
     """Return the record of an adapter."""
+    if len(row.extras) != row.extra_count:
+        raise WrongRow(f"task {row.task.name!r} has {len(row.extras)} extras of {row.extra_count}")
     common = _description(row.description)
     if common.original_only is None and row.task.base_model.name == UNKNOWN_BASE:
         common = common._replace(original_only=WITHOUT_BASE)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from sqlalchemy import Connection, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, FromClause, delete, exists, func, insert, select, update
 
 from registry import records
 from registry import schema as models
@@ -21,7 +21,8 @@ from registry.conversion import is_bundle_source, task_folder, unusual_source, u
 from registry.errors import TaskConflict
 from registry.names import UNKNOWN_BASE, check_name
 from registry.records import Description, EvictedAdapter, description_of
-from registry.rows import RowNumbers, in_parts, table_of, utc_now
+from registry.row_checks import COLUMN
+from registry.rows import RowNumbers, in_parts, same_names, table_of, utc_now
 
 AdapterKey = tuple[str, str, int | None]
 """What tells adapters of a task apart: weights, configuration, step."""
@@ -57,7 +58,7 @@ class KnownTask:
 def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, KnownTask]:
     """Return the tasks of these names, in any case, by name in lower case."""
     tasks: dict[int, KnownTask] = {}
-    for some in in_parts(names):
+    for some in in_parts(same_names(connection, names)):
         tasks |= {task.id: task for task in _tasks(connection, some)}
     for ids in in_parts(list(tasks)):
         _add_adapters(connection, ids, tasks)
@@ -77,6 +78,7 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
         select(
             *(_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
             *(weights.c.digest, weights.c.size, config.c.digest, _ADAPTERS.c.tensors_key),
+            *_checks(_TASKS, _ADAPTERS, weights, config),
         )
         .join_from(_ADAPTERS, _TASKS)
         .join(weights, _ADAPTERS.c.weights_id == weights.c.id)
@@ -84,7 +86,7 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
         .order_by(_TASKS.c.name, _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
     )
     origins: dict[str, records.TaskOrigin] = {}
-    for name, folder, source, step, is_final, digest, size, config_digest, key in connection.execute(query):
+    for name, folder, source, step, is_final, digest, size, config_digest, key, *_ in connection.execute(query):
         place = usual_source(folder, step, is_final=is_final) if source is None else source
         if (known := origins.get(name)) is not None:
             origins[name] = replace(known, sources=(*known.sources, place))
@@ -97,15 +99,22 @@ def evicted_adapters(connection: Connection) -> list[EvictedAdapter]:
     """Return all adapters whose weights were deleted, by task; not those that never were here, but in a bundle."""
     weights, config = _BLOBS.alias(), _BLOBS.alias()
     query = (
-        select(_TASKS.c.name, weights.c.digest, config.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final)
+        select(
+            *(_TASKS.c.name, weights.c.digest, config.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final, _PLACE),
+            *_checks(_TASKS, _ADAPTERS, weights, config),
+        )
         .join_from(_ADAPTERS, _TASKS)
         .join(weights, _ADAPTERS.c.weights_id == weights.c.id)
         .join(config, _ADAPTERS.c.config_id == config.c.id)
-        .add_columns(_PLACE)
         .where(_ADAPTERS.c.evicted_at.is_not(None))
         .order_by(_TASKS.c.name, _ADAPTERS.c.id)
     )
-    return [EvictedAdapter(*row) for *row, place in connection.execute(query) if not is_bundle_source(place)]
+    return [EvictedAdapter(*row[:5]) for row in connection.execute(query) if not is_bundle_source(row[5])]
+
+
+def _checks(*tables: FromClause) -> list[ColumnElement[int]]:
+    """Return the columns that a statement asks for to have the rows of these tables checked."""
+    return [table.c[COLUMN] for table in tables]
 
 
 def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
@@ -114,13 +123,14 @@ def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
         select(
             *(_TASKS.c.id, _TASKS.c.name, _BASES.c.name, samples.c.digest, eval_data.c.digest),
             *(_TASKS.c.pinned, _TASKS.c.folder, _TASKS.c.note, _TASKS.c.tags),
+            *_checks(_TASKS, _BASES, samples, eval_data),
         )
         .join_from(_TASKS, _BASES)
         .outerjoin(samples, _TASKS.c.samples_id == samples.c.id)
         .outerjoin(eval_data, _TASKS.c.eval_id == eval_data.c.id)
         .where(_TASKS.c.name.in_(names))
     )
-    return [KnownTask(*row) for row in connection.execute(query)]
+    return [KnownTask(*row[:9]) for row in connection.execute(query)]
 
 
 def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, KnownTask]) -> None:
@@ -129,15 +139,15 @@ def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, K
         select(
             *(_ADAPTERS.c.task_id, weights.c.digest, config.c.digest, _ADAPTERS.c.step),
             *(_ADAPTERS.c.is_final, _ADAPTERS.c.evicted_at, _ADAPTERS.c.id, _ADAPTERS.c.initial_id, _PLACE),
+            *_checks(_TASKS, _ADAPTERS, weights, config),
         )
         .join_from(_ADAPTERS, weights, _ADAPTERS.c.weights_id == weights.c.id)
         .join(_TASKS, _ADAPTERS.c.task_id == _TASKS.c.id)
         .join(config, _ADAPTERS.c.config_id == config.c.id)
         .where(_ADAPTERS.c.task_id.in_(ids))
     )
-    for task_id, *digests, step, is_final, evicted_at, number, initial, place in connection.execute(query):
-        task, (weights_digest, config_digest) = tasks[task_id], digests
-        key = (weights_digest, config_digest, step)
+    for task_id, weight, setting, step, is_final, evicted_at, number, initial, place, *_ in connection.execute(query):
+        task, key = tasks[task_id], (weight, setting, step)
         task = replace(task, adapters=task.adapters | {key})
         if initial is None and evicted_at is None:
             rows = (*task.without_initial.get(key[:2], ()), number)

@@ -152,6 +152,11 @@ class AdapterRecord(NewAdapter):
         return {self.weights: self.weights_bytes} | ({self.initial: self.initial_bytes} if self.initial else {})
 
     @property
+    def kept(self) -> list[str]:
+        """Digests of what its code needs to bring it back: its configuration and its extras."""
+        return [self.config, *(extra.blob for extra in self.extras)]
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of its files that are in the store."""
         return self.original_bytes - (self.weights_bytes if self.is_evicted else 0)
@@ -440,14 +445,19 @@ class Eviction:
 
     task: str
     adapters: Sequence[int]  # rows of the adapters whose weights are deleted
+    final: AdapterRecord  # that the code brings back
     code: CodeRecord  # as it was read and decoded
     generator: GeneratorRecord  # that decoded it
     squared_error: float  # that was measured of it
     evaluations: Sequence[NewEvaluation] = ()
 
     def digests(self) -> list[str]:
-        """Return the digests of generator, code and residual."""
-        return [self.generator.blob, *self.code.digests()]
+        """Return the digests of all that must remain: generator, code, residual, configuration and extras.
+
+        A final adapter whose weights are not deleted with its checkpoints must remain too.
+        """
+        stays = not self.final.is_evicted and self.final.id not in self.adapters
+        return [self.generator.blob, *self.code.digests(), *self.final.kept, *(self.final.evictable if stays else ())]
 
 
 class Description(NamedTuple):

@@ -139,6 +139,7 @@ class TaskEvicted(WithRelativeError, Event):
     folders: Sequence[FolderReplaced] = ()  # with `placeholder`: what became of the folders of its adapters
     copies: Sequence[VerifiedCopy] = ()  # with `copies`: where the copies of its original are
     precision: str | None = None  # of the base model that the gain was measured on
+    left: int = 0  # those of the bytes freed that an interrupted eviction had left
 
     @property
     def freed_in_folders(self) -> int:
@@ -157,7 +158,6 @@ class EvictReport:
     """What was deleted, or would be."""
 
     tasks: list[TaskEvicted] = field(default_factory=list)
-    left: int = 0  # bytes of files that an interrupted eviction had left
     # Whether an original was kept that was meant to go: it misses a limit, or its task is named, and pinned or
     # original only.
     partly: bool = False
@@ -190,7 +190,12 @@ class EvictReport:
     @property
     def freed(self) -> int:
         """All bytes that were freed in the store, or would be."""
-        return self.left + sum(task.freed for task in self.tasks)
+        return sum(task.freed for task in self.tasks)
+
+    @property
+    def left(self) -> int:
+        """Those of the bytes freed that an interrupted eviction had left."""
+        return sum(task.left for task in self.tasks)
 
     @property
     def freed_in_folders(self) -> int:
