@@ -84,6 +84,7 @@ class PreparedTask:
     eval_read: TextRead | None = None
     kept: tuple[TensorInfo, ...] = ()  # tensors of its final adapter that no code can represent
     base_is_told: bool = False  # by the user, because the adapter names none
+    wrapper: str | None = None  # what a wrapper put into the names of its final adapter's tensors
 
 
 @dataclass(frozen=True)
@@ -307,6 +308,7 @@ def _prepared(
     problems: list[Problem] = []
     base_model: str | None = None
     kept: tuple[TensorInfo, ...] = ()
+    wrapper: str | None = None
     size = 0
     for found in task.adapters:
         match _read_of(found, small, outcomes):
@@ -317,14 +319,24 @@ def _prepared(
             case files, checked, summary, key:
                 if found.is_final:
                     base_model = full_label(summary.base_model, summary.revision, found.place, task.folder)
-                    kept = summary.extras
+                    kept, wrapper = summary.extras, summary.wrapper
                 rows.append(_row(found, files, checked.digest, summary, key))
                 size += checked.size + len(files.config) + len(files.card or b"")
     (samples, samples_read), (eval_data, eval_read) = (
         _text(path, outcomes, problems) for path in (task.samples, task.eval_data)
     )
     return PreparedTask(
-        task, base_model, tuple(rows), samples, eval_data, size, tuple(problems), samples_read, eval_read, kept
+        task,
+        base_model,
+        tuple(rows),
+        samples,
+        eval_data,
+        size,
+        tuple(problems),
+        samples_read,
+        eval_read,
+        kept,
+        wrapper=wrapper,
     )
 
 
