@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import ColumnElement, Connection, Table, select
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
@@ -116,6 +116,11 @@ def utc_now() -> str:
 def table_of(model: type[models.Base]) -> Table:
     """Return the table behind a class."""
     return cast(Table, model.__table__)
+
+
+def check_rows(session: Session, table: Table, *conditions: ColumnElement[bool]) -> None:
+    """Raise unless the rows of a table that some conditions hold for have the values that they were written with."""
+    session.execute(select(table.c.crc).where(*conditions)).all()
 
 
 def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:

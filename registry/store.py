@@ -8,9 +8,9 @@ with Store.open(path, create=True, command="icm ingest") as store:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -232,15 +232,27 @@ class Store:
 
         return measure(self._db, self.blobs, self._paths)
 
-    def prune(self, *, grace: float = GRACE_SECONDS, dry_run: bool = False) -> PruneReport:
-        """Delete blobs that no row refers to, and leftovers of killed commands, if older than `grace` seconds."""
+    def prune(
+        self,
+        *,
+        grace: float = GRACE_SECONDS,
+        is_precious: Callable[[bytes], bool] = lambda start: False,
+        empty_quarantine: bool = False,
+        dry_run: bool = False,
+    ) -> PruneReport:
+        """Delete blobs that no row refers to, and leftovers of killed commands, if older than `grace` seconds.
+
+        Blobs that are precious, by their first bytes, go to quarantine, unless that is to be emptied as well.
+        """
         from registry.prune import prune
 
+        do = partial(prune, self._db, self.blobs, self._paths, grace=grace, is_precious=is_precious)
+        do = partial(do, empty_quarantine=empty_quarantine, dry_run=dry_run)
         if dry_run:
-            return prune(self._db, self.blobs, self._paths, grace=grace, dry_run=True)
+            return do()
         self._db.must_write()
         with self._lock.exclusive():
-            report = with_reserve(self._paths, lambda: prune(self._db, self.blobs, self._paths, grace=grace))
+            report = with_reserve(self._paths, do)
             restore_reserve(self._paths)
         return report
 

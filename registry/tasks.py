@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy import ColumnElement, Select, delete, func, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session, aliased, lazyload, selectinload
 
 from registry import records, rows
 from registry import schema as models
@@ -64,7 +64,8 @@ class Tasks(Part):
     def a_config(self, base_model: str) -> str | None:
         """Return the digest of the configuration of one final adapter of a base model; None if there is none."""
         adapter, task = models.Adapter, models.Task
-        query = select(models.Blob.digest).join_from(adapter, models.Blob, adapter.config_id == models.Blob.id)
+        query = select(models.Blob.digest, adapter.crc, models.Blob.crc)
+        query = query.join_from(adapter, models.Blob, adapter.config_id == models.Blob.id)
         query = query.join(task, adapter.task_id == task.id).join(models.BaseModel)
         query = query.where(models.BaseModel.name == base_model, adapter.is_final).order_by(task.id).limit(1)
         with self._db.read() as session:
@@ -188,8 +189,8 @@ class Tasks(Part):
     def tags(self) -> dict[str, int]:
         """Return how many tasks have each tag, by tag."""
         with self._db.read() as session:
-            query = select(models.Task.tags, func.count()).group_by(models.Task.tags)
-            return _counted_tags((tags, number) for tags, number in session.execute(query))
+            rows = session.execute(select(models.Task.tags, models.Task.crc))
+            return _counted_tags(tags for tags, _ in rows)
 
     def set_note(self, name: str, text: str | None) -> records.TaskRecord:
         """Replace the note of a task; None removes it."""
@@ -205,7 +206,8 @@ class Tasks(Part):
 
     def _summary_page(self, ids: Sequence[int]) -> list[records.TaskSummary]:
         with self._db.read() as session:
-            found = {task.id: task for task in session.scalars(select(models.Task).where(models.Task.id.in_(ids)))}
+            query = select(models.Task).where(models.Task.id.in_(ids)).options(selectinload(models.Task.base_model))
+            found = {task.id: task for task in session.scalars(query)}
             return _summaries(session, [found[number] for number in ids if number in found])
 
 
@@ -220,12 +222,12 @@ def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]
         yield task_record(row)
 
 
-def _counted_tags(rows: Iterable[tuple[Sequence[str], int]]) -> dict[str, int]:
+def _counted_tags(rows: Iterable[Sequence[str]]) -> dict[str, int]:
     counts: dict[str, tuple[str, int]] = {}
-    for tags, number in rows:
+    for tags in rows:
         for tag in tags:
             shown, before = counts.get(tag.lower(), (tag, 0))
-            counts[tag.lower()] = shown, before + number
+            counts[tag.lower()] = shown, before + 1
     return dict(counts[tag] for tag in sorted(counts))
 
 
@@ -236,16 +238,19 @@ def _page_query(after: str) -> Select[models.Task]:
 def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.TaskSummary]:
     ids = [task.id for task in tasks]
     adapter, vector, code = models.Adapter, models.TaskVector, models.Code
-    finals = session.scalars(select(adapter).where(adapter.task_id.in_(ids), adapter.is_final))
+    # The tasks are here already, and many adapters share a description: each is read, and checked, once.
+    finals = session.scalars(
+        select(adapter)
+        .where(adapter.task_id.in_(ids), adapter.is_final)
+        .options(lazyload(adapter.task), selectinload(adapter.description), selectinload(adapter.config))
+    )
     codes = session.scalars(
         select(code)
         .join(models.Generator, code.generator_id == models.Generator.id)
         .where(code.task_id.in_(ids), models.Generator.is_current)
+        .options(lazyload(code.task))
     )
-    from registry import listing
-
-    measured = select(models.Task.id, listing.gain().label("gain"), listing.gain_settings().label("settings"))
-    gain_of = {row.id: row for row in session.execute(measured.where(models.Task.id.in_(ids)))}
+    gain_of = _gains(session, ids)
     final_of = {row.task_id: adapter_record(row) for row in finals}
     code_of = {row.task_id: code_record(row) for row in codes}
     adapters = _counts(session, adapter, ids, adapter.evicted_at.is_(None), ~adapter.is_final)
@@ -261,11 +266,24 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
             evicted_checkpoints=evicted.get(task.id, 0),
             vectors=vectors.get(task.id, 0),
             code=code_of.get(task.id),
-            gain=gain_of[task.id].gain,
-            gain_precision=(gain_of[task.id].settings or {}).get("dtype"),
+            gain=gain_of[task.id][0],
+            gain_precision=gain_of[task.id][1],
         )
         for task in tasks
     ]
+
+
+def _gains(session: Session, ids: Sequence[int]) -> dict[int, tuple[float | None, str | None]]:
+    """Return task -> the retained gain of what it decodes to, and the precision of the base model in that."""
+    from registry import listing
+
+    task, row, how = models.Task, models.Evaluation, models.Document
+    measured = select(task.id, listing.measurement().label("number")).where(task.id.in_(ids))
+    number_of = {found.id: found.number for found in session.execute(measured)}
+    query = select(row.id, row.retained_gain, how.body, row.crc, how.crc).join(how, how.id == row.settings_id)
+    rows = session.execute(query.where(row.id.in_(filter(None, number_of.values()))))
+    gains = {number: (gain, settings.get("dtype")) for number, gain, settings, *_ in rows}
+    return {task_id: gains.get(number, (None, None)) for task_id, number in number_of.items()}
 
 
 def _counts(

@@ -64,7 +64,7 @@ BaseOfOpt = Annotated[
     typer.Option(
         "--base-model",
         metavar="NAME",
-        help="Base model of the adapters that name none; without it they are kept as originals only.",
+        help="Base model of image adapters, whatever they name, and of other adapters that name none.",
         show_default=False,
         autocompletion=completing("base"),
     ),
@@ -265,6 +265,7 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
         session.out.note(joined_text(joined))
     if not is_named:
         _tell_names(session.out, report)
+    _tell_guesses(session.out, report)
     _tell_originals(session.out, report)
     _tell_converted(session.out, report)
     _tell_wrapped(session.out, report)
@@ -295,6 +296,18 @@ def _tell_names(out: Output, report: IngestReport) -> None:
     foreign = [task.task for task in report.ingested if task.status == "added" and not task.task.isascii()]
     if foreign:
         out.hint(f"Tab completes names that are hard to type, and `icm mv {foreign[0]} NAME` gives one another name")
+
+
+def _tell_guesses(out: Output, report: IngestReport) -> None:
+    """Say which base models are no more than likely."""
+    guessed: dict[str, list[str]] = {}
+    for task in report.ingested:
+        if task.base_is_guess:
+            guessed.setdefault(task.base_model, []).append(task.task)
+    if guessed:
+        groups = [f"{base} for {some(tasks)}" for base, tasks in guessed.items()]
+        out.note(f"the base model is a guess from the sizes of the tensors: {some(groups, '; ')}")
+        out.hint("if it is wrong: `icm ingest --base-model NAME --on-conflict replace`")
 
 
 def _tell_originals(out: Output, report: IngestReport) -> None:

@@ -375,16 +375,19 @@ class StoredFleet:
 
         return repair(self._context)
 
-    def prune(self, *, grace: float = 3600.0, dry_run: bool = False) -> PruneReport:
+    def prune(self, *, grace: float = 3600.0, empty_quarantine: bool = False, dry_run: bool = False) -> PruneReport:
         """Delete blobs that no task needs and files that interrupted commands left behind.
+
+        Codes, generators, residuals and weights are moved to the folder `quarantine` of the store instead.
 
         Args:
             grace: Seconds; younger files stay, so that a running ingest is safe.
+            empty_quarantine: Delete these too, and what is in quarantine.
             dry_run: Only report what would be deleted.
         """
         from icmlora.fleet.maintenance import prune
 
-        return prune(self._context, grace=grace, dry_run=dry_run)
+        return prune(self._context, grace=grace, empty_quarantine=empty_quarantine, dry_run=dry_run)
 
     def doctor(self) -> list[Check]:
         """Check versions, devices, free space and the store, for a problem report."""

@@ -227,26 +227,25 @@ class _Job:
 
         target = self.wanted.adapter_format or found.format
         output = output or self.destination / f"{found.name}{target.suffix or ''}"
-        with located(found.place):
-            check_pair(found.format, target)
+        if found.format.name != "lycoris":  # whose tensors say what can be made of it
+            with located(found.place):
+                check_pair(found.format, target)
         check_target(output, target, force=self.force)
         source = found.read(None if self.base_model is None else Path(self.base_model))
         made = convert_files(source, self.wanted)
-        write_adapter_files(output, target, made.content, found.name, force=self.force)
-        return _outcome(found, source.content, made, target, output)
+        write_adapter_files(output, made.format, made.content, found.name, force=self.force)
+        return _outcome(found, source.content, made, output)
 
 
-def _outcome(
-    found: _Found, content: AdapterBytes, made: ConvertedFiles, target: AdapterFormat, output: Path
-) -> AdapterConverted:
-    files = target.lay_out(made.content, found.name)
+def _outcome(found: _Found, content: AdapterBytes, made: ConvertedFiles, output: Path) -> AdapterConverted:
+    files = made.format.lay_out(made.content, found.name)
     others = dict(content.companions) if content.card is None else {**content.companions, "README.md": content.card}
     return AdapterConverted(
         name=found.name,
         source=str(found.place),
         output=str(output),
         from_format=found.format.name,
-        format=target.name,
+        format=made.format.name,
         before=len(content.weights),
         size=len(made.content.weights),
         rank=made.rank,

@@ -29,7 +29,6 @@ from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.loading import original_reader
 from icmlora.formats.identity import plain_config, tensors_digest
 from icmlora.io.threads import Map, side_by_side
-from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
     from registry.records import AdapterRecord, TaskSummary
@@ -258,8 +257,8 @@ class _Comparison:
             if final.is_evicted or is_unique:
                 return _Job(make)
             return _Job(make, self._store.blobs.read(final.weights), self._meaning(final))
-        except (*FAILURES, DamagedStore) as error:
-            return _Job(error=_reason(error))
+        except FAILURES as error:
+            return _Job(error=as_error(error).message)
 
     def _meaning(self, final: AdapterRecord) -> str:
         """Return what, besides an adapter's tensors and scale, says what it is."""
@@ -360,17 +359,13 @@ class _Job:
                 raise AdapterRefused("its dW exceeds float32", kind="overflow")
             return _Read(values, dw_norm(adapter), identity)
         except FAILURES as error:
-            return _Read(error=_reason(error))
+            return _Read(error=as_error(error).message)
 
     def _identity(self, weights: bytes, adapter: Adapter | None) -> str:
         # The scale, wherever the file says it, is part of B.
         modules = () if adapter is None else adapter.modules
         scales = [f"{module.name} {float(module.b.min())} {float(module.b.max())}" for module in modules]
         return "\n".join([tensors_digest(weights), self.meaning, *scales])
-
-
-def _reason(error: Exception) -> str:
-    return error.message if isinstance(error, DamagedStore) else as_error(error).message
 
 
 def _extras(final: AdapterRecord) -> set[str]:

@@ -168,6 +168,8 @@ def encode(context: Context, request: EncodeRequest) -> EncodeReport:
     report = EncodeReport(is_named=bool(request.names))
     with context.open() as store, reporting(report):
         tasks = select_tasks(store, request.names, request.base_model, request.shard)
+        if tasks and not any(store.generators.current(label) for label in {task.base_model for task in tasks}):
+            raise DataError(f"there is no generator for task {tasks[0].name!r}", hint="`icm train` makes one")
         context.progress(0, len(tasks))
 
         def tell(note: str) -> None:
@@ -323,10 +325,11 @@ class Encoder:
         """Read what it takes to make the code of a task; return the outcome where that needs none."""
         name, base_model = planned.name, planned.base_model
         generator = self._store.generators.current(base_model)
-        if generator is None:
-            raise DataError(f"there is no generator for task {name!r}", hint="`icm train` makes one")
         try:
             task, final = self._store.tasks.get(name), self._store.tasks.final(name)
+            if generator is None:
+                reason = final.original_only or "there is no generator for it; `icm train` makes one"
+                return TaskEncoded(name, "original_only" if final.original_only else "unmeasured", reason=reason)
             turn = _Turn(task, generator, final, self._store.codes.get(name, generator.id), tell)
             if task.base_model != base_model:
                 return _changed(name, f"it belongs to base model {task.base_model!r} now")

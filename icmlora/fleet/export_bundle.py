@@ -26,6 +26,7 @@ from icmlora.generator.code import generator_of
 from icmlora.generator.file import versions_of
 from icmlora.io.staging import check_absent
 from registry.evaluations import latest
+from registry.records import Claim
 
 if TYPE_CHECKING:
     from registry.records import EvaluationRecord, GeneratorRecord, TaskSummary, VectorRecord
@@ -119,11 +120,16 @@ def _index(store: Store, choice: _Choice) -> BundleIndex:
 def _task(store: Store, row: TaskSummary, generator: GeneratorRecord, vectors: Sequence[VectorRecord]) -> BundledTask:
     final, code = row.final, row.code
     assert code is not None  # `_choose` takes tasks with a code only
+    claim = code.claim or Claim(None)  # a bundle passes on what nobody here has measured: its figures are claims anyway
+    squared_error = claim.squared_error if code.squared_error is None else code.squared_error
+    measured = _measured(latest(store.evaluations.all(row.task.name), row.task, "code", generator))
+    if measured is None and claim.measured is not None:
+        measured = BundledMeasurement(**claim.measured)  # type: ignore[arg-type]
     card = final.card if final.card is not None and store.blobs.size(final.card) <= MAX_CARD_BYTES else None
     return BundledTask(
         name=row.task.name,
         code=code.blob,
-        squared_error=_float(code.squared_error),
+        squared_error=_float(squared_error),
         weights=final.weights,
         weights_size=final.weights_bytes,
         config=final.config,
@@ -135,7 +141,7 @@ def _task(store: Store, row: TaskSummary, generator: GeneratorRecord, vectors: S
         template=final.template,
         format=final.format,
         extras=tuple(BundledExtra(extra.blob, extra.file, extra.size) for extra in final.extras),
-        measured=_measured(latest(store.evaluations.all(row.task.name), row.task, "code", generator)),
+        measured=measured,
         vectors=_vectors(vectors),
     )
 

@@ -39,7 +39,7 @@ from icmlora.formats.pickled import PickleReader, converted
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.blobs.content import digest_of
-from registry.errors import DamagedStore, MissingBlob, SourceRefused, StoreNotFound, TaskConflict
+from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
 from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
 
@@ -58,7 +58,7 @@ class IngestRequest:
     name: str | None = None
     name_from: str | None = None
     samples: Path | None = None
-    base_model: str | None = None  # of the adapters that name none
+    base_model: str | None = None  # of image adapters, and of others that name none
     texts: bool = True
     strict: bool = False
     on_conflict: Conflict = "fail"
@@ -84,6 +84,7 @@ class TaskIngested(Event):
     folder: str = ""  # what the task is named after
     is_renamed: bool = False  # it is called otherwise than the folder
     base_model: str = ""  # its name, whatever label the adapter gives it
+    base_is_guess: bool = False  # the widths of its tensors make it likely, and nothing names it
     original_only: str | None = None  # why it can have no code
     extras_size: int = 0  # bytes that its extras take in the store; equal ones are stored once
     lora_size: int = 0  # bytes of the factors of its final adapter; 0 where there can be no code
@@ -309,7 +310,7 @@ class _Target:
 
         try:
             made = StoredDecoder(self.known).files(final, code, generator)
-        except (*FAILURES, DamagedStore):
+        except FAILURES:
             return False
         return (digest_of(made.weights), digest_of(made.config)) == (found.weights, found.config)
 
@@ -399,7 +400,7 @@ def _prepared(
 def _with_bases(
     prepared: Sequence[PreparedTask | Problem], told: str | None, bases: KnownBases
 ) -> list[PreparedTask | Problem]:
-    """Find the base model of each task; with `told`, that of those that name none."""
+    """Find the base model of each task; with `told`, that of image adapters and of others that name none."""
     labels = [task.base_model for task in _good(prepared)]
     bases.settle(label for label in (told, *labels) if label is not None)
     return [_with_base(item, told, bases) if isinstance(item, PreparedTask) else item for item in prepared]
@@ -407,8 +408,9 @@ def _with_bases(
 
 def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> PreparedTask | Problem:
     label = task.base_model
-    if label is None:
-        return _of_architecture(replace(task, base_model=told or UNKNOWN_BASE, base_is_told=told is not None), bases)
+    if label is None or (told is not None and task.found.final.format.is_for_images):
+        changed = replace(task, base_model=told or UNKNOWN_BASE, base_is_told=told is not None, base_is_guess=False)
+        return _of_architecture(changed, bases)
     if told is None or bases.name_of(told) == bases.name_of(label):
         return _of_architecture(task, bases)
     hint = f"`icm base alias {told} {label}` if they are the same model; else ingest it without --base-model"
@@ -506,6 +508,7 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> 
         folder=source_label(task.found.folder),
         is_renamed=not task.found.is_called_like_its_folder(outcome.name),
         base_model=base,
+        base_is_guess=task.base_is_guess and outcome.status in ("added", "replaced"),
         original_only=final.original_only or (WITHOUT_BASE if base == UNKNOWN_BASE else None),
         extras_size=sum(extra.packed_size for extra in final.extras),
         lora_size=_lora_size(final),

@@ -105,6 +105,8 @@ class AdapterSummary:
     """Why there can be no code of it ("peft_type is LOHA, not LORA"); it is kept as it is. None where there can."""
     does_nothing: bool = False
     """It leaves the base model as it is, or its values are not finite."""
+    base_is_guess: bool = False
+    """Nothing names the base model: widths, which other models may have too, make it likely."""
     template: str = ""
     """JSON of what `encode` needs, besides configuration and layout, to write a decoded adapter in the form of this
     one: unusual names, shapes, types. Empty for the usual form."""
