@@ -110,6 +110,8 @@ class AdapterSummary:
     template: str = ""
     """JSON of what `encode` needs, besides configuration and layout, to write a decoded adapter in the form of this
     one: unusual names, shapes, types. Empty for the usual form."""
+    wrapper: str | None = None
+    """What a wrapper such as torch.compile put into the names of tensors, because of which PEFT does not find them."""
 
 
 @dataclass(frozen=True, eq=False)
