@@ -96,7 +96,7 @@ class TestTwoBaseModels:
         ran = icm("vectors", *GOOD, "far", *CPU)
         assert ran.code == ExitCode.PARTLY
         assert "extracted the vectors of 3 tasks" in ran.out
-        assert "no vectors: 1 task, because base model 'somewhere/else'" in ran.err
+        assert "no vectors: 1 task (far), because base model 'somewhere/else'" in ran.err
         assert "icm base add somewhere/else PATH" in ran.err
 
     def test_without_any_the_command_fails(self, icm: Icm, tmp_path: Path) -> None:
