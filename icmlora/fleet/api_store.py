@@ -292,7 +292,6 @@ class StoredFleet:
             DataError: Too few tasks have comparable vectors, there are fewer tasks than clusters, or the plot is not
                 an .svg file.
             OutputExists: The file exists and `force` is not given.
-            DamagedStore: Vectors are missing or damaged.
         """
         from icmlora.fleet.map import MapRequest, map_fleet
 

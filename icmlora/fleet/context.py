@@ -226,12 +226,14 @@ def locate_base(store: Store, label: str) -> FoundBase:
 
 def _task_type(store: Store, base_model: str) -> str | None:
     """Return PEFT's task type of the adapters of a base model, as far as one of them tells."""
+    from registry.errors import DamagedStore
+
     digest = store.tasks.a_config(base_model)
     if digest is None or not store.blobs.exists(digest):
         return None
     try:
         found = json.loads(store.blobs.read(digest)).get("task_type")
-    except (ValueError, AttributeError):  # of another format
+    except (ValueError, AttributeError, DamagedStore):  # of another format, or it is for its own task to say so
         return None
     return found if isinstance(found, str) else None
 
