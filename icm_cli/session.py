@@ -67,6 +67,7 @@ class Session:
     command: str
     options: GlobalOptions
     damaged: set[str] = field(default_factory=set)  # tasks that were left out because their rows are damaged
+    _told: set[str] = field(default_factory=set, init=False)  # what was said while this waited
 
     @property
     def fleet(self) -> Fleet:
@@ -84,13 +85,15 @@ class Session:
         self, label: str, on_event: Callable[[Event], None] | None = None
     ) -> Iterator[Callable[[Event], None]]:
         """Yield what a use case calls with its events, and display its progress; Ctrl-C stops it at the next event."""
-        from icmlora.fleet.context import Progress
+        from icmlora.fleet.context import Progress, Waiting
 
         with self.out.progress(label) as display, self._catching_signals() as received:
 
             def listen(event: Event) -> None:
                 if isinstance(event, Progress):
                     display.update(event.done, event.total, event.note)
+                elif isinstance(event, Waiting):
+                    self._tell_waiting(event.text)
                 elif on_event is not None:
                     on_event(event)
                 if received:
@@ -112,11 +115,13 @@ class Session:
 
     def _fleet(self, on_event: Callable[[Event], None] | None = None) -> Fleet:
         from icmlora.fleet.api import Fleet
-        from icmlora.fleet.context import TaskDamaged
+        from icmlora.fleet.context import TaskDamaged, Waiting
 
         def listen(event: Event) -> None:
             if isinstance(event, TaskDamaged):
                 self._tell(event)
+            elif isinstance(event, Waiting):
+                self._tell_waiting(event.text)
             elif on_event is not None:
                 on_event(event)
 
@@ -132,6 +137,11 @@ class Session:
         if found.task not in self.damaged:
             self.damaged.add(found.task)
             self.out.warn(f"{found.task} is left out: {found.message}", kind="task_damaged", task=found.task)
+
+    def _tell_waiting(self, text: str) -> None:
+        if text not in self._told:  # it comes once a second, until the wait is over
+            self._told.add(text)
+            self.out.note(text)
 
     def device(self, flag: str | None) -> str:
         """Return the device name from the flag, the environment or the configuration."""

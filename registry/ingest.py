@@ -22,7 +22,7 @@ from registry.errors import TaskConflict
 from registry.names import UNKNOWN_BASE, check_name
 from registry.records import Description, EvictedAdapter, description_of
 from registry.row_checks import COLUMN
-from registry.rows import RowNumbers, in_parts, table_of, utc_now
+from registry.rows import RowNumbers, in_parts, same_names, table_of, utc_now
 
 AdapterKey = tuple[str, str, int | None]
 """What tells adapters of a task apart: weights, configuration, step."""
@@ -58,7 +58,7 @@ class KnownTask:
 def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, KnownTask]:
     """Return the tasks of these names, in any case, by name in lower case."""
     tasks: dict[int, KnownTask] = {}
-    for some in in_parts(names):
+    for some in in_parts(same_names(connection, names)):
         tasks |= {task.id: task for task in _tasks(connection, some)}
     for ids in in_parts(list(tasks)):
         _add_adapters(connection, ids, tasks)
@@ -100,17 +100,16 @@ def evicted_adapters(connection: Connection) -> list[EvictedAdapter]:
     weights, config = _BLOBS.alias(), _BLOBS.alias()
     query = (
         select(
-            *(_TASKS.c.name, weights.c.digest, config.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
+            *(_TASKS.c.name, weights.c.digest, config.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final, _PLACE),
             *_checks(_TASKS, _ADAPTERS, weights, config),
         )
         .join_from(_ADAPTERS, _TASKS)
         .join(weights, _ADAPTERS.c.weights_id == weights.c.id)
         .join(config, _ADAPTERS.c.config_id == config.c.id)
-        .add_columns(_PLACE)
         .where(_ADAPTERS.c.evicted_at.is_not(None))
         .order_by(_TASKS.c.name, _ADAPTERS.c.id)
     )
-    return [EvictedAdapter(*row[:5]) for *row, place in connection.execute(query) if not is_bundle_source(place)]
+    return [EvictedAdapter(*row[:5]) for row in connection.execute(query) if not is_bundle_source(row[5])]
 
 
 def _checks(*tables: FromClause) -> list[ColumnElement[int]]:
@@ -140,7 +139,7 @@ def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, K
         select(
             *(_ADAPTERS.c.task_id, weights.c.digest, config.c.digest, _ADAPTERS.c.step),
             *(_ADAPTERS.c.is_final, _ADAPTERS.c.evicted_at, _ADAPTERS.c.id, _ADAPTERS.c.initial_id, _PLACE),
-            *_checks(_ADAPTERS, weights, config),
+            *_checks(_TASKS, _ADAPTERS, weights, config),
         )
         .join_from(_ADAPTERS, weights, _ADAPTERS.c.weights_id == weights.c.id)
         .join(_TASKS, _ADAPTERS.c.task_id == _TASKS.c.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -214,11 +215,11 @@ class Tasks(Part):
 
     def rename(self, old: str, new: str) -> records.TaskRecord:
         """Give a task another name; raise `TaskConflict` if another task has it."""
-        check_name(new)
+        new = check_name(unicodedata.normalize("NFC", new))
         with self._db.write() as session:
             task = rows.find_task(session, old)
             if task.name != new:
-                other = session.scalar(select(models.Task).where(models.Task.name == new))
+                other = rows.task_named(session, new)
                 if other is not None and other is not task:
                     raise TaskConflict(other.name, fact=f"a task is named {other.name!r} already", choices=None)
                 task.name = new

@@ -210,7 +210,8 @@ def classes_of(auto_class: str, config: Mapping[str, object]) -> set[str]:
     from transformers.models.auto import modeling_auto
 
     table = getattr(modeling_auto, auto_class)._model_mapping._model_mapping  # model type -> name or names of classes
-    known = table.get(config.get("model_type"))
+    kind = config.get("model_type")
+    known = table.get(kind) if isinstance(kind, str) else None
     return {known} if isinstance(known, str) else set(known or ())
 
 
