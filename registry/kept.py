@@ -19,7 +19,7 @@ from registry import files as fs
 from registry.database import Database, migrate, sqlite_of
 from registry.errors import DamagedStore, StoreFull, StoreIOError, StoreNotFound
 from registry.folder import StorePaths, make_folders
-from registry.locks import FileLock
+from registry.locks import FileLock, Patience
 
 _MODE = 0o600
 
@@ -48,9 +48,9 @@ def restore_database(root: Path, *, lock_timeout: float, command: str) -> str:
     if not paths.format.exists():
         raise StoreNotFound(f"there is no store at {root}", path=root, hint="--store or ICM_STORE says where it is")
     with fs.store_errors(paths.lock):
-        lock = FileLock(paths.lock, timeout=lock_timeout, command=command)
+        lock = FileLock(paths.lock, patience=Patience(lock_timeout), command=command)
     try:
-        lock.share()  # the database itself is not opened: it may not be one any more
+        lock.enter()  # the database itself is not opened: it may not be one any more
         with lock.exclusive():
             return _restore(paths, lock_timeout)
     finally:

@@ -100,7 +100,8 @@ class Tasks(Part):
         query = query.join(task, adapter.task_id == task.id).join(models.BaseModel)
         query = query.where(models.BaseModel.name == base_model, adapter.is_final).order_by(task.id).limit(1)
         with self._db.read() as session:
-            return session.scalar(query)
+            row = session.execute(query).first()
+        return None if row is None else row.digest
 
     def without_vectors(self) -> list[str]:
         """Return the names of the tasks that have no task vector yet, in order."""
