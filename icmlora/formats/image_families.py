@@ -222,7 +222,7 @@ _SPELLINGS = {
     for spelling, label in {
         r"(sd|stablediffusion)(v?1|15)(x|5|50)?": "stable-diffusion-v1",
         r"(sd|stablediffusion)v?2(1|512|768v?|v)?": "stable-diffusion-v2",
-        r"(sd|stablediffusion)xl.*": "stable-diffusion-xl-v1-base",
+        r"(sd|stablediffusion)xl.*|pony(xl|v6.*|diffusion.*)?|illustrious.*|noobai.*": "stable-diffusion-xl-v1-base",
         r"(sd|stablediffusion)3(m|medium)?": "stable-diffusion-3",
         r"(sd|stablediffusion)35(m|medium)?": "stable-diffusion-3-5-medium",
         r"(sd|stablediffusion)35l(arge)?(turbo)?": "stable-diffusion-3-5-large",
@@ -278,6 +278,7 @@ _GUESSES = (
         {1536: "stable-diffusion-3", 2432: "stable-diffusion-3-5-large"},
     ),
     (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "qwen-image", 6144: "krea-2"}),
+    (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "flux-1-dev"}),
     (
         _names("transformer_blocks.#.attn2."),
         {2048: "ltx-video", 1152: "pixart", 2240: "sana", 4096: "ltx-2"},
@@ -332,15 +333,22 @@ def label_of_names(widths: Mapping[str, int]) -> str | None:
     return None if family is None else _sized(family, widths)
 
 
-def guessed_label(widths: Mapping[str, int]) -> str | None:
-    """Return the label that the widths of modules make likely."""
-    found = (
-        sizes[width]
-        for names, sizes in _GUESSES
-        for name, width in widths.items()
-        if width in sizes and names.match(name)
-    )
-    return next(found, None)
+def guessed_label(widths: Mapping[str, int], *, with_clip: bool) -> str | None:
+    """Return the label that the widths of modules make likely.
+
+    Args:
+        widths: Name of a module, without its prefix -> the width that it reads.
+        with_clip: The adapter also changes a text encoder of CLIP, so its model must have one.
+    """
+    for names, sizes in _GUESSES:
+        for name, width in widths.items():
+            if width in sizes and names.match(name) and (not with_clip or _has_clip(sizes[width])):
+                return sizes[width]
+    return None
+
+
+def _has_clip(label: str) -> bool:
+    return any(family.text_encoders > 0 for family in FAMILIES if label in family.labels)
 
 
 def families_like(names: Collection[str], label: str | None) -> list[Family]:

@@ -14,6 +14,7 @@ from torch import nn
 from icmlora import AdapterRefused, convert
 from icmlora.formats.discovery import find_adapters
 from icmlora.formats.image_families import FAMILIES, UNET
+from icmlora.formats.image_models import ImageBase
 from icmlora.formats.image_names import to_diffusers
 from tests.icmlora.formats.single_files import Tensors, linear, values, write
 
@@ -198,7 +199,7 @@ def test_the_modules_of_diffusers_keep_their_names_under_any_prefix(label: str) 
         for name in names:
             module = stem.format(component, name, name.replace(".", "_"))
             tensors |= linear(f"{module}.lora_down.weight", f"{module}.lora_up.weight")
-        assert to_diffusers(tensors, label).keys() == wanted
+        assert to_diffusers(tensors, ImageBase(label)).keys() == wanted
 
 
 TINY = {
@@ -246,10 +247,11 @@ CLIP = "text_model_encoder_layers_0_self_attn_q_proj"
 T5 = "encoder_block_0_layer_0_SelfAttention_q"
 
 
-def test_onetrainers_flux_with_a_text_encoder_is_converted() -> None:
+@pytest.mark.parametrize("base", [ImageBase("flux-1-dev"), ImageBase("qwen-image", is_guess=True), ImageBase(None)])
+def test_onetrainers_flux_with_a_text_encoder_is_converted(base: ImageBase) -> None:
     tensors = linear(f"lora_te1_{CLIP}.lora_down.weight", f"lora_te1_{CLIP}.lora_up.weight")
     block = "lora_transformer_transformer_blocks_0_attn_to_q"
-    found = to_diffusers(tensors | linear(f"{block}.lora_down.weight", f"{block}.lora_up.weight"), "flux-1-dev")
+    found = to_diffusers(tensors | linear(f"{block}.lora_down.weight", f"{block}.lora_up.weight"), base)
     assert {name.rpartition(".lora_")[0] for name in found} == {
         "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
         "transformer.transformer_blocks.0.attn.to_q",
@@ -269,7 +271,7 @@ def test_a_text_encoder_that_diffusers_does_not_load_is_refused_by_name(label: s
     block = "lora_transformer_transformer_blocks_0_attn_to_q"
     tensors = linear(f"{block}.lora_down.weight", f"{block}.lora_up.weight")
     with pytest.raises(AdapterRefused, match=rf"no converter for {stem}: it would be lost \(diffusers loads"):
-        to_diffusers(tensors | linear(f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"), label)
+        to_diffusers(tensors | linear(f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"), ImageBase(label))
 
 
 # what is refused
