@@ -348,20 +348,20 @@ def guessed_label(widths: Mapping[str, int], *, with_clip: bool) -> str | None:
 
 
 def _has_clip(label: str) -> bool:
-    return any(family.text_encoders > 0 for family in FAMILIES if label in family.labels)
+    return any(family.text_encoders > 0 for family in families_with(label))
 
 
-def families_like(names: Collection[str], label: str | None) -> list[Family]:
-    """Return the families that an adapter may be of, the likeliest first: of its label, then by all names."""
+def families_with(label: str | None) -> list[Family]:
+    """Return the families of a label: one, or none."""
+    return [family for family in FAMILIES if label in family.labels]
+
+
+def families_like(names: Collection[str]) -> list[Family]:
+    """Return the families that an adapter with these names may be of, the likeliest first."""
     guessed = [next(iter(sizes.values())) for known, sizes in _GUESSES if any(map(known.match, names))]
     if any(map(_UNET_BLOCK.match, names)):
         guessed += ["stable-diffusion-v1", "stable-diffusion-xl-v1-base"]
-    found = [
-        *(family for family in FAMILIES if label in family.labels),
-        *named_families(names),
-        *(family for one in guessed for family in FAMILIES if one in family.labels),
-    ]
-    return list(dict.fromkeys(found))
+    return [*named_families(names), *(family for label in guessed for family in families_with(label))]
 
 
 def _sized(family: Family, widths: Mapping[str, int]) -> str:

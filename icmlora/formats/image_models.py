@@ -8,10 +8,18 @@ metadata.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from icmlora.formats.image_families import guessed_label, inner_name, label_of_names, stated_label
+from icmlora.formats.image_families import (
+    Family,
+    families_like,
+    families_with,
+    guessed_label,
+    inner_name,
+    label_of_names,
+    stated_label,
+)
 
 # modelspec has the label, then the kind of adapter: `.../lora`.
 _STATED = ("modelspec.architecture", "ss_base_model_version")
@@ -60,6 +68,19 @@ def base_of(metadata: Mapping[str, str], widths: Mapping[str, int]) -> ImageBase
     if guessed in (None, _SDXL) and all(any(map(one.match, widths)) for one in (_ANY_UNET, _SECOND_TEXT)):
         return ImageBase(_SDXL)
     return ImageBase(guessed, is_guess=guessed is not None)
+
+
+def families_of(names: Collection[str], base: ImageBase) -> list[Family]:
+    """Return the families that an adapter may be of, the likeliest first: one where its base model is certain.
+
+    Args:
+        names: Its modules, without their prefixes.
+        base: What is known of its base model.
+    """
+    known = families_with(base.label)
+    if known and not base.is_guess:
+        return known
+    return list(dict.fromkeys([*known, *families_like(names)]))
 
 
 def _inner(item: tuple[str, int]) -> tuple[str, int]:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from icmlora.errors import AdapterRefused
 from icmlora.formats.diffusers_models import clip_name, from_diffusers, modules_of
 from icmlora.formats.image_converters import CONVERTERS, REFUSALS
-from icmlora.formats.image_families import FAMILIES, UNET, Family, families_like, inner_name
-from icmlora.formats.image_models import UNKNOWN, ImageBase
+from icmlora.formats.image_families import FAMILIES, UNET, Family, inner_name
+from icmlora.formats.image_models import UNKNOWN, ImageBase, families_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,21 +58,14 @@ def to_diffusers(tensors: Tensors, base: ImageBase = UNKNOWN) -> dict[str, Tenso
     pairs = _paired(tensors)
     text = {stem: pair for stem, pair in pairs.items() if _ANY_TEXT.match(stem)}
     rest = {stem: pair for stem, pair in pairs.items() if stem not in text}
-    families = families_like([inner_name(stem) for stem in rest], base.label)
+    families = families_of([inner_name(stem) for stem in rest], base)
     if not families and not rest:
         families = list(_UNETS)
     refused: AdapterRefused | None = None
     for family in families:
         try:
-            model = _renamed(rest, family)
+            return _renamed(rest, family) | _renamed_text(text, family)
         except AdapterRefused as error:
-            refused = refused or error
-            continue
-        try:
-            return model | _renamed_text(text, family)
-        except AdapterRefused as error:
-            if base.label in family.labels and not base.is_guess:
-                raise
             refused = refused or error
     if refused is None:
         fact = f"diffusers has no converter for names such as {next(iter(tensors))}"

@@ -282,6 +282,7 @@ def test_a_text_encoder_that_diffusers_does_not_load_is_refused_by_name(label: s
     [
         ("flux-1-dev", "double_blocks.0.img_attn.something"),
         ("hunyuan-video", "double_blocks.0.something"),
+        ("chroma", "double_blocks.0.img_mod.lin"),
         ("wan-2.1", "vace_blocks.0.self_attn.q"),
         ("z-image", "layers.0.attention.something"),
         ("kandinsky-5", "visual_transformer_blocks.0.something"),
