@@ -73,7 +73,7 @@ class Codes(Part):
                 row = code(task=adapter.task, generator_id=generator.id)
                 session.add(row)
             row.adapter_id, row.blob = adapter.id, writer.blob(new.blob)
-            row.bits, row.squared_error = new.bits, new.squared_error
+            row.bits, row.squared_error, row.claim = new.bits, new.squared_error, None
             # A residual corrects the code that it was made for, and no other.
             row.residual, row.residual_squared_error = None, None
             _set_limits(writer, row, new.asked)
@@ -180,8 +180,9 @@ def limit_columns(asked: records.Asked | None) -> dict[str, float | None]:
 def code_files(session: Session, generator_id: int, *, evicted: bool = False) -> dict[str, CodeFiles]:
     """Return task -> the files that a generator has of it; `evicted`: only where the original was evicted."""
     code, adapter = models.Code, models.Adapter
-    query = select(models.Task.name, code.blob_id, code.residual_id).join_from(code, models.Task)
+    query = select(models.Task.name, code.blob_id, code.residual_id, adapter.evicted_at, code.crc, adapter.crc)
+    query = query.join_from(code, models.Task).join(adapter, adapter.id == code.adapter_id)
     query = query.where(code.generator_id == generator_id)
-    if evicted:
-        query = query.join(adapter, adapter.id == code.adapter_id).where(adapter.evicted_at.is_not(None))
-    return {name: (blob, residual) for name, blob, residual in session.execute(query)}
+    # Not in SQL: a row that is left out is not checked.
+    found = ((name, files, gone) for name, *files, gone, _, _ in session.execute(query))
+    return {name: (blob, residual) for name, (blob, residual), gone in found if gone is not None or not evicted}

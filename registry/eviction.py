@@ -1,7 +1,8 @@
 """Originals: the weights as they were ingested, and deleting them for good.
 
 rows say "evicted" ──commit──▶ files are deleted       both under the exclusive lock
-                        `── a kill here leaves files that no row needs; the next evict, or prune, deletes them
+                        `── a kill here leaves weights that no row needs; the next evict checks their code once more,
+                            as that of any original, before it deletes them
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from sqlalchemy.orm import Session
 from registry import ingest as known_tasks
 from registry import rows
 from registry import schema as models
+from registry.conversion import adapter_record
 from registry.database import Part
-from registry.errors import LastCopy
+from registry.errors import DamagedBlob, LastCopy, StoreIOError
 from registry.evaluations import record_evaluation
 from registry.files import failpoint
 from registry.folder import restore_reserve, with_reserve
 from registry.prune import drop_evicted, evicted_files
-from registry.records import EvictedAdapter, Eviction
+from registry.records import AdapterRecord, EvictedAdapter, Eviction
 from registry.rows import in_parts, utc_now
 
 
@@ -42,8 +44,27 @@ class Originals(Part):
                 found.update({row[0]: row[1] for row in session.execute(query)})
         return found
 
+    def interrupted(self) -> set[str]:
+        """Return the digests of weights that rows call deleted and that are still there: a killed `evict` left them."""
+        return set(evicted_files(self._db, self._blobs))
+
+    def check_alone(self) -> None:
+        """Wait until no other process uses the store: who is about to measure for minutes learns at once that he waits.
+
+        Raises:
+            StoreLocked: Another process uses it for too long.
+        """
+        self._db.must_write()
+        with self._lock.exclusive():
+            pass
+
     def evict(self, eviction: Eviction) -> int:
-        """Delete the weights of some adapters of a task, for good; return the bytes freed. Works on a full disk."""
+        """Delete the weights of some adapters of a task, for good; return the bytes freed. Works on a full disk.
+
+        Raises:
+            DamagedStore: Something that must remain is damaged, or cannot be read.
+            LastCopy: The task changed since its code was checked, or is pinned.
+        """
         self._db.must_write()
 
         def delete() -> int:
@@ -51,7 +72,7 @@ class Originals(Part):
                 code = _code_to_rely_on(session, eviction)
                 # Damage since the check would make these weights the last good copy.
                 for digest in eviction.digests():
-                    self._blobs.check(digest)
+                    self._check(digest)
                 digests = _mark_evicted(session, eviction, code)
                 failpoint("rows-before-commit")
             failpoint("eviction-committed")
@@ -63,17 +84,11 @@ class Originals(Part):
             restore_reserve(self._paths)
         return freed
 
-    def finish_evictions(self, *, dry_run: bool = False) -> int:
-        """Delete the files that a killed `evict` left, or only add them up, and return their bytes."""
-        if dry_run:
-            return sum(map(self._blobs.size, evicted_files(self._db, self._blobs)))
-        self._db.must_write()
-        # Also if nothing is left: whoever is about to measure for minutes and then evict learns at once that he cannot.
-        with self._lock.exclusive():
-            left = evicted_files(self._db, self._blobs)
-            freed = with_reserve(self._paths, lambda: drop_evicted(self._db, self._blobs, left)) if left else 0
-            restore_reserve(self._paths)
-        return freed
+    def _check(self, digest: str) -> None:
+        try:
+            self._blobs.check(digest)
+        except StoreIOError as error:  # a bad sector costs this task its eviction, and not the others theirs
+            raise DamagedBlob(f"blob {digest} cannot be read: {error}", path=error.path, hint=error.hint) from error
 
 
 def _code_to_rely_on(session: Session, eviction: Eviction) -> models.Code:
@@ -91,9 +106,16 @@ def _code_to_rely_on(session: Session, eviction: Eviction) -> models.Code:
         or (row.task_id, row.generator_id, row.adapter_id) != (task.id, generator.id, final.id)
         or generator.blob.digest != eviction.generator.blob
         or (row.blob.digest, row.residual and row.residual.digest) != (code.blob, code.residual and code.residual.blob)
+        or not _is_same(adapter_record(final), eviction.final)
     ):
         raise LastCopy(f"task {task.name!r} changed while its code was checked", hint="run the same command again")
     return row
+
+
+def _is_same(now: AdapterRecord, checked: AdapterRecord) -> bool:
+    """Say whether a final adapter is the one that was checked, with the same files kept in addition to its code."""
+    first, second = ((row.weights, row.initial, row.config, row.extras) for row in (now, checked))
+    return first == second
 
 
 def _mark_evicted(session: Session, eviction: Eviction, row: models.Code) -> list[str]:

@@ -23,7 +23,8 @@ from registry.conversion import code_record, generator_record
 from registry.database import Part
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.names import some
-from registry.rows import RowWriter, table_of
+from registry.row_checks import COLUMN
+from registry.rows import RowWriter, check_rows, table_of
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,10 @@ class Generators(Part):
         """Forget a generator that is not current, with its codes and measurements; return the number of codes."""
         with self._write() as writer:
             row = _forgettable(writer.session, generator)
+            present = find_current(writer.session, row.base_model.name)
+            if present is not None and code_files(writer.session, row.id, evicted=True):
+                # Evicted tasks have the same codes under both: with damage there, only this one decodes them.
+                self._blobs.check(present.blob.digest)
             query = select(models.Code).where(models.Code.generator_id == row.id)
             codes = [code_record(code) for code in writer.session.scalars(query)]
             garbage = [row.blob.digest, *([] if row.start is None else [row.start.digest])]
@@ -210,10 +215,10 @@ def _link(session: Session, parent_id: int, generator_id: int, without: Sequence
     """Give a generator the codes of its parent and what was measured of them, without those of some tasks."""
     # Copied inside SQLite: a fleet has thousands of codes.
     for table in map(table_of, (models.Code, models.Evaluation)):
-        columns = [column for column in table.columns if column.key not in ("id", "generator_id")]
-        chosen = select(literal(generator_id), *columns).where(
-            table.c.generator_id == parent_id, table.c.task_id.not_in(without)
-        )
+        columns = [column for column in table.columns if column.key not in ("id", "generator_id", COLUMN)]
+        copied = table.c.generator_id == parent_id, table.c.task_id.not_in(without)
+        check_rows(session, table, *copied)
+        chosen = select(literal(generator_id), *columns).where(*copied)
         session.execute(insert(table).from_select(["generator_id", *(column.key for column in columns)], chosen))
 
 

@@ -152,6 +152,11 @@ class AdapterRecord(NewAdapter):
         return {self.weights: self.weights_bytes} | ({self.initial: self.initial_bytes} if self.initial else {})
 
     @property
+    def kept(self) -> list[str]:
+        """Digests of what its code needs to bring it back: its configuration and its extras."""
+        return [self.config, *(extra.blob for extra in self.extras)]
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of its files that are in the store."""
         return self.original_bytes - (self.weights_bytes if self.is_evicted else 0)
@@ -261,6 +266,27 @@ class NewCode:
 
 
 @dataclass(frozen=True)
+class Claim(WithRelativeError):
+    """What a bundle says of a code that it brought. Nothing here has measured it, so it decides nothing."""
+
+    squared_error: float | None
+    measured: Json | None = None  # how well it does, in the fields of a bundle
+
+    @property
+    def retained_gain(self) -> float | None:
+        """The retained gain that is claimed."""
+        found = (self.measured or {}).get("retained_gain")
+        return found if isinstance(found, float) else None
+
+    @property
+    def precision(self) -> str | None:
+        """The precision of the base model on which that is said to be measured."""
+        settings = (self.measured or {}).get("settings")
+        found = settings.get("dtype") if isinstance(settings, Mapping) else None
+        return found if isinstance(found, str) else None
+
+
+@dataclass(frozen=True)
 class CodeRecord(WithRelativeError):
     """A code in the store."""
 
@@ -274,6 +300,7 @@ class CodeRecord(WithRelativeError):
     squared_error: float | None
     asked: Asked | None
     residual: ResidualRecord | None
+    claim: Claim | None = None  # of the bundle that it came in, until it is measured
 
     @property
     def rung(self) -> Literal["residual", "code"]:
@@ -418,14 +445,19 @@ class Eviction:
 
     task: str
     adapters: Sequence[int]  # rows of the adapters whose weights are deleted
+    final: AdapterRecord  # that the code brings back
     code: CodeRecord  # as it was read and decoded
     generator: GeneratorRecord  # that decoded it
     squared_error: float  # that was measured of it
     evaluations: Sequence[NewEvaluation] = ()
 
     def digests(self) -> list[str]:
-        """Return the digests of generator, code and residual."""
-        return [self.generator.blob, *self.code.digests()]
+        """Return the digests of all that must remain: generator, code, residual, configuration and extras.
+
+        A final adapter whose weights are not deleted with its checkpoints must remain too.
+        """
+        stays = not self.final.is_evicted and self.final.id not in self.adapters
+        return [self.generator.blob, *self.code.digests(), *self.final.kept, *(self.final.evictable if stays else ())]
 
 
 class Description(NamedTuple):

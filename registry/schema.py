@@ -1,4 +1,4 @@
-"""The tables of schema 7, as SQLAlchemy classes.
+"""The tables of schema 8, as SQLAlchemy classes.
 
     base_models 1─n tasks 1─n adapters 1─n extras
          ├──n base_labels
@@ -9,7 +9,8 @@
          └──n train_runs      documents: JSON values that many rows share, stored once
                  └──n run_codes
 
-A new store gets these tables; `registry.database.MIGRATIONS` moves an older one forward to them.
+A new store gets these tables; `registry.database.MIGRATIONS` moves an older one forward to them. Each ends with a check
+of the row: see `registry.row_checks`.
 
 Every task pays for its rows, so values are stored small:
 
@@ -31,10 +32,11 @@ from typing import Any, ClassVar
 
 from sqlalchemy import ForeignKey, Index, Integer, LargeBinary, String, UniqueConstraint, text
 from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from registry.names import LOAD_IN
+from registry.row_checks import RowCheck
 
 _START = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -168,12 +170,19 @@ def pack_text(text: str) -> bytes:
 
 
 _GONE_WITH_PARENT = "CASCADE"
+_LAST = 1000  # among the columns of a table, as in a store that was moved forward
 
 
 class Base(DeclarativeBase):
     """Declarative base of all tables."""
 
     type_annotation_map: ClassVar[dict[Any, Any]] = {Any: Packed()}
+
+    # Since schema 8.
+    @declared_attr
+    def crc(cls) -> Mapped[int | None]:  # noqa: N805  # SQLAlchemy hands it the class
+        """The check of the row, which triggers write; to load a row is to check it."""
+        return mapped_column(RowCheck(cls.__tablename__), sort_order=_LAST)
 
 
 class Blob(Base):
@@ -271,6 +280,8 @@ class Adapter(Base):
     initial_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
     # Since schema 6. A hash of its tensors, whatever else their file says; NULL in older rows.
     tensors_key: Mapped[str | None] = mapped_column(Digest())
+    # Since schema 8, kept by a trigger: an extra that got lost, or came from another adapter, is seen.
+    extra_count: Mapped[int] = mapped_column(server_default=text("0"))
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     extras: Mapped[list[Extra]] = relationship(lazy="selectin")
@@ -411,6 +422,8 @@ class Code(Base):
     refined: Mapped[int | None]
     # Since schema 6.
     max_size: Mapped[int | None]
+    # Since schema 8. What the bundle that it came in says of it; NULL for a code that was made here.
+    claim: Mapped[Any] = mapped_column(Packed(), nullable=True)
 
     task: Mapped[Task] = relationship(lazy="joined", innerjoin=True)
     blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True, foreign_keys=[blob_id])

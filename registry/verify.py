@@ -10,14 +10,14 @@ from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from registry.blobs.content import Blobs
-from registry.database import Database
+from registry.database import Damage, Database
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.folder import StorePaths
 from registry.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed
 from registry.rows import find_task
 from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector
 
-Kind = Literal["database", "dangling", "missing", "length", "digest", "orphan", "leftover", "remark"]
+Kind = Literal["database", "dangling", "row", "missing", "length", "digest", "orphan", "leftover", "remark"]
 
 _HARMLESS = {"orphan", "leftover", "remark"}
 _TASKS_WITHOUT_ADAPTER = "SELECT name FROM tasks WHERE id NOT IN (SELECT task_id FROM adapters WHERE is_final)"
@@ -72,18 +72,14 @@ def repair(database: Database, blobs: Blobs, paths: StorePaths) -> list[tuple[Fi
 def _check_database(database: Database) -> Iterator[Finding]:
     try:
         with database.connection() as connection:
-            answers = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
-            dangling = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
             lost = connection.exec_driver_sql(_TASKS_WITHOUT_ADAPTER).scalars().all()
             bare = connection.exec_driver_sql(_EVICTED_WITHOUT_CODE).scalars().all()
+        damage = list(database.damage())
     except DamagedStore as error:
-        answers, dangling, lost, bare = [str(error)], [], [], []
-    for answer in answers:
-        if answer != "ok":
-            yield Finding("database", answer, str(database.path))
-    for table, rowid, parent, _ in dangling:
-        place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
-        yield Finding("dangling", f"{place} of {table} refers to a row of {parent} that is gone", str(database.path))
+        damage, lost, bare = [Damage("database", str(error))], [], []
+    for found in damage:
+        tasks = () if found.task is None else (found.task,)
+        yield Finding(found.kind, found.fact, str(database.path), tasks=tasks)
     for name in lost:
         yield Finding("dangling", f"task {name} has no final adapter", str(database.path), tasks=(name,))
     for name in bare:

@@ -34,12 +34,17 @@ class StoredFleet:
         on_event: Callable[[Event], None] = ignore,
     ) -> None:
         cache = Path(cache) if isinstance(cache, str) else cache
-        self._context = Context(Path(path), cache, lock_timeout, command, on_event)
+        self._settings = Context(Path(path), cache, lock_timeout, command, on_event)
+
+    @property
+    def _context(self) -> Context:
+        """What one use case works with: all its waits for other processes end at the timeout, together."""
+        return self._settings.with_patience()
 
     @property
     def path(self) -> Path:
         """The store folder."""
-        return self._context.path
+        return self._settings.path
 
     # tasks: list, show, remove
 
@@ -287,7 +292,6 @@ class StoredFleet:
             DataError: Too few tasks have comparable vectors, there are fewer tasks than clusters, or the plot is not
                 an .svg file.
             OutputExists: The file exists and `force` is not given.
-            DamagedStore: Vectors are missing or damaged.
         """
         from icmlora.fleet.map import MapRequest, map_fleet
 
@@ -375,16 +379,19 @@ class StoredFleet:
 
         return repair(self._context)
 
-    def prune(self, *, grace: float = 3600.0, dry_run: bool = False) -> PruneReport:
+    def prune(self, *, grace: float = 3600.0, empty_quarantine: bool = False, dry_run: bool = False) -> PruneReport:
         """Delete blobs that no task needs and files that interrupted commands left behind.
+
+        Codes, generators, residuals and weights are moved to the folder `quarantine` of the store instead.
 
         Args:
             grace: Seconds; younger files stay, so that a running ingest is safe.
+            empty_quarantine: Delete these too, and what is in quarantine.
             dry_run: Only report what would be deleted.
         """
         from icmlora.fleet.maintenance import prune
 
-        return prune(self._context, grace=grace, dry_run=dry_run)
+        return prune(self._context, grace=grace, empty_quarantine=empty_quarantine, dry_run=dry_run)
 
     def doctor(self) -> list[Check]:
         """Check versions, devices, free space and the store, for a problem report."""

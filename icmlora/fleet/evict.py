@@ -33,7 +33,7 @@ from icmlora.fleet.placeholders import Backing, FolderReplaced, Placeholders
 from icmlora.fleet.workers import check_place, open_workers
 from icmlora.formats.format import AdapterBytes
 from icmlora.io.text import counted
-from registry.errors import DamagedStore, LastCopy, TaskNotFound
+from registry.errors import DamagedStore, LastCopy, StoreIOError, TaskNotFound
 from registry.records import (
     AdapterRecord,
     CodeRecord,
@@ -60,8 +60,8 @@ def evict(context: Context, request: EvictRequest) -> EvictReport:
     ):
         tasks = select_tasks(store, request.names)
         evictor = Evictor(store, request, copies)
-        if not request.keep_originals:
-            report.left = store.originals.finish_evictions(dry_run=request.dry_run)
+        if not (request.keep_originals or request.dry_run):
+            store.originals.check_alone()
         context.progress(0, len(tasks))
 
         def tell(note: str) -> None:
@@ -86,7 +86,7 @@ def _checked(
     if request.keep_originals:
         yield from ((task, None) for task in tasks)
         return
-    make = partial(_Checker, request)
+    make = partial(_Checker, request, frozenset(store.originals.interrupted()))
     with open_workers(context, store, make, device=request.device, workers=request.workers) as workers:
         found = workers.each(tasks, tell)
         if request.workers is None:
@@ -111,8 +111,8 @@ class _Evictable:
 class _Checker:
     """Checks one task after the other, and deletes nothing."""
 
-    def __init__(self, request: EvictRequest, models: Models) -> None:
-        self._store, self._request = models.store, request
+    def __init__(self, request: EvictRequest, interrupted: frozenset[str], models: Models) -> None:
+        self._store, self._request, self._interrupted = models.store, request, interrupted
         self._check = EvictionCheck(models.store, models, request.limits)
 
     def __call__(self, task: TaskRecord, tell: Callable[[str], None]) -> TaskEvicted | _Evictable:
@@ -124,7 +124,8 @@ class _Checker:
 
     def _checked(self, task: TaskRecord) -> TaskEvicted | _Evictable:
         adapters = self._store.tasks.adapters(task.name)
-        wanted = [row for row in adapters if not (row.is_evicted or (row.is_final and self._request.checkpoints_only))]
+        there = [row for row in adapters if not row.is_evicted or row.weights in self._interrupted]
+        wanted = [row for row in there if not (row.is_final and self._request.checkpoints_only)]
         chosen = [row for row in wanted if row.original_only is None]
         code, generator = _code_of(self._store, task)
         if task.pinned or not wanted:
@@ -135,18 +136,23 @@ class _Checker:
             return TaskEvicted(task.name, "original_only", reason=wanted[0].original_only)
         if code is None or generator is None:
             return TaskEvicted(task.name, "kept", reason="it has no code; `icm train --update` makes one")
+        final = adapters[-1]
         try:
-            checked = self._check.run(task, adapters[-1], code, generator)
+            # A row may say "evicted" for another reason than an interrupted run: what is there decides.
+            present = replace(final, evicted_at=None) if final in there else final
+            checked = self._check.run(task, present, code, generator)
         except CheckFailed as error:
             figures = (*_sizes(code), error.squared_error, error.retained_gain)
-            return TaskEvicted(task.name, "kept", 0, 0, *figures, str(error), precision=error.precision)
+            reason = f"{_still_there(chosen)}{error}"
+            return TaskEvicted(task.name, "kept", 0, 0, *figures, reason, precision=error.precision)
         except Cancelled:
             raise
-        except (IcmLoraError, DamagedStore) as error:
-            return TaskEvicted(task.name, "kept", 0, 0, *_sizes(code), reason=str(error))
+        except (IcmLoraError, DamagedStore, StoreIOError) as error:
+            reason = f"{_still_there(chosen)}{error}"
+            return TaskEvicted(task.name, "kept", 0, 0, *_sizes(code), reason=reason)
         numbers = [row.id for row in chosen]
-        order = Eviction(task.name, numbers, code, generator, checked.squared_error, checked.evaluations)
-        return _Evictable(order, chosen, adapters[-1], checked.retained_gain, checked.precision)
+        order = Eviction(task.name, numbers, final, code, generator, checked.squared_error, checked.evaluations)
+        return _Evictable(order, chosen, final, checked.retained_gain, checked.precision)
 
     def _untouched(self, task: TaskRecord, code: CodeRecord | None, generator: GeneratorRecord | None) -> TaskEvicted:
         status: EvictStatus = "pinned" if task.pinned else "known"
@@ -185,15 +191,16 @@ class Evictor:
         order = replace(made.order, adapters=[row.id for row in rows])
         # First the folder: until its row says otherwise, the original can bring back what goes there.
         folders = self._folder_of(made.final, order.code, order.generator, is_checked=made.final in rows)
+        freed, left = self._freed(rows)
         try:
-            freed = self._freed(rows)
             if not self._request.dry_run:
                 freed = self._store.originals.evict(order)
         except (DamagedStore, LastCopy) as error:
             return TaskEvicted(name, "kept", 0, 0, *sizes, reason=str(error), folders=folders)
         status: EvictStatus = "would_evict" if self._request.dry_run else "evicted"
         figures = (*sizes, order.squared_error, made.gain)
-        return TaskEvicted(name, status, len(rows), freed, *figures, held_back, folders, proof.copies, made.precision)
+        told = (held_back, folders, proof.copies, made.precision)
+        return TaskEvicted(name, status, len(rows), freed, *figures, *told, left=left)
 
     def _with_copies(self, made: _Evictable) -> tuple[list[AdapterRecord], str | None, Proof]:
         """Return the adapters that may go, why others may not, and the copies of the last one; none go without it."""
@@ -291,14 +298,26 @@ class Evictor:
         if not proof.is_enough:
             raise CheckFailed(proof.text)
 
-    def _freed(self, chosen: Sequence[AdapterRecord]) -> int:
-        """Return the bytes of the files that are deleted with some adapters; several adapters may share one."""
-        freed = 0
+    def _freed(self, chosen: Sequence[AdapterRecord]) -> tuple[int, int]:
+        """Return the bytes of the files that are deleted with some adapters, and those of them that were left.
+
+        Several adapters may share a file. One that an interrupted eviction left is in no adapter's use any more.
+        """
+        freed, left = dict[str, int](), dict[str, int]()
         for row in chosen:
             for digest, size in row.evictable.items():
-                self._in_use[digest] -= 1
-                freed += 0 if self._in_use[digest] else size
-        return freed
+                if not row.is_evicted:
+                    self._in_use[digest] -= 1
+                if not self._in_use[digest] and self._store.blobs.exists(digest):
+                    (left if row.is_evicted else freed)[digest] = size
+        return sum((left | freed).values()), sum(left.values())
+
+
+def _still_there(rows: Sequence[AdapterRecord]) -> str:
+    """Say what is odd about weights that are there although their rows call them deleted."""
+    if not any(row.is_evicted for row in rows):
+        return ""
+    return "an interrupted eviction left its weights, and they stay: "
 
 
 def _code_of(store: Store, task: TaskRecord) -> tuple[CodeRecord | None, GeneratorRecord | None]:

@@ -1,4 +1,10 @@
-"""Check that the code of a task can replace its original, as it is on disk. Any failure keeps the original."""
+"""Check that the code of a task can replace its original, as it is on disk. Any failure keeps the original.
+
+code, residual, generator    read, decoded and measured against the original
+configuration                read, and compared with its digest
+other tensors, such as heads read, unpacked and compared with those of the original, byte for byte
+files that came with it      read, and compared with their digests
+"""
 
 from __future__ import annotations
 
@@ -9,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.errors import Cancelled
-from icmlora.fleet.decoding import check_references, decode_code
-from icmlora.fleet.eviction_report import CheckFailed, Limits
+from icmlora.fleet.decoding import check_references, decode_code, read_form
+from icmlora.fleet.eviction_report import NOT_MEASURED, CheckFailed, Limits
 from icmlora.fleet.failures import FAILURES, as_error
-from icmlora.fleet.loading import Models, read_original
+from icmlora.fleet.loading import Models, read_with_extras
 from icmlora.fleet.measure import losses_on_own_text
-from registry.errors import DamagedStore
+from registry.errors import DamagedStore, StoreIOError
 from registry.evaluations import latest
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, NewEvaluation, TaskRecord
 
@@ -42,8 +48,7 @@ class EvictionCheck:
 
     def run(self, task: TaskRecord, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> Checked:
         """Check a code, with its residual if it has one, and what is kept in addition to it."""
-        if not final.is_evicted:
-            check_references(self.store, final)
+        check_bytes(self.store, final)
         error = self._squared_error(final, code, generator)
         self.limits.check_error(error)
         if self.limits.min_gain is None:
@@ -68,17 +73,21 @@ class EvictionCheck:
 
     def _squared_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
         generator_file = self.models.generator_file(generator)
-        original = None if final.is_evicted else read_original(self.store, final)
+        original = None if final.is_evicted else read_with_extras(self.store, final)
+        if original is not None and read_form(self.store, final).tensors != original.extras:
+            raise CheckFailed("the tensors kept in addition to its code are not those of its original")
         try:
             decoded = decode_code(self.store, generator_file, code, code.rung)
             # If only later checkpoints are left, what was measured when the final original went still holds.
-            error = code.best_squared_error if original is None else squared_error(original, decoded)
+            error = code.best_squared_error if original is None else squared_error(original.adapter, decoded)
         except DamagedStore:
             raise
         except Exception as failure:  # nothing that a decoder does may cost the original
             fact = f"its code cannot be decoded: {type(failure).__name__}: {failure}"
             raise CheckFailed(fact) from failure
-        if error is None or not math.isfinite(error):
+        if error is None:
+            raise CheckFailed(NOT_MEASURED)
+        if not math.isfinite(error):
             raise CheckFailed("the relative error of its code is not a finite number")
         return error
 
@@ -107,7 +116,19 @@ def check_recorded(
     check_references(store, final)
 
 
-def check_bytes(store: Store, row: AdapterRecord, source: Sequence[str]) -> None:
-    """Check all bytes that bring an adapter back: those of its source, its configuration and its extras."""
-    for digest in (*source, row.config, *(extra.blob for extra in row.extras)):
+def check_bytes(store: Store, row: AdapterRecord, source: Sequence[str] = ()) -> None:
+    """Check all bytes that bring an adapter back: those of its source, its configuration and its extras.
+
+    Raises:
+        DamagedStore: Bytes of its source are missing or damaged.
+        CheckFailed: Bytes of its configuration or its extras are, or cannot be read.
+    """
+    for digest in source:
         store.blobs.check(digest)
+    parts = [("its configuration", row.config)]
+    parts += [(extra.file or "a tensor kept in addition to its code", extra.blob) for extra in row.extras]
+    for what, digest in parts:
+        try:
+            store.blobs.check(digest)
+        except (DamagedStore, StoreIOError) as error:
+            raise CheckFailed(f"{what} could not be brought back: {error}") from error

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from icmlora.fleet.placeholders import FolderReplaced
 
 
+NOT_MEASURED = "the relative error of its code was not measured here"
+"""Why a code is not trusted: it came in a bundle, whose figures are claims."""
+
+
 class CheckFailed(DataError):
     """A code misses a limit or cannot be measured; holds what was measured until then."""
 
@@ -50,7 +54,7 @@ class Limits:
         if self.max_error is None:
             return
         if squared is None:
-            raise CheckFailed("the relative error of its code was not measured")
+            raise CheckFailed(NOT_MEASURED)
         if (found := math.sqrt(squared)) > self.max_error:
             raise CheckFailed(f"its relative error is {found:.4f}, above the limit of {self.max_error:g}", squared)
 
@@ -135,6 +139,7 @@ class TaskEvicted(WithRelativeError, Event):
     folders: Sequence[FolderReplaced] = ()  # with `placeholder`: what became of the folders of its adapters
     copies: Sequence[VerifiedCopy] = ()  # with `copies`: where the copies of its original are
     precision: str | None = None  # of the base model that the gain was measured on
+    left: int = 0  # those of the bytes freed that an interrupted eviction had left
 
     @property
     def freed_in_folders(self) -> int:
@@ -153,7 +158,6 @@ class EvictReport:
     """What was deleted, or would be."""
 
     tasks: list[TaskEvicted] = field(default_factory=list)
-    left: int = 0  # bytes of files that an interrupted eviction had left
     # Whether an original was kept that was meant to go: it misses a limit, or its task is named, and pinned or
     # original only.
     partly: bool = False
@@ -186,7 +190,12 @@ class EvictReport:
     @property
     def freed(self) -> int:
         """All bytes that were freed in the store, or would be."""
-        return self.left + sum(task.freed for task in self.tasks)
+        return sum(task.freed for task in self.tasks)
+
+    @property
+    def left(self) -> int:
+        """Those of the bytes freed that an interrupted eviction had left."""
+        return sum(task.left for task in self.tasks)
 
     @property
     def freed_in_folders(self) -> int:

@@ -39,7 +39,7 @@ from icmlora.formats.pickled import PickleReader, converted
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.blobs.content import digest_of
-from registry.errors import DamagedStore, MissingBlob, SourceRefused, StoreNotFound, TaskConflict
+from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
 from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
 
@@ -91,6 +91,7 @@ class TaskIngested(Event):
     converted_from: str | None = None  # the name of the pickle that its weights were converted from
     initial: str | None = None  # the folder with the weights that it began with, which were taken off
     format: str = "peft"
+    wrapper: str | None = None  # what a wrapper put into the names of its tensors, as `_orig_mod`; PEFT finds none then
     same_as: str | None = None  # another task whose final adapter has the same tensors, for a new adapter
 
 
@@ -309,7 +310,7 @@ class _Target:
 
         try:
             made = StoredDecoder(self.known).files(final, code, generator)
-        except (*FAILURES, DamagedStore):
+        except FAILURES:
             return False
         return (digest_of(made.weights), digest_of(made.config)) == (found.weights, found.config)
 
@@ -514,6 +515,7 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> 
         converted_from=task.found.final.pickle,
         initial=None if task.found.final.initial is None else source_label(task.found.final.initial.parent),
         format=final.format,
+        wrapper=task.wrapper,
     )
 
 
@@ -535,8 +537,10 @@ def _note_missing_vectors(store: Store | None, report: IngestReport) -> None:
     base_models = {name: store.tasks.get(name).base_model for name in store.tasks.without_vectors() if name in names}
     can_run = {label: _can_run(store, label) for label in set(base_models.values())}
     report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]
-    # Those of a base model that cannot be run are tried too: that says why.
-    report.extractable = [name for name, label in base_models.items() if can_run[label] is not None]
+    # Those of a base model that cannot be run are tried too: that says why. Who wants an original back waits for no
+    # vectors: those that the task has are kept, and one that had none before has none now.
+    names -= {task.task for task in could if task.restored and not task.new}
+    report.extractable = [name for name, label in base_models.items() if can_run[label] is not None and name in names]
 
 
 def _can_run(store: Store, label: str) -> bool | None:

@@ -19,7 +19,7 @@ from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
 from icmlora.fleet.context import base_record, locate_base
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import RunnableAdapter
+from icmlora.formats.format import LoadedAdapter, RunnableAdapter
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import inference_dtype
 from registry.records import AdapterRecord, GeneratorRecord
@@ -173,6 +173,11 @@ def original_reader(store: Store, final: AdapterRecord) -> Callable[[], Adapter]
     """Read the files of a task's original, and return what makes its adapter, on any thread."""
     known, files, initial = format_named(final.format), _files(store, final), _initial(store, final)
     return lambda: known.read(*files, initial=initial).adapter
+
+
+def read_with_extras(store: Store, final: AdapterRecord) -> LoadedAdapter:
+    """Read the original of a task with the tensors that a code cannot represent, as its own file has them."""
+    return format_named(final.format).read(*_files(store, final), initial=_initial(store, final))
 
 
 def read_runnable(store: Store, final: AdapterRecord) -> RunnableAdapter:

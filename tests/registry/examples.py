@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from registry.records import (
     CodeRecord,
     Eviction,
+    Extra,
     Json,
     NewAdapter,
     NewCode,
@@ -41,9 +43,11 @@ def offer(
     card: bytes | None = None,
     on_conflict: OnConflict = "fail",
     base_is_told: bool = False,
+    extras: Sequence[Extra] = (),
 ) -> TaskIngest:
     """Store the bytes of a task with one final adapter and a checkpoint per step; return what is to be recorded."""
     final = adapter(store, weights or f"weights of {name}".encode(), is_final=True, card=card)
+    final = replace(final, extras=tuple(extras))
     checkpoints = [adapter(store, f"weights of {name.lower()} at {step}".encode(), step=step) for step in steps]
     return TaskIngest(
         name=name,
@@ -113,6 +117,7 @@ def eviction(store: Store, task: str, **more: object) -> Eviction:
     assert current is not None
     fields = {
         "adapters": [row.id for row in store.tasks.adapters(task)],
+        "final": store.tasks.final(task),
         "code": code_of(store, task),
         "generator": current,
     }

@@ -32,7 +32,8 @@ def eviction_of(store: Store, task: str, made: GeneratorRecord) -> Eviction:
     """Return what lets go of the original of a task that has a code under a generator."""
     found = store.codes.get(task, made.id)
     assert found is not None
-    return Eviction(task, [row.id for row in store.tasks.adapters(task)], found, made, 0.02)
+    rows = store.tasks.adapters(task)
+    return Eviction(task, [row.id for row in rows], rows[-1], found, made, 0.02)
 
 
 def current(store: Store, base_model: str) -> GeneratorRecord:

@@ -10,7 +10,7 @@ import pytest
 from registry.database import Database
 from registry.errors import DamagedBlob, LastCopy, MissingBlob, StoreFull, StoreLocked, TaskNotFound
 from registry.folder import make_reserve
-from registry.records import EvictedAdapter
+from registry.records import EvictedAdapter, Extra
 from registry.store import Store
 from tests.registry.children import KILLED, run
 from tests.registry.examples import BASE, code, evaluation, eviction, generator, ingest, new_store, offer
@@ -101,10 +101,21 @@ def test_a_replaced_task_stays_pinned(rust: Store) -> None:
     assert rust.tasks.get("rust").pinned
 
 
-@pytest.mark.parametrize("part", ["code", "generator"])
-def test_nothing_goes_while_what_stands_in_is_damaged(rust: Store, part: str) -> None:
+@pytest.fixture
+def rust_with_extras(store: Store) -> Store:
+    """A store with one task that has a head, a tokenizer and a code."""
+    files = ((b"head", None), (b"words", "tokenizer.json"))
+    ingest(store, "rust", extras=[Extra(store.blobs.put(data), file, len(data), len(data)) for data, file in files])
+    store.generators.add(generator(store, ["rust"]))
+    return store
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_nothing_goes_while_what_stands_in_is_damaged(rust_with_extras: Store, number: int) -> None:
+    rust = rust_with_extras
     order = eviction(rust, "rust")
-    path = rust.paths.blob(getattr(order, part).blob)
+    assert len(order.digests()) == 5
+    path = rust.paths.blob(order.digests()[number])
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedBlob):
@@ -114,6 +125,22 @@ def test_nothing_goes_while_what_stands_in_is_damaged(rust: Store, part: str) ->
         rust.originals.evict(order)
     assert not rust.tasks.final("rust").is_evicted
     assert rust.blobs.read(rust.tasks.final("rust").weights) == b"weights of rust"
+
+
+def test_checkpoints_stay_while_the_final_original_is_damaged(rust: Store) -> None:
+    order = eviction(rust, "rust", adapters=[rust.tasks.adapters("rust")[0].id])
+    file_of(rust, "rust").unlink()
+    with pytest.raises(MissingBlob):
+        rust.originals.evict(order)
+    assert not rust.tasks.adapters("rust")[0].is_evicted
+
+
+def test_nothing_goes_after_an_extra_was_lost_from_the_rows(rust_with_extras: Store) -> None:
+    order = eviction(rust_with_extras, "rust")
+    with rust_with_extras._db.connection(write=True) as connection:
+        connection.exec_driver_sql("DELETE FROM extras")
+    with pytest.raises(LastCopy, match="changed"):
+        rust_with_extras.originals.evict(order)
 
 
 def test_nothing_goes_after_another_training(rust: Store) -> None:
@@ -150,8 +177,7 @@ def test_evict_does_not_run_beside_another_command(rust: Store) -> None:
         with pytest.raises(StoreLocked):
             other.originals.evict(eviction(other, "rust"))
         with pytest.raises(StoreLocked):  # before anything is measured
-            other.originals.finish_evictions()
-        assert other.originals.finish_evictions(dry_run=True) == 0
+            other.originals.check_alone()
 
 
 def test_a_full_disk_can_be_emptied_by_evicting(rust: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,10 +206,10 @@ def test_a_kill_before_the_unlink_is_made_good_by_the_next_run(rust: Store) -> N
     with new_store(root) as store:
         assert file.exists()
         assert [finding.kind for finding in store.verify(read_data=True)] == ["orphan", "orphan"]
-        assert store.usage().unreferenced == store.originals.finish_evictions(dry_run=True) > 0
-        assert store.originals.finish_evictions() > 0
+        assert file.name in store.originals.interrupted()
+        assert store.usage().unreferenced == store.originals.evict(eviction(store, "rust")) > 0
         assert not file.exists()
-        assert (store.originals.finish_evictions(), list(store.verify(read_data=True))) == (0, [])
+        assert (store.originals.interrupted(), list(store.verify(read_data=True))) == (set(), [])
 
 
 def test_prune_removes_what_a_killed_evict_left(rust: Store) -> None:
@@ -287,3 +313,15 @@ def test_withheld_bytes_are_inspected_and_not_stored(store: Store, tmp_path: Pat
     assert (getattr(withheld, "digest", None), seen, store.paths.blob(digest).exists()) == (digest, [file, file], False)
     store.blobs.put_files([file, other], lambda path, data: None, withheld={file: [digest]})
     assert store.blobs.read(digest) == b"the same"
+
+
+def test_a_generator_is_not_forgotten_while_the_one_in_use_is_damaged(rust: Store) -> None:
+    first = rust.generators.current(BASE)
+    assert first is not None
+    second = rust.generators.add(generator(rust, ["rust"], data=b"another"))
+    rust.originals.evict(eviction(rust, "rust"))
+    rust.paths.blob(second.blob).unlink()
+    with pytest.raises(MissingBlob):
+        rust.generators.forget(first)
+    rust.blobs.put(b"another")
+    assert rust.generators.forget(first) == 1

@@ -180,7 +180,7 @@ def test_an_eviction_names_every_file_that_it_relies_on(store: Store) -> None:
     ingest(store, "rust")
     made = store.generators.add(generator(store, ["rust"]))
     store.codes.replace_residual(code_of(store, "rust"), NewResidual(store.blobs.put(b"residual"), 0.001), Asked())
-    needed = {b"generator", b"code of rust", b"residual"}
+    needed = {b"generator", b"code of rust", b"residual", b'{"r": 8}'}
     assert {store.blobs.read(digest) for digest in eviction(store, "rust").digests()} == needed
     assert made.blob in eviction(store, "rust").digests()
 
