@@ -102,6 +102,13 @@ FAMILIES = (
         sizes={6144: "flux-2-dev", 4096: "flux-2-klein-9b", 3072: "flux-2-klein-4b"},
         model="Flux2Transformer2DModel",
     ),
+    Family(
+        "flux-3",
+        _names(
+            "(content_|txt_)?mode_blocks single_blocks.#.([qkv]_proj|attn_out|mlp_) (early|single)_stream_modulations"
+        ),
+        model="Flux3Transformer2DModel",
+    ),
     Family("framepack", _names("clean_x_embedder"), model="HunyuanVideoFramepackTransformer3DModel"),
     Family(
         "hunyuan-video",
@@ -163,6 +170,7 @@ FAMILIES = (
         _names("layers.#.(adaln_modulation|attention.o)$"),
         model="Ideogram4Transformer2DModel",
     ),
+    Family("bria-fibo-2", _names("perceiver.layers layers.#.cross_attention"), model="BriaFibo2Transformer2DModel"),
     Family("z-image", model="ZImageTransformer2DModel"),
     Family(
         "ernie-image",
@@ -245,6 +253,8 @@ _SPELLINGS = {
         r"hidream(i1.*|full|dev|fast)?": "hidream-i1",
         r"kandinsky5.*": "kandinsky-5",
         r"lumina(image)?2.*": "lumina-2",
+        r"flux3.*": "flux-3",
+        r"(bria)?fibo2.*": "bria-fibo-2",
         r"zimage.*": "z-image",
         r"ideogram4.*": "ideogram-4",
         r"ernie(image)?": "ernie-image",
@@ -289,7 +299,7 @@ _GUESSES = (
     ),
     (
         _names("(layers|noise_refiner|context_refiner).#.(attention|feed_forward)."),
-        {3840: "z-image", 2304: "lumina-2", 4608: "ideogram-4"},
+        {3840: "z-image", 2304: "lumina-2", 4608: "ideogram-4", 3584: "bria-fibo-2"},
     ),
     (_names("blocks.#.attn[12].to_"), {1536: "wan-2.1-1.3b", 3072: "wan-2.2-5b", 5120: "wan-2.1-14b"}),
 )

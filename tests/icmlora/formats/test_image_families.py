@@ -47,6 +47,10 @@ ORIGINALS: dict[str, Original] = {
         "single_blocks.0.linear1": (30, 6, [f"{SINGLE}.attn.to_qkv_mlp_proj"]),
         "single_blocks.0.linear2": (6, 12, [f"{SINGLE}.attn.to_out"]),
     },
+    "flux-3": {
+        "single_blocks.0.q_proj": (6, 6, [f"{SINGLE}.attn.to_q"]),
+        "content_mode_blocks.image.0.mlp_in": (12, 6, ["mode_blocks.image.0.ff.linear_in"]),
+    },
     "hunyuan-video": {
         "double_blocks.0.img_attn_qkv": (9, 6, QKV),
         "double_blocks.0.txt_attn_qkv": (9, 6, ADDED),
@@ -134,7 +138,7 @@ WRITTEN = [
     (label, spelling)
     for label in ORIGINALS
     for spelling in SPELLINGS
-    if (spelling != "kohya" or label not in ("ltx-2", "ltx-video", "krea-2"))
+    if (spelling != "kohya" or label not in ("ltx-2", "ltx-video", "krea-2", "flux-3"))
     and (spelling != "fal" or label in ("flux-1-dev", "flux-2-dev", "chroma", "qwen-image"))
 ]
 

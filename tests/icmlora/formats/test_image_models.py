@@ -80,6 +80,8 @@ NAMES = {
     "qwen-image": "transformer.transformer_blocks.0.img_mlp.net.2 lora_unet_transformer_blocks.0.txt_mod.1"
     " lycoris_transformer_blocks.0.img_mod.1",
     "ideogram-4": "diffusion_model.layers.0.attention.o transformer.layers.0.adaln_modulation",
+    "flux-3": "diffusion_model.content_mode_blocks.image.0.q_proj transformer.txt_mode_blocks.0.attn.to_q",
+    "bria-fibo-2": "transformer.layers.0.cross_attention.to_q",
     "ernie-image": "transformer.layers.0.self_attention.to_q",
     "krea-2": "diffusion_model.blocks.0.attn.wq transformer.transformer_blocks.0.ff.gate",
     "cosmos-predict-2": "diffusion_model.blocks.0.self_attn.q_proj",
