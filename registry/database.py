@@ -285,8 +285,8 @@ def add_claims(connection: Connection) -> None:
         connection.exec_driver_sql("DELETE FROM evaluations WHERE generator_id IS NOT NULL AND task_id = ?", (task,))
 
 
-def _to_schema_8(connection: Connection) -> None:
-    add_claims(connection)
+def add_checks(connection: Connection) -> None:
+    """Add the checks of rows, and write those of the rows that are there."""
     connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN extra_count INTEGER DEFAULT 0 NOT NULL")
     counted = "(SELECT count(*) FROM extras WHERE adapter_id = adapters.id)"
     connection.exec_driver_sql(f"UPDATE adapters SET extra_count = {counted}")  # noqa: S608
@@ -295,6 +295,11 @@ def _to_schema_8(connection: Connection) -> None:
         if COLUMN not in [column["name"] for column in inspect(connection).get_columns(table)]:
             connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {COLUMN} INTEGER")
     write_all(connection, Base.metadata)
+
+
+def _to_schema_8(connection: Connection) -> None:
+    add_claims(connection)
+    add_checks(connection)
 
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (

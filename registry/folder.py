@@ -23,10 +23,11 @@ from typing import TypeVar
 
 from registry import files as fs
 from registry.database import Database, migrate
-from registry.errors import NotAStore, RegistryError, StoreFull, StoreTooNew
+from registry.errors import DamagedStore, NotAStore, RegistryError, StoreFull, StoreTooNew
 
 FORMAT_TEXT = "icm store 2\n"
 
+_FORMAT = re.compile(rb"icm store [1-9][0-9]{0,5}\n")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -168,13 +169,18 @@ def make_folders(paths: StorePaths) -> None:
 
 
 def check_format(paths: StorePaths) -> None:
-    """Raise unless FORMAT names the format that this program reads and writes."""
+    """Raise `StoreTooNew` unless FORMAT names the format of this program; `DamagedStore` if it names none."""
     try:
         with paths.format.open("rb") as file:
             text = file.read(64)
     except OSError as error:
         raise RegistryError(f"cannot read {paths.format}: {error.strerror}", path=paths.format) from error
-    if text != FORMAT_TEXT.encode():
-        known = FORMAT_TEXT.strip()
-        message = f"{paths.root} has the format {text.decode(errors='replace').strip()!r}, this icm knows {known!r}"
-        raise StoreTooNew(message, path=paths.format, hint="use the icm that wrote it, or a newer one")
+    if text == FORMAT_TEXT.encode():
+        return
+    known = FORMAT_TEXT.strip()
+    if not _FORMAT.fullmatch(text):
+        hint = f"if this is a store of icm, write the line `{known}` into it, then run `icm verify --read-data`"
+        raise DamagedStore(f"{paths.format} is damaged: it does not hold a line such as {known!r}", hint=hint)
+    hint = "use the icm that wrote it, or a newer one; if this one wrote it, FORMAT is damaged"
+    message = f"{paths.root} has the format {text.decode().strip()!r}, this icm knows {known!r}"
+    raise StoreTooNew(message, path=paths.format, hint=hint)

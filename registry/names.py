@@ -29,7 +29,7 @@ MAX_NAME_BYTES = 192
 _ASCII_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Letters and marks that show nothing, so that two names could look alike: joiners, fillers, variation selectors.
 _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
-_MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+_MODULE_NAME = re.compile(r"\w[\w-]*(?:\.\w[\w-]*)*", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=+-]{0,63}")
 MAX_NOTE = 4000
 # Windows allows none of these in the name of a file, and `/` and `\\` would lead out of its folder.
@@ -105,7 +105,7 @@ def is_text(text: str) -> bool:
 
 
 def is_module_name(name: str) -> bool:
-    """Return whether a name is a dotted path of plain identifiers, as in `model.layers.0.self_attn.q_proj`."""
+    """Return whether a name is a dotted path of words, as in `model.layers.0.self_attn.q_proj` or `experts.en-de`."""
     return _MODULE_NAME.fullmatch(name) is not None
 
 

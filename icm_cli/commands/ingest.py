@@ -268,6 +268,7 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
     _tell_guesses(session.out, report)
     _tell_originals(session.out, report)
     _tell_converted(session.out, report)
+    _tell_wrapped(session.out, report)
     _tell_extras(session.out, report)
     _tell_decoded(session.out, report)
     _tell_duplicates(session.out, report)
@@ -329,6 +330,15 @@ def _tell_converted(out: Output, report: IngestReport) -> None:
     if tasks:
         verb = "has" if len(tasks) == 1 else "have"
         out.note(f"{counted(len(tasks), 'task')} {verb} initial weights, and can have a code: {some(tasks)}")
+
+
+def _tell_wrapped(out: Output, report: IngestReport) -> None:
+    tasks = [f"{task.task} ({task.wrapper})" for task in report.ingested if task.wrapper is not None]
+    if tasks:
+        verb = "has" if len(tasks) == 1 else "have"
+        fact = f"{counted(len(tasks), 'task')} {verb} tensors with names of a wrapper, which PEFT does not load"
+        out.note(f"{fact}: {some(tasks)}")
+        out.hint("the original stays as it is; `icm materialize TASK --source code` writes names that PEFT finds")
 
 
 def _tell_extras(out: Output, report: IngestReport) -> None:

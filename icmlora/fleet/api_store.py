@@ -34,12 +34,17 @@ class StoredFleet:
         on_event: Callable[[Event], None] = ignore,
     ) -> None:
         cache = Path(cache) if isinstance(cache, str) else cache
-        self._context = Context(Path(path), cache, lock_timeout, command, on_event)
+        self._settings = Context(Path(path), cache, lock_timeout, command, on_event)
+
+    @property
+    def _context(self) -> Context:
+        """What one use case works with: all its waits for other processes end at the timeout, together."""
+        return self._settings.with_patience()
 
     @property
     def path(self) -> Path:
         """The store folder."""
-        return self._context.path
+        return self._settings.path
 
     # tasks: list, show, remove
 
@@ -287,7 +292,6 @@ class StoredFleet:
             DataError: Too few tasks have comparable vectors, there are fewer tasks than clusters, or the plot is not
                 an .svg file.
             OutputExists: The file exists and `force` is not given.
-            DamagedStore: Vectors are missing or damaged.
         """
         from icmlora.fleet.map import MapRequest, map_fleet
 

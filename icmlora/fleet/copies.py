@@ -14,7 +14,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, Self
@@ -174,11 +174,8 @@ def _open(context: Context, store: Store, path: Path, stack: ExitStack) -> _Plac
     if not real.is_dir():
         return _Bundle(real)
     if (real / "FORMAT").is_file():
-        from registry.store import Store
-
         # It stays open, so that nothing is deleted there meanwhile.
-        other = Store.open(real, read_only=True, lock_timeout=context.lock_timeout, command=context.command)
-        return _OtherStore(stack.enter_context(other))
+        return _OtherStore(stack.enter_context(replace(context, path=real).open(read_only=True)))
     return _Folder(real)
 
 

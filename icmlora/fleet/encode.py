@@ -176,13 +176,16 @@ def encode(context: Context, request: EncodeRequest) -> EncodeReport:
             context.progress(len(report.tasks), len(tasks), note)
 
         make = partial(Encoder, request)
-        with open_workers(context, store, make, device=request.device, workers=request.workers) as workers:
-            for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
-                with store.job(base_model, shared=True):
-                    for task, made in workers.each(list(of_base), tell):
-                        report.tasks.append(_recorded(store, task.name, made))
-                        context.on_event(report.tasks[-1])
-                        tell(task.name)
+        for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
+            with (
+                store.job(base_model, shared=True),
+                # Only now: while this waits for the job, no process of its own may hold the store.
+                open_workers(context, store, make, device=request.device, workers=request.workers) as workers,
+            ):
+                for task, made in workers.each(list(of_base), tell):
+                    report.tasks.append(_recorded(store, task.name, made))
+                    context.on_event(report.tasks[-1])
+                    tell(task.name)
     return report
 
 

@@ -91,6 +91,7 @@ class TaskIngested(Event):
     converted_from: str | None = None  # the name of the pickle that its weights were converted from
     initial: str | None = None  # the folder with the weights that it began with, which were taken off
     format: str = "peft"
+    wrapper: str | None = None  # what a wrapper put into the names of its tensors, as `_orig_mod`; PEFT finds none then
     same_as: str | None = None  # another task whose final adapter has the same tensors, for a new adapter
 
 
@@ -514,6 +515,7 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> 
         converted_from=task.found.final.pickle,
         initial=None if task.found.final.initial is None else source_label(task.found.final.initial.parent),
         format=final.format,
+        wrapper=task.wrapper,
     )
 
 

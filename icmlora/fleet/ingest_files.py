@@ -85,6 +85,7 @@ class PreparedTask:
     kept: tuple[TensorInfo, ...] = ()  # tensors of its final adapter that no code can represent
     base_is_told: bool = False  # by the user
     base_is_guess: bool = False  # the widths of an image adapter make it likely, and nothing names it
+    wrapper: str | None = None  # what a wrapper put into the names of its final adapter's tensors
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,7 @@ def _prepared(
     problems: list[Problem] = []
     base_model: str | None = None
     kept: tuple[TensorInfo, ...] = ()
+    wrapper: str | None = None
     is_guess, size = False, 0
     for found in task.adapters:
         match _read_of(found, small, outcomes):
@@ -318,7 +320,7 @@ def _prepared(
             case files, checked, summary, key:
                 if found.is_final:
                     base_model = full_label(summary.base_model, summary.revision, found.place, task.folder)
-                    kept, is_guess = summary.extras, summary.base_is_guess
+                    kept, is_guess, wrapper = summary.extras, summary.base_is_guess, summary.wrapper
                 rows.append(_row(found, files, checked.digest, summary, key))
                 size += checked.size + len(files.config) + len(files.card or b"")
     (samples, samples_read), (eval_data, eval_read) = (
@@ -335,6 +337,7 @@ def _prepared(
         samples_read,
         eval_read,
         kept,
+        wrapper=wrapper,
         base_is_guess=is_guess,
     )
 

@@ -20,6 +20,7 @@ _UNSET = frozenset({"None", "none", "null", "unknown"})
 # Two text encoders of CLIP beside a UNet: SDXL alone has them.
 _SECOND_TEXT, _ANY_UNET = re.compile(r"lora_te2_|text_encoder_2\."), re.compile(r"lora_unet_|unet\.")
 _SDXL = "stable-diffusion-xl-v1-base"
+_NUMBER = re.compile(r"\d+")
 
 
 class ImageBase(NamedTuple):
@@ -39,9 +40,12 @@ def base_of(metadata: Mapping[str, str], widths: Mapping[str, int]) -> ImageBase
 
     Args:
         metadata: That of its header.
-        widths: Its modules, as its file calls them -> the width that each reads, or 0 where that is not known.
+        widths: Its modules in natural order, as its file calls them -> the width that each reads, or 0 where that is
+            not known.
     """
-    inner = {inner_name(module): width for module, width in widths.items()}
+    # One module of each kind is enough, which is the last: models have thousands, and differ in how many blocks.
+    kinds = {_NUMBER.sub("#", name): (name, width) for name, width in map(_inner, widths.items())}
+    inner = dict(kinds.values())
     for key in _STATED:
         text = metadata.get(key, "").partition("/")[0]
         if _LABEL.fullmatch(text) and text not in _UNSET:
@@ -52,3 +56,7 @@ def base_of(metadata: Mapping[str, str], widths: Mapping[str, int]) -> ImageBase
     if guessed in (None, _SDXL) and all(any(map(one.match, widths)) for one in (_ANY_UNET, _SECOND_TEXT)):
         return ImageBase(_SDXL)
     return ImageBase(guessed, is_guess=guessed is not None)
+
+
+def _inner(item: tuple[str, int]) -> tuple[str, int]:
+    return inner_name(item[0]), item[1]

@@ -63,8 +63,15 @@ def to_diffusers(tensors: Tensors, label: str | None = None) -> dict[str, Tensor
     refused: AdapterRefused | None = None
     for family in families:
         try:
-            return _renamed(rest, family) | _renamed_text(text, family)
+            model = _renamed(rest, family)
         except AdapterRefused as error:
+            refused = refused or error
+            continue
+        try:
+            return model | _renamed_text(text, family)
+        except AdapterRefused as error:
+            if label in family.labels:
+                raise
             refused = refused or error
     if refused is None:
         fact = f"diffusers has no converter for names such as {next(iter(tensors))}"
@@ -139,7 +146,9 @@ def _renamed(pairs: Pairs, family: Family) -> dict[str, Tensor]:
     if not pairs:
         return {}
     if family.model is None:
-        raise AdapterRefused(f"diffusers loads no adapters of {family.label}", kind="layers", hint=_KEEP)
+        raise AdapterRefused(
+            f"icm knows no names of diffusers for adapters of {family.label}", kind="layers", hint=_KEEP
+        )
     modules = modules_of(family)
     names = {stem: modules.find(inner_name(stem)) for stem in pairs}
     if all(names.values()):

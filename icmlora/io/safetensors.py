@@ -35,7 +35,7 @@ ITEM_BYTES: Mapping[str, int] = {
 FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """Types of factors that can have a code."""
 
-TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,512}")
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
 _PREFIX_BYTES = 8
 _REMEMBERED_BYTES = 256 * 1024
 _METADATA = "__metadata__"

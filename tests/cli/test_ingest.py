@@ -94,6 +94,7 @@ def test_json_says_one_line_per_task_and_a_summary(icm: Icm, fleet: Path) -> Non
         "converted_from": None,
         "initial": None,
         "format": "peft",
+        "wrapper": None,
         "same_as": None,
     }
     assert ran.events[-1]["without_vectors"] == ["rust", "shakespeare", "sql"]

@@ -51,7 +51,7 @@ def test_the_second_one_is_told_who_trains_and_changes_nothing(
         ran = icm(*command, "--lock-timeout", 0.1, "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.LOCKED, "store_locked")
     assert LABEL in ran.error["message"]
-    assert f"pid {pid}, icm train" in ran.error["message"]
+    assert f"process {pid}: icm train" in ran.error["message"]
     assert "--lock-timeout" in ran.error["hint"]
     assert current(started) == before
 

@@ -34,13 +34,12 @@ MAIN = "from icm_cli.app import main; main()"
 STUCK = """
 import time
 from icmlora.io import staging
-write, written = staging.write_file, []
-def stick(path, data):
-    if written:
-        time.sleep(600)
-    written.append(path)
-    write(path, data)
-staging.write_file = stick
+fill = staging._fill
+def stick(folder, files):
+    name, data = next(iter(files.items()))
+    fill(folder, {name: data})
+    time.sleep(600)
+staging._fill = stick
 """
 """Makes a process that never gets beyond the first file of an adapter."""
 

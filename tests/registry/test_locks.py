@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import StoreLocked, StoreReadOnly
-from registry.locks import FileLock
+from registry.locks import FileLock, Patience
 from registry.store import Store
 from tests.registry.children import start, wait
 from tests.registry.examples import BASE, ingest
@@ -22,7 +22,7 @@ from tests.registry.examples import BASE, ingest
 @pytest.fixture
 def locks(tmp_path: Path) -> Iterator[tuple[FileLock, FileLock]]:
     """Two locks on one file that do not wait."""
-    pair = tuple(FileLock(tmp_path / "lock", timeout=0, command=f"icm {name}") for name in ("one", "two"))
+    pair = tuple(FileLock(tmp_path / "lock", patience=Patience(0), command=f"icm {name}") for name in ("one", "two"))
     yield (pair[0], pair[1])
     for lock in pair:
         lock.close()
@@ -63,13 +63,13 @@ def test_closing_lets_go(locks: tuple[FileLock, FileLock]) -> None:
 def test_the_message_names_the_process_that_holds_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     parent = os.getppid()
-    lock = FileLock(path, timeout=0, command="icm prune")
-    other = FileLock(path, timeout=0, command="icm ls")
+    lock = FileLock(path, patience=Patience(0), command="icm prune")
+    other = FileLock(path, patience=Patience(0), command="icm ls")
     other.share()
     path.write_text(f"{parent} icm train\n999999999 icm long gone\nnot a line of ours\n")
     with pytest.raises(StoreLocked) as caught, lock.exclusive():
         pytest.fail("it was held")
-    assert f"pid {parent}, icm train" in str(caught.value)
+    assert f"process {parent}: icm train" in str(caught.value)
     assert "long gone" not in str(caught.value)
     assert "--lock-timeout" in (caught.value.hint or "")
     lock.close()
@@ -77,7 +77,7 @@ def test_the_message_names_the_process_that_holds_it(tmp_path: Path) -> None:
 
 
 def test_the_names_in_the_file_cannot_grow_without_bound(tmp_path: Path) -> None:
-    lock = FileLock(tmp_path / "lock", timeout=0, command="x" * 1000)
+    lock = FileLock(tmp_path / "lock", patience=Patience(0), command="x" * 1000)
     for _ in range(100):
         lock.share()
     assert (tmp_path / "lock").stat().st_size < 8192
@@ -85,7 +85,7 @@ def test_the_names_in_the_file_cannot_grow_without_bound(tmp_path: Path) -> None
 
 
 def test_a_command_with_line_breaks_stays_one_line(tmp_path: Path) -> None:
-    lock = FileLock(tmp_path / "lock", timeout=0, command="icm\n1 evil")
+    lock = FileLock(tmp_path / "lock", patience=Patience(0), command="icm\n1 evil")
     lock.share()
     assert len((tmp_path / "lock").read_text().splitlines()) == 1
     lock.close()
@@ -132,7 +132,7 @@ def test_nobody_gets_in_to_delete_while_a_try_turns_one_lock_into_the_other(
 
 def second(lock: FileLock) -> FileLock:
     """Return another lock on the same file, as another process has it."""
-    return FileLock(lock._path, timeout=0, command="icm prune")
+    return FileLock(lock._path, patience=Patience(0), command="icm prune")
 
 
 class TestJobs:
@@ -142,7 +142,7 @@ class TestJobs:
         with job_elsewhere(tmp_path, "icm train --steps 300") as pid, open_store(tmp_path, timeout=0.2) as store:
             with pytest.raises(StoreLocked) as caught, store.job(BASE):
                 pytest.fail("two jobs ran")
-            assert f"base model '{BASE}' is in use by pid {pid}, icm train --steps 300" in str(caught.value)
+            assert f"base model '{BASE}' is in use by process {pid}: icm train --steps 300" in str(caught.value)
             assert "--lock-timeout" in (caught.value.hint or "")
 
     def test_a_second_job_waits_for_the_first(self, tmp_path: Path) -> None:
