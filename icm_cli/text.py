@@ -7,6 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.metric_result import relative_error
+from icmlora.fleet.precision import gain_text
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from icmlora.adapter.metrics import GroupError
+    from icmlora.fleet.records import Claim
 
 
 def coded_size(code: int | None, residual: int | None) -> str:
@@ -28,6 +30,24 @@ def coded_size(code: int | None, residual: int | None) -> str:
 def errors_json(squared: float | None) -> dict[str, float | None]:
     """Return an error as JSON gives it: the relative error, and its square."""
     return {"relative_error": relative_error(squared), "squared_error": squared}
+
+
+def claim_text(claim: Claim) -> str:
+    """Return what a bundle says of a code, such as "relative error 0.120, retained gain 0.951"."""
+    error, gain = claim.relative_error, claim.retained_gain
+    texts = [] if error is None else [f"relative error {error:.3f}"]
+    return ", ".join(texts if gain is None else [*texts, f"retained gain {gain_text(gain, claim.precision)}"])
+
+
+def claim_json(claim: Claim | None) -> dict[str, object] | None:
+    """Return the same as JSON gives it."""
+    if claim is None:
+        return None
+    return {
+        **errors_json(claim.squared_error),
+        "retained_gain": claim.retained_gain,
+        "precision": claim.precision,
+    }
 
 
 def groups_json(groups: Sequence[GroupError]) -> list[dict[str, object]]:

@@ -171,8 +171,9 @@ def find_labels(connection: Connection, labels: Iterable[str]) -> Mapping[str, t
     table, bases = table_of(models.BaseLabel), table_of(models.BaseModel)
     found: dict[str, tuple[str, int | None]] = {label: (label, None) for label in labels}
     for some in in_parts(list(found)):
-        query = select(table.c.label, bases.c.name, table.c.id).join_from(table, bases).where(table.c.label.in_(some))
-        found |= {label: (name, number) for label, name, number in connection.execute(query)}
+        query = select(table.c.label, bases.c.name, table.c.id, table.c.crc, bases.c.crc).join_from(table, bases)
+        rows = connection.execute(query.where(table.c.label.in_(some)))
+        found |= {label: (name, number) for label, name, number, *_ in rows}
     return found
 
 

@@ -9,7 +9,7 @@ can be decoded with its own generator only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from sqlalchemy import select
@@ -21,7 +21,6 @@ from registry.base_models import names_of
 from registry.conversion import task_folder, unusual_source
 from registry.database import Part
 from registry.errors import GeneratorConflict, TaskConflict
-from registry.evaluations import record_evaluation
 from registry.generators import find_current, generator_row
 from registry.ingest import KnownTask, known_tasks
 from registry.names import check_name
@@ -40,8 +39,8 @@ class ImportedTask:
     original: records.NewAdapter  # its weights are elsewhere, its other blobs in the store
     weights_bytes: int
     code: str  # digest of the code's file
-    squared_error: float | None
-    evaluation: records.NewEvaluation | None = None  # of the code; recorded under the generator of the bundle
+    squared_error: float | None  # that was measured here; None for a code from elsewhere
+    claim: records.Claim | None = None  # what is said of a code from elsewhere
     vectors: Sequence[records.NewVector] = ()  # recorded for a new task only
 
     def digests(self) -> Iterator[str]:
@@ -151,9 +150,9 @@ def _codes(session: Session, generator: models.Generator, tasks: Sequence[KnownT
     """Return the number of each task that has a code under the generator, with the code's digest."""
     code, found = models.Code, dict[int, str]()
     for some in in_parts([task.id for task in tasks]):
-        query = select(code.task_id, models.Blob.digest).join(code.blob)
+        query = select(code.task_id, models.Blob.digest, code.crc, models.Blob.crc).join(code.blob)
         rows = session.execute(query.where(code.generator_id == generator.id, code.task_id.in_(some)))
-        found.update((number, digest) for number, digest in rows)
+        found.update((number, digest) for number, digest, *_ in rows)
     return found
 
 
@@ -168,10 +167,6 @@ def _write(writer: RowWriter, bundle: BundleImport, todo: Sequence[_Decision]) -
         adapter = _new_adapter(writer, bundle, item.task) if item.known is None else _final(session, item.known)
         session.flush()
         session.add(_code(writer, item.task, adapter, generator))
-        if item.task.evaluation is not None:
-            # The generator has another number here.
-            evaluation = replace(item.task.evaluation, task=adapter.task.name, generator_id=generator.id)
-            record_evaluation(session, evaluation, writer.now)
         # A task that is here already has vectors of its own samples.
         for vector in item.task.vectors if item.known is None else ():
             record_vector(writer, vector)
@@ -187,6 +182,7 @@ def _code(writer: RowWriter, task: ImportedTask, adapter: models.Adapter, genera
         blob=blob,
         bits=8.0 * blob.size,
         squared_error=task.squared_error,
+        claim=None if task.claim is None else asdict(task.claim),
     )
 
 

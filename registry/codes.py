@@ -33,8 +33,11 @@ class Codes(Part):
         """Return the code of a task under a generator, if it has one."""
         code = models.Code
         with self._db.read() as session:
-            query = select(code).where(code.task_id == rows.find_task(session, task).id)
-            row = session.scalar(query.where(code.generator_id == generator_id))
+            query = select(code).join(code.task).where(models.Task.name == task, code.generator_id == generator_id)
+            row = session.scalar(query)
+            if row is None:  # few have none: for the others one look is enough
+                query = select(code).where(code.task_id == rows.find_task(session, task).id)
+                row = session.scalar(query.where(code.generator_id == generator_id))
             return None if row is None else code_record(row)
 
     def all(self, generator_id: int) -> list[records.CodeRecord]:
@@ -73,7 +76,7 @@ class Codes(Part):
                 row = code(task=adapter.task, generator_id=generator.id)
                 session.add(row)
             row.adapter_id, row.blob = adapter.id, writer.blob(new.blob)
-            row.bits, row.squared_error = new.bits, new.squared_error
+            row.bits, row.squared_error, row.claim = new.bits, new.squared_error, None
             # A residual corrects the code that it was made for, and no other.
             row.residual, row.residual_squared_error = None, None
             _set_limits(writer, row, new.asked)
@@ -180,8 +183,12 @@ def limit_columns(asked: records.Asked | None) -> dict[str, float | None]:
 def code_files(session: Session, generator_id: int, *, evicted: bool = False) -> dict[str, CodeFiles]:
     """Return task -> the files that a generator has of it; `evicted`: only where the original was evicted."""
     code, adapter = models.Code, models.Adapter
-    query = select(models.Task.name, code.blob_id, code.residual_id).join_from(code, models.Task)
+    query = select(models.Task.name, code.blob_id, code.residual_id, adapter.evicted_at, code.crc, adapter.crc)
+    query = query.join_from(code, models.Task).join(adapter, adapter.id == code.adapter_id)
     query = query.where(code.generator_id == generator_id)
-    if evicted:
-        query = query.join(adapter, adapter.id == code.adapter_id).where(adapter.evicted_at.is_not(None))
-    return {name: (blob, residual) for name, blob, residual in session.execute(query)}
+    # Not in SQL: a row that is left out is not checked.
+    return {
+        name: (blob, residual)
+        for name, blob, residual, gone, *_ in session.execute(query)
+        if gone is not None or not evicted
+    }

@@ -18,9 +18,11 @@ from registry import records
 from registry import schema as models
 from registry.names import NLL, UNKNOWN_BASE
 from registry.records import WITHOUT_BASE, Description
+from registry.row_checks import WrongRow
 
 Record = TypeVar("Record")
 
+_BUNDLE = "bundle "
 _CHECKPOINT = re.compile(r"/checkpoint-[0-9]+$")
 
 
@@ -31,6 +33,8 @@ def task_record(row: models.Task) -> records.TaskRecord:
 
 def adapter_record(row: models.Adapter) -> records.AdapterRecord:
     """Return the record of an adapter."""
+    if len(row.extras) != row.extra_count:
+        raise WrongRow(f"task {row.task.name!r} has {len(row.extras)} extras of {row.extra_count}")
     common = _description(row.description)
     if common.original_only is None and row.task.base_model.name == UNKNOWN_BASE:
         common = common._replace(original_only=WITHOUT_BASE)
@@ -68,7 +72,9 @@ def vector_record(row: models.TaskVector) -> records.VectorRecord:
 
 def code_record(row: models.Code) -> records.CodeRecord:
     """Return the record of a code."""
-    return _record(records.CodeRecord, row, size=row.blob.size, asked=_limits(row), residual=_residual(row))
+    return _record(
+        records.CodeRecord, row, size=row.blob.size, asked=_limits(row), residual=_residual(row), claim=_claim(row)
+    )
 
 
 def generator_record(row: models.Generator) -> records.GeneratorRecord:
@@ -120,11 +126,25 @@ def _residual(row: models.Code) -> records.ResidualRecord | None:
     return records.ResidualRecord(row.residual.digest, row.residual_squared_error, row.residual.size)
 
 
+def _claim(row: models.Code) -> records.Claim | None:
+    return None if row.claim is None or row.squared_error is not None else records.Claim(**row.claim)
+
+
 def _limits(row: models.Code) -> records.Asked | None:
     if row.is_kept is None:
         return None
     max_error = records.relative_error(row.max_squared_error)
     return records.Asked(row.min_gain, max_error, row.tolerance, row.is_kept, row.refined or 0, row.max_size)
+
+
+def bundle_source(digest: str) -> str:
+    """Return what stands for the place of an adapter that a bundle brought."""
+    return f"{_BUNDLE}{digest}"
+
+
+def is_bundle_source(source: str) -> bool:
+    """Say whether a bundle brought an adapter, so that its weights have never been in this store."""
+    return source.startswith(_BUNDLE)
 
 
 def task_folder(source: str) -> str:

@@ -11,17 +11,19 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from registry.errors import (
+    DamagedRow,
     DamagedStore,
     NotAStore,
     RegistryError,
@@ -32,7 +34,18 @@ from registry.errors import (
     StoreTooNew,
 )
 from registry.files import failpoint
-from registry.schema import Base, BaseLabel, Extra, RunCode, UnreadableValue
+from registry.row_checks import COLUMN, REFUSED, WrongRow, add_functions, find_wrong_rows, guard, write_all
+from registry.schema import (
+    RETAINED_GAIN,
+    SQUARED_ERROR,
+    Base,
+    BaseLabel,
+    Extra,
+    RunCode,
+    UnreadableValue,
+    compact_json,
+    pack_text,
+)
 
 if TYPE_CHECKING:
     from registry.blobs.content import Blobs
@@ -42,11 +55,12 @@ if TYPE_CHECKING:
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
 
-_DAMAGE_HINT = "`icm verify` says what is damaged; a backup of registry.db restores it"
+_DAMAGE_HINT = "`icm verify` says what is damaged, and what mends it"
 # SQLite's smallest: most of two dozen tables and indexes fill less than a page. The rows of 20 tasks with vectors,
 # codes and evaluations take 53 KB; with pages of 4096 bytes they take 115 KB.
 PAGE_SIZE = 512
 
+_WRITE = "BEGIN IMMEDIATE"
 _PRAGMAS = (
     # SQLite ignores foreign keys unless each connection asks for them.
     "foreign_keys=ON",
@@ -57,7 +71,18 @@ _PRAGMAS = (
     "cell_size_check=ON",
     # A read error of a mapped file is a signal that kills the process, not an error.
     "mmap_size=0",
+    # Triggers are temporary: they need neither a folder nor space for that.
+    "temp_store=MEMORY",
 )
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is wrong with the database."""
+
+    kind: Literal["database", "dangling", "row"]
+    fact: str
+    task: str | None = None  # that it is about, as far as it tells
 
 
 class Database:
@@ -70,6 +95,8 @@ class Database:
         self.busy_timeout = busy_timeout
         self._engine = _engine(path, read_only, busy_timeout)
         self._reader = self._engine.execution_options(icm_begin="BEGIN")
+        self._is_sound = False  # as far as anybody has looked
+        self.is_kept = False  # whether a copy was made since: see `registry.kept`
 
     def can_be_written(self) -> bool:
         """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
@@ -95,11 +122,44 @@ class Database:
             yield session
 
     @contextmanager
-    def connection(self, *, write: bool = False, create: bool = False) -> Iterator[Connection]:
-        """Open a transaction without the ORM; a `write` block is committed, `create` makes the file if it is absent."""
+    def connection(self, *, write: bool = False, create: bool = False, guarded: bool = True) -> Iterator[Connection]:
+        """Open a transaction without the ORM; a `write` block is committed, `create` makes the file if it is absent.
+
+        One that is not `guarded` writes no checks of rows: it changes the tables.
+        """
         engine = _engine(self.path, self.read_only, self.busy_timeout, create=True) if create else self._engine
-        with self._errors(), (engine if write else engine.execution_options(icm_begin="BEGIN")).begin() as connection:
+        if not write:
+            engine = engine.execution_options(icm_begin="BEGIN")
+        with self._errors(), engine.execution_options(icm_guarded=guarded).begin() as connection:
             yield connection
+
+    def damage(self) -> Iterator[Damage]:
+        """Yield what is wrong with pages, indexes, references and rows."""
+        with self.connection() as connection:
+            for answer in connection.exec_driver_sql("PRAGMA integrity_check").scalars():
+                if answer != "ok":
+                    yield Damage("database", str(answer))
+            for table, rowid, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+                place = "a row" if rowid is None else f"row {rowid}"  # not every table has rowids
+                yield Damage("dangling", f"{place} of {table} refers to a row of {parent} that is gone")
+            for fact, task in find_wrong_rows(connection, Base.metadata):
+                yield Damage("row", fact, task)
+
+    def must_be_sound(self) -> None:
+        """Raise if anything is wrong with any row: what may be deleted follows from all of them. Looks once."""
+        if not self._is_sound:
+            for found in self.damage():
+                fact = f"{self.path}: {found.fact}; while that is so, icm deletes nothing"
+                raise DamagedRow(fact, path=self.path, hint=_DAMAGE_HINT)
+            self._is_sound = True
+
+    def is_sound(self) -> bool:
+        """Say whether nothing is wrong with any row; the first call looks."""
+        try:
+            self.must_be_sound()
+        except DamagedStore:
+            return False
+        return True
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -112,10 +172,14 @@ class Database:
             raise translated from error
         except (UnicodeDecodeError, UnreadableValue, NoResultFound) as error:
             raise DamagedStore(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
+        except WrongRow as error:
+            raise DamagedRow(f"{self.path}: {error}", path=self.path, hint=_DAMAGE_HINT) from error
 
     def _translate(self, error: DBAPIError) -> RegistryError | None:
         code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
         fact = f"{self.path}: {error.orig}"
+        if fact.endswith(REFUSED):
+            return DamagedRow(fact, path=self.path, hint=_DAMAGE_HINT)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             hint = "another icm is writing; try again or wait longer with --lock-timeout"
             return StoreLocked(fact, path=self.path, hint=hint)
@@ -152,6 +216,7 @@ def _connect(path: Path, read_only: bool, busy_timeout: float, create: bool) -> 
     try:
         for pragma in _PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
+        add_functions(connection)
         if create:
             connection.execute(f"PRAGMA page_size={PAGE_SIZE}")  # an existing file keeps its own
         if read_only:
@@ -170,7 +235,18 @@ def _can_be_written(path: Path) -> bool:
 
 
 def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("icm_begin", "BEGIN IMMEDIATE"))
+    options = connection.get_execution_options()
+    begin = options.get("icm_begin", _WRITE)
+    connection.exec_driver_sql(begin)
+    if begin == _WRITE and options.get("icm_guarded", True):
+        guard(sqlite_of(connection), Base.metadata)
+
+
+def sqlite_of(connection: Connection) -> sqlite3.Connection:
+    """Return SQLite's own connection."""
+    found = connection.connection.driver_connection
+    assert isinstance(found, sqlite3.Connection)
+    return found
 
 
 def _to_schema_2(connection: Connection) -> None:
@@ -206,6 +282,47 @@ def _to_schema_7(connection: Connection) -> None:
     connection.exec_driver_sql(f"CREATE UNIQUE INDEX one_row_per_evaluation ON evaluations ({key})")
 
 
+def add_claims(connection: Connection) -> None:
+    """Add the claims of bundles, and move there what earlier versions took for measured of codes that came in one."""
+    connection.exec_driver_sql("ALTER TABLE codes ADD COLUMN claim BLOB")
+    never_here = (
+        "FROM codes JOIN adapters ON adapters.id = codes.adapter_id JOIN tasks ON tasks.id = codes.task_id "
+        "WHERE adapters.evicted_at = adapters.created_at AND coalesce(adapters.source, tasks.folder) LIKE 'bundle %'"
+    )
+    for number, error in connection.exec_driver_sql(f"SELECT codes.id, codes.dw_error {never_here}").all():
+        claim = pack_text(compact_json({"squared_error": error, "measured": None}))
+        connection.exec_driver_sql("UPDATE codes SET dw_error = NULL, claim = ? WHERE id = ?", (claim, number))
+    for (task,) in connection.exec_driver_sql(f"SELECT codes.task_id {never_here}").all():
+        connection.exec_driver_sql("DELETE FROM evaluations WHERE generator_id IS NOT NULL AND task_id = ?", (task,))
+
+
+def add_checks(connection: Connection) -> None:
+    """Add the checks of rows, and write those of the rows that are there."""
+    connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN extra_count INTEGER DEFAULT 0 NOT NULL")
+    # Earlier icms wrote other estimates, and figures of any size.
+    connection.exec_driver_sql("UPDATE codes SET bits = 8.0 * (SELECT size FROM blobs WHERE id = blob_id)")
+    for table, column, kept in (
+        ("evaluations", "retained_gain", RETAINED_GAIN),
+        ("evaluations", "dw_error", SQUARED_ERROR),
+        ("codes", "dw_error", SQUARED_ERROR),
+        ("codes", "residual_error", SQUARED_ERROR),
+    ):
+        wrong = f"{column} NOT BETWEEN {kept.least!r} AND {kept.most!r}"
+        connection.exec_driver_sql(f"UPDATE {table} SET {column} = NULL WHERE {wrong}")  # noqa: S608
+    counted = "(SELECT count(*) FROM extras WHERE adapter_id = adapters.id)"
+    connection.exec_driver_sql(f"UPDATE adapters SET extra_count = {counted}")  # noqa: S608
+    for table in Base.metadata.tables:
+        # Tables that came after the first schema were made with it.
+        if COLUMN not in [column["name"] for column in inspect(connection).get_columns(table)]:
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {COLUMN} INTEGER")
+    write_all(connection, Base.metadata)
+
+
+def _to_schema_8(connection: Connection) -> None:
+    add_claims(connection)
+    add_checks(connection)
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _to_schema_2,
     _to_schema_3,
@@ -213,6 +330,7 @@ MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _to_schema_5,
     _to_schema_6,
     _to_schema_7,
+    _to_schema_8,
 )
 """One function for each schema after the first: it gets a connection with the write lock and changes the tables."""
 
@@ -235,7 +353,7 @@ def migrate(database: Database, *, create: bool = False) -> None:
     writer = database
     if database.read_only:
         writer = Database(database.path, read_only=False, busy_timeout=database.busy_timeout)
-    with writer.connection(write=True, create=create) as connection:
+    with writer.connection(write=True, create=create, guarded=False) as connection:
         # Read again under the write lock: if many processes open an old store at once, one of them migrates it.
         version = _version(connection, database, create=create)
         if version == 0:

@@ -10,6 +10,7 @@ IcmError                     (also the base of `icmlora.errors.IcmLoraError`)
     ├── StoreFull            no space left; what was committed before is intact
     ├── StoreIOError         the operating system failed a read or a write
     ├── DamagedStore         the database or the folder is not as icm left it
+    │   ├── DamagedRow       a row of the database does not have the values that it was written with
     │   ├── MissingBlob      a committed row refers to bytes that are gone
     │   └── DamagedBlob      the bytes of a blob do not match its digest
     ├── SourceRefused        a file from outside is not a plain, readable file within the limits
@@ -90,6 +91,10 @@ class StoreIOError(RegistryError):
 
 class DamagedStore(RegistryError):
     """The database or the folder is not as it was left."""
+
+
+class DamagedRow(DamagedStore):
+    """A row of the database does not have the values that it was written with."""
 
 
 class MissingBlob(DamagedStore):

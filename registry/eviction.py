@@ -23,6 +23,7 @@ from registry.errors import DamagedBlob, LastCopy, StoreIOError
 from registry.evaluations import record_evaluation
 from registry.files import failpoint
 from registry.folder import restore_reserve, with_reserve
+from registry.kept import keep
 from registry.prune import drop_evicted, evicted_files
 from registry.records import AdapterRecord, EvictedAdapter, Eviction
 from registry.rows import in_parts, utc_now
@@ -89,6 +90,7 @@ class Originals(Part):
             return drop_evicted(self._db, self._blobs, digests)
 
         with self._lock.exclusive(), confirm():
+            keep(self._db, self._paths)
             freed = with_reserve(self._paths, delete)
             restore_reserve(self._paths)
         return freed

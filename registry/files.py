@@ -14,7 +14,7 @@ import errno
 import os
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +24,9 @@ Bytes = bytes | bytearray | memoryview
 
 # An adapter is megabytes; 8 GiB is far above the largest one and still below what would hurt a machine that can use it.
 MAX_SOURCE_BYTES = 8 << 30
+
+CheckFirst = Callable[[int, int], None]
+"""Looks at an open file, given its descriptor and size, and raises to refuse it before all of it is in memory."""
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
@@ -186,10 +189,12 @@ def read_exactly(fd: int, size: int, offset: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def read_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> bytes:
-    """Read a whole regular file of bounded size."""
+def read_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES, first: CheckFirst | None = None) -> bytes:
+    """Read a whole regular file of bounded size; `first` may refuse it before that."""
     try:
         with open_plain(path, max_bytes=max_bytes) as (fd, size):
+            if first is not None:
+                first(fd, size)
             return read_exactly(fd, size, 0)
     except SourceChanged as error:
         error.path = str(path)

@@ -2,6 +2,7 @@
 
 FORMAT            "icm store 2"; written last when a store is made, so it marks a whole one
 registry.db       rows
+registry.db.kept  a copy of them, deflated, from before the last deletion: see `registry.kept`
 blobs/3/3f9a..    the bytes of `registry.blobs.local`; 16 folders: syncing 256 costs a first ingest a tenth of its time
 tmp/              files being written; on the same file system, so that a rename is atomic
 quarantine/       damaged blobs that were moved aside
@@ -46,6 +47,16 @@ class StorePaths:
     def database(self) -> Path:
         """The SQLite file."""
         return self.root / "registry.db"
+
+    @cached_property
+    def journal(self) -> Path:
+        """SQLite's own, of a commit that did not end."""
+        return self.root / "registry.db-journal"
+
+    @cached_property
+    def kept(self) -> Path:
+        """The copy of the database from before the last deletion."""
+        return self.root / "registry.db.kept"
 
     @cached_property
     def blobs(self) -> Path:
@@ -135,7 +146,7 @@ def check_place(root: Path) -> None:
     """Raise `NotAStore` if a folder holds things that are not a store's."""
     # FORMAT too: another process may make a store here while this looks.
     ours = {"FORMAT", "registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "jobs", "reserve"}
-    ours |= {"lock", "lock.gate"}
+    ours |= {"lock", "lock.gate", "registry.db.kept"}
     if not root.is_dir() or StorePaths(root).format.exists():
         return
     if foreign := {entry.name for entry in root.iterdir()} - ours:

@@ -23,7 +23,8 @@ from registry.conversion import code_record, generator_record
 from registry.database import Part
 from registry.errors import GeneratorConflict, GeneratorNotFound, LastCopy
 from registry.names import some
-from registry.rows import RowWriter, table_of
+from registry.row_checks import COLUMN
+from registry.rows import RowWriter, check_rows, table_of
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,10 @@ def _link(session: Session, parent_id: int, generator_id: int, without: Sequence
     """Give a generator the codes of its parent and what was measured of them, without those of some tasks."""
     # Copied inside SQLite: a fleet has thousands of codes.
     for table in map(table_of, (models.Code, models.Evaluation)):
-        columns = [column for column in table.columns if column.key not in ("id", "generator_id")]
-        chosen = select(literal(generator_id), *columns).where(
-            table.c.generator_id == parent_id, table.c.task_id.not_in(without)
-        )
+        columns = [column for column in table.columns if column.key not in ("id", "generator_id", COLUMN)]
+        copied = table.c.generator_id == parent_id, table.c.task_id.not_in(without)
+        check_rows(session, table, *copied)
+        chosen = select(literal(generator_id), *columns).where(*copied)
         session.execute(insert(table).from_select(["generator_id", *(column.key for column in columns)], chosen))
 
 

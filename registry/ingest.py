@@ -11,23 +11,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from sqlalchemy import Connection, delete, exists, insert, select, update
+from sqlalchemy import ColumnElement, Connection, FromClause, delete, exists, func, insert, select, update
 
 from registry import records
 from registry import schema as models
 from registry.base_models import find_labels, names_of
 from registry.blobs.content import Blobs
-from registry.conversion import task_folder, unusual_source, usual_source
+from registry.conversion import is_bundle_source, task_folder, unusual_source, usual_source
 from registry.errors import TaskConflict
 from registry.names import UNKNOWN_BASE, check_name
 from registry.records import Description, EvictedAdapter, description_of
-from registry.rows import RowNumbers, in_parts, table_of, utc_now
+from registry.row_checks import COLUMN
+from registry.rows import RowNumbers, in_parts, same_names, table_of, utc_now
 
 AdapterKey = tuple[str, str, int | None]
 """What tells adapters of a task apart: weights, configuration, step."""
 
 _TASKS, _ADAPTERS, _VECTORS = map(table_of, (models.Task, models.Adapter, models.TaskVector))
 _BLOBS, _BASES, _EXTRAS = map(table_of, (models.Blob, models.BaseModel, models.Extra))
+_PLACE = func.coalesce(_ADAPTERS.c.source, _TASKS.c.folder)
+"""Where an adapter came from, but for the folder of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class KnownTask:
     adapters: frozenset[AdapterKey] = frozenset()
     evicted: Mapping[AdapterKey, int] = field(default_factory=dict)  # adapter -> row, without the final adapter
     evicted_final: int | None = None  # row of the final adapter, if its weights were deleted
+    never_here: frozenset[int] = frozenset()  # rows of those evicted ones that a bundle brought, without their weights
     # (weights, configuration) -> rows of those that are there and whose initial weights are not known
     without_initial: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
 
@@ -54,7 +58,7 @@ class KnownTask:
 def known_tasks(connection: Connection, names: Sequence[str]) -> dict[str, KnownTask]:
     """Return the tasks of these names, in any case, by name in lower case."""
     tasks: dict[int, KnownTask] = {}
-    for some in in_parts(names):
+    for some in in_parts(same_names(connection, names)):
         tasks |= {task.id: task for task in _tasks(connection, some)}
     for ids in in_parts(list(tasks)):
         _add_adapters(connection, ids, tasks)
@@ -74,6 +78,7 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
         select(
             *(_TASKS.c.name, _TASKS.c.folder, _ADAPTERS.c.source, _ADAPTERS.c.step, _ADAPTERS.c.is_final),
             *(weights.c.digest, weights.c.size, config.c.digest, _ADAPTERS.c.tensors_key),
+            *_checks(_TASKS, _ADAPTERS, weights, config),
         )
         .join_from(_ADAPTERS, _TASKS)
         .join(weights, _ADAPTERS.c.weights_id == weights.c.id)
@@ -81,7 +86,7 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
         .order_by(_TASKS.c.name, _ADAPTERS.c.is_final.desc(), _ADAPTERS.c.id)
     )
     origins: dict[str, records.TaskOrigin] = {}
-    for name, folder, source, step, is_final, digest, size, config_digest, key in connection.execute(query):
+    for name, folder, source, step, is_final, digest, size, config_digest, key, *_ in connection.execute(query):
         place = usual_source(folder, step, is_final=is_final) if source is None else source
         if (known := origins.get(name)) is not None:
             origins[name] = replace(known, sources=(*known.sources, place))
@@ -91,17 +96,25 @@ def task_origins(connection: Connection) -> list[records.TaskOrigin]:
 
 
 def evicted_adapters(connection: Connection) -> list[EvictedAdapter]:
-    """Return all adapters whose weights were deleted, by task."""
+    """Return all adapters whose weights were deleted, by task; not those that never were here, but in a bundle."""
     weights, config = _BLOBS.alias(), _BLOBS.alias()
     query = (
-        select(_TASKS.c.name, weights.c.digest, config.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final)
+        select(
+            *(_TASKS.c.name, weights.c.digest, config.c.digest, _ADAPTERS.c.step, _ADAPTERS.c.is_final, _PLACE),
+            *_checks(_TASKS, _ADAPTERS, weights, config),
+        )
         .join_from(_ADAPTERS, _TASKS)
         .join(weights, _ADAPTERS.c.weights_id == weights.c.id)
         .join(config, _ADAPTERS.c.config_id == config.c.id)
         .where(_ADAPTERS.c.evicted_at.is_not(None))
         .order_by(_TASKS.c.name, _ADAPTERS.c.id)
     )
-    return [EvictedAdapter(*row) for row in connection.execute(query)]
+    return [EvictedAdapter(*row[:5]) for row in connection.execute(query) if not is_bundle_source(row[5])]
+
+
+def _checks(*tables: FromClause) -> list[ColumnElement[int]]:
+    """Return the columns that a statement asks for to have the rows of these tables checked."""
+    return [table.c[COLUMN] for table in tables]
 
 
 def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
@@ -110,13 +123,14 @@ def _tasks(connection: Connection, names: Sequence[str]) -> list[KnownTask]:
         select(
             *(_TASKS.c.id, _TASKS.c.name, _BASES.c.name, samples.c.digest, eval_data.c.digest),
             *(_TASKS.c.pinned, _TASKS.c.folder, _TASKS.c.note, _TASKS.c.tags),
+            *_checks(_TASKS, _BASES, samples, eval_data),
         )
         .join_from(_TASKS, _BASES)
         .outerjoin(samples, _TASKS.c.samples_id == samples.c.id)
         .outerjoin(eval_data, _TASKS.c.eval_id == eval_data.c.id)
         .where(_TASKS.c.name.in_(names))
     )
-    return [KnownTask(*row) for row in connection.execute(query)]
+    return [KnownTask(*row[:9]) for row in connection.execute(query)]
 
 
 def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, KnownTask]) -> None:
@@ -124,19 +138,22 @@ def _add_adapters(connection: Connection, ids: Sequence[int], tasks: dict[int, K
     query = (
         select(
             *(_ADAPTERS.c.task_id, weights.c.digest, config.c.digest, _ADAPTERS.c.step),
-            *(_ADAPTERS.c.is_final, _ADAPTERS.c.evicted_at, _ADAPTERS.c.id, _ADAPTERS.c.initial_id),
+            *(_ADAPTERS.c.is_final, _ADAPTERS.c.evicted_at, _ADAPTERS.c.id, _ADAPTERS.c.initial_id, _PLACE),
+            *_checks(_TASKS, _ADAPTERS, weights, config),
         )
         .join_from(_ADAPTERS, weights, _ADAPTERS.c.weights_id == weights.c.id)
+        .join(_TASKS, _ADAPTERS.c.task_id == _TASKS.c.id)
         .join(config, _ADAPTERS.c.config_id == config.c.id)
         .where(_ADAPTERS.c.task_id.in_(ids))
     )
-    for task_id, *digests, step, is_final, evicted_at, number, initial in connection.execute(query):
-        task, (weights_digest, config_digest) = tasks[task_id], digests
-        key = (weights_digest, config_digest, step)
+    for task_id, weight, setting, step, is_final, evicted_at, number, initial, place, *_ in connection.execute(query):
+        task, key = tasks[task_id], (weight, setting, step)
         task = replace(task, adapters=task.adapters | {key})
         if initial is None and evicted_at is None:
             rows = (*task.without_initial.get(key[:2], ()), number)
             task = replace(task, without_initial={**task.without_initial, key[:2]: rows})
+        if evicted_at is not None and is_bundle_source(place):
+            task = replace(task, never_here=task.never_here | {number})
         if is_final:
             task = replace(task, final=key[:2], evicted_final=None if evicted_at is None else number)
         elif evicted_at is not None:
@@ -162,8 +179,17 @@ class _Decision:
     def outcome(self) -> records.IngestOutcome:
         name = self.ingest.name if self.known is None else self.known.name
         seen = 0 if self.status == "skipped" else len(self.ingest.adapters) - len(self.new)
-        left, back = (0, len(self.evicted)) if self.ingest.restore else (len(self.evicted), 0)
+        back = sum(map(self.comes_back, self.evicted))
+        left = len(self.evicted) - back
         return records.IngestOutcome(name, len(self.new), seen, self.status, self.base_model, left, back)
+
+    def comes_back(self, key: AdapterKey) -> bool:
+        """Say whether the weights of an evicted adapter are stored: nobody here has checked what a bundle brought."""
+        return self.ingest.restore or self.is_new_here(self.evicted[key])
+
+    def is_new_here(self, row: int) -> bool:
+        """Say whether the weights of an adapter have never been in the store."""
+        return self.known is not None and row in self.known.never_here
 
     @property
     def is_moved(self) -> bool:
@@ -179,13 +205,13 @@ class _Decision:
         yield from filter(None, (self.ingest.samples, self.ingest.eval_data))
         for adapter in self.ingest.adapters:
             yield from filter(None, (adapter.config, adapter.card, *(extra.blob for extra in adapter.extras)))
-            if self.ingest.restore or _key(adapter) not in self.evicted:
+            if _key(adapter) not in self.evicted or self.comes_back(_key(adapter)):
                 yield from filter(None, (adapter.weights, adapter.initial))
 
     def revised(self) -> Iterator[tuple[int, records.NewAdapter]]:
         """Yield the rows that take over what is known of their adapter now: it is back, or has its initial weights."""
         for adapter in self.ingest.adapters:
-            if self.ingest.restore and _key(adapter) in self.evicted:
+            if _key(adapter) in self.evicted and self.comes_back(_key(adapter)):
                 yield self.evicted[_key(adapter)], adapter
             elif self.known is not None and self.status != "skipped" and adapter.initial is not None:
                 rows = self.known.without_initial.get((adapter.weights, adapter.config), ())
@@ -285,6 +311,7 @@ def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision])
     numbers = RowNumbers(connection, files)
     blobs = numbers.blobs(digest for item in decisions for digest in item.digests())
     revised = [(row, new) for item in decisions for row, new in item.revised()]
+    placed = {row: item.folder() for item in decisions for row, _ in item.revised() if item.is_new_here(row)}
     described = [*(new for item in decisions for new in item.new), *(new for _, new in revised)]
     descriptions = numbers.documents(map(description_of, described))
     labels = find_labels(connection, {item.ingest.base_model for item in decisions})
@@ -310,6 +337,10 @@ def _write(connection: Connection, files: Blobs, decisions: Sequence[_Decision])
             "description_id": descriptions[description_of(adapter)],
             "tensors_key": adapter.tensors_key,
         }
+        if row in placed:  # until now its place was a bundle, and all that is known of it what that says
+            values["source"] = unusual_source(adapter.source, placed[row], adapter.step, is_final=adapter.is_final)
+            values["card_id"] = _number(blobs, adapter.card)
+            connection.execute(delete(_EXTRAS).where(_EXTRAS.c.adapter_id == row))
         connection.execute(update(_ADAPTERS).where(_ADAPTERS.c.id == row).values(values))
     _write_extras(connection, [row for row, _ in revised], [new for _, new in revised], blobs)
 

@@ -122,18 +122,17 @@ def _error() -> Expression:
     return func.icm_root(_current(select(squared).select_from(Code)).scalar_subquery())
 
 
-def gain() -> Expression:
+def _gain() -> Expression:
     """Return the retained gain of what the row's task decodes to: code and residual, or the code."""
     return _measured(Evaluation.retained_gain)
 
 
-def gain_settings() -> Expression:
-    """Return how that gain was measured."""
-    settings = select(Document.body).where(Document.id == Evaluation.settings_id).scalar_subquery()
-    return _measured(settings)
+def measurement() -> Expression:
+    """Return the number of the row that has that gain."""
+    return _measured(Evaluation.id)
 
 
-def _measured(column: ColumnElement[Any] | InstrumentedAttribute[Any]) -> Expression:
+def _measured(column: InstrumentedAttribute[Any]) -> Expression:
     source = Evaluation.rung.type
     better = case((Code.residual_id.is_(None), literal("code", source)), else_=literal("residual", source))
     found = select(column).select_from(Code)
@@ -175,7 +174,7 @@ _FIELDS: dict[str, Callable[[], Expression]] = {
     "size": _size,
     "code": _code_size,
     "extras": _extras,
-    "gain": gain,
+    "gain": _gain,
     "error": _error,
     "tag": _tag,
     "status": _status,

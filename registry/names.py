@@ -22,9 +22,14 @@ LoadIn = Literal["nf4", "int8"]
 """In what few bits the weights of a base model can be loaded; their order is part of the schema."""
 LOAD_IN = get_args(LoadIn)
 
-# Such a name means the same on every file system, in a URL and in a shell.
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+MAX_NAME_BYTES = 192
+"""In UTF-8: with an ending it is still the name of a file, which may take 255 bytes."""
+# Such a name means the same on every file system, and a shell takes it as one word. Spaces are not allowed: commands
+# print lists of names for others to read, and these split at spaces.
+_ASCII_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Letters and marks that show nothing, so that two names could look alike: joiners, fillers, variation selectors.
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_MODULE_NAME = re.compile(r"\w[\w-]*(?:\.\w[\w-]*)*", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=+-]{0,63}")
 MAX_NOTE = 4000
 # Windows allows none of these in the name of a file, and `/` and `\\` would lead out of its folder.
@@ -33,7 +38,7 @@ _MAX_FILE_NAME = 255  # bytes, on most file systems
 _DIGITS = re.compile(r"(\d+)")
 # Windows opens a device, not a file, for these, whatever the extension.
 _WINDOWS_NAMES = frozenset(
-    ["con", "prn", "aux", "nul", *(f"com{n}" for n in range(1, 10)), *(f"lpt{n}" for n in range(1, 10))]
+    ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "123456789¹²³")]
 )
 
 
@@ -43,13 +48,24 @@ def task_name_problem(name: str) -> str | None:
         return "the name is empty"
     if len(name) > MAX_NAME:
         return f"the name has {len(name)} characters, more than {MAX_NAME}"
-    if unicodedata.normalize("NFC", name) != name:
+    if not (_ASCII_NAME.fullmatch(name) if name.isascii() else _is_one_word(name)):
+        return "a name has letters and digits of any script, '.', '_' and '-', and starts with a letter or a digit"
+    if not unicodedata.is_normalized("NFC", name):
         return "the name is not in Unicode's composed form (NFC)"
-    if not _TASK_NAME.fullmatch(name):
-        return "a name has letters, digits, '.', '_' and '-', and starts with a letter or a digit"
+    if (size := len(name.encode())) > MAX_NAME_BYTES:
+        return f"the name takes {size} bytes, more than {MAX_NAME_BYTES}"
     if name.split(".")[0].lower() in _WINDOWS_NAMES:
         return "the name is reserved by Windows"
     return None
+
+
+def _is_one_word(name: str) -> bool:
+    return unicodedata.category(name[0])[0] != "M" and all(map(is_name_character, name)) and name[0] not in "._-"
+
+
+def is_name_character(char: str) -> bool:
+    """Say whether the name of a task may have a character: letters, marks and numbers of every script, and `._-`."""
+    return (unicodedata.category(char)[0] in "LMN" and not _UNSEEN.match(char)) or char in "._-"
 
 
 def check_name(name: str) -> str:
@@ -89,7 +105,7 @@ def is_text(text: str) -> bool:
 
 
 def is_module_name(name: str) -> bool:
-    """Return whether a name is a dotted path of plain identifiers, as in `model.layers.0.self_attn.q_proj`."""
+    """Return whether a name is a dotted path of words, as in `model.layers.0.self_attn.q_proj` or `experts.en-de`."""
     return _MODULE_NAME.fullmatch(name) is not None
 
 

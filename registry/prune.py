@@ -10,7 +10,7 @@ file stays. Evicted adapters, and the texts of evaluations, are referred to and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,10 @@ from sqlalchemy.orm import InstrumentedAttribute
 from registry import files as fs
 from registry.blobs.content import Blobs
 from registry.database import Database
+from registry.errors import MissingBlob
 from registry.files import failpoint
 from registry.folder import StorePaths
+from registry.kept import keep
 from registry.locks import FileLock
 from registry.rows import in_parts
 from registry.schema import (
@@ -60,6 +62,7 @@ BLOB_COLUMNS: tuple[BlobColumn, ...] = (
     Code.residual_id,
     Evaluation.data_id,
 )
+_START = 64  # bytes of a blob by which its kind is known
 _CHUNK = 200  # rows deleted per commit, so that the journal stays small on a full disk
 
 
@@ -68,12 +71,15 @@ class PruneReport:
     """What prune removed, or would remove."""
 
     blobs: int  # that no row refers to
-    temporary_files: int  # left by killed writers
+    temporary_files: int  # left by killed writers, and what quarantine held if that was asked for
     freed_bytes: int
+    set_aside: int = 0  # further blobs, moved to quarantine: nobody could make them again
+    set_aside_bytes: int = 0
 
 
 def drop_evicted(database: Database, blobs: Blobs, digests: Sequence[str]) -> int:
     """Delete the files of these blobs unless a row needs their bytes, and return the bytes freed; the rows stay."""
+    database.must_be_sound()
     needed: set[str] = set()  # cannot grow meanwhile: the caller holds the exclusive lock
     with database.read() as session:
         for some in in_parts(digests):
@@ -83,6 +89,7 @@ def drop_evicted(database: Database, blobs: Blobs, digests: Sequence[str]) -> in
 
 def evicted_files(database: Database, blobs: Blobs) -> list[str]:
     """Return the digests of files that only evicted adapters refer to: what a killed `evict` left."""
+    database.must_be_sound()
     with database.read() as session:
         query = select(Blob.digest).where(blob_references(Adapter, needed=False), ~is_needed()).order_by(Blob.digest)
         digests = session.scalars(query).all()
@@ -95,7 +102,7 @@ def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests:
     if not blobs.unwanted:
         return
     with lock.try_exclusive() as is_alone:
-        if not is_alone:  # the files stay for the next call, or for prune
+        if not is_alone or not database.is_sound():  # the files stay for the next call, or for prune
             return
         kept: set[str] = set()
         with database.write() as session:
@@ -107,21 +114,50 @@ def drop_unreferenced(lock: FileLock, database: Database, blobs: Blobs, digests:
         blobs.unwanted.clear()
 
 
-def prune(database: Database, blobs: Blobs, paths: StorePaths, *, grace: float, dry_run: bool = False) -> PruneReport:
-    """Remove what no row refers to, or only say what would go; files younger than `grace` seconds stay."""
+def prune(
+    database: Database,
+    blobs: Blobs,
+    paths: StorePaths,
+    *,
+    grace: float,
+    is_precious: Callable[[bytes], bool] = lambda start: False,
+    empty_quarantine: bool = False,
+    dry_run: bool = False,
+) -> PruneReport:
+    """Remove what no row refers to, or only say what would go; files younger than `grace` seconds stay.
+
+    A blob that `is_precious`, by its first bytes, is moved to quarantine instead, unless that is to be emptied as well.
+    """
+    database.must_be_sound()
     newest = time.time() - grace  # young files may be another writer's, where file locks do not lock
     with database.read() as session:
         needed = set(session.scalars(select(Blob.digest).where(is_needed())))
     doomed = {blob.digest: blob.size for blob in blobs.all() if blob.digest not in needed and blob.modified <= newest}
-    temporary = _older(paths.tmp, newest)
+    temporary, precious = _older(paths.tmp, newest), set[str]()
+    if empty_quarantine:
+        temporary |= _older(paths.quarantine, newest)
+    else:
+        precious = {digest for digest in doomed if is_precious(_start_of(blobs, digest))}
     if not dry_run:
+        keep(database, paths)
         _delete_rows(database)
         failpoint("garbage-rows-gone")
-        blobs.delete(doomed)
+        for digest in sorted(precious):
+            blobs.quarantine(digest)
+        blobs.delete(digest for digest in doomed if digest not in precious)
         with fs.store_errors(paths.tmp):
             for path in temporary:
                 fs.unlink(path)
-    return PruneReport(len(doomed), len(temporary), sum(doomed.values()) + sum(temporary.values()))
+    aside = sum(doomed[digest] for digest in precious)
+    freed = sum(doomed.values()) + sum(temporary.values()) - aside
+    return PruneReport(len(doomed) - len(precious), len(temporary), freed, len(precious), aside)
+
+
+def _start_of(blobs: Blobs, digest: str) -> bytes:
+    try:
+        return blobs.start(digest, _START)
+    except MissingBlob:  # during a dry run, another process removed it
+        return b""
 
 
 def is_referenced() -> ColumnElement[bool]:

@@ -266,6 +266,27 @@ class NewCode:
 
 
 @dataclass(frozen=True)
+class Claim(WithRelativeError):
+    """What a bundle says of a code that it brought. Nothing here has measured it, so it decides nothing."""
+
+    squared_error: float | None
+    measured: Json | None = None  # how well it does, in the fields of a bundle
+
+    @property
+    def retained_gain(self) -> float | None:
+        """The retained gain that is claimed."""
+        found = (self.measured or {}).get("retained_gain")
+        return found if isinstance(found, float) else None
+
+    @property
+    def precision(self) -> str | None:
+        """The precision of the base model on which that is said to be measured."""
+        settings = (self.measured or {}).get("settings")
+        found = settings.get("dtype") if isinstance(settings, Mapping) else None
+        return found if isinstance(found, str) else None
+
+
+@dataclass(frozen=True)
 class CodeRecord(WithRelativeError):
     """A code in the store."""
 
@@ -279,6 +300,7 @@ class CodeRecord(WithRelativeError):
     squared_error: float | None
     asked: Asked | None
     residual: ResidualRecord | None
+    claim: Claim | None = None  # of the bundle that it came in, until it is measured
 
     @property
     def rung(self) -> Literal["residual", "code"]:

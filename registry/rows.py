@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import ColumnElement, Connection, Table, select
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
@@ -117,6 +118,11 @@ def table_of(model: type[models.Base]) -> Table:
     return cast(Table, model.__table__)
 
 
+def check_rows(session: Session, table: Table, *conditions: ColumnElement[bool]) -> None:
+    """Raise unless the rows of a table that some conditions hold for have the values that they were written with."""
+    session.execute(select(table.c.crc).where(*conditions)).all()
+
+
 def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
     """Split values into parts that one statement takes as variables."""
     for at in range(0, len(values), MAX_VARIABLES):
@@ -175,9 +181,28 @@ class RowNumbers:
         return found
 
 
+def task_named(session: Session, name: str) -> models.Task | None:
+    """Return a task by name, in any case and composed or not; None if there is none."""
+    composed = unicodedata.normalize("NFC", name)
+    task = session.scalar(select(models.Task).where(models.Task.name == composed))
+    if task is None and not composed.isascii():
+        same = same_names(session.connection(), [composed])
+        task = session.scalar(select(models.Task).where(models.Task.name.in_(same)))
+    return task
+
+
+def same_names(connection: Connection, names: Sequence[str]) -> list[str]:
+    """Return names, and those of the store that differ from them in case only."""
+    if all(map(str.isascii, names)):  # the column compares ASCII letters in any case, and no others
+        return list(names)
+    wanted = {name.lower() for name in names}
+    stored = connection.execute(select(table_of(models.Task).c.name)).scalars()
+    return [*names, *(name for name in stored if name.lower() in wanted)]
+
+
 def find_task(session: Session, name: str) -> models.Task:
-    """Return a task by name, in any case; the error if there is none holds the closest names."""
-    task = session.scalar(select(models.Task).where(models.Task.name == name))
+    """Return a task by name, as `task_named` does; the error if there is none holds the closest names."""
+    task = task_named(session, name)
     if task is None:
         # Names differ in case only by accident, so the search does not see case.
         names = {found.lower(): found for found in session.scalars(select(models.Task.name))}

@@ -8,9 +8,9 @@ with Store.open(path, create=True, command="icm ingest") as store:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from registry.blobs.backend import BlobBackend
     from registry.bundles import Bundles
     from registry.codes import Codes
+    from registry.errors import DamagedStore
     from registry.evaluations import Evaluations
     from registry.eviction import Originals
     from registry.generators import Generators
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from registry.usage import Usage
     from registry.vectors import Vectors
     from registry.verify import Finding
+
+    OnDamage = Callable[[str, DamagedStore], None]
 
 __all__ = ["Store"]
 
@@ -67,8 +70,9 @@ class Store:
         *,
         patience: Patience,
         command: str,
+        on_damage: OnDamage | None = None,
     ) -> None:
-        self._patience, self._command = patience, command
+        self._patience, self._command, self._on_damage = patience, command, on_damage
         self._paths = paths
         self._lock = lock
         self._db = database
@@ -86,6 +90,7 @@ class Store:
         patience: Patience | None = None,
         command: str = "icm",
         backend: BlobBackend | None = None,
+        on_damage: OnDamage | None = None,
     ) -> Self:
         """Open a store and hold it, shared with others, until :meth:`close`.
 
@@ -97,6 +102,8 @@ class Store:
             patience: what is left of these seconds, where the same command has other stores open.
             command: what this process does, for the message that others see.
             backend: where the bytes are, if not in the store folder.
+            on_damage: called with the name of a task with wrong rows and what is wrong, where many tasks are read: the
+                others are read without it. By default that is an error.
         """
         paths, patience = StorePaths(path), patience or Patience(lock_timeout)
         if create and not read_only:
@@ -120,14 +127,15 @@ class Store:
         except BaseException:
             lock.close()
             raise
-        return cls(paths, lock, database, backend or LocalBackend(paths), patience=patience, command=command)
+        where = paths, lock, database, backend or LocalBackend(paths)
+        return cls(*where, patience=patience, command=command, on_damage=on_damage)
 
     @cached_property
     def tasks(self) -> Tasks:
         """Tasks with their adapters."""
         from registry.tasks import Tasks
 
-        return Tasks(*self._parts)
+        return Tasks(*self._parts, on_damage=self._on_damage)
 
     @cached_property
     def base_models(self) -> BaseModels:
@@ -235,15 +243,27 @@ class Store:
 
         return measure(self._db, self.blobs, self._paths)
 
-    def prune(self, *, grace: float = GRACE_SECONDS, dry_run: bool = False) -> PruneReport:
-        """Delete blobs that no row refers to, and leftovers of killed commands, if older than `grace` seconds."""
+    def prune(
+        self,
+        *,
+        grace: float = GRACE_SECONDS,
+        is_precious: Callable[[bytes], bool] = lambda start: False,
+        empty_quarantine: bool = False,
+        dry_run: bool = False,
+    ) -> PruneReport:
+        """Delete blobs that no row refers to, and leftovers of killed commands, if older than `grace` seconds.
+
+        Blobs that are precious, by their first bytes, go to quarantine, unless that is to be emptied as well.
+        """
         from registry.prune import prune
 
+        do = partial(prune, self._db, self.blobs, self._paths, grace=grace, is_precious=is_precious)
+        do = partial(do, empty_quarantine=empty_quarantine, dry_run=dry_run)
         if dry_run:
-            return prune(self._db, self.blobs, self._paths, grace=grace, dry_run=True)
+            return do()
         self._db.must_write()
         with self._lock.exclusive():
-            report = with_reserve(self._paths, lambda: prune(self._db, self.blobs, self._paths, grace=grace))
+            report = with_reserve(self._paths, do)
             restore_reserve(self._paths)
         return report
 

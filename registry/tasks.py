@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from sqlalchemy import ColumnElement, Select, delete, func, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy.orm import Session, aliased, lazyload, selectinload
 
 from registry import records, rows
 from registry import schema as models
@@ -19,13 +20,32 @@ from registry.folder import restore_reserve, with_reserve
 from registry.names import check_name, check_note, check_tag
 
 if TYPE_CHECKING:
+    from registry.blobs.content import Blobs
+    from registry.database import Database
     from registry.filters import Selection
+    from registry.folder import StorePaths
+    from registry.locks import FileLock
+    from registry.store import OnDamage
+
+T = TypeVar("T")
 
 _PAGE = 256
 
 
 class Tasks(Part):
     """Tasks with their adapters."""
+
+    def __init__(
+        self,
+        paths: StorePaths,
+        lock: FileLock,
+        database: Database,
+        blobs: Blobs,
+        *,
+        on_damage: OnDamage | None = None,
+    ) -> None:
+        super().__init__(paths, lock, database, blobs)
+        self._on_damage = on_damage
 
     def ingest_one(self, task: records.TaskIngest) -> records.IngestOutcome:
         """Record one task; see :meth:`ingest`."""
@@ -44,10 +64,22 @@ class Tasks(Part):
 
     def all(self) -> Iterator[records.TaskRecord]:
         """Yield all tasks by name. Each page is one short read, so that a slow reader delays nobody."""
-        after = ""
-        while page := self._task_page(after):
-            yield from page
-            after = page[-1].name
+        with self._db.read() as session:
+            ids = session.scalars(select(models.Task.id).order_by(models.Task.name)).all()
+        for some in _pages(ids):
+            yield from self._undamaged(self._task_page, some)
+
+    def named(self, names: Sequence[str]) -> list[records.TaskRecord]:
+        """Return tasks by name, in any case, each as often as it is named."""
+        found = list[records.TaskRecord]()
+        for name in names:
+            try:
+                found.append(self.get(name))
+            except DamagedStore as error:
+                if self._on_damage is None or len(names) == 1:
+                    raise
+                self._on_damage(name, error)
+        return found
 
     def get(self, name: str) -> records.TaskRecord:
         """Return a task by name, in any case."""
@@ -63,11 +95,13 @@ class Tasks(Part):
     def a_config(self, base_model: str) -> str | None:
         """Return the digest of the configuration of one final adapter of a base model; None if there is none."""
         adapter, task = models.Adapter, models.Task
-        query = select(models.Blob.digest).join_from(adapter, models.Blob, adapter.config_id == models.Blob.id)
+        query = select(models.Blob.digest, adapter.crc, models.Blob.crc)
+        query = query.join_from(adapter, models.Blob, adapter.config_id == models.Blob.id)
         query = query.join(task, adapter.task_id == task.id).join(models.BaseModel)
         query = query.where(models.BaseModel.name == base_model, adapter.is_final).order_by(task.id).limit(1)
         with self._db.read() as session:
-            return session.scalar(query)
+            row = session.execute(query).first()
+        return None if row is None else row.digest
 
     def without_vectors(self) -> list[str]:
         """Return the names of the tasks that have no task vector yet, in order."""
@@ -88,7 +122,8 @@ class Tasks(Part):
         from registry import listing  # not needed to read one task
 
         with self._db.read() as session:
-            return list(session.scalars(listing.query(session, models.Task.name, selection)))
+            ids = session.scalars(listing.query(session, models.Task.id, selection)).all()
+        return [name for some in _pages(ids) for name in self._undamaged(self._name_page, some)]
 
     def summaries(self, selection: Selection | None = None) -> Iterator[records.TaskSummary]:
         """Yield the selected tasks, in the order asked for, with what a listing shows of them; few at a time."""
@@ -96,16 +131,41 @@ class Tasks(Part):
 
         with self._db.read() as session:
             ids = session.scalars(listing.query(session, models.Task.id, selection)).all()
-        for at in range(0, len(ids), _PAGE):
-            yield from self._summary_page(ids[at : at + _PAGE])
+        for some in _pages(ids):
+            yield from self._undamaged(self._summary_page, some)
+
+    def _undamaged(self, load: Callable[[Sequence[int]], list[T]], ids: Sequence[int]) -> list[T]:
+        """Load what some tasks are to be shown as, without those that have wrong rows."""
+        try:
+            return load(ids)
+        except DamagedStore as error:
+            if self._on_damage is None:
+                raise
+            if len(ids) > 1:
+                return [one for number in ids for one in self._undamaged(load, [number])]
+            self._on_damage(self._name_of(ids[0]), error)
+            return []
+
+    def _name_of(self, number: int) -> str:
+        """Return the name of a task that may be damaged."""
+        with self._db.read() as session:
+            return session.scalar(select(models.Task.name).where(models.Task.id == number)) or f"number {number}"
 
     def adapters(self, task: str) -> list[records.AdapterRecord]:
         """Return the adapters of a task: checkpoints by step, the final one last."""
+        return self.whole(task)[1]
+
+    def whole(self, task: str) -> tuple[records.TaskRecord, list[records.AdapterRecord]]:
+        """Return a task and its adapters as `adapters` does, with one look."""
         adapter = models.Adapter
         with self._db.read() as session:
-            query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id)
-            query = query.order_by(adapter.is_final, adapter.step, adapter.id)
-            return [adapter_record(row) for row in session.scalars(query)]
+            every = select(adapter).order_by(adapter.is_final, adapter.step, adapter.id)
+            found = session.scalars(every.join(models.Task).where(models.Task.name == task)).all()
+            if not found:  # the name is spelled otherwise, or there is no such task
+                found = session.scalars(every.where(adapter.task_id == rows.find_task(session, task).id)).all()
+            if not found:
+                raise DamagedStore(f"task {task!r} has no final adapter", hint="remove it and ingest it again")
+            return task_record(found[0].task), [adapter_record(row) for row in found]
 
     def final(self, task: str) -> records.AdapterRecord:
         """Return the adapter of a task that is materialized."""
@@ -134,11 +194,14 @@ class Tasks(Part):
             with self._db.write() as session:
                 session.execute(delete(models.Task).where(models.Task.id == task_id))
 
+        from registry.kept import keep  # not needed to read tasks
+
         self._db.must_write()
         with self._lock.exclusive():
             with self._db.read() as session:
                 # All are checked before the first one goes.
                 doomed = list(_doomed(session, names, last_copies))
+            keep(self._db, self._paths)
             for task in doomed:  # each in a commit of its own, so that the journal stays small on a full disk
                 with_reserve(self._paths, partial(forget, task.id))
             restore_reserve(self._paths)
@@ -161,11 +224,11 @@ class Tasks(Part):
 
     def rename(self, old: str, new: str) -> records.TaskRecord:
         """Give a task another name; raise `TaskConflict` if another task has it."""
-        check_name(new)
+        new = check_name(unicodedata.normalize("NFC", new))
         with self._db.write() as session:
             task = rows.find_task(session, old)
             if task.name != new:
-                other = session.scalar(select(models.Task).where(models.Task.name == new))
+                other = rows.task_named(session, new)
                 if other is not None and other is not task:
                     raise TaskConflict(other.name, fact=f"a task is named {other.name!r} already", choices=None)
                 task.name = new
@@ -187,8 +250,8 @@ class Tasks(Part):
     def tags(self) -> dict[str, int]:
         """Return how many tasks have each tag, by tag."""
         with self._db.read() as session:
-            query = select(models.Task.tags, func.count()).group_by(models.Task.tags)
-            return _counted_tags((tags, number) for tags, number in session.execute(query))
+            rows = session.execute(select(models.Task.tags, models.Task.crc))
+            return _counted_tags(tags for tags, _ in rows)
 
     def set_note(self, name: str, text: str | None) -> records.TaskRecord:
         """Replace the note of a task; None removes it."""
@@ -198,13 +261,21 @@ class Tasks(Part):
             task.note = note
             return task_record(task)
 
-    def _task_page(self, after: str) -> list[records.TaskRecord]:
+    def _name_page(self, ids: Sequence[int]) -> list[str]:
         with self._db.read() as session:
-            return [task_record(row) for row in session.scalars(_page_query(after))]
+            query = select(models.Task.id, models.Task.name, models.Task.crc).where(models.Task.id.in_(ids))
+            name_of = {number: name for number, name, _ in session.execute(query)}
+        return [name_of[number] for number in ids if number in name_of]
+
+    def _task_page(self, ids: Sequence[int]) -> list[records.TaskRecord]:
+        with self._db.read() as session:
+            query = select(models.Task).where(models.Task.id.in_(ids)).order_by(models.Task.name)
+            return [task_record(row) for row in session.scalars(query)]
 
     def _summary_page(self, ids: Sequence[int]) -> list[records.TaskSummary]:
         with self._db.read() as session:
-            found = {task.id: task for task in session.scalars(select(models.Task).where(models.Task.id.in_(ids)))}
+            query = select(models.Task).where(models.Task.id.in_(ids)).options(selectinload(models.Task.base_model))
+            found = {task.id: task for task in session.scalars(query)}
             return _summaries(session, [found[number] for number in ids if number in found])
 
 
@@ -219,32 +290,36 @@ def _doomed(session: Session, names: Sequence[str], last_copies: Collection[str]
         yield task_record(row)
 
 
-def _counted_tags(rows: Iterable[tuple[Sequence[str], int]]) -> dict[str, int]:
+def _counted_tags(rows: Iterable[Sequence[str]]) -> dict[str, int]:
     counts: dict[str, tuple[str, int]] = {}
-    for tags, number in rows:
+    for tags in rows:
         for tag in tags:
             shown, before = counts.get(tag.lower(), (tag, 0))
-            counts[tag.lower()] = shown, before + number
+            counts[tag.lower()] = shown, before + 1
     return dict(counts[tag] for tag in sorted(counts))
 
 
-def _page_query(after: str) -> Select[models.Task]:
-    return select(models.Task).where(models.Task.name > after).order_by(models.Task.name).limit(_PAGE)
+def _pages(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    for at in range(0, len(ids), _PAGE):
+        yield ids[at : at + _PAGE]
 
 
 def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.TaskSummary]:
     ids = [task.id for task in tasks]
     adapter, vector, code = models.Adapter, models.TaskVector, models.Code
-    finals = session.scalars(select(adapter).where(adapter.task_id.in_(ids), adapter.is_final))
+    # The tasks are here already, and many adapters share a description: each is read, and checked, once.
+    finals = session.scalars(
+        select(adapter)
+        .where(adapter.task_id.in_(ids), adapter.is_final)
+        .options(lazyload(adapter.task), selectinload(adapter.description), selectinload(adapter.config))
+    )
     codes = session.scalars(
         select(code)
         .join(models.Generator, code.generator_id == models.Generator.id)
         .where(code.task_id.in_(ids), models.Generator.is_current)
+        .options(lazyload(code.task))
     )
-    from registry import listing
-
-    measured = select(models.Task.id, listing.gain().label("gain"), listing.gain_settings().label("settings"))
-    gain_of = {row.id: row for row in session.execute(measured.where(models.Task.id.in_(ids)))}
+    gain_of = _gains(session, ids)
     final_of = {row.task_id: adapter_record(row) for row in finals}
     code_of = {row.task_id: code_record(row) for row in codes}
     adapters = _counts(session, adapter, ids, adapter.evicted_at.is_(None), ~adapter.is_final)
@@ -260,11 +335,24 @@ def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.T
             evicted_checkpoints=evicted.get(task.id, 0),
             vectors=vectors.get(task.id, 0),
             code=code_of.get(task.id),
-            gain=gain_of[task.id].gain,
-            gain_precision=(gain_of[task.id].settings or {}).get("dtype"),
+            gain=gain_of[task.id][0],
+            gain_precision=gain_of[task.id][1],
         )
         for task in tasks
     ]
+
+
+def _gains(session: Session, ids: Sequence[int]) -> dict[int, tuple[float | None, str | None]]:
+    """Return task -> the retained gain of what it decodes to, and the precision of the base model in that."""
+    from registry import listing
+
+    task, row, how = models.Task, models.Evaluation, models.Document
+    measured = select(task.id, listing.measurement().label("number")).where(task.id.in_(ids))
+    number_of = {found.id: found.number for found in session.execute(measured)}
+    query = select(row.id, row.retained_gain, how.body, row.crc, how.crc).join(how, how.id == row.settings_id)
+    rows = session.execute(query.where(row.id.in_(filter(None, number_of.values()))))
+    gains = {number: (gain, settings.get("dtype")) for number, gain, settings, *_ in rows}
+    return {task_id: gains.get(number, (None, None)) for task_id, number in number_of.items()}
 
 
 def _counts(

@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.rewriting import rewriting
 
 # Before anything imports torch: tiny tensors are slower on many threads, and parallel runs then share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -82,7 +82,7 @@ def trained(trained_template: Path, tmp_path: Path) -> Path:
 def own_loras(trained: Path, mixed_template: Path, tmp_path: Path) -> Path:
     """Folders of the mixed fleet that a test may change; the trained store says that it ingested them from there."""
     folder = Path(shutil.copytree(mixed_template / "loras", tmp_path / "loras"))
-    with closing(sqlite3.connect(trained / "registry.db")) as database, database:
+    with rewriting(trained / "registry.db") as database:
         for column in ("tasks.folder", "adapters.source"):
             table, name = column.split(".")
             moved = (str(mixed_template / "loras"), str(folder))

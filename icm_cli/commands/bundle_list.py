@@ -22,8 +22,8 @@ _COLUMNS = (
     Column("targets", shrink=True),
     Column("original", right=True),
     Column("code", right=True),
-    Column("relative error", right=True),
-    Column("gain", right=True),
+    Column("claimed error", right=True),
+    Column("claimed gain", right=True),
 )
 
 

@@ -64,7 +64,7 @@ BaseOfOpt = Annotated[
     typer.Option(
         "--base-model",
         metavar="NAME",
-        help="Base model of the adapters that name none; without it they are kept as originals only.",
+        help="Base model of image adapters, whatever they name, and of other adapters that name none.",
         show_default=False,
         autocompletion=completing("base"),
     ),
@@ -265,8 +265,10 @@ def _tell_end(session: Session, report: IngestReport, *, dry_run: bool, is_named
         session.out.note(joined_text(joined))
     if not is_named:
         _tell_names(session.out, report)
+    _tell_guesses(session.out, report)
     _tell_originals(session.out, report)
     _tell_converted(session.out, report)
+    _tell_wrapped(session.out, report)
     _tell_extras(session.out, report)
     _tell_decoded(session.out, report)
     _tell_duplicates(session.out, report)
@@ -291,6 +293,21 @@ def _tell_names(out: Output, report: IngestReport) -> None:
     if named:
         verb = "is" if len(named) == 1 else "are"
         out.note(f"{counted(len(named), 'task')} {verb} not called like the folder: {some(named)}")
+    foreign = [task.task for task in report.ingested if task.status == "added" and not task.task.isascii()]
+    if foreign:
+        out.hint(f"Tab completes names that are hard to type, and `icm mv {foreign[0]} NAME` gives one another name")
+
+
+def _tell_guesses(out: Output, report: IngestReport) -> None:
+    """Say which base models are no more than likely."""
+    guessed: dict[str, list[str]] = {}
+    for task in report.ingested:
+        if task.base_is_guess:
+            guessed.setdefault(task.base_model, []).append(task.task)
+    if guessed:
+        groups = [f"{base} for {some(tasks)}" for base, tasks in guessed.items()]
+        out.note(f"the base model is a guess from the sizes of the tensors: {'; '.join(groups)}")
+        out.hint("if it is wrong: `icm ingest --base-model NAME --on-conflict replace`")
 
 
 def _tell_originals(out: Output, report: IngestReport) -> None:
@@ -313,6 +330,15 @@ def _tell_converted(out: Output, report: IngestReport) -> None:
     if tasks:
         verb = "has" if len(tasks) == 1 else "have"
         out.note(f"{counted(len(tasks), 'task')} {verb} initial weights, and can have a code: {some(tasks)}")
+
+
+def _tell_wrapped(out: Output, report: IngestReport) -> None:
+    tasks = [f"{task.task} ({task.wrapper})" for task in report.ingested if task.wrapper is not None]
+    if tasks:
+        verb = "has" if len(tasks) == 1 else "have"
+        fact = f"{counted(len(tasks), 'task')} {verb} tensors with names of a wrapper, which PEFT does not load"
+        out.note(f"{fact}: {some(tasks)}")
+        out.hint("the original stays as it is; `icm materialize TASK --source code` writes names that PEFT finds")
 
 
 def _tell_extras(out: Output, report: IngestReport) -> None:

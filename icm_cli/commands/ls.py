@@ -11,7 +11,7 @@ from icm_cli.errors import UsageProblem
 from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import coded_size, errors_json
+from icm_cli.text import claim_json, claim_text, coded_size, errors_json
 from icmlora.fleet.precision import gain_text
 from icmlora.io.text import counted, human_size
 
@@ -33,7 +33,8 @@ def ls(
     ORIGINAL is the size of the original, "evicted" if its weights were deleted, or "pinned" if they never will be.
     CODE is the size of the code under the current generator, plus its residual if it has one; "-" means no code yet
     (run `icm train`), "original only" that there can be none (`icm show` says why). GAIN and RELATIVE ERROR are
-    those of the code, where they were measured. A narrow terminal shows fewer columns. --quiet prints only names.
+    those of the code, where they were measured here; what a bundle says of its codes is shown as claimed. A narrow
+    terminal shows fewer columns. --quiet prints only names.
 
     A filter is a field, one of = != > >= < <= ~ (contains), and a value; upper and lower case are the same. The fields
     are name, base, rank, size, code, extras, gain, error, tag, status (evicted, pinned, coded, original-only,
@@ -91,6 +92,10 @@ def _error(row: TaskSummary) -> str:
     return "" if squared is None else f"{math.sqrt(squared):.3f}"
 
 
+def _claimed(row: TaskSummary) -> str:
+    return "" if row.code is None or row.code.claim is None else claim_text(row.code.claim)
+
+
 def _extras(row: TaskSummary) -> str:
     return human_size(row.final.extras_bytes) if row.final.extras else ""
 
@@ -118,6 +123,7 @@ _COLUMNS = (
     _Cells(Column("code", right=True), _coded),
     _Cells(Column("gain", right=True, spare=7), _gain, is_rare=True),
     _Cells(Column("relative error", right=True, spare=8), _error, is_rare=True),
+    _Cells(Column("claimed by the bundle", shrink=True, spare=1), _claimed, is_rare=True),
     _Cells(Column("extras", right=True, spare=4), _extras, is_rare=True),
     _Cells(Column("tags", shrink=True, spare=2), lambda row: " ".join(row.task.tags), is_rare=True),
 )
@@ -146,5 +152,6 @@ def _as_json(row: TaskSummary) -> dict[str, object]:
         "retained_gain": row.gain,
         "precision": row.gain_precision,
         **errors_json(None if row.code is None else row.code.best_squared_error),
+        "claimed": None if row.code is None else claim_json(row.code.claim),
         "created_at": row.task.created_at,
     }

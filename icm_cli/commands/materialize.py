@@ -13,6 +13,7 @@ import typer
 from icm_cli.errors import UsageProblem
 from icm_cli.options import DeviceOpt, ForceOpt, FromOpt, LoaderOpt, SeedOpt, completing
 from icm_cli.session import Session, command
+from icm_cli.text import claim_json, claim_text
 from icmlora.fleet.precision import measured_in
 
 if TYPE_CHECKING:
@@ -262,6 +263,7 @@ def _tell(session: Session, done: MaterializeReport) -> None:
             "squared_error": done.squared_error,
             "retained_gain": done.retained_gain,
             "precision": done.precision,
+            "claimed": claim_json(done.claim),
             "weights": done.weights,
             "recognized": done.recognized,
             "left_out": list(done.left_out),
@@ -273,6 +275,8 @@ def _tell(session: Session, done: MaterializeReport) -> None:
         known = []  # nothing was lost
     figures = "".join(f", {name} {value:.4f}" for name, value in known if value is not None)
     figures += measured_in([done.precision]) if known and done.retained_gain is not None else ""
+    if done.claim is not None:
+        figures += f", {claim_text(done.claim)}: claimed by the bundle"
     origin = _FROM[done.source]
     if done.converted:
         name = done.adapter_format

@@ -16,7 +16,7 @@ NewNameArg = Annotated[str, typer.Argument(metavar="NEW", help="The name to give
 def mv(session: Session, task: TaskArg, new: NewNameArg) -> None:
     """Rename a task. Its adapters, vectors, codes and measurements stay with it.
 
-    A name has letters, digits, ".", "_" and "-". Bundles and folders that you wrote earlier keep the old name.
+    A name has letters and digits of any script, ".", "_" and "-". Bundles and folders from before keep the old name.
 
     Example:
       icm mv lora-final-v2 poems

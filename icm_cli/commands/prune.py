@@ -18,10 +18,24 @@ OlderThanOpt = Annotated[
     str, typer.Option("--older-than", metavar="AGE", help="Delete only files older than this, such as 30m, 1h or 7d.")
 ]
 
+EmptyOpt = Annotated[
+    bool, typer.Option("--empty-quarantine", help="Delete what would be set aside too, and what was set aside before.")
+]
+
 
 @command
-def prune(session: Session, older_than: OlderThanOpt = "1h", dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
+def prune(
+    session: Session,
+    older_than: OlderThanOpt = "1h",
+    empty_quarantine: EmptyOpt = False,
+    dry_run: DryRunOpt = False,
+    yes: YesOpt = False,
+) -> None:
     """Delete blobs that no task needs and files that interrupted commands left behind.
+
+    Codes, generators, residuals and weights are not deleted but set aside, in the folder quarantine of the store:
+    should they be missed after all, copy them back. --empty-quarantine deletes them for good. Nothing is deleted while
+    `icm verify` finds the database damaged.
 
     This changes nothing that `icm ls` shows. Files younger than --older-than stay, so a running `icm ingest` is safe
     even on file systems without locks.
@@ -30,12 +44,16 @@ def prune(session: Session, older_than: OlderThanOpt = "1h", dry_run: DryRunOpt 
       icm prune --dry-run
     """
     out, fleet, grace = session.out, session.fleet, seconds(older_than)
-    report = fleet.prune(grace=grace, dry_run=True)
-    what = f"{counted(report.blobs, 'blob')} and {counted(report.temporary_files, 'temporary file')}"
-    found = bool(report.blobs or report.temporary_files)
+    report = fleet.prune(grace=grace, empty_quarantine=empty_quarantine, dry_run=True)
+    files = "file" if empty_quarantine else "temporary file"
+    what = f"{counted(report.blobs, 'blob')} and {counted(report.temporary_files, files)}"
+    aside = counted(report.set_aside, "file of a code or of weights", "files of codes and weights")
+    found = bool(report.blobs or report.temporary_files or report.set_aside)
     deleted = False
-    if found and not dry_run and out.confirm(f"Delete {what} ({human_size(report.freed_bytes)})?", yes=yes):
-        report = fleet.prune(grace=grace)
+    question = f"Delete {what} ({human_size(report.freed_bytes)})"
+    question += f" and set {aside} aside ({human_size(report.set_aside_bytes)})?" if report.set_aside else "?"
+    if found and not dry_run and out.confirm(question, yes=yes):
+        report = fleet.prune(grace=grace, empty_quarantine=empty_quarantine)
         deleted = True
     out.document(
         {
@@ -43,10 +61,16 @@ def prune(session: Session, older_than: OlderThanOpt = "1h", dry_run: DryRunOpt 
             "blobs": report.blobs,
             "temporary_files": report.temporary_files,
             "size": report.freed_bytes,
+            "set_aside": report.set_aside,
+            "set_aside_size": report.set_aside_bytes,
         }
     )
     verb = "deleted" if deleted else "would delete" if found else "nothing to delete:"
     out.line(f"{verb} {what}; {human_size(report.freed_bytes)}")
+    if report.set_aside:
+        verb = "set" if deleted else "would set"
+        out.line(f"{verb} {aside} aside in quarantine; {human_size(report.set_aside_bytes)}")
+        out.hint("`icm prune --empty-quarantine` deletes them for good")
 
 
 def seconds(age: str) -> float:

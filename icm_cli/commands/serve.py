@@ -140,6 +140,16 @@ MaxRequestsOpt = Annotated[
         rich_help_panel=_LIMITS,
     ),
 ]
+MaxConnectionsOpt = Annotated[
+    int,
+    typer.Option(
+        "--max-connections",
+        metavar="N",
+        min=1,
+        help="How many connections one address may have open; at most a third of the file descriptors.",
+        rich_help_panel=_LIMITS,
+    ),
+]
 MaxBodyOpt = Annotated[
     str, typer.Option("--max-body", metavar="SIZE", help="Largest body of a request.", rich_help_panel=_LIMITS)
 ]
@@ -150,6 +160,12 @@ def _seconds(name: str, text: str) -> Any:
 
 
 ConnectTimeoutOpt = Annotated[float, _seconds("--connect-timeout", "How long to wait for a connection to the engine.")]
+HeaderTimeoutOpt = Annotated[
+    float, _seconds("--header-timeout", "How long the headers of a request may take to arrive.")
+]
+BodyTimeoutOpt = Annotated[
+    float, _seconds("--body-timeout", "How long the whole body of a request may take to arrive.")
+]
 FirstByteTimeoutOpt = Annotated[
     float, _seconds("--first-byte-timeout", "How long to wait for the beginning of the engine's answer.")
 ]
@@ -181,7 +197,10 @@ def serve(
     max_adapters: MaxAdaptersOpt = None,
     max_waiting: MaxWaitingOpt = 64,
     max_requests: MaxRequestsOpt = 512,
+    max_connections: MaxConnectionsOpt = 1024,
     max_body: MaxBodyOpt = "64MiB",
+    header_timeout: HeaderTimeoutOpt = 30.0,
+    body_timeout: BodyTimeoutOpt = 300.0,
     connect_timeout: ConnectTimeoutOpt = 5.0,
     first_byte_timeout: FirstByteTimeoutOpt = 600.0,
     idle_timeout: IdleTimeoutOpt = 120.0,
@@ -199,18 +218,28 @@ def serve(
       icm serve --engine-url http://127.0.0.1:8000
     """
     server = _server()
+    limits = server.Limits(
+        body=parse_bytes(max_body),
+        header=header_timeout,
+        whole_body=body_timeout,
+        first_byte=first_byte_timeout,
+        idle=idle_timeout,
+    )
+    known_token = _token(token, token_file, no_token)
     settings = server.GatewaySettings(
         engine_url=_address(engine_url),
         engine=None if engine == "auto" else engine,
         engine_token=engine_token or os.environ.get("ICM_ENGINE_TOKEN") or None,
         base_model=base_model,
-        token=_token(token, token_file, no_token),
+        token=known_token,
+        local_names=frozenset({host.lower()}) if known_token is None and not no_token else None,
+        max_connections=max_connections,
         max_adapters=max_adapters,
         max_requests=max_requests,
         max_waiting=max_waiting,
         connect_timeout=connect_timeout,
         drain=drain_seconds,
-        limits=server.Limits(body=parse_bytes(max_body), first_byte=first_byte_timeout, idle=idle_timeout),
+        limits=limits,
         access_log=access_log,
     )
     tasks = _tasks(session, bundle, base_model)
@@ -284,7 +313,11 @@ def _tell(session: Session, listening: socket, tasks: int, engine_url: str) -> N
     host, port = listening.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     session.out.event("listening", url=url, engine_url=engine_url, tasks_count=tasks)
-    session.out.note(f"serving {counted(tasks, 'task')} through the engine at {engine_url}")
+    # Which of them the engine's base model is for is in the log, once the engine answers.
+    session.out.note(f"{counted(tasks, 'task')} for the engine at {engine_url}")
+    if not tasks:
+        session.out.warn("there is no task to serve yet")
+        session.out.hint("`icm ingest` takes adapters into the store")
     session.out.answer(url)
     sys.stdout.flush()
 

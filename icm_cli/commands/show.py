@@ -10,7 +10,7 @@ import typer
 from icm_cli.options import TaskArg
 from icm_cli.output import Column
 from icm_cli.session import Session, command
-from icm_cli.text import as_fields, groups_json
+from icm_cli.text import as_fields, claim_json, claim_text, groups_json
 from icmlora.fleet.bill_text import limits_text
 from icmlora.fleet.metric_result import MetricResult
 from icmlora.fleet.precision import gain_text, measured_in
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from icmlora.adapter.metrics import GroupError
-    from icmlora.fleet.records import AdapterRecord, EvaluationRecord, TaskRecord
+    from icmlora.fleet.records import AdapterRecord, CodeRecord, EvaluationRecord, TaskRecord
     from icmlora.fleet.tasks import TaskDetails
 
 ErrorsOpt = Annotated[
@@ -121,6 +121,8 @@ def _coded(details: TaskDetails) -> list[tuple[str, str]]:
         return [("code", "-")]
     error = "" if code.relative_error is None else f", relative error {code.relative_error:.3f}"
     lines = [("code", f"{human_size(code.size)} under generator {generator.version}{error}")]
+    if code.claim is not None:
+        lines.append(("claimed by the bundle", f"{claim_text(code.claim)}; not measured here"))
     lines.append(("initialisation", _initial(details)))
     if code.residual is not None:
         residual = code.residual
@@ -232,11 +234,15 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         "nearest": [asdict(neighbour) for neighbour in details.nearest],
         "generator": None if generator is None else {"version": generator.version, "digest": generator.blob},
         "initial_seed": None if details.initial is None else details.initial.seed,
-        "code": None if details.code is None else _without_ids(as_fields(details.code)),
+        "code": None if details.code is None else _code_json(details.code),
         "evaluations": [
             {**_evaluation_json(details, entry), "is_current": entry in present} for entry in details.evaluations
         ],
     }
+
+
+def _code_json(code: CodeRecord) -> dict[str, object]:
+    return {**_without_ids(as_fields(code), "claim"), "claimed": claim_json(code.claim)}
 
 
 def _adapter_json(adapter: AdapterRecord) -> dict[str, object]:

@@ -11,7 +11,7 @@ import typer
 from icm_cli.output import Column, Output
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields, coded_size
-from icmlora.fleet.bill_text import disk_lines, saving_text, shortfalls
+from icmlora.fleet.bill_text import claims_text, disk_lines, saving_text, shortfalls
 from icmlora.fleet.precision import gain_text, measured_in
 from icmlora.io.text import counted, human_percent, human_size
 
@@ -82,6 +82,8 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
     out.line(_verdict(found))
     for line in shortfalls(task.asked for fleet in found.fleets for task in fleet.short if task.asked is not None):
         out.line(line)
+    if (claims := claims_text(found)) is not None:
+        out.line(claims)
     if plot is not None:
         out.note(f"drew {plot}")
 

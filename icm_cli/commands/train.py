@@ -29,12 +29,14 @@ from icm_cli.commands.train_options import (
     UpdateOpt,
     WidthOpt,
 )
+from icm_cli.commands.vectors import tell_failure
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt, WorkersOpt
 from icm_cli.output import Output
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
-from icmlora.errors import OtherProcessFailed
+from icmlora import IcmError
+from icmlora.errors import Cancelled, OtherProcessFailed
 from icmlora.fleet.precision import measured_in
 from icmlora.io.text import counted, human_duration, human_size
 from icmlora.training.ranks import launched
@@ -107,7 +109,7 @@ def train(
         wanted = None if tolerance is not None or refine == 0 else {"quality": quality, "refine": refine}
         partly = _finish(session, made, {"device": where, "workers": workers}, limits, wanted, evaluate=evaluate)
     if few_shot:
-        _train_few_shot(session, where, base_model, episodes, seed)
+        partly = _train_few_shot(session, where, base_model, episodes, seed) or partly
     if partly:  # only now: a task that misses a limit must not stop what comes after
         raise typer.Exit(ExitCode.PARTLY)
 
@@ -142,7 +144,7 @@ def _train(session: Session, options: dict[str, Any], *, few_shot: bool) -> _Mad
     if stopped:
         saved = f"saved a training checkpoint at step {report.stopped_at}" if report.stopped_at else "nothing was lost"
         raise Interrupted(f"interrupted; {saved}", hint="run the same command to continue")
-    partly = any(trained.left_out for trained in report.trained)
+    partly = bool(report.failed) or any(trained.left_out for trained in report.trained)
     return _Made([trained.base_model for trained in report.trained], partly=partly)
 
 
@@ -188,7 +190,7 @@ def _update(session: Session, options: dict[str, Any]) -> _Made:
     if stopped:
         unchanged = "interrupted; base models that are not listed did not change"
         raise Interrupted(unchanged, hint="run the same command again")
-    partly = any(updated.left_out for updated in report.updated)
+    partly = bool(report.failed) or any(updated.left_out for updated in report.updated)
     return _Made([updated.base_model for updated in report.updated if updated.tasks], report.tasks, partly)
 
 
@@ -216,7 +218,8 @@ def _refine(session: Session, made: _Made, options: dict[str, Any]) -> bool:
     return failed
 
 
-def _train_few_shot(session: Session, device: str, base_model: str | None, episodes: int, seed: int) -> None:
+def _train_few_shot(session: Session, device: str, base_model: str | None, episodes: int, seed: int) -> bool:
+    """Train the few-shot starts, and return whether a base model failed or a task was left out."""
     report, stopped = session.run(
         "episodes",
         lambda fleet: fleet.train_few_shot(device=device, base_model=base_model, episodes=episodes, seed=seed),
@@ -227,6 +230,7 @@ def _train_few_shot(session: Session, device: str, base_model: str | None, episo
     if stopped:
         hint = "`icm train --objective functional` starts the episodes again; generators and codes do not change"
         raise Interrupted("interrupted; no few-shot start was stored", hint=hint)
+    return bool(report.failed) or any(trained.left_out for trained in report.trained)
 
 
 def _tell(session: Session, event: Event) -> None:
@@ -235,6 +239,7 @@ def _tell(session: Session, event: Event) -> None:
     from icmlora.fleet.update import Updated
 
     out = session.out
+    tell_failure(session, event)
     if isinstance(event, StepDone):
         if event.at.step % _EVENT_EVERY == 0 or event.at.step == event.at.steps:
             out.event("step", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
@@ -257,6 +262,7 @@ def _tell(session: Session, event: Event) -> None:
 def _tell_few_shot(session: Session, event: Event) -> None:
     from icmlora.fleet.train_few_shot import EpisodeDone, FewShotTrained
 
+    tell_failure(session, event)
     if isinstance(event, EpisodeDone):
         session.out.event("episode", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
     elif isinstance(event, FewShotTrained):
@@ -313,6 +319,8 @@ def _sum_up_few_shot(session: Session, trained: FewShotTrained) -> None:
     gain = f"{1 - trained.loss:.2f} of the gain of their own adapters, on samples that were held out"
     took = f"{counted(trained.episodes, 'episode')} in {human_duration(trained.seconds)}"
     session.out.note(f"{took}; known tasks reach {gain}{measured_in([trained.precision])}")
+    for name, reason in trained.left_out.items():
+        session.out.warn(f"{name} took no part: {reason}")
 
 
 def _evaluate(session: Session, made: _Made, options: dict[str, Any]) -> bool:
@@ -324,4 +332,10 @@ def _evaluate(session: Session, made: _Made, options: dict[str, Any]) -> bool:
         if found.elsewhere:
             session.out.hint("`icm eval` measures the codes, with the base model and held-out text")
         return True
-    return evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), **options))
+    try:
+        return evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), **options))
+    except Cancelled:
+        raise
+    except IcmError as error:  # of the only task or base model that could be measured; the codes are made
+        session.out.warn(f"not measured: {', '.join(found.tasks)}: {error}")
+        return False

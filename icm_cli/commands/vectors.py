@@ -68,13 +68,17 @@ def tell_vectors(session: Session, event: Event) -> None:
 
 
 def tell_failure(session: Session, event: Event) -> None:
-    """Report one task that something is wrong with, while the others go on."""
+    """Report one task, or one base model, that something is wrong with, while the others go on."""
     from icmlora.fleet.context import TaskFailed
+    from icmlora.fleet.failures import BaseModelFailed
 
-    if isinstance(event, TaskFailed):
-        session.out.warn(f"{event.task}: {event.message}", kind=event.kind, task=event.task, hint=event.hint)
-        if event.hint is not None:
-            session.out.hint(event.hint)
+    if not isinstance(event, TaskFailed | BaseModelFailed):
+        return
+    name = event.task if isinstance(event, TaskFailed) else event.base_model
+    place = {"task": name} if isinstance(event, TaskFailed) else {"base_model": name}
+    session.out.warn(f"{name}: {event.message}", kind=event.kind, **place, hint=event.hint)
+    if event.hint is not None:
+        session.out.hint(event.hint)
 
 
 def _tell_end(session: Session, report: VectorReport) -> None:

@@ -84,14 +84,17 @@ def _blocks(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -> I
     cut = max(_MARGIN * limit, _NOISE) ** 2
     # ||dW - dW'|| is at least the difference of the norms: an adapter is compared only with those of about its norm.
     reach = np.searchsorted(norms, norms / (1 - limit) * (1 + _ROUNDING), side="right")
-    squares = np.einsum("ij,ij->i", sketches, sketches, dtype=np.float64)
+    # Of length 1: the squares of very large and very small values are beyond float32.
+    units = sketches / norms[:, None].astype(np.float32)
+    squares = np.einsum("ij,ij->i", units, units, dtype=np.float64)
     count = len(norms)
     for start in range(0, count, _BLOCK):
         rows = slice(start, min(start + _BLOCK, count))
         for other in range(start, int(reach[rows.stop - 1]), _BLOCK):
             columns = slice(other, min(other + _BLOCK, count))
-            products = sketches[rows] @ sketches[columns].T
-            estimates = (squares[rows, None] + squares[columns] - 2.0 * products) / norms[columns] ** 2
+            share = norms[rows, None] / norms[columns]
+            products = units[rows] @ units[columns].T
+            estimates = squares[rows, None] * share**2 + squares[columns] - 2.0 * share * products
             left, right = np.nonzero(estimates <= cut)
             ahead = left + start < right + other  # each pair once; the larger norm is that of the column
             left, right = left[ahead], right[ahead]

@@ -9,7 +9,7 @@ examples of equal shapes run together, others one after the other.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from icmlora.base_models.examples import Examples
 from icmlora.base_models.lookup import read_config
 from icmlora.base_models.modality import BaseModel, Metric
-from icmlora.errors import DataError
+from icmlora.errors import BaseModelUnsuited, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,7 @@ class AutoModality:
 
     name = ""
     metric = Metric("nats per token", higher_is_better=False)
+    reads: Collection[str] = ()
     probes: Sequence[Any] = ()
     auto_class = ""  # of transformers, such as "AutoModelForMaskedLM"
     processor_class = "AutoTokenizer"
@@ -97,6 +98,10 @@ class AutoModality:
             return load_auto(found, self.name, self.auto_class, self.processor_class, device, dtype)
 
         return base_of(found, self, network, device, dtype, fingerprint)
+
+    def at_once(self, base: BaseModel) -> int:
+        """Return how many examples of equal shapes may run together at most."""
+        return self.batch
 
     def example(self, row: Mapping[str, Any]) -> Any:
         """Turn a row into an example."""
@@ -142,7 +147,7 @@ class AutoModality:
 
         items = [self.inputs(base, example, base.within(limit)) for example in examples]
         with torch.no_grad():
-            batches = _batches(items, self.batch)
+            batches = _batches(items, self.at_once(base))
             found = [self.pooled(_run(base, some, output_hidden_states=True)).float() for some in batches]
         return torch.cat(found)
 
@@ -158,7 +163,7 @@ class AutoModality:
                 from icmlora.base_models.gradients import gradients_from_inputs
 
                 stack.enter_context(gradients_from_inputs(base.model))
-            for some in _batches(items, self.batch):
+            for some in _batches(items, self.at_once(base)):
                 logits = _run(base, some, from_leaf=from_leaf).logits
                 logits = logits if logits.dim() == 3 else logits[:, None]  # (examples, predictions, classes)
                 rows += list(logits)
@@ -209,8 +214,34 @@ def classes_of(auto_class: str, config: Mapping[str, object]) -> set[str]:
     from transformers.models.auto import modeling_auto
 
     table = getattr(modeling_auto, auto_class)._model_mapping._model_mapping  # model type -> name or names of classes
-    known = table.get(config.get("model_type"))
+    kind = config.get("model_type")
+    known = table.get(kind) if isinstance(kind, str) else None
     return {known} if isinstance(known, str) else set(known or ())
+
+
+def seen(base: BaseModel, made: Mapping[str, Any], what: str) -> dict[str, torch.Tensor]:
+    """Return what a processor made of an image or a recording, if the model reads it.
+
+    Args:
+        base: The base model.
+        made: What its processor returned, by name; only tensors count.
+        what: What it was made of, for the message.
+
+    Raises:
+        BaseModelUnsuited: Nothing of it would reach the model, so that it would be run without.
+    """
+    import inspect
+
+    import torch
+
+    read = inspect.signature(type(base.model).forward).parameters
+    tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor) and name in read}
+    if not any(value.is_floating_point() for value in tensors.values()):
+        kind = type(base.processor).__name__
+        made_of = ", ".join(sorted(made)) or "nothing"
+        fact = f"what {kind} makes of {what} ({made_of}) is not what base model {base.label!r} reads"
+        raise BaseModelUnsuited(fact, hint="the folder has to hold the processor that belongs to the model")
+    return tensors
 
 
 def row_loss(logits: torch.Tensor, targets: Sequence[int]) -> torch.Tensor:
@@ -219,7 +250,8 @@ def row_loss(logits: torch.Tensor, targets: Sequence[int]) -> torch.Tensor:
     from torch.nn import functional
 
     wanted = torch.tensor(targets, device=logits.device)
-    return functional.cross_entropy(logits.float(), wanted, reduction="sum", ignore_index=IGNORED)
+    # Some models put an image in front of the text by themselves: the last predictions are those of the text.
+    return functional.cross_entropy(logits[-len(targets) :].float(), wanted, reduction="sum", ignore_index=IGNORED)
 
 
 def _batches(items: Sequence[Inputs], most: int) -> Iterator[Sequence[Inputs]]:

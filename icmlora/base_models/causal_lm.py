@@ -51,6 +51,7 @@ class CausalLM:
 
     name = "causal language model"
     metric = Metric(NLL, higher_is_better=False)
+    reads = ()
     probes: Sequence[Example] = plain(PROBES)
 
     def suits(self, found: FoundBase) -> bool:

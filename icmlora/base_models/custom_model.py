@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from icmlora.base_models.auto_model import Measured
 from icmlora.base_models.examples import Examples
 from icmlora.base_models.fingerprint import fingerprint_base
+from icmlora.base_models.media import MEDIA_KEYS
 from icmlora.base_models.modality import BaseModel, Metric
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, DataError
 from registry.errors import IcmError
@@ -125,6 +126,7 @@ class CustomModality:
     """Lets a `CustomModel` be used as a modality; it is complete only when the base model is loaded."""
 
     name = "base model with a loader"
+    reads = MEDIA_KEYS
     probes: Sequence[Any] = ()
 
     def __init__(self, loader: str, custom: CustomModel | None = None) -> None:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from icmlora.base_models.chats import Chat, chat_of
-from icmlora.base_models.media import Resolver, with_media
+from icmlora.base_models.media import MEDIA_KEYS, Media, Resolver, with_media
 from icmlora.base_models.media_archive import is_archive, open_archive
 from icmlora.base_models.rows import BadRow, read_rows
 from icmlora.errors import DataError, located
@@ -176,7 +177,7 @@ def examples_for(
     Raises:
         DataError: No row can be used, or the file breaks a limit.
     """
-    found = parse_examples(data, base.modality.example, path=path)
+    found = parse_examples(data, partial(_example_for, base), path=path)
     with located(path):
         # Rendering a chat takes longer than parsing it, and most callers need a few.
         chosen = found.items if most is None else spread(found.items, most)
@@ -229,6 +230,19 @@ def _example(row: Any, example: Callable[[Mapping[str, Any]], Any], media: Resol
     if not isinstance(row, dict):
         raise DataError("is not a JSON object")
     return example(with_media(row, media))
+
+
+def _example_for(base: BaseModel, row: Mapping[str, Any]) -> Any:
+    """Turn a row into an example of a base model, which has to see all of it: the file of a row is most of what it is.
+
+    Raises:
+        DataError: It is not one, or names an image or a recording that the base model would not be given.
+    """
+    for key in set(MEDIA_KEYS).difference(base.modality.reads):
+        if isinstance(row.get(key), Media | Mapping):
+            what = "an image" if key == "image" else "a recording"
+            raise DataError(f"has {what}, and icm runs this base model, a {base.modality.name}, without it")
+    return base.modality.example(row)
 
 
 def _nothing(skipped: int, reason: str | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from icmlora.base_models.auto_model import Inputs, classes_of, names_a_class_of
+from icmlora.base_models.auto_model import Inputs, classes_of, names_a_class_of, seen
 from icmlora.base_models.lookup import read_config
 from icmlora.base_models.media import Media, image_of, open_image
 from icmlora.base_models.modality import BaseModel
@@ -30,6 +30,7 @@ class ImageClassification(Classification):
     """What `transformers.AutoModelForImageClassification` loads."""
 
     name = "image classifier"
+    reads = ("image",)
     auto_class = "AutoModelForImageClassification"
     processor_class = "AutoImageProcessor"
 
@@ -47,8 +48,8 @@ class ImageClassification(Classification):
     def inputs(self, base: BaseModel, example: LabelledImage, limit: int) -> Inputs:
         """Turn the image into pixels and the label into its number."""
         label = label_number(base, example.label)
-        pixels = base.processor(images=open_image(example.image), return_tensors="pt")["pixel_values"]
-        return Inputs({"pixel_values": pixels}, (label,))
+        made = base.processor(images=open_image(example.image), return_tensors="pt")
+        return Inputs(seen(base, made, "an image"), (label,))
 
     def pooled(self, outputs: Any) -> torch.Tensor:
         """Return the mean over the places of an image."""

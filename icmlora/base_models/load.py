@@ -82,18 +82,19 @@ def base_of(
     loaded = network(device, precision if found.load_in is None else torch.bfloat16)
     # Frozen, or every backward pass would keep a gradient as large as the model; no dropout.
     loaded.model.requires_grad_(False).train(False)
-    return BaseModel(
-        label=found.label,
-        model=loaded.model,
-        processor=loaded.processor,
-        fingerprint=fingerprint or fingerprint_base(found),
-        modality=modality,
-        hidden_size=_hidden_size(loaded.model.config),
-        layers=_layers(loaded.model.config),
-        positions=positions_of(loaded.model),
-        made_up=loaded.made_up,
-        load_in=found.load_in,
-    )
+    with quiet_loading(found, modality.name):  # configurations differ in what they say, and how
+        return BaseModel(
+            label=found.label,
+            model=loaded.model,
+            processor=loaded.processor,
+            fingerprint=fingerprint or fingerprint_base(found),
+            modality=modality,
+            hidden_size=_hidden_size(loaded.model.config),
+            layers=_layers(loaded.model.config),
+            positions=positions_of(loaded.model),
+            made_up=loaded.made_up,
+            load_in=found.load_in,
+        )
 
 
 def load_network(found: FoundBase, device: torch.device, dtype: torch.dtype) -> Loaded:
@@ -176,13 +177,15 @@ def _usable_rows(table: torch.nn.Embedding) -> int:
     return table.num_embeddings - max(padding, int(getattr(table, "offset", 0)))
 
 
-def _hidden_size(config: Any) -> int:
+def _hidden_size(config: Any) -> int | None:
+    """Return the width of the last layer; None where the configuration does not say, as MobileNet's does not."""
     text = config.get_text_config(decoder=True)
     for place in (text, config):
         for name in ("hidden_size", "d_model"):
             if isinstance(getattr(place, name, None), int):
                 return int(getattr(place, name))
-    return int(config.hidden_sizes[-1])
+    several = getattr(config, "hidden_sizes", None)
+    return int(several[-1]) if several else None
 
 
 def _layers(config: Any) -> int:

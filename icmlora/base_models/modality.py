@@ -11,7 +11,7 @@ To add a modality, write one file with a class that has these members and name i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -87,7 +87,7 @@ class BaseModel:
         processor: What turns examples into its inputs, such as a tokenizer.
         fingerprint: Which weights these are (see `icmlora.base_models.fingerprint.fingerprint_base`).
         modality: What can be done with it.
-        hidden_size: Width of the hidden states, which is the dimension of a task vector.
+        hidden_size: Width of the hidden states, which is the dimension of a task vector; None where it does not say.
         layers: Number of its layers.
         positions: The longest text that it can read, in tokens; None where there is no limit.
         made_up: Parameters that its files lack and that are zero: the head of a classifier that adapters bring.
@@ -99,7 +99,7 @@ class BaseModel:
     processor: Any
     fingerprint: str
     modality: Modality[Any, Any]
-    hidden_size: int
+    hidden_size: int | None
     layers: int
     positions: int | None = None
     made_up: frozenset[str] = frozenset()
@@ -144,6 +144,11 @@ class Modality(Protocol[Example, Item]):
     @property
     def metric(self) -> Metric:
         """What `measure` returns."""
+        ...
+
+    @property
+    def reads(self) -> Collection[str]:
+        """Which of a row's files it reads, of `MEDIA_KEYS`; a row with another one is left out."""
         ...
 
     @property

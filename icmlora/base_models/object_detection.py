@@ -58,6 +58,7 @@ class ObjectDetection(AutoModality):
     """What `transformers.AutoModelForObjectDetection` loads."""
 
     name = "object detector"
+    reads = ("image",)
     metric = Metric("mAP50", higher_is_better=True)
     auto_class = "AutoModelForObjectDetection"
     processor_class = "AutoImageProcessor"

@@ -1,4 +1,4 @@
-"""Models that write down speech, such as Whisper; measured by the loss of the next token."""
+"""Models that write down speech, such as Whisper and Moonshine; measured by the loss of the next token."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from icmlora.base_models.auto_model import AutoModality, Inputs
+from icmlora.base_models.auto_model import AutoModality, Inputs, seen
 from icmlora.base_models.media import Media, media_of, read_sound
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.seq2seq_lm import moved
-from icmlora.errors import DataError
+from icmlora.errors import BaseModelUnsuited, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ class Speech(AutoModality):
     """What `transformers.AutoModelForSpeechSeq2Seq` loads."""
 
     name = "speech recogniser"
+    reads = ("audio",)
     auto_class = "AutoModelForSpeechSeq2Seq"
     processor_class = "AutoProcessor"
 
@@ -40,11 +41,14 @@ class Speech(AutoModality):
 
     def inputs(self, base: BaseModel, example: Utterance, limit: int) -> Inputs:
         """Turn the recording into features and the text into tokens."""
+        if not base.model.config.is_encoder_decoder:
+            fact = f"base model {base.label!r} is a language model that hears, which icm does not run"
+            raise BaseModelUnsuited(fact, hint="icm runs speech recognisers of an encoder and a decoder, as Whisper is")
         rate = base.processor.feature_extractor.sampling_rate
         sound = read_sound(example.audio, rate)
-        features = base.processor(audio=sound, sampling_rate=rate, return_tensors="pt")["input_features"]
+        features = seen(base, base.processor(audio=sound, sampling_rate=rate, return_tensors="pt"), "a recording")
         labels = base.processor.tokenizer(example.text, truncation=True, max_length=limit)["input_ids"]
-        tensors = {"input_features": features, "decoder_input_ids": moved(base, labels)}
+        tensors = features | {"decoder_input_ids": moved(base, labels)}
         return Inputs(tensors, tuple(labels), example.text, len(labels))
 
     def pooled(self, outputs: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -166,7 +167,8 @@ class BundleIndex:
 
     def task(self, name: str) -> BundledTask | None:
         """Return a task by name, in any case, or None if it is not there."""
-        return next((task for task in self.tasks if task.name.lower() == name.lower()), None)
+        wanted = unicodedata.normalize("NFC", name).lower()
+        return next((task for task in self.tasks if task.name.lower() == wanted), None)
 
     def _uses(self) -> Iterator[tuple[str, int]]:
         """Yield every reference to a part, with the most bytes that it may have."""

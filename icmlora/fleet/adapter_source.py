@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from icmlora.adapter.layout import ModuleShape
+from icmlora.adapter.metrics import module_norms
 from icmlora.adapter.model import Adapter
+from icmlora.errors import AdapterRefused
+from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.loading import read_original
 from icmlora.fleet.stored_vectors import latest_vectors
 from icmlora.generator.config import MAX_SLOTS
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch, initial_under
 from icmlora.task_vectors.file import vectors_from_bytes
+from registry.names import escape
 from registry.records import AdapterRecord, VectorRecord
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ _CACHED_INITIALS = 256
 _CACHED_VECTOR_FILES = 256  # each has up to some hundred kB
 _FLOAT32 = 4  # bytes
 _MODULE_BYTES = 2048  # of two tensors and their module besides the values: more than the values of a tiny adapter
+_LARGEST = 2.0**26  # norm of a dW: 2^50 is the most that the network takes, and weights of channels are up to 2^24
 _TOO_WIDE = f"its rank is above {MAX_SLOTS}, the largest that a code can hold"
 
 
@@ -65,6 +70,37 @@ class StoreAdapterSource:
         self._seeds: dict[int, int | None] = {}
         self._initial = lru_cache(_CACHED_INITIALS)(self._find_initial)
         self._vector_file = lru_cache(_CACHED_VECTOR_FILES)(lambda blob: vectors_from_bytes(store.blobs.read(blob)))
+
+    def leave_out_unusable(self, tell: Callable[[int, str], None]) -> None:
+        """Leave out tasks and checkpoints whose bytes are damaged or whose values are too large, and note why.
+
+        Args:
+            tell: Called with the number and the name of each task before its adapters are read.
+        """
+        kept = [task for task in range(len(self.names)) if self._is_usable(task, tell)]
+        self.names = [self.names[task] for task in kept]
+        self._finals = [self._finals[task] for task in kept]
+        self._checkpoints = [self._checkpoints[task] for task in kept]
+        self._vectors = [self._vectors[task] for task in kept]
+
+    def _is_usable(self, task: int, tell: Callable[[int, str], None]) -> bool:
+        tell(task, self.names[task])
+        try:
+            refuse_large(self.load(task, None))
+            for support_set in range(self.support_sets(task)):
+                self.vectors(task, support_set)
+        except FAILURES as error:
+            self.left_out[self.names[task]] = as_error(error).message
+            return False
+        self._checkpoints[task] = [row for row in self._checkpoints[task] if self._is_usable_row(row)]
+        return True
+
+    def _is_usable_row(self, row: AdapterRecord) -> bool:
+        try:
+            refuse_large(self._adapter_of(row))
+        except FAILURES:
+            return False
+        return True
 
     def tasks(self) -> int:
         """Return the number of tasks."""
@@ -103,7 +139,9 @@ class StoreAdapterSource:
 
     def load(self, task: int, checkpoint: int | None) -> Adapter:
         """Read one checkpoint of a task, or its final adapter (None)."""
-        row = self._finals[task] if checkpoint is None else self._checkpoints[task][checkpoint]
+        return self._adapter_of(self._finals[task] if checkpoint is None else self._checkpoints[task][checkpoint])
+
+    def _adapter_of(self, row: AdapterRecord) -> Adapter:
         key = row.config, row.weights  # the same weights under another alpha are another adapter
         if key in self._cache:
             self._cache.move_to_end(key)
@@ -169,6 +207,14 @@ def layout_of(row: AdapterRecord) -> list[ModuleShape]:
 
 def _is_checkpoint(row: AdapterRecord) -> bool:
     return not (row.is_final or row.is_evicted or row.original_only or _too_wide(row))
+
+
+def refuse_large(adapter: Adapter) -> None:
+    """Refuse an adapter that no network could be trained on together with others: its training diverged."""
+    for name, norm in module_norms(adapter).items():
+        if not norm <= _LARGEST:  # nor NaN
+            fact = f"its training diverged: dW of {escape(name, 200)} has the size {norm:.0e}"
+            raise AdapterRefused(fact, kind="overflow")
 
 
 def _too_wide(row: AdapterRecord) -> str | None:

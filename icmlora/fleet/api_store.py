@@ -292,7 +292,6 @@ class StoredFleet:
             DataError: Too few tasks have comparable vectors, there are fewer tasks than clusters, or the plot is not
                 an .svg file.
             OutputExists: The file exists and `force` is not given.
-            DamagedStore: Vectors are missing or damaged.
         """
         from icmlora.fleet.map import MapRequest, map_fleet
 
@@ -380,16 +379,34 @@ class StoredFleet:
 
         return repair(self._context)
 
-    def prune(self, *, grace: float = 3600.0, dry_run: bool = False) -> PruneReport:
+    def restore_database(self) -> str:
+        """Put the copy of the database that icm kept before the last deletion in its place.
+
+        What was there goes to the folder `quarantine` of the store. What was recorded after the copy is not in it.
+
+        Returns:
+            When the copy was made, as RFC 3339.
+
+        Raises:
+            DamagedStore: There is no copy, or it is damaged too; nothing was changed.
+        """
+        from icmlora.fleet.maintenance import restore_database
+
+        return restore_database(self._context)
+
+    def prune(self, *, grace: float = 3600.0, empty_quarantine: bool = False, dry_run: bool = False) -> PruneReport:
         """Delete blobs that no task needs and files that interrupted commands left behind.
+
+        Codes, generators, residuals and weights are moved to the folder `quarantine` of the store instead.
 
         Args:
             grace: Seconds; younger files stay, so that a running ingest is safe.
+            empty_quarantine: Delete these too, and what is in quarantine.
             dry_run: Only report what would be deleted.
         """
         from icmlora.fleet.maintenance import prune
 
-        return prune(self._context, grace=grace, dry_run=dry_run)
+        return prune(self._context, grace=grace, empty_quarantine=empty_quarantine, dry_run=dry_run)
 
     def doctor(self) -> list[Check]:
         """Check versions, devices, free space and the store, for a problem report."""

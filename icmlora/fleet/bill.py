@@ -31,6 +31,7 @@ class TaskBill(WithRelativeError):
     original_only: str | None  # why there can be no code
     extras_bytes: int
     precision: str | None = None  # of the base model that the gain was measured on
+    is_claimed: bool = False  # its figures are those that a bundle claims, so they are left out here
 
     @property
     def size(self) -> int:

@@ -62,6 +62,15 @@ def limits_text(asked: Asked) -> str:
     return " and ".join(known if asked.max_size is None else [*known, f"at most {human_size(asked.max_size)}"])
 
 
+def claims_text(found: Bill) -> str | None:
+    """Say how many codes nobody here has measured, although their bundle gives figures; None if there are none."""
+    number = sum(task.is_claimed for fleet in found.fleets for task in fleet.tasks)
+    if not number:
+        return None
+    have = "has figures" if number == 1 else "have figures"
+    return f"{counted(number, 'code')} {have} claimed by the bundle only, which were not measured here."
+
+
 def shortfalls(short: Iterable[Asked]) -> list[str]:
     """Say how many tasks keep their original because no code meets their limit, one line per limit."""
     return [

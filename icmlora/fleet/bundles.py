@@ -1,10 +1,14 @@
-"""Use a bundle without a store: list its tasks, write or load their adapters. Listing imports neither torch nor SQL."""
+"""Use a bundle without a store: list its tasks, write or load their adapters. Listing imports neither torch nor SQL.
+
+What a bundle says of its codes is a claim of whoever made it: nothing here has measured it.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +20,7 @@ from icmlora.fleet.context import OpenedGenerator
 from icmlora.fleet.conversion import check_pair, format_to_write
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import check_target
+from registry.records import Claim
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
@@ -100,7 +105,7 @@ class Bundle:
 
         Args:
             task: Name of the task, in any case.
-            max_error: Refuse an adapter whose relative error is larger, or was not measured.
+            max_error: Refuse an adapter whose relative error is larger by what the bundle says, or not told.
 
         Raises:
             BundleError: The bundle is damaged, or the file was replaced.
@@ -134,7 +139,7 @@ class Bundle:
                 `float32` if they are converted.
             pad_rank: Write one rank for all modules, filled with zeros, for engines that need it. Default: the ranks
                 of the original.
-            max_error: Refuse an adapter whose relative error is larger, or was not measured.
+            max_error: Refuse an adapter whose relative error is larger by what the bundle says, or not told.
             base_model: Folder or GGUF file of the base model, whose configuration a conversion from or to `gguf` needs;
                 by default it is looked for in the Hugging Face cache.
             force: Replace the adapter in a folder that is not empty, or a file.
@@ -226,13 +231,13 @@ class Bundle:
             base_model=self.base_model,
             source="code",
             generator=self.generator,
-            squared_error=task.squared_error,
-            retained_gain=task.retained_gain,
-            precision=task.precision,
+            squared_error=None,
+            retained_gain=None,
             seed=None,
             is_generated=task.is_generated,
+            claim=claim_of(task),
         )
-        check_error(provenance, max_error, hint=_BETTER)
+        check_error(task.name, task.squared_error, max_error, hint=_BETTER)
         with self._open() as file:
             if file.stamp != self._checked:
                 file.check()
@@ -283,6 +288,13 @@ def find_task(index: BundleIndex, name: str) -> BundledTask:
         hint = f"did you mean {close[0]!r}?" if close else "`icm ls --from FILE` lists its tasks"
         raise DataError(f"the bundle has no task named {name!r}", hint=hint)
     return task
+
+
+def claim_of(task: BundledTask) -> Claim | None:
+    """Return what a bundle says of a code: whoever made it may have measured it, or not."""
+    if task.squared_error is None and task.measured is None:
+        return None
+    return Claim(task.squared_error, None if task.measured is None else asdict(task.measured))
 
 
 def open_generator(bundle: BundleFile) -> GeneratorFile:

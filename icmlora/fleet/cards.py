@@ -10,7 +10,7 @@ import yaml
 from icmlora.fleet.precision import measured_in
 from icmlora.io.text import counted, escape
 from registry.names import split_label
-from registry.records import WithRelativeError
+from registry.records import Claim, WithRelativeError
 
 _CARD = """\
 ---
@@ -84,6 +84,7 @@ class Provenance(WithRelativeError):
     is_generated: bool
     recognized: str | None = None  # the task whose code the task's vectors brought back
     precision: str | None = None  # of the base model that the gain was measured on
+    claim: Claim | None = None  # of the bundle that its code came in, which nobody here has measured
 
     @property
     def how(self) -> str:
@@ -104,6 +105,7 @@ def card_text(provenance: Provenance) -> str:
     """Return the card of a decoded adapter."""
     sampled = "" if provenance.seed is None else f" (sampled with seed {provenance.seed})"
     untrained = _UNTRAINED if provenance.is_generated else ""
+    claim = provenance.claim
     return _CARD.format(
         front=front_matter(provenance.base_model),
         task=provenance.task,
@@ -113,8 +115,9 @@ def card_text(provenance: Provenance) -> str:
         rung=provenance.source,
         version=provenance.generator.version,
         generator=provenance.generator.blob,
-        error=_figure(provenance.relative_error),
-        gain=_figure(provenance.retained_gain) + measured_in([provenance.precision]),
+        error=_figure(provenance.relative_error, None if claim is None else claim.relative_error),
+        gain=_figure(provenance.retained_gain, None if claim is None else claim.retained_gain)
+        + measured_in([provenance.precision if claim is None else claim.precision]),
     )
 
 
@@ -140,7 +143,9 @@ def quoted(label: str) -> str:
     return escape(label).replace("`", "'")
 
 
-def _figure(value: float | None) -> str:
+def _figure(value: float | None, claimed: float | None) -> str:
+    if value is None and claimed is not None:
+        return f"{claimed:.4f}, claimed by the bundle that the code came in"
     return "not measured" if value is None else f"{value:.4f}"
 
 

@@ -71,6 +71,15 @@ class TaskFailed(Event):
         return cls(task, kind, error.message, error.hint)
 
 
+@dataclass(frozen=True)
+class TaskDamaged(Event):
+    """A task whose rows in the database are damaged; what goes over many tasks goes on without it."""
+
+    task: str
+    message: str
+    hint: str | None
+
+
 def ignore(event: Event) -> None:
     """Do nothing with an event."""
 
@@ -127,14 +136,24 @@ class Context:
         # Importing SQLAlchemy takes most of the time of a short command.
         from registry.store import Store
 
-        patience = self.patience or self.with_patience().patience
-        return Store.open(self.path, create=create, read_only=read_only, patience=patience, command=self.command)
+        return Store.open(
+            self.path,
+            create=create,
+            read_only=read_only,
+            patience=self.patience or self.with_patience().patience,
+            command=self.command,
+            # Where nobody listens, a missing task would go unnoticed.
+            on_damage=None if self.on_event is ignore else self._tell_damage,
+        )
 
     def with_patience(self) -> Context:
         """Return the same for one command: its waits take no longer than the timeout, all of them together."""
         from registry.locks import Patience
 
         return replace(self, patience=Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text))))
+
+    def _tell_damage(self, task: str, error: IcmError) -> None:
+        self.on_event(TaskDamaged(task, error.message, error.hint))
 
     def progress(self, done: float, total: float | None, note: str = "") -> None:
         """Report how far the use case is."""
@@ -180,7 +199,7 @@ def select_tasks(
 ) -> list[TaskRecord]:
     """Return the selected tasks, each once, ordered by base model and name."""
     base_model = base_name(store, base_model)
-    tasks = [store.tasks.get(name) for name in names] or list(store.tasks.all())
+    tasks = store.tasks.named(names) if names else list(store.tasks.all())
     check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
     chosen = {task.name: task for task in tasks if base_model in (None, task.base_model)}
     if shard is not None:
@@ -207,12 +226,14 @@ def locate_base(store: Store, label: str) -> FoundBase:
 
 def _task_type(store: Store, base_model: str) -> str | None:
     """Return PEFT's task type of the adapters of a base model, as far as one of them tells."""
+    from registry.errors import DamagedStore
+
     digest = store.tasks.a_config(base_model)
     if digest is None or not store.blobs.exists(digest):
         return None
     try:
         found = json.loads(store.blobs.read(digest)).get("task_type")
-    except (ValueError, AttributeError):  # of another format
+    except (ValueError, AttributeError, DamagedStore):  # of another format, or it is for its own task to say so
         return None
     return found if isinstance(found, str) else None
 

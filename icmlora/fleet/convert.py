@@ -27,8 +27,8 @@ from icmlora.formats.format import (
     write_adapter_files,
 )
 from icmlora.formats.tree import Folder
+from icmlora.formats.weights import read_weights
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.errors import IcmError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class _Found:
         config = b"" if paths.config is None else read_regular(paths.config, max_bytes=_CONFIG_LIMIT)
         card = None if paths.card is None else read_regular(paths.card, max_bytes=_COMPANION_LIMIT)
         companions = {name: read_regular(path, max_bytes=_COMPANION_LIMIT) for name, path in paths.companions.items()}
-        weights = read_regular(paths.weights, max_bytes=MAX_FILE_BYTES)
+        weights = read_weights(paths.weights, self.format)
         content = AdapterBytes(weights, config, card, companions)
 
         def find_base() -> FoundBase:
@@ -236,29 +236,28 @@ class _Job:
 
         target = self.wanted.adapter_format or found.format
         output = output or self.destination / f"{found.name}{target.suffix or ''}"
-        with located(found.place):
-            check_pair(found.format, target)
+        if found.format.name != "lycoris":  # whose tensors say what can be made of it
+            with located(found.place):
+                check_pair(found.format, target)
         check_target(output, target, force=self.force)
         source = found.read(None if self.base_model is None else Path(self.base_model))
         made = convert_files(source, self.wanted)
-        if self.force and (own := replaces(output, target, made.content, found.name, found.files)):
+        if self.force and (own := replaces(output, made.format, made.content, found.name, found.files)):
             hint = "write it elsewhere; then move it there, if the original may go"
             raise DataError("the source would be replaced by what is made of it", path=own, hint=hint)
-        write_adapter_files(output, target, made.content, found.name, force=self.force)
-        return _outcome(found, source.content, made, target, output)
+        write_adapter_files(output, made.format, made.content, found.name, force=self.force)
+        return _outcome(found, source.content, made, output)
 
 
-def _outcome(
-    found: _Found, content: AdapterBytes, made: ConvertedFiles, target: AdapterFormat, output: Path
-) -> AdapterConverted:
-    files = target.lay_out(made.content, found.name)
+def _outcome(found: _Found, content: AdapterBytes, made: ConvertedFiles, output: Path) -> AdapterConverted:
+    files = made.format.lay_out(made.content, found.name)
     others = dict(content.companions) if content.card is None else {**content.companions, "README.md": content.card}
     return AdapterConverted(
         name=found.name,
         source=str(found.place),
         output=str(output),
         from_format=found.format.name,
-        format=target.name,
+        format=made.format.name,
         before=len(content.weights),
         size=len(made.content.weights),
         rank=made.rank,

@@ -21,7 +21,8 @@ from icmlora.adapter.metrics import errors_by_group, relative, squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.resize import Slots
 from icmlora.errors import AdapterRefused, located
-from icmlora.fleet.conversion import SourceAdapter, check_pair, convert_content
+from icmlora.fleet.conversion import SourceAdapter, check_pair, convert_content, written_from
+from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, Template
 from icmlora.formats.header_ranks import with_ranks
 from icmlora.formats.single_file_check import HEADER
@@ -59,12 +60,14 @@ class ConvertedFiles:
 
     Attributes:
         content: Its files.
+        format: Their format.
         rank: The largest rank of a module.
         relative_error: ||dW' - dW|| / ||dW|| of what was written.
         groups: The same of each group of modules, such as `q_proj`; None if nothing changed.
     """
 
     content: AdapterBytes
+    format: AdapterFormat
     rank: int
     relative_error: float = 0.0
     groups: Mapping[str, float] | None = None
@@ -77,11 +80,14 @@ def convert_files(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
         AdapterRefused: It is damaged, more than the format has a place for, or cannot be made so small.
         BaseModelNotFound: The configuration of its base model is needed, and is not on this machine.
     """
-    target = wanted.adapter_format or source.format
-    check_pair(source.format, target)
+    _check_names(source, wanted.adapter_format)
     summary = source.summary
     dtype, made_lora = wanted.dtype, None
     is_other = source.format.name == "lycoris" and summary.original_only is not None and not summary.does_nothing
+    known = _format_of_lora(source) if is_other else source.format
+    target = wanted.adapter_format or (source.format if wanted.rank is None else known)
+    if target.name != source.format.name:
+        check_pair(known, target)
     if is_other and (wanted.rank is not None or target.name != source.format.name):
         source, made_lora = _as_lora(source, summary, wanted)
         dtype = dtype or _own_dtype(summary)
@@ -92,6 +98,17 @@ def convert_files(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
         source = replace(source, format=target, content=content, initial=None)
     written = _in_own_form(source, replace(wanted, dtype=dtype))
     return written if made_lora is None else _with_earlier(written, made_lora)
+
+
+def _check_names(source: SourceAdapter, target: AdapterFormat | None) -> None:
+    """Refuse an image adapter whose names cannot be converted, before its values are looked at."""
+    if target is None or target.name == source.format.name or not target.is_for_images:
+        return
+    if source.format.name in written_from(target):
+        from icmlora.formats.image_conversion import checked_renaming
+
+        with located(source.path):
+            checked_renaming(source.content.weights, source.format, target)
 
 
 def _own_dtype(summary: AdapterSummary) -> str:
@@ -109,7 +126,15 @@ def _as_lora(
         raise AdapterRefused(fact, kind="original-only", path=source.path, hint="give the rank to make, as --rank 16")
     with located(source.path):
         made = low_rank(source.content.weights, wanted.rank)
-    return replace(source, content=replace(source.content, weights=made.weights)), made.errors
+    content = replace(source.content, weights=made.weights)
+    return replace(source, content=content, format=_format_of_lora(source)), made.errors
+
+
+def _format_of_lora(source: SourceAdapter) -> AdapterFormat:
+    """Return the format of the LoRA that is made of another method."""
+    from icmlora.formats.lycoris_lora import format_of_lora
+
+    return format_named(format_of_lora(source.content.weights))
 
 
 def _with_earlier(written: ConvertedFiles, errors: Mapping[str, tuple[float, float]]) -> ConvertedFiles:
@@ -180,7 +205,7 @@ def _in_own_form(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
     fits = wanted.size is None or len(source.content.weights) <= wanted.size
     is_typed = wanted.dtype is None or DTYPE_NAMES.get(wanted.dtype) == summary.dtype
     if is_typed and fits and (wanted.rank is None or summary.rank_max <= wanted.rank):
-        return ConvertedFiles(source.content, summary.rank_max)
+        return ConvertedFiles(source.content, source.format, summary.rank_max)
     form = _Form.of(source, summary, wanted.dtype)
     adapter = form.original
     if wanted.rank is not None and summary.rank_max > wanted.rank:
@@ -193,7 +218,7 @@ def _in_own_form(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
     groups = errors_by_group(form.original, {"": written}, group_of)
     errors = {group.group: group.errors[""] for group in sorted(groups, key=lambda group: group.group)}
     error = math.sqrt(squared_error(form.original, written))
-    return ConvertedFiles(content, max(shape.rank for shape in adapter.layout), error, errors)
+    return ConvertedFiles(content, source.format, max(shape.rank for shape in adapter.layout), error, errors)
 
 
 def _largest(form: _Form, size: int) -> tuple[Adapter, AdapterBytes]:

@@ -22,14 +22,14 @@ import numpy.typing as npt
 from icmlora.adapter.metrics import distance, dw_norm
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.sketch import SKETCH_SIZE, near_pairs, sketch
-from icmlora.errors import AdapterRefused, DataError
+from icmlora.errors import DataError
+from icmlora.fleet.adapter_source import refuse_large
 from icmlora.fleet.context import Context, OpenedGenerator, base_name, check_base_model
 from icmlora.fleet.decoding import code_reader
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.loading import original_reader
 from icmlora.formats.identity import plain_config, tensors_digest
 from icmlora.io.threads import Map, side_by_side
-from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
     from registry.records import AdapterRecord, TaskSummary
@@ -258,8 +258,8 @@ class _Comparison:
             if final.is_evicted or is_unique:
                 return _Job(make)
             return _Job(make, self._store.blobs.read(final.weights), self._meaning(final))
-        except (*FAILURES, DamagedStore) as error:
-            return _Job(error=_reason(error))
+        except FAILURES as error:
+            return _Job(error=as_error(error).message)
 
     def _meaning(self, final: AdapterRecord) -> str:
         """Return what, besides an adapter's tensors and scale, says what it is."""
@@ -355,22 +355,16 @@ class _Job:
             identity = None if self.weights is None else self._identity(self.weights, adapter)
             if adapter is None:
                 return _Read(identity=identity, error=self.error)
-            values = sketch(adapter)
-            if not np.isfinite(values).all():
-                raise AdapterRefused("its dW exceeds float32", kind="overflow")
-            return _Read(values, dw_norm(adapter), identity)
+            refuse_large(adapter)  # squares of its sketch would exceed float32
+            return _Read(sketch(adapter), dw_norm(adapter), identity)
         except FAILURES as error:
-            return _Read(error=_reason(error))
+            return _Read(error=as_error(error).message)
 
     def _identity(self, weights: bytes, adapter: Adapter | None) -> str:
         # The scale, wherever the file says it, is part of B.
         modules = () if adapter is None else adapter.modules
         scales = [f"{module.name} {float(module.b.min())} {float(module.b.max())}" for module in modules]
         return "\n".join([tensors_digest(weights), self.meaning, *scales])
-
-
-def _reason(error: Exception) -> str:
-    return error.message if isinstance(error, DamagedStore) else as_error(error).message
 
 
 def _extras(final: AdapterRecord) -> set[str]:

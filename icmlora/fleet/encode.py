@@ -21,7 +21,7 @@ from icmlora.fleet.decoding import codec_of_task
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
-from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Tell, Trial, refine_all
+from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Tell, Trial, refine_all, stoppable
 from icmlora.fleet.texts import read_samples
 from icmlora.fleet.workers import check_place, naming, open_workers
 from icmlora.formats.catalogue import format_named
@@ -157,7 +157,7 @@ class EncodeReport:
     @property
     def short(self) -> list[TaskEncoded]:
         """The tasks without a code that is known to meet the limits; of all tasks, only those that can have one."""
-        missed = ("below", "unmeasured", "changed", *(["original_only"] if self.is_named else []))
+        missed = ("below", "unmeasured", "changed", *(["original_only", "evicted"] if self.is_named else []))
         return [task for task in self.tasks if task.status in missed]
 
 
@@ -168,6 +168,8 @@ def encode(context: Context, request: EncodeRequest) -> EncodeReport:
     report = EncodeReport(is_named=bool(request.names))
     with context.open() as store, reporting(report):
         tasks = select_tasks(store, request.names, request.base_model, request.shard)
+        if tasks and not any(store.generators.current(label) for label in {task.base_model for task in tasks}):
+            raise DataError(f"there is no generator for task {tasks[0].name!r}", hint="`icm train` makes one")
         context.progress(0, len(tasks))
 
         def tell(note: str) -> None:
@@ -326,10 +328,11 @@ class Encoder:
         """Read what it takes to make the code of a task; return the outcome where that needs none."""
         name, base_model = planned.name, planned.base_model
         generator = self._store.generators.current(base_model)
-        if generator is None:
-            raise DataError(f"there is no generator for task {name!r}", hint="`icm train` makes one")
         try:
             task, final = self._store.tasks.get(name), self._store.tasks.final(name)
+            if generator is None:
+                reason = final.original_only or "there is no generator for it; `icm train` makes one"
+                return TaskEncoded(name, "original_only" if final.original_only else "unmeasured", reason=reason)
             turn = _Turn(task, generator, final, self._store.codes.get(name, generator.id), tell)
             if task.base_model != base_model:
                 return _changed(name, f"it belongs to base model {task.base_model!r} now")
@@ -339,7 +342,8 @@ class Encoder:
 
     def _planned(self, turn: _Turn) -> TaskEncoded | MadeResidual | _Begun:
         if turn.final.is_evicted:
-            return turn.unchanged("evicted")
+            reason = "its original was evicted, so its code stays (`icm ingest --restore PATH` brings it back)"
+            return turn.unchanged("evicted", reason if self._request.names else None)
         if turn.final.original_only is not None:
             return turn.unchanged("original_only", turn.final.original_only)
         request = self._request
@@ -498,8 +502,8 @@ class Encoder:
             raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=WITHOUT_REFINE)
         base = self._models.base(task.base_model, self._gradients)
         samples = read_samples(self._store, task, base)
-        turn.tell("preparing to refine")
-        return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
+        with stoppable(base, lambda: turn.tell("preparing to refine")):
+            return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
 
 
 def _changed(name: str, reason: str) -> TaskEncoded:

@@ -160,15 +160,13 @@ class _Evaluator:
     def __call__(self, task: TaskRecord, tell: Tell) -> _Measured | Failed | BaseUnavailable | None:
         """Measure a task; None if it was removed in the meantime."""
         try:
-            base = self._models.base(task.base_model)
+            return self._measure(task, self._models.base(task.base_model))
         except (BaseModelNotFound, BaseModelUnsuited) as error:
             return BaseUnavailable(error)
-        try:
-            return self._measure(task, base)
         except TaskNotFound:  # `icm rm` does not wait for this
             return None
         except FAILURES as error:
-            return Failed(as_error(error, base, less="fewer --max-tokens"))
+            return Failed(as_error(error, self._models.loaded(task.base_model), less="fewer --max-tokens"))
 
     def _measure(self, task: TaskRecord, base: BaseModel) -> _Measured:
         store, request = self._models.store, self._request

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -114,20 +114,21 @@ class _Checker:
     def __init__(self, request: EvictRequest, interrupted: frozenset[str], models: Models) -> None:
         self._store, self._request, self._interrupted = models.store, request, interrupted
         self._check = EvictionCheck(models.store, models, request.limits)
+        self._generator = cache(models.store.generators.current)  # of all tasks of a base model
 
     def __call__(self, task: TaskRecord, tell: Callable[[str], None]) -> TaskEvicted | _Evictable:
         """Check one task, or say why it keeps its originals."""
         try:
-            return self._checked(self._store.tasks.get(task.name))
+            return self._checked(*self._store.tasks.whole(task.name))
         except TaskNotFound:  # `icm rm` does not wait for this job
             return TaskEvicted(task.name, "removed")
 
-    def _checked(self, task: TaskRecord) -> TaskEvicted | _Evictable:
-        adapters = self._store.tasks.adapters(task.name)
+    def _checked(self, task: TaskRecord, adapters: Sequence[AdapterRecord]) -> TaskEvicted | _Evictable:
         there = [row for row in adapters if not row.is_evicted or row.weights in self._interrupted]
         wanted = [row for row in there if not (row.is_final and self._request.checkpoints_only)]
         chosen = [row for row in wanted if row.original_only is None]
-        code, generator = _code_of(self._store, task)
+        generator = self._generator(task.base_model)
+        code = None if generator is None else self._store.codes.get(task.name, generator.id)
         if task.pinned or not wanted:
             return self._untouched(task, code, generator)
         if adapters[-1].original_only is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from icmlora.adapter.metrics import squared_error
 from icmlora.errors import Cancelled
 from icmlora.fleet.decoding import check_references, decode_code, read_form
-from icmlora.fleet.eviction_report import CheckFailed, Limits
+from icmlora.fleet.eviction_report import NOT_MEASURED, CheckFailed, Limits
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.loading import Models, read_with_extras
 from icmlora.fleet.measure import losses_on_own_text
@@ -85,7 +85,9 @@ class EvictionCheck:
         except Exception as failure:  # nothing that a decoder does may cost the original
             fact = f"its code cannot be decoded: {type(failure).__name__}: {failure}"
             raise CheckFailed(fact) from failure
-        if error is None or not math.isfinite(error):
+        if error is None:
+            raise CheckFailed(NOT_MEASURED)
+        if not math.isfinite(error):
             raise CheckFailed("the relative error of its code is not a finite number")
         return error
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from icmlora.fleet.placeholders import FolderReplaced
 
 
+NOT_MEASURED = "the relative error of its code was not measured here"
+"""Why a code is not trusted: it came in a bundle, whose figures are claims."""
+
+
 class CheckFailed(DataError):
     """A code misses a limit or cannot be measured; holds what was measured until then."""
 
@@ -50,7 +54,7 @@ class Limits:
         if self.max_error is None:
             return
         if squared is None:
-            raise CheckFailed("the relative error of its code was not measured")
+            raise CheckFailed(NOT_MEASURED)
         if (found := math.sqrt(squared)) > self.max_error:
             raise CheckFailed(f"its relative error is {found:.4f}, above the limit of {self.max_error:g}", squared)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from icmlora.base_models.custom_model import CustomModality
-from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, IcmLoraError
+from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, Cancelled, IcmLoraError
 from icmlora.fleet.context import Context, Event, TaskFailed
 from icmlora.io.memory import is_on_card, out_of_memory, ran_out
+from registry.errors import DamagedStore, IcmError
 
 if TYPE_CHECKING:
     from icmlora.base_models.modality import BaseModel
@@ -17,19 +19,21 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-# What libraries raise when they run a model on something that it was not made for, in addition to this package's own.
-FAILURES = (IcmLoraError, RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, MemoryError)
+_OF_LIBRARIES = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, MemoryError)
+FAILURES = (IcmLoraError, DamagedStore, *_OF_LIBRARIES)
+"""What can go wrong with one task: this package's own errors, bytes in the store that are damaged or gone, and what
+libraries raise when they run a model on something that it was not made for."""
 
 
-def as_error(error: Exception, base: BaseModel | None = None, *, less: str | None = None) -> IcmLoraError:
-    """Return what a library raised as an error of this package, which a user can read.
+def as_error(error: Exception, base: BaseModel | None = None, *, less: str | None = None) -> IcmError:
+    """Return what a library raised as an error that a user can read.
 
     Args:
         error: One of `FAILURES`. If memory ran out, what was in use is freed for the next task.
         base: The base model that was run, if one was.
         less: An option of the command with which it takes less memory.
     """
-    if isinstance(error, IcmLoraError):
+    if isinstance(error, IcmError):
         return error
     if ran_out(error):
         return out_of_memory(error, _helps(base, less, on_card=is_on_card(error)))
@@ -50,7 +54,7 @@ def _helps(base: BaseModel | None, less: str | None, *, on_card: bool) -> str:
 class Failed:
     """What comes of a task on which something fails, instead of a result; the others go on."""
 
-    error: IcmLoraError
+    error: IcmError
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,39 @@ class BaseModelLeftOut(Event):
     ) -> BaseModelLeftOut:
         """Describe an exception."""
         return cls(base_model, tuple(tasks), error.message, error.hint, isinstance(error, BaseModelUnsuited))
+
+
+@dataclass(frozen=True)
+class BaseModelFailed(Event):
+    """Nothing was done for the tasks of one base model; the other base models go on."""
+
+    base_model: str
+    kind: str  # a short stable word for the reason
+    message: str
+    hint: str | None
+
+
+class _ReportOfBases(Protocol):
+    failed: list[BaseModelFailed]
+
+
+@contextmanager
+def one_of_several(context: Context, report: _ReportOfBases, base_model: str, all_: Sequence[str]) -> Iterator[None]:
+    """Do the work for one base model in the block; what is wrong with it is noted, so that the others go on.
+
+    Raises:
+        IcmError: What the block raised, if nothing could be done for any of them.
+    """
+    try:
+        yield
+    except Cancelled:
+        raise
+    except (IcmLoraError, DamagedStore) as error:
+        if len(report.failed) + 1 == len(all_):
+            raise
+        told = TaskFailed.of(base_model, error)
+        report.failed.append(BaseModelFailed(base_model, told.kind, told.message, told.hint))
+        context.on_event(report.failed[-1])
 
 
 class _Report(Protocol):

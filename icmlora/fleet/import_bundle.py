@@ -8,14 +8,14 @@ Until the transaction the store is as it was. A killed import leaves blobs witho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from icmlora.adapter.blocks import blocks_of
 from icmlora.bundle.file import open_bundle
 from icmlora.errors import BundleError
-from icmlora.fleet.bundles import find_task, open_generator
+from icmlora.fleet.bundles import claim_of, find_task, open_generator
 from icmlora.fleet.context import Context
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import Template
@@ -25,8 +25,9 @@ from icmlora.formats.peft_initial import converted_form
 from icmlora.generator.code import generator_of
 from icmlora.task_vectors.file import arrays_from_bytes
 from registry.bundles import BundleImport, ImportedTask, ImportOutcome
+from registry.conversion import bundle_source
 from registry.errors import StoreNotFound
-from registry.records import Extra, NewAdapter, NewEvaluation, NewGenerator, NewVector
+from registry.records import Extra, NewAdapter, NewGenerator, NewVector
 
 if TYPE_CHECKING:
     from icmlora.bundle.file import BundleFile
@@ -116,7 +117,7 @@ def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Bun
 def _arrival(bundle: BundleFile, tasks: Sequence[BundledTask], request: ImportRequest) -> BundleImport:
     index = bundle.index
     generator = NewGenerator(index.base_model, index.generator.blob, index.generator.config, index.generator.metrics)
-    source = f"bundle {bundle.digest}"
+    source = bundle_source(bundle.digest)
     arriving = [_arriving(task, source, index.sizes, _vectors(bundle, task)) for task in tasks]
     return BundleImport(generator, index.generator.version, arriving, request.on_conflict)
 
@@ -161,7 +162,4 @@ def _arriving(task: BundledTask, source: str, sizes: Mapping[str, int], vectors:
         format=task.format,
         extras=[Extra(extra.part, extra.file, extra.size, sizes[extra.part]) for extra in task.extras],
     )
-    measured = None
-    if task.measured is not None:
-        measured = NewEvaluation(task=task.name, rung="code", generator_id=None, **asdict(task.measured))
-    return ImportedTask(task.name, original, task.weights_size, task.code, task.squared_error, measured, vectors)
+    return ImportedTask(task.name, original, task.weights_size, task.code, None, claim_of(task), vectors)

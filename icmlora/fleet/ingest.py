@@ -39,7 +39,7 @@ from icmlora.formats.pickled import PickleReader, converted
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.blobs.content import digest_of
-from registry.errors import DamagedStore, MissingBlob, SourceRefused, StoreNotFound, TaskConflict
+from registry.errors import MissingBlob, SourceRefused, StoreNotFound, TaskConflict
 from registry.names import UNKNOWN_BASE, source_label
 from registry.records import WITHOUT_BASE, IngestOutcome, NewAdapter, TaskIngest, TaskOrigin
 
@@ -58,7 +58,7 @@ class IngestRequest:
     name: str | None = None
     name_from: str | None = None
     samples: Path | None = None
-    base_model: str | None = None  # of the adapters that name none
+    base_model: str | None = None  # of image adapters, and of others that name none
     texts: bool = True
     strict: bool = False
     on_conflict: Conflict = "fail"
@@ -84,12 +84,14 @@ class TaskIngested(Event):
     folder: str = ""  # what the task is named after
     is_renamed: bool = False  # it is called otherwise than the folder
     base_model: str = ""  # its name, whatever label the adapter gives it
+    base_is_guess: bool = False  # the widths of its tensors make it likely, and nothing names it
     original_only: str | None = None  # why it can have no code
     extras_size: int = 0  # bytes that its extras take in the store; equal ones are stored once
     lora_size: int = 0  # bytes of the factors of its final adapter; 0 where there can be no code
     converted_from: str | None = None  # the name of the pickle that its weights were converted from
     initial: str | None = None  # the folder with the weights that it began with, which were taken off
     format: str = "peft"
+    wrapper: str | None = None  # what a wrapper put into the names of its tensors, as `_orig_mod`; PEFT finds none then
     same_as: str | None = None  # another task whose final adapter has the same tensors, for a new adapter
 
 
@@ -308,7 +310,7 @@ class _Target:
 
         try:
             made = StoredDecoder(self.known).files(final, code, generator)
-        except (*FAILURES, DamagedStore):
+        except FAILURES:
             return False
         return (digest_of(made.weights), digest_of(made.config)) == (found.weights, found.config)
 
@@ -398,7 +400,7 @@ def _prepared(
 def _with_bases(
     prepared: Sequence[PreparedTask | Problem], told: str | None, bases: KnownBases
 ) -> list[PreparedTask | Problem]:
-    """Find the base model of each task; with `told`, that of those that name none."""
+    """Find the base model of each task; with `told`, that of image adapters and of others that name none."""
     labels = [task.base_model for task in _good(prepared)]
     bases.settle(label for label in (told, *labels) if label is not None)
     return [_with_base(item, told, bases) if isinstance(item, PreparedTask) else item for item in prepared]
@@ -406,8 +408,9 @@ def _with_bases(
 
 def _with_base(task: PreparedTask, told: str | None, bases: KnownBases) -> PreparedTask | Problem:
     label = task.base_model
-    if label is None:
-        return _of_architecture(replace(task, base_model=told or UNKNOWN_BASE, base_is_told=told is not None), bases)
+    if label is None or (told is not None and task.found.final.format.is_for_images):
+        changed = replace(task, base_model=told or UNKNOWN_BASE, base_is_told=told is not None, base_is_guess=False)
+        return _of_architecture(changed, bases)
     if told is None or bases.name_of(told) == bases.name_of(label):
         return _of_architecture(task, bases)
     hint = f"`icm base alias {told} {label}` if they are the same model; else ingest it without --base-model"
@@ -505,12 +508,14 @@ def _ingested(task: PreparedTask, outcome: IngestOutcome, bases: KnownBases) -> 
         folder=source_label(task.found.folder),
         is_renamed=not task.found.is_called_like_its_folder(outcome.name),
         base_model=base,
+        base_is_guess=task.base_is_guess and outcome.status in ("added", "replaced"),
         original_only=final.original_only or (WITHOUT_BASE if base == UNKNOWN_BASE else None),
         extras_size=sum(extra.packed_size for extra in final.extras),
         lora_size=_lora_size(final),
         converted_from=task.found.final.pickle,
         initial=None if task.found.final.initial is None else source_label(task.found.final.initial.parent),
         format=final.format,
+        wrapper=task.wrapper,
     )
 
 
@@ -532,8 +537,10 @@ def _note_missing_vectors(store: Store | None, report: IngestReport) -> None:
     base_models = {name: store.tasks.get(name).base_model for name in store.tasks.without_vectors() if name in names}
     can_run = {label: _can_run(store, label) for label in set(base_models.values())}
     report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]
-    # Those of a base model that cannot be run are tried too: that says why.
-    report.extractable = [name for name, label in base_models.items() if can_run[label] is not None]
+    # Those of a base model that cannot be run are tried too: that says why. Who wants an original back waits for no
+    # vectors: those that the task has are kept, and one that had none before has none now.
+    names -= {task.task for task in could if task.restored and not task.new}
+    report.extractable = [name for name, label in base_models.items() if can_run[label] is not None and name in names]
 
 
 def _can_run(store: Store, label: str) -> bool | None:

@@ -26,11 +26,12 @@ from icmlora.fleet.context import has_loaders
 from icmlora.formats.discovery import FoundAdapter, FoundTask
 from icmlora.formats.format import AdapterFormat, AdapterSummary
 from icmlora.formats.identity import tensors_key
+from icmlora.formats.weights import check_head, read_weights
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import TensorInfo, read_tensor_file
+from icmlora.io.safetensors import TensorInfo
 from registry.blobs.content import PutRefusal, digest_of
 from registry.errors import SourceRefused
-from registry.files import read_plain
+from registry.files import CheckFirst, read_plain
 from registry.names import source_label
 from registry.records import EvictedAdapter, NewAdapter
 
@@ -82,7 +83,9 @@ class PreparedTask:
     samples_read: TextRead | None = None
     eval_read: TextRead | None = None
     kept: tuple[TensorInfo, ...] = ()  # tensors of its final adapter that no code can represent
-    base_is_told: bool = False  # by the user, because the adapter names none
+    base_is_told: bool = False  # by the user
+    base_is_guess: bool = False  # the widths of an image adapter make it likely, and nothing names it
+    wrapper: str | None = None  # what a wrapper put into the names of its final adapter's tensors
 
 
 @dataclass(frozen=True)
@@ -169,15 +172,16 @@ def prepare(
     }
     plain = sorted(path for path in texts - packed.keys() if _size(path) <= MAX_BYTES)
     checks |= {path: partial(check, path=path) for path in plain}
+    first = {path: partial(_check_head, formats[path], path=shown[path]) for path in meanings}
     if store is None:
-        outcomes = _check_only(checks)
+        outcomes = _check_only(checks, first)
     else:
         withheld = _withheld(tasks, good, evicted)
         contents = {data for item in good.values() for data in (item.config, item.card) if data is not None}
         # Where weights stay evicted, so do those that they began with.
         back = (item.initial for item in adapters if not withheld[item.weights])
         contents |= {initial[path] for path in back if path in initial}
-        outcomes = _check_and_store(checks, sorted(contents), store, withheld)
+        outcomes = _check_and_store(checks, first, sorted(contents), store, withheld)
     outcomes |= {path: _too_large(path) for path in texts - checks.keys() - packed.keys()} | dict(refused) | packed
     return [_prepared(task, small, outcomes) for task in tasks]
 
@@ -190,10 +194,15 @@ def _read_small(found: FoundAdapter, initial: dict[Path, bytes]) -> _Small | Icm
         with located(found.config):  # parsed separately, so that an error names this file and not the weights
             found.format.read_config(config)
         if found.initial is not None and found.initial not in initial:
-            initial[found.initial] = read_tensor_file(found.initial)
+            initial[found.initial] = read_weights(found.initial, found.format)
     except IcmLoraError as error:
         return error
     return _Small(config, card, None if found.initial is None else initial[found.initial])
+
+
+def _check_head(known: AdapterFormat, descriptor: int, size: int, *, path: Path) -> None:
+    with located(path):
+        check_head(known, descriptor, size)
 
 
 def _inspect(
@@ -259,14 +268,19 @@ def _withheld(
 
 
 def _check_and_store(
-    checks: _Checks, contents: Sequence[bytes], store: Store, withheld: Mapping[Path, Collection[str]]
+    checks: _Checks,
+    first: Mapping[Path, CheckFirst],
+    contents: Sequence[bytes],
+    store: Store,
+    withheld: Mapping[Path, Collection[str]],
 ) -> _Outcomes:
     def inspect(path: Path, data: bytes) -> _Weights | TextRead:
         return checks[path](data)
 
     # The whole batch in one call: each call waits for the disk once, and that is what takes time.
     outcomes: _Outcomes = {}
-    done = store.blobs.put_files(list(checks), inspect, refusals=(IcmLoraError,), contents=contents, withheld=withheld)
+    refusals = (IcmLoraError,)
+    done = store.blobs.put_files(list(checks), inspect, refusals, contents, withheld, first)
     for result in done:
         if isinstance(result, PutRefusal):
             outcomes[result.path] = result.error
@@ -275,12 +289,12 @@ def _check_and_store(
     return outcomes
 
 
-def _check_only(checks: _Checks) -> _Outcomes:
+def _check_only(checks: _Checks, first: Mapping[Path, CheckFirst]) -> _Outcomes:
     """Read the files as the store would, and refuse what it would refuse."""
     outcomes: _Outcomes = {}
     for path, check in checks.items():
         try:
-            data = read_plain(path)
+            data = read_plain(path, first=first.get(path))
             outcomes[path] = _Checked(digest_of(data), len(data), check(data))
         except (IcmLoraError, SourceRefused) as error:
             outcomes[path] = error
@@ -295,7 +309,8 @@ def _prepared(
     problems: list[Problem] = []
     base_model: str | None = None
     kept: tuple[TensorInfo, ...] = ()
-    size = 0
+    wrapper: str | None = None
+    is_guess, size = False, 0
     for found in task.adapters:
         match _read_of(found, small, outcomes):
             case Exception() as error:
@@ -305,14 +320,25 @@ def _prepared(
             case files, checked, summary, key:
                 if found.is_final:
                     base_model = full_label(summary.base_model, summary.revision, found.place, task.folder)
-                    kept = summary.extras
+                    kept, is_guess, wrapper = summary.extras, summary.base_is_guess, summary.wrapper
                 rows.append(_row(found, files, checked.digest, summary, key))
                 size += checked.size + len(files.config) + len(files.card or b"")
     (samples, samples_read), (eval_data, eval_read) = (
         _text(path, outcomes, problems) for path in (task.samples, task.eval_data)
     )
     return PreparedTask(
-        task, base_model, tuple(rows), samples, eval_data, size, tuple(problems), samples_read, eval_read, kept
+        task,
+        base_model,
+        tuple(rows),
+        samples,
+        eval_data,
+        size,
+        tuple(problems),
+        samples_read,
+        eval_read,
+        kept,
+        wrapper=wrapper,
+        base_is_guess=is_guess,
     )
 
 

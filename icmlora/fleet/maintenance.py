@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmlora.fleet.blob_kinds import kind_of
 from icmlora.fleet.context import Context
 from registry.errors import DamagedStore, RegistryError
 
@@ -92,10 +93,21 @@ def repair(context: Context) -> list[tuple[Finding, str]]:
         return store.repair()
 
 
-def prune(context: Context, *, grace: float, dry_run: bool) -> PruneReport:
-    """Delete the bytes that no row refers to."""
+def restore_database(context: Context) -> str:
+    """Put the copy of the database from before the last deletion in its place, and return from when it is."""
+    from registry.kept import restore_database
+
+    return restore_database(context.path, lock_timeout=context.lock_timeout, command=context.command)
+
+
+def prune(context: Context, *, grace: float, empty_quarantine: bool, dry_run: bool) -> PruneReport:
+    """Delete the bytes that no row refers to; set codes, generators, residuals and weights aside."""
     with context.open(read_only=dry_run) as store:
-        return store.prune(grace=grace, dry_run=dry_run)
+        return store.prune(grace=grace, is_precious=_is_precious, empty_quarantine=empty_quarantine, dry_run=dry_run)
+
+
+def _is_precious(start: bytes) -> bool:
+    return kind_of(start) in ("code", "generator", "residual", "weights")
 
 
 _DISTRIBUTIONS = ("icm-lora", "torch", "transformers", "peft", "safetensors", "sqlalchemy", "numpy", "typer")

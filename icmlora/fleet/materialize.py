@@ -25,14 +25,15 @@ from icmlora.errors import DataError
 from icmlora.fleet.context import Context, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
-from registry.records import WithRelativeError
+from registry.errors import DamagedStore
+from registry.records import Claim, WithRelativeError, relative_error
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.base_models.lookup import FoundBase
     from icmlora.fleet.cards import Provenance
     from icmlora.fleet.decoding import OriginalForm
-    from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
+    from registry.records import AdapterRecord, CodeRecord, EvaluationRecord, GeneratorRecord, TaskRecord
     from registry.store import Store
 
 Decoded = Literal["residual", "code", "generate", "network"]
@@ -86,6 +87,7 @@ class MaterializeReport(WithRelativeError):
     converted: bool = False  # from another one
     left_out: tuple[str, ...] = ()  # files that came with the original and have no place in this format
     precision: str | None = None  # of the base model that the gain was measured on
+    claim: Claim | None = None  # of the bundle that its code came in
 
 
 class TooLossy(DataError):
@@ -137,7 +139,8 @@ class MadeFiles:
             known = *of_original, digest, None, self.format.name
             return MaterializeReport(self.task, output, "original", None, *known)
         figures = p.squared_error, p.retained_gain, digest, p.recognized, self.format.name
-        return MaterializeReport(self.task, output, p.source, p.generator.blob, *figures, precision=p.precision)
+        made = MaterializeReport(self.task, output, p.source, p.generator.blob, *figures)
+        return replace(made, precision=p.precision, claim=p.claim)
 
 
 def materialize(context: Context, request: MaterializeRequest) -> MaterializeReport:
@@ -321,9 +324,7 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
     task, generator, code = stored.task, _generator_of(stored), stored.code
     error = gain = precision = None
     if request.seed is None:  # nothing was measured of a sampled adapter
-        from registry.evaluations import latest
-
-        measured = latest(store.evaluations.all(task.name), task, source, generator)
+        measured = _measured(store, task, source, generator)
         if measured is not None:
             error, gain, precision = measured.squared_error, measured.retained_gain, measured.precision
     if code is not None and source in ("code", "residual"):
@@ -343,18 +344,29 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
         stored.final.is_generated,
         None if stored.exemplar is None else stored.exemplar.task,
         precision,
+        code.claim if code is not None and source == "code" else None,
     )
-    check_error(provenance, request.max_error, hint=_BETTER)
+    check_error(task.name, error, request.max_error, hint=_BETTER)
     return provenance
 
 
-def check_error(provenance: Provenance, limit: float | None, *, hint: str) -> None:
+def _measured(store: Store, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
+    """Return how a source does; None if nobody measured it, or if that is damaged: it takes no figures to write one."""
+    from registry.evaluations import latest
+
+    try:
+        return latest(store.evaluations.all(task.name), task, source, generator)
+    except DamagedStore:  # `icm verify` reports it
+        return None
+
+
+def check_error(task: str, squared_error: float | None, limit: float | None, *, hint: str) -> None:
     """Refuse an adapter whose error is above a limit, or was not measured although there is a limit."""
-    error = provenance.relative_error
+    error = relative_error(squared_error)
     if limit is None or (error is not None and error <= limit):
         return
     found = "was not measured" if error is None else f"is {error:.4f}"
-    raise TooLossy(f"the relative error of {provenance.task!r} {found}, but the limit is {limit}", hint=hint)
+    raise TooLossy(f"the relative error of {task!r} {found}, but the limit is {limit}", hint=hint)
 
 
 def _decode(

@@ -304,8 +304,8 @@ class _FromBundle:
             return _Made(AdapterBytes(weights, form.template.config, None, form.files), "original")
         code = self._file.read(task.code)
         adapter = self._generator.decoder_of(code).decode(code)
-        files, measured = files_like_original(adapter, form), (task.squared_error, task.retained_gain, task.precision)
-        return _Made(files, "code", index.generator.blob, *measured)
+        # What a bundle says of its codes was not measured here.
+        return _Made(files_like_original(adapter, form), "code", index.generator.blob, None, None)
 
 
 class _Restorer:

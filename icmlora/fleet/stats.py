@@ -86,4 +86,5 @@ class _TaskBills:
             asked=None if code is None else code.asked,
             original_only=row.final.original_only,
             extras_bytes=row.final.extras_bytes,
+            is_claimed=code is not None and code.claim is not None,
         )

@@ -19,6 +19,7 @@ import torch
 from icmlora.errors import Cancelled, DataError, GeneratorError
 from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.fleet.context import Context, Event, reporting
+from icmlora.fleet.failures import FAILURES, BaseModelFailed, as_error, one_of_several
 from icmlora.fleet.training_run import (
     TrainingRun,
     TrainRequest,
@@ -28,6 +29,7 @@ from icmlora.fleet.training_run import (
     run_metrics,
     share_run,
     train_network,
+    usable_source,
 )
 from icmlora.generator.codec import Codec
 from icmlora.generator.encoding import Encoded
@@ -93,6 +95,7 @@ class TrainReport:
     """What a training did."""
 
     trained: list[Trained] = field(default_factory=list)
+    failed: list[BaseModelFailed] = field(default_factory=list)
     stopped_at: int | None = None
     """The step of the checkpoint of the run that was stopped, if any: 0 before its first step."""
 
@@ -113,11 +116,13 @@ def train(context: Context, request: TrainRequest) -> TrainReport:
 def _train(
     context: Context, store: Store, request: TrainRequest, device: torch.device, ranks: Ranks, report: TrainReport
 ) -> None:
-    for label in base_models_with_tasks(store, request.base_model):
-        with store.job(label):
-            trained = _train_base(context, store, label, request, device, ranks, report)
-        report.trained.append(trained)
-        context.on_event(trained)
+    labels = base_models_with_tasks(store, request.base_model)
+    for label in labels:
+        with one_of_several(context, report, label, labels if ranks.count == 1 else [label]):
+            with store.job(label):
+                trained = _train_base(context, store, label, request, device, ranks, report)
+            report.trained.append(trained)
+            context.on_event(trained)
     ranks.share()  # nothing: the others may leave
 
 
@@ -131,7 +136,8 @@ def _train_base(
     report: TrainReport,
 ) -> Trained:
     _refuse_evicted(store, label)
-    source = StoreAdapterSource(store, label)
+    source = usable_source(context, store, label)
+    _refuse_lost(store, label, source.left_out)
     _refuse_none(source.names, source.left_out)
     previous = None if request.fresh else store.generators.current(label)
     started = time.monotonic()
@@ -165,6 +171,16 @@ def _refuse_evicted(store: Store, label: str) -> None:
     evicted = [row.task.name for row in rows if row.final.is_evicted]
     if evicted:
         fact = f"a new generator would leave evicted tasks without a code: {some([repr(name) for name in evicted])}"
+        hint = "`icm train --update` only adds new tasks; or restore the originals with `icm ingest --restore PATH`"
+        raise DataError(fact, hint=hint)
+
+
+def _refuse_lost(store: Store, label: str, left_out: Mapping[str, str]) -> None:
+    """Raise if a task cannot be encoded again that has a code: its original may be damaged, and the code is not."""
+    rows = [row for row in store.tasks.summaries() if row.task.base_model == label and row.code is not None]
+    lost = [row.task.name for row in rows if row.task.name in left_out]
+    if lost:
+        fact = f"a new generator would leave {some([repr(name) for name in lost])} without a code: {left_out[lost[0]]}"
         hint = "`icm train --update` only adds new tasks; or restore the originals with `icm ingest --restore PATH`"
         raise DataError(fact, hint=hint)
 
@@ -226,8 +242,8 @@ def _encode_all(
                 initial = source.initial(task)
                 try:
                     code = codec.encode(source.load(task, None), source.mean_vectors(task), initial)
-                except GeneratorError as error:  # such as an adapter of numbers too small to be divided
-                    left_out[name] = str(error)
+                except FAILURES as error:  # such as an adapter of numbers too small to be divided
+                    left_out[name] = as_error(error).message
                     continue
                 waiting.append((final, code, initial is not None))
                 context.on_event(CodeMade(name, len(code.data), code.squared_error))

@@ -9,7 +9,7 @@ Codes do not change.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,10 @@ from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewshot_start
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
-from icmlora.fleet.context import Context, Event, locate_base, reporting
+from icmlora.fleet.adapter_source import refuse_large
+from icmlora.fleet.context import Context, Event, ignore, locate_base, reporting
 from icmlora.fleet.decoding import decode_code
+from icmlora.fleet.failures import FAILURES, BaseModelFailed, as_error, one_of_several
 from icmlora.fleet.loading import open_base, read_original
 from icmlora.fleet.texts import read_samples
 from icmlora.fleet.training_run import base_models_with_tasks
@@ -32,7 +34,7 @@ from icmlora.generator.codec import Codec
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.io.text import counted
-from registry.records import AdapterRecord, GeneratorRecord
+from registry.records import AdapterRecord, GeneratorRecord, TaskSummary
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -76,6 +78,7 @@ class FewShotTrained(Event):
     loss: float  # mean over the last half of the episodes: 0 is as good as the task's own adapter, 1 as good as none
     seconds: float
     precision: str  # of the base model that the loss was measured on
+    left_out: Mapping[str, str] = field(default_factory=dict)  # tasks that cannot be read, and why
 
 
 @dataclass
@@ -83,6 +86,7 @@ class FewShotReport:
     """What the meta-training did; base models that are not listed did not change."""
 
     trained: list[FewShotTrained] = field(default_factory=list)
+    failed: list[BaseModelFailed] = field(default_factory=list)
 
 
 class AllAdapters:
@@ -95,7 +99,9 @@ class AllAdapters:
         self._store, self._generator, self._file = store, generator, file
         rows = [row for row in store.tasks.summaries() if row.task.base_model == generator.base_model]
         # A generated task would only confirm the few-shot start that made it.
-        self._rows = [row for row in rows if not row.final.is_generated and _is_plain(row.final, base)]
+        plain = [row for row in rows if not row.final.is_generated and _is_plain(row.final, base)]
+        self.left_out: dict[str, str] = {}
+        self._rows = [row for row in plain if self._is_usable(row)]
         self.names = [row.task.name for row in self._rows]
         self._samples: dict[tuple[int, int], Sequence[Prepared]] = {}
 
@@ -105,7 +111,17 @@ class AllAdapters:
 
     def load(self, task: int) -> Adapter:
         """Read or decode the adapter of a task."""
-        row = self._rows[task]
+        return self._adapter_of(self._rows[task])
+
+    def _is_usable(self, row: TaskSummary) -> bool:
+        try:
+            refuse_large(self._adapter_of(row))
+        except FAILURES as error:
+            self.left_out[row.task.name] = as_error(error).message
+            return False
+        return True
+
+    def _adapter_of(self, row: TaskSummary) -> Adapter:
         if not row.final.is_evicted:
             return read_original(self._store, row.final)
         code = self._store.codes.get(row.task.name, self._generator.id)
@@ -124,8 +140,8 @@ class AllAdapters:
         try:
             some = read_samples(self._store, self._rows[task].task, base, most=most)
             return () if some is None else base.modality.prepare(base, some.items, SAMPLE_TOKENS)
-        except DataError:
-            return ()  # single letters, where there is no token to predict, or chats that the chat template refuses
+        except FAILURES:
+            return ()  # damaged, single letters without a token to predict, or chats that the chat template refuses
 
 
 def _is_plain(final: AdapterRecord, base: BaseModel) -> bool:
@@ -162,12 +178,14 @@ class StoreEpisodeSource:
 
 
 def check_few_shot(context: Context, base_model: str | None) -> None:
-    """Check that the meta-training can run, before hours are spent on the generator. Reads rows only."""
+    """Check that it can run for one base model at least, before hours are spent on the generator. Reads rows only."""
     with context.open() as store:
-        for label in base_models_with_tasks(store, base_model):
-            tasks = [row.task for row in store.tasks.summaries() if row.task.base_model == label]
-            _refuse_few(label, sum(task.samples is not None for task in tasks))
-            modality_of(locate_base(store, label))
+        labels, report = base_models_with_tasks(store, base_model), FewShotReport()
+        for label in labels:
+            with one_of_several(replace(context, on_event=ignore), report, label, labels):
+                tasks = [row.task for row in store.tasks.summaries() if row.task.base_model == label]
+                _refuse_few(label, sum(task.samples is not None for task in tasks))
+                modality_of(locate_base(store, label))
 
 
 def read_few_shot_start(store: Store, generator: GeneratorRecord, file: GeneratorFile) -> FewShotStart:
@@ -181,11 +199,13 @@ def train_few_shot(context: Context, request: FewShotRequest) -> FewShotReport:
     device = resolve_device(request.device)
     report = FewShotReport()
     with reporting(report), context.open() as store:
-        for label in base_models_with_tasks(store, request.base_model):
-            with store.job(label):
-                trained = _train_base(context, store, label, request, device)
-            report.trained.append(trained)
-            context.on_event(trained)
+        labels = base_models_with_tasks(store, request.base_model)
+        for label in labels:
+            with one_of_several(context, report, label, labels):
+                with store.job(label):
+                    trained = _train_base(context, store, label, request, device)
+                report.trained.append(trained)
+                context.on_event(trained)
     return report
 
 
@@ -220,6 +240,7 @@ def _train_base(
         loss=sum(last) / max(len(last), 1),
         seconds=round(time.monotonic() - began, 3),
         precision=base.dtype,
+        left_out=adapters.left_out,
     )
 
 

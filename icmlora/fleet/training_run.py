@@ -12,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -23,8 +23,6 @@ import torch
 from icmlora.base_models.channel_statistics import channel_statistics
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import (
-    BaseModelNotFound,
-    BaseModelUnsuited,
     Cancelled,
     DataError,
     GeneratorError,
@@ -32,6 +30,7 @@ from icmlora.errors import (
 )
 from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.fleet.context import Context, Event, base_name, check_base_model
+from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.loading import open_base
 from icmlora.fleet.texts import read_samples
 from icmlora.generator.config import GeneratorConfig, config_for
@@ -158,11 +157,20 @@ def help_train(context: Context, ranks: Ranks, device: torch.device) -> None:
         label, digest, network, optimizer = work
         # Only now: the first process may have waited for the job, and nobody may hold the store meanwhile.
         with context.open(read_only=True) as store:
-            source = StoreAdapterSource(store, label.decode())
+            source = usable_source(context, store, label.decode())
             if source.digest() != digest.decode():
                 raise DataError("the store changed while the training began", hint="run the same command again")
             for at in fit(state_from_bytes(network, optimizer, device), source, ranks):
                 context.progress(at.step, at.steps)
+
+
+def usable_source(
+    context: Context, store: Store, label: str, names: Collection[str] | None = None
+) -> StoreAdapterSource:
+    """Return the tasks of a base model that can be trained on, without those that are damaged or diverged."""
+    source = StoreAdapterSource(store, label, names)
+    source.leave_out_unusable(lambda done, name: context.progress(done, len(source.names), f"reading {name}"))
+    return source
 
 
 def options_of(source: StoreAdapterSource, wanted: TrainRequest | UpdateRequest, device: torch.device) -> TrainConfig:
@@ -237,7 +245,10 @@ def measured_sensitivity(
     config: GeneratorConfig,
     device: torch.device,
 ) -> Sensitivity | None:
-    """Measure how strongly the base model reacts to each channel, or return None if it cannot be run for that here."""
+    """Measure how strongly the base model reacts to each channel, or return None if it cannot be run for that here.
+
+    Why it cannot is for `icm eval` to say, which runs each task.
+    """
     try:
         base = open_base(store, source.base_model, device, cache=context.cache)
         # Kinds of different widths share names, and a name without a layer number is that of every layer.
@@ -245,7 +256,9 @@ def measured_sensitivity(
         statistics = channel_statistics(
             base, _examples(store, source.names, base), modules, max_tokens=_STATISTICS_TOKENS
         )
-    except (BaseModelNotFound, BaseModelUnsuited):
+    except Cancelled:
+        raise
+    except FAILURES:
         return None
     return sensitivity_of(config, statistics)
 
@@ -254,7 +267,7 @@ def _examples(store: Store, names: Sequence[str], base: BaseModel) -> list[Any]:
     """Return the first samples of each task in turn, or neutral ones if no task has any."""
     firsts: list[Sequence[Any]] = []
     for name in names[:_STATISTICS_TASKS]:
-        with suppress(DataError):  # its chats do not go with the chat template
+        with suppress(*FAILURES):  # its chats do not go with the chat template, or its samples are damaged
             samples = read_samples(store, store.tasks.get(name), base)
             firsts.append(() if samples is None else samples.items[:_STATISTICS_SAMPLES])
     return [one for row in zip_longest(*firsts) for one in row if one is not None] or list(base.modality.probes)

@@ -19,8 +19,9 @@ import torch
 from icmlora.errors import DataError
 from icmlora.fleet.adapter_source import StoreAdapterSource
 from icmlora.fleet.context import Context, Event, reporting
+from icmlora.fleet.failures import BaseModelFailed, one_of_several
 from icmlora.fleet.train import REPLACED, CodeMade
-from icmlora.fleet.training_run import base_models_with_tasks, run_metrics
+from icmlora.fleet.training_run import base_models_with_tasks, run_metrics, usable_source
 from icmlora.fleet.update_candidates import Candidate, UpdateCandidates, UpdateRequest
 from icmlora.generator.config import tolerance_of
 from icmlora.generator.versions import GeneratorFile
@@ -54,6 +55,7 @@ class UpdateReport:
     """What an update did; base models that are not listed did not change."""
 
     updated: list[Updated] = field(default_factory=list)
+    failed: list[BaseModelFailed] = field(default_factory=list)
 
     @property
     def tasks(self) -> list[str]:
@@ -77,15 +79,15 @@ def update(context: Context, request: UpdateRequest) -> UpdateReport:
     report = UpdateReport()
     with reporting(report), context.open() as store:
         labels = base_models_with_tasks(store, request.base_model)
-        for label in labels:
-            _current(store, label)  # fail now, not after an hour of work for the others
-        for label in labels:
-            with store.job(label):
-                updated, codes = _update_base(context, store, label, request, device)
-            report.updated.append(updated)
-            for code in codes:
-                context.on_event(code)
-            context.on_event(updated)
+        # Those without a generator first: that is told now, not after an hour of work for the others.
+        for label in sorted(labels, key=lambda label: store.generators.current(label) is not None):
+            with one_of_several(context, report, label, labels):
+                with store.job(label):
+                    updated, codes = _update_base(context, store, label, request, device)
+                report.updated.append(updated)
+                for code in codes:
+                    context.on_event(code)
+                context.on_event(updated)
     return report
 
 
@@ -104,7 +106,7 @@ def _update_base(
     generator = _current(store, label)
     data = store.blobs.read(generator.blob)
     new = [row.task.name for row in store.tasks.summaries() if row.task.base_model == label and row.code is None]
-    source = StoreAdapterSource(store, label, new)
+    source = usable_source(context, store, label, new)
     tolerance = _tolerance(request, data)
     candidates = UpdateCandidates(context, store, source, request, tolerance, device)
     choice = _choose(candidates, data, source)

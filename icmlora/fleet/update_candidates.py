@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from icmlora.errors import GeneratorError
 from icmlora.fleet.adapter_source import StoreAdapterSource, layout_of
 from icmlora.fleet.context import Context
+from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.training_run import measured_sensitivity, options_of, train_network
 from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
@@ -155,11 +155,11 @@ class UpdateCandidates:
 
     def _encode(self, codec: Codec, source: StoreAdapterSource, task: int) -> Encoded | None:
         """Return the code of a task; note the reason and return None if it cannot be encoded."""
-        vectors = source.mean_vectors(task)
         try:
-            return codec.encode(source.load(task, None), vectors, source.initial(task), tolerance=self._tolerance)
-        except GeneratorError as error:
-            self.left_out[source.names[task]] = str(error)
+            vectors, initial = source.mean_vectors(task), source.initial(task)
+            return codec.encode(source.load(task, None), vectors, initial, tolerance=self._tolerance)
+        except FAILURES as error:
+            self.left_out[source.names[task]] = as_error(error).message
             return None
 
 

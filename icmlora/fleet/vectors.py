@@ -141,13 +141,11 @@ class _Extractor:
     def __call__(self, task: TaskRecord, tell: Tell) -> _Extracted | Failed | BaseUnavailable | None:
         """Extract the vectors of a task; None if it was removed in the meantime."""
         try:
-            base = self._models.base(task.base_model, VECTOR_DTYPE)
+            return self._extract(task, self._models.base(task.base_model, VECTOR_DTYPE))
         except (BaseModelNotFound, BaseModelUnsuited) as error:
             return BaseUnavailable(error)
-        try:
-            return self._extract(task, base)
         except FAILURES as error:
-            return Failed(as_error(error, base))
+            return Failed(as_error(error, self._models.loaded(task.base_model)))
         except TaskNotFound:  # `icm rm` does not wait for this
             return None
 

@@ -15,6 +15,7 @@ notes, small files and the first bytes of files are opened here. Never imports t
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -105,7 +106,9 @@ class FoundTask:
     def is_called_like_its_folder(self, name: str) -> bool:
         """Say whether a reader would expect this name."""
         expected = name_chain(self.folder, self.part)[0]
-        return name.lower() == expected.lower() and task_name_problem(names_above(self.folder)[0]) is None
+        # A space cannot be part of a name; everybody expects another character in its place.
+        own = unicodedata.normalize("NFC", names_above(self.folder)[0]).replace(" ", "-")
+        return name.lower() == expected.lower() and task_name_problem(own) is None
 
 
 @dataclass(frozen=True)
@@ -406,6 +409,7 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def _given_name(tasks: Sequence[FoundTask], name: str) -> str:
+    name = unicodedata.normalize("NFC", name)
     problem = task_name_problem(name)
     if problem is not None:
         raise AdapterRefused(f"--name cannot name a task: {problem}", kind="name")

@@ -12,8 +12,8 @@ from icmlora.formats.format import AdapterPaths, write_adapter_files
 from icmlora.formats.peft_config import MAX_CONFIG_BYTES
 from icmlora.formats.placeholder import PLACEHOLDER_NAME
 from icmlora.formats.tree import Folder
+from icmlora.formats.weights import read_weights
 from icmlora.io.files import read_regular
-from icmlora.io.safetensors import MAX_FILE_BYTES, read_tensor_file
 from registry.names import some
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def load_adapter(folder: str | Path) -> Adapter:
         names = some([paths.weights.name for _, paths in found])
         raise AdapterRefused(f"it holds several adapters: {names}", kind="several", path=place, hint="name one of them")
     for known, paths in found:
-        return known.read(_config(paths), _weights(paths), path=place).adapter
+        return known.read(_config(paths), read_weights(paths.weights, known), path=place).adapter
     if PLACEHOLDER_NAME in searched.files:
         hint = f"`icm restore {place}` brings it back"
         raise AdapterRefused("there is a placeholder instead of an adapter", kind="placeholder", path=place, hint=hint)
@@ -90,9 +90,3 @@ def save_adapter(
 
 def _config(paths: AdapterPaths) -> bytes:
     return b"" if paths.config is None else read_regular(paths.config, max_bytes=MAX_CONFIG_BYTES)
-
-
-def _weights(paths: AdapterPaths) -> bytes:
-    if paths.weights.suffix == ".safetensors":
-        return read_tensor_file(paths.weights)
-    return read_regular(paths.weights, max_bytes=MAX_FILE_BYTES)

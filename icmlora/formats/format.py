@@ -105,9 +105,13 @@ class AdapterSummary:
     """Why there can be no code of it ("peft_type is LOHA, not LORA"); it is kept as it is. None where there can."""
     does_nothing: bool = False
     """It leaves the base model as it is, or its values are not finite."""
+    base_is_guess: bool = False
+    """Nothing names the base model: widths, which other models may have too, make it likely."""
     template: str = ""
     """JSON of what `encode` needs, besides configuration and layout, to write a decoded adapter in the form of this
     one: unusual names, shapes, types. Empty for the usual form."""
+    wrapper: str | None = None
+    """What a wrapper such as torch.compile put into the names of tensors, because of which PEFT does not find them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +180,7 @@ class AdapterFormat(Protocol):
 
     @property
     def suffix(self) -> str | None:
-        """How the name of an adapter ends that is a single file; None for a folder."""
+        """How the name of an adapter ends that is a single file; None for a folder, whose weights are safetensors."""
         ...
 
     @property

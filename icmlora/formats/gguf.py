@@ -62,7 +62,7 @@ _PEEK_BYTES = 64 * 1024
 # llama.cpp's converter puts this before whatever a PEFT adapter calls its base model, a path too.
 _HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+|/.+?)/?", re.ASCII)
 _MAX_LABEL = 1024
-_MAX_ALPHA = 1e9
+_MAX_ALPHA = 1e30
 _WEIGHT = ".weight"
 _EMBEDDING = "token_embd"
 _BASE = "`icm materialize --format peft` writes it for PEFT where the configuration of its base model is at hand"
@@ -229,7 +229,7 @@ def _alpha(header: GgufHeader) -> float:
     found = header.values.get(ALPHA)
     alpha = 0.0 if found is None else found.content
     if isinstance(alpha, bool) or not isinstance(alpha, float) or not abs(alpha) <= _MAX_ALPHA:
-        raise AdapterRefused(f"{ALPHA} is {escape(repr(alpha), 48)}, not a number up to 1e9", kind="config")
+        raise AdapterRefused(f"{ALPHA} is {escape(repr(alpha), 48)}, not a number up to 1e30", kind="config")
     return alpha
 
 

@@ -89,8 +89,12 @@ class GgufHeader:
         return content if isinstance(content, str) and content else None
 
 
-def read_gguf(data: Buffer) -> GgufHeader:
+def read_gguf(data: Buffer, size: int | None = None) -> GgufHeader:
     """Read and check the header of a file in memory.
+
+    Args:
+        data: The file, or its start with all of the header.
+        size: Bytes of the whole file, if `data` is not all of it.
 
     Raises:
         AdapterRefused: It is damaged.
@@ -106,7 +110,8 @@ def read_gguf(data: Buffer) -> GgufHeader:
     if tensors > MAX_TENSORS:
         raise UnsafeInput(f"claims {tensors:,} tensors, more than {MAX_TENSORS:,}", kind="limits")
     found = [_tensor(cursor) for _ in range(tensors)]
-    return GgufHeader(values, _placed(found, _aligned(cursor.at, _alignment(values)), len(data), _alignment(values)))
+    size = len(data) if size is None else size
+    return GgufHeader(values, _placed(found, _aligned(cursor.at, _alignment(values)), size, _alignment(values)))
 
 
 def parse_values(data: bytes) -> dict[str, GgufValue]:

@@ -3,12 +3,13 @@
     file ──▶ factors under their own names, float32, alpha = r ──diffusers──▶ other names ──▶ file
 
 diffusers leaves out what it does not know, mostly in silence. So the names are converted twice: first of factors whose
-values are the number of their module, which tell what became of each.
+values are the number of their module, which tell what became of each, before a value of the file is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.diffusers import METADATA
 from icmlora.formats.format import AdapterBytes, AdapterFormat
 from icmlora.formats.header_ranks import of_lora, with_ranks
+from icmlora.formats.image_models import ImageBase, base_of
 from icmlora.formats.image_names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
 from icmlora.formats.single_file import SingleFileFormat
 from icmlora.formats.single_file_check import HEADER
@@ -26,7 +28,8 @@ from icmlora.io.tensors import dtype_name, raw_tensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from icmlora.formats.single_file_check import CheckedFile
+    from icmlora.formats.single_file_names import Factors
+    from icmlora.io.safetensors import TensorInfo
 
 _SDXL = "stable-diffusion-xl-v1-base"
 Rename = Callable[[Mapping[str, "Tensor"]], dict[str, "Tensor"]]
@@ -49,17 +52,13 @@ def convert_image(
         DataError: diffusers is not installed.
     """
     assert isinstance(source, SingleFileFormat)
+    rename = checked_renaming(content.weights, source, target)
     try:
         factors, checked = source.named_factors(content.weights)
     except AdapterRefused as error:
         if error.kind == "original-only" and source.name == "lycoris":
             error.hint = "`icm convert --rank N` makes LoRA of LoHa, LoKr and whole differences"
         raise
-    if odd := next((extra.name for extra in checked.summary.extras if extra.name != HEADER), None):
-        fact = f"{odd} is more than a LoRA factor, and diffusers does not convert it"
-        raise AdapterRefused(fact, kind="extras", hint="without --format it is kept as it is")
-    rename = _renaming(source.name, target.name, checked)
-    _refuse_losses(checked, rename)
     tensors = {name: raw_tensor(name, values, dtype_name(dtype)) for name, values in rename(factors).items()}
     ranks = [one.shape[0] for name, one in tensors.items() if name.endswith(("lora_A.weight", "lora_down.weight"))]
     kept = {name: text for name, text in checked.metadata.items() if name != METADATA}
@@ -74,24 +73,49 @@ def convert_image(
     return AdapterBytes(weights, companions=content.companions)
 
 
-def _renaming(source: str, target: str, checked: CheckedFile) -> Rename:
+def checked_renaming(weights: bytes, source: AdapterFormat, target: AdapterFormat) -> Rename:
+    """Return what renames the factors of a file, after a trial with its names and shapes; no value of it is read.
+
+    Raises:
+        AdapterRefused: A part of it would be lost, or be called as no module of the model is.
+        DataError: diffusers is not installed.
+    """
+    assert isinstance(source, SingleFileFormat)
+    found, stated = source.look(weights)
+    base = base_of(stated, {one.module: one.shape.inputs for one in found.factors})
+    rename = _renaming(source.name, target.name, base)
+    if found.factors and found.other_method is None:  # what is another method has nothing to rename
+        _refuse_extras(found.extras)
+        _refuse_losses(found.factors, rename)
+    return rename
+
+
+def _renaming(source: str, target: str, base: ImageBase) -> Rename:
     if target == "diffusers":
-        return to_diffusers
+        return lambda tensors: to_diffusers(tensors, base)
     if source == "lycoris":
         return lycoris_to_kohya
-    is_sdxl = checked.summary.base_model == _SDXL
-    return lambda tensors: diffusers_to_kohya(tensors, is_sdxl=is_sdxl)
+    return lambda tensors: diffusers_to_kohya(tensors, is_sdxl=base.label == _SDXL)
 
 
-def _refuse_losses(checked: CheckedFile, rename: Rename) -> None:
-    """Refuse an adapter of which a module would be lost, by its name."""
+def _refuse_extras(extras: Sequence[TensorInfo]) -> None:
+    if extras:
+        fact = f"{extras[0].name} is more than a LoRA factor, and diffusers does not convert it"
+        raise AdapterRefused(fact, kind="extras", hint="without --format it is kept as it is")
+
+
+def _refuse_losses(factors: Sequence[Factors], rename: Rename) -> None:
+    """Refuse an adapter of which a module, or rows of one, would be lost, by its name."""
     numbered: dict[str, Tensor] = {}
-    for number, one in enumerate(checked.factors, 1):
+    for number, one in enumerate(factors, 1):
         for name, shape in ((one.down.name, (1, *one.down.shape[1:])), (one.up.name, (one.up.shape[0], 1))):
             numbered[name] = torch.full(shape, float(number))
-    found = {int(values.flatten()[0]) for values in rename(numbered).values()}
-    for number, one in enumerate(checked.factors, 1):
-        if number not in found:
+    rows: Counter[int] = Counter()
+    for name, values in rename(numbered).items():
+        if name.endswith(("lora_B.weight", "lora_up.weight")):
+            rows[int(values.flatten()[0])] += len(values)
+    for number, one in enumerate(factors, 1):
+        if rows[number] != one.up.shape[0]:
             fact = f"diffusers has no converter for {one.module}: it would be lost"
             raise AdapterRefused(fact, kind="layers", hint="without --format it keeps its names")
 

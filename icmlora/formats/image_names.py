@@ -1,73 +1,76 @@
-"""Names of image adapters in another program's language, by diffusers' own converters.
+"""Names of image adapters in another program's language, checked against the models of diffusers.
 
-    kohya, ComfyUI, XLabs, LyCORIS ──lora_state_dict of a pipeline──▶ names of one of diffusers' generations
-                                                   ──convert_*_to_peft──▶ unet.….lora_A.weight
-    diffusers ──convert_*_to_peft──▶ unet.….lora_A.weight ──convert_state_dict_to_kohya──▶ lora_unet_….lora_down.weight
+    any program's ──names of diffusers' model, flattened or not──▶ transformer.….lora_A.weight
+    any program's ──diffusers' converter of the model's family───▶ transformer.….lora_A.weight
+    diffusers' ──convert_*_to_peft──▶ unet.….lora_A.weight ──convert_state_dict_to_kohya──▶ lora_unet_….lora_down.weight
 
-Some of what is called here is private to diffusers and may move: all of it is in this file, and
-tests/icmlora/formats/test_image_names.py says what is expected of it. Fused layers come back as several, with parts of
-the same tensors.
+Nothing counts as renamed that names no module of the model. Fused layers come back as several, with parts of the same
+tensors.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
-from icmlora.errors import AdapterRefused, DataError
+from icmlora.errors import AdapterRefused
+from icmlora.formats.diffusers_models import clip_name, from_diffusers, modules_of
+from icmlora.formats.image_converters import CONVERTERS, REFUSALS
+from icmlora.formats.image_families import FAMILIES, UNET, Family, inner_name
+from icmlora.formats.image_models import UNKNOWN, ImageBase, families_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from icmlora.formats.image_converters import Pairs
+
 Tensors = Mapping[str, "Tensor"]
 
-# What diffusers calls the loader -> names by which its adapters are known; the first that fits has it.
-_LOADERS: Mapping[str, re.Pattern[str]] = {
-    "Flux": re.compile(r"(.*[._])?(double_blocks|single_blocks|single_transformer_blocks)[._]\d"),
-    "Wan": re.compile(r"(diffusion_model\.|lora_unet_)blocks[._]\d+[._](self_attn|cross_attn|ffn)"),
-    "StableDiffusionXL": re.compile(r"lora_(te2|unet_(input_blocks|middle_block|output_blocks|label_emb))_"),
-    "StableDiffusion": re.compile(r"lora_(te1?|unet_(down_blocks|mid_block|up_blocks))_"),
-}
-# All that the converter of SDXL's original names reads of a UNet's configuration; it is the same for every SDXL.
-_SDXL_UNET = SimpleNamespace(layers_per_block=2)
-# Kohya's names of diffusers' Flux and of Wan are not read without alphas.
-_NEEDS_ALPHA = re.compile(r"lora_(transformer|unet_blocks)_.+\.lora_down\.weight")
+_HALVES = (
+    re.compile(r"(?P<stem>.+?)\.(lora_A(\.default)?|lora_down|lora\.down|down)\.weight"),
+    re.compile(r"(?P<stem>.+?)\.(lora_B(\.default)?|lora_up|lora\.up|up)\.weight"),
+)
 _COMPONENT = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?)\.")
+# Where text encoders are; any other one is T5 or a language model, into which diffusers loads no adapters.
+_TEXT: Mapping[re.Pattern[str], str] = {
+    re.compile(r"lora_te1?_|(text_encoders\.)?clip_l\.(transformer\.)?|text_encoder(_1)?\."): "text_encoder",
+    re.compile(r"lora_te2_|(text_encoders\.)?clip_g\.(transformer\.)?|text_encoder_2\."): "text_encoder_2",
+}
+_ANY_TEXT = re.compile(r"lora_te\d?_|text_encoder|clip_|t5xxl|conditioner")
 _SHORT_TEXT = re.compile(r"^(text_encoder(?:_2)?\.)(?!text_model\.|text_projection)")
 _UNET_OF_LYCORIS = re.compile(r"lycoris_(?=(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)_)")
+_UNETS = tuple(family for family in FAMILIES if family.model == UNET)
 
 
-def to_diffusers(tensors: Tensors) -> dict[str, Tensor]:
+def to_diffusers(tensors: Tensors, base: ImageBase = UNKNOWN) -> dict[str, Tensor]:
     """Rename factors with alpha = r to diffusers' names of today, `unet.….lora_A.weight`.
 
+    Args:
+        tensors: The factors, by their names in a file.
+        base: Its base model, as far as that is known.
+
     Raises:
-        AdapterRefused: diffusers does not know the names.
+        AdapterRefused: diffusers does not know the names, or would not find such modules in its model.
         DataError: diffusers is not installed.
     """
-    pipeline = _diffusers("loaders.lora_pipeline")
-    state: dict[str, Any] = {_UNET_OF_LYCORIS.sub("lora_unet_", name): values for name, values in tensors.items()}
-    loader = next((kind for kind, known in _LOADERS.items() if any(map(known.match, state))), None)
-    if loader is None:
+    from_diffusers()
+    pairs = _paired(tensors)
+    text = {stem: pair for stem, pair in pairs.items() if _ANY_TEXT.match(stem)}
+    rest = {stem: pair for stem, pair in pairs.items() if stem not in text}
+    families = families_of([inner_name(stem) for stem in rest], base)
+    if not families and not rest:
+        families = list(_UNETS)
+    refused: AdapterRefused | None = None
+    for family in families:
+        try:
+            return _renamed(rest, family) | _renamed_text(text, family)
+        except AdapterRefused as error:
+            refused = refused or error
+    if refused is None:
         fact = f"diffusers has no converter for names such as {next(iter(tensors))}"
-        raise AdapterRefused(fact, kind="layers", hint=_KEEP)
-    mixin = getattr(pipeline, f"{loader}LoraLoaderMixin")
-    for name in [name for name in state if _NEEDS_ALPHA.fullmatch(name)]:
-        down = state[name]
-        state[name.replace(".lora_down.weight", ".alpha")] = down.new_tensor(float(len(down)))
-    options = {"unet_config": _SDXL_UNET} if loader == "StableDiffusionXL" else {}
-    try:
-        found = mixin.lora_state_dict(state, **options)
-    except (ValueError, LookupError, AssertionError, NotImplementedError, RuntimeError) as error:
-        what = " ".join(str(error).split())[:300] or "its modules have other widths"
-        fact = f"diffusers does not convert this adapter of {loader}: {what}"
-        raise AdapterRefused(fact, kind="layers", hint=_KEEP) from error
-    renamed = found[0] if isinstance(found, tuple) else found
-    # Embedders of Flux come back without the component that they are in.
-    return _peft_names(
-        {name if _COMPONENT.match(name) else f"transformer.{name}": value for name, value in renamed.items()}
-    )
+        refused = AdapterRefused(fact, kind="layers", hint=_KEEP)
+    raise refused
 
 
 def diffusers_to_kohya(tensors: Tensors, *, is_sdxl: bool) -> dict[str, Tensor]:
@@ -78,15 +81,19 @@ def diffusers_to_kohya(tensors: Tensors, *, is_sdxl: bool) -> dict[str, Tensor]:
         is_sdxl: SDXL has two text encoders, and kohya's programs number them.
 
     Raises:
-        AdapterRefused: diffusers has no converter for a part of them.
+        AdapterRefused: diffusers has no converter for a part of them, or no such modules in its models.
         DataError: diffusers is not installed.
     """
-    utils = _diffusers("utils")
+    utils = from_diffusers("utils")
     named = _peft_names({name if _COMPONENT.match(name) else f"unet.{name}": one for name, one in tensors.items()})
-    if odd := next((name for name in named if not re.match(r"(unet|text_encoder(_2)?)\.", name)), None):
-        part = odd.partition(".")[0]
-        fact = f"diffusers has no converter from {part} names to kohya names"
-        raise AdapterRefused(fact, kind="layers", hint=_KEEP)
+    for name in named:
+        part, _, inner = name.partition(".")
+        if part not in ("unet", "text_encoder", "text_encoder_2"):
+            fact = f"diffusers has no converter from {part} names to kohya names"
+            raise AdapterRefused(fact, kind="layers", hint=_KEEP)
+        module = inner.partition(".lora_")[0]
+        if (_unet_name(module) if part == "unet" else clip_name(module)) is None:
+            raise _lost(f"{part}.{module}", f"no {'Stable Diffusion' if part == 'unet' else 'CLIP'} has such a module")
     # transformers has had this prefix in every text encoder until version 5, and kohya's programs still do.
     full = {_SHORT_TEXT.sub(r"\1text_model.", name): name for name in named}
     found: dict[str, Tensor] = utils.convert_state_dict_to_kohya({name: named[key] for name, key in full.items()})
@@ -103,17 +110,101 @@ def lycoris_to_kohya(tensors: Tensors) -> dict[str, Tensor]:
 
     Raises:
         AdapterRefused: It is of another model.
+        DataError: diffusers is not installed.
     """
     found = {_UNET_OF_LYCORIS.sub("lora_unet_", name): values for name, values in tensors.items()}
-    if odd := next((name for name in found if not name.startswith("lora_")), None):
-        fact = f"{odd} is not of a UNet, whose names alone are the same in both formats"
-        raise AdapterRefused(fact, kind="layers", hint=_KEEP)
+    for name in found:
+        stem = name.partition(".")[0]
+        known = stem.startswith("lora_") and (not stem.startswith("lora_unet_") or _unet_name(inner_name(stem)))
+        if not known:
+            fact = f"{name} is not of a UNet, whose names alone are the same in both formats"
+            raise AdapterRefused(fact, kind="layers", hint=_KEEP)
     return found
+
+
+def _paired(tensors: Tensors) -> Pairs:
+    """Return A and B of each module, by its name in the file."""
+    halves: dict[str, dict[int, Tensor]] = {}
+    for name, values in tensors.items():
+        for half, pattern in enumerate(_HALVES):
+            if (match := pattern.fullmatch(name)) is not None:
+                halves.setdefault(match["stem"], {})[half] = values
+                break
+        else:
+            raise _lost(name, "its name is not that of a factor")
+    return {stem: (pair[0], pair[1]) for stem, pair in halves.items()}
+
+
+def _renamed(pairs: Pairs, family: Family) -> dict[str, Tensor]:
+    """Rename the factors of the model itself."""
+    if not pairs:
+        return {}
+    if family.model is None:
+        raise AdapterRefused(
+            f"icm knows no names of diffusers for adapters of {family.label}", kind="layers", hint=_KEEP
+        )
+    modules = modules_of(family)
+    names = {stem: modules.find(inner_name(stem)) for stem in pairs}
+    if all(names.values()):
+        return {
+            f"{_component(stem, family)}.{names[stem]}.lora_{half}.weight": values
+            for stem, pair in pairs.items()
+            for half, values in zip("AB", pair, strict=True)
+        }
+    odd = next(stem for stem, name in names.items() if name is None)
+    converter = CONVERTERS.get(family.label)
+    if converter is None:
+        raise _lost(odd, f"diffusers' {family.model} has no such module")
+    try:
+        found = converter(pairs)
+    except REFUSALS as error:
+        what = " ".join(str(error).split())[:300] or "its modules have other widths"
+        fact = f"diffusers does not convert this adapter of {family.label}: {what}"
+        raise AdapterRefused(fact, kind="layers", hint=_KEEP) from error
+    return {_checked(name, family): values for name, values in _peft_names(found).items()}
+
+
+def _component(stem: str, family: Family) -> str:
+    """Return what a pipeline calls the model that a module is in; Wan 2.2 has two."""
+    match = _COMPONENT.match(stem)
+    return match[1] if match is not None and match[1].startswith(family.component) else family.component
+
+
+def _checked(name: str, family: Family) -> str:
+    """Return what a converter made with the component that it is in, if its model has such a module."""
+    name = name if _COMPONENT.match(name) else f"{family.component}.{name}"  # Flux's embedders come back without
+    module, _, half = name.partition(".")[2].rpartition(".lora_")
+    if half not in ("A.weight", "B.weight") or modules_of(family).find(module) != module:
+        fact = f"diffusers makes {name} of a part of it, and its {family.model} has no such module"
+        raise AdapterRefused(fact, kind="layers", hint=_KEEP)
+    return name
+
+
+def _renamed_text(pairs: Pairs, family: Family) -> dict[str, Tensor]:
+    """Rename the factors of text encoders."""
+    known = ("text_encoder", "text_encoder_2")[: family.text_encoders]
+    found: dict[str, Tensor] = {}
+    for stem, pair in pairs.items():
+        place = next(((match.end(), part) for one, part in _TEXT.items() if (match := one.match(stem))), None)
+        name = clip_name(stem[place[0] :]) if place is not None and place[1] in known else None
+        if place is None or name is None:
+            raise _lost(stem, f"diffusers loads {_loaded(known)} of {family.label}")
+        for half, values in zip("AB", pair, strict=True):
+            found[f"{place[1]}.{name}.lora_{half}.weight"] = values
+    return found
+
+
+def _loaded(encoders: Collection[str]) -> str:
+    return f"adapters into CLIP alone, the {' and the '.join(encoders)}" if encoders else "none into the text encoders"
+
+
+def _unet_name(module: str) -> str | None:
+    return next((name for family in _UNETS if (name := modules_of(family).find(module)) is not None), None)
 
 
 def _peft_names(tensors: Tensors) -> dict[str, Tensor]:
     """Rename factors of diffusers' generations to PEFT's names."""
-    utils, old = _diffusers("utils"), _diffusers("utils.state_dict_utils").StateDictType
+    utils, old = from_diffusers("utils"), from_diffusers("utils.state_dict_utils").StateDictType
     found: dict[str, Tensor] = {}
     for name, values in tensors.items():
         one = {name: values}
@@ -126,14 +217,9 @@ def _peft_names(tensors: Tensors) -> dict[str, Tensor]:
     return found
 
 
-def _diffusers(module: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(f"diffusers.{module}")
-    except ImportError as error:
-        hint = "install the extra: pip install 'icm-lora[diffusion]'"
-        raise DataError("renaming image adapters needs diffusers, which is not installed", hint=hint) from error
+def _lost(module: str, why: str) -> AdapterRefused:
+    fact = f"diffusers has no converter for {module}: it would be lost ({why})"
+    return AdapterRefused(fact, kind="layers", hint=_KEEP)
 
 
 _KEEP = "without --format it keeps its names"

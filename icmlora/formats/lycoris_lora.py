@@ -21,7 +21,7 @@ import torch
 
 from icmlora.errors import AdapterRefused, DataError
 from icmlora.formats.header_ranks import of_lora
-from icmlora.formats.image_models import label_of
+from icmlora.formats.image_models import base_of
 from icmlora.formats.single_file_check import scalar
 from icmlora.formats.single_file_names import NUMBERS, other_method
 from icmlora.io.finite import check_finite
@@ -79,8 +79,8 @@ def low_rank(weights: bytes, rank: int) -> LowRank:
     header = parse_header(header_text(weights), len(weights))
     check_finite(weights, header)
     modules = _modules(weights, header)
-    text = next((stem for stem in modules if _TEXT_OF_V1.fullmatch(stem)), None)
-    is_v1 = label_of(header.metadata, ()) == _V1
+    text = next((stem for stem in modules if _TEXT_OF_V1.fullmatch(stem.replace(".", "_"))), None)
+    is_v1 = base_of(header.metadata, {}).label == _V1
     is_v1 = is_v1 or (text is not None and _delta(text, modules[text]).shape[1] == _V1_WIDTH)
     tensors, errors, ranks = {}, {}, []
     for stem, parts in modules.items():
@@ -97,6 +97,13 @@ def low_rank(weights: bytes, rank: int) -> LowRank:
     return LowRank(encode(tensors, {"format": "pt", **of_lora(header.metadata, ranks)}), errors)
 
 
+def format_of_lora(weights: bytes) -> str:
+    """Return the format of what `low_rank` makes of an adapter: that in which its modules have the names they have."""
+    header = parse_header(header_text(weights), len(weights))
+    has_dots = any("." in _split(info.name)[0] for info in header.tensors)
+    return "comfyui" if has_dots else "lycoris"
+
+
 def _modules(weights: bytes, header: TensorHeader) -> dict[str, dict[str, Tensor]]:
     """Return the parts of each module by name; what is no change of weights is refused."""
     for info in header.tensors:
@@ -107,19 +114,25 @@ def _modules(weights: bytes, header: TensorHeader) -> dict[str, dict[str, Tensor
     parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     factors = tuple(info for info in header.tensors if not info.name.endswith(".alpha"))
     for name, values in decode_float32(weights, TensorHeader(factors, {})).items():
-        stem, _, part = name.partition(".")
+        stem, part = _split(name)
         if part in _PARTS:
             parts[stem][part] = values
         elif part != "diff_b" or values.any():
             fact = f"{name} is more than the change of a weight, and has no place in LoRA"
             raise AdapterRefused(fact, kind="extras", hint=_KEEP)
     for info in header.tensors:
-        stem, _, part = info.name.partition(".")
+        stem, part = _split(info.name)
         if part == "alpha" and stem in parts:
             if info.shape not in ((), (1,)) or info.dtype not in NUMBERS:
                 raise AdapterRefused(f"{info.name} is {info.dtype} {list(info.shape)}, not one number", kind="alpha")
             parts[stem][part] = torch.tensor(scalar(weights, info))
     return dict(parts)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return module and part of a tensor; the name of a module may have dots, as ai-toolkit's have."""
+    stem, _, part = name.removesuffix(".weight").rpartition(".")
+    return stem, part + name[len(name.removesuffix(".weight")) :]
 
 
 def _delta(stem: str, parts: _Parts) -> Tensor:
@@ -188,6 +201,7 @@ def _check_size(stem: str, parts: _Parts) -> None:
 
 def _kernel(stem: str, inputs: int, is_v1: bool) -> tuple[int, ...]:
     """Return the kernel of a layer by its name, for a dW that has it in its input; empty for a linear layer."""
+    stem = stem.replace(".", "_")
     if _KERNEL_3.fullmatch(stem) and inputs % 9 == 0:
         return (3, 3)
     return (1, 1) if _KERNEL_1.fullmatch(stem) or (is_v1 and _KERNEL_1_OF_V1.fullmatch(stem)) else ()

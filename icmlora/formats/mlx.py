@@ -56,7 +56,7 @@ CARD_NAME = "README.md"
 _MAX_CONFIG = 1 << 20
 _MAX_LABEL = 1024
 _DEFAULT_SCALE = 20.0  # MLX-LM's own, for configurations that leave it out
-_MAX_SCALE = 1e9
+_MAX_SCALE = 1e30
 _KINDS = ("lora", "dora")
 
 

@@ -1,6 +1,6 @@
 r"""The keys of `rank_pattern` and `alpha_pattern`: which modules each of them means, as PEFT would say.
 
-    re.match(rf"(.*\.)?({key})$", name)        name: of letters, digits, "_" and "."
+    re.match(rf"(.*\.)?({key})$", name)        name: of letters, digits, "_", "-" and "."
 
 The keys are hostile input, so Python's `re` never sees them: a few dozen characters can keep it busy for years. Most
 keys are plain names and are compared character by character. The others are compiled to an automaton that reads each
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.]|\\\.)+")
+_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)+")
 _LITERAL_DOT = "\\"  # stands for an escaped dot inside `characters`; no module name holds a backslash
 
 _LONGEST_KEY = 512
@@ -26,7 +26,7 @@ _MOST_VISITS = 500_000  # of instructions by one automaton; real keys take some 
 
 _WORD = frozenset(string.ascii_letters + string.digits + "_")
 _DIGITS = frozenset(string.digits)
-_ANY = _WORD | {"."}  # every character that a name can have
+_ANY = _WORD | {".", "-"}  # every character that a name can have
 _CLASSES = {"d": _DIGITS, "D": _ANY - _DIGITS, "w": _WORD, "W": _ANY - _WORD, "s": frozenset(""), "S": _ANY}
 _COUNTS = re.compile(r"\{(\d{0,4})(,?)(\d{0,4})\}")
 _GROUP = re.compile(r"\((?:\?:|\?P<[A-Za-z_][A-Za-z0-9_]*>)?(?!\?)")

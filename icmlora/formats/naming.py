@@ -3,6 +3,7 @@
 1. A task that the store has keeps its name. It is recognised by its folder, or else by its bytes.
 2. Any other task is named after its folder, if no other folder and no task of the store has that name.
 3. Otherwise the name of the folder above is put in front, and so on upward, until the name is free.
+4. Where that tells nothing, because two lie in one folder (`dog` and `Dog`), the second gets a number: `dog-2`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,9 +21,11 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.task_names import (
     cached_repository,
     chain_of,
+    former_name,
     is_generic,
     name_chain,
     names_above,
+    plain_name,
     run_folder,
     telling_folder,
 )
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from registry.records import TaskOrigin
 
 _CONFIG_LIMIT = 1 << 20
+_NUMBER = re.compile(r"-\d{1,9}$", re.ASCII)
 
 
 class Nameable(Protocol):
@@ -80,6 +85,8 @@ def choose_names(
     """
     chains = [list(_chain(task, pattern)) for task in tasks]
     names = _Recognised(tasks, chains, known).names()
+    if pattern is None:
+        _number(tasks, chains, names, known)
     by_name = {origin.name.lower(): origin for origin in known}
     taken = by_name.keys() | {name.lower() for name in names.values()}
     crowded = _crowded(chains, names, known)
@@ -99,11 +106,11 @@ def choose_names(
         proposed = {
             index: chain[min(level, len(chain) - 1)] for index, chain in enumerate(chains) if index not in names
         }
-        count = Counter(name.lower() for name in proposed.values())
+        counts = Counter(name.lower() for name in proposed.values())
         for index, name in proposed.items():
             is_last = level >= len(chains[index])
             if is_last or (
-                count[name.lower()] == 1 and name.lower() not in taken and (level or name.lower() not in crowded)
+                counts[name.lower()] == 1 and name.lower() not in taken and (level or name.lower() not in crowded)
             ):
                 names[index] = name
         taken |= {name.lower() for name in names.values()}
@@ -118,6 +125,32 @@ def _chain(task: Nameable, pattern: NameTemplate | None) -> Iterator[str]:
         yield from name_chain(task.folder, task.part)
 
 
+def _number(
+    tasks: Sequence[Nameable], chains: list[list[str]], names: dict[int, str], known: Sequence[TaskOrigin]
+) -> None:
+    """Number new tasks of one folder whose names differ in nothing but case, or in characters that no name has."""
+    used = {origin.name.lower() for origin in known}
+    homes = {origin.name.lower(): _home_of(origin) for origin in known}
+    alike: defaultdict[tuple[Path, str, str], list[int]] = defaultdict(list)
+    for index, chain in enumerate(chains):
+        if index not in names:
+            alike[*_place(tasks[index].folder), chain[0].lower()].append(index)
+    for (*place, first), some in alike.items():
+        # The one that is called so keeps the name.
+        some.sort(key=lambda index: (tasks[index].folder.name != chains[index][0], tasks[index].folder))
+        home = homes.get(first)
+        is_taken = home is not None and [*_place(home)] == place and home != tasks[some[0]].folder
+        free = (f"-{number}" for number in count(2) if f"{first}-{number}" not in used)
+        for index in some if is_taken else some[1:]:
+            folder = tasks[index].folder
+            chains[index] = chain_of(chains[index][0] + next(free), names_above(folder)[1:], folder)
+
+
+def _place(folder: Path) -> tuple[Path, str]:
+    """Return what is equal for folders that lie together and whose names come out alike."""
+    return folder.parent, plain_name(folder.name).lower()
+
+
 def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Sequence[TaskOrigin]) -> set[str]:
     """Return the short names that several folders have: they are given to none of them."""
     # A task that the user named does not count.
@@ -126,7 +159,7 @@ def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Sequ
         for index, chain in enumerate(chains)
         if index not in names or names[index].lower() in map(str.lower, chain)
     ]
-    crowded = {name for name, count in Counter(counted).items() if count > 1}
+    crowded = {name for name, times in Counter(counted).items() if times > 1}
     free = {chains[index][0].lower() for index in range(len(chains)) if index not in names}
     present = {name.lower() for name in names.values()}
     for origin in known:
@@ -160,12 +193,7 @@ class _Recognised:
             for source in origin.sources:
                 self._by_source[source].append(origin)
         # The names under which the store may have the task, the most likely first.
-        self._possible = [
-            list(map(str.lower, [*chain, *name_chain(task.folder, task.part), *name_chain(task.folder)]))
-            if known
-            else []
-            for task, chain in zip(tasks, chains, strict=True)
-        ]
+        self._possible = [_possible(task, chain) if known else [] for task, chain in zip(tasks, chains, strict=True)]
 
     def names(self) -> dict[int, str]:
         """Return the names of those that were recognised, by their number."""
@@ -188,7 +216,9 @@ class _Recognised:
         final, *others = map(source_label, self._tasks[index].places)
         met = {origin.name: origin for source in (final, *others) for origin in self._by_source.get(source, ())}
         for origin in sorted(met.values(), key=lambda item: item.sources[0] != final):
-            if origin.name.lower() in self._possible[index] or _has_bytes_of(self._tasks[index], origin):
+            name = origin.name.lower()
+            is_possible = name in self._possible[index] or _NUMBER.sub("", name) in self._possible[index]
+            if is_possible or _has_bytes_of(self._tasks[index], origin):
                 yield origin
 
     def _of_its_name(self, index: int) -> Iterator[TaskOrigin]:
@@ -197,6 +227,12 @@ class _Recognised:
             origin = self._known.get(name)
             if origin is not None and _has_bytes_of(self._tasks[index], origin):
                 yield origin
+
+
+def _possible(task: Nameable, chain: Sequence[str]) -> list[str]:
+    names = [*chain, *name_chain(task.folder, task.part), *name_chain(task.folder)]
+    former = [former_name(task.folder.name)] if not task.folder.name.isascii() else []
+    return [name.lower() for name in (*names, *former)]
 
 
 def _has_bytes_of(task: Nameable, origin: TaskOrigin) -> bool:

@@ -16,7 +16,7 @@ from icmlora.errors import AdapterRefused, UnsafeInput, located
 from icmlora.formats.format import AdapterSummary, Buffer
 from icmlora.formats.peft_config import AdapterConfig, read_facts, stated_rank, stated_targets
 from icmlora.formats.peft_experts import resolve_parameters
-from icmlora.formats.peft_names import FactorPair, SortedTensors, sort_tensors
+from icmlora.formats.peft_names import FactorPair, SortedTensors, sort_tensors, wrapper_in
 from icmlora.io.finite import check_finite, is_zero
 from icmlora.io.safetensors import FLOAT_TYPES, TensorHeader, header_text, parse_header
 
@@ -91,6 +91,7 @@ def _plan(config: bytes, text: bytes, size: int) -> CheckedAdapter:
         layout=layout,
         extras=tensors.extras,
         template=_template(tensors.pairs, header.metadata),
+        wrapper=next(filter(None, map(wrapper_in, (tensor.name for tensor in header.tensors))), None),
     )
     return CheckedAdapter(header, summary, parsed, tensors)
 

@@ -35,6 +35,8 @@ _Number = TypeVar("_Number", int, float)
 # PEFT's own defaults for keys that the file leaves out.
 _DEFAULT_RANK = 8
 _DEFAULT_ALPHA = 8
+# B times the scale has to stay within float32, which ends at 3e38.
+_MAX_SCALE = 1e30
 
 
 @dataclass(frozen=True)
@@ -203,8 +205,8 @@ class _Reader:
 
     def number(self, key: str, value: object) -> float:
         # An int of 400 digits is valid JSON but no float.
-        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9:
-            raise self._wrong(key, value, "a number up to 1e9")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_SCALE:
+            raise self._wrong(key, value, "a number up to 1e30")
         return float(value)
 
     def map(self, key: str) -> list[tuple[NamePattern, object]]:

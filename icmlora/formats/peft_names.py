@@ -22,10 +22,12 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import AdapterRefused
 from icmlora.formats.peft_config import PREFIX, usual_names
 from icmlora.io.safetensors import TensorHeader, TensorInfo
-from registry.names import is_module_name, natural_key
+from registry.names import is_module_name, natural_key, some
 
 _HALF = re.compile(
-    r"(?P<module>.+)\.lora_(?:(?P<half>[AB])(?:\.default)?\.weight|embedding_(?P<row_half>[AB])(?:\.default)?)"
+    r"(?P<module>.+)\.lora_(?:(?P<half>[AB])(?:\.(?P<adapter>[\w-]+))?\.weight"
+    r"|embedding_(?P<row_half>[AB])(?:\.(?P<of_rows>[\w-]+))?)",
+    re.ASCII,
 )
 _MOST_GROUPS = 256
 # Names that torch.compile, FSDP and activation checkpointing put between two modules.
@@ -79,23 +81,27 @@ def sort_tensors(header: TensorHeader) -> SortedTensors:
     """
     halves: dict[str, dict[str, TensorInfo]] = {}
     extras: list[TensorInfo] = []
+    adapters: set[str] = set()
     for tensor in header.tensors:
         found = _parse_key(tensor.name)
         if found is None:
             extras.append(tensor)
             continue
-        module, half = found
+        module, half, adapter = found
+        adapters.add(adapter)
         known = halves.setdefault(module, {})
         if half in known:
             message = f"{tensor.name} and {known[half].name} are the same factor"
             raise AdapterRefused(message, kind="duplicate-key")
         known[half] = tensor
+    if len(adapters) > 1:
+        raise AdapterRefused(f"it holds several adapters: {some(sorted(adapters))}", kind="several")
     pairs = tuple(_pair(module, halves[module]) for module in sorted(halves, key=natural_key))
     return SortedTensors(pairs, tuple(extras))
 
 
-def _parse_key(name: str) -> tuple[str, str] | None:
-    """Return module and half of a factor, or None for an extra."""
+def _parse_key(name: str) -> tuple[str, str, str] | None:
+    """Return module and half of a factor and the name of its adapter, or None for an extra."""
     match = _HALF.fullmatch(name)
     if match is None:
         from icmlora.formats.refusals import refuse_tensor  # needed to read only
@@ -107,7 +113,7 @@ def _parse_key(name: str) -> tuple[str, str] | None:
     module = module.removeprefix(PREFIX)
     if not is_module_name(module):
         raise AdapterRefused(f"{name} does not name a module", kind="unknown-tensor")
-    return module, match["half"] or match["row_half"]
+    return module, match["half"] or match["row_half"], match["adapter"] or match["of_rows"] or "default"
 
 
 def unwrapped(module: str) -> str:
@@ -118,6 +124,13 @@ def unwrapped(module: str) -> str:
         if plain.startswith(prefix):
             return prefix.removesuffix("module.") + plain.removeprefix(prefix)
     return plain
+
+
+def wrapper_in(name: str) -> str | None:
+    """Return what a wrapper put into the name of a tensor."""
+    if name == unwrapped(name):
+        return None
+    return next((part for part in name.split(".") if part in _WRAPPERS), "module")
 
 
 def _pair(module: str, halves: dict[str, TensorInfo]) -> FactorPair:

@@ -24,6 +24,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import LoadedAdapter, Template
 from icmlora.formats.peft_config import PREFIX, AdapterConfig, usual_names, with_ranks
+from icmlora.formats.peft_names import unwrapped
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode, raw_tensors
 from icmlora.io.strict_json import parse_object
 from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
@@ -92,10 +93,11 @@ def write_like(
 ) -> tuple[bytes, bytes]:
     """Write a tensor file and its configuration in the form of another adapter.
 
-    Modules that `adapter` lacks become zeros. The configuration is the other one's, unless that states other ranks than
-    the layout of the form.
+    Modules that `adapter` lacks become zeros. Names that a wrapper put in are left out. The configuration is the other
+    one's, unless that states other ranks than the layout of the form.
     """
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
+    extras = _unwrapped(extras)
     modules = {module.name: module for module in adapter.modules}
     tensors: dict[str, RawTensor] = {}
     whole = {f"{name}.{part}": name for name, count in details.parts.items() for part in range(count)}
@@ -117,9 +119,10 @@ def write_like(
         # An adapter of scale 0 does nothing, whatever its factors are.
         unscaled = factors[0], factors[1] / scale if scale else torch.zeros_like(factors[1])
         names = details.names.get(module) or usual_names(module)
-        for axis, (name, factor) in enumerate(zip(names, unscaled, strict=True)):
-            kind = details.dtypes.get(name, details.dtype) if dtype is None else dtype_name(dtype)
-            size = details.shapes.get(name, tuple(factor.shape))
+        for axis, (noted, factor) in enumerate(zip(names, unscaled, strict=True)):
+            kind = details.dtypes.get(noted, details.dtype) if dtype is None else dtype_name(dtype)
+            size = details.shapes.get(noted, tuple(factor.shape))
+            name = unwrapped(noted)  # PEFT finds no module for the others, and loads nothing
             if not is_stated:
                 size = *size[:axis], factor.shape[axis], *size[axis + 1 :]  # A (r, ...), B (out, r, ...)
             if prod(size) != factor.numel() or name in tensors or name in extras:
@@ -127,8 +130,13 @@ def write_like(
             tensors[name] = raw_tensor(name, factor.reshape(size), kind)
     if modules:
         raise ValueError(f"the template has no module {next(iter(modules))}")
-    data = encode(tensors | dict(extras), details.metadata)
+    data = encode({**tensors, **extras}, details.metadata)
     return data, like.config if is_stated else with_ranks(like.config, written)
+
+
+def _unwrapped(extras: Mapping[str, RawTensor]) -> Mapping[str, RawTensor]:
+    clean = {unwrapped(name): tensor for name, tensor in extras.items()}
+    return clean if len(clean) == len(extras) else extras
 
 
 @dataclass(frozen=True)

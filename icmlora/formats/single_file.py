@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from icmlora.adapter.model import Adapter
     from icmlora.formats.single_file_check import CheckedFile
-    from icmlora.formats.single_file_names import Naming
+    from icmlora.formats.single_file_names import Naming, SortedFile
     from icmlora.formats.tree import Folder
     from icmlora.io.safetensors import RawTensor
 
@@ -142,6 +142,14 @@ class SingleFileFormat:
         with located(path):
             _refuse_initial(initial)
             return read_adapter(weights, check_file(weights, self._naming), self._scales)
+
+    def look(self, weights: bytes) -> tuple[SortedFile, Mapping[str, str]]:
+        """Sort the tensors of an adapter by its header alone, and return its metadata; raises as `inspect` does."""
+        from icmlora.formats.single_file_names import sort_file
+        from icmlora.io.safetensors import header_text, parse_header
+
+        header = parse_header(header_text(weights), len(weights))
+        return sort_file(header, self._naming), header.metadata
 
     def named_factors(self, weights: bytes) -> tuple[dict[str, Tensor], CheckedFile]:
         """Read the factors under their own names, float32 and in their own shapes, as if alpha was the rank.

@@ -15,7 +15,7 @@ import numpy as np
 from icmlora.adapter.blocks import blocks_of
 from icmlora.errors import AdapterRefused
 from icmlora.formats.format import AdapterSummary, Buffer
-from icmlora.formats.image_models import label_of
+from icmlora.formats.image_models import base_of
 from icmlora.formats.single_file_names import Factors, Naming, SortedFile, sort_file
 from icmlora.io.finite import bits, check_finite, is_zero
 from icmlora.io.safetensors import TensorHeader, TensorInfo, header_text, parse_header
@@ -65,15 +65,18 @@ def check_file(weights: Buffer, naming: Naming) -> CheckedFile:
     coded = () if reason is not None else found.factors
     tensors = [tensor for factors in found.factors for tensor in (factors.down, factors.up)] or header.tensors
     # Another method's tensors are named after their modules too.
-    modules = [one.module for one in found.factors] or [tensor.name.rpartition(".")[0] for tensor in header.tensors]
+    widths = {one.module: one.shape.inputs for one in found.factors}
+    widths = widths or {tensor.name.rpartition(".")[0]: 0 for tensor in header.tensors}
+    base = base_of(header.metadata, widths)
     summary = AdapterSummary(
-        base_model=label_of(header.metadata, found.factors),
+        base_model=base.label,
+        base_is_guess=base.is_guess,
         revision=None,
         task_type=None,
         dtype="+".join(sorted({tensor.dtype for tensor in tensors})) or "none",
         rank_max=max((factors.shape.rank for factors in found.factors), default=0),
         parameters=sum(prod(tensor.shape) for tensor in tensors),
-        target_modules=blocks_of(modules),
+        target_modules=blocks_of(widths),
         layout=tuple(factors.shape for factors in coded),
         extras=(*found.extras, *_metadata_tensor(weights, header)) if coded else (),
         original_only=reason,

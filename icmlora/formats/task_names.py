@@ -19,7 +19,7 @@ from pathlib import Path
 
 from icmlora.errors import AdapterRefused
 from icmlora.io.files import read_regular
-from registry.names import MAX_NAME, task_name_problem
+from registry.names import MAX_NAME, MAX_NAME_BYTES, is_name_character, task_name_problem
 
 SAMPLES_NAMES = ("samples.jsonl", "samples.json", "samples.parquet")
 EVAL_NAMES = ("eval.jsonl", "eval.json", "eval.parquet")
@@ -42,6 +42,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"models--(?:(?P<owner>.+)--)?(?P<name>.+)")
 _SHORT_HASH = 8
 _MAX_LEVELS = 16
+_LONGEST = 4096
+# Combining marks at the start belong to no letter.
+_NO_START = re.compile(r"^[\W_]+")
 
 
 def telling_folder(folder: Path) -> Path:
@@ -97,14 +100,32 @@ def chain_of(first: str, above: list[str], folder: Path) -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """Return a name as a task can have it: other characters than letters, digits, `.`, `_` and `-` are replaced."""
-    if task_name_problem(name) is None:
-        return name
-    letters = unicodedata.normalize("NFKD", name[:4096]).encode("ascii", "ignore").decode()
+    """Return a name as a task can have it: composed (NFC), and what is no letter, digit, `.`, `_` or `-` replaced."""
+    # Characters that only steer how others are shown are left out, so that a word does not become two.
+    seen = "".join(char for char in name[:_LONGEST] if unicodedata.category(char) != "Cf")
+    composed = unicodedata.normalize("NFC", seen)
+    if task_name_problem(composed) is None:
+        return composed
+    words = "".join(char if is_name_character(char) else " " for char in composed).split()
+    plain = _NO_START.sub("", "-".join(words)).rstrip("-._")
+    if len(plain) > MAX_NAME or len(plain.encode()) > MAX_NAME_BYTES:
+        return f"{_cut(plain)}-{_hash(name)}"
+    # Nothing may be left, and Windows reserves some names.
+    return plain if task_name_problem(plain) is None else f"{plain or 'task'}-{_hash(name)}"
+
+
+def _cut(name: str) -> str:
+    """Return the start of a name with room for a hash after it."""
+    data = name[: MAX_NAME - _SHORT_HASH - 1].encode()[: MAX_NAME_BYTES - _SHORT_HASH - 1]
+    return data.decode("utf-8", "ignore")
+
+
+def former_name(name: str) -> str:
+    """Return what a task was called when names were of ASCII letters only: stores from then keep their names."""
+    letters = unicodedata.normalize("NFKD", name[:_LONGEST]).encode("ascii", "ignore").decode()
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-._")
     if len(plain) > MAX_NAME:
         return f"{plain[: MAX_NAME - _SHORT_HASH - 1]}-{_hash(name)}"
-    # Nothing is left of a name in another script, and Windows reserves some names.
     return plain if task_name_problem(plain) is None else f"{plain or 'task'}-{_hash(name)}"
 
 

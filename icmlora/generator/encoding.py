@@ -36,7 +36,15 @@ from icmlora.generator.quantizer import Means, Slots
 from icmlora.generator.scales import OCTAVE, STRENGTHS
 from icmlora.generator.sensitivity import Sensitivity
 from icmlora.generator.stack import stacked
-from icmlora.generator.tokens import KindTokens, refuse_overflow, slot_overlaps, squared_norm, tokenize, weighted
+from icmlora.generator.tokens import (
+    KindTokens,
+    refuse_overflow,
+    refuse_underflow,
+    slot_overlaps,
+    squared_norm,
+    tokenize,
+    weighted,
+)
 from icmlora.generator.water_level import water_level
 from icmlora.io.threads import side_by_side
 
@@ -225,6 +233,7 @@ def _prepared(
     """Return the tokens of an adapter, and everything in its code that no step changes."""
     tokens = tokenize(adapter, codec.config, codec.sensitivity)
     refuse_overflow(tokens, codec.config)
+    refuse_underflow(tokens)
     condition, subspace = codec.condition(vectors), codec.subspace(initial)
     (latent,) = codec.net.posterior(stacked([tokens]), condition[None])
     state = TaskState(condition, latent.round().clamp(-127, 127), subspace)

@@ -20,11 +20,12 @@ import torch
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.errors import AdapterRefused
+from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import Sensitivity
 
 _LARGEST = 2.0**50  # largest singular value: the network sums their squares in float32, and quantiser steps end at 2^40
+_SMALLEST = 2.0**-50  # and begin at 2^-40
 
 
 class Pairs(Protocol):
@@ -94,6 +95,14 @@ def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> No
             message = f"dW of {name} has the size {float(group.norm[slot]):.0e}, too large to encode"
             hint = "scaled by mistake, or training diverged: ingest it with usual values, or `icm rm` it"
             raise AdapterRefused(message, kind="overflow", hint=hint)
+
+
+def refuse_underflow(tokens: Sequence[KindTokens]) -> None:
+    """Refuse to encode an adapter that is too small for any quantiser step; training goes by its shape alone."""
+    largest = max((float(group.norm.max()) for group in tokens), default=1.0)
+    if largest < _SMALLEST:
+        hint = "it changes nothing that its base model computes: it keeps its original, or `icm rm` it"
+        raise GeneratorError(f"its dW has the size {largest:.0e}, too small to encode", hint=hint)
 
 
 def _stack(kind: int, modules: list[tuple[int, LoraModule]]) -> KindTokens:

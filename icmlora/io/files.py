@@ -55,10 +55,10 @@ def read_exactly(descriptor: int, size: int, offset: int) -> bytes:
         return files.read_exactly(descriptor, size, offset)
 
 
-def read_regular(path: Path, *, max_bytes: int) -> bytes:
-    """Read a whole regular file of bounded size."""
+def read_regular(path: Path, *, max_bytes: int, first: files.CheckFirst | None = None) -> bytes:
+    """Read a whole regular file of bounded size; `first` may refuse it before that."""
     with _refusals():
-        return files.read_plain(path, max_bytes=max_bytes)
+        return files.read_plain(path, max_bytes=max_bytes, first=first)
 
 
 def hash_regular(path: Path) -> HashedFile:

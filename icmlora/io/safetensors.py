@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ ITEM_BYTES: Mapping[str, int] = {
 FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """Types of factors that can have a code."""
 
-TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,512}")
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
 _PREFIX_BYTES = 8
+_REMEMBERED_BYTES = 256 * 1024
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -94,6 +95,10 @@ def header_text(data: bytes | bytearray | memoryview) -> bytes:
 
 def parse_header(text: bytes, size: int) -> TensorHeader:
     """Parse and check a header against the size of its file; raises as `read_header` does."""
+    return (_remembered if len(text) <= _REMEMBERED_BYTES else _parsed)(text, size)
+
+
+def _parsed(text: bytes, size: int) -> TensorHeader:
     # Each tensor opens one brace; counting them bounds the memory that parsing can take.
     from icmlora.io.strict_json import parse_object  # needed to read only
 
@@ -107,6 +112,11 @@ def parse_header(text: bytes, size: int) -> TensorHeader:
     )
     _check_contiguous(tensors, start, size)
     return TensorHeader(tuple(tensors), metadata)
+
+
+# A header is asked for several times: before its file is read, when that is checked, and when it is compared. Most
+# adapters of a fleet have the header of another one byte for byte.
+_remembered = lru_cache(maxsize=16)(_parsed)
 
 
 @dataclass(frozen=True)
@@ -144,13 +154,9 @@ def peek_bytes(start: Callable[[int], bytes]) -> PeekedHeader | None:
     return PeekedHeader(frozenset(fields), {key: text for key, text in texts if isinstance(text, str)})
 
 
-def read_tensor_file(path: Path) -> bytes:
-    """Read a safetensors file from disk; its header is checked against its size before the data is read."""
-    from icmlora.io.files import open_regular, read_exactly  # needed to read from disk only
-
-    with located(path), open_regular(path, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
-        head, _ = _read_head(descriptor, size)
-        return head + read_exactly(descriptor, size - len(head), len(head))
+def check_head(descriptor: int, size: int) -> None:
+    """Check the header of an open file against its size, and read nothing else; raises as `read_header` does."""
+    _read_head(descriptor, size)
 
 
 def read_tensor_header(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> TensorHeader:
@@ -158,7 +164,7 @@ def read_tensor_header(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> Tensor
     from icmlora.io.files import open_regular
 
     with located(path), open_regular(path, max_bytes=max_bytes) as (descriptor, size):
-        return _read_head(descriptor, size)[1]
+        return _read_head(descriptor, size)
 
 
 def read_tensor(path: Path, info: TensorInfo, *, max_bytes: int = MAX_FILE_BYTES) -> RawTensor:
@@ -169,12 +175,11 @@ def read_tensor(path: Path, info: TensorInfo, *, max_bytes: int = MAX_FILE_BYTES
         return RawTensor(info.dtype, info.shape, read_exactly(descriptor, info.end - info.begin, info.begin))
 
 
-def _read_head(descriptor: int, size: int) -> tuple[bytes, TensorHeader]:
+def _read_head(descriptor: int, size: int) -> TensorHeader:
     from icmlora.io.files import read_exactly
 
     start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)
-    head = read_exactly(descriptor, _PREFIX_BYTES + _header_length(start, size), 0)
-    return head, parse_header(head[_PREFIX_BYTES:], size)
+    return parse_header(read_exactly(descriptor, _header_length(start, size), _PREFIX_BYTES), size)
 
 
 def raw_tensors(data: bytes, tensors: Iterable[TensorInfo]) -> dict[str, RawTensor]:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from registry.errors import DamagedBlob, MissingBlob, SourceRefused, StoreIOError
-from registry.files import Bytes, read_plain, store_errors
+from registry.files import Bytes, CheckFirst, read_plain, store_errors
 
 if TYPE_CHECKING:
     from registry.blobs.backend import BlobBackend, BlobBatch, BlobInfo
@@ -86,6 +86,7 @@ class Blobs:
         refusals: tuple[type[Exception], ...] = (),
         contents: Sequence[bytes] = (),
         withheld: Mapping[Path, Collection[str]] = MappingProxyType({}),
+        first: Mapping[Path, CheckFirst] = MappingProxyType({}),
     ) -> list[PutResult[T] | PutRefusal]:
         """Store plain files durably, several at a time; return a result or a refusal for each, in order.
 
@@ -99,13 +100,14 @@ class Blobs:
             refusals: what `inspect` raises to refuse one file. Any other exception ends the batch.
             contents: bytes in memory, to be stored in the same batch.
             withheld: file -> digests under which it is inspected but not stored: weights that are to stay evicted.
+            first: file -> what looks at it before all of it is read; raises as `inspect` does.
         """
         self._must_write()
         expected: tuple[type[Exception], ...] = (SourceRefused, *refusals)
 
         def put_file(batch: BlobBatch, path: Path) -> PutResult[T] | PutRefusal:
             try:
-                data = read_plain(path)
+                data = read_plain(path, first=first.get(path))
                 inspected = inspect(path, data)
             except expected as error:
                 return PutRefusal(path, error)

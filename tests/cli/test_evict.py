@@ -2,10 +2,8 @@
 
 import gc
 import math
-import sqlite3
 import weakref
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL
+from tests.rewriting import rewriting
 
 Icm = Callable[..., Ran]
 ALL = ("evict", "--max-error", "0.7")
@@ -139,9 +138,8 @@ def test_the_error_is_measured_now_and_stored(icm: Icm, trained: Path, mixed_tem
     icm("materialize", "rules", "--source", "code", "--dtype", "float32", "-o", tmp_path / "out")
     original = load_adapter(mixed_template / "loras" / "rules")
     error = math.sqrt(squared_error(original, load_adapter(tmp_path / "out")))
-    with closing(sqlite3.connect(trained / "registry.db")) as connection:
+    with rewriting(trained / "registry.db") as connection:
         connection.execute("UPDATE codes SET dw_error = 0.0")
-        connection.commit()
     assert icm("evict", "rules", "--max-error", error * 0.99).code == ExitCode.PARTLY
     assert icm("evict", "rules", "--max-error", error * 1.01).code == 0
     assert code_of(trained, "rules").relative_error == pytest.approx(error, rel=1e-3)

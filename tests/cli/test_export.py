@@ -46,7 +46,9 @@ def test_a_bundle_gives_the_same_bytes_as_the_code_in_the_store(
     icm("materialize", task, "-o", tmp_path / "a", "--source", "code")
     shutil.rmtree(trained)
     assert icm("materialize", task, "-o", tmp_path / "b", "--from", bundle).code == 0
-    assert content(tmp_path / "a") == content(tmp_path / "b")
+    ours, theirs = content(tmp_path / "a"), content(tmp_path / "b")
+    assert b"claimed by the bundle" in theirs.pop("README.md")  # of whom its maker is, the file says nothing
+    assert theirs == {name: data for name, data in ours.items() if name != "README.md"}
     assert not trained.exists()
 
 
@@ -128,17 +130,24 @@ def test_a_file_that_exists_is_replaced_only_by_force(icm: Icm, trained: Path, t
     assert icm("export", tmp_path / "fleet.icm", "--force").code == 0
 
 
-@pytest.mark.parametrize("source", ["code", "generator"])
-def test_a_damaged_blob_is_exit_13_and_no_file_is_written(icm: Icm, trained: Path, tmp_path: Path, source: str) -> None:
-    if source == "code":
-        damage(trained, blob_of(trained, "rules", "code"))
-    else:
-        with Store.open(trained) as store:
-            generator = store.generators.current(LABEL)
-        assert generator is not None
-        damage(trained, generator.blob)
+def test_a_damaged_generator_is_exit_13_and_no_file_is_written(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    with Store.open(trained) as store:
+        generator = store.generators.current(LABEL)
+    assert generator is not None
+    damage(trained, generator.blob)
     ran = icm("export", tmp_path / "out" / "fleet.icm", "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.DAMAGED, "damaged_blob")
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def test_a_damaged_code_is_left_out_and_named_and_exit_13_if_it_was_asked_for(
+    icm: Icm, trained: Path, tmp_path: Path
+) -> None:
+    damage(trained, blob_of(trained, "rules", "code"))
+    ran = icm("export", tmp_path / "fleet.icm", "--json")
+    assert (ran.code, ran.document["tasks"], list(ran.document["damaged"])) == (3, ["poems", "silent"], ["rules"])
+    asked = icm("export", tmp_path / "out" / "fleet.icm", "poems", "rules")
+    assert (asked.code, "task 'rules' cannot be exported: blob" in asked.err) == (ExitCode.DAMAGED, True)
     assert list(tmp_path.glob("out/*")) == []
 
 
@@ -155,7 +164,7 @@ def test_ls_shows_what_the_codes_kept(icm: Icm, bundle: Path, trained: Path) -> 
 
 def test_ls_of_a_bundle_is_a_table_for_people(icm: Icm, elsewhere: Path) -> None:
     lines = icm("ls", "--from", elsewhere).out.splitlines()
-    assert lines[0].split()[-3:] == ["RELATIVE", "ERROR", "GAIN"]
+    assert lines[0].split()[-3:] == ["ERROR", "CLAIMED", "GAIN"]
     assert [line.split()[0] for line in lines[1:]] == list(TASKS)
 
 

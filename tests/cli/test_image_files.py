@@ -62,6 +62,25 @@ def test_each_file_is_a_task_of_the_base_model_that_its_tensors_tell(icm: Icm, f
     assert tasks == dict.fromkeys(("dog", "house", "My-Cat-v2"), "stable-diffusion-v1")
 
 
+def test_a_base_model_that_only_sizes_tell_is_said_to_be_a_guess(icm: Icm, folder: Path) -> None:
+    ran = icm("ingest", folder)
+    assert (
+        "the base model is a guess from the sizes of the tensors: stable-diffusion-v1 for My-Cat-v2, dog, house"
+        in ran.err
+    )
+    assert "if it is wrong: `icm ingest --base-model NAME" in ran.err
+    assert "guess" not in icm("ingest", folder).err  # the tasks have it already
+
+
+def test_the_base_model_that_the_user_names_wins_over_the_adapters(icm: Icm, tmp_path: Path) -> None:
+    stated = adapter_file(tmp_path / "loras", "dog", 0, {"ss_base_model_version": "sd_v1"})
+    ran = icm("ingest", stated, "--base-model", "kolors")
+    assert (ran.code, "guess" in ran.err) == (0, False)
+    assert [task["base_model"] for task in icm("ls", "--json").document] == ["kolors"]
+    assert icm("ingest", stated).code == 0
+    assert [task["base_model"] for task in icm("ls", "--json").document] == ["kolors"]
+
+
 def test_ingest_does_not_advise_vectors_for_image_models(icm: Icm, folder: Path) -> None:
     assert "vectors" not in icm("ingest", folder).err
 

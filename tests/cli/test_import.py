@@ -45,7 +45,9 @@ def test_a_new_store_gives_the_same_bytes_as_the_first_one(icm: Icm, bundle: Pat
     assert statuses(icm("import", bundle, "--json")) == dict.fromkeys(TASKS, "added")
     for task in TASKS:
         icm("materialize", task, "-o", tmp_path / "after" / task, "--source", "code")
-        assert content(tmp_path / "after" / task) == content(tmp_path / "before" / task)
+        after, before = content(tmp_path / "after" / task), content(tmp_path / "before" / task)
+        assert b"claimed by the bundle" in after.pop("README.md")
+        assert after == {name: data for name, data in before.items() if name != "README.md"}
     assert verified(icm)
 
 
@@ -85,11 +87,31 @@ def test_a_dry_run_says_what_would_be_done_and_makes_no_store(icm: Icm, bundle: 
     assert not (tmp_path / "store").exists()
 
 
-def test_what_was_measured_comes_along(icm: Icm, bundle: Path) -> None:
-    gain = icm("ls", "--from", bundle, "--json").document[0]["retained_gain"]
+def test_what_a_bundle_says_of_a_code_is_shown_as_its_claim(icm: Icm, bundle: Path) -> None:
+    said = icm("ls", "--from", bundle, "--json").document[0]
     icm("import", bundle)
-    (row,) = icm("show", "poems", "--json").document["evaluations"]
-    assert (row["rung"], row["retained_gain"]) == ("code", gain)
+    (listed, *_), shown = icm("ls", "--json").document, icm("show", "poems", "--json").document
+    assert (shown["evaluations"], listed["relative_error"], listed["retained_gain"]) == ([], None, None)
+    assert listed["claimed"] == shown["code"]["claimed"]
+    assert listed["claimed"]["relative_error"] == said["relative_error"]
+    assert "not measured here" in icm("show", "poems").out
+    assert "3 codes have figures claimed by the bundle only" in icm("stats").out
+
+
+@pytest.mark.parametrize("limit", [("--max-error", 0.05), ("--min-gain", 0.9)])
+def test_a_forged_claim_costs_no_original(
+    icm: Icm, bundle: Path, mixed_template: Path, tmp_path: Path, limit: tuple[str, float]
+) -> None:
+    claims = fields_of(bundle)
+    claims["tasks"][0]["dw_error"], claims["tasks"][0]["measured"]["retained_gain"] = 1e-6, 0.999
+    run = tmp_path / "poems"
+    shutil.copytree(mixed_template / "loras" / "poems", run)
+    icm("import", forge(bundle, claims), "poems")
+    assert icm("ingest", run, "--no-vectors", "--json").events[-1]["restored"] == 1
+    assert icm("evict", "poems", *limit, "--device", "cpu").code == ExitCode.PARTLY
+    assert {row["evicted_at"] for row in icm("show", "poems", "--json").document["adapters"]} == {None}
+    icm("materialize", "poems", "-o", tmp_path / "out")
+    assert content(tmp_path / "out") == {name: (run / name).read_bytes() for name in sorted(NAMES)}
 
 
 def test_a_task_with_the_same_original_gets_its_code(

@@ -87,12 +87,14 @@ def test_json_says_one_line_per_task_and_a_summary(icm: Icm, fleet: Path) -> Non
         "folder": str(fleet / "rust"),
         "is_renamed": False,
         "base_model": BASE,
+        "base_is_guess": False,
         "original_only": None,
         "extras_size": 0,
         "lora_size": 2 * 16 * 4,
         "converted_from": None,
         "initial": None,
         "format": "peft",
+        "wrapper": None,
         "same_as": None,
     }
     assert ran.events[-1]["without_vectors"] == ["rust", "shakespeare", "sql"]

@@ -88,6 +88,34 @@ def test_a_folder_trained_again_for_another_task_is_not_taken_for_the_one_before
     assert names(icm) == ["poems", "project"]
 
 
+def test_a_second_one_in_the_same_folder_gets_a_number_and_keeps_it(icm: Icm, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "runs" / "dog", seed=1)
+    icm("ingest", tmp_path / "runs")
+    second = write_adapter(tmp_path / "runs" / "Dog", seed=2)
+    assert icm("ingest", tmp_path / "runs").code == 0
+    assert names(icm) == ["dog", "Dog-2"]
+    assert "0 new adapters, 2 known" in icm("ingest", tmp_path / "runs").out
+    write_adapter(second, seed=3)
+    assert icm("ingest", tmp_path / "runs", "--on-conflict", "replace").code == 0
+    assert names(icm) == ["dog", "Dog-2"]
+
+
+def test_a_store_from_before_keeps_a_name_without_accents(icm: Icm, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "Über", seed=1)
+    icm("ingest", folder, "--name", "Uber")
+    write_adapter(folder, seed=2)
+    assert icm("ingest", folder, "--on-conflict", "replace").code == 0
+    assert names(icm) == ["Uber"]
+
+
+@pytest.mark.parametrize("folder", ["水墨画", "cafe\u0301", "my style"])
+def test_a_name_that_is_the_folders_is_not_told(icm: Icm, tmp_path: Path, folder: str) -> None:
+    write_adapter(tmp_path / folder)
+    ran = icm("ingest", tmp_path / folder)
+    assert "not called like the folder" not in ran.err
+    assert ("`icm mv" in ran.err) == (not folder.isascii())
+
+
 def test_best_takes_a_name_of_its_own_if_last_was_there_first(icm: Icm, tmp_path: Path) -> None:
     write_adapter(tmp_path / "sql" / "last", seed=1)
     icm("ingest", tmp_path / "sql")

@@ -76,6 +76,7 @@ def test_ls_json_has_bytes_and_counts(icm: Icm, stored: Path) -> None:
         "residual_size": None,
         "retained_gain": None,
         "precision": None,
+        "claimed": None,
         "relative_error": None,
         "squared_error": None,
     }

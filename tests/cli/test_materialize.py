@@ -133,7 +133,7 @@ def test_a_rank_below_that_of_the_adapter_is_refused(icm: Icm, trained: Path, tm
 def test_the_json_document_keeps_its_names(icm: Icm, trained: Path, tmp_path: Path, source: str) -> None:
     document = icm("materialize", "poems", "-o", tmp_path / "out", "--source", source, "--json").document
     names = {"task", "output", "source", "generator", "relative_error", "squared_error", "retained_gain", "weights"}
-    names |= {"recognized", "format", "left_out", "precision"}
+    names |= {"recognized", "format", "left_out", "precision", "claimed"}
     assert (set(document), document["source"]) == (names, source)
 
 

@@ -169,7 +169,7 @@ def test_its_card_says_that_nobody_trained_it(icm: Icm, register: Register, tmp_
     icm("materialize", "rules", "--source", "code", "-o", tmp_path / "other")
     here, there, other = ((tmp_path / name / "README.md").read_text() for name in ("here", "there", "other"))
     assert "No adapter was trained for this task" in here
-    assert here == there
+    assert "No adapter was trained for this task" in there
     assert "No adapter was trained" not in other
 
 

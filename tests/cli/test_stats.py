@@ -1,10 +1,8 @@
 """`icm stats`."""
 
 import resource
-import sqlite3
 import subprocess
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL
+from tests.rewriting import rewriting
 
 Icm = Callable[..., Ran]
 
@@ -76,7 +75,7 @@ def test_json_keeps_its_names(icm: Icm, trained: Path) -> None:
     assert set(document["fleets"][0]["tasks"][0]) == {
         "task", "bf16_size", "original_size", "vectors_size", "code_size", "residual_size", "rung",
         "relative_error", "squared_error", "retained_gain", "precision", "evicted", "asked", "original_only",
-        "extras_bytes",
+        "extras_bytes", "is_claimed",
     }  # fmt: skip
 
 
@@ -198,7 +197,7 @@ def test_nothing_is_drawn_where_nothing_is_encoded(icm: Icm, mixed: Path, tmp_pa
 
 
 def test_one_measured_task_is_counted_as_one(icm: Icm, trained: Path) -> None:
-    with closing(sqlite3.connect(trained / "registry.db")) as database, database:
+    with rewriting(trained / "registry.db") as database:
         database.execute("UPDATE codes SET dw_error = NULL WHERE rowid IN (SELECT rowid FROM codes LIMIT 2)")
     assert " (1 task)" in icm("stats").out
 

@@ -1,5 +1,6 @@
 """`icm rm`, `icm prune`, `icm verify`, `icm base`."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -74,11 +75,24 @@ def test_rm_of_the_same_name_twice_removes_it_once(icm: Icm, stored: Path) -> No
 def test_prune_frees_the_bytes_of_removed_tasks(icm: Icm, stored: Path, tmp_path: Path) -> None:
     before = sum(path.stat().st_size for path in blobs(tmp_path / "store"))
     icm("rm", "rust", "-y")
-    ran = icm("prune", "--older-than", "0s", "-y", "--json")
+    ran = icm("prune", "--older-than", "0s", "--empty-quarantine", "-y", "--json")
     after = sum(path.stat().st_size for path in blobs(tmp_path / "store"))
     assert ran.document["deleted"] is True
     assert ran.document["size"] == before - after > 0
     assert icm("verify", "--read-data").code == 0
+
+
+def test_prune_sets_weights_aside_until_it_is_asked_to_delete_them(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store") as store:
+        weights = store.tasks.final("rust").weights
+    icm("rm", "rust", "-y")
+    ran = icm("prune", "--older-than", "0s", "-y")
+    kept = list((tmp_path / "store" / "quarantine").iterdir())
+    assert weights in {hashlib.sha256(file.read_bytes()).hexdigest() for file in kept}
+    assert f"set {len(kept)} files of codes and weights aside" in ran.out
+    assert "--empty-quarantine" in ran.err
+    icm("prune", "--older-than", "0s", "--empty-quarantine", "-y")
+    assert not list((tmp_path / "store" / "quarantine").iterdir())
 
 
 def test_prune_keeps_young_files(icm: Icm, stored: Path, tmp_path: Path) -> None:

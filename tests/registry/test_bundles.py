@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine
 
 from registry.blobs.content import digest_of
 from registry.bundles import BundleImport, ImportedTask
+from registry.conversion import bundle_source
+from registry.database import add_claims
 from registry.errors import GeneratorConflict, InvalidName, MissingBlob, StoreReadOnly, TaskConflict
-from registry.records import NewAdapter, NewGenerator
+from registry.records import Claim, NewAdapter, NewGenerator
+from registry.schema import Packed
 from registry.store import Store
 from tests.registry.examples import BASE, LAYOUT, evaluation, generator, ingest, new_store, offer, vector
 
@@ -43,8 +47,8 @@ def imported(store: Store, name: str, **fields: Any) -> ImportedTask:
         "original": original,
         "weights_bytes": 4096,
         "code": store.blobs.put(f"code of {name.lower()}".encode()),
-        "squared_error": 0.11,
-        "evaluation": evaluation(name),
+        "squared_error": None,
+        "claim": Claim(0.11, {"retained_gain": 0.9}),
     }
     return ImportedTask(**plain | fields)
 
@@ -77,17 +81,25 @@ def test_its_code_belongs_to_the_generator_that_arrives(store: Store) -> None:
     assert current is not None
     code = store.codes.get("rust", current.id)
     assert code is not None
-    assert (store.blobs.read(code.blob), code.squared_error, code.bits) == (b"code of rust", 0.11, 8.0 * 12)
+    assert (store.blobs.read(code.blob), code.bits) == (b"code of rust", 8.0 * 12)
     assert (current.version, current.config, current.metrics) == (3, {"quality": 4}, {"bits": 1.5})
 
 
-def test_what_was_measured_arrives_under_that_generator(store: Store) -> None:
-    store.bundles.add(bundle(store, imported(store, "rust"), imported(store, "sql", evaluation=None)))
-    current = store.generators.current(BASE)
-    assert current is not None
-    assert [(row.task, row.generator_id, row.retained_gain) for row in store.evaluations.all()] == [
-        ("rust", current.id, 0.97)
-    ]
+def test_what_is_said_of_a_code_from_elsewhere_stays_a_claim(store: Store) -> None:
+    store.bundles.add(bundle(store, imported(store, "rust"), imported(store, "sql", claim=None)))
+    first, second = (row.code for row in store.tasks.summaries())
+    assert (first and first.claim) is not None
+    assert second is not None
+    assert (first.squared_error, first.claim.squared_error, first.claim.retained_gain) == (None, 0.11, 0.9)
+    assert (second.claim, store.evaluations.all()) == (None, [])
+
+
+def test_the_true_original_of_a_bundle_is_stored_although_nobody_asks_to_restore_it(store: Store) -> None:
+    task = imported(store, "rust")
+    store.bundles.add(bundle(store, replace(task, original=replace(task.original, source=bundle_source("ab")))))
+    assert store.originals.evicted() == []
+    assert store.tasks.ingest_one(offer(store, "rust")).restored == 1
+    assert store.tasks.final("rust").source == offer(store, "rust").adapters[0].source
 
 
 def test_verify_and_prune_find_nothing_wrong(store: Store) -> None:
@@ -225,6 +237,24 @@ def test_ingesting_the_original_brings_it_back_whatever_length_was_claimed(store
     store.tasks.ingest_one(replace(offer(store, "rust"), restore=True))
     assert not store.tasks.final("rust").is_evicted
     assert list(store.verify(read_data=True)) == []
+
+
+def test_what_an_earlier_icm_took_for_measured_of_a_bundle_becomes_a_claim(store: Store, tmp_path: Path) -> None:
+    task = imported(store, "rust")
+    store.bundles.add(bundle(store, replace(task, original=replace(task.original, source=bundle_source("ab")))))
+    ingest(store, "sql")
+    store.evaluations.add([evaluation("rust", generator_id=1), evaluation("sql", generator_id=1)])
+    store.close()
+    engine = create_engine(f"sqlite:///{tmp_path / 'store' / 'registry.db'}")
+    with engine.begin() as old:
+        for change in ("UPDATE codes SET dw_error = 0.25", "ALTER TABLE codes DROP COLUMN claim"):
+            old.exec_driver_sql(change)
+        add_claims(old)
+        error, claim = old.exec_driver_sql("SELECT dw_error, claim FROM codes").one()
+        assert (error, Packed().unpack(claim)) == (None, {"squared_error": 0.25, "measured": None})
+        measured = "SELECT name FROM tasks JOIN evaluations ON tasks.id = task_id"
+        assert old.exec_driver_sql(measured).scalars().all() == ["sql"]
+    engine.dispose()
 
 
 def test_a_new_task_comes_with_its_vectors_and_its_mark(store: Store) -> None:

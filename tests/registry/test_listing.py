@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from registry.filters import FIELDS, Filter, Selection, parse_filter, parse_sort
 from registry.records import Asked, Extra, NewAdapter, NewEvaluation, NewResidual, TaskIngest, TaskSummary
 from registry.store import Store
 from tests.registry.examples import BASE, adapter, code_of, evaluation, eviction, generator, ingest, new_store
+from tests.rewriting import rewriting
 
 # rust    rank 8, code and residual, measured on its own text and on another
 # HTML    rank 16, code, evicted, measured on another text
@@ -58,7 +57,7 @@ def fill(store: Store) -> None:
     store.tasks.tag(["rust", "sql"], add=["prod", "Team/Search"])
     store.tasks.tag(["HTML"], add=["trial"])
     store.tasks.set_note("Verse", "Straße nach\nSüden")
-    with closing(sqlite3.connect(store.paths.database, isolation_level=None)) as connection:
+    with rewriting(store.paths.database) as connection:
         connection.execute(
             "UPDATE adapters SET is_generated = 1 WHERE task_id = (SELECT id FROM tasks WHERE name = 'Verse')"
         )

@@ -43,7 +43,7 @@ class TestRename:
         assert store.tasks.rename("rust", "Rust").name == "Rust"
         assert store.tasks.rename("Rust", "Rust").name == "Rust"
 
-    @pytest.mark.parametrize("name", ["", "a/b", "-x", "nul", "x" * 129, "ü"])
+    @pytest.mark.parametrize("name", ["", "a/b", "-x", "nul", "x" * 129, "a\u202eb"])
     def test_a_name_follows_the_rule(self, store: Store, name: str) -> None:
         ingest(store, "rust")
         with pytest.raises(InvalidName):

@@ -57,7 +57,8 @@ def test_a_refusal_shows_the_name_without_its_control_characters(name: str) -> N
         ("", "the name is empty"),
         ("x" * 129, "the name has 129 characters, more than 128"),
         ("e\u0301", "the name is not in Unicode's composed form (NFC)"),
-        ("-x", "a name has letters, digits, '.', '_' and '-', and starts with a letter or a digit"),
+        ("-x", "a name has letters and digits of any script, '.', '_' and '-', and starts with a letter or a digit"),
+        ("\u732b" * 65, "the name takes 195 bytes, more than 192"),
     ],
 )
 def test_each_problem_is_said_in_words(name: str, problem: str) -> None:
@@ -107,7 +108,7 @@ def test_identifiers_with_dots_between_them_are_a_module_name(parts: list[str]) 
     assert not is_module_name("/".join([*parts, "x"]))
 
 
-@pytest.mark.parametrize("name", ["a" * 128, "0", "A.b_c-D", "console.txt"])
+@pytest.mark.parametrize("name", ["a" * 128, "0", "A.b_c-D", "console.txt", "Über-猫", "ДОМ"])
 def test_a_name_at_the_edge_of_the_rule_is_stored_and_found_in_any_case(store: Store, name: str) -> None:
     ingest(store, name)
     assert store.tasks.get(name.swapcase()).name == name

@@ -12,6 +12,7 @@ from registry.errors import DamagedBlob, LastCopy, MissingBlob
 from registry.records import Asked, CodeRecord, NewCode, NewResidual
 from registry.store import Store
 from tests.registry.examples import code_of, evaluation, eviction, generator, ingest
+from tests.rewriting import rewriting
 
 DATA = b"a residual"
 ASKED = Asked(max_error=0.1)
@@ -57,7 +58,7 @@ def test_the_limit_is_kept_as_its_square_and_comes_back_as_it_was_given(
 
 
 def test_a_squared_limit_of_an_older_store_is_read_as_its_root(store: Store, coded: CodeRecord) -> None:
-    with closing(sqlite3.connect(store.paths.database)) as connection, connection:
+    with rewriting(store.paths.database) as connection:
         connection.execute("UPDATE codes SET max_error = 0.09")
     assert code_of(store, "rust").asked == Asked(max_error=0.3)
 

@@ -9,14 +9,28 @@ from hypothesis import strategies as st
 from registry.names import escape, is_module_name, natural_key, task_name_problem
 
 
-@pytest.mark.parametrize("name", ["a", "wordnet-gloss", "v1.2_b", "0", "x" * 128, "console", "com10"])
+@pytest.mark.parametrize(
+    "name", ["a", "wordnet-gloss", "v1.2_b", "0", "x" * 128, "console", "com10", "\u00e9", "\u6c34\u58a8\u753b"]
+)
 def test_a_plain_name_can_name_a_task(name: str) -> None:
     assert task_name_problem(name) is None
 
 
 HOSTILE = (
     *("", ".", "..", "../x", "/abs", "-rf", "--help", "a\0b", "x" * 300, "con", "CON.txt", "nul", "a\nb", "a\x1b[31m"),
-    *("a\u202eb", "e\u0301", "\u00e9", "\ud800", "\U0001f600", "[red]", "[/nope]", "'; DROP TABLE x", "a b", "_a"),
+    *(
+        "a\u202eb",
+        "e\u0301",
+        "a\u200db",
+        "a\u3164",
+        "\ud800",
+        "\U0001f600",
+        "[red]",
+        "[/nope]",
+        "'; DROP TABLE x",
+        "a b",
+        "_a",
+    ),
 )
 
 
@@ -49,6 +63,6 @@ def test_different_names_have_different_places_in_the_order(left: str, right: st
     assert (natural_key(left) == natural_key(right)) == (left == right)
 
 
-@pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a..b", "a-b", "a b", "\u00e9"])
+@pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a..b", "-a", "a.-b", "a b", "\u00e9"])
 def test_a_broken_path_is_no_module_name(name: str) -> None:
     assert not is_module_name(name)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from icmlora.fleet.bill import Bill
-from icmlora.fleet.bill_text import disk_lines, saving_text, shortfalls
+from icmlora.fleet.bill_text import claims_text, disk_lines, saving_text, shortfalls
 from icmlora.fleet.precision import measured_in
 from icmlora.formats.catalogue import format_named
 from icmlora.io.text import counted, escape, human_percent, human_size
@@ -85,6 +85,8 @@ def _sentences(rows: Sequence[TaskSummary], bill: Bill) -> Iterator[str]:
     yield saving_text(bill)
     yield from _quality(rows, bill)
     yield _originals(bill)
+    if (claims := claims_text(bill)) is not None:
+        yield claims
     yield from (f"{line}." for line in shortfalls(task.asked for f in bill.fleets for task in f.short if task.asked))
     if bill.original_only:
         have = "has" if bill.original_only == 1 else "have"

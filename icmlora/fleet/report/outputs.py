@@ -89,13 +89,11 @@ class OutputsRequest:
 def task_outputs(models: Models, task: TaskRecord, request: OutputsRequest) -> TaskOutputs | Failed | BaseUnavailable:
     """Let the sources of a task answer; what is wrong with it is returned, so that others go on."""
     try:
-        base = models.base(task.base_model)
+        return _answered(models, models.base(task.base_model), task, request)
     except (BaseModelNotFound, BaseModelUnsuited) as error:
         return BaseUnavailable(error)
-    try:
-        return _answered(models, base, task, request)
     except FAILURES as error:
-        return Failed(as_error(error, base))
+        return Failed(as_error(error, models.loaded(task.base_model)))
 
 
 def _answered(models: Models, base: BaseModel, task: TaskRecord, request: OutputsRequest) -> TaskOutputs:

@@ -34,6 +34,7 @@ _SURE = 6.0  # standard deviations of the cosine of unrelated values
 _RECENT = 16  # seeds found lately, which are tried first
 # Tables in memory, 10 MB each: one for each rank and width of modules, three for a Llama with all modules targeted.
 _TABLES = 16
+_ROWS = 128  # of a table that are compared at a time: as floats they fit a processor's cache
 
 
 class SeedSearch:
@@ -42,7 +43,7 @@ class SeedSearch:
     def __init__(self, seeds: Sequence[int] = SEEDS) -> None:
         self._seeds = seeds
         self._recent: deque[int] = deque(maxlen=_RECENT)
-        self._table = lru_cache(_TABLES)(partial(_draws, seeds))
+        self._table = lru_cache(_TABLES)(partial(_Table, seeds))
 
     def find(self, adapter: Adapter) -> InitialA | None:
         """Return where an adapter's initial A was drawn, None if no seed gives it."""
@@ -58,11 +59,9 @@ class SeedSearch:
         """Yield the seeds under which some module can have been the first that PEFT made."""
         for module in _first_layer(adapter.modules):
             head = _head(module)
-            table = self._table(_before(module), len(head))
-            for start in range(0, len(table), _SEEN):  # in blocks, so that the float copy stays small
-                agreements = _agreements(table[start : start + _SEEN].astype(np.float32), head)
-                for number in np.flatnonzero(agreements > _least(len(head))).tolist():
-                    yield self._seeds[start + number]
+            agreements = self._table(_before(module), len(head)).agreements(head)
+            for number in np.flatnonzero(agreements > _least(len(head))).tolist():
+                yield self._seeds[number]
 
 
 def initial_under(adapter: Adapter, seed: int) -> InitialA | None:
@@ -80,6 +79,26 @@ def _draws(seeds: Sequence[int], offset: int, count: int) -> NDArray[np.int8]:
         stream.restart(seed)
         row[:] = stream.read(offset, count) * 127
     return table
+
+
+class _Table:
+    """The draws of every seed at one offset, and the length of each row of them."""
+
+    def __init__(self, seeds: Sequence[int], offset: int, count: int) -> None:
+        self._draws = _draws(seeds, offset, count)
+        self._lengths = np.concatenate([_lengths(block) for block in self._blocks()])
+
+    def agreements(self, head: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the cosine of each seed's draws with values (n,) of length 1, shape (seeds,)."""
+        return np.concatenate([block @ head for block in self._blocks()]) / self._lengths
+
+    def _blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the draws as floats, a few rows at a time; each block is overwritten by the next."""
+        floats = np.empty((_ROWS, self._draws.shape[1]), dtype=np.float32)  # new memory for each would cost more time
+        for start in range(0, len(self._draws), _ROWS):
+            block = self._draws[start : start + _ROWS]
+            np.copyto(floats[: len(block)], block)
+            yield floats[: len(block)]
 
 
 def _first_layer(modules: Sequence[LoraModule]) -> list[LoraModule]:
@@ -127,9 +146,14 @@ def _head(module: LoraModule) -> NDArray[np.float32]:
 
 def _agreements(draws: NDArray[np.float32], head: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the cosine of rows of draws (m, n) with values (n,) of length 1, shape (m,)."""
-    lengths = np.linalg.norm(draws, axis=1)  # a few draws in 127ths may all be 0
-    cosines: NDArray[np.float32] = draws @ head / np.maximum(lengths, np.finfo(np.float32).tiny)
+    cosines: NDArray[np.float32] = draws @ head / _lengths(draws)
     return cosines
+
+
+def _lengths(draws: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the lengths of rows, shape (m,); never 0, although a few draws in 127ths may all be 0."""
+    lengths: NDArray[np.float32] = np.maximum(np.linalg.norm(draws, axis=1), np.finfo(np.float32).tiny)
+    return lengths
 
 
 def _least(count: int) -> float:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping
 from hashlib import sha256
 from hmac import compare_digest
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -57,6 +59,8 @@ class GatewayApp:
         metrics: What is counted.
         token: What clients must know; None for nothing.
         max_requests: How many requests may be in work.
+        local_names: Who may ask is only decided by being on this machine: a request has to be addressed to it, by one
+            of these names or as localhost. A web page elsewhere could have it sent by a browser here. None: any name.
     """
 
     def __init__(
@@ -68,7 +72,9 @@ class GatewayApp:
         *,
         token: str | None,
         max_requests: int,
+        local_names: frozenset[str] | None = None,
     ) -> None:
+        self._local_names = local_names
         self._forwarder, self._metrics = forwarder, metrics
         self._token = None if token is None else sha256(token.encode()).digest()
         self._max_requests, self._requests = max_requests, 0
@@ -85,7 +91,7 @@ class GatewayApp:
             self._metrics.problems.labels(problem.code).inc()
             await answered.tell(problem)
         except ClientGone:
-            answered.status = answered.status or 499  # as nginx counts them
+            answered.status = 499  # as nginx counts them, also if the answer had begun
         except CutShort as cut:
             self._metrics.problems.labels(str(cut)).inc()
         except asyncio.CancelledError:  # the server stops, and has waited long enough
@@ -99,8 +105,11 @@ class GatewayApp:
             self._metrics.requests.labels(route, str(answered.status)).inc()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        _check_framing(headers)
+        self._check_place(headers)
         if scope["path"] not in _OPEN:
-            self._check_token(dict(scope["headers"]).get(b"authorization", b""))
+            self._check_token(headers)
         target = _passed_on(scope["method"], scope["path"])
         if target is None:
             await self._own.app(scope, receive, send)
@@ -116,12 +125,31 @@ class GatewayApp:
             self._requests -= 1
             self._metrics.in_flight.set(self._requests)
 
-    def _check_token(self, given: bytes) -> None:
+    def _check_place(self, headers: Mapping[bytes, bytes]) -> None:
+        if self._local_names is None:
+            return
+        host, origin = headers.get(b"host"), headers.get(b"origin")
+        way_out = "icm serve --token-file FILE lets others ask"
+        if host is not None and not self._is_local(b"//" + host):
+            raise Problem(421, f"Without a token this gateway is for localhost only: {way_out}.", "foreign_host")
+        if origin is not None and not self._is_local(origin):
+            raise Problem(403, f"Pages of other sites may not use this gateway: {way_out}.", "foreign_origin")
+
+    def _is_local(self, url: bytes) -> bool:
+        """Say whether a URL is of this machine."""
+        try:
+            name = urlsplit(url.decode("latin-1")).hostname or ""
+            return name == "localhost" or name in (self._local_names or ()) or ip_address(name).is_loopback
+        except ValueError:  # neither a URL nor an address
+            return False
+
+    def _check_token(self, headers: Mapping[bytes, bytes]) -> None:
         if self._token is None:
             return
-        kind, _, token = given.partition(b" ")
+        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = token if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         # Digests have one length, so that comparing them takes the same time for all.
-        if not compare_digest(sha256(token.strip()).digest(), self._token) or kind.lower() != b"bearer":
+        if not compare_digest(sha256(given.strip()).digest(), self._token):
             raise Problem(401, "The request has no valid token (Authorization: Bearer TOKEN).", "invalid_api_key")
 
 
@@ -147,7 +175,7 @@ class _OwnRoutes:
 
     async def _readyz(self) -> Response:
         try:
-            await self._connection.listing(_READY_AGE)
+            await self._connection.check_ready(_READY_AGE)
         except Problem as problem:
             raise Problem(503, problem.message, problem.code) from problem
         return JSONResponse({"status": "ready"})
@@ -217,6 +245,13 @@ class _Answered:
                 {"type": "http.response.start", "status": problem.status, "headers": [*problem.headers(), length]}
             )
             await self({"type": "http.response.body", "body": body})
+
+
+def _check_framing(headers: Mapping[bytes, bytes]) -> None:
+    """Refuse what two servers may read as different requests; what follows on the connection is not looked at."""
+    if b"content-length" in headers and b"transfer-encoding" in headers:
+        message = "The request has both Content-Length and Transfer-Encoding."
+        raise Problem(400, message, "ambiguous_length", closes=True)
 
 
 def _passed_on(method: str, path: str) -> str | None:

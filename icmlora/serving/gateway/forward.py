@@ -37,6 +37,8 @@ _OF_ONE_HOP = frozenset(
         *(b"te", b"trailer", b"transfer-encoding", b"upgrade"),
     }
 )
+TOKEN_HEADERS = (b"authorization", b"x-api-key")
+"""Where clients send their token; the second is how clients of Anthropic's API (/v1/messages) do."""
 _SET_ANEW = frozenset({b"host", b"content-length", b"expect"})
 _RECENT = 1.0  # seconds
 _LARGEST_ERROR = 1 << 20  # bytes of an engine's refusal that are looked at
@@ -58,11 +60,15 @@ class Limits:
 
     Attributes:
         body: Bytes of its body.
+        header: Seconds until its headers have arrived.
+        whole_body: Seconds until its body has.
         first_byte: Seconds until the engine's answer begins.
         idle: Seconds between two pieces of a body, in either direction.
     """
 
     body: int = 64 << 20
+    header: float = 30.0
+    whole_body: float = 300.0
     first_byte: float = 600.0
     idle: float = 120.0
 
@@ -264,13 +270,18 @@ class Forwarder:
             raise Problem(400, "The URL is not valid.", "invalid_url") from error
 
     async def _body(self, receive: Receive) -> bytes:
+        try:
+            async with asyncio.timeout(self._limits.whole_body):
+                return await self._pieces(receive)
+        except TimeoutError as error:
+            message = "The request's body did not arrive in time."
+            raise Problem(408, message, "request_timeout", closes=True) from error
+
+    async def _pieces(self, receive: Receive) -> bytes:
         data = bytearray()
         while True:
-            try:
-                async with asyncio.timeout(self._limits.idle):
-                    message = await receive()
-            except TimeoutError as error:
-                raise Problem(408, "The request's body did not arrive in time.", "request_timeout") from error
+            async with asyncio.timeout(self._limits.idle):
+                message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone("the client closed the connection")
             data += message.get("body", b"")
@@ -284,7 +295,7 @@ class Forwarder:
         kept = [(name, value) for name, value in headers if name.lower() not in dropped]
         if self._own_authorization is None:
             return kept
-        kept = [(name, value) for name, value in kept if name.lower() != b"authorization"]
+        kept = [(name, value) for name, value in kept if name.lower() not in TOKEN_HEADERS]
         return [*kept, (b"authorization", self._own_authorization)] if self._own_authorization else kept
 
 

@@ -15,18 +15,23 @@ class Problem(Exception):
         message: One sentence, for the client.
         code: A short stable word for the reason.
         retry_after: Seconds after which it may work.
+        closes: Whether the connection is closed: what else comes on it cannot be told apart, or never comes.
     """
 
-    def __init__(self, status: int, message: str, code: str, *, retry_after: int | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str, *, retry_after: int | None = None, closes: bool = False
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.code = status, message, code
-        self.retry_after = retry_after
+        self.retry_after, self.closes = retry_after, closes
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers of the answer."""
         headers = [JSON_TYPE]
         if self.retry_after is not None:
             headers.append((b"retry-after", str(self.retry_after).encode()))
+        if self.closes:
+            headers.append((b"connection", b"close"))
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         return headers

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import httpx
 import uvicorn
 
+from icmlora.io.text import counted
 from icmlora.serving.folders import AdapterFolders
 from icmlora.serving.gateway.app import GatewayApp
 from icmlora.serving.gateway.catalogue import Catalogue
@@ -22,6 +23,7 @@ from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.forward import Forwarder, Limits
 from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import Problem
+from icmlora.serving.gateway.protocol import allowed, guarded
 from icmlora.serving.gateway.residency import Residency
 from icmlora.serving.requirements import EngineName
 from icmlora.serving.tasks import ServedTasks
@@ -48,6 +50,8 @@ class GatewaySettings:
         max_adapters: How many adapters may be loaded; None for as many as the folders hold.
         max_requests: How many requests may be in work.
         max_waiting: How many tasks may wait to be loaded.
+        max_connections: How many connections one address may have open.
+        local_names: Names of this machine, if only who is on it may ask: see `GatewayApp`.
         connect_timeout: Seconds for a connection to the engine.
         drain: Seconds for requests in flight to end when the gateway is stopped.
         limits: What one request may take.
@@ -62,6 +66,8 @@ class GatewaySettings:
     max_adapters: int | None = None
     max_requests: int = 512
     max_waiting: int = 64
+    max_connections: int = 1024
+    local_names: frozenset[str] | None = None
     connect_timeout: float = 5.0
     drain: float = 30.0
     limits: Limits = field(default_factory=Limits)
@@ -74,7 +80,7 @@ def serve(listening: socket.socket, tasks: ServedTasks, folders: AdapterFolders,
 
     async def run() -> None:
         async with opened(tasks, folders, settings) as app:
-            server = _Server(_uvicorn_config(app, settings))
+            server = _Server(uvicorn_config(app, settings))
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, server.stop)
@@ -125,7 +131,13 @@ async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewayS
         preparing = asyncio.create_task(_prepare(residency, settings.engine_url))
         try:
             yield GatewayApp(
-                forwarder, connection, residency, metrics, token=settings.token, max_requests=settings.max_requests
+                forwarder,
+                connection,
+                residency,
+                metrics,
+                token=settings.token,
+                max_requests=settings.max_requests,
+                local_names=settings.local_names,
             )
         finally:
             preparing.cancel()
@@ -155,10 +167,13 @@ async def _prepare(residency: Residency, url: str) -> None:
         _log.warning("cannot prepare: %s", error)
 
 
-def _uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config:
+def uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config:
+    """Return how uvicorn is to serve the application."""
+    connections = allowed(settings.max_connections)
     return uvicorn.Config(
         app,
-        http="h11",
+        http=guarded(settings.limits, connections),  # type: ignore[arg-type]  # it is only called
+        backlog=connections,  # asyncio takes so many at once, before it closes those that are too many
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -174,7 +189,10 @@ def _uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Confi
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Leave out what uvicorn says about answers that were broken off on purpose."""
+    """Leave out what uvicorn says about answers broken off on purpose, and say in our words that some were cut off."""
+    if record.getMessage().startswith("Cancel ") and isinstance(record.args, tuple):
+        count = counted(int(str(record.args[0])), "request")
+        record.msg, record.args = f"{count} in flight did not end within --drain-seconds and was cut off", ()
     return not record.getMessage().startswith("ASGI callable returned without")
 
 

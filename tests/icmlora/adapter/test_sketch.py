@@ -130,5 +130,12 @@ def test_a_pair_across_two_blocks_is_found_once() -> None:
     assert near_pairs(sketches, norms, 0.1) == [(3, 2400)]
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_a_pair_is_found_whatever_its_size(size: float) -> None:
+    one, other = make_adapter(1), make_adapter(2)
+    sizes = [(one, size), (one, 1.01 * size), (other, size)]
+    assert found([with_modules(known, times(known.modules, factor)) for known, factor in sizes], 0.1) == {(0, 1)}
+
+
 def test_no_adapters_have_no_pairs() -> None:
     assert near_pairs(np.empty((0, SKETCH_SIZE), np.float32), np.empty(0), 0.1) == []

@@ -84,7 +84,8 @@ _TEXT = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_to
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
-def _save(folder: Path, model: Any, *others: Any) -> Path:
+def save(folder: Path, model: Any, *others: Any) -> Path:
+    """Save a model whose random weights say something, and what prepares its inputs."""
     # Random weights as small as these models begin with say nearly the same about everything.
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -97,24 +98,24 @@ def _save(folder: Path, model: Any, *others: Any) -> Path:
 
 def write_bert(folder: Path) -> Path:
     torch.manual_seed(0)
-    return _save(folder, BertForMaskedLM(BertConfig(**_TEXT, **_SMALL, max_position_embeddings=128)), tokenizer())
+    return save(folder, BertForMaskedLM(BertConfig(**_TEXT, **_SMALL, max_position_embeddings=128)), tokenizer())
 
 
 def write_bert_classifier(folder: Path) -> Path:
     torch.manual_seed(0)
     config = BertConfig(**_TEXT, **_SMALL, max_position_embeddings=128, id2label=CLASSES)
-    return _save(folder, BertForSequenceClassification(config), tokenizer())
+    return save(folder, BertForSequenceClassification(config), tokenizer())
 
 
 def write_bert_without_head(folder: Path) -> Path:
     torch.manual_seed(0)
-    return _save(folder, BertModel(BertConfig(**_TEXT, **_SMALL, max_position_embeddings=128)), tokenizer())
+    return save(folder, BertModel(BertConfig(**_TEXT, **_SMALL, max_position_embeddings=128)), tokenizer())
 
 
 def write_t5(folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    return _save(folder, T5ForConditionalGeneration(T5Config(**_TEXT, **sizes, decoder_start_token_id=0)), tokenizer())
+    return save(folder, T5ForConditionalGeneration(T5Config(**_TEXT, **sizes, decoder_start_token_id=0)), tokenizer())
 
 
 def _bart_sizes() -> dict[str, Any]:
@@ -127,13 +128,13 @@ def _bart_sizes() -> dict[str, Any]:
 def write_bart(folder: Path) -> Path:
     torch.manual_seed(0)
     config = BartConfig(**_TEXT, **_bart_sizes(), decoder_start_token_id=2, forced_eos_token_id=None)
-    return _save(folder, BartForConditionalGeneration(config), tokenizer())
+    return save(folder, BartForConditionalGeneration(config), tokenizer())
 
 
 def write_vit(folder: Path) -> Path:
     torch.manual_seed(0)
     config = ViTConfig(**_SMALL, image_size=32, patch_size=8, id2label=CLASSES)
-    return _save(folder, ViTForImageClassification(config), ViTImageProcessor(size={"height": 32, "width": 32}))
+    return save(folder, ViTForImageClassification(config), ViTImageProcessor(size={"height": 32, "width": 32}))
 
 
 def write_yolos(folder: Path) -> Path:
@@ -142,7 +143,7 @@ def write_yolos(folder: Path) -> Path:
         **_SMALL, image_size=[64, 64], patch_size=16, num_detection_tokens=6, id2label=CLASSES, auxiliary_loss=False
     )
     processor = YolosImageProcessor(size={"height": 64, "width": 64}, do_pad=False)
-    return _save(folder, YolosForObjectDetection(config), processor)
+    return save(folder, YolosForObjectDetection(config), processor)
 
 
 def write_florence(folder: Path) -> Path:
@@ -160,7 +161,7 @@ def write_florence(folder: Path) -> Path:
     images = CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False, image_seq_length=5)
     texts = tokenizer(extra_special_tokens={"image_token": "<image>"})
     processor = Florence2Processor(image_processor=images, tokenizer=texts, num_additional_image_tokens=1)
-    return _save(folder, Florence2ForConditionalGeneration(config), processor)
+    return save(folder, Florence2ForConditionalGeneration(config), processor)
 
 
 def write_whisper(folder: Path) -> Path:
@@ -170,7 +171,7 @@ def write_whisper(folder: Path) -> Path:
         **_TEXT, **sizes, decoder_start_token_id=1, max_source_positions=50, max_target_positions=64, num_mel_bins=16
     )
     features = WhisperFeatureExtractor(feature_size=16, chunk_length=1, sampling_rate=RATE)
-    return _save(folder, WhisperForConditionalGeneration(config), WhisperProcessor(features, tokenizer()))
+    return save(folder, WhisperForConditionalGeneration(config), WhisperProcessor(features, tokenizer()))
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:

@@ -72,6 +72,7 @@ class VectorClassifier:
 
     name = "vector classifier"
     metric = Metric("accuracy", higher_is_better=True)
+    reads = ()
     probes: Sequence[Point] = ()
 
     def suits(self, found: FoundBase) -> bool:

@@ -22,6 +22,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith(("lock", "jobs"))}
 
 
+def but_card(folder: Path) -> dict[str, bytes]:
+    """Return the same without the card: that of a bundle's code tells its figures as claims."""
+    return {name: data for name, data in files_of(folder).items() if name != "README.md"}
+
+
 def size_of(folder: Path) -> int:
     """Return the bytes of all files under a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -153,7 +153,9 @@ def test_a_limit_on_the_error_is_kept(file: Path, tmp_path: Path) -> None:
     with pytest.raises(TooLossy):
         opened.materialize("poems", tmp_path / "out", max_error=0.032)
     assert not (tmp_path / "out").exists()
-    assert opened.materialize("poems", tmp_path / "out", max_error=0.95).squared_error == opened.tasks[0].squared_error
+    done = opened.materialize("poems", tmp_path / "out", max_error=0.95)
+    assert done.claim is not None
+    assert (done.squared_error, done.claim.squared_error) == (None, opened.tasks[0].squared_error)
 
 
 def test_a_folder_that_is_not_empty_stays(file: Path, tmp_path: Path) -> None:
@@ -282,9 +284,13 @@ def test_a_stopped_import_records_nothing_and_the_next_one_finishes(file: Path, 
     assert names(other) == TASKS
 
 
-def test_what_was_measured_travels_along(learned: Fleet, other: Fleet, tmp_path: Path) -> None:
+def test_what_was_measured_elsewhere_travels_along_as_a_claim(learned: Fleet, other: Fleet, tmp_path: Path) -> None:
     learned.evaluate(["apples"], sources=["code"], device="cpu")
     gain = learned.stats().fleets[0].tasks[0].retained_gain
     other.import_bundle(learned.export_bundle(tmp_path / "out.icm").file)
     (fleet,) = other.stats().fleets
-    assert (fleet.base_model, fleet.tasks[0].task, fleet.tasks[0].retained_gain) == (LABEL, "apples", gain)
+    assert (fleet.base_model, fleet.tasks[0].retained_gain, fleet.tasks[0].is_claimed) == (LABEL, None, True)
+    code = other.show("apples").code
+    assert code is not None
+    assert code.claim is not None
+    assert code.claim.retained_gain == gain

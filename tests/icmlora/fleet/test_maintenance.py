@@ -88,7 +88,7 @@ def test_what_is_pruned_is_what_the_disk_gets_back(fleet: Fleet) -> None:
     fleet.remove(["rules"])
     (fleet.path / "tmp" / "left-over").write_bytes(b"half a file")
     before = size_of(fleet.path / "blobs") + size_of(fleet.path / "tmp")
-    report = fleet.prune(grace=0)
+    report = fleet.prune(grace=0, empty_quarantine=True)
     assert report.temporary_files == 1
     assert report.freed_bytes == before - size_of(fleet.path / "blobs") - size_of(fleet.path / "tmp")
     assert list(fleet.verify(read_data=True)) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -289,12 +288,20 @@ def test_a_folder_whose_name_cannot_name_a_task_is_a_task_of_a_plain_name(tmp_pa
     assert task_name_problem(only(find_adapters([tmp_path])).name) is None
 
 
-def test_two_names_that_are_the_same_when_plain_stay_apart(tmp_path: Path) -> None:
-    for name in ("a b", "a+b"):
-        write_adapter(tmp_path / name)
-    names = [task.name for task in find_adapters([tmp_path]).tasks]
-    assert len(set(names)) == 2
-    assert all(re.fullmatch("a-b-[0-9a-f]{8}", name) for name in names)
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["a+b", "a b"], ["a-b", "a-b-2"]),
+        (["a b", "a-b", "a+b"], ["a-b", "a-b-2", "a-b-3"]),
+        (["dog", "Dog"], ["Dog", "dog-2"]),
+        (["dog", "Dog", "other/dog"], ["dog-2", "other-dog", "runs-Dog"]),
+        (["猫娘画风", "cafe\u0301", "水墨画"], ["café", "水墨画", "猫娘画风"]),
+    ],
+)
+def test_folders_whose_names_come_out_alike_are_numbered(tmp_path: Path, folders: list[str], names: list[str]) -> None:
+    for folder in folders:
+        write_adapter(tmp_path / "runs" / folder)
+    assert [task.name for task in find_adapters([tmp_path / "runs"]).tasks] == names
 
 
 def test_a_name_that_is_no_unicode_is_replaced(tmp_path: Path) -> None:

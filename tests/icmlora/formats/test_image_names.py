@@ -109,7 +109,7 @@ def test_wan_of_kohyas_trainer_has_the_names_of_its_transformer() -> None:
     "tensors",
     [
         kohya("lora_prior_blocks_0_attn"),
-        kohya("lycoris_transformer_blocks_0_attn_to_q"),
+        kohya("lycoris_blocks_0_attn_to_q"),
         kohya("lora_unet_double_blocks_0_img_attn_proj") | kohya("lora_unet_something_else"),
         kohya("lora_unet_single_blocks_0_linear1"),  # not of the widths that Flux has
     ],
@@ -121,26 +121,21 @@ def test_names_that_diffusers_does_not_know_are_refused(tensors: Tensors) -> Non
     assert refused.value.kind == "layers"
 
 
+MODULE = f"mid_block.attentions.0.{BLOCK}.attn1"
 GENERATIONS = {
-    "2025": (f"unet.mid_block.{BLOCK}.attn1.to_q.lora_A.weight", f"unet.mid_block.{BLOCK}.attn1.to_q.lora_B.weight"),
-    "2023": (
-        f"unet.mid_block.{BLOCK}.attn1.to_q.lora.down.weight",
-        f"unet.mid_block.{BLOCK}.attn1.to_q.lora.up.weight",
-    ),
-    "processor": (
-        f"unet.mid_block.{BLOCK}.attn1.processor.to_q_lora.down.weight",
-        f"unet.mid_block.{BLOCK}.attn1.processor.to_q_lora.up.weight",
-    ),
+    "2025": (f"unet.{MODULE}.to_q.lora_A.weight", f"unet.{MODULE}.to_q.lora_B.weight"),
+    "2023": (f"unet.{MODULE}.to_q.lora.down.weight", f"unet.{MODULE}.to_q.lora.up.weight"),
+    "processor": (f"unet.{MODULE}.processor.to_q_lora.down.weight", f"unet.{MODULE}.processor.to_q_lora.up.weight"),
     "without a component": (
-        f"mid_block.{BLOCK}.attn1.processor.to_q_lora.down.weight",
-        f"mid_block.{BLOCK}.attn1.processor.to_q_lora.up.weight",
+        f"{MODULE}.processor.to_q_lora.down.weight",
+        f"{MODULE}.processor.to_q_lora.up.weight",
     ),
 }
 
 
 @pytest.mark.parametrize("names", GENERATIONS.values(), ids=GENERATIONS)
 def test_every_generation_of_diffusers_has_one_name_in_kohyas_programs(names: tuple[str, str]) -> None:
-    stem = "lora_unet_mid_block_transformer_blocks_0_attn1_to_q"
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     found = diffusers_to_kohya(pair(*names), is_sdxl=False)
     assert set(found) == {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"}
 

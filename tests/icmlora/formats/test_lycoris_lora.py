@@ -154,6 +154,30 @@ def test_the_header_is_that_of_lora_then(tmp_path: Path) -> None:
     assert found["ss_base_model_version"] == "sd_v1"
 
 
+def test_lokr_with_dotted_names_becomes_the_same_lora_as_with_flattened_ones(tmp_path: Path) -> None:
+    module, made = "layers.0.attention.to_q", {}
+    parts = {"lokr_w1": torch.randn(2, 3), "lokr_w2": torch.randn(4, 5), "alpha": torch.tensor(1.0)}
+    stems = {"comfyui": f"diffusion_model.{module}", "lycoris": f"lora_unet_{module.replace('.', '_')}"}
+    for form, stem in stems.items():
+        source, out = tmp_path / f"{form}.safetensors", tmp_path / f"{form}-lora.safetensors"
+        save_file({f"{stem}.{part}": one for part, one in parts.items()}, source)
+        (done,) = convert(source, out, rank=8, dtype="float32").adapters
+        assert (done.format, done.relative_error < 1e-6) == (form, True)
+        made[form] = {name.removeprefix(stem): one for name, one in load_file(out).items()}
+    assert made["comfyui"].keys() == made["lycoris"].keys()
+    assert all(torch.equal(one, made["lycoris"][name]) for name, one in made["comfyui"].items())
+    out, _ = converted(tmp_path / "comfyui.safetensors", "diffusers", 8)
+    assert set(load_file(out)) == {f"transformer.{module}.lora_{half}.weight" for half in "AB"}
+
+
+def test_what_a_dotted_lokr_cannot_become_names_what_it_can(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({"diffusion_model.layers.0.attention.to_q.lokr_w1": torch.ones(2, 3)}, file)
+    with pytest.raises(AdapterRefused, match="comfyui to kohya") as refused:
+        converted(file, "kohya", 8)
+    assert refused.value.hint == "it can be converted to diffusers"
+
+
 # what is refused
 
 

@@ -80,9 +80,15 @@ def test_small_and_large_ranks_are_accepted(rank: int) -> None:
         "base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj.lora_A.weight",
     ],
 )
-def test_wrappers_and_the_name_default_are_removed_from_keys(name: str) -> None:
+def test_wrappers_and_the_name_of_the_adapter_are_removed_from_keys(name: str) -> None:
     tensors = {name: ONE, key(Q0, "B"): torch.ones(OUTPUTS, 2)}
     assert PEFT.inspect(config(), weights(tensors)).layout[0].module == Q0
+
+
+def test_several_adapters_in_one_file_are_kept_as_they_are() -> None:
+    names = [name.replace(".weight", ".fr.weight" if "q_proj" in name else ".en.weight") for name in factors()]
+    summary = PEFT.inspect(config(), weights(dict(zip(names, factors().values(), strict=True))))
+    assert summary.original_only == "it holds several adapters: en, fr"
 
 
 # Tensors in addition to the LoRA factors, which are kept exactly.

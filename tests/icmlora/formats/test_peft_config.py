@@ -141,8 +141,8 @@ def test_a_configuration_may_name_no_base_model(label: str | None) -> None:
     assert parse(base_model_name_or_path=label).base_model is None
 
 
-@pytest.mark.parametrize("alpha", [0, -4, 0.5])
-def test_alpha_may_be_zero_negative_or_a_fraction(alpha: float) -> None:
+@pytest.mark.parametrize("alpha", [0, -4, 0.5, 1e12, 2**80])
+def test_alpha_may_be_zero_negative_a_fraction_or_large(alpha: float) -> None:
     assert parse(r=8, lora_alpha=alpha).scale_of(Q0) == alpha / 8
 
 

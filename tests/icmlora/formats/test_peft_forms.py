@@ -112,7 +112,8 @@ FORMS: dict[str, AdapterBytes] = {
     "convolution in one dimension": original(conv((5,))),
     "embedding": original(factors() | embedding()),
     "default names": original(renamed(factors(), "lora_A.weight", "lora_A.default.weight")),
-    "wrapped names": original(renamed(factors(), "base_model.model.", "base_model.model._orig_mod.")),
+    "the name of an adapter": original(renamed(factors(), ".weight", ".my-adapter.weight")),
+    "hyphens": original(renamed(factors(), ".layers.", ".layers-of-experts.en-de."), rank_pattern={"en-de.0": 2}),
     "extras": original(factors() | extra_tensors(), use_dora=True, modules_to_save=["score"]),
     "other metadata": original(metadata={"format": "pt", "trainer": "mine", "note": "x" * 50}),
     "metadata in other letters": original(metadata={"note": "Grüße, 日本"}),
@@ -128,6 +129,16 @@ def test_the_form_is_that_of_the_original_and_has_no_more_bytes(name: str) -> No
     assert done.config == files.config
     assert form_of(done.weights) == form_of(files.weights)
     assert len(done.weights) <= len(files.weights)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_names_of_a_wrapper_are_told_and_not_written_again(wrapper: str) -> None:
+    clean = original(factors() | extra_tensors() | conv(), modules_to_save=["score"])
+    tensors = renamed(factors() | extra_tensors() | conv(), "base_model.model.", f"base_model.model.{wrapper}.")
+    wrapped = original(tensors, modules_to_save=["score"])
+    assert PEFT.inspect(wrapped.config, wrapped.weights).wrapper == wrapper
+    assert PEFT.inspect(clean.config, clean.weights).wrapper is None
+    assert form_of(written(wrapped).weights) == form_of(clean.weights)
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -238,33 +238,6 @@ def test_an_adapter_of_zeros_does_nothing() -> None:
     assert KOHYA.inspect(b"", file_bytes(tensors)).does_nothing
 
 
-@pytest.mark.parametrize(
-    ("width", "label"),
-    [(768, "stable-diffusion-v1"), (1024, "stable-diffusion-v2"), (2048, "stable-diffusion-xl-v1-base"), (99, None)],
-)
-def test_the_width_of_cross_attention_tells_the_base_model(width: int, label: str | None) -> None:
-    tensors = linear(f"{Q}.lora_down.weight", f"{Q}.lora_up.weight", inputs=width)
-    assert KOHYA.inspect(b"", file_bytes(tensors)).base_model == label
-
-
-@pytest.mark.parametrize(
-    ("metadata", "label"),
-    [
-        ({"modelspec.architecture": "flux-1-dev/lora"}, "flux-1-dev"),
-        ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "stable-diffusion-v2"),
-        ({"ss_base_model_version": "sdxl_base_v1-0"}, "stable-diffusion-xl-v1-base"),
-        ({"ss_base_model_version": "flux.1"}, "flux-1-dev"),
-        ({"ss_base_model_version": "wan21:14b"}, None),
-        ({"ss_base_model_version": "wan2.1-14b"}, "wan2.1-14b"),
-        ({"ss_base_model_version": "None"}, None),
-        ({"modelspec.architecture": "\x1b[31m/lora"}, None),
-        ({}, None),
-    ],
-)
-def test_the_header_tells_the_base_model_where_widths_do_not(metadata: dict[str, str], label: str | None) -> None:
-    assert KOHYA.inspect(b"", file_bytes(kohya(), metadata)).base_model == label
-
-
 @given(st.from_regex(r"lora_(unet|te1)(_[a-z]{1,4}\d?|_\d{1,3}|_0)*_[a-z]{1,3}", fullmatch=True))
 def test_the_flattened_name_of_a_dotted_one_is_the_name_in_the_file(stem: str) -> None:
     assert flattened(dotted(stem)) == stem

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from icmlora.generator.tokens import (
     KindTokens,
     detokenize,
     refuse_overflow,
+    refuse_underflow,
     slot_errors,
     squared_norm,
     tokenize,
@@ -103,6 +106,13 @@ def test_an_adapter_too_large_for_float32_is_refused_by_name(a: float, b: float)
     with pytest.raises(AdapterRefused, match=r"layers\.[01]\.self_attn\.q_proj has the size .*, too large") as caught:
         refuse_overflow(tokens_of(with_factors(make_adapter(0), a, b)), config_of(make_adapter(0)))
     assert (caught.value.kind, caught.value.hint is None) == ("overflow", False)
+
+
+@pytest.mark.parametrize(("size", "is_refused"), [(1e-15, False), (1e-25, True)])
+def test_an_adapter_is_refused_only_below_the_smallest_step(size: float, is_refused: bool) -> None:
+    tokens = tokens_of(with_factors(make_adapter(0), 1.0, size))
+    with pytest.raises(GeneratorError, match="too small to encode") if is_refused else nullcontext():
+        refuse_underflow(tokens)
 
 
 def test_slot_errors_are_the_distances_of_the_rank_one_parts() -> None:

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.io.safetensors import MAX_TENSORS, RawTensor, encode, read_header, read_tensor_file
+from icmlora.formats.peft import PEFT
+from icmlora.formats.weights import read_weights
+from icmlora.io.safetensors import MAX_TENSORS, RawTensor, encode, read_header
 from icmlora.io.tensors import decode_torch
 from tests.icmlora.adapter_files import entry, tensor_file, weights
 
@@ -128,7 +130,7 @@ def test_a_malformed_file_on_disk_is_refused_alike(case: str, tmp_path: Path) ->
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(data)
     with pytest.raises(AdapterRefused) as caught:
-        read_tensor_file(path)
+        read_weights(path, PEFT)
     assert (caught.value.kind, caught.value.path) == (kind, str(path))
 
 
@@ -194,7 +196,7 @@ def test_a_sparse_terabyte_is_refused_unread(tmp_path: Path) -> None:
     with path.open("wb") as stream:
         stream.truncate(2**40)
     with pytest.raises(UnsafeInput, match="more than"):
-        read_tensor_file(path)
+        read_weights(path, PEFT)
 
 
 def test_a_sparse_file_under_the_limit_is_refused_by_its_header(tmp_path: Path) -> None:
@@ -203,7 +205,7 @@ def test_a_sparse_file_under_the_limit_is_refused_by_its_header(tmp_path: Path) 
         stream.write(weights())
         stream.truncate(7 * 2**30)
     with pytest.raises(AdapterRefused, match="tensors end at byte"):
-        read_tensor_file(path)
+        read_weights(path, PEFT)
 
 
 @given(position=st.integers(0, 2000), value=st.integers(0, 255), cut=st.integers(0, 40))

@@ -14,7 +14,7 @@ import httpx
 import uvicorn
 
 from icmlora.serving.folders import AdapterFolders
-from icmlora.serving.gateway.server import GatewaySettings, listen, opened
+from icmlora.serving.gateway.server import GatewaySettings, listen, opened, uvicorn_config
 from icmlora.serving.tasks import ServedTasks
 
 
@@ -50,10 +50,7 @@ def running_gateway(tasks: ServedTasks, folders: AdapterFolders, settings: Gatew
 
     async def run() -> None:
         async with opened(tasks, folders, settings) as app:
-            config = uvicorn.Config(
-                app, http="h11", ws="none", lifespan="off", interface="asgi3", log_config=None, date_header=False
-            )
-            server = uvicorn.Server(config)
+            server = uvicorn.Server(uvicorn_config(app, settings))
             serving = asyncio.ensure_future(server.serve([listening]))
             ready.set()
             await stop.wait()

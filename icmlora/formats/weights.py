@@ -1,0 +1,32 @@
+"""Read a file of weights: its header decides before all of it is in memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from icmlora.errors import located
+from icmlora.formats.format import AdapterFormat
+from icmlora.io import safetensors
+from icmlora.io.files import read_exactly, read_regular
+
+
+def read_weights(path: Path, known: AdapterFormat) -> bytes:
+    """Read a whole file of weights in a known format.
+
+    Raises:
+        AdapterRefused: Its header is damaged, or does not fit its size; no more than the header was read.
+        UnsafeInput: It is beyond the limits, or a pickle.
+    """
+    with located(path):
+        return read_regular(path, max_bytes=safetensors.MAX_FILE_BYTES, first=partial(check_head, known))
+
+
+def check_head(known: AdapterFormat, descriptor: int, size: int) -> None:
+    """Check the header of an open file of weights against its size; raises as `read_weights` does."""
+    if known.suffix in (None, ".safetensors"):
+        safetensors.check_head(descriptor, size)
+    elif known.suffix == ".gguf":
+        from icmlora.formats.gguf_file import read_gguf  # few adapters are GGUF files
+
+        read_gguf(read_exactly(descriptor, min(size, safetensors.MAX_HEADER_BYTES), 0), size)

@@ -1,0 +1,152 @@
+"""Connections of clients, as uvicorn takes them: how long a request may take to arrive, and how many an address has.
+
+uvicorn itself waits for the rest of a request as long as a client likes, and takes as many connections as there are
+file descriptors: a few hundred halves of a request line, sent before any token, would shut everyone else out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from icmlora.serving.gateway.forward import Limits
+from icmlora.serving.gateway.problems import Problem
+
+_DESCRIPTORS = 65_536
+_OF_ONE_ADDRESS = 3
+"""What share of the file descriptors one address gets: one third, since each request has another to the engine."""
+_GRACE = 1.0  # seconds after which the connection is closed if the application did not answer that the body is late
+
+
+_Part = Literal["header", "body", "rest"]
+"""What a client still has to send: `rest` is a body that nobody waits for, since its answer was sent already."""
+
+
+class Gate:
+    """What the connections of a server have in common.
+
+    Args:
+        limits: What a request may take.
+        connections: How many connections an address may have open.
+    """
+
+    def __init__(self, limits: Limits, connections: int) -> None:
+        self.limits, self._connections = limits, connections
+        self._open = Counter[str]()
+
+    def enter(self, address: str) -> bool:
+        """Count a connection, and say whether its address may have one more."""
+        self._open[address] += 1
+        return self._open[address] <= self._connections
+
+    def leave(self, address: str) -> None:
+        """Count a connection that is closed."""
+        self._open[address] -= 1
+        if not self._open[address]:
+            del self._open[address]
+
+
+def allowed(connections: int) -> int:
+    """Return how many connections an address may have where so many are asked for; have this process allowed many."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptors = min(most, _DESCRIPTORS) if most != resource.RLIM_INFINITY else _DESCRIPTORS
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, most))
+    return min(connections, descriptors // _OF_ONE_ADDRESS)
+
+
+def guarded(limits: Limits, connections: int) -> Callable[..., asyncio.Protocol]:
+    """Return what makes the connections of one server; its limits are those of `Gate`."""
+    return partial(_Guarded, Gate(limits, connections))
+
+
+class _Guarded(H11Protocol):
+    """One connection."""
+
+    def __init__(self, gate: Gate, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._gate = gate
+        self._arriving: tuple[_Part, object] | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, unless its address has too many."""
+        super().connection_made(transport)
+        if self._gate.enter(self._address):
+            self._watch()
+        else:
+            message = "Your address has too many connections to the gateway."
+            self._refuse(Problem(503, message, "too_many_connections", retry_after=1))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a connection."""
+        super().connection_lost(exc)
+        self._gate.leave(self._address)
+        self._forget_deadline()
+
+    def handle_events(self) -> None:
+        """Handle what has arrived."""
+        super().handle_events()
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request; what is left of this one's body has less time, for nobody waits for it."""
+        super().on_response_complete()
+        self._watch()
+
+    @property
+    def _address(self) -> str:
+        return "" if self.client is None else self.client[0]
+
+    def _watch(self) -> None:
+        """Set a time by which what is arriving has to be there; it is not put off by what arrives meanwhile."""
+        arriving = self._part()
+        if arriving == self._arriving:
+            return
+        self._forget_deadline()
+        self._arriving = arriving
+        if arriving is not None:
+            limits = self._gate.limits
+            seconds = limits.whole_body + _GRACE if arriving[0] == "body" else limits.header
+            self._deadline = self.loop.call_later(seconds, self._late)
+
+    def _part(self) -> tuple[_Part, object] | None:
+        """Return which part of which request the client still has to send; None between two requests."""
+        if self.transport.is_closing():
+            return None
+        if self.conn.their_state is h11.IDLE and (self.cycle is None or self._has_begun):
+            return "header", self.cycle
+        if self.conn.their_state is not h11.SEND_BODY:
+            return None
+        return "rest" if self.cycle.response_complete else "body", self.cycle
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether a part of the next request is there."""
+        return bool(self.conn.trailing_data[0])
+
+    def _forget_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _late(self) -> None:
+        if self._arriving is not None and self._arriving[0] == "header" and self._has_begun:
+            self._refuse(Problem(408, "The request's headers did not arrive in time.", "request_timeout"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer without asking the application, and close the connection."""
+        body = problem.body()
+        headers = [*problem.headers(), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+        response = h11.Response(status_code=problem.status, headers=headers)
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

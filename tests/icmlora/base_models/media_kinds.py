@@ -1,0 +1,179 @@
+"""More tiny random base models that see or hear: they differ in how processor and network take a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as t
+
+from tests.icmlora.base_models.tiny_kinds import (
+    RATE,
+    SPECIAL,
+    VOCABULARY,
+    Kind,
+    captions,
+    image_file,
+    labelled_images,
+    save,
+    sound_file,
+    tokenizer,
+    utterances,
+)
+
+_IMAGE = SPECIAL.index("<image>")
+_LAYERS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+_TEXT = _LAYERS | {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA = _TEXT | {"num_key_value_heads": 2}
+_PATCHES = _LAYERS | {"image_size": 32, "patch_size": 8}
+_CLASSES = {0: "red", 1: "green", 2: "blue"}
+_SQUARE = {"height": 32, "width": 32}
+
+
+def _seeded(make: Any, config: Any) -> Any:
+    torch.manual_seed(0)
+    return make(config)
+
+
+def write_git(folder: Path) -> Path:
+    config = t.GitConfig(**_TEXT, vision_config=_PATCHES, max_position_embeddings=128)
+    texts = tokenizer(sep_token="</s>", cls_token="<s>")
+    processor = t.GitProcessor(t.CLIPImageProcessor(size=_SQUARE, do_center_crop=False), texts)
+    return save(folder, _seeded(t.GitForCausalLM, config), processor)
+
+
+def write_got(folder: Path) -> Path:
+    texts = tokenizer()
+    texts.add_special_tokens({"additional_special_tokens": ["<imgpad>"]})
+    vision: dict[str, Any] = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "mlp_dim": 8,
+        "output_channels": 8,
+        "initializer_range": 0.1,
+    }
+    sizes = {"image_size": 64, "patch_size": 1, "window_size": 8, "global_attn_indexes": []}
+    config = t.GotOcr2Config(
+        vision_config=vision | sizes,
+        text_config=_LLAMA | {"vocab_size": VOCABULARY + 1, "max_position_embeddings": 512},
+        image_token_index=VOCABULARY,
+    )
+    processor = t.GotOcr2Processor(t.GotOcr2ImageProcessor(size={"height": 64, "width": 64}), texts)
+    return save(folder, _seeded(t.GotOcr2ForConditionalGeneration, config), processor)
+
+
+def write_llava(folder: Path) -> Path:
+    config = t.LlavaConfig(
+        vision_config=t.CLIPVisionConfig(**_PATCHES),
+        text_config=t.LlamaConfig(**_LLAMA),
+        image_token_index=_IMAGE,
+        vision_feature_layer=-1,
+    )
+    images = t.CLIPImageProcessor(size=_SQUARE, do_center_crop=False)
+    options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = t.LlavaProcessor(images, tokenizer(extra_special_tokens={"image_token": "<image>"}), **options)
+    return save(folder, _seeded(t.LlavaForConditionalGeneration, config), processor)
+
+
+def _with_decoder(encoder: Any) -> Any:
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    decoder = t.TrOCRConfig(**sizes, vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0)
+    config = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return _seeded(t.VisionEncoderDecoderModel, config)
+
+
+def write_trocr(folder: Path) -> Path:
+    model = _with_decoder(t.ViTConfig(**_PATCHES))
+    return save(folder, model, t.TrOCRProcessor(t.ViTImageProcessor(size=_SQUARE), tokenizer()))
+
+
+def write_donut(folder: Path) -> Path:
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
+    images = t.DonutImageProcessor(size=_SQUARE, do_align_long_axis=False)
+    model = _with_decoder(t.DonutSwinConfig(**sizes, window_size=2))
+    return save(folder, model, t.DonutProcessor(images, tokenizer()))
+
+
+def write_moonshine(folder: Path) -> Path:
+    sizes = {f"{half}_num_{what}": n for half in ("encoder", "decoder") for what, n in _OF_HALF.items()}
+    config = t.MoonshineConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, **sizes, decoder_start_token_id=1, pad_token_id=0
+    )
+    processor = t.Wav2Vec2Processor(t.Wav2Vec2FeatureExtractor(sampling_rate=RATE), tokenizer())
+    return save(folder, _seeded(t.MoonshineForConditionalGeneration, config), processor)
+
+
+_OF_HALF = {"hidden_layers": 1, "attention_heads": 2, "key_value_heads": 2}
+
+
+def _classifier(make: Any, config: Any) -> Any:
+    def write(folder: Path) -> Path:
+        model = _seeded(make, config())
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # as they begin, a dozen layers leave nothing of the image
+                torch.nn.init.kaiming_normal_(parameter.data).div_(4)
+        return save(folder, model, t.ViTImageProcessor(size=_SQUARE))
+
+    return write
+
+
+def _small(config: Any, **sizes: Any) -> Any:
+    return lambda: config(**sizes, id2label=_CLASSES)
+
+
+CLASSIFIERS = {
+    "regnet": (
+        t.RegNetForImageClassification,
+        _small(t.RegNetConfig, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4),
+    ),
+    "segformer": (
+        t.SegformerForImageClassification,
+        _small(
+            t.SegformerConfig,
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[2, 1],
+            hidden_sizes=[8, 16],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[1, 1],
+        ),
+    ),
+    "pvt-v2": (
+        t.PvtV2ForImageClassification,
+        _small(
+            t.PvtV2Config,
+            image_size=32,
+            hidden_sizes=[8, 8, 16, 16],
+            depths=[1, 1, 1, 1],
+            num_attention_heads=[1, 1, 2, 2],
+            mlp_ratios=[1, 1, 1, 1],
+        ),
+    ),
+    "mobilenet-v2": (t.MobileNetV2ForImageClassification, _small(t.MobileNetV2Config, depth_multiplier=0.25)),
+}
+MODULES = {
+    "regnet": ("regnet.encoder.stages.1.layers.0.layer.1.convolution",),
+    "segformer": ("segformer.stages.0.blocks.0.attention.q_proj",),
+    "pvt-v2": ("pvt_v2.encoder.layers.0.blocks.0.mlp.dense1",),
+}
+SEEING = {
+    "git": write_git,
+    "got": write_got,
+    "llava": write_llava,
+    "trocr": write_trocr,
+    "donut": write_donut,
+}
+MEDIA_KINDS = {
+    **{name: Kind(name, write, captions, (), image_file) for name, write in SEEING.items()},
+    "moonshine": Kind("moonshine", write_moonshine, utterances, (), sound_file),
+    **{
+        name: Kind(name, _classifier(*made), labelled_images, MODULES.get(name, ()), image_file)
+        for name, made in CLASSIFIERS.items()
+    },
+}
+"""By name; those with modules are also tried with an adapter."""

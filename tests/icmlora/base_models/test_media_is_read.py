@@ -1,0 +1,113 @@
+"""Every kind of base model that sees or hears is given what the rows name, or refuses them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2ForSequenceClassification, WhisperFeatureExtractor, WhisperProcessor
+
+from icmlora.base_models.attach import adapted
+from icmlora.base_models.catalogue import modality_of
+from icmlora.base_models.examples import examples_for
+from icmlora.base_models.lookup import inspect_base
+from icmlora.base_models.media_archive import pack_rows
+from icmlora.base_models.modality import BaseModel
+from icmlora.errors import BaseModelUnsuited, DataError
+from icmlora.formats.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
+from tests.cli.test_kinds_of_base_models import randomise
+from tests.icmlora.base_models.media_kinds import MEDIA_KINDS, write_moonshine
+from tests.icmlora.base_models.tiny_kinds import (
+    KINDS,
+    VOCABULARY,
+    Kind,
+    captions,
+    image_file,
+    pairs,
+    save,
+    sound_file,
+    tokenizer,
+)
+from tests.icmlora.tiny_base import write_tiny_base
+
+ALL = MEDIA_KINDS | {name: kind for name, kind in KINDS.items() if kind.media is not None}
+LIMIT = 64
+
+
+def load(write: Callable[[Path], Path], folder: Path) -> BaseModel:
+    found = inspect_base("tiny", write(folder / "base"))
+    return modality_of(found).load(found, device=torch.device("cpu"))
+
+
+def losses(base: BaseModel, kind: Kind, media: Callable[[str], bytes]) -> list[float]:
+    examples = examples_for(base, pack_rows(kind.rows(), media)).items
+    with torch.no_grad():
+        return [float(base.modality.loss(base, [item])) for item in base.modality.prepare(base, examples, LIMIT)]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ALL.values(), ids=lambda kind: kind.name)
+def test_another_picture_or_sound_changes_the_loss(kind: Kind, tmp_path: Path) -> None:
+    base, media = load(kind.write, tmp_path), kind.media
+    assert media is not None
+    own = losses(base, kind, media)
+    other = losses(base, kind, lambda name: media(f"{int(name.partition('.')[0]) + 1}.{name.partition('.')[2]}"))
+    assert len(own) == len(other) == len(kind.rows())
+    assert all(one != two for one, two in zip(own, other, strict=True))
+
+
+def test_a_row_with_a_picture_is_no_example_of_a_model_that_is_run_on_text(tmp_path: Path) -> None:
+    base = load(write_tiny_base, tmp_path)
+    found = examples_for(base, pack_rows([*pairs()[:2], *captions()], image_file))
+    assert (len(found), found.skipped) == (2, 9)
+    assert "has an image, and icm runs this base model, a causal language model, without it" in str(found.reason)
+    with pytest.raises(DataError, match="none of its 9 rows can be used"):
+        examples_for(base, pack_rows(captions(), image_file))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_with_the_processor_of_another_is_refused_by_name(tmp_path: Path) -> None:
+    base = load(write_moonshine, tmp_path)
+    features = WhisperFeatureExtractor(feature_size=16, chunk_length=1)
+    odd = replace(base, processor=WhisperProcessor(features, tokenizer()))
+    with pytest.raises(
+        BaseModelUnsuited, match=r"what WhisperProcessor makes of a recording .* is not what base model"
+    ):
+        losses(odd, MEDIA_KINDS["moonshine"], sound_file)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MEDIA_KINDS.values() if kind.modules], ids=lambda kind: kind.name)
+def test_an_adapter_of_a_convolution_with_groups_or_with_a_head_does_what_peft_makes_of_it(
+    kind: Kind, tmp_path: Path
+) -> None:
+    base, other = load(kind.write, tmp_path), load(kind.write, tmp_path / "other")
+    assert kind.media is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"r": 4, "target_modules": list(kind.modules), "modules_to_save": ["classifier"]}
+        adapter = get_peft_model(other.model, LoraConfig(**options))
+        randomise(adapter)
+        adapter.save_pretrained(str(tmp_path / "adapter"))
+    files = [(tmp_path / "adapter" / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    alone, wanted = losses(base, kind, kind.media), losses(other, kind, kind.media)
+    with adapted(base, PEFT.runnable(*files)):
+        assert losses(base, kind, kind.media) == pytest.approx(wanted) != pytest.approx(alone)
+    assert losses(base, kind, kind.media) == alone
+
+
+def test_a_reward_model_without_a_padding_token_has_vectors(tmp_path: Path) -> None:
+    def write(folder: Path) -> Path:
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, num_labels=1)
+        return save(folder, GPT2ForSequenceClassification(config), tokenizer())
+
+    base = load(write, tmp_path)
+    rows = "".join(json.dumps({"text": f"text {number}", "label": 0}) + "\n" for number in range(8))
+    examples = examples_for(base, rows.encode()).items
+    assert base.modality.states(base, examples, LIMIT).shape == (8, 32)
+    assert base.modality.measure(base, examples, LIMIT).count == 8

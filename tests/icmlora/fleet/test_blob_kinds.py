@@ -1,0 +1,28 @@
+"""What a blob is, by how it begins."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.torch import save
+from torch import zeros
+
+from icmlora.fleet.blob_kinds import kind_of
+from icmlora.generator import code, file, residual
+from icmlora.task_vectors import file as vectors
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        *((magic, "code") for magic in (code.MAGIC, code._MAGIC_WIDE, code._MAGIC_WITHOUT_INITIAL)),
+        *((magic, "generator") for magic in (file.MAGIC, file.MAGIC_OF_VERSIONS)),
+        *((magic, "residual") for magic in (residual.MAGIC, residual._MAGIC_WIDE)),
+        (vectors._MAGIC, "task vectors"),
+        (save({"a": zeros(3)}), "weights"),
+        (b'{"r": 8, "lora_alpha": 16}', None),
+        (b"# A card of an adapter", None),
+        (b"", None),
+    ],
+)
+def test_a_blob_is_known_by_its_first_bytes(start: bytes, kind: str | None) -> None:
+    assert kind_of(start) == kind
