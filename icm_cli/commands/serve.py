@@ -160,11 +160,10 @@ def _seconds(name: str, text: str) -> Any:
 
 
 ConnectTimeoutOpt = Annotated[float, _seconds("--connect-timeout", "How long to wait for a connection to the engine.")]
-HeaderTimeoutOpt = Annotated[
-    float, _seconds("--header-timeout", "How long the headers of a request may take to arrive.")
-]
+_HEADER_SECONDS = 30.0
 BodyTimeoutOpt = Annotated[
-    float, _seconds("--body-timeout", "How long the whole body of a request may take to arrive.")
+    float,
+    _seconds("--body-timeout", f"How long a request may take to arrive. Its headers have {_HEADER_SECONDS:g} at most."),
 ]
 FirstByteTimeoutOpt = Annotated[
     float, _seconds("--first-byte-timeout", "How long to wait for the beginning of the engine's answer.")
@@ -199,7 +198,6 @@ def serve(
     max_requests: MaxRequestsOpt = 512,
     max_connections: MaxConnectionsOpt = 1024,
     max_body: MaxBodyOpt = "64MiB",
-    header_timeout: HeaderTimeoutOpt = 30.0,
     body_timeout: BodyTimeoutOpt = 300.0,
     connect_timeout: ConnectTimeoutOpt = 5.0,
     first_byte_timeout: FirstByteTimeoutOpt = 600.0,
@@ -208,24 +206,16 @@ def serve(
 ) -> None:
     """Serve every task of the store, or of a bundle with --from, through an engine, as OpenAI's API does.
 
-    A request whose model is the name of a task gets that task's adapter: icm writes it when it is asked for the first
-    time, has the engine load it, and passes the request on. Everything else goes to the engine as it is. The engine is
-    vLLM or SGLang; `icm serve-config` prints how to start it. Its routes for administration are not reachable.
-
+    A request for the name of a task gets its adapter: icm writes it at the first request, and the engine loads it.
+    Other requests go to the engine as they are. The engine is vLLM or SGLang; `icm serve-config` prints how to start it.
     The address is printed when the server is ready. SIGTERM or Ctrl-C stop it once requests in flight have ended.
 
     Example:
       icm serve --engine-url http://127.0.0.1:8000
     """
     server = _server()
-    limits = server.Limits(
-        body=parse_bytes(max_body),
-        header=header_timeout,
-        whole_body=body_timeout,
-        first_byte=first_byte_timeout,
-        idle=idle_timeout,
-    )
     known_token = _token(token, token_file, no_token)
+    waits = {"whole_body": body_timeout, "first_byte": first_byte_timeout, "idle": idle_timeout}
     settings = server.GatewaySettings(
         engine_url=_address(engine_url),
         engine=None if engine == "auto" else engine,
@@ -239,17 +229,21 @@ def serve(
         max_waiting=max_waiting,
         connect_timeout=connect_timeout,
         drain=drain_seconds,
-        limits=limits,
+        limits=server.Limits(body=parse_bytes(max_body), header=min(body_timeout, _HEADER_SECONDS), **waits),
         access_log=access_log,
     )
     tasks = _tasks(session, bundle, base_model)
     with closing(_folders(adapters, adapters_size)) as folders, server.listen(host, port) as listening:
-        if settings.token is None and not no_token and not ip_address(listening.getsockname()[0]).is_loopback:
-            hint = "give clients a token with --token-file FILE, or say --no-token"
-            raise UsageProblem(f"anyone who reaches {host} could use the server", hint=hint)
+        _check_local(host, listening, everyone=no_token or known_token is not None)
         _tell(session, listening, len(tasks.names()), settings.engine_url)
         with _logging(session, access_log=access_log):
             server.serve(listening, tasks, folders, settings)
+
+
+def _check_local(host: str, listening: socket, *, everyone: bool) -> None:
+    if not everyone and not ip_address(listening.getsockname()[0]).is_loopback:
+        hint = "give clients a token with --token-file FILE, or say --no-token"
+        raise UsageProblem(f"anyone who reaches {host} could use the server", hint=hint)
 
 
 def _server() -> ModuleType:

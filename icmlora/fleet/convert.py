@@ -118,8 +118,7 @@ def convert(
 ) -> ConvertReport:
     """Write an adapter, or each of a folder of them, in another format or smaller; no store is needed.
 
-    Without a format the adapter keeps its own, with its header, heads and everything else in it. An adapter that needs
-    no change keeps its bytes.
+    Without a format it keeps its own, with its header and heads. One that needs no change keeps its bytes.
 
     Args:
         source: A folder with one adapter, a file, or a folder of many.

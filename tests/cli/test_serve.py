@@ -121,14 +121,14 @@ def test_options_reach_the_server(serve: Icm, settings: list[GatewaySettings]) -
         *("--engine", "sglang", "--base-model", "tiny/llama", "--max-adapters", "7", "--max-waiting", "8"),
         *("--max-requests", "9", "--max-body", "1MiB", "--connect-timeout", "1", "--first-byte-timeout", "2"),
         *("--idle-timeout", "3", "--drain-seconds", "4", "--access-log", "--engine-token", "e"),
-        *("--max-connections", "10", "--header-timeout", "5", "--body-timeout", "6"),
+        *("--max-connections", "10", "--body-timeout", "6"),
     )
     assert ran.code == 0
     found = settings[0]
     assert (found.engine, found.base_model, found.engine_token, found.access_log) == ("sglang", "tiny/llama", "e", True)
     assert (found.max_adapters, found.max_waiting, found.max_requests) == (7, 8, 9)
     assert (found.limits.body, found.limits.first_byte, found.limits.idle) == (1 << 20, 2, 3)
-    assert (found.limits.header, found.limits.whole_body, found.max_connections) == (5, 6, 10)
+    assert (found.limits.header, found.limits.whole_body, found.max_connections) == (6, 6, 10)
     assert (found.connect_timeout, found.drain) == (1, 4)
 
 

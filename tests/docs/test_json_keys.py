@@ -27,6 +27,7 @@ COMMANDS = {
     "recognize": ("recognize", "--samples", "geese.jsonl", "--device", "cpu"),
     "generate": ("generate", "geese", "--samples", "geese.jsonl", "-o", "adapter", "--device", "cpu"),
     "export": ("export", "new.icm"),
+    "verify --restore-database": ("verify", "--restore-database", "--yes"),
     "import": ("import", "fleet.icm"),
     "base ls": ("base", "ls"),
     "generators": ("generators",),
@@ -80,6 +81,8 @@ def test_a_documents_keys_are_those_on_the_page(
         icm("train", "--objective", "functional", "--episodes", "1", "--device", "cpu")
     if name in ("ls --from", "import"):
         icm("export", "fleet.icm")
+    if name == "verify --restore-database":
+        icm("rm", "silent", "--yes")
     if name == "generators forget":
         icm(
             "train", "--fresh", "--steps", "10", "--no-eval", "--refine", "0", "--device", "cpu"
