@@ -33,8 +33,11 @@ class Codes(Part):
         """Return the code of a task under a generator, if it has one."""
         code = models.Code
         with self._db.read() as session:
-            query = select(code).where(code.task_id == rows.find_task(session, task).id)
-            row = session.scalar(query.where(code.generator_id == generator_id))
+            query = select(code).join(code.task).where(models.Task.name == task, code.generator_id == generator_id)
+            row = session.scalar(query)
+            if row is None:  # few have none: for the others one look is enough
+                query = select(code).where(code.task_id == rows.find_task(session, task).id)
+                row = session.scalar(query.where(code.generator_id == generator_id))
             return None if row is None else code_record(row)
 
     def all(self, generator_id: int) -> list[records.CodeRecord]:

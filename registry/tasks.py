@@ -153,11 +153,19 @@ class Tasks(Part):
 
     def adapters(self, task: str) -> list[records.AdapterRecord]:
         """Return the adapters of a task: checkpoints by step, the final one last."""
+        return self.whole(task)[1]
+
+    def whole(self, task: str) -> tuple[records.TaskRecord, list[records.AdapterRecord]]:
+        """Return a task and its adapters as `adapters` does, with one look."""
         adapter = models.Adapter
         with self._db.read() as session:
-            query = select(adapter).where(adapter.task_id == rows.find_task(session, task).id)
-            query = query.order_by(adapter.is_final, adapter.step, adapter.id)
-            return [adapter_record(row) for row in session.scalars(query)]
+            every = select(adapter).order_by(adapter.is_final, adapter.step, adapter.id)
+            found = session.scalars(every.join(models.Task).where(models.Task.name == task)).all()
+            if not found:  # the name is spelled otherwise, or there is no such task
+                found = session.scalars(every.where(adapter.task_id == rows.find_task(session, task).id)).all()
+            if not found:
+                raise DamagedStore(f"task {task!r} has no final adapter", hint="remove it and ingest it again")
+            return task_record(found[0].task), [adapter_record(row) for row in found]
 
     def final(self, task: str) -> records.AdapterRecord:
         """Return the adapter of a task that is materialized."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.attach import adapted
 from icmlora.base_models.examples import EvaluationData
 from icmlora.base_models.modality import retained_gain
 from icmlora.errors import DataError, NotCovered
@@ -145,6 +144,8 @@ class TaskLosses:
 
     def score_of(self, label: str, adapter: RunnableAdapter) -> MetricResult:
         """Load an adapter with PEFT, measure it, and record nothing."""
+        from icmlora.base_models.attach import adapted  # imports peft, which takes seconds
+
         with adapted(self._base, adapter):
             return self._score(label)
 

@@ -18,7 +18,7 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.diffusers import METADATA
 from icmlora.formats.format import AdapterBytes, AdapterFormat
 from icmlora.formats.header_ranks import of_lora, with_ranks
-from icmlora.formats.image_models import base_of
+from icmlora.formats.image_models import ImageBase, base_of
 from icmlora.formats.image_names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
 from icmlora.formats.single_file import SingleFileFormat
 from icmlora.formats.single_file_check import HEADER
@@ -82,20 +82,20 @@ def checked_renaming(weights: bytes, source: AdapterFormat, target: AdapterForma
     """
     assert isinstance(source, SingleFileFormat)
     found, stated = source.look(weights)
-    label = base_of(stated, {one.module: one.shape.inputs for one in found.factors}).label
-    rename = _renaming(source.name, target.name, label)
+    base = base_of(stated, {one.module: one.shape.inputs for one in found.factors})
+    rename = _renaming(source.name, target.name, base)
     if found.factors and found.other_method is None:  # what is another method has nothing to rename
         _refuse_extras(found.extras)
         _refuse_losses(found.factors, rename)
     return rename
 
 
-def _renaming(source: str, target: str, label: str | None) -> Rename:
+def _renaming(source: str, target: str, base: ImageBase) -> Rename:
     if target == "diffusers":
-        return lambda tensors: to_diffusers(tensors, label)
+        return lambda tensors: to_diffusers(tensors, base)
     if source == "lycoris":
         return lycoris_to_kohya
-    return lambda tensors: diffusers_to_kohya(tensors, is_sdxl=label == _SDXL)
+    return lambda tensors: diffusers_to_kohya(tensors, is_sdxl=base.label == _SDXL)
 
 
 def _refuse_extras(extras: Sequence[TensorInfo]) -> None:

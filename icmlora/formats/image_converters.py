@@ -110,6 +110,10 @@ def _flux_2(pairs: Pairs) -> Any:
     return _mixin("Flux2").lora_state_dict(_original(pairs))
 
 
+def _flux_3(pairs: Pairs) -> Any:
+    return _mixin("Flux3").lora_state_dict(_original(pairs))
+
+
 def _wan(pairs: Pairs) -> Any:
     renames = {re.compile(r"(self_attn|cross_attn|img_emb|head)_"): r"\1."}
     return _mixin("Wan").lora_state_dict(_original(pairs, renames))
@@ -160,6 +164,7 @@ CONVERTERS: Mapping[str, Callable[[Pairs], Any]] = {
     "flux-1-dev": _flux,
     "chroma": _flux,
     "flux-2": _flux_2,
+    "flux-3": _flux_3,
     "wan-2.1": _wan,
     "hunyuan-video": _hunyuan,
     "framepack": _hunyuan,

@@ -102,6 +102,13 @@ FAMILIES = (
         sizes={6144: "flux-2-dev", 4096: "flux-2-klein-9b", 3072: "flux-2-klein-4b"},
         model="Flux2Transformer2DModel",
     ),
+    Family(
+        "flux-3",
+        _names(
+            "(content_|txt_)?mode_blocks single_blocks.#.([qkv]_proj|attn_out|mlp_) (early|single)_stream_modulations"
+        ),
+        model="Flux3Transformer2DModel",
+    ),
     Family("framepack", _names("clean_x_embedder"), model="HunyuanVideoFramepackTransformer3DModel"),
     Family(
         "hunyuan-video",
@@ -163,6 +170,7 @@ FAMILIES = (
         _names("layers.#.(adaln_modulation|attention.o)$"),
         model="Ideogram4Transformer2DModel",
     ),
+    Family("bria-fibo-2", _names("perceiver.layers layers.#.cross_attention"), model="BriaFibo2Transformer2DModel"),
     Family("z-image", model="ZImageTransformer2DModel"),
     Family(
         "ernie-image",
@@ -222,7 +230,7 @@ _SPELLINGS = {
     for spelling, label in {
         r"(sd|stablediffusion)(v?1|15)(x|5|50)?": "stable-diffusion-v1",
         r"(sd|stablediffusion)v?2(1|512|768v?|v)?": "stable-diffusion-v2",
-        r"(sd|stablediffusion)xl.*": "stable-diffusion-xl-v1-base",
+        r"(sd|stablediffusion)xl.*|pony(xl|v6.*|diffusion.*)?|illustrious.*|noobai.*": "stable-diffusion-xl-v1-base",
         r"(sd|stablediffusion)3(m|medium)?": "stable-diffusion-3",
         r"(sd|stablediffusion)35(m|medium)?": "stable-diffusion-3-5-medium",
         r"(sd|stablediffusion)35l(arge)?(turbo)?": "stable-diffusion-3-5-large",
@@ -245,6 +253,8 @@ _SPELLINGS = {
         r"hidream(i1.*|full|dev|fast)?": "hidream-i1",
         r"kandinsky5.*": "kandinsky-5",
         r"lumina(image)?2.*": "lumina-2",
+        r"flux3.*": "flux-3",
+        r"(bria)?fibo2.*": "bria-fibo-2",
         r"zimage.*": "z-image",
         r"ideogram4.*": "ideogram-4",
         r"ernie(image)?": "ernie-image",
@@ -278,6 +288,7 @@ _GUESSES = (
         {1536: "stable-diffusion-3", 2432: "stable-diffusion-3-5-large"},
     ),
     (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "qwen-image", 6144: "krea-2"}),
+    (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "flux-1-dev"}),
     (
         _names("transformer_blocks.#.attn2."),
         {2048: "ltx-video", 1152: "pixart", 2240: "sana", 4096: "ltx-2"},
@@ -288,7 +299,7 @@ _GUESSES = (
     ),
     (
         _names("(layers|noise_refiner|context_refiner).#.(attention|feed_forward)."),
-        {3840: "z-image", 2304: "lumina-2", 4608: "ideogram-4"},
+        {3840: "z-image", 2304: "lumina-2", 4608: "ideogram-4", 3584: "bria-fibo-2"},
     ),
     (_names("blocks.#.attn[12].to_"), {1536: "wan-2.1-1.3b", 3072: "wan-2.2-5b", 5120: "wan-2.1-14b"}),
 )
@@ -332,28 +343,35 @@ def label_of_names(widths: Mapping[str, int]) -> str | None:
     return None if family is None else _sized(family, widths)
 
 
-def guessed_label(widths: Mapping[str, int]) -> str | None:
-    """Return the label that the widths of modules make likely."""
-    found = (
-        sizes[width]
-        for names, sizes in _GUESSES
-        for name, width in widths.items()
-        if width in sizes and names.match(name)
-    )
-    return next(found, None)
+def guessed_label(widths: Mapping[str, int], *, with_clip: bool) -> str | None:
+    """Return the label that the widths of modules make likely.
+
+    Args:
+        widths: Name of a module, without its prefix -> the width that it reads.
+        with_clip: The adapter also changes a text encoder of CLIP, so its model must have one.
+    """
+    for names, sizes in _GUESSES:
+        for name, width in widths.items():
+            if width in sizes and names.match(name) and (not with_clip or _has_clip(sizes[width])):
+                return sizes[width]
+    return None
 
 
-def families_like(names: Collection[str], label: str | None) -> list[Family]:
-    """Return the families that an adapter may be of, the likeliest first: of its label, then by all names."""
+def _has_clip(label: str) -> bool:
+    return any(family.text_encoders > 0 for family in families_with(label))
+
+
+def families_with(label: str | None) -> list[Family]:
+    """Return the families of a label: one, or none."""
+    return [family for family in FAMILIES if label in family.labels]
+
+
+def families_like(names: Collection[str]) -> list[Family]:
+    """Return the families that an adapter with these names may be of, the likeliest first."""
     guessed = [next(iter(sizes.values())) for known, sizes in _GUESSES if any(map(known.match, names))]
     if any(map(_UNET_BLOCK.match, names)):
         guessed += ["stable-diffusion-v1", "stable-diffusion-xl-v1-base"]
-    found = [
-        *(family for family in FAMILIES if label in family.labels),
-        *named_families(names),
-        *(family for one in guessed for family in FAMILIES if one in family.labels),
-    ]
-    return list(dict.fromkeys(found))
+    return [*named_families(names), *(family for label in guessed for family in families_with(label))]
 
 
 def _sized(family: Family, widths: Mapping[str, int]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from registry import locks as registry_locks
 from registry.errors import StoreLocked, StoreReadOnly
 from registry.locks import FileLock, Patience
 from registry.store import Store
@@ -222,3 +223,69 @@ def job_elsewhere(folder: Path, command: str, *, seconds: float = 60.0, shared: 
     finally:
         os.kill(pid, signal.SIGKILL)
         wait(pid)
+
+
+class TestPatience:
+    """One deadline for all waits, and words for each of them."""
+
+    def test_waits_do_not_add_up(self, locks: tuple[FileLock, FileLock], tmp_path: Path) -> None:
+        patience = Patience(0.3)
+        locks[0].share()
+        lock = FileLock(tmp_path / "lock", patience=patience, command="icm rm")
+        for _ in range(3):
+            with pytest.raises(StoreLocked), lock.exclusive():
+                pytest.fail("it was held")
+        assert (patience.left, patience.seconds) == (0, 0.3)
+        lock.close()
+
+    def test_a_wait_says_what_for_and_who_holds_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(registry_locks, "_TOLD_EVERY", 0)
+        told: list[str] = []
+        with job_elsewhere(tmp_path, "icm train --steps 300") as pid:
+            patience = Patience(0.3, told.append)
+            with Store.open(tmp_path / "store", patience=patience) as store, pytest.raises(StoreLocked):
+                store.job(BASE).__enter__()
+        assert set(told) == {f"waiting for base model {BASE!r}, held by process {pid}: icm train --steps 300"}
+
+    def test_what_is_told_may_end_the_wait_and_the_store_is_still_held(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(registry_locks, "_TOLD_EVERY", 0)
+
+        def stop(text: str) -> None:
+            raise KeyboardInterrupt
+
+        with (
+            job_elsewhere(tmp_path, "icm train") as pid,
+            Store.open(tmp_path / "store", patience=Patience(60, stop)) as store,
+        ):
+            with pytest.raises(KeyboardInterrupt):
+                store.job(BASE).__enter__()
+            os.kill(pid, signal.SIGKILL)
+            with open_store(tmp_path, timeout=0.2) as other, pytest.raises(StoreLocked):
+                other.prune()
+
+    def test_only_those_who_hold_a_lock_are_named(self, tmp_path: Path) -> None:
+        with job_elsewhere(tmp_path, "icm train") as pid, open_store(tmp_path, timeout=0) as store:
+            path = store.paths.job(BASE)
+            path.write_text(f"{os.getppid()} icm encode\n{path.read_text()}")  # which was done with it long ago
+            with pytest.raises(StoreLocked) as caught:
+                store.job(BASE).__enter__()
+            assert str(caught.value).endswith(f"is in use by process {pid}: icm train")
+
+    def test_one_who_has_just_begun_to_wait_goes_before_those_who_come_to_read(
+        self, locks: tuple[FileLock, FileLock], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        locks[0].share()
+        gate = os.open(tmp_path / "lock.gate", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        patience = Patience(0.2)
+        lock = FileLock(tmp_path / "lock", patience=patience, command="icm ls")
+        lock.enter()
+        assert patience.left == 0  # it waited, and then it read
+        os.utime(gate, (0, 0))
+        late = Patience(5)
+        FileLock(tmp_path / "lock", patience=late, command="icm ls").enter()
+        assert late.left == 5
+        os.close(gate)
+        lock.close()
