@@ -139,7 +139,8 @@ def prune(
     else:
         precious = {digest for digest in doomed if is_precious(_start_of(blobs, digest))}
     if not dry_run:
-        keep(database, paths)
+        if doomed:
+            keep(database, paths)
         _delete_rows(database)
         failpoint("garbage-rows-gone")
         for digest in sorted(precious):

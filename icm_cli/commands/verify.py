@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 ReadDataOpt = Annotated[
     bool, typer.Option("--read-data", help="Read and hash every blob instead of only checking its length.")
 ]
+DecodeOpt = Annotated[
+    bool, typer.Option("--decode", help="Decode every code whose original is there, and compare its error.")
+]
 RepairOpt = Annotated[
     bool, typer.Option("--repair", help="Read all data and move damaged blobs to quarantine. Deletes nothing.")
 ]
@@ -31,6 +34,7 @@ def verify(
     session: Session,
     tasks: SomeTasksArg = None,
     read_data: ReadDataOpt = False,
+    decode: DecodeOpt = False,
     repair: RepairOpt = False,
     restore_database: RestoreOpt = False,
     dry_run: DryRunOpt = False,
@@ -57,7 +61,7 @@ def verify(
         _restore(session, yes=yes)
         return
     fleet, findings = session.fleet, []
-    for finding in fleet.verify(tasks or (), read_data=read_data or repair):
+    for finding in fleet.verify(tasks or (), read_data=read_data or repair, decode=decode):
         findings.append(finding)
         _tell(session, finding)
     problems = [finding for finding in findings if finding.is_problem]

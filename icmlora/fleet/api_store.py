@@ -362,16 +362,17 @@ class StoredFleet:
 
     # verify, prune, doctor
 
-    def verify(self, tasks: Sequence[str] = (), *, read_data: bool = False) -> Iterator[Finding]:
+    def verify(self, tasks: Sequence[str] = (), *, read_data: bool = False, decode: bool = False) -> Iterator[Finding]:
         """Check the database and the blobs, and yield what is wrong as it is found.
 
         Args:
             tasks: Check only what these tasks need; everything if empty.
             read_data: Also read and hash every blob. By default only its presence and length are checked.
+            decode: Also decode every code whose original is there, and compare its error with the recorded one.
         """
         from icmlora.fleet.maintenance import verify
 
-        return verify(self._context, tasks, read_data=read_data)
+        return verify(self._context, tasks, read_data=read_data, decode=decode)
 
     def repair(self) -> list[tuple[Finding, str]]:
         """Move every damaged blob to quarantine, and return its finding and new place. Ingesting restores originals."""

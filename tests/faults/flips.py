@@ -36,8 +36,8 @@ DECIDING = {
     "generators": ["blob_id", "is_current", "start_id"],
     "evaluations": ["retained_gain", "created_at", "generator_id"],
 }
-_LIMIT = 0.05  # below the error of any code, so that nobody may let go of anything
-_KEPT_BY_NOBODY = 0.99  # so large that every original may go that nothing else keeps
+_LIMIT = 0.05  # below the error of any code, so that nothing may go
+_KEPT_BY_NOBODY = 0.99  # above the error of any code, so that all may go that is not pinned
 
 
 @dataclass
@@ -108,7 +108,8 @@ class Flips:
         (self.store / "registry.db").write_bytes(database)
         before, fleet = self._files(), Fleet(self.store)
         changing: dict[str, Callable[[], object]] = {
-            "evict": lambda: fleet.evict(max_error=_KEPT_BY_NOBODY, device="cpu"),
+            "evict": lambda: fleet.evict(max_error=_LIMIT, device="cpu"),
+            "evict a pinned one": lambda: fleet.evict(["silent"], max_error=_KEPT_BY_NOBODY, device="cpu"),
             "evict --placeholder": lambda: fleet.evict(max_error=_LIMIT, placeholder=True, device="cpu"),
             "evict --min-gain": lambda: fleet.evict(["rules"], min_gain=0.95, placeholder=True, device="cpu"),
             "prune": lambda: fleet.prune(grace=0, empty_quarantine=True),

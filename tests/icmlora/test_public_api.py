@@ -74,6 +74,7 @@ METHODS = [
         "repair",
         "report",
         "restore",
+        "restore_database",
         "rollback",
         "separate_base_model",
         "set_note",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from icmlora import DamagedStore, Fleet, StoreLocked, StoreNotFound, TaskNotFound
 from tests.icmlora.fleet.stores import blob_of, code_blobs, damage, files_of, has_blob, is_sound, size_of
+from tests.rewriting import rewriting
 
 
 def test_a_trained_store_is_sound(fleet: Fleet) -> None:
@@ -50,6 +53,30 @@ def test_what_a_crash_leaves_is_told_but_is_no_problem(fleet: Fleet) -> None:
     (finding,) = fleet.verify()
     assert (finding.kind, finding.is_problem) == ("leftover", False)
     assert is_sound(fleet)
+
+
+def test_a_wrong_row_is_found_and_ends_the_check_of_what_rows_say(fleet: Fleet) -> None:
+    with closing(sqlite3.connect(fleet.path / "registry.db", isolation_level=None)) as rows:
+        rows.execute("UPDATE tasks SET pinned = 1 WHERE name = 'rules'")
+    (finding,) = fleet.verify(read_data=True, decode=True)
+    assert (finding.kind, finding.tasks, finding.is_problem) == ("row", ("rules",), True)
+    assert fleet.load("poems").modules
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ("dw_error = dw_error / 4", "is recorded"),
+        ("blob_id = (SELECT blob_id FROM generators), bits = 0", "not the code"),
+    ],
+)
+def test_a_code_that_is_not_what_its_row_says_is_found(fleet: Fleet, change: str, fact: str) -> None:
+    assert list(fleet.verify(decode=True)) == []
+    with rewriting(fleet.path / "registry.db") as rows:
+        rows.execute(f"UPDATE codes SET {change} WHERE task_id = (SELECT id FROM tasks WHERE name = 'rules')")
+        rows.execute("UPDATE codes SET bits = 8.0 * (SELECT size FROM blobs WHERE id = blob_id)")
+    found = [finding for finding in fleet.verify(read_data=True, decode=True) if "rules" in finding.tasks]
+    assert any(fact in finding.message for finding in found)
 
 
 def test_checking_changes_no_byte(fleet: Fleet) -> None:
