@@ -176,4 +176,10 @@ def _from_system(error: OSError) -> Failure:
         message = f"{error.filename}: {message}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Failure(ExitCode.NO_SPACE, "no_space", message, "free some space; `icm prune` also works on a full disk")
-    return Failure(ExitCode.FAILED, _snake(type(error).__name__), message, None)
+    return Failure(ExitCode.FAILED, _snake(type(error).__name__), message, _WAYS_OUT.get(error.errno or 0))
+
+
+_WAYS_OUT = {
+    errno.EROFS: "this file system is read-only: choose another place, or mount it for writing",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose another place, or check the owner and the permissions there"),
+}

@@ -57,6 +57,7 @@ class Output:
         self, *, as_json: bool = False, quiet: bool = False, verbosity: int = 0, progress: bool = True
     ) -> None:
         self.verbosity = verbosity
+        self._hints = set[str]()  # those that were printed
         self._progress = progress and not switched_on("ICM_NO_PROGRESS")
         if as_json:
             self.mode = Mode.JSON
@@ -132,8 +133,10 @@ class Output:
             self.note(text)
 
     def hint(self, text: str) -> None:
-        """Print what to do next; silent with --quiet and --json."""
-        self.note(f"hint: {text}")
+        """Print what to do next, once; silent with --quiet and --json."""
+        if text not in self._hints:
+            self._hints.add(text)
+            self.note(f"hint: {text}")
 
     def warn(self, text: str, *, kind: str = "warning", **fields: object) -> None:
         """Print a warning in every mode; in JSON mode as a JSON line on stderr."""

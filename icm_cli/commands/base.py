@@ -105,9 +105,9 @@ def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None
 
     with session.working("base add", listen) as fleet:
         recorded = fleet.add_base_model(name, path, loader=loader, load_in=None if load_in is None else load_in.value)
-    for event in taken:
-        session.out.note(f"{name} is taken for {event.base_model}")
-        name = event.base_model
+    for one in taken:
+        session.out.note(f"{name} is taken for {one.base_model}")
+        name = one.base_model
     document = {"name": name, "path": str(recorded), "loader": loader, "load_in": load_in}
     session.out.document(document | {"joined": [asdict(event) for event in joined]})
     how = f", loaded by {loader}" if loader else f", loaded in {load_in}" if load_in else ""

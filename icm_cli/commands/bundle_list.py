@@ -9,7 +9,7 @@ from icm_cli.output import Column
 from icm_cli.session import Session
 from icm_cli.text import errors_json
 from icmlora.fleet.precision import gain_text
-from icmlora.io.text import human_size
+from icmlora.io.text import human_size, in_ranges
 
 if TYPE_CHECKING:
     from icmlora.bundle.index import BundledTask
@@ -48,7 +48,7 @@ def _as_cells(bundle: Bundle, task: BundledTask) -> list[str]:
         task.name,
         bundle.base_model,
         str(task.rank_max),
-        ",".join(task.target_modules),
+        ",".join(in_ranges(task.target_modules)),
         human_size(bundle.original_size(task)),
         human_size(bundle.code_size(task)),
         "-" if error is None else f"{error:.4f}",

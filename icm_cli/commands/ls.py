@@ -13,7 +13,7 @@ from icm_cli.output import Column
 from icm_cli.session import Session, command
 from icm_cli.text import claim_json, claim_text, coded_size, errors_json
 from icmlora.fleet.precision import gain_text
-from icmlora.io.text import counted, human_size
+from icmlora.io.text import counted, human_size, in_ranges
 
 if TYPE_CHECKING:
     from icmlora.fleet.records import TaskSummary
@@ -116,7 +116,7 @@ _COLUMNS = (
     _Cells(Column("task", shrink=True), lambda row: row.task.name),
     _Cells(Column("base model", shrink=True), lambda row: row.task.base_model),
     _Cells(Column("rank", right=True), lambda row: str(row.final.rank_max)),
-    _Cells(Column("targets", shrink=True, spare=3), lambda row: ",".join(row.final.target_modules)),
+    _Cells(Column("targets", shrink=True, spare=3), lambda row: ",".join(in_ranges(row.final.target_modules))),
     _Cells(Column("original", right=True), _original),
     _Cells(Column("checkpoints", right=True, spare=6), lambda row: str(row.checkpoints)),
     _Cells(Column("vectors", right=True, spare=5), lambda row: str(row.vectors)),

@@ -15,7 +15,7 @@ from icmlora.fleet.bill_text import limits_text
 from icmlora.fleet.metric_result import MetricResult
 from icmlora.fleet.precision import gain_text, measured_in
 from icmlora.formats.header_notes import header_notes
-from icmlora.io.text import counted, escape, human_percent, human_size
+from icmlora.io.text import counted, escape, human_percent, human_size, in_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +79,7 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
         ("task", details.task.name),
         ("base model", details.task.base_model),
         *([] if final.format == "peft" else [("format", final.format)]),
-        ("targets", ", ".join(final.target_modules)),
+        ("targets", ", ".join(in_ranges(final.target_modules))),
         ("modules", f"{len(final.layout)}, {final.parameters:,} parameters"),
         ("source", final.source),
         ("original", _original(details)),

@@ -74,7 +74,7 @@ StepsOpt = Annotated[
         metavar="N",
         min=1,
         help="Adapters to draw; a step sees one, on a card eight. Default: 20 per task, at least 200; from 16 tasks on "
-        "8 per adapter, 1,000 to 20,000. A card makes at least 150 steps.",
+        "8 per adapter, 1,000 to 20,000, but beyond 500 at most one per 1,000 parameters. A card makes at least 150.",
         show_default=False,
         rich_help_panel=MODEL_PANEL,
     ),

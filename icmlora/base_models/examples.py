@@ -23,6 +23,7 @@ from icmlora.base_models.media import MEDIA_KEYS, Media, Resolver, with_media
 from icmlora.base_models.media_archive import is_archive, open_archive
 from icmlora.base_models.rows import BadRow, read_rows
 from icmlora.errors import DataError, located
+from icmlora.io.text import with_article
 
 if TYPE_CHECKING:
     from icmlora.base_models.chat_template import Templates
@@ -241,7 +242,7 @@ def _example_for(base: BaseModel, row: Mapping[str, Any]) -> Any:
     for key in set(MEDIA_KEYS).difference(base.modality.reads):
         if isinstance(row.get(key), Media | Mapping):
             what = "an image" if key == "image" else "a recording"
-            raise DataError(f"has {what}, and icm runs this base model, a {base.modality.name}, without it")
+            raise DataError(f"has {what}, and icm runs this base model, {with_article(base.modality.name)}, without it")
     return base.modality.example(row)
 
 

@@ -22,6 +22,7 @@ from icmlora.base_models.quantised import HEADS, settle
 from icmlora.errors import BaseModelNotFound, IcmLoraError
 from icmlora.io.devices import inference_dtype
 from icmlora.io.memory import free, ran_out
+from icmlora.io.text import with_article
 
 _CAUSAL = "causal language model"
 
@@ -141,7 +142,7 @@ def quiet_loading(found: FoundBase, kind: str = _CAUSAL, library: str = "transfo
         # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelNotFound(
-            f"base model {found.label!r} cannot be loaded as a {kind}: {first}",
+            f"base model {found.label!r} cannot be loaded as {with_article(kind)}: {first}",
             path=found.path,
             hint=f"the folder must be a complete model that {library} knows, with its tokenizer or processor",
         ) from error

@@ -33,7 +33,7 @@ from icmlora.fleet.ingest_duplicates import KnownTensors
 from icmlora.fleet.ingest_extras import ExtrasKeeper
 from icmlora.fleet.ingest_files import PreparedTask, Problem, TextRead, batches, prepare
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.discovery import Discovery, FoundTask, find_tasks, name_tasks
+from icmlora.formats.discovery import Discovery, FoundTask, find_tasks, name_tasks, no_adapter
 from icmlora.formats.naming import NameTemplate
 from icmlora.formats.pickled import PickleReader, converted
 from icmlora.io.files import read_regular
@@ -241,9 +241,7 @@ class _Problems:
 def _find(request: IngestRequest) -> Discovery:
     found = find_tasks(request.paths, texts=request.texts, read_bin=request.read_bin, initial=request.initial)
     if not found.tasks and not found.refused and not found.stand_ins:
-        paths = ", ".join(str(path) for path in request.paths)
-        hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors"
-        raise AdapterRefused("no adapter was found", kind="nothing-found", path=paths or None, hint=hint)
+        raise no_adapter(request.paths)
     if found.tasks and request.name is not None:
         found = replace(found, tasks=name_tasks(found.tasks, name=request.name))
     if request.name_from is not None:

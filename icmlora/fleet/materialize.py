@@ -346,7 +346,7 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
         precision,
         code.claim if code is not None and source == "code" else None,
     )
-    check_error(task.name, error, request.max_error, hint=_BETTER)
+    check_error(task.name, error, request.max_error, hint=_BETTER, claim=provenance.claim)
     return provenance
 
 
@@ -360,12 +360,16 @@ def _measured(store: Store, task: TaskRecord, source: Decoded, generator: Genera
         return None
 
 
-def check_error(task: str, squared_error: float | None, limit: float | None, *, hint: str) -> None:
-    """Refuse an adapter whose error is above a limit, or was not measured although there is a limit."""
+def check_error(
+    task: str, squared_error: float | None, limit: float | None, *, hint: str, claim: Claim | None = None
+) -> None:
+    """Refuse an adapter whose error is above a limit, or was not measured here although there is a limit."""
     error = relative_error(squared_error)
     if limit is None or (error is not None and error <= limit):
         return
     found = "was not measured" if error is None else f"is {error:.4f}"
+    if error is None and claim is not None and claim.relative_error is not None:
+        found = f"was not measured here, only claimed to be {claim.relative_error:.4f} by its bundle"
     raise TooLossy(f"the relative error of {task!r} {found}, but the limit is {limit}", hint=hint)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
-from icmlora.formats.foreign import PICKLES, foreign_adapters, is_passed_over
+from icmlora.formats.foreign import APPLE_DOUBLE, PICKLES, described, foreign_adapters, is_passed_over
 from icmlora.formats.format import AdapterFormat, AdapterPaths
 from icmlora.formats.initial_weights import with_initial_weights
 from icmlora.formats.naming import NameTemplate, choose_names
@@ -57,6 +57,10 @@ if TYPE_CHECKING:
 _NOTES = (*SAMPLES_NAMES, *EVAL_NAMES, STATE_NAME)
 _CONFIG_LIMIT = 1 << 20
 _BLOCK = 1 << 20
+_LOGS = frozenset({"wandb", "mlruns", "lightning_logs", "tensorboard", "tb_logs", "swanlog"})
+"""Folders in which trackers of experiments keep copies of configurations."""
+_TELLING = frozenset({".safetensors", ".zip"})
+"""Endings of files that are worth a word where nothing else was found."""
 
 
 @dataclass(frozen=True)
@@ -203,9 +207,7 @@ def find_tasks(
             for folder in walk(root, watched, refused.append):
                 _collect(with_pickle(folder) if read_bin else folder, root, runs, refused)
         elif not _collect_file(root, runs):
-            fact = "is not a folder" if root.exists() else "does not exist"
-            hint = "give the folder that holds adapter_config.json"
-            refused.append(AdapterRefused(fact, kind="not-a-folder", path=path, hint=hint))
+            refused.append(_not_found(path, root))
     gathered = _gathered(runs)
     tasks = [_task(folder, run) for folder, run in gathered if run.adapters and not run.is_away]
     if not texts:
@@ -213,6 +215,26 @@ def find_tasks(
     tasks = with_initial_weights(tasks, initial)
     stand_ins = sorted((item for _, run in gathered for item in run.stand_ins()), key=lambda item: item.path)
     return Discovery(tuple(tasks), tuple(_unique(refused)), tuple(stand_ins))
+
+
+def _not_found(path: Path, root: Path) -> AdapterRefused:
+    if root.is_file():
+        return described(root)
+    fact = "is neither a folder nor a file" if root.exists() else "does not exist"
+    return AdapterRefused(fact, kind="not-a-folder", path=path, hint="give a folder with adapters, or a file")
+
+
+def no_adapter(paths: Sequence[Path]) -> AdapterRefused:
+    """Say that there is no adapter under some folders, and what is there instead."""
+    folders = (folder for path in paths for folder in walk(path, (), lambda refusal: None))
+    files = (file for folder in folders for file in folder.files.values())
+    first = next((file for file in files if file.suffix.lower() in _TELLING), None)
+    if first is None:
+        hint = "an adapter is a folder with adapter_config.json and adapter_model.safetensors, or one file"
+        where = ", ".join(map(str, paths))
+        return AdapterRefused("no adapter was found", kind="nothing-found", path=where or None, hint=hint)
+    found = described(first)
+    return type(found)(f"no adapter was found; this is {found.message}", kind=found.kind, path=first, hint=found.hint)
 
 
 def name_tasks(
@@ -244,7 +266,7 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
     if not away and all(located.paths.place != folder.path for located in found):
         of_no_format = foreign_adapters({name: path for name, path in folder.files.items() if path not in kept})
         refused.extend(of_no_format)
-        if not found and not of_no_format:
+        if not found and not of_no_format and _LOGS.isdisjoint(folder.path.relative_to(root).parts):
             refused.extend(error for known in catalogue.formats() for error in known.refuse(folder))
     home, step = run_folder(folder.path, levels)
     for name in _NOTES:
@@ -312,7 +334,7 @@ def _files_of(paths: AdapterPaths) -> list[Path]:
 
 def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
     """Take an adapter that is a single file and was given by its own path; False if no format knows it."""
-    if not file.is_file():
+    if not file.is_file() or file.name.startswith(APPLE_DOUBLE):
         return False
     folder = Folder(file.parent, {file.name: file})
     for known in catalogue.formats():

@@ -12,6 +12,11 @@ from pathlib import Path
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.io.files import open_regular, read_exactly
+from icmlora.io.safetensors import read_tensor_header
+from registry.names import escape
+
+APPLE_DOUBLE = "._"
+"""How names begin of files in which macOS notes something about another file, on disks that are not its own."""
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 """What PEFT calls weights that are a pickle; `icm ingest --read-bin` reads them."""
@@ -38,6 +43,7 @@ _LITGPT = "merge it with 'litgpt merge_lora' and extract a LoRA, or train with P
 _RESAVE = "load the adapter where it was trained and save it as safetensors"
 _READ_BIN = "`icm ingest --read-bin` reads it in a process of its own; or save it as safetensors where it was trained"
 _BARE = "copy the adapter_config.json of its training into the same folder"
+_EXTRACT = "extract a LoRA of it where it was trained, as kohya's and LyCORIS's scripts do"
 _TO_PEFT = "convert it to a PEFT folder first"
 _OF_MLX = "name it adapters.safetensors, in a folder with the adapter_config.json of its training"
 
@@ -54,8 +60,18 @@ _MARKS: tuple[tuple[bytes, tuple[str, str, str]], ...] = (
     (rb'_lora\d?\.(down|up)\.weight"', ("diffusers", "an XLabs or old diffusers LoRA", _TO_PEFT)),
     (rb'\.lora_[ab]"', ("mlx", "weights of MLX-LM without their configuration", _OF_MLX)),
     (rb'\.lora_[AB]\.weight"', ("bare", "LoRA weights without adapter_config.json: alpha is unknown", _BARE)),
+    (rb'\.diff(_b)?"', ("diff", "whole differences of weights (.diff), not a LoRA", _EXTRACT)),
+)
+# What is no adapter, and is passed over where adapters lie next to it.
+_OTHERS: tuple[tuple[bytes, str], ...] = (
+    (rb'"(emb_params|string_to_param|clip_[lg]|t5xxl|<[^"]{1,80}>)"', "a textual inversion embedding"),
+    (rb'"(ip_adapter|image_proj)\.', "an IP-Adapter"),
+    (rb'"(control_model|controlnet_[a-z_]+|input_hint_block)\.', "a ControlNet"),
+    (rb'"([a-z_.]*\.)?((first|cond)_stage_model|diffusion_model|\w+_blocks|layers?|h)\.', "a whole model"),
 )
 _PEEK_BYTES = 1024 * 1024
+_ZIP = b"PK\x03\x04"
+_PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth"})
 
 
 def foreign_adapters(files: Mapping[str, Path]) -> list[AdapterRefused]:
@@ -63,6 +79,36 @@ def foreign_adapters(files: Mapping[str, Path]) -> list[AdapterRefused]:
     has_config = "adapter_config.json" in files
     found = [_foreign(name, path, has_config=has_config) for name, path in sorted(files.items())]
     return [refusal for refusal in found if refusal is not None]
+
+
+def described(path: Path) -> AdapterRefused:
+    """Say what a file is in which no format finds an adapter, and what to do."""
+    name, folder = path.name, path.parent
+    config = folder / "adapter_config.json"
+    if name == config.name or (name in ("adapter_model.safetensors", "adapters.safetensors") and config.is_file()):
+        hint = f"give the folder: {escape(str(folder), 4096)}"
+        return AdapterRefused("a part of an adapter, which is a folder", kind="not-a-folder", path=path, hint=hint)
+    if name.startswith(APPLE_DOUBLE):
+        hint = "give the file of this name without '._'"
+        return AdapterRefused("what macOS notes about another file", kind="not-a-folder", path=path, hint=hint)
+    known = _foreign(name, path, has_config=config.is_file())
+    if known is not None:
+        return known
+    head = _peek(path, _PEEK_BYTES)
+    if path.suffix.lower() in _PICKLED and head.startswith((_ZIP, b"\x80")):
+        return UnsafeInput("a pickle can run code, so it was not opened", kind="pickle", path=path, hint=_RESAVE)
+    if head.startswith(_ZIP):
+        hint = "unpack it, and give the folder"
+        return AdapterRefused("a ZIP archive", kind="not-a-folder", path=path, hint=hint)
+    what = "not a file of an adapter"
+    if name.lower().endswith(".safetensors"):
+        try:
+            read_tensor_header(path)
+        except AdapterRefused as error:
+            return error
+        what = next((what for mark, what in _OTHERS if re.search(mark, head)), "tensors of no adapter that icm knows")
+    hint = "icm takes LoRAs and their relatives; `icm formats` lists what it reads"
+    return AdapterRefused(what, kind="not-a-folder", path=path, hint=hint)
 
 
 def is_passed_over(name: str) -> bool:
@@ -78,7 +124,7 @@ def _foreign(name: str, path: Path, *, has_config: bool) -> AdapterRefused | Non
     if _PICKLE.fullmatch(name[:256]):
         hint = _READ_BIN if has_config and name in PICKLES else _LITGPT if name.endswith(".pth.lora") else _RESAVE
         return UnsafeInput("a pickle can run code, so it was not opened", kind="pickle", path=path, hint=hint)
-    if name.endswith(".safetensors"):
+    if name.lower().endswith(".safetensors"):
         head = _peek(path, _PEEK_BYTES)
         # Searched as text and not parsed: this file may have nothing to do with icm.
         header = head[8 : 8 + int.from_bytes(head[:8], "little")]

@@ -284,6 +284,11 @@ class AdapterFormat(Protocol):
         ...
 
 
+def without_suffix(name: str, suffix: str) -> str:
+    """Return the name of a file without its ending, which may be in capitals; nothing if it has another one."""
+    return name[: -len(suffix)] if name.lower().endswith(suffix) else ""
+
+
 def write_adapter_files(
     output: Path, adapter_format: AdapterFormat, files: AdapterBytes, name: str, *, force: bool = False
 ) -> None:

@@ -29,6 +29,7 @@ from icmlora.formats.format import (
     LoadedAdapter,
     RunnableAdapter,
     Template,
+    without_suffix,
 )
 from icmlora.formats.gguf_file import GgufHeader, GgufValue, encode_gguf_file, encode_values, parse_values, read_gguf
 from icmlora.formats.lora_pairs import (
@@ -93,9 +94,8 @@ class GgufFormat:
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
         """Find every GGUF file that says it is an adapter; whole models are passed over."""
-        files = sorted(item for item in folder.files.items() if item[0].endswith(SUFFIX) and item[0] != SUFFIX)
-        places = ((folder.path / name.removesuffix(SUFFIX), path) for name, path in files if _says_adapter(path))
-        return [AdapterPaths(place, path) for place, path in places]
+        stems = ((without_suffix(name, SUFFIX), path) for name, path in sorted(folder.files.items()))
+        return [AdapterPaths(folder.path / stem, path) for stem, path in stems if stem and _says_adapter(path)]
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:
         """Refuse nothing: a file is an adapter of this format or none at all."""

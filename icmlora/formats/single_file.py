@@ -29,6 +29,7 @@ from icmlora.formats.format import (
     LoadedAdapter,
     RunnableAdapter,
     Template,
+    without_suffix,
 )
 
 if TYPE_CHECKING:
@@ -99,9 +100,8 @@ class SingleFileFormat:
         found: dict[str, AdapterPaths] = {}
         names = sorted(folder.files)
         for name in names:
-            path = folder.files[name]
-            stem = name.removesuffix(SUFFIX)
-            if stem == name or not stem or _OTHERS.fullmatch(stem):
+            path, stem = folder.files[name], without_suffix(name, SUFFIX)
+            if not stem or _OTHERS.fullmatch(stem):
                 continue
             header = folder.header(name)
             if not self._takes_damaged if header is None else not self._naming.owns(header.names):
@@ -109,7 +109,9 @@ class SingleFileFormat:
             if name == self._folder_file:
                 found[name] = AdapterPaths(folder.path, path, card=folder.files.get("README.md"))
             else:
-                found[name] = AdapterPaths(folder.path / stem, path, companions=_companions(stem, names, folder))
+                # Next to `dog.safetensors`, `dog.SAFETENSORS` is another adapter.
+                place = folder.path / (name if name != stem + SUFFIX and stem + SUFFIX in folder.files else stem)
+                found[name] = AdapterPaths(place, path, companions=_companions(stem, names, folder))
         return list(_in_runs(found, folder))
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from icmlora.errors import AdapterRefused, UnsafeInput
+from icmlora.formats.foreign import APPLE_DOUBLE
 from icmlora.formats.task_names import cached_repository
 from icmlora.io.safetensors import PeekedHeader, peek_header
 from registry.names import escape
@@ -71,6 +72,8 @@ def _sort_entries(
     files: dict[str, Path] = {}
     folders: list[Path] = []
     for entry in entries:
+        if entry.name.startswith(APPLE_DOUBLE):
+            continue
         if entry.is_symlink():
             target = _inside(entry, root, watched, refuse)
             if target is not None and target.is_file():

@@ -5,8 +5,12 @@ Every command prints a value of one kind through the one function for it, so tha
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 
 from icmlora.errors import DataError
 from registry.names import escape, some
@@ -18,12 +22,14 @@ __all__ = [
     "human_duration",
     "human_percent",
     "human_size",
+    "in_ranges",
     "parse_bytes",
     "shortened",
     "shortened_inside",
     "some",
     "utc",
     "width",
+    "with_article",
 ]
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
@@ -76,6 +82,34 @@ def utc(moment: datetime) -> str:
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """Return `1 adapter` or `12 adapters`."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+_LAST_NUMBER = re.compile(r"(.*?)(?<!\d)(0|[1-9]\d{0,8})(\D*)", re.ASCII | re.DOTALL)
+
+
+def in_ranges(names: Sequence[str]) -> list[str]:
+    """Return names with runs of three or more that differ in their last number alone in one: `conv0-33`."""
+    numbers: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    for name in names:
+        found = _LAST_NUMBER.fullmatch(name)
+        numbers[(found[1], found[3]) if found else (name, "")].extend([int(found[2])] if found else [])
+    return [shown for (start, end), some in numbers.items() for shown in _runs(start, sorted(some), end)]
+
+
+def _runs(start: str, numbers: Sequence[int], end: str) -> Iterator[str]:
+    if not numbers:
+        yield start
+    for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in run]
+        if len(found) > 2:
+            yield f"{start}{found[0]}-{found[-1]}{end}"
+        else:
+            yield from (f"{start}{number}{end}" for number in found)
+
+
+def with_article(noun: str) -> str:
+    """Return `a language model` or `an image model`."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def escape_lines(text: str) -> str:

@@ -12,9 +12,11 @@ from icmlora.io.text import (
     human_duration,
     human_percent,
     human_size,
+    in_ranges,
     shortened,
     shortened_inside,
     width,
+    with_article,
 )
 
 
@@ -48,6 +50,27 @@ def test_an_unknown_percentage_is_a_dash() -> None:
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert human_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([f"conv{number}" for number in range(34)], ["conv0-33"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["a.0.x", "a.1.x", "a.2.x", "a.5.x", "b"], ["a.0-2.x", "a.5.x", "b"]),
+        (["fc1", "fc2"], ["fc1", "fc2"]),
+        (["x01", "x02", "x03"], ["x01", "x02", "x03"]),
+    ],
+)
+def test_names_that_are_counted_are_shown_as_a_range(names: list[str], shown: list[str]) -> None:
+    assert in_ranges(names) == shown
+
+
+def test_an_article_fits_its_noun() -> None:
+    assert (with_article("image-and-text model"), with_article("text model")) == (
+        "an image-and-text model",
+        "a text model",
+    )
 
 
 def test_counts_carry_their_noun() -> None:

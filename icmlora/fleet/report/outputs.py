@@ -25,6 +25,7 @@ from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.loading import Models, read_original, read_runnable
 from icmlora.fleet.module_errors import decoded, errors_of
 from icmlora.fleet.texts import adapter_template, own_text
+from icmlora.io.text import with_article
 
 if TYPE_CHECKING:
     from icmlora.adapter.metrics import GroupError
@@ -137,7 +138,7 @@ def _texts(base: BaseModel, adapter: RunnableAdapter | None, prompts: Sequence[P
             stack.enter_context(adapted(base, adapter))
         texts = [base.modality.answer(base, prompt, most) for prompt in prompts]
     if None in texts:
-        fact = f"base model {base.label!r} is a {base.modality.name}, which does not continue texts"
+        fact = f"base model {base.label!r} is {with_article(base.modality.name)}, which does not continue texts"
         raise DataError(fact, hint="outputs are shown of causal and sequence-to-sequence language models")
     return [text for text in texts if text is not None]
 

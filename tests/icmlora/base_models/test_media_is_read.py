@@ -59,6 +59,8 @@ def test_another_picture_or_sound_changes_the_loss(kind: Kind, tmp_path: Path) -
     own = losses(base, kind, media)
     other = losses(base, kind, lambda name: media(f"{int(name.partition('.')[0]) + 1}.{name.partition('.')[2]}"))
     assert len(own) == len(other) == len(kind.rows())
+    examples = examples_for(base, pack_rows(kind.rows(), media)).items
+    assert base.modality.states(base, examples, LIMIT).std(dim=0).max() > 0  # its vectors differ too
     assert all(one != two for one, two in zip(own, other, strict=True))
 
 

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from icmlora.errors import AdapterRefused, UnsafeInput
-from icmlora.formats.discovery import find_adapters
+from icmlora.formats.discovery import find_adapters, no_adapter
+from icmlora.formats.weights import read_weights
 from tests.icmlora.adapter_files import config, write_adapter
+from tests.icmlora.formats.single_files import kohya, write
 
 GGUF_ADAPTER = b"GGUF" + b"\0" * 20 + b"general.type" + b"\x08\0\0\0" + b"\x07\0\0\0\0\0\0\0" + b"adapter"
 
@@ -50,6 +52,7 @@ def test_another_form_is_recognised_by_name(tmp_path: Path, name: str, kind: str
         ("blocks.0.x.lora_down.weight", "kohya"),
         ("base_model.model.x.lora_A.weight", "bare"),
         ("model.layers.0.q.lora_a", "mlx"),
+        ("diffusion_model.blocks.0.attn.diff", "diff"),
     ],
 )
 def test_another_form_is_recognised_by_its_keys(tmp_path: Path, key: str, kind: str) -> None:
@@ -96,6 +99,76 @@ def test_a_safetensors_file_that_cannot_be_read_is_not_passed_over(tmp_path: Pat
     (task,) = find_adapters([tmp_path]).tasks
     with pytest.raises(AdapterRefused, match="a web page"):
         task.final.format.inspect(b"", task.final.weights.read_bytes())
+
+
+NO_ADAPTERS = {
+    "emb_params": "a textual inversion embedding",
+    "clip_l": "a textual inversion embedding",
+    "ip_adapter.1.to_k_ip.weight": "an IP-Adapter",
+    "model.diffusion_model.input_blocks.0.weight": "a whole model",
+    "anything": "tensors of no adapter that icm knows",
+}
+
+
+@pytest.mark.parametrize("key", NO_ADAPTERS)
+def test_a_file_that_is_no_adapter_is_named_where_it_is_given_or_alone(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "some.safetensors"
+    save_file({key: torch.ones(1)}, file)
+    (refused,) = find_adapters([file]).refused
+    assert (refused.message, refused.path) == (NO_ADAPTERS[key], str(file))
+    assert no_adapter([tmp_path]).message == f"no adapter was found; this is {NO_ADAPTERS[key]}"
+    assert kinds(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fact"),
+    [
+        ("loras.zip", b"PK\x03\x04rest", "a ZIP archive"),
+        ("lora.pt", b"PK\x03\x04rest", "a pickle can run code"),
+        ("weights.pt", b"\x80\x02rest", "a pickle can run code"),
+        ("._dog.safetensors", b"\0\5\x16\7", "what macOS notes about another file"),
+        ("notes.txt", b"text", "not a file of an adapter"),
+        ("zeros.safetensors", bytes(99), "does not start with '{'"),
+    ],
+)
+def test_a_file_that_is_given_by_itself_is_named(tmp_path: Path, name: str, content: bytes, fact: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    found = find_adapters([tmp_path / name])
+    errors = list(found.refused)
+    for task in found.tasks:  # a damaged file may be an adapter, and reading it says more
+        with pytest.raises(AdapterRefused) as caught:
+            read_weights(task.final.weights, task.final.format)
+        errors.append(caught.value)
+    assert [fact in error.message for error in errors] == [True]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_part_of_a_folder_says_which_folder(tmp_path: Path, name: str) -> None:
+    write_adapter(tmp_path / "rust")
+    (refused,) = find_adapters([tmp_path / "rust" / name]).refused
+    assert refused.hint == f"give the folder: {tmp_path / 'rust'}"
+
+
+def test_an_ending_may_be_in_capitals(tmp_path: Path) -> None:
+    write(tmp_path / "DOG.SAFETENSORS", kohya())
+    write(tmp_path / "cat.safetensors", kohya(seed=1))
+    write(tmp_path / "cat.SafeTensors", kohya(seed=2))
+    assert [task.name for task in find_adapters([tmp_path]).tasks] == ["DOG", "cat", "cat.SafeTensors"]
+    assert [task.name for task in find_adapters([tmp_path / "DOG.SAFETENSORS"]).tasks] == ["DOG"]
+
+
+def test_notes_of_macos_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "dog.safetensors", kohya())
+    (tmp_path / "._dog.safetensors").write_bytes(b"\0\5\x16\7" + bytes(80))
+    discovery = find_adapters([tmp_path])
+    assert ([task.name for task in discovery.tasks], discovery.refused) == (["dog"], ())
+
+
+def test_a_tracker_of_experiments_keeps_configurations_without_weights(tmp_path: Path) -> None:
+    files = tmp_path / "wandb" / "run-1" / "files"
+    files.mkdir(parents=True)
+    (files / "adapter_config.json").write_bytes(config())
+    assert kinds(tmp_path) == []
 
 
 def test_a_pickle_beside_the_safetensors_does_not_matter(tmp_path: Path) -> None:
