@@ -207,7 +207,7 @@ def serve(
     """Serve every task of the store, or of a bundle with --from, through an engine, as OpenAI's API does.
 
     A request for the name of a task gets its adapter: icm writes it at the first request, and the engine loads it.
-    Other requests go to the engine as they are. The engine is vLLM or SGLang; `icm serve-config` prints how to start it.
+    Other requests go to the engine as they are. The engine is vLLM or SGLang; `icm serve-config` says how to start it.
     The address is printed when the server is ready. SIGTERM or Ctrl-C stop it once requests in flight have ended.
 
     Example:
