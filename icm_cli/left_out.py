@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from icmlora.io.text import counted
+from icmlora.io.text import counted, some
 
 if TYPE_CHECKING:
     from icm_cli.output import Output
@@ -22,7 +22,7 @@ def tell_left_out(out: Output, left_out: Sequence[BaseModelLeftOut], what: str) 
         what: What was not done with the tasks, as "not measured".
     """
     for base in left_out:
-        text = f"{what}: {counted(len(base.tasks), 'task')}, because {base.reason}"
+        text = left_out_text(base, what)
         if base.is_unsuited:
             out.event("left_out", **asdict(base))
             out.note(text)
@@ -32,3 +32,8 @@ def tell_left_out(out: Output, left_out: Sequence[BaseModelLeftOut], what: str) 
         if base.hint is not None:
             out.hint(base.hint)
     return any(not base.is_unsuited for base in left_out)
+
+
+def left_out_text(base: BaseModelLeftOut, what: str) -> str:
+    """Say which tasks of a base model were left out, and why."""
+    return f"{what}: {counted(len(base.tasks), 'task')} ({some(base.tasks)}), because {base.reason}"

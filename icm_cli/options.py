@@ -63,7 +63,7 @@ LockTimeoutOpt = Annotated[
     typer.Option(
         "--lock-timeout",
         metavar="SECONDS",
-        help="How long to wait for another icm process. Default: 30. (env: ICM_LOCK_TIMEOUT)",
+        help="How long to wait for other icm processes, in all. Default: 30. (env: ICM_LOCK_TIMEOUT)",
         show_default=False,
         rich_help_panel=GLOBAL_PANEL,
     ),

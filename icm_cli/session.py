@@ -12,21 +12,21 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import FrameType
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
 import typer
 
 from icm_cli.config import Settings, cache_folder, load_settings
-from icm_cli.errors import INTERRUPTED, Interrupted, StdoutClosed
+from icm_cli.errors import INTERRUPTED, ExitCode, Interrupted, StdoutClosed
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
 from icmlora.errors import Cancelled
 
 if TYPE_CHECKING:  # commands without a store, such as --help, do not import the library
     from icmlora.fleet.api import Fleet
-    from icmlora.fleet.context import Event
+    from icmlora.fleet.context import Event, TaskDamaged
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and the signal that batch systems and containers send before they kill."""
@@ -66,6 +66,8 @@ class Session:
     settings: Settings
     command: str
     options: GlobalOptions
+    damaged: set[str] = field(default_factory=set)  # tasks that were left out because their rows are damaged
+    _told: set[str] = field(default_factory=set, init=False)  # what was said while this waited
 
     @property
     def fleet(self) -> Fleet:
@@ -83,13 +85,15 @@ class Session:
         self, label: str, on_event: Callable[[Event], None] | None = None
     ) -> Iterator[Callable[[Event], None]]:
         """Yield what a use case calls with its events, and display its progress; Ctrl-C stops it at the next event."""
-        from icmlora.fleet.context import Progress
+        from icmlora.fleet.context import Progress, Waiting
 
         with self.out.progress(label) as display, self._catching_signals() as received:
 
             def listen(event: Event) -> None:
                 if isinstance(event, Progress):
                     display.update(event.done, event.total, event.note)
+                elif isinstance(event, Waiting):
+                    self._tell_waiting(event.text)
                 elif on_event is not None:
                     on_event(event)
                 if received:
@@ -111,15 +115,33 @@ class Session:
 
     def _fleet(self, on_event: Callable[[Event], None] | None = None) -> Fleet:
         from icmlora.fleet.api import Fleet
-        from icmlora.fleet.context import ignore
+        from icmlora.fleet.context import TaskDamaged, Waiting
+
+        def listen(event: Event) -> None:
+            if isinstance(event, TaskDamaged):
+                self._tell(event)
+            elif isinstance(event, Waiting):
+                self._tell_waiting(event.text)
+            elif on_event is not None:
+                on_event(event)
 
         return Fleet(
             self.settings.store.value,
             cache=cache_folder,
             lock_timeout=self.settings.lock_timeout.value,
             command=self.command,
-            on_event=on_event or ignore,
+            on_event=listen,
         )
+
+    def _tell(self, found: TaskDamaged) -> None:
+        if found.task not in self.damaged:
+            self.damaged.add(found.task)
+            self.out.warn(f"{found.task} is left out: {found.message}", kind="task_damaged", task=found.task)
+
+    def _tell_waiting(self, text: str) -> None:
+        if text not in self._told:  # it comes once a second, until the wait is over
+            self._told.add(text)
+            self.out.note(text)
 
     def device(self, flag: str | None) -> str:
         """Return the device name from the flag, the environment or the configuration."""
@@ -163,6 +185,9 @@ def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., 
         try:
             cast(Callable[..., None], function)(session, **values)
             sys.stdout.flush()
+            if session.damaged:
+                session.out.hint("`icm verify` says what is damaged, and what mends it")
+                raise typer.Exit(ExitCode.DAMAGED)
         except (KeyboardInterrupt, Cancelled) as error:
             raise Interrupted(INTERRUPTED) from error
         except BrokenPipeError as error:

@@ -187,5 +187,8 @@ def code_files(session: Session, generator_id: int, *, evicted: bool = False) ->
     query = query.join_from(code, models.Task).join(adapter, adapter.id == code.adapter_id)
     query = query.where(code.generator_id == generator_id)
     # Not in SQL: a row that is left out is not checked.
-    found = ((name, files, gone) for name, *files, gone, _, _ in session.execute(query))
-    return {name: (blob, residual) for name, (blob, residual), gone in found if gone is not None or not evicted}
+    return {
+        name: (blob, residual)
+        for name, blob, residual, gone, *_ in session.execute(query)
+        if gone is not None or not evicted
+    }

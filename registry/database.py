@@ -35,7 +35,17 @@ from registry.errors import (
 )
 from registry.files import failpoint
 from registry.row_checks import COLUMN, REFUSED, WrongRow, add_functions, find_wrong_rows, guard, write_all
-from registry.schema import Base, BaseLabel, Extra, RunCode, UnreadableValue, compact_json, pack_text
+from registry.schema import (
+    RETAINED_GAIN,
+    SQUARED_ERROR,
+    Base,
+    BaseLabel,
+    Extra,
+    RunCode,
+    UnreadableValue,
+    compact_json,
+    pack_text,
+)
 
 if TYPE_CHECKING:
     from registry.blobs.content import Blobs
@@ -86,6 +96,7 @@ class Database:
         self._engine = _engine(path, read_only, busy_timeout)
         self._reader = self._engine.execution_options(icm_begin="BEGIN")
         self._is_sound = False  # as far as anybody has looked
+        self.is_kept = False  # whether a copy was made since: see `registry.kept`
 
     def can_be_written(self) -> bool:
         """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
@@ -285,9 +296,19 @@ def add_claims(connection: Connection) -> None:
         connection.exec_driver_sql("DELETE FROM evaluations WHERE generator_id IS NOT NULL AND task_id = ?", (task,))
 
 
-def _to_schema_8(connection: Connection) -> None:
-    add_claims(connection)
+def add_checks(connection: Connection) -> None:
+    """Add the checks of rows, and write those of the rows that are there."""
     connection.exec_driver_sql("ALTER TABLE adapters ADD COLUMN extra_count INTEGER DEFAULT 0 NOT NULL")
+    # Earlier icms wrote other estimates, and figures of any size.
+    connection.exec_driver_sql("UPDATE codes SET bits = 8.0 * (SELECT size FROM blobs WHERE id = blob_id)")
+    for table, column, kept in (
+        ("evaluations", "retained_gain", RETAINED_GAIN),
+        ("evaluations", "dw_error", SQUARED_ERROR),
+        ("codes", "dw_error", SQUARED_ERROR),
+        ("codes", "residual_error", SQUARED_ERROR),
+    ):
+        wrong = f"{column} NOT BETWEEN {kept.least!r} AND {kept.most!r}"
+        connection.exec_driver_sql(f"UPDATE {table} SET {column} = NULL WHERE {wrong}")  # noqa: S608
     counted = "(SELECT count(*) FROM extras WHERE adapter_id = adapters.id)"
     connection.exec_driver_sql(f"UPDATE adapters SET extra_count = {counted}")  # noqa: S608
     for table in Base.metadata.tables:
@@ -295,6 +316,11 @@ def _to_schema_8(connection: Connection) -> None:
         if COLUMN not in [column["name"] for column in inspect(connection).get_columns(table)]:
             connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {COLUMN} INTEGER")
     write_all(connection, Base.metadata)
+
+
+def _to_schema_8(connection: Connection) -> None:
+    add_claims(connection)
+    add_checks(connection)
 
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (

@@ -8,6 +8,8 @@ rows say "evicted" ──commit──▶ files are deleted       both under the 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
@@ -21,6 +23,7 @@ from registry.errors import DamagedBlob, LastCopy, StoreIOError
 from registry.evaluations import record_evaluation
 from registry.files import failpoint
 from registry.folder import restore_reserve, with_reserve
+from registry.kept import keep
 from registry.prune import drop_evicted, evicted_files
 from registry.records import AdapterRecord, EvictedAdapter, Eviction
 from registry.rows import in_parts, utc_now
@@ -58,8 +61,15 @@ class Originals(Part):
         with self._lock.exclusive():
             pass
 
-    def evict(self, eviction: Eviction) -> int:
+    def evict(
+        self, eviction: Eviction, confirm: Callable[[], AbstractContextManager[object]] = lambda: nullcontext()
+    ) -> int:
         """Delete the weights of some adapters of a task, for good; return the bytes freed. Works on a full disk.
+
+        Args:
+            eviction: What goes, and what was checked to replace it.
+            confirm: Called once nobody else uses the store; its context lasts until the bytes are gone. It raises
+                `LastCopy` to keep them, and must not wait for anybody.
 
         Raises:
             DamagedStore: Something that must remain is damaged, or cannot be read.
@@ -79,7 +89,8 @@ class Originals(Part):
             # Bytes last: a kill before this leaves files that no row needs.
             return drop_evicted(self._db, self._blobs, digests)
 
-        with self._lock.exclusive():
+        with self._lock.exclusive(), confirm():
+            keep(self._db, self._paths)
             freed = with_reserve(self._paths, delete)
             restore_reserve(self._paths)
         return freed

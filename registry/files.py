@@ -9,9 +9,9 @@ one fail, or kill the process between two of them.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
-import secrets
 import signal
 import stat
 from collections.abc import Callable, Iterator
@@ -28,6 +28,8 @@ MAX_SOURCE_BYTES = 8 << 30
 CheckFirst = Callable[[int, int], None]
 """Looks at an open file, given its descriptor and size, and raises to refuse it before all of it is in memory."""
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _MOST_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
@@ -61,6 +63,34 @@ def fsync(fd: int) -> None:
 def replace(source: Path, target: Path) -> None:
     """Rename a file over whatever `target` was; atomic, and durable once the folder is synced."""
     os.replace(source, target)
+
+
+def exchange(first: Path, second: Path, aside: Path) -> None:
+    """Let two files, or two folders, change their names; atomic, or by a third name where the file system cannot."""
+    if _exchanged(first, second):
+        return
+    done: list[tuple[Path, Path]] = []
+    try:
+        for old, new in ((first, aside), (second, first), (aside, second)):
+            os.rename(old, new)
+            done.append((new, old))
+    except OSError:
+        for new, old in reversed(done):
+            os.rename(new, old)
+        raise
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    rename = getattr(_LIBC, "renameat2", None)
+    if rename is None:  # of Linux alone
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(first), here, os.fsencode(second), swap) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(first), None, str(second))
 
 
 def unlink(path: Path) -> None:
@@ -100,18 +130,6 @@ def write_file(path: Path, data: Bytes, mode: int = 0o666) -> None:
     except BaseException:
         discard(path)
         raise
-
-
-def write_durably(path: Path, data: Bytes) -> None:
-    """Write a file so that after a crash it is there in full or not at all; the mode is `0666 & ~umask`."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    write_file(temporary, data)
-    try:
-        replace(temporary, path)
-    except BaseException:
-        discard(temporary)
-        raise
-    fsync_dir(path.parent)
 
 
 @contextmanager

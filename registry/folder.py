@@ -2,6 +2,7 @@
 
 FORMAT            "icm store 2"; written last when a store is made, so it marks a whole one
 registry.db       rows
+registry.db.kept  a copy of them, deflated, from before the last deletion: see `registry.kept`
 blobs/3/3f9a..    the bytes of `registry.blobs.local`; 16 folders: syncing 256 costs a first ingest a tenth of its time
 tmp/              files being written; on the same file system, so that a rename is atomic
 quarantine/       damaged blobs that were moved aside
@@ -23,10 +24,11 @@ from typing import TypeVar
 
 from registry import files as fs
 from registry.database import Database, migrate
-from registry.errors import NotAStore, RegistryError, StoreFull, StoreTooNew
+from registry.errors import DamagedStore, NotAStore, RegistryError, StoreFull, StoreTooNew
 
 FORMAT_TEXT = "icm store 2\n"
 
+_FORMAT = re.compile(rb"icm store [1-9][0-9]{0,5}\n")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,6 +47,16 @@ class StorePaths:
     def database(self) -> Path:
         """The SQLite file."""
         return self.root / "registry.db"
+
+    @cached_property
+    def journal(self) -> Path:
+        """SQLite's own, of a commit that did not end."""
+        return self.root / "registry.db-journal"
+
+    @cached_property
+    def kept(self) -> Path:
+        """The copy of the database from before the last deletion."""
+        return self.root / "registry.db.kept"
 
     @cached_property
     def blobs(self) -> Path:
@@ -134,7 +146,7 @@ def check_place(root: Path) -> None:
     """Raise `NotAStore` if a folder holds things that are not a store's."""
     # FORMAT too: another process may make a store here while this looks.
     ours = {"FORMAT", "registry.db", "registry.db-journal", "blobs", "tmp", "quarantine", "jobs", "reserve"}
-    ours |= {"lock", "lock.gate"}
+    ours |= {"lock", "lock.gate", "registry.db.kept"}
     if not root.is_dir() or StorePaths(root).format.exists():
         return
     if foreign := {entry.name for entry in root.iterdir()} - ours:
@@ -168,13 +180,18 @@ def make_folders(paths: StorePaths) -> None:
 
 
 def check_format(paths: StorePaths) -> None:
-    """Raise unless FORMAT names the format that this program reads and writes."""
+    """Raise `StoreTooNew` unless FORMAT names the format of this program; `DamagedStore` if it names none."""
     try:
         with paths.format.open("rb") as file:
             text = file.read(64)
     except OSError as error:
         raise RegistryError(f"cannot read {paths.format}: {error.strerror}", path=paths.format) from error
-    if text != FORMAT_TEXT.encode():
-        known = FORMAT_TEXT.strip()
-        message = f"{paths.root} has the format {text.decode(errors='replace').strip()!r}, this icm knows {known!r}"
-        raise StoreTooNew(message, path=paths.format, hint="use the icm that wrote it, or a newer one")
+    if text == FORMAT_TEXT.encode():
+        return
+    known = FORMAT_TEXT.strip()
+    if not _FORMAT.fullmatch(text):
+        hint = f"if this is a store of icm, write the line `{known}` into it, then run `icm verify --read-data`"
+        raise DamagedStore(f"{paths.format} is damaged: it does not hold a line such as {known!r}", hint=hint)
+    hint = "use the icm that wrote it, or a newer one; if this one wrote it, FORMAT is damaged"
+    message = f"{paths.root} has the format {text.decode().strip()!r}, this icm knows {known!r}"
+    raise StoreTooNew(message, path=paths.format, hint=hint)

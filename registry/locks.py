@@ -4,51 +4,112 @@
     job lock     exclusive while a process trains, updates or evicts for one base model, shared while processes encode
                  tasks of it
 
+**One order.** A process waits for a job lock only while it does not hold the store lock: it gives that up, waits, and
+takes it again. Whoever waits for the exclusive store lock has given up the shared one too. So those who wait hold job
+locks at most, and those who hold the store lock wait for nothing: no two processes ever wait for each other.
+
+**One deadline.** All waits of a command together take no longer than its `Patience`.
+
 Both are flocks. The kernel drops a lock when its process dies, so there are no stale locks and no command to break one.
-The names in a lock file are only for the error message.
+The names in a lock file are only for messages.
 
 An flock gives up the shared lock while it turns into an exclusive one, and may lose it if the attempt fails. So whoever
-wants the exclusive lock first holds a second file, the gate: in between, no other process can get in to delete.
+wants the exclusive lock first holds a second file, the gate: in between, no other process can get in to delete. While
+the gate has just been closed, those who come to read let the one who closed it go first, for two seconds at most: on a
+busy store there would never be a moment without a reader.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from registry.errors import StoreLocked
 from registry.files import store_errors
 
 _POLL_SECONDS = 0.05
+_TOLD_EVERY = 1.0  # seconds
+_HEAD_START = 2.0  # seconds in which those who come to read let one go first who waits to be alone
 _MAX_NAMES_BYTES = 4096
+_KEPT_NAMES = 16  # of others that are alive, when the file is cut
+_NAMED = 3  # holders that a message names
+_FLOCK = re.compile(r"\d+: FLOCK +\S+ +\S+ (\d+) [0-9a-f]+:[0-9a-f]+:(\d+) ")
+
+
+class Patience:
+    """How long a command may wait for other processes: the same seconds for all its waits together.
+
+    Args:
+        seconds: How long.
+        tell: Called once a second during a wait, with what it is for and who holds it; it may raise to end the wait.
+    """
+
+    def __init__(self, seconds: float, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.seconds = self.left = seconds
+        self._tell = tell
+
+    def wait(self, attempt: Callable[[], bool], whom: Callable[[], str] | None = None) -> bool:
+        """Repeat an attempt until it succeeds, and return True; or False once no time is left."""
+        if attempt():
+            return True
+        began = told = time.monotonic()
+        left = self.left
+        try:
+            while (now := time.monotonic()) - began < left:
+                if whom is not None and now - told >= _TOLD_EVERY:
+                    self._tell(f"waiting for {whom()}")
+                    told = now
+                time.sleep(_POLL_SECONDS)
+                if attempt():
+                    return True
+            return False
+        finally:
+            self.left = max(0.0, left - (time.monotonic() - began))
 
 
 class FileLock:
     """An flock on one file, held until :meth:`close`."""
 
     def __init__(
-        self, path: Path, *, timeout: float, command: str, writable: bool = True, subject: str | None = None
+        self, path: Path, *, patience: Patience, command: str, writable: bool = True, subject: str | None = None
     ) -> None:
         """Open the lock file without taking the lock; `command` is what others see of this process."""
         self._path = path
-        self._timeout = timeout
+        self._patience = patience
         self._command = " ".join(command.split())[:200]
         self._writable = writable
         self._subject = subject or f"the store {path.parent}"
         self._fd = _open(path, writable=writable)
+
+    def enter(self) -> None:
+        """Take the shared lock for the first time; one who has just begun to wait for the exclusive one goes first."""
+        with suppress(OSError):  # nobody ever closed the gate, or it cannot be read
+            gate = os.open(self._gate_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                self._patience.wait(lambda: _has_waited(gate) or _try(gate, fcntl.LOCK_SH))
+            finally:
+                os.close(gate)
+        self.share()
 
     def share(self) -> None:
         """Take, or go back to, the shared lock."""
         self._wait(self._fd, fcntl.LOCK_SH)
         self._sign()
 
-    def hold(self) -> None:
-        """Take the exclusive lock until :meth:`close`."""
-        self._wait(self._fd, fcntl.LOCK_EX)
+    def hold(self, *, shared: bool = False, without: FileLock | None = None) -> None:
+        """Take the exclusive lock, or the shared one, until :meth:`close`.
+
+        The lock `without` is given up while this waits, so nothing read before may be trusted afterwards.
+        """
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        if not _try(self._fd, kind):
+            with nullcontext() if without is None else without._given_up():
+                self._wait(self._fd, kind)
         self._sign()
 
     @contextmanager
@@ -57,18 +118,26 @@ class FileLock:
 
         The shared lock is given up while this waits, so nothing read before the block may be trusted inside it.
         """
+        with self._given_up(), self._gate() as gate:
+            self._wait(gate, fcntl.LOCK_EX)
+            with suppress(OSError):
+                os.utime(gate)
+            try:
+                self.hold()
+                yield
+            finally:
+                _try(self._fd, fcntl.LOCK_SH)  # before the gate opens; nobody can have got in
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """Give up the shared lock for a block, and take it again."""
         fcntl.flock(self._fd, fcntl.LOCK_UN)  # two that wait for each other's shared lock would wait for ever
         try:
-            with self._gate() as gate:
-                self._wait(gate, fcntl.LOCK_EX)
-                try:
-                    self.hold()
-                    yield
-                finally:
-                    self.share()  # before the gate opens
-        except StoreLocked:
-            self.share()
+            yield
+        except BaseException:
+            _try(self._fd, fcntl.LOCK_SH)  # what went wrong is to be told, and not that this takes time too
             raise
+        self._wait(self._fd, fcntl.LOCK_SH)
 
     @contextmanager
     def try_exclusive(self) -> Iterator[bool]:
@@ -89,47 +158,75 @@ class FileLock:
             os.close(self._fd)
             self._fd = -1
 
+    @property
+    def _gate_path(self) -> Path:
+        return self._path.with_name(f"{self._path.name}.gate")
+
     @contextmanager
     def _gate(self) -> Iterator[int]:
-        path = self._path.with_name(f"{self._path.name}.gate")
-        with store_errors(path):
-            fd = _open(path, writable=True)
+        with store_errors(self._gate_path):
+            fd = _open(self._gate_path, writable=True)
         try:
             yield fd
         finally:
             os.close(fd)
 
     def _wait(self, fd: int, kind: int) -> None:
-        deadline = time.monotonic() + self._timeout
-        while not _try(fd, kind):
-            if time.monotonic() >= deadline:
-                raise self._locked()
-            time.sleep(_POLL_SECONDS)
+        if not self._patience.wait(lambda: _try(fd, kind), lambda: f"{self._subject}{self._held(fd, ', held by ')}"):
+            message = f"{self._subject} is in use{self._held(fd, ' by ')}"
+            hint = f"waited {self._patience.seconds:g} s in all; let it finish, or wait longer with --lock-timeout"
+            raise StoreLocked(message, path=self._path, hint=hint)
 
     def _sign(self) -> None:
         """Add this process to the names in the file, which is cut now and then so that it cannot grow."""
         if not self._writable:
             return
+        names = {os.getpid(): self._command}
         with suppress(OSError):  # a full disk must not stop the command that frees it
             if os.fstat(self._fd).st_size > _MAX_NAMES_BYTES:
+                names = dict([*self._signed().items()][-_KEPT_NAMES:]) | names
                 os.ftruncate(self._fd, 0)
-            os.write(self._fd, f"{os.getpid()} {self._command}\n".encode())
+            os.write(self._fd, "".join(f"{pid} {command[:200]}\n" for pid, command in names.items()).encode())
 
-    def _locked(self) -> StoreLocked:
-        holders = "; ".join(f"pid {pid}, {command}" for pid, command in self._holders().items())
-        message = f"{self._subject} is in use" + (f" by {holders}" if holders else "")
-        hint = f"waited {self._timeout:g} s; let it finish, or wait longer with --lock-timeout"
-        return StoreLocked(message, path=self._path, hint=hint)
+    def _held(self, fd: int, before: str) -> str:
+        """Say which processes hold a lock, after some words; say nothing where nobody is known."""
+        names = [f"process {pid}{command and ': '}{command}" for pid, command in self._holders(fd).items()]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return before + "; ".join(names[:_NAMED]) + more if names else ""
 
-    def _holders(self) -> dict[int, str]:
-        """Return pid -> command of the processes in the file that are alive; some may have released it already."""
+    def _holders(self, fd: int) -> dict[int, str]:
+        """Return pid -> command of the processes that hold a lock."""
+        signed = self._signed()
+        holding = _flock_holders(fd) - {os.getpid()}
+        # Without word from the kernel, all who signed and are alive; some of them may have released it already.
+        return {pid: signed.get(pid, "") for pid in sorted(holding)} if holding else signed
+
+    def _signed(self) -> dict[int, str]:
+        """Return pid -> command of the other processes in the file that are alive."""
         found: dict[int, str] = {}
         # Anybody may have written to the file, so nothing in it is trusted but the number of a live process.
-        for line in self._path.read_text(errors="replace").splitlines():
-            pid, _, command = line.partition(" ")
-            if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
-                found[int(pid)] = command
+        with suppress(OSError):
+            for line in self._path.read_text(errors="replace").splitlines():
+                pid, _, command = line.partition(" ")
+                if pid.isdigit() and int(pid) != os.getpid() and _is_alive(int(pid)):
+                    found[int(pid)] = command
         return found
+
+
+def _flock_holders(fd: int) -> set[int]:
+    """Return the processes that hold an flock on an open file, as Linux tells; those elsewhere have no number here."""
+    inode = os.fstat(fd).st_ino
+    try:
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return set()
+    found = filter(None, map(_FLOCK.match, lines))  # those that wait are listed with an arrow
+    return {int(match[1]) for match in found if int(match[2]) == inode} - {0}
+
+
+def _has_waited(gate: int) -> bool:
+    """Say whether the one who closed a gate, if it is closed, has had its head start."""
+    return not 0 <= time.time() - os.fstat(gate).st_mtime < _HEAD_START
 
 
 def _is_alive(pid: int) -> bool:

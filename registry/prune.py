@@ -24,6 +24,7 @@ from registry.database import Database
 from registry.errors import MissingBlob
 from registry.files import failpoint
 from registry.folder import StorePaths
+from registry.kept import keep
 from registry.locks import FileLock
 from registry.rows import in_parts
 from registry.schema import (
@@ -138,6 +139,7 @@ def prune(
     else:
         precious = {digest for digest in doomed if is_precious(_start_of(blobs, digest))}
     if not dry_run:
+        keep(database, paths)
         _delete_rows(database)
         failpoint("garbage-rows-gone")
         for digest in sorted(precious):

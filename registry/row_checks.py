@@ -56,7 +56,7 @@ class RowCheck(TypeDecorator[int]):
 
     def column_expression(self, column: ColumnElement[int]) -> ColumnElement[int]:
         """Select what the check says instead of the value (SQLAlchemy's hook)."""
-        owner: Any = column.table  # type: ignore[attr-defined]
+        owner: Any = column.table
         values = [other for other in owner.c if other.name != COLUMN]
         return func.icm_checked(column, literal_column(f"'{self.table}'"), *values, type_=self)
 

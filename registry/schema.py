@@ -19,18 +19,20 @@ Every task pays for its rows, so values are stored small:
     RFC 3339, UTC, seconds      Moment   seconds since 1970
     one of a few words          Choice   its place among them
     words without spaces        Words    the words with a space between two
+    a measured number           Figure   itself, or nothing if it is out of its range
     a JSON value                Packed   its text, deflated: a layout names every module of a model
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from sqlalchemy import ForeignKey, Index, Integer, LargeBinary, String, UniqueConstraint, text
+from sqlalchemy import Double, ForeignKey, Index, Integer, LargeBinary, String, UniqueConstraint, text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator, TypeEngine
@@ -159,6 +161,28 @@ class Words(_Column):
         return () if value is None else super().process_result_value(value, dialect)
 
 
+class Figure(_Column):
+    """A measured number. One out of its range is not kept, as if nobody had measured it, and not believed when read."""
+
+    impl = Double
+    cache_ok = True
+
+    def __init__(self, least: float, most: float) -> None:
+        """Set the range."""
+        super().__init__()
+        self.least, self.most = least, most
+
+    def pack(self, value: float) -> float | None:
+        """Return the number, or None if it is out of range."""
+        return value if self.least <= value <= self.most else None
+
+    def unpack(self, stored: float) -> float:
+        """Return the number."""
+        if not self.least <= stored <= self.most:
+            raise ValueError(f"{stored} is not from {self.least:g} to {self.most:g}")
+        return stored
+
+
 def compact_json(value: object) -> str:
     """Write JSON in one canonical way, so that equal values are equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -169,6 +193,8 @@ def pack_text(text: str) -> bytes:
     return zlib.compress(text.encode(), 9)
 
 
+SQUARED_ERROR = Figure(0.0, sys.float_info.max)
+RETAINED_GAIN = Figure(-1000.0, 1000.0)  # beyond that an original is no better than its base model
 _GONE_WITH_PARENT = "CASCADE"
 _LAST = 1000  # among the columns of a table, as in a store that was moved forward
 
@@ -412,9 +438,9 @@ class Code(Base):
     adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id", ondelete=_GONE_WITH_PARENT))
     blob_id: Mapped[int] = mapped_column(ForeignKey("blobs.id"))
     bits: Mapped[float]
-    squared_error: Mapped[float | None] = mapped_column("dw_error")
+    squared_error: Mapped[float | None] = mapped_column("dw_error", SQUARED_ERROR)
     residual_id: Mapped[int | None] = mapped_column(ForeignKey("blobs.id"))
-    residual_squared_error: Mapped[float | None] = mapped_column("residual_error")
+    residual_squared_error: Mapped[float | None] = mapped_column("residual_error", SQUARED_ERROR)
     min_gain: Mapped[float | None]
     max_squared_error: Mapped[float | None] = mapped_column("max_error")
     tolerance: Mapped[float | None]
@@ -448,8 +474,8 @@ class Evaluation(Base):
     value: Mapped[float] = mapped_column("nats_per_token")
     count: Mapped[int] = mapped_column("tokens")
     utf8_bytes: Mapped[int]
-    retained_gain: Mapped[float | None]
-    squared_error: Mapped[float | None] = mapped_column("dw_error")
+    retained_gain: Mapped[float | None] = mapped_column(RETAINED_GAIN)
+    squared_error: Mapped[float | None] = mapped_column("dw_error", SQUARED_ERROR)
     settings_id: Mapped[int] = mapped_column(ForeignKey("documents.id"))
     created_at: Mapped[str] = mapped_column(Moment())
     # Since schema 3. The metric's name and further figures; NULL for the loss of a language model.

@@ -29,13 +29,14 @@ from registry.folder import (
     restore_reserve,
     with_reserve,
 )
-from registry.locks import FileLock
+from registry.locks import FileLock, Patience
 
 if TYPE_CHECKING:
     from registry.base_models import BaseModels
     from registry.blobs.backend import BlobBackend
     from registry.bundles import Bundles
     from registry.codes import Codes
+    from registry.errors import DamagedStore
     from registry.evaluations import Evaluations
     from registry.eviction import Originals
     from registry.generators import Generators
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from registry.usage import Usage
     from registry.vectors import Vectors
     from registry.verify import Finding
+
+    OnDamage = Callable[[str, DamagedStore], None]
 
 __all__ = ["Store"]
 
@@ -65,10 +68,11 @@ class Store:
         database: Database,
         backend: BlobBackend,
         *,
-        timeout: float,
+        patience: Patience,
         command: str,
+        on_damage: OnDamage | None = None,
     ) -> None:
-        self._timeout, self._command = timeout, command
+        self._patience, self._command, self._on_damage = patience, command, on_damage
         self._paths = paths
         self._lock = lock
         self._db = database
@@ -83,8 +87,10 @@ class Store:
         create: bool = False,
         read_only: bool = False,
         lock_timeout: float = 30.0,
+        patience: Patience | None = None,
         command: str = "icm",
         backend: BlobBackend | None = None,
+        on_damage: OnDamage | None = None,
     ) -> Self:
         """Open a store and hold it, shared with others, until :meth:`close`.
 
@@ -92,21 +98,24 @@ class Store:
             path: the store folder.
             create: make it if there is none.
             read_only: refuse writes; works on read-only media.
-            lock_timeout: seconds to wait for other processes, for the lock and for each commit.
+            lock_timeout: seconds to wait for other processes, for all locks together and for each commit.
+            patience: what is left of these seconds, where the same command has other stores open.
             command: what this process does, for the message that others see.
             backend: where the bytes are, if not in the store folder.
+            on_damage: called with the name of a task with wrong rows and what is wrong, where many tasks are read: the
+                others are read without it. By default that is an error.
         """
-        paths = StorePaths(path)
+        paths, patience = StorePaths(path), patience or Patience(lock_timeout)
         if create and not read_only:
             prepare_folder(paths)
         elif not paths.format.exists():
             hint = "`icm ingest PATH` makes one; --store or ICM_STORE says where"
             raise StoreNotFound(f"there is no store at {path}", path=path, hint=hint)
         with fs.store_errors(paths.lock):
-            lock = FileLock(paths.lock, timeout=lock_timeout, command=command, writable=not read_only)
+            lock = FileLock(paths.lock, patience=patience, command=command, writable=not read_only)
         try:
-            lock.share()
-            database = Database(paths.database, read_only=read_only, busy_timeout=lock_timeout)
+            lock.enter()
+            database = Database(paths.database, read_only=read_only, busy_timeout=patience.left)
             if not paths.format.exists():
                 with lock.exclusive():
                     # Several processes may come here; the first one makes the store, the others find it.
@@ -118,14 +127,15 @@ class Store:
         except BaseException:
             lock.close()
             raise
-        return cls(paths, lock, database, backend or LocalBackend(paths), timeout=lock_timeout, command=command)
+        where = paths, lock, database, backend or LocalBackend(paths)
+        return cls(*where, patience=patience, command=command, on_damage=on_damage)
 
     @cached_property
     def tasks(self) -> Tasks:
         """Tasks with their adapters."""
         from registry.tasks import Tasks
 
-        return Tasks(*self._parts)
+        return Tasks(*self._parts, on_damage=self._on_damage)
 
     @cached_property
     def base_models(self) -> BaseModels:
@@ -211,17 +221,18 @@ class Store:
         """Hold the job lock of a base model.
 
         One process at a time trains, updates or evicts. Those that encode hold the lock `shared`: any number of them
-        at the same time, but none while another process holds it alone.
+        at the same time, but none while another process holds it alone. The store lock is given up while this waits,
+        so nothing read before may be trusted inside the block.
         """
         self._db.must_write()
         path = self._paths.job(base_model)
         with fs.store_errors(path):
             # The first job of a store makes the folder.
             path.parent.mkdir(exist_ok=True)
-            lock = FileLock(path, timeout=self._timeout, command=self._command, subject=f"base model {base_model!r}")
+            lock = FileLock(path, patience=self._patience, command=self._command, subject=f"base model {base_model!r}")
         try:
             # Not reentrant: a job does not start another one.
-            lock.share() if shared else lock.hold()
+            lock.hold(shared=shared, without=self._lock)
             yield
         finally:
             lock.close()

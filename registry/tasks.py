@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from sqlalchemy import ColumnElement, Select, delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session, aliased, lazyload, selectinload
 
 from registry import records, rows
@@ -20,13 +20,32 @@ from registry.folder import restore_reserve, with_reserve
 from registry.names import check_name, check_note, check_tag
 
 if TYPE_CHECKING:
+    from registry.blobs.content import Blobs
+    from registry.database import Database
     from registry.filters import Selection
+    from registry.folder import StorePaths
+    from registry.locks import FileLock
+    from registry.store import OnDamage
+
+T = TypeVar("T")
 
 _PAGE = 256
 
 
 class Tasks(Part):
     """Tasks with their adapters."""
+
+    def __init__(
+        self,
+        paths: StorePaths,
+        lock: FileLock,
+        database: Database,
+        blobs: Blobs,
+        *,
+        on_damage: OnDamage | None = None,
+    ) -> None:
+        super().__init__(paths, lock, database, blobs)
+        self._on_damage = on_damage
 
     def ingest_one(self, task: records.TaskIngest) -> records.IngestOutcome:
         """Record one task; see :meth:`ingest`."""
@@ -45,10 +64,22 @@ class Tasks(Part):
 
     def all(self) -> Iterator[records.TaskRecord]:
         """Yield all tasks by name. Each page is one short read, so that a slow reader delays nobody."""
-        after = ""
-        while page := self._task_page(after):
-            yield from page
-            after = page[-1].name
+        with self._db.read() as session:
+            ids = session.scalars(select(models.Task.id).order_by(models.Task.name)).all()
+        for some in _pages(ids):
+            yield from self._undamaged(self._task_page, some)
+
+    def named(self, names: Sequence[str]) -> list[records.TaskRecord]:
+        """Return tasks by name, in any case, each as often as it is named."""
+        found = list[records.TaskRecord]()
+        for name in names:
+            try:
+                found.append(self.get(name))
+            except DamagedStore as error:
+                if self._on_damage is None or len(names) == 1:
+                    raise
+                self._on_damage(name, error)
+        return found
 
     def get(self, name: str) -> records.TaskRecord:
         """Return a task by name, in any case."""
@@ -69,7 +100,8 @@ class Tasks(Part):
         query = query.join(task, adapter.task_id == task.id).join(models.BaseModel)
         query = query.where(models.BaseModel.name == base_model, adapter.is_final).order_by(task.id).limit(1)
         with self._db.read() as session:
-            return session.scalar(query)
+            row = session.execute(query).first()
+        return None if row is None else row.digest
 
     def without_vectors(self) -> list[str]:
         """Return the names of the tasks that have no task vector yet, in order."""
@@ -90,7 +122,8 @@ class Tasks(Part):
         from registry import listing  # not needed to read one task
 
         with self._db.read() as session:
-            return list(session.scalars(listing.query(session, models.Task.name, selection)))
+            ids = session.scalars(listing.query(session, models.Task.id, selection)).all()
+        return [name for some in _pages(ids) for name in self._undamaged(self._name_page, some)]
 
     def summaries(self, selection: Selection | None = None) -> Iterator[records.TaskSummary]:
         """Yield the selected tasks, in the order asked for, with what a listing shows of them; few at a time."""
@@ -98,8 +131,25 @@ class Tasks(Part):
 
         with self._db.read() as session:
             ids = session.scalars(listing.query(session, models.Task.id, selection)).all()
-        for at in range(0, len(ids), _PAGE):
-            yield from self._summary_page(ids[at : at + _PAGE])
+        for some in _pages(ids):
+            yield from self._undamaged(self._summary_page, some)
+
+    def _undamaged(self, load: Callable[[Sequence[int]], list[T]], ids: Sequence[int]) -> list[T]:
+        """Load what some tasks are to be shown as, without those that have wrong rows."""
+        try:
+            return load(ids)
+        except DamagedStore as error:
+            if self._on_damage is None:
+                raise
+            if len(ids) > 1:
+                return [one for number in ids for one in self._undamaged(load, [number])]
+            self._on_damage(self._name_of(ids[0]), error)
+            return []
+
+    def _name_of(self, number: int) -> str:
+        """Return the name of a task that may be damaged."""
+        with self._db.read() as session:
+            return session.scalar(select(models.Task.name).where(models.Task.id == number)) or f"number {number}"
 
     def adapters(self, task: str) -> list[records.AdapterRecord]:
         """Return the adapters of a task: checkpoints by step, the final one last."""
@@ -144,11 +194,14 @@ class Tasks(Part):
             with self._db.write() as session:
                 session.execute(delete(models.Task).where(models.Task.id == task_id))
 
+        from registry.kept import keep  # not needed to read tasks
+
         self._db.must_write()
         with self._lock.exclusive():
             with self._db.read() as session:
                 # All are checked before the first one goes.
                 doomed = list(_doomed(session, names, last_copies))
+            keep(self._db, self._paths)
             for task in doomed:  # each in a commit of its own, so that the journal stays small on a full disk
                 with_reserve(self._paths, partial(forget, task.id))
             restore_reserve(self._paths)
@@ -208,9 +261,16 @@ class Tasks(Part):
             task.note = note
             return task_record(task)
 
-    def _task_page(self, after: str) -> list[records.TaskRecord]:
+    def _name_page(self, ids: Sequence[int]) -> list[str]:
         with self._db.read() as session:
-            return [task_record(row) for row in session.scalars(_page_query(after))]
+            query = select(models.Task.id, models.Task.name, models.Task.crc).where(models.Task.id.in_(ids))
+            name_of = {number: name for number, name, _ in session.execute(query)}
+        return [name_of[number] for number in ids if number in name_of]
+
+    def _task_page(self, ids: Sequence[int]) -> list[records.TaskRecord]:
+        with self._db.read() as session:
+            query = select(models.Task).where(models.Task.id.in_(ids)).order_by(models.Task.name)
+            return [task_record(row) for row in session.scalars(query)]
 
     def _summary_page(self, ids: Sequence[int]) -> list[records.TaskSummary]:
         with self._db.read() as session:
@@ -239,8 +299,9 @@ def _counted_tags(rows: Iterable[Sequence[str]]) -> dict[str, int]:
     return dict(counts[tag] for tag in sorted(counts))
 
 
-def _page_query(after: str) -> Select[models.Task]:
-    return select(models.Task).where(models.Task.name > after).order_by(models.Task.name).limit(_PAGE)
+def _pages(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    for at in range(0, len(ids), _PAGE):
+        yield ids[at : at + _PAGE]
 
 
 def _summaries(session: Session, tasks: Sequence[models.Task]) -> list[records.TaskSummary]:

@@ -15,7 +15,7 @@ from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.folder import StorePaths
 from registry.prune import BLOB_COLUMNS, BlobColumn, is_evictable, is_needed
 from registry.rows import find_task
-from registry.schema import Adapter, Blob, Code, Extra, Generator, Task, TaskVector
+from registry.schema import RETAINED_GAIN, Adapter, Blob, Code, Extra, Generator, Task, TaskVector
 
 Kind = Literal["database", "dangling", "row", "missing", "length", "digest", "orphan", "leftover", "remark"]
 
@@ -24,6 +24,23 @@ _TASKS_WITHOUT_ADAPTER = "SELECT name FROM tasks WHERE id NOT IN (SELECT task_id
 _EVICTED_WITHOUT_CODE = """
 SELECT name FROM tasks JOIN adapters ON adapters.task_id = tasks.id
 WHERE is_final AND evicted_at IS NOT NULL AND adapters.id NOT IN (SELECT adapter_id FROM codes)"""
+# What is known twice.
+_CONTRADICTIONS = {
+    "the code of task {} is recorded with another length than its file has": """
+SELECT name FROM codes JOIN tasks ON tasks.id = task_id JOIN blobs ON blobs.id = blob_id WHERE bits != 8.0 * size""",
+    "the code of task {} belongs to a generator of another base model": """
+SELECT name FROM codes JOIN tasks ON tasks.id = task_id JOIN generators ON generators.id = generator_id
+WHERE tasks.base_model_id != generators.base_model_id""",
+    "the code of task {} was made of an adapter of another task": """
+SELECT name FROM codes JOIN tasks ON tasks.id = codes.task_id JOIN adapters ON adapters.id = adapter_id
+WHERE adapters.task_id != codes.task_id""",
+    "a code of task {} has an error below zero, or a residual without an error": """
+SELECT name FROM codes JOIN tasks ON tasks.id = task_id
+WHERE dw_error < 0 OR residual_error < 0 OR (residual_id IS NULL) != (residual_error IS NULL)""",
+    "a measurement of task {} has a gain that no adapter has": f"""
+SELECT name FROM evaluations JOIN tasks ON tasks.id = task_id
+WHERE retained_gain NOT BETWEEN {RETAINED_GAIN.least} AND {RETAINED_GAIN.most} OR dw_error < 0""",  # noqa: S608
+}
 
 
 @dataclass(frozen=True)
@@ -74,12 +91,18 @@ def _check_database(database: Database) -> Iterator[Finding]:
         with database.connection() as connection:
             lost = connection.exec_driver_sql(_TASKS_WITHOUT_ADAPTER).scalars().all()
             bare = connection.exec_driver_sql(_EVICTED_WITHOUT_CODE).scalars().all()
+            known_twice = {
+                fact: connection.exec_driver_sql(query).scalars().all() for fact, query in _CONTRADICTIONS.items()
+            }
         damage = list(database.damage())
     except DamagedStore as error:
-        damage, lost, bare = [Damage("database", str(error))], [], []
+        damage, lost, bare, known_twice = [Damage("database", str(error))], [], [], {}
     for found in damage:
         tasks = () if found.task is None else (found.task,)
         yield Finding(found.kind, found.fact, str(database.path), tasks=tasks)
+    for fact, names in known_twice.items():
+        for name in names:
+            yield Finding("row", fact.format(name), str(database.path), tasks=(name,))
     for name in lost:
         yield Finding("dangling", f"task {name} has no final adapter", str(database.path), tasks=(name,))
     for name in bare:

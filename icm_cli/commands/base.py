@@ -80,7 +80,8 @@ _COLUMNS = (Column("base model"), Column("tasks", right=True), Column("path", sh
 def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None, load_in: LoadInOpt = None) -> None:
     """Tell icm where the base model NAME is. This path is preferred to the Hugging Face cache.
 
-    If the store has a base model with the same files, the two are joined, as `icm base alias` does.
+    If the store has a base model with the same files, the two are joined, as `icm base alias` does. A NAME such as
+    ./model is the base model that adapters of the store call so, or that path from the current directory.
 
     With --load-in a base model takes a fraction of the memory, and is another one: task vectors, losses and retained
     gains are measured on it as it is then, and say so. Without --load-in, the same command sets it back.
@@ -91,15 +92,22 @@ def add(session: Session, name: NameArg, path: PathArg, loader: LoaderOpt = None
       icm base add nanodet-g ./nanodet --loader my_models:nanodet
     """
     from icmlora.fleet.base_joins import BaseJoined
+    from icmlora.fleet.base_models import NameTaken
 
     joined: list[BaseJoined] = []
+    taken: list[NameTaken] = []
 
     def listen(event: Event) -> None:
         if isinstance(event, BaseJoined):
             joined.append(event)
+        elif isinstance(event, NameTaken):
+            taken.append(event)
 
     with session.working("base add", listen) as fleet:
         recorded = fleet.add_base_model(name, path, loader=loader, load_in=None if load_in is None else load_in.value)
+    for one in taken:
+        session.out.note(f"{name} is taken for {one.base_model}")
+        name = one.base_model
     document = {"name": name, "path": str(recorded), "loader": loader, "load_in": load_in}
     session.out.document(document | {"joined": [asdict(event) for event in joined]})
     how = f", loaded by {loader}" if loader else f", loaded in {load_in}" if load_in else ""

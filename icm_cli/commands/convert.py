@@ -81,7 +81,7 @@ BaseOpt = Annotated[
         show_default=False,
     ),
 ]
-ForceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace what is at DST.")]
+ForceOpt = Annotated[bool, typer.Option("--force", "-f", help="Replace what is at DST, unless that is SRC itself.")]
 
 _COLUMNS = (
     Column("adapter", shrink=True),

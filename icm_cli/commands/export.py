@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from icm_cli.errors import ExitCode
 from icm_cli.options import BaseModelOpt, SomeTasksArg
 from icm_cli.session import Session, command
 from icmlora.io.text import counted, human_size
@@ -37,6 +38,8 @@ def export(
     with session.working("export") as fleet:
         done = fleet.export_bundle(file, tasks or (), base_model=base_model, force=force)
     _tell(session, done)
+    if done.damaged:
+        raise typer.Exit(ExitCode.PARTLY)
 
 
 def _tell(session: Session, done: ExportReport) -> None:
@@ -52,6 +55,7 @@ def _tell(session: Session, done: ExportReport) -> None:
             "tasks": [task.name for task in index.tasks],
             "left_out": list(done.left_out),
             "without_residual": list(done.without_residual),
+            "damaged": dict(done.damaged),
         }
     )
     if out.is_quiet:
@@ -64,6 +68,8 @@ def _tell(session: Session, done: ExportReport) -> None:
         out.warn(f"left out {counted(len(done.left_out), 'task')} without a code")
         out.detail(", ".join(done.left_out))
         out.hint("run `icm train --update` to make the missing codes")
+    for name, reason in done.damaged.items():
+        out.warn(f"left out {name}: {reason}", task=name)
     if done.without_residual:
         out.note(f"left out the residual of {counted(len(done.without_residual), 'task')}: a bundle holds codes only")
         out.detail(", ".join(done.without_residual))

@@ -306,7 +306,7 @@ def _tell_guesses(out: Output, report: IngestReport) -> None:
             guessed.setdefault(task.base_model, []).append(task.task)
     if guessed:
         groups = [f"{base} for {some(tasks)}" for base, tasks in guessed.items()]
-        out.note(f"the base model is a guess from the sizes of the tensors: {some(groups, '; ')}")
+        out.note(f"the base model is a guess from the sizes of the tensors: {'; '.join(groups)}")
         out.hint("if it is wrong: `icm ingest --base-model NAME --on-conflict replace`")
 
 

@@ -117,6 +117,8 @@ def _print(session: Session, found: MapReport) -> None:
         out.line(f"far from every other task (nearest task, distance): {', '.join(outliers)}")
     for reason in found.reasons:
         out.note(f"not on the map, {reason}")
+    if any(entry.is_damaged for entry in found.left_out):
+        out.hint("`icm vectors --again TASK` makes the vectors of a task again")
     if any(entry.reason == "no vectors" for entry in found.left_out):
         out.hint("run `icm vectors` to extract the missing vectors")
 

@@ -88,6 +88,9 @@ def recognize(
     out.table(_COLUMNS, [[name, f"{probability:.2f}", distance] for probability, name, distance in rows])
     if found.left_out:
         out.note(f"{counted(len(found.left_out), 'task')} cannot be compared; --json says why")
+    for entry in found.left_out:
+        if entry.is_damaged:
+            out.warn(f"{entry.task}: {entry.reason}", task=entry.task)
     if found.task is None:
         out.hint("`icm generate NAME` makes an adapter for a new task")
 

@@ -9,6 +9,7 @@ import typer
 
 from icm_cli.commands.vectors import tell_failure
 from icm_cli.errors import ExitCode
+from icm_cli.left_out import left_out_text
 from icm_cli.options import DeviceOpt, completing
 from icm_cli.session import Session, command
 from icm_cli.text import groups_json
@@ -121,7 +122,7 @@ def _tell(session: Session, done: ReportSummary) -> bool:
         if found.distances is not None:
             out.line(f"{found.task}: {_distances_text(found.distances)}")
     for base in done.left_out:
-        text = f"without outputs: {counted(len(base.tasks), 'task')}, because {base.reason}"
+        text = left_out_text(base, "without outputs")
         out.warn(text, kind="base_model_left_out", base_model=base.base_model, tasks=list(base.tasks), hint=base.hint)
         if base.hint is not None:
             out.hint(base.hint)

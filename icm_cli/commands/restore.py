@@ -44,7 +44,7 @@ def restore(session: Session, folders: FoldersArg, bundle: FromOpt = None, dry_r
     An adapter comes back byte for byte if the store kept its original. Otherwise it is decoded from its code, in the
     form of its original, and the table says what was lost. With --from, codes are read from a bundle and no store is
     needed. Files that are in a folder are never overwritten, and a placeholder goes only when its adapter is complete.
-    What cannot be restored is listed and never stops the rest; the exit code is then 3.
+    What cannot be restored is listed and never stops the rest; the exit code is then 3, or 15 if the disk is full.
 
     The store that a placeholder names is not opened because of that: name it with --store if it is not your usual one.
 
@@ -68,7 +68,7 @@ def restore(session: Session, folders: FoldersArg, bundle: FromOpt = None, dry_r
         done = counted(len(report.restored), "adapter")
         raise Interrupted(f"interrupted; {done} restored", hint="run the same command to continue")
     if report.refused:
-        raise typer.Exit(ExitCode.PARTLY)
+        raise typer.Exit(ExitCode.NO_SPACE if report.is_full else ExitCode.PARTLY)
 
 
 def _tell(session: Session, refused: list[AdapterRestored], event: Event) -> None:

@@ -313,7 +313,11 @@ def _tell(session: Session, listening: socket, tasks: int, engine_url: str) -> N
     host, port = listening.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     session.out.event("listening", url=url, engine_url=engine_url, tasks_count=tasks)
-    session.out.note(f"serving {counted(tasks, 'task')} through the engine at {engine_url}")
+    # Which of them the engine's base model is for is in the log, once the engine answers.
+    session.out.note(f"{counted(tasks, 'task')} for the engine at {engine_url}")
+    if not tasks:
+        session.out.warn("there is no task to serve yet")
+        session.out.hint("`icm ingest` takes adapters into the store")
     session.out.answer(url)
     sys.stdout.flush()
 

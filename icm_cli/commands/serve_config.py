@@ -55,10 +55,11 @@ def serve_config(
     bundle = None if bundle is None else bundle.resolve()
     store = None if bundle is not None else session.settings.store.value.resolve()
     tasks = open_tasks(store, bundle, command=session.command, lock_timeout=session.settings.lock_timeout.value)
-    _tell(session, engine, plan_launch(tasks, LaunchRequest(engine, store, bundle, base_model, gateway)))
+    launch = plan_launch(tasks, LaunchRequest(engine, store, bundle, base_model, gateway))
+    _tell(session, engine, launch, is_bundle=bundle is not None)
 
 
-def _tell(session: Session, engine: str, launch: Launch) -> None:
+def _tell(session: Session, engine: str, launch: Launch, *, is_bundle: bool) -> None:
     out = session.out
     out.document(
         {
@@ -79,6 +80,10 @@ def _tell(session: Session, engine: str, launch: Launch) -> None:
     out.note(f"{counted(launch.tasks, 'task')} of {launch.base_model}; largest rank {launch.max_lora_rank}")
     if not launch.is_local:
         out.warn("the base model is not on this machine, so icm cannot compare adapters with it before they are loaded")
-        out.hint(f"`icm base add {shlex.quote(launch.base_model)} PATH` says where it is")
+        name = shlex.quote(launch.base_model)
+        if is_bundle:
+            out.hint(f"`hf download {name}` gets it; or put the path of its folder in place of {name}")
+        else:
+            out.hint(f"`icm base add {name} PATH` says where it is")
     for task, reason in launch.left_out:
         out.warn(f"{task}: {reason}", kind="left_out", task=task)

@@ -35,7 +35,8 @@ from icm_cli.options import BaseModelOpt, DeviceOpt, WorkersOpt
 from icm_cli.output import Output
 from icm_cli.session import Session, command
 from icm_cli.text import as_fields
-from icmlora.errors import OtherProcessFailed
+from icmlora import IcmError
+from icmlora.errors import Cancelled, OtherProcessFailed
 from icmlora.fleet.precision import measured_in
 from icmlora.io.text import counted, human_duration, human_size
 from icmlora.training.ranks import launched
@@ -331,4 +332,10 @@ def _evaluate(session: Session, made: _Made, options: dict[str, Any]) -> bool:
         if found.elsewhere:
             session.out.hint("`icm eval` measures the codes, with the base model and held-out text")
         return True
-    return evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), **options))
+    try:
+        return evaluation.run(session, lambda fleet: fleet.evaluate(found.tasks, sources=("code",), **options))
+    except Cancelled:
+        raise
+    except IcmError as error:  # of the only task or base model that could be measured; the codes are made
+        session.out.warn(f"not measured: {', '.join(found.tasks)}: {error}")
+        return False

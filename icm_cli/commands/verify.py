@@ -20,6 +20,10 @@ ReadDataOpt = Annotated[
 RepairOpt = Annotated[
     bool, typer.Option("--repair", help="Read all data and move damaged blobs to quarantine. Deletes nothing.")
 ]
+RestoreOpt = Annotated[
+    bool,
+    typer.Option("--restore-database", help="Put back the copy of the database from before the last deletion."),
+]
 
 
 @command
@@ -28,20 +32,30 @@ def verify(
     tasks: SomeTasksArg = None,
     read_data: ReadDataOpt = False,
     repair: RepairOpt = False,
+    restore_database: RestoreOpt = False,
     dry_run: DryRunOpt = False,
     yes: YesOpt = False,
 ) -> None:
-    """Check the store for damage: the database, the length of every blob, and with --read-data its bytes.
+    """Check the store for damage: the database with every row, the length of every blob, with --read-data its bytes.
 
     Exit code 1 means that something is wrong. Files that interrupted commands left behind are harmless and are listed
     with --verbose only. Remarks name adapters that do nothing; with --read-data also those that do not fit their base
     model, if it is on this machine.
+
+    While a row of the database is damaged, its task is left out by other commands, and nothing is deleted. Before icm
+    deletes something, it keeps a copy of the database. --restore-database puts that back, and the damaged one into
+    quarantine; what was recorded after the copy has to be ingested or trained again.
 
     Example:
       icm verify --read-data
     """
     if repair and tasks:
         raise UsageProblem("--repair works on the whole store", hint="leave out the task names")
+    if restore_database:
+        if tasks or repair or dry_run:
+            raise UsageProblem("--restore-database stands alone", hint="leave out the task names and other options")
+        _restore(session, yes=yes)
+        return
     fleet, findings = session.fleet, []
     for finding in fleet.verify(tasks or (), read_data=read_data or repair):
         findings.append(finding)
@@ -65,6 +79,16 @@ def verify(
         raise typer.Exit(ExitCode.FAILED)
 
 
+def _restore(session: Session, *, yes: bool) -> None:
+    out = session.out
+    if not out.confirm("Replace the database by the copy from before the last deletion?", yes=yes):
+        return
+    made = session.fleet.restore_database()
+    out.document({"restored_from": made})
+    out.line(f"the database is the one of {made} again; the damaged one is in quarantine")
+    out.hint("`icm verify --read-data` says what is missing; ingest again what came after the copy")
+
+
 def _sum_up(
     session: Session, findings: list[Finding], problems: list[Finding], moved: list[Finding], read_data: bool
 ) -> None:
@@ -73,6 +97,8 @@ def _sum_up(
         out.line(f"{counted(len(problems), 'problem')} found")
     else:
         out.line("the store is intact" if read_data else "the store is intact (contents not read: use --read-data)")
+    if any(finding.kind in ("row", "database", "dangling") for finding in problems):
+        out.hint("`icm verify --restore-database` puts the copy back that was made before the last deletion")
     affected = sorted({task for finding in problems for task in finding.tasks})
     if moved:
         out.line(f"moved {counted(len(moved), 'damaged blob')} to quarantine")

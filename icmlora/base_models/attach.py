@@ -174,5 +174,13 @@ def _put(owner: nn.Module, child: str, value: torch.Tensor) -> None:
 
 def _may_grow(base: BaseModel, owner: nn.Module) -> bool:
     """Whether a module may have more rows than in the base model: a vocabulary can be enlarged."""
-    ends = getattr(base.model, "get_input_embeddings", None), getattr(base.model, "get_output_embeddings", None)
-    return any(end is not None and end() is owner for end in ends)
+    return any(_end(base, name) is owner for name in ("get_input_embeddings", "get_output_embeddings"))
+
+
+def _end(base: BaseModel, name: str) -> nn.Module | None:
+    """Return what one of transformers' methods finds; models of images need not have such a layer."""
+    try:
+        found: nn.Module | None = getattr(base.model, name, lambda: None)()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found

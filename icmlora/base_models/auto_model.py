@@ -99,6 +99,10 @@ class AutoModality:
 
         return base_of(found, self, network, device, dtype, fingerprint)
 
+    def at_once(self, base: BaseModel) -> int:
+        """Return how many examples of equal shapes may run together at most."""
+        return self.batch
+
     def example(self, row: Mapping[str, Any]) -> Any:
         """Turn a row into an example."""
         raise NotImplementedError
@@ -143,7 +147,7 @@ class AutoModality:
 
         items = [self.inputs(base, example, base.within(limit)) for example in examples]
         with torch.no_grad():
-            batches = _batches(items, self.batch)
+            batches = _batches(items, self.at_once(base))
             found = [self.pooled(_run(base, some, output_hidden_states=True)).float() for some in batches]
         return torch.cat(found)
 
@@ -159,7 +163,7 @@ class AutoModality:
                 from icmlora.base_models.gradients import gradients_from_inputs
 
                 stack.enter_context(gradients_from_inputs(base.model))
-            for some in _batches(items, self.batch):
+            for some in _batches(items, self.at_once(base)):
                 logits = _run(base, some, from_leaf=from_leaf).logits
                 logits = logits if logits.dim() == 3 else logits[:, None]  # (examples, predictions, classes)
                 rows += list(logits)

@@ -11,6 +11,7 @@ A hub name has no `@`, so the two parts can be told apart again. Never imports t
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 _MAIN = (None, "", "main")
@@ -38,6 +39,19 @@ def typed_label(label: str) -> str:
     """Return the name of a base model that a user typed: a path is one from the current directory."""
     is_path = label.startswith("~") or os.path.isabs(label) or _must_be_path(label)
     return str(Path(label).expanduser().absolute()) if is_path else label
+
+
+def named_by(label: str, known: Sequence[str]) -> list[str]:
+    """Return which of some names a relative path that a user typed may mean: it is the end of a path of an adapter.
+
+    Args:
+        label: As an adapter's configuration may have it; an adapter's own was made absolute when it was ingested.
+        known: Names of base models.
+    """
+    if not _must_be_path(label) or os.path.isabs(label) or label.startswith("~"):
+        return []
+    end = Path(os.path.normpath(label)).parts
+    return [name for name in known if os.path.isabs(name) and Path(name).parts[-len(end) :] == end]
 
 
 def _resolved(label: str, place: Path, task_folder: Path) -> str | None:

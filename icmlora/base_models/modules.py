@@ -33,6 +33,8 @@ def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> 
                 fact += f", and {len(layout) - len(places) - 1} more"
             raise BaseModelMismatch(fact, hint=hint)
         shape = layer_shape(modules[place])
+        if shape is not None and (groups := groups_of(modules[place])) > 1 and place != name:
+            shape = shape[0] // groups, shape[1]
         if shape is None and is_fused(modules[place]):
             continue  # PEFT fuses the factors of single experts when it loads them
         if shape is None:
@@ -54,6 +56,7 @@ def places_of(base: BaseModel, names: Sequence[str]) -> dict[str, str]:
     modules = dict(base.model.named_modules())
     places = {name: plain for name in names if (plain := name.replace(_WRAPPED, "")) in modules}
     places |= {name: parameter.module for name in names if (parameter := parameter_of(modules, name)) is not None}
+    places |= {name: group.module for name in names if (group := group_of(modules, name)) is not None}
     missing = [name for name in names if name not in places]
     if missing:
         renamed = _renamed(base.model, missing)
@@ -87,6 +90,27 @@ def parameter_of(modules: Mapping[str, nn.Module], name: str) -> ParameterPlace 
         if weight.ndim == 3 and (place.expert or 0) < len(weight) and (place.expert is not None or len(weight) == 1):
             return place
     return None
+
+
+class GroupPlace(NamedTuple):
+    """One group of a convolution: a LoRA has factors of its own for each, which read all inputs."""
+
+    module: str
+    number: int
+
+
+def group_of(modules: Mapping[str, nn.Module], name: str) -> GroupPlace | None:
+    """Return which group of a convolution an adapter's name stands for; None if it is that of a module."""
+    owner, _, last = name.rpartition(".")
+    number = int(last) if last.isdecimal() and len(last) < 6 else None
+    if name in modules or number is None or number >= (groups_of(modules.get(owner)) if owner in modules else 0):
+        return None
+    return GroupPlace(owner, number)
+
+
+def groups_of(module: nn.Module | None) -> int:
+    """Return the number of groups of a convolution; 1 for any other module."""
+    return int(module.groups) if kernel_shape(module) is not None else 1  # type: ignore[union-attr, arg-type]
 
 
 def is_fused(module: nn.Module) -> bool:

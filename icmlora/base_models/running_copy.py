@@ -23,7 +23,17 @@ from torch.nn.functional import pad
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.modules import ParameterPlace, check_fits, is_fused, kernel_shape, parameter_of, places_of
+from icmlora.base_models.modules import (
+    ParameterPlace,
+    check_fits,
+    group_of,
+    groups_of,
+    is_fused,
+    kernel_shape,
+    parameter_of,
+    places_of,
+)
+from icmlora.errors import BaseModelMismatch
 from icmlora.formats.format import RunnableAdapter
 from icmlora.formats.peft import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.formats.peft_tensors import joined
@@ -46,9 +56,11 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
     found = {module.name: parameter_of(modules, module.name) for module in adapter.modules}
     parameters = {name: parameter for name, parameter in found.items() if parameter is not None}
     tensors, target_parameters = _of_parameters(modules, adapter, parameters, rank)
-    targets: set[str] = set()
+    of_groups, ranks = _of_groups(base, modules, runnable)
+    tensors |= of_groups
+    targets: set[str] = set(ranks)
     for module in adapter.modules:
-        if module.name in parameters:
+        if module.name in parameters or places[module.name] in ranks:
             continue
         place = places[module.name]
         fused = is_fused(modules[place])
@@ -67,6 +79,7 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
+        **({"rank_pattern": ranks, "alpha_pattern": ranks} if ranks else {}),
         "target_modules": _targets(targets, modules),
         **({"target_parameters": target_parameters} if target_parameters else {}),
         "use_dora": bool(runnable.magnitudes),
@@ -74,6 +87,28 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
     }
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
+
+
+def _of_groups(
+    base: BaseModel, modules: Mapping[str, nn.Module], runnable: RunnableAdapter
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Return the factors of convolutions with groups under PEFT's names, and the rank of each by its name."""
+    parts: defaultdict[str, dict[int, LoraModule]] = defaultdict(dict)
+    for module in runnable.adapter.modules:
+        if (place := group_of(modules, module.name)) is not None:
+            parts[place.module][place.number] = module
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, found in parts.items():
+        convolution = modules[name]
+        if len(found) < groups_of(convolution) or runnable.magnitudes or runnable.biases:
+            odd = "not for all groups" if len(found) < groups_of(convolution) else "not a plain LoRA"
+            raise BaseModelMismatch(f"the adapter is {odd} of convolution {name!r} of base model {base.label!r}")
+        most = max(module.a.shape[0] for module in found.values())
+        a, b = joined([_padded(found[number], most) for number in sorted(found)], experts=False)
+        tensors |= {f"{_PREFIX}{name}.{half}": factor for half, factor in _halves(convolution, a, b).items()}
+        ranks[name] = len(a)
+    return tensors, ranks
 
 
 def _of_parameters(

@@ -77,6 +77,10 @@ class TextClassification(Classification):
         tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return Inputs(tensors, (label_number(base, example.label),), example.text, ids.shape[1])
 
+    def at_once(self, base: BaseModel) -> int:
+        """Return 1 for models without a padding token, as most reward models are: they refuse to read several texts."""
+        return self.batch if base.model.config.get_text_config().pad_token_id is not None else 1
+
     def pooled(self, outputs: Any) -> torch.Tensor:
         """Return the mean over the tokens."""
         return outputs.hidden_states[-1].mean(dim=1)  # type: ignore[no-any-return]

@@ -53,7 +53,7 @@ class Fleet(FleetOriginals):
         path: The store folder.
         cache: Folder for files that can be created again (base models converted from GGUF), or a function that
             returns it; by default `icm` in the Hugging Face home.
-        lock_timeout: Seconds to wait for another process.
+        lock_timeout: Seconds to wait for other processes, in one call.
         command: What this process does, as others see it when they have to wait.
         on_event: Called with a `Progress` after each unit of work, and with each result. To stop, raise `Cancelled`
             in it: what was finished is kept.

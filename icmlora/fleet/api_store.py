@@ -34,12 +34,17 @@ class StoredFleet:
         on_event: Callable[[Event], None] = ignore,
     ) -> None:
         cache = Path(cache) if isinstance(cache, str) else cache
-        self._context = Context(Path(path), cache, lock_timeout, command, on_event)
+        self._settings = Context(Path(path), cache, lock_timeout, command, on_event)
+
+    @property
+    def _context(self) -> Context:
+        """What one use case works with: all its waits for other processes end at the timeout, together."""
+        return self._settings.with_patience()
 
     @property
     def path(self) -> Path:
         """The store folder."""
-        return self._context.path
+        return self._settings.path
 
     # tasks: list, show, remove
 
@@ -287,7 +292,6 @@ class StoredFleet:
             DataError: Too few tasks have comparable vectors, there are fewer tasks than clusters, or the plot is not
                 an .svg file.
             OutputExists: The file exists and `force` is not given.
-            DamagedStore: Vectors are missing or damaged.
         """
         from icmlora.fleet.map import MapRequest, map_fleet
 
@@ -374,6 +378,21 @@ class StoredFleet:
         from icmlora.fleet.maintenance import repair
 
         return repair(self._context)
+
+    def restore_database(self) -> str:
+        """Put the copy of the database that icm kept before the last deletion in its place.
+
+        What was there goes to the folder `quarantine` of the store. What was recorded after the copy is not in it.
+
+        Returns:
+            When the copy was made, as RFC 3339.
+
+        Raises:
+            DamagedStore: There is no copy, or it is damaged too; nothing was changed.
+        """
+        from icmlora.fleet.maintenance import restore_database
+
+        return restore_database(self._context)
 
     def prune(self, *, grace: float = 3600.0, empty_quarantine: bool = False, dry_run: bool = False) -> PruneReport:
         """Delete blobs that no task needs and files that interrupted commands left behind.

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.custom_model import find_loader
 from icmlora.base_models.fingerprint import is_same_model
-from icmlora.base_models.labels import typed_label
+from icmlora.base_models.labels import named_by, typed_label
 from icmlora.base_models.lookup import FoundBase, inspect_base
 from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound
 from icmlora.fleet.base_joins import BaseJoined
-from icmlora.fleet.context import Context, find_recorded
+from icmlora.fleet.context import Context, Event, find_recorded
 from registry.errors import BaseModelConflict
-from registry.names import LoadIn
+from registry.names import LoadIn, some
 from registry.records import BaseModelRecord, JoinReason
 
 if TYPE_CHECKING:
@@ -35,6 +35,14 @@ class KnownBase:
     problem: str | None  # why there is no usable copy
 
 
+@dataclass(frozen=True)
+class NameTaken(Event):
+    """A relative path was taken for the name of a base model."""
+
+    name: str
+    base_model: str
+
+
 def list_base_models(context: Context) -> list[KnownBase]:
     """Return the base models of the store and where each one is."""
     with context.open(read_only=True) as store:
@@ -44,7 +52,10 @@ def list_base_models(context: Context) -> list[KnownBase]:
 def add_base_model(
     context: Context, name: str, path: Path, loader: str | None = None, load_in: LoadIn | None = None
 ) -> Path:
-    """Record where a base model is and how it is loaded, and create the store if there is none."""
+    """Record where a base model is and how it is loaded, and create the store if there is none.
+
+    A name that is a relative path is the one that adapters gave it before they were ingested, if there is one such.
+    """
     found = replace(inspect_base(name, path.expanduser().absolute(), loader), load_in=load_in)
     # What cannot be used is told now.
     check_load_in(found)
@@ -53,9 +64,25 @@ def add_base_model(
     if load_in is not None:
         modality_of(found)
     with context.open(create=True) as store:
+        meant = _meant(store, name)
+        if meant != name:
+            context.on_event(NameTaken(name, meant))
+            name, found = meant, replace(found, label=meant)
         store.base_models.set_path(name, str(found.path), loader=loader, load_in=load_in)
         _join_same(context, store, name, found)
     return found.path
+
+
+def _meant(store: Store, name: str) -> str:
+    """Return the base model that a relative path means: one that adapters name so, or that path from here."""
+    known = [label for record in store.base_models.all() for label in record.names]
+    found = sorted({store.base_models.name_of(label) for label in named_by(name, known)})
+    if name in known or len(found) == 1:
+        return name if name in known else found[0]
+    if found:
+        fact = f"{name} may be any of {len(found)} base models: {some(found)}"
+        raise BaseModelConflict(fact, hint="write one of them out; `icm base ls` lists them")
+    return typed_label(name)
 
 
 def _join_same(context: Context, store: Store, name: str, found: FoundBase) -> None:

@@ -17,6 +17,9 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.baselines.baseline import Baseline
 from icmlora.baselines.catalogue import baseline_named
+from icmlora.errors import DataError
+from icmlora.fleet.adapter_source import refuse_large
+from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.loading import read_original
 from icmlora.fleet.measure import SourceResult, TaskLosses
 from icmlora.fleet.metric_result import MetricResult
@@ -42,8 +45,10 @@ class Baselines:
     """Measures other methods on the tasks of one base model."""
 
     def __init__(self, store: Store, base_model: str, names: Sequence[str]) -> None:
-        self._originals = StoredOriginals(store, base_model)
         self._methods: dict[str, Baseline] = {name: baseline_named(name) for name in names}
+        self._originals = StoredOriginals(store, base_model)
+        if self._methods:
+            self._originals.leave_out_unusable()
         self._shared: dict[str, bytes] = {}
 
     def measure(self, task: str, losses: TaskLosses, sources: Mapping[Rung, SourceResult]) -> dict[str, BaselineResult]:
@@ -56,11 +61,15 @@ class Baselines:
         for name, method in self._methods.items():
             shared = self._prepared(name)
             code = method.encode(adapter, shared)
-            written = losses.written(method.decode(code, shared), "bfloat16")
-            error = squared_error(adapter, written.adapter)
+            try:
+                written = losses.written(method.decode(code, shared), "bfloat16")
+            except ValueError as error:  # such as the mean of adapters of other modules
+                fact = f"what baseline {name!r} makes of it cannot be written in its form: {error}"
+                raise DataError(fact, hint="leave out that baseline") from error
+            squared = squared_error(adapter, written.adapter)
             score = losses.score_of(name, written)
             gain = losses.gain(base, original, score.value)
-            finite = error if math.isfinite(error) else None
+            finite = squared if math.isfinite(squared) else None
             results[name] = BaselineResult(len(code), len(shared), len(self._originals), score, gain, finite)
         return results
 
@@ -78,6 +87,14 @@ class StoredOriginals(Mapping[str, Adapter]):
         self._store = store
         finals = ((row.task.name, row.final) for row in rows)
         self._finals: dict[str, AdapterRecord] = {name: final for name, final in finals if final.can_be_read}
+
+    def leave_out_unusable(self) -> None:
+        """Leave out originals that are damaged or whose values are too large: a method may share them among all."""
+        for name in list(self._finals):
+            try:
+                refuse_large(self[name])
+            except FAILURES:  # measuring the task itself says why
+                del self._finals[name]
 
     def __getitem__(self, task: str) -> Adapter:
         return read_original(self._store, self._finals[task])

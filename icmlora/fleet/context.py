@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.lookup import FoundBase
     from icmlora.generator.versions import GeneratorFile
     from registry.errors import IcmError
+    from registry.locks import Patience
     from registry.records import BaseModelRecord, TaskRecord
     from registry.store import Store
 
@@ -48,6 +49,13 @@ class Progress(Event):
 
 
 @dataclass(frozen=True)
+class Waiting(Event):
+    """Another process holds a lock; told once a second, with what is waited for and who that is."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class TaskFailed(Event):
     """A task that something is wrong with; the others go on."""
 
@@ -61,6 +69,15 @@ class TaskFailed(Event):
         """Describe the error of a task."""
         kind = getattr(error, "kind", None) or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
         return cls(task, kind, error.message, error.hint)
+
+
+@dataclass(frozen=True)
+class TaskDamaged(Event):
+    """A task whose rows in the database are damaged; what goes over many tasks goes on without it."""
+
+    task: str
+    message: str
+    hint: str | None
 
 
 def ignore(event: Event) -> None:
@@ -102,11 +119,12 @@ class Context:
     # Folder for files that can be created again, such as base models converted from GGUF, or a function that
     # returns it. The function is called only when the folder is needed.
     cache_folder: Path | Callable[[], Path] = default_cache
-    lock_timeout: float = 30.0  # seconds to wait for another process
+    lock_timeout: float = 30.0  # seconds to wait for other processes, in one command
     command: str = "icm"
     # Called between atomic steps. It raises `Cancelled` to stop the use case.
     on_event: Callable[[Event], None] = ignore
     generator: OpenedGenerator = field(default_factory=OpenedGenerator, compare=False)  # for decoding again and again
+    patience: Patience | None = field(default=None, compare=False)  # what is left of the timeout, within a command
 
     @property
     def cache(self) -> Path:
@@ -119,8 +137,23 @@ class Context:
         from registry.store import Store
 
         return Store.open(
-            self.path, create=create, read_only=read_only, lock_timeout=self.lock_timeout, command=self.command
+            self.path,
+            create=create,
+            read_only=read_only,
+            patience=self.patience or self.with_patience().patience,
+            command=self.command,
+            # Where nobody listens, a missing task would go unnoticed.
+            on_damage=None if self.on_event is ignore else self._tell_damage,
         )
+
+    def with_patience(self) -> Context:
+        """Return the same for one command: its waits take no longer than the timeout, all of them together."""
+        from registry.locks import Patience
+
+        return replace(self, patience=Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text))))
+
+    def _tell_damage(self, task: str, error: IcmError) -> None:
+        self.on_event(TaskDamaged(task, error.message, error.hint))
 
     def progress(self, done: float, total: float | None, note: str = "") -> None:
         """Report how far the use case is."""
@@ -166,7 +199,7 @@ def select_tasks(
 ) -> list[TaskRecord]:
     """Return the selected tasks, each once, ordered by base model and name."""
     base_model = base_name(store, base_model)
-    tasks = [store.tasks.get(name) for name in names] or list(store.tasks.all())
+    tasks = store.tasks.named(names) if names else list(store.tasks.all())
     check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
     chosen = {task.name: task for task in tasks if base_model in (None, task.base_model)}
     if shard is not None:
@@ -193,12 +226,14 @@ def locate_base(store: Store, label: str) -> FoundBase:
 
 def _task_type(store: Store, base_model: str) -> str | None:
     """Return PEFT's task type of the adapters of a base model, as far as one of them tells."""
+    from registry.errors import DamagedStore
+
     digest = store.tasks.a_config(base_model)
     if digest is None or not store.blobs.exists(digest):
         return None
     try:
         found = json.loads(store.blobs.read(digest)).get("task_type")
-    except (ValueError, AttributeError):  # of another format
+    except (ValueError, AttributeError, DamagedStore):  # of another format, or it is for its own task to say so
         return None
     return found if isinstance(found, str) else None
 

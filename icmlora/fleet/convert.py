@@ -23,6 +23,7 @@ from icmlora.formats.format import (
     AdapterFormat,
     AdapterPaths,
     check_target,
+    replaces,
     write_adapter_files,
 )
 from icmlora.formats.tree import Folder
@@ -91,6 +92,13 @@ class _Found:
         return SourceAdapter(self.name, self.format, content, find_base, path=self.place)
 
     @property
+    def files(self) -> list[Path]:
+        """All its files."""
+        paths = self.paths
+        others = [path for path in (paths.config, paths.card) if path is not None]
+        return [paths.weights, *others, *paths.companions.values()]
+
+    @property
     def place(self) -> Path:
         """What a user calls the adapter: its folder, or its file."""
         return self.paths.weights if self.paths.config is None else self.paths.place
@@ -121,7 +129,7 @@ def convert(
         size: Most bytes of the file of weights: each module gets the rank that makes the whole error smallest.
         dtype: "bfloat16", "float16" or "float32"; by default that of the source, and float32 for `gguf` and `mlx`.
         base_model: Folder or GGUF file of the base model, whose configuration is needed from and to `gguf`.
-        force: Replace what is at the destination.
+        force: Replace what is at the destination, unless that is the source itself.
         on_event: Called with `Progress`, and with `AdapterConverted` and `TaskFailed` once an adapter is done.
 
     Returns:
@@ -129,7 +137,8 @@ def convert(
 
     Raises:
         AdapterRefused: The only source is no adapter, is damaged, or has something that the format has no place for.
-        DataError: The arguments contradict each other, the destination does not fit, or an extra is not installed.
+        DataError: The arguments contradict each other, the destination does not fit or is the source itself, or an
+            extra is not installed.
         OutputExists: Something is at the destination, and `force` is not given.
     """
     job = _Job(_wanted(adapter_format, rank, size, dtype), Path(destination), base_model, force)
@@ -233,6 +242,9 @@ class _Job:
         check_target(output, target, force=self.force)
         source = found.read(None if self.base_model is None else Path(self.base_model))
         made = convert_files(source, self.wanted)
+        if self.force and (own := replaces(output, made.format, made.content, found.name, found.files)):
+            hint = "write it elsewhere; then move it there, if the original may go"
+            raise DataError("the source would be replaced by what is made of it", path=own, hint=hint)
         write_adapter_files(output, made.format, made.content, found.name, force=self.force)
         return _outcome(found, source.content, made, output)
 

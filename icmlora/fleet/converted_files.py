@@ -21,7 +21,7 @@ from icmlora.adapter.metrics import errors_by_group, relative, squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.resize import Slots
 from icmlora.errors import AdapterRefused, located
-from icmlora.fleet.conversion import SourceAdapter, check_pair, convert_content
+from icmlora.fleet.conversion import SourceAdapter, check_pair, convert_content, written_from
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, Template
 from icmlora.formats.header_ranks import with_ranks
@@ -80,6 +80,7 @@ def convert_files(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
         AdapterRefused: It is damaged, more than the format has a place for, or cannot be made so small.
         BaseModelNotFound: The configuration of its base model is needed, and is not on this machine.
     """
+    _check_names(source, wanted.adapter_format)
     summary = source.summary
     dtype, made_lora = wanted.dtype, None
     is_other = source.format.name == "lycoris" and summary.original_only is not None and not summary.does_nothing
@@ -97,6 +98,17 @@ def convert_files(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
         source = replace(source, format=target, content=content, initial=None)
     written = _in_own_form(source, replace(wanted, dtype=dtype))
     return written if made_lora is None else _with_earlier(written, made_lora)
+
+
+def _check_names(source: SourceAdapter, target: AdapterFormat | None) -> None:
+    """Refuse an image adapter whose names cannot be converted, before its values are looked at."""
+    if target is None or target.name == source.format.name or not target.is_for_images:
+        return
+    if source.format.name in written_from(target):
+        from icmlora.formats.image_conversion import checked_renaming
+
+        with located(source.path):
+            checked_renaming(source.content.weights, source.format, target)
 
 
 def _own_dtype(summary: AdapterSummary) -> str:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.placeholders import pickle_digest
@@ -112,18 +112,24 @@ class Copies:
             hint = "name the places: each `--copy PATH` counts once"
             fact = f"{counted(needed, 'copy', 'copies')} asked for, but {counted(len(paths), 'place')} named"
             raise DataError(fact, hint=hint)
-        self._store, self._needed, self._stack = store, needed, ExitStack()
+        self._store, self._needed = store, needed
+        self._places = [(path, _open(context, store, path)) for path in paths]
+
+    @contextmanager
+    def held(self, *, waits: bool = True) -> Iterator[None]:
+        """Hold the other stores, as soon as they are read in the block: nothing is deleted there meanwhile.
+
+        Without `waits`, a store that somebody else has alone just now does not count: whoever has this store alone
+        must not wait for another one.
+        """
+        others = [place for _, place in self._places if isinstance(place, _OtherStore)]
+        for other in others:
+            other.waits = waits
         try:
-            self._places = [(path, _open(context, store, path, self._stack)) for path in paths]
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+            yield
+        finally:
+            for other in others:
+                other.close()
 
     def prove(
         self,
@@ -132,7 +138,7 @@ class Copies:
         generator: GeneratorRecord | None,
         doomed: Collection[FileId] = (),
     ) -> Proof:
-        """Look for copies of one adapter, and read them.
+        """Look for copies of one adapter, and read them, inside `held`.
 
         Args:
             row: The adapter.
@@ -164,7 +170,7 @@ class Copies:
         return Proof(tuple(copies), self._needed, tuple(missing))
 
 
-def _open(context: Context, store: Store, path: Path, stack: ExitStack) -> _Place:
+def _open(context: Context, store: Store, path: Path) -> _Place:
     real, own = Path(os.path.realpath(path)), Path(os.path.realpath(store.paths.root))
     if real == own or real.is_relative_to(own):
         hint = "name another store, a folder with the adapters, or a bundle"
@@ -174,11 +180,7 @@ def _open(context: Context, store: Store, path: Path, stack: ExitStack) -> _Plac
     if not real.is_dir():
         return _Bundle(real)
     if (real / "FORMAT").is_file():
-        from registry.store import Store
-
-        # It stays open, so that nothing is deleted there meanwhile.
-        other = Store.open(real, read_only=True, lock_timeout=context.lock_timeout, command=context.command)
-        return _OtherStore(stack.enter_context(other))
+        return _OtherStore(replace(context, path=real))
     return _Folder(real)
 
 
@@ -242,11 +244,22 @@ class _OtherStore:
 
     kind: Kind = "store"
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, context: Context) -> None:
+        self._context, self._opened = context, ExitStack()
+        self._store: Store | None = None
+        self.waits = True
+        context.open(read_only=True).close()  # what is wrong with it is said before anything is measured
+
+    def close(self) -> None:
+        """Let go of the store, until somebody looks into it again."""
+        self._opened.close()
+        self._store = None
 
     def find(self, wanted: Wanted) -> Iterator[FileId]:
         """Yield the weights of the copy."""
+        if self._store is None:
+            context = self._context if self.waits else replace(self._context, lock_timeout=0.0, patience=None)
+            self._store = self._opened.enter_context(context.open(read_only=True))
         row = wanted.row
         rows = self._store.tasks.having(row.weights, row.config)
         if not rows:

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from icmlora.adapter.metrics import distance, dw_norm
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.sketch import SKETCH_SIZE, near_pairs, sketch
-from icmlora.errors import AdapterRefused, DataError
+from icmlora.errors import DataError
+from icmlora.fleet.adapter_source import refuse_large
 from icmlora.fleet.context import Context, OpenedGenerator, base_name, check_base_model
 from icmlora.fleet.decoding import code_reader
 from icmlora.fleet.failures import FAILURES, as_error
@@ -354,10 +355,8 @@ class _Job:
             identity = None if self.weights is None else self._identity(self.weights, adapter)
             if adapter is None:
                 return _Read(identity=identity, error=self.error)
-            values = sketch(adapter)
-            if not np.isfinite(values).all():
-                raise AdapterRefused("its dW exceeds float32", kind="overflow")
-            return _Read(values, dw_norm(adapter), identity)
+            refuse_large(adapter)  # squares of its sketch would exceed float32
+            return _Read(sketch(adapter), dw_norm(adapter), identity)
         except FAILURES as error:
             return _Read(error=as_error(error).message)
 

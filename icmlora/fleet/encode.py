@@ -21,7 +21,7 @@ from icmlora.fleet.decoding import codec_of_task
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.loading import Models, read_original
 from icmlora.fleet.measure import Measurement, TaskLosses, losses_on_own_text, record_measurements
-from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Tell, Trial, refine_all
+from icmlora.fleet.search import CodeSearch, Refiner, ResidualSearch, Tell, Trial, refine_all, stoppable
 from icmlora.fleet.texts import read_samples
 from icmlora.fleet.workers import check_place, naming, open_workers
 from icmlora.formats.catalogue import format_named
@@ -157,7 +157,7 @@ class EncodeReport:
     @property
     def short(self) -> list[TaskEncoded]:
         """The tasks without a code that is known to meet the limits; of all tasks, only those that can have one."""
-        missed = ("below", "unmeasured", "changed", *(["original_only"] if self.is_named else []))
+        missed = ("below", "unmeasured", "changed", *(["original_only", "evicted"] if self.is_named else []))
         return [task for task in self.tasks if task.status in missed]
 
 
@@ -176,13 +176,16 @@ def encode(context: Context, request: EncodeRequest) -> EncodeReport:
             context.progress(len(report.tasks), len(tasks), note)
 
         make = partial(Encoder, request)
-        with open_workers(context, store, make, device=request.device, workers=request.workers) as workers:
-            for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
-                with store.job(base_model, shared=True):
-                    for task, made in workers.each(list(of_base), tell):
-                        report.tasks.append(_recorded(store, task.name, made))
-                        context.on_event(report.tasks[-1])
-                        tell(task.name)
+        for base_model, of_base in groupby(tasks, key=lambda task: task.base_model):
+            with (
+                store.job(base_model, shared=True),
+                # Only now: while this waits for the job, no process of its own may hold the store.
+                open_workers(context, store, make, device=request.device, workers=request.workers) as workers,
+            ):
+                for task, made in workers.each(list(of_base), tell):
+                    report.tasks.append(_recorded(store, task.name, made))
+                    context.on_event(report.tasks[-1])
+                    tell(task.name)
     return report
 
 
@@ -339,7 +342,8 @@ class Encoder:
 
     def _planned(self, turn: _Turn) -> TaskEncoded | MadeResidual | _Begun:
         if turn.final.is_evicted:
-            return turn.unchanged("evicted")
+            reason = "its original was evicted, so its code stays (`icm ingest --restore PATH` brings it back)"
+            return turn.unchanged("evicted", reason if self._request.names else None)
         if turn.final.original_only is not None:
             return turn.unchanged("original_only", turn.final.original_only)
         request = self._request
@@ -498,8 +502,8 @@ class Encoder:
             raise DataError("its adapter is more than a LoRA, so its code cannot be refined", hint=WITHOUT_REFINE)
         base = self._models.base(task.base_model, self._gradients)
         samples = read_samples(self._store, task, base)
-        turn.tell("preparing to refine")
-        return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
+        with stoppable(base, lambda: turn.tell("preparing to refine")):
+            return Refiner.of(base, original, () if samples is None else samples.items, RefineConfig(steps=steps))
 
 
 def _changed(name: str, reason: str) -> TaskEncoded:

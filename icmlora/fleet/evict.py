@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
@@ -56,8 +56,8 @@ def evict(context: Context, request: EvictRequest) -> EvictReport:
     with (
         context.open(read_only=read_only) as store,
         reporting(report),
-        Copies(context, store, request.copy_paths, request.copies_needed) as copies,
     ):
+        copies = Copies(context, store, request.copy_paths, request.copies_needed)
         tasks = select_tasks(store, request.names)
         evictor = Evictor(store, request, copies)
         if not (request.keep_originals or request.dry_run):
@@ -185,23 +185,33 @@ class Evictor:
 
     def _delete(self, name: str, made: _Evictable) -> TaskEvicted:
         sizes = _sizes(made.order.code)
-        rows, held_back, proof = self._with_copies(made)
-        if not rows:
-            figures = (*sizes, made.order.squared_error, made.gain)
-            return TaskEvicted(name, "kept", 0, 0, *figures, held_back, precision=made.precision)
-        order = replace(made.order, adapters=[row.id for row in rows])
-        # First the folder: until its row says otherwise, the original can bring back what goes there.
-        folders = self._folder_of(made.final, order.code, order.generator, is_checked=made.final in rows)
+        with self._copies.held():
+            rows, held_back, proof = self._with_copies(made)
+            if not rows:
+                figures = (*sizes, made.order.squared_error, made.gain)
+                return TaskEvicted(name, "kept", 0, 0, *figures, held_back, precision=made.precision)
+            order = replace(made.order, adapters=[row.id for row in rows])
+            # First the folder: until its row says otherwise, the original can bring back what goes there.
+            folders = self._folder_of(made.final, order.code, order.generator, is_checked=made.final in rows)
         freed, left = self._freed(rows)
         try:
             if not self._request.dry_run:
-                freed = self._store.originals.evict(order)
+                freed = self._store.originals.evict(order, lambda: self._confirmed(order, rows))
         except (DamagedStore, LastCopy) as error:
             return TaskEvicted(name, "kept", 0, 0, *sizes, reason=str(error), folders=folders)
         status: EvictStatus = "would_evict" if self._request.dry_run else "evicted"
         figures = (*sizes, order.squared_error, made.gain)
         told = (held_back, folders, proof.copies, made.precision)
         return TaskEvicted(name, status, len(rows), freed, *figures, *told, left=left)
+
+    @contextmanager
+    def _confirmed(self, order: Eviction, rows: Sequence[AdapterRecord]) -> Iterator[None]:
+        """Look for the copies once more; none of them can go until the block ends."""
+        with self._copies.held(waits=False):
+            proofs = [self._proof(row, order.code, order.generator) for row in rows]
+            if lost := next((proof for proof in proofs if not proof.is_enough), None):
+                raise LastCopy(lost.text)
+            yield
 
     def _with_copies(self, made: _Evictable) -> tuple[list[AdapterRecord], str | None, Proof]:
         """Return the adapters that may go, why others may not, and the copies of the last one; none go without it."""
@@ -233,7 +243,8 @@ class Evictor:
         if done.status != "known":
             return done
         task, final = self._store.tasks.get(done.task), self._store.tasks.final(done.task)
-        return replace(done, folders=self._folder_of(final, *_code_of(self._store, task), is_checked=False))
+        with self._copies.held():
+            return replace(done, folders=self._folder_of(final, *_code_of(self._store, task), is_checked=False))
 
     def _folder_of(
         self, final: AdapterRecord, code: CodeRecord | None, generator: GeneratorRecord | None, *, is_checked: bool
@@ -273,7 +284,8 @@ class Evictor:
         code, generator = _code_of(self._store, task)
         rows = self._store.tasks.adapters(task.name)
         rows = [row for row in rows if not (row.is_final and self._request.checkpoints_only)]
-        left = [self._folder_with_original(row, code if row.is_final else None, generator) for row in rows]
+        with self._copies.held():
+            left = [self._folder_with_original(row, code if row.is_final else None, generator) for row in rows]
         folders = [folder for folder in left if folder is not None]
         done = sum(folder.status in ("replaced", "would_replace") for folder in folders)
         if done:

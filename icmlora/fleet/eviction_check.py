@@ -25,6 +25,7 @@ from registry.evaluations import latest
 from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, NewEvaluation, TaskRecord
 
 if TYPE_CHECKING:
+    from icmlora.formats.format import LoadedAdapter
     from registry.store import Store
 
 
@@ -74,7 +75,7 @@ class EvictionCheck:
     def _squared_error(self, final: AdapterRecord, code: CodeRecord, generator: GeneratorRecord) -> float:
         generator_file = self.models.generator_file(generator)
         original = None if final.is_evicted else read_with_extras(self.store, final)
-        if original is not None and read_form(self.store, final).tensors != original.extras:
+        if original is not None and not self._has_tensors_of(original, final):
             raise CheckFailed("the tensors kept in addition to its code are not those of its original")
         try:
             decoded = decode_code(self.store, generator_file, code, code.rung)
@@ -90,6 +91,12 @@ class EvictionCheck:
         if not math.isfinite(error):
             raise CheckFailed("the relative error of its code is not a finite number")
         return error
+
+    def _has_tensors_of(self, original: LoadedAdapter, final: AdapterRecord) -> bool:
+        """Say whether the tensors kept in addition to a code are those of the original, byte for byte."""
+        if not final.extras and not original.extras:  # most have none
+            return True
+        return read_form(self.store, final).tensors == original.extras
 
 
 def recorded_gain(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from icmlora.fleet.stored_vectors import latest_vectors, vectors_by_task
 from icmlora.generator.code import generator_of
 from icmlora.generator.file import versions_of
 from icmlora.io.staging import check_absent
+from registry.errors import DamagedStore
 from registry.evaluations import latest
 from registry.records import Claim
 
@@ -53,6 +54,7 @@ class ExportReport:
     index: BundleIndex
     left_out: tuple[str, ...]
     without_residual: tuple[str, ...]  # tasks whose residual is not in the bundle: a bundle holds codes only
+    damaged: Mapping[str, str] = field(default_factory=dict)  # tasks that are not in it because of damage, and why
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ def export_bundle(context: Context, request: ExportRequest) -> ExportReport:
     check_absent(request.file, force=request.force)
     with context.open(read_only=True) as store:
         choice = _choose(store, request)
+        choice, damaged = _readable(store, choice)
+        if damaged and (request.names or not choice.rows):
+            name, reason = next(iter(damaged.items()))
+            hint = "`icm verify --repair` moves damaged files aside; name the other tasks to export those only"
+            raise CodeError(f"task {name!r} cannot be exported: {reason}", hint=hint)
         index = _index(store, choice)
         # From here on the export keeps to the codes in the index, whatever other processes encode.
         codes = {task.code: task.name for task in index.tasks}
@@ -77,7 +84,8 @@ def export_bundle(context: Context, request: ExportRequest) -> ExportReport:
         for done, part in enumerate(parts, 1):
             context.progress(done, len(index.parts), codes.get(part.digest, ""))
     without = tuple(row.task.name for row in choice.rows if row.code is not None and row.code.residual is not None)
-    return ExportReport(request.file, bundle_digest(index), bundle_size(index), index, choice.left_out, without)
+    size = bundle_size(index)
+    return ExportReport(request.file, bundle_digest(index), size, index, choice.left_out, without, damaged)
 
 
 def _choose(store: Store, request: ExportRequest) -> _Choice:
@@ -102,6 +110,18 @@ def _choose(store: Store, request: ExportRequest) -> _Choice:
     if any(row.code is None or row.code.generator_id != generator.id for row in coded):
         raise DataError("another icm has just replaced the generator", hint="run the same command again")
     return _Choice(generator, coded, without)
+
+
+def _readable(store: Store, choice: _Choice) -> tuple[_Choice, dict[str, str]]:
+    """Return the choice without tasks of which something is damaged, and what of each."""
+    vectors, damaged = vectors_by_task(store), dict[str, str]()
+    for row in choice.rows:
+        try:
+            for digest in _task(store, row, choice.generator, vectors[row.task.name]).parts:
+                store.blobs.read(digest)
+        except DamagedStore as error:
+            damaged[row.task.name] = error.message
+    return replace(choice, rows=[row for row in choice.rows if row.task.name not in damaged]), damaged
 
 
 def _index(store: Store, choice: _Choice) -> BundleIndex:

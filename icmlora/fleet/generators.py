@@ -58,6 +58,7 @@ def rollback(context: Context, digest: str) -> RolledBack:
         generator = _find(store, digest)
         # An update in progress would lose its work: the generator that it continues must be current when it is done.
         with store.job(generator.base_model):
+            generator = _find(store, digest)  # again: it may have been forgotten while this waited
             return RolledBack(generator, store.generators.make_current(generator.id))
 
 

@@ -535,8 +535,10 @@ def _note_missing_vectors(store: Store | None, report: IngestReport) -> None:
     base_models = {name: store.tasks.get(name).base_model for name in store.tasks.without_vectors() if name in names}
     can_run = {label: _can_run(store, label) for label in set(base_models.values())}
     report.without_vectors = [name for name, label in base_models.items() if can_run[label] is not False]
-    # Those of a base model that cannot be run are tried too: that says why.
-    report.extractable = [name for name, label in base_models.items() if can_run[label] is not None]
+    # Those of a base model that cannot be run are tried too: that says why. Who wants an original back waits for no
+    # vectors: those that the task has are kept, and one that had none before has none now.
+    names -= {task.task for task in could if task.restored and not task.new}
+    report.extractable = [name for name, label in base_models.items() if can_run[label] is not None and name in names]
 
 
 def _can_run(store: Store, label: str) -> bool | None:

@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,13 +24,36 @@ if TYPE_CHECKING:
     from registry.records import TaskSummary
     from registry.store import Store
     from registry.verify import Finding as Finding
+    from registry.verify import Kind
 
 
 def verify(context: Context, names: Sequence[str], *, read_data: bool) -> Iterator[Finding]:
     """Yield what is wrong with a store as it is found."""
     with context.open(read_only=True) as store:
         yield from store.verify(read_data=read_data, names=names)
+        if read_data:
+            yield from _wrong_kinds(store, names)
         yield from _remarks(store, names, with_base_models=read_data)
+
+
+def _wrong_kinds(store: Store, names: Sequence[str]) -> Iterator[Finding]:
+    """Yield the blobs that are not what their rows say: a code, a residual, a generator."""
+    wanted = {task.name for task in store.tasks.named(names)}
+    for generator in store.generators.all():
+        rows = [row for row in store.codes.all(generator.id) if not wanted or row.task in wanted]
+        expected = [(row.blob, "code", row.task) for row in rows]
+        expected += [(row.residual.blob, "residual", row.task) for row in rows if row.residual is not None]
+        for digest, kind, task in [*expected, (generator.blob, "generator", None)]:
+            with suppress(DamagedStore):  # one that is missing was found already
+                if kind_of(store.blobs.start(digest, 64)) != kind:
+                    tasks = () if task is None else (task,)
+                    yield _finding("row", f"blob {digest} is not the {kind} that its row says", digest, tasks)
+
+
+def _finding(kind: Kind, text: str, digest: str | None, tasks: tuple[str, ...]) -> Finding:
+    from registry.verify import Finding
+
+    return Finding(kind, text, "", digest, tasks)
 
 
 def _remarks(store: Store, names: Sequence[str], *, with_base_models: bool) -> Iterator[Finding]:
@@ -82,15 +105,20 @@ def _misfits(store: Store, label: str, rows: Sequence[TaskSummary]) -> Iterator[
 
 
 def _remark(row: TaskSummary, text: str) -> Finding:
-    from registry.verify import Finding
-
-    return Finding("remark", text, "", tasks=(row.task.name,))
+    return _finding("remark", text, None, (row.task.name,))
 
 
 def repair(context: Context) -> list[tuple[Finding, str]]:
     """Move every damaged blob to quarantine and return each finding with the new place of its blob."""
     with context.open() as store:
         return store.repair()
+
+
+def restore_database(context: Context) -> str:
+    """Put the copy of the database from before the last deletion in its place, and return from when it is."""
+    from registry.kept import restore_database
+
+    return restore_database(context.path, lock_timeout=context.lock_timeout, command=context.command)
 
 
 def prune(context: Context, *, grace: float, empty_quarantine: bool, dry_run: bool) -> PruneReport:

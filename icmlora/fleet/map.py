@@ -78,7 +78,6 @@ def map_of(
 
     Raises:
         DataError: Too few tasks have comparable vectors, or there are fewer tasks than clusters.
-        DamagedStore: Vectors are missing or damaged.
     """
     known = comparable_vectors(store, tasks, view)
     if len(known.vectors) < FEWEST:

@@ -25,6 +25,7 @@ from icmlora.errors import DataError
 from icmlora.fleet.context import Context, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
+from registry.errors import DamagedStore
 from registry.records import Claim, WithRelativeError, relative_error
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.lookup import FoundBase
     from icmlora.fleet.cards import Provenance
     from icmlora.fleet.decoding import OriginalForm
-    from registry.records import AdapterRecord, CodeRecord, GeneratorRecord, TaskRecord
+    from registry.records import AdapterRecord, CodeRecord, EvaluationRecord, GeneratorRecord, TaskRecord
     from registry.store import Store
 
 Decoded = Literal["residual", "code", "generate", "network"]
@@ -323,9 +324,7 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
     task, generator, code = stored.task, _generator_of(stored), stored.code
     error = gain = precision = None
     if request.seed is None:  # nothing was measured of a sampled adapter
-        from registry.evaluations import latest
-
-        measured = latest(store.evaluations.all(task.name), task, source, generator)
+        measured = _measured(store, task, source, generator)
         if measured is not None:
             error, gain, precision = measured.squared_error, measured.retained_gain, measured.precision
     if code is not None and source in ("code", "residual"):
@@ -347,16 +346,30 @@ def _provenance(store: Store, stored: _Stored, source: Decoded, request: LoadReq
         precision,
         code.claim if code is not None and source == "code" else None,
     )
-    check_error(task.name, error, request.max_error, hint=_BETTER)
+    check_error(task.name, error, request.max_error, hint=_BETTER, claim=provenance.claim)
     return provenance
 
 
-def check_error(task: str, squared_error: float | None, limit: float | None, *, hint: str) -> None:
-    """Refuse an adapter whose error is above a limit, or was not measured although there is a limit."""
+def _measured(store: Store, task: TaskRecord, source: Decoded, generator: GeneratorRecord) -> EvaluationRecord | None:
+    """Return how a source does; None if nobody measured it, or if that is damaged: it takes no figures to write one."""
+    from registry.evaluations import latest
+
+    try:
+        return latest(store.evaluations.all(task.name), task, source, generator)
+    except DamagedStore:  # `icm verify` reports it
+        return None
+
+
+def check_error(
+    task: str, squared_error: float | None, limit: float | None, *, hint: str, claim: Claim | None = None
+) -> None:
+    """Refuse an adapter whose error is above a limit, or was not measured here although there is a limit."""
     error = relative_error(squared_error)
     if limit is None or (error is not None and error <= limit):
         return
     found = "was not measured" if error is None else f"is {error:.4f}"
+    if error is None and claim is not None and claim.relative_error is not None:
+        found = f"was not measured here, only claimed to be {claim.relative_error:.4f} by its bundle"
     raise TooLossy(f"the relative error of {task!r} {found}, but the limit is {limit}", hint=hint)
 
 

@@ -5,11 +5,13 @@
 
 The adapter is looked up by the digests of its weights and configuration, so its task may have another name by now. The
 store that a placeholder names is never opened because of that: only the store, or the bundle, that the caller names.
-Nothing in a folder is overwritten. A kill leaves the placeholder in place, and the same call goes on.
+Nothing in a folder is overwritten, and the files of an adapter appear together: a full disk leaves none of them. A kill
+leaves the placeholder in place, and the same call goes on.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ from icmlora.formats.placeholder import (
 from icmlora.formats.tree import Folder, walk
 from icmlora.io.files import hash_regular, read_regular
 from icmlora.io.safetensors import MAX_FILE_BYTES
-from icmlora.io.staging import writing_file
+from icmlora.io.staging import write_files
 from registry.blobs.content import digest_of
 from registry.errors import IcmError, RegistryError, StoreNotFound
 from registry.files import failpoint, fsync_dir, unlink
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 
 RestoreStatus = Literal["restored", "would_restore", "complete", "refused"]
 RestoreSource = Literal["original", "residual", "code"]
+NO_SPACE = "no_space"
+"""The kind of a refusal for want of space."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ class RestoreReport:
         return [adapter for adapter in self.adapters if adapter.status == "refused"]
 
     @property
+    def is_full(self) -> bool:
+        """Whether something could not be restored because the disk is full."""
+        return any(adapter.kind == NO_SPACE for adapter in self.adapters)
+
+    @property
     def restored(self) -> list[AdapterRestored]:
         """What is back, or would be."""
         return [adapter for adapter in self.adapters if adapter.status != "refused"]
@@ -136,8 +145,9 @@ def restore(context: Context, request: RestoreRequest) -> RestoreReport:
                         tell(done)
                 context.progress(len(readable), len(readable))
     if errors and not report.restored:
-        if len(errors) == 1:
-            raise errors[0]
+        full = [error for error in errors if _is_full(error)]
+        if full or len(errors) == 1:
+            raise (full or errors)[0]
         raise DataError(f"nothing was restored: all {len(errors)} placeholders were refused")
     return report
 
@@ -166,12 +176,19 @@ def _content(found: FoundPlaceholder) -> Placeholder:
     return found.content
 
 
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _refused(error: Exception, path: str, task: str | None) -> AdapterRestored:
     if isinstance(error, IcmError):
         failed = TaskFailed.of(task or "", error)
         return AdapterRestored(path, task, "refused", kind=failed.kind, reason=failed.message, hint=failed.hint)
     if isinstance(error, OSError):
         reason = f"it cannot be written: {error.strerror or error}"
+        if _is_full(error):
+            hint = "free some space, then run the same command again"
+            return AdapterRestored(path, task, "refused", kind=NO_SPACE, reason=reason, hint=hint)
         return AdapterRestored(path, task, "refused", kind="cannot_write", reason=reason)
     reason = f"its code cannot be decoded: {type(error).__name__}: {error}"
     return AdapterRestored(path, task, "refused", kind="cannot_decode", reason=reason)
@@ -330,10 +347,8 @@ class _Restorer:
         return done
 
     def _write(self, files: Mapping[str, bytes]) -> None:
-        for name, data in files.items():
-            with writing_file(self._home / name) as stream:
-                stream.write(data)
-            failpoint("restored-file")
+        if files:
+            write_files(self._home, files)
         failpoint("restored-adapter")
         unlink(self._found.path)
         fsync_dir(self._home)

@@ -10,7 +10,8 @@ The tolerance is chosen by the gain on the task's held-out text, which makes tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,6 +142,16 @@ class Coarse:
     encoded: Encoded
 
 
+@contextmanager
+def stoppable(base: BaseModel, look: Callable[[], None]) -> Iterator[None]:
+    """Look whether to stop before each pass through a base model: texts are written in hundreds of passes."""
+    passes = base.model.register_forward_pre_hook(lambda *_: look())
+    try:
+        yield
+    finally:
+        passes.remove()
+
+
 def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Encoded]:
     """Refine codes side by side: all on the same base model, and for the same number of steps."""
     base, config = codes[0].refiner.base, codes[0].refiner.config
@@ -149,8 +160,11 @@ def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Encoded]:
         Refinable(one, code.encoded.weighted_error, code.original, code.refiner.items)
         for one, code in zip(relaxed, codes, strict=True)
     ]
-    for step in refine(work, base, config):
-        tell(f"refining, step {step} of {config.steps}")
+    note = "refining"
+    with stoppable(base, lambda: tell(note)):
+        for step in refine(work, base, config):
+            note = f"refining, step {step} of {config.steps}"
+            tell(note)
     return [code.codec.measure(code.original, one.to_code()) for one, code in zip(relaxed, codes, strict=True)]
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from icmlora.errors import DataError
+from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import base_name, check_base_model
 from icmlora.task_vectors.file import arrays_from_bytes
+from registry.errors import DamagedStore
 from registry.records import Json, TaskRecord, VectorRecord, View
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class LeftOut:
 
     task: str
     reason: str
+    is_damaged: bool = False  # whether they are in the store, and cannot be read
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,13 @@ def comparable_vectors(
         chosen = common[0][0] if common else None
     vectors, left_out = {}, []
     for name in sorted(rows):
-        if chosen is not None and made_by.get(name) == chosen:
-            vectors[name] = _read(store, in_view[name])
-        else:
+        if chosen is None or made_by.get(name) != chosen:
             left_out.append(LeftOut(name, _reason(rows[name], view, made_by.get(name), chosen)))
+            continue
+        try:
+            vectors[name] = _read(store, in_view[name])
+        except (DamagedStore, IcmLoraError) as error:
+            left_out.append(LeftOut(name, f"its vectors cannot be read: {error.message}", is_damaged=True))
     return ComparableVectors(vectors, tuple(left_out), chosen if vectors else None)
 
 

@@ -105,17 +105,17 @@ def train(context: Context, request: TrainRequest) -> TrainReport:
     report = TrainReport()
     with reporting(report), joined() as ranks:
         device = ranks.device(request.device)
-        with context.open(read_only=not ranks.is_first) as store:
-            _train(context, store, request, device, ranks, report)
+        if ranks.is_first:
+            with context.open() as store:
+                _train(context, store, request, device, ranks, report)
+        else:
+            help_train(context, ranks, device)
     return report
 
 
 def _train(
     context: Context, store: Store, request: TrainRequest, device: torch.device, ranks: Ranks, report: TrainReport
 ) -> None:
-    if not ranks.is_first:
-        help_train(context, store, ranks, device)
-        return
     labels = base_models_with_tasks(store, request.base_model)
     for label in labels:
         with one_of_several(context, report, label, labels if ranks.count == 1 else [label]):

@@ -151,15 +151,17 @@ def share_run(run: TrainingRun, source: StoreAdapterSource, ranks: Ranks) -> Non
         ranks.share([*fleet, run.state.network_bytes(), run.state.optimizer_bytes()])
 
 
-def help_train(context: Context, store: Store, ranks: Ranks, device: torch.device) -> None:
+def help_train(context: Context, ranks: Ranks, device: torch.device) -> None:
     """Take part in the runs of rank 0 until it has no more. Call it on the other ranks; nothing is written."""
     while work := ranks.share(on_wait=lambda: context.progress(0, None, "waiting for the first process")):
         label, digest, network, optimizer = work
-        source = usable_source(context, store, label.decode())
-        if source.digest() != digest.decode():
-            raise DataError("the store changed while the training began", hint="run the same command again")
-        for at in fit(state_from_bytes(network, optimizer, device), source, ranks):
-            context.progress(at.step, at.steps)
+        # Only now: the first process may have waited for the job, and nobody may hold the store meanwhile.
+        with context.open(read_only=True) as store:
+            source = usable_source(context, store, label.decode())
+            if source.digest() != digest.decode():
+                raise DataError("the store changed while the training began", hint="run the same command again")
+            for at in fit(state_from_bytes(network, optimizer, device), source, ranks):
+                context.progress(at.step, at.steps)
 
 
 def usable_source(

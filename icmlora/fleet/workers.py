@@ -100,7 +100,7 @@ def open_workers(
         return
     with _cluster(workers) as ray:
         share = _share(ray, workers, device)
-        here = replace(context, path=context.path.absolute(), on_event=ignore)
+        here = replace(context, path=context.path.absolute(), on_event=ignore, patience=None)
         actor = ray.remote(_Worker).options(num_cpus=share.cpus, num_gpus=share.gpus)
 
         def start() -> Any:

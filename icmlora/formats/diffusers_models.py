@@ -7,7 +7,8 @@ counts as any number, because models of one family differ in depth.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -87,12 +88,13 @@ def from_diffusers(module: str = "") -> Any:
         raise DataError("renaming image adapters needs diffusers, which is not installed", hint=hint) from error
 
 
-def _layers(make: Any) -> list[str]:
+def _layers(make: Callable[[], Any]) -> list[str]:
     """Return the names of the layers with weights that LoRA can have: linear ones, convolutions and embeddings."""
     import torch
     from torch import nn
 
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of diffusers, about its own parts
         model = make()
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]

@@ -11,7 +11,7 @@ To add a format, write one file with a class that has these members and name it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -310,9 +310,26 @@ def write_adapter_files(
         staging.write_folder(output, adapter_format.lay_out(files, name), force=force)
         return
     _check_suffix(output, adapter_format)
+    staging.write_files(output.parent, _next_to(output, adapter_format, files), force=force)
+
+
+def replaces(
+    output: Path, adapter_format: AdapterFormat, files: AdapterBytes, name: str, known: Iterable[Path]
+) -> Path | None:
+    """Return one of some files that `write_adapter_files` would replace, by whatever path; None if there is none."""
+    if is_file(output):
+        places = [output.parent / file for file in _next_to(output, adapter_format, files)]
+    else:
+        places = [output / file for file in adapter_format.lay_out(files, name)]
+    pairs = ((path, place) for path in known for place in places if place.exists())
+    return next((path for path, place in pairs if path.samefile(place)), None)
+
+
+def _next_to(output: Path, adapter_format: AdapterFormat, files: AdapterBytes) -> dict[str, bytes]:
+    """Return file name -> content of an adapter in a single file, the file of weights, whatever its name, last."""
     laid_out = adapter_format.lay_out(files, output.stem)
     _, weights = laid_out.popitem()  # which a format may call otherwise
-    staging.write_files(output.parent, {**laid_out, output.name: weights}, force=force)
+    return {**laid_out, output.name: weights}
 
 
 def check_target(

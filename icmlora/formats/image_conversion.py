@@ -18,7 +18,7 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.diffusers import METADATA
 from icmlora.formats.format import AdapterBytes, AdapterFormat
 from icmlora.formats.header_ranks import of_lora, with_ranks
-from icmlora.formats.image_models import base_of
+from icmlora.formats.image_models import ImageBase, base_of
 from icmlora.formats.image_names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
 from icmlora.formats.single_file import SingleFileFormat
 from icmlora.formats.single_file_check import HEADER
@@ -52,12 +52,7 @@ def convert_image(
         DataError: diffusers is not installed.
     """
     assert isinstance(source, SingleFileFormat)
-    found, stated = source.look(content.weights)
-    label = base_of(stated, {one.module: one.shape.inputs for one in found.factors}).label
-    rename = _renaming(source.name, target.name, label)
-    if found.factors and found.other_method is None:  # otherwise the next step says why there is nothing to rename
-        _refuse_extras(found.extras)
-        _refuse_losses(found.factors, rename)
+    rename = checked_renaming(content.weights, source, target)
     try:
         factors, checked = source.named_factors(content.weights)
     except AdapterRefused as error:
@@ -78,12 +73,29 @@ def convert_image(
     return AdapterBytes(weights, companions=content.companions)
 
 
-def _renaming(source: str, target: str, label: str | None) -> Rename:
+def checked_renaming(weights: bytes, source: AdapterFormat, target: AdapterFormat) -> Rename:
+    """Return what renames the factors of a file, after a trial with its names and shapes; no value of it is read.
+
+    Raises:
+        AdapterRefused: A part of it would be lost, or be called as no module of the model is.
+        DataError: diffusers is not installed.
+    """
+    assert isinstance(source, SingleFileFormat)
+    found, stated = source.look(weights)
+    base = base_of(stated, {one.module: one.shape.inputs for one in found.factors})
+    rename = _renaming(source.name, target.name, base)
+    if found.factors and found.other_method is None:  # what is another method has nothing to rename
+        _refuse_extras(found.extras)
+        _refuse_losses(found.factors, rename)
+    return rename
+
+
+def _renaming(source: str, target: str, base: ImageBase) -> Rename:
     if target == "diffusers":
-        return lambda tensors: to_diffusers(tensors, label)
+        return lambda tensors: to_diffusers(tensors, base)
     if source == "lycoris":
         return lycoris_to_kohya
-    return lambda tensors: diffusers_to_kohya(tensors, is_sdxl=label == _SDXL)
+    return lambda tensors: diffusers_to_kohya(tensors, is_sdxl=base.label == _SDXL)
 
 
 def _refuse_extras(extras: Sequence[TensorInfo]) -> None:
@@ -93,7 +105,7 @@ def _refuse_extras(extras: Sequence[TensorInfo]) -> None:
 
 
 def _refuse_losses(factors: Sequence[Factors], rename: Rename) -> None:
-    """Refuse an adapter of which a module, or rows of one, would be lost, by its name; no value of it is read."""
+    """Refuse an adapter of which a module, or rows of one, would be lost, by its name."""
     numbered: dict[str, Tensor] = {}
     for number, one in enumerate(factors, 1):
         for name, shape in ((one.down.name, (1, *one.down.shape[1:])), (one.up.name, (one.up.shape[0], 1))):

@@ -78,6 +78,7 @@ _HIDREAM: Mapping[str, object] = {
     "axes_dims_rope": (8, 4, 4),
     "llama_layers": (0, 1),
 }
+_SD3: Mapping[str, object] = {"num_layers": 2, "dual_attention_layers": (0,)}
 
 FAMILIES = (
     Family("stable-video-diffusion", _names("(down_blocks|mid_block|up_blocks)%temporal_ %time_(stack.#|mixer)")),
@@ -100,6 +101,13 @@ FAMILIES = (
         ),
         sizes={6144: "flux-2-dev", 4096: "flux-2-klein-9b", 3072: "flux-2-klein-4b"},
         model="Flux2Transformer2DModel",
+    ),
+    Family(
+        "flux-3",
+        _names(
+            "(content_|txt_)?mode_blocks single_blocks.#.([qkv]_proj|attn_out|mlp_) (early|single)_stream_modulations"
+        ),
+        model="Flux3Transformer2DModel",
     ),
     Family("framepack", _names("clean_x_embedder"), model="HunyuanVideoFramepackTransformer3DModel"),
     Family(
@@ -154,15 +162,36 @@ FAMILIES = (
     ),
     Family(
         "lumina-2",
-        _names("(layers|noise_refiner|context_refiner).#.(attn.to_|feed_forward.linear_)"),
+        _names("(layers|noise_refiner|context_refiner).#.(attn.to_|feed_forward.linear_|adaLN_modulation.1)"),
         model="Lumina2Transformer2DModel",
     ),
     Family(
-        "z-image",
-        _names("(layers|noise_refiner|context_refiner).#.attention.to_"),
-        model="ZImageTransformer2DModel",
+        "ideogram-4",
+        _names("layers.#.(adaln_modulation|attention.o)$"),
+        model="Ideogram4Transformer2DModel",
     ),
-    Family("cosmos-predict-2", _names("blocks.#.(self|cross)_attn.(q|k|v|output)_proj blocks.#.adaln_modulation")),
+    Family("bria-fibo-2", _names("perceiver.layers layers.#.cross_attention"), model="BriaFibo2Transformer2DModel"),
+    Family("z-image", model="ZImageTransformer2DModel"),
+    Family(
+        "ernie-image",
+        _names("layers.#.(self_attention.to_|mlp.linear_fc2)"),
+        model="ErnieImageTransformer2DModel",
+    ),
+    Family(
+        "krea-2",
+        _names(
+            "transformer_blocks.#.(attn.to_gate|ff.(gate|up|down)$) text_fusion txtfusion blocks.#.attn.(w[qkvo]|gate)$"
+        ),
+        model="Krea2Transformer2DModel",
+    ),
+    Family(
+        "cosmos-predict-2",
+        _names(
+            "blocks.#.((self|cross)_attn.(q|k|v|output)_proj|adaln_modulation)"
+            " transformer_blocks.#.norm[123].linear_[12]$"
+        ),
+        model="CosmosTransformer3DModel",
+    ),
     Family(
         "wan-2.1",
         _names("(vace_)?blocks.#.((self|cross)_attn.([qkvo]|[kv]_img)$ ffn.([02]$|net)) condition_embedder"),
@@ -171,11 +200,18 @@ FAMILIES = (
         options={"image_dim": 1280, "added_kv_proj_dim": 5120},
     ),
     Family(
+        "stable-diffusion-3-5-medium",
+        _names("joint_blocks.#.x_block.attn2"),
+        model="SD3Transformer2DModel",
+        options=_SD3,
+        text_encoders=2,
+    ),
+    Family(
         "stable-diffusion-3",
         _names("joint_blocks.#"),
         sizes={2432: "stable-diffusion-3-5-large"},
         model="SD3Transformer2DModel",
-        options={"num_layers": 2, "dual_attention_layers": (0,)},
+        options=_SD3,
         text_encoders=2,
     ),
     Family(
@@ -185,7 +221,7 @@ FAMILIES = (
         options={"ofs_embed_dim": 512},
     ),
     Family("cogview-4", model="CogView4Transformer2DModel"),
-    Family("pixart", _names("adaln_single.emb.(resolution|aspect)"), model="PixArtTransformer2DModel"),
+    Family("pixart", _names("adaln_single.emb.(resolution|aspect)")),
 )
 
 # Spellings in headers, without case and punctuation -> family.
@@ -194,7 +230,7 @@ _SPELLINGS = {
     for spelling, label in {
         r"(sd|stablediffusion)(v?1|15)(x|5|50)?": "stable-diffusion-v1",
         r"(sd|stablediffusion)v?2(1|512|768v?|v)?": "stable-diffusion-v2",
-        r"(sd|stablediffusion)xl.*": "stable-diffusion-xl-v1-base",
+        r"(sd|stablediffusion)xl.*|pony(xl|v6.*|diffusion.*)?|illustrious.*|noobai.*": "stable-diffusion-xl-v1-base",
         r"(sd|stablediffusion)3(m|medium)?": "stable-diffusion-3",
         r"(sd|stablediffusion)35(m|medium)?": "stable-diffusion-3-5-medium",
         r"(sd|stablediffusion)35l(arge)?(turbo)?": "stable-diffusion-3-5-large",
@@ -217,7 +253,13 @@ _SPELLINGS = {
         r"hidream(i1.*|full|dev|fast)?": "hidream-i1",
         r"kandinsky5.*": "kandinsky-5",
         r"lumina(image)?2.*": "lumina-2",
+        r"flux3.*": "flux-3",
+        r"(bria)?fibo2.*": "bria-fibo-2",
         r"zimage.*": "z-image",
+        r"ideogram4.*": "ideogram-4",
+        r"ernie(image)?": "ernie-image",
+        r"krea2.*": "krea-2",
+        r"anima|cosmos(predict)?2.*": "cosmos-predict-2",
         r"wan2?1?.*1p?3b": "wan-2.1-1.3b",
         r"wan22.*5b": "wan-2.2-5b",
         r"wan2[12].*14b.*": "wan-2.1-14b",
@@ -240,20 +282,25 @@ _GUESSES = (
         _names("(double|single)_blocks.# single_transformer_blocks.#.(attn|proj_mlp)"),
         {3072: "flux-1-dev", 4096: "flux-2-klein-9b", 6144: "flux-2-dev"},
     ),
+    (_names("transformer_blocks.#.attn2."), {1536: "stable-diffusion-3-5-medium"}),
     (
         _names("transformer_blocks.#.(attn|ff|ff_context)."),
         {1536: "stable-diffusion-3", 2432: "stable-diffusion-3-5-large"},
     ),
-    (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "qwen-image"}),
+    (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "qwen-image", 6144: "krea-2"}),
+    (_names("transformer_blocks.#.attn.(to_|add_)"), {3072: "flux-1-dev"}),
     (
         _names("transformer_blocks.#.attn2."),
-        {1152: "pixart", 2048: "ltx-video", 2240: "sana", 4096: "ltx-2"},
+        {2048: "ltx-video", 1152: "pixart", 2240: "sana", 4096: "ltx-2"},
     ),
     (
         _names("transformer_blocks.#.attn1."),
         {1920: "cogvideox-2b", 2560: "cogview-4", 3072: "cogvideox-5b"},
     ),
-    (_names("(layers|noise_refiner|context_refiner).#.attention.(qkv|out)"), {2304: "lumina-2", 3840: "z-image"}),
+    (
+        _names("(layers|noise_refiner|context_refiner).#.(attention|feed_forward)."),
+        {3840: "z-image", 2304: "lumina-2", 4608: "ideogram-4", 3584: "bria-fibo-2"},
+    ),
     (_names("blocks.#.attn[12].to_"), {1536: "wan-2.1-1.3b", 3072: "wan-2.2-5b", 5120: "wan-2.1-14b"}),
 )
 
@@ -296,28 +343,35 @@ def label_of_names(widths: Mapping[str, int]) -> str | None:
     return None if family is None else _sized(family, widths)
 
 
-def guessed_label(widths: Mapping[str, int]) -> str | None:
-    """Return the label that the widths of modules make likely."""
-    found = (
-        sizes[width]
-        for names, sizes in _GUESSES
-        for name, width in widths.items()
-        if width in sizes and names.match(name)
-    )
-    return next(found, None)
+def guessed_label(widths: Mapping[str, int], *, with_clip: bool) -> str | None:
+    """Return the label that the widths of modules make likely.
+
+    Args:
+        widths: Name of a module, without its prefix -> the width that it reads.
+        with_clip: The adapter also changes a text encoder of CLIP, so its model must have one.
+    """
+    for names, sizes in _GUESSES:
+        for name, width in widths.items():
+            if width in sizes and names.match(name) and (not with_clip or _has_clip(sizes[width])):
+                return sizes[width]
+    return None
 
 
-def families_like(names: Collection[str], label: str | None) -> list[Family]:
-    """Return the families that an adapter may be of, the likeliest first: of its label, then by all names."""
+def _has_clip(label: str) -> bool:
+    return any(family.text_encoders > 0 for family in families_with(label))
+
+
+def families_with(label: str | None) -> list[Family]:
+    """Return the families of a label: one, or none."""
+    return [family for family in FAMILIES if label in family.labels]
+
+
+def families_like(names: Collection[str]) -> list[Family]:
+    """Return the families that an adapter with these names may be of, the likeliest first."""
     guessed = [next(iter(sizes.values())) for known, sizes in _GUESSES if any(map(known.match, names))]
     if any(map(_UNET_BLOCK.match, names)):
         guessed += ["stable-diffusion-v1", "stable-diffusion-xl-v1-base"]
-    found = [
-        *(family for family in FAMILIES if label in family.labels),
-        *named_families(names),
-        *(family for one in guessed for family in FAMILIES if one in family.labels),
-    ]
-    return list(dict.fromkeys(found))
+    return [*named_families(names), *(family for label in guessed for family in families_with(label))]
 
 
 def _sized(family: Family, widths: Mapping[str, int]) -> str:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from icmlora.errors import AdapterRefused
 from icmlora.formats.diffusers_models import clip_name, from_diffusers, modules_of
 from icmlora.formats.image_converters import CONVERTERS, REFUSALS
-from icmlora.formats.image_families import FAMILIES, UNET, Family, families_like, inner_name
+from icmlora.formats.image_families import FAMILIES, UNET, Family, inner_name
+from icmlora.formats.image_models import UNKNOWN, ImageBase, families_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,12 +43,12 @@ _UNET_OF_LYCORIS = re.compile(r"lycoris_(?=(down_blocks|mid_block|up_blocks|conv
 _UNETS = tuple(family for family in FAMILIES if family.model == UNET)
 
 
-def to_diffusers(tensors: Tensors, label: str | None = None) -> dict[str, Tensor]:
+def to_diffusers(tensors: Tensors, base: ImageBase = UNKNOWN) -> dict[str, Tensor]:
     """Rename factors with alpha = r to diffusers' names of today, `unet.….lora_A.weight`.
 
     Args:
         tensors: The factors, by their names in a file.
-        label: What the base model is called, if that is known.
+        base: Its base model, as far as that is known.
 
     Raises:
         AdapterRefused: diffusers does not know the names, or would not find such modules in its model.
@@ -57,7 +58,7 @@ def to_diffusers(tensors: Tensors, label: str | None = None) -> dict[str, Tensor
     pairs = _paired(tensors)
     text = {stem: pair for stem, pair in pairs.items() if _ANY_TEXT.match(stem)}
     rest = {stem: pair for stem, pair in pairs.items() if stem not in text}
-    families = families_like([inner_name(stem) for stem in rest], label)
+    families = families_of([inner_name(stem) for stem in rest], base)
     if not families and not rest:
         families = list(_UNETS)
     refused: AdapterRefused | None = None
@@ -139,7 +140,9 @@ def _renamed(pairs: Pairs, family: Family) -> dict[str, Tensor]:
     if not pairs:
         return {}
     if family.model is None:
-        raise AdapterRefused(f"diffusers loads no adapters of {family.label}", kind="layers", hint=_KEEP)
+        raise AdapterRefused(
+            f"icm knows no names of diffusers for adapters of {family.label}", kind="layers", hint=_KEEP
+        )
     modules = modules_of(family)
     names = {stem: modules.find(inner_name(stem)) for stem in pairs}
     if all(names.values()):

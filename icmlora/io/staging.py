@@ -1,6 +1,10 @@
-"""Write a file or a folder so that it appears as a whole or not at all, and is still there after a crash.
+"""Write files and folders so that each appears as a whole or not at all, and what was there stays until then.
 
-    NAME.icm-XXXXXXXX  next to the target, locked  --fill--> --fsync--> --rename--> NAME
+    NAME.icm-XXXXXXXX  next to the target, locked  --fill--> --fsync--> --exchange--> NAME  --fsync--> the old one goes
+
+An error at any step, also of the last sync, leaves what was there. A folder is exchanged as a whole. Where that cannot
+be (it has folders in it, or is a mount point), its files are exchanged one by one: all of them are written and synced
+before the first one gets its name, and the one that gives the others their meaning is away until the end.
 
 The process that builds an entry holds a lock on it. What a killed process left behind is therefore unlocked, and the
 next run for the same target removes it.
@@ -14,33 +18,58 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from icmlora.errors import OutputExists
-from registry.files import fsync_dir, write_durably, write_file
+from registry import files as fs
 
 _SUFFIX = re.compile(r"\.icm-[0-9a-f]{8}")
+_NOT_AS_A_WHOLE = {errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP}
 
 
-def locked_next_to(target: Path, *, flags: int, create: Callable[[Path], object]) -> tuple[Path, int]:
-    """Make a new, locked entry `NAME.icm-XXXXXXXX` in the target's folder."""
+def _name_next_to(target: Path) -> Path:
+    return target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
+
+
+def _locked_next_to(target: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
+    """Make a new, locked entry `NAME.icm-XXXXXXXX` in the target's folder; `create` makes and opens it."""
     # Other runs see the entry before it is locked, and may take it for abandoned and remove it. They remove it under
     # the lock; so this checks, once it holds the lock, that the entry is still there, and else makes another one.
     while True:
-        entry = target.with_name(f"{target.name}.icm-{secrets.token_hex(4)}")
-        create(entry)
+        entry = _name_next_to(target)
         try:
-            descriptor = os.open(entry, flags)
+            descriptor = create(entry)
         except FileNotFoundError:
+            if not target.parent.is_dir():
+                raise
             continue
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _is_at(entry, descriptor):
-            return entry, descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(entry, descriptor):
+                return entry, descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
+
+
+def _new_file(entry: Path) -> int:
+    return fs.create(entry, 0o666)
+
+
+def _new_folder(entry: Path) -> int:
+    entry.mkdir()
+    try:
+        return os.open(entry, os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        with suppress(OSError):
+            entry.rmdir()
+        raise
 
 
 def remove_abandoned(target: Path, *, flags: int, remove: Callable[[Path], object]) -> None:
@@ -85,23 +114,29 @@ def _is_at(entry: Path, descriptor: int) -> bool:
 @contextmanager
 def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     """Open a file for writing; it is at `path` after the block, and not at all if the block raises."""
-    target = Path(os.path.realpath(path))
     check_absent(path, force=force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target, flags=os.O_NONBLOCK, remove=lambda entry: entry.unlink(missing_ok=True))
-    temporary, descriptor = locked_next_to(target, flags=os.O_WRONLY, create=partial(Path.touch, exist_ok=False))
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
+    with _staged_file(Path(os.path.realpath(path))) as staged:
+        temporary, descriptor, target = staged
+        with open(descriptor, "wb", closefd=False) as stream:
             yield stream
             # Content before name: after a crash the name must not lead to blocks that were never written.
             stream.flush()
-            os.fsync(stream.fileno())
-            check_absent(path, force=force)  # once more: writing took a while
-            temporary.replace(target)
+        fs.fsync(descriptor)
+        check_absent(path, force=force)  # once more: writing took a while
+        _publish([(temporary, target)])
+
+
+@contextmanager
+def _staged_file(target: Path) -> Iterator[tuple[Path, int, Path]]:
+    """Yield a new file next to the target, its open descriptor, and the target; what is there afterwards goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target, flags=os.O_NONBLOCK, remove=_discard)
+    temporary, descriptor = _locked_next_to(target, _new_file)
+    try:
+        yield temporary, descriptor, target
     finally:
-        temporary.unlink(missing_ok=True)
-    # A rename survives a crash only once the folder that holds the name is synced.
-    fsync_dir(target.parent)
+        _discard(temporary)
+        os.close(descriptor)
 
 
 def check_absent(path: Path, *, force: bool = False) -> None:
@@ -113,12 +148,20 @@ def check_absent(path: Path, *, force: bool = False) -> None:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
-    """Write files into a folder that others share, each as a whole; the last one gives the others their meaning."""
+    """Write files into a folder that others share, all or none; the last one gives the others their meaning."""
     for name in files:
         check_absent(folder / name, force=force)
-    for name, data in files.items():
-        with writing_file(folder / name, force=force) as stream:
-            stream.write(data)
+    real = Path(os.path.realpath(folder))
+    with ExitStack() as stack:
+        staged: list[tuple[Path, Path]] = []
+        for name, data in files.items():
+            temporary, descriptor, target = stack.enter_context(_staged_file(real / name))
+            fs.write(descriptor, data)
+            fs.fsync(descriptor)
+            staged.append((temporary, target))
+        for name in files:
+            check_absent(folder / name, force=force)
+        _publish(staged)
 
 
 def check_free(directory: Path, *, force: bool = False) -> None:
@@ -135,54 +178,137 @@ def check_free(directory: Path, *, force: bool = False) -> None:
 
 
 def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
-    """Write files as the content of a folder, which may exist if it is empty."""
-    # The last file is the one without which the folder means nothing. Under `force` files are replaced in this order
-    # and others stay; if that is cut short, the last one is missing until the same is done again.
+    """Write files as the content of a folder, the last one that which makes it valid.
+
+    The folder may exist if it is empty. Under `force` it may hold other files too: those of the same names are
+    replaced, the others stay.
+    """
     check_free(directory, force=force)
-    if force and directory.is_dir() and any(directory.iterdir()):
-        _replace(_cleared(directory), files)
-        return
-    with building_folder(directory) as folder:
-        for name, data in files.items():
-            write_file(folder / name, data)
+    target = Path(os.path.realpath(directory))
+    is_filled = force and target.is_dir() and any(target.iterdir())
+    if not is_filled:
+        with building_folder(directory) as folder:
+            _fill(folder, files)
+    elif os.path.ismount(target) or any(entry.is_dir() and not entry.is_symlink() for entry in target.iterdir()):
+        write_files(target, files, force=True)
+    else:
+        try:
+            _replace_folder(target, files)
+        except OSError as error:
+            if error.errno not in _NOT_AS_A_WHOLE:
+                raise
+            write_files(target, files, force=True)
+
+
+def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        fs.write_file(folder / name, data)
 
 
 @contextmanager
 def building_folder(directory: Path) -> Iterator[Path]:
     """Make a folder that takes the place of an absent or empty one after the block, unless the block raises."""
     # A link is followed. Files are to be synced in the block.
-    target = _cleared(directory)
-    folder, lock = locked_next_to(target, flags=os.O_DIRECTORY, create=Path.mkdir)
-    try:
+    with _staged_folder(directory) as (folder, target):
         yield folder
-        fsync_dir(folder)
-        try:
-            # rename replaces an empty folder atomically, and fails on one that holds something.
-            folder.rename(target)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise OutputExists("someone else filled the folder in the meantime", path=directory) from None
-            raise
-    finally:
-        os.close(lock)
-        _remove_folder(folder)
-    fsync_dir(target.parent)
+        fs.fsync_dir(folder)
+        with _synced(target.parent) as undo:
+            try:
+                # rename replaces an empty folder atomically, and fails on one that holds something.
+                fs.replace(folder, target)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise OutputExists("someone else filled the folder in the meantime", path=directory) from None
+                raise
+            undo.append(lambda: fs.replace(target, folder))
 
 
-def _cleared(directory: Path) -> Path:
-    """Return where a folder really is, or will be, once its parents are there and leftovers of killed runs are gone."""
+@contextmanager
+def _staged_folder(directory: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield a new folder next to a target, and the target; what is there afterwards goes."""
     target = Path(os.path.realpath(directory))
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target, flags=os.O_DIRECTORY, remove=_remove_folder)
-    return target
+    folder, lock = _locked_next_to(target, _new_folder)
+    try:
+        yield folder, target
+    finally:
+        os.close(lock)
+        _remove_folder(folder)
 
 
-def _replace(target: Path, files: Mapping[str, bytes]) -> None:
-    """Replace files one by one, the last one missing until the end: a mixture of two adapters must not load."""
-    (target / list(files)[-1]).unlink(missing_ok=True)
-    fsync_dir(target)
-    for name, data in files.items():
-        write_durably(target / name, data)
+def _replace_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    """Exchange a folder that holds only files for one with other files; those of other names go along."""
+    with _staged_folder(target) as (folder, _):
+        _fill(folder, files)
+        for entry in target.iterdir():
+            if entry.name not in files:
+                os.link(entry, folder / entry.name, follow_symlinks=False)
+        _take_over(target.stat(), folder)
+        fs.fsync_dir(folder)
+        with _synced(target.parent) as undo:
+            _exchange(folder, target)
+            undo.append(lambda: _exchange(folder, target))
+        # What somebody put into the old folder since it was listed.
+        for entry in folder.iterdir():
+            if entry.name not in files and not os.path.lexists(target / entry.name):
+                fs.replace(entry, target / entry.name)
+
+
+def _exchange(temporary: Path, target: Path) -> None:
+    fs.exchange(temporary, target, _name_next_to(target))
+
+
+def _take_over(old: os.stat_result, folder: Path) -> None:
+    """Give a folder the owner and the mode of the one whose place it takes."""
+    with suppress(PermissionError):
+        os.chown(folder, old.st_uid, old.st_gid)
+    folder.chmod(stat.S_IMODE(old.st_mode))
+
+
+def _publish(staged: Sequence[tuple[Path, Path]]) -> None:
+    """Exchange staged files for their targets, of one folder, so that the last one counts once all others are there.
+
+    A mixture of two adapters must not load: of several, the last target is away until the others are in place.
+    """
+    *others, (last, target) = staged
+    with _synced(target.parent) as undo:
+        aside = _name_next_to(target)
+        if others and os.path.lexists(target):
+            fs.replace(target, aside)
+            undo.append(lambda: fs.replace(aside, target))
+        for temporary, place in [*others, (last, target)]:
+            if os.path.lexists(place):
+                _exchange(temporary, place)
+                undo.append(partial(_exchange, temporary, place))
+            else:
+                fs.replace(temporary, place)
+                undo.append(partial(fs.replace, place, temporary))
+            fs.failpoint("output-renamed")
+    _discard(aside)
+
+
+@contextmanager
+def _synced(folder: Path) -> Iterator[list[Callable[[], object]]]:
+    """Sync the names in a folder after the block; if that or the block fails, undo what the block appended."""
+    # Opened first: without a free descriptor nothing may have changed.
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    undo: list[Callable[[], object]] = []
+    try:
+        yield undo
+        fs.fsync(descriptor)
+    except BaseException:
+        for step in reversed(undo):
+            with suppress(OSError):  # the others all the same
+                step()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _discard(entry: Path) -> None:
+    with suppress(OSError):
+        fs.unlink(entry)
 
 
 def _remove_folder(folder: Path) -> None:

@@ -20,20 +20,29 @@ from peft.tuners.lora import Embedding, LoraLayer
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import nn
 
-from icmlora.errors import BaseModelMismatch, DataError
+from icmlora.base_models.tensors import BaseTensors
+from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
+from icmlora.fleet.bundles import Bundle
 from icmlora.formats.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
+from icmlora.io.safetensors import encode
+from icmlora.io.tensors import decode_torch
+from icmlora.serving.tasks import open_tasks
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.fleet.api import Fleet
-    from icmlora.fleet.bundles import Bundle
 
+_OTHER = 0.01
+"""From which relative difference on weights are others: more than rounding makes, less than a training does."""
 SLOT = "icm"
 """PEFT's name of the adapter in a model."""
 
 
 def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
     """Put the adapter of a task into a model, in place of the one that this function put there before.
+
+    It warns if the model's weights are not those of the task's base model, where that is on this machine: the widths
+    alone may fit. `model.unload()` takes PEFT's layers out again and returns the model as it was.
 
     The outputs are those of the model with the folder that `materialize` writes, up to the order of sums: an adapter of
     a smaller rank than the slot's is filled with zeros. For `torch.compile`, attach the largest adapter, call PEFT's
@@ -55,6 +64,8 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_modules(base, adapter)
     slotted = model if isinstance(model, PeftModel) else None
+    if slotted is None:
+        _warn_if_other(base, fleet, task, adapter)
     if slotted is None or not _slot_modules(slotted) >= {module.name for module in adapter.modules}:
         slotted = _with_slot(model, adapter)
     state = {}
@@ -94,6 +105,27 @@ def _check_modules(base: nn.Module, adapter: Adapter) -> None:
             widths = module.a.shape[1], module.b.shape[0]
             fact = f"{module.name!r} has widths {widths} in the adapter, {found.in_features, found.out_features} here"
             raise BaseModelMismatch(fact)
+
+
+def _warn_if_other(base: nn.Module, fleet: Fleet | Bundle, task: str, adapter: Adapter) -> None:
+    """Compare one layer of a model with the files of the task's base model, if they are on this machine."""
+    tasks = open_tasks(*((None, fleet.path) if isinstance(fleet, Bundle) else (fleet.path, None)), command="attach")
+    if (found := tasks.find(task)) is None:
+        return
+    try:
+        files = BaseTensors(tasks.locate(found.base_model))
+    except BaseModelNotFound:
+        return
+    linear, name = dict(_linear_layers(base)), adapter.modules[0].name
+    weight = linear[name].weight.detach()
+    place = files.counterpart(f"{name}.weight", tuple(weight.shape))
+    stored = None if place is None else files.read(place)
+    if stored is None or not weight.is_floating_point():  # in few bits it is rounded too much to tell
+        return
+    expected = decode_torch(encode({"weight": stored}, {}))[1]["weight"]
+    if (weight.float().cpu() - expected).norm() > _OTHER * expected.norm():
+        fact = f"the weights of the model are not those of {found.base_model!r}, which {task!r} is for"
+        warnings.warn(f"{fact}: its answers may make no sense", stacklevel=3)
 
 
 def _linear_layers(base: nn.Module) -> Iterable[tuple[str, nn.Linear]]:

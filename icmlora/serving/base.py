@@ -50,8 +50,10 @@ class EngineBase:
             return self._is_of(base_model)
 
     def prepare(self) -> None:
-        """Do now what else the first task would wait for: read what modules the engine's model has."""
+        """Do now what else the first task would wait for: read the engine's model, and what modules it has."""
         with self._lock:
+            for base_model in self._tasks.base_models():
+                self._is_of(base_model)
             _ = self._modules
 
     def _problem(self, task: ServedTask) -> str | None:
@@ -71,6 +73,8 @@ class EngineBase:
     def _compare(self, base_model: str) -> bool:
         names = self._tasks.base_models().get(base_model, (base_model,))
         if self._label is not None:
+            if self._label in names:
+                self._warn_if_other(base_model)
             return self._label in names
         if self.model in names:
             return True
@@ -80,6 +84,16 @@ class EngineBase:
             return is_same_model(self._tasks.locate(base_model), self._found)
         except BaseModelNotFound:
             return False
+
+    def _warn_if_other(self, base_model: str) -> None:
+        """Compare the engine's model with the one that the user says it is, where both are on this machine."""
+        try:
+            if is_same_model(self._tasks.locate(base_model), find_base_model(self.model)):
+                return
+        except BaseModelNotFound:
+            return
+        fact = "icm: the engine runs %r, whose weights are not those of %r: with its adapters the answers make no sense"
+        _log.warning(fact, self.model, base_model)
 
     @cached_property
     def _found(self) -> FoundBase | None:

@@ -43,6 +43,11 @@ def _own_parent() -> Path:
     return (_MEMORY if in_memory else Path(tempfile.gettempdir())) / f"icm-{os.getuid()}"
 
 
+def is_adapter_folder(path: Path) -> bool:
+    """Say whether a folder is named as those that icm writes for engines."""
+    return _NAME.fullmatch(path.name) is not None
+
+
 class AdapterFolders:
     """The folders of one process. The methods may be called from several threads.
 

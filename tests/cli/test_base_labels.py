@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.cli.conftest import Ran
 from tests.cli.fleet import BASE, write_adapter
+from tests.icmlora.tiny_base import write_tiny_base
 
 Icm = Callable[..., Ran]
 LLAMA, MIRROR = "meta-llama/Meta-Llama-3-8B-Instruct", "unsloth/llama-3-8b-Instruct-bnb-4bit"
@@ -94,3 +95,29 @@ def test_a_base_model_of_equal_files_is_joined_when_it_is_added(icm: Icm, tmp_pa
     ran = icm("base", "add", "acme/copy", folder, "--store", tmp_path / "store")
     assert "their files are equal" in ran.err
     assert sum(map(len, names_of(icm, tmp_path / "store").values())) == 1
+
+
+def test_a_relative_name_is_the_base_model_that_adapters_called_so(icm: Icm, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "loras" / "poems", base_model_name_or_path="./gemma3-270m")
+    icm("ingest", folder, "--store", tmp_path / "store", "--no-vectors")
+    base = write_tiny_base(tmp_path / "elsewhere")
+    ran = icm("base", "add", "./gemma3-270m", base, "--store", tmp_path / "store")
+    name = str(tmp_path / "loras" / "gemma3-270m")
+    assert (ran.code, f"./gemma3-270m is taken for {name}" in ran.err) == (0, True)
+    (known,) = icm("base", "ls", "--store", tmp_path / "store", "--json").document
+    assert (known["name"], known["tasks_count"], known["path"]) == (name, 1, str(base))
+
+
+def test_a_relative_name_that_no_adapter_has_is_a_path_from_here_and_icm_says_so(icm: Icm, tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base")
+    ran = icm("base", "add", "./some/model", base, "--store", tmp_path / "store", "--json")
+    assert ran.document["name"] == str(Path("some/model").absolute())
+    assert "./some/model is taken for" in icm("base", "add", "./some/model", base, "--store", tmp_path / "store").err
+
+
+def test_a_relative_name_that_several_base_models_end_with_is_refused(icm: Icm, tmp_path: Path) -> None:
+    for seed, place in enumerate(("one", "two")):
+        folder = write_adapter(tmp_path / place / f"poems-{seed}", base_model_name_or_path="./model", seed=seed)
+        icm("ingest", folder, "--store", tmp_path / "store", "--no-vectors")
+    ran = icm("base", "add", "./model", write_tiny_base(tmp_path / "base"), "--store", tmp_path / "store")
+    assert (ran.code, "./model may be any of 2 base models" in ran.err) == (1, True)

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from tests.cli.conftest import Ran
 from tests.cli.test_evict import ALL, blob_bytes, damage, evicted, finals, tasks_of
 from tests.cli.tiny_fleet import icm_quietly, train_store, write_lora
 from tests.icmlora.tiny_base import HIDDEN
+from tests.rewriting import rewriting
 
 Icm = Callable[..., Ran]
 BIG = 10 << 20  # bytes of a head: more than a record of references can have
@@ -91,7 +90,7 @@ def test_with_all_its_parts_it_goes_and_comes_back(icm: Icm, headed: Path, tmp_p
 
 def test_an_adapter_whose_rows_have_the_head_of_another_one_is_kept(icm: Icm, headed: Path) -> None:
     head, bias = digest_of(headed, "head"), digest_of(headed, "bias")
-    with closing(sqlite3.connect(headed / "registry.db")) as rows, rows:
+    with rewriting(headed / "registry.db") as rows:
         find = "(SELECT id FROM blobs WHERE digest = x'{}')"
         rows.execute(f"DELETE FROM extras WHERE blob_id = {find.format(bias)}")
         rows.execute(f"UPDATE extras SET file = 'a' WHERE blob_id = {find.format(head)}")
@@ -106,11 +105,11 @@ def test_checkpoints_stay_with_a_final_adapter_that_is_damaged(icm: Icm, trained
 
 
 class TestInterrupted:
-    """A row that says "evicted" while the weights are there: a kill, or a flipped bit."""
+    """A row that says "evicted" while the weights are there, as a kill leaves it."""
 
     @pytest.fixture
     def marked(self, trained: Path) -> Path:
-        with closing(sqlite3.connect(trained / "registry.db")) as rows, rows:
+        with rewriting(trained / "registry.db") as rows:
             rows.execute("UPDATE adapters SET evicted_at = 0 WHERE is_final")
         return trained
 

@@ -7,7 +7,9 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icm_cli.output import Output
+from icmlora import Fleet
 from registry.store import Store
+from registry.tasks import Tasks
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 
@@ -75,6 +77,15 @@ def test_restore_brings_originals_back(icm: Icm, gone: Path, mixed_template: Pat
     assert content(tmp_path / "out")["adapter_model.safetensors"] == weights
     again = icm("ingest", mixed_template / "loras", "--restore", "--json")
     assert {event["status"] for event in again.events[:-1]} == {"known"}
+
+
+def test_restore_waits_for_no_vectors_of_a_task_that_had_none(
+    icm: Icm, gone: Path, mixed_template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fleet, "extract_vectors", lambda *_, **__: pytest.fail("nobody asked for vectors"))
+    monkeypatch.setattr(Tasks, "without_vectors", lambda _: ["rules"])
+    ran = icm("ingest", mixed_template / "loras" / "rules", "--restore", "--json")
+    assert (ran.events[-1]["restored"], ran.events[-1]["without_vectors"]) == (1, ["rules"])
 
 
 def test_restore_of_what_was_never_evicted_changes_nothing(icm: Icm, trained: Path, mixed_template: Path) -> None:

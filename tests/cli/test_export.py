@@ -130,17 +130,24 @@ def test_a_file_that_exists_is_replaced_only_by_force(icm: Icm, trained: Path, t
     assert icm("export", tmp_path / "fleet.icm", "--force").code == 0
 
 
-@pytest.mark.parametrize("source", ["code", "generator"])
-def test_a_damaged_blob_is_exit_13_and_no_file_is_written(icm: Icm, trained: Path, tmp_path: Path, source: str) -> None:
-    if source == "code":
-        damage(trained, blob_of(trained, "rules", "code"))
-    else:
-        with Store.open(trained) as store:
-            generator = store.generators.current(LABEL)
-        assert generator is not None
-        damage(trained, generator.blob)
+def test_a_damaged_generator_is_exit_13_and_no_file_is_written(icm: Icm, trained: Path, tmp_path: Path) -> None:
+    with Store.open(trained) as store:
+        generator = store.generators.current(LABEL)
+    assert generator is not None
+    damage(trained, generator.blob)
     ran = icm("export", tmp_path / "out" / "fleet.icm", "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.DAMAGED, "damaged_blob")
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def test_a_damaged_code_is_left_out_and_named_and_exit_13_if_it_was_asked_for(
+    icm: Icm, trained: Path, tmp_path: Path
+) -> None:
+    damage(trained, blob_of(trained, "rules", "code"))
+    ran = icm("export", tmp_path / "fleet.icm", "--json")
+    assert (ran.code, ran.document["tasks"], list(ran.document["damaged"])) == (3, ["poems", "silent"], ["rules"])
+    asked = icm("export", tmp_path / "out" / "fleet.icm", "poems", "rules")
+    assert (asked.code, "task 'rules' cannot be exported: blob" in asked.err) == (ExitCode.DAMAGED, True)
     assert list(tmp_path.glob("out/*")) == []
 
 

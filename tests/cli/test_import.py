@@ -95,6 +95,8 @@ def test_what_a_bundle_says_of_a_code_is_shown_as_its_claim(icm: Icm, bundle: Pa
     assert listed["claimed"] == shown["code"]["claimed"]
     assert listed["claimed"]["relative_error"] == said["relative_error"]
     assert "not measured here" in icm("show", "poems").out
+    refused = icm("materialize", "poems", "-o", "out", "--max-error", "10")
+    assert (refused.code, "only claimed to be" in refused.err) == (ExitCode.TOO_LOSSY, True)
     assert "3 codes have figures claimed by the bundle only" in icm("stats").out
 
 

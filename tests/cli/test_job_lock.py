@@ -51,7 +51,7 @@ def test_the_second_one_is_told_who_trains_and_changes_nothing(
         ran = icm(*command, "--lock-timeout", 0.1, "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.LOCKED, "store_locked")
     assert LABEL in ran.error["message"]
-    assert f"pid {pid}, icm train" in ran.error["message"]
+    assert f"process {pid}: icm train" in ran.error["message"]
     assert "--lock-timeout" in ran.error["hint"]
     assert current(started) == before
 
@@ -72,3 +72,10 @@ def test_reading_and_ingesting_do_not_wait(icm: Icm, trained: Path, mixed_templa
     with another_process_trains(trained):
         for command in (("ls",), ("stats",), ("materialize", "poems", "-o", tmp_path / "out"), ("ingest", folder)):
             assert icm(*command, "--lock-timeout", 0).code == 0, command
+
+
+def test_a_command_that_waits_says_for_whom(icm: Icm, trained: Path) -> None:
+    with another_process_trains(trained, seconds=1.6) as pid:
+        ran = icm("encode", "rules", "--max-error", "0.3")
+    assert ran.code == 0
+    assert ran.err.count(f"waiting for base model {LABEL!r}, held by process {pid}: icm train\n") == 1

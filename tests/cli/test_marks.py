@@ -29,7 +29,7 @@ def test_mv_to_a_name_that_is_taken_changes_nothing(icm: Icm, stored: Path) -> N
 def test_mv_to_what_is_not_a_name_says_the_rule(icm: Icm, stored: Path) -> None:
     ran = icm("mv", "rust", "a/b", "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "invalid_name")
-    assert "letters, digits" in ran.error["message"]
+    assert "letters and digits" in ran.error["message"]
 
 
 def test_a_renamed_task_still_materializes(icm: Icm, stored: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.formats.placeholder import PLACEHOLDER_NAME
+from icmlora.io import staging
 from registry.store import Store
 from tests.cli.conftest import Ran, modules_of
 
@@ -226,3 +229,27 @@ def test_a_copy_of_the_code_alone_is_called_that(icm: Icm, trained: Path, tmp_pa
 def test_the_store_is_no_copy_of_itself(icm: Icm, trained: Path) -> None:
     ran = icm("evict", "--max-error", "0.7", "--copy", trained, "--json")
     assert (ran.code, "the store itself" in ran.error["message"]) == (ExitCode.FAILED, True)
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_full_disk_has_its_own_exit_code_and_leaves_only_placeholders(
+    icm: Icm, here: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    icm(*KEEP)
+    real, left = staging.fs.fsync, [room * 5]  # syncs of the first adapter, which has two files
+
+    def fsync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.fs, "fsync", fsync)
+        ran = icm("restore", here)
+    assert (ran.code, "No space left" in ran.out + ran.err) == (ExitCode.NO_SPACE, True)
+    for folder in (here / "poems", here / "rules", here / "silent"):
+        names = {path.name for path in folder.iterdir()}
+        assert not any(".icm-" in name for name in names)
+        assert (PLACEHOLDER_NAME in names) != ("adapter_config.json" in names)
+    assert icm("restore", here).code == 0

@@ -22,6 +22,7 @@ httpx = pytest.importorskip("httpx")
 from icm_cli.errors import ExitCode  # noqa: E402
 from icmlora.serving.gateway import server  # noqa: E402
 from icmlora.serving.gateway.server import GatewaySettings  # noqa: E402
+from registry.store import Store  # noqa: E402
 from tests.cli.conftest import Ran, modules_of  # noqa: E402
 from tests.icmlora.serving.gateway.gateways import wait_for  # noqa: E402
 from tests.icmlora.serving.gateway.stub_engine import PIECES, StubEngine, running  # noqa: E402
@@ -33,13 +34,12 @@ MAIN = "from icm_cli.app import main; main()"
 STUCK = """
 import time
 from icmlora.io import staging
-write, written = staging.write_file, []
-def stick(path, data):
-    if written:
-        time.sleep(600)
-    written.append(path)
-    write(path, data)
-staging.write_file = stick
+fill = staging._fill
+def stick(folder, files):
+    name, data = next(iter(files.items()))
+    fill(folder, {name: data})
+    time.sleep(600)
+staging._fill = stick
 """
 """Makes a process that never gets beyond the first file of an adapter."""
 
@@ -105,7 +105,7 @@ def test_the_address_is_the_answer(serve: Icm, settings: list[GatewaySettings]) 
     ran = serve()
     assert ran.code == 0
     assert ran.out.startswith("http://127.0.0.1:")
-    assert ran.err == "serving 3 tasks through the engine at http://127.0.0.1:9\n"
+    assert ran.err == "3 tasks for the engine at http://127.0.0.1:9\n"
     assert settings[0].engine_url == "http://127.0.0.1:9"
     assert settings[0].token is None
 
@@ -121,13 +121,29 @@ def test_options_reach_the_server(serve: Icm, settings: list[GatewaySettings]) -
         *("--engine", "sglang", "--base-model", "tiny/llama", "--max-adapters", "7", "--max-waiting", "8"),
         *("--max-requests", "9", "--max-body", "1MiB", "--connect-timeout", "1", "--first-byte-timeout", "2"),
         *("--idle-timeout", "3", "--drain-seconds", "4", "--access-log", "--engine-token", "e"),
+        *("--max-connections", "10", "--header-timeout", "5", "--body-timeout", "6"),
     )
     assert ran.code == 0
     found = settings[0]
     assert (found.engine, found.base_model, found.engine_token, found.access_log) == ("sglang", "tiny/llama", "e", True)
     assert (found.max_adapters, found.max_waiting, found.max_requests) == (7, 8, 9)
     assert (found.limits.body, found.limits.first_byte, found.limits.idle) == (1 << 20, 2, 3)
+    assert (found.limits.header, found.limits.whole_body, found.max_connections) == (5, 6, 10)
     assert (found.connect_timeout, found.drain) == (1, 4)
+
+
+@pytest.mark.parametrize(("options", "names"), [((), {"127.0.0.1"}), (("--token", "t"), None), (("--no-token",), None)])
+def test_without_a_token_requests_have_to_be_for_this_machine(
+    serve: Icm, settings: list[GatewaySettings], options: tuple[str, ...], names: set[str] | None
+) -> None:
+    serve(*options)
+    assert settings[0].local_names == names
+
+
+def test_an_empty_store_is_served_with_a_warning(icm: Icm, settings: list[GatewaySettings], tmp_path: Path) -> None:
+    Store.open(tmp_path / "empty", create=True).close()
+    ran = icm("--store", tmp_path / "empty", "serve", *ENGINE, "--adapters", tmp_path / "adapters", "--port", "0")
+    assert "there is no task to serve yet" in ran.err
 
 
 def test_the_address_of_the_engine_may_be_that_of_its_api(serve: Icm, settings: list[GatewaySettings]) -> None:
@@ -253,6 +269,7 @@ def test_a_request_that_takes_too_long_to_end_is_cut(engine: StubEngine, trained
         err = process.communicate()[1]
     assert answers[0].status_code == 503
     assert "Traceback" not in err
+    assert "1 request in flight did not end within --drain-seconds and was cut off" in err
 
 
 def test_after_kill_9_while_an_adapter_is_written_the_next_start_works(

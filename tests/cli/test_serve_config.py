@@ -15,6 +15,7 @@ from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
+VLLM = ("python", "-m", "vllm.entrypoints.openai.api_server", "--model")
 
 
 def option(words: list[str], name: str) -> str:
@@ -30,7 +31,7 @@ def test_vllm_gets_the_plug_ins_environment(icm: Icm, trained: Path, mixed_templ
         f"export ICM_BASE_MODEL={LABEL}",
     ]
     words = shlex.split(lines[-1])
-    assert words[:5] == ["vllm", "serve", str(mixed_template / "base"), "--served-model-name", LABEL]
+    assert words[:7] == [*VLLM, str(mixed_template / "base"), "--served-model-name", LABEL]
     assert "--enable-lora" in words
     assert (option(words, "--max-lora-rank"), option(words, "--max-loras")) == ("8", "3"), "rules has rank 4"
     assert ran.err == f"3 tasks of {LABEL}; largest rank 8\n"
@@ -43,12 +44,14 @@ def test_a_bundle_takes_the_place_of_the_store(icm: Icm, trained: Path, tmp_path
     assert f"export ICM_BUNDLE={shlex.quote(str(bundle))}" in ran.out.splitlines()
     assert "ICM_STORE" not in ran.out
     assert "base model is not on this machine" in ran.err, "a bundle does not say where it is"
+    assert "icm base add" not in ran.err, "that is for stores"
+    assert f"`hf download {LABEL}`" in ran.err
 
 
 def test_vllm_behind_the_gateway_needs_no_plug_in(icm: Icm, trained: Path) -> None:
     first, second, third = icm("serve-config", "vllm", "--gateway").out.splitlines()
     assert first == "export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-    assert second.startswith("vllm serve ")
+    assert second.startswith(" ".join(VLLM))
     assert second.endswith(" &")
     words = shlex.split(third)
     assert words[:6] == ["icm", "serve", "--engine", "vllm", "--engine-url", "http://127.0.0.1:8000"]
@@ -91,7 +94,7 @@ def test_several_base_models_want_a_choice(icm: Icm, trained: Path, tmp_path: Pa
     ran = icm("serve-config", "vllm")
     assert (ran.code, "choose one with --base-model" in ran.err) == (1, True)
     ran = icm("serve-config", "vllm", "--base-model", "acme/other")
-    assert "vllm serve acme/other --enable-lora" in ran.out
+    assert f"{' '.join(VLLM)} acme/other --enable-lora" in ran.out
     assert "`icm base add acme/other PATH`" in ran.err
     assert icm("serve-config", "vllm", "--base-model", "acme/none").code == 1
 

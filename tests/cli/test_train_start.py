@@ -80,7 +80,8 @@ def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
     assert len(episodes) == EPISODES
     assert set(episodes[0]) == {"type", "base_model", "task", "number", "episodes", "support", "loss"}
     assert set(learned) == {
-        "type", "base_model", "generator", "start", "size", "tasks", "episodes", "loss", "precision", "seconds",
+        "type", "base_model", "generator", "start", "size", "tasks", "left_out", "episodes", "loss", "precision",
+        "seconds",
     }  # fmt: skip
 
 

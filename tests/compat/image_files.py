@@ -75,6 +75,34 @@ def _made(name: str, *, with_pipeline: bool = False, **options: Any) -> Callable
     return make
 
 
+def _named(
+    *modules: str, down: str = "lora_A", up: str = "lora_B", alpha: float | None = None
+) -> Callable[[Path], Path]:
+    """Make a file with the names of modules that a trainer writes."""
+
+    def make(folder: Path) -> Path:
+        import torch
+
+        from tests.icmlora.formats.single_files import linear, write
+
+        tensors: Tensors = {}
+        for seed, module in enumerate(modules):
+            tensors |= linear(f"{module}.{down}.weight", f"{module}.{up}.weight", inputs=24, outputs=24, seed=seed)
+            tensors |= {} if alpha is None else {f"{module}.alpha": torch.tensor(alpha)}
+        return write(folder / FILE, tensors)
+
+    return make
+
+
+def _lokr(folder: Path) -> Path:
+    import torch
+
+    from tests.icmlora.formats.single_files import write
+
+    stem = "diffusion_model.layers.0.attention.to_q"
+    return write(folder / FILE, {f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(4, 4)})
+
+
 def _changed(change: Callable[[Tensors], Tensors]) -> Callable[[Path], Path]:
     """Make a file of kohya's with other tensors."""
 
@@ -122,12 +150,38 @@ CASES: tuple[Case, ...] = (
     _case("comfyui-flux", _made("comfyui_file"), "extras"),
     _case("comfyui-wan", _made("wan_file"), "extras"),
     _case("comfyui-wan-alpha", _made("wan_file", alpha=2), "extras", "`lora_down` with alpha"),
+    _case("ai-toolkit-qwen", _named("diffusion_model.transformer_blocks.0.attn.to_q"), "extras"),
+    _case(
+        "onetrainer-z-image",
+        _named("transformer.layers.0.attention.to_q", down="lora_down", up="lora_up", alpha=1.0),
+        "extras",
+        "`lora_down` with alpha under diffusers' names",
+    ),
+    _case(
+        "onetrainer-t5",
+        _named("lora_transformer_x_embedder", "lora_te3_shared", down="lora_down", up="lora_up", alpha=1.0),
+        "extras",
+    ),
+    _case("fal-kontext", _named("base_model.model.double_blocks.0.img_attn.qkv"), "extras", "`base_model.model.`"),
+    _case("bfl-control", _named("img_in", "double_blocks.0.img_attn.proj"), "extras", "no prefix"),
+    _case(
+        "diffsynth-qwen",
+        _named("transformer_blocks.0.attn.to_q", down="lora_A.default", up="lora_B.default"),
+        "extras",
+        "`lora_A.default`",
+    ),
+    _case(
+        "musubi-hunyuan",
+        _named("lora_unet_double_blocks_0_img_attn_qkv", down="lora_down", up="lora_up", alpha=1.0),
+        "extras",
+    ),
     _case("lycoris-locon", _lycoris(), "extras"),
     _case("lycoris-locon-tucker", _lycoris(use_tucker=True), "extras", "a code comes back without `lora_mid`"),
     _case("lycoris-dora", _lycoris(dora_wd=True), "extras", "`dora_scale` is kept"),
     _case("lycoris-kohya-names", _lycoris(prefix="lora_unet"), "extras"),
     _case("lycoris-loha", _lycoris(algo="loha"), "original"),
     _case("lycoris-lokr", _lycoris(algo="lokr"), "original"),
+    _case("ai-toolkit-lokr", _lokr, "original"),
     _case("lycoris-glora", _lycoris(algo="glora"), "original"),
     _case("lycoris-oft", _lycoris(algo="diag-oft"), "original"),
     _case("lycoris-full", _lycoris(algo="full"), "original"),

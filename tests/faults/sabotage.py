@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from registry import files as fs
@@ -97,23 +98,13 @@ def bundle_in_place() -> None:
 
 
 def die_at_output_call() -> None:
-    """Die before the n-th call that changes the output folder, n from ICM_TEST_CALL."""
-    from icmlora.io import staging as output_folder
+    """Die before the n-th call that makes output durable or gives it its name, n from ICM_TEST_CALL."""
+    from icmlora.io import staging
 
-    mortal = _mortal()
-    for name in ("write_file", "write_durably", "fsync_dir"):
-        setattr(output_folder, name, mortal(getattr(output_folder, name)))
-    Path.rename = mortal(Path.rename)  # type: ignore[method-assign]
-
-
-def die_at_file_call() -> None:
-    """Die before the n-th call that makes the output file durable or gives it its name, n from ICM_TEST_CALL."""
-    from icmlora.io import staging as output_file
-
-    mortal = _mortal()
-    os.fsync = mortal(os.fsync)
-    Path.replace = mortal(Path.replace)  # type: ignore[method-assign]
-    output_file.fsync_dir = mortal(output_file.fsync_dir)  # type: ignore[attr-defined]
+    mortal, calls = _mortal(), dict(vars(fs))
+    for name in ("write_file", "fsync", "fsync_dir", "replace", "exchange"):
+        calls[name] = mortal(calls[name])
+    staging.fs = SimpleNamespace(**calls)  # type: ignore[assignment]
 
 
 def _mortal() -> Callable[[Callable[..., Any]], Callable[..., Any]]:

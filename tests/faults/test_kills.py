@@ -71,7 +71,7 @@ def test_an_output_folder_is_absent_or_complete(world: World, call: int) -> None
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_an_exported_file_is_absent_or_complete(world: World, call: int) -> None:
-    check_output_call(world, "export", "die_at_file_call", call)
+    check_output_call(world, "export", "die_at_output_call", call)
 
 
 @pytest.mark.fault

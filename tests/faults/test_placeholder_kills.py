@@ -104,7 +104,7 @@ def test_a_kill_after_each_file_leaves_the_adapter_or_its_placeholder(
     away = {name for name in FOLDERS if name.startswith(tasks) and (mode == "keep" or name in FINALS)}
     kills = kill_on_and_on(place, *MODES[mode], *tasks, point="placeholder-file-gone")
     assert (kills, place.away()) == (len(FILES) * len(away), away)
-    kills = kill_on_and_on(place, "restore", place.loras, point="restored-file")
+    kills = kill_on_and_on(place, "restore", place.loras, point="output-renamed")
     assert (kills, place.is_back()) == (len(FILES) * len(away), True)
 
 

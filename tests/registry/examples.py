@@ -91,8 +91,8 @@ def vector(store: Store, task: str, support_set: int = 0, *, data: bytes = b"vec
 
 def code(store: Store, task: str, *, data: bytes | None = None) -> NewCode:
     """Store a code's bytes and return what is to be recorded."""
-    blob = store.blobs.put(data or f"code of {task}".encode())
-    return NewCode(store.tasks.final(task), blob, bits=80.5, squared_error=0.01)
+    content = data or f"code of {task}".encode()
+    return NewCode(store.tasks.final(task), store.blobs.put(content), bits=8.0 * len(content), squared_error=0.01)
 
 
 def code_of(store: Store, task: str) -> CodeRecord:

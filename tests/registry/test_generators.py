@@ -65,7 +65,8 @@ class TestAdding:
         assert [found.task for found in store.codes.all(made.id)] == ["html", "rust"]
         found = store.codes.get("rust", made.id)
         assert found is not None
-        assert (found.adapter_id, found.bits, found.squared_error) == (store.tasks.final("rust").id, 80.5, 0.01)
+        facts = (found.adapter_id, found.bits, found.squared_error)
+        assert facts == (store.tasks.final("rust").id, 8.0 * found.size, 0.01)
         assert found.size == len(store.blobs.read(found.blob))
 
     def test_a_task_without_a_code_has_none(self, store: Store) -> None:

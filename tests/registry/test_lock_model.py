@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from registry.errors import StoreLocked
-from registry.locks import FileLock
+from registry.locks import FileLock, Patience
 from registry.store import Store
 from tests.registry.examples import new_store
 
@@ -34,7 +34,7 @@ class LockModel(RuleBasedStateMachine):
         self.locks = [self.opened() for _ in self.held]
 
     def opened(self) -> FileLock:
-        return FileLock(self.folder / "lock", timeout=0.0, command="test")
+        return FileLock(self.folder / "lock", patience=Patience(0), command="test")
 
     def teardown(self) -> None:
         for lock in self.locks:
@@ -137,9 +137,9 @@ def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_garbage_in_a_lock_file_only_costs_the_names(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "lock"
     path.write_bytes(content)
-    first = FileLock(path, timeout=0.0, command="first")
+    first = FileLock(path, patience=Patience(0), command="first")
     first.hold()
-    second = FileLock(path, timeout=0.0, command="second")
+    second = FileLock(path, patience=Patience(0), command="second")
     with pytest.raises(StoreLocked, match="is in use"):
         second.share()
     for lock in (first, second):
@@ -147,9 +147,9 @@ def test_garbage_in_a_lock_file_only_costs_the_names(tmp_path: Path, content: by
 
 
 def test_the_message_says_how_long_was_waited_and_what_it_was_for(tmp_path: Path) -> None:
-    holder = FileLock(tmp_path / "lock", timeout=0.0, command="icm train", subject="base model 'x'")
+    holder = FileLock(tmp_path / "lock", patience=Patience(0), command="icm train", subject="base model 'x'")
     holder.hold()
-    waiter = FileLock(tmp_path / "lock", timeout=0.25, command="icm evict", subject="base model 'x'")
+    waiter = FileLock(tmp_path / "lock", patience=Patience(0.25), command="icm evict", subject="base model 'x'")
     with pytest.raises(StoreLocked) as caught:
         waiter.hold()
     assert caught.value.message == "base model 'x' is in use"  # by this very process, which is not named
@@ -162,11 +162,11 @@ def test_the_message_says_how_long_was_waited_and_what_it_was_for(tmp_path: Path
 def test_a_lock_on_read_only_media_writes_no_name(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.touch()
-    lock = FileLock(path, timeout=0.0, command="icm ls", writable=False)
+    lock = FileLock(path, patience=Patience(0), command="icm ls", writable=False)
     lock.share()
     assert path.read_bytes() == b""
     lock.close()
-    lock = FileLock(path, timeout=0.0, command="icm ls")
+    lock = FileLock(path, patience=Patience(0), command="icm ls")
     lock.share()
     assert path.read_text() == f"{os.getpid()} icm ls\n"
     lock.close()

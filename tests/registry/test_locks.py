@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from registry import locks as registry_locks
 from registry.errors import StoreLocked, StoreReadOnly
-from registry.locks import FileLock
+from registry.locks import FileLock, Patience
 from registry.store import Store
 from tests.registry.children import start, wait
 from tests.registry.examples import BASE, ingest
@@ -22,7 +23,7 @@ from tests.registry.examples import BASE, ingest
 @pytest.fixture
 def locks(tmp_path: Path) -> Iterator[tuple[FileLock, FileLock]]:
     """Two locks on one file that do not wait."""
-    pair = tuple(FileLock(tmp_path / "lock", timeout=0, command=f"icm {name}") for name in ("one", "two"))
+    pair = tuple(FileLock(tmp_path / "lock", patience=Patience(0), command=f"icm {name}") for name in ("one", "two"))
     yield (pair[0], pair[1])
     for lock in pair:
         lock.close()
@@ -63,13 +64,13 @@ def test_closing_lets_go(locks: tuple[FileLock, FileLock]) -> None:
 def test_the_message_names_the_process_that_holds_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     parent = os.getppid()
-    lock = FileLock(path, timeout=0, command="icm prune")
-    other = FileLock(path, timeout=0, command="icm ls")
+    lock = FileLock(path, patience=Patience(0), command="icm prune")
+    other = FileLock(path, patience=Patience(0), command="icm ls")
     other.share()
     path.write_text(f"{parent} icm train\n999999999 icm long gone\nnot a line of ours\n")
     with pytest.raises(StoreLocked) as caught, lock.exclusive():
         pytest.fail("it was held")
-    assert f"pid {parent}, icm train" in str(caught.value)
+    assert f"process {parent}: icm train" in str(caught.value)
     assert "long gone" not in str(caught.value)
     assert "--lock-timeout" in (caught.value.hint or "")
     lock.close()
@@ -77,7 +78,7 @@ def test_the_message_names_the_process_that_holds_it(tmp_path: Path) -> None:
 
 
 def test_the_names_in_the_file_cannot_grow_without_bound(tmp_path: Path) -> None:
-    lock = FileLock(tmp_path / "lock", timeout=0, command="x" * 1000)
+    lock = FileLock(tmp_path / "lock", patience=Patience(0), command="x" * 1000)
     for _ in range(100):
         lock.share()
     assert (tmp_path / "lock").stat().st_size < 8192
@@ -85,7 +86,7 @@ def test_the_names_in_the_file_cannot_grow_without_bound(tmp_path: Path) -> None
 
 
 def test_a_command_with_line_breaks_stays_one_line(tmp_path: Path) -> None:
-    lock = FileLock(tmp_path / "lock", timeout=0, command="icm\n1 evil")
+    lock = FileLock(tmp_path / "lock", patience=Patience(0), command="icm\n1 evil")
     lock.share()
     assert len((tmp_path / "lock").read_text().splitlines()) == 1
     lock.close()
@@ -132,7 +133,7 @@ def test_nobody_gets_in_to_delete_while_a_try_turns_one_lock_into_the_other(
 
 def second(lock: FileLock) -> FileLock:
     """Return another lock on the same file, as another process has it."""
-    return FileLock(lock._path, timeout=0, command="icm prune")
+    return FileLock(lock._path, patience=Patience(0), command="icm prune")
 
 
 class TestJobs:
@@ -142,7 +143,7 @@ class TestJobs:
         with job_elsewhere(tmp_path, "icm train --steps 300") as pid, open_store(tmp_path, timeout=0.2) as store:
             with pytest.raises(StoreLocked) as caught, store.job(BASE):
                 pytest.fail("two jobs ran")
-            assert f"base model '{BASE}' is in use by pid {pid}, icm train --steps 300" in str(caught.value)
+            assert f"base model '{BASE}' is in use by process {pid}: icm train --steps 300" in str(caught.value)
             assert "--lock-timeout" in (caught.value.hint or "")
 
     def test_a_second_job_waits_for_the_first(self, tmp_path: Path) -> None:
@@ -222,3 +223,69 @@ def job_elsewhere(folder: Path, command: str, *, seconds: float = 60.0, shared: 
     finally:
         os.kill(pid, signal.SIGKILL)
         wait(pid)
+
+
+class TestPatience:
+    """One deadline for all waits, and words for each of them."""
+
+    def test_waits_do_not_add_up(self, locks: tuple[FileLock, FileLock], tmp_path: Path) -> None:
+        patience = Patience(0.3)
+        locks[0].share()
+        lock = FileLock(tmp_path / "lock", patience=patience, command="icm rm")
+        for _ in range(3):
+            with pytest.raises(StoreLocked), lock.exclusive():
+                pytest.fail("it was held")
+        assert (patience.left, patience.seconds) == (0, 0.3)
+        lock.close()
+
+    def test_a_wait_says_what_for_and_who_holds_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(registry_locks, "_TOLD_EVERY", 0)
+        told: list[str] = []
+        with job_elsewhere(tmp_path, "icm train --steps 300") as pid:
+            patience = Patience(0.3, told.append)
+            with Store.open(tmp_path / "store", patience=patience) as store, pytest.raises(StoreLocked):
+                store.job(BASE).__enter__()
+        assert set(told) == {f"waiting for base model {BASE!r}, held by process {pid}: icm train --steps 300"}
+
+    def test_what_is_told_may_end_the_wait_and_the_store_is_still_held(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(registry_locks, "_TOLD_EVERY", 0)
+
+        def stop(text: str) -> None:
+            raise KeyboardInterrupt
+
+        with (
+            job_elsewhere(tmp_path, "icm train") as pid,
+            Store.open(tmp_path / "store", patience=Patience(60, stop)) as store,
+        ):
+            with pytest.raises(KeyboardInterrupt):
+                store.job(BASE).__enter__()
+            os.kill(pid, signal.SIGKILL)
+            with open_store(tmp_path, timeout=0.2) as other, pytest.raises(StoreLocked):
+                other.prune()
+
+    def test_only_those_who_hold_a_lock_are_named(self, tmp_path: Path) -> None:
+        with job_elsewhere(tmp_path, "icm train") as pid, open_store(tmp_path, timeout=0) as store:
+            path = store.paths.job(BASE)
+            path.write_text(f"{os.getppid()} icm encode\n{path.read_text()}")  # which was done with it long ago
+            with pytest.raises(StoreLocked) as caught:
+                store.job(BASE).__enter__()
+            assert str(caught.value).endswith(f"is in use by process {pid}: icm train")
+
+    def test_one_who_has_just_begun_to_wait_goes_before_those_who_come_to_read(
+        self, locks: tuple[FileLock, FileLock], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        locks[0].share()
+        gate = os.open(tmp_path / "lock.gate", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        patience = Patience(0.2)
+        lock = FileLock(tmp_path / "lock", patience=patience, command="icm ls")
+        lock.enter()
+        assert patience.left == 0  # it waited, and then it read
+        os.utime(gate, (0, 0))
+        late = Patience(5)
+        FileLock(tmp_path / "lock", patience=late, command="icm ls").enter()
+        assert late.left == 5
+        os.close(gate)
+        lock.close()

@@ -133,7 +133,7 @@ def test_a_generator_and_its_code_are_read_as_they_were_offered(
 @few
 @given(
     rung=st.sampled_from(get_args(Rung)),
-    parts=st.tuples(PARTS, st.none() | PARTS, st.none() | PARTS),
+    parts=st.tuples(PARTS, st.none() | st.floats(-1000, 1000), st.none() | PARTS),
     sizes=st.tuples(SIZES, SIZES),
     facts=JSON,
     text=st.binary(max_size=8),

@@ -71,6 +71,17 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
         Store.open(tmp_path / "store")
 
 
+@pytest.mark.parametrize("text", [b"", b"icm stpre 2\n", b"icm store 2", b"icm store 2\n\n", bytes(12), b"\xff" * 12])
+def test_a_damaged_format_is_called_damaged_and_not_newer(tmp_path: Path, text: bytes) -> None:
+    new_store(tmp_path / "store").close()
+    path = tmp_path / "store" / "FORMAT"
+    path.chmod(0o644)
+    path.write_bytes(text)
+    with pytest.raises(DamagedStore, match="damaged") as caught:
+        Store.open(tmp_path / "store")
+    assert "`icm store 2`" in (caught.value.hint or "")
+
+
 @pytest.mark.parametrize("name", ["FORMAT", "registry.db", "lock"])
 def test_a_folder_in_place_of_a_file_of_the_store_is_an_error_of_the_store(tmp_path: Path, name: str) -> None:
     new_store(tmp_path / "store").close()

@@ -175,7 +175,7 @@ class _OwnRoutes:
 
     async def _readyz(self) -> Response:
         try:
-            await self._connection.listing(_READY_AGE)
+            await self._connection.check_ready(_READY_AGE)
         except Problem as problem:
             raise Problem(503, problem.message, problem.code) from problem
         return JSONResponse({"status": "ready"})

@@ -76,10 +76,22 @@ class Connection:
         model = (await self.listing(max_age=float("inf"))).model
         return await self._in_thread(lambda: self._names(model))
 
-    async def prepare(self) -> None:
-        """Do what the first task would wait for."""
+    async def check_ready(self, max_age: float) -> None:
+        """Check that the engine answers, as it did at most `max_age` seconds ago, and that it loads adapters."""
+        await self.listing(max_age)
+        await (await self.engine()).check_prepared()
+
+    async def prepare(self) -> tuple[str, int, int]:
+        """Do what the first task would wait for; return the engine's model, how many tasks are of it, and how many not.
+
+        Raises:
+            Problem: The engine does not answer, or loads no adapters.
+        """
         model = (await self.listing()).model
         await self._in_thread(lambda: self._base_of(model).prepare())
+        await self.check_ready(float("inf"))
+        served, tasks = await self._in_thread(lambda: (len(self._names(model)), len(self._tasks.names())))
+        return model, served, tasks - served
 
     def _names(self, model: str) -> list[str]:
         base = self._base_of(model)

@@ -68,6 +68,7 @@ class Engine(ABC):
 
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
+        self._is_prepared = False
 
     @abstractmethod
     def adapter_name(self, task: str, key: str) -> str:
@@ -95,11 +96,20 @@ class Engine(ABC):
         adapters = {str(card["id"]): str(card.get("root") or "") for card in cards if card.get("parent")}
         return Listing(base, await self._model(bases[0]), tuple(cards), adapters)
 
+    async def check_prepared(self) -> None:
+        """Check that the engine loads adapters while it runs; asking changes nothing."""
+        if not self._is_prepared:
+            # The route is for POST: one that exists answers 405.
+            answer = await ask(self._client, "GET", self._load_route)
+            if answer.status_code == 404:
+                raise self._not_prepared()
+            self._is_prepared = True
+
     async def load(self, adapter: str, folder: Path) -> None:
         """Have the engine load an adapter."""
         answer = await self._tell(self._load_route, {"lora_name": adapter, "lora_path": str(folder)})
         if answer.status_code == 404 and not _reason(answer, ""):
-            raise Problem(502, f"The engine has no route {self._load_route}: {self._hint}.", "engine_not_prepared")
+            raise self._not_prepared()
         if answer.status_code != 200:
             reason = _reason(answer, f"status {answer.status_code}")
             raise Problem(502, f"The engine refused to load the adapter: {reason}", "engine_refused_adapter")
@@ -115,6 +125,9 @@ class Engine(ABC):
 
     async def _model(self, card: Card) -> str:
         return str(card.get("root") or card["id"])
+
+    def _not_prepared(self) -> Problem:
+        return Problem(502, f"The engine has no route {self._load_route}: {self._hint}.", "engine_not_prepared")
 
     async def _tell(self, route: str, fields: Mapping[str, object]) -> httpx.Response:
         timeout = httpx.Timeout(_LOAD_TIMEOUT, connect=self._client.timeout.connect)

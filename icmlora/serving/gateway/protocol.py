@@ -25,6 +25,10 @@ _OF_ONE_ADDRESS = 3
 _GRACE = 1.0  # seconds after which the connection is closed if the application did not answer that the body is late
 
 
+_Part = Literal["header", "body", "rest"]
+"""What a client still has to send: `rest` is a body that nobody waits for, since its answer was sent already."""
+
+
 class Gate:
     """What the connections of a server have in common.
 
@@ -49,12 +53,17 @@ class Gate:
             del self._open[address]
 
 
-def guarded(limits: Limits, connections: int) -> Callable[..., asyncio.Protocol]:
-    """Return what makes the connections of one server; its limits are those of `Gate`, or what the system allows."""
+def allowed(connections: int) -> int:
+    """Return how many connections an address may have where so many are asked for; have this process allowed many."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     descriptors = min(most, _DESCRIPTORS) if most != resource.RLIM_INFINITY else _DESCRIPTORS
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, most))
-    return partial(_Guarded, Gate(limits, min(connections, descriptors // _OF_ONE_ADDRESS)))
+    return min(connections, descriptors // _OF_ONE_ADDRESS)
+
+
+def guarded(limits: Limits, connections: int) -> Callable[..., asyncio.Protocol]:
+    """Return what makes the connections of one server; its limits are those of `Gate`."""
+    return partial(_Guarded, Gate(limits, connections))
 
 
 class _Guarded(H11Protocol):
@@ -63,7 +72,7 @@ class _Guarded(H11Protocol):
     def __init__(self, gate: Gate, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._gate = gate
-        self._arriving: tuple[Literal["header", "body"], object] | None = None
+        self._arriving: tuple[_Part, object] | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -86,6 +95,11 @@ class _Guarded(H11Protocol):
         super().handle_events()
         self._watch()
 
+    def on_response_complete(self) -> None:
+        """Go on to the next request; what is left of this one's body has less time, for nobody waits for it."""
+        super().on_response_complete()
+        self._watch()
+
     @property
     def _address(self) -> str:
         return "" if self.client is None else self.client[0]
@@ -99,16 +113,18 @@ class _Guarded(H11Protocol):
         self._arriving = arriving
         if arriving is not None:
             limits = self._gate.limits
-            seconds = limits.header if arriving[0] == "header" else limits.whole_body + _GRACE
+            seconds = limits.whole_body + _GRACE if arriving[0] == "body" else limits.header
             self._deadline = self.loop.call_later(seconds, self._late)
 
-    def _part(self) -> tuple[Literal["header", "body"], object] | None:
+    def _part(self) -> tuple[_Part, object] | None:
         """Return which part of which request the client still has to send; None between two requests."""
         if self.transport.is_closing():
             return None
         if self.conn.their_state is h11.IDLE and (self.cycle is None or self._has_begun):
             return "header", self.cycle
-        return ("body", self.cycle) if self.conn.their_state is h11.SEND_BODY else None
+        if self.conn.their_state is not h11.SEND_BODY:
+            return None
+        return "rest" if self.cycle.response_complete else "body", self.cycle
 
     @property
     def _has_begun(self) -> bool:

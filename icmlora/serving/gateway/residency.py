@@ -11,6 +11,7 @@ meanwhile, and writing takes a processor anyway.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from collections import OrderedDict
@@ -24,8 +25,8 @@ from typing import Any, TypeVar
 
 from icmlora.errors import FoldersUnusable
 from icmlora.io.strict_json import parse_object
-from icmlora.io.text import human_size
-from icmlora.serving.folders import AdapterFolders
+from icmlora.io.text import counted, human_size
+from icmlora.serving.folders import AdapterFolders, is_adapter_folder
 from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.engines import Engine, Listing
 from icmlora.serving.gateway.metrics import Metrics
@@ -109,6 +110,7 @@ class Residency:
         self._flights: dict[str, _Flight] = {}
         self._failures: dict[tuple[str, str], tuple[float, Problem]] = {}
         self._jobs: set[asyncio.Task[Any]] = set()
+        self._warned: set[str] = set()  # adapters of the plug-in
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()  # an adapter is no longer in use
 
@@ -126,7 +128,15 @@ class Residency:
     def is_own(self, listing: Listing, adapter: str) -> bool:
         """Say whether the engine has an adapter of this name from somebody else."""
         root = listing.adapters.get(adapter)
-        return root is not None and Path(root).parent != self._folders.root
+        is_own = root is not None and Path(root).parent != self._folders.root
+        if is_own and root is not None and is_adapter_folder(Path(root)) and adapter not in self._warned:
+            self._warned.add(adapter)
+            _log.warning(
+                "the engine has %s from icm's plug-in, which does not notice when the task changes: start the engine "
+                "without ICM_STORE and ICM_BUNDLE to have the gateway serve it",
+                adapter,
+            )
+        return is_own
 
     async def forgot(self, resident: Resident) -> bool:
         """Ask the engine whether it lost an adapter, as after a restart."""
@@ -145,10 +155,15 @@ class Residency:
         return task in self._loaded
 
     async def prepare(self) -> None:
-        """Find out what the engine has loaded from before."""
+        """Find out what the engine has loaded from before, and what it is."""
         async with self._turn:
             await self._reconcile()
-        await self._connection.prepare()
+        model, served, others = await self._connection.prepare()
+        if served:
+            _log.info("the engine runs %s: %s of it, %d of other base models", model, counted(served, "task"), others)
+        elif others:
+            hint = "if it is their base model under another name, --base-model says so"
+            _log.warning("the engine runs %s, and no task is of it, so they get status 404; %s", model, hint)
 
     async def close(self) -> None:
         """Stop bringing adapters in; what is loaded stays, for the next gateway."""
@@ -289,7 +304,11 @@ class Residency:
 
         folders = self._folders
         await self._make_room(task, lambda: folders.size >= folders.limit or self._is_full(task))
-        folder = await self._in_thread(partial(folders.get, task.key, write))
+        while (folder := await self._in_thread(partial(_got, folders, task.key, write))) is None:
+            # Below the limit, but others fill the disk too.
+            if not await self._dropped_one(task):
+                message = f"There is no space left on the disk for the adapter of {task.name!r}."
+                raise Problem(503, message, "no_room", retry_after=5)
         try:
             await self._make_room(task, lambda: folders.size > folders.limit)
         except Problem:
@@ -301,9 +320,7 @@ class Residency:
         """Unload idle adapters, those used longest ago first; wait for a while if all are in use."""
         until = asyncio.get_running_loop().time() + _PATIENCE
         while is_needed():
-            others = (one for one in self._loaded.values() if one.task != task.name)
-            if (victim := next((one for one in (*self._retired, *others) if one.uses == 0), None)) is not None:
-                await self._drop(victim, "used longest ago")
+            if await self._dropped_one(task):
                 continue
             if not any(one.uses for one in (*self._loaded.values(), *self._retired)):
                 limit = human_size(self._folders.limit)
@@ -315,6 +332,13 @@ class Residency:
             except TimeoutError:
                 message = "There is no room for one more adapter: those that are loaded are in use."
                 raise Problem(503, message, "no_room", retry_after=1) from None
+
+    async def _dropped_one(self, task: ServedTask) -> bool:
+        """Unload the idle adapter that was used longest ago, and say whether there was one."""
+        others = (one for one in self._loaded.values() if one.task != task.name)
+        if (victim := next((one for one in (*self._retired, *others) if one.uses == 0), None)) is not None:
+            await self._drop(victim, "used longest ago")
+        return victim is not None
 
     def _is_full(self, task: ServedTask) -> bool:
         if self._max_adapters is None:
@@ -407,6 +431,16 @@ class Residency:
 
     async def _in_thread(self, work: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _got(folders: AdapterFolders, key: str, write: Callable[[Path], None]) -> Path | None:
+    """Return the folder of a key; None if there is no space left on its disk."""
+    try:
+        return folders.get(key, write)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return None
+        raise
 
 
 def _as_problem(name: str, error: Exception) -> Problem:

@@ -23,7 +23,7 @@ from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.forward import Forwarder, Limits
 from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import Problem
-from icmlora.serving.gateway.protocol import guarded
+from icmlora.serving.gateway.protocol import allowed, guarded
 from icmlora.serving.gateway.residency import Residency
 from icmlora.serving.requirements import EngineName
 from icmlora.serving.tasks import ServedTasks
@@ -169,9 +169,11 @@ async def _prepare(residency: Residency, url: str) -> None:
 
 def uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config:
     """Return how uvicorn is to serve the application."""
+    connections = allowed(settings.max_connections)
     return uvicorn.Config(
         app,
-        http=guarded(settings.limits, settings.max_connections),  # type: ignore[arg-type]  # it is only called
+        http=guarded(settings.limits, connections),  # type: ignore[arg-type]  # it is only called
+        backlog=connections,  # asyncio takes so many at once, before it closes those that are too many
         ws="none",
         lifespan="off",
         interface="asgi3",

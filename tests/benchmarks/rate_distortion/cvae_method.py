@@ -16,8 +16,8 @@ import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.baselines.head import ByteReader, Head
+from icmlora.io.staging import writing_file
 from icmlora.io.tensors import decode_torch, encode_torch
-from registry.files import write_durably
 from tests.benchmarks.rate_distortion import flat_cvae
 from tests.benchmarks.rate_distortion.fleet import FleetFolder
 from tests.benchmarks.rate_distortion.method import Coded
@@ -48,7 +48,8 @@ class CvaeMethod:
         stored = work / "decoder.safetensors"
         if not stored.exists():
             work.mkdir(parents=True, exist_ok=True)
-            write_durably(stored, self.train(fleet))
+            with writing_file(stored) as stream:
+                stream.write(self.train(fleet))
         shared = stored.read_bytes()
         names = list(fleet)
         codes = {task: code_of(fleet[task]) for task in names}

@@ -158,8 +158,8 @@ CLASSIFIERS = {
 }
 MODULES = {
     "regnet": ("regnet.encoder.stages.1.layers.0.layer.1.convolution",),
-    "segformer": ("segformer.encoder.block.0.0.attention.self.query",),
-    "pvt-v2": ("pvt_v2.encoder.layers.0.blocks.0.attention.query",),
+    "segformer": ("segformer.stages.0.blocks.0.attention.q_proj",),
+    "pvt-v2": ("pvt_v2.encoder.layers.0.blocks.0.mlp.dense1",),
 }
 SEEING = {
     "git": write_git,

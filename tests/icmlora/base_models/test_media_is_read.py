@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import WhisperFeatureExtractor, WhisperProcessor
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2ForSequenceClassification, WhisperFeatureExtractor, WhisperProcessor
 
+from icmlora.base_models.attach import adapted
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.examples import examples_for
 from icmlora.base_models.lookup import inspect_base
 from icmlora.base_models.media_archive import pack_rows
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelUnsuited, DataError
+from icmlora.formats.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME
+from tests.cli.test_kinds_of_base_models import randomise
 from tests.icmlora.base_models.media_kinds import MEDIA_KINDS, write_moonshine
-from tests.icmlora.base_models.tiny_kinds import KINDS, Kind, captions, image_file, pairs, sound_file, tokenizer
+from tests.icmlora.base_models.tiny_kinds import (
+    KINDS,
+    VOCABULARY,
+    Kind,
+    captions,
+    image_file,
+    pairs,
+    save,
+    sound_file,
+    tokenizer,
+)
 from tests.icmlora.tiny_base import write_tiny_base
 
 ALL = MEDIA_KINDS | {name: kind for name, kind in KINDS.items() if kind.media is not None}
@@ -43,6 +59,8 @@ def test_another_picture_or_sound_changes_the_loss(kind: Kind, tmp_path: Path) -
     own = losses(base, kind, media)
     other = losses(base, kind, lambda name: media(f"{int(name.partition('.')[0]) + 1}.{name.partition('.')[2]}"))
     assert len(own) == len(other) == len(kind.rows())
+    examples = examples_for(base, pack_rows(kind.rows(), media)).items
+    assert base.modality.states(base, examples, LIMIT).std(dim=0).max() > 0  # its vectors differ too
     assert all(one != two for one, two in zip(own, other, strict=True))
 
 
@@ -64,3 +82,34 @@ def test_a_model_with_the_processor_of_another_is_refused_by_name(tmp_path: Path
         BaseModelUnsuited, match=r"what WhisperProcessor makes of a recording .* is not what base model"
     ):
         losses(odd, MEDIA_KINDS["moonshine"], sound_file)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MEDIA_KINDS.values() if kind.modules], ids=lambda kind: kind.name)
+def test_an_adapter_of_a_convolution_with_groups_or_with_a_head_does_what_peft_makes_of_it(
+    kind: Kind, tmp_path: Path
+) -> None:
+    base, other = load(kind.write, tmp_path), load(kind.write, tmp_path / "other")
+    assert kind.media is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"r": 4, "target_modules": list(kind.modules), "modules_to_save": ["classifier"]}
+        adapter = get_peft_model(other.model, LoraConfig(**options))
+        randomise(adapter)
+        adapter.save_pretrained(str(tmp_path / "adapter"))
+    files = [(tmp_path / "adapter" / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    alone, wanted = losses(base, kind, kind.media), losses(other, kind, kind.media)
+    with adapted(base, PEFT.runnable(*files)):
+        assert losses(base, kind, kind.media) == pytest.approx(wanted) != pytest.approx(alone)
+    assert losses(base, kind, kind.media) == alone
+
+
+def test_a_reward_model_without_a_padding_token_has_vectors(tmp_path: Path) -> None:
+    def write(folder: Path) -> Path:
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, num_labels=1)
+        return save(folder, GPT2ForSequenceClassification(config), tokenizer())
+
+    base = load(write, tmp_path)
+    rows = "".join(json.dumps({"text": f"text {number}", "label": 0}) + "\n" for number in range(8))
+    examples = examples_for(base, rows.encode()).items
+    assert base.modality.states(base, examples, LIMIT).shape == (8, 32)
+    assert base.modality.measure(base, examples, LIMIT).count == 8

@@ -367,3 +367,29 @@ def test_where_there_is_no_adapter_that_is_said(tmp_path: Path, name: str) -> No
     with pytest.raises(AdapterRefused) as refused:
         convert(tmp_path / name, tmp_path / "out", rank=1)
     assert refused.value.path == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("way", ["itself", "dots", "link to the folder", "link to a file", "many"])
+def test_a_source_is_never_replaced_by_what_is_made_of_it(adapter: Path, tmp_path: Path, way: str) -> None:
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    (tmp_path / "link").symlink_to(adapter)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / WEIGHTS).symlink_to(adapter / WEIGHTS)
+    places = {"dots": adapter / ".." / "poems", "link to the folder": tmp_path / "link"}
+    target = (places | {"link to a file": tmp_path / "linked"}).get(way, adapter)
+    if way == "many":
+        report = convert(tmp_path, tmp_path, rank=2, force=True)
+        assert any("the source would be replaced" in failed.message for failed in report.failed)
+    else:
+        with pytest.raises(DataError, match="the source would be replaced") as refused:
+            convert(adapter, target, rank=2, force=True)
+        assert "elsewhere" in (refused.value.hint or "")
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_an_adapter_in_a_single_file_is_not_replaced_by_what_is_made_of_it(tmp_path: Path) -> None:
+    file, before = tmp_path / "watercolour.safetensors", kohya_file("sd15").read_bytes()
+    file.write_bytes(before)
+    with pytest.raises(DataError, match="the source would be replaced"):
+        convert(file, file, rank=1, force=True)
+    assert file.read_bytes() == before

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from icmlora import BundleError, DataError, Event, Fleet, UnsafeInput
 from icmlora.fleet import copies
 from icmlora.fleet.eviction_report import TaskEvicted
 from icmlora.io.files import HashedFile
+from registry.errors import StoreLocked
+from registry.eviction import Originals
+from registry.records import Eviction
+from registry.store import Store
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import blob_of, copy_of, damage, is_sound
 
@@ -59,6 +64,41 @@ def test_another_store_is_a_copy_if_it_keeps_the_original(fleet: Fleet, tmp_path
     other.evict(["rules"], max_error=0.7)
     done = evict(fleet, [other.path])
     assert (done.status, "evicted there too" in str(done.reason), is_gone(fleet)) == ("kept", True, False)
+
+
+def test_another_store_is_held_once_this_one_is_alone_and_not_while_it_waits_for_that(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, real = copy_of(fleet.path, tmp_path / "other"), Originals.evict
+
+    def observed(self: Originals, order: Eviction, confirm: Callable[[], AbstractContextManager[object]]) -> int:
+        @contextmanager
+        def confirmed() -> Iterator[None]:
+            with confirm():
+                with Store.open(other.path, lock_timeout=0) as opened, pytest.raises(StoreLocked):
+                    opened.prune()
+                yield
+
+        with Store.open(other.path, lock_timeout=0) as opened:
+            opened.prune()
+        return real(self, order, confirmed)
+
+    monkeypatch.setattr(Originals, "evict", observed)
+    assert evict(fleet, [other.path]).status == "evicted"
+
+
+def test_a_store_that_somebody_has_alone_does_not_count_and_is_not_waited_for(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, real = copy_of(fleet.path, tmp_path / "other"), Originals.evict
+
+    def beside_another(self: Originals, order: Eviction, confirm: Callable[[], AbstractContextManager[object]]) -> int:
+        with Store.open(other.path) as opened, opened._lock.exclusive():
+            return real(self, order, confirm)
+
+    monkeypatch.setattr(Originals, "evict", beside_another)
+    done = evict(fleet, [other.path])
+    assert (done.status, "is in use" in str(done.reason), is_gone(fleet)) == ("kept", True, False)
 
 
 def test_a_bundle_is_a_copy_of_the_code(fleet: Fleet, tmp_path: Path) -> None:

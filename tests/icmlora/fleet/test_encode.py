@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from icmlora import Cancelled, DataError, Fleet, StoreLocked, TaskNotFound
+from icmlora import Cancelled, DataError, Fleet, Progress, StoreLocked, TaskNotFound
+from icmlora.fleet.context import Event
 from icmlora.fleet.encode import EncodeReport, TaskEncoded
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL
@@ -90,6 +91,22 @@ def test_a_code_is_refined_without_samples_too(fleet: Fleet) -> None:
         assert (task.status, task.reason) == ("encoded", None)
         blobs.append(code_blobs(fleet)["silent"])
     assert blobs[0] != blobs[1]
+
+
+def test_refinement_can_be_stopped_while_the_model_still_writes_its_texts(fleet: Fleet) -> None:
+    encoded = code_blobs(fleet)["silent"]
+    fleet.encode(["poems"], max_error=0.3, device="cpu")
+    passes = []
+
+    def stop_at_the_third_pass(event: Event) -> None:
+        if isinstance(event, Progress) and "preparing to refine" in event.note:
+            passes.append(event)
+            if len(passes) == 3:
+                raise Cancelled
+
+    with pytest.raises(Cancelled):
+        Fleet(fleet.path, on_event=stop_at_the_third_pass).encode(["silent"], tolerance=0.3, refine=2, device="cpu")
+    assert (len(passes), code_blobs(fleet)["silent"]) == (3, encoded)
 
 
 def test_a_quality_refines_codes_that_are_coarser_than_plain_ones(fleet: Fleet) -> None:

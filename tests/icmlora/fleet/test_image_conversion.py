@@ -73,6 +73,17 @@ def test_a_converted_adapter_changes_each_weight_by_the_same(
     assert_equal(dw_by_diffusers(source, pipeline()), dw_by_diffusers(out, pipeline()))
 
 
+def test_both_spellings_of_comfyui_load_as_the_same_adapter(tmp_path: Path) -> None:
+    deltas = []
+    for alpha in (None, 4):  # lora_A, which diffusers itself does not read, and lora_down with alpha = r
+        folder = tmp_path / str(alpha)
+        source = comfyui_file(folder / "x.safetensors", alpha=alpha)
+        out, _ = converted(source, folder, adapter_format="diffusers", dtype="float32")
+        deltas.append(dw_by_diffusers(out, tiny_flux()))
+    assert {name.partition(".")[0] for name in deltas[0]} == {"transformer", "text_encoder"}
+    assert_equal(*deltas)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_tucker": True}], ids=["plain", "tucker"])
 @pytest.mark.parametrize("target", ["kohya", "diffusers"])
 def test_locon_of_lycoris_changes_each_weight_by_the_same(

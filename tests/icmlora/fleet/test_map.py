@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora import DamagedStore, DataError, Fleet, OutputExists, StoreNotFound
+from icmlora import DataError, Fleet, OutputExists, StoreNotFound
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import blob_of, damage, files_of
 from tests.icmlora.tiny_base import LABEL
@@ -85,9 +85,9 @@ def test_without_vectors_there_is_no_map(tmp_path: Path, loras: Path) -> None:
     assert "icm vectors" in str(error.value.hint)
 
 
-def test_damaged_vectors_are_an_error_for_the_map_but_not_for_show(learned: Fleet) -> None:
+def test_a_task_with_damaged_vectors_is_not_on_the_map(learned: Fleet) -> None:
     damage(blob_of(learned, learned.show("ships").vectors[0].blob))
-    with pytest.raises(DamagedStore):
+    with pytest.raises(DataError, match=r"its vectors cannot be read: blob \w+ is damaged: ships"):
         learned.task_map()
     assert learned.show("apples").nearest == ()
 

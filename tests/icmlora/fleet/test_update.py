@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora import Cancelled, DataError, Event, Fleet
+from icmlora import Cancelled, DataError, Event, Fleet, Progress
 from icmlora.fleet.train import CodeMade
 from icmlora.fleet.update import Updated, UpdateReport
 from tests.cli.tiny_fleet import write_lora
@@ -95,13 +95,17 @@ def test_the_first_generator_is_not_made_by_an_update(ingested: Fleet) -> None:
     assert f"--base-model {LABEL}" in str(error.value.hint)
 
 
-def test_an_update_fails_before_any_work_if_one_base_model_has_no_generator(larger: Fleet, tmp_path: Path) -> None:
+def test_a_base_model_without_a_generator_is_told_first_and_the_others_are_updated(
+    larger: Fleet, tmp_path: Path
+) -> None:
     larger.ingest([write_lora(tmp_path / "alien", base_model_name_or_path="zeta/elsewhere")])
-    before = files_of(larger.path)
+    told: list[Event] = []
+    report = Fleet(larger.path, on_event=told.append).update(device="cpu", steps=2)
+    assert report.tasks == ["odes"]
+    assert [failed.message for failed in report.failed] == ["zeta/elsewhere has no generator to add tasks to"]
+    assert next(event for event in told if not isinstance(event, Progress)) == report.failed[0]
     with pytest.raises(DataError, match="zeta/elsewhere has no generator"):
-        larger.update(device="cpu", steps=2)
-    assert files_of(larger.path) == before
-    assert larger.update(device="cpu", base_model=LABEL, steps=2).tasks == ["odes"]
+        larger.update(device="cpu", base_model="zeta/elsewhere")
 
 
 @pytest.mark.parametrize("count", [1, 3])

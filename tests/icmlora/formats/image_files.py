@@ -202,10 +202,11 @@ def wan_file(path: Path, *, rank: int = 4, alpha: float | None = None, seed: int
     return _write(path, _factors(shapes, rank, seed, *kinds, alpha=alpha))
 
 
-def comfyui_file(path: Path, *, rank: int = 4, alpha: float = 2, seed: int = 0) -> Path:
+def comfyui_file(path: Path, *, rank: int = 4, alpha: float | None = 2, seed: int = 0) -> Path:
     """Write a LoRA for Flux with Black Forest Labs' names after `diffusion_model.`, and one for CLIP, as ComfyUI does.
 
-    The first layer of single blocks is left out: diffusers knows it only at its real width.
+    Without `alpha`, the factors are called `lora_A` and `lora_B`. The first layer of single blocks is left out:
+    diffusers knows it only at its real width.
     """
     double, clip = "diffusion_model.double_blocks.0", "text_encoders.clip_l.transformer.text_model.encoder.layers.0"
     shapes = {f"{clip}.self_attn.{part}": (_FLUX, _FLUX) for part in _TEXT_ATTENTION}
@@ -216,7 +217,8 @@ def comfyui_file(path: Path, *, rank: int = 4, alpha: float = 2, seed: int = 0) 
         shapes[f"{double}.{stream}_mlp.2"] = (_FLUX, 4 * _FLUX)
     for block in range(FLUX_TRANSFORMER["num_single_layers"]):
         shapes[f"diffusion_model.single_blocks.{block}.linear2"] = (_FLUX, 5 * _FLUX)
-    return _write(path, _factors(shapes, rank, seed, "lora_down", "lora_up", alpha=alpha))
+    kinds = ("lora_A", "lora_B") if alpha is None else ("lora_down", "lora_up")
+    return _write(path, _factors(shapes, rank, seed, *kinds, alpha=alpha))
 
 
 def _is_clip(model: object) -> bool:

@@ -34,7 +34,7 @@ def test_the_header_counts_for_more_than_widths(stated: str, label: str) -> None
     [
         ("stable-diffusion-v1", "sd_v1 sd_1.5 stable-diffusion-v1/lora"),
         ("stable-diffusion-v2", "sd_v2_v stable-diffusion-v2-768-v/lora"),
-        ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0 sdxl_1.0 stable-diffusion-xl-v1-base/lora"),
+        ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0 sdxl_1.0 stable-diffusion-xl-v1-base/lora pony"),
         ("stable-diffusion-3-5-large", "sd3.5_large stable-diffusion-3-5-large/lora"),
         ("flux-1-dev", "flux1 flux.1 flux-1-dev/lora Flux.1-dev/lora flux.1_kontext flux-1-schnell/lora"),
         ("flux-2-klein-9b", "flux2_klein_9b flux-2-klein-base-9b"),
@@ -75,10 +75,16 @@ NAMES = {
     "stable-video-diffusion": "unet.mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q",
     "kolors": "unet.encoder_hid_proj",
     "stable-diffusion-3": "lora_unet_joint_blocks.0.x_block_attn_qkv",
+    "stable-diffusion-3-5-medium": "diffusion_model.joint_blocks.0.x_block.attn2.qkv",
     "flux-2": "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj",
     "qwen-image": "transformer.transformer_blocks.0.img_mlp.net.2 lora_unet_transformer_blocks.0.txt_mod.1"
     " lycoris_transformer_blocks.0.img_mod.1",
-    "z-image": "diffusion_model.layers.0.attention.to_q lora_unet_layers.0.attention_to_q",
+    "ideogram-4": "diffusion_model.layers.0.attention.o transformer.layers.0.adaln_modulation",
+    "flux-3": "diffusion_model.content_mode_blocks.image.0.q_proj transformer.txt_mode_blocks.0.attn.to_q",
+    "bria-fibo-2": "transformer.layers.0.cross_attention.to_q",
+    "ernie-image": "transformer.layers.0.self_attention.to_q",
+    "krea-2": "diffusion_model.blocks.0.attn.wq transformer.transformer_blocks.0.ff.gate",
+    "cosmos-predict-2": "diffusion_model.blocks.0.self_attn.q_proj",
     "lumina-2": "transformer.layers.0.attn.to_q transformer.noise_refiner.0.feed_forward.linear_1",
     "kandinsky-5": "transformer.visual_transformer_blocks.0.self_attention.to_query",
     "mochi-1": "transformer.transformer_blocks.0.attn1.add_q_proj",
@@ -101,15 +107,23 @@ def test_the_names_of_blocks_tell_the_family(label: str, names: str) -> None:
         ("diffusion_model.single_blocks.0.linear2", 3072, "flux-1-dev"),
         ("transformer.transformer_blocks.0.attn.to_q", 2432, "stable-diffusion-3-5-large"),
         ("transformer.transformer_blocks.0.attn.to_q", 3072, "qwen-image"),
+        ("transformer.transformer_blocks.0.attn2.to_q", 1536, "stable-diffusion-3-5-medium"),
         ("transformer.transformer_blocks.0.attn2.to_k", 2048, "ltx-video"),
         ("transformer.transformer_blocks.0.attn1.to_k", 3072, "cogvideox-5b"),
         ("transformer.transformer_blocks.0.attn2.to_q", 1152, "pixart"),
         ("diffusion_model.layers.0.attention.qkv", 2304, "lumina-2"),
+        ("lora_unet_layers.0.attention_to_q", 3840, "z-image"),
         ("transformer_2.blocks.0.attn1.to_q", 5120, "wan-2.1-14b"),
     ],
 )
 def test_names_that_several_families_have_are_guessed_by_width(name: str, width: int, label: str) -> None:
     assert base_of({}, {name: width}) == ImageBase(label, is_guess=True)
+
+
+def test_a_model_without_clip_is_not_guessed_of_an_adapter_that_has_a_part_for_it() -> None:
+    widths = {"lora_transformer_transformer_blocks.0.attn_to_q": 3072}
+    assert base_of({}, widths).label == "qwen-image"
+    assert base_of({}, widths | {"lora_te1_text_model_encoder_layers.0.mlp_fc1": 768}).label == "flux-1-dev"
 
 
 def test_nothing_is_guessed_from_a_width_that_no_model_has() -> None:

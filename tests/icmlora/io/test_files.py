@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from pathlib import Path
 
 import pytest
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.io.files import hash_regular, open_regular, read_exactly, read_regular
-from registry.files import write_durably
 
 
 def test_a_regular_file_is_read(tmp_path: Path) -> None:
@@ -72,28 +70,6 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsafeInput, match="cut"):
         read_exactly(descriptor, 3, 0)
     os.close(descriptor)
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_a_written_file_has_the_mode_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
-    before = os.umask(umask)
-    try:
-        write_durably(tmp_path / "a", b"abc")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_durably(tmp_path / "a", b"old")
-
-    def full(_descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_durably(tmp_path / "a", b"new")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
 
 
 def test_a_file_is_hashed_whatever_its_size(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
 from icmlora.errors import OutputExists
-from icmlora.io import staging as output_file
 from icmlora.io.staging import writing_file
 
 
@@ -96,9 +96,16 @@ def test_the_bytes_are_synced_before_the_name_and_the_name_before_it_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    replace = Path.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append("bytes"))
-    monkeypatch.setattr(output_file, "fsync_dir", lambda folder: order.append("folder"))
-    monkeypatch.setattr(Path, "replace", lambda path, target: order.append("rename") or replace(path, target))
+    replace = os.replace
+
+    def fsync(descriptor: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "bytes")
+
+    def rename(path: Path, target: Path) -> None:
+        order.append("rename")
+        replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
     write(tmp_path / "out", b"1")
     assert order == ["bytes", "rename", "folder"]

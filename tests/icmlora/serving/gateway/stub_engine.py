@@ -42,6 +42,7 @@ class StubEngine:
         dies_after: Close the connection after so many pieces of a stream.
         hold: Requests wait for it, if it is there.
         token: What it wants to be told.
+        is_prepared: Whether it loads adapters while it runs.
         listed: An answer to the list of models in place of the right one.
     """
 
@@ -60,6 +61,7 @@ class StubEngine:
     dies_after: int | None = None
     hold: threading.Event | None = None
     token: str | None = None
+    is_prepared: bool = True
     listed: Any = None
 
     def bodies(self, path: str) -> list[Any]:
@@ -87,6 +89,8 @@ class StubEngine:
             if not message.get("more_body"):
                 break
         method, path = scope["method"], scope["path"]
+        if method == "GET" and path == self._route("load_lora_adapter"):  # whether it has the route
+            return await _answer(send, 405 if self.is_prepared else 404, {"detail": "no GET"})
         self.asked.append((method, path, body))
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         if self.token is not None and headers.get("authorization") != f"Bearer {self.token}":

@@ -188,6 +188,14 @@ def test_an_engine_that_was_not_started_for_adapters_says_how(gateway: Gateway, 
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in refused.json()["error"]["message"]
 
 
+def test_an_engine_that_was_not_started_for_adapters_is_not_ready(
+    start: StartGateway, engine: StubEngine, log: pytest.LogCaptureFixture
+) -> None:
+    engine.is_prepared = False
+    assert error_of(start().client.get("/readyz")) == (503, "engine_not_prepared")
+    wait_for(lambda: "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in log.text)
+
+
 def test_an_engine_that_lies_about_loading(gateway: Gateway, engine: StubEngine) -> None:
     engine.lies = True
     assert error_of(gateway.ask("rules")) == (502, "engine_lied")

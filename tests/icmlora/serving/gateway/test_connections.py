@@ -63,9 +63,16 @@ def test_half_of_a_second_request_is_closed_too(start: StartGateway) -> None:
         assert b"HTTP/1.1 408" in all_of(connection)
 
 
-@pytest.mark.parametrize("path", [b"/v1/completions", b"/healthz"])
-def test_a_body_that_comes_byte_by_byte_ends(start: StartGateway, path: bytes) -> None:
-    with connected(start(limits=Limits(idle=60, whole_body=0.3))) as connection:
+@pytest.mark.parametrize(
+    ("path", "limits"),
+    [
+        (b"/v1/completions", Limits(idle=60, whole_body=0.3)),
+        (b"/healthz", Limits(header=0.3)),
+        (b"/no", Limits(header=0.3)),
+    ],
+)
+def test_a_body_that_comes_byte_by_byte_ends(start: StartGateway, path: bytes, limits: Limits) -> None:
+    with connected(start(limits=limits)) as connection:
         connection.sendall(b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n\r\n" % path)
         connection.settimeout(0.05)
         with pytest.raises(ConnectionError):

@@ -86,6 +86,7 @@ def test_a_client_that_leaves_takes_its_request_with_it(gateway: Gateway, engine
     with gateway.client.stream("POST", "/v1/completions", json={"model": "rules", "stream": True}) as answer:
         next(answer.iter_raw())
     wait_for(lambda: engine.aborted == 1)
+    wait_for(lambda: gateway.metric('icm_requests_total{route="/v1/completions",status="499"}') == 1)
 
 
 def test_a_client_that_leaves_before_the_answer_begins_takes_its_request_with_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 from collections.abc import Iterator
@@ -119,6 +120,32 @@ def test_folders_keep_below_the_limit(start: StartGateway, engine: StubEngine, t
     assert gateway.folders.size < sum(sizes.values())
     assert len(engine.unloads) == 1
     assert engine.gone == []
+
+
+def test_a_full_disk_makes_an_idle_adapter_go(
+    start: StartGateway, engine: StubEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = start()
+    assert gateway.ask("rules").status_code == 200
+    write = StoreTasks.write
+
+    def write_if_alone(self: StoreTasks, task: ServedTask, directory: Path) -> None:
+        if engine.adapters:  # less than the limit, and yet no space: others fill the disk
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, task, directory)
+
+    monkeypatch.setattr(StoreTasks, "write", write_if_alone)
+    assert gateway.ask("poems").status_code == 200
+    assert (engine.unloads, sorted(engine.adapters)) == (["rules"], ["poems"])
+
+
+def test_a_full_disk_without_an_idle_adapter_is_said(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(StoreTasks, "write", full)
+    answer = start().ask("poems")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_room")
 
 
 def test_an_adapter_that_alone_is_over_the_limit_is_refused(start: StartGateway, engine: StubEngine) -> None:
@@ -407,6 +434,24 @@ def test_a_task_of_another_base_model_is_refused_and_said_why(start: StartGatewa
     assert engine.loads == []
 
 
+@pytest.mark.parametrize(("model", "said"), [(None, "3 tasks of it"), ("acme/another", "no task is of it")])
+def test_the_log_says_at_the_start_which_tasks_are_for_the_engine(
+    start: StartGateway, engine: StubEngine, log: pytest.LogCaptureFixture, model: str | None, said: str
+) -> None:
+    engine.model = model or engine.model
+    start()
+    wait_for(lambda: said in log.text)
+
+
+def test_adapters_of_the_plug_in_are_warned_about_once(
+    gateway: Gateway, engine: StubEngine, log: pytest.LogCaptureFixture
+) -> None:
+    engine.adapters["rules"] = f"/dev/shm/icm-0/vllm/sha256-{'a' * 64}"
+    for _ in range(3):
+        assert gateway.ask("rules").status_code == 200
+    assert (engine.loads, log.text.count("from icm's plug-in")) == ([], 1)
+
+
 def test_the_user_may_say_which_base_model_the_engine_runs(
     start: StartGateway, engine: StubEngine, served: Served
 ) -> None:
@@ -467,4 +512,5 @@ def test_one_line_is_logged_for_each_adapter_that_comes_or_goes(
         gateway.ask(name)
     records = [record for record in log.records if record.name.startswith("icmlora.") and record.levelname == "INFO"]
     lines = [" ".join(record.getMessage().split()[:2]).rstrip(":") for record in records]
+    lines = [line for line in lines if line != "the engine"]  # what it runs, whenever that is known
     assert lines == ["loaded rules", "unloaded rules", "loaded poems"]

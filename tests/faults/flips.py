@@ -1,0 +1,244 @@
+"""Flip single bits of a store's database and see who notices, and what is deleted: `python -m tests.faults.flips`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from icmlora import Fleet
+from registry import row_checks
+from registry.database import Database
+from registry.errors import IcmError
+from registry.records import NewEvaluation
+from registry.store import Store
+from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store, write_lora
+from tests.faults.pages import Place, places
+
+# What decides which bytes are written, deleted or let go of.
+DECIDING = {
+    "tasks": ["samples_id", "eval_id", "pinned", "base_model_id"],
+    "adapters": ["task_id", "is_final", "weights_id", "config_id", "description_id", "evicted_at", "extra_count"],
+    "extras": ["adapter_id", "file", "blob_id"],
+    "codes": ["task_id", "generator_id", "adapter_id", "blob_id", "dw_error", "residual_id"],
+    "generators": ["blob_id", "is_current", "start_id"],
+    "evaluations": ["retained_gain", "created_at", "generator_id"],
+}
+_LIMIT = 0.05  # below the error of any code, so that nobody may let go of anything
+_KEPT_BY_NOBODY = 0.99  # so large that every original may go that nothing else keeps
+
+
+@dataclass
+class Tally:
+    """What became of the flips of one column."""
+
+    flips: int = 0
+    without_effect: int = 0
+    """Every row reads as before."""
+    noticed: int = 0
+    """By `icm verify`."""
+    unnoticed: int = 0
+    commands: int = 0
+    refused: int = 0
+    wrong_adapters: int = 0
+    deleted: int = 0
+    """Commands after which the store lacked a blob, or the user's folder its weights."""
+    examples: list[str] = field(default_factory=list)
+
+    def note(self, what: str) -> None:
+        """Keep the first few bad ones."""
+        if len(self.examples) < 3:
+            self.examples.append(what)
+
+
+class Flips:
+    """A small store with a row in nearly every table, and copies of it with one bit changed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.loras = root, root / "loras"
+        self.source, self.store = build(root), root / "flipped"
+        self.path = self.source / "registry.db"
+        self.data = self.path.read_bytes()
+        self.rows = rows_of(self.path)
+        self.names = [row.task.name for row in Fleet(self.source).tasks()]
+        self.adapters = {name: self._materialized(self.source, name) for name in self.names}
+
+    def bits(self, wanted: Callable[[Place], bool]) -> Iterator[tuple[Place, int]]:
+        """Yield the bits of chosen columns."""
+        yield from ((place, bit) for place in places(self.path) if wanted(place) for bit in range(8))
+
+    def study(self, bits: Iterable[tuple[Place, int]], *, commands: bool) -> dict[str, Tally]:
+        """Flip bits one after the other; `commands` also runs those that delete and write."""
+        tallies: defaultdict[str, Tally] = defaultdict(Tally)
+        probe = self.root / "probe.db"
+        for place, bit in bits:
+            tally = tallies[f"{place.table}.{place.column}"]
+            tally.flips += 1
+            flipped = bytearray(self.data)
+            flipped[place.offset] ^= 1 << bit
+            probe.write_bytes(flipped)
+            found = _is_noticed(probe)
+            if not found and rows_of(probe) == self.rows:
+                tally.without_effect += 1
+                continue
+            tally.noticed += found
+            tally.unnoticed += not found
+            if not found:
+                tally.note(f"unnoticed: {place}, bit {bit}")
+            if commands:
+                self._run_commands(bytes(flipped), tally, f"{place}, bit {bit}")
+        return dict(tallies)
+
+    def _run_commands(self, database: bytes, tally: Tally, what: str) -> None:
+        shutil.rmtree(self.store, ignore_errors=True)
+        shutil.copytree(self.source, self.store, copy_function=os.link)
+        (self.store / "registry.db").unlink()
+        (self.store / "registry.db").write_bytes(database)
+        before, fleet = self._files(), Fleet(self.store)
+        changing: dict[str, Callable[[], object]] = {
+            "evict": lambda: fleet.evict(max_error=_KEPT_BY_NOBODY, device="cpu"),
+            "evict --placeholder": lambda: fleet.evict(max_error=_LIMIT, placeholder=True, device="cpu"),
+            "evict --min-gain": lambda: fleet.evict(["rules"], min_gain=0.95, placeholder=True, device="cpu"),
+            "prune": lambda: fleet.prune(grace=0, empty_quarantine=True),
+        }
+        for name in self.names:
+            tally.commands += 1
+            made = self._materialized(self.store, name)
+            if made is None:
+                tally.refused += 1
+            elif made != self.adapters[name]:
+                tally.wrong_adapters += 1
+                tally.note(f"materialize {name} is wrong: {what}")
+        for command, run in changing.items():
+            tally.commands += 1
+            try:
+                run()
+            except IcmError:
+                tally.refused += 1
+            if before - self._files():
+                tally.deleted += 1
+                tally.note(f"{command} deleted: {what}")
+                break
+
+    def _files(self) -> set[Path]:
+        return set((self.store / "blobs").rglob("*")) | set(self.loras.rglob("*.safetensors"))
+
+    def _materialized(self, store: Path, task: str) -> str | None:
+        """Return a digest of what is written of a task, without its card; None if it is refused."""
+        output = self.root / "out"
+        shutil.rmtree(output, ignore_errors=True)
+        try:
+            Fleet(store).materialize(task, output)
+        except (IcmError, OSError, ValueError):  # the last two where a wrong row was believed
+            return None
+        files = sorted(path for path in output.iterdir() if path.name != "README.md")
+        return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+def build(root: Path) -> Path:
+    """Make the store: six tasks, of which four are evicted, one is pinned, and one has extras of each kind."""
+    # Of the same form as `headed` and `poems`, and between them, so that a flip gives one the code of another.
+    for seed, name in enumerate(("essays", "letters"), start=11):
+        write_lora(root / "loras" / name, seed=seed)
+    write_lora(root / "loras" / "headed", seed=5, bias="lora_only")
+    (root / "loras" / "headed" / "tokenizer.json").write_text('{"version": "1.0"}')
+    store = build_ingested(root, vectors=True)
+    train_store(store)
+    icm_quietly(store, "pin", "silent")
+    icm_quietly(store, "evict", "rules", "poems", "essays", "letters", "--max-error", _KEPT_BY_NOBODY)
+    with Store.open(store) as opened:
+        task, (generator,) = opened.tasks.get("rules"), opened.generators.all()
+        assert task.eval_data is not None
+        figures = {"value": 2.0, "count": 100, "utf8_bytes": 400, "retained_gain": 0.9, "squared_error": None}
+        settings = {"settings": {"dtype": "float32"}, "data": task.eval_data}
+        opened.evaluations.add([NewEvaluation("rules", "code", generator.id, **figures, **settings)])  # type: ignore[arg-type]
+        opened.generators.set_start(generator.id, opened.blobs.put(b"start"))
+    return store
+
+
+def rows_of(path: Path) -> dict[str, list[Any]] | None:
+    """Return everything that can be read of a database; None if some of it cannot."""
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            names = [name for (name,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+            return {name: database.execute(f"SELECT *, typeof(crc) FROM {name}").fetchall() for name in names}
+    except (sqlite3.Error, UnicodeDecodeError):
+        return None
+
+
+def _is_noticed(path: Path) -> bool:
+    try:
+        return any(Database(path, read_only=True, busy_timeout=1.0).damage())
+    except IcmError:
+        return True
+
+
+@contextmanager
+def checks_off() -> Iterator[None]:
+    """Believe every row, as icm did before rows had checks: the control, which has to be caught."""
+    checked, find = row_checks._checked, Database.damage
+
+    def without_rows(self: Database) -> Iterator[Any]:
+        return (found for found in find(self) if found.kind != "row")
+
+    row_checks._checked = lambda check, *row: check  # type: ignore[assignment]
+    Database.damage = without_rows  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        row_checks._checked, Database.damage = checked, find  # type: ignore[method-assign]
+
+
+def decides(place: Place) -> bool:
+    """Say whether a byte is of a column that decides."""
+    return place.column in DECIDING.get(place.table, ())
+
+
+def summed(tallies: dict[str, Tally]) -> Tally:
+    """Add up what became of the flips of all columns."""
+    total = Tally()
+    for tally in tallies.values():
+        for name, value in vars(tally).items():
+            if name != "examples":
+                setattr(total, name, getattr(total, name) + value)
+        total.examples += tally.examples
+    return total
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("tests/benchmarks/results/flips.json"))
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        flips = Flips(Path(folder))
+        every = flips.study(flips.bits(lambda place: True), commands=False)
+        sys.stderr.write(f"{json.dumps(asdict(summed(every)))}\n")
+        deciding = flips.study(flips.bits(decides), commands=True)
+        sys.stderr.write(f"{json.dumps(asdict(summed(deciding)))}\n")
+        with checks_off():
+            control = flips.study(list(flips.bits(decides))[::7], commands=True)
+    document = {
+        "what": "one bit of registry.db flipped at a time, tests/faults/flips.py",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "sqlite": sqlite3.sqlite_version,
+        "every_bit_of_every_row": {**asdict(summed(every)), "by_column": {k: asdict(v) for k, v in every.items()}},
+        "with_commands": {**asdict(summed(deciding)), "by_column": {k: asdict(v) for k, v in deciding.items()}},
+        "control": {"what": "every seventh of them, with the checks of rows switched off", **asdict(summed(control))},
+    }
+    chosen.output.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,48 @@
+"""A bit that flips in the database is noticed, writes no wrong adapter and deletes nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.flips import Flips, Tally, checks_off, decides, summed
+from tests.faults.pages import Place
+
+
+@pytest.fixture(scope="module")
+def flips(tmp_path_factory: pytest.TempPathFactory) -> Flips:
+    return Flips(tmp_path_factory.mktemp("flips"))
+
+
+def check(tally: Tally) -> None:
+    bad = (tally.unnoticed, tally.wrong_adapters, tally.deleted, tally.examples)
+    assert tally.flips > 0
+    assert bad == (0, 0, 0, [])
+
+
+def test_a_few_flips_anywhere_in_the_rows_are_noticed(flips: Flips) -> None:
+    check(summed(flips.study(list(flips.bits(lambda place: True))[::97], commands=False)))
+
+
+def test_a_few_flips_of_what_decides_delete_nothing_and_write_nothing_wrong(flips: Flips) -> None:
+    check(summed(flips.study(list(flips.bits(decides))[::53], commands=True)))
+
+
+@pytest.mark.fault
+def test_every_flip_anywhere_in_the_rows_is_noticed(flips: Flips) -> None:
+    check(summed(flips.study(flips.bits(lambda place: True), commands=False)))
+
+
+@pytest.mark.fault
+def test_no_flip_of_what_decides_deletes_anything_or_writes_anything_wrong(flips: Flips) -> None:
+    check(summed(flips.study(flips.bits(decides), commands=True)))
+
+
+def test_the_harness_sees_what_happens_without_the_checks(flips: Flips) -> None:
+    def known(place: Place) -> bool:
+        return (place.table, place.column) in {("codes", "blob_id"), ("tasks", "pinned")}
+
+    with checks_off():
+        tally = summed(flips.study(flips.bits(known), commands=True))
+    assert tally.unnoticed > 0
+    assert tally.wrong_adapters > 0
+    assert tally.deleted > 0

@@ -1,0 +1,129 @@
+"""What the commands do with locks, one after the other, and a recorder of what they really do.
+
+`tests/cli/test_lock_scripts.py` shows that the commands do nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from registry.locks import FileLock, Patience
+
+Call = tuple[str, str]
+"""The kind of lock, "store" or "job", and what is done with it."""
+
+
+class Holder:
+    """The locks of one process, taken as `registry.store.Store` takes them."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._patience, self._name = folder, Patience(1e9), name
+        self.store = self._lock("lock")
+
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self._folder / name, patience=self._patience, command=self._name)
+
+    @contextmanager
+    def job(self, name: str = "job", *, shared: bool = False) -> Iterator[None]:
+        lock = self._lock(name)
+        try:
+            lock.hold(shared=shared, without=self.store)
+            yield
+        finally:
+            lock.close()
+
+    def alone(self) -> None:
+        """Delete something."""
+        with self.store.exclusive():
+            pass
+
+    def drop(self) -> None:
+        """Delete something unless somebody is there."""
+        with self.store.try_exclusive():
+            pass
+
+
+def read(holder: Holder) -> None:
+    """`icm ls`, `materialize`, `ingest` ..."""
+    holder.store.enter()
+
+
+def delete(holder: Holder) -> None:
+    """`icm rm`, `icm prune`, `icm verify --repair`."""
+    holder.store.enter()
+    holder.alone()
+
+
+def evict(holder: Holder) -> None:
+    holder.store.enter()
+    holder.alone()
+    with holder.job():
+        holder.alone()
+
+
+def train(holder: Holder) -> None:
+    """`icm train` of any kind."""
+    holder.store.enter()
+    with holder.job():
+        holder.drop()
+
+
+def encode(holder: Holder) -> None:
+    holder.store.enter()
+    with holder.job(shared=True):
+        holder.drop()
+
+
+def forget(holder: Holder) -> None:
+    """`icm generators forget`."""
+    holder.store.enter()
+    holder.drop()
+
+
+def roll_back(holder: Holder) -> None:
+    """`icm generators rollback`, `icm train --update` that grows nothing."""
+    holder.store.enter()
+    with holder.job():
+        pass
+
+
+def join(holder: Holder) -> None:
+    """`icm base alias`."""
+    holder.store.enter()
+    with holder.job("another job"), holder.job():
+        pass
+
+
+SCRIPTS: tuple[Callable[[Holder], None], ...] = (read, delete, evict, train, encode, forget, roll_back, join)
+
+
+@contextmanager
+def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
+    """Record what is done with locks in a block; what is done several times in a row is recorded once."""
+    calls: list[Call] = []
+
+    def note(lock: FileLock, what: str) -> None:
+        call = ("store" if lock._path.name == "lock" else "job", what)
+        if call == ("store", "hold"):  # a part of `exclusive`
+            return
+        if calls[-1:] != [call]:
+            calls.append(call)
+
+    def recorded(name: str) -> Callable[..., object]:
+        real = getattr(FileLock, name)
+
+        def method(self: FileLock, **options: object) -> object:
+            shared = ", shared" if options.get("shared") else ""
+            note(self, f"{name}{shared}{', without the store' if options.get('without') else ''}")
+            return real(self, **options)
+
+        return method
+
+    with monkeypatch.context() as patch:
+        for name in ("enter", "hold", "exclusive", "try_exclusive", "close"):
+            patch.setattr(FileLock, name, recorded(name))
+        yield calls
