@@ -336,8 +336,9 @@ def _tell_wrapped(out: Output, report: IngestReport) -> None:
     tasks = [f"{task.task} ({task.wrapper})" for task in report.ingested if task.wrapper is not None]
     if tasks:
         verb = "has" if len(tasks) == 1 else "have"
-        fact = f"{counted(len(tasks), 'task')} {verb} tensors with names of a wrapper, which PEFT does not load"
-        out.note(f"{fact}: {some(tasks)}")
+        fact = f"{counted(len(tasks), 'task')} {verb} tensors with names of a wrapper"
+        out.note(f"{fact}, which PEFT loads only into a model that is wrapped alike: {some(tasks)}")
+    if any(task.wrapper not in (None, "module") for task in report.ingested):
         out.hint("the original stays as it is; `icm materialize TASK --source code` writes names that PEFT finds")
 
 

@@ -118,12 +118,17 @@ def _parse_key(name: str) -> tuple[str, str, str] | None:
 
 def unwrapped(module: str) -> str:
     """Return a name without what torch.compile, FSDP and the like put into it."""
-    plain = ".".join(part for part in module.split(".") if part not in _WRAPPERS)
+    plain = without_wrappers(module)
     # DistributedDataParallel calls what it wraps `module`; deeper down that may be a real name.
     for prefix in ("module.", PREFIX + "module."):
         if plain.startswith(prefix):
             return prefix.removesuffix("module.") + plain.removeprefix(prefix)
     return plain
+
+
+def without_wrappers(name: str) -> str:
+    """Return a name without the parts that are surely none of the base model's, as `module` may be one."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def wrapper_in(name: str) -> str | None:

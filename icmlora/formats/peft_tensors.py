@@ -24,7 +24,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, located
 from icmlora.formats.format import LoadedAdapter, Template
 from icmlora.formats.peft_config import PREFIX, AdapterConfig, usual_names, with_ranks
-from icmlora.formats.peft_names import unwrapped
+from icmlora.formats.peft_names import without_wrappers
 from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, TENSOR_NAME, RawTensor, TensorHeader, encode, raw_tensors
 from icmlora.io.strict_json import parse_object
 from icmlora.io.tensors import decode_float32, dtype_name, raw_tensor
@@ -97,7 +97,7 @@ def write_like(
     one's, unless that states other ranks than the layout of the form.
     """
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
-    extras = _unwrapped(extras)
+    extras = _without_wrappers(extras)
     modules = {module.name: module for module in adapter.modules}
     tensors: dict[str, RawTensor] = {}
     whole = {f"{name}.{part}": name for name, count in details.parts.items() for part in range(count)}
@@ -122,7 +122,7 @@ def write_like(
         for axis, (noted, factor) in enumerate(zip(names, unscaled, strict=True)):
             kind = details.dtypes.get(noted, details.dtype) if dtype is None else dtype_name(dtype)
             size = details.shapes.get(noted, tuple(factor.shape))
-            name = unwrapped(noted)  # PEFT finds no module for the others, and loads nothing
+            name = without_wrappers(noted)  # PEFT finds no module for the others, and loads nothing
             if not is_stated:
                 size = *size[:axis], factor.shape[axis], *size[axis + 1 :]  # A (r, ...), B (out, r, ...)
             if prod(size) != factor.numel() or name in tensors or name in extras:
@@ -134,8 +134,8 @@ def write_like(
     return data, like.config if is_stated else with_ranks(like.config, written)
 
 
-def _unwrapped(extras: Mapping[str, RawTensor]) -> Mapping[str, RawTensor]:
-    clean = {unwrapped(name): tensor for name, tensor in extras.items()}
+def _without_wrappers(extras: Mapping[str, RawTensor]) -> Mapping[str, RawTensor]:
+    clean = {without_wrappers(name): tensor for name, tensor in extras.items()}
     return clean if len(clean) == len(extras) else extras
 
 

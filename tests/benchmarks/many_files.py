@@ -32,7 +32,7 @@ HEADER = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": "4", "ss_
 COMMANDS: dict[str, tuple[list[str], float]] = {
     "duplicates": (["duplicates"], 4.0),
     "train": (["train", "--steps", "100", "--refine", "0"], 40.0),
-    "evict": (["evict", "--all", "--max-error", "0.9", "--dry-run"], 6.0),
+    "evict": (["evict", "--max-error", "0.9", "--dry-run"], 6.0),
 }
 """Arguments, and the seconds that they may take on two free cores."""
 

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import os
 
 import pytest
 import typer
@@ -52,6 +53,11 @@ def test_a_usage_error_has_the_message_that_typer_would_print() -> None:
 
 def test_a_system_error_names_the_file() -> None:
     assert describe(PermissionError(errno.EACCES, "Permission denied", "a/b")).message == "a/b: Permission denied"
+
+
+@pytest.mark.parametrize(("number", "word"), [(errno.EROFS, "read-only"), (errno.EACCES, "permissions")])
+def test_where_nothing_can_be_written_there_is_a_way_out(number: int, word: str) -> None:
+    assert word in str(describe(OSError(number, os.strerror(number), "/mnt/out")).hint)
 
 
 def test_an_unexpected_error_is_a_bug() -> None:

@@ -131,6 +131,13 @@ def test_json_refuses_numbers_that_json_does_not_have() -> None:
         Output(as_json=True).document({"loss": float("nan")})
 
 
+def test_a_hint_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output()
+    for text in ("do this", "do this", "do that"):
+        out.hint(text)
+    assert capsys.readouterr().err == "hint: do this\nhint: do that\n"
+
+
 def test_details_are_printed_with_verbose_only(capsys: pytest.CaptureFixture[str]) -> None:
     Output(verbosity=1).detail("heard")
     Output().detail("not heard")

@@ -90,7 +90,8 @@ class _Table:
 
     def agreements(self, head: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the cosine of each seed's draws with values (n,) of length 1, shape (seeds,)."""
-        return np.concatenate([block @ head for block in self._blocks()]) / self._lengths
+        cosines: NDArray[np.float32] = np.concatenate([block @ head for block in self._blocks()]) / self._lengths
+        return cosines
 
     def _blocks(self) -> Iterator[NDArray[np.float32]]:
         """Yield the draws as floats, a few rows at a time; each block is overwritten by the next."""

@@ -131,7 +131,7 @@ def test_the_form_is_that_of_the_original_and_has_no_more_bytes(name: str) -> No
     assert len(done.weights) <= len(files.weights)
 
 
-@pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 def test_names_of_a_wrapper_are_told_and_not_written_again(wrapper: str) -> None:
     clean = original(factors() | extra_tensors() | conv(), modules_to_save=["score"])
     tensors = renamed(factors() | extra_tensors() | conv(), "base_model.model.", f"base_model.model.{wrapper}.")
@@ -139,6 +139,12 @@ def test_names_of_a_wrapper_are_told_and_not_written_again(wrapper: str) -> None
     assert PEFT.inspect(wrapped.config, wrapped.weights).wrapper == wrapper
     assert PEFT.inspect(clean.config, clean.weights).wrapper is None
     assert form_of(written(wrapped).weights) == form_of(clean.weights)
+
+
+def test_a_name_that_may_be_the_base_models_own_is_told_and_written_again() -> None:
+    files = original(renamed(factors(), "base_model.model.", "base_model.model.module."))
+    assert PEFT.inspect(files.config, files.weights).wrapper == "module"
+    assert form_of(written(files).weights) == form_of(files.weights)
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from icmlora.formats.naming import choose_names
 from icmlora.formats.task_names import (
     cached_repository,
+    is_generic,
     name_chain,
     names_above,
     plain_name,
@@ -158,3 +161,33 @@ def test_of_several_snapshots_the_one_of_main_has_the_name(tmp_path: Path) -> No
     (repository / "refs" / "main").write_text(COMMIT)
     assert name_chain(repository / "snapshots" / COMMIT)[0] == "rust"
     assert name_chain(repository / "snapshots" / ("a" * 40))[0] == "rust-aaaaaaa"
+
+
+@dataclass(frozen=True)
+class Found:
+    """As much of a found task as its name is made of."""
+
+    folder: Path
+    root: Path = Path("/loras")
+    part: str | None = None
+    files: tuple[Path, Path | None] = (Path("/none"), None)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        return (self.folder,)
+
+
+FOLDERS = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+@given(st.lists(FOLDERS.filter(lambda name: name not in (".", "..")), min_size=1, max_size=8, unique=True))
+def test_folders_of_any_names_become_tasks_that_no_two_file_systems_confuse(folders: list[str]) -> None:
+    tasks = [Found(Path("/loras") / folder) for folder in folders]
+    names = choose_names(tasks)
+    assert all(task_name_problem(name) is None for name in names)
+    assert len({name.lower() for name in names}) == len(names)
+    assert dict(zip(folders[::-1], choose_names(tasks[::-1]), strict=True)) == dict(zip(folders, names, strict=True))
+    alone = [plain_name(folder).lower() for folder in folders]
+    for folder, name in zip(folders, names, strict=True):
+        if task_name_problem(folder) is None and alone.count(folder.lower()) == 1 and not is_generic(folder):
+            assert name == folder
