@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icm_cli.errors import UsageProblem
+from icm_cli.errors import ExitCode, UsageProblem
 from icm_cli.options import BaseModelOpt
 from icm_cli.output import Column
 from icm_cli.session import Session, command
@@ -85,6 +85,8 @@ def map_(
     _print(session, found)
     if plot is not None:
         session.out.note(f"drew {plot}")
+    if any(entry.is_damaged for entry in found.left_out):
+        raise typer.Exit(ExitCode.PARTLY)
 
 
 def _number(clusters: str) -> int | None:

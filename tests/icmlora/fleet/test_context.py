@@ -153,4 +153,4 @@ def test_another_process_sees_who_holds_the_base_model(fleet: Fleet) -> None:
             said.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     Fleet(fleet.path, command="nightly encode", on_event=listen).encode(["silent"], max_error=0.32)
-    assert f"pid {os.getpid()}, nightly encode" in said[0]
+    assert f"in use by process {os.getpid()}: nightly encode" in said[0]

@@ -172,7 +172,7 @@ def without(half: str) -> bytes:
         (save(tensors())[:-9], config(), "damaged", "fetch|its tensors end"),
         (save(tensors()), config(scale=None, alpha=16), "config", "has alpha, but no scale"),
         (save(tensors()), config(scale="20"), "config", "scale is '20'"),
-        (save(tensors()), config(scale=float("1e30")), "config", "scale is 1e[+]30"),
+        (save(tensors()), config(scale=float("1e31")), "config", "scale is 1e[+]31"),
         (save(tensors()), config(rank=2.0), "config", "rank is 2.0"),
         (save(tensors()), config(rank=True), "config", "rank is True"),
         (save(tensors()), b'{"peft_type": "LORA"}', "config", "is PEFT's, not MLX-LM's"),
