@@ -214,13 +214,14 @@ def _header_length(start: bytes, size: int) -> int:
     _refuse_other_format(start)
     if size <= _PREFIX_BYTES:
         raise AdapterRefused(f"has {size} bytes, too few for a safetensors file", kind="damaged")
+    if start[_PREFIX_BYTES:] != b"{":
+        fact = "is no safetensors file: its header does not start with '{'"
+        raise AdapterRefused(fact, kind="damaged", hint="fetch the file again, if it was one")
     if length > MAX_HEADER_BYTES:
         message = f"claims a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}"
         raise UnsafeInput(message, kind="limits")
-    if length > size - _PREFIX_BYTES:
-        message = f"claims a header of {length:,} bytes but has {size:,} in all"
-        raise AdapterRefused(message, kind="damaged", hint="fetch the file again: it seems cut short")
-    raise AdapterRefused("the header does not start with '{'", kind="damaged")
+    message = f"claims a header of {length:,} bytes but has {size:,} in all"
+    raise AdapterRefused(message, kind="damaged", hint="fetch the file again: it seems cut short")
 
 
 def _refuse_other_format(start: bytes) -> None:
