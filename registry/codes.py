@@ -31,14 +31,20 @@ class Codes(Part):
 
     def get(self, task: str, generator_id: int) -> records.CodeRecord | None:
         """Return the code of a task under a generator, if it has one."""
+        found = self.of([task], generator_id)
+        if not found:  # few have none: for the others one look is enough
+            with self._db.read() as session:
+                name = rows.find_task(session, task).name
+            found = self.of([name], generator_id)
+        return next(iter(found.values()), None)
+
+    def of(self, tasks: Sequence[str], generator_id: int) -> dict[str, records.CodeRecord]:
+        """Return task -> its code under a generator, for those that have one."""
         code = models.Code
+        query = select(code).join(code.task).where(code.generator_id == generator_id)
         with self._db.read() as session:
-            query = select(code).join(code.task).where(models.Task.name == task, code.generator_id == generator_id)
-            row = session.scalar(query)
-            if row is None:  # few have none: for the others one look is enough
-                query = select(code).where(code.task_id == rows.find_task(session, task).id)
-                row = session.scalar(query.where(code.generator_id == generator_id))
-            return None if row is None else code_record(row)
+            parts = (session.scalars(query.where(models.Task.name.in_(some))) for some in in_parts(tasks))
+            return {row.task.name: code_record(row) for part in parts for row in part}
 
     def all(self, generator_id: int) -> list[records.CodeRecord]:
         """Return all codes of a generator, by task name."""

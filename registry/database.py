@@ -50,7 +50,7 @@ from registry.schema import (
 if TYPE_CHECKING:
     from registry.blobs.content import Blobs
     from registry.folder import StorePaths
-    from registry.locks import FileLock
+    from registry.locks import FileLock, Patience
     from registry.rows import RowWriter
 
 APPLICATION_ID = 0x69636D31  # "icm1": tells `file` and us what the database is
@@ -61,6 +61,7 @@ _DAMAGE_HINT = "`icm verify` says what is damaged, and what mends it"
 PAGE_SIZE = 512
 
 _WRITE = "BEGIN IMMEDIATE"
+_LEAST_WAIT = 1.0  # seconds: a commit of another process takes a moment, and is not to end a command that waited before
 _PRAGMAS = (
     # SQLite ignores foreign keys unless each connection asks for them.
     "foreign_keys=ON",
@@ -88,15 +89,29 @@ class Damage:
 class Database:
     """The rows of one store."""
 
-    def __init__(self, path: Path, *, read_only: bool, busy_timeout: float) -> None:
-        """Prepare to connect; nothing is opened yet. `busy_timeout` is the seconds to wait for commits of others."""
+    def __init__(
+        self, path: Path, *, read_only: bool, patience: Patience, users: Callable[[Path], str] = lambda path: ""
+    ) -> None:
+        """Prepare to connect; nothing is opened yet.
+
+        Args:
+            path: the file.
+            read_only: refuse writes.
+            patience: how long to wait for commits of others; what is waited for the lock to write is taken from it.
+            users: says which processes have locked the file, for messages.
+        """
         self.path = path
         self.read_only = read_only
-        self.busy_timeout = busy_timeout
-        self._engine = _engine(path, read_only, busy_timeout)
+        self.patience = patience
+        self._users = users
+        self._engine = self._new_engine()
         self._reader = self._engine.execution_options(icm_begin="BEGIN")
         self._is_sound = False  # as far as anybody has looked
         self.is_kept = False  # whether a copy was made since: see `registry.kept`
+
+    def _new_engine(self, *, create: bool = False) -> Engine:
+        engine = _engine(self.path, self.read_only, self.patience.seconds, create=create)
+        return engine.execution_options(icm_patience=self.patience)
 
     def can_be_written(self) -> bool:
         """Say whether the file system lets this user write the database, or its folder where it is still to be made."""
@@ -127,7 +142,7 @@ class Database:
 
         One that is not `guarded` writes no checks of rows: it changes the tables.
         """
-        engine = _engine(self.path, self.read_only, self.busy_timeout, create=True) if create else self._engine
+        engine = self._new_engine(create=True) if create else self._engine
         if not write:
             engine = engine.execution_options(icm_begin="BEGIN")
         with self._errors(), engine.execution_options(icm_guarded=guarded).begin() as connection:
@@ -182,7 +197,7 @@ class Database:
             return DamagedRow(fact, path=self.path, hint=_DAMAGE_HINT)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             hint = "another icm is writing; try again or wait longer with --lock-timeout"
-            return StoreLocked(fact, path=self.path, hint=hint)
+            return StoreLocked(fact + self._users(self.path), path=self.path, hint=hint)
         if code == sqlite3.SQLITE_FULL:
             return StoreFull(fact, path=self.path, hint="`icm prune` frees what no row refers to")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
@@ -236,8 +251,11 @@ def _can_be_written(path: Path) -> bool:
 
 def _begin(connection: Connection) -> None:
     options = connection.get_execution_options()
-    begin = options.get("icm_begin", _WRITE)
-    connection.exec_driver_sql(begin)
+    begin, patience = options.get("icm_begin", _WRITE), options["icm_patience"]
+    wait = min(patience.seconds, max(patience.left, _LEAST_WAIT))
+    sqlite_of(connection).execute(f"PRAGMA busy_timeout={round(1000 * wait)}")
+    with patience.counted():
+        connection.exec_driver_sql(begin)
     if begin == _WRITE and options.get("icm_guarded", True):
         guard(sqlite_of(connection), Base.metadata)
 
@@ -352,7 +370,7 @@ def migrate(database: Database, *, create: bool = False) -> None:
         raise DamagedStore(f"{database.path} has the old schema {version}", path=database.path, hint=hint)
     writer = database
     if database.read_only:
-        writer = Database(database.path, read_only=False, busy_timeout=database.busy_timeout)
+        writer = Database(database.path, read_only=False, patience=database.patience)
     with writer.connection(write=True, create=create, guarded=False) as connection:
         # Read again under the write lock: if many processes open an old store at once, one of them migrates it.
         version = _version(connection, database, create=create)

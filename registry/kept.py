@@ -47,17 +47,18 @@ def restore_database(root: Path, *, lock_timeout: float, command: str) -> str:
     paths = StorePaths(root)
     if not paths.format.exists():
         raise StoreNotFound(f"there is no store at {root}", path=root, hint="--store or ICM_STORE says where it is")
+    patience = Patience(lock_timeout)
     with fs.store_errors(paths.lock):
-        lock = FileLock(paths.lock, patience=Patience(lock_timeout), command=command)
+        lock = FileLock(paths.lock, patience=patience, command=command)
     try:
         lock.enter()  # the database itself is not opened: it may not be one any more
         with lock.exclusive():
-            return _restore(paths, lock_timeout)
+            return _restore(paths, patience)
     finally:
         lock.close()
 
 
-def _restore(paths: StorePaths, busy_timeout: float) -> str:
+def _restore(paths: StorePaths, patience: Patience) -> str:
     try:
         with fs.store_errors(paths.kept):
             packed, changed = paths.kept.read_bytes(), paths.kept.stat().st_mtime
@@ -69,7 +70,7 @@ def _restore(paths: StorePaths, busy_timeout: float) -> str:
     with fs.store_errors(paths.database):
         make_folders(paths)
         _replace(temporary, content, paths)
-        copy = Database(temporary, read_only=False, busy_timeout=busy_timeout)
+        copy = Database(temporary, read_only=False, patience=patience)
         migrate(copy)
         copy.must_be_sound()
         aside = paths.quarantine / f"registry.db.{uuid4().hex[:8]}"

@@ -8,7 +8,7 @@
 takes it again. Whoever waits for the exclusive store lock has given up the shared one too. So those who wait hold job
 locks at most, and those who hold the store lock wait for nothing: no two processes ever wait for each other.
 
-**One deadline.** All waits of a command together take no longer than its `Patience`.
+**One deadline.** All waits of a command together take no longer than its `Patience`, those for the database included.
 
 Both are flocks. The kernel drops a lock when its process dies, so there are no stale locks and no command to break one.
 The names in a lock file are only for messages.
@@ -25,7 +25,7 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -38,7 +38,7 @@ _HEAD_START = 2.0  # seconds in which those who come to read let one go first wh
 _MAX_NAMES_BYTES = 4096
 _KEPT_NAMES = 16  # of others that are alive, when the file is cut
 _NAMED = 3  # holders that a message names
-_FLOCK = re.compile(r"\d+: FLOCK +\S+ +\S+ (\d+) [0-9a-f]+:[0-9a-f]+:(\d+) ")
+_LOCK = re.compile(r"\d+: (?:FLOCK|POSIX) +\S+ +\S+ (\d+) [0-9a-f]+:[0-9a-f]+:(\d+) ")
 
 
 class Patience:
@@ -59,7 +59,7 @@ class Patience:
             return True
         began = told = time.monotonic()
         left = self.left
-        try:
+        with self.counted():
             while (now := time.monotonic()) - began < left:
                 if whom is not None and now - told >= _TOLD_EVERY:
                     self._tell(f"waiting for {whom()}")
@@ -68,8 +68,16 @@ class Patience:
                 if attempt():
                     return True
             return False
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the seconds of a block that may wait by itself; a moment counts as no wait."""
+        began = time.monotonic()
+        try:
+            yield
         finally:
-            self.left = max(0.0, left - (time.monotonic() - began))
+            spent = time.monotonic() - began
+            self.left = max(0.0, self.left - (spent if spent >= _POLL_SECONDS else 0.0))
 
 
 class FileLock:
@@ -152,6 +160,11 @@ class FileLock:
             finally:
                 self._wait(self._fd, fcntl.LOCK_SH)  # a failed attempt loses the shared lock too
 
+    def users_of(self, path: Path) -> str:
+        """Say which processes have locked another file of the store, as ` by process 12: icm ls`, or say nothing."""
+        signed, holding = self._signed(), _lock_holders(path) - {os.getpid()}
+        return _named({pid: signed.get(pid, "") for pid in sorted(holding)}, " by ")
+
     def close(self) -> None:
         """Give up the lock."""
         if self._fd >= 0:
@@ -190,14 +203,12 @@ class FileLock:
 
     def _held(self, fd: int, before: str) -> str:
         """Say which processes hold a lock, after some words; say nothing where nobody is known."""
-        names = [f"process {pid}{command and ': '}{command}" for pid, command in self._holders(fd).items()]
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return before + "; ".join(names[:_NAMED]) + more if names else ""
+        return _named(self._holders(fd), before)
 
     def _holders(self, fd: int) -> dict[int, str]:
         """Return pid -> command of the processes that hold a lock."""
         signed = self._signed()
-        holding = _flock_holders(fd) - {os.getpid()}
+        holding = _lock_holders(fd) - {os.getpid()}
         # Without word from the kernel, all who signed and are alive; some of them may have released it already.
         return {pid: signed.get(pid, "") for pid in sorted(holding)} if holding else signed
 
@@ -213,14 +224,21 @@ class FileLock:
         return found
 
 
-def _flock_holders(fd: int) -> set[int]:
-    """Return the processes that hold an flock on an open file, as Linux tells; those elsewhere have no number here."""
-    inode = os.fstat(fd).st_ino
+def _named(holders: Mapping[int, str], before: str) -> str:
+    """Name some processes after some words."""
+    names = [f"process {pid}{command and ': '}{command}" for pid, command in holders.items()]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return before + "; ".join(names[:_NAMED]) + more if names else ""
+
+
+def _lock_holders(file: Path | int) -> set[int]:
+    """Return the processes that hold a lock on a file, as Linux tells; those elsewhere have no number here."""
     try:
-        lines = Path("/proc/locks").read_text().splitlines()
+        # By its path if it is not open: to close a file drops the locks that SQLite has on it.
+        inode, lines = os.stat(file).st_ino, Path("/proc/locks").read_text().splitlines()
     except OSError:
         return set()
-    found = filter(None, map(_FLOCK.match, lines))  # those that wait are listed with an arrow
+    found = filter(None, map(_LOCK.match, lines))  # those that wait are listed with an arrow
     return {int(match[1]) for match in found if int(match[2]) == inode} - {0}
 
 

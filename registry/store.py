@@ -98,7 +98,7 @@ class Store:
             path: the store folder.
             create: make it if there is none.
             read_only: refuse writes; works on read-only media.
-            lock_timeout: seconds to wait for other processes, for all locks together and for each commit.
+            lock_timeout: seconds to wait for other processes, in all.
             patience: what is left of these seconds, where the same command has other stores open.
             command: what this process does, for the message that others see.
             backend: where the bytes are, if not in the store folder.
@@ -115,7 +115,7 @@ class Store:
             lock = FileLock(paths.lock, patience=patience, command=command, writable=not read_only)
         try:
             lock.enter()
-            database = Database(paths.database, read_only=read_only, busy_timeout=patience.left)
+            database = Database(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
             if not paths.format.exists():
                 with lock.exclusive():
                     # Several processes may come here; the first one makes the store, the others find it.

@@ -157,15 +157,22 @@ class Tasks(Part):
 
     def whole(self, task: str) -> tuple[records.TaskRecord, list[records.AdapterRecord]]:
         """Return a task and its adapters as `adapters` does, with one look."""
+        # The name may be spelled otherwise, or there is no such task.
+        found = self.wholes([task]) or self.wholes([self.get(task).name])
+        if not found:
+            raise DamagedStore(f"task {task!r} has no final adapter", hint="remove it and ingest it again")
+        return next(iter(found.values()))
+
+    def wholes(self, tasks: Sequence[str]) -> dict[str, tuple[records.TaskRecord, list[records.AdapterRecord]]]:
+        """Return task -> what `whole` returns of it, with one look; tasks that are not there are left out."""
         adapter = models.Adapter
+        found: dict[str, tuple[records.TaskRecord, list[records.AdapterRecord]]] = {}
         with self._db.read() as session:
-            every = select(adapter).order_by(adapter.is_final, adapter.step, adapter.id)
-            found = session.scalars(every.join(models.Task).where(models.Task.name == task)).all()
-            if not found:  # the name is spelled otherwise, or there is no such task
-                found = session.scalars(every.where(adapter.task_id == rows.find_task(session, task).id)).all()
-            if not found:
-                raise DamagedStore(f"task {task!r} has no final adapter", hint="remove it and ingest it again")
-            return task_record(found[0].task), [adapter_record(row) for row in found]
+            for some in rows.in_parts(tasks):
+                query = select(adapter).join(models.Task).where(models.Task.name.in_(some))
+                for row in session.scalars(query.order_by(adapter.is_final, adapter.step, adapter.id)):
+                    found.setdefault(row.task.name, (task_record(row.task), []))[1].append(adapter_record(row))
+        return found
 
     def final(self, task: str) -> records.AdapterRecord:
         """Return the adapter of a task that is materialized."""

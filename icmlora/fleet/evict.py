@@ -45,6 +45,9 @@ from registry.records import (
 if TYPE_CHECKING:
     from registry.store import Store
 
+_READ_TOGETHER = 64
+"""Tasks whose rows are read at once."""
+
 
 def evict(context: Context, request: EvictRequest) -> EvictReport:
     """Evict the originals of some tasks, or say what would be evicted."""
@@ -118,17 +121,40 @@ class _Checker:
 
     def __call__(self, task: TaskRecord, tell: Callable[[str], None]) -> TaskEvicted | _Evictable:
         """Check one task, or say why it keeps its originals."""
-        try:
-            return self._checked(*self._store.tasks.whole(task.name))
-        except TaskNotFound:  # `icm rm` does not wait for this job
-            return TaskEvicted(task.name, "removed")
+        ((_, checked),) = self._together([task])
+        return checked
 
-    def _checked(self, task: TaskRecord, adapters: Sequence[AdapterRecord]) -> TaskEvicted | _Evictable:
+    def each(
+        self, tasks: Sequence[TaskRecord], tell: Callable[[str], None]
+    ) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
+        """Check tasks of one base model; the rows of many are read at once, which takes a fraction of the time."""
+        # A deletion lets others change what was read before it.
+        size = _READ_TOGETHER if self._request.dry_run else 1
+        for at in range(0, len(tasks), size):
+            yield from self._together(tasks[at : at + size])
+
+    def _together(self, tasks: Sequence[TaskRecord]) -> Iterator[tuple[TaskRecord, TaskEvicted | _Evictable]]:
+        names, generator = [task.name for task in tasks], self._generator(tasks[0].base_model)
+        found = self._store.tasks.wholes(names)
+        codes = {} if generator is None else self._store.codes.of(names, generator.id)
+        for task in tasks:
+            try:
+                whole = found.get(task.name) or self._store.tasks.whole(task.name)
+            except TaskNotFound:  # `icm rm` does not wait for this job
+                yield task, TaskEvicted(task.name, "removed")
+            else:
+                yield task, self._checked(*whole, codes.get(task.name), generator)
+
+    def _checked(
+        self,
+        task: TaskRecord,
+        adapters: Sequence[AdapterRecord],
+        code: CodeRecord | None,
+        generator: GeneratorRecord | None,
+    ) -> TaskEvicted | _Evictable:
         there = [row for row in adapters if not row.is_evicted or row.weights in self._interrupted]
         wanted = [row for row in there if not (row.is_final and self._request.checkpoints_only)]
         chosen = [row for row in wanted if row.original_only is None]
-        generator = self._generator(task.base_model)
-        code = None if generator is None else self._store.codes.get(task.name, generator.id)
         if task.pinned or not wanted:
             return self._untouched(task, code, generator)
         if adapters[-1].original_only is not None:

@@ -22,6 +22,7 @@ from icmlora import Fleet
 from registry import row_checks
 from registry.database import Database
 from registry.errors import IcmError
+from registry.locks import Patience
 from registry.records import NewEvaluation
 from registry.store import Store
 from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store, write_lora
@@ -181,7 +182,7 @@ def rows_of(path: Path) -> dict[str, list[Any]] | None:
 
 def _is_noticed(path: Path) -> bool:
     try:
-        return any(Database(path, read_only=True, busy_timeout=1.0).damage())
+        return any(Database(path, read_only=True, patience=Patience(1)).damage())
     except IcmError:
         return True
 

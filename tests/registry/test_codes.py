@@ -56,6 +56,12 @@ def test_a_task_without_a_code_gets_one(store: Store) -> None:
     assert {code.task for code in store.codes.all(made.id)} == {"html", "rust"}
 
 
+def test_codes_of_many_tasks_are_read_with_one_look_and_those_without_are_left_out(store: Store) -> None:
+    made, code = coded(store)
+    ingest(store, "html")
+    assert store.codes.of(["rust", "html", "gone"], made.id) == {"rust": code}
+
+
 def test_the_only_copy_of_a_task_is_not_replaced(store: Store) -> None:
     made, _ = coded(store)
     store.originals.evict(eviction(store, "rust"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,13 @@ from sqlalchemy.exc import IntegrityError
 
 from registry.database import Database
 from registry.errors import DamagedStore, StoreFull, StoreLocked, StoreReadOnly
+from registry.locks import Patience
 from registry.store import Store
+from tests.registry.children import start, wait
 
 
-def open_database(store: Store, *, read_only: bool = False, busy_timeout: float = 0) -> Database:
-    return Database(store.paths.database, read_only=read_only, busy_timeout=busy_timeout)
+def open_database(store: Store, *, read_only: bool = False, seconds: float = 0) -> Database:
+    return Database(store.paths.database, read_only=read_only, patience=Patience(seconds))
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,33 @@ def test_a_second_writer_waits_and_is_told_that_the_store_is_locked(store: Store
     database = open_database(store)
     with database.connection(write=True), pytest.raises(StoreLocked), database.write() as session:
         session.connection()
+
+
+def test_what_is_waited_for_the_database_is_taken_from_the_seconds_of_the_command(store: Store) -> None:
+    database = open_database(store, seconds=0.2)
+    with open_database(store).connection(write=True), pytest.raises(StoreLocked), database.write() as session:
+        session.connection()
+    assert database.patience.left == 0
+
+
+def test_the_message_names_the_process_that_writes(store: Store, tmp_path: Path) -> None:
+    def write() -> None:
+        with Store.open(store.paths.root, command="icm ingest all") as other, other._db.connection(write=True):
+            (tmp_path / "began").touch()
+            time.sleep(60)
+
+    pid = start(write)
+    try:
+        while not (tmp_path / "began").exists():
+            time.sleep(0.01)
+        with (
+            Store.open(store.paths.root, lock_timeout=0) as late,
+            pytest.raises(StoreLocked, match=f"is locked by process {pid}: icm ingest all"),
+        ):
+            late.base_models.set_facts("x", fingerprint="", shape={})
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        wait(pid)
 
 
 def test_readers_do_not_wait_for_a_writer_that_has_not_committed(store: Store) -> None:

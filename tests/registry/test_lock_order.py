@@ -75,7 +75,7 @@ def in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(locks, "_try", attempt)
     monkeypatch.setattr(locks, "_HEAD_START", math.inf)  # whoever comes to read waits for as long as it takes
-    monkeypatch.setattr(locks, "_flock_holders", lambda fd: set())
+    monkeypatch.setattr(locks, "_lock_holders", lambda file: set())
     monkeypatch.setattr(locks.time, "sleep", lambda seconds: None)
 
 

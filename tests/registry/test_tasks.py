@@ -41,6 +41,12 @@ class TestIngest:
         assert final.original_bytes == len(b"weights of rust") + len(b'{"r": 8}') + len(b"card")
         assert [adapter.step for adapter in store.tasks.adapters("rust")] == [80, 90, None]
 
+    def test_many_read_with_one_look_are_what_each_is_alone(self, store: Store) -> None:
+        ingest(store, "rust", steps=[90, 80])
+        ingest(store, "html")
+        found = store.tasks.wholes(["rust", "html", "gone"])
+        assert found == {name: store.tasks.whole(name) for name in ("rust", "html")}
+
     def test_the_same_again_changes_nothing(self, store: Store) -> None:
         offered = offer(store, "rust", steps=[80], samples=b"samples")
         assert store.tasks.ingest_one(offered).new == 2
