@@ -125,7 +125,7 @@ class Database:
     def connection(self, *, write: bool = False, create: bool = False, guarded: bool = True) -> Iterator[Connection]:
         """Open a transaction without the ORM; a `write` block is committed, `create` makes the file if it is absent.
 
-        One that is not `guarded` writes no checks of rows: it changes the tables.
+        One that is not `guarded` changes tables: it writes no checks of rows, and does not follow references.
         """
         engine = _engine(self.path, self.read_only, self.busy_timeout, create=True) if create else self._engine
         if not write:
@@ -236,9 +236,11 @@ def _can_be_written(path: Path) -> bool:
 
 def _begin(connection: Connection) -> None:
     options = connection.get_execution_options()
-    begin = options.get("icm_begin", _WRITE)
+    begin, is_guarded = options.get("icm_begin", _WRITE), options.get("icm_guarded", True)
+    if not is_guarded:
+        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # a transaction cannot change that
     connection.exec_driver_sql(begin)
-    if begin == _WRITE and options.get("icm_guarded", True):
+    if begin == _WRITE and is_guarded:
         guard(sqlite_of(connection), Base.metadata)
 
 
