@@ -156,6 +156,13 @@ def test_a_correction_that_breaks_a_rule_is_taken_back(root: Path) -> None:
     assert rows_of(root) == damaged
 
 
+def test_a_blob_stays_whose_length_a_wrong_row_gets_wrong(root: Path) -> None:
+    flip(root, "blobs", "size", 50, 51)
+    with Store.open(root) as store:
+        assert "length" in [found.kind for found in store.verify()]
+        assert store.repair() == []
+
+
 def test_a_copy_is_put_aside_before(root: Path) -> None:
     flip(root, "tasks", "pinned", 63)
     damaged = StorePaths(root).database.read_bytes()
