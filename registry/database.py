@@ -140,7 +140,7 @@ class Database:
     def connection(self, *, write: bool = False, create: bool = False, guarded: bool = True) -> Iterator[Connection]:
         """Open a transaction without the ORM; a `write` block is committed, `create` makes the file if it is absent.
 
-        One that is not `guarded` writes no checks of rows: it changes the tables.
+        One that is not `guarded` changes tables: it writes no checks of rows, and does not follow references.
         """
         engine = self._new_engine(create=True) if create else self._engine
         if not write:
@@ -251,12 +251,15 @@ def _can_be_written(path: Path) -> bool:
 
 def _begin(connection: Connection) -> None:
     options = connection.get_execution_options()
-    begin, patience = options.get("icm_begin", _WRITE), options["icm_patience"]
+    begin, is_guarded = options.get("icm_begin", _WRITE), options.get("icm_guarded", True)
+    if not is_guarded:
+        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # a transaction cannot change that
+    patience = options["icm_patience"]
     wait = min(patience.seconds, max(patience.left, _LEAST_WAIT))
     sqlite_of(connection).execute(f"PRAGMA busy_timeout={round(1000 * wait)}")
     with patience.counted():
         connection.exec_driver_sql(begin)
-    if begin == _WRITE and options.get("icm_guarded", True):
+    if begin == _WRITE and is_guarded:
         guard(sqlite_of(connection), Base.metadata)
 
 

@@ -36,6 +36,18 @@ def keep(database: Database, paths: StorePaths) -> None:
     database.is_kept = True
 
 
+def set_aside(database: Database, paths: StorePaths) -> None:
+    """Put a copy of a damaged database into quarantine, before it is repaired."""
+    with fs.store_errors(paths.quarantine):
+        with database.connection() as connection:
+            content = sqlite_of(connection).serialize()
+        _replace(_place_aside(paths), content, paths)
+
+
+def _place_aside(paths: StorePaths) -> Path:
+    return paths.quarantine / f"registry.db.{uuid4().hex[:8]}"
+
+
 def restore_database(root: Path, *, lock_timeout: float, command: str) -> str:
     """Put the copy in place of the database of a store, and return from when it is, in RFC 3339.
 
@@ -73,7 +85,7 @@ def _restore(paths: StorePaths, patience: Patience) -> str:
         copy = Database(temporary, read_only=False, patience=patience)
         migrate(copy)
         copy.must_be_sound()
-        aside = paths.quarantine / f"registry.db.{uuid4().hex[:8]}"
+        aside = _place_aside(paths)
         # The journal first: with it, SQLite would change the copy into something else.
         for old, suffix in ((paths.journal, "-journal"), (paths.database, "")):
             if old.exists():

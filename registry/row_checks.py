@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,9 @@ from sqlalchemy import ColumnElement, Connection, Integer, MetaData, Table, func
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.types import TypeDecorator
+
+Value = int | float | str | bytes | None
+"""What SQLite stores."""
 
 COLUMN = "crc"
 REFUSED = "fails its check, so it is neither changed nor deleted"
@@ -69,26 +72,29 @@ class RowCheck(TypeDecorator[int]):
 
 def add_functions(connection: sqlite3.Connection) -> None:
     """Give a connection the functions that make and compare checks."""
-    connection.create_function("icm_check", -1, _check, deterministic=True)
+    connection.create_function("icm_check", -1, check_of, deterministic=True)
     connection.create_function("icm_checked", -1, _checked, deterministic=True)
 
 
-def _check(*row: int | float | str | bytes | None) -> int:
+def check_of(*row: Value) -> int:
     """Return the check value of a row: the name of its table and its values. As SQLite's signed 4 bytes."""
     # Python writes these five types in the same way for ever, and each in another way than the others.
     return zlib.crc32(ascii(row).encode()) - 0x80000000
 
 
-def _checked(check: int | None, table: str, *values: int | float | str | bytes | None) -> int | str | None:
+def _checked(check: int | None, table: str, *values: Value) -> int | str | None:
     """Return the check value, or else which row it is wrong for."""
     if check is None and not any(value is not None for value in values):
         return None  # an outer join that found no row
-    return check if check == _check(table, *values) else _name(table, values)
+    if check == check_of(table, *values):
+        return check
+    return f"{name_of(table, values)} does not have the values that it was written with"
 
 
-def _name(table: str, values: tuple[Any, ...]) -> str:
+def name_of(table: str, values: Sequence[Value]) -> str:
+    """Return what a message calls a row."""
     key = ", ".join(ascii(value)[:40] for value in values[: _KEY_LENGTH.get(table, 1)])
-    return f"row {key} of {table} does not have the values that it was written with"
+    return f"row {key} of {table}"
 
 
 def guard(connection: sqlite3.Connection, tables: MetaData) -> None:
@@ -103,7 +109,7 @@ def _triggers(tables: MetaData) -> tuple[str, ...]:
 
 
 def _triggers_of(table: Table) -> Iterator[str]:
-    name, columns = table.name, ", ".join(f'"{column}"' for column in _columns(table))
+    name, columns = table.name, ", ".join(f'"{column}"' for column in columns_of(table))
     ours = " AND ".join(f'"{key.name}" = NEW."{key.name}"' for key in table.primary_key)
     write = f"UPDATE {name} SET {COLUMN} = {_call(table)} WHERE {ours};"  # noqa: S608  # names of our own
     old = f"OLD.{COLUMN} IS NOT {_call(table, 'OLD.')}"
@@ -114,20 +120,21 @@ def _triggers_of(table: Table) -> Iterator[str]:
     yield f"CREATE TEMP TRIGGER {name}_gone BEFORE DELETE ON main.{name} BEGIN {refuse} END"
 
 
-def _columns(table: Table) -> list[str]:
+def columns_of(table: Table) -> list[str]:
+    """Return the columns that the check of a row is of."""
     return [column.name for column in table.columns if column.name != COLUMN]
 
 
 def _call(table: Table, row: str = "", *, checked: bool = False) -> str:
     """Return the SQL of the check of a row, which may be OLD in a trigger, or of what it says of the one it has."""
-    values = ", ".join(f'{row}"{column}"' for column in _columns(table))
+    values = ", ".join(f'{row}"{column}"' for column in columns_of(table))
     return f"icm_checked({COLUMN}, '{table.name}', {values})" if checked else f"icm_check('{table.name}', {values})"
 
 
 def find_wrong_rows(connection: Connection, tables: MetaData) -> Iterator[tuple[str, str | None]]:
     """Check every row, and every adapter's number of extras; yield what is wrong, and the task it is about if known."""
     for table in tables.sorted_tables:
-        fails = f"SELECT {_call(table, checked=True)}, {_owner(table)} FROM {table.name} AS own"  # noqa: S608
+        fails = f"SELECT {_call(table, checked=True)}, {owner_of(table)} FROM {table.name} AS own"  # noqa: S608
         wrong = f"{fails} WHERE {COLUMN} IS NOT {_call(table)}"
         try:
             yield from ((fact, task) for fact, task in connection.exec_driver_sql(wrong).all())
@@ -149,7 +156,7 @@ def _one_by_one(connection: Connection, table: Table, fails: str) -> Iterator[tu
                 yield fact, task
 
 
-def _owner(table: Table) -> str:
+def owner_of(table: Table) -> str:
     """Return the SQL of the name of the task that a row is about."""
     if table.name == "tasks":
         return "own.name"

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from registry.eviction import Originals
     from registry.generators import Generators
     from registry.prune import PruneReport
+    from registry.row_repair import RowRepair
     from registry.runs import Runs
     from registry.tasks import Tasks
     from registry.usage import Usage
@@ -280,3 +281,11 @@ class Store:
         self._db.must_write()
         with self._lock.exclusive():
             return repair(self._db, self.blobs, self._paths)
+
+    def repair_rows(self) -> list[RowRepair]:
+        """Correct rows of which one bit flipped, and return what became of each wrong row."""
+        from registry.row_repair import repair_rows
+
+        self._db.must_write()
+        with self._lock.exclusive():
+            return repair_rows(self._db, self._paths)

@@ -82,8 +82,14 @@ def verify(
 def repair(database: Database, blobs: Blobs, paths: StorePaths) -> list[tuple[Finding, str]]:
     """Move every blob whose bytes are wrong to quarantine; return each finding with the blob's new place."""
     found = list(verify(database, blobs, paths, read_data=True))
-    damaged = [(finding, finding.digest) for finding in found if finding.kind in ("length", "digest")]
-    return [(finding, blobs.quarantine(digest)) for finding, digest in damaged if digest is not None]
+    named = [(finding, finding.digest) for finding in found if finding.digest is not None]
+    # A blob of another length than a row says may be what it was, and the row wrong.
+    damaged = [
+        (finding, digest)
+        for finding, digest in named
+        if finding.kind == "digest" or (finding.kind == "length" and not blobs.is_intact(digest))
+    ]
+    return [(finding, blobs.quarantine(digest)) for finding, digest in damaged]
 
 
 def _check_database(database: Database) -> Iterator[Finding]:

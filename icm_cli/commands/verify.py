@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +14,7 @@ from icm_cli.session import Session, command
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.maintenance import Finding
+    from icmlora.fleet.maintenance import Finding, RowRepair
 
 ReadDataOpt = Annotated[
     bool, typer.Option("--read-data", help="Read and hash every blob instead of only checking its length.")
@@ -21,12 +23,18 @@ DecodeOpt = Annotated[
     bool, typer.Option("--decode", help="Decode every code whose original is there, and compare its error.")
 ]
 RepairOpt = Annotated[
-    bool, typer.Option("--repair", help="Read all data and move damaged blobs to quarantine. Deletes nothing.")
+    bool,
+    typer.Option(
+        "--repair",
+        help="Correct rows of which one bit flipped; read all data and move damaged blobs aside. Deletes nothing.",
+    ),
 ]
 RestoreOpt = Annotated[
     bool,
     typer.Option("--restore-database", help="Put back the copy of the database from before the last deletion."),
 ]
+
+_OF_DATABASE = ("row", "database", "dangling")
 
 
 @command
@@ -46,7 +54,8 @@ def verify(
     with --verbose only. Remarks name adapters that do nothing; with --read-data also those that do not fit their base
     model, if it is on this machine.
 
-    While a row of the database is damaged, its task is left out by other commands, and nothing is deleted. Before icm
+    While a row of the database is damaged, its task is left out by other commands, and nothing is deleted. --repair
+    corrects each row of which a single bit flipped, and puts a copy of the database into quarantine before. Before icm
     deletes something, it keeps a copy of the database. --restore-database puts that back, and the damaged one into
     quarantine; what was recorded after the copy has to be ingested or trained again.
 
@@ -60,27 +69,55 @@ def verify(
             raise UsageProblem("--restore-database stands alone", hint="leave out the task names and other options")
         _restore(session, yes=yes)
         return
-    fleet, findings = session.fleet, []
-    for finding in fleet.verify(tasks or (), read_data=read_data or repair, decode=decode):
-        findings.append(finding)
-        _tell(session, finding)
+    read_data |= repair
+    findings = _look(session, tasks or (), read_data=read_data, decode=decode)
+    rows = _repair_rows(session, findings, yes=yes) if repair and not dry_run else []
+    if any(row.problem is None for row in rows):
+        findings = _look(session, (), read_data=read_data, decode=decode)  # what was found before believed wrong rows
     problems = [finding for finding in findings if finding.is_problem]
     moved = []
     movable = [finding for finding in problems if finding.kind in ("length", "digest")]
     question = f"Move {counted(len(movable), 'damaged blob')} to quarantine?"
     if repair and movable and not dry_run and session.out.confirm(question, yes=yes):
-        moved = fleet.repair()
+        moved = session.fleet.repair()
     session.out.document(
         {
             "ok": not problems,
-            "read_data": read_data or repair,
+            "read_data": read_data,
             "findings": [_as_json(finding) for finding in findings],
+            "corrected": [asdict(row) for row in rows],
             "quarantined": [str(place) for _, place in moved],
         }
     )
-    _sum_up(session, findings, problems, [finding for finding, _ in moved], read_data or repair)
+    _sum_up(session, findings, problems, [finding for finding, _ in moved], read_data)
     if problems:
         raise typer.Exit(ExitCode.FAILED)
+
+
+def _look(session: Session, tasks: Sequence[str], *, read_data: bool, decode: bool) -> list[Finding]:
+    """Find what is wrong, and tell each finding at once."""
+    findings = []
+    for finding in session.fleet.verify(tasks, read_data=read_data, decode=decode):
+        findings.append(finding)
+        _tell(session, finding)
+    return findings
+
+
+def _repair_rows(session: Session, findings: list[Finding], *, yes: bool) -> list[RowRepair]:
+    """Correct rows of the database if something is wrong with it, and tell what became of each."""
+    if not any(finding.kind in _OF_DATABASE for finding in findings):
+        return []
+    if not session.out.confirm("Correct the rows of which one bit flipped?", yes=yes):
+        return []
+    rows = session.fleet.repair_rows()
+    for row in rows:
+        about = f" (task {row.task})" if row.task else ""
+        if row.problem:
+            session.out.line(f"left alone: {row.row}{about}: {row.problem}")
+        else:
+            change = f": {row.column} from {row.before} to {row.after}" if row.column else ""
+            session.out.line(f"corrected: {row.row}{about}{change}")
+    return rows
 
 
 def _restore(session: Session, *, yes: bool) -> None:
@@ -101,8 +138,9 @@ def _sum_up(
         out.line(f"{counted(len(problems), 'problem')} found")
     else:
         out.line("the store is intact" if read_data else "the store is intact (contents not read: use --read-data)")
-    if any(finding.kind in ("row", "database", "dangling") for finding in problems):
-        out.hint("`icm verify --restore-database` puts the copy back that was made before the last deletion")
+    if any(finding.kind in _OF_DATABASE for finding in problems):
+        copied = "`icm verify --restore-database` puts the copy back that was made before the last deletion"
+        out.hint(f"`icm verify --repair` corrects rows of which one bit flipped; {copied}")
     affected = sorted({task for finding in problems for task in finding.tasks})
     if moved:
         out.line(f"moved {counted(len(moved), 'damaged blob')} to quarantine")

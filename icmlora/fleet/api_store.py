@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.bill import Bill
     from icmlora.fleet.duplicates import DuplicatesReport
     from icmlora.fleet.generators import Forgotten, GeneratorVersion, RolledBack
-    from icmlora.fleet.maintenance import Check, Finding, PruneReport
+    from icmlora.fleet.maintenance import Check, Finding, PruneReport, RowRepair
     from icmlora.fleet.map import MapReport
     from icmlora.fleet.records import GeneratorRecord, Joined, LoadIn, Separated, TaskRecord, TaskSummary, View
     from icmlora.fleet.report.report import ReportSummary
@@ -379,6 +379,16 @@ class StoredFleet:
         from icmlora.fleet.maintenance import repair
 
         return repair(self._context)
+
+    def repair_rows(self) -> list[RowRepair]:
+        """Correct rows of the database of which a single bit flipped; a copy of it goes to quarantine before.
+
+        Returns:
+            What became of each wrong row: the value that was corrected, or the `problem` for which it was left alone.
+        """
+        from icmlora.fleet.maintenance import repair_rows
+
+        return repair_rows(self._context)
 
     def restore_database(self) -> str:
         """Put the copy of the database that icm kept before the last deletion in its place.

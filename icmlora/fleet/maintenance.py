@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from icmlora.io.cards import Card
     from registry.prune import PruneReport as PruneReport
     from registry.records import TaskSummary
+    from registry.row_repair import RowRepair as RowRepair
     from registry.store import Store
     from registry.verify import Finding as Finding
 
@@ -104,6 +105,12 @@ def repair(context: Context) -> list[tuple[Finding, str]]:
     """Move every damaged blob to quarantine and return each finding with the new place of its blob."""
     with context.open() as store:
         return store.repair()
+
+
+def repair_rows(context: Context) -> list[RowRepair]:
+    """Correct rows of the database of which one bit flipped, and return what became of each wrong row."""
+    with context.open() as store:
+        return store.repair_rows()
 
 
 def restore_database(context: Context) -> str:

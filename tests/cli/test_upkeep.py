@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -127,7 +129,8 @@ def test_an_invalid_age_is_refused(age: str) -> None:
 
 def test_an_undamaged_store_is_called_intact(icm: Icm, stored: Path) -> None:
     assert icm("verify").code == icm("verify", "--read-data").code == 0
-    assert icm("verify", "--json").document == {"ok": True, "read_data": False, "findings": [], "quarantined": []}
+    nothing = {"findings": [], "corrected": [], "quarantined": []}
+    assert icm("verify", "--json").document == {"ok": True, "read_data": False, **nothing}
 
 
 def test_verify_says_that_it_did_not_read_the_contents(icm: Icm, damaged: Path) -> None:
@@ -173,6 +176,15 @@ def test_repair_dry_run_moves_nothing(icm: Icm, damaged: Path) -> None:
 
 def test_repair_works_on_the_whole_store_only(icm: Icm, stored: Path) -> None:
     assert icm("verify", "rust", "--repair").code == ExitCode.USAGE
+
+
+def test_repair_corrects_a_flipped_bit_of_a_row_and_says_which(icm: Icm, stored: Path, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "store" / "registry.db")) as connection, connection:
+        connection.execute("UPDATE tasks SET pinned = 1 WHERE name = 'rust'")
+    assert "icm verify --repair" in icm("verify").err
+    ran = icm("verify", "--repair", "--yes")
+    assert (ran.code, "(task rust): pinned from 1 to 0" in ran.out) == (0, True)
+    assert icm("verify", "--repair", "--yes", "--json").document["corrected"] == []
 
 
 def test_leftovers_of_a_crash_are_not_a_problem(icm: Icm, stored: Path, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ METHODS = [
         "remove",
         "rename",
         "repair",
+        "repair_rows",
         "report",
         "restore",
         "restore_database",
