@@ -56,10 +56,10 @@ def files_first() -> None:
 
     evict = Originals.evict
 
-    def unlink_then_evict(self: Originals, eviction: Any) -> int:
+    def unlink_then_evict(self: Originals, eviction: Any, *rest: Any) -> int:
         adapters = Tasks(self._paths, self._lock, self._db, self._blobs).adapters(eviction.task)
         self._blobs.delete(row.weights for row in adapters)
-        return evict(self, eviction)
+        return evict(self, eviction, *rest)
 
     Originals.evict = unlink_then_evict  # type: ignore[method-assign]
 
