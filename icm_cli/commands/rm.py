@@ -42,6 +42,6 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     )
     if removed:
         out.line(f"removed {counted(len(names), 'task')}")
-        out.hint("run `icm prune` to free the bytes")
+        out.hint("`icm prune` sets the weights aside; `icm prune --empty-quarantine` frees the bytes")
     else:
         out.note("nothing was removed")
