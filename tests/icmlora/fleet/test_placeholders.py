@@ -198,14 +198,14 @@ def test_weights_that_change_while_other_files_go_are_not_deleted(
 def test_a_task_that_is_replaced_while_its_code_is_checked_keeps_its_folder(
     fleet: Fleet, own_loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = evict._Checker.__call__
+    real = evict._Checker._checked
 
-    def replace_then(self: Any, task: Any, tell: Any) -> Any:
-        made = real(self, task, tell)
+    def replace_then(self: Any, *about_the_task: Any) -> Any:
+        made = real(self, *about_the_task)
         fleet.ingest([write_lora(tmp_path / "new" / "rules", seed=77)], name="rules", on_conflict="replace")
         return made
 
-    monkeypatch.setattr(evict._Checker, "__call__", replace_then)
+    monkeypatch.setattr(evict._Checker, "_checked", replace_then)
     (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).tasks
     assert (task.status, [folder.status for folder in task.folders]) == ("kept", ["left"])
     assert names_in(own_loras / "rules") >= {CONFIG, WEIGHTS}
