@@ -18,3 +18,12 @@ def codes(store: Path) -> dict[str, CodeRecord]:
 
 def tasks_of(ran: Ran) -> dict[str, dict[str, Any]]:
     return {event["task"]: event for event in ran.events if event["type"] == "task"}
+
+
+def damage(store: Path, digest: str) -> None:
+    """Change a byte in the middle of a blob."""
+    path = store / "blobs" / digest[0] / digest
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)

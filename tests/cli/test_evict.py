@@ -20,6 +20,7 @@ from registry.database import Database
 from registry.errors import StoreFull
 from registry.records import AdapterRecord, CodeRecord
 from registry.store import Store
+from tests.cli.coded import damage
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL
@@ -50,14 +51,6 @@ def code_of(store: Path, task: str) -> CodeRecord:
         code = opened.codes.get(task, generator.id)
         assert code is not None
         return code
-
-
-def damage(store: Path, digest: str) -> None:
-    path = store / "blobs" / digest[0] / digest
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(data)
 
 
 def tasks_of(ran: Ran) -> dict[str, dict[str, Any]]:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from icm_cli.errors import ExitCode
 from registry.store import Store
+from tests.cli.coded import damage
 from tests.cli.conftest import Ran
-from tests.cli.test_evict import ALL, blob_bytes, damage, evicted, finals, tasks_of
+from tests.cli.test_evict import ALL, blob_bytes, evicted, finals, tasks_of
 from tests.cli.tiny_fleet import icm_quietly, train_store, write_lora
 from tests.icmlora.tiny_base import HIDDEN
 from tests.rewriting import rewriting

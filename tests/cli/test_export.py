@@ -14,8 +14,9 @@ from icm_cli.errors import ExitCode
 from icmlora import Bundle
 from icmlora.errors import BundleError
 from registry.store import Store
+from tests.cli.coded import damage
 from tests.cli.conftest import Ran, modules_of
-from tests.cli.test_materialize import blob_of, content, damage
+from tests.cli.test_materialize import blob_of, content
 from tests.cli.tiny_fleet import train_store, write_lora
 from tests.icmlora.tiny_base import LABEL
 

@@ -18,6 +18,7 @@ from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
 from icmlora.formats.folder import load_adapter
 from registry.store import Store
+from tests.cli.coded import damage
 from tests.cli.conftest import Ran, modules_of
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL, tiny_model
@@ -28,14 +29,6 @@ SOURCES = ("original", "code", "generate")
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def damage(store: Path, digest: str) -> None:
-    blob = store / "blobs" / digest[0] / digest
-    data = bytearray(blob.read_bytes())
-    data[len(data) // 2] ^= 1
-    blob.chmod(0o644)
-    blob.write_bytes(data)
 
 
 def blob_of(store: Path, task: str, source: str) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from icm_cli.app import run
 from icm_cli.errors import ExitCode
 from registry.store import Store
+from tests.cli.coded import damage
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import STEPS, icm_quietly, write_lora, write_subject
 from tests.icmlora.tiny_base import LABEL
@@ -62,14 +63,6 @@ def digest_of(store: Path, task: str, what: str) -> str:
     assert code is not None
     files = {"weights": final.weights, "config": final.config, "code": code.blob, "vectors": vectors}
     return str(files.get(what) or {"samples": row.samples, "eval": row.eval_data}[what])
-
-
-def damage(store: Path, digest: str) -> None:
-    path = store / "blobs" / digest[0] / digest
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(data)
 
 
 DAMAGED = tuple(f"damaged {what}" for what in ("weights", "config", "code", "vectors", "samples", "eval"))
